@@ -1,0 +1,42 @@
+"""Every error this package raises on purpose: one class per decision the caller can make.
+
+RopewayError            exit 1    something else failed on purpose; the message says what to do
+├── ConfigError         exit 64   fix params.yaml, a DeepSpeed JSON, an option or the machine; a retry cannot help
+├── DataError           exit 65   a record, shard, manifest or package is not what it says it is: fix or re-make it
+├── TemporaryError      exit 75   a lock, a network, a signal: run the same command again, it resumes
+├── RegistryError       exit 1    the registry refused a change: choose another version, digest or alias
+└── TrainingError       exit 1    the numbers went wrong (no step applied, loss not finite): the last good
+                                  checkpoint is named
+"""
+
+
+class RopewayError(Exception):
+    """Base of every error raised on purpose; anything else that escapes is a bug."""
+
+    exit_code = 1
+
+
+class ConfigError(RopewayError):
+    """What was asked for cannot be run as written. Source of the code: sysexits.h EX_USAGE."""
+
+    exit_code = 64
+
+
+class DataError(RopewayError):
+    """Bytes on disk are not what their manifest or format promises. Source: sysexits.h EX_DATAERR."""
+
+    exit_code = 65
+
+
+class TemporaryError(RopewayError):
+    """Nothing is wrong with the run: start it again and it resumes. Source: sysexits.h EX_TEMPFAIL."""
+
+    exit_code = 75
+
+
+class RegistryError(RopewayError):
+    """The registry refused a change or does not hold what was asked for."""
+
+
+class TrainingError(RopewayError):
+    """Training ended because its numbers were wrong, not its files."""

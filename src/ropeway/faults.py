@@ -1,0 +1,86 @@
+"""A schema's faults in a reader's words: one line each, with the key, what was expected and what was found."""
+
+import difflib
+import typing
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+_EXPECTED = {
+    "float_type": "a number", "int_type": "a whole number", "int_from_float": "a whole number",
+    "bool_type": "true or false", "string_type": "text", "list_type": "a list", "dict_type": "a mapping",
+    "model_type": "a mapping", "model_attributes_type": "a mapping",
+}  # fmt: skip
+_BOUND = {"greater_than": "more than {gt}", "greater_than_equal": "at least {ge}",
+          "less_than": "less than {lt}", "less_than_equal": "at most {le}"}  # fmt: skip
+
+
+def explain_faults(error: ValidationError, model: type[BaseModel]) -> list[str]:
+    """Return one indented line per fault, e.g. `  learning_rate: expected a number, found '1e-5x'`."""
+    return [f"  {_explain(fault, model)}" for fault in error.errors(include_url=False)]
+
+
+def _explain(fault: ErrorDetails, model: type[BaseModel]) -> str:  # noqa: PLR0911 - one line per kind of fault
+    kind, found = fault["type"], fault["input"]
+    key, siblings = _locate(fault["loc"], model)
+    context = fault.get("ctx", {})
+    if kind == "extra_forbidden":
+        near = difflib.get_close_matches(str(fault["loc"][-1]), siblings, n=1)
+        return f"{key}: unknown key" + (f"; did you mean {near[0]}?" if near else f"; known are {', '.join(siblings)}")
+    if kind == "missing":
+        return f"{key}: missing"
+    if kind in _EXPECTED:
+        return f"{key}: expected {_EXPECTED[kind]}, found {_shown(found)}"
+    if kind in _BOUND:
+        return f"{key}: expected {_BOUND[kind].format(**context)}, found {_shown(found)}"
+    if kind == "literal_error":
+        return f"{key}: expected {context['expected']}, found {_shown(found)}"
+    if kind == "union_tag_invalid":
+        return f"{key}.kind: expected one of {context['expected_tags']}, found {context['tag']!r}"
+    message = fault["msg"].removeprefix("Value error, ")
+    return f"{key}: {message}" if key else message
+
+
+def _shown(value: object) -> str:
+    return f"{type(value).__name__} of {len(value)}" if isinstance(value, dict | list) else repr(value)
+
+
+def _locate(location: tuple[int | str, ...], model: type[BaseModel]) -> tuple[str, list[str]]:
+    """Return the dotted key as the file spells it, and the keys known where its last part stands."""
+    here: Any = model
+    key: list[str] = []
+    known: list[str] = []
+    for part in location:
+        members = _members(here)
+        tagged = [m for m in members if _is_model(m) and _tag(m) == part]
+        if tagged:  # pydantic puts the union's tag into the location; the file has no such key
+            here = tagged[0]
+            continue
+        key.append(str(part))
+        known = []
+        for member in members:
+            if _is_model(member):
+                known = list(member.model_fields)
+                here = member.model_fields[part].annotation if part in member.model_fields else None
+            elif typing.get_origin(member) in (list, dict):
+                here = typing.get_args(member)[-1]
+    return ".".join(key), known
+
+
+def _members(annotation: object) -> list[Any]:
+    """Return the alternatives of a (possibly annotated) union, else the annotation alone."""
+    if typing.get_origin(annotation) is typing.Annotated:
+        return _members(typing.get_args(annotation)[0])
+    if _is_model(annotation) or typing.get_origin(annotation) in (list, dict, typing.Literal):
+        return [annotation]
+    return [m for part in typing.get_args(annotation) for m in _members(part)] or [annotation]
+
+
+def _is_model(annotation: object) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _tag(model: type[BaseModel]) -> object:
+    kind = model.model_fields.get("kind")
+    return typing.get_args(kind.annotation)[0] if kind else None
