@@ -1,0 +1,152 @@
+"""Sample answers in the JSON format of the published family, so that its viewers read ours.
+
+Source: Open-Assistant's model_eval/manual (sampling_report.py and config/default.json, July 2023):
+`{model_name, date, args, prompts: [{prompt, results: [{sampling_config, sampling_params, outputs}]}]}`.
+The prompts go through this model's own template; theirs put the system message behind the prompter.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from ropeway.chat import render_prompt
+from ropeway.errors import ConfigError, DataError
+
+# Two of the original's configurations, name for name and value for value, but for its min_new_tokens of 5: a model
+# that answers "No." and stops is to be seen doing so.
+CONFIGURATIONS: Mapping[str, Mapping[str, Any]] = {
+    "greedy": {"do_sample": False, "num_beams": 1},
+    "k50": {"do_sample": True, "temperature": 1.0, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.2},
+}
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Return the prompts of a file with one JSON string per line.
+
+    Raises:
+        ConfigError: No such file, a line that is not a JSON string, or no prompt at all.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path}: not found; `evaluation.prompts` names it, one JSON string per line")
+    prompts: list[str] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            prompt = json.loads(line)
+        except ValueError:
+            prompt = None
+        if not isinstance(prompt, str):
+            raise ConfigError(f"{path}, line {number}: expected a JSON string, found {line[:60]}")
+        prompts.append(prompt)
+    if not prompts:
+        raise ConfigError(f"{path}: no prompt in it; one JSON string per line")
+    return prompts
+
+
+def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:  # noqa: ANN401 - transformers is untyped
+    """Return the ids a model is asked to continue: BOS once, the prompt, an open assistant turn.
+
+    Raises:
+        DataError: The tokenizer has a BOS and does not put exactly one in front, as it did in training.
+    """
+    ids: list[int] = tokenizer(render_prompt([prompt], end=tokenizer.eos_token))["input_ids"]
+    bos = tokenizer.bos_token_id
+    if bos is not None and (ids[0] != bos or ids.count(bos) != 1):
+        raise DataError(
+            f"{tokenizer.name_or_path}: expected one BOS (id {bos}) in front of a prompt, found ids {ids[:4]}… with "
+            f"{ids.count(bos)} of them. Run `dvc repro base`"
+        )
+    return ids
+
+
+def answer(model: Any, tokenizer: Any, ids: Sequence[int], params: Mapping[str, Any], *, seed: int) -> str:  # noqa: ANN401
+    """Return what the model continues `ids` with, up to its end token.
+
+    transformers draws from torch's global generator and takes no other, so that one is borrowed and given back.
+    """
+    prompt = torch.tensor([list(ids)], device=model.device)
+    # Else transformers fills what `params` leave open from the folder's own generation settings.
+    model.generation_config = GenerationConfig()
+    settings = GenerationConfig(
+        **params,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(), torch.inference_mode():
+        torch.manual_seed(seed)
+        # One row, nothing padded: the mask is all ones, and saying so keeps transformers from guessing by pad id = eos.
+        out = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=settings)
+    text: str = tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
+    return text
+
+
+def sample(
+    model: Any,  # noqa: ANN401
+    tokenizer: Any,  # noqa: ANN401
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    seed: int,
+) -> list[dict[str, str]]:
+    """Return, for each prompt, the answer under each configuration.
+
+    Prompts go one by one: batched they would need left padding, which training never saw. Each answer has its own
+    seed, so that a new prompt or configuration changes no other answer, and base and tuned draw alike.
+    """
+    answers = []
+    for prompt in prompts:
+        ids = encode_prompt(tokenizer, prompt)
+        answers.append(
+            {
+                name: answer(
+                    model,
+                    tokenizer,
+                    ids,
+                    {"max_new_tokens": max_new_tokens, **params},
+                    seed=derive_seed(seed, name, prompt),
+                )
+                for name, params in CONFIGURATIONS.items()
+            }
+        )
+    return answers
+
+
+def derive_seed(seed: int, *names: str) -> int:
+    """Return a 63-bit seed of the run's seed and names, whatever the process and its string hashing."""
+    digest = hashlib.sha256("/".join((str(seed), "samples", *names)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def report_samples(
+    name: str, prompts: Sequence[str], answers: Mapping[str, Sequence[Mapping[str, str]]], args: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return samples.json: one report in which each model x configuration is a `sampling_config` of its own.
+
+    That way the family's viewers show base and tuned side by side. `date` is null: the day on which answers were
+    drawn is no property of the model, and would make every run's bytes differ.
+    """
+    results = [
+        [
+            {
+                "sampling_config": f"{model}/{config}",
+                "sampling_params": {"max_new_tokens": args["max_new_tokens"], **params},
+                "outputs": [answers[model][number][config]],
+            }
+            for model in answers
+            for config, params in CONFIGURATIONS.items()
+        ]
+        for number in range(len(prompts))
+    ]
+    return {
+        "model_name": name,
+        "date": None,
+        "args": dict(args),
+        "prompts": [{"prompt": prompt, "results": found} for prompt, found in zip(prompts, results, strict=True)],
+    }

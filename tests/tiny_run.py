@@ -1,0 +1,170 @@
+"""A finished run small enough for a test: a two-layer Llama with the parity tokenizer, two sources, 30 rows."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ropeway.chat import JINJA, Conversation, render_turns, template_digest
+from ropeway.manifest import file_sha256, write_manifest
+from ropeway.params import READS, Profile, load_profile
+from ropeway.raw import RawWriter
+from ropeway.rope import RopeScaling
+from ropeway.shards import FORMAT, Kind, write_shard
+from ropeway.tokenizer import open_tokenizer, read_special
+from ropeway.workspace import Workspace
+
+ROOT = Path(__file__).parents[1]
+PARITY = Path(__file__).parent / "contract" / "parity"
+SYSTEMS = ("", "You are kind.", "Answer in one word.")
+BLOCK = """\
+# A run of seconds, for tests.
+tiny:
+  <<: *published
+  dtype: fp32
+  max_length: 96
+  per_device_eval_batch_size: 4
+  global_batch_size: 4
+  datasets:
+    - talk: {max_val_set: 8}
+    - text: {max_val_set: 6, fraction: 0.5}
+  sources:
+    talk: {kind: python_docs, part: docstrings, expected_rows: null}
+    text: {kind: python_docs, part: topics, expected_rows: null}
+  base: {kind: scratch}
+  expected_model:
+    hidden_size: 32
+    intermediate_size: 64
+    num_hidden_layers: 2
+    num_attention_heads: 4
+    num_key_value_heads: 4
+    vocab_size: 2000
+    max_position_embeddings: 48
+    rope_theta: 10000.0
+    rms_norm_eps: 1e-5
+    tie_word_embeddings: false
+  evaluation: {prompts: configs/prompts.jsonl, max_new_tokens: 8}
+  package: {dtype: bf16, max_shard_bytes: 200000}
+  card:   # what no run knows
+    license: apache-2.0
+    license_name: Apache License 2.0
+    license_link: https://www.apache.org/licenses/LICENSE-2.0
+    base_model: null
+    upstream_datasets: []
+    developers: []
+    sponsored_by: null
+    thanks: null
+"""
+
+
+def make_run(root: Path, room: str = "evaluate", *, block: str = BLOCK) -> tuple[Workspace, Profile]:
+    """Lay the tables of every room before `evaluate`; return (workspace, profile as `room` reads it)."""
+    text = (ROOT / "params.yaml").read_text(encoding="utf-8")
+    (root / "params.yaml").write_text(text.replace("\nprofile: laptop", "\nprofile: tiny") + "\n" + block)
+    (root / "configs").mkdir()
+    (root / "configs" / "prompts.jsonl").write_text('"What is a list?"\n"How are you?"\n')
+    workspace, (_, profile) = Workspace(root, "tiny"), load_profile(root / "params.yaml")
+    make_model(workspace.base, profile, seed=1, steps=0)
+    make_model(workspace.model, profile, seed=2, steps=3)
+    conversations, documents = talks(), texts()
+    make_raw(workspace, conversations, documents)
+    make_data(workspace, profile, conversations, documents)
+    return workspace, profile.reading(READS[room])
+
+
+def make_model(folder: Path, profile: Profile, *, seed: int, steps: int) -> None:
+    """Save a model with random weights, as train's export or base's folder would look."""
+    folder.mkdir(parents=True)
+    shape = profile.expected_model
+    copy_tokenizer(folder)
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        **shape.model_dump(exclude={"vocab_size", "rope_theta"}),
+        vocab_size=2016,
+        rope_parameters=RopeScaling.of(profile, theta=shape.rope_theta).rope_parameters(),
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    facts = {"tokenizer": file_sha256(folder / "tokenizer.json"), "template": template_digest()}
+    if steps:
+        facts |= {"fingerprint": "0123456789abcdef", "steps": steps, "applied_steps": steps, "dtype": profile.dtype}
+    else:
+        facts |= {"special": read_special(folder, open_tokenizer(folder))}
+    write_manifest(folder, facts)
+
+
+def copy_tokenizer(folder: Path) -> None:
+    for path in (PARITY / "tokenizer").iterdir():
+        shutil.copyfile(path, folder / path.name)
+    (folder / "chat_template.jinja").write_text(JINJA)
+
+
+def talks() -> list[Conversation]:
+    return [
+        Conversation((f"Why is {n} odd?", "It is " + "not " * (17 * n % 60) + "even."), SYSTEMS[n % len(SYSTEMS)])
+        for n in range(1, 20)
+    ]
+
+
+def texts() -> list[str]:
+    return [f"Chapter {n}. " + "The with statement wraps a block. " * (n % 7 + 1) for n in range(12)]
+
+
+def make_raw(workspace: Workspace, conversations: list[Conversation], documents: list[str]) -> None:
+    identity = {"kind": "python_docs", "python": "3.11.7"}
+    sources = {
+        "talk": {"kind": "conversation", "kept": len(conversations), "identity": {**identity, "part": "docstrings"}},
+        "text": {"kind": "document", "kept": len(documents), "identity": {**identity, "part": "topics"}},
+    }
+    for name, records in (("talk", conversations), ("text", documents)):
+        with RawWriter(workspace.raw / name, sources[name]["kind"]) as writer:
+            for record in records:
+                writer.add(record)
+        sources[name] |= {"read": len(records), "refused": {}, "first_refused": []}
+    write_manifest(workspace.raw, {"sources": sources})
+
+
+def make_data(workspace: Workspace, profile: Profile, conversations: list[Conversation], documents: list[str]) -> None:
+    """Write shards, half of each source for validation."""
+    tokenizer = open_tokenizer(workspace.base)
+    encoded = {
+        "talk": ("conversation", [encode_talk(tokenizer, one) for one in conversations]),
+        "text": ("document", [encode_text(tokenizer, one) for one in documents]),
+    }
+    facts = []
+    for name, (kind, sequences) in encoded.items():
+        folder = workspace.data / name
+        folder.mkdir(parents=True)
+        lengths = write_shard(folder, 0, sequences, vocab_size=2005)
+        half = len(sequences) // 2
+        np.save(folder / "lengths.npy", np.asarray(lengths, dtype=np.int32))
+        np.save(folder / "train.npy", np.arange(half, len(sequences)))
+        np.save(folder / "validation.npy", np.arange(half)[: dict(profile.mixture)[name].max_val_set])
+        facts.append({"name": name, "kind": kind, "shard_sequences": [len(sequences)]})
+    tokens = file_sha256(workspace.base / "tokenizer.json")
+    special = read_special(workspace.base, tokenizer)
+    write_manifest(
+        workspace.data,
+        {"format": FORMAT, "sources": facts, "special": special, "tokenizer": tokens, "template": template_digest()},
+    )
+
+
+def encode_talk(tokenizer, conversation: Conversation):
+    ids = tokenizer.encode("".join(render_turns(conversation, end="</s>"))).ids
+    kinds, now = [], Kind.BEFORE
+    for number in ids:
+        now = {2000: Kind.PROMPTER, 2001: Kind.ASSISTANT}.get(number, now)
+        kinds.append(now)
+    return np.asarray(ids), np.asarray(kinds, dtype=np.uint8)
+
+
+def encode_text(tokenizer, text: str):
+    ids = tokenizer.encode(text).ids
+    kinds = np.full(len(ids), Kind.DOCUMENT, dtype=np.uint8)
+    kinds[-1] = Kind.DOCUMENT_END
+    return np.asarray(ids), kinds

@@ -1,0 +1,212 @@
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from ropeway import evaluate
+from ropeway.chat import JINJA
+from ropeway.errors import ConfigError, DataError
+from ropeway.evaluate.report import check_template, open_model, validation_digest
+from ropeway.evaluate.scores import Score, all_rows, measure, plan_batches, plan_mixing, sum_batch
+from ropeway.manifest import write_manifest
+from ropeway.params import READS
+from ropeway.rows import collate
+from ropeway.shards import open_shards
+from tests.tiny_run import make_run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    workspace, profile = make_run(tmp_path_factory.mktemp("run"))
+    model = AutoModelForCausalLM.from_pretrained(workspace.model, dtype=torch.float32).eval()
+    return workspace, profile, open_shards(workspace.data), model
+
+
+def varied(profile, **changes):
+    values = {name: getattr(profile, name) for name in READS["evaluate"]} | changes
+    return profile.model_construct(**values)
+
+
+def with_validation(shards, choose):
+    return replace(shards, sources=tuple(replace(source, validation=choose(source)) for source in shards.sources))
+
+
+def reference(model, shards, profile):
+    """Sums per source, row by row, over all logits of the whole model: what the scores must be."""
+    sums = np.zeros((3, len(shards.sources)))
+    for row in all_rows(shards, profile):
+        batch = collate([row], shards, profile, pad_to_multiple_of=None)
+        with torch.inference_mode():
+            logits = model(input_ids=torch.from_numpy(batch.input_ids), use_cache=False).logits[0].double()
+        for at in np.flatnonzero(batch.loss_mask[0]):
+            target = int(batch.targets[0, at])
+            loss = torch.logsumexp(logits[at], 0) - logits[at, target]
+            sums[:, row[0].source] += [float(loss), float(int(logits[at].argmax()) == target), 1.0]
+    return sums
+
+
+def test_scores_equal_those_over_all_logits_row_by_row(run):
+    _, profile, shards, model = run
+    expected = reference(model, shards, profile)
+    scores = measure(model, shards, profile, name="tuned")
+    np.testing.assert_allclose([score.loss_sum for score in scores], expected[0], rtol=1e-6)
+    assert [score.correct for score in scores] == expected[1].tolist()
+    assert [score.tokens for score in scores] == expected[2].tolist()
+
+
+@pytest.mark.parametrize("document_end", ["masked", "eos", "published"])
+def test_batches_of_one_and_of_sixteen_give_the_same_numbers(run, document_end):
+    _, profile, shards, model = run
+    one, sixteen = (
+        measure(
+            model, shards, varied(profile, per_device_eval_batch_size=size, document_end=document_end), name="tuned"
+        )
+        for size in (1, 16)
+    )
+    for a, b in zip(one, sixteen, strict=True):
+        assert a.tokens == b.tokens
+        assert a.correct == b.correct
+        assert a.loss == pytest.approx(b.loss, abs=1e-6)
+
+
+def test_dynamic_scaling_gives_a_row_the_same_loss_whatever_it_is_batched_with(run):
+    _, profile, shards, model = run
+    config = type(model.config).from_dict(
+        model.config.to_dict() | {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}
+    )
+    losses = []
+    for size in (1, 16):
+        dynamic = LlamaForCausalLM(config).eval()  # anew: its stretched frequencies outlive a batch
+        dynamic.load_state_dict(model.state_dict())
+        losses.append(
+            [s.loss for s in measure(dynamic, shards, varied(profile, per_device_eval_batch_size=size), name="t")]
+        )
+    assert plan_mixing(profile, config) == 49
+    assert sum(row[0].end > 49 for row in all_rows(shards, profile)) > 3
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+def test_a_model_that_knows_nothing_loses_the_logarithm_of_its_vocabulary(run):
+    _, profile, shards, model = run
+    uniform = LlamaForCausalLM(model.config).eval()
+    torch.nn.init.zeros_(uniform.lm_head.weight)
+    for score in measure(uniform, shards, profile, name="base"):
+        assert score.loss == pytest.approx(math.log(2016), abs=1e-6)
+        assert score.metrics()["perplexity"] == pytest.approx(2016, rel=1e-5)
+
+
+def test_a_model_that_always_says_the_end_token_is_right_just_where_an_answer_ends(run):
+    _, profile, shards, model = run
+    constant = LlamaForCausalLM(model.config).eval()
+    torch.nn.init.zeros_(constant.lm_head.weight)
+    ends = 0
+    for row in all_rows(shards, profile):
+        batch = collate([row], shards, profile, pad_to_multiple_of=None)
+        ends += int(((batch.targets == 2) & batch.loss_mask).sum())
+    # All logits are equal, so argmax is id 0; a bias towards id 2 makes it the most likely everywhere.
+    constant.lm_head.bias = torch.nn.Parameter(torch.nn.functional.one_hot(torch.tensor(2), 2016).float() * 20)
+    assert ends > 0
+    assert sum(score.correct for score in measure(constant, shards, profile, name="base")) == ends
+
+
+def test_the_loss_mask_decides_what_is_measured(run):
+    _, profile, shards, model = run
+    talk, everything = (
+        measure(model, shards, varied(profile, label_masking=masking), name="tuned")[0] for masking in (True, False)
+    )
+    answers = measure(model, shards, varied(profile, what_counts="answers"), name="tuned")[0]
+    assert answers.tokens < talk.tokens < everything.tokens
+    assert len({round(score.loss, 4) for score in (answers, talk, everything)}) == 3
+
+
+def test_padding_changes_no_sum(run):
+    _, profile, shards, model = run
+    row = all_rows(shards, profile)[:1]
+    like = np.zeros((3, 2))
+    tight, wide = (
+        sum_batch(model, collate(row, shards, profile, pad_to_multiple_of=multiple), like) for multiple in (None, 64)
+    )
+    np.testing.assert_allclose(tight, wide, rtol=1e-6)
+
+
+def test_similar_lengths_share_a_batch_and_every_row_is_in_one():
+    lengths = [5, 1, 9, 9, 2, 7, 9]
+    batches = plan_batches(lengths, 3)
+    assert sorted(row for batch in batches for row in batch) == list(range(7))
+    assert [[lengths[row] for row in batch] for batch in batches] == [[1, 2, 5], [7, 9, 9], [9]]
+
+
+def test_a_source_without_a_supervised_validation_token_is_an_error_in_words(run):
+    _, profile, shards, model = run
+    empty = with_validation(shards, lambda source: source.validation[: 0 if source.name == "talk" else None])
+    with pytest.raises(DataError, match=r"source talk: its 0 validation rows hold no supervised token.*val_split"):
+        measure(model, empty, profile, name="tuned")
+
+
+def test_a_loss_that_is_no_number_is_an_error_that_names_model_and_source(run):
+    _, profile, shards, model = run
+    broken = LlamaForCausalLM(model.config).eval()
+    torch.nn.init.constant_(broken.lm_head.weight, math.nan)
+    with pytest.raises(DataError, match="source talk: the loss of the tuned model is nan over"):
+        measure(broken, shards, profile, name="tuned")
+
+
+def test_a_loss_beyond_all_measure_still_has_a_perplexity_that_json_can_hold():
+    assert json.loads(json.dumps(Score(9000.0, 0, 1).metrics(), allow_nan=False))["perplexity"] > 1e300
+
+
+def test_the_digest_of_the_validation_rows_knows_rows_and_masks_but_no_order(run):
+    _, profile, shards, _ = run
+    usual = validation_digest(shards, profile)
+    turned = with_validation(shards, lambda source: source.validation[::-1])
+    fewer = with_validation(shards, lambda source: source.validation[1:])
+    assert validation_digest(turned, profile) == usual
+    assert validation_digest(fewer, profile) != usual
+    assert validation_digest(shards, varied(profile, label_masking=False)) != usual
+
+
+def test_a_model_with_another_template_or_tokenizer_than_the_data_is_refused(tmp_path):
+    workspace, profile = make_run(tmp_path)
+    template = workspace.model / "chat_template.jinja"
+    template.write_text(JINJA.replace("eos_token", "' ' + eos_token", 1))
+    write_manifest(workspace.model, {"steps": 3})
+    with pytest.raises(DataError, match=r"chat_template.jinja: differs from the template of data and training at char"):
+        evaluate.run(workspace, profile)
+    template.write_text(JINJA)
+    tokenizer = workspace.model / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace("<|system|>", "<|System|>"))
+    with pytest.raises(DataError, match=r"tokenizer.json: sha256 is .*the data was made with"):
+        check_template(workspace.model, open_shards(workspace.data))
+
+
+def test_two_evaluations_of_one_run_give_the_same_bytes(tmp_path):
+    workspace, profile = make_run(tmp_path)
+    seen = []
+    for _ in range(2):
+        evaluate.run(workspace, profile)
+        seen.append((workspace.evaluation.read_bytes(), workspace.samples.read_bytes()))
+    assert seen[0] == seen[1]
+    report = json.loads(seen[0][0])
+    assert set(report) == {"sources", "mean", "validation", "rows"}
+    assert list(report["sources"]) == ["talk", "text"]
+    assert report["rows"] == 14
+    means = [report["sources"][name]["tuned"]["loss"] for name in ("talk", "text")]
+    assert report["mean"]["tuned"] == pytest.approx(sum(means) / 2, abs=1e-6)
+
+
+def test_a_missing_prompts_file_is_said_before_a_model_is_opened(tmp_path):
+    workspace, profile = make_run(tmp_path)
+    (tmp_path / "configs" / "prompts.jsonl").unlink()
+    with pytest.raises(ConfigError, match=r"prompts.jsonl: not found; `evaluation.prompts` names it"):
+        evaluate.run(workspace, profile)
+
+
+def test_the_model_is_opened_in_full_precision_on_a_cpu(run):
+    workspace, *_ = run
+    model, _ = open_model(workspace.model, like=workspace.model)
+    assert torch.cuda.is_available() or model.dtype == torch.float32
+    assert not model.training
