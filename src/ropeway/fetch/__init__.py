@@ -1,1 +1,93 @@
-"""Room: fetch."""
+"""Room: fetch. Sources to parquet, pinned by an identity, every record counted."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ropeway.errors import ConfigError, DataError
+from ropeway.fetch.identity import source_identity
+from ropeway.fetch.python_docs import iterate_docstrings, iterate_topics
+from ropeway.manifest import whole_folder, write_manifest
+from ropeway.params import Profile, PythonDocsSource, Source
+from ropeway.raw import RawWriter, Record, RecordKind
+from ropeway.workspace import Workspace
+
+_SHOWN_REFUSALS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A record that cannot be used.
+
+    Attributes:
+        where: File and line, or row, as a person would look it up.
+        reason: The same few words for the same fault: they are counted.
+    """
+
+    where: str
+    reason: str
+
+
+def run(workspace: Workspace, profile: Profile) -> None:
+    """Leave `raw/`: one folder of parquet parts per source, and a manifest of what was read, kept and refused.
+
+    Raises:
+        ConfigError: A source's kind or files are not there.
+        DataError: More than `max_refused_fraction` of a source's records were refused.
+    """
+    sources: dict[str, Any] = {}
+    rows: dict[str, int] = {}
+    with whole_folder(workspace.raw) as folder:
+        for name, source in profile.sources.items():
+            facts, parts = _fetch(name, source, folder / name, profile.max_refused_fraction)
+            sources[name] = {**facts, "identity": source_identity(source, workspace.root)}
+            rows |= {f"{name}/{part}": count for part, count in parts.items()}
+            print(f"{name}: {facts['kept']:,} {facts['kind']}s of {facts['read']:,} read, {facts['refused'] or 'none'}")
+        write_manifest(folder, {"sources": sources}, rows=rows)
+
+
+def _fetch(name: str, source: Source, folder: Path, limit: float) -> tuple[dict[str, Any], dict[str, int]]:
+    """Write one source; return its facts and the rows of each part."""
+    reasons: Counter[str] = Counter()
+    shown: list[dict[str, str]] = []
+    with RawWriter(folder, kind_of(source)) as writer:
+        for record in open_source(source):
+            if isinstance(record, Refused):
+                reasons[record.reason] += 1
+                shown += [{"where": record.where, "reason": record.reason}] * (len(shown) < _SHOWN_REFUSALS)
+            else:
+                writer.add(record)
+    read = writer.records + reasons.total()
+    if reasons.total() > limit * read:
+        raise DataError(
+            f"source {name}: {reasons.total():,} of {read:,} records refused ({dict(sorted(reasons.items()))}), more "
+            f"than max_refused_fraction {limit:g} allows; the first: {shown[0]['where']}: {shown[0]['reason']}"
+        )
+    facts = {
+        "kind": kind_of(source),
+        "read": read,
+        "kept": writer.records,
+        "refused": dict(sorted(reasons.items())),
+        "first_refused": shown,
+    }
+    return facts, writer.parts
+
+
+def kind_of(source: Source) -> RecordKind:
+    """Return what a source's records are."""
+    if isinstance(source, PythonDocsSource):
+        return "document" if source.part == "topics" else "conversation"
+    return "document" if source.rows == "text" else "conversation"
+
+
+def open_source(source: Source) -> Iterable[Record | Refused]:
+    """Return a source's records, refused ones among them, in an order that never changes.
+
+    Raises:
+        ConfigError: This version cannot read such a source.
+    """
+    if isinstance(source, PythonDocsSource):
+        return iterate_topics() if source.part == "topics" else iterate_docstrings()
+    raise ConfigError(f"sources: kind '{source.kind}' is not there yet in this version; use python_docs")

@@ -1,0 +1,213 @@
+"""Room: base. The model and tokenizer that training starts from: role tokens added, vocabulary padded, RoPE stated."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from ropeway.chat import template_digest
+from ropeway.errors import ConfigError, TemporaryError
+from ropeway.manifest import file_sha256, load_manifest, whole_folder, write_manifest
+from ropeway.params import GgufBase, HubBase, ModelShape, Profile, ScratchBase
+from ropeway.raw import iterate_records, iterate_texts
+from ropeway.rope import RopeScaling
+from ropeway.tokenizer import (
+    LLAMA_SPECIAL,
+    count_tokens,
+    open_tokenizer,
+    prepare_tokenizer,
+    read_special,
+    read_special_names,
+    train_tokenizer,
+    write_tokenizer,
+)
+from ropeway.workspace import Workspace
+
+NEW_ROW_STD = 0.02  # Source: Llama's initializer_range, which resizing drew from in transformers 4.31
+SHARD_BYTES = 5_000_000_000
+
+
+def run(workspace: Workspace, profile: Profile) -> None:
+    """Leave `base/`: weights, config, tokenizer with the role tokens and the template, manifest.
+
+    Raises:
+        ConfigError: The model is missing, is no Llama, or has another shape than `expected_model`.
+        TemporaryError: The Hub did not answer.
+    """
+    with whole_folder(workspace.base) as folder:
+        origin, options = _locate_origin(workspace.root, profile)
+        tokenizer, names = _open_or_train_tokenizer(workspace, profile, origin, options)
+        prepare_tokenizer(tokenizer, names)
+        write_tokenizer(folder, tokenizer, names, max_length=profile.max_length)
+        rows = plan_vocabulary(count_tokens(tokenizer), profile.pad_vocab_to_multiple_of)
+        if origin is None:
+            model = make_model(profile, rows=rows)
+        else:
+            model = open_model(origin, options, profile)
+            resize(model, rows=rows, new_rows=profile.new_rows, seed=profile.rng_seed)
+        special = read_special(folder, tokenizer)
+        _save(model, folder, special)
+        facts = _facts(profile, model, folder, special)
+        write_manifest(folder, facts)
+    print(f"{profile.model_name}: {facts['parameters']:,} parameters, {rows:,} rows, special tokens {special}")
+
+
+def plan_vocabulary(tokens: int, multiple: int) -> int:
+    """Return the rows of the embedding: `tokens` rounded up. Source: Open-Assistant's model loading (July 2023).
+
+    >>> plan_vocabulary(32005, 16)
+    32016
+    """
+    return -(-tokens // multiple) * multiple
+
+
+def make_model(profile: Profile, *, rows: int) -> LlamaForCausalLM:
+    """Return a Llama of `expected_model`'s shape with fp32 weights drawn from the run's seed alone."""
+    shape = profile.expected_model.model_dump(exclude={"vocab_size", "rope_theta"})
+    config = LlamaConfig(**shape, vocab_size=rows, rope_parameters=_rope(profile).rope_parameters())
+    with torch.random.fork_rng(devices=[]):  # transformers draws from the global generator only
+        torch.manual_seed(profile.rng_seed)
+        return LlamaForCausalLM(config).to(torch.float32)
+
+
+def open_model(origin: Path, options: dict[str, Any], profile: Profile) -> LlamaForCausalLM:
+    """Return the Llama of a folder in the dtype it is stored in, its RoPE stretched as params say.
+
+    Raises:
+        ConfigError: It is no Llama, has another shape than `expected_model`, or lacks weights.
+    """
+    config = AutoConfig.from_pretrained(origin, **options)
+    check_shape(config, profile.expected_model, where=f"model_name {profile.model_name}")
+    config.rope_parameters = _rope(profile).rope_parameters()  # the whole dict: a partial one loses theta (5.24)
+    model, found = LlamaForCausalLM.from_pretrained(
+        origin, config=config, dtype="auto", output_loading_info=True, **options
+    )
+    if lacking := sorted(found["missing_keys"]):
+        raise ConfigError(
+            f"{origin}: {len(lacking)} weights of a Llama are not in its files, first {lacking[0]}; fetch it again"
+        )
+    return model
+
+
+def check_shape(config: Any, expected: ModelShape, *, where: str) -> None:  # noqa: ANN401 - any model's config
+    """Raise ConfigError unless a model's config has the expected shape; every difference is named."""
+    if config.model_type != "llama":
+        raise ConfigError(f"{where}: expected a Llama, found model_type '{config.model_type}'")
+    stated = {**config.to_dict(), "rope_theta": (config.rope_parameters or {}).get("rope_theta")}
+    faults = [
+        f"  {name}: expected_model says {value!r}, the model's config {stated.get(name)!r}"
+        for name, value in expected.model_dump().items()
+        if stated.get(name) != value
+    ]
+    if faults:
+        raise ConfigError("\n".join([f"{where}: not the model that params.yaml expects", *faults]))
+
+
+def resize(model: LlamaForCausalLM, *, rows: int, new_rows: str, seed: int) -> None:
+    """Bring input embedding and head to `rows`; new rows are N(0, 0.02), or the mean of the old ones."""
+    old = model.get_input_embeddings().weight.shape[0]
+    if rows == old:
+        return
+    with torch.random.fork_rng(devices=[]):  # what it draws is overwritten below
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    generator = torch.Generator().manual_seed(seed)
+    tied = model.config.tie_word_embeddings
+    for part in (model.get_input_embeddings(), *(() if tied else (model.get_output_embeddings(),))):
+        weight = part.weight.data
+        if new_rows == "mean":
+            weight[old:] = weight[:old].float().mean(dim=0).to(weight.dtype)
+        else:
+            weight[old:] = (torch.randn(weight[old:].shape, generator=generator) * NEW_ROW_STD).to(weight.dtype)
+
+
+def _rope(profile: Profile) -> RopeScaling:
+    return RopeScaling.of(profile, theta=profile.expected_model.rope_theta)
+
+
+def _locate_origin(root: Path, profile: Profile) -> tuple[Path | None, dict[str, Any]]:
+    """Return (folder of the original, options to open it with); no folder when the model is made here."""
+    base = profile.base
+    if isinstance(base, ScratchBase):
+        return None, {}
+    if isinstance(base, HubBase):
+        return _download(profile.model_name, base.revision), {}
+    if isinstance(base, GgufBase):
+        return _find_in_package(base), {"gguf_file": base.file}
+    folder = root / profile.model_name
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"model_name: {folder} has no config.json, so there is no model on this machine. Put a Llama there "
+            "(config.json, *.safetensors, tokenizer.json), or set base: {kind: hub, revision: COMMIT} and model_name "
+            "to its repository, e.g. meta-llama/Llama-2-13b-hf"
+        )
+    return folder, {}
+
+
+def _find_in_package(base: GgufBase) -> Path:
+    """Return the folder in an installed package that holds the GGUF file; the package is not imported."""
+    found = importlib.util.find_spec(base.package)
+    if found is None or found.origin is None:
+        raise ConfigError(f"base.package: {base.package} is not installed; run `make setup EXTRAS=smollm2`")
+    folder = Path(found.origin).parent
+    if not (folder / base.file).is_file():
+        there = sorted(path.name for path in folder.glob("*.gguf"))
+        raise ConfigError(f"base.file: {folder} has no {base.file}; GGUF files there: {', '.join(there) or 'none'}")
+    return folder
+
+
+def _download(repo: str, revision: str) -> Path:
+    """Return the local snapshot of a Hub repository at a revision, downloading what is missing."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        patterns = ["*.json", "*.safetensors"]  # no pickle is ever loaded
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+    except RepositoryNotFoundError:
+        raise ConfigError(f"model_name: the Hub shows no {repo}; a gated one wants HF_TOKEN set") from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise TemporaryError(f"model_name: {repo} at {revision} could not be fetched from the Hub: {error}") from None
+
+
+def _open_or_train_tokenizer(
+    workspace: Workspace, profile: Profile, origin: Path | None, options: dict[str, Any]
+) -> tuple[Tokenizer, dict[str, str]]:
+    """Return (tokenizer, {unk, bos, eos: text})."""
+    if origin is None:
+        sources = load_manifest(workspace.raw, remedy="Run `dvc repro fetch`")["sources"]
+        records = (record for name in sorted(sources) for record in iterate_records(workspace.raw / name))
+        texts = (text for record in records for text in iterate_texts(record))
+        return train_tokenizer(texts, vocab_size=profile.expected_model.vocab_size), dict(LLAMA_SPECIAL)
+    if "gguf_file" not in options:
+        return open_tokenizer(origin), {k: v for k, v in read_special_names(origin).items() if k != "pad"}
+    opened = AutoTokenizer.from_pretrained(origin, **options)
+    named = {"unk": opened.unk_token, "bos": opened.bos_token, "eos": opened.eos_token}
+    return Tokenizer.from_str(opened.backend_tokenizer.to_str()), {k: v for k, v in named.items() if v}
+
+
+def _save(model: LlamaForCausalLM, folder: Path, special: dict[str, int]) -> None:
+    """Save weights and config; generation stops where training stops, and nothing else of the original's habits."""
+    stops = {f"{short}_token_id": special[short] for short in ("bos", "eos", "pad")}
+    for name, number in stops.items():
+        setattr(model.config, name, number)
+    model.generation_config = GenerationConfig(**stops)
+    model.save_pretrained(folder, max_shard_size=SHARD_BYTES)
+
+
+def _facts(profile: Profile, model: LlamaForCausalLM, folder: Path, special: dict[str, int]) -> dict[str, Any]:
+    return {
+        "model": {
+            "name": profile.model_name,
+            "kind": profile.base.kind,
+            **profile.expected_model.model_dump(),
+            "embedding_rows": model.get_input_embeddings().weight.shape[0],
+            "rope_parameters": _rope(profile).rope_parameters(),
+        },
+        "tokenizer": file_sha256(folder / "tokenizer.json"),
+        "template": template_digest(),
+        "special": special,
+        "parameters": sum(part.numel() for part in model.parameters()),
+    }

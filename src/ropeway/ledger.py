@@ -1,0 +1,163 @@
+"""The ledger: where every record and every token of every source went. Its sums come out even or there is no ledger.
+
+read = refused + kept; kept -> sequences (a document: its chunks)
+sequences and their tokens = train + validation + unused
+each epoch: drawn tokens = tokens in rows + lost to windows + lost to cuts; cells of rows = tokens + padding
+all sources' rows = steps x global batch + left over
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ropeway.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Records:
+    """What became of a source's records.
+
+    Attributes:
+        refused_by_fetch: Reason -> records.
+        refused_by_prepare: Likewise.
+        with_special_tokens: Kept records in whose text a special token's string stands.
+        without_tokens: Kept documents that are empty, hence no chunk.
+    """
+
+    read: int
+    refused_by_fetch: dict[str, int]
+    refused_by_prepare: dict[str, int]
+    kept: int
+    with_special_tokens: int
+    without_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Sequences, or tokens, by what they are for; `unused` is what validation's limit leaves over."""
+
+    all: int
+    train: int
+    validation: int
+    unused: int
+
+
+@dataclass(frozen=True, slots=True)
+class EpochOfSource:
+    """One epoch of one source.
+
+    Attributes:
+        not_drawn: Training sequences that the fraction leaves out this time.
+        drawn: Sequences read, each a row.
+        drawn_tokens: Their tokens, whole.
+        windowed: Over-long conversations of which a later window is read; `windowed_tokens` are lost around it.
+        cut: Over-long sequences read from their beginning; `cut_tokens` are lost behind.
+        cells: Tokens and padding of the rows, each padded by itself to the multiple of 16; a micro-batch pads to its
+            longest row, hence more, depending on ranks.
+        padding: Cells without a token.
+        row_tokens: Tokens read.
+        supervised: Of these, those that count in the loss.
+    """
+
+    epoch: int
+    not_drawn: int
+    drawn: int
+    drawn_tokens: int
+    windowed: int
+    windowed_tokens: int
+    cut: int
+    cut_tokens: int
+    cells: int
+    padding: int
+    row_tokens: int
+    supervised: int
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """All of one source."""
+
+    name: str
+    kind: str
+    records: Records
+    sequences: Parts
+    tokens: Parts
+    epochs: tuple[EpochOfSource, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Epoch:
+    """One epoch of the mixture: `left_over` rows behind the last full optimizer step are not trained."""
+
+    epoch: int
+    rows: int
+    global_batch_size: int
+    steps: int
+    left_over: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """The whole account, in the order of params."""
+
+    sources: tuple[Account, ...]
+    epochs: tuple[Epoch, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what ledger.json holds."""
+        return asdict(self)
+
+
+def check_ledger(ledger: Ledger) -> None:
+    """Raise DataError unless every sum comes out even and every source has something to learn.
+
+    Raises:
+        DataError: All sums that do not, each with its numbers.
+    """
+    faults = [
+        f"  {what}: {total:,} is not {' + '.join(f'{part:,}' for part in parts)} = {sum(parts):,}"
+        for what, total, parts in _sums(ledger)
+        if total != sum(parts) or min(parts) < 0
+    ]
+    if faults:
+        raise DataError(
+            "\n".join(["the ledger does not come out even; this is a fault in Ropeway, report it", *faults])
+        )
+    for account in ledger.sources:
+        if not any(epoch.supervised for epoch in account.epochs):
+            drawn = sum(epoch.drawn for epoch in account.epochs)
+            raise DataError(
+                f"source {account.name}: 0 supervised tokens in {drawn:,} rows ({account.records.kept:,} records kept "
+                f"of {account.records.read:,} read, {account.sequences.train:,} training sequences); it teaches "
+                "nothing: check its columns and fraction, or take it out of datasets and sources"
+            )
+
+
+def _sums(ledger: Ledger) -> Iterator[tuple[str, int, tuple[int, ...]]]:
+    """Yield (what, total, parts) of every sum that must come out even."""
+    for account in ledger.sources:
+        name, records = account.name, account.records
+        refused = (sum(records.refused_by_fetch.values()), sum(records.refused_by_prepare.values()))
+        yield f"{name}, records read = refused by fetch + by prepare + kept", records.read, (*refused, records.kept)
+        if account.kind == "conversation":
+            yield f"{name}, records kept = sequences", records.kept, (account.sequences.all,)
+        for unit, parts in (("sequences", account.sequences), ("tokens", account.tokens)):
+            split = (parts.train, parts.validation, parts.unused)
+            yield f"{name}, {unit} = train + validation + unused", parts.all, split
+        for part in account.epochs:
+            yield from _epoch_sums(f"{name}, epoch {part.epoch}", account, part)
+    for epoch in ledger.epochs:
+        where = f"epoch {epoch.epoch}"
+        drawn = tuple(account.epochs[epoch.epoch].drawn for account in ledger.sources)
+        yield f"{where}, rows = sum over sources", epoch.rows, drawn
+        trained = epoch.steps * epoch.global_batch_size
+        yield f"{where}, rows = steps x global batch + left over", epoch.rows, (trained, epoch.left_over)
+
+
+def _epoch_sums(where: str, account: Account, part: EpochOfSource) -> Iterator[tuple[str, int, tuple[int, ...]]]:
+    yield f"{where}, training sequences = drawn + not drawn", account.sequences.train, (part.drawn, part.not_drawn)
+    lost = (part.windowed_tokens, part.cut_tokens)
+    yield f"{where}, tokens drawn = in rows + lost to windows + to cuts", part.drawn_tokens, (part.row_tokens, *lost)
+    yield f"{where}, cells = tokens in rows + padding", part.cells, (part.row_tokens, part.padding)
+    unsupervised = part.row_tokens - part.supervised
+    yield f"{where}, tokens in rows = supervised + not", part.row_tokens, (part.supervised, unsupervised)

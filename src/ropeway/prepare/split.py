@@ -1,0 +1,60 @@
+"""Which sequences of a source train, which validate, which rest: pure functions over numbers."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ropeway.mixture import draw_validation, split_positions
+from ropeway.params import Profile
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Sequence numbers of one source: `train` `(n,)`, `validation` `(v,)`, and how many `unused` are in neither."""
+
+    train: NDArray[np.int64]
+    validation: NDArray[np.int64]
+    unused: NDArray[np.int64]
+
+
+def plan_split(
+    records: NDArray[np.int64],
+    keys: NDArray[np.uint64],
+    profile: Profile,
+    *,
+    max_val_set: int | None,
+    generator: np.random.RandomState,
+) -> Split:
+    """Return the split of one source.
+
+    Args:
+        records: `(N,)` number of the record that each sequence comes from, ascending.
+        keys: `(N,)` hash of each sequence, or of its record when `split_by` is `document`.
+        profile: `split`, `split_by`, `val_split` and `validation_with_replacement` are read.
+        max_val_set: Sequences that validate; the rest of the validation part is unused.
+        generator: Shared over the sources in their order, as in the original.
+    """
+    units = records if profile.split_by == "document" else np.arange(len(records))
+    if profile.split == "by_hash":
+        chosen = keys < np.uint64(int(profile.val_split * 2**64))
+        train, part = np.flatnonzero(~chosen), np.flatnonzero(chosen)
+    else:
+        train, part = (expand(order, units) for order in split_positions(_count(units), profile.val_split))
+    replace = profile.validation_with_replacement
+    validation = part[draw_validation(len(part), max_val_set, generator=generator, replace=replace)]
+    return Split(train, validation, np.setdiff1d(part, validation))
+
+
+def expand(order: NDArray[np.int64], units: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the sequences of these units, unit by unit.
+
+    >>> expand(np.array([2, 0]), np.array([0, 0, 2, 2, 2])).tolist()
+    [2, 3, 4, 0, 1]
+    """
+    begins, ends = (np.searchsorted(units, order, side=side) for side in ("left", "right"))
+    return np.concatenate([np.empty(0, np.int64), *map(np.arange, begins, ends)])
+
+
+def _count(units: NDArray[np.int64]) -> int:
+    return int(units[-1]) + 1 if len(units) else 0
