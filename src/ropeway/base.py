@@ -1,6 +1,7 @@
 """Room: base. The model and tokenizer that training starts from: role tokens added, vocabulary padded, RoPE stated."""
 
 import importlib.util
+import math
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,7 @@ def open_model(origin: Path, options: dict[str, Any], profile: Profile) -> Llama
     config = AutoConfig.from_pretrained(origin, **options)
     check_shape(config, profile.expected_model, where=f"model_name {profile.model_name}")
     config.rope_parameters = _rope(profile).rope_parameters()  # the whole dict: a partial one loses theta (5.24)
+    config.rms_norm_eps = profile.expected_model.rms_norm_eps
     model, found = LlamaForCausalLM.from_pretrained(
         origin, config=config, dtype="auto", output_loading_info=True, **options
     )
@@ -89,6 +91,15 @@ def open_model(origin: Path, options: dict[str, Any], profile: Profile) -> Llama
         raise ConfigError(
             f"{origin}: {len(lacking)} weights of a Llama are not in its files, first {lacking[0]}; fetch it again"
         )
+    return _dequantised(model) if "gguf_file" in options else model
+
+
+def _dequantised(opened: LlamaForCausalLM) -> LlamaForCausalLM:
+    """Return a plain Llama with a GGUF's weights: transformers 5.24 refuses to save or resize the one it opened."""
+    stated = opened.config.to_dict()
+    config = LlamaConfig.from_dict({k: v for k, v in stated.items() if k != "quantization_config" and k[0] != "_"})
+    model = LlamaForCausalLM(config)
+    model.load_state_dict(opened.state_dict())
     return model
 
 
@@ -100,10 +111,15 @@ def check_shape(config: Any, expected: ModelShape, *, where: str) -> None:  # no
     faults = [
         f"  {name}: expected_model says {value!r}, the model's config {stated.get(name)!r}"
         for name, value in expected.model_dump().items()
-        if stated.get(name) != value
+        if not _equal(value, stated.get(name))
     ]
     if faults:
         raise ConfigError("\n".join([f"{where}: not the model that params.yaml expects", *faults]))
+
+
+def _equal(expected: float, found: object) -> bool:
+    """Compare as fp32 does: GGUF stores 1e-5 as 9.999999747378752e-06."""
+    return isinstance(found, int | float) and math.isclose(expected, found, rel_tol=1e-6)
 
 
 def resize(model: LlamaForCausalLM, *, rows: int, new_rows: str, seed: int) -> None:

@@ -127,12 +127,16 @@ def prepare_tokenizer(tokenizer: Tokenizer, names: dict[str, str]) -> None:
     A tokenizer that puts no BOS in front (GPT-2's type) gets it: training, template and evaluation all count on it.
 
     Raises:
-        ConfigError: The BOS token is not in the vocabulary.
+        ConfigError: The tokenizer names no BOS or no end token.
     """
+    for name in ("bos", "eos"):
+        if name not in names or tokenizer.token_to_id(names[name]) is None:
+            raise ConfigError(
+                f"the base model's tokenizer has no {name}_token in its vocabulary (tokenizer_config.json names "
+                f"{names.get(name)!r}); conversations need one in front and at the end of turns: name it there"
+            )
     tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in ROLE_TOKENS])
     bos = tokenizer.token_to_id(names["bos"])
-    if bos is None:
-        raise ConfigError(f"the tokenizer's bos_token {names['bos']!r} is not in its vocabulary")
     if tokenizer.encode("a").ids[:1] != [bos]:
         tokenizer.post_processor = _bos_in_front(names["bos"], bos)
 
