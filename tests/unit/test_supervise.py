@@ -1,0 +1,319 @@
+"""Real processes: what counts is that nothing is left, and who was asked to end."""
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import textwrap
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+PYTHON = sys.executable
+# Each fake says who it is on the tree's one stdout, so a test awaits it instead of sleeping.
+SAY = "import os, signal, subprocess, sys\ndef say(*words): os.write(1, (' '.join(map(str, words)) + '\\n').encode())\n"
+
+
+class Tree:
+    """A supervised process tree: its supervisor (or what started it), and what its members said."""
+
+    def __init__(self, command, **options):
+        self.root = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, **options
+        )
+        self.lines = []
+        self.members = {}
+
+    def hear(self, word, times=1):
+        """Read on until `word` was said so often; return the pids of those who said it."""
+        found = []
+        while len(found) < times:
+            line = self.root.stdout.readline()
+            assert line, f"ended before {word!r}: {self.lines}"
+            self.lines.append(line.strip())
+            if line.startswith(f"{word} "):
+                found.append(psutil.Process(int(line.split()[1])))
+        return found
+
+    def finish(self):
+        """Return the code once every member has closed the tree's stdout."""
+        self.lines += self.root.stdout.read().splitlines()
+        return self.root.wait(30)
+
+
+@pytest.fixture
+def script(tmp_path):
+    def write(name, text):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(SAY + textwrap.dedent(text))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def supervise(tmp_path):
+    trees = []
+
+    def start(*command, grace=30, leader=None, by=(), **options):
+        arguments = ["--record", str(tmp_path / "room.exit.json"), "--grace", str(grace)]
+        arguments += ["--leader", str(leader)] if leader else []
+        env = {**os.environ, "PYTHONUNBUFFERED": "1", **options.pop("env", {})}
+        full = [*by, PYTHON, "-m", "ropeway.supervise", *arguments, "--", *map(str, command)]
+        trees.append(Tree(full, cwd=tmp_path, env=env, **options))
+        return trees[-1]
+
+    yield start
+    for tree in trees:
+        tree.root.kill()
+        tree.root.wait()
+        tree.root.stdout.close()
+
+
+@pytest.fixture
+def record(tmp_path):
+    return lambda: json.loads((tmp_path / "room.exit.json").read_text())
+
+
+def alive(processes):
+    return [process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+
+
+def await_end(processes):
+    for process in processes:
+        with suppress(ProcessLookupError):
+            end = os.pidfd_open(process.pid)  # readable at its death, reaped or not
+            assert select.select([end], [], [], 20)[0], f"still alive: {process}"
+            os.close(end)
+
+
+FAMILY = """
+    grandchild = "import os, signal; os.write(1, f'member {os.getpid()}\\\\n'.encode()); signal.pause()"
+    subprocess.Popen([sys.executable, "-c", grandchild], start_new_session=True)
+    say("member", os.getpid())
+    signal.pause()
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "died_of"), [(0, None), (1, None), (64, None), (75, None), (255, None), (247, "SIGKILL")]
+)
+def test_the_code_of_the_command_is_passed_on_and_recorded(supervise, record, code, died_of):
+    assert supervise(PYTHON, "-c", f"raise SystemExit({code})").finish() == code
+    found = record()
+    assert (found["stage"], found["code"], found["signal"], found["why"]) == ("room", code, died_of, None)
+
+
+def test_a_command_that_a_signal_ended_is_recorded_with_its_name(supervise, record):
+    assert supervise(PYTHON, "-c", "import os; os.kill(os.getpid(), 9)").finish() == 137
+    assert record()["signal"] == "SIGKILL"
+
+
+def test_a_command_that_does_not_exist_is_a_config_error(supervise):
+    tree = supervise("no-such-command")
+    assert tree.finish() == 64
+    assert "no-such-command: not found" in tree.lines[-1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_asked_to_end_it_ends_the_whole_tree_also_who_left_its_session(supervise, script, record, number):
+    tree = supervise(PYTHON, script("family.py", FAMILY))
+    members = tree.hear("member", times=2)
+    tree.root.send_signal(number)
+    assert tree.root.wait(20) == 128 + number
+    assert not alive(members)
+    assert record()["why"] == f"asked by {number.name}"
+
+
+def test_who_does_not_end_when_asked_is_killed_after_the_grace(supervise, script):
+    deaf = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nsay('member', os.getpid())\nwhile True: signal.pause()"
+    tree = supervise(PYTHON, script("deaf.py", deaf), grace=0.5)
+    members = tree.hear("member")
+    tree.root.terminate()
+    assert tree.root.wait(20) == 143
+    assert not alive(members)
+
+
+def test_what_a_command_leaves_behind_is_ended_when_it_ends(supervise, script, record):
+    leaver = FAMILY.replace("signal.pause()\n", "sys.exit(7)\n")
+    tree = supervise(PYTHON, script("leaver.py", leaver))
+    assert tree.finish() == 7  # stdout is closed: the grandchild, which held it, is gone
+    assert record()["code"] == 7
+
+
+RANK = """
+    import os, signal, sys
+    def ask(*_):
+        os.write(1, f"saved {os.getpid()}\\n".encode())
+        os._exit(75)
+    signal.signal(signal.SIGTERM, ask)
+    os.write(1, f"rank {os.getpid()}\\n".encode())
+    while True: signal.pause()
+"""
+LAUNCHER = """
+    def ask(*_):
+        say("launcher-was-asked", os.getpid())
+    signal.signal(signal.SIGTERM, ask)
+    ranks = [subprocess.Popen([sys.executable, "-u", "-m", "ropeway.train.rank", "/root"]) for _ in range(2)]
+    say("launcher", os.getpid())
+    sys.exit(max(rank.wait() for rank in ranks))
+"""
+
+
+@pytest.fixture
+def launcher(script, tmp_path):
+    for part in ("ropeway/__init__.py", "ropeway/train/__init__.py"):
+        script(f"fake/{part}", "")
+    (tmp_path / "fake/ropeway/train/rank.py").write_text(textwrap.dedent(RANK))
+    path = script("launcher.py", f"os.chdir({str(tmp_path / 'fake')!r})\n" + textwrap.dedent(LAUNCHER))
+    # As DeepSpeed's launcher does, it names the ranks' module on its own command line.
+    return [PYTHON, path, "--module", "ropeway.train.rank"]
+
+
+def test_ranks_alone_are_asked_and_their_code_75_is_passed_on(supervise, launcher, record):
+    tree = supervise(*launcher)
+    ranks = tree.hear("rank", times=2)
+    tree.root.terminate()
+    assert tree.finish() == 75
+    assert not alive(ranks)
+    assert sum(line.startswith("saved") for line in tree.lines) == 2
+    assert not any(line.startswith("launcher-was-asked") for line in tree.lines)
+    assert record()["code"] == 75
+
+
+@pytest.fixture
+def fake_dvc(script):
+    """A program called `dvc` that runs a command through a shell which stays between, and tells the stage's name."""
+    text = """
+        os.environ["DVC_STAGE"] = "room"
+        shell = subprocess.Popen(["sh", "-c", sys.argv[1] + "; exit $?"], start_new_session=False)
+        say("dvc", os.getpid())
+        sys.exit(shell.wait())
+    """
+    return script("bin/dvc", text)
+
+
+@pytest.mark.parametrize("victim", ["dvc", "sh"])
+def test_when_dvc_or_its_shell_is_killed_the_ranks_save_and_nothing_is_left(
+    launcher, fake_dvc, tmp_path, record, victim
+):
+    inner = f"{PYTHON} -m ropeway.supervise --record {tmp_path / 'room.exit.json'} -- {' '.join(launcher)}"
+    tree = Tree([PYTHON, fake_dvc, inner], cwd=tmp_path, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    ranks = tree.hear("rank", times=2)
+    dvc = psutil.Process(tree.root.pid)
+    everyone = dvc.children(recursive=True)
+    (dvc if victim == "dvc" else dvc.children()[0]).kill()
+    await_end(everyone)
+    tree.finish()
+    assert not alive(ranks)
+    assert sum(line.startswith("saved") for line in tree.lines) == 2
+    assert record()["code"] == 75
+    assert "is gone" in record()["why"]
+    tree.root.stdout.close()
+
+
+def test_of_two_nested_supervisors_the_inner_one_asks_the_ranks(supervise, launcher, fake_dvc, tmp_path):
+    inner = f"{PYTHON} -m ropeway.supervise --record {tmp_path / 'inner.exit.json'} -- {' '.join(launcher)}"
+    tree = supervise(PYTHON, fake_dvc, inner)
+    tree.hear("rank", times=2)
+    everyone = psutil.Process(tree.root.pid).children(recursive=True)
+    tree.root.terminate()
+    assert tree.root.wait(20) == 143
+    assert not alive(everyone)
+    tree.finish()
+    assert sum(line.startswith("saved") for line in tree.lines) == 2
+    assert not any(line.startswith("launcher-was-asked") for line in tree.lines)
+    assert json.loads((tmp_path / "inner.exit.json").read_text())["code"] == 75
+
+
+def test_a_killed_inner_supervisor_leaves_nothing_to_the_outer_one(supervise, script, fake_dvc, tmp_path):
+    family = script("family.py", FAMILY)
+    inner = f"{PYTHON} -m ropeway.supervise --record {tmp_path / 'inner.exit.json'} -- {PYTHON} {family}"
+    tree = supervise(PYTHON, fake_dvc, inner)
+    members = tree.hear("member", times=2)
+    dvc = psutil.Process(tree.root.pid).children()[0]
+    next(p for p in dvc.children(recursive=True) if "ropeway.supervise" in p.cmdline()).kill()
+    assert tree.root.wait(20) == 137
+    assert not alive(members)
+    tree.finish()
+
+
+LEADER = """
+    arguments = [sys.executable, "-m", "ropeway.supervise", "--record", "room.exit.json", *sys.argv[1:]]
+    arguments[5:5] = ["--leader", str(os.getpid())] if os.environ.get("LEADS") else []
+    subprocess.Popen(arguments)
+    signal.pause()
+"""
+
+
+def test_the_death_of_the_leader_ends_the_tree(script, tmp_path):
+    env = {**os.environ, "LEADS": "1"}
+    tree = Tree([PYTHON, script("leader.py", LEADER), "--", PYTHON, script("f.py", FAMILY)], cwd=tmp_path, env=env)
+    members = tree.hear("member", times=2)
+    tree.root.kill()
+    await_end(members)
+    tree.finish()
+    tree.root.stdout.close()
+
+
+def test_with_neither_leader_nor_dvc_it_outlives_its_parent(script, tmp_path):
+    tree = Tree([PYTHON, script("leader.py", LEADER), "--", PYTHON, script("f.py", FAMILY)], cwd=tmp_path)
+    members = tree.hear("member", times=2)
+    supervisor = next(p for p in psutil.Process(tree.root.pid).children() if "ropeway.supervise" in p.cmdline())
+    tree.root.kill()
+    tree.root.wait()
+    with pytest.raises(psutil.TimeoutExpired):
+        supervisor.wait(0.7)  # it looks every half second
+    assert len(alive(members)) == 2
+    supervisor.terminate()
+    await_end([supervisor, *members])
+    tree.root.stdout.close()
+
+
+def test_nohup_stays_in_force(supervise, script):
+    tree = supervise(PYTHON, script("family.py", FAMILY), by=["nohup"])
+    members = tree.hear("member", times=2)
+    tree.root.send_signal(signal.SIGHUP)
+    with pytest.raises(subprocess.TimeoutExpired):
+        tree.root.wait(0.7)
+    assert len(alive(members)) == 2
+    tree.root.terminate()
+    assert tree.root.wait(20) == 143
+
+
+@pytest.mark.parametrize("how", ["leader", "dvc"])
+def test_a_command_whose_orderer_died_first_is_never_started(supervise, record, tmp_path, how):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    touch = f"open({str(tmp_path / 'ran')!r}, 'w')"
+    if how == "leader":
+        tree = supervise(PYTHON, "-c", touch, leader=dead.pid)
+        assert tree.finish() == 143
+    else:  # an orphan that DVC's environment was set for: adopted by pid 1 before it looks up
+        code = f"import os, time, sys\nwhile os.getppid() != 1: time.sleep(0.01)\nos.execv({PYTHON!r}, sys.argv[1:])"
+        arguments = [PYTHON, "-m", "ropeway.supervise", "--record", "room.exit.json", "--", PYTHON, "-c", touch]
+        mother = f"import subprocess, sys; subprocess.Popen([{PYTHON!r}, '-c', {code!r}, *sys.argv[1:]])"
+        env = {**os.environ, "DVC_STAGE": "room"}
+        tree = Tree([PYTHON, "-c", mother, *arguments], cwd=tmp_path, env=env)
+        tree.finish()
+        tree.root.stdout.close()
+    assert not (tmp_path / "ran").exists()
+    assert record()["code"] == 143
+
+
+def test_the_record_of_an_earlier_run_is_gone_before_the_command_begins(supervise, tmp_path):
+    path = tmp_path / "room.exit.json"
+    path.write_text("{}")
+    look = f"import pathlib, sys; sys.exit(pathlib.Path({str(path)!r}).exists())"
+    assert supervise(PYTHON, "-c", look).finish() == 0
+
+
+def test_it_starts_fast_enough_to_stand_before_every_stage():
+    # Heavy imports would be paid per stage; 0.07 s measured in all.
+    code = "import ropeway.supervise, sys; sys.exit(bool({'torch', 'pydantic', 'prefect', 'dvc'} & set(sys.modules)))"
+    assert subprocess.run([PYTHON, "-c", code], check=False, cwd=Path(__file__).parent).returncode == 0
