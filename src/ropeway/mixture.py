@@ -67,7 +67,11 @@ def plan_order(sizes: Sequence[int], counts: Sequence[int], *, seed: int, epoch:
 
     Drawn from one generator seeded with seed + epoch: `counts[i]` of source i without replacement, then all shuffled.
     """
-    generator = random.Random(epoch + seed)  # noqa: S311 - sampling, not secrets
+    return draw_order(sizes, counts, generator=random.Random(epoch + seed))  # noqa: S311 - sampling, not secrets
+
+
+def draw_order(sizes: Sequence[int], counts: Sequence[int], *, generator: random.Random) -> list[int]:
+    """Return an epoch's order drawn from this generator; the original then draws its windows from the same one."""
     order: list[int] = []
     begin = 0
     for size, count in zip(sizes, counts, strict=True):

@@ -47,6 +47,8 @@ class RopeScaling:
         them alone until a sequence is longer than the base's context.
         """
         exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-        frequencies = (1.0 / np.power(np.float32(self.theta), exponents)).astype(np.float32)
-        factor = np.float32(self.factor if self.kind == "linear" else 1)
-        return np.divide(frequencies, factor, dtype=np.float32)
+        # The power rounded once, as torch does: numpy's fp32 power is an ulp off, 1e-4 in the sine at position 8,191.
+        powers = np.power(np.float64(self.theta), exponents.astype(np.float64)).astype(np.float32)
+        factor = np.float32(self.factor if self.kind == "linear" else 1.0)
+        frequencies: NDArray[np.float32] = np.float32(1.0) / powers / factor
+        return frequencies

@@ -129,14 +129,8 @@ def prepare_tokenizer(tokenizer: Tokenizer, names: dict[str, str]) -> None:
     Raises:
         ConfigError: The tokenizer names no BOS or no end token.
     """
-    for name in ("bos", "eos"):
-        if name not in names or tokenizer.token_to_id(names[name]) is None:
-            raise ConfigError(
-                f"the base model's tokenizer has no {name}_token in its vocabulary (tokenizer_config.json names "
-                f"{names.get(name)!r}); conversations need one in front and at the end of turns: name it there"
-            )
+    bos, _ = (_require(tokenizer, names, name) for name in ("bos", "eos"))
     tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in ROLE_TOKENS])
-    bos = tokenizer.token_to_id(names["bos"])
     if tokenizer.encode("a").ids[:1] != [bos]:
         tokenizer.post_processor = _bos_in_front(names["bos"], bos)
 
@@ -164,6 +158,16 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, names: dict[str, str], *
         folder / "special_tokens_map.json", {**named, "additional_special_tokens": config["additional_special_tokens"]}
     )
     (folder / "chat_template.jinja").write_text(JINJA, encoding="utf-8")
+
+
+def _require(tokenizer: Tokenizer, names: dict[str, str], name: str) -> int:
+    number = tokenizer.token_to_id(names.get(name, ""))
+    if number is None:
+        raise ConfigError(
+            f"the base model's tokenizer has no {name}_token in its vocabulary (tokenizer_config.json names "
+            f"{names.get(name)!r}); conversations need one in front and at the end of turns: name it there"
+        )
+    return int(number)
 
 
 def _alphabet(texts: list[str]) -> list[str]:
