@@ -97,7 +97,7 @@ def test_a_killed_holder_s_lock_lasts_while_what_it_started_still_works(tmp_path
 
 
 def test_a_holder_that_has_not_written_its_name_yet_still_turns_others_away(tmp_path):
-    with holder(tmp_path) as process:
+    with holder(tmp_path):
         (tmp_path / ".work" / "lock").write_text("")
         with pytest.raises(TemporaryError, match="held by another process"):
             take(tmp_path)
