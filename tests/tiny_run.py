@@ -7,8 +7,10 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from ropeway import evaluate
 from ropeway.chat import JINJA, Conversation, render_turns, template_digest
-from ropeway.manifest import file_sha256, write_manifest
+from ropeway.ledger import Account, Epoch, EpochOfSource, Ledger, Parts, Records
+from ropeway.manifest import file_sha256, write_json, write_manifest
 from ropeway.params import READS, Profile, load_profile
 from ropeway.raw import RawWriter
 from ropeway.rope import RopeScaling
@@ -71,7 +73,28 @@ def make_run(root: Path, room: str = "evaluate", *, block: str = BLOCK) -> tuple
     conversations, documents = talks(), texts()
     make_raw(workspace, conversations, documents)
     make_data(workspace, profile, conversations, documents)
+    if room == "package":
+        finish_run(workspace, profile)
     return workspace, profile.reading(READS[room])
+
+
+def finish_run(workspace: Workspace, profile: Profile) -> None:
+    """Lay what train and evaluate leave beside the model, and the ledger."""
+    evaluate.run(workspace, profile.reading(READS["evaluate"]))
+    write_json(workspace.train_metrics, {"steps": 3, "applied_steps": 3, "epochs": 1, "final_loss": 5.25})
+    workspace.steps.write_text("step,loss,lr,grad_norm\n1,7.5,0.0,1.5\n2,6.0,0.0,1.25\n3,5.25,1e-05,1.0\n")
+    accounts = tuple(
+        Account(
+            name=name,
+            kind=kind,
+            records=Records(count + 1, {"no text": 1}, {}, count, 0, 0),
+            sequences=Parts(count, count - 8, 6, 2),
+            tokens=Parts(40 * count, 40 * (count - 8), 240, 80),
+            epochs=(EpochOfSource(0, 0, count - 8, 40 * (count - 8), 0, 0, 1, 10, 512, 42, 40 * (count - 8) - 10, 99),),
+        )
+        for name, kind, count in (("talk", "conversation", 19), ("text", "document", 12))
+    )
+    write_json(workspace.ledger, Ledger(accounts, (Epoch(0, 15, 4, 3, 3),)).to_json())
 
 
 def make_model(folder: Path, profile: Profile, *, seed: int, steps: int) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from ropeway.chat import JINJA, template_digest
 from ropeway.errors import DataError
@@ -61,6 +62,7 @@ def open_model(folder: Path, *, like: Path) -> tuple[Any, Any]:
         folder: What is opened.
         like: The exported folder, whose dtype base and tuned share on a GPU so that they are compared fairly.
     """
+    disable_progress_bar()  # stages print lines
     cuda = torch.cuda.is_available()
     dtype = AutoConfig.from_pretrained(like).dtype if cuda else torch.float32
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)

@@ -1,0 +1,140 @@
+"""Puts the package together: what the rooms left, checked against each other, then written, reloaded and sealed."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ropeway.chat import JINJA, ROLE_TOKENS
+from ropeway.errors import DataError
+from ropeway.manifest import digest_of, whole_folder, write_json, write_manifest
+from ropeway.package.block import write_blocks
+from ropeway.package.card import write_card
+from ropeway.package.config import plan_config, plan_generation_config, plan_special_tokens_map, plan_tokenizer_config
+from ropeway.package.facts import Facts, load_facts
+from ropeway.package.probe import expected_logits, plan_probe
+from ropeway.package.weights import Written, write_weights
+from ropeway.params import Profile
+from ropeway.workspace import Workspace
+
+FORMAT = 1
+_SHOWN_CHARACTERS = 2000
+# Transformers is told that there is no network: a package that needs one is not whole.
+_OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+
+
+def build_package(workspace: Workspace, profile: Profile) -> None:
+    """Write `package/`, proved in a clean process before it takes its place.
+
+    Raises:
+        DataError: As in `load_facts`, `write_weights` and `check_roundtrip`.
+        ConfigError: As in `write_blocks`.
+    """
+    facts = load_facts(workspace, profile)
+    with whole_folder(workspace.package) as folder:
+        written = write_model(facts, workspace, folder)
+        probe = plan_probe(
+            workspace.model,
+            rope=facts.rope,
+            special=facts.special,
+            dtype=profile.package.dtype,
+            max_length=profile.max_length,
+        )
+        write_json(folder / "probe.json", probe)
+        check_roundtrip(folder, workspace.model, probe)
+        write_lineage(facts, workspace, folder)
+        write_card(facts, workspace, folder, written)
+        write_manifest(folder, {"format": FORMAT, **identity_of(facts)})
+    files = sum(1 for path in workspace.package.iterdir())
+    print(
+        f"{facts.title}: {files} files, {written.parameters:,} weights in {profile.package.dtype}, reloaded and equal"
+    )
+
+
+def write_model(facts: Facts, workspace: Workspace, folder: Path) -> Written:
+    """Write weights, configs and tokenizer."""
+    profile, source = facts.profile, workspace.model
+    trained = json.loads((source / "config.json").read_bytes())
+    written = write_weights(
+        source,
+        folder,
+        dtype=profile.package.dtype,
+        max_shard_bytes=profile.package.max_shard_bytes,
+        tied=bool(trained.get("tie_word_embeddings")),
+    )
+    config = plan_config(trained, rope=facts.rope, dtype=profile.package.dtype, special=facts.special)
+    tokenizer = json.loads((source / "tokenizer_config.json").read_bytes())
+    tokenizer = plan_tokenizer_config(tokenizer, max_length=profile.max_length, roles=ROLE_TOKENS)
+    write_json(folder / "config.json", config)
+    write_json(folder / "generation_config.json", plan_generation_config(facts.special))
+    write_json(folder / "tokenizer_config.json", tokenizer)
+    write_json(folder / "special_tokens_map.json", plan_special_tokens_map(tokenizer))
+    shutil.copyfile(source / "tokenizer.json", folder / "tokenizer.json")
+    (folder / "chat_template.jinja").write_text(JINJA, encoding="utf-8")
+    return written
+
+
+def write_lineage(facts: Facts, workspace: Workspace, folder: Path) -> None:
+    """Write what determines the model, and what the earlier rooms measured; no clock, host, path or library version.
+
+    Those are true too, but not of the model: they stand in provenance.json beside the version in the registry.
+    """
+    write_json(
+        folder / "run.json",
+        {
+            "format": FORMAT,
+            **identity_of(facts),
+            "params": facts.profile.model_dump(mode="json", include=set(facts.profile.model_fields_set)),
+            "ledger": facts.ledger,
+            "metrics": {"train": facts.train, "eval": facts.evaluation},
+        },
+    )
+    write_blocks(workspace.root / "params.yaml", workspace.profile, folder / "run.yaml")
+    for path in (workspace.evaluation, workspace.samples, workspace.steps, workspace.ledger):
+        shutil.copyfile(path, folder / path.name)
+
+
+def identity_of(facts: Facts) -> dict[str, Any]:
+    """Return the few facts that say which model this is; manifest.json and run.json both have them."""
+    return {
+        "name": facts.name,
+        "steps": facts.steps,
+        "applied_steps": facts.applied_steps,
+        "fingerprint": facts.model["fingerprint"],
+        "dtype": facts.profile.package.dtype,
+        "digests": {
+            "raw": digest_of(facts.raw),
+            "base": digest_of(facts.base),
+            "data": digest_of(facts.data),
+            "tokenizer": facts.data["tokenizer"],
+            "template": facts.data["template"],
+        },
+    }
+
+
+def check_roundtrip(folder: Path, model: Path, probe: Mapping[str, Any]) -> None:
+    """Raise DataError unless a fresh interpreter, given nothing but the folder, finds what was trained."""
+    with tempfile.TemporaryDirectory() as scratch:
+        logits = Path(scratch) / "logits.npy"
+        np.save(logits, expected_logits(model, probe))
+        child = subprocess.run(
+            [sys.executable, "-m", "ropeway.package.check", str(folder), "--logits", str(logits)],
+            env={**os.environ, **_OFFLINE},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if child.returncode == DataError.exit_code:
+        raise DataError(child.stderr.strip())
+    if child.returncode:
+        raise DataError(
+            f"{folder}: the package does not load in a fresh interpreter (exit code {child.returncode}): "
+            f"{child.stderr.strip()[-_SHOWN_CHARACTERS:]}"
+        )

@@ -1,0 +1,102 @@
+"""The card's part on data: where each source came from and what became of its records, from manifest and ledger."""
+
+from collections.abc import Iterator
+from pathlib import PurePath
+from typing import Any
+
+from ropeway.package.card_text import escape, format_table, list_names
+from ropeway.package.facts import Facts, Json
+from ropeway.params import FilesSource, HuggingfaceSource
+
+
+def hub_datasets(facts: Facts) -> list[str]:
+    """Return the Hub's data sets behind the model: those read, and those these were made from."""
+    sources = facts.profile.sources.values()
+    read = [source.repo for source in sources if isinstance(source, HuggingfaceSource)]
+    return list(dict.fromkeys([*read, *facts.profile.card.upstream_datasets]))
+
+
+def describe_sources(facts: Facts) -> Iterator[str]:
+    """Yield the list of sources in the order of params, each with its exact revision."""
+    yield "This model was trained on:"
+    lines = []
+    for name, _ in facts.profile.mixture:
+        origin = _origin(facts, name)
+        lines.append(f"- **{escape(name)}** ({facts.raw['sources'][name]['kind']}s): {origin}")
+    yield "\n".join(lines)
+    if upstream := facts.profile.card.upstream_datasets:
+        links = (f"[{name}](https://huggingface.co/datasets/{name})" for name in upstream)
+        yield f"These were made from: {', '.join(links)}."
+    rows = {account["name"]: account["epochs"][0]["drawn"] for account in facts.ledger["sources"]}
+    plain = [account["name"] for account in facts.ledger["sources"] if account["kind"] == "document"]
+    total = sum(rows.values())
+    if plain and len(plain) < len(rows):
+        count = sum(rows[name] for name in plain)
+        yield (
+            f"{list_names(plain)} ({count / total:.0%} of the {total:,} rows of an epoch): classic language modelling, "
+            "as an auxiliary task beside the conversations."
+        )
+
+
+def _origin(facts: Facts, name: str) -> str:
+    source, identity = facts.profile.sources[name], facts.raw["sources"][name]["identity"]
+    if isinstance(source, HuggingfaceSource):
+        commit = identity["commit"]
+        link = f"[{source.repo}](https://huggingface.co/datasets/{source.repo}/tree/{commit})"
+        return f"{link} at `{commit[:12]}`, files {list_names(source.files)}"
+    if isinstance(source, FilesSource):
+        files = sorted((PurePath(path).name, digest) for path, digest in identity["files"].items())
+        return ", ".join(f"`{file}` (sha256 `{digest[:12]}…`)" for file, digest in files)
+    python = identity["python"]
+    link = f"[Python {python}](https://docs.python.org/{'.'.join(python.split('.')[:2])}/)"
+    return f"the {source.part} of the documentation that comes with {link}"
+
+
+def format_composition(facts: Facts) -> Iterator[str]:
+    """Yield the composition table: counts with their whole, from the ledger."""
+    yield "Composition (sequences are conversations, or chunks of documents):"
+    header = [
+        "source",
+        "records kept of read",
+        "sequences",
+        "for training",
+        "rows an epoch",
+        "for validation",
+        "unused",
+    ]
+    yield format_table(header, [_composition(account) for account in facts.ledger["sources"]])
+    lines = [
+        f"Epoch {epoch['epoch']}: {epoch['rows']:,} rows = {epoch['steps']:,} steps x {epoch['global_batch_size']} + "
+        f"{epoch['left_over']} left over and not trained."
+        for epoch in facts.ledger["epochs"]
+    ]
+    yield "\n".join(lines)
+    header = ["source", "tokens", "read an epoch", "of these in the loss", "lost to windows and cuts"]
+    yield format_table(header, [_tokens(account) for account in facts.ledger["sources"]])
+
+
+def _composition(account: Json) -> list[str]:
+    records, parts, drawn = account["records"], account["sequences"], account["epochs"][0]["drawn"]
+    share = (
+        f"{drawn:,} ({_percent(drawn, parts['train'])} of the training part, {_percent(drawn, parts['all'])} of all)"
+    )
+    kept = f"{records['kept']:,} of {records['read']:,}"
+    counts = [f"{parts[part]:,}" for part in ("all", "train", "validation", "unused")]
+    return [account["name"], kept, *counts[:2], share, *counts[2:]]
+
+
+def _tokens(account: Json) -> list[str]:
+    epoch: dict[str, Any] = account["epochs"][0]
+    read, counted = epoch["row_tokens"], epoch["supervised"]
+    lost = epoch["windowed_tokens"] + epoch["cut_tokens"]
+    return [
+        account["name"],
+        f"{account['tokens']['all']:,}",
+        f"{read:,}",
+        f"{counted:,} ({_percent(counted, read)})",
+        f"{lost:,} ({_percent(lost, epoch['drawn_tokens'])})",
+    ]
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{part / whole:.2%}" if whole else "0 %"

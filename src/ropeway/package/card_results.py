@@ -1,0 +1,117 @@
+"""The card's second half: what was measured, what it answers, how to load and verify it, whose it is."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from ropeway.manifest import file_sha256
+from ropeway.package.card_text import escape, fence, format_table
+from ropeway.package.facts import Facts
+
+COUNTED = {
+    "published": "documents, and of conversations all but the prompter's turns",
+    "answers": "documents, and of conversations the answers",
+}
+LLAMA2 = "llama2"  # the Hub's identifier of that licence
+# Source: Llama 2 Community License Agreement, section 1.b.iii, which wants this sentence in a "Notice" text file.
+NOTICE = (
+    "Llama 2 is licensed under the LLAMA 2 Community License, Copyright © Meta Platforms, Inc. All Rights Reserved."
+)
+# Source: the published card's section "License".
+USE_POLICY = (
+    "Your use of the Llama Materials must comply with applicable laws and regulations (including trade compliance laws "
+    "and regulations) and adhere to the [Acceptable Use Policy](https://ai.meta.com/llama/use-policy) for the Llama "
+    "Materials."
+)
+
+
+def format_evaluation(facts: Facts) -> Iterator[str]:
+    """Yield base against tuned, per source."""
+    report, measured = facts.evaluation, facts.profile
+    yield "## Evaluation"
+    rows = []
+    for name, found in report["sources"].items():
+        base, tuned = found["base"], found["tuned"]
+        rows.append(
+            [
+                name,
+                f"{tuned['tokens']:,}",
+                *(f"{base[key]:.4g} → {tuned[key]:.4g}" for key in ("loss", "perplexity", "accuracy")),
+            ]
+        )
+    mean = report["mean"]
+    rows.append(["mean over sources", "", f"{mean['base']:.4g} → {mean['tuned']:.4g}", "", ""])
+    yield format_table(["source", "tokens", "loss, base → tuned", "perplexity", "accuracy"], rows)
+    counted = COUNTED[measured.what_counts] if measured.label_masking else "all tokens"
+    yield (
+        f"Loss in nats per counted token, summed over tokens, hence the same for every batch size. Counted are "
+        f"{counted}. {report['rows']:,} validation rows, cut on the right at {measured.max_length:,} tokens "
+        f"(digest `{report['validation'][:16]}`); the base ran under `{json.dumps(facts.base_rope, sort_keys=True)}`."
+    )
+
+
+def format_samples(facts: Facts) -> Iterator[str]:
+    """Yield the greedy answer of base and tuned to every prompt."""
+    yield "## Sample answers"
+    yield (
+        f"Greedy, {facts.samples['args']['max_new_tokens']} tokens at most; [samples.json](samples.json) has sampled "
+        "ones too, in the format of the Open-Assistant family's sampling reports."
+    )
+    for one in facts.samples["prompts"]:
+        outputs = {result["sampling_config"]: result["outputs"][0] for result in one["results"]}
+        yield f"**{escape(one['prompt'])}**"
+        for model in ("base", "tuned"):
+            yield f"{model}:\n\n{fence(outputs[f'{model}/greedy'].strip() or '(nothing: it ends at once)')}"
+
+
+def format_loading(facts: Facts, folder: Path) -> Iterator[str]:
+    """Yield how to load, verify and make it again."""
+    yield "## How to load and verify"
+    yield fence(
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'folder = "."  # this folder\n'
+        "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
+        "model = AutoModelForCausalLM.from_pretrained(folder)\n"
+        'messages = [{"role": "user", "content": "What is a list?"}]\n'
+        "inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors='pt', "
+        "return_dict=True)\n"
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=128)[0]))",
+        "python",
+    )
+    yield (
+        "[manifest.json](manifest.json) names every file with its sha256. `python -m ropeway.package.check .` hashes "
+        "them again, loads the folder and holds tokens, template, RoPE frequencies, dtype and stop token against "
+        "[probe.json](probe.json). The weights:"
+    )
+    weights = [f"{file_sha256(path)}  {path.name}" for path in sorted(folder.glob("*.safetensors"))]
+    yield fence("\n".join(weights))
+    yield (
+        f"Training fingerprint `{facts.model['fingerprint']}` (parameters, data, base, DeepSpeed config and code). To "
+        "make it again, in the project at the revision that the version's provenance names: "
+        f"`ropeway run --profile {facts.name}`."
+    )
+
+
+def format_people(facts: Facts) -> Iterator[str]:
+    """Yield developers and thanks, where params name any."""
+    card = facts.profile.card
+    if card.developers:
+        yield "# Developers"
+        yield "\n".join(f"- [{name}](https://github.com/{name})" for name in card.developers)
+    if card.thanks or card.sponsored_by:
+        yield "# Special Thanks"
+    if card.thanks:
+        yield f"We want to thank {card.thanks.rstrip('.')}."
+    if card.sponsored_by:
+        yield f"{card.sponsored_by} sponsored the training compute required for this model."
+
+
+def format_license(facts: Facts) -> Iterator[str]:
+    """Yield the licence; the terms of Llama 2 travel with what is made of it."""
+    card = facts.profile.card
+    yield "# License"
+    lines = [f"- The weights: [{card.license_name}]({card.license_link})."]
+    if card.license == LLAMA2:
+        lines += [f"- {NOTICE}", f"- {USE_POLICY}"]
+    lines.append("- The texts it was trained on keep their own licences; see the data sets above.")
+    yield "\n".join(lines)

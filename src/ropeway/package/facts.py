@@ -1,0 +1,143 @@
+"""Everything the package is made of, loaded once and held against each other."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ropeway.chat import Conversation, template_digest
+from ropeway.errors import DataError
+from ropeway.manifest import file_sha256, load_manifest
+from ropeway.params import Profile
+from ropeway.raw import iterate_records
+from ropeway.rope import RopeScaling
+from ropeway.workspace import Workspace
+
+_REMEDY = "Run `dvc repro`, so that all of them come from one run"
+Json = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """One finished run.
+
+    Attributes:
+        name: The profile's.
+        rope: The scaling that was trained with, from params.
+        raw: Manifests, as `base`, `data` and `model` are.
+        systems: System message -> conversations it occurred in; "" are those without.
+        max_positions: The base's own context in tokens.
+        base_rope: `rope_parameters` under which the base was measured.
+    """
+
+    name: str
+    profile: Profile
+    rope: RopeScaling
+    raw: Json
+    base: Json
+    data: Json
+    model: Json
+    ledger: Json
+    train: Json
+    evaluation: Json
+    samples: Json
+    systems: Counter[str]
+    max_positions: int
+    base_rope: Json
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps attempted: the number the model is named after."""
+        return int(self.model["steps"])
+
+    @property
+    def applied_steps(self) -> int:
+        """Of these, the ones not skipped for overflow."""
+        return int(self.model["applied_steps"])
+
+    @property
+    def title(self) -> str:
+        """`<name>-<steps>`, as in llama2-13b-orca-8k-3319."""
+        return f"{self.name}-{self.steps}"
+
+    @property
+    def special(self) -> Mapping[str, int]:
+        """Ids of `bos`, `eos`, `pad` and the role tokens, as the data has them."""
+        special: Mapping[str, int] = self.data["special"]
+        return special
+
+
+def load_facts(workspace: Workspace, profile: Profile) -> Facts:
+    """Return the run's facts.
+
+    Raises:
+        DataError: A room's files are missing, changed since, or come from another run than the rest.
+    """
+    raw, base, data, model = (
+        load_manifest(folder, remedy=f"Run `dvc checkout`, or `dvc repro {room}`")
+        for folder, room in (
+            (workspace.raw, "fetch"),
+            (workspace.base, "base"),
+            (workspace.data, "prepare"),
+            (workspace.model, "train"),
+        )
+    )
+    configs = {
+        folder: json.loads((folder / "config.json").read_bytes()) for folder in (workspace.base, workspace.model)
+    }
+    config = configs[workspace.model]
+    rope = RopeScaling.of(profile, theta=profile.expected_model.rope_theta)
+    check_one_run(workspace, data, rope, config)
+    return Facts(
+        name=workspace.profile,
+        profile=profile,
+        rope=rope,
+        raw=raw,
+        base=base,
+        data=data,
+        model=model,
+        ledger=_load(workspace.ledger, "prepare"),
+        train=_load(workspace.train_metrics, "train"),
+        evaluation=_load(workspace.evaluation, "evaluate"),
+        samples=_load(workspace.samples, "evaluate"),
+        systems=count_systems(workspace, raw),
+        max_positions=int(config["max_position_embeddings"]),
+        base_rope=configs[workspace.base]["rope_parameters"],
+    )
+
+
+def check_one_run(workspace: Workspace, data: Json, rope: RopeScaling, config: Json) -> None:
+    """Raise DataError unless tokenizer, template and RoPE scaling of the export are those of data and params."""
+    for path in (workspace.base / "tokenizer.json", workspace.model / "tokenizer.json"):
+        if (found := file_sha256(path)) != data["tokenizer"]:
+            raise DataError(f"{path}: sha256 is {found[:12]}…, the data has {data['tokenizer'][:12]}…. {_REMEDY}")
+    if (found := template_digest()) != data["template"]:
+        raise DataError(
+            f"the data was made with template {data['template'][:12]}…, this code's is {found[:12]}…. {_REMEDY}"
+        )
+    if config["rope_parameters"] != rope.rope_parameters():
+        raise DataError(
+            f"{workspace.model / 'config.json'}: rope_parameters are {config['rope_parameters']}, superhot_config says "
+            f"{rope.rope_parameters()}. {_REMEDY}"
+        )
+
+
+def count_systems(workspace: Workspace, raw: Json) -> Counter[str]:
+    """Return how many conversations of all sources had which system message."""
+    systems: Counter[str] = Counter()
+    for name, facts in raw["sources"].items():
+        if facts["kind"] == "conversation":
+            records = iterate_records(workspace.raw / name)
+            systems.update(record.system for record in records if isinstance(record, Conversation))
+    return systems
+
+
+def _load(path: Path, room: str) -> Any:  # noqa: ANN401 - JSON
+    try:
+        return json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError) as error:
+        raise DataError(
+            f"{path}: expected the JSON that {room} leaves, found: {error}. Run `dvc repro {room}`"
+        ) from None

