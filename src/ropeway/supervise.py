@@ -34,7 +34,7 @@ LEFTOVER_SECONDS = 5.0  # for what a command leaves behind when it ends by itsel
 _POLL_SECONDS = 0.5  # only a fallback: signals and, on Linux, deaths of ancestors wake us at once
 _MARK = "ROPEWAY_SUPERVISED_BY"  # inherited, so it still says whose a process is after its parent died
 _RANK = ("-m", "ropeway.train.rank")  # adjacent: the launcher's command line names the module too, but not after -m
-_PR_SET_CHILD_SUBREAPER = 36  # Source: prctl(2)
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # Source: prctl(2)
 _DVC_FAILED = 255  # dvc's code for any failure; not 256 - SIGHUP
 _ASKED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -82,7 +82,13 @@ def run(
         else:
             marked = {**(os.environ if env is None else env), _MARK: str(os.getpid())}
             try:
-                child = subprocess.Popen(command, env=marked, cwd=cwd, start_new_session=True)
+                child = subprocess.Popen(
+                    command,
+                    env=marked,
+                    cwd=cwd,
+                    start_new_session=True,
+                    preexec_fn=_die_with_parent,  # noqa: PLW1509 - this process has one thread
+                )
             except FileNotFoundError as error:
                 raise ConfigError(f"{error.filename}: not found; is the environment set up (`make setup`)?") from None
             code, why = _see_through(child, watched, bell, grace_seconds)
@@ -98,6 +104,12 @@ def run(
         },
     )
     return code
+
+
+def _die_with_parent() -> None:
+    """In the child, before its program: should this supervisor be killed, the command is asked to end."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 def _see_through(

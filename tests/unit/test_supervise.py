@@ -243,6 +243,13 @@ def test_a_killed_inner_supervisor_leaves_nothing_to_the_outer_one(supervise, sc
     tree.finish()
 
 
+def test_a_killed_supervisor_takes_its_command_with_it(supervise, script):
+    tree = supervise(PYTHON, script("one.py", "say('member', os.getpid())\nsignal.pause()"))
+    members = tree.hear("member")
+    tree.root.kill()
+    await_end(members)
+
+
 LEADER = """
     arguments = [sys.executable, "-m", "ropeway.supervise", "--record", "room.exit.json", *sys.argv[1:]]
     arguments[5:5] = ["--leader", str(os.getpid())] if os.environ.get("LEADS") else []
