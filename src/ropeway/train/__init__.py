@@ -1,1 +1,137 @@
-"""Room: train."""
+"""Room: base and data in, a trained model and its log out. This part starts the ranks; `rank` is what they do."""
+
+import base64
+import csv
+import io
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from ropeway.errors import ConfigError, DataError
+from ropeway.manifest import load_manifest, write_atomic, write_json
+from ropeway.params import Profile
+from ropeway.plan import accumulation_steps, count_ranks, list_gpus
+from ropeway.train import checkpoints
+from ropeway.train.config import load_deepspeed_json
+from ropeway.train.fingerprint import Fingerprint, take_fingerprint
+from ropeway.workspace import Workspace
+
+LOOPBACK = "127.0.0.1"
+
+
+def run(workspace: Workspace, profile: Profile) -> None:
+    """Train to the end, resuming from the newest valid checkpoint of this very run, and leave the room's files.
+
+    Raises:
+        ConfigError: Params, ranks, DeepSpeed JSON or machine do not fit together.
+        DataError: Base or data changed after they were written.
+        SystemExit: A rank ended with an error of its own, already printed; the code is passed on.
+    """
+    ranks = count_ranks()
+    accumulation_steps(profile, ranks)
+    load_deepspeed_json(workspace.root / profile.deepspeed_config)
+    fingerprint = take_fingerprint(workspace, profile)
+    print(f"training run {fingerprint.digest}", flush=True)
+    workspace.work.mkdir(exist_ok=True)
+    (workspace.work / "progress.jsonl").unlink(missing_ok=True)
+    code = subprocess.run(_command(workspace, fingerprint, ranks), env=_environment(ranks), check=False).returncode
+    if code:
+        raise SystemExit(code if code > 0 else 128 - code)
+    _leave_files(workspace, profile, fingerprint)
+
+
+def _command(workspace: Workspace, fingerprint: Fingerprint, ranks: int) -> list[str]:
+    """Return DeepSpeed's single-node launcher over `ropeway.train.rank`."""
+    with socket.socket() as free:
+        free.bind((LOOPBACK, 0))
+        port = free.getsockname()[1]
+    world = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(ranks))}).encode()).decode()
+    launcher = [sys.executable, "-m", "deepspeed.launcher.launch", f"--world_info={world}", "--node_rank=0"]
+    options = [
+        f"--master_addr={LOOPBACK}",
+        f"--master_port={port}",
+        "--module",
+        "--no_local_rank",
+        "--log_level=warning",
+    ]
+    return [
+        *launcher, *options, "ropeway.train.rank", str(workspace.root), workspace.profile, fingerprint.digest,
+    ]  # fmt: skip
+
+
+def _environment(ranks: int) -> dict[str, str]:
+    """Return the ranks' environment: device, threads per rank, no network.
+
+    Raises:
+        ConfigError: No C++ compiler on a machine without GPU, where DeepSpeed builds its shared-memory op.
+    """
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if not list_gpus():
+        compiler = os.environ.get("CXX", "c++")
+        if not shutil.which(compiler):
+            raise ConfigError(
+                f"no C++ compiler: looked for `{compiler}` on PATH. DeepSpeed builds a small op with it at its first "
+                "start on a CPU. Install one (Debian: `apt-get install g++`; Fedora: `dnf install gcc-c++`) or set CXX"
+            )
+        environment["DS_ACCELERATOR"] = "cpu"
+        # Ranks that fight for cores are slower, and another number of threads rounds differently: fixed and recorded.
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    return environment
+
+
+def _leave_files(workspace: Workspace, profile: Profile, fingerprint: Fingerprint) -> None:
+    """Write steps.csv, train.json and provenance.json from the last checkpoint's log."""
+    folder = workspace.checkpoints / fingerprint.digest
+    last = checkpoints.newest_valid(folder)
+    model = load_manifest(workspace.model, remedy="Run the stage again; it exports without training")
+    if last is None or last.step != model["steps"]:
+        raise DataError(f"{folder}: the last checkpoint is not the exported step {model['steps']}; run the stage again")
+    log = last.log()
+    write_atomic(workspace.steps, _csv(log).encode())
+    write_json(workspace.train_metrics, _metrics(log, profile, fingerprint))
+    attempts = (folder / "attempts.jsonl").read_text(encoding="utf-8").splitlines()
+    facts = {
+        "fingerprint": fingerprint.digest,
+        "parts": fingerprint.parts,
+        "attempts": [json.loads(a) for a in attempts],
+    }
+    write_json(workspace.timings, facts)
+
+
+def _metrics(log: list[dict[str, Any]], profile: Profile, fingerprint: Fingerprint) -> dict[str, Any]:
+    end = log[-1]
+    names = [name for name, _ in profile.mixture]
+    return {
+        "fingerprint": fingerprint.digest,
+        "steps": len(log),
+        "applied_steps": sum(line["applied"] for line in log),
+        "epochs": profile.num_train_epochs,
+        "tokens": sum(line["tokens"] for line in log),
+        "supervised_tokens": sum(line["supervised_tokens"] for line in log),
+        "first_loss": round(log[0]["loss"], 6),
+        "final_loss": round(end["loss"], 6),
+        "validation": {name: _rounded(end.get(f"validation_{name}")) for name in names},
+    }
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 6)
+
+
+def _csv(log: Iterable[dict[str, Any]]) -> str:
+    """Return the log as CSV; a column that a line lacks (no validation at that step) stays empty."""
+    lines = list(log)
+    columns = list(dict.fromkeys(key for line in lines for key in line))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()
+
+
+__all__ = ["run"]

@@ -1,0 +1,97 @@
+"""`ropeway …`: the door for people. Every command imports what it needs itself, so that `--help` answers at once."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from ropeway.errors import RopewayError
+from ropeway.registry.commands import registry_app
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Retrain a long-context chat Llama on a schedule: fetch, base, prepare, train, evaluate, package, publish.",
+)
+app.add_typer(registry_app, name="registry")
+
+ProfileOption = Annotated[str | None, typer.Option(help="Which run of params.yaml; default: the one it names.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="For programs.")]
+
+
+@app.command()
+def run(
+    *,
+    profile: ProfileOption = None,
+    prefect: Annotated[bool, typer.Option(help="Run under Prefect, so that the run can be looked at.")] = True,
+) -> None:
+    """Make the run that params.yaml describes, and publish the model as `candidate`."""
+    from flows.retrain import run_retrain
+
+    from ropeway.params import choose_profile
+    from ropeway.workspace import find_root
+
+    root = find_root()
+    if profile:
+        choose_profile(root / "params.yaml", profile)
+    raise typer.Exit(run_retrain(root, use_prefect=prefect))
+
+
+@app.command()
+def plan(
+    *,
+    profile: ProfileOption = None,
+    ranks: Annotated[int | None, typer.Option(min=1, help="Default: the GPUs of this machine, else 2.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what a run will do before anything is spent: rows, steps, batches."""
+    from ropeway.params import load_profile
+    from ropeway.plan import count_ranks, describe_plan, plan_run
+    from ropeway.workspace import Workspace, find_root
+
+    root = find_root()
+    name, chosen = load_profile(root / "params.yaml", profile)
+    planned = plan_run(Workspace(root, name), chosen, ranks=ranks or count_ranks())
+    typer.echo(planned.as_json() if as_json else describe_plan(planned))
+
+
+@app.command()
+def stage(name: Annotated[str, typer.Argument(help="A stage of dvc.yaml.")]) -> None:
+    """Run one stage of the chosen profile: what dvc.yaml calls."""
+    from ropeway.stages import run_stage
+    from ropeway.workspace import find_root
+
+    raise typer.Exit(run_stage(find_root(), name))
+
+
+@app.command(hidden=True)
+def room(name: str) -> None:
+    """Run one room in this process: what `stage` supervises."""
+    from ropeway.stages import enter_room
+    from ropeway.workspace import find_root
+
+    enter_room(find_root(), name)
+
+
+@app.command()
+def server(*, port: Annotated[int, typer.Option(help="Where the UI answers, on loopback.")] = 4200) -> None:
+    """Start the Prefect server and UI over this workspace's runs."""
+    from flows.server import serve_ui
+
+    from ropeway.workspace import find_root
+
+    serve_ui(find_root(), port=port)
+
+
+def main() -> None:
+    """Run a command; our own errors print without a traceback and end with their code."""
+    try:
+        app()
+    except RopewayError as error:
+        print(f"ropeway: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Checkpoints: whole or not there. Written aside, hashed, synced, manifest last, renamed; the newest valid one resumes.
+
+.checkpoints/<fingerprint>/step-000200/state/      DeepSpeed's shards
+.checkpoints/<fingerprint>/step-000200/steps.jsonl the log up to this step
+.checkpoints/<fingerprint>/step-000200/manifest.json
+"""
+
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ropeway.errors import DataError
+from ropeway.manifest import NAME, load_manifest, sync_folder, write_manifest
+
+_NAME = re.compile(r"step-(\d{6,})")
+STATE = "state"
+LOG = "steps.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A valid checkpoint: its folder and what its manifest says."""
+
+    folder: Path
+    step: int
+    facts: dict[str, Any]
+
+    def log(self) -> list[dict[str, Any]]:
+        """Return the log lines up to this step."""
+        return [json.loads(line) for line in (self.folder / LOG).read_text(encoding="utf-8").splitlines()]
+
+
+def partial_folder(root: Path, step: int) -> Path:
+    """Return where a checkpoint is written before it is whole."""
+    return root / f".partial-step-{step:06d}"
+
+
+def list_steps(root: Path) -> list[tuple[int, Path]]:
+    """Return (step, folder) of every checkpoint that was renamed into place, oldest first."""
+    if not root.is_dir():
+        return []
+    found = ((_NAME.fullmatch(path.name), path) for path in root.iterdir())
+    return sorted((int(match.group(1)), path) for match, path in found if match)
+
+
+def newest_valid(root: Path) -> Checkpoint | None:
+    """Return the newest checkpoint whose every byte is as its manifest says; say which ones are not."""
+    for step, folder in reversed(list_steps(root)):
+        try:
+            facts = load_manifest(folder, remedy="It is skipped")
+        except DataError as error:
+            print(f"checkpoint of step {step} is not whole: {error}", flush=True)
+            continue
+        return Checkpoint(folder, step, facts)
+    return None
+
+
+def commit(root: Path, step: int, log: list[dict[str, Any]], facts: dict[str, Any]) -> Path:
+    """Make a written partial folder the checkpoint of `step`; call on one rank, after all have written.
+
+    A checkpoint of the same step that is already there (an invalid one, skipped on resume) is replaced.
+    """
+    partial = partial_folder(root, step)
+    (partial / LOG).write_text("".join(json.dumps(line) + "\n" for line in log), encoding="utf-8")
+    for path in sorted(partial.rglob("*")):
+        if path.is_file():
+            sync_file(path)
+    write_manifest(partial, {**facts, "step": step})
+    target = root / f"step-{step:06d}"
+    if target.exists():
+        shutil.rmtree(target)
+    partial.rename(target)
+    sync_folder(root)
+    return target
+
+
+def sync_file(path: Path) -> None:
+    """Put a file's bytes on the disk."""
+    import os
+
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def rotate(root: Path, *, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints, and what unfinished saves left behind.
+
+    A checkpoint loses its manifest first, so that a kill in between leaves nothing that looks whole.
+    """
+    for _, folder in list_steps(root)[:-keep]:
+        (folder / NAME).unlink(missing_ok=True)
+        shutil.rmtree(folder)
+    clear_partial(root)
+
+
+def clear_partial(root: Path) -> None:
+    """Remove unfinished saves."""
+    for folder in root.glob(".partial-*"):
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,53 @@
+"""What determines a training run's result, as one hash: another run is another checkpoint folder."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from ropeway.manifest import digest_of, load_manifest
+from ropeway.params import READS, Profile
+from ropeway.shards import REMEDY
+from ropeway.workspace import Workspace
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """The hash and its parts; ranks, cadence and tracking are not among them.
+
+    Attributes:
+        digest: 16 hex digits, the name of the run's checkpoint folder.
+        parts: Digests of params, data, base, DeepSpeed JSON and code.
+    """
+
+    digest: str
+    parts: dict[str, str]
+
+
+def take_fingerprint(workspace: Workspace, profile: Profile) -> Fingerprint:
+    """Return the fingerprint of the run that this workspace would train now.
+
+    Raises:
+        DataError: Base or data are unfinished or changed after they were written.
+    """
+    remedy = "Run `dvc repro` so that the earlier stages are up to date"
+    base = load_manifest(workspace.base, remedy="Run `dvc checkout`, or `dvc repro base`")
+    data = load_manifest(workspace.data, remedy=REMEDY)
+    dumped = profile.model_dump(mode="json", include=set(READS["train"]))
+    parts = {
+        "params": digest_of(dumped),
+        "base": digest_of(base),
+        "data": digest_of(data),
+        "deepspeed": _identity(workspace, "deepspeed", remedy),
+        "code": _identity(workspace, "code-train", remedy),
+    }
+    return Fingerprint(digest_of(parts)[:16], parts)
+
+
+def _identity(workspace: Workspace, name: str, remedy: str) -> str:
+    path = workspace.identity / f"{name}.json"
+    facts: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}
+    if "digest" not in facts:
+        from ropeway.errors import DataError
+
+        raise DataError(f"{path}: missing, so the run's identity is not known. {remedy}")
+    return str(facts["digest"])

@@ -1,0 +1,81 @@
+"""Opens the base model for training: precision, attention and RoPE scaling as params say, and proof that they took."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ropeway.errors import ConfigError
+from ropeway.params import Profile
+from ropeway.rope import RopeScaling
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """What attention runs: asked in params, effective on this machine."""
+
+    asked_flash: bool
+    effective: str
+
+
+def choose_attention(profile: Profile, *, cuda: bool) -> Attention:
+    """Return the effective attention: PyTorch's SDPA on a CPU, its flash kernel (and no other) on a GPU when asked.
+
+    Raises:
+        ConfigError: A GPU was asked for flash attention in fp32, which no flash kernel computes.
+    """
+    if not cuda:
+        return Attention(profile.use_flash_attention, "sdpa (cpu)")
+    if not profile.use_flash_attention:
+        return Attention(asked_flash=False, effective="sdpa (cuda)")
+    if profile.dtype == "fp32":
+        raise ConfigError("use_flash_attention: flash kernels need dtype fp16 or bf16, found fp32; change one of them")
+    return Attention(asked_flash=True, effective="sdpa (cuda, flash kernel only)")
+
+
+def open_model(folder: Path, profile: Profile) -> Any:  # noqa: ANN401 - transformers is untyped
+    """Return the base model of `folder` ready for training, RoPE scaling set before construction.
+
+    Set afterwards it would be dead: transformers 5 computes the frequencies in the constructor.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    config.rope_parameters = scaling_of(config, profile).rope_parameters()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, config=config, dtype=DTYPES[profile.dtype], attn_implementation="sdpa"
+    )
+    model.config.use_cache = False
+    if profile.gradient_checkpointing:
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    return model
+
+
+def scaling_of(config: Any, profile: Profile) -> RopeScaling:  # noqa: ANN401
+    """Return the run's RoPE scaling on top of a config's own theta."""
+    return RopeScaling.of(profile, theta=float(config.rope_parameters["rope_theta"]))
+
+
+def check_rope(model: Any, profile: Profile) -> None:  # noqa: ANN401
+    """Hold the live module's frequencies against the formula, in fp32.
+
+    Raises:
+        ConfigError: They differ, or the engine rounded them to 16 bit (older DeepSpeed did: field report #8066).
+    """
+    live = model.model.rotary_emb.inv_freq.detach().cpu()
+    if live.dtype != torch.float32:
+        raise ConfigError(
+            f"RoPE frequencies are {live.dtype} after the engine started, expected torch.float32: at position "
+            "8,191 the angle would be off by radians. Use deepspeed >= 0.19.2"
+        )
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    expected = torch.from_numpy(scaling_of(config, profile).inv_freq(head_dim))
+    if not torch.allclose(live, expected, rtol=1e-6, atol=0):
+        raise ConfigError(
+            f"RoPE frequencies of the live model start {live[:3].tolist()}, the formula says {expected[:3].tolist()}; "
+            "the scaling of superhot_config did not reach the model"
+        )
