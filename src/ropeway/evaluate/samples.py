@@ -100,22 +100,19 @@ def sample(
     Prompts go one by one: batched they would need left padding, which training never saw. Each answer has its own
     seed, so that a new prompt or configuration changes no other answer, and base and tuned draw alike.
     """
-    answers = []
-    for prompt in prompts:
-        ids = encode_prompt(tokenizer, prompt)
-        answers.append(
-            {
-                name: answer(
-                    model,
-                    tokenizer,
-                    ids,
-                    {"max_new_tokens": max_new_tokens, **params},
-                    seed=derive_seed(seed, name, prompt),
-                )
-                for name, params in CONFIGURATIONS.items()
-            }
-        )
-    return answers
+    return [
+        {
+            name: answer(
+                model,
+                tokenizer,
+                encode_prompt(tokenizer, prompt),
+                {"max_new_tokens": max_new_tokens, **params},
+                seed=derive_seed(seed, name, prompt),
+            )
+            for name, params in CONFIGURATIONS.items()
+        }
+        for prompt in prompts
+    ]
 
 
 def derive_seed(seed: int, *names: str) -> int:
