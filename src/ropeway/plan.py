@@ -130,10 +130,10 @@ def _prepared_sizes(workspace: Workspace) -> dict[str, int | None]:
 
 def _expected_sizes(profile: Profile) -> dict[str, int | None]:
     """Return the training parts that the sources' `expected_rows` leave after the split."""
-    expected = {name: source.expected_rows for name, source in profile.sources.items()}
+    split = profile.val_split
     return {
-        name: None if count is None else count - math.ceil(profile.val_split * count)
-        for name, count in expected.items()
+        name: None if source.expected_rows is None else source.expected_rows - math.ceil(split * source.expected_rows)
+        for name, source in profile.sources.items()
     }
 
 
@@ -166,17 +166,15 @@ def count_parameters(profile: Profile) -> int:
 
 def describe_plan(plan: RunPlan) -> str:
     """Return the plan in words."""
-    shown = {
-        name: "not known before prepare" if count is None else f"{count:,}"
-        for name, count in plan.rows_per_source.items()
-    }
+    unknown, counts = "not known before prepare", plan.rows_per_source.items()
+    shown = [f"{name} {unknown if count is None else format(count, ',')}" for name, count in counts]
+    size = f"{plan.parameters / 1e9:.3f} B weights, one checkpoint {plan.checkpoint_bytes / 2**30:.2f} GiB"
     lines = [
-        f"profile {plan.profile}: {plan.parameters / 1e9:.3f} B weights, one checkpoint {plan.checkpoint_bytes / 2**30:.2f} GiB",
-        f"rows an epoch ({'counted in the data' if plan.from_data else 'from expected_rows'}): "
-        + ", ".join(f"{name} {count}" for name, count in shown.items()),
+        f"profile {plan.profile}: {size}",
+        f"rows an epoch ({'counted in the data' if plan.from_data else 'from expected_rows'}): {', '.join(shown)}",
     ]
     if plan.rows is None:
-        return "\n".join([*lines, "steps: not known before prepare"])
+        return "\n".join([*lines, f"steps: {unknown}"])
     lines.append(
         f"{plan.rows:,} rows, {plan.optimizer_steps:,} steps: {plan.ranks} ranks x {plan.micro_batch_size} rows x "
         f"accumulation {plan.accumulation_steps} = {plan.global_batch_size} rows a step"

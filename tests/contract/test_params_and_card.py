@@ -1,0 +1,115 @@
+"""The published block is the card's, key for key; every profile stands on its own; dvc.yaml and rooms agree."""
+
+import re
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from ropeway.errors import ConfigError
+from ropeway.params import READS, UNHASHED, Profile, load_profile, load_profiles
+
+ROOT = Path(__file__).parents[2]
+CARD = (ROOT / "tests/contract/model-card.txt").read_text(encoding="utf-8")
+
+
+def read_yaml(text):
+    return YAML(typ="safe", pure=True).load(text)
+
+
+def test_the_published_block_holds_every_key_and_value_of_the_card():
+    block = read_yaml(re.search(r"```\n(llama2_13b_orca_8k:.*?)```", CARD, re.DOTALL).group(1))["llama2_13b_orca_8k"]
+    ours = read_yaml((ROOT / "params.yaml").read_text(encoding="utf-8"))["llama2_13b_orca_8k"]
+    assert len(block) == 26
+    for key, value in block.items():
+        assert ours[key] == value, key
+        assert type(ours[key]) is type(value), key
+
+
+def test_the_three_profiles_ship_and_are_whole():
+    chosen, profiles = load_profiles(ROOT / "params.yaml")
+    assert chosen == "laptop"
+    assert list(profiles) == ["llama2_13b_orca_8k", "smollm2", "laptop"]
+
+
+def test_a_profile_inherits_no_nested_value():
+    """A merged mapping is one shared object: `dvc exp run -S` on one profile would change the other."""
+    tree = read_yaml((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    published = tree["llama2_13b_orca_8k"]
+    for name in ("smollm2", "laptop"):
+        shared = [key for key, value in tree[name].items() if isinstance(value, dict | list) and value is published[key]]
+        assert shared == [], name
+
+
+def test_dvc_yaml_lists_what_each_room_reads():
+    stages = read_yaml((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    assert set(stages) == {"identity", *READS}
+    for room, keys in READS.items():
+        listed = {key.removeprefix("${profile}.") for key in stages[room]["params"]}
+        assert listed == set(keys), room
+        assert not listed & set(UNHASHED), room
+
+
+def test_a_room_cannot_read_a_key_it_does_not_list():
+    _, profile = load_profile(ROOT / "params.yaml")
+    fetch = profile.reading(READS["fetch"])
+    assert fetch.sources == profile.sources
+    with pytest.raises(AttributeError):
+        _ = fetch.learning_rate
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("learning_rate: 2e-3", "learning_rate: '2e-3'", "learning_rate: expected a number, found '2e-3'"),
+        ("learning_rate: 2e-3", "learning_rate: 1e-5x", "learning_rate: expected a number, found '1e-5x'"),
+        ("learning_rate: 2e-3", "learning_rate: 0", "learning_rate: expected more than 0.0, found 0"),
+        ("warmup_steps: 10", "warmup_step: 10", "warmup_step: unknown key; did you mean warmup_steps?"),
+        ("max_val_set: 48", "max_valset: 48", "datasets.0.docstrings.max_valset: unknown key; did you mean max_val_set?"),
+        ("max_length: 512", "max_length: 1024", "reaches only 512; raise the scale or shorten max_length"),
+        ("max_length: 512", "max_length: 512.5", "max_length: expected a whole number, found 512.5"),
+        ("kind: scratch", "kind: scrach", "base.kind: expected one of 'folder', 'hub', 'scratch', 'gguf'"),
+        ("    - topics:\n        max_chunk", "    - topic:\n        max_chunk", "only one of them has topic, topics"),
+        ("use_flash_attention: false", "use_flash_attention: no", "use_flash_attention: expected true or false, found 'no'"),
+    ],
+)
+def test_a_wrong_file_is_refused_with_its_key(tmp_path, old, new, says):
+    text = (ROOT / "params.yaml").read_text(encoding="utf-8")
+    head, tail = text.split("\nlaptop:\n")
+    assert old in tail
+    path = tmp_path / "params.yaml"
+    path.write_text(head + "\nlaptop:\n" + tail.replace(old, new, 1), encoding="utf-8")
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        load_profile(path)
+
+
+def test_all_faults_are_reported_at_once(tmp_path):
+    path = tmp_path / "params.yaml"
+    text = (ROOT / "params.yaml").read_text(encoding="utf-8")
+    for old, new in (("rng_seed: 0xe1291f1a", "rng_seed: -1"), ("dtype: fp32", "dtype: fp31")):
+        text = text.replace(old, new)
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        load_profile(path)
+    message = str(caught.value)
+    assert "profile 'llama2_13b_orca_8k'" in message
+    assert message.count("rng_seed: expected at least 0, found -1") == 3
+    assert "dtype: expected 'fp16', 'bf16' or 'fp32', found 'fp31'" in message
+
+
+def test_a_missing_profile_names_those_that_exist(tmp_path):
+    path = tmp_path / "params.yaml"
+    path.write_text((ROOT / "params.yaml").read_text(encoding="utf-8").replace("profile: laptop", "profile: labtop"))
+    with pytest.raises(ConfigError, match="'labtop' does not exist; there are: llama2_13b_orca_8k, smollm2, laptop"):
+        load_profile(path)
+
+
+def test_a_duplicate_key_is_an_error_and_not_the_last_one(tmp_path):
+    path = tmp_path / "params.yaml"
+    path.write_text("profile: a\na: {}\na: {}\n")
+    with pytest.raises(ConfigError, match="duplicate key"):
+        load_profile(path)
+
+
+def test_every_profile_is_a_profile_with_no_default_at_its_top():
+    assert [name for name, field in Profile.model_fields.items() if not field.is_required()] == []

@@ -1,0 +1,59 @@
+"""Code counts by meaning: a mended comment changes no digest, a changed constant changes every room that uses it."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+import ropeway
+from ropeway.identity import IGNORED, module_digest, room_digest
+
+
+@pytest.fixture
+def source(tmp_path):
+    shutil.copytree(Path(ropeway.__file__).parent, tmp_path / "ropeway")
+    return tmp_path / "ropeway"
+
+
+def edit(path, old, new):
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new, 1), encoding="utf-8")
+
+
+def test_a_comment_a_docstring_and_a_message_do_not_count(source):
+    before = room_digest(source, "train")
+    edit(source / "train/loss.py", '"""The loss:', '"""The mended loss:')
+    edit(source / "train/loss.py", "import torch\n", "import torch  # a comment\n")
+    edit(source / "rows.py", "index lies", "the index lies")
+    edit(source / "train/rank.py", "resuming after step", "going on after step")
+    assert room_digest(source, "train") == before
+
+
+def test_a_constant_in_the_room_counts(source):
+    before = {room: room_digest(source, room) for room in ("train", "prepare")}
+    edit(source / "train/loss.py", "EPSILON = 1e-8", "EPSILON = 1e-7")
+    assert room_digest(source, "train") != before["train"]
+    assert room_digest(source, "prepare") == before["prepare"]
+
+
+def test_a_constant_on_the_floor_counts_for_every_room_that_uses_it(source):
+    before = {room: room_digest(source, room) for room in ("fetch", "prepare", "train")}
+    edit(source / "rows.py", "PAD_MULTIPLE = 16", "PAD_MULTIPLE = 8")
+    assert room_digest(source, "train") != before["train"]
+    assert room_digest(source, "prepare") != before["prepare"]
+    assert room_digest(source, "fetch") == before["fetch"]
+
+
+@pytest.mark.parametrize("name", [name for name in IGNORED if name not in ("storage", "tracking")])
+def test_modules_that_only_describe_or_start_a_run_do_not_count(source, name):
+    before = room_digest(source, "train")
+    path = source / f"{name}.py"
+    path.write_text(path.read_text(encoding="utf-8") + "\nADDED = 1\n", encoding="utf-8")
+    assert room_digest(source, "train") == before
+
+
+def test_text_that_is_data_counts():
+    assert module_digest("name = 'a'") != module_digest("name = 'b'")
+    assert module_digest("raise ValueError('a')") == module_digest("raise ValueError('b')")
+    assert module_digest("raise ValueError(1)") != module_digest("raise ValueError(2)")
