@@ -1,0 +1,87 @@
+"""A checkpoint is whole or not there: what a kill, a full disk or a flipped byte leaves is never resumed from."""
+
+import shutil
+
+import pytest
+
+from ropeway.train import checkpoints
+
+
+def write(root, step, *, keep=None):
+    partial = checkpoints.partial_folder(root, step)
+    (partial / checkpoints.STATE).mkdir(parents=True)
+    (partial / checkpoints.STATE / "weights.pt").write_bytes(bytes(range(step)) * 10)
+    folder = checkpoints.commit(root, step, [{"step": n + 1, "applied": 1} for n in range(step)], {"ranks": 2})
+    if keep:
+        checkpoints.rotate(root, keep=keep)
+    return folder
+
+
+def test_the_newest_checkpoint_resumes_with_its_log(tmp_path):
+    for step in (5, 10):
+        write(tmp_path, step)
+    found = checkpoints.newest_valid(tmp_path)
+    assert (found.step, found.facts["ranks"], len(found.log())) == (10, 2, 10)
+
+
+def test_nothing_is_found_where_nothing_was_saved(tmp_path):
+    assert checkpoints.newest_valid(tmp_path / "none") is None
+
+
+@pytest.mark.parametrize(
+    "fault", ["flipped byte", "cut file", "lost file", "no manifest", "broken manifest", "added file"]
+)
+def test_a_damaged_checkpoint_is_skipped_and_said(tmp_path, capsys, fault):
+    write(tmp_path, 5)
+    folder = write(tmp_path, 10)
+    state = folder / checkpoints.STATE / "weights.pt"
+    if fault == "flipped byte":
+        data = bytearray(state.read_bytes())
+        data[3] ^= 1
+        state.write_bytes(data)
+    elif fault == "cut file":
+        state.write_bytes(state.read_bytes()[:-1])
+    elif fault == "lost file":
+        state.unlink()
+    elif fault == "no manifest":
+        (folder / "manifest.json").unlink()
+    elif fault == "broken manifest":
+        (folder / "manifest.json").write_text("{")
+    else:
+        (folder / "stray.pt").write_bytes(b"?")
+    assert checkpoints.newest_valid(tmp_path).step == 5
+    assert "checkpoint of step 10 is not whole" in capsys.readouterr().out
+
+
+def test_an_unfinished_save_is_never_a_checkpoint(tmp_path):
+    write(tmp_path, 5)
+    (checkpoints.partial_folder(tmp_path, 10) / checkpoints.STATE).mkdir(parents=True)
+    assert checkpoints.newest_valid(tmp_path).step == 5
+    checkpoints.clear_partial(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000005"]
+
+
+def test_rotation_keeps_the_newest(tmp_path):
+    for step in (5, 10, 15, 20):
+        write(tmp_path, step, keep=2)
+    assert [step for step, _ in checkpoints.list_steps(tmp_path)] == [15, 20]
+
+
+def test_a_save_that_fails_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
+    write(tmp_path, 5)
+
+    def full(*_args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "sync_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        write(tmp_path, 10)
+    assert checkpoints.newest_valid(tmp_path).step == 5
+
+
+def test_a_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path):
+    folder = write(tmp_path, 5)
+    (folder / "manifest.json").unlink()
+    write(tmp_path, 5)
+    assert checkpoints.newest_valid(tmp_path).step == 5
+    shutil.rmtree(folder)
