@@ -37,7 +37,9 @@ def test_a_profile_inherits_no_nested_value():
     tree = read_yaml((ROOT / "params.yaml").read_text(encoding="utf-8"))
     published = tree["llama2_13b_orca_8k"]
     for name in ("smollm2", "laptop"):
-        shared = [key for key, value in tree[name].items() if isinstance(value, dict | list) and value is published[key]]
+        shared = [
+            key for key, value in tree[name].items() if isinstance(value, dict | list) and value is published[key]
+        ]
         assert shared == [], name
 
 
@@ -65,12 +67,20 @@ def test_a_room_cannot_read_a_key_it_does_not_list():
         ("learning_rate: 2e-3", "learning_rate: 1e-5x", "learning_rate: expected a number, found '1e-5x'"),
         ("learning_rate: 2e-3", "learning_rate: 0", "learning_rate: expected more than 0.0, found 0"),
         ("warmup_steps: 10", "warmup_step: 10", "warmup_step: unknown key; did you mean warmup_steps?"),
-        ("max_val_set: 48", "max_valset: 48", "datasets.0.docstrings.max_valset: unknown key; did you mean max_val_set?"),
+        (
+            "max_val_set: 48",
+            "max_valset: 48",
+            "datasets.0.docstrings.max_valset: unknown key; did you mean max_val_set?",
+        ),
         ("max_length: 512", "max_length: 1024", "reaches only 512; raise the scale or shorten max_length"),
         ("max_length: 512", "max_length: 512.5", "max_length: expected a whole number, found 512.5"),
         ("kind: scratch", "kind: scrach", "base.kind: expected one of 'folder', 'hub', 'scratch', 'gguf'"),
         ("    - topics:\n        max_chunk", "    - topic:\n        max_chunk", "only one of them has topic, topics"),
-        ("use_flash_attention: false", "use_flash_attention: no", "use_flash_attention: expected true or false, found 'no'"),
+        (
+            "use_flash_attention: false",
+            "use_flash_attention: no",
+            "use_flash_attention: expected true or false, found 'no'",
+        ),
     ],
 )
 def test_a_wrong_file_is_refused_with_its_key(tmp_path, old, new, says):
