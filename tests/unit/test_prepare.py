@@ -1,0 +1,333 @@
+import json
+import shutil
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ropeway import prepare
+from ropeway.chat import ASSISTANT, PROMPTER, Conversation, render
+from ropeway.errors import ConfigError, DataError
+from ropeway.manifest import file_sha256, load_manifest, write_manifest
+from ropeway.params import READS, DatasetOptions, load_profile
+from ropeway.prepare.encode import Encoder, conversation_kinds, document_kinds, text_key
+from ropeway.prepare.split import plan_split
+from ropeway.prepare.write import ShardWriter, check_readback
+from ropeway.raw import RawWriter
+from ropeway.rows import collate, plan_epoch
+from ropeway.shards import Kind, Shards, open_shards
+from ropeway.tokenizer import open_tokenizer, read_special
+from ropeway.workspace import Workspace
+from tests.tiny_run import PARITY, ROOT
+
+TOKENIZER = PARITY / "tokenizer"
+_, PUBLISHED = load_profile(ROOT / "params.yaml", "llama2_13b_orca_8k")
+TALKS = [Conversation((f"Is lamp {n} lit?", "Yes. " * (1 + n % 9)), ("", "Be brief.")[n % 2]) for n in range(40)]
+TEXTS = [f"Log of day {n}: " + "calm sea, no sail. " * (n % 7) for n in range(30)]
+
+
+def profile(**changes):
+    options = [{"talk": DatasetOptions(max_val_set=5)}, {"text": DatasetOptions(max_chunk_size=60, max_val_set=4)}]
+    sources = {"talk": PUBLISHED.sources["orca-chat"], "text": PUBLISHED.sources["fanfics"]}
+    values = {"datasets": options, "sources": sources, "max_length": 24, "global_batch_size": 4, "rng_seed": 11}
+    return PUBLISHED.model_copy(update=values | changes).reading(READS["prepare"])
+
+
+def lay(root, talks=TALKS, texts=TEXTS, *, refused=None):
+    """A workspace as fetch and base leave it."""
+    workspace, facts = Workspace(root, "run"), {}
+    for name, kind, records in (("talk", "conversation", talks), ("text", "document", texts)):
+        with RawWriter(workspace.raw / name, kind) as writer:
+            for record in records:
+                writer.add(record)
+        lost = refused if refused and kind == "conversation" else {}
+        read = len(records) + sum(lost.values())
+        facts[name] = {"kind": kind, "read": read, "kept": len(records), "refused": lost}
+    write_manifest(workspace.raw, {"sources": facts})
+    shutil.copytree(TOKENIZER, workspace.base)
+    return workspace
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    workspace = lay(tmp_path_factory.mktemp("prepare"))
+    prepare.run(workspace, profile())
+    return workspace, open_shards(workspace.data), json.loads(workspace.ledger.read_bytes())
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return open_tokenizer(TOKENIZER)
+
+
+def encoder(tokenizer, max_chunk_size=None):
+    return Encoder(tokenizer, read_special(TOKENIZER, tokenizer), max_chunk_size)
+
+
+def test_every_conversation_is_stored_whole_as_one_string_of_tokens(run, tokenizer):
+    _, shards, _ = run
+    talk, _ = shards.sources
+    assert len(talk.lengths) == len(TALKS)
+    for number, record in enumerate(TALKS):
+        tokens, _ = talk.read(number)
+        assert tokens.tolist() == tokenizer.encode(render(record, end="</s>")).ids
+    assert talk.lengths.max() > profile().max_length  # never cut
+
+
+def test_every_document_is_stored_chunk_by_chunk_and_only_its_last_token_ends_it(run, tokenizer):
+    _, shards, _ = run
+    _, text = shards.sources
+    number = 0
+    for document in TEXTS:
+        chunks = [document[at : at + 60] for at in range(0, len(document), 60)]
+        for at, chunk in enumerate(chunks):
+            tokens, kinds = text.read(number)
+            assert tokens.tolist() == tokenizer.encode(chunk).ids
+            end = Kind.DOCUMENT_END if at == len(chunks) - 1 else Kind.DOCUMENT
+            assert kinds.tolist() == [Kind.DOCUMENT] * (len(tokens) - 1) + [end]
+            number += 1
+    assert number == len(text.lengths)
+
+
+def test_the_manifest_says_what_readers_need(run):
+    workspace, shards, _ = run
+    manifest = shards.manifest
+    assert manifest["format"] == 1
+    assert manifest["vocab_size"] == 2005
+    assert manifest["tokenizer"] == file_sha256(TOKENIZER / "tokenizer.json")
+    assert manifest["special"][PROMPTER] == 2000
+    for facts, source in zip(manifest["sources"], shards.sources, strict=True):
+        assert facts["sequences"] == len(source.lengths)
+        assert facts["tokens"] == source.lengths.sum()
+    parts = {name.split("/")[1] for name in load_manifest(workspace.data, remedy="")["files"]}
+    assert parts == {"tokens-00000.npy", "kinds-00000.npy", "lengths.npy", "train.npy", "validation.npy"}
+
+
+def test_no_sequence_trains_and_validates(run):
+    _, shards, _ = run
+    for source, limit in zip(shards.sources, (5, 4), strict=True):
+        assert not set(source.train) & set(source.validation)
+        assert len(source.validation) == limit
+
+
+def test_preparing_twice_gives_the_same_bytes(run, tmp_path):
+    workspace, _, _ = run
+    again = lay(tmp_path)
+    prepare.run(again, profile())
+    assert file_sha256(again.data / "manifest.json") == file_sha256(workspace.data / "manifest.json")
+    assert again.ledger.read_bytes() == workspace.ledger.read_bytes()
+
+
+def test_the_ledgers_epoch_is_what_training_reads(run):
+    _, shards, ledger = run
+    plan = plan_epoch(shards, profile(), epoch=0)
+    found = [Counter() for _ in shards.sources]
+    for index in range(plan.rows):
+        ((piece,),) = (plan.row(index),)
+        batch = collate([(piece,)], shards, profile())
+        whole = int(shards.sources[piece.source].lengths[piece.sequence])
+        lost = whole - (piece.end - piece.begin)
+        found[piece.source] += Counter(
+            drawn=1,
+            drawn_tokens=whole,
+            row_tokens=piece.end - piece.begin,
+            cells=batch.input_ids.size,
+            padding=batch.input_ids.size - (piece.end - piece.begin),
+            supervised=int(batch.loss_mask.sum()),
+            windowed=int(piece.begin > 0),
+            cut=int(lost > 0 and piece.begin == 0),
+        )
+    for account, counts in zip(ledger["sources"], found, strict=True):
+        assert {name: account["epochs"][0][name] for name in counts} == dict(counts)
+    assert found[0]["windowed"] > 0
+    assert found[1]["cut"] > 0
+    assert ledger["epochs"] == [
+        {
+            "epoch": 0,
+            "rows": plan.rows,
+            "global_batch_size": 4,
+            "steps": plan.steps,
+            "left_over": plan.rows - 4 * plan.steps,
+        }
+    ]
+
+
+def test_the_ledger_accounts_for_every_epoch(tmp_path):
+    workspace = lay(tmp_path)
+    prepare.run(workspace, profile(num_train_epochs=3))
+    ledger = json.loads(workspace.ledger.read_bytes())
+    assert [epoch["epoch"] for epoch in ledger["epochs"]] == [0, 1, 2]
+    tokens = [epoch["row_tokens"] for epoch in ledger["sources"][0]["epochs"]]
+    assert len(tokens) == 3
+
+
+def test_a_conversation_without_turns_is_refused_and_counted(tmp_path):
+    workspace = lay(tmp_path, [Conversation((), "alone"), *TALKS], refused={"not JSON": 2})
+    prepare.run(workspace, profile(max_refused_fraction=0.1))
+    records = json.loads(workspace.ledger.read_bytes())["sources"][0]["records"]
+    assert records["read"] == 43
+    assert records["kept"] == 40
+    assert records["refused_by_fetch"] == {"not JSON": 2}
+    assert records["refused_by_prepare"] == {"conversation without turns": 1}
+
+
+def test_too_many_refused_records_end_the_stage_and_leave_no_table(tmp_path):
+    workspace = lay(tmp_path, [Conversation((), "alone"), *TALKS])
+    with pytest.raises(DataError, match=r"source talk: 1 of 41 records refused .*more than max_refused_fraction 0.01"):
+        prepare.run(workspace, profile())
+    assert not workspace.data.exists()
+
+
+def test_an_empty_document_is_no_chunk_and_is_counted(tmp_path):
+    workspace = lay(tmp_path, texts=["", *TEXTS])
+    prepare.run(workspace, profile())
+    account = json.loads(workspace.ledger.read_bytes())["sources"][1]
+    assert account["records"]["kept"] == 31
+    assert account["records"]["without_tokens"] == 1
+
+
+def test_a_special_tokens_string_in_a_text_is_parsed_and_the_record_counted(tmp_path, capsys):
+    odd = Conversation(("Which token ends a turn?", "It is </s>, see?"))
+    workspace = lay(tmp_path, [odd, *TALKS], [*TEXTS, "plain <|prompter|> text"])
+    prepare.run(workspace, profile())
+    ledger = json.loads(workspace.ledger.read_bytes())
+    assert [account["records"]["with_special_tokens"] for account in ledger["sources"]] == [1, 1]
+    assert "1 records hold a special token's string" in capsys.readouterr().out
+    special = open_shards(workspace.data).special
+    assert open_shards(workspace.data).sources[0].read(0)[0].tolist().count(special["eos"]) == 3
+
+
+@pytest.mark.parametrize("way", ["escape", "reject"])
+def test_ways_with_special_tokens_that_are_not_there_yet_are_refused(run, way):
+    with pytest.raises(ConfigError, match=f"'{way}' is not there yet"):
+        prepare.run(run[0], profile(special_tokens_in_text=way))
+
+
+def test_a_source_that_teaches_nothing_is_refused(tmp_path):
+    talks = [Conversation((f"Is lamp {n} lit?",)) for n in range(40)]  # nobody answers
+    workspace = lay(tmp_path, talks)
+    with pytest.raises(DataError, match="source talk: 0 supervised tokens in 32 rows"):
+        prepare.run(workspace, profile(what_counts="answers"))
+    assert not workspace.data.exists()
+
+
+def test_changed_raw_bytes_are_found(tmp_path):
+    workspace = lay(tmp_path)
+    part = workspace.raw / "talk" / "part-00000.parquet"
+    part.write_bytes(part.read_bytes()[:-1] + b"x")
+    with pytest.raises(DataError, match=r"part-00000.parquet: sha256 is .*Run `dvc repro fetch`"):
+        prepare.run(workspace, profile())
+
+
+def test_a_found_number_other_than_the_expected_one_is_said(tmp_path, capsys):
+    prepare.run(lay(tmp_path), profile())
+    assert "talk: expected_rows says 236,053, found 40 sequences" in capsys.readouterr().out
+
+
+def test_kinds_follow_role_tokens_and_what_stands_before_them_is_nobodys(tokenizer):
+    special = read_special(TOKENIZER, tokenizer)
+    tokens = np.array(tokenizer.encode("<|system|>S</s><|prompter|>q</s><|assistant|>a</s>").ids)
+    kinds = conversation_kinds(tokens, prompter=special[PROMPTER], assistant=special[ASSISTANT])
+    prompter, assistant = (tokens.tolist().index(special[role]) for role in (PROMPTER, ASSISTANT))
+    assert set(kinds[:prompter]) == {Kind.BEFORE}
+    assert set(kinds[prompter:assistant]) == {Kind.PROMPTER}
+    assert set(kinds[assistant:]) == {Kind.ASSISTANT}
+
+
+@given(st.integers(0, 9), st.booleans())
+def test_a_chunk_has_one_end_at_most(length, is_last):
+    kinds = document_kinds(length, is_last=is_last)
+    assert (kinds == Kind.DOCUMENT_END).sum() == int(is_last and length > 0)
+
+
+@settings(deadline=None, max_examples=20)
+@given(records=st.lists(st.text(max_size=80), max_size=30), size=st.integers(1, 50))
+def test_batching_the_tokenizer_changes_no_sequence(tokenizer, records, size):
+    together = list(encoder(tokenizer, size).encode(records))
+    apart = [sequence for record in records for sequence in encoder(tokenizer, size).encode([record])]
+    assert [s.tokens.tolist() for s in together] == [s.tokens.tolist() for s in apart]
+    assert [s.kinds.tolist() for s in together] == [s.kinds.tolist() for s in apart]
+    expected = [number for number, text in enumerate(records) for _ in range(-(-len(text) // size))]
+    assert [s.record for s in together] == expected
+
+
+def test_small_batches_give_the_same_sequences(tokenizer, monkeypatch):
+    whole = [s.tokens.tolist() for s in encoder(tokenizer).encode(TALKS)]
+    monkeypatch.setattr("ropeway.prepare.encode._BATCH_CHARACTERS", 50)
+    assert [s.tokens.tolist() for s in encoder(tokenizer).encode(TALKS)] == whole
+
+
+def split_of(texts, *, per=1, **changes):
+    """Split of `per` sequences a record, keyed by text."""
+    options = {"split": "by_hash", "split_by": "chunk", **changes}
+    records = np.repeat(np.arange(len(texts)), per)
+    by_document = options["split_by"] == "document"
+    keys = [text_key(text if by_document else f"{text}/{at}") for text in texts for at in range(per)]
+    return plan_split(
+        records,
+        np.array(keys, np.uint64),
+        profile(**options),
+        max_val_set=None,
+        generator=np.random.RandomState(1),
+    )
+
+
+def test_a_split_by_hash_is_not_moved_by_new_records():
+    old = [f"record {n}" for n in range(500)]
+    new = [text for n in range(500) for text in ([f"new {n}"] if n % 7 == 0 else []) + [f"record {n}"]]
+    before, after = split_of(old), split_of(new)
+    kept = {old[n] for n in before.validation}
+    assert kept == {new[n] for n in after.validation if new[n].startswith("record")}
+    assert 0.15 < len(before.validation) / 500 < 0.25
+
+
+@pytest.mark.parametrize("split", ["permutation", "by_hash"])
+def test_a_split_by_document_keeps_a_documents_chunks_together(split):
+    texts = [f"document {n}" for n in range(60)]
+    found = split_of(texts, per=3, split=split, split_by="document")
+    for part in (found.train, found.validation):
+        assert all(count == 3 for count in Counter(int(n) // 3 for n in part).values())
+    assert sorted([*found.train, *found.validation]) == list(range(180))
+    apart = split_of(texts, per=3, split=split, split_by="chunk")
+    assert any(count < 3 for count in Counter(int(n) // 3 for n in apart.train).values())
+
+
+def test_shards_are_cut_at_their_size_and_read_back(tmp_path, tokenizer):
+    writer = ShardWriter(tmp_path / "talk", vocab_size=2005, shard_tokens=100)
+    sequences = list(encoder(tokenizer).encode(TALKS))
+    for sequence in sequences:
+        writer.add(sequence)
+    writer.finish(by_document=False)
+    writer.write_split(split_of(["x"] * len(sequences)))
+    assert len(writer.shard_sequences) > 3
+    source = {"name": "talk", "kind": "conversation", "shard_sequences": writer.shard_sequences}
+    write_manifest(tmp_path, {"sources": [source]})
+    shards = open_shards(tmp_path)
+    check_readback(shards, {"talk": writer.samples})
+    for number, sequence in enumerate(sequences):
+        assert shards.sources[0].read(number)[0].tolist() == sequence.tokens.tolist()
+
+
+def test_a_shard_that_reads_back_otherwise_is_found(run, tokenizer):
+    _, shards, _ = run
+    first, second, *_ = encoder(tokenizer).encode(TALKS)
+    check_readback(Shards(shards.sources[:1], {}), {"talk": {0: first, 1: second}})
+    with pytest.raises(DataError, match="sequence 0 reads back as"):
+        check_readback(Shards(shards.sources[:1], {}), {"talk": {0: second}})
+
+
+def test_a_shard_of_another_size_is_found(tmp_path):
+    workspace = lay(tmp_path)
+    prepare.run(workspace, profile())
+    path = workspace.data / "text" / "kinds-00000.npy"
+    np.save(path, np.load(path)[:-1])
+    with pytest.raises(DataError, match=r"kinds-00000.npy holds [\d,]+ entries, its \d+ sequences"):
+        check_readback(open_shards_unchecked(workspace.data), {"talk": {}, "text": {}})
+
+
+def open_shards_unchecked(folder):
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    write_manifest(folder, {key: value for key, value in manifest.items() if key != "files"})
+    return open_shards(folder)
