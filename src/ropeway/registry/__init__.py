@@ -1,1 +1,41 @@
-"""Room: registry."""
+"""Room: registry. Immutable, content-addressed versions; aliases that move by compare-and-set; pulls that are verified.
+
+Layout in `layout.py`, rules of what may be in a package in `rules.py`, a version's identity in `core.py`.
+"""
+
+from ropeway.registry.aliases import (
+    ANY,
+    Promotion,
+    alias_history,
+    list_aliases,
+    promote,
+    read_alias,
+    resolve,
+    rollback,
+)
+from ropeway.registry.core import load_core, package_digest
+from ropeway.registry.publishing import Published, find_number, has_version, is_withdrawn, publish
+from ropeway.registry.pulling import Pulled, Verified, pull, verify, verify_folder
+
+__all__ = [
+    "ANY",
+    "Promotion",
+    "Published",
+    "Pulled",
+    "Verified",
+    "alias_history",
+    "find_number",
+    "has_version",
+    "is_withdrawn",
+    "list_aliases",
+    "load_core",
+    "package_digest",
+    "promote",
+    "publish",
+    "pull",
+    "read_alias",
+    "resolve",
+    "rollback",
+    "verify",
+    "verify_folder",
+]

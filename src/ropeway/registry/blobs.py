@@ -1,0 +1,53 @@
+"""Blobs: a file's bytes under their own sha256, and the one check of them that publish, verify and pull share."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from ropeway.errors import DataError
+from ropeway.registry.layout import blob_key
+from ropeway.registry.rules import PackageFile
+from ropeway.storage import BLOCK_BYTES, AbsentError, Store
+
+
+def put_blobs(store: Store, files: Sequence[tuple[Path, PackageFile]]) -> None:
+    """Store each file's bytes, then re-check each blob in the store.
+
+    Raises:
+        DataError: A file changed on the way, or a blob that was there before is not what its name says.
+    """
+    created = [store.put_if_absent(blob_key(file.sha256), path, sha256=file.sha256) for path, file in files]
+    for (_, file), new in zip(files, created, strict=True):
+        # Bytes that this call wrote were hashed on the way; only older ones can have rotted since.
+        if fault := blob_fault(store, file, rehash=not new):
+            raise DataError(
+                f"{store.url}: {fault}. Nothing was published; remove {blob_key(file.sha256)} from the store, then "
+                "publish again"
+            )
+
+
+def blob_fault(store: Store, file: PackageFile, *, rehash: bool) -> str | None:
+    """Return what is wrong with a file's blob, or None.
+
+    Args:
+        store: Where.
+        file: Which path, sha256 and bytes it should have.
+        rehash: Read every byte; else compare sizes only.
+    """
+    key = blob_key(file.sha256)
+    try:
+        if (size := store.size(key)) != file.bytes:
+            return f"the blob of {file.path} has {size:,} bytes, expected {file.bytes:,}"
+        if rehash and (found := _hash_blob(store, key)) != file.sha256:
+            return f"the blob of {file.path} hashes to {found[:12]}…, expected {file.sha256[:12]}…"
+    except AbsentError:
+        return f"the blob of {file.path} ({file.sha256[:12]}…) is missing"
+    return None
+
+
+def _hash_blob(store: Store, key: str) -> str:
+    digest = hashlib.sha256()
+    with store.open_stream(key) as stream:
+        while block := stream.read(BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()

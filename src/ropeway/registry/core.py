@@ -1,0 +1,151 @@
+"""A version's core: what determines the model and nothing else. Its canonical JSON's sha256 is the version's identity.
+
+No time, host or revision is in it, so the same package published twice, or made again with the same bytes, is the same
+version. Those facts stand beside the version's number (`publishing.py`).
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ropeway.errors import DataError, RegistryError
+from ropeway.manifest import NAME as MANIFEST
+from ropeway.manifest import canonical_json, file_sha256, load_manifest
+from ropeway.registry.layout import check_digest, check_name, check_registry, is_digest, manifest_key
+from ropeway.registry.rules import PackageFile, check_content, check_files, scan_folder
+from ropeway.storage import MAX_DOCUMENT_BYTES, AbsentError, Store
+
+FORMAT = "ropeway-version/1"
+_REMEDY = "Run `dvc repro package`"
+
+
+@dataclass(frozen=True, slots=True)
+class Core:
+    """What a version is.
+
+    Attributes:
+        name: The model it is a version of.
+        files: Every file of the package, its own manifest.json among them, sorted by path.
+        facts: What that manifest says beside its files.
+    """
+
+    name: str
+    files: tuple[PackageFile, ...]
+    facts: Mapping[str, Any]
+
+    @property
+    def document(self) -> bytes:
+        """The canonical JSON that is stored, and later signed."""
+        return canonical_json(
+            {"format": FORMAT, "name": self.name, "files": [asdict(file) for file in self.files], "facts": self.facts}
+        )
+
+    @property
+    def digest(self) -> str:
+        """The version's identity."""
+        return hashlib.sha256(self.document).hexdigest()
+
+    @property
+    def total_bytes(self) -> int:
+        """The size of a pulled package."""
+        return sum(file.bytes for file in self.files)
+
+
+def package_digest(folder: Path, name: str) -> str:
+    """Return the digest that `publish` would give a package; sizes are checked, bytes are not hashed again.
+
+    Raises:
+        DataError: The folder is not a whole package, or holds what none may hold.
+    """
+    return read_package(folder, name, verify=False).digest
+
+
+def read_package(folder: Path, name: str, *, verify: bool) -> Core:
+    """Return the core of a package folder.
+
+    Args:
+        folder: Holds a `manifest.json` (`ropeway.manifest`).
+        name: The model it becomes a version of.
+        verify: Re-hash every file and look at how it begins.
+
+    Raises:
+        DataError: No manifest, other bytes than it says, a link, a path, suffix or size against the rules.
+        RegistryError: `name` cannot be a model's.
+    """
+    check_name(name)
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no package there. {_REMEDY}")
+    scan_folder(folder)
+    own = folder / MANIFEST
+    try:
+        manifest = load_manifest(folder, remedy=_REMEDY, verify=verify)
+        files = [PackageFile(path, facts["sha256"], facts["bytes"]) for path, facts in manifest.pop("files").items()]
+        files.append(PackageFile(MANIFEST, file_sha256(own), own.stat().st_size))
+        core = Core(name, tuple(sorted(files, key=lambda file: file.path)), manifest)
+        document_bytes = len(core.document)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise DataError(f"{own}: not a package's manifest ({error}). {_REMEDY}") from None
+    check_files(core.files)
+    if document_bytes > MAX_DOCUMENT_BYTES:
+        raise DataError(f"{own}: its facts make a version of {document_bytes:,} bytes; {MAX_DOCUMENT_BYTES:,} fit")
+    if verify:
+        for file in core.files:
+            check_content(folder / file.path, file.path)
+    return core
+
+
+def load_core(store: Store, name: str, digest: str) -> Core:
+    """Return a stored version's core, checked against its digest and against every rule.
+
+    Raises:
+        RegistryError: The registry does not hold that version.
+        DataError: What it holds is not that version, or not one that may be pulled.
+    """
+    check_name(name)
+    check_digest(digest)
+    check_registry(store)
+    key = manifest_key(name, digest)
+    try:
+        document = store.get(key)
+    except AbsentError:
+        raise RegistryError(f"{store.url}: holds no version {digest[:12]}… of {name}") from None
+    if (found := hashlib.sha256(document).hexdigest()) != digest:
+        raise DataError(
+            f"{store.url}: {key} hashes to {found[:12]}…, not to its name; it was changed after it was published. "
+            "Do not use this version; restore that file from a copy of the registry"
+        )
+    core = _parse_core(document, f"{store.url}: {key}")
+    if core.name != name:
+        raise DataError(f"{store.url}: {key} is a version of {core.name!r}, not of {name}")
+    check_files(core.files)
+    return core
+
+
+def _parse_core(document: bytes, where: str) -> Core:
+    """Return the core a document spells; anything but exactly this form is refused."""
+    try:
+        tree = json.loads(document)
+        if canonical_json(tree) == document and _is_core(tree):  # no key twice, no number spelled otherwise
+            return Core(tree["name"], tuple(PackageFile(**file) for file in tree["files"]), tree["facts"])
+    except (ValueError, RecursionError):
+        pass
+    raise DataError(f"{where}: not a version this Ropeway can read; expected canonical JSON of format {FORMAT}")
+
+
+def _is_core(tree: Any) -> bool:  # noqa: ANN401 - it comes from outside
+    """Return whether a JSON tree has a core's keys and types, its files sorted by path."""
+    if not isinstance(tree, dict) or set(tree) != {"format", "name", "files", "facts"} or tree["format"] != FORMAT:
+        return False
+    files = tree["files"]
+    return (
+        isinstance(tree["name"], str)
+        and isinstance(tree["facts"], dict)
+        and isinstance(files, list)
+        and all(isinstance(file, dict) and set(file) == {"path", "sha256", "bytes"} for file in files)
+        and all(isinstance(file["path"], str) and is_digest(file["sha256"]) for file in files)
+        and all(type(file["bytes"]) is int for file in files)  # True is an int to isinstance
+        and files == sorted(files, key=lambda file: file["path"])
+    )

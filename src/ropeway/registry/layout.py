@@ -1,0 +1,183 @@
+"""Where everything in a registry lies, and how a person names a version. The layout is final.
+
+registry.json                                     format, written once
+blobs/sha256/ab/<64 hex>                          immutable
+models/<name>/manifests/<64 hex>.json             canonical JSON; its sha256 is the version's identity
+models/<name>/versions/00000012.json              number -> digest, append-only
+models/<name>/aliases/<alias>/00000007.json       {digest, prev, by, reason, review, at}: the last is the alias
+models/<name>/tombstones/<64 hex>.json            withdrawn; pull refuses
+intents/<32 hex>.json                             a publish under way; a collector leaves what it names alone
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ropeway.errors import RegistryError
+from ropeway.manifest import canonical_json
+from ropeway.storage import AbsentError, Store
+
+FORMAT = "ropeway-registry/1"
+_MARK = "registry.json"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}[A-Za-z0-9]|[A-Za-z0-9]")
+_ALIAS = re.compile(r"[a-z][a-z0-9-]{0,48}[a-z0-9]")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_NUMBER = re.compile(r"v[0-9]{1,8}|[0-9]{1,7}")
+_PREFIX = re.compile(r"[0-9a-f]{8,64}")
+_Fields = Mapping[str, type | tuple[type, ...]]
+_VERSION: _Fields = {"digest": str, "published_at": str, "provenance": dict, "attachments": dict}
+_PROMOTION: _Fields = {
+    "digest": str,
+    "prev": (str, type(None)),
+    "by": str,
+    "reason": str,
+    "review": (dict, type(None)),
+    "at": str,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """`NAME@SELECTOR` taken apart: the selector is an alias, a version number or the start of a digest.
+
+    Attributes:
+        name: The model.
+        alias: Set for `laptop@candidate`.
+        number: Set for `laptop@v3` and `laptop@3`.
+        prefix: Set for `laptop@9f2c41aa…`: 8 or more hex digits.
+    """
+
+    name: str
+    alias: str | None = None
+    number: int | None = None
+    prefix: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    """An append-only log: its folder, and the keys that each of its events has, with their types."""
+
+    folder: str
+    fields: _Fields
+
+    def key(self, number: int) -> str:
+        """Return where an event lies; they count from 1."""
+        return f"{self.folder}{number:08d}.json"
+
+
+def read_reference(text: str) -> Reference:
+    """Return what `NAME@ALIAS`, `NAME@v3`, `NAME@3` or `NAME@<digest or its first 8 or more digits>` means.
+
+    >>> read_reference("laptop@v3").number
+    3
+
+    Raises:
+        RegistryError: It is none of these.
+    """
+    name, at, selector = text.partition("@")
+    if at and _NAME.fullmatch(name):
+        if _NUMBER.fullmatch(selector):
+            return Reference(name, number=int(selector.removeprefix("v")))
+        if _PREFIX.fullmatch(selector):
+            return Reference(name, prefix=selector)
+        if _ALIAS.fullmatch(selector):
+            return Reference(name, alias=selector)
+    raise RegistryError(
+        f"{text[:120]!r}: expected NAME@ALIAS, NAME@v3 or NAME@DIGEST (its first 8 digits or more), "
+        "e.g. laptop@candidate. `ropeway registry list` shows what there is"
+    )
+
+
+def check_name(name: str) -> None:
+    """Raise RegistryError unless `name` can be a model's."""
+    if not _NAME.fullmatch(name) or ".." in name:
+        raise RegistryError(f"model name {name[:80]!r}: expected 1 to 64 of A-Z a-z 0-9 . _ -, e.g. laptop")
+
+
+def check_alias(alias: str) -> None:
+    """Raise RegistryError unless `alias` can be one: not to be mistaken for a number or a digest."""
+    if not _ALIAS.fullmatch(alias) or _NUMBER.fullmatch(alias) or _PREFIX.fullmatch(alias):
+        raise RegistryError(
+            f"alias {alias[:80]!r}: expected 2 to 50 of a-z 0-9 -, starting with a letter, and neither a version "
+            "number nor a digest; e.g. candidate, production"
+        )
+
+
+def is_digest(value: object) -> bool:
+    """Return whether a value is a sha256 in lower-case hex."""
+    return isinstance(value, str) and _DIGEST.fullmatch(value) is not None
+
+
+def check_digest(digest: str) -> None:
+    """Raise RegistryError unless `digest` is a whole one."""
+    if not is_digest(digest):
+        raise RegistryError(f"digest {digest[:80]!r}: expected 64 lower-case hex digits")
+
+
+def blob_key(sha256: str) -> str:
+    """Return where a file's bytes lie; two levels, so that no folder grows without end."""
+    return f"blobs/sha256/{sha256[:2]}/{sha256}"
+
+
+def manifest_key(name: str, digest: str) -> str:
+    """Return where a version's signed core lies."""
+    return f"models/{name}/manifests/{digest}.json"
+
+
+def versions_log(name: str) -> Log:
+    """Return the log number → digest, with what is known of a version but does not make it."""
+    return Log(f"models/{name}/versions/", _VERSION)
+
+
+def aliases_folder(name: str) -> str:
+    """Return the folder with one log per alias."""
+    return f"models/{name}/aliases/"
+
+
+def alias_log(name: str, alias: str) -> Log:
+    """Return an alias's log."""
+    return Log(f"{aliases_folder(name)}{alias}/", _PROMOTION)
+
+
+def tombstone_key(name: str, digest: str) -> str:
+    """Return where the withdrawal of a version is noted."""
+    return f"models/{name}/tombstones/{digest}.json"
+
+
+def intent_key(identifier: str) -> str:
+    """Return where a publish under way names the blobs it counts on."""
+    return f"intents/{identifier}.json"
+
+
+def found_registry(store: Store) -> None:
+    """Write registry.json if this is the store's first publish, and check it."""
+    store.put_if_absent(_MARK, canonical_json({"format": FORMAT}))
+    check_registry(store)
+
+
+def check_registry(store: Store) -> None:
+    """Raise RegistryError when the store holds no registry, or one of another format."""
+    try:
+        found = store.get(_MARK)
+    except AbsentError:
+        raise RegistryError(
+            f"{store.url}: no registry there yet. `ropeway run` publishes to it; or correct ROPEWAY_REGISTRY"
+        ) from None
+    if found != canonical_json({"format": FORMAT}):
+        raise RegistryError(
+            f"{store.url}: registry.json says {found[:80]!r}, expected format {FORMAT}. A newer Ropeway wrote it: "
+            "use that one"
+        )
+
+
+def list_models(store: Store) -> list[str]:
+    """Return the names under which something was published."""
+    return store.list_folders("models/")
+
+
+def check_spelling(store: Store, name: str) -> None:
+    """Raise RegistryError when a model of that name in another case exists: some file systems hold them one."""
+    check_name(name)
+    clash = [other for other in list_models(store) if other != name and other.casefold() == name.casefold()]
+    if clash:
+        raise RegistryError(f"model name {name}: {clash[0]} exists and differs in case only. Choose another name")

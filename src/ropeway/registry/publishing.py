@@ -1,0 +1,160 @@
+"""Publish a package: blobs, re-check, manifest, number, in this order, so that a death leaves no dangling pointer."""
+
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ropeway.errors import DataError
+from ropeway.manifest import canonical_json, file_sha256
+from ropeway.registry.blobs import put_blobs
+from ropeway.registry.core import Core, load_core, read_package
+from ropeway.registry.layout import (
+    blob_key,
+    check_digest,
+    check_name,
+    check_spelling,
+    found_registry,
+    intent_key,
+    is_digest,
+    manifest_key,
+    tombstone_key,
+    versions_log,
+)
+from ropeway.registry.log import Event, append_event, event_document, read_events
+from ropeway.registry.rules import PackageFile, check_content, check_files
+from ropeway.storage import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A version as the registry holds it.
+
+    Attributes:
+        name: The model.
+        digest: The version's identity.
+        number: 1, 2, 3 … in the order of publishing.
+        created: Whether this call gave it its number.
+    """
+
+    name: str
+    digest: str
+    number: int
+    created: bool
+
+    def __str__(self) -> str:
+        """Return e.g. `laptop@v3`."""
+        return f"{self.name}@v{self.number}"
+
+
+def publish(
+    store: Store,
+    package_folder: Path,
+    name: str,
+    provenance: Mapping[str, Any],
+    attachments: Mapping[str, Path],
+) -> Published:
+    """Return the version that a package is; publish it if it is not there yet. Repeat it freely after any failure.
+
+    Args:
+        store: Where (`ropeway.storage.open_store`).
+        package_folder: A package with its manifest; every byte is hashed before anything is written.
+        name: The model, by custom the profile's name.
+        provenance: JSON facts that do not determine the model: git revision, dirty, timings, W&B link. They stand
+            beside the version's number and are kept only from the publish that created it. No secrets.
+        attachments: Files kept beside the version for its lineage, by name: `{"dvc.lock": path}`.
+
+    Raises:
+        DataError: The package, or a blob the registry has of it, is not what its manifest says or breaks a rule.
+        RegistryError: The name cannot be used.
+    """
+    core = read_package(package_folder, name, verify=True)
+    attached = _plan_attachments(attachments)
+    record = {
+        "digest": core.digest,
+        "published_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "provenance": dict(provenance),
+        "attachments": {file.path: {"sha256": file.sha256, "bytes": file.bytes} for _, file in attached},
+    }
+    event_document(record)  # refused now rather than after the weights have gone up
+    check_spelling(store, name)
+    found_registry(store)
+    files = [(package_folder / file.path, file) for file in core.files]
+    if not has_version(store, name, core.digest):
+        files += attached
+    with _announced(store, core, [file for _, file in files]):
+        put_blobs(store, files)
+        store.put_if_absent(manifest_key(name, core.digest), core.document, sha256=core.digest)
+        load_core(store, name, core.digest)  # an older manifest of that name may have rotted
+        numbered = append_event(store, versions_log(name), lambda events: _plan_number(events, record))
+    return Published(name, core.digest, numbered.number, created=numbered.created)
+
+
+def has_version(store: Store, name: str, digest: str) -> bool:
+    """Return whether a package digest is published, i.e. has a number. An empty store holds none."""
+    check_name(name)
+    check_digest(digest)
+    return store.exists(manifest_key(name, digest)) and find_number(store, name, digest) is not None
+
+
+def find_number(store: Store, name: str, digest: str) -> int | None:
+    """Return the number of a version, or None while it has none."""
+    return _number_of(read_events(store, versions_log(name)), digest)
+
+
+def is_withdrawn(store: Store, name: str, digest: str) -> bool:
+    """Return whether a tombstone stands for that version."""
+    return store.exists(tombstone_key(name, digest))
+
+
+def attached_files(record: Event) -> list[PackageFile]:
+    """Return the attachments that a version's record names; raise DataError when it does not name them rightly."""
+    files = []
+    for name, facts in record["attachments"].items():
+        if not (isinstance(facts, dict) and is_digest(facts.get("sha256")) and type(facts.get("bytes")) is int):
+            raise DataError(f"version {record['digest'][:12]}…: attachment {name!r} has no sha256 or no size")
+        files.append(PackageFile(name, facts["sha256"], facts["bytes"]))
+    return files
+
+
+def _number_of(events: Sequence[Event], digest: str) -> int | None:
+    return next((number for number, event in enumerate(events, 1) if event["digest"] == digest), None)
+
+
+def _plan_number(events: Sequence[Event], record: Event) -> Event | int:
+    """A digest keeps the number it has; a new one gets the next."""
+    return _number_of(events, record["digest"]) or record
+
+
+def _plan_attachments(attachments: Mapping[str, Path]) -> list[tuple[Path, PackageFile]]:
+    files = []
+    for name, path in sorted(attachments.items()):
+        if "/" in name or path.is_symlink() or not path.is_file():
+            raise DataError(f"attachment {name!r}: expected a plain name and a regular file, found {path}")
+        files.append((path, PackageFile(name, file_sha256(path), path.stat().st_size)))
+    if files:
+        check_files([file for _, file in files])
+    for path, file in files:
+        check_content(path, file.path)
+    return files
+
+
+@contextmanager
+def _announced(store: Store, core: Core, files: Iterable[PackageFile]) -> Iterator[None]:
+    """Leave `intents/<id>.json` while a publish is under way: a collector of garbage must leave its blobs alone.
+
+    A publish that died leaves its intent; it counts for as long as the collector's grace period.
+    """
+    key = intent_key(uuid.uuid4().hex)
+    intent = {
+        "name": core.name,
+        "digest": core.digest,
+        "blobs": sorted({blob_key(file.sha256) for file in files}),
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    store.put_if_absent(key, canonical_json(intent))
+    yield
+    store.delete(key)

@@ -1,0 +1,154 @@
+"""What may enter a registry and leave it: plain relative paths, a short list of suffixes, capped sizes, no pickle.
+
+The same rules hold when publishing and when pulling: a registry may have been written by anybody.
+Source of the need: mlflow/mlflow#7166 (traversal through artifact paths), #12256 (loading a model ran a pickle).
+"""
+
+import codecs
+import os
+import re
+import stat
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ropeway.errors import DataError
+
+MAX_FILES = 4096
+MAX_PATH_CHARACTERS = 200
+MAX_DEPTH = 8
+MAX_WEIGHTS_BYTES = 64 << 30  # one shard; ours are 5 GB at most
+MAX_OTHER_BYTES = 512 << 20  # a 128k-token tokenizer.json has 17 MB
+MAX_PACKAGE_BYTES = 4 << 40  # 405 billion bf16 weights are 0.8 TB
+_HEAD_BYTES = 4096
+# One part of a path. ASCII, and no dot at either end: no `..`, drive letter, stream, hidden file, NUL or look-alike.
+_PART = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_-])?")
+# Windows opens a device under these names, whatever the suffix.
+_DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class PackageFile:
+    """One file of a version: its path in the package, `/` between parts, and what its bytes are."""
+
+    path: str
+    sha256: str
+    bytes: int
+
+
+def check_files(files: Iterable[PackageFile]) -> None:
+    """Raise DataError unless every path, suffix and size keeps the rules and no two paths get in each other's way."""
+    files = tuple(files)
+    if not 0 < len(files) <= MAX_FILES:
+        raise DataError(f"package: {len(files):,} files, expected 1 to {MAX_FILES:,}")
+    for file in files:
+        check_path(file.path)
+        most = MAX_WEIGHTS_BYTES if file.path.endswith(".safetensors") else MAX_OTHER_BYTES
+        if not 0 <= file.bytes <= most:
+            raise DataError(f"package: {file.path} has {file.bytes:,} bytes, expected {most:,} at most")
+    if (total := sum(file.bytes for file in files)) > MAX_PACKAGE_BYTES:
+        raise DataError(f"package: {total:,} bytes in all, expected {MAX_PACKAGE_BYTES:,} at most")
+    _check_clashes([file.path for file in files])
+
+
+def check_path(path: str) -> None:
+    """Raise DataError unless a path is relative, normalised, plain and of an allowed suffix."""
+    parts = path.split("/")
+    if len(path) > MAX_PATH_CHARACTERS or len(parts) > MAX_DEPTH:
+        raise DataError(
+            f"package path {path[:80]!r}: {len(path)} characters in {len(parts)} parts, "
+            f"expected {MAX_PATH_CHARACTERS} and {MAX_DEPTH} at most"
+        )
+    for part in parts:
+        if not _PART.fullmatch(part) or _DEVICES.fullmatch(part):
+            raise DataError(
+                f"package path {path!r}: the part {part!r} is not allowed; expected a relative path of "
+                "A-Z a-z 0-9 . _ -, no part starting or ending with a dot"
+            )
+    if _suffix(path) not in SUFFIXES:
+        raise DataError(f"package path {path!r}: suffix {_suffix(path)!r}, allowed are {' '.join(sorted(SUFFIXES))}")
+
+
+def _suffix(path: str) -> str:
+    return Path(path).suffix
+
+
+def _check_clashes(paths: list[str]) -> None:
+    """Refuse two paths that one file system may hold for the same, and a file where another path needs a folder."""
+    spelled: dict[str, tuple[str, bool]] = {}
+    for path in paths:
+        parts = path.split("/")
+        for depth in range(1, len(parts) + 1):
+            here = ("/".join(parts[:depth]), depth == len(parts))
+            there = spelled.setdefault(here[0].casefold(), here)
+            if there is not here and (there != here or here[1]):
+                raise DataError(
+                    f"package: {there[0]!r} and {here[0]!r} get in each other's way: named twice, a file where a "
+                    "folder is needed, or the same but for case. Rename one"
+                )
+
+
+def scan_folder(folder: Path) -> list[str]:
+    """Return the paths of all files in a package folder, sorted; every entry is looked at, no link is followed.
+
+    Raises:
+        DataError: Something in it is neither a folder nor a regular file, or has a path that no package may hold.
+    """
+    found: list[str] = []
+    pending = [folder]
+    while pending:
+        with os.scandir(pending.pop()) as entries:
+            for entry in entries:
+                path = Path(entry.path).relative_to(folder).as_posix()
+                mode = entry.stat(follow_symlinks=False).st_mode
+                if stat.S_ISDIR(mode):
+                    pending.append(Path(entry.path))
+                elif stat.S_ISREG(mode):
+                    check_path(path)
+                    found.append(path)
+                else:
+                    kind = "a link" if stat.S_ISLNK(mode) else "neither a file nor a folder"
+                    raise DataError(f"{folder}: {path!r} is {kind}; a package holds regular files only. Replace it")
+    return sorted(found)
+
+
+def check_content(path: Path, name: str) -> None:
+    """Raise DataError unless a file's first bytes look like what `name` says they are: a renamed pickle's do not."""
+    with path.open("rb") as file:
+        head = file.read(_HEAD_BYTES)
+    if not SUFFIXES[_suffix(name)](head, path.stat().st_size):
+        raise DataError(
+            f"{path}: does not begin as a {_suffix(name)} file does (first bytes {head[:8]!r}); "
+            "only safetensors, JSON, text and pictures may be in a package"
+        )
+
+
+def _is_safetensors(head: bytes, size: int) -> bool:
+    """Source: the format's README, v0.5: 8 bytes little-endian length of a JSON header, which begins with `{`."""
+    return size > 8 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8  # noqa: PLR2004
+
+
+def _is_text(head: bytes, size: int) -> bool:
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head, final=size <= len(head))
+    except UnicodeDecodeError:
+        return False
+    return b"\0" not in head
+
+
+def _is_sentencepiece(head: bytes, size: int) -> bool:
+    r"""A protobuf whose field 1 comes first, hence `\n`; Llama 3 calls a text file `tokenizer.model`."""
+    return head[:1] == b"\n" or _is_text(head, size)
+
+
+def _is_png(head: bytes, size: int) -> bool:
+    return size > 8 and head[:8] == b"\x89PNG\r\n\x1a\n"  # noqa: PLR2004 - the signature's length
+
+
+# The one explicit list (DESIGN.md, Clarification 17).
+SUFFIXES: dict[str, Callable[[bytes, int], bool]] = {
+    ".safetensors": _is_safetensors,
+    ".model": _is_sentencepiece,
+    ".png": _is_png,
+    **dict.fromkeys((".json", ".txt", ".md", ".jinja", ".svg", ".html", ".yaml", ".csv", ".lock"), _is_text),
+}

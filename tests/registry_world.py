@@ -1,0 +1,167 @@
+"""Packages, moves and deaths for the registry's tests; `python -m tests.registry_world ROLE …` is one racing child.
+
+It imports no pytest: a child must start at once.
+"""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from ropeway.errors import RegistryError
+from ropeway.manifest import write_manifest
+from ropeway.registry import ANY, alias_history, list_aliases, load_core, promote, publish, pull, read_alias, verify
+from ropeway.registry.layout import blob_key, list_models, versions_log
+from ropeway.registry.log import count_events
+from ropeway.storage import Store, open_store
+
+PROMOTIONS = 10
+# What changes a disk, as the interpreter announces it just before it does it.
+CHANGES = {"os.link", "os.remove", "os.rename", "os.mkdir", "os.rmdir"}
+
+
+def safetensors(weights: bytes) -> bytes:
+    header = b'{"__metadata__":{}}'
+    return len(header).to_bytes(8, "little") + header + weights
+
+
+def make_package(folder: Path, weights: bytes = b"weights", **facts: object) -> Path:
+    (folder / "plots").mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(safetensors(weights))
+    (folder / "config.json").write_text("{}")
+    (folder / "plots" / "loss.svg").write_text("<svg/>")
+    write_manifest(folder, {"kind": "package", **facts})
+    return folder
+
+
+def put(store: Store, package: Path, name: str = "tiny"):
+    return publish(store, package, name, provenance={"git": "abc", "dirty": False}, attachments={})
+
+
+def move(store: Store, digest: str, expect=ANY, alias: str = "candidate"):
+    return promote(store, "tiny", alias, digest, expect=expect, by="a test", reason="it was time")
+
+
+def flip(store: Store, key: str) -> None:
+    """Flip one bit in the middle of an object, as a bad disk would."""
+    path = store.root / key
+    path.chmod(0o644)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+# The children's side
+
+
+def check_whole(store: Store) -> None:
+    """What a reader at this moment relies on: every number and alias leads to a version that is whole."""
+    for name in list_models(store):
+        for number in range(1, count_events(store, versions_log(name)) + 1):
+            verify(store, f"{name}@v{number}")
+        for alias in list_aliases(store, name):
+            verify(store, f"{name}@{alias}")
+        for key in store.list_keys(f"models/{name}/manifests/"):
+            for file in load_core(store, name, Path(key).stem).files:
+                assert store.size(blob_key(file.sha256)) == file.bytes
+
+
+def die_at(moment: int, root: Path) -> None:
+    """From now on, kill -9 this process just before its `moment`-th change of anything below `root`."""
+    left = moment
+
+    def watch(event: str, arguments: tuple) -> None:
+        nonlocal left
+        writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        if (event in CHANGES or writes) and str(root) in str(arguments[0]):
+            left -= 1
+            if left < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+
+
+def sweep(act: Callable[[Path], None], after: Callable[[Path], None], tmp_path: Path) -> int:
+    """Run `act` in a child that dies at its first, second, … change until one lives; return how many died."""
+    for moment in range(1000):
+        place = tmp_path / str(moment)
+        place.mkdir()
+        if (pid := os.fork()) == 0:
+            die_at(moment, place)
+            act(place)
+            os._exit(0)
+        status = os.waitpid(pid, 0)[1]
+        after(place)
+        if os.WIFEXITED(status):
+            assert os.WEXITSTATUS(status) == 0
+            return moment
+        assert os.WTERMSIG(status) == signal.SIGKILL
+    raise AssertionError("it never came to an end")
+
+
+def sweep_publish(tmp_path: Path) -> int:
+    package = make_package(tmp_path / "package")
+
+    def act(place: Path) -> None:
+        done = put(open_store((place / "registry").as_uri()), package)
+        move(open_store((place / "registry").as_uri()), done.digest, expect=None)
+
+    def after(place: Path) -> None:
+        store = open_store((place / "registry").as_uri())
+        check_whole(store)
+        keys = set(store.list_keys(""))
+        again = put(store, package)
+        assert again.number == 1
+        assert not move(store, again.digest).moved or len(alias_history(store, "tiny", "candidate")) == 1
+        assert keys <= set(store.list_keys("")), "a retry removes nothing"
+        check_whole(store)
+        assert len(store.list_keys("intents/")) <= 1
+
+    return sweep(act, after, tmp_path)
+
+
+def sweep_pull(tmp_path: Path) -> int:
+    store = open_store((tmp_path / "registry").as_uri())
+    package = make_package(tmp_path / "package")
+    put(store, package)
+
+    def after(place: Path) -> None:
+        target = place / "model"
+        if target.exists():  # then it is whole
+            assert not pull(store, "tiny@v1", target).created
+        pull(store, "tiny@v1", target)
+        assert [path.name for path in place.iterdir()] == ["model"]
+
+    return sweep(lambda place: pull(store, "tiny@v1", place / "model"), after, tmp_path)
+
+
+def promote_in_turn(store: Store, digests: list[str]) -> list[int]:
+    """Promote two digests in turn, each time with what was there expected; return the events' numbers."""
+    numbers: list[int] = []
+    while len(numbers) < PROMOTIONS:
+        digest, expect = digests[len(numbers) % 2], read_alias(store, "tiny", "candidate")
+        try:
+            numbers.append(promote(store, "tiny", "candidate", digest, expect=expect, by="racer", reason="race").number)
+        except RegistryError as error:
+            if "points to" not in str(error):
+                raise
+    return numbers
+
+
+def main(role: str, place: str, *rest: str) -> object:
+    if role.startswith("sweep"):
+        return {"sweep-publish": sweep_publish, "sweep-pull": sweep_pull}[role](Path(place))
+    store = open_store(place)
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
+    sys.stdin.readline()
+    if role == "promote":
+        return promote_in_turn(store, list(rest))
+    done = publish(store, Path(rest[0]), "tiny", provenance={"pid": os.getpid()}, attachments={})
+    return done.digest, done.number, done.created
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(main(*sys.argv[1:])))

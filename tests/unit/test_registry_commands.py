@@ -1,0 +1,136 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from ropeway.errors import ConfigError, DataError, RegistryError
+from ropeway.registry.commands import registry_app
+from ropeway.registry.layout import tombstone_key
+from ropeway.storage import open_store
+from tests.registry_world import make_package, move, put
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    """A workspace with two published versions; the first is the candidate."""
+    (tmp_path / "params.yaml").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ROPEWAY_REGISTRY", raising=False)
+    store = open_store((tmp_path / "registry").as_uri())
+    digests = [put(store, make_package(tmp_path / f"p{n}", b"%d" % n, steps=n)).digest for n in range(2)]
+    move(store, digests[0])
+    return store, digests
+
+
+def ask(*arguments: str) -> str:
+    result = CliRunner().invoke(registry_app, list(arguments), env={"COLUMNS": "200"})
+    if result.exception:
+        raise result.exception
+    return result.stdout
+
+
+def ask_json(*arguments: str):
+    return json.loads(ask(*arguments, "--json"))
+
+
+def test_list_shows_models_and_versions(world):
+    store, digests = world
+    (model,) = ask_json("list")
+    assert (model["name"], model["versions"], model["latest"]) == ("tiny", 2, digests[1])
+    assert model["aliases"] == {"candidate": digests[0]}
+    assert [version["aliases"] for version in ask_json("list", "tiny")] == [["candidate"], []]
+    assert digests[1][:12] in ask("list")
+    assert "tiny@v2" in ask("list", "tiny")
+    store.put_if_absent(tombstone_key("tiny", digests[0]), b"{}")
+    assert "candidate, withdrawn" in ask("list", "tiny")
+
+
+@pytest.mark.usefixtures("world")
+def test_an_empty_registry_says_so(tmp_path):
+    url = (tmp_path / "none").as_uri()
+    assert "nothing published yet" in ask("list", "--registry", url)
+    assert "nothing named other" in ask("list", "other")
+    assert ask_json("list", "--registry", url) == []
+
+
+def test_show_has_lineage_files_and_how_to_fetch_it(world):
+    _, digests = world
+    version = ask_json("show", "tiny@candidate")
+    assert (version["number"], version["digest"], version["facts"]["steps"]) == (1, digests[0], 0)
+    assert version["provenance"] == {"git": "abc", "dirty": False}
+    assert set(version["files"]) == {"config.json", "manifest.json", "model.safetensors", "plots/loss.svg"}
+    words = ask("show", "tiny@candidate")
+    for part in ("tiny@v1", digests[0], "steps", "model.safetensors", f"registry pull tiny@{digests[0][:12]}"):
+        assert part in words
+
+
+def test_pull_and_verify_from_the_command_line(world, tmp_path):
+    _, digests = world
+    done = ask_json("pull", "tiny@candidate")
+    assert Path(done["folder"]) == tmp_path / f"tiny-{digests[0][:12]}"
+    assert "already whole in" in ask("pull", "tiny@v1")
+    assert "pulled to" in ask("pull", "tiny@v2", "--to", "there")
+    assert ask_json("verify", "tiny@v2")["files"] == 4
+    assert "all as published" in ask("verify", "tiny@v2", "--folder", "there")
+    with pytest.raises(DataError):
+        ask("verify", "tiny@v1", "--folder", "there")
+
+
+def test_promote_rollback_and_history_from_the_command_line(world):
+    _, digests = world
+    assert ask_json("promote", "tiny@v1", "production", "--expect", "none", "--reason", "first")["moved"]
+    said = ask("promote", "tiny@v2", "production", "--expect", "v1", "--reason", "better", "--by", "ana")
+    assert said == f"tiny@production now points to {digests[1]}\nbefore: {digests[0]}\n"
+    assert "pointed already" in ask("promote", "tiny@v2", "production", "--reason", "again")
+    with pytest.raises(RegistryError, match=digests[1]):
+        ask("promote", "tiny@v1", "production", "--expect", "none", "--reason", "stale")
+    assert ask_json("rollback", "tiny@production", "--reason", "worse")["digest"] == digests[0]
+    events = ask_json("history", "tiny@production")
+    assert [(event["version"], event["reason"]) for event in events] == [(1, "first"), (2, "better"), (1, "worse")]
+    assert "better" in ask("history", "tiny@production")
+    with pytest.raises(ConfigError, match="expected NAME@ALIAS"):
+        ask("history", "tiny@v1")
+
+
+@pytest.mark.usefixtures("world")
+def test_publish_from_the_command_line_keeps_what_is_attached(tmp_path):
+    make_package(tmp_path / "new", b"new")
+    (tmp_path / "facts.json").write_text('{"git": "def"}')
+    (tmp_path / "dvc.lock").write_text("")
+    arguments = ["publish", "new", "--name", "tiny", "--provenance", "facts.json", "--attach", "dvc.lock"]
+    assert ask_json(*arguments)["number"] == 3
+    assert "tiny@v3 was published before" in ask(*arguments)
+    version = ask_json("show", "tiny@v3")
+    assert version["provenance"] == {"git": "def"}
+    assert list(version["attachments"]) == ["dvc.lock"]
+    for content in ("[]", "{"):
+        (tmp_path / "facts.json").write_text(content)
+        with pytest.raises(ConfigError, match="expected a JSON"):
+            ask(*arguments)
+
+
+@pytest.mark.usefixtures("world")
+def test_the_registry_comes_from_the_option_else_the_environment_else_the_workspace(tmp_path, monkeypatch):
+    monkeypatch.setenv("ROPEWAY_REGISTRY", (tmp_path / "empty").as_uri())
+    assert ask_json("list") == []
+    assert len(ask_json("list", "--registry", (tmp_path / "registry").as_uri())) == 1
+
+
+def test_what_others_wrote_into_a_registry_cannot_steer_the_terminal(world, tmp_path):
+    store, _ = world
+    package = make_package(tmp_path / "evil", b"evil", words="\x1b]0;owned\x07[bold]not markup[/bold]")
+    put(store, package)
+    words = ask("show", "tiny@v3")
+    assert "\x1b" not in words
+    assert "[bold]not markup[/bold]" in words
+
+
+def test_importing_the_commands_loads_nothing_heavy():
+    code = (
+        "import sys, ropeway.registry.commands;"
+        "print([m for m in ('torch', 'numpy', 'pydantic', 'boto3', 'prefect', 'rich.table') if m in sys.modules])"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"

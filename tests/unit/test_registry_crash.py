@@ -1,0 +1,78 @@
+"""Deaths and races. Children are started as `python -m tests.registry_world ROLE …`; each has one role."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ropeway.registry import alias_history, verify
+from ropeway.storage import Store, open_store
+from tests.registry_world import PROMOTIONS, make_package, put
+
+ROOT = Path(__file__).parents[2]
+PROCESSES, PUBLISHERS = 6, 8
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    return open_store((tmp_path / "registry").as_uri())
+
+
+def start(role: str, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "tests.registry_world", role, *arguments]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "src")])
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, stdin=pipe, stdout=pipe, text=True
+    )
+
+
+def race(children: list[subprocess.Popen[str]]) -> list[list]:
+    """Let children go together once all are ready; return what each reported."""
+    for child in children:
+        assert child.stdout.readline() == "ready\n"
+    for child in children:
+        child.stdin.write("go\n")
+        child.stdin.flush()
+    reports = [json.loads(child.communicate(timeout=60)[0]) for child in children]
+    assert [child.returncode for child in children] == [0] * len(children)
+    return reports
+
+
+def test_sixty_racing_promotions_are_sixty_events_in_an_unbroken_chain(store, tmp_path):
+    digests = [put(store, make_package(tmp_path / f"p{n}", b"%d" % n)).digest for n in range(2 * PROCESSES)]
+    pairs = [digests[2 * n : 2 * n + 2] for n in range(PROCESSES)]
+    reports = race([start("promote", store.url, *pair) for pair in pairs])
+    events = alias_history(store, "tiny", "candidate")
+    assert store.list_keys("models/tiny/aliases/candidate/") == [
+        f"models/tiny/aliases/candidate/{n:08d}.json" for n in range(1, PROCESSES * PROMOTIONS + 1)
+    ]
+    assert sorted(number for numbers in reports for number in numbers) == list(range(1, 61))
+    assert [event["prev"] for event in events] == [None, *(event["digest"] for event in events[:-1])]
+
+
+def test_eight_publishers_of_one_package_make_one_version(store, tmp_path):
+    package = make_package(tmp_path / "package", os.urandom(1 << 20))
+    reports = race([start("publish", store.url, str(package)) for _ in range(PUBLISHERS)])
+    assert len({digest for digest, _, _ in reports}) == 1
+    assert [number for _, number, _ in reports] == [1] * PUBLISHERS
+    assert sum(created for _, _, created in reports) == 1
+    assert store.list_keys("intents/") == []
+    assert verify(store, "tiny@v1").files == 4
+
+
+def test_publishers_of_different_packages_get_different_numbers(store, tmp_path):
+    packages = [make_package(tmp_path / f"p{n}", b"%d" % n) for n in range(4)]
+    reports = race([start("publish", store.url, str(package)) for package in packages])
+    assert sorted(number for _, number, _ in reports) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("act", ["publish", "pull"])
+def test_a_kill_before_any_change_of_the_disk_leaves_nothing_dangling_and_the_next_try_completes(act, tmp_path):
+    child = start(f"sweep-{act}", str(tmp_path))
+    moments = json.loads(child.communicate(timeout=120)[0])
+    assert child.returncode == 0
+    assert moments >= {"publish": 30, "pull": 8}[act]
