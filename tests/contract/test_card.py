@@ -71,6 +71,7 @@ def facts_of(name=NAME, **changes):
             "validation": "ab" * 32,
         },
         samples={"args": {"max_new_tokens": 128}, "prompts": [{"prompt": "Why *this*?", "results": results}]},
+        end="</s>",
         systems=Counter({"": 10, "Part #: a <key> part.": 3, "Be kind.": 4}),
         max_positions=profile.expected_model.max_position_embeddings,
         base_rope={"rope_type": "default", "rope_theta": 10000.0},
@@ -173,6 +174,14 @@ def test_what_the_published_card_left_unsaid_is_said(written):
     assert 'pip install "transformers>=4.31.0"' in text
     assert "sampling report: [samples.json](samples.json)" in text
     assert "TBD" not in text
+
+
+def test_the_template_is_shown_with_the_tokenizers_own_end_token(written):
+    published = re.search(r"For multi-turn conversations use:\n\n```\n(.*?)\n```", PUBLISHED)[1]
+    assert published in written[1]
+    other = "\n".join(card.format_template(facts_of(end="<|im_end|>")))
+    assert "<|prompter|>user prompt<|im_end|><|assistant|>" in other
+    assert "</s>" not in other
 
 
 def test_only_system_messages_that_occurred_are_listed_and_the_empty_one_is_none():

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ropeway import package
 from ropeway.errors import DataError
 from ropeway.manifest import load_manifest, write_json, write_manifest
+from ropeway.package import build
 from ropeway.package.build import check_roundtrip
 from ropeway.package.check import check_package, main
 from ropeway.package.probe import expected_logits, probe_row
@@ -113,6 +114,18 @@ def test_the_run_says_params_digests_ledger_and_metrics(made):
     assert run["digests"]["tokenizer"] == hashlib.sha256(tokenizer).hexdigest()
     assert (workspace.package / "run.yaml").read_text().endswith(BLOCK)
     assert profile.package.dtype == "bf16"
+
+
+@pytest.mark.parametrize(("dtype", "files"), [("fp16", 2), ("fp32", 3)])
+def test_every_dtype_of_params_comes_back_as_itself(tmp_path, monkeypatch, dtype, files):
+    def check_here(folder, model, probe):
+        np.save(tmp_path / "logits.npy", expected_logits(model, probe))
+        check_package(folder, tmp_path / "logits.npy")
+
+    monkeypatch.setattr(build, "check_roundtrip", check_here)
+    workspace, profile = make_run(tmp_path, "package", block=BLOCK.replace("{dtype: bf16", f"{{dtype: {dtype}"))
+    package.run(workspace, profile)
+    assert len(list(workspace.package.glob("*.safetensors"))) == files
 
 
 def test_an_undamaged_copy_passes(copy, made, capsys):

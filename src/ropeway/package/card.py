@@ -135,14 +135,14 @@ def format_context(facts: Facts) -> Iterator[str]:
 
 def format_template(facts: Facts) -> Iterator[str]:
     """Yield the conversation template and the system messages that occurred."""
-    end = "</s>"
+    end = facts.end
     yield "## Conversation Template"
     yield "For the initial response use (the system message is optional):"
     yield fence(f"<|system|>system message{end}<|prompter|>user prompt{end}<|assistant|>")
     yield "For multi-turn conversations use:"
     yield fence(f"<|system|>system message{end}<|prompter|>Q1{end}<|assistant|>A1{end}<|prompter|>Q2{end}<|assistant|>")
     yield (
-        f"`{end}` stands for the tokenizer's end token (id {facts.special['eos']}), with which every turn ends. In "
+        f"`{end}` is the tokenizer's end token (id {facts.special['eos']}), with which every turn ends. In "
         f"front of it all comes one BOS (id {facts.special['bos']}), which the tokenizer puts there itself; "
         "`tokenizer.apply_chat_template` gives the same ids (transformers 4.34 or later)."
     )

@@ -13,6 +13,7 @@ from ropeway.manifest import file_sha256, load_manifest
 from ropeway.params import Profile
 from ropeway.raw import iterate_records
 from ropeway.rope import RopeScaling
+from ropeway.tokenizer import read_special_names
 from ropeway.workspace import Workspace
 
 _REMEDY = "Run `dvc repro`, so that all of them come from one run"
@@ -27,6 +28,7 @@ class Facts:
         name: The profile's.
         rope: The scaling that was trained with, from params.
         raw: Manifests, as `base`, `data` and `model` are.
+        end: The text of the tokenizer's end token.
         systems: System message -> conversations it occurred in; "" are those without.
         max_positions: The base's own context in tokens.
         base_rope: `rope_parameters` under which the base was measured.
@@ -43,6 +45,7 @@ class Facts:
     train: Json
     evaluation: Json
     samples: Json
+    end: str
     systems: Counter[str]
     max_positions: int
     base_rope: Json
@@ -102,6 +105,7 @@ def load_facts(workspace: Workspace, profile: Profile) -> Facts:
         train=_load(workspace.train_metrics, "train"),
         evaluation=_load(workspace.evaluation, "evaluate"),
         samples=_load(workspace.samples, "evaluate"),
+        end=read_special_names(workspace.model)["eos"],
         systems=count_systems(workspace, raw),
         max_positions=int(config["max_position_embeddings"]),
         base_rope=configs[workspace.base]["rope_parameters"],
