@@ -28,14 +28,9 @@ def run(
 ) -> None:
     """Make the run that params.yaml describes, and publish the model as `candidate`."""
     from flows.retrain import run_retrain
-
-    from ropeway.params import choose_profile
     from ropeway.workspace import find_root
 
-    root = find_root()
-    if profile:
-        choose_profile(root / "params.yaml", profile)
-    raise typer.Exit(run_retrain(root, use_prefect=prefect))
+    run_retrain(find_root(), profile, use_prefect=prefect)
 
 
 @app.command()
@@ -46,8 +41,9 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Say what a run will do before anything is spent: rows, steps, batches."""
+    from ropeway.devices import count_ranks
     from ropeway.params import load_profile
-    from ropeway.plan import count_ranks, describe_plan, plan_run
+    from ropeway.plan import describe_plan, plan_run
     from ropeway.workspace import Workspace, find_root
 
     root = find_root()
@@ -78,7 +74,6 @@ def room(name: str) -> None:
 def server(*, port: Annotated[int, typer.Option(help="Where the UI answers, on loopback.")] = 4200) -> None:
     """Start the Prefect server and UI over this workspace's runs."""
     from flows.server import serve_ui
-
     from ropeway.workspace import find_root
 
     serve_ui(find_root(), port=port)

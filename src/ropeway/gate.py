@@ -88,7 +88,8 @@ def _compare_source(
         return _Finding(holds=False, words=words)
     change = ours - theirs
     words = f"{name}: {ours:.3f}, {champion_name} {theirs:.3f}: "
-    words += f"better by {abs(change):.3f} nats" if change <= 0 else f"worse by {change:.3f} nats, {allowed:.3f} allowed"
+    better = f"better by {abs(change):.3f} nats"
+    words += better if change <= 0 else f"worse by {change:.3f} nats, {allowed:.3f} allowed"
     return _Finding(holds=change <= allowed, words=words)
 
 

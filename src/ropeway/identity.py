@@ -5,16 +5,28 @@ a trained model stale, and a changed constant on the floor always does.
 """
 
 import ast
-import copy
 import hashlib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from ropeway.manifest import digest_of
 
 PACKAGE = "ropeway"
 # Left out: they decide how a run is described, started, logged or reported, not what it computes.
-IGNORED = ("cli", "errors", "faults", "identity", "lock", "params", "storage", "supervise", "tracking", "workspace")
+IGNORED = (
+    "cli",
+    "devices",
+    "errors",
+    "faults",
+    "identity",
+    "lock",
+    "params",
+    "storage",
+    "supervise",
+    "tracking",
+    "workspace",
+)
 # A call of one of these says something to a person; its text is no part of the result.
 SPEAKING = ("print", "debug", "info", "warning", "error", "exception")
 
@@ -25,6 +37,7 @@ def room_digest(source: Path, room: str) -> str:
     return digest_of({name: module_digest(_path(source, name).read_text(encoding="utf-8")) for name in modules})
 
 
+@cache  # rooms share the floor: each module once per run, not once per room
 def module_digest(text: str) -> str:
     """Return the sha256 of a module's syntax tree without docstrings and message texts.
 
@@ -33,7 +46,7 @@ def module_digest(text: str) -> str:
     >>> module_digest("x = 1") == module_digest("x = 2")
     False
     """
-    tree = _Meaning().visit(copy.deepcopy(ast.parse(text)))
+    tree = _Meaning().visit(ast.parse(text))
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
 
 
@@ -79,13 +92,18 @@ def _reached(source: Path, room: str) -> set[str]:
     while waiting:
         name = waiting.pop()
         found.add(name)
-        tree = ast.parse(_path(source, name).read_text(encoding="utf-8"))
-        waiting |= {other for other in _imports(source, tree) if other.split(".")[0] not in IGNORED} - found
+        text = _path(source, name).read_text(encoding="utf-8")
+        waiting |= {other for other in _imports(source, text) if other.split(".")[0] not in IGNORED} - found
     return found
 
 
-def _imports(source: Path, tree: ast.AST) -> Iterator[str]:
-    """Yield modules of ours that a tree names in an import; `from ropeway.x import y` may name x or x.y."""
+@cache
+def _imports(source: Path, text: str) -> tuple[str, ...]:
+    """Return modules of ours that a module imports; `from ropeway.x import y` may name x or x.y."""
+    return tuple(_named(source, ast.parse(text)))
+
+
+def _named(source: Path, tree: ast.AST) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == PACKAGE:
             inner = node.module.removeprefix(PACKAGE).removeprefix(".")

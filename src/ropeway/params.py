@@ -4,7 +4,6 @@ No field has a default: a run pinned by a file must not change its meaning when 
 the card itself leaves out of a data set's options are the exception, and `None` there means "not stated".
 """
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -15,7 +14,6 @@ from ruamel.yaml.error import MarkedYAMLError
 
 from ropeway.errors import ConfigError
 from ropeway.faults import explain_faults
-from ropeway.manifest import write_atomic
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -321,25 +319,6 @@ def load_profile(path: Path, name: str | None = None) -> tuple[str, Profile]:
     if name not in profiles:
         raise ConfigError(f"{path}: profile '{name}' does not exist; there are: {', '.join(profiles)}")
     return name, profiles[name]
-
-
-def choose_profile(path: Path, name: str) -> bool:
-    """Make `name` the file's chosen profile by editing that one line; return whether it changed.
-
-    Raises:
-        ConfigError: There is no such profile, or no line of the form `profile: NAME`.
-    """
-    chosen, profiles = load_profiles(path)
-    if name not in profiles:
-        raise ConfigError(f"{path}: profile '{name}' does not exist; there are: {', '.join(profiles)}")
-    if name == chosen:
-        return False
-    text, count = re.subn(r"(?m)^profile:.*$", f"profile: {name}", path.read_text(encoding="utf-8"), count=1)
-    if not count:
-        raise ConfigError(f"{path}: no line `profile: {chosen}` to edit; write `profile: {name}` there yourself")
-    write_atomic(path, text.encode())
-    print(f"{path}: profile is now {name} (was {chosen})")
-    return True
 
 
 def read_block(path: Path, profile: str) -> dict[str, Any]:

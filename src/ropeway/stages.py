@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import ropeway
+from ropeway.devices import list_gpus
 from ropeway.errors import ConfigError
 from ropeway.fetch.identity import source_identity
 from ropeway.identity import room_digest
 from ropeway.lock import workspace_lock
 from ropeway.manifest import digest_of, file_sha256, write_json
 from ropeway.params import READS, UNHASHED, FolderBase, GgufBase, Profile, load_profile
-from ropeway.plan import list_gpus
 from ropeway.workspace import Workspace
 
 ROOMS = ("fetch", "base", "prepare", "train", "evaluate", "package")

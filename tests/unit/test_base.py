@@ -166,6 +166,17 @@ def test_tied_embeddings_stay_tied(tmp_path):
     assert model.lm_head.weight.shape[0] == 2016
 
 
+def test_an_opened_model_is_stretched_as_params_say(tmp_path):
+    original(tmp_path / "model-x")
+    workspace = Workspace(tmp_path, "run")
+    base.run(workspace, of_folder("model-x"))
+    config = json.loads((workspace.base / "config.json").read_bytes())
+    assert config["rope_parameters"] == {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+    assert config["max_position_embeddings"] == 64
+    model = AutoModelForCausalLM.from_pretrained(workspace.base)
+    torch.testing.assert_close(model.model.rotary_emb.inv_freq, 1 / 10000 ** (torch.arange(0, 8, 2) / 8) / 2)
+
+
 def test_without_scaling_the_config_says_so(tmp_path):
     original(tmp_path / "model-x")
     workspace = Workspace(tmp_path, "run")

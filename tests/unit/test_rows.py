@@ -168,6 +168,18 @@ def test_a_window_lies_inside_and_is_as_long_as_it_can_be(length, max_length, pr
         assert begin == 0
 
 
+@pytest.mark.parametrize(
+    ("length", "is_document", "draws"), [(9, False, 1), (9, True, 1), (30, True, 1), (30, False, 2)]
+)
+def test_a_number_is_drawn_for_every_sequence_and_a_second_for_a_window(length, is_document, draws):
+    ours, followed = random.Random(4), random.Random(4)
+    plan_window(length, max_length=16, probability=1.0, generator=ours, is_document=is_document)
+    followed.random()
+    if draws == 2:
+        followed.randint(0, length - 16)
+    assert ours.random() == followed.random()
+
+
 def test_every_offset_of_an_over_long_conversation_is_drawn():
     found = {
         plan_window(20, max_length=16, probability=1.0, generator=random.Random(seed), is_document=False)

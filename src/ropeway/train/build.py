@@ -3,8 +3,8 @@
 import os
 import sys
 
+from ropeway.devices import list_gpus
 from ropeway.errors import RopewayError
-from ropeway.plan import list_gpus
 
 
 def main() -> None:

@@ -1,0 +1,228 @@
+"""The stage graph of dvc.yaml and what DVC says of it: the only module that knows DVC.
+
+In this process DVC is only asked; stages run in processes of their own (`stages.py`), which can be ended.
+Source of DVC's words and shapes: dvc 3.67.1.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ropeway.errors import ConfigError
+
+_SHOWN_CHARACTERS = 60
+_SAYS = (
+    (re.compile(r"Running stage '.+':"), "ran"),
+    (re.compile(r"Stage '.+' is cached - skipping run, checking out outputs"), "restored"),
+    (re.compile(r"Stage '.+' didn't change, skipping"), "unchanged"),
+    (re.compile(r".*is busy, it is being blocked by:"), "busy"),
+    (re.compile(r".*Unable to acquire lock"), "busy"),
+    (re.compile(r"ERROR: failed to reproduce '.+': failed to run: .*, exited with (-?\d+)"), "failed"),
+)
+
+# Advice that DVC repeats after every stage; here nothing is to be added by hand while a run is on.
+_HINTS = (
+    "To track the changes with git, run:",
+    "git add ",
+    "To enable auto staging, run:",
+    "dvc config core.autostage",
+    "Use `dvc push`",
+    "Data and pipelines are up to date.",
+    "Updating lock file",
+    "Generating lock file",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One stage of dvc.yaml.
+
+    Attributes:
+        name: As DVC addresses it.
+        deps: The stages whose outputs it reads, in the graph's order.
+        refreshes: It runs at every start and reads no other stage: it looks at the world, so it goes before the plan.
+    """
+
+    name: str
+    deps: tuple[str, ...]
+    refreshes: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlan:
+    """What is going to happen to a stage, and why.
+
+    Attributes:
+        name: The stage.
+        will_run: Whether DVC will be asked to bring it up to date. It may still find nothing to do, when a stage
+            above it ran and left the same bytes.
+        reasons: Why, in words; for a stage that will not run, why not.
+        deps: As in `Stage`.
+        refreshes: As in `Stage`.
+    """
+
+    name: str
+    will_run: bool
+    reasons: tuple[str, ...]
+    deps: tuple[str, ...]
+    refreshes: bool
+
+
+def load_graph(root: Path) -> list[Stage]:
+    """Return the stages of a workspace, each after those it depends on, otherwise in the order of dvc.yaml.
+
+    Raises:
+        ConfigError: No DVC workspace, or dvc.yaml cannot be read.
+    """
+    with _open_repo(root) as repo:
+        return [stage for stage, _ in _ordered(repo)]
+
+
+def plan(root: Path) -> list[StagePlan]:
+    """Return what a run would do, in the graph's order. Run the stages that refresh first.
+
+    Raises:
+        ConfigError: As in `load_graph`.
+    """
+    with _open_repo(root) as repo:
+        status, plans = repo.status(), dict[str, StagePlan]()
+        for stage, own in _ordered(repo):
+            if stage.refreshes:
+                will_run, reasons = False, ["looks at the world at every start"]
+            elif own.frozen:
+                will_run, reasons = False, ["frozen in dvc.yaml"]
+            else:
+                reasons = _explain(own, status.get(own.addressing, []), root)
+                reasons = reasons or [f"{name} will run" for name in stage.deps if plans[name].will_run]
+                will_run = bool(reasons)
+            plans[stage.name] = StagePlan(
+                stage.name, will_run, tuple(reasons or ["nothing changed"]), stage.deps, stage.refreshes
+            )
+        return list(plans.values())
+
+
+def has_remote(root: Path) -> bool:
+    """Return whether a DVC remote is configured, to pull from before a run and push to after it."""
+    with _open_repo(root) as repo:
+        return bool(repo.config["core"].get("remote"))
+
+
+def reproduce_command(name: str) -> list[str]:
+    """Return the command that brings one stage up to date; it waits for DVC's own lock instead of failing."""
+    return ["dvc", "--wait-for-lock", "repro", "--single-item", name]
+
+
+def read_event(line: str) -> tuple[str, int | None] | None:
+    """Return what a line of `dvc repro` says: ran, restored, unchanged, busy, or failed with the code of the command.
+
+    >>> read_event("Stage 'train' didn't change, skipping")
+    ('unchanged', None)
+    """
+    for pattern, event in _SAYS:
+        if match := pattern.match(line):
+            return event, int(match.group(1)) if event == "failed" else None
+    return None
+
+
+def is_hint(line: str) -> bool:
+    """Return whether a line is one of those DVC prints after each stage for a person at a terminal."""
+    return line.strip().startswith(_HINTS)
+
+
+@contextmanager
+def _open_repo(root: Path) -> Iterator[Any]:
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    try:
+        with Repo(str(root)) as repo:
+            yield repo
+    except DvcException as error:
+        remedy = ". Run `git init` there" if "not a git repository" in str(error) else ""
+        raise ConfigError(f"{root}: DVC cannot read this workspace: {error}{remedy}") from None
+
+
+def _ordered(repo: Any) -> Iterator[tuple[Stage, Any]]:  # noqa: ANN401 - dvc has no types
+    import networkx as nx
+
+    graph = repo.index.graph  # an edge goes from a consumer to its producer
+    place = {own: number for number, own in enumerate(repo.index.stages)}
+    order = list(nx.lexicographical_topological_sort(graph.reverse(), key=place.__getitem__))
+    for own in order:
+        if own.is_data_source:  # a file that `dvc add` tracks: a dependency, nothing to run
+            continue
+        above = [other for other in order if graph.has_edge(own, other) and not other.is_data_source]
+        refreshes = own.always_changed and not above
+        yield Stage(_address(own), tuple(_address(other) for other in above), refreshes), own
+
+
+def _address(stage: Any) -> str:  # noqa: ANN401
+    """Return how a stage is called from the root; `stage.addressing` is as seen from this process's folder."""
+    return stage.name if stage.path_in_repo == "dvc.yaml" else f"{stage.path_in_repo}:{stage.name}"
+
+
+def _explain(stage: Any, status: list[Any], root: Path) -> list[str]:  # noqa: ANN401
+    """Return why a stage must run, from DVC's own words for it."""
+    if not any(item.hash_info for item in [*stage.deps, *stage.outs]):
+        return ["never run"]
+    reasons: list[str] = []
+    for entry in status:
+        if not isinstance(entry, Mapping):
+            reasons.append(
+                {"changed command": "its command changed", "always changed": "runs always"}.get(entry, entry)
+            )
+            continue
+        for path, change in entry.get("changed deps", {}).items():
+            if isinstance(change, Mapping):
+                reasons += _explain_params(stage, path, change)
+            else:
+                reasons.append(f"{_place(path, root)} {_word(change)}")
+        outs = entry.get("changed outs", {}).items()
+        reasons += [f"its output {_place(path, root)} {_word(change)}" for path, change in outs]
+    return reasons
+
+
+def _explain_params(stage: Any, path: str, changes: Mapping[str, str]) -> Iterator[str]:  # noqa: ANN401
+    """Yield `key: old -> new` for each changed parameter, a nested one by its changed leaf."""
+    dep = next(dep for dep in stage.deps if hasattr(dep, "read_params") and str(dep) == path)
+    before, after = dep.hash_info.value or {}, dep.read_params()
+    for key in changes:
+        old, new = dict(_leaves(key, before.get(key))), dict(_leaves(key, after.get(key)))
+        for leaf in dict.fromkeys([*old, *new]):
+            if old.get(leaf) != new.get(leaf):
+                yield f"{leaf}: {_shown(old.get(leaf))} -> {_shown(new.get(leaf))}"
+
+
+def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:  # noqa: ANN401
+    if isinstance(value, Mapping) and value:
+        for name, inner in value.items():
+            yield from _leaves(f"{key}.{name}", inner)
+    elif isinstance(value, list) and value:
+        for number, inner in enumerate(value):
+            yield from _leaves(f"{key}[{number}]", inner)
+    else:
+        yield key, value
+
+
+def _place(path: str, root: Path) -> str:
+    """Return a path as seen from the root; inside a workspace DVC spells it from this process's folder."""
+    here = Path.cwd()
+    return path if "://" in path or not here.is_relative_to(root) else os.path.relpath(here / path, root)
+
+
+def _shown(value: object) -> str:
+    text = "(not there)" if value is None else str(value)
+    return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "…"
+
+
+def _word(change: str) -> str:
+    return {
+        "modified": "changed",
+        "deleted": "is missing",
+        "new": "is new",
+        "not in cache": "is not in DVC's cache",
+    }.get(change, change)

@@ -1,0 +1,141 @@
+"""From a finished package to a version, and to `candidate` if the gate lets it pass. Repeat it freely after a failure.
+
+What decides is the registry, not whether a stage ran: one that was away when a package was made loses no version.
+"""
+
+import getpass
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flows.revision import Revision
+from ropeway import registry
+from ropeway.errors import DataError
+from ropeway.gate import Verdict, gate
+from ropeway.params import Profile
+from ropeway.registry.tables import describe_version
+from ropeway.storage import Store, open_store
+from ropeway.workspace import Workspace
+
+CANDIDATE, PRODUCTION = "candidate", "production"
+
+
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """What publishing came to.
+
+    Attributes:
+        state: `Published`: a new version, `candidate` points to it. `Rejected`: a new version, but the gate did not let
+            it pass and no alias moved. `Unchanged`: this package was dealt with before.
+        version: E.g. `laptop@v3`.
+        digest: The version's identity.
+        verdict: The gate's, when it was asked.
+        words: One sentence for people.
+    """
+
+    state: str
+    version: str
+    digest: str
+    verdict: Verdict | None
+    words: str
+
+
+def publish_package(workspace: Workspace, profile: Profile, revision: Revision) -> Publication:
+    """Publish `runs/<profile>/package` unless the registry has it, and move `candidate` if the gate lets it pass.
+
+    Raises:
+        DataError: The package or eval.json is not what it should be.
+        RegistryError: The registry refused; another writer moved the alias meanwhile.
+        TemporaryError: The store is away.
+    """
+    store, name = open_store(workspace.registry_url), workspace.profile
+    digest = registry.package_digest(workspace.package, name)
+    known = registry.has_version(store, name, digest)
+    if known and (settled := _settled(store, name, digest)):
+        return Publication("Unchanged", f"{name}@v{registry.find_number(store, name, digest)}", digest, None, settled)
+    metrics = _read_metrics(workspace.evaluation)
+    expected, champion = _find_champion(store, name)
+    verdict = gate(metrics, _metrics_of(store, champion), profile.gate, champion_name=champion or "no champion")
+    done = registry.publish(
+        store,
+        workspace.package,
+        name,
+        provenance=_provenance(revision, metrics, verdict, champion),
+        attachments={path.name: path for path in _lineage(workspace) if path.is_file()},
+    )
+    if not verdict.passed:
+        words = f"{done} is registered; the gate did not let it pass, '{CANDIDATE}' was not moved"
+        return Publication("Rejected", str(done), digest, verdict, words)
+    registry.promote(
+        store, name, CANDIDATE, digest, expect=expected, by=_user(), reason="the gate of ropeway run let it pass"
+    )
+    return Publication("Published", str(done), digest, verdict, f"{done} is registered and is {name}@{CANDIDATE}")
+
+
+def _settled(store: Store, name: str, digest: str) -> str | None:
+    """Return why nothing is left to do for a known version; None when a run died between publishing and promoting."""
+    version = describe_version(store, f"{name}@{digest}")
+    label = f"{name}@v{version['number']} was registered before"
+    if version["withdrawn"]:
+        return f"{label} and is withdrawn"
+    if any(event["digest"] == digest for event in registry.alias_history(store, name, CANDIDATE)):
+        # It was candidate once. If it is not now, somebody or a later version moved the alias: that stands.
+        return (
+            label if CANDIDATE in version["aliases"] else f"{label}; '{CANDIDATE}' has moved on since and stays there"
+        )
+    verdict = version["provenance"].get("verdict")
+    if verdict is None or not verdict["passed"]:
+        return f"{label}; '{CANDIDATE}' was not moved to it then"
+    return None
+
+
+def _find_champion(store: Store, name: str) -> tuple[str | None, str | None]:
+    """Return where `candidate` points now, and the version to beat: production's, else the candidate's."""
+    candidate = registry.read_alias(store, name, CANDIDATE)
+    champion = registry.read_alias(store, name, PRODUCTION) or candidate
+    number = registry.find_number(store, name, champion) if champion else None
+    return candidate, f"{name}@v{number}" if number else None
+
+
+def _metrics_of(store: Store, reference: str | None) -> Mapping[str, Any] | None:
+    """Return the eval.json kept beside a version; empty (which no gate passes) where it has none."""
+    if reference is None:
+        return None
+    kept: Mapping[str, Any] = describe_version(store, reference)["provenance"].get("evaluation", {})
+    return kept
+
+
+def _provenance(
+    revision: Revision, metrics: Mapping[str, Any], verdict: Verdict, champion: str | None
+) -> dict[str, Any]:
+    return {
+        "git": revision.commit,
+        "dirty": bool(revision.dirty),
+        "dirty_files": list(revision.dirty),
+        "evaluation": dict(metrics),
+        "verdict": {"passed": verdict.passed, "against": champion, "lines": list(verdict.lines)},
+    }
+
+
+def _lineage(workspace: Workspace) -> list[Path]:
+    """Return what is kept beside the version: enough to make it again, and how the training went."""
+    return [workspace.root / "dvc.lock", workspace.timings]
+
+
+def _read_metrics(path: Path) -> dict[str, Any]:
+    try:
+        metrics = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: expected evaluate's metrics ({error}). Run `dvc repro evaluate`") from None
+    if not isinstance(metrics, dict):
+        raise DataError(f"{path}: expected a JSON mapping, found a {type(metrics).__name__}")
+    return metrics
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        return "ropeway run"

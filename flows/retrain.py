@@ -1,0 +1,207 @@
+"""The whole run, in order: pull, look at the world, plan, each stage of dvc.yaml, publish, push.
+
+DVC decides whether a stage must run, Prefect shows it and tries again what may pass. Nothing here computes anything,
+and no stage is named here: adding one to dvc.yaml changes no Python.
+"""
+
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from flows import graph, summary
+from flows.board import Board, Done, PlainBoard
+from flows.publishing import publish_package
+from flows.revision import read_revision
+from flows.stages import Say, Site, bring_up, run_dvc
+from flows.summary import Result
+from ropeway.errors import ConfigError
+from ropeway.lock import workspace_lock
+from ropeway.manifest import digest_of
+from ropeway.params import Profile, load_profile, read_block
+from ropeway.workspace import Workspace
+
+_STATES = {"ran": "Completed", "restored": "Restored", "unchanged": "Unchanged"}
+
+
+def run_retrain(root: Path, profile: str | None = None, *, use_prefect: bool = True) -> Result:
+    """Bring a workspace's run up to date, publish what is new, and print what came out.
+
+    Args:
+        root: The folder of params.yaml.
+        profile: Which of its runs; default: the one its line `profile:` names. Another one is written there.
+        use_prefect: Show the run on Prefect's pages; else only in the terminal.
+
+    Raises:
+        RopewayError: As its subclasses say. Run again after mending it: what is done is not done again.
+        SystemExit: 143, after SIGTERM and once nothing of the run is left.
+    """
+    root = root.resolve()
+    name, _ = load_profile(root / "params.yaml", profile)  # fail in the first second, not after the first hour
+    with _exit_on_sigterm():
+        if use_prefect:
+            from flows.settings import apply_settings
+
+            apply_settings(root)
+            result, page = _run_on_prefect(root, name)
+        else:
+            result, page = walk(root, name, PlainBoard()), None
+    summary.print_result(result, page)
+    return result
+
+
+def walk(root: Path, profile: str | None, board: Board) -> Result:
+    """Do everything, step by step. The one sequence, with Prefect or without."""
+    began = time.monotonic()
+    name, params = load_profile(root / "params.yaml", profile)
+    workspace = Workspace(root, name)
+    with workspace_lock(root, command="ropeway run", profile=name) as held:
+        choose_profile(root, name)
+        site, shared = Site(root, held), graph.has_remote(root)
+        if shared:
+            _step(board, "pull", partial(_pull, site))
+        for stage in graph.load_graph(root):
+            if stage.refreshes:  # it writes what the plan must see; it never counts as changed
+                _step(board, stage.name, partial(_refresh, site, stage.name))
+        plans = graph.plan(root)
+        _show_plan(board, plans)
+        ended: dict[str, str] = {}
+        for plan in plans:
+            if plan.refreshes:
+                ended[plan.name] = "Unchanged"
+            else:
+                work = partial(_bring_up if plan.will_run else _leave, site, plan)
+                ended[plan.name] = _step(board, plan.name, work, after=plan.deps).state
+        read = {dep for plan in plans for dep in plan.deps}
+        ends = [plan.name for plan in plans if plan.name not in read]
+        publication = _step(board, "publish", partial(_publish, workspace, params), after=ends).value
+        if shared:
+            _step(board, "push", partial(_push, site), after=["publish"])
+        result = Result(workspace, ended, publication, time.monotonic() - began)
+        board.report("result", summary.draw_report(result))
+        return result
+
+
+def choose_profile(root: Path, name: str) -> None:
+    """Make params.yaml name this profile: its line `profile:` alone is edited, and it stays so.
+
+    Raises:
+        ConfigError: The line is not where an edit of one line can reach it.
+    """
+    path = root / "params.yaml"
+    text = path.read_text(encoding="utf-8")
+    if load_profile(path)[0] == name:
+        return
+    edited, count = re.subn(r"(?m)^(profile:[ \t]*)[^\s#]+", lambda match: match[1] + name, text, count=1)
+    if not count:
+        raise ConfigError(f"{path}: no line `profile: …` to put {name} into; write it there")
+    path.write_text(edited, encoding="utf-8")
+    print(f"params.yaml: profile is {name} now, and stays so", flush=True)
+
+
+def describe_run(root: Path, profile: str) -> tuple[str, list[str]]:
+    """Return a flow run's name and tags: profile, the digest of its params, git revision."""
+    revision, params = read_revision(root), digest_of(read_block(root / "params.yaml", profile))[:7]
+    tags = [f"profile:{profile}", f"params:{params}", f"git:{str(revision).removesuffix('+')}"]
+    return f"{profile}-{params}-{revision}", [*tags, *(["dirty"] if revision.dirty else [])]
+
+
+def _step(board: Board, name: str, work: Callable[[Say], Done], *, after: list[str] | tuple[str, ...] = ()) -> Done:
+    """Do one step, shown in the terminal and on the board."""
+    began = time.monotonic()
+
+    def shown(record: Say) -> Done:
+        def say(line: str) -> None:
+            print(f"  {line}", flush=True)
+            record(line)
+
+        return work(say)
+
+    done = board.step(name, shown, after=after)
+    seconds = time.monotonic() - began
+    print(f"{name}: {done.state}, {done.words}" + (f" ({seconds:.0f} s)" if seconds >= 1 else ""), flush=True)
+    return done
+
+
+def _refresh(site: Site, stage: str, say: Say) -> Done:
+    bring_up(site, stage, say)
+    return Done("Unchanged", "looked at code and sources")
+
+
+def _bring_up(site: Site, plan: graph.StagePlan, say: Say) -> Done:
+    why = "; ".join(plan.reasons)
+    print(f"{plan.name}: {why}", flush=True)
+    outcome = bring_up(site, plan.name, say)
+    words = {
+        "ran": f"ran because {why}",
+        "restored": "its result was in DVC's cache",
+        "unchanged": "what it reads turned out the same",
+    }
+    return Done(_STATES[outcome], words[outcome])
+
+
+def _leave(_site: Site, plan: graph.StagePlan, _say: Say) -> Done:
+    """No child process for what the plan finds unchanged."""
+    return Done("Unchanged", "; ".join(plan.reasons))
+
+
+def _publish(workspace: Workspace, params: Profile, say: Say) -> Done:
+    publication = publish_package(workspace, params, read_revision(workspace.root))
+    if publication.verdict:
+        for line in str(publication.verdict).splitlines():
+            say(line)
+    return Done(publication.state, publication.words, publication)
+
+
+def _pull(site: Site, say: Say) -> Done:
+    # What is missing there is made here, so a remote that lacks something, or is away, stops nothing.
+    code, _ = run_dvc(site, "pull", ["dvc", "pull", "--run-cache", "--allow-missing"], say)
+    return Done("Completed", "pulled what the remote has" if not code else "the remote gave not everything; going on")
+
+
+def _push(site: Site, say: Say) -> Done:
+    code, _ = run_dvc(site, "push", ["dvc", "push", "--run-cache"], say)
+    words = (
+        "outputs and run-cache are on the remote" if not code else "THE REMOTE TOOK NOT EVERYTHING; `dvc push` later"
+    )
+    return Done("Completed", words)
+
+
+def _show_plan(board: Board, plans: list[graph.StagePlan]) -> None:
+    rows = [
+        {"stage": plan.name, "will run": "yes" if plan.will_run else "no", "why": "; ".join(plan.reasons)}
+        for plan in plans
+    ]
+    print(summary.draw_table(rows), flush=True)
+    board.table("plan", "What this run will do, and why", rows)
+
+
+def _run_on_prefect(root: Path, profile: str) -> tuple[Result, str]:
+    from flows.server import await_server, open_server
+
+    with open_server(root) as url:
+        # While a temporary server starts: import Prefect and DVC, and find a broken dvc.yaml.
+        from flows import prefect_flow
+
+        graph.load_graph(root)
+        await_server(url, root)
+        return prefect_flow.run(root, profile, url)
+
+
+@contextmanager
+def _exit_on_sigterm() -> Iterator[None]:
+    """Turn SIGTERM into SystemExit, so that blocks that end children are left in order."""
+    mine = threading.current_thread() is threading.main_thread()
+    if not mine or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

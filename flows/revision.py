@@ -1,0 +1,55 @@
+"""What git says of a workspace: the revision, and whether tracked files differ from it in a way that counts."""
+
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Revision:
+    """A commit, and what differs from it.
+
+    Attributes:
+        commit: Its whole hash; None outside git or before the first commit.
+        dirty: Tracked files that differ from it, but for dvc.lock and the line `profile:` of params.yaml: both
+            change with every run and say nothing that the version does not say itself.
+    """
+
+    commit: str | None
+    dirty: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """Return the first seven digits, with a `+` when the tree is dirty.
+
+        >>> str(Revision("0123456789", ("a.py",)))
+        '0123456+'
+        """
+        return (self.commit[:7] if self.commit else "no-git") + ("+" if self.dirty else "")
+
+
+def read_revision(root: Path) -> Revision:
+    """Return the revision of the workspace at `root`, now."""
+    commit = _git(root, "rev-parse", "--verify", "--quiet", "HEAD")
+    if not commit:
+        return Revision(None, ())
+    changed = _git(root, "diff", "--name-only", "--relative", "-z", "HEAD").split("\0")
+    return Revision(commit.strip(), tuple(name for name in changed if name and _counts(root, name)))
+
+
+def _counts(root: Path, name: str) -> bool:
+    if name == "params.yaml":
+        lines = _git(root, "diff", "--unified=0", "--relative", "HEAD", "--", name).splitlines()
+        edits = [line[1:] for line in lines if line[:1] in ("+", "-") and line[:3] not in ("+++", "---")]
+        return not all(edit.startswith("profile:") for edit in edits)
+    return name != "dvc.lock"
+
+
+def _git(root: Path, *arguments: str) -> str:
+    """Return git's answer; empty where there is no git, or nothing to answer."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False, encoding="utf-8"
+        )
+    except FileNotFoundError:
+        return ""
+    return done.stdout if done.returncode == 0 else ""

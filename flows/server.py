@@ -1,0 +1,145 @@
+"""The Prefect server of a workspace: `ropeway server` for people, a temporary one where none runs. Same database.
+
+The temporary one is our own process and not Prefect's ephemeral server (3.9.1): that one is left behind when its flow
+is killed, makes the flow import the whole server (1.5 s), starts only when the flow does, and has no UI.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+
+from flows.settings import apply_settings, prefect_home
+from ropeway.errors import ConfigError, TemporaryError
+from ropeway.manifest import write_json
+
+LOOPBACK = "127.0.0.1"
+DEFAULT_PORT = 4200
+_START_SECONDS = 90.0  # 3.5 s on two quiet cores, 9 s with a new database; a loaded machine takes several times that
+_NOTE, _EXIT = "ropeway-server.json", "server.exit.json"
+
+
+def serve_ui(root: Path, *, port: int = DEFAULT_PORT, host: str = LOOPBACK) -> None:
+    """Become the Prefect server of this workspace; its UI shows every run that was made here.
+
+    Raises:
+        ConfigError: The port is taken, or the host is open to the network without a password.
+    """
+    root = root.resolve()
+    if host not in (LOOPBACK, "localhost") and not os.environ.get("PREFECT_SERVER_API_AUTH_STRING"):
+        raise ConfigError(
+            f"--host {host} lets the network in, and whoever is in can run code here. Set "
+            "PREFECT_SERVER_API_AUTH_STRING=user:password, or stay on 127.0.0.1"
+        )
+    _check_free(root, host, port)
+    apply_settings(root)
+    url = f"http://{LOOPBACK if host == '0.0.0.0' else host}:{port}/api"  # noqa: S104 - compared, not bound
+    os.environ.update(_server_environment(url))
+    write_json(_note(root), {"url": url, "pid": os.getpid()})  # exec keeps the pid
+    print(f"Prefect UI: {url.removesuffix('/api')}  (Ctrl-C stops it)", flush=True)
+    os.execv(sys.executable, [sys.executable, *_server_arguments(host, port)])  # noqa: S606 - no shell
+
+
+@contextmanager
+def open_server(root: Path) -> Iterator[str]:
+    """Yield the API's URL: the one of `PREFECT_API_URL`, of the running `ropeway server`, or of a temporary server.
+
+    The temporary one starts in the background and ends with the block; wait for it with `await_server`. It runs under
+    a supervisor, so it also ends when this process is killed.
+    """
+    if url := os.environ.get("PREFECT_API_URL") or find_server(root):
+        yield url
+        return
+    with socket.socket() as free:
+        free.bind((LOOPBACK, 0))
+        port = free.getsockname()[1]
+    url, home = f"http://{LOOPBACK}:{port}/api", prefect_home(root)
+    home.mkdir(parents=True, exist_ok=True)
+    (home / _EXIT).unlink(missing_ok=True)
+    supervisor = [sys.executable, "-m", "ropeway.supervise", "--record", str(home / _EXIT)]
+    supervisor += ["--leader", str(os.getpid()), "--grace", "5", "--", sys.executable]
+    # Runs are started by hand here: no scheduler, no search for late ones.
+    command = [*supervisor, *_server_arguments(LOOPBACK, port), "--no-scheduler", "--no-late-runs"]
+    environment = {**os.environ, **_server_environment(url)}
+    with (home / "server.log").open("wb") as log:
+        server = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        yield url
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def await_server(url: str, root: Path) -> None:
+    """Return once a server answers.
+
+    Raises:
+        TemporaryError: It does not.
+    """
+    deadline = time.monotonic() + (_START_SECONDS if "PREFECT_API_URL" not in os.environ else 5.0)
+    home = prefect_home(root)
+    while not _answers(url):
+        if time.monotonic() > deadline or (home / _EXIT).exists():
+            raise TemporaryError(
+                f"no Prefect server answers at {url}. Start one with `ropeway server`, unset PREFECT_API_URL, or run "
+                f"without Prefect: `ropeway run --no-prefect`. A temporary server's log: {home / 'server.log'}"
+            )
+        time.sleep(0.05)
+
+
+def find_server(root: Path) -> str | None:
+    """Return the URL of this workspace's running `ropeway server`, or None."""
+    with suppress(OSError, ValueError, KeyError, psutil.NoSuchProcess):
+        note = json.loads(_note(root).read_bytes())
+        psutil.Process(note["pid"])
+        return str(note["url"]) if _answers(note["url"]) else None
+    return None
+
+
+def _answers(url: str) -> bool:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        opener.open(f"{url}/health", timeout=2).close()
+    except OSError as error:
+        return isinstance(error, urllib.error.HTTPError)  # it answers, if only to say no
+    return True
+
+
+def _note(root: Path) -> Path:
+    return prefect_home(root) / _NOTE
+
+
+def _server_arguments(host: str, port: int) -> list[str]:
+    return ["-m", "prefect", "server", "start", "--host", host, "--port", str(port), "--analytics-off"]
+
+
+def _server_environment(url: str) -> dict[str, str]:
+    """Return what the server must know of itself; else its pages ask port 4200 whatever port they came from."""
+    return {"PREFECT_API_URL": url, "PREFECT_SERVER_UI_API_URL": url}
+
+
+def _check_free(root: Path, host: str, port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            ours = find_server(root)
+            there = (
+                f"this workspace's server is there: {ours.removesuffix('/api')}" if ours else "another program has it"
+            )
+            raise ConfigError(
+                f"port {port} on {host} cannot be used ({error.strerror}); {there}. Choose another port "
+                f"(`ropeway server --port {port + 1}`) or stop what holds it"
+            ) from None

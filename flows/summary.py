@@ -1,0 +1,129 @@
+"""What a run came to, in words and tables: the terminal's last lines and the report on Prefect's page."""
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flows.publishing import Publication
+from ropeway.workspace import Workspace
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a run came to.
+
+    Attributes:
+        workspace: Whose run of params.yaml it was, and where its files are.
+        stages: Each stage of dvc.yaml and how it ended: Completed, Restored or Unchanged.
+        publication: What became of the package.
+        seconds: How long it all took.
+    """
+
+    workspace: Workspace
+    stages: dict[str, str]
+    publication: Publication
+    seconds: float
+
+
+def print_result(result: Result, page: str | None) -> None:
+    """Print a run's last lines: what came out and how to look at it."""
+    facts = [("steps", _count_steps(result.workspace))]
+    facts += [("validation loss" if not number else "", line) for number, line in enumerate(_losses(result.workspace))]
+    published = result.publication
+    facts += [
+        ("version", f"{published.version}, {published.words}"),
+        ("package", str(result.workspace.package)),
+        ("look at it", f"ropeway registry show {published.version}"),
+        ("the run", f"make ui, then open http://127.0.0.1:4200{page}" if page else "made without Prefect (no page)"),
+    ]
+    width = max(len(name) for name, _ in facts)
+    print(f"\n{result.workspace.profile}: {published.state} in {result.seconds:.0f} s")
+    for name, words in facts:
+        if words:
+            print(f"  {name:<{width}}  {words}")
+
+
+def draw_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Return rows of equal keys as an aligned text table."""
+    heads = list(rows[0]) if rows else []
+    widths = [max(len(head), *(len(row[head]) for row in rows)) for head in heads]
+    lines = [dict(zip(heads, heads, strict=True)), *rows]
+    return "\n".join(
+        "  ".join(line[head].ljust(width) for head, width in zip(heads, widths, strict=True)).rstrip() for line in lines
+    )
+
+
+def draw_report(result: Result) -> str:
+    """Return the run's report in markdown."""
+    published, name = result.publication, result.workspace.profile
+    verdict = [f"- {line}" for line in published.verdict.lines] if published.verdict else []
+    stages = [{"stage": stage, "state": state} for stage, state in result.stages.items()]
+    parts = [
+        f"# {published.version}: {published.state}",
+        published.words,
+        *(["## Gate", "\n".join(verdict)] if verdict else []),
+        "## Validation",
+        _markdown(_evaluation_rows(result.workspace)) or "No metrics.",
+        "## Training",
+        _count_steps(result.workspace) or "No metrics.",
+        "## Stages",
+        _markdown(stages),
+        "## Version",
+        f"`{published.digest}`",
+        f"```\nropeway registry pull {name}@{published.digest[:12]}\n```",
+    ]
+    return "\n\n".join(parts)
+
+
+def _count_steps(workspace: Workspace) -> str:
+    metrics = _read(workspace.train_metrics)
+    steps, applied = metrics.get("steps"), metrics.get("applied_steps")
+    if steps is None:
+        return ""
+    return f"{steps:,}" + (f", {applied:,} of them applied" if applied not in (None, steps) else "")
+
+
+def _losses(workspace: Workspace) -> list[str]:
+    """Return one line per source: loss of base and tuned in nats per supervised token."""
+    metrics = _read(workspace.evaluation)
+    pairs = [(name, found["base"]["loss"], found["tuned"]["loss"]) for name, found in _sources(metrics).items()]
+    if mean := metrics.get("mean"):
+        pairs.append(("mean", mean["base"], mean["tuned"]))
+    width = max((len(name) for name, *_ in pairs), default=0)
+    return [f"{name:<{width}}  {base:.3f} -> {tuned:.3f} nats/token" for name, base, tuned in pairs]
+
+
+def _evaluation_rows(workspace: Workspace) -> list[dict[str, str]]:
+    rows = []
+    for name, found in _sources(_read(workspace.evaluation)).items():
+        row = {"source": name}
+        for metric in ("loss", "perplexity", "accuracy"):
+            pair = [found[model].get(metric) for model in ("base", "tuned")]
+            if None not in pair:
+                row[f"{metric}, base → tuned"] = f"{pair[0]:.3f} → {pair[1]:.3f}"
+        rows.append(row)
+    return rows
+
+
+def _sources(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
+    sources: Mapping[str, Any] = metrics.get("sources", {})
+    return sources
+
+
+def _markdown(rows: Sequence[Mapping[str, str]]) -> str:
+    if not rows:
+        return ""
+    heads = list(rows[0])
+    lines = [heads, ["---"] * len(heads), *([row.get(head, "") for head in heads] for row in rows)]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return a file of metrics, empty where there is none: a report shows what there is."""
+    with suppress(OSError, ValueError):
+        found = json.loads(path.read_bytes())
+        return found if isinstance(found, dict) else {}
+    return {}

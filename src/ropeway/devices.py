@@ -1,0 +1,32 @@
+"""What this machine trains on, found without loading torch."""
+
+import os
+from pathlib import Path
+
+from ropeway.errors import ConfigError
+
+CPU_RANKS = 2
+
+
+def count_ranks(environment: dict[str, str] | None = None, *, devices: Path = Path("/dev")) -> int:
+    """Return how many ranks train: `ROPEWAY_RANKS`, else the NVIDIA cards of this machine, else 2 on CPU.
+
+    Raises:
+        ConfigError: `ROPEWAY_RANKS` is not a positive whole number.
+    """
+    environment = dict(os.environ) if environment is None else environment
+    stated = environment.get("ROPEWAY_RANKS")
+    if stated is not None:
+        if not stated.isdecimal() or int(stated) < 1:
+            raise ConfigError(f"ROPEWAY_RANKS: expected a positive whole number, found {stated!r}")
+        return int(stated)
+    return len(list_gpus(environment, devices=devices)) or CPU_RANKS
+
+
+def list_gpus(environment: dict[str, str] | None = None, *, devices: Path = Path("/dev")) -> list[str]:
+    """Return the NVIDIA cards this process may use, without loading torch."""
+    environment = dict(os.environ) if environment is None else environment
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [card for card in visible.split(",") if card.strip() not in ("", "-1")]
+    return sorted(path.name for path in devices.glob("nvidia[0-9]*"))

@@ -1,0 +1,101 @@
+"""A workspace with fake stages, and one Prefect server for the session; Prefect is imported when a test needs it."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+
+
+class FlowWorkspace:
+    """The real params.yaml and DVC settings, fake stages, a git history of one commit."""
+
+    def __init__(self, root):
+        self.root = root
+
+    def git(self, *arguments):
+        identity = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
+        return subprocess.run(
+            ["git", *identity, *arguments], cwd=self.root, check=True, capture_output=True, text=True
+        ).stdout
+
+    def dvc(self, *arguments):
+        command = [sys.executable, "-m", "dvc", *arguments]
+        return subprocess.run(command, cwd=self.root, check=True, capture_output=True, text=True).stdout
+
+    def edit(self, name, old, new):
+        path = self.root / name
+        text = path.read_text()
+        assert old in text, f"{old!r} is not in {name}"
+        path.write_text(text.replace(old, new))
+
+    def calls(self):
+        """Return the stages whose command ran since the last look, but for the one that always runs."""
+        path = self.root / "calls"
+        names = path.read_text().split() if path.exists() else []
+        path.unlink(missing_ok=True)
+        return [name for name in names if name != "identity"]
+
+    def trouble(self, stage, code):
+        """Let a stage do this before anything else; None mends it."""
+        path = self.root / f"break-{stage}"
+        path.unlink(missing_ok=True) if code is None else path.write_text(code)
+
+
+@pytest.fixture
+def flow_workspace(tmp_path, monkeypatch):
+    for name in ("ROPEWAY_LOCK_HELD", "ROPEWAY_SUPERVISED_BY", "ROPEWAY_REGISTRY", "DVC_STAGE", "DVC_ROOT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("ROPEWAY_RETRY_SECONDS", "0")
+    monkeypatch.setenv("ROPEWAY_GRACE_SECONDS", "10")
+    root = tmp_path / "workspace"
+    root.mkdir()
+    shutil.copy(ROOT / "params.yaml", root)
+    shutil.copy(HERE / "flow_workspace" / "dvc.yaml", root)
+    shutil.copy(HERE / "flow_workspace" / "room.txt", root / "room.py")
+    (root / ".dvc").mkdir()
+    shutil.copy(ROOT / ".dvc" / "config", root / ".dvc")
+    ignored = [
+        (ROOT / ".gitignore").read_text(),
+        "/calls",
+        "/break-*",
+        "/.dvc/tmp",
+        "/.dvc/cache",
+        "/.dvc/config.local",
+    ]
+    (root / ".gitignore").write_text("\n".join(ignored))
+    workspace = FlowWorkspace(root)
+    workspace.git("init", "-q")
+    workspace.git("add", "--all")
+    workspace.git("commit", "-q", "-m", "a workspace")
+    return workspace
+
+
+@pytest.fixture(scope="session")
+def prefect_api(tmp_path_factory):
+    """Prefect's settings for this process, then a server of our own kind; yields its URL."""
+    home = tmp_path_factory.mktemp("prefect")
+    before = dict(os.environ)
+    from flows.server import await_server, open_server
+    from flows.settings import apply_settings
+
+    for name in [name for name in os.environ if name.startswith("PREFECT_")]:
+        del os.environ[name]
+    apply_settings(home)
+    with open_server(home) as url:
+        await_server(url, home)
+        yield url
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture
+def on_prefect(prefect_api, monkeypatch):
+    """Let `run_retrain` use the session's server."""
+    monkeypatch.setenv("PREFECT_API_URL", prefect_api)
+    return prefect_api

@@ -1,0 +1,259 @@
+"""The flow with the real DVC and the real Prefect around stages that take a moment."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from flows.retrain import run_retrain
+from ropeway import registry
+from ropeway.errors import ConfigError, DataError, RopewayError, TemporaryError
+from ropeway.lock import workspace_lock
+from ropeway.registry.tables import describe_version
+from ropeway.storage import open_store
+
+STAGES = ["fetch", "train", "evaluate", "package"]
+
+
+def plain(workspace, profile=None):
+    return run_retrain(workspace.root, profile, use_prefect=False)
+
+
+def store_of(workspace):
+    return open_store((workspace.root / "registry").as_uri())
+
+
+def ask(api, path, **query):
+    import httpx
+
+    with httpx.Client(trust_env=False) as client:
+        return client.post(f"{api}/{path}/filter", json={"limit": 200, **query}).raise_for_status().json()
+
+
+def test_flow_runs_each_stage_once_and_then_none_and_prefect_shows_both(flow_workspace, on_prefect, capsys):
+    first = run_retrain(flow_workspace.root)
+    assert flow_workspace.calls() == STAGES
+    assert first.stages == {"identity": "Unchanged", **dict.fromkeys(STAGES, "Completed")}
+    assert (first.publication.state, first.publication.version) == ("Published", "laptop@v1")
+    words = capsys.readouterr().out
+    assert "validation loss  docs  8.000 -> 5.002 nats/token" in words
+    assert re.search(r"steps +66, 64 of them applied", words)
+    assert "look at it       ropeway registry show laptop@v1" in words
+    assert "loss 3.0\n  loss 1.0\n" in words  # a progress bar, folded
+
+    second = run_retrain(flow_workspace.root)
+    assert flow_workspace.calls() == []
+    assert second.stages == dict.fromkeys(["identity", *STAGES], "Unchanged")
+    assert (second.publication.state, second.publication.version) == ("Unchanged", "laptop@v1")
+    assert second.publication.digest == first.publication.digest
+
+    page = re.search(r"/runs/flow-run/([0-9a-f-]{36})\n", words)[1]
+    check_what_prefect_shows(on_prefect, page)
+
+
+def check_what_prefect_shows(api, flow_run_id):
+    chosen = {"flow_runs": {"id": {"any_": [flow_run_id]}}}
+    (run,) = ask(api, "flow_runs", **chosen)
+    assert re.fullmatch(r"laptop-[0-9a-f]{7}-[0-9a-f]{7}", run["name"])
+    assert run["state_name"] == "Published"
+    assert {"profile:laptop"} < set(run["tags"])
+    tasks = {task["name"]: task for task in ask(api, "task_runs", **chosen)}
+    assert {name: task["state_name"] for name, task in tasks.items()} == {
+        "identity": "Unchanged",
+        **dict.fromkeys(STAGES, "Completed"),
+        "publish": "Published",
+    }
+    names = {task["id"]: name for name, task in tasks.items()}
+    above = {
+        name: sorted(names[found["id"]] for found in task["task_inputs"].get("wait_for", []))
+        for name, task in tasks.items()
+    }
+    assert above == {
+        "identity": [],
+        "fetch": ["identity"],
+        "train": ["fetch"],
+        "evaluate": ["train"],
+        "package": ["evaluate", "train"],
+        "publish": ["package"],
+    }
+    log = ask(api, "logs", logs={"task_run_id": {"any_": [tasks["train"]["id"]]}}, sort="TIMESTAMP_ASC")
+    lines = [entry["message"] for entry in log]
+    assert "learning rate 0.002" in lines
+    assert "loss 1.0" in lines
+    assert "loss 2.0" not in lines
+    artifacts = {found["key"]: found for found in ask(api, "artifacts", **chosen)}
+    assert json.loads(artifacts["laptop-plan"]["data"])[2] == {"stage": "train", "will run": "yes", "why": "never run"}
+    assert "| docs | 8.000 → 5.002 |" in artifacts["laptop-result"]["data"]
+
+
+def test_flow_runs_only_what_a_changed_parameter_reaches_and_restores_what_it_has_made(flow_workspace, capsys):
+    first = plain(flow_workspace)
+    flow_workspace.calls()
+    flow_workspace.edit("params.yaml", "learning_rate: 2e-3", "learning_rate: 3e-3")
+    capsys.readouterr()
+    second = plain(flow_workspace)
+    assert "train     yes       laptop.learning_rate: 0.002 -> 0.003\n" in capsys.readouterr().out
+    assert flow_workspace.calls() == ["train", "evaluate", "package"]
+    assert second.stages["fetch"] == "Unchanged"
+    assert (second.publication.state, second.publication.version) == ("Published", "laptop@v2")
+
+    flow_workspace.edit("params.yaml", "learning_rate: 3e-3", "learning_rate: 2e-3")
+    third = plain(flow_workspace)
+    assert flow_workspace.calls() == []
+    assert {name: third.stages[name] for name in ("train", "package")} == {"train": "Restored", "package": "Restored"}
+    assert (third.publication.state, third.publication.version) == ("Unchanged", "laptop@v1")
+    assert third.publication.digest == first.publication.digest
+    assert registry.resolve(store_of(flow_workspace), "laptop@candidate") == second.publication.digest
+
+
+def test_flow_asks_no_more_of_stages_whose_input_came_out_the_same(flow_workspace):
+    plain(flow_workspace)
+    flow_workspace.calls()
+    flow_workspace.edit("params.yaml", "log_dir: laptop_log", "log_dir: elsewhere")  # cadence and places: no stage
+    assert set(plain(flow_workspace).stages.values()) == {"Unchanged"}
+    (flow_workspace.root / "params.yaml").write_text(
+        re.sub(r"(?s)(\nlaptop:.*?scale: )2\n", r"\g<1>4\n", (flow_workspace.root / "params.yaml").read_text())
+    )
+    result = plain(flow_workspace)
+    assert flow_workspace.calls() == ["train"]  # and left the same bytes
+    assert result.stages == {
+        **dict.fromkeys(["identity", *STAGES], "Unchanged"),
+        "train": "Completed",
+    }
+    assert result.publication.state == "Unchanged"
+
+
+def test_flow_runs_a_stage_added_to_dvc_yaml_with_no_python_touched(flow_workspace, on_prefect):
+    added = """
+  probe:
+    cmd: python -c "import shutil; shutil.copy('runs/${profile}/eval.json', 'runs/${profile}/probe.json')"
+    deps:
+      - runs/${profile}/eval.json
+    outs:
+      - runs/${profile}/probe.json
+"""
+    with (flow_workspace.root / "dvc.yaml").open("a") as file:
+        file.write(added)
+    result = run_retrain(flow_workspace.root)
+    assert result.stages["probe"] == "Completed"
+    assert (flow_workspace.root / "runs/laptop/probe.json").is_file()
+    (task,) = ask(on_prefect, "task_runs", task_runs={"name": {"any_": ["probe"]}})
+    assert [found["input_type"] for found in task["task_inputs"]["wait_for"]] == ["task_run"]
+
+
+def test_flow_publishes_when_new_data_is_dropped_in_and_not_before(flow_workspace):
+    plain(flow_workspace)
+    flow_workspace.calls()
+    (flow_workspace.root / "sources").mkdir()
+    (flow_workspace.root / "sources" / "new.txt").write_text("a new conversation")
+    result = plain(flow_workspace)
+    assert flow_workspace.calls() == ["fetch", "train", "evaluate", "package"]
+    assert result.publication.version == "laptop@v2"
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "tries"),
+    [(64, ConfigError, 1), (65, DataError, 1), (75, TemporaryError, 3), (3, RopewayError, 1)],
+)
+def test_flow_quotes_a_failed_stage_and_tries_again_only_what_may_pass(flow_workspace, code, error, tries):
+    flow_workspace.trouble("train", f"print('shard 7: sha256 is 9f2c'); sys.exit({code})")
+    with pytest.raises(error) as failure:
+        plain(flow_workspace)
+    assert type(failure.value) is error
+    assert failure.value.exit_code == (code if code != 3 else 1)
+    assert f"stage train failed with exit code {code}; its last lines:\n    shard 7: sha256 is 9f2c\n" in str(
+        failure.value
+    )
+    assert flow_workspace.calls() == ["fetch", *["train"] * tries]
+    assert (flow_workspace.root / ".work/logs/train.log").read_text().count("shard 7") == tries
+
+
+def test_flow_on_prefect_retries_a_temporary_failure_and_shows_a_lasting_one(flow_workspace, on_prefect):
+    flow_workspace.trouble("train", "Path('break-train').unlink(); sys.exit(75)")
+    result = run_retrain(flow_workspace.root)
+    assert flow_workspace.calls() == ["fetch", "train", "train", "evaluate", "package"]
+    assert result.stages["train"] == "Completed"
+    flow_workspace.trouble("package", "print('no room on the disk'); sys.exit(65)")
+    flow_workspace.edit("params.yaml", "learning_rate: 2e-3", "learning_rate: 4e-3")
+    with pytest.raises(DataError, match="no room on the disk"):
+        run_retrain(flow_workspace.root)
+    assert flow_workspace.calls() == ["train", "evaluate", "package"]
+    failed = ask(on_prefect, "task_runs", task_runs={"state": {"type": {"any_": ["FAILED"]}}})
+    assert [task["name"] for task in failed] == ["package"]
+
+
+def test_flow_reads_a_failure_of_a_stage_without_a_record_from_dvc(flow_workspace):
+    flow_workspace.trouble("evaluate", "sys.exit(65)")  # this fake stage has no supervisor of its own
+    with pytest.raises(DataError, match="stage evaluate failed with exit code 65"):
+        plain(flow_workspace)
+
+
+def test_flow_is_turned_away_from_a_locked_workspace(flow_workspace):
+    code = (
+        "import sys; from pathlib import Path; from flows.retrain import run_retrain\n"
+        "run_retrain(Path(sys.argv[1]), use_prefect=False)"
+    )
+    with workspace_lock(flow_workspace.root, command="ropeway run", profile="laptop"):
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(flow_workspace.root)], capture_output=True, text=True, check=False
+        )
+    assert re.search(r"TemporaryError: .*held by pid \d+, `ropeway run` of profile laptop, since", done.stderr)
+    assert flow_workspace.calls() == []
+
+
+def test_flow_fails_in_the_first_second_on_a_wrong_params_file(flow_workspace):
+    flow_workspace.edit("params.yaml", "learning_rate: 2e-3", "learning_rate: 2e-3x")
+    with pytest.raises(ConfigError, match="learning_rate: expected a number"):
+        run_retrain(flow_workspace.root)
+    assert not (flow_workspace.root / ".prefect").exists()
+
+
+def test_flow_publishes_what_the_gate_rejects_and_leaves_candidate_where_it_is(flow_workspace):
+    first = plain(flow_workspace)
+    flow_workspace.edit("params.yaml", "learning_rate: 2e-3", "learning_rate: 0.5")
+    second = plain(flow_workspace)
+    assert (second.publication.state, second.publication.version) == ("Rejected", "laptop@v2")
+    store = store_of(flow_workspace)
+    assert registry.resolve(store, "laptop@candidate") == first.publication.digest
+    kept = describe_version(store, "laptop@v2")["provenance"]
+    assert kept["verdict"]["passed"] is False
+    assert kept["verdict"]["lines"][1] == "docs: 5.500, laptop@v1 5.002: worse by 0.498 nats, 0.010 allowed"
+    again = plain(flow_workspace)
+    assert again.publication.state == "Unchanged"
+    assert "was not moved to it then" in again.publication.words
+
+
+def test_flow_changes_one_line_for_another_profile_and_that_is_no_dirt(flow_workspace):
+    before = (flow_workspace.root / "params.yaml").read_text().splitlines()
+    result = plain(flow_workspace, "smollm2")
+    after = (flow_workspace.root / "params.yaml").read_text().splitlines()
+    assert [(old, new) for old, new in zip(before, after, strict=True) if old != new] == [
+        ("profile: laptop", "profile: smollm2")
+    ]
+    assert result.publication.version == "smollm2@v1"
+    kept = describe_version(store_of(flow_workspace), "smollm2@v1")
+    assert kept["provenance"]["git"] == flow_workspace.git("rev-parse", "HEAD").strip()
+    assert kept["provenance"]["dirty"] is False
+    assert "dvc.lock" in kept["attachments"]
+    flow_workspace.edit("room.py", "5.0 + rate", "4.0 + rate")
+    flow_workspace.edit("params.yaml", "learning_rate: 1e-4", "learning_rate: 2e-4")
+    plain(flow_workspace)
+    provenance = describe_version(store_of(flow_workspace), "smollm2@v2")["provenance"]
+    assert (provenance["dirty"], provenance["dirty_files"]) == (True, ["params.yaml", "room.py"])
+
+
+def test_flow_in_a_second_clone_restores_from_the_remote_and_publishes_the_same_digest(flow_workspace, tmp_path):
+    flow_workspace.dvc("remote", "add", "--default", "store", str(tmp_path / "remote"))
+    flow_workspace.git("commit", "-q", "-am", "a remote")
+    first = plain(flow_workspace)
+    flow_workspace.git("add", "dvc.lock")
+    flow_workspace.git("commit", "-q", "-m", "lock")
+    subprocess.run(["git", "clone", "-q", flow_workspace.root, tmp_path / "elsewhere"], check=True)
+    clone = type(flow_workspace)(tmp_path / "elsewhere")
+    second = plain(clone)
+    assert clone.calls() == []
+    assert second.stages == dict.fromkeys(["identity", *STAGES], "Unchanged")
+    assert second.publication.digest == first.publication.digest
+    assert second.publication.state == "Published"  # its registry is another folder
