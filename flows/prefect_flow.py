@@ -71,7 +71,8 @@ def _passes(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
 @task(name="step", cache_policy=NO_CACHE, persist_result=False, retries=RETRIES, retry_condition_fn=_passes)
 def _step(step: str, work: Callable[[Say], Done]) -> State[Any]:  # noqa: ARG001 - `step` is shown as its parameter
     done = work(get_run_logger().info)
-    return Completed(name=done.state, message=done.words, data=done)
+    # No data: Prefect 3.9.1 draws an edge between tasks whose results share a string, e.g. the word "Completed".
+    return Completed(name=done.state, message=done.words)
 
 
 @dataclass
@@ -88,11 +89,17 @@ class PrefectBoard:
     def step(self, name: str, work: Callable[[Say], Done], *, after: Sequence[str] = ()) -> Done:
         """Do one step as a task run; its edges are drawn from the states it waits for."""
         run_step = _step.with_options(task_run_name=name, retry_delay_seconds=retry_seconds())
+        ended: list[Done] = []
+
+        def keep(say: Say) -> Done:
+            ended.append(work(say))
+            return ended[-1]
+
         above = [self._states[other] for other in after if other in self._states]
-        state: State[Any] = run_step(name, work, return_state=True, wait_for=above)
+        state: State[Any] = run_step(name, keep, return_state=True, wait_for=above)
         self._states[name] = state
-        done: Done = state.result()
-        return done
+        state.result()  # raises what the step raised
+        return ended[-1]
 
     def table(self, key: str, title: str, rows: Sequence[Mapping[str, str]]) -> None:
         """Publish a table artifact."""

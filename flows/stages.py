@@ -176,12 +176,12 @@ def _explain_failure(
         return TemporaryError(
             f"stage {name}: another dvc has been at work in this workspace for a minute; wait for it{end}"
         )
-    stage_code = own["code"] if own else events.get("failed")
-    died_of = own["signal"] if own else None
-    what = f"was ended by {died_of}" if died_of else f"failed with exit code {stage_code or code}"
+    stage_code = own["code"] if own else events.get("failed") or code
+    died_of = own["signal"] if own else f"signal {-stage_code}" if stage_code < 0 else None
+    what = f"was ended by {died_of}" if died_of else f"failed with exit code {stage_code}"
     quote = "\n".join(f"    {line}" for line in lines)
     kinds = {64: ConfigError, 65: DataError, 75: TemporaryError}
-    kind: type[RopewayError] = TemporaryError if died_of else kinds.get(stage_code or code, RopewayError)
+    kind: type[RopewayError] = TemporaryError if died_of else kinds.get(stage_code, RopewayError)
     return kind(f"stage {name} {what}; its last lines:\n{quote}\n  full log: {site.log(name)}")
 
 

@@ -47,33 +47,54 @@ class FlowWorkspace:
         path.unlink(missing_ok=True) if code is None else path.write_text(code)
 
 
-@pytest.fixture
-def flow_workspace(tmp_path, monkeypatch):
-    for name in ("ROPEWAY_LOCK_HELD", "ROPEWAY_SUPERVISED_BY", "ROPEWAY_REGISTRY", "DVC_STAGE", "DVC_ROOT"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("ROPEWAY_RETRY_SECONDS", "0")
-    monkeypatch.setenv("ROPEWAY_GRACE_SECONDS", "10")
-    root = tmp_path / "workspace"
+def make_workspace(root):
     root.mkdir()
     shutil.copy(ROOT / "params.yaml", root)
     shutil.copy(HERE / "flow_workspace" / "dvc.yaml", root)
     shutil.copy(HERE / "flow_workspace" / "room.txt", root / "room.py")
     (root / ".dvc").mkdir()
     shutil.copy(ROOT / ".dvc" / "config", root / ".dvc")
-    ignored = [
-        (ROOT / ".gitignore").read_text(),
-        "/calls",
-        "/break-*",
-        "/.dvc/tmp",
-        "/.dvc/cache",
-        "/.dvc/config.local",
-    ]
+    ignored = [(ROOT / ".gitignore").read_text(), "/calls", "/break-*", "/.dvc/tmp", "/.dvc/cache"]
     (root / ".gitignore").write_text("\n".join(ignored))
     workspace = FlowWorkspace(root)
     workspace.git("init", "-q")
     workspace.git("add", "--all")
     workspace.git("commit", "-q", "-m", "a workspace")
     return workspace
+
+
+def set_environment(monkeypatch):
+    for name in ("ROPEWAY_LOCK_HELD", "ROPEWAY_SUPERVISED_BY", "ROPEWAY_REGISTRY", "DVC_STAGE", "DVC_ROOT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("ROPEWAY_RETRY_SECONDS", "0")
+    monkeypatch.setenv("ROPEWAY_GRACE_SECONDS", "10")
+
+
+@pytest.fixture
+def flow_workspace(tmp_path, monkeypatch):
+    """Return a workspace in which nothing has run."""
+    set_environment(monkeypatch)
+    return make_workspace(tmp_path / "workspace")
+
+
+@pytest.fixture(scope="session")
+def _made_once(tmp_path_factory):
+    from flows.retrain import run_retrain
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        set_environment(monkeypatch)
+        workspace = make_workspace(tmp_path_factory.mktemp("made") / "workspace")
+        run_retrain(workspace.root, use_prefect=False)
+    workspace.calls()
+    return workspace
+
+
+@pytest.fixture
+def made_workspace(_made_once, tmp_path, monkeypatch):
+    """Return a copy of a workspace whose run is complete and published."""
+    set_environment(monkeypatch)
+    shutil.copytree(_made_once.root, tmp_path / "workspace", symlinks=True)
+    return FlowWorkspace(tmp_path / "workspace")
 
 
 @pytest.fixture(scope="session")

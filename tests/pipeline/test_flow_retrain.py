@@ -9,11 +9,15 @@ import pytest
 
 from flows.retrain import run_retrain
 from ropeway import registry
-from ropeway.errors import ConfigError, DataError, RopewayError, TemporaryError
+from ropeway.errors import ConfigError, DataError, TemporaryError
 from ropeway.lock import workspace_lock
 from ropeway.registry.tables import describe_version
 from ropeway.storage import open_store
 
+pytestmark = pytest.mark.filterwarnings(
+    # dvc 3.67.1 (repo/trie.py, repo/graph.py) on pygtrie 2.6
+    "ignore:_NoneStep.value will soon raise:DeprecationWarning"
+)
 STAGES = ["fetch", "train", "evaluate", "package"]
 
 
@@ -88,36 +92,32 @@ def check_what_prefect_shows(api, flow_run_id):
     assert "| docs | 8.000 → 5.002 |" in artifacts["laptop-result"]["data"]
 
 
-def test_flow_runs_only_what_a_changed_parameter_reaches_and_restores_what_it_has_made(flow_workspace, capsys):
-    first = plain(flow_workspace)
-    flow_workspace.calls()
-    flow_workspace.edit("params.yaml", "learning_rate: 2e-3", "learning_rate: 3e-3")
-    capsys.readouterr()
-    second = plain(flow_workspace)
+def test_flow_runs_only_what_a_changed_parameter_reaches_and_restores_what_it_has_made(made_workspace, capsys):
+    first = registry.resolve(store_of(made_workspace), "laptop@v1")
+    made_workspace.edit("params.yaml", "learning_rate: 2e-3", "learning_rate: 3e-3")
+    second = plain(made_workspace)
     assert "train     yes       laptop.learning_rate: 0.002 -> 0.003\n" in capsys.readouterr().out
-    assert flow_workspace.calls() == ["train", "evaluate", "package"]
+    assert made_workspace.calls() == ["train", "evaluate", "package"]
     assert second.stages["fetch"] == "Unchanged"
     assert (second.publication.state, second.publication.version) == ("Published", "laptop@v2")
 
-    flow_workspace.edit("params.yaml", "learning_rate: 3e-3", "learning_rate: 2e-3")
-    third = plain(flow_workspace)
-    assert flow_workspace.calls() == []
+    made_workspace.edit("params.yaml", "learning_rate: 3e-3", "learning_rate: 2e-3")
+    third = plain(made_workspace)
+    assert made_workspace.calls() == []
     assert {name: third.stages[name] for name in ("train", "package")} == {"train": "Restored", "package": "Restored"}
     assert (third.publication.state, third.publication.version) == ("Unchanged", "laptop@v1")
-    assert third.publication.digest == first.publication.digest
-    assert registry.resolve(store_of(flow_workspace), "laptop@candidate") == second.publication.digest
+    assert third.publication.digest == first
+    assert registry.resolve(store_of(made_workspace), "laptop@candidate") == second.publication.digest
 
 
-def test_flow_asks_no_more_of_stages_whose_input_came_out_the_same(flow_workspace):
-    plain(flow_workspace)
-    flow_workspace.calls()
-    flow_workspace.edit("params.yaml", "log_dir: laptop_log", "log_dir: elsewhere")  # cadence and places: no stage
-    assert set(plain(flow_workspace).stages.values()) == {"Unchanged"}
-    (flow_workspace.root / "params.yaml").write_text(
-        re.sub(r"(?s)(\nlaptop:.*?scale: )2\n", r"\g<1>4\n", (flow_workspace.root / "params.yaml").read_text())
+def test_flow_asks_no_more_of_stages_whose_input_came_out_the_same(made_workspace):
+    made_workspace.edit("params.yaml", "log_dir: laptop_log", "log_dir: elsewhere")  # cadence and places: no stage
+    assert set(plain(made_workspace).stages.values()) == {"Unchanged"}
+    (made_workspace.root / "params.yaml").write_text(
+        re.sub(r"(?s)(\nlaptop:.*?scale: )2\n", r"\g<1>4\n", (made_workspace.root / "params.yaml").read_text())
     )
-    result = plain(flow_workspace)
-    assert flow_workspace.calls() == ["train"]  # and left the same bytes
+    result = plain(made_workspace)
+    assert made_workspace.calls() == ["train"]  # and left the same bytes
     assert result.stages == {
         **dict.fromkeys(["identity", *STAGES], "Unchanged"),
         "train": "Completed",
@@ -125,7 +125,7 @@ def test_flow_asks_no_more_of_stages_whose_input_came_out_the_same(flow_workspac
     assert result.publication.state == "Unchanged"
 
 
-def test_flow_runs_a_stage_added_to_dvc_yaml_with_no_python_touched(flow_workspace, on_prefect):
+def test_flow_runs_a_stage_added_to_dvc_yaml_with_no_python_touched(made_workspace, on_prefect):
     added = """
   probe:
     cmd: python -c "import shutil; shutil.copy('runs/${profile}/eval.json', 'runs/${profile}/probe.json')"
@@ -134,60 +134,54 @@ def test_flow_runs_a_stage_added_to_dvc_yaml_with_no_python_touched(flow_workspa
     outs:
       - runs/${profile}/probe.json
 """
-    with (flow_workspace.root / "dvc.yaml").open("a") as file:
+    with (made_workspace.root / "dvc.yaml").open("a") as file:
         file.write(added)
-    result = run_retrain(flow_workspace.root)
-    assert result.stages["probe"] == "Completed"
-    assert (flow_workspace.root / "runs/laptop/probe.json").is_file()
+    result = run_retrain(made_workspace.root)
+    assert result.stages == {**dict.fromkeys(["identity", *STAGES], "Unchanged"), "probe": "Completed"}
+    assert (made_workspace.root / "runs/laptop/probe.json").is_file()
     (task,) = ask(on_prefect, "task_runs", task_runs={"name": {"any_": ["probe"]}})
     assert [found["input_type"] for found in task["task_inputs"]["wait_for"]] == ["task_run"]
 
 
-def test_flow_publishes_when_new_data_is_dropped_in_and_not_before(flow_workspace):
-    plain(flow_workspace)
-    flow_workspace.calls()
-    (flow_workspace.root / "sources").mkdir()
-    (flow_workspace.root / "sources" / "new.txt").write_text("a new conversation")
-    result = plain(flow_workspace)
-    assert flow_workspace.calls() == ["fetch", "train", "evaluate", "package"]
+def test_flow_publishes_when_new_data_is_dropped_in_and_not_before(made_workspace):
+    assert plain(made_workspace).publication.state == "Unchanged"
+    (made_workspace.root / "sources").mkdir()
+    (made_workspace.root / "sources" / "new.txt").write_text("a new conversation")
+    result = plain(made_workspace)
+    assert made_workspace.calls() == ["fetch", "train", "evaluate", "package"]
     assert result.publication.version == "laptop@v2"
 
 
-@pytest.mark.parametrize(
-    ("code", "error", "tries"),
-    [(64, ConfigError, 1), (65, DataError, 1), (75, TemporaryError, 3), (3, RopewayError, 1)],
-)
-def test_flow_quotes_a_failed_stage_and_tries_again_only_what_may_pass(flow_workspace, code, error, tries):
-    flow_workspace.trouble("train", f"print('shard 7: sha256 is 9f2c'); sys.exit({code})")
+@pytest.mark.parametrize(("code", "error", "tries"), [(65, DataError, 1), (75, TemporaryError, 3)])
+def test_flow_quotes_a_failed_stage_and_tries_again_only_what_may_pass(made_workspace, code, error, tries):
+    made_workspace.edit("params.yaml", "learning_rate: 2e-3", "learning_rate: 3e-3")
+    made_workspace.trouble("train", f"print('shard 7: sha256 is 9f2c'); sys.exit({code})")
     with pytest.raises(error) as failure:
-        plain(flow_workspace)
+        plain(made_workspace)
     assert type(failure.value) is error
-    assert failure.value.exit_code == (code if code != 3 else 1)
     assert f"stage train failed with exit code {code}; its last lines:\n    shard 7: sha256 is 9f2c\n" in str(
         failure.value
     )
-    assert flow_workspace.calls() == ["fetch", *["train"] * tries]
-    assert (flow_workspace.root / ".work/logs/train.log").read_text().count("shard 7") == tries
+    assert made_workspace.calls() == ["train"] * tries
+    assert (made_workspace.root / ".work/logs/train.log").read_text().count("shard 7") == tries
 
 
-def test_flow_on_prefect_retries_a_temporary_failure_and_shows_a_lasting_one(flow_workspace, on_prefect):
-    flow_workspace.trouble("train", "Path('break-train').unlink(); sys.exit(75)")
-    result = run_retrain(flow_workspace.root)
-    assert flow_workspace.calls() == ["fetch", "train", "train", "evaluate", "package"]
-    assert result.stages["train"] == "Completed"
-    flow_workspace.trouble("package", "print('no room on the disk'); sys.exit(65)")
-    flow_workspace.edit("params.yaml", "learning_rate: 2e-3", "learning_rate: 4e-3")
+def test_flow_on_prefect_retries_a_temporary_failure_and_shows_a_lasting_one(made_workspace, on_prefect):
+    made_workspace.edit("params.yaml", "learning_rate: 2e-3", "learning_rate: 3e-3")
+    made_workspace.trouble("train", "Path('break-train').unlink(); sys.exit(75)")
+    made_workspace.trouble("evaluate", "print('no room on the disk'); sys.exit(65)")
     with pytest.raises(DataError, match="no room on the disk"):
-        run_retrain(flow_workspace.root)
-    assert flow_workspace.calls() == ["train", "evaluate", "package"]
+        run_retrain(made_workspace.root)
+    assert made_workspace.calls() == ["train", "train", "evaluate"]
     failed = ask(on_prefect, "task_runs", task_runs={"state": {"type": {"any_": ["FAILED"]}}})
-    assert [task["name"] for task in failed] == ["package"]
+    assert [task["name"] for task in failed] == ["evaluate"]
 
 
-def test_flow_reads_a_failure_of_a_stage_without_a_record_from_dvc(flow_workspace):
-    flow_workspace.trouble("evaluate", "sys.exit(65)")  # this fake stage has no supervisor of its own
+def test_flow_reads_a_failure_of_a_stage_without_a_record_from_dvc(made_workspace):
+    made_workspace.edit("dvc.yaml", "cmd: python room.py evaluate", "cmd: python room.py evaluate again")
+    made_workspace.trouble("evaluate", "sys.exit(65)")  # this fake stage has no supervisor of its own
     with pytest.raises(DataError, match="stage evaluate failed with exit code 65"):
-        plain(flow_workspace)
+        plain(made_workspace)
 
 
 def test_flow_is_turned_away_from_a_locked_workspace(flow_workspace):
@@ -210,17 +204,17 @@ def test_flow_fails_in_the_first_second_on_a_wrong_params_file(flow_workspace):
     assert not (flow_workspace.root / ".prefect").exists()
 
 
-def test_flow_publishes_what_the_gate_rejects_and_leaves_candidate_where_it_is(flow_workspace):
-    first = plain(flow_workspace)
-    flow_workspace.edit("params.yaml", "learning_rate: 2e-3", "learning_rate: 0.5")
-    second = plain(flow_workspace)
+def test_flow_publishes_what_the_gate_rejects_and_leaves_candidate_where_it_is(made_workspace):
+    first = registry.resolve(store_of(made_workspace), "laptop@candidate")
+    made_workspace.edit("params.yaml", "learning_rate: 2e-3", "learning_rate: 0.5")
+    second = plain(made_workspace)
     assert (second.publication.state, second.publication.version) == ("Rejected", "laptop@v2")
-    store = store_of(flow_workspace)
-    assert registry.resolve(store, "laptop@candidate") == first.publication.digest
+    store = store_of(made_workspace)
+    assert registry.resolve(store, "laptop@candidate") == first
     kept = describe_version(store, "laptop@v2")["provenance"]
     assert kept["verdict"]["passed"] is False
     assert kept["verdict"]["lines"][1] == "docs: 5.500, laptop@v1 5.002: worse by 0.498 nats, 0.010 allowed"
-    again = plain(flow_workspace)
+    again = plain(made_workspace)
     assert again.publication.state == "Unchanged"
     assert "was not moved to it then" in again.publication.words
 
@@ -237,21 +231,16 @@ def test_flow_changes_one_line_for_another_profile_and_that_is_no_dirt(flow_work
     assert kept["provenance"]["git"] == flow_workspace.git("rev-parse", "HEAD").strip()
     assert kept["provenance"]["dirty"] is False
     assert "dvc.lock" in kept["attachments"]
-    flow_workspace.edit("room.py", "5.0 + rate", "4.0 + rate")
-    flow_workspace.edit("params.yaml", "learning_rate: 1e-4", "learning_rate: 2e-4")
-    plain(flow_workspace)
-    provenance = describe_version(store_of(flow_workspace), "smollm2@v2")["provenance"]
-    assert (provenance["dirty"], provenance["dirty_files"]) == (True, ["params.yaml", "room.py"])
 
 
-def test_flow_in_a_second_clone_restores_from_the_remote_and_publishes_the_same_digest(flow_workspace, tmp_path):
-    flow_workspace.dvc("remote", "add", "--default", "store", str(tmp_path / "remote"))
-    flow_workspace.git("commit", "-q", "-am", "a remote")
-    first = plain(flow_workspace)
-    flow_workspace.git("add", "dvc.lock")
-    flow_workspace.git("commit", "-q", "-m", "lock")
-    subprocess.run(["git", "clone", "-q", flow_workspace.root, tmp_path / "elsewhere"], check=True)
-    clone = type(flow_workspace)(tmp_path / "elsewhere")
+def test_flow_in_a_second_clone_restores_from_the_remote_and_publishes_the_same_digest(made_workspace, tmp_path):
+    made_workspace.dvc("remote", "add", "--default", "store", str(tmp_path / "remote"))
+    made_workspace.git("commit", "-q", "-am", "a remote")
+    first = plain(made_workspace)
+    made_workspace.git("add", "dvc.lock")
+    made_workspace.git("commit", "-q", "-m", "lock")
+    subprocess.run(["git", "clone", "-q", made_workspace.root, tmp_path / "elsewhere"], check=True)
+    clone = type(made_workspace)(tmp_path / "elsewhere")
     second = plain(clone)
     assert clone.calls() == []
     assert second.stages == dict.fromkeys(["identity", *STAGES], "Unchanged")

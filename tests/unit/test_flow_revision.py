@@ -1,0 +1,49 @@
+import subprocess
+
+import pytest
+
+from flows.revision import Revision, read_revision
+
+
+@pytest.fixture
+def workspace(tmp_path):
+    def git(*arguments):
+        identity = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
+        command = ["git", "-C", str(tmp_path), *identity, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    (tmp_path / "params.yaml").write_text("# runs\nprofile: laptop\nlaptop:\n  learning_rate: 1e-5\n")
+    (tmp_path / "dvc.lock").write_text("old")
+    (tmp_path / "train.py").write_text("old")
+    git("init", "-q")
+    git("add", "--all")
+    git("commit", "-q", "-m", "first")
+    return tmp_path, git
+
+
+def test_a_clean_tree_is_its_commit(workspace):
+    root, git = workspace
+    assert read_revision(root) == Revision(git("rev-parse", "HEAD"), ())
+    assert str(read_revision(root)) == git("rev-parse", "HEAD")[:7]
+
+
+def test_what_every_run_changes_is_no_dirt(workspace):
+    root, _ = workspace
+    (root / "dvc.lock").write_text("new")
+    (root / "params.yaml").write_text((root / "params.yaml").read_text().replace("profile: laptop", "profile: smollm2"))
+    (root / "untracked").write_text("new")
+    assert read_revision(root).dirty == ()
+
+
+def test_any_other_change_of_a_tracked_file_is_dirt_also_a_staged_one(workspace):
+    root, git = workspace
+    (root / "params.yaml").write_text((root / "params.yaml").read_text().replace("1e-5", "2e-5"))
+    (root / "train.py").write_text("new")
+    git("add", "train.py")
+    assert read_revision(root).dirty == ("params.yaml", "train.py")
+    assert str(read_revision(root)).endswith("+")
+
+
+def test_outside_git_there_is_no_revision(tmp_path):
+    assert read_revision(tmp_path) == Revision(None, ())
+    assert str(read_revision(tmp_path)) == "no-git"

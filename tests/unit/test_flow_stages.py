@@ -1,0 +1,79 @@
+import json
+from collections import deque
+
+import pytest
+
+from flows.lines import Folder
+from flows.stages import Site, StoppedError, _explain_failure
+from ropeway.errors import ConfigError, DataError, RopewayError, TemporaryError
+from ropeway.lock import Held
+
+
+@pytest.fixture
+def site(tmp_path):
+    (tmp_path / ".work").mkdir()
+    return Site(tmp_path, Held(None, {}))
+
+
+def record(site, kind, **facts):
+    site.record("train", kind).write_text(json.dumps({"code": 255, "signal": None, "why": None, **facts}))
+
+
+@pytest.mark.parametrize(
+    ("own", "kind", "says"),
+    [
+        ({"code": 64}, ConfigError, "failed with exit code 64"),
+        ({"code": 65}, DataError, "failed with exit code 65"),
+        ({"code": 75}, TemporaryError, "failed with exit code 75"),
+        ({"code": 247, "signal": "SIGKILL"}, TemporaryError, "was ended by SIGKILL"),
+        ({"code": 1}, RopewayError, "failed with exit code 1"),
+    ],
+)
+def test_the_class_of_a_failure_says_what_can_be_done(site, own, kind, says):
+    record(site, "exit", **own)
+    record(site, "dvc")
+    error = _explain_failure(site, "train", 255, {"ran": None, "failed": 255}, deque(["one", "two"]))
+    assert type(error) is kind
+    assert f"stage train {says}; its last lines:\n    one\n    two\n  full log: {site.log('train')}" in str(error)
+
+
+@pytest.mark.parametrize("dvc", [{"code": 137, "signal": "SIGKILL"}, {"code": 75, "why": "asked by SIGTERM"}])
+def test_a_dvc_that_was_ended_from_outside_is_not_tried_again(site, dvc):
+    record(site, "exit", code=75)
+    record(site, "dvc", **dvc)
+    assert type(_explain_failure(site, "train", 137, {"ran": None}, deque())) is StoppedError
+
+
+def test_without_a_record_of_its_own_dvc_s_word_for_the_code_counts(site):
+    record(site, "dvc")
+    assert type(_explain_failure(site, "train", 255, {"ran": None, "failed": 65}, deque())) is DataError
+    assert type(_explain_failure(site, "train", 255, {"ran": None, "failed": -9}, deque())) is TemporaryError
+    assert type(_explain_failure(site, "train", 255, {}, deque())) is RopewayError
+
+
+def test_a_stage_of_another_folder_has_a_file_name(site):
+    assert site.log("sub/dvc.yaml:train").name == "sub-dvc.yaml-train.log"
+
+
+def fold(*pieces, clock=lambda: 0.0):
+    folder = Folder(clock=clock)
+    lines = [line for piece in pieces for line in folder.feed(piece)]
+    return [*lines, *folder.feed(b"", last=True)]
+
+
+def test_lines_come_whole_however_their_bytes_were_cut():
+    text = "größer\nzwei\r\n\nlast".encode()
+    expected = ["größer", "zwei", "last"]
+    assert all(fold(text[:cut], text[cut:]) == expected for cut in range(len(text)))
+
+
+def test_what_a_progress_bar_overwrites_is_folded_and_its_end_is_kept():
+    assert fold(b"10%\r20%\r30%\r\nnext\n") == ["10%", "30%", "next"]
+    now = iter([0.0, 0.0, 9.0, 9.0, 9.0, 9.0])
+    assert fold(b"10%\r20%\r30%\r", b"40%\n", clock=lambda: next(now)) == ["10%", "20%", "40%"]
+
+
+def test_colours_go_and_a_long_line_is_capped():
+    assert fold(b"\x1b[1;31mred\x1b[0m \x1b]8;;http://a\x07link\n") == ["red link"]
+    (line,) = fold(b"x" * 5000)
+    assert line == "x" * 2000 + "… (and 3,000 characters; the log file has them)"
