@@ -60,11 +60,13 @@ def write_identity(root: Path) -> None:
     chosen, profile = load_profile(root / "params.yaml")
     folder = Workspace(root, chosen).identity
     source = Path(ropeway.__file__).parent
-    facts: dict[str, Any] = {f"code-{room}": room_digest(source, room) for room in ROOMS}
-    facts["sources"] = {name: source_identity(one, root) for name, one in sorted(profile.sources.items())}
-    facts["base"] = _base_identity(profile, root)
-    facts["deepspeed"] = _file_identity(root, profile.deepspeed_config, key="deepspeed_config")
-    facts["prompts"] = _file_identity(root, profile.evaluation.prompts, key="evaluation.prompts")
+    facts: dict[str, Any] = {
+        "base": _base_identity(profile, root),
+        "deepspeed": _file_identity(root, profile.deepspeed_config, key="deepspeed_config"),
+        "prompts": _file_identity(root, profile.evaluation.prompts, key="evaluation.prompts"),
+        "sources": {name: source_identity(one, root) for name, one in sorted(profile.sources.items())},
+        **{f"code-{room}": room_digest(source, room) for room in ROOMS},
+    }
     for name, value in facts.items():
         write_json(folder / f"{name}.json", {"digest": digest_of(value), "of": value})
 

@@ -1,0 +1,124 @@
+"""The real dvc.yaml with a run of seconds: every stage, two DeepSpeed ranks, a tiny Llama."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+BLOCK = """
+tiny:
+  <<: *published
+  dtype: fp32
+  learning_rate: 2e-3
+  model_name: scratch
+  deepspeed_config: configs/zero2_cpu.json
+  max_length: 64
+  warmup_steps: 2
+  use_flash_attention: false
+  gradient_accumulation_steps: 1
+  per_device_train_batch_size: 2
+  per_device_eval_batch_size: 8
+  eval_steps: 8
+  save_steps: 4
+  save_total_limit: 2
+  num_train_epochs: 1
+  global_batch_size: 4
+  superhot_config: {type: linear, scale: 2}
+  datasets:
+    - docstrings: {max_val_set: 8, size: 60}
+    - topics: {max_chunk_size: 200, max_val_set: 8, size: 37}
+  sources:
+    docstrings: {kind: python_docs, part: docstrings, expected_rows: null}
+    topics: {kind: python_docs, part: topics, expected_rows: null}
+  base: {kind: scratch}
+  expected_model:
+    hidden_size: 32
+    intermediate_size: 64
+    num_hidden_layers: 2
+    num_attention_heads: 4
+    num_key_value_heads: 2
+    vocab_size: 600
+    max_position_embeddings: 32
+    rope_theta: 10000.0
+    rms_norm_eps: 1e-5
+    tie_word_embeddings: false
+  evaluation: {prompts: configs/prompts.jsonl, max_new_tokens: 4}
+  gate: {max_loss_increase_nats: 0.01, min_gain_over_base_nats: 0.1}
+  package: {dtype: fp32, max_shard_bytes: 5000000000}
+  card:
+    license: apache-2.0
+    license_name: Apache License 2.0
+    license_link: https://www.apache.org/licenses/LICENSE-2.0
+    base_model: null
+    upstream_datasets: []
+    developers: []
+    sponsored_by: null
+    thanks: null
+"""
+STEPS = 24  # (60 + 37) // 4
+
+
+class MainJob:
+    """A workspace as a user has it, and the commands a user gives."""
+
+    def __init__(self, root):
+        self.root = root
+        self.environment = {key: value for key, value in os.environ.items() if not key.startswith(("ROPEWAY_", "DVC_"))}
+        self.environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        self.environment["ROPEWAY_RANKS"] = "2"
+        self.environment["ROPEWAY_GRACE_SECONDS"] = "30"
+
+    def start(self, *command):
+        """Start a command; its output, standard error included, comes line by line."""
+        return subprocess.Popen(
+            command,
+            cwd=self.root,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def do(self, *command, code=0):
+        """Run a command to its end and return what it printed."""
+        with self.start(*command) as process:
+            text = process.stdout.read()
+        assert process.returncode == code, text
+        return text
+
+    def repro(self):
+        return self.do("dvc", "repro")
+
+    def edit(self, name, old, new):
+        path = self.root / name
+        text = path.read_text(encoding="utf-8")
+        assert old in text
+        head, _, tail = text.rpartition(old)  # the last one: the tiny block
+        path.write_text(head + new + tail, encoding="utf-8")
+
+    @property
+    def run(self):
+        return self.root / "runs" / "tiny"
+
+    def weights(self):
+        return (self.run / "model" / "model.safetensors").read_bytes()
+
+
+def make_main_job(root):
+    """Return a fresh workspace: the project's own files, the tiny run chosen, one commit."""
+    root.mkdir(parents=True)
+    for name in ("dvc.yaml", ".gitignore", ".dvcignore"):
+        shutil.copy(ROOT / name, root)
+    shutil.copytree(ROOT / "configs", root / "configs")
+    (root / ".dvc").mkdir()
+    shutil.copy(ROOT / ".dvc" / "config", root / ".dvc")
+    params = (ROOT / "params.yaml").read_text(encoding="utf-8")
+    (root / "params.yaml").write_text(params.replace("profile: laptop", "profile: tiny") + BLOCK, encoding="utf-8")
+    job = MainJob(root)
+    identity = ("-c", "user.name=test", "-c", "user.email=test@localhost")
+    for command in (("init", "-q"), ("add", "--all"), ("commit", "-q", "-m", "a workspace")):
+        job.do("git", *identity, *command)
+    return job

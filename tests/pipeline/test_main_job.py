@@ -1,0 +1,154 @@
+"""The main job with nothing faked: real text, real DVC, DeepSpeed on two ranks; killed, resumed, edited, packaged."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+
+import psutil
+import pytest
+
+from ropeway.manifest import load_manifest
+from tests.pipeline.main_job import STEPS, MainJob, make_main_job
+
+
+@pytest.fixture(scope="module")
+def _finished(tmp_path_factory):
+    job = make_main_job(tmp_path_factory.mktemp("main_job") / "workspace")
+    job.first = job.repro()
+    return job
+
+
+@pytest.fixture
+def finished(_finished, tmp_path):
+    """Return a copy of a workspace whose six stages have run."""
+    shutil.copytree(_finished.root, tmp_path / "workspace", symlinks=True)
+    job = MainJob(tmp_path / "workspace")
+    job.first = _finished.first
+    return job
+
+
+def test_dvc_repro_alone_leaves_every_file_and_does_nothing_again(finished):
+    left = {path.name for path in finished.run.iterdir() if not path.name.startswith(".")}
+    assert left >= {"raw", "base", "data", "ledger.json", "model", "steps.csv", "train.json", "eval.json", "package"}
+    with (finished.run / "steps.csv").open() as file:
+        steps = list(csv.DictReader(file))
+    assert [int(line["step"]) for line in steps] == list(range(1, STEPS + 1))
+    assert float(steps[0]["learning_rate"]) == float(steps[1]["learning_rate"]) == 0
+    metrics = json.loads((finished.run / "train.json").read_text())
+    assert metrics["applied_steps"] == STEPS
+    scores = json.loads((finished.run / "eval.json").read_text())
+    assert scores["mean"]["tuned"] < scores["mean"]["base"] - 0.1
+    # Training's own validation and evaluate, which opens the exported folder, agree.
+    for name, source in scores["sources"].items():
+        assert source["tuned"]["loss"] == pytest.approx(metrics["validation"][name], abs=2e-5)
+    again = finished.repro()
+    assert "Running stage 'identity'" in again
+    assert again.count("Running stage") == 1
+
+
+def test_an_edit_reruns_what_it_changes_and_nothing_else(finished):
+    from flows import graph
+
+    def will_run():
+        finished.do("ropeway", "stage", "identity")
+        return [plan.name for plan in graph.plan(finished.root) if plan.will_run]
+
+    assert will_run() == []
+    finished.edit("params.yaml", "save_steps: 4", "save_steps: 5")
+    finished.edit("params.yaml", "  eval_steps: 8", "  eval_steps: 9\n  log_dir: elsewhere")
+    assert will_run() == []
+    finished.edit("params.yaml", "learning_rate: 2e-3", "learning_rate: 3e-3")
+    assert will_run() == ["train", "evaluate", "package"]
+
+
+def test_plain_transformers_loads_the_package_and_generates(finished):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    package = finished.run / "package"
+    load_manifest(package, remedy="-")
+    tokenizer = AutoTokenizer.from_pretrained(package)
+    model = AutoModelForCausalLM.from_pretrained(package)
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What does str.split do?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    assert tokenizer.decode(ids["input_ids"][0]).endswith("<|assistant|>")
+    out = model.generate(**ids, max_new_tokens=4, do_sample=False)
+    assert ids["input_ids"].shape[1] < out.shape[1] <= ids["input_ids"].shape[1] + 4
+    assert model.config.rope_parameters["factor"] == 2.0
+
+
+def test_an_edited_shard_is_found_before_training_spends_anything(finished):
+    shard = finished.run / "data" / "topics" / "tokens-00000.npy"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.unlink()
+    shard.write_bytes(data)
+    said = finished.do("ropeway", "stage", "train", code=65)
+    assert f"{shard}: sha256 is" in said
+    assert "dvc repro prepare" in said
+
+
+def test_killed_in_training_the_run_resumes_and_ends_with_the_same_bytes(finished, tmp_path):
+    job = make_main_job(tmp_path / "killed")
+    process = job.start("ropeway", "run", "--no-prefect")
+    seen = []
+    for line in process.stdout:
+        seen.append(line)
+        if "step 10/" in line:
+            break
+    tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    assert any("ropeway.train.rank" in " ".join(one.cmdline()) for one in tree), "".join(seen)
+    for one in tree:
+        one.kill()
+    process.wait()
+    process.stdout.close()
+    _, alive = psutil.wait_procs(tree, timeout=30)
+    assert alive == []
+
+    text = job.do("ropeway", "run", "--no-prefect")
+    assert "resuming after step 8 of 24" in text
+    assert job.weights() == finished.weights()
+    # All that the signed package holds is the same too: a resumed run is the same version.
+    packages = [load_manifest(one.run / "package", remedy="-") for one in (job, finished)]
+    assert packages[0] == packages[1]
+    assert "tiny@v1" in text
+
+
+def test_a_terminated_run_saves_first_says_so_and_leaves_no_process(finished, tmp_path):
+    job = make_main_job(tmp_path / "stopped")
+    process = job.start("dvc", "repro")
+    for line in process.stdout:
+        if "step 6/" in line:
+            break
+    tree = psutil.Process(process.pid).children(recursive=True)
+    os.kill(process.pid, signal.SIGKILL)  # dvc alone: nothing tells the ranks but its absence
+    rest = process.stdout.read()
+    process.wait()
+    process.stdout.close()
+    _, alive = psutil.wait_procs(tree, timeout=60)
+    assert alive == []
+    record = json.loads((job.root / ".work" / "train.exit.json").read_text())
+    assert record["code"] == 75, rest
+    saved = sorted(path.name for path in next((job.root / ".checkpoints").iterdir()).glob("step-*"))
+    assert saved[-1] >= "step-000006"
+    job.repro()
+    assert job.weights() == finished.weights()
+
+
+def test_without_a_compiler_training_says_what_is_missing(finished):
+    finished.environment["CXX"] = "no-such-compiler"
+    said = finished.do("ropeway", "stage", "train", code=64)
+    assert "no C++ compiler: looked for `no-such-compiler`" in said
+
+
+def test_a_missing_base_folder_is_named_before_anything_runs(finished):
+    text = (finished.root / "params.yaml").read_text()
+    (finished.root / "params.yaml").write_text(text.replace("profile: tiny", "profile: llama2_13b_orca_8k"))
+    said = finished.do("ropeway", "run", "--no-prefect", code=64)
+    assert "/mnt/data/llama2/Llama-2-13b-hf/ is not a folder" in said
+    assert "base.kind" in said
