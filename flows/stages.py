@@ -167,10 +167,10 @@ def _explain_failure(
     """Return the error that says what became of a stage; its class says what can be done about it."""
     own, outer = _read_record(site.record(name, "exit")), _read_record(site.record(name, "dvc"))
     end = f"; its log: {site.log(name)}"
-    if outer and (outer["signal"] or outer["why"]):
+    if code < 0 or (outer and (outer["signal"] or outer["why"])):
+        how = "its supervisor was killed" if code < 0 or outer is None else outer["why"] or outer["signal"]
         return StoppedError(
-            f"stage {name}: dvc was ended from outside ({outer['why'] or outer['signal']}). "
-            f"Run the same command again, it resumes{end}"
+            f"stage {name}: dvc was ended from outside ({how}). Run the same command again, it resumes{end}"
         )
     if "busy" in events:
         return TemporaryError(

@@ -44,6 +44,10 @@ def test_a_dvc_that_was_ended_from_outside_is_not_tried_again(site, dvc):
     assert type(_explain_failure(site, "train", 137, {"ran": None}, deque())) is StoppedError
 
 
+def test_nor_is_one_whose_supervisor_was_killed(site):
+    assert type(_explain_failure(site, "train", -9, {"ran": None}, deque())) is StoppedError
+
+
 def test_without_a_record_of_its_own_dvc_s_word_for_the_code_counts(site):
     record(site, "dvc")
     assert type(_explain_failure(site, "train", 255, {"ran": None, "failed": 65}, deque())) is DataError

@@ -1,0 +1,142 @@
+"""Whatever is killed, nothing of a run is left alive, what was asked to end could save, and the next run goes on."""
+
+import os
+import select
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+
+import psutil
+import pytest
+
+from flows.retrain import run_retrain
+from ropeway.errors import TemporaryError
+from ropeway.lock import workspace_lock
+
+pytestmark = pytest.mark.filterwarnings(
+    # dvc 3.67.1 (repo/trie.py, repo/graph.py) on pygtrie 2.6
+    "ignore:_NoneStep.value will soon raise:DeprecationWarning"
+)
+FLOW = """
+import sys
+from pathlib import Path
+from flows.retrain import run_retrain
+from ropeway.errors import RopewayError
+try:
+    run_retrain(Path(sys.argv[1]), use_prefect=sys.argv[2] == "prefect")
+except RopewayError as error:
+    print(f"{type(error).__name__}: {error}")
+    sys.exit(error.exit_code)
+"""
+# What train does instead: a process beside it in a session of its own, and time to save when asked.
+TRAINING = """
+import signal, subprocess
+def save(*_):
+    Path("saved").write_text("checkpoint")
+    os._exit(75)
+signal.signal(signal.SIGTERM, save)
+beside = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+print("training", os.getpid(), beside.pid)
+while True:
+    signal.pause()
+"""
+
+
+class Running:
+    """A flow in a process of its own, come as far as training."""
+
+    def __init__(self, workspace, mode, training=TRAINING):
+        workspace.edit("params.yaml", "learning_rate: 2e-3", "learning_rate: 3e-3")
+        workspace.trouble("train", training)
+        self.flow = subprocess.Popen(
+            [sys.executable, "-u", "-c", FLOW, str(workspace.root), mode],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        )  # fmt: skip
+        for line in self.flow.stdout:
+            if line.startswith("  training "):
+                break
+        else:
+            raise AssertionError("the flow ended before training")
+        self.members = psutil.Process(self.flow.pid).children(recursive=True)
+        assert {int(word) for word in line.split()[1:]} <= {process.pid for process in self.members}
+
+    def find(self, program):
+        """Return the member that runs a Python program of this name; a supervisor names it too, but later."""
+        return next(process for process in self.members if process.cmdline()[1].endswith(program))
+
+    def await_end(self):
+        """Wait for the death of each member; return what the flow printed after training began."""
+        for process in self.members:
+            with suppress(ProcessLookupError):
+                end = os.pidfd_open(process.pid)  # readable at its death, reaped or not
+                assert select.select([end], [], [], 30)[0], f"still alive: {process}"
+                os.close(end)
+        return self.flow.communicate(timeout=60)[0]
+
+
+def check_it_saved(workspace):
+    assert (workspace.root / "saved").read_text() == "checkpoint"
+    with workspace_lock(workspace.root, command="nobody holds it"):
+        pass
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_flow_that_is_ended_leaves_no_process_behind(made_workspace, number):
+    running = Running(made_workspace, "plain")
+    running.flow.send_signal(number)
+    running.await_end()
+    code = running.flow.wait(30)
+    assert code == {signal.SIGTERM: 128 + signal.SIGTERM}.get(number, -number)
+    check_it_saved(made_workspace)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_dvc_that_is_ended_ends_its_stage_and_this_flow_does_not_start_it_again(made_workspace, number):
+    running = Running(made_workspace, "plain")
+    running.find("/dvc").send_signal(number)
+    words = running.await_end()
+    assert running.flow.wait(30) == TemporaryError.exit_code
+    assert f"StoppedError: stage train: dvc was ended from outside ({number.name})" in words
+    assert made_workspace.calls() == ["train"]
+    check_it_saved(made_workspace)
+
+
+def test_a_killed_flow_holds_the_workspace_while_its_stage_saves_and_the_next_one_goes_on(made_workspace):
+    os.mkfifo(made_workspace.root / "may-save")
+    slow = TRAINING.replace("    Path(", "    Path('may-save').read_text()\n    Path(")
+    running = Running(made_workspace, "plain", slow)
+    running.flow.kill()
+    running.flow.wait()
+    saving = (made_workspace.root / "may-save").open("w")  # returns once the stage has begun to save
+    with saving, pytest.raises(TemporaryError, match="it was killed and its stages are still saving"):
+        run_retrain(made_workspace.root, use_prefect=False)
+    running.await_end()
+    check_it_saved(made_workspace)
+    made_workspace.trouble("train", None)
+    made_workspace.calls()
+    assert run_retrain(made_workspace.root, use_prefect=False).publication.version == "laptop@v2"
+    assert made_workspace.calls() == ["train", "evaluate", "package"]
+
+
+def test_a_killed_flow_on_prefect_leaves_no_temporary_server_behind_either(made_workspace, monkeypatch):
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    monkeypatch.setenv("PREFECT_HOME", str(made_workspace.root / ".prefect"))
+    running = Running(made_workspace, "prefect")
+    assert any("server" in process.cmdline() for process in running.members)
+    running.flow.kill()
+    running.await_end()
+    check_it_saved(made_workspace)
+
+
+def test_a_flow_on_prefect_that_gets_sigterm_ends_its_stage_and_is_shown_as_crashed(made_workspace, on_prefect):
+    running = Running(made_workspace, "prefect")
+    running.flow.terminate()
+    running.await_end()
+    assert running.flow.wait(30) == 128 + signal.SIGTERM
+    check_it_saved(made_workspace)
+    import httpx
+
+    with httpx.Client(trust_env=False) as client:
+        run = client.post(f"{on_prefect}/flow_runs/filter", json={"sort": "START_TIME_DESC", "limit": 1}).json()[0]
+    assert run["state_name"] == "Crashed"
