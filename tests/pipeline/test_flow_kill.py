@@ -119,14 +119,12 @@ def test_a_killed_flow_holds_the_workspace_while_its_stage_saves_and_the_next_on
     assert made_workspace.calls() == ["train", "evaluate", "package"]
 
 
-def test_a_killed_flow_on_prefect_leaves_no_temporary_server_behind_either(made_workspace, monkeypatch):
-    monkeypatch.delenv("PREFECT_API_URL", raising=False)
-    monkeypatch.setenv("PREFECT_HOME", str(made_workspace.root / ".prefect"))
-    running = Running(made_workspace, "prefect")
+def test_a_killed_flow_on_prefect_leaves_no_temporary_server_behind_either(own_prefect):
+    running = Running(own_prefect, "prefect")
     assert any("server" in process.cmdline() for process in running.members)
     running.flow.kill()
     running.await_end()
-    check_it_saved(made_workspace)
+    check_it_saved(own_prefect)
 
 
 def test_a_flow_on_prefect_that_gets_sigterm_ends_its_stage_and_is_shown_as_crashed(made_workspace, on_prefect):
