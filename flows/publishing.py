@@ -5,7 +5,7 @@ What decides is the registry, not whether a stage ran: one that was away when a 
 
 import getpass
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,8 +42,18 @@ class Publication:
     words: str
 
 
-def publish_package(workspace: Workspace, profile: Profile, revision: Revision) -> Publication:
+Measure = Callable[[Store, str, str], Mapping[str, Any] | None]
+
+
+def publish_package(workspace: Workspace, profile: Profile, revision: Revision, measure: Measure) -> Publication:
     """Publish `runs/<profile>/package` unless the registry has it, and move `candidate` if the gate lets it pass.
+
+    Args:
+        workspace: Whose package.
+        profile: Its gate's limits.
+        revision: What is kept of git beside the version.
+        measure: Returns the metrics of a version on the validation rows of a digest, for a champion that was measured
+            on others; None if that cannot be done.
 
     Raises:
         DataError: The package or eval.json is not what it should be.
@@ -57,7 +67,8 @@ def publish_package(workspace: Workspace, profile: Profile, revision: Revision) 
         return Publication("Unchanged", f"{name}@v{registry.find_number(store, name, digest)}", digest, None, settled)
     metrics = _read_metrics(workspace.evaluation)
     expected, champion = _find_champion(store, name)
-    verdict = gate(metrics, _metrics_of(store, champion), profile.gate, champion_name=champion or "no champion")
+    opponent = _find_metrics(store, champion, metrics, measure) if champion else None
+    verdict = gate(metrics, opponent, profile.gate, champion_name=champion or "no champion")
     done = registry.publish(
         store,
         workspace.package,
@@ -99,12 +110,16 @@ def _find_champion(store: Store, name: str) -> tuple[str | None, str | None]:
     return candidate, f"{name}@v{number}" if number else None
 
 
-def _metrics_of(store: Store, reference: str | None) -> Mapping[str, Any] | None:
-    """Return the eval.json kept beside a version; empty (which no gate passes) where it has none."""
-    if reference is None:
-        return None
-    kept: Mapping[str, Any] = describe_version(store, reference)["provenance"].get("evaluation", {})
-    return kept
+def _find_metrics(store: Store, champion: str, ours: Mapping[str, Any], measure: Measure) -> Mapping[str, Any]:
+    """Return a champion's metrics on this run's rows: those kept beside it, else measured now, else those on its own.
+
+    Only the first two can pass the gate: it looks at the rows again.
+    """
+    kept: Mapping[str, Any] = describe_version(store, champion)["provenance"].get("evaluation", {})
+    rows = ours.get("validation")
+    if not rows or kept.get("validation") == rows:
+        return kept
+    return measure(store, champion, rows) or kept
 
 
 def _provenance(

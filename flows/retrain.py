@@ -16,9 +16,10 @@ from pathlib import Path
 
 from flows import graph, summary
 from flows.board import Board, Done, PlainBoard
+from flows.champion import measure_champion
 from flows.publishing import publish_package
 from flows.revision import read_revision
-from flows.stages import Say, Site, bring_up, run_dvc
+from flows.stages import Say, Site, bring_up, run_command
 from flows.summary import Result
 from ropeway.errors import ConfigError
 from ropeway.lock import workspace_lock
@@ -79,7 +80,7 @@ def walk(root: Path, profile: str | None, board: Board) -> Result:
                 ended[plan.name] = _step(board, plan.name, work, after=plan.deps).state
         read = {dep for plan in plans for dep in plan.deps}
         ends = [plan.name for plan in plans if plan.name not in read]
-        publication = _step(board, "publish", partial(_publish, workspace, params), after=ends).value
+        publication = _step(board, "publish", partial(_publish, site, workspace, params), after=ends).value
         if shared:
             _step(board, "push", partial(_push, site), after=["publish"])
         result = Result(workspace, ended, publication, time.monotonic() - began)
@@ -150,8 +151,9 @@ def _leave(_site: Site, plan: graph.StagePlan, _say: Say) -> Done:
     return Done("Unchanged", "; ".join(plan.reasons))
 
 
-def _publish(workspace: Workspace, params: Profile, say: Say) -> Done:
-    publication = publish_package(workspace, params, read_revision(workspace.root))
+def _publish(site: Site, workspace: Workspace, params: Profile, say: Say) -> Done:
+    measure = partial(measure_champion, site, workspace, say=say)
+    publication = publish_package(workspace, params, read_revision(workspace.root), measure)
     if publication.verdict:
         for line in str(publication.verdict).splitlines():
             say(line)
@@ -160,12 +162,12 @@ def _publish(workspace: Workspace, params: Profile, say: Say) -> Done:
 
 def _pull(site: Site, say: Say) -> Done:
     # What is missing there is made here, so a remote that lacks something, or is away, stops nothing.
-    code, _ = run_dvc(site, "pull", ["dvc", "pull", "--run-cache", "--allow-missing"], say)
+    code, _ = run_command(site, "pull", ["dvc", "pull", "--run-cache", "--allow-missing"], say)
     return Done("Completed", "pulled what the remote has" if not code else "the remote gave not everything; going on")
 
 
 def _push(site: Site, say: Say) -> Done:
-    code, _ = run_dvc(site, "push", ["dvc", "push", "--run-cache"], say)
+    code, _ = run_command(site, "push", ["dvc", "push", "--run-cache"], say)
     words = (
         "outputs and run-cache are on the remote" if not code else "THE REMOTE TOOK NOT EVERYTHING; `dvc push` later"
     )

@@ -71,8 +71,8 @@ def bring_up(site: Site, name: str, say: Say) -> str:
     return next((outcome for outcome in ("ran", "restored", "unchanged") if outcome in events), "unchanged")
 
 
-def run_dvc(site: Site, name: str, command: list[str], say: Say) -> tuple[int, list[str]]:
-    """Run another dvc command (pull, push) as a stage is run; return its code and last lines."""
+def run_command(site: Site, name: str, command: list[str], say: Say) -> tuple[int, list[str]]:
+    """Run something else (dvc pull, measuring a champion) as a stage is run; return its code and last lines."""
     code, _, lines = _run(site, name, command, say)
     return code, list(lines)
 

@@ -1,0 +1,178 @@
+import json
+import sys
+
+import pytest
+
+from flows import champion
+from flows.publishing import publish_package
+from flows.revision import Revision
+from flows.stages import Site
+from ropeway import registry
+from ropeway.errors import RegistryError
+from ropeway.lock import workspace_lock
+from ropeway.manifest import write_json, write_manifest
+from ropeway.params import Gate
+from ropeway.registry.tables import describe_version
+from ropeway.storage import open_store
+from ropeway.workspace import Workspace
+
+COMMIT = Revision("a" * 40, ())
+
+
+class Profile:
+    gate = Gate(max_loss_increase_nats=0.01, min_gain_over_base_nats=1.0)
+
+
+def metrics(loss, rows="rows"):
+    return {
+        "sources": {"docs": {"base": {"loss": 8.0}, "tuned": {"loss": loss}}},
+        "mean": {"base": 8.0, "tuned": loss},
+        "validation": rows,
+    }
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch):
+    monkeypatch.delenv("ROPEWAY_REGISTRY", raising=False)
+    return Workspace(tmp_path, "laptop")
+
+
+@pytest.fixture
+def store(workspace):
+    return open_store(workspace.registry_url)
+
+
+def nobody(*_):
+    raise AssertionError("no champion had to be measured")
+
+
+def make(workspace, loss, *, rows="rows", measure=nobody):
+    """Make a package whose bytes tell its loss, and publish it."""
+    workspace.package.mkdir(parents=True, exist_ok=True)
+    write_json(workspace.package / "weights.json", {"loss": loss})
+    write_manifest(workspace.package, {})
+    write_json(workspace.evaluation, metrics(loss, rows))
+    return publish_package(workspace, Profile(), COMMIT, measure)
+
+
+def candidate(store):
+    return registry.read_alias(store, "laptop", "candidate")
+
+
+def test_a_new_package_is_published_once_with_its_lineage_and_becomes_candidate(workspace, store):
+    (workspace.root / "dvc.lock").write_text("schema: '2.0'\n")
+    first = make(workspace, 5.0)
+    assert (first.state, first.version, candidate(store)) == ("Published", "laptop@v1", first.digest)
+    kept = describe_version(store, "laptop@v1")
+    assert kept["provenance"]["git"] == COMMIT.commit
+    assert kept["provenance"]["evaluation"] == metrics(5.0)
+    assert kept["provenance"]["verdict"]["passed"] is True
+    assert list(kept["attachments"]) == ["dvc.lock"]
+    again = make(workspace, 5.0)
+    assert (again.state, again.version, again.verdict) == ("Unchanged", "laptop@v1", None)
+    assert len(registry.alias_history(store, "laptop", "candidate")) == 1
+
+
+def test_what_the_gate_rejects_is_published_and_moves_nothing(workspace, store):
+    first = make(workspace, 5.0)
+    second = make(workspace, 5.5)
+    assert (second.state, second.version, candidate(store)) == ("Rejected", "laptop@v2", first.digest)
+    assert make(workspace, 5.5).state == "Unchanged"
+    assert candidate(store) == first.digest
+
+
+def test_a_run_that_died_between_publishing_and_promoting_is_finished_by_the_next(workspace, store, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, "promote", lambda *_, **__: sys.exit("killed"))
+        with pytest.raises(SystemExit):
+            make(workspace, 5.0)
+    assert candidate(store) is None
+    again = make(workspace, 5.0)
+    assert (again.state, again.version, candidate(store)) == ("Published", "laptop@v1", again.digest)
+
+
+def test_a_candidate_that_was_moved_back_stays_there(workspace, store):
+    first, _ = make(workspace, 5.0), make(workspace, 4.0)
+    registry.rollback(store, "laptop", "candidate", by="anna", reason="it swears")
+    again = make(workspace, 4.0)
+    assert again.state == "Unchanged"
+    assert "has moved on since and stays there" in again.words
+    assert candidate(store) == first.digest
+
+
+def test_production_is_the_one_to_beat_where_there_is_one(workspace, store):
+    first, _ = make(workspace, 5.0), make(workspace, 4.0)
+    registry.promote(store, "laptop", "production", first.digest, expect=None, by="anna", reason="reviewed")
+    third = make(workspace, 4.9)
+    assert third.state == "Published"
+    assert "docs: 4.900, laptop@v1 5.000: better by 0.100 nats" in third.verdict.lines
+
+
+def test_another_writer_who_moves_candidate_meanwhile_is_not_overwritten(workspace, store):
+    first = make(workspace, 5.0)
+
+    def overtake(*_):
+        registry.promote(store, "laptop", "candidate", first.digest, expect=registry.ANY, by="b", reason="again")
+        write_json(workspace.root / "other" / "weights.json", {})
+        write_manifest(workspace.root / "other", {})
+        theirs = registry.publish(store, workspace.root / "other", "laptop", {}, {})
+        registry.promote(store, "laptop", "candidate", theirs.digest, expect=first.digest, by="b", reason="faster")
+        return metrics(5.0, "others")
+
+    with pytest.raises(RegistryError, match="was not moved"):
+        make(workspace, 4.0, rows="others", measure=overtake)
+
+
+def test_on_other_rows_the_champion_is_measured_before_they_are_compared(workspace):
+    make(workspace, 5.0)
+    asked = []
+
+    def measure(_store, reference, rows):
+        asked.append((reference, rows))
+        return metrics(6.0, "others")
+
+    second = make(workspace, 5.9, rows="others", measure=measure)
+    assert asked == [("laptop@v1", "others")]
+    assert second.state == "Published"
+    assert "docs: 5.900, laptop@v1 6.000: better by 0.100 nats" in second.verdict.lines
+
+
+def test_a_champion_that_cannot_be_measured_on_these_rows_is_not_beaten(workspace):
+    make(workspace, 5.0)
+    second = make(workspace, 4.0, rows="others", measure=lambda *_: None)
+    assert second.state == "Rejected"
+    assert "laptop@v1 was measured on other validation rows" in second.verdict.lines[1]
+
+
+@pytest.mark.parametrize("code", [0, 65])
+def test_the_champion_is_pulled_verified_measured_once_and_removed(workspace, store, monkeypatch, code):
+    first = make(workspace, 5.0)
+    program = "import json, pathlib, sys; folder, out = map(pathlib.Path, sys.argv[1:3])\n"
+    program += f"if {code}: print('another tokenizer'); sys.exit({code})\n"
+    program += "out.write_text(json.dumps([json.loads((folder / 'weights.json').read_text())['loss']]))"
+    calls, said = [], []
+
+    def command(_workspace, folder, out):
+        calls.append(folder)
+        return [sys.executable, "-c", program, str(folder), str(out)]
+
+    monkeypatch.setattr(champion, "command", command)
+    with workspace_lock(workspace.root, command="test") as held:
+        for _ in range(2):
+            found = champion.measure_champion(
+                Site(workspace.root, held), workspace, store, "laptop@candidate", "b" * 64, said.append
+            )
+            assert found == (None if code else [5.0])
+    assert len(calls) == (2 if code else 1)
+    assert not calls[0].exists()
+    assert calls[0].name.startswith(first.digest[:12])
+    assert ("another tokenizer" in said) is bool(code)
+
+
+def test_metrics_that_are_no_mapping_are_refused(workspace):
+    make(workspace, 5.0)
+    workspace.evaluation.write_text(json.dumps([]))
+    write_json(workspace.package / "weights.json", {"loss": 1})
+    write_manifest(workspace.package, {})
+    with pytest.raises(Exception, match="expected a JSON mapping, found a list"):
+        publish_package(workspace, Profile(), COMMIT, nobody)
