@@ -1,0 +1,167 @@
+"""What DVC says of a workspace, in its own process and without running a stage."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from flows import graph
+from ropeway.errors import ConfigError
+
+pytestmark = pytest.mark.filterwarnings(
+    # dvc 3.67.1 (repo/trie.py, repo/graph.py) on pygtrie 2.6
+    "ignore:_NoneStep.value will soon raise:DeprecationWarning"
+)
+DVC_YAML = """
+stages:
+  late:
+    cmd: cp early.txt late.txt
+    deps:
+      - early.txt
+      - side.txt
+    outs:
+      - late.txt
+  look:
+    cmd: echo world > look.txt
+    always_changed: true
+    outs:
+      - look.txt: {cache: false}
+  early:
+    cmd: cp look.txt early.txt
+    deps:
+      - look.txt
+    params:
+      - ${profile}.rate
+      - ${profile}.nested
+    outs:
+      - early.txt
+  side:
+    cmd: echo side > side.txt
+    outs:
+      - side.txt
+"""
+PARAMS = "profile: tiny\ntiny:\n  rate: 1e-5\n  nested: {scale: 2, names: [a, b]}\n"
+
+
+@pytest.fixture(scope="module")
+def _templates(tmp_path_factory):
+    """Two workspaces, made once: nothing has run, everything has."""
+    fresh = tmp_path_factory.mktemp("graph") / "fresh"
+    (fresh / ".dvc").mkdir(parents=True)
+    (fresh / ".dvc" / "config").write_text("[core]\n    no_scm = true\n    analytics = false\n")
+    (fresh / "dvc.yaml").write_text(DVC_YAML)
+    (fresh / "params.yaml").write_text(PARAMS)
+    ran = shutil.copytree(fresh, fresh.with_name("ran"))
+    subprocess.run([sys.executable, "-m", "dvc", "repro", "-q"], cwd=ran, check=True)
+    return {"fresh": fresh, "ran": ran}
+
+
+@pytest.fixture
+def fresh(_templates, tmp_path):
+    return shutil.copytree(_templates["fresh"], tmp_path / "workspace")
+
+
+@pytest.fixture
+def ran(_templates, tmp_path):
+    return shutil.copytree(_templates["ran"], tmp_path / "workspace")
+
+
+def reasons(root):
+    return {plan.name: plan.reasons for plan in graph.plan(root) if plan.will_run}
+
+
+def edit(root, name, old, new):
+    path = root / name
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+
+
+def test_stages_come_after_what_they_read_and_otherwise_as_dvc_yaml_has_them(fresh):
+    stages = graph.load_graph(fresh)
+    assert [stage.name for stage in stages] == ["look", "early", "side", "late"]
+    assert {stage.name: stage.deps for stage in stages} == {
+        "look": (),
+        "early": ("look",),
+        "side": (),
+        "late": ("early", "side"),
+    }
+    assert [stage.name for stage in stages if stage.refreshes] == ["look"]
+
+
+def test_a_fresh_clone_without_lock_or_files_runs_everything(fresh):
+    assert reasons(fresh) == dict.fromkeys(["early", "side", "late"], ("never run",))
+
+
+def test_nothing_runs_where_nothing_changed_and_what_always_runs_is_no_change(ran):
+    assert reasons(ran) == {}
+    assert [(plan.name, plan.reasons) for plan in graph.plan(ran)] == [
+        ("look", ("looks at the world at every start",)),
+        *((name, ("nothing changed",)) for name in ("early", "side", "late")),
+    ]
+
+
+def test_a_changed_parameter_is_told_by_its_leaf_old_and_new_and_carried_down(ran):
+    edit(ran, "params.yaml", "rate: 1e-5", "rate: 2e-5")
+    edit(ran, "params.yaml", "[a, b]", "[a, c]")
+    edit(ran, "params.yaml", "scale: 2", "scale: 2.0")  # the same number is no change
+    assert reasons(ran) == {
+        "early": ("tiny.rate: 1e-05 -> 2e-05", "tiny.nested.names[1]: b -> c"),
+        "late": ("early will run",),
+    }
+
+
+def test_changed_and_missing_files_are_named_as_seen_from_the_root_wherever_this_process_is(ran, monkeypatch):
+    (ran / "early.txt").write_text("edited by hand")
+    (ran / "side.txt").unlink()
+    expected = {
+        "early": ("its output early.txt changed",),
+        "side": ("its output side.txt is missing",),
+        "late": ("early.txt changed", "side.txt is missing"),
+    }
+    for place in (ran.parent, ran, ran / ".dvc"):
+        monkeypatch.chdir(place)
+        assert reasons(ran) == expected
+
+
+def test_a_changed_command_and_a_frozen_stage_are_told_apart(ran):
+    edit(ran, "dvc.yaml", "echo side >", "echo other side >")
+    edit(ran, "dvc.yaml", "cmd: cp early.txt", "frozen: true\n    cmd: cp early.txt")
+    assert reasons(ran) == {"side": ("its command changed",)}
+    assert {plan.name: plan.reasons for plan in graph.plan(ran)}["late"] == ("frozen in dvc.yaml",)
+
+
+def test_a_parameter_that_a_stage_newly_reads_is_told(ran):
+    edit(ran, "dvc.yaml", "      - ${profile}.nested\n", "      - ${profile}.nested\n      - profile\n")
+    assert reasons(ran) == {"early": ("profile: (not there) -> tiny",), "late": ("early will run",)}
+
+
+def test_a_broken_dvc_yaml_and_a_folder_that_is_no_workspace_are_config_errors(fresh, tmp_path):
+    edit(fresh, "dvc.yaml", "stages:", "stages: [")
+    with pytest.raises(ConfigError, match=r"DVC cannot read this workspace: .*dvc\.yaml"):
+        graph.load_graph(fresh)
+    with pytest.raises(ConfigError, match="DVC cannot read this workspace"):
+        graph.load_graph(tmp_path)
+
+
+def test_a_remote_is_seen(fresh):
+    assert not graph.has_remote(fresh)
+    with (fresh / ".dvc" / "config").open("a") as config:
+        config.write("    remote = store\n['remote \"store\"']\n    url = /nowhere\n")
+    assert graph.has_remote(fresh)
+
+
+@pytest.mark.parametrize(
+    ("line", "event"),
+    [
+        ("Running stage 'train':", ("ran", None)),
+        ("Stage 'train' is cached - skipping run, checking out outputs", ("restored", None)),
+        ("Stage 'train' didn't change, skipping", ("unchanged", None)),
+        ("ERROR: 'runs/laptop/model' is busy, it is being blocked by:", ("busy", None)),
+        ("ERROR: failed to reproduce 'train': failed to run: ropeway stage train, exited with 65", ("failed", 65)),
+        ("ERROR: failed to reproduce 'train': failed to run: ropeway stage train, exited with -9", ("failed", -9)),
+        ("step 7 loss 3.2", None),
+    ],
+)
+def test_what_dvc_says_of_a_stage_is_understood(line, event):
+    assert graph.read_event(line) == event
