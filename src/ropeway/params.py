@@ -201,7 +201,7 @@ class Profile(Section):
     label_masking: bool
     val_split: Annotated[float, Field(ge=0, lt=1)]
     global_batch_size: Positive
-    layout: Literal["padded", "packed"]
+    layout: Literal["padded"]  # `packed` is refused until it is built
     loss_normalisation: Literal["micro_batch", "token"]
     pad_vocab_to_multiple_of: Positive
     new_rows: Literal["normal", "mean"]
