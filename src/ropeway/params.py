@@ -1,256 +1,29 @@
-"""params.yaml, read once and made into a frozen, typed `Profile`.
+"""params.yaml, read once and made into a frozen, typed `Profile`; which of its keys each room reads."""
 
-No field has a default: a run pinned by a file must not change its meaning when this module does. The few keys that
-the card itself leaves out of a data set's options are the exception, and `None` there means "not stated".
-"""
-
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import TypeAdapter, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError
 
 from ropeway.errors import ConfigError
 from ropeway.faults import explain_faults
-
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(gt=0)]
-Dtype = Literal["fp16", "bf16", "fp32"]
-
-
-class Section(BaseModel):
-    """A closed part of params.yaml: no late writes, no silent casts, no unknown keys."""
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", protected_namespaces=())
-
-
-class SuperhotConfig(Section):
-    """RoPE scaling in the published spelling; `ropeway.rope` turns it into the one object used everywhere."""
-
-    type: Literal["linear", "dynamic"]
-    scale: Annotated[float, Field(ge=1)]
-
-
-class DatasetOptions(Section):
-    """How one source enters the mixture. Source: the keys of the card's `datasets`."""
-
-    max_val_set: Positive | None = None
-    fraction: Annotated[float, Field(gt=0, le=1)] | None = None
-    size: Positive | None = None
-    max_chunk_size: Positive | None = None
-
-    @model_validator(mode="after")
-    def _one_way_to_say_how_much(self) -> Self:
-        if self.fraction is not None and self.size is not None:
-            raise ValueError("fraction and size are two ways to say one thing; keep one")
-        return self
-
-
-class HuggingfaceSource(Section):
-    """Files of one data set repository at one revision."""
-
-    kind: Literal["huggingface"]
-    repo: str
-    revision: str
-    files: list[str]
-    rows: Literal["orca_chat", "messages", "sharegpt", "alpaca", "text"]
-    columns: dict[str, str]
-    expected_rows: Positive | None
-
-
-class FilesSource(Section):
-    """json, jsonl or parquet files, also compressed."""
-
-    kind: Literal["files"]
-    paths: list[str]
-    rows: Literal["orca_chat", "messages", "sharegpt", "alpaca", "text"]
-    columns: dict[str, str]
-    expected_rows: Positive | None
-
-
-class PythonDocsSource(Section):
-    """The documentation that comes with the running Python: `topics` are documents, `docstrings` conversations."""
-
-    kind: Literal["python_docs"]
-    part: Literal["topics", "docstrings"]
-    expected_rows: Positive | None
-
-
-Source = Annotated[HuggingfaceSource | FilesSource | PythonDocsSource, Field(discriminator="kind")]
-
-
-class FolderBase(Section):
-    """`model_name` is a folder that transformers opens."""
-
-    kind: Literal["folder"]
-
-
-class HubBase(Section):
-    """`model_name` is a repository on the Hub, at this revision."""
-
-    kind: Literal["hub"]
-    revision: str
-
-
-class ScratchBase(Section):
-    """Weights from the seed, in the shape of `expected_model`; the tokenizer is trained on the sources."""
-
-    kind: Literal["scratch"]
-
-
-class GgufBase(Section):
-    """A GGUF file that an installed Python package carries, opened de-quantised."""
-
-    kind: Literal["gguf"]
-    package: str
-    file: str
-
-
-Base = Annotated[FolderBase | HubBase | ScratchBase | GgufBase, Field(discriminator="kind")]
-
-
-class ModelShape(Section):
-    """The base model's shape: enough to plan memory without opening it, and checked when it is opened."""
-
-    hidden_size: Positive
-    intermediate_size: Positive
-    num_hidden_layers: Positive
-    num_attention_heads: Positive
-    num_key_value_heads: Positive
-    vocab_size: Positive
-    max_position_embeddings: Positive
-    rope_theta: Annotated[float, Field(gt=0)]
-    rms_norm_eps: Annotated[float, Field(gt=0)]
-    tie_word_embeddings: bool
-
-
-class Evaluation(Section):
-    """What evaluate does beside losses."""
-
-    prompts: str
-    max_new_tokens: Positive
-
-
-class Gate(Section):
-    """When a new version may become `candidate`."""
-
-    max_loss_increase_nats: Annotated[float, Field(ge=0)]
-    min_gain_over_base_nats: float
-
-
-class Packaging(Section):
-    """How the package's weights are stored."""
-
-    dtype: Dtype
-    max_shard_bytes: Positive
-
-
-class Card(Section):
-    """What no run can know of itself."""
-
-    license: str
-    license_name: str
-    license_link: str
-    base_model: str | None
-    upstream_datasets: list[str]
-    developers: list[str]
-    sponsored_by: str | None
-    thanks: str | None
-
-
-class Profile(Section):
-    """One run. Equal profiles on equal data give equal shards and equal optimizer steps."""
-
-    # The card's keys.
-    rng_seed: Annotated[int, Field(ge=0, lt=2**32)]
-    use_custom_sampler: Literal[True]
-    sort_by_length: Literal[False]
-    dtype: Dtype
-    log_dir: str
-    learning_rate: Annotated[float, Field(gt=0, le=1)]
-    model_name: str
-    output_dir: str
-    deepspeed_config: str
-    weight_decay: Annotated[float, Field(ge=0)]
-    max_length: Annotated[int, Field(gt=1)]
-    warmup_steps: Count
-    use_flash_attention: bool
-    gradient_checkpointing: bool
-    gradient_accumulation_steps: Positive
-    per_device_train_batch_size: Positive
-    per_device_eval_batch_size: Positive
-    residual_dropout: Annotated[float, Field(ge=0, le=0)]
-    eval_steps: Positive
-    save_steps: Positive
-    num_train_epochs: Positive
-    save_total_limit: Positive
-    superhot: bool
-    superhot_config: SuperhotConfig
-    datasets: Annotated[list[dict[str, DatasetOptions]], Field(min_length=1)]
-    peft_model: Literal[False]
-    # What the card leaves unsaid.
-    adam_beta1: Annotated[float, Field(ge=0, lt=1)]
-    adam_beta2: Annotated[float, Field(ge=0, lt=1)]
-    adam_epsilon: Annotated[float, Field(gt=0)]
-    max_grad_norm: Annotated[float, Field(gt=0)]
-    lr_schedule: Literal["constant", "cosine", "linear"]
-    random_offset_probability: Fraction
-    label_masking: bool
-    val_split: Annotated[float, Field(ge=0, lt=1)]
-    global_batch_size: Positive
-    layout: Literal["padded"]  # `packed` is refused until it is built
-    loss_normalisation: Literal["micro_batch", "token"]
-    pad_vocab_to_multiple_of: Positive
-    new_rows: Literal["normal", "mean"]
-    what_counts: Literal["published", "answers"]
-    document_end: Literal["masked", "eos", "published"]
-    special_tokens_in_text: Literal["parse", "escape", "reject"]
-    split: Literal["permutation", "by_hash"]
-    split_by: Literal["chunk", "document"]
-    validation_with_replacement: bool
-    sources: dict[str, Source]
-    base: Base
-    expected_model: ModelShape
-    max_refused_fraction: Fraction
-    evaluation: Evaluation
-    gate: Gate
-    package: Packaging
-    card: Card
-
-    @model_validator(mode="after")
-    def _parts_agree(self) -> Self:
-        reach = self.expected_model.max_position_embeddings * (self.superhot_config.scale if self.superhot else 1)
-        if self.max_length > reach:
-            raise ValueError(
-                f"max_length is {self.max_length} tokens, but expected_model.max_position_embeddings "
-                f"{self.expected_model.max_position_embeddings} x superhot_config.scale "
-                f"{self.superhot_config.scale if self.superhot else 1:g} reaches only {reach:g}; raise the scale or "
-                "shorten max_length"
-            )
-        if many := [entry for entry in self.datasets if len(entry) != 1]:
-            raise ValueError(f"datasets: every entry holds one name; found {list(many[0])}")
-        names = [name for name, _ in self.mixture]
-        if lost := sorted(set(names) ^ set(self.sources)):
-            raise ValueError(f"datasets and sources must name the same; only one of them has {', '.join(lost)}")
-        if len(set(names)) != len(names):
-            raise ValueError(f"datasets names one source twice: {', '.join(names)}")
-        return self
-
-    @property
-    def mixture(self) -> list[tuple[str, DatasetOptions]]:
-        """The sources with their options, in the order of the file (the order the sampler draws in)."""
-        return [next(iter(entry.items())) for entry in self.datasets]
-
-    def reading(self, names: Iterable[str]) -> Self:
-        """Return this profile with only these keys: touching another one is an AttributeError.
-
-        That makes the keys a stage lists in dvc.yaml and those its room reads one list that cannot drift.
-        """
-        return self.model_construct(**{name: getattr(self, name) for name in names})
-
+from ropeway.schema import (
+    DatasetOptions,
+    FilesSource,
+    FolderBase,
+    Gate,
+    GgufBase,
+    HubBase,
+    HuggingfaceSource,
+    ModelShape,
+    Profile,
+    PythonDocsSource,
+    ScratchBase,
+    Source,
+    SuperhotConfig,
+)
 
 # Cadence and tracking: they change neither a weight nor a metric, so no stage depends on them.
 UNHASHED = ("eval_steps", "log_dir", "output_dir", "save_steps", "save_total_limit")
@@ -335,3 +108,25 @@ def _read_yaml(path: Path) -> Any:  # noqa: ANN401 - YAML is anything until it i
         raise ConfigError(f"{path}: not found; run this inside a Ropeway workspace (a clone of the project)") from None
     except (MarkedYAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not readable as YAML 1.2: {error}") from None
+
+
+__all__ = [
+    "READS",
+    "UNHASHED",
+    "DatasetOptions",
+    "FilesSource",
+    "FolderBase",
+    "Gate",
+    "GgufBase",
+    "HubBase",
+    "HuggingfaceSource",
+    "ModelShape",
+    "Profile",
+    "PythonDocsSource",
+    "ScratchBase",
+    "Source",
+    "SuperhotConfig",
+    "load_profile",
+    "load_profiles",
+    "read_block",
+]
