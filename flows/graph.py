@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ropeway.errors import ConfigError
+from ropeway.errors import ConfigError, TemporaryError
 
 _SHOWN_CHARACTERS = 60
 _SAYS = (
@@ -35,6 +35,10 @@ _HINTS = (
     "Updating lock file",
     "Generating lock file",
 )
+
+
+class BusyError(TemporaryError):
+    """Another dvc holds DVC's locks, e.g. while it hashes its outputs; a moment later it may not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +91,7 @@ def plan(root: Path) -> list[StagePlan]:
 
     Raises:
         ConfigError: As in `load_graph`.
+        BusyError: Another dvc is writing what has to be looked at.
     """
     with _open_repo(root) as repo:
         status, plans = repo.status(), dict[str, StagePlan]()
@@ -136,11 +141,14 @@ def is_hint(line: str) -> bool:
 @contextmanager
 def _open_repo(root: Path) -> Iterator[Any]:
     from dvc.exceptions import DvcException
+    from dvc.lock import LockError
     from dvc.repo import Repo
 
     try:
         with Repo(str(root)) as repo:
             yield repo
+    except LockError as error:
+        raise BusyError(f"{root}: another dvc is at work in this workspace; wait for it or stop it: {error}") from None
     except DvcException as error:
         remedy = ". Run `git init` there" if "not a git repository" in str(error) else ""
         raise ConfigError(f"{root}: DVC cannot read this workspace: {error}{remedy}") from None

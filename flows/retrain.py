@@ -19,7 +19,7 @@ from flows.board import Board, Done, PlainBoard
 from flows.champion import measure_champion
 from flows.publishing import publish_package
 from flows.revision import read_revision
-from flows.stages import Say, Site, bring_up, run_command
+from flows.stages import Say, Site, bring_up, patiently, run_command
 from flows.summary import Result
 from ropeway.errors import ConfigError
 from ropeway.lock import workspace_lock
@@ -69,7 +69,7 @@ def walk(root: Path, profile: str | None, board: Board) -> Result:
         for stage in graph.load_graph(root):
             if stage.refreshes:  # it writes what the plan must see; it never counts as changed
                 _step(board, stage.name, partial(_refresh, site, stage.name))
-        plans = graph.plan(root)
+        plans = patiently(partial(graph.plan, root), print)
         _show_plan(board, plans)
         ended: dict[str, str] = {}
         for plan in plans:

@@ -9,8 +9,9 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from flows import graph
 from flows.lines import Folder
@@ -19,6 +20,7 @@ from ropeway.lock import Held
 from ropeway.supervise import GRACE_SECONDS
 
 Say = Callable[[str], None]
+T = TypeVar("T")
 _BUSY_TRIES, _BUSY_SECONDS = 20, 3.0  # another dvc hashes its outputs under its lock; a 26 GB model takes 35 s
 _MARGIN_SECONDS = 15.0  # the outer supervisor waits longer than the inner one needs to kill
 _QUOTED_LINES = 15
@@ -60,21 +62,35 @@ def bring_up(site: Site, name: str, say: Say) -> str:
         StoppedError: dvc was ended from outside.
         RopewayError: Anything else; the stage's last lines are quoted.
     """
-    for _ in range(_BUSY_TRIES):
-        code, events, lines = _run(site, name, graph.reproduce_command(name), say)
-        if "ran" in events or "busy" not in events:
-            break
-        say(f"another dvc is at work in this workspace; trying again in {_BUSY_SECONDS:g} s")
-        time.sleep(_BUSY_SECONDS)
-    if code:
-        raise _explain_failure(site, name, code, events, lines)
+    events = patiently(partial(_reproduce, site, name, say), say)
     return next((outcome for outcome in ("ran", "restored", "unchanged") if outcome in events), "unchanged")
+
+
+def patiently(work: Callable[[], T], say: Say) -> T:
+    """Return what `work` returns, asking again for a minute while another dvc is at work."""
+    for _ in range(_BUSY_TRIES):
+        try:
+            return work()
+        except graph.BusyError:
+            say(f"another dvc is at work in this workspace; trying again in {_BUSY_SECONDS:g} s")
+            time.sleep(_BUSY_SECONDS)
+    return work()
 
 
 def run_command(site: Site, name: str, command: list[str], say: Say) -> tuple[int, list[str]]:
     """Run something else (dvc pull, measuring a champion) as a stage is run; return its code and last lines."""
     code, _, lines = _run(site, name, command, say)
     return code, list(lines)
+
+
+def _reproduce(site: Site, name: str, say: Say) -> dict[str, int | None]:
+    """Run `dvc repro` of one stage; return what DVC said."""
+    code, events, lines = _run(site, name, graph.reproduce_command(name), say)
+    if code and "busy" in events and "ran" not in events:
+        raise graph.BusyError(f"stage {name}: another dvc is at work in this workspace; wait for it or stop it")
+    if code:
+        raise _explain_failure(site, name, code, events, lines)
+    return events
 
 
 def _run(site: Site, name: str, command: list[str], say: Say) -> tuple[int, dict[str, int | None], deque[str]]:
@@ -171,10 +187,6 @@ def _explain_failure(
         how = "its supervisor was killed" if code < 0 or outer is None else outer["why"] or outer["signal"]
         return StoppedError(
             f"stage {name}: dvc was ended from outside ({how}). Run the same command again, it resumes{end}"
-        )
-    if "busy" in events:
-        return TemporaryError(
-            f"stage {name}: another dvc has been at work in this workspace for a minute; wait for it{end}"
         )
     stage_code = own["code"] if own else events.get("failed") or code
     died_of = own["signal"] if own else f"signal {-stage_code}" if stage_code < 0 else None

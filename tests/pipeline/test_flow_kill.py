@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -21,6 +23,7 @@ pytestmark = pytest.mark.filterwarnings(
 FLOW = """
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from flows.retrain import run_retrain
 from ropeway.errors import RopewayError
 try:
@@ -138,3 +141,23 @@ def test_a_flow_on_prefect_that_gets_sigterm_ends_its_stage_and_is_shown_as_cras
     with httpx.Client(trust_env=False) as client:
         run = client.post(f"{on_prefect}/flow_runs/filter", json={"sort": "START_TIME_DESC", "limit": 1}).json()[0]
     assert run["state_name"] == "Crashed"
+
+
+def test_a_flow_waits_while_a_person_s_own_dvc_holds_dvc_s_locks(made_workspace, monkeypatch, capsys):
+    os.mkfifo(made_workspace.root / "may-end")
+    made_workspace.edit("params.yaml", "learning_rate: 2e-3", "learning_rate: 3e-3")
+    made_workspace.trouble("train", "print('begun', flush=True)\nPath('may-end').read_text()")
+    command = [sys.executable, "-m", "dvc", "repro", "--single-item", "train"]
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+    person = subprocess.Popen(command, cwd=made_workspace.root, stdout=subprocess.PIPE, text=True)
+    assert any(line.startswith("begun") for line in person.stdout)
+
+    def let_it_end(_seconds):
+        (made_workspace.root / "may-end").open("w").close()
+        person.communicate(timeout=60)
+
+    monkeypatch.setattr("flows.stages.time", SimpleNamespace(sleep=let_it_end))
+    result = run_retrain(made_workspace.root, use_prefect=False)
+    assert "another dvc is at work in this workspace" in capsys.readouterr().out
+    assert made_workspace.calls() == ["train", "evaluate", "package"]  # the person's run was not made again
+    assert result.stages["train"] == "Unchanged"
