@@ -59,8 +59,8 @@ def run(
         grace_seconds: From TERM to KILL; default `ROPEWAY_GRACE_SECONDS`, else 60.
         env: The command's environment; default this one's.
         cwd: Its folder; default this one's.
-        leader: The ancestor whose death ends the tree. Default: where DVC runs a stage, the shell above and dvc
-            itself; else nobody, so a `nohup ropeway stage train` outlives its terminal.
+        leader: The ancestor whose death ends the tree. Default: dvc where DVC runs a stage, else nobody, so a
+            `nohup ropeway stage train` outlives its terminal.
 
     Returns:
         The command's exit code. 128 + n when signal n ended it, or when it was asked to end and had nothing better to
@@ -252,9 +252,9 @@ def _find_watched(leader: int | None) -> list[psutil.Process] | None:
         return next(([process] for process in above if process.pid == leader), None)
     if "DVC_STAGE" not in os.environ:  # DVC 3 sets it for every command
         return []
-    for number, process in enumerate(above):
+    for process in above:  # a shell stands between; dvc ends when that does
         if _is_dvc(process):
-            return above[: number + 1]
+            return [process]
     # Another program runs DVC through its API: watch what started us, unless that has died.
     return above[:1] if above and above[0].pid != 1 else None
 
