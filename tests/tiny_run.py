@@ -94,7 +94,7 @@ def finish_run(workspace: Workspace, profile: Profile) -> None:
         )
         for name, kind, count in (("talk", "conversation", 19), ("text", "document", 12))
     )
-    write_json(workspace.ledger, Ledger(accounts, (Epoch(0, 15, 4, 3, 3),)).to_json())
+    write_json(workspace.ledger, Ledger(accounts, (Epoch(0, 15, 15, 4, 3, 3),)).to_json())
 
 
 def make_model(folder: Path, profile: Profile, *, seed: int, steps: int) -> None:

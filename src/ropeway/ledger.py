@@ -48,12 +48,12 @@ class EpochOfSource:
 
     Attributes:
         not_drawn: Training sequences that the fraction leaves out this time.
-        drawn: Sequences read, each a row.
+        drawn: Sequences read.
         drawn_tokens: Their tokens, whole.
         windowed: Over-long conversations of which a later window is read; `windowed_tokens` are lost around it.
         cut: Over-long sequences read from their beginning; `cut_tokens` are lost behind.
         cells: Tokens and padding of the rows, each padded by itself to the multiple of 16; a micro-batch pads to its
-            longest row, hence more, depending on ranks.
+            longest row, hence more, depending on ranks. A packed row's padding is its first sequence's source's.
         padding: Cells without a token.
         row_tokens: Tokens read.
         supervised: Of these, those that count in the loss.
@@ -87,9 +87,15 @@ class Account:
 
 @dataclass(frozen=True, slots=True)
 class Epoch:
-    """One epoch of the mixture: `left_over` rows behind the last full optimizer step are not trained."""
+    """One epoch of the mixture.
+
+    Attributes:
+        sequences: Drawn from all sources; as many rows in the padded layout, fewer in the packed one.
+        left_over: Rows behind the last full optimizer step; they are not trained.
+    """
 
     epoch: int
+    sequences: int
     rows: int
     global_batch_size: int
     steps: int
@@ -149,7 +155,7 @@ def _sums(ledger: Ledger) -> Iterator[tuple[str, int, tuple[int, ...]]]:
     for epoch in ledger.epochs:
         where = f"epoch {epoch.epoch}"
         drawn = tuple(account.epochs[epoch.epoch].drawn for account in ledger.sources)
-        yield f"{where}, rows = sum over sources", epoch.rows, drawn
+        yield f"{where}, sequences = sum over sources", epoch.sequences, drawn
         trained = epoch.steps * epoch.global_batch_size
         yield f"{where}, rows = steps x global batch + left over", epoch.rows, (trained, epoch.left_over)
 

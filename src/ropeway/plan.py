@@ -9,6 +9,7 @@ from ropeway.errors import ConfigError
 from ropeway.manifest import NAME
 from ropeway.mixture import epoch_count
 from ropeway.params import Profile
+from ropeway.rows import plan_epoch
 from ropeway.shards import open_shards
 from ropeway.workspace import Workspace
 
@@ -80,6 +81,8 @@ def plan_run(workspace: Workspace, profile: Profile, *, ranks: int) -> RunPlan:
     }
     known = [count for count in rows.values() if count is not None]
     total = sum(known) if len(known) == len(rows) else None
+    if profile.layout == "packed":  # how many rows the sequences fill is known once they are counted
+        total = plan_epoch(open_shards(workspace.data, verify=False), profile, epoch=0).rows if from_data else None
     parameters = count_parameters(profile)
     return RunPlan(
         workspace.profile,

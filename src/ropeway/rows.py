@@ -6,7 +6,7 @@ generator, so no order, worker count or resume can change a row.
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ropeway.manifest import digest_of
 from ropeway.mixture import epoch_count, plan_order
+from ropeway.packing import plan_packing, split_document, turn_borders, window_at_turns
 from ropeway.params import Profile
 from ropeway.shards import Kind, Shards
 
@@ -142,17 +143,19 @@ class EpochPlan:
 
     Attributes:
         order: `(N,)` indices into the sources' training parts laid one after another.
+        packed: The rows themselves where several sequences share one; None where each sequence is a row.
     """
 
     profile: Profile
     shards: Shards
     epoch: int
     order: NDArray[np.int64]
+    packed: tuple[Row, ...] | None = None
 
     @property
     def rows(self) -> int:
         """How many rows the epoch has."""
-        return len(self.order)
+        return len(self.order) if self.packed is None else len(self.packed)
 
     @property
     def steps(self) -> int:
@@ -162,13 +165,21 @@ class EpochPlan:
     @property
     def digest(self) -> str:
         """Compared across ranks before step 1."""
-        return digest_of([self.epoch, self.order.tolist()])
+        return digest_of([self.epoch, self.order.tolist(), None if self.packed is None else self.span(0, self.rows)])
+
+    def span(self, begin: int, end: int) -> str:
+        """Return a short digest of rows [begin, end): which sequences they hold, and which tokens of them."""
+        if self.packed is None:
+            return digest_of(self.order[begin:end].tolist())[:12]
+        pieces = [(p.source, p.sequence, p.begin, p.end) for row in self.packed[begin:end] for p in row]
+        return digest_of(pieces)[:12]
 
     def row(self, index: int) -> Row:
         """Return the row at a position of the epoch."""
-        source, position = locate([len(part.train) for part in self.shards.sources], int(self.order[index]))
+        if self.packed is not None:
+            return self.packed[index]
+        source, sequence = self.drawn(index)
         part = self.shards.sources[source]
-        sequence = int(part.train[position])
         begin, end = plan_window(
             int(part.lengths[sequence]),
             max_length=self.profile.max_length,
@@ -177,6 +188,11 @@ class EpochPlan:
             is_document=part.is_document,
         )
         return (Piece(source, sequence, begin, end),)
+
+    def drawn(self, index: int) -> tuple[int, int]:
+        """Return (source, sequence) at a position of the epoch's order."""
+        source, position = locate([len(part.train) for part in self.shards.sources], int(self.order[index]))
+        return source, int(self.shards.sources[source].train[position])
 
 
 def plan_epoch(shards: Shards, profile: Profile, *, epoch: int) -> EpochPlan:
@@ -188,7 +204,37 @@ def plan_epoch(shards: Shards, profile: Profile, *, epoch: int) -> EpochPlan:
         for source, size in zip(shards.sources, sizes, strict=True)
     ]
     order = plan_order(sizes, counts, seed=profile.rng_seed, epoch=epoch)
-    return EpochPlan(profile, shards, epoch, np.asarray(order, dtype=np.int64))
+    plan = EpochPlan(profile, shards, epoch, np.asarray(order, dtype=np.int64))
+    return replace(plan, packed=_pack(plan)) if profile.layout == "packed" else plan
+
+
+def _pack(plan: EpochPlan) -> tuple[Row, ...]:
+    """Return an epoch's packed rows, shuffled: the packing puts long pieces first."""
+    pieces = [piece for index in range(len(plan.order)) for piece in _pieces(plan, *plan.drawn(index))]
+    rows = plan_packing([piece.end - piece.begin for piece in pieces], capacity=plan.profile.max_length)
+    generator = random.Random(f"{plan.profile.rng_seed}/packing/{plan.epoch}")  # noqa: S311 - sampling, not secrets
+    generator.shuffle(rows)
+    return tuple(tuple(pieces[index] for index in row) for row in rows)
+
+
+def _pieces(plan: EpochPlan, source: int, sequence: int) -> list[Piece]:
+    """Return what is read of a sequence: a document whole, in pieces; of an over-long conversation whole turns."""
+    part, capacity = plan.shards.sources[source], plan.profile.max_length
+    length = int(part.lengths[sequence])
+    if length <= capacity:
+        return [Piece(source, sequence, 0, length)]
+    if part.is_document:
+        return [Piece(source, sequence, *span) for span in split_document(length, capacity=capacity)]
+    generator = window_generator(plan.profile.rng_seed, plan.epoch, part.name, sequence)
+    windowed = generator.random() < plan.profile.random_offset_probability
+    draw = generator.random() if windowed else 0.0
+    borders = turn_borders(part.read(sequence)[1])
+    return [Piece(source, sequence, *window_at_turns(borders, length, capacity=capacity, draw=draw))]
+
+
+def join(rows: Sequence[Row]) -> Row:
+    """Return rows as one: a packed micro-batch is `(1, T)`, since flash kernels see borders in one row only."""
+    return tuple(piece for row in rows for piece in row)
 
 
 def validation_rows(shards: Shards, profile: Profile) -> list[tuple[str, list[Row]]]:

@@ -195,7 +195,7 @@ class Profile(Section):
     label_masking: bool
     val_split: Annotated[float, Field(ge=0, lt=1)]
     global_batch_size: Positive
-    layout: Literal["padded"]  # `packed` is refused until it is built
+    layout: Literal["padded", "packed"]
     loss_normalisation: Literal["micro_batch", "token"]
     pad_vocab_to_multiple_of: Positive
     new_rows: Literal["normal", "mean"]
@@ -223,6 +223,11 @@ class Profile(Section):
                 f"{self.expected_model.max_position_embeddings} x superhot_config.scale "
                 f"{self.superhot_config.scale if self.superhot else 1:g} reaches only {reach:g}; raise the scale or "
                 "shorten max_length"
+            )
+        if self.layout == "packed" and self.document_end == "published":
+            raise ValueError(
+                "layout is packed and document_end published: the token behind a document is a stranger's there; set "
+                "document_end to masked or eos"
             )
         if many := [entry for entry in self.datasets if len(entry) != 1]:
             raise ValueError(f"datasets: every entry holds one name; found {list(many[0])}")

@@ -26,7 +26,7 @@ EVEN = Ledger(
             epochs=(EpochOfSource(0, 0, 4, 44, 0, 0, 1, 4, 64, 24, 40, 39),),
         ),
     ),
-    epochs=(Epoch(0, 9, 4, 2, 1),),
+    epochs=(Epoch(0, 9, 9, 4, 2, 1),),
 )
 IN_NO_SUM = {"with_special_tokens", "without_tokens", "windowed", "cut", "epoch", "name", "kind"}
 

@@ -146,6 +146,7 @@ def test_the_ledgers_epoch_is_what_training_reads(run):
     assert ledger["epochs"] == [
         {
             "epoch": 0,
+            "sequences": len(plan.order),
             "rows": plan.rows,
             "global_batch_size": 4,
             "steps": plan.steps,

@@ -8,7 +8,7 @@ import numpy as np
 from ropeway.ledger import Account, Epoch, EpochOfSource, Ledger, Parts, Records
 from ropeway.params import Profile
 from ropeway.prepare.split import Split
-from ropeway.rows import EpochPlan, collate, plan_epoch
+from ropeway.rows import EpochPlan, Piece, collate, plan_epoch
 from ropeway.shards import Shards, SourceShards
 
 
@@ -28,7 +28,7 @@ def account_for(shards: Shards, records: dict[str, Records], splits: dict[str, S
         for number, source in enumerate(shards.sources)
     )
     size = profile.global_batch_size
-    epochs = tuple(Epoch(p.epoch, p.rows, size, p.steps, p.rows - p.steps * size) for p in plans)
+    epochs = tuple(Epoch(p.epoch, len(p.order), p.rows, size, p.steps, p.rows - p.steps * size) for p in plans)
     return Ledger(sources, epochs)
 
 
@@ -42,25 +42,32 @@ def _walk(plan: EpochPlan) -> list[EpochOfSource]:
     """Return one epoch's account per source."""
     sources = plan.shards.sources
     counts: list[Counter[str]] = [Counter() for _ in sources]
+    for index in range(len(plan.order)):
+        source, sequence = plan.drawn(index)
+        counts[source] += Counter(drawn=1, drawn_tokens=int(sources[source].lengths[sequence]))
     for index in range(plan.rows):
         row = plan.row(index)
-        (piece,) = row
         batch = collate([row], plan.shards, plan.profile)
-        whole = int(sources[piece.source].lengths[piece.sequence])
-        tokens = int((batch.sources >= 0).sum())
-        counts[piece.source] += Counter(
-            drawn=1,
-            drawn_tokens=whole,
-            cells=batch.input_ids.size,
-            padding=int((batch.sources < 0).sum()),
-            row_tokens=tokens,
-            supervised=int(batch.loss_mask.sum()),
-        )
-        if tokens < whole:
-            how = "windowed" if piece.begin else "cut"
-            counts[piece.source] += Counter({how: 1, f"{how}_tokens": whole - (piece.end - piece.begin)})
+        padding = int((batch.sources < 0).sum())
+        counts[row[0].source] += Counter(cells=padding, padding=padding)
+        for source in {piece.source for piece in row}:
+            here = batch.sources == source
+            tokens = int(here.sum())
+            counts[source] += Counter(cells=tokens, row_tokens=tokens, supervised=int((batch.loss_mask & here).sum()))
+        for piece in row:
+            counts[piece.source] += _count_lost(piece, plan)
     names = [field.name for field in fields(EpochOfSource) if field.name not in ("epoch", "not_drawn")]
     return [
         EpochOfSource(plan.epoch, len(source.train) - count["drawn"], **{name: count[name] for name in names})
         for source, count in zip(sources, counts, strict=True)
     ]
+
+
+def _count_lost(piece: Piece, plan: EpochPlan) -> Counter[str]:
+    """Return the tokens around a piece that nobody reads; a document that packing splits is read whole."""
+    source = plan.shards.sources[piece.source]
+    lost = int(source.lengths[piece.sequence]) - (piece.end - piece.begin)
+    if not lost or (source.is_document and plan.packed is not None):
+        return Counter()
+    how = "windowed" if piece.begin else "cut"
+    return Counter({how: 1, f"{how}_tokens": lost})

@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ropeway.errors import TrainingError
-from ropeway.manifest import digest_of
+from ropeway.errors import ConfigError, TrainingError
 from ropeway.params import Profile
-from ropeway.rows import Batch, EpochPlan, Row, collate, plan_epoch, validation_rows
+from ropeway.rows import Batch, EpochPlan, Row, collate, join, locate, plan_epoch, validation_rows
 from ropeway.shards import Shards
 from ropeway.train.loss import micro_batch_loss, token_loss
 from ropeway.train.schedule import learning_rate
 
 Line = dict[str, Any]
+# 16 bit rounds losses to two or three digits; a lost border changes them by far more (tests/unit/test_packing.py).
+ISOLATION_TOLERANCE = {"fp32": 1e-3, "fp16": 0.02, "bf16": 0.1}
 
 
 @dataclass
@@ -57,18 +58,18 @@ class Run:
         return self.plans[epoch]
 
     @cached_property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps of every epoch (each draws as many rows)."""
-        return self.plan(0).steps
+    def epoch_steps(self) -> list[int]:
+        """Optimizer steps of each epoch; packed epochs may differ by a row or two."""
+        return [self.plan(epoch).steps for epoch in range(self.profile.num_train_epochs)]
 
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
-        return self.steps_per_epoch * self.profile.num_train_epochs
+        return sum(self.epoch_steps)
 
     def rows(self, step: int) -> tuple[int, list[int]]:
         """Return (epoch, positions in it) of all rows of a step (1-based), over all ranks."""
-        epoch, inner = divmod(step - 1, self.steps_per_epoch)
+        epoch, inner = locate(self.epoch_steps, step - 1)
         size = self.profile.global_batch_size
         return epoch, list(range(inner * size, (inner + 1) * size))
 
@@ -77,10 +78,9 @@ class Run:
         epoch, positions = self.rows(step)
         plan, size = self.plan(epoch), self.profile.per_device_train_batch_size
         mine = [plan.row(position) for position in positions[self.rank :: self.world_size]]
-        return [
-            collate(mine[begin : begin + size], self.shards, self.profile)
-            for begin in range(0, self.accumulation_steps * size, size)
-        ]
+        cuts = [mine[begin : begin + size] for begin in range(0, self.accumulation_steps * size, size)]
+        packed = self.profile.layout == "packed"
+        return [collate([join(cut)] if packed else cut, self.shards, self.profile) for cut in cuts]
 
 
 def train(
@@ -162,12 +162,41 @@ def _line(run: Run, step: int, sums: Tensor, rate: float) -> Line:
         "applied": int(run.engine.was_step_applied()),
         "tokens": int(sums[1]),
         "supervised_tokens": int(sums[3 + count :].sum()),
-        "rows": digest_of([int(i) for i in run.plan(epoch).order[positions[0] : positions[-1] + 1]])[:12],
+        "rows": run.plan(epoch).span(positions[0], positions[-1] + 1),
     }
     for number, name in enumerate(run.names):
         supervised = float(sums[3 + count + number])
         line[f"loss_{name}"] = float(sums[3 + number]) / supervised if supervised else None
     return line
+
+
+@torch.no_grad()
+def check_isolation(run: Run) -> float | None:
+    """Return how far losses in a packed row are from those of its sequences alone; None where nothing is packed.
+
+    Proven on the live model and backend, since a backend that ignores the borders trains without a word.
+
+    Raises:
+        ConfigError: Sequences of a row read each other.
+    """
+    plan = run.plan(0)
+    row = next((row for row in plan.packed or () if len(row) > 1), None)
+    if row is None:
+        return None
+    run.engine.eval()
+    together, *alone = (
+        run.engine.module(**_tensors(collate([one], run.shards, run.profile), run.device))
+        for one in (row, *((piece,) for piece in row))
+    )
+    run.engine.train()
+    worst = float((together - torch.cat(alone)).abs().max()) if len(together) else 0.0
+    allowed = ISOLATION_TOLERANCE[run.profile.dtype]
+    if not worst <= allowed:
+        raise ConfigError(
+            f"layout: sequences of a packed row read each other here: a loss is {worst:.2g} nats from the one its "
+            f"sequence has alone, at most {allowed:g} is rounding; set layout: padded, or another attention backend"
+        )
+    return worst
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from ropeway.shards import open_shards
 from ropeway.train import checkpoints
 from ropeway.train.config import load_deepspeed_json, plan_deepspeed
 from ropeway.train.export import export_model
-from ropeway.train.loop import Line, Run, train
+from ropeway.train.loop import Line, Run, check_isolation, train
 from ropeway.train.loss import SupervisedLoss
 from ropeway.train.model import Attention, check_rope, choose_attention, open_model
 from ropeway.workspace import Workspace
@@ -135,6 +135,9 @@ def _open_run(workspace: Workspace, profile: Any, *, root: Path, cuda: bool) -> 
     run.engine, *_ = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=config)
     check_rope(run.engine.module.model, profile)
     _check_same_plan(run)
+    apart = check_isolation(run)
+    if apart is not None and run.rank == 0:
+        print(f"packed rows keep sequences apart: losses equal those alone to {apart:.1e} nats", flush=True)
     return run
 
 
