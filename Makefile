@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup run test check ui clean
+.PHONY: help setup run test check ui bench bench-packing clean
 .DEFAULT_GOAL := help
 
 help:
@@ -14,6 +14,7 @@ help:
 	@echo "make test    set up if needed, then run the tests (no network)"
 	@echo "make ui      the Prefect UI over this workspace's runs, on http://127.0.0.1:4200"
 	@echo "make check   ruff, mypy, import contracts"
+	@echo "make bench   the benchmarks, one JSON line each"
 	@echo "make setup   only the environment (EXTRAS=smollm2 adds that profile's model)"
 
 setup: $(VENV)/.ready-run
@@ -47,6 +48,11 @@ check: $(VENV)/.ready-test
 
 ui: $(VENV)/.ready-run
 	$(BIN)/ropeway server
+
+bench: bench-packing
+
+bench-packing: $(VENV)/.ready-run
+	$(BIN)/python benchmarks/packing.py
 
 clean:
 	rm -rf $(VENV)
