@@ -78,6 +78,21 @@ class Running:
         return self.flow.communicate(timeout=60)[0]
 
 
+@pytest.fixture
+def start():
+    """Start flows; whatever a failing test leaves of them goes with their flow."""
+    flows = []
+
+    def begin(*arguments):
+        flows.append(Running(*arguments))
+        return flows[-1]
+
+    yield begin
+    for running in flows:
+        running.flow.kill()
+        running.flow.communicate()
+
+
 def check_it_saved(workspace):
     assert (workspace.root / "saved").read_text() == "checkpoint"
     with workspace_lock(workspace.root, command="nobody holds it"):
@@ -85,8 +100,8 @@ def check_it_saved(workspace):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_flow_that_is_ended_leaves_no_process_behind(made_workspace, number):
-    running = Running(made_workspace, "plain")
+def test_a_flow_that_is_ended_leaves_no_process_behind(start, made_workspace, number):
+    running = start(made_workspace, "plain")
     running.flow.send_signal(number)
     running.await_end()
     code = running.flow.wait(30)
@@ -95,8 +110,8 @@ def test_a_flow_that_is_ended_leaves_no_process_behind(made_workspace, number):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_dvc_that_is_ended_ends_its_stage_and_this_flow_does_not_start_it_again(made_workspace, number):
-    running = Running(made_workspace, "plain")
+def test_a_dvc_that_is_ended_ends_its_stage_and_this_flow_does_not_start_it_again(start, made_workspace, number):
+    running = start(made_workspace, "plain")
     running.find("/dvc").send_signal(number)
     words = running.await_end()
     assert running.flow.wait(30) == TemporaryError.exit_code
@@ -105,10 +120,10 @@ def test_a_dvc_that_is_ended_ends_its_stage_and_this_flow_does_not_start_it_agai
     check_it_saved(made_workspace)
 
 
-def test_a_killed_flow_holds_the_workspace_while_its_stage_saves_and_the_next_one_goes_on(made_workspace):
+def test_a_killed_flow_holds_the_workspace_while_its_stage_saves_and_the_next_one_goes_on(start, made_workspace):
     os.mkfifo(made_workspace.root / "may-save")
     slow = TRAINING.replace("    Path(", "    Path('may-save').read_text()\n    Path(")
-    running = Running(made_workspace, "plain", slow)
+    running = start(made_workspace, "plain", slow)
     running.flow.kill()
     running.flow.wait()
     saving = (made_workspace.root / "may-save").open("w")  # returns once the stage has begun to save
@@ -122,16 +137,16 @@ def test_a_killed_flow_holds_the_workspace_while_its_stage_saves_and_the_next_on
     assert made_workspace.calls() == ["train", "evaluate", "package"]
 
 
-def test_a_killed_flow_on_prefect_leaves_no_temporary_server_behind_either(own_prefect):
-    running = Running(own_prefect, "prefect")
+def test_a_killed_flow_on_prefect_leaves_no_temporary_server_behind_either(start, own_prefect):
+    running = start(own_prefect, "prefect")
     assert any("server" in process.cmdline() for process in running.members)
     running.flow.kill()
     running.await_end()
     check_it_saved(own_prefect)
 
 
-def test_a_flow_on_prefect_that_gets_sigterm_ends_its_stage_and_is_shown_as_crashed(made_workspace, on_prefect):
-    running = Running(made_workspace, "prefect")
+def test_a_flow_on_prefect_that_gets_sigterm_ends_its_stage_and_is_shown_as_crashed(start, made_workspace, on_prefect):
+    running = start(made_workspace, "prefect")
     running.flow.terminate()
     running.await_end()
     assert running.flow.wait(30) == 128 + signal.SIGTERM
@@ -143,18 +158,20 @@ def test_a_flow_on_prefect_that_gets_sigterm_ends_its_stage_and_is_shown_as_cras
     assert run["state_name"] == "Crashed"
 
 
-def test_a_flow_waits_while_a_person_s_own_dvc_holds_dvc_s_locks(made_workspace, monkeypatch, capsys):
+def test_a_flow_waits_while_a_person_s_own_dvc_holds_dvc_s_locks(made_workspace, monkeypatch, capsys, request):
     os.mkfifo(made_workspace.root / "may-end")
     made_workspace.edit("params.yaml", "learning_rate: 2e-3", "learning_rate: 3e-3")
     made_workspace.trouble("train", "print('begun', flush=True)\nPath('may-end').read_text()")
     command = [sys.executable, "-m", "dvc", "repro", "--single-item", "train"]
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
     person = subprocess.Popen(command, cwd=made_workspace.root, stdout=subprocess.PIPE, text=True)
+    request.addfinalizer(person.communicate)
+    request.addfinalizer(person.kill)
     assert any(line.startswith("begun") for line in person.stdout)
 
     def let_it_end(_seconds):
         (made_workspace.root / "may-end").open("w").close()
-        person.communicate(timeout=60)
+        person.wait(60)
 
     monkeypatch.setattr("flows.stages.time", SimpleNamespace(sleep=let_it_end))
     result = run_retrain(made_workspace.root, use_prefect=False)
