@@ -1,7 +1,7 @@
 """How long packing takes and how full its rows are, at the published run's size: one JSON line, 1 when a promise fails.
 
-The lengths are those of the published mixture as far as the card tells them: 188,842 conversations and 236,022 chunks of
-long text, drawn from two log-normal distributions and cut at 8,192.
+The lengths are as many as the published mixture has, 188,842 of conversations and 236,022 of chunks of long text, drawn
+from two log-normal distributions (the card states no lengths) and cut at 8,192.
 """
 
 import json
