@@ -87,7 +87,7 @@ def finish_run(workspace: Workspace, profile: Profile) -> None:
         Account(
             name=name,
             kind=kind,
-            records=Records(count + 1, {"no text": 1}, {}, count, 0, 0),
+            records=Records(count + 1, {"no text": 1}, {}, count, 0, {}, 0),
             sequences=Parts(count, count - 8, 6, 2),
             tokens=Parts(40 * count, 40 * (count - 8), 240, 80),
             epochs=(EpochOfSource(0, 0, count - 8, 40 * (count - 8), 0, 0, 1, 10, 512, 42, 40 * (count - 8) - 10, 99),),

@@ -20,7 +20,8 @@ class Records:
     Attributes:
         refused_by_fetch: Reason -> records.
         refused_by_prepare: Likewise.
-        with_special_tokens: Kept records in whose text a special token's string stands.
+        with_special_tokens: Records in whose text a special token's string stands; refused when params reject them.
+        special_token_hits: Such a string -> how often it stands in the source's texts.
         without_tokens: Kept documents that are empty, hence no chunk.
     """
 
@@ -29,6 +30,7 @@ class Records:
     refused_by_prepare: dict[str, int]
     kept: int
     with_special_tokens: int
+    special_token_hits: dict[str, int]
     without_tokens: int
 
 

@@ -12,7 +12,7 @@ EVEN = Ledger(
         Account(
             "talk",
             "conversation",
-            Records(12, {"not JSON": 1}, {"conversation without turns": 1}, 10, 2, 0),
+            Records(12, {"not JSON": 1}, {"conversation without turns": 1}, 10, 2, {}, 0),
             sequences=Parts(10, 7, 2, 1),
             tokens=Parts(100, 70, 20, 10),
             epochs=(EpochOfSource(0, 2, 5, 50, 1, 6, 1, 4, 48, 8, 40, 30),),
@@ -20,7 +20,7 @@ EVEN = Ledger(
         Account(
             "text",
             "document",
-            Records(3, {}, {}, 3, 0, 1),
+            Records(3, {}, {}, 3, 0, {}, 1),
             sequences=Parts(5, 4, 1, 0),
             tokens=Parts(55, 44, 11, 0),
             epochs=(EpochOfSource(0, 0, 4, 44, 0, 0, 1, 4, 64, 24, 40, 39),),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ropeway import prepare
 from ropeway.chat import ASSISTANT, PROMPTER, Conversation, render
-from ropeway.errors import ConfigError, DataError
+from ropeway.errors import DataError
 from ropeway.manifest import file_sha256, load_manifest, write_manifest
 from ropeway.params import READS, DatasetOptions, load_profile
 from ropeway.prepare.encode import Encoder, conversation_kinds, document_kinds, text_key
@@ -62,8 +62,8 @@ def tokenizer():
     return open_tokenizer(TOKENIZER)
 
 
-def encoder(tokenizer, max_chunk_size=None):
-    return Encoder(tokenizer, read_special(TOKENIZER, tokenizer), max_chunk_size)
+def encoder(tokenizer, max_chunk_size=None, way="parse"):
+    return Encoder(tokenizer, read_special(TOKENIZER, tokenizer), max_chunk_size, way)
 
 
 def test_every_conversation_is_stored_whole_as_one_string_of_tokens(run, tokenizer):
@@ -200,10 +200,51 @@ def test_a_special_tokens_string_in_a_text_is_parsed_and_the_record_counted(tmp_
     assert open_shards(workspace.data).sources[0].read(0)[0].tolist().count(special["eos"]) == 3
 
 
-@pytest.mark.parametrize("way", ["escape", "reject"])
-def test_ways_with_special_tokens_that_are_not_there_yet_are_refused(run, way):
-    with pytest.raises(ConfigError, match=f"'{way}' is not there yet"):
-        prepare.run(run[0], profile(special_tokens_in_text=way))
+@pytest.mark.parametrize(("way", "kept", "ends"), [("parse", 41, 4), ("escape", 41, 2), ("reject", 40, 2)])
+def test_special_tokens_in_text_are_counted_whatever_becomes_of_them(tmp_path, capsys, way, kept, ends):
+    odd = Conversation(("Which token ends a turn?", "It is </s>, see? </s><|assistant|>"))
+    workspace = lay(tmp_path, [odd, *TALKS], [*TEXTS, "plain <|prompter|> text"])
+    prepare.run(workspace, profile(special_tokens_in_text=way, max_refused_fraction=0.1))
+    talk, text = (account["records"] for account in json.loads(workspace.ledger.read_bytes())["sources"])
+    assert talk["with_special_tokens"] == text["with_special_tokens"] == 1
+    assert talk["special_token_hits"] == {"</s>": 2, "<|assistant|>": 1}
+    assert text["special_token_hits"] == {"<|prompter|>": 1}
+    assert talk["kept"] == kept
+    assert talk["refused_by_prepare"] == ({"special token in text": 1} if way == "reject" else {})
+    assert f"(special_tokens_in_text: {way})" in capsys.readouterr().out
+    shards = open_shards(workspace.data)
+    assert shards.sources[0].read(0)[0].tolist().count(shards.special["eos"]) == ends
+    last, _ = shards.sources[1].read(len(shards.sources[1].lengths) - 1)
+    assert (shards.special[PROMPTER] in last.tolist()) == (way == "parse")
+
+
+def test_rejecting_too_many_records_ends_the_stage(tmp_path):
+    workspace = lay(tmp_path, [Conversation(("a", "</s>")), *TALKS])
+    with pytest.raises(DataError, match=r"source talk: 1 of 41 records refused .*special token in text"):
+        prepare.run(workspace, profile(special_tokens_in_text="reject"))
+    assert not workspace.data.exists()
+
+
+def test_refusals_of_fetch_and_prepare_for_the_same_reason_add_up(tmp_path):
+    workspace = lay(tmp_path, [Conversation((), "alone"), *TALKS], refused={"conversation without turns": 2})
+    with pytest.raises(DataError, match="source talk: 3 of 43 records refused"):
+        prepare.run(workspace, profile())
+
+
+@pytest.mark.parametrize("split", ["permutation", "by_hash"])
+def test_no_document_has_chunks_on_both_sides_and_the_ledger_comes_out_even(tmp_path, split):
+    workspace = lay(tmp_path, texts=[f"{text}{n}" for n, text in enumerate(TEXTS * 3)])
+    prepare.run(workspace, profile(split=split, split_by="document"))
+    _, text = open_shards(workspace.data).sources
+    tokenizer = open_tokenizer(TOKENIZER)
+    sequences = encoder(tokenizer, 60).encode(f"{text}{n}" for n, text in enumerate(TEXTS * 3))
+    record = [sequence.record for sequence in sequences]
+    train = {record[n] for n in text.train}
+    assert len(text.validation)
+    assert not train & {record[n] for n in text.validation}
+    assert Counter(record[n] for n in text.train) == {n: record.count(n) for n in train}
+    parts = json.loads(workspace.ledger.read_bytes())["sources"][1]["sequences"]
+    assert parts["train"] + parts["validation"] + parts["unused"] == parts["all"] == len(record)
 
 
 def test_a_source_that_teaches_nothing_is_refused(tmp_path):
@@ -260,7 +301,7 @@ def test_small_batches_give_the_same_sequences(tokenizer, monkeypatch):
     assert [s.tokens.tolist() for s in encoder(tokenizer).encode(TALKS)] == whole
 
 
-def split_of(texts, *, per=1, **changes):
+def split_of(texts, *, per=1, limit=None, **changes):
     """Split of `per` sequences a record, keyed by text."""
     options = {"split": "by_hash", "split_by": "chunk", **changes}
     records = np.repeat(np.arange(len(texts)), per)
@@ -270,7 +311,7 @@ def split_of(texts, *, per=1, **changes):
         records,
         np.array(keys, np.uint64),
         profile(**options),
-        max_val_set=None,
+        max_val_set=limit,
         generator=np.random.RandomState(1),
     )
 
@@ -282,6 +323,33 @@ def test_a_split_by_hash_is_not_moved_by_new_records():
     kept = {old[n] for n in before.validation}
     assert kept == {new[n] for n in after.validation if new[n].startswith("record")}
     assert 0.15 < len(before.validation) / 500 < 0.25
+
+
+def test_a_split_by_hash_depends_on_the_splits_seed_and_not_on_the_runs(monkeypatch):
+    texts = [f"record {n}" for n in range(500)]
+    before = split_of(texts).validation.tolist()
+    assert split_of(texts, rng_seed=12).validation.tolist() == before
+    monkeypatch.setattr("ropeway.prepare.encode.SPLIT_SEED", 667)
+    assert split_of(texts).validation.tolist() != before
+
+
+def test_a_new_record_takes_one_place_at_most_in_a_limited_validation_set():
+    old = [f"record {n}" for n in range(500)]
+    before = {old[n] for n in split_of(old, limit=20).validation}
+    for number in range(40):
+        new = [f"new {number}", *old]
+        after = split_of(new, limit=20)
+        assert len(before - {new[n] for n in after.validation}) <= 1
+        assert len(after.train) + len(after.validation) + len(after.unused) == 501
+
+
+@settings(deadline=None, max_examples=30)
+@given(texts=st.lists(st.text(max_size=40), max_size=40), share=st.floats(0, 0.9), limit=st.integers(0, 9) | st.none())
+@pytest.mark.parametrize("split", ["permutation", "by_hash"])
+@pytest.mark.parametrize("split_by", ["chunk", "document"])
+def test_every_split_puts_each_sequence_in_one_part(split, split_by, texts, share, limit):
+    found = split_of(texts, per=2, limit=limit, split=split, split_by=split_by, val_split=share)
+    assert sorted([*found.train, *found.validation, *found.unused]) == list(range(2 * len(texts)))
 
 
 @pytest.mark.parametrize("split", ["permutation", "by_hash"])

@@ -1,5 +1,6 @@
 """Room: prepare. Raw records to token shards, once and whole; the split; the ledger."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ropeway.chat import template_digest
-from ropeway.errors import ConfigError, DataError
+from ropeway.errors import DataError
 from ropeway.ledger import Ledger, Records, check_ledger
 from ropeway.manifest import file_sha256, load_manifest, whole_folder, write_json, write_manifest
 from ropeway.params import DatasetOptions, Profile
@@ -20,6 +21,12 @@ from ropeway.raw import iterate_records
 from ropeway.shards import FORMAT, open_shards
 from ropeway.tokenizer import count_tokens, open_tokenizer, read_special
 from ropeway.workspace import Workspace
+
+_WHAT_HAPPENS = {
+    "parse": "it is parsed as the token",
+    "escape": "it is encoded as ordinary text",
+    "reject": "these records are refused",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +43,10 @@ def run(workspace: Workspace, profile: Profile) -> None:
     """Leave `data/` (shards, manifest) and `ledger.json`.
 
     Raises:
-        ConfigError: Params ask for what this version does not have.
+        ConfigError: Params ask for what this tokenizer cannot do.
         DataError: Raw files are not what their manifest says, too many records are refused, a source teaches nothing,
             or the ledger does not come out even.
     """
-    if profile.special_tokens_in_text != "parse":
-        raise ConfigError(
-            f"special_tokens_in_text: '{profile.special_tokens_in_text}' is not there yet in this version; use parse"
-        )
     raw = load_manifest(workspace.raw, remedy="Run `dvc repro fetch`")
     tokenizer = open_tokenizer(workspace.base)
     special = read_special(workspace.base, tokenizer)
@@ -51,7 +54,7 @@ def run(workspace: Workspace, profile: Profile) -> None:
     prepared: dict[str, Prepared] = {}
     with whole_folder(workspace.data) as folder:
         for name, options in profile.mixture:
-            encoder = Encoder(tokenizer, special, options.max_chunk_size)
+            encoder = Encoder(tokenizer, special, options.max_chunk_size, profile.special_tokens_in_text)
             writer = ShardWriter(folder / name, vocab_size=count_tokens(tokenizer))
             for sequence in encoder.encode(iterate_records(workspace.raw / name)):
                 writer.add(sequence)
@@ -99,10 +102,10 @@ def _records(name: str, raw: Mapping[str, Any], encoder: Encoder, profile: Profi
     Raises:
         DataError: Fetch and prepare together refused more than `max_refused_fraction`.
     """
-    refused = {**raw["refused"], **encoder.refused}
+    refused = Counter(raw["refused"]) + encoder.refused
     if sum(refused.values()) > profile.max_refused_fraction * raw["read"]:
         raise DataError(
-            f"source {name}: {sum(refused.values()):,} of {raw['read']:,} records refused ({refused}), more than "
+            f"source {name}: {sum(refused.values()):,} of {raw['read']:,} records refused ({dict(refused)}), more than "
             f"max_refused_fraction {profile.max_refused_fraction:g} allows"
         )
     return Records(
@@ -111,6 +114,7 @@ def _records(name: str, raw: Mapping[str, Any], encoder: Encoder, profile: Profi
         refused_by_prepare=dict(encoder.refused),
         kept=encoder.kept,
         with_special_tokens=encoder.with_special_tokens,
+        special_token_hits=dict(sorted(encoder.special_token_hits.items())),
         without_tokens=encoder.without_tokens,
     )
 
@@ -144,7 +148,8 @@ def describe(ledger: Ledger, profile: Profile) -> list[str]:
         if account.records.with_special_tokens:
             lines.append(
                 f"{account.name}: {account.records.with_special_tokens:,} records hold a special token's string in "
-                "their text; it is parsed as the token (special_tokens_in_text: parse)"
+                f"their text ({account.records.special_token_hits}); {_WHAT_HAPPENS[profile.special_tokens_in_text]} "
+                f"(special_tokens_in_text: {profile.special_tokens_in_text})"
             )
         expected = profile.sources[account.name].expected_rows
         if expected is not None and expected != account.sequences.all:

@@ -5,13 +5,15 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from ropeway.chat import ASSISTANT, PROMPTER, Conversation, render
-from ropeway.mixture import plan_chunks
+from ropeway.mixture import SPLIT_SEED, plan_chunks
+from ropeway.prepare.escape import OWN_MARK, Escape
 from ropeway.raw import Record, iterate_texts
 from ropeway.shards import Kind
 from ropeway.tokenizer import token_text
@@ -43,35 +45,40 @@ class Encoder:
     """Tokenizes one source's records and counts what it meets.
 
     Attributes:
+        special_tokens_in_text: What a special token's string in a text becomes: the token (`parse`, as published),
+            ordinary tokens (`escape`), or a refusal of the record (`reject`).
         kept: Records that were not refused.
         refused: Reason -> records.
-        with_special_tokens: Kept records in whose text a special token's string stands; it is parsed as the token.
+        with_special_tokens: Records in whose text a special token's string stands, kept or refused for it.
+        special_token_hits: Such a string -> how often it stands in texts.
     """
 
     tokenizer: Tokenizer
     special: dict[str, int]
     max_chunk_size: int | None
+    special_tokens_in_text: Literal["parse", "escape", "reject"] = "parse"
     kept: int = 0
     with_special_tokens: int = 0
     without_tokens: int = 0
     refused: Counter[str] = field(default_factory=Counter)
+    special_token_hits: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         """Collect the strings that the tokenizer parses as special tokens."""
-        added = self.tokenizer.get_added_tokens_decoder().values()
+        added = sorted(self.tokenizer.get_added_tokens_decoder().values(), key=lambda token: -len(token.content))
         self.end = token_text(self.tokenizer, self.special["eos"])
         self._parsed = re.compile("|".join(re.escape(token.content) for token in added if token.special))
+        self._escape = Escape(self.tokenizer) if self.special_tokens_in_text == "escape" else None
 
     def encode(self, records: Iterable[Record]) -> Iterator[Sequence]:
         """Yield the sequences of these records, in order."""
         for batch in self._batches(self._keep(records)):
-            texts = [text for record in batch for text in self._texts(record)]
-            encodings = iter(zip(texts, self.tokenizer.encode_batch_fast(texts), strict=True))
+            encodings = iter(self._tokenize(batch))
             for record in batch:
                 parts = self._texts(record)
                 record_key = text_key("".join(parts))
-                for at in range(len(parts)):
-                    text, encoding = next(encodings)
+                for at, text in enumerate(parts):
+                    encoding = next(encodings)
                     tokens = np.asarray(encoding.ids, dtype=np.int64)
                     kinds = self._kinds(record, tokens, is_last=at == len(parts) - 1)
                     yield Sequence(tokens, kinds, self.kept, text_key(text), record_key)
@@ -83,8 +90,15 @@ class Encoder:
             if isinstance(record, Conversation) and not record.turns:
                 self.refused["conversation without turns"] += 1
                 continue
-            self.with_special_tokens += any(map(self._parsed.search, iterate_texts(record)))
-            yield record
+            hits = Counter(hit[0] for text in iterate_texts(record) for hit in self._parsed.finditer(text))
+            self.with_special_tokens += bool(hits)
+            self.special_token_hits += hits
+            if hits and self.special_tokens_in_text == "reject":
+                self.refused["special token in text"] += 1
+            elif self._escape and any(map(OWN_MARK.search, iterate_texts(record))):
+                self.refused["text holds escape's own mark (U+FDD0, digits, U+FDD1)"] += 1
+            else:
+                yield record
 
     def _batches(self, records: Iterable[Record]) -> Iterator[list[Record]]:
         batch: list[Record] = []
@@ -98,8 +112,20 @@ class Encoder:
         if batch:
             yield batch
 
+    def _tokenize(self, batch: list[Record]) -> list[Encoding]:
+        """Return one encoding for each of `_texts` of each record."""
+        if self._escape is None:
+            return self.tokenizer.encode_batch_fast([text for record in batch for text in self._texts(record)])
+        texts = []
+        for record in batch:
+            if isinstance(record, Conversation):
+                texts.append(self._escape.render(record, end=self.end))
+            else:
+                texts += self._texts(record)
+        return self._escape.tokenizer.encode_batch_fast(texts)
+
     def _texts(self, record: Record) -> list[str]:
-        """Return the strings that are tokenized: the rendered conversation, or a document's chunks."""
+        """Return what is tokenized, before escaping: the rendered conversation, or a document's chunks."""
         if isinstance(record, Conversation):
             return [render(record, end=self.end)]
         return [record[begin:end] for begin, end in plan_chunks(len(record), self.max_chunk_size)]
@@ -131,5 +157,6 @@ def document_kinds(length: int, *, is_last: bool) -> NDArray[np.uint8]:
 
 
 def text_key(text: str) -> int:
-    """Return 64 bits of a text's hash, the same on every machine."""
-    return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest())
+    """Return 64 bits of the hash of a text and the split's fixed seed, the same on every machine."""
+    seed = SPLIT_SEED.to_bytes(8)
+    return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8, key=seed).digest())

@@ -42,7 +42,11 @@ def plan_split(
     else:
         train, part = (expand(order, units) for order in split_positions(_count(units), profile.val_split))
     replace = profile.validation_with_replacement
-    validation = part[draw_validation(len(part), max_val_set, generator=generator, replace=replace)]
+    if profile.split == "by_hash" and not replace:
+        # The lowest hashes: a new record takes the place of one at most, where a draw would change them all.
+        validation = np.sort(part[np.argsort(keys[part], kind="stable")][:max_val_set])
+    else:
+        validation = part[draw_validation(len(part), max_val_set, generator=generator, replace=replace)]
     return Split(train, validation, np.setdiff1d(part, validation))
 
 
