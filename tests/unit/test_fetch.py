@@ -126,7 +126,7 @@ def test_a_module_without_docstrings_gives_no_talk():
 
 def test_more_refused_records_than_allowed_end_the_fetch_and_leave_no_table(tmp_path, monkeypatch):
     records = [Conversation(("q", "a")), *[fetch.Refused(f"x.jsonl:{n}", "not JSON") for n in range(3)]]
-    monkeypatch.setattr(fetch, "open_source", lambda _: iter(records))
+    monkeypatch.setattr(fetch, "open_source", lambda *_: iter(records))
     workspace = Workspace(tmp_path, "laptop")
     with pytest.raises(
         DataError, match=r"source docstrings: 3 of 4 records refused .*'not JSON': 3.* first: x.jsonl:0"
@@ -137,7 +137,7 @@ def test_more_refused_records_than_allowed_end_the_fetch_and_leave_no_table(tmp_
 
 def test_few_refused_records_are_counted_and_the_first_are_shown(tmp_path, monkeypatch):
     records = [*[Conversation(("q", "a"))] * 99, fetch.Refused("x.jsonl:100", "not JSON")]
-    monkeypatch.setattr(fetch, "open_source", lambda _: iter(records))
+    monkeypatch.setattr(fetch, "open_source", lambda *_: iter(records))
     workspace = Workspace(tmp_path, "laptop")
     fetch.run(workspace, profile(docstrings=DOCSTRINGS))
     facts = json.loads((workspace.raw / "manifest.json").read_bytes())["sources"]["docstrings"]

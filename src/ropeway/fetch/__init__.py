@@ -1,16 +1,18 @@
 """Room: fetch. Sources to parquet, pinned by an identity, every record counted."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ropeway.errors import ConfigError, DataError
-from ropeway.fetch.identity import source_identity
+from ropeway.fetch.files import UnreadableError, iterate_objects
+from ropeway.fetch.identity import find_files, source_identity
 from ropeway.fetch.python_docs import iterate_docstrings, iterate_topics
+from ropeway.fetch.records import needed_columns, to_record
 from ropeway.manifest import whole_folder, write_manifest
-from ropeway.params import Profile, PythonDocsSource, Source
+from ropeway.params import FilesSource, Profile, PythonDocsSource, Source
 from ropeway.raw import RawWriter, Record, RecordKind
 from ropeway.workspace import Workspace
 
@@ -41,19 +43,19 @@ def run(workspace: Workspace, profile: Profile) -> None:
     rows: dict[str, int] = {}
     with whole_folder(workspace.raw) as folder:
         for name, source in profile.sources.items():
-            facts, parts = _fetch(name, source, folder / name, profile.max_refused_fraction)
+            facts, parts = _fetch(name, source, workspace.root, folder / name, profile.max_refused_fraction)
             sources[name] = {**facts, "identity": source_identity(source, workspace.root)}
             rows |= {f"{name}/{part}": count for part, count in parts.items()}
             print(f"{name}: {facts['kept']:,} {facts['kind']}s of {facts['read']:,} read, {facts['refused'] or 'none'}")
         write_manifest(folder, {"sources": sources}, rows=rows)
 
 
-def _fetch(name: str, source: Source, folder: Path, limit: float) -> tuple[dict[str, Any], dict[str, int]]:
+def _fetch(name: str, source: Source, root: Path, folder: Path, limit: float) -> tuple[dict[str, Any], dict[str, int]]:
     """Write one source; return its facts and the rows of each part."""
     reasons: Counter[str] = Counter()
     shown: list[dict[str, str]] = []
     with RawWriter(folder, kind_of(source)) as writer:
-        for record in open_source(source):
+        for record in open_source(source, root):
             if isinstance(record, Refused):
                 reasons[record.reason] += 1
                 shown += [{"where": record.where, "reason": record.reason}] * (len(shown) < _SHOWN_REFUSALS)
@@ -82,7 +84,7 @@ def kind_of(source: Source) -> RecordKind:
     return "document" if source.rows == "text" else "conversation"
 
 
-def open_source(source: Source) -> Iterable[Record | Refused]:
+def open_source(source: Source, root: Path) -> Iterable[Record | Refused]:
     """Return a source's records, refused ones among them, in an order that never changes.
 
     Raises:
@@ -90,4 +92,17 @@ def open_source(source: Source) -> Iterable[Record | Refused]:
     """
     if isinstance(source, PythonDocsSource):
         return iterate_topics() if source.part == "topics" else iterate_docstrings()
-    raise ConfigError(f"sources: kind '{source.kind}' is not there yet in this version; use python_docs")
+    if isinstance(source, FilesSource):
+        return _iterate_files(source, root)
+    raise ConfigError(f"sources: kind '{source.kind}' is not there yet in this version; use files or python_docs")
+
+
+def _iterate_files(source: FilesSource, root: Path) -> Iterator[Record | Refused]:
+    for name, path in find_files(source.paths, root).items():
+        for where, value in iterate_objects(path, needed_columns(source.rows, source.columns)):
+            try:
+                if isinstance(value, UnreadableError):
+                    raise value
+                yield to_record(value, source.rows, source.columns)
+            except UnreadableError as error:
+                yield Refused(where.replace(str(path), name, 1), str(error))
