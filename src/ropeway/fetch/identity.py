@@ -41,8 +41,8 @@ def find_files(patterns: list[str], root: Path) -> dict[str, Path]:
     for pattern in patterns:
         if "://" in pattern:
             raise ConfigError(
-                f"sources: '{pattern}': addresses are not fetched yet in this version; copy the file below {root} and name "
-                "it in `paths`"
+                f"sources: '{pattern}': addresses are not fetched yet in this version; copy the file below "
+                f"{root} and name it in `paths`"
             )
         names = glob.glob(pattern, root_dir=root, recursive=True)  # noqa: PTH207 - absolute patterns too
         files = {name: root / name for name in names if (root / name).is_file()}
