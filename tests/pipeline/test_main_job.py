@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 
@@ -99,7 +100,7 @@ def test_killed_in_training_the_run_resumes_and_ends_with_the_same_bytes(finishe
     seen = []
     for line in process.stdout:
         seen.append(line)
-        if "step 10/" in line:
+        if "step 5/" in line:  # step 4 is saved; what is printed lags a little behind what is trained
             break
     tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     assert any("ropeway.train.rank" in " ".join(one.cmdline()) for one in tree), "".join(seen)
@@ -111,7 +112,7 @@ def test_killed_in_training_the_run_resumes_and_ends_with_the_same_bytes(finishe
     assert alive == []
 
     text = job.do("ropeway", "run", "--no-prefect")
-    assert "resuming after step 8 of 24" in text
+    assert int(re.search(rf"resuming after step (\d+) of {STEPS}", text)[1]) in range(4, STEPS, 4)
     assert job.weights() == finished.weights()
     # All that the signed package holds is the same too: a resumed run is the same version.
     packages = [load_manifest(one.run / "package", remedy="-") for one in (job, finished)]
