@@ -106,7 +106,9 @@ def make_model(folder: Path, profile: Profile, *, seed: int, steps: int) -> None
     config = LlamaConfig(
         **shape.model_dump(exclude={"vocab_size", "rope_theta"}),
         vocab_size=2016,
-        rope_parameters=RopeScaling.of(profile, theta=shape.rope_theta).rope_parameters(),
+        rope_parameters=RopeScaling.of(
+            profile, theta=shape.rope_theta, original=shape.max_position_embeddings
+        ).rope_parameters(),
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=2,

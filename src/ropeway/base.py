@@ -67,8 +67,9 @@ def plan_vocabulary(tokens: int, multiple: int) -> int:
 
 def make_model(profile: Profile, *, rows: int) -> LlamaForCausalLM:
     """Return a Llama of `expected_model`'s shape with fp32 weights drawn from the run's seed alone."""
-    shape = profile.expected_model.model_dump(exclude={"vocab_size", "rope_theta"})
-    config = LlamaConfig(**shape, vocab_size=rows, rope_parameters=_rope(profile).rope_parameters())
+    shape, rope = profile.expected_model.model_dump(exclude={"vocab_size", "rope_theta"}), _rope(profile)
+    shape |= {"vocab_size": rows, "max_position_embeddings": rope.stated_positions}
+    config = LlamaConfig(**shape, rope_parameters=rope.rope_parameters())
     with torch.random.fork_rng(devices=[]):  # transformers draws from the global generator only
         torch.manual_seed(profile.rng_seed)
         return LlamaForCausalLM(config).to(torch.float32)
@@ -83,6 +84,7 @@ def open_model(origin: Path, options: dict[str, Any], profile: Profile) -> Llama
     config = AutoConfig.from_pretrained(origin, **options)
     check_shape(config, profile.expected_model, where=f"model_name {profile.model_name}")
     config.rope_parameters = _rope(profile).rope_parameters()  # the whole dict: a partial one loses theta (5.24)
+    config.max_position_embeddings = _rope(profile).stated_positions
     config.rms_norm_eps = profile.expected_model.rms_norm_eps
     model, found = LlamaForCausalLM.from_pretrained(
         origin, config=config, dtype="auto", output_loading_info=True, **options
@@ -140,7 +142,8 @@ def resize(model: LlamaForCausalLM, *, rows: int, new_rows: str, seed: int) -> N
 
 
 def _rope(profile: Profile) -> RopeScaling:
-    return RopeScaling.of(profile, theta=profile.expected_model.rope_theta)
+    shape = profile.expected_model
+    return RopeScaling.of(profile, theta=shape.rope_theta, original=shape.max_position_embeddings)
 
 
 def _locate_origin(root: Path, profile: Profile) -> tuple[Path | None, dict[str, Any]]:

@@ -22,7 +22,7 @@ from ropeway.schema import (
     PythonDocsSource,
     ScratchBase,
     Source,
-    SuperhotConfig,
+    StretchScaling,
 )
 
 # Cadence and tracking: they change neither a weight nor a metric, so no stage depends on them.
@@ -125,7 +125,7 @@ __all__ = [
     "PythonDocsSource",
     "ScratchBase",
     "Source",
-    "SuperhotConfig",
+    "StretchScaling",
     "load_profile",
     "load_profiles",
     "read_block",

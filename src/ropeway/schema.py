@@ -21,11 +21,43 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", protected_namespaces=())
 
 
-class SuperhotConfig(Section):
+Scale = Annotated[float, Field(ge=1)]
+
+
+class StretchScaling(Section):
     """RoPE scaling in the published spelling; `ropeway.rope` turns it into the one object used everywhere."""
 
     type: Literal["linear", "dynamic"]
-    scale: Annotated[float, Field(ge=1)]
+    scale: Scale
+
+
+class YarnScaling(Section):
+    """YaRN. Source: Peng et al. 2023, arXiv:2309.00071: beta_fast 32 and beta_slow 1 for Llama."""
+
+    type: Literal["yarn"]
+    scale: Scale
+    beta_fast: Annotated[float, Field(gt=0)]
+    beta_slow: Annotated[float, Field(gt=0)]
+
+
+class Llama3Scaling(Section):
+    """Llama 3.1's scaling. Source: its config.json: low_freq_factor 1, high_freq_factor 4."""
+
+    type: Literal["llama3"]
+    scale: Scale
+    low_freq_factor: Annotated[float, Field(gt=0)]
+    high_freq_factor: Annotated[float, Field(gt=0)]
+
+    @model_validator(mode="after")
+    def _low_below_high(self) -> Self:
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor {self.low_freq_factor:g} must be below high_freq_factor {self.high_freq_factor:g}"
+            )
+        return self
+
+
+SuperhotConfig = Annotated[StretchScaling | YarnScaling | Llama3Scaling, Field(discriminator="type")]
 
 
 class DatasetOptions(Section):

@@ -54,7 +54,7 @@ def facts_of(name=NAME, **changes):
     facts = Facts(
         name=name,
         profile=profile.reading(READS["package"]),
-        rope=RopeScaling.of(profile, theta=profile.expected_model.rope_theta),
+        rope=RopeScaling.of(profile, theta=profile.expected_model.rope_theta, original=4096),
         raw={"sources": {one: {"kind": COUNTS[one][0], "identity": {"commit": COMMIT}} for one in COUNTS}},
         base={},
         data={"special": {"bos": 1, "eos": 2, "pad": 2}},
@@ -232,7 +232,7 @@ def test_an_answer_cannot_break_out_of_its_frame():
 
 
 def test_a_run_without_scaling_promises_none():
-    facts = facts_of(rope=RopeScaling("default", 1.0, 100000.0))
+    facts = facts_of(rope=RopeScaling("default", 1.0, 100000.0, 8192))
     text = "\n".join(card.format_context(facts))
     assert "no scaling of its RoPE embeddings" in text
     assert "factor" not in text

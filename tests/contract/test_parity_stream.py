@@ -122,7 +122,7 @@ def model(tiny, profile):
     """A Llama whose weights are a formula, padded and stretched by the product's own functions."""
     shape = {k: v for k, v in tiny["config"].items() if k not in ("rope_linear_factor", "base_vocab", "rope_theta")}
     tokens = count_tokens(open_tokenizer(TOKENIZER))
-    rope = RopeScaling("linear", tiny["config"]["rope_linear_factor"], tiny["config"]["rope_theta"])
+    rope = RopeScaling("linear", tiny["config"]["rope_linear_factor"], tiny["config"]["rope_theta"], 64)
     same("tiny_model", tokens, tiny["tokenizer_len"])
     same("tiny_model", plan_vocabulary(tokens, profile.pad_vocab_to_multiple_of), tiny["padded_vocab"])
     config = LlamaConfig(**shape, vocab_size=tiny["padded_vocab"], rope_parameters=rope.rope_parameters())

@@ -10,7 +10,7 @@ from ropeway.base import check_shape, plan_vocabulary, resize
 from ropeway.chat import ROLE_TOKENS, template_digest
 from ropeway.errors import ConfigError
 from ropeway.manifest import file_sha256, load_manifest, write_manifest
-from ropeway.params import READS, FolderBase, GgufBase, ModelShape, ScratchBase, SuperhotConfig, load_profile
+from ropeway.params import READS, FolderBase, GgufBase, ModelShape, ScratchBase, StretchScaling, load_profile
 from ropeway.raw import RawWriter
 from ropeway.tokenizer import open_tokenizer
 from ropeway.workspace import Workspace
@@ -180,7 +180,7 @@ def test_an_opened_model_is_stretched_as_params_say(tmp_path):
 def test_without_scaling_the_config_says_so(tmp_path):
     original(tmp_path / "model-x")
     workspace = Workspace(tmp_path, "run")
-    plain = of_folder("model-x", superhot=False, superhot_config=SuperhotConfig(type="linear", scale=1.0))
+    plain = of_folder("model-x", superhot=False, superhot_config=StretchScaling(type="linear", scale=1.0))
     base.run(workspace, plain)
     config = json.loads((workspace.base / "config.json").read_bytes())
     assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": 10000.0}

@@ -91,7 +91,7 @@ def test_a_tied_head_is_stored_once_and_must_be_the_embedding(export):
 
 
 def test_the_config_says_scaling_dtype_and_cache_in_old_and_new_spelling():
-    config = plan_config(TRAINED, rope=RopeScaling("linear", 2.0, 10000.0), dtype="bf16", special=SPECIAL)
+    config = plan_config(TRAINED, rope=RopeScaling("linear", 2.0, 10000.0, 4096), dtype="bf16", special=SPECIAL)
     assert config["rope_scaling"] == {"type": "linear", "factor": 2.0}
     assert config["rope_parameters"] == {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
     assert config["dtype"] == config["torch_dtype"] == "bfloat16"
@@ -101,11 +101,13 @@ def test_the_config_says_scaling_dtype_and_cache_in_old_and_new_spelling():
 
 
 def test_the_config_holds_no_path_and_no_library_version():
-    config = plan_config(TRAINED, rope=RopeScaling("linear", 2.0, 10000.0), dtype="bf16", special=SPECIAL)
+    config = plan_config(TRAINED, rope=RopeScaling("linear", 2.0, 10000.0, 4096), dtype="bf16", special=SPECIAL)
     assert not {"transformers_version", "_name_or_path"} & set(config)
 
 
-@pytest.mark.parametrize("rope", [RopeScaling("default", 1.0, 10000.0), RopeScaling("linear", 1.0, 10000.0)])
+@pytest.mark.parametrize(
+    "rope", [RopeScaling("default", 1.0, 10000.0, 4096), RopeScaling("linear", 1.0, 10000.0, 4096)]
+)
 def test_a_model_without_scaling_has_no_rope_scaling_for_old_loaders_to_refuse(rope):
     config = plan_config(TRAINED, rope=rope, dtype="fp16", special=SPECIAL)
     assert config["rope_scaling"] is None
@@ -113,8 +115,8 @@ def test_a_model_without_scaling_has_no_rope_scaling_for_old_loaders_to_refuse(r
 
 
 def test_the_lowest_loader_depends_on_theta():
-    assert lowest_loader(RopeScaling("linear", 2.0, 10000.0)) == "4.31.0"
-    assert lowest_loader(RopeScaling("default", 1.0, 100000.0)) == "4.33.0"
+    assert lowest_loader(RopeScaling("linear", 2.0, 10000.0, 4096)) == "4.31.0"
+    assert lowest_loader(RopeScaling("default", 1.0, 100000.0, 8192)) == "4.33.0"
 
 
 def test_the_tokenizer_config_keeps_names_and_drops_what_only_some_loaders_read():

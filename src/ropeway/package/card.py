@@ -29,6 +29,13 @@ from ropeway.workspace import Workspace
 
 SHOWN_SYSTEMS = 50
 
+_STRETCH = {
+    "linear": "every position is divided by the factor",
+    "dynamic": "beyond the base's context theta grows",
+    "yarn": "slow frequencies are divided by the factor, fast ones kept, those between blended (arXiv:2309.00071)",
+    "llama3": "long wavelengths are stretched by the factor, short ones kept, others blended (as Llama 3.1 does)",
+}
+
 
 def write_card(facts: Facts, workspace: Workspace, folder: Path, written: Written) -> None:
     """Write README.md, and the notice that Llama 2 asks for, into a package folder that has all but its manifest."""
@@ -118,16 +125,21 @@ def format_context(facts: Facts) -> Iterator[str]:
             f"`max_position_embeddings` of {reach:,} is the base's own."
         )
         return
-    how = {"linear": "every position is divided by the factor", "dynamic": "beyond the base's context theta grows"}
+    settings = ", ".join(f"{key}: {value:g}" for key, value in (("scale", rope.factor), *rope.settings))
     yield (
         f"This model was trained with a context of {trained:,} tokens using {rope.kind} scaling of RoPE embeddings by "
-        f"a factor of {rope.factor:g}: {how[rope.kind]}. In params.yaml that is "
-        f"`superhot_config: {{type: {rope.kind}, scale: {rope.factor:g}}}`."
+        f"a factor of {rope.factor:g}: {_STRETCH[rope.kind]}. In params.yaml that is "
+        f"`superhot_config: {{type: {rope.kind}, {settings}}}`."
+    )
+    sum_ = f"{rope.original:,} x {rope.factor:g} = {rope.reach:,}"
+    stated = (
+        f"`max_position_embeddings` stays {reach:,}, the base's own context: with the factor the model reaches "
+        f"{sum_} tokens, and programs that multiply the two get that number."
+        if reach == rope.original
+        else f"`max_position_embeddings` is the whole reach, {sum_} tokens: programs do not multiply it here."
     )
     yield (
-        f"`max_position_embeddings` stays {reach:,}, the base's own context: with the factor the model reaches "
-        f"{reach:,} x {rope.factor:g} = {reach * rope.factor:,.0f} tokens, and programs that multiply the two get that "
-        f"number. The tokenizer's `model_max_length` is {trained:,}. config.json states the scaling as `rope_scaling` "
+        f"{stated} The tokenizer's `model_max_length` is {trained:,}. config.json states the scaling as `rope_scaling` "
         "and as `rope_parameters`, so that transformers 4 and 5 both apply it. Before loading, make sure of the "
         f'version: `pip install "transformers>={lowest_loader(rope)}"`.'
     )

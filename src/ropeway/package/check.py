@@ -56,7 +56,7 @@ def check_package(folder: Path, logits: Path | None = None) -> None:
 
 def config_faults(config: Mapping[str, Any], probe: Mapping[str, Any]) -> Iterator[str]:
     """Yield what a loader between transformers 4.31 and 5 would read differently from what was trained."""
-    rope = RopeScaling(**probe["rope"])
+    rope = RopeScaling.from_json(probe["rope"])
     wanted: dict[str, Any] = {
         "rope_parameters": rope.rope_parameters(),
         "rope_scaling": legacy_scaling(rope),
@@ -121,7 +121,7 @@ def model_faults(model: Any, tokenizer: Any, probe: Mapping[str, Any]) -> Iterat
     yield from _differs("dtype of the loaded model", f"torch.{TORCH_NAMES[probe['dtype']]}", str(model.dtype))
     live = model.model.rotary_emb.inv_freq.float().numpy()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    wanted = RopeScaling(**probe["rope"]).inv_freq(head_dim)
+    wanted = RopeScaling.from_json(probe["rope"]).inv_freq(head_dim)
     if live.shape != wanted.shape or not np.allclose(live, wanted, rtol=1e-6, atol=0):
         yield f"  RoPE frequencies of the live model: expected {wanted[:4].tolist()}…, found {live[:4].tolist()}…"
     rows = model.get_input_embeddings().weight.shape[0]

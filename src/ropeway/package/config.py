@@ -85,8 +85,10 @@ def lowest_loader(rope: RopeScaling) -> str:
     """Return the lowest version of transformers that loads such a model right.
 
     Source: its release notes: linear and dynamic scaling came with 4.31.0; `rope_theta` with 4.33.0, before which
-    every Llama has 10,000.
+    every Llama has 10,000; yarn and llama3 with 4.43.0.
     """
+    if rope.kind in ("yarn", "llama3"):
+        return "4.43.0"
     return "4.31.0" if rope.theta == LLAMA_THETA else "4.33.0"
 
 

@@ -91,7 +91,8 @@ def load_facts(workspace: Workspace, profile: Profile) -> Facts:
         folder: json.loads((folder / "config.json").read_bytes()) for folder in (workspace.base, workspace.model)
     }
     config = configs[workspace.model]
-    rope = RopeScaling.of(profile, theta=profile.expected_model.rope_theta)
+    shape = profile.expected_model
+    rope = RopeScaling.of(profile, theta=shape.rope_theta, original=shape.max_position_embeddings)
     check_one_run(workspace, data, rope, config)
     return Facts(
         name=workspace.profile,

@@ -1,5 +1,6 @@
 """Opens the base model for training: precision, attention and RoPE scaling as params say, and proof that they took."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,10 @@ def open_model(folder: Path, profile: Profile) -> Any:  # noqa: ANN401 - transfo
 
 
 def scaling_of(config: Any, profile: Profile) -> RopeScaling:  # noqa: ANN401
-    """Return the run's RoPE scaling on top of a config's own theta."""
-    return RopeScaling.of(profile, theta=float(config.rope_parameters["rope_theta"]))
+    """Return the run's RoPE scaling on top of the base config's own theta and context."""
+    stated = config.rope_parameters
+    original = stated.get("original_max_position_embeddings", config.max_position_embeddings)
+    return RopeScaling.of(profile, theta=float(stated["rope_theta"]), original=int(original))
 
 
 def check_rope(model: Any, profile: Profile) -> None:  # noqa: ANN401
@@ -73,9 +76,15 @@ def check_rope(model: Any, profile: Profile) -> None:  # noqa: ANN401
         )
     config = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    expected = torch.from_numpy(scaling_of(config, profile).inv_freq(head_dim))
+    scaling = scaling_of(config, profile)
+    expected = torch.from_numpy(scaling.inv_freq(head_dim))
     if not torch.allclose(live, expected, rtol=1e-6, atol=0):
         raise ConfigError(
             f"RoPE frequencies of the live model start {live[:3].tolist()}, the formula says {expected[:3].tolist()}; "
             "the scaling of superhot_config did not reach the model"
+        )
+    if not math.isclose(model.model.rotary_emb.attention_scaling, scaling.attention_factor, rel_tol=1e-6):
+        raise ConfigError(
+            f"RoPE's attention factor of the live model is {model.model.rotary_emb.attention_scaling:g}, the formula "
+            f"says {scaling.attention_factor:g}; the scaling of superhot_config did not reach the model"
         )
