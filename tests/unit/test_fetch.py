@@ -7,7 +7,8 @@ import pytest
 from ropeway import fetch
 from ropeway.chat import Conversation
 from ropeway.errors import ConfigError, DataError
-from ropeway.fetch.identity import find_files, source_identity
+from ropeway.fetch.identity import source_identity
+from ropeway.fetch.local import find_files
 from ropeway.fetch.python_docs import MODULES, SYSTEM_MESSAGES, iterate_docstrings, iterate_topics, plan_talks
 from ropeway.manifest import file_sha256, load_manifest
 from ropeway.params import READS, FilesSource, HuggingfaceSource, PythonDocsSource, load_profile

@@ -5,7 +5,8 @@ import pytest
 
 from ropeway.errors import DataError
 from ropeway.fetch import Refused, open_source
-from ropeway.fetch.records import UnreadableError, to_record
+from ropeway.fetch.records import to_record
+from ropeway.fetch.values import UnreadableError
 from ropeway.params import FilesSource
 
 ORCA = {"conversation": [{"input": "q", "output": "a"}], "instruction": "s"}

@@ -8,9 +8,10 @@ from pyarrow import parquet
 
 from ropeway.chat import Conversation
 from ropeway.errors import ConfigError, DataError
-from ropeway.fetch.files import UnreadableError, iterate_objects
-from ropeway.fetch.identity import find_files
+from ropeway.fetch.files import iterate_objects
+from ropeway.fetch.local import find_files
 from ropeway.fetch.records import needed_columns, to_record
+from ropeway.fetch.values import UnreadableError
 
 GOOD = [
     (
@@ -86,22 +87,22 @@ def test_parquet_gives_the_rows_and_columns_that_are_asked_for(tmp_path):
     path = tmp_path / "a.parquet"
     parquet.write_table(pa.table({"TEXT": ["one", "two"], "other": [1, 2]}), path)
     columns = needed_columns("text", {"text": "TEXT"})
-    assert list(iterate_objects(path, columns)) == [
+    assert list(iterate_objects(path, *columns)) == [
         (f"{path}: row 1", {"TEXT": "one"}),
         (f"{path}: row 2", {"TEXT": "two"}),
     ]
     with pytest.raises(DataError, match=r"no column \['text'\]; found \['TEXT', 'other'\]"):
-        list(iterate_objects(path, ["text"]))
+        list(iterate_objects(path, ["text"], []))
 
 
 def test_a_list_of_records_is_read_over_chunk_borders_and_a_cut_one_is_an_error(tmp_path, monkeypatch):
-    from ropeway.fetch import files
+    from ropeway.fetch import values
 
-    monkeypatch.setattr(files, "_CHUNK", 7)
+    monkeypatch.setattr(values, "CHUNK_BYTES", 7)
     path = tmp_path / "a.json"
     records = [{"text": f"ü {number}" * number} for number in range(20)]
     path.write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
-    assert [value for _, value in iterate_objects(path, ["text"])] == records
+    assert [value for _, value in iterate_objects(path, ["text"], [])] == records
     path.write_text(json.dumps(records, ensure_ascii=False)[:-1], encoding="utf-8")
-    with pytest.raises(DataError, match="the list ends early"):
-        list(iterate_objects(path, ["text"]))
+    with pytest.raises(DataError, match="after record 20: the file ends early"):
+        list(iterate_objects(path, ["text"], []))

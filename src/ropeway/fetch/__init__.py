@@ -1,22 +1,27 @@
 """Room: fetch. Sources to parquet, pinned by an identity, every record counted."""
 
+import errno
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ropeway.errors import ConfigError, DataError
-from ropeway.fetch.files import UnreadableError, iterate_objects
-from ropeway.fetch.identity import find_files, source_identity
+from ropeway.errors import ConfigError, DataError, TemporaryError
+from ropeway.fetch.files import iterate_objects
+from ropeway.fetch.identity import source_identity
+from ropeway.fetch.local import find_files
 from ropeway.fetch.python_docs import iterate_docstrings, iterate_topics
 from ropeway.fetch.records import needed_columns, to_record
+from ropeway.fetch.values import UnreadableError
 from ropeway.manifest import whole_folder, write_manifest
 from ropeway.params import FilesSource, Profile, PythonDocsSource, Source
 from ropeway.raw import RawWriter, Record, RecordKind
 from ropeway.workspace import Workspace
 
 _SHOWN_REFUSALS = 20
+_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,17 +42,30 @@ def run(workspace: Workspace, profile: Profile) -> None:
 
     Raises:
         ConfigError: A source's kind or files are not there.
-        DataError: More than `max_refused_fraction` of a source's records were refused.
+        DataError: A file is broken, or more than `max_refused_fraction` of a source's records were refused.
+        TemporaryError: The disk is full.
     """
     sources: dict[str, Any] = {}
     rows: dict[str, int] = {}
-    with whole_folder(workspace.raw) as folder:
+    with _full_disk_explained(workspace.raw), whole_folder(workspace.raw) as folder:
         for name, source in profile.sources.items():
             facts, parts = _fetch(name, source, workspace.root, folder / name, profile.max_refused_fraction)
             sources[name] = {**facts, "identity": source_identity(source, workspace.root)}
             rows |= {f"{name}/{part}": count for part, count in parts.items()}
             print(f"{name}: {facts['kept']:,} {facts['kind']}s of {facts['read']:,} read, {facts['refused'] or 'none'}")
         write_manifest(folder, {"sources": sources}, rows=rows)
+
+
+@contextmanager
+def _full_disk_explained(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise TemporaryError(
+            f"{folder}: the disk is full ({error.strerror}); nothing was left there. Free space and run the stage again"
+        ) from error
 
 
 def _fetch(name: str, source: Source, root: Path, folder: Path, limit: float) -> tuple[dict[str, Any], dict[str, int]]:
@@ -99,7 +117,7 @@ def open_source(source: Source, root: Path) -> Iterable[Record | Refused]:
 
 def _iterate_files(source: FilesSource, root: Path) -> Iterator[Record | Refused]:
     for name, path in find_files(source.paths, root).items():
-        for where, value in iterate_objects(path, needed_columns(source.rows, source.columns)):
+        for where, value in iterate_objects(path, *needed_columns(source.rows, source.columns)):
             try:
                 if isinstance(value, UnreadableError):
                     raise value

@@ -1,38 +1,48 @@
 """Objects out of json, jsonl and parquet files, also compressed, a little at a time."""
 
-import gzip
 import json
 import zlib
-from collections.abc import Iterator
-from pathlib import Path
-from typing import IO, Any, cast
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
 
 from ropeway.errors import ConfigError, DataError
+from ropeway.fetch.opening import COMPRESSED, open_plain, without_mark
+from ropeway.fetch.values import LONGEST, UnreadableError, iterate_values, unique_keys
 
-_CHUNK = 1 << 20
-_LONGEST = 1 << 26  # characters of one record; beyond it the file is broken rather than long
-
-
-class UnreadableError(ValueError):
-    """One record cannot be read; the message is the reason that is counted."""
+FORMATS = (".json", ".jsonl", ".parquet")
+_ROWS_A_BATCH = 256
 
 
-def iterate_objects(path: Path, columns: list[str]) -> Iterator[tuple[str, Any]]:
+def check_format(name: str) -> str:
+    """Return the format that a file's name tells: one of `FORMATS`.
+
+    Raises:
+        ConfigError: It tells none.
+    """
+    suffixes = [part for part in PurePosixPath(name).suffixes if part not in COMPRESSED]
+    if not suffixes or suffixes[-1] not in FORMATS or name.endswith(tuple(f".parquet{part}" for part in COMPRESSED)):
+        raise ConfigError(
+            f"{name}: expected a name in .json or .jsonl (also .gz, .zst behind it) or .parquet; rename the file, or "
+            "mend `paths` or `files`"
+        )
+    return suffixes[-1]
+
+
+def iterate_objects(path: Path, required: list[str], optional: list[str]) -> Iterator[tuple[str, Any]]:
     """Yield (where, object) of a file; in place of an object that cannot be read, an `UnreadableError`.
 
     Raises:
-        ConfigError: The file's name ends in none of the known formats.
-        DataError: The file is cut, corrupt, unreadable, empty, or parquet without these columns.
+        ConfigError: The file's name ends in none of the known formats, or this user may not read it.
+        DataError: The file is cut, corrupt, unreadable, empty, or parquet without the required columns.
     """
     from pyarrow import ArrowException
 
-    suffixes = [part for part in path.suffixes if part not in {".gz", ".zst"}]
-    readers = {".jsonl": _lines, ".json": _json, ".parquet": _parquet}
-    if not suffixes or suffixes[-1] not in readers:
-        raise ConfigError(f"{path}: expected .json, .jsonl (also .gz) or .parquet; rename it or mend `paths`")
+    form = check_format(path.name)
     count = 0
     try:
-        for count, item in enumerate(readers[suffixes[-1]](path, columns), start=1):  # noqa: B007 - counted
+        found = _parquet(path, required, optional) if form == ".parquet" else _TEXT_READERS[form](path)
+        for count, item in enumerate(found, start=1):  # noqa: B007 - counted
             yield item
     except (OSError, EOFError, zlib.error, ArrowException) as error:
         raise DataError(
@@ -42,10 +52,10 @@ def iterate_objects(path: Path, columns: list[str]) -> Iterator[tuple[str, Any]]
         raise DataError(f"{path}: no record in it; fetch it anew or take it out of `paths`")
 
 
-def parse(text: str | bytes) -> object:
+def parse(line: bytes) -> object:
     """Return the value of one line of JSON, or an `UnreadableError` that says why not."""
     try:
-        return json.loads(text.decode("utf-8") if isinstance(text, bytes) else text, object_pairs_hook=_unique)
+        return json.loads(line.decode("utf-8"), object_pairs_hook=unique_keys)
     except UnicodeDecodeError:
         return UnreadableError("bad UTF-8")
     except UnreadableError as error:
@@ -54,80 +64,69 @@ def parse(text: str | bytes) -> object:
         return UnreadableError("bad JSON")
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise UnreadableError("duplicate keys")
-    return found
-
-
-def _open(path: Path) -> IO[bytes]:
-    if path.suffix == ".gz":
-        return cast("IO[bytes]", gzip.open(path, "rb"))
-    if path.suffix == ".zst":
-        raise ConfigError(f"{path}: .zst is not read yet in this version; unpack it, or compress it as .gz")
-    return path.open("rb")
-
-
-def _lines(path: Path, _columns: list[str]) -> Iterator[tuple[str, Any]]:
-    with _open(path) as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
+def _lines(path: Path) -> Iterator[tuple[str, Any]]:
+    with open_plain(path) as file:
+        for number, line in enumerate(_bounded_lines(file, path), start=1):
+            if line is None:
+                yield f"{path}:{number}", UnreadableError("record too long")
+            elif line.strip():
                 yield f"{path}:{number}", parse(line)
 
 
-def _json(path: Path, columns: list[str]) -> Iterator[tuple[str, Any]]:
-    with _open(path) as file:
-        head = file.read(1)
-        while head.isspace():
-            head = file.read(1)
-    yield from _list(path) if head == b"[" else _lines(path, columns)
+def _bounded_lines(file: IO[bytes], path: Path) -> Iterator[bytes | None]:
+    """Yield lines; None for one that is longer than `LONGEST` bytes, which is never held."""
+    first = True
+    while line := file.readline(LONGEST):
+        if len(line) == LONGEST and line[-1:] != b"\n":
+            while (more := file.readline(LONGEST)) and more[-1:] != b"\n":
+                pass
+            yield None
+        else:
+            yield without_mark(line, path) if first else line
+        first = False
 
 
-def _list(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield a list's records; the buffer holds one record and a chunk."""
-    import codecs
-
-    decoder, scanner = codecs.getincrementaldecoder("utf-8")(), json.JSONDecoder(object_pairs_hook=_unique)
-    with _open(path) as file:
-        text, at, number, ended = "", 0, 0, False
-        opened = False
-        while True:
-            while at < len(text) and (text[at].isspace() or (text[at] == "," and number) or not opened):
-                opened = opened or text[at] == "["
-                at += 1
-            if text[at : at + 1] == "]":
-                return
-            try:
-                if at < len(text):
-                    value, at = scanner.raw_decode(text, at)
-                    number += 1
-                    yield f"{path}: record {number}", value
-                    continue
-            except UnreadableError as error:
-                raise DataError(f"{path}: record {number + 1}: {error}; mend the file") from error
-            except (ValueError, RecursionError) as error:
-                if ended or len(text) - at > _LONGEST:
-                    raise DataError(f"{path}: record {number + 1}: bad JSON ({error}); mend the file") from error
-            if ended:
-                raise DataError(f"{path}: the list ends early, after {number:,} records; fetch it anew")
-            chunk = file.read(max(_CHUNK, len(text) - at))
-            ended = not chunk
-            try:
-                text, at = text[at:] + decoder.decode(chunk, final=ended), 0
-            except UnicodeDecodeError as error:
-                raise DataError(f"{path}: after record {number}: bad UTF-8; mend the file") from error
+def _json(path: Path) -> Iterator[tuple[str, Any]]:
+    """Return the records of a list, of lines, or of objects that are printed over several lines."""
+    with open_plain(path) as file:
+        head = without_mark(file.read(1 << 16), path).lstrip()
+    if head[:1] == b"[":
+        return iterate_values(path, in_list=True)
+    return _lines(path) if _looks_like_lines(path) else iterate_values(path, in_list=False)
 
 
-def _parquet(path: Path, columns: list[str]) -> Iterator[tuple[str, Any]]:
+def _looks_like_lines(path: Path) -> bool:
+    """Return whether one of the first two lines is an object by itself: the first may be a broken one."""
+    with open_plain(path) as file:
+        lines = (line for line in _bounded_lines(file, path) if line and line.strip())
+        return any(isinstance(parse(line), dict) for _, line in zip(range(2), lines, strict=False))
+
+
+_TEXT_READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {".json": _json, ".jsonl": _lines}
+
+
+def _parquet(path: Path, required: list[str], optional: list[str]) -> Iterator[tuple[str, Any]]:
     from pyarrow import parquet
 
-    with parquet.ParquetFile(path) as file:
+    # Without pre_buffer the pages of a row group come one by one: a group of 1 GB is not held.
+    with open_plain(path) as handle, parquet.ParquetFile(handle, pre_buffer=False) as file:
         found = file.schema_arrow.names
-        if missing := sorted(set(columns) - set(found)):
+        if missing := sorted(set(required) - set(found)):
             raise DataError(f"{path}: no column {missing}; found {found}; mend `columns`")
+        columns = [name for name in (*required, *optional) if name in found]
         number = 0
-        for batch in file.iter_batches(batch_size=256, columns=columns):
-            for row in batch.to_pylist():
+        for batch in file.iter_batches(batch_size=_ROWS_A_BATCH, columns=columns):
+            for row in _rows(batch):
                 number += 1
                 yield f"{path}: row {number}", row
+
+
+def _rows(batch: Any) -> Iterator[object]:  # noqa: ANN401 - pyarrow is untyped
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:  # parquet promises UTF-8 and checks nothing; find the row
+        for at in range(batch.num_rows):
+            try:
+                yield batch.slice(at, 1).to_pylist()[0]
+            except UnicodeDecodeError:
+                yield UnreadableError("bad UTF-8")

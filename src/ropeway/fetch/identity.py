@@ -1,13 +1,13 @@
 """What a source is right now, cheaply: asked before every run, so that DVC sees new data (imports nothing heavy)."""
 
-import glob
 import platform
 import re
 from pathlib import Path
 from typing import Any
 
 from ropeway.errors import ConfigError
-from ropeway.manifest import file_sha256
+from ropeway.fetch.local import digest_file, find_files
+from ropeway.fetch.records import check_columns
 from ropeway.params import FilesSource, HuggingfaceSource, PythonDocsSource, Source
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -25,31 +25,11 @@ def source_identity(source: Source, root: Path) -> dict[str, Any]:
     """
     if isinstance(source, PythonDocsSource):
         return {"kind": source.kind, "part": source.part, "python": platform.python_version()}
+    check_columns(source.rows, source.columns)
     if isinstance(source, FilesSource):
         found = find_files(source.paths, root)
-        return {"kind": source.kind, "files": {name: file_sha256(path) for name, path in found.items()}}
+        return {"kind": source.kind, "files": {name: digest_file(path) for name, path in found.items()}}
     return {"kind": source.kind, "repo": source.repo, "commit": _hub_commit(source), "files": source.files}
-
-
-def find_files(patterns: list[str], root: Path) -> dict[str, Path]:
-    """Return the files that these paths or globs name, by the name they have below `root`, sorted.
-
-    Raises:
-        ConfigError: A pattern names no file.
-    """
-    found: dict[str, Path] = {}
-    for pattern in patterns:
-        if "://" in pattern:
-            raise ConfigError(
-                f"sources: '{pattern}': addresses are not fetched yet in this version; copy the file below "
-                f"{root} and name it in `paths`"
-            )
-        names = glob.glob(pattern, root_dir=root, recursive=True)  # noqa: PTH207 - absolute patterns too
-        files = {name: root / name for name in names if (root / name).is_file()}
-        if not files:
-            raise ConfigError(f"sources: '{pattern}' names no file below {root}; put it there or mend `paths`")
-        found |= files
-    return dict(sorted(found.items()))
 
 
 def _hub_commit(source: HuggingfaceSource) -> str:

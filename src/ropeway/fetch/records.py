@@ -1,23 +1,37 @@
 """Objects of published schemas to records, strictly: what does not fit is refused with a counted reason."""
 
+import re
+
 from ropeway.chat import Conversation
-from ropeway.fetch.files import UnreadableError
+from ropeway.errors import ConfigError
+from ropeway.fetch.values import UnreadableError
 from ropeway.raw import Record
 
-_NEEDED = {
-    "orca_chat": ("conversation", "system"),
-    "messages": ("messages",),
-    "sharegpt": ("conversations",),
-    "alpaca": ("instruction", "input", "output"),
-    "text": ("text",),
+# Per kind of rows: columns that every record has, columns that may be missing or null, fields of one turn.
+_NAMES: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
+    "orca_chat": (("conversation",), ("system",), ("input", "output")),
+    "messages": (("messages",), ("system",), ("role", "content")),
+    "sharegpt": (("conversations",), ("system",), ("from", "value")),
+    "alpaca": (("instruction", "output"), ("input", "system"), ()),
+    "text": (("text",), (), ()),
 }
 _ROLES = {"user": 0, "human": 0, "assistant": 1, "gpt": 1}
-_SYSTEM_DEFAULT = {"system": "instruction"}
+_SYSTEM = {"orca_chat": "instruction"}  # the published schema's name for it; elsewhere `columns` must name one
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def needed_columns(rows: str, columns: dict[str, str]) -> list[str]:
-    """Return the file's columns that a kind of rows reads."""
-    return [_column(name, columns) for name in _NEEDED[rows]]
+def check_columns(rows: str, columns: dict[str, str]) -> None:
+    """Raise ConfigError unless `columns` maps names that this kind of rows has."""
+    known = [name for names in _NAMES[rows] for name in names]
+    if unknown := sorted(set(columns) - set(known)):
+        raise ConfigError(f"sources: columns: {unknown} mean nothing in rows of kind {rows}; known are {known}")
+
+
+def needed_columns(rows: str, columns: dict[str, str]) -> tuple[list[str], list[str]]:
+    """Return the file's columns that a kind of rows reads: the required ones and the optional ones."""
+    required, optional, _ = _NAMES[rows]
+    asked = (_optional_column(name, rows, columns) for name in optional)
+    return [columns.get(name, name) for name in required], [name for name in asked if name]
 
 
 def to_record(value: object, rows: str, columns: dict[str, str]) -> Record:
@@ -26,28 +40,45 @@ def to_record(value: object, rows: str, columns: dict[str, str]) -> Record:
     Raises:
         UnreadableError: It does not fit; the message is the reason.
     """
-    parts = [_field(value, name) for name in needed_columns(rows, columns)]
+    required, _, names = _NAMES[rows]
+    parts = [_field(value, columns.get(name, name)) for name in required]
     if rows == "text":
         return _text(parts[0])
+    system = _optional(value, "system", rows, columns)
     if rows == "alpaca":
-        instruction, given, output = map(_text, parts)
-        return _talk([f"{instruction}\n\n{given}" if given else instruction, output], "")
+        instruction, output = map(_text, parts)
+        given = _optional(value, "input", rows, columns)
+        return _talk([f"{instruction}\n\n{given}" if given else instruction, output], system)
     if not isinstance(parts[0], list):
         raise UnreadableError("turns are not a list")
+    fields = [columns.get(name, name) for name in names]
     if rows == "orca_chat":
-        names = (columns.get("input", "input"), columns.get("output", "output"))
-        return _talk([_text(_field(pair, name)) for pair in parts[0] for name in names], _text(parts[1]))
-    names = ("from", "value") if rows == "sharegpt" else ("role", "content")
-    role, content = (columns.get(name, name) for name in names)
-    said = [(_field(turn, role), _text(_field(turn, content))) for turn in parts[0]]
-    system = said.pop(0)[1] if said and said[0][0] == "system" else ""
+        return _talk([_text(_field(pair, name)) for pair in parts[0] for name in fields], system)
+    return _dialogue([(_field(turn, fields[0]), _text(_field(turn, fields[1]))) for turn in parts[0]], system)
+
+
+def _dialogue(said: list[tuple[object, str]], system: str) -> Conversation:
+    """Return a conversation of (role, text), of which the first may be the system's."""
+    if said and said[0][0] == "system":
+        first = said.pop(0)[1]
+        if system and first != system:
+            raise UnreadableError("two system messages")
+        system = first
     if any(not isinstance(who, str) or _ROLES.get(who) != at % 2 for at, (who, _) in enumerate(said)):
         raise UnreadableError("roles out of order")
     return _talk([text for _, text in said], system)
 
 
-def _column(name: str, columns: dict[str, str]) -> str:
-    return columns.get(name, _SYSTEM_DEFAULT.get(name, name))
+def _optional_column(name: str, rows: str, columns: dict[str, str]) -> str | None:
+    default = _SYSTEM.get(rows) if name == "system" else name
+    return columns.get(name, default)
+
+
+def _optional(value: object, name: str, rows: str, columns: dict[str, str]) -> str:
+    """Return a column's text; nothing where the column is not there, or null."""
+    column = _optional_column(name, rows, columns)
+    found = value.get(column) if isinstance(value, dict) and column else None
+    return "" if found is None else _text(found)
 
 
 def _field(value: object, name: str) -> object:
@@ -65,7 +96,7 @@ def _text(value: object) -> str:
         raise UnreadableError("not text")
     if "\0" in value:
         raise UnreadableError("NUL")
-    if any("\ud800" <= letter <= "\udfff" for letter in value):
+    if not value.isascii() and _SURROGATE.search(value):
         raise UnreadableError("lone surrogate")
     return value
 
@@ -75,4 +106,6 @@ def _talk(turns: list[str], system: str) -> Conversation:
         raise UnreadableError("no turns")
     if not all(turn.strip() for turn in turns):
         raise UnreadableError("empty turn")
+    if len(turns) % 2:
+        raise UnreadableError("turn without an answer")
     return Conversation(tuple(turns), system)
