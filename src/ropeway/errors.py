@@ -5,6 +5,7 @@ RopewayError            exit 1    something else failed on purpose; the message 
 ├── DataError           exit 65   a record, shard, manifest or package is not what it says it is: fix or re-make it
 ├── TemporaryError      exit 75   a lock, a network, a signal: run the same command again, it resumes
 ├── RegistryError       exit 1    the registry refused a change: choose another version, digest or alias
+│   └── AbsentError     exit 1    a store holds nothing under that name
 └── TrainingError       exit 1    the numbers went wrong (no step applied, loss not finite): the last good
                                   checkpoint is named
 """
@@ -36,6 +37,10 @@ class TemporaryError(RopewayError):
 
 class RegistryError(RopewayError):
     """The registry refused a change or does not hold what was asked for."""
+
+
+class AbsentError(RegistryError):
+    """A store holds nothing under that name."""
 
 
 class TrainingError(RopewayError):

@@ -22,6 +22,7 @@ IGNORED = (
     "identity",
     "lock",
     "params",
+    "s3_client",
     "storage",
     "supervise",
     "tracking",

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 
-from ropeway.errors import ConfigError, DataError, RegistryError, TemporaryError
+from ropeway.errors import AbsentError, ConfigError, DataError, TemporaryError
 from ropeway.manifest import sync_folder
 
 BLOCK_BYTES = 1 << 20
@@ -26,10 +26,6 @@ _PARTIAL = ".partial"
 # ASCII only, and no part starts with a dot: `..`, NUL, backslash and hidden files cannot be spelled.
 _KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
 _FULL = {errno.ENOSPC, errno.EDQUOT}
-
-
-class AbsentError(RegistryError):
-    """The store holds nothing under that key."""
 
 
 class Store(ABC):

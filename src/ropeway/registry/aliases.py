@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from enum import Enum
 from typing import Any, Final
 
-from ropeway.errors import RegistryError
+from ropeway.errors import AbsentError, RegistryError
 from ropeway.registry.blobs import blob_fault
 from ropeway.registry.core import load_core
 from ropeway.registry.layout import (
@@ -21,7 +21,7 @@ from ropeway.registry.layout import (
 )
 from ropeway.registry.log import Event, append_event, count_events, read_event, read_events
 from ropeway.registry.publishing import find_number, is_withdrawn
-from ropeway.storage import AbsentError, Store
+from ropeway.storage import Store
 
 _MAX_WORDS = 2000
 

@@ -4,10 +4,10 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from ropeway.errors import DataError
+from ropeway.errors import AbsentError, DataError
 from ropeway.registry.layout import blob_key
 from ropeway.registry.rules import PackageFile
-from ropeway.storage import BLOCK_BYTES, AbsentError, Store
+from ropeway.storage import BLOCK_BYTES, Store
 
 
 def put_blobs(store: Store, files: Sequence[tuple[Path, PackageFile]]) -> None:

@@ -11,12 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ropeway.errors import DataError, RegistryError
+from ropeway.errors import AbsentError, DataError, RegistryError
 from ropeway.manifest import NAME as MANIFEST
 from ropeway.manifest import canonical_json, file_sha256, load_manifest
 from ropeway.registry.layout import check_digest, check_name, check_registry, is_digest, manifest_key
 from ropeway.registry.rules import PackageFile, check_content, check_files, scan_folder
-from ropeway.storage import MAX_DOCUMENT_BYTES, AbsentError, Store
+from ropeway.storage import MAX_DOCUMENT_BYTES, Store
 
 FORMAT = "ropeway-version/1"
 _REMEDY = "Run `dvc repro package`"

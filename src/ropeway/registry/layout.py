@@ -13,9 +13,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ropeway.errors import RegistryError
+from ropeway.errors import AbsentError, RegistryError
 from ropeway.manifest import canonical_json
-from ropeway.storage import AbsentError, Store
+from ropeway.storage import Store
 
 FORMAT = "ropeway-registry/1"
 _MARK = "registry.json"

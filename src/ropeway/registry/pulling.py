@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from ropeway.errors import ConfigError, DataError, RegistryError, TemporaryError
+from ropeway.errors import AbsentError, ConfigError, DataError, RegistryError, TemporaryError
 from ropeway.manifest import check_file, sync_folder
 from ropeway.registry.aliases import resolve
 from ropeway.registry.blobs import blob_fault
@@ -19,7 +19,7 @@ from ropeway.registry.layout import blob_key, read_reference, tombstone_key, ver
 from ropeway.registry.log import read_event
 from ropeway.registry.publishing import attached_files, find_number, is_withdrawn
 from ropeway.registry.rules import PackageFile, check_content, scan_folder
-from ropeway.storage import BLOCK_BYTES, AbsentError, Store
+from ropeway.storage import BLOCK_BYTES, Store
 
 
 @dataclass(frozen=True, slots=True)
