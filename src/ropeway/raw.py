@@ -7,6 +7,8 @@ raw/<source>/part-00000.parquet     conversations: index int64, system string, t
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -16,7 +18,24 @@ RecordKind = Literal["conversation", "document"]
 Record = Conversation | str
 
 PART_CHARACTERS = 1 << 28  # about 256 MB of text a part, so that 100 GB of text are some hundred files
-_GROUP_CHARACTERS = 1 << 24  # a reader holds one row group: some 16 MB of text
+_GROUP_CHARACTERS = 1 << 22  # a reader holds one row group: some 4 MB of text
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One row group of one part.
+
+    Attributes:
+        part: Name of the parquet file.
+        number: Of the group in it.
+        records: How many it holds.
+        text_bytes: Its size before compression.
+    """
+
+    part: str
+    number: int
+    records: int
+    text_bytes: int
 
 
 class RawWriter:
@@ -73,7 +92,9 @@ class RawWriter:
             self._stack.close()
             name = f"part-{len(self.parts):05d}.parquet"
             self.parts[name] = self._part_characters = 0
-            self._part = parquet.ParquetWriter(self._folder / name, self._schema, compression="zstd")
+            # Texts hardly repeat; without a dictionary a group's size in the metadata is that of its text.
+            path = self._folder / name
+            self._part = parquet.ParquetWriter(path, self._schema, compression="zstd", use_dictionary=False)
             self._stack.callback(self._part.close)
         if self._rows:
             self._part.write_table(pa.Table.from_pylist(self._rows, schema=self._schema))
@@ -82,15 +103,42 @@ class RawWriter:
         self._rows, self._waiting_characters = [], 0
 
 
-def iterate_records(folder: Path) -> Iterator[Record]:
-    """Yield one source's records in order, holding one row group at a time."""
+def list_groups(folder: Path) -> list[Group]:
+    """Return one source's row groups in order, from the files' metadata alone."""
     from pyarrow import parquet
 
+    groups = []
     for path in sorted(folder.glob("part-*.parquet")):
-        with parquet.ParquetFile(path) as file:
-            for group in range(file.num_row_groups):
-                for row in file.read_row_group(group).to_pylist():
-                    yield row["text"] if "text" in row else Conversation(tuple(row["turns"]), row["system"])
+        metadata = parquet.read_metadata(path)
+        for number in range(metadata.num_row_groups):
+            group = metadata.row_group(number)
+            groups.append(Group(path.name, number, group.num_rows, group.total_byte_size))
+    return groups
+
+
+def iterate_groups(folder: Path, groups: Iterable[Group]) -> Iterator[Record]:
+    """Yield the records of these row groups in order, holding one group at a time."""
+    from pyarrow import parquet
+
+    for part, members in groupby(groups, key=lambda group: group.part):
+        with parquet.ParquetFile(folder / part) as file:
+            for group in members:
+                yield from _records(file.read_row_group(group.number))
+
+
+def iterate_records(folder: Path) -> Iterator[Record]:
+    """Yield one source's records in order, holding one row group at a time."""
+    return iterate_groups(folder, list_groups(folder))
+
+
+def _records(table: Any) -> Iterator[Record]:  # noqa: ANN401 - pyarrow has no types
+    """Yield a table's records, column by column: rows as dictionaries would take most of the time."""
+    if "text" in table.column_names:
+        yield from table.column("text").to_pylist()
+    else:
+        columns = (table.column(name).to_pylist() for name in ("turns", "system"))
+        for turns, system in zip(*columns, strict=True):
+            yield Conversation(tuple(turns), system)
 
 
 def iterate_texts(record: Record) -> Iterable[str]:

@@ -118,13 +118,17 @@ def _open_source(folder: Path, facts: Mapping[str, Any]) -> SourceShards:
     return SourceShards(facts["name"], facts["kind"], here, tuple(facts["shard_sequences"]), lengths, train, validation)
 
 
+def token_dtype(vocab_size: int) -> type[np.uint16 | np.uint32]:
+    """Return the narrowest type that holds every id."""
+    return np.uint16 if vocab_size <= 1 << 16 else np.uint32
+
+
 def write_shard(
     folder: Path, number: int, sequences: Iterable[tuple[NDArray[Any], NDArray[np.uint8]]], *, vocab_size: int
 ) -> tuple[int, ...]:
     """Write one shard's tokens and kinds; return the lengths of its sequences."""
     pairs = list(sequences)
-    dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32
-    tokens = np.concatenate([pair[0] for pair in pairs] or [np.empty(0)]).astype(dtype)
+    tokens = np.concatenate([pair[0] for pair in pairs] or [np.empty(0)]).astype(token_dtype(vocab_size))
     kinds = np.concatenate([pair[1] for pair in pairs] or [np.empty(0, dtype=np.uint8)]).astype(np.uint8)
     np.save(folder / f"tokens-{number:05d}.npy", tokens, allow_pickle=False)
     np.save(folder / f"kinds-{number:05d}.npy", kinds, allow_pickle=False)

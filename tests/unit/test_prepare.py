@@ -14,7 +14,8 @@ from ropeway.manifest import file_sha256, load_manifest, write_manifest
 from ropeway.params import READS, DatasetOptions, load_profile
 from ropeway.prepare.encode import Encoder, conversation_kinds, document_kinds, text_key
 from ropeway.prepare.split import plan_split
-from ropeway.prepare.write import ShardWriter, check_readback
+from ropeway.prepare.units import sequence_digest
+from ropeway.prepare.write import check_readback
 from ropeway.raw import RawWriter
 from ropeway.rows import collate, plan_epoch
 from ropeway.shards import Kind, Shards, open_shards
@@ -363,28 +364,30 @@ def test_a_split_by_document_keeps_a_documents_chunks_together(split):
     assert any(count < 3 for count in Counter(int(n) // 3 for n in apart.train).values())
 
 
-def test_shards_are_cut_at_their_size_and_read_back(tmp_path, tokenizer):
-    writer = ShardWriter(tmp_path / "talk", vocab_size=2005, shard_tokens=100)
-    sequences = list(encoder(tokenizer).encode(TALKS))
-    for sequence in sequences:
-        writer.add(sequence)
-    writer.finish(by_document=False)
-    writer.write_split(split_of(["x"] * len(sequences)))
-    assert len(writer.shard_sequences) > 3
-    source = {"name": "talk", "kind": "conversation", "shard_sequences": writer.shard_sequences}
-    write_manifest(tmp_path, {"sources": [source]})
-    shards = open_shards(tmp_path)
-    check_readback(shards, {"talk": writer.samples})
-    for number, sequence in enumerate(sequences):
-        assert shards.sources[0].read(number)[0].tolist() == sequence.tokens.tolist()
+def test_shards_are_cut_at_their_size_and_read_back(tmp_path, run, monkeypatch):
+    monkeypatch.setattr("ropeway.raw._GROUP_CHARACTERS", 200)
+    monkeypatch.setattr("ropeway.prepare.UNIT_BYTES", 900)
+    workspace = lay(tmp_path)
+    prepare.run(workspace, profile())
+    talk, text = open_shards(workspace.data).sources
+    assert min(len(talk.shard_sequences), len(text.shard_sequences)) > 2
+    _, whole, ledger = run
+    for source, expected in zip((talk, text), whole.sources, strict=True):
+        for number in range(len(expected.lengths)):
+            found = [column.tolist() for column in source.read(number)]
+            assert found == [column.tolist() for column in expected.read(number)]
+        assert source.train.tolist() == expected.train.tolist()
+        assert source.validation.tolist() == expected.validation.tolist()
+    assert json.loads(workspace.ledger.read_bytes()) == ledger
 
 
-def test_a_shard_that_reads_back_otherwise_is_found(run, tokenizer):
+def test_a_shard_that_reads_back_otherwise_is_found(run):
     _, shards, _ = run
-    first, second, *_ = encoder(tokenizer).encode(TALKS)
-    check_readback(Shards(shards.sources[:1], {}), {"talk": {0: first, 1: second}})
+    talk = Shards(shards.sources[:1], {})
+    ends = [sequence_digest(*shards.sources[0].read(number)) for number in (0, len(TALKS) - 1)]
+    check_readback(talk, {"talk": [ends]})
     with pytest.raises(DataError, match="sequence 0 reads back as"):
-        check_readback(Shards(shards.sources[:1], {}), {"talk": {0: second}})
+        check_readback(talk, {"talk": [ends[::-1]]})
 
 
 def test_a_shard_of_another_size_is_found(tmp_path):
@@ -393,7 +396,7 @@ def test_a_shard_of_another_size_is_found(tmp_path):
     path = workspace.data / "text" / "kinds-00000.npy"
     np.save(path, np.load(path)[:-1])
     with pytest.raises(DataError, match=r"kinds-00000.npy holds [\d,]+ entries, its \d+ sequences"):
-        check_readback(open_shards_unchecked(workspace.data), {"talk": {}, "text": {}})
+        check_readback(open_shards_unchecked(workspace.data), {"talk": [[]], "text": [[]]})
 
 
 def open_shards_unchecked(folder):

@@ -1,7 +1,9 @@
 """Room: prepare. Raw records to token shards, once and whole; the split; the ledger."""
 
+import glob
+import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,12 @@ from ropeway.chat import template_digest
 from ropeway.errors import DataError
 from ropeway.ledger import Ledger, Records, check_ledger
 from ropeway.manifest import file_sha256, load_manifest, whole_folder, write_json, write_manifest
-from ropeway.params import DatasetOptions, Profile
+from ropeway.params import Profile
 from ropeway.prepare.account import account_for
-from ropeway.prepare.encode import Encoder, Sequence
 from ropeway.prepare.split import Split, plan_split
-from ropeway.prepare.write import ShardWriter, check_readback
-from ropeway.raw import iterate_records
+from ropeway.prepare.units import UNIT_BYTES, Recipe, Unit, fingerprint, plan_recipes, plan_units
+from ropeway.prepare.write import Units, check_readback, disk_may_be_full, make_units, write_split
+from ropeway.raw import list_groups
 from ropeway.shards import FORMAT, open_shards
 from ropeway.tokenizer import count_tokens, open_tokenizer, read_special
 from ropeway.workspace import Workspace
@@ -31,12 +33,12 @@ _WHAT_HAPPENS = {
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """One source on disk: its entry in the manifest, its records' account, its split, and samples to look up."""
+    """One source on disk: its units, its entry in the manifest, its records' account, its split."""
 
+    units: Units
     facts: dict[str, Any]
     records: Records
     split: Split
-    samples: dict[int, Sequence]
 
 
 def run(workspace: Workspace, profile: Profile) -> None:
@@ -46,63 +48,93 @@ def run(workspace: Workspace, profile: Profile) -> None:
         ConfigError: Params ask for what this tokenizer cannot do.
         DataError: Raw files are not what their manifest says, too many records are refused, a source teaches nothing,
             or the ledger does not come out even.
+        TemporaryError: A worker died or the disk is full: the same command makes only what is missing.
     """
     raw = load_manifest(workspace.raw, remedy="Run `dvc repro fetch`")
-    tokenizer = open_tokenizer(workspace.base)
-    special = read_special(workspace.base, tokenizer)
-    generator = np.random.RandomState(profile.rng_seed)  # one for all sources in their order, as in the original
-    prepared: dict[str, Prepared] = {}
-    with whole_folder(workspace.data) as folder:
-        for name, options in profile.mixture:
-            encoder = Encoder(tokenizer, special, options.max_chunk_size, profile.special_tokens_in_text)
-            writer = ShardWriter(folder / name, vocab_size=count_tokens(tokenizer))
-            for sequence in encoder.encode(iterate_records(workspace.raw / name)):
-                writer.add(sequence)
-            split = _split(writer, options, profile, generator)
-            facts = raw["sources"][name]
-            prepared[name] = Prepared(
-                _entry(name, facts["kind"], writer), _records(name, facts, encoder, profile), split, writer.samples
-            )
-        manifest = {
-            "format": FORMAT,
-            "special": special,
-            "tokenizer": file_sha256(workspace.base / "tokenizer.json"),
-            "template": template_digest(),
-            "vocab_size": count_tokens(tokenizer),
-            "sources": [source.facts for source in prepared.values()],
-        }
-        write_manifest(folder, manifest)
-        ledger = _account(folder, prepared, profile)
+    facts = _facts(workspace)
+    recipes = plan_recipes(profile)
+    prefix = f"prepare-{workspace.profile}"
+    work = workspace.work / f"{prefix}-{fingerprint(raw['files'], workspace.base, recipes)}"
+    with disk_may_be_full(work):
+        made = make_units(_plan(workspace, recipes, work), work=work)
+        with whole_folder(workspace.data) as folder:
+            ledger = _write(folder, made, raw["sources"], facts, profile)
     write_json(workspace.ledger, ledger.to_json())
     for line in describe(ledger, profile):
         print(line)
+    for done in workspace.work.glob(f"{glob.escape(prefix)}-{'[0-9a-f]' * 16}"):  # of this and of earlier params
+        shutil.rmtree(done)
 
 
-def _split(writer: ShardWriter, options: DatasetOptions, profile: Profile, generator: np.random.RandomState) -> Split:
-    records, keys = writer.finish(by_document=profile.split_by == "document")
-    split = plan_split(records, keys, profile, max_val_set=options.max_val_set, generator=generator)
-    writer.write_split(split)
-    return split
+def _facts(workspace: Workspace) -> dict[str, Any]:
+    """Return what data's manifest says beside its sources."""
+    tokenizer = open_tokenizer(workspace.base)
+    return {
+        "format": FORMAT,
+        "special": read_special(workspace.base, tokenizer),
+        "tokenizer": file_sha256(workspace.base / "tokenizer.json"),
+        "template": template_digest(),
+        "vocab_size": count_tokens(tokenizer),
+    }
 
 
-def _entry(name: str, kind: str, writer: ShardWriter) -> dict[str, Any]:
+def _plan(workspace: Workspace, recipes: Mapping[str, Recipe], work: Path) -> dict[str, Sequence[Unit]]:
+    """Return each source's units."""
+    planned: dict[str, Sequence[Unit]] = {}
+    for name, recipe in recipes.items():
+        raw = workspace.raw / name
+        parts = plan_units(list_groups(raw), unit_bytes=UNIT_BYTES)
+        folders = (work / name / f"{number:05d}" for number in range(len(parts)))
+        planned[name] = [
+            Unit(groups, raw, workspace.base, recipe, folder) for groups, folder in zip(parts, folders, strict=True)
+        ]
+    return planned
+
+
+def _write(
+    folder: Path, made: Mapping[str, Units], raw: Mapping[str, Any], facts: Mapping[str, Any], profile: Profile
+) -> Ledger:
+    """Fill data's folder from the units; return the checked ledger."""
+    generator = np.random.RandomState(profile.rng_seed)  # one for all sources in their order, as in the original
+    prepared: dict[str, Prepared] = {}
+    for name, options in profile.mixture:
+        units = made[name]
+        units.place(folder / name)
+        records = _records(name, raw[name], units, profile)
+        split = plan_split(
+            units.column("records"),
+            units.column("record_keys" if profile.split_by == "document" else "keys"),
+            profile,
+            max_val_set=options.max_val_set,
+            generator=generator,
+        )
+        write_split(folder / name, split)
+        prepared[name] = Prepared(units, _entry(name, raw[name]["kind"], units), records, split)
+    manifest = write_manifest(folder, {**facts, "sources": [source.facts for source in prepared.values()]})
+    for name, source in prepared.items():
+        source.units.check_placed(name, manifest["files"])
+    return _account(folder, prepared, profile)
+
+
+def _entry(name: str, kind: str, units: Units) -> dict[str, Any]:
     """Return a source's entry in data/manifest.json, in the shape `ropeway.shards` reads."""
     return {
         "name": name,
         "kind": kind,
-        "sequences": sum(writer.shard_sequences),
-        "tokens": writer.tokens,
-        "shard_sequences": writer.shard_sequences,
+        "sequences": sum(units.shard_sequences),
+        "tokens": units.tokens,
+        "shard_sequences": units.shard_sequences,
     }
 
 
-def _records(name: str, raw: Mapping[str, Any], encoder: Encoder, profile: Profile) -> Records:
+def _records(name: str, raw: Mapping[str, Any], units: Units, profile: Profile) -> Records:
     """Return the account of a source's records.
 
     Raises:
         DataError: Fetch and prepare together refused more than `max_refused_fraction`.
     """
-    refused = Counter(raw["refused"]) + encoder.refused
+    by_prepare = units.count_by("refused")
+    refused = Counter(raw["refused"]) + by_prepare
     if sum(refused.values()) > profile.max_refused_fraction * raw["read"]:
         raise DataError(
             f"source {name}: {sum(refused.values()):,} of {raw['read']:,} records refused ({dict(refused)}), more than "
@@ -111,17 +143,17 @@ def _records(name: str, raw: Mapping[str, Any], encoder: Encoder, profile: Profi
     return Records(
         read=raw["read"],
         refused_by_fetch=raw["refused"],
-        refused_by_prepare=dict(encoder.refused),
-        kept=encoder.kept,
-        with_special_tokens=encoder.with_special_tokens,
-        special_token_hits=dict(sorted(encoder.special_token_hits.items())),
-        without_tokens=encoder.without_tokens,
+        refused_by_prepare=dict(by_prepare),
+        kept=units.count("kept"),
+        with_special_tokens=units.count("with_special_tokens"),
+        special_token_hits=dict(sorted(units.count_by("special_token_hits").items())),
+        without_tokens=units.count("without_tokens"),
     )
 
 
 def _account(folder: Path, prepared: Mapping[str, Prepared], profile: Profile) -> Ledger:
     shards = open_shards(folder, verify=False)  # hashed a moment ago
-    check_readback(shards, {name: source.samples for name, source in prepared.items()})
+    check_readback(shards, {name: [facts["ends"] for facts in s.units.facts] for name, s in prepared.items()})
     ledger = account_for(
         shards,
         {name: source.records for name, source in prepared.items()},

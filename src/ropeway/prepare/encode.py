@@ -1,11 +1,14 @@
 """Records to token sequences: whole, never cut, and for every token who said it."""
 
 import re
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from copy import copy
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import Literal
+from itertools import chain
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +21,7 @@ from ropeway.raw import Record, iterate_texts
 from ropeway.shards import Kind
 from ropeway.tokenizer import token_text
 
-_BATCH_CHARACTERS = 1 << 22  # one call of the tokenizer: enough to keep its threads busy, little to hold
+_BATCH_CHARACTERS = 1 << 20  # one call of the tokenizer: its threads stay busy, and some 50 MB of encodings are held
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +36,32 @@ class Sequence:
         record_key: Likewise of the whole record.
     """
 
-    tokens: NDArray[np.int64]
+    tokens: NDArray[np.uint32]
     kinds: NDArray[np.uint8]
     record: int
     key: int
     record_key: int
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """N sequences one after another, T tokens in all; the columns are those of `Sequence`.
+
+    Attributes:
+        tokens: `(T,)`.
+        kinds: `(T,)`.
+        lengths: `(N,)` tokens of each sequence.
+        records: `(N,)`.
+        keys: `(N,)`.
+        record_keys: `(N,)`.
+    """
+
+    tokens: NDArray[np.uint32]
+    kinds: NDArray[np.uint8]
+    lengths: NDArray[np.int32]
+    records: NDArray[np.int64]
+    keys: NDArray[np.uint64]
+    record_keys: NDArray[np.uint64]
 
 
 @dataclass
@@ -70,29 +94,57 @@ class Encoder:
         self._parsed = re.compile("|".join(re.escape(token.content) for token in added if token.special))
         self._escape = Escape(self.tokenizer) if self.special_tokens_in_text == "escape" else None
 
+    def fresh(self) -> Self:
+        """Return an encoder that has counted nothing; what takes long to make (a renamed tokenizer) is shared."""
+        other = copy(self)
+        other.kept = other.with_special_tokens = other.without_tokens = 0
+        other.refused, other.special_token_hits = Counter(), Counter()
+        return other
+
     def encode(self, records: Iterable[Record]) -> Iterator[Sequence]:
-        """Yield the sequences of these records, in order."""
+        """Yield the sequences of these records, in order, one by one: for looking at them."""
+        for part in self.encode_batches(records):
+            begins = np.cumsum(part.lengths) - part.lengths
+            for at, (begin, length) in enumerate(zip(begins.tolist(), part.lengths.tolist(), strict=True)):
+                span = slice(begin, begin + length)
+                numbers = (int(column[at]) for column in (part.records, part.keys, part.record_keys))
+                yield Sequence(part.tokens[span], part.kinds[span], *numbers)
+
+    def encode_batches(self, records: Iterable[Record]) -> Iterator[Encoded]:
+        """Yield the sequences of these records, in order, as columns over about a million characters each."""
         for batch in self._batches(self._keep(records)):
-            encodings = iter(self._tokenize(batch))
-            for record in batch:
-                parts = self._texts(record)
-                record_key = text_key("".join(parts))
-                for at, text in enumerate(parts):
-                    encoding = next(encodings)
-                    tokens = np.asarray(encoding.ids, dtype=np.int64)
-                    kinds = self._kinds(record, tokens, is_last=at == len(parts) - 1)
-                    yield Sequence(tokens, kinds, self.kept, text_key(text), record_key)
-                self.without_tokens += not parts
-                self.kept += 1
+            texts = [self._texts(record) for record in batch]
+            ids, lengths = array("I"), array("i")
+            for encoding in self._tokenize(batch, texts):
+                ids.fromlist(found := encoding.ids)
+                lengths.append(len(found))
+            tokens, counts = np.array(ids, dtype=np.uint32), np.array(lengths, dtype=np.int32)
+            per_record = np.array([len(parts) for parts in texts], dtype=np.int64)
+            keys = [[text_key(text) for text in parts] for parts in texts]
+            # A text in one piece is hashed once: it is its own record.
+            whole = [
+                own[0] if len(own) == 1 else text_key("".join(parts)) for own, parts in zip(keys, texts, strict=True)
+            ]
+            yield Encoded(
+                tokens=tokens,
+                kinds=self._kinds(tokens, counts, per_record, is_talk=isinstance(batch[0], Conversation)),
+                lengths=counts,
+                records=np.repeat(np.arange(self.kept, self.kept + len(batch)), per_record),
+                keys=np.array([key for own in keys for key in own], dtype=np.uint64),
+                record_keys=np.repeat(np.array(whole, dtype=np.uint64), per_record),
+            )
+            self.without_tokens += int((per_record == 0).sum())
+            self.kept += len(batch)
 
     def _keep(self, records: Iterable[Record]) -> Iterator[Record]:
         for record in records:
             if isinstance(record, Conversation) and not record.turns:
                 self.refused["conversation without turns"] += 1
                 continue
-            hits = Counter(hit[0] for text in iterate_texts(record) for hit in self._parsed.finditer(text))
-            self.with_special_tokens += bool(hits)
-            self.special_token_hits += hits
+            hits = [hit for text in iterate_texts(record) for hit in self._parsed.findall(text)]
+            if hits:
+                self.with_special_tokens += 1
+                self.special_token_hits.update(hits)
             if hits and self.special_tokens_in_text == "reject":
                 self.refused["special token in text"] += 1
             elif self._escape and any(map(OWN_MARK.search, iterate_texts(record))):
@@ -101,28 +153,17 @@ class Encoder:
                 yield record
 
     def _batches(self, records: Iterable[Record]) -> Iterator[list[Record]]:
+        """Yield records of one kind each, about a million characters."""
         batch: list[Record] = []
         characters = 0
         for record in records:
-            batch.append(record)
-            characters += sum(map(len, iterate_texts(record)))
-            if characters >= _BATCH_CHARACTERS:
+            if batch and (characters >= _BATCH_CHARACTERS or type(record) is not type(batch[0])):
                 yield batch
                 batch, characters = [], 0
+            batch.append(record)
+            characters += sum(map(len, iterate_texts(record)))
         if batch:
             yield batch
-
-    def _tokenize(self, batch: list[Record]) -> list[Encoding]:
-        """Return one encoding for each of `_texts` of each record."""
-        if self._escape is None:
-            return self.tokenizer.encode_batch_fast([text for record in batch for text in self._texts(record)])
-        texts = []
-        for record in batch:
-            if isinstance(record, Conversation):
-                texts.append(self._escape.render(record, end=self.end))
-            else:
-                texts += self._texts(record)
-        return self._escape.tokenizer.encode_batch_fast(texts)
 
     def _texts(self, record: Record) -> list[str]:
         """Return what is tokenized, before escaping: the rendered conversation, or a document's chunks."""
@@ -130,29 +171,60 @@ class Encoder:
             return [render(record, end=self.end)]
         return [record[begin:end] for begin, end in plan_chunks(len(record), self.max_chunk_size)]
 
-    def _kinds(self, record: Record, tokens: NDArray[np.int64], *, is_last: bool) -> NDArray[np.uint8]:
-        if isinstance(record, Conversation):
-            return conversation_kinds(tokens, prompter=self.special[PROMPTER], assistant=self.special[ASSISTANT])
-        return document_kinds(len(tokens), is_last=is_last)
+    def _tokenize(self, batch: list[Record], texts: list[list[str]]) -> list[Encoding]:
+        """Return one encoding for each text of each record."""
+        if self._escape is None:
+            return self.tokenizer.encode_batch_fast(list(chain.from_iterable(texts)))
+        escaped: list[str] = []
+        for record, parts in zip(batch, texts, strict=True):
+            escaped += [self._escape.render(record, end=self.end)] if isinstance(record, Conversation) else parts
+        return self._escape.tokenizer.encode_batch_fast(escaped)
+
+    def _kinds(
+        self, tokens: NDArray[np.uint32], lengths: NDArray[np.int32], per_record: NDArray[np.int64], *, is_talk: bool
+    ) -> NDArray[np.uint8]:
+        if is_talk:
+            roles = {"prompter": self.special[PROMPTER], "assistant": self.special[ASSISTANT]}
+            return conversation_kinds(tokens, lengths, **roles)
+        is_last = np.zeros(len(lengths), dtype=np.bool_)
+        is_last[np.cumsum(per_record)[per_record > 0] - 1] = True
+        return document_kinds(lengths, is_last=is_last)
 
 
-def conversation_kinds(tokens: NDArray[np.int64], *, prompter: int, assistant: int) -> NDArray[np.uint8]:
-    """Return `(T,)` who said each token of a conversation, seen from its beginning.
+def conversation_kinds(
+    tokens: NDArray[np.integer[Any]], lengths: NDArray[np.integer[Any]] | None = None, *, prompter: int, assistant: int
+) -> NDArray[np.uint8]:
+    """Return `(T,)` who said each token of conversations laid one after another, each seen from its beginning.
 
     A turn begins with its role token. Turns are counted, not read: the first is the prompter's, the second the
     assistant's and so on, whichever role token opens it; what stands before the first is nobody's. Source:
     Open-Assistant's dialogue collator (July 2023), where a literal role token in a text begins a turn as well.
+
+    Args:
+        tokens: `(T,)`.
+        lengths: `(N,)` tokens of each conversation; None means one.
+        prompter: The role token's id.
+        assistant: Likewise.
     """
-    turn = np.cumsum((tokens == prompter) | (tokens == assistant))
-    said = np.where(turn % 2 == 1, Kind.PROMPTER, Kind.ASSISTANT)
-    return np.where(turn == 0, Kind.BEFORE, said).astype(np.uint8)
+    turn = np.cumsum((tokens == prompter) | (tokens == assistant), dtype=np.int32)
+    if lengths is not None:
+        ends = np.cumsum(lengths)
+        turn -= np.repeat(np.concatenate(([np.int32(0)], turn))[ends - lengths], lengths)  # of conversations before
+    said = np.where(turn & 1, np.uint8(Kind.PROMPTER), np.uint8(Kind.ASSISTANT))
+    said[turn == 0] = Kind.BEFORE
+    return said
 
 
-def document_kinds(length: int, *, is_last: bool) -> NDArray[np.uint8]:
-    """Return `(T,)` kinds of a chunk; the last token of a document's last chunk is marked as its end."""
-    kinds = np.full(length, Kind.DOCUMENT, dtype=np.uint8)
-    if is_last:
-        kinds[-1:] = Kind.DOCUMENT_END
+def document_kinds(length: int | NDArray[np.integer[Any]], *, is_last: bool | NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """Return `(T,)` kinds of a chunk, or of chunks laid one after another; a document's last token is its end.
+
+    Args:
+        length: Tokens of the chunk, or `(N,)` of each.
+        is_last: Whether it is its document's last, or `(N,)` of each.
+    """
+    lengths, last = np.atleast_1d(length), np.atleast_1d(is_last)
+    kinds = np.full(int(lengths.sum()), Kind.DOCUMENT, dtype=np.uint8)
+    kinds[np.cumsum(lengths)[last & (lengths > 0)] - 1] = Kind.DOCUMENT_END
     return kinds
 
 

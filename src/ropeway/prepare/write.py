@@ -1,90 +1,161 @@
-"""The acting part: sequences to shard files, a shard at a time, and a look at them through the reader's eyes."""
+"""The acting part: units made that are not there yet, one source's units to its folder, and a look through a reader."""
 
-from array import array
+import errno
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ropeway.errors import DataError
-from ropeway.prepare.encode import Sequence
+from ropeway.errors import DataError, TemporaryError
+from ropeway.manifest import load_manifest
+from ropeway.prepare import workers
 from ropeway.prepare.split import Split
-from ropeway.shards import Shards, SourceShards, write_shard
+from ropeway.prepare.units import Unit, encode_unit, load_unit, sequence_digest
+from ropeway.shards import Shards, SourceShards
 
-SHARD_TOKENS = 1 << 26  # 128 MiB of uint16
+_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
-class ShardWriter:
-    """Writes one source's folder; holds the tokens of one shard and some twenty bytes per sequence.
+@dataclass(frozen=True)
+class Units:
+    """One source's whole units, in order, on disk.
 
     Attributes:
-        shard_sequences: Sequences of each shard written.
-        tokens: All tokens written.
-        samples: Sequence number -> sequence, the first and the last of each shard, for `check_readback`.
+        folders: One per unit.
+        facts: Each unit's manifest.
     """
 
-    def __init__(self, folder: Path, *, vocab_size: int, shard_tokens: int = SHARD_TOKENS) -> None:
-        """Make the folder."""
+    folders: tuple[Path, ...]
+    facts: tuple[dict[str, Any], ...]
+
+    @property
+    def shard_sequences(self) -> list[int]:
+        """Sequences of each unit."""
+        return [facts["sequences"] for facts in self.facts]
+
+    @property
+    def tokens(self) -> int:
+        """All tokens."""
+        return sum(facts["tokens"] for facts in self.facts)
+
+    def count(self, what: str) -> int:
+        """Return how many records are `kept`, `without_tokens` or `with_special_tokens`."""
+        return sum(facts["records"][what] for facts in self.facts)
+
+    def count_by(self, what: str) -> Counter[str]:
+        """Return how many records were `refused` for each reason, or each string's `special_token_hits`."""
+        return sum((Counter(facts["records"][what]) for facts in self.facts), Counter())
+
+    def column(self, name: str) -> NDArray[Any]:
+        """Return `(N,)` of all sequences: `lengths`, `keys`, `record_keys`, or `records` counted over the source."""
+        parts = [np.load(folder / f"{name}.npy", allow_pickle=False) for folder in self.folders]
+        if name == "records":
+            parts = [part + first for part, first in zip(parts, self._first_records, strict=True)]
+        return np.concatenate(parts)
+
+    @cached_property
+    def _first_records(self) -> NDArray[np.int64]:
+        kept = [facts["records"]["kept"] for facts in self.facts]
+        return np.cumsum([0, *kept[:-1]], dtype=np.int64)
+
+    def place(self, folder: Path) -> None:
+        """Put shards and lengths into a source's folder; the units stay, so a later failure costs no encoding."""
         folder.mkdir(parents=True)
-        self._folder, self._vocab_size, self._shard_tokens = folder, vocab_size, shard_tokens
-        self._waiting: list[Sequence] = []
-        self._waiting_tokens = 0
-        self._lengths, self._records, self._keys, self._record_keys = array("i"), array("q"), array("Q"), array("Q")
-        self.shard_sequences: list[int] = []
-        self.tokens = 0
-        self.samples: dict[int, Sequence] = {}
+        for number, unit in enumerate(self.folders):
+            for part in ("tokens", "kinds"):
+                _link(unit / f"{part}.npy", folder / f"{part}-{number:05d}.npy")
+        np.save(folder / "lengths.npy", self.column("lengths"), allow_pickle=False)
 
-    def add(self, sequence: Sequence) -> None:
-        """Append one sequence."""
-        self._waiting.append(sequence)
-        self._waiting_tokens += len(sequence.tokens)
-        self._lengths.append(len(sequence.tokens))
-        self._records.append(sequence.record)
-        self._keys.append(sequence.key)
-        self._record_keys.append(sequence.record_key)
-        if self._waiting_tokens >= self._shard_tokens:
-            self._flush()
-
-    def finish(self, *, by_document: bool) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
-        """Write what waits and the lengths; return (records, keys), `(N,)` each, as `plan_split` takes them."""
-        if self._waiting or not self.shard_sequences:
-            self._flush()
-        np.save(self._folder / "lengths.npy", np.asarray(self._lengths, dtype=np.int32), allow_pickle=False)
-        keys = self._record_keys if by_document else self._keys
-        return np.asarray(self._records, dtype=np.int64), np.asarray(keys, dtype=np.uint64)
-
-    def write_split(self, split: Split) -> None:
-        """Write the training and validation parts."""
-        np.save(self._folder / "train.npy", split.train.astype(np.int64), allow_pickle=False)
-        np.save(self._folder / "validation.npy", split.validation.astype(np.int64), allow_pickle=False)
-
-    def _flush(self) -> None:
-        first = sum(self.shard_sequences)
-        pairs = [(sequence.tokens, sequence.kinds) for sequence in self._waiting]
-        write_shard(self._folder, len(self.shard_sequences), pairs, vocab_size=self._vocab_size)
-        if self._waiting:
-            self.samples[first] = self._waiting[0]
-            self.samples[first + len(pairs) - 1] = self._waiting[-1]
-        self.shard_sequences.append(len(pairs))
-        self.tokens += self._waiting_tokens
-        self._waiting, self._waiting_tokens = [], 0
+    def check_placed(self, name: str, files: dict[str, Any]) -> None:
+        """Raise DataError unless the files of data's manifest are the bytes that were encoded."""
+        for number, (unit, facts) in enumerate(zip(self.folders, self.facts, strict=True)):
+            for part in ("tokens", "kinds"):
+                placed, made = files[f"{name}/{part}-{number:05d}.npy"], facts["files"][f"{part}.npy"]
+                if placed["sha256"] != made["sha256"]:
+                    raise DataError(
+                        f"{unit / part}.npy: sha256 is {placed['sha256'][:12]}…, {made['sha256'][:12]}… was written; "
+                        "the disk is at fault. Run `dvc repro prepare` again: this unit is made anew"
+                    )
 
 
-def check_readback(shards: Shards, samples: dict[str, dict[int, Sequence]]) -> None:
+def make_units(planned: dict[str, Sequence[Unit]], *, work: Path) -> dict[str, Units]:
+    """Make the units that are not there, and return all of them by source.
+
+    Raises:
+        ConfigError: The environment names workers that are not there.
+        TemporaryError: A worker died or the disk is full; what is whole stays.
+    """
+    for partial in work.glob("*/.*.partial"):
+        shutil.rmtree(partial)
+    everything = [unit for units in planned.values() for unit in units]
+    missing = [unit for unit in everything if load_unit(unit) is None]
+    if len(everything) > len(missing):
+        print(f"prepare: {len(everything) - len(missing)} of {len(everything)} units are there already", flush=True)
+    kept = f"whole units are kept in {work}. Run the same command again: it makes only those that are missing"
+    text_bytes = sum(group.text_bytes for unit in missing for group in unit.groups)
+    made = workers.make(encode_unit, missing, text_bytes=text_bytes, kept=kept)
+    for number, folder in enumerate(made, start=1):
+        print(f"prepare: {folder.parent.name} {folder.name} made, {number} of {len(missing)}", flush=True)
+    return {name: _open_units(units) for name, units in planned.items()}
+
+
+def _open_units(units: Sequence[Unit]) -> Units:
+    folders = tuple(unit.folder for unit in units)
+    remedy = "Run `dvc repro prepare` again"
+    return Units(folders, tuple(load_manifest(folder, remedy=remedy, verify=False) for folder in folders))
+
+
+@contextmanager
+def disk_may_be_full(work: Path) -> Iterator[None]:
+    """Say what to do when it is."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        free = shutil.disk_usage(work).free if work.exists() else 0
+        raise TemporaryError(
+            f"{error.filename or work}: the disk is full ({free:,} bytes free). Make room and run the same command "
+            f"again: whole units are kept in {work}"
+        ) from error
+
+
+def write_split(folder: Path, split: Split) -> None:
+    """Write the training and validation parts."""
+    np.save(folder / "train.npy", split.train.astype(np.int64), allow_pickle=False)
+    np.save(folder / "validation.npy", split.validation.astype(np.int64), allow_pickle=False)
+
+
+def check_readback(shards: Shards, ends: dict[str, list[list[str]]]) -> None:
     """Raise DataError unless the reader finds in each shard as many tokens as written, and its ends as they were.
 
     Fast: two sequences a shard are read, whatever its size.
+
+    Args:
+        shards: What was written, opened as training opens it.
+        ends: By source and shard, digests of the first and the last sequence as they were encoded.
     """
     for source in shards.sources:
         _check_sizes(source)
-        for number, written in samples[source.name].items():
-            tokens, kinds = source.read(number)
-            if not (np.array_equal(tokens, written.tokens) and np.array_equal(kinds, written.kinds)):
-                raise DataError(
-                    f"{source.folder}: sequence {number} reads back as {len(tokens)} tokens {tokens[:8].tolist()}…, "
-                    f"written were {len(written.tokens)}: {written.tokens[:8].tolist()}…; the disk or the format is "
-                    "at fault: run `dvc repro prepare` again"
-                )
+        first = 0
+        for count, written in zip(source.shard_sequences, ends[source.name], strict=True):
+            for number, digest in zip((first, first + count - 1), written, strict=bool(written)):
+                tokens, kinds = source.read(number)
+                if sequence_digest(tokens, kinds) != digest:
+                    raise DataError(
+                        f"{source.folder}: sequence {number} reads back as {len(tokens)} tokens "
+                        f"{tokens[:8].tolist()}…, which is not what was written; the disk or the format is at fault: "
+                        "run `dvc repro prepare` again"
+                    )
+            first += count
 
 
 def _check_sizes(source: SourceShards) -> None:
@@ -99,3 +170,11 @@ def _check_sizes(source: SourceShards) -> None:
                     f"{expected:,}; run `dvc repro prepare` again"
                 )
         first += count
+
+
+def _link(unit: Path, target: Path) -> None:
+    """Give a unit's file a second name in data/; where the disk knows no links, copy it."""
+    try:
+        os.link(unit, target)
+    except OSError:
+        shutil.copyfile(unit, target)

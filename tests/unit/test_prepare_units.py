@@ -1,0 +1,285 @@
+"""Units of work: what is planned, what a broken-off prepare leaves, and what the next one makes of it."""
+
+import errno
+from collections import Counter
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ropeway import prepare
+from ropeway.chat import Conversation
+from ropeway.errors import ConfigError, DataError, TemporaryError
+from ropeway.manifest import file_sha256
+from ropeway.prepare import units, workers
+from ropeway.prepare.units import encode_unit, plan_units
+from ropeway.raw import Group, iterate_groups, iterate_records, list_groups
+from ropeway.shards import open_shards
+from tests.unit.test_prepare import TALKS, TEXTS, lay, profile
+
+
+@pytest.fixture
+def many(tmp_path, monkeypatch):
+    """A workspace whose two sources are several units each."""
+    monkeypatch.setattr("ropeway.raw._GROUP_CHARACTERS", 200)
+    monkeypatch.setattr("ropeway.prepare.UNIT_BYTES", 900)
+    return lay(tmp_path)
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """Names of the units that are made."""
+    names = []
+
+    def make(unit):
+        names.append("/".join(unit.folder.parts[-2:]))
+        return encode_unit(unit)
+
+    monkeypatch.setattr("ropeway.prepare.write.encode_unit", make)
+    return names
+
+
+def digest(workspace):
+    return file_sha256(workspace.data / "manifest.json"), workspace.ledger.read_bytes()
+
+
+def whole_units(workspace):
+    return {"/".join(path.parts[-3:-1]) for path in workspace.work.glob("prepare-run-*/*/*/manifest.json")}
+
+
+@given(sizes=st.lists(st.integers(0, 30)), limit=st.integers(1, 40))
+def test_units_are_all_groups_in_order_and_no_larger_than_they_may_be(sizes, limit):
+    groups = [Group("part", number, 1, size) for number, size in enumerate(sizes)]
+    planned = plan_units(groups, unit_bytes=limit)
+    assert [group for unit in planned for group in unit] == groups
+    assert len(planned) >= 1
+    for unit in planned:
+        assert len(unit) <= 1 or sum(group.text_bytes for group in unit) <= limit
+    for unit, following in pairwise(planned):
+        assert sum(group.text_bytes for group in (*unit, following[0])) > limit
+
+
+def test_groups_of_one_source_read_apart_are_its_records(many):
+    for name, records in (("talk", TALKS), ("text", TEXTS)):
+        groups = list_groups(many.raw / name)
+        assert len(groups) > 3
+        assert sum(group.records for group in groups) == len(records)
+        apart = [record for group in groups for record in iterate_groups(many.raw / name, [group])]
+        assert apart == list(iterate_records(many.raw / name)) == records
+
+
+def test_a_groups_size_is_that_of_its_text_even_if_texts_repeat(tmp_path, monkeypatch):
+    monkeypatch.setattr("ropeway.raw._GROUP_CHARACTERS", 10_000)
+    workspace = lay(tmp_path, texts=["the same text again " * 5] * 300)
+    sizes = [group.text_bytes for group in list_groups(workspace.raw / "text")]
+    assert all(10_000 < size < 15_000 for size in sizes)
+
+
+def test_a_prepare_that_breaks_off_continues_at_the_first_missing_unit(many, made, monkeypatch, tmp_path):
+    undisturbed = lay(tmp_path / "other")
+    prepare.run(undisturbed, profile())
+    expected, everything = digest(undisturbed), list(made)
+    assert Counter(name.split("/")[0] for name in everything).keys() == {"talk", "text"}
+    made.clear()
+
+    def stumble(unit):
+        if len(made) == 4:
+            raise KeyboardInterrupt
+        made.append("/".join(unit.folder.parts[-2:]))
+        return encode_unit(unit)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ropeway.prepare.write.encode_unit", stumble)
+        with pytest.raises(KeyboardInterrupt):
+            prepare.run(many, profile())
+    assert not many.data.exists()
+    assert made == everything[:4]
+    assert whole_units(many) == set(everything[:4])
+    made.clear()
+    prepare.run(many, profile())
+    assert made == everything[4:]
+    assert digest(many) == expected
+
+
+def test_nothing_is_left_of_units_once_data_is_whole(many):
+    prepare.run(many, profile())
+    assert not list(many.work.iterdir())
+    names = {path.name.split("-")[0] for path in many.data.rglob("*.npy")}
+    assert names == {"tokens", "kinds", "lengths.npy", "train.npy", "validation.npy"}
+
+
+def refuse(workspace):
+    """A prepare that fails after all units are made."""
+    with pytest.raises(DataError, match="refused"):
+        prepare.run(workspace, profile())
+
+
+@pytest.fixture
+def unfit(tmp_path, monkeypatch):
+    """A workspace whose units get made, but one record too many is refused."""
+    monkeypatch.setattr("ropeway.raw._GROUP_CHARACTERS", 200)
+    monkeypatch.setattr("ropeway.prepare.UNIT_BYTES", 900)
+    return lay(tmp_path, [Conversation((), "alone"), *TALKS])
+
+
+def test_params_that_encoding_does_not_read_reuse_the_units(unfit, made):
+    refuse(unfit)
+    assert whole_units(unfit) == set(made)
+    made.clear()
+    prepare.run(unfit, profile(max_refused_fraction=0.1, max_length=20, val_split=0.3))
+    assert made == []
+
+
+@pytest.mark.parametrize("part", ["tokens.npy", "keys.npy", "manifest.json"])
+def test_a_damaged_unit_is_made_again_and_no_other(unfit, made, part, capsys):
+    refuse(unfit)
+    (folder,) = unfit.work.glob("prepare-run-*/text/00001")
+    path = folder / part
+    path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+    made.clear()
+    prepare.run(unfit, profile(max_refused_fraction=0.1))
+    assert made == ["text/00001"]
+    assert f"text/00001/{part}" in capsys.readouterr().out
+
+
+def test_a_unit_that_is_damaged_before_it_is_placed_is_named_and_made_again_the_next_time(unfit, made, monkeypatch):
+    refuse(unfit)
+    (path,) = unfit.work.glob("prepare-run-*/text/00001/tokens.npy")
+    place = prepare.Units.place
+
+    def spoil(self, folder):
+        path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+        place(self, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ropeway.prepare.Units.place", spoil)
+        with pytest.raises(DataError, match=r"00001/tokens.npy: sha256 is"):
+            prepare.run(unfit, profile(max_refused_fraction=0.1))
+    assert not unfit.data.exists()
+    made.clear()
+    prepare.run(unfit, profile(max_refused_fraction=0.1))
+    assert made == ["text/00001"]
+
+
+def test_another_recipe_is_other_work_and_earlier_work_of_this_run_goes_in_the_end(unfit, made):
+    refuse(unfit)
+    (foreign := unfit.work / "prepare-run-b-0123456789abcdef").mkdir()
+    made.clear()
+    prepare.run(unfit, profile(max_refused_fraction=0.1, special_tokens_in_text="reject"))
+    assert len(made) > 4
+    assert list(unfit.work.iterdir()) == [foreign]
+
+
+@pytest.mark.parametrize("change", ["raw", "tokenizer", "config", "recipe", "code"])
+def test_the_fingerprint_changes_with_whatever_a_units_bytes_depend_on(tmp_path, monkeypatch, change):
+    base = lay(tmp_path).base
+    recipe = units.Recipe(None, "parse")
+    before = units.fingerprint({"a": {"sha256": "1"}}, base, {"s": recipe})
+    if change in ("tokenizer", "config"):
+        path = base / ("tokenizer.json" if change == "tokenizer" else "tokenizer_config.json")
+        path.write_bytes(path.read_bytes() + b" ")
+    if change == "code":
+        monkeypatch.setattr("ropeway.prepare.units.code_digest", lambda: "other")
+    raw = {"a": {"sha256": "2" if change == "raw" else "1"}}
+    recipes = {"s": units.Recipe(7, "parse") if change == "recipe" else recipe}
+    assert units.fingerprint(raw, base, recipes) != before
+
+
+def test_a_full_disk_leaves_no_table_and_keeps_what_is_whole(many, made, monkeypatch):
+    save, room = np.save, [20]
+
+    def save_until_full(path, *args, **more):
+        room[0] -= 1
+        if room[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        save(path, *args, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("numpy.save", save_until_full)
+        with pytest.raises(TemporaryError, match=r"the disk is full \([\d,]+ bytes free\).*whole units are kept in"):
+            prepare.run(many, profile())
+    assert len(made) == 4  # six arrays each: three whole units, two arrays of the fourth
+    assert whole_units(many) == set(made[:3])
+    assert not many.data.exists()
+    assert not [path for path in many.root.rglob("*") if path.name.endswith(".partial")]
+    made.clear()
+    prepare.run(many, profile())
+    assert "talk/00002" not in made
+    assert made[0] == "talk/00003"
+
+
+def test_a_disk_that_fills_up_at_the_very_end_keeps_all_units(many, made, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("os.link", no_room)
+        patch.setattr("shutil.copyfile", no_room)
+        with pytest.raises(TemporaryError, match="the disk is full"):
+            prepare.run(many, profile())
+    assert not many.data.exists()
+    assert whole_units(many) == set(made)
+    made.clear()
+    prepare.run(many, profile())
+    assert made == []
+
+
+def no_room(_, target):
+    raise OSError(errno.ENOSPC, "No space left on device", str(target))
+
+
+def test_where_the_disk_knows_no_links_shards_are_copied(many, tmp_path, monkeypatch):
+    prepare.run(many, profile())
+    other = lay(tmp_path / "other")
+
+    def refuse_link(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr("os.link", refuse_link)
+    prepare.run(other, profile())
+    assert digest(other) == digest(many)
+
+
+def test_a_source_without_records_is_one_empty_shard(tmp_path):
+    workspace = lay(tmp_path, texts=[])
+    with pytest.raises(DataError, match="source text: 0 supervised tokens in 0 rows"):
+        prepare.run(workspace, profile())
+    (folder,) = workspace.work.glob("prepare-run-*/text")
+    assert [path.name for path in folder.iterdir()] == ["00000"]
+    assert np.load(folder / "00000" / "tokens.npy").shape == (0,)
+
+
+def test_a_unit_made_twice_is_the_first_one(many):
+    prepare.run(many, profile())
+    raw = many.raw / "talk"
+    unit = units.Unit(tuple(list_groups(raw)), raw, many.base, units.Recipe(None, "parse"), many.work / "x" / "00000")
+    first = encode_unit(unit)
+    inode = (first / "tokens.npy").stat().st_ino
+    assert encode_unit(unit) == first
+    assert (first / "tokens.npy").stat().st_ino == inode
+    assert [path.name for path in first.parent.iterdir()] == ["00000"]
+
+
+def test_records_are_numbered_over_units_and_documents_are_never_torn(many):
+    prepare.run(many, profile(split_by="document"))
+    _, text = open_shards(many.data).sources
+    assert len(text.shard_sequences) > 2
+    train, validation = (set(part.tolist()) for part in (text.train, text.validation))
+    number = 0
+    for document in TEXTS:
+        chunks = set(range(number, number := number + -(-len(document) // 60)))
+        assert chunks <= train or not chunks & train
+        assert not (chunks & train and chunks & validation)
+
+
+@pytest.mark.parametrize(("asked", "text_bytes", "expected"), [("", 0, 0), ("", 1 << 40, 6), ("3", 0, 3)])
+def test_as_many_processes_as_asked_for_else_as_are_worth_their_start(monkeypatch, asked, text_bytes, expected):
+    monkeypatch.setenv("ROPEWAY_PREPARE_WORKERS", asked)
+    monkeypatch.setattr("ropeway.prepare.workers.count_cores", lambda: 6)
+    assert workers.count_workers(text_bytes) == expected
+
+
+@pytest.mark.parametrize("asked", ["0", "two", "-1", "1.5"])
+def test_a_number_of_processes_that_is_none_is_refused(monkeypatch, asked):
+    monkeypatch.setenv("ROPEWAY_PREPARE_WORKERS", asked)
+    with pytest.raises(ConfigError, match=f"ROPEWAY_PREPARE_WORKERS is '{asked}'"):
+        workers.count_workers(0)
