@@ -7,7 +7,7 @@ generator, so no order, worker count or resume can change a row.
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,10 +79,15 @@ def plan_window(
 
 
 def loss_mask(kinds: NDArray[np.uint8], profile: Profile) -> NDArray[np.bool_]:
-    """Return `(T,)` True where predicting token t + 1 from token t counts, for a whole or cut sequence.
+    """Return `(T,)` True where predicting token t + 1 from token t counts, for a whole or cut sequence."""
+    return loss_masks(kinds, np.array([len(kinds)]), profile)
+
+
+def loss_masks(kinds: NDArray[np.uint8], lengths: NDArray[np.integer[Any]], profile: Profile) -> NDArray[np.bool_]:
+    """Return `(T,)` loss masks of sequences that lie one after another, `lengths` tokens each.
 
     `published`: everything but the prompter's turns, hence BOS and the system message too. `answers`: an answer's text
-    and its end token only. The last position never counts, its next token being a stranger (but see
+    and its end token only. A sequence's last position never counts, its next token being a stranger (but see
     `document_end`).
     """
     documents = kinds >= Kind.DOCUMENT
@@ -91,11 +96,11 @@ def loss_mask(kinds: NDArray[np.uint8], profile: Profile) -> NDArray[np.bool_]:
     elif profile.what_counts == "published":
         mask = kinds != Kind.PROMPTER
     else:
-        following = np.append(kinds[1:], Kind.PROMPTER)
+        following = np.append(kinds[1:], np.uint8(Kind.PROMPTER))
         mask = documents | ((kinds == Kind.ASSISTANT) & (following == Kind.ASSISTANT))
-    if len(mask):
-        ends = {"masked": False, "eos": kinds[-1] == Kind.DOCUMENT_END, "published": True}
-        mask[-1] = bool(documents[-1]) and ends[profile.document_end]
+    last = np.cumsum(lengths)[np.asarray(lengths) > 0] - 1
+    ends = {"masked": False, "eos": kinds[last] == Kind.DOCUMENT_END, "published": True}
+    mask[last] = documents[last] & ends[profile.document_end]
     return mask
 
 
@@ -193,6 +198,13 @@ class EpochPlan:
         """Return (source, sequence) at a position of the epoch's order."""
         source, position = locate([len(part.train) for part in self.shards.sources], int(self.order[index]))
         return source, int(self.shards.sources[source].train[position])
+
+    def drawn_all(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return `drawn` of every position at once: `(N,)` sources and `(N,)` sequences."""
+        begins = np.cumsum([0, *(len(part.train) for part in self.shards.sources)])
+        sources = np.searchsorted(begins, self.order, side="right") - 1
+        trained = np.concatenate([np.empty(0, np.int64), *(part.train for part in self.shards.sources)])
+        return sources.astype(np.int64), trained[self.order]
 
 
 def plan_epoch(shards: Shards, profile: Profile, *, epoch: int) -> EpochPlan:

@@ -8,10 +8,11 @@ data/<source>/train.npy               int64 sequence numbers of the training par
 data/<source>/validation.npy          likewise; a sequence in neither is unused
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,12 @@ class SourceShards:
         base = self._begins[self._firsts[shard]]
         span = slice(int(self._begins[sequence] - base), int(self._begins[sequence + 1] - base))
         return tokens[span].astype(np.int64), np.asarray(kinds[span])
+
+    def iterate_kinds(self) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int32]]]:
+        """Yield each shard's `(T,)` kinds and its sequences' lengths; a shard is let go when the next is asked for."""
+        for shard, (first, end) in enumerate(pairwise(self._firsts)):
+            kinds = np.load(self.folder / f"kinds-{shard:05d}.npy", mmap_mode="r", allow_pickle=False)
+            yield np.asarray(kinds), self.lengths[first:end]
 
 
 @dataclass(frozen=True)

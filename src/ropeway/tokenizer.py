@@ -118,7 +118,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
             f"characters yield {found:,}; lower it or add text"
         )
     merges = [tuple(pair) for pair in learned["merges"]]
-    return _llama_tokenizer(learned["vocab"], merges)
+    return llama_tokenizer(learned["vocab"], merges)
 
 
 def prepare_tokenizer(tokenizer: Tokenizer, names: dict[str, str]) -> None:
@@ -193,7 +193,7 @@ def _bos_in_front(bos: str, number: int) -> processors.PostProcessor:
     return processors.TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, number)])
 
 
-def _llama_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
+def llama_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
     """Return Llama 2's pipeline around this vocabulary. Source: its tokenizer.json, legacy SentencePiece behaviour."""
     model = models.BPE(vocab, merges, unk_token=LLAMA_SPECIAL["unk"], byte_fallback=True, fuse_unk=True)
     tokenizer = Tokenizer(model)

@@ -121,29 +121,38 @@ def test_preparing_twice_gives_the_same_bytes(run, tmp_path):
     assert again.ledger.read_bytes() == workspace.ledger.read_bytes()
 
 
-def test_the_ledgers_epoch_is_what_training_reads(run):
-    _, shards, ledger = run
-    plan = plan_epoch(shards, profile(), epoch=0)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"layout": "packed"}, {"document_end": "eos", "what_counts": "answers"}],
+    ids=["padded", "packed", "answers"],
+)
+def test_the_ledgers_epoch_is_what_training_reads(tmp_path, changes):
+    workspace, options = lay(tmp_path), profile(**changes)
+    prepare.run(workspace, options)
+    shards, ledger = open_shards(workspace.data), json.loads(workspace.ledger.read_bytes())
+    plan = plan_epoch(shards, options, epoch=0)
     found = [Counter() for _ in shards.sources]
+    for source, sequence in map(plan.drawn, range(len(plan.order))):
+        found[source] += Counter(drawn=1, drawn_tokens=int(shards.sources[source].lengths[sequence]))
     for index in range(plan.rows):
-        ((piece,),) = (plan.row(index),)
-        batch = collate([(piece,)], shards, profile())
-        whole = int(shards.sources[piece.source].lengths[piece.sequence])
-        lost = whole - (piece.end - piece.begin)
-        found[piece.source] += Counter(
-            drawn=1,
-            drawn_tokens=whole,
-            row_tokens=piece.end - piece.begin,
-            cells=batch.input_ids.size,
-            padding=batch.input_ids.size - (piece.end - piece.begin),
-            supervised=int(batch.loss_mask.sum()),
-            windowed=int(piece.begin > 0),
-            cut=int(lost > 0 and piece.begin == 0),
-        )
+        row = plan.row(index)
+        batch = collate([row], shards, options)
+        padding = int((batch.sources < 0).sum())
+        found[row[0].source] += Counter(cells=padding, padding=padding)
+        for number, counts in enumerate(found):
+            here = batch.sources == number
+            tokens = int(here.sum())
+            counts += Counter(cells=tokens, row_tokens=tokens, supervised=int((batch.loss_mask & here).sum()))
+        for piece in row:
+            lost = int(shards.sources[piece.source].lengths[piece.sequence]) - (piece.end - piece.begin)
+            if lost and not (shards.sources[piece.source].is_document and plan.packed):
+                how = "windowed" if piece.begin else "cut"
+                found[piece.source] += Counter({how: 1, f"{how}_tokens": lost})
     for account, counts in zip(ledger["sources"], found, strict=True):
-        assert {name: account["epochs"][0][name] for name in counts} == dict(counts)
-    assert found[0]["windowed"] > 0
-    assert found[1]["cut"] > 0
+        epoch = account["epochs"][0]
+        assert {name: count for name, count in epoch.items() if count and name != "not_drawn"} == dict(counts)
+    assert found[0]["cut" if plan.packed else "windowed"] > 0
+    assert found[1]["cut"] > 0 or plan.packed
     assert ledger["epochs"] == [
         {
             "epoch": 0,

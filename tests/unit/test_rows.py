@@ -7,7 +7,17 @@ from hypothesis import strategies as st
 
 from ropeway.params import DatasetOptions, load_profile
 from ropeway.prepare.encode import conversation_kinds, document_kinds
-from ropeway.rows import Piece, collate, locate, loss_mask, plan_epoch, plan_window, validation_rows, window_generator
+from ropeway.rows import (
+    Piece,
+    collate,
+    locate,
+    loss_mask,
+    loss_masks,
+    plan_epoch,
+    plan_window,
+    validation_rows,
+    window_generator,
+)
 from ropeway.shards import FORMAT, Kind, Shards, SourceShards
 from tests.tiny_run import ROOT
 
@@ -98,6 +108,21 @@ def test_answers_are_a_part_of_what_is_published(length, begin, width):
     published, answers = (loss_mask(kinds, profile(what_counts=what)) for what in ("published", "answers"))
     assert not (answers & ~published).any()
     assert not published[-1]
+
+
+@given(
+    st.lists(st.tuples(st.booleans(), st.integers(0, 30)), max_size=8),
+    st.sampled_from(["masked", "eos", "published"]),
+    st.sampled_from(["published", "answers"]),
+    st.booleans(),
+)
+def test_masks_of_many_sequences_are_those_of_each(sequences, document_end, what_counts, label_masking):
+    options = profile(document_end=document_end, what_counts=what_counts, label_masking=label_masking)
+    parts = [talk_of(n)[1] if is_talk else document_kinds(n, is_last=n % 2 == 0) for is_talk, n in sequences]
+    kinds = np.concatenate([np.empty(0, np.uint8), *parts])
+    together = loss_masks(kinds, np.array([len(part) for part in parts], dtype=np.int64), options)
+    alone = [bit for part in parts for bit in loss_mask(part, options)]
+    assert together.tolist() == alone
 
 
 @pytest.mark.parametrize(
