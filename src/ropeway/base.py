@@ -9,8 +9,9 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from ropeway import hub
 from ropeway.chat import template_digest
-from ropeway.errors import ConfigError, TemporaryError
+from ropeway.errors import ConfigError
 from ropeway.manifest import file_sha256, load_manifest, whole_folder, write_manifest
 from ropeway.params import GgufBase, HubBase, ModelShape, Profile, ScratchBase
 from ropeway.raw import iterate_records, iterate_texts
@@ -179,16 +180,9 @@ def _find_in_package(base: GgufBase) -> Path:
 
 def _download(repo: str, revision: str) -> Path:
     """Return the local snapshot of a Hub repository at a revision, downloading what is missing."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    try:
-        patterns = ["*.json", "*.safetensors"]  # no pickle is ever loaded
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
-    except RepositoryNotFoundError:
-        raise ConfigError(f"model_name: the Hub shows no {repo}; a gated one wants HF_TOKEN set") from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise TemporaryError(f"model_name: {repo} at {revision} could not be fetched from the Hub: {error}") from None
+    commit = hub.resolve_commit(repo, revision, kind="model")
+    names = [name for name in hub.list_files(repo, commit, kind="model") if name.endswith((".json", ".safetensors"))]
+    return hub.download_files(repo, commit, names, kind="model", revision=revision)  # no pickle is ever loaded
 
 
 def _open_or_train_tokenizer(

@@ -19,6 +19,7 @@ IGNORED = (
     "devices",
     "errors",
     "faults",
+    "hub",
     "identity",
     "lock",
     "params",

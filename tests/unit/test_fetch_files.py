@@ -15,7 +15,7 @@ ORCA = {"conversation": [{"input": "q", "output": "a"}], "instruction": "s"}
 def read(root, name, data, rows="text"):
     (root / name).write_bytes(data)
     source = FilesSource(kind="files", paths=[name], rows=rows, columns={}, expected_rows=None)
-    return list(open_source(source, root))
+    return list(open_source(source, root, {}))
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.gz"])

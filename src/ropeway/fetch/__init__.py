@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ropeway.errors import ConfigError, DataError, TemporaryError
+from ropeway.errors import DataError, TemporaryError
 from ropeway.fetch.files import iterate_objects
+from ropeway.fetch.hub_files import bring_files
 from ropeway.fetch.identity import source_identity
 from ropeway.fetch.local import find_files
 from ropeway.fetch.python_docs import iterate_docstrings, iterate_topics
 from ropeway.fetch.records import needed_columns, to_record
 from ropeway.fetch.values import UnreadableError
 from ropeway.manifest import whole_folder, write_manifest
-from ropeway.params import FilesSource, Profile, PythonDocsSource, Source
+from ropeway.params import FilesSource, HuggingfaceSource, Profile, PythonDocsSource, Source
 from ropeway.raw import RawWriter, Record, RecordKind
 from ropeway.workspace import Workspace
 
@@ -49,8 +50,10 @@ def run(workspace: Workspace, profile: Profile) -> None:
     rows: dict[str, int] = {}
     with _full_disk_explained(workspace.raw), whole_folder(workspace.raw) as folder:
         for name, source in profile.sources.items():
-            facts, parts = _fetch(name, source, workspace.root, folder / name, profile.max_refused_fraction)
-            sources[name] = {**facts, "identity": source_identity(source, workspace.root)}
+            identity = source_identity(source, workspace.root)
+            records = open_source(source, workspace.root, identity)
+            facts, parts = _write(name, records, kind_of(source), folder / name, profile.max_refused_fraction)
+            sources[name] = {**facts, "identity": identity}
             rows |= {f"{name}/{part}": count for part, count in parts.items()}
             print(f"{name}: {facts['kept']:,} {facts['kind']}s of {facts['read']:,} read, {facts['refused'] or 'none'}")
         write_manifest(folder, {"sources": sources}, rows=rows)
@@ -68,12 +71,14 @@ def _full_disk_explained(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _fetch(name: str, source: Source, root: Path, folder: Path, limit: float) -> tuple[dict[str, Any], dict[str, int]]:
-    """Write one source; return its facts and the rows of each part."""
+def _write(
+    name: str, records: Iterable[Record | Refused], kind: RecordKind, folder: Path, limit: float
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """Write one source's records; return its facts and the rows of each part."""
     reasons: Counter[str] = Counter()
     shown: list[dict[str, str]] = []
-    with RawWriter(folder, kind_of(source)) as writer:
-        for record in open_source(source, root):
+    with RawWriter(folder, kind) as writer:
+        for record in records:
             if isinstance(record, Refused):
                 reasons[record.reason] += 1
                 shown += [{"where": record.where, "reason": record.reason}] * (len(shown) < _SHOWN_REFUSALS)
@@ -86,7 +91,7 @@ def _fetch(name: str, source: Source, root: Path, folder: Path, limit: float) ->
             f"than max_refused_fraction {limit:g} allows; the first: {shown[0]['where']}: {shown[0]['reason']}"
         )
     facts = {
-        "kind": kind_of(source),
+        "kind": kind,
         "read": read,
         "kept": writer.records,
         "refused": dict(sorted(reasons.items())),
@@ -102,22 +107,29 @@ def kind_of(source: Source) -> RecordKind:
     return "document" if source.rows == "text" else "conversation"
 
 
-def open_source(source: Source, root: Path) -> Iterable[Record | Refused]:
+def open_source(source: Source, root: Path, identity: dict[str, Any]) -> Iterable[Record | Refused]:
     """Return a source's records, refused ones among them, in an order that never changes.
 
+    Args:
+        source: As in params.
+        root: The workspace.
+        identity: What `source_identity` said of the source: the records of that are read.
+
     Raises:
-        ConfigError: This version cannot read such a source.
+        ConfigError: A file is not there, or not of a known format.
+        TemporaryError: A server does not answer.
     """
     if isinstance(source, PythonDocsSource):
         return iterate_topics() if source.part == "topics" else iterate_docstrings()
     if isinstance(source, FilesSource):
-        return _iterate_files(source, root)
-    raise ConfigError(f"sources: kind '{source.kind}' is not there yet in this version; use files or python_docs")
+        return _iterate_files(find_files(source.paths, root), source)
+    return _iterate_files(bring_files(source, identity["commit"]), source)
 
 
-def _iterate_files(source: FilesSource, root: Path) -> Iterator[Record | Refused]:
-    for name, path in find_files(source.paths, root).items():
-        for where, value in iterate_objects(path, *needed_columns(source.rows, source.columns)):
+def _iterate_files(files: dict[str, Path], source: FilesSource | HuggingfaceSource) -> Iterator[Record | Refused]:
+    required, optional = needed_columns(source.rows, source.columns)
+    for name, path in files.items():
+        for where, value in iterate_objects(path, required, optional):
             try:
                 if isinstance(value, UnreadableError):
                     raise value
