@@ -103,12 +103,12 @@ def make_model(folder: Path, profile: Profile, *, seed: int, steps: int) -> None
     shape = profile.expected_model
     copy_tokenizer(folder)
     torch.manual_seed(seed)
+    rope = RopeScaling.of(profile, theta=shape.rope_theta, original=shape.max_position_embeddings)
     config = LlamaConfig(
-        **shape.model_dump(exclude={"vocab_size", "rope_theta"}),
+        **shape.model_dump(exclude={"vocab_size", "rope_theta", "max_position_embeddings"}),
         vocab_size=2016,
-        rope_parameters=RopeScaling.of(
-            profile, theta=shape.rope_theta, original=shape.max_position_embeddings
-        ).rope_parameters(),
+        max_position_embeddings=rope.stated_positions,
+        rope_parameters=rope.rope_parameters(),
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=2,

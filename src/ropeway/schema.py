@@ -153,6 +153,19 @@ class ModelShape(Section):
     tie_word_embeddings: bool
 
 
+class Lora(Section):
+    """What `peft_model: true` trains. Source: Hu et al. 2021, arXiv:2106.09685.
+
+    `train_embeddings` also trains embedding and head, which the new role tokens need unless they are frozen noise.
+    """
+
+    rank: Positive
+    alpha: Positive
+    dropout: Annotated[float, Field(ge=0, lt=1)]
+    target_modules: Annotated[list[str], Field(min_length=1)]
+    train_embeddings: bool
+
+
 class Evaluation(Section):
     """What evaluate does beside losses."""
 
@@ -216,7 +229,7 @@ class Profile(Section):
     superhot: bool
     superhot_config: SuperhotConfig
     datasets: Annotated[list[dict[str, DatasetOptions]], Field(min_length=1)]
-    peft_model: Literal[False]
+    peft_model: bool
     # What the card leaves unsaid.
     adam_beta1: Annotated[float, Field(ge=0, lt=1)]
     adam_beta2: Annotated[float, Field(ge=0, lt=1)]
@@ -229,6 +242,7 @@ class Profile(Section):
     global_batch_size: Positive
     layout: Literal["padded", "packed"]
     loss_normalisation: Literal["micro_batch", "token"]
+    lora: Lora | None
     pad_vocab_to_multiple_of: Positive
     new_rows: Literal["normal", "mean"]
     what_counts: Literal["published", "answers"]
@@ -261,6 +275,8 @@ class Profile(Section):
                 "layout is packed and document_end published: the token behind a document is a stranger's there; set "
                 "document_end to masked or eos"
             )
+        if self.peft_model and self.lora is None:
+            raise ValueError("peft_model is true, but lora says null; give rank, alpha, dropout, target_modules, …")
         if many := [entry for entry in self.datasets if len(entry) != 1]:
             raise ValueError(f"datasets: every entry holds one name; found {list(many[0])}")
         names = [name for name, _ in self.mixture]

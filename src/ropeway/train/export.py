@@ -4,11 +4,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import deepspeed
+import torch
+
 from ropeway.manifest import load_manifest, whole_folder, write_manifest
+from ropeway.train.adapters import merge_adapters
 from ropeway.train.loop import Line, Run
+from ropeway.train.model import open_model
 from ropeway.workspace import Workspace
 
 MAX_SHARD = "5GB"
+_PARTITIONED = 3  # the ZeRO stage from which weights are cut over the ranks
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
@@ -18,9 +24,11 @@ def export_model(run: Run, workspace: Workspace, *, fingerprint: str, log: list[
     The folder's manifest names the fingerprint, and the base's template and tokenizer, so that evaluation can refuse
     another template than the one trained with.
     """
-    if run.rank != 0:
+    model = _whole_model(run, workspace)
+    if model is None:
         return
-    model = run.engine.module.model
+    if run.profile.peft_model:
+        merge_adapters(model)
     model.config.use_cache = True  # off for checkpointing only; it must not leak into the export
     base = load_manifest(workspace.base, remedy="Run `dvc checkout`", verify=False)
     with whole_folder(workspace.model) as folder:
@@ -36,6 +44,19 @@ def export_model(run: Run, workspace: Workspace, *, fingerprint: str, log: list[
         }
         write_manifest(folder, facts)
     print(f"model of {facts['applied_steps']} applied steps in {workspace.model}", flush=True)
+
+
+def _whole_model(run: Run, workspace: Workspace) -> Any:  # noqa: ANN401 - transformers is untyped
+    """Return the trained model on rank 0, None elsewhere. Under ZeRO-3 every rank holds a part: gathered one by one."""
+    if run.engine.zero_optimization_stage() < _PARTITIONED:
+        return run.engine.module.model if run.rank == 0 else None
+    whole = open_model(workspace.base, run.profile) if run.rank == 0 else None
+    targets = dict(whole.named_parameters()) if whole is not None else {}
+    for name, part in run.engine.module.model.named_parameters():
+        with deepspeed.zero.GatheredParameters([part]), torch.no_grad():
+            if name in targets:
+                targets[name].copy_(part)
+    return whole
 
 
 def _copy_tokenizer(base: Path, folder: Path) -> None:

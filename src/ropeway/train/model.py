@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ropeway.errors import ConfigError
 from ropeway.params import Profile
 from ropeway.rope import RopeScaling
+from ropeway.train.adapters import add_adapters
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -49,10 +50,21 @@ def open_model(folder: Path, profile: Profile) -> Any:  # noqa: ANN401 - transfo
         folder, config=config, dtype=DTYPES[profile.dtype], attn_implementation="sdpa"
     )
     model.config.use_cache = False
+    add_adapters(model, profile)
     if profile.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     return model
+
+
+def learning(model: Any) -> list[Any]:  # noqa: ANN401
+    """Return the parameters that the optimizer gets: all but frozen ones."""
+    return [part for part in model.parameters() if part.requires_grad]
+
+
+def count_weights(model: Any) -> int:  # noqa: ANN401
+    """Return how many weights a model has, those that ZeRO-3 left with other ranks included."""
+    return sum(int(getattr(part, "ds_numel", part.numel())) for part in model.parameters())
 
 
 def scaling_of(config: Any, profile: Profile) -> RopeScaling:  # noqa: ANN401

@@ -26,7 +26,7 @@ from ropeway.train.config import load_deepspeed_json, plan_deepspeed
 from ropeway.train.export import export_model
 from ropeway.train.loop import Line, Run, check_isolation, train
 from ropeway.train.loss import SupervisedLoss
-from ropeway.train.model import Attention, check_rope, choose_attention, open_model
+from ropeway.train.model import Attention, check_rope, choose_attention, count_weights, learning, open_model
 from ropeway.workspace import Workspace
 
 
@@ -132,7 +132,7 @@ def _open_run(workspace: Workspace, profile: Any, *, root: Path, cuda: bool) -> 
     model = SupervisedLoss(open_model(workspace.base, profile))
     named = load_deepspeed_json(root / profile.deepspeed_config)
     config = plan_deepspeed(profile, named, ranks=ranks, accumulation_steps=accumulation, total_steps=run.total_steps)
-    run.engine, *_ = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=config)
+    run.engine, *_ = deepspeed.initialize(model=model, model_parameters=learning(model), config=config)
     check_rope(run.engine.module.model, profile)
     _check_same_plan(run)
     apart = check_isolation(run)
@@ -206,7 +206,7 @@ def _attempt(run: Run, folder: Path, attention: Attention, *, resumed_from: int)
         "deepspeed": deepspeed.__version__,
     }
     if run.rank == 0:
-        parameters = sum(parameter.numel() for parameter in run.engine.module.parameters())
+        parameters = count_weights(run.engine.module)
         print(
             f"{parameters:,} weights, {run.total_steps} steps of {run.profile.global_batch_size} rows, "
             f"{run.world_size} ranks x {run.accumulation_steps} micro-batches of "

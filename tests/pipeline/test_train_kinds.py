@@ -1,0 +1,88 @@
+"""Each kind of training that params can ask for, on two real DeepSpeed ranks, from base and data to an export."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from ropeway.stages import write_identity
+from tests.tiny_run import BLOCK, make_run
+
+EDITS = """
+  deepspeed_config: configs/ds.json
+  learning_rate: 1e-2
+  warmup_steps: 1
+  use_flash_attention: false
+  gradient_checkpointing: true
+  per_device_train_batch_size: 1
+  num_train_epochs: 1
+  save_steps: 2
+"""
+LORA = (
+    "peft_model: true\n"
+    "  lora: {rank: 4, alpha: 8, dropout: 0.1, target_modules: [q_proj, v_proj], train_embeddings: false}"
+)
+YARN = "superhot_config: {type: yarn, scale: 2, beta_fast: 32, beta_slow: 1}"
+LLAMA3 = "superhot_config: {type: llama3, scale: 2, low_freq_factor: 1, high_freq_factor: 4}"
+
+
+def zero(stage, **more):
+    return {
+        "optimizer": {"type": "AdamW", "params": {"torch_adam": True}},
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": 1000000, "overlap_comm": False, **more},
+    }
+
+
+def train(root, named, *lines):
+    """Return (what the stage printed, workspace) of a training of the tiny run with these keys."""
+    block = BLOCK + EDITS + "".join(f"  {line}\n" for line in lines)
+    workspace, _ = make_run(root, block=block)
+    shutil.rmtree(workspace.model)
+    (root / "configs" / "ds.json").write_text(json.dumps(named))
+    write_identity(root)
+    environment = {**os.environ, "ROPEWAY_RANKS": "2", "DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "ropeway.cli", "room", "train"]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout, workspace
+
+
+def weights(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+
+
+@pytest.fixture(scope="module")
+def zero2(tmp_path_factory):
+    return weights(train(tmp_path_factory.mktemp("zero2"), zero(2))[1].model)
+
+
+def test_zero3_exports_the_model_that_zero2_does(tmp_path, zero2):
+    _, workspace = train(tmp_path, zero(3))
+    found = weights(workspace.model)
+    assert found.keys() == zero2.keys()
+    for name, part in zero2.items():
+        assert torch.allclose(found[name], part, atol=1e-5), name
+
+
+def test_lora_trains_its_layers_alone_and_exports_a_plain_model(tmp_path):
+    _, workspace = train(tmp_path, zero(2), LORA, LLAMA3)
+    stated = json.loads((workspace.model / "config.json").read_text())
+    assert (stated["rope_parameters"]["rope_type"], stated["max_position_embeddings"]) == ("llama3", 96)
+    base, found = weights(workspace.base), weights(workspace.model)
+    changed = {name for name, part in base.items() if not torch.equal(found[name], part)}
+    assert found.keys() == base.keys()
+    assert changed == {f"model.layers.{layer}.self_attn.{part}_proj.weight" for layer in (0, 1) for part in "qv"}
+
+
+def test_lora_under_zero3_and_yarn_exports_merged_weights(tmp_path):
+    _, workspace = train(tmp_path, zero(3), LORA, YARN)
+    stated = json.loads((workspace.model / "config.json").read_text())["rope_parameters"]
+    assert (stated["rope_type"], stated["original_max_position_embeddings"]) == ("yarn", 48)
+    base, found = weights(workspace.base), weights(workspace.model)
+    changed = {name for name, part in base.items() if not torch.equal(found[name], part)}
+    assert changed == {f"model.layers.{layer}.self_attn.{part}_proj.weight" for layer in (0, 1) for part in "qv"}
