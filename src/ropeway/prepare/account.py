@@ -4,8 +4,7 @@ Counted over columns of numbers, not batch by batch: collating every row to coun
 test holds the two against each other.
 """
 
-from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 from itertools import chain
 
 import numpy as np
@@ -15,14 +14,13 @@ from ropeway.ledger import Account, Epoch, EpochOfSource, Ledger, Parts, Records
 from ropeway.params import Profile
 from ropeway.prepare.split import Split
 from ropeway.rows import PAD_MULTIPLE, EpochPlan, loss_mask, loss_masks, plan_epoch
-from ropeway.shards import Shards, SourceShards
+from ropeway.shards import Kind, Shards, SourceShards
 
 
 def account_for(shards: Shards, records: dict[str, Records], splits: dict[str, Split], profile: Profile) -> Ledger:
     """Return the ledger of these shards: every row of every epoch of the run is counted, as it will be read."""
     plans = [plan_epoch(shards, profile, epoch=epoch) for epoch in range(profile.num_train_epochs)]
-    learned = [_count_learned(source, profile) for source in shards.sources]
-    walked = [_walk(plan, learned) for plan in plans]
+    walked = [_walk(plan) for plan in plans]
     sources = tuple(
         Account(
             name=source.name,
@@ -45,8 +43,8 @@ def _count_parts(source: SourceShards, split: Split, *, of_tokens: bool) -> Part
     return Parts(int(weights.sum()), *(int(weights[part].sum()) for part in parts))
 
 
-def _walk(plan: EpochPlan, learned: Sequence[NDArray[np.int32]]) -> list[EpochOfSource]:
-    """Return one epoch's account per source; `learned` is what `_count_learned` says of each."""
+def _walk(plan: EpochPlan) -> list[EpochOfSource]:
+    """Return one epoch's account per source."""
     owners, sequences = plan.drawn_all()
     pieces = _lay_out(plan, owners, sequences)
     tokens = pieces.end - pieces.begin
@@ -68,7 +66,7 @@ def _walk(plan: EpochPlan, learned: Sequence[NDArray[np.int32]]) -> list[EpochOf
                 cells=row_tokens + padded,
                 padding=padded,
                 row_tokens=row_tokens,
-                supervised=_count_supervised(source, pieces.of(own), learned[number], plan.profile),
+                supervised=_count_supervised(source, pieces.of(own), plan.profile),
             )
         )
     return accounts
@@ -90,38 +88,42 @@ class Pieces:
 
 
 def _lay_out(plan: EpochPlan, owners: NDArray[np.int64], sequences: NDArray[np.int64]) -> Pieces:
-    """Return the pieces of every row. A sequence that fits is a row as it is; only the others are asked of the plan."""
+    """Return the pieces of every row; only over-long conversations, which draw a window, are asked of the plan."""
     if plan.packed is not None:
-        rows = ((number, *astuple(piece)) for number, row in enumerate(plan.packed) for piece in row)
-        flat = np.fromiter(chain.from_iterable(rows), dtype=np.int64).reshape(-1, 5)
-        return Pieces(*flat.T)
+        rows = ((n, p.source, p.sequence, p.begin, p.end) for n, row in enumerate(plan.packed) for p in row)
+        return Pieces(*np.fromiter(chain.from_iterable(rows), dtype=np.int64).reshape(-1, 5).T)
     lengths = np.empty(len(sequences), dtype=np.int64)
+    is_document = np.empty(len(sequences), dtype=np.bool_)
     for number, source in enumerate(plan.shards.sources):
-        lengths[owners == number] = source.lengths[sequences[owners == number]]
-    begin, end = np.zeros_like(lengths), lengths
-    for index in np.flatnonzero(lengths > plan.profile.max_length).tolist():
-        ((_, _, begin[index], end[index]),) = map(astuple, plan.row(index))
+        here = owners == number
+        lengths[here], is_document[here] = source.lengths[sequences[here]], source.is_document
+    begin, end = np.zeros_like(lengths), np.minimum(lengths, plan.profile.max_length)
+    for index in np.flatnonzero((lengths > plan.profile.max_length) & ~is_document).tolist():
+        (piece,) = plan.row(index)
+        begin[index], end[index] = piece.begin, piece.end
     return Pieces(np.arange(len(lengths)), owners, sequences, begin, end)
 
 
-def _count_learned(source: SourceShards, profile: Profile) -> NDArray[np.int32]:
-    """Return `(N,)` supervised tokens of each whole sequence of a source."""
-    counts = [np.empty(0, dtype=np.int32)]
+def _count_supervised(source: SourceShards, pieces: Pieces, profile: Profile) -> int:
+    """Return how many of these pieces' tokens count in the loss, in time and memory of a shard, however they are cut.
+
+    Whether a token counts follows from its kind and the next one's, so the masks of whole sequences are right in a
+    piece as well; but its last token counts, or not, by its kind alone.
+    """
+    last_counts = np.array([loss_mask(np.array([kind], dtype=np.uint8), profile)[0] for kind in Kind])
+    order = np.argsort(pieces.sequence, kind="stable")
+    order = order[(pieces.end > pieces.begin)[order]]
+    sequence, begin, end = pieces.sequence[order], pieces.begin[order], pieces.end[order]
+    total = first = 0
     for kinds, lengths in source.iterate_kinds():
-        so_far = np.append(np.int32(0), np.cumsum(loss_masks(kinds, lengths, profile), dtype=np.int32))
-        ends = np.cumsum(lengths)
-        counts.append(so_far[ends] - so_far[ends - lengths])
-    return np.concatenate(counts)
-
-
-def _count_supervised(source: SourceShards, pieces: Pieces, learned: NDArray[np.int32], profile: Profile) -> int:
-    whole = pieces.end - pieces.begin == source.lengths[pieces.sequence]
-    cut = pieces.of(~whole)
-    spans = zip(cut.sequence.tolist(), cut.begin.tolist(), cut.end.tolist(), strict=True)
-    parts = (source.read(sequence)[1][begin:end] for sequence, begin, end in spans)
-    return int(learned[pieces.sequence[whole]].sum(dtype=np.int64)) + sum(
-        int(loss_mask(kinds, profile).sum()) for kinds in parts
-    )
+        here = slice(*np.searchsorted(sequence, (first, first + len(lengths))))
+        if here.start < here.stop:
+            so_far = np.append(0, np.cumsum(loss_masks(kinds, lengths, profile)))
+            offsets = (np.cumsum(lengths) - lengths)[sequence[here] - first]
+            last = offsets + end[here] - 1
+            total += int((so_far[last] - so_far[offsets + begin[here]]).sum() + last_counts[kinds[last]].sum())
+        first += len(lengths)
+    return total
 
 
 def _count_lost(source: SourceShards, pieces: Pieces, plan: EpochPlan) -> dict[str, int]:

@@ -57,7 +57,10 @@ def expand(order: NDArray[np.int64], units: NDArray[np.int64]) -> NDArray[np.int
     [2, 3, 4, 0, 1]
     """
     begins, ends = (np.searchsorted(units, order, side=side) for side in ("left", "right"))
-    return np.concatenate([np.empty(0, np.int64), *map(np.arange, begins, ends)])
+    counts = ends - begins
+    before = np.cumsum(counts) - counts  # sequences of the units in front
+    sequences: NDArray[np.int64] = np.repeat(begins - before, counts) + np.arange(int(counts.sum()))
+    return sequences
 
 
 def _count(units: NDArray[np.int64]) -> int:
