@@ -9,12 +9,14 @@ import torch
 
 from ropeway.manifest import load_manifest, whole_folder, write_manifest
 from ropeway.train.adapters import merge_adapters
+from ropeway.train.attention import Attention
 from ropeway.train.loop import Line, Run
 from ropeway.train.model import open_model
 from ropeway.workspace import Workspace
 
 MAX_SHARD = "5GB"
 _PARTITIONED = 3  # the ZeRO stage from which weights are cut over the ranks
+_PLAIN = Attention(asked_flash=False, effective="none: gathered to be saved")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
@@ -50,7 +52,7 @@ def _whole_model(run: Run, workspace: Workspace) -> Any:  # noqa: ANN401 - trans
     """Return the trained model on rank 0, None elsewhere. Under ZeRO-3 every rank holds a part: gathered one by one."""
     if run.engine.zero_optimization_stage() < _PARTITIONED:
         return run.engine.module.model if run.rank == 0 else None
-    whole = open_model(workspace.base, run.profile) if run.rank == 0 else None
+    whole = open_model(workspace.base, run.profile, _PLAIN) if run.rank == 0 else None
     targets = dict(whole.named_parameters()) if whole is not None else {}
     for name, part in run.engine.module.model.named_parameters():
         with deepspeed.zero.GatheredParameters([part]), torch.no_grad():

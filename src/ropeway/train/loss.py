@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ropeway.train.attention import VARLEN, borders
+
 # 1,024 x 32,016 logits in fp32 are 125 MiB; the whole of 2 x 8,192 positions would be 2.0 GiB.
 CHUNK_POSITIONS = 1024
 # Source: Open-Assistant's losses.py divides by (N + 1e-8), so a micro-batch without targets gives 0.
@@ -24,8 +26,12 @@ class SupervisedLoss(nn.Module):
         self.model = model
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, targets: Tensor, loss_mask: Tensor) -> Tensor:
-        """Return `(N,)` fp32 losses, in row order. No attention mask: rows are padded on the right or packed."""
-        hidden = self.model.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+        """Return `(N,)` fp32 losses, in row order. No attention mask: a sequence begins where `position_ids` is 0."""
+        where: dict[str, Any] = {}
+        if self.model.config._attn_implementation == VARLEN:  # noqa: SLF001 - transformers 5.24 has no other name for it
+            where["cu_seqlens"], where["longest"] = borders(position_ids)
+        decoded = self.model.model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **where)
+        hidden = decoded.last_hidden_state
         return chunked_losses(hidden[loss_mask], self.model.lm_head, targets[loss_mask])
 
 

@@ -1,7 +1,6 @@
 """Opens the base model for training: precision, attention and RoPE scaling as params say, and proof that they took."""
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,42 +11,22 @@ from ropeway.errors import ConfigError
 from ropeway.params import Profile
 from ropeway.rope import RopeScaling
 from ropeway.train.adapters import add_adapters
+from ropeway.train.attention import VARLEN, Attention, flash_kernel, register
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-@dataclass(frozen=True, slots=True)
-class Attention:
-    """What attention runs: asked in params, effective on this machine."""
-
-    asked_flash: bool
-    effective: str
-
-
-def choose_attention(profile: Profile, *, cuda: bool) -> Attention:
-    """Return the effective attention: PyTorch's SDPA on a CPU, its flash kernel (and no other) on a GPU when asked.
-
-    Raises:
-        ConfigError: A GPU was asked for flash attention in fp32, which no flash kernel computes.
-    """
-    if not cuda:
-        return Attention(profile.use_flash_attention, "sdpa (cpu)")
-    if not profile.use_flash_attention:
-        return Attention(asked_flash=False, effective="sdpa (cuda)")
-    if profile.dtype == "fp32":
-        raise ConfigError("use_flash_attention: flash kernels need dtype fp16 or bf16, found fp32; change one of them")
-    return Attention(asked_flash=True, effective="sdpa (cuda, flash kernel only)")
-
-
-def open_model(folder: Path, profile: Profile) -> Any:  # noqa: ANN401 - transformers is untyped
+def open_model(folder: Path, profile: Profile, attention: Attention) -> Any:  # noqa: ANN401 - transformers is untyped
     """Return the base model of `folder` ready for training, RoPE scaling set before construction.
 
     Set afterwards it would be dead: transformers 5 computes the frequencies in the constructor.
     """
+    if attention.implementation == VARLEN:
+        register(flash_kernel())
     config = AutoConfig.from_pretrained(folder)
     config.rope_parameters = scaling_of(config, profile).rope_parameters()
     model = AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=DTYPES[profile.dtype], attn_implementation="sdpa"
+        folder, config=config, dtype=DTYPES[profile.dtype], attn_implementation=attention.implementation
     )
     model.config.use_cache = False
     add_adapters(model, profile)

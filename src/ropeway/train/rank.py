@@ -1,6 +1,5 @@
 """One rank of a training run, as DeepSpeed's launcher starts it: `-m ropeway.train.rank ROOT PROFILE FINGERPRINT`."""
 
-import contextlib
 import json
 import os
 import platform
@@ -22,11 +21,12 @@ from ropeway.params import READS, UNHASHED, load_profile
 from ropeway.plan import accumulation_steps
 from ropeway.shards import open_shards
 from ropeway.train import checkpoints
+from ropeway.train.attention import Attention, choose_attention
 from ropeway.train.config import load_deepspeed_json, plan_deepspeed
 from ropeway.train.export import export_model
 from ropeway.train.loop import Line, Run, check_isolation, train
 from ropeway.train.loss import SupervisedLoss
-from ropeway.train.model import Attention, check_rope, choose_attention, count_weights, learning, open_model
+from ropeway.train.model import check_rope, count_weights, learning, open_model
 from ropeway.workspace import Workspace
 
 
@@ -87,7 +87,7 @@ def main(root: Path, name: str, fingerprint: str) -> None:
         raise ConfigError("dtype: fp16 does not train on a CPU; use bf16 or fp32, or run this profile on GPUs")
     attention = choose_attention(profile, cuda=cuda)
     deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False)
-    run = _open_run(workspace, profile, root=root, cuda=cuda)
+    run = _open_run(workspace, profile, attention, cuda=cuda)
     folder = workspace.checkpoints / fingerprint
     log = _resume(run, folder)
     attempt = _attempt(run, folder, attention, resumed_from=len(log))
@@ -103,8 +103,7 @@ def main(root: Path, name: str, fingerprint: str) -> None:
         if run.rank == 0:
             _show(line, workspace.work / "progress.jsonl")
 
-    with _kernels(attention):
-        finished = train(run, log, save=save, stop=stop, show=show)
+    finished = train(run, log, save=save, stop=stop, show=show)
     if run.rank == 0:
         attempt.write(ended="finished" if finished else "stopped")
     if not finished:
@@ -115,7 +114,7 @@ def main(root: Path, name: str, fingerprint: str) -> None:
     torch.distributed.barrier()
 
 
-def _open_run(workspace: Workspace, profile: Any, *, root: Path, cuda: bool) -> Run:  # noqa: ANN401
+def _open_run(workspace: Workspace, profile: Any, attention: Attention, *, cuda: bool) -> Run:  # noqa: ANN401
     ranks = torch.distributed.get_world_size()
     accumulation = accumulation_steps(profile, ranks)
     torch.manual_seed(profile.rng_seed)
@@ -129,8 +128,8 @@ def _open_run(workspace: Workspace, profile: Any, *, root: Path, cuda: bool) -> 
         )
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    model = SupervisedLoss(open_model(workspace.base, profile))
-    named = load_deepspeed_json(root / profile.deepspeed_config)
+    model = SupervisedLoss(open_model(workspace.base, profile, attention))
+    named = load_deepspeed_json(workspace.root / profile.deepspeed_config)
     config = plan_deepspeed(profile, named, ranks=ranks, accumulation_steps=accumulation, total_steps=run.total_steps)
     run.engine, *_ = deepspeed.initialize(model=model, model_parameters=learning(model), config=config)
     check_rope(run.engine.module.model, profile)
@@ -214,15 +213,6 @@ def _attempt(run: Run, folder: Path, attention: Attention, *, resumed_from: int)
             flush=True,
         )
     return Attempt(folder / "attempts.jsonl", facts)
-
-
-def _kernels(attention: Attention) -> contextlib.AbstractContextManager[Any]:
-    """Allow only the flash kernel where it was asked for: SDPA then fails rather than fall back in silence."""
-    if "flash kernel only" not in attention.effective:
-        return contextlib.nullcontext()
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    return sdpa_kernel(SDPBackend.FLASH_ATTENTION)
 
 
 def _show(line: Line, progress: Path) -> None:

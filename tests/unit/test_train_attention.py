@@ -1,0 +1,94 @@
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ropeway.errors import ConfigError
+from ropeway.params import load_profile
+from ropeway.train.attention import VARLEN, borders, choose_attention, register, varlen_attention
+from ropeway.train.loss import SupervisedLoss
+from tests.tiny_run import ROOT
+
+
+class RecordingKernel:
+    """What a flash kernel computes, sequence by sequence on the CPU; keeps the borders it was given."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, query, key, value, cu_seqlens, longest, scale):
+        self.calls.append((cu_seqlens.tolist(), longest))
+        rows = [slice(begin, end) for begin, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True)]
+        assert max(row.stop - row.start for row in rows) == longest
+        return torch.cat([self._attend(query[row], key[row], value[row], scale) for row in rows])
+
+    def _attend(self, *parts_and_scale):
+        *parts, scale = parts_and_scale
+        q, k, v = (part.transpose(0, 1) for part in parts)
+        return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True).transpose(0, 1)
+
+
+def small_llama(implementation, *, checkpointed=False):
+    torch.manual_seed(5)
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=50,
+        initializer_range=0.3,
+    )
+    model = LlamaForCausalLM._from_config(config, attn_implementation=implementation)
+    if checkpointed:
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    return SupervisedLoss(model.train())
+
+
+def batch(lengths, rows=1):
+    """Return the arguments of a forward: `rows` equal rows of sequences of these lengths."""
+    positions = torch.cat([torch.arange(length) for length in lengths]).repeat(rows, 1)
+    ids = torch.from_numpy(np.random.default_rng(0).integers(0, 50, positions.shape))
+    return {"input_ids": ids, "position_ids": positions, "targets": ids.roll(-1, 1), "loss_mask": positions >= 0}
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize(("lengths", "rows"), [((7, 1, 12), 1), ((9,), 3)], ids=["packed", "padded"])
+def test_the_kernel_gets_the_borders_of_every_sequence_and_gives_sdpas_losses_and_gradients(
+    lengths, rows, checkpointed
+):
+    kernel = RecordingKernel()
+    register(kernel)
+    ours, reference = small_llama(VARLEN, checkpointed=checkpointed), small_llama("sdpa")
+    given = batch(lengths, rows)
+    found, expected = ours(**given), reference(**given)
+    assert torch.allclose(found, expected, atol=1e-5)
+    found.sum().backward()
+    expected.sum().backward()
+    for mine, other in zip(ours.parameters(), reference.parameters(), strict=True):
+        assert torch.allclose(mine.grad, other.grad, atol=1e-4)
+    ends = np.cumsum([0, *lengths * rows]).tolist()
+    assert kernel.calls == [(ends, max(lengths))] * len(kernel.calls)
+    assert len(kernel.calls) == (4 if checkpointed else 2)
+
+
+def test_borders_are_where_positions_begin_anew():
+    ends, longest = borders(torch.tensor([[0, 1, 2, 3], [0, 1, 0, 0]]))
+    assert ends.tolist() == [0, 4, 6, 7, 8]
+    assert longest == 4
+
+
+def test_a_mask_is_refused_rather_than_ignored():
+    with pytest.raises(ConfigError, match="mask"):
+        varlen_attention(
+            None, *[torch.zeros(1, 1, 2, 4)] * 3, torch.ones(1, 2), kernel=RecordingKernel(), cu_seqlens=None, longest=2
+        )
+
+
+def test_flash_is_never_promised_where_it_cannot_run():
+    profile = load_profile(ROOT / "params.yaml", "llama2_13b_orca_8k")[1]
+    assert choose_attention(profile, cuda=False).effective == "sdpa (cpu)"
+    assert choose_attention(profile, cuda=True).implementation == VARLEN
+    with pytest.raises(ConfigError, match="fp16 or bf16"):
+        choose_attention(profile.model_copy(update={"dtype": "fp32"}), cuda=True)
