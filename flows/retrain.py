@@ -72,12 +72,16 @@ def walk(root: Path, profile: str | None, board: Board) -> Result:
         plans = patiently(partial(graph.plan, root), print)
         _show_plan(board, plans)
         ended: dict[str, str] = {}
+        ledger = before = summary.ledger_rows(workspace)
         for plan in plans:
             if plan.refreshes:
                 ended[plan.name] = "Unchanged"
             else:
                 work = partial(_bring_up if plan.will_run else _leave, site, plan)
                 ended[plan.name] = _step(board, plan.name, work, after=plan.deps).state
+                ledger = _show_ledger(board, workspace, known=ledger)
+        if ledger == before:
+            _show_ledger(board, workspace, known=[])
         read = {dep for plan in plans for dep in plan.deps}
         ends = [plan.name for plan in plans if plan.name not in read]
         publication = _step(board, "publish", partial(_publish, site, workspace, params), after=ends).value
@@ -181,6 +185,14 @@ def _show_plan(board: Board, plans: list[graph.StagePlan]) -> None:
     ]
     print(summary.draw_table(rows), flush=True)
     board.table("plan", "What this run will do, and why", rows)
+
+
+def _show_ledger(board: Board, workspace: Workspace, *, known: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Show the ledger if it is another one than is known; return it."""
+    rows = summary.ledger_rows(workspace)
+    if rows and rows != known:
+        board.table("ledger", "Where every record and token went", rows)
+    return rows
 
 
 def _run_on_prefect(root: Path, profile: str) -> tuple[Result, str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.publishing import Publication
+from ropeway.ledger_steps import list_steps
 from ropeway.workspace import Workspace
 
 
@@ -54,6 +55,21 @@ def draw_table(rows: Sequence[Mapping[str, str]]) -> str:
     return "\n".join(
         "  ".join(line[head].ljust(width) for head, width in zip(heads, widths, strict=True)).rstrip() for line in lines
     )
+
+
+def ledger_rows(workspace: Workspace) -> list[dict[str, str]]:
+    """Return the ledger for a table, one row per source and step; none where there is no ledger yet."""
+    return [
+        {
+            "source": account["name"],
+            "step": step.name if step.epoch is None else f"epoch {step.epoch}: {step.name}",
+            "": step.sign,
+            "how many": "" if step.count is None else f"{step.count:,} {step.unit}",
+            "tokens": "" if step.tokens is None else f"{step.tokens:,}",
+        }
+        for account in _read(workspace.ledger).get("sources", ())
+        for step in list_steps(account)
+    ]
 
 
 def draw_report(result: Result) -> str:

@@ -53,6 +53,27 @@ def plan(
 
 
 @app.command()
+def inspect(
+    source: Annotated[str | None, typer.Argument(help="A source of the profile; default: list them.")] = None,
+    number: Annotated[int, typer.Argument(help="A sequence of it: a conversation, or a chunk of a document.")] = 0,
+    *,
+    profile: ProfileOption = None,
+    row: Annotated[int | None, typer.Option(help="Show this row of an epoch instead, as training reads it.")] = None,
+    epoch: Annotated[int | None, typer.Option(help="Of --row; default: 0.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show one prepared sequence, or one row, token by token: what is learned of it and what is only read."""
+    from ropeway.params import load_profile
+    from ropeway.terminal import Wish
+    from ropeway.terminal import inspect as show
+    from ropeway.workspace import Workspace, find_root
+
+    root = find_root()
+    name, chosen = load_profile(root / "params.yaml", profile)
+    show(Workspace(root, name), chosen, Wish(source, number, row, epoch), as_json=as_json)
+
+
+@app.command()
 def stage(name: Annotated[str, typer.Argument(help="A stage of dvc.yaml.")]) -> None:
     """Run one stage of the chosen profile: what dvc.yaml calls."""
     from ropeway.stages import run_stage

@@ -38,6 +38,11 @@ class Workspace:
         return self.run / "ledger.json"
 
     @property
+    def report(self) -> Path:
+        """Prepare's page for people: samples token by token, lengths, ledger, refused records."""
+        return self.run / "report.html"
+
+    @property
     def model(self) -> Path:
         """Train's export: weights, config and tokenizer as others load them."""
         return self.run / "model"

@@ -90,6 +90,10 @@ def check_what_prefect_shows(api, flow_run_id):
     artifacts = {found["key"]: found for found in ask(api, "artifacts", **chosen)}
     assert json.loads(artifacts["laptop-plan"]["data"])[2] == {"stage": "train", "will run": "yes", "why": "never run"}
     assert "| docs | 8.000 → 5.002 |" in artifacts["laptop-result"]["data"]
+    steps = json.loads(artifacts["laptop-ledger"]["data"])
+    assert steps[0] == {"source": "docs", "step": "read", "": "=", "how many": "8 records", "tokens": ""}
+    assert steps[-1] == {"source": "docs", "step": "epoch 0: supervised", "": "=", "how many": "", "tokens": "30"}
+    assert {"source": "docs", "step": "train", "": "=", "how many": "5 sequences", "tokens": "50"} in steps
 
 
 def test_flow_runs_only_what_a_changed_parameter_reaches_and_restores_what_it_has_made(made_workspace, capsys):

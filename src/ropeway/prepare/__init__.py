@@ -16,6 +16,7 @@ from ropeway.ledger import Ledger, Records, check_ledger
 from ropeway.manifest import file_sha256, load_manifest, whole_folder, write_json, write_manifest
 from ropeway.params import Profile
 from ropeway.prepare.account import account_for
+from ropeway.prepare.report import write_report
 from ropeway.prepare.split import Split, plan_split
 from ropeway.prepare.units import UNIT_BYTES, Recipe, Unit, fingerprint, plan_recipes, plan_units
 from ropeway.prepare.write import Units, check_readback, disk_may_be_full, make_units, write_split
@@ -42,7 +43,7 @@ class Prepared:
 
 
 def run(workspace: Workspace, profile: Profile) -> None:
-    """Leave `data/` (shards, manifest) and `ledger.json`.
+    """Leave `data/` (shards, manifest), `ledger.json` and `report.html`.
 
     Raises:
         ConfigError: Params ask for what this tokenizer cannot do.
@@ -60,6 +61,7 @@ def run(workspace: Workspace, profile: Profile) -> None:
         with whole_folder(workspace.data) as folder:
             ledger = _write(folder, made, raw["sources"], facts, profile)
     write_json(workspace.ledger, ledger.to_json())
+    write_report(workspace, profile, ledger, raw["sources"])
     for line in describe(ledger, profile):
         print(line)
     for done in workspace.work.glob(f"{glob.escape(prefix)}-{'[0-9a-f]' * 16}"):  # of this and of earlier params

@@ -1,0 +1,58 @@
+"""Prepared data small enough for a test, made by the real prepare room from records that a test writes down."""
+
+import shutil
+
+from ropeway import prepare
+from ropeway.chat import Conversation
+from ropeway.manifest import write_manifest
+from ropeway.params import READS, load_profile
+from ropeway.raw import RawWriter
+from ropeway.workspace import Workspace
+from tests.tiny_run import BLOCK, PARITY, ROOT
+
+TALKS = [
+    Conversation((f"Is lamp {n} lit?", "Yes. " * (1 + n % 9), "Really?", "No."), ("", "Be brief.")[n % 2])
+    for n in range(20)
+]
+TEXTS = [f"Log of day {n}: " + "calm sea, no sail. " * (n % 7) for n in range(16)]
+
+
+def make_prepared(root, *, talks=TALKS, texts=TEXTS, refused=(), **changes):
+    """Return (workspace, profile as prepare reads it); `changes` are scalars of the profile `tiny`."""
+    values = {"max_length": 32, **changes}
+    block = BLOCK.replace("  max_length: 96\n", "".join(f"  {key}: {value}\n" for key, value in values.items()))
+    text = (ROOT / "params.yaml").read_text(encoding="utf-8")
+    (root / "params.yaml").write_text(text.replace("\nprofile: laptop", "\nprofile: tiny") + "\n" + block)
+    workspace, (_, profile) = Workspace(root, "tiny"), load_profile(root / "params.yaml")
+    facts = {}
+    for name, kind, records in (("talk", "conversation", talks), ("text", "document", texts)):
+        with RawWriter(workspace.raw / name, kind) as writer:
+            for record in records:
+                writer.add(record)
+        facts[name] = {"kind": kind, "read": len(records), "kept": len(records), "refused": {}, "first_refused": []}
+    for one in refused:
+        counts = facts["talk"]["refused"]
+        counts[one["reason"]] = counts.get(one["reason"], 0) + 1
+        facts["talk"] |= {"read": facts["talk"]["read"] + 1}
+        facts["talk"]["first_refused"].append(one)
+    write_manifest(workspace.raw, {"sources": facts})
+    shutil.copytree(PARITY / "tokenizer", workspace.base)
+    profile = profile.reading(READS["prepare"])
+    prepare.run(workspace, profile)
+    return workspace, profile
+
+
+def reckon_learned(ids, *, what_counts="published", document=False):
+    """Say of each token of a whole sequence whether it is learned, from the roles alone and one token at a time."""
+    learned, turn = [False], 0
+    for at, number in enumerate(ids[:-1]):
+        turn += number in (2000, 2001)
+        following = turn + (ids[at + 1] in (2000, 2001))
+        answering = turn > 0 and turn % 2 == 0
+        if document:
+            learned.append(True)
+        elif what_counts == "published":
+            learned.append(turn == 0 or answering)
+        else:  # the text of an answer and its end, asked of an answer's token that answers on
+            learned.append(answering and following == turn)
+    return learned

@@ -1,0 +1,146 @@
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from ropeway.chat import Conversation
+from ropeway.cli import app
+from ropeway.errors import ConfigError, DataError
+from ropeway.inspection import inspect_sequence, open_prepared
+from ropeway.rows import collate, plan_epoch
+from ropeway.shards import open_shards
+from ropeway.terminal import draw_inspection
+from tests.prepared_run import TALKS, make_prepared, reckon_learned
+
+TALK = Conversation(("Say \x1b[31m😀\u202e", "Yes\nno"), "Be kind.")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return make_prepared(tmp_path_factory.mktemp("inspect"), talks=[TALK, *TALKS], layout="packed")
+
+
+@pytest.fixture
+def ask(made, monkeypatch):
+    """Run `ropeway inspect …` in the workspace, without colours; return what it prints."""
+    monkeypatch.chdir(made[0].root)
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def run(*words):
+        result = CliRunner().invoke(app, ["inspect", *map(str, words)])
+        if result.exception:
+            raise result.exception
+        return result.stdout
+
+    return run
+
+
+def test_without_a_source_it_lists_what_there_is(ask):
+    words = ask()
+    assert re.search(r"talk +conversation +21 ", words)
+    assert re.search(r"text +document +16 ", words)
+    assert [one["sequences"] for one in json.loads(ask("--json"))] == [21, 16]
+
+
+def test_marks_stand_where_colours_do_not_and_enclose_what_is_learned(ask):
+    words = ask("talk", 0)
+    assert "talk, sequence 0 of 21 (conversation, " in words
+    body = words.partition("special tokens\n\n")[2]
+    learned = re.findall("⟦([^⟧]*)⟧", body)
+    assert "│" in learned[-1]
+    assert learned[-1].replace("│", "") == "·Yes⏎\nno</s>"
+    assert learned[0].startswith("<|system|>")
+    assert body.startswith("<s>⟦")
+
+
+def test_nothing_of_a_record_commands_the_terminal(ask):
+    words = ask("talk", 0)
+    assert "\x1b" not in words
+    assert "\u202e" not in words
+    assert "<U+001B>" in words
+    assert "<F0>│<9F>│<98>│<80>=😀" in words
+
+
+def test_json_says_of_each_token_what_a_reckoning_from_roles_says(ask):
+    for source, number in (("talk", 0), ("talk", 7), ("text", 2)):
+        (piece,) = json.loads(ask(source, number, "--json"))["pieces"]
+        ids = [token["id"] for token in piece["tokens"]]
+        expected = reckon_learned(ids, document=source == "text")
+        assert [token["learned"] for token in piece["tokens"]] == expected
+        assert piece["supervised"] == sum(expected)
+        assert all(token["special"] == (token["id"] in {1, 2, *range(2000, 2005)}) for token in piece["tokens"])
+
+
+def test_a_row_holds_what_training_reads_there(ask, made):
+    workspace, profile = made
+    shards = open_shards(workspace.data)
+    plan = plan_epoch(shards, profile, epoch=0)
+    index = max(range(plan.rows), key=lambda at: len(plan.row(at)))
+    found = json.loads(ask("--row", index, "--json"))
+    batch = collate([plan.row(index)], shards, profile)
+    ids = [token["id"] for piece in found["pieces"] for token in piece["tokens"]]
+    assert ids == batch.input_ids[0, : len(ids)].tolist()
+    assert sum(piece["supervised"] for piece in found["pieces"]) == batch.loss_mask.sum()
+    words = ask("--row", index)
+    assert f"row {index} of epoch 0, read in its step {index // 4 + 1} of {plan.steps}" in words
+    assert words.count("\n── ") == len(found["pieces"]) > 1
+
+
+def test_an_end_that_is_taught_but_not_stored_is_named_and_so_is_a_row_that_is_left_over(tmp_path, monkeypatch, ask):
+    make_prepared(tmp_path, document_end="eos")  # 22 rows = 5 steps x 4 + 2
+    monkeypatch.chdir(tmp_path)
+    assert "row 19 of epoch 0, read in its step 5 of 5" in ask("--row", 19)
+    assert "row 20 of epoch 0, left over, not trained" in ask("--row", 20)
+    assert ask("text", 0).rstrip().endswith("⟧ + </s>, learned behind it")
+
+
+def test_colours_say_the_same_as_marks(made):
+    prepared = open_prepared(*made)
+    *_, line = draw_inspection(inspect_sequence(prepared, "talk", 0), prepared, is_colourful=True)
+    filled = [line.plain[span.start : span.end] for span in line.spans if "on green" in str(span.style)]
+    assert "⟦" not in line.plain
+    assert "".join(filled).endswith("·Yes⏎\nno</s>")
+    assert not any("Say" in part for part in filled)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["nope"], "source 'nope' does not exist; there are: talk, text"),
+        (["talk", 21], "source talk has no sequence 21; there are: 0 to 20"),
+        (["--row", 9999], "epoch 0 has no row 9,999; there are: 0 to "),
+        (["--row", -1], "epoch 0 has no row -1"),
+        (["--row", 0, "--epoch", 1], "epoch 1 does not exist; num_train_epochs 1 makes 0 to 0"),
+        (["talk", "--row", 0], "SOURCE and --row do not go together"),
+        (["talk", "--epoch", 0], "--epoch goes with --row"),
+    ],
+)
+def test_what_does_not_exist_is_refused_in_words(ask, words, says):
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        ask(*words)
+
+
+def test_data_that_is_not_there_yet_says_what_makes_it(ask, made, tmp_path, monkeypatch):
+    (tmp_path / "params.yaml").write_bytes((made[0].root / "params.yaml").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="no prepared data of profile 'tiny' yet; `ropeway run` prepares it"):
+        ask("talk")
+
+
+def test_another_tokenizer_than_the_datas_is_found(tmp_path, monkeypatch, ask):
+    workspace, _ = make_prepared(tmp_path)
+    path = workspace.base / "tokenizer.json"
+    path.write_bytes(path.read_bytes() + b"\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="the data was made with"):
+        ask("talk")
+
+
+def test_looking_does_not_load_torch(made):
+    code = "import sys; from ropeway.cli import app; app(['inspect', 'talk'], standalone_mode=False); "
+    code += "assert not {'torch', 'transformers', 'deepspeed'} & set(sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=made[0].root, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
