@@ -8,6 +8,7 @@ from ropeway.fetch import Refused, open_source
 from ropeway.fetch.records import to_record
 from ropeway.fetch.values import UnreadableError
 from ropeway.params import FilesSource
+from ropeway.workspace import Workspace
 
 ORCA = {"conversation": [{"input": "q", "output": "a"}], "instruction": "s"}
 
@@ -15,7 +16,7 @@ ORCA = {"conversation": [{"input": "q", "output": "a"}], "instruction": "s"}
 def read(root, name, data, rows="text"):
     (root / name).write_bytes(data)
     source = FilesSource(kind="files", paths=[name], rows=rows, columns={}, expected_rows=None)
-    return list(open_source(source, root, {}))
+    return list(open_source(source, Workspace(root, "tiny"), {"files": {}}))
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.gz"])

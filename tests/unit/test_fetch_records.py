@@ -7,9 +7,8 @@ import pytest
 from pyarrow import parquet
 
 from ropeway.chat import Conversation
-from ropeway.errors import ConfigError, DataError
+from ropeway.errors import DataError
 from ropeway.fetch.files import iterate_objects
-from ropeway.fetch.local import find_files
 from ropeway.fetch.records import needed_columns, to_record
 from ropeway.fetch.values import UnreadableError
 
@@ -75,12 +74,6 @@ def test_a_record_of_each_kind_is_read(rows, value, columns, record):
 def test_what_does_not_fit_is_refused_with_its_reason(rows, value, reason):
     with pytest.raises(UnreadableError, match=f"^{reason}$"):
         to_record(value, rows, {})
-
-
-@pytest.mark.parametrize("address", ["https://host/a.jsonl", "s3://bucket/a.jsonl"])
-def test_an_address_is_refused_in_words(tmp_path, address):
-    with pytest.raises(ConfigError, match="addresses are not fetched yet"):
-        find_files([address], tmp_path)
 
 
 def test_parquet_gives_the_rows_and_columns_that_are_asked_for(tmp_path):

@@ -1,6 +1,7 @@
 """Room: fetch. Sources to parquet, pinned by an identity, every record counted."""
 
 import errno
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,9 +13,10 @@ from ropeway.errors import DataError, TemporaryError
 from ropeway.fetch.files import iterate_objects
 from ropeway.fetch.hub_files import bring_files
 from ropeway.fetch.identity import source_identity
-from ropeway.fetch.local import find_files
+from ropeway.fetch.places import find_places
 from ropeway.fetch.python_docs import iterate_docstrings, iterate_topics
 from ropeway.fetch.records import needed_columns, to_record
+from ropeway.fetch.remote import download
 from ropeway.fetch.values import UnreadableError
 from ropeway.manifest import whole_folder, write_manifest
 from ropeway.params import FilesSource, HuggingfaceSource, Profile, PythonDocsSource, Source
@@ -51,12 +53,13 @@ def run(workspace: Workspace, profile: Profile) -> None:
     with _full_disk_explained(workspace.raw), whole_folder(workspace.raw) as folder:
         for name, source in profile.sources.items():
             identity = source_identity(source, workspace.root)
-            records = open_source(source, workspace.root, identity)
+            records = open_source(source, workspace, identity)
             facts, parts = _write(name, records, kind_of(source), folder / name, profile.max_refused_fraction)
             sources[name] = {**facts, "identity": identity}
             rows |= {f"{name}/{part}": count for part, count in parts.items()}
             print(f"{name}: {facts['kept']:,} {facts['kind']}s of {facts['read']:,} read, {facts['refused'] or 'none'}")
         write_manifest(folder, {"sources": sources}, rows=rows)
+    shutil.rmtree(_downloads(workspace), ignore_errors=True)
 
 
 @contextmanager
@@ -107,12 +110,12 @@ def kind_of(source: Source) -> RecordKind:
     return "document" if source.rows == "text" else "conversation"
 
 
-def open_source(source: Source, root: Path, identity: dict[str, Any]) -> Iterable[Record | Refused]:
+def open_source(source: Source, workspace: Workspace, identity: dict[str, Any]) -> Iterable[Record | Refused]:
     """Return a source's records, refused ones among them, in an order that never changes.
 
     Args:
         source: As in params.
-        root: The workspace.
+        workspace: Where `paths` start, and where downloads are kept until the table is whole.
         identity: What `source_identity` said of the source: the records of that are read.
 
     Raises:
@@ -122,8 +125,28 @@ def open_source(source: Source, root: Path, identity: dict[str, Any]) -> Iterabl
     if isinstance(source, PythonDocsSource):
         return iterate_topics() if source.part == "topics" else iterate_docstrings()
     if isinstance(source, FilesSource):
-        return _iterate_files(find_files(source.paths, root), source)
+        return _iterate_places(source, workspace, identity["files"])
     return _iterate_files(bring_files(source, identity["commit"]), source)
+
+
+def _downloads(workspace: Workspace) -> Path:
+    return workspace.work / "fetch"
+
+
+def _iterate_places(source: FilesSource, workspace: Workspace, known: dict[str, Any]) -> Iterator[Record | Refused]:
+    """Yield the records of files here and on servers, one download at a time."""
+    for name, place in find_places(source.paths, workspace.root).items():
+        if isinstance(place, Path):
+            yield from _iterate_files({name: place}, source)
+            continue
+        if place.facts != known.get(name):
+            raise TemporaryError(f"sources: {name} changed while it was being fetched; run it again")
+        path = download(place, _downloads(workspace))
+        try:
+            yield from _iterate_files({name: path}, source)
+        except DataError as error:
+            path.unlink()  # "fetch it anew" must not find it again
+            raise DataError(str(error).replace(str(path), name, 1)) from error
 
 
 def _iterate_files(files: dict[str, Path], source: FilesSource | HuggingfaceSource) -> Iterator[Record | Refused]:

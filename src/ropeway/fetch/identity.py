@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from ropeway import hub
-from ropeway.fetch.local import digest_file, find_files
+from ropeway.fetch.local import digest_file
+from ropeway.fetch.places import find_places
 from ropeway.fetch.records import check_columns
 from ropeway.params import FilesSource, PythonDocsSource, Source
 
@@ -24,7 +25,8 @@ def source_identity(source: Source, root: Path) -> dict[str, Any]:
         return {"kind": source.kind, "part": source.part, "python": platform.python_version()}
     check_columns(source.rows, source.columns)
     if isinstance(source, FilesSource):
-        found = find_files(source.paths, root)
-        return {"kind": source.kind, "files": {name: digest_file(path) for name, path in found.items()}}
+        found = find_places(source.paths, root).items()
+        files = {name: digest_file(one) if isinstance(one, Path) else one.facts for name, one in found}
+        return {"kind": source.kind, "files": files}
     commit = hub.resolve_commit(source.repo, source.revision, kind="dataset")
     return {"kind": source.kind, "repo": source.repo, "commit": commit, "files": source.files}

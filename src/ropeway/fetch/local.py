@@ -25,11 +25,6 @@ def find_files(patterns: list[str], root: Path) -> dict[str, Path]:
     """
     found: dict[str, Path] = {}
     for pattern in patterns:
-        if "://" in pattern:
-            raise ConfigError(
-                f"sources: '{pattern}': addresses are not fetched yet in this version; copy the file below "
-                f"{root} and name it in `paths`"
-            )
         names = sorted(glob.glob(pattern, root_dir=root, recursive=True))  # noqa: PTH207 - absolute patterns too
         allowed = _allowed(pattern, root)
         files = {os.path.normpath(name): root / name for name in names if _is_wanted(root / name, pattern, allowed)}

@@ -1,0 +1,28 @@
+"""Where the files of a `files` source are: in the workspace, or behind https:// and s3:// addresses."""
+
+from pathlib import Path
+
+from ropeway.errors import ConfigError
+from ropeway.fetch import objects, web
+from ropeway.fetch.files import check_format
+from ropeway.fetch.local import find_files
+from ropeway.fetch.remote import Remote
+
+
+def find_places(paths: list[str], root: Path) -> dict[str, Path | Remote]:
+    """Return the files that paths, globs and addresses name, by name, sorted; servers are asked, nothing is fetched.
+
+    Raises:
+        ConfigError: One names nothing, or what cannot be read.
+        TemporaryError: A server does not answer.
+    """
+    found: dict[str, Path | Remote] = dict(find_files([path for path in paths if "://" not in path], root))
+    for address in (path for path in paths if "://" in path):
+        scheme = address.partition("://")[0]
+        if scheme not in ("http", "https", "s3"):
+            raise ConfigError(f"sources: '{scheme}://…' is no address that is fetched; known are https:// and s3://")
+        remotes = objects.look_up(address) if scheme == "s3" else [web.look_up(address)]
+        for remote in remotes:
+            check_format(remote.name.partition("?")[0])
+            found[remote.name] = remote
+    return dict(sorted(found.items()))
