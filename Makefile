@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup run test check ui bench bench-packing clean
+.PHONY: help setup run test check ui bench bench-packing bench-plan clean
 .DEFAULT_GOAL := help
 
 help:
@@ -49,10 +49,13 @@ check: $(VENV)/.ready-test
 ui: $(VENV)/.ready-run
 	$(BIN)/ropeway server
 
-bench: bench-packing
+bench: bench-packing bench-plan
 
 bench-packing: $(VENV)/.ready-run
 	$(BIN)/python benchmarks/packing.py
+
+bench-plan: $(VENV)/.ready-run
+	$(BIN)/python benchmarks/plan.py
 
 clean:
 	rm -rf $(VENV)

@@ -21,10 +21,13 @@ from flows.publishing import publish_package
 from flows.revision import read_revision
 from flows.stages import Say, Site, bring_up, patiently, run_command
 from flows.summary import Result
-from ropeway.errors import ConfigError
+from ropeway.devices import count_ranks
+from ropeway.errors import ConfigError, DataError
 from ropeway.lock import workspace_lock
 from ropeway.manifest import digest_of
 from ropeway.params import Profile, load_profile, read_block
+from ropeway.plan import plan_run
+from ropeway.plan_text import outline_plan
 from ropeway.workspace import Workspace
 
 _STATES = {"ran": "Completed", "restored": "Restored", "unchanged": "Unchanged"}
@@ -71,6 +74,8 @@ def walk(root: Path, profile: str | None, board: Board) -> Result:
                 _step(board, stage.name, partial(_refresh, site, stage.name))
         plans = patiently(partial(graph.plan, root), print)
         _show_plan(board, plans)
+        if any(plan.will_run for plan in plans if not plan.refreshes):
+            _show_budget(board, workspace, params)
         ended: dict[str, str] = {}
         ledger = before = summary.ledger_rows(workspace)
         for plan in plans:
@@ -193,6 +198,16 @@ def _show_ledger(board: Board, workspace: Workspace, *, known: list[dict[str, st
     if rows and rows != known:
         board.table("ledger", "Where every record and token went", rows)
     return rows
+
+
+def _show_budget(board: Board, workspace: Workspace, params: Profile) -> None:
+    """Say what the run needs before it spends anything. Old data that cannot be read is prepare's to make again."""
+    try:
+        text = outline_plan(plan_run(workspace, params, ranks=count_ranks()))
+    except DataError as error:
+        text = f"what the run needs is not known before its data is made again: {error}"
+    print(text, flush=True)
+    board.report("needs", text)
 
 
 def _run_on_prefect(root: Path, profile: str) -> tuple[Result, str]:

@@ -38,17 +38,27 @@ def plan(
     *,
     profile: ProfileOption = None,
     ranks: Annotated[int | None, typer.Option(min=1, help="Default: the GPUs of this machine, else 2.")] = None,
+    gpu_memory_gib: Annotated[
+        float | None, typer.Option(min=0.1, help="Memory of one GPU. Default: this machine's, else 40 and 80.")
+    ] = None,
+    card: Annotated[
+        str | None, typer.Option(help="For hours: a100, h100, h200, l40s, v100, or a peak in TFLOPS.")
+    ] = None,
+    mfu: Annotated[float | None, typer.Option(help="For hours: model FLOPS utilisation, 0 to 1.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what a run will do before anything is spent: rows, steps, batches."""
+    """Say what a run will do before anything is spent: rows, steps, memory, disk, hours, and whether it fits."""
     from ropeway.devices import count_ranks
     from ropeway.params import load_profile
-    from ropeway.plan import describe_plan, plan_run
+    from ropeway.plan import Asked, plan_run
+    from ropeway.plan_text import describe_plan
     from ropeway.workspace import Workspace, find_root
 
     root = find_root()
     name, chosen = load_profile(root / "params.yaml", profile)
-    planned = plan_run(Workspace(root, name), chosen, ranks=ranks or count_ranks())
+    planned = plan_run(
+        Workspace(root, name), chosen, ranks=ranks or count_ranks(), asked=Asked(gpu_memory_gib, card, mfu)
+    )
     typer.echo(planned.as_json() if as_json else describe_plan(planned))
 
 

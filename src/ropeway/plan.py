@@ -1,44 +1,42 @@
-"""What a run will do, before anything is spent: pure arithmetic over params, rows and ranks. No torch here."""
+"""What a run will do and cost, before anything is spent: arithmetic over params, rows and ranks. No torch here."""
 
 import json
-import math
+import os
+import shutil
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
-from ropeway.chat import ROLE_TOKENS
+from ropeway.accumulation import accumulation_steps
+from ropeway.budget import (
+    COMMON_GIB,
+    Speed,
+    Verdict,
+    gib,
+    judge,
+    name_card,
+    plan_disk,
+    plan_hours,
+    plan_speed,
+)
+from ropeway.counts import count_reading, plan_elsewhere
+from ropeway.devices import detect_gpus
 from ropeway.errors import ConfigError
 from ropeway.manifest import NAME
-from ropeway.mixture import epoch_count
+from ropeway.memory import GIB, Load, certain_bytes, checkpoint_bytes, plan_gpu, plan_host
 from ropeway.params import Profile
-from ropeway.rows import plan_epoch
-from ropeway.shards import open_shards
 from ropeway.workspace import Workspace
+from ropeway.zero import read_zero
 
-PUBLISHED_RANKS = 8  # 424,864 rows // (2 rows x 8 accumulation x 8 ranks) = 3,319 steps
-OTHER_RANKS = (1, 2, 4, 8, 16)
+UNCHECKED = "ROPEWAY_MEMORY_CHECK"  # `off` lets a run start that the plan says cannot fit
 
 
-def accumulation_steps(profile: Profile, ranks: int) -> int:
-    """Return the forward passes each rank makes per optimizer step; derived, so 4 or 8 ranks take equal steps.
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the caller states about the machine; None is found out or assumed."""
 
-    Raises:
-        ConfigError: The global batch does not divide evenly, or the card's own number disagrees at 8 ranks.
-    """
-    rows_per_pass = profile.per_device_train_batch_size * ranks
-    steps, rest = divmod(profile.global_batch_size, rows_per_pass)
-    if rest or not steps:
-        raise ConfigError(
-            f"global_batch_size is {profile.global_batch_size}, not a multiple of per_device_train_batch_size "
-            f"{profile.per_device_train_batch_size} x {ranks} ranks = {rows_per_pass}; change one of them or "
-            "ROPEWAY_RANKS"
-        )
-    stated = profile.gradient_accumulation_steps
-    if ranks == PUBLISHED_RANKS and steps != stated:
-        raise ConfigError(
-            f"gradient_accumulation_steps is {stated}, but global_batch_size {profile.global_batch_size} / "
-            f"({ranks} ranks x per_device_train_batch_size {profile.per_device_train_batch_size}) = {steps}; on "
-            f"{PUBLISHED_RANKS} ranks the two must agree (on other rank counts it is ignored)"
-        )
-    return steps
+    gpu_memory_gib: float | None = None
+    card: str | None = None
+    mfu: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +44,20 @@ class RunPlan:
     """What a run will do.
 
     Attributes:
-        rows: Rows an epoch reads over all ranks, per source; None where nothing states them yet.
+        rows: Rows an epoch reads over all ranks; None where nothing states them yet.
+        rows_per_source: The same by source; in the packed layout its sequences.
+        tokens_per_source: Tokens an epoch reads; a mean where it draws a part; None before prepare.
+        tokens: Tokens of the whole run, padding left out.
+        most_tokens: The same if every row were full.
         other_ranks: Steps that other rank counts would make here, and would have made in the original.
         parameters: Weights of the model, vocabulary padded.
-        checkpoint_bytes: One checkpoint: 16-bit or fp32 weights, fp32 masters and two Adam moments.
+        checkpoint_bytes: One checkpoint: training weights, fp32 weights and two Adam moments.
+        gpu_bytes: Parts of one card's memory, and their total.
+        host_bytes: Parts of host memory of all ranks on one machine, and their total.
+        disk_unknown: Parts of the disk's need that nothing states yet.
+        fits: Whether it fits the stated or found card; None where neither is known.
+        cards: For each memory in GiB: whether it fits, and what would make it fit with the bytes it then takes.
+        hours: `expected` from tokens and `at_most` from full rows, at `speed`.
     """
 
     profile: str
@@ -58,104 +66,116 @@ class RunPlan:
     accumulation_steps: int
     global_batch_size: int
     rows_per_source: dict[str, int | None]
+    tokens_per_source: dict[str, int | None]
     rows: int | None
+    tokens: int | None
+    most_tokens: int | None
     optimizer_steps: int | None
     other_ranks: dict[int, dict[str, int | str]]
     parameters: int
     checkpoint_bytes: int
+    gpu_bytes: dict[str, int]
+    host_bytes: dict[str, int]
+    disk_bytes: int
+    disk_parts: dict[str, int]
+    disk_unknown: list[str]
+    disk_free_bytes: int
+    fits: bool | None
+    cards: dict[str, Verdict]
+    speed: Speed
+    hours: dict[str, float | None]
     from_data: bool
 
     def as_json(self) -> str:
         """Return the plan for programs."""
-        return json.dumps(asdict(self), indent=1, sort_keys=True)
+        facts = asdict(self)
+        for name, verdict in self.cards.items():
+            facts["cards"][name]["fits"] = verdict.fits
+        return json.dumps(facts, indent=1, sort_keys=True)
 
 
-def plan_run(workspace: Workspace, profile: Profile, *, ranks: int) -> RunPlan:
-    """Return the plan of a run: from the data where it is prepared, else from `expected_rows` of the sources."""
-    accumulation = accumulation_steps(profile, ranks)
-    from_data = (workspace.data / NAME).is_file()
-    sizes = _prepared_sizes(workspace) if from_data else _expected_sizes(profile)
-    rows = {
-        name: None if (size := sizes[name]) is None else epoch_count(size, options, name=name)
-        for name, options in profile.mixture
-    }
-    known = [count for count in rows.values() if count is not None]
-    total = sum(known) if len(known) == len(rows) else None
-    if profile.layout == "packed":  # how many rows the sequences fill is known once they are counted
-        total = plan_epoch(open_shards(workspace.data, verify=False), profile, epoch=0).rows if from_data else None
-    parameters = count_parameters(profile)
-    return RunPlan(
-        workspace.profile,
-        ranks,
-        profile.per_device_train_batch_size,
-        accumulation,
-        profile.global_batch_size,
-        rows,
-        total,
-        None if total is None else total // profile.global_batch_size * profile.num_train_epochs,
-        {} if total is None else {count: _elsewhere(profile, total, count) for count in OTHER_RANKS if count != ranks},
-        parameters,
-        parameters * (12 if profile.dtype == "fp32" else 14),  # weights, and fp32 master (16-bit runs) + two moments
-        from_data,
-    )
+def plan_run(workspace: Workspace, profile: Profile, *, ranks: int, asked: Asked | None = None) -> RunPlan:
+    """Return the plan of a run: from the data where it is prepared, else from `expected_rows` of the sources.
 
-
-def _prepared_sizes(workspace: Workspace) -> dict[str, int | None]:
-    return {source.name: len(source.train) for source in open_shards(workspace.data, verify=False).sources}
-
-
-def _expected_sizes(profile: Profile) -> dict[str, int | None]:
-    """Return the training parts that the sources' `expected_rows` leave after the split."""
-    split = profile.val_split
-    return {
-        name: None if source.expected_rows is None else source.expected_rows - math.ceil(split * source.expected_rows)
-        for name, source in profile.sources.items()
-    }
-
-
-def _elsewhere(profile: Profile, rows: int, ranks: int) -> dict[str, int | str]:
-    """Return what another rank count does here (equal steps), and did in the original (accumulation fixed)."""
-    rows_per_pass = profile.per_device_train_batch_size * ranks
-    original = rows // (rows_per_pass * profile.gradient_accumulation_steps) * profile.num_train_epochs
-    if profile.global_batch_size % rows_per_pass:
-        return {"refused": f"{profile.global_batch_size} rows do not divide by {rows_per_pass}", "original": original}
-    return {
-        "accumulation_steps": profile.global_batch_size // rows_per_pass,
-        "optimizer_steps": rows // profile.global_batch_size * profile.num_train_epochs,
-        "original": original,
-    }
-
-
-def count_parameters(profile: Profile) -> int:
-    """Return the weights of a Llama of `expected_model`'s shape, role tokens added and vocabulary padded.
-
-    Source: Touvron et al. 2023, arXiv:2302.13971; grouped key and value heads: Ainslie et al. 2023, arXiv:2305.13245.
+    Raises:
+        ConfigError: Ranks do not divide the batch, or the DeepSpeed JSON or a stated figure cannot be read.
     """
-    shape, multiple = profile.expected_model, profile.pad_vocab_to_multiple_of
-    hidden = shape.hidden_size
-    key_value = hidden * shape.num_key_value_heads // shape.num_attention_heads
-    layer = 2 * hidden * hidden + 2 * hidden * key_value + 3 * hidden * shape.intermediate_size + 2 * hidden
-    vocabulary = -(-(shape.vocab_size + len(ROLE_TOKENS)) // multiple) * multiple
-    embeddings = vocabulary * hidden * (1 if shape.tie_word_embeddings else 2)
-    return embeddings + shape.num_hidden_layers * layer + hidden
-
-
-def describe_plan(plan: RunPlan) -> str:
-    """Return the plan in words."""
-    unknown, counts = "not known before prepare", plan.rows_per_source.items()
-    shown = [f"{name} {unknown if count is None else format(count, ',')}" for name, count in counts]
-    size = f"{plan.parameters / 1e9:.3f} B weights, one checkpoint {plan.checkpoint_bytes / 2**30:.2f} GiB"
-    lines = [
-        f"profile {plan.profile}: {size}",
-        f"rows an epoch ({'counted in the data' if plan.from_data else 'from expected_rows'}): {', '.join(shown)}",
-    ]
-    if plan.rows is None:
-        return "\n".join([*lines, f"steps: {unknown}"])
-    lines.append(
-        f"{plan.rows:,} rows, {plan.optimizer_steps:,} steps: {plan.ranks} ranks x {plan.micro_batch_size} rows x "
-        f"accumulation {plan.accumulation_steps} = {plan.global_batch_size} rows a step"
+    asked = asked or Asked()
+    load = Load.of(profile, read_zero(workspace.root / profile.deepspeed_config), ranks=ranks)
+    counted = count_reading(workspace, profile)
+    disk, unknown = _plan_disk(workspace, profile, load)
+    gpus = detect_gpus() if asked.gpu_memory_gib is None or asked.card is None else []
+    memory = asked.gpu_memory_gib
+    if memory is None and gpus:
+        memory = min(gpu.memory_bytes for gpu in gpus) / GIB
+    cards = {
+        f"{size:.4g}": judge(load, profile.global_batch_size, int(size * GIB))
+        for size in (COMMON_GIB if memory is None else (memory,))
+    }
+    speed = plan_speed(asked.card or (name_card(gpus[0].name) if gpus else None), asked.mfu, dtype=profile.dtype)
+    reading = {"expected": counted.tokens, "at_most": counted.most_tokens}
+    return RunPlan(
+        profile=workspace.profile,
+        ranks=ranks,
+        micro_batch_size=profile.per_device_train_batch_size,
+        accumulation_steps=accumulation_steps(profile, ranks),
+        global_batch_size=profile.global_batch_size,
+        rows_per_source=counted.rows_per_source,
+        tokens_per_source=counted.tokens_per_source,
+        rows=counted.rows,
+        tokens=counted.tokens,
+        most_tokens=counted.most_tokens,
+        optimizer_steps=counted.steps(profile),
+        other_ranks=plan_elsewhere(profile, counted.rows, ranks),
+        parameters=load.sizes.parameters,
+        checkpoint_bytes=checkpoint_bytes(load),
+        gpu_bytes=plan_gpu(load),
+        host_bytes=plan_host(load),
+        disk_bytes=sum(disk.values()),
+        disk_parts=disk,
+        disk_unknown=unknown,
+        disk_free_bytes=shutil.disk_usage(workspace.root).free,
+        fits=None if memory is None else next(iter(cards.values())).fits,
+        cards=cards,
+        speed=speed,
+        hours={name: plan_hours(load, speed, count, row_tokens=profile.max_length) for name, count in reading.items()},
+        from_data=counted.from_data,
     )
-    for ranks, other in plan.other_ranks.items():
-        here = other.get("refused") or f"accumulation {other['accumulation_steps']}, {other['optimizer_steps']:,} steps"
-        lines.append(f"  on {ranks} ranks: {here} (the original would have made {other['original']:,})")
-    return "\n".join(lines)
+
+
+def _plan_disk(workspace: Workspace, profile: Profile, load: Load) -> tuple[dict[str, int], list[str]]:
+    folders = {"raw": workspace.raw, "base": workspace.base, "data": workspace.data}
+    found = {name: _folder_bytes(folder) for name, folder in folders.items() if (folder / NAME).is_file()}
+    local = workspace.registry_url.startswith("file:")
+    unknown = [name for name in ("raw", "data") if name not in found]
+    return plan_disk(profile, load, found=found, local_registry=local), unknown
+
+
+def _folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def check_memory(root: Path, profile: Profile, *, ranks: int) -> None:
+    """Refuse to start ranks on cards that cannot hold the run's states, whatever its rows are; on a CPU nothing.
+
+    Activations and every assumption are left out of that figure, so that only what is certain is refused. A plan whose
+    total is above the card is said in one line.
+
+    Raises:
+        ConfigError: Weights, gradients, optimizer and buckets alone are more than the smallest card has.
+    """
+    gpus = detect_gpus()
+    if not gpus or os.environ.get(UNCHECKED) == "off":
+        return
+    load = Load.of(profile, read_zero(root / profile.deepspeed_config), ranks=ranks)
+    memory, certain = min(gpu.memory_bytes for gpu in gpus), certain_bytes(load)
+    verdict = judge(load, profile.global_batch_size, memory)
+    if verdict.fits:
+        return
+    what = "; ".join(f"{words} ({gib(total)})" for words, total in verdict.remedies) or "a larger card"
+    if certain > memory:
+        raise ConfigError(
+            f"a GPU has {gib(memory)}, but on {ranks} ranks weights, gradients, optimizer and buckets alone take "
+            f"{gib(certain)}. What would fit: {what}. `ropeway plan` shows the parts; {UNCHECKED}=off starts it anyway"
+        )
+    print(f"the plan asks for {gib(verdict.needed_bytes)} of a GPU's {gib(memory)}; what would fit: {what}", flush=True)

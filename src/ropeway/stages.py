@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import ropeway
-from ropeway.devices import list_gpus
+from ropeway.devices import count_ranks, list_gpus
 from ropeway.errors import ConfigError
 from ropeway.fetch.identity import source_identity
 from ropeway.identity import room_digest
 from ropeway.lock import workspace_lock
 from ropeway.manifest import digest_of, file_sha256, write_json
 from ropeway.params import READS, UNHASHED, FolderBase, GgufBase, Profile, load_profile
+from ropeway.plan import check_memory
 from ropeway.workspace import Workspace
 
 ROOMS = ("fetch", "base", "prepare", "train", "evaluate", "package")
@@ -26,7 +27,7 @@ def run_stage(root: Path, name: str) -> int:
     A room runs in a process tree of its own under the supervisor, so that nothing of it outlives DVC or a signal.
 
     Raises:
-        ConfigError: No such stage, or params.yaml is wrong.
+        ConfigError: No such stage, params.yaml is wrong, or a GPU cannot hold the training.
         TemporaryError: Another run holds the workspace.
     """
     if name == "identity":
@@ -36,7 +37,9 @@ def run_stage(root: Path, name: str) -> int:
         raise ConfigError(f"stage '{name}' does not exist; there are: identity, {', '.join(ROOMS)}")
     from ropeway import supervise
 
-    profile, _ = load_profile(root / "params.yaml")
+    profile, params = load_profile(root / "params.yaml")
+    if name == "train":  # here, not in the room: a better estimate must not make a trained model stale
+        check_memory(root, params, ranks=count_ranks())
     with workspace_lock(root, command=f"ropeway stage {name}", profile=profile) as held:
         command = [sys.executable, "-m", "ropeway.cli", "room", name]
         record = root / ".work" / f"{name}.exit.json"

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from ropeway.accumulation import accumulation_steps
 from ropeway.errors import ConfigError
+from ropeway.memory import Sizes
 from ropeway.params import load_profile
-from ropeway.plan import accumulation_steps, count_parameters, plan_run
+from ropeway.plan import plan_run
 from ropeway.train.config import load_deepspeed_json, plan_deepspeed
 from ropeway.train.schedule import learning_rate
 from ropeway.workspace import Workspace
@@ -20,8 +22,8 @@ def published():
     return load_profile(ROOT / "params.yaml", "llama2_13b_orca_8k")[1]
 
 
-def test_the_published_run_takes_3319_steps_on_8_ranks(published, tmp_path):
-    plan = plan_run(Workspace(tmp_path, "llama2_13b_orca_8k"), published, ranks=8)
+def test_the_published_run_takes_3319_steps_on_8_ranks(published):
+    plan = plan_run(Workspace(ROOT, "llama2_13b_orca_8k"), published, ranks=8)
     assert plan.rows_per_source == {"orca-chat": 188_842, "fanfics": 47_760, "red_pajama": 188_262}
     assert (plan.rows, plan.optimizer_steps, plan.accumulation_steps) == (424_864, 3319, 8)
     assert plan.other_ranks[4] == {"accumulation_steps": 16, "optimizer_steps": 3319, "original": 6638}
@@ -29,9 +31,20 @@ def test_the_published_run_takes_3319_steps_on_8_ranks(published, tmp_path):
     assert json.loads(plan.as_json())["optimizer_steps"] == 3319
 
 
+@pytest.mark.parametrize("ranks", [4, 8, 16])
+def test_the_published_plan_in_full(published, ranks, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.delenv("ROPEWAY_REGISTRY", raising=False)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")  # a workspace in which nothing has been made yet
+    plan = json.loads(plan_run(Workspace(tmp_path, "llama2_13b_orca_8k"), published, ranks=ranks).as_json())
+    assert plan.pop("disk_free_bytes") > 0
+    assert plan == json.loads((Path(__file__).parent / "plans.json").read_text())[str(ranks)]
+    assert {size: card["fits"] for size, card in plan["cards"].items()} == {"40": False, "80": ranks >= 8}
+
+
 def test_the_published_model_has_the_weights_of_llama_2_13b_with_16_more_rows(published):
     # Llama-2-13b has 13,015,864,320 weights (its safetensors index); 2 x 16 rows x 5,120 are added.
-    assert count_parameters(published) == 13_015_864_320 + 2 * 16 * 5120
+    assert Sizes.of(published).parameters == 13_015_864_320 + 2 * 16 * 5120
 
 
 def test_ranks_that_do_not_divide_are_refused_with_all_numbers(published):

@@ -51,6 +51,7 @@ class FlowWorkspace:
 def make_workspace(root):
     root.mkdir()
     shutil.copy(ROOT / "params.yaml", root)
+    shutil.copytree(ROOT / "configs", root / "configs")
     shutil.copy(HERE / "flow_workspace" / "dvc.yaml", root)
     shutil.copy(HERE / "flow_workspace" / "room.txt", root / "room.py")
     (root / ".dvc").mkdir()

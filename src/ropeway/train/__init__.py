@@ -12,11 +12,11 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
+from ropeway.accumulation import accumulation_steps
 from ropeway.devices import count_ranks, list_gpus
 from ropeway.errors import ConfigError, DataError
 from ropeway.manifest import load_manifest, write_atomic, write_json
 from ropeway.params import Profile
-from ropeway.plan import accumulation_steps
 from ropeway.train import checkpoints
 from ropeway.train.config import load_deepspeed_json
 from ropeway.train.fingerprint import Fingerprint, take_fingerprint

@@ -16,9 +16,9 @@ import torch
 import transformers
 from deepspeed.accelerator import get_accelerator
 
+from ropeway.accumulation import accumulation_steps
 from ropeway.errors import ConfigError, RopewayError, TemporaryError
 from ropeway.params import READS, UNHASHED, load_profile
-from ropeway.plan import accumulation_steps
 from ropeway.shards import open_shards
 from ropeway.train import checkpoints
 from ropeway.train.attention import Attention, choose_attention

@@ -1,0 +1,220 @@
+"""What the planner says: fits and remedies, disk, hours, cards, refusals. No torch is loaded for any of it."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ropeway.budget import judge, plan_changes, plan_disk, plan_hours, plan_speed, token_flops
+from ropeway.counts import count_reading
+from ropeway.devices import detect_gpus
+from ropeway.errors import ConfigError
+from ropeway.memory import GIB, Load, Sizes, certain_bytes, checkpoint_bytes, plan_gpu
+from ropeway.params import load_profile
+from ropeway.plan import Asked, check_memory, plan_run
+from ropeway.plan_text import describe_plan, outline_plan
+from ropeway.workspace import Workspace
+from ropeway.zero import plan_zero, read_zero
+from tests.tiny_run import make_run
+
+ROOT = Path(__file__).parents[2]
+NAME = "llama2_13b_orca_8k"
+
+
+@pytest.fixture
+def published():
+    return load_profile(ROOT / "params.yaml", NAME)[1]
+
+
+def load_of(profile, ranks=8, **fields):
+    return replace(Load.of(profile, read_zero(ROOT / profile.deepspeed_config), ranks=ranks), **fields)
+
+
+def test_the_published_run_fits_80_gib_on_8_ranks_and_not_40(published):
+    load = load_of(published)
+    assert judge(load, 128, 80 * GIB).fits
+    assert not judge(load, 128, 40 * GIB).fits
+
+
+def test_every_remedy_fits_when_it_is_planned_and_none_holds_a_smaller_one(published):
+    verdict = judge(load_of(published), 128, 40 * GIB)
+    assert verdict.remedies
+    assert all(total <= 40 * GIB for _, total in verdict.remedies)
+    sets = [frozenset(words.split(" + ")) for words, _ in verdict.remedies]
+    assert not any(one < other for one in sets for other in sets)
+    by_words = {change.words: change.make for change in plan_changes(load_of(published), 128)}
+    for (words, total), parts in zip(verdict.remedies, sets, strict=True):
+        changed = load_of(published)
+        for part in parts:
+            changed = by_words[part](changed)
+        assert plan_gpu(changed)["total"] == total, words
+
+
+def test_of_more_ranks_the_fewest_that_fit_are_named(published):
+    remedies = dict(judge(load_of(published, ranks=4), 128, 80 * GIB).remedies)
+    assert "8 ranks" in remedies
+    assert "16 ranks" not in remedies
+
+
+def test_nothing_is_proposed_that_does_not_divide_the_batch(published):
+    words = [change.words for change in plan_changes(load_of(published, ranks=64), 128)]
+    assert "128 ranks" in words  # with one row each
+    assert "256 ranks" not in words
+
+
+def test_the_parts_of_a_card_add_up_to_its_total(published):
+    parts = plan_gpu(load_of(published))
+    assert parts["total"] == sum(size for name, size in parts.items() if name != "total")
+
+
+@pytest.mark.parametrize(
+    ("section", "lower"),
+    [
+        ({"stage": 1}, {"optimizer"}),
+        ({"stage": 2}, {"optimizer", "gradients"}),
+        ({"stage": 3}, {"optimizer", "gradients", "weights"}),
+    ],
+)
+def test_each_zero_stage_spreads_one_thing_more(published, section, lower):
+    alone, spread = (
+        plan_gpu(load_of(published, ranks=ranks, zero=plan_zero({**section, "sub_group_size": 2**40})))
+        for ranks in (1, 8)
+    )
+    for part in ("optimizer", "gradients", "weights"):
+        if part in lower:
+            assert spread[part] == pytest.approx(alone[part] / 8, rel=1e-6)
+    assert (spread["weights"] == alone["weights"]) == ("weights" not in lower)
+
+
+def test_a_second_bucket_is_counted_where_reduction_overlaps(published):
+    one, two = (
+        plan_gpu(load_of(published, zero=plan_zero({"stage": 2, "reduce_bucket_size": 10**9, "overlap_comm": overlap})))
+        for overlap in (False, True)
+    )
+    assert (one["buckets"], two["buckets"]) == (2 * 10**9, 4 * 10**9)
+
+
+def test_offload_moves_the_optimizer_to_the_host_and_leaves_weights(published):
+    zero = plan_zero({"stage": 2, "offload_optimizer": {"device": "cpu"}})
+    parts = plan_gpu(load_of(published, zero=zero))
+    assert (parts["optimizer"], parts["gradients"]) == (0, 0)
+    assert parts["weights"] == 2 * Sizes.of(published).parameters
+
+
+def test_a_checkpoint_holds_14_bytes_a_weight_in_16_bit_16_in_fp32_and_12_at_stage_3(published):
+    weights = Sizes.of(published).parameters
+    assert checkpoint_bytes(load_of(published)) == 14 * weights
+    assert checkpoint_bytes(load_of(published, number_bytes=4)) == 16 * weights
+    assert checkpoint_bytes(load_of(published, zero=plan_zero({"stage": 3}))) == 12 * weights
+
+
+def test_disk_counts_a_checkpoint_more_than_are_kept_and_twice_what_dvc_keeps(published):
+    load = load_of(published)
+    parts = plan_disk(published, load, found={"raw": 10, "data": 20, "base": 30}, local_registry=False)
+    assert parts["checkpoints"] == 5 * checkpoint_bytes(load)
+    assert parts["dvc_cache"] == 10 + 20 + 30 + parts["model"] + parts["package"]
+    assert parts["registry"] == 0
+
+
+def test_hours_follow_from_tokens_peak_and_mfu(published):
+    load, tokens = load_of(published), 10**9
+    speed = plan_speed("312", 0.5, dtype="fp16")
+    hours = plan_hours(load, speed, tokens, row_tokens=8192)
+    assert hours == pytest.approx(tokens * token_flops(load.sizes, 8192) / (8 * 312e12 * 0.5) / 3600)
+    # 6 N and a fifth more for attention at this length: 6 x 40 x 5,120 x 8,192 beside 6 x 12.85 B.
+    assert token_flops(load.sizes, 8192) == pytest.approx(6 * 12.852e9 + 6 * 40 * 5120 * 8192, rel=1e-3)
+
+
+@pytest.mark.parametrize(("card", "mfu"), [("abacus", None), ("-3", None), ("nan", None), (None, 1.5), (None, 0.0)])
+def test_unknown_cards_and_impossible_fractions_are_refused(card, mfu):
+    with pytest.raises(ConfigError, match=r"--card|--mfu"):
+        plan_speed(card, mfu, dtype="fp16")
+
+
+def test_no_hours_are_claimed_for_fp32_unless_a_peak_is_stated():
+    assert plan_speed("a100", None, dtype="fp32").peak_tflops is None
+    assert plan_speed("19.5", None, dtype="fp32").peak_tflops == 19.5
+
+
+def test_what_nothing_states_is_said_to_be_unknown(tmp_path):
+    profile = load_profile(ROOT / "params.yaml", "laptop")[1]
+    text = describe_plan(plan_run(Workspace(tmp_path, "laptop"), with_json(profile), ranks=2))
+    assert "steps: not known before prepare" in text
+    assert "raw and data (not known before prepare)" in text
+
+
+def with_json(profile):
+    return profile.model_copy(update={"deepspeed_config": str(ROOT / profile.deepspeed_config)})
+
+
+def test_tokens_come_from_the_data_where_it_is_prepared(tmp_path):
+    workspace, profile = make_run(tmp_path)
+    full = load_profile(tmp_path / "params.yaml")[1]
+    counted = count_reading(workspace, full)
+    lengths = np.load(workspace.data / "talk" / "lengths.npy")[np.load(workspace.data / "talk" / "train.npy")]
+    assert counted.tokens_per_source["talk"] == int(np.minimum(lengths, full.max_length).sum())
+    assert counted.tokens == sum(counted.tokens_per_source.values())
+    assert counted.most_tokens == counted.rows * full.max_length
+    assert profile.max_length == full.max_length
+
+
+def fake_smi(folder, *, gib, name="NVIDIA A100-SXM4-40GB"):
+    folder.mkdir()
+    script = folder / "nvidia-smi"
+    script.write_text(f'#!/bin/sh\necho "$@" > {folder}/asked\necho "{name}, {gib * 1024}"\n')
+    script.chmod(0o755)
+    return folder
+
+
+def test_cards_are_asked_for_by_the_numbers_this_process_may_use(tmp_path):
+    path = fake_smi(tmp_path / "bin", gib=40)
+    environment = {"PATH": f"{path}:/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": "2,3"}
+    assert [(gpu.name, gpu.memory_bytes) for gpu in detect_gpus(environment)] == [("NVIDIA A100-SXM4-40GB", 40 * GIB)]
+    assert (path / "asked").read_text().startswith("-i 2,3 ")
+
+
+def test_no_card_is_found_where_there_is_none_or_no_driver_answers(tmp_path):
+    assert detect_gpus({"PATH": str(tmp_path)}, devices=tmp_path) == []
+    assert detect_gpus({"PATH": str(tmp_path), "CUDA_VISIBLE_DEVICES": "0"}) == []
+
+
+def test_ranks_are_not_started_on_cards_that_cannot_hold_the_states(published, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(fake_smi(tmp_path / "bin", gib=40)))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.raises(ConfigError, match=r"a GPU has 40.0 GiB, but on 8 ranks .* take 47.3 GiB\. What would fit: off"):
+        check_memory(ROOT, published, ranks=8)
+    monkeypatch.setenv("ROPEWAY_MEMORY_CHECK", "off")
+    check_memory(ROOT, published, ranks=8)
+
+
+def test_what_only_may_not_fit_is_said_and_started(published, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(fake_smi(tmp_path / "bin", gib=60)))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert certain_bytes(load_of(published)) < 60 * GIB
+    check_memory(ROOT, published, ranks=8)
+    assert "the plan asks for 66.3 GiB of a GPU's 60.0 GiB" in capsys.readouterr().out
+
+
+def test_nothing_is_refused_on_a_cpu(published, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    check_memory(ROOT, published, ranks=8)
+
+
+def test_a_runs_log_says_in_short_what_is_needed(published):
+    text = outline_plan(plan_run(Workspace(ROOT, NAME), published, ranks=4, asked=Asked(gpu_memory_gib=80)))
+    assert "3,319 steps, 4 ranks x 2 rows x accumulation 16" in text
+    assert "DOES NOT FIT 80 GiB; what would:" in text
+    assert "8 ranks: 66.3 GiB" in text
+
+
+def test_plan_answers_without_loading_torch():
+    command = ["plan", "--profile", NAME, "--ranks", "8", "--gpu-memory-gib", "80", "--json"]
+    code = f"import sys; from ropeway.cli import app; app({command}, standalone_mode=False)\n"
+    code += "assert not {'torch', 'transformers', 'deepspeed', 'prefect', 'dvc'} & set(sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    plan = json.loads(said.stdout)
+    assert (plan["fits"], plan["optimizer_steps"], plan["ranks"]) == (True, 3319, 8)
