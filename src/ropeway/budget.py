@@ -7,7 +7,7 @@ from itertools import combinations
 from typing import Any
 
 from ropeway.errors import ConfigError
-from ropeway.memory import DTYPE_BYTES, GIB, Load, Sizes, checkpoint_bytes, plan_gpu
+from ropeway.memory import DTYPE_BYTES, GIB, Load, checkpoint_bytes, plan_gpu
 from ropeway.params import Profile, ScratchBase
 
 # Dense peak with 16-bit inputs and fp32 accumulation, in TFLOPS. Source: NVIDIA's data sheets of each card.
@@ -184,22 +184,24 @@ def name_card(found: str) -> str | None:
     return next((key for key in keys if all(part in words for part in key.split("-"))), None)
 
 
-def token_flops(sizes: Sizes, row_tokens: int) -> float:
+def token_flops(load: Load) -> float:
     """Return floating-point operations of forward and backward for one token, nothing recomputed.
 
-    6 for each weight that multiplies (the input table only looks up), and causal attention: 6 L H T, half of the full
-    square's 12. Source: Chowdhery et al. 2022, arXiv:2204.02311, appendix B.
+    4 for each weight that multiplies (the input table only looks up), 2 more for each that is trained, and causal
+    attention: 6 L H T, half of the full square's 12. Source: Chowdhery et al. 2022, arXiv:2204.02311, appendix B.
     """
-    tables = sizes.embedding_parameters * (0 if sizes.tied else 1)
-    return 6.0 * (sizes.parameters - tables) + 6.0 * sizes.layers * sizes.hidden * row_tokens
+    sizes, frozen = load.sizes, load.parameters - load.trainable
+    multiplying = load.parameters - (0 if sizes.tied else sizes.embedding_parameters)
+    trained = max(0, multiplying - frozen)
+    return 4.0 * multiplying + 2.0 * trained + 6.0 * sizes.layers * sizes.hidden * load.row_tokens
 
 
-def plan_hours(load: Load, speed: Speed, tokens: int | None, *, row_tokens: int) -> float | None:
+def plan_hours(load: Load, speed: Speed, tokens: int | None) -> float | None:
     """Return hours of training on `tokens`; None where tokens or peak are not known."""
     if tokens is None or speed.peak_tflops is None:
         return None
     per_second = load.ranks * speed.peak_tflops * 1e12 * speed.mfu
-    return tokens * token_flops(load.sizes, row_tokens) / per_second / 3600
+    return tokens * token_flops(load) / per_second / 3600
 
 
 def gib(count: float) -> str:

@@ -4,7 +4,8 @@ Shapes: P positions of a micro-batch (rows x tokens), H hidden, F intermediate, 
 L layers, V vocabulary, N weights, R ranks, s bytes of a training number (2 in fp16 and bf16, 4 in fp32).
 
 The states are those of DeepSpeed's own estimator; activations are counted tensor by tensor over transformers' Llama
-with a fused attention kernel, and held to the measured peak (tests/contract/test_memory.py).
+with a fused attention kernel, and held to the measured peak (tests/contract/test_memory.py). With LoRA they are still
+those of full training, which keeps more for frozen layers and less for adapters: not measured.
 """
 
 from dataclasses import dataclass
@@ -84,6 +85,8 @@ class Load:
 
     Attributes:
         number_bytes: s of the module's legend.
+        adapters: Weights that LoRA adds.
+        trainable: Weights with gradients and optimizer: all of them, or with LoRA adapters (and embeddings).
         micro_batch_size: Rows of a forward pass; packed ones are joined into one.
         row_tokens: Tokens of the longest possible row.
         checkpointing: Layers keep their input alone and run again in backward.
@@ -92,6 +95,8 @@ class Load:
 
     sizes: Sizes
     number_bytes: int
+    adapters: int
+    trainable: int
     ranks: int
     micro_batch_size: int
     row_tokens: int
@@ -102,8 +107,12 @@ class Load:
     @classmethod
     def of(cls, profile: Profile, zero: Zero, *, ranks: int) -> "Load":
         """Return what a rank of a profile's run works on."""
+        sizes = Sizes.of(profile)
+        adapters, tables = count_adapters(profile, sizes)
         return cls(
-            sizes=Sizes.of(profile),
+            sizes=sizes,
+            adapters=adapters,
+            trainable=adapters + tables if profile.peft_model else sizes.parameters,
             number_bytes=DTYPE_BYTES[profile.dtype],
             ranks=ranks,
             micro_batch_size=profile.per_device_train_batch_size,
@@ -114,9 +123,37 @@ class Load:
         )
 
     @property
+    def parameters(self) -> int:
+        """N: all weights, adapters included."""
+        return self.sizes.parameters + self.adapters
+
+    @property
     def positions(self) -> int:
         """P: positions of a micro-batch."""
         return self.micro_batch_size * self.row_tokens
+
+
+def count_adapters(profile: Profile, sizes: Sizes) -> tuple[int, int]:
+    """Return (weights of LoRA's matrices, weights of the tables trained with them); 0 and 0 without LoRA.
+
+    Each target of width `in` to `out` gets rank x (in + out). Source: Hu et al. 2021, arXiv:2106.09685.
+    """
+    lora = profile.lora
+    if not profile.peft_model or lora is None:
+        return 0, 0
+    hidden, key_value, intermediate = sizes.hidden, sizes.key_value, sizes.intermediate
+    sides = {
+        "q_proj": 2 * hidden,
+        "k_proj": hidden + key_value,
+        "v_proj": hidden + key_value,
+        "o_proj": 2 * hidden,
+        **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), hidden + intermediate),
+    }
+    # A target that is none of these is training's to refuse; the head is the one other linear layer.
+    adapters = sizes.layers * lora.rank * sum(sides.get(name, 0) for name in lora.target_modules)
+    adapters += lora.rank * (hidden + sizes.vocabulary) * lora.target_modules.count("lm_head")
+    tables = sizes.embedding_parameters * (1 if sizes.tied else 2)
+    return adapters, tables if lora.train_embeddings else 0
 
 
 def plan_states(load: Load) -> dict[str, int]:
@@ -127,22 +164,22 @@ def plan_states(load: Load) -> dict[str, int]:
     counts 18 N / R and 4 bytes for each weight of the largest layer; the code has gradients of 2 N / R, fp32 ones for
     one sub-group, and gathers weights up to the JSON's limits (`live_weights`), which is what is counted here.
     """
-    zero, weights, width = load.zero, load.sizes.parameters, load.number_bytes
+    zero, weights, width = load.zero, load.parameters, load.number_bytes
     live = min(weights, max(zero.live_elements, load.sizes.embedding_parameters) + zero.prefetch_elements)
-    gradients = width * weights // _ranks_from(2, load) + step_gradient_bytes(load)
+    gradients = width * load.trainable // _ranks_from(2, load) + step_gradient_bytes(load)
     if zero.offload_optimizer:  # at stage 1 they are whole until the step; above it they leave bucket by bucket
-        gradients = width * weights if zero.stage <= 1 else 0
+        gradients = width * load.trainable if zero.stage <= 1 else 0
     return {
         "weights": 0 if zero.offload_parameters else width * weights // _ranks_from(3, load),
         "live_weights": width * live if _ranks_from(3, load) > 1 or zero.offload_parameters else 0,
         "gradients": gradients,
-        "optimizer": 0 if zero.offload_optimizer else (FP32 + MOMENTS) * weights // _ranks_from(1, load),
+        "optimizer": 0 if zero.offload_optimizer else (FP32 + MOMENTS) * load.trainable // _ranks_from(1, load),
     }
 
 
 def step_gradient_bytes(load: Load) -> int:
     """Return bytes of the fp32 gradients that a step makes and drops."""
-    share = load.sizes.parameters // _ranks_from(1, load)
+    share = load.trainable // _ranks_from(1, load)
     if load.zero.offload_optimizer:
         return 0
     return FP32 * (min(share, load.zero.sub_group_elements) if load.zero.stage == _STAGE_3 else share)
@@ -214,9 +251,9 @@ def plan_host(load: Load) -> dict[str, int]:
     Every rank opens the whole model before it is spread; what is offloaded comes after that, so the larger of the two
     counts. Offload: fp32 weights, moments and gradients, 16 N. Source: as in `plan_states`, without its factor of 1.5.
     """
-    weights, zero = load.sizes.parameters, load.zero
+    weights, zero = load.parameters, load.zero
     opening = load.ranks * load.number_bytes * weights
-    kept = (FP32 + MOMENTS + FP32) * weights if zero.offload_optimizer else 0
+    kept = (FP32 + MOMENTS + FP32) * load.trainable if zero.offload_optimizer else 0
     kept += load.number_bytes * weights if zero.offload_parameters else 0
     parts = {"opening": opening, "offloaded": kept, "processes": load.ranks * PROCESS_BYTES}
     return {**parts, "total": max(opening, kept) + parts["processes"]}
@@ -228,4 +265,4 @@ def checkpoint_bytes(load: Load) -> int:
     Measured on deepspeed 0.19.8 with stages 1 to 3: 14 bytes a weight in bf16, 16 in fp32, 12 at stage 3.
     """
     own = 0 if load.zero.stage == _STAGE_3 else load.number_bytes
-    return load.sizes.parameters * (FP32 + MOMENTS + own)
+    return load.trainable * (FP32 + MOMENTS) + load.parameters * own

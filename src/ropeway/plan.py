@@ -50,7 +50,8 @@ class RunPlan:
         tokens: Tokens of the whole run, padding left out.
         most_tokens: The same if every row were full.
         other_ranks: Steps that other rank counts would make here, and would have made in the original.
-        parameters: Weights of the model, vocabulary padded.
+        parameters: Weights of the model, vocabulary padded, adapters left out.
+        trainable: Weights that are trained.
         checkpoint_bytes: One checkpoint: training weights, fp32 weights and two Adam moments.
         gpu_bytes: Parts of one card's memory, and their total.
         host_bytes: Parts of host memory of all ranks on one machine, and their total.
@@ -73,6 +74,7 @@ class RunPlan:
     optimizer_steps: int | None
     other_ranks: dict[int, dict[str, int | str]]
     parameters: int
+    trainable: int
     checkpoint_bytes: int
     gpu_bytes: dict[str, int]
     host_bytes: dict[str, int]
@@ -128,6 +130,7 @@ def plan_run(workspace: Workspace, profile: Profile, *, ranks: int, asked: Asked
         optimizer_steps=counted.steps(profile),
         other_ranks=plan_elsewhere(profile, counted.rows, ranks),
         parameters=load.sizes.parameters,
+        trainable=load.trainable,
         checkpoint_bytes=checkpoint_bytes(load),
         gpu_bytes=plan_gpu(load),
         host_bytes=plan_host(load),
@@ -138,7 +141,7 @@ def plan_run(workspace: Workspace, profile: Profile, *, ranks: int, asked: Asked
         fits=None if memory is None else next(iter(cards.values())).fits,
         cards=cards,
         speed=speed,
-        hours={name: plan_hours(load, speed, count, row_tokens=profile.max_length) for name, count in reading.items()},
+        hours={name: plan_hours(load, speed, count) for name, count in reading.items()},
         from_data=counted.from_data,
     )
 

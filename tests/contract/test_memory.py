@@ -25,7 +25,17 @@ DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
 def load_of(sizes, **fields):
     usual = {"number_bytes": 2, "ranks": 1, "micro_batch_size": 2, "row_tokens": 576, "checkpointing": True}
-    return Load(sizes, **{**usual, "masked": False, "zero": plan_zero({"stage": 2}), **fields})
+    return Load(
+        sizes,
+        **{
+            **usual,
+            "adapters": 0,
+            "trainable": sizes.parameters,
+            "masked": False,
+            "zero": plan_zero({"stage": 2}),
+            **fields,
+        },
+    )
 
 
 @pytest.mark.parametrize("ranks", [1, 4, 8, 16])

@@ -17,6 +17,7 @@ from ropeway.memory import GIB, Load, Sizes, certain_bytes, checkpoint_bytes, pl
 from ropeway.params import load_profile
 from ropeway.plan import Asked, check_memory, plan_run
 from ropeway.plan_text import describe_plan, outline_plan
+from ropeway.schema import Lora
 from ropeway.workspace import Workspace
 from ropeway.zero import plan_zero, read_zero
 from tests.tiny_run import make_run
@@ -112,6 +113,17 @@ def test_a_checkpoint_holds_14_bytes_a_weight_in_16_bit_16_in_fp32_and_12_at_sta
     assert checkpoint_bytes(load_of(published, zero=plan_zero({"stage": 3}))) == 12 * weights
 
 
+def test_lora_trains_and_keeps_states_of_its_own_weights_alone(published):
+    lora = Lora(rank=8, alpha=16, dropout=0.0, target_modules=["q_proj", "v_proj"], train_embeddings=False)
+    load = load_of(published.model_copy(update={"peft_model": True, "lora": lora}))
+    assert load.trainable == load.adapters == 40 * 2 * 8 * (5120 + 5120)  # 6.55 M, as the paper's recipe gives on 13 B
+    parts = plan_gpu(load)
+    assert parts["optimizer"] == 12 * load.trainable // 8
+    assert parts["weights"] == 2 * (Sizes.of(published).parameters + load.adapters)
+    assert token_flops(load) < 0.75 * token_flops(load_of(published))
+    assert checkpoint_bytes(load) == 2 * load.parameters + 12 * load.trainable
+
+
 def test_disk_counts_a_checkpoint_more_than_are_kept_and_twice_what_dvc_keeps(published):
     load = load_of(published)
     parts = plan_disk(published, load, found={"raw": 10, "data": 20, "base": 30}, local_registry=False)
@@ -123,10 +135,10 @@ def test_disk_counts_a_checkpoint_more_than_are_kept_and_twice_what_dvc_keeps(pu
 def test_hours_follow_from_tokens_peak_and_mfu(published):
     load, tokens = load_of(published), 10**9
     speed = plan_speed("312", 0.5, dtype="fp16")
-    hours = plan_hours(load, speed, tokens, row_tokens=8192)
-    assert hours == pytest.approx(tokens * token_flops(load.sizes, 8192) / (8 * 312e12 * 0.5) / 3600)
+    hours = plan_hours(load, speed, tokens)
+    assert hours == pytest.approx(tokens * token_flops(load) / (8 * 312e12 * 0.5) / 3600)
     # 6 N and a fifth more for attention at this length: 6 x 40 x 5,120 x 8,192 beside 6 x 12.85 B.
-    assert token_flops(load.sizes, 8192) == pytest.approx(6 * 12.852e9 + 6 * 40 * 5120 * 8192, rel=1e-3)
+    assert token_flops(load) == pytest.approx(6 * 12.852e9 + 6 * 40 * 5120 * 8192, rel=1e-3)
 
 
 @pytest.mark.parametrize(("card", "mfu"), [("abacus", None), ("-3", None), ("nan", None), (None, 1.5), (None, 0.0)])
