@@ -1,11 +1,16 @@
 """What every test may rely on, however the tests were started."""
 
+import functools
+import os
 import signal
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from ropeway.s3_client import make_client
+from ropeway.storage import Store, open_store
 from tests.s3_server import S3Server, find_binary, start_server
 
 # A job in the background (`make test &`, nohup, some CI runners) starts with signals ignored, and its children inherit
@@ -13,6 +18,16 @@ from tests.s3_server import S3Server, find_binary, start_server
 for _number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL)
+
+
+@functools.cache
+def _client(_environment: frozenset[tuple[str, str]]) -> object:
+    return make_client()
+
+
+def _client_of_environment() -> object:
+    """A client costs 0.25 s: one for each environment that tests set."""
+    return _client(frozenset((name, value) for name, value in os.environ.items() if "AWS" in name or "S3" in name))
 
 
 @pytest.fixture(scope="session")
@@ -38,4 +53,12 @@ def s3_url(s3_server: S3Server, s3_bucket: str, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setenv(name, value)
     for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_CA_BUNDLE"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("ropeway.storage.s3.make_client", _client_of_environment)
     return f"s3://{s3_bucket}/{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture(params=["folder", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    """An empty store of each kind: what uses it holds on both."""
+    url = (tmp_path / "registry").as_uri() if request.param == "folder" else request.getfixturevalue("s3_url")
+    return open_store(url)

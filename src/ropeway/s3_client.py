@@ -81,6 +81,8 @@ def make_client() -> Any:  # noqa: ANN401 - boto3 makes its classes at run time
         read_timeout=timeout_seconds,
         retries={"mode": "standard", "total_max_attempts": _read_number("AWS_MAX_ATTEMPTS", 6)},
         max_pool_connections=MAX_CONNECTIONS,
+        # What we send carries its SHA-256 as a signed header: signing the body hashes it once more for nothing.
+        s3={"payload_signing_enabled": False},
         user_agent_extra="ropeway",
     )
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")

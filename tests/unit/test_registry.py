@@ -1,5 +1,4 @@
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -23,12 +22,7 @@ from ropeway.registry import (
 from ropeway.registry.aliases import plan_promotion, plan_rollback
 from ropeway.registry.layout import blob_key, manifest_key, tombstone_key
 from ropeway.storage import Store, open_store
-from tests.registry_world import flip, make_package, move, put
-
-
-@pytest.fixture
-def store(tmp_path) -> Store:
-    return open_store((tmp_path / "registry").as_uri())
+from tests.registry_world import copy_store, flip, is_untouched, make_package, move, put
 
 
 @pytest.fixture
@@ -37,17 +31,17 @@ def package(tmp_path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def published(tmp_path_factory) -> tuple[Path, list[str]]:
-    """A registry folder with three versions, to copy: publishing waits for the disk."""
+def published(tmp_path_factory) -> tuple[Store, list[str]]:
+    """A registry with three versions, to copy."""
     place = tmp_path_factory.mktemp("published")
     store = open_store((place / "registry").as_uri())
-    return store.root, [put(store, make_package(place / f"p{n}", b"%d" % n)).digest for n in range(3)]
+    return store, [put(store, make_package(place / f"p{n}", b"%d" % n)).digest for n in range(3)]
 
 
 @pytest.fixture
 def three(store, published) -> list[str]:
     """Digests of the three versions of `store`."""
-    shutil.copytree(published[0], store.root)
+    copy_store(published[0], store)
     return published[1]
 
 
@@ -82,7 +76,7 @@ def test_the_same_package_is_the_same_version_however_often_and_wherever_it_is_p
 def test_the_digest_is_known_before_publishing_and_depends_on_bytes_facts_and_name(store, package, tmp_path):
     digest = package_digest(package, "tiny")
     assert not has_version(store, "tiny", digest)
-    assert not store.root.exists()
+    assert is_untouched(store)
     assert put(store, package).digest == digest
     assert has_version(store, "tiny", digest)
     others = [
@@ -130,7 +124,7 @@ def test_a_malformed_reference_is_refused_with_an_example(store, reference):
 def test_a_name_that_cannot_be_a_models_is_refused_before_anything_is_written(store, package, name):
     with pytest.raises(RegistryError, match="model name"):
         put(store, package, name)
-    assert not store.root.exists()
+    assert is_untouched(store)
 
 
 def test_a_name_that_differs_in_case_only_is_refused(store, package):
@@ -154,7 +148,7 @@ def test_a_file_changed_after_the_manifest_stops_the_publish_before_it_writes(st
     (package / "config.json").unlink()
     with pytest.raises(DataError, match="missing"):
         put(store, package)
-    assert not store.root.exists()
+    assert is_untouched(store)
 
 
 def test_a_rotten_blob_or_manifest_already_in_the_store_stops_the_publish(store, package):
@@ -171,7 +165,7 @@ def test_provenance_that_json_cannot_say_is_refused_before_anything_is_written(s
     for value in ({"at": object()}, {"loss": float("nan")}):
         with pytest.raises(DataError, match="what JSON can say"):
             publish(store, package, "tiny", provenance=value, attachments={})
-    assert not store.root.exists()
+    assert is_untouched(store)
 
 
 def test_an_alias_is_a_log_of_who_moved_it_where_and_why(store, three):
@@ -220,7 +214,7 @@ def test_a_withdrawn_version_cannot_be_promoted(store, three):
 def test_a_version_without_number_or_with_a_lost_blob_cannot_be_promoted(store, three):
     with pytest.raises(RegistryError, match="holds no version"):
         move(store, "0" * 64)
-    (store.root / "models/tiny/versions/00000003.json").unlink()
+    store.delete("models/tiny/versions/00000003.json")
     with pytest.raises(RegistryError, match="never published to its end"):
         move(store, three[2])
     key = blob_key(next(f.sha256 for f in load_core(store, "tiny", three[0]).files if "model" in f.path))
@@ -300,7 +294,7 @@ def test_a_promotion_is_planned_from_the_events_alone():
 
 
 def test_a_hole_in_a_log_and_an_entry_that_is_no_event_are_named(store, three):
-    (store.root / "models/tiny/versions/00000002.json").unlink()
+    store.delete("models/tiny/versions/00000002.json")
     with pytest.raises(DataError, match=r"00000002.json is missing"):
         has_version(store, "tiny", three[2])
     for document in (b"{", b"[]", b'{"digest":1}', canonical_json({"digest": three[1]}), b"[" * 100_000):

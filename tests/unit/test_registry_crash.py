@@ -9,16 +9,10 @@ from pathlib import Path
 import pytest
 
 from ropeway.registry import alias_history, verify
-from ropeway.storage import Store, open_store
 from tests.registry_world import PROMOTIONS, make_package, put
 
 ROOT = Path(__file__).parents[2]
 PROCESSES, PUBLISHERS = 6, 8
-
-
-@pytest.fixture
-def store(tmp_path) -> Store:
-    return open_store((tmp_path / "registry").as_uri())
 
 
 def start(role: str, *arguments: str) -> subprocess.Popen[str]:
@@ -37,15 +31,14 @@ def race(children: list[subprocess.Popen[str]]) -> list[list]:
     for child in children:
         child.stdin.write("go\n")
         child.stdin.flush()
-    reports = [json.loads(child.communicate(timeout=60)[0]) for child in children]
+    reports = [json.loads(child.communicate(timeout=200)[0]) for child in children]
     assert [child.returncode for child in children] == [0] * len(children)
     return reports
 
 
 def test_sixty_racing_promotions_are_sixty_events_in_an_unbroken_chain(store, tmp_path):
-    digests = [put(store, make_package(tmp_path / f"p{n}", b"%d" % n)).digest for n in range(2 * PROCESSES)]
-    pairs = [digests[2 * n : 2 * n + 2] for n in range(PROCESSES)]
-    reports = race([start("promote", store.url, *pair) for pair in pairs])
+    digests = [put(store, make_package(tmp_path / f"p{n}", b"%d" % n)).digest for n in range(2)]
+    reports = race([start("promote", store.url, *digests) for _ in range(PROCESSES)])
     events = alias_history(store, "tiny", "candidate")
     assert store.list_keys("models/tiny/aliases/candidate/") == [
         f"models/tiny/aliases/candidate/{n:08d}.json" for n in range(1, PROCESSES * PROMOTIONS + 1)

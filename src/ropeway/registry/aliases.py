@@ -183,7 +183,7 @@ def list_aliases(store: Store, name: str) -> dict[str, str]:
 def alias_history(store: Store, name: str, alias: str) -> list[Event]:
     """Return an alias's events, oldest first: `{digest, prev, by, reason, review, at}`."""
     check_alias(alias)
-    return read_events(store, alias_log(name, alias))
+    return list(read_events(store, alias_log(name, alias)))
 
 
 def resolve(store: Store, reference: str) -> str:

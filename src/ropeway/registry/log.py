@@ -7,9 +7,9 @@ alias is where I think it is) hold when its event is written.
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 from ropeway.errors import DataError
 from ropeway.manifest import canonical_json
@@ -29,6 +29,46 @@ class Appended:
     created: bool
 
 
+class Events(Sequence[Event]):
+    """A log's events, each read when it is first looked at, all that are missing at once when they are gone through."""
+
+    def __init__(self, store: Store, log: Log, count: int) -> None:
+        """Stand for the first `count` events."""
+        self._store, self._log, self._count = store, log, count
+        self._read: dict[int, Event] = {}
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> Event: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Event]: ...
+    def __getitem__(self, index: int | slice) -> Event | list[Event]:
+        """Return one event or several, as a list would."""
+        if isinstance(index, slice):
+            return [self[n] for n in range(*index.indices(self._count))]
+        number = range(1, self._count + 1)[index]
+        if number not in self._read:
+            self._read[number] = read_event(self._store, self._log, number)
+        return self._read[number]
+
+    def __iter__(self) -> Iterator[Event]:
+        """Go through all, oldest first."""
+        missing = [number for number in range(1, self._count + 1) if number not in self._read]
+        documents = self._store.get_many([self._log.key(number) for number in missing])
+        for number, document in zip(missing, documents, strict=True):
+            self._read[number] = _parse_event(document, self._store, self._log, number)
+        return (self._read[number] for number in range(1, self._count + 1))
+
+    def grown(self) -> "Events":
+        """Return these and the next."""
+        longer = Events(self._store, self._log, self._count + 1)
+        longer._read = self._read
+        return longer
+
+
 def append_event(store: Store, log: Log, plan: Callable[[Sequence[Event]], Event | int]) -> Appended:
     """Return the event that `plan` asked for, written, or the earlier one that it pointed to.
 
@@ -46,7 +86,7 @@ def append_event(store: Store, log: Log, plan: Callable[[Sequence[Event]], Event
         number = len(events) + 1
         if store.put_if_absent(log.key(number), event_document(planned)):
             return Appended(number, planned, created=True)
-        events = [*events, read_event(store, log, number)]
+        events = events.grown()
 
 
 def event_document(event: Event) -> bytes:
@@ -60,9 +100,9 @@ def event_document(event: Event) -> bytes:
     return document
 
 
-def read_events(store: Store, log: Log) -> list[Event]:
-    """Return all events, oldest first."""
-    return [read_event(store, log, number) for number in range(1, count_events(store, log) + 1)]
+def read_events(store: Store, log: Log) -> Events:
+    """Return all events, oldest first; they are read when they are looked at."""
+    return Events(store, log, count_events(store, log))
 
 
 def read_event(store: Store, log: Log, number: int) -> Event:
@@ -72,7 +112,10 @@ def read_event(store: Store, log: Log, number: int) -> Event:
         AbsentError: There is none of that number.
         DataError: What is there is not an event of this log.
     """
-    document = store.get(log.key(number))
+    return _parse_event(store.get(log.key(number)), store, log, number)
+
+
+def _parse_event(document: bytes, store: Store, log: Log, number: int) -> Event:
     try:
         event = json.loads(document)
         sound = isinstance(event, dict) and is_digest(event.get("digest"))

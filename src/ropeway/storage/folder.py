@@ -1,110 +1,30 @@
-"""The door to where versions are kept: a small `Store` whose one write is put-if-absent, and the folder behind `file://`.
-
-Nothing is overwritten, so a reader needs no lock and a writer that dies leaves only garbage. Of N writers of one key
-exactly one wins; logs of numbers and aliases stand on that alone (`registry/log.py`).
-"""
+"""The store behind `file:///…`: a folder, where a key is a file that appears whole by a hard link."""
 
 import errno
 import hashlib
 import os
-import re
 import uuid
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
-from urllib.parse import unquote, urlsplit
 
 from ropeway.errors import AbsentError, ConfigError, DataError, TemporaryError
 from ropeway.manifest import sync_folder
+from ropeway.storage.door import (
+    BLOCK_BYTES,
+    MAX_DOCUMENT_BYTES,
+    Entry,
+    Store,
+    Stray,
+    check_key,
+    check_prefix,
+    wrong_hash,
+)
 
-BLOCK_BYTES = 1 << 20
-MAX_DOCUMENT_BYTES = 16 << 20  # `get` reads whole JSON documents; weights go through `open_stream`
-MAX_KEY_BYTES = 240  # some S3 servers refuse more than 255 (SeaweedFS 4.48), and the bucket's prefix comes on top
 _PARTIAL = ".partial"
-# ASCII only, and no part starts with a dot: `..`, NUL, backslash and hidden files cannot be spelled.
-_KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
 _FULL = {errno.ENOSPC, errno.EDQUOT}
-
-
-class Store(ABC):
-    """Immutable objects under plain keys. Every method raises DataError for a key that is not plain."""
-
-    url: str
-
-    @abstractmethod
-    def put_if_absent(self, key: str, data: bytes | Path, *, sha256: str | None = None) -> bool:
-        """Return True when this call created `key`, False when it was there before; nothing is overwritten.
-
-        Args:
-            key: Where; relative, `/` between parts.
-            data: The bytes, or the file that holds them.
-            sha256: What the bytes must hash to. They are hashed on the way and never become visible if they do not.
-
-        Raises:
-            DataError: The bytes hash to something else: the file changed under the writer.
-            TemporaryError: The store is full or away; the same call may work later.
-            ConfigError: The store cannot be written to as it stands.
-        """
-
-    @abstractmethod
-    def get(self, key: str) -> bytes:
-        """Return a document of at most `MAX_DOCUMENT_BYTES`; raise AbsentError, or DataError when it is larger."""
-
-    @abstractmethod
-    def open_stream(self, key: str, *, start_byte: int = 0) -> BinaryIO:
-        """Return an open stream of the object's bytes from `start_byte` on; raise AbsentError."""
-
-    @abstractmethod
-    def exists(self, key: str) -> bool:
-        """Return whether the store holds `key`."""
-
-    @abstractmethod
-    def size(self, key: str) -> int:
-        """Return an object's bytes; raise AbsentError."""
-
-    @abstractmethod
-    def list_keys(self, prefix: str) -> list[str]:
-        """Return every key that starts with `prefix` (a folder ending in `/`, or empty for all), sorted."""
-
-    @abstractmethod
-    def list_folders(self, prefix: str) -> list[str]:
-        """Return the names directly below the folder `prefix` that have keys below them, sorted."""
-
-    @abstractmethod
-    def delete(self, key: str) -> None:
-        """Remove an object if it is there. For collecting garbage and for a publisher's own intent, nothing else."""
-
-
-def open_store(url: str) -> Store:
-    """Return the store a URL names. Nothing is created or contacted yet.
-
-    >>> open_store("file:///srv/registry").url
-    'file:///srv/registry'
-
-    Raises:
-        ConfigError: Not `file:///absolute/path`.
-    """
-    parts = urlsplit(url)
-    if parts.scheme == "s3":
-        raise ConfigError(f"registry {url}: this version keeps its registry in a folder only. Use file:///some/folder")
-    path = unquote(parts.path)
-    local = parts.scheme == "file" and parts.netloc in ("", "localhost") and not (parts.query or parts.fragment)
-    if not local or not path.startswith("/") or "\0" in path:
-        raise ConfigError(f"registry {url!r}: expected file:///absolute/path. Correct --registry or ROPEWAY_REGISTRY")
-    if Path(path).exists() and not Path(path).is_dir():
-        raise ConfigError(f"registry {url!r}: expected a folder, found a file. Correct --registry or ROPEWAY_REGISTRY")
-    return FileStore(Path(path))
-
-
-def check_key(key: str) -> None:
-    """Raise DataError unless `key` is relative, normalised, of plain ASCII parts and short enough."""
-    if len(key) > MAX_KEY_BYTES or not _KEY.fullmatch(key) or any(part.endswith(".") for part in key.split("/")):
-        raise DataError(
-            f"store key {key[:80]!r}: expected parts of A-Z a-z 0-9 . _ - joined by '/', none empty or starting or "
-            f"ending with a dot, {MAX_KEY_BYTES} characters at most"
-        )
 
 
 class FileStore(Store):
@@ -127,12 +47,9 @@ class FileStore(Store):
             partial = self.root / _PARTIAL / uuid.uuid4().hex
             self._make_folder(partial.parent)
             try:
-                found = _write_new(partial, data)
+                found = _write_new(partial, data, self.on_bytes)
                 if sha256 is not None and found != sha256:
-                    raise DataError(
-                        f"{data if isinstance(data, Path) else key}: sha256 is {found[:12]}…, expected {sha256[:12]}…; "
-                        "it changed while it was being stored. Nothing was stored under its name; make it again"
-                    )
+                    raise wrong_hash(data if isinstance(data, Path) else key, found, sha256)
                 return self._link(partial, target)
             finally:
                 partial.unlink(missing_ok=True)
@@ -165,15 +82,14 @@ class FileStore(Store):
         with self._explained(key):
             return path.stat().st_size
 
-    def list_keys(self, prefix: str) -> list[str]:
+    def list_entries(self, prefix: str) -> list[Entry]:
         """Walk the folder; what starts with a dot (`.partial/`) is not a key."""
-        folder = self._folder(prefix)
-        keys: list[str] = []
+        entries: list[Entry] = []
         with self._explained(prefix):
-            for place, folders, files in os.walk(folder):
+            for place, folders, files in os.walk(self._folder(prefix)):
                 folders[:] = [name for name in folders if not name.startswith(".")]
-                keys += [Path(place, name).relative_to(self.root).as_posix() for name in files if name[0] != "."]
-        return sorted(keys)
+                entries += [_entry(Path(place, name), self.root) for name in files if name[0] != "."]
+        return sorted(entries, key=lambda entry: entry.key)
 
     def list_folders(self, prefix: str) -> list[str]:
         """Read one folder."""
@@ -189,16 +105,25 @@ class FileStore(Store):
         with self._explained(key):
             path.unlink(missing_ok=True)
 
+    def list_strays(self) -> list[Stray]:
+        """Look into `.partial/`."""
+        with self._explained(_PARTIAL):
+            found = [_entry(path, self.root) for path in (self.root / _PARTIAL).glob("*")]
+        strays = [Stray(entry.key, entry.modified_at, entry.key) for entry in found]
+        return sorted(strays, key=lambda stray: stray.started_at)
+
+    def remove_stray(self, stray: Stray) -> None:
+        """Unlink it."""
+        with self._explained(stray.name):
+            (self.root / _PARTIAL / Path(stray.token).name).unlink(missing_ok=True)
+
     def _path(self, key: str) -> Path:
         check_key(key)
         return self.root / key
 
     def _folder(self, prefix: str) -> Path:
-        if not prefix:
-            return self.root
-        if not prefix.endswith("/"):
-            raise DataError(f"store prefix {prefix[:80]!r}: expected a folder, ending in '/'")
-        return self._path(prefix[:-1])
+        check_prefix(prefix)
+        return self.root / prefix
 
     def _link(self, partial: Path, target: Path) -> bool:
         self._make_folder(target.parent)
@@ -237,18 +162,25 @@ class FileStore(Store):
             ) from None
 
 
-def _write_new(path: Path, data: bytes | Path) -> str:
+def _entry(path: Path, root: Path) -> Entry:
+    facts = path.stat()
+    return Entry(path.relative_to(root).as_posix(), facts.st_size, datetime.fromtimestamp(facts.st_mtime, UTC))
+
+
+def _write_new(path: Path, data: bytes | Path, on_bytes: Callable[[int], None]) -> str:
     """Write a new file, read-only and on disk when this returns; return its sha256."""
     digest = hashlib.sha256()
     with path.open("xb") as file:
         if isinstance(data, bytes):
             digest.update(data)
             file.write(data)
+            on_bytes(len(data))
         else:
             with data.open("rb") as source:
                 while block := source.read(BLOCK_BYTES):
                     digest.update(block)
                     file.write(block)
+                    on_bytes(len(block))
         file.flush()
         os.fchmod(file.fileno(), os.fstat(file.fileno()).st_mode & 0o444)  # a slip of an editor must not reach it
         os.fsync(file.fileno())

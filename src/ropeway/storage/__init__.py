@@ -1,0 +1,43 @@
+"""The door to where versions are kept: a small `Store` whose one write is put-if-absent, on a folder and on S3.
+
+Nothing is overwritten, so a reader needs no lock and a writer that dies leaves only garbage. Of N writers of one key
+exactly one wins; logs of numbers and aliases stand on that alone (`registry/log.py`).
+"""
+
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from ropeway.errors import AbsentError, ConfigError
+from ropeway.storage.door import BLOCK_BYTES, MAX_DOCUMENT_BYTES, Entry, Store, Stray
+from ropeway.storage.folder import FileStore
+
+__all__ = ["BLOCK_BYTES", "MAX_DOCUMENT_BYTES", "AbsentError", "Entry", "FileStore", "Store", "Stray", "open_store"]
+
+
+def open_store(url: str) -> Store:
+    """Return the store a URL names. Nothing is created or contacted yet.
+
+    >>> open_store("file:///srv/registry").url
+    'file:///srv/registry'
+    >>> open_store("s3://models/registry").url
+    's3://models/registry'
+
+    Raises:
+        ConfigError: Neither `file:///absolute/path` nor `s3://bucket/prefix`.
+    """
+    parts = urlsplit(url)
+    if parts.scheme == "s3":
+        from ropeway.storage.s3 import S3Store
+
+        return S3Store(url)
+    path = unquote(parts.path)
+    local = parts.scheme == "file" and parts.netloc in ("", "localhost") and not (parts.query or parts.fragment)
+    if not local or not path.startswith("/") or "\0" in path:
+        shown = url.rpartition("@")[2]  # what stands before an @ may be a secret
+        raise ConfigError(
+            f"registry {shown!r}: expected file:///absolute/path or s3://bucket/prefix. Correct --registry or "
+            "ROPEWAY_REGISTRY"
+        )
+    if Path(path).exists() and not Path(path).is_dir():
+        raise ConfigError(f"registry {url!r}: expected a folder, found a file. Correct --registry or ROPEWAY_REGISTRY")
+    return FileStore(Path(path))

@@ -1,0 +1,92 @@
+"""Conditional writes: told whether they lost, repeated on a conflict, and refused on a store that ignores them.
+
+Source: Amazon S3 user guide, "Conditional writes": 412 the object exists, 409 another write was under way, try again.
+rclone's `serve s3` (1.75.2) ignores preconditions: 16 of 16 racers won.
+"""
+
+import random
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from botocore.exceptions import ClientError
+
+from ropeway.errors import ConfigError
+from ropeway.s3_client import error_code
+
+CONFLICT_TRIES = 8
+_BODY = b"Ropeway asks here whether this store honours If-None-Match. Leave it.\n"
+
+
+class LostError(Exception):
+    """The object was there. Never leaves this room's modules.
+
+    Attributes:
+        repeated: Whether the request was sent more than once, so that the object may be this very writer's.
+    """
+
+    def __init__(self, *, repeated: bool) -> None:
+        """Keep whether it was repeated."""
+        super().__init__()
+        self.repeated = repeated
+
+
+def conditional(request: Callable[[], Any]) -> Any:  # noqa: ANN401 - boto's answer
+    """Return the answer to a conditional request; raise LostError on 412. 409 is asked again, with backoff."""
+    for attempt in range(CONFLICT_TRIES):
+        try:
+            return request()
+        except ClientError as error:
+            status = error_code(error)[1]
+            if status == 412:  # noqa: PLR2004 - HTTP
+                repeats = error.response["ResponseMetadata"].get("RetryAttempts", 0)
+                raise LostError(repeated=attempt + repeats > 0) from None
+            if status != 409 or attempt == CONFLICT_TRIES - 1:  # noqa: PLR2004 - HTTP
+                raise
+        wait(attempt)
+    raise AssertionError
+
+
+def wait(attempt: int) -> None:
+    """Wait a random while, longer each time, 3 s at most: racers must not meet again."""
+    time.sleep(random.uniform(0, min(3, 0.05 * 2**attempt)))  # noqa: S311 - not a secret
+
+
+def check_conditional_put(client: Any, bucket: str, path: str, url: str) -> None:  # noqa: ANN401
+    """Raise ConfigError unless a second conditional put of one key loses. The key stays: later probes need one request.
+
+    Args:
+        client: A boto3 client.
+        bucket: Where.
+        path: The probe's key, outside what a store lists.
+        url: The store, for the message.
+    """
+    for _ in range(2):
+        try:
+            conditional(lambda: client.put_object(Bucket=bucket, Key=path, Body=_BODY, IfNoneMatch="*"))
+        except LostError:
+            return
+    raise _refused(url, "If-None-Match on PutObject")
+
+
+def check_conditional_complete(client: Any, bucket: str, path: str, url: str) -> None:  # noqa: ANN401
+    """Raise ConfigError unless a multipart upload to the probe's key, which exists, cannot be completed."""
+    where = {"Bucket": bucket, "Key": path}
+    where["UploadId"] = client.create_multipart_upload(**where)["UploadId"]
+    part = client.upload_part(**where, PartNumber=1, Body=_BODY)
+    parts = {"Parts": [{"PartNumber": 1, "ETag": part["ETag"]}]}
+    try:
+        conditional(lambda: client.complete_multipart_upload(**where, MultipartUpload=parts, IfNoneMatch="*"))
+    except LostError:
+        with suppress(ClientError):  # the collector finds it
+            client.abort_multipart_upload(**where)
+        return
+    raise _refused(url, "If-None-Match on CompleteMultipartUpload")
+
+
+def _refused(url: str, what: str) -> ConfigError:
+    return ConfigError(
+        f"{url}: this store ignores {what}: of two writers both would win, and versions and aliases would be lost. "
+        "Nothing was published. Use a store that honours it (Amazon S3, SeaweedFS), or a folder, file:///…"
+    )

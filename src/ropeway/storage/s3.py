@@ -1,0 +1,200 @@
+"""The store behind `s3://bucket/prefix`: conditional puts, verified parts, reads that continue where they broke.
+
+Objects up to 16 MiB go up in one put with `If-None-Match: *` and their SHA-256; larger ones in parts (`multipart.py`).
+"""
+
+import base64
+import hashlib
+import uuid
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from ropeway.errors import AbsentError, DataError
+from ropeway.s3_client import explained, make_client, split_url
+from ropeway.storage.conditions import LostError, check_conditional_complete, check_conditional_put, conditional
+from ropeway.storage.door import MAX_DOCUMENT_BYTES, Entry, Store, Stray, check_key, check_prefix, wrong_hash
+from ropeway.storage.multipart import WRITE_MARK, Destination, put_file
+from ropeway.storage.s3_stream import open_object, read_whole
+
+ONE_PUT_BYTES = 16 << 20
+_READERS = 8
+
+
+class S3Store(Store):
+    """A bucket's prefix. The client is made from the environment when it is first needed."""
+
+    def __init__(self, url: str) -> None:
+        """Keep objects below `url`; raise ConfigError when it is not `s3://bucket/prefix`."""
+        self._bucket, prefix = split_url(url)
+        self._root = f"{prefix}/" if prefix else ""
+        self.url = f"s3://{self._bucket}/{prefix}".removesuffix("/")
+        self._probed: set[str] = set()
+
+    @cached_property
+    def client(self) -> Any:  # noqa: ANN401 - boto3 makes its classes at run time
+        """The boto3 client; threads share it."""
+        return make_client()
+
+    def put_if_absent(self, key: str, data: bytes | Path, *, sha256: str | None = None) -> bool:
+        """Probe the store once, then put; a kill at any moment leaves at most an unfinished upload."""
+        check_key(key)
+        if isinstance(data, Path):
+            if not data.is_file():
+                raise DataError(f"{data}: expected a file to store as {key}, found none. Make it again")
+            if self.exists(key):
+                return False  # neither read nor sent again
+            if data.stat().st_size > ONE_PUT_BYTES:
+                return self._put_large(key, data, sha256)
+        body = data if isinstance(data, bytes) else data.read_bytes()
+        digest = hashlib.sha256(body)
+        if sha256 is not None and digest.hexdigest() != sha256:
+            raise wrong_hash(data if isinstance(data, Path) else key, digest.hexdigest(), sha256)
+        with self._explained(key):
+            self._probe("put")
+            created = self._put_small(key, body, digest.digest())
+        self.on_bytes(len(body))
+        return created
+
+    def get(self, key: str) -> bytes:
+        """Read a document, again from the start if the connection breaks."""
+        with self._explained(key):
+            data = read_whole(self.client, self._bucket, self._path(key), most_bytes=MAX_DOCUMENT_BYTES)
+        if data is None:
+            raise DataError(f"{self.url}: {key} is larger than {MAX_DOCUMENT_BYTES:,} bytes; no document here is")
+        return data
+
+    def get_many(self, keys: Sequence[str]) -> list[bytes]:
+        """Read several documents at a time: each costs a round trip."""
+        if len(keys) < 2:  # noqa: PLR2004 - nothing to do side by side
+            return super().get_many(keys)
+        with ThreadPoolExecutor(_READERS) as pool:
+            return list(pool.map(self.get, keys))
+
+    def open_stream(self, key: str, *, start_byte: int = 0) -> BinaryIO:
+        """Open a stream that reads ahead in parallel ranges, each repeated when its connection breaks."""
+        with self._explained(key):
+            return cast("BinaryIO", open_object(self.client, self._bucket, self._path(key), start_byte, self.url))
+
+    def exists(self, key: str) -> bool:
+        """Ask for the object's head."""
+        try:
+            self.size(key)
+        except AbsentError:
+            return False
+        return True
+
+    def size(self, key: str) -> int:
+        """Ask for the object's head."""
+        with self._explained(key):
+            return int(self.client.head_object(Bucket=self._bucket, Key=self._path(key))["ContentLength"])
+
+    def list_entries(self, prefix: str) -> list[Entry]:
+        """Read every page of the listing; what starts with a dot (`.probe`) is not a key."""
+        found = [
+            Entry(self._key(item["Key"]), int(item["Size"]), item["LastModified"])
+            for page in self._pages("list_objects_v2", prefix)
+            for item in page.get("Contents", [])
+        ]
+        return sorted((entry for entry in found if _is_key(entry.key)), key=lambda entry: entry.key)
+
+    def list_folders(self, prefix: str) -> list[str]:
+        """Let the server group keys by their next part."""
+        pages = self._pages("list_objects_v2", prefix, Delimiter="/")
+        found = {self._key(item["Prefix"]).rstrip("/") for page in pages for item in page.get("CommonPrefixes", [])}
+        return sorted(name.removeprefix(prefix) for name in found if _is_key(name))
+
+    def delete(self, key: str) -> None:
+        """Delete the object; S3 does not say whether there was one."""
+        path = self._path(key)
+        with self._explained(key):
+            self.client.delete_object(Bucket=self._bucket, Key=path)
+
+    def list_strays(self) -> list[Stray]:
+        """List unfinished multipart uploads below the prefix: they are invisible elsewhere, and billed."""
+        found = [
+            Stray(self._key(item["Key"]), item["Initiated"], item["UploadId"])
+            for page in self._pages("list_multipart_uploads", "")
+            for item in page.get("Uploads", [])
+        ]
+        return sorted(found, key=lambda stray: stray.started_at)
+
+    def remove_stray(self, stray: Stray) -> None:
+        """Abort the upload; one that ended meanwhile is no matter."""
+        try:
+            with self._explained(stray.name):
+                self.client.abort_multipart_upload(
+                    Bucket=self._bucket, Key=self._root + stray.name, UploadId=stray.token
+                )
+        except AbsentError:
+            return
+
+    def _put_small(self, key: str, body: bytes, digest: bytes) -> bool:
+        path, mark = self._path(key), uuid.uuid4().hex
+        try:
+            conditional(
+                lambda: self.client.put_object(
+                    Bucket=self._bucket,
+                    Key=path,
+                    Body=body,
+                    ChecksumSHA256=base64.b64encode(digest).decode(),
+                    IfNoneMatch="*",
+                    Metadata={WRITE_MARK: mark},
+                )
+            )
+        except LostError as lost:
+            # An answer of ours may have got lost and its repetition have met our own object.
+            return lost.repeated and self._mark(path) == mark
+        return True
+
+    def _put_large(self, key: str, file: Path, sha256: str | None) -> bool:
+        with self._explained(key):
+            self._probe("put")
+            self._probe("complete")
+            return put_file(Destination(self.client, *self._place(key)), file, sha256, self.on_bytes)
+
+    def _mark(self, path: str) -> str | None:
+        head = self.client.head_object(Bucket=self._bucket, Key=path)
+        return cast("dict[str, str]", head.get("Metadata", {})).get(WRITE_MARK)
+
+    def _probe(self, act: str) -> None:
+        """Refuse a store that ignores preconditions, once per kind of write: two writers would both win there."""
+        if act not in self._probed:
+            check = {"put": check_conditional_put, "complete": check_conditional_complete}[act]
+            check(self.client, self._bucket, f"{self._root}.probe", self.url)
+            self._probed.add(act)
+
+    def _pages(self, operation: str, prefix: str, **options: str) -> Iterator[dict[str, Any]]:
+        check_prefix(prefix)
+        with self._explained(prefix or "keys"):
+            pages = self.client.get_paginator(operation)
+            yield from pages.paginate(Bucket=self._bucket, Prefix=self._root + prefix, **options)
+
+    def _place(self, key: str) -> tuple[str, str]:
+        return self._bucket, self._path(key)
+
+    def _path(self, key: str) -> str:
+        check_key(key)
+        return self._root + key
+
+    def _key(self, path: str) -> str:
+        return path.removeprefix(self._root)
+
+    @contextmanager
+    def _explained(self, key: str) -> Iterator[None]:
+        try:
+            with explained(f"{self.url}: {key}"):
+                yield
+        except AbsentError:
+            raise AbsentError(f"{self.url}: holds no {key}") from None
+
+
+def _is_key(text: str) -> bool:
+    try:
+        check_key(text)
+    except DataError:
+        return False
+    return True

@@ -1,0 +1,111 @@
+"""Reading from S3: whole documents, and streams of parallel ranges that go on where a connection broke."""
+
+import io
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from botocore.exceptions import BotoCoreError, ClientError
+from urllib3.exceptions import HTTPError
+
+from ropeway.errors import TemporaryError
+from ropeway.s3_client import error_code
+from ropeway.storage.conditions import wait
+
+RANGE_BYTES = 8 << 20
+WORKERS = 4
+_PIECE_BYTES = 128 << 10  # a read that breaks loses what it had: small pieces keep progress
+BROKEN_TRIES = 5  # of one range without a single byte more
+
+
+def read_whole(client: Any, bucket: str, path: str, *, most_bytes: int) -> bytes | None:  # noqa: ANN401
+    """Return an object's bytes, or None when there are more than `most_bytes`."""
+    answer = client.get_object(Bucket=bucket, Key=path)
+    size = int(answer["ContentLength"])
+    if size > most_bytes:
+        answer["Body"].close()
+        return None
+    return _read_range(client, bucket, path, range(size), answer)
+
+
+def open_object(client: Any, bucket: str, path: str, start_byte: int, url: str) -> "S3Stream":  # noqa: ANN401
+    """Return a stream from `start_byte` on; raises ClientError 404 when nothing is there."""
+    size = int(client.head_object(Bucket=bucket, Key=path)["ContentLength"])
+    return S3Stream(client, bucket, path, range(start_byte, size), url)
+
+
+class S3Stream(io.RawIOBase):
+    """A readable stream that fetches a few ranges ahead, so that hashing and the network overlap."""
+
+    def __init__(self, client: Any, bucket: str, path: str, span: range, url: str) -> None:  # noqa: ANN401
+        """Read `span` of an object; nothing is fetched before the first read."""
+        super().__init__()
+        self._object = (client, bucket, path)
+        self._url = url
+        self._starts = iter(range(span.start, span.stop, RANGE_BYTES))
+        self._stop = span.stop
+        self._pool = ThreadPoolExecutor(WORKERS)
+        self._pending: deque[Future[bytes]] = deque()
+        self._block = memoryview(b"")
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:  # noqa: ANN401 - Buffer has a name from Python 3.12 on
+        """Fill from the block at hand, fetching the next when it is used up; 0 at the end."""
+        while len(self._pending) <= WORKERS and (start := next(self._starts, None)) is not None:
+            span = range(start, min(start + RANGE_BYTES, self._stop))
+            self._pending.append(self._pool.submit(_read_range, *self._object, span))
+        if not self._block and self._pending:
+            self._block = memoryview(self._next())
+        target = memoryview(buffer).cast("B")
+        count = min(len(target), len(self._block))
+        target[:count] = self._block[:count]
+        self._block = self._block[count:]
+        return count
+
+    def close(self) -> None:
+        """Stop fetching."""
+        self._pool.shutdown(wait=not self._pending, cancel_futures=True)
+        super().close()
+
+    def _next(self) -> bytes:
+        from ropeway.s3_client import explained
+
+        with explained(f"{self._url}: {self._object[2]}"):
+            return self._pending.popleft().result()
+
+
+def _read_range(client: Any, bucket: str, path: str, span: range, answer: Any = None) -> bytes:  # noqa: ANN401
+    """Return the bytes of a span; after a break only the rest is asked for.
+
+    Raises:
+        TemporaryError: The connection keeps breaking without a byte more, or the server sends other spans.
+        ClientError: What the server said.
+    """
+    data, failures = bytearray(), 0
+    while len(data) < len(span):
+        before, kind = len(data), "too few bytes"
+        try:
+            if answer is None:
+                first = span.start + len(data)
+                answer = client.get_object(Bucket=bucket, Key=path, Range=f"bytes={first}-{span.stop - 1}")
+            while block := answer["Body"].read(_PIECE_BYTES):
+                data += block
+        except ClientError as error:
+            if error_code(error)[1] != 416 or failures == BROKEN_TRIES:  # noqa: PLR2004 - HTTP: past the end
+                raise
+        except (BotoCoreError, HTTPError, OSError) as error:
+            kind = type(error).__name__
+        if len(data) > len(span):
+            raise TemporaryError(f"s3://{bucket}/{path}: more bytes than were asked for. Repeat the command")
+        answer, failures = None, 0 if len(data) > before else failures + 1
+        if failures >= BROKEN_TRIES:
+            raise TemporaryError(
+                f"s3://{bucket}/{path}: the connection broke {failures} times at byte {span.start + len(data):,} "
+                f"({kind}). Repeat the command; it resumes"
+            )
+        if len(data) < len(span):
+            wait(failures)
+    return bytes(data)

@@ -1,0 +1,77 @@
+"""What only the folder store promises: read-only files, nothing aside, the file system's errors in words."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from ropeway.errors import ConfigError, TemporaryError
+from ropeway.storage import FileStore, open_store
+
+
+@pytest.fixture
+def folder(tmp_path) -> FileStore:
+    return open_store((tmp_path / "store").as_uri())
+
+
+def left_aside(store: FileStore) -> list[Path]:
+    return list((store.root / ".partial").glob("*"))
+
+
+def test_stored_files_are_read_only(folder):
+    folder.put_if_absent("key", b"first")
+    assert (folder.root / "key").stat().st_mode & 0o222 == 0
+
+
+def test_a_writer_that_loses_between_looking_and_linking_is_told_so(folder, monkeypatch):
+    link = os.link
+
+    def link_late(source, target):
+        Path(target).write_bytes(b"theirs")
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", link_late)
+    assert not folder.put_if_absent("key", b"ours")
+    assert folder.get("key") == b"theirs"
+    assert left_aside(folder) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "words"),
+    [(errno.ENOSPC, TemporaryError, "disk is full"), (errno.EPERM, ConfigError, "hard links")],
+)
+def test_a_file_system_that_fails_is_explained_and_leaves_nothing(folder, monkeypatch, code, error, words):
+    def fail(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "link", fail)
+    with pytest.raises(error, match=words):
+        folder.put_if_absent("a/key", b"x")
+    assert folder.list_keys("") == []
+    assert left_aside(folder) == []
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="found a file"):
+        open_store((tmp_path / "file").as_uri())
+
+
+def test_opening_a_store_creates_nothing_and_urls_are_unquoted(tmp_path):
+    store = open_store((tmp_path / "with space").as_uri())
+    assert not store.exists("key")
+    assert list(tmp_path.iterdir()) == []
+    store.put_if_absent("key", b"")
+    assert (tmp_path / "with space" / "key").exists()
+
+
+def test_what_a_dead_writer_left_aside_is_listed_and_can_be_removed(folder):
+    folder.put_if_absent("key", b"")
+    (folder.root / ".partial" / "dead").write_bytes(b"half")
+    (stray,) = folder.list_strays()
+    assert stray.name == ".partial/dead"
+    folder.remove_stray(stray)
+    folder.remove_stray(stray)
+    assert folder.list_strays() == []
+    assert folder.get("key") == b""

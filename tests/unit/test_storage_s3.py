@@ -1,0 +1,307 @@
+"""What only the S3 store promises: parts that resume, faults of networks and servers, stores that cannot be trusted."""
+
+import hashlib
+import logging
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from ropeway.errors import ConfigError, DataError, RopewayError, TemporaryError
+from ropeway.storage import Store, multipart, open_store
+from ropeway.storage.multipart import is_same_part
+from tests.fake_s3 import fake_s3
+from tests.fault_proxy import Fault, fault_proxy
+from tests.s3_server import SECRET
+
+PART = 5 << 20  # the smallest that S3 allows
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    monkeypatch.setattr(multipart, "PART_BYTES", PART)
+
+
+@pytest.fixture
+def large(tmp_path) -> Path:
+    """A file of four parts and a bit."""
+    path = tmp_path / "large"
+    path.write_bytes(os.urandom(4 * PART + 1000))
+    return path
+
+
+def sha256_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def count_calls(store, monkeypatch, operation: str) -> list[dict]:
+    calls: list[dict] = []
+    real = getattr(store.client, operation)
+    monkeypatch.setattr(store.client, operation, lambda **options: calls.append(options) or real(**options))
+    return calls
+
+
+@contextmanager
+def at(endpoint: str, monkeypatch, *, tries: int = 3, timeout_seconds: int = 2):
+    """Yield the environment's store with another endpoint, few tries and a short patience."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", str(tries))
+    monkeypatch.setenv("ROPEWAY_S3_TIMEOUT_SECONDS", str(timeout_seconds))
+    yield
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_a_large_file_goes_up_in_parts_and_comes_back_equal(s3_url, large, monkeypatch):
+    store = open_store(s3_url)
+    sent = count_calls(store, monkeypatch, "upload_part")
+    told = []
+    store.on_bytes = told.append
+    assert store.put_if_absent("blob", large, sha256=sha256_of(large))
+    assert len(sent) == 1 + 5  # the probe's, then ours
+    assert all("ChecksumSHA256" in part for part in sent[1:])
+    assert sum(told) == large.stat().st_size
+    with store.open_stream("blob") as stream:
+        assert hashlib.sha256(stream.read()).hexdigest() == sha256_of(large)
+    with store.open_stream("blob", start_byte=3 * PART + 7) as stream:
+        assert stream.read() == large.read_bytes()[3 * PART + 7 :]
+    assert not store.put_if_absent("blob", large)
+    assert store.list_strays() == []
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_only_missing_parts_are_sent_after_a_death(s3_url, large, monkeypatch):
+    store = open_store(s3_url)
+    to = multipart.Destination(store.client, *store._place("blob"))
+    upload, _ = multipart.find_upload(to)
+    data = large.read_bytes()
+    for number in (1, 3):
+        body = data[(number - 1) * PART : number * PART]
+        store.client.upload_part(**to.where, UploadId=upload, PartNumber=number, Body=body, ChecksumAlgorithm="SHA256")
+    other = b"x" * PART  # of another file
+    store.client.upload_part(**to.where, UploadId=upload, PartNumber=2, Body=other, ChecksumAlgorithm="SHA256")
+    assert [stray.name for stray in store.list_strays()] == ["blob"]
+    store.put_if_absent("small", b"")  # the probe is behind us
+    sent = count_calls(store, monkeypatch, "upload_part")
+    store._probed.add("complete")
+    assert store.put_if_absent("blob", large, sha256=sha256_of(large))
+    assert sorted(part["PartNumber"] for part in sent) == [2, 4, 5]
+    with store.open_stream("blob") as stream:
+        assert stream.read() == data
+    assert store.list_strays() == []
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_a_large_file_that_changed_never_becomes_visible_and_its_upload_is_aborted(s3_url, large):
+    store = open_store(s3_url)
+    with pytest.raises(DataError, match="expected 000000000000"):
+        store.put_if_absent("blob", large, sha256="0" * 64)
+    assert not store.exists("blob")
+    assert store.list_strays() == []
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_a_completed_object_wins_over_a_second_upload(s3_url, large, monkeypatch):
+    store, other = open_store(s3_url), open_store(s3_url)
+    monkeypatch.setattr(store, "exists", lambda _: False)
+    assert other.put_if_absent("blob", b"theirs")
+    assert not store.put_if_absent("blob", large)
+    assert store.get("blob") == b"theirs"
+    assert store.list_strays() == []
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_an_upload_that_somebody_else_ended_is_begun_anew(s3_url, large, monkeypatch):
+    store = open_store(s3_url)
+    real = store.client.complete_multipart_upload
+
+    def ended(**options):
+        monkeypatch.setattr(store.client, "complete_multipart_upload", real)
+        if options["Key"].endswith("blob"):
+            store.client.abort_multipart_upload(**{key: options[key] for key in ("Bucket", "Key", "UploadId")})
+        return real(**options)
+
+    store.put_if_absent("small", b"")
+    store._probed.add("complete")
+    monkeypatch.setattr(store.client, "complete_multipart_upload", ended)
+    assert store.put_if_absent("blob", large, sha256=sha256_of(large))
+    assert store.size("blob") == large.stat().st_size
+
+
+def test_a_part_is_known_by_its_checksum_or_by_its_md5():
+    body, sha256 = b"abc", "right"
+    md5 = '"900150983cd24fb0d6963f7d28e17f72"'
+    assert is_same_part({"Size": 3, "ChecksumSHA256": "right", "ETag": "x"}, body, sha256)
+    assert not is_same_part({"Size": 3, "ChecksumSHA256": "wrong", "ETag": md5}, body, sha256)
+    assert is_same_part({"Size": 3, "ETag": md5}, body, sha256)
+    assert not is_same_part({"Size": 3, "ETag": '"x"'}, body, sha256)
+    assert not is_same_part({"Size": 4, "ETag": md5}, body, sha256)
+
+
+# A store that cannot be trusted
+
+
+def test_a_store_that_ignores_preconditions_is_refused_before_anything_is_written(s3_url, monkeypatch, large):
+    with fake_s3(honours_put=False) as server, at(server.endpoint, monkeypatch):
+        store = open_store(s3_url)
+        for data in (b"x", large):
+            with pytest.raises(ConfigError, match=r"ignores If-None-Match on PutObject.*Use a store that honours it"):
+                store.put_if_absent("key", data)
+        assert [path.rpartition("/")[2] for path in server.objects] == [".probe"]
+
+
+def test_a_store_that_ignores_them_on_complete_is_refused_for_large_files(s3_url, monkeypatch, large):
+    with fake_s3(honours_complete=False) as server, at(server.endpoint, monkeypatch):
+        store = open_store(s3_url)
+        assert store.put_if_absent("key", b"small")
+        with pytest.raises(ConfigError, match="ignores If-None-Match on CompleteMultipartUpload"):
+            store.put_if_absent("large", large)
+        assert len(server.objects) == 2
+
+
+def test_a_store_is_probed_once(s3_url, monkeypatch):
+    with fake_s3() as server, at(server.endpoint, monkeypatch):
+        store = open_store(s3_url)
+        for key in ("a", "b"):
+            store.put_if_absent(key, b"")
+        open_store(s3_url).put_if_absent("c", b"")
+        assert sum(".probe" in request for request in server.requests) == 3  # created, refused; known at once
+
+
+def test_a_conflict_is_asked_again_and_a_refusal_is_not(s3_url, monkeypatch):
+    with fake_s3() as server, at(server.endpoint, monkeypatch):
+        store = open_store(s3_url)
+        store.put_if_absent("first", b"")
+        server.answers = [(409, "ConditionalRequestConflict")] * 3
+        assert store.put_if_absent("key", b"x")
+        server.requests.clear()
+        server.answers = [(403, "AccessDenied")] * 3
+        with pytest.raises(ConfigError, match="403 AccessDenied: these credentials may not do that"):
+            store.put_if_absent("other", b"x")
+        assert len(server.requests) == 1
+
+
+# Networks and servers that fail, before a real server
+
+
+@pytest.fixture
+def proxied(s3_server, s3_url, monkeypatch):
+    with fault_proxy(s3_server.endpoint) as proxy, at(proxy.endpoint, monkeypatch):
+        store = open_store(s3_url)
+        store.put_if_absent("there", bytes(range(256)) * 2000)
+        yield proxy, store
+
+
+@pytest.mark.parametrize("kind", ["500", "503"])
+def test_a_server_that_is_busy_for_a_while_is_asked_again(proxied, kind):
+    proxy, store = proxied
+    proxy.faults = [Fault(kind, "PUT", "key", 2), Fault(kind, "GET", "there", 2)]
+    assert store.put_if_absent("key", b"x")
+    assert len(store.get("there")) == 512_000
+
+
+@pytest.mark.parametrize("kind", ["500", "503"])
+def test_a_server_that_stays_busy_is_one_clear_sentence(proxied, kind):
+    proxy, store = proxied
+    proxy.faults = [Fault(kind, "PUT", "key", 99), Fault(kind, "GET", "there", 99)]
+    for act in (lambda: store.put_if_absent("key", b"x"), lambda: store.get("there")):
+        with pytest.raises(TemporaryError, match=rf"the server says {kind} .*Repeat the command"):
+            act()
+
+
+@pytest.mark.parametrize("kind", ["reset", "truncated", "stall"])
+def test_a_broken_answer_is_continued_and_not_begun_anew(proxied, kind):
+    proxy, store = proxied
+    for read in (store.get, lambda key: store.open_stream(key).read()):
+        proxy.faults = [Fault(kind, "GET", "there", 1)]
+        assert read("there") == bytes(range(256)) * 2000
+    if kind == "truncated":  # a stall is waited for each time, and a reset throws away what had arrived
+        proxy.faults = [Fault(kind, "GET", "there", 8)]
+        assert store.get("there") == bytes(range(256)) * 2000
+
+
+def test_a_connection_that_gives_nothing_is_given_up_with_the_place_named(proxied):
+    proxy, store = proxied
+    store.put_if_absent("byte", b"x")
+    proxy.faults = [Fault("reset", "GET", "byte", 99)]
+    with pytest.raises(TemporaryError, match=r"broke 5 times at byte 0 .*it resumes"):
+        store.get("byte")
+
+
+def test_bytes_changed_on_the_way_up_are_refused_by_the_server_and_said_so(proxied):
+    proxy, store = proxied
+    proxy.faults = [Fault("wrong-up", "PUT", "key", 99)]
+    with pytest.raises(RopewayError, match="key: the server says 400"):
+        store.put_if_absent("key", b"x" * 100)
+    proxy.faults = []
+    assert not store.exists("key")
+
+
+def test_an_answer_that_got_lost_is_not_mistaken_for_another_writers_win(proxied):
+    proxy, store = proxied
+    proxy.faults = [Fault("lost", "PUT", "key", 1)]
+    assert store.put_if_absent("key", b"x")
+    assert sum("PUT" in request and "key" in request for request in proxy.requests) == 2
+    assert not store.put_if_absent("key", b"x")
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_an_answer_to_complete_that_got_lost_is_no_failure(proxied, large):
+    proxy, store = proxied
+    proxy.faults = [Fault("lost", "POST", "blob.*uploadId", 1)]
+    store.put_if_absent("blob", large, sha256=sha256_of(large))
+    with store.open_stream("blob") as stream:
+        assert stream.read() == large.read_bytes()
+    assert store.list_strays() == []
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_parts_that_fail_for_a_while_are_sent_again(proxied, large):
+    proxy, store = proxied
+    proxy.faults = [Fault("503", "PUT", "blob.*partNumber", 2), Fault("500", "POST", "blob.*uploads", 1)]
+    assert store.put_if_absent("blob", large, sha256=sha256_of(large))
+    with store.open_stream("blob") as stream:
+        assert stream.read() == large.read_bytes()
+
+
+def test_a_clock_that_is_wrong_is_one_clear_sentence(proxied):
+    proxy, store = proxied
+    proxy.faults = [Fault("skew", "GET", "there", 99)]
+    with pytest.raises(ConfigError, match="Set the clock right"):
+        store.get("there")
+
+
+def test_a_server_that_is_away_is_temporary(s3_url, monkeypatch):
+    with at("http://127.0.0.1:9", monkeypatch, tries=2):
+        for act in (lambda s: s.get("key"), lambda s: s.put_if_absent("key", b"x"), lambda s: s.list_keys("")):
+            with pytest.raises(TemporaryError, match="the connection failed"):
+                act(open_store(s3_url))
+
+
+def test_no_secret_gets_into_a_message_a_log_or_the_store(proxied, s3_url, monkeypatch, caplog):
+    proxy, store = proxied
+    caplog.set_level(logging.INFO)
+    failures = [_failure(store, proxy, kind) for kind in ("500", "503", "skew", "reset", "wrong-up")]
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another-canary")
+    with pytest.raises(ConfigError, match="not accepted") as caught:
+        open_store(s3_url).get("there")
+    texts = [
+        *failures,
+        str(caught.value),
+        caplog.text,
+        *(store.get(key).decode("latin1") for key in store.list_keys("")),
+    ]
+    for secret in (SECRET, "another-canary", "canary-message", "AWS4-HMAC"):
+        assert not [text for text in texts if secret in text]
+
+
+def _failure(store: Store, proxy, kind: str) -> str:
+    proxy.faults = [Fault(kind, method, "key|there", 20) for method in ("PUT", "GET")]
+    try:
+        store.put_if_absent("key", b"x" * 100)
+        store.get("there")
+    except RopewayError as error:
+        return "".join(str(link) for link in (error, error.__cause__) if link)
+    finally:
+        proxy.faults = []
+    return ""
