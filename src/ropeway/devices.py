@@ -1,13 +1,16 @@
 """What this machine trains on, found without loading torch."""
 
 import os
+import re
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ropeway.errors import ConfigError
 
 CPU_RANKS = 2
+_SLOTS = re.compile(r"(\S+)\s+slots=(\d+)\s*(?:#.*)?")
 _ASK_SECONDS = 5  # nvidia-smi wakes a sleeping driver
 
 
@@ -20,10 +23,12 @@ class Gpu:
 
 
 def count_ranks(environment: dict[str, str] | None = None, *, devices: Path = Path("/dev")) -> int:
-    """Return how many ranks train: `ROPEWAY_RANKS`, else the NVIDIA cards of this machine, else 2 on CPU.
+    """Return how many ranks train.
+
+    `ROPEWAY_RANKS`, else a Slurm job's tasks, else the hostfile's slots, else this machine's NVIDIA cards, else 2.
 
     Raises:
-        ConfigError: `ROPEWAY_RANKS` is not a positive whole number.
+        ConfigError: `ROPEWAY_RANKS` is not a positive whole number, or `ROPEWAY_HOSTFILE` is no hostfile.
     """
     environment = dict(os.environ) if environment is None else environment
     stated = environment.get("ROPEWAY_RANKS")
@@ -31,7 +36,17 @@ def count_ranks(environment: dict[str, str] | None = None, *, devices: Path = Pa
         if not stated.isdecimal() or int(stated) < 1:
             raise ConfigError(f"ROPEWAY_RANKS: expected a positive whole number, found {stated!r}")
         return int(stated)
+    if in_slurm(environment):
+        return int(environment["SLURM_NTASKS"])
+    if "ROPEWAY_HOSTFILE" in environment:
+        return sum(read_hostfile(Path(environment["ROPEWAY_HOSTFILE"])).values())
     return len(list_gpus(environment, devices=devices)) or CPU_RANKS
+
+
+def in_slurm(environment: Mapping[str, str]) -> bool:
+    """Return whether this is a Slurm job with several tasks; one task alone is no wish to spread."""
+    tasks = environment.get("SLURM_NTASKS", "")
+    return "SLURM_JOB_ID" in environment and tasks.isdecimal() and int(tasks) > 1
 
 
 def list_gpus(environment: dict[str, str] | None = None, *, devices: Path = Path("/dev")) -> list[str]:
@@ -56,3 +71,35 @@ def detect_gpus(environment: dict[str, str] | None = None, *, devices: Path = Pa
         return []
     rows = [line.rsplit(",", 1) for line in said.stdout.splitlines() if "," in line]
     return [Gpu(name.strip(), int(mebibytes) * 2**20) for name, mebibytes in rows if mebibytes.strip().isdecimal()]
+
+
+def read_hostfile(path: Path) -> dict[str, int]:
+    """Return host -> slots of a hostfile as DeepSpeed and OpenMPI write it.
+
+    Raises:
+        ConfigError: It is not there, a line is not `host slots=N`, or a host stands in it twice.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ConfigError(f"ROPEWAY_HOSTFILE: {path} cannot be read ({error.strerror})") from None
+    hosts: dict[str, int] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        match = _SLOTS.fullmatch(line.strip())
+        if match is None or match[1] in hosts:
+            raise ConfigError(f"{path}:{number}: expected `HOST slots=N`, each host once; found {line.strip()!r}")
+        hosts[match[1]] = int(match[2])
+    if not hosts:
+        raise ConfigError(f"{path}: no host in it; expected lines `HOST slots=N`")
+    return hosts
+
+
+def count_here(environment: Mapping[str, str], ranks: int) -> int:
+    """Return how many of the ranks share a machine, 1 at least: its cores are divided among them."""
+    if in_slurm(environment):
+        return max(1, ranks // int(environment.get("SLURM_JOB_NUM_NODES", "1")))
+    if "ROPEWAY_HOSTFILE" in environment:
+        return max(read_hostfile(Path(environment["ROPEWAY_HOSTFILE"])).values())
+    return ranks

@@ -1,28 +1,23 @@
 """Room: base and data in, a trained model and its log out. This part starts the ranks; `rank` is what they do."""
 
-import base64
 import csv
 import io
 import json
 import os
-import shutil
-import socket
 import subprocess
-import sys
 from collections.abc import Iterable
 from typing import Any
 
 from ropeway.accumulation import accumulation_steps
-from ropeway.devices import count_ranks, list_gpus
-from ropeway.errors import ConfigError, DataError
+from ropeway.devices import count_ranks
+from ropeway.errors import DataError
 from ropeway.manifest import load_manifest, write_atomic, write_json
 from ropeway.params import Profile
 from ropeway.train import checkpoints
 from ropeway.train.config import load_deepspeed_json
 from ropeway.train.fingerprint import Fingerprint, take_fingerprint
+from ropeway.train.launch import free_port, plan_command, plan_environment
 from ropeway.workspace import Workspace
-
-LOOPBACK = "127.0.0.1"
 
 
 def run(workspace: Workspace, profile: Profile) -> None:
@@ -40,54 +35,13 @@ def run(workspace: Workspace, profile: Profile) -> None:
     print(f"training run {fingerprint.digest}", flush=True)
     workspace.work.mkdir(exist_ok=True)
     (workspace.work / "progress.jsonl").unlink(missing_ok=True)
-    code = subprocess.run(_command(workspace, fingerprint, ranks), env=_environment(ranks), check=False).returncode
+    arguments = [str(workspace.root), workspace.profile, fingerprint.digest]
+    command = plan_command(os.environ, arguments, ranks=ranks, port=free_port())
+    environment = plan_environment(os.environ, ranks=ranks)
+    code = subprocess.run(command, env=environment, check=False).returncode
     if code:
         raise SystemExit(code if code > 0 else 128 - code)
     _leave_files(workspace, profile, fingerprint)
-
-
-def _command(workspace: Workspace, fingerprint: Fingerprint, ranks: int) -> list[str]:
-    """Return DeepSpeed's single-node launcher over `ropeway.train.rank`."""
-    with socket.socket() as free:
-        free.bind((LOOPBACK, 0))
-        port = free.getsockname()[1]
-    world = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(ranks))}).encode()).decode()
-    launcher = [sys.executable, "-m", "deepspeed.launcher.launch", f"--world_info={world}", "--node_rank=0"]
-    options = [
-        f"--master_addr={LOOPBACK}",
-        f"--master_port={port}",
-        "--module",
-        "--no_local_rank",
-        "--log_level=warning",
-    ]
-    return [
-        *launcher, *options, "ropeway.train.rank", str(workspace.root), workspace.profile, fingerprint.digest,
-    ]  # fmt: skip
-
-
-def _environment(ranks: int) -> dict[str, str]:
-    """Return the ranks' environment: device, threads per rank, no network.
-
-    Raises:
-        ConfigError: No C++ compiler on a machine without GPU.
-    """
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if not list_gpus():
-        check_compiler()
-        environment["DS_ACCELERATOR"] = "cpu"
-        # Ranks that fight for cores are slower, and another number of threads rounds differently: fixed and recorded.
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    return environment
-
-
-def check_compiler() -> None:
-    """Raise ConfigError unless a C++ compiler is on PATH; DeepSpeed builds its shared-memory op with it on a CPU."""
-    compiler = os.environ.get("CXX", "c++")
-    if not shutil.which(compiler):
-        raise ConfigError(
-            f"no C++ compiler: looked for `{compiler}` on PATH. DeepSpeed builds a small op with it at its first "
-            "start on a CPU. Install one (Debian: `apt-get install g++`; Fedora: `dnf install gcc-c++`) or set CXX"
-        )
 
 
 def _leave_files(workspace: Workspace, profile: Profile, fingerprint: Fingerprint) -> None:

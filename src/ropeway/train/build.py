@@ -11,7 +11,7 @@ def main() -> None:
     """Load the op, which compiles it when it is not there yet; nothing to do on a machine with GPUs."""
     if list_gpus():
         return
-    from ropeway.train import check_compiler
+    from ropeway.train.launch import check_compiler
 
     check_compiler()
     os.environ["DS_ACCELERATOR"] = "cpu"

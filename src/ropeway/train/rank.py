@@ -24,6 +24,7 @@ from ropeway.train import checkpoints
 from ropeway.train.attention import Attention, choose_attention
 from ropeway.train.config import load_deepspeed_json, plan_deepspeed
 from ropeway.train.export import export_model
+from ropeway.train.launch import adopt_slurm
 from ropeway.train.loop import Line, Run, check_isolation, train
 from ropeway.train.loss import SupervisedLoss
 from ropeway.train.model import check_rope, count_weights, learning, open_model
@@ -75,6 +76,7 @@ class Stop:
 
 def main(root: Path, name: str, fingerprint: str) -> None:
     """Train, checkpoint, export. Exit code 75 means "start me again, I resume"."""
+    adopt_slurm(os.environ)
     stop = Stop()
     workspace = Workspace(root, name)
     profile = load_profile(root / "params.yaml", name)[1].reading((*READS["train"], *UNHASHED))
