@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -7,9 +8,11 @@ import pytest
 from ropeway import fetch
 from ropeway.chat import Conversation
 from ropeway.errors import ConfigError, DataError
+from ropeway.fetch import local
 from ropeway.fetch.identity import source_identity
-from ropeway.fetch.local import find_files
+from ropeway.fetch.local import digest_files, find_files
 from ropeway.fetch.python_docs import MODULES, SYSTEM_MESSAGES, iterate_docstrings, iterate_topics, plan_talks
+from ropeway.fetch.records import check_columns, needed_columns, to_record
 from ropeway.manifest import file_sha256, load_manifest
 from ropeway.params import READS, FilesSource, HuggingfaceSource, PythonDocsSource, load_profile
 from ropeway.raw import RawWriter, iterate_records
@@ -177,6 +180,40 @@ def test_identities_are_the_python_version_the_files_and_the_commit(tmp_path):
         kind="huggingface", repo="r", revision="a" * 40, files=["x"], rows="text", columns={}, expected_rows=None
     )
     assert source_identity(hub, tmp_path)["commit"] == "a" * 40
+
+
+def test_the_published_sources_map_the_columns_that_their_publishers_use():
+    _, published = load_profile(ROOT / "params.yaml", "llama2_13b_orca_8k")
+    found = {}
+    for name, source in published.sources.items():
+        check_columns(source.rows, source.columns)
+        found[name] = needed_columns(source.rows, source.columns)
+    assert found == {
+        "orca-chat": (["conversation"], ["instruction"]),
+        "fanfics": (["TEXT"], []),
+        "red_pajama": (["text"], []),
+    }
+    record = {"conversation": [{"input": "q", "output": "a"}], "instruction": "s"}
+    orca = published.sources["orca-chat"]
+    assert to_record(record, orca.rows, orca.columns) == Conversation(("q", "a"), "s")
+
+
+def test_a_file_is_hashed_again_only_when_it_may_have_changed(tmp_path, monkeypatch):
+    path, cache = tmp_path / "a.jsonl", tmp_path / "sha256.json"
+    hashed = []
+    monkeypatch.setattr(local, "file_sha256", lambda path: hashed.append(path) or file_sha256(path))
+    path.write_text("1")
+    first = digest_files({"a": path}, cache)
+    assert digest_files({"a": path}, cache) == first
+    assert len(hashed) == 2  # touched just now: its clock could not tell
+    monkeypatch.setattr(local, "_TICK_NS", 0)
+    assert digest_files({"a": path}, cache) == digest_files({"a": path}, cache) == first
+    assert len(hashed) == 3
+    os.utime(path, ns=(1, path.stat().st_mtime_ns))
+    path.write_text("2")
+    assert digest_files({"a": path}, cache)["a"] == file_sha256(path) != first["a"]
+    cache.write_text("{")
+    assert digest_files({"a": path}, cache)["a"] == file_sha256(path)
 
 
 def test_a_pattern_that_names_no_file_is_said(tmp_path):

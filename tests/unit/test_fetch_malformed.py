@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import os
+import tracemalloc
 
 import pyarrow as pa
 import pytest
@@ -13,6 +14,7 @@ from pyarrow import parquet
 
 from ropeway import fetch
 from ropeway.errors import ConfigError, DataError, TemporaryError
+from ropeway.fetch.files import iterate_objects
 from ropeway.manifest import load_manifest
 from ropeway.params import READS, FilesSource, load_profile
 from ropeway.raw import iterate_records
@@ -415,6 +417,28 @@ def test_a_column_that_the_kind_of_rows_does_not_have_is_said(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(GOOD)
     with pytest.raises(ConfigError, match=r"columns: \['txt'\] mean nothing in rows of kind text; known"):
         run(tmp_path, "a.jsonl", columns={"txt": "TEXT"})
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.jsonl.zst"])
+def test_ten_times_the_file_is_read_in_the_same_memory(tmp_path, monkeypatch, name):
+    monkeypatch.setattr("ropeway.fetch.values.CHUNK_BYTES", 1 << 14)
+    line = json.dumps({"text": "word " * 500}).encode()
+
+    def peak(times):
+        lines = [line] * times
+        data = b"[" + b", ".join(lines) + b"]" if name == "a.json" else b"\n".join(lines)
+        wrap = {".gz": gzip.compress, ".zst": zst}.get(name[6:] and "." + name.rpartition(".")[2], bytes)
+        (tmp_path / name).write_bytes(wrap(data))
+        del data, lines
+        tracemalloc.start()
+        assert sum(1 for _ in iterate_objects(tmp_path / name, ["text"], [])) == times
+        try:
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(100)  # what is loaded once
+    assert peak(4000) < peak(400) + 200_000
 
 
 def test_the_table_is_as_long_as_promised():

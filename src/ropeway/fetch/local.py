@@ -1,16 +1,20 @@
 """Files of the workspace that paths or globs name: regular ones, and none that a link leads astray to."""
 
 import glob
+import json
 import os
 import stat
+import time
 from pathlib import Path
+from typing import Any
 
 from ropeway.errors import ConfigError
 from ropeway.fetch.files import FORMATS, check_format
+from ropeway.fetch.globs import is_glob
 from ropeway.fetch.opening import COMPRESSED
-from ropeway.manifest import file_sha256
+from ropeway.manifest import file_sha256, write_json
 
-_MAGIC = "*?["
+_TICK_NS = 2_000_000_000  # the coarsest clock of a file system in use, FAT's
 
 
 def find_files(patterns: list[str], root: Path) -> dict[str, Path]:
@@ -36,8 +40,42 @@ def find_files(patterns: list[str], root: Path) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
-def digest_file(path: Path) -> str:
-    """Return a file's sha256; raise ConfigError when this user may not read it."""
+def digest_files(files: dict[str, Path], cache: Path) -> dict[str, str]:
+    """Return each file's sha256, hashed only where size, times or inode are not those that `cache` remembers.
+
+    Args:
+        files: By name.
+        cache: JSON of earlier digests; missing or unreadable, it is made anew.
+
+    Raises:
+        ConfigError: This user may not read a file.
+    """
+    known = _load_digests(cache)
+    found, now = {}, time.time_ns()
+    for name, path in files.items():
+        stat_ = path.stat()
+        key = [stat_.st_size, stat_.st_mtime_ns, stat_.st_ctime_ns, stat_.st_ino]
+        remembered = known.get(str(path))
+        if not remembered or remembered[0] != key:
+            remembered = [key, _digest_file(path)]
+        # A file that was touched just now may be written once more within one tick of its clock: hash it again.
+        if now - stat_.st_ctime_ns > _TICK_NS:
+            known[str(path)] = remembered
+        found[name] = remembered[1]
+    if known != _load_digests(cache):
+        write_json(cache, known)
+    return found
+
+
+def _load_digests(cache: Path) -> dict[str, Any]:
+    try:
+        known = json.loads(cache.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _digest_file(path: Path) -> str:
     try:
         return file_sha256(path)
     except PermissionError as error:
@@ -52,7 +90,7 @@ def _is_wanted(path: Path, pattern: str, allowed: tuple[Path, ...]) -> bool:
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
         raise ConfigError(f"sources: {path} is a link that leads nowhere ({error}); mend or remove it") from None
     if stat.S_ISDIR(mode):
-        if path.suffix in (*FORMATS, *COMPRESSED) or not any(sign in pattern for sign in _MAGIC):
+        if path.suffix in (*FORMATS, *COMPRESSED) or not is_glob(pattern):
             raise ConfigError(f"sources: {path} is a folder; name its files, as in {pattern.rstrip('/')}/*.jsonl")
         return False
     if not stat.S_ISREG(mode):
@@ -67,7 +105,7 @@ def _is_wanted(path: Path, pattern: str, allowed: tuple[Path, ...]) -> bool:
 def _allowed(pattern: str, root: Path) -> tuple[Path, ...]:
     """Return where a pattern's files must really be: in the workspace, or in the place outside that it spells out."""
     parts = Path(pattern).parts
-    fixed = next((at for at, part in enumerate(parts) if any(sign in part for sign in _MAGIC)), len(parts) - 1)
+    fixed = next((at for at, part in enumerate(parts) if is_glob(part)), len(parts) - 1)
     place = Path(os.path.normpath(root.joinpath(*parts[:fixed])))
     inside = place.is_relative_to(os.path.normpath(root))
     return (root.resolve(),) if inside else (root.resolve(), place.resolve())

@@ -8,8 +8,10 @@ from typing import IO, Any, cast
 from ropeway.errors import ConfigError, DataError
 
 COMPRESSED = (".gz", ".zst")
-# Compressed bytes fed at once. A block of 128 KiB can come out of 4 of them (RFC 8878, RLE), so 4 KiB give 128 MiB.
-_FED_BYTES = 1 << 12
+# Compressed bytes fed at once: as many as lately gave a quarter of a MiB. A block of 128 KiB can come out of 4 of them
+# (RFC 8878, RLE), so however a file was made, 4 KiB give no more than 128 MiB.
+_FED_BYTES = range(16, 1 << 12)
+_WANTED_BYTES = 1 << 18
 # What a text file does not begin with. Source: RFC 1952, RFC 8878, the Parquet format, the Unicode standard.
 _STRANGERS = {
     b"\xff\xfe": "UTF-16; convert it (iconv -f UTF-16 -t UTF-8)",
@@ -55,6 +57,7 @@ class _Frames(io.RawIOBase):
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self._frame: Any = None
+        self._step = _FED_BYTES.start
         self._waiting = b""  # compressed, read past the end of a frame
         self._ready = memoryview(b"")  # plain, not yet asked for
 
@@ -67,7 +70,7 @@ class _Frames(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:  # noqa: ANN401 - any writable buffer
         while not self._ready:
-            fed, self._waiting = self._waiting or self._file.read(_FED_BYTES), b""
+            fed, self._waiting = self._waiting or self._file.read(self._step), b""
             if not fed and self._frame is not None:
                 raise EOFError("it ends inside a zstd frame")
             if not fed:
@@ -85,5 +88,7 @@ class _Frames(io.RawIOBase):
             self._ready = memoryview(self._frame.decompress(fed))
         except zstandard.ZstdError as error:
             raise OSError(str(error)) from None
+        step = min(2 * self._step, len(fed) * _WANTED_BYTES // max(1, len(self._ready)))
+        self._step = max(_FED_BYTES.start, min(_FED_BYTES.stop, step))
         if self._frame.eof:
             self._waiting, self._frame = self._frame.unused_data, None
