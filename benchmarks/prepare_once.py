@@ -1,0 +1,182 @@
+"""One measurement of one way to prepare one source, in a process of its own: prints a JSON line.
+
+    python benchmarks/prepare_once.py WAY WORKSPACE WORKERS
+
+Ways: `ours` (the room, as the stage runs it, near duplicates and contamination not looked for), `ours_counting` (they
+are, as the published profile says), `raw` and `raw_fast` (the tokenizers library's `encode_batch` and
+`encode_batch_fast` on the room's own texts, nothing kept), `trl` (what SFTTrainer does to a data set before it trains).
+Imports, reading of the texts for `raw` and making of a model for `trl` are not timed; all that the room does is.
+"""
+
+import json
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ropeway.chat import Conversation, render
+from ropeway.mixture import plan_chunks
+from ropeway.params import READS, Profile, load_profile
+from ropeway.raw import iterate_records
+from ropeway.tokenizer import LLAMA_SPECIAL, open_tokenizer
+from ropeway.workspace import Workspace
+
+SOURCE = "text"  # the one source of these workspaces
+_BATCH_CHARACTERS = 1 << 22  # of a call of the tokenizer, as in the room
+COUNTS = "duplicates" in Profile.model_fields  # whether this version of the room looks for them
+Facts = dict[str, Any]
+
+
+@contextmanager
+def timed(facts: Facts) -> Iterator[None]:
+    """Add the block's wall and CPU seconds, those of ended child processes included, to `facts`."""
+    began, used = time.perf_counter(), _cpu_seconds()
+    yield
+    facts |= {"seconds": time.perf_counter() - began, "cpu_seconds": _cpu_seconds() - used}
+
+
+def _cpu_seconds() -> float:
+    spent = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in spent)
+
+
+def texts_of(workspace: Workspace, profile: Profile) -> list[str]:
+    """Return what the room hands to the tokenizer: rendered conversations, or documents' chunks."""
+    size = dict(profile.mixture)[SOURCE].max_chunk_size
+    texts = []
+    for record in iterate_records(workspace.raw / SOURCE):
+        if isinstance(record, Conversation):
+            texts.append(render(record, end=LLAMA_SPECIAL["eos"]))
+        else:
+            texts += [record[begin:end] for begin, end in plan_chunks(len(record), size)]
+    return texts
+
+
+def ours(workspace: Workspace, profile: Profile, _: int, *, counting: bool = False) -> Facts:
+    """Run the room on a workspace without earlier results."""
+    from ropeway import prepare
+
+    if COUNTS and not counting:
+        near, runs = profile.duplicates, profile.contamination
+        changed = {"duplicates": near.model_copy(update={"near": "off"})}
+        profile = profile.model_copy(update=changed | {"contamination": runs.model_copy(update={"action": "off"})})
+
+    for left in (workspace.data, workspace.work):
+        shutil.rmtree(left, ignore_errors=True)
+    facts: Facts = {"parts": {}}
+    for part in ("make_units", "write_manifest", "_account"):  # encoding; hashing of the shards; read-back and ledger
+        setattr(prepare, part, _clocked(getattr(prepare, part), part.strip("_"), facts["parts"]))
+    with timed(facts):
+        prepare.run(workspace, profile)
+    manifest = json.loads((workspace.data / "manifest.json").read_text())
+    return facts | {"tokens": sum(source["tokens"] for source in manifest["sources"])}
+
+
+def ours_counting(workspace: Workspace, profile: Profile, workers: int) -> Facts:
+    """Likewise, and count near duplicates and what training shares with validation."""
+    return ours(workspace, profile, workers, counting=True)
+
+
+def _clocked(function: Callable[..., Any], name: str, parts: dict[str, float]) -> Callable[..., Any]:
+    def run(*arguments: object, **named: object) -> object:
+        began = time.perf_counter()
+        result = function(*arguments, **named)
+        parts[name] = parts.get(name, 0.0) + time.perf_counter() - began
+        return result
+
+    return run
+
+
+def raw(workspace: Workspace, profile: Profile, _: int, *, fast: bool = False) -> Facts:
+    """Encode the room's texts, a few MB a call, and forget them."""
+    tokenizer = open_tokenizer(workspace.base)
+    encode = tokenizer.encode_batch_fast if fast else tokenizer.encode_batch
+    batches: list[list[str]] = [[]]
+    for text in texts_of(workspace, profile):
+        batches[-1].append(text)
+        if sum(map(len, batches[-1])) >= _BATCH_CHARACTERS:
+            batches.append([])
+    facts: Facts = {"tokens": 0}
+    with timed(facts):
+        for batch in batches:
+            facts["tokens"] += sum(map(len, encode(batch)))
+    return facts
+
+
+def raw_fast(workspace: Workspace, profile: Profile, workers: int) -> Facts:
+    """Likewise without offsets, as the room does."""
+    return raw(workspace, profile, workers, fast=True)
+
+
+def trl(workspace: Workspace, profile: Profile, workers: int) -> Facts:
+    """Time `SFTTrainer._prepare_dataset`, as its constructor calls it, on the records that `write_for_trl` left."""
+    import datasets
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from trl import SFTConfig, SFTTrainer
+
+    datasets.disable_caching()
+    datasets.disable_progress_bars()
+    facts: Facts = {}
+
+    class Clocked(SFTTrainer):
+        def _prepare_dataset(self, *arguments: Any, **named: Any) -> Any:  # noqa: ANN401 - passed through
+            with timed(facts):
+                return super()._prepare_dataset(*arguments, **named)
+
+    records = datasets.load_from_disk(workspace.root / "trl")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(workspace.base)
+    shape = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1
+    )
+    options = SFTConfig(
+        output_dir=str(workspace.root / "trl-out"),
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        max_length=profile.max_length,
+        packing=False,
+        dataset_num_proc=workers,
+        assistant_only_loss="messages" in records.column_names,
+    )
+    trainer = Clocked(LlamaForCausalLM(shape), options, train_dataset=records, processing_class=tokenizer)
+    tokens = sum(map(len, trainer.train_dataset["input_ids"]))
+    return facts | {"tokens": tokens, "columns": sorted(trainer.train_dataset.column_names)}
+
+
+def write_for_trl(workspace: Workspace, profile: Profile) -> None:
+    """Leave the records as a data set in the form that TRL reads: `messages`, or `text` a chunk."""
+    from datasets import Dataset
+
+    rows: list[dict[str, Any]] = []
+    for record in iterate_records(workspace.raw / SOURCE):
+        if not isinstance(record, Conversation):
+            rows = [{"text": text} for text in texts_of(workspace, profile)]
+            break
+        said = [(("user", "assistant")[at % 2], text) for at, text in enumerate(record.turns)]
+        said = [("system", record.system), *said] if record.system else said
+        rows.append({"messages": [{"role": role, "content": text} for role, text in said]})
+    Dataset.from_list(rows).save_to_disk(workspace.root / "trl")
+
+
+WAYS: dict[str, Callable[[Workspace, Profile, int], Facts]] = {
+    "ours": ours,
+    **({"ours_counting": ours_counting} if COUNTS else {}),
+    "raw": raw,
+    "raw_fast": raw_fast,
+    "trl": trl,
+}
+
+
+def main(way: str, root: str, workers: str) -> None:
+    """Measure and print."""
+    name, profile = load_profile(Path(root) / "params.yaml")
+    facts = WAYS[way](Workspace(Path(root), name), profile.reading(READS["prepare"]), int(workers))
+    print(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
