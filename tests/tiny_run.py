@@ -47,6 +47,7 @@ tiny:
     rope_theta: 10000.0
     rms_norm_eps: 1e-5
     tie_word_embeddings: false
+  stop: {max_skipped_in_row: 5, spike_window_steps: 8, spike_ratio: 2.0, max_spikes_in_row: 3, hang_seconds: null}
   evaluation: {prompts: configs/prompts.jsonl, max_new_tokens: 8}
   package: {dtype: bf16, max_shard_bytes: 200000}
   card:   # what no run knows

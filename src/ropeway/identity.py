@@ -27,6 +27,11 @@ IGNORED = (
     "storage",
     "supervise",
     "tracking",
+    "train.disk",
+    "train.flops",
+    "train.progress",
+    "train.stop",
+    "train.watch",
     "workspace",
 )
 # A call of one of these says something to a person; its text is no part of the result.
@@ -89,13 +94,15 @@ def _reached(source: Path, room: str) -> set[str]:
     """Return the dotted names (below the package) of a room's modules and all they import of ours."""
     folder = source / room
     start = {".".join(path.relative_to(source).with_suffix("").parts) for path in folder.rglob("*.py")} or {room}
-    waiting = {name.removesuffix(".__init__") for name in start}
+    waiting = {name.removesuffix(".__init__") for name in start} - set(IGNORED)
     found: set[str] = set()
     while waiting:
         name = waiting.pop()
         found.add(name)
         text = _path(source, name).read_text(encoding="utf-8")
-        waiting |= {other for other in _imports(source, text) if other.split(".")[0] not in IGNORED} - found
+        waiting |= (
+            {other for other in _imports(source, text) if other.split(".")[0] not in IGNORED} - found - set(IGNORED)
+        )
     return found
 
 

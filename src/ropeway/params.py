@@ -22,11 +22,12 @@ from ropeway.schema import (
     PythonDocsSource,
     ScratchBase,
     Source,
+    StopRules,
     StretchScaling,
 )
 
-# Cadence and tracking: they change neither a weight nor a metric, so no stage depends on them.
-UNHASHED = ("eval_steps", "log_dir", "output_dir", "save_steps", "save_total_limit")
+# Cadence, tracking and when to give up: they change neither a weight nor a metric, so no stage depends on them.
+UNHASHED = ("eval_steps", "log_dir", "output_dir", "save_steps", "save_total_limit", "stop")
 
 _ROWS = (
     "datasets", "label_masking", "layout", "max_length", "num_train_epochs", "random_offset_probability", "rng_seed",
@@ -125,6 +126,7 @@ __all__ = [
     "PythonDocsSource",
     "ScratchBase",
     "Source",
+    "StopRules",
     "StretchScaling",
     "load_profile",
     "load_profiles",

@@ -166,6 +166,23 @@ class Lora(Section):
     train_embeddings: bool
 
 
+class StopRules(Section):
+    """When training ends itself, the last good checkpoint named. None of it changes a step that is made.
+
+    Attributes:
+        max_skipped_in_row: Steps skipped for overflow, one after another.
+        spike_ratio: A loss is a spike above this many times the median of the last `spike_window_steps` calm ones.
+        max_spikes_in_row: One spike passes by itself; so many in a row are a divergence.
+        hang_seconds: A micro-batch that takes longer hangs; null: 20 times the usual one, at least 10 minutes.
+    """
+
+    max_skipped_in_row: Positive
+    spike_window_steps: Positive
+    spike_ratio: Annotated[float, Field(gt=1)]
+    max_spikes_in_row: Positive
+    hang_seconds: Annotated[float, Field(gt=0)] | None
+
+
 class Evaluation(Section):
     """What evaluate does beside losses."""
 
@@ -255,6 +272,7 @@ class Profile(Section):
     base: Base
     expected_model: ModelShape
     max_refused_fraction: Fraction
+    stop: StopRules
     evaluation: Evaluation
     gate: Gate
     package: Packaging

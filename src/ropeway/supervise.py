@@ -92,7 +92,7 @@ def run(
             except FileNotFoundError as error:
                 raise ConfigError(f"{error.filename}: not found; is the environment set up (`make setup`)?") from None
             code, why = _see_through(child, watched, bell, grace_seconds)
-    died_of = _signal_of(code)
+    died_of = signal_of(code)
     write_json(
         record,
         {
@@ -266,10 +266,10 @@ def _is_dvc(process: psutil.Process) -> bool:
         return False
 
 
-def _signal_of(code: int) -> str | None:
+def signal_of(code: int) -> str | None:
     """Return which signal an exit code tells of: 128 + n, or 256 - n as DeepSpeed's launcher (0.19.8) passes it on.
 
-    >>> _signal_of(143), _signal_of(247), _signal_of(1), _signal_of(255)
+    >>> signal_of(143), signal_of(247), signal_of(1), signal_of(255)
     ('SIGTERM', 'SIGKILL', None, None)
     """
     number = code - 128 if code < 128 + signal.NSIG else 256 - code

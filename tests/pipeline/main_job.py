@@ -44,6 +44,7 @@ tiny:
     rope_theta: 10000.0
     rms_norm_eps: 1e-5
     tie_word_embeddings: false
+  stop: {max_skipped_in_row: 5, spike_window_steps: 8, spike_ratio: 2.0, max_spikes_in_row: 3, hang_seconds: null}
   evaluation: {prompts: configs/prompts.jsonl, max_new_tokens: 4}
   gate: {max_loss_increase_nats: 0.01, min_gain_over_base_nats: 0.1}
   package: {dtype: fp32, max_shard_bytes: 5000000000}
@@ -69,6 +70,7 @@ class MainJob:
         self.environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         self.environment["ROPEWAY_RANKS"] = "2"
         self.environment["ROPEWAY_GRACE_SECONDS"] = "30"
+        self.environment["WANDB_MODE"] = "disabled"
 
     def start(self, *command):
         """Start a command; its output, standard error included, comes line by line."""

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 
+from ropeway.errors import ConfigError
 from ropeway.train import checkpoints
 
 
@@ -85,3 +86,32 @@ def test_a_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path):
     write(tmp_path, 5)
     assert checkpoints.newest_valid(tmp_path).step == 5
     shutil.rmtree(folder)
+
+
+def checkpoint(tmp_path, **facts):
+    made = {"ranks": 2, "torch": "2.13.0", "deepspeed": "0.19.8", **facts}
+    return checkpoints.Checkpoint(tmp_path / "step-000010", 10, made)
+
+
+NOW = {"torch": "2.13.0", "deepspeed": "0.19.8"}
+
+
+def test_another_librarys_version_is_not_resumed_from_in_silence(tmp_path, monkeypatch):
+    monkeypatch.delenv("ROPEWAY_OTHER_VERSIONS", raising=False)
+    checkpoints.check_resumable(checkpoint(tmp_path), ranks=2, now=NOW)
+    older = checkpoint(tmp_path, deepspeed="0.19.2")
+    with pytest.raises(ConfigError, match=r"deepspeed 0\.19\.2, here is 0\.19\.8.*ROPEWAY_OTHER_VERSIONS=1"):
+        checkpoints.check_resumable(older, ranks=2, now=NOW)
+    monkeypatch.setenv("ROPEWAY_OTHER_VERSIONS", "1")
+    checkpoints.check_resumable(older, ranks=2, now=NOW)
+
+
+def test_other_ranks_are_told_how_to_go_on(tmp_path):
+    with pytest.raises(ConfigError, match=r"written by 2 ranks, this start has 4; set ROPEWAY_RANKS=2"):
+        checkpoints.check_resumable(checkpoint(tmp_path), ranks=4, now=NOW)
+
+
+def test_the_last_good_checkpoint_is_named(tmp_path):
+    assert checkpoints.name_last_good(tmp_path) == "No checkpoint was saved before that"
+    write(tmp_path, 5)
+    assert "is of step 5: " in checkpoints.name_last_good(tmp_path)

@@ -10,14 +10,17 @@ from typing import Any
 
 from ropeway.accumulation import accumulation_steps
 from ropeway.devices import count_ranks
-from ropeway.errors import DataError
+from ropeway.errors import DataError, TemporaryError
 from ropeway.manifest import load_manifest, write_atomic, write_json
 from ropeway.params import Profile
+from ropeway.supervise import signal_of
 from ropeway.train import checkpoints
 from ropeway.train.config import load_deepspeed_json
 from ropeway.train.fingerprint import Fingerprint, take_fingerprint
 from ropeway.train.launch import free_port, plan_command, plan_environment
 from ropeway.workspace import Workspace
+
+OUT_OF_MEMORY = " (where nobody sent it, the machine ran out of memory: `dmesg` says so)"
 
 
 def run(workspace: Workspace, profile: Profile) -> None:
@@ -26,6 +29,7 @@ def run(workspace: Workspace, profile: Profile) -> None:
     Raises:
         ConfigError: Params, ranks, DeepSpeed JSON or machine do not fit together.
         DataError: Base or data changed after they were written.
+        TemporaryError: A rank was ended by a signal.
         SystemExit: A rank ended with an error of its own, already printed; the code is passed on.
     """
     ranks = count_ranks()
@@ -39,8 +43,14 @@ def run(workspace: Workspace, profile: Profile) -> None:
     command = plan_command(os.environ, arguments, ranks=ranks, port=free_port())
     environment = plan_environment(os.environ, ranks=ranks)
     code = subprocess.run(command, env=environment, check=False).returncode
+    code = code if code >= 0 else 128 - code
+    if died_of := signal_of(code):
+        raise TemporaryError(
+            f"a rank was ended by {died_of}{OUT_OF_MEMORY if died_of == 'SIGKILL' else ''}; the same command resumes "
+            "from the last checkpoint"
+        )
     if code:
-        raise SystemExit(code if code > 0 else 128 - code)
+        raise SystemExit(code)
     _leave_files(workspace, profile, fingerprint)
 
 

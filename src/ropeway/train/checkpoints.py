@@ -6,18 +6,20 @@
 """
 
 import json
+import os
 import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ropeway.errors import DataError
+from ropeway.errors import ConfigError, DataError
 from ropeway.manifest import NAME, load_manifest, sync_folder, write_manifest
 
 _NAME = re.compile(r"step-(\d{6,})")
 STATE = "state"
 LOG = "steps.jsonl"
+OTHER_VERSIONS = "ROPEWAY_OTHER_VERSIONS"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,11 @@ class Checkpoint:
 def partial_folder(root: Path, step: int) -> Path:
     """Return where a checkpoint is written before it is whole."""
     return root / f".partial-step-{step:06d}"
+
+
+def step_folder(root: Path, step: int) -> Path:
+    """Return where the checkpoint of a step stands once it is whole."""
+    return root / f"step-{step:06d}"
 
 
 def list_steps(root: Path) -> list[tuple[int, Path]]:
@@ -58,6 +65,31 @@ def newest_valid(root: Path) -> Checkpoint | None:
     return None
 
 
+def check_resumable(checkpoint: Checkpoint, *, ranks: int, now: dict[str, str]) -> None:
+    """Raise ConfigError where going on would silently give other bytes than the run that was begun."""
+    wrote: dict[str, Any] = checkpoint.facts
+    if wrote["ranks"] != ranks:
+        raise ConfigError(
+            f"{checkpoint.folder} was written by {wrote['ranks']} ranks, this start has {ranks}; set "
+            f"ROPEWAY_RANKS={wrote['ranks']}, or remove {checkpoint.folder.parent} to train from the beginning"
+        )
+    other = [f"{name} {wrote[name]}, here is {version}" for name, version in now.items() if wrote[name] != version]
+    if other and os.environ.get(OTHER_VERSIONS) != "1":
+        raise ConfigError(
+            f"{checkpoint.folder} was written with {'; '.join(other)}. Another version may round otherwise. Install "
+            f"the one it was begun with, set {OTHER_VERSIONS}=1 to go on all the same (it is recorded), or remove "
+            f"{checkpoint.folder.parent} to train from the beginning"
+        )
+
+
+def name_last_good(folder: Path) -> str:
+    """Return where the same command would resume; no checkpoint holds steps that a stop rule suspects."""
+    steps = list_steps(folder)
+    if not steps:
+        return "No checkpoint was saved before that"
+    return f"The last good checkpoint is of step {steps[-1][0]}: {steps[-1][1]}; the same command resumes there"
+
+
 def commit(root: Path, step: int, log: list[dict[str, Any]], facts: dict[str, Any]) -> Path:
     """Make a written partial folder the checkpoint of `step`; call on one rank, after all have written.
 
@@ -69,7 +101,7 @@ def commit(root: Path, step: int, log: list[dict[str, Any]], facts: dict[str, An
         if path.is_file():
             sync_file(path)
     write_manifest(partial, {**facts, "step": step})
-    target = root / f"step-{step:06d}"
+    target = step_folder(root, step)
     if target.exists():
         shutil.rmtree(target)
     partial.rename(target)
@@ -79,21 +111,21 @@ def commit(root: Path, step: int, log: list[dict[str, Any]], facts: dict[str, An
 
 def sync_file(path: Path) -> None:
     """Put a file's bytes on the disk."""
-    import os
-
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def rotate(root: Path, *, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, and what unfinished saves left behind.
-
-    A checkpoint loses its manifest first, so that a kill in between leaves nothing that looks whole.
-    """
+    """Remove all but the newest `keep` checkpoints, and what unfinished saves left behind."""
     for _, folder in list_steps(root)[:-keep]:
-        (folder / NAME).unlink(missing_ok=True)
-        shutil.rmtree(folder)
+        remove(folder)
     clear_partial(root)
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint, its manifest first, so that a kill in between leaves nothing that looks whole."""
+    (folder / NAME).unlink(missing_ok=True)
+    shutil.rmtree(folder)
 
 
 def clear_partial(root: Path) -> None:

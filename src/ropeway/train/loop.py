@@ -1,8 +1,9 @@
 """The training loop over the DeepSpeed engine: plan, micro-batches, backward, step, log, maybe evaluate, maybe save."""
 
 import math
+import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -10,16 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ropeway.errors import ConfigError, TrainingError
+from ropeway.errors import TrainingError
 from ropeway.params import Profile
 from ropeway.rows import Batch, EpochPlan, Row, collate, join, locate, plan_epoch, validation_rows
 from ropeway.shards import Shards
+from ropeway.train.flops import step_flops, token_flops
 from ropeway.train.loss import micro_batch_loss, token_loss
 from ropeway.train.schedule import learning_rate
-
-Line = dict[str, Any]
-# fp32: tests/unit/test_packing.py holds packed rows to 1e-4. The 16-bit limits are rounding by estimate, not measured.
-ISOLATION_TOLERANCE = {"fp32": 1e-3, "fp16": 0.02, "bf16": 0.1}
+from ropeway.train.stop import Line, count_spikes, why_stop
 
 
 @dataclass
@@ -29,6 +28,7 @@ class Run:
     Attributes:
         engine: The DeepSpeed engine around `SupervisedLoss`.
         accumulation_steps: Micro-batches per rank per optimizer step.
+        beat: Called before every forward pass, so that a watchdog sees the run is alive.
     """
 
     profile: Profile
@@ -38,6 +38,7 @@ class Run:
     world_size: int
     accumulation_steps: int
     plans: dict[int, EpochPlan] = field(default_factory=dict)
+    beat: Callable[[], None] = lambda: None
 
     @property
     def device(self) -> torch.device:
@@ -62,6 +63,11 @@ class Run:
         """Optimizer steps of each epoch; packed epochs may differ by a row or two."""
         return [self.plan(epoch).steps for epoch in range(self.profile.num_train_epochs)]
 
+    @cached_property
+    def token_flops(self) -> float:
+        """What one token needs of the model's matrix products, forward and backward."""
+        return token_flops(self.engine.module.model)
+
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
@@ -73,14 +79,35 @@ class Run:
         size = self.profile.global_batch_size
         return epoch, list(range(inner * size, (inner + 1) * size))
 
-    def batches(self, step: int) -> list[Batch]:
-        """Return this rank's micro-batches: it reads every `world_size`-th row, as the original's sampler deals."""
+    def dealt(self, step: int) -> list[Row]:
+        """Return this rank's rows of a step: every `world_size`-th, as the original's sampler deals."""
         epoch, positions = self.rows(step)
-        plan, size = self.plan(epoch), self.profile.per_device_train_batch_size
-        mine = [plan.row(position) for position in positions[self.rank :: self.world_size]]
-        cuts = [mine[begin : begin + size] for begin in range(0, self.accumulation_steps * size, size)]
-        packed = self.profile.layout == "packed"
-        return [collate([join(cut)] if packed else cut, self.shards, self.profile) for cut in cuts]
+        plan = self.plan(epoch)
+        return [plan.row(position) for position in positions[self.rank :: self.world_size]]
+
+    def batches(self, rows: Sequence[Row]) -> Iterator[Batch]:
+        """Yield the micro-batches of this rank's rows."""
+        size = self.profile.per_device_train_batch_size
+        for begin in range(0, len(rows), size):
+            cut = rows[begin : begin + size]
+            packed = self.profile.layout == "packed"
+            yield collate([join(cut)] if packed else cut, self.shards, self.profile)
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """One optimizer step that was attempted.
+
+    Attributes:
+        line: Its line of the log; nothing in it depends on the clock or the machine.
+        stopping: A rank was asked to stop.
+        machine: `model_flops`, what the model needed for it, forward and backward, over all ranks;
+            `peak_memory_bytes`, the most that a rank has held so far.
+    """
+
+    line: Line
+    stopping: bool
+    machine: Line
 
 
 def train(
@@ -93,110 +120,118 @@ def train(
 ) -> bool:
     """Train from the step after the last line of `log` to the end; return False when stopped before it.
 
+    A save that falls due among spikes waits for a calm step, so every checkpoint but the last is a good one.
+
     Raises:
-        TrainingError: Loss or gradient norm is not finite, or no step was applied.
+        TrainingError: The numbers went wrong (`ropeway.train.stop`), or no step was applied.
     """
-    saved = len(log)
+    due = False
     for step in range(len(log) + 1, run.total_steps + 1):
         began = time.perf_counter()
-        line, stopping = take_step(run, step, applied=sum(entry["applied"] for entry in log), stop=stop)
-        last = step == run.total_steps
+        taken = take_step(run, step, log, stop=stop)
+        line, stopping, last = taken.line, taken.stopping, step == run.total_steps
+        log.append(line)
+        if why := why_stop(log, run.profile.stop, fp16=run.profile.dtype == "fp16", floor=_scale_floor(run)):
+            raise TrainingError(why)
+        seconds = time.perf_counter() - began
         if last or step % run.profile.eval_steps == 0:
             line |= {f"validation_{name}": loss for name, loss in validate(run).items()}
-        log.append(line)
-        show({**line, "total_steps": run.total_steps, "seconds": time.perf_counter() - began})
-        if last or stopping or step % run.profile.save_steps == 0:
+            stopping |= _is_asked(run, stop)  # it may have taken minutes
+        show({**line, "total_steps": run.total_steps, "seconds": seconds, **taken.machine})
+        due |= step % run.profile.save_steps == 0
+        if last or ((due or stopping) and not count_spikes(log, run.profile.stop)):
             save(log)
-            saved = step
+            due = False
+            stopping |= _is_asked(run, stop)
         if stopping and not last:
             return False
-    if saved < run.total_steps:
-        save(log)
     if not any(line["applied"] for line in log):
         raise TrainingError(f"none of {run.total_steps} steps was applied (all overflowed); the weights are the base's")
     return True
 
 
-def take_step(run: Run, step: int, *, applied: int, stop: Callable[[], bool]) -> tuple[Line, bool]:
-    """Make one optimizer step over all ranks; return its log line and whether a rank was asked to stop."""
+def take_step(run: Run, step: int, log: Sequence[Line], *, stop: Callable[[], bool]) -> Taken:
+    """Make one optimizer step over all ranks."""
+    applied = log[-1]["applied_steps"] if log else 0
     expected = learning_rate(run.profile, applied, total_steps=run.total_steps)
     rate = float(run.engine.optimizer.param_groups[0]["lr"])
     if not math.isclose(rate, expected, rel_tol=1e-6, abs_tol=1e-15):
         raise TrainingError(f"step {step}: the engine's learning rate is {rate:.6e}, the schedule says {expected:.6e}")
-    batches = run.batches(step)
+    rows = run.dealt(step)
+    batches = list(run.batches(rows))
+    count = len(run.names)
+    # loss, tokens, wish to stop, FLOPs; then losses and supervised tokens per source; then each rank's peak memory
+    sums = torch.zeros(4 + 2 * count + run.world_size, dtype=torch.float64)
+    for batch, loss, losses in forward_backward(run, batches):
+        run.engine.step()
+        sums[0] += loss / (run.accumulation_steps * run.world_size)
+        sums[1] += float((batch.sources >= 0).sum())
+        sums[4 : 4 + 2 * count] += _per_source(losses, batch, count)
+    sums[2] = float(stop())
+    sums[3] = step_flops(run.token_flops, run.engine.module.model.config, rows)
+    sums[4 + 2 * count + run.rank] = _peak_memory(run.device)
+    sums = _sum(run, sums)
+    line = _line(run, step, sums, rate, applied)
+    machine = {"model_flops": float(sums[3]), "peak_memory_bytes": int(sums[4 + 2 * count :].max())}
+    return Taken(line, bool(sums[2]), machine)
+
+
+def forward_backward(run: Run, batches: Sequence[Batch]) -> Iterator[tuple[Batch, float, Tensor]]:
+    """Yield (batch, loss, `(N,)` losses) of each micro-batch after its backward; the caller steps the engine."""
     total = int(_sum(run, torch.tensor([float(sum(batch.loss_mask.sum() for batch in batches))]))[0])
-    sums = torch.zeros(3 + 2 * len(run.names), dtype=torch.float64)
     for batch in batches:
-        losses = run.engine(**_tensors(batch, run.device))
+        run.beat()
+        losses = run.engine(**to_tensors(batch, run.device))
         loss = micro_batch_loss(losses)
         if run.profile.loss_normalisation == "token":
             loss = token_loss(losses, total=total, micro_batches=run.accumulation_steps * run.world_size)
         run.engine.backward(loss)
-        run.engine.step()
-        sums[0] += float(loss.detach()) / (run.accumulation_steps * run.world_size)
-        sums[1] += float((batch.sources >= 0).sum())
-        sums[3:] += _per_source(losses.detach(), batch, len(run.names))
-    sums[2] = float(stop())
-    sums = _sum(run, sums)
-    line = _line(run, step, sums, rate)
-    if line["applied"] and not (math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"])):
-        raise TrainingError(
-            f"step {step}: loss is {line['loss']}, gradient norm {line['grad_norm']}; both must be finite. "
-            "Lower learning_rate, or look at the rows of this step"
-        )
-    return line, bool(sums[2])
+        yield batch, float(loss.detach()), losses.detach()
 
 
-def _line(run: Run, step: int, sums: Tensor, rate: float) -> Line:
+def _line(run: Run, step: int, sums: Tensor, rate: float, applied_before: int) -> Line:
     epoch, positions = run.rows(step)
     count = len(run.names)
-    norm = run.engine.get_global_grad_norm()
-    optimizer = run.engine.optimizer
-    line: Line = {
+    losses, supervised = sums[4 : 4 + count].tolist(), sums[4 + count : 4 + 2 * count].tolist()
+    applied = int(run.engine.was_step_applied())
+    norm = run.engine.get_global_grad_norm() if applied else None  # after a skip it still is the norm of an older step
+    fp16 = run.profile.dtype == "fp16"
+    return {
         "step": step,
         "epoch": epoch,
         "loss": float(sums[0]),
         "learning_rate": rate,
-        "grad_norm": float(norm) if norm is not None else math.nan,
-        "loss_scale": float(getattr(optimizer, "loss_scale", 1.0)) if run.profile.dtype == "fp16" else 1.0,
-        "applied": int(run.engine.was_step_applied()),
+        "grad_norm": None if norm is None else float(norm),
+        "loss_scale": float(run.engine.optimizer.loss_scale) if fp16 else 1.0,
+        "applied": applied,
+        "applied_steps": applied_before + applied,
+        "skipped_steps": step - applied_before - applied,
         "tokens": int(sums[1]),
-        "supervised_tokens": int(sums[3 + count :].sum()),
+        "supervised_tokens": int(sum(supervised)),
         "rows": run.plan(epoch).span(positions[0], positions[-1] + 1),
+        **{
+            f"loss_{name}": total / tokens if tokens else None
+            for name, total, tokens in zip(run.names, losses, supervised, strict=True)
+        },
     }
-    for number, name in enumerate(run.names):
-        supervised = float(sums[3 + count + number])
-        line[f"loss_{name}"] = float(sums[3 + number]) / supervised if supervised else None
-    return line
 
 
-@torch.no_grad()
-def check_isolation(run: Run) -> float | None:
-    """Return how far losses in a packed row are from those of its sequences alone; None where nothing is packed.
+def _scale_floor(run: Run) -> float | None:
+    """Return the lowest loss scale DeepSpeed may go to; None where the scale is not dynamic."""
+    floor = getattr(getattr(run.engine.optimizer, "loss_scaler", None), "min_scale", None)
+    return float(floor) if floor is not None and run.profile.dtype == "fp16" else None
 
-    Proven on the live model and backend, since a backend that ignores the borders trains without a word.
 
-    Raises:
-        ConfigError: Sequences of a row read each other.
-    """
-    plan = run.plan(0)
-    row = next((row for row in plan.packed or () if len(row) > 1), None)
-    if row is None:
-        return None
-    run.engine.eval()
-    together, *alone = (
-        run.engine.module(**_tensors(collate([one], run.shards, run.profile), run.device))
-        for one in (row, *((piece,) for piece in row))
-    )
-    run.engine.train()
-    worst = float((together - torch.cat(alone)).abs().max()) if len(together) else 0.0
-    allowed = ISOLATION_TOLERANCE[run.profile.dtype]
-    if not worst <= allowed:
-        raise ConfigError(
-            f"layout: sequences of a packed row read each other here: a loss is {worst:.2g} nats from the one its "
-            f"sequence has alone, at most {allowed:g} is rounding; set layout: padded, or another attention backend"
-        )
-    return worst
+def _is_asked(run: Run, stop: Callable[[], bool]) -> bool:
+    """Return whether any rank was asked to stop; every rank must call it."""
+    return bool(_sum(run, torch.tensor([float(stop())]))[0])
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Return the most bytes this rank has held: of its card, else of the host's memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB: getrusage(2)
 
 
 @torch.no_grad()
@@ -212,7 +247,8 @@ def validate(run: Run) -> dict[str, float | None]:
         for begin in range(0, len(rows), size * run.world_size):
             mine: list[Row] = rows[begin : begin + size * run.world_size][run.rank :: run.world_size]
             batch = collate(mine or rows[:1], run.shards, run.profile)
-            losses = run.engine.module(**_tensors(batch, run.device))
+            run.beat()
+            losses = run.engine.module(**to_tensors(batch, run.device))
             if mine:
                 sums += _per_source(losses, batch, len(run.names))
     run.engine.train()
@@ -233,7 +269,8 @@ def _per_source(losses: Tensor, batch: Batch, count: int) -> Tensor:
     return sums
 
 
-def _tensors(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+def to_tensors(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    """Return what `SupervisedLoss` takes, where the weights are."""
     parts = ("input_ids", "position_ids", "targets", "loss_mask")
     return {part: torch.from_numpy(getattr(batch, part)).to(device) for part in parts}
 

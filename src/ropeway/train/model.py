@@ -41,9 +41,10 @@ def learning(model: Any) -> list[Any]:  # noqa: ANN401
     return [part for part in model.parameters() if part.requires_grad]
 
 
-def count_weights(model: Any) -> int:  # noqa: ANN401
+def count_weights(model: Any, *, learning_only: bool = False) -> int:  # noqa: ANN401
     """Return how many weights a model has, those that ZeRO-3 left with other ranks included."""
-    return sum(int(getattr(part, "ds_numel", part.numel())) for part in model.parameters())
+    parts = learning(model) if learning_only else model.parameters()
+    return sum(int(getattr(part, "ds_numel", part.numel())) for part in parts)
 
 
 def scaling_of(config: Any, profile: Profile) -> RopeScaling:  # noqa: ANN401

@@ -1,15 +1,13 @@
 """One rank of a training run, as DeepSpeed's launcher starts it: `-m ropeway.train.rank ROOT PROFILE FINGERPRINT`."""
 
-import json
 import os
 import platform
 import signal
 import sys
 import time
 import warnings
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import deepspeed
 import torch
@@ -17,44 +15,30 @@ import transformers
 from deepspeed.accelerator import get_accelerator
 
 from ropeway.accumulation import accumulation_steps
-from ropeway.errors import ConfigError, RopewayError, TemporaryError
+from ropeway.budget import CARDS, name_card
+from ropeway.errors import ConfigError, RopewayError, TemporaryError, TrainingError
+from ropeway.manifest import digest_of, load_manifest
+from ropeway.memory import DTYPE_BYTES
 from ropeway.params import READS, UNHASHED, load_profile
-from ropeway.shards import open_shards
-from ropeway.train import checkpoints
+from ropeway.shards import REMEDY, open_shards
+from ropeway.tracking import About, Tracker, describe_mirror, open_tracker
+from ropeway.train import checkpoints, saving
 from ropeway.train.attention import Attention, choose_attention
 from ropeway.train.config import load_deepspeed_json, plan_deepspeed
+from ropeway.train.disk import check_disk, checkpoint_bytes
 from ropeway.train.export import export_model
 from ropeway.train.launch import adopt_slurm
-from ropeway.train.loop import Line, Run, check_isolation, train
+from ropeway.train.loop import Run, train
 from ropeway.train.loss import SupervisedLoss
 from ropeway.train.model import check_rope, count_weights, learning, open_model
+from ropeway.train.probe import check_isolation, try_worst_step
+from ropeway.train.progress import Progress
+from ropeway.train.stop import Line
+from ropeway.train.watch import Watchdog
 from ropeway.workspace import Workspace
 
-
-@dataclass
-class Attempt:
-    """One start of a run: how it went, for the provenance; never part of what determines the model."""
-
-    path: Path
-    facts: dict[str, Any]
-    began: float = field(default_factory=time.time)
-    tokens: int = 0
-    step_seconds: float = 0.0
-    save_seconds: float = 0.0
-
-    def write(self, *, ended: str) -> None:
-        """Append this attempt's record to the run's list."""
-        record = {
-            **self.facts,
-            "began": self.began,
-            "seconds": time.time() - self.began,
-            "tokens": self.tokens,
-            "tokens_per_second": self.tokens / self.step_seconds if self.step_seconds else None,
-            "checkpoint_seconds": self.save_seconds,
-            "ended": ended,
-        }
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+PARTITIONED_STAGE = 3  # the ZeRO stage from which weights are cut over the ranks, and stand in no checkpoint twice
+UNTRIED = "ROPEWAY_UNTRIED"  # 1: no trial step before step 1
 
 
 class Stop:
@@ -77,7 +61,6 @@ class Stop:
 def main(root: Path, name: str, fingerprint: str) -> None:
     """Train, checkpoint, export. Exit code 75 means "start me again, I resume"."""
     adopt_slurm(os.environ)
-    stop = Stop()
     workspace = Workspace(root, name)
     profile = load_profile(root / "params.yaml", name)[1].reading((*READS["train"], *UNHASHED))
     transformers.logging.set_verbosity_error()
@@ -90,30 +73,103 @@ def main(root: Path, name: str, fingerprint: str) -> None:
     attention = choose_attention(profile, cuda=cuda)
     deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False)
     run = _open_run(workspace, profile, attention, cuda=cuda)
+    watchdog = Watchdog(limit_seconds=profile.stop.hang_seconds)
+    run.beat = watchdog.beat
     folder = workspace.checkpoints / fingerprint
-    log = _resume(run, folder)
-    attempt = _attempt(run, folder, attention, resumed_from=len(log))
-
-    def save(lines: list[Line]) -> None:
-        began = time.perf_counter()
-        _save(run, folder, lines)
-        attempt.save_seconds += time.perf_counter() - began
-
-    def show(line: Line) -> None:
-        attempt.tokens += line["tokens"]
-        attempt.step_seconds += line["seconds"]
-        if run.rank == 0:
-            _show(line, workspace.work / "progress.jsonl")
-
-    finished = train(run, log, save=save, stop=stop, show=show)
-    if run.rank == 0:
-        attempt.write(ended="finished" if finished else "stopped")
+    with watchdog.slowly(_state_bytes(run)):
+        log = saving.resume(run, folder)
+        facts = {"resumed_from_step": len(log), **_try_out(run, folder, log), **_describe(run, attention)}
+    stop = Stop()  # before this there is nothing to save: TERM ends the rank at once
+    tracker = _track(run, workspace, fingerprint)
+    progress = Progress(
+        facts,
+        workspace.work / "progress.jsonl",
+        folder / "attempts.jsonl",
+        _peak(run),
+        tracker.log if tracker else lambda _: None,
+    )
+    ended = "failed"
+    try:
+        finished = _train(run, log, folder, stop=stop, progress=progress, watchdog=watchdog)
+        ended = "finished" if finished else "stopped"
+    finally:
+        watchdog.end()
+        if tracker:
+            mirrored = tracker.finish()
+            progress.write(ended=ended, more={"wandb": mirrored})
+            if mirrored["mode"] != "off" or mirrored["trouble"]:
+                print(describe_mirror(mirrored), flush=True)
     if not finished:
-        raise TemporaryError(
-            f"stopped after step {len(log)}, which is saved in {folder}; the same command resumes there"
-        )
+        raise StoppedError(f"stopped after step {len(log)}. {checkpoints.name_last_good(folder)}")
     export_model(run, workspace, fingerprint=fingerprint, log=log)
     torch.distributed.barrier()
+    if tracker and tracker.is_stuck:
+        sys.stdout.flush()
+        os._exit(0)  # W&B's exit hook would wait for what hangs
+
+
+class StoppedError(TemporaryError):
+    """The ranks agreed to stop."""
+
+
+def _train(run: Run, log: list[Line], folder: Path, *, stop: Stop, progress: Progress, watchdog: Watchdog) -> bool:
+    def save(lines: list[Line]) -> None:
+        began = time.perf_counter()
+        with watchdog.slowly(_state_bytes(run)):
+            saving.save(run, folder, lines)
+        progress.saved(time.perf_counter() - began)
+
+    def show(line: Line) -> None:
+        if run.rank == 0:
+            progress.show(line)
+
+    try:
+        return train(run, log, save=save, stop=stop, show=show)
+    except TrainingError as error:
+        raise TrainingError(f"{error}.\n{checkpoints.name_last_good(folder)}") from None
+
+
+def _try_out(run: Run, folder: Path, log: list[Line]) -> dict[str, Any]:
+    """Find out before step 1 what would end the run later: a full disk, too little memory, broken weights."""
+    found = {}
+    if run.rank == 0:
+        found["disk"] = check_disk(
+            folder,
+            one_bytes=_state_bytes(run),
+            keep=run.profile.save_total_limit,
+            export_bytes=count_weights(run.engine.module) * DTYPE_BYTES[run.profile.dtype],
+        )
+    if not log and os.environ.get(UNTRIED) != "1":
+        found["tried"] = try_worst_step(run, lambda: saving.save(run, folder, []))
+    if run.rank == 0:
+        for name, text in found.items():
+            print(f"{name}: {text}", flush=True)
+    return found
+
+
+def _state_bytes(run: Run) -> int:
+    """Return the bytes of one checkpoint of this run."""
+    module, whole = run.engine.module, run.engine.zero_optimization_stage() < PARTITIONED_STAGE
+    return checkpoint_bytes(
+        count_weights(module) if whole else 0, count_weights(module, learning_only=True), run.profile.dtype
+    )
+
+
+def _track(run: Run, workspace: Workspace, fingerprint: str) -> Tracker | None:
+    """Open the mirror on rank 0; it gets parameters and digests."""
+    if run.rank != 0:
+        return None
+    config = run.profile.model_dump(mode="json", include={*READS["train"], *UNHASHED})
+    data = load_manifest(workspace.data, remedy=REMEDY, verify=False)
+    digests = {"fingerprint": fingerprint, "data": digest_of(data), "ranks": run.world_size}
+    name = f"{workspace.profile}-{run.profile.log_dir}-finetuned"  # as the original named its runs
+    return open_tracker(About(workspace.work, name, fingerprint, {**config, **digests}))
+
+
+def _peak(run: Run) -> float | None:
+    """Return what all cards together can do, FLOP/s; None for a CPU, fp32 (which may be TF32) or a card not listed."""
+    card = name_card(torch.cuda.get_device_name()) if run.device.type == "cuda" else None
+    return None if card is None or run.profile.dtype == "fp32" else CARDS[card] * 1e12 * run.world_size
 
 
 def _open_run(workspace: Workspace, profile: Any, attention: Attention, *, cuda: bool) -> Run:  # noqa: ANN401
@@ -150,49 +206,9 @@ def _check_same_plan(run: Run) -> None:
         raise ConfigError(f"ranks disagree about the rows of epoch 0: {digests}; they read other data or other params")
 
 
-def _resume(run: Run, folder: Path) -> list[Line]:
-    """Load the newest valid checkpoint; all ranks take the one that rank 0 finds."""
-    if run.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        checkpoints.clear_partial(folder)
-    found = [checkpoints.newest_valid(folder) if run.rank == 0 else None]
-    torch.distributed.broadcast_object_list(found)
-    checkpoint = found[0]
-    if checkpoint is None:
-        return []
-    if checkpoint.facts["ranks"] != run.world_size:
-        raise ConfigError(
-            f"{checkpoint.folder} was written by {checkpoint.facts['ranks']} ranks, this start has {run.world_size}; "
-            f"set ROPEWAY_RANKS={checkpoint.facts['ranks']}, or remove {folder} to train from the beginning"
-        )
-    path, _ = run.engine.load_checkpoint(str(checkpoint.folder), tag=checkpoints.STATE)
-    if path is None:
-        raise ConfigError(
-            f"{checkpoint.folder}: DeepSpeed found no state in it; remove the folder to resume from an older one"
-        )
-    if run.rank == 0:
-        print(f"resuming after step {checkpoint.step} of {run.total_steps} ({checkpoint.folder})", flush=True)
-    return checkpoint.log()
-
-
-def _save(run: Run, folder: Path, log: list[Line]) -> None:
-    partial = checkpoints.partial_folder(folder, len(log))
-    if run.rank == 0:
-        checkpoints.clear_partial(folder)
-        partial.mkdir(parents=True)
-    torch.distributed.barrier()
-    run.engine.save_checkpoint(str(partial), tag=checkpoints.STATE, save_latest=False)
-    torch.distributed.barrier()
-    if run.rank == 0:
-        facts = {"ranks": run.world_size, "torch": torch.__version__, "deepspeed": deepspeed.__version__}
-        checkpoints.commit(folder, len(log), log, facts)
-        checkpoints.rotate(folder, keep=run.profile.save_total_limit)
-    torch.distributed.barrier()
-
-
-def _attempt(run: Run, folder: Path, attention: Attention, *, resumed_from: int) -> Attempt:
+def _describe(run: Run, attention: Attention) -> dict[str, Any]:
+    """Return what this attempt runs on, for the provenance; rank 0 prints the gist."""
     facts = {
-        "resumed_from_step": resumed_from,
         "ranks": run.world_size,
         "threads_per_rank": torch.get_num_threads(),
         "attention": attention.effective,
@@ -202,9 +218,8 @@ def _attempt(run: Run, folder: Path, attention: Attention, *, resumed_from: int)
         if torch.cuda.is_available()
         else (platform.processor() or platform.machine()),
         "python": platform.python_version(),
-        "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "deepspeed": deepspeed.__version__,
+        **saving.versions(),
     }
     if run.rank == 0:
         parameters = count_weights(run.engine.module)
@@ -214,31 +229,21 @@ def _attempt(run: Run, folder: Path, attention: Attention, *, resumed_from: int)
             f"{run.profile.per_device_train_batch_size}, {run.profile.dtype}, attention: {attention.effective}",
             flush=True,
         )
-    return Attempt(folder / "attempts.jsonl", facts)
+    return facts
 
 
-def _show(line: Line, progress: Path) -> None:
-    """Print one line per step, and leave it where the flow reads it."""
-    rest = (line["total_steps"] - line["step"]) * line["seconds"]
-    validation = "".join(
-        f"  validation {key.removeprefix('validation_')} {value:.3f}"
-        for key, value in line.items()
-        if key.startswith("validation_") and value is not None
-    )
-    print(
-        f"step {line['step']}/{line['total_steps']}  loss {line['loss']:.4f}  lr {line['learning_rate']:.2e}  "
-        f"norm {line['grad_norm']:.2f}{'' if line['applied'] else '  SKIPPED'}  "
-        f"{line['tokens'] / line['seconds']:,.0f} tokens/s  {rest:.0f} s left{validation}",
-        flush=True,
-    )
-    with progress.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+def _fail(error: RopewayError) -> NoReturn:
+    """Say what happened and end this rank; the launcher ends those that wait for it in a collective."""
+    agreed = isinstance(error, TrainingError | StoppedError)  # every rank raises the same: once is enough
+    if not agreed or os.environ.get("RANK", "0") == "0":
+        print(f"{error}", file=sys.stderr, flush=True)
+    if agreed:
+        torch.distributed.barrier()  # else the launcher, told by another rank, ends this one before it has spoken
+    os._exit(error.exit_code)
 
 
 if __name__ == "__main__":
     try:
         main(Path(sys.argv[1]), sys.argv[2], sys.argv[3])
     except RopewayError as error:
-        if os.environ.get("RANK", "0") == "0" or not isinstance(error, TemporaryError):
-            print(f"{error}", file=sys.stderr, flush=True)
-        os._exit(error.exit_code)  # other ranks may be inside a collective; the launcher ends them
+        _fail(error)

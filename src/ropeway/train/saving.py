@@ -1,0 +1,75 @@
+"""Checkpoints of a live engine: saving one over all ranks, resuming from the newest."""
+
+from pathlib import Path
+
+import deepspeed
+import torch
+
+from ropeway.errors import ConfigError
+from ropeway.train import checkpoints
+from ropeway.train.disk import explain_failed_save
+from ropeway.train.loop import Run
+from ropeway.train.stop import Line
+
+
+def versions() -> dict[str, str]:
+    """Return the libraries whose version decides how a step rounds and what a checkpoint holds."""
+    return {"torch": torch.__version__, "deepspeed": deepspeed.__version__}
+
+
+def save(run: Run, folder: Path, log: list[Line]) -> Path:
+    """Save the state after the last line of `log`; return its folder once it is whole.
+
+    Raises:
+        TemporaryError: The disk is full; what was saved before is untouched.
+        ConfigError: The folder cannot be written.
+    """
+    try:
+        return _save(run, folder, log)
+    except (OSError, RuntimeError) as error:
+        told = explain_failed_save(error, folder, len(log))
+        if told is None:
+            raise
+        raise told from error
+
+
+def _save(run: Run, folder: Path, log: list[Line]) -> Path:
+    partial = checkpoints.partial_folder(folder, len(log))
+    if run.rank == 0:
+        checkpoints.clear_partial(folder)
+        partial.mkdir(parents=True)
+    torch.distributed.barrier()
+    run.engine.save_checkpoint(str(partial), tag=checkpoints.STATE, save_latest=False)
+    torch.distributed.barrier()
+    if run.rank == 0:
+        checkpoints.commit(folder, len(log), log, {"ranks": run.world_size, **versions()})
+        checkpoints.rotate(folder, keep=run.profile.save_total_limit)
+    torch.distributed.barrier()
+    return checkpoints.step_folder(folder, len(log))
+
+
+def resume(run: Run, folder: Path) -> list[Line]:
+    """Load the newest valid checkpoint and return its log; all ranks take the one that rank 0 finds.
+
+    Raises:
+        ConfigError: It was written by other ranks or library versions, or DeepSpeed finds nothing in it.
+    """
+    if run.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoints.clear_partial(folder)
+        if (probe := checkpoints.step_folder(folder, 0)).exists():
+            checkpoints.remove(probe)  # of an attempt that ended while it tried its first step
+    found = [checkpoints.newest_valid(folder) if run.rank == 0 else None]
+    torch.distributed.broadcast_object_list(found)
+    checkpoint = found[0]
+    if checkpoint is None:
+        return []
+    checkpoints.check_resumable(checkpoint, ranks=run.world_size, now=versions())
+    path, _ = run.engine.load_checkpoint(str(checkpoint.folder), tag=checkpoints.STATE)
+    if path is None:
+        raise ConfigError(
+            f"{checkpoint.folder}: DeepSpeed found no state in it; remove the folder to resume from an older one"
+        )
+    if run.rank == 0:
+        print(f"resuming after step {checkpoint.step} of {run.total_steps} ({checkpoint.folder})", flush=True)
+    return checkpoint.log()

@@ -1,0 +1,176 @@
+"""However a training run ends, it says so with the right code, and the next start ends with the same bytes."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+
+import psutil
+import pytest
+
+from tests.pipeline.main_job import STEPS, MainJob, make_main_job
+
+
+@pytest.fixture(scope="module")
+def _whole(tmp_path_factory):
+    job = make_main_job(tmp_path_factory.mktemp("ends") / "workspace")
+    for stage in ("identity", "fetch", "base", "prepare"):
+        job.do("ropeway", "stage", stage)
+    shutil.copytree(job.root, job.root.with_name("prepared"), symlinks=True)
+    job.said = job.do("ropeway", "stage", "train")
+    return job
+
+
+@pytest.fixture
+def whole(_whole):
+    """Return a workspace whose training ran once, from one end to the other; not to be changed."""
+    return _whole
+
+
+@pytest.fixture
+def job(_whole, tmp_path):
+    """Return a copy of it as it was before training."""
+    shutil.copytree(_whole.root.with_name("prepared"), tmp_path / "workspace", symlinks=True)
+    return MainJob(tmp_path / "workspace")
+
+
+def train(job):
+    return job.start("ropeway", "stage", "train")
+
+
+def read_until(process, text):
+    """Return the lines up to the first that holds `text`."""
+    seen = []
+    for line in process.stdout:
+        seen.append(line)
+        if text in line:
+            return seen
+    pytest.fail(f"{text!r} was not said:\n{''.join(seen)}")
+
+
+def finish(process, code):
+    rest = process.stdout.read()
+    process.stdout.close()
+    assert process.wait(90) == code, rest
+    return rest
+
+
+def ranks_of(process):
+    below = psutil.Process(process.pid).children(recursive=True)
+    found = {int(one.environ()["RANK"]): one for one in below if "RANK" in one.environ() and is_rank(one)}
+    assert len(found) == 2
+    return found
+
+
+def is_rank(process):
+    words = process.cmdline()
+    return "-m" in words and words[words.index("-m") + 1] == "ropeway.train.rank"
+
+
+def saved(job):
+    return sorted(path.name for path in next((job.root / ".checkpoints").iterdir()).glob("step-*"))
+
+
+def test_the_trial_step_before_step_1_leaves_no_trace_in_the_weights(whole, job):
+    assert re.search(r"tried: the longest rows fit: 2 x 64 tokens a micro-batch, loss \d", whole.said)
+    job.environment["ROPEWAY_UNTRIED"] = "1"
+    assert "tried:" not in job.do("ropeway", "stage", "train")
+    assert job.weights() == whole.weights()
+    assert (job.run / "steps.csv").read_bytes() == (whole.run / "steps.csv").read_bytes()
+    assert saved(whole) == ["step-000020", "step-000024"]
+
+
+def test_the_provenance_tells_what_each_attempt_took(whole):
+    (attempt,) = json.loads((whole.run / "provenance.json").read_text())["attempts"]
+    assert attempt["ended"] == "finished"
+    assert attempt["tokens"] > attempt["supervised_tokens"] > 0
+    assert attempt["tokens_per_second"] > attempt["supervised_tokens_per_second"] > 0
+    assert attempt["checkpoints"] == STEPS // 4
+    assert 0 < attempt["checkpoint_stall_fraction"] < 1
+    assert attempt["mfu"] is None
+    assert attempt["peak_memory_bytes"] > 10**8
+    assert attempt["wandb"]["mode"] == "off"
+
+
+def test_a_rank_that_is_killed_is_said_and_the_run_resumes(whole, job):
+    process = train(job)
+    read_until(process, "step 6/")
+    ranks_of(process)[1].kill()
+    assert "a rank was ended by SIGKILL" in finish(process, 75)
+    assert f"of {STEPS}" in job.do("ropeway", "stage", "train")
+    assert job.weights() == whole.weights()
+
+
+def test_asked_to_end_while_it_saves_it_ends_whole(whole, job):
+    process = train(job)
+    read_until(process, "step 3/")
+    deadline = time.monotonic() + 60
+    while not list(job.root.glob(".checkpoints/*/.partial-step-*")) and time.monotonic() < deadline:
+        time.sleep(0.0005)
+    os.kill(process.pid, signal.SIGTERM)
+    assert "The last good checkpoint is of step" in finish(process, 75)
+    assert saved(job)
+    assert not list(job.root.glob(".checkpoints/*/.partial-*"))
+    job.do("ropeway", "stage", "train")
+    assert job.weights() == whole.weights()
+
+
+def test_a_rank_that_hangs_is_found_and_every_stack_is_told(whole, job):
+    job.edit("params.yaml", "hang_seconds: null", "hang_seconds: 15")
+    process = train(job)
+    read_until(process, "step 3/")
+    stopped = ranks_of(process)[1]
+    stopped.send_signal(signal.SIGSTOP)  # its beats end, and rank 0 waits for it in a collective
+    said = "".join(read_until(process, "rank 0: ended; the same command resumes"))
+    stopped.kill()  # the launcher would, after 30 s
+    finish(process, 75)
+    assert "rank 0: nothing happened for 15 s (stop.hang_seconds)" in said
+    assert "ropeway/train/loop.py" in said
+    job.edit("params.yaml", "hang_seconds: 15", "hang_seconds: null")
+    job.do("ropeway", "stage", "train")
+    assert job.weights() == whole.weights()
+
+
+def test_a_divergence_ends_the_run_with_the_last_good_checkpoint_named(job):
+    job.edit("params.yaml", "learning_rate: 2e-3", "learning_rate: 1.0")
+    job.edit("params.yaml", "spike_window_steps: 8, spike_ratio: 2.0", "spike_window_steps: 3, spike_ratio: 1.2")
+    job.edit("params.yaml", "save_steps: 4", "save_steps: 1")
+    said = job.do("ropeway", "stage", "train", code=1)
+    assert said.count("losses in a row lie above stop.spike_ratio") == 1
+    begin = int(re.search(r"steps (\d+) to \d+: 3 losses in a row", said)[1])
+    good = int(re.search(r"The last good checkpoint is of step (\d+): ", said)[1])
+    assert good == begin - 1
+    assert saved(job)[-1] == f"step-{good:06d}"
+
+
+@pytest.fixture
+def small_disk(job):
+    """Put the checkpoints on a disk of 80 MiB of their own."""
+    folder = job.root / ".checkpoints"
+    folder.mkdir()
+    if (
+        os.geteuid()
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=80m", "none", folder], check=False).returncode
+    ):
+        pytest.skip("mounting a small disk needs root")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_disk_that_fills_while_it_trains_keeps_the_checkpoint_before(whole, job, small_disk):
+    process = train(job)
+    read_until(process, "step 5/")
+    with (small_disk / "other").open("wb") as other:
+        os.posix_fallocate(other.fileno(), 0, shutil.disk_usage(small_disk).free - 200_000)
+    said = finish(process, 75)
+    step = int(re.search(r"saving step (\d+) failed: the disk is full", said)[1])
+    kept = re.search(r"(step-\d+) is untouched", said)[1]
+    assert int(kept[5:]) < step
+    refused = job.do("ropeway", "stage", "train", code=64)
+    assert "not enough disk for this run. (2 + 1) checkpoints of" in refused
+    (small_disk / "other").unlink()
+    assert f"resuming after step {int(kept[5:])} of" in job.do("ropeway", "stage", "train")
+    assert job.weights() == whole.weights()

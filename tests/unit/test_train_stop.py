@@ -1,0 +1,71 @@
+"""A run ends itself when its numbers go wrong, and not before."""
+
+import math
+
+import pytest
+
+from ropeway.schema import StopRules
+from ropeway.train.stop import count_spikes, why_stop
+
+RULES = StopRules(max_skipped_in_row=3, spike_window_steps=4, spike_ratio=2.0, max_spikes_in_row=2, hang_seconds=None)
+
+
+def lines(*losses, applied=None, scale=1.0, norm=1.0):
+    applied = applied or [1] * len(losses)
+    return [
+        {"step": n, "loss": loss, "applied": one, "grad_norm": norm if one else None, "loss_scale": scale}
+        for n, (loss, one) in enumerate(zip(losses, applied, strict=True), start=1)
+    ]
+
+
+def why(log, *, fp16=False, floor=None):
+    return why_stop(log, RULES, fp16=fp16, floor=floor)
+
+
+def test_falling_noisy_losses_and_one_spike_go_on():
+    losses = [8.0, 7.0, 7.5, 6.0, 12.5, 6.0, 5.0, 5.5, 4.0]
+    for length in range(1, len(losses) + 1):
+        assert why(lines(*losses[:length])) is None
+
+
+def test_spikes_in_a_row_end_the_run_and_are_named():
+    assert why(lines(8, 7, 6, 5, 13.5)) is None
+    said = why(lines(8, 7, 6, 5, 13.5, 14))
+    assert said.startswith("steps 5 to 6: 2 losses in a row lie above stop.spike_ratio 2 x 6.5000")
+
+
+def test_a_divergence_does_not_lift_its_own_limit():
+    rules = RULES.model_copy(update={"max_spikes_in_row": 5})
+    log = lines(6, 6, 6, 6, 13, 40, 100, 300)
+    assert count_spikes(log, rules) == 4
+    assert count_spikes([*log, lines(6)[0]], rules) == 0
+
+
+def test_skipped_steps_between_spikes_and_in_the_window_do_not_hide_them():
+    log = lines(6, 9, 6, 6, 6, 13, 99, 14, applied=[1, 0, 1, 1, 1, 1, 0, 1], scale=4.0)
+    assert "2 losses in a row" in why(log, fp16=True)
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+@pytest.mark.parametrize("applied", [0, 1])
+def test_a_loss_that_is_not_finite_ends_the_run_also_where_the_step_was_skipped(loss, applied):
+    assert "step 2: the loss is" in why(lines(6.0, loss, applied=[1, applied]), fp16=True)
+
+
+def test_a_gradient_norm_that_is_not_finite_ends_the_run():
+    assert "step 1: the gradient norm is nan" in why(lines(6.0, norm=math.nan))
+
+
+def test_without_fp16_a_step_that_was_not_applied_ends_the_run():
+    assert "step 1: a gradient is not finite" in why(lines(6.0, applied=[0]))
+
+
+def test_overflows_of_fp16_go_on_until_too_many_in_a_row():
+    assert why(lines(6, 6, 6, 6, 6, applied=[0, 0, 1, 0, 0], scale=1024.0), fp16=True, floor=1.0) is None
+    said = why(lines(6, 6, 6, 6, applied=[1, 0, 0, 0], scale=1024.0), fp16=True, floor=1.0)
+    assert said.startswith("step 4: 3 steps in a row were skipped")
+
+
+def test_an_overflow_at_the_lowest_scale_ends_the_run_and_reaching_it_without_one_does_not():
+    assert "lowest loss scale, 1" in why(lines(6, applied=[0], scale=1.0), fp16=True, floor=1.0)
+    assert why(lines(6, applied=[1], scale=1.0), fp16=True, floor=1.0) is None
