@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ropeway import evaluate
 from ropeway.chat import JINJA, Conversation, render_turns, template_digest
-from ropeway.ledger import Account, Epoch, EpochOfSource, Ledger, Parts, Records
+from ropeway.ledger import Account, Epoch, EpochOfSource, Findings, Found, Ledger, Parts, Records
 from ropeway.manifest import file_sha256, write_json, write_manifest
 from ropeway.params import READS, Profile, load_profile
 from ropeway.raw import RawWriter
@@ -48,6 +48,8 @@ tiny:
     rms_norm_eps: 1e-5
     tie_word_embeddings: false
   stop: {max_skipped_in_row: 5, spike_window_steps: 8, spike_ratio: 2.0, max_spikes_in_row: 3, hang_seconds: null}
+  duplicates: {exact: count, near: count, threshold: 0.8, permutations: 128, ngram: 5}
+  contamination: {ngram: 13, action: count, prompts: []}
   evaluation: {prompts: configs/prompts.jsonl, max_new_tokens: 8}
   package: {dtype: bf16, max_shard_bytes: 200000}
   card:   # what no run knows
@@ -89,8 +91,9 @@ def finish_run(workspace: Workspace, profile: Profile) -> None:
             name=name,
             kind=kind,
             records=Records(count + 1, {"no text": 1}, {}, count, 0, {}, 0),
-            sequences=Parts(count, count - 8, 6, 2),
-            tokens=Parts(40 * count, 40 * (count - 8), 240, 80),
+            sequences=Parts(count, count - 8, 6, 2, 0, 0),
+            tokens=Parts(40 * count, 40 * (count - 8), 240, 80, 0, 0),
+            findings=Findings(Found("count", 2, 2, 80), Found("off", 0, 0, 0), Found("count", 1, 1, 40), 1),
             epochs=(EpochOfSource(0, 0, count - 8, 40 * (count - 8), 0, 0, 1, 10, 512, 42, 40 * (count - 8) - 10, 99),),
         )
         for name, kind, count in (("talk", "conversation", 19), ("text", "document", 12))

@@ -1,7 +1,8 @@
 """The ledger: where every record and every token of every source went. Its sums come out even or there is no ledger.
 
 read = refused + kept; kept -> sequences (a document: its chunks)
-sequences and their tokens = train + validation + unused
+sequences and their tokens = removed as duplicate + as contaminated + train + validation + unused
+removed as duplicate = exact + near duplicates, each where params remove them; counted only: they are in the other parts
 each epoch: drawn tokens = tokens in rows + lost to windows + lost to cuts; cells of rows = tokens + padding
 all sources' rows = steps x global batch + left over
 """
@@ -36,12 +37,54 @@ class Records:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """Sequences, or tokens, by what they are for; `unused` is what validation's limit leaves over."""
+    """Sequences, or tokens, by what they are for.
+
+    Attributes:
+        unused: What validation's limit leaves over.
+        duplicate: Removed before the split.
+        contaminated: Removed from the training part behind it.
+    """
 
     all: int
     train: int
     validation: int
     unused: int
+    duplicate: int
+    contaminated: int
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What was looked for and found.
+
+    Attributes:
+        action: `off`: not looked for. `count`: these are in train, validation or unused. `remove`: in none of them.
+        records: Records concerned, at least in part.
+        sequences: Their sequences that are concerned.
+        tokens: Of these sequences.
+    """
+
+    action: str
+    records: int
+    sequences: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What a source repeats.
+
+    Attributes:
+        exact: Records whose text an earlier record has, in this source or one before it.
+        near: Records, not exact duplicates, that are like an earlier one.
+        contaminated: Training sequences that share a run of words with validation or with a prompt.
+        with_prompts: Sequences among these that share one with a prompt.
+    """
+
+    exact: Found
+    near: Found
+    contaminated: Found
+    with_prompts: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +127,7 @@ class Account:
     records: Records
     sequences: Parts
     tokens: Parts
+    findings: Findings
     epochs: tuple[EpochOfSource, ...]
 
 
@@ -150,8 +194,7 @@ def _sums(ledger: Ledger) -> Iterator[tuple[str, int, tuple[int, ...]]]:
         if account.kind == "conversation":
             yield f"{name}, records kept = sequences", records.kept, (account.sequences.all,)
         for unit, parts in (("sequences", account.sequences), ("tokens", account.tokens)):
-            split = (parts.train, parts.validation, parts.unused)
-            yield f"{name}, {unit} = train + validation + unused", parts.all, split
+            yield from _part_sums(f"{name}, {unit}", account, unit, parts)
         for part in account.epochs:
             yield from _epoch_sums(f"{name}, epoch {part.epoch}", account, part)
     for epoch in ledger.epochs:
@@ -160,6 +203,18 @@ def _sums(ledger: Ledger) -> Iterator[tuple[str, int, tuple[int, ...]]]:
         yield f"{where}, sequences = sum over sources", epoch.sequences, drawn
         trained = epoch.steps * epoch.global_batch_size
         yield f"{where}, rows = steps x global batch + left over", epoch.rows, (trained, epoch.left_over)
+
+
+def _part_sums(where: str, account: Account, unit: str, parts: Parts) -> Iterator[tuple[str, int, tuple[int, ...]]]:
+    exact, near, contaminated = (
+        getattr(found, unit) if found.action == "remove" else 0
+        for found in (account.findings.exact, account.findings.near, account.findings.contaminated)
+    )
+    removed, split = (parts.duplicate, parts.contaminated), (parts.train, parts.validation, parts.unused)
+    what = "removed as duplicate + as contaminated + train + validation + unused"
+    yield f"{where} = {what}", parts.all, (*removed, *split)
+    yield f"{where} removed as duplicate = exact + near", parts.duplicate, (exact, near)
+    yield f"{where} removed as contaminated = found", parts.contaminated, (contaminated,)
 
 
 def _epoch_sums(where: str, account: Account, part: EpochOfSource) -> Iterator[tuple[str, int, tuple[int, ...]]]:

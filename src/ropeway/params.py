@@ -9,6 +9,7 @@ from ruamel.yaml.error import MarkedYAMLError
 
 from ropeway.errors import ConfigError
 from ropeway.faults import explain_faults
+from ropeway.repeats import Contamination, Duplicates
 from ropeway.schema import (
     DatasetOptions,
     FilesSource,
@@ -42,8 +43,8 @@ READS: dict[str, tuple[str, ...]] = {
         "superhot", "superhot_config",
     ),
     "prepare": (
-        *_ROWS, "max_refused_fraction", "sources", "special_tokens_in_text", "split", "split_by", "val_split",
-        "validation_with_replacement",
+        *_ROWS, "contamination", "duplicates", "max_refused_fraction", "sources", "special_tokens_in_text", "split",
+        "split_by", "val_split", "validation_with_replacement",
     ),
     "train": (
         *_ROWS, "adam_beta1", "adam_beta2", "adam_epsilon", "deepspeed_config", "dtype", "gradient_accumulation_steps",
@@ -114,7 +115,9 @@ def _read_yaml(path: Path) -> Any:  # noqa: ANN401 - YAML is anything until it i
 __all__ = [
     "READS",
     "UNHASHED",
+    "Contamination",
     "DatasetOptions",
+    "Duplicates",
     "FilesSource",
     "FolderBase",
     "Gate",

@@ -7,21 +7,13 @@ of a data set's options are the exception, and `None` there means "not stated".
 from collections.abc import Iterable
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(gt=0)]
-Dtype = Literal["fp16", "bf16", "fp32"]
-
-
-class Section(BaseModel):
-    """A closed part of params.yaml: no late writes, no silent casts, no unknown keys."""
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", protected_namespaces=())
-
+from ropeway.repeats import Contamination, Duplicates
+from ropeway.section import Count, Fraction, Positive, Section
 
 Scale = Annotated[float, Field(ge=1)]
+Dtype = Literal["fp16", "bf16", "fp32"]
 
 
 class StretchScaling(Section):
@@ -273,6 +265,8 @@ class Profile(Section):
     expected_model: ModelShape
     max_refused_fraction: Fraction
     stop: StopRules
+    duplicates: Duplicates
+    contamination: Contamination
     evaluation: Evaluation
     gate: Gate
     package: Packaging

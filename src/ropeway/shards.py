@@ -5,7 +5,7 @@ data/<source>/tokens-00000.npy        uint16 or uint32, sequences one after anot
 data/<source>/kinds-00000.npy         uint8 per token: who said it (`Kind`)
 data/<source>/lengths.npy             int32 per sequence, over all shards
 data/<source>/train.npy               int64 sequence numbers of the training part, in the order the sampler counts
-data/<source>/validation.npy          likewise; a sequence in neither is unused
+data/<source>/validation.npy          likewise; a sequence in neither is unused or removed
 """
 
 from collections.abc import Iterable, Iterator, Mapping

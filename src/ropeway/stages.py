@@ -65,6 +65,9 @@ def write_identity(root: Path) -> None:
     source = Path(ropeway.__file__).parent
     facts: dict[str, Any] = {
         "base": _base_identity(profile, root),
+        "contamination": {
+            name: _file_identity(root, name, key="contamination.prompts") for name in profile.contamination.prompts
+        },
         "deepspeed": _file_identity(root, profile.deepspeed_config, key="deepspeed_config"),
         "prompts": _file_identity(root, profile.evaluation.prompts, key="evaluation.prompts"),
         "sources": {name: source_identity(one, root) for name, one in sorted(profile.sources.items())},

@@ -40,8 +40,24 @@ def account(name):
         "cut_tokens": 5,
     }
     parts = {"all": every, "train": train, "validation": validation, "unused": every - train - validation}
+    parts |= {"duplicate": 0, "contaminated": 0}
+    found = {"records": 0, "sequences": 0, "tokens": 0}
+    findings = {
+        "exact": {**found, "action": "count", "records": 12, "tokens": 3456},
+        "near": {**found, "action": "off"},
+        "contaminated": {**found, "action": "remove", "sequences": 5, "tokens": 789},
+        "with_prompts": 2,
+    }
     records = {"read": every + 7, "kept": every}
-    return {"name": name, "kind": kind, "records": records, "sequences": parts, "tokens": parts, "epochs": [epoch]}
+    return {
+        "name": name,
+        "kind": kind,
+        "records": records,
+        "sequences": parts,
+        "tokens": parts,
+        "findings": findings,
+        "epochs": [epoch],
+    }
 
 
 def facts_of(name=NAME, **changes):
@@ -161,6 +177,9 @@ def test_counts_stand_beside_their_whole():
     )
     assert "188,262 (25.00% of the training part, 20.00% of all) | 1,000 | 187,262 |" in text
     assert "Epoch 0: 424,864 rows = 3,319 steps x 128 + 32 left over and not trained." in text
+    assert "| fanfics | 12 (3,456 tokens), kept | not looked for | 5 (789 tokens), removed | 2 |" in text
+    assert "one have a Jaccard similarity of at least 0.8" in text
+    assert "13 words in a row" in text
 
 
 def test_what_the_published_card_left_unsaid_is_said(written):

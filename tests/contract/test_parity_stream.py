@@ -37,7 +37,8 @@ def stream():
 def profile(stream):
     datasets = [{name: DatasetOptions(**values)} for entry in stream["datasets"] for name, values in entry.items()]
     keys = ("rng_seed", "val_split", "max_length", "random_offset_probability", "per_device_train_batch_size")
-    return published(datasets=datasets, **{key: stream[key] for key in keys})
+    asked = published().contamination.model_copy(update={"prompts": []})
+    return published(datasets=datasets, contamination=asked, **{key: stream[key] for key in keys})
 
 
 @pytest.fixture(scope="module")

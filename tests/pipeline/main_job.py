@@ -45,6 +45,8 @@ tiny:
     rms_norm_eps: 1e-5
     tie_word_embeddings: false
   stop: {max_skipped_in_row: 5, spike_window_steps: 8, spike_ratio: 2.0, max_spikes_in_row: 3, hang_seconds: null}
+  duplicates: {exact: count, near: count, threshold: 0.8, permutations: 128, ngram: 5}
+  contamination: {ngram: 13, action: count, prompts: [configs/prompts.jsonl]}
   evaluation: {prompts: configs/prompts.jsonl, max_new_tokens: 4}
   gate: {max_loss_increase_nats: 0.01, min_gain_over_base_nats: 0.1}
   package: {dtype: fp32, max_shard_bytes: 5000000000}

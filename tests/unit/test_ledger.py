@@ -5,24 +5,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ropeway.errors import DataError
-from ropeway.ledger import Account, Epoch, EpochOfSource, Ledger, Parts, Records, check_ledger
+from ropeway.ledger import Account, Epoch, EpochOfSource, Findings, Found, Ledger, Parts, Records, check_ledger
 
 EVEN = Ledger(
     sources=(
         Account(
             "talk",
             "conversation",
-            Records(12, {"not JSON": 1}, {"conversation without turns": 1}, 10, 2, {}, 0),
-            sequences=Parts(10, 7, 2, 1),
-            tokens=Parts(100, 70, 20, 10),
+            Records(15, {"not JSON": 1}, {"conversation without turns": 1}, 13, 2, {}, 0),
+            sequences=Parts(13, 7, 2, 1, 2, 1),
+            tokens=Parts(130, 70, 20, 10, 25, 5),
+            findings=Findings(Found("remove", 1, 1, 20), Found("remove", 1, 1, 5), Found("remove", 1, 1, 5), 0),
             epochs=(EpochOfSource(0, 2, 5, 50, 1, 6, 1, 4, 48, 8, 40, 30),),
         ),
         Account(
             "text",
             "document",
             Records(3, {}, {}, 3, 0, {}, 1),
-            sequences=Parts(5, 4, 1, 0),
-            tokens=Parts(55, 44, 11, 0),
+            sequences=Parts(5, 4, 1, 0, 0, 0),
+            tokens=Parts(55, 44, 11, 0, 0, 0),
+            findings=Findings(Found("count", 2, 3, 30), Found("off", 0, 0, 0), Found("count", 1, 2, 9), 1),
             epochs=(EpochOfSource(0, 0, 4, 44, 0, 0, 1, 4, 64, 24, 40, 39),),
         ),
     ),
@@ -33,7 +35,29 @@ IN_NO_SUM = {"with_special_tokens", "without_tokens", "windowed", "cut", "epoch"
 
 def test_a_ledger_whose_sums_come_out_even_passes():
     check_ledger(EVEN)
-    assert EVEN.to_json()["sources"][0]["sequences"] == {"all": 10, "train": 7, "validation": 2, "unused": 1}
+    assert EVEN.to_json()["sources"][0]["sequences"] == {
+        "all": 13,
+        "train": 7,
+        "validation": 2,
+        "unused": 1,
+        "duplicate": 2,
+        "contaminated": 1,
+    }
+
+
+@pytest.mark.parametrize("what", ["exact", "near", "contaminated"])
+@pytest.mark.parametrize("unit", ["sequences", "tokens"])
+def test_what_is_removed_is_in_the_sums_and_what_is_only_counted_is_not(what, unit):
+    for at, complains in ((0, True), (1, False)):
+        findings = EVEN.sources[at].findings
+        found = getattr(findings, what)
+        more = replace(findings, **{what: replace(found, **{unit: getattr(found, unit) + 1})})
+        ledger = changed(EVEN, at, findings=more)
+        if complains:
+            with pytest.raises(DataError, match="removed as"):
+                check_ledger(ledger)
+        else:
+            check_ledger(ledger)
 
 
 def numbers_of(ledger):
@@ -72,8 +96,9 @@ def test_one_record_row_or_token_too_many_anywhere_is_found(path, ledger):
 
 
 def test_an_uneven_sum_names_all_its_numbers():
-    uneven = changed(EVEN, 0, tokens=Parts(100, 70, 20, 9))
-    with pytest.raises(DataError, match=r"talk, tokens = train \+ validation \+ unused: 100 is not 70 \+ 20 \+ 9 = 99"):
+    uneven = changed(EVEN, 0, tokens=Parts(130, 70, 20, 9, 25, 5))
+    says = r"talk, tokens = removed as duplicate .* \+ unused: 130 is not 25 \+ 5 \+ 70 \+ 20 \+ 9 = 129"
+    with pytest.raises(DataError, match=says):
         check_ledger(uneven)
 
 
@@ -85,13 +110,13 @@ def test_more_supervised_tokens_than_tokens_is_found():
 
 def test_a_source_that_teaches_nothing_is_refused_with_its_counts():
     epoch = replace(EVEN.sources[0].epochs[0], supervised=0)
-    with pytest.raises(DataError, match=r"source talk: 0 supervised tokens in 5 rows \(10 records kept of 12 read"):
+    with pytest.raises(DataError, match=r"source talk: 0 supervised tokens in 5 rows \(13 records kept of 15 read"):
         check_ledger(changed(EVEN, 0, epochs=(epoch,)))
 
 
 @given(st.integers(0, 50), st.integers(0, 50), st.integers(0, 50))
 def test_any_even_split_passes(train, validation, unused):
-    even = Parts(train + validation + unused, train, validation, unused)
+    even = Parts(train + validation + unused, train, validation, unused, 0, 0)
     epoch = replace(EVEN.sources[1].epochs[0], not_drawn=train - 4)
     ledger = changed(EVEN, 1, sequences=even, epochs=(epoch,))
     if train >= 4:

@@ -33,6 +33,7 @@ def profile(**changes):
     options = [{"talk": DatasetOptions(max_val_set=5)}, {"text": DatasetOptions(max_chunk_size=60, max_val_set=4)}]
     sources = {"talk": PUBLISHED.sources["orca-chat"], "text": PUBLISHED.sources["fanfics"]}
     values = {"datasets": options, "sources": sources, "max_length": 24, "global_batch_size": 4, "rng_seed": 11}
+    values["contamination"] = PUBLISHED.contamination.model_copy(update={"prompts": []})
     return PUBLISHED.model_copy(update=values | changes).reading(READS["prepare"])
 
 

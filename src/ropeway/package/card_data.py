@@ -63,6 +63,7 @@ def format_composition(facts: Facts) -> Iterator[str]:
         "rows an epoch",
         "for validation",
         "unused",
+        "removed",
     ]
     yield format_table(header, [_composition(account) for account in facts.ledger["sources"]])
     lines = [
@@ -73,6 +74,36 @@ def format_composition(facts: Facts) -> Iterator[str]:
     yield "\n".join(lines)
     header = ["source", "tokens", "read an epoch", "of these in the loss", "lost to windows and cuts"]
     yield format_table(header, [_tokens(account) for account in facts.ledger["sources"]])
+    yield from _format_findings(facts)
+
+
+def _format_findings(facts: Facts) -> Iterator[str]:
+    """Yield what the sources repeat, found and counted or removed."""
+    same, shared = facts.profile.duplicates, facts.profile.contamination
+    yield (
+        f"Repetition. An exact duplicate says what an earlier record says; the runs of {same.ngram} words of a near "
+        f"one have a Jaccard similarity of at least {same.threshold:g} with an earlier one's, estimated with "
+        f"{same.permutations} permutations; what is shared are {shared.ngram} words in a row that stand in validation "
+        "or in a prompt too:"
+    )
+    header = ["source", "exact duplicates", "near duplicates", "training sequences that share", "of these with prompts"]
+    rows = []
+    for account in facts.ledger["sources"]:
+        found = account["findings"]
+        cells = [
+            _found(found["exact"], "records"),
+            _found(found["near"], "records"),
+            _found(found["contaminated"], "sequences"),
+        ]
+        rows.append([account["name"], *cells, f"{found['with_prompts']:,}"])
+    yield format_table(header, rows)
+
+
+def _found(found: Json, unit: str) -> str:
+    if found["action"] == "off":
+        return "not looked for"
+    done = "removed" if found["action"] == "remove" else "kept"
+    return f"{found[unit]:,} ({found['tokens']:,} tokens), {done}" if found[unit] else "0"
 
 
 def _composition(account: Json) -> list[str]:
@@ -82,7 +113,8 @@ def _composition(account: Json) -> list[str]:
     )
     kept = f"{records['kept']:,} of {records['read']:,}"
     counts = [f"{parts[part]:,}" for part in ("all", "train", "validation", "unused")]
-    return [account["name"], kept, *counts[:2], share, *counts[2:]]
+    removed = parts["duplicate"] + parts["contaminated"]
+    return [account["name"], kept, *counts[:2], share, *counts[2:], f"{removed:,}"]
 
 
 def _tokens(account: Json) -> list[str]:

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ropeway.chat import template_digest
 from ropeway.errors import DataError
 from ropeway.ledger import Ledger, Records, check_ledger
 from ropeway.manifest import file_sha256, load_manifest, whole_folder, write_json, write_manifest
 from ropeway.params import Profile
 from ropeway.prepare.account import account_for
+from ropeway.prepare.contamination import read_prompts
+from ropeway.prepare.divide import Part, divide_sources
+from ropeway.prepare.findings import describe_findings
 from ropeway.prepare.report import write_report
-from ropeway.prepare.split import Split, plan_split
 from ropeway.prepare.units import UNIT_BYTES, Recipe, Unit, fingerprint, plan_recipes, plan_units
 from ropeway.prepare.write import Units, check_readback, disk_may_be_full, make_units, write_split
 from ropeway.raw import list_groups
@@ -34,32 +34,40 @@ _WHAT_HAPPENS = {
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """One source on disk: its units, its entry in the manifest, its records' account, its split."""
+    """One source on disk: its units, its entry in the manifest, its records' account, its split and repeats."""
 
     units: Units
     facts: dict[str, Any]
     records: Records
-    split: Split
+    part: Part
 
 
 def run(workspace: Workspace, profile: Profile) -> None:
     """Leave `data/` (shards, manifest), `ledger.json` and `report.html`.
 
     Raises:
-        ConfigError: Params ask for what this tokenizer cannot do.
+        ConfigError: Params ask for what this tokenizer cannot do, or name prompts that are not there or not readable.
         DataError: Raw files are not what their manifest says, too many records are refused, a source teaches nothing,
             or the ledger does not come out even.
         TemporaryError: A worker died or the disk is full: the same command makes only what is missing.
     """
     raw = load_manifest(workspace.raw, remedy="Run `dvc repro fetch`")
     facts = _facts(workspace)
+    prompts = [text for name in profile.contamination.prompts for text in read_prompts(workspace.root / name)]
     recipes = plan_recipes(profile)
     prefix = f"prepare-{workspace.profile}"
     work = workspace.work / f"{prefix}-{fingerprint(raw['files'], workspace.base, recipes)}"
     with disk_may_be_full(work):
-        made = make_units(_plan(workspace, recipes, work), work=work)
+        planned = _plan(workspace, recipes, work)
+        made = make_units(planned, work=work)
+        records = {name: _records(name, raw["sources"][name], units, profile) for name, units in made.items()}
+        parts = divide_sources(planned, made, profile, prompts=prompts, work=work)
+        prepared = {
+            name: Prepared(units, _entry(name, raw["sources"][name]["kind"], units), records[name], parts[name])
+            for name, units in made.items()
+        }
         with whole_folder(workspace.data) as folder:
-            ledger = _write(folder, made, raw["sources"], facts, profile)
+            ledger = _write(folder, prepared, facts, profile)
     write_json(workspace.ledger, ledger.to_json())
     write_report(workspace, profile, ledger, raw["sources"])
     for line in describe(ledger, profile):
@@ -93,25 +101,11 @@ def _plan(workspace: Workspace, recipes: Mapping[str, Recipe], work: Path) -> di
     return planned
 
 
-def _write(
-    folder: Path, made: Mapping[str, Units], raw: Mapping[str, Any], facts: Mapping[str, Any], profile: Profile
-) -> Ledger:
+def _write(folder: Path, prepared: Mapping[str, Prepared], facts: Mapping[str, Any], profile: Profile) -> Ledger:
     """Fill data's folder from the units; return the checked ledger."""
-    generator = np.random.RandomState(profile.rng_seed)  # one for all sources in their order, as in the original
-    prepared: dict[str, Prepared] = {}
-    for name, options in profile.mixture:
-        units = made[name]
-        units.place(folder / name)
-        records = _records(name, raw[name], units, profile)
-        split = plan_split(
-            units.column("records"),
-            units.column("record_keys" if profile.split_by == "document" else "keys"),
-            profile,
-            max_val_set=options.max_val_set,
-            generator=generator,
-        )
-        write_split(folder / name, split)
-        prepared[name] = Prepared(units, _entry(name, raw[name]["kind"], units), records, split)
+    for name, source in prepared.items():
+        source.units.place(folder / name)
+        write_split(folder / name, source.part.split)
     manifest = write_manifest(folder, {**facts, "sources": [source.facts for source in prepared.values()]})
     for name, source in prepared.items():
         source.units.check_placed(name, manifest["files"])
@@ -159,7 +153,8 @@ def _account(folder: Path, prepared: Mapping[str, Prepared], profile: Profile) -
     ledger = account_for(
         shards,
         {name: source.records for name, source in prepared.items()},
-        {name: source.split for name, source in prepared.items()},
+        {name: source.part.split for name, source in prepared.items()},
+        {name: source.part.findings for name, source in prepared.items()},
         profile,
     )
     check_ledger(ledger)
@@ -185,6 +180,7 @@ def describe(ledger: Ledger, profile: Profile) -> list[str]:
                 f"their text ({account.records.special_token_hits}); {_WHAT_HAPPENS[profile.special_tokens_in_text]} "
                 f"(special_tokens_in_text: {profile.special_tokens_in_text})"
             )
+        lines += describe_findings(account.name, account.findings, profile)
         expected = profile.sources[account.name].expected_rows
         if expected is not None and expected != account.sequences.all:
             lines.append(f"{account.name}: expected_rows says {expected:,}, found {account.sequences.all:,} sequences")

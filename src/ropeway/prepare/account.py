@@ -10,14 +10,20 @@ from itertools import chain
 import numpy as np
 from numpy.typing import NDArray
 
-from ropeway.ledger import Account, Epoch, EpochOfSource, Ledger, Parts, Records
+from ropeway.ledger import Account, Epoch, EpochOfSource, Findings, Ledger, Parts, Records
 from ropeway.params import Profile
 from ropeway.prepare.split import Split
 from ropeway.rows import PAD_MULTIPLE, EpochPlan, loss_mask, loss_masks, plan_epoch
 from ropeway.shards import Kind, Shards, SourceShards
 
 
-def account_for(shards: Shards, records: dict[str, Records], splits: dict[str, Split], profile: Profile) -> Ledger:
+def account_for(
+    shards: Shards,
+    records: dict[str, Records],
+    splits: dict[str, Split],
+    findings: dict[str, Findings],
+    profile: Profile,
+) -> Ledger:
     """Return the ledger of these shards: every row of every epoch of the run is counted, as it will be read."""
     plans = [plan_epoch(shards, profile, epoch=epoch) for epoch in range(profile.num_train_epochs)]
     walked = [_walk(plan) for plan in plans]
@@ -28,6 +34,7 @@ def account_for(shards: Shards, records: dict[str, Records], splits: dict[str, S
             records=records[source.name],
             sequences=_count_parts(source, splits[source.name], of_tokens=False),
             tokens=_count_parts(source, splits[source.name], of_tokens=True),
+            findings=findings[source.name],
             epochs=tuple(epoch[number] for epoch in walked),
         )
         for number, source in enumerate(shards.sources)
@@ -39,7 +46,7 @@ def account_for(shards: Shards, records: dict[str, Records], splits: dict[str, S
 
 def _count_parts(source: SourceShards, split: Split, *, of_tokens: bool) -> Parts:
     weights = source.lengths.astype(np.int64) if of_tokens else np.ones(len(source.lengths), dtype=np.int64)
-    parts = (split.train, np.unique(split.validation), split.unused)
+    parts = (split.train, np.unique(split.validation), split.unused, split.duplicate, split.contaminated)
     return Parts(int(weights.sum()), *(int(weights[part].sum()) for part in parts))
 
 

@@ -73,6 +73,7 @@ class Encoder:
             ordinary tokens (`escape`), or a refusal of the record (`reject`).
         kept: Records that were not refused.
         refused: Reason -> records.
+        refused_at: Places of these among the records given, from 0.
         with_special_tokens: Records in whose text a special token's string stands, kept or refused for it.
         special_token_hits: Such a string -> how often it stands in texts.
     """
@@ -85,6 +86,7 @@ class Encoder:
     with_special_tokens: int = 0
     without_tokens: int = 0
     refused: Counter[str] = field(default_factory=Counter)
+    refused_at: list[int] = field(default_factory=list)
     special_token_hits: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
@@ -98,7 +100,7 @@ class Encoder:
         """Return an encoder that has counted nothing; what takes long to make (a renamed tokenizer) is shared."""
         other = copy(self)
         other.kept = other.with_special_tokens = other.without_tokens = 0
-        other.refused, other.special_token_hits = Counter(), Counter()
+        other.refused, other.refused_at, other.special_token_hits = Counter(), [], Counter()
         return other
 
     def encode(self, records: Iterable[Record]) -> Iterator[Sequence]:
@@ -137,20 +139,24 @@ class Encoder:
             self.kept += len(batch)
 
     def _keep(self, records: Iterable[Record]) -> Iterator[Record]:
-        for record in records:
+        for at, record in enumerate(records):
             if isinstance(record, Conversation) and not record.turns:
-                self.refused["conversation without turns"] += 1
+                self._refuse("conversation without turns", at)
                 continue
             hits = [hit for text in iterate_texts(record) for hit in self._parsed.findall(text)]
             if hits:
                 self.with_special_tokens += 1
                 self.special_token_hits.update(hits)
             if hits and self.special_tokens_in_text == "reject":
-                self.refused["special token in text"] += 1
+                self._refuse("special token in text", at)
             elif self._escape and any(map(OWN_MARK.search, iterate_texts(record))):
-                self.refused["text holds escape's own mark (U+FDD0, digits, U+FDD1)"] += 1
+                self._refuse("text holds escape's own mark (U+FDD0, digits, U+FDD1)", at)
             else:
                 yield record
+
+    def _refuse(self, reason: str, at: int) -> None:
+        self.refused[reason] += 1
+        self.refused_at.append(at)
 
     def _batches(self, records: Iterable[Record]) -> Iterator[list[Record]]:
         """Yield records of one kind each, about a million characters."""

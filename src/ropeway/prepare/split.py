@@ -1,6 +1,6 @@
 """Which sequences of a source train, which validate, which rest: pure functions over numbers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,11 +11,26 @@ from ropeway.params import Profile
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Sequence numbers of one source: `train` `(n,)`, `validation` `(v,)`, and how many `unused` are in neither."""
+    """Sequence numbers of one source; each sequence is in one part (validation drawn with replacement repeats its own).
+
+    Attributes:
+        train: `(n,)`.
+        validation: `(v,)`.
+        unused: What validation's limit leaves over.
+        duplicate: Removed before the split.
+        contaminated: Taken out of the training part.
+    """
 
     train: NDArray[np.int64]
     validation: NDArray[np.int64]
     unused: NDArray[np.int64]
+    duplicate: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    contaminated: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+
+    def without_contaminated(self, hit: NDArray[np.bool_]) -> "Split":
+        """Return the split with its training part in the same order, less those for which `hit` `(N,)` is True."""
+        gone = hit[self.train]
+        return replace(self, train=self.train[~gone], contaminated=np.sort(self.train[gone]))
 
 
 def plan_split(
@@ -48,6 +63,34 @@ def plan_split(
     else:
         validation = part[draw_validation(len(part), max_val_set, generator=generator, replace=replace)]
     return Split(train, validation, np.setdiff1d(part, validation))
+
+
+def plan_split_without(
+    removed: NDArray[np.bool_],
+    records: NDArray[np.int64],
+    keys: NDArray[np.uint64],
+    profile: Profile,
+    *,
+    max_val_set: int | None,
+    generator: np.random.RandomState,
+) -> Split:
+    """Return the split of one source as if the sequences of removed records had never been there.
+
+    Args:
+        removed: `(N,)` True for every sequence of a record that goes.
+        records: As in `plan_split`, and so the others.
+        keys: Likewise.
+        profile: Likewise.
+        max_val_set: Likewise.
+        generator: Likewise.
+    """
+    stay = np.flatnonzero(~removed)
+    gone = records[removed]
+    gone = gone[np.diff(gone, prepend=-1) > 0]  # ascending: each once
+    numbers = records[stay] - np.searchsorted(gone, records[stay])
+    split = plan_split(numbers, keys[stay], profile, max_val_set=max_val_set, generator=generator)
+    train, validation, unused = (stay[part] for part in (split.train, split.validation, split.unused))
+    return Split(train, validation, unused, duplicate=np.flatnonzero(removed))
 
 
 def expand(order: NDArray[np.int64], units: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -10,8 +10,8 @@ left whole is still right for the next one.
 """
 
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from hashlib import sha256
@@ -29,7 +29,7 @@ from ropeway.identity import room_digest
 from ropeway.manifest import digest_of, file_sha256, load_manifest, write_manifest
 from ropeway.params import Profile
 from ropeway.prepare.encode import Encoded, Encoder
-from ropeway.raw import Group, iterate_groups
+from ropeway.raw import Group, Record, iterate_groups
 from ropeway.shards import token_dtype
 from ropeway.tokenizer import count_tokens, open_tokenizer, read_special
 
@@ -106,15 +106,15 @@ def code_digest() -> str:
     return room_digest(Path(ropeway.__file__).parent, "prepare")
 
 
-def load_unit(unit: Unit) -> dict[str, Any] | None:
+def load_unit(folder: Path) -> dict[str, Any] | None:
     """Return a whole unit's manifest, its files hashed; None when it is to be made, what is left of it removed."""
-    if not unit.folder.exists():
+    if not folder.exists():
         return None
     try:
-        return load_manifest(unit.folder, remedy="It is made again")
+        return load_manifest(folder, remedy="It is made again")
     except DataError as error:
         print(f"prepare: {error}", flush=True)
-        shutil.rmtree(unit.folder)
+        shutil.rmtree(folder)
         return None
 
 
@@ -122,16 +122,31 @@ def encode_unit(unit: Unit) -> Path:
     """Make one unit and return its folder; what a worker runs. Only a whole unit ever has that folder's name."""
     encoder = _open_encoder(unit.base, file_sha256(unit.base / "tokenizer.json"), unit.recipe).fresh()
     parts = list(encoder.encode_batches(iterate_groups(unit.raw, unit.groups)))
-    partial = unit.folder.with_name(f".{unit.folder.name}.{uuid4().hex}.partial")  # a lost worker may still be writing
+    with whole_unit(unit.folder) as partial:
+        facts = _write_columns(partial, parts, token_dtype(count_tokens(encoder.tokenizer)))
+        write_manifest(partial, {**facts, "records": _counts(encoder), "refused_at": encoder.refused_at})
+    return unit.folder
+
+
+@contextmanager
+def whole_unit(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder, which then takes this name unless another worker was faster: its bytes are the same."""
+    partial = folder.with_name(f".{folder.name}.{uuid4().hex}.partial")  # a lost worker may still be writing
     partial.mkdir(parents=True)
     try:
-        facts = _write_columns(partial, parts, token_dtype(count_tokens(encoder.tokenizer)))
-        write_manifest(partial, {**facts, "records": _counts(encoder)})
-        with suppress(FileExistsError):  # made twice: the bytes are the same
-            _rename(partial, unit.folder)
+        yield partial
+        with suppress(FileExistsError):
+            _rename(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return unit.folder
+
+
+def kept_records(unit: Unit) -> Iterator[Record]:
+    """Yield the records of a whole unit that were not refused, from raw text again."""
+    refused = set(load_manifest(unit.folder, remedy="Run `dvc repro prepare` again", verify=False)["refused_at"])
+    for at, record in enumerate(iterate_groups(unit.raw, unit.groups)):
+        if at not in refused:
+            yield record
 
 
 @lru_cache(maxsize=8)

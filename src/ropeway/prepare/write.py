@@ -96,7 +96,7 @@ def make_units(planned: dict[str, Sequence[Unit]], *, work: Path) -> dict[str, U
     for partial in work.glob("*/.*.partial"):
         shutil.rmtree(partial)
     everything = [unit for units in planned.values() for unit in units]
-    missing = [unit for unit in everything if load_unit(unit) is None]
+    missing = [unit for unit in everything if load_unit(unit.folder) is None]
     if len(everything) > len(missing):
         print(f"prepare: {len(everything) - len(missing)} of {len(everything)} units are there already", flush=True)
     kept = f"whole units are kept in {work}. Run the same command again: it makes only those that are missing"

@@ -1,0 +1,95 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ropeway.chat import Conversation
+from ropeway.errors import ConfigError
+from ropeway.prepare.contamination import (
+    IN_PROMPTS,
+    IN_VALIDATION,
+    GramSet,
+    find_hits,
+    prompt_grams,
+    read_prompts,
+    sequence_texts,
+    validation_grams,
+)
+
+WORDS = [f"w{n}" for n in range(60)]
+RUN = " ".join(WORDS[:13])
+NOTHING = GramSet.of(np.empty(0, np.uint64))
+
+
+def hits(training, validation=(), prompts=(), ngram=13):
+    validation = GramSet.of(validation_grams(validation, ngram))
+    return find_hits(training, validation, GramSet.of(prompt_grams(prompts, ngram)), ngram).tolist()
+
+
+def test_thirteen_words_in_common_are_a_hit_and_twelve_are_not():
+    training = [
+        (f"Before. {RUN.upper()}! After.",),
+        (" ".join(WORDS[1:13]) + " other",),
+        (f"{WORDS[13]} {' '.join(WORDS[:12])}",),
+    ]
+    assert hits(training, [(f"so, {RUN}, then",)]) == [IN_VALIDATION, 0, 0]
+
+
+def test_no_run_crosses_from_one_turn_into_the_next():
+    apart = (" ".join(WORDS[:7]), " ".join(WORDS[7:13]))
+    assert hits([apart], [(RUN,)]) == hits([(RUN,)], [apart]) == [0]
+
+
+def test_a_short_prompt_is_a_hit_only_where_a_whole_turn_equals_it():
+    training = [("What is a list?", "A sequence."), ("Tell me: what is a list?",), ("what is... a LIST",)]
+    assert hits(training, prompts=["What is a list?"]) == [IN_PROMPTS, 0, IN_PROMPTS]
+
+
+def test_a_short_validation_turn_is_no_hit():
+    assert hits([("Thank you!", "You are welcome.")], [("Thank you!", "You are welcome.")]) == [0]
+
+
+def test_a_sequence_may_hit_both():
+    assert hits([(RUN,), ("x",)], [(RUN,)], [RUN]) == [IN_VALIDATION | IN_PROMPTS, 0]
+
+
+def test_sequences_are_compared_as_they_are_stored_and_without_system_message():
+    assert sequence_texts("abcde", 2) == [("ab",), ("cd",), ("e",)]
+    assert sequence_texts("", 2) == []
+    assert sequence_texts(Conversation(("q", "a"), "Be kind."), 2) == [("q", "a")]
+
+
+@given(st.lists(st.integers(0, 2**64 - 1)), st.lists(st.integers(0, 2**64 - 1)))
+def test_a_set_of_grams_holds_what_was_put_in(inside, asked):
+    grams = GramSet.of(np.array(inside, np.uint64))
+    asked += inside[::2]
+    assert grams.contains(np.array(asked, np.uint64)).tolist() == [value in set(inside) for value in asked]
+    assert len(grams.filter) < 8 * max(len(set(inside)), 1) + 1
+
+
+def test_a_set_of_grams_is_mapped_as_it_was_saved(tmp_path):
+    values = np.random.default_rng(1).integers(0, 2**63, 500).astype(np.uint64)
+    GramSet.of(values).save(tmp_path / "grams")
+    again = GramSet.load(tmp_path / "grams")
+    assert again.contains(values).all()
+    assert not again.contains(values + np.uint64(1)).any()
+    assert not NOTHING.contains(values).any()
+
+
+def test_prompts_are_lines_of_text_or_the_strings_in_lines_of_json(tmp_path):
+    (tmp_path / "a.txt").write_text("What is it?\n\nWho? \n")
+    assert read_prompts(tmp_path / "a.txt") == ["What is it?", "Who? "]
+    lines = '"One\u2028line"\n\n{"question": "Q", "choices": ["A", "B"], "id": 3, "answer": null}\n'
+    (tmp_path / "b.jsonl").write_text(lines, encoding="utf-8")
+    assert read_prompts(tmp_path / "b.jsonl") == ["One\u2028line", "Q", "A", "B"]
+
+
+def test_prompts_that_cannot_be_read_are_said(tmp_path):
+    with pytest.raises(ConfigError, match=r"c.jsonl: not found; contamination.prompts"):
+        read_prompts(tmp_path / "c.jsonl")
+    (tmp_path / "d.jsonl").write_text("{")
+    with pytest.raises(ConfigError, match="expected UTF-8 text, or one JSON value a line"):
+        read_prompts(tmp_path / "d.jsonl")
+    (tmp_path / "e.txt").write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match="expected UTF-8"):
+        read_prompts(tmp_path / "e.txt")
