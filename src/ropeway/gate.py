@@ -1,7 +1,7 @@
 """The gate: may this model become `candidate`? A pure function of two eval.json and the profile's limits.
 
-Losses are nats per supervised token on the validation rows, lower is better. Rounding in eval.json (6 digits) is far
-below any limit.
+Losses are nats per supervised token on the validation rows, lower is better; where the two tokenizers differ, nats per
+byte of the supervised text. Rounding in eval.json (6 digits) is far below any limit.
 """
 
 import math
@@ -57,9 +57,10 @@ def gate(
             )
         )
     else:
-        allowed = limits.max_loss_increase_nats
         sources = list(dict.fromkeys([*metrics.get("sources", {}), *champion.get("sources", {})]))
-        findings += [_compare_source(name, metrics, champion, allowed, champion_name) for name in sources]
+        allowed = limits.max_loss_increase_nats
+        compare = _compare_bytes if _tokenizers_differ(metrics, champion) else _compare_source
+        findings += [compare(name, metrics, champion, allowed, champion_name) for name in sources]
         if not sources:
             findings.append(_Finding(holds=False, words="no source was measured"))
     return Verdict(all(finding.holds for finding in findings), tuple(finding.words for finding in findings))
@@ -93,6 +94,29 @@ def _compare_source(
     return _Finding(holds=change <= allowed, words=words)
 
 
+def _compare_bytes(
+    name: str, metrics: Mapping[str, Any], champion: Mapping[str, Any], allowed: float, champion_name: str
+) -> _Finding:
+    """Compare across tokenizers; what is allowed a token is spread over this model's bytes a token."""
+    ours, theirs = (_number(side, "sources", name, "tuned", "nats_per_byte") for side in (metrics, champion))
+    tokens, size = (_number(metrics, "sources", name, "tuned", key) for key in ("tokens", "bytes"))
+    if ours is None or theirs is None or not tokens or not size:
+        words = f"{name}: {_shown(ours, 4)}, {champion_name} {_shown(theirs, 4)} nats a byte: not both known"
+        return _Finding(holds=False, words=words)
+    change, per_byte = ours - theirs, allowed * tokens / size
+    words = f"{name}: {ours:.4f}, {champion_name} {theirs:.4f} nats a byte, as its tokenizer is another: "
+    if change <= 0:
+        return _Finding(holds=True, words=f"{words}better by {-change:.4f}")
+    sum_ = f"{per_byte:.4f} allowed ({allowed:.3f} a token of {size / tokens:.2f} bytes)"
+    return _Finding(holds=change <= per_byte, words=f"{words}worse by {change:.4f}, {sum_}")
+
+
+def _tokenizers_differ(metrics: Mapping[str, Any], champion: Mapping[str, Any]) -> bool:
+    """Return whether both say their tokenizer and it is not one; older versions do not, and had equal token rows."""
+    ours, theirs = metrics.get("tokenizer"), champion.get("tokenizer")
+    return bool(ours and theirs and ours != theirs)
+
+
 def _number(metrics: Mapping[str, Any], *keys: str) -> float | None:
     """Return the finite number under those keys, else None."""
     found: Any = metrics
@@ -103,5 +127,5 @@ def _number(metrics: Mapping[str, Any], *keys: str) -> float | None:
     return float(found)
 
 
-def _shown(loss: float | None) -> str:
-    return "unknown" if loss is None else f"{loss:.3f}"
+def _shown(loss: float | None, digits: int = 3) -> str:
+    return "unknown" if loss is None else f"{loss:.{digits}f}"

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from ropeway import evaluate
 from ropeway.chat import JINJA
 from ropeway.errors import ConfigError, DataError
-from ropeway.evaluate.report import check_template, open_model, validation_digest
+from ropeway.evaluate.opening import check_data, open_model
+from ropeway.evaluate.report import validation_digest
 from ropeway.evaluate.scores import Score, all_rows, measure, plan_batches, plan_mixing, sum_batch
 from ropeway.manifest import write_manifest
 from ropeway.params import READS
@@ -96,7 +97,7 @@ def test_a_model_that_knows_nothing_loses_the_logarithm_of_its_vocabulary(run):
     torch.nn.init.zeros_(uniform.lm_head.weight)
     for score in measure(uniform, shards, profile, name="base"):
         assert score.loss == pytest.approx(math.log(2016), abs=1e-6)
-        assert score.metrics()["perplexity"] == pytest.approx(2016, rel=1e-5)
+        assert score.metrics(4 * score.tokens)["perplexity"] == pytest.approx(2016, rel=1e-5)
 
 
 def test_a_model_that_always_says_the_end_token_is_right_just_where_an_answer_ends(run):
@@ -156,7 +157,7 @@ def test_a_loss_that_is_no_number_is_an_error_that_names_model_and_source(run):
 
 
 def test_a_loss_beyond_all_measure_still_has_a_perplexity_that_json_can_hold():
-    assert json.loads(json.dumps(Score(9000.0, 0, 1).metrics(), allow_nan=False))["perplexity"] > 1e300
+    assert json.loads(json.dumps(Score(9000.0, 0, 1).metrics(0), allow_nan=False))["perplexity"] > 1e300
 
 
 def test_the_digest_of_the_validation_rows_knows_rows_and_masks_but_no_order(run):
@@ -180,7 +181,7 @@ def test_a_model_with_another_template_or_tokenizer_than_the_data_is_refused(tmp
     tokenizer = workspace.model / "tokenizer.json"
     tokenizer.write_text(tokenizer.read_text().replace("<|system|>", "<|System|>"))
     with pytest.raises(DataError, match=r"tokenizer.json: sha256 is .*the data was made with"):
-        check_template(workspace.model, open_shards(workspace.data))
+        check_data(workspace.model, open_shards(workspace.data))
 
 
 def test_two_evaluations_of_one_run_give_the_same_bytes(tmp_path):
@@ -191,7 +192,7 @@ def test_two_evaluations_of_one_run_give_the_same_bytes(tmp_path):
         seen.append((workspace.evaluation.read_bytes(), workspace.samples.read_bytes()))
     assert seen[0] == seen[1]
     report = json.loads(seen[0][0])
-    assert set(report) == {"sources", "mean", "validation", "rows"}
+    assert set(report) == {"sources", "mean", "validation", "tokenizer", "rows"}
     assert list(report["sources"]) == ["talk", "text"]
     assert report["rows"] == 14
     means = [report["sources"][name]["tuned"]["loss"] for name in ("talk", "text")]

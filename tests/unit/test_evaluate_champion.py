@@ -26,11 +26,11 @@ def test_a_champion_is_measured_as_this_run_s_own_model_would_be(run, tmp_path):
     }
 
 
-def test_a_champion_with_another_tokenizer_is_not_measured(run, tmp_path):
+def test_a_champion_with_another_template_is_not_measured(run, tmp_path):
     workspace, profile = run
     shutil.copytree(workspace.model, tmp_path / "other")
-    path = tmp_path / "other" / "tokenizer.json"
+    path = tmp_path / "other" / "chat_template.jinja"
     path.write_text(path.read_text() + "\n")
-    with pytest.raises(DataError, match="the data was made with"):
+    with pytest.raises(DataError, match="differs from the template of data and training"):
         measure_champion(workspace, profile, tmp_path / "other", tmp_path / "champion.json")
     assert not (tmp_path / "champion.json").exists()

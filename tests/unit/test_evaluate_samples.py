@@ -6,7 +6,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from ropeway import evaluate
 from ropeway.errors import ConfigError, DataError
-from ropeway.evaluate.report import open_model
+from ropeway.evaluate.opening import open_model
 from ropeway.evaluate.samples import answer, derive_seed, encode_prompt, read_prompts, sample
 from tests.tiny_run import make_run
 

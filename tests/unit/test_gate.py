@@ -78,3 +78,51 @@ def test_losses_on_other_rows_are_not_compared():
 def test_nothing_measured_is_not_a_pass():
     assert not gate({}, None, LIMITS).passed
     assert not gate({**measured(), "sources": {}}, {**measured(), "sources": {}}, LIMITS).passed
+
+
+def bytewise(chat=0.35, docs=0.5, *, tokenizer="ours", tokens=100, size=400, base=4.0):
+    """As evaluate writes it: losses a token and a byte, and whose tokens they are."""
+    metrics = measured(chat * size / tokens, docs * size / tokens, base=base)
+    for name, loss in (("chat", chat), ("docs", docs)):
+        metrics["sources"][name]["tuned"] |= {"nats_per_byte": loss, "tokens": tokens, "bytes": size}
+    return {**metrics, "tokenizer": tokenizer}
+
+
+NAN = math.nan
+# ours, theirs (None: no champion), allowed nats a token, asked gain over the base, passes, what is said
+TABLE = [
+    (measured(), None, 0.01, 1.0, True, "the first model of this name"),
+    (measured(base=2.7), None, 0.01, 1.0, True, "better by 1.000 nats, at least 1.000 asked"),
+    (measured(base=2.6), None, 0.01, 1.0, False, "at least 1.000 were asked"),
+    (measured(base=1.0), None, 0.01, 0.0, False, "better by -0.700 nats"),
+    (measured(base=1.0), None, 0.01, -1.0, True, "at least -1.000 asked"),
+    (measured(base=NAN), None, 0.01, 1.0, False, "base unknown, tuned 1.700: not both known"),
+    (measured(), measured(), 0.0, 1.0, True, "docs: 2.000, v7 2.000: better by 0.000 nats"),
+    (measured(), measured(chat=1.0), 0.5, 1.0, True, "chat: 1.400, v7 1.000: worse by 0.400 nats, 0.500 allowed"),
+    (measured(), measured(chat=1.0), 0.3, 1.0, False, "chat: 1.400, v7 1.000: worse by 0.400 nats, 0.300 allowed"),
+    (measured(chat=0.1), measured(docs=1.9), 0.01, 1.0, False, "docs: 2.000, v7 1.900: worse by 0.100 nats"),
+    (measured(chat=NAN), measured(), 0.01, 1.0, False, "chat: unknown, v7 1.400: not both known"),
+    (measured(), measured(chat=math.inf), 0.01, 1.0, False, "chat: 1.400, v7 unknown: not both known"),
+    (measured(), measured(validation="others"), 0.01, 1.0, False, "other validation rows (others…)"),
+    (measured(validation=""), measured(validation=""), 0.01, 1.0, False, "other validation rows"),
+    (bytewise(), bytewise(), 0.01, 1.0, True, "chat: 1.400, v7 1.400: better by 0.000 nats"),
+    (bytewise(), measured(), 0.01, 1.0, True, "chat: 1.400, v7 1.400"),  # an older champion does not say its tokenizer
+    # 200 tokens of 2 bytes where ours has 100 of 4: half the loss a token, the same a byte.
+    (bytewise(), bytewise(tokenizer="x", tokens=200), 0.01, 1.0, True, "v7 0.3500 nats a byte, as its tokenizer"),
+    (bytewise(), bytewise(0.30, tokenizer="x", tokens=200), 0.01, 1.0, False, "worse by 0.0500, 0.0025 allowed"),
+    (bytewise(), bytewise(0.348, tokenizer="x"), 0.01, 1.0, True, "(0.010 a token of 4.00 bytes)"),
+    (bytewise(), bytewise(0.40, tokenizer="x"), 0.01, 1.0, True, "chat: 0.3500, v7 0.4000 nats a byte"),
+    (bytewise(), bytewise(NAN, tokenizer="x"), 0.01, 1.0, False, "v7 unknown nats a byte: not both known"),
+    (bytewise(size=0), bytewise(tokenizer="x"), 0.01, -9.0, False, "nats a byte: not both known"),
+    (measured() | {"tokenizer": "ours"}, bytewise(tokenizer="x"), 0.01, 1.0, False, "chat: unknown, v7 0.3500"),
+    (bytewise(), {**bytewise(tokenizer="x"), "sources": {}}, 0.01, 1.0, False, "v7 unknown nats a byte"),
+]
+
+
+@pytest.mark.parametrize(("ours", "theirs", "allowed", "asked", "passes", "says"), TABLE)
+def test_the_gate_s_table(ours, theirs, allowed, asked, passes, says):
+    limits = Gate(max_loss_increase_nats=allowed, min_gain_over_base_nats=asked)
+    verdict = gate(ours, theirs, limits, champion_name="v7")
+    assert verdict.passed is passes, verdict
+    assert any(says in line for line in verdict.lines), verdict
+    assert len(verdict.lines) == (2 if theirs is None or "other validation rows" in str(verdict) else 3)

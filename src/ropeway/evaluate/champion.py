@@ -4,12 +4,15 @@
 """
 
 import sys
+import tempfile
 from pathlib import Path
 
 from ropeway.errors import RopewayError
-from ropeway.evaluate.report import MEASURED_ON_ONE, check_template, open_model, report_scores, threads_for
+from ropeway.evaluate.opening import MEASURED_ON_ONE, check_template, open_model, threads_for
+from ropeway.evaluate.report import report_scores
 from ropeway.evaluate.scores import measure
-from ropeway.manifest import write_json
+from ropeway.evaluate.text import translate
+from ropeway.manifest import file_sha256, write_json
 from ropeway.params import READS, Profile, load_profile
 from ropeway.shards import open_shards
 from ropeway.workspace import Workspace
@@ -24,15 +27,25 @@ def measure_champion(workspace: Workspace, profile: Profile, folder: Path, out: 
         folder: A package, as pulled.
         out: The JSON to write.
 
+    Under another tokenizer than the run's it reads the same texts in its own tokens; the report then has that
+    tokenizer's digest, and only its nats per byte can be compared.
+
     Raises:
-        DataError: Another tokenizer or template made those rows: a loss per token would not be comparable.
+        DataError: It was trained with another template than made those rows.
+        ConfigError: Its tokenizer lacks a special token of the template.
     """
     shards = open_shards(workspace.data)
-    check_template(folder, shards)
+    check_template(folder)
+    tokenizer = file_sha256(folder / "tokenizer.json")
     model, _ = open_model(folder, like=folder)
-    with threads_for(model, one_below=MEASURED_ON_ONE):
-        scores = measure(model, shards, profile, name="champion")
-    write_json(out, report_scores(shards, profile, {"tuned": scores}))
+    with threads_for(model, one_below=MEASURED_ON_ONE), tempfile.TemporaryDirectory() as scratch:
+        if tokenizer == shards.manifest["tokenizer"]:
+            scores = measure(model, shards, profile, name="champion")
+        else:
+            rows, reading = translate(shards, profile, workspace.base, folder, Path(scratch))
+            scores = measure(model, rows, reading, name="champion")
+    report = report_scores(shards, profile, {"tuned": scores}, tokenizer_folder=workspace.base)
+    write_json(out, {**report, "tokenizer": tokenizer})
 
 
 def main(root: Path, name: str, folder: Path, out: Path) -> None:

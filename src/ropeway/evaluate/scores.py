@@ -41,17 +41,23 @@ class Score:
         """Nats per supervised token."""
         return self.loss_sum / self.tokens
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self, size_bytes: int) -> dict[str, float]:
         """Return what eval.json holds: six decimals, perplexity six digits, so that the last bits of a sum stay out.
 
-        >>> Score(2.0, 1, 4).metrics()
-        {'loss': 0.5, 'perplexity': 1.64872, 'accuracy': 0.25, 'tokens': 4}
+        Args:
+            size_bytes: Of the supervised text; without any there is no loss per byte.
+
+        >>> Score(2.0, 1, 4).metrics(16)
+        {'loss': 0.5, 'perplexity': 1.64872, 'accuracy': 0.25, 'nats_per_byte': 0.125, 'tokens': 4, 'bytes': 16}
         """
+        per_byte = {"nats_per_byte": round(self.loss_sum / size_bytes, 6)} if size_bytes else {}
         return {
             "loss": round(self.loss, 6),
             "perplexity": float(f"{math.exp(min(self.loss, _LARGEST_EXPONENT)):.6g}"),
             "accuracy": round(self.correct / self.tokens, 6),
+            **per_byte,
             "tokens": self.tokens,
+            "bytes": size_bytes,
         }
 
 
