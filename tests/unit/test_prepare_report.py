@@ -91,18 +91,21 @@ def test_each_source_shows_samples_filled_where_a_reckoning_from_roles_says_lear
     assert [learned for learned, *_ in documents] == [False] + [True] * (len(documents) - 1)
 
 
-def test_an_overlong_sequence_is_shown_as_epoch_0_reads_it(made):
-    workspace, profile, page = made
+def test_an_overlong_sequence_is_shown_as_epoch_0_reads_it(tmp_path):
+    workspace, profile = make_prepared(tmp_path, max_length=44)
+    page = workspace.report.read_text(encoding="utf-8")
     plan = plan_epoch(open_shards(workspace.data), profile, epoch=0)
-    by_hand = {}
+    first, by_hand = {}, {}
     for index in range(plan.rows):
         (piece,) = plan.row(index)
-        if plan.shards.sources[piece.source].lengths[piece.sequence] > 32:
+        first.setdefault(piece.source, piece)
+        if plan.shards.sources[piece.source].lengths[piece.sequence] > 44:
             by_hand.setdefault(piece.source, piece)
     assert find_overlong(plan) == by_hand
     assert len(by_hand) == 2
+    assert by_hand != first
     for number, piece in by_hand.items():
-        assert len(read(page).tokens[f"s{number} Over-long, as it is read"]) == 32
+        assert len(read(page).tokens[f"s{number} Over-long, as it is read"]) == 44
         assert f"reads tokens {piece.begin} to {piece.end - 1} in this row" in page
 
 
@@ -231,17 +234,19 @@ def test_with_many_sources_the_sections_begin_folded(made):
     assert not any("open" in attrs for attrs in sections)
 
 
-def test_the_histogram_counts_every_sequence_and_splits_at_max_length():
+@pytest.mark.parametrize("longest", [512, 700])
+def test_the_histogram_counts_every_sequence_and_splits_at_max_length(longest):
     lengths = np.random.default_rng(1).integers(1, 3000, size=500).astype(np.int32)
-    picture = draw_histogram(lengths, 700)
+    lengths[:2] = longest, longest + 1
+    picture = draw_histogram(lengths, longest)
     bars = re.findall(r"<rect( class=\"over\")? [^>]*><title>([\d,]+) to ([\d,]+) tokens: ([\d,]+)<", picture)
     counted = [(over, *(int(part.replace(",", "")) for part in rest)) for over, *rest in bars]
     for over, begin, end, count in counted:
         assert count == ((lengths >= begin) & (lengths <= end)).sum()
-        assert bool(over) == (begin > 700)
+        assert bool(over) == (begin > longest)
     assert sum(count for *_, count in counted) == 500
-    assert sum(count for over, *_, count in counted if over) == (lengths > 700).sum()
-    assert "max_length 700" in picture
+    assert sum(count for over, *_, count in counted if over) == (lengths > longest).sum()
+    assert f"max_length {longest}" in picture
 
 
 @pytest.mark.parametrize("longest", [1, 2, 9, 700, 65537])
