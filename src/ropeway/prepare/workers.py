@@ -11,8 +11,10 @@ import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 from ropeway.errors import ConfigError, TemporaryError
@@ -29,10 +31,12 @@ class Workforce:
     """An executor and how to see that nobody works for it any more.
 
     Attributes:
+        name: For the log.
         died: What `Future.result` raises when a worker is gone for good.
         check: Raises TemporaryError when the work cannot go on although no future says so.
     """
 
+    name: str
     executor: Executor
     died: tuple[type[BaseException], ...]
     check: Callable[[], None]
@@ -58,7 +62,7 @@ def count_workers(text_bytes: int) -> int:
 
 
 def do_with(
-    workforce: Workforce, function: Callable[[Job], Result], jobs: Sequence[Job], *, kept: str
+    workforce: Workforce, function: Callable[[Job], Result], jobs: Sequence[Job], *, work: Path
 ) -> Generator[Result]:
     """Yield results as they come.
 
@@ -66,7 +70,7 @@ def do_with(
         workforce: Who works.
         function: A module's own function, so that another process finds it.
         jobs: Its arguments.
-        kept: Said when a worker dies: what is left for the next try.
+        work: Where they leave what they make; said when a worker dies.
 
     Raises:
         TemporaryError: A worker died, or nobody is left to work.
@@ -84,7 +88,8 @@ def do_with(
     except workforce.died as error:
         raise TemporaryError(
             f"prepare: a worker died ({type(error).__name__}: killed, out of memory, or its machine is gone) after "
-            f"{done} of {len(jobs)} units; {kept}"
+            f"{done} of {len(jobs)} units; whole units are kept in {work}. Run the same command again: it makes only "
+            "those that are missing"
         ) from None
     finally:
         for future in waiting:
@@ -102,7 +107,7 @@ def open_pool(workers: int) -> Iterator[Workforce]:
         workers, mp_context=multiprocessing.get_context("spawn"), initializer=_begin, initargs=(threads,)
     )
     try:
-        yield Workforce(pool, (BrokenProcessPool,), lambda: None)
+        yield Workforce(f"{workers} processes", pool, (BrokenProcessPool,), lambda: None)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -122,22 +127,37 @@ def _end_with_parent() -> None:
         os._exit(TemporaryError.exit_code)
 
 
-def make(function: Callable[[Job], Result], jobs: Sequence[Job], *, text_bytes: int, kept: str) -> Iterator[Result]:
+def make(function: Callable[[Job], Result], jobs: Sequence[Job], *, text_bytes: int, work: Path) -> Iterator[Result]:
     """Yield the results of these jobs in any order, made by whom the environment names.
 
     Args:
         function: A module's own function, so that another process finds it.
         jobs: Its arguments.
         text_bytes: How much text they are in all.
-        kept: Said when a worker dies: what is left for the next try.
+        work: Where they leave what they make.
 
     Raises:
         ConfigError: The environment names what is not there.
         TemporaryError: A worker died.
     """
-    workers = min(count_workers(text_bytes), len(jobs))
-    if workers <= 1:
-        yield from map(function, jobs)  # here; the tokenizer's threads use all cores
+    if not jobs:
         return
-    with open_pool(workers) as workforce, closing(do_with(workforce, function, jobs, kept=kept)) as results:
-        yield from results
+    with ExitStack() as stack:
+        if address := os.environ.get("ROPEWAY_DASK_SCHEDULER"):
+            from ropeway.prepare.cluster import open_cluster
+
+            force = stack.enter_context(open_cluster(address, work))
+            function = partial(do_in_one_thread, function)
+        elif (workers := min(count_workers(text_bytes), len(jobs))) > 1:
+            force = stack.enter_context(open_pool(workers))
+        else:
+            yield from map(function, jobs)  # here; the tokenizer's threads use all cores
+            return
+        print(f"prepare: {len(jobs)} units for {force.name}", flush=True)
+        yield from stack.enter_context(closing(do_with(force, function, jobs, work=work)))
+
+
+def do_in_one_thread(function: Callable[[Job], Result], job: Job) -> Result:
+    """Return the result, made without the tokenizer's own threads: a Dask worker has as many jobs as it has cores."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    return function(job)

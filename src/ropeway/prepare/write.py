@@ -99,9 +99,8 @@ def make_units(planned: dict[str, Sequence[Unit]], *, work: Path) -> dict[str, U
     missing = [unit for unit in everything if load_unit(unit.folder) is None]
     if len(everything) > len(missing):
         print(f"prepare: {len(everything) - len(missing)} of {len(everything)} units are there already", flush=True)
-    kept = f"whole units are kept in {work}. Run the same command again: it makes only those that are missing"
     text_bytes = sum(group.text_bytes for unit in missing for group in unit.groups)
-    made = workers.make(encode_unit, missing, text_bytes=text_bytes, kept=kept)
+    made = workers.make(encode_unit, missing, text_bytes=text_bytes, work=work)
     for number, folder in enumerate(made, start=1):
         print(f"prepare: {folder.parent.name} {folder.name} made, {number} of {len(missing)}", flush=True)
     return {name: _open_units(units) for name, units in planned.items()}
