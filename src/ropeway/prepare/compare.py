@@ -65,7 +65,7 @@ def find_repeats(
     jobs = [Signing(unit, work / name / unit.folder.name, options) for name, units in planned.items() for unit in units]
     missing = [job for job in jobs if load_unit(job.folder) is None]
     text_bytes = count_text_bytes([job.unit for job in missing])
-    for _ in workers.make(sign_unit, missing, text_bytes=text_bytes, kept=f"what is signed is kept in {work}"):
+    for _ in workers.make(sign_unit, missing, text_bytes=text_bytes, work=work):
         pass
     exact = find_exact(np.concatenate([np.load(job.folder / "exact.npy", allow_pickle=False) for job in jobs]))
     near = np.zeros_like(exact)

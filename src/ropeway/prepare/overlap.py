@@ -82,7 +82,7 @@ def find_contaminated(
 
 def _make(function: Callable[[Asking], Result], jobs: Sequence[Asking], work: Path) -> Iterator[Result]:
     text_bytes = count_text_bytes([job.unit for job in jobs])
-    return workers.make(function, jobs, text_bytes=text_bytes, kept=f"what is encoded is kept in {work}")
+    return workers.make(function, jobs, text_bytes=text_bytes, work=work)
 
 
 def _plan(

@@ -93,7 +93,7 @@ def make_units(planned: dict[str, Sequence[Unit]], *, work: Path) -> dict[str, U
         ConfigError: The environment names workers that are not there.
         TemporaryError: A worker died or the disk is full; what is whole stays.
     """
-    for partial in work.glob("*/.*.partial"):
+    for partial in work.glob("**/.*.partial"):
         shutil.rmtree(partial)
     everything = [unit for units in planned.values() for unit in units]
     missing = [unit for unit in everything if load_unit(unit.folder) is None]
