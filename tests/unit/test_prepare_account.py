@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ropeway.ledger import EpochOfSource, Records
+from ropeway.ledger import EpochOfSource, Findings, Found, Records
 from ropeway.manifest import write_manifest
 from ropeway.params import DatasetOptions
 from ropeway.prepare.account import account_for
@@ -19,6 +19,7 @@ from ropeway.shards import FORMAT, open_shards, write_shard
 from tests.unit.test_prepare import profile
 
 NOBODY = Records(0, {}, {}, 0, 0, {}, 0)
+NOTHING = Findings(*[Found("off", 0, 0, 0)] * 3, 0)
 PROMPTER, ASSISTANT = 3, 4
 
 
@@ -104,7 +105,7 @@ def test_the_account_is_what_a_walk_over_all_rows_counts(tmp_path_factory, layou
     folder = tmp_path_factory.mktemp("account") / "data"
     shards = write(folder, {"talk": ("conversation", talks), "text": ("document", texts)})
     splits = {s.name: Split(s.train, s.validation, np.empty(0, np.int64)) for s in shards.sources}
-    ledger = account_for(shards, dict.fromkeys(splits, NOBODY), splits, chosen)
+    ledger = account_for(shards, dict.fromkeys(splits, NOBODY), splits, dict.fromkeys(splits, NOTHING), chosen)
     for epoch in range(2):
         expected = walk(plan_epoch(shards, chosen, epoch=epoch))
         assert [asdict(account.epochs[epoch]) for account in ledger.sources] == expected
