@@ -77,8 +77,8 @@ def inspect_sequence(prepared: Prepared, name: str, number: int) -> Inspection:
         there = f"0 to {count - 1:,}" if count else "none"
         raise ConfigError(f"source {name} has no sequence {number:,}; there are: {there}")
     reading = read_whole(at, number, prepared.shards, prepared.profile)
-    part = next((part for part in ("train", "validation") if (getattr(sources[at], part) == number).any()), "unused")
-    title = f"{name}, sequence {number:,} of {count:,} ({sources[at].kind}, {part})"
+    part = next((part for part in ("train", "validation") if (getattr(sources[at], part) == number).any()), None)
+    title = f"{name}, sequence {number:,} of {count:,} ({sources[at].kind}, {part or 'neither train nor validation'})"
     if reading.length > longest:
         title += f": stored whole, {reading.length - longest:,} tokens more than a row holds (max_length {longest:,})"
     return Inspection(title, (reading,), {"source": name, "sequence": number, "part": part})

@@ -139,6 +139,15 @@ def test_refused_records_are_counted_by_reason_and_the_first_are_named(tmp_path)
     assert "No record was refused." in page  # of the other source
 
 
+def test_what_repeats_is_shown_as_the_ledger_counts_it(tmp_path):
+    workspace, _ = make_prepared(tmp_path, talks=[*TALKS, TALKS[3], TALKS[4]])
+    found = json.loads(workspace.ledger.read_bytes())["sources"][0]["findings"]["exact"]
+    page = re.sub(r"<[^>]+>", " ", workspace.report.read_text(encoding="utf-8"))
+    assert found["records"] == 2
+    done = {"off": "not looked for", "count": "counted, kept", "remove": "removed"}[found["action"]]
+    assert re.search(rf"exact duplicates +2 +{found['sequences']} +{found['tokens']} +{done}", page)
+
+
 def test_equal_data_gives_equal_bytes_and_nothing_from_outside_is_loaded(made, tmp_path):
     _, _, page = made
     again, _ = make_prepared(tmp_path)

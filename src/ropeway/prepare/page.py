@@ -129,7 +129,7 @@ def _source(page: Page, number: int, samples: Iterable[Sample]) -> Iterator[str]
     yield f"{share:.1%} of what epoch 0 reads supervised</span></summary>"
     yield f'<div class="two"><div><h3>Lengths</h3>{draw_histogram(source.lengths, page.profile.max_length)}'
     yield f"<p>{over:,} of {_count(len(source.lengths), 'sequence')} longer than max_length "
-    yield f"{page.profile.max_length:,}.</p>{_refused(page, account)}</div>"
+    yield f"{page.profile.max_length:,}.</p>{_refused(page, account)}{_findings(account['findings'])}</div>"
     yield f"<div><h3>Ledger</h3>{_ledger(list_steps(account))}</div></div><h3>Samples</h3>"
     shown = [_sample(page, sample) for sample in samples]
     yield from shown or ["<p>No sequence: there is nothing to show.</p>"]
@@ -176,6 +176,20 @@ def _refused(page: Page, account: Mapping[str, Any]) -> str:
     listed = f"<details><summary>the first {len(first)} that fetch refused</summary><ol>{places}</ol></details>"
     share = f"{total:,} of {account['records']['read']:,} records read"
     return f"<h3>Refused</h3><p>{share}:</p>{table}{listed if first else ''}"
+
+
+def _findings(found: Mapping[str, Any]) -> str:
+    """Return what repeats: duplicates, and training sequences that share words with validation or with prompts."""
+    done = {"off": "not looked for", "count": "counted, kept", "remove": "removed"}
+    lines = []
+    for key, name in (("exact", "exact duplicates"), ("near", "near duplicates"), ("contaminated", "contaminated")):
+        one = found[key]
+        zero = "" if one["records"] else ' class="zero"'
+        cells = "".join(f'<td class="n">{one[unit]:,}</td>' for unit in ("records", "sequences", "tokens"))
+        lines.append(f"<tr{zero}><th>{name}</th>{cells}<td>{done[one['action']]}</td></tr>")
+    heads = "".join(f'<th class="n">{unit}</th>' for unit in ("records", "sequences", "tokens"))
+    table = f"<thead><tr><th></th>{heads}<th></th></tr></thead><tbody>{''.join(lines)}</tbody>"
+    return f'<h3>Repeats</h3><div class="wide"><table class="ledger">{table}</table></div>'
 
 
 def _sample(page: Page, sample: Sample) -> str:

@@ -100,7 +100,7 @@ def _describe(source: SourceShards, reading: Reading) -> str:
     sequence = reading.piece.sequence
     part = next(
         (name for name in ("train", "validation") if (getattr(source, name) == sequence).any()),
-        "unused",
+        "neither train nor validation",
     )
     return (
         f"sequence {sequence:,} ({part}): {reading.length:,} tokens, {reading.supervised:,} of the "
