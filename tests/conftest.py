@@ -13,6 +13,8 @@ from ropeway.s3_client import make_client
 from ropeway.storage import Store, open_store
 from tests.s3_server import S3Server, find_binary, start_server
 
+os.environ["WANDB_MODE"] = "disabled"  # the tests of tracking say otherwise
+
 # A job in the background (`make test &`, nohup, some CI runners) starts with signals ignored, and its children inherit
 # that: the tests that send them would wait for nothing. What a shell in the foreground gives is restored.
 for _number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):

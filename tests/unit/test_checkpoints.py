@@ -1,5 +1,6 @@
 """A checkpoint is whole or not there: what a kill, a full disk or a flipped byte leaves is never resumed from."""
 
+import os
 import shutil
 
 import pytest
@@ -115,3 +116,17 @@ def test_the_last_good_checkpoint_is_named(tmp_path):
     assert checkpoints.name_last_good(tmp_path) == "No checkpoint was saved before that"
     write(tmp_path, 5)
     assert "is of step 5: " in checkpoints.name_last_good(tmp_path)
+
+
+def test_older_runs_of_the_same_profile_give_way_and_no_others(tmp_path):
+    for age, (name, profile) in enumerate(
+        [("old", "tiny"), ("current", "tiny"), ("other", "laptop"), ("newer", "tiny"), ("newest", "tiny")]
+    ):
+        checkpoints.claim(tmp_path / name, profile=profile)
+        write(tmp_path / name, 5)
+        os.utime(tmp_path / name / checkpoints.OWNER, ns=(age, age))
+    (tmp_path / "unclaimed").mkdir()
+    assert checkpoints.prune_runs(tmp_path, profile="tiny", current="current", keep=2) == ["old", "newer"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["current", "newest", "other", "unclaimed"]
+    assert checkpoints.prune_runs(tmp_path, profile="tiny", current="current", keep=1) == ["newest"]
+    assert checkpoints.newest_valid(tmp_path / "current").step == 5

@@ -5,12 +5,12 @@ import io
 import json
 import os
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ropeway.accumulation import accumulation_steps
 from ropeway.devices import count_ranks
-from ropeway.errors import DataError, TemporaryError
+from ropeway.errors import ConfigError, DataError, TemporaryError
 from ropeway.manifest import load_manifest, write_atomic, write_json
 from ropeway.params import Profile
 from ropeway.supervise import signal_of
@@ -20,6 +20,7 @@ from ropeway.train.fingerprint import Fingerprint, take_fingerprint
 from ropeway.train.launch import free_port, plan_command, plan_environment
 from ropeway.workspace import Workspace
 
+KEPT_RUNS = 3
 OUT_OF_MEMORY = " (where nobody sent it, the machine ran out of memory: `dmesg` says so)"
 
 
@@ -32,11 +33,13 @@ def run(workspace: Workspace, profile: Profile) -> None:
         TemporaryError: A rank was ended by a signal.
         SystemExit: A rank ended with an error of its own, already printed; the code is passed on.
     """
+    keep = _kept_runs(os.environ)
     ranks = count_ranks()
     accumulation_steps(profile, ranks)
     load_deepspeed_json(workspace.root / profile.deepspeed_config)
     fingerprint = take_fingerprint(workspace, profile)
     print(f"training run {fingerprint.digest}", flush=True)
+    checkpoints.claim(workspace.checkpoints / fingerprint.digest, profile=workspace.profile)
     workspace.work.mkdir(exist_ok=True)
     (workspace.work / "progress.jsonl").unlink(missing_ok=True)
     arguments = [str(workspace.root), workspace.profile, fingerprint.digest]
@@ -52,6 +55,23 @@ def run(workspace: Workspace, profile: Profile) -> None:
     if code:
         raise SystemExit(code)
     _leave_files(workspace, profile, fingerprint)
+    gone = checkpoints.prune_runs(
+        workspace.checkpoints, profile=workspace.profile, current=fingerprint.digest, keep=keep
+    )
+    if gone:
+        print(f"checkpoints of older runs removed (ROPEWAY_KEEP_RUNS): {', '.join(gone)}", flush=True)
+
+
+def _kept_runs(environment: Mapping[str, str]) -> int:
+    """Return of how many runs of a profile checkpoints stay.
+
+    Raises:
+        ConfigError: `ROPEWAY_KEEP_RUNS` is not a positive whole number.
+    """
+    stated = environment.get("ROPEWAY_KEEP_RUNS", str(KEPT_RUNS))
+    if not stated.isdecimal() or int(stated) < 1:
+        raise ConfigError(f"ROPEWAY_KEEP_RUNS: expected a positive whole number, found {stated!r}")
+    return int(stated)
 
 
 def _leave_files(workspace: Workspace, profile: Profile, fingerprint: Fingerprint) -> None:

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from ropeway.errors import ConfigError, DataError
-from ropeway.manifest import NAME, load_manifest, sync_folder, write_manifest
+from ropeway.manifest import NAME, load_manifest, sync_folder, write_json, write_manifest
 
 _NAME = re.compile(r"step-(\d{6,})")
 STATE = "state"
 LOG = "steps.jsonl"
+OWNER = "run.json"
 OTHER_VERSIONS = "ROPEWAY_OTHER_VERSIONS"
 
 
@@ -126,6 +127,27 @@ def remove(folder: Path) -> None:
     """Remove a checkpoint, its manifest first, so that a kill in between leaves nothing that looks whole."""
     (folder / NAME).unlink(missing_ok=True)
     shutil.rmtree(folder)
+
+
+def claim(root: Path, *, profile: str) -> None:
+    """Say in a run's folder whose it is; its time says when the run was last started."""
+    write_json(root / OWNER, {"profile": profile})
+
+
+def prune_runs(root: Path, *, profile: str, current: str, keep: int) -> list[str]:
+    """Remove the checkpoints of a profile's older runs, all but the `keep` last started; return what was removed.
+
+    The current run stays whatever its age, and so does a folder that does not say whose it is.
+    """
+    owners = {folder: folder / OWNER for folder in root.iterdir() if (folder / OWNER).is_file()}
+    mine = [folder for folder, note in owners.items() if json.loads(note.read_bytes())["profile"] == profile]
+    mine.sort(key=lambda folder: (folder.name == current, owners[folder].stat().st_mtime_ns))
+    gone = mine[: max(0, len(mine) - keep)]
+    for folder in gone:
+        for _, step in list_steps(folder):
+            remove(step)
+        shutil.rmtree(folder)
+    return [folder.name for folder in gone]
 
 
 def clear_partial(root: Path) -> None:
