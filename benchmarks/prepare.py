@@ -114,7 +114,8 @@ def run_rounds(spaces: dict[str, Workspace], rounds: int) -> dict[str, Any]:
                 for way in [*WAYS][number % len(WAYS) :] + [*WAYS][: number % len(WAYS)]:
                     facts = measure(way, workspace, workers)
                     runs[path][str(workers)][way].append(facts)
-                    say(f"round {number + 1}, {path}, {workers} workers, {way}: {facts['seconds']:.1f} s")
+                    took = f"{facts['seconds']:.1f} s, {facts['cpu_seconds']:.1f} of CPU"
+                    say(f"round {number + 1}, {path}, {workers} workers, {way}: {took}")
     return runs
 
 

@@ -68,7 +68,8 @@ def ours(workspace: Workspace, profile: Profile, _: int, *, counting: bool = Fal
     for left in (workspace.data, workspace.work):
         shutil.rmtree(left, ignore_errors=True)
     facts: Facts = {"parts": {}}
-    for part in ("make_units", "write_manifest", "_account"):  # encoding; hashing of the shards; read-back and ledger
+    # Encoding; split and what repeats; hashing of shards; read-back and ledger; the page. The rest opens and places.
+    for part in ("make_units", "divide_sources", "write_manifest", "_account", "write_report"):
         setattr(prepare, part, _clocked(getattr(prepare, part), part.strip("_"), facts["parts"]))
     with timed(facts):
         prepare.run(workspace, profile)

@@ -14,7 +14,7 @@ from ropeway.chat import Conversation
 from ropeway.errors import ConfigError, DataError, TemporaryError
 from ropeway.manifest import file_sha256
 from ropeway.prepare import units, workers
-from ropeway.prepare.units import encode_unit, plan_units
+from ropeway.prepare.units import choose_unit_bytes, encode_unit, plan_units
 from ropeway.raw import Group, iterate_groups, iterate_records, list_groups
 from ropeway.shards import open_shards
 from tests.unit.test_prepare import TALKS, TEXTS, lay, profile
@@ -59,6 +59,12 @@ def test_units_are_all_groups_in_order_and_no_larger_than_they_may_be(sizes, lim
         assert len(unit) <= 1 or sum(group.text_bytes for group in unit) <= limit
     for unit, following in pairwise(planned):
         assert sum(group.text_bytes for group in (*unit, following[0])) > limit
+
+
+@pytest.mark.parametrize(("count", "units"), [(0, 1), (1, 1), (5, 5), (64, 32), (6400, 100)])
+def test_a_small_source_is_cut_as_finely_as_a_worker_wants_and_a_large_one_as_coarsely_as_it_may(count, units):
+    groups = [Group("part", number, 1, 10) for number in range(count)]
+    assert len(plan_units(groups, unit_bytes=choose_unit_bytes(groups, at_most=640))) == units
 
 
 def test_groups_of_one_source_read_apart_are_its_records(many):

@@ -18,7 +18,7 @@ from ropeway.prepare.contamination import read_prompts
 from ropeway.prepare.divide import Part, divide_sources
 from ropeway.prepare.findings import describe_findings
 from ropeway.prepare.report import write_report
-from ropeway.prepare.units import UNIT_BYTES, Recipe, Unit, fingerprint, plan_recipes, plan_units
+from ropeway.prepare.units import UNIT_BYTES, Recipe, Unit, choose_unit_bytes, fingerprint, plan_recipes, plan_units
 from ropeway.prepare.write import Units, check_readback, disk_may_be_full, make_units, write_split
 from ropeway.raw import list_groups
 from ropeway.shards import FORMAT, open_shards
@@ -93,7 +93,8 @@ def _plan(workspace: Workspace, recipes: Mapping[str, Recipe], work: Path) -> di
     planned: dict[str, Sequence[Unit]] = {}
     for name, recipe in recipes.items():
         raw = workspace.raw / name
-        parts = plan_units(list_groups(raw), unit_bytes=UNIT_BYTES)
+        found = list_groups(raw)
+        parts = plan_units(found, unit_bytes=choose_unit_bytes(found, at_most=UNIT_BYTES))
         folders = (work / name / f"{number:05d}" for number in range(len(parts)))
         planned[name] = [
             Unit(groups, raw, workspace.base, recipe, folder) for groups, folder in zip(parts, folders, strict=True)

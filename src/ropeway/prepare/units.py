@@ -35,6 +35,7 @@ from ropeway.tokenizer import count_tokens, open_tokenizer, read_special
 
 # Some 4 s of one core: little is lost by a kill or waited for at the end, and 100 GB of text are some 6,000 shards.
 UNIT_BYTES = 1 << 24
+_UNITS = 32  # a small source is cut into so many where its row groups allow, so that no worker waits long for another
 COLUMNS = ("lengths", "records", "keys", "record_keys")
 
 
@@ -85,6 +86,14 @@ def plan_units(groups: Sequence[Group], *, unit_bytes: int) -> list[tuple[Group,
             waiting = []
         waiting.append(group)
     return [*units, tuple(waiting)] if waiting or not units else units
+
+
+def choose_unit_bytes(groups: Sequence[Group], *, at_most: int) -> int:
+    """Return how much text a unit of these holds: of the data alone, like the plan.
+
+    Two workers on 20 MB in units of 16 MB would take as long as the 16 MB.
+    """
+    return min(at_most, sum(group.text_bytes for group in groups) // _UNITS)
 
 
 def fingerprint(raw_files: Mapping[str, Any], base: Path, recipes: Mapping[str, Recipe]) -> str:
