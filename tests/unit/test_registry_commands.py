@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ropeway.errors import ConfigError, DataError, RegistryError
+from ropeway.registry import options, verify
 from ropeway.registry.commands import registry_app
 from ropeway.registry.layout import tombstone_key
 from ropeway.storage import open_store
@@ -110,6 +111,47 @@ def test_publish_from_the_command_line_keeps_what_is_attached(tmp_path):
         (tmp_path / "facts.json").write_text(content)
         with pytest.raises(ConfigError, match="expected a JSON"):
             ask(*arguments)
+
+
+def test_withdraw_diff_and_gc_from_the_command_line(world):
+    store, digests = world
+    assert "is withdrawn" in ask("withdraw", "tiny@v2", "--reason", "leaks", "--by", "ana")
+    assert not ask_json("withdraw", "tiny@v2", "--reason", "leaks", "--by", "ana")["created"]
+    with pytest.raises(RegistryError, match="tiny@candidate points there"):
+        ask("withdraw", "tiny@v1", "--reason", "leaks")
+    found = ask_json("diff", "tiny@v1", "tiny@v2")
+    assert found["facts"] == {"facts.steps": [0, 1]}
+    assert "model.safetensors" in ask("diff", "tiny@v1", f"tiny@{digests[1]}")
+    store.put_if_absent("blobs/sha256/aa/" + "a" * 64, b"orphan")
+    assert ask_json("gc")["young"] == 1
+    assert "1 objects of 6 bytes" in ask("gc", "--grace-hours", "0")
+    assert ask_json("gc", "--grace-hours", "0", "--apply")["keys"] == ["blobs/sha256/aa/" + "a" * 64]
+    assert ask_json("verify", "tiny@v1")["files"] == 4
+
+
+@pytest.mark.usefixtures("world")
+def test_signing_from_the_command_line(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="not set"):
+        ask("sign", "tiny@v1")
+    assert "ROPEWAY_SIGNING_KEY" in ask("keygen", str(tmp_path / "key"))
+    monkeypatch.setenv("ROPEWAY_SIGNING_KEY", str(tmp_path / "key"))
+    keyid = ask_json("sign", "tiny@v1")["keyid"]
+    assert "was signed before" in ask("sign", "tiny@v1")
+    assert ask_json("show", "tiny@v1")["signed_by"] == [keyid]
+    assert keyid in ask("show", "tiny@v1")
+
+
+def test_a_long_transfer_is_counted_and_the_count_ends_with_it(world, monkeypatch):
+    store, _ = world
+    monkeypatch.setattr(options, "_LONG_BYTES", 1)
+    monkeypatch.setattr("rich.console.Console.is_terminal", True)
+    counted = []
+    monkeypatch.setattr("rich.progress.Progress.advance", lambda _self, _task, count: counted.append(count))
+    with options.progress_bar(store, "verify", 100):
+        verified = verify(store, "tiny@v1")
+    assert sum(counted) == verified.bytes
+    verify(store, "tiny@v1")
+    assert sum(counted) == verified.bytes
 
 
 @pytest.mark.usefixtures("world")

@@ -13,9 +13,11 @@ from ropeway.registry.aliases import (
     resolve,
     rollback,
 )
+from ropeway.registry.collecting import collect, find_garbage
 from ropeway.registry.core import load_core, package_digest
 from ropeway.registry.publishing import Published, find_number, has_version, is_withdrawn, publish
 from ropeway.registry.pulling import Pulled, Verified, pull, verify, verify_folder
+from ropeway.registry.withdrawing import withdraw
 
 __all__ = [
     "ANY",
@@ -24,6 +26,8 @@ __all__ = [
     "Pulled",
     "Verified",
     "alias_history",
+    "collect",
+    "find_garbage",
     "find_number",
     "has_version",
     "is_withdrawn",
@@ -38,4 +42,5 @@ __all__ = [
     "rollback",
     "verify",
     "verify_folder",
+    "withdraw",
 ]

@@ -21,6 +21,7 @@ from ropeway.registry.layout import (
 )
 from ropeway.registry.log import Event, append_event, count_events, read_event, read_events
 from ropeway.registry.publishing import find_number, is_withdrawn
+from ropeway.registry.signing import check_policy
 from ropeway.storage import Store
 
 _MAX_WORDS = 2000
@@ -85,8 +86,8 @@ def promote(  # noqa: PLR0913 - one event's fields
             the message names where it is.
     """
     check_alias(alias)
-    _check_words("by", by)
-    _check_words("reason", reason)
+    check_words("by", by)
+    check_words("reason", reason)
     _check_promotable(store, name, digest)
     event = {
         "digest": digest,
@@ -226,13 +227,14 @@ def _what_there_is(store: Store, name: str) -> str:
 def _check_promotable(store: Store, name: str, digest: str) -> None:
     """Raise RegistryError unless a version is published and every file of it is there, by size."""
     core = load_core(store, name, digest)
+    check_policy(store, core)
     if find_number(store, name, digest) is None:
         raise RegistryError(f"{name} {digest[:12]}… was never published to its end. Publish it again, then promote it")
     if faults := [fault for file in core.files if (fault := blob_fault(store, file, rehash=False))]:
         raise RegistryError(f"{name} {digest[:12]}… is not whole in {store.url}: {faults[0]}. Publish it again")
 
 
-def _check_words(what: str, words: str) -> None:
-    """A name and a reason are kept for ever and shown in terminals: some text, and nothing that steers one."""
+def check_words(what: str, words: str) -> None:
+    """Raise RegistryError unless a name or reason, kept for ever and shown in terminals, is text that steers none."""
     if not words.strip() or len(words) > _MAX_WORDS or not words.replace("\n", " ").isprintable():
-        raise RegistryError(f"promotion: {what} is {words[:60]!r}, expected 1 to {_MAX_WORDS:,} printable characters")
+        raise RegistryError(f"registry: {what} is {words[:60]!r}, expected 1 to {_MAX_WORDS:,} printable characters")

@@ -7,7 +7,7 @@ from pathlib import Path
 from ropeway.errors import AbsentError, DataError
 from ropeway.registry.layout import blob_key
 from ropeway.registry.rules import PackageFile
-from ropeway.storage import BLOCK_BYTES, Store
+from ropeway.storage import TRANSFER_BYTES, Store
 
 
 def put_blobs(store: Store, files: Sequence[tuple[Path, PackageFile]]) -> None:
@@ -48,6 +48,7 @@ def blob_fault(store: Store, file: PackageFile, *, rehash: bool) -> str | None:
 def _hash_blob(store: Store, key: str) -> str:
     digest = hashlib.sha256()
     with store.open_stream(key) as stream:
-        while block := stream.read(BLOCK_BYTES):
+        while block := stream.read(TRANSFER_BYTES):
             digest.update(block)
+            store.on_bytes(len(block))
     return digest.hexdigest()

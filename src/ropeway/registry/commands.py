@@ -8,17 +8,25 @@ from typing import Annotated, Any
 import typer
 
 from ropeway.errors import ConfigError
-from ropeway.storage import Store, open_store
-from ropeway.workspace import Workspace, find_root
+from ropeway.registry import care_commands
+from ropeway.registry.options import (
+    By,
+    Json,
+    Reason,
+    Reference,
+    Url,
+    draw,
+    open_registry,
+    print_json,
+    progress_bar,
+    registry_app,
+    user_name,
+)
+from ropeway.storage import Store
 
-registry_app = typer.Typer(no_args_is_help=True, help="List, check, fetch and promote published versions.")
+__all__ = ["care_commands", "registry_app"]  # its commands register themselves
 
-Reference = Annotated[str, typer.Argument(help="NAME@ALIAS, NAME@v3 or NAME@DIGEST (8 digits or more)")]
 Alias = Annotated[str, typer.Argument(help="The pointer to move, e.g. production")]
-Url = Annotated[str | None, typer.Option("--registry", help="file:///path; default: ROPEWAY_REGISTRY, else ./registry")]
-Json = Annotated[bool, typer.Option("--json", help="For programs.")]
-By = Annotated[str | None, typer.Option(help="Who does it; default: the user name.")]
-Reason = Annotated[str, typer.Option(help="Why, in words; kept for ever.")]
 Expect = Annotated[str, typer.Option(help="Where the alias must point now: v3, a digest, an alias, `none` or `any`.")]
 
 
@@ -32,14 +40,14 @@ def list_command(
     """List the models, or one model's versions."""
     from ropeway.registry import tables
 
-    store = _open(registry)
+    store = open_registry(registry)
     found = tables.describe_versions(store, name) if name else tables.describe_models(store)
     if as_json:
-        _print_json(found)
+        print_json(found)
     elif not found:
         typer.echo(f"{store.url}: nothing {f'named {name} ' if name else ''}published yet")
     else:
-        _draw(tables.draw_versions(name, found) if name else tables.draw_models(found))
+        draw(tables.draw_versions(name, found) if name else tables.draw_models(found))
 
 
 @registry_app.command()
@@ -47,8 +55,8 @@ def show(reference: Reference, *, registry: Url = None, as_json: Json = False) -
     """Show a version: facts, files, lineage, aliases."""
     from ropeway.registry import tables
 
-    version = tables.describe_version(_open(registry), reference)
-    _print_json(version) if as_json else _draw(tables.draw_version(version))
+    version = tables.describe_version(open_registry(registry), reference)
+    print_json(version) if as_json else draw(tables.draw_version(version))
 
 
 @registry_app.command()
@@ -62,8 +70,8 @@ def history(
     wanted = read_reference(reference)
     if not wanted.alias:
         raise ConfigError(f"{reference}: expected NAME@ALIAS, e.g. {wanted.name}@production")
-    events = tables.describe_history(_open(registry), wanted.name, wanted.alias)
-    _print_json(events) if as_json else _draw(tables.draw_history(wanted.name, wanted.alias, events))
+    events = tables.describe_history(open_registry(registry), wanted.name, wanted.alias)
+    print_json(events) if as_json else draw(tables.draw_history(wanted.name, wanted.alias, events))
 
 
 @registry_app.command()
@@ -77,10 +85,14 @@ def verify(
     """Re-hash every byte of a version."""
     from ropeway.registry import pulling
 
-    store = _open(registry)
-    done = pulling.verify_folder(store, reference, folder) if folder else pulling.verify(store, reference)
+    store = open_registry(registry)
+    if folder:
+        done = pulling.verify_folder(store, reference, folder)
+    else:
+        with progress_bar(store, f"verify {reference}", _size(store, reference)):
+            done = pulling.verify(store, reference)
     if as_json:
-        _print_json(asdict(done))
+        print_json(asdict(done))
     else:
         typer.echo(f"{reference}: {done.files} files, {done.bytes:,} bytes, all as published ({done.digest})")
 
@@ -98,12 +110,13 @@ def pull(
     from ropeway.registry.layout import read_reference
     from ropeway.registry.pulling import pull as pull_version
 
-    store = _open(registry)
+    store = open_registry(registry)
     name, digest = read_reference(reference).name, resolve(store, reference)
     # By digest from here on: the alias may move while we work.
-    done = pull_version(store, f"{name}@{digest}", to or Path(f"{name}-{digest[:12]}"))
+    with progress_bar(store, f"pull {reference}", _size(store, reference)):
+        done = pull_version(store, f"{name}@{digest}", to or Path(f"{name}-{digest[:12]}"))
     if as_json:
-        _print_json({**asdict(done), "folder": str(done.folder)})
+        print_json({**asdict(done), "folder": str(done.folder)})
     else:
         typer.echo(f"{reference} is {digest}\n{'pulled to' if done.created else 'already whole in'} {done.folder}")
 
@@ -123,9 +136,12 @@ def publish(
 
     facts = _read_facts(provenance) if provenance else {}
     attachments = {path.name: path for path in attach or []}
-    done = publish_package(_open(registry), folder, name, provenance=facts, attachments=attachments)
+    store = open_registry(registry)
+    size = sum(path.stat().st_size for path in [*folder.rglob("*"), *attachments.values()] if path.is_file())
+    with progress_bar(store, f"publish {folder}", size):
+        done = publish_package(store, folder, name, provenance=facts, attachments=attachments)
     if as_json:
-        _print_json(asdict(done))
+        print_json(asdict(done))
     else:
         typer.echo(f"{done} {'published' if done.created else 'was published before'}: {done.digest}")
 
@@ -146,10 +162,10 @@ def promote(  # noqa: PLR0913 - a command's options
     from ropeway.registry.aliases import resolve
     from ropeway.registry.layout import read_reference
 
-    store = _open(registry)
+    store = open_registry(registry)
     name, digest = read_reference(reference).name, resolve(store, reference)
     expected = _read_expect(store, name, expect)
-    done = promote_version(store, name, alias, digest, expect=expected, by=by or _user(), reason=reason)
+    done = promote_version(store, name, alias, digest, expect=expected, by=by or user_name(), reason=reason)
     _report_promotion(asdict(done), as_json=as_json)
 
 
@@ -167,21 +183,17 @@ def rollback(
     from ropeway.registry.layout import read_reference
 
     wanted = read_reference(reference)
-    done = roll_back(_open(registry), wanted.name, wanted.alias or "", by=by or _user(), reason=reason)
+    done = roll_back(open_registry(registry), wanted.name, wanted.alias or "", by=by or user_name(), reason=reason)
     _report_promotion(asdict(done), as_json=as_json)
 
 
-def _open(url: str | None) -> Store:
-    return open_store(url or Workspace(find_root(), "").registry_url)
+def _size(store: Store, reference: str) -> int:
+    """Return how many bytes a version's files have."""
+    from ropeway.registry.aliases import resolve
+    from ropeway.registry.core import load_core
+    from ropeway.registry.layout import read_reference
 
-
-def _user() -> str:
-    import getpass
-
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name; OSError from Python 3.13 on
-        raise ConfigError("this user has no name here; say who does it with --by") from None
+    return load_core(store, read_reference(reference).name, resolve(store, reference)).total_bytes
 
 
 def _read_expect(store: Store, name: str, expect: str) -> Any:  # noqa: ANN401 - None, ANY or a digest
@@ -202,19 +214,9 @@ def _read_facts(path: Path) -> dict[str, Any]:
 
 def _report_promotion(done: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
-        _print_json(done)
+        print_json(done)
         return
     moved = "now points" if done["moved"] else "pointed already"
     typer.echo(f"{done['name']}@{done['alias']} {moved} to {done['digest']}")
     if done["moved"] and done["prev"]:
         typer.echo(f"before: {done['prev']}")
-
-
-def _print_json(value: object) -> None:
-    typer.echo(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False))
-
-
-def _draw(table: Any) -> None:  # noqa: ANN401 - whatever rich can draw
-    from rich.console import Console
-
-    Console().print(table)

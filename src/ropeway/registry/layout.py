@@ -3,10 +3,12 @@
 registry.json                                     format, written once
 blobs/sha256/ab/<64 hex>                          immutable
 models/<name>/manifests/<64 hex>.json             canonical JSON; its sha256 is the version's identity
+models/<name>/manifests/<64 hex>.<key id>.sig     Ed25519 signature over those bytes, one per key
 models/<name>/versions/00000012.json              number -> digest, append-only
 models/<name>/aliases/<alias>/00000007.json       {digest, prev, by, reason, review, at}: the last is the alias
 models/<name>/tombstones/<64 hex>.json            withdrawn; pull refuses
 intents/<32 hex>.json                             a publish under way; a collector leaves what it names alone
+collections/<32 hex>.json                         a collection under way; publishers step back
 """
 
 import re
@@ -18,6 +20,8 @@ from ropeway.manifest import canonical_json
 from ropeway.storage import Store
 
 FORMAT = "ropeway-registry/1"
+INTENTS = "intents/"
+COLLECTIONS = "collections/"
 _MARK = "registry.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}[A-Za-z0-9]|[A-Za-z0-9]")
 _ALIAS = re.compile(r"[a-z][a-z0-9-]{0,48}[a-z0-9]")
@@ -124,6 +128,16 @@ def manifest_key(name: str, digest: str) -> str:
     return f"models/{name}/manifests/{digest}.json"
 
 
+def signatures_prefix(name: str, digest: str) -> str:
+    """Return what the keys of a version's signatures begin with."""
+    return f"models/{name}/manifests/{digest}."
+
+
+def signature_key(name: str, digest: str, keyid: str) -> str:
+    """Return where one key's signature of a version lies."""
+    return f"{signatures_prefix(name, digest)}{keyid}.sig"
+
+
 def versions_log(name: str) -> Log:
     """Return the log number → digest, with what is known of a version but does not make it."""
     return Log(f"models/{name}/versions/", _VERSION)
@@ -146,7 +160,12 @@ def tombstone_key(name: str, digest: str) -> str:
 
 def intent_key(identifier: str) -> str:
     """Return where a publish under way names the blobs it counts on."""
-    return f"intents/{identifier}.json"
+    return f"{INTENTS}{identifier}.json"
+
+
+def collection_key(identifier: str) -> str:
+    """Return where a collection under way announces itself."""
+    return f"{COLLECTIONS}{identifier}.json"
 
 
 def found_registry(store: Store) -> None:

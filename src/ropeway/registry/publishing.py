@@ -1,18 +1,19 @@
-"""Publish a package: blobs, re-check, manifest, number, in this order, so that a death leaves no dangling pointer."""
+"""Publish a package: blobs, re-check, manifest, signature, number, in this order: a death leaves nothing dangling."""
 
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from ropeway.errors import DataError
+from ropeway.errors import DataError, TemporaryError
 from ropeway.manifest import canonical_json, file_sha256
 from ropeway.registry.blobs import put_blobs
 from ropeway.registry.core import Core, load_core, read_package
 from ropeway.registry.layout import (
+    COLLECTIONS,
     blob_key,
     check_digest,
     check_name,
@@ -26,7 +27,10 @@ from ropeway.registry.layout import (
 )
 from ropeway.registry.log import Event, append_event, event_document, read_events
 from ropeway.registry.rules import PackageFile, check_content, check_files
+from ropeway.registry.signing import load_signer, sign
 from ropeway.storage import Store
+
+COLLECTION_BELIEVED = timedelta(hours=1)  # a collection ends after half of that; an older announcement is of a dead one
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +74,10 @@ def publish(
     Raises:
         DataError: The package, or a blob the registry has of it, is not what its manifest says or breaks a rule.
         RegistryError: The name cannot be used.
+        TemporaryError: The store is away, or garbage is being collected there.
+        ConfigError: ROPEWAY_SIGNING_KEY names no key.
     """
+    signer = load_signer()
     core = read_package(package_folder, name, verify=True)
     attached = _plan_attachments(attachments)
     record = {
@@ -89,6 +96,8 @@ def publish(
         put_blobs(store, files)
         store.put_if_absent(manifest_key(name, core.digest), core.document, sha256=core.digest)
         load_core(store, name, core.digest)  # an older manifest of that name may have rotted
+        if signer:
+            sign(store, core, signer)
         numbered = append_event(store, versions_log(name), lambda events: _plan_number(events, record))
     return Published(name, core.digest, numbered.number, created=numbered.created)
 
@@ -156,5 +165,17 @@ def _announced(store: Store, core: Core, files: Iterable[PackageFile]) -> Iterat
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     store.put_if_absent(key, canonical_json(intent))
+    _step_back(store, key)
     yield
     store.delete(key)
+
+
+def _step_back(store: Store, intent: str) -> None:
+    """Raise TemporaryError while garbage is collected: the collector may not have seen our intent."""
+    since = datetime.now(UTC) - COLLECTION_BELIEVED
+    if under_way := [entry for entry in store.list_entries(COLLECTIONS) if entry.modified_at > since]:
+        store.delete(intent)
+        raise TemporaryError(
+            f"{store.url}: garbage is being collected since {under_way[0].modified_at:%H:%M:%S} UTC; nothing was "
+            "published. Repeat the command in a few minutes"
+        )

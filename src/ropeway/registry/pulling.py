@@ -19,7 +19,8 @@ from ropeway.registry.layout import blob_key, read_reference, tombstone_key, ver
 from ropeway.registry.log import read_event
 from ropeway.registry.publishing import attached_files, find_number, is_withdrawn
 from ropeway.registry.rules import PackageFile, check_content, scan_folder
-from ropeway.storage import BLOCK_BYTES, Store
+from ropeway.registry.signing import check_policy
+from ropeway.storage import BLOCK_BYTES, TRANSFER_BYTES, Store
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ def pull(store: Store, reference: str, target: Path) -> Pulled:
         return Pulled(name, core.digest, target, created=False)
     with _partial_folder(target, core) as partial:
         for file in core.files:
-            _fetch_file(store, file, partial / file.path)
+            fetch_file(store, file, partial / file.path)
         if strays := sorted(set(scan_folder(partial)) - {file.path for file in core.files}):
             raise DataError(f"{partial}: {strays[0]} is none of the version's files. Pull again")
         _settle(partial, target)
@@ -113,7 +114,7 @@ def verify_folder(store: Store, reference: str, folder: Path) -> Verified:
 
 
 def _load_allowed(store: Store, reference: str) -> tuple[str, Core]:
-    """Return the name and core a reference means: digest, manifest's hash, rules, tombstone."""
+    """Return the name and core a reference means: digest, manifest's hash, rules, tombstone, signature policy."""
     name, digest = read_reference(reference).name, resolve(store, reference)
     core = load_core(store, name, digest)
     if is_withdrawn(store, name, digest):
@@ -121,6 +122,7 @@ def _load_allowed(store: Store, reference: str) -> tuple[str, Core]:
             f"{reference} ({digest[:12]}…) is withdrawn: {store.url} holds {tombstone_key(name, digest)}. "
             "Choose another version"
         )
+    check_policy(store, core)
     return name, core
 
 
@@ -184,7 +186,7 @@ def _lock_folder(folder: Path) -> int:
     raise TemporaryError(f"{folder}: another process is pulling the same version here. Repeat when it has ended")
 
 
-def _fetch_file(store: Store, file: PackageFile, path: Path) -> None:
+def fetch_file(store: Store, file: PackageFile, path: Path) -> None:
     """Bring one file to `path`: what an earlier pull left of it is hashed, the rest is streamed and hashed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+b") as local:
@@ -212,9 +214,10 @@ def _fetch_rest(store: Store, file: PackageFile, local: BinaryIO, digest: "hashl
     if (missing_bytes := file.bytes - local.tell()) > 0:
         try:
             with store.open_stream(blob_key(file.sha256), start_byte=local.tell()) as stream:
-                while block := stream.read(min(BLOCK_BYTES, missing_bytes)):
+                while block := stream.read(min(TRANSFER_BYTES, missing_bytes)):
                     digest.update(block)
                     local.write(block)
+                    store.on_bytes(len(block))
                     missing_bytes -= len(block)
         except AbsentError:
             raise DataError(f"{store.url}: the blob of {file.path} ({file.sha256[:12]}…) is missing") from None

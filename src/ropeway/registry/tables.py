@@ -14,6 +14,7 @@ from ropeway.registry.core import load_core
 from ropeway.registry.layout import check_name, check_registry, list_models, read_reference, versions_log
 from ropeway.registry.log import read_event, read_events
 from ropeway.registry.publishing import attached_files, find_number, is_withdrawn
+from ropeway.registry.signing import list_signatures
 from ropeway.storage import Store
 
 Facts = dict[str, Any]
@@ -70,6 +71,7 @@ def describe_version(store: Store, reference: str) -> Facts:
         "bytes": core.total_bytes,
         "aliases": sorted(alias for alias, there in list_aliases(store, name).items() if there == digest),
         "withdrawn": is_withdrawn(store, name, digest),
+        "signed_by": list_signatures(store, name, digest),
         "files": {file.path: {"sha256": file.sha256, "bytes": file.bytes} for file in core.files},
         "facts": core.facts,
         "published_at": record["published_at"],
@@ -97,7 +99,7 @@ def draw_models(models: list[Facts]) -> Table:
         )
         for model in models
     ]
-    return _table(("model", "versions", "latest", "published", "aliases"), rows)
+    return draw_table(("model", "versions", "latest", "published", "aliases"), rows)
 
 
 def draw_versions(name: str, versions: list[Facts]) -> Table:
@@ -111,7 +113,7 @@ def draw_versions(name: str, versions: list[Facts]) -> Table:
         )
         for version in versions
     ]
-    return _table(("version", "digest", "published", "aliases"), rows)
+    return draw_table(("version", "digest", "published", "aliases"), rows)
 
 
 def draw_version(version: Facts) -> Group:
@@ -121,6 +123,7 @@ def draw_version(version: Facts) -> Group:
         "version": label + (", WITHDRAWN" if version["withdrawn"] else ""),
         "digest": version["digest"],
         "aliases": ", ".join(version["aliases"]) or "none",
+        "signed by": ", ".join(version["signed_by"]) or "nobody",
         "published": version["published_at"],
         **_flatten(version["provenance"]),
         **_flatten(version["facts"]),
@@ -133,7 +136,7 @@ def draw_version(version: Facts) -> Group:
         for path, entry in {**version["files"], **_beside(version["attachments"])}.items()
     ]
     fetch = Text(f"ropeway registry pull {version['name']}@{version['digest'][:_SHORT]}")
-    return Group(facts, _table(("file", "bytes", "sha256"), files), fetch)
+    return Group(facts, draw_table(("file", "bytes", "sha256"), files), fetch)
 
 
 def draw_history(name: str, alias: str, events: list[Facts]) -> Table:
@@ -150,16 +153,16 @@ def draw_history(name: str, alias: str, events: list[Facts]) -> Table:
         )
         for number, event in enumerate(events, 1)
     ]
-    table = _table(("", "at", "version", "digest", "from", "by", "reason"), rows)
+    table = draw_table(("", "at", "version", "digest", "from", "by", "reason"), rows)
     table.title = f"{name}@{alias}"
     return table
 
 
-def _table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Table:
-    """Return a table of plain cells."""
+def draw_table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Table:
+    """Return a table of plain cells: what others wrote into a registry cannot steer the terminal."""
     table = Table(box=box.SIMPLE_HEAD)
     for head in heads:
-        table.add_column(head, justify="right" if head in ("versions", "bytes") else "left", overflow="fold")
+        table.add_column(_plain(head), justify="right" if head in ("versions", "bytes") else "left", overflow="fold")
     for row in rows:
         table.add_row(*(_plain(cell) for cell in row))
     return table

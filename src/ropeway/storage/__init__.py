@@ -8,10 +8,20 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from ropeway.errors import AbsentError, ConfigError
-from ropeway.storage.door import BLOCK_BYTES, MAX_DOCUMENT_BYTES, Entry, Store, Stray
+from ropeway.storage.door import BLOCK_BYTES, MAX_DOCUMENT_BYTES, TRANSFER_BYTES, Entry, Store, Stray
 from ropeway.storage.folder import FileStore
 
-__all__ = ["BLOCK_BYTES", "MAX_DOCUMENT_BYTES", "AbsentError", "Entry", "FileStore", "Store", "Stray", "open_store"]
+__all__ = [
+    "BLOCK_BYTES",
+    "MAX_DOCUMENT_BYTES",
+    "TRANSFER_BYTES",
+    "AbsentError",
+    "Entry",
+    "FileStore",
+    "Store",
+    "Stray",
+    "open_store",
+]
 
 
 def open_store(url: str) -> Store:

@@ -11,6 +11,7 @@ from typing import BinaryIO
 from ropeway.errors import DataError
 
 BLOCK_BYTES = 1 << 20
+TRANSFER_BYTES = 8 << 20  # of streams: fewer turns between the hashing thread and those that read ahead
 MAX_DOCUMENT_BYTES = 16 << 20  # `get` reads whole JSON documents; weights go through `open_stream`
 MAX_KEY_BYTES = 240  # some S3 servers refuse more than 255 (SeaweedFS 4.48), and the bucket's prefix comes on top
 # ASCII only, and no part starts with a dot: `..`, NUL, backslash and hidden files cannot be spelled.

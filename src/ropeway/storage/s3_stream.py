@@ -13,8 +13,8 @@ from ropeway.s3_client import error_code
 from ropeway.storage.conditions import wait
 
 RANGE_BYTES = 8 << 20
-WORKERS = 4
-_PIECE_BYTES = 128 << 10  # a read that breaks loses what it had: small pieces keep progress
+WORKERS = 8  # x 8 MiB = 64 MiB ahead at most
+_PIECE_BYTES, _SMALL_PIECE_BYTES = 1 << 20, 64 << 10  # a read that breaks loses what it had: small ones after a break
 BROKEN_TRIES = 5  # of one range without a single byte more
 
 
@@ -25,7 +25,7 @@ def read_whole(client: Any, bucket: str, path: str, *, most_bytes: int) -> bytes
     if size > most_bytes:
         answer["Body"].close()
         return None
-    return _read_range(client, bucket, path, range(size), answer)
+    return bytes(_read_range(client, bucket, path, range(size), answer))
 
 
 def open_object(client: Any, bucket: str, path: str, start_byte: int, url: str) -> "S3Stream":  # noqa: ANN401
@@ -45,7 +45,7 @@ class S3Stream(io.RawIOBase):
         self._starts = iter(range(span.start, span.stop, RANGE_BYTES))
         self._stop = span.stop
         self._pool = ThreadPoolExecutor(WORKERS)
-        self._pending: deque[Future[bytes]] = deque()
+        self._pending: deque[Future[memoryview]] = deque()
         self._block = memoryview(b"")
 
     def readable(self) -> bool:
@@ -54,58 +54,72 @@ class S3Stream(io.RawIOBase):
 
     def readinto(self, buffer: Any, /) -> int:  # noqa: ANN401 - Buffer has a name from Python 3.12 on
         """Fill from the block at hand, fetching the next when it is used up; 0 at the end."""
-        while len(self._pending) <= WORKERS and (start := next(self._starts, None)) is not None:
-            span = range(start, min(start + RANGE_BYTES, self._stop))
-            self._pending.append(self._pool.submit(_read_range, *self._object, span))
-        if not self._block and self._pending:
-            self._block = memoryview(self._next())
+        self._fill()
         target = memoryview(buffer).cast("B")
         count = min(len(target), len(self._block))
         target[:count] = self._block[:count]
         self._block = self._block[count:]
         return count
 
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Return at most `size` bytes of the block at hand, copied once; with no size, all that is left."""
+        if size is None or size < 0:
+            return self.readall()
+        self._fill()
+        data, self._block = bytes(self._block[:size]), self._block[size:]
+        return data
+
     def close(self) -> None:
         """Stop fetching."""
         self._pool.shutdown(wait=not self._pending, cancel_futures=True)
         super().close()
 
-    def _next(self) -> bytes:
+    def _fill(self) -> None:
+        """Keep the readers busy, and have a block at hand unless the end is reached."""
+        while len(self._pending) <= WORKERS and (start := next(self._starts, None)) is not None:
+            span = range(start, min(start + RANGE_BYTES, self._stop))
+            self._pending.append(self._pool.submit(_read_range, *self._object, span))
+        if not self._block and self._pending:
+            self._block = self._next()
+
+    def _next(self) -> memoryview:
         from ropeway.s3_client import explained
 
         with explained(f"{self._url}: {self._object[2]}"):
             return self._pending.popleft().result()
 
 
-def _read_range(client: Any, bucket: str, path: str, span: range, answer: Any = None) -> bytes:  # noqa: ANN401
+def _read_range(client: Any, bucket: str, path: str, span: range, answer: Any = None) -> memoryview:  # noqa: ANN401
     """Return the bytes of a span; after a break only the rest is asked for.
 
     Raises:
         TemporaryError: The connection keeps breaking without a byte more, or the server sends other spans.
         ClientError: What the server said.
     """
-    data, failures = bytearray(), 0
-    while len(data) < len(span):
-        before, kind = len(data), "too few bytes"
+    data, filled, failures, piece = memoryview(bytearray(len(span))), 0, 0, _PIECE_BYTES
+    while filled < len(span):
+        before, kind = filled, "too few bytes"
         try:
             if answer is None:
-                first = span.start + len(data)
-                answer = client.get_object(Bucket=bucket, Key=path, Range=f"bytes={first}-{span.stop - 1}")
-            while block := answer["Body"].read(_PIECE_BYTES):
-                data += block
+                answer = client.get_object(
+                    Bucket=bucket, Key=path, Range=f"bytes={span.start + filled}-{span.stop - 1}"
+                )
+            while block := answer["Body"].read(piece):
+                if filled + len(block) > len(span):
+                    raise TemporaryError(f"s3://{bucket}/{path}: more bytes than were asked for. Repeat the command")
+                data[filled : filled + len(block)] = block
+                filled += len(block)
         except ClientError as error:
             if error_code(error)[1] != 416 or failures == BROKEN_TRIES:  # noqa: PLR2004 - HTTP: past the end
                 raise
         except (BotoCoreError, HTTPError, OSError) as error:
             kind = type(error).__name__
-        if len(data) > len(span):
-            raise TemporaryError(f"s3://{bucket}/{path}: more bytes than were asked for. Repeat the command")
-        answer, failures = None, 0 if len(data) > before else failures + 1
+        answer, piece, failures = None, _SMALL_PIECE_BYTES, 0 if filled > before else failures + 1
         if failures >= BROKEN_TRIES:
             raise TemporaryError(
-                f"s3://{bucket}/{path}: the connection broke {failures} times at byte {span.start + len(data):,} "
+                f"s3://{bucket}/{path}: the connection broke {failures} times at byte {span.start + filled:,} "
                 f"({kind}). Repeat the command; it resumes"
             )
-        if len(data) < len(span):
+        if filled < len(span):
             wait(failures)
-    return bytes(data)
+    return data

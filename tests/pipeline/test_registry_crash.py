@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from ropeway.registry import alias_history, verify
+from tests.registry_chaos import kill_publishes
 from tests.registry_world import PROMOTIONS, make_package, put
 
 ROOT = Path(__file__).parents[2]
@@ -69,3 +70,10 @@ def test_a_kill_before_any_change_of_the_disk_leaves_nothing_dangling_and_the_ne
     moments = json.loads(child.communicate(timeout=120)[0])
     assert child.returncode == 0
     assert moments >= {"publish": 30, "pull": 8}[act]
+
+
+def test_publishes_killed_at_random_moments_complete_and_send_only_what_is_missing(store, tmp_path):
+    outcome = kill_publishes(store.url, tmp_path / "packages", kills=5, seed=0)
+    assert outcome.faults == []
+    assert outcome.kills == 5
+    assert outcome.looks > 0

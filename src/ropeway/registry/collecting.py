@@ -1,0 +1,152 @@
+"""Collect garbage: what no version needs and no publish under way counts on, once it is older than a grace period.
+
+A collector and a publisher cannot miss each other: the publisher leaves its intent and then looks for a collection; the
+collector announces itself and then looks for intents. So one of them sees the other: the publisher steps back, or the
+collector leaves what the intent names alone.
+"""
+
+import json
+import uuid
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from ropeway.errors import AbsentError, TemporaryError
+from ropeway.manifest import canonical_json
+from ropeway.registry.core import load_core
+from ropeway.registry.layout import (
+    COLLECTIONS,
+    INTENTS,
+    blob_key,
+    check_registry,
+    collection_key,
+    list_models,
+    manifest_key,
+    versions_log,
+)
+from ropeway.registry.log import read_events
+from ropeway.registry.publishing import COLLECTION_BELIEVED, attached_files, is_withdrawn
+from ropeway.storage import Entry, Store, Stray
+
+MOST_TIME = COLLECTION_BELIEVED / 2
+INTENT_BELIEVED = timedelta(hours=24)  # however short the grace: a publish that takes longer has died
+
+
+@dataclass(frozen=True, slots=True)
+class Garbage:
+    """What a collection removes.
+
+    Attributes:
+        entries: Objects that nobody needs, by key.
+        strays: What writers that died left aside.
+        young: Objects that nobody needs either, but younger than the grace period.
+        bytes: The size of `entries`; what strays hold is not known.
+    """
+
+    entries: tuple[Entry, ...]
+    strays: tuple[Stray, ...]
+    young: int
+
+    @property
+    def bytes(self) -> int:
+        """The size of what is removed."""
+        return sum(entry.bytes for entry in self.entries)
+
+
+def plan_collection(
+    entries: Iterable[Entry], strays: Iterable[Stray], needed: Collection[str], *, before: datetime
+) -> Garbage:
+    """Return what to remove: collectable, not needed, last changed before a moment."""
+    idle = [entry for entry in entries if _is_collectable(entry.key) and _needs(entry.key) not in needed]
+    old = tuple(entry for entry in idle if entry.modified_at < before)
+    return Garbage(old, tuple(stray for stray in strays if stray.started_at < before), len(idle) - len(old))
+
+
+def find_garbage(store: Store, *, grace: timedelta, withdrawn: bool) -> Garbage:
+    """Return what a collection would remove now. Nothing is removed.
+
+    Args:
+        store: Where.
+        grace: What is younger stays.
+        withdrawn: Whether the blobs that only withdrawn versions need go too.
+
+    Raises:
+        RegistryError: No registry there, or a version's manifest is missing: what it needs cannot be known.
+        DataError: A manifest or an event is damaged: likewise.
+    """
+    check_registry(store)
+    now = datetime.now(UTC)
+    before = now - grace
+    entries = store.list_entries("")  # listed before what is needed is read: what comes later is young
+    needed = {entry.key for entry in entries if _is_announcement(entry, now - COLLECTION_BELIEVED)}
+    # Intents before versions: an intent is removed once its version has a number.
+    needed |= _needed_by_intents(store, entries, min(before, now - INTENT_BELIEVED))
+    needed |= _needed_by_versions(store, withdrawn=withdrawn)
+    return plan_collection(entries, store.list_strays(), needed, before=before)
+
+
+def collect(store: Store, *, grace: timedelta, withdrawn: bool) -> Garbage:
+    """Remove what `find_garbage` finds, announced to publishers; return what was removed."""
+    announcement = collection_key(uuid.uuid4().hex)
+    started = datetime.now(UTC)
+    store.put_if_absent(announcement, canonical_json({"at": started.isoformat(timespec="seconds")}))
+    try:
+        found = find_garbage(store, grace=grace, withdrawn=withdrawn)
+        for entry in _manifests_first(found.entries):
+            if datetime.now(UTC) - started > MOST_TIME:
+                raise TemporaryError(f"{store.url}: stopped after {MOST_TIME}; what is left is for the next. Repeat it")
+            store.delete(entry.key)
+        for stray in found.strays:
+            store.remove_stray(stray)
+    finally:
+        store.delete(announcement)
+    return found
+
+
+def _needed_by_versions(store: Store, *, withdrawn: bool) -> set[str]:
+    needed: set[str] = set()
+    for name in list_models(store):
+        for event in read_events(store, versions_log(name)):
+            digest = str(event["digest"])
+            needed.add(manifest_key(name, digest))
+            if withdrawn and is_withdrawn(store, name, digest):
+                continue
+            files = [*load_core(store, name, digest).files, *attached_files(event)]
+            needed |= {blob_key(file.sha256) for file in files}
+    return needed
+
+
+def _needed_by_intents(store: Store, entries: Sequence[Entry], before: datetime) -> set[str]:
+    """Return what publishes under way count on, and their intents; one older than `before` is of a dead publish."""
+    needed: set[str] = set()
+    listed = {entry.key: entry for entry in entries if entry.key.startswith(INTENTS)}
+    for key in store.list_keys(INTENTS):  # again: a publisher may have come since
+        if key in listed and listed[key].modified_at < before:
+            continue
+        with suppress(AbsentError, ValueError, KeyError, TypeError):
+            intent = json.loads(store.get(key))
+            needed |= {key, manifest_key(intent["name"], intent["digest"]), *intent["blobs"]}
+    return needed
+
+
+def _is_collectable(key: str) -> bool:
+    """Return whether a key is of a kind that may be removed: events and tombstones never are."""
+    parts = key.split("/")
+    manifest = len(parts) == 4 and parts[0] == "models" and parts[2] == "manifests"  # noqa: PLR2004
+    return manifest or key.startswith(("blobs/sha256/", INTENTS, COLLECTIONS))
+
+
+def _needs(key: str) -> str:
+    """Return the key that must be needed for this one to be: a signature's is its manifest."""
+    return f"{key.rsplit('.', 2)[0]}.json" if key.endswith(".sig") else key
+
+
+def _is_announcement(entry: Entry, since: datetime) -> bool:
+    """Return whether an entry is this collection's announcement, or that of another under way."""
+    return entry.key.startswith(COLLECTIONS) and entry.modified_at > since
+
+
+def _manifests_first(entries: Iterable[Entry]) -> list[Entry]:
+    """A death in the middle must not leave a manifest whose blobs are gone."""
+    return sorted(entries, key=lambda entry: (not entry.key.startswith("models/"), entry.key))

@@ -1,0 +1,92 @@
+"""How two versions differ: every fact in their JSON files (parameters, metrics, ledger), and which files changed."""
+
+import hashlib
+import json
+from typing import Any
+
+from rich.console import Group
+
+from ropeway.errors import DataError
+from ropeway.registry.aliases import resolve
+from ropeway.registry.core import Core, load_core
+from ropeway.registry.layout import blob_key, read_reference
+from ropeway.registry.rules import PackageFile
+from ropeway.registry.tables import Facts, draw_table
+from ropeway.storage import Store
+
+# run.json holds parameters, metrics and ledger; a tokenizer's table would be a hundred thousand lines.
+COMPARED = ("run.json", "config.json", "generation_config.json")
+_MOST_BYTES = 8 << 20
+_ABSENT = "absent"
+
+
+def compare(store: Store, old: str, new: str) -> Facts:
+    """Return `{old, new, facts: {"run.json: params.seed": [1, 2]}, files: {path: added | removed | changed}}`.
+
+    Raises:
+        RegistryError: One of them does not exist.
+        DataError: One of them is damaged.
+    """
+    cores = [load_core(store, read_reference(text).name, resolve(store, text)) for text in (old, new)]
+    facts = [_facts(store, core) for core in cores]
+    changed = {
+        key: [facts[0].get(key, _ABSENT), facts[1].get(key, _ABSENT)]
+        for key in sorted({*facts[0], *facts[1]})
+        if facts[0].get(key, _ABSENT) != facts[1].get(key, _ABSENT)
+    }
+    return {
+        "old": {"reference": old, "digest": cores[0].digest},
+        "new": {"reference": new, "digest": cores[1].digest},
+        "facts": changed,
+        "files": compare_files(cores[0].files, cores[1].files),
+    }
+
+
+def compare_files(old: tuple[PackageFile, ...], new: tuple[PackageFile, ...]) -> dict[str, str]:
+    """Return what became of every path that is not the same in both."""
+    before, after = ({file.path: file.sha256 for file in files} for files in (old, new))
+    kinds = dict.fromkeys(before.keys() - after.keys(), "removed")
+    kinds |= dict.fromkeys(after.keys() - before.keys(), "added")
+    kinds |= {path: "changed" for path in before.keys() & after.keys() if before[path] != after[path]}
+    return dict(sorted(kinds.items()))
+
+
+def flatten(tree: Any, prefix: str = "") -> Facts:  # noqa: ANN401 - JSON
+    """Return a JSON tree's leaves under dotted keys.
+
+    >>> flatten({"a": {"b": 1}, "c": [2, 3]})
+    {'a.b': 1, 'c.0': 2, 'c.1': 3}
+    """
+    if isinstance(tree, list):
+        tree = {str(number): item for number, item in enumerate(tree)}
+    if not isinstance(tree, dict) or not tree:
+        return {prefix: tree}
+    leaves: Facts = {}
+    for key, value in tree.items():
+        leaves |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return leaves
+
+
+def draw_comparison(found: Facts) -> Group:
+    """Return what `ropeway registry diff` prints."""
+    heads = ("", found["old"]["reference"], found["new"]["reference"])
+    rows = [(key, str(old), str(new)) for key, (old, new) in found["facts"].items()]
+    return Group(draw_table(heads, rows), draw_table(("file", ""), list(found["files"].items())))
+
+
+def _facts(store: Store, core: Core) -> Facts:
+    facts = flatten(dict(core.facts), "facts") if core.facts else {}
+    for file in core.files:
+        if file.path in COMPARED and file.bytes <= _MOST_BYTES:
+            facts |= flatten(_read_json(store, file), f"{file.path}: ")
+    return {key.replace(": .", ": "): value for key, value in facts.items()}
+
+
+def _read_json(store: Store, file: PackageFile) -> Any:  # noqa: ANN401 - JSON
+    data = store.get(blob_key(file.sha256))
+    if hashlib.sha256(data).hexdigest() != file.sha256:
+        raise DataError(f"{store.url}: the blob of {file.path} is not what its version says. `ropeway registry verify`")
+    try:
+        return json.loads(data)
+    except ValueError as error:
+        raise DataError(f"{store.url}: {file.path} is not JSON ({error})") from None

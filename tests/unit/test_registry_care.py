@@ -1,0 +1,327 @@
+"""Withdraw, sign, collect and compare, on both stores."""
+
+import json
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from ropeway.errors import ConfigError, DataError, RegistryError, TemporaryError
+from ropeway.manifest import canonical_json, write_manifest
+from ropeway.registry import collect, collecting, find_garbage, load_core, promote, pull, verify, withdraw
+from ropeway.registry.comparing import compare
+from ropeway.registry.layout import blob_key, intent_key, manifest_key, signature_key, tombstone_key, versions_log
+from ropeway.registry.signing import list_signatures, load_signer, make_keys
+from ropeway.storage import FileStore, Store, open_store
+from tests.registry_world import copy_store, flip, make_package, move, put, replace
+
+NOW = timedelta(seconds=-60)  # a grace that makes everything old, whatever the store's clock says
+LATER = timedelta(hours=24)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory) -> tuple[Store, list[str]]:
+    place = tmp_path_factory.mktemp("published")
+    store = open_store((place / "registry").as_uri())
+    return store, [put(store, make_package(place / f"p{n}", b"%d" % n)).digest for n in range(2)]
+
+
+@pytest.fixture
+def two(store, published) -> list[str]:
+    copy_store(published[0], store)
+    return published[1]
+
+
+def weights_of(store: Store, digest: str) -> str:
+    return blob_key(next(file.sha256 for file in load_core(store, "tiny", digest).files if "model" in file.path))
+
+
+# Withdraw
+
+
+def test_a_withdrawn_version_is_refused_everywhere_and_says_who_and_why(store, two, tmp_path):
+    assert withdraw(store, "tiny", two[0], by="ana", reason="leaks")
+    assert not withdraw(store, "tiny", two[0], by="ana", reason="leaks")
+    tombstone = json.loads(store.get(tombstone_key("tiny", two[0])))
+    assert (tombstone["digest"], tombstone["by"], tombstone["reason"]) == (two[0], "ana", "leaks")
+    for act in (lambda: pull(store, "tiny@v1", tmp_path / "x"), lambda: verify(store, "tiny@v1")):
+        with pytest.raises(RegistryError, match="withdrawn"):
+            act()
+    with pytest.raises(RegistryError, match="withdrawn"):
+        move(store, two[0])
+
+
+def test_what_an_alias_points_to_is_not_withdrawn(store, two):
+    move(store, two[0])
+    with pytest.raises(RegistryError, match="tiny@candidate points there; it was not withdrawn"):
+        withdraw(store, "tiny", two[0], by="ana", reason="leaks")
+    assert not store.exists(tombstone_key("tiny", two[0]))
+    move(store, two[1])
+    assert withdraw(store, "tiny", two[0], by="ana", reason="leaks")
+
+
+def test_a_promotion_that_slips_in_while_withdrawing_is_named(store, two, monkeypatch):
+    put_if_absent = store.put_if_absent
+
+    def overtaken(key, data, *, sha256=None):
+        monkeypatch.undo()
+        move(store, two[0])
+        return put_if_absent(key, data, sha256=sha256)
+
+    monkeypatch.setattr(store, "put_if_absent", overtaken)
+    with pytest.raises(RegistryError, match=r"is withdrawn, and tiny@candidate was moved there meanwhile"):
+        withdraw(store, "tiny", two[0], by="ana", reason="leaks")
+
+
+@pytest.mark.parametrize(("digest", "by", "reason"), [("0" * 64, "a", "b"), (None, "", "b"), (None, "a", "\x1b")])
+def test_a_withdrawal_needs_a_version_a_name_and_a_reason(store, two, digest, by, reason):
+    with pytest.raises(RegistryError):
+        withdraw(store, "tiny", digest or two[0], by=by, reason=reason)
+    assert store.list_keys("models/tiny/tombstones/") == []
+
+
+# Collect
+
+
+def test_what_versions_need_is_never_collected(store, two):
+    withdraw(store, "tiny", two[0], by="ana", reason="leaks")
+    before = store.list_keys("")
+    found = collect(store, grace=NOW, withdrawn=False)
+    assert (found.entries, found.strays, found.young) == ((), (), 0)
+    assert store.list_keys("") == before
+
+
+def test_garbage_is_shown_first_and_removed_when_asked_and_old(store, two):
+    orphan = "blobs/sha256/aa/" + "a" * 64
+    core = canonical_json({"name": "tiny"})
+    store.put_if_absent(orphan, b"orphan")
+    store.put_if_absent(manifest_key("tiny", "b" * 64), core)
+    store.put_if_absent(signature_key("tiny", "b" * 64, "c" * 16), b"x")
+    store.put_if_absent(signature_key("tiny", two[0], "c" * 16), b"x")
+    store.put_if_absent("somebody/elses", b"x")
+    young = find_garbage(store, grace=LATER, withdrawn=False)
+    assert (young.entries, young.young) == ((), 3)
+    found = find_garbage(store, grace=NOW, withdrawn=False)
+    expected = {orphan, manifest_key("tiny", "b" * 64), signature_key("tiny", "b" * 64, "c" * 16)}
+    assert {entry.key for entry in found.entries} == expected
+    assert found.bytes == 6 + len(core) + 1
+    assert store.exists(orphan)
+    assert {entry.key for entry in collect(store, grace=NOW, withdrawn=False).entries} == expected
+    assert not any(store.exists(key) for key in expected)
+    assert store.exists("somebody/elses")
+    assert list_signatures(store, "tiny", two[0]) == ["c" * 16]
+    assert store.list_keys("collections/") == []
+    assert verify(store, "tiny@v1").files == verify(store, "tiny@v2").files == 4
+
+
+def test_files_that_only_a_withdrawn_version_needs_go_when_asked(store, two):
+    withdraw(store, "tiny", two[0], by="ana", reason="leaks")
+    gone = {entry.key for entry in collect(store, grace=NOW, withdrawn=True).entries}
+    assert weights_of(store, two[0]) in gone
+    assert verify(store, "tiny@v2").files == 4
+    assert store.exists(manifest_key("tiny", two[0]))
+
+
+@pytest.mark.usefixtures("two")
+def test_a_publish_under_way_keeps_what_it_counts_on_until_it_must_have_died(store, monkeypatch):
+    orphan = "blobs/sha256/aa/" + "a" * 64
+    store.put_if_absent(orphan, b"orphan")
+    intent = {"name": "tiny", "digest": "d" * 64, "blobs": [orphan], "at": "now"}
+    store.put_if_absent(intent_key("1" * 32), canonical_json(intent))
+    assert collect(store, grace=NOW, withdrawn=False).entries == ()
+    monkeypatch.setattr(collecting, "INTENT_BELIEVED", NOW)
+    dead = collect(store, grace=NOW, withdrawn=False)
+    assert {entry.key for entry in dead.entries} == {orphan, intent_key("1" * 32)}
+
+
+def test_a_publisher_steps_back_while_garbage_is_collected_and_the_next_try_works(store, two, tmp_path, monkeypatch):
+    package = make_package(tmp_path / "new", b"new")
+    real = collecting.find_garbage
+
+    def meanwhile(*arguments, **options):
+        with pytest.raises(TemporaryError, match=r"garbage is being collected since .*Repeat the command"):
+            put(store, package)
+        assert store.list_keys("intents/") == []
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(collecting, "find_garbage", meanwhile)
+    collect(store, grace=NOW, withdrawn=False)
+    assert put(store, package).number == len(two) + 1
+
+
+def test_a_collector_that_died_does_not_stop_publishing_for_ever(store, two, tmp_path, monkeypatch):
+    store.put_if_absent("collections/" + "1" * 32 + ".json", b"{}")
+    monkeypatch.setattr("ropeway.registry.publishing.COLLECTION_BELIEVED", NOW)
+    assert put(store, make_package(tmp_path / "new", b"new")).number == len(two) + 1
+    assert collect(store, grace=NOW, withdrawn=False).entries == ()
+    monkeypatch.setattr(collecting, "COLLECTION_BELIEVED", NOW)
+    assert "collections/" + "1" * 32 + ".json" in [
+        entry.key for entry in collect(store, grace=NOW, withdrawn=False).entries
+    ]
+
+
+def test_nothing_is_removed_when_what_a_version_needs_cannot_be_known(store, two):
+    orphan = "blobs/sha256/aa/" + "a" * 64
+    store.put_if_absent(orphan, b"orphan")
+    flip(store, manifest_key("tiny", two[0]))
+    with pytest.raises(DataError):
+        collect(store, grace=NOW, withdrawn=False)
+    store.delete(manifest_key("tiny", two[0]))
+    with pytest.raises(RegistryError):
+        collect(store, grace=NOW, withdrawn=False)
+    assert store.exists(orphan)
+    assert store.list_keys("collections/") == []
+
+
+def test_strays_of_dead_writers_are_collected(store, two):
+    if isinstance(store, FileStore):
+        (store.root / ".partial").mkdir(exist_ok=True)
+        (store.root / ".partial" / "dead").touch()
+    else:
+        store.client.create_multipart_upload(Bucket=store._bucket, Key=store._path("blobs/sha256/aa/dead"))
+    assert len(find_garbage(store, grace=LATER, withdrawn=False).strays) == 0
+    assert len(collect(store, grace=NOW, withdrawn=False).strays) == 1
+    assert store.list_strays() == []
+    assert verify(store, f"tiny@v{len(two)}").files == 4
+
+
+# Sign
+
+
+@pytest.fixture
+def keys(tmp_path, monkeypatch) -> Path:
+    """Two key pairs; the first signs, both public halves lie in `trusted/`, no policy yet."""
+    (tmp_path / "trusted").mkdir()
+    for name in ("one", "two"):
+        make_keys(tmp_path / name)
+        (tmp_path / f"{name}.pub").rename(tmp_path / "trusted" / f"{name}.pub")
+    monkeypatch.setenv("ROPEWAY_SIGNING_KEY", str(tmp_path / "one"))
+    monkeypatch.delenv("ROPEWAY_TRUSTED_KEYS", raising=False)
+    return tmp_path
+
+
+def test_a_published_version_is_signed_and_the_policy_lets_it_pass(store, keys, monkeypatch, tmp_path):
+    done = put(store, make_package(tmp_path / "package"))
+    assert list_signatures(store, "tiny", done.digest) == [load_signer().keyid]
+    assert len(store.get(signature_key("tiny", done.digest, load_signer().keyid))) == 64
+    monkeypatch.setenv("ROPEWAY_TRUSTED_KEYS", str(keys / "trusted"))
+    assert move(store, done.digest).moved
+    assert pull(store, "tiny@candidate", tmp_path / "pulled").created
+    assert verify(store, "tiny@candidate").files == 4
+
+
+def test_the_policy_refuses_what_is_unsigned_signed_by_others_or_tampered_with(store, two, keys, monkeypatch, tmp_path):
+    monkeypatch.setenv("ROPEWAY_TRUSTED_KEYS", str(keys / "trusted"))
+    acts = [
+        lambda: pull(store, "tiny@v1", tmp_path / "x"),
+        lambda: verify(store, "tiny@v1"),
+        lambda: promote(store, "tiny", "candidate", two[0], expect=None, by="a", reason="b"),
+    ]
+
+    def refused(words):
+        for act in acts:
+            with pytest.raises(DataError, match=words):
+                act()
+        assert not (tmp_path / "x").exists()
+
+    refused("no signature of a trusted key")
+    core, signer = load_core(store, "tiny", two[0]), load_signer()
+    good, key = signer.sign(core), signature_key("tiny", two[0], signer.keyid)
+    stranger = signature_key("tiny", two[0], "0" * 16)
+    store.put_if_absent(stranger, good)
+    refused("no signature of a trusted key")
+    other = signer.sign(load_core(store, "tiny", two[1]))
+    for bad in (other, good[:-1], b"", b"x" * 64, good + b"x"):
+        replace(store, key, bad)
+        refused("is not that key's signature")
+    replace(store, key, good)
+    assert verify(store, "tiny@v1").files == 4
+
+
+def test_keys_are_changed_by_signing_again_and_taking_the_old_one_out(store, two, keys, monkeypatch):
+    from ropeway.registry.signing import sign
+
+    core = load_core(store, "tiny", two[0])
+    assert sign(store, core, load_signer())
+    assert not sign(store, core, load_signer())
+    monkeypatch.setenv("ROPEWAY_TRUSTED_KEYS", str(keys / "trusted"))
+    (keys / "trusted" / "one.pub").unlink()
+    with pytest.raises(DataError, match="no signature"):
+        verify(store, "tiny@v1")
+    monkeypatch.setenv("ROPEWAY_SIGNING_KEY", str(keys / "two"))
+    assert sign(store, core, load_signer())
+    assert verify(store, "tiny@v1").files == 4
+    assert len(list_signatures(store, "tiny", two[0])) == 2
+
+
+def test_keys_that_are_none_are_readable_by_others_or_exist_are_named(keys, monkeypatch, tmp_path):
+    with pytest.raises(ConfigError, match="never overwritten"):
+        make_keys(keys / "one")
+    (keys / "one").chmod(0o644)
+    with pytest.raises(ConfigError, match="read by others"):
+        load_signer()
+    for content in (b"", b"not a key", (keys / "trusted" / "one.pub").read_bytes()):
+        (tmp_path / "bad").write_bytes(content)
+        (tmp_path / "bad").chmod(0o600)
+        monkeypatch.setenv("ROPEWAY_SIGNING_KEY", str(tmp_path / "bad"))
+        with pytest.raises(ConfigError, match="keygen"):
+            load_signer()
+    monkeypatch.setenv("ROPEWAY_SIGNING_KEY", str(tmp_path / "absent"))
+    with pytest.raises(ConfigError, match="keygen"):
+        load_signer()
+
+
+def test_a_policy_without_keys_or_with_a_broken_one_stops_everything(store, two, keys, monkeypatch, tmp_path):
+    (tmp_path / "none").mkdir()
+    monkeypatch.setenv("ROPEWAY_TRUSTED_KEYS", str(tmp_path / "none"))
+    with pytest.raises(ConfigError, match=r"holds no \*.pub"):
+        verify(store, f"tiny@v{len(two)}")
+    (tmp_path / "none" / "x.pub").write_text("broken")
+    with pytest.raises(ConfigError, match="is no public key"):
+        verify(store, "tiny@v1")
+    assert keys.exists()
+
+
+def test_a_private_key_is_for_its_owner_alone_and_gets_into_no_message_nor_store(store, keys, tmp_path):
+    assert (keys / "one").stat().st_mode & 0o777 == 0o600
+    put(store, make_package(tmp_path / "package"))
+    secret = (keys / "one").read_bytes().splitlines()[1]
+    for key in store.list_keys(""):
+        with store.open_stream(key) as stream:
+            assert secret not in stream.read()
+
+
+# Compare
+
+
+def test_two_versions_are_compared_by_their_facts_and_files(store, tmp_path):
+    for name, seed, loss in (("a", 1, 2.5), ("b", 2, 2.25)):
+        folder = make_package(tmp_path / name, name.encode())
+        (folder / "run.json").write_text(json.dumps({"params": {"seed": seed, "lr": 0.1}, "metrics": {"loss": loss}}))
+        if name == "b":
+            (folder / "notes.txt").write_text("new")
+        (folder / "manifest.json").unlink()
+        write_manifest(folder, {"steps": seed})
+        put(store, folder)
+    found = compare(store, "tiny@v1", "tiny@v2")
+    assert found["facts"] == {
+        "facts.steps": [1, 2],
+        "run.json: metrics.loss": [2.5, 2.25],
+        "run.json: params.seed": [1, 2],
+    }
+    assert found["files"] == {
+        "manifest.json": "changed", "model.safetensors": "changed", "notes.txt": "added", "run.json": "changed",
+    }  # fmt: skip
+    assert compare(store, "tiny@v1", "tiny@v1")["facts"] == {}
+    assert compare(store, "tiny@v2", "tiny@v1")["files"]["notes.txt"] == "removed"
+    flip(
+        store,
+        blob_key(next(f.sha256 for f in load_core(store, "tiny", found["old"]["digest"]).files if "run" in f.path)),
+    )
+    with pytest.raises(DataError, match=r"run\.json"):
+        compare(store, "tiny@v1", "tiny@v2")
+
+
+def test_a_log_entry_survives_every_collection(store, two):
+    collect(store, grace=NOW, withdrawn=True)
+    assert len(store.list_keys(versions_log("tiny").folder)) == len(two)
