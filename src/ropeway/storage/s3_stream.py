@@ -9,7 +9,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from urllib3.exceptions import HTTPError
 
 from ropeway.errors import TemporaryError
-from ropeway.s3_client import error_code
+from ropeway.s3_client import error_code, explained
 from ropeway.storage.conditions import wait
 
 RANGE_BYTES = 8 << 20
@@ -25,7 +25,7 @@ def read_whole(client: Any, bucket: str, path: str, *, most_bytes: int) -> bytes
     if size > most_bytes:
         answer["Body"].close()
         return None
-    return bytes(_read_range(client, bucket, path, range(size), answer))
+    return b"".join(_read_range(client, bucket, path, range(size), answer))
 
 
 def open_object(client: Any, bucket: str, path: str, start_byte: int, url: str) -> "S3Stream":  # noqa: ANN401
@@ -45,29 +45,32 @@ class S3Stream(io.RawIOBase):
         self._starts = iter(range(span.start, span.stop, RANGE_BYTES))
         self._stop = span.stop
         self._pool = ThreadPoolExecutor(WORKERS)
-        self._pending: deque[Future[memoryview]] = deque()
-        self._block = memoryview(b"")
+        self._pending: deque[Future[list[bytes]]] = deque()
+        self._pieces: deque[bytes] = deque()  # at hand, as they came from the network: not copied into one
 
     def readable(self) -> bool:
         """It is."""
         return True
 
     def readinto(self, buffer: Any, /) -> int:  # noqa: ANN401 - Buffer has a name from Python 3.12 on
-        """Fill from the block at hand, fetching the next when it is used up; 0 at the end."""
-        self._fill()
+        """Fill from the piece at hand; 0 at the end."""
         target = memoryview(buffer).cast("B")
-        count = min(len(target), len(self._block))
-        target[:count] = self._block[:count]
-        self._block = self._block[count:]
-        return count
+        data = self.read(len(target))
+        target[: len(data)] = data
+        return len(data)
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """Return at most `size` bytes of the block at hand, copied once; with no size, all that is left."""
+        """Return at most `size` bytes of the piece at hand; with no size, all that is left."""
         if size is None or size < 0:
-            return self.readall()
+            return b"".join(iter(lambda: self.read(RANGE_BYTES), b""))
         self._fill()
-        data, self._block = bytes(self._block[:size]), self._block[size:]
-        return data
+        if not self._pieces:
+            return b""
+        piece = self._pieces.popleft()
+        if len(piece) > size:
+            self._pieces.appendleft(piece[size:])
+            return piece[:size]
+        return piece
 
     def close(self) -> None:
         """Stop fetching."""
@@ -75,28 +78,23 @@ class S3Stream(io.RawIOBase):
         super().close()
 
     def _fill(self) -> None:
-        """Keep the readers busy, and have a block at hand unless the end is reached."""
+        """Keep the readers busy, and have a piece at hand unless the end is reached."""
         while len(self._pending) <= WORKERS and (start := next(self._starts, None)) is not None:
             span = range(start, min(start + RANGE_BYTES, self._stop))
             self._pending.append(self._pool.submit(_read_range, *self._object, span))
-        if not self._block and self._pending:
-            self._block = self._next()
-
-    def _next(self) -> memoryview:
-        from ropeway.s3_client import explained
-
-        with explained(f"{self._url}: {self._object[2]}"):
-            return self._pending.popleft().result()
+        if not self._pieces and self._pending:
+            with explained(f"{self._url}: {self._object[2]}"):
+                self._pieces.extend(self._pending.popleft().result())
 
 
-def _read_range(client: Any, bucket: str, path: str, span: range, answer: Any = None) -> memoryview:  # noqa: ANN401
-    """Return the bytes of a span; after a break only the rest is asked for.
+def _read_range(client: Any, bucket: str, path: str, span: range, answer: Any = None) -> list[bytes]:  # noqa: ANN401
+    """Return the bytes of a span, in pieces; after a break only the rest is asked for.
 
     Raises:
         TemporaryError: The connection keeps breaking without a byte more, or the server sends other spans.
         ClientError: What the server said.
     """
-    data, filled, failures, piece = memoryview(bytearray(len(span))), 0, 0, _PIECE_BYTES
+    pieces, filled, failures, size = list[bytes](), 0, 0, _PIECE_BYTES
     while filled < len(span):
         before, kind = filled, "too few bytes"
         try:
@@ -104,17 +102,17 @@ def _read_range(client: Any, bucket: str, path: str, span: range, answer: Any = 
                 answer = client.get_object(
                     Bucket=bucket, Key=path, Range=f"bytes={span.start + filled}-{span.stop - 1}"
                 )
-            while block := answer["Body"].read(piece):
+            while block := answer["Body"].read(size):
                 if filled + len(block) > len(span):
                     raise TemporaryError(f"s3://{bucket}/{path}: more bytes than were asked for. Repeat the command")
-                data[filled : filled + len(block)] = block
+                pieces.append(block)
                 filled += len(block)
         except ClientError as error:
             if error_code(error)[1] != 416 or failures == BROKEN_TRIES:  # noqa: PLR2004 - HTTP: past the end
                 raise
         except (BotoCoreError, HTTPError, OSError) as error:
             kind = type(error).__name__
-        answer, piece, failures = None, _SMALL_PIECE_BYTES, 0 if filled > before else failures + 1
+        answer, size, failures = None, _SMALL_PIECE_BYTES, 0 if filled > before else failures + 1
         if failures >= BROKEN_TRIES:
             raise TemporaryError(
                 f"s3://{bucket}/{path}: the connection broke {failures} times at byte {span.start + filled:,} "
@@ -122,4 +120,4 @@ def _read_range(client: Any, bucket: str, path: str, span: range, answer: Any = 
             )
         if filled < len(span):
             wait(failures)
-    return data
+    return pieces
