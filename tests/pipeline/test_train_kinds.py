@@ -21,7 +21,6 @@ EDITS = """
   gradient_checkpointing: true
   per_device_train_batch_size: 1
   num_train_epochs: 1
-  save_steps: 2
 """
 LORA = (
     "peft_model: true\n"
@@ -42,14 +41,21 @@ def train(root, named, *lines):
     """Return (what the stage printed, workspace) of a training of the tiny run with these keys."""
     block = BLOCK + EDITS + "".join(f"  {line}\n" for line in lines)
     workspace, _ = make_run(root, block=block)
-    shutil.rmtree(workspace.model)
     (root / "configs" / "ds.json").write_text(json.dumps(named))
     write_identity(root)
-    environment = {**os.environ, "ROPEWAY_RANKS": "2", "DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
+    return start(workspace), workspace
+
+
+def start(workspace, *, ranks=2):
+    """Run the stage to its end and return what it printed."""
+    shutil.rmtree(workspace.model)
+    here = {"ROPEWAY_RANKS": str(ranks), "DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-m", "ropeway.cli", "room", "train"]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=workspace.root, env={**os.environ, **here}, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout, workspace
+    return done.stdout
 
 
 def weights(folder):
@@ -86,3 +92,27 @@ def test_lora_under_zero3_and_yarn_exports_merged_weights(tmp_path):
     base, found = weights(workspace.base), weights(workspace.model)
     changed = {name for name, part in base.items() if not torch.equal(found[name], part)}
     assert changed == {f"model.layers.{layer}.self_attn.{part}_proj.weight" for layer in (0, 1) for part in "qv"}
+
+
+def forget(workspace, count):
+    """Remove the last checkpoints; return the log that the run ended with."""
+    folders = sorted(workspace.checkpoints.glob("*/step-*"))
+    log = (folders[-1] / "steps.jsonl").read_text().splitlines()
+    for folder in folders[-count:]:
+        shutil.rmtree(folder)
+    return [json.loads(line) for line in log]
+
+
+def test_other_ranks_go_on_with_the_same_rows_in_the_same_order(tmp_path, zero2):
+    _, workspace = train(tmp_path, zero(2), "save_steps: 1")
+    by_two = forget(workspace, 2)
+    assert "converting it for 1" in start(workspace, ranks=1)
+    two_then_one = forget(workspace, 1)
+    assert "converting it for 2" in start(workspace, ranks=2)
+    two_one_two = forget(workspace, 1)
+    logs = [[line["rows"] for line in log] for log in (by_two, two_then_one, two_one_two)]
+    assert len(logs[0]) == 3
+    assert logs[0] == logs[1] == logs[2]
+    found = weights(workspace.model)
+    for name, part in zero2.items():
+        assert torch.allclose(found[name], part, atol=1e-5), name

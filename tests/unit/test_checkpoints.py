@@ -107,9 +107,14 @@ def test_another_librarys_version_is_not_resumed_from_in_silence(tmp_path, monke
     checkpoints.check_resumable(older, ranks=2, now=NOW)
 
 
-def test_other_ranks_are_told_how_to_go_on(tmp_path):
-    with pytest.raises(ConfigError, match=r"written by 2 ranks, this start has 4; set ROPEWAY_RANKS=2"):
-        checkpoints.check_resumable(checkpoint(tmp_path), ranks=4, now=NOW)
+def test_other_ranks_need_a_converted_state_and_a_later_save_removes_it(tmp_path):
+    found = checkpoint(tmp_path)
+    with pytest.raises(ConfigError, match=r"written by 2 ranks, this start has 4 .*set ROPEWAY_RANKS=2"):
+        checkpoints.check_resumable(found, ranks=4, now=NOW)
+    checkpoints.universal_folder(found).mkdir(parents=True)
+    checkpoints.check_resumable(found, ranks=4, now=NOW)
+    checkpoints.rotate(found.folder.parent, keep=1)
+    assert not checkpoints.universal_folder(found).exists()
 
 
 def test_the_last_good_checkpoint_is_named(tmp_path):

@@ -18,6 +18,7 @@ from ropeway.train import checkpoints
 from ropeway.train.config import load_deepspeed_json
 from ropeway.train.fingerprint import Fingerprint, take_fingerprint
 from ropeway.train.launch import free_port, plan_command, plan_environment
+from ropeway.train.universal import make_loadable
 from ropeway.workspace import Workspace
 
 KEPT_RUNS = 3
@@ -40,6 +41,7 @@ def run(workspace: Workspace, profile: Profile) -> None:
     fingerprint = take_fingerprint(workspace, profile)
     print(f"training run {fingerprint.digest}", flush=True)
     checkpoints.claim(workspace.checkpoints / fingerprint.digest, profile=workspace.profile)
+    make_loadable(workspace.checkpoints / fingerprint.digest, ranks=ranks)
     workspace.work.mkdir(exist_ok=True)
     (workspace.work / "progress.jsonl").unlink(missing_ok=True)
     arguments = [str(workspace.root), workspace.profile, fingerprint.digest]

@@ -66,13 +66,26 @@ def newest_valid(root: Path) -> Checkpoint | None:
     return None
 
 
+def read_ranks(folder: Path) -> int | None:
+    """Return how many ranks say they wrote a checkpoint, its bytes unread; None where its manifest is broken."""
+    try:
+        return int(json.loads((folder / NAME).read_bytes())["ranks"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def universal_folder(checkpoint: Checkpoint) -> Path:
+    """Return where a checkpoint stands in the form that any number of ranks can load."""
+    return checkpoint.folder.parent / f".universal-step-{checkpoint.step:06d}"
+
+
 def check_resumable(checkpoint: Checkpoint, *, ranks: int, now: dict[str, str]) -> None:
     """Raise ConfigError where going on would silently give other bytes than the run that was begun."""
     wrote: dict[str, Any] = checkpoint.facts
-    if wrote["ranks"] != ranks:
+    if wrote["ranks"] != ranks and not universal_folder(checkpoint).is_dir():
         raise ConfigError(
-            f"{checkpoint.folder} was written by {wrote['ranks']} ranks, this start has {ranks}; set "
-            f"ROPEWAY_RANKS={wrote['ranks']}, or remove {checkpoint.folder.parent} to train from the beginning"
+            f"{checkpoint.folder} was written by {wrote['ranks']} ranks, this start has {ranks} and it was not "
+            f"converted for them; run the stage again, or set ROPEWAY_RANKS={wrote['ranks']}"
         )
     other = [f"{name} {wrote[name]}, here is {version}" for name, version in now.items() if wrote[name] != version]
     if other and os.environ.get(OTHER_VERSIONS) != "1":
@@ -117,9 +130,11 @@ def sync_file(path: Path) -> None:
 
 
 def rotate(root: Path, *, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, and what unfinished saves left behind."""
+    """Remove all but the newest `keep` checkpoints, and what unfinished saves and conversions left behind."""
     for _, folder in list_steps(root)[:-keep]:
         remove(folder)
+    for folder in root.glob(".universal-*"):  # loaded, and overtaken by what is saved now
+        shutil.rmtree(folder, ignore_errors=True)
     clear_partial(root)
 
 

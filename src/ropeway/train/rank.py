@@ -72,12 +72,16 @@ def main(root: Path, name: str, fingerprint: str) -> None:
         raise ConfigError("dtype: fp16 does not train on a CPU; use bf16 or fp32, or run this profile on GPUs")
     attention = choose_attention(profile, cuda=cuda)
     deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False)
-    run = _open_run(workspace, profile, attention, cuda=cuda)
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    folder = workspace.checkpoints / fingerprint
+    checkpoint = saving.find(folder, rank=torch.distributed.get_rank())
+    universal = saving.is_universal(checkpoint, ranks=torch.distributed.get_world_size())
+    run = _open_run(workspace, profile, attention, universal=universal)
     watchdog = Watchdog(limit_seconds=profile.stop.hang_seconds)
     run.beat = watchdog.beat
-    folder = workspace.checkpoints / fingerprint
     with watchdog.slowly(_state_bytes(run)):
-        log = saving.resume(run, folder)
+        log = saving.resume(run, checkpoint)
         facts = {"resumed_from_step": len(log), **_try_out(run, folder, log), **_describe(run, attention)}
     stop = Stop()  # before this there is nothing to save: TERM ends the rank at once
     tracker = _track(run, workspace, fingerprint)
@@ -172,7 +176,7 @@ def _peak(run: Run) -> float | None:
     return None if card is None or run.profile.dtype == "fp32" else CARDS[card] * 1e12 * run.world_size
 
 
-def _open_run(workspace: Workspace, profile: Any, attention: Attention, *, cuda: bool) -> Run:  # noqa: ANN401
+def _open_run(workspace: Workspace, profile: Any, attention: Attention, *, universal: bool) -> Run:  # noqa: ANN401
     ranks = torch.distributed.get_world_size()
     accumulation = accumulation_steps(profile, ranks)
     torch.manual_seed(profile.rng_seed)
@@ -184,11 +188,11 @@ def _open_run(workspace: Workspace, profile: Any, attention: Attention, *, cuda:
             f"{run.plan(0).rows} rows an epoch are fewer than global_batch_size {profile.global_batch_size}: no step "
             "would be made; lower global_batch_size or add data"
         )
-    if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     model = SupervisedLoss(open_model(workspace.base, profile, attention))
     named = load_deepspeed_json(workspace.root / profile.deepspeed_config)
     config = plan_deepspeed(profile, named, ranks=ranks, accumulation_steps=accumulation, total_steps=run.total_steps)
+    if universal:
+        config["checkpoint"] = {"load_universal": True}
     run.engine, *_ = deepspeed.initialize(model=model, model_parameters=learning(model), config=config)
     check_rope(run.engine.module.model, profile)
     _check_same_plan(run)

@@ -48,28 +48,37 @@ def _save(run: Run, folder: Path, log: list[Line]) -> Path:
     return checkpoints.step_folder(folder, len(log))
 
 
-def resume(run: Run, folder: Path) -> list[Line]:
-    """Load the newest valid checkpoint and return its log; all ranks take the one that rank 0 finds.
-
-    Raises:
-        ConfigError: It was written by other ranks or library versions, or DeepSpeed finds nothing in it.
-    """
-    if run.rank == 0:
+def find(folder: Path, *, rank: int) -> checkpoints.Checkpoint | None:
+    """Return the newest valid checkpoint of a run; all ranks get the one that rank 0 finds."""
+    if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         checkpoints.clear_partial(folder)
         if (probe := checkpoints.step_folder(folder, 0)).exists():
             checkpoints.remove(probe)  # of an attempt that ended while it tried its first step
-    found = [checkpoints.newest_valid(folder) if run.rank == 0 else None]
+    found = [checkpoints.newest_valid(folder) if rank == 0 else None]
     torch.distributed.broadcast_object_list(found)
-    checkpoint = found[0]
+    return found[0]
+
+
+def is_universal(checkpoint: checkpoints.Checkpoint | None, *, ranks: int) -> bool:
+    """Return whether the state comes from other ranks, hence from the converted folder."""
+    return checkpoint is not None and checkpoint.facts["ranks"] != ranks
+
+
+def resume(run: Run, checkpoint: checkpoints.Checkpoint | None) -> list[Line]:
+    """Load a checkpoint and return its log.
+
+    Raises:
+        ConfigError: It was written by other library versions, or DeepSpeed finds nothing in it.
+    """
     if checkpoint is None:
         return []
     checkpoints.check_resumable(checkpoint, ranks=run.world_size, now=versions())
-    path, _ = run.engine.load_checkpoint(str(checkpoint.folder), tag=checkpoints.STATE)
+    universal = is_universal(checkpoint, ranks=run.world_size)
+    folder = checkpoints.universal_folder(checkpoint) if universal else checkpoint.folder
+    path, _ = run.engine.load_checkpoint(str(folder), tag=checkpoints.STATE)
     if path is None:
-        raise ConfigError(
-            f"{checkpoint.folder}: DeepSpeed found no state in it; remove the folder to resume from an older one"
-        )
+        raise ConfigError(f"{folder}: DeepSpeed found no state in it; remove the folder to resume from an older one")
     if run.rank == 0:
         print(f"resuming after step {checkpoint.step} of {run.total_steps} ({checkpoint.folder})", flush=True)
     return checkpoint.log()
