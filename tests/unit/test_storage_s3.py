@@ -4,15 +4,19 @@ import hashlib
 import logging
 import os
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from botocore import auth
 
 from ropeway.errors import ConfigError, DataError, RopewayError, TemporaryError
+from ropeway.registry import pull
 from ropeway.storage import Store, multipart, open_store
 from ropeway.storage.multipart import is_same_part
 from tests.fake_s3 import fake_s3
 from tests.fault_proxy import Fault, fault_proxy
+from tests.registry_world import make_package, put
 from tests.s3_server import SECRET
 
 PART = 5 << 20  # the smallest that S3 allows
@@ -269,6 +273,37 @@ def test_a_clock_that_is_wrong_is_one_clear_sentence(proxied):
     proxy.faults = [Fault("skew", "GET", "there", 99)]
     with pytest.raises(ConfigError, match="Set the clock right"):
         store.get("there")
+
+
+def test_wrong_bytes_on_the_way_down_never_become_a_model_and_the_next_pull_is_right(proxied, tmp_path):
+    proxy, store = proxied
+    put(store, make_package(tmp_path / "package", os.urandom(100_000)))
+    proxy.faults = [Fault("wrong", "GET", "blobs", 1)]
+    with pytest.raises(DataError, match=r"is not what its version says .*nothing was kept"):
+        pull(store, "tiny@v1", tmp_path / "pulled")
+    assert not (tmp_path / "pulled").exists()
+    proxy.faults = [Fault("wrong", "GET", "manifests", 1)]
+    with pytest.raises(DataError, match="hashes to"):
+        pull(store, "tiny@v1", tmp_path / "pulled")
+    assert pull(store, "tiny@v1", tmp_path / "pulled").created
+
+
+@pytest.mark.parametrize("kind", ["500", "503", "reset", "truncated", "stall"])
+def test_a_publish_and_a_pull_get_through_passing_trouble(proxied, tmp_path, kind):
+    proxy, store = proxied
+    package = make_package(tmp_path / "package", os.urandom(100_000))
+    proxy.faults = [Fault(kind, "PUT", "blobs|manifests|versions", 2 if kind in "500 503" else 0)]
+    assert put(store, package).created
+    proxy.faults = [Fault(kind, "GET", "blobs", 1), Fault(kind, "GET", "manifests", 1)]
+    assert pull(store, "tiny@v1", tmp_path / "pulled").created
+    assert (tmp_path / "pulled" / "model.safetensors").read_bytes() == (package / "model.safetensors").read_bytes()
+
+
+def test_a_clock_that_is_really_wrong_is_said_so_by_a_real_server(s3_url, monkeypatch):
+    real = auth.get_current_datetime
+    monkeypatch.setattr(auth, "get_current_datetime", lambda *a, **k: real(*a, **k) - timedelta(hours=2))
+    with pytest.raises(ConfigError, match=r"RequestTimeTooSkewed.*Set the clock right"):
+        open_store(s3_url).put_if_absent("key", b"x")
 
 
 def test_a_server_that_is_away_is_temporary(s3_url, monkeypatch):
