@@ -19,7 +19,7 @@ from ropeway.registry.tables import describe_version
 from ropeway.storage import Store, open_store
 from ropeway.workspace import Workspace
 
-CANDIDATE, PRODUCTION = "candidate", "production"
+CANDIDATE, PRODUCTION = "candidate", registry.PRODUCTION
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +63,8 @@ def publish_package(workspace: Workspace, profile: Profile, revision: Revision, 
     store, name = open_store(workspace.registry_url), workspace.profile
     digest = registry.package_digest(workspace.package, name)
     known = registry.has_version(store, name, digest)
+    if known and revision.commit and not revision.dirty and registry.find_dirt(store, name, digest):
+        registry.vouch_clean(store, name, digest, git=revision.commit)
     if known and (settled := _settled(store, name, digest)):
         return Publication("Unchanged", f"{name}@v{registry.find_number(store, name, digest)}", digest, None, settled)
     metrics = _read_metrics(workspace.evaluation)
@@ -73,7 +75,7 @@ def publish_package(workspace: Workspace, profile: Profile, revision: Revision, 
         store,
         workspace.package,
         name,
-        provenance=_provenance(revision, metrics, verdict, champion),
+        provenance=_provenance(revision, metrics, verdict, champion) | {"opponent": dict(opponent or {})},
         attachments={path.name: path for path in _lineage(workspace) if path.is_file()},
     )
     if not verdict.passed:

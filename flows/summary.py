@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flows.markdown import plain, table
 from flows.publishing import Publication
 from ropeway.ledger_steps import list_steps
 from ropeway.workspace import Workspace
@@ -75,18 +76,18 @@ def ledger_rows(workspace: Workspace) -> list[dict[str, str]]:
 def draw_report(result: Result) -> str:
     """Return the run's report in markdown."""
     published, name = result.publication, result.workspace.profile
-    verdict = [f"- {line}" for line in published.verdict.lines] if published.verdict else []
-    stages = [{"stage": stage, "state": state} for stage, state in result.stages.items()]
+    verdict = [f"- {plain(line)}" for line in published.verdict.lines] if published.verdict else []
+    stages = [{"stage": plain(stage), "state": state} for stage, state in result.stages.items()]
     parts = [
         f"# {published.version}: {published.state}",
         published.words,
         *(["## Gate", "\n".join(verdict)] if verdict else []),
         "## Validation",
-        _markdown(_evaluation_rows(result.workspace)) or "No metrics.",
+        table(_evaluation_rows(result.workspace)) or "No metrics.",
         "## Training",
         _count_steps(result.workspace) or "No metrics.",
         "## Stages",
-        _markdown(stages),
+        table(stages),
         "## Version",
         f"`{published.digest}`",
         f"```\nropeway registry pull {name}@{published.digest[:12]}\n```",
@@ -115,7 +116,7 @@ def _losses(workspace: Workspace) -> list[str]:
 def _evaluation_rows(workspace: Workspace) -> list[dict[str, str]]:
     rows = []
     for name, found in _sources(_read(workspace.evaluation)).items():
-        row = {"source": name}
+        row = {"source": plain(name)}
         for metric in ("loss", "perplexity", "accuracy"):
             pair = [found[model].get(metric) for model in ("base", "tuned")]
             if None not in pair:
@@ -127,14 +128,6 @@ def _evaluation_rows(workspace: Workspace) -> list[dict[str, str]]:
 def _sources(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
     sources: Mapping[str, Any] = metrics.get("sources", {})
     return sources
-
-
-def _markdown(rows: Sequence[Mapping[str, str]]) -> str:
-    if not rows:
-        return ""
-    heads = list(rows[0])
-    lines = [heads, ["---"] * len(heads), *([row.get(head, "") for head in heads] for row in rows)]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
 
 def _read(path: Path) -> dict[str, Any]:

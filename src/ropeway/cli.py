@@ -102,6 +102,24 @@ def room(name: str) -> None:
 
 
 @app.command()
+def review(
+    version: Annotated[str, typer.Argument(help="Its digest (8 digits or more) or NAME@v3.")],
+    *,
+    approve: Annotated[bool, typer.Option("--approve", help="Make it production.")] = False,
+    reject: Annotated[bool, typer.Option("--reject", help="Leave production where it is.")] = False,
+    reviewer: Annotated[str | None, typer.Option(help="Who decides; kept for ever.")] = None,
+    comment: Annotated[str | None, typer.Option(help="Why, in words; kept for ever.")] = None,
+    expect: Annotated[str | None, typer.Option(help="What production must be: v3, a digest or `none`.")] = None,
+) -> None:
+    """Show what speaks for and against making a version `production`, or decide it."""
+    from flows.decision import read_answer, review_here
+    from ropeway.workspace import find_root
+
+    answer = read_answer(approve=approve, reject=reject, reviewer=reviewer, comment=comment)
+    review_here(find_root(), version, answer=answer, expect=expect)
+
+
+@app.command()
 def server(*, port: Annotated[int, typer.Option(help="Where the UI answers, on loopback.")] = 4200) -> None:
     """Start the Prefect server and UI over this workspace's runs."""
     from flows.server import serve_ui

@@ -21,6 +21,7 @@ from ropeway.registry.layout import (
 )
 from ropeway.registry.log import Event, append_event, count_events, read_event, read_events
 from ropeway.registry.publishing import find_number, is_withdrawn
+from ropeway.registry.reviews import PRODUCTION, check_clean
 from ropeway.registry.signing import check_policy
 from ropeway.storage import Store
 
@@ -82,13 +83,15 @@ def promote(  # noqa: PLR0913 - one event's fields
         review: A reviewer's answers, kept with the event.
 
     Raises:
-        RegistryError: The version is not published, withdrawn or not whole, or the alias is not where `expect` says;
-            the message names where it is.
+        RegistryError: The version is not published, withdrawn or not whole, one from a dirty tree is to become
+            `production`, or the alias is not where `expect` says; the message names where it is.
     """
     check_alias(alias)
     check_words("by", by)
     check_words("reason", reason)
     _check_promotable(store, name, digest)
+    if alias == PRODUCTION:
+        check_clean(store, name, digest)
     event = {
         "digest": digest,
         "by": by,

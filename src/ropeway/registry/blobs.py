@@ -45,6 +45,21 @@ def blob_fault(store: Store, file: PackageFile, *, rehash: bool) -> str | None:
     return None
 
 
+def read_blob(store: Store, file: PackageFile) -> bytes:
+    """Return a small file's bytes, verified; for reading reports, not weights.
+
+    Raises:
+        DataError: The blob is missing, too large for a document, or not what the version says.
+    """
+    try:
+        data = store.get(blob_key(file.sha256))
+    except AbsentError:
+        raise DataError(f"{store.url}: the blob of {file.path} ({file.sha256[:12]}…) is missing") from None
+    if hashlib.sha256(data).hexdigest() != file.sha256:
+        raise DataError(f"{store.url}: the blob of {file.path} is not what its version says. `ropeway registry verify`")
+    return data
+
+
 def _hash_blob(store: Store, key: str) -> str:
     digest = hashlib.sha256()
     with store.open_stream(key) as stream:

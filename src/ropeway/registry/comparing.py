@@ -1,6 +1,5 @@
 """How two versions differ: every fact in their JSON files (parameters, metrics, ledger), and which files changed."""
 
-import hashlib
 import json
 from typing import Any
 
@@ -8,8 +7,9 @@ from rich.console import Group
 
 from ropeway.errors import DataError
 from ropeway.registry.aliases import resolve
+from ropeway.registry.blobs import read_blob
 from ropeway.registry.core import Core, load_core
-from ropeway.registry.layout import blob_key, read_reference
+from ropeway.registry.layout import read_reference
 from ropeway.registry.rules import PackageFile
 from ropeway.registry.tables import Facts, draw_table
 from ropeway.storage import Store
@@ -83,10 +83,7 @@ def _facts(store: Store, core: Core) -> Facts:
 
 
 def _read_json(store: Store, file: PackageFile) -> Any:  # noqa: ANN401 - JSON
-    data = store.get(blob_key(file.sha256))
-    if hashlib.sha256(data).hexdigest() != file.sha256:
-        raise DataError(f"{store.url}: the blob of {file.path} is not what its version says. `ropeway registry verify`")
     try:
-        return json.loads(data)
+        return json.loads(read_blob(store, file))
     except ValueError as error:
         raise DataError(f"{store.url}: {file.path} is not JSON ({error})") from None

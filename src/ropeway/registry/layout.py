@@ -7,6 +7,8 @@ models/<name>/manifests/<64 hex>.<key id>.sig     Ed25519 signature over those b
 models/<name>/versions/00000012.json              number -> digest, append-only
 models/<name>/aliases/<alias>/00000007.json       {digest, prev, by, reason, review, at}: the last is the alias
 models/<name>/tombstones/<64 hex>.json            withdrawn; pull refuses
+models/<name>/reviews/00000003.json               {digest, decision, by, comment, ...}: every answer, append-only
+models/<name>/clean/<64 hex>.json                 made again, byte for byte, from a clean git tree
 intents/<32 hex>.json                             a publish under way; a collector leaves what it names alone
 collections/<32 hex>.json                         a collection under way; publishers step back
 """
@@ -30,6 +32,15 @@ _NUMBER = re.compile(r"v[0-9]{1,8}|[0-9]{1,7}")
 _PREFIX = re.compile(r"[0-9a-f]{8,64}")
 _Fields = Mapping[str, type | tuple[type, ...]]
 _VERSION: _Fields = {"digest": str, "published_at": str, "provenance": dict, "attachments": dict}
+_REVIEW: _Fields = {
+    "digest": str,
+    "decision": str,
+    "by": str,
+    "comment": str,
+    "production": (str, type(None)),
+    "via": str,
+    "at": str,
+}
 _PROMOTION: _Fields = {
     "digest": str,
     "prev": (str, type(None)),
@@ -151,6 +162,16 @@ def aliases_folder(name: str) -> str:
 def alias_log(name: str, alias: str) -> Log:
     """Return an alias's log."""
     return Log(f"{aliases_folder(name)}{alias}/", _PROMOTION)
+
+
+def reviews_log(name: str) -> Log:
+    """Return the log of what reviewers answered."""
+    return Log(f"models/{name}/reviews/", _REVIEW)
+
+
+def clean_key(name: str, digest: str) -> str:
+    """Return where it is noted that a version from a dirty tree was made again from a clean one."""
+    return f"models/{name}/clean/{digest}.json"
 
 
 def tombstone_key(name: str, digest: str) -> str:

@@ -1,0 +1,71 @@
+"""What people answered when they were asked about a version, and what keeps a version out of production.
+
+A review is a fact of its own: a rejection moves no alias, and an approval may find production moved meanwhile.
+"""
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from ropeway.errors import RegistryError
+from ropeway.manifest import canonical_json
+from ropeway.registry.layout import clean_key, reviews_log, versions_log
+from ropeway.registry.log import Event, append_event, read_events
+from ropeway.storage import Store
+
+PRODUCTION = "production"
+Decision = Literal["approve", "reject"]
+
+
+def record_review(
+    store: Store, name: str, digest: str, decision: Decision, *, answer: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Keep a reviewer's answer for ever; return it as it is kept. The same answer twice is kept once.
+
+    Args:
+        store: Where.
+        name: The model.
+        digest: The version that was reviewed.
+        decision: What was decided.
+        answer: `by`, `comment`, `production` (what it was when the report was made), `via` (which run or command).
+    """
+    review = {"digest": digest, "decision": decision, **answer}
+    event = {**review, "at": datetime.now(UTC).isoformat(timespec="seconds")}
+
+    def plan(events: Sequence[Event]) -> Event | int:
+        same = (number for number, old in enumerate(events, 1) if {**old, "at": None} == {**review, "at": None})
+        return next(same, None) or event
+
+    return dict(append_event(store, reviews_log(name), plan).event)
+
+
+def list_reviews(store: Store, name: str, digest: str) -> list[Event]:
+    """Return the answers about one version, oldest first."""
+    return [event for event in read_events(store, reviews_log(name)) if event["digest"] == digest]
+
+
+def vouch_clean(store: Store, name: str, digest: str, *, git: str) -> None:
+    """Note that a version published from a dirty tree was made again, byte for byte, by a commit."""
+    note = {"git": git, "at": datetime.now(UTC).isoformat(timespec="seconds")}
+    store.put_if_absent(clean_key(name, digest), canonical_json(note))
+
+
+def find_dirt(store: Store, name: str, digest: str) -> str | None:
+    """Return why no commit makes this version, or None when one does or nothing is known of git."""
+    record = next((event for event in read_events(store, versions_log(name)) if event["digest"] == digest), None)
+    facts: Mapping[str, Any] = record["provenance"] if record else {}
+    known = "git" in facts or "dirty" in facts
+    if not known or (facts.get("git") and not facts.get("dirty")) or store.exists(clean_key(name, digest)):
+        return None
+    files = [str(name) for name in facts.get("dirty_files", ())]
+    shown = ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")  # noqa: PLR2004
+    return f"uncommitted changes ({shown or 'which, is not recorded'})" if facts.get("dirty") else "no git commit"
+
+
+def check_clean(store: Store, name: str, digest: str) -> None:
+    """Raise RegistryError when a version comes from a dirty tree: it never reaches production."""
+    if dirt := find_dirt(store, name, digest):
+        raise RegistryError(
+            f"{name} {digest[:12]}… was made with {dirt}; what nobody can make again does not reach '{PRODUCTION}'. "
+            "Commit what it was made with and run `ropeway run`: if the same package comes out, it may be promoted"
+        )

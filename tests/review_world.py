@@ -1,0 +1,65 @@
+"""A registry with versions as the flow publishes them: run.json, steps.csv, samples and ledger in each package."""
+
+import json
+
+from flows.publishing import publish_package
+from flows.revision import Revision
+from ropeway.ledger import Account, Epoch, EpochOfSource, Findings, Found, Ledger, Parts, Records
+from ropeway.manifest import digest_of, write_json, write_manifest
+from ropeway.params import Gate
+
+COMMIT = Revision("a" * 40, ())
+DIRTY = Revision("b" * 40, ("src/ropeway/rope.py",))
+PROMPT = "What is a list? | <b>bold</b>"
+
+
+class Profile:
+    gate = Gate(max_loss_increase_nats=0.01, min_gain_over_base_nats=1.0)
+
+
+def make_version(workspace, loss, *, revision=COMMIT, rate=0.002, rows="rows", records=8):
+    """Make a package whose figures follow from `loss`, and publish it; return its digest."""
+    package = workspace.package
+    package.mkdir(parents=True, exist_ok=True)
+    metrics = _metrics(loss, rows)
+    ledger = _ledger(records)
+    write_json(package / "weights.json", {"loss": loss, "rate": rate})
+    write_json(package / "ledger.json", ledger)
+    write_json(package / "samples.json", _samples(loss))
+    write_json(package / "run.json", {"params": {"learning_rate": rate, "seed": 1}, "ledger": ledger, "digests": {}})
+    losses = [f"{step},{9 - (9 - loss) * step / 40},{loss + 0.1 if step % 20 == 0 else ''}" for step in range(1, 41)]
+    (package / "steps.csv").write_text("\n".join(["step,loss,validation_docs", *losses]))
+    write_manifest(package, {"fingerprint": "f" * 64, "digests": {"data": digest_of(records)}})
+    write_json(workspace.evaluation, metrics)
+    write_json(workspace.timings, {"attempts": [_attempt(0, "stopped"), _attempt(20, "finished")]})
+    return publish_package(workspace, Profile(), revision, lambda *_: None).digest
+
+
+def _metrics(loss, rows):
+    tuned = {"loss": loss, "perplexity": 2.0**loss, "accuracy": 1 / loss, "nats_per_byte": loss / 4}
+    base = {"loss": 8.0, "perplexity": 256.0, "accuracy": 0.1, "nats_per_byte": 2.0}
+    return {
+        "sources": {"docs": {"base": base, "tuned": tuned}},
+        "mean": {"base": 8.0, "tuned": loss},
+        "validation": rows,
+    }
+
+
+def _ledger(records):
+    epoch = EpochOfSource(0, 1, 4, 40, 0, 0, 1, 6, 48, 14, 34, 30)
+    parts, none = (Parts(7, 5, 1, 1, 0, 0), Parts(70, 50, 10, 10, 0, 0)), Found("off", 0, 0, 0)
+    counts = Records(records, {"no text": records - 7}, {}, 7, 0, {}, 0)
+    account = Account("docs", "conversation", counts, *parts, Findings(none, none, none, 0), (epoch,))
+    return json.loads(json.dumps(Ledger((account,), (Epoch(0, 4, 4, 4, 1, 0),)).to_json()))
+
+
+def _samples(loss):
+    results = [
+        {"sampling_config": f"{model}/greedy", "sampling_params": {}, "outputs": [answer]}
+        for model, answer in (("base", "the the"), ("tuned", f"An answer at {loss}.\n\n| with a table |"))
+    ]
+    return {"model_name": "laptop-40", "prompts": [{"prompt": PROMPT, "results": results}]}
+
+
+def _attempt(step, ended):
+    return {"began": 1.79e9 + step, "resumed_from_step": step, "ranks": 2, "seconds": 12.0, "ended": ended}

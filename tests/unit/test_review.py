@@ -1,0 +1,179 @@
+"""The report and the decision, without Prefect: what a reviewer sees, and what a yes and a no do."""
+
+import base64
+import re
+import xml.etree.ElementTree as ET
+
+import pytest
+from typer.testing import CliRunner
+
+from flows.decision import Answer, decide, read_answer
+from flows.evidence import open_case
+from flows.report import draw_report, draw_summary
+from ropeway import registry
+from ropeway.cli import app
+from ropeway.errors import ConfigError, RegistryError
+from ropeway.registry.withdrawing import withdraw
+from ropeway.storage import open_store
+from ropeway.workspace import Workspace
+from tests.review_world import COMMIT, DIRTY, make_version
+
+YES = Answer("approve", "anna", "reads well", "terminal")
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch):
+    monkeypatch.delenv("ROPEWAY_REGISTRY", raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "params.yaml").touch()
+    return Workspace(tmp_path, "laptop")
+
+
+@pytest.fixture
+def store(workspace):
+    return open_store(workspace.registry_url)
+
+
+def production(store):
+    return registry.read_alias(store, "laptop", "production")
+
+
+def test_a_review_that_approves_moves_production_and_keeps_who_and_why(workspace, store):
+    digest = make_version(workspace, 5.0)
+    outcome = decide(store, open_case(store, digest), YES)
+    assert (outcome.state, production(store)) == ("Promoted", digest)
+    (event,) = registry.alias_history(store, "laptop", "production")
+    assert (event["by"], event["reason"], event["prev"]) == ("anna", "reads well", None)
+    assert event["review"]["decision"] == "approve"
+    assert event["review"]["production"] is None
+    assert decide(store, open_case(store, digest, expect=None), YES).words.endswith("as it was already")
+    assert len(registry.alias_history(store, "laptop", "production")) == 1
+    assert len(registry.list_reviews(store, "laptop", digest)) == 1
+
+
+def test_a_review_that_rejects_moves_nothing_and_is_kept_and_shown_to_the_next_reviewer(workspace, store):
+    digest = make_version(workspace, 5.0)
+    outcome = decide(store, open_case(store, digest), Answer("reject", "ben", "it swears", "terminal"))
+    assert (outcome.state, production(store)) == ("Rejected", None)
+    assert "| reject | ben | it swears |" in draw_report(open_case(store, digest))
+
+
+def test_a_review_moves_nothing_when_production_moved_after_the_report(workspace, store):
+    first, second, third = (make_version(workspace, loss) for loss in (5.0, 4.5, 4.0))
+    decide(store, open_case(store, first), YES)
+    case = open_case(store, third)
+    decide(store, open_case(store, second), YES)
+    with pytest.raises(RegistryError, match=rf"laptop@v3 was approved by anna and is NOT production: .*{second}"):
+        decide(store, case, YES)
+    assert production(store) == second
+    assert [kept["decision"] for kept in registry.list_reviews(store, "laptop", third)] == ["approve"]
+
+
+@pytest.mark.parametrize("answer", [Answer("approve", " ", "why", "x"), Answer("approve", "anna", "", "x")])
+def test_an_empty_answer_to_a_review_is_none(workspace, store, answer):
+    digest = make_version(workspace, 5.0)
+    with pytest.raises(RegistryError, match="expected 1 to"):
+        decide(store, open_case(store, digest), answer)
+    assert production(store) is None
+    assert registry.list_reviews(store, "laptop", digest) == []
+
+
+def test_what_a_dirty_tree_made_never_becomes_production_by_any_way(workspace, store):
+    digest = make_version(workspace, 5.0, revision=DIRTY)
+    case = open_case(store, digest)
+    assert "An approval will be refused" in draw_summary(case)
+    with pytest.raises(RegistryError, match=r"uncommitted changes \(src/ropeway/rope.py\)"):
+        decide(store, case, YES)
+    with pytest.raises(RegistryError, match="uncommitted changes"):
+        registry.promote(store, "laptop", "production", digest, expect=None, by="anna", reason="I insist")
+    assert production(store) is None
+
+
+def test_once_a_commit_makes_the_same_bytes_it_may(workspace, store):
+    digest = make_version(workspace, 5.0, revision=DIRTY)
+    assert make_version(workspace, 5.0, revision=COMMIT) == digest
+    assert decide(store, open_case(store, digest), YES).state == "Promoted"
+
+
+def test_the_report_of_a_review_has_all_that_a_decision_needs(workspace, store):
+    first = make_version(workspace, 5.0)
+    decide(store, open_case(store, first), YES)
+    second = make_version(workspace, 4.5, rate=0.003, records=9)
+    case = open_case(store, f"laptop@{second[:10]}")
+    report = draw_report(case)
+    assert "# laptop@v2: may it become `production`?" in report
+    assert "| docs | loss, nats/token | 8.000 | 5.000 | **4.500** | -0.500 (better) |" in report
+    assert "| docs | accuracy | 0.100 | 0.200 | **0.222** | +0.022 (better) |" in report
+    assert "- docs: 4.500, laptop@v1 5.000: better by 0.500 nats" in report
+    assert "| `learning_rate` | 0.002 | 0.003 |" in report
+    assert re.search(r"\| `ledger\.sources\.0\.records\.read` \| 8 \| 9 \|", report)
+    assert "| docs | epoch 0: supervised | = |  | 30 |" in report
+    assert "Resumed: 2 starts." in report
+    assert f"ropeway registry pull laptop@{second[:12]} --registry {store.url}" in report
+    assert "f" * 64 in report
+    prompt = r"What is a list? \| &lt;b&gt;bold&lt;/b&gt;"
+    assert rf"| {prompt} | An answer at 5.0. ⏎  ⏎ \| with a table \| | An answer at 4.5." in report
+
+
+def test_the_curves_of_a_review_are_a_picture_inside_the_page(workspace, store):
+    decide(store, open_case(store, make_version(workspace, 5.0)), YES)
+    report = draw_report(open_case(store, make_version(workspace, 4.5)))
+    uri = re.search(r"!\[loss by step\]\(data:image/svg\+xml;base64,([A-Za-z0-9+/=]+)\)", report)[1]
+    picture = ET.fromstring(base64.b64decode(uri))  # noqa: S314 - ours
+    words = [text.text for text in picture.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"laptop@v2, training", "laptop@v2, validation docs", "laptop@v1, training"} <= set(words)
+
+
+def test_a_review_says_that_losses_on_other_rows_say_little(workspace, store):
+    decide(store, open_case(store, make_version(workspace, 5.0)), YES)
+    assert "other validation rows" in draw_summary(open_case(store, make_version(workspace, 4.5, rows="others")))
+
+
+def test_a_withdrawn_version_is_not_reviewed(workspace, store):
+    make_version(workspace, 5.0)
+    digest = make_version(workspace, 6.0)
+    withdraw(store, "laptop", digest, by="anna", reason="leaks")
+    with pytest.raises(RegistryError, match="withdrawn"):
+        open_case(store, digest)
+
+
+def test_review_in_the_terminal_shows_then_decides(workspace, store):
+    digest = make_version(workspace, 5.0)
+
+    def ask(*arguments):
+        done = CliRunner().invoke(app, ["review", *arguments], env={"COLUMNS": "200"})
+        if done.exception and not isinstance(done.exception, SystemExit):
+            raise done.exception
+        return done.stdout
+
+    shown = ask(digest[:12])
+    assert f"ropeway review {digest[:12]} --approve --reviewer NAME --comment WHY --expect none" in shown
+    assert "base64" not in shown
+    assert production(store) is None
+    assert "laptop@v1 was rejected" in ask(digest[:12], "--reject", "--reviewer", "ben", "--comment", "no")
+    words = ask(digest, "--approve", "--reviewer", "anna", "--comment", "yes", "--expect", "none")
+    assert "laptop@v1 is laptop@production" in words
+    assert production(store) == digest
+    with pytest.raises(RegistryError, match="NOT production"):
+        ask(make_version(workspace, 4.0), "--approve", "--reviewer", "anna", "--comment", "yes", "--expect", "none")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"approve": True, "reject": True, "reviewer": "a", "comment": "b"}, "choose one"),
+        ({"approve": True, "reject": False, "reviewer": "a", "comment": " "}, "needs who and why"),
+        ({"approve": False, "reject": False, "reviewer": "a", "comment": None}, "go with"),
+    ],
+)
+def test_half_an_answer_to_a_review_is_refused(given, words):
+    with pytest.raises(ConfigError, match=words):
+        read_answer(**given)
+
+
+def test_digits_that_mean_no_version_or_several_are_refused(workspace, store):
+    make_version(workspace, 5.0)
+    with pytest.raises(RegistryError, match="holds no such version"):
+        open_case(store, "0" * 12)
+    with pytest.raises(RegistryError, match="8 digits or more"):
+        open_case(store, "12")
