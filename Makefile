@@ -6,12 +6,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup run test check ui bench bench-packing bench-plan bench-prepare bench-registry chaos-registry clean
+.PHONY: help setup run test test-loaders check ui bench bench-packing bench-plan bench-prepare bench-registry chaos-registry clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make run     set up if needed, then make the run of params.yaml and publish it"
 	@echo "make test    set up if needed, then run the tests (no network)"
+	@echo "make test-loaders  the package in transformers 4.31 and 4.46 (installs them)"
 	@echo "make ui      the Prefect UI over this workspace's runs, on http://127.0.0.1:4200"
 	@echo "make check   ruff, mypy, import contracts"
 	@echo "make bench   the benchmarks, one JSON line each (all but bench-prepare take seconds)"
@@ -45,6 +46,20 @@ run: $(VENV)/.ready-run
 test: $(VENV)/.ready-test
 	$(BIN)/pytest -q
 
+# Old transformers, each in an interpreter of its own that finds all else, torch too, in .venv (25 MB a version).
+# tokenizers 0.13.3 has wheels for Python 3.11 alone.
+LOADERS := $(patsubst tests/loaders/%.txt,.venv-loaders/%/.ready,$(wildcard tests/loaders/*.txt))
+
+.venv-loaders/%/.ready: tests/loaders/%.txt $(VENV)/.ready-test
+	$(BIN)/python -m venv --clear --without-pip .venv-loaders/$*
+	$(BIN)/pip --python .venv-loaders/$*/bin/python install --quiet --no-deps -r $<
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> $$(.venv-loaders/$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main.pth
+	@touch $@
+
+test-loaders: $(LOADERS)
+	$(BIN)/pytest -q -m loaders tests/loaders
+
 check: $(VENV)/.ready-test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -74,4 +89,4 @@ chaos-registry: $(VENV)/.ready-test
 	$(BIN)/python -m tests.registry_chaos $(KILLS)
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) .venv-loaders

@@ -91,6 +91,7 @@ def facts_of(name=NAME, **changes):
         systems=Counter({"": 10, "Part #: a <key> part.": 3, "Be kind.": 4}),
         max_positions=profile.expected_model.max_position_embeddings,
         base_rope={"rope_type": "default", "rope_theta": 10000.0},
+        tokenizer={"model": {"merges": ["a b"]}},
     )
     return replace(facts, **changes)
 

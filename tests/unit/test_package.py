@@ -8,7 +8,13 @@ from safetensors.torch import load_file, save_file
 
 from ropeway.errors import ConfigError, DataError
 from ropeway.package.block import cut_block, inherited_names, write_blocks
-from ropeway.package.config import lowest_loader, plan_config, plan_special_tokens_map, plan_tokenizer_config
+from ropeway.package.config import (
+    lowest_loader,
+    plan_config,
+    plan_special_tokens_map,
+    plan_tokenizer,
+    plan_tokenizer_config,
+)
 from ropeway.package.weights import (
     EMBEDDING,
     HEAD,
@@ -114,9 +120,22 @@ def test_a_model_without_scaling_has_no_rope_scaling_for_old_loaders_to_refuse(r
     assert config["rope_parameters"]["rope_theta"] == 10000.0
 
 
-def test_the_lowest_loader_depends_on_theta():
-    assert lowest_loader(RopeScaling("linear", 2.0, 10000.0, 4096)) == "4.31.0"
-    assert lowest_loader(RopeScaling("default", 1.0, 100000.0, 8192)) == "4.33.0"
+def test_the_lowest_loader_depends_on_theta_scaling_and_tokenizer():
+    linear, old = RopeScaling("linear", 2.0, 10000.0, 4096), {"model": {"merges": ["a b"]}}
+    assert lowest_loader(linear, old) == "4.31.0"
+    assert lowest_loader(RopeScaling("default", 1.0, 100000.0, 8192), old) == "4.33.0"
+    assert lowest_loader(RopeScaling("llama3", 8.0, 500000.0, 8192), old) == "4.43.0"
+    assert lowest_loader(linear, {"model": {"ignore_merges": True, "merges": ["a b"]}}) == "4.40.0"
+    assert lowest_loader(linear, {"model": {"merges": [["a", "b c"]]}}) == "4.45.0"
+
+
+def test_merges_are_spelled_as_old_tokenizers_read_them_unless_a_token_has_a_blank():
+    tree = {"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"], ["ab", "c"]]}}
+    assert plan_tokenizer(tree)["model"] == {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b", "ab c"]}
+    assert plan_tokenizer(plan_tokenizer(tree)) == plan_tokenizer(tree)
+    for other in ([["a", " b"]], [], None):
+        kept = {"model": {"type": "BPE", "merges": other}}
+        assert plan_tokenizer(kept) == kept
 
 
 def test_the_tokenizer_config_keeps_names_and_drops_what_only_some_loaders_read():

@@ -76,7 +76,9 @@ def write_model(facts: Facts, workspace: Workspace, folder: Path) -> Written:
     write_json(folder / "generation_config.json", plan_generation_config(facts.special))
     write_json(folder / "tokenizer_config.json", tokenizer)
     write_json(folder / "special_tokens_map.json", plan_special_tokens_map(tokenizer))
-    shutil.copyfile(source / "tokenizer.json", folder / "tokenizer.json")
+    # Not write_json: a vocabulary in the order of its ids is what people expect to read.
+    text = json.dumps(facts.tokenizer, ensure_ascii=False, indent=2)
+    (folder / "tokenizer.json").write_text(text + "\n", encoding="utf-8")
     (folder / "chat_template.jinja").write_text(JINJA, encoding="utf-8")
     return written
 

@@ -21,7 +21,7 @@ from ropeway.package.card_results import (
     format_samples,
 )
 from ropeway.package.card_text import escape, fence, list_names
-from ropeway.package.config import TORCH_NAMES, lowest_loader
+from ropeway.package.config import TORCH_NAMES
 from ropeway.package.facts import Facts
 from ropeway.package.weights import Written
 from ropeway.params import GgufBase, ScratchBase
@@ -85,7 +85,7 @@ def introduce(facts: Facts, written: Written) -> Iterator[str]:
     kinds = [account["kind"] for account in facts.ledger["sources"]]
     texts = [text for kind, text in (("conversation", "conversations"), ("document", "plain text")) if kind in kinds]
     yield f"This model is {made} on {' and '.join(texts)}, with a context of {profile.max_length:,} tokens."
-    yield f"Note: **At least Hugging Face transformers {lowest_loader(facts.rope)} is required to load this model.**"
+    yield f"Note: **At least Hugging Face transformers {facts.loader} is required to load this model.**"
     applied = f"{facts.applied_steps:,} applied, {facts.steps - facts.applied_steps:,} skipped for overflow"
     items = [
         f"base model: {base}",
@@ -141,7 +141,7 @@ def format_context(facts: Facts) -> Iterator[str]:
     yield (
         f"{stated} The tokenizer's `model_max_length` is {trained:,}. config.json states the scaling as `rope_scaling` "
         "and as `rope_parameters`, so that transformers 4 and 5 both apply it. Before loading, make sure of the "
-        f'version: `pip install "transformers>={lowest_loader(rope)}"`.'
+        f'version: `pip install "transformers>={facts.loader}"`.'
     )
 
 

@@ -81,15 +81,42 @@ def plan_generation_config(special: Mapping[str, int]) -> dict[str, Any]:
     return {f"{name}_token_id": special[name] for name in ("bos", "eos", "pad")}
 
 
-def lowest_loader(rope: RopeScaling) -> str:
+def plan_tokenizer(trained: Mapping[str, Any]) -> dict[str, Any]:
+    """Return tokenizer.json with its merges as `"a b"`, which every version of tokenizers reads, if they can be so.
+
+    Source: tokenizers 0.20 writes them as pairs, and all before it (transformers up to 4.44) then refuse the file.
+    A token with a blank in it can stand in pairs alone.
+    """
+    model = trained["model"]
+    merges = model.get("merges")
+    if not _all_pairs(merges) or any(" " in part for pair in merges for part in pair):
+        return dict(trained)
+    return {**trained, "model": {**model, "merges": [" ".join(pair) for pair in merges]}}
+
+
+def _all_pairs(merges: Any) -> bool:  # noqa: ANN401 - JSON
+    return isinstance(merges, list) and bool(merges) and all(isinstance(pair, list) for pair in merges)
+
+
+def lowest_loader(rope: RopeScaling, tokenizer: Mapping[str, Any]) -> str:
     """Return the lowest version of transformers that loads such a model right.
 
-    Source: its release notes: linear and dynamic scaling came with 4.31.0; `rope_theta` with 4.33.0, before which
-    every Llama has 10,000; yarn and llama3 with 4.43.0.
+    Args:
+        rope: The run's scaling.
+        tokenizer: The package's tokenizer.json.
+
+    Source: transformers' release notes: linear and dynamic scaling came with 4.31.0; `rope_theta` with 4.33.0, before
+    which every Llama has 10,000; yarn and llama3 with 4.43.0. Its setup.py: tokenizers 0.19 (`ignore_merges`) came
+    with 4.40.0, 0.20 (merges as pairs) with 4.45.0.
     """
-    if rope.kind in ("yarn", "llama3"):
-        return "4.43.0"
-    return "4.31.0" if rope.theta == LLAMA_THETA else "4.33.0"
+    model = tokenizer["model"]
+    needed = {
+        "4.33.0": rope.theta != LLAMA_THETA,
+        "4.40.0": model.get("ignore_merges") is True,
+        "4.43.0": rope.kind in ("yarn", "llama3"),
+        "4.45.0": _all_pairs(model.get("merges")),
+    }
+    return max((version for version, is_needed in needed.items() if is_needed), default="4.31.0")
 
 
 def _text(token: Any) -> str:  # noqa: ANN401 - a string, or an AddedToken as a mapping

@@ -10,6 +10,7 @@ from typing import Any
 from ropeway.chat import Conversation, template_digest
 from ropeway.errors import DataError
 from ropeway.manifest import file_sha256, load_manifest
+from ropeway.package.config import lowest_loader, plan_tokenizer
 from ropeway.params import Profile
 from ropeway.raw import iterate_records
 from ropeway.rope import RopeScaling
@@ -32,6 +33,7 @@ class Facts:
         systems: System message -> conversations it occurred in; "" are those without.
         max_positions: The base's own context in tokens.
         base_rope: `rope_parameters` under which the base was measured.
+        tokenizer: tokenizer.json as the package has it.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Facts:
     systems: Counter[str]
     max_positions: int
     base_rope: Json
+    tokenizer: Json
 
     @property
     def steps(self) -> int:
@@ -59,6 +62,11 @@ class Facts:
     def applied_steps(self) -> int:
         """Of these, the ones not skipped for overflow."""
         return int(self.model["applied_steps"])
+
+    @property
+    def loader(self) -> str:
+        """The lowest version of transformers that loads the package."""
+        return lowest_loader(self.rope, self.tokenizer)
 
     @property
     def title(self) -> str:
@@ -110,6 +118,7 @@ def load_facts(workspace: Workspace, profile: Profile) -> Facts:
         systems=count_systems(workspace, raw),
         max_positions=int(config["max_position_embeddings"]),
         base_rope=configs[workspace.base]["rope_parameters"],
+        tokenizer=plan_tokenizer(json.loads((workspace.model / "tokenizer.json").read_bytes())),
     )
 
 

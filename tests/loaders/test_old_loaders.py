@@ -1,0 +1,159 @@
+"""The package in the hands of transformers 4.31.0 and 4.46.3, each in an interpreter of its own (`make test-loaders`).
+
+Nothing of this project runs there: what a folder does is held against what today's library computed from the export.
+"""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from ropeway.chat import ROLE_TOKENS
+from ropeway.manifest import file_sha256, write_json
+from ropeway.package.build import write_model
+from ropeway.package.config import TORCH_NAMES
+from ropeway.package.facts import load_facts
+from ropeway.package.probe import expected_logits, plan_probe, probe_row
+from ropeway.params import READS, load_profile
+from tests import tiny_run
+
+pytestmark = pytest.mark.loaders
+
+HERE = Path(__file__).parent
+VERSIONS = sorted(path.stem for path in HERE.glob("*.txt"))
+# dtype of the package, scaling; the row of logits reaches to 96 tokens, twice what the base knows
+KINDS = {
+    "fp32": ("fp32", "linear"),
+    "fp16": ("fp16", "linear"),
+    "bf16": ("bf16", "linear"),
+    "dynamic": ("fp32", "dynamic"),
+}
+# Relative to the largest logit. 4.31 has no SDPA: the same sums in another order.
+TOLERANCE = {"fp32": 2e-5, "fp16": 4e-3, "bf16": 3e-2}
+
+
+copy = tiny_run.copy_tokenizer
+
+
+def saved_today(folder):
+    """Write the tokenizer as the base room does: by today's tokenizers, which spells merges in a new way."""
+    copy(folder)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    assert isinstance(json.loads((folder / "tokenizer.json").read_bytes())["model"]["merges"][0], list)
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory):
+    """Return {kind: (folder, probe, logits of the trained model)}, and one whose scaling only new loaders see."""
+    made = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny_run, "copy_tokenizer", saved_today)
+        for kind, (dtype, scaling) in KINDS.items():
+            block = tiny_run.BLOCK.replace("package: {dtype: bf16", f"package: {{dtype: {dtype}")
+            block += f"  superhot_config: {{type: {scaling}, scale: 2}}\n"
+            workspace, profile = tiny_run.make_run(tmp_path_factory.mktemp(kind), block=block)
+            for path in (workspace.ledger, workspace.train_metrics, workspace.evaluation, workspace.samples):
+                write_json(path, {})
+            room = load_profile(workspace.root / "params.yaml")[1].reading(READS["package"])
+            facts = load_facts(workspace, room)
+            folder = workspace.run / "folder"
+            folder.mkdir()
+            write_model(facts, workspace, folder)
+            probe = plan_probe(
+                workspace.model,
+                rope=facts.rope,
+                special=facts.special,
+                dtype=dtype,
+                max_length=profile.max_length,
+            )
+            made[kind] = folder, probe, expected_logits(workspace.model, probe)
+    folder, probe, logits = made["fp32"]
+    unscaled = folder.with_name("unscaled")
+    shutil.copytree(folder, unscaled)
+    config = json.loads((unscaled / "config.json").read_bytes())
+    write_json(unscaled / "config.json", {key: value for key, value in config.items() if key != "rope_scaling"})
+    return {**made, "unscaled": (unscaled, probe, logits)}
+
+
+@pytest.fixture(scope="module", params=VERSIONS)
+def seen(request, packages):
+    """Return what one old version says of every package: one process for all, since it takes seconds to start."""
+    python = tiny_run.ROOT / ".venv-loaders" / request.param / "bin" / "python"
+    assert python.is_file(), f"{python} is not there: `make test-loaders` makes it"
+    asked = {
+        str(folder): {
+            "row": probe_row(probe),
+            "texts": [case["text"] for case in probe["texts"]],
+            "conversations": [case["messages"] for case in probe["conversations"]],
+            "roles": list(ROLE_TOKENS),
+            "prompt": probe["conversations"][0]["ids"],
+            "say": [probe["special"][ROLE_TOKENS[-1]], probe["special"]["eos"]],
+        }
+        for folder, probe, _ in packages.values()
+    }
+    done = subprocess.run(
+        [python, HERE / "stranger.py"],
+        input=json.dumps(asked),
+        env={"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = json.loads(done.stdout)
+    assert said["transformers"] == request.param
+    found = {kind: said["found"][str(folder)] for kind, (folder, *_) in packages.items()}
+    return {**found, "templated": request.param != "4.31.0"}  # they came with 4.34
+
+
+def difference(packages, kind):
+    folder, _, expected = packages[kind]
+    found = np.load(f"{folder}.npy")
+    assert found.shape == expected.shape
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_its_logits_are_those_of_the_trained_model(seen, packages, kind):
+    assert len(probe_row(packages[kind][1])) == 96
+    assert seen[kind]["dtype"] == f"torch.{TORCH_NAMES[KINDS[kind][0]]}"
+    assert difference(packages, kind) <= TOLERANCE[KINDS[kind][0]]
+
+
+def test_the_scaling_is_read_from_the_key_that_old_loaders_know(seen, packages):
+    assert {key: seen["fp32"]["rope_scaling"][key] for key in ("type", "factor")} == {"type": "linear", "factor": 2.0}
+    # Without it they compute something else, without a word: the comparison above would see that.
+    assert seen["unscaled"]["rope_scaling"] is None
+    assert difference(packages, "unscaled") > 100 * TOLERANCE["fp32"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_special_ids_and_lengths_are_those_of_the_data(seen, packages, kind):
+    probe, found = packages[kind][1], seen[kind]
+    assert found["texts"] == [case["ids"] for case in probe["texts"]]
+    assert found["special"] == {name: probe["special"][name] for name in ("bos", "eos", "pad")}
+    assert found["roles"] == [probe["special"][role] for role in ROLE_TOKENS]
+    assert (found["max_length"], found["padding_side"], found["use_cache"]) == (96, "right", True)
+
+
+def test_the_template_renders_as_in_training_where_the_version_has_templates(seen, packages):
+    wanted = [case["text"] for case in packages["fp32"][1]["conversations"]]
+    assert seen["fp32"]["rendered"] == (wanted if seen["templated"] else None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_generates_and_stops_at_the_end_token(seen, packages, kind):
+    special = packages[kind][1]["special"]
+    assert seen[kind]["said"] == [special[ROLE_TOKENS[-1]], special["eos"]]
+
+
+def test_the_tokenizer_of_the_package_is_the_models_in_another_spelling(packages):
+    folder, _, _ = packages["fp32"]
+    tree = json.loads((folder / "tokenizer.json").read_bytes())
+    assert all(isinstance(merge, str) for merge in tree["model"]["merges"])
+    assert file_sha256(folder / "tokenizer.json") != file_sha256(folder.parent / "model" / "tokenizer.json")
