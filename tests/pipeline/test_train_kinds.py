@@ -21,6 +21,7 @@ EDITS = """
   gradient_checkpointing: true
   per_device_train_batch_size: 1
   num_train_epochs: 1
+  save_steps: 1
 """
 LORA = (
     "peft_model: true\n"
@@ -83,6 +84,10 @@ def test_lora_trains_its_layers_alone_and_exports_a_plain_model(tmp_path):
     changed = {name for name, part in base.items() if not torch.equal(found[name], part)}
     assert found.keys() == base.keys()
     assert changed == {f"model.layers.{layer}.self_attn.{part}_proj.weight" for layer in (0, 1) for part in "qv"}
+    forget(workspace, 1)
+    assert "resuming after step 2" in start(workspace)
+    again = weights(workspace.model)
+    assert all(torch.equal(again[name], part) for name, part in found.items())  # dropout drew the same
 
 
 def test_lora_under_zero3_and_yarn_exports_merged_weights(tmp_path):
@@ -104,7 +109,7 @@ def forget(workspace, count):
 
 
 def test_other_ranks_go_on_with_the_same_rows_in_the_same_order(tmp_path, zero2):
-    _, workspace = train(tmp_path, zero(2), "save_steps: 1")
+    _, workspace = train(tmp_path, zero(2))
     by_two = forget(workspace, 2)
     assert "converting it for 1" in start(workspace, ranks=1)
     two_then_one = forget(workspace, 1)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -128,6 +129,8 @@ def train(
     due = False
     for step in range(len(log) + 1, run.total_steps + 1):
         began = time.perf_counter()
+        # Dropout of LoRA is all that draws here: from (seed, step, rank), so that a resumed run draws the same.
+        torch.manual_seed(step_seed(run.profile.rng_seed, step, run.rank))
         taken = take_step(run, step, log, stop=stop)
         line, stopping, last = taken.line, taken.stopping, step == run.total_steps
         log.append(line)
@@ -148,6 +151,11 @@ def train(
     if not any(line["applied"] for line in log):
         raise TrainingError(f"none of {run.total_steps} steps was applied (all overflowed); the weights are the base's")
     return True
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Return 64 bits that differ between steps and ranks, whatever was drawn before."""
+    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0])
 
 
 def take_step(run: Run, step: int, log: Sequence[Line], *, stop: Callable[[], bool]) -> Taken:
