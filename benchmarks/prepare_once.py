@@ -4,7 +4,8 @@
 
 Ways: `ours` (the room, as the stage runs it, near duplicates and contamination not looked for), `ours_counting` (they
 are, as the published profile says), `raw` and `raw_fast` (the tokenizers library's `encode_batch` and
-`encode_batch_fast` on the room's own texts, nothing kept), `trl` (what SFTTrainer does to a data set before it trains).
+`encode_batch_fast` on the room's own texts, nothing kept), `trl` (what SFTTrainer does to a data set before it trains,
+as it comes), `trl_processes` (likewise, told to use as many processes as there are cores).
 Imports, reading of the texts for `raw` and making of a model for `trl` are not timed; all that the room does is.
 """
 
@@ -113,7 +114,17 @@ def raw_fast(workspace: Workspace, profile: Profile, workers: int) -> Facts:
     return raw(workspace, profile, workers, fast=True)
 
 
-def trl(workspace: Workspace, profile: Profile, workers: int) -> Facts:
+def trl(workspace: Workspace, profile: Profile, _: int) -> Facts:
+    """Time TRL as it comes: one process, however many cores there are."""
+    return _trl(workspace, profile, processes=None)
+
+
+def trl_processes(workspace: Workspace, profile: Profile, workers: int) -> Facts:
+    """Time TRL told to use as many processes as there are cores (`dataset_num_proc`)."""
+    return _trl(workspace, profile, processes=workers)
+
+
+def _trl(workspace: Workspace, profile: Profile, *, processes: int | None) -> Facts:
     """Time `SFTTrainer._prepare_dataset`, as its constructor calls it, on the records that `write_for_trl` left."""
     import datasets
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -140,7 +151,7 @@ def trl(workspace: Workspace, profile: Profile, workers: int) -> Facts:
         report_to="none",
         max_length=profile.max_length,
         packing=False,
-        dataset_num_proc=workers,
+        dataset_num_proc=processes,
         assistant_only_loss="messages" in records.column_names,
     )
     trainer = Clocked(LlamaForCausalLM(shape), options, train_dataset=records, processing_class=tokenizer)
@@ -169,6 +180,7 @@ WAYS: dict[str, Callable[[Workspace, Profile, int], Facts]] = {
     "raw": raw,
     "raw_fast": raw_fast,
     "trl": trl,
+    "trl_processes": trl_processes,
 }
 
 
