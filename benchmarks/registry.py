@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import statistics
 import sys
 import tempfile
@@ -36,6 +37,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--mebibytes", type=int, default=SIZE_BYTES >> 20)
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))  # through the `finally` below: no server, no file stays
     server = start_server()
     os.environ.update(server.environment)
     try:
@@ -54,6 +56,7 @@ def report(place: Path, size: int, rounds: int) -> int:
     for number in range(rounds):
         for name, lap in lap_of(place, source, file, number).items():
             seconds[name].append(timed(lap))
+            print(f"round {number}: {name} {seconds[name][-1]:.2f} s", file=sys.stderr, flush=True)
     median = {name: statistics.median(laps) for name, laps in seconds.items()}
     ratios = {way: median[f"boto_{way}"] / median[way] for way in ("up", "down")}
     verify_seconds = min(timed(lambda: verify_in_folder(place, source, file)) for _ in range(rounds))

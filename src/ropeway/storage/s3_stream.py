@@ -12,9 +12,9 @@ from ropeway.errors import TemporaryError
 from ropeway.s3_client import error_code, explained
 from ropeway.storage.conditions import wait
 
-RANGE_BYTES = 8 << 20
-WORKERS = 8  # x 8 MiB = 64 MiB ahead at most
-_PIECE_BYTES, _SMALL_PIECE_BYTES = 1 << 20, 64 << 10  # a read that breaks loses what it had: small ones after a break
+RANGE_BYTES = 16 << 20
+WORKERS = 4  # one range more is waiting: 80 MiB ahead at most
+_PIECE_BYTES, _SMALL_PIECE_BYTES = 256 << 10, 64 << 10  # a read that breaks loses what it had: small ones after a break
 BROKEN_TRIES = 5  # of one range without a single byte more
 
 
