@@ -17,6 +17,7 @@ app = typer.Typer(
 app.add_typer(registry_app, name="registry")
 
 ProfileOption = Annotated[str | None, typer.Option(help="Which run of params.yaml; default: the one it names.")]
+RegistryOption = Annotated[str | None, typer.Option(help="Default: ROPEWAY_REGISTRY, else ./registry")]
 JsonOption = Annotated[bool, typer.Option("--json", help="For programs.")]
 
 
@@ -81,6 +82,53 @@ def inspect(
     root = find_root()
     name, chosen = load_profile(root / "params.yaml", profile)
     show(Workspace(root, name), chosen, Wish(source, number, row, epoch), as_json=as_json)
+
+
+@app.command()
+def chat(  # noqa: PLR0913 - a command's options
+    model: Annotated[str, typer.Argument(help="A model's folder, or NAME@ALIAS (pulled into ROPEWAY_CACHE).")],
+    *,
+    system: Annotated[str, typer.Option(help="System message.")] = "",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of one answer.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0: the most likely token every time.")] = 0.7,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1, help="Draw from the likeliest with this share.")] = 0.9,
+    seed: Annotated[int, typer.Option(help="The same seed and turns give the same answers.")] = 0,
+    registry: RegistryOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Talk to a model. From a pipe: one question a line, one answer after another."""
+    from ropeway.talk import Manner, Talk, locate_model
+    from ropeway.talk import chat as hold
+
+    manner = Manner(system, max_new_tokens, temperature, top_p, seed)
+    hold(Talk(locate_model(model, registry), manner), sys.stdin, sys.stdout, as_json=as_json)
+
+
+@app.command("push-hub")
+def push_hub(
+    version: Annotated[str, typer.Argument(help="NAME@v3, NAME@ALIAS or NAME@DIGEST of the registry.")],
+    repo: Annotated[str, typer.Argument(help="owner/name on the Hugging Face Hub; HF_TOKEN must let you write.")],
+    *,
+    dry_run: Annotated[bool, typer.Option(help="Verify and list; ask the Hub nothing.")] = False,
+    private: Annotated[bool, typer.Option(help="Make a new repository private.")] = True,
+    registry: RegistryOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Upload a published version, every byte verified, to the Hugging Face Hub."""
+    from dataclasses import asdict
+
+    from ropeway.registry.options import open_registry, print_json
+    from ropeway.registry.sharing import push_hub as share
+
+    done = share(open_registry(registry), version, repo, private=private, dry_run=dry_run)
+    if as_json:
+        print_json(asdict(done))
+        return
+    for path, size in done.files.items():
+        typer.echo(f"{size:>16,}  {path}")
+    total = f"{len(done.files)} files, {sum(done.files.values()):,} bytes of {done.version} ({done.digest[:12]}…)"
+    where = f"are https://huggingface.co/{repo}/tree/{done.commit}" if done.commit else f"would go to {repo}"
+    typer.echo(f"{total} {where}")
 
 
 @app.command()

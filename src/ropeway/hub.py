@@ -1,4 +1,4 @@
-"""The door to the Hugging Face Hub: a branch to its commit, the files of a commit, and downloads into its own cache.
+"""The door to the Hugging Face Hub: a branch to its commit, the files of a commit, downloads into its cache, uploads.
 
 Where and as whom is environment, by huggingface_hub's names: HF_TOKEN, HF_HUB_OFFLINE, HF_HUB_CACHE (or HF_HOME) and
 HF_ENDPOINT. No word of a request or an answer gets into a message: a request holds the token.
@@ -17,6 +17,7 @@ from ropeway.manifest import write_atomic
 
 Kind = Literal["model", "dataset"]
 COMMIT = re.compile(r"[0-9a-f]{40}")
+_REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _TIMEOUT_SECONDS = 10
 _KEYS = {"model": "model_name", "dataset": "sources"}
 _FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -71,6 +72,41 @@ def download_files(repo: str, commit: str, names: list[str], *, kind: Kind, revi
     if not COMMIT.fullmatch(revision) and not is_offline():
         write_atomic(_cache_folder(repo, kind) / "refs" / revision, commit.encode())
     return folder
+
+
+def check_repo(repo: str) -> None:
+    """Raise ConfigError unless `repo` can be a repository's name."""
+    if not _REPO.fullmatch(repo):
+        raise ConfigError(f"{repo}: expected owner/name, as in OpenAssistant/llama2-13b-orca-8k-3319")
+
+
+def upload_model(repo: str, folder: Path, *, message: str, private: bool) -> str:
+    """Make a model repository hold a folder's files in one commit, no weights beside them; return that commit.
+
+    Raises:
+        ConfigError: Offline, no token, or one that may not write there.
+        TemporaryError: The Hub does not answer.
+    """
+    import huggingface_hub.errors as refusals
+    from huggingface_hub import HfApi, get_token
+
+    if is_offline():
+        raise ConfigError(f"{repo}: HF_HUB_OFFLINE is set; take it away to upload")
+    if not get_token():
+        raise ConfigError(f"{repo}: nobody is logged in to the Hub; set HF_TOKEN to a token that may write there")
+    stale = ["*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json"]
+    try:
+        api = HfApi()
+        api.create_repo(repo, private=private, exist_ok=True)
+        done = api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message, delete_patterns=stale)
+    except refusals.HfHubHTTPError as error:  # its text may hold the request, and that the token
+        status = error.response.status_code
+        if status in (401, 403, 404):
+            raise ConfigError(f"{repo}: the Hub does not let this HF_TOKEN write there ({status})") from None
+        raise TemporaryError(f"{repo}: the Hub answers {status}; run it again, what has arrived stays") from None
+    except (OSError, refusals.HTTPError) as error:  # type: ignore[attr-defined]  # httpx's base class
+        raise TemporaryError(f"{repo}: the Hub cannot be reached ({type(error).__name__}); run it again") from None
+    return str(done.oid)
 
 
 def is_offline() -> bool:

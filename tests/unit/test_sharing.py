@@ -1,0 +1,112 @@
+"""A version goes to the Hub as it is; what the Hub is asked is held by a fake of its client."""
+
+import json
+from types import SimpleNamespace
+
+import httpx
+import huggingface_hub
+import pytest
+from huggingface_hub.errors import HfHubHTTPError
+from typer.testing import CliRunner
+
+from ropeway.cli import app
+from ropeway.errors import ConfigError, DataError, RegistryError, TemporaryError
+from ropeway.registry import withdraw
+from ropeway.registry.layout import blob_key
+from ropeway.registry.sharing import push_hub
+from ropeway.storage import open_store
+from tests.registry_world import flip, make_package, put
+
+REPO = "team/tiny"
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    monkeypatch.setenv("ROPEWAY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("ROPEWAY_REGISTRY", (tmp_path / "registry").as_uri())
+    store = open_store((tmp_path / "registry").as_uri())
+    return store, put(store, make_package(tmp_path / "package")), tmp_path / "package"
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Fake the client: calls are kept, and the folder's bytes as they were when it was uploaded."""
+    calls = []
+
+    class Api:
+        def create_repo(self, repo, **options):
+            calls.append(("create", repo, options))
+
+        def upload_folder(self, *, folder_path, **options):
+            sent = {path.name: path.read_bytes() for path in folder_path.rglob("*") if path.is_file()}
+            calls.append(("upload", sent, options))
+            return SimpleNamespace(oid="c0ffee")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_secret")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    return calls
+
+
+def test_a_dry_run_verifies_lists_and_asks_the_hub_nothing(published, asked):
+    _, done, package = published
+    result = CliRunner().invoke(app, ["push-hub", "tiny@v1", REPO, "--dry-run"])
+    assert result.exit_code == 0, result.output
+    size = sum(path.stat().st_size for path in package.rglob("*") if path.is_file())
+    assert f"4 files, {size} bytes of tiny@v1 ({done.digest[:12]}…) would go to {REPO}" in result.stdout
+    assert "model.safetensors" in result.stdout
+    as_json = CliRunner().invoke(app, ["push-hub", "tiny@v1", REPO, "--dry-run", "--json"])
+    assert json.loads(as_json.stdout)["commit"] is None
+    assert asked == []
+
+
+def test_exactly_the_published_bytes_go_in_one_commit_and_old_weights_leave(published, asked):
+    store, done, package = published
+    shared = push_hub(store, "tiny@v1", REPO, private=True, dry_run=False)
+    assert shared.commit == "c0ffee"
+    (create, repo, created), (upload, sent, options) = asked
+    assert (create, repo, created) == ("create", REPO, {"private": True, "exist_ok": True})
+    assert upload == "upload"
+    assert sent == {path.name: path.read_bytes() for path in package.rglob("*") if path.is_file()}
+    assert options["commit_message"] == f"tiny@v1 ({done.digest})"
+    assert {"*.safetensors", "*.bin"} <= set(options["delete_patterns"])
+
+
+def test_withdrawn_damaged_and_misnamed_versions_are_refused_before_the_hub_is_asked(published, asked):
+    store, done, _ = published
+    with pytest.raises(ConfigError, match="expected owner/name"):
+        push_hub(store, "tiny@v1", "tiny", private=True, dry_run=True)
+    weights = next(file for file in json.loads(store.get(f"models/tiny/manifests/{done.digest}.json"))["files"])
+    flip(store, blob_key(weights["sha256"]))
+    with pytest.raises(DataError, match="is not what its version says"):
+        push_hub(store, "tiny@v1", REPO, private=True, dry_run=False)
+    withdraw(store, "tiny", done.digest, by="a test", reason="damaged")
+    with pytest.raises(RegistryError, match="is withdrawn"):
+        push_hub(store, "tiny@v1", REPO, private=True, dry_run=True)
+    assert asked == []
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "words"),
+    [(403, ConfigError, "does not let this HF_TOKEN write"), (503, TemporaryError, "the Hub answers 503")],
+)
+def test_a_hub_that_refuses_is_explained_without_the_token(published, asked, monkeypatch, status, error, words):
+    def refuse(*_arguments, **_options):
+        response = httpx.Response(status, request=httpx.Request("POST", "https://hf.co/?t=hf_secret"))
+        raise HfHubHTTPError("with hf_secret in it", response=response)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
+    with pytest.raises(error, match=words) as caught:
+        push_hub(published[0], "tiny@v1", REPO, private=True, dry_run=False)
+    assert "hf_secret" not in str(caught.value)
+    assert asked == []
+
+
+def test_without_a_token_or_a_network_nothing_is_tried(published, asked, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    with pytest.raises(ConfigError, match="nobody is logged in"):
+        push_hub(published[0], "tiny@v1", REPO, private=True, dry_run=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match="HF_HUB_OFFLINE is set"):
+        push_hub(published[0], "tiny@v1", REPO, private=True, dry_run=False)
+    assert asked == []
