@@ -50,6 +50,9 @@ class Board(Protocol):
     def report(self, key: str, text: str) -> None:
         """Show a markdown text."""
 
+    def ask_review(self, digest: str) -> str | None:
+        """Ask for a review of a version where people are asked; return where they answer, or None."""
+
 
 class PlainBoard:
     """No Prefect: the terminal has everything already."""
@@ -71,6 +74,10 @@ class PlainBoard:
 
     def report(self, key: str, text: str) -> None:
         """Show nothing more."""
+
+    def ask_review(self, digest: str) -> str | None:  # noqa: ARG002
+        """Ask nobody."""
+        return None
 
 
 def may_retry(error: BaseException) -> bool:

@@ -12,8 +12,11 @@ from typing import Any
 from prefect import flow, get_run_logger, runtime, tags, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.client.schemas.objects import State, TaskRun
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import DeploymentStatus, State, TaskRun
+from prefect.client.schemas.responses import DeploymentResponse
 from prefect.events.worker import EventsWorker
+from prefect.exceptions import ObjectNotFound
 from prefect.logging.handlers import APILogWorker
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Completed
@@ -21,6 +24,7 @@ from prefect.tasks import Task
 
 from flows.board import RETRIES, Done, may_retry, retry_seconds
 from flows.retrain import describe_run, walk
+from flows.server import is_live
 from flows.stages import Say
 from flows.summary import Result
 from ropeway.params import load_profile
@@ -45,6 +49,11 @@ def run(root: Path, profile: str, url: str) -> tuple[Result, str]:
         return result, f"/runs/flow-run/{state.state_details.flow_run_id}"
 
 
+def artifact_prefix(name: str) -> str:
+    """Return what the keys of a model's artifacts begin with: Prefect allows a-z, 0-9 and dashes."""
+    return re.sub("[^a-z0-9]+", "-", name.lower())
+
+
 def _name_run() -> str:
     given = runtime.flow_run.parameters
     root = Path(given["root"]).resolve()
@@ -57,7 +66,7 @@ def retrain(root: str = ".", profile: str | None = None) -> State[Any]:
     print(f"watch it at {PREFECT_API_URL.value().removesuffix('/api')}/runs/flow-run/{runtime.flow_run.id}", flush=True)
     folder = Path(root).resolve()
     name, _ = load_profile(folder / "params.yaml", profile)
-    result = walk(folder, name, PrefectBoard(re.sub("[^a-z0-9]+", "-", name.lower())))
+    result = walk(folder, name, PrefectBoard(artifact_prefix(name), folder))
     publication = result.publication
     return Completed(name=publication.state, message=publication.words, data=result)
 
@@ -81,9 +90,11 @@ class PrefectBoard:
 
     Attributes:
         prefix: Of the artifacts' keys: each profile has a history of its own.
+        root: The workspace.
     """
 
     prefix: str
+    root: Path
     _states: dict[str, State[Any]] = field(default_factory=dict)
 
     def step(self, name: str, work: Callable[[Say], Done], *, after: Sequence[str] = ()) -> Done:
@@ -108,3 +119,25 @@ class PrefectBoard:
     def report(self, key: str, text: str) -> None:
         """Publish a markdown artifact."""
         create_markdown_artifact(key=f"{self.prefix}-{key}", markdown=text)
+
+    def ask_review(self, digest: str) -> str | None:
+        """Start a review's flow run if somebody serves its deployment; return the path of its page."""
+        if not is_live(self.root):
+            return None
+        with get_client(sync_client=True) as client:
+            try:
+                deployment = client.read_deployment_by_name("review/review")
+            except ObjectNotFound:
+                return None
+            if not is_served(deployment):
+                return None
+            # Once for a version, whoever repeats the run.
+            asked = client.create_flow_run_from_deployment(
+                deployment.id, parameters={"digest": digest}, idempotency_key=f"review-{digest}"
+            )
+        return f"/runs/flow-run/{asked.id}"
+
+
+def is_served(deployment: DeploymentResponse) -> bool:
+    """Return whether a runner or a worker has asked for its runs lately."""
+    return not deployment.paused and deployment.status == DeploymentStatus.READY

@@ -33,6 +33,7 @@ class Publication:
         digest: The version's identity.
         verdict: The gate's, when it was asked.
         words: One sentence for people.
+        reviewable: Whether it is `candidate` and not `production`: somebody should decide.
     """
 
     state: str
@@ -40,6 +41,7 @@ class Publication:
     digest: str
     verdict: Verdict | None
     words: str
+    reviewable: bool = False
 
 
 Measure = Callable[[Store, str, str], Mapping[str, Any] | None]
@@ -66,7 +68,8 @@ def publish_package(workspace: Workspace, profile: Profile, revision: Revision, 
     if known and revision.commit and not revision.dirty and registry.find_dirt(store, name, digest):
         registry.vouch_clean(store, name, digest, git=revision.commit)
     if known and (settled := _settled(store, name, digest)):
-        return Publication("Unchanged", f"{name}@v{registry.find_number(store, name, digest)}", digest, None, settled)
+        version = f"{name}@v{registry.find_number(store, name, digest)}"
+        return Publication("Unchanged", version, digest, None, settled, reviewable=_is_open(store, name, digest))
     metrics = _read_metrics(workspace.evaluation)
     expected, champion = _find_champion(store, name)
     opponent = _find_metrics(store, champion, metrics, measure) if champion else None
@@ -84,7 +87,8 @@ def publish_package(workspace: Workspace, profile: Profile, revision: Revision, 
     registry.promote(
         store, name, CANDIDATE, digest, expect=expected, by=_user(), reason="the gate of ropeway run let it pass"
     )
-    return Publication("Published", str(done), digest, verdict, f"{done} is registered and is {name}@{CANDIDATE}")
+    words = f"{done} is registered and is {name}@{CANDIDATE}"
+    return Publication("Published", str(done), digest, verdict, words, reviewable=_is_open(store, name, digest))
 
 
 def _settled(store: Store, name: str, digest: str) -> str | None:
@@ -102,6 +106,11 @@ def _settled(store: Store, name: str, digest: str) -> str | None:
     if verdict is None or not verdict["passed"]:
         return f"{label}; '{CANDIDATE}' was not moved to it then"
     return None
+
+
+def _is_open(store: Store, name: str, digest: str) -> bool:
+    candidate, production = (registry.read_alias(store, name, alias) for alias in (CANDIDATE, PRODUCTION))
+    return candidate == digest != production
 
 
 def _find_champion(store: Store, name: str) -> tuple[str | None, str | None]:

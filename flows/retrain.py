@@ -92,7 +92,8 @@ def walk(root: Path, profile: str | None, board: Board) -> Result:
         publication = _step(board, "publish", partial(_publish, site, workspace, params), after=ends).value
         if shared:
             _step(board, "push", partial(_push, site), after=["publish"])
-        result = Result(workspace, ended, publication, time.monotonic() - began)
+        review = board.ask_review(publication.digest) if publication.state == "Published" else None
+        result = Result(workspace, ended, publication, time.monotonic() - began, review)
         board.report("result", summary.draw_report(result))
         return result
 

@@ -109,6 +109,11 @@ def find_server(root: Path) -> str | None:
     return None
 
 
+def is_live(root: Path) -> bool:
+    """Return whether the server in use was there before this run and stays after it."""
+    return bool(os.environ.get("PREFECT_API_URL") or find_server(root))
+
+
 def _answers(url: str) -> bool:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:

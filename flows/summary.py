@@ -22,12 +22,14 @@ class Result:
         stages: Each stage of dvc.yaml and how it ended: Completed, Restored or Unchanged.
         publication: What became of the package.
         seconds: How long it all took.
+        review: The page where its review is answered; None when nobody was asked.
     """
 
     workspace: Workspace
     stages: dict[str, str]
     publication: Publication
     seconds: float
+    review: str | None = None
 
 
 def print_result(result: Result, page: str | None) -> None:
@@ -39,6 +41,7 @@ def print_result(result: Result, page: str | None) -> None:
         ("version", f"{published.version}, {published.words}"),
         ("package", str(result.workspace.package)),
         ("look at it", f"ropeway registry show {published.version}"),
+        ("review it", _how_to_review(result)),
         ("the run", f"make ui, then open http://127.0.0.1:4200{page}" if page else "made without Prefect (no page)"),
     ]
     width = max(len(name) for name, _ in facts)
@@ -46,6 +49,12 @@ def print_result(result: Result, page: str | None) -> None:
     for name, words in facts:
         if words:
             print(f"  {name:<{width}}  {words}")
+
+
+def _how_to_review(result: Result) -> str:
+    if result.review:
+        return f"the form at {result.review}"
+    return f"ropeway review {result.publication.digest[:12]}" if result.publication.reviewable else ""
 
 
 def draw_table(rows: Sequence[Mapping[str, str]]) -> str:

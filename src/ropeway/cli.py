@@ -176,6 +176,18 @@ def server(*, port: Annotated[int, typer.Option(help="Where the UI answers, on l
     serve_ui(find_root(), port=port)
 
 
+@app.command()
+def serve(
+    *,
+    cron: Annotated[str | None, typer.Option(help="Retrain at these times, e.g. '0 3 * * *'; default: never.")] = None,
+) -> None:
+    """Make the flows startable from Prefect's pages and by the clock; needs a running `ropeway server`."""
+    from flows.deployments import serve_flows
+    from ropeway.workspace import find_root
+
+    serve_flows(find_root(), cron=cron)
+
+
 def main() -> None:
     """Run a command; our own errors print without a traceback and end with their code."""
     try:

@@ -1,0 +1,62 @@
+"""`ropeway serve`: the flows of this workspace, startable from Prefect's pages and by the clock, on one machine.
+
+`prefect.yaml` says the same for work pools; a test holds the two together.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from flows.server import find_server
+from flows.settings import apply_settings
+from ropeway.errors import TemporaryError
+
+CRON = "0 3 * * *"
+
+
+def serve_flows(root: Path, *, cron: str | None = None) -> None:
+    """Serve the flows until somebody ends this process; needs a running server.
+
+    Args:
+        root: The workspace.
+        cron: When to retrain; None: the nightly schedule is there but switched off.
+
+    Raises:
+        TemporaryError: No server answers.
+    """
+    root = root.resolve()
+    apply_settings(root)
+    url = os.environ.get("PREFECT_API_URL") or find_server(root)
+    if not url:
+        raise TemporaryError("no Prefect server runs for this workspace; start `ropeway server` in another terminal")
+    os.environ["PREFECT_API_URL"] = url
+    os.chdir(root)  # the flows' processes start here
+    from prefect import serve
+
+    print(f"serving retrain, review, promote and rollback at {url.removesuffix('/api')}/deployments", flush=True)
+    serve(*plan_deployments(root, cron=cron))
+
+
+def plan_deployments(root: Path, *, cron: str | None = None) -> list[Any]:
+    """Return the deployments; retraining never runs twice at a time: a second run waits."""
+    from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
+    from prefect.schedules import Cron
+
+    from flows.prefect_flow import retrain
+    from flows.promote import promote, rollback
+    from flows.review import review
+
+    one = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.ENQUEUE)
+    schedule = Cron(cron or CRON, timezone="UTC", active=cron is not None)
+    common: dict[str, Any] = {"parameters": {"root": str(root)}, "tags": ["ropeway"], "paused": False}
+    common["entrypoint_type"] = _by_module()
+    return [
+        retrain.to_deployment("retrain", schedules=[schedule], concurrency_limit=one, **common),
+        *(each.to_deployment(each.name, **common) for each in (review, promote, rollback)),
+    ]
+
+
+def _by_module() -> Any:  # noqa: ANN401 - prefect's enumeration
+    from prefect.types.entrypoint import EntrypointType
+
+    return EntrypointType.MODULE_PATH

@@ -1,0 +1,82 @@
+"""The flows `promote` and `rollback`: an alias moved from Prefect's pages, by the same act as `ropeway registry`."""
+
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, get_run_logger
+from prefect.artifacts import create_markdown_artifact
+from prefect.client.schemas.objects import State
+from prefect.states import Completed
+
+from flows.decision import read_expect
+from flows.evidence import find_version
+from flows.markdown import code, table
+from flows.prefect_flow import artifact_prefix
+from ropeway import registry
+from ropeway.storage import Store, open_store
+from ropeway.workspace import Workspace
+
+
+@flow(name="promote")
+def promote(digest: str, expect: str, by: str, reason: str, alias: str = "production", root: str = ".") -> State[Any]:
+    """Point an alias at a version, if it is where you expect it to be.
+
+    Args:
+        digest: The version: its digest (8 digits or more) or NAME@v3.
+        expect: Where the alias points now: v2, a digest, another alias, or `none` when it does not exist yet.
+        by: Who does it; kept for ever.
+        reason: Why, in words; kept for ever.
+        alias: The pointer.
+        root: The workspace whose registry it is in.
+    """
+    store = _open(root)
+    name, found = find_version(store, digest)
+    return _show(
+        store,
+        registry.promote(
+            store, name, alias, found, expect=read_expect(store, digest, expect), by=by.strip(), reason=reason.strip()
+        ),
+    )
+
+
+@flow(name="rollback")
+def rollback(name: str, expect: str, by: str, reason: str, alias: str = "production", root: str = ".") -> State[Any]:
+    """Point an alias back at what it pointed to before.
+
+    Args:
+        name: The model, e.g. laptop.
+        expect: Where the alias points now, e.g. v3: what you want to leave.
+        by: Who does it; kept for ever.
+        reason: Why, in words; kept for ever.
+        alias: The pointer.
+        root: The workspace whose registry it is in.
+    """
+    store = _open(root)
+    expected = registry.resolve(store, f"{name}@{expect}")
+    return _show(store, registry.rollback(store, name, alias, by=by.strip(), reason=reason.strip(), expect=expected))
+
+
+def _open(root: str) -> Store:
+    return open_store(Workspace(Path(root).resolve(), "").registry_url)
+
+
+def _show(store: Store, done: registry.Promotion) -> State[Any]:
+    """Return the state that says where the alias is, and publish its history."""
+    rows = [
+        {
+            "at": event["at"],
+            "digest": code(event["digest"][:12]),
+            "by": code(event["by"]),
+            "reason": code(event["reason"]),
+        }
+        for event in reversed(registry.alias_history(store, done.name, done.alias))
+    ]
+    create_markdown_artifact(
+        key=f"{artifact_prefix(done.name)}-{done.alias}", markdown=f"# {done.name}@{done.alias}\n\n{table(rows)}"
+    )
+    number = registry.find_number(store, done.name, done.digest)
+    words = f"{done.name}@{done.alias} is v{number} ({done.digest[:12]}…)" + (
+        "" if done.moved else ", as it was already"
+    )
+    get_run_logger().info(words)
+    return Completed(name="Promoted" if done.moved else "Unchanged", message=words)

@@ -1,0 +1,94 @@
+"""The flow `review`: one report, one question, one answer. Pinned to a version, and small enough to be run twice.
+
+A suspended run ends its process and starts again from its first line when it is resumed (Prefect 3.9.1), so what the
+report compared with is kept as labels of the run, and nothing happens before the answer but reading.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from uuid import UUID
+
+from prefect import flow, get_run_logger, runtime, suspend_flow_run
+from prefect.artifacts import create_markdown_artifact
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import State
+from prefect.input import RunInput
+from prefect.states import Completed
+from pydantic import Field, ValidationError
+
+from flows.decision import Answer, decide
+from flows.evidence import Case, open_case
+from flows.markdown import code
+from flows.prefect_flow import artifact_prefix
+from flows.report import draw_report, draw_summary
+from ropeway import registry
+from ropeway.errors import RegistryError
+from ropeway.storage import Store, open_store
+from ropeway.workspace import Workspace
+
+EXPIRES_HOURS = 168.0
+_DIGEST, _PRODUCTION = "ropeway.digest", "ropeway.production"
+_NONE = "none"
+_Words = Annotated[str, Field(min_length=1, max_length=2000, pattern=r"\S")]
+
+
+class Form(RunInput):
+    """May this version become production?"""
+
+    # Every field is required: Prefect (3.9.1) takes `{}` for an answer where all have defaults.
+
+    decision: Literal["approve", "reject"] = Field(description="Approve: it becomes production.")
+    reviewer: _Words = Field(description="Who decides; kept for ever.")
+    comment: _Words = Field(description="Why, in words; kept for ever.")
+
+
+def _name_run() -> str:
+    return f"review-{str(runtime.flow_run.parameters['digest'])[:40]}"
+
+
+@flow(name="review", flow_run_name=_name_run, validate_parameters=False)
+def review(digest: str, root: str = ".", expires_hours: float = EXPIRES_HOURS) -> State[Any]:
+    """Ask a person whether a version may become production, and do what they say.
+
+    Args:
+        digest: The version: its digest (8 digits or more) or NAME@v3.
+        root: The workspace whose registry it is in.
+        expires_hours: After this the question is withdrawn and nothing moves.
+    """
+    store = open_store(Workspace(Path(root).resolve(), "").registry_url)
+    case = _pin(store, digest)
+    form = Form.with_initial_data(description=draw_summary(case))
+    try:
+        said = suspend_flow_run(wait_for_input=form, timeout=int(expires_hours * 3600), key="answer")
+    except ValidationError:
+        raise RegistryError(
+            f"{case.new.label}: this run was set going without an answer; nothing was decided and no alias moved. "
+            "Start another review and fill in its form"
+        ) from None
+    answer = Answer(said.decision, said.reviewer.strip(), said.comment.strip(), f"flow run {runtime.flow_run.id}")
+    outcome = decide(store, case, answer)
+    get_run_logger().info(outcome.words)
+    return Completed(name=outcome.state, message=outcome.words)
+
+
+def _pin(store: Store, wanted: str) -> Case:
+    """Return the case; the first time its report is published and the run labelled with what it compares."""
+    run = UUID(str(runtime.flow_run.id))
+    with get_client(sync_client=True) as client:
+        labels = client.read_flow_run(run).labels
+        if _PRODUCTION in labels:
+            return open_case(
+                store, str(labels[_DIGEST]), expect=None if (was := str(labels[_PRODUCTION])) == _NONE else was
+            )
+        case = open_case(store, wanted)
+        create_markdown_artifact(
+            key=f"{artifact_prefix(case.name)}-review",
+            markdown=draw_report(case),
+            description=f"{case.new.label}: may it become {registry.PRODUCTION}? {code(case.digest)}",
+        )
+        pinned: dict[str, bool | int | float | str] = {
+            _DIGEST: f"{case.name}@{case.digest}",
+            _PRODUCTION: case.expect or _NONE,
+        }
+        client.update_flow_run_labels(run, pinned)
+    return case

@@ -1,0 +1,76 @@
+"""prefect.yaml through Prefect's own `deploy`, on the real server, and `ropeway serve`'s deployments beside it."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flows.deployments import plan_deployments
+
+ROOT = Path(__file__).parents[2]
+FLOWS = ["promote", "rollback", "retrain", "review"]
+
+
+def prefect(root, api, *arguments):
+    environment = {**os.environ, "PREFECT_API_URL": api, "PWD": str(root), "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
+    done = subprocess.run(
+        [sys.executable, "-m", "prefect", "--no-prompt", *arguments],
+        cwd=root,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture
+def deployed(tmp_path, on_prefect):
+    """Deploy prefect.yaml as it is shipped."""
+    shutil.copy(ROOT / "prefect.yaml", tmp_path)
+    shutil.copytree(ROOT / "flows", tmp_path / "flows")
+    prefect(tmp_path, on_prefect, "work-pool", "create", "ropeway", "--type", "process", "--overwrite")
+    prefect(tmp_path, on_prefect, "deploy", "--all")
+    return tmp_path
+
+
+def test_flow_deployments_of_prefect_yaml_and_of_serve_agree_and_the_schedule_is_off(deployed, on_prefect):
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    def facts(name):
+        found = client.read_deployment_by_name(f"{name}/{name}")
+        strategy = found.concurrency_options and found.concurrency_options.collision_strategy.value
+        limit = found.global_concurrency_limit
+        return {
+            "parameters": found.parameters,
+            "schedules": [(each.schedule.cron, each.schedule.timezone, each.active) for each in found.schedules],
+            "concurrency": (limit and limit.limit, strategy),
+            "tags": found.tags,
+        }, found
+
+    with temporary_settings({PREFECT_API_URL: on_prefect}), get_client(sync_client=True) as client:
+        pooled = {name: facts(name) for name in FLOWS}
+        assert pooled["retrain"][0] == {
+            "parameters": {"root": str(deployed)},
+            "schedules": [("0 3 * * *", "UTC", False)],
+            "concurrency": (1, "ENQUEUE"),
+            "tags": ["ropeway"],
+        }
+        for _, found in pooled.values():
+            assert found.work_pool_name == "ropeway"
+            assert found.pull_steps == [
+                {"prefect.deployments.steps.set_working_directory": {"directory": str(deployed)}}
+            ]
+            assert found.job_variables["env"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] == "30"
+        for each in plan_deployments(deployed):
+            each.apply()
+        assert {name: facts(name)[0] for name in FLOWS} == {name: pooled[name][0] for name in FLOWS}
+
+
+def test_serve_switches_the_schedule_on_only_when_asked():
+    schedules = [plan_deployments(ROOT, cron=cron)[0].schedules[0] for cron in (None, "0 5 * * 1")]
+    assert [(each.schedule.cron, each.active) for each in schedules] == [("0 3 * * *", False), ("0 5 * * 1", True)]

@@ -1,0 +1,184 @@
+"""The review on a real Prefect server: a flow run that suspends, is resumed through the API, and runs again."""
+
+import time
+from contextlib import suppress
+
+import pytest
+
+from flows.retrain import run_retrain
+from ropeway import registry
+from ropeway.errors import RegistryError
+from ropeway.storage import open_store
+from ropeway.workspace import Workspace
+from tests.review_world import make_version
+
+YES = {"decision": "approve", "reviewer": "anna", "comment": "reads well"}
+pytestmark = pytest.mark.filterwarnings(
+    # dvc 3.67.1 (repo/trie.py, repo/graph.py) on pygtrie 2.6
+    "ignore:_NoneStep.value will soon raise:DeprecationWarning"
+)
+
+
+class Reviews:
+    """One model with a version in production and one to review, and the deployments on the server."""
+
+    def __init__(self, root, client):
+        from flows.deployments import plan_deployments
+
+        self.client = client
+        self.workspace = Workspace(root, "laptop")
+        self.store = open_store(self.workspace.registry_url)
+        self.deployments = {each.name: each.apply() for each in plan_deployments(root)}
+        self.first = make_version(self.workspace, 5.0)
+        registry.promote(
+            self.store, "laptop", "production", self.first, expect=None, by="ben", reason="the first of its name"
+        )
+        self.second = make_version(self.workspace, 4.5)
+
+    def start(self, **parameters):
+        given = {"digest": self.second, "root": str(self.workspace.root), **parameters}
+        run = self.client.create_flow_run_from_deployment(self.deployments["review"], parameters=given)
+        self.execute(run.id)
+        return run.id
+
+    def execute(self, run_id):
+        """Run a flow run as a runner's child does."""
+        from prefect.exceptions import Pause
+        from prefect.flow_engine import run_flow
+
+        from flows.review import review
+
+        run = self.client.read_flow_run(run_id)
+        with suppress(Pause):
+            run_flow(review, flow_run=run, parameters=run.parameters, return_type="state")
+
+    def resume(self, run_id, answer):
+        return self.client.resume_flow_run(run_id, run_input=answer).status.value
+
+    def state(self, run_id):
+        return self.client.read_flow_run(run_id).state
+
+    def production(self):
+        return registry.read_alias(self.store, "laptop", "production")
+
+
+@pytest.fixture
+def reviews(tmp_path, on_prefect, monkeypatch):
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    monkeypatch.delenv("ROPEWAY_REGISTRY", raising=False)
+    with temporary_settings({PREFECT_API_URL: on_prefect}), get_client(sync_client=True) as client:
+        yield Reviews(tmp_path, client)
+
+
+def find_artifacts(reviews, run_id):
+    from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
+
+    chosen = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run_id]))
+    return reviews.client.read_artifacts(artifact_filter=chosen)
+
+
+def test_review_waits_takes_no_empty_or_wrong_answer_and_moves_production_on_a_yes(reviews):
+    run = reviews.start()
+    assert reviews.state(run).name == "Suspended"
+    for wrong in (
+        {},
+        None,
+        {**YES, "decision": "perhaps"},
+        {**YES, "reviewer": ""},
+        {**YES, "comment": "   "},
+        {**YES, "extra": 1},
+    ):
+        assert reviews.resume(run, wrong) == "REJECT", wrong
+    assert reviews.state(run).name == "Suspended"
+    assert reviews.production() == reviews.first
+
+    assert reviews.resume(run, YES) == "ACCEPT"
+    reviews.execute(run)
+    assert (reviews.state(run).name, reviews.production()) == ("Promoted", reviews.second)
+    event = registry.alias_history(reviews.store, "laptop", "production")[-1]
+    assert (event["by"], event["reason"], event["prev"]) == ("anna", "reads well", reviews.first)
+    assert event["review"]["via"] == f"flow run {run}"
+    (report,) = find_artifacts(reviews, run)  # made once, though the flow ran twice
+    assert report.key == "laptop-review"
+    assert "# laptop@v2: may it become `production`?" in report.data
+    assert "data:image/svg+xml;base64," in report.data
+
+
+def test_review_that_is_rejected_moves_nothing(reviews):
+    run = reviews.start()
+    assert reviews.resume(run, {**YES, "decision": "reject"}) == "ACCEPT"
+    reviews.execute(run)
+    assert (reviews.state(run).name, reviews.production()) == ("Rejected", reviews.first)
+    (kept,) = registry.list_reviews(reviews.store, "laptop", reviews.second)
+    assert (kept["decision"], kept["by"]) == ("reject", "anna")
+
+
+def test_review_does_not_promote_when_production_moved_after_its_report(reviews):
+    run = reviews.start()
+    third = make_version(reviews.workspace, 4.0)
+    registry.promote(reviews.store, "laptop", "production", third, expect=reviews.first, by="ben", reason="faster")
+    reviews.resume(run, YES)
+    reviews.execute(run)
+    state = reviews.state(run)
+    assert state.name == "Failed"
+    assert "laptop@v2 was approved by anna and is NOT production" in state.message
+    assert third in state.message
+    assert reviews.production() == third
+
+
+def test_review_that_nobody_answers_expires_and_cannot_be_answered_any_more(reviews):
+    run = reviews.start(expires_hours=1 / 3600)
+    deadline = time.monotonic() + 60
+    while reviews.state(run).name == "Suspended" and time.monotonic() < deadline:
+        time.sleep(0.2)  # the server looks every 5 s
+    assert reviews.state(run).type.value == "FAILED"
+    assert reviews.resume(run, YES) == "ABORT"
+    assert reviews.production() == reviews.first
+
+
+def test_review_that_is_forced_on_through_the_api_decides_nothing(reviews):
+    from prefect.states import Completed, Scheduled
+
+    run = reviews.start()
+    reviews.client.set_flow_run_state(run, Scheduled(), force=True)
+    reviews.execute(run)
+    state = reviews.state(run)
+    assert state.name == "Failed"
+    assert "set going without an answer; nothing was decided" in state.message
+    other = reviews.start()
+    reviews.client.set_flow_run_state(other, Completed(name="Promoted"), force=True)
+    assert reviews.production() == reviews.first
+    assert registry.list_reviews(reviews.store, "laptop", reviews.second) == []
+
+
+def test_promote_and_rollback_flows_expect_where_the_alias_is(reviews):
+    from flows.promote import promote, rollback
+
+    root = str(reviews.workspace.root)
+    common = {"by": "anna", "reason": "tried it", "root": root, "return_state": True}
+    late = promote(reviews.second, expect="none", **common)
+    assert "it was not moved" in late.message
+    assert promote(reviews.second, expect="v1", **common).name == "Promoted"
+    assert reviews.production() == reviews.second
+    assert isinstance(rollback("laptop", expect="v1", **common).result(raise_on_failure=False), RegistryError)
+    assert rollback("laptop", expect="v2", **common).name == "Promoted"
+    assert reviews.production() == reviews.first
+
+
+def test_a_run_asks_for_a_review_where_one_is_served_and_else_says_how(made_workspace, reviews, monkeypatch, capsys):
+    made_workspace.edit("params.yaml", "learning_rate: 2e-3", "learning_rate: 3e-3")
+    with monkeypatch.context() as patch:
+        patch.setattr("flows.prefect_flow.is_live", lambda _root: False)
+        first = run_retrain(made_workspace.root)
+    digest = first.publication.digest
+    assert first.review is None
+    assert f"review it        ropeway review {digest[:12]}\n" in capsys.readouterr().out
+
+    made_workspace.edit("params.yaml", "learning_rate: 3e-3", "learning_rate: 1e-3")
+    monkeypatch.setattr("flows.prefect_flow.is_served", lambda _deployment: True)
+    second = run_retrain(made_workspace.root)
+    asked = reviews.client.read_flow_run(second.review.rpartition("/")[2])
+    assert asked.parameters["digest"] == second.publication.digest
+    assert asked.deployment_id == reviews.deployments["review"]
