@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup run test test-loaders check ui chaos bench bench-packing bench-plan bench-prepare bench-registry chaos-registry clean
+.PHONY: help setup run test test-loaders check ui chaos bench bench-packing bench-plan bench-prepare bench-evaluate bench-registry chaos-registry clean
 .DEFAULT_GOAL := help
 
 help:
@@ -70,7 +70,7 @@ check: $(VENV)/.ready-test
 ui: $(VENV)/.ready-run
 	$(BIN)/ropeway server
 
-bench: bench-packing bench-plan bench-prepare
+bench: bench-packing bench-plan bench-prepare bench-evaluate
 
 bench-packing: $(VENV)/.ready-run
 	$(BIN)/python benchmarks/packing.py
@@ -91,6 +91,9 @@ chaos: $(VENV)/.ready-test
 
 chaos-registry: $(VENV)/.ready-test
 	$(BIN)/python -m tests.registry_chaos $(or $(KILLS),30)
+
+bench-evaluate: $(VENV)/.ready-run
+	$(BIN)/python benchmarks/evaluate.py
 
 clean:
 	rm -rf $(VENV) .venv-loaders

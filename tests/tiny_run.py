@@ -21,6 +21,7 @@ from ropeway.workspace import Workspace
 ROOT = Path(__file__).parents[1]
 PARITY = Path(__file__).parent / "contract" / "parity"
 SYSTEMS = ("", "You are kind.", "Answer in one word.")
+STEPS = "step,loss,lr,grad_norm\n1,7.5,0.0,1.5\n2,6.0,0.0,1.25\n3,5.25,1e-05,1.0\n"
 BLOCK = """\
 # A run of seconds, for tests.
 tiny:
@@ -50,7 +51,12 @@ tiny:
   stop: {max_skipped_in_row: 5, spike_window_steps: 8, spike_ratio: 2.0, max_spikes_in_row: 3, hang_seconds: null}
   duplicates: {exact: count, near: count, threshold: 0.8, permutations: 128, ngram: 5}
   contamination: {ngram: 13, action: count, prompts: []}
-  evaluation: {prompts: configs/prompts.jsonl, max_new_tokens: 8}
+  evaluation:
+    prompts: configs/prompts.jsonl
+    sampling: configs/sampling.json
+    max_new_tokens: 8
+    positions: {rows: 2, row_tokens: 128, bucket_tokens: 32}
+    passkey: {lengths: [192, 256], depths: [0.0, 1.0], repeats: 1}
   package: {dtype: bf16, max_shard_bytes: 200000}
   card:   # what no run knows
     license: apache-2.0
@@ -70,12 +76,14 @@ def make_run(root: Path, room: str = "evaluate", *, block: str = BLOCK) -> tuple
     (root / "params.yaml").write_text(text.replace("\nprofile: laptop", "\nprofile: tiny") + "\n" + block)
     (root / "configs").mkdir()
     (root / "configs" / "prompts.jsonl").write_text('"What is a list?"\n"How are you?"\n')
+    shutil.copyfile(ROOT / "configs" / "sampling.json", root / "configs" / "sampling.json")
     workspace, (_, profile) = Workspace(root, "tiny"), load_profile(root / "params.yaml")
     make_model(workspace.base, profile, seed=1, steps=0)
     make_model(workspace.model, profile, seed=2, steps=3)
     conversations, documents = talks(), texts()
     make_raw(workspace, conversations, documents)
     make_data(workspace, profile, conversations, documents)
+    workspace.steps.write_text(STEPS)
     if room == "package":
         finish_run(workspace, profile)
     return workspace, profile.reading(READS[room])
@@ -85,7 +93,6 @@ def finish_run(workspace: Workspace, profile: Profile) -> None:
     """Lay what train and evaluate leave beside the model, and the ledger."""
     evaluate.run(workspace, profile.reading(READS["evaluate"]))
     write_json(workspace.train_metrics, {"steps": 3, "applied_steps": 3, "epochs": 1, "final_loss": 5.25})
-    workspace.steps.write_text("step,loss,lr,grad_norm\n1,7.5,0.0,1.5\n2,6.0,0.0,1.25\n3,5.25,1e-05,1.0\n")
     accounts = tuple(
         Account(
             name=name,

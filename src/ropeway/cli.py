@@ -132,6 +132,22 @@ def push_hub(
 
 
 @app.command()
+def evaluate(
+    *,
+    limit: Annotated[int, typer.Option(min=1, help="Validation rows of each source.")] = 8,
+    profile: ProfileOption = None,
+) -> None:
+    """Look quickly at base and tuned over a few validation rows; the stage of that name measures all and writes."""
+    from ropeway.evaluate.quick import look
+    from ropeway.params import READS, load_profile
+    from ropeway.workspace import Workspace, find_root
+
+    root = find_root()
+    name, chosen = load_profile(root / "params.yaml", profile)
+    typer.echo(look(Workspace(root, name), chosen.reading(READS["evaluate"]), limit=limit))
+
+
+@app.command()
 def stage(name: Annotated[str, typer.Argument(help="A stage of dvc.yaml.")]) -> None:
     """Run one stage of the chosen profile: what dvc.yaml calls."""
     from ropeway.stages import run_stage

@@ -175,11 +175,30 @@ class StopRules(Section):
     hang_seconds: Annotated[float, Field(gt=0)] | None
 
 
+class Positions(Section):
+    """Loss by position: `rows` rows of `row_tokens` tokens, longer than max_length, in buckets of `bucket_tokens`."""
+
+    rows: Positive
+    row_tokens: Annotated[int, Field(gt=1)]
+    bucket_tokens: Positive
+
+
+class Passkey(Section):
+    """Passkey retrieval at every length (tokens) x depth (0 in front, 1 behind), `repeats` keys each."""
+
+    lengths: Annotated[list[Positive], Field(min_length=1)]
+    depths: Annotated[list[Fraction], Field(min_length=1)]
+    repeats: Positive
+
+
 class Evaluation(Section):
-    """What evaluate does beside losses."""
+    """What evaluate does beside losses; `sampling` names the file of generation configurations."""
 
     prompts: str
+    sampling: str
     max_new_tokens: Positive
+    positions: Positions
+    passkey: Passkey
 
 
 class Gate(Section):

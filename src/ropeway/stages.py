@@ -69,7 +69,10 @@ def write_identity(root: Path) -> None:
             name: _file_identity(root, name, key="contamination.prompts") for name in profile.contamination.prompts
         },
         "deepspeed": _file_identity(root, profile.deepspeed_config, key="deepspeed_config"),
-        "prompts": _file_identity(root, profile.evaluation.prompts, key="evaluation.prompts"),
+        "prompts": {
+            key: _file_identity(root, getattr(profile.evaluation, key), key=f"evaluation.{key}")
+            for key in ("prompts", "sampling")
+        },
         "sources": {name: source_identity(one, root) for name, one in sorted(profile.sources.items())},
         **{f"code-{room}": room_digest(source, room) for room in ROOMS},
     }

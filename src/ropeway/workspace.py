@@ -73,6 +73,16 @@ class Workspace:
         return self.run / "samples.json"
 
     @property
+    def samples_page(self) -> Path:
+        """The same for people: one page, base and tuned side by side."""
+        return self.run / "samples.html"
+
+    @property
+    def plots(self) -> Path:
+        """Evaluate's tables (CSV) and pictures (PNG, SVG)."""
+        return self.run / "plots"
+
+    @property
     def package(self) -> Path:
         """The model as others load it, its card and its manifest."""
         return self.run / "package"

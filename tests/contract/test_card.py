@@ -62,7 +62,14 @@ def account(name):
 
 def facts_of(name=NAME, **changes):
     _, profile = load_profile(ROOT / "params.yaml", name)
-    scores = {"loss": 1.5, "perplexity": 4.48169, "accuracy": 0.625, "tokens": 1234}
+    scores = {
+        "loss": 1.5,
+        "perplexity": 4.48169,
+        "accuracy": 0.625,
+        "nats_per_byte": 0.375,
+        "tokens": 1234,
+        "bytes": 4936,
+    }
     results = [
         {"sampling_config": f"{model}/greedy", "sampling_params": {}, "outputs": [f"{model} says ```no```"]}
         for model in ("base", "tuned")
@@ -83,6 +90,11 @@ def facts_of(name=NAME, **changes):
         evaluation={
             "sources": {one: {"base": {**scores, "loss": 2.5}, "tuned": scores} for one in COUNTS},
             "mean": {"base": 2.5, "tuned": 1.5},
+            "positions": {
+                "up_to_max_length": {"base": 2.5, "tuned": 1.5, "base_unscaled": 2.25, "tuned_unscaled": 3.5},
+                "beyond": {"base": 3.5, "tuned": 1.75, "base_unscaled": 9.5, "tuned_unscaled": 8.5},
+            },
+            "passkey": {"base": {"asked": 120, "right": 3}, "tuned": {"asked": 120, "right": 117}},
             "rows": 7000,
             "validation": "ab" * 32,
         },
@@ -192,7 +204,7 @@ def test_what_the_published_card_left_unsaid_is_said(written):
     assert "random_offset_probability: 0.8" in text
     assert "`fanfics`, `red_pajama` (56% of the 424,864 rows of an epoch)" in text
     assert 'pip install "transformers>=4.31.0"' in text
-    assert "sampling report: [samples.json](samples.json)" in text
+    assert "sampling report: [samples.html](samples.html), [samples.json](samples.json)" in text
     assert "TBD" not in text
 
 
@@ -238,9 +250,19 @@ def test_the_terms_of_llama_2_travel_with_what_is_made_of_it(written):
 
 def test_base_and_tuned_stand_side_by_side():
     text = "\n".join(card_results.format_evaluation(facts_of()))
-    assert "| orca-chat | 1,234 | 2.5 → 1.5 | 4.482 → 4.482 | 0.625 → 0.625 |" in text
+    assert "| orca-chat | 1,234 | 2.5 → 1.5 | 4.482 → 4.482 | 0.625 → 0.625 | 0.375 → 0.375 |" in text
     assert "| mean over sources |  | 2.5 → 1.5 |" in text
     assert "7,000 validation rows" in text
+
+
+def test_what_the_scaling_bought_is_told_in_figures_and_pictures(written):
+    _, text = written
+    assert "| model | up to 8,192 tokens | beyond 8,192 tokens |" in text
+    assert "| base, RoPE not scaled | 2.25 | 9.5 |" in text
+    assert "base finds 3 of 120 keys; tuned finds 117 of 120 keys" in text
+    assert set(re.findall(r"!\[.*?\]\((.*?)\)", text)) == {
+        f"plots/{name}.png" for name in ("sources", "loss", "positions", "passkey")
+    }
 
 
 def test_an_answer_cannot_break_out_of_its_frame():

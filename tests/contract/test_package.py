@@ -49,22 +49,37 @@ def edit(path, change):
     write_json(path, value)
 
 
+def files_of(folder):
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def test_every_picture_and_file_the_card_links_to_is_there(made):
+    workspace, *_ = made
+    card = (workspace.package / "README.md").read_text()
+    links = {link for link in re.findall(r"\]\(([^)#]+)\)", card) if "://" not in link}
+    assert {"plots/positions.png", "samples.html", "plots/passkey_answers.csv"} <= links
+    assert [link for link in sorted(links) if not (workspace.package / link).is_file()] == []
+
+
 def test_the_package_holds_just_what_it_promises(made):
     workspace, *_ = made
     assert sorted(path.name for path in workspace.package.iterdir()) == [
         "README.md", "chat_template.jinja", "config.json", "eval.json", "generation_config.json", "ledger.json",
         "manifest.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
-        "model.safetensors.index.json", "probe.json", "run.json", "run.yaml", "samples.json", "special_tokens_map.json",
-        "steps.csv", "tokenizer.json", "tokenizer_config.json",
+        "model.safetensors.index.json", "plots", "probe.json", "run.json", "run.yaml", "samples.html", "samples.json",
+        "special_tokens_map.json", "steps.csv", "tokenizer.json", "tokenizer_config.json",
     ]  # fmt: skip
+    pictures = {f"{name}.{kind}" for name in ("loss", "sources", "positions", "passkey") for kind in ("png", "svg")}
+    tables = {f"{name}.csv" for name in ("scores", "positions", "passkey", "passkey_answers")}
+    assert {path.name for path in (workspace.package / "plots").iterdir()} == pictures | tables
     manifest = load_manifest(workspace.package, remedy="")
     assert (manifest["name"], manifest["steps"], manifest["applied_steps"]) == ("tiny", 3, 3)
-    for path in workspace.package.iterdir():
+    for path in files_of(workspace.package):
         assert path.stat().st_mode & 0o444 == 0o444
 
 
 def test_the_registry_takes_the_package(made):
-    assert len(read_package(made[0].package, "tiny", verify=True).files) == 18
+    assert len(read_package(made[0].package, "tiny", verify=True).files) == 31
 
 
 def test_plain_transformers_loads_it_and_computes_what_the_trained_model_does(made):
@@ -89,13 +104,13 @@ def test_the_cards_own_snippet_runs_in_the_folder(made):
 def test_two_packagings_of_one_run_in_two_places_give_the_same_bytes(made, tmp_path):
     workspace, profile = make_run(tmp_path, "package")
     package.run(workspace, profile)
-    first, second = ({p.name: p.read_bytes() for p in w.package.iterdir()} for w in (made[0], workspace))
+    first, second = ({p.name: p.read_bytes() for p in files_of(w.package)} for w in (made[0], workspace))
     assert first == second
 
 
 def test_nothing_in_it_tells_where_or_when_it_was_made(made):
     workspace, *_ = made
-    for path in workspace.package.iterdir():
+    for path in files_of(workspace.package):
         data = path.read_bytes()
         assert str(workspace.root).encode() not in data, path
         assert b"transformers_version" not in data, path

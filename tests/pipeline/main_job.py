@@ -47,7 +47,12 @@ tiny:
   stop: {max_skipped_in_row: 5, spike_window_steps: 8, spike_ratio: 2.0, max_spikes_in_row: 3, hang_seconds: null}
   duplicates: {exact: count, near: count, threshold: 0.8, permutations: 128, ngram: 5}
   contamination: {ngram: 13, action: count, prompts: [configs/prompts.jsonl]}
-  evaluation: {prompts: configs/prompts.jsonl, max_new_tokens: 4}
+  evaluation:
+    prompts: configs/prompts.jsonl
+    sampling: configs/sampling.json
+    max_new_tokens: 4
+    positions: {rows: 2, row_tokens: 96, bucket_tokens: 32}
+    passkey: {lengths: [384], depths: [0.5], repeats: 1}
   gate: {max_loss_increase_nats: 0.01, min_gain_over_base_nats: 0.1}
   package: {dtype: fp32, max_shard_bytes: 5000000000}
   card:

@@ -11,6 +11,7 @@ from ropeway import evaluate
 from ropeway.chat import JINJA
 from ropeway.errors import ConfigError, DataError
 from ropeway.evaluate.opening import check_data, open_model
+from ropeway.evaluate.quick import first_rows, look
 from ropeway.evaluate.report import validation_digest
 from ropeway.evaluate.scores import Score, all_rows, measure, plan_batches, plan_mixing, sum_batch
 from ropeway.manifest import write_manifest
@@ -189,10 +190,11 @@ def test_two_evaluations_of_one_run_give_the_same_bytes(tmp_path):
     seen = []
     for _ in range(2):
         evaluate.run(workspace, profile)
-        seen.append((workspace.evaluation.read_bytes(), workspace.samples.read_bytes()))
+        plots = {path.name: path.read_bytes() for path in workspace.plots.iterdir()}
+        seen.append((workspace.evaluation.read_bytes(), workspace.samples.read_bytes(), plots))
     assert seen[0] == seen[1]
     report = json.loads(seen[0][0])
-    assert set(report) == {"sources", "mean", "validation", "tokenizer", "rows"}
+    assert set(report) == {"sources", "mean", "validation", "tokenizer", "rows", "positions", "passkey"}
     assert list(report["sources"]) == ["talk", "text"]
     assert report["rows"] == 14
     means = [report["sources"][name]["tuned"]["loss"] for name in ("talk", "text")]
@@ -211,3 +213,15 @@ def test_the_model_is_opened_in_full_precision_on_a_cpu(run):
     model, _ = open_model(workspace.model, like=workspace.model)
     assert torch.cuda.is_available() or model.dtype == torch.float32
     assert not model.training
+
+
+def test_a_quick_look_measures_the_first_rows_and_writes_nothing(run):
+    workspace, profile, shards, model = run
+    before = sorted(workspace.root.rglob("*"))
+    text = look(workspace, profile, limit=2)
+    score = measure(model, first_rows(shards, 2), profile, name="tuned")[0]
+    assert f"{score.loss:.4f}" in next(
+        line for line in text.splitlines() if line.startswith("talk") and "tuned" in line
+    )
+    assert len(text.splitlines()) == 6
+    assert sorted(workspace.root.rglob("*")) == before

@@ -1,14 +1,23 @@
-import json
+from pathlib import Path
 
 import pytest
 import torch
+from pydantic import BaseModel, ConfigDict
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from ropeway import evaluate
 from ropeway.errors import ConfigError, DataError
 from ropeway.evaluate.opening import open_model
-from ropeway.evaluate.samples import answer, derive_seed, encode_prompt, read_prompts, sample
+from ropeway.evaluate.page import draw_page
+from ropeway.evaluate.samples import answer, derive_seed, encode_prompt, sample
+from ropeway.evaluate.sampling import read_configurations, read_prompts
 from tests.tiny_run import make_run
+
+ROOT = Path(__file__).parents[2]
+WAYS = {
+    name: {**arguments, "max_new_tokens": 8}
+    for name, arguments in read_configurations(ROOT / "configs" / "sampling.json").items()
+}
 
 
 @pytest.fixture(scope="module")
@@ -83,11 +92,11 @@ def test_sampled_answers_repeat_and_leave_the_global_generator_alone(opened):
     _, _, model, tokenizer = opened
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    first, second = (sample(model, tokenizer, ["Hi", "Why?"], max_new_tokens=8, seed=3) for _ in range(2))
+    first, second = (sample(model, tokenizer, ["Hi", "Why?"], WAYS, seed=3) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), before)
     assert first == second
-    assert sample(model, tokenizer, ["Why?"], max_new_tokens=8, seed=3) == first[1:]
-    other = sample(model, tokenizer, ["Hi", "Why?"], max_new_tokens=8, seed=4)
+    assert sample(model, tokenizer, ["Why?"], WAYS, seed=3) == first[1:]
+    other = sample(model, tokenizer, ["Hi", "Why?"], WAYS, seed=4)
     assert [one["greedy"] for one in other] == [one["greedy"] for one in first]
     assert [one["k50"] for one in other] != [one["k50"] for one in first]
 
@@ -97,23 +106,99 @@ def test_seeds_follow_from_the_run_and_the_names_alone():
     assert derive_seed(1, "k50", "Hi") != derive_seed(2, "k50", "Hi")
 
 
+class Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class SamplingResult(Strict):
+    """The original's own classes (sampling_report.py, July 2023), with unknown keys forbidden."""
+
+    sampling_config: str
+    sampling_params: dict
+    outputs: list[str]
+
+
+class PromptResults(Strict):
+    prompt: str
+    results: list[SamplingResult]
+
+
+class SamplingReport(Strict):
+    model_name: str
+    date: str
+    args: dict
+    prompts: list[PromptResults]
+
+
 def test_samples_json_is_read_by_viewers_of_the_published_family(tmp_path):
     workspace, profile = make_run(tmp_path)
     evaluate.run(workspace, profile)
-    report = json.loads(workspace.samples.read_bytes())
-    assert set(report) == {"model_name", "date", "args", "prompts"}
-    assert report["model_name"] == "tiny-3"
-    assert report["date"] is None
-    assert [one["prompt"] for one in report["prompts"]] == ["What is a list?", "How are you?"]
-    for one in report["prompts"]:
-        assert [result["sampling_config"] for result in one["results"]] == [
-            "base/greedy", "base/k50", "tuned/greedy", "tuned/k50",
-        ]  # fmt: skip
-        for result in one["results"]:
-            assert set(result) == {"sampling_config", "sampling_params", "outputs"}
-            assert len(result["outputs"]) == 1
-            assert "</s>" not in result["outputs"][0]
-    assert report["prompts"][0]["results"][1]["sampling_params"]["top_k"] == 50
+    report = SamplingReport.model_validate_json(workspace.samples.read_bytes())
+    assert report.model_name == "tiny-3"
+    assert report.date == ""
+    assert report.args["config"] == "configs/sampling.json"
+    assert [one.prompt for one in report.prompts] == ["What is a list?", "How are you?"]
+    names = ["default", "k50", "beam5", "magic_numbers", "typical95", "greedy"]
+    for one in report.prompts:
+        assert [result.sampling_config for result in one.results] == [
+            f"{model}/{name}" for model in ("base", "tuned") for name in names
+        ]
+        for result in one.results:
+            assert result.sampling_params["max_new_tokens"] == 8
+            assert len(result.outputs) == 1
+            assert "</s>" not in result.outputs[0]
+    page = workspace.samples_page.read_text()
+    assert all(f'value="{name}"' in page for name in names)
+
+
+def test_the_shipped_configurations_are_the_original_s():
+    ways = read_configurations(ROOT / "configs" / "sampling.json")
+    drawn = {"do_sample": True, "temperature": 1.0}
+    # Source: Open-Assistant, model_eval/manual/config/default.json; there each has min_new_tokens 5 as well.
+    assert ways == {
+        "default": drawn,
+        "k50": {**drawn, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.2},
+        "beam5": {**drawn, "temperature": 0.8, "top_p": 0.9, "num_beams": 5},
+        "magic_numbers": {**drawn, "top_k": 9607, "top_p": 0.242},
+        "typical95": {**drawn, "top_k": 1000, "top_p": 0.95, "typical_p": 0.95, "repetition_penalty": 1.2},
+        "greedy": {"do_sample": False, "temperature": 1.0, "num_beams": 1},
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "expected {default: {generate_args}, configurations"),
+        ('{"default": {"generate_args": {}}}', "KeyError: 'configurations'"),
+        ('{"default": {"generate_args": {}}, "configurations": []}', "different names, found none"),
+        (
+            '{"default": {"generate_args": {}}, "configurations": [{"name": "a", "generate_args": {"topk": 5}}]}',
+            "a: generate_args: topk is unknown to transformers",
+        ),
+        (
+            '{"default": {"generate_args": {"max_length": 5}}, "configurations": [{"name": "a", "generate_args": {}}]}',
+            "max_length is decided elsewhere",
+        ),
+    ],
+)
+def test_faults_of_a_configurations_file_are_said(tmp_path, text, said):
+    (tmp_path / "sampling.json").write_text(text)
+    with pytest.raises(ConfigError, match=said):
+        read_configurations(tmp_path / "sampling.json")
+
+
+def test_the_page_escapes_what_others_wrote_and_shows_models_side_by_side():
+    bad = "</script><img src=x onerror=alert(1)>&"
+    results = [
+        {"sampling_config": f"{model}/greedy", "sampling_params": {"do_sample": False}, "outputs": [text]}
+        for model, text in (("base", bad), ("tuned", ""))
+    ]
+    page = draw_page({"model_name": "<m>", "args": {"a": bad}, "prompts": [{"prompt": bad, "results": results}]})
+    assert "<img" not in page
+    assert page.count("</script>") == 1
+    assert page.count("&lt;/script&gt;&lt;img src=x onerror=alert(1)&gt;&amp;") == 3
+    assert page.index('data-model="base"') < page.index('data-model="tuned"')
+    assert "nothing: it ends at once" in page
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,11 @@
-"""Room: evaluate. Scores the exported folder and its base as any user would open them; leaves eval.json, samples.json.
+"""Room: evaluate. Scores the exported folder and its base as any user would open them; leaves figures and plots.
 
 Nothing here goes through ropeway.train: what is measured is what is shipped.
+
+eval.json                  loss, perplexity, accuracy, nats a byte per source and model; positions and passkeys in short
+samples.json, samples.html answers to prompts, base beside tuned, in the published family's JSON and for eyes
+plots/*.csv                scores, positions, passkey (share by length), passkey_answers (every answer, wrong ones too)
+plots/*.png, *.svg         loss, sources, positions, passkey
 """
 
 from ropeway.params import Profile
@@ -8,12 +13,12 @@ from ropeway.workspace import Workspace
 
 
 def run(workspace: Workspace, profile: Profile) -> None:
-    """Write `eval.json` and `samples.json` of the run in this workspace.
+    """Write the files of the run in this workspace.
 
     Raises:
         DataError: Data, base and model do not belong together, a source has nothing to measure, or a loss is not
             finite.
-        ConfigError: The prompts file is missing or not lines of JSON strings.
+        ConfigError: A file that `evaluation` names is missing or not of its form, or a passkey length is too short.
     """
     from ropeway.evaluate.report import write_report
 

@@ -1,5 +1,6 @@
 """Opens a folder as any user would, and makes sure that it belongs to the data it is measured on."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import zip_longest
@@ -29,11 +30,29 @@ def open_model(folder: Path, *, like: Path) -> tuple[Any, Any]:
         like: The exported folder, whose dtype base and tuned share on a GPU so that they are compared fairly.
     """
     disable_progress_bar()  # stages print lines
+    # It warns beyond max_position_embeddings, which under a RoPE scaling is the base's context and not the model's.
+    logging.getLogger("transformers.generation.stopping_criteria").setLevel(logging.ERROR)
     cuda = torch.cuda.is_available()
     dtype = AutoConfig.from_pretrained(like).dtype if cuda else torch.float32
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return model.to("cuda" if cuda else "cpu").eval(), tokenizer
+
+
+@contextmanager
+def rope_of(model: Any, parameters: dict[str, Any]) -> Iterator[None]:  # noqa: ANN401 - transformers is untyped
+    """Let a model read positions under other `rope_parameters` for a while, frequencies made anew.
+
+    The same as loading it with them in its config, without reading the weights again.
+    """
+    backbone = getattr(model, model.base_model_prefix)
+    before = backbone.rotary_emb
+    config = type(model.config).from_dict({**model.config.to_dict(), "rope_parameters": parameters})
+    backbone.rotary_emb = type(before)(config).to(model.device)
+    try:
+        yield
+    finally:
+        backbone.rotary_emb = before
 
 
 @contextmanager

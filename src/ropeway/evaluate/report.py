@@ -1,57 +1,139 @@
-"""Opens base and tuned, one after the other, measures them and writes eval.json and samples.json."""
+"""Opens base and tuned, one after the other, measures them and writes eval.json, samples and plots."""
 
 import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ropeway.chat import template_digest
+from ropeway.errors import DataError
+from ropeway.evaluate import passkey, positions
 from ropeway.evaluate.opening import MEASURED_ON_ONE, SAMPLED_ON_ONE, check_data, open_model, threads_for
-from ropeway.evaluate.samples import CONFIGURATIONS, read_prompts, report_samples, sample
+from ropeway.evaluate.page import draw_page
+from ropeway.evaluate.passkey import Answered
+from ropeway.evaluate.plots import plan_tables, read_steps, write_plots
+from ropeway.evaluate.positions import LongRow
+from ropeway.evaluate.samples import report_samples, sample
+from ropeway.evaluate.sampling import Configurations, read_configurations, read_prompts
 from ropeway.evaluate.scores import Score, all_rows, measure
 from ropeway.evaluate.text import count_bytes
-from ropeway.manifest import digest_of, load_manifest, write_json
+from ropeway.manifest import digest_of, load_manifest, write_atomic, write_json
 from ropeway.params import Profile
 from ropeway.rows import collate
 from ropeway.shards import Shards, open_shards
 from ropeway.workspace import Workspace
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What every model is measured on."""
+
+    shards: Shards
+    long_rows: list[LongRow]
+    prompts: list[str]
+    configurations: Configurations
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What one model came to.
+
+    Attributes:
+        scores: One per source.
+        curves: `""` and, where the model has a scaling, `_unscaled` -> one score per bucket of positions.
+        keys: An answer to every passkey question.
+        answers: For each prompt, configuration -> answer.
+    """
+
+    scores: list[Score]
+    curves: dict[str, list[Score]]
+    keys: list[Answered]
+    answers: list[dict[str, str]]
+
+
 def write_report(workspace: Workspace, profile: Profile) -> None:
-    """Measure base and tuned and write both files.
+    """Measure base and tuned and write all files.
 
     Raises:
-        DataError: As in `check_data`, `measure` and `encode_prompt`.
-        ConfigError: As in `read_prompts`.
+        DataError: As in `check_data`, `measure`, `plan_long_rows` and `encode_prompt`.
+        ConfigError: As in `read_prompts`, `read_configurations` and `encode_question`.
     """
+    asked, steps = plan_report(workspace, profile)
+    found = {
+        name: measure_model(name, folder, workspace, profile, asked)
+        for name, folder in (("base", workspace.base), ("tuned", workspace.model))
+    }
+    scores = {name: one.scores for name, one in found.items()}
+    curves = {f"{name}{kind}": curve for name, one in found.items() for kind, curve in one.curves.items()}
+    keys = {name: one.keys for name, one in found.items()}
+    wanted = profile.evaluation.positions
+    report = {
+        **report_scores(asked.shards, profile, scores, tokenizer_folder=workspace.base),
+        "positions": positions.report_positions(curves, wanted, profile.max_length),
+        "passkey": passkey.report_passkey(keys),
+    }
+    write_json(workspace.evaluation, report)
+    samples = write_samples(workspace, profile, asked, {name: one.answers for name, one in found.items()})
+    tables = plan_tables(report["sources"], positions.table_positions(curves, wanted), keys)
+    write_plots(workspace.plots, tables, steps, keys, max_length=profile.max_length)
+    count = len(asked.prompts) * len(asked.configurations)
+    print(f"{count} sample answers per model, {samples}; plots in {workspace.plots}")
+
+
+def plan_report(workspace: Workspace, profile: Profile) -> tuple[Asked, Sequence[Mapping[str, Any]]]:
+    """Return what is measured, and the lines of steps.csv; whatever is wrong is said before a model is opened."""
     prompts = read_prompts(workspace.root / profile.evaluation.prompts)
+    configurations = {
+        name: {**arguments, "max_new_tokens": profile.evaluation.max_new_tokens}
+        for name, arguments in read_configurations(workspace.root / profile.evaluation.sampling).items()
+    }
     load_manifest(workspace.base, remedy="Run `dvc checkout`, or `dvc repro base`")
-    trained = load_manifest(workspace.model, remedy="Run `dvc checkout`, or `dvc repro train`")
+    load_manifest(workspace.model, remedy="Run `dvc checkout`, or `dvc repro train`")
+    if not workspace.steps.is_file():
+        raise DataError(f"{workspace.steps}: not found. Run `dvc checkout`, or `dvc repro train`")
     shards = open_shards(workspace.data)
     for folder in (workspace.base, workspace.model):
         check_data(folder, shards)
-    scores: dict[str, list[Score]] = {}
-    answers = {}
-    max_new_tokens = profile.evaluation.max_new_tokens
-    for name, folder in (("base", workspace.base), ("tuned", workspace.model)):
-        model, tokenizer = open_model(folder, like=workspace.model)
-        with threads_for(model, one_below=MEASURED_ON_ONE):
-            scores[name] = measure(model, shards, profile, name=name)
-        with threads_for(model, one_below=SAMPLED_ON_ONE):
-            answers[name] = sample(model, tokenizer, prompts, max_new_tokens=max_new_tokens, seed=profile.rng_seed)
-        for source, score in zip(shards.sources, scores[name], strict=True):
-            print(f"{name:>5} on {source.name}: {score.loss:.4f} nats/token over {score.tokens:,} tokens")
-    write_json(workspace.evaluation, report_scores(shards, profile, scores, tokenizer_folder=workspace.base))
+    asked = Asked(shards, positions.plan_long_rows(shards, profile), prompts, configurations)
+    return asked, read_steps(workspace.steps)
+
+
+def measure_model(name: str, folder: Path, workspace: Workspace, profile: Profile, asked: Asked) -> Found:
+    """Open one model, measure it and let it go."""
+    model, tokenizer = open_model(folder, like=workspace.model)
+    wanted, seed = profile.evaluation, profile.rng_seed
+    with threads_for(model, one_below=MEASURED_ON_ONE):
+        scores = measure(model, asked.shards, profile, name=name)
+        curves = positions.measure_positions(model, asked.long_rows, wanted.positions)
+    with threads_for(model, one_below=SAMPLED_ON_ONE):
+        keys = passkey.ask(model, tokenizer, wanted.passkey, seed=seed)
+        answers = sample(model, tokenizer, asked.prompts, asked.configurations, seed=seed)
+    for source, score in zip(asked.shards.sources, scores, strict=True):
+        print(f"{name:>5} on {source.name}: {score.loss:.4f} nats/token over {score.tokens:,} tokens")
+    print(f"{name:>5} finds {sum(one.right for one in keys)} of {len(keys)} hidden keys")
+    return Found(scores, curves, keys, answers)
+
+
+def write_samples(
+    workspace: Workspace, profile: Profile, asked: Asked, answers: Mapping[str, Sequence[Mapping[str, str]]]
+) -> str:
+    """Write samples.json and samples.html; return where people look."""
+    trained = load_manifest(workspace.model, remedy="Run `dvc repro train`", verify=False)
     args = {
         "prompts": profile.evaluation.prompts,
-        "max_new_tokens": max_new_tokens,
+        "config": profile.evaluation.sampling,
+        "max_new_tokens": profile.evaluation.max_new_tokens,
         "rng_seed": profile.rng_seed,
         "template": template_digest(),
     }
-    write_json(workspace.samples, report_samples(f"{workspace.profile}-{trained['steps']}", prompts, answers, args))
-    count = len(prompts) * len(CONFIGURATIONS)
-    print(f"{count} sample answers per model from {profile.evaluation.prompts}")
+    name = f"{workspace.profile}-{trained['steps']}"
+    report = report_samples(name, asked.prompts, asked.configurations, answers, args)
+    write_json(workspace.samples, report)
+    write_atomic(workspace.samples_page, draw_page(report).encode())
+    return str(workspace.samples_page)
 
 
 def report_scores(

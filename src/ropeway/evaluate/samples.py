@@ -6,47 +6,15 @@ The prompts go through this model's own template; theirs put the system message 
 """
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import GenerationConfig
 
 from ropeway.chat import render_prompt
-from ropeway.errors import ConfigError, DataError
-
-# Two of the original's configurations, name for name and value for value, but for its min_new_tokens of 5: a model
-# that answers "No." and stops is to be seen doing so.
-CONFIGURATIONS: Mapping[str, Mapping[str, Any]] = {
-    "greedy": {"do_sample": False, "num_beams": 1},
-    "k50": {"do_sample": True, "temperature": 1.0, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.2},
-}
-
-
-def read_prompts(path: Path) -> list[str]:
-    """Return the prompts of a file with one JSON string per line.
-
-    Raises:
-        ConfigError: No such file, a line that is not a JSON string, or no prompt at all.
-    """
-    if not path.is_file():
-        raise ConfigError(f"{path}: not found; `evaluation.prompts` names it, one JSON string per line")
-    prompts: list[str] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            prompt = json.loads(line)
-        except ValueError:
-            prompt = None
-        if not isinstance(prompt, str):
-            raise ConfigError(f"{path}, line {number}: expected a JSON string, found {line[:60]}")
-        prompts.append(prompt)
-    if not prompts:
-        raise ConfigError(f"{path}: no prompt in it; one JSON string per line")
-    return prompts
+from ropeway.errors import DataError
+from ropeway.evaluate.sampling import Configurations
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:  # noqa: ANN401 - transformers is untyped
@@ -91,8 +59,8 @@ def sample(
     model: Any,  # noqa: ANN401
     tokenizer: Any,  # noqa: ANN401
     prompts: Sequence[str],
+    configurations: Configurations,
     *,
-    max_new_tokens: int,
     seed: int,
 ) -> list[dict[str, str]]:
     """Return, for each prompt, the answer under each configuration.
@@ -106,10 +74,10 @@ def sample(
                 model,
                 tokenizer,
                 encode_prompt(tokenizer, prompt),
-                {"max_new_tokens": max_new_tokens, **params},
+                params,
                 seed=derive_seed(seed, name, prompt),
             )
-            for name, params in CONFIGURATIONS.items()
+            for name, params in configurations.items()
         }
         for prompt in prompts
     ]
@@ -122,28 +90,32 @@ def derive_seed(seed: int, *names: str) -> int:
 
 
 def report_samples(
-    name: str, prompts: Sequence[str], answers: Mapping[str, Sequence[Mapping[str, str]]], args: Mapping[str, Any]
+    name: str,
+    prompts: Sequence[str],
+    configurations: Configurations,
+    answers: Mapping[str, Sequence[Mapping[str, str]]],
+    args: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return samples.json: one report in which each model x configuration is a `sampling_config` of its own.
 
-    That way the family's viewers show base and tuned side by side. `date` is null: the day on which answers were
-    drawn is no property of the model, and would make every run's bytes differ.
+    That way the family's viewers show base and tuned side by side. `date` is there and empty: viewers want a text, but
+    the day on which answers were drawn is no property of the model and would make every run's bytes differ.
     """
     results = [
         [
             {
                 "sampling_config": f"{model}/{config}",
-                "sampling_params": {"max_new_tokens": args["max_new_tokens"], **params},
+                "sampling_params": dict(params),
                 "outputs": [answers[model][number][config]],
             }
             for model in answers
-            for config, params in CONFIGURATIONS.items()
+            for config, params in configurations.items()
         ]
         for number in range(len(prompts))
     ]
     return {
         "model_name": name,
-        "date": None,
+        "date": "",
         "args": dict(args),
         "prompts": [{"prompt": prompt, "results": found} for prompt, found in zip(prompts, results, strict=True)],
     }

@@ -6,7 +6,8 @@ package/tokenizer.json, tokenizer_config.json,
         special_tokens_map.json, chat_template.jinja  the base's tokenizer with the role tokens; the template both ways
 package/README.md                                     the model card (and NOTICE.txt where Llama 2 asks for it)
 package/run.json, run.yaml                            what determines the model; its block of params.yaml, as written
-package/eval.json, samples.json, steps.csv, ledger.json   as the earlier rooms left them
+package/eval.json, samples.json, samples.html, plots/,
+        steps.csv, ledger.json                        as the earlier rooms left them
 package/probe.json                                    what `python -m ropeway.package.check` holds the folder against
 package/manifest.json                                 written last
 """

@@ -14,7 +14,7 @@ import numpy as np
 
 from ropeway.chat import JINJA, ROLE_TOKENS
 from ropeway.errors import DataError
-from ropeway.manifest import digest_of, whole_folder, write_json, write_manifest
+from ropeway.manifest import digest_of, load_manifest, whole_folder, write_json, write_manifest
 from ropeway.package.block import write_blocks
 from ropeway.package.card import write_card
 from ropeway.package.config import plan_config, plan_generation_config, plan_special_tokens_map, plan_tokenizer_config
@@ -52,7 +52,7 @@ def build_package(workspace: Workspace, profile: Profile) -> None:
         write_lineage(facts, workspace, folder)
         write_card(facts, workspace, folder, written)
         write_manifest(folder, {"format": FORMAT, **identity_of(facts)})
-    files = sum(1 for path in workspace.package.iterdir())
+    files = sum(path.is_file() for path in workspace.package.rglob("*"))
     print(
         f"{facts.title}: {files} files, {written.parameters:,} weights in {profile.package.dtype}, reloaded and equal"
     )
@@ -99,8 +99,18 @@ def write_lineage(facts: Facts, workspace: Workspace, folder: Path) -> None:
         },
     )
     write_blocks(workspace.root / "params.yaml", workspace.profile, folder / "run.yaml")
-    for path in (workspace.evaluation, workspace.samples, workspace.steps, workspace.ledger):
+    for path in (
+        workspace.evaluation,
+        workspace.samples,
+        workspace.samples_page,
+        workspace.steps,
+        workspace.ledger,
+    ):
         shutil.copyfile(path, folder / path.name)
+    plots = load_manifest(workspace.plots, remedy="Run `dvc checkout`, or `dvc repro evaluate`")
+    (folder / workspace.plots.name).mkdir()
+    for name in plots["files"]:
+        shutil.copyfile(workspace.plots / name, folder / workspace.plots.name / name)
 
 
 def identity_of(facts: Facts) -> dict[str, Any]:

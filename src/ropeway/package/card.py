@@ -18,6 +18,7 @@ from ropeway.package.card_results import (
     format_license,
     format_loading,
     format_people,
+    format_pictures,
     format_samples,
 )
 from ropeway.package.card_text import escape, fence, list_names
@@ -50,6 +51,7 @@ def write_card(facts: Facts, workspace: Workspace, folder: Path, written: Writte
         *format_composition(facts),
         *format_configuration(facts, params),
         *format_evaluation(facts),
+        *format_pictures(facts),
         *format_samples(facts),
         *format_loading(facts, folder),
         *format_people(facts),
@@ -90,7 +92,7 @@ def introduce(facts: Facts, written: Written) -> Iterator[str]:
     items = [
         f"base model: {base}",
         f"License: [{card.license_name}]({card.license_link})",
-        "sampling report: [samples.json](samples.json)",
+        "sampling report: [samples.html](samples.html), [samples.json](samples.json)",
         "wandb: if the run was mirrored there, the provenance beside this version in the registry has the link",
         f"checkpoint: the final weights, {facts.steps:,} steps of {profile.global_batch_size} rows ({applied})",
         f"parameters: {written.parameters:,}",

@@ -1,7 +1,7 @@
 """The card's second half: what was measured, what it answers, how to load and verify it, whose it is."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ropeway.manifest import file_sha256
@@ -12,6 +12,7 @@ COUNTED = {
     "published": "documents, and of conversations all but the prompter's turns",
     "answers": "documents, and of conversations the answers",
 }
+_PARTS = {"up_to_max_length": "up to", "beyond": "beyond"}  # eval.json's keys
 LLAMA2 = "llama2"  # the Hub's identifier of that licence
 # Source: Llama 2 Community License Agreement, section 1.b.iii, which wants this sentence in a "Notice" text file.
 NOTICE = (
@@ -36,12 +37,12 @@ def format_evaluation(facts: Facts) -> Iterator[str]:
             [
                 name,
                 f"{tuned['tokens']:,}",
-                *(f"{base[key]:.4g} → {tuned[key]:.4g}" for key in ("loss", "perplexity", "accuracy")),
+                *(_change(base, tuned, key) for key in ("loss", "perplexity", "accuracy", "nats_per_byte")),
             ]
         )
     mean = report["mean"]
-    rows.append(["mean over sources", "", f"{mean['base']:.4g} → {mean['tuned']:.4g}", "", ""])
-    yield format_table(["source", "tokens", "loss, base → tuned", "perplexity", "accuracy"], rows)
+    rows.append(["mean over sources", "", f"{mean['base']:.4g} → {mean['tuned']:.4g}", "", "", ""])
+    yield format_table(["source", "tokens", "loss, base → tuned", "perplexity", "accuracy", "nats/byte"], rows)
     counted = COUNTED[measured.what_counts] if measured.label_masking else "all tokens"
     yield (
         f"Loss in nats per counted token, summed over tokens, hence the same for every batch size. Counted are "
@@ -50,18 +51,58 @@ def format_evaluation(facts: Facts) -> Iterator[str]:
     )
 
 
+def _change(base: Mapping[str, float], tuned: Mapping[str, float], key: str) -> str:
+    return f"{base[key]:.4g} → {tuned[key]:.4g}" if key in base else ""
+
+
+def format_pictures(facts: Facts) -> Iterator[str]:
+    """Yield what was measured beyond losses per source, and the pictures."""
+    report, measured = facts.evaluation, facts.profile
+    yield "![Validation loss per source, base and tuned](plots/sources.png)"
+    yield "![Loss while training](plots/loss.png)"
+    yield "### Loss by position"
+    found, wanted = report["positions"], measured.evaluation.positions
+    parts = [(name, found[key]) for key, name in _PARTS.items() if key in found]
+    curves = list(parts[0][1])
+    rows = [[_name_curve(curve), *(f"{losses[curve]:.4g}" for _, losses in parts)] for curve in curves]
+    yield format_table(["model", *(f"{name} {measured.max_length:,} tokens" for name, _ in parts)], rows)
+    yield (
+        f"Nats per token over rows of {wanted.row_tokens:,} tokens, validation texts one behind another: below and "
+        "beyond the length that was trained."
+    )
+    yield "![Loss by position, base and tuned](plots/positions.png)"
+    yield "### Passkey retrieval"
+    keys = report["passkey"]
+    said = "; ".join(f"{name} finds {one['right']:,} of {one['asked']:,} keys" for name, one in keys.items())
+    lengths, depths = (getattr(measured.evaluation.passkey, name) for name in ("lengths", "depths"))
+    yield (
+        f"Five digits hidden in filler of {min(lengths):,} to {max(lengths):,} tokens at {len(depths)} depths "
+        f"(arXiv:2305.16300): {said}. Every answer, wrong ones too: "
+        "[plots/passkey_answers.csv](plots/passkey_answers.csv)."
+    )
+    yield "![Share of keys found by length and depth](plots/passkey.png)"
+
+
+def _name_curve(curve: str) -> str:
+    model, _, unscaled = curve.partition("_")
+    return f"{model}, RoPE not scaled" if unscaled else model
+
+
 def format_samples(facts: Facts) -> Iterator[str]:
     """Yield the greedy answer of base and tuned to every prompt."""
     yield "## Sample answers"
+    configs = [result["sampling_config"].partition("/")[2] for result in facts.samples["prompts"][0]["results"]]
+    shown = "greedy" if "greedy" in configs else configs[0]
     yield (
-        f"Greedy, {facts.samples['args']['max_new_tokens']} tokens at most; [samples.json](samples.json) has sampled "
-        "ones too, in the format of the Open-Assistant family's sampling reports."
+        f"{shown.capitalize()}, {facts.samples['args']['max_new_tokens']} tokens at most; "
+        "[samples.html](samples.html) has sampled ones too, side by side, and [samples.json](samples.json) the same "
+        "in the format of the Open-Assistant family's sampling reports."
     )
     for one in facts.samples["prompts"]:
         outputs = {result["sampling_config"]: result["outputs"][0] for result in one["results"]}
         yield f"**{escape(one['prompt'])}**"
         for model in ("base", "tuned"):
-            yield f"{model}:\n\n{fence(outputs[f'{model}/greedy'].strip() or '(nothing: it ends at once)')}"
+            yield f"{model}:\n\n{fence(outputs[f'{model}/{shown}'].strip() or '(nothing: it ends at once)')}"
 
 
 def format_loading(facts: Facts, folder: Path) -> Iterator[str]:

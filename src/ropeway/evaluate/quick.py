@@ -1,0 +1,43 @@
+"""A quick look at the scores of a few validation rows; it writes nothing that could be taken for the evaluation."""
+
+from dataclasses import replace
+
+from ropeway.evaluate.opening import MEASURED_ON_ONE, check_data, open_model, threads_for
+from ropeway.evaluate.scores import measure
+from ropeway.evaluate.text import count_bytes
+from ropeway.params import Profile
+from ropeway.shards import Shards, open_shards
+from ropeway.workspace import Workspace
+
+
+def look(workspace: Workspace, profile: Profile, *, limit: int) -> str:
+    """Return a table of base and tuned, a line per source, over its first `limit` validation rows.
+
+    Raises:
+        DataError: As in `check_data` and `measure`.
+    """
+    shards = first_rows(open_shards(workspace.data), limit)
+    sizes = count_bytes(shards, profile, workspace.base)
+    lines = []
+    for name, folder in (("base", workspace.base), ("tuned", workspace.model)):
+        check_data(folder, shards)
+        model, _ = open_model(folder, like=workspace.model)
+        with threads_for(model, one_below=MEASURED_ON_ONE):
+            scores = measure(model, shards, profile, name=name)
+        for source, score, size in zip(shards.sources, scores, sizes, strict=True):
+            found = score.metrics(size)
+            lines.append(
+                f"{source.name:<16} {name:<6} {found['loss']:>9.4f} {found['perplexity']:>11.5g} "
+                f"{found['accuracy']:>9.4f} {found.get('nats_per_byte', 0.0):>10.4f} {score.tokens:>9,}"
+            )
+    head = f"{'source':<16} {'model':<6} {'nats/token':>9} {'perplexity':>10} {'accuracy':>9} {'nats/byte':>10}"
+    of = f"the first {limit} validation rows of each source; nothing was written"
+    return "\n".join([of, f"{head} {'tokens':>9}", *sorted(lines)])
+
+
+def first_rows(shards: Shards, limit: int) -> Shards:
+    """Return the shards with `limit` validation rows a source at most."""
+    return replace(
+        shards,
+        sources=tuple(replace(source, validation=source.validation[:limit]) for source in shards.sources),
+    )
