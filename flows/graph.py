@@ -6,6 +6,8 @@ Source of DVC's words and shapes: dvc 3.67.1.
 
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -114,6 +116,33 @@ def has_remote(root: Path) -> bool:
     """Return whether a DVC remote is configured, to pull from before a run and push to after it."""
     with _open_repo(root) as repo:
         return bool(repo.config["core"].get("remote"))
+
+
+def read_remotes(root: Path) -> tuple[str | None, dict[str, dict[str, Any]]]:
+    """Return the default remote's name, None where there is none, and the settings of each."""
+    with _open_repo(root) as repo:
+        return repo.config["core"].get("remote"), {name: dict(facts) for name, facts in repo.config["remote"].items()}
+
+
+def add_remote(root: Path, name: str, url: str) -> None:
+    """Make a place the default remote.
+
+    Raises:
+        ConfigError: DVC takes no such address, or has a remote of that name.
+    """
+    _configure(root, "add", "--default", name, url)
+
+
+def verify_remote(root: Path, name: str) -> None:
+    """Let a remote's objects be hashed when they come in; DVC's default believes what it gets (dvc 3.67.1)."""
+    _configure(root, "modify", name, "verify", "true")
+
+
+def _configure(root: Path, *arguments: str) -> None:
+    command = [sys.executable, "-m", "dvc", "remote", *arguments]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ConfigError(f"`dvc remote {' '.join(arguments)}` failed: {done.stderr.strip()}")
 
 
 def reproduce_command(name: str) -> list[str]:

@@ -6,18 +6,21 @@ is killed, makes the flow import the whole server (1.5 s), starts only when the 
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import psutil
 
+from flows.automations import apply_automations
 from flows.settings import apply_settings, prefect_home
 from ropeway.errors import ConfigError, TemporaryError
 from ropeway.manifest import write_json
@@ -26,14 +29,15 @@ LOOPBACK = "127.0.0.1"
 DEFAULT_PORT = 4200
 _START_SECONDS = 90.0  # 3.5 s on two quiet cores, 9 s with a new database; a loaded machine takes several times that
 _GIVEN_SECONDS = 10.0  # for one that should be running
-_NOTE, _EXIT = "ropeway-server.json", "server.exit.json"
+_NOTE, _EXIT, _UI_EXIT = "ropeway-server.json", "server.exit.json", "ui.exit.json"
 
 
 def serve_ui(root: Path, *, port: int = DEFAULT_PORT, host: str = LOOPBACK) -> None:
-    """Become the Prefect server of this workspace; its UI shows every run that was made here.
+    """Run the Prefect server of this workspace until somebody ends it; its UI shows every run that was made here.
 
     Raises:
         ConfigError: The port is taken, or the host is open to the network without a password.
+        TemporaryError: It did not start, or ended by itself.
     """
     root = root.resolve()
     if host not in (LOOPBACK, "localhost") and not os.environ.get("PREFECT_SERVER_API_AUTH_STRING"):
@@ -44,10 +48,24 @@ def serve_ui(root: Path, *, port: int = DEFAULT_PORT, host: str = LOOPBACK) -> N
     _check_free(root, host, port)
     apply_settings(root)
     url = f"http://{LOOPBACK if host == '0.0.0.0' else host}:{port}/api"  # noqa: S104 - compared, not bound
-    os.environ.update(_server_environment(url))
-    write_json(_note(root), {"url": url, "pid": os.getpid()})  # exec keeps the pid
-    print(f"Prefect UI: {url.removesuffix('/api')}  (Ctrl-C stops it)", flush=True)
-    os.execv(sys.executable, [sys.executable, *_server_arguments(host, port)])  # noqa: S606 - no shell
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit(0))
+    server = _start(root, _server_arguments(host, port), url, record=_UI_EXIT, output=None)
+    try:
+        write_json(_note(root), {"url": url, "pid": os.getpid()})
+        if not _await_answer(url, _START_SECONDS, lambda: server.poll() is not None):
+            raise TemporaryError(f"the server did not come up at {url}; what it said stands above")
+        print(f"Prefect UI: {url.removesuffix('/api')}  (Ctrl-C stops it)", flush=True)
+        for words in apply_automations(url):
+            print(f"watching: {words}", flush=True)
+        if server.wait():
+            raise TemporaryError("the server ended by itself; what it said stands above. Start it again")
+    except KeyboardInterrupt:
+        print("stopping", flush=True)
+    finally:
+        _note(root).unlink(missing_ok=True)
+        server.terminate()
+        server.wait()
 
 
 @contextmanager
@@ -65,16 +83,10 @@ def open_server(root: Path) -> Iterator[str]:
         port = free.getsockname()[1]
     url, home = f"http://{LOOPBACK}:{port}/api", prefect_home(root)
     home.mkdir(parents=True, exist_ok=True)
-    (home / _EXIT).unlink(missing_ok=True)
-    supervisor = [sys.executable, "-m", "ropeway.supervise", "--record", str(home / _EXIT)]
-    supervisor += ["--leader", str(os.getpid()), "--grace", "5", "--", sys.executable]
     # Runs are started by hand here: no scheduler, no search for late ones.
-    command = [*supervisor, *_server_arguments(LOOPBACK, port), "--no-scheduler", "--no-late-runs"]
-    environment = {**os.environ, **_server_environment(url)}
+    arguments = [*_server_arguments(LOOPBACK, port), "--no-scheduler", "--no-late-runs"]
     with (home / "server.log").open("wb") as log:
-        server = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-        )
+        server = _start(root, arguments, url, record=_EXIT, output=log)
     try:
         yield url
     finally:
@@ -89,15 +101,12 @@ def await_server(url: str, root: Path) -> None:
     Raises:
         TemporaryError: It does not.
     """
-    deadline = time.monotonic() + (_GIVEN_SECONDS if "PREFECT_API_URL" in os.environ else _START_SECONDS)
-    home = prefect_home(root)
-    while not _answers(url):
-        if time.monotonic() > deadline or (home / _EXIT).exists():
-            raise TemporaryError(
-                f"no Prefect server answers at {url}. Start one with `ropeway server`, unset PREFECT_API_URL, or run "
-                f"without Prefect: `ropeway run --no-prefect`. A temporary server's log: {home / 'server.log'}"
-            )
-        time.sleep(0.05)
+    seconds, home = (_GIVEN_SECONDS if "PREFECT_API_URL" in os.environ else _START_SECONDS), prefect_home(root)
+    if not _await_answer(url, seconds, (home / _EXIT).exists):
+        raise TemporaryError(
+            f"no Prefect server answers at {url}. Start one with `ropeway server`, unset PREFECT_API_URL, or run "
+            f"without Prefect: `ropeway run --no-prefect`. A temporary server's log: {home / 'server.log'}"
+        )
 
 
 def find_server(root: Path) -> str | None:
@@ -105,7 +114,7 @@ def find_server(root: Path) -> str | None:
     with suppress(OSError, ValueError, KeyError, psutil.NoSuchProcess):
         note = json.loads(_note(root).read_bytes())
         psutil.Process(note["pid"])
-        return str(note["url"]) if _answers(note["url"]) else None
+        return str(note["url"]) if is_answering(note["url"]) else None
     return None
 
 
@@ -114,7 +123,37 @@ def is_live(root: Path) -> bool:
     return bool(os.environ.get("PREFECT_API_URL") or find_server(root))
 
 
-def _answers(url: str) -> bool:
+def _start(
+    root: Path, arguments: list[str], url: str, *, record: str, output: BinaryIO | None
+) -> "subprocess.Popen[bytes]":
+    """Start a server under a supervisor, so that it ends with this process however that ends."""
+    home = prefect_home(root)
+    home.mkdir(parents=True, exist_ok=True)
+    (home / record).unlink(missing_ok=True)
+    supervisor = [sys.executable, "-m", "ropeway.supervise", "--record", str(home / record)]
+    supervisor += ["--leader", str(os.getpid()), "--grace", "5", "--", sys.executable]
+    return subprocess.Popen(
+        [*supervisor, *arguments],
+        env={**os.environ, **_server_environment(url)},
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
+        start_new_session=True,
+    )
+
+
+def _await_answer(url: str, seconds: float, has_ended: Callable[[], bool]) -> bool:
+    """Return True once a server answers, False when it has ended or the time is over."""
+    deadline = time.monotonic() + seconds
+    while not is_answering(url):
+        if has_ended() or time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def is_answering(url: str) -> bool:
+    """Return whether a Prefect server answers at an API's URL."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         opener.open(f"{url}/health", timeout=2).close()
@@ -136,17 +175,28 @@ def _server_environment(url: str) -> dict[str, str]:
     return {"PREFECT_API_URL": url, "PREFECT_SERVER_UI_API_URL": url}
 
 
-def _check_free(root: Path, host: str, port: int) -> None:
+def is_free(host: str, port: int) -> bool:
+    """Return whether a port can be listened on."""
+    try:
+        _bind(host, port)
+    except OSError:
+        return False
+    return True
+
+
+def _bind(host: str, port: int) -> None:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            ours = find_server(root)
-            there = (
-                f"this workspace's server is there: {ours.removesuffix('/api')}" if ours else "another program has it"
-            )
-            raise ConfigError(
-                f"port {port} on {host} cannot be used ({error.strerror}); {there}. Choose another port "
-                f"(`ropeway server --port {port + 1}`) or stop what holds it"
-            ) from None
+        probe.bind((host, port))
+
+
+def _check_free(root: Path, host: str, port: int) -> None:
+    try:
+        _bind(host, port)
+    except OSError as error:
+        ours = find_server(root)
+        there = f"this workspace's server is there: {ours.removesuffix('/api')}" if ours else "another program has it"
+        raise ConfigError(
+            f"port {port} on {host} cannot be used ({error.strerror}); {there}. Choose another port "
+            f"(`ropeway server --port {port + 1}`) or stop what holds it"
+        ) from None

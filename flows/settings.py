@@ -13,6 +13,8 @@ def apply_settings(root: Path) -> None:
     """Put the settings into this process's environment, where its children find them too."""
     for name, value in plan_settings(root).items():
         os.environ.setdefault(name, value)
+    if password := os.environ.get("PREFECT_SERVER_API_AUTH_STRING"):  # who has the server's lock has its key
+        os.environ.setdefault("PREFECT_API_AUTH_STRING", password)
     # A company's proxy must not be asked for our own loopback server (httpx and websockets heed these).
     for name in ("NO_PROXY", "no_proxy"):
         os.environ[name] = ",".join(filter(None, dict.fromkeys([*os.environ.get(name, "").split(","), _NO_PROXY])))

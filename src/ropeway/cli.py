@@ -1,11 +1,12 @@
 """`ropeway …`: the door for people. Every command imports what it needs itself, so that `--help` answers at once."""
 
+import json
 import sys
 from typing import Annotated
 
 import typer
 
-from ropeway.errors import RopewayError
+from ropeway.errors import ConfigError, RopewayError
 from ropeway.registry.commands import registry_app
 
 app = typer.Typer(
@@ -184,12 +185,38 @@ def review(
 
 
 @app.command()
-def server(*, port: Annotated[int, typer.Option(help="Where the UI answers, on loopback.")] = 4200) -> None:
-    """Start the Prefect server and UI over this workspace's runs."""
+def server(
+    *,
+    port: Annotated[int, typer.Option(help="Where the UI answers.")] = 4200,
+    host: Annotated[
+        str, typer.Option(help="Another than loopback only with PREFECT_SERVER_API_AUTH_STRING=user:password set.")
+    ] = "127.0.0.1",
+) -> None:
+    """Start the Prefect server and UI over this workspace's runs; ROPEWAY_ALERT_URL hears of runs that end badly."""
     from flows.server import serve_ui
     from ropeway.workspace import find_root
 
-    serve_ui(find_root(), port=port)
+    serve_ui(find_root(), port=port, host=host)
+
+
+@app.command()
+def doctor(
+    *,
+    as_json: JsonOption = False,
+    fix: Annotated[bool, typer.Option("--fix", help="Create the DVC remote, let it verify what it gives.")] = False,
+    remote: Annotated[str | None, typer.Option(help="With --fix: where the DVC remote shall be.")] = None,
+) -> None:
+    """Look at everything a run needs and say how to mend what is wrong; ends with 64 if something is."""
+    from flows.doctor import as_values, draw, examine, mend
+    from ropeway.workspace import find_root
+
+    root = find_root()
+    for words in mend(root, remote) if fix else ():
+        typer.echo(words, err=True)
+    findings = examine(root)
+    typer.echo(json.dumps(as_values(findings), indent=1) if as_json else draw(findings))
+    if any(finding.state == "wrong" for finding in findings):
+        raise typer.Exit(ConfigError.exit_code)
 
 
 @app.command()

@@ -1,14 +1,21 @@
 """`ropeway server`: the runs that were made without it are there, its pages ask the right port, later runs use it."""
 
+import json
 import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
+import uuid
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
 import pytest
 
+from flows.automations import ALERT, CRASHED, apply_automations, find_automations, plan_crashed
 from flows.retrain import run_retrain
 from flows.server import await_server, find_server, serve_ui
 from flows.settings import plan_settings
@@ -58,6 +65,8 @@ def test_flow_runs_made_before_the_server_started_are_there_and_later_ones_use_i
             assert client.get(f"http://127.0.0.1:{port}/ui-settings").json()["api_url"] == url
             page = client.get(f"http://127.0.0.1:{port}/runs/flow-run/{before}", headers={"Accept": "text/html"})
             assert "<title>Prefect Server</title>" in page.text
+        watching = wait_for(lambda: find_automations(url))
+        assert [(each["name"], each["enabled"]) for each in watching] == [(CRASHED, True)]
         after = run_and_find_its_page(own_prefect, capsys)
         assert list_runs(url) == {before, after}
         with pytest.raises(
@@ -100,3 +109,101 @@ def test_nothing_is_sent_out_and_all_state_stays_in_the_workspace(tmp_path):
     assert settings["PREFECT_HOME"] == str(tmp_path / ".prefect")
     assert settings["PREFECT_SERVER_ANALYTICS_ENABLED"] == "false"
     assert settings["DO_NOT_TRACK"] == "1"
+
+
+def wait_for(what, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not (found := what()) and time.monotonic() < deadline:
+        time.sleep(0.2)  # the server's own loops take seconds
+    return found
+
+
+class Api:
+    """The session's server, asked as a browser would ask."""
+
+    def __init__(self, url):
+        self.url, self.client = url, httpx.Client(trust_env=False)
+        flow = self.ask("POST", "/flows/", {"name": "automations"})
+        self.flow = flow["id"]
+
+    def ask(self, method, path, body=None):
+        answer = self.client.request(method, f"{self.url}{path}", json=body).raise_for_status()
+        return answer.json() if answer.content else None
+
+    def start(self):
+        state = {"type": "RUNNING", "name": "Running"}
+        return self.ask("POST", "/flow_runs/", {"flow_id": self.flow, "state": state})["id"]
+
+    def beat(self, run):
+        event = {
+            "id": str(uuid.uuid4()),
+            "occurred": datetime.now(UTC).isoformat(),
+            "event": "prefect.flow-run.heartbeat",
+            "resource": {"prefect.resource.id": f"prefect.flow-run.{run}"},
+        }
+        self.ask("POST", "/events", [event])
+
+    def set_state(self, run, kind, name):
+        self.ask("POST", f"/flow_runs/{run}/set_state", {"state": {"type": kind, "name": name}, "force": True})
+
+    def state(self, run):
+        return self.ask("GET", f"/flow_runs/{run}")["state"]["name"]
+
+
+@pytest.fixture
+def api(prefect_api):
+    with_api = Api(prefect_api.url)
+    yield with_api
+    for each in find_automations(prefect_api.url):
+        with_api.ask("DELETE", f"/automations/{each['id']}")
+    with_api.client.close()
+
+
+def test_flow_runs_of_a_silent_host_are_crashed_and_neither_ended_nor_waiting_ones(api):
+    api.ask("POST", "/automations/", plan_crashed(silent_seconds=10))
+    dead, published, waiting = (api.start() for _ in range(3))
+    wait_for(lambda: find_automations(api.url))
+    time.sleep(3)  # the server's triggers learn of an automation a moment after its API does
+    for run in (dead, published, waiting):
+        api.beat(run)
+    api.set_state(published, "COMPLETED", "Published")
+    api.set_state(waiting, "PAUSED", "Suspended")
+    assert wait_for(lambda: api.state(dead) == "Crashed")
+    time.sleep(2)  # all three were due at the same moment
+    assert [api.state(run) for run in (published, waiting)] == ["Published", "Suspended"]
+
+
+def test_an_alert_is_posted_when_a_run_fails_or_waits_for_somebody(api, monkeypatch):
+    heard = []
+
+    class Hook(BaseHTTPRequestHandler):
+        def do_POST(self):
+            heard.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hook) as hook:
+        threading.Thread(target=hook.serve_forever, daemon=True).start()
+        monkeypatch.setenv("ROPEWAY_ALERT_URL", f"http://127.0.0.1:{hook.server_port}/hook")
+        apply_automations(api.url)
+        apply_automations(api.url)  # a second start of the server changes nothing
+        assert sorted(each["name"] for each in find_automations(api.url)) == [ALERT, CRASHED]
+        time.sleep(3)
+        run = api.start()
+        api.set_state(run, "FAILED", "Failed")
+        assert wait_for(lambda: heard)
+        hook.shutdown()
+    assert re.fullmatch(r"automations [a-z-]+: Failed ", heard[0]["text"])
+    assert run in heard[0]["page"]
+    monkeypatch.delenv("ROPEWAY_ALERT_URL")
+    apply_automations(api.url)
+    assert [each["name"] for each in find_automations(api.url)] == [CRASHED]
+
+
+def test_an_alert_address_that_is_none_is_refused(monkeypatch):
+    monkeypatch.setenv("ROPEWAY_ALERT_URL", "slack")
+    with pytest.raises(ConfigError, match="ROPEWAY_ALERT_URL"):
+        apply_automations("http://127.0.0.1:1/api")
