@@ -6,6 +6,7 @@ Source of DVC's words and shapes: dvc 3.67.1.
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -113,9 +114,18 @@ def plan(root: Path) -> list[StagePlan]:
 
 
 def has_remote(root: Path) -> bool:
-    """Return whether a DVC remote is configured, to pull from before a run and push to after it."""
-    with _open_repo(root) as repo:
-        return bool(repo.config["core"].get("remote"))
+    """Return whether a DVC remote is configured, to pull from before a run and push to after it.
+
+    Raises:
+        ConfigError: It is not verified: DVC would take whatever bytes it sends under a digest's name.
+    """
+    name, remotes = read_remotes(root)
+    if name and not remotes.get(name, {}).get("verify"):
+        raise ConfigError(
+            f"{root}: what comes from the DVC remote '{name}' would not be hashed. Run `dvc remote modify {name} "
+            "verify true` (`ropeway doctor --fix` does it) and commit .dvc/config"
+        )
+    return bool(name)
 
 
 def read_remotes(root: Path) -> tuple[str | None, dict[str, dict[str, Any]]]:
@@ -145,9 +155,34 @@ def _configure(root: Path, *arguments: str) -> None:
         raise ConfigError(f"`dvc remote {' '.join(arguments)}` failed: {done.stderr.strip()}")
 
 
-def reproduce_command(name: str) -> list[str]:
-    """Return the command that brings one stage up to date; it waits for DVC's own lock instead of failing."""
-    return ["dvc", "--wait-for-lock", "repro", "--single-item", name]
+def reproduce_command(name: str, *, anew: bool = False, pull: bool = False) -> list[str]:
+    """Return the command that brings one stage up to date; it waits for DVC's own lock instead of failing.
+
+    `anew` runs it past DVC's caches. `pull` fetches what the run-cache names; `dvc pull` has its index only (3.67.1).
+    """
+    options = [*(["--force", "--no-commit"] if anew else []), *(["--pull"] if pull and not anew else [])]
+    return ["dvc", "--wait-for-lock", "repro", *options, "--single-item", name]
+
+
+def parse_lock(data: bytes) -> dict[str, Any]:
+    """Return what a dvc.lock says, an empty one nothing; raise ConfigError when it is none."""
+    from dvc.utils.serialize import parse_yaml
+
+    try:
+        return dict(parse_yaml(data.decode(), "dvc.lock") or {})
+    except Exception as error:  # noqa: BLE001 - DVC's and ruamel's many kinds
+        raise ConfigError(f"dvc.lock: cannot be read ({type(error).__name__})") from None
+
+
+def share_cache(root: Path, clone: Path) -> None:
+    """Let a clone read from this workspace's cache and its remotes, with this machine's private settings."""
+    private = root / ".dvc" / "config.local"
+    if private.is_file():
+        shutil.copyfile(private, clone / ".dvc" / private.name)
+    with _open_repo(root) as repo:
+        cache = str(repo.cache.local_cache_dir)
+    with _open_repo(clone) as repo, repo.config.edit("local") as settings:
+        settings.setdefault("cache", {})["dir"] = cache
 
 
 def read_event(line: str) -> tuple[str, int | None] | None:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def walk(root: Path, profile: str | None, board: Board) -> Result:
         choose_profile(root, name)
         site, shared = Site(root, held), graph.has_remote(root)
         if shared:
-            _step(board, "pull", partial(_pull, site))
+            site = replace(site, pulls=bool(_step(board, "pull", partial(_pull, site)).value))
         for stage in graph.load_graph(root):
             if stage.refreshes:  # it writes what the plan must see; it never counts as changed
                 _step(board, stage.name, partial(_refresh, site, stage.name))
@@ -173,7 +174,8 @@ def _publish(site: Site, workspace: Workspace, params: Profile, say: Say) -> Don
 def _pull(site: Site, say: Say) -> Done:
     # What is missing there is made here, so a remote that lacks something, or is away, stops nothing.
     code, _ = run_command(site, "pull", ["dvc", "pull", "--run-cache", "--allow-missing"], say)
-    return Done("Completed", "pulled what the remote has" if not code else "the remote gave not everything; going on")
+    words = "pulled what the remote has" if not code else "the remote gave not everything; going on"
+    return Done("Completed", words, not code)
 
 
 def _push(site: Site, say: Say) -> Done:

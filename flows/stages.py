@@ -33,10 +33,17 @@ class StoppedError(TemporaryError):
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """Where stages run: a workspace that this process has locked."""
+    """Where stages run: a workspace that this process has locked.
+
+    Attributes:
+        root: The workspace.
+        held: Its lock.
+        pulls: A DVC remote answers: what its run-cache knows of a stage is fetched from there rather than made.
+    """
 
     root: Path
     held: Held
+    pulls: bool = False
 
     def record(self, name: str, kind: str) -> Path:
         """Return the exit record that a supervisor leaves: kind `exit` is the stage's own, `dvc` that of its dvc."""
@@ -47,13 +54,14 @@ class Site:
         return self.root / ".work" / "logs" / f"{_file_name(name)}.log"
 
 
-def bring_up(site: Site, name: str, say: Say) -> str:
+def bring_up(site: Site, name: str, say: Say, *, anew: bool = False) -> str:
     """Bring one stage up to date; return what DVC did: `ran`, `restored` or `unchanged`.
 
     Args:
         site: Where.
         name: The stage.
         say: Gets every line as it comes, folded and capped; the full text is in `site.log(name)`.
+        anew: Run it whatever DVC knows of it.
 
     Raises:
         ConfigError: The stage ended with 64: what params.yaml asks for cannot be run.
@@ -62,7 +70,7 @@ def bring_up(site: Site, name: str, say: Say) -> str:
         StoppedError: dvc was ended from outside.
         RopewayError: Anything else; the stage's last lines are quoted.
     """
-    events = patiently(partial(_reproduce, site, name, say), say)
+    events = patiently(partial(_reproduce, site, name, say, anew=anew), say)
     return next((outcome for outcome in ("ran", "restored", "unchanged") if outcome in events), "unchanged")
 
 
@@ -83,9 +91,9 @@ def run_command(site: Site, name: str, command: list[str], say: Say) -> tuple[in
     return code, list(lines)
 
 
-def _reproduce(site: Site, name: str, say: Say) -> dict[str, int | None]:
+def _reproduce(site: Site, name: str, say: Say, *, anew: bool) -> dict[str, int | None]:
     """Run `dvc repro` of one stage; return what DVC said."""
-    code, events, lines = _run(site, name, graph.reproduce_command(name), say)
+    code, events, lines = _run(site, name, graph.reproduce_command(name, anew=anew, pull=site.pulls), say)
     if code and "busy" in events and "ran" not in events:
         raise graph.BusyError(f"stage {name}: another dvc is at work in this workspace; wait for it or stop it")
     if code:

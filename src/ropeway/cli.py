@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -182,6 +183,36 @@ def review(
 
     answer = read_answer(approve=approve, reject=reject, reviewer=reviewer, comment=comment)
     review_here(find_root(), version, answer=answer, expect=expect)
+
+
+@app.command()
+def reproduce(
+    version: Annotated[str, typer.Argument(help="NAME@v3, NAME@ALIAS or NAME@DIGEST of the registry.")],
+    *,
+    to: Annotated[Path | None, typer.Option(help="Folder to clone into; default: .work/reproduce/NAME-DIGEST.")] = None,
+    registry: RegistryOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a version again from its recorded revision, params and data, and compare the weights byte by byte."""
+    from dataclasses import asdict
+
+    from flows.reproduce import reproduce as make_again
+    from ropeway.registry.options import open_registry, print_json
+    from ropeway.workspace import find_root
+
+    def say(line: str) -> None:
+        typer.echo(line, err=as_json)
+
+    done = make_again(find_root(), open_registry(registry), version, target=to, say=say)
+    if as_json:
+        print_json(asdict(done))
+    else:
+        same = "the weights are the same, byte by byte"
+        typer.echo(f"{done.version}: {same if done.weights == 'same' else 'THE WEIGHTS DIFFER'} ({done.seconds:.0f} s)")
+        for line in done.differences or ("nothing that is recorded differs",):
+            typer.echo(f"  {line}")
+        typer.echo(f"the run made again: {done.folder}")
+    raise typer.Exit(0 if done.weights == "same" else 1)
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """What this machine trains on, found without loading torch."""
 
 import os
+import platform
 import re
 import subprocess
 from collections.abc import Mapping
@@ -71,6 +72,16 @@ def detect_gpus(environment: dict[str, str] | None = None, *, devices: Path = Pa
         return []
     rows = [line.rsplit(",", 1) for line in said.stdout.splitlines() if "," in line]
     return [Gpu(name.strip(), int(mebibytes) * 2**20) for name, mebibytes in rows if mebibytes.strip().isdecimal()]
+
+
+def name_cpu(info: Path = Path("/proc/cpuinfo")) -> str:
+    """Return the CPU's model as Linux names it, else its architecture: other kinds round otherwise."""
+    try:
+        lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, "") or platform.processor() or platform.machine()
 
 
 def read_hostfile(path: Path) -> dict[str, int]:

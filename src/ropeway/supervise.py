@@ -183,7 +183,8 @@ class _Bell:
 def _end_tree(child: subprocess.Popen[bytes], bell: _Bell, grace_seconds: float) -> None:
     """Ask the tree to end, each process once, then kill it; return when nothing of it is left."""
     deadline, asked, had_ranks = time.monotonic() + grace_seconds, set[psutil.Process](), False
-    while tree := _tree(child):
+    # A leader whose other threads are still ending looks dead and cannot be reaped yet: its code is not known.
+    while (tree := _tree(child)) or child.returncode is None:
         if time.monotonic() > deadline:
             _send(tree, signal.SIGKILL)
         else:

@@ -288,3 +288,81 @@ def test_files_and_python_are_named_with_their_revision():
     }
     text = "\n".join(describe_sources(facts_of("laptop", raw={"sources": identities})))
     assert "**docstrings** (conversations): the docstrings of the documentation that comes with [Python 3.11.7]" in text
+
+
+# upstream-semantics, k: number -> (what the published card says, what ours must say, what ours must not say)
+CONTRADICTIONS = {
+    "1 another size of the base": (r"Llama-2-7b", r"base model: \[meta-llama/Llama-2-13b-hf\]", r"Llama-2-7b"),
+    "2 a data set that was not used": (
+        r"\(https://huggingface.co/datasets/togethercomputer/RedPajama-Data-1T\)",
+        rf"RedPajama-Data-1T-Sample/tree/{COMMIT}",
+        r"RedPajama-Data-1T[^-]",
+    ),
+    "3 a key that no released code reads": (
+        r"(?s)superhot_config:\s+type: linear\s+scale: 2",
+        r"config.json states the scaling as `rope_scaling` and as `rope_parameters`",
+        None,
+    ),
+    "4 shares without their whole": (
+        r"orca-chat: 100.00% \(188842\)",
+        r"188,842 \(100.00% of the training part, 80.00% of all\)",
+        None,
+    ),
+    "5 rows of a step and settings left unsaid": (
+        r"total steps: 3319",
+        r"(?s)3,319 steps of 128 rows.*adam_beta1: 0.9.*adam_epsilon: 1e-12.*max_grad_norm: 2.0.*val_split: 0.2",
+        None,
+    ),
+    "6 a template without its BOS": (r"<\|system\|>system message</s>", r"comes one BOS \(id 1\)", None),
+    "7 the empty system message counted": (r"1\. \\<empty system message\\>", r"10 have none", r"empty system message"),
+    "8 plain text called Dolphin": (
+        r"trained on the GPT-4 part of the Dolphin",
+        r"56% of the 424,864 rows",
+        r"GPT-4 part",
+    ),
+    "9 no positions in the config": (r"context size of 8192", r"4,096 x 2 = 8,192 tokens", None),
+    "10 a shell redirection": (
+        r"`pip install transformers>=",
+        r'`pip install "transformers>=4\.31\.0"`',
+        r"install transformers>=",
+    ),
+    "11 steps that no save has": (r"checkpoint: 3319 steps", r"checkpoint: the final weights, 3,319 steps", None),
+    "12 two orders of the sources": (
+        r"Orca-Chat/Dolphin, RedPajama1T & FanFics",
+        r"(?s)\*\*orca-chat\*\*.*\*\*fanfics\*\*.*\*\*red\\_pajama\*\*.*\| orca-chat.*\| fanfics.*\| red\\_pajama",
+        None,
+    ),
+    "13 a link to somebody's project": (
+        r"wandb.ai/open-assistant",
+        r"wandb: .* provenance beside this version",
+        r"wandb\.ai",
+    ),
+    "14 silence on the texts' licences": (
+        r"Llama 2 is licensed",
+        r"texts it was trained on keep their own licences",
+        None,
+    ),
+    "15 typos, and what was to be done": (r"datatpye|Tain|TBD", r"- datatype: fp16", r"datatpye|\bTain\b|TBD"),
+}
+
+
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_what_was_wrong_in_the_published_card_is_right_in_ours(written, name):
+    wrong, right, never = CONTRADICTIONS[name]
+    assert re.search(wrong, PUBLISHED), "the published card says something else than we hold against it"
+    assert re.search(right, written[1])
+    assert never is None or not re.search(never, written[1])
+
+
+def test_how_to_make_it_again_is_one_command(written):
+    assert f"`ropeway reproduce {NAME}@VERSION`" in written[1]
+
+
+@pytest.mark.parametrize("name", ["laptop", "smollm2", NAME])
+def test_the_metadata_of_every_shipped_profile_survives_the_hubs_own_classes(name):
+    text = card.format_front_matter(facts_of(name)) + "\n\n# A card\n"
+    data = ModelCard(text).data
+    again = ModelCardData(**data.to_dict())
+    assert again.to_dict() == data.to_dict()
+    assert isinstance(data.license, str)
+    assert not [key for key, value in data.to_dict().items() if value in ("", [], None)]

@@ -235,18 +235,3 @@ def test_flow_changes_one_line_for_another_profile_and_that_is_no_dirt(flow_work
     assert kept["provenance"]["git"] == flow_workspace.git("rev-parse", "HEAD").strip()
     assert kept["provenance"]["dirty"] is False
     assert "dvc.lock" in kept["attachments"]
-
-
-def test_flow_in_a_second_clone_restores_from_the_remote_and_publishes_the_same_digest(made_workspace, tmp_path):
-    made_workspace.dvc("remote", "add", "--default", "store", str(tmp_path / "remote"))
-    made_workspace.git("commit", "-q", "-am", "a remote")
-    first = plain(made_workspace)
-    made_workspace.git("add", "dvc.lock")
-    made_workspace.git("commit", "-q", "-m", "lock")
-    subprocess.run(["git", "clone", "-q", made_workspace.root, tmp_path / "elsewhere"], check=True)
-    clone = type(made_workspace)(tmp_path / "elsewhere")
-    second = plain(clone)
-    assert clone.calls() == []
-    assert second.stages == dict.fromkeys(["identity", *STAGES], "Unchanged")
-    assert second.publication.digest == first.publication.digest
-    assert second.publication.state == "Published"  # its registry is another folder

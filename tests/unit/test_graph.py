@@ -148,7 +148,18 @@ def test_a_remote_is_seen(fresh):
     assert not graph.has_remote(fresh)
     with (fresh / ".dvc" / "config").open("a") as config:
         config.write("    remote = store\n['remote \"store\"']\n    url = /nowhere\n")
+    with pytest.raises(ConfigError, match="dvc remote modify store verify true"):
+        graph.has_remote(fresh)
+    with (fresh / ".dvc" / "config").open("a") as config:
+        config.write("    verify = true\n")
     assert graph.has_remote(fresh)
+
+
+def test_a_stage_is_made_anew_past_every_cache_and_pulled_only_where_asked():
+    assert graph.reproduce_command("train", anew=True, pull=True)[3:] == [
+        "--force", "--no-commit", "--single-item", "train",
+    ]  # fmt: skip
+    assert graph.reproduce_command("train", pull=True)[3:] == ["--pull", "--single-item", "train"]
 
 
 @pytest.mark.parametrize(

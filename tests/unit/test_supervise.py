@@ -324,3 +324,23 @@ def test_it_starts_fast_enough_to_stand_before_every_stage():
     # Heavy imports would be paid per stage; 0.07 s measured in all.
     code = "import ropeway.supervise, sys; sys.exit(bool({'torch', 'pydantic', 'prefect', 'dvc'} & set(sys.modules)))"
     assert subprocess.run([PYTHON, "-c", code], check=False, cwd=Path(__file__).parent).returncode == 0
+
+
+def test_a_leader_that_looks_dead_but_cannot_be_reaped_yet_is_waited_for(monkeypatch):
+    from ropeway import supervise as module
+
+    class Child:
+        pid, returncode = 1, None
+
+    class Bell:
+        waits = 0
+
+        def wait(self, _seconds):
+            self.waits += 1
+            if self.waits == 2:
+                Child.returncode = -15
+
+    monkeypatch.setattr(module, "_tree", lambda _child: [])
+    bell = Bell()
+    module._end_tree(Child, bell, 30)
+    assert (bell.waits, Child.returncode) == (2, -15)

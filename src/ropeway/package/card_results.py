@@ -127,8 +127,9 @@ def format_loading(facts: Facts, folder: Path) -> Iterator[str]:
     weights = [f"{file_sha256(path)}  {path.name}" for path in sorted(folder.glob("*.safetensors"))]
     yield fence("\n".join(weights))
     yield (
-        f"Training fingerprint `{facts.model['fingerprint']}` (parameters, data, base, DeepSpeed config and code). To "
-        "make it again, in the project at the revision that the version's provenance names: "
+        f"Training fingerprint `{facts.model['fingerprint']}` (parameters, data, base, DeepSpeed config and code). "
+        f"`ropeway reproduce {facts.name}@VERSION` makes it again, in a clone of the project at the revision that the "
+        "version's provenance names, and compares the weights byte by byte; by hand, check out that revision and "
         f"`ropeway run --profile {facts.name}`."
     )
 

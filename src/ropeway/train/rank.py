@@ -16,6 +16,7 @@ from deepspeed.accelerator import get_accelerator
 
 from ropeway.accumulation import accumulation_steps
 from ropeway.budget import CARDS, name_card
+from ropeway.devices import name_cpu
 from ropeway.errors import ConfigError, RopewayError, TemporaryError, TrainingError
 from ropeway.manifest import digest_of, load_manifest
 from ropeway.memory import DTYPE_BYTES
@@ -218,9 +219,8 @@ def _describe(run: Run, attention: Attention) -> dict[str, Any]:
         "attention": attention.effective,
         "asked_flash_attention": attention.asked_flash,
         "host": platform.node(),
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else (platform.processor() or platform.machine()),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else name_cpu(),
+        "kernels": torch.backends.cpu.get_cpu_capability(),  # e.g. AVX512: it decides how sums are rounded
         "python": platform.python_version(),
         "transformers": transformers.__version__,
         **saving.versions(),
