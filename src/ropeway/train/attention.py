@@ -35,9 +35,14 @@ class Attention:
 def choose_attention(profile: Profile, *, cuda: bool) -> Attention:
     """Return the effective attention: PyTorch's SDPA on a CPU, a flash kernel (and no other) on a GPU when asked.
 
+    Packed rows on a CPU get SDPA on each sequence alone: with a mask over a whole row it computes what the mask throws
+    away, which made packing no faster than padding (docs/runs.md).
+
     Raises:
         ConfigError: A GPU was asked for flash attention in fp32, which no flash kernel computes.
     """
+    if not cuda and profile.layout == "packed":
+        return Attention(profile.use_flash_attention, "sdpa sequence by sequence (cpu)", VARLEN)
     if not cuda:
         return Attention(profile.use_flash_attention, "sdpa (cpu)")
     if not profile.use_flash_attention:
@@ -55,8 +60,10 @@ def register(kernel: Kernel) -> None:
     AttentionInterface.register(VARLEN, partial(varlen_attention, kernel=kernel))
 
 
-def flash_kernel() -> Kernel:
-    """Return flash-attn's kernel where it is installed, else PyTorch's own, which needs no build (CUDA alone)."""
+def varlen_kernel() -> Kernel:
+    """Return flash-attn's kernel where it is installed, else PyTorch's own, which needs no build; SDPA on a CPU."""
+    if not torch.cuda.is_available():
+        return attend_each
     if importlib.util.find_spec("flash_attn"):
         from flash_attn import flash_attn_varlen_func
 
@@ -71,6 +78,16 @@ def flash_kernel() -> Kernel:
         return out if isinstance(out, Tensor) else out[0]
 
     return attend
+
+
+def attend_each(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, _longest: int, scale: float | None) -> Tensor:
+    """Return what a flash kernel does, by SDPA on each sequence alone; flash kernels have no CPU."""
+    lengths = (cu[1:] - cu[:-1]).tolist()
+    sequences = zip(*(part.transpose(0, 1)[None].split(lengths, dim=2) for part in (q, k, v)), strict=True)
+    grouped = q.shape[1] != k.shape[1]
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    outs = [sdpa(*parts, is_causal=True, scale=scale, enable_gqa=grouped) for parts in sequences]
+    return torch.cat(outs, dim=2)[0].transpose(0, 1)
 
 
 def borders(position_ids: Tensor) -> tuple[Tensor, int]:

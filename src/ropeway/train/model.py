@@ -11,7 +11,7 @@ from ropeway.errors import ConfigError
 from ropeway.params import Profile
 from ropeway.rope import RopeScaling
 from ropeway.train.adapters import add_adapters
-from ropeway.train.attention import VARLEN, Attention, flash_kernel, register
+from ropeway.train.attention import VARLEN, Attention, register, varlen_kernel
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -22,7 +22,7 @@ def open_model(folder: Path, profile: Profile, attention: Attention) -> Any:  # 
     Set afterwards it would be dead: transformers 5 computes the frequencies in the constructor.
     """
     if attention.implementation == VARLEN:
-        register(flash_kernel())
+        register(varlen_kernel())
     config = AutoConfig.from_pretrained(folder)
     config.rope_parameters = scaling_of(config, profile).rope_parameters()
     model = AutoModelForCausalLM.from_pretrained(

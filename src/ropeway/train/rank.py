@@ -78,7 +78,7 @@ def main(root: Path, name: str, fingerprint: str) -> None:
     folder = workspace.checkpoints / fingerprint
     checkpoint = saving.find(folder, rank=torch.distributed.get_rank())
     universal = saving.is_universal(checkpoint, ranks=torch.distributed.get_world_size())
-    run = _open_run(workspace, profile, attention, universal=universal)
+    run = open_run(workspace, profile, attention, universal=universal)
     watchdog = Watchdog(limit_seconds=profile.stop.hang_seconds)
     run.beat = watchdog.beat
     with watchdog.slowly(_state_bytes(run)):
@@ -177,7 +177,12 @@ def _peak(run: Run) -> float | None:
     return None if card is None or run.profile.dtype == "fp32" else CARDS[card] * 1e12 * run.world_size
 
 
-def _open_run(workspace: Workspace, profile: Any, attention: Attention, *, universal: bool) -> Run:  # noqa: ANN401
+def open_run(workspace: Workspace, profile: Any, attention: Attention, *, universal: bool) -> Run:  # noqa: ANN401
+    """Return the run with its engine, held to what params say, before its first step.
+
+    Raises:
+        ConfigError: No step would be made, or model, DeepSpeed JSON or the ranks' plans disagree with params.
+    """
     ranks = torch.distributed.get_world_size()
     accumulation = accumulation_steps(profile, ranks)
     torch.manual_seed(profile.rng_seed)
