@@ -86,7 +86,7 @@ def attend_each(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, _longest: int, scal
     sequences = zip(*(part.transpose(0, 1)[None].split(lengths, dim=2) for part in (q, k, v)), strict=True)
     grouped = q.shape[1] != k.shape[1]
     sdpa = torch.nn.functional.scaled_dot_product_attention
-    outs = [sdpa(*parts, is_causal=True, scale=scale, enable_gqa=grouped) for parts in sequences]
+    outs = [sdpa(a, b, c, is_causal=True, scale=scale, enable_gqa=grouped) for a, b, c in sequences]
     return torch.cat(outs, dim=2)[0].transpose(0, 1)
 
 
