@@ -245,7 +245,8 @@ def test_an_answer_that_got_lost_is_not_mistaken_for_another_writers_win(proxied
     proxy, store = proxied
     proxy.faults = [Fault("lost", "PUT", "key", 1)]
     assert store.put_if_absent("key", b"x")
-    assert sum("PUT" in request and "key" in request for request in proxy.requests) == 2
+    # Sent again at least once; a machine under load may time a further try out.
+    assert sum("PUT" in request and "key" in request for request in proxy.requests) >= 2
     assert not store.put_if_absent("key", b"x")
 
 

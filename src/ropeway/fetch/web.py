@@ -61,7 +61,7 @@ def shown(address: str) -> str:
     """Return an address as it may be shown: what stands behind `?` may be a key, so a digest stands for it.
 
     >>> shown("https://host/a.jsonl?key=secret")
-    'https://host/a.jsonl?2bb80d53'
+    'https://host/a.jsonl?0b60fff1'
     """
     plain, mark, query = address.partition("?")
     return plain + mark + (hashlib.sha256(query.encode()).hexdigest()[:8] if mark else "")
