@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup run test test-loaders check ui chaos bench bench-packing bench-plan bench-prepare bench-evaluate bench-registry bench-train chaos-registry clean
+.PHONY: help setup run test test-loaders test-browser check ui chaos bench bench-packing bench-plan bench-prepare bench-evaluate bench-registry bench-train chaos-registry clean
 .DEFAULT_GOAL := help
 
 help:
@@ -14,6 +14,7 @@ help:
 	@echo "make test    set up if needed, then run the tests (no network)"
 	@echo "make test-loaders  the package in transformers 4.31 and 4.46 (installs them)"
 	@echo "make ui      the Prefect UI over this workspace's runs, on http://127.0.0.1:4200"
+	@echo "make test-browser  a review made in a real browser (installs what drives it; chromium is Debian's, or fetched)"
 	@echo "make check   ruff, mypy, import contracts"
 	@echo "make bench   the benchmarks, one JSON line each (bench-train and bench-prepare take minutes)"
 	@echo "make chaos KILLS=100   kill a training at random moments, compare the bytes it ends with"
@@ -35,6 +36,11 @@ $(VENV)/.ready-run: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(VENV)/.ready-test: $(VENV)/.ready-run
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
+	@touch $@
+
+$(VENV)/.ready-browser: $(VENV)/.ready-test
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[browser]"
+	@test -n "$$ROPEWAY_CHROMIUM" || command -v chromium > /dev/null || $(BIN)/playwright install --with-deps chromium
 	@touch $@
 
 $(VENV)/.ready-bench: $(VENV)/.ready-run
@@ -60,6 +66,9 @@ LOADERS := $(patsubst tests/loaders/%.txt,.venv-loaders/%/.ready,$(wildcard test
 
 test-loaders: $(LOADERS)
 	$(BIN)/pytest -q -m loaders tests/loaders
+
+test-browser: $(VENV)/.ready-browser
+	$(BIN)/pytest -q -m browser tests/pipeline/test_browser_review.py
 
 check: $(VENV)/.ready-test
 	$(BIN)/ruff format --check .

@@ -47,12 +47,12 @@ def draw_report(case: Case, *, with_pictures: bool = True) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def draw_summary(case: Case) -> str:
+def draw_summary(case: Case, *, heading: str = "#") -> str:
     """Return what a reviewer must have read: the question, what speaks against a yes, the figures, how to get it."""
-    new, asked = case.new, f"# {case.new.label}: may it become `production`?"
+    new, asked = case.new, f"{heading} {case.new.label}: may it become production?"
     rivals = f"Production is {case.old.label} now." if case.old else _without_rival(case)
     facts = [
-        ("digest", code(case.digest)),
+        ("digest", code(f"{case.digest[:_SHORT]}…")),
         ("mean loss over sources", _mean(case)),
         ("gate", "passed" if _passed(new) else "**not passed**" if _passed(new) is False else "not asked"),
         ("made by", plain(_revision(case))),
@@ -60,7 +60,7 @@ def draw_summary(case: Case) -> str:
         ("size", f"{new.facts['bytes']:,} bytes in {len(new.facts['files'])} files"),
     ]
     rows = [{"": name, " ": words} for name, words in facts]
-    pull = f"ropeway registry pull {case.name}@{case.digest[:_SHORT]} --registry {case.url}"
+    pull = f"ropeway registry pull {case.name}@{case.digest} --registry {case.url}"
     return "\n\n".join([asked, rivals, *_objections(case), table(rows), fence(pull)])
 
 
@@ -209,7 +209,11 @@ def _files(new: Version) -> str:
 
 def _lineage(case: Case) -> str:
     facts = case.new.facts["facts"]
-    rows = [("git", _revision(case)), ("training fingerprint", facts.get("fingerprint", "not recorded"))]
+    rows = [
+        ("version", case.digest),
+        ("git", _revision(case)),
+        ("training fingerprint", facts.get("fingerprint", "not recorded")),
+    ]
     rows += [(f"{name} digest", digest) for name, digest in facts.get("digests", {}).items()]
     rows += [(f"beside it: {name}", entry["sha256"]) for name, entry in case.new.facts["attachments"].items()]
     return table([{"": plain(name), " ": code(words)} for name, words in rows])

@@ -57,7 +57,7 @@ def review(digest: str, root: str = ".", expires_hours: float = EXPIRES_HOURS) -
     """
     store = open_store(Workspace(Path(root).resolve(), "").registry_url)
     case = _pin(store, digest)
-    form = Form.with_initial_data(description=draw_summary(case))
+    form = Form.with_initial_data(description=draw_summary(case, heading="###"))
     try:
         said = suspend_flow_run(wait_for_input=form, timeout=int(expires_hours * 3600), key="answer")
     except ValidationError:

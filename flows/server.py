@@ -28,6 +28,7 @@ from ropeway.manifest import write_json
 LOOPBACK = "127.0.0.1"
 DEFAULT_PORT = 4200
 _START_SECONDS = 90.0  # 3.5 s on two quiet cores, 9 s with a new database; a loaded machine takes several times that
+_PATIENT_SECONDS = 600.0  # a person sees that it is starting; a new database took 100 s on two cores at load 12
 _GIVEN_SECONDS = 10.0  # for one that should be running
 _NOTE, _EXIT, _UI_EXIT = "ropeway-server.json", "server.exit.json", "ui.exit.json"
 
@@ -53,7 +54,7 @@ def serve_ui(root: Path, *, port: int = DEFAULT_PORT, host: str = LOOPBACK) -> N
     server = _start(root, _server_arguments(host, port), url, record=_UI_EXIT, output=None)
     try:
         write_json(_note(root), {"url": url, "pid": os.getpid()})
-        if not _await_answer(url, _START_SECONDS, lambda: server.poll() is not None):
+        if not _await_answer(url, _PATIENT_SECONDS, lambda: server.poll() is not None):
             raise TemporaryError(f"the server did not come up at {url}; what it said stands above")
         print(f"Prefect UI: {url.removesuffix('/api')}  (Ctrl-C stops it)", flush=True)
         for words in apply_automations(url):

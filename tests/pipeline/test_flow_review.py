@@ -102,7 +102,7 @@ def test_review_waits_takes_no_empty_or_wrong_answer_and_moves_production_on_a_y
     assert event["review"]["via"] == f"flow run {run}"
     (report,) = find_artifacts(reviews, run)  # made once, though the flow ran twice
     assert report.key == "laptop-review"
-    assert "# laptop@v2: may it become `production`?" in report.data
+    assert "# laptop@v2: may it become production?" in report.data
     assert "data:image/svg+xml;base64," in report.data
 
 

@@ -101,7 +101,7 @@ def test_the_report_of_a_review_has_all_that_a_decision_needs(workspace, store):
     second = make_version(workspace, 4.5, rate=0.003, records=9)
     case = open_case(store, f"laptop@{second[:10]}")
     report = draw_report(case)
-    assert "# laptop@v2: may it become `production`?" in report
+    assert "# laptop@v2: may it become production?" in report
     assert "| docs | loss, nats/token | 8.000 | 5.000 | **4.500** | -0.500 (better) |" in report
     assert "| docs | accuracy | 0.100 | 0.200 | **0.222** | +0.022 (better) |" in report
     assert "- docs: 4.500, laptop@v1 5.000: better by 0.500 nats" in report
@@ -109,7 +109,7 @@ def test_the_report_of_a_review_has_all_that_a_decision_needs(workspace, store):
     assert re.search(r"\| `ledger\.sources\.0\.records\.read` \| 8 \| 9 \|", report)
     assert "| docs | epoch 0: supervised | = |  | 30 |" in report
     assert "Resumed: 2 starts." in report
-    assert f"ropeway registry pull laptop@{second[:12]} --registry {store.url}" in report
+    assert f"ropeway registry pull laptop@{second} --registry {store.url}" in report
     assert "f" * 64 in report
     prompt = r"What is a list? \| &lt;b&gt;bold&lt;/b&gt;"
     assert rf"| {prompt} | An answer at 5.0. ⏎  ⏎ \| with a table \| | An answer at 4.5." in report

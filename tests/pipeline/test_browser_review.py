@@ -1,0 +1,103 @@
+"""A review as a person makes it: server, `serve` and `run` as they type them, the rest in a real browser."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from flows.server import find_server
+from ropeway import registry
+from ropeway.storage import open_store
+
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(1800)]
+ANSWER = {"decision": "approve", "reviewer": "anna", "comment": "reads well"}
+
+
+def wait_for(what, seconds=300):
+    deadline = time.monotonic() + seconds
+    while not (found := what()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert found, f"waited {seconds} s"
+    return found
+
+
+class Person:
+    """Types commands in the workspace."""
+
+    def __init__(self, root, log):
+        self.root, self.log, self.started = root, log, []
+        self.environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+
+    def start(self, *command):
+        with self.log.open("ab") as log:
+            started = subprocess.Popen(
+                [sys.executable, "-m", "ropeway.cli", *command],
+                cwd=self.root,
+                env=self.environment,
+                stdout=log,
+                stderr=log,
+            )
+        self.started.append(started)
+
+    def run(self):
+        """Return what `ropeway run` printed."""
+        return subprocess.run(
+            [sys.executable, "-m", "ropeway.cli", "run"],
+            cwd=self.root,
+            env=self.environment,
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+
+    def leave(self):
+        """End what was started, the last first: `serve` says goodbye to the server."""
+        for each in reversed(self.started):
+            each.terminate()
+            try:
+                each.wait(90)
+            except subprocess.TimeoutExpired:
+                each.kill()
+                each.wait()
+
+
+@pytest.fixture
+def person(flow_workspace, tmp_path):
+    person = Person(flow_workspace.root, tmp_path / "log")
+    yield person
+    person.leave()
+
+
+def test_browser_review_from_the_run_s_graph_to_the_moved_alias(person, tmp_path):
+    from tests.browser_walk import fill_form, look_at_report, look_at_run, open_browser
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    person.start("server", "--port", str(port))
+    api = wait_for(lambda: find_server(person.root))
+    person.start("serve")
+    wait_for(lambda: "being served" in person.log.read_text())
+    said = person.run()
+    run = re.search(r"the run +.*/runs/flow-run/([0-9a-f-]{36})", said)[1]
+    review = re.search(r"the form at /runs/flow-run/([0-9a-f-]{36})", said)[1]
+
+    url = api.removesuffix("/api")
+    store = open_store((person.root / "registry").as_uri())
+    with open_browser() as page:
+        shown = look_at_run(page, url, run, tmp_path / "run.png")
+        assert {"identity", "fetch", "train", "evaluate", "package", "publish"} <= set(shown.split())
+        wait_for(lambda: "review" in person.log.read_text())
+        shown = look_at_report(page, url, review, tmp_path / "report.png")
+        assert "laptop@v1: may it become production?" in shown
+        assert registry.read_alias(store, "laptop", "production") is None
+        fill_form(page, url, review, ANSWER, tmp_path / "form.png")
+    candidate = registry.read_alias(store, "laptop", "candidate")
+    wait_for(lambda: registry.read_alias(store, "laptop", "production") == candidate)
+    (event,) = registry.alias_history(store, "laptop", "production")
+    assert (event["by"], event["reason"]) == ("anna", "reads well")
+    assert event["review"]["via"] == f"flow run {review}"
