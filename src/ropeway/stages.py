@@ -4,6 +4,7 @@ import importlib
 import importlib.metadata
 import os
 import sys
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from ropeway.fetch.identity import source_identity
 from ropeway.identity import room_digest
 from ropeway.lock import workspace_lock
 from ropeway.manifest import digest_of, file_sha256, write_json
-from ropeway.params import READS, UNHASHED, FolderBase, GgufBase, Profile, load_profile
+from ropeway.params import READS, UNHASHED, FolderBase, GgufBase, Profile, load_profile, read_block
 from ropeway.plan import check_memory
 from ropeway.workspace import Workspace
 
@@ -73,11 +74,34 @@ def write_identity(root: Path) -> None:
             key: _file_identity(root, getattr(profile.evaluation, key), key=f"evaluation.{key}")
             for key in ("prompts", "sampling")
         },
+        "sizes": dict(find_sizes(read_block(root / "params.yaml", chosen))),
         "sources": {name: source_identity(one, root) for name, one in sorted(profile.sources.items())},
         **{f"code-{room}": room_digest(source, room) for room in ROOMS},
     }
     for name, value in facts.items():
         write_json(folder / f"{name}.json", {"digest": digest_of(value), "of": value})
+
+
+def find_sizes(value: object, place: str = "") -> Iterator[tuple[str, object]]:
+    """Yield what stands under keys called `size` or `nfiles`, by place.
+
+    DVC's run-cache leaves such keys out of what it compares, parameters too (dvc 3.67.1, stage/cache.py), and would
+    restore the result of another `datasets[].size`. Stages that list such a parameter depend on these besides.
+
+    >>> list(find_sizes({"datasets": [{"topics": {"size": 9, "fraction": 1}}]}))
+    [('datasets.0.topics.size', 9)]
+    """
+    items: Iterable[tuple[object, object]] = ()
+    if isinstance(value, Mapping):
+        items = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)
+    for key, inner in items:
+        here = f"{place}.{key}" if place else str(key)
+        if key in ("size", "nfiles"):
+            yield here, inner
+        else:
+            yield from find_sizes(inner, here)
 
 
 def _file_identity(root: Path, name: str, *, key: str) -> str:

@@ -8,6 +8,7 @@ from ruamel.yaml import YAML
 
 from ropeway.errors import ConfigError
 from ropeway.params import READS, UNHASHED, Profile, load_profile, load_profiles
+from ropeway.stages import find_sizes
 
 ROOT = Path(__file__).parents[2]
 CARD = (ROOT / "tests/contract/model-card.txt").read_text(encoding="utf-8")
@@ -50,6 +51,29 @@ def test_dvc_yaml_lists_what_each_room_reads():
         listed = {key.removeprefix("${profile}.") for key in stages[room]["params"]}
         assert listed == set(keys), room
         assert not listed & set(UNHASHED), room
+
+
+def test_a_stage_that_reads_a_key_which_dvc_s_run_cache_ignores_depends_on_it_besides():
+    stages = read_yaml((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    text = (ROOT / "params.yaml").read_text(encoding="utf-8")
+    blocks = [block for block in read_yaml(text).values() if isinstance(block, dict)]
+    # The schema allows `size` in datasets; shipped profiles may grow others.
+    hidden = {"datasets"} | {place.partition(".")[0] for block in blocks for place, _ in find_sizes(block)}
+    for room, keys in READS.items():
+        if hidden & set(keys):
+            assert ".identity/sizes.json" in stages[room]["deps"], room
+
+
+def test_the_run_cache_ignores_those_keys_and_no_others():
+    from dvc.stage.cache import _get_cache_hash
+
+    def key(name, value):
+        return _get_cache_hash({"cmd": "train", "params": {"params.yaml": {"p.datasets": [{"topics": {name: value}}]}}})
+
+    assert [name for name in ("size", "nfiles", "fraction", "hidden_size") if key(name, 1) == key(name, 2)] == [
+        "size",
+        "nfiles",
+    ]
 
 
 def test_a_room_cannot_read_a_key_it_does_not_list():
