@@ -8,7 +8,8 @@ from html import escape
 
 Point = tuple[float, float]
 _WIDTH, _HEIGHT = 760, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 16, 34, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 16, 20, 40
+_NAMES_IN_ROW, _NAME_HEIGHT = 3, 18
 _MOST_POINTS = 400  # a page is drawn from it; 3,319 steps need no more
 _RECENT = 0.1  # weight of a step in the smoothed line
 COLOURS = ("#2563eb", "#9ca3af", "#ea580c", "#7c3aed", "#0d9488")
@@ -58,9 +59,11 @@ def draw_curves(curves: Sequence[Curve]) -> str:
     margin = (high - low or 1) * 0.05
     low, high = low - margin, high + margin
 
+    top = _TOP + _NAME_HEIGHT * math.ceil(len(curves) / _NAMES_IN_ROW)
+
     def place(step: float, loss: float) -> str:
         x = _LEFT + step / (last or 1) * (_WIDTH - _LEFT - _RIGHT)
-        y = _TOP + (high - loss) / (high - low) * (_HEIGHT - _TOP - _BOTTOM)
+        y = top + (high - loss) / (high - low) * (_HEIGHT - top - _BOTTOM)
         return f"{x:.1f},{y:.1f}"
 
     parts = [
@@ -69,7 +72,7 @@ def draw_curves(curves: Sequence[Curve]) -> str:
             f'viewBox="0 0 {_WIDTH} {_HEIGHT}" font-family="sans-serif" font-size="12">'
         ),
         f'<rect width="{_WIDTH}" height="{_HEIGHT}" rx="6" fill="#ffffff"/>',
-        *_axes(last, low, high),
+        *_axes(last, low, high, top),
     ]
     for number, curve in enumerate(curves):
         parts.append(
@@ -79,7 +82,7 @@ def draw_curves(curves: Sequence[Curve]) -> str:
         if curve.is_marked:
             spots = [place(*point).split(",") for point in curve.points]
             parts += [f'<circle cx="{x}" cy="{y}" r="3" fill="{curve.colour}"/>' for x, y in spots]
-        parts += _legend(number, len(curves), curve)
+        parts += _legend(number, curve)
     return "".join([*parts, "</svg>"])
 
 
@@ -88,10 +91,10 @@ def data_uri(svg: str) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
 
 
-def _axes(last: float, low: float, high: float) -> Iterator[str]:
+def _axes(last: float, low: float, high: float, top: float) -> Iterator[str]:
     right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
     for part in range(5):
-        y = _TOP + part / 4 * (bottom - _TOP)
+        y = top + part / 4 * (bottom - top)
         yield f'<line x1="{_LEFT}" y1="{y:.1f}" x2="{right}" y2="{y:.1f}" stroke="#e5e7eb"/>'
         yield _text(_LEFT - 8, y + 4, f"{high - part / 4 * (high - low):.2f}", "end")
         x = _LEFT + part / 4 * (right - _LEFT)
@@ -99,11 +102,12 @@ def _axes(last: float, low: float, high: float) -> Iterator[str]:
     yield _text((_LEFT + right) / 2, _HEIGHT - 6, "optimizer step", "middle")
 
 
-def _legend(number: int, count: int, curve: Curve) -> Iterator[str]:
+def _legend(number: int, curve: Curve) -> Iterator[str]:
     """Yield a curve's name above the picture, in columns of equal width."""
-    x = _LEFT + number * (_WIDTH - _LEFT - _RIGHT) / count
-    yield f'<line x1="{x:.0f}" y1="16" x2="{x + 14:.0f}" y2="16" stroke="{curve.colour}" stroke-width="3"/>'
-    yield _text(x + 20, 20, curve.name, "start")
+    row, column = divmod(number, _NAMES_IN_ROW)
+    x, y = _LEFT + column * (_WIDTH - _LEFT - _RIGHT) / _NAMES_IN_ROW, 16 + row * _NAME_HEIGHT
+    yield f'<line x1="{x:.0f}" y1="{y}" x2="{x + 14:.0f}" y2="{y}" stroke="{curve.colour}" stroke-width="3"/>'
+    yield _text(x + 20, y + 4, curve.name, "start")
 
 
 def _text(x: float, y: float, words: str, anchor: str) -> str:

@@ -121,7 +121,7 @@ class PrefectBoard:
         create_markdown_artifact(key=f"{self.prefix}-{key}", markdown=text)
 
     def ask_review(self, digest: str) -> str | None:
-        """Start a review's flow run if somebody serves its deployment; return the path of its page."""
+        """Start a review's flow run if somebody serves its deployment; return its page."""
         if not is_live(self.root):
             return None
         with get_client(sync_client=True) as client:
@@ -135,7 +135,7 @@ class PrefectBoard:
             asked = client.create_flow_run_from_deployment(
                 deployment.id, parameters={"digest": digest}, idempotency_key=f"review-{digest}"
             )
-        return f"/runs/flow-run/{asked.id}"
+        return f"{PREFECT_API_URL.value().removesuffix('/api')}/runs/flow-run/{asked.id}"
 
 
 def is_served(deployment: DeploymentResponse) -> bool:

@@ -30,14 +30,14 @@ def draw_report(case: Case, *, with_pictures: bool = True) -> str:
         _gate(case.new),
         "## How the training went",
         *_training(case, with_pictures=with_pictures),
+        "## Sample answers, side by side (greedy)",
+        _samples(case) or "No samples in this package.",
         "## Parameters, old → new",
         _changes(case, (_PARAMS,), "No parameter differs."),
         "## Data, old → new",
         _changes(case, _DATA, "The same data, token for token."),
         "## Ledger: where every record and token went",
         _ledger(case.new) or "Not recorded in this package.",
-        "## Sample answers, side by side (greedy)",
-        _samples(case) or "No samples in this package.",
         "## Size and files",
         _files(case.new),
         "## Lineage",
@@ -115,9 +115,9 @@ def _gate(new: Version) -> str:
 
 
 def _training(case: Case, *, with_pictures: bool) -> Iterator[str]:
-    curves = loss_curves(case.new.steps, case.new.label, colour=COLOURS[0])
+    curves = loss_curves(case.new.steps, f"v{case.new.facts['number']}", colour=COLOURS[0])
     if case.old:
-        curves += loss_curves(case.old.steps, case.old.label, colour=COLOURS[1])[:1]
+        curves += loss_curves(case.old.steps, f"production, v{case.old.facts['number']}", colour=COLOURS[1])[:1]
     svg = draw_curves(curves)
     if with_pictures and svg:
         yield f"![loss by step]({data_uri(svg)})"
@@ -195,7 +195,7 @@ def _answers(version: Version, model: str) -> dict[str, str]:
     for one in version.samples.get("prompts", ()):
         outputs = {result.get("sampling_config"): result.get("outputs") for result in one.get("results", ())}
         if answers := outputs.get(f"{model}/greedy"):
-            found[str(one["prompt"])] = str(answers[0]) or "(nothing: it ends at once)"
+            found[str(one["prompt"])] = str(answers[0]).strip() or "(nothing: it ends at once)"
     return found
 
 

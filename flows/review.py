@@ -43,7 +43,7 @@ class Form(RunInput):
 
 
 def _name_run() -> str:
-    return f"review-{str(runtime.flow_run.parameters['digest'])[:40]}"
+    return f"review-{str(runtime.flow_run.parameters['digest'])[:20]}"
 
 
 @flow(name="review", flow_run_name=_name_run, validate_parameters=False)

@@ -84,7 +84,7 @@ def test_browser_review_from_the_run_s_graph_to_the_moved_alias(person, tmp_path
     wait_for(lambda: "being served" in person.log.read_text())
     said = person.run()
     run = re.search(r"the run +.*/runs/flow-run/([0-9a-f-]{36})", said)[1]
-    review = re.search(r"the form at /runs/flow-run/([0-9a-f-]{36})", said)[1]
+    review = re.search(r"the form at http://[^/]+/runs/flow-run/([0-9a-f-]{36})", said)[1]
 
     url = api.removesuffix("/api")
     store = open_store((person.root / "registry").as_uri())

@@ -121,7 +121,7 @@ def test_the_curves_of_a_review_are_a_picture_inside_the_page(workspace, store):
     uri = re.search(r"!\[loss by step\]\(data:image/svg\+xml;base64,([A-Za-z0-9+/=]+)\)", report)[1]
     picture = ET.fromstring(base64.b64decode(uri))  # noqa: S314 - ours
     words = [text.text for text in picture.iter("{http://www.w3.org/2000/svg}text")]
-    assert {"laptop@v2, training", "laptop@v2, validation docs", "laptop@v1, training"} <= set(words)
+    assert {"v2, training", "v2, validation docs", "production, v1, training"} <= set(words)
 
 
 def test_a_review_says_that_losses_on_other_rows_say_little(workspace, store):
