@@ -162,9 +162,15 @@ def small_disk(job):
 
 def test_a_disk_that_fills_while_it_trains_keeps_the_checkpoint_before(whole, job, small_disk):
     process = train(job)
+    read_until(process, "tried: ")
+    ranks = ranks_of(process).values()
     read_until(process, "step 5/")
+    for rank in ranks:  # a step takes milliseconds on a quiet machine: hold them while the disk fills
+        rank.suspend()
     with (small_disk / "other").open("wb") as other:
         os.posix_fallocate(other.fileno(), 0, shutil.disk_usage(small_disk).free - 200_000)
+    for rank in ranks:
+        rank.resume()
     said = finish(process, 75)
     step = int(re.search(r"saving step (\d+) failed: the disk is full", said)[1])
     kept = re.search(r"(step-\d+) is untouched", said)[1]

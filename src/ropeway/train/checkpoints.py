@@ -5,6 +5,7 @@
 .checkpoints/<fingerprint>/step-000200/manifest.json
 """
 
+import contextlib
 import json
 import os
 import re
@@ -146,6 +147,10 @@ def remove(folder: Path) -> None:
 
 def claim(root: Path, *, profile: str) -> None:
     """Say in a run's folder whose it is; its time says when the run was last started."""
+    with contextlib.suppress(OSError, ValueError):  # not there yet, or not whole
+        if json.loads((root / OWNER).read_bytes()) == {"profile": profile}:
+            (root / OWNER).touch()  # which a full disk still takes: the run then says itself what is missing
+            return
     write_json(root / OWNER, {"profile": profile})
 
 
