@@ -9,22 +9,24 @@ from ruamel.yaml.error import MarkedYAMLError
 
 from ropeway.errors import ConfigError
 from ropeway.faults import explain_faults
-from ropeway.repeats import Contamination, Duplicates
-from ropeway.schema import (
-    DatasetOptions,
+from ropeway.origins import (
     FilesSource,
     FolderBase,
-    Gate,
     GgufBase,
     HubBase,
     HuggingfaceSource,
+    PythonDocsSource,
+    ScratchBase,
+    Source,
+)
+from ropeway.repeats import Contamination, Duplicates
+from ropeway.schema import (
+    DatasetOptions,
+    Gate,
     ModelShape,
     Passkey,
     Positions,
     Profile,
-    PythonDocsSource,
-    ScratchBase,
-    Source,
     StopRules,
     StretchScaling,
 )

@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from ropeway.origins import Base, Source
 from ropeway.repeats import Contamination, Duplicates
 from ropeway.section import Count, Fraction, Positive, Section
 
@@ -65,69 +66,6 @@ class DatasetOptions(Section):
         if self.fraction is not None and self.size is not None:
             raise ValueError("fraction and size are two ways to say one thing; keep one")
         return self
-
-
-class HuggingfaceSource(Section):
-    """Files of one data set repository at one revision."""
-
-    kind: Literal["huggingface"]
-    repo: str
-    revision: str
-    files: list[str]
-    rows: Literal["orca_chat", "messages", "sharegpt", "alpaca", "text"]
-    columns: dict[str, str]
-    expected_rows: Positive | None
-
-
-class FilesSource(Section):
-    """json, jsonl or parquet files, also compressed."""
-
-    kind: Literal["files"]
-    paths: list[str]
-    rows: Literal["orca_chat", "messages", "sharegpt", "alpaca", "text"]
-    columns: dict[str, str]
-    expected_rows: Positive | None
-
-
-class PythonDocsSource(Section):
-    """The documentation that comes with the running Python: `topics` are documents, `docstrings` conversations."""
-
-    kind: Literal["python_docs"]
-    part: Literal["topics", "docstrings"]
-    expected_rows: Positive | None
-
-
-Source = Annotated[HuggingfaceSource | FilesSource | PythonDocsSource, Field(discriminator="kind")]
-
-
-class FolderBase(Section):
-    """`model_name` is a folder that transformers opens."""
-
-    kind: Literal["folder"]
-
-
-class HubBase(Section):
-    """`model_name` is a repository on the Hub, at this revision."""
-
-    kind: Literal["hub"]
-    revision: str
-
-
-class ScratchBase(Section):
-    """Weights from the seed, in the shape of `expected_model`; the tokenizer is trained on the sources."""
-
-    kind: Literal["scratch"]
-
-
-class GgufBase(Section):
-    """A GGUF file that an installed Python package carries, opened de-quantised."""
-
-    kind: Literal["gguf"]
-    package: str
-    file: str
-
-
-Base = Annotated[FolderBase | HubBase | ScratchBase | GgufBase, Field(discriminator="kind")]
 
 
 class ModelShape(Section):

@@ -7,6 +7,7 @@ import pytest
 
 import ropeway
 from ropeway.identity import IGNORED, module_digest, room_digest
+from ropeway.stages import ROOMS
 
 
 @pytest.fixture
@@ -51,6 +52,15 @@ def test_modules_that_only_describe_or_start_a_run_do_not_count(source, name):
     path = source / f"{name.replace('.', '/')}.py"
     path.write_text(path.read_text(encoding="utf-8") + "\nADDED = 1\n", encoding="utf-8")
     assert room_digest(source, "train") == before
+
+
+@pytest.mark.parametrize("name", ["schema", "origins", "repeats", "section"])
+def test_what_params_may_hold_counts_for_no_room(source, name):
+    """A stage depends on the values it lists in dvc.yaml; a key that it does not read must not make it stale."""
+    before = {room: room_digest(source, room) for room in ROOMS}
+    path = source / f"{name}.py"
+    path.write_text(path.read_text(encoding="utf-8") + "\nADDED = 1\n", encoding="utf-8")
+    assert {room: room_digest(source, room) for room in ROOMS} == before
 
 
 def test_text_that_is_data_counts():

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
-from ropeway.schema import StopRules
+from ropeway.params import StopRules
 
 Line = dict[str, Any]
 
