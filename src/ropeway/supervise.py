@@ -92,17 +92,8 @@ def run(
             except FileNotFoundError as error:
                 raise ConfigError(f"{error.filename}: not found; is the environment set up (`make setup`)?") from None
             code, why = _see_through(child, watched, bell, grace_seconds)
-    died_of = signal_of(code)
-    write_json(
-        record,
-        {
-            "stage": record.name.split(".")[0],
-            "code": code,
-            "signal": died_of,
-            "why": why,
-            "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        },
-    )
+    stage, at = record.name.split(".")[0], datetime.now(UTC).isoformat(timespec="seconds")
+    write_json(record, {"stage": stage, "code": code, "signal": signal_of(code), "why": why, "at": at})
     return code
 
 
