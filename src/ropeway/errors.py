@@ -10,6 +10,8 @@ RopewayError            exit 1    something else failed on purpose; the message 
                                   checkpoint is named
 """
 
+import errno
+
 
 class RopewayError(Exception):
     """Base of every error raised on purpose; anything else that escapes is a bug."""
@@ -45,3 +47,8 @@ class AbsentError(RegistryError):
 
 class TrainingError(RopewayError):
     """Training ended because its numbers were wrong, not its files."""
+
+
+def is_disk_full(error: OSError) -> bool:
+    """Return whether an error says that there is no room: the disk is full, or this user's share of it."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -4,7 +4,6 @@ Where and as whom is environment, by huggingface_hub's names: HF_TOKEN, HF_HUB_O
 HF_ENDPOINT. No word of a request or an answer gets into a message: a request holds the token.
 """
 
-import errno
 import glob
 import re
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from ropeway.errors import ConfigError, TemporaryError
+from ropeway.errors import ConfigError, TemporaryError, is_disk_full
 from ropeway.manifest import write_atomic
 
 Kind = Literal["model", "dataset"]
@@ -20,7 +19,6 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _TIMEOUT_SECONDS = 10
 _KEYS = {"model": "model_name", "dataset": "sources"}
-_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 def resolve_commit(repo: str, revision: str, *, kind: Kind) -> str:
@@ -168,7 +166,7 @@ def _explained(repo: str, revision: str, kind: Kind) -> Iterator[None]:
     except ValueError as error:  # a name that cannot be one; its text may hold the token, if that cannot be sent
         raise ConfigError(f"{where}: {type(error).__name__}; correct the name (owner/name) and HF_TOKEN") from None
     except OSError as error:
-        if error.errno in _FULL:
+        if is_disk_full(error):
             full = f"the disk of {_cache_folder(repo, kind)} is full; free space there"
             raise TemporaryError(f"{where}: {full}") from None
         raise _away(where, f"or its cache cannot be used ({type(error).__name__})") from None

@@ -1,6 +1,5 @@
 """Room: fetch. Sources to parquet, pinned by an identity, every record counted."""
 
-import errno
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -9,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ropeway.errors import DataError, TemporaryError
+from ropeway.errors import DataError, TemporaryError, is_disk_full
 from ropeway.fetch.files import iterate_objects
 from ropeway.fetch.hub_files import bring_files
 from ropeway.fetch.identity import source_identity
@@ -24,7 +23,6 @@ from ropeway.raw import RawWriter, Record, RecordKind
 from ropeway.workspace import Workspace
 
 _SHOWN_REFUSALS = 20
-_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +65,7 @@ def _full_disk_explained(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL:
+        if not is_disk_full(error):
             raise
         raise TemporaryError(
             f"{folder}: the disk is full ({error.strerror}); nothing was left there. Free space and run the stage again"

@@ -1,6 +1,5 @@
 """A file on a server: what it is now, and its download in parts that a later run goes on with."""
 
-import errno
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -8,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from ropeway.errors import TemporaryError
+from ropeway.errors import TemporaryError, is_disk_full
 from ropeway.manifest import digest_of
 
 _BLOCK_BYTES = 1 << 20
-_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +83,7 @@ def _full_disk_explained(remote: Remote, partial: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL:
+        if not is_disk_full(error):
             raise
         size = "of unknown size" if remote.size_bytes is None else f"{remote.size_bytes:,} bytes"
         raise TemporaryError(

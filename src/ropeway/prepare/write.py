@@ -1,6 +1,5 @@
 """The acting part: units made that are not there yet, one source's units to its folder, and a look through a reader."""
 
-import errno
 import os
 import shutil
 from collections import Counter
@@ -14,14 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ropeway.errors import DataError, TemporaryError
+from ropeway.errors import DataError, TemporaryError, is_disk_full
 from ropeway.manifest import load_manifest
 from ropeway.prepare import workers
 from ropeway.prepare.split import Split
 from ropeway.prepare.units import Unit, encode_unit, load_unit, sequence_digest
 from ropeway.shards import Shards, SourceShards
-
-_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 @dataclass(frozen=True)
@@ -118,7 +115,7 @@ def disk_may_be_full(work: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL:
+        if not is_disk_full(error):
             raise
         free = shutil.disk_usage(work).free if work.exists() else 0
         raise TemporaryError(

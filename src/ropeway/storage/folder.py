@@ -1,6 +1,5 @@
 """The store behind `file:///…`: a folder, where a key is a file that appears whole by a hard link."""
 
-import errno
 import hashlib
 import os
 import uuid
@@ -10,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
 
-from ropeway.errors import AbsentError, ConfigError, DataError, TemporaryError
+from ropeway.errors import AbsentError, ConfigError, DataError, TemporaryError, is_disk_full
 from ropeway.manifest import sync_folder
 from ropeway.storage.door import (
     BLOCK_BYTES,
@@ -24,7 +23,6 @@ from ropeway.storage.door import (
 )
 
 _PARTIAL = ".partial"
-_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 class FileStore(Store):
@@ -152,7 +150,7 @@ class FileStore(Store):
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             raise AbsentError(f"{self.url}: holds no {key}") from None
         except OSError as error:
-            if error.errno in _FULL:
+            if is_disk_full(error):
                 raise TemporaryError(
                     f"{self.url}: the disk is full ({error.strerror}); free space and repeat the command"
                 ) from None

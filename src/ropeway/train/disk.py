@@ -5,7 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
-from ropeway.errors import ConfigError, RopewayError, TemporaryError
+from ropeway.errors import ConfigError, RopewayError, TemporaryError, is_disk_full
 from ropeway.memory import DTYPE_BYTES
 from ropeway.train import checkpoints
 
@@ -53,7 +53,7 @@ def explain_failed_save(error: Exception, root: Path, step: int) -> RopewayError
     """
     code = error.errno if isinstance(error, OSError) else None
     free = shutil.disk_usage(root).free
-    full = code in (errno.ENOSPC, errno.EDQUOT) or free < _LITTLE_BYTES
+    full = (isinstance(error, OSError) and is_disk_full(error)) or free < _LITTLE_BYTES
     if not full and code is None:
         return None
     kept = [path for number, path in checkpoints.list_steps(root) if number < step]
