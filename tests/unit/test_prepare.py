@@ -308,7 +308,7 @@ def test_batching_the_tokenizer_changes_no_sequence(tokenizer, records, size):
 
 def test_small_batches_give_the_same_sequences(tokenizer, monkeypatch):
     whole = [s.tokens.tolist() for s in encoder(tokenizer).encode(TALKS)]
-    monkeypatch.setattr("ropeway.prepare.encode._BATCH_CHARACTERS", 50)
+    monkeypatch.setattr("ropeway.prepare.encode.BATCH_CHARACTERS", 50)
     assert [s.tokens.tolist() for s in encoder(tokenizer).encode(TALKS)] == whole
 
 

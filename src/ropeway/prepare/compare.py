@@ -9,7 +9,7 @@
 It is a pass of its own over raw text, not a part of encoding, so that other thresholds cost no encoding.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from ropeway.manifest import digest_of, write_manifest
 from ropeway.params import Duplicates
 from ropeway.prepare import workers
+from ropeway.prepare.batches import BATCH_CHARACTERS, count_characters, in_batches
 from ropeway.prepare.duplicates import (
     band_keys,
     compared_texts,
@@ -31,7 +32,6 @@ from ropeway.prepare.duplicates import (
 from ropeway.prepare.units import Unit, kept_records, load_unit, whole_unit
 from ropeway.prepare.write import Units
 
-_BATCH_CHARACTERS = 1 << 20
 _CHEAPER = 8  # times than encoding, for as many bytes of text (docs/decisions/0005): is a worker worth its start?
 
 
@@ -85,7 +85,8 @@ def sign_unit(job: Signing) -> Path:
     """Write one unit's keys and signatures; what a worker runs."""
     options, permutations = job.options, job.options.permutations
     keys, signatures = [np.empty((0, 2), np.uint64)], [np.empty((0, permutations), np.uint32)]
-    for texts in _batches(job.unit):
+    compared = map(compared_texts, kept_records(job.unit))
+    for texts in in_batches(compared, count_characters, BATCH_CHARACTERS):
         keys.append(exact_keys(texts))
         if options.near != "off":
             signatures.append(sign(texts, ngram=options.ngram, permutations=permutations))
@@ -94,20 +95,6 @@ def sign_unit(job: Signing) -> Path:
         np.save(folder / "signatures.npy", np.concatenate(signatures), allow_pickle=False)
         write_manifest(folder, {})
     return job.folder
-
-
-def _batches(unit: Unit) -> Iterator[list[tuple[str, ...]]]:
-    """Yield the compared texts of a unit's kept records, about a million characters at a time."""
-    batch: list[tuple[str, ...]] = []
-    characters = 0
-    for record in kept_records(unit):
-        batch.append(compared_texts(record))
-        characters += sum(map(len, batch[-1]))
-        if characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
 
 
 def _find_near(

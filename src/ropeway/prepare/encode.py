@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from copy import copy
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from itertools import chain
+from itertools import chain, groupby
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -16,12 +16,11 @@ from tokenizers import Encoding, Tokenizer
 
 from ropeway.chat import ASSISTANT, PROMPTER, Conversation, render
 from ropeway.mixture import SPLIT_SEED, plan_chunks
+from ropeway.prepare.batches import BATCH_CHARACTERS, count_characters, in_batches
 from ropeway.prepare.escape import OWN_MARK, Escape
 from ropeway.raw import Record, iterate_texts
 from ropeway.shards import Kind
 from ropeway.tokenizer import token_text
-
-_BATCH_CHARACTERS = 1 << 20  # one call of the tokenizer: its threads stay busy, and some 50 MB of encodings are held
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +113,7 @@ class Encoder:
 
     def encode_batches(self, records: Iterable[Record]) -> Iterator[Encoded]:
         """Yield the sequences of these records, in order, as columns over about a million characters each."""
-        for batch in self._batches(self._keep(records)):
+        for batch in _batches(self._keep(records)):
             texts = [self._texts(record) for record in batch]
             ids, lengths = array("I"), array("i")
             for encoding in self._tokenize(batch, texts):
@@ -158,19 +157,6 @@ class Encoder:
         self.refused[reason] += 1
         self.refused_at.append(at)
 
-    def _batches(self, records: Iterable[Record]) -> Iterator[list[Record]]:
-        """Yield records of one kind each, about a million characters."""
-        batch: list[Record] = []
-        characters = 0
-        for record in records:
-            if batch and (characters >= _BATCH_CHARACTERS or type(record) is not type(batch[0])):
-                yield batch
-                batch, characters = [], 0
-            batch.append(record)
-            characters += sum(map(len, iterate_texts(record)))
-        if batch:
-            yield batch
-
     def _texts(self, record: Record) -> list[str]:
         """Return what is tokenized, before escaping: the rendered conversation, or a document's chunks."""
         if isinstance(record, Conversation):
@@ -195,6 +181,12 @@ class Encoder:
         is_last = np.zeros(len(lengths), dtype=np.bool_)
         is_last[np.cumsum(per_record)[per_record > 0] - 1] = True
         return document_kinds(lengths, is_last=is_last)
+
+
+def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
+    """Yield records of one kind each, about a million characters."""
+    for _, alike in groupby(records, key=type):
+        yield from in_batches(alike, lambda record: count_characters(iterate_texts(record)), BATCH_CHARACTERS)
 
 
 def conversation_kinds(

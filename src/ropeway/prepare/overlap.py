@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ropeway.params import Contamination
 from ropeway.prepare import workers
+from ropeway.prepare.batches import BATCH_CHARACTERS, count_characters, in_batches
 from ropeway.prepare.compare import count_text_bytes
 from ropeway.prepare.contamination import (
     GramSet,
@@ -28,8 +29,6 @@ from ropeway.prepare.units import Unit, kept_records
 from ropeway.prepare.write import Units
 
 Result = TypeVar("Result")
-
-_BATCH_CHARACTERS = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,18 +123,8 @@ def ask_unit(job: Asking) -> tuple[Asking, NDArray[np.uint8]]:
 
 def _batches(job: Asking) -> Iterator[tuple[list[int], list[tuple[str, ...]]]]:
     """Yield (numbers in the unit, compared texts) of the wanted sequences, about a million characters at a time."""
-    numbers: list[int] = []
-    batch: list[tuple[str, ...]] = []
-    characters = 0
     records = (sequence_texts(record, job.unit.recipe.max_chunk_size) for record in kept_records(job.unit))
-    for number, texts in zip(range(len(job.wanted)), chain.from_iterable(records), strict=True):
-        if not job.wanted[number]:
-            continue
-        numbers.append(number)
-        batch.append(texts)
-        characters += sum(map(len, texts))
-        if characters >= _BATCH_CHARACTERS:
-            yield numbers, batch
-            numbers, batch, characters = [], [], 0
-    if batch:
-        yield numbers, batch
+    every = zip(range(len(job.wanted)), chain.from_iterable(records), strict=True)
+    wanted = ((number, texts) for number, texts in every if job.wanted[number])
+    for batch in in_batches(wanted, lambda pair: count_characters(pair[1]), BATCH_CHARACTERS):
+        yield [number for number, _ in batch], [texts for _, texts in batch]

@@ -17,6 +17,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ropeway.prepare.batches import in_batches
+
 _PIECE = 1 << 17  # code points hashed at once: 6 MB of arrays, which fit a cache (twice as fast as 1 << 20)
 _FACTOR = 0x9E3779B97F4A7C15  # odd; 2**64 / golden ratio, as splitmix64's step
 _LONGEST = 4096  # positions in a word with a power of their own; a longer "word" starts over
@@ -89,18 +91,9 @@ def hash_words(texts: Sequence[str]) -> Hashes:
 
 def _batches(texts: Sequence[str]) -> Iterator[tuple[list[int], list[str]]]:
     """Yield (text numbers, pieces) of some `_PIECE` code points, normalised and in lower case."""
-    numbers: list[int] = []
-    pieces: list[str] = []
-    waiting = 0
-    for number, piece in chain.from_iterable(_cut(number, text) for number, text in enumerate(texts)):
-        numbers.append(number)
-        pieces.append(piece)
-        waiting += len(piece)
-        if waiting >= _PIECE:
-            yield numbers, pieces
-            numbers, pieces, waiting = [], [], 0
-    if pieces:
-        yield numbers, pieces
+    pieces = chain.from_iterable(_cut(number, text) for number, text in enumerate(texts))
+    for batch in in_batches(pieces, lambda pair: len(pair[1]), _PIECE):
+        yield [number for number, _ in batch], [piece for _, piece in batch]
 
 
 def _cut(number: int, text: str) -> Iterator[tuple[int, str]]:
