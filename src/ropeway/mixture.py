@@ -7,12 +7,15 @@ exactly (tests/contract/parity), with local generators instead of the global one
 import math
 import random
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ropeway.errors import DataError
 from ropeway.params import DatasetOptions
+
+Item = TypeVar("Item")
 
 SPLIT_SEED = 666  # Source: Open-Assistant's train_val_dataset; fixed there, not the run's seed
 
@@ -81,6 +84,6 @@ def draw_order(sizes: Sequence[int], counts: Sequence[int], *, generator: random
     return order
 
 
-def rank_order(order: Sequence[int], *, rank: int, world_size: int) -> Sequence[int]:
-    """Return the part of an epoch that one rank reads: every `world_size`-th, from its own rank on."""
+def rank_order(order: Sequence[Item], *, rank: int, world_size: int) -> Sequence[Item]:
+    """Return the part of an epoch, or of a step, that one rank reads: every `world_size`-th, from its own rank on."""
     return order[rank::world_size]

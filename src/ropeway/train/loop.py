@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ropeway.errors import TrainingError
+from ropeway.mixture import rank_order
 from ropeway.params import Profile
 from ropeway.rows import Batch, EpochPlan, Row, collate, join, locate, plan_epoch, validation_rows
 from ropeway.shards import Shards
@@ -84,7 +85,7 @@ class Run:
         """Return this rank's rows of a step: every `world_size`-th, as the original's sampler deals."""
         epoch, positions = self.rows(step)
         plan = self.plan(epoch)
-        return [plan.row(position) for position in positions[self.rank :: self.world_size]]
+        return [plan.row(position) for position in rank_order(positions, rank=self.rank, world_size=self.world_size)]
 
     def batches(self, rows: Sequence[Row]) -> Iterator[Batch]:
         """Yield the micro-batches of this rank's rows."""
@@ -253,7 +254,8 @@ def validate(run: Run) -> dict[str, float | None]:
     run.engine.eval()
     for _, rows in validation_rows(run.shards, run.profile):
         for begin in range(0, len(rows), size * run.world_size):
-            mine: list[Row] = rows[begin : begin + size * run.world_size][run.rank :: run.world_size]
+            together = rows[begin : begin + size * run.world_size]
+            mine = rank_order(together, rank=run.rank, world_size=run.world_size)
             batch = collate(mine or rows[:1], run.shards, run.profile)
             run.beat()
             losses = run.engine.module(**to_tensors(batch, run.device))
