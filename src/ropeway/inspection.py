@@ -11,7 +11,7 @@ from ropeway.params import Profile
 from ropeway.rows import EpochPlan, plan_epoch
 from ropeway.shards import Shards, open_shards
 from ropeway.tokenizer import open_tokenizer
-from ropeway.view import Reading, Shown, Vocabulary, next_token, read_piece, read_whole
+from ropeway.view import Reading, Shown, Vocabulary, find_part, next_token, read_piece, read_whole
 from ropeway.workspace import Workspace
 
 _REMEDY = "`ropeway run` prepares it, or `dvc repro prepare` alone"
@@ -77,7 +77,7 @@ def inspect_sequence(prepared: Prepared, name: str, number: int) -> Inspection:
         there = f"0 to {count - 1:,}" if count else "none"
         raise ConfigError(f"source {name} has no sequence {number:,}; there are: {there}")
     reading = read_whole(at, number, prepared.shards, prepared.profile)
-    part = next((part for part in ("train", "validation") if (getattr(sources[at], part) == number).any()), None)
+    part = find_part(number, sources[at])
     title = f"{name}, sequence {number:,} of {count:,} ({sources[at].kind}, {part or 'neither train nor validation'})"
     if reading.length > longest:
         title += f": stored whole, {reading.length - longest:,} tokens more than a row holds (max_length {longest:,})"

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 
 from ropeway.params import Profile
 from ropeway.rows import Piece, loss_mask
-from ropeway.shards import Shards
+from ropeway.shards import Shards, SourceShards
 from ropeway.tokenizer import BLANK, token_text
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")  # Source: SentencePiece's byte fallback
@@ -130,6 +130,11 @@ def read_whole(source: int, sequence: int, shards: Shards, profile: Profile) -> 
     """Return a whole sequence, as if a row could hold it."""
     length = int(shards.sources[source].lengths[sequence])
     return read_piece(Piece(source, sequence, 0, length), shards, profile)
+
+
+def find_part(sequence: int, source: SourceShards) -> str | None:
+    """Return whether a sequence is in `train` or in `validation`; None in neither."""
+    return next((part for part in ("train", "validation") if (getattr(source, part) == sequence).any()), None)
 
 
 def next_token(reading: Reading, shards: Shards, profile: Profile, vocabulary: Vocabulary) -> str | None:

@@ -50,7 +50,8 @@ def digest_files(files: dict[str, Path], cache: Path) -> dict[str, str]:
     Raises:
         ConfigError: This user may not read a file.
     """
-    known = _load_digests(cache)
+    before = _load_digests(cache)
+    known = dict(before)
     found, now = {}, time.time_ns()
     for name, path in files.items():
         stat_ = path.stat()
@@ -62,7 +63,7 @@ def digest_files(files: dict[str, Path], cache: Path) -> dict[str, str]:
         if now - stat_.st_ctime_ns > _TICK_NS:
             known[str(path)] = remembered
         found[name] = remembered[1]
-    if known != _load_digests(cache):
+    if known != before:
         write_json(cache, known)
     return found
 

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import IO, Any
 
 from ropeway.errors import ConfigError, TemporaryError
-from ropeway.fetch.globs import is_glob, match_names
+from ropeway.fetch.globs import MAGIC, is_glob, match_names
 from ropeway.fetch.remote import Remote
 from ropeway.s3_client import error_code, explained, make_client, split_url
 
@@ -55,7 +55,7 @@ def _look_up_one(client: Any, bucket: str, key: str) -> Remote:  # noqa: ANN401 
 
 
 def _list_keys(client: Any, bucket: str, pattern: str) -> list[str]:  # noqa: ANN401
-    fixed = pattern[: min(pattern.index(sign) for sign in "*?[" if sign in pattern)]
+    fixed = pattern[: min(pattern.index(sign) for sign in MAGIC if sign in pattern)]
     with explained(f"sources: s3://{bucket}/{pattern}"):
         pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=fixed)
         keys = [one["Key"] for page in pages for one in page.get("Contents", []) if not one["Key"].endswith("/")]

@@ -13,7 +13,7 @@ from ropeway.prepare.page import Page, Sample, draw_page
 from ropeway.rows import EpochPlan, Piece, plan_epoch
 from ropeway.shards import Shards, SourceShards, open_shards
 from ropeway.tokenizer import open_tokenizer
-from ropeway.view import Reading, Vocabulary, read_piece, read_whole
+from ropeway.view import Reading, Vocabulary, find_part, read_piece, read_whole
 from ropeway.workspace import Workspace
 
 
@@ -98,10 +98,7 @@ def find_overlong(plan: EpochPlan) -> dict[int, Piece]:
 
 def _describe(source: SourceShards, reading: Reading) -> str:
     sequence = reading.piece.sequence
-    part = next(
-        (name for name in ("train", "validation") if (getattr(source, name) == sequence).any()),
-        "neither train nor validation",
-    )
+    part = find_part(sequence, source) or "neither train nor validation"
     return (
         f"sequence {sequence:,} ({part}): {reading.length:,} tokens, {reading.supervised:,} of the "
         f"{len(reading.tokens):,} shown here supervised"
