@@ -27,8 +27,7 @@ from ropeway.tokenizer import LLAMA_SPECIAL, open_tokenizer
 from ropeway.workspace import Workspace
 
 SOURCE = "text"  # the one source of these workspaces
-_BATCH_CHARACTERS = 1 << 22  # of a call of the tokenizer, as in the room
-COUNTS = "duplicates" in Profile.model_fields  # whether this version of the room looks for them
+_BATCH_CHARACTERS = 1 << 22  # of a call of the bare tokenizer; the room hands it a quarter of that at once
 Facts = dict[str, Any]
 
 
@@ -61,7 +60,7 @@ def ours(workspace: Workspace, profile: Profile, _: int, *, counting: bool = Fal
     """Run the room on a workspace without earlier results."""
     from ropeway import prepare
 
-    if COUNTS and not counting:
+    if not counting:
         near, runs = profile.duplicates, profile.contamination
         changed = {"duplicates": near.model_copy(update={"near": "off"})}
         profile = profile.model_copy(update=changed | {"contamination": runs.model_copy(update={"action": "off"})})
@@ -95,13 +94,11 @@ def _clocked(function: Callable[..., Any], name: str, parts: dict[str, float]) -
 
 def raw(workspace: Workspace, profile: Profile, _: int, *, fast: bool = False) -> Facts:
     """Encode the room's texts, a few MB a call, and forget them."""
+    from ropeway.prepare.batches import in_batches
+
     tokenizer = open_tokenizer(workspace.base)
     encode = tokenizer.encode_batch_fast if fast else tokenizer.encode_batch
-    batches: list[list[str]] = [[]]
-    for text in texts_of(workspace, profile):
-        batches[-1].append(text)
-        if sum(map(len, batches[-1])) >= _BATCH_CHARACTERS:
-            batches.append([])
+    batches = list(in_batches(texts_of(workspace, profile), len, _BATCH_CHARACTERS))
     facts: Facts = {"tokens": 0}
     with timed(facts):
         for batch in batches:
@@ -176,7 +173,7 @@ def write_for_trl(workspace: Workspace, profile: Profile) -> None:
 
 WAYS: dict[str, Callable[[Workspace, Profile, int], Facts]] = {
     "ours": ours,
-    **({"ours_counting": ours_counting} if COUNTS else {}),
+    "ours_counting": ours_counting,
     "raw": raw,
     "raw_fast": raw_fast,
     "trl": trl,

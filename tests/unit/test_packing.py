@@ -49,7 +49,7 @@ def test_no_row_could_have_taken_the_longest_piece_of_a_later_one(lengths):
         assert before + lengths[later[0]] > 64
 
 
-def test_a_real_mix_of_lengths_fills_its_rows_at_8192():
+def test_lengths_spread_like_chats_and_novels_fill_their_rows_at_8192():
     generator = np.random.default_rng(0)
     chats, novels = generator.lognormal(6.8, 0.9, 4000), generator.lognormal(7.5, 1.1, 5000)
     lengths = np.minimum(np.concatenate([chats, novels]).astype(int) + 1, 8192)
