@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -148,9 +148,7 @@ class Talk:
         """Forget what was said; set the system message if one is given."""
         self.turns, self._asked = [], 0
         if system is not None:
-            self.manner = Manner(
-                system, self.manner.max_new_tokens, self.manner.temperature, self.manner.top_p, self.manner.seed
-            )
+            self.manner = replace(self.manner, system=system)
 
     def ask(self, question: str, write: Write) -> Answer:
         """Return the answer, which `write` gets piece by piece as it comes; question and answer are remembered.
