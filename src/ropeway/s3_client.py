@@ -174,14 +174,15 @@ def _check_endpoint(endpoint: str) -> None:
         raise ConfigError(
             "AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL: expected https://host:port and no more; keys do not belong there"
         )
-    if parts.scheme == "http" and not _is_loopback(host) and os.environ.get("ROPEWAY_S3_ALLOW_HTTP") != "1":
+    if parts.scheme == "http" and not is_loopback(host) and os.environ.get("ROPEWAY_S3_ALLOW_HTTP") != "1":
         raise ConfigError(
             f"AWS_ENDPOINT_URL_S3: http://{host} can be read on the way. Use https, or set ROPEWAY_S3_ALLOW_HTTP=1 on "
             "a network that you trust"
         )
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Return whether what is sent to a host stays on this machine."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

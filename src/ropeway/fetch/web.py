@@ -2,7 +2,6 @@
 
 import hashlib
 import http.client
-import ipaddress
 import ssl
 import urllib.error
 import urllib.request
@@ -13,6 +12,7 @@ from urllib.parse import SplitResult, urlsplit
 
 from ropeway.errors import ConfigError, TemporaryError
 from ropeway.fetch.remote import Remote
+from ropeway.s3_client import is_loopback
 
 _TIMEOUT_SECONDS = 20  # of silence
 _NO_HEAD = {405, 501}
@@ -76,16 +76,9 @@ def _check(address: str) -> SplitResult:
         )
     if not parts.hostname or parts.scheme not in ("http", "https"):
         raise ConfigError(f"sources: {shown(address)}: expected https://host/path")
-    if parts.scheme == "http" and not _is_loopback(parts.hostname):
+    if parts.scheme == "http" and not is_loopback(parts.hostname):
         raise ConfigError(f"sources: {shown(address)}: http can be changed on the way; use https")
     return parts
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 class _NoHeadError(Exception):
@@ -119,7 +112,7 @@ def _open(address: str, method: str, headers: dict[str, str]) -> Iterator[Any]:
     """Yield the answer; translate what goes wrong, also while it is read, into decisions."""
     name = shown(address)
     handlers: list[urllib.request.BaseHandler] = [_Redirects()]
-    if _is_loopback(urlsplit(address).hostname or ""):
+    if is_loopback(urlsplit(address).hostname or ""):
         handlers.append(urllib.request.ProxyHandler({}))
     wanted = {"Accept-Encoding": "identity", "User-Agent": "ropeway", **headers}
     request = urllib.request.Request(address, method=method, headers=wanted)  # noqa: S310 - the scheme was checked
