@@ -1,6 +1,9 @@
 """Prepared data small enough for a test, made by the real prepare room from records that a test writes down."""
 
 import shutil
+from typing import NamedTuple
+
+import numpy as np
 
 from ropeway import prepare
 from ropeway.chat import Conversation
@@ -15,6 +18,26 @@ TALKS = [
     for n in range(20)
 ]
 TEXTS = [f"Log of day {n}: " + "calm sea, no sail. " * (n % 7) for n in range(16)]
+
+
+class Sequence(NamedTuple):
+    """One conversation, document or chunk, out of the columns of `ropeway.prepare.encode.Encoded`."""
+
+    tokens: np.ndarray
+    kinds: np.ndarray
+    record: int
+    key: int
+    record_key: int
+
+
+def encode_each(encoder, records):
+    """The sequences of these records, one by one."""
+    found = []
+    for part in encoder.encode_batches(records):
+        cuts = np.cumsum(part.lengths)[:-1]
+        columns = (np.split(part.tokens, cuts), np.split(part.kinds, cuts), part.records, part.keys, part.record_keys)
+        found += [Sequence(*row) for row in zip(*columns, strict=True)] if len(part.lengths) else []
+    return found
 
 
 def make_prepared(root, *, talks=TALKS, texts=TEXTS, refused=(), **changes):

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ropeway.chat import ASSISTANT, PROMPTER, Conversation, render
+from ropeway.chat import Conversation
 from ropeway.params import load_profile
-from ropeway.prepare.encode import conversation_kinds, document_kinds
+from ropeway.prepare.encode import Encoder
 from ropeway.rows import Piece, plan_window
-from ropeway.shards import FORMAT, Shards, SourceShards, write_shard
+from ropeway.shards import FORMAT, Kind, Shards, SourceShards, write_shard
 from ropeway.tokenizer import count_tokens, open_tokenizer, read_special
 
 HERE = Path(__file__).parent
@@ -70,19 +70,21 @@ class Bench:
         self.folder = folder
         self.tokenizer = open_tokenizer(TOKENIZER)
         self.special = read_special(TOKENIZER, self.tokenizer)
+        self.encoder = Encoder(self.tokenizer, self.special, None, "parse")
         self.records = {case["id"]: conversation(case["record"]) for _, case in cases("formatting")}
 
     def talk(self, name):
-        """(tokens, kinds) of a conversation of formatting.json."""
-        text = render(self.records[name], end=self.tokenizer.id_to_token(self.special["eos"]))
-        tokens = np.asarray(self.tokenizer.encode(text).ids)
-        roles = {"prompter": self.special[PROMPTER], "assistant": self.special[ASSISTANT]}
-        return tokens, conversation_kinds(tokens, **roles), False
+        """(tokens, kinds, False) of a conversation of formatting.json, as prepare encodes it."""
+        if not self.records[name].turns:  # prepare refuses it and counts it; the original reads a lone BOS
+            tokens = np.asarray(self.tokenizer.encode("").ids)
+            return tokens, np.full(len(tokens), Kind.BEFORE, np.uint8), False
+        (encoded,) = self.encoder.fresh().encode_batches([self.records[name]])
+        return encoded.tokens, encoded.kinds, False
 
     def text(self, text):
-        """(tokens, kinds) of a document's chunk."""
-        tokens = np.asarray(self.tokenizer.encode(text).ids)
-        return tokens, document_kinds(len(tokens), is_last=True), True
+        """(tokens, kinds, True) of a document's chunk, likewise."""
+        (encoded,) = self.encoder.fresh().encode_batches([text])
+        return encoded.tokens, encoded.kinds, True
 
     def shards(self, sequences):
         """Shards with two sources: conversations, documents; and the pieces' places in them."""

@@ -21,6 +21,7 @@ from ropeway.rows import collate, plan_epoch
 from ropeway.shards import Kind, Shards, open_shards
 from ropeway.tokenizer import open_tokenizer, read_special
 from ropeway.workspace import Workspace
+from tests.prepared_run import encode_each
 from tests.tiny_run import PARITY, ROOT
 
 TOKENIZER = PARITY / "tokenizer"
@@ -248,7 +249,7 @@ def test_no_document_has_chunks_on_both_sides_and_the_ledger_comes_out_even(tmp_
     prepare.run(workspace, profile(split=split, split_by="document"))
     _, text = open_shards(workspace.data).sources
     tokenizer = open_tokenizer(TOKENIZER)
-    sequences = encoder(tokenizer, 60).encode(f"{text}{n}" for n, text in enumerate(TEXTS * 3))
+    sequences = encode_each(encoder(tokenizer, 60), [f"{text}{n}" for n, text in enumerate(TEXTS * 3)])
     record = [sequence.record for sequence in sequences]
     train = {record[n] for n in text.train}
     assert len(text.validation)
@@ -298,8 +299,8 @@ def test_a_chunk_has_one_end_at_most(length, is_last):
 @settings(deadline=None, max_examples=20)
 @given(records=st.lists(st.text(max_size=80), max_size=30), size=st.integers(1, 50))
 def test_batching_the_tokenizer_changes_no_sequence(tokenizer, records, size):
-    together = list(encoder(tokenizer, size).encode(records))
-    apart = [sequence for record in records for sequence in encoder(tokenizer, size).encode([record])]
+    together = encode_each(encoder(tokenizer, size), records)
+    apart = [sequence for record in records for sequence in encode_each(encoder(tokenizer, size), [record])]
     assert [s.tokens.tolist() for s in together] == [s.tokens.tolist() for s in apart]
     assert [s.kinds.tolist() for s in together] == [s.kinds.tolist() for s in apart]
     expected = [number for number, text in enumerate(records) for _ in range(-(-len(text) // size))]
@@ -307,9 +308,9 @@ def test_batching_the_tokenizer_changes_no_sequence(tokenizer, records, size):
 
 
 def test_small_batches_give_the_same_sequences(tokenizer, monkeypatch):
-    whole = [s.tokens.tolist() for s in encoder(tokenizer).encode(TALKS)]
+    whole = [s.tokens.tolist() for s in encode_each(encoder(tokenizer), TALKS)]
     monkeypatch.setattr("ropeway.prepare.encode.BATCH_CHARACTERS", 50)
-    assert [s.tokens.tolist() for s in encoder(tokenizer).encode(TALKS)] == whole
+    assert [s.tokens.tolist() for s in encode_each(encoder(tokenizer), TALKS)] == whole
 
 
 def split_of(texts, *, per=1, limit=None, **changes):

@@ -11,6 +11,7 @@ from ropeway.prepare.encode import Encoder
 from ropeway.prepare.escape import Escape
 from ropeway.shards import Kind
 from ropeway.tokenizer import open_tokenizer, read_special
+from tests.prepared_run import encode_each
 from tests.tiny_run import PARITY
 
 TOKENIZER = PARITY / "tokenizer"
@@ -36,7 +37,7 @@ def special(tokenizer):
 
 def encode(tokenizer, special, records, way, size=None):
     encoder = Encoder(tokenizer, special, size, way)
-    return encoder, list(encoder.encode(records))
+    return encoder, encode_each(encoder, records)
 
 
 @settings(deadline=None, max_examples=150)

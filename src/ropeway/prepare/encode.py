@@ -24,35 +24,16 @@ from ropeway.tokenizer import token_text
 
 
 @dataclass(frozen=True, slots=True)
-class Sequence:
-    """One conversation, document or chunk.
-
-    Attributes:
-        tokens: `(T,)`, BOS in front.
-        kinds: `(T,)`, see `ropeway.shards.Kind`.
-        record: Number of the kept record it comes from.
-        key: Hash of its text, for a split that new records do not move.
-        record_key: Likewise of the whole record.
-    """
-
-    tokens: NDArray[np.uint32]
-    kinds: NDArray[np.uint8]
-    record: int
-    key: int
-    record_key: int
-
-
-@dataclass(frozen=True, slots=True)
 class Encoded:
-    """N sequences one after another, T tokens in all; the columns are those of `Sequence`.
+    """N sequences (a conversation, a document or a chunk of one) one after another, T tokens in all.
 
     Attributes:
-        tokens: `(T,)`.
-        kinds: `(T,)`.
+        tokens: `(T,)`, BOS in front of each sequence.
+        kinds: `(T,)`, see `ropeway.shards.Kind`.
         lengths: `(N,)` tokens of each sequence.
-        records: `(N,)`.
-        keys: `(N,)`.
-        record_keys: `(N,)`.
+        records: `(N,)` numbers of the kept records they come from.
+        keys: `(N,)` hashes of their texts, for a split that new records do not move.
+        record_keys: `(N,)` likewise of the whole records.
     """
 
     tokens: NDArray[np.uint32]
@@ -80,7 +61,7 @@ class Encoder:
     tokenizer: Tokenizer
     special: dict[str, int]
     max_chunk_size: int | None
-    special_tokens_in_text: Literal["parse", "escape", "reject"] = "parse"
+    special_tokens_in_text: Literal["parse", "escape", "reject"]
     kept: int = 0
     with_special_tokens: int = 0
     without_tokens: int = 0
@@ -101,15 +82,6 @@ class Encoder:
         other.kept = other.with_special_tokens = other.without_tokens = 0
         other.refused, other.refused_at, other.special_token_hits = Counter(), [], Counter()
         return other
-
-    def encode(self, records: Iterable[Record]) -> Iterator[Sequence]:
-        """Yield the sequences of these records, in order, one by one: for looking at them."""
-        for part in self.encode_batches(records):
-            begins = np.cumsum(part.lengths) - part.lengths
-            for at, (begin, length) in enumerate(zip(begins.tolist(), part.lengths.tolist(), strict=True)):
-                span = slice(begin, begin + length)
-                numbers = (int(column[at]) for column in (part.records, part.keys, part.record_keys))
-                yield Sequence(part.tokens[span], part.kinds[span], *numbers)
 
     def encode_batches(self, records: Iterable[Record]) -> Iterator[Encoded]:
         """Yield the sequences of these records, in order, as columns over about a million characters each."""
