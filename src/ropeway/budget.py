@@ -9,6 +9,7 @@ from typing import Any
 from ropeway.errors import ConfigError
 from ropeway.memory import DTYPE_BYTES, GIB, Load, checkpoint_bytes, plan_gpu
 from ropeway.params import Profile, ScratchBase
+from ropeway.zero import PARTITIONED_STAGE
 
 # Dense peak with 16-bit inputs and fp32 accumulation, in TFLOPS. Source: NVIDIA's data sheets of each card.
 CARDS = {"a100": 312.0, "h100": 989.0, "h100-pcie": 756.0, "h200": 989.0, "l40s": 362.0, "v100": 125.0}
@@ -98,7 +99,7 @@ def plan_changes(load: Load, global_batch_size: int) -> list[Change]:
     if not zero.offload_optimizer:
         words = "offload_optimizer to cpu"
         changes.append(Change("offload", words, partial(_set_zero, offload_optimizer=True)))
-    if zero.stage == 3 and not zero.offload_parameters:  # noqa: PLR2004 - ZeRO's own number
+    if zero.stage == PARTITIONED_STAGE and not zero.offload_parameters:
         words = "offload_param to cpu"
         changes.append(Change("parameters", words, partial(_set_zero, offload_parameters=True)))
     return changes

@@ -71,6 +71,17 @@ def render_prompt(turns: Sequence[str], *, end: str, system: str = "") -> str:
     return render(Conversation(tuple(turns), system), end=end) + ASSISTANT
 
 
+def to_messages(conversation: Conversation) -> list[dict[str, str]]:
+    """Return a conversation as transformers' `apply_chat_template` takes it.
+
+    >>> to_messages(Conversation(("Hi",), system="Be kind."))
+    [{'role': 'system', 'content': 'Be kind.'}, {'role': 'user', 'content': 'Hi'}]
+    """
+    system = [{"role": "system", "content": conversation.system}] if conversation.system else []
+    roles = ("user", "assistant")
+    return system + [{"role": roles[at % 2], "content": text} for at, text in enumerate(conversation.turns)]
+
+
 def template_digest() -> str:
     """Return the sha256 of the template; data, model and evaluation must agree on it."""
     return hashlib.sha256("\n".join((JINJA, *ROLE_TOKENS)).encode()).hexdigest()

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 
 from ropeway.chat import ROLE_TOKENS
 from ropeway.params import Profile
-from ropeway.zero import Zero
+from ropeway.zero import PARTITIONED_STAGE, Zero
 
 DTYPE_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 FP32 = 4
 MOMENTS = 8  # Adam's two, fp32
-_STAGE_3 = 3
 CHUNK_POSITIONS = 1024  # train/loss.py's; a test holds the two together
 GIB = 2**30
 # Assumed, not measured here: CUDA context and libraries 0.5 GiB, NCCL's buffers 0.5 GiB, and what the caching allocator
@@ -90,7 +89,8 @@ class Load:
         micro_batch_size: Rows of a forward pass; packed ones are joined into one.
         row_tokens: Tokens of the longest possible row.
         checkpointing: Layers keep their input alone and run again in backward.
-        masked: Attention reads a mask of (P x P): packed rows without a flash kernel.
+        masked: Attention reads a mask of (P x P): packed rows on a GPU without a flash kernel. On a CPU none does
+            (`attend_each` in train/attention.py), so there the plan of such rows is too high.
     """
 
     sizes: Sizes
@@ -182,7 +182,7 @@ def step_gradient_bytes(load: Load) -> int:
     share = load.trainable // _ranks_from(1, load)
     if load.zero.offload_optimizer:
         return 0
-    return FP32 * (min(share, load.zero.sub_group_elements) if load.zero.stage == _STAGE_3 else share)
+    return FP32 * (min(share, load.zero.sub_group_elements) if load.zero.stage == PARTITIONED_STAGE else share)
 
 
 def _ranks_from(stage: int, load: Load) -> int:
@@ -260,9 +260,18 @@ def plan_host(load: Load) -> dict[str, int]:
 
 
 def checkpoint_bytes(load: Load) -> int:
-    """Return the size of one checkpoint: fp32 weights and moments, and below stage 3 the training weights beside them.
+    """Return the size of one checkpoint of a planned run."""
+    return stored_bytes(load.parameters, load.trainable, number_bytes=load.number_bytes, stage=load.zero.stage)
 
-    Measured on deepspeed 0.19.8 with stages 1 to 3: 14 bytes a weight in bf16, 16 in fp32, 12 at stage 3.
+
+def stored_bytes(weights: int, learning: int, *, number_bytes: int, stage: int) -> int:
+    """Return the bytes of a checkpoint: fp32 masters and two moments of weights that learn, and all as trained.
+
+    The latter not at ZeRO's stage 3. Measured on deepspeed 0.19.8: 14 bytes a weight in bf16, 16 in fp32, 12 at
+    stage 3.
+
+    >>> stored_bytes(1000, 1000, number_bytes=2, stage=2), stored_bytes(1000, 10, number_bytes=4, stage=2)
+    (14000, 4120)
     """
-    own = 0 if load.zero.stage == _STAGE_3 else load.number_bytes
-    return load.trainable * (FP32 + MOMENTS) + load.parameters * own
+    own = 0 if stage == PARTITIONED_STAGE else number_bytes
+    return learning * (FP32 + MOMENTS) + weights * own

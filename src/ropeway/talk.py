@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
+from ropeway.chat import Conversation, to_messages
 from ropeway.errors import ConfigError, DataError
 from ropeway.manifest import NAME as MANIFEST
 from ropeway.manifest import digest_of, load_manifest
@@ -168,9 +169,7 @@ class Talk:
         return Answer(text, len(said), ended, len(asked) - len(kept))
 
     def _encode(self, turns: Sequence[str]) -> list[int]:
-        roles = ("user", "assistant")
-        messages = [{"role": "system", "content": self.manner.system}] if self.manner.system else []
-        messages += [{"role": roles[at % 2], "content": text} for at, text in enumerate(turns)]
+        messages = to_messages(Conversation(tuple(turns), self.manner.system))
         ids: list[int] = self._tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_dict=False
         )

@@ -8,6 +8,8 @@ from typing import Any
 
 from ropeway.errors import ConfigError
 
+PARTITIONED_STAGE = 3  # from here on weights are cut over the ranks, and stand in no checkpoint beside their masters
+
 
 @dataclass(frozen=True, slots=True)
 class Zero:
@@ -62,9 +64,9 @@ def plan_zero(section: Mapping[str, Any]) -> Zero:
     return Zero(
         stage=stage,
         offload_optimizer=_offloads(section, "offload_optimizer"),
-        offload_parameters=stage == 3 and _offloads(section, "offload_param"),  # noqa: PLR2004 - ZeRO's own numbers
+        offload_parameters=stage == PARTITIONED_STAGE and _offloads(section, "offload_param"),
         bucket_elements=int(section.get("reduce_bucket_size", 5e8)),
-        overlap=stage == 3 if overlap is None else bool(overlap),  # noqa: PLR2004
+        overlap=stage == PARTITIONED_STAGE if overlap is None else bool(overlap),
         live_elements=int(section.get("stage3_max_live_parameters", 1e9)),
         prefetch_elements=int(section.get("stage3_prefetch_bucket_size", 5e7)),
         sub_group_elements=int(section.get("sub_group_size", 1e9)),

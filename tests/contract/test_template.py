@@ -8,9 +8,8 @@ from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import PreTrainedTokenizerFast
 
-from ropeway.chat import JINJA, Conversation, render, render_prompt
+from ropeway.chat import JINJA, Conversation, render, render_prompt, to_messages
 from ropeway.package.config import PLAIN_JINJA
-from ropeway.package.probe import to_messages
 from ropeway.tokenizer import open_tokenizer
 from tests.tiny_run import PARITY, copy_tokenizer
 

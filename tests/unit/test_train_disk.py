@@ -5,14 +5,15 @@ import errno
 import pytest
 
 from ropeway.errors import ConfigError, TemporaryError
+from ropeway.memory import stored_bytes
 from ropeway.train import checkpoints
-from ropeway.train.disk import check_disk, checkpoint_bytes, explain_failed_save
+from ropeway.train.disk import check_disk, explain_failed_save
 
 GIB = 2**30
 
 
-def test_the_published_run_needs_five_checkpoints_and_a_model():
-    one = checkpoint_bytes(13_016_028_160, 13_016_028_160, "fp16")
+def test_a_checkpoint_of_the_published_run_takes_170_gib():
+    one = stored_bytes(13_016_028_160, 13_016_028_160, number_bytes=2, stage=2)
     assert one == pytest.approx(170 * GIB, rel=0.01)
 
 

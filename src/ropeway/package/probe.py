@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from ropeway.chat import ROLE_TOKENS, Conversation, render
+from ropeway.chat import ROLE_TOKENS, Conversation, render, to_messages
 from ropeway.package.weights import DTYPES
 from ropeway.rope import RopeScaling
 from ropeway.tokenizer import open_tokenizer, read_special_names
@@ -57,13 +57,6 @@ def plan_probe(
             for conversation in CONVERSATIONS
         ],
     }
-
-
-def to_messages(conversation: Conversation) -> list[dict[str, str]]:
-    """Return a conversation as `apply_chat_template` takes it."""
-    system = [{"role": "system", "content": conversation.system}] if conversation.system else []
-    roles = ("user", "assistant")
-    return system + [{"role": roles[at % 2], "content": text} for at, text in enumerate(conversation.turns)]
 
 
 def probe_row(probe: Mapping[str, Any]) -> list[int]:

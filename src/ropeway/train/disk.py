@@ -6,20 +6,10 @@ import shutil
 from pathlib import Path
 
 from ropeway.errors import ConfigError, RopewayError, TemporaryError, is_disk_full
-from ropeway.memory import DTYPE_BYTES
 from ropeway.train import checkpoints
 
 _LITTLE_BYTES = 64 << 20  # of logs, manifests and files of other programs
 _GIB = 2**30
-
-
-def checkpoint_bytes(weights: int, learning: int, dtype: str) -> int:
-    """Return the bytes of one checkpoint: the weights as trained, fp32 masters and two moments of those that learn.
-
-    >>> checkpoint_bytes(1000, 1000, "fp16"), checkpoint_bytes(1000, 10, "fp32")
-    (14000, 4120)
-    """
-    return weights * DTYPE_BYTES[dtype] + learning * 12
 
 
 def check_disk(folder: Path, *, one_bytes: int, keep: int, export_bytes: int, free_bytes: int | None = None) -> str:

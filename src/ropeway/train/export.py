@@ -14,9 +14,9 @@ from ropeway.train.loop import Run
 from ropeway.train.model import open_model
 from ropeway.train.stop import Line
 from ropeway.workspace import Workspace
+from ropeway.zero import PARTITIONED_STAGE
 
 MAX_SHARD = "5GB"
-_PARTITIONED = 3  # the ZeRO stage from which weights are cut over the ranks
 _PLAIN = Attention(asked_flash=False, effective="none: gathered to be saved")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
@@ -51,7 +51,7 @@ def export_model(run: Run, workspace: Workspace, *, fingerprint: str, log: list[
 
 def _whole_model(run: Run, workspace: Workspace) -> Any:  # noqa: ANN401 - transformers is untyped
     """Return the trained model on rank 0, None elsewhere. Under ZeRO-3 every rank holds a part: gathered one by one."""
-    if run.engine.zero_optimization_stage() < _PARTITIONED:
+    if run.engine.zero_optimization_stage() < PARTITIONED_STAGE:
         return run.engine.module.model if run.rank == 0 else None
     whole = open_model(workspace.base, run.profile, _PLAIN) if run.rank == 0 else None
     targets = dict(whole.named_parameters()) if whole is not None else {}

@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from ropeway.errors import DataError
 from ropeway.manifest import digest_of, load_manifest
 from ropeway.params import READS, Profile
 from ropeway.shards import REMEDY
@@ -47,7 +48,5 @@ def _identity(workspace: Workspace, name: str, remedy: str) -> str:
     path = workspace.identity / f"{name}.json"
     facts: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}
     if "digest" not in facts:
-        from ropeway.errors import DataError
-
         raise DataError(f"{path}: missing, so the run's identity is not known. {remedy}")
     return str(facts["digest"])

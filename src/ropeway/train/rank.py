@@ -19,14 +19,14 @@ from ropeway.budget import CARDS, name_card
 from ropeway.devices import name_cpu
 from ropeway.errors import ConfigError, RopewayError, TemporaryError, TrainingError
 from ropeway.manifest import digest_of, load_manifest
-from ropeway.memory import DTYPE_BYTES
+from ropeway.memory import DTYPE_BYTES, stored_bytes
 from ropeway.params import READS, UNHASHED, load_profile
 from ropeway.shards import REMEDY, open_shards
 from ropeway.tracking import About, Tracker, describe_mirror, open_tracker
 from ropeway.train import checkpoints, saving
 from ropeway.train.attention import Attention, choose_attention
 from ropeway.train.config import load_deepspeed_json, plan_deepspeed
-from ropeway.train.disk import check_disk, checkpoint_bytes
+from ropeway.train.disk import check_disk
 from ropeway.train.export import export_model
 from ropeway.train.launch import adopt_slurm
 from ropeway.train.loop import Run, train
@@ -38,7 +38,6 @@ from ropeway.train.stop import Line
 from ropeway.train.watch import Watchdog
 from ropeway.workspace import Workspace
 
-PARTITIONED_STAGE = 3  # the ZeRO stage from which weights are cut over the ranks, and stand in no checkpoint twice
 UNTRIED = "ROPEWAY_UNTRIED"  # 1: no trial step before step 1
 
 
@@ -154,9 +153,11 @@ def _try_out(run: Run, folder: Path, log: list[Line]) -> dict[str, Any]:
 
 def _state_bytes(run: Run) -> int:
     """Return the bytes of one checkpoint of this run."""
-    module, whole = run.engine.module, run.engine.zero_optimization_stage() < PARTITIONED_STAGE
-    return checkpoint_bytes(
-        count_weights(module) if whole else 0, count_weights(module, learning_only=True), run.profile.dtype
+    return stored_bytes(
+        count_weights(run.engine.module),
+        count_weights(run.engine.module, learning_only=True),
+        number_bytes=DTYPE_BYTES[run.profile.dtype],
+        stage=run.engine.zero_optimization_stage(),
     )
 
 
