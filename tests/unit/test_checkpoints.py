@@ -2,18 +2,20 @@
 
 import os
 import shutil
+import subprocess
 
 import pytest
 
 from ropeway.errors import ConfigError
 from ropeway.train import checkpoints
+from ropeway.train.universal import make_loadable
 
 
-def write(root, step, *, keep=None):
+def write(root, step, *, keep=None, ranks=2):
     partial = checkpoints.partial_folder(root, step)
     (partial / checkpoints.STATE).mkdir(parents=True)
     (partial / checkpoints.STATE / "weights.pt").write_bytes(bytes(range(step)) * 10)
-    folder = checkpoints.commit(root, step, [{"step": n + 1, "applied": 1} for n in range(step)], {"ranks": 2})
+    folder = checkpoints.commit(root, step, [{"step": n + 1, "applied": 1} for n in range(step)], {"ranks": ranks})
     if keep:
         checkpoints.rotate(root, keep=keep)
     return folder
@@ -115,6 +117,25 @@ def test_other_ranks_need_a_converted_state_and_a_later_save_removes_it(tmp_path
     checkpoints.check_resumable(found, ranks=4, now=NOW)
     checkpoints.rotate(found.folder.parent, keep=1)
     assert not checkpoints.universal_folder(found).exists()
+
+
+def test_an_older_checkpoint_of_other_ranks_is_converted_where_the_newest_is_damaged(tmp_path, monkeypatch):
+    asked = []
+
+    def convert(command, **_):
+        asked.append(command)
+        (tmp_path / ".partial-universal-000005").mkdir()
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", convert)
+    write(tmp_path, 5, ranks=1)
+    newest = write(tmp_path, 10)
+    make_loadable(tmp_path, ranks=2)
+    assert not asked
+    (newest / checkpoints.LOG).write_text("damaged")
+    make_loadable(tmp_path, ranks=2)
+    assert f"--input_folder={tmp_path / 'step-000005' / 'state'}" in asked[0]
+    checkpoints.check_resumable(checkpoints.newest_valid(tmp_path), ranks=2, now={})
 
 
 def test_the_last_good_checkpoint_is_named(tmp_path):

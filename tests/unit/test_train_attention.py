@@ -6,7 +6,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ropeway.errors import ConfigError
 from ropeway.params import load_profile
-from ropeway.train.attention import VARLEN, attend_each, borders, choose_attention, register, varlen_attention
+from ropeway.train.attention import (
+    VARLEN,
+    attend_each,
+    borders,
+    choose_attention,
+    register,
+    varlen_attention,
+    varlen_kernel,
+)
 from ropeway.train.loss import SupervisedLoss
 from tests.tiny_run import ROOT
 
@@ -29,18 +37,13 @@ class RecordingKernel:
         return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True).transpose(0, 1)
 
 
-def small_llama(implementation, *, checkpointed=False):
+def small_llama(implementation, *, checkpointed=False, dtype=torch.float32, **sizes):
     torch.manual_seed(5)
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=50,
-        initializer_range=0.3,
+    usual = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 50}
+    usual |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
+    model = LlamaForCausalLM._from_config(
+        LlamaConfig(**{**usual, **sizes}), dtype=dtype, attn_implementation=implementation
     )
-    model = LlamaForCausalLM._from_config(config, attn_implementation=implementation)
     if checkpointed:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     return SupervisedLoss(model.train())
@@ -85,6 +88,11 @@ def test_on_a_cpu_each_packed_sequence_attends_alone_and_gives_what_sdpa_gives()
         assert torch.allclose(mine.grad, other.grad, atol=1e-4)
 
 
+def test_a_card_that_stays_unused_gives_a_run_on_the_cpu_no_kernel_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert varlen_kernel(on_cuda=False) is attend_each
+
+
 def test_borders_are_where_positions_begin_anew():
     ends, longest = borders(torch.tensor([[0, 1, 2, 3], [0, 1, 0, 0]]))
     assert ends.tolist() == [0, 4, 6, 7, 8]
@@ -103,6 +111,8 @@ def test_flash_is_never_promised_where_it_cannot_run():
     assert choose_attention(profile, cuda=False).effective == "sdpa (cpu)"
     packed = choose_attention(profile.model_copy(update={"layout": "packed"}), cuda=False)
     assert (packed.effective, packed.implementation) == ("sdpa sequence by sequence (cpu)", VARLEN)
-    assert choose_attention(profile, cuda=True).implementation == VARLEN
+    asked = choose_attention(profile, cuda=True)
+    assert (asked.implementation, asked.on_cuda) == (VARLEN, True)
+    assert not packed.on_cuda
     with pytest.raises(ConfigError, match="fp16 or bf16"):
         choose_attention(profile.model_copy(update={"dtype": "fp32"}), cuda=True)

@@ -26,9 +26,10 @@ def look(workspace: Workspace, profile: Profile, *, limit: int) -> str:
             scores = measure(model, shards, profile, name=name)
         for source, score, size in zip(shards.sources, scores, sizes, strict=True):
             found = score.metrics(size)
+            per_byte = f"{found['nats_per_byte']:.4f}" if "nats_per_byte" in found else "-"
             lines.append(
                 f"{source.name:<16} {name:<6} {found['loss']:>9.4f} {found['perplexity']:>11.5g} "
-                f"{found['accuracy']:>9.4f} {found.get('nats_per_byte', 0.0):>10.4f} {score.tokens:>9,}"
+                f"{found['accuracy']:>9.4f} {per_byte:>10} {score.tokens:>9,}"
             )
     head = f"{'source':<16} {'model':<6} {'nats/token':>9} {'perplexity':>10} {'accuracy':>9} {'nats/byte':>10}"
     of = f"the first {limit} validation rows of each source; nothing was written"

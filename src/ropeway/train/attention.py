@@ -25,11 +25,12 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, int, float | None], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """What attention runs: asked in params, effective on this machine, and its name in transformers."""
+    """What attention runs: asked in params, effective on this machine, its name in transformers, and where it runs."""
 
     asked_flash: bool
     effective: str
     implementation: str = "sdpa"
+    on_cuda: bool = False
 
 
 def choose_attention(profile: Profile, *, cuda: bool) -> Attention:
@@ -50,7 +51,7 @@ def choose_attention(profile: Profile, *, cuda: bool) -> Attention:
     if profile.dtype == "fp32":
         raise ConfigError("use_flash_attention: flash kernels need dtype fp16 or bf16, found fp32; change one of them")
     name = "flash-attn" if importlib.util.find_spec("flash_attn") else "PyTorch's varlen flash kernel"
-    return Attention(asked_flash=True, effective=f"{name} (cuda)", implementation=VARLEN)
+    return Attention(asked_flash=True, effective=f"{name} (cuda)", implementation=VARLEN, on_cuda=True)
 
 
 def register(kernel: Kernel) -> None:
@@ -60,9 +61,9 @@ def register(kernel: Kernel) -> None:
     AttentionInterface.register(VARLEN, partial(varlen_attention, kernel=kernel))
 
 
-def varlen_kernel() -> Kernel:
+def varlen_kernel(*, on_cuda: bool) -> Kernel:
     """Return flash-attn's kernel where it is installed, else PyTorch's own, which needs no build; SDPA on a CPU."""
-    if not torch.cuda.is_available():
+    if not on_cuda:  # not whether there is a card: DS_ACCELERATOR=cpu leaves one unused
         return attend_each
     if importlib.util.find_spec("flash_attn"):
         from flash_attn import flash_attn_varlen_func

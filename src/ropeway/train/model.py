@@ -22,7 +22,7 @@ def open_model(folder: Path, profile: Profile, attention: Attention) -> Any:  # 
     Set afterwards it would be dead: transformers 5 computes the frequencies in the constructor.
     """
     if attention.implementation == VARLEN:
-        register(varlen_kernel())
+        register(varlen_kernel(on_cuda=attention.on_cuda))
     config = AutoConfig.from_pretrained(folder)
     config.rope_parameters = scaling_of(config, profile).rope_parameters()
     model = AutoModelForCausalLM.from_pretrained(

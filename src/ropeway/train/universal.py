@@ -21,8 +21,8 @@ def make_loadable(folder: Path, *, ranks: int) -> None:
     Raises:
         ConfigError: DeepSpeed could not convert it.
     """
-    steps = checkpoints.list_steps(folder)
-    if not steps or checkpoints.read_ranks(steps[-1][1]) == ranks:
+    # Of all, not of the newest alone: where that one is damaged an older one resumes.
+    if all(checkpoints.read_ranks(step) == ranks for _, step in checkpoints.list_steps(folder)):
         return
     checkpoint = checkpoints.newest_valid(folder)
     if checkpoint is None or checkpoint.facts["ranks"] == ranks:
