@@ -27,6 +27,11 @@ COMMANDS = {
 # What is killed, and which command it is killed under.
 KILLS = (("tree", "stage"), ("rank", "stage"), ("supervisor", "stage"), ("dvc", "dvc"), ("flow", "flow"))
 OFTEN = (3, 3, 2, 1, 1)  # a start under dvc or the flow costs twice as much
+# How a start may end that nobody struck: 75, the workspace is still held by what ends from the last strike (dvc says
+# 255 for that). With 1 it would end if it could not resume, and go on to do so for ever.
+UNSTRUCK = {"stage": (75,), "dvc": (75, 255), "flow": (75,)}
+STRUCK = (-9, 1, 75, 255)
+MOST_FAULTS = 5  # then it gives up
 GONE_SECONDS = 120  # after a kill whoever is left saves and ends: the supervisor's grace here is 30 s
 
 
@@ -60,8 +65,7 @@ class Sweep:
         whom, command = self.draw.choices(KILLS, OFTEN)[0]
         process = self.job.start(*COMMANDS[command])
         tree = self.wait(process, self.moment())
-        if process.poll() is None and tree:
-            self.strike(whom, tree)
+        struck = process.poll() is None and self.strike(whom, tree)
         printed = process.stdout.read()
         code = process.wait()
         process.stdout.close()
@@ -74,8 +78,9 @@ class Sweep:
             self.counts["resumed"] += 1
         if code == 0:
             self.hold()
-        elif code > 0 and code not in (1, 75, 255):
-            self.faults.append(f"{whom}: exit code {code}: {printed[-600:]}")
+        elif code not in (STRUCK if struck else UNSTRUCK[command]):
+            how = whom if struck else f"{command}, not struck"
+            self.faults.append(f"{how}: exit code {code}: {printed[-600:]}")
 
     def moment(self):
         """Draw when to strike: any time of an undisturbed run, or while a checkpoint is being written."""
@@ -109,6 +114,7 @@ class Sweep:
             return []
 
     def strike(self, whom, tree):
+        """Kill; return whether there was anybody to kill."""
         ranks = [one for one in tree if self.says(one, "ropeway.train.rank") and not self.says(one, "launcher")]
         aims = {
             "tree": tree,
@@ -123,6 +129,7 @@ class Sweep:
                 one.kill()
             except psutil.NoSuchProcess:
                 continue
+        return bool(aims)
 
     @staticmethod
     def says(one, word):
@@ -146,7 +153,7 @@ def sweep(root, kills, *, seed=0):
     """Kill so often, let the last training end, and return what happened."""
     began = time.monotonic()
     run = Sweep(Path(root), seed=seed)
-    while run.kills < kills:
+    while run.kills < kills and len(run.faults) < MOST_FAULTS:
         run.round()
     run.job.do(*COMMANDS["stage"])
     run.hold()
