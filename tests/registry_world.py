@@ -79,6 +79,11 @@ def is_untouched(store: Store) -> bool:
     return not store.list_keys("") and not store.list_strays()
 
 
+def nothing_left(target: Path) -> bool:
+    """Return whether neither a pull's target nor anything beside it is there."""
+    return not target.parent.exists() or list(target.parent.iterdir()) == []
+
+
 # The children's side
 
 

@@ -1,5 +1,4 @@
 import json
-from pathlib import Path
 
 import pytest
 
@@ -21,28 +20,13 @@ from ropeway.registry import (
 )
 from ropeway.registry.aliases import plan_promotion, plan_rollback
 from ropeway.registry.layout import blob_key, manifest_key, tombstone_key
-from ropeway.storage import Store, open_store
-from tests.registry_world import copy_store, flip, is_untouched, make_package, move, put
+from tests.registry_world import flip, is_untouched, make_package, move, put
 
 
 @pytest.fixture
-def package(tmp_path) -> Path:
-    return make_package(tmp_path / "package")
-
-
-@pytest.fixture(scope="module")
-def published(tmp_path_factory) -> tuple[Store, list[str]]:
-    """A registry with three versions, to copy."""
-    place = tmp_path_factory.mktemp("published")
-    store = open_store((place / "registry").as_uri())
-    return store, [put(store, make_package(place / f"p{n}", b"%d" % n)).digest for n in range(3)]
-
-
-@pytest.fixture
-def three(store, published) -> list[str]:
+def three(fill) -> list[str]:
     """Digests of the three versions of `store`."""
-    copy_store(published[0], store)
-    return published[1]
+    return fill(3)
 
 
 def test_a_published_package_lies_where_the_layout_says(store, package):

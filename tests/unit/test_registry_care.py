@@ -12,24 +12,16 @@ from ropeway.registry import collect, collecting, find_garbage, load_core, promo
 from ropeway.registry.comparing import compare
 from ropeway.registry.layout import blob_key, intent_key, manifest_key, signature_key, tombstone_key, versions_log
 from ropeway.registry.signing import list_signatures, load_signer, make_keys
-from ropeway.storage import FileStore, Store, open_store
-from tests.registry_world import copy_store, flip, make_package, move, put, replace
+from ropeway.storage import FileStore, Store
+from tests.registry_world import flip, make_package, move, put, replace
 
 NOW = timedelta(seconds=-60)  # a grace that makes everything old, whatever the store's clock says
 LATER = timedelta(hours=24)
 
 
-@pytest.fixture(scope="module")
-def published(tmp_path_factory) -> tuple[Store, list[str]]:
-    place = tmp_path_factory.mktemp("published")
-    store = open_store((place / "registry").as_uri())
-    return store, [put(store, make_package(place / f"p{n}", b"%d" % n)).digest for n in range(2)]
-
-
 @pytest.fixture
-def two(store, published) -> list[str]:
-    copy_store(published[0], store)
-    return published[1]
+def two(fill) -> list[str]:
+    return fill(2)
 
 
 def weights_of(store: Store, digest: str) -> str:

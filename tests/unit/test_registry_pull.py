@@ -11,41 +11,11 @@ from ropeway.errors import ConfigError, DataError, RegistryError, TemporaryError
 from ropeway.manifest import load_manifest
 from ropeway.registry import load_core, publish, pull, verify, verify_folder
 from ropeway.registry.layout import blob_key, manifest_key, tombstone_key
-from ropeway.storage import Store, open_store
-from tests.registry_world import copy_store, flip, make_package, move, put, replace
-
-
-@pytest.fixture
-def package(tmp_path) -> Path:
-    return make_package(tmp_path / "package")
-
-
-@pytest.fixture(scope="module")
-def published(tmp_path_factory) -> tuple[Store, str]:
-    """A registry with one version, to copy."""
-    place = tmp_path_factory.mktemp("published")
-    store = open_store((place / "registry").as_uri())
-    return store, put(store, make_package(place / "package")).digest
-
-
-@pytest.fixture
-def digest(store, published) -> str:
-    """The digest of the one version of `store`."""
-    copy_store(published[0], store)
-    return published[1]
-
-
-@pytest.fixture
-def target(tmp_path) -> Path:
-    return tmp_path / "place" / "model"
+from tests.registry_world import flip, move, nothing_left, replace
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-def nothing_left(target: Path) -> bool:
-    return not target.parent.exists() or list(target.parent.iterdir()) == []
 
 
 def test_a_pulled_folder_is_the_package_byte_for_byte_and_verifies(store, package, digest, target):

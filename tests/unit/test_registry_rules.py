@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 
@@ -17,42 +16,13 @@ from ropeway.registry.core import Core
 from ropeway.registry.layout import blob_key, manifest_key, versions_log
 from ropeway.registry.rules import PackageFile
 from ropeway.storage import Store, open_store
-from tests.registry_world import copy_store, is_untouched, make_package, put, safetensors
+from tests.registry_world import is_untouched, nothing_left, put, safetensors
 
 
 @pytest.fixture
 def store(tmp_path) -> Store:
     """A folder: the rules are the same for both stores, and asked before either is."""
     return open_store((tmp_path / "registry").as_uri())
-
-
-@pytest.fixture
-def package(tmp_path) -> Path:
-    return make_package(tmp_path / "package")
-
-
-@pytest.fixture(scope="module")
-def published(tmp_path_factory) -> tuple[Store, str]:
-    """A registry with one version, to copy."""
-    place = tmp_path_factory.mktemp("published")
-    store = open_store((place / "registry").as_uri())
-    return store, put(store, make_package(place / "package")).digest
-
-
-@pytest.fixture
-def digest(store, published) -> str:
-    """The digest of the one version of `store`."""
-    copy_store(published[0], store)
-    return published[1]
-
-
-@pytest.fixture
-def target(tmp_path) -> Path:
-    return tmp_path / "place" / "model"
-
-
-def nothing_left(target: Path) -> bool:
-    return not target.parent.exists() or list(target.parent.iterdir()) == []
 
 
 HOSTILE_PATHS = [
