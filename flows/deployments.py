@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from flows.server import find_server
+from flows.server import page_address, standing_server
 from flows.settings import apply_settings
 from ropeway.errors import TemporaryError
 
@@ -26,14 +26,14 @@ def serve_flows(root: Path, *, cron: str | None = None) -> None:
     """
     root = root.resolve()
     apply_settings(root)
-    url = os.environ.get("PREFECT_API_URL") or find_server(root)
+    url = standing_server(root)
     if not url:
         raise TemporaryError("no Prefect server runs for this workspace; start `ropeway server` in another terminal")
     os.environ["PREFECT_API_URL"] = url
     os.chdir(root)  # the flows' processes start here
     from prefect import serve
 
-    print(f"serving retrain, review, promote and rollback at {url.removesuffix('/api')}/deployments", flush=True)
+    print(f"serving retrain, review, promote and rollback at {page_address(url, '/deployments')}", flush=True)
     serve(*plan_deployments(root, cron=cron))
 
 

@@ -1,4 +1,4 @@
-"""The run on Prefect's pages: the flow `retrain`, one task run per step. The only module that imports Prefect.
+"""The run on Prefect's pages: the flow `retrain`, one task run per step. Nothing outside `flows` imports Prefect.
 
 Tasks are called directly and not submitted: cancelling then takes half a second instead of thirty (measured, 3.9.1).
 """
@@ -24,7 +24,7 @@ from prefect.tasks import Task
 
 from flows.board import RETRIES, Done, may_retry, retry_seconds
 from flows.retrain import describe_run, walk
-from flows.server import is_live
+from flows.server import page_address, standing_server
 from flows.stages import Say
 from flows.summary import Result
 from ropeway.params import load_profile
@@ -63,7 +63,7 @@ def _name_run() -> str:
 @flow(name="retrain", flow_run_name=_name_run, validate_parameters=False)
 def retrain(root: str = ".", profile: str | None = None) -> State[Any]:
     """Make the model that params.yaml describes, if anything it depends on changed, and register it."""
-    print(f"watch it at {PREFECT_API_URL.value().removesuffix('/api')}/runs/flow-run/{runtime.flow_run.id}", flush=True)
+    print(f"watch it at {_run_address(runtime.flow_run.id)}", flush=True)
     folder = Path(root).resolve()
     name, _ = load_profile(folder / "params.yaml", profile)
     result = walk(folder, name, PrefectBoard(artifact_prefix(name), folder))
@@ -122,7 +122,7 @@ class PrefectBoard:
 
     def ask_review(self, digest: str) -> str | None:
         """Start a review's flow run if somebody serves its deployment; return its page."""
-        if not is_live(self.root):
+        if not standing_server(self.root):
             return None
         with get_client(sync_client=True) as client:
             try:
@@ -135,7 +135,11 @@ class PrefectBoard:
             asked = client.create_flow_run_from_deployment(
                 deployment.id, parameters={"digest": digest}, idempotency_key=f"review-{digest}"
             )
-        return f"{PREFECT_API_URL.value().removesuffix('/api')}/runs/flow-run/{asked.id}"
+        return _run_address(asked.id)
+
+
+def _run_address(run: object) -> str:
+    return page_address(str(PREFECT_API_URL.value()), f"/runs/flow-run/{run}")
 
 
 def is_served(deployment: DeploymentResponse) -> bool:

@@ -214,7 +214,8 @@ def _show_budget(board: Board, workspace: Workspace, params: Profile) -> None:
 
 
 def _run_on_prefect(root: Path, profile: str) -> tuple[Result, str]:
-    from flows.server import await_server, open_server
+    """Return the result, and how to come to the run's page."""
+    from flows.server import DEFAULT_URL, await_server, open_server, page_address, standing_server
 
     with open_server(root) as url:
         # While a temporary server starts: import Prefect and DVC, and find a broken dvc.yaml.
@@ -222,7 +223,9 @@ def _run_on_prefect(root: Path, profile: str) -> tuple[Result, str]:
 
         graph.load_graph(root)
         await_server(url, root)
-        return prefect_flow.run(root, profile, url)
+        result, page = prefect_flow.run(root, profile, url)
+    there = standing_server(root)  # it may have come or gone meanwhile
+    return result, page_address(there, page) if there else f"make ui, then open {page_address(DEFAULT_URL, page)}"
 
 
 @contextmanager

@@ -27,9 +27,9 @@ from ropeway.manifest import write_json
 
 LOOPBACK = "127.0.0.1"
 DEFAULT_PORT = 4200
-_START_SECONDS = 90.0  # 3.5 s on two quiet cores, 9 s with a new database; a loaded machine takes several times that
-_PATIENT_SECONDS = 600.0  # a person sees that it is starting; a new database took 100 s on two cores at load 12
-_GIVEN_SECONDS = 10.0  # for one that should be running
+DEFAULT_URL = f"http://{LOOPBACK}:{DEFAULT_PORT}/api"
+_START_SECONDS = 600.0  # 3.5 s on two quiet cores, 9 s with a new database, and 100 s of that at load 12
+_GIVEN_SECONDS = 10.0  # for one that should be running; a temporary one is said to be slow after that
 _NOTE, _EXIT, _UI_EXIT = "ropeway-server.json", "server.exit.json", "ui.exit.json"
 
 
@@ -54,9 +54,9 @@ def serve_ui(root: Path, *, port: int = DEFAULT_PORT, host: str = LOOPBACK) -> N
     server = _start(root, _server_arguments(host, port), url, record=_UI_EXIT, output=None)
     try:
         write_json(_note(root), {"url": url, "pid": os.getpid()})
-        if not _await_answer(url, _PATIENT_SECONDS, lambda: server.poll() is not None):
+        if not _await_answer(url, _START_SECONDS, lambda: server.poll() is not None):
             raise TemporaryError(f"the server did not come up at {url}; what it said stands above")
-        print(f"Prefect UI: {url.removesuffix('/api')}  (Ctrl-C stops it)", flush=True)
+        print(f"Prefect UI: {page_address(url)}  (Ctrl-C stops it)", flush=True)
         for words in apply_automations(url):
             print(f"watching: {words}", flush=True)
         if server.wait():
@@ -76,7 +76,7 @@ def open_server(root: Path) -> Iterator[str]:
     The temporary one starts in the background and ends with the block; wait for it with `await_server`. It runs under
     a supervisor, so it also ends when this process is killed.
     """
-    if url := os.environ.get("PREFECT_API_URL") or find_server(root):
+    if url := standing_server(root):
         yield url
         return
     with socket.socket() as free:
@@ -102,11 +102,18 @@ def await_server(url: str, root: Path) -> None:
     Raises:
         TemporaryError: It does not.
     """
-    seconds, home = (_GIVEN_SECONDS if "PREFECT_API_URL" in os.environ else _START_SECONDS), prefect_home(root)
-    if not _await_answer(url, seconds, (home / _EXIT).exists):
+    home = prefect_home(root)
+    has_ended, log = (home / _EXIT).exists, home / "server.log"
+    is_up = _await_answer(url, _GIVEN_SECONDS, has_ended)
+    if not (is_up or has_ended() or "PREFECT_API_URL" in os.environ):
+        print(
+            f"the temporary Prefect server is still starting; a busy machine takes minutes. Its log: {log}", flush=True
+        )
+        is_up = _await_answer(url, _START_SECONDS, has_ended)
+    if not is_up:
         raise TemporaryError(
             f"no Prefect server answers at {url}. Start one with `ropeway server`, unset PREFECT_API_URL, or run "
-            f"without Prefect: `ropeway run --no-prefect`. A temporary server's log: {home / 'server.log'}"
+            f"without Prefect: `ropeway run --no-prefect`. A temporary server's log: {log}"
         )
 
 
@@ -119,9 +126,14 @@ def find_server(root: Path) -> str | None:
     return None
 
 
-def is_live(root: Path) -> bool:
-    """Return whether the server in use was there before this run and stays after it."""
-    return bool(os.environ.get("PREFECT_API_URL") or find_server(root))
+def standing_server(root: Path) -> str | None:
+    """Return the URL of a server that no run starts or ends: `PREFECT_API_URL`'s, or the running `ropeway server`."""
+    return os.environ.get("PREFECT_API_URL") or find_server(root)
+
+
+def page_address(url: str, page: str = "") -> str:
+    """Return where a person finds a page of the server whose API is at `url`."""
+    return url.removesuffix("/api") + page
 
 
 def _start(
@@ -196,7 +208,7 @@ def _check_free(root: Path, host: str, port: int) -> None:
         _bind(host, port)
     except OSError as error:
         ours = find_server(root)
-        there = f"this workspace's server is there: {ours.removesuffix('/api')}" if ours else "another program has it"
+        there = f"this workspace's server is there: {page_address(ours)}" if ours else "another program has it"
         raise ConfigError(
             f"port {port} on {host} cannot be used ({error.strerror}); {there}. Choose another port "
             f"(`ropeway server --port {port + 1}`) or stop what holds it"

@@ -33,7 +33,7 @@ class Result:
 
 
 def print_result(result: Result, page: str | None) -> None:
-    """Print a run's last lines: what came out and how to look at it."""
+    """Print a run's last lines: what came out and how to look at it; `page` says where the run is shown."""
     facts = [("steps", _count_steps(result.workspace))]
     facts += [("validation loss" if not number else "", line) for number, line in enumerate(_losses(result.workspace))]
     published = result.publication
@@ -42,7 +42,7 @@ def print_result(result: Result, page: str | None) -> None:
         ("package", str(result.workspace.package)),
         ("look at it", f"ropeway registry show {published.version}"),
         ("review it", _how_to_review(result)),
-        ("the run", f"make ui, then open http://127.0.0.1:4200{page}" if page else "made without Prefect (no page)"),
+        ("the run", page or "made without Prefect (no page)"),
     ]
     width = max(len(name) for name, _ in facts)
     print(f"\n{result.workspace.profile}: {published.state} in {result.seconds:.0f} s")

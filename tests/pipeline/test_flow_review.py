@@ -170,7 +170,7 @@ def test_promote_and_rollback_flows_expect_where_the_alias_is(reviews):
 def test_a_run_asks_for_a_review_where_one_is_served_and_else_says_how(made_workspace, reviews, monkeypatch, capsys):
     made_workspace.edit("params.yaml", "learning_rate: 2e-3", "learning_rate: 3e-3")
     with monkeypatch.context() as patch:
-        patch.setattr("flows.prefect_flow.is_live", lambda _root: False)
+        patch.setattr("flows.prefect_flow.standing_server", lambda _root: None)
         first = run_retrain(made_workspace.root)
     digest = first.publication.digest
     assert first.review is None

@@ -45,12 +45,15 @@ def list_runs(url):
 
 
 def run_and_find_its_page(workspace, capsys):
+    """Return the run's id, and what the last line says of the way to its page."""
     run_retrain(workspace.root)
-    return re.search(r"/runs/flow-run/([0-9a-f-]{36})\n", capsys.readouterr().out)[1]
+    found = re.search(r"^  the run +(.+/runs/flow-run/([0-9a-f-]{36}))$", capsys.readouterr().out, re.MULTILINE)
+    return found[2], found[1]
 
 
 def test_flow_runs_made_before_the_server_started_are_there_and_later_ones_use_it(own_prefect, capsys):
-    before = run_and_find_its_page(own_prefect, capsys)
+    before, way = run_and_find_its_page(own_prefect, capsys)
+    assert way == f"make ui, then open http://127.0.0.1:4200/runs/flow-run/{before}"
     assert find_server(own_prefect.root) is None
     port = free_port()
     url = f"http://127.0.0.1:{port}/api"
@@ -67,7 +70,8 @@ def test_flow_runs_made_before_the_server_started_are_there_and_later_ones_use_i
             assert "<title>Prefect Server</title>" in page.text
         watching = wait_for(lambda: find_automations(url))
         assert [(each["name"], each["enabled"]) for each in watching] == [(CRASHED, True)]
-        after = run_and_find_its_page(own_prefect, capsys)
+        after, way = run_and_find_its_page(own_prefect, capsys)
+        assert way == f"http://127.0.0.1:{port}/runs/flow-run/{after}"
         assert list_runs(url) == {before, after}
         with pytest.raises(
             ConfigError, match=rf"port {port} on .*this workspace's server is there: http://127.0.0.1:{port}\."
@@ -94,6 +98,22 @@ def test_the_network_is_let_in_only_with_a_password(tmp_path, monkeypatch):
     monkeypatch.delenv("PREFECT_SERVER_API_AUTH_STRING", raising=False)
     with pytest.raises(ConfigError, match="PREFECT_SERVER_API_AUTH_STRING=user:password"):
         serve_ui(tmp_path, host="0.0.0.0")  # noqa: S104 - refused
+
+
+def test_a_temporary_server_that_is_slow_is_waited_for_aloud_and_one_that_ended_is_not(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    monkeypatch.setattr("flows.server._GIVEN_SECONDS", -1.0)
+    answers = iter([False, False, True, False])
+    monkeypatch.setattr("flows.server.is_answering", lambda _url: next(answers))
+    await_server("http://127.0.0.1:9/api", tmp_path)
+    assert (
+        f"is still starting; a busy machine takes minutes. Its log: {tmp_path}/server.log\n" in capsys.readouterr().out
+    )
+    (tmp_path / "server.exit.json").touch()
+    with pytest.raises(TemporaryError, match=r"no Prefect server answers at .*server\.log"):
+        await_server("http://127.0.0.1:9/api", tmp_path)
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.usefixtures("prefect_api")
