@@ -7,7 +7,7 @@ from typing import Any
 from flows.curves import COLOURS, data_uri, draw_curves, loss_curves
 from flows.evidence import Case, Version
 from flows.markdown import code, fence, plain, table
-from ropeway.ledger_steps import list_steps
+from flows.summary import ledger_rows
 
 _PARAMS, _DATA = "run.json: params.", ("run.json: digests.", "run.json: ledger.")
 _MOST_CHANGES = 60
@@ -37,7 +37,8 @@ def draw_report(case: Case, *, with_pictures: bool = True) -> str:
         "## Data, old → new",
         _changes(case, _DATA, "The same data, token for token."),
         "## Ledger: where every record and token went",
-        _ledger(case.new) or "Not recorded in this package.",
+        table([{head: plain(cell) for head, cell in row.items()} for row in ledger_rows(case.new.ledger)])
+        or "Not recorded in this package.",
         "## Size and files",
         _files(case.new),
         "## Lineage",
@@ -160,21 +161,6 @@ def _changes(case: Case, prefixes: Sequence[str], none: str) -> str:
     left = len(rows) - _MOST_CHANGES
     more = f"\n\n… and {left:,} more: `ropeway registry diff {case.old.label} {case.new.label}`" if left > 0 else ""
     return table(rows[:_MOST_CHANGES]) + more if rows else none
-
-
-def _ledger(version: Version) -> str:
-    rows = [
-        {
-            "source": plain(account["name"]),
-            "step": plain(step.name if step.epoch is None else f"epoch {step.epoch}: {step.name}"),
-            "": step.sign,
-            "how many": "" if step.count is None else f"{step.count:,} {step.unit}",
-            "tokens": "" if step.tokens is None else f"{step.tokens:,}",
-        }
-        for account in version.ledger.get("sources", ())
-        for step in list_steps(account)
-    ]
-    return table(rows)
 
 
 def _samples(case: Case) -> str:

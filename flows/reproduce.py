@@ -15,6 +15,7 @@ from typing import Any
 from flows import graph
 from flows.likeness import Record, describe_differences, other_weights
 from flows.retrain import choose_profile
+from flows.revision import ask_git
 from flows.stages import Say, Site, bring_up, run_command
 from ropeway.errors import ConfigError, DataError, RegistryError
 from ropeway.lock import Held, workspace_lock
@@ -115,17 +116,17 @@ def clone_revision(root: Path, commit: str, clone: Path, say: Say) -> Path:
     Raises:
         ConfigError: No git here, the commit is not known, or something else is at `clone`.
     """
-    top = _git(root, "rev-parse", "--show-toplevel")
-    prefix = _git(root, "rev-parse", "--show-prefix")
+    top = ask_git(root, "rev-parse", "--show-toplevel")
+    prefix = ask_git(root, "rev-parse", "--show-prefix")
     if top is None or prefix is None:
         raise ConfigError(f"{root}: not in a git repository; run this in a clone of the project that made the version")
-    if _git(root, "cat-file", "-e", f"{commit}^{{commit}}") is None:
+    if ask_git(root, "cat-file", "-e", f"{commit}^{{commit}}") is None:
         raise ConfigError(
             f"{root}: git does not know revision {commit} here. `git fetch` it from where the version was made, or run "
             "this there"
         )
     if clone.is_dir() and any(clone.iterdir()):
-        if (clone / ".git").is_dir() and _git(clone, "rev-parse", "HEAD") == commit:
+        if (clone / ".git").is_dir() and ask_git(clone, "rev-parse", "HEAD") == commit:
             say(f"going on in {clone}")
             return clone / prefix
         raise ConfigError(f"{clone}: holds something else; remove it, or choose another folder with --to")
@@ -236,12 +237,3 @@ def restore_data(site: Site, root: Path, workspace: Workspace, raw: str, say: Sa
 
 def _digest(folder: Path) -> str:
     return digest_of(load_manifest(folder, remedy="Remove the clone and reproduce again"))
-
-
-def _git(root: Path, *arguments: str) -> str | None:
-    """Return git's answer, or None where it refuses."""
-    try:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None

@@ -78,7 +78,7 @@ def walk(root: Path, profile: str | None, board: Board) -> Result:
         if any(plan.will_run for plan in plans if not plan.refreshes):
             _show_budget(board, workspace, params)
         ended: dict[str, str] = {}
-        ledger = before = summary.ledger_rows(workspace)
+        ledger = before = summary.read_ledger(workspace)
         for plan in plans:
             if plan.refreshes:
                 ended[plan.name] = "Unchanged"
@@ -197,7 +197,7 @@ def _show_plan(board: Board, plans: list[graph.StagePlan]) -> None:
 
 def _show_ledger(board: Board, workspace: Workspace, *, known: list[dict[str, str]]) -> list[dict[str, str]]:
     """Show the ledger if it is another one than is known; return it."""
-    rows = summary.ledger_rows(workspace)
+    rows = summary.read_ledger(workspace)
     if rows and rows != known:
         board.table("ledger", "Where every record and token went", rows)
     return rows

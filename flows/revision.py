@@ -29,27 +29,27 @@ class Revision:
 
 def read_revision(root: Path) -> Revision:
     """Return the revision of the workspace at `root`, now."""
-    commit = _git(root, "rev-parse", "--verify", "--quiet", "HEAD")
+    commit = ask_git(root, "rev-parse", "--verify", "--quiet", "HEAD")
     if not commit:
         return Revision(None, ())
-    changed = _git(root, "diff", "--name-only", "--relative", "-z", "HEAD").split("\0")
-    return Revision(commit.strip(), tuple(name for name in changed if name and _counts(root, name)))
+    changed = (ask_git(root, "diff", "--name-only", "--relative", "-z", "HEAD") or "").split("\0")
+    return Revision(commit, tuple(name for name in changed if name and _counts(root, name)))
 
 
 def _counts(root: Path, name: str) -> bool:
     if name == "params.yaml":
-        lines = _git(root, "diff", "--unified=0", "--relative", "HEAD", "--", name).splitlines()
+        lines = (ask_git(root, "diff", "--unified=0", "--relative", "HEAD", "--", name) or "").splitlines()
         edits = [line[1:] for line in lines if line[:1] in ("+", "-") and line[:3] not in ("+++", "---")]
         return not all(edit.startswith("profile:") for edit in edits)
     return name != "dvc.lock"
 
 
-def _git(root: Path, *arguments: str) -> str:
-    """Return git's answer; empty where there is no git, or nothing to answer."""
+def ask_git(root: Path, *arguments: str) -> str | None:
+    """Return git's answer without the end of its last line; None where there is no git, or it refuses."""
     try:
         done = subprocess.run(
             ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False, encoding="utf-8"
         )
     except FileNotFoundError:
-        return ""
-    return done.stdout if done.returncode == 0 else ""
+        return None
+    return done.stdout.rstrip("\n") if done.returncode == 0 else None

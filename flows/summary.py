@@ -67,8 +67,13 @@ def draw_table(rows: Sequence[Mapping[str, str]]) -> str:
     )
 
 
-def ledger_rows(workspace: Workspace) -> list[dict[str, str]]:
-    """Return the ledger for a table, one row per source and step; none where there is no ledger yet."""
+def read_ledger(workspace: Workspace) -> list[dict[str, str]]:
+    """Return a run's ledger as `ledger_rows`; none where there is no ledger yet."""
+    return ledger_rows(_read(workspace.ledger))
+
+
+def ledger_rows(ledger: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Return a ledger for a table, one row per source and step; the cells are text and not markdown."""
     return [
         {
             "source": account["name"],
@@ -77,7 +82,7 @@ def ledger_rows(workspace: Workspace) -> list[dict[str, str]]:
             "how many": "" if step.count is None else f"{step.count:,} {step.unit}",
             "tokens": "" if step.tokens is None else f"{step.tokens:,}",
         }
-        for account in _read(workspace.ledger).get("sources", ())
+        for account in ledger.get("sources", ())
         for step in list_steps(account)
     ]
 

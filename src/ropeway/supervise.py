@@ -9,7 +9,6 @@ them. What another supervisor looks after is left to it.
 """
 
 import argparse
-import contextlib
 import ctypes
 import os
 import select
@@ -18,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
@@ -127,7 +126,7 @@ class _Bell:
         """Keep whom to listen to; nothing is taken over before `with`."""
         self.signal: int | None = None
         self._watched = watched
-        self._undo = contextlib.ExitStack()
+        self._undo = ExitStack()
 
     def __enter__(self) -> Self:
         """Take the signals over."""
