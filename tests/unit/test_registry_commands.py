@@ -88,7 +88,9 @@ def test_promote_rollback_and_history_from_the_command_line(world):
     assert "pointed already" in ask("promote", "tiny@v2", "production", "--reason", "again")
     with pytest.raises(RegistryError, match=digests[1]):
         ask("promote", "tiny@v1", "production", "--expect", "none", "--reason", "stale")
-    assert ask_json("rollback", "tiny@production", "--reason", "worse")["digest"] == digests[0]
+    with pytest.raises(RegistryError, match=f"points to {digests[1]}, expected {digests[0]}"):
+        ask("rollback", "tiny@production", "--expect", "v1", "--reason", "stale")
+    assert ask_json("rollback", "tiny@production", "--expect", "v2", "--reason", "worse")["digest"] == digests[0]
     events = ask_json("history", "tiny@production")
     assert [(event["version"], event["reason"]) for event in events] == [(1, "first"), (2, "better"), (1, "worse")]
     assert "better" in ask("history", "tiny@production")

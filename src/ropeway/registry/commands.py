@@ -174,6 +174,7 @@ def rollback(
     reference: Annotated[str, typer.Argument(help="NAME@ALIAS")],
     *,
     reason: Reason,
+    expect: Expect = "any",
     by: By = None,
     registry: Url = None,
     as_json: Json = False,
@@ -182,8 +183,9 @@ def rollback(
     from ropeway.registry.aliases import rollback as roll_back
     from ropeway.registry.layout import read_reference
 
-    wanted = read_reference(reference)
-    done = roll_back(open_registry(registry), wanted.name, wanted.alias or "", by=by or user_name(), reason=reason)
+    store, wanted = open_registry(registry), read_reference(reference)
+    expected = _read_expect(store, wanted.name, expect)
+    done = roll_back(store, wanted.name, wanted.alias or "", by=by or user_name(), reason=reason, expect=expected)
     _report_promotion(asdict(done), as_json=as_json)
 
 

@@ -19,8 +19,6 @@ from ropeway.registry.core import Core
 from ropeway.registry.layout import signature_key, signatures_prefix
 from ropeway.storage import Store
 
-SIGNATURE_BYTES = 64  # RFC 8032
-
 
 @dataclass(frozen=True, slots=True)
 class Signer:
