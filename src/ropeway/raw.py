@@ -18,7 +18,7 @@ RecordKind = Literal["conversation", "document"]
 Record = Conversation | str
 
 PART_CHARACTERS = 1 << 28  # about 256 MB of text a part, so that 100 GB of text are some hundred files
-_GROUP_CHARACTERS = 1 << 22  # a reader holds one row group: some 4 MB of text
+_GROUP_CHARACTERS = 1 << 20  # a reader holds one row group: some 1 MB of text, the least that a worker can be given
 
 
 @dataclass(frozen=True, slots=True)
