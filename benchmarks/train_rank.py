@@ -19,16 +19,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import transformers
-from deepspeed.accelerator import get_accelerator
 
 from ropeway.params import READS, UNHASHED, Profile, load_profile
 from ropeway.rows import PAD_MULTIPLE, Row, collate
 from ropeway.train import saving
 from ropeway.train.attention import choose_attention
 from ropeway.train.config import load_deepspeed_json, plan_deepspeed
+from ropeway.train.leftovers import meet
 from ropeway.train.loop import Run, train
 from ropeway.train.model import open_model
 from ropeway.train.progress import Progress
@@ -258,7 +257,7 @@ def main(root: Path, rounds: int, steps: int, folder: Path) -> None:
     padded = profile.model_copy(update={"save_steps": NEVER})
     wide = {"per_device_train_batch_size": WIDE_ROWS, "global_batch_size": WIDE_ROWS * int(os.environ["WORLD_SIZE"])}
     packed = padded.model_copy(update={"layout": "packed"})
-    deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False)
+    meet()
     watchdog = Watchdog(limit_seconds=None)
     runs: dict[str, Run] = {}
 

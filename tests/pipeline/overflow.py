@@ -30,12 +30,13 @@ def main(root, *cases):
     from ropeway.shards import open_shards
     from ropeway.train.attention import Attention
     from ropeway.train.config import plan_deepspeed
+    from ropeway.train.leftovers import meet
     from ropeway.train.loop import Run, train
     from ropeway.train.loss import SupervisedLoss
     from ropeway.train.model import open_model
     from ropeway.workspace import Workspace
 
-    deepspeed.init_distributed("gloo", verbose=False)
+    meet()
     deepspeed.utils.logger.setLevel("ERROR")
     workspace = Workspace(Path(root), "tiny")
     _, profile = load_profile(Path(root) / "params.yaml")

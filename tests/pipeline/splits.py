@@ -20,12 +20,13 @@ def main(root, normalisation, *sizes):
     from ropeway.shards import open_shards
     from ropeway.train.attention import Attention
     from ropeway.train.config import plan_deepspeed
+    from ropeway.train.leftovers import meet
     from ropeway.train.loop import Run, take_step
     from ropeway.train.loss import SupervisedLoss
     from ropeway.train.model import open_model
     from ropeway.workspace import Workspace
 
-    deepspeed.init_distributed("gloo", verbose=False)
+    meet()
     deepspeed.utils.logger.setLevel("ERROR")
     ranks, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     workspace = Workspace(Path(root), "tiny")

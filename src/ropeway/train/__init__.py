@@ -18,6 +18,7 @@ from ropeway.train import checkpoints
 from ropeway.train.config import load_deepspeed_json
 from ropeway.train.fingerprint import Fingerprint, take_fingerprint
 from ropeway.train.launch import free_port, plan_command, plan_environment
+from ropeway.train.leftovers import clear_dead_locks, extensions_folder, unlink_buffers
 from ropeway.train.universal import make_loadable
 from ropeway.workspace import Workspace
 
@@ -45,9 +46,13 @@ def run(workspace: Workspace, profile: Profile) -> None:
     workspace.work.mkdir(exist_ok=True)
     (workspace.work / "progress.jsonl").unlink(missing_ok=True)
     arguments = [str(workspace.root), workspace.profile, fingerprint.digest]
-    command = plan_command(os.environ, arguments, ranks=ranks, port=free_port())
-    environment = plan_environment(os.environ, ranks=ranks)
-    code = subprocess.run(command, env=environment, check=False).returncode
+    port, environment = free_port(), plan_environment(os.environ, ranks=ranks)
+    command = plan_command(os.environ, arguments, ranks=ranks, port=port)
+    clear_dead_locks(extensions_folder(environment))
+    try:
+        code = subprocess.run(command, env=environment, check=False).returncode
+    finally:
+        unlink_buffers(port)  # of ranks that ended before they did it themselves
     code = code if code >= 0 else 128 - code
     if died_of := signal_of(code):
         raise TemporaryError(

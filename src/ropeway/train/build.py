@@ -12,9 +12,13 @@ def main() -> None:
     if list_gpus():
         return
     from ropeway.train.launch import check_compiler
+    from ropeway.train.leftovers import clear_dead_locks, extensions_folder
 
     check_compiler()
     os.environ["DS_ACCELERATOR"] = "cpu"
+    folder = extensions_folder(os.environ)
+    clear_dead_locks(folder)
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
     ShareMemCommBuilder().load(verbose=False)

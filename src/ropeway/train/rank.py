@@ -29,6 +29,7 @@ from ropeway.train.config import load_deepspeed_json, plan_deepspeed
 from ropeway.train.disk import check_disk
 from ropeway.train.export import export_model
 from ropeway.train.launch import adopt_slurm
+from ropeway.train.leftovers import meet
 from ropeway.train.loop import Run, train
 from ropeway.train.loss import SupervisedLoss
 from ropeway.train.model import check_rope, count_weights, learning, open_model
@@ -71,7 +72,7 @@ def main(root: Path, name: str, fingerprint: str) -> None:
     if profile.dtype == "fp16" and not get_accelerator().is_fp16_supported():
         raise ConfigError("dtype: fp16 does not train on a CPU; use bf16 or fp32, or run this profile on GPUs")
     attention = choose_attention(profile, cuda=cuda)
-    deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False)
+    meet()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     folder = workspace.checkpoints / fingerprint

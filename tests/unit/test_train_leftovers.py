@@ -1,0 +1,78 @@
+"""What DeepSpeed leaves on a CPU must neither stop a later start nor eat the memory."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from torch.utils.file_baton import FileBaton
+
+from ropeway.train import leftovers
+from ropeway.train.leftovers import clear_dead_locks, extensions_folder, unlink_buffers
+
+HOLD = "import sys; from torch.utils.file_baton import FileBaton; FileBaton(sys.argv[1]).try_acquire(); {then}"
+BUILD = """
+import signal, sys
+import torch.utils.cpp_extension as extension
+def hold(*_, **__):
+    print("building", flush=True)
+    signal.pause()
+extension._write_ninja_file_and_build_library = hold
+from ropeway.train.build import main
+main()
+"""
+
+
+@pytest.fixture
+def lock(tmp_path):
+    (tmp_path / "deepspeed_shm_comm").mkdir()
+    return tmp_path / "deepspeed_shm_comm" / "lock"
+
+
+def hold(lock, then):
+    command = [sys.executable, "-c", HOLD.format(then=then), str(lock)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def test_the_lock_of_a_killed_build_is_cleared(lock, tmp_path):
+    with hold(lock, "import os; os.kill(os.getpid(), 9)") as dead:
+        dead.wait()
+    assert lock.exists()
+    assert clear_dead_locks(tmp_path) == [lock]
+    assert FileBaton(str(lock)).try_acquire()
+
+
+def test_the_lock_of_a_living_build_stays(lock, tmp_path):
+    with hold(lock, "print('held', flush=True); sys.stdin.read()") as alive:
+        assert alive.stdout.readline() == "held\n"
+        assert clear_dead_locks(tmp_path) == []
+        assert lock.exists()
+        alive.communicate()
+
+
+def test_setup_that_was_killed_while_building_can_be_run_again(tmp_path):
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", BUILD]
+    for _ in range(2):  # the second waits for ever where the first one's lock is left
+        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as building:
+            assert building.stdout.readline() == "building\n"
+            building.send_signal(signal.SIGKILL)
+        assert list(tmp_path.glob("*/lock"))
+
+
+def test_each_environment_builds_beside_its_own_python(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    assert extensions_folder({}) == tmp_path / "var" / "torch_extensions"
+    assert str(extensions_folder({"TORCH_EXTENSIONS_DIR": "/elsewhere"})) == "/elsewhere"
+
+
+def test_only_the_buffers_of_this_run_go(monkeypatch, tmp_path):
+    monkeypatch.setattr(leftovers, "BUFFERS", tmp_path)
+    here = f"deepspeed_allreduce_buffer_{os.getuid()}_127.0.0.1"
+    for name in (f"{here}_4100_0", f"{here}_4100_1", f"{here}_41001_0", f"{here}_4200_0", "other_4100_0"):
+        (tmp_path / name).write_bytes(b"")
+    unlink_buffers(4100, rank=1)
+    assert not (tmp_path / f"{here}_4100_1").exists()
+    unlink_buffers(4100)
+    assert {path.name for path in tmp_path.iterdir()} == {f"{here}_41001_0", f"{here}_4200_0", "other_4100_0"}
