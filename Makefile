@@ -6,13 +6,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup run test test-loaders test-browser check ui chaos bench bench-packing bench-plan bench-prepare bench-evaluate bench-registry bench-train chaos-registry clean
+.PHONY: help setup run test test-loaders test-lm-eval test-browser check ui chaos bench bench-packing bench-plan bench-prepare bench-evaluate bench-registry bench-train chaos-registry clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make run     set up if needed, then make the run of params.yaml and publish it"
 	@echo "make test    set up if needed, then run the tests (no network)"
 	@echo "make test-loaders  the package in transformers 4.31 and 4.46 (installs them)"
+	@echo "make test-lm-eval  tasks of lm-evaluation-harness, offline (installs it, 190 MB)"
 	@echo "make ui      the Prefect UI over this workspace's runs, on http://127.0.0.1:4200"
 	@echo "make test-browser  a review made in a real browser (installs what drives it; chromium is Debian's, or fetched)"
 	@echo "make check   ruff, mypy, import contracts"
@@ -36,6 +37,10 @@ $(VENV)/.ready-run: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(VENV)/.ready-test: $(VENV)/.ready-run
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
+	@touch $@
+
+$(VENV)/.ready-eval: $(VENV)/.ready-test
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[eval]"
 	@touch $@
 
 $(VENV)/.ready-browser: $(VENV)/.ready-test
@@ -66,6 +71,10 @@ LOADERS := $(patsubst tests/loaders/%.txt,.venv-loaders/%/.ready,$(wildcard test
 
 test-loaders: $(LOADERS)
 	$(BIN)/pytest -q -m loaders tests/loaders
+
+# Whatever a test asks of the Hub fails at once.
+test-lm-eval: $(VENV)/.ready-eval
+	HF_HUB_OFFLINE=1 $(BIN)/pytest -q -m harness tests/harness
 
 test-browser: $(VENV)/.ready-browser
 	$(BIN)/pytest -q -m browser tests/pipeline/test_browser_review.py

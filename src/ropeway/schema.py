@@ -130,13 +130,14 @@ class Passkey(Section):
 
 
 class Evaluation(Section):
-    """What evaluate does beside losses; `sampling` names the file of generation configurations."""
+    """What evaluate does beside losses; `sampling` names a file of generation configurations, `tasks` the harness's."""
 
     prompts: str
     sampling: str
     max_new_tokens: Positive
     positions: Positions
     passkey: Passkey
+    tasks: list[str]
 
 
 class Gate(Section):

@@ -73,7 +73,8 @@ def write_identity(root: Path) -> None:
         "prompts": {
             key: _file_identity(root, getattr(profile.evaluation, key), key=f"evaluation.{key}")
             for key in ("prompts", "sampling")
-        },
+        }
+        | _tasks_identity(profile, Workspace(root, chosen).tasks),
         "sizes": dict(find_sizes(read_block(root / "params.yaml", chosen))),
         "sources": {name: source_identity(one, root) for name, one in sorted(profile.sources.items())},
         **{f"code-{room}": room_digest(source, room) for room in ROOMS},
@@ -108,6 +109,22 @@ def _file_identity(root: Path, name: str, *, key: str) -> str:
     if not (root / name).is_file():
         raise ConfigError(f"params.yaml: {key} names {name}, which is not a file below {root}")
     return file_sha256(root / name)
+
+
+def _tasks_identity(profile: Profile, folder: Path) -> dict[str, object]:
+    """Return what tasks depend on beside their names; nothing where params name none.
+
+    Raises:
+        ConfigError: The harness is not installed: said here, before a model is trained, and not after.
+    """
+    names = profile.evaluation.tasks
+    if not names:
+        return {}
+    from ropeway.evaluate.tasks import find_harness
+
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc")
+    digests = {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
+    return {"harness": find_harness(names), "tasks": digests}
 
 
 def _base_identity(profile: Profile, root: Path) -> object:

@@ -88,6 +88,11 @@ class Workspace:
         return self.run / "package"
 
     @property
+    def tasks(self) -> Path:
+        """The workspace's own tasks for lm-evaluation-harness, YAML and their data."""
+        return self.root / "configs" / "tasks"
+
+    @property
     def identity(self) -> Path:
         """Digests of code, sources, base and DeepSpeed config, written by the always-run first stage."""
         return self.root / ".identity"

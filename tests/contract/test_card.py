@@ -265,6 +265,25 @@ def test_what_the_scaling_bought_is_told_in_figures_and_pictures(written):
     }
 
 
+def test_tasks_stand_in_the_card_with_their_errors_and_only_if_there_were_any():
+    facts = facts_of()
+    assert not list(card_results.format_tasks(facts))
+    figures = {
+        "acc": 0.25,
+        "acc_stderr": 0.0903,
+        "exact_match,strict": 0.5,
+        "exact_match_stderr,strict": 0.125,
+        "f1": 1.0,
+    }
+    task = {"version": "1.0", "shots": 5, "n": 1240, "base": figures, "tuned": {**figures, "acc": 0.75}}
+    evaluation = {**facts.evaluation, "tasks": {"a_task": task}, "harness": "lm_eval 0.4.13"}
+    text = "\n".join(card_results.format_tasks(replace(facts, evaluation=evaluation)))
+    assert "| a\\_task | 1.0 | 5 | 1,240 | acc | 0.25 ± 0.09 → 0.75 ± 0.09 |" in text
+    assert "| exact_match,strict | 0.5 ± 0.12 → 0.5 ± 0.12 |" in text
+    assert "| f1 | 1 → 1 |" in text
+    assert "lm_eval 0.4.13, HF backend" in text
+
+
 def test_an_answer_cannot_break_out_of_its_frame():
     text = "\n".join(card_results.format_samples(facts_of()))
     assert "**Why \\*this\\*?**" in text

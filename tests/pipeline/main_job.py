@@ -53,6 +53,7 @@ tiny:
     max_new_tokens: 4
     positions: {rows: 2, row_tokens: 96, bucket_tokens: 32}
     passkey: {lengths: [384], depths: [0.5], repeats: 1}
+    tasks: []
   gate: {max_loss_increase_nats: 0.01, min_gain_over_base_nats: 0.1}
   package: {dtype: fp32, max_shard_bytes: 5000000000}
   card:

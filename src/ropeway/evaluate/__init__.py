@@ -2,7 +2,8 @@
 
 Nothing here goes through ropeway.train: what is measured is what is shipped.
 
-eval.json                  loss, perplexity, accuracy, nats a byte per source and model; positions and passkeys in short
+eval.json                  loss, perplexity, accuracy, nats a byte per source and model; positions, passkeys and
+                           tasks of lm-evaluation-harness in short
 samples.json, samples.html answers to prompts, base beside tuned, in the published family's JSON and for eyes
 plots/*.csv                scores, positions, passkey (share by length), passkey_answers (every answer, wrong ones too)
 plots/*.png, *.svg         loss, sources, positions, passkey
@@ -18,7 +19,9 @@ def run(workspace: Workspace, profile: Profile) -> None:
     Raises:
         DataError: Data, base and model do not belong together, a source has nothing to measure, or a loss is not
             finite.
-        ConfigError: A file that `evaluation` names is missing or not of its form, or a passkey length is too short.
+        ConfigError: A file or task that `evaluation` names is missing or not of its form, or a passkey length is too
+            short.
+        TemporaryError: A task's data could not be fetched.
     """
     from ropeway.evaluate.report import write_report
 

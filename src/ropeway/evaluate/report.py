@@ -19,6 +19,7 @@ from ropeway.evaluate.positions import LongRow
 from ropeway.evaluate.samples import report_samples, sample
 from ropeway.evaluate.sampling import Configurations, read_configurations, read_prompts
 from ropeway.evaluate.scores import Score, all_rows, measure
+from ropeway.evaluate.tasks import Tasks, TaskScore, find_harness, open_tasks, report_tasks, run_tasks
 from ropeway.evaluate.text import count_bytes
 from ropeway.manifest import digest_of, load_manifest, write_atomic, write_json
 from ropeway.params import Profile
@@ -35,6 +36,7 @@ class Asked:
     long_rows: list[LongRow]
     prompts: list[str]
     configurations: Configurations
+    tasks: Tasks | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +48,14 @@ class Found:
         curves: `""` and, where the model has a scaling, `_unscaled` -> one score per bucket of positions.
         keys: An answer to every passkey question.
         answers: For each prompt, configuration -> answer.
+        tasks: A score per task of the harness; none where params name none.
     """
 
     scores: list[Score]
     curves: dict[str, list[Score]]
     keys: list[Answered]
     answers: list[dict[str, str]]
+    tasks: dict[str, TaskScore]
 
 
 def write_report(workspace: Workspace, profile: Profile) -> None:
@@ -59,7 +63,8 @@ def write_report(workspace: Workspace, profile: Profile) -> None:
 
     Raises:
         DataError: As in `check_data`, `measure`, `plan_long_rows` and `encode_prompt`.
-        ConfigError: As in `read_prompts`, `read_configurations` and `encode_question`.
+        ConfigError: As in `read_prompts`, `read_configurations`, `open_tasks` and `encode_question`.
+        TemporaryError: As in `open_tasks`.
     """
     asked, steps = plan_report(workspace, profile)
     found = {
@@ -75,6 +80,9 @@ def write_report(workspace: Workspace, profile: Profile) -> None:
         "positions": positions.report_positions(curves, wanted, profile.max_length),
         "passkey": passkey.report_passkey(keys),
     }
+    if asked.tasks:
+        report["tasks"] = report_tasks({name: one.tasks for name, one in found.items()})
+        report["harness"] = f"lm_eval {find_harness(asked.tasks.names)}"
     write_json(workspace.evaluation, report)
     samples = write_samples(workspace, profile, asked, {name: one.answers for name, one in found.items()})
     tables = plan_tables(report["sources"], positions.table_positions(curves, wanted), keys)
@@ -97,7 +105,9 @@ def plan_report(workspace: Workspace, profile: Profile) -> tuple[Asked, Sequence
     shards = open_shards(workspace.data)
     for folder in (workspace.base, workspace.model):
         check_data(folder, shards)
-    asked = Asked(shards, positions.plan_long_rows(shards, profile), prompts, configurations)
+    long_rows = positions.plan_long_rows(shards, profile)
+    tasks = open_tasks(profile.evaluation.tasks, workspace.root, workspace.tasks)
+    asked = Asked(shards, long_rows, prompts, configurations, tasks)
     return asked, read_steps(workspace.steps)
 
 
@@ -111,10 +121,19 @@ def measure_model(name: str, folder: Path, workspace: Workspace, profile: Profil
     with threads_for(model, one_below=SAMPLED_ON_ONE):
         keys = passkey.ask(model, tokenizer, wanted.passkey, seed=seed)
         answers = sample(model, tokenizer, asked.prompts, asked.configurations, seed=seed)
+        tasks = ask_harness(model, tokenizer, asked.tasks, profile) if asked.tasks else {}
     for source, score in zip(asked.shards.sources, scores, strict=True):
         print(f"{name:>5} on {source.name}: {score.loss:.4f} nats/token over {score.tokens:,} tokens")
     print(f"{name:>5} finds {sum(one.right for one in keys)} of {len(keys)} hidden keys")
-    return Found(scores, curves, keys, answers)
+    for task, result in tasks.items():
+        print(f"{name:>5} in {task}: {', '.join(f'{key} {value:.4f}' for key, value in result.metrics.items())}")
+    return Found(scores, curves, keys, answers, tasks)
+
+
+def ask_harness(model: Any, tokenizer: Any, tasks: Tasks, profile: Profile) -> dict[str, TaskScore]:  # noqa: ANN401
+    """Return a score per task, last of all: the harness changes what a model generates by default."""
+    size = profile.per_device_eval_batch_size
+    return run_tasks(model, tokenizer, tasks, batch_size=size, max_length=profile.max_length, seed=profile.rng_seed)
 
 
 def write_samples(

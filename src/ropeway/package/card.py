@@ -20,6 +20,7 @@ from ropeway.package.card_results import (
     format_people,
     format_pictures,
     format_samples,
+    format_tasks,
 )
 from ropeway.package.card_text import escape, fence, list_names
 from ropeway.package.config import TORCH_NAMES
@@ -52,6 +53,7 @@ def write_card(facts: Facts, workspace: Workspace, folder: Path, written: Writte
         *format_configuration(facts, params),
         *format_evaluation(facts),
         *format_pictures(facts),
+        *format_tasks(facts),
         *format_samples(facts),
         *format_loading(facts, folder),
         *format_people(facts),

@@ -88,6 +88,38 @@ def _name_curve(curve: str) -> str:
     return f"{model}, RoPE not scaled" if unscaled else model
 
 
+def format_tasks(facts: Facts) -> Iterator[str]:
+    """Yield base against tuned in every task of lm-evaluation-harness, where params name any."""
+    tasks = facts.evaluation.get("tasks", {})
+    if not tasks:
+        return
+    yield "### Tasks of lm-evaluation-harness"
+    rows = [
+        [
+            name,
+            task["version"],
+            str(task["shots"]),
+            f"{task['n']:,}",
+            metric,
+            " → ".join(_with_error(task[model], metric) for model in ("base", "tuned")),
+        ]
+        for name, task in tasks.items()
+        for metric in task["tuned"]
+        if "_stderr" not in metric
+    ]
+    yield format_table(["task", "version", "shots", "questions", "metric", "base → tuned"], rows)
+    yield (
+        f"{facts.evaluation['harness']}, HF backend, prompts in this model's chat template with one BOS in front; ± is "
+        "the standard error."
+    )
+
+
+def _with_error(figures: Mapping[str, float], metric: str) -> str:
+    name, comma, kind = metric.partition(",")
+    error = figures.get(f"{name}_stderr{comma}{kind}")
+    return f"{figures[metric]:.4g}" + (f" ± {error:.2g}" if error is not None else "")
+
+
 def format_samples(facts: Facts) -> Iterator[str]:
     """Yield the greedy answer of base and tuned to every prompt."""
     yield "## Sample answers"

@@ -1,0 +1,231 @@
+"""Tasks through the real lm-evaluation-harness (`make test-lm-eval`), offline: local tasks and a tiny model."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from ropeway import evaluate
+from ropeway.errors import ConfigError, DataError
+from ropeway.evaluate import tasks as harness
+from ropeway.evaluate.opening import open_model
+from ropeway.evaluate.samples import encode_prompt
+from ropeway.params import load_profile
+from ropeway.stages import write_identity
+from tests.tiny_run import BLOCK, ROOT, make_run
+
+pytestmark = [
+    pytest.mark.harness,
+    pytest.mark.filterwarnings("default"),  # foreign ones: the harness imports some forty packages
+]
+
+BOS = 1
+TASK = """\
+task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: configs/tasks/few.jsonl}}
+output_type: {kind}
+test_split: test
+{rest}
+metadata: {{version: 2.0}}
+"""
+CHOICE = 'doc_to_text: "{{question}}"\ndoc_to_choice: "{{choices}}"\ndoc_to_target: "{{answer}}"'
+SAY = 'doc_to_text: "{{question}}"\ndoc_to_target: "It is {{choices[answer]}}"'
+GREEDY = "{max_gen_toks: 6, do_sample: false, until: [x]}"
+KINDS = {
+    "few_choice": ("multiple_choice", CHOICE),
+    "few_shots": ("multiple_choice", f"{CHOICE}\nfewshot_split: test\nnum_fewshot: 1"),
+    "few_likely": ("loglikelihood", f"{SAY}\nmetric_list: [{{metric: acc}}]"),
+    "few_say": (
+        "generate_until",
+        f"{SAY}\ngeneration_kwargs: {GREEDY}\nmetric_list: [{{metric: exact_match}}]",
+    ),
+    "few_roll": (
+        "loglikelihood_rolling",
+        'doc_to_text: ""\ndoc_to_target: "{{question}}"\nmetric_list: [{metric: word_perplexity}]',
+    ),
+}
+GROUP = "group: few\ntask: [few_choice, few_say]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
+LINES = [
+    {"question": "Which is a list?", "choices": ["[1]", "(1,)", "{1}"], "answer": 0},
+    {"question": "Which is a tuple in Python code?", "choices": ["[1]", "(1,)", "{1}"], "answer": 1},
+    {"question": "Which of all of these is a set?", "choices": ["[1]", "(1,)", "{1}"], "answer": 2},
+]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+
+
+def lay_tasks(folder):
+    folder.mkdir(parents=True)
+    for name, (kind, rest) in KINDS.items():
+        (folder / f"{name}.yaml").write_text(TASK.format(name=name, kind=kind, rest=rest))
+    (folder / "few.yaml").write_text(GROUP)
+    (folder / "few.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
+
+
+def make_world(root, tasks):
+    workspace, profile = make_run(root, block=BLOCK.replace("tasks: []", f"tasks: [{', '.join(tasks)}]"))
+    lay_tasks(workspace.tasks)
+    for path in (ROOT / "configs" / "tasks").iterdir():
+        shutil.copyfile(path, workspace.tasks / path.name)
+    return workspace, profile
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    workspace, _ = make_world(tmp_path_factory.mktemp("run"), ())
+    return workspace, open_model(workspace.model, like=workspace.model)
+
+
+def ask(world, *names, model=None, max_length=96):
+    workspace, (opened, tokenizer) = world
+    tasks = harness.open_tasks(names, workspace.root, workspace.tasks)
+    return harness.run_tasks(model or opened, tokenizer, tasks, batch_size=2, max_length=max_length, seed=7)
+
+
+def seen_by(model, run):
+    """Return the rows of every forward pass that reads a prompt."""
+    rows = []
+
+    def note(_, args, kwargs):
+        ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+        rows.extend(ids.tolist() if ids.shape[1] > 1 else [])  # one token: generation goes on
+
+    hook = model.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        run()
+    finally:
+        hook.remove()
+    return rows
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_exactly_one_bos_reaches_the_model_and_stands_in_front(world, name):
+    rows = seen_by(world[1][0], lambda: ask(world, name))
+    assert rows
+    for row in rows:
+        said = row[row.index(BOS) :]
+        assert row.count(BOS) == 1
+        assert said[1] != 2
+        assert set(row[: -len(said)]) <= {2}  # padding on the left
+
+
+def test_a_prompt_is_the_one_that_the_sampling_report_uses(world):
+    _, (model, tokenizer) = world
+    rows = [row[row.index(BOS) :] for row in seen_by(model, lambda: ask(world, "few_say"))]
+    assert sorted(rows) == sorted(encode_prompt(tokenizer, line["question"]) for line in LINES)
+
+
+def test_accuracy_is_what_the_probabilities_of_the_answers_say(world):
+    _, (model, tokenizer) = world
+    right = 0
+    for line in LINES:
+        prompt = encode_prompt(tokenizer, line["question"])
+        told = []
+        for choice in line["choices"]:
+            answer = tokenizer(choice, add_special_tokens=False)["input_ids"]
+            with torch.inference_mode():
+                logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            told.append(float(logits[torch.arange(len(answer)), answer].sum()))
+        right += int(np.argmax(told)) == line["answer"]
+    score = ask(world, "few_choice")["few_choice"]
+    assert score.metrics["acc"] == pytest.approx(right / 3, abs=1e-6)
+    assert (score.version, score.shots, score.n) == ("2.0", 0, 3)
+    assert ask(world, "few_shots")["few_shots"].shots == 1
+
+
+def test_a_group_and_its_tasks_are_told_apart(world):
+    scores = ask(world, "few")
+    assert set(scores) == {"few", "few_choice", "few_say"}
+    assert scores["few"].metrics["acc"] == scores["few_choice"].metrics["acc"]
+    assert scores["few_say"].n == 3
+
+
+def test_base_and_tuned_are_asked_and_the_report_is_the_same_twice(tmp_path):
+    workspace, profile = make_world(tmp_path, ("python_basics", "few_say"))
+    seen = []
+    for _ in range(2):
+        evaluate.run(workspace, profile)
+        seen.append(workspace.evaluation.read_bytes())
+    assert seen[0] == seen[1]
+    report = json.loads(seen[0])
+    assert report["harness"] == f"lm_eval {harness.find_harness(())}"
+    assert set(report["tasks"]) == {"python_basics", "few_say"}
+    basics = report["tasks"]["python_basics"]
+    assert {key: basics[key] for key in ("version", "shots", "n")} == {"version": "1.0", "shots": 0, "n": 24}
+    for model in ("base", "tuned"):
+        assert set(basics[model]) == {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr"}
+        p = basics[model]["acc"]
+        assert p * 24 == pytest.approx(round(p * 24), abs=1e-4)
+        assert basics[model]["acc_stderr"] == pytest.approx((p * (1 - p) / 23) ** 0.5, abs=1e-5)
+
+
+def test_the_tasks_that_ship_have_one_right_answer_each_and_no_trivial_pattern():
+    text = (ROOT / "configs" / "tasks" / "python_basics.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert len(lines) == len({line["question"] for line in lines}) == 24
+    for line in lines:
+        assert len(set(line["choices"])) == 4
+        assert 0 <= line["answer"] < 4
+    assert max(np.bincount([line["answer"] for line in lines])) <= len(lines) / 3
+
+
+def test_a_changed_question_is_read_anew_and_changes_what_dvc_sees(tmp_path):
+    workspace, _ = make_world(tmp_path, ("few_choice",))
+    (tmp_path / "configs" / "zero2_cpu.json").write_text("{}")
+    _, profile = load_profile(tmp_path / "params.yaml")
+    (tmp_path / profile.deepspeed_config).write_text("{}")
+    model = open_model(workspace.model, like=workspace.model)
+    seen = []
+    for count in (3, 2):
+        (workspace.tasks / "few.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES[:count]))
+        write_identity(tmp_path)
+        seen.append(json.loads((workspace.identity / "prompts.json").read_bytes()))
+        assert ask((workspace, model), "few_choice")["few_choice"].n == count
+    assert seen[0]["digest"] != seen[1]["digest"]
+    assert seen[0]["of"]["harness"] == harness.find_harness(())
+
+
+def test_an_unknown_task_is_named_before_a_model_is_opened(tmp_path, monkeypatch):
+    workspace, profile = make_world(tmp_path, ("few_choise",))
+    monkeypatch.setattr("ropeway.evaluate.report.open_model", lambda *_, **__: pytest.fail("a model was opened"))
+    with pytest.raises(ConfigError, match=r"few_choise is neither in .*configs/tasks nor .*did you mean few_choice"):
+        evaluate.run(workspace, profile)
+
+
+def test_a_missing_data_file_is_named(world, tmp_path):
+    workspace, _ = world
+    shutil.copytree(workspace.tasks, tmp_path / "configs" / "tasks")
+    (tmp_path / "configs" / "tasks" / "few.jsonl").unlink()
+    with pytest.raises(ConfigError, match=r"the data of few_say cannot be read.*few.jsonl"):
+        harness.open_tasks(["few_say"], tmp_path, tmp_path / "configs" / "tasks")
+
+
+def test_a_figure_that_is_not_finite_fails(world):
+    _, (model, _) = world
+    broken = type(model)(model.config).eval()
+    torch.nn.init.constant_(broken.lm_head.weight, float("nan"))
+    with pytest.raises(DataError, match="task few_roll: word_perplexity is nan"):
+        ask(world, "few_roll", model=broken)
+
+
+def test_offline_a_data_set_of_the_hub_is_refused_at_once(tmp_path):
+    code = (
+        "from pathlib import Path; from ropeway.evaluate.tasks import open_tasks; "
+        "open_tasks(['arc_easy'], Path(), Path('none'))"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    child = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert "ConfigError: params.yaml: evaluation.tasks: the data of arc_easy cannot be read" in child.stderr
+    assert "HF_HUB_OFFLINE is set" in child.stderr

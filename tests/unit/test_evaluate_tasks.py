@@ -1,0 +1,71 @@
+"""What is true of tasks where lm-evaluation-harness is not installed; tests/harness has the rest."""
+
+import importlib.metadata
+import json
+
+import pytest
+
+from ropeway import evaluate
+from ropeway.errors import ConfigError
+from ropeway.evaluate.tasks import TaskScore, report_tasks
+from ropeway.stages import write_identity
+from tests.tiny_run import BLOCK, ROOT, make_run
+
+NAMED = BLOCK.replace("tasks: []", "tasks: [python_basics]")
+
+
+@pytest.fixture
+def bare(monkeypatch):
+    """An interpreter without the extra."""
+    real = importlib.metadata.version
+
+    def version(name):
+        if name == "lm_eval":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+
+
+def lay_configs(root):
+    for name in ("zero_config_pretrain.json", "zero2_cpu.json", "zero3_cpu.json"):
+        (root / "configs" / name).write_text((ROOT / "configs" / name).read_text())
+
+
+@pytest.mark.usefixtures("bare")
+def test_a_task_without_the_harness_says_what_to_install(tmp_path, monkeypatch):
+    workspace, profile = make_run(tmp_path, block=NAMED)
+    monkeypatch.setattr("ropeway.evaluate.report.open_model", lambda *_, **__: pytest.fail("a model was opened"))
+    with pytest.raises(ConfigError, match=r"tasks names python_basics, and .* `make setup EXTRAS=eval` installs it"):
+        evaluate.run(workspace, profile)
+
+
+@pytest.mark.usefixtures("bare")
+def test_it_is_said_before_anything_is_trained(tmp_path):
+    make_run(tmp_path, block=NAMED)
+    lay_configs(tmp_path)
+    with pytest.raises(ConfigError, match="make setup EXTRAS=eval"):
+        write_identity(tmp_path)
+
+
+@pytest.mark.usefixtures("bare")
+def test_without_tasks_nothing_asks_for_the_harness_or_looks_at_their_folder(tmp_path):
+    workspace, _ = make_run(tmp_path)
+    lay_configs(tmp_path)
+    workspace.tasks.mkdir()
+    (workspace.tasks / "a.yaml").write_text("task: a\n")
+    write_identity(tmp_path)
+    assert set(json.loads((workspace.identity / "prompts.json").read_bytes())["of"]) == {"prompts", "sampling"}
+
+
+def test_base_and_tuned_stand_beside_each_other_in_the_report():
+    base, tuned = (TaskScore("1.0", 2, 24, {"acc": value, "acc_stderr": 0.1}) for value in (0.25, 0.5))
+    assert report_tasks({"base": {"t": base}, "tuned": {"t": tuned}}) == {
+        "t": {
+            "version": "1.0",
+            "shots": 2,
+            "n": 24,
+            "base": {"acc": 0.25, "acc_stderr": 0.1},
+            "tuned": {"acc": 0.5, "acc_stderr": 0.1},
+        }
+    }
