@@ -28,10 +28,11 @@ from ropeway.train import saving
 from ropeway.train.attention import choose_attention
 from ropeway.train.config import load_deepspeed_json, plan_deepspeed
 from ropeway.train.leftovers import meet
-from ropeway.train.loop import Run, train
+from ropeway.train.loop import train
 from ropeway.train.model import open_model
 from ropeway.train.progress import Progress
 from ropeway.train.rank import open_run
+from ropeway.train.running import Run
 from ropeway.train.watch import Watchdog
 from ropeway.workspace import Workspace
 

@@ -120,13 +120,16 @@ def _training(case: Case, *, with_pictures: bool) -> Iterator[str]:
     if case.old:
         curves += loss_curves(case.old.steps, f"production, v{case.old.facts['number']}", colour=COLOURS[1])[:1]
     svg = draw_curves(curves)
+    made = [step for step in case.new.steps if not step.get("left_out")]
     if with_pictures and svg:
         yield f"![loss by step]({data_uri(svg)})"
     elif case.new.steps:
-        first, last = case.new.steps[0], case.new.steps[-1]
+        first, last = (made or case.new.steps)[0], (made or case.new.steps)[-1]
         yield f"{len(case.new.steps):,} steps, loss {first.get('loss', '?')} → {last.get('loss', '?')}."
     else:
         yield "No steps are kept in this package."
+    if left := len(case.new.steps) - len(made):
+        yield f"{left:,} steps were passed over with their rows: the numbers went wrong there and training went back."
     yield _history(case.new)
 
 

@@ -48,7 +48,9 @@ tiny:
     rope_theta: 10000.0
     rms_norm_eps: 1e-5
     tie_word_embeddings: false
-  stop: {max_skipped_in_row: 5, spike_window_steps: 8, spike_ratio: 2.0, max_spikes_in_row: 3, hang_seconds: null}
+  stop:
+    {max_skipped_in_row: 5, spike_window_steps: 8, spike_ratio: 2.0, max_spikes_in_row: 3, rewinds: 0,
+    hang_seconds: null}
   duplicates: {exact: count, near: count, threshold: 0.8, permutations: 128, ngram: 5}
   contamination: {ngram: 13, action: count, prompts: []}
   evaluation:
@@ -93,7 +95,10 @@ def make_run(root: Path, room: str = "evaluate", *, block: str = BLOCK) -> tuple
 def finish_run(workspace: Workspace, profile: Profile) -> None:
     """Lay what train and evaluate leave beside the model, and the ledger."""
     evaluate.run(workspace, profile.reading(READS["evaluate"]))
-    write_json(workspace.train_metrics, {"steps": 3, "applied_steps": 3, "epochs": 1, "final_loss": 5.25})
+    write_json(
+        workspace.train_metrics,
+        {"steps": 3, "applied_steps": 3, "rewinds": 0, "rows_left_out": 0, "epochs": 1, "final_loss": 5.25},
+    )
     accounts = tuple(
         Account(
             name=name,

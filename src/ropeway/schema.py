@@ -97,12 +97,16 @@ class Lora(Section):
 
 
 class StopRules(Section):
-    """When training ends itself, the last good checkpoint named. None of it changes a step that is made.
+    """When training ends itself, the last good checkpoint named, or goes back and leaves rows out.
+
+    No stage depends on it: a run that no rule ends is the same under all of them, and what was left out is recorded.
 
     Attributes:
         max_skipped_in_row: Steps skipped for overflow, one after another.
         spike_ratio: A loss is a spike above this many times the median of the last `spike_window_steps` calm ones.
         max_spikes_in_row: One spike passes by itself; so many in a row are a divergence.
+        rewinds: How often a run goes back to its last good checkpoint instead, and passes over the steps whose loss
+            or gradient was not finite, or which spiked.
         hang_seconds: A micro-batch that takes longer hangs; null: 20 times the usual one, at least 10 minutes.
     """
 
@@ -110,6 +114,7 @@ class StopRules(Section):
     spike_window_steps: Positive
     spike_ratio: Annotated[float, Field(gt=1)]
     max_spikes_in_row: Positive
+    rewinds: Annotated[int, Field(ge=0)]
     hang_seconds: Annotated[float, Field(gt=0)] | None
 
 

@@ -44,7 +44,9 @@ tiny:
     rope_theta: 10000.0
     rms_norm_eps: 1e-5
     tie_word_embeddings: false
-  stop: {max_skipped_in_row: 5, spike_window_steps: 8, spike_ratio: 2.0, max_spikes_in_row: 3, hang_seconds: null}
+  stop:
+    {max_skipped_in_row: 5, spike_window_steps: 8, spike_ratio: 2.0, max_spikes_in_row: 3, rewinds: 0,
+    hang_seconds: null}
   duplicates: {exact: count, near: count, threshold: 0.8, permutations: 128, ngram: 5}
   contamination: {ngram: 13, action: count, prompts: [configs/prompts.jsonl]}
   evaluation:

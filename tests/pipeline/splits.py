@@ -21,9 +21,10 @@ def main(root, normalisation, *sizes):
     from ropeway.train.attention import Attention
     from ropeway.train.config import plan_deepspeed
     from ropeway.train.leftovers import meet
-    from ropeway.train.loop import Run, take_step
+    from ropeway.train.loop import take_step
     from ropeway.train.loss import SupervisedLoss
     from ropeway.train.model import open_model
+    from ropeway.train.running import Run
     from ropeway.workspace import Workspace
 
     meet()

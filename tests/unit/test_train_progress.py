@@ -52,6 +52,12 @@ def test_a_skipped_step_says_so_and_claims_no_norm():
     assert "1 h 23 min left" in text
 
 
+def test_a_step_that_was_passed_over_says_so_and_how_many_rows():
+    none = {"loss": None, "grad_norm": None, "tokens_per_second": None, "mfu": None, "eta_seconds": 5}
+    text = describe(line(5, applied=0, left_out=128, validation_topics=4.5) | none)
+    assert text == "[==========          ] step 5/10  its 128 rows are LEFT OUT  validation topics 4.500"
+
+
 def test_the_record_of_an_attempt_sums_it_up(progress):
     progress.show(line(1))
     progress.saved(2.0)

@@ -5,9 +5,11 @@ import math
 import pytest
 
 from ropeway.schema import StopRules
-from ropeway.train.stop import count_spikes, why_stop
+from ropeway.train.stop import count_spikes, find_fault
 
-RULES = StopRules(max_skipped_in_row=3, spike_window_steps=4, spike_ratio=2.0, max_spikes_in_row=2, hang_seconds=None)
+RULES = StopRules(
+    max_skipped_in_row=3, spike_window_steps=4, spike_ratio=2.0, max_spikes_in_row=2, rewinds=0, hang_seconds=None
+)
 
 
 def lines(*losses, applied=None, scale=1.0, norm=1.0):
@@ -18,8 +20,13 @@ def lines(*losses, applied=None, scale=1.0, norm=1.0):
     ]
 
 
-def why(log, *, fp16=False, floor=None):
-    return why_stop(log, RULES, fp16=fp16, floor=floor)
+def fault(log, *, fp16=False, floor=None):
+    return find_fault(log, RULES, fp16=fp16, floor=floor)
+
+
+def why(log, **options):
+    found = fault(log, **options)
+    return found and found.why
 
 
 def test_falling_noisy_losses_and_one_spike_go_on():
@@ -69,3 +76,28 @@ def test_overflows_of_fp16_go_on_until_too_many_in_a_row():
 def test_an_overflow_at_the_lowest_scale_ends_the_run_and_reaching_it_without_one_does_not():
     assert "lowest loss scale, 1" in why(lines(6, applied=[0], scale=1.0), fp16=True, floor=1.0)
     assert why(lines(6, applied=[1], scale=1.0), fp16=True, floor=1.0) is None
+
+
+def test_rows_are_suspected_for_numbers_and_never_for_a_loss_scale():
+    assert fault(lines(6.0, math.nan)).steps == range(2, 3)
+    assert fault(lines(6.0, norm=math.nan)).steps == range(1, 2)
+    assert fault(lines(6.0, applied=[0])).steps == range(1, 2)
+    assert len(fault(lines(6, applied=[0], scale=1.0), fp16=True, floor=1.0).steps) == 0
+    assert len(fault(lines(6, 6, 6, applied=[0, 0, 0], scale=8.0), fp16=True, floor=1.0).steps) == 0
+
+
+def test_the_spikes_and_the_overflows_between_them_are_suspected_not_the_calm_steps():
+    log = lines(6, 6, 6, 6, 6, 13, 99, 14, applied=[1, 1, 1, 1, 1, 1, 0, 1], scale=4.0)
+    found = fault(log, fp16=True)
+    assert found.steps == range(6, 9)
+    assert found.why.startswith("steps 6 to 8: 2 losses in a row")
+
+
+def test_steps_that_were_passed_over_count_as_nothing():
+    left = {"loss": None, "applied": 0, "grad_norm": None, "loss_scale": 4.0, "left_out": 128}
+    log = lines(6, 6, 6, 6, 6, 6, 13, applied=[1, 1, 1, 1, 1, 0, 1], scale=4.0)
+    log.insert(6, {"step": 7, **left})
+    assert fault(log, fp16=True) is None
+    skipped = [lines(6, applied=[0], scale=4.0)[0]] * 2
+    assert fault([skipped[0], {"step": 2, **left}, skipped[1]], fp16=True, floor=1.0) is None
+    assert fault([*skipped, {"step": 3, **left}, skipped[1]], fp16=True, floor=1.0).why.startswith("step 1: 3 steps")

@@ -78,6 +78,18 @@ def format_front_matter(facts: Facts) -> str:
     return "\n".join(["---", *lines, "---"])
 
 
+def describe_steps(facts: Facts) -> str:
+    """Return how many steps were applied, skipped, and left out with their rows."""
+    left = facts.train["rows_left_out"] // facts.profile.global_batch_size
+    said = f"{facts.applied_steps:,} applied, {facts.steps - facts.applied_steps - left:,} skipped for overflow"
+    if not left:
+        return said
+    return (
+        f"{said}, {left:,} passed over with their {facts.train['rows_left_out']:,} rows because the numbers went wrong "
+        f"there: training went back {facts.train['rewinds']:,} times, steps.csv has the steps"
+    )
+
+
 def introduce(facts: Facts, written: Written) -> Iterator[str]:
     """Yield title, what the model is, and the list of facts."""
     profile, card = facts.profile, facts.profile.card
@@ -90,7 +102,7 @@ def introduce(facts: Facts, written: Written) -> Iterator[str]:
     texts = [text for kind, text in (("conversation", "conversations"), ("document", "plain text")) if kind in kinds]
     yield f"This model is {made} on {' and '.join(texts)}, with a context of {profile.max_length:,} tokens."
     yield f"Note: **At least Hugging Face transformers {facts.loader} is required to load this model.**"
-    applied = f"{facts.applied_steps:,} applied, {facts.steps - facts.applied_steps:,} skipped for overflow"
+    applied = describe_steps(facts)
     items = [
         f"base model: {base}",
         f"License: [{card.license_name}]({card.license_link})",

@@ -19,6 +19,7 @@ from ropeway.train.config import load_deepspeed_json
 from ropeway.train.fingerprint import Fingerprint, take_fingerprint
 from ropeway.train.launch import free_port, plan_command, plan_environment
 from ropeway.train.leftovers import clear_dead_locks, extensions_folder, unlink_buffers
+from ropeway.train.stop import made
 from ropeway.train.universal import make_loadable
 from ropeway.workspace import Workspace
 
@@ -90,28 +91,33 @@ def _leave_files(workspace: Workspace, profile: Profile, fingerprint: Fingerprin
         raise DataError(f"{folder}: the last checkpoint is not the exported step {model['steps']}; run the stage again")
     log = last.log()
     write_atomic(workspace.steps, _csv(log).encode())
-    write_json(workspace.train_metrics, _metrics(log, profile, fingerprint))
+    write_json(workspace.train_metrics, _metrics(log, last.facts["rewinds"], profile, fingerprint))
     attempts = (folder / "attempts.jsonl").read_text(encoding="utf-8").splitlines()
     facts = {
         "fingerprint": fingerprint.digest,
         "parts": fingerprint.parts,
         "attempts": [json.loads(a) for a in attempts],
+        "rewinds": last.facts["rewinds"],
     }
     write_json(workspace.timings, facts)
 
 
-def _metrics(log: list[dict[str, Any]], profile: Profile, fingerprint: Fingerprint) -> dict[str, Any]:
-    end = log[-1]
+def _metrics(
+    log: list[dict[str, Any]], rewinds: list[dict[str, Any]], profile: Profile, fingerprint: Fingerprint
+) -> dict[str, Any]:
+    end, steps = log[-1], made(log)
     names = [name for name, _ in profile.mixture]
     return {
         "fingerprint": fingerprint.digest,
         "steps": len(log),
         "applied_steps": sum(line["applied"] for line in log),
+        "rewinds": len(rewinds),
+        "rows_left_out": sum(rewind["rows"] for rewind in rewinds),
         "epochs": profile.num_train_epochs,
         "tokens": sum(line["tokens"] for line in log),
         "supervised_tokens": sum(line["supervised_tokens"] for line in log),
-        "first_loss": round(log[0]["loss"], 6),
-        "final_loss": round(end["loss"], 6),
+        "first_loss": round(steps[0]["loss"], 6),
+        "final_loss": round(steps[-1]["loss"], 6),
         "validation": {name: _rounded(end.get(f"validation_{name}")) for name in names},
     }
 

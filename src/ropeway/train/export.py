@@ -10,8 +10,8 @@ import torch
 from ropeway.manifest import load_manifest, whole_folder, write_manifest
 from ropeway.train.adapters import merge_adapters
 from ropeway.train.attention import Attention
-from ropeway.train.loop import Run
 from ropeway.train.model import open_model
+from ropeway.train.running import Run
 from ropeway.train.stop import Line
 from ropeway.workspace import Workspace
 from ropeway.zero import PARTITIONED_STAGE

@@ -4,9 +4,7 @@ import math
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,86 +12,12 @@ from torch import Tensor
 
 from ropeway.errors import TrainingError
 from ropeway.mixture import rank_order
-from ropeway.params import Profile
-from ropeway.rows import Batch, EpochPlan, Row, collate, join, locate, plan_epoch, validation_rows
-from ropeway.shards import Shards
-from ropeway.train.flops import step_flops, token_flops
+from ropeway.rows import Batch, collate, validation_rows
+from ropeway.train.flops import step_flops
 from ropeway.train.loss import micro_batch_loss, token_loss
+from ropeway.train.running import Run
 from ropeway.train.schedule import learning_rate
-from ropeway.train.stop import Line, count_spikes, why_stop
-
-
-@dataclass
-class Run:
-    """What one rank trains with.
-
-    Attributes:
-        engine: The DeepSpeed engine around `SupervisedLoss`.
-        accumulation_steps: Micro-batches per rank per optimizer step.
-        beat: Called before every forward pass, so that a watchdog sees the run is alive.
-    """
-
-    profile: Profile
-    shards: Shards
-    engine: Any
-    rank: int
-    world_size: int
-    accumulation_steps: int
-    plans: dict[int, EpochPlan] = field(default_factory=dict)
-    beat: Callable[[], None] = lambda: None
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        device: torch.device = self.engine.device
-        return device
-
-    @property
-    def names(self) -> list[str]:
-        """The sources, in the order of the shards."""
-        return [source.name for source in self.shards.sources]
-
-    def plan(self, epoch: int) -> EpochPlan:
-        """Return the plan of an epoch; one is kept."""
-        if epoch not in self.plans:
-            self.plans.clear()
-            self.plans[epoch] = plan_epoch(self.shards, self.profile, epoch=epoch)
-        return self.plans[epoch]
-
-    @cached_property
-    def epoch_steps(self) -> list[int]:
-        """Optimizer steps of each epoch; packed epochs may differ by a row or two."""
-        return [self.plan(epoch).steps for epoch in range(self.profile.num_train_epochs)]
-
-    @cached_property
-    def token_flops(self) -> float:
-        """What one token needs of the model's matrix products, forward and backward."""
-        return token_flops(self.engine.module.model)
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        return sum(self.epoch_steps)
-
-    def rows(self, step: int) -> tuple[int, list[int]]:
-        """Return (epoch, positions in it) of all rows of a step (1-based), over all ranks."""
-        epoch, inner = locate(self.epoch_steps, step - 1)
-        size = self.profile.global_batch_size
-        return epoch, list(range(inner * size, (inner + 1) * size))
-
-    def dealt(self, step: int) -> list[Row]:
-        """Return this rank's rows of a step: every `world_size`-th, as the original's sampler deals."""
-        epoch, positions = self.rows(step)
-        plan = self.plan(epoch)
-        return [plan.row(position) for position in rank_order(positions, rank=self.rank, world_size=self.world_size)]
-
-    def batches(self, rows: Sequence[Row]) -> Iterator[Batch]:
-        """Yield the micro-batches of this rank's rows."""
-        size = self.profile.per_device_train_batch_size
-        for begin in range(0, len(rows), size):
-            cut = rows[begin : begin + size]
-            packed = self.profile.layout == "packed"
-            yield collate([join(cut)] if packed else cut, self.shards, self.profile)
+from ropeway.train.stop import Fault, Line, count_spikes, find_fault, made
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +36,15 @@ class Taken:
     machine: Line
 
 
+class FaultError(TrainingError):
+    """A rule of `stop` was broken; every rank raises the same at the same step."""
+
+    def __init__(self, fault: Fault) -> None:
+        """Keep the fault for who may go back."""
+        super().__init__(fault.why)
+        self.fault = fault
+
+
 def train(
     run: Run,
     log: list[Line],
@@ -125,18 +58,17 @@ def train(
     A save that falls due among spikes waits for a calm step, so every checkpoint but the last is a good one.
 
     Raises:
-        TrainingError: The numbers went wrong (`ropeway.train.stop`), or no step was applied.
+        FaultError: The numbers went wrong (`ropeway.train.stop`); `log` ends with the step that showed it.
+        TrainingError: No step was applied.
     """
     due = False
     for step in range(len(log) + 1, run.total_steps + 1):
         began = time.perf_counter()
-        # Dropout of LoRA is all that draws here: from (seed, step, rank), so that a resumed run draws the same.
-        torch.manual_seed(step_seed(run.profile.rng_seed, step, run.rank))
-        taken = take_step(run, step, log, stop=stop)
+        taken = pass_over(run, step, log, stop=stop) if run.is_left_out(step) else take_step(run, step, log, stop=stop)
         line, stopping, last = taken.line, taken.stopping, step == run.total_steps
         log.append(line)
-        if why := why_stop(log, run.profile.stop, fp16=run.profile.dtype == "fp16", floor=_scale_floor(run)):
-            raise TrainingError(why)
+        if made(log[-1:]) and (fault := _find_fault(run, log)):
+            raise FaultError(fault)
         seconds = time.perf_counter() - began
         if last or step % run.profile.eval_steps == 0:
             line |= {f"validation_{name}": loss for name, loss in validate(run).items()}
@@ -161,6 +93,8 @@ def step_seed(seed: int, step: int, rank: int) -> int:
 
 def take_step(run: Run, step: int, log: Sequence[Line], *, stop: Callable[[], bool]) -> Taken:
     """Make one optimizer step over all ranks."""
+    # Dropout of LoRA is all that draws here: from (seed, step, rank), so that a resumed run draws the same.
+    torch.manual_seed(step_seed(run.profile.rng_seed, step, run.rank))
     applied = log[-1]["applied_steps"] if log else 0
     expected = learning_rate(run.profile, applied, total_steps=run.total_steps)
     rate = float(run.engine.optimizer.param_groups[0]["lr"])
@@ -180,9 +114,31 @@ def take_step(run: Run, step: int, log: Sequence[Line], *, stop: Callable[[], bo
     sums[3] = step_flops(run.token_flops, run.engine.module.model.config, rows)
     sums[4 + 2 * count + run.rank] = _peak_memory(run.device)
     sums = _sum(run, sums)
-    line = _line(run, step, sums, rate, applied)
+    line = _line(run, step, sums, rate, log)
     machine = {"model_flops": float(sums[3]), "peak_memory_bytes": int(sums[4 + 2 * count :].max())}
     return Taken(line, bool(sums[2]), machine)
+
+
+def pass_over(run: Run, step: int, log: Sequence[Line], *, stop: Callable[[], bool]) -> Taken:
+    """Leave out the rows of a step: nothing is read or learned, and the schedule, which counts applied steps, waits."""
+    epoch, positions = run.rows(step)
+    line = {
+        "step": step,
+        "epoch": epoch,
+        "loss": None,
+        "learning_rate": float(run.engine.optimizer.param_groups[0]["lr"]),
+        "grad_norm": None,
+        "loss_scale": _loss_scale(run),
+        "applied": 0,
+        "applied_steps": log[-1]["applied_steps"] if log else 0,
+        "skipped_steps": log[-1]["skipped_steps"] if log else 0,
+        "tokens": 0,
+        "supervised_tokens": 0,
+        "rows": run.plan(epoch).span(positions[0], positions[-1] + 1),
+        **{f"loss_{name}": None for name in run.names},
+        "left_out": len(positions),
+    }
+    return Taken(line, _is_asked(run, stop), {"model_flops": 0.0, "peak_memory_bytes": _peak_memory(run.device)})
 
 
 def forward_backward(run: Run, batches: Sequence[Batch]) -> Iterator[tuple[Batch, float, Tensor]]:
@@ -198,23 +154,23 @@ def forward_backward(run: Run, batches: Sequence[Batch]) -> Iterator[tuple[Batch
         yield batch, float(loss.detach()), losses.detach()
 
 
-def _line(run: Run, step: int, sums: Tensor, rate: float, applied_before: int) -> Line:
+def _line(run: Run, step: int, sums: Tensor, rate: float, log: Sequence[Line]) -> Line:
+    before = log[-1] if log else {"applied_steps": 0, "skipped_steps": 0}
     epoch, positions = run.rows(step)
     count = len(run.names)
     losses, supervised = sums[4 : 4 + count].tolist(), sums[4 + count : 4 + 2 * count].tolist()
     applied = int(run.engine.was_step_applied())
     norm = run.engine.get_global_grad_norm() if applied else None  # after a skip it still is the norm of an older step
-    fp16 = run.profile.dtype == "fp16"
     return {
         "step": step,
         "epoch": epoch,
         "loss": float(sums[0]),
         "learning_rate": rate,
         "grad_norm": None if norm is None else float(norm),
-        "loss_scale": float(run.engine.optimizer.loss_scale) if fp16 else 1.0,
+        "loss_scale": _loss_scale(run),
         "applied": applied,
-        "applied_steps": applied_before + applied,
-        "skipped_steps": step - applied_before - applied,
+        "applied_steps": before["applied_steps"] + applied,
+        "skipped_steps": before["skipped_steps"] + 1 - applied,
         "tokens": int(sums[1]),
         "supervised_tokens": int(sum(supervised)),
         "rows": run.plan(epoch).span(positions[0], positions[-1] + 1),
@@ -223,6 +179,14 @@ def _line(run: Run, step: int, sums: Tensor, rate: float, applied_before: int) -
             for name, total, tokens in zip(run.names, losses, supervised, strict=True)
         },
     }
+
+
+def _find_fault(run: Run, log: Sequence[Line]) -> Fault | None:
+    return find_fault(log, run.profile.stop, fp16=run.profile.dtype == "fp16", floor=_scale_floor(run))
+
+
+def _loss_scale(run: Run) -> float:
+    return float(run.engine.optimizer.loss_scale) if run.profile.dtype == "fp16" else 1.0
 
 
 def _scale_floor(run: Run) -> float | None:

@@ -10,7 +10,8 @@ import torch
 from ropeway.errors import ConfigError, TrainingError
 from ropeway.rows import Row, collate
 from ropeway.train import checkpoints
-from ropeway.train.loop import Run, forward_backward, to_tensors
+from ropeway.train.loop import forward_backward, to_tensors
+from ropeway.train.running import Run
 
 # fp32: tests/unit/test_packing.py holds packed rows to 1e-4. The 16-bit limits are rounding by estimate, not measured.
 ISOLATION_TOLERANCE = {"fp32": 1e-3, "fp16": 0.02, "bf16": 0.1}

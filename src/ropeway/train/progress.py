@@ -42,6 +42,7 @@ class Progress:
     checkpoints: int = 0
     checkpoint_seconds: float = 0.0
     peak_memory_bytes: int = 0
+    rewinds: int = 0
 
     def __post_init__(self) -> None:
         """Start the clock."""
@@ -79,6 +80,7 @@ class Progress:
             "checkpoints": self.checkpoints,
             "checkpoint_seconds": self.checkpoint_seconds,
             "checkpoint_stall_fraction": self.checkpoint_seconds / elapsed if elapsed else None,
+            "rewinds": self.rewinds,
             "ended": ended,
             **more,
         }
@@ -109,8 +111,11 @@ def _append(path: Path, record: Line) -> None:
 def describe(line: Line) -> str:
     """Return a step in one line: bar, step, what was learned, how fast, and how long it will take."""
     done = line["step"] * _BAR_CELLS // line["total_steps"]
+    bar = f"[{'=' * done}{' ' * (_BAR_CELLS - done)}] step {line['step']}/{line['total_steps']}"
+    if line.get("left_out"):
+        return "  ".join([bar, f"its {line['left_out']} rows are LEFT OUT", *_validation(line)])
     parts = [
-        f"[{'=' * done}{' ' * (_BAR_CELLS - done)}] step {line['step']}/{line['total_steps']}",
+        bar,
         f"loss {line['loss']:.4f}",
         f"lr {line['learning_rate']:.2e}",
         f"norm {line['grad_norm']:.2f}" if line["grad_norm"] is not None else "norm -",
@@ -124,12 +129,15 @@ def describe(line: Line) -> str:
         parts.append(f"MFU {line['mfu']:.1%}")
     parts.append(f"{line['peak_memory_bytes'] / 2**30:.1f} GiB")
     parts.append(f"{say_seconds(line['eta_seconds'])} left")
-    parts += [
+    return "  ".join([*parts, *_validation(line)])
+
+
+def _validation(line: Line) -> list[str]:
+    return [
         f"validation {key.removeprefix('validation_')} {value:.3f}"
         for key, value in line.items()
         if key.startswith("validation_") and value is not None
     ]
-    return "  ".join(parts)
 
 
 def say_seconds(seconds: float) -> str:

@@ -23,18 +23,19 @@ from ropeway.memory import DTYPE_BYTES, stored_bytes
 from ropeway.params import READS, UNHASHED, load_profile
 from ropeway.shards import REMEDY, open_shards
 from ropeway.tracking import About, Tracker, describe_mirror, open_tracker
-from ropeway.train import checkpoints, saving
+from ropeway.train import checkpoints, rewind, saving
 from ropeway.train.attention import Attention, choose_attention
 from ropeway.train.config import load_deepspeed_json, plan_deepspeed
 from ropeway.train.disk import check_disk
 from ropeway.train.export import export_model
 from ropeway.train.launch import adopt_slurm
 from ropeway.train.leftovers import meet
-from ropeway.train.loop import Run, train
+from ropeway.train.loop import FaultError, train
 from ropeway.train.loss import SupervisedLoss
 from ropeway.train.model import check_rope, count_weights, learning, open_model
 from ropeway.train.probe import check_isolation, try_worst_step
 from ropeway.train.progress import Progress
+from ropeway.train.running import Run
 from ropeway.train.stop import Line
 from ropeway.train.watch import Watchdog
 from ropeway.workspace import Workspace
@@ -82,6 +83,7 @@ def main(root: Path, name: str, fingerprint: str) -> None:
     watchdog = Watchdog(limit_seconds=profile.stop.hang_seconds)
     run.beat = watchdog.beat
     with watchdog.slowly(_state_bytes(run)):
+        rewind.recall(run, folder, checkpoint)
         log = saving.resume(run, checkpoint)
         facts = {"resumed_from_step": len(log), **_try_out(run, folder, log), **_describe(run, attention)}
     stop = Stop()  # before this there is nothing to save: TERM ends the rank at once
@@ -128,10 +130,19 @@ def _train(run: Run, log: list[Line], folder: Path, *, stop: Stop, progress: Pro
         if run.rank == 0:
             progress.show(line)
 
-    try:
-        return train(run, log, save=save, stop=stop, show=show)
-    except TrainingError as error:
-        raise TrainingError(f"{error}.\n{checkpoints.name_last_good(folder)}") from None
+    while True:
+        try:
+            return train(run, log, save=save, stop=stop, show=show)
+        except FaultError as error:
+            with watchdog.slowly(_state_bytes(run)):
+                earlier = rewind.go_back(run, folder, error.fault)
+            if earlier is None:
+                used = rewind.count_used(error.fault, run.rewinds, allowed=run.profile.stop.rewinds)
+                raise TrainingError(f"{error}.\n{used}{checkpoints.name_last_good(folder)}") from None
+            log[:] = earlier
+            progress.rewinds += 1
+        except TrainingError as error:
+            raise TrainingError(f"{error}.\n{checkpoints.name_last_good(folder)}") from None
 
 
 def _try_out(run: Run, folder: Path, log: list[Line]) -> dict[str, Any]:
@@ -245,7 +256,9 @@ def _describe(run: Run, attention: Attention) -> dict[str, Any]:
 
 def _fail(error: RopewayError) -> NoReturn:
     """Say what happened and end this rank; the launcher ends those that wait for it in a collective."""
-    agreed = isinstance(error, TrainingError | StoppedError)  # every rank raises the same: once is enough
+    agreed = isinstance(
+        error, TrainingError | StoppedError | rewind.RestartError
+    )  # every rank raises the same: once is enough
     if not agreed or os.environ.get("RANK", "0") == "0":
         print(f"{error}", file=sys.stderr, flush=True)
     if agreed:

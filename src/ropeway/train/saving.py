@@ -1,5 +1,6 @@
 """Checkpoints of a live engine: saving one over all ranks, resuming from the newest."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import deepspeed
@@ -8,7 +9,7 @@ import torch
 from ropeway.errors import ConfigError
 from ropeway.train import checkpoints
 from ropeway.train.disk import explain_failed_save
-from ropeway.train.loop import Run
+from ropeway.train.running import Run
 from ropeway.train.stop import Line
 
 
@@ -42,7 +43,8 @@ def _save(run: Run, folder: Path, log: list[Line]) -> Path:
     run.engine.save_checkpoint(str(partial), tag=checkpoints.STATE, save_latest=False)
     torch.distributed.barrier()
     if run.rank == 0:
-        checkpoints.commit(folder, len(log), log, {"ranks": run.world_size, **versions()})
+        facts = {"ranks": run.world_size, "rewinds": [asdict(rewind) for rewind in run.rewinds], **versions()}
+        checkpoints.commit(folder, len(log), log, facts)
         checkpoints.rotate(folder, keep=run.profile.save_total_limit)
     torch.distributed.barrier()
     return checkpoints.step_folder(folder, len(log))

@@ -1,7 +1,8 @@
-"""When a run must end itself: pure rules over its log. Nothing here touches an engine or a file."""
+"""When a run must end itself or go back: pure rules over its log. Nothing here touches an engine or a file."""
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -10,7 +11,20 @@ from ropeway.params import StopRules
 Line = dict[str, Any]
 
 
-def why_stop(log: Sequence[Line], rules: StopRules, *, fp16: bool, floor: float | None) -> str | None:
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What a rule found wrong after a step.
+
+    Attributes:
+        why: What is wrong, at which steps, and what a person can do.
+        steps: The steps whose rows may be at fault; empty where the loss scale is.
+    """
+
+    why: str
+    steps: range
+
+
+def find_fault(log: Sequence[Line], rules: StopRules, *, fp16: bool, floor: float | None) -> Fault | None:
     """Return why training must not go on after the last line of `log`; None when it may.
 
     Args:
@@ -21,41 +35,55 @@ def why_stop(log: Sequence[Line], rules: StopRules, *, fp16: bool, floor: float 
     """
     line = log[-1]
     step = line["step"]
+    this = range(step, step + 1)
     if not math.isfinite(line["loss"]):
-        return f"step {step}: the loss is {line['loss']}. Lower learning_rate, or look at the rows of this step"
+        why = f"step {step}: the loss is {line['loss']}. Lower learning_rate, or look at the rows of this step"
+        return Fault(why, this)
+    if not line["applied"] and not fp16:
+        why = (
+            f"step {step}: a gradient is not finite, so the step was not applied. Lower learning_rate, or look at the "
+            "rows of this step"
+        )
+        return Fault(why, this)
     if not line["applied"]:
-        return _why_stop_skipping(log, rules, fp16=fp16, floor=floor)
+        return _find_overflow(made(log), rules, floor=floor)
     if line["grad_norm"] is not None and not math.isfinite(line["grad_norm"]):
-        return f"step {step}: the gradient norm is {line['grad_norm']}. Lower learning_rate or max_grad_norm"
+        why = f"step {step}: the gradient norm is {line['grad_norm']}. Lower learning_rate or max_grad_norm"
+        return Fault(why, this)
     spikes = count_spikes(log, rules)
-    if spikes >= rules.max_spikes_in_row:
-        calm = median(_calm(_applied(log, rules)[:-spikes], rules))
-        return (
-            f"steps {step - spikes + 1} to {step}: {spikes} losses in a row lie above stop.spike_ratio "
-            f"{rules.spike_ratio:g} x {calm:.4f}, the median before them; the last is {line['loss']:.4f}. Lower "
-            "learning_rate, look at the rows of these steps, or raise the rule"
-        )
-    return None
+    if spikes < rules.max_spikes_in_row:
+        return None
+    recent = _applied(log, rules)
+    begin, calm = recent[-spikes]["step"], median(_calm(recent[:-spikes], rules))
+    why = (
+        f"steps {begin} to {step}: {spikes} losses in a row lie above stop.spike_ratio {rules.spike_ratio:g} x "
+        f"{calm:.4f}, the median before them; the last is {line['loss']:.4f}. Lower learning_rate, look at the rows "
+        "of these steps, or raise the rule"
+    )
+    return Fault(why, range(begin, step + 1))
 
 
-def _why_stop_skipping(log: Sequence[Line], rules: StopRules, *, fp16: bool, floor: float | None) -> str | None:
+def _find_overflow(log: Sequence[Line], rules: StopRules, *, floor: float | None) -> Fault | None:
+    """Return what is wrong with the loss scale; no row is at fault for it."""
     line, skipped = log[-1], count_skipped(log)
-    if not fp16:
-        return (
-            f"step {line['step']}: a gradient is not finite, so the step was not applied. Lower learning_rate, or look "
-            "at the rows of this step"
-        )
     if floor is not None and line["loss_scale"] <= floor:
-        return (
+        why = (
             f"step {line['step']}: overflow at the lowest loss scale, {floor:g}; gradients do not fit into fp16. Use "
             "dtype: bf16, or lower learning_rate"
         )
+        return Fault(why, range(0))
     if skipped >= rules.max_skipped_in_row:
-        return (
+        why = (
             f"step {line['step']}: {skipped} steps in a row were skipped for overflow (stop.max_skipped_in_row), the "
             f"loss scale is {line['loss_scale']:g}. Lower initial_scale_power in the DeepSpeed JSON or learning_rate"
         )
+        return Fault(why, range(0))
     return None
+
+
+def made(log: Sequence[Line]) -> list[Line]:
+    """Return the lines of steps that were made, not passed over after a rewind."""
+    return [line for line in log if not line.get("left_out")]
 
 
 def count_skipped(log: Sequence[Line]) -> int:
