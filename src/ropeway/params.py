@@ -31,7 +31,8 @@ from ropeway.schema import (
     StretchScaling,
 )
 
-# Cadence, tracking and when to give up: they change neither a weight nor a metric, so no stage depends on them.
+# Cadence, tracking and when to give up: they change neither a weight nor a metric, so no stage depends on them. (What a
+# rewind left out does; it is recorded, and no reason to make a finished run again: docs/decisions/0007.)
 UNHASHED = ("eval_steps", "log_dir", "output_dir", "save_steps", "save_total_limit", "stop")
 
 _ROWS = (

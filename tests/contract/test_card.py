@@ -86,7 +86,7 @@ def facts_of(name=NAME, **changes):
             "sources": [account(one) for one in COUNTS],
             "epochs": [{"epoch": 0, "rows": 424864, "steps": 3319, "global_batch_size": 128, "left_over": 32}],
         },
-        train={},
+        train={"rewinds": 0, "rows_left_out": 0},
         evaluation={
             "sources": {one: {"base": {**scores, "loss": 2.5}, "tuned": scores} for one in COUNTS},
             "mean": {"base": 2.5, "tuned": 1.5},
@@ -385,3 +385,11 @@ def test_the_metadata_of_every_shipped_profile_survives_the_hubs_own_classes(nam
     assert again.to_dict() == data.to_dict()
     assert isinstance(data.license, str)
     assert not [key for key, value in data.to_dict().items() if value in ("", [], None)]
+
+
+def test_it_names_the_steps_that_were_passed_over_apart_from_those_that_overflowed():
+    facts = facts_of(model={"steps": 3319, "applied_steps": 3312}, train={"rewinds": 1, "rows_left_out": 5 * 128})
+    assert card.describe_steps(facts) == (
+        "3,312 applied, 2 skipped for overflow, 5 passed over with their 640 rows because the numbers went wrong "
+        "there: training went back 1 times, steps.csv has the steps"
+    )
