@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ropeway.evaluate.scores import all_rows, measure, plan_batches
+from ropeway.evaluate.scores import all_rows, plan_batches, score_sources, sum_batches
+from ropeway.evaluate.workers import Share
 from ropeway.params import DatasetOptions, Profile
 from ropeway.rows import collate
 from ropeway.shards import Kind, Shards, SourceShards, write_shard
@@ -52,6 +53,11 @@ def make(folder: Path, rows: int) -> tuple[LlamaForCausalLM, Shards, Profile]:
     return model, Shards((source,), {"special": {"bos": 1, "eos": 2, "pad": 2}}), profile
 
 
+def measure(model: LlamaForCausalLM, shards: Shards, profile: Profile) -> None:
+    """Score all rows."""
+    score_sources(sum_batches(model, shards, profile, share=Share(0, 1)), shards, name="tuned")
+
+
 def throughput(folder: Path) -> float:
     """Return measuring's rows per second as a share of the forward pass's: the median of interleaved rounds."""
     model, shards, profile = make(folder, TIMED)
@@ -68,7 +74,7 @@ def throughput(folder: Path) -> float:
 
     shares = []
     for number in range(ROUNDS + 1):
-        alone, whole = _seconds(forward), _seconds(lambda: measure(model, shards, profile, name="tuned"))
+        alone, whole = _seconds(forward), _seconds(lambda: measure(model, shards, profile))
         if number:  # the first warms up
             shares.append(alone / whole)
     return statistics.median(shares)
@@ -100,7 +106,7 @@ def main() -> int:
 def measure_rows(rows: int) -> None:
     """Measure so many rows and print this process's peak memory in bytes."""
     with tempfile.TemporaryDirectory() as folder:
-        measure(*make(Path(folder), rows), name="tuned")
+        measure(*make(Path(folder), rows))
     # Not getrusage: a child's peak there starts from its parent's (both came out equal, to the byte).
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     peak = next(line for line in status.splitlines() if line.startswith("VmHWM:"))

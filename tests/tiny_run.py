@@ -9,12 +9,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ropeway import evaluate
 from ropeway.chat import JINJA, Conversation, render_turns, template_digest
+from ropeway.evaluate.scores import Score, score_sources, sum_batches
+from ropeway.evaluate.workers import Share
 from ropeway.ledger import Account, Epoch, EpochOfSource, Findings, Found, Ledger, Parts, Records
 from ropeway.manifest import file_sha256, write_json, write_manifest
 from ropeway.params import READS, Profile, load_profile
 from ropeway.raw import RawWriter
 from ropeway.rope import RopeScaling
-from ropeway.shards import FORMAT, Kind, write_shard
+from ropeway.shards import FORMAT, Kind, Shards, write_shard
 from ropeway.tokenizer import open_tokenizer, read_special
 from ropeway.workspace import Workspace
 
@@ -144,6 +146,11 @@ def copy_tokenizer(folder: Path) -> None:
     for path in (PARITY / "tokenizer").iterdir():
         shutil.copyfile(path, folder / path.name)
     (folder / "chat_template.jinja").write_text(JINJA)
+
+
+def measure(model, shards: Shards, profile: Profile, *, name: str) -> list[Score]:
+    """Score all rows of a model that is no folder."""
+    return score_sources(sum_batches(model, shards, profile, share=Share(0, 1)), shards, name=name)
 
 
 def talks() -> list[Conversation]:

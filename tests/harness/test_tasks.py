@@ -197,7 +197,7 @@ def test_a_changed_question_is_read_anew_and_changes_what_dvc_sees(tmp_path):
 
 def test_an_unknown_task_is_named_before_a_model_is_opened(tmp_path, monkeypatch):
     workspace, profile = make_world(tmp_path, ("few_choise",))
-    monkeypatch.setattr("ropeway.evaluate.report.open_model", lambda *_, **__: pytest.fail("a model was opened"))
+    monkeypatch.setattr("ropeway.evaluate.measuring.open_model", lambda *_, **__: pytest.fail("a model was opened"))
     with pytest.raises(ConfigError, match=r"few_choise is neither in .*configs/tasks nor .*did you mean few_choice"):
         evaluate.run(workspace, profile)
 

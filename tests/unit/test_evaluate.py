@@ -13,12 +13,12 @@ from ropeway.errors import ConfigError, DataError
 from ropeway.evaluate.opening import check_data, open_model
 from ropeway.evaluate.quick import first_rows, look
 from ropeway.evaluate.report import validation_digest
-from ropeway.evaluate.scores import Score, all_rows, measure, plan_batches, plan_mixing, sum_batch
+from ropeway.evaluate.scores import Score, all_rows, plan_batches, plan_mixing, sum_batch
 from ropeway.manifest import write_manifest
 from ropeway.params import READS
 from ropeway.rows import collate
 from ropeway.shards import open_shards
-from tests.tiny_run import make_run
+from tests.tiny_run import make_run, measure
 
 
 @pytest.fixture(scope="module")
@@ -128,9 +128,9 @@ def test_the_loss_mask_decides_what_is_measured(run):
 def test_padding_changes_no_sum(run):
     _, profile, shards, model = run
     row = all_rows(shards, profile)[:1]
-    like = np.zeros((3, 2))
     tight, wide = (
-        sum_batch(model, collate(row, shards, profile, pad_to_multiple_of=multiple), like) for multiple in (None, 64)
+        sum_batch(model, collate(row, shards, profile, pad_to_multiple_of=multiple), groups=2)
+        for multiple in (None, 64)
     )
     np.testing.assert_allclose(tight, wide, rtol=1e-6)
 

@@ -17,15 +17,16 @@ from ropeway.evaluate.passkey import Question, ask, encode_question, plan_questi
 from ropeway.evaluate.plots import plan_tables, write_plots
 from ropeway.evaluate.positions import (
     LongRow,
-    measure_positions,
     plan_long_rows,
     report_positions,
+    score_positions,
+    sum_positions,
     table_positions,
 )
-from ropeway.evaluate.scores import measure
+from ropeway.evaluate.workers import Share
 from ropeway.params import READS, Passkey, Positions
 from ropeway.shards import open_shards
-from tests.tiny_run import make_run
+from tests.tiny_run import make_run, measure
 
 ROWS = Positions(rows=2, row_tokens=128, bucket_tokens=32)
 KEYS = Passkey(lengths=[256, 192], depths=[0.0, 0.5, 1.0], repeats=2)
@@ -42,6 +43,10 @@ def with_positions(profile, **changes):
     evaluation = profile.evaluation.model_copy(update={"positions": ROWS.model_copy(update=changes)})
     values = {name: getattr(profile, name) for name in READS["evaluate"]}
     return profile.model_construct(**values | {"evaluation": evaluation})
+
+
+def measure_positions(model, rows, wanted):
+    return score_positions(sum_positions(model, rows, wanted, share=Share(0, 1)))
 
 
 def unigram(model, logits):
@@ -177,11 +182,13 @@ def test_a_lookup_table_finds_every_key_and_a_constant_none(run):
     for one in questions:
         answer = tokenizer(f" {one.key}", add_special_tokens=False)["input_ids"]
         table[tuple(encode_question(tokenizer, one))] = [*answer, tokenizer.eos_token_id]
-    found = ask(speaker(model, lambda prompt, said: table[tuple(prompt)][said]), tokenizer, KEYS, seed=7)
+    found = ask(
+        speaker(model, lambda prompt, said: table[tuple(prompt)][said]), tokenizer, plan_questions(KEYS, seed=7), seed=7
+    )
     assert [one.question for one in found] == questions
     assert passkey.report_passkey({"tuned": found})["tuned"] == {"asked": 12, "right": 12, "accuracy": 1.0}
     constant = tokenizer("7", add_special_tokens=False)["input_ids"][-1]
-    wrong = ask(speaker(model, lambda *_: constant), tokenizer, KEYS, seed=7)
+    wrong = ask(speaker(model, lambda *_: constant), tokenizer, plan_questions(KEYS, seed=7), seed=7)
     assert passkey.report_passkey({"tuned": wrong})["tuned"]["right"] == 0
     lines = list(passkey.table_answers({"tuned": wrong}))
     assert len(lines) == 12
@@ -205,7 +212,7 @@ def test_a_question_fills_its_length_and_holds_its_key_at_its_depth(run):
 def test_a_length_without_room_for_the_question_is_said(run):
     *_, model, tokenizer = run
     with pytest.raises(ConfigError, match=r"lengths: 40 tokens; the question alone has \d+"):
-        ask(model, tokenizer, KEYS.model_copy(update={"lengths": [40]}), seed=7)
+        ask(model, tokenizer, [Question(40, 0.5, 0, "48151")], seed=7)
 
 
 def test_keys_depend_on_their_own_place_alone():
@@ -221,7 +228,7 @@ def test_plots_hold_tables_and_pictures_in_equal_bytes(run, tmp_path):
     curves = [
         {"position": 16 + 32 * n, "tokens": 64, "base": 5.0, "tuned": 3.0 + n, "base_unscaled": ""} for n in (0, 1)
     ]
-    keys = dict.fromkeys(("base", "tuned"), ask(model, tokenizer, KEYS, seed=7))
+    keys = dict.fromkeys(("base", "tuned"), ask(model, tokenizer, plan_questions(KEYS, seed=7), seed=7))
     steps = [{"step": n, "loss": 9.0 - n, "validation_a": "" if n else "7.5"} for n in range(3)]
     for name in ("one", "two"):
         write_plots(tmp_path / name, plan_tables(sources, curves, keys), steps, keys, max_length=32)

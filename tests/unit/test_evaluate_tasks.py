@@ -35,7 +35,7 @@ def lay_configs(root):
 @pytest.mark.usefixtures("bare")
 def test_a_task_without_the_harness_says_what_to_install(tmp_path, monkeypatch):
     workspace, profile = make_run(tmp_path, block=NAMED)
-    monkeypatch.setattr("ropeway.evaluate.report.open_model", lambda *_, **__: pytest.fail("a model was opened"))
+    monkeypatch.setattr("ropeway.evaluate.measuring.open_model", lambda *_, **__: pytest.fail("a model was opened"))
     with pytest.raises(ConfigError, match=r"tasks names python_basics, and .* `make setup EXTRAS=eval` installs it"):
         evaluate.run(workspace, profile)
 

@@ -8,10 +8,11 @@ import tempfile
 from pathlib import Path
 
 from ropeway.errors import RopewayError
-from ropeway.evaluate.opening import MEASURED_ON_ONE, check_template, open_model, threads_for
+from ropeway.evaluate.measuring import Asked, measure_folder
+from ropeway.evaluate.opening import check_template
 from ropeway.evaluate.report import report_scores
-from ropeway.evaluate.scores import measure
 from ropeway.evaluate.text import translate
+from ropeway.evaluate.workers import plan_workers
 from ropeway.manifest import file_sha256, write_json
 from ropeway.params import READS, Profile, load_profile
 from ropeway.shards import open_shards
@@ -33,18 +34,17 @@ def measure_champion(workspace: Workspace, profile: Profile, folder: Path, out: 
     Raises:
         DataError: It was trained with another template than made those rows.
         ConfigError: Its tokenizer lacks a special token of the template.
+        TemporaryError: As in `measure_folder`.
     """
     shards = open_shards(workspace.data)
     check_template(folder)
     tokenizer = file_sha256(folder / "tokenizer.json")
-    model, _ = open_model(folder, like=folder)
-    with threads_for(model, one_below=MEASURED_ON_ONE), tempfile.TemporaryDirectory() as scratch:
-        if tokenizer == shards.manifest["tokenizer"]:
-            scores = measure(model, shards, profile, name="champion")
-        else:
-            rows, reading = translate(shards, profile, workspace.base, folder, Path(scratch))
-            scores = measure(model, rows, reading, name="champion")
-    report = report_scores(shards, profile, {"tuned": scores}, tokenizer_folder=workspace.base)
+    with tempfile.TemporaryDirectory() as scratch:
+        asked = Asked(shards, profile)
+        if tokenizer != shards.manifest["tokenizer"]:
+            asked = Asked(*translate(shards, profile, workspace.base, folder, Path(scratch)))
+        found = measure_folder(folder, folder, asked, cards=plan_workers(), name="champion")
+    report = report_scores(shards, profile, {"tuned": found.scores}, tokenizer_folder=workspace.base)
     write_json(out, {**report, "tokenizer": tokenizer})
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 from ropeway.chat import render_prompt
 from ropeway.errors import ConfigError
-from ropeway.evaluate.opening import rope_of
 from ropeway.evaluate.samples import answer
 from ropeway.params import Passkey
 
@@ -80,19 +79,16 @@ def _draw_key(seed: str) -> str:
     return str(random.Random(seed).randint(10_000, 99_999))  # noqa: S311 - sampling, not secrets
 
 
-def ask(model: Any, tokenizer: Any, wanted: Passkey, *, seed: int) -> list[Answered]:  # noqa: ANN401
+def ask(model: Any, tokenizer: Any, questions: Sequence[Question], *, seed: int) -> list[Answered]:  # noqa: ANN401
     """Return the model's answer to every question.
 
     Raises:
         ConfigError: A length has no room for the question alone.
     """
     found = []
-    for question in plan_questions(wanted, seed=seed):
+    for question in questions:
         ids = encode_question(tokenizer, question)
-        # Anew for each: under dynamic scaling a longer text before would have changed the frequencies.
-        with rope_of(model, dict(model.config.rope_parameters)):
-            text = answer(model, tokenizer, ids, _GREEDY, seed=seed)
-        found.append(Answered(question, len(ids), text))
+        found.append(Answered(question, len(ids), answer(model, tokenizer, ids, _GREEDY, seed=seed)))
     return found
 
 

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from ropeway.errors import DataError
 from ropeway.evaluate.opening import rope_of
-from ropeway.evaluate.scores import Score, sum_batch
+from ropeway.evaluate.scores import Score, Sums, add_sums, sum_batch
+from ropeway.evaluate.workers import Share
 from ropeway.params import Positions, Profile
 from ropeway.rows import Batch, loss_mask
 from ropeway.shards import Shards
@@ -85,27 +86,39 @@ def _read_longest(shards: Shards, profile: Profile) -> Iterator[tuple[NDArray[np
         yield tokens, mask
 
 
-def measure_positions(model: Any, rows: Sequence[LongRow], wanted: Positions) -> dict[str, list[Score]]:  # noqa: ANN401
-    """Return one score per bucket of positions: `""` with the model's own scaling, `_unscaled` without it.
+def sum_positions(
+    model: Any,  # noqa: ANN401
+    rows: Sequence[LongRow],
+    wanted: Positions,
+    *,
+    share: Share,
+) -> list[tuple[str, Sums]]:
+    """Return (kind, sums by bucket of positions) of each long row in a share of them.
 
-    A model that has no scaling gives the first alone. Rows pass one by one: the longest is what memory must hold.
+    The kind is `""` with the model's own scaling, `_unscaled` without it; a model that has none gives the first alone.
+    Rows pass one by one: the longest is what memory must hold.
 
     Args:
         model: A causal language model of transformers.
         rows: From `plan_long_rows`.
         wanted: The buckets.
+        share: Which rows, each kind's counted.
     """
     own = dict(model.config.rope_parameters)
     plain = {"rope_type": "default", "rope_theta": own["rope_theta"]}
     kinds = {"": own} if own["rope_type"] == "default" else {"": own, UNSCALED: plain}
-    found = {}
-    for kind, parameters in kinds.items():
-        sums = np.zeros((3, -(-wanted.row_tokens // wanted.bucket_tokens)))
-        with rope_of(model, parameters):
-            for row in rows:
-                sums += sum_batch(model, _batch(row, wanted.bucket_tokens), sums)
-        found[kind] = [Score(float(loss), int(correct), int(tokens)) for loss, correct, tokens in sums.T]
+    buckets = -(-wanted.row_tokens // wanted.bucket_tokens)
+    found = []
+    for kind, row in share.of([(kind, row) for kind in kinds for row in rows]):
+        with rope_of(model, kinds[kind]):
+            found.append((kind, sum_batch(model, _batch(row, wanted.bucket_tokens), groups=buckets)))
     return found
+
+
+def score_positions(found: Sequence[tuple[str, Sums]]) -> dict[str, list[Score]]:
+    """Return for each kind one score per bucket, from the sums of all rows in the rows' order."""
+    kinds = dict.fromkeys(kind for kind, _ in found)
+    return {kind: add_sums([sums for one, sums in found if one == kind]) for kind in kinds}
 
 
 def _batch(row: LongRow, bucket_tokens: int) -> Batch:

@@ -2,9 +2,10 @@
 
 from dataclasses import replace
 
-from ropeway.evaluate.opening import MEASURED_ON_ONE, check_data, open_model, threads_for
-from ropeway.evaluate.scores import measure
+from ropeway.evaluate.measuring import Asked, measure_folder
+from ropeway.evaluate.opening import check_data
 from ropeway.evaluate.text import count_bytes
+from ropeway.evaluate.workers import ALONE
 from ropeway.params import Profile
 from ropeway.shards import Shards, open_shards
 from ropeway.workspace import Workspace
@@ -14,16 +15,14 @@ def look(workspace: Workspace, profile: Profile, *, limit: int) -> str:
     """Return a table of base and tuned, a line per source, over its first `limit` validation rows.
 
     Raises:
-        DataError: As in `check_data` and `measure`.
+        DataError: As in `check_data` and `measure_folder`.
     """
     shards = first_rows(open_shards(workspace.data), limit)
     sizes = count_bytes(shards, profile, workspace.base)
     lines = []
     for name, folder in (("base", workspace.base), ("tuned", workspace.model)):
         check_data(folder, shards)
-        model, _ = open_model(folder, like=workspace.model)
-        with threads_for(model, one_below=MEASURED_ON_ONE):
-            scores = measure(model, shards, profile, name=name)
+        scores = measure_folder(folder, workspace.model, Asked(shards, profile), cards=ALONE, name=name).scores
         for source, score, size in zip(shards.sources, scores, sizes, strict=True):
             found = score.metrics(size)
             per_byte = f"{found['nats_per_byte']:.4f}" if "nats_per_byte" in found else "-"

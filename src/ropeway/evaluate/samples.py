@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 
 from ropeway.chat import render_prompt
 from ropeway.errors import DataError
+from ropeway.evaluate.opening import rope_of
 from ropeway.evaluate.sampling import Configurations
 
 
@@ -47,7 +48,9 @@ def answer(model: Any, tokenizer: Any, ids: Sequence[int], params: Mapping[str, 
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    with torch.random.fork_rng(), torch.inference_mode():
+    # Frequencies anew: under dynamic scaling a longer text before would have changed them.
+    anew = rope_of(model, dict(model.config.rope_parameters))
+    with anew, torch.random.fork_rng(), torch.inference_mode():
         torch.manual_seed(seed)
         # One row, nothing padded: the mask is all ones, and saying so keeps transformers from guessing by pad id = eos.
         out = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=settings)
@@ -55,31 +58,33 @@ def answer(model: Any, tokenizer: Any, ids: Sequence[int], params: Mapping[str, 
     return text
 
 
+def plan_draws(prompts: Sequence[str], configurations: Configurations) -> list[tuple[str, str]]:
+    """Return (prompt, configuration) of every answer, prompt by prompt."""
+    return [(prompt, name) for prompt in prompts for name in configurations]
+
+
 def sample(
     model: Any,  # noqa: ANN401
     tokenizer: Any,  # noqa: ANN401
-    prompts: Sequence[str],
+    draws: Sequence[tuple[str, str]],
     configurations: Configurations,
     *,
     seed: int,
-) -> list[dict[str, str]]:
-    """Return, for each prompt, the answer under each configuration.
+) -> list[str]:
+    """Return an answer for each (prompt, configuration).
 
     Prompts go one by one: batched they would need left padding, which training never saw. Each answer has its own
     seed, so that a new prompt or configuration changes no other answer, and base and tuned draw alike.
     """
     return [
-        {
-            name: answer(
-                model,
-                tokenizer,
-                encode_prompt(tokenizer, prompt),
-                params,
-                seed=derive_seed(seed, name, prompt),
-            )
-            for name, params in configurations.items()
-        }
-        for prompt in prompts
+        answer(
+            model,
+            tokenizer,
+            encode_prompt(tokenizer, prompt),
+            configurations[name],
+            seed=derive_seed(seed, name, prompt),
+        )
+        for prompt, name in draws
     ]
 
 
@@ -93,23 +98,31 @@ def report_samples(
     name: str,
     prompts: Sequence[str],
     configurations: Configurations,
-    answers: Mapping[str, Sequence[Mapping[str, str]]],
+    answers: Mapping[str, Sequence[str]],
     args: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return samples.json: one report in which each model x configuration is a `sampling_config` of its own.
 
     That way the family's viewers show base and tuned side by side. `date` is there and empty: viewers want a text, but
     the day on which answers were drawn is no property of the model and would make every run's bytes differ.
+
+    Args:
+        name: The run's.
+        prompts: What was asked.
+        configurations: How answers were drawn.
+        answers: Model -> its answers as `plan_draws` asks for them.
+        args: What else decides the answers.
     """
+    size = len(configurations)
     results = [
         [
             {
                 "sampling_config": f"{model}/{config}",
                 "sampling_params": dict(params),
-                "outputs": [answers[model][number][config]],
+                "outputs": [answers[model][number * size + at]],
             }
             for model in answers
-            for config, params in configurations.items()
+            for at, (config, params) in enumerate(configurations.items())
         ]
         for number in range(len(prompts))
     ]

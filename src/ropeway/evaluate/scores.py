@@ -6,16 +6,21 @@ Shapes: B rows, T tokens, N supervised positions of a batch, H hidden, V vocabul
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy
 
 from ropeway.errors import DataError
+from ropeway.evaluate.workers import Share
 from ropeway.params import Profile
 from ropeway.rows import Batch, Row, collate, validation_rows
 from ropeway.shards import Shards
+
+Sums = NDArray[np.float64]  # (3, groups): loss in nats, correct positions, positions
 
 # Positions that pass the head at once: 256 x 32,016 x 4 bytes = 33 MB of logits, whatever the row's length. On a CPU
 # (8,192 entries) head, loss and accuracy of 2,048 positions took 160 ms in parts of 256, 173 in 512, 236 in 1,024.
@@ -90,7 +95,8 @@ def plan_mixing(profile: Profile, config: Any) -> int | None:  # noqa: ANN401 - 
     Under `document_end: published` the last target of a row is padding or its own first token, by the width of the
     batch; rows of one length always see the latter, which is what the original's evaluation (one row a batch) saw.
     Under dynamic scaling transformers stretches the whole batch by its longest row; below the base's context it does
-    not (5.24, modeling_rope_utils), and shortest first means that it never has to shrink again.
+    not (5.24, modeling_rope_utils), and shortest first, in a share of the batches too, means that it never has to
+    shrink again.
     """
     if profile.document_end == "published":
         return 0
@@ -104,33 +110,55 @@ def all_rows(shards: Shards, profile: Profile) -> list[Row]:
     return [row for _, rows in validation_rows(shards, profile) for row in rows]
 
 
-def measure(model: Any, shards: Shards, profile: Profile, *, name: str) -> list[Score]:  # noqa: ANN401
-    """Return one score per source, in the order of the shards.
+def sum_batches(model: Any, shards: Shards, profile: Profile, *, share: Share) -> list[Sums]:  # noqa: ANN401
+    """Return the sums of each batch in a share of all batches.
+
+    Which rows share a batch, and in which order, does not depend on the shares.
 
     Args:
         model: A causal language model of transformers.
         shards: Data whose validation rows are read.
         profile: Row and batch settings.
+        share: Which batches.
+    """
+    rows = all_rows(shards, profile)
+    lengths = [sum(piece.end - piece.begin for piece in row) for row in rows]
+    batches = plan_batches(lengths, profile.per_device_eval_batch_size, mix_below=plan_mixing(profile, model.config))
+    return [
+        sum_batch(
+            model,
+            collate([rows[row] for row in batch], shards, profile, pad_to_multiple_of=None),
+            groups=len(shards.sources),
+        )
+        for batch in share.of(batches)
+    ]
+
+
+def score_sources(batches: Sequence[Sums], shards: Shards, *, name: str) -> list[Score]:
+    """Return one score per source, in the order of the shards.
+
+    Args:
+        batches: The sums of all batches, in the order of `plan_batches`.
+        shards: Whose.
         name: What the model is called in an error, `base` or `tuned`.
 
     Raises:
         DataError: A source has no supervised validation token, or its loss is not finite.
     """
-    rows = all_rows(shards, profile)
-    lengths = [sum(piece.end - piece.begin for piece in row) for row in rows]
-    sums = np.zeros((3, len(shards.sources)))
-    size = profile.per_device_eval_batch_size
-    for batch in plan_batches(lengths, size, mix_below=plan_mixing(profile, model.config)):
-        sums += sum_batch(model, collate([rows[row] for row in batch], shards, profile, pad_to_multiple_of=None), sums)
-    scores = [Score(float(loss), int(correct), int(tokens)) for loss, correct, tokens in sums.T]
+    scores = add_sums([np.zeros((3, len(shards.sources))), *batches])
     for source, score in zip(shards.sources, scores, strict=True):
         _check_score(score, source.name, rows=len(source.validation), model=name)
     return scores
 
 
+def add_sums(parts: Sequence[Sums]) -> list[Score]:
+    """Return one score per group; one part after the other, since another order would round otherwise."""
+    return [Score(float(loss), int(correct), int(tokens)) for loss, correct, tokens in reduce(np.add, parts).T]
+
+
 @torch.inference_mode()
-def sum_batch(model: Any, batch: Batch, like: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:  # noqa: ANN401
-    """Return `(3, S)` sums of one batch: loss in nats, correct positions, positions.
+def sum_batch(model: Any, batch: Batch, *, groups: int) -> Sums:  # noqa: ANN401
+    """Return `(3, groups)` sums of one batch by its `sources`: loss in nats, correct positions, positions.
 
     Neither attention mask nor cache: rows are padded on the right, so causal attention never sees the padding, and
     with either transformers 5 stops telling packed rows apart. Only supervised positions pass the head, and their
@@ -146,11 +174,9 @@ def sum_batch(model: Any, batch: Batch, like: np.ndarray[Any, Any]) -> np.ndarra
         logits = head(states).float()  # (HEAD_POSITIONS, V)
         losses.append(cross_entropy(logits, wanted, reduction="none"))
         hits.append(_hits(logits, wanted))
-    sums = np.zeros_like(like)
     sources = batch.sources[batch.loss_mask]
-    for row, values in enumerate((_as_numbers(losses), _as_numbers(hits), np.ones(len(sources)))):
-        sums[row] = np.bincount(sources, weights=values, minlength=sums.shape[1])
-    return sums
+    values = (_as_numbers(losses), _as_numbers(hits), np.ones(len(sources)))
+    return np.stack([np.bincount(sources, weights=one, minlength=groups) for one in values])
 
 
 def _hits(logits: Any, wanted: Any) -> Any:  # noqa: ANN401 - tensors
@@ -161,8 +187,8 @@ def _hits(logits: Any, wanted: Any) -> Any:  # noqa: ANN401 - tensors
     return hits
 
 
-def _as_numbers(parts: list[Any]) -> np.ndarray[Any, Any]:
-    numbers: np.ndarray[Any, Any] = torch.cat(parts).double().cpu().numpy()
+def _as_numbers(parts: list[Any]) -> NDArray[np.float64]:
+    numbers: NDArray[np.float64] = torch.cat(parts).double().cpu().numpy()
     return numbers
 
 

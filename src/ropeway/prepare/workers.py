@@ -6,8 +6,6 @@ Where it runs is environment: `ROPEWAY_PREPARE_WORKERS` (default: the cores this
 
 import multiprocessing
 import os
-import signal
-import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -17,7 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from ropeway.errors import ConfigError, TemporaryError
+from ropeway.errors import TemporaryError
+from ropeway.workers import begin_worker, count_asked
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -53,12 +52,8 @@ def count_workers(text_bytes: int) -> int:
     Raises:
         ConfigError: `ROPEWAY_PREPARE_WORKERS` is not a count.
     """
-    asked = os.environ.get("ROPEWAY_PREPARE_WORKERS", "")
-    if not asked:
-        return min(count_cores(), text_bytes // _WORTH_BYTES)
-    if not asked.isdecimal() or int(asked) < 1:
-        raise ConfigError(f"ROPEWAY_PREPARE_WORKERS is {asked!r}; expected a number of processes, 1 or more")
-    return int(asked)
+    asked = count_asked("ROPEWAY_PREPARE_WORKERS", os.environ)
+    return min(count_cores(), text_bytes // _WORTH_BYTES) if asked is None else asked
 
 
 def do_with(
@@ -113,18 +108,10 @@ def open_pool(workers: int) -> Iterator[Workforce]:
 
 
 def _begin(threads: int) -> None:
-    """In a worker: end with the parent, leave the terminal's ^C to it, and take one's share of the cores."""
+    """In a worker: take one's share of the cores."""
+    begin_worker()
     os.environ.setdefault("RAYON_NUM_THREADS", str(threads))
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()  # a killed parent says nothing, and its workers would wait for work for ever
-        os._exit(TemporaryError.exit_code)
 
 
 def make(function: Callable[[Job], Result], jobs: Sequence[Job], *, text_bytes: int, work: Path) -> Iterator[Result]:

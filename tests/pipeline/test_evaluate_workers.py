@@ -1,0 +1,113 @@
+"""Evaluate in several processes: the same files as by one, and what happens to them when one of the processes dies."""
+
+import json
+import os
+import subprocess
+import sys
+
+import psutil
+import pytest
+import torch
+
+from ropeway.errors import RopewayError
+from ropeway.evaluate.champion import measure_champion
+from ropeway.evaluate.workers import share_out
+from tests.tiny_run import BLOCK, ROOT, make_run
+
+PAIR = (None, None)
+
+
+def start(workspace, **environment):
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("ROPEWAY_")}
+    return subprocess.Popen(
+        [sys.executable, "-m", "ropeway.cli", "room", "evaluate"],
+        cwd=workspace.root,
+        env={**kept, "PYTHONPATH": str(ROOT / "src"), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def evaluate(workspace, *, code=0, **environment):
+    """Evaluate to the end; return what was printed."""
+    with start(workspace, **environment) as process:
+        text = process.stdout.read()
+    assert process.returncode == code, text
+    return text
+
+
+def left(workspace):
+    """Every file that evaluate leaves, and its bytes."""
+    files = (workspace.evaluation, workspace.samples, workspace.samples_page, *sorted(workspace.plots.iterdir()))
+    return {path.name: path.read_bytes() for path in files}
+
+
+def test_eval_json_and_all_other_files_are_the_same_for_one_process_and_two(tmp_path, monkeypatch):
+    workspace, profile = make_run(tmp_path)
+    seen, lines = [], []
+    for workers in ("", "2"):
+        text = evaluate(workspace, ROPEWAY_EVALUATE_WORKERS=workers)
+        assert f"evaluate: processes: {workers or 1}, " in text
+        seen.append(left(workspace))
+        lines.append([line for line in text.splitlines() if "nats/token" in line or "hidden keys" in line])
+        workspace.evaluation.rename(tmp_path / "eval.json")
+    assert set(seen[0]) > {"eval.json", "samples.json", "samples.html", "passkey_answers.csv", "positions.csv"}
+    assert seen[0] == seen[1]
+    assert len(lines[0]) == 6
+    assert lines[0] == lines[1]
+    monkeypatch.setenv("ROPEWAY_EVALUATE_WORKERS", "2")
+    measure_champion(workspace, profile, workspace.model, tmp_path / "champion.json")
+    own, champion = (json.loads((tmp_path / name).read_text())["sources"] for name in ("eval.json", "champion.json"))
+    assert [one["tuned"] for one in champion.values()] == [one["tuned"] for one in own.values()]
+
+
+def test_a_killed_process_ends_the_run_as_one_that_may_be_tried_again_and_nothing_is_written(tmp_path):
+    workspace, _ = make_run(tmp_path)
+    before = sorted(workspace.root.rglob("*"))
+    with start(workspace, ROPEWAY_EVALUATE_WORKERS="2") as process:
+        workers = []
+        while len(workers) < 2 and process.poll() is None:
+            children = psutil.Process(process.pid).children()
+            workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+        workers[-1].kill()
+        text = process.stdout.read()
+    assert process.returncode == 75, text
+    assert "evaluate: process 2 of 2 died (killed, or out of memory); nothing was written" in text
+    assert "Run the same command again; fewer processes need less memory: ROPEWAY_EVALUATE_WORKERS=1" in text
+    assert sorted(workspace.root.rglob("*")) == before
+    assert not psutil.wait_procs(workers, timeout=30)[1]
+
+
+def test_what_a_process_finds_wrong_is_said_as_one_process_says_it(tmp_path):
+    workspace, _ = make_run(tmp_path, block=BLOCK.replace("lengths: [192, 256]", "lengths: [40, 256]"))
+    text = evaluate(workspace, code=64, ROPEWAY_EVALUATE_WORKERS="2")
+    assert "evaluation.passkey.lengths: 40 tokens; the question alone has" in text
+    assert "Traceback" not in text
+    assert not workspace.evaluation.exists()
+
+
+def test_an_error_of_a_process_that_nobody_foresaw_is_no_reason_to_try_again(capfd):
+    with pytest.raises(RopewayError, match=r"[12] of 2 ended by an error \(exit 1\); its traceback is above") as e:
+        share_out(divmod, (1,), PAIR)
+    assert e.value.exit_code == 1
+    assert "TypeError: unsupported operand" in capfd.readouterr().err
+
+
+def test_each_process_sees_its_own_card(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert share_out(os.getenv, ("CUDA_VISIBLE_DEVICES",), ("4", "7")) == ["4", "7"]
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
+
+
+def count_threads(_share):
+    return torch.get_num_threads()
+
+
+def test_each_process_has_as_many_threads_as_one_alone():
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 2)
+    try:
+        assert share_out(count_threads, (), PAIR) == [before + 2] * 2
+    finally:
+        torch.set_num_threads(before)

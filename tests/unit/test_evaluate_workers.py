@@ -1,0 +1,147 @@
+"""Shares of the rows: dealt, measured apart and added up, they give the numbers of one process bit by bit."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import LlamaForCausalLM
+
+from ropeway.errors import ConfigError
+from ropeway.evaluate import measuring
+from ropeway.evaluate.measuring import Asked, Part, measure_folder
+from ropeway.evaluate.opening import open_model
+from ropeway.evaluate.passkey import ask, plan_questions
+from ropeway.evaluate.positions import plan_long_rows
+from ropeway.evaluate.samples import plan_draws, sample
+from ropeway.evaluate.scores import score_sources, sum_batches
+from ropeway.evaluate.workers import Share, gather, plan_cards
+from ropeway.shards import open_shards
+from tests.tiny_run import make_run
+
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+CARDS = ["nvidia0", "nvidia1", "nvidia2", "nvidia3"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    workspace, profile = make_run(tmp_path_factory.mktemp("run"))
+    return profile, open_shards(workspace.data), *open_model(workspace.model, like=workspace.model), workspace.model
+
+
+def with_rope(model, parameters):
+    """A copy as loaded anew: dynamic frequencies outlive a batch."""
+    config = type(model.config).from_dict(model.config.to_dict() | {"rope_parameters": parameters})
+    copy = LlamaForCausalLM(config).eval()
+    copy.load_state_dict(model.state_dict())
+    return copy
+
+
+def shares(count):
+    return [Share(number, count) for number in range(count)]
+
+
+@pytest.mark.parametrize("kind", ["linear", "dynamic"])
+def test_scores_from_shares_are_those_of_one_process_to_the_last_bit(run, kind):
+    profile, shards, model, *_ = run
+    rope = DYNAMIC if kind == "dynamic" else dict(model.config.rope_parameters)
+    seen = []
+    for count in (1, 2, 3, 7):
+        parts = [sum_batches(with_rope(model, rope), shards, profile, share=share) for share in shares(count)]
+        seen.append(score_sources(gather(parts), shards, name="tuned"))
+    assert seen == [seen[0]] * 4
+
+
+def test_everything_that_is_asked_comes_out_of_shares_as_out_of_one_process_to_the_last_bit(run, monkeypatch):
+    profile, shards, *_, folder = run
+    ways = {"greedy": {"do_sample": False, "max_new_tokens": 4}, "drawn": {"do_sample": True, "max_new_tokens": 4}}
+    asked = Asked(
+        shards=shards,
+        profile=profile,
+        long_rows=plan_long_rows(shards, profile) * 3,
+        questions=plan_questions(profile.evaluation.passkey, seed=3),
+        draws=plan_draws(["Hi", "Why?"], ways),
+        configurations=ways,
+    )
+
+    def share_out_here(function, arguments, cards):
+        travelled = pickle.dumps(arguments)
+        assert len(travelled) < 50_000
+        return [function(*pickle.loads(travelled), share) for share in shares(len(cards))]  # noqa: S301 - our own
+
+    monkeypatch.setattr(measuring, "share_out", share_out_here)
+    seen = [measure_folder(folder, folder, asked, cards=(None,) * count, name="tuned") for count in (1, 3)]
+    assert seen[0] == seen[1]
+    assert set(seen[0].curves) == {"", "_unscaled"}
+    assert [key.question for key in seen[0].keys] == asked.questions
+    assert len(set(seen[0].answers)) > 1
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_sums_that_another_order_would_round_otherwise_are_added_in_the_batches_order(run, monkeypatch, count):
+    profile, shards, *_, folder = run
+    losses = [1e16, 1.0, 1.0, -1e16, 3.0, 0.1]
+    batches = [np.array([[loss] * 2, [1.0] * 2, [1.0] * 2]) for loss in losses]
+    parts = [
+        Part(list(share.of(batches)), list(share.of([("", one) for one in batches])), [], [], []) for share in shares(count)
+    ]
+    monkeypatch.setattr(measuring, "share_out", lambda *_: parts)
+    found = measure_folder(folder, folder, Asked(shards, profile), cards=(None,) * count, name="tuned")
+    one_by_one = ((((1e16 + 1.0) + 1.0) - 1e16) + 3.0) + 0.1
+    assert one_by_one != sum(sorted(losses))
+    assert [score.loss_sum for score in (*found.scores, *found.curves[""])] == [one_by_one] * 4
+
+
+def test_what_was_read_before_changes_no_answer(run):
+    profile, _, model, tokenizer, _ = run
+    stretched = with_rope(model, DYNAMIC)
+    ways = {"greedy": {"do_sample": False, "max_new_tokens": 4}, "drawn": {"do_sample": True, "max_new_tokens": 4}}
+    questions = plan_questions(profile.evaluation.passkey, seed=3)[::3]
+    draws = plan_draws(["Hi", "word " * 60], ways)  # the second goes beyond the 48 positions of the base
+    keys = ask(stretched, tokenizer, questions, seed=3)
+    answers = sample(stretched, tokenizer, draws, ways, seed=3)
+    with torch.inference_mode():
+        stretched(torch.arange(3, 400)[None], use_cache=False)
+    assert sample(stretched, tokenizer, draws[::-1], ways, seed=3) == answers[::-1]
+    assert ask(stretched, tokenizer, questions[::-1], seed=3) == keys[::-1]
+
+
+@given(items=st.lists(st.integers(), max_size=40), count=st.integers(1, 9))
+def test_every_item_is_in_one_share_and_comes_back_in_its_place(items, count):
+    parts = [share.of(items) for share in shares(count)]
+    assert gather(parts) == items
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_a_share_that_lost_an_item_is_not_put_together():
+    with pytest.raises(ValueError, match="attempt to assign sequence of size 0"):
+        gather([[np.zeros(3)], [], [np.zeros(3)]])
+
+
+@pytest.mark.parametrize(
+    ("environment", "found", "expected"),
+    [
+        ({}, [], (None,)),
+        ({"ROPEWAY_RANKS": "4"}, [], (None,)),  # threads use the cores already
+        ({"ROPEWAY_EVALUATE_WORKERS": "2"}, [], (None, None)),
+        ({}, CARDS, ("0", "1", "2", "3")),
+        ({}, ["nvidia5"], ("0",)),  # CUDA counts what it finds
+        ({"ROPEWAY_RANKS": "2"}, CARDS, ("0", "1")),
+        ({"ROPEWAY_RANKS": "16"}, CARDS, ("0", "1", "2", "3")),
+        ({"ROPEWAY_RANKS": "2", "ROPEWAY_EVALUATE_WORKERS": "3"}, CARDS, ("0", "1", "2")),
+        ({"ROPEWAY_EVALUATE_WORKERS": "3"}, CARDS[:2], ("0", "1", "0")),
+        ({"ROPEWAY_EVALUATE_WORKERS": ""}, CARDS, ("0", "1", "2", "3")),
+        ({"CUDA_VISIBLE_DEVICES": "6, GPU-ab"}, ["6", " GPU-ab"], ("6", "GPU-ab")),
+        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_JOB_NUM_NODES": "4"}, CARDS, ("0", "1")),
+    ],
+)
+def test_one_process_per_card_that_trains_unless_asked_for_otherwise(environment, found, expected):
+    assert plan_cards(environment, found) == expected
+
+
+@pytest.mark.parametrize("asked", ["0", "two", "-1"])
+def test_a_number_of_processes_that_is_none_is_refused(asked):
+    with pytest.raises(ConfigError, match=f"ROPEWAY_EVALUATE_WORKERS is '{asked}'; expected a number of processes"):
+        plan_cards({"ROPEWAY_EVALUATE_WORKERS": asked}, [])
