@@ -21,7 +21,8 @@ def run(workspace: Workspace, profile: Profile) -> None:
             finite.
         ConfigError: A file or task that `evaluation` names is missing or not of its form, or a passkey length is too
             short.
-        TemporaryError: A task's data could not be fetched.
+        TemporaryError: A task's data could not be fetched, or one of several processes that measure was killed; then
+            nothing was written.
     """
     from ropeway.evaluate.report import write_report
 
