@@ -150,10 +150,12 @@ def test_a_group_and_its_tasks_are_told_apart(world):
     assert scores["few_say"].n == 3
 
 
-def test_base_and_tuned_are_asked_and_the_report_is_the_same_twice(tmp_path):
+def test_base_and_tuned_are_asked_and_the_report_is_the_same_by_one_process_and_by_two(tmp_path, monkeypatch):
     workspace, profile = make_world(tmp_path, ("python_basics", "few_say"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))  # of the two
     seen = []
-    for _ in range(2):
+    for processes in ("1", "2"):
+        monkeypatch.setenv("ROPEWAY_EVALUATE_WORKERS", processes)
         evaluate.run(workspace, profile)
         seen.append(workspace.evaluation.read_bytes())
     assert seen[0] == seen[1]

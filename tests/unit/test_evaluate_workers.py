@@ -85,7 +85,8 @@ def test_sums_that_another_order_would_round_otherwise_are_added_in_the_batches_
     losses = [1e16, 1.0, 1.0, -1e16, 3.0, 0.1]
     batches = [np.array([[loss] * 2, [1.0] * 2, [1.0] * 2]) for loss in losses]
     parts = [
-        Part(list(share.of(batches)), list(share.of([("", one) for one in batches])), [], [], []) for share in shares(count)
+        Part(list(share.of(batches)), list(share.of([("", one) for one in batches])), [], [], [])
+        for share in shares(count)
     ]
     monkeypatch.setattr(measuring, "share_out", lambda *_: parts)
     found = measure_folder(folder, folder, Asked(shards, profile), cards=(None,) * count, name="tuned")
