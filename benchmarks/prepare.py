@@ -109,18 +109,20 @@ def _peak_bytes(child: "subprocess.Popen[str]") -> dict[str, int]:
     return peak
 
 
-def ways_of(workers: int) -> list[str]:
-    """Return what is measured on so many cores: on one, TRL told to use one process is TRL as it comes."""
-    return [way for way in WAYS if workers > 1 or way != "trl_processes"]
+def ways_of(workers: int, *, all_of_them: bool) -> list[str]:
+    """Return what is measured on so many cores: TRL, which takes longest, and what params may add only on all."""
+    if workers > 1:
+        return [way for way in WAYS if all_of_them or way != "trl_processes"]
+    return list(WAYS) if all_of_them else ["ours", "raw", "raw_fast"]
 
 
-def run_rounds(spaces: dict[str, Workspace], rounds: int) -> dict[str, Any]:
+def run_rounds(spaces: dict[str, Workspace], rounds: int, *, all_of_them: bool) -> dict[str, Any]:
     """Return every path's and worker count's measurements: way -> one entry a round, the order turned each round."""
-    runs: dict[str, Any] = {path: {str(w): {way: [] for way in ways_of(w)} for w in WORKERS} for path in spaces}
+    chosen = {workers: ways_of(workers, all_of_them=all_of_them) for workers in WORKERS}
+    runs: dict[str, Any] = {path: {str(w): {way: [] for way in ways} for w, ways in chosen.items()} for path in spaces}
     for number in range(rounds):
         for path, workspace in spaces.items():
-            for workers in WORKERS:
-                ways = ways_of(workers)
+            for workers, ways in chosen.items():
                 for way in ways[number % len(ways) :] + ways[: number % len(ways)]:
                     facts = measure(way, workspace, workers)
                     runs[path][str(workers)][way].append(facts)
@@ -140,7 +142,7 @@ def summarise(runs: dict[str, list[dict[str, Any]]], size_mb: float) -> dict[str
             "seconds": [round(entry["seconds"], 2) for entry in entries],
             "cpu_seconds": [round(entry["cpu_seconds"], 2) for entry in entries],
         }
-    for way in OURS:
+    for way in (way for way in runs if way in OURS):
         parts = {p: statistics.median(entry["parts"][p] for entry in runs[way]) for p in runs[way][0]["parts"]}
         summary[way]["parts_seconds"] = {part: round(seconds, 2) for part, seconds in parts.items()}
     for other in (way for way in runs if way != "ours"):
@@ -193,8 +195,10 @@ def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--skip", choices=["speed", "memory"], default=None)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--documents-mb", type=float, default=32)
-    parser.add_argument("--chat-mb", type=float, default=20)
+    parser.add_argument("--documents-mb", type=float, default=64)
+    parser.add_argument("--chat-mb", type=float, default=64)
+    parser.add_argument("--memory-mb", type=float, default=12, help="of each kind; also measured ten times over")
+    parser.add_argument("--all", action="store_true", help="also TRL on one core and in a process a core")
     return parser.parse_args()
 
 
@@ -209,24 +213,29 @@ def main() -> int:
 
 @dataclass(frozen=True, slots=True)
 class Laid:
-    """One path's workspaces, with its records once and ten times over, and what they are."""
+    """One path's workspace, and what its records are."""
 
-    once: Workspace
-    tenfold: Workspace
+    workspace: Workspace
     mb: float
     facts: dict[str, Any]
 
 
 def lay(folder: Path, path: str, records: list[Record], model: Path) -> Laid:
-    """Lay a path's workspaces and its data set for TRL."""
-    once, tenfold = (
+    """Lay a path's workspace for the speed of things, and its data set for TRL."""
+    workspace = lay_workspace(folder / path, vocabulary.convert(model), records, times=1)
+    profile = load_profile(workspace.root / "params.yaml")[1]
+    write_for_trl(workspace, profile)
+    mb = sum(len(text.encode()) for text in texts_of(workspace, profile)) / 1e6
+    say(f"{path}: {len(records):,} records, {mb:.1f} MB as the tokenizer gets them")
+    return Laid(workspace, mb, {"records": len(records), "mb": round(mb, 1), "sha256": texts.digest(records)})
+
+
+def lay_tenfold(folder: Path, path: str, records: list[Record], model: Path) -> tuple[Workspace, Workspace]:
+    """Lay a path's workspaces for memory: records once and ten times over."""
+    once, ten = (
         lay_workspace(folder / f"{path}-{times}", vocabulary.convert(model), records, times=times) for times in (1, 10)
     )
-    profile = load_profile(once.root / "params.yaml")[1]
-    write_for_trl(once, profile)
-    mb = sum(len(text.encode()) for text in texts_of(once, profile)) / 1e6
-    say(f"{path}: {len(records):,} records, {mb:.1f} MB as the tokenizer gets them")
-    return Laid(once, tenfold, mb, {"records": len(records), "mb": round(mb, 1), "sha256": texts.digest(records)})
+    return once, ten
 
 
 def check_vocabulary(model: Path, documents: list[Record]) -> dict[str, Any]:
@@ -242,13 +251,18 @@ def run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     model = vocabulary.find_model()
     records = {"chat": texts.conversations(options.chat_mb), "documents": texts.documents(options.documents_mb)}
     checked = check_vocabulary(model, records["documents"])
-    laid = {path: lay(folder, path, these, model) for path, these in records.items()}
     before = os.getloadavg()[0]
-    once = {path: one.once for path, one in laid.items()}
-    runs = run_rounds(once, options.rounds) if options.skip != "speed" else {}
+    laid: dict[str, Laid] = {}
+    runs: dict[str, Any] = {}
+    if options.skip != "speed":
+        laid = {path: lay(folder, path, these, model) for path, these in records.items()}
+        spaces = {path: one.workspace for path, one in laid.items()}
+        runs = run_rounds(spaces, options.rounds, all_of_them=options.all)
     speed = {path: {w: summarise(ways, laid[path].mb) for w, ways in by.items()} for path, by in runs.items()}
-    pairs = {path: (one.once, one.tenfold) for path, one in laid.items()}
-    memory = measure_memory(pairs) if options.skip != "memory" else {}
+    memory = {}
+    if options.skip != "memory":
+        small = {"chat": texts.conversations(options.memory_mb), "documents": texts.documents(options.memory_mb)}
+        memory = measure_memory({path: lay_tenfold(folder, path, these, model) for path, these in small.items()})
     missed = find_missed(speed, memory)
     return {
         "bench": "prepare",
