@@ -147,7 +147,11 @@ class Api:
         self.flow = flow["id"]
 
     def ask(self, method, path, body=None):
-        answer = self.client.request(method, f"{self.url}{path}", json=body).raise_for_status()
+        def once():
+            answer = self.client.request(method, f"{self.url}{path}", json=body)
+            return None if answer.status_code == httpx.codes.SERVICE_UNAVAILABLE else answer  # its database is busy
+
+        answer = wait_for(once).raise_for_status()
         return answer.json() if answer.content else None
 
     def start(self):

@@ -9,6 +9,7 @@ import signal
 
 import psutil
 import pytest
+from ruamel.yaml import YAML
 
 from ropeway.manifest import load_manifest
 from tests.pipeline.main_job import STEPS, MainJob, make_main_job
@@ -27,6 +28,23 @@ def finished(_finished, tmp_path):
     shutil.copytree(_finished.root, tmp_path / "workspace", symlinks=True)
     job = MainJob(tmp_path / "workspace")
     job.first = _finished.first
+    return job
+
+
+@pytest.fixture
+def untrained(finished, tmp_path):
+    """Return a copy in which the stages before training have run, and nothing remembers the others."""
+    shutil.copytree(finished.root, tmp_path / "untrained", symlinks=True)
+    job = MainJob(tmp_path / "untrained")
+    yaml = YAML()
+    lock = yaml.load(job.root / "dvc.lock")
+    for stage in ("train", "evaluate", "package"):
+        del lock["stages"][stage]
+    yaml.dump(lock, job.root / "dvc.lock")
+    shutil.rmtree(job.root / ".dvc" / "cache" / "runs")
+    shutil.rmtree(job.root / ".checkpoints")
+    for name in ("model", "package"):
+        shutil.rmtree(job.run / name)
     return job
 
 
@@ -95,8 +113,8 @@ def test_an_edited_shard_is_found_before_training_spends_anything(finished):
     assert "dvc repro prepare" in said
 
 
-def test_killed_in_training_the_run_resumes_and_ends_with_the_same_bytes(finished, tmp_path):
-    job = make_main_job(tmp_path / "killed")
+def test_killed_in_training_the_run_resumes_and_ends_with_the_same_bytes(finished, untrained):
+    job = untrained
     process = job.start("ropeway", "run", "--no-prefect")
     seen = []
     for line in process.stdout:
@@ -121,8 +139,8 @@ def test_killed_in_training_the_run_resumes_and_ends_with_the_same_bytes(finishe
     assert "tiny@v1" in text
 
 
-def test_a_terminated_run_saves_first_says_so_and_leaves_no_process(finished, tmp_path):
-    job = make_main_job(tmp_path / "stopped")
+def test_a_terminated_run_saves_first_says_so_and_leaves_no_process(finished, untrained):
+    job = untrained
     process = job.start("dvc", "repro")
     for line in process.stdout:
         if "step 6/" in line:
@@ -138,7 +156,7 @@ def test_a_terminated_run_saves_first_says_so_and_leaves_no_process(finished, tm
     assert record["code"] == 75, rest
     saved = sorted(path.name for path in next((job.root / ".checkpoints").iterdir()).glob("step-*"))
     assert saved[-1] >= "step-000006"
-    job.repro()
+    assert f"step {STEPS}/{STEPS}" in job.do("dvc", "repro", "train")
     assert job.weights() == finished.weights()
 
 

@@ -7,7 +7,8 @@ import pytest
 
 from tests.pipeline.main_job import STEPS, MainJob, make_main_job
 
-pytestmark = pytest.mark.timeout(1800)  # two or three whole runs, on a machine that may do other work
+# Two or three whole runs, on a machine that may do other work: `make test-slow`.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,6 @@ def test_in_the_same_environment_the_weights_are_bit_identical_and_were_computed
     assert not published.run.exists()  # the workspace itself was left alone
 
 
-@pytest.mark.slow
 def test_with_other_ranks_it_says_so(published, tmp_path):
     published.environment["ROPEWAY_RANKS"] = "1"
     shutil.rmtree(published.root / ".dvc" / "cache")  # no data by digest either: it is fetched again

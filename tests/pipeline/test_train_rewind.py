@@ -125,6 +125,7 @@ def test_killed_right_after_it_went_back_it_leaves_out_the_same_rows(once, tmp_p
 
 
 @pytest.mark.parametrize("once", ["padded"], indirect=True)
+@pytest.mark.slow
 def test_with_none_left_it_stops_as_ever_and_goes_on_once_params_allow_it(once, tmp_path):
     whole, bad, before = once
     job = copy(before, tmp_path / "stopped")
@@ -141,6 +142,7 @@ def test_with_none_left_it_stops_as_ever_and_goes_on_once_params_allow_it(once, 
 
 
 @pytest.mark.parametrize("once", ["padded"], indirect=True)
+@pytest.mark.slow
 def test_what_other_ranks_began_goes_back_in_the_start_after(once, tmp_path):
     whole, bad, before = once
     job = copy(before, tmp_path / "other")
