@@ -124,14 +124,13 @@ def sum_batches(model: Any, shards: Shards, profile: Profile, *, share: Share) -
     rows = all_rows(shards, profile)
     lengths = [sum(piece.end - piece.begin for piece in row) for row in rows]
     batches = plan_batches(lengths, profile.per_device_eval_batch_size, mix_below=plan_mixing(profile, model.config))
-    return [
-        sum_batch(
-            model,
-            collate([rows[row] for row in batch], shards, profile, pad_to_multiple_of=None),
-            groups=len(shards.sources),
-        )
-        for batch in share.of(batches)
-    ]
+    mine = share.of(batches)
+    # One block beforehand: small ones made between the batches keep the heap from closing where their tensors were.
+    sums = np.empty((len(mine), 3, len(shards.sources)))
+    for number, batch in enumerate(mine):
+        inputs = collate([rows[row] for row in batch], shards, profile, pad_to_multiple_of=None)
+        sums[number] = sum_batch(model, inputs, groups=len(shards.sources))
+    return list(sums)
 
 
 def score_sources(batches: Sequence[Sums], shards: Shards, *, name: str) -> list[Score]:
