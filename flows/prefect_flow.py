@@ -24,7 +24,7 @@ from prefect.tasks import Task
 
 from flows.board import RETRIES, Done, may_retry, retry_seconds
 from flows.retrain import describe_run, walk
-from flows.server import page_address, standing_server
+from flows.server import outlast_outage, page_address, standing_server
 from flows.stages import Say
 from flows.summary import Result
 from ropeway.params import load_profile
@@ -103,10 +103,14 @@ class PrefectBoard:
         ended: list[Done] = []
 
         def keep(say: Say) -> Done:
-            ended.append(work(say))
+            try:
+                ended.append(work(say))
+            finally:
+                outlast_outage(_api())  # the step's end is told next
             return ended[-1]
 
         above = [self._states[other] for other in after if other in self._states]
+        outlast_outage(_api())
         state: State[Any] = run_step(name, keep, return_state=True, wait_for=above)
         self._states[name] = state
         state.result()  # raises what the step raised
@@ -114,10 +118,12 @@ class PrefectBoard:
 
     def table(self, key: str, title: str, rows: Sequence[Mapping[str, str]]) -> None:
         """Publish a table artifact."""
+        outlast_outage(_api())
         create_table_artifact(key=f"{self.prefix}-{key}", table=[dict(row) for row in rows], description=title)
 
     def report(self, key: str, text: str) -> None:
         """Publish a markdown artifact."""
+        outlast_outage(_api())
         create_markdown_artifact(key=f"{self.prefix}-{key}", markdown=text)
 
     def ask_review(self, digest: str) -> str | None:
@@ -138,8 +144,12 @@ class PrefectBoard:
         return _run_address(asked.id)
 
 
+def _api() -> str:
+    return str(PREFECT_API_URL.value())
+
+
 def _run_address(run: object) -> str:
-    return page_address(str(PREFECT_API_URL.value()), f"/runs/flow-run/{run}")
+    return page_address(_api(), f"/runs/flow-run/{run}")
 
 
 def is_served(deployment: DeploymentResponse) -> bool:

@@ -29,6 +29,7 @@ LOOPBACK = "127.0.0.1"
 DEFAULT_PORT = 4200
 DEFAULT_URL = f"http://{LOOPBACK}:{DEFAULT_PORT}/api"
 _START_SECONDS = 600.0  # 3.5 s on two quiet cores, 9 s with a new database, and 100 s of that at load 12
+_OUTAGE_SECONDS = 1800.0  # then Prefect's own retries have their turn
 _GIVEN_SECONDS = 10.0  # for one that should be running; a temporary one is said to be slow after that
 _NOTE, _EXIT, _UI_EXIT = "ropeway-server.json", "server.exit.json", "ui.exit.json"
 
@@ -117,6 +118,18 @@ def await_server(url: str, root: Path) -> None:
         )
 
 
+def outlast_outage(url: str) -> None:
+    """Return once a server that a run already uses answers again, or after half an hour; say so when it is away.
+
+    Prefect's client (3.9.1) doubles its pause at each try and sleeps on for minutes after the server is back.
+    """
+    if is_answering(url):
+        return
+    print(f"the Prefect server at {url} is away; the run waits for it and loses nothing", flush=True)
+    if _await_answer(url, _OUTAGE_SECONDS, lambda: False, pause_seconds=1.0):
+        print("the Prefect server is back", flush=True)
+
+
 def find_server(root: Path) -> str | None:
     """Return the URL of this workspace's running `ropeway server`, or None."""
     with suppress(OSError, ValueError, KeyError, psutil.NoSuchProcess):
@@ -155,13 +168,13 @@ def _start(
     )
 
 
-def _await_answer(url: str, seconds: float, has_ended: Callable[[], bool]) -> bool:
+def _await_answer(url: str, seconds: float, has_ended: Callable[[], bool], *, pause_seconds: float = 0.05) -> bool:
     """Return True once a server answers, False when it has ended or the time is over."""
     deadline = time.monotonic() + seconds
     while not is_answering(url):
         if has_ended() or time.monotonic() > deadline:
             return False
-        time.sleep(0.05)
+        time.sleep(pause_seconds)
     return True
 
 

@@ -1,0 +1,115 @@
+"""A run that is cancelled on Prefect's pages, and a server that is away for a minute and a half."""
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+
+import psutil
+import pytest
+
+from tests.pipeline.test_flow_kill import FLOW, TRAINING, check_it_saved
+from tests.pipeline.test_flow_server import SERVE, Api, free_port, wait_for
+
+pytestmark = pytest.mark.filterwarnings(
+    # dvc 3.67.1 (repo/trie.py, repo/graph.py) on pygtrie 2.6
+    "ignore:_NoneStep.value will soon raise:DeprecationWarning"
+)
+RUNNER = (
+    "import sys; from pathlib import Path; from flows.deployments import serve_flows; serve_flows(Path(sys.argv[1]))"
+)
+TELLING = TRAINING.replace("while True:", "Path('begun').write_text('training')\nwhile True:")
+WAITING = "Path('begun').write_text('training')\nPath('may-end').read_text()\n"
+OUTAGE_SECONDS = 90
+
+
+@pytest.fixture
+def start():
+    """Start Python programs in sessions of their own; whatever a failing test leaves of them is killed."""
+    started = []
+
+    def begin(program, *arguments, **environment):
+        command = [sys.executable, "-u", "-c", program, *arguments]
+        told = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        started.append(subprocess.Popen(command, env={**os.environ, **environment}, start_new_session=True, **told))
+        return started[-1]
+
+    yield begin
+    for each in started:
+        with suppress(ProcessLookupError):
+            os.killpg(each.pid, signal.SIGKILL)
+        each.communicate()
+
+
+def break_training(workspace, program):
+    workspace.edit("params.yaml", "learning_rate: 2e-3", "learning_rate: 3e-3")
+    workspace.trouble("train", program)
+    os.mkfifo(workspace.root / "begun")
+
+
+def await_training(workspace):
+    assert (workspace.root / "begun").read_text() == "training"  # opens once the stage does
+
+
+def test_a_served_run_that_is_cancelled_saves_and_leaves_no_process(start, made_workspace, on_prefect):
+    break_training(made_workspace, TELLING)
+    api = Api(on_prefect)
+    runner = start(RUNNER, str(made_workspace.root), PREFECT_API_URL=on_prefect)
+    assert any(line.startswith("serving retrain") for line in runner.stdout)
+
+    def served():
+        found = api.ask("POST", "/deployments/filter", {"deployments": {"name": {"any_": ["retrain"]}}})
+        here = [each for each in found if each["parameters"].get("root") == str(made_workspace.root)]
+        return here and here[0]["status"] == "READY" and here[0]["id"]
+
+    run = api.ask("POST", f"/deployments/{wait_for(served)}/create_flow_run", {})["id"]
+    await_training(made_workspace)
+    members = psutil.Process(runner.pid).children(recursive=True)
+    assert len(members) > 3  # the flow's process, supervisor, dvc, the stage and what it started
+    began = time.monotonic()
+    api.set_state(run, "CANCELLING", "Cancelling")
+    for process in members:
+        with suppress(ProcessLookupError):
+            end = os.pidfd_open(process.pid)
+            assert select.select([end], [], [], 60)[0], f"still alive: {process}"
+            os.close(end)
+    print(f"last process gone {time.monotonic() - began:.1f} s after the cancel")
+    assert wait_for(lambda: api.state(run) == "Cancelled")
+    check_it_saved(made_workspace)
+
+
+@pytest.mark.slow
+def test_a_server_that_is_killed_midway_and_away_for_a_while_costs_the_run_nothing(start, own_prefect):
+    break_training(own_prefect, WAITING)
+    os.mkfifo(own_prefect.root / "may-end")
+    port = free_port()
+    url = f"http://127.0.0.1:{port}/api"
+
+    def serve():
+        server = start(SERVE, str(own_prefect.root), str(port))
+        assert any(line.startswith("Prefect UI:") for line in server.stdout)
+        return server
+
+    server = serve()
+    flow = start(FLOW, str(own_prefect.root), "prefect", PREFECT_API_URL=url)
+    await_training(own_prefect)
+    for process in (*psutil.Process(server.pid).children(recursive=True), psutil.Process(server.pid)):
+        process.kill()
+    (own_prefect.root / "may-end").open("w").close()  # the stage ends while nobody can be told
+    time.sleep(OUTAGE_SECONDS)  # the outage itself
+    assert flow.poll() is None
+    serve()
+    back = time.monotonic()
+    said, _ = flow.communicate(timeout=600)
+    print(f"the run ended {time.monotonic() - back:.0f} s after the server was back")
+    assert flow.returncode == 0, said
+    assert said.count(f"the Prefect server at {url} is away") == said.count("the Prefect server is back") == 1
+    api = Api(url)
+    runs = api.ask("POST", "/flow_runs/filter", {"sort": "START_TIME_DESC", "limit": 1})
+    assert runs[0]["state_name"] == "Published"
+    tasks = api.ask("POST", "/task_runs/filter", {"flow_runs": {"id": {"any_": [runs[0]["id"]]}}})
+    assert {"train", "evaluate", "package"} <= {each["name"] for each in tasks}
+    assert {each["state_type"] for each in tasks} == {"COMPLETED"}
