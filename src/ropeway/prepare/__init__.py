@@ -19,6 +19,7 @@ from ropeway.prepare.divide import Part, divide_sources
 from ropeway.prepare.findings import describe_findings
 from ropeway.prepare.report import write_report
 from ropeway.prepare.units import UNIT_BYTES, Recipe, Unit, choose_unit_bytes, fingerprint, plan_recipes, plan_units
+from ropeway.prepare.workers import staying_workers
 from ropeway.prepare.write import Units, check_readback, disk_may_be_full, make_units, write_split
 from ropeway.raw import list_groups
 from ropeway.shards import FORMAT, open_shards
@@ -59,9 +60,10 @@ def run(workspace: Workspace, profile: Profile) -> None:
     work = workspace.work / f"{prefix}-{fingerprint(raw['files'], workspace.base, recipes)}"
     with disk_may_be_full(work):
         planned = _plan(workspace, recipes, work)
-        made = make_units(planned, work=work)
-        records = {name: _records(name, raw["sources"][name], units, profile) for name, units in made.items()}
-        parts = divide_sources(planned, made, profile, prompts=prompts, work=work)
+        with staying_workers():
+            made = make_units(planned, work=work)
+            records = {name: _records(name, raw["sources"][name], units, profile) for name, units in made.items()}
+            parts = divide_sources(planned, made, profile, prompts=prompts, work=work)
         prepared = {
             name: Prepared(units, _entry(name, raw["sources"][name]["kind"], units), records[name], parts[name])
             for name, units in made.items()

@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -107,6 +108,38 @@ def open_pool(workers: int) -> Iterator[Workforce]:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+@dataclass
+class _Staying:
+    """The worker processes of a block, once somebody needed them."""
+
+    stack: ExitStack
+    force: Workforce | None = None
+
+
+_STAYING: ContextVar[_Staying | None] = ContextVar("_STAYING", default=None)
+
+
+@contextmanager
+def staying_workers() -> Iterator[None]:
+    """Let every `make` of the block use the same worker processes: to start one takes nearly two seconds of a core."""
+    with ExitStack() as stack:
+        token = _STAYING.set(_Staying(stack))
+        try:
+            yield
+        finally:
+            _STAYING.reset(token)
+
+
+def _find_pool(workers: int, stack: ExitStack) -> Workforce:
+    """Return the block's worker processes, whatever their number, else some for this stack."""
+    staying = _STAYING.get()
+    if staying is None:
+        return stack.enter_context(open_pool(workers))
+    if staying.force is None:
+        staying.force = staying.stack.enter_context(open_pool(workers))
+    return staying.force
+
+
 def _begin(threads: int) -> None:
     """In a worker: take one's share of the cores."""
     begin_worker()
@@ -136,7 +169,7 @@ def make(function: Callable[[Job], Result], jobs: Sequence[Job], *, text_bytes: 
             force = stack.enter_context(open_cluster(address, work))
             function = partial(do_in_one_thread, function)
         elif (workers := min(count_workers(text_bytes), len(jobs))) > 1:
-            force = stack.enter_context(open_pool(workers))
+            force = _find_pool(workers, stack)
         else:
             yield from map(function, jobs)  # here; the tokenizer's threads use all cores
             return
