@@ -44,6 +44,20 @@ def start():
         each.communicate()
 
 
+@pytest.fixture
+def open_api():
+    """Ask servers by their addresses."""
+    opened = []
+
+    def begin(url):
+        opened.append(Api(url))
+        return opened[-1]
+
+    yield begin
+    for each in opened:
+        each.client.close()
+
+
 def break_training(workspace, program):
     workspace.edit("params.yaml", "learning_rate: 2e-3", "learning_rate: 3e-3")
     workspace.trouble("train", program)
@@ -54,9 +68,9 @@ def await_training(workspace):
     assert (workspace.root / "begun").read_text() == "training"  # opens once the stage does
 
 
-def test_a_served_run_that_is_cancelled_saves_and_leaves_no_process(start, made_workspace, on_prefect):
+def test_a_served_run_that_is_cancelled_saves_and_leaves_no_process(start, made_workspace, on_prefect, open_api):
     break_training(made_workspace, TELLING)
-    api = Api(on_prefect)
+    api = open_api(on_prefect)
     runner = start(RUNNER, str(made_workspace.root), PREFECT_API_URL=on_prefect)
     assert any(line.startswith("serving retrain") for line in runner.stdout)
 
@@ -82,7 +96,7 @@ def test_a_served_run_that_is_cancelled_saves_and_leaves_no_process(start, made_
 
 
 @pytest.mark.slow
-def test_a_server_that_is_killed_midway_and_away_for_a_while_costs_the_run_nothing(start, own_prefect):
+def test_a_server_that_is_killed_midway_and_away_for_a_while_costs_the_run_nothing(start, own_prefect, open_api):
     break_training(own_prefect, WAITING)
     os.mkfifo(own_prefect.root / "may-end")
     port = free_port()
@@ -107,7 +121,7 @@ def test_a_server_that_is_killed_midway_and_away_for_a_while_costs_the_run_nothi
     print(f"the run ended {time.monotonic() - back:.0f} s after the server was back")
     assert flow.returncode == 0, said
     assert said.count(f"the Prefect server at {url} is away") == said.count("the Prefect server is back") == 1
-    api = Api(url)
+    api = open_api(url)
     runs = api.ask("POST", "/flow_runs/filter", {"sort": "START_TIME_DESC", "limit": 1})
     assert runs[0]["state_name"] == "Published"
     tasks = api.ask("POST", "/task_runs/filter", {"flow_runs": {"id": {"any_": [runs[0]["id"]]}}})
