@@ -23,6 +23,7 @@ from prefect.states import Completed
 from prefect.tasks import Task
 
 from flows.board import RETRIES, Done, may_retry, retry_seconds
+from flows.progress import Bar
 from flows.retrain import describe_run, walk
 from flows.server import outlast_outage, page_address, standing_server
 from flows.stages import Say
@@ -104,7 +105,7 @@ class PrefectBoard:
 
         def keep(say: Say) -> Done:
             try:
-                ended.append(work(say))
+                ended.append(work(Bar(say, artifact_prefix(f"{self.prefix}-{name}-progress"))))
             finally:
                 outlast_outage(_api())  # the step's end is told next
             return ended[-1]

@@ -37,6 +37,7 @@ def ask(api, path, **query):
 
 
 def test_flow_runs_each_stage_once_and_then_none_and_prefect_shows_both(flow_workspace, on_prefect, capsys):
+    flow_workspace.trouble("train", "print('[=  ] step 1/4', flush=True); print('[===] step 4/4', flush=True)")
     first = run_retrain(flow_workspace.root)
     assert flow_workspace.calls() == STAGES
     assert first.stages == {"identity": "Unchanged", **dict.fromkeys(STAGES, "Completed")}
@@ -54,10 +55,10 @@ def test_flow_runs_each_stage_once_and_then_none_and_prefect_shows_both(flow_wor
     assert second.publication.digest == first.publication.digest
 
     page = re.search(r"/runs/flow-run/([0-9a-f-]{36})\n", words)[1]
-    check_what_prefect_shows(on_prefect, page)
+    check_what_prefect_shows(on_prefect, page, flow_workspace.dvc("dag", "--dot"))
 
 
-def check_what_prefect_shows(api, flow_run_id):
+def check_what_prefect_shows(api, flow_run_id, dag):
     chosen = {"flow_runs": {"id": {"any_": [flow_run_id]}}}
     (run,) = ask(api, "flow_runs", **chosen)
     assert re.fullmatch(r"laptop-[0-9a-f]{7}-[0-9a-f]{7}", run["name"])
@@ -82,6 +83,8 @@ def check_what_prefect_shows(api, flow_run_id):
         "package": ["evaluate", "train"],
         "publish": ["package"],
     }
+    drawn = {(one, name) for name, ones in above.items() for one in ones if name != "publish"}
+    assert drawn == set(re.findall(r'"(\w+)" -> "(\w+)"', dag))
     log = ask(api, "logs", logs={"task_run_id": {"any_": [tasks["train"]["id"]]}}, sort="TIMESTAMP_ASC")
     lines = [entry["message"] for entry in log]
     assert "learning rate 0.002" in lines
@@ -90,10 +93,22 @@ def check_what_prefect_shows(api, flow_run_id):
     artifacts = {found["key"]: found for found in ask(api, "artifacts", **chosen)}
     assert json.loads(artifacts["laptop-plan"]["data"])[2] == {"stage": "train", "will run": "yes", "why": "never run"}
     assert "| docs | 8.000 → 5.002 |" in artifacts["laptop-result"]["data"]
+    assert (artifacts["laptop-train-progress"]["type"], artifacts["laptop-train-progress"]["data"]) == ("progress", 100)
     steps = json.loads(artifacts["laptop-ledger"]["data"])
     assert steps[0] == {"source": "docs", "step": "read", "": "=", "how many": "8 records", "tokens": ""}
     assert steps[-1] == {"source": "docs", "step": "epoch 0: supervised", "": "=", "how many": "", "tokens": "30"}
     assert {"source": "docs", "step": "train", "": "=", "how many": "5 sequences", "tokens": "50"} in steps
+
+
+def test_flow_does_not_wait_for_a_server_that_is_away_to_move_a_bar():
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    from flows.progress import Bar
+
+    heard = []
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
+        Bar(heard.append, "laptop-train-progress")("step 1/4")
+    assert heard == ["step 1/4"]
 
 
 def test_flow_runs_only_what_a_changed_parameter_reaches_and_restores_what_it_has_made(made_workspace, capsys):
