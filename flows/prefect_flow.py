@@ -105,7 +105,7 @@ class PrefectBoard:
 
         def keep(say: Say) -> Done:
             try:
-                ended.append(work(Bar(say, artifact_prefix(f"{self.prefix}-{name}-progress"))))
+                ended.append(work(Bar(say, artifact_prefix(f"{self.prefix}-{name}-progress"), _api())))
             finally:
                 outlast_outage(_api())  # the step's end is told next
             return ended[-1]

@@ -2,13 +2,12 @@
 
 import re
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from uuid import UUID
 
 import httpx
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
-from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from flows.server import is_answering
 from flows.stages import Say
@@ -23,11 +22,11 @@ class Bar:
     Nobody waits for the bar: where the server is away it stays as it is, and moves with a later line.
     """
 
-    def __init__(self, say: Say, key: str, *, clock: Callable[[], float] = time.monotonic) -> None:
-        """Keep whom to pass lines on to, and the artifact's key."""
-        self._say, self._key, self._clock = say, key, clock
+    def __init__(self, say: Say, key: str, url: str) -> None:
+        """Keep whom to pass lines on to, the artifact's key and the API's address."""
+        self._say, self._key, self._url = say, key, url
         self._artifact: UUID | None = None
-        self._moved = -_PAUSE_SECONDS
+        self._moved = float("-inf")
 
     def __call__(self, line: str) -> None:
         """Take a line."""
@@ -36,16 +35,14 @@ class Bar:
             self._move(min(int(found[1]), int(found[2])), int(found[2]))
 
     def _move(self, done: int, steps: int) -> None:
-        now = self._clock()
-        if (done < steps and now - self._moved < _PAUSE_SECONDS) or not is_answering(str(PREFECT_API_URL.value())):
+        now = time.monotonic()
+        if (done < steps and now - self._moved < _PAUSE_SECONDS) or not is_answering(self._url):
             return
         self._moved = now
         with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), suppress(httpx.HTTPError):
             percent, words = round(100 * done / steps, 1), f"step {done} of {steps}"
             if self._artifact is None:
                 made = create_progress_artifact(percent, key=self._key, description=words)
-                self._artifact = (
-                    made if isinstance(made, UUID) else None
-                )  # no coroutine: this is a thread without a loop
+                self._artifact = made if isinstance(made, UUID) else None  # never a coroutine: no loop runs here
             else:
                 update_progress_artifact(self._artifact, percent, description=words)

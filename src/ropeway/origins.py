@@ -7,26 +7,28 @@ from pydantic import Field
 from ropeway.section import Positive, Section
 
 
-class HuggingfaceSource(Section):
+class RowsSource(Section):
+    """Files of rows: of which form they are, and which of their columns are read."""
+
+    rows: Literal["orca_chat", "messages", "sharegpt", "alpaca", "text"]
+    columns: dict[str, str]
+    expected_rows: Positive | None
+
+
+class HuggingfaceSource(RowsSource):
     """Files of one data set repository at one revision."""
 
     kind: Literal["huggingface"]
     repo: str
     revision: str
     files: list[str]
-    rows: Literal["orca_chat", "messages", "sharegpt", "alpaca", "text"]
-    columns: dict[str, str]
-    expected_rows: Positive | None
 
 
-class FilesSource(Section):
+class FilesSource(RowsSource):
     """json, jsonl or parquet files, also compressed."""
 
     kind: Literal["files"]
     paths: list[str]
-    rows: Literal["orca_chat", "messages", "sharegpt", "alpaca", "text"]
-    columns: dict[str, str]
-    expected_rows: Positive | None
 
 
 class PythonDocsSource(Section):

@@ -46,6 +46,15 @@ while True:
 """
 
 
+def await_deaths(processes, seconds=30):
+    """Return once all have died; each has so many seconds."""
+    for process in processes:
+        with suppress(ProcessLookupError):
+            end = os.pidfd_open(process.pid)  # readable at its death, reaped or not
+            assert select.select([end], [], [], seconds)[0], f"still alive: {process}"
+            os.close(end)
+
+
 class Running:
     """A flow in a process of its own, come as far as training."""
 
@@ -70,11 +79,7 @@ class Running:
 
     def await_end(self):
         """Wait for the death of each member; return what the flow printed after training began."""
-        for process in self.members:
-            with suppress(ProcessLookupError):
-                end = os.pidfd_open(process.pid)  # readable at its death, reaped or not
-                assert select.select([end], [], [], 30)[0], f"still alive: {process}"
-                os.close(end)
+        await_deaths(self.members)
         return self.flow.communicate(timeout=60)[0]
 
 

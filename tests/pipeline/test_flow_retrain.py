@@ -101,13 +101,10 @@ def check_what_prefect_shows(api, flow_run_id, dag):
 
 
 def test_flow_does_not_wait_for_a_server_that_is_away_to_move_a_bar():
-    from prefect.settings import PREFECT_API_URL, temporary_settings
-
     from flows.progress import Bar
 
     heard = []
-    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
-        Bar(heard.append, "laptop-train-progress")("step 1/4")
+    Bar(heard.append, "laptop-train-progress", "http://127.0.0.1:9/api")("step 1/4")
     assert heard == ["step 1/4"]
 
 

@@ -1,7 +1,6 @@
 """A run that is cancelled on Prefect's pages, and a server that is away for a minute and a half."""
 
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from contextlib import suppress
 import psutil
 import pytest
 
-from tests.pipeline.test_flow_kill import FLOW, TRAINING, check_it_saved
+from tests.pipeline.test_flow_kill import FLOW, TRAINING, await_deaths, check_it_saved
 from tests.pipeline.test_flow_server import SERVE, Api, free_port, wait_for
 
 pytestmark = pytest.mark.filterwarnings(
@@ -85,11 +84,7 @@ def test_a_served_run_that_is_cancelled_saves_and_leaves_no_process(start, made_
     assert len(members) > 3  # the flow's process, supervisor, dvc, the stage and what it started
     began = time.monotonic()
     api.set_state(run, "CANCELLING", "Cancelling")
-    for process in members:
-        with suppress(ProcessLookupError):
-            end = os.pidfd_open(process.pid)
-            assert select.select([end], [], [], 60)[0], f"still alive: {process}"
-            os.close(end)
+    await_deaths(members, 60)
     print(f"last process gone {time.monotonic() - began:.1f} s after the cancel")
     assert wait_for(lambda: api.state(run) == "Cancelled")
     check_it_saved(made_workspace)

@@ -1,7 +1,9 @@
 """Worker processes are started once for all passes of prepare."""
 
 import os
+from pathlib import Path
 
+from ropeway.prepare import workers
 from ropeway.prepare.workers import make, staying_workers
 
 
@@ -10,15 +12,19 @@ def pid_of(_job):
 
 
 def test_passes_of_a_block_share_their_workers_and_none_outlives_it(monkeypatch, tmp_path):
-    monkeypatch.setenv("ROPEWAY_PREPARE_WORKERS", "2")
+    opened, open_pool = [], workers.open_pool
+    monkeypatch.setattr(workers, "open_pool", lambda count: opened.append(count) or open_pool(count))
 
-    def one_pass():
+    def one_pass(count):
+        monkeypatch.setenv("ROPEWAY_PREPARE_WORKERS", str(count))
         return set(make(pid_of, list(range(6)), text_bytes=0, work=tmp_path))
 
     with staying_workers():
-        first, second = one_pass(), one_pass()
-        assert second <= first
-    assert os.getpid() not in first
-    assert not first & one_pass()
-    for pid in first:
-        assert not os.path.exists(f"/proc/{pid}")  # noqa: PTH110
+        pids = one_pass(2) | one_pass(2)
+        assert opened == [2]
+        pids |= one_pass(3)  # a pass with more to do is not held to the few of an earlier one
+        assert opened == [2, 3]
+    assert os.getpid() not in pids
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    one_pass(2)
+    assert opened == [2, 3, 2]

@@ -114,6 +114,7 @@ class _Staying:
 
     stack: ExitStack
     force: Workforce | None = None
+    workers: int = 0
 
 
 _STAYING: ContextVar[_Staying | None] = ContextVar("_STAYING", default=None)
@@ -131,12 +132,12 @@ def staying_workers() -> Iterator[None]:
 
 
 def _find_pool(workers: int, stack: ExitStack) -> Workforce:
-    """Return the block's worker processes, whatever their number, else some for this stack."""
+    """Return the block's worker processes if they are enough, else new ones; outside a block, some for this stack."""
     staying = _STAYING.get()
     if staying is None:
         return stack.enter_context(open_pool(workers))
-    if staying.force is None:
-        staying.force = staying.stack.enter_context(open_pool(workers))
+    if staying.force is None or staying.workers < workers:
+        staying.force, staying.workers = staying.stack.enter_context(open_pool(workers)), workers
     return staying.force
 
 
