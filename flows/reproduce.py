@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from flows import graph
+from flows.edits import choose_profile
 from flows.likeness import Record, describe_differences, other_weights
-from flows.retrain import choose_profile
 from flows.revision import ask_git
 from flows.stages import Say, Site, bring_up, run_command
 from ropeway.errors import ConfigError, DataError, RegistryError

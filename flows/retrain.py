@@ -4,7 +4,6 @@ DVC decides whether a stage must run, Prefect shows it and tries again what may 
 and no stage is named here: adding one to dvc.yaml changes no Python.
 """
 
-import re
 import signal
 import sys
 import threading
@@ -18,12 +17,13 @@ from pathlib import Path
 from flows import graph, summary
 from flows.board import Board, Done, PlainBoard
 from flows.champion import measure_champion
+from flows.edits import choose_profile
 from flows.publishing import publish_package
 from flows.revision import read_revision
 from flows.stages import Say, Site, bring_up, patiently, run_command
 from flows.summary import Result
 from ropeway.devices import count_ranks
-from ropeway.errors import ConfigError, DataError
+from ropeway.errors import DataError
 from ropeway.lock import workspace_lock
 from ropeway.manifest import digest_of
 from ropeway.params import Profile, load_profile, read_block
@@ -97,23 +97,6 @@ def walk(root: Path, profile: str | None, board: Board) -> Result:
         result = Result(workspace, ended, publication, time.monotonic() - began, review)
         board.report("result", summary.draw_report(result))
         return result
-
-
-def choose_profile(root: Path, name: str) -> None:
-    """Make params.yaml name this profile: its line `profile:` alone is edited, and it stays so.
-
-    Raises:
-        ConfigError: The line is not where an edit of one line can reach it.
-    """
-    path = root / "params.yaml"
-    text = path.read_text(encoding="utf-8")
-    if load_profile(path)[0] == name:
-        return
-    edited, count = re.subn(r"(?m)^(profile:[ \t]*)[^\s#]+", lambda match: match[1] + name, text, count=1)
-    if not count:
-        raise ConfigError(f"{path}: no line `profile: …` to put {name} into; write it there")
-    path.write_text(edited, encoding="utf-8")
-    print(f"params.yaml: profile is {name} now, and stays so", flush=True)
 
 
 def describe_run(root: Path, profile: str) -> tuple[str, list[str]]:

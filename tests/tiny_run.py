@@ -99,7 +99,15 @@ def finish_run(workspace: Workspace, profile: Profile) -> None:
     evaluate.run(workspace, profile.reading(READS["evaluate"]))
     write_json(
         workspace.train_metrics,
-        {"steps": 3, "applied_steps": 3, "rewinds": 0, "rows_left_out": 0, "epochs": 1, "final_loss": 5.25},
+        {
+            "steps": 3,
+            "applied_steps": 3,
+            "rewinds": 0,
+            "rows_left_out": 0,
+            "epochs": 1,
+            "final_loss": 5.25,
+            "continued_from": {},
+        },
     )
     accounts = tuple(
         Account(

@@ -28,11 +28,18 @@ def run(
     *,
     profile: ProfileOption = None,
     prefect: Annotated[bool, typer.Option(help="Run under Prefect, so that the run can be looked at.")] = True,
+    resume_from: Annotated[
+        str | None,
+        typer.Option(help="FINGERPRINT[@STEP] of .checkpoints: go on from another run; written into params.yaml."),
+    ] = None,
 ) -> None:
     """Make the run that params.yaml describes, and publish the model as `candidate`."""
+    from flows import edits
     from flows.retrain import run_retrain
     from ropeway.workspace import find_root
 
+    if resume_from is not None:
+        edits.resume_from(find_root(), profile, resume_from)
     run_retrain(find_root(), profile, use_prefect=prefect)
 
 

@@ -38,6 +38,8 @@ def _explain(fault: ErrorDetails, model: type[BaseModel]) -> str:  # noqa: PLR09
         return f"{key}: expected {context['expected']}, found {_shown(found)}"
     if kind == "union_tag_invalid":
         return f"{key}.kind: expected one of {context['expected_tags']}, found {context['tag']!r}"
+    if kind == "string_pattern_mismatch":
+        return f"{key}: expected text like {context['pattern']}, found {_shown(found)}"
     message = fault["msg"].removeprefix("Value error, ")
     return f"{key}: {message}" if key else message
 

@@ -15,6 +15,7 @@ from ropeway.section import Count, Fraction, Positive, Section
 
 Scale = Annotated[float, Field(ge=1)]
 Dtype = Literal["fp16", "bf16", "fp32"]
+RUN = r"[0-9a-f]{16}(@[0-9]+)?"  # a training run's fingerprint, and which of its checkpoints
 
 
 class StretchScaling(Section):
@@ -215,6 +216,7 @@ class Profile(Section):
     layout: Literal["padded", "packed"]
     loss_normalisation: Literal["micro_batch", "token"]
     lora: Lora | None
+    resume_from: Annotated[str, Field(pattern=f"^{RUN}$")] | None
     pad_vocab_to_multiple_of: Positive
     new_rows: Literal["normal", "mean"]
     what_counts: Literal["published", "answers"]

@@ -12,6 +12,7 @@ tiny:
   <<: *published
   dtype: fp32
   learning_rate: 2e-3
+  resume_from: null
   model_name: scratch
   deepspeed_config: configs/zero2_cpu.json
   max_length: 64

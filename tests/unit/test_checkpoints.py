@@ -148,7 +148,7 @@ def test_older_runs_of_the_same_profile_give_way_and_no_others(tmp_path):
     for age, (name, profile) in enumerate(
         [("old", "tiny"), ("current", "tiny"), ("other", "laptop"), ("newer", "tiny"), ("newest", "tiny")]
     ):
-        checkpoints.claim(tmp_path / name, profile=profile)
+        checkpoints.claim(tmp_path / name, {"profile": profile})
         write(tmp_path / name, 5)
         os.utime(tmp_path / name / checkpoints.OWNER, ns=(age, age))
     (tmp_path / "unclaimed").mkdir()

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from ropeway.block import cut_block, inherited_names, write_blocks
 from ropeway.errors import ConfigError, DataError
-from ropeway.package.block import cut_block, inherited_names, write_blocks
 from ropeway.package.config import (
     lowest_loader,
     plan_config,

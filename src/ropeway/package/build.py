@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from ropeway.block import write_blocks
 from ropeway.chat import JINJA, ROLE_TOKENS
 from ropeway.errors import DataError
 from ropeway.manifest import digest_of, load_manifest, whole_folder, write_json, write_manifest
-from ropeway.package.block import write_blocks
 from ropeway.package.card import write_card
 from ropeway.package.config import plan_config, plan_generation_config, plan_special_tokens_map, plan_tokenizer_config
 from ropeway.package.facts import Facts, load_facts

@@ -6,10 +6,11 @@ made from one value, so it cannot.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from ropeway.package.block import cut_block, inherited_names
+from ropeway.block import cut_block, inherited_names
 from ropeway.package.card_data import describe_sources, format_composition, hub_datasets
 from ropeway.package.card_results import (
     LLAMA2,
@@ -90,6 +91,21 @@ def describe_steps(facts: Facts) -> str:
     )
 
 
+def describe_descent(record: Mapping[str, Any]) -> str:
+    """Return in words from which runs training went on, the last one first.
+
+    >>> one = {"fingerprint": "00bb", "step": 60, "changed": {"learning_rate": "0.002 -> 0.001"}, "earlier": {}}
+    >>> describe_descent(one)
+    'training went on from step 60 of the run 00bb (changed since: learning_rate 0.002 -> 0.001)'
+    >>> describe_descent({"fingerprint": "00cc", "step": 1200, "changed": {}, "earlier": one})[:70]
+    'training went on from step 1,200 of the run 00cc; there training went '
+    """
+    words = f"training went on from step {record['step']:,} of the run {record['fingerprint']}"
+    if record["changed"]:
+        words += f" (changed since: {', '.join(f'{key} {values}' for key, values in record['changed'].items())})"
+    return f"{words}; there {describe_descent(record['earlier'])}" if record["earlier"] else words
+
+
 def introduce(facts: Facts, written: Written) -> Iterator[str]:
     """Yield title, what the model is, and the list of facts."""
     profile, card = facts.profile, facts.profile.card
@@ -112,6 +128,8 @@ def introduce(facts: Facts, written: Written) -> Iterator[str]:
         f"parameters: {written.parameters:,}",
         f"datatype: {profile.package.dtype} ({TORCH_NAMES[profile.package.dtype]}); trained in {profile.dtype}",
     ]
+    if record := facts.train["continued_from"]:
+        items.append(f"not from the base in one go: {describe_descent(record)}")
     if card.sponsored_by:
         items.append(f"sponsored by: {card.sponsored_by}")
     yield "\n".join(f"- {item}" for item in items)

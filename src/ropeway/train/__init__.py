@@ -14,7 +14,7 @@ from ropeway.errors import ConfigError, DataError, TemporaryError
 from ropeway.manifest import load_manifest, write_atomic, write_json
 from ropeway.params import Profile
 from ropeway.supervise import signal_of
-from ropeway.train import checkpoints
+from ropeway.train import checkpoints, continuing
 from ropeway.train.config import load_deepspeed_json
 from ropeway.train.fingerprint import Fingerprint, take_fingerprint
 from ropeway.train.launch import free_port, plan_command, plan_environment
@@ -42,8 +42,10 @@ def run(workspace: Workspace, profile: Profile) -> None:
     load_deepspeed_json(workspace.root / profile.deepspeed_config)
     fingerprint = take_fingerprint(workspace, profile)
     print(f"training run {fingerprint.digest}", flush=True)
-    checkpoints.claim(workspace.checkpoints / fingerprint.digest, profile=workspace.profile)
-    make_loadable(workspace.checkpoints / fingerprint.digest, ranks=ranks)
+    folder = workspace.checkpoints / fingerprint.digest
+    checkpoints.claim(folder, {"profile": workspace.profile, "parts": fingerprint.parts, "params": fingerprint.params})
+    continuing.go_on(workspace, profile, fingerprint)
+    make_loadable(folder, ranks=ranks)
     workspace.work.mkdir(exist_ok=True)
     (workspace.work / "progress.jsonl").unlink(missing_ok=True)
     arguments = [str(workspace.root), workspace.profile, fingerprint.digest]
@@ -89,9 +91,12 @@ def _leave_files(workspace: Workspace, profile: Profile, fingerprint: Fingerprin
     model = load_manifest(workspace.model, remedy="Run the stage again; it exports without training")
     if last is None or last.step != model["steps"]:
         raise DataError(f"{folder}: the last checkpoint is not the exported step {model['steps']}; run the stage again")
-    log = last.log()
+    log, record = last.log(), continuing.read_record(folder)
     write_atomic(workspace.steps, _csv(log).encode())
-    write_json(workspace.train_metrics, _metrics(log, last.facts["rewinds"], profile, fingerprint))
+    write_json(
+        workspace.train_metrics,
+        {**_metrics(log, last.facts["rewinds"], profile, fingerprint), "continued_from": record},
+    )
     attempts = (folder / "attempts.jsonl").read_text(encoding="utf-8").splitlines()
     facts = {
         "fingerprint": fingerprint.digest,

@@ -22,6 +22,7 @@ STATE = "state"
 LOG = "steps.jsonl"
 OWNER = "run.json"
 OTHER_VERSIONS = "ROPEWAY_OTHER_VERSIONS"
+TAKEN_OVER = "taken_over"  # in the manifest of a checkpoint that another run wrote
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,13 +146,31 @@ def remove(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def claim(root: Path, *, profile: str) -> None:
-    """Say in a run's folder whose it is; its time says when the run was last started."""
+def take_over(checkpoint: Checkpoint, root: Path) -> None:
+    """Make another run's checkpoint, its bytes verified just now, one of this run; its files are linked, not copied."""
+    partial = partial_folder(root, checkpoint.step)
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(checkpoint.folder, partial, copy_function=_link, ignore=lambda *_: (NAME,))
+    write_json(partial / NAME, {**checkpoint.facts, TAKEN_OVER: True})
+    partial.rename(step_folder(root, checkpoint.step))
+    sync_folder(root)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without links
+        shutil.copyfile(source, target)
+        sync_file(Path(target))
+
+
+def claim(root: Path, owner: dict[str, Any]) -> None:
+    """Say in a run's folder whose it is and what it was begun with; its time says when it was last started."""
     with contextlib.suppress(OSError, ValueError):  # not there yet, or not whole
-        if json.loads((root / OWNER).read_bytes()) == {"profile": profile}:
+        if json.loads((root / OWNER).read_bytes()) == owner:
             (root / OWNER).touch()  # which a full disk still takes: the run then says itself what is missing
             return
-    write_json(root / OWNER, {"profile": profile})
+    write_json(root / OWNER, owner)
 
 
 def prune_runs(root: Path, *, profile: str, current: str, keep: int) -> list[str]:

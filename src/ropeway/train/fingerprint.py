@@ -18,10 +18,12 @@ class Fingerprint:
     Attributes:
         digest: 16 hex digits, the name of the run's checkpoint folder.
         parts: Digests of params, data, base, DeepSpeed JSON and code.
+        params: The parameters themselves.
     """
 
     digest: str
     parts: dict[str, str]
+    params: dict[str, Any]
 
 
 def take_fingerprint(workspace: Workspace, profile: Profile) -> Fingerprint:
@@ -41,7 +43,7 @@ def take_fingerprint(workspace: Workspace, profile: Profile) -> Fingerprint:
         "deepspeed": _identity(workspace, "deepspeed", remedy),
         "code": _identity(workspace, "code-train", remedy),
     }
-    return Fingerprint(digest_of(parts)[:16], parts)
+    return Fingerprint(digest_of(parts)[:16], parts, dumped)
 
 
 def _identity(workspace: Workspace, name: str, remedy: str) -> str:

@@ -26,6 +26,7 @@ from ropeway.tracking import About, Tracker, describe_mirror, open_tracker
 from ropeway.train import checkpoints, rewind, saving
 from ropeway.train.attention import Attention, choose_attention
 from ropeway.train.config import load_deepspeed_json, plan_deepspeed
+from ropeway.train.continuing import check_taken_over
 from ropeway.train.disk import check_disk
 from ropeway.train.export import export_model
 from ropeway.train.launch import adopt_slurm
@@ -84,6 +85,7 @@ def main(root: Path, name: str, fingerprint: str) -> None:
     run.beat = watchdog.beat
     with watchdog.slowly(_state_bytes(run)):
         rewind.recall(run, folder, checkpoint)
+        check_taken_over(folder, checkpoint, total_steps=run.total_steps)
         log = saving.resume(run, checkpoint)
         facts = {"resumed_from_step": len(log), **_try_out(run, folder, log), **_describe(run, attention)}
     stop = Stop()  # before this there is nothing to save: TERM ends the rank at once

@@ -10,6 +10,7 @@ from ropeway.errors import ConfigError
 from ropeway.train import checkpoints
 from ropeway.train.disk import explain_failed_save
 from ropeway.train.running import Run
+from ropeway.train.schedule import learning_rate
 from ropeway.train.stop import Line
 
 
@@ -81,6 +82,22 @@ def resume(run: Run, checkpoint: checkpoints.Checkpoint | None) -> list[Line]:
     path, _ = run.engine.load_checkpoint(str(folder), tag=checkpoints.STATE)
     if path is None:
         raise ConfigError(f"{folder}: DeepSpeed found no state in it; remove the folder to resume from an older one")
+    log = checkpoint.log()
+    _impose(run, log)
     if run.rank == 0:
         print(f"resuming after step {checkpoint.step} of {run.total_steps} ({checkpoint.folder})", flush=True)
-    return checkpoint.log()
+    return log
+
+
+def _impose(run: Run, log: list[Line]) -> None:
+    """Let params speak again: DeepSpeed restores the optimizer's numbers from the checkpoint, over what params say now.
+
+    In a run that goes on as itself they are the same. (What it restores: 0.19.8, `load_state_dict` of its optimizers.)
+    """
+    profile, optimizer = run.profile, run.engine.optimizer
+    rate = learning_rate(profile, log[-1]["applied_steps"], total_steps=run.total_steps)
+    for group in optimizer.param_groups:
+        group["betas"] = (profile.adam_beta1, profile.adam_beta2)
+        group |= {"eps": profile.adam_epsilon, "weight_decay": profile.weight_decay, "lr": rate}
+    if hasattr(optimizer, "clip_grad"):  # ZeRO's and the half precisions'; else the engine clips, by its configuration
+        optimizer.clip_grad = profile.max_grad_norm

@@ -1,0 +1,70 @@
+"""`--resume-from` edits one line of params.yaml, the one of its profile, and nothing else."""
+
+import difflib
+import shutil
+from pathlib import Path
+
+import pytest
+
+from flows import edits
+from ropeway.errors import ConfigError, TemporaryError
+from ropeway.lock import workspace_lock
+from ropeway.params import load_profiles
+
+ROOT = Path(__file__).parents[2]
+RUN = "0123456789012345"  # digits alone: unquoted YAML would make a number of it
+
+
+@pytest.fixture
+def root(tmp_path):
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["llama2_13b_orca_8k", "smollm2", "laptop"])
+def test_one_line_of_one_profile_changes(root, name, capsys):
+    before, old = (root / "params.yaml").read_text(), load_profiles(root / "params.yaml")[1]
+    edits.resume_from(root, name, RUN)
+    after, new = (root / "params.yaml").read_text(), load_profiles(root / "params.yaml")[1]
+    changed = [line for line in difflib.ndiff(before.splitlines(), after.splitlines()) if line[:1] in "+-"]
+    assert len(changed) == 2
+    assert changed[1].startswith(f'+   resume_from: "{RUN}"')
+    assert {one for one in old if new[one] != old[one]} == {name}
+    assert new[name].resume_from == RUN
+    assert "stays so" in capsys.readouterr().out
+    edits.resume_from(root, name, f"{RUN}@40")
+    assert load_profiles(root / "params.yaml")[1][name].resume_from == f"{RUN}@40"
+
+
+def test_the_chosen_profile_is_the_default_and_writing_it_twice_changes_nothing(root):
+    edits.resume_from(root, None, RUN)
+    text = (root / "params.yaml").read_text()
+    assert load_profiles(root / "params.yaml")[1]["laptop"].resume_from == RUN
+    edits.resume_from(root, None, RUN)
+    assert (root / "params.yaml").read_text() == text
+
+
+def test_a_block_that_others_inherit_from_is_left_alone(root):
+    path = root / "params.yaml"
+    path.write_text(path.read_text().replace("  learning_rate: 2e-3\n  resume_from: null\n", "  learning_rate: 2e-3\n"))
+    text = path.read_text()
+    with pytest.raises(ConfigError, match="would change other profiles"):
+        edits.resume_from(root, "llama2_13b_orca_8k", RUN)
+    assert path.read_text() == text
+    edits.resume_from(root, "laptop", RUN)  # a line of its own is added
+    assert load_profiles(path)[1]["laptop"].resume_from == RUN
+
+
+@pytest.mark.parametrize("run", ["", "latest", RUN[:15], f"{RUN}@", f"{RUN}@x", RUN.replace("0", "G")])
+def test_what_is_no_run_is_refused(root, run):
+    text = (root / "params.yaml").read_text()
+    with pytest.raises(ConfigError, match="expected FINGERPRINT or FINGERPRINT@STEP"):
+        edits.resume_from(root, None, run)
+    assert (root / "params.yaml").read_text() == text
+
+
+def test_params_of_a_running_run_are_not_edited(root):
+    text = (root / "params.yaml").read_text()
+    with workspace_lock(root, command="another run"), pytest.raises(TemporaryError, match="another run"):
+        edits.resume_from(root, None, RUN)
+    assert (root / "params.yaml").read_text() == text
