@@ -6,6 +6,7 @@ from typing import Any
 
 from flows.curves import COLOURS, data_uri, draw_curves, loss_curves
 from flows.evidence import Case, Version
+from flows.harness import draw_tasks
 from flows.markdown import code, fence, plain, table
 from flows.summary import ledger_rows
 
@@ -28,6 +29,7 @@ def draw_report(case: Case, *, with_pictures: bool = True) -> str:
         _losses(case),
         "## Gate",
         _gate(case.new),
+        draw_tasks(case),
         "## How the training went",
         *_training(case, with_pictures=with_pictures),
         "## Sample answers, side by side (greedy)",
@@ -130,6 +132,11 @@ def _training(case: Case, *, with_pictures: bool) -> Iterator[str]:
         yield "No steps are kept in this package."
     if left := len(case.new.steps) - len(made):
         yield f"{left:,} steps were passed over with their rows: the numbers went wrong there and training went back."
+    if record := case.new.history.get("continued_from"):
+        changed = ", ".join(f"{key} {values}" for key, values in record["changed"].items()) or "nothing"
+        yield plain(
+            f"It went on from step {record['step']} of the run {record['fingerprint']}; changed since: {changed}."
+        )
     yield _history(case.new)
 
 

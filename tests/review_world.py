@@ -17,11 +17,11 @@ class Profile:
     gate = Gate(max_loss_increase_nats=0.01, min_gain_over_base_nats=1.0)
 
 
-def make_version(workspace, loss, *, revision=COMMIT, rate=0.002, rows="rows", records=8):
+def make_version(workspace, loss, *, revision=COMMIT, rate=0.002, rows="rows", records=8, tasks=None, history=None):
     """Make a package whose figures follow from `loss`, and publish it; return its digest."""
     package = workspace.package
     package.mkdir(parents=True, exist_ok=True)
-    metrics = _metrics(loss, rows)
+    metrics = _metrics(loss, rows) | (tasks or {})
     ledger = _ledger(records)
     write_json(package / "weights.json", {"loss": loss, "rate": rate})
     write_json(package / "ledger.json", ledger)
@@ -31,7 +31,8 @@ def make_version(workspace, loss, *, revision=COMMIT, rate=0.002, rows="rows", r
     (package / "steps.csv").write_text("\n".join(["step,loss,validation_docs", *losses]))
     write_manifest(package, {"fingerprint": "f" * 64, "digests": {"data": digest_of(records)}})
     write_json(workspace.evaluation, metrics)
-    write_json(workspace.timings, {"attempts": [_attempt(0, "stopped"), _attempt(20, "finished")]})
+    attempts = [_attempt(0, "stopped"), _attempt(20, "finished")]
+    write_json(workspace.timings, {"attempts": attempts, **(history or {})})
     return publish_package(workspace, Profile(), revision, lambda *_: None).digest
 
 

@@ -86,7 +86,7 @@ def facts_of(name=NAME, **changes):
             "sources": [account(one) for one in COUNTS],
             "epochs": [{"epoch": 0, "rows": 424864, "steps": 3319, "global_batch_size": 128, "left_over": 32}],
         },
-        train={"rewinds": 0, "rows_left_out": 0},
+        train={"rewinds": 0, "rows_left_out": 0, "continued_from": {}},
         evaluation={
             "sources": {one: {"base": {**scores, "loss": 2.5}, "tuned": scores} for one in COUNTS},
             "mean": {"base": 2.5, "tuned": 1.5},
@@ -393,3 +393,14 @@ def test_it_names_the_steps_that_were_passed_over_apart_from_those_that_overflow
         "3,312 applied, 2 skipped for overflow, 5 passed over with their 640 rows because the numbers went wrong "
         "there: training went back 1 times, steps.csv has the steps"
     )
+
+
+def test_it_says_which_run_training_went_on_from():
+    first = {"fingerprint": "ab" * 8, "step": 400, "changed": {"learning_rate": "2e-05 -> 1e-05"}, "earlier": {}}
+    train = {"rewinds": 0, "rows_left_out": 0, "continued_from": first}
+    text = "\n".join(card.introduce(facts_of(train=train), Written(5, 20)))
+    assert (
+        "- not from the base in one go: training went on from step 400 of the run abababababababab (changed since: "
+        "learning_rate 2e-05 -> 1e-05)" in text
+    )
+    assert "not from the base in one go" not in "\n".join(card.introduce(facts_of(), Written(5, 20)))

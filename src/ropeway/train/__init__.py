@@ -103,6 +103,7 @@ def _leave_files(workspace: Workspace, profile: Profile, fingerprint: Fingerprin
         "parts": fingerprint.parts,
         "attempts": [json.loads(a) for a in attempts],
         "rewinds": last.facts["rewinds"],
+        "continued_from": record,
     }
     write_json(workspace.timings, facts)
 

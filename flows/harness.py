@@ -1,0 +1,40 @@
+"""The review's table of lm-evaluation-harness: what base, production and the new version score in each task."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from flows.evidence import Case
+from flows.markdown import plain, table
+
+
+def draw_tasks(case: Case) -> str:
+    """Return the table with its heading; nothing where the new version was asked no task."""
+    tasks: Mapping[str, Any] = case.new.metrics.get("tasks") or {}
+    rows = []
+    for name, task in tasks.items():
+        for metric in task["tuned"]:
+            if "_stderr" in metric:
+                continue
+            row = {"task": plain(name), "metric": plain(metric), "base": _score(task["base"], metric)}
+            if case.old:
+                row[f"production ({plain(case.old.label)})"] = _score(_of_same(case.old.metrics, name, task), metric)
+            rows.append({**row, f"**{plain(case.new.label)}**": f"**{_score(task['tuned'], metric)}**"})
+    if not rows:
+        return ""
+    words = f"{case.new.metrics.get('harness', 'the harness')}; ± is the standard error, a gap within it says nothing."
+    return "\n\n".join(["## Tasks of lm-evaluation-harness", table(rows), plain(words)])
+
+
+def _of_same(metrics: Mapping[str, Any], name: str, task: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return production's scores, if it was asked the same questions in the same way."""
+    theirs: Mapping[str, Any] = (metrics.get("tasks") or {}).get(name) or {}
+    same = all(theirs.get(key) == task[key] for key in ("version", "shots", "n"))
+    return theirs.get("tuned", {}) if same else {}
+
+
+def _score(figures: Mapping[str, Any], metric: str) -> str:
+    name, comma, kind = metric.partition(",")
+    value, error = figures.get(metric), figures.get(f"{name}_stderr{comma}{kind}")
+    if not isinstance(value, int | float):
+        return "not asked"
+    return f"{value:.3f}" + (f" ± {error:.3f}" if isinstance(error, int | float) else "")
