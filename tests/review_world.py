@@ -17,11 +17,11 @@ class Profile:
     gate = Gate(max_loss_increase_nats=0.01, min_gain_over_base_nats=1.0)
 
 
-def make_version(workspace, loss, *, revision=COMMIT, rate=0.002, rows="rows", records=8, tasks=None, history=None):
+def make_version(workspace, loss, *, revision=COMMIT, rate=0.002, rows="rows", records=8, also=None):
     """Make a package whose figures follow from `loss`, and publish it; return its digest."""
     package = workspace.package
     package.mkdir(parents=True, exist_ok=True)
-    metrics = _metrics(loss, rows) | (tasks or {})
+    metrics = _metrics(loss, rows) | (also or {}).get("metrics", {})
     ledger = _ledger(records)
     write_json(package / "weights.json", {"loss": loss, "rate": rate})
     write_json(package / "ledger.json", ledger)
@@ -32,7 +32,7 @@ def make_version(workspace, loss, *, revision=COMMIT, rate=0.002, rows="rows", r
     write_manifest(package, {"fingerprint": "f" * 64, "digests": {"data": digest_of(records)}})
     write_json(workspace.evaluation, metrics)
     attempts = [_attempt(0, "stopped"), _attempt(20, "finished")]
-    write_json(workspace.timings, {"attempts": attempts, **(history or {})})
+    write_json(workspace.timings, {"attempts": attempts, **(also or {}).get("history", {})})
     return publish_package(workspace, Profile(), revision, lambda *_: None).digest
 
 

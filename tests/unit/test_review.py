@@ -132,23 +132,23 @@ def test_a_review_says_that_losses_on_other_rows_say_little(workspace, store):
 def scores(tuned, *, questions=24):
     figures = {"acc,none": 0.25, "acc_stderr,none": 0.05}
     task = {"base": figures, "tuned": figures | {"acc,none": tuned}, "version": "1", "shots": 0, "n": questions}
-    return {"tasks": {"python_basics": task}, "harness": "lm-evaluation-harness 0.4.13"}
+    return {"metrics": {"tasks": {"python_basics": task}, "harness": "lm-evaluation-harness 0.4.13"}}
 
 
 def test_the_harness_scores_stand_beside_productions_if_the_questions_were_the_same(workspace, store):
-    old = make_version(workspace, 5.0, tasks=scores(0.375))
+    old = make_version(workspace, 5.0, also=scores(0.375))
     decide(store, open_case(store, old), YES)
-    text = draw_report(open_case(store, make_version(workspace, 4.0, tasks=scores(0.5))))
+    text = draw_report(open_case(store, make_version(workspace, 4.0, also=scores(0.5))))
     assert "| task | metric | base | production (laptop@v1) | **laptop@v2** |" in text
     assert "| python\\_basics | acc,none | 0.250 ± 0.050 | 0.375 ± 0.050 | **0.500 ± 0.050** |" in text
-    text = draw_report(open_case(store, make_version(workspace, 3.0, tasks=scores(0.5, questions=100))))
+    text = draw_report(open_case(store, make_version(workspace, 3.0, also=scores(0.5, questions=100))))
     assert "| 0.250 ± 0.050 | not asked | **0.500 ± 0.050** |" in text
     assert "lm-evaluation-harness" not in draw_report(open_case(store, make_version(workspace, 2.0)))
 
 
 def test_a_review_says_which_run_the_training_went_on_from(workspace, store):
     record = {"fingerprint": "0a" * 8, "step": 20, "changed": {"learning_rate": "0.002 -> 0.001"}}
-    digest = make_version(workspace, 5.0, history={"continued_from": record})
+    digest = make_version(workspace, 5.0, also={"history": {"continued_from": record}})
     text = draw_report(open_case(store, digest))
     assert f"It went on from step 20 of the run {'0a' * 8}; changed since: learning\\_rate 0.002 -" in text
 
