@@ -17,7 +17,9 @@ class Profile:
     gate = Gate(max_loss_increase_nats=0.01, min_gain_over_base_nats=1.0)
 
 
-def make_version(workspace, loss, *, revision=COMMIT, rate=0.002, rows="rows", records=8, also=None):
+def make_version(  # noqa: PLR0913 - what versions differ by
+    workspace, loss, *, revision=COMMIT, rate=0.002, rows="rows", records=8, also=None
+):
     """Make a package whose figures follow from `loss`, and publish it; return its digest."""
     package = workspace.package
     package.mkdir(parents=True, exist_ok=True)
