@@ -250,15 +250,15 @@ def test_the_terms_of_llama_2_travel_with_what_is_made_of_it(written):
 
 def test_base_and_tuned_stand_side_by_side():
     text = "\n".join(card_results.format_evaluation(facts_of()))
-    assert "| orca-chat | 1,234 | 2.5 → 1.5 | 4.482 → 4.482 | 0.625 → 0.625 | 0.375 → 0.375 |" in text
-    assert "| mean over sources |  | 2.5 → 1.5 |" in text
+    assert "| orca-chat | 1,234 | 2.500 → 1.500 | 4.482 → 4.482 | 0.6250 → 0.6250 | 0.3750 → 0.3750 |" in text
+    assert "| mean over sources |  | 2.500 → 1.500 |" in text
     assert "7,000 validation rows" in text
 
 
 def test_what_the_scaling_bought_is_told_in_figures_and_pictures(written):
     _, text = written
     assert "| model | up to 8,192 tokens | beyond 8,192 tokens |" in text
-    assert "| base, RoPE not scaled | 2.25 | 9.5 |" in text
+    assert "| base, RoPE not scaled | 2.250 | 9.500 |" in text
     assert "base finds 3 of 120 keys; tuned finds 117 of 120 keys" in text
     assert set(re.findall(r"!\[.*?\]\((.*?)\)", text)) == {
         f"plots/{name}.png" for name in ("sources", "loss", "positions", "passkey")

@@ -61,7 +61,7 @@ def draw_losses(folder: Path, steps: Rows) -> None:
         axes.plot(numbers, losses, ".", color=COLOURS["tuned"], alpha=0.3, markersize=3)
         width = max(1, min(_SMOOTHED_STEPS, len(losses) // 10))
         mean = [sum(part) / len(part) for part in _windows(losses, width)]
-        label = f"training, mean of {width} steps"
+        label = f"training, mean of {width} steps" if width > 1 else "training"
         axes.plot(numbers, mean, color=COLOURS["tuned"], linewidth=2, label=label)
         names = sorted({key for line in steps for key in line if key.startswith("validation_")})
         for name, colour in zip(names, _cycle(len(names)), strict=True):

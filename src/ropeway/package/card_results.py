@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ropeway.manifest import file_sha256
-from ropeway.package.card_text import escape, fence, format_table
+from ropeway.package.card_text import escape, fence, figure, format_table
 from ropeway.package.facts import Facts
 
 COUNTED = {
@@ -41,7 +41,7 @@ def format_evaluation(facts: Facts) -> Iterator[str]:
             ]
         )
     mean = report["mean"]
-    rows.append(["mean over sources", "", f"{mean['base']:.4g} → {mean['tuned']:.4g}", "", "", ""])
+    rows.append(["mean over sources", "", f"{figure(mean['base'])} → {figure(mean['tuned'])}", "", "", ""])
     yield format_table(["source", "tokens", "loss, base → tuned", "perplexity", "accuracy", "nats/byte"], rows)
     counted = COUNTED[measured.what_counts] if measured.label_masking else "all tokens"
     yield (
@@ -52,7 +52,7 @@ def format_evaluation(facts: Facts) -> Iterator[str]:
 
 
 def _change(base: Mapping[str, float], tuned: Mapping[str, float], key: str) -> str:
-    return f"{base[key]:.4g} → {tuned[key]:.4g}" if key in base else ""
+    return f"{figure(base[key])} → {figure(tuned[key])}" if key in base else ""
 
 
 def format_pictures(facts: Facts) -> Iterator[str]:
@@ -64,7 +64,7 @@ def format_pictures(facts: Facts) -> Iterator[str]:
     found, wanted = report["positions"], measured.evaluation.positions
     parts = [(name, found[key]) for key, name in _PARTS.items() if key in found]
     curves = list(parts[0][1])
-    rows = [[_name_curve(curve), *(f"{losses[curve]:.4g}" for _, losses in parts)] for curve in curves]
+    rows = [[_name_curve(curve), *(figure(losses[curve]) for _, losses in parts)] for curve in curves]
     yield format_table(["model", *(f"{name} {measured.max_length:,} tokens" for name, _ in parts)], rows)
     yield (
         f"Nats per token over rows of {wanted.row_tokens:,} tokens, validation texts one behind another: below and "

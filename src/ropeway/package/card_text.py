@@ -26,6 +26,15 @@ def fence(text: str, language: str = "") -> str:
     return f"{bars}{language}\n{text.rstrip()}\n{bars}"
 
 
+def figure(value: float) -> str:
+    """Return a figure to four digits, zeros at the end kept, so that a column reads alike.
+
+    >>> figure(2.03), figure(13.5), figure(8347.2), figure(0.25)
+    ('2.030', '13.50', '8347', '0.2500')
+    """
+    return f"{value:#.4g}".rstrip(".")
+
+
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table, numbers on the right."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *([escape(row[0]), *row[1:]] for row in rows)]
