@@ -6,11 +6,13 @@ a trained model stale, and a changed constant on the floor always does.
 
 import ast
 import hashlib
+import json
+import sys
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
+from typing import Any
 
-from ropeway.manifest import digest_of
+from ropeway.manifest import digest_of, file_sha256, write_json
 
 PACKAGE = "ropeway"
 # Left out: they decide how a run is described, started, logged or reported, not what it computes.
@@ -38,13 +40,63 @@ IGNORED = (
 SPEAKING = ("print", "debug", "info", "warning", "error", "exception")
 
 
+class Digests:
+    """Digests of rooms, each module parsed once; what was parsed is kept in a file by content, since a parse costs.
+
+    A file that is missing, damaged or another code's is as good as none: everything is parsed again.
+    """
+
+    def __init__(self, source: Path, kept: Path | None = None) -> None:
+        """Read what was kept; `source` is the folder `ropeway` with its modules."""
+        self._source, self._file = source, kept
+        # Another Python dumps a tree otherwise, another version of this module otherwise again.
+        self._maker = f"{sys.version} {file_sha256(Path(__file__))}"
+        self._kept: dict[str, dict[str, Any]] = self._read()
+        self._used: dict[str, dict[str, Any]] = {}
+
+    def of_room(self, room: str) -> str:
+        """Return the digest of a room's code."""
+        found: dict[str, str] = {}
+        waiting = _modules(self._source, room) - set(IGNORED)
+        while waiting:
+            name = waiting.pop()
+            scan = self._scan(name)
+            found[name] = scan["digest"]
+            ours = {other for other in scan["names"] if _path(self._source, other).is_file()}
+            waiting |= {name for name in ours if name.split(".")[0] not in IGNORED} - set(found) - set(IGNORED)
+        return digest_of(found)
+
+    def keep(self) -> None:
+        """Write what was parsed, if it is not there already."""
+        if self._file and self._used != self._kept:
+            write_json(self._file, {"maker": self._maker, "scans": self._used, "digest": digest_of(self._used)})
+
+    def _scan(self, name: str) -> dict[str, Any]:
+        data = _path(self._source, name).read_bytes()
+        key = hashlib.sha256(data).hexdigest()
+        if key not in self._used:
+            self._used[key] = self._kept.get(key) or _scan(data.decode())
+        return self._used[key]
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        try:
+            kept = json.loads(self._file.read_bytes()) if self._file else {}
+            whole = kept["maker"] == self._maker and kept["digest"] == digest_of(kept["scans"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+        return kept["scans"] if whole else {}
+
+
 def room_digest(source: Path, room: str) -> str:
     """Return the digest of a room's code; `source` is the folder `ropeway` with its modules."""
-    modules = sorted(_reached(source, room))
-    return digest_of({name: module_digest(_path(source, name).read_text(encoding="utf-8")) for name in modules})
+    return Digests(source).of_room(room)
 
 
-@cache  # rooms share the floor: each module once per run, not once per room
+def _scan(text: str) -> dict[str, Any]:
+    """Return what is kept of a module: its digest, and the names below the package that it may import."""
+    return {"digest": module_digest(text), "names": sorted(set(_named(ast.parse(text))))}
+
+
 def module_digest(text: str) -> str:
     """Return the sha256 of a module's syntax tree without docstrings and message texts.
 
@@ -90,38 +142,20 @@ def _is_text(node: ast.AST) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
-def _reached(source: Path, room: str) -> set[str]:
-    """Return the dotted names (below the package) of a room's modules and all they import of ours."""
-    folder = source / room
-    start = {".".join(path.relative_to(source).with_suffix("").parts) for path in folder.rglob("*.py")} or {room}
-    waiting = {name.removesuffix(".__init__") for name in start} - set(IGNORED)
-    found: set[str] = set()
-    while waiting:
-        name = waiting.pop()
-        found.add(name)
-        text = _path(source, name).read_text(encoding="utf-8")
-        waiting |= (
-            {other for other in _imports(source, text) if other.split(".")[0] not in IGNORED} - found - set(IGNORED)
-        )
-    return found
+def _modules(source: Path, room: str) -> set[str]:
+    """Return the dotted names (below the package) of a room's own modules."""
+    own = {".".join(path.relative_to(source).with_suffix("").parts) for path in (source / room).rglob("*.py")}
+    return {name.removesuffix(".__init__") for name in own or {room}}
 
 
-@cache
-def _imports(source: Path, text: str) -> tuple[str, ...]:
-    """Return modules of ours that a module imports; `from ropeway.x import y` may name x or x.y."""
-    return tuple(_named(source, ast.parse(text)))
-
-
-def _named(source: Path, tree: ast.AST) -> Iterator[str]:
+def _named(tree: ast.AST) -> Iterator[str]:
+    """Yield what may be modules of ours that a module imports; `from ropeway.x import y` may name x or x.y."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == PACKAGE:
             inner = node.module.removeprefix(PACKAGE).removeprefix(".")
-            candidates = [inner, *(f"{inner}.{alias.name}".removeprefix(".") for alias in node.names)]
+            yield from filter(None, [inner, *(f"{inner}.{alias.name}".removeprefix(".") for alias in node.names)])
         elif isinstance(node, ast.Import):
-            candidates = [alias.name.removeprefix(f"{PACKAGE}.") for alias in node.names if _is_ours(alias.name)]
-        else:
-            continue
-        yield from (name for name in candidates if name and _path(source, name).is_file())
+            yield from (alias.name.removeprefix(f"{PACKAGE}.") for alias in node.names if _is_ours(alias.name))
 
 
 def _is_ours(name: str) -> bool:

@@ -1,5 +1,7 @@
 """params.yaml, read once and made into a frozen, typed `Profile`; which of its keys each room reads."""
 
+from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -110,11 +112,16 @@ def read_block(path: Path, profile: str) -> dict[str, Any]:
 def _read_yaml(path: Path) -> Any:  # noqa: ANN401 - YAML is anything until it is checked
     """Read YAML 1.2, as DVC does. PyYAML reads 1.1, where `1e-5` is text and `on` is true."""
     try:
-        return YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+        return deepcopy(_parse(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise ConfigError(f"{path}: not found; run this inside a Ropeway workspace (a clone of the project)") from None
     except (MarkedYAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not readable as YAML 1.2: {error}") from None
+
+
+@lru_cache(maxsize=4)  # a command reads the file more than once, and pure Python takes 0.1 s for it
+def _parse(text: str) -> Any:  # noqa: ANN401
+    return YAML(typ="safe", pure=True).load(text)
 
 
 __all__ = [

@@ -12,11 +12,10 @@ import ropeway
 from ropeway.devices import count_ranks, list_gpus
 from ropeway.errors import ConfigError
 from ropeway.fetch.identity import source_identity
-from ropeway.identity import room_digest
+from ropeway.identity import Digests
 from ropeway.lock import workspace_lock
 from ropeway.manifest import digest_of, file_sha256, write_json
 from ropeway.params import READS, UNHASHED, FolderBase, GgufBase, Profile, load_profile, read_block
-from ropeway.plan import check_memory
 from ropeway.workspace import Workspace
 
 ROOMS = ("fetch", "base", "prepare", "train", "evaluate", "package")
@@ -37,6 +36,7 @@ def run_stage(root: Path, name: str) -> int:
     if name not in ROOMS:
         raise ConfigError(f"stage '{name}' does not exist; there are: identity, {', '.join(ROOMS)}")
     from ropeway import supervise
+    from ropeway.plan import check_memory
 
     profile, params = load_profile(root / "params.yaml")
     if name == "train":  # here, not in the room: a better estimate must not make a trained model stale
@@ -63,7 +63,7 @@ def write_identity(root: Path) -> None:
     """
     chosen, profile = load_profile(root / "params.yaml")
     folder = Workspace(root, chosen).identity
-    source = Path(ropeway.__file__).parent
+    code = Digests(Path(ropeway.__file__).parent, Workspace(root, chosen).work / "code.json")
     facts: dict[str, Any] = {
         "base": _base_identity(profile, root),
         "contamination": {
@@ -77,10 +77,11 @@ def write_identity(root: Path) -> None:
         | _tasks_identity(profile, Workspace(root, chosen).tasks),
         "sizes": dict(find_sizes(read_block(root / "params.yaml", chosen))),
         "sources": {name: source_identity(one, root) for name, one in sorted(profile.sources.items())},
-        **{f"code-{room}": room_digest(source, room) for room in ROOMS},
+        **{f"code-{room}": code.of_room(room) for room in ROOMS},
     }
     for name, value in facts.items():
         write_json(folder / f"{name}.json", {"digest": digest_of(value), "of": value})
+    code.keep()
 
 
 def find_sizes(value: object, place: str = "") -> Iterator[tuple[str, object]]:

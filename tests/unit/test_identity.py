@@ -1,12 +1,14 @@
 """Code counts by meaning: a mended comment changes no digest, a changed constant changes every room that uses it."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
 import ropeway
-from ropeway.identity import IGNORED, module_digest, room_digest
+from ropeway.identity import IGNORED, Digests, module_digest, room_digest
+from ropeway.manifest import digest_of
 from ropeway.stages import ROOMS
 
 
@@ -67,3 +69,42 @@ def test_text_that_is_data_counts():
     assert module_digest("name = 'a'") != module_digest("name = 'b'")
     assert module_digest("raise ValueError('a')") == module_digest("raise ValueError('b')")
     assert module_digest("raise ValueError(1)") != module_digest("raise ValueError(2)")
+
+
+def digests(source, kept):
+    code = Digests(source, kept)
+    found = {room: code.of_room(room) for room in ROOMS}
+    code.keep()
+    return found
+
+
+def test_what_was_parsed_is_kept_and_an_edit_still_counts(source, tmp_path, monkeypatch):
+    kept = tmp_path / "code.json"
+    before = digests(source, kept)
+    assert before == {room: room_digest(source, room) for room in ROOMS}
+    parsed = []
+    monkeypatch.setattr("ropeway.identity.module_digest", lambda text: parsed.append(text) or module_digest(text))
+    assert digests(source, kept) == before
+    assert not parsed
+    edit(source / "train/loss.py", "EPSILON = 1e-8", "EPSILON = 1e-7")
+    after = digests(source, kept)
+    assert len(parsed) == 1
+    assert {room for room in ROOMS if after[room] != before[room]} == {"train"}
+
+
+@pytest.mark.parametrize("damage", ["cut", "a digit", "another Python", "no mapping", "not UTF-8"])
+def test_a_damaged_or_foreign_record_of_what_was_parsed_is_as_good_as_none(source, tmp_path, damage):
+    kept = tmp_path / "code.json"
+    before = digests(source, kept)
+    facts, data = json.loads(kept.read_bytes()), kept.read_bytes()
+    key = next(iter(facts["scans"]))
+    if damage == "cut":
+        kept.write_bytes(data[: len(data) // 2])
+    elif damage == "a digit":
+        kept.write_bytes(data.replace(facts["scans"][key]["digest"].encode(), b"0" * 64))
+    elif damage == "another Python":
+        scans = {key: {"digest": "0" * 64, "names": []} for key in facts["scans"]}
+        kept.write_text(json.dumps(facts | {"maker": "2.7", "scans": scans, "digest": digest_of(scans)}))
+    else:
+        kept.write_bytes(b"[1]" if damage == "no mapping" else b"\xff\xfe")
+    assert digests(source, kept) == before
