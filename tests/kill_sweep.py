@@ -155,6 +155,7 @@ def sweep(root, kills, *, seed=0):
     run = Sweep(Path(root), seed=seed)
     while run.kills < kills and len(run.faults) < MOST_FAULTS:
         run.round()
+        print(f"{run.kills} of {kills} kills, {run.counts['finished']} ends, {len(run.faults)} faults", file=sys.stderr)
     run.job.do(*COMMANDS["stage"])
     run.hold()
     return {
