@@ -198,7 +198,8 @@ def _show_budget(board: Board, workspace: Workspace, params: Profile) -> None:
 
 def _run_on_prefect(root: Path, profile: str) -> tuple[Result, str]:
     """Return the result, and how to come to the run's page."""
-    from flows.server import DEFAULT_URL, await_server, open_server, page_address, standing_server
+    from flows.server import DEFAULT_URL, page_address, standing_server
+    from flows.temporary import await_server, open_server
 
     with open_server(root) as url:
         # While a temporary server starts: import Prefect and DVC, and find a broken dvc.yaml.

@@ -1,8 +1,4 @@
-"""The Prefect server of a workspace: `ropeway server` for people, a temporary one where none runs. Same database.
-
-The temporary one is our own process and not Prefect's ephemeral server (3.9.1): that one is left behind when its flow
-is killed, makes the flow import the whole server (1.5 s), starts only when the flow does, and has no UI.
-"""
+"""The Prefect server of a workspace, `ropeway server`, and what runs ask of any; `temporary` has the other kind."""
 
 import json
 import os
@@ -13,8 +9,8 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -28,10 +24,9 @@ from ropeway.manifest import write_json
 LOOPBACK = "127.0.0.1"
 DEFAULT_PORT = 4200
 DEFAULT_URL = f"http://{LOOPBACK}:{DEFAULT_PORT}/api"
-_START_SECONDS = 600.0  # 3.5 s on two quiet cores, 9 s with a new database, and 100 s of that at load 12
+START_SECONDS = 600.0  # 3.5 s on two quiet cores, 9 s with a new database, and 100 s of that at load 12
 _OUTAGE_SECONDS = 1800.0  # then Prefect's own retries have their turn
-_GIVEN_SECONDS = 10.0  # for one that should be running; a temporary one is said to be slow after that
-_NOTE, _EXIT, _UI_EXIT = "ropeway-server.json", "server.exit.json", "ui.exit.json"
+_NOTE, _UI_EXIT = "ropeway-server.json", "ui.exit.json"
 
 
 def serve_ui(root: Path, *, port: int = DEFAULT_PORT, host: str = LOOPBACK) -> None:
@@ -52,10 +47,10 @@ def serve_ui(root: Path, *, port: int = DEFAULT_PORT, host: str = LOOPBACK) -> N
     url = f"http://{LOOPBACK if host == '0.0.0.0' else host}:{port}/api"  # noqa: S104 - compared, not bound
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit(0))
-    server = _start(root, _server_arguments(host, port), url, record=_UI_EXIT, output=None)
+    server = start_process(root, server_arguments(host, port), url, record=_UI_EXIT, output=None)
     try:
         write_json(_note(root), {"url": url, "pid": os.getpid()})
-        if not _await_answer(url, _START_SECONDS, lambda: server.poll() is not None):
+        if not await_answer(url, START_SECONDS, lambda: server.poll() is not None):
             raise TemporaryError(f"the server did not come up at {url}; what it said stands above")
         print(f"Prefect UI: {page_address(url)}  (Ctrl-C stops it)", flush=True)
         for words in apply_automations(url):
@@ -70,54 +65,6 @@ def serve_ui(root: Path, *, port: int = DEFAULT_PORT, host: str = LOOPBACK) -> N
         server.wait()
 
 
-@contextmanager
-def open_server(root: Path) -> Iterator[str]:
-    """Yield the API's URL: the one of `PREFECT_API_URL`, of the running `ropeway server`, or of a temporary server.
-
-    The temporary one starts in the background and ends with the block; wait for it with `await_server`. It runs under
-    a supervisor, so it also ends when this process is killed.
-    """
-    if url := standing_server(root):
-        yield url
-        return
-    with socket.socket() as free:
-        free.bind((LOOPBACK, 0))
-        port = free.getsockname()[1]
-    url, home = f"http://{LOOPBACK}:{port}/api", prefect_home(root)
-    home.mkdir(parents=True, exist_ok=True)
-    # Runs are started by hand here: no scheduler, no search for late ones.
-    arguments = [*_server_arguments(LOOPBACK, port), "--no-scheduler", "--no-late-runs"]
-    with (home / "server.log").open("wb") as log:
-        server = _start(root, arguments, url, record=_EXIT, output=log)
-    try:
-        yield url
-    finally:
-        server.terminate()
-        server.wait()
-        (home / _EXIT).unlink(missing_ok=True)
-
-
-def await_server(url: str, root: Path) -> None:
-    """Return once a server answers.
-
-    Raises:
-        TemporaryError: It does not.
-    """
-    home = prefect_home(root)
-    has_ended, log = (home / _EXIT).exists, home / "server.log"
-    is_up = _await_answer(url, _GIVEN_SECONDS, has_ended)
-    if not (is_up or has_ended() or "PREFECT_API_URL" in os.environ):
-        print(
-            f"the temporary Prefect server is still starting; a busy machine takes minutes. Its log: {log}", flush=True
-        )
-        is_up = _await_answer(url, _START_SECONDS, has_ended)
-    if not is_up:
-        raise TemporaryError(
-            f"no Prefect server answers at {url}. Start one with `ropeway server`, unset PREFECT_API_URL, or run "
-            f"without Prefect: `ropeway run --no-prefect`. A temporary server's log: {log}"
-        )
-
-
 def outlast_outage(url: str) -> None:
     """Return once a server that a run already uses answers again, or after half an hour; say so when it is away.
 
@@ -126,7 +73,7 @@ def outlast_outage(url: str) -> None:
     if is_answering(url):
         return
     print(f"the Prefect server at {url} is away; the run waits for it and loses nothing", flush=True)
-    if _await_answer(url, _OUTAGE_SECONDS, lambda: False, pause_seconds=1.0):
+    if await_answer(url, _OUTAGE_SECONDS, lambda: False, pause_seconds=1.0):
         print("the Prefect server is back", flush=True)
 
 
@@ -149,7 +96,7 @@ def page_address(url: str, page: str = "") -> str:
     return url.removesuffix("/api") + page
 
 
-def _start(
+def start_process(
     root: Path, arguments: list[str], url: str, *, record: str, output: BinaryIO | None
 ) -> "subprocess.Popen[bytes]":
     """Start a server under a supervisor, so that it ends with this process however that ends."""
@@ -168,7 +115,7 @@ def _start(
     )
 
 
-def _await_answer(url: str, seconds: float, has_ended: Callable[[], bool], *, pause_seconds: float = 0.05) -> bool:
+def await_answer(url: str, seconds: float, has_ended: Callable[[], bool], *, pause_seconds: float = 0.05) -> bool:
     """Return True once a server answers, False when it has ended or the time is over."""
     deadline = time.monotonic() + seconds
     while not is_answering(url):
@@ -192,7 +139,8 @@ def _note(root: Path) -> Path:
     return prefect_home(root) / _NOTE
 
 
-def _server_arguments(host: str, port: int) -> list[str]:
+def server_arguments(host: str, port: int) -> list[str]:
+    """Return what follows `python` in the command of a server."""
     return ["-m", "prefect", "server", "start", "--host", host, "--port", str(port), "--analytics-off"]
 
 

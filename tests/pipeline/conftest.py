@@ -111,8 +111,8 @@ def prefect_api(tmp_path_factory):
     """Prefect's settings for this process, then a server of our own kind."""
     home = tmp_path_factory.mktemp("prefect")
     before = dict(os.environ)
-    from flows.server import await_server, open_server
     from flows.settings import apply_settings
+    from flows.temporary import await_server, open_server
 
     for name in [name for name in os.environ if name.startswith("PREFECT_")]:
         del os.environ[name]

@@ -90,6 +90,22 @@ def test_a_served_run_that_is_cancelled_saves_and_leaves_no_process(start, made_
     check_it_saved(made_workspace)
 
 
+def test_a_temporary_server_that_is_killed_is_started_again_and_the_run_is_published(start, own_prefect):
+    break_training(own_prefect, WAITING)
+    os.mkfifo(own_prefect.root / "may-end")
+    flow = start(FLOW, str(own_prefect.root), "prefect")
+    await_training(own_prefect)
+    killed = [one for one in psutil.Process(flow.pid).children(recursive=True) if "server" in one.cmdline()]
+    assert killed
+    for one in killed:
+        one.kill()
+    (own_prefect.root / "may-end").open("w").close()
+    said, _ = flow.communicate(timeout=300)
+    assert flow.returncode == 0, said
+    assert said.count("the temporary Prefect server ended by itself; starting it again") == 1
+    assert "Published" in said
+
+
 @pytest.mark.slow
 def test_a_server_that_is_killed_midway_and_away_for_a_while_costs_the_run_nothing(start, own_prefect, open_api):
     break_training(own_prefect, WAITING)
