@@ -63,6 +63,7 @@ class Sweep:
     def round(self):
         """Start, kill at a random moment, see everything gone; a start that ends first is held to the weights."""
         whom, command = self.draw.choices(KILLS, OFTEN)[0]
+        self.look(command)
         process = self.job.start(*COMMANDS[command])
         tree = self.wait(process, self.moment())
         struck = process.poll() is None and self.strike(whom, tree)
@@ -81,6 +82,11 @@ class Sweep:
         elif code not in (STRUCK if struck else UNSTRUCK[command]):
             how = whom if struck else f"{command}, not struck"
             self.faults.append(f"{how}: exit code {code}: {printed[-600:]}")
+
+    def look(self, command):
+        """Give a stage what DVC gives it: a DVC that was killed may have taken identity's files away to write them."""
+        if command == "stage":
+            self.job.do("ropeway", "stage", "identity")
 
     def moment(self):
         """Draw when to strike: any time of an undisturbed run, or while a checkpoint is being written."""
@@ -155,7 +161,8 @@ def sweep(root, kills, *, seed=0):
     run = Sweep(Path(root), seed=seed)
     while run.kills < kills and len(run.faults) < MOST_FAULTS:
         run.round()
-        print(f"{run.kills} of {kills} kills, {run.counts['finished']} ends, {len(run.faults)} faults", file=sys.stderr)
+        print(f"{run.kills} of {kills} kills, {run.counts['finished']} ends, faults: {run.faults}", file=sys.stderr)
+    run.look("stage")
     run.job.do(*COMMANDS["stage"])
     run.hold()
     return {
