@@ -56,8 +56,9 @@ $(VENV)/.ready-bench: $(VENV)/.ready-run
 run: $(VENV)/.ready-run
 	$(BIN)/ropeway run
 
+# Files of tests run beside each other, so many at a time; TEST_PROCESSES=0 runs all in one process.
 test: $(VENV)/.ready-test
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n $(or $(TEST_PROCESSES),2) --dist loadfile --no-loadscope-reorder
 
 # Old transformers, each in an interpreter of its own that finds all else, torch too, in .venv (25 MB a version).
 # tokenizers 0.13.3 has wheels for Python 3.11 alone.
