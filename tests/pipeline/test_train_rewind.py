@@ -32,11 +32,15 @@ def prepared(tmp_path_factory):
     return job
 
 
-@pytest.fixture(scope="module", params=["padded", "packed"])
+@pytest.fixture(scope="module", params=["padded", "packed", pytest.param("zero3", marks=pytest.mark.slow)])
 def once(request, prepared, tmp_path_factory):
     """Return (workspace that went back once, the step at fault, a workspace before that training)."""
     job = copy(prepared, tmp_path_factory.mktemp(request.param) / "before")
-    job.edit("params.yaml", "max_length: 64", f"max_length: 64\n  layout: {request.param}")
+    if request.param == "zero3":
+        job.edit("params.yaml", "deepspeed_config: configs/zero2_cpu.json", "deepspeed_config: configs/zero3_cpu.json")
+        job.do("ropeway", "stage", "identity")
+    else:
+        job.edit("params.yaml", "max_length: 64", f"max_length: 64\n  layout: {request.param}")
     bad = poison(job.root)
     after = copy(job, job.root.with_name("after"))
     after.edit("params.yaml", NEVER, ONCE)
@@ -105,7 +109,7 @@ def test_a_poisoned_step_is_left_out_recorded_and_everything_else_is_trained(onc
     assert provenance["attempts"][-1]["rewinds"] == 1
 
 
-@pytest.mark.parametrize("once", ["packed"], indirect=True)
+@pytest.mark.parametrize("once", ["packed", pytest.param("zero3", marks=pytest.mark.slow)], indirect=True)
 def test_killed_right_after_it_went_back_it_leaves_out_the_same_rows(once, tmp_path):
     whole, _, before = once
     job = copy(before, tmp_path / "killed")
