@@ -5,8 +5,10 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import time
+from contextlib import contextmanager
 
 import psutil
 import pytest
@@ -70,6 +72,10 @@ def is_rank(process):
     return "-m" in words and words[words.index("-m") + 1] == "ropeway.train.rank"
 
 
+def cores_of(process):
+    return [one for one in psutil.Process(process.pid).children(recursive=True) if "wandb-core" in one.name()]
+
+
 def saved(job):
     return sorted(path.name for path in next((job.root / ".checkpoints").iterdir()).glob("step-*"))
 
@@ -93,6 +99,36 @@ def test_the_provenance_tells_what_each_attempt_took(whole):
     assert attempt["mfu"] is None
     assert attempt["peak_memory_bytes"] > 10**8
     assert attempt["wandb"]["mode"] == "off"
+
+
+@pytest.mark.parametrize("fault", ["core killed", "disk full", pytest.param("no network", marks=pytest.mark.slow)])
+def test_whatever_happens_to_the_mirror_the_weights_are_the_same(whole, job, fault, request):
+    del job.environment["WANDB_MODE"]
+    if fault == "no network":
+        with socket.socket() as port:
+            port.bind(("127.0.0.1", 0))  # and never listens
+            job.environment["WANDB_BASE_URL"] = f"http://127.0.0.1:{port.getsockname()[1]}"
+            job.environment["WANDB_API_KEY"] = "0" * 40
+            finish(train(job), 0)
+    elif fault == "disk full":
+        job.environment["WANDB_DIR"] = str(request.getfixturevalue("tiny_disk"))
+        finish(train(job), 0)
+    else:
+        process = train(job)
+        core = next(core for _ in process.stdout for core in cores_of(process))
+        core.kill()
+        finish(process, 0)
+    assert job.weights() == whole.weights()
+    assert (job.run / "steps.csv").read_bytes() == (whole.run / "steps.csv").read_bytes()
+    (attempt,) = json.loads((job.run / "provenance.json").read_text())["attempts"]
+    assert attempt["wandb"]["trouble"]
+
+
+def test_when_it_validates_changes_no_step(whole, job):
+    job.edit("params.yaml", "eval_steps: 8", "eval_steps: 5")
+    job.do("ropeway", "stage", "train")
+    assert job.weights() == whole.weights()
+    assert [line for line in (job.run / "steps.csv").read_text().splitlines() if line.endswith(",,")]
 
 
 def test_a_rank_that_is_killed_is_said_and_the_run_resumes(whole, job):
@@ -146,18 +182,30 @@ def test_a_divergence_ends_the_run_with_the_last_good_checkpoint_named(job):
     assert saved(job)[-1] == f"step-{good:06d}"
 
 
-@pytest.fixture
-def small_disk(job):
-    """Put the checkpoints on a disk of 80 MiB of their own."""
-    folder = job.root / ".checkpoints"
+@contextmanager
+def disk(folder, size):
+    """Mount a small disk there."""
     folder.mkdir()
-    if (
-        os.geteuid()
-        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=80m", "none", folder], check=False).returncode
-    ):
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", folder]
+    if os.geteuid() or subprocess.run(command, check=False).returncode:
         pytest.skip("mounting a small disk needs root")
     yield folder
     subprocess.run(["umount", folder], check=True)
+
+
+@pytest.fixture
+def small_disk(job):
+    """Put the checkpoints on a disk of 80 MiB of their own."""
+    with disk(job.root / ".checkpoints", "80m") as folder:
+        yield folder
+
+
+@pytest.fixture
+def tiny_disk(tmp_path):
+    """Make a disk of 64 KiB with nothing free on it."""
+    with disk(tmp_path / "tiny", "64k") as folder:
+        (folder / "other").write_bytes(bytes(shutil.disk_usage(folder).free))
+        yield folder
 
 
 def test_a_disk_that_fills_while_it_trains_keeps_the_checkpoint_before(whole, job, small_disk):

@@ -68,8 +68,18 @@ def zero2(tmp_path_factory):
     return weights(train(tmp_path_factory.mktemp("zero2"), zero(2))[1].model)
 
 
-def test_zero3_exports_the_model_that_zero2_does(tmp_path, zero2):
-    _, workspace = train(tmp_path, zero(3))
+CPU = {"device": "cpu"}
+STATES = {
+    "zero1": zero(1),
+    "zero3": zero(3),
+    "optimizer offloaded": zero(2, offload_optimizer=CPU),
+    "all offloaded": zero(3, offload_optimizer=CPU, offload_param=CPU),
+}
+
+
+@pytest.mark.parametrize("named", STATES.values(), ids=STATES)
+def test_wherever_the_states_lie_the_model_is_the_one_of_zero2(tmp_path, zero2, named):
+    _, workspace = train(tmp_path, named)
     found = weights(workspace.model)
     assert found.keys() == zero2.keys()
     for name, part in zero2.items():
