@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import httpx
 import pytest
 
 from flows.server import find_server
@@ -72,6 +73,12 @@ def person(flow_workspace, tmp_path):
     person.leave()
 
 
+def has_report(api, run):
+    asked = {"artifacts": {"flow_run_id": {"any_": [run]}, "key": {"any_": ["laptop-review"]}}}
+    answer = httpx.post(f"{api}/artifacts/filter", json=asked, trust_env=False)
+    return answer.status_code == httpx.codes.OK and answer.json()  # else its database is busy
+
+
 def test_browser_review_from_the_run_s_graph_to_the_moved_alias(person, tmp_path):
     from tests.browser_walk import fill_form, look_at_report, look_at_run, open_browser
 
@@ -91,7 +98,7 @@ def test_browser_review_from_the_run_s_graph_to_the_moved_alias(person, tmp_path
     with open_browser() as page:
         shown = look_at_run(page, url, run, tmp_path / "run.png")
         assert {"identity", "fetch", "train", "evaluate", "package", "publish"} <= set(shown.split())
-        wait_for(lambda: "review" in person.log.read_text())
+        wait_for(lambda: has_report(api, review))  # the page asks for artifacts once, when it is opened
         shown = look_at_report(page, url, review, tmp_path / "report.png")
         assert "laptop@v1: may it become production?" in shown
         assert registry.read_alias(store, "laptop", "production") is None
