@@ -141,6 +141,13 @@ def test_a_run_that_is_not_here_is_asked_for_by_name(workspace):
         go_on(workspace, C)
 
 
+@pytest.mark.parametrize(("text", "words"), [("{", "not JSON"), ('{"profile": "tiny"}', "does not say with which")])
+def test_a_run_that_does_not_say_what_it_was_begun_with_is_refused(workspace, text, words):
+    (workspace.checkpoints / A / checkpoints.OWNER).write_text(text)
+    with pytest.raises((ConfigError, DataError), match=words):
+        go_on(workspace, A)
+
+
 def test_a_damaged_checkpoint_is_not_taken_over(workspace):
     newest = checkpoints.step_folder(workspace.checkpoints / A, 8) / checkpoints.STATE / "weights.pt"
     newest.write_bytes(b"?" * 100)

@@ -102,6 +102,8 @@ def _read_begun(source: Path) -> dict[str, Any]:
             f"resume_from: {source} does not exist; runs here: {', '.join(others) or 'none'}. Copy that folder from "
             f"where it was trained, or {_REMEDY}"
         ) from None
+    except ValueError as error:
+        raise DataError(f"{source / checkpoints.OWNER}: not JSON ({error}); {_REMEDY}") from None
     if "params" not in begun:
         raise ConfigError(f"{source / checkpoints.OWNER}: does not say with which params it was begun; {_REMEDY}")
     return begun
