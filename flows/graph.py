@@ -287,7 +287,7 @@ def _place(path: str, root: Path) -> str:
 
 
 def _shown(value: object) -> str:
-    text = "(not there)" if value is None else str(value)
+    text = "none" if value is None else str(value)  # null, or no such key: DVC tells them apart no better
     return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "…"
 
 
