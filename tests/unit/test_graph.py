@@ -133,7 +133,7 @@ def test_a_changed_command_and_a_frozen_stage_are_told_apart(ran):
 
 def test_a_parameter_that_a_stage_newly_reads_is_told(ran):
     edit(ran, "dvc.yaml", "      - ${profile}.nested\n", "      - ${profile}.nested\n      - profile\n")
-    assert reasons(ran) == {"early": ("profile: (not there) -> tiny",), "late": ("early will run",)}
+    assert reasons(ran) == {"early": ("profile: none -> tiny",), "late": ("early will run",)}
 
 
 def test_a_broken_dvc_yaml_and_a_folder_that_is_no_workspace_are_config_errors(fresh, tmp_path):
