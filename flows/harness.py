@@ -5,6 +5,7 @@ from typing import Any
 
 from flows.evidence import Case
 from flows.markdown import plain, table
+from ropeway.scores import name_metrics, show_score
 
 
 def draw_tasks(case: Case) -> str:
@@ -12,9 +13,7 @@ def draw_tasks(case: Case) -> str:
     tasks: Mapping[str, Any] = case.new.metrics.get("tasks") or {}
     rows = []
     for name, task in tasks.items():
-        for metric in task["tuned"]:
-            if "_stderr" in metric:
-                continue
+        for metric in name_metrics(task["tuned"]):
             row = {"task": plain(name), "metric": plain(metric), "base": _score(task["base"], metric)}
             if case.old:
                 row[f"production ({plain(case.old.label)})"] = _score(_of_same(case.old.metrics, name, task), metric)
@@ -33,8 +32,4 @@ def _of_same(metrics: Mapping[str, Any], name: str, task: Mapping[str, Any]) -> 
 
 
 def _score(figures: Mapping[str, Any], metric: str) -> str:
-    name, comma, kind = metric.partition(",")
-    value, error = figures.get(metric), figures.get(f"{name}_stderr{comma}{kind}")
-    if not isinstance(value, int | float):
-        return "not asked"
-    return f"{value:.3f}" + (f" ± {error:.3f}" if isinstance(error, int | float) else "")
+    return show_score(figures, metric) if metric in figures else "not asked"

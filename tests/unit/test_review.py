@@ -140,9 +140,9 @@ def test_the_harness_scores_stand_beside_productions_if_the_questions_were_the_s
     decide(store, open_case(store, old), YES)
     text = draw_report(open_case(store, make_version(workspace, 4.0, also=scores(0.5))))
     assert "| task | metric | base | production (laptop@v1) | **laptop@v2** |" in text
-    assert "| python\\_basics | acc,none | 0.250 ± 0.050 | 0.375 ± 0.050 | **0.500 ± 0.050** |" in text
+    assert "| python\\_basics | acc,none | 0.25 ± 0.05 | 0.375 ± 0.05 | **0.5 ± 0.05** |" in text
     text = draw_report(open_case(store, make_version(workspace, 3.0, also=scores(0.5, questions=100))))
-    assert "| 0.250 ± 0.050 | not asked | **0.500 ± 0.050** |" in text
+    assert "| 0.25 ± 0.05 | not asked | **0.5 ± 0.05** |" in text
     assert "lm-evaluation-harness" not in draw_report(open_case(store, make_version(workspace, 2.0)))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from ropeway.manifest import file_sha256
 from ropeway.package.card_text import escape, fence, figure, format_table
 from ropeway.package.facts import Facts
+from ropeway.scores import name_metrics, show_score
 
 COUNTED = {
     "published": "documents, and of conversations all but the prompter's turns",
@@ -101,23 +102,16 @@ def format_tasks(facts: Facts) -> Iterator[str]:
             str(task["shots"]),
             f"{task['n']:,}",
             metric,
-            " → ".join(_with_error(task[model], metric) for model in ("base", "tuned")),
+            " → ".join(show_score(task[model], metric) for model in ("base", "tuned")),
         ]
         for name, task in tasks.items()
-        for metric in task["tuned"]
-        if "_stderr" not in metric
+        for metric in name_metrics(task["tuned"])
     ]
     yield format_table(["task", "version", "shots", "questions", "metric", "base → tuned"], rows)
     yield (
         f"{facts.evaluation['harness']}, HF backend, prompts in this model's chat template with one BOS in front; ± is "
         "the standard error."
     )
-
-
-def _with_error(figures: Mapping[str, float], metric: str) -> str:
-    name, comma, kind = metric.partition(",")
-    error = figures.get(f"{name}_stderr{comma}{kind}")
-    return f"{figures[metric]:.4g}" + (f" ± {error:.2g}" if error is not None else "")
 
 
 def format_samples(facts: Facts) -> Iterator[str]:

@@ -1,0 +1,25 @@
+"""Scores of lm-evaluation-harness as eval.json has them: `acc` and such, `acc_stderr` beside each that has one."""
+
+from collections.abc import Iterable, Mapping
+
+_ERROR = "_stderr"
+
+
+def name_metrics(figures: Iterable[str]) -> list[str]:
+    """Return the names that are metrics, their errors left out.
+
+    >>> name_metrics(["acc,none", "acc_stderr,none", "f1,none"])
+    ['acc,none', 'f1,none']
+    """
+    return [name for name in figures if _ERROR not in name]
+
+
+def show_score(figures: Mapping[str, float], metric: str) -> str:
+    """Return a metric's value with its standard error, if it has one.
+
+    >>> show_score({"acc,none": 0.25, "acc_stderr,none": 0.0903}, "acc,none")
+    '0.25 ± 0.09'
+    """
+    name, comma, kind = metric.partition(",")
+    error = figures.get(f"{name}{_ERROR}{comma}{kind}")
+    return f"{figures[metric]:.4g}" + (f" ± {error:.2g}" if error is not None else "")
