@@ -1,4 +1,3 @@
-import gzip
 import json
 
 import pytest
@@ -9,6 +8,7 @@ from ropeway.fetch.records import to_record
 from ropeway.fetch.values import UnreadableError
 from ropeway.params import FilesSource
 from ropeway.workspace import Workspace
+from tests.support.archives import gz
 
 ORCA = {"conversation": [{"input": "q", "output": "a"}], "instruction": "s"}
 
@@ -22,7 +22,7 @@ def read(root, name, data, rows="text"):
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.gz"])
 def test_records_of_every_json_shape_are_read(tmp_path, name):
     data = json.dumps(ORCA if name == "a.jsonl" else [ORCA, ORCA]).encode()
-    talks = read(tmp_path, name, gzip.compress(data) if name.endswith("gz") else data, "orca_chat")
+    talks = read(tmp_path, name, gz(data) if name.endswith("gz") else data, "orca_chat")
     assert {(talk.system, talk.turns) for talk in talks} == {("s", ("q", "a"))}
     assert len(talks) == (1 if name == "a.jsonl" else 2)
 
@@ -61,7 +61,7 @@ def test_a_bad_conversation_is_refused(turns, reason):
         ("a.jsonl", b""),
         ("a.json", b"[]"),
         ("a.json", b'[{"text": "a"}'),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}')[:-4]),
+        ("a.jsonl.gz", gz(b'{"text": "a"}')[:-4]),
         ("a.parquet", b"PAR1"),
     ],
 )

@@ -1,10 +1,10 @@
 """Malformed input, one row each: what is counted under which reason, or which error says what. Nothing is lost."""
 
 import errno
-import gzip
 import io
 import json
 import os
+import random
 import tracemalloc
 
 import pyarrow as pa
@@ -19,6 +19,7 @@ from ropeway.manifest import load_manifest
 from ropeway.params import READS, FilesSource, load_profile
 from ropeway.raw import iterate_records
 from ropeway.workspace import Workspace
+from tests.support.archives import gz
 from tests.tiny_run import ROOT
 
 GOOD = b'{"text": "ok"}\n'
@@ -117,8 +118,8 @@ COUNTED = [
     ("bad UTF-8 in a list", "a.json", b'[{"text": "\xff"}, ' + GOOD + b"]", 1, {"bad UTF-8": 1}),
     ("duplicate keys in a list", "a.json", b'[{"text": 1, "text": 2}, ' + GOOD + b"]", 1, {"duplicate keys": 1}),
     ("records of other kinds in a list", "a.json", b'[1234, "a", null, ' + GOOD + b"]", 1, {"not an object": 3}),
-    ("several gzip members", "a.jsonl.gz", gzip.compress(GOOD) * 3, 3, {}),
-    ("zeros behind gzip", "a.jsonl.gz", gzip.compress(GOOD) + bytes(512), 1, {}),
+    ("several gzip members", "a.jsonl.gz", gz(GOOD) * 3, 3, {}),
+    ("zeros behind gzip", "a.jsonl.gz", gz(GOOD) + bytes(512), 1, {}),
     ("several zstd frames", "a.jsonl.zst", zst(GOOD) + zst(b"") + zst(GOOD * 2), 3, {}),
     ("parquet: null", "a.parquet", packed(pa.table({"text": ["a", None]})), 1, {"null text": 1}),
     ("parquet: numbers", "a.parquet", packed(pa.table({"text": [1, 2]})), 0, {"not text": 2}),
@@ -169,29 +170,29 @@ BROKEN = [
     ("empty list", "a.json", b"[ ]", DataError, "no record in it"),
     ("empty gzip", "a.jsonl.gz", b"", DataError, "no record in it"),
     ("empty zstd", "a.jsonl.zst", b"", DataError, "no record in it"),
-    ("gzip of nothing", "a.jsonl.gz", gzip.compress(b""), DataError, "no record in it"),
+    ("gzip of nothing", "a.jsonl.gz", gz(b""), DataError, "no record in it"),
     (
         "gzip without its trailer",
         "a.jsonl.gz",
-        gzip.compress(GOOD * 9)[:-4],
+        gz(GOOD * 9)[:-4],
         DataError,
         "after 9 records",
     ),
-    ("gzip cut in the middle", "a.jsonl.gz", gzip.compress(os.urandom(9000))[:4000], DataError, "ended before"),
-    ("gzip cut in its head", "a.jsonl.gz", gzip.compress(GOOD)[:5], DataError, "ended before"),
-    ("gzip: second member cut", "a.jsonl.gz", (gzip.compress(GOOD) * 2)[:-4], DataError, "after 2 records"),
-    ("gzip: other checksum", "a.jsonl.gz", gzip.compress(GOOD)[:-8] + bytes(8), DataError, "CRC check failed"),
+    ("gzip cut in the middle", "a.jsonl.gz", gz(random.Random(0).randbytes(9000))[:4000], DataError, "ended before"),
+    ("gzip cut in its head", "a.jsonl.gz", gz(GOOD)[:5], DataError, "ended before"),
+    ("gzip: second member cut", "a.jsonl.gz", (gz(GOOD) * 2)[:-4], DataError, "after 2 records"),
+    ("gzip: other checksum", "a.jsonl.gz", gz(GOOD)[:-8] + bytes(8), DataError, "CRC check failed"),
     ("gzip by name only", "a.jsonl.gz", GOOD, DataError, "Not a gzipped file"),
-    ("garbage behind gzip", "a.jsonl.gz", gzip.compress(GOOD) + b"xyz", DataError, "Not a gzipped file"),
+    ("garbage behind gzip", "a.jsonl.gz", gz(GOOD) + b"xyz", DataError, "Not a gzipped file"),
     ("zstd without its end", "a.jsonl.zst", zst(GOOD * 99)[:-2], DataError, "inside a zstd frame"),
     ("zstd cut in its head", "a.jsonl.zst", zst(GOOD)[:3], DataError, "inside a zstd frame"),
     ("zstd: second frame cut", "a.jsonl.zst", (zst(GOOD) * 2)[:-3], DataError, "after 1 records .*zstd frame"),
     ("zstd: damaged", "a.jsonl.zst", b"\0".join((zst(GOOD)[:6], zst(GOOD)[7:])), DataError, "zstd"),
     ("zstd by name only", "a.jsonl.zst", GOOD, DataError, "zstd"),
-    ("gzip under the name of a list", "a.json", gzip.compress(LIST), DataError, "found gzip data; give its name .gz"),
+    ("gzip under the name of a list", "a.json", gz(LIST), DataError, "found gzip data; give its name .gz"),
     ("zstd under the name of lines", "a.jsonl", zst(GOOD), DataError, "found zstd data; give its name .zst"),
     ("parquet under the name of lines", "a.jsonl", TABLE, DataError, "found parquet data; give its name .parquet"),
-    ("zstd in gzip", "a.jsonl.gz", gzip.compress(zst(GOOD)), DataError, "found zstd data"),
+    ("zstd in gzip", "a.jsonl.gz", gz(zst(GOOD)), DataError, "found zstd data"),
     ("parquet cut", "a.parquet", TABLE[:-100], DataError, "cannot be read to its end"),
     ("parquet cut in its data", "a.parquet", TABLE[:50] + TABLE[-400:], DataError, "cannot be read to its end"),
     ("parquet: magic alone", "a.parquet", b"PAR1", DataError, "cannot be read to its end"),
@@ -238,7 +239,7 @@ BROKEN = [
     ("two lists", "a.json", LIST * 2, DataError, "behind the list's end"),
     ("object cut", "a.json", b'{\n "text": "a"\n', DataError, "the file ends early"),
     ("name without a format", "a.txt", GOOD, ConfigError, "expected a name in .json or .jsonl"),
-    ("parquet in gzip", "a.parquet.gz", gzip.compress(TABLE), ConfigError, "expected a name in"),
+    ("parquet in gzip", "a.parquet.gz", gz(TABLE), ConfigError, "expected a name in"),
 ]
 
 
@@ -427,7 +428,7 @@ def test_ten_times_the_file_is_read_in_the_same_memory(tmp_path, monkeypatch, na
     def peak(times):
         lines = [line] * times
         data = b"[" + b", ".join(lines) + b"]" if name == "a.json" else b"\n".join(lines)
-        wrap = {".gz": gzip.compress, ".zst": zst}.get(name[6:] and "." + name.rpartition(".")[2], bytes)
+        wrap = {".gz": gz, ".zst": zst}.get(name[6:] and "." + name.rpartition(".")[2], bytes)
         (tmp_path / name).write_bytes(wrap(data))
         del data, lines
         tracemalloc.start()

@@ -1,7 +1,6 @@
 """Files behind https:// (here http:// on loopback) and s3:// (a real server): identity, download, what goes wrong."""
 
 import errno
-import gzip
 import json
 import re
 import socket
@@ -21,6 +20,7 @@ from ropeway.params import READS, FilesSource, load_profile
 from ropeway.raw import iterate_records
 from ropeway.workspace import Workspace
 from tests.s3_server import SECRET, S3Server
+from tests.support.archives import gz
 from tests.tiny_run import ROOT
 
 TEXTS = [f"text {number}" * 50 for number in range(400)]
@@ -212,7 +212,7 @@ def test_a_server_that_tells_no_version_is_refused_since_new_data_would_not_be_n
 
 
 def test_a_file_sent_as_another_coding_is_refused_and_gz_stays_gz(served, tmp_path):
-    served.body = gzip.compress(DATA)
+    served.body = gz(DATA)
     served.headers = {"ETag": '"one"', "Content-Encoding": "gzip"}
     with pytest.raises(ConfigError, match="sends it as gzip unasked"):
         run(tmp_path, served.url)
@@ -220,7 +220,7 @@ def test_a_file_sent_as_another_coding_is_refused_and_gz_stays_gz(served, tmp_pa
 
 
 def test_a_damaged_file_is_named_by_its_address_and_fetched_anew_next_time(served, tmp_path):
-    served.body = gzip.compress(DATA)[:-9]
+    served.body = gz(DATA)[:-9]
     with pytest.raises(DataError, match=rf"^{served.url}.gz: cannot be read to its end"):
         run(tmp_path, served.url + ".gz")
     assert partials(tmp_path) == []
@@ -302,7 +302,7 @@ def objects(s3_url):
 
 def test_objects_of_a_real_s3_server_are_read_by_key_and_by_glob(objects, tmp_path):
     url, put = objects
-    for name, data in (("a.jsonl", DATA), ("deep/b.jsonl.gz", gzip.compress(DATA)), ("c.txt", b"x")):
+    for name, data in (("a.jsonl", DATA), ("deep/b.jsonl.gz", gz(DATA)), ("c.txt", b"x")):
         put(name, data)
     assert run(tmp_path, f"{url}/a.jsonl")[1] == TEXTS
     facts, records = run(tmp_path, f"{url}/**/*.jsonl*")
