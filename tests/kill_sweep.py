@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 
 from tests.pipeline.main_job import make_main_job
+from tests.support.processes import command_of
 
 COMMANDS = {
     "stage": ("ropeway", "stage", "train"),
@@ -72,7 +73,7 @@ class Sweep:
         process.stdout.close()
         _, alive = psutil.wait_procs(tree, timeout=GONE_SECONDS)
         if alive:
-            self.faults.append(f"{whom}: alive {GONE_SECONDS} s later: {[' '.join(p.cmdline()[:6]) for p in alive]}")
+            self.faults.append(f"{whom}: alive {GONE_SECONDS} s later: {[' '.join(command_of(p)[:6]) for p in alive]}")
             for one in alive:
                 one.kill()
         if "resuming after step" in printed:
@@ -139,10 +140,7 @@ class Sweep:
 
     @staticmethod
     def says(one, word):
-        try:
-            return word in " ".join(one.cmdline())
-        except psutil.Error:
-            return False
+        return word in " ".join(command_of(one))
 
     def hold(self):
         self.counts["finished"] += 1

@@ -12,6 +12,7 @@ import torch
 from ropeway.errors import RopewayError
 from ropeway.evaluate.champion import measure_champion
 from ropeway.evaluate.workers import share_out
+from tests.support.processes import command_of
 from tests.tiny_run import BLOCK, ROOT, make_run
 
 PAIR = (None, None)
@@ -69,7 +70,7 @@ def test_a_killed_process_ends_the_run_as_one_that_may_be_tried_again_and_nothin
         workers = []
         while len(workers) < 2 and process.poll() is None:
             children = psutil.Process(process.pid).children()
-            workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+            workers = [child for child in children if "spawn_main" in " ".join(command_of(child))]
         workers[-1].kill()
         text = process.stdout.read()
     assert process.returncode == 75, text

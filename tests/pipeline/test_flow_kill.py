@@ -15,6 +15,7 @@ import pytest
 from flows.retrain import run_retrain
 from ropeway.errors import TemporaryError
 from ropeway.lock import workspace_lock
+from tests.support.processes import command_of
 
 pytestmark = pytest.mark.filterwarnings(
     # dvc 3.67.1 (repo/trie.py, repo/graph.py) on pygtrie 2.6
@@ -75,7 +76,9 @@ class Running:
 
     def find(self, program):
         """Return the member that runs a Python program of this name; a supervisor names it too, but later."""
-        return next(process for process in self.members if process.cmdline()[1].endswith(program))
+        return next(
+            process for process in self.members if [Path(word).name for word in command_of(process)[1:2]] == [program]
+        )
 
     def await_end(self):
         """Wait for the death of each member; return what the flow printed after training began."""
@@ -117,7 +120,7 @@ def test_a_flow_that_is_ended_leaves_no_process_behind(start, made_workspace, nu
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_dvc_that_is_ended_ends_its_stage_and_this_flow_does_not_start_it_again(start, made_workspace, number):
     running = start(made_workspace, "plain")
-    running.find("/dvc").send_signal(number)
+    running.find("dvc").send_signal(number)
     words = running.await_end()
     assert running.flow.wait(30) == TemporaryError.exit_code
     assert f"StoppedError: stage train: dvc was ended from outside ({number.name})" in words
@@ -144,7 +147,7 @@ def test_a_killed_flow_holds_the_workspace_while_its_stage_saves_and_the_next_on
 
 def test_a_killed_flow_on_prefect_leaves_no_temporary_server_behind_either(start, own_prefect):
     running = start(own_prefect, "prefect")
-    assert any("server" in process.cmdline() for process in running.members)
+    assert any("server" in command_of(process) for process in running.members)
     running.flow.kill()
     running.await_end()
     check_it_saved(own_prefect)

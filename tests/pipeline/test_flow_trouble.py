@@ -12,6 +12,7 @@ import pytest
 
 from tests.pipeline.test_flow_kill import FLOW, TRAINING, await_deaths, check_it_saved
 from tests.pipeline.test_flow_server import SERVE, Api, free_port, wait_for
+from tests.support.processes import command_of, kill_all
 
 pytestmark = pytest.mark.filterwarnings(
     # dvc 3.67.1 (repo/trie.py, repo/graph.py) on pygtrie 2.6
@@ -95,10 +96,9 @@ def test_a_temporary_server_that_is_killed_is_started_again_and_the_run_is_publi
     os.mkfifo(own_prefect.root / "may-end")
     flow = start(FLOW, str(own_prefect.root), "prefect")
     await_training(own_prefect)
-    killed = [one for one in psutil.Process(flow.pid).children(recursive=True) if "server" in one.cmdline()]
+    killed = [one for one in psutil.Process(flow.pid).children(recursive=True) if "server" in command_of(one)]
     assert killed
-    for one in killed:
-        one.kill()
+    kill_all(killed)
     (own_prefect.root / "may-end").open("w").close()
     said, _ = flow.communicate(timeout=300)
     assert flow.returncode == 0, said

@@ -13,6 +13,7 @@ from ruamel.yaml import YAML
 
 from ropeway.manifest import load_manifest
 from tests.pipeline.main_job import STEPS, MainJob, make_main_job
+from tests.support.processes import command_of, kill_all
 
 
 @pytest.fixture(scope="module")
@@ -122,9 +123,8 @@ def test_killed_in_training_the_run_resumes_and_ends_with_the_same_bytes(finishe
         if "step 5/" in line:  # step 4 is saved; what is printed lags a little behind what is trained
             break
     tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    assert any("ropeway.train.rank" in " ".join(one.cmdline()) for one in tree), "".join(seen)
-    for one in tree:
-        one.kill()
+    assert any("ropeway.train.rank" in " ".join(command_of(one)) for one in tree), "".join(seen)
+    kill_all(tree)
     process.wait()
     process.stdout.close()
     _, alive = psutil.wait_procs(tree, timeout=30)

@@ -13,6 +13,7 @@ import pytest
 
 from ropeway.manifest import file_sha256
 from ropeway.prepare.workers import count_cores
+from tests.support.processes import command_of
 from tests.tiny_run import ROOT
 from tests.unit.test_prepare import lay, profile
 
@@ -152,7 +153,7 @@ def test_a_worker_that_is_killed_ends_the_run_as_one_that_may_be_tried_again(run
     digests, everything = alone
     with run.stopped(after=3, ROPEWAY_PREPARE_WORKERS="2") as (process, units):
         encoding = [
-            child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())
+            child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(command_of(child))
         ]
         assert len(encoding) == 2
         encoding[0].kill()

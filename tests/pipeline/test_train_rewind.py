@@ -20,6 +20,7 @@ from ropeway.rows import plan_epoch, validation_rows
 from ropeway.shards import open_shards
 from ropeway.workspace import Workspace
 from tests.pipeline.main_job import MainJob, make_main_job
+from tests.support.processes import kill_all
 
 NEVER, ONCE = "rewinds: 0", "rewinds: 1"
 
@@ -118,8 +119,7 @@ def test_killed_right_after_it_went_back_it_leaves_out_the_same_rows(once, tmp_p
     for line in process.stdout:
         if "rewind 1 of 1" in line:
             break
-    for one in psutil.Process(process.pid).children(recursive=True):
-        one.kill()
+    kill_all(psutil.Process(process.pid).children(recursive=True))
     process.stdout.read()
     process.stdout.close()
     assert process.wait(90) != 0

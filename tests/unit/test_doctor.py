@@ -1,6 +1,7 @@
 """`ropeway doctor`: each thing that is wrong is found, named with its remedy, and ends in 64."""
 
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -29,9 +30,10 @@ def root(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     root = tmp_path / "workspace"
     root.mkdir()
-    for name in ("params.yaml", "constraints.txt", "dvc.yaml"):
+    for name in ("params.yaml", "dvc.yaml"):
         shutil.copy(ROOT / name, root)
     shutil.copytree(ROOT / "configs", root / "configs")
+    shutil.copytree(ROOT / "requirements", root / "requirements")
     (root / ".dvc").mkdir()
     shutil.copy(ROOT / ".dvc" / "config", root / ".dvc")
     who = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
@@ -63,12 +65,19 @@ def test_no_compiler_is_found(monkeypatch):
     assert "apt-get install g++" in found["fix"]
 
 
-def test_a_version_that_was_not_tried_is_a_note(root):
-    pins = (root / "constraints.txt").read_text()
-    (root / "constraints.txt").write_text("\n".join([*pins.splitlines(), "deepspeed==0.0.1"]))
+def test_a_version_that_is_not_the_locked_one_is_a_note(root):
+    lock = root / "requirements" / "run.txt"
+    lock.write_text(re.sub("(?m)^deepspeed==[^ ]+", "deepspeed==0.0.1", lock.read_text()))
     code, found = look("deepspeed")
     assert (code, found["state"]) == (0, "note")
-    assert found["words"].endswith("tried was 0.0.1")
+    assert found["words"].endswith("tested with 0.0.1")
+
+
+@pytest.mark.usefixtures("root")
+def test_every_library_it_looks_at_is_locked():
+    from flows.doctor import _LIBRARIES, read_pins
+
+    assert set(_LIBRARIES) <= set(read_pins(ROOT / "requirements"))
 
 
 def test_a_wrong_params_file_is_a_finding_and_the_rest_is_looked_at(root):

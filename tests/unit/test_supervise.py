@@ -13,6 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.support.processes import command_of
+
 PYTHON = sys.executable
 # Each fake says who it is on the tree's one stdout, so a test awaits it instead of sleeping.
 SAY = "import os, signal, subprocess, sys\ndef say(*words): os.write(1, (' '.join(map(str, words)) + '\\n').encode())\n"
@@ -237,7 +239,7 @@ def test_a_killed_inner_supervisor_leaves_nothing_to_the_outer_one(supervise, sc
     tree = supervise(PYTHON, fake_dvc, inner)
     members = tree.hear("member", times=2)
     dvc = psutil.Process(tree.root.pid).children()[0]
-    next(p for p in dvc.children(recursive=True) if "ropeway.supervise" in p.cmdline()).kill()
+    next(p for p in dvc.children(recursive=True) if "ropeway.supervise" in command_of(p)).kill()
     assert tree.root.wait(20) == 137
     assert not alive(members)
     tree.finish()
@@ -271,7 +273,7 @@ def test_the_death_of_the_leader_ends_the_tree(script, tmp_path):
 def test_with_neither_leader_nor_dvc_it_outlives_its_parent(script, tmp_path):
     tree = Tree([PYTHON, script("leader.py", LEADER), "--", PYTHON, script("f.py", FAMILY)], cwd=tmp_path)
     members = tree.hear("member", times=2)
-    supervisor = next(p for p in psutil.Process(tree.root.pid).children() if "ropeway.supervise" in p.cmdline())
+    supervisor = next(p for p in psutil.Process(tree.root.pid).children() if "ropeway.supervise" in command_of(p))
     tree.root.kill()
     tree.root.wait()
     with pytest.raises(psutil.TimeoutExpired):

@@ -62,7 +62,7 @@ def find_harness(names: Sequence[str]) -> str:
     except importlib.metadata.PackageNotFoundError:
         raise ConfigError(
             f"{_KEY} names {', '.join(names)}, and lm-evaluation-harness is not installed: `make setup EXTRAS=eval` "
-            "installs it (or pip install -c constraints.txt -e '.[eval]'). Or write tasks: []"
+            "installs it (or `python3 requirements/install.py eval`). Or write tasks: []"
         ) from None
 
 

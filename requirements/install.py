@@ -1,0 +1,254 @@
+"""Installs the environment: `python3 requirements/install.py [EXTRA ...]`, which `make setup` and all targets call.
+
+1. `.venv` is created with this Python, if it is not there.
+2. uv is taken from PATH, else installed into `.venv` (uv.txt); where neither works, pip does the same, slower.
+3. run.txt and each extra's file are installed, every file checked against its sha256.
+4. torch (torch.txt): a wheel of that version in a folder that pip's `find-links` names; else, on a Linux machine
+   without an NVIDIA device, the CPU build of download.pytorch.org; else the index's build. `--torch cpu|cuda|index`
+   decides instead, e.g. `cuda` on a login node whose GPUs are elsewhere.
+5. The project itself, editable.
+
+Index, extra indexes, find-links, trusted hosts and certificate are those of pip's own settings (`pip config list`, and
+PIP_* variables). Only the standard library is used here.
+"""
+
+from __future__ import annotations  # an older Python must get far enough to say that it is too old
+
+import argparse
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NoReturn
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+HERE = Path(__file__).resolve().parent
+PROJECT = HERE.parent
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+# pip's setting -> uv's option. Source: pip 26 `pip config`, uv 0.13 `uv pip install --help`.
+OPTIONS = {
+    "index-url": "--default-index",
+    "extra-index-url": "--index",
+    "find-links": "--find-links",
+    "trusted-host": "--allow-insecure-host",
+}
+
+
+def main() -> None:
+    """Bring the environment up to what the lock files say; end with 64 and one sentence when that cannot be."""
+    if sys.version_info < (3, 11):  # noqa: UP036 - the reason for looking
+        stop(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}; set PYTHON=")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("extras", nargs="*", help="extras of pyproject.toml, e.g. dev smollm2")
+    parser.add_argument("--venv", type=Path, default=PROJECT / ".venv")
+    parser.add_argument("--torch", choices=("auto", "cpu", "cuda", "index"), default="auto")
+    parser.add_argument("--pip", action="store_true", help="install with pip, though uv could be had")
+    parser.add_argument(
+        "--only", type=Path, metavar="FILE", help="install this lock file and nothing else, without pip"
+    )
+    options = parser.parse_args()
+    if options.only:
+        python = make_venv(options.venv, with_pip=False)
+        installer = find_installer(python, Path(sys.executable), use_pip=options.pip)
+        installer.install("--no-deps", "--require-hashes", "-r", str(options.only))
+        return
+    files = [HERE / f"{name}.txt" for name in ("run", *options.extras)]
+    for path in files:
+        if not path.is_file():
+            known = sorted(one.stem for one in HERE.glob("*.txt") if one.stem not in ("run", "torch", "uv"))
+            stop(f"no extra '{path.stem}'; there are: {', '.join(known)}")
+    began = time.monotonic()
+    python = make_venv(options.venv)
+    installer = find_installer(python, python, use_pip=options.pip)
+    locked = [word for path in files for word in ("-r", str(path))]
+    installer.install("--no-deps", "--require-hashes", *locked)
+    install_torch(installer, options.torch)
+    install_project(installer)
+    print(f"environment: {options.venv}, {installer.name}, {time.monotonic() - began:.0f} s", flush=True)
+
+
+class Installer:
+    """uv, or pip where there is no uv, with pip's own settings.
+
+    Attributes:
+        name: For people, e.g. `uv 0.13.9`.
+        python: The interpreter of the environment that is installed into.
+        settings: pip's, as `read_settings` returns them.
+    """
+
+    def __init__(self, python: Path, host: Path, uv: str | Path | None) -> None:
+        """Take the environment's interpreter, one that has pip, and the uv to use (None: pip itself)."""
+        self.python, self.settings, self._uv = python, read_settings(host), uv
+        self._program = [str(uv)] if uv else [str(host), "-m", "pip", "--python", str(python)]
+        said = subprocess.run([*self._program, "--version"], check=True, stdout=subprocess.PIPE, text=True).stdout
+        self.name = " ".join(said.split()[:2])
+
+    def install(self, *arguments: str, index: str | None = None) -> None:
+        """Install; `index` is asked instead of the ones in pip's settings."""
+        environment = dict(os.environ)
+        if self._uv:
+            command = [*self._program, "pip", "install", "--quiet", "--python", str(self.python)]
+            # As pip does: the best version of all indexes, not the first index that knows the name.
+            command += ["--index-strategy", "unsafe-best-match"]
+            command += ["--default-index", index] if index else as_options(self.settings)
+            environment["VIRTUAL_ENV"] = str(self.python.parent.parent)
+            if certificate := self.settings.get("cert"):
+                environment.setdefault("SSL_CERT_FILE", certificate[0])
+        else:
+            command = [*self._program, "install", "--quiet", "--disable-pip-version-check"]
+            command += ["--index-url", index] if index else []
+        if subprocess.run([*command, *arguments], env=environment, check=False).returncode:
+            stop(f"{self.name} could not install {' '.join(arguments)}; what it said stands above")
+
+
+def make_venv(folder: Path, *, with_pip: bool = True) -> Path:
+    """Return the interpreter of the environment, created if it is not there."""
+    python = folder / "bin" / "python"
+    if not python.exists():
+        print(f"creating {folder} with Python {sys.version.split()[0]}", flush=True)
+        options = [] if with_pip else ["--without-pip"]
+        if subprocess.run([sys.executable, "-m", "venv", *options, str(folder)], check=False).returncode:
+            stop("Python's venv failed; on Debian: apt-get install python3-venv")
+    return python
+
+
+def read_settings(python: Path) -> dict[str, list[str]]:
+    """Return pip's settings that say where packages come from: name -> values.
+
+    Later lines win: pip lists the global section first, then that of `install`, then PIP_* variables.
+    """
+    done = subprocess.run([str(python), "-m", "pip", "config", "list"], check=False, stdout=subprocess.PIPE, text=True)
+    return parse_settings(done.stdout)
+
+
+def parse_settings(text: str) -> dict[str, list[str]]:
+    r"""Return the settings in the output of `pip config list`.
+
+    >>> parse_settings("global.find-links='/opt/wheels'\ninstall.extra-index-url='https://a https://b'\n")
+    {'find-links': ['/opt/wheels'], 'extra-index-url': ['https://a', 'https://b']}
+    """
+    found: dict[str, list[str]] = {}
+    for section in ("global", "install", ":env:"):
+        for line in text.splitlines():
+            key, _, value = line.partition("=")
+            where, _, name = key.rpartition(".")
+            if where == section and name in (*OPTIONS, "cert", "no-index"):
+                found[name] = str(ast.literal_eval(value)).split()
+    return found
+
+
+def as_options(settings: dict[str, list[str]]) -> list[str]:
+    """Return uv's options that mean what pip's settings say.
+
+    >>> as_options({"extra-index-url": ["https://a"], "cert": ["/x.pem"], "no-index": ["true"]})
+    ['--index', 'https://a', '--no-index']
+    """
+    chosen = [word for name, option in OPTIONS.items() for value in settings.get(name, []) for word in (option, value)]
+    return chosen + (["--no-index"] if settings.get("no-index") in (["true"], ["1"], ["yes"], ["on"]) else [])
+
+
+def find_installer(python: Path, host: Path, *, use_pip: bool) -> Installer:
+    """Return what installs into the environment of `python`: uv, from PATH or installed beside `host`; else pip."""
+    beside = host.with_name("uv")
+    found: str | Path | None = beside if beside.exists() else shutil.which("uv")
+    if not (found or use_pip):
+        command = [str(host), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        done = subprocess.run([*command, "--require-hashes", "-r", str(HERE / "uv.txt")], check=False)
+        found = beside if done.returncode == 0 else None
+        if found is None:
+            print("uv could not be installed; going on with pip, which takes minutes", flush=True)
+    return Installer(python, host, None if use_pip else found)
+
+
+def install_torch(installer: Installer, choice: str) -> None:
+    """Install the pinned torch, a build for this machine; one of that version that is there already stays."""
+    (pinned,) = re.findall(r"(?m)^torch==(\S+)", (HERE / "torch.txt").read_text())
+    have = find_version(installer.python, "torch")
+    if have and have.partition("+")[0] == pinned and not changes_build(have, choice):
+        return
+    has_device = any(Path("/dev").glob("nvidia[0-9]*"))
+    wheel = find_wheel(installer.settings, pinned)
+    source, index = choose_build(choice, installer.settings, wheel, has_device=has_device)
+    why = (
+        f" ({'an' if has_device else 'no'} NVIDIA device here; TORCH=cpu|cuda|index decides)"
+        if choice == "auto"
+        else ""
+    )
+    print(f"torch {pinned}: {source}{why}", flush=True)
+    # Its own dependencies are in run.txt; what is left are the CUDA libraries that a GPU build asks for by version.
+    installer.install(f"torch=={pinned}", "-c", str(write_constraints(installer.python)), index=index)
+
+
+def choose_build(
+    choice: str, settings: dict[str, list[str]], wheel: Path | None, *, has_device: bool, platform: str = sys.platform
+) -> tuple[str, str | None]:
+    """Return (words for it, the index that has it; None for the indexes of pip's settings).
+
+    >>> choose_build("auto", {}, None, has_device=False, platform="linux")[1]
+    'https://download.pytorch.org/whl/cpu'
+    >>> choose_build("auto", {"index-url": ["https://mirror"]}, None, has_device=False, platform="linux")
+    ("the build of pip's index https://mirror", None)
+    """
+    if choice == "auto" and wheel:
+        return str(wheel), None
+    is_plain_cpu = platform == "linux" and not has_device and "index-url" not in settings
+    if choice == "cpu" or (choice == "auto" and is_plain_cpu):
+        return f"the CPU build of {CPU_INDEX}", CPU_INDEX
+    return f"the build of pip's index {settings.get('index-url', ['https://pypi.org/simple'])[-1]}", None
+
+
+def changes_build(have: str, choice: str) -> bool:
+    """Return whether another build of the same version was asked for.
+
+    >>> changes_build("2.13.0+cpu", "cuda"), changes_build("2.13.0+cpu", "auto")
+    (True, False)
+    """
+    return (choice == "cuda" and have.endswith("+cpu")) or (choice == "cpu" and not have.endswith("+cpu"))
+
+
+def find_wheel(settings: dict[str, list[str]], version: str) -> Path | None:
+    """Return the wheel of torch that lies in a folder of pip's find-links, or None."""
+    for place in settings.get("find-links", []):
+        folder = Path(url2pathname(urlsplit(place).path) if place.startswith("file:") else place)
+        for path in sorted(folder.glob(f"torch-{version}[+-]*.whl")) if folder.is_dir() else []:
+            return path
+    return None
+
+
+def write_constraints(python: Path) -> Path:
+    """Return a file that holds every locked version, without hashes: torch's own dependencies must not move."""
+    path = python.parent.parent / "constraints.txt"
+    pins = [line.rstrip(" \\") for one in HERE.glob("*.txt") for line in one.read_text().splitlines() if "==" in line]
+    path.write_text("\n".join(pin for pin in pins if not pin.startswith("#")) + "\n")
+    return path
+
+
+def find_version(python: Path, name: str) -> str | None:
+    """Return the version of an installed distribution, or None."""
+    program = f"import importlib.metadata as m; print(m.version({name!r}))"
+    done = subprocess.run([str(python), "-c", program], check=False, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def install_project(installer: Installer) -> None:
+    """Install this checkout, editable, unless the environment has it with today's pyproject.toml."""
+    stamp = installer.python.parent.parent / "project.stamp"
+    stated = f"{PROJECT}\n{(PROJECT / 'pyproject.toml').read_text()}"
+    if not (stamp.is_file() and stamp.read_text() == stated and find_version(installer.python, "ropeway")):
+        installer.install("--no-deps", "--no-build-isolation", "-e", str(PROJECT))
+        stamp.write_text(stated)
+
+
+def stop(message: str) -> NoReturn:
+    """End with a sentence; 64 is what a wrong machine or option ends with everywhere here."""
+    print(f"set-up: {message}", file=sys.stderr, flush=True)
+    sys.exit(64)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Writes the lock files beside it: `make lock` (keeps today's versions), `make lock ARGUMENTS=--upgrade` (takes newer).
+
+run.txt       what `ropeway` needs, every file of every version by sha256
+<extra>.txt   what an extra of pyproject.toml needs beyond that
+
+All of them come from one resolution, for every platform and every Python from 3.11. They name no index, so any mirror
+serves. torch and the CUDA libraries that its build for GPUs brings are in none: install.py chooses a build of torch.
+"""
+
+import argparse
+import re
+import subprocess
+import tempfile
+import tomllib
+from pathlib import Path
+
+HERE = Path(__file__).parent
+PROJECT = HERE.parent / "pyproject.toml"
+OWN_STEP = re.compile(r"(torch|triton|nvidia-[a-z0-9-]+|cuda-[a-z0-9-]+)==")
+_ENTRY = re.compile(r"(?m)^(?=[A-Za-z0-9_.-]+(?:\[[^\]]*\])?==)")
+
+
+def main() -> None:
+    """Resolve everything once, then write each file from it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--upgrade", action="store_true", help="take the newest versions that pyproject.toml allows")
+    parser.add_argument("--uv", default="uv", help="the program")
+    options = parser.parse_args()
+    extras = list(tomllib.loads(PROJECT.read_text())["project"]["optional-dependencies"])
+    with tempfile.TemporaryDirectory() as scratch:
+        pins = Path(scratch) / "pins.txt"
+        kept = [] if options.upgrade else sorted(HERE.glob("*.txt"))
+        pins.write_text("".join(f"{pin}\n" for path in kept for pin in read_pins(path.read_text())))
+        everything = Path(scratch) / "everything.txt"
+        everything.write_text(resolve(options.uv, ["--all-extras"], pins))
+        run = split(resolve(options.uv, [], everything))
+        write("run", [entry for entry in run if not OWN_STEP.match(entry)])
+        for extra in extras:
+            more = split(resolve(options.uv, ["--extra", extra], everything))
+            write(extra, [entry for entry in more if entry not in run])
+
+
+def resolve(uv: str, selection: list[str], constraints: Path) -> str:
+    """Return what uv resolves for a selection of extras."""
+    command = [uv, "pip", "compile", str(PROJECT), *selection, "--universal", "--python-version", "3.11"]
+    command += ["--generate-hashes", "--no-annotate", "--no-header", "--quiet", "--constraints", str(constraints)]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def split(text: str) -> list[str]:
+    """Return the entries of a lock file, each with its hashes."""
+    return [entry for entry in _ENTRY.split(text) if "==" in entry]
+
+
+def read_pins(text: str) -> list[str]:
+    r"""Return `name==version` of each entry.
+
+    >>> read_pins("a==1 ; sys_platform == 'linux' \\\n    --hash=sha256:00\nb==2 \\\n    --hash=sha256:11\n")
+    ["a==1 ; sys_platform == 'linux'", 'b==2']
+    """
+    return [entry.partition("\n")[0].rstrip("\\").strip() for entry in split(text)]
+
+
+def write(name: str, entries: list[str]) -> None:
+    """Write one lock file."""
+    path = HERE / f"{name}.txt"
+    path.write_text("".join(entries))
+    print(f"{path.relative_to(HERE.parent)}: {len(entries)} packages")
+
+
+if __name__ == "__main__":
+    main()
