@@ -129,13 +129,14 @@ def summarise(measured: Mapping[str, Any], memory: Mapping[str, int]) -> dict[st
 
 def lay_workspace(root: Path) -> None:
     """Make the laptop profile's tables as far as train needs them: raw records, base, data."""
-    from ropeway.stages import enter_room
+    from ropeway.stages import enter_room, write_identity
 
     root.mkdir()
     shutil.copytree(ROOT / "configs", root / "configs")
     text = (ROOT / "params.yaml").read_text(encoding="utf-8").splitlines()
     lines = ["profile: laptop" if line.startswith("profile: ") else line for line in text]
     (root / "params.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_identity(root, "laptop")
     for room in ("fetch", "base", "prepare"):
         enter_room(root, room)
 

@@ -26,7 +26,7 @@ from ropeway.params import READS, UNHASHED, Profile, load_profile
 from ropeway.rows import PAD_MULTIPLE, Row, collate
 from ropeway.train import saving
 from ropeway.train.attention import choose_attention
-from ropeway.train.config import load_deepspeed_json, plan_deepspeed
+from ropeway.train.config import parse_deepspeed_json, plan_deepspeed
 from ropeway.train.leftovers import meet
 from ropeway.train.loop import train
 from ropeway.train.model import open_model
@@ -176,9 +176,12 @@ def run_trainer(run: Run, way: str, turns: Turns, open_base: Callable[[], Any], 
     profile, (named, folder) = run.profile, place
     steps = sum(count for one, count in zip(turns.order, turns.steps, strict=True) if one == way)
     config = plan_deepspeed(
-        profile, load_deepspeed_json(named), ranks=run.world_size, accumulation_steps=run.accumulation_steps,
+        profile,
+        parse_deepspeed_json(named.read_text(), named.name),
+        ranks=run.world_size,
+        accumulation_steps=run.accumulation_steps,
         total_steps=run.total_steps,
-    )  # fmt: skip
+    )
     arguments = transformers.TrainingArguments(
         output_dir=str(folder / way), deepspeed=config, use_cpu=True, ddp_backend=torch.distributed.get_backend(),
         per_device_train_batch_size=profile.per_device_train_batch_size,

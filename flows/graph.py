@@ -4,6 +4,7 @@ In this process DVC is only asked; stages run in processes of their own (`stages
 Source of DVC's words and shapes: dvc 3.67.1.
 """
 
+import json
 import os
 import re
 import shutil
@@ -16,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from ropeway.errors import ConfigError, TemporaryError
+from ropeway.frozen import read_version
+from ropeway.manifest import file_sha256
+from ropeway.params import load_profile
 
 _SHOWN_CHARACTERS = 60
 _SAYS = (
@@ -155,6 +159,28 @@ def _configure(root: Path, *arguments: str) -> None:
         raise ConfigError(f"`dvc remote {' '.join(arguments)}` failed: {done.stderr.strip()}")
 
 
+def read_definition(root: Path) -> dict[str, str]:
+    """Return what the graph is resolved from: sha256 of every dvc.yaml, and the chosen profile."""
+    with _open_repo(root) as repo:
+        files = sorted({root / own.path_in_repo for own in repo.index.stages if own.path_in_repo.endswith("dvc.yaml")})
+    return {**{str(path): file_sha256(path) for path in files}, "profile": load_profile(root / "params.yaml")[0]}
+
+
+def check_definition(root: Path, known: Mapping[str, str]) -> None:
+    """Raise ConfigError when the graph, or the line `profile:`, was edited while a run goes on.
+
+    Each stage is a DVC process of its own, which reads them again: it would run something else than was planned.
+    """
+    files = {path: file_sha256(Path(path)) if Path(path).is_file() else "" for path in known if path != "profile"}
+    now = {**files, "profile": load_profile(root / "params.yaml")[0]}
+    if changed := [key for key in known if now[key] != known[key]]:
+        what = f"profile, {known['profile']} -> {now['profile']}" if changed == ["profile"] else ", ".join(changed)
+        raise ConfigError(
+            f"{what}: was edited while this run of {known['profile']} goes on. The stages that have ended are recorded "
+            f"with what they used; no other is run. `ropeway run --profile {known['profile']}` continues here"
+        )
+
+
 def reproduce_command(name: str, *, anew: bool = False, pull: bool = False) -> list[str]:
     """Return the command that brings one stage up to date; it waits for DVC's own lock instead of failing.
 
@@ -252,10 +278,40 @@ def _explain(stage: Any, status: list[Any], root: Path) -> list[str]:  # noqa: A
             if isinstance(change, Mapping):
                 reasons += _explain_params(stage, path, change)
             else:
-                reasons.append(f"{_place(path, root)} {_word(change)}")
+                reasons += _explain_dep(stage, path, change, root)
         outs = entry.get("changed outs", {}).items()
         reasons += [f"its output {_place(path, root)} {_word(change)}" for path, change in outs]
     return reasons
+
+
+def _explain_dep(stage: Any, path: str, change: str, root: Path) -> list[str]:  # noqa: ANN401
+    """Return what changed in a dependency: of the frozen inputs the values, of anything else that it changed."""
+    place = _place(path, root)
+    folder, _, name = place.rpartition("/")
+    known = next((dep.hash_info.value for dep in stage.deps if str(dep) == path and dep.hash_info), None)
+    if change == "modified" and folder == ".identity" and known and (old := read_version(root, known)) is not None:
+        return describe_change(name.removesuffix(".json"), old, json.loads((root / place).read_bytes())["of"])
+    return [f"{place} {_word(change)}"]
+
+
+def describe_change(name: str, old: Any, new: Any) -> list[str]:  # noqa: ANN401 - JSON
+    """Return what is different in one of the frozen inputs, e.g. `learning_rate: 0.002 -> 0.003`.
+
+    >>> describe_change("params-train", {"params": {"stop": {"a": 1}}}, {"params": {"stop": {"a": 2}}})
+    ['stop.a: 1 -> 2']
+    >>> describe_change("code-train", {"rows": "aa", "train.loss": "bb"}, {"rows": "aa", "train.loss": "cc"})
+    ['code of train.loss changed']
+    """
+    if name.startswith("params-"):
+        before, after = (
+            {leaf: value for key in facts["params"] for leaf, value in _leaves(key, facts["params"][key])}
+            for facts in (old, new)
+        )
+        pairs = ((leaf, before.get(leaf), after.get(leaf)) for leaf in dict.fromkeys([*before, *after]))
+        return [f"{leaf}: {_shown(then)} -> {_shown(now)}" for leaf, then, now in pairs if then != now]
+    keys = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
+    what = "code of " if name.startswith("code-") else {"sources": "source ", "base": "base: "}.get(name, "")
+    return [f"{what}{key} changed" for key in keys]
 
 
 def _explain_params(stage: Any, path: str, changes: Mapping[str, str]) -> Iterator[str]:  # noqa: ANN401

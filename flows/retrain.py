@@ -19,11 +19,12 @@ from flows.board import Board, Done, PlainBoard
 from flows.champion import measure_champion
 from flows.edits import choose_profile
 from flows.publishing import publish_package
-from flows.revision import read_revision
+from flows.revision import Revision, read_revision
 from flows.stages import Say, Site, bring_up, patiently, run_command
 from flows.summary import Result
 from ropeway.devices import count_ranks
-from ropeway.errors import DataError
+from ropeway.errors import ConfigError, DataError
+from ropeway.frozen import FrozenInputs
 from ropeway.lock import workspace_lock
 from ropeway.manifest import digest_of
 from ropeway.params import Profile, load_profile, read_block
@@ -63,16 +64,17 @@ def run_retrain(root: Path, profile: str | None = None, *, use_prefect: bool = T
 def walk(root: Path, profile: str | None, board: Board) -> Result:
     """Do everything, step by step. The one sequence, with Prefect or without."""
     began = time.monotonic()
-    name, params = load_profile(root / "params.yaml", profile)
+    name, _ = load_profile(root / "params.yaml", profile)
     workspace = Workspace(root, name)
     with workspace_lock(root, command="ropeway run", profile=name) as held:
         choose_profile(root, name)
-        site, shared = Site(root, held), graph.has_remote(root)
+        shared = graph.has_remote(root)
+        site = Site(root, held, definition=graph.read_definition(root))
         if shared:
             site = replace(site, pulls=bool(_step(board, "pull", partial(_pull, site)).value))
-        for stage in graph.load_graph(root):
-            if stage.refreshes:  # it writes what the plan must see; it never counts as changed
-                _step(board, stage.name, partial(_refresh, site, stage.name))
+        revision = _freeze(board, site)
+        frozen = FrozenInputs.load(root)
+        params = load_profile(frozen.params_file, name)[1]
         plans = patiently(partial(graph.plan, root), print)
         _show_plan(board, plans)
         if any(plan.will_run for plan in plans if not plan.refreshes):
@@ -90,11 +92,12 @@ def walk(root: Path, profile: str | None, board: Board) -> Result:
             _show_ledger(board, workspace, known=[])
         read = {dep for plan in plans for dep in plan.deps}
         ends = [plan.name for plan in plans if plan.name not in read]
-        publication = _step(board, "publish", partial(_publish, site, workspace, params), after=ends).value
+        publication = _step(board, "publish", partial(_publish, site, workspace, params, revision), after=ends).value
         if shared:
             _step(board, "push", partial(_push, site), after=["publish"])
         review = board.ask_review(publication.digest) if publication.state == "Published" else None
-        result = Result(workspace, ended, publication, time.monotonic() - began, review)
+        edited = find_edits(root, frozen)
+        result = Result(workspace, ended, publication, time.monotonic() - began, review, edited)
         board.report("result", summary.draw_report(result))
         return result
 
@@ -123,9 +126,32 @@ def _step(board: Board, name: str, work: Callable[[Say], Done], *, after: list[s
     return done
 
 
+def _freeze(board: Board, site: Site) -> Revision:
+    """Take the digests of all inputs; return the revision that they are of."""
+    refreshing = [stage.name for stage in graph.load_graph(site.root) if stage.refreshes]
+    while True:
+        before = read_revision(site.root)
+        for name in refreshing:  # they write what the plan must see; they never count as changed
+            _step(board, name, partial(_refresh, site, name))
+        if (after := read_revision(site.root)) == before:
+            return after
+        print(
+            f"the workspace went from {before} to {after} while its digests were taken; taking them again", flush=True
+        )
+
+
+def find_edits(root: Path, frozen: FrozenInputs) -> tuple[str, ...]:
+    """Return which keys of this profile were changed in params.yaml since a run froze its inputs."""
+    try:
+        now, then = (read_block(path, frozen.profile_name) for path in (root / "params.yaml", frozen.params_file))
+    except (ConfigError, KeyError):
+        return ("params.yaml",)
+    return tuple(key for key in dict.fromkeys([*then, *now]) if then.get(key) != now.get(key))
+
+
 def _refresh(site: Site, stage: str, say: Say) -> Done:
     bring_up(site, stage, say)
-    return Done("Unchanged", "looked at code and sources")
+    return Done("Unchanged", "froze params; took digests of code, sources and base")
 
 
 def _bring_up(site: Site, plan: graph.StagePlan, say: Say) -> Done:
@@ -145,9 +171,9 @@ def _leave(_site: Site, plan: graph.StagePlan, _say: Say) -> Done:
     return Done("Unchanged", "; ".join(plan.reasons))
 
 
-def _publish(site: Site, workspace: Workspace, params: Profile, say: Say) -> Done:
+def _publish(site: Site, workspace: Workspace, params: Profile, revision: Revision, say: Say) -> Done:
     measure = partial(measure_champion, site, workspace, say=say)
-    publication = publish_package(workspace, params, read_revision(workspace.root), measure)
+    publication = publish_package(workspace, params, revision, measure)
     if publication.verdict:
         for line in str(publication.verdict).splitlines():
             say(line)

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -39,11 +39,13 @@ class Site:
         root: The workspace.
         held: Its lock.
         pulls: A DVC remote answers: what its run-cache knows of a stage is fetched from there rather than made.
+        definition: What the run was planned from (`graph.read_definition`); a stage is not run by another.
     """
 
     root: Path
     held: Held
     pulls: bool = False
+    definition: Mapping[str, str] | None = None
 
     def record(self, name: str, kind: str) -> Path:
         """Return the exit record that a supervisor leaves: kind `exit` is the stage's own, `dvc` that of its dvc."""
@@ -64,12 +66,14 @@ def bring_up(site: Site, name: str, say: Say, *, anew: bool = False) -> str:
         anew: Run it whatever DVC knows of it.
 
     Raises:
-        ConfigError: The stage ended with 64: what params.yaml asks for cannot be run.
+        ConfigError: The stage ended with 64: what params.yaml asks for cannot be run. Or dvc.yaml was edited.
         DataError: It ended with 65.
         TemporaryError: It ended with 75 or by a signal: run again, it resumes. Or another dvc kept DVC's locks.
         StoppedError: dvc was ended from outside.
         RopewayError: Anything else; the stage's last lines are quoted.
     """
+    if site.definition is not None:
+        graph.check_definition(site.root, site.definition)
     events = patiently(partial(_reproduce, site, name, say, anew=anew), say)
     return next((outcome for outcome in ("ran", "restored", "unchanged") if outcome in events), "unchanged")
 

@@ -23,6 +23,7 @@ class Result:
         publication: What became of the package.
         seconds: How long it all took.
         review: The page where its review is answered; None when nobody was asked.
+        edited: Keys of its block of params.yaml that were changed while it ran; it used the values of its start.
     """
 
     workspace: Workspace
@@ -30,6 +31,7 @@ class Result:
     publication: Publication
     seconds: float
     review: str | None = None
+    edited: tuple[str, ...] = ()
 
 
 def print_result(result: Result, page: str | None) -> None:
@@ -43,12 +45,22 @@ def print_result(result: Result, page: str | None) -> None:
         ("look at it", f"ropeway registry show {published.version}"),
         ("review it", _how_to_review(result)),
         ("the run", page or "made without Prefect (no page)"),
+        ("note", _note_edits(result)),
     ]
     width = max(len(name) for name, _ in facts)
     print(f"\n{result.workspace.profile}: {published.state} in {result.seconds:.0f} s")
     for name, words in facts:
         if words:
             print(f"  {name:<{width}}  {words}")
+
+
+def _note_edits(result: Result) -> str:
+    if not result.edited:
+        return ""
+    return (
+        f"params.yaml was edited meanwhile ({', '.join(result.edited)}); this run used the values of its start. Run "
+        "again for the new ones"
+    )
 
 
 def _how_to_review(result: Result) -> str:
@@ -95,6 +107,7 @@ def draw_report(result: Result) -> str:
     parts = [
         f"# {published.version}: {published.state}",
         published.words,
+        *([plain(_note_edits(result))] if result.edited else []),
         *(["## Gate", "\n".join(verdict)] if verdict else []),
         "## Validation",
         table(_evaluation_rows(result.workspace)) or "No metrics.",

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import dvc.repo  # noqa: F401 - here: its log handlers keep the stderr that they find, and a test's is closed
 import pytest
 
 from ropeway.s3_client import make_client

@@ -19,6 +19,7 @@ from ropeway.rope import RopeScaling
 from ropeway.shards import FORMAT, Kind, Shards, write_shard
 from ropeway.tokenizer import open_tokenizer, read_special
 from ropeway.workspace import Workspace
+from tests.support.freezing import freeze_inputs
 
 ROOT = Path(__file__).parents[1]
 PARITY = Path(__file__).parent / "contract" / "parity"
@@ -81,7 +82,8 @@ def make_run(root: Path, room: str = "evaluate", *, block: str = BLOCK) -> tuple
     (root / "params.yaml").write_text(text.replace("\nprofile: laptop", "\nprofile: tiny") + "\n" + block)
     (root / "configs").mkdir()
     (root / "configs" / "prompts.jsonl").write_text('"What is a list?"\n"How are you?"\n')
-    shutil.copyfile(ROOT / "configs" / "sampling.json", root / "configs" / "sampling.json")
+    for name in ("sampling.json", "zero_config_pretrain.json"):
+        shutil.copyfile(ROOT / "configs" / name, root / "configs" / name)
     workspace, (_, profile) = Workspace(root, "tiny"), load_profile(root / "params.yaml")
     make_model(workspace.base, profile, seed=1, steps=0)
     make_model(workspace.model, profile, seed=2, steps=3)
@@ -89,6 +91,7 @@ def make_run(root: Path, room: str = "evaluate", *, block: str = BLOCK) -> tuple
     make_raw(workspace, conversations, documents)
     make_data(workspace, profile, conversations, documents)
     workspace.steps.write_text(STEPS)
+    freeze_inputs(root)
     if room == "package":
         finish_run(workspace, profile)
     return workspace, profile.reading(READS[room])

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaConfi
 from ropeway import hub
 from ropeway.chat import template_digest
 from ropeway.errors import ConfigError
+from ropeway.frozen import FrozenInputs
 from ropeway.manifest import file_sha256, load_manifest, whole_folder, write_manifest
 from ropeway.params import GgufBase, HubBase, ModelShape, Profile, ScratchBase
 from ropeway.raw import iterate_records, iterate_texts
@@ -53,6 +54,8 @@ def run(workspace: Workspace, profile: Profile) -> None:
         special = read_special(folder, tokenizer)
         _save(model, folder, special)
         facts = _facts(profile, model, folder, special)
+        if isinstance(profile.base, HubBase | GgufBase):  # of a folder there are only times
+            facts["model"]["origin"] = FrozenInputs.load(workspace.root).value("base")
         write_manifest(folder, facts)
     print(f"{profile.model_name}: {facts['parameters']:,} parameters, {rows:,} rows, special tokens {special}")
 
@@ -153,7 +156,7 @@ def _locate_origin(root: Path, profile: Profile) -> tuple[Path | None, dict[str,
     if isinstance(base, ScratchBase):
         return None, {}
     if isinstance(base, HubBase):
-        return _download(profile.model_name, base.revision), {}
+        return _download(profile.model_name, FrozenInputs.load(root).value("base")["commit"], base.revision), {}
     if isinstance(base, GgufBase):
         return _find_in_package(base), {"gguf_file": base.file}
     folder = root / profile.model_name
@@ -178,9 +181,8 @@ def _find_in_package(base: GgufBase) -> Path:
     return folder
 
 
-def _download(repo: str, revision: str) -> Path:
-    """Return the local snapshot of a Hub repository at a revision, downloading what is missing."""
-    commit = hub.resolve_commit(repo, revision, kind="model")
+def _download(repo: str, commit: str, revision: str) -> Path:
+    """Return the local snapshot of a Hub repository at a commit, downloading what is missing."""
     names = [name for name in hub.list_files(repo, commit, kind="model") if name.endswith((".json", ".safetensors"))]
     return hub.download_files(repo, commit, names, kind="model", revision=revision)  # no pickle is ever loaded
 

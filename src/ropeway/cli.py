@@ -157,12 +157,15 @@ def evaluate(
 
 
 @app.command()
-def stage(name: Annotated[str, typer.Argument(help="A stage of dvc.yaml.")]) -> None:
-    """Run one stage of the chosen profile: what dvc.yaml calls."""
+def stage(
+    name: Annotated[str, typer.Argument(help="A stage of dvc.yaml.")],
+    profile: Annotated[str | None, typer.Argument(help="Whose; default: the one of the last `identity`.")] = None,
+) -> None:
+    """Run one stage: what dvc.yaml calls."""
     from ropeway.stages import run_stage
     from ropeway.workspace import find_root
 
-    raise typer.Exit(run_stage(find_root(), name))
+    raise typer.Exit(run_stage(find_root(), name, profile))
 
 
 @app.command(hidden=True)

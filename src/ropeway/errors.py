@@ -11,6 +11,9 @@ RopewayError            exit 1    something else failed on purpose; the message 
 """
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 
 class RopewayError(Exception):
@@ -47,6 +50,19 @@ class AbsentError(RegistryError):
 
 class TrainingError(RopewayError):
     """Training ended because its numbers were wrong, not its files."""
+
+
+@contextmanager
+def full_disk_explained(folder: Path) -> Iterator[None]:
+    """Turn a full disk under a writer into a TemporaryError; the writer leaves nothing under its final name."""
+    try:
+        yield
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        raise TemporaryError(
+            f"{folder}: the disk is full ({error.strerror}); nothing was left there. Free space and run it again"
+        ) from error
 
 
 def is_disk_full(error: OSError) -> bool:

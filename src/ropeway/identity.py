@@ -21,6 +21,7 @@ IGNORED = (
     "devices",
     "errors",
     "faults",
+    "frozen",
     "hub",
     "identity",
     "lock",
@@ -54,8 +55,8 @@ class Digests:
         self._kept: dict[str, dict[str, Any]] = self._read()
         self._used: dict[str, dict[str, Any]] = {}
 
-    def of_room(self, room: str) -> str:
-        """Return the digest of a room's code."""
+    def modules(self, room: str) -> dict[str, str]:
+        """Return the digest of every module that a stage's code consists of, by its name below the package."""
         found: dict[str, str] = {}
         waiting = _modules(self._source, room) - set(IGNORED)
         while waiting:
@@ -64,7 +65,7 @@ class Digests:
             found[name] = scan["digest"]
             ours = {other for other in scan["names"] if _path(self._source, other).is_file()}
             waiting |= {name for name in ours if name.split(".")[0] not in IGNORED} - set(found) - set(IGNORED)
-        return digest_of(found)
+        return dict(sorted(found.items()))
 
     def keep(self) -> None:
         """Write what was parsed, if it is not there already."""
@@ -89,7 +90,7 @@ class Digests:
 
 def room_digest(source: Path, room: str) -> str:
     """Return the digest of a room's code; `source` is the folder `ropeway` with its modules."""
-    return Digests(source).of_room(room)
+    return digest_of(Digests(source).modules(room))
 
 
 def _scan(text: str) -> dict[str, Any]:

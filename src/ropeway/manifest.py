@@ -57,11 +57,14 @@ def write_atomic(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
+def json_bytes(value: object) -> bytes:
+    """Return sorted, indented JSON for people; NaN is refused, since JSON has none."""
+    return (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
 def write_json(path: Path, value: object) -> None:
-    """Write sorted, indented JSON atomically; NaN is refused, since JSON has none."""
-    write_atomic(
-        path, (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
-    )
+    """Write sorted, indented JSON atomically."""
+    write_atomic(path, json_bytes(value))
 
 
 def sync_folder(folder: Path) -> None:

@@ -67,13 +67,17 @@ READS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-def load_profiles(path: Path) -> tuple[str, dict[str, Profile]]:
+def load_profiles(path: Path, *, text: str | None = None) -> tuple[str, dict[str, Profile]]:
     """Return the name of the chosen profile and every profile of a params file. The only function that reads it.
+
+    Args:
+        path: The file.
+        text: What it holds, where that was read already.
 
     Raises:
         ConfigError: The file is missing, is not YAML 1.2, or does not describe runs; all faults are listed at once.
     """
-    tree = _read_yaml(path)
+    tree = _read_yaml(path, text)
     if not isinstance(tree, dict) or not isinstance(tree.get("profile"), str):
         raise ConfigError(f"{path}: expected a mapping with a key `profile` that names one of its runs")
     chosen = tree.pop("profile")
@@ -90,13 +94,13 @@ def load_profiles(path: Path) -> tuple[str, dict[str, Profile]]:
     return chosen, profiles
 
 
-def load_profile(path: Path, name: str | None = None) -> tuple[str, Profile]:
+def load_profile(path: Path, name: str | None = None, *, text: str | None = None) -> tuple[str, Profile]:
     """Return (name, profile): the one asked for, else the file's chosen one.
 
     Raises:
         ConfigError: As in `load_profiles`, or the profile asked for does not exist.
     """
-    chosen, profiles = load_profiles(path)
+    chosen, profiles = load_profiles(path, text=text)
     name = name or chosen
     if name not in profiles:
         raise ConfigError(f"{path}: profile '{name}' does not exist; there are: {', '.join(profiles)}")
@@ -109,13 +113,25 @@ def read_block(path: Path, profile: str) -> dict[str, Any]:
     return block
 
 
-def _read_yaml(path: Path) -> Any:  # noqa: ANN401 - YAML is anything until it is checked
-    """Read YAML 1.2, as DVC does. PyYAML reads 1.1, where `1e-5` is text and `on` is true."""
+def read_text(path: Path) -> str:
+    """Return the text of a params file.
+
+    Raises:
+        ConfigError: It is missing or not UTF-8.
+    """
     try:
-        return deepcopy(_parse(path.read_text(encoding="utf-8")))
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{path}: not found; run this inside a Ropeway workspace (a clone of the project)") from None
-    except (MarkedYAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not readable as YAML 1.2: {error}") from None
+
+
+def _read_yaml(path: Path, text: str | None = None) -> Any:  # noqa: ANN401 - YAML is anything until it is checked
+    """Read YAML 1.2, as DVC does. PyYAML reads 1.1, where `1e-5` is text and `on` is true."""
+    try:
+        return deepcopy(_parse(read_text(path) if text is None else text))
+    except MarkedYAMLError as error:
         raise ConfigError(f"{path}: not readable as YAML 1.2: {error}") from None
 
 
@@ -148,4 +164,5 @@ __all__ = [
     "load_profile",
     "load_profiles",
     "read_block",
+    "read_text",
 ]

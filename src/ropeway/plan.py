@@ -21,11 +21,12 @@ from ropeway.budget import (
 from ropeway.counts import count_reading, plan_elsewhere
 from ropeway.devices import detect_gpus
 from ropeway.errors import ConfigError
+from ropeway.frozen import read_texts
 from ropeway.manifest import NAME
 from ropeway.memory import GIB, Load, certain_bytes, checkpoint_bytes, plan_gpu, plan_host
 from ropeway.params import Profile
 from ropeway.workspace import Workspace
-from ropeway.zero import read_zero
+from ropeway.zero import Zero, read_zero
 
 UNCHECKED = "ROPEWAY_MEMORY_CHECK"  # `off` lets a run start that the plan says cannot fit
 
@@ -103,7 +104,8 @@ def plan_run(workspace: Workspace, profile: Profile, *, ranks: int, asked: Asked
         ConfigError: Ranks do not divide the batch, or the DeepSpeed JSON or a stated figure cannot be read.
     """
     asked = asked or Asked()
-    load = Load.of(profile, read_zero(workspace.root / profile.deepspeed_config), ranks=ranks)
+    named = read_texts(workspace.root, [profile.deepspeed_config], key="deepspeed_config")
+    load = Load.of(profile, read_zero(named[profile.deepspeed_config], profile.deepspeed_config), ranks=ranks)
     counted = count_reading(workspace, profile)
     disk, unknown = _plan_disk(workspace, profile, load)
     gpus = detect_gpus() if asked.gpu_memory_gib is None or asked.card is None else []
@@ -158,7 +160,7 @@ def _folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def check_memory(root: Path, profile: Profile, *, ranks: int) -> None:
+def check_memory(profile: Profile, zero: Zero, *, ranks: int) -> None:
     """Refuse to start ranks on cards that cannot hold the run's states, whatever its rows are; on a CPU nothing.
 
     Activations and every assumption are left out of that figure, so that only what is certain is refused. A plan whose
@@ -170,7 +172,7 @@ def check_memory(root: Path, profile: Profile, *, ranks: int) -> None:
     gpus = detect_gpus()
     if not gpus or os.environ.get(UNCHECKED) == "off":
         return
-    load = Load.of(profile, read_zero(root / profile.deepspeed_config), ranks=ranks)
+    load = Load.of(profile, zero, ranks=ranks)
     memory, certain = min(gpu.memory_bytes for gpu in gpus), certain_bytes(load)
     verdict = judge(load, profile.global_batch_size, memory)
     if verdict.fits:

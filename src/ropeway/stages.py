@@ -4,44 +4,62 @@ import importlib
 import importlib.metadata
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import ropeway
+from ropeway import hub
 from ropeway.devices import count_ranks, list_gpus
-from ropeway.errors import ConfigError
-from ropeway.fetch.identity import source_identity
+from ropeway.errors import ConfigError, DataError, full_disk_explained
+from ropeway.fetch.identity import find_changes, source_identity
+from ropeway.frozen import PARAMS_FILE, FrozenInputs, freeze, read_texts
 from ropeway.identity import Digests
 from ropeway.lock import workspace_lock
-from ropeway.manifest import digest_of, file_sha256, write_json
-from ropeway.params import READS, UNHASHED, FolderBase, GgufBase, Profile, load_profile, read_block
+from ropeway.manifest import file_sha256
+from ropeway.params import FolderBase, GgufBase, HubBase, Profile, load_profile, read_text
 from ropeway.workspace import Workspace
 
+_SHOWN = 5  # changed things in a message
 ROOMS = ("fetch", "base", "prepare", "train", "evaluate", "package")
 
 
-def run_stage(root: Path, name: str) -> int:
-    """Bring about one stage of the workspace's chosen profile; return its exit code.
+def run_stage(root: Path, name: str, profile: str | None = None) -> int:
+    """Bring about one stage; return its exit code.
 
     A room runs in a process tree of its own under the supervisor, so that nothing of it outlives DVC or a signal.
 
+    Args:
+        root: The workspace.
+        name: The stage.
+        profile: Whose; default: `identity` takes the one that params.yaml names, any other that of the digests.
+
     Raises:
-        ConfigError: No such stage, params.yaml is wrong, or a GPU cannot hold the training.
+        ConfigError: No such stage, params.yaml is wrong, the digests are another profile's, or a GPU cannot hold the
+            training.
+        DataError: There are no digests.
         TemporaryError: Another run holds the workspace.
     """
-    if name == "identity":
-        write_identity(root)
-        return 0
-    if name not in ROOMS:
+    if name not in ("identity", *ROOMS):
         raise ConfigError(f"stage '{name}' does not exist; there are: identity, {', '.join(ROOMS)}")
-    from ropeway import supervise
-    from ropeway.plan import check_memory
+    with workspace_lock(root, command=f"ropeway stage {name}", profile=profile or "") as held:
+        if name == "identity":
+            write_identity(root, profile)
+            return 0
+        from ropeway import supervise
+        from ropeway.plan import check_memory
+        from ropeway.zero import read_zero
 
-    profile, params = load_profile(root / "params.yaml")
-    if name == "train":  # here, not in the room: a better estimate must not make a trained model stale
-        check_memory(root, params, ranks=count_ranks())
-    with workspace_lock(root, command=f"ropeway stage {name}", profile=profile) as held:
+        frozen = FrozenInputs.load(root)
+        if profile not in (None, frozen.profile_name):
+            raise ConfigError(
+                f"stage {name} of profile '{profile}': the digests in {frozen.folder} are those of profile "
+                f"'{frozen.profile_name}'. Run `dvc repro` or `ropeway run`, which take them again"
+            )
+        if name == "train":  # here, not in the room: a better estimate must not make a trained model stale
+            params = frozen.profile("train")
+            zero = read_zero(frozen.text("deepspeed", params.deepspeed_config), params.deepspeed_config)
+            check_memory(params, zero, ranks=count_ranks())
         command = [sys.executable, "-m", "ropeway.cli", "room", name]
         record = root / ".work" / f"{name}.exit.json"
         device = {} if list_gpus() else {"DS_ACCELERATOR": "cpu"}  # else deepspeed warns on every import
@@ -49,70 +67,83 @@ def run_stage(root: Path, name: str) -> int:
 
 
 def enter_room(root: Path, name: str) -> None:
-    """Run one room in this process, with no more of the profile than it may read."""
-    chosen, profile = load_profile(root / "params.yaml")
-    keys = (*READS[name], *(UNHASHED if name == "train" else ()))
-    importlib.import_module(f"ropeway.{name}").run(Workspace(root, chosen), profile.reading(keys))
-
-
-def write_identity(root: Path) -> None:
-    """Write `.identity/*.json`: what DVC cannot see by itself. Cheap, since it runs before every repro.
+    """Run one room in this process, with no more of the profile than it may read.
 
     Raises:
-        ConfigError: A source, base folder, DeepSpeed JSON or prompts file that params name is not there.
+        DataError: What the stage reads in place changed since the digests were taken. At the end that makes DVC record
+            nothing: neither dvc.lock nor the run-cache may say that other inputs gave this result.
     """
-    chosen, profile = load_profile(root / "params.yaml")
-    folder = Workspace(root, chosen).identity
-    code = Digests(Path(ropeway.__file__).parent, Workspace(root, chosen).work / "code.json")
+    frozen = FrozenInputs.load(root)
+    check_unchanged(root, frozen, name)
+    workspace, profile = Workspace(root, frozen.profile_name), frozen.profile(name)
+    importlib.import_module(f"ropeway.{name}").run(workspace, profile)
+    check_unchanged(root, frozen, name)
+
+
+def check_unchanged(root: Path, frozen: FrozenInputs, stage: str) -> None:
+    """Raise DataError unless code, local sources, base and tasks of a stage are as when the digests were taken."""
+    profile = frozen.profile(stage)
+    code = _code(root, frozen.profile_name).modules(stage)
+    changed = [f"ropeway.{module}" for module in _differing(frozen.value(f"code-{stage}"), code)]
+    if FrozenInputs.load(root) != frozen:
+        changed.append(f"the frozen inputs in {frozen.folder}")
+    if stage == "fetch":
+        known = frozen.value("sources")
+        changed += [one for name, source in profile.sources.items() for one in find_changes(source, known[name], root)]
+    if stage == "base" and not isinstance(profile.base, HubBase):  # a commit stays what it is
+        changed += _differing(frozen.value("base"), _base_identity(profile, root))
+    if stage == "evaluate":
+        changed += _differing(frozen.value("tasks"), _tasks_identity(profile, Workspace(root, "").tasks))
+    if changed:
+        more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
+        resumes = " Checkpoints stay; with the old code back the run resumes" if stage == "train" else ""
+        raise DataError(
+            f"stage {stage}: {', '.join(changed[:_SHOWN])}{more} changed after the digests of this run were taken, so "
+            f"nothing of the stage is recorded. Run the same command again; it takes new digests.{resumes}"
+        )
+
+
+def write_identity(root: Path, name: str | None = None) -> None:
+    """Write `.identity/`: what DVC cannot see by itself, and copies of what may change. Cheap: it runs at every start.
+
+    Args:
+        root: The workspace; its lock is held.
+        name: The profile; default: the one that params.yaml names.
+
+    Raises:
+        ConfigError: A source, base folder or file that params name is not there.
+        TemporaryError: The disk is full, or a server does not answer.
+    """
+    text = read_text(root / PARAMS_FILE)
+    chosen, profile = load_profile(root / PARAMS_FILE, name, text=text)
+    workspace, evaluation = Workspace(root, chosen), profile.evaluation
+    code = _code(root, chosen)
     facts: dict[str, Any] = {
         "base": _base_identity(profile, root),
-        "contamination": {
-            name: _file_identity(root, name, key="contamination.prompts") for name in profile.contamination.prompts
-        },
-        "deepspeed": _file_identity(root, profile.deepspeed_config, key="deepspeed_config"),
+        "contamination": read_texts(root, profile.contamination.prompts, key="contamination.prompts"),
+        "deepspeed": read_texts(root, [profile.deepspeed_config], key="deepspeed_config"),
         "prompts": {
-            key: _file_identity(root, getattr(profile.evaluation, key), key=f"evaluation.{key}")
-            for key in ("prompts", "sampling")
-        }
-        | _tasks_identity(profile, Workspace(root, chosen).tasks),
-        "sizes": dict(find_sizes(read_block(root / "params.yaml", chosen))),
+            **read_texts(root, [evaluation.prompts], key="evaluation.prompts"),
+            **read_texts(root, [evaluation.sampling], key="evaluation.sampling"),
+        },
         "sources": {name: source_identity(one, root) for name, one in sorted(profile.sources.items())},
-        **{f"code-{room}": code.of_room(room) for room in ROOMS},
+        "tasks": _tasks_identity(profile, workspace.tasks),
+        **{f"code-{room}": code.modules(room) for room in ROOMS},
     }
-    for name, value in facts.items():
-        write_json(folder / f"{name}.json", {"digest": digest_of(value), "of": value})
-    code.keep()
+    with full_disk_explained(workspace.identity):
+        code.keep()
+        freeze(workspace, profile, text, facts)
 
 
-def find_sizes(value: object, place: str = "") -> Iterator[tuple[str, object]]:
-    """Yield what stands under keys called `size` or `nfiles`, by place.
-
-    DVC's run-cache leaves such keys out of what it compares, parameters too (dvc 3.67.1, stage/cache.py), and would
-    restore the result of another `datasets[].size`. Stages that list such a parameter depend on these besides.
-
-    >>> list(find_sizes({"datasets": [{"topics": {"size": 9, "fraction": 1}}]}))
-    [('datasets.0.topics.size', 9)]
-    """
-    items: Iterable[tuple[object, object]] = ()
-    if isinstance(value, Mapping):
-        items = value.items()
-    elif isinstance(value, list):
-        items = enumerate(value)
-    for key, inner in items:
-        here = f"{place}.{key}" if place else str(key)
-        if key in ("size", "nfiles"):
-            yield here, inner
-        else:
-            yield from find_sizes(inner, here)
+def _code(root: Path, profile: str) -> Digests:
+    return Digests(Path(ropeway.__file__).parent, Workspace(root, profile).work / "code.json")
 
 
-def _file_identity(root: Path, name: str, *, key: str) -> str:
-    if not (root / name).is_file():
-        raise ConfigError(f"params.yaml: {key} names {name}, which is not a file below {root}")
-    return file_sha256(root / name)
+def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    return [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
 
 
-def _tasks_identity(profile: Profile, folder: Path) -> dict[str, object]:
+def _tasks_identity(profile: Profile, folder: Path) -> dict[str, str]:
     """Return what tasks depend on beside their names; nothing where params name none.
 
     Raises:
@@ -124,11 +155,11 @@ def _tasks_identity(profile: Profile, folder: Path) -> dict[str, object]:
     from ropeway.evaluate.tasks import find_harness
 
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc")
-    digests = {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
-    return {"harness": find_harness(names), "tasks": digests}
+    digests = {path.relative_to(folder.parent.parent).as_posix(): file_sha256(path) for path in files}
+    return {"lm_eval": find_harness(names), **digests}
 
 
-def _base_identity(profile: Profile, root: Path) -> object:
+def _base_identity(profile: Profile, root: Path) -> dict[str, Any]:
     """Return sizes and times of a base folder's files: to hash 26 GB before every run would cost 15 s."""
     base = profile.base
     if isinstance(base, FolderBase):
@@ -140,6 +171,11 @@ def _base_identity(profile: Profile, root: Path) -> object:
             )
         stats = {path.name: path.stat() for path in sorted(folder.iterdir()) if path.is_file()}
         return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+    if isinstance(base, HubBase):
+        return {
+            "repo": profile.model_name,
+            "commit": hub.resolve_commit(profile.model_name, base.revision, kind="model"),
+        }
     if isinstance(base, GgufBase):
         try:
             return {"package": base.package, "version": importlib.metadata.version(base.package)}

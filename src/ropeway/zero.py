@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ropeway.errors import ConfigError
@@ -36,16 +35,18 @@ class Zero:
     sub_group_elements: int
 
 
-def read_zero(path: Path) -> Zero:
+def read_zero(text: str, path: str) -> Zero:
     """Return what the JSON that `deepspeed_config` names says about memory.
 
+    Args:
+        text: The JSON.
+        path: Its name, for messages.
+
     Raises:
-        ConfigError: It is missing or not a JSON object.
+        ConfigError: It is not a JSON object.
     """
     try:
-        named = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: not found; deepspeed_config in params.yaml names it") from None
+        named = json.loads(text)
     except ValueError as error:
         raise ConfigError(f"{path}: not JSON: {error}") from None
     if not isinstance(named, dict):

@@ -8,6 +8,7 @@ import pytest
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import ModelCardData
 
+from ropeway.frozen import write_values
 from ropeway.package import card, card_results
 from ropeway.package.card_data import describe_sources, format_composition
 from ropeway.package.card_text import escape, fence
@@ -117,7 +118,7 @@ def with_card(facts, **changes):
 @pytest.fixture
 def written(tmp_path):
     facts = facts_of()
-    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    write_values(Workspace(tmp_path, NAME), (ROOT / "params.yaml").read_text(), {})
     package = tmp_path / "package"
     package.mkdir()
     (package / "model.safetensors").write_bytes(b"weights")

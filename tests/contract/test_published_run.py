@@ -10,7 +10,7 @@ from ropeway.errors import ConfigError
 from ropeway.memory import Sizes
 from ropeway.params import load_profile
 from ropeway.plan import plan_run
-from ropeway.train.config import load_deepspeed_json, plan_deepspeed
+from ropeway.train.config import parse_deepspeed_json, plan_deepspeed
 from ropeway.train.schedule import learning_rate
 from ropeway.workspace import Workspace
 
@@ -60,7 +60,7 @@ def test_the_cards_accumulation_is_checked_on_8_ranks_and_ignored_elsewhere(publ
 
 
 def test_the_published_deepspeed_configuration_in_full(published):
-    named = load_deepspeed_json(ROOT / published.deepspeed_config)
+    named = parse_deepspeed_json((ROOT / published.deepspeed_config).read_text(), published.deepspeed_config)
     assert plan_deepspeed(published, named, ranks=8, accumulation_steps=8, total_steps=3319) == {
         "train_batch_size": 128,
         "train_micro_batch_size_per_gpu": 2,
@@ -112,7 +112,7 @@ def test_a_second_source_of_truth_in_the_deepspeed_json_is_refused(tmp_path, cha
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(change))
     with pytest.raises(ConfigError) as caught:
-        load_deepspeed_json(path)
+        parse_deepspeed_json(path.read_text(), path.name)
     assert says in str(caught.value)
 
 

@@ -191,10 +191,10 @@ def test_a_changed_question_is_read_anew_and_changes_what_dvc_sees(tmp_path):
     for count in (3, 2):
         (workspace.tasks / "few.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES[:count]))
         write_identity(tmp_path)
-        seen.append(json.loads((workspace.identity / "prompts.json").read_bytes()))
+        seen.append(json.loads((workspace.identity / "tasks.json").read_bytes()))
         assert ask((workspace, model), "few_choice")["few_choice"].n == count
     assert seen[0]["digest"] != seen[1]["digest"]
-    assert seen[0]["of"]["harness"] == harness.find_harness(())
+    assert seen[0]["of"]["lm_eval"] == harness.find_harness(())
 
 
 def test_an_unknown_task_is_named_before_a_model_is_opened(tmp_path, monkeypatch):

@@ -78,7 +78,7 @@ def check_what_prefect_shows(api, flow_run_id, dag):
     assert above == {
         "identity": [],
         "fetch": ["identity"],
-        "train": ["fetch"],
+        "train": ["fetch", "identity"],
         "evaluate": ["train"],
         "package": ["evaluate", "train"],
         "publish": ["package"],
@@ -112,7 +112,7 @@ def test_flow_runs_only_what_a_changed_parameter_reaches_and_restores_what_it_ha
     first = registry.resolve(store_of(made_workspace), "laptop@v1")
     made_workspace.edit("params.yaml", "learning_rate: 2e-3", "learning_rate: 3e-3")
     second = plain(made_workspace)
-    assert "train     yes       laptop.learning_rate: 0.002 -> 0.003\n" in capsys.readouterr().out
+    assert "train     yes       learning_rate: 0.002 -> 0.003\n" in capsys.readouterr().out
     assert made_workspace.calls() == ["train", "evaluate", "package"]
     assert second.stages["fetch"] == "Unchanged"
     assert (second.publication.state, second.publication.version) == ("Published", "laptop@v2")
@@ -193,8 +193,29 @@ def test_flow_on_prefect_retries_a_temporary_failure_and_shows_a_lasting_one(mad
     assert [task["name"] for task in failed] == ["evaluate"]
 
 
+@pytest.mark.parametrize(
+    ("name", "old", "new", "said"),
+    [
+        ("params.yaml", "profile: laptop", "profile: smollm2", "profile, laptop -> smollm2: was edited while this run"),
+        ("dvc.yaml", "python room.py evaluate", "python  room.py evaluate", "dvc.yaml: was edited while this run"),
+    ],
+)
+def test_flow_runs_no_stage_of_another_graph_or_profile_than_it_planned(made_workspace, name, old, new, said):
+    made_workspace.edit("params.yaml", "learning_rate: 2e-3", "learning_rate: 3e-3")
+    program = f"p = Path({name!r}); p.write_text(p.read_text().replace({old!r}, {new!r}))"
+    made_workspace.trouble("train", program)
+    with pytest.raises(ConfigError, match=said):
+        plain(made_workspace)
+    assert made_workspace.calls() == ["train"]
+    assert not (made_workspace.root / "runs" / "smollm2").exists()
+    made_workspace.edit(name, new, old)
+    again = plain(made_workspace)
+    assert made_workspace.calls() == ["evaluate", "package"]  # train is recorded with what it used
+    assert (again.publication.state, again.publication.version) == ("Published", "laptop@v2")
+
+
 def test_flow_reads_a_failure_of_a_stage_without_a_record_from_dvc(made_workspace):
-    made_workspace.edit("dvc.yaml", "cmd: python room.py evaluate", "cmd: python room.py evaluate again")
+    made_workspace.edit("dvc.yaml", "cmd: python room.py evaluate", "cmd: python  room.py evaluate")
     made_workspace.trouble("evaluate", "sys.exit(65)")  # this fake stage has no supervisor of its own
     with pytest.raises(DataError, match="stage evaluate failed with exit code 65"):
         plain(made_workspace)

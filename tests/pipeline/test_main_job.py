@@ -12,7 +12,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from ropeway.manifest import load_manifest
-from tests.pipeline.main_job import STEPS, MainJob, make_main_job
+from tests.pipeline.main_job import ROOT, STEPS, MainJob, make_main_job
 from tests.support.processes import command_of, kill_all
 
 
@@ -112,6 +112,79 @@ def test_an_edited_shard_is_found_before_training_spends_anything(finished):
     said = finished.do("ropeway", "stage", "train", code=65)
     assert f"{shard}: sha256 is" in said
     assert "dvc repro prepare" in said
+
+
+@pytest.mark.parametrize("how", ["repro", "run"])
+def test_what_is_edited_and_committed_in_the_middle_of_a_run_reaches_the_next_one_only(finished, untrained, how):
+    from flows import graph
+
+    job, before = untrained, untrained.revision()
+    process = job.start(*(("dvc", "repro") if how == "repro" else ("ropeway", "run", "--no-prefect")))
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if "step 3/" in line:
+            break
+    job.edit("params.yaml", "learning_rate: 2e-3", "learning_rate: 5e-2")
+    job.edit("params.yaml", "max_new_tokens: 4", "max_new_tokens: 9")
+    for name in ("zero2_cpu.json", "sampling.json"):
+        job.edit(f"configs/{name}", "{", '{ "unknown": 1, ')
+    (job.root / "configs" / "prompts.jsonl").write_text('"Another question?"\n')
+    if how == "repro":  # DVC reads it once; a flow asks DVC again for every stage
+        job.edit("params.yaml", "profile: tiny", "profile: laptop")
+    job.commit("edited meanwhile")
+    said += process.stdout.read()
+    process.stdout.close()
+    assert process.wait() == 0, "".join(said)
+
+    # Every byte that is recorded or published is that of the values of the start: the same run without the edits.
+    packages = [load_manifest(one.run / "package", remedy="-") for one in (job, finished)]
+    assert packages[0] == packages[1]
+    run = json.loads((job.run / "package" / "run.json").read_text())
+    assert run["params"]["learning_rate"] == 2e-3
+    assert "learning_rate: 2e-3" in (job.run / "package" / "run.yaml").read_text().partition("\ntiny:")[2]
+    lock = (job.root / "dvc.lock").read_bytes()
+    if how == "run":
+        assert "params.yaml was edited meanwhile (learning_rate, evaluation)" in "".join(said)
+        version = json.loads(job.do("ropeway", "registry", "show", "tiny@v1", "--json"))
+        assert version["provenance"]["git"] == before
+        assert not version["provenance"]["dirty"]
+        return
+    job.edit("params.yaml", "profile: laptop", "profile: tiny")
+    job.edit("configs/zero2_cpu.json", '{ "unknown": 1, ', "{")
+    job.do("ropeway", "stage", "identity")
+    plans = {plan.name: plan.reasons for plan in graph.plan(job.root) if plan.will_run}
+    assert plans["train"] == ("learning_rate: 0.002 -> 0.05",)
+    assert plans["evaluate"] == (
+        "evaluation.max_new_tokens: 4 -> 9",
+        "configs/prompts.jsonl changed",
+        "configs/sampling.json changed",
+    )
+    assert plans["prepare"] == ("configs/prompts.jsonl changed",)
+    assert (job.root / "dvc.lock").read_bytes() == lock
+
+
+def test_code_that_is_edited_while_training_goes_on_records_nothing_and_edited_back_it_resumes(finished, untrained):
+    job = untrained
+    source = shutil.copytree(ROOT / "src", job.root / "src")
+    job.environment["PYTHONPATH"] = f"{source}{os.pathsep}{ROOT}"
+    lock = (job.root / "dvc.lock").read_bytes()
+    process = job.start("dvc", "repro", "train")
+    for line in process.stdout:
+        if "step 3/" in line:
+            break
+    job.edit("src/ropeway/train/loss.py", "EPSILON = 1e-8", "EPSILON = 1e-7")
+    said = process.stdout.read()
+    process.stdout.close()
+    assert process.wait() != 0
+    assert json.loads((job.root / ".work" / "train.exit.json").read_text())["code"] == 65
+    assert "stage train: ropeway.train.loss changed after the digests of this run were taken" in said
+    assert "train:" not in (job.root / "dvc.lock").read_text().replace("train.json", "")
+    assert lock != b""
+    assert not (job.root / ".dvc" / "cache" / "runs").exists()
+    job.edit("src/ropeway/train/loss.py", "EPSILON = 1e-7", "EPSILON = 1e-8")
+    assert f"resuming after step {STEPS} of {STEPS}" in job.do("dvc", "repro", "train")
+    assert job.weights() == finished.weights()
 
 
 def test_killed_in_training_the_run_resumes_and_ends_with_the_same_bytes(finished, untrained):

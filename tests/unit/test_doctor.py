@@ -24,8 +24,6 @@ pytestmark = pytest.mark.filterwarnings(
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    import dvc.repo  # noqa: F401 - its log handlers keep the stderr they find, which CliRunner would close
-
     for name in ("ROPEWAY_REGISTRY", "PREFECT_API_URL", "PREFECT_HOME", "CXX", "WANDB_MODE", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     root = tmp_path / "workspace"

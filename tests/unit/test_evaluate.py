@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from ropeway import evaluate
 from ropeway.chat import JINJA
-from ropeway.errors import ConfigError, DataError
+from ropeway.errors import DataError
 from ropeway.evaluate.opening import check_data, open_model
 from ropeway.evaluate.quick import first_rows, look
 from ropeway.evaluate.report import validation_digest
@@ -199,13 +199,6 @@ def test_two_evaluations_of_one_run_give_the_same_bytes(tmp_path):
     assert report["rows"] == 14
     means = [report["sources"][name]["tuned"]["loss"] for name in ("talk", "text")]
     assert report["mean"]["tuned"] == pytest.approx(sum(means) / 2, abs=1e-6)
-
-
-def test_a_missing_prompts_file_is_said_before_a_model_is_opened(tmp_path):
-    workspace, profile = make_run(tmp_path)
-    (tmp_path / "configs" / "prompts.jsonl").unlink()
-    with pytest.raises(ConfigError, match=r"prompts.jsonl: not found; `evaluation.prompts` names it"):
-        evaluate.run(workspace, profile)
 
 
 def test_the_model_is_opened_in_full_precision_on_a_cpu(run):

@@ -10,13 +10,14 @@ from ropeway.errors import ConfigError, DataError
 from ropeway.evaluate.opening import open_model
 from ropeway.evaluate.page import draw_page
 from ropeway.evaluate.samples import answer, derive_seed, encode_prompt, plan_draws, sample
-from ropeway.evaluate.sampling import read_configurations, read_prompts
+from ropeway.evaluate.sampling import parse_configurations, parse_prompts
 from tests.tiny_run import make_run
 
 ROOT = Path(__file__).parents[2]
+SAMPLING = ROOT / "configs" / "sampling.json"
 WAYS = {
     name: {**arguments, "max_new_tokens": 8}
-    for name, arguments in read_configurations(ROOT / "configs" / "sampling.json").items()
+    for name, arguments in parse_configurations(SAMPLING.read_text(), "sampling.json").items()
 }
 
 
@@ -154,7 +155,7 @@ def test_samples_json_is_read_by_viewers_of_the_published_family(tmp_path):
 
 
 def test_the_shipped_configurations_are_the_original_s():
-    ways = read_configurations(ROOT / "configs" / "sampling.json")
+    ways = parse_configurations(SAMPLING.read_text(), "sampling.json")
     drawn = {"do_sample": True, "temperature": 1.0}
     # Source: Open-Assistant, model_eval/manual/config/default.json; there each has min_new_tokens 5 as well.
     assert ways == {
@@ -183,10 +184,9 @@ def test_the_shipped_configurations_are_the_original_s():
         ),
     ],
 )
-def test_faults_of_a_configurations_file_are_said(tmp_path, text, said):
-    (tmp_path / "sampling.json").write_text(text)
+def test_faults_of_a_configurations_file_are_said(text, said):
     with pytest.raises(ConfigError, match=said):
-        read_configurations(tmp_path / "sampling.json")
+        parse_configurations(text, "sampling.json")
 
 
 def test_the_page_escapes_what_others_wrote_and_shows_models_side_by_side():
@@ -207,7 +207,6 @@ def test_the_page_escapes_what_others_wrote_and_shows_models_side_by_side():
     ("text", "said"),
     [('"a"\nb\n', "line 2: expected a JSON string, found b"), ("{}\n", "line 1: expected a JSON"), ("\n", "no prompt")],
 )
-def test_faults_of_a_prompts_file_are_said_with_their_line(tmp_path, text, said):
-    (tmp_path / "prompts.jsonl").write_text(text)
+def test_faults_of_a_prompts_file_are_said_with_their_line(text, said):
     with pytest.raises(ConfigError, match=said):
-        read_prompts(tmp_path / "prompts.jsonl")
+        parse_prompts(text, "prompts.jsonl")

@@ -1,13 +1,13 @@
 """What is true of tasks where lm-evaluation-harness is not installed; tests/harness has the rest."""
 
 import importlib.metadata
-import json
 
 import pytest
 
 from ropeway import evaluate
 from ropeway.errors import ConfigError
 from ropeway.evaluate.tasks import TaskScore, report_tasks
+from ropeway.frozen import FrozenInputs
 from ropeway.stages import write_identity
 from tests.tiny_run import BLOCK, ROOT, make_run
 
@@ -55,7 +55,7 @@ def test_without_tasks_nothing_asks_for_the_harness_or_looks_at_their_folder(tmp
     workspace.tasks.mkdir()
     (workspace.tasks / "a.yaml").write_text("task: a\n")
     write_identity(tmp_path)
-    assert set(json.loads((workspace.identity / "prompts.json").read_bytes())["of"]) == {"prompts", "sampling"}
+    assert FrozenInputs.load(tmp_path).value("tasks") == {}
 
 
 def test_base_and_tuned_stand_beside_each_other_in_the_report():

@@ -17,6 +17,7 @@ from ropeway.manifest import file_sha256, load_manifest
 from ropeway.params import READS, FilesSource, HuggingfaceSource, PythonDocsSource, load_profile
 from ropeway.raw import RawWriter, iterate_records
 from ropeway.workspace import Workspace
+from tests.support.freezing import run_fetch
 from tests.tiny_run import ROOT
 
 DOCSTRINGS = PythonDocsSource(kind="python_docs", part="docstrings", expected_rows=None)
@@ -31,7 +32,7 @@ def profile(**sources):
 @pytest.fixture(scope="module")
 def fetched(tmp_path_factory):
     workspace = Workspace(tmp_path_factory.mktemp("fetch"), "laptop")
-    fetch.run(workspace, profile(docstrings=DOCSTRINGS, topics=TOPICS))
+    run_fetch(workspace, profile(docstrings=DOCSTRINGS, topics=TOPICS))
     return workspace
 
 
@@ -50,7 +51,7 @@ def test_the_table_holds_every_record_in_order_and_a_manifest_that_counts_them(f
 
 def test_fetching_twice_gives_the_same_bytes(fetched, tmp_path):
     again = Workspace(tmp_path, "laptop")
-    fetch.run(again, profile(docstrings=DOCSTRINGS, topics=TOPICS))
+    run_fetch(again, profile(docstrings=DOCSTRINGS, topics=TOPICS))
     assert file_sha256(again.raw / "manifest.json") == file_sha256(fetched.raw / "manifest.json")
 
 
@@ -135,7 +136,7 @@ def test_more_refused_records_than_allowed_end_the_fetch_and_leave_no_table(tmp_
     with pytest.raises(
         DataError, match=r"source docstrings: 3 of 4 records refused .*'not JSON': 3.* first: x.jsonl:0"
     ):
-        fetch.run(workspace, profile(docstrings=DOCSTRINGS))
+        run_fetch(workspace, profile(docstrings=DOCSTRINGS))
     assert not workspace.raw.exists()
 
 
@@ -143,7 +144,7 @@ def test_few_refused_records_are_counted_and_the_first_are_shown(tmp_path, monke
     records = [*[Conversation(("q", "a"))] * 99, fetch.Refused("x.jsonl:100", "not JSON")]
     monkeypatch.setattr(fetch, "open_source", lambda *_: iter(records))
     workspace = Workspace(tmp_path, "laptop")
-    fetch.run(workspace, profile(docstrings=DOCSTRINGS))
+    run_fetch(workspace, profile(docstrings=DOCSTRINGS))
     facts = json.loads((workspace.raw / "manifest.json").read_bytes())["sources"]["docstrings"]
     assert (facts["read"], facts["kept"], facts["refused"]) == (100, 99, {"not JSON": 1})
     assert facts["first_refused"] == [{"where": "x.jsonl:100", "reason": "not JSON"}]

@@ -8,16 +8,16 @@ import time
 
 import pytest
 
-from ropeway import fetch
 from ropeway.chat import Conversation
 from ropeway.errors import ConfigError, TemporaryError
 from ropeway.fetch.globs import match_names
 from ropeway.fetch.identity import source_identity
 from ropeway.manifest import load_manifest
-from ropeway.params import READS, HuggingfaceSource, load_profile
+from ropeway.params import HuggingfaceSource, load_profile
 from ropeway.raw import iterate_records
 from ropeway.workspace import Workspace
 from tests.hub_world import COMMIT, REPO, TOKEN, Hub, lay_cache, serve_hub
+from tests.support.freezing import run_fetch
 from tests.tiny_run import ROOT
 
 TALK = {"conversation": [{"input": "q", "output": "a"}], "instruction": "s"}
@@ -45,7 +45,7 @@ def source(*files, revision="main", repo=REPO):
 def run(root, one):
     workspace = Workspace(root, "laptop")
     profile = LAPTOP.model_copy(update={"sources": {"talks": one}, "max_refused_fraction": 0.5})
-    fetch.run(workspace, profile.reading(READS["fetch"]))
+    run_fetch(workspace, profile)
     facts = load_manifest(workspace.raw, remedy="")["sources"]["talks"]
     return facts, list(iterate_records(workspace.raw / "talks"))
 

@@ -12,14 +12,14 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from ropeway import fetch
 from ropeway.errors import ConfigError, DataError, TemporaryError
 from ropeway.fetch.files import iterate_objects
 from ropeway.manifest import load_manifest
-from ropeway.params import READS, FilesSource, load_profile
+from ropeway.params import FilesSource, load_profile
 from ropeway.raw import iterate_records
 from ropeway.workspace import Workspace
 from tests.support.archives import gz
+from tests.support.freezing import run_fetch
 from tests.tiny_run import ROOT
 
 GOOD = b'{"text": "ok"}\n'
@@ -31,7 +31,7 @@ def run(root, name, *, rows="text", columns=None, limit=1.0):
     source = FilesSource(kind="files", paths=[name], rows=rows, columns=columns or {}, expected_rows=None)
     profile = LAPTOP.model_copy(update={"sources": {"s": source}, "max_refused_fraction": limit})
     workspace = Workspace(root, "laptop")
-    fetch.run(workspace, profile.reading(READS["fetch"]))
+    run_fetch(workspace, profile)
     facts = load_manifest(workspace.raw, remedy="")["sources"]["s"]
     records = list(iterate_records(workspace.raw / "s"))
     assert facts["read"] == facts["kept"] + sum(facts["refused"].values())

@@ -7,6 +7,7 @@ import socket
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
@@ -16,11 +17,12 @@ from ropeway.errors import ConfigError, DataError, TemporaryError
 from ropeway.fetch import web
 from ropeway.fetch.identity import source_identity
 from ropeway.manifest import load_manifest
-from ropeway.params import READS, FilesSource, load_profile
+from ropeway.params import FilesSource, load_profile
 from ropeway.raw import iterate_records
 from ropeway.workspace import Workspace
 from tests.s3_server import SECRET, S3Server
 from tests.support.archives import gz
+from tests.support.freezing import run_fetch
 from tests.tiny_run import ROOT
 
 TEXTS = [f"text {number}" * 50 for number in range(400)]
@@ -35,7 +37,7 @@ def source(*paths):
 def run(root, *paths):
     workspace = Workspace(root, "laptop")
     profile = LAPTOP.model_copy(update={"sources": {"s": source(*paths)}, "max_refused_fraction": 0.1})
-    fetch.run(workspace, profile.reading(READS["fetch"]))
+    run_fetch(workspace, profile)
     facts = load_manifest(workspace.raw, remedy="")["sources"]["s"]
     assert not (workspace.work / "fetch").exists()
     return facts, list(iterate_records(workspace.raw / "s"))
@@ -273,8 +275,10 @@ def test_no_server_is_said_at_once(tmp_path):
             source_identity(source(f"http://127.0.0.1:{closed.getsockname()[1]}/a.jsonl"), tmp_path)
 
 
-def full(*_):
-    raise OSError(errno.ENOSPC, "No space left on device")
+def full(handle):
+    """Stand in for fsync on a disk that has no room for downloads."""
+    if "/.work/fetch/" in str(Path(f"/proc/self/fd/{handle}").readlink()):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_a_disk_that_fills_during_a_download_is_said_and_the_download_goes_on_later(served, tmp_path, monkeypatch):

@@ -73,7 +73,7 @@ def test_text_that_is_data_counts():
 
 def digests(source, kept):
     code = Digests(source, kept)
-    found = {room: code.of_room(room) for room in ROOMS}
+    found = {room: digest_of(code.modules(room)) for room in ROOMS}
     code.keep()
     return found
 

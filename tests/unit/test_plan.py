@@ -19,7 +19,7 @@ from ropeway.plan import Asked, check_memory, plan_run
 from ropeway.plan_text import describe_plan, outline_plan
 from ropeway.schema import Lora
 from ropeway.workspace import Workspace
-from ropeway.zero import plan_zero, read_zero
+from ropeway.zero import plan_zero
 from tests.tiny_run import make_run
 
 ROOT = Path(__file__).parents[2]
@@ -31,8 +31,12 @@ def published():
     return load_profile(ROOT / "params.yaml", NAME)[1]
 
 
+def zero_of(profile):
+    return plan_zero(json.loads((ROOT / profile.deepspeed_config).read_text())["zero_optimization"])
+
+
 def load_of(profile, ranks=8, **fields):
-    return replace(Load.of(profile, read_zero(ROOT / profile.deepspeed_config), ranks=ranks), **fields)
+    return replace(Load.of(profile, zero_of(profile), ranks=ranks), **fields)
 
 
 def test_the_published_run_fits_80_gib_on_8_ranks_and_not_40(published):
@@ -198,22 +202,22 @@ def test_ranks_are_not_started_on_cards_that_cannot_hold_the_states(published, t
     monkeypatch.setenv("PATH", str(fake_smi(tmp_path / "bin", gib=40)))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     with pytest.raises(ConfigError, match=r"a GPU has 40.0 GiB, but on 8 ranks .* take 47.3 GiB\. What would fit: off"):
-        check_memory(ROOT, published, ranks=8)
+        check_memory(published, zero_of(published), ranks=8)
     monkeypatch.setenv("ROPEWAY_MEMORY_CHECK", "off")
-    check_memory(ROOT, published, ranks=8)
+    check_memory(published, zero_of(published), ranks=8)
 
 
 def test_what_only_may_not_fit_is_said_and_started(published, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(fake_smi(tmp_path / "bin", gib=60)))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     assert certain_bytes(load_of(published)) < 60 * GIB
-    check_memory(ROOT, published, ranks=8)
+    check_memory(published, zero_of(published), ranks=8)
     assert "the plan asks for 66.3 GiB of a GPU's 60.0 GiB" in capsys.readouterr().out
 
 
 def test_nothing_is_refused_on_a_cpu(published, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    check_memory(ROOT, published, ranks=8)
+    check_memory(published, zero_of(published), ranks=8)
 
 
 def test_a_runs_log_says_in_short_what_is_needed(published):

@@ -10,8 +10,8 @@ from ropeway.prepare.contamination import (
     IN_VALIDATION,
     GramSet,
     find_hits,
+    parse_prompts,
     prompt_grams,
-    read_prompts,
     sequence_texts,
     validation_grams,
 )
@@ -76,20 +76,12 @@ def test_a_set_of_grams_is_mapped_as_it_was_saved(tmp_path):
     assert not NOTHING.contains(values).any()
 
 
-def test_prompts_are_lines_of_text_or_the_strings_in_lines_of_json(tmp_path):
-    (tmp_path / "a.txt").write_text("What is it?\n\nWho? \n")
-    assert read_prompts(tmp_path / "a.txt") == ["What is it?", "Who? "]
+def test_prompts_are_lines_of_text_or_the_strings_in_lines_of_json():
+    assert parse_prompts("What is it?\n\nWho? \n", "a.txt") == ["What is it?", "Who? "]
     lines = '"One\u2028line"\n\n{"question": "Q", "choices": ["A", "B"], "id": 3, "answer": null}\n'
-    (tmp_path / "b.jsonl").write_text(lines, encoding="utf-8")
-    assert read_prompts(tmp_path / "b.jsonl") == ["One\u2028line", "Q", "A", "B"]
+    assert parse_prompts(lines, "b.jsonl") == ["One\u2028line", "Q", "A", "B"]
 
 
-def test_prompts_that_cannot_be_read_are_said(tmp_path):
-    with pytest.raises(ConfigError, match=r"c.jsonl: not found; contamination.prompts"):
-        read_prompts(tmp_path / "c.jsonl")
-    (tmp_path / "d.jsonl").write_text("{")
-    with pytest.raises(ConfigError, match="expected UTF-8 text, or one JSON value a line"):
-        read_prompts(tmp_path / "d.jsonl")
-    (tmp_path / "e.txt").write_bytes(b"\xff")
-    with pytest.raises(ConfigError, match="expected UTF-8"):
-        read_prompts(tmp_path / "e.txt")
+def test_prompts_that_are_not_json_are_said():
+    with pytest.raises(ConfigError, match=r"d.jsonl: expected one JSON value a line"):
+        parse_prompts("{", "d.jsonl")

@@ -13,8 +13,9 @@ from ropeway.evaluate.opening import check_template
 from ropeway.evaluate.report import report_scores
 from ropeway.evaluate.text import translate
 from ropeway.evaluate.workers import plan_workers
+from ropeway.frozen import FrozenInputs
 from ropeway.manifest import file_sha256, write_json
-from ropeway.params import READS, Profile, load_profile
+from ropeway.params import Profile
 from ropeway.shards import open_shards
 from ropeway.workspace import Workspace
 
@@ -50,7 +51,7 @@ def measure_champion(workspace: Workspace, profile: Profile, folder: Path, out: 
 
 def main(root: Path, name: str, folder: Path, out: Path) -> None:
     """Measure it for a workspace."""
-    profile = load_profile(root / "params.yaml", name)[1].reading(READS["evaluate"])
+    profile = FrozenInputs.load(root).profile("evaluate")
     measure_champion(Workspace(root, name), profile, folder, out)
 
 

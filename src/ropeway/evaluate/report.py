@@ -15,11 +15,12 @@ from ropeway.evaluate.opening import check_data
 from ropeway.evaluate.page import draw_page
 from ropeway.evaluate.plots import plan_tables, read_steps, write_plots
 from ropeway.evaluate.samples import plan_draws, report_samples
-from ropeway.evaluate.sampling import read_configurations, read_prompts
+from ropeway.evaluate.sampling import Configurations, parse_configurations, parse_prompts
 from ropeway.evaluate.scores import Score, all_rows
 from ropeway.evaluate.tasks import find_harness, open_tasks, report_tasks
 from ropeway.evaluate.text import count_bytes
 from ropeway.evaluate.workers import plan_workers
+from ropeway.frozen import FrozenInputs
 from ropeway.manifest import digest_of, load_manifest, write_atomic, write_json
 from ropeway.params import Profile
 from ropeway.rows import collate
@@ -32,11 +33,13 @@ def write_report(workspace: Workspace, profile: Profile) -> None:
 
     Raises:
         DataError: As in `check_data`, `measure_folder`, `plan_long_rows` and `encode_prompt`.
-        ConfigError: As in `read_prompts`, `read_configurations`, `open_tasks`, `encode_question` and `plan_workers`.
+        ConfigError: As in `parse_prompts`, `parse_configurations`, `open_tasks`, `encode_question` and `plan_workers`.
         TemporaryError: As in `open_tasks` and `measure_folder`.
     """
-    prompts = read_prompts(workspace.root / profile.evaluation.prompts)
-    asked, steps = plan_report(workspace, profile, prompts)
+    frozen, named = FrozenInputs.load(workspace.root), profile.evaluation
+    prompts = parse_prompts(frozen.text("prompts", named.prompts), named.prompts)
+    configurations = parse_configurations(frozen.text("prompts", named.sampling), named.sampling)
+    asked, steps = plan_report(workspace, profile, prompts, configurations)
     found = measure_both(workspace, asked)
     scores = {name: one.scores for name, one in found.items()}
     curves = {f"{name}{kind}": curve for name, one in found.items() for kind, curve in one.curves.items()}
@@ -58,13 +61,12 @@ def write_report(workspace: Workspace, profile: Profile) -> None:
 
 
 def plan_report(
-    workspace: Workspace, profile: Profile, prompts: Sequence[str]
+    workspace: Workspace, profile: Profile, prompts: Sequence[str], configurations: Configurations
 ) -> tuple[Asked, Sequence[Mapping[str, Any]]]:
     """Return what is measured, and the lines of steps.csv; whatever is wrong is said before a model is opened."""
     wanted = profile.evaluation
     configurations = {
-        name: {**arguments, "max_new_tokens": wanted.max_new_tokens}
-        for name, arguments in read_configurations(workspace.root / wanted.sampling).items()
+        name: {**arguments, "max_new_tokens": wanted.max_new_tokens} for name, arguments in configurations.items()
     }
     load_manifest(workspace.base, remedy="Run `dvc checkout`, or `dvc repro base`")
     load_manifest(workspace.model, remedy="Run `dvc checkout`, or `dvc repro train`")

@@ -7,7 +7,6 @@ default ours leaves out `min_new_tokens: 5`: a model that answers "No." and stop
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig
@@ -18,16 +17,14 @@ _OURS = ("max_new_tokens", "max_length", "bos_token_id", "eos_token_id", "pad_to
 Configurations = Mapping[str, Mapping[str, Any]]
 
 
-def read_prompts(path: Path) -> list[str]:
-    """Return the prompts of a file with one JSON string per line.
+def parse_prompts(text: str, path: str) -> list[str]:
+    """Return the prompts of a file with one JSON string per line; `path` names it in messages.
 
     Raises:
-        ConfigError: No such file, a line that is not a JSON string, or no prompt at all.
+        ConfigError: A line that is not a JSON string, or no prompt at all.
     """
-    if not path.is_file():
-        raise ConfigError(f"{path}: not found; `evaluation.prompts` names it, one JSON string per line")
     prompts: list[str] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue
         try:
@@ -42,17 +39,15 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def read_configurations(path: Path) -> Configurations:
-    """Return name -> arguments of transformers' `generate`, the file's default laid under each.
+def parse_configurations(text: str, path: str) -> Configurations:
+    """Return name -> arguments of transformers' `generate`, the file's default laid under each; `path` names it.
 
     Raises:
-        ConfigError: No such file, not of this form, a name twice, or an argument that transformers does not know or
-            that another place decides.
+        ConfigError: Not of this form, a name twice, or an argument that transformers does not know or that another
+            place decides.
     """
-    if not path.is_file():
-        raise ConfigError(f"{path}: not found; `evaluation.sampling` names it, generation configurations as JSON")
     try:
-        stated = json.loads(path.read_text(encoding="utf-8"))
+        stated = json.loads(text)
         default = dict(stated["default"]["generate_args"])
         named = [(str(one["name"]), {**default, **one["generate_args"]}) for one in stated["configurations"]]
     except (ValueError, KeyError, TypeError) as error:

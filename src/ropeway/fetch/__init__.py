@@ -3,20 +3,19 @@
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ropeway.errors import DataError, TemporaryError, is_disk_full
+from ropeway.errors import DataError, TemporaryError, full_disk_explained
 from ropeway.fetch.files import iterate_objects
 from ropeway.fetch.hub_files import bring_files
-from ropeway.fetch.identity import source_identity
 from ropeway.fetch.places import find_places
 from ropeway.fetch.python_docs import iterate_docstrings, iterate_topics
 from ropeway.fetch.records import needed_columns, to_record
 from ropeway.fetch.remote import download
 from ropeway.fetch.values import UnreadableError
+from ropeway.frozen import FrozenInputs
 from ropeway.manifest import whole_folder, write_manifest
 from ropeway.params import FilesSource, HuggingfaceSource, Profile, PythonDocsSource, Source
 from ropeway.raw import RawWriter, Record, RecordKind
@@ -46,11 +45,12 @@ def run(workspace: Workspace, profile: Profile) -> None:
         DataError: A file is broken, or more than `max_refused_fraction` of a source's records were refused.
         TemporaryError: The disk is full.
     """
+    identities = FrozenInputs.load(workspace.root).value("sources")
     sources: dict[str, Any] = {}
     rows: dict[str, int] = {}
-    with _full_disk_explained(workspace.raw), whole_folder(workspace.raw) as folder:
+    with full_disk_explained(workspace.raw), whole_folder(workspace.raw) as folder:
         for name, source in profile.sources.items():
-            identity = source_identity(source, workspace.root)
+            identity = identities[name]
             records = open_source(source, workspace, identity)
             facts, parts = _write(name, records, kind_of(source), folder / name, profile.max_refused_fraction)
             sources[name] = {**facts, "identity": identity}
@@ -58,18 +58,6 @@ def run(workspace: Workspace, profile: Profile) -> None:
             print(f"{name}: {facts['kept']:,} {facts['kind']}s of {facts['read']:,} read, {facts['refused'] or 'none'}")
         write_manifest(folder, {"sources": sources}, rows=rows)
     shutil.rmtree(_downloads(workspace), ignore_errors=True)
-
-
-@contextmanager
-def _full_disk_explained(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if not is_disk_full(error):
-            raise
-        raise TemporaryError(
-            f"{folder}: the disk is full ({error.strerror}); nothing was left there. Free space and run the stage again"
-        ) from error
 
 
 def _write(

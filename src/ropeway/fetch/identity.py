@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ropeway import hub
-from ropeway.fetch.local import digest_files
+from ropeway.fetch.local import digest_files, find_files
 from ropeway.fetch.places import find_places
 from ropeway.fetch.records import check_columns
 from ropeway.params import FilesSource, PythonDocsSource, Source
@@ -29,7 +29,24 @@ def source_identity(source: Source, root: Path) -> dict[str, Any]:
         found = find_places(source.paths, root)
         here = {name: one for name, one in found.items() if isinstance(one, Path)}
         there = {name: one.facts for name, one in found.items() if not isinstance(one, Path)}
-        digests = digest_files(here, Workspace(root, "").work / "sha256.json") if here else {}
-        return {"kind": source.kind, "files": {**digests, **there}}
+        return {"kind": source.kind, "files": {**_digest(here, root), **there}}
     commit = hub.resolve_commit(source.repo, source.revision, kind="dataset")
     return {"kind": source.kind, "repo": source.repo, "commit": commit, "files": source.files}
+
+
+def find_changes(source: Source, identity: dict[str, Any], root: Path) -> list[str]:
+    """Return what of a source is not as its identity says any more: the Python, or the names of local files.
+
+    Servers are not asked again: what is fetched from them is compared with the identity while it comes.
+    """
+    if isinstance(source, PythonDocsSource):
+        return [] if source_identity(source, root) == identity else [f"Python {identity['python']}"]
+    if not isinstance(source, FilesSource):
+        return []
+    now = _digest(find_files([path for path in source.paths if "://" not in path], root), root)
+    before = {name: digest for name, digest in identity["files"].items() if isinstance(digest, str)}
+    return [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+
+
+def _digest(files: dict[str, Path], root: Path) -> dict[str, str]:
+    return digest_files(files, Workspace(root, "").work / "sha256.json") if files else {}

@@ -15,6 +15,7 @@ import numpy as np
 from ropeway.block import write_blocks
 from ropeway.chat import JINJA, ROLE_TOKENS
 from ropeway.errors import DataError
+from ropeway.frozen import FrozenInputs
 from ropeway.manifest import digest_of, load_manifest, whole_folder, write_json, write_manifest
 from ropeway.package.card import write_card
 from ropeway.package.config import plan_config, plan_generation_config, plan_special_tokens_map, plan_tokenizer_config
@@ -98,7 +99,7 @@ def write_lineage(facts: Facts, workspace: Workspace, folder: Path) -> None:
             "metrics": {"train": facts.train, "eval": facts.evaluation},
         },
     )
-    write_blocks(workspace.root / "params.yaml", workspace.profile, folder / "run.yaml")
+    write_blocks(FrozenInputs.load(workspace.root).params_file, workspace.profile, folder / "run.yaml")
     for path in (
         workspace.evaluation,
         workspace.samples,

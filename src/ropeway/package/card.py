@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ropeway.block import cut_block, inherited_names
+from ropeway.frozen import FrozenInputs
 from ropeway.package.card_data import describe_sources, format_composition, hub_datasets
 from ropeway.package.card_results import (
     LLAMA2,
@@ -42,7 +43,7 @@ _STRETCH = {
 
 def write_card(facts: Facts, workspace: Workspace, folder: Path, written: Written) -> None:
     """Write README.md, and the notice that Llama 2 asks for, into a package folder that has all but its manifest."""
-    params = (workspace.root / "params.yaml").read_text(encoding="utf-8")
+    params = FrozenInputs.load(workspace.root).params_file.read_text(encoding="utf-8")
     sections = (
         format_front_matter(facts),
         *introduce(facts, written),

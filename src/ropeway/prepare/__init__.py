@@ -10,11 +10,12 @@ from typing import Any
 
 from ropeway.chat import template_digest
 from ropeway.errors import DataError
+from ropeway.frozen import FrozenInputs
 from ropeway.ledger import Ledger, Records, check_ledger
 from ropeway.manifest import file_sha256, load_manifest, whole_folder, write_json, write_manifest
 from ropeway.params import Profile
 from ropeway.prepare.account import account_for
-from ropeway.prepare.contamination import read_prompts
+from ropeway.prepare.contamination import parse_prompts
 from ropeway.prepare.divide import Part, divide_sources
 from ropeway.prepare.findings import describe_findings
 from ropeway.prepare.report import write_report
@@ -54,7 +55,7 @@ def run(workspace: Workspace, profile: Profile) -> None:
     """
     raw = load_manifest(workspace.raw, remedy="Run `dvc repro fetch`")
     facts = _facts(workspace)
-    prompts = [text for name in profile.contamination.prompts for text in read_prompts(workspace.root / name)]
+    prompts = _read_prompts(workspace, profile)
     recipes = plan_recipes(profile)
     prefix = f"prepare-{workspace.profile}"
     work = workspace.work / f"{prefix}-{fingerprint(raw['files'], workspace.base, recipes)}"
@@ -76,6 +77,13 @@ def run(workspace: Workspace, profile: Profile) -> None:
         print(line)
     for done in workspace.work.glob(f"{glob.escape(prefix)}-{'[0-9a-f]' * 16}"):  # of this and of earlier params
         shutil.rmtree(done)
+
+
+def _read_prompts(workspace: Workspace, profile: Profile) -> list[str]:
+    """Return the evaluation prompts that training text is compared with, as they were when the digests were taken."""
+    names = profile.contamination.prompts
+    frozen = FrozenInputs.load(workspace.root) if names else None
+    return [text for name in names if frozen for text in parse_prompts(frozen.text("contamination", name), name)]
 
 
 def _facts(workspace: Workspace) -> dict[str, Any]:

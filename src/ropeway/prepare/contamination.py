@@ -106,21 +106,23 @@ def find_hits(
     return hits
 
 
-def read_prompts(path: Path) -> list[str]:
+def parse_prompts(text: str, name: str) -> list[str]:
     """Return the texts of a file of evaluation prompts: lines of text, or every string in lines of JSON.
 
+    Args:
+        text: What the file holds.
+        name: Its name; .jsonl means JSON.
+
     Raises:
-        ConfigError: It is missing, not UTF-8, or a line of a .jsonl file is not JSON.
+        ConfigError: A line of a .jsonl file is not JSON.
     """
+    lines = text.split("\n")  # not splitlines: JSON strings may hold U+2028
+    if not name.endswith(".jsonl"):
+        return [line for line in lines if line.strip()]
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: JSON strings may hold U+2028
-        if path.suffix != ".jsonl":
-            return [line for line in lines if line.strip()]
-        return [text for line in lines if line.strip() for text in _strings(json.loads(line))]
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: not found; contamination.prompts in params.yaml names it") from None
-    except ValueError as error:  # of UTF-8 or of JSON
-        raise ConfigError(f"{path}: expected UTF-8 text, or one JSON value a line in a .jsonl file: {error}") from None
+        return [one for line in lines if line.strip() for one in _strings(json.loads(line))]
+    except ValueError as error:
+        raise ConfigError(f"{name}: expected one JSON value a line in a .jsonl file: {error}") from None
 
 
 def _strings(value: object) -> Iterator[str]:

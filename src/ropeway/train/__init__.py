@@ -11,11 +11,12 @@ from typing import Any
 from ropeway.accumulation import accumulation_steps
 from ropeway.devices import count_ranks
 from ropeway.errors import ConfigError, DataError, TemporaryError
+from ropeway.frozen import FrozenInputs
 from ropeway.manifest import load_manifest, write_atomic, write_json
 from ropeway.params import Profile
 from ropeway.supervise import signal_of
 from ropeway.train import checkpoints, continuing
-from ropeway.train.config import load_deepspeed_json
+from ropeway.train.config import parse_deepspeed_json
 from ropeway.train.fingerprint import Fingerprint, take_fingerprint
 from ropeway.train.launch import free_port, plan_command, plan_environment
 from ropeway.train.leftovers import clear_dead_locks, extensions_folder, unlink_buffers
@@ -39,8 +40,9 @@ def run(workspace: Workspace, profile: Profile) -> None:
     keep = _kept_runs(os.environ)
     ranks = count_ranks()
     accumulation_steps(profile, ranks)
-    load_deepspeed_json(workspace.root / profile.deepspeed_config)
-    fingerprint = take_fingerprint(workspace, profile)
+    frozen = FrozenInputs.load(workspace.root)
+    parse_deepspeed_json(frozen.text("deepspeed", profile.deepspeed_config), profile.deepspeed_config)
+    fingerprint = take_fingerprint(workspace, profile, frozen)
     print(f"training run {fingerprint.digest}", flush=True)
     folder = workspace.checkpoints / fingerprint.digest
     checkpoints.claim(folder, {"profile": workspace.profile, "parts": fingerprint.parts, "params": fingerprint.params})

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ropeway.errors import ConfigError
@@ -17,16 +16,18 @@ _OWNED = (
 _ALLOWED = ("fp16", "optimizer", "zero_optimization", "activation_checkpointing", "communication_data_type")
 
 
-def load_deepspeed_json(path: Path) -> dict[str, Any]:
+def parse_deepspeed_json(text: str, path: str) -> dict[str, Any]:
     """Return the JSON that `deepspeed_config` names, checked for keys that params.yaml owns.
 
+    Args:
+        text: The JSON.
+        path: Its name, for messages.
+
     Raises:
-        ConfigError: It is missing, not JSON, holds "auto", or says what params.yaml says.
+        ConfigError: It is not JSON, holds "auto", or says what params.yaml says.
     """
     try:
-        named: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: not found; deepspeed_config in params.yaml names it") from None
+        named: dict[str, Any] = json.loads(text)
     except ValueError as error:
         raise ConfigError(f"{path}: not JSON: {error}") from None
     faults = [f"{path}: {key}: params.yaml says this; remove it here" for key in _OWNED if _holds(named, key)]

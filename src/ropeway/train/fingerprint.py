@@ -1,10 +1,9 @@
 """What determines a training run's result, as one hash: another run is another checkpoint folder."""
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
-from ropeway.errors import DataError
+from ropeway.frozen import FrozenInputs
 from ropeway.manifest import digest_of, load_manifest
 from ropeway.params import READS, Profile
 from ropeway.shards import REMEDY
@@ -26,13 +25,17 @@ class Fingerprint:
     params: dict[str, Any]
 
 
-def take_fingerprint(workspace: Workspace, profile: Profile) -> Fingerprint:
+def take_fingerprint(workspace: Workspace, profile: Profile, frozen: FrozenInputs) -> Fingerprint:
     """Return the fingerprint of the run that this workspace would train now.
+
+    Args:
+        workspace: Where base and data are.
+        profile: As train reads it.
+        frozen: Holds the digests of the DeepSpeed JSON and of train's code.
 
     Raises:
         DataError: Base or data are unfinished or changed after they were written.
     """
-    remedy = "Run `dvc repro` so that the earlier stages are up to date"
     base = load_manifest(workspace.base, remedy="Run `dvc checkout`, or `dvc repro base`")
     data = load_manifest(workspace.data, remedy=REMEDY)
     dumped = profile.model_dump(mode="json", include=set(READS["train"]))
@@ -40,15 +43,7 @@ def take_fingerprint(workspace: Workspace, profile: Profile) -> Fingerprint:
         "params": digest_of(dumped),
         "base": digest_of(base),
         "data": digest_of(data),
-        "deepspeed": _identity(workspace, "deepspeed", remedy),
-        "code": _identity(workspace, "code-train", remedy),
+        "deepspeed": frozen.digest("deepspeed"),
+        "code": frozen.digest("code-train"),
     }
     return Fingerprint(digest_of(parts)[:16], parts, dumped)
-
-
-def _identity(workspace: Workspace, name: str, remedy: str) -> str:
-    path = workspace.identity / f"{name}.json"
-    facts: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}
-    if "digest" not in facts:
-        raise DataError(f"{path}: missing, so the run's identity is not known. {remedy}")
-    return str(facts["digest"])

@@ -18,14 +18,15 @@ from ropeway.accumulation import accumulation_steps
 from ropeway.budget import CARDS, name_card
 from ropeway.devices import name_cpu
 from ropeway.errors import ConfigError, RopewayError, TemporaryError, TrainingError
+from ropeway.frozen import FrozenInputs
 from ropeway.manifest import digest_of, load_manifest
 from ropeway.memory import DTYPE_BYTES, stored_bytes
-from ropeway.params import READS, UNHASHED, load_profile
+from ropeway.params import READS, UNHASHED
 from ropeway.shards import REMEDY, open_shards
 from ropeway.tracking import About, Tracker, describe_mirror, open_tracker
 from ropeway.train import checkpoints, rewind, saving
 from ropeway.train.attention import Attention, choose_attention
-from ropeway.train.config import load_deepspeed_json, plan_deepspeed
+from ropeway.train.config import parse_deepspeed_json, plan_deepspeed
 from ropeway.train.continuing import check_taken_over
 from ropeway.train.disk import check_disk
 from ropeway.train.export import export_model
@@ -65,7 +66,7 @@ def main(root: Path, name: str, fingerprint: str) -> None:
     """Train, checkpoint, export. Exit code 75 means "start me again, I resume"."""
     adopt_slurm(os.environ)
     workspace = Workspace(root, name)
-    profile = load_profile(root / "params.yaml", name)[1].reading((*READS["train"], *UNHASHED))
+    profile = FrozenInputs.load(root).profile("train")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     deepspeed.utils.logger.setLevel("ERROR")  # 0.19.8 warns of its own scheduler's first call
@@ -210,7 +211,8 @@ def open_run(workspace: Workspace, profile: Any, attention: Attention, *, univer
             "would be made; lower global_batch_size or add data"
         )
     model = SupervisedLoss(open_model(workspace.base, profile, attention))
-    named = load_deepspeed_json(workspace.root / profile.deepspeed_config)
+    text = FrozenInputs.load(workspace.root).text("deepspeed", profile.deepspeed_config)
+    named = parse_deepspeed_json(text, profile.deepspeed_config)
     config = plan_deepspeed(profile, named, ranks=ranks, accumulation_steps=accumulation, total_steps=run.total_steps)
     if universal:
         config["checkpoint"] = {"load_universal": True}

@@ -1,0 +1,43 @@
+"""Frozen inputs for a workspace whose stages are called in this process: what `ropeway stage identity` would write."""
+
+from ropeway import fetch
+from ropeway.fetch.identity import source_identity
+from ropeway.frozen import PARAMS_FILE, freeze, read_texts, write_values
+from ropeway.params import READS, load_profile
+from ropeway.workspace import Workspace
+
+
+def freeze_inputs(root, name=None, *, profile=None, **facts):
+    """Freeze a workspace's params and the files they name; return the workspace.
+
+    Args:
+        root: The folder of params.yaml.
+        name: The profile; default: the chosen one.
+        profile: Other values than the file's.
+        facts: Identities, e.g. `sources={...}`, where a stage reads them; by default no source or base is asked.
+    """
+    text = (root / PARAMS_FILE).read_text(encoding="utf-8")
+    name, stated = load_profile(root / PARAMS_FILE, name, text=text)
+    profile = profile or stated
+    named = profile.evaluation
+    texts = {
+        "contamination": read_texts(root, profile.contamination.prompts, key="contamination.prompts"),
+        "deepspeed": read_texts(root, [profile.deepspeed_config], key="deepspeed_config"),
+        "prompts": read_texts(root, [named.prompts, named.sampling], key="evaluation"),
+    }
+    empty = {"base": {}, "sources": {}, "tasks": {}, "code-train": {}}
+    named_facts = {name.replace("_", "-"): value for name, value in facts.items()}
+    freeze(Workspace(root, name), profile, text, {**empty, **texts, **named_facts})
+    return Workspace(root, name)
+
+
+def freeze_sources(workspace, profile):
+    """Freeze what fetch reads, and nothing else."""
+    sources = {name: source_identity(one, workspace.root) for name, one in profile.sources.items()}
+    write_values(workspace, "", {"sources": sources})
+
+
+def run_fetch(workspace, profile):
+    """Ask the sources what they are, then fetch: both as DVC does it."""
+    freeze_sources(workspace, profile)
+    fetch.run(workspace, profile.reading(READS["fetch"]))

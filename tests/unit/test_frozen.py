@@ -1,0 +1,260 @@
+"""What a stage uses is frozen when the digests are taken: a later edit changes nothing, or is found."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+import ropeway
+from flows.graph import describe_change
+from ropeway.errors import ConfigError, DataError, TemporaryError
+from ropeway.frozen import FrozenInputs, read_version
+from ropeway.lock import workspace_lock
+from ropeway.params import READS, UNHASHED, load_profiles
+from ropeway.stages import check_unchanged, enter_room, run_stage, write_identity
+from ropeway.workspace import Workspace
+from tests.support.freezing import freeze_inputs
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A workspace whose profile reads a file of its own and starts from a folder."""
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    (tmp_path / "talks.jsonl").write_text('{"messages": []}\n')
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    text = (ROOT / "params.yaml").read_text(encoding="utf-8")
+    source = "{kind: files, paths: [talks.jsonl], rows: messages, columns: {}, expected_rows: null}"
+    text = text.replace("profile: laptop", "profile: own") + (
+        "own:\n  <<: *published\n  model_name: base\n  datasets: [{talks: {size: 9}}]\n  base: {kind: folder}\n"
+        f"  sources: {{talks: {source}}}\n"
+    )
+    (tmp_path / "params.yaml").write_text(text, encoding="utf-8")
+    return tmp_path
+
+
+def edit(path, old, new):
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new), encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["llama2_13b_orca_8k", "smollm2", "laptop"])
+def test_a_stage_reads_the_very_values_of_the_file_and_no_others(tmp_path, name):
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    freeze_inputs(tmp_path, name)
+    frozen, (_, profiles) = FrozenInputs.load(tmp_path), load_profiles(tmp_path / "params.yaml")
+    assert frozen.profile_name == name
+    for stage, keys in READS.items():
+        read = (*keys, *UNHASHED) if stage == "train" else keys
+        assert frozen.profile(stage) == profiles[name].reading(read)
+        assert all(type(getattr(frozen.profile(stage), key)) is type(getattr(profiles[name], key)) for key in read)
+    with pytest.raises(AttributeError):
+        _ = frozen.profile("fetch").learning_rate
+
+
+def test_an_edit_of_any_file_that_params_name_reaches_no_stage(root):
+    write_identity(root)
+    names = ("params.yaml", "configs/zero_config_pretrain.json", "configs/prompts.jsonl", "configs/sampling.json")
+    before = {name: (root / name).read_text(encoding="utf-8") for name in names}
+    for name in names:
+        (root / name).write_text("edited", encoding="utf-8")
+    frozen = FrozenInputs.load(root)
+    assert frozen.profile("train").learning_rate == 1e-5
+    assert frozen.text("deepspeed", names[1]) == before[names[1]]
+    assert frozen.text("prompts", names[2]) == frozen.text("contamination", names[2]) == before[names[2]]
+    assert frozen.text("prompts", names[3]) == before[names[3]]
+    assert frozen.params_file.read_text(encoding="utf-8") == before["params.yaml"]
+    for stage in ("train", "evaluate", "prepare", "package"):
+        check_unchanged(root, frozen, stage)
+
+
+def change_code(root, monkeypatch):
+    source = shutil.copytree(Path(ropeway.__file__).parent, root / "ropeway")
+    monkeypatch.setattr(ropeway, "__file__", str(source / "__init__.py"))
+    yield
+    edit(source / "train" / "loss.py", "EPSILON = 1e-8", "EPSILON = 1e-7")
+    yield
+    edit(source / "train" / "loss.py", "EPSILON = 1e-7", "EPSILON = 1e-8  # the same")
+
+
+def change_source(root, _):
+    yield
+    (root / "talks.jsonl").write_text('{"messages": [1]}\n')
+    yield
+    (root / "talks.jsonl").write_text('{"messages": []}\n')
+
+
+def change_base(root, _):
+    path = root / "base" / "config.json"
+    times = path.stat()
+    yield
+    path.write_text("{} ")
+    yield
+    path.write_text("{}")
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+@pytest.mark.parametrize(
+    ("change", "stage", "named"),
+    [
+        (
+            change_code,
+            "train",
+            r"ropeway.train.loss changed after the digests .* with the old code back the run resumes",
+        ),
+        (change_source, "fetch", "talks.jsonl changed after the digests"),
+        (change_base, "base", "config.json changed after the digests"),
+    ],
+)
+def test_what_is_read_in_place_may_not_change_until_the_stage_ends(root, monkeypatch, change, stage, named):
+    steps = change(root, monkeypatch)
+    next(steps)
+    write_identity(root)
+    frozen = FrozenInputs.load(root)
+    check_unchanged(root, frozen, stage)
+    next(steps)
+    with pytest.raises(DataError, match=named):
+        check_unchanged(root, frozen, stage)
+    assert next(steps, None) is None
+    check_unchanged(root, frozen, stage)
+
+
+def test_a_stage_whose_input_changes_while_it_runs_fails_at_its_end(root, monkeypatch):
+    write_identity(root)
+    (root / "talks.jsonl").write_text(
+        '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}\n'
+    )
+    with pytest.raises(DataError, match=r"stage fetch: talks.jsonl changed after the digests"):
+        enter_room(root, "fetch")  # before it begins
+    write_identity(root)
+    from ropeway import fetch
+
+    real = fetch.run
+
+    def run(workspace, profile):
+        real(workspace, profile)
+        (root / "talks.jsonl").write_text("{}")
+
+    monkeypatch.setattr(fetch, "run", run)
+    with pytest.raises(DataError, match=r"stage fetch: talks.jsonl changed after the digests"):
+        enter_room(root, "fetch")
+
+
+def test_frozen_inputs_that_are_edited_missing_or_unfinished_are_refused(root):
+    with pytest.raises(DataError, match="no digests of this run's inputs"):
+        FrozenInputs.load(root)
+    write_identity(root)
+    frozen = FrozenInputs.load(root)
+    path = root / ".identity" / "params-train.json"
+    text = path.read_text()
+    path.write_text(text.replace("1e-05", "5e-02"))
+    with pytest.raises(DataError, match=r"params-train.json: sha256 is .* changed after it was written"):
+        FrozenInputs.load(root)
+    path.unlink()
+    with pytest.raises(DataError, match=r"params-train.json: missing"):
+        FrozenInputs.load(root)
+    path.write_text(text)
+    assert FrozenInputs.load(root) == frozen
+    (root / ".identity" / "manifest.json").unlink()
+    with pytest.raises(DataError, match="unfinished"):
+        FrozenInputs.load(root)
+
+
+def test_new_digests_in_the_middle_of_a_stage_are_found(root):
+    write_identity(root)
+    frozen = FrozenInputs.load(root)
+    edit(root / "params.yaml", "  learning_rate: 1e-5", "  learning_rate: 2e-5")
+    write_identity(root)
+    with pytest.raises(DataError, match=r"the frozen inputs in .* changed"):
+        check_unchanged(root, frozen, "train")
+
+
+@pytest.mark.parametrize(
+    "key", ["deepspeed_config", "evaluation.prompts", "evaluation.sampling", "contamination.prompts"]
+)
+@pytest.mark.parametrize("fault", ["missing", "not UTF-8"])
+def test_a_file_that_params_name_and_that_cannot_be_read_is_said_with_its_key(root, key, fault):
+    name = {
+        "deepspeed_config": "zero_config_pretrain.json",
+        "evaluation.sampling": "sampling.json",
+    }.get(key, "prompts.jsonl")
+    (root / "configs" / name).unlink()
+    if key == "evaluation.prompts":
+        edit(root / "params.yaml", "prompts: [configs/prompts.jsonl]", "prompts: []")
+    if fault == "not UTF-8":
+        (root / "configs" / name).write_bytes(b"\xff\xfe")
+    said = "not a file below" if fault == "missing" else "not UTF-8"
+    with pytest.raises(ConfigError, match=f"params.yaml: {key} names configs/{name}, which is {said}"):
+        write_identity(root)
+
+
+def test_a_stage_of_another_profile_than_the_digests_does_not_start(root):
+    write_identity(root)
+    with pytest.raises(
+        ConfigError, match=r"stage train of profile 'laptop': the digests .* are those of profile 'own'"
+    ):
+        run_stage(root, "train", "laptop")
+
+
+def test_digests_are_not_taken_while_a_run_holds_the_workspace(root):
+    write_identity(root)
+    before = FrozenInputs.load(root)
+    with workspace_lock(root, command="ropeway run"), pytest.raises(TemporaryError, match="is held by"):
+        run_stage(root, "identity", "laptop")
+    assert FrozenInputs.load(root) == before
+
+
+def test_every_version_is_kept_under_the_hash_that_dvc_records(root):
+    path = root / ".identity" / "params-train.json"
+    hashes = []
+    for rate in ("1e-5", "2e-5", "3e-5"):
+        text = (root / "params.yaml").read_text()
+        (root / "params.yaml").write_text(text.replace("  learning_rate: 1e-5", f"  learning_rate: {rate}"))
+        write_identity(root)
+        (root / "params.yaml").write_text(text)
+        hashes.append(hashlib.md5(path.read_bytes()).hexdigest())  # noqa: S324 - DVC's
+    kept = [read_version(root, one) for one in hashes]
+    assert [one["params"]["learning_rate"] for one in kept] == [1e-5, 2e-5, 3e-5]
+    assert describe_change("params-train", kept[0], kept[2]) == ["learning_rate: 1e-05 -> 3e-05"]
+    assert read_version(root, "0" * 32) is None
+
+
+def test_what_changed_in_a_frozen_input_is_named_by_its_leaf():
+    old = {"params": {"datasets": [{"talks": {"size": 9}}], "lora": None}}
+    new = {"params": {"datasets": [{"talks": {"size": 7}}], "lora": {"rank": 4}}}
+    assert describe_change("params-prepare", old, new) == ["datasets[0].talks.size: 9 -> 7", "lora.rank: none -> 4"]
+    assert describe_change("sources", {"a": 1, "b": 1}, {"a": 2, "b": 1, "c": 1}) == [
+        "source a changed",
+        "source c changed",
+    ]
+    assert describe_change("deepspeed", {"x.json": "{}"}, {"x.json": "{ }"}) == ["x.json changed"]
+
+
+def test_where_stages_read_their_settings_is_a_folder_of_json(root):
+    write_identity(root)
+    workspace = Workspace(root, "own")
+    facts = json.loads((workspace.identity / "params-train.json").read_bytes())
+    assert set(facts) == {"digest", "of"}
+    assert set(facts["of"]["params"]) == set(READS["train"])
+
+
+def test_a_full_disk_while_digests_are_taken_is_said_and_leaves_nothing_whole(root, monkeypatch):
+    def full(_handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ropeway.manifest.os.fsync", full)
+        with pytest.raises(TemporaryError, match="the disk is full"):
+            write_identity(root)
+    with pytest.raises(DataError, match="unfinished"):
+        FrozenInputs.load(root)
+    write_identity(root)
+    assert FrozenInputs.load(root).profile_name == "own"
