@@ -1,6 +1,7 @@
 """A finished run small enough for a test: a two-layer Llama with the parity tokenizer, two sources, 30 rows."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from ropeway.rope import RopeScaling
 from ropeway.shards import FORMAT, Kind, Shards, write_shard
 from ropeway.tokenizer import open_tokenizer, read_special
 from ropeway.workspace import Workspace
-from tests.support.freezing import freeze_inputs
+from tests.support.freezing import code_digests, freeze_inputs
 
 ROOT = Path(__file__).parents[1]
 PARITY = Path(__file__).parent / "contract" / "parity"
@@ -76,14 +77,21 @@ tiny:
 """
 
 
-def make_run(root: Path, room: str = "evaluate", *, block: str = BLOCK) -> tuple[Workspace, Profile]:
-    """Lay the tables of every room before `evaluate`; return (workspace, profile as `room` reads it)."""
+def make_run(
+    root: Path, room: str = "evaluate", *, block: str = BLOCK, configs: Mapping[str, str] | None = None
+) -> tuple[Workspace, Profile]:
+    """Lay the outputs of every stage before `evaluate`; return (workspace, profile as `room` reads it).
+
+    `configs` are further files below configs/, by name.
+    """
     text = (ROOT / "params.yaml").read_text(encoding="utf-8")
     (root / "params.yaml").write_text(text.replace("\nprofile: laptop", "\nprofile: tiny") + "\n" + block)
     (root / "configs").mkdir()
     (root / "configs" / "prompts.jsonl").write_text('"What is a list?"\n"How are you?"\n')
     for name in ("sampling.json", "zero_config_pretrain.json"):
         shutil.copyfile(ROOT / "configs" / name, root / "configs" / name)
+    for name, text in (configs or {}).items():
+        (root / "configs" / name).write_text(text)
     workspace, (_, profile) = Workspace(root, "tiny"), load_profile(root / "params.yaml")
     make_model(workspace.base, profile, seed=1, steps=0)
     make_model(workspace.model, profile, seed=2, steps=3)
@@ -91,7 +99,7 @@ def make_run(root: Path, room: str = "evaluate", *, block: str = BLOCK) -> tuple
     make_raw(workspace, conversations, documents)
     make_data(workspace, profile, conversations, documents)
     workspace.steps.write_text(STEPS)
-    freeze_inputs(root)
+    freeze_inputs(root, **{f"code-{stage}": code_digests(stage) for stage in READS})
     if room == "package":
         finish_run(workspace, profile)
     return workspace, profile.reading(READS[room])

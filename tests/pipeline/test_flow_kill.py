@@ -170,7 +170,7 @@ def test_a_flow_waits_while_a_person_s_own_dvc_holds_dvc_s_locks(made_workspace,
     os.mkfifo(made_workspace.root / "may-end")
     made_workspace.edit("params.yaml", "learning_rate: 2e-3", "learning_rate: 3e-3")
     made_workspace.trouble("train", "print('begun', flush=True)\nPath('may-end').read_text()")
-    command = [sys.executable, "-m", "dvc", "repro", "--single-item", "train"]
+    command = [sys.executable, "-m", "dvc", "repro", "train"]
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
     person = subprocess.Popen(command, cwd=made_workspace.root, stdout=subprocess.PIPE, text=True)
     request.addfinalizer(person.communicate)

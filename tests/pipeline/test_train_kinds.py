@@ -10,7 +10,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ropeway.stages import write_identity
 from tests.tiny_run import BLOCK, make_run
 
 EDITS = """
@@ -41,9 +40,7 @@ def zero(stage, **more):
 def train(root, named, *lines):
     """Return (what the stage printed, workspace) of a training of the tiny run with these keys."""
     block = BLOCK + EDITS + "".join(f"  {line}\n" for line in lines)
-    workspace, _ = make_run(root, block=block)
-    (root / "configs" / "ds.json").write_text(json.dumps(named))
-    write_identity(root)
+    workspace, _ = make_run(root, block=block, configs={"ds.json": json.dumps(named)})
     return start(workspace), workspace
 
 

@@ -1,10 +1,21 @@
 """Frozen inputs for a workspace whose stages are called in this process: what `ropeway stage identity` would write."""
 
+import functools
+from pathlib import Path
+
+import ropeway
 from ropeway import fetch
 from ropeway.fetch.identity import source_identity
 from ropeway.frozen import PARAMS_FILE, freeze, read_texts, write_values
+from ropeway.identity import Digests
 from ropeway.params import READS, load_profile
 from ropeway.workspace import Workspace
+
+
+@functools.cache
+def code_digests(stage):
+    """Return what `identity` freezes of a stage's code."""
+    return Digests(Path(ropeway.__file__).parent).modules(stage)
 
 
 def freeze_inputs(root, name=None, *, profile=None, **facts):
@@ -26,8 +37,7 @@ def freeze_inputs(root, name=None, *, profile=None, **facts):
         "prompts": read_texts(root, [named.prompts, named.sampling], key="evaluation"),
     }
     empty = {"base": {}, "sources": {}, "tasks": {}, "code-train": {}}
-    named_facts = {name.replace("_", "-"): value for name, value in facts.items()}
-    freeze(Workspace(root, name), profile, text, {**empty, **texts, **named_facts})
+    freeze(Workspace(root, name), profile, text, {**empty, **texts, **facts})
     return Workspace(root, name)
 
 
