@@ -31,6 +31,7 @@ class Version:
         ledger: Its ledger.json.
         steps: Its steps.csv, one mapping per optimizer step.
         history: The provenance.json beside it: one record per start of its training.
+        run: Its run.json: parameters, sources, base.
     """
 
     facts: Json
@@ -39,6 +40,7 @@ class Version:
     ledger: Json
     steps: tuple[Mapping[str, str], ...]
     history: Json
+    run: Json
 
     @property
     def label(self) -> str:
@@ -140,6 +142,7 @@ def read_version(store: Store, name: str, digest: str) -> Version:
         ledger=read("ledger.json"),
         steps=tuple(rows),
         history=read("provenance.json", "attachments"),
+        run=read("run.json"),
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from flows.revision import Revision
 from ropeway import registry
-from ropeway.errors import DataError
+from ropeway.errors import DataError, TemporaryError
 from ropeway.gate import Verdict, gate
 from ropeway.params import Profile
 from ropeway.registry.tables import describe_version
@@ -45,6 +45,18 @@ class Publication:
 
 
 Measure = Callable[[Store, str, str], Mapping[str, Any] | None]
+
+
+def check_publishing(workspace: Workspace) -> None:
+    """Raise before anything is computed what would refuse the finished package; an outage may pass until then.
+
+    Raises:
+        RegistryError, ConfigError: As in `registry.check_publishing`.
+    """
+    try:
+        registry.check_publishing(open_store(workspace.registry_url), workspace.profile)
+    except TemporaryError as error:
+        print(f"the registry cannot be reached now; the run goes on, it is needed at the end: {error}", flush=True)
 
 
 def publish_package(workspace: Workspace, profile: Profile, revision: Revision, measure: Measure) -> Publication:

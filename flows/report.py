@@ -9,8 +9,12 @@ from flows.evidence import Case, Version
 from flows.harness import draw_tasks
 from flows.markdown import code, fence, plain, table
 from flows.summary import ledger_rows
+from ropeway.lineage import describe_base, describe_source
 
-_PARAMS, _DATA = "run.json: params.", ("run.json: digests.", "run.json: ledger.")
+_PARAMS, _DATA = (
+    "run.json: params.",
+    ("run.json: sources.", "run.json: base.", "run.json: digests.", "run.json: ledger."),
+)
 _MOST_CHANGES = 60
 _SHORT = 12
 # What a reviewer compares, which way is better, and how it is written.
@@ -210,9 +214,18 @@ def _lineage(case: Case) -> str:
         ("git", _revision(case)),
         ("training fingerprint", facts.get("fingerprint", "not recorded")),
     ]
+    rows += list(_origins(case.new.run))
     rows += [(f"{name} digest", digest) for name, digest in facts.get("digests", {}).items()]
     rows += [(f"beside it: {name}", entry["sha256"]) for name, entry in case.new.facts["attachments"].items()]
     return table([{"": plain(name), " ": code(words)} for name, words in rows])
+
+
+def _origins(run: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield what the base was opened from, and each source read from; nothing for versions that did not record it."""
+    if base := run.get("base"):
+        yield "base", str(describe_base(base))
+    for name, identity in run.get("sources", {}).items():
+        yield f"source {name}", "; ".join(str(one) for one in describe_source(identity))
 
 
 def _earlier(case: Case) -> Iterator[str]:

@@ -18,7 +18,7 @@ from flows import graph, summary
 from flows.board import Board, Done, PlainBoard
 from flows.champion import measure_champion
 from flows.edits import choose_profile
-from flows.publishing import publish_package
+from flows.publishing import check_publishing, publish_package
 from flows.revision import Revision, read_revision
 from flows.stages import Say, Site, bring_up, patiently, run_command
 from flows.summary import Result
@@ -78,6 +78,7 @@ def walk(root: Path, profile: str | None, board: Board) -> Result:
         plans = patiently(partial(graph.plan, root), print)
         _show_plan(board, plans)
         if any(plan.will_run for plan in plans if not plan.refreshes):
+            check_publishing(workspace)
             _show_budget(board, workspace, params)
         ended: dict[str, str] = {}
         ledger = before = summary.read_ledger(workspace)

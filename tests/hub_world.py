@@ -18,6 +18,7 @@ class Hub:
     """What the Hub holds and how it answers: `error` is (status, X-Error-Code) in place of every answer."""
 
     files: dict[str, bytes]
+    models: dict[str, bytes] = field(default_factory=dict)  # of a model repository of the same name
     branches: dict[str, str] = field(default_factory=lambda: {"main": COMMIT})
     error: tuple[int, str] | None = None
     private: bool = False
@@ -27,23 +28,22 @@ class Hub:
 
 def find(hub: Hub, path: str) -> tuple[int, bytes, str]:
     """Return status, body and X-Error-Code."""
-    api, tree = f"/api/datasets/{REPO}/revision/", f"/api/datasets/{REPO}/tree/"
-    resolve = f"/datasets/{REPO}/resolve/{COMMIT}/"
     known = {**hub.branches, COMMIT: COMMIT}
-    if path.startswith(api):
-        if (revision := path.removeprefix(api)) not in known:
-            return 404, b"", "RevisionNotFound"
-        siblings = [{"rfilename": name} for name in hub.files]
-        return 200, json.dumps({"id": REPO, "sha": known[revision], "siblings": siblings}).encode(), ""
-    if path.startswith(tree):
-        files = hub.files.items()
-        return (
-            200,
-            json.dumps([{"type": "file", "path": n, "size": len(d), "oid": _oid(d)} for n, d in files]).encode(),
-            "",
-        )
-    if path.startswith(resolve):
-        return 200, hub.files[path.removeprefix(resolve)], ""
+    for kind, place, files in (("datasets", "/datasets/", hub.files), ("models", "/", hub.models)):
+        api, tree = f"/api/{kind}/{REPO}/revision/", f"/api/{kind}/{REPO}/tree/"
+        resolve = f"{place}{REPO}/resolve/{COMMIT}/"
+        if not files:
+            continue
+        if path.startswith(api):
+            if (revision := path.removeprefix(api)) not in known:
+                return 404, b"", "RevisionNotFound"
+            siblings = [{"rfilename": name} for name in files]
+            return 200, json.dumps({"id": REPO, "sha": known[revision], "siblings": siblings}).encode(), ""
+        if path.startswith(tree):
+            listed = [{"type": "file", "path": n, "size": len(d), "oid": _oid(d)} for n, d in files.items()]
+            return 200, json.dumps(listed).encode(), ""
+        if path.startswith(resolve):
+            return 200, files[path.removeprefix(resolve)], ""
     return 404, b"", "RepoNotFound"
 
 
@@ -96,6 +96,19 @@ def serve_hub(hub: Hub) -> Iterator[Hub]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def point_at(monkeypatch, cache: Path, *, url: str = "http://127.0.0.1:9", offline: bool = False) -> None:
+    """Let huggingface_hub, which reads its environment once, ask this Hub and keep what it gets in `cache`."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache / "token"))
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
 
 
 def lay_cache(cache: Path, files: dict[str, bytes], branch: str = "main") -> Path:

@@ -158,6 +158,7 @@ def make_model(folder: Path, profile: Profile, *, seed: int, steps: int) -> None
         facts |= {"fingerprint": "0123456789abcdef", "steps": steps, "applied_steps": steps, "dtype": profile.dtype}
     else:
         facts |= {"special": read_special(folder, open_tokenizer(folder))}
+        facts |= {"model": {"kind": profile.base.kind, "name": profile.model_name}}
     write_manifest(folder, facts)
 
 

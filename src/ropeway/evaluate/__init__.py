@@ -13,6 +13,17 @@ from ropeway.params import Profile
 from ropeway.workspace import Workspace
 
 
+def check_request(workspace: Workspace, profile: Profile) -> None:
+    """Raise now, before anything is trained, what would end this stage whatever the trained model is.
+
+    Raises:
+        ConfigError, DataError, TemporaryError: As `run`, but for what concerns the trained model.
+    """
+    from ropeway.evaluate.report import check_request as check
+
+    check(workspace, profile)
+
+
 def run(workspace: Workspace, profile: Profile) -> None:
     """Write the files of the run in this workspace.
 

@@ -35,8 +35,12 @@ def open_model(folder: Path, *, like: Path) -> tuple[Any, Any]:
     cuda = torch.cuda.is_available()
     dtype = AutoConfig.from_pretrained(like).dtype if cuda else torch.float32
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return model.to("cuda" if cuda else "cpu").eval(), tokenizer
+    return model.to("cuda" if cuda else "cpu").eval(), open_tokenizer(folder)
+
+
+def open_tokenizer(folder: Path) -> Any:  # noqa: ANN401 - transformers is untyped
+    """Return a folder's tokenizer as others open it."""
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 @contextmanager

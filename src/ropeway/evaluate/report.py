@@ -11,12 +11,12 @@ from ropeway.chat import template_digest
 from ropeway.errors import DataError
 from ropeway.evaluate import passkey, positions
 from ropeway.evaluate.measuring import Asked, Found, measure_folder
-from ropeway.evaluate.opening import check_data
+from ropeway.evaluate.opening import check_data, open_tokenizer
 from ropeway.evaluate.page import draw_page
 from ropeway.evaluate.plots import plan_tables, read_steps, write_plots
-from ropeway.evaluate.samples import plan_draws, report_samples
-from ropeway.evaluate.sampling import Configurations, parse_configurations, parse_prompts
-from ropeway.evaluate.scores import Score, all_rows
+from ropeway.evaluate.samples import encode_prompt, plan_draws, report_samples
+from ropeway.evaluate.sampling import parse_configurations, parse_prompts
+from ropeway.evaluate.scores import Score, all_rows, check_supervised
 from ropeway.evaluate.tasks import find_harness, open_tasks, report_tasks
 from ropeway.evaluate.text import count_bytes
 from ropeway.evaluate.workers import plan_workers
@@ -36,10 +36,13 @@ def write_report(workspace: Workspace, profile: Profile) -> None:
         ConfigError: As in `parse_prompts`, `parse_configurations`, `open_tasks`, `encode_question` and `plan_workers`.
         TemporaryError: As in `open_tasks` and `measure_folder`.
     """
-    frozen, named = FrozenInputs.load(workspace.root), profile.evaluation
-    prompts = parse_prompts(frozen.text("prompts", named.prompts), named.prompts)
-    configurations = parse_configurations(frozen.text("prompts", named.sampling), named.sampling)
-    asked, steps = plan_report(workspace, profile, prompts, configurations)
+    load_manifest(workspace.base, remedy="Run `dvc checkout`, or `dvc repro base`")
+    load_manifest(workspace.model, remedy="Run `dvc checkout`, or `dvc repro train`")
+    if not workspace.steps.is_file():
+        raise DataError(f"{workspace.steps}: not found. Run `dvc checkout`, or `dvc repro train`")
+    steps = read_steps(workspace.steps)
+    prompts, asked = plan_report(workspace, profile)
+    check_data(workspace.model, asked.shards)
     found = measure_both(workspace, asked)
     scores = {name: one.scores for name, one in found.items()}
     curves = {f"{name}{kind}": curve for name, one in found.items() for kind, curve in one.curves.items()}
@@ -60,22 +63,17 @@ def write_report(workspace: Workspace, profile: Profile) -> None:
     print(f"{len(asked.draws)} sample answers per model, {workspace.samples_page}; plots in {workspace.plots}")
 
 
-def plan_report(
-    workspace: Workspace, profile: Profile, prompts: Sequence[str], configurations: Configurations
-) -> tuple[Asked, Sequence[Mapping[str, Any]]]:
-    """Return what is measured, and the lines of steps.csv; whatever is wrong is said before a model is opened."""
-    wanted = profile.evaluation
+def plan_report(workspace: Workspace, profile: Profile) -> tuple[list[str], Asked]:
+    """Return the prompts, and what is measured: everything of this stage that needs no trained model."""
+    frozen, wanted = FrozenInputs.load(workspace.root), profile.evaluation
+    prompts = parse_prompts(frozen.text("prompts", wanted.prompts), wanted.prompts)
     configurations = {
-        name: {**arguments, "max_new_tokens": wanted.max_new_tokens} for name, arguments in configurations.items()
+        name: {**arguments, "max_new_tokens": wanted.max_new_tokens}
+        for name, arguments in parse_configurations(frozen.text("prompts", wanted.sampling), wanted.sampling).items()
     }
-    load_manifest(workspace.base, remedy="Run `dvc checkout`, or `dvc repro base`")
-    load_manifest(workspace.model, remedy="Run `dvc checkout`, or `dvc repro train`")
-    if not workspace.steps.is_file():
-        raise DataError(f"{workspace.steps}: not found. Run `dvc checkout`, or `dvc repro train`")
     shards = open_shards(workspace.data)
-    for folder in (workspace.base, workspace.model):
-        check_data(folder, shards)
-    asked = Asked(
+    check_data(workspace.base, shards)
+    return prompts, Asked(
         shards=shards,
         profile=profile,
         long_rows=positions.plan_long_rows(shards, profile),
@@ -84,7 +82,16 @@ def plan_report(
         configurations=configurations,
         tasks=open_tasks(wanted.tasks, workspace.root, workspace.tasks),
     )
-    return asked, read_steps(workspace.steps)
+
+
+def check_request(workspace: Workspace, profile: Profile) -> None:
+    """Raise what would end this stage whatever the model: faults of params, prompts, tasks, tokenizer and data."""
+    prompts, asked = plan_report(workspace, profile)
+    check_supervised(asked.shards, profile)
+    tokenizer = open_tokenizer(workspace.base)
+    encode_prompt(tokenizer, prompts[0])
+    for question in asked.questions[:1]:  # the shortest
+        passkey.encode_question(tokenizer, question)
 
 
 def measure_both(workspace: Workspace, asked: Asked) -> dict[str, Found]:

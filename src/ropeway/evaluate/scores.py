@@ -191,13 +191,24 @@ def _as_numbers(parts: list[Any]) -> NDArray[np.float64]:
     return numbers
 
 
+def check_supervised(shards: Shards, profile: Profile) -> None:
+    """Raise DataError for a source whose validation rows hold no supervised token; one row of each may tell."""
+    for name, rows in validation_rows(shards, profile):
+        if not any(collate([row], shards, profile, pad_to_multiple_of=None).loss_mask.any() for row in rows):
+            raise _nothing_to_measure(name, len(rows))
+
+
+def _nothing_to_measure(source: str, rows: int) -> DataError:
+    return DataError(
+        f"source {source}: its {rows:,} validation rows hold no supervised token, so there is nothing to measure. "
+        "Give it a validation part (val_split, max_val_set), or look in ledger.json what label_masking and "
+        "what_counts leave of it"
+    )
+
+
 def _check_score(score: Score, source: str, *, rows: int, model: str) -> None:
     if score.tokens == 0:
-        raise DataError(
-            f"source {source}: its {rows:,} validation rows hold no supervised token, so there is nothing to measure. "
-            "Give it a validation part (val_split, max_val_set), or look in ledger.json what label_masking and "
-            "what_counts leave of it"
-        )
+        raise _nothing_to_measure(source, rows)
     if not math.isfinite(score.loss_sum):
         raise DataError(
             f"source {source}: the loss of the {model} model is {score.loss_sum} over {score.tokens:,} tokens, "

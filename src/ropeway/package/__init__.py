@@ -16,6 +16,18 @@ from ropeway.params import Profile
 from ropeway.workspace import Workspace
 
 
+def check_request(workspace: Workspace, profile: Profile) -> None:
+    """Raise now, before anything is trained, what would end this stage whatever the trained model is.
+
+    Raises:
+        ConfigError: The profile's block of params.yaml means something else when it is cut out.
+        DataError: Manifests of raw, base and data do not belong together, or the ledger is missing.
+    """
+    from ropeway.package.build import check_request as check
+
+    check(workspace, profile)
+
+
 def run(workspace: Workspace, profile: Profile) -> None:
     """Leave `package/`; there is none unless a fresh interpreter loaded it and found what was promised.
 

@@ -17,9 +17,9 @@ from ropeway.chat import JINJA, ROLE_TOKENS
 from ropeway.errors import DataError
 from ropeway.frozen import FrozenInputs
 from ropeway.manifest import digest_of, load_manifest, whole_folder, write_json, write_manifest
-from ropeway.package.card import write_card
+from ropeway.package.card import preview_card, write_card
 from ropeway.package.config import plan_config, plan_generation_config, plan_special_tokens_map, plan_tokenizer_config
-from ropeway.package.facts import Facts, load_facts
+from ropeway.package.facts import Facts, load_early_facts, load_facts
 from ropeway.package.probe import expected_logits, plan_probe
 from ropeway.package.weights import Written, write_weights
 from ropeway.params import Profile
@@ -29,6 +29,28 @@ FORMAT = 1
 _SHOWN_CHARACTERS = 2000
 # Transformers is told that there is no network: a package that needs one is not whole.
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+
+
+def check_request(workspace: Workspace, profile: Profile) -> None:
+    """Make everything of the package that needs no trained model, in a folder that goes away.
+
+    Raises:
+        DataError: As in `load_early_facts`.
+        ConfigError: As in `write_blocks`.
+    """
+    facts = load_early_facts(workspace, profile)
+    with tempfile.TemporaryDirectory() as scratch:
+        write_blocks(FrozenInputs.load(workspace.root).params_file, workspace.profile, Path(scratch) / "run.yaml")
+    preview_card(facts, workspace)
+    tokenizer = json.loads((workspace.base / "tokenizer_config.json").read_bytes())
+    plan_special_tokens_map(plan_tokenizer_config(tokenizer, max_length=profile.max_length, roles=ROLE_TOKENS))
+    plan_probe(
+        workspace.base,
+        rope=facts.rope,
+        special=facts.special,
+        dtype=profile.package.dtype,
+        max_length=profile.max_length,
+    )
 
 
 def build_package(workspace: Workspace, profile: Profile) -> None:
@@ -94,6 +116,8 @@ def write_lineage(facts: Facts, workspace: Workspace, folder: Path) -> None:
         {
             "format": FORMAT,
             **identity_of(facts),
+            "base": {key: facts.base["model"].get(key) for key in ("kind", "name", "origin")},
+            "sources": {name: read["identity"] for name, read in facts.raw["sources"].items()},
             "params": facts.profile.model_dump(mode="json", include=set(facts.profile.model_fields_set)),
             "ledger": facts.ledger,
             "metrics": {"train": facts.train, "eval": facts.evaluation},

@@ -12,7 +12,8 @@ from typing import Any
 
 from ropeway.block import cut_block, inherited_names
 from ropeway.frozen import FrozenInputs
-from ropeway.package.card_data import describe_sources, format_composition, hub_datasets
+from ropeway.lineage import describe_base
+from ropeway.package.card_data import describe_sources, format_composition, format_origin, hub_datasets
 from ropeway.package.card_results import (
     LLAMA2,
     NOTICE,
@@ -64,6 +65,23 @@ def write_card(facts: Facts, workspace: Workspace, folder: Path, written: Writte
     (folder / "README.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
     if facts.profile.card.license == LLAMA2:
         (folder / "NOTICE.txt").write_text(f"{NOTICE}\n", encoding="utf-8")
+
+
+def preview_card(facts: Facts, workspace: Workspace) -> str:
+    """Return the sections that need no trained model."""
+    params = FrozenInputs.load(workspace.root).params_file.read_text(encoding="utf-8")
+    sections = (
+        format_front_matter(facts),
+        *introduce(facts, Written(0, 0)),
+        *format_context(facts),
+        *format_template(facts),
+        *describe_sources(facts),
+        *format_composition(facts),
+        *format_configuration(facts, params),
+        *format_people(facts),
+        *format_license(facts),
+    )
+    return "\n\n".join(sections)
 
 
 def format_front_matter(facts: Facts) -> str:
@@ -122,6 +140,7 @@ def introduce(facts: Facts, written: Written) -> Iterator[str]:
     applied = describe_steps(facts)
     items = [
         f"base model: {base}",
+        f"opened from: {format_origin(describe_base(facts.base['model']))}",
         f"License: [{card.license_name}]({card.license_link})",
         "sampling report: [samples.html](samples.html), [samples.json](samples.json)",
         "wandb: if the run was mirrored there, the provenance beside this version in the registry has the link",

@@ -1,12 +1,12 @@
 """The card's part on data: where each source came from and what became of its records, from manifest and ledger."""
 
 from collections.abc import Iterator
-from pathlib import PurePath
 from typing import Any
 
+from ropeway.lineage import Origin, describe_source
 from ropeway.package.card_text import escape, format_table, list_names
 from ropeway.package.facts import Facts, Json
-from ropeway.params import FilesSource, HuggingfaceSource
+from ropeway.params import HuggingfaceSource
 
 
 def hub_datasets(facts: Facts) -> list[str]:
@@ -21,8 +21,9 @@ def describe_sources(facts: Facts) -> Iterator[str]:
     yield "This model was trained on:"
     lines = []
     for name, _ in facts.profile.mixture:
-        origin = _origin(facts, name)
-        lines.append(f"- **{escape(name)}** ({facts.raw['sources'][name]['kind']}s): {origin}")
+        read = facts.raw["sources"][name]
+        origins = "; ".join(format_origin(one) for one in describe_source(read["identity"]))
+        lines.append(f"- **{escape(name)}** ({read['kind']}s): {origins}")
     yield "\n".join(lines)
     if upstream := facts.profile.card.upstream_datasets:
         links = (f"[{name}](https://huggingface.co/datasets/{name})" for name in upstream)
@@ -38,18 +39,10 @@ def describe_sources(facts: Facts) -> Iterator[str]:
         )
 
 
-def _origin(facts: Facts, name: str) -> str:
-    source, identity = facts.profile.sources[name], facts.raw["sources"][name]["identity"]
-    if isinstance(source, HuggingfaceSource):
-        commit = identity["commit"]
-        link = f"[{source.repo}](https://huggingface.co/datasets/{source.repo}/tree/{commit})"
-        return f"{link} at `{commit[:12]}`, files {list_names(source.files)}"
-    if isinstance(source, FilesSource):
-        files = sorted((PurePath(path).name, digest) for path, digest in identity["files"].items())
-        return ", ".join(f"`{file}` (sha256 `{digest[:12]}…`)" for file, digest in files)
-    python = identity["python"]
-    link = f"[Python {python}](https://docs.python.org/{'.'.join(python.split('.')[:2])}/)"
-    return f"the {source.part} of the documentation that comes with {link}"
+def format_origin(origin: Origin) -> str:
+    """Return an origin in Markdown, linked where it has a place of its own."""
+    name = f"[{escape(origin.name)}]({origin.link})" if origin.link else escape(origin.name)
+    return f"{name} ({escape(origin.pin)})" if origin.pin else name
 
 
 def format_composition(facts: Facts) -> Iterator[str]:

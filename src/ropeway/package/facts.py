@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,41 +84,52 @@ def load_facts(workspace: Workspace, profile: Profile) -> Facts:
     """Return the run's facts.
 
     Raises:
-        DataError: A room's files are missing, changed since, or come from another run than the rest.
+        DataError: A stage's files are missing, changed since, or come from another run than the rest.
     """
-    raw, base, data, model = (
-        load_manifest(folder, remedy=f"Run `dvc checkout`, or `dvc repro {room}`")
-        for folder, room in (
-            (workspace.raw, "fetch"),
-            (workspace.base, "base"),
-            (workspace.data, "prepare"),
-            (workspace.model, "train"),
-        )
-    )
-    configs = {
-        folder: json.loads((folder / "config.json").read_bytes()) for folder in (workspace.base, workspace.model)
-    }
-    config = configs[workspace.model]
-    shape = profile.expected_model
-    rope = RopeScaling.of(profile, theta=shape.rope_theta, original=shape.max_position_embeddings)
-    check_one_run(workspace, data, rope, config)
-    return Facts(
-        name=workspace.profile,
-        profile=profile,
-        rope=rope,
-        raw=raw,
-        base=base,
-        data=data,
+    early = load_early_facts(workspace, profile, verify=True)
+    model = load_manifest(workspace.model, remedy="Run `dvc checkout`, or `dvc repro train`")
+    config = json.loads((workspace.model / "config.json").read_bytes())
+    check_one_run(workspace, early.data, early.rope, config)
+    return replace(
+        early,
         model=model,
-        ledger=_load(workspace.ledger, "prepare"),
         train=_load(workspace.train_metrics, "train"),
         evaluation=_load(workspace.evaluation, "evaluate"),
         samples=_load(workspace.samples, "evaluate"),
-        end=read_special_names(workspace.model)["eos"],
-        systems=count_systems(workspace, raw),
+        systems=count_systems(workspace, early.raw),
         max_positions=int(config["max_position_embeddings"]),
-        base_rope=configs[workspace.base]["rope_parameters"],
-        tokenizer=plan_tokenizer(json.loads((workspace.model / "tokenizer.json").read_bytes())),
+    )
+
+
+def load_early_facts(workspace: Workspace, profile: Profile, *, verify: bool = False) -> Facts:
+    """Return what of the facts is known before training; the trained model's part says nothing.
+
+    Raises:
+        DataError: A manifest is missing or unfinished; with `verify`, a file changed after it was written.
+    """
+    raw, base, data = (
+        load_manifest(folder, remedy=f"Run `dvc checkout`, or `dvc repro {stage}`", verify=verify)
+        for folder, stage in ((workspace.raw, "fetch"), (workspace.base, "base"), (workspace.data, "prepare"))
+    )
+    shape = profile.expected_model
+    config = json.loads((workspace.base / "config.json").read_bytes())
+    return Facts(
+        name=workspace.profile,
+        profile=profile,
+        rope=RopeScaling.of(profile, theta=shape.rope_theta, original=shape.max_position_embeddings),
+        raw=raw,
+        base=base,
+        data=data,
+        model={"steps": 0, "applied_steps": 0},
+        ledger=_load(workspace.ledger, "prepare"),
+        train={"rows_left_out": 0, "rewinds": 0, "continued_from": {}},
+        evaluation={},
+        samples={},
+        end=read_special_names(workspace.base)["eos"],
+        systems=Counter(),
+        max_positions=int(config["max_position_embeddings"]),
+        base_rope=config["rope_parameters"],
+        tokenizer=plan_tokenizer(json.loads((workspace.base / "tokenizer.json").read_bytes())),
     )
 
 

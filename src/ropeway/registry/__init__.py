@@ -16,7 +16,7 @@ from ropeway.registry.aliases import (
 )
 from ropeway.registry.collecting import collect, find_garbage
 from ropeway.registry.core import load_core, package_digest
-from ropeway.registry.publishing import Published, find_number, has_version, is_withdrawn, publish
+from ropeway.registry.publishing import Published, check_publishing, find_number, has_version, is_withdrawn, publish
 from ropeway.registry.pulling import Pulled, Verified, pull, verify, verify_folder
 from ropeway.registry.reviews import PRODUCTION, find_dirt, list_reviews, record_review, vouch_clean
 from ropeway.registry.withdrawing import withdraw
@@ -30,6 +30,7 @@ __all__ = [
     "Pulled",
     "Verified",
     "alias_history",
+    "check_publishing",
     "collect",
     "find_dirt",
     "find_garbage",

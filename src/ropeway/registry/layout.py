@@ -19,13 +19,13 @@ from dataclasses import dataclass
 
 from ropeway.errors import AbsentError, RegistryError
 from ropeway.manifest import canonical_json
+from ropeway.section import PROFILE_NAME
 from ropeway.storage import Store
 
 FORMAT = "ropeway-registry/1"
 INTENTS = "intents/"
 COLLECTIONS = "collections/"
 _MARK = "registry.json"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}[A-Za-z0-9]|[A-Za-z0-9]")
 _ALIAS = re.compile(r"[a-z][a-z0-9-]{0,48}[a-z0-9]")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _NUMBER = re.compile(r"v[0-9]{1,8}|[0-9]{1,7}")
@@ -90,7 +90,7 @@ def read_reference(text: str) -> Reference:
         RegistryError: It is none of these.
     """
     name, at, selector = text.partition("@")
-    if at and _NAME.fullmatch(name):
+    if at and PROFILE_NAME.fullmatch(name):
         if _NUMBER.fullmatch(selector):
             return Reference(name, number=int(selector.removeprefix("v")))
         if _PREFIX.fullmatch(selector):
@@ -105,7 +105,7 @@ def read_reference(text: str) -> Reference:
 
 def check_name(name: str) -> None:
     """Raise RegistryError unless `name` can be a model's."""
-    if not _NAME.fullmatch(name) or ".." in name:
+    if not PROFILE_NAME.fullmatch(name) or ".." in name:
         raise RegistryError(f"model name {name[:80]!r}: expected 1 to 64 of A-Z a-z 0-9 . _ -, e.g. laptop")
 
 

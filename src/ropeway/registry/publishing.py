@@ -102,6 +102,20 @@ def publish(
     return Published(name, core.digest, numbered.number, created=numbered.created)
 
 
+def check_publishing(store: Store, name: str) -> None:
+    """Raise now what would refuse a publish whatever the package is; writes registry.json where there is none.
+
+    Raises:
+        RegistryError: The name cannot be used, or the store holds a registry of another format.
+        ConfigError: The store cannot be written to or ignores preconditions, or ROPEWAY_SIGNING_KEY names no key.
+        TemporaryError: The store is away.
+    """
+    load_signer()
+    check_name(name)
+    found_registry(store)
+    check_spelling(store, name)
+
+
 def has_version(store: Store, name: str, digest: str) -> bool:
     """Return whether a package digest is published, i.e. has a number. An empty store holds none."""
     check_name(name)

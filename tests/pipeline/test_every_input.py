@@ -1,0 +1,255 @@
+"""Every kind of source and of base goes through a whole run: from what it is to a published version and its review."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from ruamel.yaml import YAML
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from flows.evidence import open_case
+from flows.publishing import publish_package
+from flows.report import draw_report
+from flows.revision import Revision
+from ropeway.errors import ConfigError, DataError
+from ropeway.params import load_profile
+from ropeway.registry.tables import describe_version
+from ropeway.s3_client import make_client, split_url
+from ropeway.stages import ROOMS, enter_room, write_identity
+from ropeway.storage import open_store
+from ropeway.workspace import Workspace
+from tests.hub_world import COMMIT, REPO, Hub, point_at, serve_hub
+from tests.pipeline.main_job import make_main_job
+from tests.support import tiny_gguf
+from tests.support.archives import gz
+from tests.support.web import serve_files
+from tests.tiny_run import PARITY
+
+WORDS = [
+    "the",
+    "sun",
+    "is",
+    "hot",
+    "and",
+    "the",
+    "sea",
+    "is",
+    "wide,",
+    "so",
+    "we",
+    "sail",
+    "in",
+    "the",
+    "morning",
+    "when",
+    "it",
+    "is",
+    "calm",
+]
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "vocab_size": 2000,
+    "max_position_embeddings": 64,
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+
+
+def say(number, count):
+    return " ".join(WORDS[(number * 7 + at * (number % 5 + 1)) % len(WORDS)] for at in range(count))
+
+
+def jsonl(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+CHATS = [
+    {"messages": [{"role": "user", "content": f"{n}? {say(n, 5)}"}, {"role": "assistant", "content": say(n + 50, 8)}]}
+    for n in range(40)
+]
+TEXTS = [{"text": f"Part {n}. " + say(n, 60)} for n in range(30)]
+CHAT = {"rows": "messages", "columns": {}, "expected_rows": None}
+TEXT = {"rows": "text", "columns": {}, "expected_rows": None}
+
+
+def scratch(_folder, _monkeypatch):
+    return {"base": {"kind": "scratch"}, "expected_model": {**SHAPE, "vocab_size": 400}}, "random weights"
+
+
+def original(folder):
+    """Save a Llama as somebody else left it."""
+    torch.manual_seed(0)
+    shape = {name: value for name, value in SHAPE.items() if name != "rope_theta"}
+    config = LlamaConfig(**shape, rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
+    LlamaForCausalLM(config).save_pretrained(folder)
+    for path in (PARITY / "tokenizer_base").iterdir():
+        shutil.copyfile(path, folder / path.name)
+
+
+def folder(root, _monkeypatch):
+    original(root / "own")
+    return {"base": {"kind": "folder"}, "model_name": str(root / "own"), "expected_model": SHAPE}, "a local folder"
+
+
+def hub(root, _monkeypatch):
+    original(root / "hub-model")
+    files = {path.name: path.read_bytes() for path in (root / "hub-model").iterdir()}
+    changes = {"base": {"kind": "hub", "revision": "main"}, "model_name": REPO, "expected_model": SHAPE}
+    return {**changes, "files": files}, f"{REPO} (commit {COMMIT[:12]})"
+
+
+def in_package(root, monkeypatch):
+    tiny_gguf.write_package(root / "site")
+    monkeypatch.syspath_prepend(str(root / "site"))
+    base = {"kind": "gguf", "package": tiny_gguf.PACKAGE, "file": tiny_gguf.FILE}
+    told = f"{tiny_gguf.FILE} in the Python package {tiny_gguf.PACKAGE} (version {tiny_gguf.VERSION})"
+    return {"base": base, "model_name": "tiny", "expected_model": tiny_gguf.SHAPE}, told
+
+
+def make_workspace(root, sources, changes):
+    """Return a workspace of one profile with these sources, each in the mixture, and other values."""
+    job = make_main_job(root)
+    yaml = YAML(typ="safe", pure=True)
+    path = job.root / "params.yaml"
+    block = dict(yaml.load(path.read_text())["tiny"])
+    block |= {
+        **changes,
+        "sources": sources,
+        "datasets": [{name: {"max_val_set": 4}} for name in sources],
+        "max_length": 96,
+        "superhot": True,
+        "evaluation": {**block["evaluation"], "passkey": {"lengths": [768], "depths": [0.5], "repeats": 1}},
+        "num_train_epochs": 1,
+        "global_batch_size": 16,
+        "per_device_train_batch_size": 4,
+        "contamination": {**block["contamination"], "prompts": []},
+    }  # fmt: skip
+    with path.open("w") as file:
+        YAML().dump({"profile": "tiny", "tiny": block}, file)
+    return Workspace(job.root, "tiny")
+
+
+@pytest.mark.parametrize(
+    ("base", "kinds"),
+    [(scratch, ("http", "s3")), (folder, ("python_docs",)), (hub, ("huggingface", "files")), (in_package, ("files",))],
+    ids=["scratch, http and s3", "folder, python_docs", "hub, huggingface and files", "gguf, files"],
+)
+def test_it_goes_from_fetch_to_a_version_that_card_and_review_describe(tmp_path, monkeypatch, request, base, kinds):
+    changes, base_told = base(tmp_path / "elsewhere", monkeypatch)
+    models = changes.pop("files", {})
+    sources, told = {}, []
+    served = {"talk.jsonl": jsonl(CHATS)}
+    with serve_files(served) as site, serve_hub(Hub({"talks.jsonl": jsonl(CHATS)}, models)) as there:
+        point_at(monkeypatch, tmp_path / "cache", url=there.url)
+        if "http" in kinds:
+            sources["talk"] = {"kind": "files", "paths": [f"{site}/talk.jsonl"], **CHAT}
+            told.append(f"{site}/talk.jsonl (ETag")
+        if "s3" in kinds:
+            url = request.getfixturevalue("s3_url")
+            bucket, prefix = split_url(url)
+            make_client().put_object(Bucket=bucket, Key=f"{prefix}/texts.jsonl.gz", Body=gz(jsonl(TEXTS)))
+            sources["texts"] = {"kind": "files", "paths": [f"{url}/*.jsonl.gz"], **TEXT}
+            told.append(f"{url}/texts.jsonl.gz (ETag")
+        if "huggingface" in kinds:
+            sources["hub"] = {"kind": "huggingface", "repo": REPO, "revision": "main", "files": ["*.jsonl"], **CHAT}
+            told.append(f"{REPO} (commit {COMMIT[:12]}, files *.jsonl)")
+        if "files" in kinds:
+            sources["own"] = {"kind": "files", "paths": ["own.jsonl"], **TEXT}
+            told.append("own.jsonl (sha256")
+        if "python_docs" in kinds:
+            sources["topics"] = {"kind": "python_docs", "part": "topics", "expected_rows": None}
+            told.append("the topics of the documentation of Python")
+        workspace = make_workspace(tmp_path / "workspace", sources, changes)
+        (workspace.root / "own.jsonl").write_bytes(jsonl(TEXTS))
+        publication = run_all(workspace, monkeypatch)
+
+    card = (workspace.package / "README.md").read_text()
+    report = draw_report(open_case(open_store(workspace.registry_url), publication.version), with_pictures=False)
+    run = json.loads((workspace.package / "run.json").read_text())
+    assert run["sources"].keys() == sources.keys()
+    for words in (*told, base_told):
+        assert plain(words) in plain(report)
+        assert plain(words).partition(" (")[0] in plain(card)
+    assert AutoTokenizer.from_pretrained(workspace.package)("the sea")["input_ids"]
+    facts = describe_version(open_store(workspace.registry_url), publication.version)
+    assert facts["files"].keys() >= {"run.json", "README.md"}
+
+
+def plain(text):
+    """Return a text without Markdown's marks."""
+    for mark in "\\`*":
+        text = text.replace(mark, "")
+    return text
+
+
+def rewrite(workspace, changes):
+    yaml = YAML()
+    path = workspace.root / "params.yaml"
+    tree = yaml.load(path.read_text())
+    tree["tiny"].update(changes)
+    with path.open("w") as file:
+        yaml.dump(tree, file)
+    return workspace
+
+
+def run_all(workspace, monkeypatch):
+    monkeypatch.setenv("ROPEWAY_RANKS", "1")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.delenv("ROPEWAY_REGISTRY", raising=False)
+    write_identity(workspace.root)
+    for room in ROOMS:
+        enter_room(workspace.root, room)
+    _, profile = load_profile(workspace.root / "params.yaml")
+    return publish_package(workspace, profile, Revision("0" * 40, ()), lambda *_: None)
+
+
+@pytest.fixture
+def ready(tmp_path, monkeypatch):
+    """A workspace whose data is prepared: training is next."""
+    sources = {"own": {"kind": "files", "paths": ["own.jsonl"], **TEXT}}
+    changes = {"base": {"kind": "scratch"}, "expected_model": {**SHAPE, "vocab_size": 320}}
+    workspace = make_workspace(tmp_path / "workspace", sources, changes)
+    (workspace.root / "own.jsonl").write_bytes(jsonl(TEXTS))
+    monkeypatch.setenv("ROPEWAY_RANKS", "1")
+    write_identity(workspace.root)
+    for room in ("fetch", "base", "prepare"):
+        enter_room(workspace.root, room)
+    monkeypatch.setattr("ropeway.train.run", lambda *_: pytest.fail("training began"))
+    return workspace
+
+
+EVALUATION = {"prompts": "configs/prompts.jsonl", "sampling": "configs/sampling.json", "max_new_tokens": 4, "tasks": []}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "said"),
+    [
+        (
+            {"positions": {"rows": 1, "row_tokens": 10**6, "bucket_tokens": 32}},
+            DataError,
+            "row_tokens: rows of 1,000,000",
+        ),
+        ({"passkey": {"lengths": [64], "depths": [0.5], "repeats": 1}}, ConfigError, "passkey.lengths: 64 tokens; the"),
+        ({"prompts": "configs/sampling.json"}, ConfigError, r"sampling.json, line 1: expected a JSON string"),
+        ({"sampling": "configs/zero2_cpu.json"}, ConfigError, "expected {default"),
+    ],
+    ids=["long rows", "passkeys", "prompts", "sampling"],
+)
+def test_what_would_end_evaluate_is_said_before_training(ready, change, error, said):
+    block = YAML(typ="safe", pure=True).load((ready.root / "params.yaml").read_text())["tiny"]
+    rewrite(ready, {"evaluation": {**block["evaluation"], **change}})
+    write_identity(ready.root)
+    with pytest.raises(error, match=said):
+        enter_room(ready.root, "train")
+
+
+def test_what_would_end_package_is_said_before_training(ready):
+    ready.ledger.unlink()
+    with pytest.raises(DataError, match=r"ledger.json: expected the JSON"):
+        enter_room(ready.root, "train")
