@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,7 @@ def make_run(
     conversations, documents = talks(), texts()
     make_raw(workspace, conversations, documents)
     make_data(workspace, profile, conversations, documents)
+    write_ledger(workspace)
     workspace.steps.write_text(STEPS)
     freeze_inputs(root, **{f"code-{stage}": code_digests(stage) for stage in READS})
     if room == "package":
@@ -106,7 +108,7 @@ def make_run(
 
 
 def finish_run(workspace: Workspace, profile: Profile) -> None:
-    """Lay what train and evaluate leave beside the model, and the ledger."""
+    """Lay what train and evaluate leave beside the model."""
     evaluate.run(workspace, profile.reading(READS["evaluate"]))
     write_json(
         workspace.train_metrics,
@@ -120,6 +122,10 @@ def finish_run(workspace: Workspace, profile: Profile) -> None:
             "continued_from": {},
         },
     )
+
+
+def write_ledger(workspace: Workspace) -> None:
+    """Write what prepare accounts for."""
     accounts = tuple(
         Account(
             name=name,
@@ -158,7 +164,7 @@ def make_model(folder: Path, profile: Profile, *, seed: int, steps: int) -> None
         facts |= {"fingerprint": "0123456789abcdef", "steps": steps, "applied_steps": steps, "dtype": profile.dtype}
     else:
         facts |= {"special": read_special(folder, open_tokenizer(folder))}
-        facts |= {"model": {"kind": profile.base.kind, "name": profile.model_name}}
+        facts |= {"model": {"kind": profile.base.kind, "name": profile.model_name}, "rope": asdict(rope)}
     write_manifest(folder, facts)
 
 

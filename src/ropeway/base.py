@@ -2,12 +2,14 @@
 
 import importlib.util
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ropeway import hub
 from ropeway.chat import template_digest
@@ -47,13 +49,13 @@ def run(workspace: Workspace, profile: Profile) -> None:
         write_tokenizer(folder, tokenizer, names, max_length=profile.max_length)
         rows = plan_vocabulary(count_tokens(tokenizer), profile.pad_vocab_to_multiple_of)
         if origin is None:
-            model = make_model(profile, rows=rows)
+            model, rope = make_model(profile, rows=rows)
         else:
-            model = open_model(origin, options, profile)
+            model, rope = open_model(origin, options, profile)
             resize(model, rows=rows, new_rows=profile.new_rows, seed=profile.rng_seed)
         special = read_special(folder, tokenizer)
         _save(model, folder, special)
-        facts = _facts(profile, model, folder, special)
+        facts = _facts(profile, model, folder, special, rope)
         if isinstance(profile.base, HubBase | GgufBase):  # of a folder there are only times
             file = {"file": profile.base.file} if isinstance(profile.base, GgufBase) else {}
             facts["model"]["origin"] = FrozenInputs.load(workspace.root).value("base") | file
@@ -70,26 +72,27 @@ def plan_vocabulary(tokens: int, multiple: int) -> int:
     return -(-tokens // multiple) * multiple
 
 
-def make_model(profile: Profile, *, rows: int) -> LlamaForCausalLM:
+def make_model(profile: Profile, *, rows: int) -> tuple[LlamaForCausalLM, RopeScaling]:
     """Return a Llama of `expected_model`'s shape with fp32 weights drawn from the run's seed alone."""
     shape, rope = profile.expected_model.model_dump(exclude={"vocab_size", "rope_theta"}), _rope(profile)
     shape |= {"vocab_size": rows, "max_position_embeddings": rope.stated_positions}
     config = LlamaConfig(**shape, rope_parameters=rope.rope_parameters())
     with torch.random.fork_rng(devices=[]):  # transformers draws from the global generator only
         torch.manual_seed(profile.rng_seed)
-        return LlamaForCausalLM(config).to(torch.float32)
+        return LlamaForCausalLM(config).to(torch.float32), rope
 
 
-def open_model(origin: Path, options: dict[str, Any], profile: Profile) -> LlamaForCausalLM:
-    """Return the Llama of a folder in the dtype it is stored in, its RoPE stretched as params say.
+def open_model(origin: Path, options: dict[str, Any], profile: Profile) -> tuple[LlamaForCausalLM, RopeScaling]:
+    """Return the Llama of a folder in the dtype it is stored in, and its RoPE scaling, set as params say.
 
     Raises:
         ConfigError: It is no Llama, has another shape than `expected_model`, or lacks weights.
     """
     config = AutoConfig.from_pretrained(origin, **options)
     check_shape(config, profile.expected_model, where=f"model_name {profile.model_name}")
-    config.rope_parameters = _rope(profile).rope_parameters()  # the whole dict: a partial one loses theta (5.24)
-    config.max_position_embeddings = _rope(profile).stated_positions
+    rope = plan_rope(config, profile)
+    config.rope_parameters = rope.rope_parameters()  # the whole dict: a partial one loses theta (5.24)
+    config.max_position_embeddings = rope.stated_positions
     config.rms_norm_eps = profile.expected_model.rms_norm_eps
     model, found = LlamaForCausalLM.from_pretrained(
         origin, config=config, dtype="auto", output_loading_info=True, **options
@@ -98,7 +101,36 @@ def open_model(origin: Path, options: dict[str, Any], profile: Profile) -> Llama
         raise ConfigError(
             f"{origin}: {len(lacking)} weights of a Llama are not in its files, first {lacking[0]}; fetch it again"
         )
-    return _dequantised(model) if "gguf_file" in options else model
+    return (_dequantised(model) if "gguf_file" in options else model), rope
+
+
+def plan_rope(config: Any, profile: Profile) -> RopeScaling:  # noqa: ANN401 - any model's config
+    """Return the run's scaling over a base: its own, kept exactly, unless `superhot` is true.
+
+    Raises:
+        ConfigError: `superhot` would replace a scaling that the base has, or `max_length` is beyond its reach.
+    """
+    own = RopeScaling.keep(config.rope_parameters, config.max_position_embeddings, measure_frequencies(config))
+    if not profile.superhot:
+        if profile.max_length > own.reach:
+            raise ConfigError(
+                f"max_length is {profile.max_length} tokens, the base reaches {own.reach} (max_position_embeddings "
+                f"{config.max_position_embeddings}, RoPE {own.kind}); shorten max_length, or extend it with superhot"
+            )
+        return own
+    rope = _rope(profile)
+    if own.kind != "default":
+        raise ConfigError(
+            f"superhot: true asks for {rope.kind} scaling by {rope.factor:g}, but the base has a RoPE scaling of its "
+            f"own, {own.kept}, which that would replace. Set superhot: false: its scaling is kept as it is"
+        )
+    return rope
+
+
+def measure_frequencies(config: Any) -> tuple[float, ...]:  # noqa: ANN401
+    """Return the attention factor and the fp32 frequencies that transformers computes from an untouched config."""
+    rotary = LlamaRotaryEmbedding(config)
+    return (float(rotary.attention_scaling), *(float(value) for value in rotary.inv_freq.float()))
 
 
 def _dequantised(opened: LlamaForCausalLM) -> LlamaForCausalLM:
@@ -179,7 +211,26 @@ def _find_in_package(base: GgufBase) -> Path:
     if not (folder / base.file).is_file():
         there = sorted(path.name for path in folder.glob("*.gguf"))
         raise ConfigError(f"base.file: {folder} has no {base.file}; GGUF files there: {', '.join(there) or 'none'}")
+    check_gguf_rope(folder / base.file)
     return folder
+
+
+def check_gguf_rope(path: Path) -> None:
+    """Raise ConfigError for a GGUF file with a RoPE scaling: transformers 5.24 passes over it for a Llama."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+    stated = {key: field.contents() for key, field in reader.fields.items() if ".rope.scaling." in key}
+    kind = next((str(value) for key, value in stated.items() if key.endswith(".type")), "none")
+    factors = next((tensor.data for tensor in reader.tensors if tensor.name == "rope_freqs.weight"), None)
+    if kind != "none" or (factors is not None and bool((factors != 1).any())):
+        what = (
+            f"{kind} scaling ({stated})" if kind != "none" else "a RoPE scaling of its own (tensor rope_freqs.weight)"
+        )
+        raise ConfigError(
+            f"base.file: {path} states {what}, which transformers does not read from a GGUF file; the model would be "
+            "trained without it. Use the original in safetensors: base: {kind: folder} or {kind: hub, revision: COMMIT}"
+        )
 
 
 def _download(repo: str, commit: str, revision: str) -> Path:
@@ -213,15 +264,18 @@ def _save(model: LlamaForCausalLM, folder: Path, special: dict[str, int]) -> Non
     model.save_pretrained(folder, max_shard_size=SHARD_BYTES)
 
 
-def _facts(profile: Profile, model: LlamaForCausalLM, folder: Path, special: dict[str, int]) -> dict[str, Any]:
+def _facts(
+    profile: Profile, model: LlamaForCausalLM, folder: Path, special: dict[str, int], rope: RopeScaling
+) -> dict[str, Any]:
     return {
         "model": {
             "name": profile.model_name,
             "kind": profile.base.kind,
             **profile.expected_model.model_dump(),
             "embedding_rows": model.get_input_embeddings().weight.shape[0],
-            "rope_parameters": _rope(profile).rope_parameters(),
+            "rope_parameters": rope.rope_parameters(),
         },
+        "rope": asdict(rope),
         "tokenizer": file_sha256(folder / "tokenizer.json"),
         "template": template_digest(),
         "special": special,

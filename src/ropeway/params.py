@@ -58,7 +58,7 @@ READS: dict[str, tuple[str, ...]] = {
         *_ROWS, "adam_beta1", "adam_beta2", "adam_epsilon", "deepspeed_config", "dtype", "gradient_accumulation_steps",
         "gradient_checkpointing", "learning_rate", "lora", "loss_normalisation", "lr_schedule", "max_grad_norm",
         "peft_model", "per_device_eval_batch_size", "per_device_train_batch_size", "residual_dropout", "resume_from",
-        "superhot", "superhot_config", "use_flash_attention", "warmup_steps", "weight_decay",
+        "use_flash_attention", "warmup_steps", "weight_decay",
     ),
     "evaluate": (
         "datasets", "document_end", "evaluation", "label_masking", "max_length", "per_device_eval_batch_size",

@@ -1,6 +1,8 @@
 """RoPE scaling as one typed object: it opens the model, checks the live module and writes the export."""
 
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +25,10 @@ class RopeScaling:
         theta: Base of the frequencies.
         original: Positions the base model knows, in tokens.
         settings: What the kind needs beside that, by transformers' names; sorted pairs.
+        kept: The base's own `rope_parameters` as JSON where nothing is scaled by this run; empty where the run decides.
+        positions: The base's own `max_position_embeddings`, with `kept`.
+        frequencies: With `kept`, what transformers computes from the base's untouched config: the attention factor,
+            then `head_dim / 2` fp32 frequencies. Empty until `base` has opened it.
     """
 
     kind: str
@@ -30,6 +36,23 @@ class RopeScaling:
     theta: float
     original: int
     settings: tuple[tuple[str, float], ...] = ()
+    kept: str = ""
+    positions: int = 0
+    frequencies: tuple[float, ...] = ()
+
+    @classmethod
+    def keep(cls, stated: Mapping[str, Any], positions: int, frequencies: tuple[float, ...] = ()) -> "RopeScaling":
+        """Return a base's own scaling, untouched.
+
+        Args:
+            stated: `rope_parameters` of its config, as transformers 5 reads it.
+            positions: Its `max_position_embeddings`.
+            frequencies: See the class.
+        """
+        kind, factor = str(stated.get("rope_type", "default")), float(stated.get("factor") or 1.0)
+        original = int(stated.get("original_max_position_embeddings") or positions)
+        theta, text = float(stated["rope_theta"]), json.dumps(dict(stated), sort_keys=True)
+        return cls(kind, factor, theta, original, kept=text, positions=positions, frequencies=frequencies)
 
     @classmethod
     def of(cls, profile: Profile, *, theta: float, original: int) -> "RopeScaling":
@@ -43,21 +66,26 @@ class RopeScaling:
     @classmethod
     def from_json(cls, stated: dict[str, Any]) -> "RopeScaling":
         """Return the object whose `dataclasses.asdict` went through JSON."""
-        return cls(**{**stated, "settings": tuple((name, value) for name, value in stated["settings"])})
+        settings = tuple((name, value) for name, value in stated["settings"])
+        return cls(**{**stated, "settings": settings, "frequencies": tuple(stated["frequencies"])})
 
     def rope_parameters(self) -> dict[str, Any]:
         """Return the full dict transformers 5 wants; a partial one loses theta there (5.24)."""
+        if self.kept:
+            parameters: dict[str, Any] = json.loads(self.kept)
+            return parameters
         if self.kind == "default":
             return {"rope_type": "default", "rope_theta": self.theta}
         return {"rope_type": self.kind, "rope_theta": self.theta, "factor": self.factor, **self._beyond()}
 
     def legacy(self) -> dict[str, Any] | None:
         """Return `rope_scaling` as transformers 4 reads it: for 4.31 exactly type and a float factor, or None."""
-        if self.kind == "default":
+        if self.kind == "default" or (self.kind in _ALIKE and self.factor == 1):  # 4.31 refuses a factor of 1
             return None
         if self.kind in _ALIKE:
             return {"type": self.kind, "factor": self.factor}
-        return {"rope_type": self.kind, "factor": self.factor, **self._beyond()}
+        parameters = self.rope_parameters()
+        return {name: value for name, value in parameters.items() if name not in ("rope_theta", "type")}
 
     def _beyond(self) -> dict[str, Any]:
         if self.kind in _ALIKE:
@@ -68,28 +96,34 @@ class RopeScaling:
     @property
     def reach(self) -> int:
         """Positions the scaled model is made for, in tokens."""
-        return int(self.original * self.factor)
+        return max(self.positions, int(self.original * self.factor))
 
     @property
     def stated_positions(self) -> int:
         """What config.json says as `max_position_embeddings`.
 
         The base's own, which programs multiply by the factor; under `llama3` the whole reach, which they do not
-        (Llama 3.1's config states 131,072 beside an original 8,192).
+        (Llama 3.1's config states 131,072 beside an original 8,192). A kept scaling keeps the base's number.
         """
+        if self.kept:
+            return self.positions
         return self.reach if self.kind == "llama3" else self.original
 
     @property
     def attention_factor(self) -> float:
         """By how much sine and cosine are multiplied. Source: arXiv:2309.00071, equation 22 (yarn alone)."""
+        if self.frequencies:
+            return self.frequencies[0]
         return 0.1 * math.log(self.factor) + 1.0 if self.kind == "yarn" and self.factor > 1 else 1.0
 
     def inv_freq(self, head_dim: int) -> Frequencies:
         """Return `(head_dim / 2,)` fp32 frequencies of the positions the base model knows.
 
         Source: Su et al. 2021, arXiv:2104.09864; linear: Chen et al. 2023, arXiv:2306.15595. `dynamic` leaves them
-        alone until a sequence is longer than the base's context.
+        alone until a sequence is longer than the base's context. Of a kept scaling: what transformers computed.
         """
+        if self.frequencies:
+            return np.asarray(self.frequencies[1:], dtype=np.float32)
         exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
         # The power rounded once, as torch does: numpy's fp32 power is an ulp off, 1e-4 in the sine at position 8,191.
         powers = np.power(np.float64(self.theta), exponents.astype(np.float64)).astype(np.float32)

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ropeway.origins import Base, Source
+from ropeway.origins import Base, ScratchBase, Source
 from ropeway.repeats import Contamination, Duplicates
 from ropeway.section import Count, Fraction, Positive, Section
 
@@ -239,13 +239,14 @@ class Profile(Section):
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Self:
-        reach = self.expected_model.max_position_embeddings * (self.superhot_config.scale if self.superhot else 1)
-        if self.max_length > reach:
+        scale = self.superhot_config.scale if self.superhot else 1
+        reach = self.expected_model.max_position_embeddings * scale
+        # Without superhot a base's own scaling is kept, and how far that reaches is known when the base is opened.
+        if self.max_length > reach and (self.superhot or isinstance(self.base, ScratchBase)):
             raise ValueError(
                 f"max_length is {self.max_length} tokens, but expected_model.max_position_embeddings "
-                f"{self.expected_model.max_position_embeddings} x superhot_config.scale "
-                f"{self.superhot_config.scale if self.superhot else 1:g} reaches only {reach:g}; raise the scale or "
-                "shorten max_length"
+                f"{self.expected_model.max_position_embeddings} x superhot_config.scale {scale:g} reaches only "
+                f"{reach:g}; raise the scale or shorten max_length"
             )
         if self.layout == "packed" and self.document_end == "published":
             raise ValueError(

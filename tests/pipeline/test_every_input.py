@@ -6,7 +6,8 @@ import shutil
 import pytest
 import torch
 from ruamel.yaml import YAML
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from flows.evidence import open_case
 from flows.publishing import publish_package
@@ -82,19 +83,32 @@ def scratch(_folder, _monkeypatch):
     return {"base": {"kind": "scratch"}, "expected_model": {**SHAPE, "vocab_size": 400}}, "random weights"
 
 
-def original(folder):
+SCALED = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+def original(folder, rope=None):
     """Save a Llama as somebody else left it."""
     torch.manual_seed(0)
     shape = {name: value for name, value in SHAPE.items() if name != "rope_theta"}
-    config = LlamaConfig(**shape, rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
+    rope = rope or {"rope_type": "default", "rope_theta": 10000.0}
+    config = LlamaConfig(**shape, rope_parameters=rope)
     LlamaForCausalLM(config).save_pretrained(folder)
     for path in (PARITY / "tokenizer_base").iterdir():
         shutil.copyfile(path, folder / path.name)
 
 
 def folder(root, _monkeypatch):
-    original(root / "own")
-    return {"base": {"kind": "folder"}, "model_name": str(root / "own"), "expected_model": SHAPE}, "a local folder"
+    """Return a base with a scaling of its own, which stays."""
+    original(root / "own", SCALED)
+    changes = {"base": {"kind": "folder"}, "model_name": str(root / "own"), "expected_model": SHAPE, "superhot": False}
+    return changes, "a local folder"
 
 
 def hub(root, _monkeypatch):
@@ -119,11 +133,10 @@ def make_workspace(root, sources, changes):
     path = job.root / "params.yaml"
     block = dict(yaml.load(path.read_text())["tiny"])
     block |= {
+        "max_length": 96,
         **changes,
         "sources": sources,
         "datasets": [{name: {"max_val_set": 4}} for name in sources],
-        "max_length": 96,
-        "superhot": True,
         "evaluation": {**block["evaluation"], "passkey": {"lengths": [768], "depths": [0.5], "repeats": 1}},
         "num_train_epochs": 1,
         "global_batch_size": 16,
@@ -177,8 +190,24 @@ def test_it_goes_from_fetch_to_a_version_that_card_and_review_describe(tmp_path,
         assert plain(words) in plain(report)
         assert plain(words).partition(" (")[0] in plain(card)
     assert AutoTokenizer.from_pretrained(workspace.package)("the sea")["input_ids"]
+    if base is folder:
+        check_kept_scaling(tmp_path / "elsewhere" / "own", workspace.package, card)
     facts = describe_version(open_store(workspace.registry_url), publication.version)
     assert facts["files"].keys() >= {"run.json", "README.md"}
+
+
+def check_kept_scaling(original, package, card):
+    """The authority: transformers' own function on the base's untouched config."""
+    untouched = AutoConfig.from_pretrained(original)
+    frequencies, factor = ROPE_INIT_FUNCTIONS["llama3"](untouched)
+    model = AutoModelForCausalLM.from_pretrained(package)
+    assert model.config.rope_parameters == untouched.rope_parameters == SCALED
+    assert model.config.max_position_embeddings == untouched.max_position_embeddings
+    torch.testing.assert_close(model.model.rotary_emb.inv_freq, frequencies, rtol=0, atol=0)
+    assert model.model.rotary_emb.attention_scaling == factor
+    stated = json.loads((package / "config.json").read_text())["rope_scaling"]
+    assert stated == {name: value for name, value in SCALED.items() if name != "rope_theta"}
+    assert "keeps the RoPE scaling of its base as it is, llama3" in card
 
 
 def plain(text):

@@ -33,7 +33,7 @@ def write_package(folder):
     write_model(package / FILE)
 
 
-def write_model(path):
+def write_model(path, *, scaling=None, factors=None):
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("tiny")
     writer.add_context_length(POSITIONS)
@@ -45,6 +45,8 @@ def write_model(path):
     writer.add_rope_dimension_count(WIDTH // HEADS)
     writer.add_rope_freq_base(10000.0)
     writer.add_layer_norm_rms_eps(1e-5)
+    if scaling:
+        writer.add_rope_scaling_type(gguf.RopeScalingType(scaling))
     writer.add_vocab_size(len(TOKENS))
     writer.add_tokenizer_model("llama")
     writer.add_token_list(TOKENS)
@@ -62,6 +64,8 @@ def write_model(path):
         writer.add_tensor(f"{name}.weight", (draw.standard_normal(shape) * 0.1).astype(np.float32))
 
     add("token_embd", len(TOKENS), WIDTH)
+    if factors:
+        writer.add_tensor("rope_freqs.weight", np.full(WIDTH // HEADS // 2, factors, np.float32))
     add("output", len(TOKENS), WIDTH)
     writer.add_tensor("output_norm.weight", np.ones(WIDTH, np.float32))
     for layer in range(LAYERS):

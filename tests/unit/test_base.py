@@ -3,17 +3,20 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ropeway import base
-from ropeway.base import check_shape, plan_vocabulary, resize
+from ropeway.base import check_gguf_rope, check_shape, plan_vocabulary, resize
 from ropeway.chat import ROLE_TOKENS, template_digest
 from ropeway.errors import ConfigError
 from ropeway.manifest import file_sha256, load_manifest, write_manifest
-from ropeway.params import READS, FolderBase, GgufBase, ModelShape, ScratchBase, StretchScaling, load_profile
+from ropeway.params import READS, FolderBase, GgufBase, ModelShape, ScratchBase, load_profile
 from ropeway.raw import RawWriter
+from ropeway.rope import RopeScaling
 from ropeway.tokenizer import open_tokenizer
 from ropeway.workspace import Workspace
+from tests.support import tiny_gguf
 from tests.tiny_run import PARITY, ROOT
 
 _, PUBLISHED = load_profile(ROOT / "params.yaml", "llama2_13b_orca_8k")
@@ -180,10 +183,54 @@ def test_an_opened_model_is_stretched_as_params_say(tmp_path):
 def test_without_scaling_the_config_says_so(tmp_path):
     original(tmp_path / "model-x")
     workspace = Workspace(tmp_path, "run")
-    plain = of_folder("model-x", superhot=False, superhot_config=StretchScaling(type="linear", scale=1.0))
+    plain = of_folder("model-x", superhot=False, max_length=64)
     base.run(workspace, plain)
     config = json.loads((workspace.base / "config.json").read_bytes())
     assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": 10000.0}
+
+
+OWN = {
+    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8},
+    "linear": {"factor": 4.0},
+    "dynamic": {"factor": 2.0},
+    "yarn": {"factor": 16.0, "original_max_position_embeddings": 4, "beta_fast": 16.0, "beta_slow": 2.0},
+    "longrope": {
+        "short_factor": [1.0, 1.5, 2.0, 3.0],
+        "long_factor": [2.0, 4.0, 8.0, 16.0],
+        "original_max_position_embeddings": 16,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_a_base_s_own_scaling_is_kept_exactly_and_never_replaced(tmp_path, kind):
+    stated = {"rope_type": kind, "rope_theta": 10000.0, **OWN[kind]}
+    folder = original(tmp_path / "model-x", rope_parameters=stated)
+    untouched = AutoConfig.from_pretrained(
+        folder
+    )  # the authority: transformers' own functions on the base's own config
+    frequencies, factor = ROPE_INIT_FUNCTIONS[kind](untouched)
+    workspace = Workspace(tmp_path, "run")
+    base.run(workspace, of_folder("model-x", superhot=False, max_length=64))
+    config = json.loads((workspace.base / "config.json").read_bytes())
+    assert config["rope_parameters"] == untouched.rope_parameters == stated
+    assert config["max_position_embeddings"] == untouched.max_position_embeddings == 64
+    live = AutoModelForCausalLM.from_pretrained(workspace.base).model.rotary_emb
+    torch.testing.assert_close(live.inv_freq, frequencies, rtol=0, atol=0)
+    assert live.attention_scaling == factor
+    rope = RopeScaling.from_json(load_manifest(workspace.base, remedy="")["rope"])
+    assert rope.inv_freq(8).tolist() == frequencies.tolist()
+    with pytest.raises(
+        ConfigError, match=rf"asks for linear scaling by 2, but the base has .*\"rope_type\": \"{kind}\""
+    ):
+        base.run(workspace, of_folder("model-x"))
+
+
+def test_how_far_a_kept_scaling_reaches_is_the_base_s_to_say(tmp_path):
+    original(tmp_path / "model-x", rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0})
+    base.run(Workspace(tmp_path, "run"), of_folder("model-x", superhot=False, max_length=256))
+    with pytest.raises(ConfigError, match="max_length is 257 tokens, the base reaches 256"):
+        base.run(Workspace(tmp_path, "run"), of_folder("model-x", superhot=False, max_length=257))
 
 
 def test_a_missing_folder_is_said_with_what_to_do(tmp_path):
@@ -225,6 +272,21 @@ def test_a_package_or_file_that_is_not_there_is_said(tmp_path):
     gguf = GgufBase(kind="gguf", package="ropeway", file="x.gguf")
     with pytest.raises(ConfigError, match=r"has no x.gguf; GGUF files there: none"):
         base.run(lay(tmp_path / "b"), profile(base=gguf))
+
+
+@pytest.mark.parametrize("fault", ["none", "yarn", "rope_freqs", "rope_freqs of ones"])
+def test_a_gguf_file_with_a_rope_scaling_is_refused_since_nobody_would_apply_it(tmp_path, fault):
+    path = tmp_path / "tiny.gguf"
+    tiny_gguf.write_model(
+        path,
+        scaling="yarn" if fault == "yarn" else None,
+        factors={"rope_freqs": 2.0, "rope_freqs of ones": 1.0}.get(fault),
+    )
+    if fault in ("none", "rope_freqs of ones"):
+        return check_gguf_rope(path)
+    with pytest.raises(ConfigError, match="which transformers does not read from a GGUF file"):
+        check_gguf_rope(path)
+    return None
 
 
 def test_a_vocabulary_that_needs_no_rows_is_left_as_it_is():

@@ -179,6 +179,14 @@ def format_context(facts: Facts) -> Iterator[str]:
             f"`max_position_embeddings` of {reach:,} is the base's own."
         )
         return
+    if rope.kept:
+        yield (
+            f"This model was trained with a context of {trained:,} tokens and keeps the RoPE scaling of its base as it "
+            f"is, {rope.kind}: `{rope.kept}`. `max_position_embeddings` of {reach:,} is the base's own. config.json "
+            "states the scaling as `rope_scaling` and as `rope_parameters`, so that transformers 4 and 5 both apply "
+            f'it. Before loading, make sure of the version: `pip install "transformers>={facts.loader}"`.'
+        )
+        return
     settings = ", ".join(f"{key}: {value:g}" for key, value in (("scale", rope.factor), *rope.settings))
     yield (
         f"This model was trained with a context of {trained:,} tokens using {rope.kind} scaling of RoPE embeddings by "

@@ -18,7 +18,7 @@ from ropeway.chat import ASSISTANT, ROLE_TOKENS
 from ropeway.errors import DataError, RopewayError
 from ropeway.manifest import NAME as MANIFEST
 from ropeway.manifest import load_manifest
-from ropeway.package.config import TORCH_NAMES, legacy_scaling
+from ropeway.package.config import TORCH_NAMES
 from ropeway.package.probe import logits_of
 from ropeway.package.weights import STORED, iterate_dtypes
 from ropeway.rope import RopeScaling
@@ -59,7 +59,7 @@ def config_faults(config: Mapping[str, Any], probe: Mapping[str, Any]) -> Iterat
     rope = RopeScaling.from_json(probe["rope"])
     wanted: dict[str, Any] = {
         "rope_parameters": rope.rope_parameters(),
-        "rope_scaling": legacy_scaling(rope),
+        "rope_scaling": rope.legacy(),
         "rope_theta": rope.theta,
         "dtype": TORCH_NAMES[probe["dtype"]],
         "torch_dtype": TORCH_NAMES[probe["dtype"]],
@@ -121,7 +121,11 @@ def model_faults(model: Any, tokenizer: Any, probe: Mapping[str, Any]) -> Iterat
     yield from _differs("dtype of the loaded model", f"torch.{TORCH_NAMES[probe['dtype']]}", str(model.dtype))
     live = model.model.rotary_emb.inv_freq.float().numpy()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    wanted = RopeScaling.from_json(probe["rope"]).inv_freq(head_dim)
+    rope = RopeScaling.from_json(probe["rope"])
+    wanted = rope.inv_freq(head_dim)
+    yield from _differs(
+        "RoPE's attention factor", round(rope.attention_factor, 6), round(model.model.rotary_emb.attention_scaling, 6)
+    )
     if live.shape != wanted.shape or not np.allclose(live, wanted, rtol=1e-6, atol=0):
         yield f"  RoPE frequencies of the live model: expected {wanted[:4].tolist()}…, found {live[:4].tolist()}…"
     rows = model.get_input_embeddings().weight.shape[0]

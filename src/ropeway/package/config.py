@@ -37,16 +37,11 @@ def plan_config(
         "dtype": TORCH_NAMES[dtype],
         "torch_dtype": TORCH_NAMES[dtype],
         "rope_parameters": rope.rope_parameters(),
-        "rope_scaling": legacy_scaling(rope),
+        "rope_scaling": rope.legacy(),
         "rope_theta": rope.theta,
         "use_cache": True,  # training switches it off
         **{f"{name}_token_id": special[name] for name in ("bos", "eos", "pad")},
     }
-
-
-def legacy_scaling(rope: RopeScaling) -> dict[str, Any] | None:
-    """Return `rope_scaling` for transformers 4, which refuses a factor of 1 (4.31's LlamaConfig): there it is None."""
-    return None if rope.factor == 1 else rope.legacy()
 
 
 def plan_tokenizer_config(trained: Mapping[str, Any], *, max_length: int, roles: tuple[str, ...]) -> dict[str, Any]:
@@ -113,7 +108,7 @@ def lowest_loader(rope: RopeScaling, tokenizer: Mapping[str, Any]) -> str:
     needed = {
         "4.33.0": rope.theta != LLAMA_THETA,
         "4.40.0": model.get("ignore_merges") is True,
-        "4.43.0": rope.kind in ("yarn", "llama3"),
+        "4.43.0": rope.kind not in ("default", "linear", "dynamic"),
         "4.45.0": _all_pairs(model.get("merges")),
     }
     return max((version for version, is_needed in needed.items() if is_needed), default="4.31.0")

@@ -27,7 +27,7 @@ class Facts:
 
     Attributes:
         name: The profile's.
-        rope: The scaling that was trained with, from params.
+        rope: The scaling that was trained with, as the base stage recorded it.
         raw: Manifests, as `base`, `data` and `model` are.
         end: The text of the tokenizer's end token.
         systems: System message -> conversations it occurred in; "" are those without.
@@ -111,12 +111,11 @@ def load_early_facts(workspace: Workspace, profile: Profile, *, verify: bool = F
         load_manifest(folder, remedy=f"Run `dvc checkout`, or `dvc repro {stage}`", verify=verify)
         for folder, stage in ((workspace.raw, "fetch"), (workspace.base, "base"), (workspace.data, "prepare"))
     )
-    shape = profile.expected_model
     config = json.loads((workspace.base / "config.json").read_bytes())
     return Facts(
         name=workspace.profile,
         profile=profile,
-        rope=RopeScaling.of(profile, theta=shape.rope_theta, original=shape.max_position_embeddings),
+        rope=RopeScaling.from_json(base["rope"]),
         raw=raw,
         base=base,
         data=data,
@@ -144,7 +143,7 @@ def check_one_run(workspace: Workspace, data: Json, rope: RopeScaling, config: J
         )
     if config["rope_parameters"] != rope.rope_parameters():
         raise DataError(
-            f"{workspace.model / 'config.json'}: rope_parameters are {config['rope_parameters']}, superhot_config says "
+            f"{workspace.model / 'config.json'}: rope_parameters are {config['rope_parameters']}, those of the base "
             f"{rope.rope_parameters()}. {_REMEDY}"
         )
 

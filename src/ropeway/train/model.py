@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from ropeway.errors import ConfigError
 from ropeway.params import Profile
@@ -17,16 +17,11 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def open_model(folder: Path, profile: Profile, attention: Attention) -> Any:  # noqa: ANN401 - transformers is untyped
-    """Return the base model of `folder` ready for training, RoPE scaling set before construction.
-
-    Set afterwards it would be dead: transformers 5 computes the frequencies in the constructor.
-    """
+    """Return the base model of `folder` ready for training, with the RoPE scaling that its config states."""
     if attention.implementation == VARLEN:
         register(varlen_kernel(on_cuda=attention.on_cuda))
-    config = AutoConfig.from_pretrained(folder)
-    config.rope_parameters = scaling_of(config, profile).rope_parameters()
     model = AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=DTYPES[profile.dtype], attn_implementation=attention.implementation
+        folder, dtype=DTYPES[profile.dtype], attn_implementation=attention.implementation
     )
     model.config.use_cache = False
     add_adapters(model, profile)
@@ -47,15 +42,8 @@ def count_weights(model: Any, *, learning_only: bool = False) -> int:  # noqa: A
     return sum(int(getattr(part, "ds_numel", part.numel())) for part in parts)
 
 
-def scaling_of(config: Any, profile: Profile) -> RopeScaling:  # noqa: ANN401
-    """Return the run's RoPE scaling on top of the base config's own theta and context."""
-    stated = config.rope_parameters
-    original = stated.get("original_max_position_embeddings", config.max_position_embeddings)
-    return RopeScaling.of(profile, theta=float(stated["rope_theta"]), original=int(original))
-
-
-def check_rope(model: Any, profile: Profile) -> None:  # noqa: ANN401
-    """Hold the live module's frequencies against the formula, in fp32.
+def check_rope(model: Any, scaling: RopeScaling) -> None:  # noqa: ANN401
+    """Compare the live module's frequencies, in fp32, with the formula; of a kept scaling, with the base's own.
 
     Raises:
         ConfigError: They differ, or the engine rounded them to 16 bit (older DeepSpeed did: field report #8066).
@@ -68,15 +56,14 @@ def check_rope(model: Any, profile: Profile) -> None:  # noqa: ANN401
         )
     config = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    scaling = scaling_of(config, profile)
     expected = torch.from_numpy(scaling.inv_freq(head_dim))
     if not torch.allclose(live, expected, rtol=1e-6, atol=0):
         raise ConfigError(
-            f"RoPE frequencies of the live model start {live[:3].tolist()}, the formula says {expected[:3].tolist()}; "
-            "the scaling of superhot_config did not reach the model"
+            f"RoPE frequencies of the live model start {live[:3].tolist()}, expected {expected[:3].tolist()}: "
+            f"{scaling.kind} scaling did not reach the model"
         )
     if not math.isclose(model.model.rotary_emb.attention_scaling, scaling.attention_factor, rel_tol=1e-6):
         raise ConfigError(
-            f"RoPE's attention factor of the live model is {model.model.rotary_emb.attention_scaling:g}, the formula "
-            f"says {scaling.attention_factor:g}; the scaling of superhot_config did not reach the model"
+            f"RoPE's attention factor of the live model is {model.model.rotary_emb.attention_scaling:g}, expected "
+            f"{scaling.attention_factor:g}: {scaling.kind} scaling did not reach the model"
         )

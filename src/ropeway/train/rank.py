@@ -22,6 +22,7 @@ from ropeway.frozen import FrozenInputs
 from ropeway.manifest import digest_of, load_manifest
 from ropeway.memory import DTYPE_BYTES, stored_bytes
 from ropeway.params import READS, UNHASHED
+from ropeway.rope import RopeScaling
 from ropeway.shards import REMEDY, open_shards
 from ropeway.tracking import About, Tracker, describe_mirror, open_tracker
 from ropeway.train import checkpoints, rewind, saving
@@ -217,7 +218,8 @@ def open_run(workspace: Workspace, profile: Any, attention: Attention, *, univer
     if universal:
         config["checkpoint"] = {"load_universal": True}
     run.engine, *_ = deepspeed.initialize(model=model, model_parameters=learning(model), config=config)
-    check_rope(run.engine.module.model, profile)
+    base = load_manifest(workspace.base, remedy="Run `dvc checkout`, or `dvc repro base`", verify=False)
+    check_rope(run.engine.module.model, RopeScaling.from_json(base["rope"]))
     _check_same_plan(run)
     apart = check_isolation(run)
     if apart is not None and run.rank == 0:
