@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from flows.stages import Say, StoppedError
+from flows.summary import Result
 from ropeway.errors import TemporaryError
 
 RETRIES = 2
@@ -50,6 +51,9 @@ class Board(Protocol):
     def report(self, key: str, text: str) -> None:
         """Show a markdown text."""
 
+    def over(self, result: Result) -> None:
+        """Take the run's result: whatever is shown from here on may be cut short."""
+
     def ask_review(self, digest: str) -> str | None:
         """Ask for a review of a version where people are asked; return where they answer, or None."""
 
@@ -74,6 +78,9 @@ class PlainBoard:
 
     def report(self, key: str, text: str) -> None:
         """Show nothing more."""
+
+    def over(self, result: Result) -> None:
+        """Bound nothing: no server is waited for."""
 
     def ask_review(self, digest: str) -> str | None:  # noqa: ARG002
         """Ask nobody."""

@@ -5,11 +5,12 @@ Tasks are called directly and not submitted: cancelling then takes half a second
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prefect import flow, get_run_logger, runtime, tags, task
+from prefect import flow, runtime, tags, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
@@ -23,26 +24,40 @@ from prefect.states import Completed
 from prefect.tasks import Task
 
 from flows.board import RETRIES, Done, may_retry, retry_seconds
+from flows.page_log import PageLog
 from flows.progress import Bar
 from flows.retrain import describe_run, walk
 from flows.server import outlast_outage, page_address, standing_server
-from flows.stages import Say
+from flows.stages import Say, log_path
 from flows.summary import Result
 from ropeway.params import load_profile
 
-_FLUSH_SECONDS = 15.0
+_FLUSH_SECONDS = 4.0  # each of three: lines, Prefect's own lines, events
 
 
-def run(root: Path, profile: str, url: str) -> tuple[Result, str]:
+OnEnd = Callable[[Result | BaseException, str], None]
+_ON_END: ContextVar[OnEnd] = ContextVar("on_end", default=lambda _result, _page: None)
+
+
+def run(root: Path, profile: str, url: str, on_end: OnEnd) -> tuple[Result, str]:
     """Run the flow against the server at `url`; return its result and the path of its page.
+
+    Args:
+        root: The workspace.
+        profile: Its run.
+        url: Of the server's API.
+        on_end: Told the result, or the error that ends the run, and the path of its page, as soon as it is known:
+            before the server is told. May be called more than once.
 
     Raises:
         RopewayError: What a step raised.
     """
     with temporary_settings({PREFECT_API_URL: url}), tags(*describe_run(root, profile)[1]):
+        told = _ON_END.set(on_end)
         try:
             state: State[Any] = retrain(str(root), profile, return_state=True)
         finally:
+            _ON_END.reset(told)
             # A temporary server ends next: what is still queued here must have reached it.
             APILogWorker.drain_all(timeout=_FLUSH_SECONDS)
             EventsWorker.drain_all(timeout=_FLUSH_SECONDS)
@@ -67,9 +82,26 @@ def retrain(root: str = ".", profile: str | None = None) -> State[Any]:
     print(f"watch it at {_run_address(runtime.flow_run.id)}", flush=True)
     folder = Path(root).resolve()
     name, _ = load_profile(folder / "params.yaml", profile)
-    result = walk(folder, name, PrefectBoard(artifact_prefix(name), folder))
+    log = PageLog(_api())
+    try:
+        result = walk(folder, name, PrefectBoard(artifact_prefix(name), folder, log))
+    except BaseException as error:
+        _ON_END.get()(error, _page())
+        raise
+    finally:
+        _tell_missing(log.close(_FLUSH_SECONDS), folder)
     publication = result.publication
     return Completed(name=publication.state, message=publication.words, data=result)
+
+
+def _tell_missing(lines: Mapping[str, int], root: Path) -> None:
+    """Say which lines the run's page lacks, and where they are."""
+    for step, count in lines.items():
+        print(
+            f"{step}: the server did not take {count:,} lines, so the run's page lacks them; all are in "
+            f"{log_path(root, step)}",
+            flush=True,
+        )
 
 
 def _passes(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
@@ -79,8 +111,8 @@ def _passes(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
 
 
 @task(name="step", cache_policy=NO_CACHE, persist_result=False, retries=RETRIES, retry_condition_fn=_passes)
-def _step(step: str, work: Callable[[Say], Done]) -> State[Any]:  # noqa: ARG001 - `step` is shown as its parameter
-    done = work(get_run_logger().info)
+def _step(step: str, work: Callable[[], Done]) -> State[Any]:  # noqa: ARG001 - `step` is shown as its parameter
+    done = work()
     # No data: Prefect 3.9.1 draws an edge between tasks whose results share a string, e.g. the word "Completed".
     return Completed(name=done.state, message=done.words)
 
@@ -92,21 +124,35 @@ class PrefectBoard:
     Attributes:
         prefix: Of the artifacts' keys: each profile has a history of its own.
         root: The workspace.
+        log: Where the lines of steps go.
     """
 
     prefix: str
     root: Path
+    log: PageLog
     _states: dict[str, State[Any]] = field(default_factory=dict)
+    _over: bool = False
 
     def step(self, name: str, work: Callable[[Say], Done], *, after: Sequence[str] = ()) -> Done:
         """Do one step as a task run; its edges are drawn from the states it waits for."""
         run_step = _step.with_options(task_run_name=name, retry_delay_seconds=retry_seconds())
         ended: list[Done] = []
 
-        def keep(say: Say) -> Done:
+        def keep() -> Done:
+            flow_run, task_run = runtime.flow_run.id, runtime.task_run.id
+
+            def say(line: str) -> None:
+                self.log.add(name, line, flow_run=flow_run, task_run=task_run)
+
             try:
                 ended.append(work(Bar(say, artifact_prefix(f"{self.prefix}-{name}-progress"), _api())))
-            finally:
+            except BaseException as error:
+                if may_retry(error):
+                    outlast_outage(_api())
+                else:  # this ends the run, which waits for no server
+                    _ON_END.get()(error, _page())
+                raise
+            if not self._over:
                 outlast_outage(_api())  # the step's end is told next
             return ended[-1]
 
@@ -117,6 +163,11 @@ class PrefectBoard:
         state.result()  # raises what the step raised
         return ended[-1]
 
+    def over(self, result: Result) -> None:
+        """Bound what is left: from here on a server that is away is not waited for."""
+        self._over = True
+        _ON_END.get()(result, _page())
+
     def table(self, key: str, title: str, rows: Sequence[Mapping[str, str]]) -> None:
         """Publish a table artifact."""
         outlast_outage(_api())
@@ -124,7 +175,8 @@ class PrefectBoard:
 
     def report(self, key: str, text: str) -> None:
         """Publish a markdown artifact."""
-        outlast_outage(_api())
+        if not self._over:
+            outlast_outage(_api())
         create_markdown_artifact(key=f"{self.prefix}-{key}", markdown=text)
 
     def ask_review(self, digest: str) -> str | None:
@@ -143,6 +195,10 @@ class PrefectBoard:
                 deployment.id, parameters={"digest": digest}, idempotency_key=f"review-{digest}"
             )
         return _run_address(asked.id)
+
+
+def _page() -> str:
+    return f"/runs/flow-run/{runtime.flow_run.id}"
 
 
 def _api() -> str:

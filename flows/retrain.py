@@ -18,12 +18,13 @@ from flows import graph, summary
 from flows.board import Board, Done, PlainBoard
 from flows.champion import measure_champion
 from flows.edits import choose_profile
-from flows.publishing import check_publishing, publish_package
+from flows.ending import Ending
+from flows.publishing import Publication, check_publishing, publish_package
 from flows.revision import Revision, read_revision
 from flows.stages import Say, Site, bring_up, patiently, run_command
 from flows.summary import Result
 from ropeway.devices import count_ranks
-from ropeway.errors import ConfigError, DataError
+from ropeway.errors import ConfigError, DataError, RopewayError
 from ropeway.frozen import FrozenInputs
 from ropeway.lock import workspace_lock
 from ropeway.manifest import digest_of
@@ -35,30 +36,32 @@ from ropeway.workspace import Workspace
 _STATES = {"ran": "Completed", "restored": "Restored", "unchanged": "Unchanged"}
 
 
-def run_retrain(root: Path, profile: str | None = None, *, use_prefect: bool = True) -> Result:
+def run_retrain(
+    root: Path, profile: str | None = None, *, use_prefect: bool = True, ending: Ending | None = None
+) -> Result:
     """Bring a workspace's run up to date, publish what is new, and print what came out.
 
     Args:
         root: The folder of params.yaml.
         profile: Which of its runs; default: the one its line `profile:` names. Another one is written there.
         use_prefect: Show the run on Prefect's pages; else only in the terminal.
+        ending: Bounds the end of this process once the result is known.
 
     Raises:
         RopewayError: As its subclasses say. Run again after mending it: what is done is not done again.
         SystemExit: 143, after SIGTERM and once nothing of the run is left.
     """
-    root = root.resolve()
+    root, ending = root.resolve(), ending or Ending()
     name, _ = load_profile(root / "params.yaml", profile)  # fail in the first second, not after the first hour
     with _exit_on_sigterm():
         if use_prefect:
             from flows.settings import apply_settings
 
             apply_settings(root)
-            result, page = _run_on_prefect(root, name)
-        else:
-            result, page = walk(root, name, PlainBoard()), None
-    summary.print_result(result, page)
-    return result
+            return _run_on_prefect(root, name, ending)
+        result = walk(root, name, PlainBoard())
+        summary.print_result(result, None)
+        return result
 
 
 def walk(root: Path, profile: str | None, board: Board) -> Result:
@@ -93,14 +96,37 @@ def walk(root: Path, profile: str | None, board: Board) -> Result:
             _show_ledger(board, workspace, known=[])
         read = {dep for plan in plans for dep in plan.deps}
         ends = [plan.name for plan in plans if plan.name not in read]
-        publication = _step(board, "publish", partial(_publish, site, workspace, params, revision), after=ends).value
+        publish = partial(_publish, site, workspace, params, revision)
+
+        def conclude(publication: Publication) -> Result:
+            return Result(workspace, ended, publication, time.monotonic() - began, None, find_edits(root, frozen))
+
         if shared:
-            _step(board, "push", partial(_push, site), after=["publish"])
+            publication = _step(board, "publish", publish, after=ends).value
+            _step(
+                board,
+                "push",
+                _and_then(partial(_push, site), lambda _: board.over(conclude(publication))),
+                after=["publish"],
+            )
+        else:
+            last = _and_then(publish, lambda done: board.over(conclude(done.value)))
+            publication = _step(board, "publish", last, after=ends).value
         review = board.ask_review(publication.digest) if publication.state == "Published" else None
-        edited = find_edits(root, frozen)
-        result = Result(workspace, ended, publication, time.monotonic() - began, review, edited)
+        result = replace(conclude(publication), review=review)
         board.report("result", summary.draw_report(result))
         return result
+
+
+def _and_then(work: Callable[[Say], Done], then: Callable[[Done], None]) -> Callable[[Say], Done]:
+    """Return work that tells something of its end, before anybody else hears of it."""
+
+    def both(say: Say) -> Done:
+        done = work(say)
+        then(done)
+        return done
+
+    return both
 
 
 def describe_run(root: Path, profile: str) -> tuple[str, list[str]]:
@@ -223,9 +249,8 @@ def _show_budget(board: Board, workspace: Workspace, params: Profile) -> None:
     board.report("needs", text)
 
 
-def _run_on_prefect(root: Path, profile: str) -> tuple[Result, str]:
-    """Return the result, and how to come to the run's page."""
-    from flows.server import DEFAULT_URL, page_address, standing_server
+def _run_on_prefect(root: Path, profile: str, ending: Ending) -> Result:
+    """Return the result, printed."""
     from flows.temporary import await_server, open_server
 
     with open_server(root) as url:
@@ -234,9 +259,27 @@ def _run_on_prefect(root: Path, profile: str) -> tuple[Result, str]:
 
         graph.load_graph(root)
         await_server(url, root)
-        result, page = prefect_flow.run(root, profile, url)
+        result, page = prefect_flow.run(root, profile, url, partial(_bound_end, root, ending))
+        ending.tell(partial(_print_result, root, result, page))
+    return result
+
+
+def _bound_end(root: Path, ending: Ending, result: Result | BaseException, page: str) -> None:
+    """From here on nothing waits long for a server."""
+    if isinstance(result, BaseException):
+        stated = result.exit_code if isinstance(result, RopewayError) else getattr(result, "code", None)
+        code = stated if isinstance(stated, int) else 1
+        ending.arm(code, partial(print, f"ropeway: {result}", file=sys.stderr, flush=True))
+    else:
+        ending.arm(0, partial(_print_result, root, result, page))
+
+
+def _print_result(root: Path, result: Result, page: str) -> None:
+    from flows.server import DEFAULT_URL, page_address, standing_server
+
     there = standing_server(root)  # it may have come or gone meanwhile
-    return result, page_address(there, page) if there else f"make ui, then open {page_address(DEFAULT_URL, page)}"
+    address = page_address(there, page) if there else f"make ui, then open {page_address(DEFAULT_URL, page)}"
+    summary.print_result(result, address)
 
 
 @contextmanager

@@ -53,7 +53,12 @@ class Site:
 
     def log(self, name: str) -> Path:
         """Return a stage's full log."""
-        return self.root / ".work" / "logs" / f"{_file_name(name)}.log"
+        return log_path(self.root, name)
+
+
+def log_path(root: Path, name: str) -> Path:
+    """Return where a stage's full log is."""
+    return root / ".work" / "logs" / f"{_file_name(name)}.log"
 
 
 def bring_up(site: Site, name: str, say: Say, *, anew: bool = False) -> str:

@@ -35,12 +35,13 @@ def run(
 ) -> None:
     """Make the run that params.yaml describes, and publish the model as `candidate`."""
     from flows import edits
+    from flows.ending import Ending
     from flows.retrain import run_retrain
     from ropeway.workspace import find_root
 
     if resume_from is not None:
         edits.resume_from(find_root(), profile, resume_from)
-    run_retrain(find_root(), profile, use_prefect=prefect)
+    run_retrain(find_root(), profile, use_prefect=prefect, ending=Ending(exits=True))
 
 
 @app.command()

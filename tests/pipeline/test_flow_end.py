@@ -1,0 +1,133 @@
+"""A run's end: `ropeway run` ends soon after its result, whatever its server does, and says what the page lacks."""
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import httpx
+import psutil
+import pytest
+
+from tests.support.processes import command_of, kill_all
+
+pytestmark = pytest.mark.filterwarnings(
+    # dvc 3.67.1 (repo/trie.py, repo/graph.py) on pygtrie 2.6
+    "ignore:_NoneStep.value will soon raise:DeprecationWarning"
+)
+LINES = 20_000
+CHATTY = f"for n in range({LINES}): print(f'line {{n}} of a chatty stage')"
+
+
+def run_command(workspace):
+    """Start `ropeway run` as a person does."""
+    command = [sys.executable, "-m", "ropeway.cli", "run"]
+    return subprocess.Popen(command, cwd=workspace.root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def read_until(process, words):
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if words in line:
+            return said
+    raise AssertionError("".join(said))
+
+
+def test_a_chatty_stage_reaches_its_page_whole_and_the_command_ends_with_its_result(own_prefect):
+    own_prefect.edit("params.yaml", "learning_rate: 2e-3", "learning_rate: 3e-3")
+    own_prefect.trouble("train", CHATTY)
+    with run_command(own_prefect) as process:
+        read_until(process, "laptop: Published in")
+        began = time.monotonic()
+        rest = process.stdout.read()
+    assert time.monotonic() - began < 15
+    assert process.returncode == 0
+    assert "did not take" not in rest
+    import sqlite3
+
+    with sqlite3.connect(own_prefect.root / ".prefect" / "prefect.db") as database:
+        (count,) = database.execute("select count(*) from log where message like 'line % of a chatty stage'").fetchone()
+    database.close()
+    assert count == LINES
+    log = (own_prefect.root / ".work" / "logs" / "train.log").read_text()
+    assert log.count("of a chatty stage") == LINES
+
+
+@pytest.mark.parametrize("when", ["while lines come", "at the result"])
+def test_a_server_that_freezes_keeps_no_result_back(own_prefect, when):
+    own_prefect.edit("params.yaml", "learning_rate: 2e-3", "learning_rate: 3e-3")
+    own_prefect.trouble("package", CHATTY if when == "while lines come" else "")
+    with run_command(own_prefect) as process:
+        said = read_until(process, "line 10 of a" if when == "while lines come" else "publish: Published")
+        below = psutil.Process(process.pid).children(recursive=True)
+        servers = [one for one in below if command_of(one)[1:4] == ["-m", "prefect", "server"]]
+        assert len(servers) == 1
+        for one in servers:
+            one.send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+        if when == "while lines come":
+            said += read_until(process, "the Prefect server at")  # is away: what follows needs it, so the run waits
+            for one in servers:
+                one.send_signal(signal.SIGCONT)
+            said += read_until(process, "laptop: Published in")
+            began = time.monotonic()
+        rest = process.stdout.read()
+    assert process.returncode == 0, rest
+    text = "".join(said) + rest
+    assert time.monotonic() - began < 60
+    assert "laptop: Published in" in text
+    if when == "at the result":
+        assert "did not take the end of this run in time" in text
+    _, alive = psutil.wait_procs(servers, timeout=30)
+    kill_all(alive)
+    assert alive == []
+
+
+@pytest.fixture
+def silent():
+    """The address of a server that takes connections and never answers."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(50)
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}/api"
+
+
+@pytest.mark.parametrize("kind", ["silent", "closed"])
+@pytest.mark.usefixtures("prefect_api")
+def test_lines_that_no_server_takes_are_counted_by_step_and_hold_up_nobody(silent, monkeypatch, kind):
+    from flows.page_log import PageLog
+
+    monkeypatch.setattr("flows.page_log._MOST_WAITING", 1000)
+    log = PageLog(silent if kind == "silent" else "http://127.0.0.1:9/api")
+    began = time.monotonic()
+    for number in range(3000):
+        log.add("train" if number < 2500 else "evaluate", f"line {number}", flow_run="0" * 32, task_run="1" * 32)
+    left = log.close(0.5)
+    assert time.monotonic() - began < 10
+    assert sum(left.values()) == 3000
+    assert left["evaluate"] == 500
+
+
+def test_lines_arrive_in_order_and_none_is_lost(prefect_api):
+    from flows.page_log import PageLog
+
+    run = ask(prefect_api.url, "/flow_runs/", {"flow_id": ask(prefect_api.url, "/flows/", {"name": "lines"})["id"]})[
+        "id"
+    ]
+    log = PageLog(prefect_api.url)
+    for number in range(1500):
+        log.add("train", f"line {number}", flow_run=run, task_run=None)
+    assert log.close(30) == {}
+    found, offset = [], 0
+    asked = {"logs": {"flow_run_id": {"any_": [run]}}, "sort": "TIMESTAMP_ASC", "limit": 200}
+    while page := ask(prefect_api.url, "/logs/filter", {**asked, "offset": offset}):
+        found += [entry["message"] for entry in page]
+        offset += len(page)
+    assert found == [f"line {number}" for number in range(1500)]
+
+
+def ask(url, path, body):
+    with httpx.Client(trust_env=False, timeout=30) as client:
+        return client.post(url + path, json=body).json()
