@@ -17,6 +17,7 @@ from flows.edits import choose_profile
 from flows.likeness import Record, describe_differences, other_weights
 from flows.revision import ask_git
 from flows.stages import Say, Site, bring_up, run_command
+from ropeway.addresses import without_secrets
 from ropeway.errors import ConfigError, DataError, RegistryError
 from ropeway.lock import Held, workspace_lock
 from ropeway.manifest import NAME as MANIFEST
@@ -153,7 +154,7 @@ def read_then(store: Store, version: dict[str, Any], site_root: Path) -> Record:
     kept.parent.mkdir(exist_ok=True)
     kept.write_bytes(read_version_file(store, version, "run.yaml") or b"")
     block = read_block(kept, name)
-    if block != read_block(site_root / "params.yaml", name):
+    if block != without_secrets(read_block(site_root / "params.yaml", name)):
         raise ConfigError(
             f"{site_root / 'params.yaml'}: the block '{name}' of that revision is not the one of the package (its "
             "run.yaml); the version was published with params that git does not hold"
@@ -174,7 +175,7 @@ def read_now(workspace: Workspace) -> Record:
     return Record(
         files={**files, MANIFEST: file_sha256(workspace.package / MANIFEST)},  # a file of a version as well
         facts=manifest,
-        block=read_block(workspace.root / "params.yaml", workspace.profile),
+        block=without_secrets(read_block(workspace.root / "params.yaml", workspace.profile)),
         lock=graph.parse_lock((workspace.root / "dvc.lock").read_bytes()),
         timings=json.loads(workspace.timings.read_bytes()),
     )

@@ -23,6 +23,7 @@ from flows.publishing import Publication, check_publishing, publish_package
 from flows.revision import Revision, read_revision
 from flows.stages import Say, Site, bring_up, patiently, run_command
 from flows.summary import Result
+from ropeway.addresses import without_secrets
 from ropeway.devices import count_ranks
 from ropeway.errors import ConfigError, DataError, RopewayError
 from ropeway.frozen import FrozenInputs
@@ -131,7 +132,7 @@ def _and_then(work: Callable[[Say], Done], then: Callable[[Done], None]) -> Call
 
 def describe_run(root: Path, profile: str) -> tuple[str, list[str]]:
     """Return a flow run's name and tags: profile, the digest of its params, git revision."""
-    revision, params = read_revision(root), digest_of(read_block(root / "params.yaml", profile))[:7]
+    revision, params = read_revision(root), digest_of(without_secrets(read_block(root / "params.yaml", profile)))[:7]
     tags = [f"profile:{profile}", f"params:{params}", f"git:{str(revision).removesuffix('+')}"]
     return f"{profile}-{params}-{revision}", [*tags, *(["dirty"] if revision.dirty else [])]
 
@@ -170,7 +171,10 @@ def _freeze(board: Board, site: Site) -> Revision:
 def find_edits(root: Path, frozen: FrozenInputs) -> tuple[str, ...]:
     """Return which keys of this profile were changed in params.yaml since a run froze its inputs."""
     try:
-        now, then = (read_block(path, frozen.profile_name) for path in (root / "params.yaml", frozen.params_file))
+        now, then = (
+            without_secrets(read_block(path, frozen.profile_name))
+            for path in (root / "params.yaml", frozen.params_file)
+        )
     except (ConfigError, KeyError):
         return ("params.yaml",)
     return tuple(key for key in dict.fromkeys([*then, *now]) if then.get(key) != now.get(key))

@@ -10,6 +10,7 @@ always runs first, writes copies, and every other stage depends on these and rea
 .identity/sources.json, base.json, tasks.json  what is read in place: hashes, commits, versions
 .identity/code-<stage>.json                  the digest of every module of ours that the stage imports
 .identity/settings.json, params.yaml         no stage's dependency: keys that change no result, and the file as it was
+.identity/addresses.json                     nor this: signed addresses, which are shown and recorded without signature
 .identity/manifest.json                      sha256 of each of them, written last
 
 What is read in place (code, local sources, the base) is compared again when a stage ends: `stages.check_unchanged`.
@@ -27,6 +28,7 @@ from typing import Any
 
 from pydantic import create_model
 
+from ropeway.addresses import find_secrets, without_secrets
 from ropeway.errors import ConfigError, DataError
 from ropeway.manifest import NAME, check_file, digest_of, file_sha256, json_bytes, write_atomic, write_json
 from ropeway.params import READS, UNHASHED, Profile
@@ -35,6 +37,7 @@ from ropeway.workspace import Workspace
 
 PARAMS_FILE = "params.yaml"
 _SETTINGS = "settings"
+_ADDRESSES = "addresses"
 _REMEDY = "Run `dvc repro` or `ropeway run`, which take the digests first"
 _KEPT_VERSIONS = 500  # of JSON files in .work/inputs; some 5 kB each
 
@@ -103,8 +106,17 @@ class FrozenInputs:
         params = dict(self.value(f"params-{stage}")["params"])
         if stage == "train":
             params |= self.value(_SETTINGS)["params"]
+        if stage == "fetch":  # the one that needs signatures
+            params["sources"] = self._with_signatures(params["sources"])
         read = _model_of(tuple(params)).model_validate_json(json.dumps(params))
         return Profile.model_construct(**{name: getattr(read, name) for name in params})
+
+    def _with_signatures(self, sources: Mapping[str, Any]) -> dict[str, Any]:
+        known = self.value(_ADDRESSES)
+        return {
+            name: {**one, "paths": [known.get(path, path) for path in one["paths"]]} if "paths" in one else one
+            for name, one in sources.items()
+        }
 
     def _read(self, name: str) -> dict[str, Any]:
         facts: dict[str, Any] = json.loads((self.folder / f"{name}.json").read_bytes())
@@ -119,10 +131,17 @@ def freeze(workspace: Workspace, profile: Profile, params_text: str, facts: Mapp
         profile: The whole profile, as read from `params_text`.
         params_text: params.yaml.
         facts: What else is recorded, by file name: digests of code, sources and base, texts of files.
+
+    Raises:
+        ConfigError: A signed address is written in a way that hides it.
     """
+    secrets = find_secrets(profile.model_dump(mode="json", include={"sources"}))
+    params_text = _hide(params_text, workspace.profile, secrets)
+    facts = {**facts, _ADDRESSES: {told: address for address, told in secrets.items()}}
     values = {f"params-{stage}": _dump(workspace.profile, profile, names) for stage, names in READS.items()}
     write_values(workspace, params_text, {**values, _SETTINGS: _dump(workspace.profile, profile, UNHASHED), **facts})
-    _keep_versions(workspace.identity.glob("*.json"), _versions_folder(workspace.root))
+    kept = [path for path in workspace.identity.glob("*.json") if path.stem not in (_SETTINGS, _ADDRESSES)]
+    _keep_versions(kept, _versions_folder(workspace.root))
 
 
 def write_values(workspace: Workspace, params_text: str, values: Mapping[str, Any]) -> None:
@@ -165,7 +184,20 @@ def read_version(root: Path, md5: str) -> Any:  # noqa: ANN401 - JSON
 
 
 def _dump(profile_name: str, profile: Profile, names: Iterable[str]) -> dict[str, Any]:
-    return {"profile": profile_name, "params": profile.model_dump(mode="json", include=set(names), exclude_unset=True)}
+    values = profile.model_dump(mode="json", include=set(names), exclude_unset=True)
+    return {"profile": profile_name, "params": without_secrets(values)}
+
+
+def _hide(text: str, profile_name: str, secrets: Mapping[str, str]) -> str:
+    """Return the text of params.yaml with signed addresses as they are shown; it goes into packages and cards."""
+    for address, told in secrets.items():
+        if address not in text:
+            raise ConfigError(
+                f"params.yaml, profile '{profile_name}': the signed address {told} cannot be found in the text, so it "
+                "could not be kept out of packages. Write it as plain text in one line, without escapes"
+            )
+        text = text.replace(address, told)
+    return text
 
 
 @cache

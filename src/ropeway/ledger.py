@@ -8,7 +8,7 @@ all sources' rows = steps x global batch + left over
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ropeway.errors import DataError
@@ -24,6 +24,8 @@ class Records:
         with_special_tokens: Records in whose text a special token's string stands; refused when params reject them.
         special_token_hits: Such a string -> how often it stands in the source's texts.
         without_tokens: Kept documents that are empty, hence no chunk.
+        files: File -> records read of it; none for what is no file.
+        ignored_keys: Field -> kept records in which it carried something and was left out, as params say.
     """
 
     read: int
@@ -33,6 +35,8 @@ class Records:
     with_special_tokens: int
     special_token_hits: dict[str, int]
     without_tokens: int
+    files: dict[str, int] = field(default_factory=dict)
+    ignored_keys: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,11 +8,17 @@ from ropeway.section import Positive, Section
 
 
 class RowsSource(Section):
-    """Files of rows: of which form they are, and which of their columns are read."""
+    """Files of rows: of which form they are, and which of their columns are read.
+
+    `ignored_keys` are fields, of records or of their turns, that may carry something and are left out all the same,
+    `*` any; a record with another one is refused. `splits` are those that one pattern may read together.
+    """
 
     rows: Literal["orca_chat", "messages", "sharegpt", "alpaca", "text"]
     columns: dict[str, str]
     expected_rows: Positive | None
+    ignored_keys: list[str] = Field(default_factory=list)
+    splits: list[Literal["train", "validation", "test"]] = Field(default_factory=list)
 
 
 class HuggingfaceSource(RowsSource):

@@ -70,6 +70,7 @@ def jsonl(rows):
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
+SECRET = "hunter2hunter2"  # noqa: S105 - of a fake server
 CHATS = [
     {"messages": [{"role": "user", "content": f"{n}? {say(n, 5)}"}, {"role": "assistant", "content": say(n + 50, 8)}]}
     for n in range(40)
@@ -161,7 +162,7 @@ def test_it_goes_from_fetch_to_a_version_that_card_and_review_describe(tmp_path,
     with serve_files(served) as site, serve_hub(Hub({"talks.jsonl": jsonl(CHATS)}, models)) as there:
         point_at(monkeypatch, tmp_path / "cache", url=there.url)
         if "http" in kinds:
-            sources["talk"] = {"kind": "files", "paths": [f"{site}/talk.jsonl"], **CHAT}
+            sources["talk"] = {"kind": "files", "paths": [f"{site}/talk.jsonl?X-Amz-Signature={SECRET}"], **CHAT}
             told.append(f"{site}/talk.jsonl (ETag")
         if "s3" in kinds:
             url = request.getfixturevalue("s3_url")
@@ -182,6 +183,7 @@ def test_it_goes_from_fetch_to_a_version_that_card_and_review_describe(tmp_path,
         (workspace.root / "own.jsonl").write_bytes(jsonl(TEXTS))
         publication = run_all(workspace, monkeypatch)
 
+    assert where_is(SECRET, workspace.root) <= {"params.yaml", ".identity/addresses.json"}
     card = (workspace.package / "README.md").read_text()
     report = draw_report(open_case(open_store(workspace.registry_url), publication.version), with_pictures=False)
     run = json.loads((workspace.package / "run.json").read_text())
@@ -194,6 +196,12 @@ def test_it_goes_from_fetch_to_a_version_that_card_and_review_describe(tmp_path,
         check_kept_scaling(tmp_path / "elsewhere" / "own", workspace.package, card)
     facts = describe_version(open_store(workspace.registry_url), publication.version)
     assert facts["files"].keys() >= {"run.json", "README.md"}
+
+
+def where_is(secret, root):
+    """Return the files below a folder that hold a text, but for git's own."""
+    files = (path for path in root.rglob("*") if path.is_file() and ".git" not in path.parts)
+    return {path.relative_to(root).as_posix() for path in files if secret.encode() in path.read_bytes()}
 
 
 def check_kept_scaling(original, package, card):

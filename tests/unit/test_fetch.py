@@ -12,7 +12,7 @@ from ropeway.fetch import local
 from ropeway.fetch.identity import source_identity
 from ropeway.fetch.local import digest_files, find_files
 from ropeway.fetch.python_docs import MODULES, SYSTEM_MESSAGES, iterate_docstrings, iterate_topics, plan_talks
-from ropeway.fetch.records import check_columns, needed_columns, to_record
+from ropeway.fetch.records import check_columns, required_columns, to_record
 from ropeway.manifest import file_sha256, load_manifest
 from ropeway.params import READS, FilesSource, HuggingfaceSource, PythonDocsSource, load_profile
 from ropeway.raw import RawWriter, iterate_records
@@ -188,12 +188,8 @@ def test_the_published_sources_map_the_columns_that_their_publishers_use():
     found = {}
     for name, source in published.sources.items():
         check_columns(source.rows, source.columns)
-        found[name] = needed_columns(source.rows, source.columns)
-    assert found == {
-        "orca-chat": (["conversation"], ["instruction"]),
-        "fanfics": (["TEXT"], []),
-        "red_pajama": (["text"], []),
-    }
+        found[name] = required_columns(source.rows, source.columns)
+    assert found == {"orca-chat": ["conversation"], "fanfics": ["TEXT"], "red_pajama": ["text"]}
     record = {"conversation": [{"input": "q", "output": "a"}], "instruction": "s"}
     orca = published.sources["orca-chat"]
     assert to_record(record, orca.rows, orca.columns) == Conversation(("q", "a"), "s")

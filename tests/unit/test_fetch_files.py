@@ -2,14 +2,19 @@ import json
 
 import pytest
 
-from ropeway.errors import DataError
+from ropeway.errors import ConfigError, DataError
 from ropeway.fetch import Refused, open_source
+from ropeway.fetch.identity import source_identity
 from ropeway.fetch.records import to_record
 from ropeway.fetch.values import UnreadableError
-from ropeway.params import FilesSource
+from ropeway.manifest import load_manifest
+from ropeway.params import FilesSource, load_profile
 from ropeway.workspace import Workspace
 from tests.support.archives import gz
+from tests.support.freezing import run_fetch
+from tests.tiny_run import ROOT
 
+_, LAPTOP = load_profile(ROOT / "params.yaml", "laptop")
 ORCA = {"conversation": [{"input": "q", "output": "a"}], "instruction": "s"}
 
 
@@ -68,3 +73,52 @@ def test_a_bad_conversation_is_refused(turns, reason):
 def test_a_broken_file_is_an_error_that_names_it(tmp_path, name, data):
     with pytest.raises(DataError, match=name):
         read(tmp_path, name, data)
+
+
+NAMES = ("train-00000.jsonl", "test-00000.jsonl", "validation.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("names", "splits", "refused"),
+    [
+        (NAMES, [], True),
+        (NAMES, ["train", "test", "validation"], False),
+        (NAMES, ["train", "test"], True),
+        (("train-1.jsonl", "train-2.jsonl"), [], False),
+        (("train-1.jsonl", "more.jsonl"), [], False),
+        (("talks.jsonl", "test.jsonl"), [], True),
+        (("talks.jsonl", "test.jsonl"), ["test"], False),
+        (("test-1.jsonl", "test-2.jsonl"), [], False),  # whoever names the test split has said so
+        (("a.jsonl", "latest.jsonl", "contest.jsonl"), [], False),
+        (("train/a.jsonl", "dev/a.jsonl"), [], True),
+    ],
+)
+def test_a_pattern_over_several_splits_is_refused_unless_params_name_them(tmp_path, names, splits, refused):
+    for name in names:
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / name).write_text('{"text": "a"}\n')
+    source = FilesSource(
+        kind="files", paths=["data/**/*.jsonl"], rows="text", columns={}, expected_rows=None, splits=splits
+    )
+    if not refused:
+        assert set(source_identity(source, tmp_path)["files"]) == {f"data/{name}" for name in names}
+        return
+    with pytest.raises(ConfigError, match=r"'data/\*\*/\*.jsonl' reads files of several splits .*state `splits: \["):
+        source_identity(source, tmp_path)
+    named = source.model_copy(update={"paths": [f"data/{name}" for name in names]})
+    assert len(source_identity(named, tmp_path)["files"]) == len(names)  # each named by itself
+
+
+def test_the_files_that_were_read_are_told_with_their_records_and_stand_in_the_manifest(tmp_path, capsys):
+    for number in range(12):
+        (tmp_path / f"part-{number:02d}.jsonl").write_text('{"text": "a"}\n' * (number + 1) + "{}\n")
+    source = FilesSource(kind="files", paths=["part-*.jsonl"], rows="text", columns={}, expected_rows=None)
+    profile = LAPTOP.model_copy(update={"sources": {"s": source}, "max_refused_fraction": 0.5})
+    workspace = Workspace(tmp_path, "laptop")
+    run_fetch(workspace, profile)
+    facts = load_manifest(workspace.raw, remedy="")["sources"]["s"]
+    assert facts["files"] == {f"part-{number:02d}.jsonl": number + 2 for number in range(12)}
+    printed = capsys.readouterr().out
+    assert "s: 90 records read, 78 documents kept, 12 refused (missing column: 12)" in printed
+    assert "s: part-00.jsonl: 2 records" in printed
+    assert "s: 2 more files; ledger.json lists them" in printed

@@ -134,10 +134,12 @@ COUNTED = [
 CONVERSATIONS = [
     ("roles out of order", "sharegpt", turns(("gpt", "a"), ("human", "q")), "roles out of order"),
     ("the same role twice", "sharegpt", turns(("human", "q"), ("human", "q")), "roles out of order"),
-    ("unknown role", "sharegpt", turns(("human", "q"), ("tool", "a")), "roles out of order"),
-    ("system in the middle", "sharegpt", turns(("human", "q"), ("system", "s")), "roles out of order"),
-    ("role null", "sharegpt", turns((None, "q"), ("gpt", "a")), "roles out of order"),
-    ("role a list", "sharegpt", turns((["human"], "q"), ("gpt", "a")), "roles out of order"),
+    ("unknown role", "sharegpt", turns(("human", "q"), ("tool", "a")), "unknown role 'tool'"),
+    ("system in the middle", "sharegpt", turns(("human", "q"), ("system", "s")), "system message not first"),
+    ("role null", "sharegpt", turns((None, "q"), ("gpt", "a")), "role is not text"),
+    ("role a list", "sharegpt", turns((["human"], "q"), ("gpt", "a")), "role is not text"),
+    ("a role in capitals", "sharegpt", turns(("User", "q"), ("gpt", "a")), "unknown role 'User'"),
+    ("developer", "sharegpt", turns(("developer", "s"), ("human", "q")), "unknown role 'developer'"),
     ("empty turn", "sharegpt", turns(("human", "q"), ("gpt", "")), "empty turn"),
     ("blank turn", "sharegpt", turns(("human", " \n"), ("gpt", "a")), "empty turn"),
     ("question without an answer", "sharegpt", turns(("human", "q")), "turn without an answer"),
@@ -432,7 +434,7 @@ def test_ten_times_the_file_is_read_in_the_same_memory(tmp_path, monkeypatch, na
         (tmp_path / name).write_bytes(wrap(data))
         del data, lines
         tracemalloc.start()
-        assert sum(1 for _ in iterate_objects(tmp_path / name, ["text"], [])) == times
+        assert sum(1 for _ in iterate_objects(tmp_path / name, ["text"])) == times
         try:
             return tracemalloc.get_traced_memory()[1]
         finally:

@@ -8,9 +8,12 @@ from pyarrow import parquet
 
 from ropeway.chat import Conversation
 from ropeway.errors import DataError
+from ropeway.fetch import Refused, Seen, open_source
 from ropeway.fetch.files import iterate_objects
-from ropeway.fetch.records import needed_columns, to_record
+from ropeway.fetch.records import required_columns, to_record
 from ropeway.fetch.values import UnreadableError
+from ropeway.params import FilesSource
+from ropeway.workspace import Workspace
 
 GOOD = [
     (
@@ -76,16 +79,15 @@ def test_what_does_not_fit_is_refused_with_its_reason(rows, value, reason):
         to_record(value, rows, {})
 
 
-def test_parquet_gives_the_rows_and_columns_that_are_asked_for(tmp_path):
+def test_parquet_gives_whole_rows_and_names_a_column_that_is_missing(tmp_path):
     path = tmp_path / "a.parquet"
     parquet.write_table(pa.table({"TEXT": ["one", "two"], "other": [1, 2]}), path)
-    columns = needed_columns("text", {"text": "TEXT"})
-    assert list(iterate_objects(path, *columns)) == [
-        (f"{path}: row 1", {"TEXT": "one"}),
-        (f"{path}: row 2", {"TEXT": "two"}),
+    assert list(iterate_objects(path, required_columns("text", {"text": "TEXT"}))) == [
+        (f"{path}: row 1", {"TEXT": "one", "other": 1}),
+        (f"{path}: row 2", {"TEXT": "two", "other": 2}),
     ]
     with pytest.raises(DataError, match=r"no column \['text'\]; found \['TEXT', 'other'\]"):
-        list(iterate_objects(path, ["text"], []))
+        list(iterate_objects(path, ["text"]))
 
 
 def test_a_list_of_records_is_read_over_chunk_borders_and_a_cut_one_is_an_error(tmp_path, monkeypatch):
@@ -95,7 +97,111 @@ def test_a_list_of_records_is_read_over_chunk_borders_and_a_cut_one_is_an_error(
     path = tmp_path / "a.json"
     records = [{"text": f"ü {number}" * number} for number in range(20)]
     path.write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
-    assert [value for _, value in iterate_objects(path, ["text"], [])] == records
+    assert [value for _, value in iterate_objects(path, ["text"])] == records
     path.write_text(json.dumps(records, ensure_ascii=False)[:-1], encoding="utf-8")
     with pytest.raises(DataError, match="after record 20: the file ends early"):
-        list(iterate_objects(path, ["text"], []))
+        list(iterate_objects(path, ["text"]))
+
+
+QA = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+
+
+def said(**fields):
+    """A conversation whose answer carries more than its text."""
+    return {"messages": [QA[0], {**QA[1], **fields}]}
+
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+# (what, rows, record, the reason to refuse it; None: it is kept)
+CARRYING = [
+    ("tool calls", "messages", said(tool_calls=[CALL]), "unused field 'tool_calls' of a turn"),
+    ("weight 0", "messages", said(weight=0), "unused field 'weight' of a turn"),
+    ("reasoning", "messages", said(reasoning_content="two and two"), "unused field 'reasoning_content' of a turn"),
+    ("system beside", "messages", {"system": "You are Kai.", "messages": QA}, "unused field 'system'"),
+    ("images", "messages", {"messages": QA, "images": ["a.png"]}, "unused field 'images'"),
+    ("a name", "messages", said(name="Ann"), "unused field 'name' of a turn"),
+    ("false", "messages", said(train=False), "unused field 'train' of a turn"),
+    ("tools", "sharegpt", {"conversations": [], "tools": "[]"}, "no turns"),
+    (
+        "sharegpt system",
+        "sharegpt",
+        {"system": "s", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        "unused field 'system'",
+    ),
+    (
+        "sharegpt turn",
+        "sharegpt",
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "weight": 0.5}]},
+        "unused field 'weight' of a turn",
+    ),
+    (
+        "orca turn",
+        "orca_chat",
+        {"conversation": [{"input": "q", "output": "a", "score": 1}]},
+        "unused field 'score' of a turn",
+    ),
+    (
+        "orca system column",
+        "orca_chat",
+        {"conversation": [{"input": "q", "output": "a"}], "system": "s"},
+        "unused field 'system'",
+    ),
+    ("alpaca", "alpaca", {"instruction": "q", "output": "a", "text": "q a"}, "unused field 'text'"),
+    ("text", "text", {"text": "t", "meta": {"url": "x"}}, "unused field 'meta'"),
+    ("weight 1", "messages", said(weight=1), None),
+    ("no tool calls", "messages", said(tool_calls=[], function_call=None, refusal="", audio={}), None),
+    ("ids", "messages", {"messages": [{**QA[0], "id": "m1"}, QA[1]], "id": 7, "prompt_id": "x", "uuid": "u"}, None),
+    ("pandas index", "text", {"text": "t", "__index_level_0__": 3}, None),
+    ("nothing more", "messages", {"messages": QA, "images": None, "tools": []}, None),
+]
+
+
+@pytest.mark.parametrize(("rows", "record", "reason"), [row[1:] for row in CARRYING], ids=[row[0] for row in CARRYING])
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_a_field_that_carries_something_is_never_passed_over_in_silence(tmp_path, form, rows, record, reason):
+    path = tmp_path / f"a.{form}"
+    if form == "jsonl":
+        path.write_text(json.dumps(record) + "\n")
+    else:
+        try:
+            parquet.write_table(pa.Table.from_pylist([record]), path)
+        except pa.ArrowException:
+            pytest.skip("no column has this type")
+
+    def read(*ignored):
+        seen = Seen()
+        source = FilesSource(
+            kind="files", paths=[path.name], rows=rows, columns={}, expected_rows=None, ignored_keys=list(ignored)
+        )
+        found = list(open_source(source, Workspace(tmp_path, "x"), {"files": {}}, seen))
+        assert seen.files == {path.name: 1}
+        return found, dict(seen.ignored)
+
+    (found,), counts = read()
+    assert not counts
+    if reason is None:
+        assert not isinstance(found, Refused)
+        return
+    assert isinstance(found, Refused)
+    assert found.reason == reason
+    if "unused" in reason:
+        name = reason.split("'")[1]
+        for ignored in ((name,), ("*",)):
+            (kept,), counts = read("other", *ignored)
+            assert not isinstance(kept, Refused)
+            assert counts == {name: 1}
+        assert isinstance(read("other")[0][0], Refused)
+
+
+def test_names_that_a_file_chooses_are_counted_up_to_a_limit(tmp_path):
+    lines = [json.dumps({"text": "t", f"key-{number}" * 9: number + 1}) for number in range(1500)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    seen = Seen()
+    source = FilesSource(
+        kind="files", paths=["a.jsonl"], rows="text", columns={}, expected_rows=None, ignored_keys=["*"]
+    )
+    assert len(list(open_source(source, Workspace(tmp_path, "x"), {"files": {}}, seen))) == 1500
+    counts = seen.ignored
+    assert len(counts) == 1001
+    assert counts.total() == 1500
+    assert counts["others"] == 500

@@ -57,6 +57,7 @@ class Web:
     cut: int | None = None
     ranges: bool = True
     head: bool = True
+    head_status: int = 405
     chunked: bool = False
     moved_to: str = ""
     url: str = ""
@@ -66,26 +67,27 @@ class Web:
         start = re.fullmatch(r"bytes=(\d+)-", request.headers.get("Range", "")) if self.ranges else None
         same = request.headers.get("If-Range", "-") in self.headers.values()
         begin = int(start[1]) if start and same else 0
+        one = self.ranges and request.headers.get("Range") == "bytes=0-0"
         self.asked.append(f"{request.command} {begin}")
         if request.command == "HEAD" and not self.head:
-            return request.send_error(405)
+            return request.send_error(self.head_status)
         if self.moved_to and urlsplit(request.path).path != "/moved.jsonl":
             request.send_response(302)
             request.send_header("Location", self.moved_to)
             request.send_header("Content-Length", "0")
             return request.end_headers()
-        request.send_response(206 if begin and self.status == 200 else self.status)
+        request.send_response(206 if (begin or one) and self.status == 200 else self.status)
         for name, value in self.headers.items():
             request.send_header(name, value)
-        if begin:
-            request.send_header("Content-Range", f"bytes {begin}-{len(self.body) - 1}/{len(self.body)}")
+        if begin or one:
+            request.send_header("Content-Range", f"bytes {begin}-{0 if one else len(self.body) - 1}/{len(self.body)}")
         if self.chunked:
             request.send_header("Transfer-Encoding", "chunked")
         else:
-            request.send_header("Content-Length", str(len(self.body) - begin))
+            request.send_header("Content-Length", "1" if one else str(len(self.body) - begin))
         request.end_headers()
         if request.command == "GET":
-            self.send(request, self.body[begin:][: self.cut])
+            self.send(request, self.body[begin:][: 1 if one else self.cut])
         return None
 
     def send(self, request, body):
@@ -257,10 +259,30 @@ def test_an_address_that_is_not_plain_is_refused_and_no_secret_of_it_is_shown(tm
     assert "hunter2" not in str(caught.value)
 
 
+@pytest.mark.parametrize("status", [400, 403, 404, 405, 501])
+@pytest.mark.parametrize("ranges", [True, False])
+def test_an_address_that_was_signed_for_get_alone_is_asked_for_one_byte(served, tmp_path, status, ranges):
+    served.head, served.head_status, served.ranges = False, status, ranges
+    address = f"{served.url}?X-Amz-Signature=one"
+    facts, records = run(tmp_path, address)
+    assert records == TEXTS
+    assert facts["identity"]["files"] == {served.url: {"etag": '"one"', "bytes": len(DATA)}}
+    assert served.asked[:2] == ["HEAD 0", "GET 0"]
+
+
+def test_another_signature_is_the_same_data_and_another_file_is_not(served, tmp_path):
+    one, two, other = (
+        source_identity(source(f"{served.url}?{query}"), tmp_path) for query in ("sig=1", "sig=2", "file=2")
+    )
+    assert one == two != other
+
+
 def test_what_stands_behind_the_question_mark_is_shown_nowhere(served, tmp_path, capsys):
-    facts, _ = run(tmp_path, f"{served.url}?signature=hunter2")
+    facts, _ = run(tmp_path, f"{served.url}?file=hunter2")
     (name,) = facts["identity"]["files"]
     assert re.fullmatch(rf"{served.url}\?[0-9a-f]{{8}}", name)
+    facts, _ = run(tmp_path, f"{served.url}?signature=hunter2&expires=9")
+    assert list(facts["identity"]["files"]) == [served.url]
     served.body = b""
     with pytest.raises(DataError, match="no record in it") as caught:
         run(tmp_path, f"{served.url}?signature=hunter2")

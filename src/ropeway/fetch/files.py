@@ -12,6 +12,7 @@ from ropeway.fetch.values import LONGEST, UnreadableError, iterate_values, uniqu
 
 FORMATS = (".json", ".jsonl", ".parquet")
 _ROWS_A_BATCH = 256
+_BATCH_BYTES = 32 << 20  # before compression
 _BUFFER_BYTES = 1 << 20
 
 
@@ -30,7 +31,7 @@ def check_format(name: str) -> str:
     return suffixes[-1]
 
 
-def iterate_objects(path: Path, required: list[str], optional: list[str]) -> Iterator[tuple[str, Any]]:
+def iterate_objects(path: Path, required: list[str]) -> Iterator[tuple[str, Any]]:
     """Yield (where, object) of a file; in place of an object that cannot be read, an `UnreadableError`.
 
     Raises:
@@ -42,7 +43,7 @@ def iterate_objects(path: Path, required: list[str], optional: list[str]) -> Ite
     form = check_format(path.name)
     count = 0
     try:
-        found = _parquet(path, required, optional) if form == ".parquet" else _TEXT_READERS[form](path)
+        found = _parquet(path, required) if form == ".parquet" else _TEXT_READERS[form](path)
         for count, item in enumerate(found, start=1):  # noqa: B007 - counted
             yield item
     except (OSError, EOFError, zlib.error, ArrowException) as error:
@@ -106,7 +107,7 @@ def _looks_like_lines(path: Path) -> bool:
 _TEXT_READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {".json": _json, ".jsonl": _lines}
 
 
-def _parquet(path: Path, required: list[str], optional: list[str]) -> Iterator[tuple[str, Any]]:
+def _parquet(path: Path, required: list[str]) -> Iterator[tuple[str, Any]]:
     from pyarrow import parquet
 
     # Read through a buffer the pages of a row group come one by one; else a group of 200 MB is held (measured: 207 MB
@@ -118,12 +119,19 @@ def _parquet(path: Path, required: list[str], optional: list[str]) -> Iterator[t
         found = file.schema_arrow.names
         if missing := sorted(set(required) - set(found)):
             raise DataError(f"{path}: no column {missing}; found {found}; mend `columns`")
-        columns = [name for name in (*required, *optional) if name in found]
         number = 0
-        for batch in file.iter_batches(batch_size=_ROWS_A_BATCH, columns=columns):
+        # All columns: others than those that are read may carry something.
+        for batch in file.iter_batches(batch_size=_rows_a_batch(file.metadata)):
             for row in _rows(batch):
                 number += 1
                 yield f"{path}: row {number}", row
+
+
+def _rows_a_batch(metadata: Any) -> int:  # noqa: ANN401 - pyarrow is untyped
+    """Return how many rows to hold at a time, so that wide ones (images beside the text) take no more than others."""
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    widest = max((group.total_byte_size // max(group.num_rows, 1) for group in groups), default=0)
+    return max(1, min(_ROWS_A_BATCH, _BATCH_BYTES // max(widest, 1)))
 
 
 def _rows(batch: Any) -> Iterator[object]:  # noqa: ANN401 - pyarrow is untyped

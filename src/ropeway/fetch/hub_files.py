@@ -6,6 +6,7 @@ from ropeway import hub
 from ropeway.errors import ConfigError
 from ropeway.fetch.files import check_format
 from ropeway.fetch.globs import match_names
+from ropeway.fetch.splits import check_splits
 from ropeway.params import HuggingfaceSource
 
 _SHOWN = 20
@@ -15,7 +16,8 @@ def bring_files(source: HuggingfaceSource, commit: str) -> dict[str, Path]:
     """Return a commit's matching files by the name they have in the repository, sorted.
 
     Raises:
-        ConfigError: A pattern matches nothing or a file of no known format, or the Hub does not show the repository.
+        ConfigError: A pattern matches nothing, files of several splits or of no known format, or the Hub does not show
+            the repository.
         TemporaryError: The Hub does not answer.
     """
     there = hub.list_files(source.repo, commit, kind="dataset")
@@ -27,6 +29,8 @@ def bring_files(source: HuggingfaceSource, commit: str) -> dict[str, Path]:
             f"sources: {source.repo} at {commit[:12]}: '{lost[0]}' matches none of the {len(there):,} files {whose}: "
             f"{', '.join(there[:_SHOWN]) or 'none'}{more}; mend `files`"
         )
+    for pattern in source.files:
+        check_splits(pattern, matched[pattern], source.splits)
     names = sorted({name for some in matched.values() for name in some})
     for name in names:
         check_format(name)

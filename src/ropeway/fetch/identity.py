@@ -26,7 +26,7 @@ def source_identity(source: Source, root: Path) -> dict[str, Any]:
         return {"kind": source.kind, "part": source.part, "python": platform.python_version()}
     check_columns(source.rows, source.columns)
     if isinstance(source, FilesSource):
-        found = find_places(source.paths, root)
+        found = find_places(source.paths, root, source.splits)
         here = {name: one for name, one in found.items() if isinstance(one, Path)}
         there = {name: one.facts for name, one in found.items() if not isinstance(one, Path)}
         return {"kind": source.kind, "files": {**_digest(here, root), **there}}
@@ -43,7 +43,7 @@ def find_changes(source: Source, identity: dict[str, Any], root: Path) -> list[s
         return [] if source_identity(source, root) == identity else [f"Python {identity['python']}"]
     if not isinstance(source, FilesSource):
         return []
-    now = _digest(find_files([path for path in source.paths if "://" not in path], root), root)
+    now = _digest(find_files([path for path in source.paths if "://" not in path], root, source.splits), root)
     before = {name: digest for name, digest in identity["files"].items() if isinstance(digest, str)}
     return [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
 

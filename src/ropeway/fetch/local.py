@@ -5,6 +5,7 @@ import json
 import os
 import stat
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ from ropeway.errors import ConfigError
 from ropeway.fetch.files import FORMATS, check_format
 from ropeway.fetch.globs import is_glob
 from ropeway.fetch.opening import COMPRESSED
+from ropeway.fetch.splits import check_splits
 from ropeway.manifest import file_sha256, write_json
 
 _TICK_NS = 2_000_000_000  # the coarsest clock of a file system in use, FAT's
 
 
-def find_files(patterns: list[str], root: Path) -> dict[str, Path]:
+def find_files(patterns: list[str], root: Path, splits: Sequence[str] = ()) -> dict[str, Path]:
     """Return the files that these paths or globs name, by the name they have below `root`, sorted.
 
     A pattern may name a place outside (an absolute path, or `..`). A symbolic link is followed when it ends below the
@@ -25,7 +27,8 @@ def find_files(patterns: list[str], root: Path) -> dict[str, Path]:
     `paths` would not be what is read.
 
     Raises:
-        ConfigError: A pattern names no file, or something that is not a readable regular file of a known format.
+        ConfigError: A pattern names no file, files of several splits that `splits` does not name, or something that is
+            not a readable regular file of a known format.
     """
     found: dict[str, Path] = {}
     for pattern in patterns:
@@ -36,6 +39,7 @@ def find_files(patterns: list[str], root: Path) -> dict[str, Path]:
             raise ConfigError(f"sources: '{pattern}' names no file below {root}; put it there or mend `paths`")
         for name in files:
             check_format(name)
+        check_splits(pattern, files, splits)
         found |= files
     return dict(sorted(found.items()))
 

@@ -1,6 +1,7 @@
 """Objects of published schemas to records, strictly: what does not fit is refused with a counted reason."""
 
 import re
+from collections.abc import Container, Iterator
 
 from ropeway.chat import Conversation
 from ropeway.errors import ConfigError
@@ -16,7 +17,9 @@ _NAMES: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     "text": (("text",), (), ()),
 }
 _ROLES = {"user": 0, "human": 0, "assistant": 1, "gpt": 1}
+_SHOWN_NAME = 40  # characters of a name in a reason
 _SYSTEM = {"orca_chat": "instruction"}  # the published schema's name for it; elsewhere `columns` must name one
+_ID = re.compile(r"(?i)(\w+_)?(id|uuid|guid|idx)|index|__index_level_\d+__")  # the last: of pandas
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -27,11 +30,44 @@ def check_columns(rows: str, columns: dict[str, str]) -> None:
         raise ConfigError(f"sources: columns: {unknown} mean nothing in rows of kind {rows}; known are {known}")
 
 
-def needed_columns(rows: str, columns: dict[str, str]) -> tuple[list[str], list[str]]:
-    """Return the file's columns that a kind of rows reads: the required ones and the optional ones."""
-    required, optional, _ = _NAMES[rows]
-    asked = (_optional_column(name, rows, columns) for name in optional)
-    return [columns.get(name, name) for name in required], [name for name in asked if name]
+def required_columns(rows: str, columns: dict[str, str]) -> list[str]:
+    """Return the file's columns that every record of a kind of rows has."""
+    return [columns.get(name, name) for name in _NAMES[rows][0]]
+
+
+def find_unused(value: object, rows: str, columns: dict[str, str]) -> dict[str, bool]:
+    """Return the fields of a readable record that carry something and are not read: name -> whether a turn has it.
+
+    What is null or empty carries nothing; ids name a record or turn and are no part of it; `weight: 1` is usual.
+    """
+    required, optional, names = _NAMES[rows]
+    asked = {columns.get(name, name) for name in required}
+    asked |= {column for name in optional if (column := _optional_column(name, rows, columns))}
+    found = dict.fromkeys(_carrying(value, asked), False)
+    if names and isinstance(value, dict):
+        read = {columns.get(name, name) for name in names}
+        for turn in value[columns.get(required[0], required[0])]:
+            found |= dict.fromkeys(_carrying(turn, read), True)
+    return found
+
+
+def check_ignored(unused: dict[str, bool], ignored: list[str]) -> None:
+    """Raise UnreadableError for the first field that carries something and is not among the ignored ones."""
+    if "*" in ignored:
+        return
+    for name, of_turn in unused.items():
+        if name not in ignored:
+            raise UnreadableError(f"unused field {name[:_SHOWN_NAME]!r}" + (" of a turn" if of_turn else ""))
+
+
+def _carrying(fields: object, read: Container[str]) -> Iterator[str]:
+    """Yield the names of fields that are not read and carry something."""
+    for name, value in fields.items() if isinstance(fields, dict) else ():
+        if name in read or value is None or value in ("", [], {}) or value != value:  # noqa: PLR0124 - NaN: pandas' null
+            continue
+        if (name == "weight" and value == 1) or (_ID.fullmatch(name) and isinstance(value, str | int)):
+            continue
+        yield name
 
 
 def to_record(value: object, rows: str, columns: dict[str, str]) -> Record:
@@ -64,9 +100,17 @@ def _dialogue(said: list[tuple[object, str]], system: str) -> Conversation:
         if system and first != system:
             raise UnreadableError("two system messages")
         system = first
-    if any(not isinstance(who, str) or _ROLES.get(who) != at % 2 for at, (who, _) in enumerate(said)):
-        raise UnreadableError("roles out of order")
+    for at, (who, _) in enumerate(said):
+        if not isinstance(who, str) or who not in _ROLES:
+            raise UnreadableError("system message not first" if who == "system" else _unknown_role(who))
+        if _ROLES[who] != at % 2:
+            raise UnreadableError("roles out of order")
     return _talk([text for _, text in said], system)
+
+
+def _unknown_role(who: object) -> str:
+    """Return the reason for a role that no template here has, e.g. `developer`, `tool` or `User`."""
+    return f"unknown role {who[:_SHOWN_NAME]!r}" if isinstance(who, str) else "role is not text"
 
 
 def _optional_column(name: str, rows: str, columns: dict[str, str]) -> str | None:

@@ -1,6 +1,5 @@
-"""Files behind https:// (http:// on loopback): looked up by HEAD, read with Range; redirects never leave https."""
+"""Files behind https:// (http:// on loopback): asked by HEAD, read with Range; redirects never leave https."""
 
-import hashlib
 import http.client
 import ssl
 import urllib.error
@@ -10,12 +9,13 @@ from contextlib import contextmanager
 from typing import IO, Any
 from urllib.parse import SplitResult, urlsplit
 
+from ropeway.addresses import shown
 from ropeway.errors import ConfigError, TemporaryError
 from ropeway.fetch.remote import Remote
 from ropeway.s3_client import is_loopback
 
 _TIMEOUT_SECONDS = 20  # of silence
-_NO_HEAD = {405, 501}
+_GET_INSTEAD = {*range(400, 500), 501} - {408, 425, 429}
 _LATER = {408, 425, 429}
 
 
@@ -28,19 +28,15 @@ def look_up(address: str) -> Remote:
     """
     _check(address)
     name = shown(address)
-    try:
-        with _open(address, "HEAD", {}) as answer:
-            headers = answer.headers
-    except _NoHeadError:
-        with _open(address, "GET", {}) as answer:
-            headers = answer.headers
+    headers = _ask(address)
     version = _version(headers)
     if not version:
         raise ConfigError(
             f"sources: {name}: its server sends neither ETag nor Last-Modified, so new data could not be noticed; "
             "download it and name the file in `paths`"
         )
-    length = headers.get("Content-Length", "")
+    whole = headers.get("Content-Range", "").partition("/")[2]  # of an answer to a ranged request
+    length = whole or headers.get("Content-Length", "")
     size_bytes = int(length) if length.isdigit() else None
 
     @contextmanager
@@ -57,14 +53,18 @@ def look_up(address: str) -> Remote:
     return Remote(name, {**version, "bytes": size_bytes}, size_bytes, open_from)
 
 
-def shown(address: str) -> str:
-    """Return an address as it may be shown: what stands behind `?` may be a key, so a digest stands for it.
+def _ask(address: str) -> http.client.HTTPMessage:
+    """Return the headers of what is behind an address: by HEAD, or, where that is refused, by a GET of one byte.
 
-    >>> shown("https://host/a.jsonl?key=secret")
-    'https://host/a.jsonl?0b60fff1'
+    An address that was signed for GET alone answers HEAD with 403 (Amazon S3), other servers with 400, 404, 405 or 501.
     """
-    plain, mark, query = address.partition("?")
-    return plain + mark + (hashlib.sha256(query.encode()).hexdigest()[:8] if mark else "")
+    try:
+        with _open(address, "HEAD", {}) as answer:
+            headers: http.client.HTTPMessage = answer.headers
+    except _NoHeadError:
+        with _open(address, "GET", {"Range": "bytes=0-0"}) as answer:
+            headers = answer.headers
+    return headers
 
 
 def _check(address: str) -> SplitResult:
@@ -125,7 +125,7 @@ def _open(address: str, method: str, headers: dict[str, str]) -> Iterator[Any]:
             yield answer
     except urllib.error.HTTPError as error:
         error.close()
-        if method == "HEAD" and error.code in _NO_HEAD:
+        if method == "HEAD" and error.code in _GET_INSTEAD:
             raise _NoHeadError from None
         if error.code in _LATER or error.code >= http.client.INTERNAL_SERVER_ERROR:
             raise TemporaryError(f"sources: {name}: its server answers {error.code}; try again later") from None

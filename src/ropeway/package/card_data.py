@@ -67,6 +67,13 @@ def format_composition(facts: Facts) -> Iterator[str]:
     yield "\n".join(lines)
     header = ["source", "tokens", "read an epoch", "of these in the loss", "lost to windows and cuts"]
     yield format_table(header, [_tokens(account) for account in facts.ledger["sources"]])
+    ignored = [
+        f"{escape(key)} in {count:,} records of {account['name']}"
+        for account in facts.ledger["sources"]
+        for key, count in account["records"].get("ignored_keys", {}).items()
+    ]
+    if ignored:
+        yield f"Fields that carried something and were left out, as params say: {'; '.join(ignored)}."
     yield from _format_findings(facts)
 
 

@@ -155,6 +155,8 @@ def _records(name: str, raw: Mapping[str, Any], units: Units, profile: Profile) 
         with_special_tokens=units.count("with_special_tokens"),
         special_token_hits=dict(sorted(units.count_by("special_token_hits").items())),
         without_tokens=units.count("without_tokens"),
+        files=raw.get("files", {}),
+        ignored_keys=raw.get("ignored_keys", {}),
     )
 
 
@@ -191,6 +193,9 @@ def describe(ledger: Ledger, profile: Profile) -> list[str]:
                 f"their text ({account.records.special_token_hits}); {_WHAT_HAPPENS[profile.special_tokens_in_text]} "
                 f"(special_tokens_in_text: {profile.special_tokens_in_text})"
             )
+        if account.records.ignored_keys:
+            listed = ", ".join(f"{key} in {count:,} records" for key, count in account.records.ignored_keys.items())
+            lines.append(f"{account.name}: ignored keys: {listed}")
         lines += describe_findings(account.name, account.findings, profile)
         expected = profile.sources[account.name].expected_rows
         if expected is not None and expected != account.sequences.all:

@@ -159,9 +159,15 @@ def _steps_table(steps: Sequence[Step]) -> str:
 
 def _refused(page: Page, account: Mapping[str, Any]) -> str:
     """Return the refused records: how many for which reason, and where the first ones stand."""
-    total = _count_refused(account)
+    total, ignored = _count_refused(account), account["records"].get("ignored_keys", {})
+    left_out = "".join(f"<li><code>{escape(key)}</code> in {count:,} records</li>" for key, count in ignored.items())
+    left_out = f"<h3>Ignored keys</h3><ul>{left_out}</ul>" if ignored else ""
+    files = account["records"].get("files", {})
+    if files:
+        listed = "".join(f"<li><code>{escape(file)}</code> {count:,} records</li>" for file, count in files.items())
+        left_out += f"<details><summary>{len(files):,} files read</summary><ol>{listed}</ol></details>"
     if not total:
-        return "<h3>Refused</h3><p>No record was refused.</p>"
+        return f"<h3>Refused</h3><p>No record was refused.</p>{left_out}"
     lines = "".join(
         f'<tr><td class="n">{count:,}</td><td>{escape(reason)}</td><td>{room}</td></tr>'
         for room in ("fetch", "prepare")
@@ -175,7 +181,7 @@ def _refused(page: Page, account: Mapping[str, Any]) -> str:
     )
     listed = f"<details><summary>the first {len(first)} that fetch refused</summary><ol>{places}</ol></details>"
     share = f"{total:,} of {account['records']['read']:,} records read"
-    return f"<h3>Refused</h3><p>{share}:</p>{table}{listed if first else ''}"
+    return f"<h3>Refused</h3><p>{share}:</p>{table}{listed if first else ''}{left_out}"
 
 
 def _findings(found: Mapping[str, Any]) -> str:

@@ -1,0 +1,63 @@
+"""Web addresses as they may be shown and recorded: without what signs them.
+
+A signed address names the same file with every signature, and whoever has the signature has the file: it is a secret,
+and no part of what a run is.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+from urllib.parse import parse_qsl, urlencode
+
+# Parameters of signed addresses. Source: Amazon S3 (signature versions 2 and 4) and CloudFront, Google Cloud Storage,
+# Azure Storage (shared access signatures), Alibaba's OSS, and what plain token checks call theirs.
+_SIGNING = ("x-amz-", "x-goog-", "x-oss-")
+_SIGNATURES = frozenset((
+    "awsaccesskeyid", "googleaccessid", "ossaccesskeyid", "signature", "expires", "key-pair-id", "policy", "sig",
+    "token", "access_token", "auth_token", "security-token", "hmac",
+))  # fmt: skip
+_AZURE = frozenset((
+    "sv", "ss", "srt", "sp", "se", "st", "spr", "sr", "sip", "sdd", "skoid", "sktid", "skt", "ske", "sks", "skv",
+))  # fmt: skip
+
+
+def shown(address: str) -> str:
+    """Return an address without its signature, and with a digest for whatever else stands behind `?`.
+
+    >>> shown("https://host/a.jsonl?file=2&X-Amz-Signature=secret&X-Amz-Expires=60"), shown("https://host/a.jsonl?sig=1")
+    ('https://host/a.jsonl?77b583d4', 'https://host/a.jsonl')
+    """
+    plain, mark, query = address.partition("?")
+    if "://" not in plain or not mark:
+        return address
+    parts = parse_qsl(query, keep_blank_values=True)
+    signed = any(name.lower() == "sig" for name, _ in parts)
+    kept = urlencode([(name, value) for name, value in sorted(parts) if not _is_signature(name.lower(), azure=signed)])
+    return plain + (f"?{hashlib.sha256(kept.encode()).hexdigest()[:8]}" if kept else "")
+
+
+def _is_signature(name: str, *, azure: bool) -> bool:
+    """Return whether a parameter signs an address or limits how long it is valid, rather than naming a file."""
+    return name.startswith(_SIGNING) or name in _SIGNATURES or (azure and name in _AZURE)
+
+
+def find_secrets(block: Mapping[str, Any]) -> dict[str, str]:
+    """Return the addresses of a profile's sources that are not shown as they are: address -> as shown."""
+    return {path: shown(path) for path in _addresses(block) if shown(path) != path}
+
+
+def _addresses(block: Mapping[str, Any]) -> Iterator[str]:
+    for source in (block.get("sources") or {}).values():
+        paths = source.get("paths") if isinstance(source, Mapping) else None
+        yield from (path for path in paths or [] if isinstance(path, str))
+
+
+def without_secrets(block: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a profile's block with the addresses of its sources as they are shown."""
+    if not find_secrets(block):
+        return dict(block)
+    sources = {
+        name: {**source, "paths": [shown(path) for path in source["paths"]]} if source.get("paths") else source
+        for name, source in block["sources"].items()
+    }
+    return {**block, "sources": sources}
