@@ -4,12 +4,14 @@ Tasks are called directly and not submitted: cancelling then takes half a second
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
 from prefect import flow, runtime, tags, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
@@ -17,7 +19,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import DeploymentStatus, State, TaskRun
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.events.worker import EventsWorker
-from prefect.exceptions import ObjectNotFound
+from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.logging.handlers import APILogWorker
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Completed
@@ -171,30 +173,44 @@ class PrefectBoard:
     def table(self, key: str, title: str, rows: Sequence[Mapping[str, str]]) -> None:
         """Publish a table artifact."""
         outlast_outage(_api())
-        create_table_artifact(key=f"{self.prefix}-{key}", table=[dict(row) for row in rows], description=title)
+        with _shown_if_possible(title):
+            create_table_artifact(key=f"{self.prefix}-{key}", table=[dict(row) for row in rows], description=title)
 
     def report(self, key: str, text: str) -> None:
         """Publish a markdown artifact."""
         if not self._over:
             outlast_outage(_api())
-        create_markdown_artifact(key=f"{self.prefix}-{key}", markdown=text)
+        with _shown_if_possible(key):
+            create_markdown_artifact(key=f"{self.prefix}-{key}", markdown=text)
 
     def ask_review(self, digest: str) -> str | None:
         """Start a review's flow run if somebody serves its deployment; return its page."""
         if not standing_server(self.root):
             return None
-        with get_client(sync_client=True) as client:
+        with _shown_if_possible("the review"), get_client(sync_client=True) as client:
             try:
                 deployment = client.read_deployment_by_name("review/review")
             except ObjectNotFound:
                 return None
-            if not is_served(deployment):
-                return None
-            # Once for a version, whoever repeats the run.
-            asked = client.create_flow_run_from_deployment(
-                deployment.id, parameters={"digest": digest}, idempotency_key=f"review-{digest}"
-            )
-        return _run_address(asked.id)
+            if is_served(deployment):
+                # Once for a version, whoever repeats the run.
+                asked = client.create_flow_run_from_deployment(
+                    deployment.id, parameters={"digest": digest}, idempotency_key=f"review-{digest}"
+                )
+                return _run_address(asked.id)
+        return None
+
+
+@contextmanager
+def _shown_if_possible(what: str) -> Iterator[None]:
+    """A page is a mirror: one that the server refuses loses no run."""
+    try:
+        yield
+    except (httpx.HTTPError, PrefectException) as error:
+        print(
+            f"{what}: not on the run's page, the Prefect server refused it ({type(error).__name__}: {error})",
+            flush=True,
+        )
 
 
 def _page() -> str:

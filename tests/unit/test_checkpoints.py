@@ -17,7 +17,7 @@ def write(root, step, *, keep=None, ranks=2):
     (partial / checkpoints.STATE / "weights.pt").write_bytes(bytes(range(step)) * 10)
     folder = checkpoints.commit(root, step, [{"step": n + 1, "applied": 1} for n in range(step)], {"ranks": ranks})
     if keep:
-        checkpoints.rotate(root, keep=keep)
+        checkpoints.rotate(root, keep=keep, saved=step)
     return folder
 
 
@@ -71,6 +71,55 @@ def test_rotation_keeps_the_newest(tmp_path):
     assert [step for step, _ in checkpoints.list_steps(tmp_path)] == [15, 20]
 
 
+def flip(folder):
+    state = folder / checkpoints.STATE / "weights.pt"
+    data = bytearray(state.read_bytes())
+    data[3] ^= 1
+    state.write_bytes(data)
+
+
+def steps_of(root):
+    return [step for step, _ in checkpoints.list_steps(root)]
+
+
+@pytest.mark.parametrize("new_process", [False, True])
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_damaged_checkpoint_with_a_higher_step_goes_first_and_nothing_valid_is_lost(tmp_path, keep, new_process):
+    write(tmp_path, 100)
+    flip(write(tmp_path, 200))
+    if new_process:
+        checkpoints._KNOWN.clear()
+    assert checkpoints.newest_valid(tmp_path).step == 100  # the run resumes there
+    write(tmp_path, 120, keep=keep)
+    assert steps_of(tmp_path) == [120] if keep == 1 else [100, 120]
+    assert "is of step 120: " in checkpoints.name_last_good(tmp_path)
+    assert checkpoints.newest_valid(tmp_path).step == 120
+
+
+def test_a_message_names_no_checkpoint_that_is_damaged(tmp_path):
+    write(tmp_path, 5)
+    newest = write(tmp_path, 10)
+    flip(newest)
+    assert "is of step 5: " in checkpoints.name_last_good(tmp_path)
+    flip(tmp_path / "step-000005")
+    assert "None of the 2 checkpoints in" in checkpoints.name_last_good(tmp_path)
+
+
+def test_a_valid_checkpoint_with_a_higher_step_stays_beside_the_one_that_was_saved(tmp_path):
+    for step in (5, 20):
+        write(tmp_path, step)
+    write(tmp_path, 10, keep=1)
+    assert steps_of(tmp_path) == [10, 20]
+
+
+def test_rotation_reads_no_checkpoint_that_this_process_wrote(tmp_path, monkeypatch):
+    for step in (5, 10, 15):
+        write(tmp_path, step)
+    monkeypatch.setattr(checkpoints, "load_manifest", lambda *_, **__: pytest.fail("a checkpoint was read"))
+    checkpoints.rotate(tmp_path, keep=2, saved=15)
+    assert steps_of(tmp_path) == [10, 15]
+
+
 def test_a_save_that_fails_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
     write(tmp_path, 5)
 
@@ -115,7 +164,7 @@ def test_other_ranks_need_a_converted_state_and_a_later_save_removes_it(tmp_path
         checkpoints.check_resumable(found, ranks=4, now=NOW)
     checkpoints.universal_folder(found).mkdir(parents=True)
     checkpoints.check_resumable(found, ranks=4, now=NOW)
-    checkpoints.rotate(found.folder.parent, keep=1)
+    checkpoints.rotate(found.folder.parent, keep=1, saved=10)
     assert not checkpoints.universal_folder(found).exists()
 
 
@@ -144,7 +193,7 @@ def test_the_last_good_checkpoint_is_named(tmp_path):
     assert "is of step 5: " in checkpoints.name_last_good(tmp_path)
 
 
-def test_older_runs_of_the_same_profile_give_way_and_no_others(tmp_path):
+def test_older_runs_of_the_same_profile_give_way_and_no_others(tmp_path, capsys):
     for age, (name, profile) in enumerate(
         [("old", "tiny"), ("current", "tiny"), ("other", "laptop"), ("newer", "tiny"), ("newest", "tiny")]
     ):
@@ -152,7 +201,13 @@ def test_older_runs_of_the_same_profile_give_way_and_no_others(tmp_path):
         write(tmp_path / name, 5)
         os.utime(tmp_path / name / checkpoints.OWNER, ns=(age, age))
     (tmp_path / "unclaimed").mkdir()
+    for name, note in (("damaged", b'{"profile": "ti'), ("foreign", b'["tiny"]'), ("no text", b"\xff\xfe")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / checkpoints.OWNER).write_bytes(note)
     assert checkpoints.prune_runs(tmp_path, profile="tiny", current="current", keep=2) == ["old", "newer"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["current", "newest", "other", "unclaimed"]
+    kept = ["current", "damaged", "foreign", "newest", "no text", "other", "unclaimed"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept
+    said = capsys.readouterr().out
+    assert all(f"{tmp_path / name / checkpoints.OWNER}: cannot be read" in said for name in ("damaged", "foreign"))
     assert checkpoints.prune_runs(tmp_path, profile="tiny", current="current", keep=1) == ["newest"]
     assert checkpoints.newest_valid(tmp_path / "current").step == 5

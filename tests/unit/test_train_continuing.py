@@ -70,7 +70,7 @@ def test_its_bytes_are_linked_and_outlive_the_other_run(workspace):
         for root in (folder, workspace.checkpoints / A)
     )
     assert mine.samefile(other)
-    checkpoints.rotate(folder, keep=1)
+    checkpoints.rotate(folder, keep=1, saved=8)
     assert checkpoints.newest_valid(workspace.checkpoints / A).step == 8
     checkpoints.remove(other.parents[1])
     assert checkpoints.newest_valid(folder).step == 8

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from ropeway.accumulation import accumulation_steps
@@ -67,9 +68,18 @@ def run(workspace: Workspace, profile: Profile) -> None:
     if code:
         raise SystemExit(code)
     _leave_files(workspace, profile, fingerprint)
-    gone = checkpoints.prune_runs(
-        workspace.checkpoints, profile=workspace.profile, current=fingerprint.digest, keep=keep
-    )
+    _prune(workspace, fingerprint, keep)
+
+
+def _prune(workspace: Workspace, fingerprint: Fingerprint, keep: int) -> None:
+    """Remove checkpoints of older runs; whatever goes wrong there does not lose the run that has just ended."""
+    try:
+        gone = checkpoints.prune_runs(
+            workspace.checkpoints, profile=workspace.profile, current=fingerprint.digest, keep=keep
+        )
+    except OSError as error:
+        print(f"checkpoints of older runs could not be removed: {error}", flush=True)
+        return
     if gone:
         print(f"checkpoints of older runs removed (ROPEWAY_KEEP_RUNS): {', '.join(gone)}", flush=True)
 
@@ -99,15 +109,30 @@ def _leave_files(workspace: Workspace, profile: Profile, fingerprint: Fingerprin
         workspace.train_metrics,
         {**_metrics(log, last.facts["rewinds"], profile, fingerprint), "continued_from": record},
     )
-    attempts = (folder / "attempts.jsonl").read_text(encoding="utf-8").splitlines()
     facts = {
         "fingerprint": fingerprint.digest,
         "parts": fingerprint.parts,
-        "attempts": [json.loads(a) for a in attempts],
+        "attempts": _read_attempts(folder / "attempts.jsonl"),
         "rewinds": last.facts["rewinds"],
         "continued_from": record,
     }
     write_json(workspace.timings, facts)
+
+
+def _read_attempts(path: Path) -> list[Any]:
+    """Return the records of all starts of a run; a line that a full disk cut is left out, and said."""
+    found = []
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        print(f"{path}: cannot be read ({error}); provenance.json has no attempts", flush=True)
+        return []
+    for number, line in enumerate(lines, start=1):
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            print(f"{path}:{number}: not JSON; that start is not in provenance.json", flush=True)
+    return found
 
 
 def _metrics(

@@ -63,9 +63,37 @@ def newest_valid(root: Path) -> Checkpoint | None:
             facts = load_manifest(folder, remedy="It is skipped")
         except DataError as error:
             print(f"checkpoint of step {step} is not whole: {error}", flush=True)
+            _KNOWN[folder] = _signature(folder), False
             continue
+        _KNOWN[folder] = _signature(folder), True
         return Checkpoint(folder, step, facts)
     return None
+
+
+# What this process knows of checkpoints that it wrote or read to the last byte: folder -> their files' looks, verdict.
+_KNOWN: dict[Path, tuple[tuple[tuple[str, int, int, int], ...], bool]] = {}
+
+
+def is_valid(folder: Path, *, thoroughly: bool = True) -> bool:
+    """Return whether a checkpoint is whole; it is read again only where this process has not done so as it now is.
+
+    Not `thoroughly`: of one that this process has not read, sizes alone are compared. (194 GB take minutes to hash.)
+    """
+    now = _signature(folder)
+    if folder in _KNOWN and _KNOWN[folder][0] == now:
+        return _KNOWN[folder][1]
+    try:
+        load_manifest(folder, remedy="-", verify=thoroughly or folder in _KNOWN)
+    except DataError:
+        return False
+    if thoroughly:
+        _KNOWN[folder] = now, True
+    return True
+
+
+def _signature(folder: Path) -> tuple[tuple[str, int, int, int], ...]:
+    stats = ((path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file())
+    return tuple((str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino) for path, stat in stats)
 
 
 def read_ranks(folder: Path) -> int | None:
@@ -101,9 +129,12 @@ def check_resumable(checkpoint: Checkpoint, *, ranks: int, now: dict[str, str]) 
 def name_last_good(folder: Path) -> str:
     """Return where the same command would resume; no checkpoint holds steps that a stop rule suspects."""
     steps = list_steps(folder)
-    if not steps:
-        return "No checkpoint was saved before that"
-    return f"The last good checkpoint is of step {steps[-1][0]}: {steps[-1][1]}; the same command resumes there"
+    for step, place in reversed(steps):
+        if is_valid(place):
+            return f"The last good checkpoint is of step {step}: {place}; the same command resumes there"
+    if steps:
+        return f"None of the {len(steps)} checkpoints in {folder} is whole; the same command trains from the beginning"
+    return "No checkpoint was saved before that"
 
 
 def commit(root: Path, step: int, log: list[dict[str, Any]], facts: dict[str, Any]) -> Path:
@@ -122,6 +153,7 @@ def commit(root: Path, step: int, log: list[dict[str, Any]], facts: dict[str, An
         shutil.rmtree(target)
     partial.rename(target)
     sync_folder(root)
+    _KNOWN[target] = _signature(target), True  # hashed and synced a moment ago
     return target
 
 
@@ -131,10 +163,28 @@ def sync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def rotate(root: Path, *, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, and what unfinished saves and conversions left behind."""
-    for _, folder in list_steps(root)[:-keep]:
-        remove(folder)
+def rotate(root: Path, *, keep: int, saved: int) -> None:
+    """Remove checkpoints until `keep` are left, and what unfinished saves and conversions left behind.
+
+    Damaged ones go first, then the oldest. The one that was saved just now and the newest valid one always stay: a
+    damaged one may have a higher step, since the run went back before it.
+
+    Args:
+        root: The run's folder.
+        keep: How many stay, 1 at least.
+        saved: The step that was saved just now.
+    """
+    steps = list_steps(root)
+    if len(steps) > keep:
+        valid = [step for step, folder in steps if step == saved or is_valid(folder, thoroughly=step > saved)]
+        newest = [step for step in valid if step != saved][::-1]
+        stay = {saved, *valid[-1:], *newest[: keep - 1]}
+        damaged = [step for step, _ in steps if step not in valid]
+        going = [*damaged, *(step for step in valid if step not in stay)][: len(steps) - keep]
+        for step in going:
+            remove(step_folder(root, step))
+        if lost := [step for step in damaged if step in going]:
+            print(f"damaged checkpoints removed: {', '.join(f'step {step}' for step in lost)}", flush=True)
     for folder in root.glob(".universal-*"):  # loaded, and overtaken by what is saved now
         shutil.rmtree(folder, ignore_errors=True)
     clear_partial(root)
@@ -142,6 +192,7 @@ def rotate(root: Path, *, keep: int) -> None:
 
 def remove(folder: Path) -> None:
     """Remove a checkpoint, its manifest first, so that a kill in between leaves nothing that looks whole."""
+    _KNOWN.pop(folder, None)
     (folder / NAME).unlink(missing_ok=True)
     shutil.rmtree(folder)
 
@@ -176,17 +227,25 @@ def claim(root: Path, owner: dict[str, Any]) -> None:
 def prune_runs(root: Path, *, profile: str, current: str, keep: int) -> list[str]:
     """Remove the checkpoints of a profile's older runs, all but the `keep` last started; return what was removed.
 
-    The current run stays whatever its age, and so does a folder that does not say whose it is.
+    The current run stays whatever its age, and so does a folder that does not say whose it is, or not readably.
     """
-    owners = {folder: folder / OWNER for folder in root.iterdir() if (folder / OWNER).is_file()}
-    mine = [folder for folder, note in owners.items() if json.loads(note.read_bytes())["profile"] == profile]
-    mine.sort(key=lambda folder: (folder.name == current, owners[folder].stat().st_mtime_ns))
+    mine = [folder for folder in root.iterdir() if (folder / OWNER).is_file() and read_owner(folder) == profile]
+    mine.sort(key=lambda folder: (folder.name == current, (folder / OWNER).stat().st_mtime_ns))
     gone = mine[: max(0, len(mine) - keep)]
     for folder in gone:
         for _, step in list_steps(folder):
             remove(step)
         shutil.rmtree(folder)
     return [folder.name for folder in gone]
+
+
+def read_owner(folder: Path) -> str | None:
+    """Return which profile's run a folder is; None, and said, where its note is damaged or another program's."""
+    try:
+        return str(json.loads((folder / OWNER).read_bytes())["profile"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        print(f"{folder / OWNER}: cannot be read ({type(error).__name__}: {error}); the folder stays", flush=True)
+        return None
 
 
 def clear_partial(root: Path) -> None:

@@ -46,7 +46,7 @@ def _save(run: Run, folder: Path, log: list[Line]) -> Path:
     if run.rank == 0:
         facts = {"ranks": run.world_size, "rewinds": [asdict(rewind) for rewind in run.rewinds], **versions()}
         checkpoints.commit(folder, len(log), log, facts)
-        checkpoints.rotate(folder, keep=run.profile.save_total_limit)
+        checkpoints.rotate(folder, keep=run.profile.save_total_limit, saved=len(log))
     torch.distributed.barrier()
     return checkpoints.step_folder(folder, len(log))
 
