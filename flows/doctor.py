@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from flows import graph
+from flows.clean import say_sizes
 from flows.server import DEFAULT_PORT, LOOPBACK, find_server, is_answering, is_free
 from ropeway.devices import count_ranks, detect_gpus, list_gpus
 from ropeway.errors import ConfigError, RopewayError
@@ -47,7 +48,21 @@ class Finding:
 
 def examine(root: Path) -> list[Finding]:
     """Return every finding, in the order in which a run would meet it."""
-    looks = (_python, _compiler, _libraries, _gpus, _params, _disk, _git, _remote, _registry, _prefect, _port, _wandb)
+    looks = (
+        _python,
+        _compiler,
+        _libraries,
+        _gpus,
+        _params,
+        _disk,
+        _use,
+        _git,
+        _remote,
+        _registry,
+        _prefect,
+        _port,
+        _wandb,
+    )
     return [finding for look in looks for finding in _safely(look, root.resolve())]
 
 
@@ -166,6 +181,10 @@ def _disk(root: Path) -> Iterator[Finding]:
         yield Finding("disk", "wrong", words, fix)
     else:
         yield Finding("disk", "ok", words)
+
+
+def _use(root: Path) -> Iterator[Finding]:
+    yield Finding("on disk", "ok", f"{say_sizes(root)}; `ropeway clean` shows what can go")
 
 
 def _git(root: Path) -> Iterator[Finding]:

@@ -200,6 +200,23 @@ def parse_lock(data: bytes) -> dict[str, Any]:
         raise ConfigError(f"dvc.lock: cannot be read ({type(error).__name__})") from None
 
 
+def cache_folder(root: Path) -> Path:
+    """Return where DVC's cache of a workspace is."""
+    with _open_repo(root) as repo:
+        return Path(repo.cache.local_cache_dir).resolve()
+
+
+@contextmanager
+def exclusive(root: Path) -> Iterator[None]:
+    """Hold DVC's own lock of a workspace, so that no dvc reads or writes its cache meanwhile.
+
+    Raises:
+        BusyError: Another dvc is at work.
+    """
+    with _open_repo(root) as repo, repo.lock:
+        yield
+
+
 def share_cache(root: Path, clone: Path) -> None:
     """Let a clone read from this workspace's cache and its remotes, with this machine's private settings."""
     private = root / ".dvc" / "config.local"

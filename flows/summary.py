@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flows.clean import say_sizes
 from flows.markdown import plain, table
 from flows.publishing import Publication
 from ropeway.ledger_steps import list_steps
@@ -46,6 +47,7 @@ def print_result(result: Result, page: str | None) -> None:
         ("review it", _how_to_review(result)),
         ("the run", page or "made without Prefect (no page)"),
         ("note", _note_edits(result)),
+        ("on disk", f"{say_sizes(result.workspace.root)}; `ropeway clean` shows what can go"),
     ]
     width = max(len(name) for name, _ in facts)
     print(f"\n{result.workspace.profile}: {published.state} in {result.seconds:.0f} s")

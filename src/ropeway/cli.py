@@ -262,6 +262,33 @@ def doctor(
 
 
 @app.command()
+def clean(
+    *,
+    remove: Annotated[bool, typer.Option("--apply", help="Remove it; without this the plan is only shown.")] = False,
+    keep: Annotated[int, typer.Option(min=1, help="Results of each stage and profile that stay in DVC's cache.")] = 1,
+    unsynced: Annotated[bool, typer.Option("--unsynced", help="Also W&B runs that were not sent to W&B.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what takes disk and what nothing needs any more: no present result, no version of the registry."""
+    from dataclasses import asdict
+
+    from flows import clean as cleaning
+    from ropeway.workspace import find_root
+
+    root = find_root()
+    places = cleaning.measure(root)
+    removals = (cleaning.clean if remove else cleaning.plan_clean)(root, keep=keep, unsynced=unsynced)
+    if as_json:
+        values = [asdict(one) | {"path": str(one.path)} for one in removals]
+        sizes = [asdict(one) | {"path": str(one.path)} for one in places]
+        typer.echo(json.dumps({"places": sizes, "removals": values, "removed": remove}, indent=1))
+        return
+    for place in places:
+        typer.echo(f"{place.name:<16}{cleaning.say_bytes(place.bytes):>12}  {place.rule}")
+    typer.echo(cleaning.draw(removals, removed=remove))
+
+
+@app.command()
 def serve(
     *,
     cron: Annotated[str | None, typer.Option(help="Retrain at these times, e.g. '0 3 * * *'; default: never.")] = None,

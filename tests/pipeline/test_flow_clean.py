@@ -1,0 +1,143 @@
+"""`ropeway clean`: what nothing needs goes, what a version or the present run needs stays, and nothing goes unasked."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from flows import clean, graph
+from flows.retrain import run_retrain
+from ropeway.cli import app
+from ropeway.errors import ConfigError, DataError, TemporaryError
+from ropeway.lock import workspace_lock
+
+pytestmark = pytest.mark.filterwarnings(
+    # dvc 3.67.1 (repo/trie.py, repo/graph.py) on pygtrie 2.6
+    "ignore:_NoneStep.value will soon raise:DeprecationWarning"
+)
+
+
+def files_of(root):
+    return {
+        path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file() and ".git" not in path.parts
+    }
+
+
+def data_of(workspace):
+    """The digests of the present data: the folder's listing and its files."""
+    lock = graph.parse_lock((workspace.root / "dvc.lock").read_bytes())
+    (raw,) = (out["md5"] for out in lock["stages"]["fetch"]["outs"] if out["path"].endswith("raw"))
+    cache = workspace.root / ".dvc" / "cache" / "files" / "md5"
+    return {raw, *(one["md5"] for one in json.loads((cache / raw[:2] / raw[2:]).read_bytes()))}
+
+
+def cached(workspace):
+    cache = workspace.root / ".dvc" / "cache" / "files" / "md5"
+    return {path.parent.name + path.name for path in cache.glob("??/*")}
+
+
+@pytest.fixture
+def three_runs(made_workspace):
+    """Three versions, the first of other data; the results of the last are the present ones."""
+    first = data_of(made_workspace)
+    (made_workspace.root / "sources").mkdir()
+    (made_workspace.root / "sources" / "more.txt").write_text("more")
+    for rate in ("3e-3", "4e-3"):
+        text = (made_workspace.root / "params.yaml").read_text()
+        (made_workspace.root / "params.yaml").write_text(text.replace("learning_rate: 2e-3", f"learning_rate: {rate}"))
+        run_retrain(made_workspace.root, use_prefect=False)
+        (made_workspace.root / "params.yaml").write_text(text)
+    made_workspace.edit("params.yaml", "learning_rate: 2e-3", "learning_rate: 4e-3")
+    made_workspace.calls()
+    return made_workspace, first
+
+
+def test_it_frees_what_no_version_and_no_present_result_needs(three_runs):
+    workspace, first = three_runs
+    before, objects = files_of(workspace.root), cached(workspace)
+    plan = clean.plan_clean(workspace.root, keep=1, unsynced=False)
+    assert {removal.kind for removal in plan} == {"DVC cache", "DVC run-cache"}
+    assert files_of(workspace.root) == before  # a plan removes nothing
+    assert clean.clean(workspace.root, keep=1, unsynced=False) == plan
+    gone = {removal.path.relative_to(workspace.root).as_posix() for removal in plan}
+    assert files_of(workspace.root) | {".work/lock"} == (before - gone) | {".work/lock"}
+    assert first <= cached(workspace) < objects  # what `ropeway reproduce` restores of the first version
+    assert clean.plan_clean(workspace.root, keep=1, unsynced=False) == []
+
+    run_retrain(workspace.root, use_prefect=False)
+    assert workspace.calls() == []
+    for name in ("raw", "model", "package"):
+        (path,) = (workspace.root / "runs").glob(f"*/{name}")
+        assert path.is_dir()
+    workspace.dvc("checkout", "--force")
+    assert graph.plan(workspace.root)[-1].will_run is False
+
+
+def test_more_results_stay_if_asked_and_a_reverted_value_is_then_restored(three_runs):
+    workspace, _ = three_runs
+    assert clean.clean(workspace.root, keep=3, unsynced=False) == []
+    clean.clean(workspace.root, keep=2, unsynced=False)
+    workspace.edit("params.yaml", "learning_rate: 4e-3", "learning_rate: 3e-3")
+    assert run_retrain(workspace.root, use_prefect=False).stages["train"] == "Restored"
+
+
+def test_nothing_goes_while_a_run_is_on_or_what_is_needed_cannot_be_known(three_runs):
+    workspace, _ = three_runs
+    before = cached(workspace)
+    with workspace_lock(workspace.root, command="ropeway run"), pytest.raises(TemporaryError, match="is held by"):
+        clean.clean(workspace.root, keep=1, unsynced=False)
+    lock = (workspace.root / "dvc.lock").read_bytes()
+    (workspace.root / "dvc.lock").write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match=r"dvc\.lock"):
+        clean.clean(workspace.root, keep=1, unsynced=False)
+    (workspace.root / "dvc.lock").write_bytes(lock)
+    versions = workspace.root / "registry" / "models" / "laptop" / "versions"
+    (versions / "00000002.json").write_text("{")
+    with pytest.raises(DataError, match="00000002"):
+        clean.clean(workspace.root, keep=1, unsynced=False)
+    assert cached(workspace) == before
+
+
+def test_a_cache_that_others_may_share_is_not_touched(three_runs, tmp_path):
+    workspace, _ = three_runs
+    (workspace.root / ".dvc" / "cache").rename(tmp_path / "shared")
+    workspace.dvc("cache", "dir", "--local", str(tmp_path / "shared"))
+    assert clean.plan_clean(workspace.root, keep=1, unsynced=True) == []
+
+
+def test_wandb_runs_go_once_they_were_sent_and_work_files_of_what_is_gone(made_workspace, monkeypatch):
+    work = made_workspace.root / ".work"
+    for name, synced in (("offline-run-1", True), ("offline-run-2", False)):
+        (work / "wandb" / name).mkdir(parents=True)
+        (work / "wandb" / name / f"{name}.wandb").write_bytes(b"x" * 5000)
+        if synced:
+            (work / "wandb" / name / f"{name}.wandb.synced").touch()
+    for name in ("reproduce/laptop-1", "prepare-laptop-0123456789abcdef", "prepare-old-0123456789abcdef"):
+        (work / name).mkdir(parents=True)
+        (work / name / "file").write_bytes(b"y" * 100)
+
+    def named(**options):
+        return {removal.path.name for removal in clean.plan_clean(made_workspace.root, keep=1, **options)}
+
+    always = {"offline-run-1", "laptop-1", "prepare-old-0123456789abcdef"}
+    assert named(unsynced=False) == always
+    assert named(unsynced=True) == {*always, "offline-run-2"}
+    monkeypatch.chdir(made_workspace.root)
+    shown = CliRunner().invoke(app, ["clean", "--json"])
+    assert {removal["path"].rpartition("/")[2] for removal in json.loads(shown.stdout)["removals"]} == always
+    assert (work / "reproduce" / "laptop-1").is_dir()
+    done = CliRunner().invoke(app, ["clean", "--apply"])
+    assert done.exit_code == 0, done.stdout
+    assert not (work / "reproduce" / "laptop-1").exists()
+    assert (work / "wandb" / "offline-run-2").is_dir()
+    assert (work / "prepare-laptop-0123456789abcdef").is_dir()
+
+
+def test_the_end_of_a_run_and_doctor_say_what_is_on_disk(made_workspace, capsys, monkeypatch):
+    (made_workspace.root / ".checkpoints").mkdir()
+    (made_workspace.root / ".checkpoints" / "state").write_bytes(bytes(3 << 20))
+    run_retrain(made_workspace.root, use_prefect=False)
+    assert "checkpoints 3.0 MiB; `ropeway clean` shows what can go" in capsys.readouterr().out
+    monkeypatch.chdir(made_workspace.root)
+    found = json.loads(CliRunner().invoke(app, ["doctor", "--json"]).stdout)
+    assert "checkpoints 3.0 MiB" in next(one["words"] for one in found if one["about"] == "on disk")
