@@ -32,6 +32,7 @@ from flows.retrain import describe_run, walk
 from flows.server import outlast_outage, page_address, standing_server
 from flows.stages import Say, log_path
 from flows.summary import Result
+from flows.suspension import suspended_on_request
 from ropeway.params import load_profile
 
 _FLUSH_SECONDS = 4.0  # each of three: lines, Prefect's own lines, events
@@ -86,7 +87,8 @@ def retrain(root: str = ".", profile: str | None = None) -> State[Any]:
     name, _ = load_profile(folder / "params.yaml", profile)
     log = PageLog(_api())
     try:
-        result = walk(folder, name, PrefectBoard(artifact_prefix(name), folder, log))
+        with suspended_on_request():
+            result = walk(folder, name, PrefectBoard(artifact_prefix(name), folder, log))
     except BaseException as error:
         _ON_END.get()(error, _page())
         raise

@@ -132,7 +132,10 @@ def _and_then(work: Callable[[Say], Done], then: Callable[[Done], None]) -> Call
 
 def describe_run(root: Path, profile: str) -> tuple[str, list[str]]:
     """Return a flow run's name and tags: profile, the digest of its params, git revision."""
-    revision, params = read_revision(root), digest_of(without_secrets(read_block(root / "params.yaml", profile)))[:7]
+    revision, params = (
+        read_revision(root, profile),
+        digest_of(without_secrets(read_block(root / "params.yaml", profile)))[:7],
+    )
     tags = [f"profile:{profile}", f"params:{params}", f"git:{str(revision).removesuffix('+')}"]
     return f"{profile}-{params}-{revision}", [*tags, *(["dirty"] if revision.dirty else [])]
 

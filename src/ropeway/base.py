@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ropeway import hub
+from ropeway.base_files import check_folder, check_names
 from ropeway.chat import template_digest
 from ropeway.errors import ConfigError
 from ropeway.frozen import FrozenInputs
@@ -94,14 +96,31 @@ def open_model(origin: Path, options: dict[str, Any], profile: Profile) -> tuple
     config.rope_parameters = rope.rope_parameters()  # the whole dict: a partial one loses theta (5.24)
     config.max_position_embeddings = rope.stated_positions
     config.rms_norm_eps = profile.expected_model.rms_norm_eps
-    model, found = LlamaForCausalLM.from_pretrained(
-        origin, config=config, dtype="auto", output_loading_info=True, **options
-    )
+    try:
+        model, found = LlamaForCausalLM.from_pretrained(
+            origin, config=config, dtype="auto", output_loading_info=True, use_safetensors=True, **options
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(f"{origin}: its weights cannot be opened: {error}. Fetch the model again") from error
+    _check_weights(origin, model, found)
+    return (_dequantised(model) if "gguf_file" in options else model), rope
+
+
+def _check_weights(origin: Path, model: LlamaForCausalLM, found: dict[str, Any]) -> None:
+    """Raise ConfigError unless the files hold the config's weights, all of them, no others, and only numbers."""
     if lacking := sorted(found["missing_keys"]):
         raise ConfigError(
             f"{origin}: {len(lacking)} weights of a Llama are not in its files, first {lacking[0]}; fetch it again"
         )
-    return (_dequantised(model) if "gguf_file" in options else model), rope
+    if surplus := sorted(found["unexpected_keys"]):
+        raise ConfigError(
+            f"{origin}: {len(surplus)} weights have no place in a Llama of this config and would be dropped, first "
+            f"{surplus[0]}; name a plain Llama, or correct config.json"
+        )
+    for name, weight in model.state_dict().items():
+        if not bool(torch.isfinite(weight).all()):
+            count = int((~torch.isfinite(weight)).sum())
+            raise ConfigError(f"{origin}: {count:,} values of {name} are NaN or infinite; fetch the model again")
 
 
 def plan_rope(config: Any, profile: Profile) -> RopeScaling:  # noqa: ANN401 - any model's config
@@ -193,12 +212,9 @@ def _locate_origin(root: Path, profile: Profile) -> tuple[Path | None, dict[str,
     if isinstance(base, GgufBase):
         return _find_in_package(base), {"gguf_file": base.file}
     folder = root / profile.model_name
-    if not (folder / "config.json").is_file():
-        raise ConfigError(
-            f"model_name: {folder} has no config.json, so there is no model on this machine. Put a Llama there "
-            "(config.json, *.safetensors, tokenizer.json), or set base: {kind: hub, revision: COMMIT} and model_name "
-            "to its repository, e.g. meta-llama/Llama-2-13b-hf"
-        )
+    if not folder.is_dir():
+        raise ConfigError(f"model_name: {folder} is not a folder; put the base model there, or set base.kind")
+    check_folder(folder)
     return folder, {}
 
 
@@ -235,8 +251,12 @@ def check_gguf_rope(path: Path) -> None:
 
 def _download(repo: str, commit: str, revision: str) -> Path:
     """Return the local snapshot of a Hub repository at a commit, downloading what is missing."""
-    names = [name for name in hub.list_files(repo, commit, kind="model") if name.endswith((".json", ".safetensors"))]
-    return hub.download_files(repo, commit, names, kind="model", revision=revision)  # no pickle is ever loaded
+    there = hub.list_files(repo, commit, kind="model")
+    check_names(there, where=f"{repo} at {commit}")
+    names = [name for name in there if name.endswith((".json", ".safetensors"))]
+    folder = hub.download_files(repo, commit, names, kind="model", revision=revision)
+    check_folder(folder)
+    return folder
 
 
 def _open_or_train_tokenizer(

@@ -291,7 +291,9 @@ def clean(
 @app.command()
 def serve(
     *,
-    cron: Annotated[str | None, typer.Option(help="Retrain at these times, e.g. '0 3 * * *'; default: never.")] = None,
+    cron: Annotated[
+        str | None, typer.Option(help="Retrain at these times, in UTC: '0 3 * * *'; default: never.")
+    ] = None,
 ) -> None:
     """Make the flows startable from Prefect's pages and by the clock; needs a running `ropeway server`."""
     from flows.deployments import serve_flows

@@ -5,19 +5,23 @@ import importlib.metadata
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ropeway
 from ropeway import hub
+from ropeway.base_files import check_folder
 from ropeway.devices import count_ranks, list_gpus
 from ropeway.errors import ConfigError, DataError, full_disk_explained
 from ropeway.fetch.identity import find_changes, source_identity
+from ropeway.fetch.local import find_files
 from ropeway.frozen import PARAMS_FILE, FrozenInputs, freeze, read_texts
 from ropeway.identity import Digests
 from ropeway.lock import workspace_lock
 from ropeway.manifest import file_sha256
-from ropeway.params import FolderBase, GgufBase, HubBase, Profile, load_profile, read_text
+from ropeway.params import FilesSource, FolderBase, GgufBase, HubBase, Profile, load_profile, read_text
 from ropeway.workspace import Workspace
 
 _SHOWN = 5  # changed things in a message
@@ -139,6 +143,43 @@ def write_identity(root: Path, name: str | None = None) -> None:
         freeze(workspace, profile, text, facts)
 
 
+@dataclass(frozen=True, slots=True)
+class NamedFiles:
+    """The files of a workspace that a run reads, by path below the workspace.
+
+    Attributes:
+        texts: What git alone can bring back: params.yaml, dvc.yaml, the DeepSpeed JSON, prompts, sampling, tasks, code.
+        data: Local sources and base: DVC keeps their content by digest.
+    """
+
+    texts: tuple[str, ...]
+    data: tuple[str, ...]
+
+
+def name_files(root: Path, profile: Profile) -> NamedFiles:
+    """Return the files that a profile names, those that are not there left out: whoever reads them says so."""
+    evaluation = profile.evaluation
+    named = [root / PARAMS_FILE, root / "dvc.yaml", root / profile.deepspeed_config]
+    named += [root / name for name in (*profile.contamination.prompts, evaluation.prompts, evaluation.sampling)]
+    if evaluation.tasks:
+        named += _task_files(Workspace(root, "").tasks)
+    package = Path(ropeway.__file__).parent
+    for folder in (package, package.parent.parent / "flows"):
+        named += folder.rglob("*.py") if folder.is_relative_to(root) else ()
+    data: list[Path] = []
+    for source in profile.sources.values():
+        if isinstance(source, FilesSource):
+            for path in source.paths:
+                with suppress(ConfigError):
+                    data += find_files([path] if "://" not in path else [], root, source.splits).values()
+    if isinstance(profile.base, FolderBase):
+        data += (root / profile.model_name).glob("*")
+    texts, held = (
+        tuple(sorted({os.path.relpath(path, root) for path in paths if path.is_file()})) for paths in (named, data)
+    )
+    return NamedFiles(texts, held)
+
+
 def _code(root: Path, profile: str) -> Digests:
     return Digests(Path(ropeway.__file__).parent, Workspace(root, profile).work / "code.json")
 
@@ -158,9 +199,12 @@ def _tasks_identity(profile: Profile, folder: Path) -> dict[str, str]:
         return {}
     from ropeway.evaluate.tasks import find_harness
 
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc")
-    digests = {path.relative_to(folder.parent.parent).as_posix(): file_sha256(path) for path in files}
+    digests = {path.relative_to(folder.parent.parent).as_posix(): file_sha256(path) for path in _task_files(folder)}
     return {"lm_eval": find_harness(names), **digests}
+
+
+def _task_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc")
 
 
 def _base_identity(profile: Profile, root: Path) -> dict[str, Any]:
@@ -173,6 +217,7 @@ def _base_identity(profile: Profile, root: Path) -> dict[str, Any]:
                 f"params.yaml: model_name {profile.model_name} is not a folder. Put the base model there (config.json, "
                 "*.safetensors, tokenizer.json), or set model_name and base.kind to where it is (folder, hub, gguf)"
             )
+        check_folder(folder)
         stats = {path.name: path.stat() for path in sorted(folder.iterdir()) if path.is_file()}
         return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
     if isinstance(base, HubBase):

@@ -229,6 +229,48 @@ def test_weights_of_another_dtype_are_found(copy, made):
         check_package(copy)
 
 
+NORM, INDEX = "model.norm.weight", "model.safetensors.index.json"
+
+
+def drop_from_index(copy):
+    edit(copy / INDEX, lambda index: index["weight_map"].pop(NORM))
+
+
+def drop_from_files(copy):
+    drop_from_index(copy)
+    drop_from_shard(copy)
+
+
+def drop_from_shard(copy):
+    path = copy / "model-00002-of-00002.safetensors"
+    save_file({name: one for name, one in load_file(path).items() if name != NORM}, path, metadata={"format": "pt"})
+
+
+def drop_shard(copy):
+    (copy / "model-00002-of-00002.safetensors").unlink()
+
+
+def cut_shard(copy):
+    path = copy / "model-00002-of-00002.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (drop_from_index, rf"{NORM}: found in model-00002-of-00002.safetensors, but the index does not say so"),
+        (drop_from_shard, rf"{NORM}: expected in model-00002-of-00002.safetensors, as the index says, found none"),
+        (drop_from_files, rf"{NORM}: expected in the files"),
+        (drop_shard, rf"{NORM}: expected in model-00002-of-00002.safetensors"),
+        (cut_shard, r"model-00002-of-00002.safetensors: not a whole file of safetensors"),
+    ],
+)
+def test_a_tensor_that_index_or_files_lack_is_found_without_any_logits(copy, damage, words):
+    damage(copy)
+    with pytest.raises(DataError, match=words):
+        check_package(copy)
+
+
 def test_one_altered_weight_is_found_by_the_logits(copy, made):
     path = copy / "model-00002-of-00002.safetensors"
     weights = load_file(path)
@@ -271,7 +313,7 @@ def test_the_stage_fails_and_leaves_no_package_when_the_clean_process_finds_a_fa
 
 
 def test_a_folder_that_does_not_load_at_all_is_said_with_the_loaders_own_words(made, copy):
-    (copy / "model-00001-of-00002.safetensors").write_bytes(b"no weights")
+    (copy / "tokenizer.json").write_text("{}")
     probe = json.loads((copy / "probe.json").read_bytes())
     with pytest.raises(DataError, match=r"does not load in a fresh interpreter \(exit code 1\)"):
         check_roundtrip(copy, made[0].model, probe)

@@ -1,14 +1,17 @@
 """prefect.yaml through Prefect's own `deploy`, on the real server, and `ropeway serve`'s deployments beside it."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from flows.deployments import plan_deployments
+from flows.deployments import find_next, plan_deployments
+from ropeway.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 FLOWS = ["promote", "rollback", "retrain", "review"]
@@ -74,3 +77,16 @@ def test_flow_deployments_of_prefect_yaml_and_of_serve_agree_and_the_schedule_is
 def test_serve_switches_the_schedule_on_only_when_asked():
     schedules = [plan_deployments(ROOT, cron=cron)[0].schedules[0] for cron in (None, "0 5 * * 1")]
     assert [(each.schedule.cron, each.active) for each in schedules] == [("0 3 * * *", False), ("0 5 * * 1", True)]
+
+
+def test_the_next_time_is_told_in_utc_and_here_and_nonsense_is_refused(monkeypatch):
+    monkeypatch.setenv("TZ", "Asia/Kolkata")
+    time.tzset()
+    try:
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d 03:00 UTC, \d{4}-\d\d-\d\d 08:30 IST here", find_next("0 3 * * *"))
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    for wrong in ("nightly", "61 * * * *", "", "0 0 30 2 *"):
+        with pytest.raises(ConfigError, match="--cron"):
+            find_next(wrong)

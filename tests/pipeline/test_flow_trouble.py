@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 
 import psutil
 import pytest
@@ -68,19 +69,25 @@ def await_training(workspace):
     assert (workspace.root / "begun").read_text() == "training"  # opens once the stage does
 
 
-def test_a_served_run_that_is_cancelled_saves_and_leaves_no_process(start, made_workspace, on_prefect, open_api):
-    break_training(made_workspace, TELLING)
-    api = open_api(on_prefect)
-    runner = start(RUNNER, str(made_workspace.root), PREFECT_API_URL=on_prefect)
+def serve_run(start, api, workspace, url):
+    """Serve the flows and start one run; return (the runner's process, the run's id), once it trains."""
+    break_training(workspace, TELLING)
+    runner = start(RUNNER, str(workspace.root), PREFECT_API_URL=url)
     assert any(line.startswith("serving retrain") for line in runner.stdout)
 
     def served():
         found = api.ask("POST", "/deployments/filter", {"deployments": {"name": {"any_": ["retrain"]}}})
-        here = [each for each in found if each["parameters"].get("root") == str(made_workspace.root)]
+        here = [each for each in found if each["parameters"].get("root") == str(workspace.root)]
         return here and here[0]["status"] == "READY" and here[0]["id"]
 
     run = api.ask("POST", f"/deployments/{wait_for(served)}/create_flow_run", {})["id"]
-    await_training(made_workspace)
+    await_training(workspace)
+    return runner, run
+
+
+def test_a_served_run_that_is_cancelled_saves_and_leaves_no_process(start, made_workspace, on_prefect, open_api):
+    api = open_api(on_prefect)
+    runner, run = serve_run(start, api, made_workspace, on_prefect)
     members = psutil.Process(runner.pid).children(recursive=True)
     assert len(members) > 3  # the flow's process, supervisor, dvc, the stage and what it started
     began = time.monotonic()
@@ -89,6 +96,25 @@ def test_a_served_run_that_is_cancelled_saves_and_leaves_no_process(start, made_
     print(f"last process gone {time.monotonic() - began:.1f} s after the cancel")
     assert wait_for(lambda: api.state(run) == "Cancelled")
     check_it_saved(made_workspace)
+
+
+def test_a_served_run_that_is_suspended_saves_and_goes_on_when_it_is_resumed(
+    start, made_workspace, on_prefect, open_api
+):
+    api = open_api(on_prefect)
+    runner, run = serve_run(start, api, made_workspace, on_prefect)
+    members = psutil.Process(runner.pid).children(recursive=True)
+    limit = (datetime.now(UTC) + timedelta(minutes=5)).isoformat()
+    # What the page's Suspend sends. Source: Prefect 3.9.1's UI, FlowRunSuspendModal.
+    details = {"pause_timeout": limit, "pause_reschedule": True}
+    state = {"type": "PAUSED", "name": "Suspended", "state_details": details}
+    assert api.ask("POST", f"/flow_runs/{run}/set_state", {"state": state})["status"] == "ACCEPT"
+    await_deaths(members, 60)
+    assert api.state(run) == "Suspended"
+    check_it_saved(made_workspace)
+    made_workspace.trouble("train", None)
+    assert api.ask("POST", f"/flow_runs/{run}/resume", {})["status"] == "ACCEPT"
+    assert wait_for(lambda: api.state(run) in ("Published", "Failed", "Crashed") and api.state(run)) == "Published"
 
 
 def test_a_temporary_server_that_is_killed_is_started_again_and_the_run_is_published(start, own_prefect):

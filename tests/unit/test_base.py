@@ -3,6 +3,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -234,8 +235,11 @@ def test_how_far_a_kept_scaling_reaches_is_the_base_s_to_say(tmp_path):
 
 
 def test_a_missing_folder_is_said_with_what_to_do(tmp_path):
-    with pytest.raises(ConfigError, match=r"nowhere has no config.json.*Put a Llama there .*base: \{kind: hub"):
+    with pytest.raises(ConfigError, match="nowhere is not a folder"):
         base.run(lay(tmp_path), of_folder("nowhere"))
+    (tmp_path / "nowhere").mkdir()
+    with pytest.raises(ConfigError, match=r"nowhere: has no config.json.*Put a Llama there .*base: \{kind: hub"):
+        base.run(lay(tmp_path / "b"), of_folder(str(tmp_path / "nowhere")))
     assert not (tmp_path / "runs" / "run" / "base").exists()
 
 
@@ -248,14 +252,98 @@ def test_another_shape_than_expected_names_every_difference(tmp_path):
 
 
 def test_a_folder_that_lacks_weights_is_refused(tmp_path):
-    from safetensors.torch import load_file, save_file
-
     folder = original(tmp_path / "model-x")
     held = load_file(folder / "model.safetensors")
     held.pop("model.layers.1.mlp.up_proj.weight")
     save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConfigError, match=r"1 weights of a Llama .* first model.layers.1.mlp.up_proj.weight"):
         base.run(lay(tmp_path), of_folder("model-x"))
+
+
+def adapter(folder):
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "x"}')
+
+
+def pickled(folder):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def reconfigured(**changes):
+    def change(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | changes))
+
+    return change
+
+
+def with_weights(**changes):
+    def change(folder):
+        held = load_file(folder / "model.safetensors")
+        for name, value in changes.items():
+            held[name.replace("__", ".")] = value(held)
+        save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return change
+
+
+def one_value(value):
+    def change(held):
+        weight = held["model.layers.1.mlp.up_proj.weight"].clone()
+        weight[3, 5] = value
+        return weight
+
+    return change
+
+
+def cut(folder):
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[:-100])
+
+
+def half_an_index(folder):
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    places = {"lm_head.weight": "model-00002-of-00002.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+
+
+def not_json(folder):
+    (folder / "config.json").write_text("{")
+
+
+UP = "model__layers__1__mlp__up_proj__weight"
+FAULTY = {
+    "adapter": (adapter, "an adapter"),
+    "adapter alone": (lambda folder: (adapter(folder), (folder / "config.json").unlink()), "an adapter"),
+    "pickles": (pickled, r"pytorch_model\.bin"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "found none"),
+    "bitsandbytes": (
+        reconfigured(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+        r"quantized \(bitsandbytes\)",
+    ),
+    "gptq": (reconfigured(quantization_config={"quant_method": "gptq", "bits": 4}), r"quantized \(gptq\)"),
+    "unknown architecture": (reconfigured(model_type="of_2031"), "'of_2031'"),
+    "no architecture": (reconfigured(model_type=None), "None"),
+    "config cut": (not_json, r"config\.json"),
+    "NaN": (with_weights(**{UP: one_value(float("nan"))}), r"1 values of model\.layers\.1\.mlp\.up_proj\.weight"),
+    "infinity": (with_weights(**{UP: one_value(float("-inf"))}), r"1 values of model\.layers\.1\.mlp\.up_proj"),
+    "weights without a place": (
+        with_weights(model__layers__0__self_attn__q_proj__bias=lambda _: torch.ones(16)),
+        r"would be dropped, first model\.layers\.0\.self_attn\.q_proj\.bias",
+    ),
+    "another shape": (with_weights(**{UP: lambda _: torch.ones(3, 3)}), "cannot be opened"),
+    "weights cut": (cut, "cannot be opened"),
+    "a file of the index lacks": (half_an_index, r"model-00002-of-00002\.safetensors"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTY)
+def test_a_folder_that_is_no_plain_whole_llama_is_refused_in_one_sentence(tmp_path, fault):
+    break_it, words = FAULTY[fault]
+    break_it(original(tmp_path / "model-x"))
+    with pytest.raises(ConfigError, match=words):
+        base.run(lay(tmp_path), of_folder("model-x"))
+    assert not (tmp_path / "runs" / "run" / "base").exists()
 
 
 def test_another_architecture_is_no_llama():

@@ -4,6 +4,7 @@ import pytest
 
 from ropeway.errors import ConfigError, DataError
 from ropeway.fetch import Refused, open_source
+from ropeway.fetch.files import check_format
 from ropeway.fetch.identity import source_identity
 from ropeway.fetch.records import to_record
 from ropeway.fetch.values import UnreadableError
@@ -73,6 +74,28 @@ def test_a_bad_conversation_is_refused(turns, reason):
 def test_a_broken_file_is_an_error_that_names_it(tmp_path, name, data):
     with pytest.raises(DataError, match=name):
         read(tmp_path, name, data)
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("a.csv", "convert it"),
+        ("a.csv.gz", "convert it"),
+        ("a.txt", '{"text": "…"}'),
+        ("a.zip", "unpack it"),
+        ("a.jsonl.zip", "unpack it"),
+        ("a.tar.gz", "unpack it"),
+        ("data-00000.arrow", "write it as parquet"),
+        ("a.JSONL", "small letters"),
+        ("a.parquet.gz", "unpack the file"),
+        ("a.dat", "if it holds one of these"),
+    ],
+)
+def test_a_name_of_another_format_says_what_to_do_with_what_is_in_it(name, advice):
+    with pytest.raises(ConfigError) as caught:
+        check_format(name)
+    assert advice in str(caught.value)
+    assert "rename" not in str(caught.value)
 
 
 NAMES = ("train-00000.jsonl", "test-00000.jsonl", "validation.jsonl")

@@ -1,8 +1,13 @@
+import json
 import subprocess
+from pathlib import Path
 
 import pytest
 
 from flows.revision import Revision, read_revision
+from ropeway.params import read_block
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -47,3 +52,40 @@ def test_any_other_change_of_a_tracked_file_is_dirt_also_a_staged_one(workspace)
 def test_outside_git_there_is_no_revision(tmp_path):
     assert read_revision(tmp_path) == Revision(None, ())
     assert str(read_revision(tmp_path)) == "no-git"
+
+
+@pytest.fixture
+def named(workspace):
+    root, git = workspace
+    (root / ".gitignore").write_text("/data/ignored.jsonl\n/models/\n/hidden.json\n")
+    params = read_block(ROOT / "params.yaml", "laptop")
+    files = {"kind": "files", "rows": "text", "columns": {"text": "text"}, "expected_rows": None}
+    params["sources"] = {"mine": {**files, "paths": ["data/*.jsonl"]}}
+    params["datasets"] = [{"mine": {"max_val_set": 8}}]
+    params["contamination"] = {**params["contamination"], "prompts": ["hidden.json"]}
+    params["deepspeed_config"] = "own.json"
+    params["evaluation"] = {**params["evaluation"], "prompts": "prompts.jsonl", "sampling": "sampling.json"}
+    (root / "params.yaml").write_text(json.dumps({"profile": "laptop", "laptop": params}))
+    (root / "data").mkdir()
+    for name in ("prompts.jsonl", "sampling.json", "data/ignored.jsonl"):
+        (root / name).write_text("{}")
+    git("add", "--all")
+    git("commit", "-q", "-m", "named")
+    return root
+
+
+@pytest.mark.parametrize("name", ["own.json", "hidden.json", "data/loose.jsonl", "dvc.yaml"])
+def test_a_file_that_params_name_and_git_does_not_have_is_dirt(named, name):
+    assert read_revision(named).dirty == ()
+    (named / "unrelated.json").write_text("{}")
+    (named / name).write_text("{}")
+    assert read_revision(named).dirty == (name,)
+
+
+def test_files_of_another_profile_are_no_dirt(named):
+    params = json.loads((named / "params.yaml").read_text())
+    params["other"] = {**params["laptop"], "deepspeed_config": "other.json"}
+    (named / "params.yaml").write_text(json.dumps(params))
+    (named / "other.json").write_text("{}")
+    assert read_revision(named, "laptop").dirty == ("params.yaml",)
+    assert read_revision(named, "other").dirty == ("params.yaml", "other.json")

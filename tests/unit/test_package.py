@@ -20,9 +20,9 @@ from ropeway.package.weights import (
     HEAD,
     INDEX,
     SINGLE,
-    iterate_dtypes,
     name_shards,
     plan_shards,
+    read_dtypes,
     write_weights,
 )
 from ropeway.params import read_block
@@ -71,7 +71,9 @@ def test_weights_are_cast_sharded_and_indexed(export, dtype, torch_dtype):
     for name, tensor in weights.items():
         stored = load_file(target / index["weight_map"][name])[name]
         assert torch.equal(stored, tensor.to(torch_dtype))
-    assert {kind for _, kind in iterate_dtypes(target)} == {dtype.replace("fp", "F").replace("bf", "BF")}
+    assert {kind for path in target.glob("*.safetensors") for _, kind in read_dtypes(path)} == {
+        dtype.replace("fp", "F").replace("bf", "BF")
+    }
 
 
 def test_one_shard_has_no_index(export):

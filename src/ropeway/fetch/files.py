@@ -11,6 +11,24 @@ from ropeway.fetch.opening import COMPRESSED, open_plain, without_mark
 from ropeway.fetch.values import LONGEST, UnreadableError, iterate_values, unique_keys
 
 FORMATS = (".json", ".jsonl", ".parquet")
+_PACKED = "unpack it and name the files in it"
+# What to do about a name that tells another format: renaming the file would not change what is in it.
+_ADVICE = {
+    ".csv": "convert it, for example with pyarrow.csv.read_csv and pyarrow.parquet.write_table",
+    ".tsv": "convert it, for example with pyarrow.csv.read_csv (delimiter: tab) and pyarrow.parquet.write_table",
+    ".txt": 'write its texts into a .jsonl, one {"text": "…"} a line, with rows: text and columns: {text: text}',
+    ".md": 'write its text into a .jsonl, one {"text": "…"} a line, with rows: text and columns: {text: text}',
+    ".arrow": "write it as parquet, for example with datasets' Dataset.load_from_disk(FOLDER).to_parquet(FILE)",
+    ".feather": "write it as parquet, for example with pyarrow.feather.read_table and pyarrow.parquet.write_table",
+    ".xlsx": "export its table as .jsonl or .parquet",
+    ".ndjson": "give it a name in .jsonl",
+    ".zip": _PACKED,
+    ".tar": _PACKED,
+    ".tgz": _PACKED,
+    ".7z": _PACKED,
+    ".bz2": "unpack it, or pack it as .gz or .zst",
+    ".xz": "unpack it, or pack it as .gz or .zst",
+}
 _ROWS_A_BATCH = 256
 _BATCH_BYTES = 32 << 20  # before compression
 _BUFFER_BYTES = 1 << 20
@@ -25,10 +43,20 @@ def check_format(name: str) -> str:
     suffixes = [part for part in PurePosixPath(name).suffixes if part not in COMPRESSED]
     if not suffixes or suffixes[-1] not in FORMATS or name.endswith(tuple(f".parquet{part}" for part in COMPRESSED)):
         raise ConfigError(
-            f"{name}: expected a name in .json or .jsonl (also .gz, .zst behind it) or .parquet; rename the file, or "
-            "mend `paths` or `files`"
+            f"{name}: expected a name in .json or .jsonl (also .gz, .zst behind it) or .parquet; {_advise(suffixes)}"
         )
     return suffixes[-1]
+
+
+def _advise(suffixes: list[str]) -> str:
+    if suffixes[-1:] == [".parquet"]:
+        return "parquet is compressed inside: unpack the file"
+    known = [_ADVICE[part.lower()] for part in reversed(suffixes) if part.lower() in _ADVICE]
+    if known:
+        return known[0]
+    if suffixes and suffixes[-1].lower() in FORMATS:
+        return "write the ending in small letters"
+    return "if it holds one of these, name it so; if not, convert it, or leave it out of `paths` or `files`"
 
 
 def iterate_objects(path: Path, required: list[str]) -> Iterator[tuple[str, Any]]:

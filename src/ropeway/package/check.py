@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from ropeway.chat import ASSISTANT, ROLE_TOKENS
@@ -20,7 +21,7 @@ from ropeway.manifest import NAME as MANIFEST
 from ropeway.manifest import load_manifest
 from ropeway.package.config import TORCH_NAMES
 from ropeway.package.probe import logits_of
-from ropeway.package.weights import STORED, iterate_dtypes
+from ropeway.package.weights import STORED, locate_tensors, read_dtypes
 from ropeway.rope import RopeScaling
 
 # Largest difference of logits relative to the largest logit. The same weights through the same code on one machine
@@ -45,8 +46,16 @@ def check_package(folder: Path, logits: Path | None = None) -> None:
         *token_faults(tokenizer, probe),
         *template_faults(folder, tokenizer, probe),
     ]
-    faults += weight_faults(folder, probe)
-    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
+    faults += [*weight_faults(folder, probe)]
+    options = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(folder, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise DataError("\n".join([f"{folder}: cannot be loaded: {error}", *faults])) from error
+    model.eval()
+    for name in sorted({*found["missing_keys"], *found["unexpected_keys"]}):
+        what = "expected in the files" if name in found["missing_keys"] else "in the files, of no use to the model"
+        faults.append(f"  tensor {name}: {what}")
     faults += [*model_faults(model, tokenizer, probe), *stop_faults(model, tokenizer, probe)]
     if logits:
         faults += logits_faults(model, np.load(logits, allow_pickle=False), probe)
@@ -110,8 +119,14 @@ def template_faults(folder: Path, tokenizer: Any, probe: Mapping[str, Any]) -> I
 
 
 def weight_faults(folder: Path, probe: Mapping[str, Any]) -> Iterator[str]:
-    """Yield tensors that are stored in another dtype than stated."""
-    for name, dtype in iterate_dtypes(folder):
+    """Yield tensors that are not in the file that the index names, or are stored in another dtype than stated."""
+    placed = {(path.name, name) for name, path in locate_tensors(folder).items()}
+    stored = {(path.name, name): dtype for path in folder.glob("*.safetensors") for name, dtype in read_dtypes(path)}
+    for file, name in sorted(placed - set(stored)):
+        yield f"  tensor {name}: expected in {file}, as the index says, found none"
+    for file, name in sorted(set(stored) - placed):
+        yield f"  tensor {name}: found in {file}, but the index does not say so"
+    for (_, name), dtype in sorted(stored.items()):
         yield from _differs(f"stored dtype of {name}", STORED[probe["dtype"]], dtype)
 
 

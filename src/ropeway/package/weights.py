@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ropeway.errors import DataError
@@ -95,11 +95,18 @@ def locate_tensors(folder: Path) -> dict[str, Path]:
         return dict.fromkeys(tensors.keys(), folder / SINGLE)
 
 
-def iterate_dtypes(folder: Path) -> Iterator[tuple[str, str]]:
-    """Yield (tensor, dtype as stored) of a folder's weights; only headers are read."""
-    for name, path in sorted(locate_tensors(folder).items()):
+def read_dtypes(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield (tensor, dtype as stored) of a file; only its header is read.
+
+    Raises:
+        DataError: It is no whole file of safetensors.
+    """
+    try:
         with safe_open(path, framework="pt") as tensors:
-            yield name, tensors.get_slice(name).get_dtype()
+            for name in sorted(tensors.keys()):
+                yield name, tensors.get_slice(name).get_dtype()
+    except SafetensorError as error:
+        raise DataError(f"{path}: not a whole file of safetensors ({error}); pull or package it again") from None
 
 
 def read_tensor(path: Path, name: str) -> torch.Tensor:
