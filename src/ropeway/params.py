@@ -11,6 +11,7 @@ from ruamel.yaml.error import MarkedYAMLError
 
 from ropeway.errors import ConfigError
 from ropeway.faults import explain_faults
+from ropeway.names import PROFILE_NAME
 from ropeway.origins import (
     FilesSource,
     FolderBase,
@@ -32,7 +33,6 @@ from ropeway.schema import (
     StopRules,
     StretchScaling,
 )
-from ropeway.section import PROFILE_NAME
 
 # Cadence, tracking and when to give up: they change neither a weight nor a metric, so no stage depends on them. (What a
 # rewind left out does; it is recorded, and no reason to make a finished run again: docs/decisions/0007.)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from ropeway.errors import AbsentError, RegistryError
 from ropeway.manifest import canonical_json
-from ropeway.section import PROFILE_NAME
+from ropeway.names import PROFILE_NAME
 from ropeway.storage import Store
 
 FORMAT = "ropeway-registry/1"
