@@ -20,6 +20,7 @@ from ropeway.workspace import Workspace
 from tests.support.freezing import freeze_inputs
 
 ROOT = Path(__file__).parents[2]
+BASE_CONFIG = '{"model_type": "llama"}'
 
 
 @pytest.fixture
@@ -28,7 +29,8 @@ def root(tmp_path):
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     (tmp_path / "talks.jsonl").write_text('{"messages": []}\n')
     (tmp_path / "base").mkdir()
-    (tmp_path / "base" / "config.json").write_text("{}")
+    (tmp_path / "base" / "config.json").write_text(BASE_CONFIG)
+    (tmp_path / "base" / "model.safetensors").touch()
     text = (ROOT / "params.yaml").read_text(encoding="utf-8")
     source = "{kind: files, paths: [talks.jsonl], rows: messages, columns: {}, expected_rows: null}"
     text = text.replace("profile: laptop", "profile: own") + (
@@ -96,9 +98,9 @@ def change_base(root, _):
     path = root / "base" / "config.json"
     times = path.stat()
     yield
-    path.write_text("{} ")
+    path.write_text(BASE_CONFIG + " ")
     yield
-    path.write_text("{}")
+    path.write_text(BASE_CONFIG)
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
