@@ -5,6 +5,7 @@ and no part of what a run is.
 """
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
@@ -19,6 +20,8 @@ _SIGNATURES = frozenset((
 _AZURE = frozenset((
     "sv", "ss", "srt", "sp", "se", "st", "spr", "sr", "sip", "sdd", "skoid", "sktid", "skt", "ske", "sks", "skv",
 ))  # fmt: skip
+
+_ADDRESS = re.compile(r"\b\w+://[^\s\"'\\<>\[\]{},]+\?[^\s\"'\\<>\[\]{},]+")
 
 
 def shown(address: str) -> str:
@@ -39,6 +42,20 @@ def shown(address: str) -> str:
 def _is_signature(name: str, *, azure: bool) -> bool:
     """Return whether a parameter signs an address or limits how long it is valid, rather than naming a file."""
     return name.startswith(_SIGNING) or name in _SIGNATURES or (azure and name in _AZURE)
+
+
+def without_signatures(text: str) -> str:
+    """Return a text with every signed address in it as it is shown; every other address stays as it is.
+
+    >>> without_signatures("# last week: https://host/a?sig=1, by https://host/b?page=2")
+    '# last week: https://host/a, by https://host/b?page=2'
+    """
+    return _ADDRESS.sub(lambda found: shown(found[0]) if _is_signed(found[0]) else found[0], text)
+
+
+def _is_signed(address: str) -> bool:
+    query = parse_qsl(address.partition("?")[2], keep_blank_values=True)
+    return any(_is_signature(name.lower(), azure=False) for name, _ in query)
 
 
 def find_secrets(block: Mapping[str, Any]) -> dict[str, str]:

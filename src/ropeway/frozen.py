@@ -28,7 +28,7 @@ from typing import Any
 
 from pydantic import create_model
 
-from ropeway.addresses import find_secrets, without_secrets
+from ropeway.addresses import find_secrets, without_secrets, without_signatures
 from ropeway.errors import ConfigError, DataError
 from ropeway.manifest import NAME, check_file, digest_of, file_sha256, json_bytes, write_atomic, write_json
 from ropeway.params import READS, UNHASHED, Profile
@@ -197,7 +197,7 @@ def _hide(text: str, profile_name: str, secrets: Mapping[str, str]) -> str:
                 "could not be kept out of packages. Write it as plain text in one line, without escapes"
             )
         text = text.replace(address, told)
-    return text
+    return without_signatures(text)  # those of other profiles, and of comments
 
 
 @cache

@@ -8,13 +8,16 @@ import ast
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import ropeway
+from ropeway.errors import DataError
 from ropeway.manifest import digest_of, file_sha256, write_json
 
 PACKAGE = "ropeway"
+CODE = "code.json"  # in .work: what was parsed
 # Left out: they decide how a run is described, started, logged or reported, not what it computes.
 IGNORED = (
     "cli",
@@ -86,6 +89,28 @@ class Digests:
         except (OSError, ValueError, KeyError, TypeError):
             return {}
         return kept["scans"] if whole else {}
+
+
+def name_changed_code(before: Mapping[str, str], kept: Path, stage: str) -> list[str]:
+    """Return the modules of a stage, as Python names them, whose digest is not as before.
+
+    Args:
+        before: Digest by module, as `Digests.modules` gives.
+        kept: Where what was parsed is kept.
+        stage: Whose code.
+    """
+    now = Digests(Path(ropeway.__file__).parent, kept).modules(stage)
+    return [f"{PACKAGE}.{name}" for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+
+
+def check_code(before: Mapping[str, str], kept: Path, stage: str) -> None:
+    """Raise DataError when the code that a process imported is not what the digests are of; see `name_changed_code`."""
+    changed = name_changed_code(before, kept, stage)
+    if changed:
+        raise DataError(
+            f"{', '.join(changed)} changed after the digests of this run were taken, so it would compute by other code "
+            "than is recorded. Run the same command again; it takes new digests"
+        )
 
 
 def room_digest(source: Path, room: str) -> str:

@@ -18,7 +18,7 @@ from ropeway.errors import ConfigError, DataError, full_disk_explained
 from ropeway.fetch.identity import find_changes, source_identity
 from ropeway.fetch.local import find_files
 from ropeway.frozen import PARAMS_FILE, FrozenInputs, freeze, read_texts
-from ropeway.identity import Digests
+from ropeway.identity import CODE, Digests, name_changed_code
 from ropeway.lock import workspace_lock
 from ropeway.manifest import file_sha256
 from ropeway.params import FilesSource, FolderBase, GgufBase, HubBase, Profile, load_profile, read_text
@@ -91,8 +91,8 @@ def enter_room(root: Path, name: str) -> None:
 def check_unchanged(root: Path, frozen: FrozenInputs, stage: str) -> None:
     """Raise DataError unless code, local sources, base and tasks of a stage are as when the digests were taken."""
     profile = frozen.profile(stage)
-    code = _code(root, frozen.profile_name).modules(stage)
-    changed = [f"ropeway.{module}" for module in _differing(frozen.value(f"code-{stage}"), code)]
+    kept = Workspace(root, frozen.profile_name).work / CODE
+    changed = name_changed_code(frozen.value(f"code-{stage}"), kept, stage)
     if FrozenInputs.load(root) != frozen:
         changed.append(f"the frozen inputs in {frozen.folder}")
     if stage == "fetch":
@@ -181,7 +181,7 @@ def name_files(root: Path, profile: Profile) -> NamedFiles:
 
 
 def _code(root: Path, profile: str) -> Digests:
-    return Digests(Path(ropeway.__file__).parent, Workspace(root, profile).work / "code.json")
+    return Digests(Path(ropeway.__file__).parent, Workspace(root, profile).work / CODE)
 
 
 def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

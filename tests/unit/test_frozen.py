@@ -13,6 +13,7 @@ import ropeway
 from flows.graph import describe_change
 from ropeway.errors import ConfigError, DataError, TemporaryError
 from ropeway.frozen import FrozenInputs, read_version
+from ropeway.identity import check_code
 from ropeway.lock import workspace_lock
 from ropeway.params import READS, UNHASHED, load_profiles
 from ropeway.stages import check_unchanged, enter_room, run_stage, write_identity
@@ -127,6 +128,32 @@ def test_what_is_read_in_place_may_not_change_until_the_stage_ends(root, monkeyp
         check_unchanged(root, frozen, stage)
     assert next(steps, None) is None
     check_unchanged(root, frozen, stage)
+
+
+def test_a_rank_that_imported_other_code_does_not_train_though_the_code_is_put_back_later(root, monkeypatch):
+    steps = change_code(root, monkeypatch)
+    next(steps)
+    write_identity(root)
+    before, kept = FrozenInputs.load(root).value("code-train"), root / "code.json"
+    check_code(before, kept, "train")
+    next(steps)
+    with pytest.raises(DataError, match=r"ropeway\.train\.loss changed after the digests"):
+        check_code(before, kept, "train")
+
+
+def test_no_signature_of_any_profile_or_comment_is_kept_with_the_run(root):
+    more = (
+        "# last week: https://host/a.jsonl?X-Amz-Signature=SECRET1\n"
+        "other:\n  <<: *published\n  datasets: [{talks: {size: 9}}]\n  sources: {talks: {kind: files, "
+        'paths: ["https://host/b?sig=SECRET2&n=1"], rows: messages, columns: {}, expected_rows: null}}\n'
+        "# see https://host/docs?page=2\n"
+    )
+    with (root / "params.yaml").open("a", encoding="utf-8") as file:
+        file.write(more)
+    write_identity(root)
+    kept = "".join(path.read_text(encoding="utf-8") for path in (root / ".identity").iterdir())
+    assert "SECRET" not in kept
+    assert "https://host/docs?page=2" in kept
 
 
 def test_a_stage_whose_input_changes_while_it_runs_fails_at_its_end(root, monkeypatch):

@@ -19,6 +19,7 @@ from ropeway.budget import CARDS, name_card
 from ropeway.devices import name_cpu
 from ropeway.errors import ConfigError, RopewayError, TemporaryError, TrainingError
 from ropeway.frozen import FrozenInputs
+from ropeway.identity import CODE, check_code
 from ropeway.manifest import digest_of, load_manifest
 from ropeway.memory import DTYPE_BYTES, stored_bytes
 from ropeway.params import READS, UNHASHED
@@ -67,7 +68,9 @@ def main(root: Path, name: str, fingerprint: str) -> None:
     """Train, checkpoint, export. Exit code 75 means "start me again, I resume"."""
     adopt_slurm(os.environ)
     workspace = Workspace(root, name)
-    profile = FrozenInputs.load(root).profile("train")
+    frozen = FrozenInputs.load(root)
+    check_code(frozen.value("code-train"), workspace.work / CODE, "train")  # put back later, nothing else would show it
+    profile = frozen.profile("train")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     deepspeed.utils.logger.setLevel("ERROR")  # 0.19.8 warns of its own scheduler's first call
