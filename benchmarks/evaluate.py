@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ropeway.evaluate.scores import all_rows, plan_batches, score_sources, sum_batches
-from ropeway.evaluate.workers import Share
-from ropeway.params import DatasetOptions, Profile
-from ropeway.rows import collate
-from ropeway.shards import Kind, Shards, SourceShards, write_shard
+from ropeway.config.params import DatasetOptions, Profile
+from ropeway.data.batches import collate
+from ropeway.data.shards import Kind, Shards, SourceShards, write_shard
+from ropeway.stages.evaluate.evaluation_workers import Share
+from ropeway.stages.evaluate.token_scores import all_rows, plan_batches, score_sources, sum_batches
 
 PROMISED_THROUGHPUT = 0.9  # of the forward pass alone
 PROMISED_GROWTH = 1.05  # of peak memory, from 50 rows to 500

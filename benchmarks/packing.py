@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 
-from ropeway.packing import plan_packing
+from ropeway.data.packing import plan_packing
 
 CAPACITY = 8192
 PROMISED_SECONDS, PROMISED_FULL = 3.0, 0.995

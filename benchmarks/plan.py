@@ -18,7 +18,7 @@ def main() -> int:
     seconds = []
     for _ in range(RUNS):
         began = time.perf_counter()
-        command = [sys.executable, "-m", "ropeway.cli", "plan", *options]
+        command = [sys.executable, "-m", "ropeway.cli.main", "plan", *options]
         subprocess.run(command, cwd=Path(__file__).parents[1], check=True, stdout=subprocess.DEVNULL)
         seconds.append(time.perf_counter() - began)
     median = statistics.median(seconds)

@@ -24,12 +24,12 @@ import texts
 import vocabulary
 from prepare_once import SOURCE, WAYS, texts_of, write_for_trl
 
-from ropeway.chat import Conversation
-from ropeway.manifest import write_manifest
-from ropeway.params import load_profile
-from ropeway.raw import RawWriter, Record
-from ropeway.tokenizer import LLAMA_SPECIAL
-from ropeway.workspace import Workspace
+from ropeway.config.params import load_profile
+from ropeway.data.raw_records import RawWriter, Record
+from ropeway.models.chat_template import Conversation
+from ropeway.models.tokenizer import LLAMA_SPECIAL
+from ropeway.runtime.manifest import write_manifest
+from ropeway.runtime.workspace import Workspace
 
 ROOT = Path(__file__).parents[1]
 PROMISES = {"raw": {"chat": 0.85, "documents": 0.85}}

@@ -19,12 +19,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ropeway.chat import Conversation, render
-from ropeway.mixture import plan_chunks
-from ropeway.params import READS, Profile, load_profile
-from ropeway.raw import iterate_records
-from ropeway.tokenizer import LLAMA_SPECIAL, open_tokenizer
-from ropeway.workspace import Workspace
+from ropeway.config.params import READS, Profile, load_profile
+from ropeway.data.mixture import plan_chunks
+from ropeway.data.raw_records import iterate_records
+from ropeway.models.chat_template import Conversation, render
+from ropeway.models.tokenizer import LLAMA_SPECIAL, open_tokenizer
+from ropeway.runtime.workspace import Workspace
 
 SOURCE = "text"  # the one source of these workspaces
 _BATCH_CHARACTERS = 1 << 22  # of a call of the bare tokenizer; the room hands it a quarter of that at once
@@ -58,7 +58,7 @@ def texts_of(workspace: Workspace, profile: Profile) -> list[str]:
 
 def ours(workspace: Workspace, profile: Profile, _: int, *, counting: bool = False) -> Facts:
     """Run the room on a workspace without earlier results."""
-    from ropeway import prepare
+    from ropeway.stages.prepare import stage as prepare
 
     if not counting:
         near, runs = profile.duplicates, profile.contamination
@@ -94,7 +94,7 @@ def _clocked(function: Callable[..., Any], name: str, parts: dict[str, float]) -
 
 def raw(workspace: Workspace, profile: Profile, _: int, *, fast: bool = False) -> Facts:
     """Encode the room's texts, a few MB a call, and forget them."""
-    from ropeway.prepare.batches import in_batches
+    from ropeway.stages.prepare.chunks import in_batches
 
     tokenizer = open_tokenizer(workspace.base)
     encode = tokenizer.encode_batch_fast if fast else tokenizer.encode_batch

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 
-from ropeway.chat import Conversation
-from ropeway.fetch.python_docs import SYSTEM_MESSAGES, Entry, plan_talks
-from ropeway.raw import Record, iterate_texts
+from ropeway.data.raw_records import Record, iterate_texts
+from ropeway.models.chat_template import Conversation
+from ropeway.stages.fetch.python_docs import SYSTEM_MESSAGES, Entry, plan_talks
 
 _SMALLEST, _LARGEST = 1_000, 1_000_000  # bytes of a file: neither stubs nor tables written as code
 _ASK, _GO_ON, _CALL = "What does {name} do?", "Tell me more.", "How is it called?"

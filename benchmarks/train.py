@@ -129,7 +129,7 @@ def summarise(measured: Mapping[str, Any], memory: Mapping[str, int]) -> dict[st
 
 def lay_workspace(root: Path) -> None:
     """Make the laptop profile's tables as far as train needs them: raw records, base, data."""
-    from ropeway.stages import enter_room, write_identity
+    from ropeway.orchestration.stage_process import enter_room, write_identity
 
     root.mkdir()
     shutil.copytree(ROOT / "configs", root / "configs")
@@ -143,7 +143,7 @@ def lay_workspace(root: Path) -> None:
 
 def launch(root: Path, folder: Path, rounds: int, steps: int) -> dict[str, Any]:
     """Start the ranks as a training starts them; return what rank 0 measured."""
-    from ropeway.train.launch import RANK_MODULE, free_port, plan_command, plan_environment
+    from ropeway.stages.train.launch import RANK_MODULE, free_port, plan_command, plan_environment
 
     folder.mkdir()
     arguments = [str(root), str(rounds), str(steps), str(folder)]

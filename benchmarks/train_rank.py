@@ -22,19 +22,19 @@ from typing import Any
 import torch
 import transformers
 
-from ropeway.params import READS, UNHASHED, Profile, load_profile
-from ropeway.rows import PAD_MULTIPLE, Row, collate
-from ropeway.train import saving
-from ropeway.train.attention import choose_attention
-from ropeway.train.config import parse_deepspeed_json, plan_deepspeed
-from ropeway.train.leftovers import meet
-from ropeway.train.loop import train
-from ropeway.train.model import open_model
-from ropeway.train.progress import Progress
-from ropeway.train.rank import open_run
-from ropeway.train.running import Run
-from ropeway.train.watch import Watchdog
-from ropeway.workspace import Workspace
+from ropeway.config.params import READS, UNHASHED, Profile, load_profile
+from ropeway.data.batches import PAD_MULTIPLE, Row, collate
+from ropeway.models.attention import choose_attention
+from ropeway.runtime.workspace import Workspace
+from ropeway.stages.train import saving
+from ropeway.stages.train.deepspeed_config import parse_deepspeed_json, plan_deepspeed
+from ropeway.stages.train.leftovers import meet
+from ropeway.stages.train.loop import train
+from ropeway.stages.train.model import open_model
+from ropeway.stages.train.progress import Progress
+from ropeway.stages.train.rank import open_run
+from ropeway.stages.train.running import Run
+from ropeway.stages.train.watch import Watchdog
 
 # The first turn of each is not timed: set-up, first touch of memory; of two also the losses that are compared.
 WARM_STEPS, SHORT_WARM_STEPS = 6, 2

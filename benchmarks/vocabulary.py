@@ -11,7 +11,7 @@ from pathlib import Path
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 
-from ropeway.tokenizer import LLAMA_SPECIAL, llama_tokenizer, prepare_tokenizer, write_tokenizer
+from ropeway.models.tokenizer import LLAMA_SPECIAL, llama_tokenizer, prepare_tokenizer, write_tokenizer
 
 _MODEL = "data/tokenizer.model.v1"  # 32,000 pieces; the later ones have 32,768, hundreds of them control tokens
 

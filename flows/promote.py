@@ -8,13 +8,13 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
-from flows.decision import read_expect
-from flows.evidence import find_version
-from flows.markdown import code, table
-from flows.prefect_flow import artifact_prefix
 from ropeway import registry
+from ropeway.orchestration.decision import read_expect
+from ropeway.orchestration.prefect_adapter import artifact_prefix
+from ropeway.reporting.evidence import find_version
+from ropeway.reporting.markdown import code, table
+from ropeway.runtime.workspace import Workspace
 from ropeway.storage import Store, open_store
-from ropeway.workspace import Workspace
 
 
 @flow(name="promote")

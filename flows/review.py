@@ -16,15 +16,15 @@ from prefect.input import RunInput
 from prefect.states import Completed
 from pydantic import Field, ValidationError
 
-from flows.decision import Answer, decide
-from flows.evidence import Case, open_case
-from flows.markdown import code
-from flows.prefect_flow import artifact_prefix
-from flows.report import draw_report, draw_summary
 from ropeway import registry
-from ropeway.errors import RegistryError
+from ropeway.orchestration.decision import Answer, decide
+from ropeway.orchestration.prefect_adapter import artifact_prefix
+from ropeway.reporting.evidence import Case, open_case
+from ropeway.reporting.markdown import code
+from ropeway.reporting.review_report import draw_report, draw_summary
+from ropeway.runtime.errors import RegistryError
+from ropeway.runtime.workspace import Workspace
 from ropeway.storage import Store, open_store
-from ropeway.workspace import Workspace
 
 EXPIRES_HOURS = 168.0
 _DIGEST, _PRODUCTION = "ropeway.digest", "ropeway.production"

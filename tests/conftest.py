@@ -10,8 +10,8 @@ from pathlib import Path
 import dvc.repo  # noqa: F401 - here: its log handlers keep the stderr that they find, and a test's is closed
 import pytest
 
-from ropeway.s3_client import make_client
 from ropeway.storage import Store, open_store
+from ropeway.storage.s3_client import make_client
 from tests.s3_server import S3Server, find_binary, start_server
 
 collect_ignore = ["browser_walk.py"]  # no test and no doctest in it, and it needs what `make test-browser` installs

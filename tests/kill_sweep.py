@@ -122,7 +122,7 @@ class Sweep:
 
     def strike(self, whom, tree):
         """Kill; return whether there was anybody to kill."""
-        ranks = [one for one in tree if self.says(one, "ropeway.train.rank") and not self.says(one, "launcher")]
+        ranks = [one for one in tree if self.says(one, "ropeway.stages.train.rank") and not self.says(one, "launcher")]
         aims = {
             "tree": tree,
             "rank": [self.draw.choice(ranks)] if ranks else [],

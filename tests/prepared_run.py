@@ -5,12 +5,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ropeway import prepare
-from ropeway.chat import Conversation
-from ropeway.manifest import write_manifest
-from ropeway.params import READS, load_profile
-from ropeway.raw import RawWriter
-from ropeway.workspace import Workspace
+from ropeway.config.params import READS, load_profile
+from ropeway.data.raw_records import RawWriter
+from ropeway.models.chat_template import Conversation
+from ropeway.runtime.manifest import write_manifest
+from ropeway.runtime.workspace import Workspace
+from ropeway.stages.prepare import stage as prepare
 from tests.tiny_run import BLOCK, PARITY, ROOT
 
 TALKS = [
@@ -21,7 +21,7 @@ TEXTS = [f"Log of day {n}: " + "calm sea, no sail. " * (n % 7) for n in range(16
 
 
 class Sequence(NamedTuple):
-    """One conversation, document or chunk, out of the columns of `ropeway.prepare.encode.Encoded`."""
+    """One conversation, document or chunk, out of the columns of `ropeway.stages.prepare.encode.Encoded`."""
 
     tokens: np.ndarray
     kinds: np.ndarray

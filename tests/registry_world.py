@@ -11,11 +11,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from ropeway.errors import RegistryError
-from ropeway.manifest import write_manifest
 from ropeway.registry import ANY, alias_history, list_aliases, load_core, promote, publish, pull, read_alias, verify
 from ropeway.registry.layout import blob_key, list_models, versions_log
 from ropeway.registry.log import count_events
+from ropeway.runtime.errors import RegistryError
+from ropeway.runtime.manifest import write_manifest
 from ropeway.storage import FileStore, Store, open_store
 
 PROMOTIONS = 10

@@ -2,14 +2,14 @@
 
 import json
 
-from flows.publishing import publish_package
-from flows.revision import Revision
-from ropeway.ledger import Account, Epoch, EpochOfSource, Findings, Found, Ledger, Parts, Records
-from ropeway.manifest import digest_of, write_json, write_manifest
-from ropeway.params import Gate
+from ropeway.config.params import Gate
+from ropeway.data.ledger import Account, Epoch, EpochOfSource, Findings, Found, Ledger, Parts, Records
+from ropeway.orchestration.publish import publish_package
+from ropeway.orchestration.revision import Revision
+from ropeway.runtime.manifest import digest_of, write_json, write_manifest
 
 COMMIT = Revision("a" * 40, ())
-DIRTY = Revision("b" * 40, ("src/ropeway/rope.py",))
+DIRTY = Revision("b" * 40, ("src/ropeway/models/rope.py",))
 PROMPT = "What is a list? | <b>bold</b>"
 
 

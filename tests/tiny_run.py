@@ -9,18 +9,18 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ropeway import evaluate
-from ropeway.chat import JINJA, Conversation, render_turns, template_digest
-from ropeway.evaluate.scores import Score, score_sources, sum_batches
-from ropeway.evaluate.workers import Share
-from ropeway.ledger import Account, Epoch, EpochOfSource, Findings, Found, Ledger, Parts, Records
-from ropeway.manifest import file_sha256, write_json, write_manifest
-from ropeway.params import READS, Profile, load_profile
-from ropeway.raw import RawWriter
-from ropeway.rope import RopeScaling
-from ropeway.shards import FORMAT, Kind, Shards, write_shard
-from ropeway.tokenizer import open_tokenizer, read_special
-from ropeway.workspace import Workspace
+from ropeway.config.params import READS, Profile, load_profile
+from ropeway.data.ledger import Account, Epoch, EpochOfSource, Findings, Found, Ledger, Parts, Records
+from ropeway.data.raw_records import RawWriter
+from ropeway.data.shards import FORMAT, Kind, Shards, write_shard
+from ropeway.models.chat_template import JINJA, Conversation, render_turns, template_digest
+from ropeway.models.rope import RopeScaling
+from ropeway.models.tokenizer import open_tokenizer, read_special
+from ropeway.runtime.manifest import file_sha256, write_json, write_manifest
+from ropeway.runtime.workspace import Workspace
+from ropeway.stages.evaluate import stage as evaluate
+from ropeway.stages.evaluate.evaluation_workers import Share
+from ropeway.stages.evaluate.token_scores import Score, score_sources, sum_batches
 from tests.support.freezing import code_digests, freeze_inputs
 
 ROOT = Path(__file__).parents[1]

@@ -8,15 +8,16 @@ import pytest
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import ModelCardData
 
-from ropeway.frozen import write_values
-from ropeway.package import card, card_results
-from ropeway.package.card_data import describe_sources, format_composition
-from ropeway.package.card_text import escape, fence
-from ropeway.package.facts import Facts
-from ropeway.package.weights import Written
-from ropeway.params import READS, load_profile, read_block
-from ropeway.rope import RopeScaling
-from ropeway.workspace import Workspace
+from ropeway.config.frozen import write_values
+from ropeway.config.params import READS, load_profile, read_block
+from ropeway.models.rope import RopeScaling
+from ropeway.reporting import model_card as card
+from ropeway.reporting import model_card_results as card_results
+from ropeway.reporting.card_text import escape, fence
+from ropeway.reporting.model_card_data import describe_sources, format_composition
+from ropeway.runtime.workspace import Workspace
+from ropeway.stages.package.facts import Facts
+from ropeway.stages.package.weights import Written
 from tests.tiny_run import ROOT
 
 PUBLISHED = (ROOT / "tests" / "contract" / "model-card.txt").read_text(encoding="utf-8")

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ropeway.rows import loss_mask, plan_epoch, validation_rows
-from ropeway.shards import open_shards
+from ropeway.data.batches import loss_mask, plan_epoch, validation_rows
+from ropeway.data.shards import open_shards
 from tests.prepared_run import make_prepared
 
 GOLDEN = Path(__file__).with_name("golden.json")

@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import LlamaConfig, LlamaForCausalLM, masking_utils
 
-from ropeway.memory import CHUNK_POSITIONS, Load, Sizes, plan_activations, plan_host, plan_states
-from ropeway.train import loss
-from ropeway.zero import plan_zero
+from ropeway.config.zero import plan_zero
+from ropeway.planning.memory import CHUNK_POSITIONS, Load, Sizes, plan_activations, plan_host, plan_states
+from ropeway.stages.train import loss
 
 PUBLISHED = Sizes(5120, 13824, 40, 40, 40, 32016, tied=False)
 SMALL = Sizes(128, 344, 3, 4, 4, 64, tied=False)

@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ropeway import package
-from ropeway.errors import DataError
-from ropeway.manifest import load_manifest, write_json, write_manifest
-from ropeway.package import build
-from ropeway.package.build import check_roundtrip
-from ropeway.package.check import check_package, main
-from ropeway.package.probe import expected_logits, probe_row
 from ropeway.registry.core import read_package
+from ropeway.runtime.errors import DataError
+from ropeway.runtime.manifest import load_manifest, write_json, write_manifest
+from ropeway.stages.package import build
+from ropeway.stages.package import stage as package
+from ropeway.stages.package.build import check_roundtrip
+from ropeway.stages.package.check import check_package, main
+from ropeway.stages.package.probe import expected_logits, probe_row
 from tests.tiny_run import BLOCK, make_run
 
 

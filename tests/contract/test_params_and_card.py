@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from ropeway.errors import ConfigError
-from ropeway.params import READS, UNHASHED, Profile, load_profile, load_profiles
+from ropeway.config.params import READS, UNHASHED, Profile, load_profile, load_profiles
+from ropeway.runtime.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 CARD = (ROOT / "tests/contract/model-card.txt").read_text(encoding="utf-8")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ropeway.rows import collate
+from ropeway.data.batches import collate
 from tests.contract.vectors import Bench, bits, cases, published, same, seeded
 
 

@@ -5,9 +5,9 @@ import random
 import numpy as np
 import pytest
 
-from ropeway.mixture import draw_order, draw_validation, epoch_count, plan_order, rank_order, split_positions
-from ropeway.params import DatasetOptions
-from ropeway.rows import EpochPlan
+from ropeway.config.params import DatasetOptions
+from ropeway.data.batches import EpochPlan
+from ropeway.data.mixture import draw_order, draw_validation, epoch_count, plan_order, rank_order, split_positions
 from tests.contract.vectors import cases, published, same, sha256, vectors
 
 
@@ -102,7 +102,7 @@ def test_the_published_run_takes_3319_steps():
 
 
 def test_the_split_seed_is_the_originals():
-    from ropeway.mixture import SPLIT_SEED
+    from ropeway.data.mixture import SPLIT_SEED
 
     same("split", SPLIT_SEED, vectors("split")["random_state"])
 

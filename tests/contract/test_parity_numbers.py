@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from ropeway.base import plan_vocabulary
-from ropeway.evaluate.scores import Score, sum_batch
-from ropeway.rope import RopeScaling
-from ropeway.rows import Batch
-from ropeway.train.loss import chunked_losses, micro_batch_loss, token_loss
-from ropeway.train.schedule import learning_rate
+from ropeway.data.batches import Batch
+from ropeway.models.rope import RopeScaling
+from ropeway.stages.base.stage import plan_vocabulary
+from ropeway.stages.evaluate.token_scores import Score, sum_batch
+from ropeway.stages.train.loss import chunked_losses, micro_batch_loss, token_loss
+from ropeway.stages.train.schedule import learning_rate
 from tests.contract.vectors import cases, compared, published, same, vectors
 
 

@@ -12,19 +12,19 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ropeway import prepare
-from ropeway.base import plan_vocabulary
-from ropeway.evaluate.scores import sum_batch
-from ropeway.manifest import write_manifest
-from ropeway.mixture import draw_order, epoch_count, rank_order
-from ropeway.params import READS, DatasetOptions
-from ropeway.raw import RawWriter
-from ropeway.rope import RopeScaling
-from ropeway.rows import Piece, collate, locate, plan_window
-from ropeway.shards import open_shards
-from ropeway.tokenizer import count_tokens, open_tokenizer
-from ropeway.train.loss import SupervisedLoss, micro_batch_loss
-from ropeway.workspace import Workspace
+from ropeway.config.params import READS, DatasetOptions
+from ropeway.data.batches import Piece, collate, locate, plan_window
+from ropeway.data.mixture import draw_order, epoch_count, rank_order
+from ropeway.data.raw_records import RawWriter
+from ropeway.data.shards import open_shards
+from ropeway.models.rope import RopeScaling
+from ropeway.models.tokenizer import count_tokens, open_tokenizer
+from ropeway.runtime.manifest import write_manifest
+from ropeway.runtime.workspace import Workspace
+from ropeway.stages.base.stage import plan_vocabulary
+from ropeway.stages.evaluate.token_scores import sum_batch
+from ropeway.stages.prepare import stage as prepare
+from ropeway.stages.train.loss import SupervisedLoss, micro_batch_loss
 from tests.contract.vectors import TOKENIZER, bits, compared, conversation, published, same, sha256, vectors
 
 

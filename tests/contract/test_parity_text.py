@@ -4,10 +4,10 @@ import hashlib
 
 import pytest
 
-from ropeway.chat import ROLE_TOKENS, render, render_turns
-from ropeway.mixture import plan_chunks
-from ropeway.rows import collate, loss_mask
-from ropeway.tokenizer import (
+from ropeway.data.batches import collate, loss_mask
+from ropeway.data.mixture import plan_chunks
+from ropeway.models.chat_template import ROLE_TOKENS, render, render_turns
+from ropeway.models.tokenizer import (
     count_tokens,
     open_tokenizer,
     prepare_tokenizer,

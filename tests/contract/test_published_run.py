@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from ropeway.accumulation import accumulation_steps
-from ropeway.errors import ConfigError
-from ropeway.memory import Sizes
-from ropeway.params import load_profile
-from ropeway.plan import plan_run
-from ropeway.train.config import parse_deepspeed_json, plan_deepspeed
-from ropeway.train.schedule import learning_rate
-from ropeway.workspace import Workspace
+from ropeway.config.params import load_profile
+from ropeway.data.accumulation import accumulation_steps
+from ropeway.planning.memory import Sizes
+from ropeway.planning.plan import plan_run
+from ropeway.runtime.errors import ConfigError
+from ropeway.runtime.workspace import Workspace
+from ropeway.stages.train.deepspeed_config import parse_deepspeed_json, plan_deepspeed
+from ropeway.stages.train.schedule import learning_rate
 
 ROOT = Path(__file__).parents[2]
 

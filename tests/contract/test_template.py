@@ -1,4 +1,4 @@
-"""The template that travels with the tokenizer says what `ropeway.chat` says, in every engine that may run it."""
+"""The template that travels with the tokenizer says what `chat_template` says, in every engine that may run it."""
 
 import jinja2
 import jinja2.ext
@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import PreTrainedTokenizerFast
 
-from ropeway.chat import JINJA, Conversation, render, render_prompt, to_messages
-from ropeway.package.config import PLAIN_JINJA
-from ropeway.tokenizer import open_tokenizer
+from ropeway.models.chat_template import JINJA, Conversation, render, render_prompt, to_messages
+from ropeway.models.tokenizer import open_tokenizer
+from ropeway.stages.package.model_config import PLAIN_JINJA
 from tests.tiny_run import PARITY, copy_tokenizer
 
 TEXTS = st.text(alphabet=st.sampled_from("ab \n\t<|>'\"{}%é漢"), max_size=12)

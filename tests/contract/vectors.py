@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ropeway.chat import Conversation
-from ropeway.params import load_profile
-from ropeway.prepare.encode import Encoder
-from ropeway.rows import Piece, plan_window
-from ropeway.shards import FORMAT, Kind, Shards, SourceShards, write_shard
-from ropeway.tokenizer import count_tokens, open_tokenizer, read_special
+from ropeway.config.params import load_profile
+from ropeway.data.batches import Piece, plan_window
+from ropeway.data.shards import FORMAT, Kind, Shards, SourceShards, write_shard
+from ropeway.models.chat_template import Conversation
+from ropeway.models.tokenizer import count_tokens, open_tokenizer, read_special
+from ropeway.stages.prepare.encode import Encoder
 
 HERE = Path(__file__).parent
 FOLDER = Path(os.environ.get("ROPEWAY_PARITY_DIR", HERE / "parity"))

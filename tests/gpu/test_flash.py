@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ropeway.train.attention import VARLEN, register, varlen_kernel
+from ropeway.models.attention import VARLEN, register, varlen_kernel
 from tests.unit.test_train_attention import batch, small_llama
 
 pytestmark = pytest.mark.gpu

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from ropeway import evaluate
-from ropeway.errors import ConfigError, DataError
-from ropeway.evaluate import tasks as harness
-from ropeway.evaluate.opening import open_model
-from ropeway.evaluate.samples import encode_prompt
-from ropeway.params import load_profile
-from ropeway.stages import write_identity
+from ropeway.config.params import load_profile
+from ropeway.orchestration.stage_process import write_identity
+from ropeway.runtime.errors import ConfigError, DataError
+from ropeway.stages.evaluate import stage as evaluate
+from ropeway.stages.evaluate import tasks as harness
+from ropeway.stages.evaluate.opening import open_model
+from ropeway.stages.evaluate.samples import encode_prompt
 from tests.tiny_run import BLOCK, ROOT, make_run
 
 pytestmark = [
@@ -199,7 +199,9 @@ def test_a_changed_question_is_read_anew_and_changes_what_dvc_sees(tmp_path):
 
 def test_an_unknown_task_is_named_before_a_model_is_opened(tmp_path, monkeypatch):
     workspace, profile = make_world(tmp_path, ("few_choise",))
-    monkeypatch.setattr("ropeway.evaluate.measuring.open_model", lambda *_, **__: pytest.fail("a model was opened"))
+    monkeypatch.setattr(
+        "ropeway.stages.evaluate.measuring.open_model", lambda *_, **__: pytest.fail("a model was opened")
+    )
     with pytest.raises(ConfigError, match=r"few_choise is neither in .*configs/tasks nor .*did you mean few_choice"):
         evaluate.run(workspace, profile)
 
@@ -222,7 +224,7 @@ def test_a_figure_that_is_not_finite_fails(world):
 
 def test_offline_a_data_set_of_the_hub_is_refused_at_once(tmp_path):
     code = (
-        "from pathlib import Path; from ropeway.evaluate.tasks import open_tasks; "
+        "from pathlib import Path; from ropeway.stages.evaluate.tasks import open_tasks; "
         "open_tasks(['arc_easy'], Path(), Path('none'))"
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from ropeway.chat import ROLE_TOKENS
-from ropeway.manifest import file_sha256, write_json
-from ropeway.package.build import write_model
-from ropeway.package.config import TORCH_NAMES
-from ropeway.package.facts import load_facts
-from ropeway.package.probe import expected_logits, plan_probe, probe_row
-from ropeway.params import READS, load_profile
+from ropeway.config.params import READS, load_profile
+from ropeway.models.chat_template import ROLE_TOKENS
+from ropeway.runtime.manifest import file_sha256, write_json
+from ropeway.stages.package.build import write_model
+from ropeway.stages.package.facts import load_facts
+from ropeway.stages.package.model_config import TORCH_NAMES
+from ropeway.stages.package.probe import expected_logits, plan_probe, probe_row
 from tests import tiny_run
 
 pytestmark = pytest.mark.loaders

@@ -51,7 +51,8 @@ class FlowWorkspace:
 def make_workspace(root):
     root.mkdir()
     shutil.copy(ROOT / "params.yaml", root)
-    shutil.copytree(ROOT / "configs", root / "configs")
+    for folder in ("configs", "flows"):
+        shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(HERE / "flow_workspace" / "dvc.yaml", root)
     shutil.copy(HERE / "flow_workspace" / "room.txt", root / "room.py")
     (root / ".dvc").mkdir()
@@ -81,7 +82,7 @@ def flow_workspace(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def _made_once(tmp_path_factory):
-    from flows.retrain import run_retrain
+    from ropeway.orchestration.sequence import run_retrain
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         set_environment(monkeypatch)
@@ -111,8 +112,8 @@ def prefect_api(tmp_path_factory):
     """Prefect's settings for this process, then a server of our own kind."""
     home = tmp_path_factory.mktemp("prefect")
     before = dict(os.environ)
-    from flows.settings import apply_settings
-    from flows.temporary import await_server, open_server
+    from ropeway.orchestration.prefect_settings import apply_settings
+    from ropeway.orchestration.temporary_server import await_server, open_server
 
     for name in [name for name in os.environ if name.startswith("PREFECT_")]:
         del os.environ[name]

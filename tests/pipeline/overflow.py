@@ -25,17 +25,17 @@ def main(root, *cases):
             return [torch.float32, torch.bfloat16, torch.float16]
 
     set_accelerator(HalfOnCpu())
-    from ropeway.errors import TrainingError
-    from ropeway.params import load_profile
-    from ropeway.shards import open_shards
-    from ropeway.train.attention import Attention
-    from ropeway.train.config import plan_deepspeed
-    from ropeway.train.leftovers import meet
-    from ropeway.train.loop import train
-    from ropeway.train.loss import SupervisedLoss
-    from ropeway.train.model import open_model
-    from ropeway.train.running import Run
-    from ropeway.workspace import Workspace
+    from ropeway.config.params import load_profile
+    from ropeway.data.shards import open_shards
+    from ropeway.models.attention import Attention
+    from ropeway.runtime.errors import TrainingError
+    from ropeway.runtime.workspace import Workspace
+    from ropeway.stages.train.deepspeed_config import plan_deepspeed
+    from ropeway.stages.train.leftovers import meet
+    from ropeway.stages.train.loop import train
+    from ropeway.stages.train.loss import SupervisedLoss
+    from ropeway.stages.train.model import open_model
+    from ropeway.stages.train.running import Run
 
     meet()
     deepspeed.utils.logger.setLevel("ERROR")

@@ -10,8 +10,8 @@ import time
 import httpx
 import pytest
 
-from flows.server import find_server
 from ropeway import registry
+from ropeway.orchestration.prefect_server import find_server
 from ropeway.storage import open_store
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(1800)]
@@ -36,7 +36,7 @@ class Person:
     def start(self, *command):
         with self.log.open("ab") as log:
             started = subprocess.Popen(
-                [sys.executable, "-m", "ropeway.cli", *command],
+                [sys.executable, "-m", "ropeway.cli.main", *command],
                 cwd=self.root,
                 env=self.environment,
                 stdout=log,
@@ -47,7 +47,7 @@ class Person:
     def run(self):
         """Return what `ropeway run` printed."""
         return subprocess.run(
-            [sys.executable, "-m", "ropeway.cli", "run"],
+            [sys.executable, "-m", "ropeway.cli.main", "run"],
             cwd=self.root,
             env=self.environment,
             check=True,

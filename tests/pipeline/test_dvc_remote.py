@@ -8,8 +8,8 @@ from pathlib import Path
 import boto3
 import pytest
 
-from flows.retrain import run_retrain
-from ropeway.errors import ConfigError
+from ropeway.orchestration.sequence import run_retrain
+from ropeway.runtime.errors import ConfigError
 
 pytestmark = pytest.mark.filterwarnings(
     # dvc 3.67.1 (repo/trie.py, repo/graph.py) on pygtrie 2.6

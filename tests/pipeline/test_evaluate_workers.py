@@ -9,9 +9,9 @@ import psutil
 import pytest
 import torch
 
-from ropeway.errors import RopewayError
-from ropeway.evaluate.champion import measure_champion
-from ropeway.evaluate.workers import share_out
+from ropeway.runtime.errors import RopewayError
+from ropeway.stages.evaluate.champion import measure_champion
+from ropeway.stages.evaluate.evaluation_workers import share_out
 from tests.support.processes import command_of
 from tests.tiny_run import BLOCK, ROOT, make_run
 
@@ -21,7 +21,7 @@ PAIR = (None, None)
 def start(workspace, **environment):
     kept = {name: value for name, value in os.environ.items() if not name.startswith("ROPEWAY_")}
     return subprocess.Popen(
-        [sys.executable, "-m", "ropeway.cli", "room", "evaluate"],
+        [sys.executable, "-m", "ropeway.cli.main", "room", "evaluate"],
         cwd=workspace.root,
         env={**kept, "PYTHONPATH": str(ROOT / "src"), **environment},
         stdout=subprocess.PIPE,

@@ -9,17 +9,17 @@ from ruamel.yaml import YAML
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from flows.evidence import open_case
-from flows.publishing import publish_package
-from flows.report import draw_report
-from flows.revision import Revision
-from ropeway.errors import ConfigError, DataError
-from ropeway.params import load_profile
+from ropeway.config.params import load_profile
+from ropeway.orchestration.publish import publish_package
+from ropeway.orchestration.revision import Revision
+from ropeway.orchestration.stage_process import ROOMS, enter_room, write_identity
 from ropeway.registry.tables import describe_version
-from ropeway.s3_client import make_client, split_url
-from ropeway.stages import ROOMS, enter_room, write_identity
+from ropeway.reporting.evidence import open_case
+from ropeway.reporting.review_report import draw_report
+from ropeway.runtime.errors import ConfigError, DataError
+from ropeway.runtime.workspace import Workspace
 from ropeway.storage import open_store
-from ropeway.workspace import Workspace
+from ropeway.storage.s3_client import make_client, split_url
 from tests.hub_world import COMMIT, REPO, Hub, point_at, serve_hub
 from tests.pipeline.main_job import make_main_job
 from tests.support import tiny_gguf
@@ -257,7 +257,7 @@ def ready(tmp_path, monkeypatch):
     write_identity(workspace.root)
     for room in ("fetch", "base", "prepare"):
         enter_room(workspace.root, room)
-    monkeypatch.setattr("ropeway.train.run", lambda *_: pytest.fail("training began"))
+    monkeypatch.setattr("ropeway.stages.train.stage.run", lambda *_: pytest.fail("training began"))
     return workspace
 
 

@@ -5,11 +5,12 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from flows import clean, graph
-from flows.retrain import run_retrain
-from ropeway.cli import app
-from ropeway.errors import ConfigError, DataError, TemporaryError
-from ropeway.lock import workspace_lock
+from ropeway.cli.main import app
+from ropeway.orchestration import cleanup as clean
+from ropeway.orchestration import dvc_graph as graph
+from ropeway.orchestration.sequence import run_retrain
+from ropeway.runtime.errors import ConfigError, DataError, TemporaryError
+from ropeway.runtime.lock import workspace_lock
 
 pytestmark = pytest.mark.filterwarnings(
     # dvc 3.67.1 (repo/trie.py, repo/graph.py) on pygtrie 2.6

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from flows.deployments import find_next, plan_deployments
-from ropeway.errors import ConfigError
+from ropeway.orchestration.deployments import find_next, plan_deployments
+from ropeway.runtime.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 FLOWS = ["promote", "rollback", "retrain", "review"]

@@ -12,9 +12,9 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from flows.retrain import run_retrain
-from ropeway.errors import TemporaryError
-from ropeway.lock import workspace_lock
+from ropeway.orchestration.sequence import run_retrain
+from ropeway.runtime.errors import TemporaryError
+from ropeway.runtime.lock import workspace_lock
 from tests.support.processes import command_of
 
 pytestmark = pytest.mark.filterwarnings(
@@ -25,7 +25,7 @@ FLOW = """
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from flows.retrain import run_retrain
+from ropeway.orchestration.sequence import run_retrain
 from ropeway.errors import RopewayError
 try:
     run_retrain(Path(sys.argv[1]), use_prefect=sys.argv[2] == "prefect")
@@ -181,7 +181,7 @@ def test_a_flow_waits_while_a_person_s_own_dvc_holds_dvc_s_locks(made_workspace,
         (made_workspace.root / "may-end").open("w").close()
         person.wait(60)
 
-    monkeypatch.setattr("flows.stages.time", SimpleNamespace(sleep=let_it_end))
+    monkeypatch.setattr("ropeway.orchestration.dvc_stage.time", SimpleNamespace(sleep=let_it_end))
     result = run_retrain(made_workspace.root, use_prefect=False)
     assert "another dvc is at work in this workspace" in capsys.readouterr().out
     assert made_workspace.calls() == ["train", "evaluate", "package"]  # the person's run was not made again

@@ -1,23 +1,26 @@
 """The flow with the real DVC and the real Prefect around stages that take a moment."""
 
+import ast
 import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from flows.retrain import run_retrain
 from ropeway import registry
-from ropeway.errors import ConfigError, DataError, RegistryError, TemporaryError
-from ropeway.lock import workspace_lock
+from ropeway.orchestration.sequence import STEPS, run_retrain
 from ropeway.registry.tables import describe_version
+from ropeway.runtime.errors import ConfigError, DataError, RegistryError, TemporaryError
+from ropeway.runtime.lock import workspace_lock
 from ropeway.storage import open_store
 
 pytestmark = pytest.mark.filterwarnings(
     # dvc 3.67.1 (repo/trie.py, repo/graph.py) on pygtrie 2.6
     "ignore:_NoneStep.value will soon raise:DeprecationWarning"
 )
+ROOT = Path(__file__).parents[2]
 STAGES = ["fetch", "train", "evaluate", "package"]
 
 
@@ -101,7 +104,7 @@ def check_what_prefect_shows(api, flow_run_id, dag):
 
 
 def test_flow_does_not_wait_for_a_server_that_is_away_to_move_a_bar():
-    from flows.progress import Bar
+    from ropeway.orchestration.page_progress import Bar
 
     heard = []
     Bar(heard.append, "laptop-train-progress", "http://127.0.0.1:9/api")("step 1/4")
@@ -243,9 +246,43 @@ def test_flow_reads_a_failure_of_a_stage_without_a_record_from_dvc(made_workspac
         plain(made_workspace)
 
 
+def test_the_flow_calls_the_steps_of_the_sequence_in_their_order():
+    tree = ast.parse((ROOT / "flows" / "retrain.py").read_text(encoding="utf-8"))
+    called = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
+    assert [node.func.attr for node in called if ast.unparse(node.func.value) == "run"] == list(STEPS)
+
+
+def test_a_task_that_a_user_adds_to_the_flow_appears_in_the_run(flow_workspace, on_prefect, capsys):
+    flow_workspace.edit("flows/retrain.py", "from prefect import flow\n", "from prefect import flow, task\n")
+    flow_workspace.edit(
+        "flows/retrain.py",
+        "\n\n@flow(",
+        "\n\n@task(name='tell', task_run_name='tell the team')\ndef tell(name):\n    return name\n\n\n@flow(",
+    )
+    flow_workspace.edit(
+        "flows/retrain.py", "        run.publish()\n", "        tell(run.name)\n        run.publish()\n"
+    )
+    run_retrain(flow_workspace.root)
+    page = re.search(r"/runs/flow-run/([0-9a-f-]{36})\n", capsys.readouterr().out)[1]
+    names = {one["name"] for one in ask(on_prefect, "task_runs", flow_runs={"id": {"any_": [page]}})}
+    assert names >= {"tell the team", "publish", *STAGES}
+
+
+@pytest.mark.usefixtures("on_prefect")
+@pytest.mark.parametrize("damage", ["missing", "broken"])
+def test_a_workspace_without_a_flow_that_loads_is_refused_by_name(flow_workspace, damage):
+    path = flow_workspace.root / "flows" / "retrain.py"
+    path.unlink() if damage == "missing" else path.write_text("retrain = ")
+    with pytest.raises(ConfigError, match=r"flows/retrain\.py"):
+        run_retrain(flow_workspace.root)
+    assert flow_workspace.calls() == []
+    run_retrain(flow_workspace.root, use_prefect=False)
+    assert flow_workspace.calls() == STAGES
+
+
 def test_flow_is_turned_away_from_a_locked_workspace(flow_workspace):
     code = (
-        "import sys; from pathlib import Path; from flows.retrain import run_retrain\n"
+        "import sys; from pathlib import Path; from ropeway.orchestration.sequence import run_retrain\n"
         "run_retrain(Path(sys.argv[1]), use_prefect=False)"
     )
     with workspace_lock(flow_workspace.root, command="ropeway run", profile="laptop"):

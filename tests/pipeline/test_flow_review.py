@@ -5,11 +5,11 @@ from contextlib import suppress
 
 import pytest
 
-from flows.retrain import run_retrain
 from ropeway import registry
-from ropeway.errors import RegistryError
+from ropeway.orchestration.sequence import run_retrain
+from ropeway.runtime.errors import RegistryError
+from ropeway.runtime.workspace import Workspace
 from ropeway.storage import open_store
-from ropeway.workspace import Workspace
 from tests.review_world import make_version
 
 YES = {"decision": "approve", "reviewer": "anna", "comment": "reads well"}
@@ -23,7 +23,7 @@ class Reviews:
     """One model with a version in production and one to review, and the deployments on the server."""
 
     def __init__(self, root, client):
-        from flows.deployments import plan_deployments
+        from ropeway.orchestration.deployments import plan_deployments
 
         self.client = client
         self.workspace = Workspace(root, "laptop")
@@ -170,14 +170,14 @@ def test_promote_and_rollback_flows_expect_where_the_alias_is(reviews):
 def test_a_run_asks_for_a_review_where_one_is_served_and_else_says_how(made_workspace, reviews, monkeypatch, capsys):
     made_workspace.edit("params.yaml", "learning_rate: 2e-3", "learning_rate: 3e-3")
     with monkeypatch.context() as patch:
-        patch.setattr("flows.prefect_flow.standing_server", lambda _root: None)
+        patch.setattr("ropeway.orchestration.prefect_adapter.standing_server", lambda _root: None)
         first = run_retrain(made_workspace.root)
     digest = first.publication.digest
     assert first.review is None
     assert f"review it        ropeway review {digest[:12]}\n" in capsys.readouterr().out
 
     made_workspace.edit("params.yaml", "learning_rate: 3e-3", "learning_rate: 1e-3")
-    monkeypatch.setattr("flows.prefect_flow.is_served", lambda _deployment: True)
+    monkeypatch.setattr("ropeway.orchestration.prefect_adapter.is_served", lambda _deployment: True)
     second = run_retrain(made_workspace.root)
     asked = reviews.client.read_flow_run(second.review.rpartition("/")[2])
     assert asked.parameters["digest"] == second.publication.digest

@@ -15,12 +15,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import httpx
 import pytest
 
-from flows.automations import ALERT, CRASHED, apply_automations, find_automations, plan_crashed
-from flows.retrain import run_retrain
-from flows.server import find_server, serve_ui
-from flows.settings import plan_settings
-from flows.temporary import await_server
-from ropeway.errors import ConfigError, TemporaryError
+from ropeway.orchestration.automations import ALERT, CRASHED, apply_automations, find_automations, plan_crashed
+from ropeway.orchestration.prefect_server import find_server, serve_ui
+from ropeway.orchestration.prefect_settings import plan_settings
+from ropeway.orchestration.sequence import run_retrain
+from ropeway.orchestration.temporary_server import await_server
+from ropeway.runtime.errors import ConfigError, TemporaryError
 
 pytestmark = pytest.mark.filterwarnings(
     # dvc 3.67.1 (repo/trie.py, repo/graph.py) on pygtrie 2.6
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings(
 SERVE = """
 import sys
 from pathlib import Path
-from flows.server import serve_ui
+from ropeway.orchestration.prefect_server import serve_ui
 serve_ui(Path(sys.argv[1]), port=int(sys.argv[2]))
 """
 
@@ -104,9 +104,9 @@ def test_the_network_is_let_in_only_with_a_password(tmp_path, monkeypatch):
 def test_a_temporary_server_that_is_slow_is_waited_for_aloud_and_one_that_ended_is_not(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
-    monkeypatch.setattr("flows.temporary._GIVEN_SECONDS", -1.0)
+    monkeypatch.setattr("ropeway.orchestration.temporary_server._GIVEN_SECONDS", -1.0)
     answers = iter([False, False, True, False])
-    monkeypatch.setattr("flows.server.is_answering", lambda _url: next(answers))
+    monkeypatch.setattr("ropeway.orchestration.prefect_server.is_answering", lambda _url: next(answers))
     await_server("http://127.0.0.1:9/api", tmp_path)
     assert (
         f"is still starting; a busy machine takes minutes. Its log: {tmp_path}/server.log\n" in capsys.readouterr().out
@@ -120,7 +120,7 @@ def test_a_temporary_server_that_is_slow_is_waited_for_aloud_and_one_that_ended_
 @pytest.mark.usefixtures("prefect_api")
 def test_a_flow_that_is_told_of_a_server_which_does_not_answer_says_so(made_workspace, monkeypatch):
     monkeypatch.setenv("PREFECT_API_URL", f"http://127.0.0.1:{free_port()}/api")
-    monkeypatch.setattr("flows.temporary._GIVEN_SECONDS", 0.1)
+    monkeypatch.setattr("ropeway.orchestration.temporary_server._GIVEN_SECONDS", 0.1)
     with pytest.raises(TemporaryError, match=r"no Prefect server answers at .*--no-prefect"):
         run_retrain(made_workspace.root)
 

@@ -20,7 +20,8 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:_NoneStep.value will soon raise:DeprecationWarning"
 )
 RUNNER = (
-    "import sys; from pathlib import Path; from flows.deployments import serve_flows; serve_flows(Path(sys.argv[1]))"
+    "import sys; from pathlib import Path; from ropeway.orchestration.deployments import serve_flows; "
+    "serve_flows(Path(sys.argv[1]))"
 )
 TELLING = TRAINING.replace("while True:", "Path('begun').write_text('training')\nwhile True:")
 WAITING = "Path('begun').write_text('training')\nPath('may-end').read_text()\n"

@@ -11,7 +11,7 @@ import psutil
 import pytest
 from ruamel.yaml import YAML
 
-from ropeway.manifest import load_manifest
+from ropeway.runtime.manifest import load_manifest
 from tests.pipeline.main_job import ROOT, STEPS, MainJob, make_main_job
 from tests.support.processes import command_of, kill_all
 
@@ -70,7 +70,7 @@ def test_dvc_repro_alone_leaves_every_file_and_does_nothing_again(finished):
 
 
 def test_an_edit_reruns_what_it_changes_and_nothing_else(finished):
-    from flows import graph
+    from ropeway.orchestration import dvc_graph as graph
 
     def will_run():
         finished.do("ropeway", "stage", "identity")
@@ -116,7 +116,7 @@ def test_an_edited_shard_is_found_before_training_spends_anything(finished):
 
 @pytest.mark.parametrize("how", ["repro", "run"])
 def test_what_is_edited_and_committed_in_the_middle_of_a_run_reaches_the_next_one_only(finished, untrained, how):
-    from flows import graph
+    from ropeway.orchestration import dvc_graph as graph
 
     job, before = untrained, untrained.revision()
     process = job.start(*(("dvc", "repro") if how == "repro" else ("ropeway", "run", "--no-prefect")))
@@ -173,16 +173,16 @@ def test_code_that_is_edited_while_training_goes_on_records_nothing_and_edited_b
     for line in process.stdout:
         if "step 3/" in line:
             break
-    job.edit("src/ropeway/train/loss.py", "EPSILON = 1e-8", "EPSILON = 1e-7")
+    job.edit("src/ropeway/stages/train/loss.py", "EPSILON = 1e-8", "EPSILON = 1e-7")
     said = process.stdout.read()
     process.stdout.close()
     assert process.wait() != 0
     assert json.loads((job.root / ".work" / "train.exit.json").read_text())["code"] == 65
-    assert "stage train: ropeway.train.loss changed after the digests of this run were taken" in said
+    assert "stage train: ropeway.stages.train.loss changed after the digests of this run were taken" in said
     assert "train:" not in (job.root / "dvc.lock").read_text().replace("train.json", "")
     assert lock != b""
     assert not (job.root / ".dvc" / "cache" / "runs").exists()
-    job.edit("src/ropeway/train/loss.py", "EPSILON = 1e-7", "EPSILON = 1e-8")
+    job.edit("src/ropeway/stages/train/loss.py", "EPSILON = 1e-7", "EPSILON = 1e-8")
     assert f"resuming after step {STEPS} of {STEPS}" in job.do("dvc", "repro", "train")
     assert job.weights() == finished.weights()
 
@@ -196,7 +196,7 @@ def test_killed_in_training_the_run_resumes_and_ends_with_the_same_bytes(finishe
         if "step 5/" in line:  # step 4 is saved; what is printed lags a little behind what is trained
             break
     tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    assert any("ropeway.train.rank" in " ".join(command_of(one)) for one in tree), "".join(seen)
+    assert any("ropeway.stages.train.rank" in " ".join(command_of(one)) for one in tree), "".join(seen)
     kill_all(tree)
     process.wait()
     process.stdout.close()

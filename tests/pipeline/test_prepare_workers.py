@@ -11,8 +11,8 @@ from contextlib import contextmanager
 import psutil
 import pytest
 
-from ropeway.manifest import file_sha256
-from ropeway.prepare.workers import count_cores
+from ropeway.runtime.manifest import file_sha256
+from ropeway.stages.prepare.encode_workers import count_cores
 from tests.support.processes import command_of
 from tests.tiny_run import ROOT
 from tests.unit.test_prepare import lay, profile
@@ -26,8 +26,8 @@ from pathlib import Path
 
 from ropeway import prepare
 from ropeway.errors import RopewayError
-from ropeway.prepare import cluster, write
-from ropeway.prepare.units import encode_unit
+from ropeway.stages.prepare import cluster, write
+from ropeway.stages.prepare.units import encode_unit
 from ropeway.workspace import Workspace
 
 def encode_or_wait(unit):
@@ -54,7 +54,7 @@ class Run:
 
     def __init__(self, root):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("ropeway.raw._GROUP_CHARACTERS", 200)
+            patch.setattr("ropeway.data.raw_records._GROUP_CHARACTERS", 200)
             self.workspace = lay(root)
         (root / "start.py").write_text(SCRIPT)
         (root / "profile.pickle").write_bytes(pickle.dumps(profile()))

@@ -70,7 +70,7 @@ def ranks_of(process):
 
 def is_rank(process):
     words = process.cmdline()
-    return "-m" in words and words[words.index("-m") + 1] == "ropeway.train.rank"
+    return "-m" in words and words[words.index("-m") + 1] == "ropeway.stages.train.rank"
 
 
 def cores_of(process):
@@ -167,7 +167,7 @@ def test_a_rank_that_hangs_is_found_and_every_stack_is_told(whole, job):
     stopped.kill()  # the launcher would, after 30 s
     finish(process, 75)
     assert "rank 0: nothing happened for 15 s (stop.hang_seconds)" in said
-    assert "ropeway/train/loop.py" in said
+    assert "ropeway/stages/train/loop.py" in said
     job.edit("params.yaml", "hang_seconds: 15", "hang_seconds: null")
     job.do("ropeway", "stage", "train")
     assert job.weights() == whole.weights()

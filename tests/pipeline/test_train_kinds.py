@@ -48,7 +48,7 @@ def start(workspace, *, ranks=2):
     """Run the stage to its end and return what it printed."""
     shutil.rmtree(workspace.model)
     here = {"ROPEWAY_RANKS": str(ranks), "DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", "ropeway.cli", "room", "train"]
+    command = [sys.executable, "-m", "ropeway.cli.main", "room", "train"]
     done = subprocess.run(
         command, cwd=workspace.root, env={**os.environ, **here}, capture_output=True, text=True, check=False
     )

@@ -14,11 +14,11 @@ import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from ropeway.manifest import write_manifest
-from ropeway.params import load_profile
-from ropeway.rows import plan_epoch, validation_rows
-from ropeway.shards import open_shards
-from ropeway.workspace import Workspace
+from ropeway.config.params import load_profile
+from ropeway.data.batches import plan_epoch, validation_rows
+from ropeway.data.shards import open_shards
+from ropeway.runtime.manifest import write_manifest
+from ropeway.runtime.workspace import Workspace
 from tests.pipeline.main_job import MainJob, make_main_job
 from tests.support.processes import kill_all
 

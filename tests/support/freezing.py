@@ -4,12 +4,12 @@ import functools
 from pathlib import Path
 
 import ropeway
-from ropeway import fetch
-from ropeway.fetch.identity import source_identity
-from ropeway.frozen import PARAMS_FILE, freeze, read_texts, write_values
-from ropeway.identity import Digests
-from ropeway.params import READS, load_profile
-from ropeway.workspace import Workspace
+from ropeway.config.frozen import PARAMS_FILE, freeze, read_texts, write_values
+from ropeway.config.params import READS, load_profile
+from ropeway.runtime.code_digests import Digests
+from ropeway.runtime.workspace import Workspace
+from ropeway.stages.fetch import stage as fetch
+from ropeway.stages.fetch.source_identity import source_identity
 
 
 @functools.cache

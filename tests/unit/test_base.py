@@ -7,16 +7,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from ropeway import base
-from ropeway.base import check_gguf_rope, check_shape, plan_vocabulary, resize
-from ropeway.chat import ROLE_TOKENS, template_digest
-from ropeway.errors import ConfigError
-from ropeway.manifest import file_sha256, load_manifest, write_manifest
-from ropeway.params import READS, FolderBase, GgufBase, ModelShape, ScratchBase, load_profile
-from ropeway.raw import RawWriter
-from ropeway.rope import RopeScaling
-from ropeway.tokenizer import open_tokenizer
-from ropeway.workspace import Workspace
+from ropeway.config.params import READS, FolderBase, GgufBase, ModelShape, ScratchBase, load_profile
+from ropeway.data.raw_records import RawWriter
+from ropeway.models.chat_template import ROLE_TOKENS, template_digest
+from ropeway.models.rope import RopeScaling
+from ropeway.models.tokenizer import open_tokenizer
+from ropeway.runtime.errors import ConfigError
+from ropeway.runtime.manifest import file_sha256, load_manifest, write_manifest
+from ropeway.runtime.workspace import Workspace
+from ropeway.stages.base import stage as base
+from ropeway.stages.base.stage import check_gguf_rope, check_shape, plan_vocabulary, resize
 from tests.support import tiny_gguf
 from tests.tiny_run import PARITY, ROOT
 

@@ -2,9 +2,8 @@ import json
 
 import pytest
 
-from ropeway.chat import JINJA, ROLE_TOKENS, Conversation, render
-from ropeway.errors import ConfigError
-from ropeway.tokenizer import (
+from ropeway.models.chat_template import JINJA, ROLE_TOKENS, Conversation, render
+from ropeway.models.tokenizer import (
     LLAMA_SPECIAL,
     count_tokens,
     open_tokenizer,
@@ -14,6 +13,7 @@ from ropeway.tokenizer import (
     train_tokenizer,
     write_tokenizer,
 )
+from ropeway.runtime.errors import ConfigError
 
 TEXTS = [f"The lamp number {number} burns at dusk.\n\n    oil = {number * 7}\n" for number in range(200)]
 

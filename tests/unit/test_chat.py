@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ropeway.chat import (
+from ropeway.models.chat_template import (
     ASSISTANT,
     JINJA,
     PROMPTER,

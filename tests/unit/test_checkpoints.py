@@ -6,9 +6,9 @@ import subprocess
 
 import pytest
 
-from ropeway.errors import ConfigError
-from ropeway.train import checkpoints
-from ropeway.train.universal import make_loadable
+from ropeway.runtime.errors import ConfigError
+from ropeway.stages.train import checkpoints
+from ropeway.stages.train.universal import make_loadable
 
 
 def write(root, step, *, keep=None, ranks=2):

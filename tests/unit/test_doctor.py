@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from flows import doctor
-from ropeway.cli import app
-from ropeway.errors import ConfigError
+from ropeway.cli.main import app
+from ropeway.orchestration import doctor
+from ropeway.runtime.errors import ConfigError
 from ropeway.storage import FileStore
 
 ROOT = Path(__file__).parents[2]
@@ -73,7 +73,7 @@ def test_a_version_that_is_not_the_locked_one_is_a_note(root):
 
 @pytest.mark.usefixtures("root")
 def test_every_library_it_looks_at_is_locked():
-    from flows.doctor import _LIBRARIES, read_pins
+    from ropeway.orchestration.doctor import _LIBRARIES, read_pins
 
     assert set(_LIBRARIES) <= set(read_pins(ROOT / "requirements"))
 

@@ -7,17 +7,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from ropeway import evaluate
-from ropeway.chat import JINJA
-from ropeway.errors import DataError
-from ropeway.evaluate.opening import check_data, open_model
-from ropeway.evaluate.quick import first_rows, look
-from ropeway.evaluate.report import validation_digest
-from ropeway.evaluate.scores import Score, all_rows, plan_batches, plan_mixing, sum_batch
-from ropeway.manifest import write_manifest
-from ropeway.params import READS
-from ropeway.rows import collate
-from ropeway.shards import open_shards
+from ropeway.config.params import READS
+from ropeway.data.batches import collate
+from ropeway.data.shards import open_shards
+from ropeway.models.chat_template import JINJA
+from ropeway.runtime.errors import DataError
+from ropeway.runtime.manifest import write_manifest
+from ropeway.stages.evaluate import stage as evaluate
+from ropeway.stages.evaluate.evaluation import validation_digest
+from ropeway.stages.evaluate.opening import check_data, open_model
+from ropeway.stages.evaluate.quick import first_rows, look
+from ropeway.stages.evaluate.token_scores import Score, all_rows, plan_batches, plan_mixing, sum_batch
 from tests.tiny_run import make_run, measure
 
 

@@ -3,9 +3,9 @@ import shutil
 
 import pytest
 
-from ropeway import evaluate
-from ropeway.errors import DataError
-from ropeway.evaluate.champion import measure_champion
+from ropeway.runtime.errors import DataError
+from ropeway.stages.evaluate import stage as evaluate
+from ropeway.stages.evaluate.champion import measure_champion
 from tests.tiny_run import make_run
 
 

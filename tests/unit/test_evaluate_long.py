@@ -10,12 +10,15 @@ import torch
 from transformers import AutoConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ropeway.errors import ConfigError, DataError
-from ropeway.evaluate import passkey
-from ropeway.evaluate.opening import open_model, rope_of
-from ropeway.evaluate.passkey import Question, ask, encode_question, plan_questions
-from ropeway.evaluate.plots import plan_tables, write_plots
-from ropeway.evaluate.positions import (
+from ropeway.config.params import READS, Passkey, Positions
+from ropeway.data.shards import open_shards
+from ropeway.reporting.evaluation_plots import plan_tables, write_plots
+from ropeway.runtime.errors import ConfigError, DataError
+from ropeway.stages.evaluate import passkey
+from ropeway.stages.evaluate.evaluation_workers import Share
+from ropeway.stages.evaluate.opening import open_model, rope_of
+from ropeway.stages.evaluate.passkey import Question, ask, encode_question, plan_questions
+from ropeway.stages.evaluate.positions import (
     LongRow,
     plan_long_rows,
     report_positions,
@@ -23,9 +26,6 @@ from ropeway.evaluate.positions import (
     sum_positions,
     table_positions,
 )
-from ropeway.evaluate.workers import Share
-from ropeway.params import READS, Passkey, Positions
-from ropeway.shards import open_shards
 from tests.tiny_run import make_run, measure
 
 ROWS = Positions(rows=2, row_tokens=128, bucket_tokens=32)

@@ -5,12 +5,12 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from ropeway import evaluate
-from ropeway.errors import ConfigError, DataError
-from ropeway.evaluate.opening import open_model
-from ropeway.evaluate.page import draw_page
-from ropeway.evaluate.samples import answer, derive_seed, encode_prompt, plan_draws, sample
-from ropeway.evaluate.sampling import parse_configurations, parse_prompts
+from ropeway.reporting.samples_page import draw_page
+from ropeway.runtime.errors import ConfigError, DataError
+from ropeway.stages.evaluate import stage as evaluate
+from ropeway.stages.evaluate.opening import open_model
+from ropeway.stages.evaluate.samples import answer, derive_seed, encode_prompt, plan_draws, sample
+from ropeway.stages.evaluate.sampling import parse_configurations, parse_prompts
 from tests.tiny_run import make_run
 
 ROOT = Path(__file__).parents[2]

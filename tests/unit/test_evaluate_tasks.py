@@ -4,11 +4,11 @@ import importlib.metadata
 
 import pytest
 
-from ropeway import evaluate
-from ropeway.errors import ConfigError
-from ropeway.evaluate.tasks import TaskScore, report_tasks
-from ropeway.frozen import FrozenInputs
-from ropeway.stages import write_identity
+from ropeway.config.frozen import FrozenInputs
+from ropeway.orchestration.stage_process import write_identity
+from ropeway.runtime.errors import ConfigError
+from ropeway.stages.evaluate import stage as evaluate
+from ropeway.stages.evaluate.tasks import TaskScore, report_tasks
 from tests.tiny_run import BLOCK, ROOT, make_run
 
 NAMED = BLOCK.replace("tasks: []", "tasks: [python_basics]")
@@ -35,7 +35,9 @@ def lay_configs(root):
 @pytest.mark.usefixtures("bare")
 def test_a_task_without_the_harness_says_what_to_install(tmp_path, monkeypatch):
     workspace, profile = make_run(tmp_path, block=NAMED)
-    monkeypatch.setattr("ropeway.evaluate.measuring.open_model", lambda *_, **__: pytest.fail("a model was opened"))
+    monkeypatch.setattr(
+        "ropeway.stages.evaluate.measuring.open_model", lambda *_, **__: pytest.fail("a model was opened")
+    )
     with pytest.raises(ConfigError, match=r"tasks names python_basics, and .* `make setup EXTRAS=eval` installs it"):
         evaluate.run(workspace, profile)
 

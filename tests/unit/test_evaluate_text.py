@@ -7,15 +7,15 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
-from ropeway.chat import Conversation, render
-from ropeway.evaluate.champion import measure_champion
-from ropeway.evaluate.scores import all_rows
-from ropeway.evaluate.text import count_bytes, translate
-from ropeway.manifest import write_manifest
-from ropeway.params import READS
-from ropeway.rows import loss_mask
-from ropeway.shards import open_shards
-from ropeway.tokenizer import open_tokenizer
+from ropeway.config.params import READS
+from ropeway.data.batches import loss_mask
+from ropeway.data.shards import open_shards
+from ropeway.models.chat_template import Conversation, render
+from ropeway.models.tokenizer import open_tokenizer
+from ropeway.runtime.manifest import write_manifest
+from ropeway.stages.evaluate.champion import measure_champion
+from ropeway.stages.evaluate.text import count_bytes, translate
+from ropeway.stages.evaluate.token_scores import all_rows
 from tests.tiny_run import make_run, talks, texts
 
 

@@ -9,16 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
-from ropeway.errors import ConfigError
-from ropeway.evaluate import measuring
-from ropeway.evaluate.measuring import Asked, Part, measure_folder
-from ropeway.evaluate.opening import open_model
-from ropeway.evaluate.passkey import ask, plan_questions
-from ropeway.evaluate.positions import plan_long_rows
-from ropeway.evaluate.samples import plan_draws, sample
-from ropeway.evaluate.scores import score_sources, sum_batches
-from ropeway.evaluate.workers import Share, gather, plan_cards
-from ropeway.shards import open_shards
+from ropeway.data.shards import open_shards
+from ropeway.runtime.errors import ConfigError
+from ropeway.stages.evaluate import measuring
+from ropeway.stages.evaluate.evaluation_workers import Share, gather, plan_cards
+from ropeway.stages.evaluate.measuring import Asked, Part, measure_folder
+from ropeway.stages.evaluate.opening import open_model
+from ropeway.stages.evaluate.passkey import ask, plan_questions
+from ropeway.stages.evaluate.positions import plan_long_rows
+from ropeway.stages.evaluate.samples import plan_draws, sample
+from ropeway.stages.evaluate.token_scores import score_sources, sum_batches
 from tests.tiny_run import make_run
 
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}

@@ -5,18 +5,18 @@ import sys
 
 import pytest
 
-from ropeway import fetch
-from ropeway.chat import Conversation
-from ropeway.errors import ConfigError, DataError
-from ropeway.fetch import local
-from ropeway.fetch.identity import source_identity
-from ropeway.fetch.local import digest_files, find_files
-from ropeway.fetch.python_docs import MODULES, SYSTEM_MESSAGES, iterate_docstrings, iterate_topics, plan_talks
-from ropeway.fetch.records import check_columns, required_columns, to_record
-from ropeway.manifest import file_sha256, load_manifest
-from ropeway.params import READS, FilesSource, HuggingfaceSource, PythonDocsSource, load_profile
-from ropeway.raw import RawWriter, iterate_records
-from ropeway.workspace import Workspace
+from ropeway.config.params import READS, FilesSource, HuggingfaceSource, PythonDocsSource, load_profile
+from ropeway.data.raw_records import RawWriter, iterate_records
+from ropeway.models.chat_template import Conversation
+from ropeway.runtime.errors import ConfigError, DataError
+from ropeway.runtime.manifest import file_sha256, load_manifest
+from ropeway.runtime.workspace import Workspace
+from ropeway.stages.fetch import local
+from ropeway.stages.fetch import stage as fetch
+from ropeway.stages.fetch.local import digest_files, find_files
+from ropeway.stages.fetch.python_docs import MODULES, SYSTEM_MESSAGES, iterate_docstrings, iterate_topics, plan_talks
+from ropeway.stages.fetch.records import check_columns, required_columns, to_record
+from ropeway.stages.fetch.source_identity import source_identity
 from tests.support.freezing import run_fetch
 from tests.tiny_run import ROOT
 
@@ -81,7 +81,7 @@ def test_docstrings_become_conversations_of_several_turns_under_the_cards_system
 def test_the_library_is_parsed_and_never_imported():
     talked = ["turtle", "tkinter", "argparse", "sched"]
     code = (
-        "import sys; from ropeway.fetch.python_docs import iterate_docstrings as i\n"
+        "import sys; from ropeway.stages.fetch.python_docs import iterate_docstrings as i\n"
         f"n = len(list(i(modules=('sched', 'turtle')))); assert n > 20\n"
         f"sys.exit(any(m in sys.modules for m in {talked[:2] + talked[3:]}))"
     )
@@ -151,8 +151,8 @@ def test_few_refused_records_are_counted_and_the_first_are_shown(tmp_path, monke
 
 
 def test_a_long_source_is_cut_into_parts_that_read_back_in_order(tmp_path, monkeypatch):
-    monkeypatch.setattr("ropeway.raw.PART_CHARACTERS", 100)
-    monkeypatch.setattr("ropeway.raw._GROUP_CHARACTERS", 30)
+    monkeypatch.setattr("ropeway.data.raw_records.PART_CHARACTERS", 100)
+    monkeypatch.setattr("ropeway.data.raw_records._GROUP_CHARACTERS", 30)
     texts = [f"{number:010}" for number in range(57)]
     with RawWriter(tmp_path / "s", "document") as writer:
         for text in texts:
@@ -220,7 +220,7 @@ def test_a_pattern_that_names_no_file_is_said(tmp_path):
 
 def test_asking_for_an_identity_imports_nothing_heavy():
     code = (
-        "import sys, ropeway.fetch.identity\n"
+        "import sys, ropeway.stages.fetch.source_identity\n"
         "heavy = ('pyarrow', 'torch', 'transformers', 'numpy', 'huggingface_hub')\n"
         "sys.exit(any(name in sys.modules for name in heavy))"
     )

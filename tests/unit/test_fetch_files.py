@@ -2,15 +2,15 @@ import json
 
 import pytest
 
-from ropeway.errors import ConfigError, DataError
-from ropeway.fetch import Refused, open_source
-from ropeway.fetch.files import check_format
-from ropeway.fetch.identity import source_identity
-from ropeway.fetch.records import to_record
-from ropeway.fetch.values import UnreadableError
-from ropeway.manifest import load_manifest
-from ropeway.params import FilesSource, load_profile
-from ropeway.workspace import Workspace
+from ropeway.config.params import FilesSource, load_profile
+from ropeway.runtime.errors import ConfigError, DataError
+from ropeway.runtime.manifest import load_manifest
+from ropeway.runtime.workspace import Workspace
+from ropeway.stages.fetch.files import check_format
+from ropeway.stages.fetch.records import to_record
+from ropeway.stages.fetch.source_identity import source_identity
+from ropeway.stages.fetch.stage import Refused, open_source
+from ropeway.stages.fetch.values import UnreadableError
 from tests.support.archives import gz
 from tests.support.freezing import run_fetch
 from tests.tiny_run import ROOT

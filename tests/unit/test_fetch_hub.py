@@ -8,14 +8,14 @@ import time
 
 import pytest
 
-from ropeway.chat import Conversation
-from ropeway.errors import ConfigError, TemporaryError
-from ropeway.fetch.globs import match_names
-from ropeway.fetch.identity import source_identity
-from ropeway.manifest import load_manifest
-from ropeway.params import HuggingfaceSource, load_profile
-from ropeway.raw import iterate_records
-from ropeway.workspace import Workspace
+from ropeway.config.params import HuggingfaceSource, load_profile
+from ropeway.data.raw_records import iterate_records
+from ropeway.models.chat_template import Conversation
+from ropeway.runtime.errors import ConfigError, TemporaryError
+from ropeway.runtime.manifest import load_manifest
+from ropeway.runtime.workspace import Workspace
+from ropeway.stages.fetch.globs import match_names
+from ropeway.stages.fetch.source_identity import source_identity
 from tests.hub_world import COMMIT, REPO, TOKEN, Hub, lay_cache, point_at, serve_hub
 from tests.support.freezing import run_fetch
 from tests.tiny_run import ROOT
@@ -203,7 +203,7 @@ def test_offline_a_damaged_reference_is_said(offline, tmp_path):
 def test_the_environment_is_respected_as_a_person_sets_it(tmp_path):
     lay_cache(tmp_path / "cache", FILES)
     code = (
-        "from ropeway import hub\n"
+        "from ropeway.storage import hub\n"
         f"assert hub.resolve_commit('{REPO}', 'main', kind='dataset') == '{COMMIT}'\n"
         f"assert hub.download_files('{REPO}', '{COMMIT}', ['data/a.jsonl'], kind='dataset', revision='main').is_dir()\n"
     )

@@ -12,12 +12,12 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from ropeway.errors import ConfigError, DataError, TemporaryError
-from ropeway.fetch.files import iterate_objects
-from ropeway.manifest import load_manifest
-from ropeway.params import FilesSource, load_profile
-from ropeway.raw import iterate_records
-from ropeway.workspace import Workspace
+from ropeway.config.params import FilesSource, load_profile
+from ropeway.data.raw_records import iterate_records
+from ropeway.runtime.errors import ConfigError, DataError, TemporaryError
+from ropeway.runtime.manifest import load_manifest
+from ropeway.runtime.workspace import Workspace
+from ropeway.stages.fetch.files import iterate_objects
 from tests.support.archives import gz
 from tests.support.freezing import run_fetch
 from tests.tiny_run import ROOT
@@ -267,15 +267,15 @@ def test_a_file_that_cannot_be_trusted_is_an_error_and_leaves_nothing(tmp_path, 
 
 
 def test_a_line_longer_than_any_record_is_counted_and_not_held(tmp_path, monkeypatch):
-    monkeypatch.setattr("ropeway.fetch.files.LONGEST", 100)
+    monkeypatch.setattr("ropeway.stages.fetch.files.LONGEST", 100)
     (tmp_path / "a.jsonl").write_bytes(GOOD + b'{"text": "' + b"a" * 1000 + b'"}\n' + GOOD)
     facts, records = run(tmp_path, "a.jsonl")
     assert (records, facts["refused"]) == (["ok", "ok"], {"record too long": 1})
 
 
 def test_a_record_of_a_list_longer_than_any_record_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr("ropeway.fetch.values.LONGEST", 100)
-    monkeypatch.setattr("ropeway.fetch.values.CHUNK_BYTES", 64)
+    monkeypatch.setattr("ropeway.stages.fetch.values.LONGEST", 100)
+    monkeypatch.setattr("ropeway.stages.fetch.values.CHUNK_BYTES", 64)
     (tmp_path / "a.json").write_bytes(b"[" + GOOD + b', {"text": "' + b"a" * 1000 + b'"}]')
     fails(tmp_path, "a.json", DataError, "record 2: bad JSON, or longer than 100 characters")
 
@@ -285,7 +285,7 @@ def test_where_chunks_end_changes_nothing(tmp_path, monkeypatch, chunk):
     data = '[1234, {"text": "ü€😀\\"}"}, 12.5e3, {"text": "a" "b"}, true , {"text": "\\\\"}]\n'.encode()
     (tmp_path / "a.json").write_bytes(data)
     whole = run(tmp_path, "a.json")
-    monkeypatch.setattr("ropeway.fetch.values.CHUNK_BYTES", chunk)
+    monkeypatch.setattr("ropeway.stages.fetch.values.CHUNK_BYTES", chunk)
     assert run(tmp_path, "a.json") == whole
     assert whole[1] == ['ü€😀"}', "\\"]
     assert whole[0]["refused"] == {"bad JSON": 1, "not an object": 3}
@@ -353,7 +353,7 @@ def test_a_file_that_may_not_be_read_is_an_error_about_permissions(tmp_path, mon
     def denied(path):  # a double: root may read everything
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr("ropeway.fetch.local.file_sha256", denied)
+    monkeypatch.setattr("ropeway.stages.fetch.local.file_sha256", denied)
     fails(tmp_path, "a.jsonl", ConfigError, "cannot be read .Permission denied.; let this user read it")
 
 
@@ -424,7 +424,7 @@ def test_a_column_that_the_kind_of_rows_does_not_have_is_said(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.jsonl.zst"])
 def test_ten_times_the_file_is_read_in_the_same_memory(tmp_path, monkeypatch, name):
-    monkeypatch.setattr("ropeway.fetch.values.CHUNK_BYTES", 1 << 14)
+    monkeypatch.setattr("ropeway.stages.fetch.values.CHUNK_BYTES", 1 << 14)
     line = json.dumps({"text": "word " * 500}).encode()
 
     def peak(times):

@@ -6,14 +6,14 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from ropeway.chat import Conversation
-from ropeway.errors import DataError
-from ropeway.fetch import Refused, Seen, open_source
-from ropeway.fetch.files import iterate_objects
-from ropeway.fetch.records import required_columns, to_record
-from ropeway.fetch.values import UnreadableError
-from ropeway.params import FilesSource
-from ropeway.workspace import Workspace
+from ropeway.config.params import FilesSource
+from ropeway.models.chat_template import Conversation
+from ropeway.runtime.errors import DataError
+from ropeway.runtime.workspace import Workspace
+from ropeway.stages.fetch.files import iterate_objects
+from ropeway.stages.fetch.records import required_columns, to_record
+from ropeway.stages.fetch.stage import Refused, Seen, open_source
+from ropeway.stages.fetch.values import UnreadableError
 
 GOOD = [
     (
@@ -91,7 +91,7 @@ def test_parquet_gives_whole_rows_and_names_a_column_that_is_missing(tmp_path):
 
 
 def test_a_list_of_records_is_read_over_chunk_borders_and_a_cut_one_is_an_error(tmp_path, monkeypatch):
-    from ropeway.fetch import values
+    from ropeway.stages.fetch import values
 
     monkeypatch.setattr(values, "CHUNK_BYTES", 7)
     path = tmp_path / "a.json"

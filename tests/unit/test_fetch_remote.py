@@ -12,14 +12,14 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from ropeway import fetch
-from ropeway.errors import ConfigError, DataError, TemporaryError
-from ropeway.fetch import web
-from ropeway.fetch.identity import source_identity
-from ropeway.manifest import load_manifest
-from ropeway.params import FilesSource, load_profile
-from ropeway.raw import iterate_records
-from ropeway.workspace import Workspace
+from ropeway.config.params import FilesSource, load_profile
+from ropeway.data.raw_records import iterate_records
+from ropeway.runtime.errors import ConfigError, DataError, TemporaryError
+from ropeway.runtime.manifest import load_manifest
+from ropeway.runtime.workspace import Workspace
+from ropeway.stages.fetch import stage as fetch
+from ropeway.stages.fetch import web
+from ropeway.stages.fetch.source_identity import source_identity
 from tests.s3_server import SECRET, S3Server
 from tests.support.archives import gz
 from tests.support.freezing import run_fetch
@@ -305,7 +305,7 @@ def full(handle):
 
 def test_a_disk_that_fills_during_a_download_is_said_and_the_download_goes_on_later(served, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("ropeway.fetch.remote.os.fsync", full)
+        patch.setattr("ropeway.stages.fetch.remote.os.fsync", full)
         with pytest.raises(TemporaryError, match=r"the disk of .*\.work/fetch/.* is full. Free space and run it again"):
             run(tmp_path, served.url)
     assert [path.suffix for path in partials(tmp_path)] == [".partial"]
@@ -315,7 +315,7 @@ def test_a_disk_that_fills_during_a_download_is_said_and_the_download_goes_on_la
 @pytest.fixture
 def objects(s3_url):
     """The fresh prefix and a way to put objects below it."""
-    from ropeway.s3_client import make_client, split_url
+    from ropeway.storage.s3_client import make_client, split_url
 
     bucket, prefix = split_url(s3_url)
     client = make_client()
@@ -358,7 +358,7 @@ def test_a_download_from_s3_goes_on_where_it_was(objects, tmp_path, monkeypatch)
         yield stream.read(50_000)
 
     with monkeypatch.context() as patch:
-        patch.setattr("ropeway.fetch.remote._blocks", cut)
+        patch.setattr("ropeway.stages.fetch.remote._blocks", cut)
         with pytest.raises(TemporaryError, match=rf"{url}/a.jsonl: the connection ended after 50,000 of"):
             run(tmp_path, f"{url}/a.jsonl")
         with pytest.raises(TemporaryError, match="ended after 100,000 of"):
@@ -368,7 +368,7 @@ def test_a_download_from_s3_goes_on_where_it_was(objects, tmp_path, monkeypatch)
 
 
 def test_an_object_overwritten_while_it_is_fetched_is_not_mixed(objects, tmp_path, monkeypatch):
-    from ropeway.fetch import objects as door
+    from ropeway.stages.fetch import objects as door
 
     url, put = objects
     put("a.jsonl", DATA)
@@ -376,7 +376,7 @@ def test_an_object_overwritten_while_it_is_fetched_is_not_mixed(objects, tmp_pat
     put("a.jsonl", DATA[::-1])
     with pytest.raises(TemporaryError, match="changed while it was being fetched"), remote.open_from(0):
         pass
-    monkeypatch.setattr("ropeway.fetch.remote.os.fsync", full)
+    monkeypatch.setattr("ropeway.stages.fetch.remote.os.fsync", full)
     with pytest.raises(TemporaryError, match="the disk of"):
         run(tmp_path, f"{url}/a.jsonl")
 

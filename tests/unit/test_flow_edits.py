@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from flows import edits
-from ropeway.errors import ConfigError, TemporaryError
-from ropeway.lock import workspace_lock
-from ropeway.params import load_profiles
+from ropeway.config import edit as edits
+from ropeway.config.params import load_profiles
+from ropeway.runtime.errors import ConfigError, TemporaryError
+from ropeway.runtime.lock import workspace_lock
 
 ROOT = Path(__file__).parents[2]
 RUN = "0123456789012345"  # digits alone: unquoted YAML would make a number of it

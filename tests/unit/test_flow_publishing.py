@@ -3,18 +3,18 @@ import sys
 
 import pytest
 
-from flows import champion
-from flows.publishing import publish_package
-from flows.revision import Revision
-from flows.stages import Site
 from ropeway import registry
-from ropeway.errors import RegistryError
-from ropeway.lock import workspace_lock
-from ropeway.manifest import write_json, write_manifest
-from ropeway.params import Gate
+from ropeway.config.params import Gate
+from ropeway.orchestration import champion_comparison as champion
+from ropeway.orchestration.dvc_stage import Site
+from ropeway.orchestration.publish import publish_package
+from ropeway.orchestration.revision import Revision
 from ropeway.registry.tables import describe_version
+from ropeway.runtime.errors import RegistryError
+from ropeway.runtime.lock import workspace_lock
+from ropeway.runtime.manifest import write_json, write_manifest
+from ropeway.runtime.workspace import Workspace
 from ropeway.storage import open_store
-from ropeway.workspace import Workspace
 
 COMMIT = Revision("a" * 40, ())
 

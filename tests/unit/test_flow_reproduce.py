@@ -2,14 +2,14 @@ import subprocess
 
 import pytest
 
-from flows import graph
-from flows.likeness import Record, describe_differences, other_weights
-from flows.reproduce import check_revision, clone_revision, plan_environment
-from ropeway.devices import name_cpu
-from ropeway.errors import ConfigError, DataError, RegistryError
+from ropeway.orchestration import dvc_graph as graph
+from ropeway.orchestration.reproduce import check_revision, clone_revision, plan_environment
+from ropeway.orchestration.version_differences import Record, describe_differences, other_weights
 from ropeway.registry.layout import blob_key
 from ropeway.registry.reading import read_version_file
 from ropeway.registry.tables import describe_version
+from ropeway.runtime.devices import name_cpu
+from ropeway.runtime.errors import ConfigError, DataError, RegistryError
 from ropeway.storage import open_store
 from tests.registry_world import flip, make_package, put
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from flows.revision import Revision, read_revision
-from ropeway.params import read_block
+from ropeway.config.params import read_block
+from ropeway.orchestration.revision import Revision, read_revision
 
 ROOT = Path(__file__).parents[2]
 

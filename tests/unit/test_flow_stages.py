@@ -3,10 +3,10 @@ from collections import deque
 
 import pytest
 
-from flows.lines import Folder
-from flows.stages import Site, StoppedError, _explain_failure
-from ropeway.errors import ConfigError, DataError, RopewayError, TemporaryError
-from ropeway.lock import Held
+from ropeway.orchestration.dvc_stage import Site, StoppedError, _explain_failure
+from ropeway.orchestration.output_lines import Folder
+from ropeway.runtime.errors import ConfigError, DataError, RopewayError, TemporaryError
+from ropeway.runtime.lock import Held
 
 
 @pytest.fixture

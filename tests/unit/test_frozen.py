@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 import ropeway
-from flows.graph import describe_change
-from ropeway.errors import ConfigError, DataError, TemporaryError
-from ropeway.frozen import FrozenInputs, read_version
-from ropeway.identity import check_code
-from ropeway.lock import workspace_lock
-from ropeway.params import READS, UNHASHED, load_profiles
-from ropeway.stages import check_unchanged, enter_room, run_stage, write_identity
-from ropeway.workspace import Workspace
+from ropeway.config.frozen import FrozenInputs, read_version
+from ropeway.config.params import READS, UNHASHED, load_profiles
+from ropeway.orchestration.dvc_graph import describe_change
+from ropeway.orchestration.stage_process import check_unchanged, enter_room, run_stage, write_identity
+from ropeway.runtime.code_digests import check_code
+from ropeway.runtime.errors import ConfigError, DataError, TemporaryError
+from ropeway.runtime.lock import workspace_lock
+from ropeway.runtime.workspace import Workspace
 from tests.support.freezing import freeze_inputs
 
 ROOT = Path(__file__).parents[2]
@@ -83,9 +83,9 @@ def change_code(root, monkeypatch):
     source = shutil.copytree(Path(ropeway.__file__).parent, root / "ropeway")
     monkeypatch.setattr(ropeway, "__file__", str(source / "__init__.py"))
     yield
-    edit(source / "train" / "loss.py", "EPSILON = 1e-8", "EPSILON = 1e-7")
+    edit(source / "stages" / "train" / "loss.py", "EPSILON = 1e-8", "EPSILON = 1e-7")
     yield
-    edit(source / "train" / "loss.py", "EPSILON = 1e-7", "EPSILON = 1e-8  # the same")
+    edit(source / "stages" / "train" / "loss.py", "EPSILON = 1e-7", "EPSILON = 1e-8  # the same")
 
 
 def change_source(root, _):
@@ -111,7 +111,7 @@ def change_base(root, _):
         (
             change_code,
             "train",
-            r"ropeway.train.loss changed after the digests .* with the old code back the run resumes",
+            r"ropeway.stages.train.loss changed after the digests .* with the old code back the run resumes",
         ),
         (change_source, "fetch", "talks.jsonl changed after the digests"),
         (change_base, "base", "config.json changed after the digests"),
@@ -137,7 +137,7 @@ def test_a_rank_that_imported_other_code_does_not_train_though_the_code_is_put_b
     before, kept = FrozenInputs.load(root).value("code-train"), root / "code.json"
     check_code(before, kept, "train")
     next(steps)
-    with pytest.raises(DataError, match=r"ropeway\.train\.loss changed after the digests"):
+    with pytest.raises(DataError, match=r"ropeway\.stages\.train\.loss changed after the digests"):
         check_code(before, kept, "train")
 
 
@@ -164,7 +164,7 @@ def test_a_stage_whose_input_changes_while_it_runs_fails_at_its_end(root, monkey
     with pytest.raises(DataError, match=r"stage fetch: talks.jsonl changed after the digests"):
         enter_room(root, "fetch")  # before it begins
     write_identity(root)
-    from ropeway import fetch
+    from ropeway.stages.fetch import stage as fetch
 
     real = fetch.run
 
@@ -280,7 +280,7 @@ def test_a_full_disk_while_digests_are_taken_is_said_and_leaves_nothing_whole(ro
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("ropeway.manifest.os.fsync", full)
+        patch.setattr("ropeway.runtime.manifest.os.fsync", full)
         with pytest.raises(TemporaryError, match="the disk is full"):
             write_identity(root)
     with pytest.raises(DataError, match="unfinished"):

@@ -3,8 +3,8 @@ import math
 
 import pytest
 
-from ropeway.gate import gate
-from ropeway.params import Gate
+from ropeway.config.params import Gate
+from ropeway.orchestration.gate import gate
 
 LIMITS = Gate(max_loss_increase_nats=0.01, min_gain_over_base_nats=1.0)
 

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from flows import graph
-from ropeway.errors import ConfigError
+from ropeway.orchestration import dvc_graph as graph
+from ropeway.runtime.errors import ConfigError
 
 pytestmark = pytest.mark.filterwarnings(
     # dvc 3.67.1 (repo/trie.py, repo/graph.py) on pygtrie 2.6

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 import ropeway
-from ropeway.identity import IGNORED, Digests, module_digest, room_digest
-from ropeway.manifest import digest_of
-from ropeway.stages import ROOMS
+from ropeway.orchestration.stage_process import ROOMS
+from ropeway.runtime.code_digests import Digests, module_digest, room_digest
+from ropeway.runtime.manifest import digest_of
 
 
 @pytest.fixture
@@ -26,42 +26,35 @@ def edit(path, old, new):
 
 def test_a_comment_a_docstring_and_a_message_do_not_count(source):
     before = room_digest(source, "train")
-    edit(source / "train/loss.py", '"""The loss:', '"""The mended loss:')
-    edit(source / "train/loss.py", "import torch\n", "import torch  # a comment\n")
-    edit(source / "rows.py", "index lies", "the index lies")
-    edit(source / "train/saving.py", "resuming after step", "going on after step")
+    edit(source / "stages/train/loss.py", '"""The loss:', '"""The mended loss:')
+    edit(source / "stages/train/loss.py", "import torch\n", "import torch  # a comment\n")
+    edit(source / "data/batches.py", "index lies", "the index lies")
+    edit(source / "stages/train/saving.py", "resuming after step", "going on after step")
     assert room_digest(source, "train") == before
 
 
 def test_a_constant_in_the_room_counts(source):
     before = {room: room_digest(source, room) for room in ("train", "prepare")}
-    edit(source / "train/loss.py", "EPSILON = 1e-8", "EPSILON = 1e-7")
+    edit(source / "stages/train/loss.py", "EPSILON = 1e-8", "EPSILON = 1e-7")
     assert room_digest(source, "train") != before["train"]
     assert room_digest(source, "prepare") == before["prepare"]
 
 
 def test_a_constant_on_the_floor_counts_for_every_room_that_uses_it(source):
     before = {room: room_digest(source, room) for room in ("fetch", "prepare", "train")}
-    edit(source / "rows.py", "PAD_MULTIPLE = 16", "PAD_MULTIPLE = 8")
+    edit(source / "data/batches.py", "PAD_MULTIPLE = 16", "PAD_MULTIPLE = 8")
     assert room_digest(source, "train") != before["train"]
     assert room_digest(source, "prepare") != before["prepare"]
     assert room_digest(source, "fetch") == before["fetch"]
 
 
-@pytest.mark.parametrize("name", [name for name in IGNORED if name != "storage"])
-def test_modules_that_only_describe_or_start_a_run_do_not_count(source, name):
-    before = room_digest(source, "train")
-    path = source / f"{name.replace('.', '/')}.py"
-    path.write_text(path.read_text(encoding="utf-8") + "\nADDED = 1\n", encoding="utf-8")
-    assert room_digest(source, "train") == before
-
-
-@pytest.mark.parametrize("name", ["schema", "origins", "repeats", "section"])
-def test_what_params_may_hold_counts_for_no_room(source, name):
-    """A stage depends on the values it lists in dvc.yaml; a key that it does not read must not make it stale."""
+@pytest.mark.parametrize("package", ["cli", "config", "orchestration", "planning", "registry", "runtime", "storage"])
+def test_code_that_describes_starts_or_stores_a_run_invalidates_no_stage(source, package):
     before = {room: room_digest(source, room) for room in ROOMS}
-    path = source / f"{name}.py"
-    path.write_text(path.read_text(encoding="utf-8") + "\nADDED = 1\n", encoding="utf-8")
+    paths = list((source / package).rglob("*.py"))
+    assert paths
+    for path in paths:
+        path.write_text(path.read_text(encoding="utf-8") + "\nADDED = 1\n", encoding="utf-8")
     assert {room: room_digest(source, room) for room in ROOMS} == before
 
 
@@ -83,10 +76,12 @@ def test_what_was_parsed_is_kept_and_an_edit_still_counts(source, tmp_path, monk
     before = digests(source, kept)
     assert before == {room: room_digest(source, room) for room in ROOMS}
     parsed = []
-    monkeypatch.setattr("ropeway.identity.module_digest", lambda text: parsed.append(text) or module_digest(text))
+    monkeypatch.setattr(
+        "ropeway.runtime.code_digests.module_digest", lambda text: parsed.append(text) or module_digest(text)
+    )
     assert digests(source, kept) == before
     assert not parsed
-    edit(source / "train/loss.py", "EPSILON = 1e-8", "EPSILON = 1e-7")
+    edit(source / "stages/train/loss.py", "EPSILON = 1e-8", "EPSILON = 1e-7")
     after = digests(source, kept)
     assert len(parsed) == 1
     assert {room for room in ROOMS if after[room] != before[room]} == {"train"}

@@ -6,13 +6,13 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from ropeway.chat import Conversation
-from ropeway.cli import app
-from ropeway.errors import ConfigError, DataError
-from ropeway.inspection import inspect_sequence, open_prepared
-from ropeway.rows import collate, plan_epoch
-from ropeway.shards import open_shards
-from ropeway.terminal import draw_inspection
+from ropeway.cli.inspect_output import draw_inspection
+from ropeway.cli.main import app
+from ropeway.data.batches import collate, plan_epoch
+from ropeway.data.shards import open_shards
+from ropeway.models.chat_template import Conversation
+from ropeway.reporting.inspection import inspect_sequence, open_prepared
+from ropeway.runtime.errors import ConfigError, DataError
 from tests.prepared_run import TALKS, make_prepared, reckon_learned
 
 TALK = Conversation(("Say \x1b[31m😀\u202e", "Yes\nno"), "Be kind.")
@@ -140,7 +140,7 @@ def test_another_tokenizer_than_the_datas_is_found(tmp_path, monkeypatch, ask):
 
 
 def test_looking_does_not_load_torch(made):
-    code = "import sys; from ropeway.cli import app; app(['inspect', 'talk'], standalone_mode=False); "
+    code = "import sys; from ropeway.cli.main import app; app(['inspect', 'talk'], standalone_mode=False); "
     code += "assert not {'torch', 'transformers', 'deepspeed'} & set(sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], cwd=made[0].root, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ropeway.errors import DataError
-from ropeway.ledger import Account, Epoch, EpochOfSource, Findings, Found, Ledger, Parts, Records, check_ledger
+from ropeway.data.ledger import Account, Epoch, EpochOfSource, Findings, Found, Ledger, Parts, Records, check_ledger
+from ropeway.runtime.errors import DataError
 
 EVEN = Ledger(
     sources=(

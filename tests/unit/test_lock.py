@@ -7,13 +7,13 @@ from contextlib import contextmanager
 import psutil
 import pytest
 
-from ropeway.errors import TemporaryError
-from ropeway.lock import workspace_lock
+from ropeway.runtime.errors import TemporaryError
+from ropeway.runtime.lock import workspace_lock
 
 HOLD = """
 import os, subprocess, sys
 from pathlib import Path
-from ropeway.lock import workspace_lock
+from ropeway.runtime.lock import workspace_lock
 with workspace_lock(Path(sys.argv[1]), command="ropeway run", profile="laptop") as held:
     if sys.argv[2:] == ["share"]:
         subprocess.Popen(["cat"], pass_fds=[held.handle])
@@ -39,7 +39,7 @@ def take(root):
 def enter(root, **environment):
     """Try the lock in a child of this process; return what it printed."""
     code = (
-        "import sys\nfrom pathlib import Path\nfrom ropeway.lock import workspace_lock\n"
+        "import sys\nfrom pathlib import Path\nfrom ropeway.runtime.lock import workspace_lock\n"
         f"with workspace_lock(Path({str(root)!r}), command='ropeway stage train') as held: print(held.handle is None)"
     )
     done = subprocess.run(

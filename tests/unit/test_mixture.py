@@ -6,16 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ropeway.errors import DataError
-from ropeway.mixture import (
-    draw_validation,
-    epoch_count,
-    plan_chunks,
-    plan_order,
-    rank_order,
-    split_positions,
-)
-from ropeway.params import DatasetOptions
+from ropeway.config.params import DatasetOptions
+from ropeway.data.mixture import draw_validation, epoch_count, plan_chunks, plan_order, rank_order, split_positions
+from ropeway.runtime.errors import DataError
 
 sizes_and_counts = st.lists(
     st.integers(0, 40).flatmap(lambda size: st.tuples(st.just(size), st.integers(0, size))), min_size=1, max_size=4

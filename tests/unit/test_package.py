@@ -6,16 +6,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from ropeway.block import cut_block, inherited_names, write_blocks
-from ropeway.errors import ConfigError, DataError
-from ropeway.package.config import (
+from ropeway.config.block import cut_block, inherited_names, write_blocks
+from ropeway.config.params import read_block
+from ropeway.models.rope import RopeScaling
+from ropeway.runtime.errors import ConfigError, DataError
+from ropeway.stages.package.model_config import (
     lowest_loader,
     plan_config,
     plan_special_tokens_map,
     plan_tokenizer,
     plan_tokenizer_config,
 )
-from ropeway.package.weights import (
+from ropeway.stages.package.weights import (
     EMBEDDING,
     HEAD,
     INDEX,
@@ -25,8 +27,6 @@ from ropeway.package.weights import (
     read_dtypes,
     write_weights,
 )
-from ropeway.params import read_block
-from ropeway.rope import RopeScaling
 from tests.tiny_run import ROOT
 
 SPECIAL = {"bos": 1, "eos": 2, "pad": 2}

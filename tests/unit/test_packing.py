@@ -6,12 +6,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ropeway.errors import DataError
-from ropeway.packing import plan_packing, split_document, turn_borders, window_at_turns
-from ropeway.params import load_profile
-from ropeway.rows import collate, plan_epoch
-from ropeway.shards import Kind, open_shards
-from ropeway.train.loss import SupervisedLoss
+from ropeway.config.params import load_profile
+from ropeway.data.batches import collate, plan_epoch
+from ropeway.data.packing import plan_packing, split_document, turn_borders, window_at_turns
+from ropeway.data.shards import Kind, open_shards
+from ropeway.runtime.errors import DataError
+from ropeway.stages.train.loss import SupervisedLoss
 from tests.tiny_run import BLOCK, make_run
 
 

@@ -9,17 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ropeway.budget import judge, plan_changes, plan_disk, plan_hours, plan_speed, token_flops
-from ropeway.counts import count_reading
-from ropeway.devices import detect_gpus
-from ropeway.errors import ConfigError
-from ropeway.memory import GIB, Load, Sizes, certain_bytes, checkpoint_bytes, plan_gpu
-from ropeway.params import load_profile
-from ropeway.plan import Asked, check_memory, plan_run
-from ropeway.plan_text import describe_plan, outline_plan
-from ropeway.schema import Lora
-from ropeway.workspace import Workspace
-from ropeway.zero import plan_zero
+from ropeway.config.params import load_profile
+from ropeway.config.schema import Lora
+from ropeway.config.zero import plan_zero
+from ropeway.planning.budget import judge, plan_changes, plan_disk, plan_hours, plan_speed, token_flops
+from ropeway.planning.counts import count_reading
+from ropeway.planning.memory import GIB, Load, Sizes, certain_bytes, checkpoint_bytes, plan_gpu
+from ropeway.planning.plan import Asked, check_memory, plan_run
+from ropeway.planning.plan_text import describe_plan, outline_plan
+from ropeway.runtime.devices import detect_gpus
+from ropeway.runtime.errors import ConfigError
+from ropeway.runtime.workspace import Workspace
 from tests.tiny_run import make_run
 
 ROOT = Path(__file__).parents[2]
@@ -229,7 +229,7 @@ def test_a_runs_log_says_in_short_what_is_needed(published):
 
 def test_plan_answers_without_loading_torch():
     command = ["plan", "--profile", NAME, "--ranks", "8", "--gpu-memory-gib", "80", "--json"]
-    code = f"import sys; from ropeway.cli import app; app({command}, standalone_mode=False)\n"
+    code = f"import sys; from ropeway.cli.main import app; app({command}, standalone_mode=False)\n"
     code += "assert not {'torch', 'transformers', 'deepspeed', 'prefect', 'dvc'} & set(sys.modules)"
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     plan = json.loads(said.stdout)

@@ -7,20 +7,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ropeway import prepare
-from ropeway.chat import ASSISTANT, PROMPTER, Conversation, render
-from ropeway.errors import DataError
-from ropeway.manifest import file_sha256, load_manifest, write_manifest
-from ropeway.params import READS, DatasetOptions, load_profile
-from ropeway.prepare.encode import Encoder, conversation_kinds, document_kinds, text_key
-from ropeway.prepare.split import plan_split
-from ropeway.prepare.units import sequence_digest
-from ropeway.prepare.write import check_readback
-from ropeway.raw import RawWriter
-from ropeway.rows import collate, plan_epoch
-from ropeway.shards import Kind, Shards, open_shards
-from ropeway.tokenizer import open_tokenizer, read_special
-from ropeway.workspace import Workspace
+from ropeway.config.params import READS, DatasetOptions, load_profile
+from ropeway.data.batches import collate, plan_epoch
+from ropeway.data.raw_records import RawWriter
+from ropeway.data.shards import Kind, Shards, open_shards
+from ropeway.models.chat_template import ASSISTANT, PROMPTER, Conversation, render
+from ropeway.models.tokenizer import open_tokenizer, read_special
+from ropeway.runtime.errors import DataError
+from ropeway.runtime.manifest import file_sha256, load_manifest, write_manifest
+from ropeway.runtime.workspace import Workspace
+from ropeway.stages.prepare import stage as prepare
+from ropeway.stages.prepare.encode import Encoder, conversation_kinds, document_kinds, text_key
+from ropeway.stages.prepare.split import plan_split
+from ropeway.stages.prepare.units import sequence_digest
+from ropeway.stages.prepare.write import check_readback
 from tests.prepared_run import encode_each
 from tests.tiny_run import PARITY, ROOT
 
@@ -309,7 +309,7 @@ def test_batching_the_tokenizer_changes_no_sequence(tokenizer, records, size):
 
 def test_small_batches_give_the_same_sequences(tokenizer, monkeypatch):
     whole = [s.tokens.tolist() for s in encode_each(encoder(tokenizer), TALKS)]
-    monkeypatch.setattr("ropeway.prepare.encode.BATCH_CHARACTERS", 50)
+    monkeypatch.setattr("ropeway.stages.prepare.encode.BATCH_CHARACTERS", 50)
     assert [s.tokens.tolist() for s in encode_each(encoder(tokenizer), TALKS)] == whole
 
 
@@ -341,7 +341,7 @@ def test_a_split_by_hash_depends_on_the_splits_seed_and_not_on_the_runs(monkeypa
     texts = [f"record {n}" for n in range(500)]
     before = split_of(texts).validation.tolist()
     assert split_of(texts, rng_seed=12).validation.tolist() == before
-    monkeypatch.setattr("ropeway.prepare.encode.SPLIT_SEED", 667)
+    monkeypatch.setattr("ropeway.stages.prepare.encode.SPLIT_SEED", 667)
     assert split_of(texts).validation.tolist() != before
 
 
@@ -376,8 +376,8 @@ def test_a_split_by_document_keeps_a_documents_chunks_together(split):
 
 
 def test_shards_are_cut_at_their_size_and_read_back(tmp_path, run, monkeypatch):
-    monkeypatch.setattr("ropeway.raw._GROUP_CHARACTERS", 200)
-    monkeypatch.setattr("ropeway.prepare.UNIT_BYTES", 900)
+    monkeypatch.setattr("ropeway.data.raw_records._GROUP_CHARACTERS", 200)
+    monkeypatch.setattr("ropeway.stages.prepare.stage.UNIT_BYTES", 900)
     workspace = lay(tmp_path)
     prepare.run(workspace, profile())
     talk, text = open_shards(workspace.data).sources

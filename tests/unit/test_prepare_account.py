@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ropeway.ledger import EpochOfSource, Findings, Found, Records
-from ropeway.manifest import write_manifest
-from ropeway.params import DatasetOptions
-from ropeway.prepare.account import account_for
-from ropeway.prepare.encode import conversation_kinds, document_kinds
-from ropeway.prepare.split import Split
-from ropeway.rows import collate, plan_epoch
-from ropeway.shards import FORMAT, open_shards, write_shard
+from ropeway.config.params import DatasetOptions
+from ropeway.data.batches import collate, plan_epoch
+from ropeway.data.ledger import EpochOfSource, Findings, Found, Records
+from ropeway.data.shards import FORMAT, open_shards, write_shard
+from ropeway.runtime.manifest import write_manifest
+from ropeway.stages.prepare.account import account_for
+from ropeway.stages.prepare.encode import conversation_kinds, document_kinds
+from ropeway.stages.prepare.split import Split
 from tests.unit.test_prepare import profile
 
 NOBODY = Records(0, {}, {}, 0, 0, {}, 0)

@@ -3,9 +3,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ropeway.chat import Conversation
-from ropeway.errors import ConfigError
-from ropeway.prepare.contamination import (
+from ropeway.models.chat_template import Conversation
+from ropeway.runtime.errors import ConfigError
+from ropeway.stages.prepare.contamination import (
     IN_PROMPTS,
     IN_VALIDATION,
     GramSet,

@@ -7,8 +7,8 @@ from datasketch import MinHash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ropeway.chat import Conversation
-from ropeway.prepare.duplicates import (
+from ropeway.models.chat_template import Conversation
+from ropeway.stages.prepare.duplicates import (
     band_keys,
     compared_texts,
     exact_keys,

@@ -5,12 +5,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from ropeway.chat import ASSISTANT, PROMPTER, ROLE_TOKENS, SYSTEM, Conversation, render
-from ropeway.errors import ConfigError
-from ropeway.prepare.encode import Encoder
-from ropeway.prepare.escape import Escape
-from ropeway.shards import Kind
-from ropeway.tokenizer import open_tokenizer, read_special
+from ropeway.data.shards import Kind
+from ropeway.models.chat_template import ASSISTANT, PROMPTER, ROLE_TOKENS, SYSTEM, Conversation, render
+from ropeway.models.tokenizer import open_tokenizer, read_special
+from ropeway.runtime.errors import ConfigError
+from ropeway.stages.prepare.encode import Encoder
+from ropeway.stages.prepare.escape import Escape
 from tests.prepared_run import encode_each
 from tests.tiny_run import PARITY
 

@@ -6,14 +6,14 @@ import random
 
 import pytest
 
-from ropeway import prepare
-from ropeway.chat import Conversation, render
-from ropeway.frozen import write_values
-from ropeway.manifest import file_sha256
-from ropeway.params import DatasetOptions
-from ropeway.prepare.compare import sign_unit
-from ropeway.shards import open_shards
-from ropeway.tokenizer import open_tokenizer
+from ropeway.config.frozen import write_values
+from ropeway.config.params import DatasetOptions
+from ropeway.data.shards import open_shards
+from ropeway.models.chat_template import Conversation, render
+from ropeway.models.tokenizer import open_tokenizer
+from ropeway.runtime.manifest import file_sha256
+from ropeway.stages.prepare import stage as prepare
+from ropeway.stages.prepare.compare import sign_unit
 from tests.unit.test_prepare import PUBLISHED, TOKENIZER, lay
 from tests.unit.test_prepare import profile as plain_profile
 
@@ -209,8 +209,8 @@ def elsewhere_and_backwards(function, jobs, **_):
 @pytest.fixture
 def repeating(monkeypatch):
     """Records that repeat, in several units a source."""
-    monkeypatch.setattr("ropeway.raw._GROUP_CHARACTERS", 400)
-    monkeypatch.setattr("ropeway.prepare.UNIT_BYTES", 1500)
+    monkeypatch.setattr("ropeway.data.raw_records._GROUP_CHARACTERS", 400)
+    monkeypatch.setattr("ropeway.stages.prepare.stage.UNIT_BYTES", 1500)
     talks = [*contaminated_talks(), *TALKS[:3], TALKS[1], like_talk(2)]
     options = {"exact": "remove", "near": "remove", "contaminated": "remove"}
     return {"talks": talks, "texts": [*TEXTS, TEXTS[0], like(2001)], **options}
@@ -219,7 +219,7 @@ def repeating(monkeypatch):
 def test_neither_units_nor_who_makes_them_in_which_order_changes_a_byte(tmp_path, repeating, monkeypatch):
     _, findings, _ = run(tmp_path / "a", **repeating)
     assert all(found[what]["records"] for found in findings[:1] for what in ("exact", "near", "contaminated"))
-    monkeypatch.setattr("ropeway.prepare.workers.make", elsewhere_and_backwards)
+    monkeypatch.setattr("ropeway.stages.prepare.encode_workers.make", elsewhere_and_backwards)
     run(tmp_path / "b", **repeating)
     monkeypatch.undo()
     shards, _, _ = run(tmp_path / "d", **repeating)
@@ -241,10 +241,10 @@ def test_a_prepare_that_breaks_off_while_signing_signs_only_what_is_missing(tmp_
         return count(job)
 
     run(tmp_path / "a", **repeating)
-    monkeypatch.setattr("ropeway.prepare.compare.sign_unit", stumble)
+    monkeypatch.setattr("ropeway.stages.prepare.compare.sign_unit", stumble)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "b", **repeating)
-    monkeypatch.setattr("ropeway.prepare.compare.sign_unit", count)
+    monkeypatch.setattr("ropeway.stages.prepare.compare.sign_unit", count)
     workspace = prepare.Workspace(tmp_path / "b", "run")
     prepare.run(workspace, profile(exact="remove", near="remove", contaminated="remove"))
     assert len(signed) == len(set(signed)) > 6

@@ -6,16 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ropeway.chat import Conversation
-from ropeway.ledger_steps import list_steps, split_tokens
-from ropeway.manifest import load_manifest
-from ropeway.prepare.page import Page, draw_page
-from ropeway.prepare.picture import draw_histogram, plan_bins
-from ropeway.prepare.report import choose_samples, find_overlong
-from ropeway.rows import plan_epoch
-from ropeway.shards import Shards, SourceShards, open_shards
-from ropeway.tokenizer import open_tokenizer
-from ropeway.view import Vocabulary
+from ropeway.data.batches import plan_epoch
+from ropeway.data.shards import Shards, SourceShards, open_shards
+from ropeway.models.chat_template import Conversation
+from ropeway.models.tokenizer import open_tokenizer
+from ropeway.reporting.data_page import Page, draw_page
+from ropeway.reporting.data_pictures import draw_histogram, plan_bins
+from ropeway.reporting.data_report import choose_samples, find_overlong
+from ropeway.reporting.ledger_steps import list_steps, split_tokens
+from ropeway.reporting.token_view import Vocabulary
+from ropeway.runtime.manifest import load_manifest
 from tests.prepared_run import TALKS, TEXTS, make_prepared, reckon_learned
 
 EVIL = "<script>alert('x')</script> & \"quoted\" \u202eabc\x00 😀"

@@ -3,8 +3,8 @@
 import os
 from pathlib import Path
 
-from ropeway.prepare import workers
-from ropeway.prepare.workers import make, staying_workers
+from ropeway.stages.prepare import encode_workers as workers
+from ropeway.stages.prepare.encode_workers import make, staying_workers
 
 
 def pid_of(_job):

@@ -9,22 +9,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ropeway import prepare
-from ropeway.chat import Conversation
-from ropeway.errors import ConfigError, DataError, TemporaryError
-from ropeway.manifest import file_sha256
-from ropeway.prepare import units, workers
-from ropeway.prepare.units import choose_unit_bytes, encode_unit, plan_units
-from ropeway.raw import Group, iterate_groups, iterate_records, list_groups
-from ropeway.shards import open_shards
+from ropeway.data.raw_records import Group, iterate_groups, iterate_records, list_groups
+from ropeway.data.shards import open_shards
+from ropeway.models.chat_template import Conversation
+from ropeway.runtime.errors import ConfigError, DataError, TemporaryError
+from ropeway.runtime.manifest import file_sha256
+from ropeway.stages.prepare import encode_workers as workers
+from ropeway.stages.prepare import stage as prepare
+from ropeway.stages.prepare import units
+from ropeway.stages.prepare.units import choose_unit_bytes, encode_unit, plan_units
 from tests.unit.test_prepare import TALKS, TEXTS, lay, profile
 
 
 @pytest.fixture
 def many(tmp_path, monkeypatch):
     """A workspace whose two sources are several units each."""
-    monkeypatch.setattr("ropeway.raw._GROUP_CHARACTERS", 200)
-    monkeypatch.setattr("ropeway.prepare.UNIT_BYTES", 900)
+    monkeypatch.setattr("ropeway.data.raw_records._GROUP_CHARACTERS", 200)
+    monkeypatch.setattr("ropeway.stages.prepare.stage.UNIT_BYTES", 900)
     return lay(tmp_path)
 
 
@@ -37,7 +38,7 @@ def made(monkeypatch):
         names.append("/".join(unit.folder.parts[-2:]))
         return encode_unit(unit)
 
-    monkeypatch.setattr("ropeway.prepare.write.encode_unit", make)
+    monkeypatch.setattr("ropeway.stages.prepare.write.encode_unit", make)
     return names
 
 
@@ -77,7 +78,7 @@ def test_groups_of_one_source_read_apart_are_its_records(many):
 
 
 def test_a_groups_size_is_that_of_its_text_even_if_texts_repeat(tmp_path, monkeypatch):
-    monkeypatch.setattr("ropeway.raw._GROUP_CHARACTERS", 10_000)
+    monkeypatch.setattr("ropeway.data.raw_records._GROUP_CHARACTERS", 10_000)
     workspace = lay(tmp_path, texts=["the same text again " * 5] * 300)
     sizes = [group.text_bytes for group in list_groups(workspace.raw / "text")]
     assert all(10_000 < size < 15_000 for size in sizes)
@@ -97,7 +98,7 @@ def test_a_prepare_that_breaks_off_continues_at_the_first_missing_unit(many, mad
         return encode_unit(unit)
 
     with monkeypatch.context() as patch:
-        patch.setattr("ropeway.prepare.write.encode_unit", stumble)
+        patch.setattr("ropeway.stages.prepare.write.encode_unit", stumble)
         with pytest.raises(KeyboardInterrupt):
             prepare.run(many, profile())
     assert not many.data.exists()
@@ -125,8 +126,8 @@ def refuse(workspace):
 @pytest.fixture
 def unfit(tmp_path, monkeypatch):
     """A workspace whose units get made, but one record too many is refused."""
-    monkeypatch.setattr("ropeway.raw._GROUP_CHARACTERS", 200)
-    monkeypatch.setattr("ropeway.prepare.UNIT_BYTES", 900)
+    monkeypatch.setattr("ropeway.data.raw_records._GROUP_CHARACTERS", 200)
+    monkeypatch.setattr("ropeway.stages.prepare.stage.UNIT_BYTES", 900)
     return lay(tmp_path, [Conversation((), "alone"), *TALKS])
 
 
@@ -160,7 +161,7 @@ def test_a_unit_that_is_damaged_before_it_is_placed_is_named_and_made_again_the_
         place(self, folder)
 
     with monkeypatch.context() as patch:
-        patch.setattr("ropeway.prepare.Units.place", spoil)
+        patch.setattr("ropeway.stages.prepare.stage.Units.place", spoil)
         with pytest.raises(DataError, match=r"00001/tokens.npy: sha256 is"):
             prepare.run(unfit, profile(max_refused_fraction=0.1))
     assert not unfit.data.exists()
@@ -187,7 +188,7 @@ def test_the_fingerprint_changes_with_whatever_a_units_bytes_depend_on(tmp_path,
         path = base / ("tokenizer.json" if change == "tokenizer" else "tokenizer_config.json")
         path.write_bytes(path.read_bytes() + b" ")
     if change == "code":
-        monkeypatch.setattr("ropeway.prepare.units.code_digest", lambda: "other")
+        monkeypatch.setattr("ropeway.stages.prepare.units.code_digest", lambda: "other")
     raw = {"a": {"sha256": "2" if change == "raw" else "1"}}
     recipes = {"s": units.Recipe(7, "parse") if change == "recipe" else recipe}
     assert units.fingerprint(raw, base, recipes) != before
@@ -280,7 +281,7 @@ def test_records_are_numbered_over_units_and_documents_are_never_torn(many):
 @pytest.mark.parametrize(("asked", "text_bytes", "expected"), [("", 0, 0), ("", 1 << 40, 6), ("3", 0, 3)])
 def test_as_many_processes_as_asked_for_else_as_are_worth_their_start(monkeypatch, asked, text_bytes, expected):
     monkeypatch.setenv("ROPEWAY_PREPARE_WORKERS", asked)
-    monkeypatch.setattr("ropeway.prepare.workers.count_cores", lambda: 6)
+    monkeypatch.setattr("ropeway.stages.prepare.encode_workers.count_cores", lambda: 6)
     assert workers.count_workers(text_bytes) == expected
 
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ropeway.prepare import words
-from ropeway.prepare.words import hash_grams, hash_words
+from ropeway.stages.prepare import words
+from ropeway.stages.prepare.words import hash_grams, hash_words
 
 TEXT = st.text(alphabet="aB9é,.-'\n xyz\u0301ßÄ", max_size=60)
 
@@ -76,7 +76,7 @@ def test_nothing_has_no_words(texts):
 
 def test_hashes_are_the_same_in_every_process():
     program = (
-        "from ropeway.prepare.words import hash_grams\n"
+        "from ropeway.stages.prepare.words import hash_grams\n"
         "print(hash_grams(['Same everywhere, always'], 2, short='none').values)"
     )
     again = [

@@ -2,8 +2,6 @@ import json
 
 import pytest
 
-from ropeway.errors import DataError, RegistryError
-from ropeway.manifest import canonical_json
 from ropeway.registry import (
     ANY,
     alias_history,
@@ -20,6 +18,8 @@ from ropeway.registry import (
 )
 from ropeway.registry.aliases import plan_promotion, plan_rollback
 from ropeway.registry.layout import blob_key, manifest_key, tombstone_key
+from ropeway.runtime.errors import DataError, RegistryError
+from ropeway.runtime.manifest import canonical_json
 from tests.registry_world import flip, is_untouched, make_package, move, put
 
 

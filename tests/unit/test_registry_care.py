@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from ropeway.errors import ConfigError, DataError, RegistryError, TemporaryError
-from ropeway.manifest import canonical_json, write_manifest
 from ropeway.registry import collect, collecting, find_garbage, load_core, promote, pull, verify, withdraw
 from ropeway.registry.comparing import compare
 from ropeway.registry.layout import blob_key, intent_key, manifest_key, signature_key, tombstone_key, versions_log
 from ropeway.registry.signing import list_signatures, load_signer, make_keys
+from ropeway.runtime.errors import ConfigError, DataError, RegistryError, TemporaryError
+from ropeway.runtime.manifest import canonical_json, write_manifest
 from ropeway.storage import FileStore, Store
 from tests.registry_world import flip, make_package, move, put, replace
 

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from ropeway.errors import ConfigError, DataError, RegistryError
-from ropeway.registry import options, verify
-from ropeway.registry.commands import registry_app
+from ropeway.cli import registry_options as options
+from ropeway.cli.registry_commands import registry_app
+from ropeway.registry import verify
 from ropeway.registry.layout import tombstone_key
+from ropeway.runtime.errors import ConfigError, DataError, RegistryError
 from ropeway.storage import open_store
 from tests.registry_world import make_package, move, put
 
@@ -174,7 +175,7 @@ def test_what_others_wrote_into_a_registry_cannot_steer_the_terminal(world, tmp_
 
 def test_importing_the_commands_loads_nothing_heavy():
     code = (
-        "import sys, ropeway.registry.commands;"
+        "import sys, ropeway.cli.registry_commands;"
         "print([m for m in ('torch', 'numpy', 'pydantic', 'boto3', 'prefect', 'rich.table') if m in sys.modules])"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"

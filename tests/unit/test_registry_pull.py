@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from ropeway.errors import ConfigError, DataError, RegistryError, TemporaryError
-from ropeway.manifest import load_manifest
 from ropeway.registry import load_core, publish, pull, verify, verify_folder
 from ropeway.registry.layout import blob_key, manifest_key, tombstone_key
+from ropeway.runtime.errors import ConfigError, DataError, RegistryError, TemporaryError
+from ropeway.runtime.manifest import load_manifest
 from tests.registry_world import flip, move, nothing_left, replace
 
 

@@ -8,13 +8,13 @@ from contextlib import suppress
 
 import pytest
 
-from ropeway.errors import DataError, RopewayError
-from ropeway.manifest import canonical_json, write_manifest
 from ropeway.registry import core as core_module
 from ropeway.registry import load_core, publish, pull, rules, verify
 from ropeway.registry.core import Core
 from ropeway.registry.layout import blob_key, manifest_key, versions_log
 from ropeway.registry.rules import PackageFile
+from ropeway.runtime.errors import DataError, RopewayError
+from ropeway.runtime.manifest import canonical_json, write_manifest
 from ropeway.storage import Store, open_store
 from tests.registry_world import is_untouched, nothing_left, put, safetensors
 

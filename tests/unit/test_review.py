@@ -7,15 +7,15 @@ import xml.etree.ElementTree as ET
 import pytest
 from typer.testing import CliRunner
 
-from flows.decision import Answer, decide, read_answer
-from flows.evidence import open_case
-from flows.report import draw_report, draw_summary
 from ropeway import registry
-from ropeway.cli import app
-from ropeway.errors import ConfigError, RegistryError
+from ropeway.cli.main import app
+from ropeway.orchestration.decision import Answer, decide, read_answer
 from ropeway.registry.withdrawing import withdraw
+from ropeway.reporting.evidence import open_case
+from ropeway.reporting.review_report import draw_report, draw_summary
+from ropeway.runtime.errors import ConfigError, RegistryError
+from ropeway.runtime.workspace import Workspace
 from ropeway.storage import open_store
-from ropeway.workspace import Workspace
 from tests.review_world import COMMIT, DIRTY, make_version
 
 YES = Answer("approve", "anna", "reads well", "terminal")
@@ -82,7 +82,7 @@ def test_what_a_dirty_tree_made_never_becomes_production_by_any_way(workspace, s
     digest = make_version(workspace, 5.0, revision=DIRTY)
     case = open_case(store, digest)
     assert "An approval will be refused" in draw_summary(case)
-    with pytest.raises(RegistryError, match=r"uncommitted changes \(src/ropeway/rope.py\)"):
+    with pytest.raises(RegistryError, match=r"uncommitted changes \(src/ropeway/models/rope.py\)"):
         decide(store, case, YES)
     with pytest.raises(RegistryError, match="uncommitted changes"):
         registry.promote(store, "laptop", "production", digest, expect=None, by="anna", reason="I insist")

@@ -7,9 +7,9 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from ropeway.params import load_profile
-from ropeway.rope import RopeScaling
-from ropeway.schema import Llama3Scaling, StretchScaling, YarnScaling
+from ropeway.config.params import load_profile
+from ropeway.config.schema import Llama3Scaling, StretchScaling, YarnScaling
+from ropeway.models.rope import RopeScaling
 from tests.tiny_run import ROOT
 
 KINDS = [

@@ -5,9 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ropeway.params import DatasetOptions, load_profile
-from ropeway.prepare.encode import conversation_kinds, document_kinds
-from ropeway.rows import (
+from ropeway.config.params import DatasetOptions, load_profile
+from ropeway.data.batches import (
     Piece,
     collate,
     locate,
@@ -18,7 +17,8 @@ from ropeway.rows import (
     validation_rows,
     window_generator,
 )
-from ropeway.shards import FORMAT, Kind, Shards, SourceShards
+from ropeway.data.shards import FORMAT, Kind, Shards, SourceShards
+from ropeway.stages.prepare.encode import conversation_kinds, document_kinds
 from tests.tiny_run import ROOT
 
 BOS, EOS, PROMPTER, ASSISTANT, SYSTEM = 1, 2, 90, 91, 92

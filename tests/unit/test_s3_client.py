@@ -1,8 +1,8 @@
 import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError, SSLError
 
-from ropeway.errors import AbsentError, ConfigError, TemporaryError
-from ropeway.s3_client import Place, explained, make_client, split_url
+from ropeway.runtime.errors import AbsentError, ConfigError, TemporaryError
+from ropeway.storage.s3_client import Place, explained, make_client, split_url
 from tests.s3_server import SECRET
 
 

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ropeway.errors import DataError
-from ropeway.manifest import write_manifest
-from ropeway.shards import FORMAT, Kind, open_shards, write_shard
+from ropeway.data.shards import FORMAT, Kind, open_shards, write_shard
+from ropeway.runtime.errors import DataError
+from ropeway.runtime.manifest import write_manifest
 
 sequence = st.lists(st.tuples(st.integers(0, 65535), st.sampled_from(list(Kind))), max_size=9)
 

@@ -9,11 +9,11 @@ import pytest
 from huggingface_hub.errors import HfHubHTTPError
 from typer.testing import CliRunner
 
-from ropeway.cli import app
-from ropeway.errors import ConfigError, DataError, RegistryError, TemporaryError
+from ropeway.cli.main import app
+from ropeway.cli.push_hub import push_hub
 from ropeway.registry import withdraw
 from ropeway.registry.layout import blob_key
-from ropeway.registry.sharing import push_hub
+from ropeway.runtime.errors import ConfigError, DataError, RegistryError, TemporaryError
 from ropeway.storage import open_store
 from tests.registry_world import flip, make_package, put
 

@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from ropeway.errors import ConfigError, DataError
+from ropeway.runtime.errors import ConfigError, DataError
 from ropeway.storage import MAX_DOCUMENT_BYTES, AbsentError, open_store
 
 HOSTILE_KEYS = [

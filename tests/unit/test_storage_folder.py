@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ropeway.errors import ConfigError, TemporaryError
+from ropeway.runtime.errors import ConfigError, TemporaryError
 from ropeway.storage import FileStore, open_store
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from botocore import auth
 
-from ropeway.errors import ConfigError, DataError, RopewayError, TemporaryError
 from ropeway.registry import pull
+from ropeway.runtime.errors import ConfigError, DataError, RopewayError, TemporaryError
 from ropeway.storage import Store, multipart, open_store
 from ropeway.storage.multipart import is_same_part
 from tests.fake_s3 import fake_s3

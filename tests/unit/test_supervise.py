@@ -66,7 +66,7 @@ def supervise(tmp_path):
         arguments = ["--record", str(tmp_path / "room.exit.json"), "--grace", str(grace)]
         arguments += ["--leader", str(leader)] if leader else []
         env = {**os.environ, "PYTHONUNBUFFERED": "1", **options.pop("env", {})}
-        full = [*by, PYTHON, "-m", "ropeway.supervise", *arguments, "--", *map(str, command)]
+        full = [*by, PYTHON, "-m", "ropeway.runtime.supervise", *arguments, "--", *map(str, command)]
         trees.append(Tree(full, cwd=tmp_path, env=env, **options))
         return trees[-1]
 
@@ -161,7 +161,7 @@ LAUNCHER = """
     def ask(*_):
         say("launcher-was-asked", os.getpid())
     signal.signal(signal.SIGTERM, ask)
-    ranks = [subprocess.Popen([sys.executable, "-u", "-m", "ropeway.train.rank", "/root"]) for _ in range(2)]
+    ranks = [subprocess.Popen([sys.executable, "-u", "-m", "ropeway.stages.train.rank", "/root"]) for _ in range(2)]
     say("launcher", os.getpid())
     sys.exit(max(rank.wait() for rank in ranks))
 """
@@ -169,12 +169,12 @@ LAUNCHER = """
 
 @pytest.fixture
 def launcher(script, tmp_path):
-    for part in ("ropeway/__init__.py", "ropeway/train/__init__.py"):
+    for part in ("ropeway/__init__.py", "ropeway/stages/__init__.py", "ropeway/stages/train/__init__.py"):
         script(f"fake/{part}", "")
-    (tmp_path / "fake/ropeway/train/rank.py").write_text(textwrap.dedent(RANK))
+    (tmp_path / "fake/ropeway/stages/train/rank.py").write_text(textwrap.dedent(RANK))
     path = script("launcher.py", f"os.chdir({str(tmp_path / 'fake')!r})\n" + textwrap.dedent(LAUNCHER))
     # As DeepSpeed's launcher does, it names the ranks' module on its own command line.
-    return [PYTHON, path, "--module", "ropeway.train.rank"]
+    return [PYTHON, path, "--module", "ropeway.stages.train.rank"]
 
 
 def test_ranks_alone_are_asked_and_their_code_75_is_passed_on(supervise, launcher, record):
@@ -204,7 +204,7 @@ def fake_dvc(script):
 def test_when_dvc_or_its_shell_is_killed_the_ranks_save_and_nothing_is_left(
     launcher, fake_dvc, tmp_path, record, victim
 ):
-    inner = f"{PYTHON} -m ropeway.supervise --record {tmp_path / 'room.exit.json'} -- {' '.join(launcher)}"
+    inner = f"{PYTHON} -m ropeway.runtime.supervise --record {tmp_path / 'room.exit.json'} -- {' '.join(launcher)}"
     tree = Tree([PYTHON, fake_dvc, inner], cwd=tmp_path, env={**os.environ, "PYTHONUNBUFFERED": "1"})
     ranks = tree.hear("rank", times=2)
     dvc = psutil.Process(tree.root.pid)
@@ -220,7 +220,7 @@ def test_when_dvc_or_its_shell_is_killed_the_ranks_save_and_nothing_is_left(
 
 
 def test_of_two_nested_supervisors_the_inner_one_asks_the_ranks(supervise, launcher, fake_dvc, tmp_path):
-    inner = f"{PYTHON} -m ropeway.supervise --record {tmp_path / 'inner.exit.json'} -- {' '.join(launcher)}"
+    inner = f"{PYTHON} -m ropeway.runtime.supervise --record {tmp_path / 'inner.exit.json'} -- {' '.join(launcher)}"
     tree = supervise(PYTHON, fake_dvc, inner)
     tree.hear("rank", times=2)
     everyone = psutil.Process(tree.root.pid).children(recursive=True)
@@ -235,11 +235,11 @@ def test_of_two_nested_supervisors_the_inner_one_asks_the_ranks(supervise, launc
 
 def test_a_killed_inner_supervisor_leaves_nothing_to_the_outer_one(supervise, script, fake_dvc, tmp_path):
     family = script("family.py", FAMILY)
-    inner = f"{PYTHON} -m ropeway.supervise --record {tmp_path / 'inner.exit.json'} -- {PYTHON} {family}"
+    inner = f"{PYTHON} -m ropeway.runtime.supervise --record {tmp_path / 'inner.exit.json'} -- {PYTHON} {family}"
     tree = supervise(PYTHON, fake_dvc, inner)
     members = tree.hear("member", times=2)
     dvc = psutil.Process(tree.root.pid).children()[0]
-    next(p for p in dvc.children(recursive=True) if "ropeway.supervise" in command_of(p)).kill()
+    next(p for p in dvc.children(recursive=True) if "ropeway.runtime.supervise" in command_of(p)).kill()
     assert tree.root.wait(20) == 137
     assert not alive(members)
     tree.finish()
@@ -253,7 +253,7 @@ def test_a_killed_supervisor_takes_its_command_with_it(supervise, script):
 
 
 LEADER = """
-    arguments = [sys.executable, "-m", "ropeway.supervise", "--record", "room.exit.json", *sys.argv[1:]]
+    arguments = [sys.executable, "-m", "ropeway.runtime.supervise", "--record", "room.exit.json", *sys.argv[1:]]
     arguments[5:5] = ["--leader", str(os.getpid())] if os.environ.get("LEADS") else []
     subprocess.Popen(arguments)
     signal.pause()
@@ -273,7 +273,9 @@ def test_the_death_of_the_leader_ends_the_tree(script, tmp_path):
 def test_with_neither_leader_nor_dvc_it_outlives_its_parent(script, tmp_path):
     tree = Tree([PYTHON, script("leader.py", LEADER), "--", PYTHON, script("f.py", FAMILY)], cwd=tmp_path)
     members = tree.hear("member", times=2)
-    supervisor = next(p for p in psutil.Process(tree.root.pid).children() if "ropeway.supervise" in command_of(p))
+    supervisor = next(
+        p for p in psutil.Process(tree.root.pid).children() if "ropeway.runtime.supervise" in command_of(p)
+    )
     tree.root.kill()
     tree.root.wait()
     with pytest.raises(psutil.TimeoutExpired):
@@ -305,7 +307,7 @@ def test_a_command_whose_orderer_died_first_is_never_started(supervise, record, 
         assert tree.finish() == 143
     else:  # an orphan that DVC's environment was set for: adopted by pid 1 before it looks up
         code = f"import os, time, sys\nwhile os.getppid() != 1: time.sleep(0.01)\nos.execv({PYTHON!r}, sys.argv[1:])"
-        arguments = [PYTHON, "-m", "ropeway.supervise", "--record", "room.exit.json", "--", PYTHON, "-c", touch]
+        arguments = [PYTHON, "-m", "ropeway.runtime.supervise", "--record", "room.exit.json", "--", PYTHON, "-c", touch]
         mother = f"import subprocess, sys; subprocess.Popen([{PYTHON!r}, '-c', {code!r}, *sys.argv[1:]])"
         env = {**os.environ, "DVC_STAGE": "room"}
         tree = Tree([PYTHON, "-c", mother, *arguments], cwd=tmp_path, env=env)
@@ -324,12 +326,13 @@ def test_the_record_of_an_earlier_run_is_gone_before_the_command_begins(supervis
 
 def test_it_starts_fast_enough_to_stand_before_every_stage():
     # Heavy imports would be paid per stage; 0.07 s measured in all.
-    code = "import ropeway.supervise, sys; sys.exit(bool({'torch', 'pydantic', 'prefect', 'dvc'} & set(sys.modules)))"
+    heavy = "{'torch', 'pydantic', 'prefect', 'dvc'}"
+    code = f"import ropeway.runtime.supervise, sys; sys.exit(bool({heavy} & set(sys.modules)))"
     assert subprocess.run([PYTHON, "-c", code], check=False, cwd=Path(__file__).parent).returncode == 0
 
 
 def test_a_leader_that_looks_dead_but_cannot_be_reaped_yet_is_waited_for(monkeypatch):
-    from ropeway import supervise as module
+    from ropeway.runtime import supervise as module
 
     class Child:
         pid, returncode = 1, None

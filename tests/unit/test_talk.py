@@ -9,14 +9,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-from ropeway.chat import render_prompt
-from ropeway.cli import app
-from ropeway.errors import ConfigError, DataError, RegistryError
-from ropeway.manifest import write_manifest
-from ropeway.params import load_profile
+from ropeway.cli.chat import Manner, Talk, chat, check_folder, fit_turns, locate_model
+from ropeway.cli.main import app
+from ropeway.config.params import load_profile
+from ropeway.models.chat_template import render_prompt
 from ropeway.registry import withdraw
+from ropeway.runtime.errors import ConfigError, DataError, RegistryError
+from ropeway.runtime.manifest import write_manifest
 from ropeway.storage import open_store
-from ropeway.talk import Manner, Talk, chat, check_folder, fit_turns, locate_model
 from tests import tiny_run
 from tests.registry_world import move, put
 

@@ -9,8 +9,8 @@ import types
 
 import pytest
 
-from ropeway import tracking
-from ropeway.tracking import About, Tracker, choose_modes, open_tracker
+from ropeway.runtime import tracking
+from ropeway.runtime.tracking import About, Tracker, choose_modes, open_tracker
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 
@@ -172,7 +172,7 @@ def test_the_real_thing_offline_survives_the_death_of_its_core(tmp_path):
         import json, sys, time
         from pathlib import Path
         import psutil
-        from ropeway.tracking import About, open_tracker
+        from ropeway.runtime.tracking import About, open_tracker
         tracker = open_tracker(About(Path(sys.argv[1]), "tiny", "group", {"a": 1}))
         tracker.log({"step": 1, "loss": 2.0})
         while not tracker._sent:

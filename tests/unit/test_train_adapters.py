@@ -2,10 +2,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ropeway.errors import ConfigError
-from ropeway.params import load_profile
-from ropeway.schema import Lora
-from ropeway.train.adapters import add_adapters, merge_adapters
+from ropeway.config.params import load_profile
+from ropeway.config.schema import Lora
+from ropeway.models.lora import add_adapters, merge_adapters
+from ropeway.runtime.errors import ConfigError
 from tests.tiny_run import ROOT
 
 LORA = Lora(rank=4, alpha=8, dropout=0.0, target_modules=["q_proj", "down_proj"], train_embeddings=False)

@@ -4,9 +4,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ropeway.errors import ConfigError
-from ropeway.params import load_profile
-from ropeway.train.attention import (
+from ropeway.config.params import load_profile
+from ropeway.models.attention import (
     VARLEN,
     attend_each,
     borders,
@@ -15,7 +14,8 @@ from ropeway.train.attention import (
     varlen_attention,
     varlen_kernel,
 )
-from ropeway.train.loss import SupervisedLoss
+from ropeway.runtime.errors import ConfigError
+from ropeway.stages.train.loss import SupervisedLoss
 from tests.tiny_run import ROOT
 
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import pytest
 
-from ropeway.errors import ConfigError, DataError
-from ropeway.train import checkpoints, continuing
-from ropeway.train.fingerprint import Fingerprint
-from ropeway.workspace import Workspace
+from ropeway.runtime.errors import ConfigError, DataError
+from ropeway.runtime.workspace import Workspace
+from ropeway.stages.train import checkpoints, continuing
+from ropeway.stages.train.fingerprint import Fingerprint
 
 A, B, C = "a" * 16, "b" * 16, "c" * 16
 PARTS = {"params": "1", "base": "2", "data": "3", "deepspeed": "4", "code": "5"}

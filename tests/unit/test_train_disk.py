@@ -4,10 +4,10 @@ import errno
 
 import pytest
 
-from ropeway.errors import ConfigError, TemporaryError
-from ropeway.memory import stored_bytes
-from ropeway.train import checkpoints
-from ropeway.train.disk import check_disk, explain_failed_save
+from ropeway.planning.memory import stored_bytes
+from ropeway.runtime.errors import ConfigError, TemporaryError
+from ropeway.stages.train import checkpoints
+from ropeway.stages.train.disk import check_disk, explain_failed_save
 
 GIB = 2**30
 

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from ropeway import train
-from ropeway.train import checkpoints
-from ropeway.train.fingerprint import Fingerprint
-from ropeway.workspace import Workspace
+from ropeway.runtime.workspace import Workspace
+from ropeway.stages.train import checkpoints
+from ropeway.stages.train import stage as train
+from ropeway.stages.train.fingerprint import Fingerprint
 
 
 def test_a_record_of_a_start_that_a_full_disk_cut_is_left_out_and_said(tmp_path, capsys):

@@ -2,9 +2,9 @@ import sys
 
 import pytest
 
-from ropeway.devices import count_here, count_ranks, read_hostfile
-from ropeway.errors import ConfigError
-from ropeway.train.launch import adopt_slurm, plan_command
+from ropeway.runtime.devices import count_here, count_ranks, read_hostfile
+from ropeway.runtime.errors import ConfigError
+from ropeway.stages.train.launch import adopt_slurm, plan_command
 
 ARGUMENTS = ["/w", "tiny", "abc"]
 
@@ -12,7 +12,7 @@ ARGUMENTS = ["/w", "tiny", "abc"]
 def test_one_machine_is_deepspeeds_own_launcher():
     command = plan_command({}, ARGUMENTS, ranks=2, port=4711)
     assert command[:3] == [sys.executable, "-m", "deepspeed.launcher.launch"]
-    assert command[-4:] == ["ropeway.train.rank", *ARGUMENTS]
+    assert command[-4:] == ["ropeway.stages.train.rank", *ARGUMENTS]
     assert "--master_port=4711" in command
 
 
@@ -24,7 +24,7 @@ def test_a_hostfile_is_deepspeeds_runner_and_our_variables_travel(tmp_path):
     assert command[1:3] == ["-m", "deepspeed.launcher.runner"]
     assert {"--launcher=pdsh", "--master_addr=a", "--force_multi"} <= set(command)
     assert command[command.index("env") :] == [
-        "env", "DS_ACCELERATOR=cuda", sys.executable, "-m", "ropeway.train.rank", *ARGUMENTS,
+        "env", "DS_ACCELERATOR=cuda", sys.executable, "-m", "ropeway.stages.train.rank", *ARGUMENTS,
     ]  # fmt: skip
     assert (count_ranks(environment), count_here(environment, 16)) == (16, 8)
     with pytest.raises(ConfigError, match="add up to 16, the run has 8"):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ropeway.train.loss import chunked_losses, micro_batch_loss, token_loss
+from ropeway.stages.train.loss import chunked_losses, micro_batch_loss, token_loss
 
 
 def plain(hidden, head, targets):

@@ -5,9 +5,9 @@ import json
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ropeway.rows import Piece
-from ropeway.train.flops import step_flops, token_flops
-from ropeway.train.progress import Progress, describe
+from ropeway.data.batches import Piece
+from ropeway.stages.train.flops import step_flops, token_flops
+from ropeway.stages.train.progress import Progress, describe
 
 
 def line(step, **changes):

@@ -2,10 +2,10 @@
 
 import pytest
 
-from ropeway.errors import ConfigError
-from ropeway.train.rewind import can_rewind, check_allowed, count_used, describe
-from ropeway.train.running import Rewind
-from ropeway.train.stop import Fault
+from ropeway.runtime.errors import ConfigError
+from ropeway.stages.train.rewind import can_rewind, check_allowed, count_used, describe
+from ropeway.stages.train.running import Rewind
+from ropeway.stages.train.stop import Fault
 
 ONE = Rewind(6, 7, "step 6: the loss is nan", 4, 8, {"talk": [1, 2, 3], "text": [5, 7, 8, 9, 11, 12]})
 NUMBERS, SCALE = Fault("nan", range(6, 8)), Fault("overflow", range(0))

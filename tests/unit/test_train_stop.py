@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from ropeway.schema import StopRules
-from ropeway.train.stop import count_spikes, find_fault
+from ropeway.config.schema import StopRules
+from ropeway.stages.train.stop import count_spikes, find_fault
 
 RULES = StopRules(
     max_skipped_in_row=3, spike_window_steps=4, spike_ratio=2.0, max_spikes_in_row=2, rewinds=0, hang_seconds=None

@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from ropeway.rows import collate, plan_epoch
-from ropeway.shards import open_shards
-from ropeway.tokenizer import open_tokenizer
-from ropeway.view import Sort, Vocabulary, next_token, read_piece, read_whole, split_visible
+from ropeway.data.batches import collate, plan_epoch
+from ropeway.data.shards import open_shards
+from ropeway.models.tokenizer import open_tokenizer
+from ropeway.reporting.token_view import Sort, Vocabulary, next_token, read_piece, read_whole, split_visible
 from tests.prepared_run import make_prepared, reckon_learned
 from tests.tiny_run import PARITY
 

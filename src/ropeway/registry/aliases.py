@@ -7,7 +7,6 @@ from datetime import UTC, datetime
 from enum import Enum
 from typing import Any, Final
 
-from ropeway.errors import AbsentError, RegistryError
 from ropeway.registry.blobs import blob_fault
 from ropeway.registry.core import load_core
 from ropeway.registry.layout import (
@@ -23,6 +22,7 @@ from ropeway.registry.log import Event, append_event, count_events, read_event, 
 from ropeway.registry.publishing import find_number, is_withdrawn
 from ropeway.registry.reviews import PRODUCTION, check_clean
 from ropeway.registry.signing import check_policy
+from ropeway.runtime.errors import AbsentError, RegistryError
 from ropeway.storage import Store
 
 _MAX_WORDS = 2000

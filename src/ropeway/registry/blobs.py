@@ -4,9 +4,9 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from ropeway.errors import AbsentError, DataError
 from ropeway.registry.layout import blob_key
 from ropeway.registry.rules import PackageFile
+from ropeway.runtime.errors import AbsentError, DataError
 from ropeway.storage import TRANSFER_BYTES, Store
 
 

@@ -12,8 +12,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from ropeway.errors import AbsentError, TemporaryError
-from ropeway.manifest import canonical_json
 from ropeway.registry.core import load_core
 from ropeway.registry.layout import (
     COLLECTIONS,
@@ -27,6 +25,8 @@ from ropeway.registry.layout import (
 )
 from ropeway.registry.log import read_events
 from ropeway.registry.publishing import COLLECTION_BELIEVED, attached_files, is_withdrawn
+from ropeway.runtime.errors import AbsentError, TemporaryError
+from ropeway.runtime.manifest import canonical_json
 from ropeway.storage import Entry, Store, Stray
 
 MOST_TIME = COLLECTION_BELIEVED / 2

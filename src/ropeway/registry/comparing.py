@@ -5,13 +5,13 @@ from typing import Any
 
 from rich.console import Group
 
-from ropeway.errors import DataError
 from ropeway.registry.aliases import resolve
 from ropeway.registry.blobs import read_blob
 from ropeway.registry.core import Core, load_core
 from ropeway.registry.layout import read_reference
 from ropeway.registry.rules import PackageFile
 from ropeway.registry.tables import Facts, draw_table
+from ropeway.runtime.errors import DataError
 from ropeway.storage import Store
 
 # run.json holds parameters, metrics and ledger; a tokenizer's table would be a hundred thousand lines.

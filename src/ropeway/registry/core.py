@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ropeway.errors import AbsentError, DataError, RegistryError
-from ropeway.manifest import NAME as MANIFEST
-from ropeway.manifest import canonical_json, file_sha256, load_manifest
 from ropeway.registry.layout import check_digest, check_name, check_registry, is_digest, manifest_key
 from ropeway.registry.rules import PackageFile, check_content, check_files, scan_folder
+from ropeway.runtime.errors import AbsentError, DataError, RegistryError
+from ropeway.runtime.manifest import NAME as MANIFEST
+from ropeway.runtime.manifest import canonical_json, file_sha256, load_manifest
 from ropeway.storage import MAX_DOCUMENT_BYTES, Store
 
 FORMAT = "ropeway-version/1"
@@ -67,7 +67,7 @@ def read_package(folder: Path, name: str, *, verify: bool) -> Core:
     """Return the core of a package folder.
 
     Args:
-        folder: Holds a `manifest.json` (`ropeway.manifest`).
+        folder: Holds a `manifest.json` (`ropeway.runtime.manifest`).
         name: The model it becomes a version of.
         verify: Re-hash every file and look at how it begins.
 

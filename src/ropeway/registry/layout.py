@@ -17,9 +17,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ropeway.errors import AbsentError, RegistryError
-from ropeway.manifest import canonical_json
-from ropeway.names import PROFILE_NAME
+from ropeway.config.names import PROFILE_NAME
+from ropeway.runtime.errors import AbsentError, RegistryError
+from ropeway.runtime.manifest import canonical_json
 from ropeway.storage import Store
 
 FORMAT = "ropeway-registry/1"

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
-from ropeway.errors import DataError
-from ropeway.manifest import canonical_json
 from ropeway.registry.layout import Log, is_digest
+from ropeway.runtime.errors import DataError
+from ropeway.runtime.manifest import canonical_json
 from ropeway.storage import MAX_DOCUMENT_BYTES, Store
 
 Event = Mapping[str, Any]

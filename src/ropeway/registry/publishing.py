@@ -8,8 +8,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from ropeway.errors import DataError, TemporaryError
-from ropeway.manifest import canonical_json, file_sha256
 from ropeway.registry.blobs import put_blobs
 from ropeway.registry.core import Core, load_core, read_package
 from ropeway.registry.layout import (
@@ -28,6 +26,8 @@ from ropeway.registry.layout import (
 from ropeway.registry.log import Event, append_event, event_document, read_events
 from ropeway.registry.rules import PackageFile, check_content, check_files
 from ropeway.registry.signing import load_signer, sign
+from ropeway.runtime.errors import DataError, TemporaryError
+from ropeway.runtime.manifest import canonical_json, file_sha256
 from ropeway.storage import Store
 
 COLLECTION_BELIEVED = timedelta(hours=1)  # a collection ends after half of that; an older announcement is of a dead one

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from ropeway.errors import AbsentError, ConfigError, DataError, RegistryError, TemporaryError
-from ropeway.manifest import check_file, sync_folder
 from ropeway.registry.aliases import resolve
 from ropeway.registry.blobs import blob_fault
 from ropeway.registry.core import Core, load_core
@@ -20,6 +18,8 @@ from ropeway.registry.log import read_event
 from ropeway.registry.publishing import attached_files, find_number, is_withdrawn
 from ropeway.registry.rules import PackageFile, check_content, scan_folder
 from ropeway.registry.signing import check_policy
+from ropeway.runtime.errors import AbsentError, ConfigError, DataError, RegistryError, TemporaryError
+from ropeway.runtime.manifest import check_file, sync_folder
 from ropeway.storage import BLOCK_BYTES, TRANSFER_BYTES, Store
 
 

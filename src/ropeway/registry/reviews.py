@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from ropeway.errors import RegistryError
-from ropeway.manifest import canonical_json
 from ropeway.registry.layout import clean_key, reviews_log, versions_log
 from ropeway.registry.log import Event, append_event, read_events
+from ropeway.runtime.errors import RegistryError
+from ropeway.runtime.manifest import canonical_json
 from ropeway.storage import Store
 
 PRODUCTION = "production"

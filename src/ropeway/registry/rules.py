@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ropeway.errors import DataError
+from ropeway.runtime.errors import DataError
 
 MAX_FILES = 4096
 MAX_PATH_CHARACTERS = 200

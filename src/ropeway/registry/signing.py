@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ropeway.errors import AbsentError, ConfigError, DataError
 from ropeway.registry.core import Core
 from ropeway.registry.layout import signature_key, signatures_prefix
+from ropeway.runtime.errors import AbsentError, ConfigError, DataError
 from ropeway.storage import Store
 
 

@@ -8,13 +8,13 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from ropeway.errors import RegistryError
 from ropeway.registry.aliases import alias_history, list_aliases, resolve
 from ropeway.registry.core import load_core
 from ropeway.registry.layout import check_name, check_registry, list_models, read_reference, versions_log
 from ropeway.registry.log import read_event, read_events
 from ropeway.registry.publishing import attached_files, find_number, is_withdrawn
 from ropeway.registry.signing import list_signatures
+from ropeway.runtime.errors import RegistryError
 from ropeway.storage import Store
 
 Facts = dict[str, Any]

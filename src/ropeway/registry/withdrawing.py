@@ -2,11 +2,11 @@
 
 from datetime import UTC, datetime
 
-from ropeway.errors import RegistryError
 from ropeway.registry.aliases import check_words, list_aliases
 from ropeway.registry.core import load_core
 from ropeway.registry.layout import tombstone_key
 from ropeway.registry.log import event_document
+from ropeway.runtime.errors import RegistryError
 from ropeway.storage import Store
 
 

@@ -7,9 +7,9 @@ exactly one wins; logs of numbers and aliases stand on that alone (`registry/log
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from ropeway.errors import AbsentError, ConfigError
-from ropeway.storage.door import BLOCK_BYTES, MAX_DOCUMENT_BYTES, TRANSFER_BYTES, Entry, Store, Stray
+from ropeway.runtime.errors import AbsentError, ConfigError
 from ropeway.storage.folder import FileStore
+from ropeway.storage.interface import BLOCK_BYTES, MAX_DOCUMENT_BYTES, TRANSFER_BYTES, Entry, Store, Stray
 
 __all__ = [
     "BLOCK_BYTES",

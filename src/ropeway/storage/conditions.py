@@ -12,8 +12,8 @@ from typing import Any
 
 from botocore.exceptions import ClientError
 
-from ropeway.errors import ConfigError
-from ropeway.s3_client import error_code
+from ropeway.runtime.errors import ConfigError
+from ropeway.storage.s3_client import error_code
 
 CONFLICT_TRIES = 8
 _BODY = b"Ropeway asks here whether this store honours If-None-Match. Leave it.\n"

@@ -9,9 +9,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
 
-from ropeway.errors import AbsentError, ConfigError, DataError, TemporaryError, is_disk_full
-from ropeway.manifest import sync_folder
-from ropeway.storage.door import (
+from ropeway.runtime.errors import AbsentError, ConfigError, DataError, TemporaryError, is_disk_full
+from ropeway.runtime.manifest import sync_folder
+from ropeway.storage.interface import (
     BLOCK_BYTES,
     MAX_DOCUMENT_BYTES,
     Entry,

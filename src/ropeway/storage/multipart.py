@@ -16,10 +16,10 @@ from typing import Any
 
 from botocore.exceptions import ClientError
 
-from ropeway.errors import TemporaryError
-from ropeway.s3_client import error_code
+from ropeway.runtime.errors import TemporaryError
 from ropeway.storage.conditions import LostError, conditional, wait
-from ropeway.storage.door import wrong_hash
+from ropeway.storage.interface import wrong_hash
+from ropeway.storage.s3_client import error_code
 
 PART_BYTES = 16 << 20  # x 10,000 parts, S3's limit = 156 GiB; the rules allow 64 GiB per file
 WORKERS = 4

@@ -13,11 +13,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from ropeway.errors import AbsentError, DataError
-from ropeway.s3_client import explained, make_client, split_url
+from ropeway.runtime.errors import AbsentError, DataError
 from ropeway.storage.conditions import LostError, check_conditional_complete, check_conditional_put, conditional
-from ropeway.storage.door import MAX_DOCUMENT_BYTES, Entry, Store, Stray, check_key, check_prefix, wrong_hash
+from ropeway.storage.interface import MAX_DOCUMENT_BYTES, Entry, Store, Stray, check_key, check_prefix, wrong_hash
 from ropeway.storage.multipart import WRITE_MARK, Destination, put_file
+from ropeway.storage.s3_client import explained, make_client, split_url
 from ropeway.storage.s3_stream import open_object, read_whole
 
 ONE_PUT_BYTES = 16 << 20

@@ -8,9 +8,9 @@ from typing import Any
 from botocore.exceptions import BotoCoreError, ClientError
 from urllib3.exceptions import HTTPError
 
-from ropeway.errors import TemporaryError
-from ropeway.s3_client import error_code, explained
+from ropeway.runtime.errors import TemporaryError
 from ropeway.storage.conditions import wait
+from ropeway.storage.s3_client import error_code, explained
 
 RANGE_BYTES = 16 << 20
 WORKERS = 4  # one range more is waiting: 80 MiB ahead at most

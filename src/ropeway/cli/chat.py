@@ -1,0 +1,269 @@
+"""`ropeway chat`: a conversation with a model in the terminal, or line by line through a pipe.
+
+What is opened are safetensors and JSON, with the folder's own template, and nothing that could run code.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+from ropeway.models.chat_template import Conversation, to_messages
+from ropeway.runtime.errors import ConfigError, DataError
+from ropeway.runtime.manifest import NAME as MANIFEST
+from ropeway.runtime.manifest import digest_of, load_manifest
+
+# What torch, keras, flax and numpy load by running it, or may. Source: the suffixes that picklescan looks into.
+_PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill", ".npy", ".npz", ".h5", ".msgpack"}
+_NO_LIMIT = 10**9  # transformers' stand-in for "no model_max_length" is 1e30
+_HELP = "Ctrl-D ends, Ctrl-C stops an answer, /new starts over, /system TEXT sets the system message and starts over"
+Write = Callable[[str], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Manner:
+    """How to answer.
+
+    Attributes:
+        system: The system message; empty means none.
+        max_new_tokens: Of one answer, at most.
+        temperature: 0 takes the most likely token every time.
+        top_p: Tokens are drawn from the most likely ones that together have this probability.
+        seed: The same seed and the same turns give the same answers on one machine.
+    """
+
+    system: str
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the model said.
+
+    Attributes:
+        text: Without special tokens.
+        tokens: How many were generated, the end token too.
+        ended: It said its end token; else `max_new_tokens` cut it.
+        forgotten: Turns that no longer fitted into the context.
+    """
+
+    text: str
+    tokens: int
+    ended: bool
+    forgotten: int
+
+
+def locate_model(source: str, registry: str | None) -> Path:
+    """Return the folder that a path means, or a registry's version, pulled into the cache.
+
+    Raises:
+        ConfigError: Neither a folder nor NAME@ALIAS.
+        DataError: As in `check_folder`.
+        RegistryError: As in `pull_cached`.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        if "@" not in source or "/" in source:
+            raise ConfigError(
+                f"{source}: expected a model's folder (runs/PROFILE/package), or NAME@ALIAS of the registry"
+            )
+        from ropeway.cli.cached_versions import pull_cached
+        from ropeway.cli.registry_options import open_registry
+
+        folder = pull_cached(open_registry(registry), source).folder
+    check_folder(folder)
+    return folder
+
+
+def check_folder(folder: Path) -> None:
+    """Raise DataError unless a folder holds safetensors, no pickle, no code of its own, and what its manifest says."""
+    if (folder / MANIFEST).is_file():
+        load_manifest(folder, remedy="Pull or package it again")
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    if pickles := [path for path in paths if path.suffix.lower() in _PICKLES]:
+        raise DataError(
+            f"{pickles[0]}: may be a pickle, and loading one runs its code ({len(pickles)} such files). Convert the "
+            "model to safetensors, or take such files away"
+        )
+    if not any(path.suffix == ".safetensors" for path in paths):
+        raise DataError(f"{folder}: no *.safetensors there; expected a model as `dvc repro package` leaves it")
+    for path in paths:
+        if path.name in ("config.json", "tokenizer_config.json") and "auto_map" in json.loads(path.read_bytes()):
+            raise DataError(f"{path}: auto_map names code that comes with the model; it is not run here")
+
+
+def fit_turns(turns: Sequence[str], count: Callable[[Sequence[str]], int], room: int) -> list[str]:
+    """Return the latest turns that fit: the oldest question goes with its answer until the prompt has room.
+
+    >>> fit_turns(["a" * 5, "b" * 5, "c" * 5], lambda turns: sum(map(len, turns)), 9)
+    ['ccccc']
+
+    Raises:
+        ConfigError: The last question alone does not fit.
+    """
+    kept = list(turns)
+    while (found := count(kept)) > room:
+        if len(kept) < 3:  # noqa: PLR2004 - question, answer, question
+            raise ConfigError(
+                f"the question has {found:,} tokens with its template, {room:,} fit beside the answer; shorten it, or "
+                "lower --max-new-tokens"
+            )
+        del kept[:2]
+    return kept
+
+
+class Talk:
+    """One conversation with one model."""
+
+    def __init__(self, folder: Path, manner: Manner) -> None:
+        """Open the model.
+
+        Raises:
+            DataError: transformers cannot load it, or it has no chat template.
+        """
+        from ropeway.stages.evaluate.opening import SAMPLED_ON_ONE, open_model, threads_for
+
+        try:
+            self._model, self._tokenizer = open_model(folder, like=folder)
+        except Exception as error:
+            raise DataError(f"{folder}: transformers cannot load it ({type(error).__name__}: {error})") from error
+        if not self._tokenizer.chat_template:
+            raise DataError(f"{folder}: its tokenizer has no chat template, so nobody knows how to ask it")
+        self._threads = lambda: threads_for(self._model, one_below=SAMPLED_ON_ONE)
+        self.manner, self.turns = manner, list[str]()
+        self._asked = 0
+
+    @property
+    def context_tokens(self) -> int:
+        """How many tokens prompt and answer may have together."""
+        stated = int(self._tokenizer.model_max_length)
+        return stated if stated < _NO_LIMIT else int(self._model.config.max_position_embeddings)
+
+    def begin(self, system: str | None = None) -> None:
+        """Forget what was said; set the system message if one is given."""
+        self.turns, self._asked = [], 0
+        if system is not None:
+            self.manner = replace(self.manner, system=system)
+
+    def ask(self, question: str, write: Write) -> Answer:
+        """Return the answer, which `write` gets piece by piece as it comes; question and answer are remembered.
+
+        Raises:
+            ConfigError: The question does not fit the context.
+        """
+        asked = [*self.turns, question]
+        kept = fit_turns(
+            asked, lambda turns: len(self._encode(turns)), self.context_tokens - self.manner.max_new_tokens
+        )
+        ids = self._encode(kept)
+        said = self._generate(ids, write)
+        ended = bool(said) and said[-1] in self._ends()
+        text = self._tokenizer.decode(said, skip_special_tokens=True)
+        self.turns, self._asked = [*kept, text], self._asked + 1
+        return Answer(text, len(said), ended, len(asked) - len(kept))
+
+    def _encode(self, turns: Sequence[str]) -> list[int]:
+        messages = to_messages(Conversation(tuple(turns), self.manner.system))
+        ids: list[int] = self._tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+        return ids
+
+    def _ends(self) -> list[int]:
+        ends = self._model.generation_config.eos_token_id
+        return ends if isinstance(ends, list) else [ends]
+
+    def _generate(self, ids: list[int], write: Write) -> list[int]:
+        import torch
+
+        manner = self.manner
+        drawn = {"do_sample": True, "temperature": manner.temperature, "top_p": manner.top_p, "top_k": 0}
+        settings = drawn if manner.temperature else {"do_sample": False}
+        prompt = torch.tensor([ids], device=self._model.device)
+        # transformers draws from torch's global generator: borrowed, and given back. A seed of its own for each turn.
+        seed = int(digest_of([manner.seed, "chat", self._asked])[:15], 16)
+        with torch.random.fork_rng(), torch.inference_mode(), self._threads():
+            torch.manual_seed(seed)
+            out = self._model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=manner.max_new_tokens,
+                streamer=_stream(self._tokenizer, write),
+                **settings,
+            )
+        said: list[int] = out[0, len(ids) :].tolist()
+        return said
+
+
+def chat(talk: Talk, source: TextIO, out: TextIO, *, as_json: bool) -> None:
+    """Hold the conversation until the input ends: at a terminal with a prompt, from a pipe one question a line."""
+    if source.isatty() and not as_json:
+        print(_HELP, file=sys.stderr)
+        with suppress(ImportError):
+            import readline  # noqa: F401 - arrows and history for input()
+        _converse(talk, _typed(), out)
+        return
+    for line in source:
+        if not (question := line.rstrip("\r\n")).strip():
+            continue
+        if as_json:
+            answer = talk.ask(question, lambda _piece: None)
+            facts = {"prompt": question, "answer": answer.text, "tokens": answer.tokens, "ended": answer.ended}
+            print(json.dumps({**facts, "forgotten": answer.forgotten}, ensure_ascii=False), file=out, flush=True)
+        else:
+            _say(talk, question, out)
+
+
+def _converse(talk: Talk, lines: Iterator[str], out: TextIO) -> None:
+    for line in lines:
+        if line == "/new":
+            talk.begin()
+        elif line.startswith("/system"):
+            talk.begin(line.removeprefix("/system").strip())
+        elif line:
+            try:
+                _say(talk, line, out)
+            except ConfigError as error:
+                print(error, file=sys.stderr)
+            except KeyboardInterrupt:
+                print("\n(stopped; that question is forgotten)", file=sys.stderr)
+
+
+def _typed() -> Iterator[str]:
+    while True:
+        try:
+            yield input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print(file=sys.stderr)
+            return
+
+
+def _say(talk: Talk, question: str, out: TextIO) -> None:
+    def write(piece: str) -> None:
+        out.write(piece)
+        out.flush()
+
+    answer = talk.ask(question, write)
+    write("\n")
+    if not answer.ended:
+        print(f"(cut at {answer.tokens:,} tokens; --max-new-tokens allows more)", file=sys.stderr)
+    if answer.forgotten:
+        print(f"(the oldest {answer.forgotten} turns no longer fit and were left out)", file=sys.stderr)
+
+
+def _stream(tokenizer: Any, write: Write) -> Any:  # noqa: ANN401 - transformers is untyped, and a slow import
+    from transformers import TextStreamer
+
+    class Stream(TextStreamer):  # type: ignore[misc]
+        """Hands on text as soon as it is whole: no half word, no half character."""
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:  # noqa: FBT001, FBT002, ARG002
+            write(text)
+
+    return Stream(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -1,0 +1,147 @@
+"""`ropeway inspect` in the terminal: colours where there are some, else marks; and the same for programs."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ropeway.config.params import Profile
+from ropeway.reporting.inspection import (
+    Inspection,
+    Prepared,
+    inspect_row,
+    inspect_sequence,
+    list_sources,
+    open_prepared,
+    pair_tokens,
+    to_json,
+)
+from ropeway.reporting.token_view import Shown, Sort, next_token, split_visible
+from ropeway.runtime.errors import ConfigError
+from ropeway.runtime.workspace import Workspace
+
+_LEARNED, _READ, _OUTSIDE = "black on green", "dim", "dim italic"
+_OPEN, _CLOSE, _BORDER = "⟦", "⟧", "│"  # where there are no colours
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What to look at: a row of an epoch if one is named, else a sequence of a source, else the list of sources."""
+
+    source: str | None
+    number: int
+    row: int | None
+    epoch: int | None
+
+
+def inspect(workspace: Workspace, profile: Profile, wish: Wish, *, as_json: bool) -> None:
+    """Print what is wished for.
+
+    Raises:
+        ConfigError: It does not exist, or source and row are named together.
+        DataError: The data is not prepared, or not what it says it is.
+    """
+    if wish.epoch is not None and wish.row is None:
+        raise ConfigError("--epoch goes with --row: a sequence is shown as it is stored, whole")
+    if wish.source is not None and wish.row is not None:
+        raise ConfigError("SOURCE and --row do not go together: a row holds what the epoch's plan puts there")
+    prepared = open_prepared(workspace, profile)
+    found: Inspection | None
+    if wish.row is not None:
+        found = inspect_row(prepared, wish.row, epoch=wish.epoch or 0)
+    elif wish.source is not None:
+        found = inspect_sequence(prepared, wish.source, wish.number)
+    else:
+        found = None
+    if as_json:
+        print(json.dumps(list_sources(prepared)) if found is None else to_json(found, prepared))
+    elif found is None:
+        print_sources(prepared)
+    else:
+        print_inspection(found, prepared)
+
+
+def print_inspection(inspection: Inspection, prepared: Prepared, console: Console | None = None) -> None:
+    """Print an inspection: colours where the terminal has them, else marks."""
+    console = console or Console(highlight=False)
+    is_colourful = console.color_system is not None and not console.no_color
+    for line in draw_inspection(inspection, prepared, is_colourful=is_colourful):
+        encoding = console.encoding
+        if not encoding.lower().startswith("utf"):  # a terminal that lacks a sign gets its escape, not an error
+            console.print(Text(line.plain.encode(encoding, "backslashreplace").decode(encoding)), soft_wrap=True)
+        else:
+            console.print(line, soft_wrap=True)
+
+
+def draw_inspection(inspection: Inspection, prepared: Prepared, *, is_colourful: bool) -> Iterator[Text]:
+    """Yield an inspection's lines: title, legend, then each piece."""
+    readings = inspection.readings
+    tokens, learned = sum(len(one.tokens) for one in readings), sum(one.supervised for one in readings)
+    yield Text(f"{inspection.title}\n{tokens:,} tokens, {learned:,} supervised", style="bold" if is_colourful else "")
+    yield _legend(is_colourful=is_colourful)
+    for reading in readings:
+        piece = reading.piece
+        if len(readings) > 1 or len(reading.tokens) < reading.length:
+            where = (
+                f"tokens {piece.begin:,} to {piece.end - 1:,} of {reading.length:,}, {reading.supervised:,} supervised"
+            )
+            yield Text(f"\n── {reading.source} #{piece.sequence:,}, {where}", style="bold" if is_colourful else "")
+        else:
+            yield Text("")
+        line = draw_tokens(pair_tokens(reading, prepared), is_colourful=is_colourful)
+        behind = next_token(reading, prepared.shards, prepared.profile, prepared.vocabulary)
+        if behind is not None:
+            line.append(f" + {behind}, learned behind it", style=_OUTSIDE if is_colourful else "")
+        yield line
+
+
+def draw_tokens(pairs: Iterator[tuple[Shown, bool]], *, is_colourful: bool) -> Text:
+    """Return tokens as a terminal shows them; without colours, learned stretches stand in ⟦ ⟧, borders are │."""
+    line, was_learned, begun = Text(), False, False
+    for shown, learned in pairs:
+        if not is_colourful:
+            turned = learned != was_learned
+            line.append((_CLOSE if was_learned else _OPEN) if turned else _BORDER if begun else "")
+        style = (_LEARNED if learned else _READ) if is_colourful else ""
+        for sort, part in _parts(shown):
+            text = f"{part}\n" if sort is Sort.BREAK else f"<{part}>" if sort is Sort.CODE else part
+            line.append(text, style=f"{style} bold" if shown.is_special and style else style)
+        if is_colourful:
+            line.append(_BORDER, style="dim")
+        was_learned, begun = learned, True
+    if was_learned and not is_colourful:
+        line.append(_CLOSE)
+    return line
+
+
+def _parts(shown: Shown) -> list[tuple[Sort, str]]:
+    if not shown.is_bytes:
+        return split_visible(shown.text)
+    return [(Sort.PLAIN, f"<{shown.text}>{'=' if shown.completes else ''}"), *split_visible(shown.completes)]
+
+
+def _legend(*, is_colourful: bool) -> Text:
+    words = Text()
+    if is_colourful:
+        words.append("learned", style=_LEARNED).append(" ").append("read only", style=_READ)
+    else:
+        words.append(f"{_OPEN}learned{_CLOSE} read only")
+    return words.append(f"  {_BORDER} between tokens, · blank, ⏎ new line, <0A> byte; <|…|>, <s>, </s> special tokens")
+
+
+def print_sources(prepared: Prepared) -> None:
+    """Print what can be looked at, and how."""
+    rows = list_sources(prepared)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for head in rows[0] if rows else ():
+        table.add_column(head, justify="left" if head in ("source", "kind") else "right")
+    for row in rows:
+        table.add_row(*(f"{value:,}" if isinstance(value, int) else value for value in row.values()))
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(
+        "\nropeway inspect SOURCE NUMBER shows a sequence, ropeway inspect --row N [--epoch E] a row", soft_wrap=True
+    )

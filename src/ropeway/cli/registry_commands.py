@@ -1,0 +1,224 @@
+"""`ropeway registry …`: the acts of the flows, with no Prefect. Importing this pays for typer alone."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ropeway.cli import registry_care as care_commands
+from ropeway.cli.registry_options import (
+    By,
+    Json,
+    Reason,
+    Reference,
+    Url,
+    draw,
+    open_registry,
+    print_json,
+    progress_bar,
+    registry_app,
+    user_name,
+)
+from ropeway.runtime.errors import ConfigError
+from ropeway.storage import Store
+
+__all__ = ["care_commands", "registry_app"]  # its commands register themselves
+
+Alias = Annotated[str, typer.Argument(help="The pointer to move, e.g. production")]
+Expect = Annotated[str, typer.Option(help="Where the alias must point now: v3, a digest, an alias, `none` or `any`.")]
+
+
+@registry_app.command("list")
+def list_command(
+    name: Annotated[str | None, typer.Argument(help="Show this model's versions.")] = None,
+    *,
+    registry: Url = None,
+    as_json: Json = False,
+) -> None:
+    """List the models, or one model's versions."""
+    from ropeway.registry import tables
+
+    store = open_registry(registry)
+    found = tables.describe_versions(store, name) if name else tables.describe_models(store)
+    if as_json:
+        print_json(found)
+    elif not found:
+        typer.echo(f"{store.url}: nothing {f'named {name} ' if name else ''}published yet")
+    else:
+        draw(tables.draw_versions(name, found) if name else tables.draw_models(found))
+
+
+@registry_app.command()
+def show(reference: Reference, *, registry: Url = None, as_json: Json = False) -> None:
+    """Show a version: facts, files, lineage, aliases."""
+    from ropeway.registry import tables
+
+    version = tables.describe_version(open_registry(registry), reference)
+    print_json(version) if as_json else draw(tables.draw_version(version))
+
+
+@registry_app.command()
+def history(
+    reference: Annotated[str, typer.Argument(help="NAME@ALIAS")], *, registry: Url = None, as_json: Json = False
+) -> None:
+    """Show where an alias has pointed, by whom and why."""
+    from ropeway.registry import tables
+    from ropeway.registry.layout import read_reference
+
+    wanted = read_reference(reference)
+    if not wanted.alias:
+        raise ConfigError(f"{reference}: expected NAME@ALIAS, e.g. {wanted.name}@production")
+    events = tables.describe_history(open_registry(registry), wanted.name, wanted.alias)
+    print_json(events) if as_json else draw(tables.draw_history(wanted.name, wanted.alias, events))
+
+
+@registry_app.command()
+def verify(
+    reference: Reference,
+    *,
+    folder: Annotated[Path | None, typer.Option(help="Check this pulled folder instead of the store's blobs.")] = None,
+    registry: Url = None,
+    as_json: Json = False,
+) -> None:
+    """Re-hash every byte of a version."""
+    from ropeway.registry import pulling
+
+    store = open_registry(registry)
+    if folder:
+        done = pulling.verify_folder(store, reference, folder)
+    else:
+        with progress_bar(store, f"verify {reference}", _size(store, reference)):
+            done = pulling.verify(store, reference)
+    if as_json:
+        print_json(asdict(done))
+    else:
+        typer.echo(f"{reference}: {done.files} files, {done.bytes:,} bytes, all as published ({done.digest})")
+
+
+@registry_app.command()
+def pull(
+    reference: Reference,
+    *,
+    to: Annotated[Path | None, typer.Option(help="Folder to make; default: NAME-DIGEST here.")] = None,
+    registry: Url = None,
+    as_json: Json = False,
+) -> None:
+    """Fetch a version, every byte verified; the folder appears whole or not at all."""
+    from ropeway.registry.aliases import resolve
+    from ropeway.registry.layout import read_reference
+    from ropeway.registry.pulling import pull as pull_version
+
+    store = open_registry(registry)
+    name, digest = read_reference(reference).name, resolve(store, reference)
+    # By digest from here on: the alias may move while we work.
+    with progress_bar(store, f"pull {reference}", _size(store, reference)):
+        done = pull_version(store, f"{name}@{digest}", to or Path(f"{name}-{digest[:12]}"))
+    if as_json:
+        print_json({**asdict(done), "folder": str(done.folder)})
+    else:
+        typer.echo(f"{reference} is {digest}\n{'pulled to' if done.created else 'already whole in'} {done.folder}")
+
+
+@registry_app.command()
+def publish(
+    folder: Annotated[Path, typer.Argument(help="A package: runs/PROFILE/package")],
+    *,
+    name: Annotated[str, typer.Option(help="The model, by custom the profile's name.")],
+    provenance: Annotated[Path | None, typer.Option(help="A JSON file with facts to keep beside the version.")] = None,
+    attach: Annotated[list[Path] | None, typer.Option(help="A file to keep beside it, e.g. dvc.lock.")] = None,
+    registry: Url = None,
+    as_json: Json = False,
+) -> None:
+    """Publish a package; no alias moves. The same package is the same version."""
+    from ropeway.registry.publishing import publish as publish_package
+
+    facts = _read_facts(provenance) if provenance else {}
+    attachments = {path.name: path for path in attach or []}
+    store = open_registry(registry)
+    size = sum(path.stat().st_size for path in [*folder.rglob("*"), *attachments.values()] if path.is_file())
+    with progress_bar(store, f"publish {folder}", size):
+        done = publish_package(store, folder, name, provenance=facts, attachments=attachments)
+    if as_json:
+        print_json(asdict(done))
+    else:
+        typer.echo(f"{done} {'published' if done.created else 'was published before'}: {done.digest}")
+
+
+@registry_app.command()
+def promote(  # noqa: PLR0913 - a command's options
+    reference: Reference,
+    alias: Alias,
+    *,
+    reason: Reason,
+    expect: Expect = "any",
+    by: By = None,
+    registry: Url = None,
+    as_json: Json = False,
+) -> None:
+    """Point an alias at a version, if it is where you expect it to be."""
+    from ropeway.registry.aliases import promote as promote_version
+    from ropeway.registry.aliases import resolve
+    from ropeway.registry.layout import read_reference
+
+    store = open_registry(registry)
+    name, digest = read_reference(reference).name, resolve(store, reference)
+    expected = _read_expect(store, name, expect)
+    done = promote_version(store, name, alias, digest, expect=expected, by=by or user_name(), reason=reason)
+    _report_promotion(asdict(done), as_json=as_json)
+
+
+@registry_app.command()
+def rollback(
+    reference: Annotated[str, typer.Argument(help="NAME@ALIAS")],
+    *,
+    reason: Reason,
+    expect: Expect = "any",
+    by: By = None,
+    registry: Url = None,
+    as_json: Json = False,
+) -> None:
+    """Point an alias back at the version before its current one."""
+    from ropeway.registry.aliases import rollback as roll_back
+    from ropeway.registry.layout import read_reference
+
+    store, wanted = open_registry(registry), read_reference(reference)
+    expected = _read_expect(store, wanted.name, expect)
+    done = roll_back(store, wanted.name, wanted.alias or "", by=by or user_name(), reason=reason, expect=expected)
+    _report_promotion(asdict(done), as_json=as_json)
+
+
+def _size(store: Store, reference: str) -> int:
+    """Return how many bytes a version's files have."""
+    from ropeway.registry.aliases import resolve
+    from ropeway.registry.core import load_core
+    from ropeway.registry.layout import read_reference
+
+    return load_core(store, read_reference(reference).name, resolve(store, reference)).total_bytes
+
+
+def _read_expect(store: Store, name: str, expect: str) -> Any:  # noqa: ANN401 - None, ANY or a digest
+    from ropeway.registry.aliases import ANY, resolve
+
+    return {"any": ANY, "none": None}[expect] if expect in ("any", "none") else resolve(store, f"{name}@{expect}")
+
+
+def _read_facts(path: Path) -> dict[str, Any]:
+    try:
+        facts = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: expected a JSON file ({error})") from None
+    if not isinstance(facts, dict):
+        raise ConfigError(f"{path}: expected a JSON mapping, found a {type(facts).__name__}")
+    return facts
+
+
+def _report_promotion(done: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        print_json(done)
+        return
+    moved = "now points" if done["moved"] else "pointed already"
+    typer.echo(f"{done['name']}@{done['alias']} {moved} to {done['digest']}")
+    if done["moved"] and done["prev"]:
+        typer.echo(f"before: {done['prev']}")

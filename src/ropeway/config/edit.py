@@ -1,0 +1,88 @@
+"""Edits of params.yaml that a command makes for a person: one line each, said so, comments and the rest untouched."""
+
+import os
+import re
+from pathlib import Path
+
+from ropeway.config.block import cut_block
+from ropeway.config.params import load_profile, load_profiles
+from ropeway.config.schema import RUN
+from ropeway.runtime.errors import ConfigError
+from ropeway.runtime.lock import workspace_lock
+
+
+def choose_profile(root: Path, name: str) -> None:
+    """Make params.yaml name this profile: its line `profile:` alone is edited, and it stays so.
+
+    Raises:
+        ConfigError: The line is not where an edit of one line can reach it.
+    """
+    path = root / "params.yaml"
+    text = path.read_text(encoding="utf-8")
+    if load_profile(path)[0] == name:
+        return
+    edited, count = re.subn(r"(?m)^(profile:[ \t]*)[^\s#]+", lambda match: match[1] + name, text, count=1)
+    if not count:
+        raise ConfigError(f"{path}: no line `profile: …` to put {name} into; write it there")
+    path.write_text(edited, encoding="utf-8")
+    print(f"params.yaml: profile is {name} now, and stays so", flush=True)
+
+
+def resume_from(root: Path, profile: str | None, run: str) -> None:
+    """Write `resume_from` into a profile's block; it stays there, since a run is what params.yaml says.
+
+    Args:
+        root: The workspace.
+        profile: Default: the one that params.yaml names.
+        run: `FINGERPRINT` or `FINGERPRINT@STEP`.
+
+    Raises:
+        ConfigError: Not of that form, or the block cannot be edited without changing another.
+        TemporaryError: A run holds the workspace.
+    """
+    path = root / "params.yaml"
+    if not re.fullmatch(RUN, run):
+        raise ConfigError(f"--resume-from: expected FINGERPRINT or FINGERPRINT@STEP, 16 hex digits, found {run!r}")
+    name, chosen = load_profile(path, profile)
+    if chosen.resume_from == run:
+        return
+    with workspace_lock(root, command="ropeway run --resume-from", profile=name):
+        tried = path.with_name(f".params.{os.getpid()}.partial")
+        try:
+            tried.write_text(set_resume_from(path.read_text(encoding="utf-8"), name, run), encoding="utf-8")
+            old, new = (load_profiles(one)[1] for one in (path, tried))
+            if new != old | {name: old[name].model_copy(update={"resume_from": run})}:
+                raise ConfigError(
+                    f"{path}: writing resume_from into '{name}' would change other profiles, which inherit it; give "
+                    "each a line `resume_from: null` of its own"
+                )
+            tried.replace(path)
+        finally:
+            tried.unlink(missing_ok=True)
+    print(
+        f"params.yaml: resume_from of {name} is {run} now, and stays so; null trains from the beginning again",
+        flush=True,
+    )
+
+
+def set_resume_from(text: str, profile: str, run: str) -> str:
+    r"""Return the text of params.yaml with the value of a block's `resume_from` replaced, or the line added.
+
+    >>> print(set_resume_from("a:\n  resume_from: null  # why\nb: 1\n", "a", "00ff@12"), end="")
+    a:
+      resume_from: "00ff@12"  # why
+    b: 1
+    >>> print(set_resume_from("a: &x\n  b: 1\n", "a", "00ff"), end="")
+    a: &x
+      resume_from: "00ff"
+      b: 1
+    """
+    block = cut_block(text, profile)
+    line = f'resume_from: "{run}"'  # quoted: digits alone would be a number
+    edited, count = re.subn(
+        r"""(?m)^(\s+)resume_from:[ \t]*("[^"\n]*"|'[^'\n]*'|[^\s#]+)""", rf"\1{line}", block, count=1
+    )
+    if not count:
+        header = re.compile(rf"""(?m)^(["']?){re.escape(profile)}\1\s*:.*$""")
+        edited = header.sub(lambda match: f"{match[0]}\n  {line}", block, count=1)
+    return text.replace(block, edited, 1)

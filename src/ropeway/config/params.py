@@ -1,0 +1,174 @@
+"""params.yaml, read once and made into a frozen, typed `Profile`; which of its keys each room reads."""
+
+from copy import deepcopy
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError
+
+from ropeway.config.faults import explain_faults
+from ropeway.config.names import PROFILE_NAME
+from ropeway.config.origins import (
+    FilesSource,
+    FolderBase,
+    GgufBase,
+    HubBase,
+    HuggingfaceSource,
+    PythonDocsSource,
+    ScratchBase,
+    Source,
+)
+from ropeway.config.repeats import Contamination, Duplicates
+from ropeway.config.schema import (
+    DatasetOptions,
+    Gate,
+    ModelShape,
+    Passkey,
+    Positions,
+    Profile,
+    StopRules,
+    StretchScaling,
+)
+from ropeway.runtime.errors import ConfigError
+
+# Cadence, tracking and when to give up: they change neither a weight nor a metric, so no stage depends on them. (What a
+# rewind left out does; it is recorded, and no reason to make a finished run again: docs/decisions/0007.)
+UNHASHED = ("eval_steps", "log_dir", "output_dir", "save_steps", "save_total_limit", "stop")
+
+_ROWS = (
+    "datasets", "label_masking", "layout", "max_length", "num_train_epochs", "random_offset_probability", "rng_seed",
+    "sort_by_length", "use_custom_sampler", "what_counts", "document_end", "global_batch_size",
+)  # fmt: skip
+
+# What each room reads: `params` of its stage in dvc.yaml (held together by a contract test), plus UNHASHED for train.
+READS: dict[str, tuple[str, ...]] = {
+    "fetch": ("max_refused_fraction", "sources"),
+    "base": (
+        "base", "expected_model", "max_length", "model_name", "new_rows", "pad_vocab_to_multiple_of", "rng_seed",
+        "superhot", "superhot_config",
+    ),
+    "prepare": (
+        *_ROWS, "contamination", "duplicates", "max_refused_fraction", "sources", "special_tokens_in_text", "split",
+        "split_by", "val_split", "validation_with_replacement",
+    ),
+    "train": (
+        *_ROWS, "adam_beta1", "adam_beta2", "adam_epsilon", "deepspeed_config", "dtype", "gradient_accumulation_steps",
+        "gradient_checkpointing", "learning_rate", "lora", "loss_normalisation", "lr_schedule", "max_grad_norm",
+        "peft_model", "per_device_eval_batch_size", "per_device_train_batch_size", "residual_dropout", "resume_from",
+        "use_flash_attention", "warmup_steps", "weight_decay",
+    ),
+    "evaluate": (
+        "datasets", "document_end", "evaluation", "label_masking", "max_length", "per_device_eval_batch_size",
+        "rng_seed", "what_counts",
+    ),
+    "package": tuple(name for name in Profile.model_fields if name not in (*UNHASHED, "gate")),
+}  # fmt: skip
+
+
+def load_profiles(path: Path, *, text: str | None = None) -> tuple[str, dict[str, Profile]]:
+    """Return the name of the chosen profile and every profile of a params file. The only function that reads it.
+
+    Args:
+        path: The file.
+        text: What it holds, where that was read already.
+
+    Raises:
+        ConfigError: The file is missing, is not YAML 1.2, or does not describe runs; all faults are listed at once.
+    """
+    tree = _read_yaml(path, text)
+    if not isinstance(tree, dict) or not isinstance(tree.get("profile"), str):
+        raise ConfigError(f"{path}: expected a mapping with a key `profile` that names one of its runs")
+    chosen = tree.pop("profile")
+    if chosen not in tree:
+        raise ConfigError(f"{path}: profile '{chosen}' does not exist; there are: {', '.join(tree)}")
+    profiles, faults = {}, []
+    for name, block in tree.items():
+        if not (isinstance(name, str) and PROFILE_NAME.fullmatch(name)) or ".." in name:
+            faults.append(
+                f"{path}: profile name {str(name)[:80]!r}: expected 1 to 64 of A-Z a-z 0-9 . _ -, e.g. laptop"
+            )
+            continue
+        try:
+            profiles[name] = TypeAdapter(Profile).validate_python(block)
+        except ValidationError as error:
+            faults += [f"{path}, profile '{name}':", *explain_faults(error, Profile)]
+    if faults:
+        raise ConfigError("\n".join(faults))
+    return chosen, profiles
+
+
+def load_profile(path: Path, name: str | None = None, *, text: str | None = None) -> tuple[str, Profile]:
+    """Return (name, profile): the one asked for, else the file's chosen one.
+
+    Raises:
+        ConfigError: As in `load_profiles`, or the profile asked for does not exist.
+    """
+    chosen, profiles = load_profiles(path, text=text)
+    name = name or chosen
+    if name not in profiles:
+        raise ConfigError(f"{path}: profile '{name}' does not exist; there are: {', '.join(profiles)}")
+    return name, profiles[name]
+
+
+def read_block(path: Path, profile: str) -> dict[str, Any]:
+    """Return a profile's keys and values as the file states them, for the lineage."""
+    block: dict[str, Any] = _read_yaml(path)[profile]
+    return block
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a params file.
+
+    Raises:
+        ConfigError: It is missing or not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: not found; run this inside a Ropeway workspace (a clone of the project)") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not readable as YAML 1.2: {error}") from None
+
+
+def _read_yaml(path: Path, text: str | None = None) -> Any:  # noqa: ANN401 - YAML is anything until it is checked
+    """Read YAML 1.2, as DVC does. PyYAML reads 1.1, where `1e-5` is text and `on` is true."""
+    try:
+        return deepcopy(_parse(read_text(path) if text is None else text))
+    except MarkedYAMLError as error:
+        raise ConfigError(f"{path}: not readable as YAML 1.2: {error}") from None
+
+
+@lru_cache(maxsize=4)  # a command reads the file more than once, and pure Python takes 0.1 s for it
+def _parse(text: str) -> Any:  # noqa: ANN401
+    return YAML(typ="safe", pure=True).load(text)
+
+
+__all__ = [
+    "READS",
+    "UNHASHED",
+    "Contamination",
+    "DatasetOptions",
+    "Duplicates",
+    "FilesSource",
+    "FolderBase",
+    "Gate",
+    "GgufBase",
+    "HubBase",
+    "HuggingfaceSource",
+    "ModelShape",
+    "Passkey",
+    "Positions",
+    "Profile",
+    "PythonDocsSource",
+    "ScratchBase",
+    "Source",
+    "StopRules",
+    "StretchScaling",
+    "load_profile",
+    "load_profiles",
+    "read_block",
+    "read_text",
+]

@@ -1,0 +1,79 @@
+"""What a DeepSpeed JSON says about memory: ZeRO stage, offload, buckets. Training checks the whole of it."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ropeway.runtime.errors import ConfigError
+
+PARTITIONED_STAGE = 3  # from here on weights are cut over the ranks, and stand in no checkpoint beside their masters
+
+
+@dataclass(frozen=True, slots=True)
+class Zero:
+    """How DeepSpeed spreads a model's states over ranks.
+
+    Attributes:
+        stage: 0 nothing, 1 optimizer, 2 and gradients, 3 and weights are partitioned.
+        offload_optimizer: Fp32 weights and moments live in host memory (or on NVMe), and Adam runs there.
+        offload_parameters: At stage 3 the 16-bit weights live there too.
+        bucket_elements: Gradients reduced at once.
+        overlap: Gradients are reduced during backward, from a second bucket.
+        live_elements: At stage 3, the weights that may be gathered at one time.
+        prefetch_elements: At stage 3, the weights gathered ahead.
+        sub_group_elements: At stage 3, the weights whose step is made at one time.
+    """
+
+    stage: int
+    offload_optimizer: bool
+    offload_parameters: bool
+    bucket_elements: int
+    overlap: bool
+    live_elements: int
+    prefetch_elements: int
+    sub_group_elements: int
+
+
+def read_zero(text: str, path: str) -> Zero:
+    """Return what the JSON that `deepspeed_config` names says about memory.
+
+    Args:
+        text: The JSON.
+        path: Its name, for messages.
+
+    Raises:
+        ConfigError: It is not a JSON object.
+    """
+    try:
+        named = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{path}: not JSON: {error}") from None
+    if not isinstance(named, dict):
+        raise ConfigError(f"{path}: expected a JSON object, found {type(named).__name__}")
+    return plan_zero(named.get("zero_optimization", {}))
+
+
+def plan_zero(section: Mapping[str, Any]) -> Zero:
+    """Return a section `zero_optimization` as an object. Source of the defaults: deepspeed 0.19.8, zero/config.py.
+
+    >>> plan_zero({"stage": 3}).overlap, plan_zero({"stage": 2}).bucket_elements
+    (True, 500000000)
+    """
+    stage = int(section.get("stage", 0))
+    overlap = section.get("overlap_comm")
+    return Zero(
+        stage=stage,
+        offload_optimizer=_offloads(section, "offload_optimizer"),
+        offload_parameters=stage == PARTITIONED_STAGE and _offloads(section, "offload_param"),
+        bucket_elements=int(section.get("reduce_bucket_size", 5e8)),
+        overlap=stage == PARTITIONED_STAGE if overlap is None else bool(overlap),
+        live_elements=int(section.get("stage3_max_live_parameters", 1e9)),
+        prefetch_elements=int(section.get("stage3_prefetch_bucket_size", 5e7)),
+        sub_group_elements=int(section.get("sub_group_size", 1e9)),
+    )
+
+
+def _offloads(section: Mapping[str, Any], key: str) -> bool:
+    device = (section.get(key) or {}).get("device", "none")
+    return str(device) in ("cpu", "nvme")

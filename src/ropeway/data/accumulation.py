@@ -1,0 +1,30 @@
+"""Forward passes per optimizer step, derived from the global batch. Apart from the planner: training counts so too."""
+
+from ropeway.config.params import Profile
+from ropeway.runtime.errors import ConfigError
+
+PUBLISHED_RANKS = 8  # 424,864 rows // (2 rows x 8 accumulation x 8 ranks) = 3,319 steps
+
+
+def accumulation_steps(profile: Profile, ranks: int) -> int:
+    """Return the forward passes each rank makes per optimizer step; derived, so 4 or 8 ranks take equal steps.
+
+    Raises:
+        ConfigError: The global batch does not divide evenly, or the card's own number disagrees at 8 ranks.
+    """
+    rows_per_pass = profile.per_device_train_batch_size * ranks
+    steps, rest = divmod(profile.global_batch_size, rows_per_pass)
+    if rest or not steps:
+        raise ConfigError(
+            f"global_batch_size is {profile.global_batch_size}, not a multiple of per_device_train_batch_size "
+            f"{profile.per_device_train_batch_size} x {ranks} ranks = {rows_per_pass}; change one of them or "
+            "ROPEWAY_RANKS"
+        )
+    stated = profile.gradient_accumulation_steps
+    if ranks == PUBLISHED_RANKS and steps != stated:
+        raise ConfigError(
+            f"gradient_accumulation_steps is {stated}, but global_batch_size {profile.global_batch_size} / "
+            f"({ranks} ranks x per_device_train_batch_size {profile.per_device_train_batch_size}) = {steps}; on "
+            f"{PUBLISHED_RANKS} ranks the two must agree (on other rank counts it is ignored)"
+        )
+    return steps

@@ -1,0 +1,281 @@
+"""From sequences to batches: windows, loss masks, rows, collation. The same for training and evaluation.
+
+Shapes: B rows, T tokens. Everything is a function of (params, lengths, epoch, index); nothing draws from a global
+generator, so no order, worker count or resume can change a row.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ropeway.config.params import Profile
+from ropeway.data.mixture import epoch_count, plan_order
+from ropeway.data.packing import plan_packing, split_document, turn_borders, window_at_turns
+from ropeway.data.shards import Kind, Shards
+from ropeway.runtime.manifest import digest_of
+
+PAD_MULTIPLE = 16  # Source: Open-Assistant's training collator, pad_to_multiple_of=16
+
+
+class Draws(Protocol):
+    """What a window needs of a generator; `random.Random` has it."""
+
+    def random(self) -> float:
+        """Return a float in [0, 1)."""
+
+    def randint(self, a: int, b: int, /) -> int:
+        """Return an integer from a to b, both included."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Tokens [begin, end) of one stored sequence."""
+
+    source: int
+    sequence: int
+    begin: int
+    end: int
+
+
+Row = tuple[Piece, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One micro-batch.
+
+    Attributes:
+        input_ids: `(B, T)` tokens, padded on the right.
+        position_ids: `(B, T)`, restarting at every piece of a packed row.
+        targets: `(B, T)`, the next token of each position.
+        loss_mask: `(B, T)`, True where predicting the next token counts.
+        sources: `(B, T)` number of the source, -1 on padding.
+    """
+
+    input_ids: NDArray[np.int64]
+    position_ids: NDArray[np.int64]
+    targets: NDArray[np.int64]
+    loss_mask: NDArray[np.bool_]
+    sources: NDArray[np.int16]
+
+
+def plan_window(
+    length: int, *, max_length: int, probability: float, generator: Draws, is_document: bool
+) -> tuple[int, int]:
+    """Return the span [begin, end) that is read of a sequence of `length` tokens.
+
+    A number is drawn for documents and short sequences as well, as in the original, so that its generator's state can
+    be followed draw by draw.
+    """
+    windowed = generator.random() < probability and not is_document
+    if length <= max_length:
+        return 0, length
+    begin = generator.randint(0, length - max_length) if windowed else 0
+    return begin, begin + max_length
+
+
+def loss_mask(kinds: NDArray[np.uint8], profile: Profile) -> NDArray[np.bool_]:
+    """Return `(T,)` True where predicting token t + 1 from token t counts, for a whole or cut sequence."""
+    return loss_masks(kinds, np.array([len(kinds)]), profile)
+
+
+def loss_masks(kinds: NDArray[np.uint8], lengths: NDArray[np.integer[Any]], profile: Profile) -> NDArray[np.bool_]:
+    """Return `(T,)` loss masks of sequences that lie one after another, `lengths` tokens each.
+
+    `published`: everything but the prompter's turns, hence BOS and the system message too. `answers`: an answer's text
+    and its end token only. A sequence's last position never counts, its next token being a stranger (but see
+    `document_end`).
+    """
+    documents = kinds >= Kind.DOCUMENT
+    if not profile.label_masking:
+        mask = np.ones(len(kinds), dtype=np.bool_)
+    elif profile.what_counts == "published":
+        mask = kinds != Kind.PROMPTER
+    else:
+        following = np.append(kinds[1:], np.uint8(Kind.PROMPTER))
+        mask = documents | ((kinds == Kind.ASSISTANT) & (following == Kind.ASSISTANT))
+    last = np.cumsum(lengths)[np.asarray(lengths) > 0] - 1
+    ends = {"masked": False, "eos": kinds[last] == Kind.DOCUMENT_END, "published": True}
+    mask[last] = documents[last] & ends[profile.document_end]
+    return mask
+
+
+def collate(
+    rows: Sequence[Row], shards: Shards, profile: Profile, *, pad_to_multiple_of: int | None = PAD_MULTIPLE
+) -> Batch:
+    """Return the batch of these rows, as wide as the longest of them (rounded up).
+
+    Targets are each padded row rolled left by one, as in the original: the target of a row's last token is padding, or
+    wraps to the row's first token when the row is full; the mask says which of them count.
+    """
+    longest = max(sum(piece.end - piece.begin for piece in row) for row in rows)
+    width = -(-longest // pad_to_multiple_of) * pad_to_multiple_of if pad_to_multiple_of else longest
+    shape = (len(rows), width)
+    batch = Batch(
+        input_ids=np.full(shape, shards.special["pad"], dtype=np.int64),
+        position_ids=np.zeros(shape, dtype=np.int64),
+        targets=np.empty(shape, dtype=np.int64),
+        loss_mask=np.zeros(shape, dtype=np.bool_),
+        sources=np.full(shape, -1, dtype=np.int16),
+    )
+    ends: list[tuple[int, int]] = []
+    for number, row in enumerate(rows):
+        at = 0
+        for piece in row:
+            tokens, kinds = shards.sources[piece.source].read(piece.sequence)
+            here = slice(at, at := at + piece.end - piece.begin)
+            cut = slice(piece.begin, piece.end)
+            batch.input_ids[number, here] = tokens[cut]
+            batch.position_ids[number, here] = np.arange(piece.end - piece.begin)
+            batch.loss_mask[number, here] = loss_mask(kinds[cut], profile)
+            batch.sources[number, here] = piece.source
+            if profile.document_end == "eos" and kinds[piece.end - 1] == Kind.DOCUMENT_END:
+                ends.append((number, at - 1))
+        batch.position_ids[number, at:] = np.arange(width - at) + (at if len(row) == 1 else 0)
+    batch.targets[:] = np.roll(batch.input_ids, -1, axis=1)
+    for place in ends:
+        batch.targets[place] = shards.special["eos"]
+    return batch
+
+
+@dataclass(frozen=True)
+class EpochPlan:
+    """The rows of one epoch, in the order they are read; equal on every rank.
+
+    Attributes:
+        order: `(N,)` indices into the sources' training parts laid one after another.
+        packed: The rows themselves where several sequences share one; None where each sequence is a row.
+    """
+
+    profile: Profile
+    shards: Shards
+    epoch: int
+    order: NDArray[np.int64]
+    packed: tuple[Row, ...] | None = None
+
+    @property
+    def rows(self) -> int:
+        """How many rows the epoch has."""
+        return len(self.order) if self.packed is None else len(self.packed)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps: the floor, as in the original; what is left over is not trained (the ledger says so)."""
+        return self.rows // self.profile.global_batch_size
+
+    @property
+    def digest(self) -> str:
+        """Compared across ranks before step 1."""
+        return digest_of([self.epoch, self.order.tolist(), None if self.packed is None else self.span(0, self.rows)])
+
+    def span(self, begin: int, end: int) -> str:
+        """Return a short digest of rows [begin, end): which sequences they hold, and which tokens of them."""
+        if self.packed is None:
+            return digest_of(self.order[begin:end].tolist())[:12]
+        pieces = [(p.source, p.sequence, p.begin, p.end) for row in self.packed[begin:end] for p in row]
+        return digest_of(pieces)[:12]
+
+    def row(self, index: int) -> Row:
+        """Return the row at a position of the epoch."""
+        if self.packed is not None:
+            return self.packed[index]
+        source, sequence = self.drawn(index)
+        part = self.shards.sources[source]
+        begin, end = plan_window(
+            int(part.lengths[sequence]),
+            max_length=self.profile.max_length,
+            probability=self.profile.random_offset_probability,
+            generator=window_generator(self.profile.rng_seed, self.epoch, part.name, sequence),
+            is_document=part.is_document,
+        )
+        return (Piece(source, sequence, begin, end),)
+
+    def drawn(self, index: int) -> tuple[int, int]:
+        """Return (source, sequence) at a position of the epoch's order."""
+        source, position = locate([len(part.train) for part in self.shards.sources], int(self.order[index]))
+        return source, int(self.shards.sources[source].train[position])
+
+    def drawn_all(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return `drawn` of every position at once: `(N,)` sources and `(N,)` sequences."""
+        begins = np.cumsum([0, *(len(part.train) for part in self.shards.sources)])
+        sources = np.searchsorted(begins, self.order, side="right") - 1
+        trained = np.concatenate([np.empty(0, np.int64), *(part.train for part in self.shards.sources)])
+        return sources.astype(np.int64), trained[self.order]
+
+
+def plan_epoch(shards: Shards, profile: Profile, *, epoch: int) -> EpochPlan:
+    """Return the plan of one epoch."""
+    options = dict(profile.mixture)
+    sizes = [len(source.train) for source in shards.sources]
+    counts = [
+        epoch_count(size, options[source.name], name=source.name)
+        for source, size in zip(shards.sources, sizes, strict=True)
+    ]
+    order = plan_order(sizes, counts, seed=profile.rng_seed, epoch=epoch)
+    plan = EpochPlan(profile, shards, epoch, np.asarray(order, dtype=np.int64))
+    return replace(plan, packed=_pack(plan)) if profile.layout == "packed" else plan
+
+
+def _pack(plan: EpochPlan) -> tuple[Row, ...]:
+    """Return an epoch's packed rows, shuffled: the packing puts long pieces first."""
+    pieces = [piece for index in range(len(plan.order)) for piece in _pieces(plan, *plan.drawn(index))]
+    rows = plan_packing([piece.end - piece.begin for piece in pieces], capacity=plan.profile.max_length)
+    generator = random.Random(f"{plan.profile.rng_seed}/packing/{plan.epoch}")  # noqa: S311 - sampling, not secrets
+    generator.shuffle(rows)
+    return tuple(tuple(pieces[index] for index in row) for row in rows)
+
+
+def _pieces(plan: EpochPlan, source: int, sequence: int) -> list[Piece]:
+    """Return what is read of a sequence: a document whole, in pieces; of an over-long conversation whole turns."""
+    part, capacity = plan.shards.sources[source], plan.profile.max_length
+    length = int(part.lengths[sequence])
+    if length <= capacity:
+        return [Piece(source, sequence, 0, length)]
+    if part.is_document:
+        return [Piece(source, sequence, *span) for span in split_document(length, capacity=capacity)]
+    generator = window_generator(plan.profile.rng_seed, plan.epoch, part.name, sequence)
+    windowed = generator.random() < plan.profile.random_offset_probability
+    draw = generator.random() if windowed else 0.0
+    borders = turn_borders(part.read(sequence)[1])
+    return [Piece(source, sequence, *window_at_turns(borders, length, capacity=capacity, draw=draw))]
+
+
+def join(rows: Sequence[Row]) -> Row:
+    """Return rows as one: a packed micro-batch is `(1, T)`, since flash kernels see borders in one row only."""
+    return tuple(piece for row in rows for piece in row)
+
+
+def validation_rows(shards: Shards, profile: Profile) -> list[tuple[str, list[Row]]]:
+    """Return every source's validation rows; over-long ones are cut on the right, never windowed."""
+    return [
+        (
+            source.name,
+            [
+                (Piece(number, int(sequence), 0, min(int(source.lengths[sequence]), profile.max_length)),)
+                for sequence in source.validation
+            ],
+        )
+        for number, source in enumerate(shards.sources)
+    ]
+
+
+def window_generator(seed: int, epoch: int, source: str, sequence: int) -> random.Random:
+    """Return the generator of one sequence's window in one epoch, whoever asks and in whatever order."""
+    return random.Random(f"{seed}/window/{epoch}/{source}/{sequence}")  # noqa: S311 - sampling, not secrets
+
+
+def locate(sizes: Sequence[int], index: int) -> tuple[int, int]:
+    """Return (source, position) of an index into parts laid one after another.
+
+    >>> locate([3, 5], 4)
+    (1, 1)
+    """
+    for source, size in enumerate(sizes):
+        if index < size:
+            return source, index
+        index -= size
+    raise IndexError(f"index lies {index} behind the last of {sum(sizes)} sequences")

@@ -1,0 +1,146 @@
+"""Raw records on the table between fetch, base and prepare: parquet parts per source, records numbered in order.
+
+raw/manifest.json                   written last; `sources` holds each source's kind, identity and counts
+raw/<source>/part-00000.parquet     conversations: index int64, system string, turns list<string>
+                                    documents: index int64, text string
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from ropeway.models.chat_template import Conversation
+
+RecordKind = Literal["conversation", "document"]
+Record = Conversation | str
+
+PART_CHARACTERS = 1 << 28  # about 256 MB of text a part, so that 100 GB of text are some hundred files
+_GROUP_CHARACTERS = 1 << 20  # a reader holds one row group: some 1 MB of text, the least that a worker can be given
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One row group of one part.
+
+    Attributes:
+        part: Name of the parquet file.
+        number: Of the group in it.
+        records: How many it holds.
+        text_bytes: Its size before compression.
+    """
+
+    part: str
+    number: int
+    records: int
+    text_bytes: int
+
+
+class RawWriter:
+    """Writes one source's records as parquet; equal records give equal bytes, however they arrive."""
+
+    def __init__(self, folder: Path, kind: RecordKind) -> None:
+        """Make the folder; `kind` decides the columns."""
+        import pyarrow as pa
+
+        columns = [("index", pa.int64())]
+        columns += (
+            [("text", pa.string())]
+            if kind == "document"
+            else [("system", pa.string()), ("turns", pa.list_(pa.string()))]
+        )
+        self._schema = pa.schema(columns)
+        self._folder = folder
+        self._rows: list[dict[str, Any]] = []
+        self._waiting_characters = self._part_characters = 0
+        self._part: Any = None
+        self._stack = ExitStack()
+        self.records = 0
+        self.parts: dict[str, int] = {}
+        folder.mkdir(parents=True)
+
+    def __enter__(self) -> Self:
+        """Return the writer."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Write what waits (an empty source is one empty part) and close."""
+        if exception[0] is None:
+            self._flush()
+        self._stack.close()
+
+    def add(self, record: Record) -> None:
+        """Append one record."""
+        row: dict[str, Any] = {"index": self.records}
+        if isinstance(record, Conversation):
+            row |= {"system": record.system, "turns": list(record.turns)}
+        else:
+            row |= {"text": record}
+        self._rows.append(row)
+        self.records += 1
+        self._waiting_characters += sum(map(len, iterate_texts(record)))
+        if self._waiting_characters >= _GROUP_CHARACTERS:
+            self._flush()
+
+    def _flush(self) -> None:
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        if self._part is None or self._part_characters >= PART_CHARACTERS:
+            self._stack.close()
+            name = f"part-{len(self.parts):05d}.parquet"
+            self.parts[name] = self._part_characters = 0
+            # Texts hardly repeat; without a dictionary a group's size in the metadata is that of its text.
+            path = self._folder / name
+            self._part = parquet.ParquetWriter(path, self._schema, compression="zstd", use_dictionary=False)
+            self._stack.callback(self._part.close)
+        if self._rows:
+            self._part.write_table(pa.Table.from_pylist(self._rows, schema=self._schema))
+            self.parts[max(self.parts)] += len(self._rows)
+        self._part_characters += self._waiting_characters
+        self._rows, self._waiting_characters = [], 0
+
+
+def list_groups(folder: Path) -> list[Group]:
+    """Return one source's row groups in order, from the files' metadata alone."""
+    from pyarrow import parquet
+
+    groups = []
+    for path in sorted(folder.glob("part-*.parquet")):
+        metadata = parquet.read_metadata(path)
+        for number in range(metadata.num_row_groups):
+            group = metadata.row_group(number)
+            groups.append(Group(path.name, number, group.num_rows, group.total_byte_size))
+    return groups
+
+
+def iterate_groups(folder: Path, groups: Iterable[Group]) -> Iterator[Record]:
+    """Yield the records of these row groups in order, holding one group at a time."""
+    from pyarrow import parquet
+
+    for part, members in groupby(groups, key=lambda group: group.part):
+        with parquet.ParquetFile(folder / part) as file:
+            for group in members:
+                yield from _records(file.read_row_group(group.number))
+
+
+def iterate_records(folder: Path) -> Iterator[Record]:
+    """Yield one source's records in order, holding one row group at a time."""
+    return iterate_groups(folder, list_groups(folder))
+
+
+def _records(table: Any) -> Iterator[Record]:  # noqa: ANN401 - pyarrow has no types
+    """Yield a table's records, column by column: rows as dictionaries would take most of the time."""
+    if "text" in table.column_names:
+        yield from table.column("text").to_pylist()
+    else:
+        columns = (table.column(name).to_pylist() for name in ("turns", "system"))
+        for turns, system in zip(*columns, strict=True):
+            yield Conversation(tuple(turns), system)
+
+
+def iterate_texts(record: Record) -> Iterable[str]:
+    """Return a record's texts: a document's own, or a conversation's system message and turns."""
+    return (record.system, *record.turns) if isinstance(record, Conversation) else (record,)

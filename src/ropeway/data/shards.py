@@ -1,0 +1,142 @@
+"""Token shards: every sequence of every source, whole, once; windows and packing are plans over their lengths.
+
+data/manifest.json                    written last; see `ropeway.runtime.manifest`
+data/<source>/tokens-00000.npy        uint16 or uint32, sequences one after another
+data/<source>/kinds-00000.npy         uint8 per token: who said it (`Kind`)
+data/<source>/lengths.npy             int32 per sequence, over all shards
+data/<source>/train.npy               int64 sequence numbers of the training part, in the order the sampler counts
+data/<source>/validation.npy          likewise; a sequence in neither is unused or removed
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ropeway.runtime.manifest import digest_of, load_manifest
+
+FORMAT = 1
+REMEDY = "Run `dvc checkout`, or `dvc repro prepare` to make it again"
+
+
+class Kind(IntEnum):
+    """Who said a token; the loss mask is a function of it."""
+
+    BEFORE = 0  # BOS and the system message
+    PROMPTER = 1
+    ASSISTANT = 2
+    DOCUMENT = 3
+    DOCUMENT_END = 4  # the last token of a document's last chunk
+
+
+@dataclass(frozen=True)
+class SourceShards:
+    """One source's sequences, memory-mapped.
+
+    Attributes:
+        name: As in params.
+        kind: `conversation` or `document`.
+        lengths: `(N,)` tokens of each sequence.
+        train: `(n,)` sequence numbers of the training part.
+        validation: `(v,)` sequence numbers of the validation part.
+    """
+
+    name: str
+    kind: str
+    folder: Path
+    shard_sequences: tuple[int, ...]
+    lengths: NDArray[np.int32]
+    train: NDArray[np.int64]
+    validation: NDArray[np.int64]
+    _open: dict[int, tuple[NDArray[Any], NDArray[np.uint8]]] = field(default_factory=dict)
+
+    @property
+    def is_document(self) -> bool:
+        """True for plain text, False for conversations."""
+        return self.kind == "document"
+
+    @cached_property
+    def _firsts(self) -> NDArray[np.int64]:
+        return np.concatenate(([0], np.cumsum(self.shard_sequences, dtype=np.int64)))
+
+    @cached_property
+    def _begins(self) -> NDArray[np.int64]:
+        return np.concatenate(([0], np.cumsum(self.lengths, dtype=np.int64)))
+
+    def read(self, sequence: int) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+        """Return (tokens, kinds) of one whole sequence, `(T,)` each."""
+        shard = int(np.searchsorted(self._firsts, sequence, side="right")) - 1
+        if shard not in self._open:
+            paths = (self.folder / f"{part}-{shard:05d}.npy" for part in ("tokens", "kinds"))
+            tokens, kinds = (np.load(path, mmap_mode="r", allow_pickle=False) for path in paths)
+            self._open[shard] = (tokens, kinds)
+        tokens, kinds = self._open[shard]
+        base = self._begins[self._firsts[shard]]
+        span = slice(int(self._begins[sequence] - base), int(self._begins[sequence + 1] - base))
+        return tokens[span].astype(np.int64), np.asarray(kinds[span])
+
+    def iterate_kinds(self) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int32]]]:
+        """Yield each shard's `(T,)` kinds and its sequences' lengths; a shard is let go when the next is asked for."""
+        for shard, (first, end) in enumerate(pairwise(self._firsts)):
+            kinds = np.load(self.folder / f"kinds-{shard:05d}.npy", mmap_mode="r", allow_pickle=False)
+            yield np.asarray(kinds), self.lengths[first:end]
+
+
+@dataclass(frozen=True)
+class Shards:
+    """All sources of a run, in the order of params."""
+
+    sources: tuple[SourceShards, ...]
+    manifest: Mapping[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """The data's identity: part of the training fingerprint."""
+        return digest_of(self.manifest)
+
+    @property
+    def special(self) -> Mapping[str, int]:
+        """Ids the collator needs: `bos`, `eos`, `pad`."""
+        special: Mapping[str, int] = self.manifest["special"]
+        return special
+
+
+def open_shards(folder: Path, *, verify: bool = True) -> Shards:
+    """Open a data folder, its manifest checked.
+
+    Raises:
+        DataError: It is unfinished, or a file is not what the manifest says.
+    """
+    manifest = load_manifest(folder, remedy=REMEDY, verify=verify)
+    return Shards(tuple(_open_source(folder, facts) for facts in manifest["sources"]), manifest)
+
+
+def _open_source(folder: Path, facts: Mapping[str, Any]) -> SourceShards:
+    here = folder / facts["name"]
+    lengths, train, validation = (
+        np.load(here / f"{part}.npy", allow_pickle=False) for part in ("lengths", "train", "validation")
+    )
+    return SourceShards(facts["name"], facts["kind"], here, tuple(facts["shard_sequences"]), lengths, train, validation)
+
+
+def token_dtype(vocab_size: int) -> type[np.uint16 | np.uint32]:
+    """Return the narrowest type that holds every id."""
+    return np.uint16 if vocab_size <= 1 << 16 else np.uint32
+
+
+def write_shard(
+    folder: Path, number: int, sequences: Iterable[tuple[NDArray[Any], NDArray[np.uint8]]], *, vocab_size: int
+) -> tuple[int, ...]:
+    """Write one shard's tokens and kinds; return the lengths of its sequences."""
+    pairs = list(sequences)
+    tokens = np.concatenate([pair[0] for pair in pairs] or [np.empty(0)]).astype(token_dtype(vocab_size))
+    kinds = np.concatenate([pair[1] for pair in pairs] or [np.empty(0, dtype=np.uint8)]).astype(np.uint8)
+    np.save(folder / f"tokens-{number:05d}.npy", tokens, allow_pickle=False)
+    np.save(folder / f"kinds-{number:05d}.npy", kinds, allow_pickle=False)
+    return tuple(len(pair[0]) for pair in pairs)

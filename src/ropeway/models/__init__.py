@@ -1,0 +1,1 @@
+"""The model and its tokenizer: RoPE scaling, chat template, attention, LoRA."""

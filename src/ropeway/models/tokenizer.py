@@ -1,0 +1,206 @@
+"""The tokenizer folder as this package uses it: `tokenizer.json` run as it is, by the tokenizers library.
+
+No class of transformers stands between: its `LlamaTokenizer` (5.24) rebuilds the pipeline and gives other ids for 246
+of 875 test texts; `PreTrainedTokenizerFast` gives the same ids as here. Opening takes milliseconds, not seconds.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from ropeway.models.chat_template import JINJA, ROLE_TOKENS
+from ropeway.runtime.errors import ConfigError
+from ropeway.runtime.manifest import write_json
+
+BLANK = "▁"  # SentencePiece's sign for a blank
+LLAMA_SPECIAL = {"unk": "<unk>", "bos": "<s>", "eos": "</s>"}  # ids 0, 1, 2, as in Llama 2's tokenizer
+_CHARACTER_COVERAGE = 0.9995  # of the text; rarer characters are spelt in bytes. Source: SentencePiece's default
+_CONFIG_KEYS = {"unk": "unk_token", "bos": "bos_token", "eos": "eos_token", "pad": "pad_token"}
+
+
+def open_tokenizer(folder: Path) -> Tokenizer:
+    """Return the tokenizer of a folder, never cutting and never padding.
+
+    Raises:
+        ConfigError: The folder has no readable `tokenizer.json`.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise ConfigError(
+            f"{path}: not found; only fast tokenizers are run here. Convert the model's own with transformers "
+            "(AutoTokenizer.from_pretrained(…).save_pretrained(…)) and put its tokenizer.json there"
+        )
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # noqa: BLE001 - the Rust side raises bare Exception
+        raise ConfigError(f"{path}: the tokenizers library cannot read it: {error}") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def read_special_names(folder: Path) -> dict[str, str]:
+    """Return {unk, bos, eos, pad: the token's text}, as far as the folder's tokenizer_config.json names them.
+
+    Raises:
+        ConfigError: There is no such JSON file.
+    """
+    path = folder / "tokenizer_config.json"
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError) as error:
+        raise ConfigError(f"{path}: expected the tokenizer's JSON config, found: {error}") from None
+    named = {short: config.get(key) for short, key in _CONFIG_KEYS.items()}
+    return {short: text["content"] if isinstance(text, dict) else text for short, text in named.items() if text}
+
+
+def read_special(folder: Path, tokenizer: Tokenizer) -> dict[str, int]:
+    """Return the ids of `bos`, `eos`, `pad` and of every role token by its text: never assumed, always read.
+
+    Raises:
+        ConfigError: A token is not in the vocabulary.
+    """
+    names = {short: text for short, text in read_special_names(folder).items() if short != "unk"}
+    ids = {short: tokenizer.token_to_id(text) for short, text in (names | {t: t for t in ROLE_TOKENS}).items()}
+    if missing := [name for name in ("bos", "eos", "pad", *ROLE_TOKENS) if ids.get(name) is None]:
+        raise ConfigError(f"{folder}: its tokenizer has no {', '.join(missing)}; `dvc repro base` adds them")
+    return {short: number for short, number in ids.items() if number is not None}
+
+
+def token_text(tokenizer: Tokenizer, number: int) -> str:
+    """Return the text of a token id.
+
+    Raises:
+        ConfigError: The vocabulary has no such id.
+    """
+    text = tokenizer.id_to_token(number)
+    if text is None:
+        raise ConfigError(f"token id {number} is not in the tokenizer's {tokenizer.get_vocab_size():,} tokens")
+    return text
+
+
+def count_tokens(tokenizer: Tokenizer) -> int:
+    """Return how many rows the tokenizer's ids need: the highest id plus one."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
+    """Return a tokenizer of Llama's type trained on texts: byte-fallback BPE, `<s>` in front, no end.
+
+    Equal texts in equal order give an equal tokenizer.
+
+    Raises:
+        ConfigError: The texts do not yield `vocab_size` tokens.
+    """
+    texts = list(texts)
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    alphabet = _alphabet(texts)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[*LLAMA_SPECIAL.values(), *bytes_],
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),  # exactly these: by count alone, ties would fall as a hash map lies
+        show_progress=False,
+    )
+    taught = Tokenizer(models.BPE(unk_token=LLAMA_SPECIAL["unk"], byte_fallback=True, fuse_unk=True))
+    taught.normalizer = _normalizer()
+    # Words only while learning: merges stay inside a word, and equal words are counted once.
+    taught.pre_tokenizer = pre_tokenizers.Split(Regex(f"{BLANK}*[^{BLANK}\n]+|{BLANK}+|\n+"), behavior="isolated")
+    taught.train_from_iterator(texts, trainer)
+    learned = json.loads(taught.to_str())["model"]
+    if (found := len(learned["vocab"])) != vocab_size:
+        raise ConfigError(
+            f"expected_model.vocab_size: asked for {vocab_size:,} tokens, the sources' {sum(map(len, texts)):,} "
+            f"characters yield {found:,}; lower it or add text"
+        )
+    merges = [tuple(pair) for pair in learned["merges"]]
+    return llama_tokenizer(learned["vocab"], merges)
+
+
+def prepare_tokenizer(tokenizer: Tokenizer, names: dict[str, str]) -> None:
+    """Add the role tokens that are missing, in fixed order, and have `<s>` put in front of every text.
+
+    A tokenizer that puts no BOS in front (GPT-2's type) gets it: training, template and evaluation all count on it.
+
+    Raises:
+        ConfigError: The tokenizer names no BOS or no end token.
+    """
+    bos, _ = (_require(tokenizer, names, name) for name in ("bos", "eos"))
+    tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in ROLE_TOKENS])
+    if tokenizer.encode("a").ids[:1] != [bos]:
+        tokenizer.post_processor = _bos_in_front(names["bos"], bos)
+
+
+def write_tokenizer(folder: Path, tokenizer: Tokenizer, names: dict[str, str], *, max_length: int) -> None:
+    """Write the folder that `PreTrainedTokenizerFast` and `AutoTokenizer` open with the same ids as `open_tokenizer`.
+
+    Padding is `eos`, on the right, as in the original; the template stands in both places where readers look.
+    """
+    tokenizer.save(str(folder / "tokenizer.json"))
+    named = {_CONFIG_KEYS[short]: text for short, text in (names | {"pad": names["eos"]}).items()}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **named,
+        "additional_special_tokens": list(ROLE_TOKENS),
+        "chat_template": JINJA,
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "model_max_length": max_length,
+        "padding_side": "right",
+        "truncation_side": "right",
+    }
+    write_json(folder / "tokenizer_config.json", config)
+    write_json(
+        folder / "special_tokens_map.json", {**named, "additional_special_tokens": config["additional_special_tokens"]}
+    )
+    (folder / "chat_template.jinja").write_text(JINJA, encoding="utf-8")
+
+
+def _require(tokenizer: Tokenizer, names: dict[str, str], name: str) -> int:
+    number = tokenizer.token_to_id(names.get(name, ""))
+    if number is None:
+        raise ConfigError(
+            f"the base model's tokenizer has no {name}_token in its vocabulary (tokenizer_config.json names "
+            f"{names.get(name)!r}); conversations need one in front and at the end of turns: name it there"
+        )
+    return int(number)
+
+
+def _alphabet(texts: list[str]) -> list[str]:
+    """Return the characters that make up nearly all of the text, sorted."""
+    counts = Counter(BLANK)
+    for text in texts:
+        counts.update(text.replace(" ", BLANK))
+    enough = _CHARACTER_COVERAGE * counts.total()
+    kept: list[str] = []
+    for character, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+        if enough <= 0:
+            break
+        kept.append(character)
+        enough -= count
+    return sorted(kept)
+
+
+def _normalizer() -> normalizers.Normalizer:
+    return normalizers.Sequence([normalizers.Prepend(BLANK), normalizers.Replace(" ", BLANK)])
+
+
+def _bos_in_front(bos: str, number: int) -> processors.PostProcessor:
+    return processors.TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, number)])
+
+
+def llama_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
+    """Return Llama 2's pipeline around this vocabulary. Source: its tokenizer.json, legacy SentencePiece behaviour."""
+    model = models.BPE(vocab, merges, unk_token=LLAMA_SPECIAL["unk"], byte_fallback=True, fuse_unk=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = _normalizer()
+    tokenizer.post_processor = _bos_in_front(LLAMA_SPECIAL["bos"], 1)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(BLANK, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in LLAMA_SPECIAL.values()])
+    return tokenizer

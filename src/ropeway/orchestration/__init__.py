@@ -1,0 +1,1 @@
+"""When and where stages run, and what follows them: DVC, Prefect, publishing, review, clean-up."""

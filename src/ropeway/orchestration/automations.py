@@ -1,0 +1,143 @@
+"""What the server of a workspace watches for: hosts that died, and runs somebody should hear of.
+
+Spoken to over plain HTTP, so that `ropeway server` need not import Prefect. Source of shapes: prefect 3.9.1.
+"""
+
+import base64
+import json
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from ropeway.runtime.errors import ConfigError, TemporaryError
+
+CRASHED, ALERT = "ropeway: crashed hosts", "ropeway: alert"
+_BLOCK = "ropeway-alert"
+_SILENT_SECONDS = 90  # three heartbeats
+# Suspended: a question waits for days and beats no heart; without it every review is called crashed (tried).
+# Prefect names a run's event after the state's name and not its type, so those our flows end with stand here too.
+# Without them the automation fires in vain: Prefect does not let a run that has ended crash (tried).
+_ENDS = ("Completed", "Failed", "Cancelled", "Crashed", "Suspended", "Published", "Unchanged", "Rejected", "Promoted")
+_ALERTED = ("Failed", "Crashed", "TimedOut", "Rejected", "Suspended")  # a suspended run waits for somebody
+# Jinja of the server's own: `~` joins, `tojson` quotes.
+_WORDS = "(flow.name ~ ' ' ~ flow_run.name ~ ': ' ~ flow_run.state.name ~ ' ' ~ (flow_run.state.message or ''))"
+_Json = dict[str, Any]
+
+
+def apply_automations(url: str) -> list[str]:
+    """Create or renew the automations; return what is watched, in words. One switched off in the UI stays off.
+
+    Raises:
+        ConfigError: ROPEWAY_ALERT_URL is no address of the web.
+        TemporaryError: The server refused.
+    """
+    hook = os.environ.get("ROPEWAY_ALERT_URL")
+    if hook and (urlsplit(hook).scheme not in ("http", "https") or not urlsplit(hook).hostname):
+        raise ConfigError("ROPEWAY_ALERT_URL: expected https://… to which an alert is posted as JSON")
+    wanted = [plan_crashed(silent_seconds=_SILENT_SECONDS)]
+    watched = [f"a run whose host is silent for {_SILENT_SECONDS} s is marked crashed"]
+    if hook:
+        wanted.append(plan_alert(_save_hook(url, hook)))
+        watched.append(f"runs that become {', '.join(_ALERTED)} are posted to {urlsplit(hook).hostname}")
+    there = {found["name"]: found for found in find_automations(url)}
+    for automation in wanted:
+        old = there.get(automation["name"])
+        if old:
+            _ask(url, "PUT", f"/automations/{old['id']}", {**automation, "enabled": old["enabled"]})
+        else:
+            _ask(url, "POST", "/automations/", automation)
+    if not hook and ALERT in there:
+        _ask(url, "DELETE", f"/automations/{there[ALERT]['id']}")
+    return watched
+
+
+def plan_crashed(*, silent_seconds: int) -> _Json:
+    """Return the automation that marks runs as crashed whose heartbeat stopped before they ended."""
+    beat = "prefect.flow-run.heartbeat"
+    return {
+        "name": CRASHED,
+        "description": "No heartbeat any more: the host died, or lost its network.",
+        "trigger": {
+            "type": "event",
+            "posture": "Proactive",
+            "match": {"prefect.resource.id": "prefect.flow-run.*"},
+            "after": [beat],
+            "expect": [beat, *(f"prefect.flow-run.{name}" for name in _ENDS)],
+            "for_each": ["prefect.resource.id"],
+            "threshold": 1,
+            "within": silent_seconds,
+        },
+        "actions": [
+            {
+                "type": "change-flow-run-state",
+                "state": "CRASHED",
+                "name": "Crashed",
+                "message": f"no heartbeat for {silent_seconds} s: its host is gone. Start it again, it resumes",
+            }
+        ],
+    }
+
+
+def plan_alert(block_id: str) -> _Json:
+    """Return the automation that posts `{"text": …}` to the hook when a run ends badly."""
+    return {
+        "name": ALERT,
+        "description": "Posts to ROPEWAY_ALERT_URL.",
+        "trigger": {
+            "type": "event",
+            "posture": "Reactive",
+            "match": {"prefect.resource.id": "prefect.flow-run.*"},
+            "expect": [f"prefect.flow-run.{name}" for name in _ALERTED],
+            "for_each": ["prefect.resource.id"],
+            "threshold": 1,
+            "within": 0,
+        },
+        "actions": [
+            {
+                "type": "call-webhook",
+                "block_document_id": block_id,
+                "payload": '{"text": {{ ' + _WORDS + '|tojson }}, "page": {{ flow_run|ui_url|tojson }}}',
+            }
+        ],
+    }
+
+
+def find_automations(url: str) -> list[_Json]:
+    """Return ours, as the server has them."""
+    chosen = {"automations": {"name": {"any_": [CRASHED, ALERT]}}}
+    found: list[_Json] = _ask(url, "POST", "/automations/filter", chosen)
+    return found
+
+
+def _save_hook(url: str, hook: str) -> str:
+    """Keep the address in a webhook block of the server's, encrypted; return the block's id."""
+    kind = _ask(url, "GET", "/block_types/slug/webhook")
+    schemas = _ask(url, "POST", "/block_schemas/filter", {"block_schemas": {"block_type_id": {"any_": [kind["id"]]}}})
+    data = {"method": "POST", "url": hook}
+    for found in _ask(url, "POST", "/block_documents/filter", {"block_documents": {"name": {"any_": [_BLOCK]}}}):
+        if found["block_type_id"] == kind["id"]:
+            _ask(url, "PATCH", f"/block_documents/{found['id']}", {"data": data})
+            return str(found["id"])
+    block = {"name": _BLOCK, "data": data, "block_type_id": kind["id"], "block_schema_id": schemas[0]["id"]}
+    return str(_ask(url, "POST", "/block_documents/", block)["id"])
+
+
+def _ask(url: str, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:  # noqa: ANN401 - JSON
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(f"{url}{path}", data, {"Content-Type": "application/json"}, method=method)  # noqa: S310 - ours
+    if who := os.environ.get("PREFECT_API_AUTH_STRING") or os.environ.get("PREFECT_SERVER_API_AUTH_STRING"):
+        request.add_header("Authorization", f"Basic {base64.b64encode(who.encode()).decode()}")
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(request, timeout=30) as answer:
+            text = answer.read()
+    except urllib.error.HTTPError as error:
+        raise TemporaryError(
+            f"the Prefect server refused {method} {path}: {error.code} {error.read()[:300]!r}"
+        ) from None
+    except OSError as error:
+        raise TemporaryError(f"the Prefect server at {url} does not answer ({error})") from None
+    return json.loads(text) if text else None

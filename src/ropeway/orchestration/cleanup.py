@@ -1,0 +1,253 @@
+"""What a workspace has gathered on disk, and `ropeway clean`: a plan of what nothing needs any more, then its removal.
+
+Kept are: every output that the present dvc.lock names; of each stage of each profile the newest results that DVC's
+run-cache knows; the data of every version in the registry, which `ropeway reproduce` restores by digest; checkpoints,
+which have a rule of their own (ROPEWAY_KEEP_RUNS); W&B runs that were not synced. A cache outside the workspace, which
+others may share, is not touched, nor is a DVC remote.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ropeway.config.params import load_profiles
+from ropeway.orchestration import dvc_graph as graph
+from ropeway.registry.layout import list_models
+from ropeway.registry.reading import read_version_file
+from ropeway.registry.tables import describe_version, describe_versions
+from ropeway.runtime.errors import ConfigError, TemporaryError
+from ropeway.runtime.lock import workspace_lock
+from ropeway.runtime.workspace import Workspace
+from ropeway.storage import Store, open_store
+
+_FETCH = "fetch"  # the stage whose output is a version's data
+_MIB = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A part of a workspace and what it holds.
+
+    Attributes:
+        name: What it is.
+        path: Where.
+        bytes: Of all its files.
+        rule: What keeps it small.
+    """
+
+    name: str
+    path: Path
+    bytes: int
+    rule: str
+
+
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """Something that nothing needs any more.
+
+    Attributes:
+        kind: E.g. `DVC cache`.
+        path: Where.
+        bytes: Of all its files.
+        why: Why it may go.
+    """
+
+    kind: str
+    path: Path
+    bytes: int
+    why: str
+
+
+def measure(root: Path) -> list[Place]:
+    """Return what a workspace's parts take, those that are there, largest first."""
+    workspace = Workspace(root.resolve(), "")
+    parts = (
+        ("runs", workspace.root / "runs", "the present results; `dvc checkout` brings them back from the cache"),
+        ("DVC cache", workspace.root / ".dvc" / "cache", "`ropeway clean`"),
+        ("checkpoints", workspace.checkpoints, "ROPEWAY_KEEP_RUNS runs of each profile stay, 3 by default"),
+        ("registry", workspace.root / "registry", "`ropeway registry gc`"),
+        ("W&B runs", workspace.work / "wandb", "`wandb sync` sends them, `ropeway clean` removes what was sent"),
+        ("work files", workspace.work, "`ropeway clean`"),
+        ("Prefect database", workspace.root / ".prefect", "delete it while no server runs: the runs' pages go with it"),
+    )
+    places = [Place(name, path, count_bytes(path), rule) for name, path, rule in parts if path.exists()]
+    places = [_without_wandb(place, places) for place in places]
+    return sorted(places, key=lambda place: -place.bytes)
+
+
+def _without_wandb(place: Place, places: list[Place]) -> Place:
+    inner = next((other.bytes for other in places if other.name == "W&B runs"), 0)
+    return Place(place.name, place.path, place.bytes - inner, place.rule) if place.name == "work files" else place
+
+
+def say_sizes(root: Path) -> str:
+    """Return a workspace's parts in one line, those below a MiB left out."""
+    parts = [f"{place.name} {say_bytes(place.bytes)}" for place in measure(root) if place.bytes >= _MIB]
+    return ", ".join(parts) or "less than 1 MiB"
+
+
+def say_bytes(count: int) -> str:
+    """Return a number of bytes as a person reads it.
+
+    >>> say_bytes(3 << 20), say_bytes(5_500_000_000)
+    ('3.0 MiB', '5.1 GiB')
+    """
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / _MIB:,.1f} MiB"
+
+
+def count_bytes(path: Path) -> int:
+    """Return the bytes of all files below a path, links not followed."""
+    if path.is_file():
+        return path.stat().st_size
+    total = 0
+    for each in path.rglob("*"):
+        with suppress(OSError):  # another process removed it
+            total += each.lstat().st_size if each.is_file() or each.is_symlink() else 0
+    return total
+
+
+def plan_clean(root: Path, *, keep: int, unsynced: bool) -> list[Removal]:
+    """Return what nothing needs any more. Nothing is removed.
+
+    Args:
+        root: The workspace.
+        keep: How many results of each stage and profile stay in DVC's cache, beside those that are needed.
+        unsynced: W&B runs may go that were not sent to W&B.
+
+    Raises:
+        ConfigError: The registry or the DVC workspace cannot be used, so what is needed cannot be known.
+        DataError, RegistryError, TemporaryError: As in reading the registry: likewise.
+    """
+    root = root.resolve()
+    workspace = Workspace(root, "")
+    return [
+        *plan_cache(root, open_store(workspace.registry_url), keep=keep),
+        *plan_wandb(workspace.work / "wandb", unsynced=unsynced),
+        *plan_work(workspace, set(load_profiles(root / "params.yaml")[1])),
+    ]
+
+
+def plan_cache(root: Path, store: Store, *, keep: int) -> Iterator[Removal]:
+    """Yield objects of DVC's cache that nothing needs, and run-cache entries whose result would be gone with them."""
+    cache = graph.cache_folder(root)
+    if not cache.is_relative_to(root):  # shared, perhaps: others' outputs are not known here
+        return
+    objects, runs = cache / "files" / "md5", cache / "runs"
+    results = sorted(_read_results(runs), key=lambda result: -result.path.stat().st_mtime_ns)
+    needed = set(_outs(_read_lock(root))) | set(_data_of_versions(store))
+    seen: dict[tuple[str, ...], int] = {}
+    kept = []
+    for result in results:
+        place = tuple(sorted(out["path"] for out in result.outs))
+        seen[place] = seen.get(place, 0) + 1
+        if seen[place] <= keep or {str(out.get("md5")) for out in result.outs} <= needed:
+            kept.append(result)
+    needed |= {str(out["md5"]) for result in kept for out in result.outs if out.get("md5")}
+    needed |= {member for name in needed if name.endswith(".dir") for member in _members(objects, name)}
+    for result in results:
+        if result not in kept:
+            yield Removal("DVC run-cache", result.path, count_bytes(result.path), "a result that is not kept")
+    for path in sorted(objects.glob("??/*")) if objects.is_dir() else ():
+        if path.parent.name + path.name not in needed:
+            yield Removal("DVC cache", path, count_bytes(path), "no present result and no version's data")
+
+
+@dataclass(frozen=True, slots=True)
+class _Result:
+    path: Path
+    outs: list[dict[str, Any]]
+
+
+def _read_results(runs: Path) -> Iterator[_Result]:
+    for path in sorted(runs.glob("??/*/*")) if runs.is_dir() else ():
+        with suppress(ConfigError, OSError):  # a damaged entry is DVC's to pass over
+            yield _Result(path, list(graph.parse_lock(path.read_bytes()).get("outs", [])))
+
+
+def _read_lock(root: Path) -> Mapping[str, Any]:
+    try:
+        return graph.parse_lock((root / "dvc.lock").read_bytes())
+    except FileNotFoundError:
+        return {}
+
+
+def _outs(lock: Mapping[str, Any], *, of: str | None = None) -> Iterator[str]:
+    for name, stage in lock.get("stages", {}).items():
+        if of in (None, name):
+            yield from (str(out["md5"]) for out in stage.get("outs", []) if out.get("md5"))
+
+
+def _data_of_versions(store: Store) -> Iterator[str]:
+    """Yield the digests of every version's data, withdrawn ones too, as its dvc.lock names them."""
+    for name in list_models(store):
+        for known in describe_versions(store, name):
+            version = describe_version(store, f"{name}@{known['digest']}")
+            lock = read_version_file(store, version, "dvc.lock")
+            if lock is not None:
+                yield from _outs(graph.parse_lock(lock), of=_FETCH)
+
+
+def _members(objects: Path, name: str) -> Iterator[str]:
+    """Yield the files of a folder that DVC keeps; none where its listing is not in this cache."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        yield from (str(one["md5"]) for one in json.loads((objects / name[:2] / name[2:]).read_bytes()))
+
+
+def plan_wandb(folder: Path, *, unsynced: bool) -> Iterator[Removal]:
+    """Yield the offline runs that were sent to W&B, which leaves `<run>.wandb.synced` in them; with `unsynced`, all."""
+    for path in sorted(folder.glob("*run-*")) if folder.is_dir() else ():
+        if path.is_symlink() or not path.is_dir():
+            continue
+        if any(path.glob("*.synced")):
+            yield Removal("W&B run", path, count_bytes(path), "was sent to W&B")
+        elif unsynced:
+            yield Removal("W&B run", path, count_bytes(path), "not sent to W&B; --unsynced")
+
+
+def plan_work(workspace: Workspace, profiles: set[str]) -> Iterator[Removal]:
+    """Yield what earlier commands left in `.work`: clones of `ropeway reproduce`, units of profiles that are gone."""
+    for path in sorted((workspace.work / "reproduce").glob("*")):
+        yield Removal("reproduced run", path, count_bytes(path), "`ropeway reproduce` makes it again")
+    for path in sorted(workspace.work.glob("prepare-*")):
+        if path.is_dir() and path.name.removeprefix("prepare-").rpartition("-")[0] not in profiles:
+            yield Removal("prepared units", path, count_bytes(path), "of a profile that params.yaml does not have")
+
+
+def clean(root: Path, *, keep: int, unsynced: bool) -> list[Removal]:
+    """Remove what `plan_clean` finds while no run and no dvc is at work; return it.
+
+    Raises:
+        TemporaryError: A run holds the workspace, or a file could not be removed: the same command goes on.
+        ConfigError, DataError, RegistryError: As in `plan_clean`.
+    """
+    with workspace_lock(root, command="ropeway clean"), graph.exclusive(root):
+        removals = plan_clean(root, keep=keep, unsynced=unsynced)
+        for removal in removals:
+            try:
+                if removal.path.is_dir():
+                    shutil.rmtree(removal.path)
+                else:
+                    removal.path.unlink(missing_ok=True)
+            except OSError as error:
+                raise TemporaryError(f"{removal.path}: cannot be removed ({error.strerror})") from None
+    return removals
+
+
+def draw(removals: list[Removal], *, removed: bool) -> str:
+    """Return a plan for a terminal: a line for each kind and reason, then what it comes to."""
+    groups: dict[tuple[str, str], list[Removal]] = {}
+    for removal in removals:
+        groups.setdefault((removal.kind, removal.why), []).append(removal)
+    lines = [
+        f"  {kind:<16}{len(some):>8,} {say_bytes(sum(one.bytes for one in some)):>12}  {why}"
+        for (kind, why), some in groups.items()
+    ]
+    total = say_bytes(sum(removal.bytes for removal in removals))
+    if removed:
+        return "\n".join(["removed:", *lines, f"{total} freed"])
+    last = f"{total} can be freed; `ropeway clean --apply` does it" if removals else "nothing: all of it is needed"
+    return "\n".join(["can go:", *lines, last])

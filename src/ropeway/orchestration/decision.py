@@ -1,0 +1,131 @@
+"""From a reviewer's answer to `production`: the one act behind Prefect's form and `ropeway review`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ropeway import registry
+from ropeway.registry.aliases import check_words
+from ropeway.registry.reviews import Decision
+from ropeway.reporting.evidence import Case, find_version, open_case
+from ropeway.reporting.review_report import draw_report
+from ropeway.runtime.errors import ConfigError, RegistryError
+from ropeway.runtime.workspace import Workspace
+from ropeway.storage import Store, open_store
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a reviewer says; every part is asked for, none has a default.
+
+    Attributes:
+        decision: `approve` or `reject`.
+        by: Who.
+        comment: Why, in words; kept for ever.
+        via: Where it was said: a flow run, or the terminal.
+    """
+
+    decision: Decision
+    by: str
+    comment: str
+    via: str
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of a review: `Promoted` or `Rejected`, and one sentence."""
+
+    state: str
+    words: str
+
+
+def decide(store: Store, case: Case, answer: Answer) -> Outcome:
+    """Keep an answer, and move production if it is a yes and production is where the report said. Repeat it freely.
+
+    Raises:
+        RegistryError: Production moved since the report was made, the version is from a dirty tree or not whole, or a
+            part of the answer is empty. The answer is kept all the same, unless it is empty.
+    """
+    check_words("reviewer", answer.by)
+    check_words("comment", answer.comment)
+    kept = registry.record_review(
+        store,
+        case.name,
+        case.digest,
+        answer.decision,
+        answer={"by": answer.by, "comment": answer.comment, "production": case.expect, "via": answer.via},
+    )
+    if answer.decision == "reject":
+        return Outcome("Rejected", f"{case.new.label} was rejected by {answer.by}; no alias moved")
+    try:
+        done = registry.promote(
+            store,
+            case.name,
+            registry.PRODUCTION,
+            case.digest,
+            expect=case.expect,
+            by=answer.by,
+            reason=answer.comment,
+            review=kept,
+        )
+    except RegistryError as error:
+        raise RegistryError(f"{case.new.label} was approved by {answer.by} and is NOT production: {error}") from None
+    was = f"; before it was {case.old.label}" if case.old else ""
+    words = f"{case.new.label} is {case.name}@{registry.PRODUCTION}{was}"
+    return Outcome("Promoted", words if done.moved else f"{words}, as it was already")
+
+
+def review_here(root: Path, wanted: str, *, answer: Answer | None, expect: str | None) -> None:
+    """Print the report of a version; with an answer, act on it; without one, say how to answer.
+
+    Args:
+        root: The workspace whose registry it is.
+        wanted: The version: NAME@…, its digest or the first 8 or more digits of that.
+        answer: The reviewer's.
+        expect: Where production must be: `v3`, a digest, `none`; default: where it is now.
+
+    Raises:
+        RegistryError: As in `open_case` and `decide`.
+    """
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    store = open_store(Workspace(root, "").registry_url)
+    case = open_case(store, wanted, expect=read_expect(store, wanted, expect))
+    if answer:
+        print(decide(store, case, answer).words, flush=True)
+        return
+    Console().print(Markdown(draw_report(case, with_pictures=False)))
+    print(
+        f"\nYes:  {answer_command(case, 'approve')}\nNo:   {answer_command(case, 'reject')}\n"
+        "With --expect, a yes moves production only if it still is what this report compared with."
+    )
+
+
+def answer_command(case: Case, decision: Decision) -> str:
+    """Return the command that answers a case."""
+    expect = case.expect[:12] if case.expect else "none"
+    return f"ropeway review {case.digest[:12]} --{decision} --reviewer NAME --comment WHY --expect {expect}"
+
+
+def read_answer(*, approve: bool, reject: bool, reviewer: str | None, comment: str | None) -> Answer | None:
+    """Return the answer that a command line gives, None when it gives none.
+
+    Raises:
+        ConfigError: It says yes and no, or leaves out who or why.
+    """
+    if approve and reject:
+        raise ConfigError("--approve and --reject: choose one")
+    if not (approve or reject):
+        if reviewer or comment:
+            raise ConfigError("--reviewer and --comment go with --approve or --reject")
+        return None
+    if not (reviewer and reviewer.strip() and comment and comment.strip()):
+        raise ConfigError("an answer needs who and why: --reviewer NAME --comment WHY, both kept for ever")
+    return Answer("approve" if approve else "reject", reviewer.strip(), comment.strip(), "terminal")
+
+
+def read_expect(store: Store, wanted: str, expect: str | None) -> str | registry.Anything | None:
+    """Return what `--expect` means for the model that `wanted` is a version of."""
+    if expect is None:
+        return registry.ANY
+    return None if expect == "none" else registry.resolve(store, f"{find_version(store, wanted)[0]}@{expect}")

@@ -1,0 +1,77 @@
+"""`ropeway serve`: the flows of this workspace, startable from Prefect's pages and by the clock, on one machine.
+
+`prefect.yaml` says the same for work pools; a test holds the two together.
+"""
+
+import asyncio
+import os
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from ropeway.orchestration.prefect_server import page_address, standing_server
+from ropeway.orchestration.prefect_settings import apply_settings
+from ropeway.runtime.errors import ConfigError, TemporaryError
+
+CRON = "0 3 * * *"
+
+
+def serve_flows(root: Path, *, cron: str | None = None) -> None:
+    """Serve the flows until somebody ends this process; needs a running server.
+
+    Args:
+        root: The workspace.
+        cron: When to retrain, in UTC; None: the nightly schedule is there but switched off.
+
+    Raises:
+        ConfigError: `cron` is no cron expression.
+        TemporaryError: No server answers.
+    """
+    root = root.resolve()
+    apply_settings(root)
+    at = f"retrains at '{cron}' in UTC, next {find_next(cron)}" if cron else "no schedule: --cron sets one, in UTC"
+    url = standing_server(root)
+    if not url:
+        raise TemporaryError("no Prefect server runs for this workspace; start `ropeway server` in another terminal")
+    os.environ["PREFECT_API_URL"] = url
+    os.chdir(root)  # the flows' processes start here
+    from prefect import serve
+
+    print(f"serving retrain, review, promote and rollback at {page_address(url, '/deployments')}", flush=True)
+    print(at, flush=True)
+    serve(*plan_deployments(root, cron=cron))
+
+
+def find_next(cron: str) -> str:
+    """Return the next time of a cron expression, which is in UTC, for a person; also in this machine's own time zone.
+
+    Raises:
+        ConfigError: It is no cron expression.
+    """
+    from prefect.server.schemas.schedules import CronSchedule
+
+    try:
+        (moment,) = asyncio.run(CronSchedule(cron=cron, timezone="UTC").get_dates(1))
+    except ValueError:
+        raise ConfigError(
+            f"--cron '{cron}': no time ever; expected a cron expression, e.g. '0 3 * * *' for 03:00 UTC"
+        ) from None
+    here = moment.astimezone()
+    there = "" if here.utcoffset() == timedelta(0) else f", {here:%Y-%m-%d %H:%M %Z} here"
+    return f"{moment:%Y-%m-%d %H:%M} UTC{there}"
+
+
+def plan_deployments(root: Path, *, cron: str | None = None) -> list[Any]:
+    """Return the deployments; retraining never runs twice at a time: a second run waits."""
+    from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
+    from prefect.schedules import Cron
+
+    from ropeway.orchestration.prefect_adapter import load_flow
+
+    one = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.ENQUEUE)
+    schedule = Cron(cron or CRON, timezone="UTC", active=cron is not None)
+    common: dict[str, Any] = {"parameters": {"root": str(root)}, "tags": ["ropeway"], "paused": False}
+    return [
+        load_flow(root, "retrain").to_deployment("retrain", schedules=[schedule], concurrency_limit=one, **common),
+        *(load_flow(root, name).to_deployment(name, **common) for name in ("review", "promote", "rollback")),
+    ]

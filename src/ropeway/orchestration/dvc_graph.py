@@ -1,0 +1,373 @@
+"""The stage graph of dvc.yaml and what DVC says of it: the only module that knows DVC.
+
+In this process DVC is only asked; stages run in processes of their own (`stages.py`), which can be ended.
+Source of DVC's words and shapes: dvc 3.67.1.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ropeway.config.frozen import read_version
+from ropeway.config.params import load_profile
+from ropeway.runtime.errors import ConfigError, TemporaryError
+from ropeway.runtime.manifest import file_sha256
+
+_SHOWN_CHARACTERS = 60
+_SAYS = (
+    (re.compile(r"Running stage '.+':"), "ran"),
+    (re.compile(r"Stage '.+' is cached - skipping run, checking out outputs"), "restored"),
+    (re.compile(r"Stage '.+' didn't change, skipping"), "unchanged"),
+    (re.compile(r".*is busy, it is being blocked by:"), "busy"),
+    (re.compile(r".*Unable to acquire lock"), "busy"),
+    (re.compile(r"ERROR: failed to reproduce '.+': failed to run: .*, exited with (-?\d+)"), "failed"),
+)
+
+# Advice that DVC repeats after every stage; here nothing is to be added by hand while a run is on.
+_HINTS = (
+    "To track the changes with git, run:",
+    "git add ",
+    "To enable auto staging, run:",
+    "dvc config core.autostage",
+    "Use `dvc push`",
+    "Data and pipelines are up to date.",
+    "Updating lock file",
+    "Generating lock file",
+)
+
+
+class BusyError(TemporaryError):
+    """Another dvc holds DVC's locks, e.g. while it hashes its outputs; a moment later it may not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One stage of dvc.yaml.
+
+    Attributes:
+        name: As DVC addresses it.
+        deps: The stages whose outputs it reads, in the graph's order.
+        refreshes: It runs at every start and reads no other stage: it looks at the world, so it goes before the plan.
+    """
+
+    name: str
+    deps: tuple[str, ...]
+    refreshes: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlan:
+    """What is going to happen to a stage, and why.
+
+    Attributes:
+        name: The stage.
+        will_run: Whether DVC will be asked to bring it up to date. It may still find nothing to do, when a stage
+            above it ran and left the same bytes.
+        reasons: Why, in words; for a stage that will not run, why not.
+        deps: As in `Stage`.
+        refreshes: As in `Stage`.
+    """
+
+    name: str
+    will_run: bool
+    reasons: tuple[str, ...]
+    deps: tuple[str, ...]
+    refreshes: bool
+
+
+def load_graph(root: Path) -> list[Stage]:
+    """Return the stages of a workspace, each after those it depends on, otherwise in the order of dvc.yaml.
+
+    Raises:
+        ConfigError: No DVC workspace, or dvc.yaml cannot be read.
+    """
+    with _open_repo(root) as repo:
+        return [stage for stage, _ in _ordered(repo)]
+
+
+def plan(root: Path) -> list[StagePlan]:
+    """Return what a run would do, in the graph's order. Run the stages that refresh first.
+
+    Raises:
+        ConfigError: As in `load_graph`.
+        BusyError: Another dvc is writing what has to be looked at.
+    """
+    with _open_repo(root) as repo:
+        status, plans = repo.status(), dict[str, StagePlan]()
+        for stage, own in _ordered(repo):
+            if stage.refreshes:
+                will_run, reasons = False, ["looks at the world at every start"]
+            elif own.frozen:
+                will_run, reasons = False, ["frozen in dvc.yaml"]
+            else:
+                reasons = _explain(own, status.get(own.addressing, []), root)
+                reasons = reasons or [f"{name} will run" for name in stage.deps if plans[name].will_run]
+                will_run = bool(reasons)
+            plans[stage.name] = StagePlan(
+                stage.name, will_run, tuple(reasons or ["nothing changed"]), stage.deps, stage.refreshes
+            )
+        return list(plans.values())
+
+
+def has_remote(root: Path) -> bool:
+    """Return whether a DVC remote is configured, to pull from before a run and push to after it.
+
+    Raises:
+        ConfigError: It is not verified: DVC would take whatever bytes it sends under a digest's name.
+    """
+    name, remotes = read_remotes(root)
+    if name and not remotes.get(name, {}).get("verify"):
+        raise ConfigError(
+            f"{root}: what comes from the DVC remote '{name}' would not be hashed. Run `dvc remote modify {name} "
+            "verify true` (`ropeway doctor --fix` does it) and commit .dvc/config"
+        )
+    return bool(name)
+
+
+def read_remotes(root: Path) -> tuple[str | None, dict[str, dict[str, Any]]]:
+    """Return the default remote's name, None where there is none, and the settings of each."""
+    with _open_repo(root) as repo:
+        return repo.config["core"].get("remote"), {name: dict(facts) for name, facts in repo.config["remote"].items()}
+
+
+def add_remote(root: Path, name: str, url: str) -> None:
+    """Make a place the default remote.
+
+    Raises:
+        ConfigError: DVC takes no such address, or has a remote of that name.
+    """
+    _configure(root, "add", "--default", name, url)
+
+
+def verify_remote(root: Path, name: str) -> None:
+    """Let a remote's objects be hashed when they come in; DVC's default believes what it gets (dvc 3.67.1)."""
+    _configure(root, "modify", name, "verify", "true")
+
+
+def _configure(root: Path, *arguments: str) -> None:
+    command = [sys.executable, "-m", "dvc", "remote", *arguments]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ConfigError(f"`dvc remote {' '.join(arguments)}` failed: {done.stderr.strip()}")
+
+
+def read_definition(root: Path) -> dict[str, str]:
+    """Return what the graph is resolved from: sha256 of every dvc.yaml, and the chosen profile."""
+    with _open_repo(root) as repo:
+        files = sorted({root / own.path_in_repo for own in repo.index.stages if own.path_in_repo.endswith("dvc.yaml")})
+    return {**{str(path): file_sha256(path) for path in files}, "profile": load_profile(root / "params.yaml")[0]}
+
+
+def check_definition(root: Path, known: Mapping[str, str]) -> None:
+    """Raise ConfigError when the graph, or the line `profile:`, was edited while a run goes on.
+
+    Each stage is a DVC process of its own, which reads them again: it would run something else than was planned.
+    """
+    files = {path: file_sha256(Path(path)) if Path(path).is_file() else "" for path in known if path != "profile"}
+    now = {**files, "profile": load_profile(root / "params.yaml")[0]}
+    if changed := [key for key in known if now[key] != known[key]]:
+        what = f"profile, {known['profile']} -> {now['profile']}" if changed == ["profile"] else ", ".join(changed)
+        raise ConfigError(
+            f"{what}: was edited while this run of {known['profile']} goes on. The stages that have ended are recorded "
+            f"with what they used; no other is run. `ropeway run --profile {known['profile']}` continues here"
+        )
+
+
+def reproduce_command(name: str, *, anew: bool = False, pull: bool = False) -> list[str]:
+    """Return the command that brings one stage up to date; it waits for DVC's own lock instead of failing.
+
+    `anew` runs it past DVC's caches. `pull` fetches what the run-cache names; `dvc pull` has its index only (3.67.1).
+    """
+    options = [*(["--force", "--no-commit"] if anew else []), *(["--pull"] if pull and not anew else [])]
+    return ["dvc", "--wait-for-lock", "repro", *options, "--single-item", name]
+
+
+def parse_lock(data: bytes) -> dict[str, Any]:
+    """Return what a dvc.lock says, an empty one nothing; raise ConfigError when it is none."""
+    from dvc.utils.serialize import parse_yaml
+
+    try:
+        return dict(parse_yaml(data.decode(), "dvc.lock") or {})
+    except Exception as error:  # noqa: BLE001 - DVC's and ruamel's many kinds
+        raise ConfigError(f"dvc.lock: cannot be read ({type(error).__name__})") from None
+
+
+def cache_folder(root: Path) -> Path:
+    """Return where DVC's cache of a workspace is."""
+    with _open_repo(root) as repo:
+        return Path(repo.cache.local_cache_dir).resolve()
+
+
+@contextmanager
+def exclusive(root: Path) -> Iterator[None]:
+    """Hold DVC's own lock of a workspace, so that no dvc reads or writes its cache meanwhile.
+
+    Raises:
+        BusyError: Another dvc is at work.
+    """
+    with _open_repo(root) as repo, repo.lock:
+        yield
+
+
+def share_cache(root: Path, clone: Path) -> None:
+    """Let a clone read from this workspace's cache and its remotes, with this machine's private settings."""
+    private = root / ".dvc" / "config.local"
+    if private.is_file():
+        shutil.copyfile(private, clone / ".dvc" / private.name)
+    with _open_repo(root) as repo:
+        cache = str(repo.cache.local_cache_dir)
+    with _open_repo(clone) as repo, repo.config.edit("local") as settings:
+        settings.setdefault("cache", {})["dir"] = cache
+
+
+def read_event(line: str) -> tuple[str, int | None] | None:
+    """Return what a line of `dvc repro` says: ran, restored, unchanged, busy, or failed with the code of the command.
+
+    >>> read_event("Stage 'train' didn't change, skipping")
+    ('unchanged', None)
+    """
+    for pattern, event in _SAYS:
+        if match := pattern.match(line):
+            return event, int(match.group(1)) if event == "failed" else None
+    return None
+
+
+def is_hint(line: str) -> bool:
+    """Return whether a line is one of those DVC prints after each stage for a person at a terminal."""
+    return line.strip().startswith(_HINTS)
+
+
+@contextmanager
+def _open_repo(root: Path) -> Iterator[Any]:
+    from dvc.exceptions import DvcException
+    from dvc.lock import LockError
+    from dvc.repo import Repo
+
+    try:
+        with Repo(str(root)) as repo:
+            yield repo
+    except LockError as error:
+        raise BusyError(f"{root}: another dvc is at work in this workspace; wait for it or stop it: {error}") from None
+    except DvcException as error:
+        remedy = ". Run `git init` there" if "not a git repository" in str(error) else ""
+        raise ConfigError(f"{root}: DVC cannot read this workspace: {error}{remedy}") from None
+
+
+def _ordered(repo: Any) -> Iterator[tuple[Stage, Any]]:  # noqa: ANN401 - dvc has no types
+    import networkx as nx
+
+    graph = repo.index.graph  # an edge goes from a consumer to its producer
+    place = {own: number for number, own in enumerate(repo.index.stages)}
+    order = list(nx.lexicographical_topological_sort(graph.reverse(), key=place.__getitem__))
+    for own in order:
+        if own.is_data_source:  # a file that `dvc add` tracks: a dependency, nothing to run
+            continue
+        above = [other for other in order if graph.has_edge(own, other) and not other.is_data_source]
+        refreshes = own.always_changed and not above
+        yield Stage(_address(own), tuple(_address(other) for other in above), refreshes), own
+
+
+def _address(stage: Any) -> str:  # noqa: ANN401
+    """Return how a stage is called from the root; `stage.addressing` is as seen from this process's folder."""
+    return stage.name if stage.path_in_repo == "dvc.yaml" else f"{stage.path_in_repo}:{stage.name}"
+
+
+def _explain(stage: Any, status: list[Any], root: Path) -> list[str]:  # noqa: ANN401
+    """Return why a stage must run, from DVC's own words for it."""
+    if not any(item.hash_info for item in [*stage.deps, *stage.outs]):
+        return ["never run"]
+    reasons: list[str] = []
+    for entry in status:
+        if not isinstance(entry, Mapping):
+            reasons.append(
+                {"changed command": "its command changed", "always changed": "runs always"}.get(entry, entry)
+            )
+            continue
+        for path, change in entry.get("changed deps", {}).items():
+            if isinstance(change, Mapping):
+                reasons += _explain_params(stage, path, change)
+            else:
+                reasons += _explain_dep(stage, path, change, root)
+        outs = entry.get("changed outs", {}).items()
+        reasons += [f"its output {_place(path, root)} {_word(change)}" for path, change in outs]
+    return reasons
+
+
+def _explain_dep(stage: Any, path: str, change: str, root: Path) -> list[str]:  # noqa: ANN401
+    """Return what changed in a dependency: of the frozen inputs the values, of anything else that it changed."""
+    place = _place(path, root)
+    folder, _, name = place.rpartition("/")
+    known = next((dep.hash_info.value for dep in stage.deps if str(dep) == path and dep.hash_info), None)
+    if change == "modified" and folder == ".identity" and known and (old := read_version(root, known)) is not None:
+        return describe_change(name.removesuffix(".json"), old, json.loads((root / place).read_bytes())["of"])
+    return [f"{place} {_word(change)}"]
+
+
+def describe_change(name: str, old: Any, new: Any) -> list[str]:  # noqa: ANN401 - JSON
+    """Return what is different in one of the frozen inputs, e.g. `learning_rate: 0.002 -> 0.003`.
+
+    >>> describe_change("params-train", {"params": {"stop": {"a": 1}}}, {"params": {"stop": {"a": 2}}})
+    ['stop.a: 1 -> 2']
+    >>> describe_change("code-train", {"rows": "aa", "train.loss": "bb"}, {"rows": "aa", "train.loss": "cc"})
+    ['code of train.loss changed']
+    """
+    if name.startswith("params-"):
+        before, after = (
+            {leaf: value for key in facts["params"] for leaf, value in _leaves(key, facts["params"][key])}
+            for facts in (old, new)
+        )
+        pairs = ((leaf, before.get(leaf), after.get(leaf)) for leaf in dict.fromkeys([*before, *after]))
+        return [f"{leaf}: {_shown(then)} -> {_shown(now)}" for leaf, then, now in pairs if then != now]
+    keys = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
+    what = "code of " if name.startswith("code-") else {"sources": "source ", "base": "base: "}.get(name, "")
+    return [f"{what}{key} changed" for key in keys]
+
+
+def _explain_params(stage: Any, path: str, changes: Mapping[str, str]) -> Iterator[str]:  # noqa: ANN401
+    """Yield `key: old -> new` for each changed parameter, a nested one by its changed leaf."""
+    dep = next(dep for dep in stage.deps if hasattr(dep, "read_params") and str(dep) == path)
+    before, after = dep.hash_info.value or {}, dep.read_params()
+    for key in changes:
+        old, new = dict(_leaves(key, before.get(key))), dict(_leaves(key, after.get(key)))
+        for leaf in dict.fromkeys([*old, *new]):
+            if old.get(leaf) != new.get(leaf):
+                yield f"{leaf}: {_shown(old.get(leaf))} -> {_shown(new.get(leaf))}"
+
+
+def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:  # noqa: ANN401
+    if isinstance(value, Mapping) and value:
+        for name, inner in value.items():
+            yield from _leaves(f"{key}.{name}", inner)
+    elif isinstance(value, list) and value:
+        for number, inner in enumerate(value):
+            yield from _leaves(f"{key}[{number}]", inner)
+    else:
+        yield key, value
+
+
+def _place(path: str, root: Path) -> str:
+    """Return a path as seen from the root; inside a workspace DVC spells it from this process's folder."""
+    here = Path.cwd()
+    return path if "://" in path or not here.is_relative_to(root) else os.path.relpath(here / path, root)
+
+
+def _shown(value: object) -> str:
+    text = "none" if value is None else str(value)  # null, or no such key: DVC tells them apart no better
+    return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "…"
+
+
+def _word(change: str) -> str:
+    return {
+        "modified": "changed",
+        "deleted": "is missing",
+        "new": "is new",
+        "not in cache": "is not in DVC's cache",
+    }.get(change, change)

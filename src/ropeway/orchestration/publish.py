@@ -1,0 +1,179 @@
+"""From a finished package to a version, and to `candidate` if the gate lets it pass. Repeat it freely after a failure.
+
+What decides is the registry, not whether a stage ran: one that was away when a package was made loses no version.
+"""
+
+import getpass
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ropeway import registry
+from ropeway.config.params import Profile
+from ropeway.orchestration.gate import Verdict, gate
+from ropeway.orchestration.revision import Revision
+from ropeway.registry.tables import describe_version
+from ropeway.runtime.errors import DataError, TemporaryError
+from ropeway.runtime.workspace import Workspace
+from ropeway.storage import Store, open_store
+
+CANDIDATE, PRODUCTION = "candidate", registry.PRODUCTION
+
+
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """What publishing came to.
+
+    Attributes:
+        state: `Published`: a new version, `candidate` points to it. `Rejected`: a new version, but the gate did not let
+            it pass and no alias moved. `Unchanged`: this package was dealt with before.
+        version: E.g. `laptop@v3`.
+        digest: The version's identity.
+        verdict: The gate's, when it was asked.
+        words: One sentence for people.
+        reviewable: Whether it is `candidate` and not `production`: somebody should decide.
+    """
+
+    state: str
+    version: str
+    digest: str
+    verdict: Verdict | None
+    words: str
+    reviewable: bool = False
+
+
+Measure = Callable[[Store, str, str], Mapping[str, Any] | None]
+
+
+def check_publishing(workspace: Workspace) -> None:
+    """Raise before anything is computed what would refuse the finished package; an outage may pass until then.
+
+    Raises:
+        RegistryError, ConfigError: As in `registry.check_publishing`.
+    """
+    try:
+        registry.check_publishing(open_store(workspace.registry_url), workspace.profile)
+    except TemporaryError as error:
+        print(f"the registry cannot be reached now; the run goes on, it is needed at the end: {error}", flush=True)
+
+
+def publish_package(workspace: Workspace, profile: Profile, revision: Revision, measure: Measure) -> Publication:
+    """Publish `runs/<profile>/package` unless the registry has it, and move `candidate` if the gate lets it pass.
+
+    Args:
+        workspace: Whose package.
+        profile: Its gate's limits.
+        revision: What is kept of git beside the version.
+        measure: Returns the metrics of a version on the validation rows of a digest, for a champion that was measured
+            on others; None if that cannot be done.
+
+    Raises:
+        DataError: The package or eval.json is not what it should be.
+        RegistryError: The registry refused; another writer moved the alias meanwhile.
+        TemporaryError: The store is away.
+    """
+    store, name = open_store(workspace.registry_url), workspace.profile
+    digest = registry.package_digest(workspace.package, name)
+    known = registry.has_version(store, name, digest)
+    if known and revision.commit and not revision.dirty and registry.find_dirt(store, name, digest):
+        registry.vouch_clean(store, name, digest, git=revision.commit)
+    if known and (settled := _settled(store, name, digest)):
+        version = f"{name}@v{registry.find_number(store, name, digest)}"
+        return Publication("Unchanged", version, digest, None, settled, reviewable=_is_open(store, name, digest))
+    metrics = _read_metrics(workspace.evaluation)
+    expected, champion = _find_champion(store, name)
+    opponent = _find_metrics(store, champion, metrics, measure) if champion else None
+    verdict = gate(metrics, opponent, profile.gate, champion_name=champion or "no champion")
+    done = registry.publish(
+        store,
+        workspace.package,
+        name,
+        provenance=_provenance(revision, metrics, verdict, champion) | {"opponent": dict(opponent or {})},
+        attachments={path.name: path for path in _lineage(workspace) if path.is_file()},
+    )
+    if not verdict.passed:
+        words = f"{done} is registered; the gate did not let it pass, '{CANDIDATE}' was not moved"
+        return Publication("Rejected", str(done), digest, verdict, words)
+    registry.promote(
+        store, name, CANDIDATE, digest, expect=expected, by=_user(), reason="the gate of ropeway run let it pass"
+    )
+    words = f"{done} is registered and is {name}@{CANDIDATE}"
+    return Publication("Published", str(done), digest, verdict, words, reviewable=_is_open(store, name, digest))
+
+
+def _settled(store: Store, name: str, digest: str) -> str | None:
+    """Return why nothing is left to do for a known version; None when a run died between publishing and promoting."""
+    version = describe_version(store, f"{name}@{digest}")
+    label = f"{name}@v{version['number']} was registered before"
+    if version["withdrawn"]:
+        return f"{label} and is withdrawn"
+    if any(event["digest"] == digest for event in registry.alias_history(store, name, CANDIDATE)):
+        # It was candidate once. If it is not now, somebody or a later version moved the alias: that stands.
+        return (
+            label if CANDIDATE in version["aliases"] else f"{label}; '{CANDIDATE}' has moved on since and stays there"
+        )
+    verdict = version["provenance"].get("verdict")
+    if verdict is None or not verdict["passed"]:
+        return f"{label}; '{CANDIDATE}' was not moved to it then"
+    return None
+
+
+def _is_open(store: Store, name: str, digest: str) -> bool:
+    candidate, production = (registry.read_alias(store, name, alias) for alias in (CANDIDATE, PRODUCTION))
+    return candidate == digest != production
+
+
+def _find_champion(store: Store, name: str) -> tuple[str | None, str | None]:
+    """Return where `candidate` points now, and the version to beat: production's, else the candidate's."""
+    candidate = registry.read_alias(store, name, CANDIDATE)
+    champion = registry.read_alias(store, name, PRODUCTION) or candidate
+    number = registry.find_number(store, name, champion) if champion else None
+    return candidate, f"{name}@v{number}" if number else None
+
+
+def _find_metrics(store: Store, champion: str, ours: Mapping[str, Any], measure: Measure) -> Mapping[str, Any]:
+    """Return a champion's metrics on this run's rows: those kept beside it, else measured now, else those on its own.
+
+    Only the first two can pass the gate: it looks at the rows again.
+    """
+    kept: Mapping[str, Any] = describe_version(store, champion)["provenance"].get("evaluation", {})
+    rows = ours.get("validation")
+    if not rows or kept.get("validation") == rows:
+        return kept
+    return measure(store, champion, rows) or kept
+
+
+def _provenance(
+    revision: Revision, metrics: Mapping[str, Any], verdict: Verdict, champion: str | None
+) -> dict[str, Any]:
+    return {
+        "git": revision.commit,
+        "dirty": bool(revision.dirty),
+        "dirty_files": list(revision.dirty),
+        "evaluation": dict(metrics),
+        "verdict": {"passed": verdict.passed, "against": champion, "lines": list(verdict.lines)},
+    }
+
+
+def _lineage(workspace: Workspace) -> list[Path]:
+    """Return what is kept beside the version: enough to make it again, and how the training went."""
+    return [workspace.root / "dvc.lock", workspace.timings]
+
+
+def _read_metrics(path: Path) -> dict[str, Any]:
+    try:
+        metrics = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: expected evaluate's metrics ({error}). Run `dvc repro evaluate`") from None
+    if not isinstance(metrics, dict):
+        raise DataError(f"{path}: expected a JSON mapping, found a {type(metrics).__name__}")
+    return metrics
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        return "ropeway run"

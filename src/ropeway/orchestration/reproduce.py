@@ -1,0 +1,240 @@
+"""`ropeway reproduce`: a version made again from what the registry keeps of it, in a clone, and held against it.
+
+git gives the code and params of its revision, DVC the data by digest. Every other stage is computed again: neither
+DVC's cache of outputs nor its run-cache is asked, since what they hold is what is to be proved.
+"""
+
+import json
+import os
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ropeway.config.addresses import without_secrets
+from ropeway.config.edit import choose_profile
+from ropeway.config.params import read_block
+from ropeway.orchestration import dvc_graph as graph
+from ropeway.orchestration.dvc_stage import Say, Site, bring_up, run_command
+from ropeway.orchestration.revision import ask_git
+from ropeway.orchestration.version_differences import Record, describe_differences, other_weights
+from ropeway.registry.reading import read_version_file
+from ropeway.registry.tables import describe_version
+from ropeway.runtime.errors import ConfigError, DataError, RegistryError
+from ropeway.runtime.lock import Held, workspace_lock
+from ropeway.runtime.manifest import NAME as MANIFEST
+from ropeway.runtime.manifest import digest_of, file_sha256, load_manifest
+from ropeway.runtime.workspace import Workspace
+from ropeway.storage import Store
+
+_FETCH = "fetch"  # the one stage whose result is restored rather than made: data changes where it came from
+
+
+@dataclass(frozen=True, slots=True)
+class Reproduction:
+    """What came of it.
+
+    Attributes:
+        version: E.g. `laptop@v3`.
+        digest: Its identity.
+        folder: The clone with the new run, left for a look.
+        weights: `same`, or `other`.
+        other_weights: The weight files with other bytes.
+        differences: All that differs, in words, causes first.
+        seconds: The time it took.
+    """
+
+    version: str
+    digest: str
+    folder: str
+    weights: str
+    other_weights: tuple[str, ...]
+    differences: tuple[str, ...]
+    seconds: float
+
+
+def reproduce(root: Path, store: Store, reference: str, *, target: Path | None, say: Say) -> Reproduction:
+    """Make a version again and compare.
+
+    Args:
+        root: A workspace whose git knows the version's revision.
+        store: Where the version is.
+        reference: `NAME@v3`, `NAME@ALIAS` or `NAME@DIGEST`.
+        target: Where to clone to; default: `.work/reproduce/NAME-DIGEST`. A clone of that revision that is there
+            already, of an attempt that was stopped, is gone on with.
+        say: Gets the lines.
+
+    Raises:
+        RegistryError: No such version, or one that was published from a changed tree or without git.
+        ConfigError: git does not know the revision, the target is taken, or params there are not the version's.
+        DataError: The data can neither be restored nor fetched again with the same digest.
+        RopewayError: A stage failed, as in `bring_up`.
+    """
+    began = time.monotonic()
+    version = describe_version(store, reference)
+    label = f"{version['name']}@v{version['number']}"
+    commit = check_revision(version, label)
+    clone = target or root / ".work" / "reproduce" / f"{version['name']}-{version['digest'][:12]}"
+    site_root = clone_revision(root, commit, clone.absolute(), say)
+    workspace = Workspace(site_root, version["name"])
+    then = read_then(store, version, site_root)
+    choose_profile(site_root, version["name"])
+    write_lock(store, version, site_root)
+    with workspace_lock(site_root, command=f"ropeway reproduce {label}", profile=version["name"]) as held:
+        site = Site(site_root, Held(held.handle, {**held.environment, **plan_environment(clone, then)}))
+        run_stages(site, root, workspace, version["facts"]["digests"]["raw"], say)
+    now = read_now(workspace)
+    changed = tuple(other_weights(then, now))
+    return Reproduction(
+        label,
+        version["digest"],
+        str(site_root),
+        "other" if changed else "same",
+        changed,
+        tuple(describe_differences(then, now)),
+        round(time.monotonic() - began, 1),
+    )
+
+
+def check_revision(version: dict[str, Any], label: str) -> str:
+    """Return the commit a version was made from; raise RegistryError when git does not hold all that made it."""
+    provenance = version["provenance"]
+    commit, changed = provenance.get("git"), provenance.get("dirty_files", [])
+    if not commit:
+        raise RegistryError(f"{label}: was published without git, so nobody knows its code. Choose another version")
+    if provenance.get("dirty"):
+        raise RegistryError(
+            f"{label}: was published from a tree that differed from its revision {commit[:12]} in "
+            f"{', '.join(changed) or 'files not recorded'}; git does not hold what made it. Choose another version"
+        )
+    return str(commit)
+
+
+def clone_revision(root: Path, commit: str, clone: Path, say: Say) -> Path:
+    """Return the workspace in a clone of this repository at a commit.
+
+    Raises:
+        ConfigError: No git here, the commit is not known, or something else is at `clone`.
+    """
+    top = ask_git(root, "rev-parse", "--show-toplevel")
+    prefix = ask_git(root, "rev-parse", "--show-prefix")
+    if top is None or prefix is None:
+        raise ConfigError(f"{root}: not in a git repository; run this in a clone of the project that made the version")
+    if ask_git(root, "cat-file", "-e", f"{commit}^{{commit}}") is None:
+        raise ConfigError(
+            f"{root}: git does not know revision {commit} here. `git fetch` it from where the version was made, or run "
+            "this there"
+        )
+    if clone.is_dir() and any(clone.iterdir()):
+        if (clone / ".git").is_dir() and ask_git(clone, "rev-parse", "HEAD") == commit:
+            say(f"going on in {clone}")
+            return clone / prefix
+        raise ConfigError(f"{clone}: holds something else; remove it, or choose another folder with --to")
+    clone.parent.mkdir(parents=True, exist_ok=True)
+    say(f"cloning {commit[:12]} to {clone}")
+    for command in (
+        ("clone", "--quiet", "--no-checkout", top, str(clone)),
+        ("-C", str(clone), "-c", "advice.detachedHead=false", "checkout", "--quiet", "--detach", commit),
+    ):
+        done = subprocess.run(["git", *command], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise ConfigError(f"{clone}: git {command[0]} failed: {done.stderr.strip()}")
+    return clone / prefix
+
+
+def read_then(store: Store, version: dict[str, Any], site_root: Path) -> Record:
+    """Return the published run in writing.
+
+    Raises:
+        ConfigError: The block of params.yaml at that revision is not the one in the package.
+    """
+    name = version["name"]
+    kept = site_root / ".work" / "published.yaml"
+    kept.parent.mkdir(exist_ok=True)
+    kept.write_bytes(read_version_file(store, version, "run.yaml") or b"")
+    block = read_block(kept, name)
+    if block != without_secrets(read_block(site_root / "params.yaml", name)):
+        raise ConfigError(
+            f"{site_root / 'params.yaml'}: the block '{name}' of that revision is not the one of the package (its "
+            "run.yaml); the version was published with params that git does not hold"
+        )
+    return Record(
+        files={path: facts["sha256"] for path, facts in version["files"].items()},
+        facts=version["facts"],
+        block=block,
+        lock=graph.parse_lock(read_version_file(store, version, "dvc.lock") or b""),
+        timings=json.loads(read_version_file(store, version, "provenance.json") or b"{}"),
+    )
+
+
+def read_now(workspace: Workspace) -> Record:
+    """Return the run made again in writing."""
+    manifest = load_manifest(workspace.package, remedy="Remove the clone and reproduce again")
+    files = {path: facts["sha256"] for path, facts in manifest.pop("files").items()}
+    return Record(
+        files={**files, MANIFEST: file_sha256(workspace.package / MANIFEST)},  # a file of a version as well
+        facts=manifest,
+        block=without_secrets(read_block(workspace.root / "params.yaml", workspace.profile)),
+        lock=graph.parse_lock((workspace.root / "dvc.lock").read_bytes()),
+        timings=json.loads(workspace.timings.read_bytes()),
+    )
+
+
+def write_lock(store: Store, version: dict[str, Any], site_root: Path) -> None:
+    """Put the version's dvc.lock into the clone; raise RegistryError when none was kept."""
+    lock = read_version_file(store, version, "dvc.lock")
+    if lock is None:
+        raise RegistryError(
+            f"{version['name']}@v{version['number']}: no dvc.lock was kept beside it, so its data is lost"
+        )
+    (site_root / "dvc.lock").write_bytes(lock)
+
+
+def plan_environment(clone: Path, then: Record) -> dict[str, str]:
+    """Return what the stages need: the revision's own code, and as many ranks as then."""
+    planned: dict[str, str] = {}
+    if (clone / "src" / "ropeway").is_dir():
+        ours = [str(clone / "src"), str(clone), os.environ.get("PYTHONPATH", "")]
+        planned["PYTHONPATH"] = os.pathsep.join(filter(None, ours))
+    ranks = [attempt.get("ranks") for attempt in then.timings.get("attempts", [])]
+    if ranks and ranks[-1] and "ROPEWAY_RANKS" not in os.environ:
+        planned["ROPEWAY_RANKS"] = str(ranks[-1])
+    return planned
+
+
+def run_stages(site: Site, root: Path, workspace: Workspace, raw: str, say: Say) -> None:
+    """Restore the data, then run everything else for real.
+
+    Raises:
+        DataError: The data fetched again is not the data then.
+    """
+    restored = restore_data(site, root, workspace, raw, say)
+    for stage in graph.load_graph(site.root):
+        if stage.name == _FETCH and restored:
+            say(f"{stage.name}: restored by digest")
+            continue
+        say(f"{stage.name}: running")
+        bring_up(site, stage.name, say, anew=not stage.refreshes)
+        if stage.name == _FETCH and (found := _digest(workspace.raw)) != raw:
+            raise DataError(
+                f"{workspace.raw}: the sources give data of digest {found[:12]}… now, the version was made from "
+                f"{raw[:12]}…, and neither DVC's cache nor a remote holds that. Restore the sources, or `dvc push` "
+                "from where the cache is"
+            )
+
+
+def restore_data(site: Site, root: Path, workspace: Workspace, raw: str, say: Say) -> bool:
+    """Bring `raw/` back from this workspace's DVC cache, else from the remote; return whether it is the version's."""
+    graph.share_cache(root, site.root)
+    place = workspace.raw.relative_to(site.root).as_posix()
+    for verb in ("checkout", *(["pull"] if graph.has_remote(site.root) else [])):
+        code, _ = run_command(site, verb, ["dvc", verb, place], say)
+        if not code and workspace.raw.is_dir() and _digest(workspace.raw) == raw:
+            return True
+    say("the data is in no cache; fetching it again from its sources")
+    return False
+
+
+def _digest(folder: Path) -> str:
+    return digest_of(load_manifest(folder, remedy="Remove the clone and reproduce again"))

@@ -1,0 +1,152 @@
+"""What a run came to, in words and tables: the terminal's last lines and the report on Prefect's page."""
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ropeway.orchestration.cleanup import say_sizes
+from ropeway.orchestration.publish import Publication
+from ropeway.reporting.ledger_steps import ledger_rows
+from ropeway.reporting.markdown import plain, table
+from ropeway.runtime.workspace import Workspace
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a run came to.
+
+    Attributes:
+        workspace: Whose run of params.yaml it was, and where its files are.
+        stages: Each stage of dvc.yaml and how it ended: Completed, Restored or Unchanged.
+        publication: What became of the package.
+        seconds: How long it all took.
+        review: The page where its review is answered; None when nobody was asked.
+        edited: Keys of its block of params.yaml that were changed while it ran; it used the values of its start.
+    """
+
+    workspace: Workspace
+    stages: dict[str, str]
+    publication: Publication
+    seconds: float
+    review: str | None = None
+    edited: tuple[str, ...] = ()
+
+
+def print_result(result: Result, page: str | None) -> None:
+    """Print a run's last lines: what came out and how to look at it; `page` says where the run is shown."""
+    facts = [("steps", _count_steps(result.workspace))]
+    facts += [("validation loss" if not number else "", line) for number, line in enumerate(_losses(result.workspace))]
+    published = result.publication
+    facts += [
+        ("version", f"{published.version}, {published.words}"),
+        ("package", str(result.workspace.package)),
+        ("look at it", f"ropeway registry show {published.version}"),
+        ("review it", _how_to_review(result)),
+        ("the run", page or "made without Prefect (no page)"),
+        ("note", _note_edits(result)),
+        ("on disk", f"{say_sizes(result.workspace.root)}; `ropeway clean` shows what can go"),
+    ]
+    width = max(len(name) for name, _ in facts)
+    print(f"\n{result.workspace.profile}: {published.state} in {result.seconds:.0f} s")
+    for name, words in facts:
+        if words:
+            print(f"  {name:<{width}}  {words}")
+
+
+def _note_edits(result: Result) -> str:
+    if not result.edited:
+        return ""
+    return (
+        f"params.yaml was edited meanwhile ({', '.join(result.edited)}); this run used the values of its start. Run "
+        "again for the new ones"
+    )
+
+
+def _how_to_review(result: Result) -> str:
+    if result.review:
+        return f"the form at {result.review}"
+    return f"ropeway review {result.publication.digest[:12]}" if result.publication.reviewable else ""
+
+
+def draw_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Return rows of equal keys as an aligned text table."""
+    heads = list(rows[0]) if rows else []
+    widths = [max(len(head), *(len(row[head]) for row in rows)) for head in heads]
+    lines = [dict(zip(heads, heads, strict=True)), *rows]
+    return "\n".join(
+        "  ".join(line[head].ljust(width) for head, width in zip(heads, widths, strict=True)).rstrip() for line in lines
+    )
+
+
+def read_ledger(workspace: Workspace) -> list[dict[str, str]]:
+    """Return a run's ledger as `ledger_rows`; none where there is no ledger yet."""
+    return ledger_rows(_read(workspace.ledger))
+
+
+def draw_report(result: Result) -> str:
+    """Return the run's report in markdown."""
+    published, name = result.publication, result.workspace.profile
+    verdict = [f"- {plain(line)}" for line in published.verdict.lines] if published.verdict else []
+    stages = [{"stage": plain(stage), "state": state} for stage, state in result.stages.items()]
+    parts = [
+        f"# {published.version}: {published.state}",
+        published.words,
+        *([plain(_note_edits(result))] if result.edited else []),
+        *(["## Gate", "\n".join(verdict)] if verdict else []),
+        "## Validation",
+        table(_evaluation_rows(result.workspace)) or "No metrics.",
+        "## Training",
+        _count_steps(result.workspace) or "No metrics.",
+        "## Stages",
+        table(stages),
+        "## Version",
+        f"`{published.digest}`",
+        f"```\nropeway registry pull {name}@{published.digest[:12]}\n```",
+    ]
+    return "\n\n".join(parts)
+
+
+def _count_steps(workspace: Workspace) -> str:
+    metrics = _read(workspace.train_metrics)
+    steps, applied = metrics.get("steps"), metrics.get("applied_steps")
+    if steps is None:
+        return ""
+    return f"{steps:,}" + (f", {applied:,} of them applied" if applied not in (None, steps) else "")
+
+
+def _losses(workspace: Workspace) -> list[str]:
+    """Return one line per source: loss of base and tuned in nats per supervised token."""
+    metrics = _read(workspace.evaluation)
+    pairs = [(name, found["base"]["loss"], found["tuned"]["loss"]) for name, found in _sources(metrics).items()]
+    if mean := metrics.get("mean"):
+        pairs.append(("mean", mean["base"], mean["tuned"]))
+    width = max((len(name) for name, *_ in pairs), default=0)
+    return [f"{name:<{width}}  {base:.3f} -> {tuned:.3f} nats/token" for name, base, tuned in pairs]
+
+
+def _evaluation_rows(workspace: Workspace) -> list[dict[str, str]]:
+    rows = []
+    for name, found in _sources(_read(workspace.evaluation)).items():
+        row = {"source": plain(name)}
+        for metric in ("loss", "perplexity", "accuracy"):
+            pair = [found[model].get(metric) for model in ("base", "tuned")]
+            if None not in pair:
+                row[f"{metric}, base → tuned"] = f"{pair[0]:.3f} → {pair[1]:.3f}"
+        rows.append(row)
+    return rows
+
+
+def _sources(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
+    sources: Mapping[str, Any] = metrics.get("sources", {})
+    return sources
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return a file of metrics, empty where there is none: a report shows what there is."""
+    with suppress(OSError, ValueError):
+        found = json.loads(path.read_bytes())
+        return found if isinstance(found, dict) else {}
+    return {}

@@ -1,0 +1,214 @@
+"""What a run costs and whether it fits: a card's memory with remedies, disk, hours. Pure functions, no torch."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import combinations
+from typing import Any
+
+from ropeway.config.params import Profile, ScratchBase
+from ropeway.config.zero import PARTITIONED_STAGE
+from ropeway.planning.memory import DTYPE_BYTES, GIB, Load, checkpoint_bytes, plan_gpu
+from ropeway.runtime.errors import ConfigError
+
+# Dense peak with 16-bit inputs and fp32 accumulation, in TFLOPS. Source: NVIDIA's data sheets of each card.
+CARDS = {"a100": 312.0, "h100": 989.0, "h100-pcie": 756.0, "h200": 989.0, "l40s": 362.0, "v100": 125.0}
+ASSUMED_CARD = "a100"
+ASSUMED_MFU = 0.4  # an assumption: the 50 % that DESIGN.md hopes for has not been measured here
+COMMON_GIB = (40.0, 80.0)  # stated where no card is known: the two sizes of an A100
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether a run fits a card.
+
+    Attributes:
+        needed_bytes: The plan's total.
+        remedies: Where it does not: changes that would make it fit, smallest sets first, each with its total.
+    """
+
+    memory_bytes: int
+    needed_bytes: int
+    remedies: tuple[tuple[str, int], ...]
+
+    @property
+    def fits(self) -> bool:
+        """True when the plan's total is no more than the card has."""
+        return self.needed_bytes <= self.memory_bytes
+
+
+def judge(load: Load, global_batch_size: int, memory_bytes: int) -> Verdict:
+    """Return whether a load fits a card, and what would make it fit, by planning again with each change."""
+    needed = plan_gpu(load)["total"]
+    remedies: tuple[tuple[str, int], ...] = ()
+    if needed > memory_bytes:
+        remedies = tuple(_find_remedies(load, global_batch_size, memory_bytes))
+    return Verdict(memory_bytes, needed, remedies)
+
+
+def _find_remedies(load: Load, global_batch_size: int, memory_bytes: int) -> Iterator[tuple[str, int]]:
+    """Yield the sets of changes that fit, one or two at once, three where no two do; none holds another one.
+
+    Changes of one kind stand in order of their price, so the cheapest of them that fits is the one that is named.
+    """
+    changes = plan_changes(load, global_batch_size)
+    found: list[frozenset[str]] = []
+    for size in (1, 2, 3):
+        if size == 3 and found:  # noqa: PLR2004 - the last resort
+            return
+        for chosen in combinations(changes, size):
+            kinds = frozenset(change.kind for change in chosen)
+            if len(kinds) < size or any(known <= kinds for known in found):
+                continue
+            changed = load
+            for change in chosen:
+                changed = change.make(changed)
+            total = plan_gpu(changed)["total"]
+            if total <= memory_bytes and _divides(changed, global_batch_size):
+                found.append(kinds)
+                yield " + ".join(change.words for change in chosen), total
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One thing that could be changed in a load; of each kind only one is taken."""
+
+    kind: str
+    words: str
+    make: Callable[[Load], Load]
+
+
+def plan_changes(load: Load, global_batch_size: int) -> list[Change]:
+    """Return what could be changed in a load."""
+    zero, changes = load.zero, []
+    if not load.checkpointing:
+        words = "gradient_checkpointing: true"
+        changes.append(Change("checkpointing", words, lambda load: replace(load, checkpointing=True)))
+    if load.micro_batch_size > 1:
+        words = "per_device_train_batch_size: 1"
+        changes.append(Change("rows", words, lambda load: replace(load, micro_batch_size=1)))
+    changes += [
+        Change("stage", f"ZeRO stage {stage}", partial(_set_zero, stage=stage))
+        for stage in range(max(zero.stage + 1, 2), 4)
+    ]
+    changes += [
+        Change("ranks", f"{ranks} ranks", partial(replace, ranks=ranks))
+        for ranks in (load.ranks * factor for factor in (2, 4, 8, 16))
+        if _divides(replace(load, ranks=ranks, micro_batch_size=1), global_batch_size)
+    ]
+    if not zero.offload_optimizer:
+        words = "offload_optimizer to cpu"
+        changes.append(Change("offload", words, partial(_set_zero, offload_optimizer=True)))
+    if zero.stage == PARTITIONED_STAGE and not zero.offload_parameters:
+        words = "offload_param to cpu"
+        changes.append(Change("parameters", words, partial(_set_zero, offload_parameters=True)))
+    return changes
+
+
+def _set_zero(load: Load, **settings: Any) -> Load:  # noqa: ANN401 - fields of Zero
+    return replace(load, zero=replace(load.zero, **settings))
+
+
+def _divides(load: Load, global_batch_size: int) -> bool:
+    return global_batch_size % (load.micro_batch_size * load.ranks) == 0
+
+
+def plan_disk(profile: Profile, load: Load, *, found: Mapping[str, int], local_registry: bool) -> dict[str, int]:
+    """Return bytes on disk by part: checkpoints and one being written, every room's files, and what is kept twice.
+
+    Args:
+        profile: The run.
+        load: What a rank works on.
+        found: Bytes of the rooms' folders that are there already (`raw`, `base`, `data`); they replace estimates, and
+            `raw` and `data` have none.
+        local_registry: Published packages lie on this disk too.
+    """
+    weights = load.sizes.parameters
+    stored = DTYPE_BYTES["fp32"] if isinstance(profile.base, ScratchBase) else 2  # published weights are 16-bit
+    parts = {
+        "checkpoints": (profile.save_total_limit + 1) * checkpoint_bytes(load),
+        "raw": found.get("raw", 0),
+        "base": found.get("base", weights * stored),
+        "data": found.get("data", 0),
+        "model": weights * load.number_bytes,
+        "package": weights * DTYPE_BYTES[profile.package.dtype],
+    }
+    parts["dvc_cache"] = sum(parts.values()) - parts["checkpoints"]  # copies, unless the file system knows reflinks
+    parts["registry"] = parts["package"] if local_registry else 0
+    return parts
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """What hours are computed from: assumptions, both of them.
+
+    Attributes:
+        card: Where the peak comes from.
+        peak_tflops: One card's peak; None where none is known for this dtype.
+        mfu: Fraction of it that ends in the model's own arithmetic; recomputed layers do not count.
+    """
+
+    card: str
+    peak_tflops: float | None
+    mfu: float
+
+
+def plan_speed(card: str | None, mfu: float | None, *, dtype: str) -> Speed:
+    """Return the speed to reckon with: a card's name or a number of TFLOPS, and an MFU.
+
+    Raises:
+        ConfigError: An unknown card, or an MFU outside (0, 1].
+    """
+    mfu = ASSUMED_MFU if mfu is None else mfu
+    if not 0 < mfu <= 1:
+        raise ConfigError(f"--mfu: expected a fraction above 0, at most 1, found {mfu:g}")
+    name = ASSUMED_CARD if card is None else card.lower()
+    if name in CARDS:
+        return Speed(name.upper(), CARDS[name] if dtype != "fp32" else None, mfu)
+    try:
+        peak = float(name)
+    except ValueError:
+        peak = 0.0
+    if not 0 < peak < float("inf"):
+        raise ConfigError(f"--card: expected {', '.join(CARDS)}, or a peak in TFLOPS; found {card!r}")
+    return Speed("stated", peak, mfu)
+
+
+def name_card(found: str) -> str | None:
+    """Return the entry of CARDS for a name as the driver says it.
+
+    >>> name_card("NVIDIA H100 PCIe"), name_card("NVIDIA A100-SXM4-80GB"), name_card("NVIDIA T4")
+    ('h100-pcie', 'a100', None)
+    """
+    words = found.lower()
+    keys = sorted(CARDS, key=len, reverse=True)
+    return next((key for key in keys if all(part in words for part in key.split("-"))), None)
+
+
+def token_flops(load: Load) -> float:
+    """Return floating-point operations of forward and backward for one token, nothing recomputed.
+
+    4 for each weight that multiplies (the input table only looks up), 2 more for each that is trained, and causal
+    attention: 6 L H T, half of the full square's 12. Source: Chowdhery et al. 2022, arXiv:2204.02311, appendix B.
+    """
+    sizes, frozen = load.sizes, load.parameters - load.trainable
+    multiplying = load.parameters - (0 if sizes.tied else sizes.embedding_parameters)
+    trained = max(0, multiplying - frozen)
+    return 4.0 * multiplying + 2.0 * trained + 6.0 * sizes.layers * sizes.hidden * load.row_tokens
+
+
+def plan_hours(load: Load, speed: Speed, tokens: int | None) -> float | None:
+    """Return hours of training on `tokens`; None where tokens or peak are not known."""
+    if tokens is None or speed.peak_tflops is None:
+        return None
+    per_second = load.ranks * speed.peak_tflops * 1e12 * speed.mfu
+    return tokens * token_flops(load) / per_second / 3600
+
+
+def gib(count: float) -> str:
+    """Return bytes in words.
+
+    >>> gib(3 * 2**29)
+    '1.5 GiB'
+    """
+    return f"{count / GIB:,.1f} GiB" if count >= GIB / 10 else f"{count / 2**20:,.1f} MiB"

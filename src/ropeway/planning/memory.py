@@ -1,0 +1,277 @@
+"""What a rank holds at its peak, in closed form: weights, gradients, optimizer, buckets, activations, logits.
+
+Shapes: P positions of a micro-batch (rows x tokens), H hidden, F intermediate, K key and value width, A heads,
+L layers, V vocabulary, N weights, R ranks, s bytes of a training number (2 in fp16 and bf16, 4 in fp32).
+
+The states are those of DeepSpeed's own estimator; activations are counted tensor by tensor over transformers' Llama
+with a fused attention kernel, and held to the measured peak (tests/contract/test_memory.py). With LoRA they are still
+those of full training, which keeps more for frozen layers and less for adapters: not measured.
+"""
+
+from dataclasses import dataclass
+
+from ropeway.config.params import Profile
+from ropeway.config.zero import PARTITIONED_STAGE, Zero
+from ropeway.models.chat_template import ROLE_TOKENS
+
+DTYPE_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
+FP32 = 4
+MOMENTS = 8  # Adam's two, fp32
+CHUNK_POSITIONS = 1024  # train/loss.py's; a test holds the two together
+GIB = 2**30
+# Assumed, not measured here: CUDA context and libraries 0.5 GiB, NCCL's buffers 0.5 GiB, and what the caching allocator
+# loses between blocks: 5 % of what comes and goes.
+CONTEXT_BYTES = GIB
+FRAGMENTATION = 0.05
+PROCESS_BYTES = 2 * GIB  # assumed: Python, torch and CUDA's libraries in host memory, each rank
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """A Llama's sizes; `vocabulary` counts the rows of the padded embedding."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    key_value_heads: int
+    vocabulary: int
+    tied: bool
+
+    @classmethod
+    def of(cls, profile: Profile) -> "Sizes":
+        """Return the sizes of `expected_model`, role tokens added and vocabulary padded."""
+        shape, multiple = profile.expected_model, profile.pad_vocab_to_multiple_of
+        return cls(
+            hidden=shape.hidden_size,
+            intermediate=shape.intermediate_size,
+            layers=shape.num_hidden_layers,
+            heads=shape.num_attention_heads,
+            key_value_heads=shape.num_key_value_heads,
+            vocabulary=-(-(shape.vocab_size + len(ROLE_TOKENS)) // multiple) * multiple,
+            tied=shape.tie_word_embeddings,
+        )
+
+    @property
+    def key_value(self) -> int:
+        """Width of keys, and of values."""
+        return self.hidden * self.key_value_heads // self.heads
+
+    @property
+    def layer_parameters(self) -> int:
+        """Weights of one layer: four projections of attention, three of the MLP, two norms.
+
+        Source: Touvron et al. 2023, arXiv:2302.13971; grouped heads: Ainslie et al. 2023, arXiv:2305.13245.
+        """
+        hidden = self.hidden
+        return 2 * hidden * hidden + 2 * hidden * self.key_value + 3 * hidden * self.intermediate + 2 * hidden
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Weights of one embedding table."""
+        return self.vocabulary * self.hidden
+
+    @property
+    def parameters(self) -> int:
+        """All weights."""
+        tables = self.embedding_parameters * (1 if self.tied else 2)
+        return tables + self.layers * self.layer_parameters + self.hidden
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What one rank works on; `dataclasses.replace` one field to plan a remedy.
+
+    Attributes:
+        number_bytes: s of the module's legend.
+        adapters: Weights that LoRA adds.
+        trainable: Weights with gradients and optimizer: all of them, or with LoRA adapters (and embeddings).
+        micro_batch_size: Rows of a forward pass; packed ones are joined into one.
+        row_tokens: Tokens of the longest possible row.
+        checkpointing: Layers keep their input alone and run again in backward.
+        masked: Attention reads a mask of (P x P): packed rows on a GPU without a flash kernel. On a CPU none does
+            (`attend_each` in train/attention.py), so there the plan of such rows is too high.
+    """
+
+    sizes: Sizes
+    number_bytes: int
+    adapters: int
+    trainable: int
+    ranks: int
+    micro_batch_size: int
+    row_tokens: int
+    checkpointing: bool
+    masked: bool
+    zero: Zero
+
+    @classmethod
+    def of(cls, profile: Profile, zero: Zero, *, ranks: int) -> "Load":
+        """Return what a rank of a profile's run works on."""
+        sizes = Sizes.of(profile)
+        adapters, tables = count_adapters(profile, sizes)
+        return cls(
+            sizes=sizes,
+            adapters=adapters,
+            trainable=adapters + tables if profile.peft_model else sizes.parameters,
+            number_bytes=DTYPE_BYTES[profile.dtype],
+            ranks=ranks,
+            micro_batch_size=profile.per_device_train_batch_size,
+            row_tokens=profile.max_length,
+            checkpointing=profile.gradient_checkpointing,
+            masked=profile.layout == "packed" and not profile.use_flash_attention,
+            zero=zero,
+        )
+
+    @property
+    def parameters(self) -> int:
+        """N: all weights, adapters included."""
+        return self.sizes.parameters + self.adapters
+
+    @property
+    def positions(self) -> int:
+        """P: positions of a micro-batch."""
+        return self.micro_batch_size * self.row_tokens
+
+
+def count_adapters(profile: Profile, sizes: Sizes) -> tuple[int, int]:
+    """Return (weights of LoRA's matrices, weights of the tables trained with them); 0 and 0 without LoRA.
+
+    Each target of width `in` to `out` gets rank x (in + out). Source: Hu et al. 2021, arXiv:2106.09685.
+    """
+    lora = profile.lora
+    if not profile.peft_model or lora is None:
+        return 0, 0
+    hidden, key_value, intermediate = sizes.hidden, sizes.key_value, sizes.intermediate
+    sides = {
+        "q_proj": 2 * hidden,
+        "k_proj": hidden + key_value,
+        "v_proj": hidden + key_value,
+        "o_proj": 2 * hidden,
+        **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), hidden + intermediate),
+    }
+    # A target that is none of these is training's to refuse; the head is the one other linear layer.
+    adapters = sizes.layers * lora.rank * sum(sides.get(name, 0) for name in lora.target_modules)
+    adapters += lora.rank * (hidden + sizes.vocabulary) * lora.target_modules.count("lm_head")
+    tables = sizes.embedding_parameters * (1 if sizes.tied else 2)
+    return adapters, tables if lora.train_embeddings else 0
+
+
+def plan_states(load: Load) -> dict[str, int]:
+    """Return bytes of weights, gradients and optimizer on one GPU.
+
+    Gradients are counted twice, in training numbers and in fp32 for the step, as DeepSpeed does. Source: deepspeed
+    0.19.8, estimate_zero2_model_states_mem_needs: 2 N + 18 N / R in 16 bit, 2 N with offload. Its estimator of stage 3
+    counts 18 N / R and 4 bytes for each weight of the largest layer; the code has gradients of 2 N / R, fp32 ones for
+    one sub-group, and gathers weights up to the JSON's limits (`live_weights`), which is what is counted here.
+    """
+    zero, weights, width = load.zero, load.parameters, load.number_bytes
+    live = min(weights, max(zero.live_elements, load.sizes.embedding_parameters) + zero.prefetch_elements)
+    gradients = width * load.trainable // _ranks_from(2, load) + step_gradient_bytes(load)
+    if zero.offload_optimizer:  # at stage 1 they are whole until the step; above it they leave bucket by bucket
+        gradients = width * load.trainable if zero.stage <= 1 else 0
+    return {
+        "weights": 0 if zero.offload_parameters else width * weights // _ranks_from(3, load),
+        "live_weights": width * live if _ranks_from(3, load) > 1 or zero.offload_parameters else 0,
+        "gradients": gradients,
+        "optimizer": 0 if zero.offload_optimizer else (FP32 + MOMENTS) * load.trainable // _ranks_from(1, load),
+    }
+
+
+def step_gradient_bytes(load: Load) -> int:
+    """Return bytes of the fp32 gradients that a step makes and drops."""
+    share = load.trainable // _ranks_from(1, load)
+    if load.zero.offload_optimizer:
+        return 0
+    return FP32 * (min(share, load.zero.sub_group_elements) if load.zero.stage == PARTITIONED_STAGE else share)
+
+
+def _ranks_from(stage: int, load: Load) -> int:
+    """Return over how many ranks is spread what ZeRO partitions from `stage` on."""
+    return load.ranks if load.zero.stage >= stage else 1
+
+
+def layer_activation_bytes(load: Load) -> int:
+    """Return what one layer keeps for its backward pass.
+
+    Two norms (input in fp32, normalised, its scaled output), q, k, v and the attention's output with a log-sum-exp for
+    each head, and four tensors of the MLP's width. A mask, where there is one, is kept by every layer as numbers.
+    """
+    sizes, width, positions = load.sizes, load.number_bytes, load.positions
+    norm = positions * (sizes.hidden * (FP32 + 2 * width) + FP32)
+    key_value = sizes.hidden if load.masked else sizes.key_value  # with a mask, grouped heads are repeated
+    attention = positions * (width * (2 * sizes.hidden + 2 * key_value) + FP32 * sizes.heads)
+    mask = width * positions**2 if load.masked else 0
+    return 2 * norm + attention + mask + 4 * positions * width * sizes.intermediate
+
+
+def plan_activations(load: Load) -> dict[str, int]:
+    """Return bytes of activations and of logits at the peak of forward and backward.
+
+    Three moments compete: the loss's chunk, the final norm's backward, the last layer's backward. `logits` is what the
+    first needs beyond the other two: 0 where those are higher.
+    """
+    sizes, width, positions = load.sizes, load.number_bytes, load.positions
+    layer = layer_activation_bytes(load)
+    state = width * positions * sizes.hidden
+    kept = sizes.layers * (state if load.checkpointing else layer)
+    mask = positions**2 if load.masked else 0  # one of booleans, shared
+    # Final norm: fp32 input, normalised, gradient and the temporaries of its backward: 24 bytes in either precision.
+    norm = 24 * positions * sizes.hidden
+    # Behind the last MLP: gradients of the state and of two tensors of its width.
+    backward = (layer if load.checkpointing else 0) + width * positions * (sizes.hidden + 2 * sizes.intermediate)
+    chunk = min(CHUNK_POSITIONS, positions)
+    # Log-probabilities and two gradients of them in fp32; from the second chunk on the head's and the state's gradient.
+    loss = positions * sizes.hidden * (FP32 + 2 * width) + 3 * FP32 * chunk * sizes.vocabulary
+    loss += width * sizes.embedding_parameters + state if positions > chunk else 0
+    layers = max(norm, backward)
+    return {"activations": kept + mask + layers, "logits": max(0, loss - layers)}
+
+
+def plan_gpu(load: Load) -> dict[str, int]:
+    """Return the parts of one GPU's memory, and their `total`. On a CPU the same parts lie in host memory."""
+    zero = load.zero
+    buckets = zero.bucket_elements * load.number_bytes * (2 if zero.overlap else 1) if zero.stage else 0
+    # The all-gather after a step writes into the weights themselves: no bucket (deepspeed 0.19.8 on NCCL).
+    parts = {**plan_states(load), "buckets": buckets, **plan_activations(load)}
+    moving = sum(parts[name] for name in ("gradients", "buckets", "activations", "logits", "live_weights"))
+    parts["reserve"] = CONTEXT_BYTES + int(FRAGMENTATION * moving)
+    return {**parts, "total": sum(parts.values())}
+
+
+def certain_bytes(load: Load) -> int:
+    """Return what a GPU holds whatever the rows are: states without fp32 gradients, and buckets. No guess in it."""
+    parts = plan_gpu(load)
+    states = parts["weights"] + parts["optimizer"] + parts["gradients"] + parts["buckets"]
+    return states - step_gradient_bytes(load)
+
+
+def plan_host(load: Load) -> dict[str, int]:
+    """Return the parts of host memory that all ranks of one machine take together, and their `total`.
+
+    Every rank opens the whole model before it is spread; what is offloaded comes after that, so the larger of the two
+    counts. Offload: fp32 weights, moments and gradients, 16 N. Source: as in `plan_states`, without its factor of 1.5.
+    """
+    weights, zero = load.parameters, load.zero
+    opening = load.ranks * load.number_bytes * weights
+    kept = (FP32 + MOMENTS + FP32) * load.trainable if zero.offload_optimizer else 0
+    kept += load.number_bytes * weights if zero.offload_parameters else 0
+    parts = {"opening": opening, "offloaded": kept, "processes": load.ranks * PROCESS_BYTES}
+    return {**parts, "total": max(opening, kept) + parts["processes"]}
+
+
+def checkpoint_bytes(load: Load) -> int:
+    """Return the size of one checkpoint of a planned run."""
+    return stored_bytes(load.parameters, load.trainable, number_bytes=load.number_bytes, stage=load.zero.stage)
+
+
+def stored_bytes(weights: int, learning: int, *, number_bytes: int, stage: int) -> int:
+    """Return the bytes of a checkpoint: fp32 masters and two moments of weights that learn, and all as trained.
+
+    The latter not at ZeRO's stage 3. Measured on deepspeed 0.19.8: 14 bytes a weight in bf16, 16 in fp32, 12 at
+    stage 3.
+
+    >>> stored_bytes(1000, 1000, number_bytes=2, stage=2), stored_bytes(1000, 10, number_bytes=4, stage=2)
+    (14000, 4120)
+    """
+    own = 0 if stage == PARTITIONED_STAGE else number_bytes
+    return learning * (FP32 + MOMENTS) + weights * own

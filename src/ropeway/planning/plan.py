@@ -1,0 +1,176 @@
+"""What a run will do and cost, before anything is spent: arithmetic over params, rows and ranks. No torch here."""
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ropeway.config.frozen import read_texts
+from ropeway.config.params import Profile
+from ropeway.config.zero import Zero, read_zero
+from ropeway.data.accumulation import accumulation_steps
+from ropeway.planning.budget import COMMON_GIB, Speed, Verdict, gib, judge, name_card, plan_disk, plan_hours, plan_speed
+from ropeway.planning.counts import count_reading, plan_elsewhere
+from ropeway.planning.memory import GIB, Load, certain_bytes, checkpoint_bytes, plan_gpu, plan_host
+from ropeway.runtime.devices import detect_gpus
+from ropeway.runtime.errors import ConfigError
+from ropeway.runtime.manifest import NAME
+from ropeway.runtime.workspace import Workspace
+
+UNCHECKED = "ROPEWAY_MEMORY_CHECK"  # `off` lets a run start that the plan says cannot fit
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the caller states about the machine; None is found out or assumed."""
+
+    gpu_memory_gib: float | None = None
+    card: str | None = None
+    mfu: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlan:
+    """What a run will do.
+
+    Attributes:
+        rows: Rows an epoch reads over all ranks; None where nothing states them yet.
+        rows_per_source: The same by source; in the packed layout its sequences.
+        tokens_per_source: Tokens an epoch reads; a mean where it draws a part; None before prepare.
+        tokens: Tokens of the whole run, padding left out.
+        most_tokens: The same if every row were full.
+        other_ranks: Steps that other rank counts would make here, and would have made in the original.
+        parameters: Weights of the model, vocabulary padded, adapters left out.
+        trainable: Weights that are trained.
+        checkpoint_bytes: One checkpoint: training weights, fp32 weights and two Adam moments.
+        gpu_bytes: Parts of one card's memory, and their total.
+        host_bytes: Parts of host memory of all ranks on one machine, and their total.
+        disk_unknown: Parts of the disk's need that nothing states yet.
+        fits: Whether it fits the stated or found card; None where neither is known.
+        cards: For each memory in GiB: whether it fits, and what would make it fit with the bytes it then takes.
+        hours: `expected` from tokens and `at_most` from full rows, at `speed`.
+    """
+
+    profile: str
+    ranks: int
+    micro_batch_size: int
+    accumulation_steps: int
+    global_batch_size: int
+    rows_per_source: dict[str, int | None]
+    tokens_per_source: dict[str, int | None]
+    rows: int | None
+    tokens: int | None
+    most_tokens: int | None
+    optimizer_steps: int | None
+    other_ranks: dict[int, dict[str, int | str]]
+    parameters: int
+    trainable: int
+    checkpoint_bytes: int
+    gpu_bytes: dict[str, int]
+    host_bytes: dict[str, int]
+    disk_bytes: int
+    disk_parts: dict[str, int]
+    disk_unknown: list[str]
+    disk_free_bytes: int
+    fits: bool | None
+    cards: dict[str, Verdict]
+    speed: Speed
+    hours: dict[str, float | None]
+    from_data: bool
+
+    def as_json(self) -> str:
+        """Return the plan for programs."""
+        facts = asdict(self)
+        for name, verdict in self.cards.items():
+            facts["cards"][name]["fits"] = verdict.fits
+        return json.dumps(facts, indent=1, sort_keys=True)
+
+
+def plan_run(workspace: Workspace, profile: Profile, *, ranks: int, asked: Asked | None = None) -> RunPlan:
+    """Return the plan of a run: from the data where it is prepared, else from `expected_rows` of the sources.
+
+    Raises:
+        ConfigError: Ranks do not divide the batch, or the DeepSpeed JSON or a stated figure cannot be read.
+    """
+    asked = asked or Asked()
+    named = read_texts(workspace.root, [profile.deepspeed_config], key="deepspeed_config")
+    load = Load.of(profile, read_zero(named[profile.deepspeed_config], profile.deepspeed_config), ranks=ranks)
+    counted = count_reading(workspace, profile)
+    disk, unknown = _plan_disk(workspace, profile, load)
+    gpus = detect_gpus() if asked.gpu_memory_gib is None or asked.card is None else []
+    memory = asked.gpu_memory_gib
+    if memory is None and gpus:
+        memory = min(gpu.memory_bytes for gpu in gpus) / GIB
+    cards = {
+        f"{size:.4g}": judge(load, profile.global_batch_size, int(size * GIB))
+        for size in (COMMON_GIB if memory is None else (memory,))
+    }
+    speed = plan_speed(asked.card or (name_card(gpus[0].name) if gpus else None), asked.mfu, dtype=profile.dtype)
+    reading = {"expected": counted.tokens, "at_most": counted.most_tokens}
+    return RunPlan(
+        profile=workspace.profile,
+        ranks=ranks,
+        micro_batch_size=profile.per_device_train_batch_size,
+        accumulation_steps=accumulation_steps(profile, ranks),
+        global_batch_size=profile.global_batch_size,
+        rows_per_source=counted.rows_per_source,
+        tokens_per_source=counted.tokens_per_source,
+        rows=counted.rows,
+        tokens=counted.tokens,
+        most_tokens=counted.most_tokens,
+        optimizer_steps=counted.steps(profile),
+        other_ranks=plan_elsewhere(profile, counted.rows, ranks),
+        parameters=load.sizes.parameters,
+        trainable=load.trainable,
+        checkpoint_bytes=checkpoint_bytes(load),
+        gpu_bytes=plan_gpu(load),
+        host_bytes=plan_host(load),
+        disk_bytes=sum(disk.values()),
+        disk_parts=disk,
+        disk_unknown=unknown,
+        disk_free_bytes=shutil.disk_usage(workspace.root).free,
+        fits=None if memory is None else next(iter(cards.values())).fits,
+        cards=cards,
+        speed=speed,
+        hours={name: plan_hours(load, speed, count) for name, count in reading.items()},
+        from_data=counted.from_data,
+    )
+
+
+def _plan_disk(workspace: Workspace, profile: Profile, load: Load) -> tuple[dict[str, int], list[str]]:
+    folders = {"raw": workspace.raw, "base": workspace.base, "data": workspace.data}
+    found = {name: _folder_bytes(folder) for name, folder in folders.items() if (folder / NAME).is_file()}
+    local = workspace.registry_url.startswith("file:")
+    unknown = [name for name in ("raw", "data") if name not in found]
+    return plan_disk(profile, load, found=found, local_registry=local), unknown
+
+
+def _folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def check_memory(profile: Profile, zero: Zero, *, ranks: int) -> None:
+    """Refuse to start ranks on cards that cannot hold the run's states, whatever its rows are; on a CPU nothing.
+
+    Activations and every assumption are left out of that figure, so that only what is certain is refused. A plan whose
+    total is above the card is said in one line.
+
+    Raises:
+        ConfigError: Weights, gradients, optimizer and buckets alone are more than the smallest card has.
+    """
+    gpus = detect_gpus()
+    if not gpus or os.environ.get(UNCHECKED) == "off":
+        return
+    load = Load.of(profile, zero, ranks=ranks)
+    memory, certain = min(gpu.memory_bytes for gpu in gpus), certain_bytes(load)
+    verdict = judge(load, profile.global_batch_size, memory)
+    if verdict.fits:
+        return
+    what = "; ".join(f"{words} ({gib(total)})" for words, total in verdict.remedies) or "a larger card"
+    if certain > memory:
+        raise ConfigError(
+            f"a GPU has {gib(memory)}, but on {ranks} ranks weights, gradients, optimizer and buckets alone take "
+            f"{gib(certain)}. What would fit: {what}. `ropeway plan` shows the parts; {UNCHECKED}=off starts it anyway"
+        )
+    print(f"the plan asks for {gib(verdict.needed_bytes)} of a GPU's {gib(memory)}; what would fit: {what}", flush=True)

@@ -1,0 +1,1 @@
+"""Pages, cards, plots and tables, made from what stages wrote."""

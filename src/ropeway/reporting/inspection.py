@@ -1,0 +1,154 @@
+"""What `ropeway inspect` shows: one sequence, or one row of an epoch, token by token, with what is learned of it."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ropeway.config.params import Profile
+from ropeway.data.batches import EpochPlan, plan_epoch
+from ropeway.data.shards import Shards, open_shards
+from ropeway.models.tokenizer import open_tokenizer
+from ropeway.reporting.token_view import Reading, Shown, Vocabulary, find_part, next_token, read_piece, read_whole
+from ropeway.runtime.errors import ConfigError, DataError
+from ropeway.runtime.manifest import file_sha256
+from ropeway.runtime.workspace import Workspace
+
+_REMEDY = "`ropeway run` prepares it, or `dvc repro prepare` alone"
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was asked for.
+
+    Attributes:
+        title: What it is, in words.
+        readings: The sequence, or the pieces of the row.
+        facts: The same for programs.
+    """
+
+    title: str
+    readings: tuple[Reading, ...]
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Prepared data, opened to be looked at."""
+
+    shards: Shards
+    profile: Profile
+    vocabulary: Vocabulary
+
+
+def open_prepared(workspace: Workspace, profile: Profile) -> Prepared:
+    """Open what prepare left and the tokenizer it was made with.
+
+    Raises:
+        DataError: There is none yet, it is unfinished, or `base/` holds another tokenizer by now.
+    """
+    if not (workspace.data / "manifest.json").is_file():
+        raise DataError(f"{workspace.data}: no prepared data of profile '{workspace.profile}' yet; {_REMEDY}")
+    shards = open_shards(workspace.data, verify=False)  # to look at one sequence, 100 GB are not hashed
+    path = workspace.base / "tokenizer.json"
+    if not path.is_file():
+        raise DataError(f"{path}: not there, and the data cannot be read without it; run `dvc repro base`")
+    if (found := file_sha256(path)) != shards.manifest["tokenizer"]:
+        raise DataError(
+            f"{path}: sha256 is {found[:12]}…, the data was made with {shards.manifest['tokenizer'][:12]}…; "
+            "run `dvc repro prepare`"
+        )
+    return Prepared(shards, profile, Vocabulary(open_tokenizer(workspace.base)))
+
+
+def inspect_sequence(prepared: Prepared, name: str, number: int) -> Inspection:
+    """Return one sequence of a source, whole.
+
+    Raises:
+        ConfigError: No such source, or no such sequence.
+    """
+    sources = prepared.shards.sources
+    names = [source.name for source in sources]
+    if name not in names:
+        raise ConfigError(f"source '{name}' does not exist; there are: {', '.join(names)}")
+    at = names.index(name)
+    count, longest = len(sources[at].lengths), prepared.profile.max_length
+    if not 0 <= number < count:
+        there = f"0 to {count - 1:,}" if count else "none"
+        raise ConfigError(f"source {name} has no sequence {number:,}; there are: {there}")
+    reading = read_whole(at, number, prepared.shards, prepared.profile)
+    part = find_part(number, sources[at])
+    title = f"{name}, sequence {number:,} of {count:,} ({sources[at].kind}, {part or 'neither train nor validation'})"
+    if reading.length > longest:
+        title += f": stored whole, {reading.length - longest:,} tokens more than a row holds (max_length {longest:,})"
+    return Inspection(title, (reading,), {"source": name, "sequence": number, "part": part})
+
+
+def inspect_row(prepared: Prepared, number: int, *, epoch: int) -> Inspection:
+    """Return one row of an epoch as it is read.
+
+    Raises:
+        ConfigError: No such epoch, or no such row in it.
+    """
+    epochs = prepared.profile.num_train_epochs
+    if not 0 <= epoch < epochs:
+        raise ConfigError(f"epoch {epoch} does not exist; num_train_epochs {epochs} makes 0 to {epochs - 1}")
+    plan = plan_epoch(prepared.shards, prepared.profile, epoch=epoch)
+    if not 0 <= number < plan.rows:
+        raise ConfigError(f"epoch {epoch} has no row {number:,}; there are: 0 to {plan.rows - 1:,}")
+    readings = tuple(read_piece(piece, prepared.shards, prepared.profile) for piece in plan.row(number))
+    return Inspection(
+        f"row {number:,} of epoch {epoch}, {_place(plan, number)}", readings, {"row": number, "epoch": epoch}
+    )
+
+
+def _place(plan: EpochPlan, number: int) -> str:
+    step = number // plan.profile.global_batch_size
+    return f"read in its step {step + 1:,} of {plan.steps:,}" if step < plan.steps else "left over, not trained"
+
+
+def to_json(inspection: Inspection, prepared: Prepared) -> str:
+    """Return an inspection as one JSON object, every token with its id, text, and whether it is learned."""
+    pieces = [
+        {
+            "source": reading.source,
+            "sequence": reading.piece.sequence,
+            "begin": reading.piece.begin,
+            "end": reading.piece.end,
+            "length": reading.length,
+            "supervised": reading.supervised,
+            "learned_behind": next_token(reading, prepared.shards, prepared.profile, prepared.vocabulary),
+            "tokens": [
+                {
+                    "id": shown.number,
+                    "bytes" if shown.is_bytes else "text": shown.text,
+                    "learned": learned,
+                    "special": shown.is_special,
+                }
+                for shown, learned in pair_tokens(reading, prepared)
+            ],
+        }
+        for reading in inspection.readings
+    ]
+    return json.dumps({**inspection.facts, "pieces": pieces}, ensure_ascii=False)
+
+
+def pair_tokens(reading: Reading, prepared: Prepared) -> Iterator[tuple[Shown, bool]]:
+    """Return each token of a reading in characters, and whether it is learned."""
+    return zip(prepared.vocabulary.show(reading.tokens.tolist()), reading.learned.tolist(), strict=True)
+
+
+def list_sources(prepared: Prepared) -> list[dict[str, Any]]:
+    """Return what can be looked at: each source's counts."""
+    return [
+        {
+            "source": source.name,
+            "kind": source.kind,
+            "sequences": len(source.lengths),
+            "tokens": int(source.lengths.sum(dtype="int64")),
+            "longest": int(source.lengths.max(initial=0)),
+            "train": len(source.train),
+            "validation": len(source.validation),
+        }
+        for source in prepared.shards.sources
+    ]

@@ -1,0 +1,96 @@
+"""The ledger as a list of steps, from records read to tokens supervised: what report.html and the flow's table show."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+# Ledgers written before there was a duplicate pass lack the first two.
+_SET_ASIDE = {
+    "duplicates removed": "duplicate",
+    "contaminated removed": "contaminated",
+    "validation": "validation",
+    "unused": "unused",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step of a source's flow.
+
+    Attributes:
+        name: What happens.
+        sign: `=` goes on to the next step, `-` goes no further, `+` comes in from elsewhere (padding).
+        count: How many, None where only tokens are counted.
+        unit: Of `count`: records or sequences.
+        tokens: How many, None before there are any.
+        epoch: Of the run, None before the first.
+    """
+
+    name: str
+    sign: Literal["=", "-", "+"]
+    count: int | None
+    unit: str
+    tokens: int | None
+    epoch: int | None = None
+
+
+def list_steps(account: Mapping[str, Any]) -> list[Step]:
+    """Return the steps of one source, in order; `account` is its entry in ledger.json."""
+    records, sequences, tokens = account["records"], account["sequences"], account["tokens"]
+    steps = [Step("read", "=", records["read"], "records", None)]
+    steps += [
+        Step(f"refused by {room}", "-", sum(records[f"refused_by_{room}"].values()), "records", None)
+        for room in ("fetch", "prepare")
+    ]
+    steps.append(Step("kept", "=", records["kept"], "records", None))
+    if records["without_tokens"]:
+        steps.append(Step("empty", "-", records["without_tokens"], "records", None))
+    steps.append(Step("stored", "=", sequences["all"], "sequences", tokens["all"]))
+    steps += [
+        Step(name, "-", sequences.get(part, 0), "sequences", tokens.get(part, 0)) for name, part in _SET_ASIDE.items()
+    ]
+    steps.append(Step("train", "=", sequences["train"], "sequences", tokens["train"]))
+    for epoch in account["epochs"]:
+        steps += _epoch_steps(epoch, tokens["train"])
+    return steps
+
+
+def _epoch_steps(epoch: Mapping[str, Any], train_tokens: int) -> Iterator[Step]:
+    at, rows = epoch["epoch"], epoch["row_tokens"]
+    yield Step("not drawn", "-", epoch["not_drawn"], "sequences", train_tokens - epoch["drawn_tokens"], at)
+    yield Step("drawn", "=", epoch["drawn"], "sequences", epoch["drawn_tokens"], at)
+    yield Step("lost around windows", "-", epoch["windowed"], "sequences", epoch["windowed_tokens"], at)
+    yield Step("lost behind cuts", "-", epoch["cut"], "sequences", epoch["cut_tokens"], at)
+    yield Step("in rows", "=", None, "", rows, at)
+    yield Step("padding beside them", "+", None, "", epoch["padding"], at)
+    yield Step("not supervised", "-", None, "", rows - epoch["supervised"], at)
+    yield Step("supervised", "=", None, "", epoch["supervised"], at)
+
+
+def split_tokens(account: Mapping[str, Any]) -> dict[str, int]:
+    """Return where every stored token of a source is in epoch 0; the parts add up to `tokens.all`."""
+    tokens, first = account["tokens"], account["epochs"][0]
+    return {
+        "supervised": first["supervised"],
+        "read, not supervised": first["row_tokens"] - first["supervised"],
+        "lost to windows and cuts": first["windowed_tokens"] + first["cut_tokens"],
+        "not drawn": tokens["train"] - first["drawn_tokens"],
+        "validation": tokens["validation"],
+        "unused": tokens["unused"],
+        "duplicates and contaminated": tokens.get("duplicate", 0) + tokens.get("contaminated", 0),
+    }
+
+
+def ledger_rows(ledger: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Return a ledger for a table, one row per source and step; the cells are text and not markdown."""
+    return [
+        {
+            "source": account["name"],
+            "step": step.name if step.epoch is None else f"epoch {step.epoch}: {step.name}",
+            "": step.sign,
+            "how many": "" if step.count is None else f"{step.count:,} {step.unit}",
+            "tokens": "" if step.tokens is None else f"{step.tokens:,}",
+        }
+        for account in ledger.get("sources", ())
+        for step in list_steps(account)
+    ]

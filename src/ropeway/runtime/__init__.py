@@ -1,0 +1,1 @@
+"""What every process needs: errors, workspace paths, manifests, locks, supervision, devices."""

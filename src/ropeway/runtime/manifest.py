@@ -1,0 +1,156 @@
+"""A folder's manifest: JSON that names every file with sha256, bytes and rows, written last.
+
+Its presence means "whole". A reader verifies what it opens; a folder without a manifest is unfinished work.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from ropeway.runtime.errors import DataError
+
+NAME = "manifest.json"
+_BLOCK_BYTES = 1 << 20
+
+
+def canonical_json(value: object) -> bytes:
+    r"""Return `value` as sorted, compact UTF-8 JSON: equal values give equal bytes.
+
+    >>> canonical_json({"b": 1, "a": [True]})
+    b'{"a":[true],"b":1}'
+    """
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def digest_of(value: object) -> str:
+    """Return the sha256 of a JSON-like value's canonical form."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """Return a file's sha256 in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file so that a reader sees the old bytes or the new ones, also after a power cut."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def json_bytes(value: object) -> bytes:
+    """Return sorted, indented JSON for people; NaN is refused, since JSON has none."""
+    return (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write sorted, indented JSON atomically."""
+    write_atomic(path, json_bytes(value))
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable; where the platform cannot, do nothing."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def iterate_files(folder: Path) -> Iterator[Path]:
+    """Yield every file below `folder` but the manifest itself, sorted by relative path."""
+    for path in sorted(folder.rglob("*"), key=lambda path: path.relative_to(folder).as_posix()):
+        if path.is_file() and path != folder / NAME:
+            yield path
+
+
+def write_manifest(folder: Path, facts: Mapping[str, Any], *, rows: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """Write `folder/manifest.json`, last: `{"files": {name: {sha256, bytes, rows?}}, **facts}`; return it."""
+    files = {}
+    for path in iterate_files(folder):
+        name = path.relative_to(folder).as_posix()
+        files[name] = {"sha256": file_sha256(path), "bytes": path.stat().st_size}
+        if rows and name in rows:
+            files[name]["rows"] = rows[name]
+    manifest = {**facts, "files": files}
+    write_json(folder / NAME, manifest)
+    return manifest
+
+
+def load_manifest(folder: Path, *, remedy: str, verify: bool = True) -> dict[str, Any]:
+    """Return a folder's manifest, its files checked.
+
+    Args:
+        folder: The folder it describes.
+        remedy: What the reader is told to do, e.g. "Run `dvc repro prepare`".
+        verify: Re-hash every file; else compare sizes only.
+
+    Raises:
+        DataError: No manifest (unfinished work), or a file missing, added, of another size or with other bytes.
+    """
+    try:
+        manifest: dict[str, Any] = json.loads((folder / NAME).read_bytes())
+        files = manifest["files"]
+    except FileNotFoundError:
+        raise DataError(f"{folder}: no {NAME}, so what is there is missing or unfinished. {remedy}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder / NAME}: not a manifest ({error}). {remedy}") from None
+    there = {path.relative_to(folder).as_posix() for path in iterate_files(folder)}
+    if extra := sorted(there - set(files)):
+        raise DataError(f"{folder}: {extra[0]} is not in the manifest ({len(extra)} such files). {remedy}")
+    for name, facts in sorted(files.items()):
+        check_file(folder / name, facts, remedy=remedy, verify=verify)
+    return manifest
+
+
+def check_file(path: Path, facts: Mapping[str, Any], *, remedy: str, verify: bool = True) -> None:
+    """Raise DataError unless `path` has the size and, with `verify`, the sha256 that its manifest promises."""
+    if not path.is_file():
+        raise DataError(f"{path}: missing, though its manifest names it ({facts['bytes']:,} bytes). {remedy}")
+    if (size := path.stat().st_size) != facts["bytes"]:
+        raise DataError(f"{path}: {size:,} bytes, its manifest says {facts['bytes']:,}. {remedy}")
+    if verify and (found := file_sha256(path)) != facts["sha256"]:
+        raise DataError(
+            f"{path}: sha256 is {found[:12]}…, its manifest says {facts['sha256'][:12]}…; "
+            f"the file changed after it was written. {remedy}"
+        )
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `target`; on success it takes `target`'s place in one rename, else it goes.
+
+    Write the manifest inside, last.
+    """
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if target.exists():
+            shutil.rmtree(target)
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    sync_folder(target.parent)

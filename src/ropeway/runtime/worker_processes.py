@@ -1,0 +1,36 @@
+"""What rooms that start worker processes on this machine share: how many were asked for, and how a worker begins."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Mapping
+
+from ropeway.runtime.errors import ConfigError, TemporaryError
+
+
+def count_asked(variable: str, environment: Mapping[str, str]) -> int | None:
+    """Return the number of processes that a variable of the environment asks for; None where it is unset or empty.
+
+    Raises:
+        ConfigError: It is not a count.
+    """
+    asked = environment.get(variable, "")
+    if not asked:
+        return None
+    if not asked.isdecimal() or int(asked) < 1:
+        raise ConfigError(f"{variable} is {asked!r}; expected a number of processes, 1 or more")
+    return int(asked)
+
+
+def begin_worker() -> None:
+    """In a worker: end with the parent, and leave the terminal's ^C to it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()  # a killed parent says nothing, and its workers would work on, or wait for work for ever
+        os._exit(TemporaryError.exit_code)

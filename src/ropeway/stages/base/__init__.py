@@ -1,0 +1,1 @@
+"""Stage base: the model and tokenizer that training starts from."""

@@ -1,0 +1,76 @@
+"""What the files of a base model must be before anything opens them; reads names and config.json alone."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ropeway.runtime.errors import ConfigError
+
+CONFIG, INDEX, _ADAPTER = "config.json", "model.safetensors.index.json", "adapter_config.json"
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def check_folder(folder: Path) -> None:
+    """Raise ConfigError unless a folder holds a whole, unquantized model in safetensors."""
+    check_names((path.name for path in folder.iterdir()), where=str(folder))
+    check_config(_read_object(folder / CONFIG), where=str(folder / CONFIG))
+    if not (folder / INDEX).is_file():
+        return
+    placed = _read_object(folder / INDEX).get("weight_map")
+    if not isinstance(placed, dict):
+        raise ConfigError(f"{folder / INDEX}: expected a weight_map, found none; fetch the model again")
+    absent = sorted({str(name) for name in placed.values() if not (folder / str(name)).is_file()})
+    if absent:
+        raise ConfigError(f"{folder}: {INDEX} names {', '.join(absent)}, not there; fetch the model again")
+
+
+def check_names(names: Iterable[str], *, where: str) -> None:
+    """Raise ConfigError unless these are the files of a whole model in safetensors.
+
+    Args:
+        names: As they stand in a folder, or in a repository; what is in folders of theirs does not count.
+        where: For the message.
+    """
+    there = {name for name in names if "/" not in name}
+    if _ADAPTER in there:
+        raise ConfigError(
+            f"{where}: has {_ADAPTER}, so it is an adapter (LoRA), which is no whole model. Merge it into its base "
+            "(peft's merge_and_unload, then save_pretrained into a new folder) and name the merged folder"
+        )
+    if CONFIG not in there:
+        raise ConfigError(
+            f"{where}: has no {CONFIG}, so there is no model in it. Put a Llama there ({CONFIG}, *.safetensors, "
+            "tokenizer.json), or set base: {kind: hub, revision: COMMIT} and model_name to its repository, e.g. "
+            "meta-llama/Llama-2-13b-hf"
+        )
+    if not any(name.endswith(".safetensors") for name in there):
+        pickled = sorted(name for name in there if PurePosixPath(name).suffix in _PICKLED)
+        found = f"only {', '.join(pickled)}, pickles, which run code when they are opened" if pickled else "none"
+        raise ConfigError(
+            f"{where}: expected weights in *.safetensors, found {found}. If you trust them, convert them with "
+            "transformers (from_pretrained, then save_pretrained into a new folder) and name that folder"
+        )
+
+
+def check_config(config: Mapping[str, Any], *, where: str) -> None:
+    """Raise ConfigError unless a model's config is of a Llama with plain weights."""
+    if config.get("model_type") != "llama":
+        raise ConfigError(f"{where}: expected a Llama, found model_type {config.get('model_type')!r}")
+    quantization = config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise ConfigError(
+            f"{where}: its weights are quantized ({method}), which cannot be trained in full. Name the model that was "
+            "quantized"
+        )
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: expected a JSON object, found {error}; fetch the model again") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: expected a JSON object, found {type(value).__name__}; fetch the model again")
+    return value

@@ -1,0 +1,303 @@
+"""Room: base. The model and tokenizer that training starts from: role tokens added, vocabulary padded, RoPE stated."""
+
+import importlib.util
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from tokenizers import Tokenizer
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from ropeway.config.frozen import FrozenInputs
+from ropeway.config.params import GgufBase, HubBase, ModelShape, Profile, ScratchBase
+from ropeway.data.raw_records import iterate_records, iterate_texts
+from ropeway.models.chat_template import template_digest
+from ropeway.models.rope import RopeScaling
+from ropeway.models.tokenizer import (
+    LLAMA_SPECIAL,
+    count_tokens,
+    open_tokenizer,
+    prepare_tokenizer,
+    read_special,
+    read_special_names,
+    train_tokenizer,
+    write_tokenizer,
+)
+from ropeway.runtime.errors import ConfigError
+from ropeway.runtime.manifest import file_sha256, load_manifest, whole_folder, write_manifest
+from ropeway.runtime.workspace import Workspace
+from ropeway.stages.base.base_files import check_folder, check_names
+from ropeway.storage import hub
+
+NEW_ROW_STD = 0.02  # Source: Llama's initializer_range, which resizing drew from in transformers 4.31
+SHARD_BYTES = 5_000_000_000
+
+
+def run(workspace: Workspace, profile: Profile) -> None:
+    """Leave `base/`: weights, config, tokenizer with the role tokens and the template, manifest.
+
+    Raises:
+        ConfigError: The model is missing, is no Llama, or has another shape than `expected_model`.
+        TemporaryError: The Hub did not answer.
+    """
+    with whole_folder(workspace.base) as folder:
+        origin, options = _locate_origin(workspace.root, profile)
+        tokenizer, names = _open_or_train_tokenizer(workspace, profile, origin, options)
+        prepare_tokenizer(tokenizer, names)
+        write_tokenizer(folder, tokenizer, names, max_length=profile.max_length)
+        rows = plan_vocabulary(count_tokens(tokenizer), profile.pad_vocab_to_multiple_of)
+        if origin is None:
+            model, rope = make_model(profile, rows=rows)
+        else:
+            model, rope = open_model(origin, options, profile)
+            resize(model, rows=rows, new_rows=profile.new_rows, seed=profile.rng_seed)
+        special = read_special(folder, tokenizer)
+        _save(model, folder, special)
+        facts = _facts(profile, model, folder, special, rope)
+        if isinstance(profile.base, HubBase | GgufBase):  # of a folder there are only times
+            file = {"file": profile.base.file} if isinstance(profile.base, GgufBase) else {}
+            facts["model"]["origin"] = FrozenInputs.load(workspace.root).value("base") | file
+        write_manifest(folder, facts)
+    print(f"{profile.model_name}: {facts['parameters']:,} parameters, {rows:,} rows, special tokens {special}")
+
+
+def plan_vocabulary(tokens: int, multiple: int) -> int:
+    """Return the rows of the embedding: `tokens` rounded up. Source: Open-Assistant's model loading (July 2023).
+
+    >>> plan_vocabulary(32005, 16)
+    32016
+    """
+    return -(-tokens // multiple) * multiple
+
+
+def make_model(profile: Profile, *, rows: int) -> tuple[LlamaForCausalLM, RopeScaling]:
+    """Return a Llama of `expected_model`'s shape with fp32 weights drawn from the run's seed alone."""
+    shape, rope = profile.expected_model.model_dump(exclude={"vocab_size", "rope_theta"}), _rope(profile)
+    shape |= {"vocab_size": rows, "max_position_embeddings": rope.stated_positions}
+    config = LlamaConfig(**shape, rope_parameters=rope.rope_parameters())
+    with torch.random.fork_rng(devices=[]):  # transformers draws from the global generator only
+        torch.manual_seed(profile.rng_seed)
+        return LlamaForCausalLM(config).to(torch.float32), rope
+
+
+def open_model(origin: Path, options: dict[str, Any], profile: Profile) -> tuple[LlamaForCausalLM, RopeScaling]:
+    """Return the Llama of a folder in the dtype it is stored in, and its RoPE scaling, set as params say.
+
+    Raises:
+        ConfigError: It is no Llama, has another shape than `expected_model`, or lacks weights.
+    """
+    config = AutoConfig.from_pretrained(origin, **options)
+    check_shape(config, profile.expected_model, where=f"model_name {profile.model_name}")
+    rope = plan_rope(config, profile)
+    config.rope_parameters = rope.rope_parameters()  # the whole dict: a partial one loses theta (5.24)
+    config.max_position_embeddings = rope.stated_positions
+    config.rms_norm_eps = profile.expected_model.rms_norm_eps
+    try:
+        model, found = LlamaForCausalLM.from_pretrained(
+            origin, config=config, dtype="auto", output_loading_info=True, use_safetensors=True, **options
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(f"{origin}: its weights cannot be opened: {error}. Fetch the model again") from error
+    _check_weights(origin, model, found)
+    return (_dequantised(model) if "gguf_file" in options else model), rope
+
+
+def _check_weights(origin: Path, model: LlamaForCausalLM, found: dict[str, Any]) -> None:
+    """Raise ConfigError unless the files hold the config's weights, all of them, no others, and only numbers."""
+    if lacking := sorted(found["missing_keys"]):
+        raise ConfigError(
+            f"{origin}: {len(lacking)} weights of a Llama are not in its files, first {lacking[0]}; fetch it again"
+        )
+    if surplus := sorted(found["unexpected_keys"]):
+        raise ConfigError(
+            f"{origin}: {len(surplus)} weights have no place in a Llama of this config and would be dropped, first "
+            f"{surplus[0]}; name a plain Llama, or correct config.json"
+        )
+    for name, weight in model.state_dict().items():
+        if not bool(torch.isfinite(weight).all()):
+            count = int((~torch.isfinite(weight)).sum())
+            raise ConfigError(f"{origin}: {count:,} values of {name} are NaN or infinite; fetch the model again")
+
+
+def plan_rope(config: Any, profile: Profile) -> RopeScaling:  # noqa: ANN401 - any model's config
+    """Return the run's scaling over a base: its own, kept exactly, unless `superhot` is true.
+
+    Raises:
+        ConfigError: `superhot` would replace a scaling that the base has, or `max_length` is beyond its reach.
+    """
+    own = RopeScaling.keep(config.rope_parameters, config.max_position_embeddings, measure_frequencies(config))
+    if not profile.superhot:
+        if profile.max_length > own.reach:
+            raise ConfigError(
+                f"max_length is {profile.max_length} tokens, the base reaches {own.reach} (max_position_embeddings "
+                f"{config.max_position_embeddings}, RoPE {own.kind}); shorten max_length, or extend it with superhot"
+            )
+        return own
+    rope = _rope(profile)
+    if own.kind != "default":
+        raise ConfigError(
+            f"superhot: true asks for {rope.kind} scaling by {rope.factor:g}, but the base has a RoPE scaling of its "
+            f"own, {own.kept}, which that would replace. Set superhot: false: its scaling is kept as it is"
+        )
+    return rope
+
+
+def measure_frequencies(config: Any) -> tuple[float, ...]:  # noqa: ANN401
+    """Return the attention factor and the fp32 frequencies that transformers computes from an untouched config."""
+    rotary = LlamaRotaryEmbedding(config)
+    return (float(rotary.attention_scaling), *(float(value) for value in rotary.inv_freq.float()))
+
+
+def _dequantised(opened: LlamaForCausalLM) -> LlamaForCausalLM:
+    """Return a plain Llama with a GGUF's weights: transformers 5.24 refuses to save or resize the one it opened."""
+    stated = opened.config.to_dict()
+    config = LlamaConfig.from_dict({k: v for k, v in stated.items() if k != "quantization_config" and k[0] != "_"})
+    model = LlamaForCausalLM(config)
+    model.load_state_dict(opened.state_dict())
+    return model
+
+
+def check_shape(config: Any, expected: ModelShape, *, where: str) -> None:  # noqa: ANN401 - any model's config
+    """Raise ConfigError unless a model's config has the expected shape; every difference is named."""
+    if config.model_type != "llama":
+        raise ConfigError(f"{where}: expected a Llama, found model_type '{config.model_type}'")
+    stated = {**config.to_dict(), "rope_theta": (config.rope_parameters or {}).get("rope_theta")}
+    faults = [
+        f"  {name}: expected_model says {value!r}, the model's config {stated.get(name)!r}"
+        for name, value in expected.model_dump().items()
+        if not _equal(value, stated.get(name))
+    ]
+    if faults:
+        raise ConfigError("\n".join([f"{where}: not the model that params.yaml expects", *faults]))
+
+
+def _equal(expected: float, found: object) -> bool:
+    """Compare as fp32 does: GGUF stores 1e-5 as 9.999999747378752e-06."""
+    return isinstance(found, int | float) and math.isclose(expected, found, rel_tol=1e-6)
+
+
+def resize(model: LlamaForCausalLM, *, rows: int, new_rows: str, seed: int) -> None:
+    """Bring input embedding and head to `rows`; new rows are N(0, 0.02), or the mean of the old ones."""
+    old = model.get_input_embeddings().weight.shape[0]
+    if rows == old:
+        return
+    with torch.random.fork_rng(devices=[]):  # what it draws is overwritten below
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    generator = torch.Generator().manual_seed(seed)
+    tied = model.config.tie_word_embeddings
+    for part in (model.get_input_embeddings(), *(() if tied else (model.get_output_embeddings(),))):
+        weight = part.weight.data
+        if new_rows == "mean":
+            weight[old:] = weight[:old].float().mean(dim=0).to(weight.dtype)
+        else:
+            weight[old:] = (torch.randn(weight[old:].shape, generator=generator) * NEW_ROW_STD).to(weight.dtype)
+
+
+def _rope(profile: Profile) -> RopeScaling:
+    shape = profile.expected_model
+    return RopeScaling.of(profile, theta=shape.rope_theta, original=shape.max_position_embeddings)
+
+
+def _locate_origin(root: Path, profile: Profile) -> tuple[Path | None, dict[str, Any]]:
+    """Return (folder of the original, options to open it with); no folder when the model is made here."""
+    base = profile.base
+    if isinstance(base, ScratchBase):
+        return None, {}
+    if isinstance(base, HubBase):
+        return _download(profile.model_name, FrozenInputs.load(root).value("base")["commit"], base.revision), {}
+    if isinstance(base, GgufBase):
+        return _find_in_package(base), {"gguf_file": base.file}
+    folder = root / profile.model_name
+    if not folder.is_dir():
+        raise ConfigError(f"model_name: {folder} is not a folder; put the base model there, or set base.kind")
+    check_folder(folder)
+    return folder, {}
+
+
+def _find_in_package(base: GgufBase) -> Path:
+    """Return the folder in an installed package that holds the GGUF file; the package is not imported."""
+    found = importlib.util.find_spec(base.package)
+    if found is None or found.origin is None:
+        raise ConfigError(f"base.package: {base.package} is not installed; run `make setup EXTRAS=smollm2`")
+    folder = Path(found.origin).parent
+    if not (folder / base.file).is_file():
+        there = sorted(path.name for path in folder.glob("*.gguf"))
+        raise ConfigError(f"base.file: {folder} has no {base.file}; GGUF files there: {', '.join(there) or 'none'}")
+    check_gguf_rope(folder / base.file)
+    return folder
+
+
+def check_gguf_rope(path: Path) -> None:
+    """Raise ConfigError for a GGUF file with a RoPE scaling: transformers 5.24 passes over it for a Llama."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+    stated = {key: field.contents() for key, field in reader.fields.items() if ".rope.scaling." in key}
+    kind = next((str(value) for key, value in stated.items() if key.endswith(".type")), "none")
+    factors = next((tensor.data for tensor in reader.tensors if tensor.name == "rope_freqs.weight"), None)
+    if kind != "none" or (factors is not None and bool((factors != 1).any())):
+        what = (
+            f"{kind} scaling ({stated})" if kind != "none" else "a RoPE scaling of its own (tensor rope_freqs.weight)"
+        )
+        raise ConfigError(
+            f"base.file: {path} states {what}, which transformers does not read from a GGUF file; the model would be "
+            "trained without it. Use the original in safetensors: base: {kind: folder} or {kind: hub, revision: COMMIT}"
+        )
+
+
+def _download(repo: str, commit: str, revision: str) -> Path:
+    """Return the local snapshot of a Hub repository at a commit, downloading what is missing."""
+    there = hub.list_files(repo, commit, kind="model")
+    check_names(there, where=f"{repo} at {commit}")
+    names = [name for name in there if name.endswith((".json", ".safetensors"))]
+    folder = hub.download_files(repo, commit, names, kind="model", revision=revision)
+    check_folder(folder)
+    return folder
+
+
+def _open_or_train_tokenizer(
+    workspace: Workspace, profile: Profile, origin: Path | None, options: dict[str, Any]
+) -> tuple[Tokenizer, dict[str, str]]:
+    """Return (tokenizer, {unk, bos, eos: text})."""
+    if origin is None:
+        sources = load_manifest(workspace.raw, remedy="Run `dvc repro fetch`")["sources"]
+        records = (record for name in sorted(sources) for record in iterate_records(workspace.raw / name))
+        texts = (text for record in records for text in iterate_texts(record))
+        return train_tokenizer(texts, vocab_size=profile.expected_model.vocab_size), dict(LLAMA_SPECIAL)
+    if "gguf_file" not in options:
+        return open_tokenizer(origin), {k: v for k, v in read_special_names(origin).items() if k != "pad"}
+    opened = AutoTokenizer.from_pretrained(origin, **options)
+    named = {"unk": opened.unk_token, "bos": opened.bos_token, "eos": opened.eos_token}
+    return Tokenizer.from_str(opened.backend_tokenizer.to_str()), {k: v for k, v in named.items() if v}
+
+
+def _save(model: LlamaForCausalLM, folder: Path, special: dict[str, int]) -> None:
+    """Save weights and config; generation stops where training stops, and nothing else of the original's habits."""
+    stops = {f"{short}_token_id": special[short] for short in ("bos", "eos", "pad")}
+    for name, number in stops.items():
+        setattr(model.config, name, number)
+    model.generation_config = GenerationConfig(**stops)
+    model.save_pretrained(folder, max_shard_size=SHARD_BYTES)
+
+
+def _facts(
+    profile: Profile, model: LlamaForCausalLM, folder: Path, special: dict[str, int], rope: RopeScaling
+) -> dict[str, Any]:
+    return {
+        "model": {
+            "name": profile.model_name,
+            "kind": profile.base.kind,
+            **profile.expected_model.model_dump(),
+            "embedding_rows": model.get_input_embeddings().weight.shape[0],
+            "rope_parameters": rope.rope_parameters(),
+        },
+        "rope": asdict(rope),
+        "tokenizer": file_sha256(folder / "tokenizer.json"),
+        "template": template_digest(),
+        "special": special,
+        "parameters": sum(part.numel() for part in model.parameters()),
+    }

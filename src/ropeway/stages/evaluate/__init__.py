@@ -1,0 +1,1 @@
+"""Stage evaluate: scores of the exported model and its base."""

@@ -1,0 +1,63 @@
+"""Measures another model on this run's validation rows, so that the gate compares like with like.
+
+`python -m ropeway.stages.evaluate.champion ROOT PROFILE FOLDER OUT`, started when validation data has changed.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+from ropeway.config.frozen import FrozenInputs
+from ropeway.config.params import Profile
+from ropeway.data.shards import open_shards
+from ropeway.runtime.errors import RopewayError
+from ropeway.runtime.manifest import file_sha256, write_json
+from ropeway.runtime.workspace import Workspace
+from ropeway.stages.evaluate.evaluation import report_scores
+from ropeway.stages.evaluate.evaluation_workers import plan_workers
+from ropeway.stages.evaluate.measuring import Asked, measure_folder
+from ropeway.stages.evaluate.opening import check_template
+from ropeway.stages.evaluate.text import translate
+
+
+def measure_champion(workspace: Workspace, profile: Profile, folder: Path, out: Path) -> None:
+    """Write what eval.json would say of `folder` as the tuned model of this run.
+
+    Args:
+        workspace: Whose validation rows.
+        profile: As evaluate reads it.
+        folder: A package, as pulled.
+        out: The JSON to write.
+
+    Under another tokenizer than the run's it reads the same texts in its own tokens; the report then has that
+    tokenizer's digest, and only its nats per byte can be compared.
+
+    Raises:
+        DataError: It was trained with another template than made those rows.
+        ConfigError: Its tokenizer lacks a special token of the template.
+        TemporaryError: As in `measure_folder`.
+    """
+    shards = open_shards(workspace.data)
+    check_template(folder)
+    tokenizer = file_sha256(folder / "tokenizer.json")
+    with tempfile.TemporaryDirectory() as scratch:
+        asked = Asked(shards, profile)
+        if tokenizer != shards.manifest["tokenizer"]:
+            asked = Asked(*translate(shards, profile, workspace.base, folder, Path(scratch)))
+        found = measure_folder(folder, folder, asked, cards=plan_workers(), name="champion")
+    report = report_scores(shards, profile, {"tuned": found.scores}, tokenizer_folder=workspace.base)
+    write_json(out, {**report, "tokenizer": tokenizer})
+
+
+def main(root: Path, name: str, folder: Path, out: Path) -> None:
+    """Measure it for a workspace."""
+    profile = FrozenInputs.load(root).profile("evaluate")
+    measure_champion(Workspace(root, name), profile, folder, out)
+
+
+if __name__ == "__main__":
+    try:
+        main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]))
+    except RopewayError as error:
+        print(error, flush=True)
+        sys.exit(error.exit_code)

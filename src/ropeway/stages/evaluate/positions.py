@@ -1,0 +1,157 @@
+"""Loss by position, up to `max_length` and beyond, with the RoPE scaling and without: what the scaling bought.
+
+Rows are longer than a model is trained for, so validation texts are laid one behind another, longest first; every
+model reads the same rows. Shapes: T tokens, K buckets.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ropeway.config.params import Positions, Profile
+from ropeway.data.batches import Batch, loss_mask
+from ropeway.data.shards import Shards
+from ropeway.runtime.errors import DataError
+from ropeway.stages.evaluate.evaluation_workers import Share
+from ropeway.stages.evaluate.opening import rope_of
+from ropeway.stages.evaluate.token_scores import Score, Sums, add_sums, sum_batch
+
+UNSCALED = "_unscaled"
+
+
+@dataclass(frozen=True, slots=True)
+class LongRow:
+    """Validation texts one behind another.
+
+    Attributes:
+        ids: `(T,)` tokens; a BOS stands in front alone.
+        mask: `(T,)` True where predicting the next token counts.
+    """
+
+    ids: NDArray[np.int64]
+    mask: NDArray[np.bool_]
+
+
+def plan_long_rows(shards: Shards, profile: Profile) -> list[LongRow]:
+    """Return `evaluation.positions.rows` rows of `row_tokens` tokens, or as many as the validation texts fill.
+
+    Documents where the run has any, else conversations; the longest first, so that a row holds as few of them as can
+    be. What a row has no room for of its last text is left out. The first token of a text is not asked of the text
+    before it.
+
+    Raises:
+        DataError: They do not fill one row.
+    """
+    wanted = profile.evaluation.positions
+    rows: list[LongRow] = []
+    ids: list[NDArray[np.int64]] = []
+    masks: list[NDArray[np.bool_]] = []
+    total = 0
+    for tokens, mask in _read_longest(shards, profile):
+        skip = int(bool(ids) and tokens[0] == shards.special["bos"])
+        ids.append(tokens[skip:])
+        masks.append(mask[skip:])
+        total += len(tokens)
+        if sum(map(len, ids)) >= wanted.row_tokens:
+            row = LongRow(np.concatenate(ids)[: wanted.row_tokens], np.concatenate(masks)[: wanted.row_tokens])
+            row.mask[-1] = False
+            rows.append(row)
+            ids, masks = [], []
+        if len(rows) == wanted.rows:
+            break
+    if not rows:
+        raise DataError(
+            f"evaluation.positions.row_tokens: rows of {wanted.row_tokens:,} tokens, but the validation texts have "
+            f"{total:,} in all; shorten them, or give validation more (val_split, max_val_set)"
+        )
+    return rows
+
+
+def _read_longest(shards: Shards, profile: Profile) -> Iterator[tuple[NDArray[np.int64], NDArray[np.bool_]]]:
+    """Yield (tokens, mask) of whole validation sequences, longest first; among equals, as the sources have them."""
+    documents = any(source.is_document and len(source.validation) for source in shards.sources)
+    found = [
+        (-int(source.lengths[sequence]), number, int(sequence))
+        for number, source in enumerate(shards.sources)
+        if source.is_document or not documents
+        for sequence in source.validation
+    ]
+    for _, number, sequence in sorted(found):
+        tokens, kinds = shards.sources[number].read(sequence)
+        mask = loss_mask(kinds, profile)
+        mask[-1] = False
+        yield tokens, mask
+
+
+def sum_positions(
+    model: Any,  # noqa: ANN401
+    rows: Sequence[LongRow],
+    wanted: Positions,
+    *,
+    share: Share,
+) -> list[tuple[str, Sums]]:
+    """Return (kind, sums by bucket of positions) of each long row in a share of them.
+
+    The kind is `""` with the model's own scaling, `_unscaled` without it; a model that has none gives the first alone.
+    Rows pass one by one: the longest is what memory must hold.
+
+    Args:
+        model: A causal language model of transformers.
+        rows: From `plan_long_rows`.
+        wanted: The buckets.
+        share: Which rows, each kind's counted.
+    """
+    own = dict(model.config.rope_parameters)
+    plain = {"rope_type": "default", "rope_theta": own["rope_theta"]}
+    kinds = {"": own} if own["rope_type"] == "default" else {"": own, UNSCALED: plain}
+    buckets = -(-wanted.row_tokens // wanted.bucket_tokens)
+    found = []
+    for kind, row in share.of([(kind, row) for kind in kinds for row in rows]):
+        with rope_of(model, kinds[kind]):
+            found.append((kind, sum_batch(model, _batch(row, wanted.bucket_tokens), groups=buckets)))
+    return found
+
+
+def score_positions(found: Sequence[tuple[str, Sums]]) -> dict[str, list[Score]]:
+    """Return for each kind one score per bucket, from the sums of all rows in the rows' order."""
+    kinds = dict.fromkeys(kind for kind, _ in found)
+    return {kind: add_sums([sums for one, sums in found if one == kind]) for kind in kinds}
+
+
+def _batch(row: LongRow, bucket_tokens: int) -> Batch:
+    """Return a row as a batch whose `sources` are buckets: sums by source are then sums by position."""
+    positions = np.arange(len(row.ids))
+    return Batch(
+        input_ids=row.ids[None],
+        position_ids=positions[None],
+        targets=np.roll(row.ids, -1)[None],
+        loss_mask=row.mask[None],
+        sources=(positions // bucket_tokens).astype(np.int16)[None],
+    )
+
+
+def report_positions(curves: Mapping[str, Sequence[Score]], wanted: Positions, max_length: int) -> dict[str, Any]:
+    """Return what eval.json holds: each curve's loss up to `max_length` and beyond, over all tokens there."""
+    border = -(-max_length // wanted.bucket_tokens)
+    return {
+        part: {name: round(_loss_of(scores[span]), 6) for name, scores in curves.items()}
+        for part, span in (("up_to_max_length", slice(border)), ("beyond", slice(border, None)))
+        if any(score.tokens for score in next(iter(curves.values()))[span])
+    }
+
+
+def table_positions(curves: Mapping[str, Sequence[Score]], wanted: Positions) -> list[dict[str, Any]]:
+    """Return one line per bucket: its middle, its supervised tokens, and each curve's loss."""
+    lines = []
+    for number, tokens in enumerate(score.tokens for score in next(iter(curves.values()))):
+        begin, end = (min((number + one) * wanted.bucket_tokens, wanted.row_tokens) for one in (0, 1))
+        losses = {name: round(scores[number].loss, 6) if tokens else "" for name, scores in curves.items()}
+        lines.append({"position": (begin + end) // 2, "tokens": tokens, **losses})
+    return lines
+
+
+def _loss_of(scores: Sequence[Score]) -> float:
+    return sum(score.loss_sum for score in scores) / sum(score.tokens for score in scores)

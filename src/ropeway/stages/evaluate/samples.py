@@ -1,0 +1,134 @@
+"""Sample answers in the JSON format of the published family, so that its viewers read ours.
+
+Source: Open-Assistant's model_eval/manual (sampling_report.py and config/default.json, July 2023):
+`{model_name, date, args, prompts: [{prompt, results: [{sampling_config, sampling_params, outputs}]}]}`.
+The prompts go through this model's own template; theirs put the system message behind the prompter.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from ropeway.models.chat_template import render_prompt
+from ropeway.runtime.errors import DataError
+from ropeway.stages.evaluate.opening import rope_of
+from ropeway.stages.evaluate.sampling import Configurations
+
+
+def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:  # noqa: ANN401 - transformers is untyped
+    """Return the ids a model is asked to continue: BOS once, the prompt, an open assistant turn.
+
+    Raises:
+        DataError: The tokenizer has a BOS and does not put exactly one in front, as it did in training.
+    """
+    ids: list[int] = tokenizer(render_prompt([prompt], end=tokenizer.eos_token))["input_ids"]
+    bos = tokenizer.bos_token_id
+    if bos is not None and (ids[0] != bos or ids.count(bos) != 1):
+        raise DataError(
+            f"{tokenizer.name_or_path}: expected one BOS (id {bos}) in front of a prompt, found ids {ids[:4]}… with "
+            f"{ids.count(bos)} of them. Run `dvc repro base`"
+        )
+    return ids
+
+
+def answer(model: Any, tokenizer: Any, ids: Sequence[int], params: Mapping[str, Any], *, seed: int) -> str:  # noqa: ANN401
+    """Return what the model continues `ids` with, up to its end token.
+
+    transformers draws from torch's global generator and takes no other, so that one is borrowed and given back.
+    """
+    prompt = torch.tensor([list(ids)], device=model.device)
+    # Else transformers fills what `params` leave open from the folder's own generation settings.
+    model.generation_config = GenerationConfig()
+    settings = GenerationConfig(
+        **params,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    # Frequencies anew: under dynamic scaling a longer text before would have changed them.
+    anew = rope_of(model, dict(model.config.rope_parameters))
+    with anew, torch.random.fork_rng(), torch.inference_mode():
+        torch.manual_seed(seed)
+        # One row, nothing padded: the mask is all ones, and saying so keeps transformers from guessing by pad id = eos.
+        out = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=settings)
+    text: str = tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
+    return text
+
+
+def plan_draws(prompts: Sequence[str], configurations: Configurations) -> list[tuple[str, str]]:
+    """Return (prompt, configuration) of every answer, prompt by prompt."""
+    return [(prompt, name) for prompt in prompts for name in configurations]
+
+
+def sample(
+    model: Any,  # noqa: ANN401
+    tokenizer: Any,  # noqa: ANN401
+    draws: Sequence[tuple[str, str]],
+    configurations: Configurations,
+    *,
+    seed: int,
+) -> list[str]:
+    """Return an answer for each (prompt, configuration).
+
+    Prompts go one by one: batched they would need left padding, which training never saw. Each answer has its own
+    seed, so that a new prompt or configuration changes no other answer, and base and tuned draw alike.
+    """
+    return [
+        answer(
+            model,
+            tokenizer,
+            encode_prompt(tokenizer, prompt),
+            configurations[name],
+            seed=derive_seed(seed, name, prompt),
+        )
+        for prompt, name in draws
+    ]
+
+
+def derive_seed(seed: int, *names: str) -> int:
+    """Return a 63-bit seed of the run's seed and names, whatever the process and its string hashing."""
+    digest = hashlib.sha256("/".join((str(seed), "samples", *names)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def report_samples(
+    name: str,
+    prompts: Sequence[str],
+    configurations: Configurations,
+    answers: Mapping[str, Sequence[str]],
+    args: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return samples.json: one report in which each model x configuration is a `sampling_config` of its own.
+
+    That way the family's viewers show base and tuned side by side. `date` is there and empty: viewers want a text, but
+    the day on which answers were drawn is no property of the model and would make every run's bytes differ.
+
+    Args:
+        name: The run's.
+        prompts: What was asked.
+        configurations: How answers were drawn.
+        answers: Model -> its answers as `plan_draws` asks for them.
+        args: What else decides the answers.
+    """
+    size = len(configurations)
+    results = [
+        [
+            {
+                "sampling_config": f"{model}/{config}",
+                "sampling_params": dict(params),
+                "outputs": [answers[model][number * size + at]],
+            }
+            for model in answers
+            for at, (config, params) in enumerate(configurations.items())
+        ]
+        for number in range(len(prompts))
+    ]
+    return {
+        "model_name": name,
+        "date": "",
+        "args": dict(args),
+        "prompts": [{"prompt": prompt, "results": found} for prompt, found in zip(prompts, results, strict=True)],
+    }

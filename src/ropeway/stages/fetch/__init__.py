@@ -1,0 +1,1 @@
+"""Stage fetch: sources to parquet, every record counted."""

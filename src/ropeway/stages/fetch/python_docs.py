@@ -1,0 +1,131 @@
+"""Real text that every machine has: the documentation that comes with the Python that runs this.
+
+Topics (the reference manual behind `help()`) are documents. Docstrings of the standard library become conversations;
+the library's source is parsed, never imported, so nothing runs and the order never changes.
+"""
+
+import ast
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ropeway.models.chat_template import Conversation
+
+# The common modules, about 500,000 characters of conversations: with the topics some 260,000 tokens of a 4k vocabulary,
+# an epoch of about a minute on two cores.
+MODULES = (
+    "argparse", "base64", "bz2", "calendar", "cmd", "collections", "concurrent", "configparser", "contextlib",
+    "csv", "dataclasses", "datetime", "difflib", "enum", "fileinput", "fractions", "functools", "graphlib", "gzip",
+    "heapq", "ipaddress", "json", "logging", "lzma", "numbers", "os", "pathlib", "pickle", "platform", "pprint",
+    "queue", "random", "re", "sched", "selectors", "shelve", "shlex", "shutil", "socket", "statistics", "string",
+    "subprocess", "tarfile", "tempfile", "textwrap", "threading", "timeit", "tokenize", "traceback", "urllib",
+    "uuid", "warnings", "weakref", "zipfile",
+)  # fmt: skip
+
+# Source: the model card's 16 system messages (numbers 1, 2, 4, 5, 6, 13, 16), those that fit such answers; verbatim.
+SYSTEM_MESSAGES = (
+    "",
+    "You are an AI assistant. Provide a detailed answer so user don’t need to search outside to understand the answer.",  # noqa: RUF001
+    "You are a helpful assistant, who always provide explanation. Think like you are answering to a five year old.",
+    "You are an AI assistant that follows instruction extremely well. Help as much as you can.",
+    "You are an AI assistant that helps people find information. Provide a detailed answer so user don’t need to search outside to understand the answer.",  # noqa: E501, RUF001
+    "You are a teacher. Given a task, you explain in simple steps what the task is asking, any guidelines it provides and how to use those guidelines to find the answer.",  # noqa: E501
+    "You are an AI assistant that helps people find information.",
+)
+
+_MEMBERS_A_CONVERSATION = 4
+_WHAT = ("What does {name} do?", "Please explain {name}.", "What is {name} for?")
+_HOW = ("How is it called?", "What are its arguments?", "Show me its signature.")
+_MORE = ("Tell me more.", "What else should I know about it?", "Go on, please.")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One documented thing: a module, a class, a function or a method."""
+
+    name: str
+    text: str
+    signature: str | None
+
+
+def iterate_topics() -> Iterator[str]:
+    """Yield every topic of `help()` as a document, by name."""
+    from pydoc_data.topics import topics
+
+    for name in sorted(topics):
+        yield topics[name]
+
+
+def iterate_docstrings(library: Path | None = None, modules: tuple[str, ...] = MODULES) -> Iterator[Conversation]:
+    """Yield conversations about documented modules and classes, a few of their members at a time.
+
+    Args:
+        library: Folder of the standard library's source; the running Python's own when left out.
+        modules: Top-level modules and packages that are talked about.
+    """
+    library = library or Path(sysconfig.get_path("stdlib"))
+    number = 0
+    for module in modules:
+        for path in _source_files(library, module):
+            for entries in plan_talks(path.read_text(encoding="utf-8"), _dotted(path.relative_to(library))):
+                system = SYSTEM_MESSAGES[number % len(SYSTEM_MESSAGES)]
+                yield Conversation(tuple(_talk(entries, number)), system)
+                number += 1
+
+
+def plan_talks(source: str, module: str) -> list[list[Entry]]:
+    """Return what each conversation about a module's source is about, in the order of the source."""
+    tree = ast.parse(source)
+    talks = _groups(_entry(tree, module), [_entry(node, f"{module}.{node.name}") for node in _functions(tree)])
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            name = f"{module}.{node.name}"
+            talks += _groups(_entry(node, name), [_entry(part, f"{name}.{part.name}") for part in _functions(node)])
+    return talks
+
+
+def _groups(head: Entry | None, members: list[Entry | None]) -> list[list[Entry]]:
+    entries = [entry for entry in (head, *members) if entry]
+    return [entries[at : at + _MEMBERS_A_CONVERSATION] for at in range(0, len(entries), _MEMBERS_A_CONVERSATION)]
+
+
+def _functions(node: ast.Module | ast.ClassDef) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    return [
+        part
+        for part in node.body
+        if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef) and not part.name.startswith("_")
+    ]
+
+
+def _entry(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, name: str) -> Entry | None:
+    text = (ast.get_docstring(node) or "").strip()
+    if not text:
+        return None
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        return Entry(name, text, f"{name}({ast.unparse(node.args)})")
+    return Entry(name, text, None)
+
+
+def _talk(entries: list[Entry], number: int) -> list[str]:
+    """Return the turns about these entries; `number` varies how the questions are put."""
+    turns: list[str] = []
+    for at, entry in enumerate(entries, start=number):
+        first, _, rest = entry.text.partition("\n\n")
+        turns += [_WHAT[at % len(_WHAT)].format(name=entry.name), first]
+        if entry.signature:
+            turns += [_HOW[at % len(_HOW)], entry.signature]
+        if rest.strip():
+            turns += [_MORE[at % len(_MORE)], rest.strip("\n")]
+    return turns
+
+
+def _source_files(library: Path, module: str) -> list[Path]:
+    """Return a module's own file, or its package's files without the tests."""
+    files = [library / f"{module}.py"] if (library / f"{module}.py").is_file() else []
+    packaged = (path for path in (library / module).rglob("*.py") if not {"test", "tests"} & set(path.parts))
+    return files + sorted(packaged, key=lambda path: path.as_posix())
+
+
+def _dotted(path: Path) -> str:
+    return ".".join(part for part in path.with_suffix("").parts if part != "__init__")

@@ -1,0 +1,182 @@
+"""Puts the package together: what the rooms left, checked against each other, then written, reloaded and sealed."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ropeway.config.block import write_blocks
+from ropeway.config.frozen import FrozenInputs
+from ropeway.config.params import Profile
+from ropeway.models.chat_template import JINJA, ROLE_TOKENS
+from ropeway.reporting.model_card import preview_card, write_card
+from ropeway.runtime.errors import DataError
+from ropeway.runtime.manifest import digest_of, load_manifest, whole_folder, write_json, write_manifest
+from ropeway.runtime.workspace import Workspace
+from ropeway.stages.package.facts import Facts, load_early_facts, load_facts
+from ropeway.stages.package.model_config import (
+    plan_config,
+    plan_generation_config,
+    plan_special_tokens_map,
+    plan_tokenizer_config,
+)
+from ropeway.stages.package.probe import expected_logits, plan_probe
+from ropeway.stages.package.weights import Written, write_weights
+
+FORMAT = 1
+_SHOWN_CHARACTERS = 2000
+# Transformers is told that there is no network: a package that needs one is not whole.
+_OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+
+
+def check_request(workspace: Workspace, profile: Profile) -> None:
+    """Make everything of the package that needs no trained model, in a folder that goes away.
+
+    Raises:
+        DataError: As in `load_early_facts`.
+        ConfigError: As in `write_blocks`.
+    """
+    facts = load_early_facts(workspace, profile)
+    with tempfile.TemporaryDirectory() as scratch:
+        write_blocks(FrozenInputs.load(workspace.root).params_file, workspace.profile, Path(scratch) / "run.yaml")
+    preview_card(facts, workspace)
+    tokenizer = json.loads((workspace.base / "tokenizer_config.json").read_bytes())
+    plan_special_tokens_map(plan_tokenizer_config(tokenizer, max_length=profile.max_length, roles=ROLE_TOKENS))
+    plan_probe(
+        workspace.base,
+        rope=facts.rope,
+        special=facts.special,
+        dtype=profile.package.dtype,
+        max_length=profile.max_length,
+    )
+
+
+def build_package(workspace: Workspace, profile: Profile) -> None:
+    """Write `package/`, proved in a clean process before it takes its place.
+
+    Raises:
+        DataError: As in `load_facts`, `write_weights` and `check_roundtrip`.
+        ConfigError: As in `write_blocks`.
+    """
+    facts = load_facts(workspace, profile)
+    with whole_folder(workspace.package) as folder:
+        written = write_model(facts, workspace, folder)
+        probe = plan_probe(
+            workspace.model,
+            rope=facts.rope,
+            special=facts.special,
+            dtype=profile.package.dtype,
+            max_length=profile.max_length,
+        )
+        write_json(folder / "probe.json", probe)
+        check_roundtrip(folder, workspace.model, probe)
+        write_lineage(facts, workspace, folder)
+        write_card(facts, workspace, folder, written)
+        write_manifest(folder, {"format": FORMAT, **identity_of(facts)})
+    files = sum(path.is_file() for path in workspace.package.rglob("*"))
+    print(
+        f"{facts.title}: {files} files, {written.parameters:,} weights in {profile.package.dtype}, reloaded and equal"
+    )
+
+
+def write_model(facts: Facts, workspace: Workspace, folder: Path) -> Written:
+    """Write weights, configs and tokenizer."""
+    profile, source = facts.profile, workspace.model
+    trained = json.loads((source / "config.json").read_bytes())
+    written = write_weights(
+        source,
+        folder,
+        dtype=profile.package.dtype,
+        max_shard_bytes=profile.package.max_shard_bytes,
+        tied=bool(trained.get("tie_word_embeddings")),
+    )
+    config = plan_config(trained, rope=facts.rope, dtype=profile.package.dtype, special=facts.special)
+    tokenizer = json.loads((source / "tokenizer_config.json").read_bytes())
+    tokenizer = plan_tokenizer_config(tokenizer, max_length=profile.max_length, roles=ROLE_TOKENS)
+    write_json(folder / "config.json", config)
+    write_json(folder / "generation_config.json", plan_generation_config(facts.special))
+    write_json(folder / "tokenizer_config.json", tokenizer)
+    write_json(folder / "special_tokens_map.json", plan_special_tokens_map(tokenizer))
+    # Not write_json: a vocabulary in the order of its ids is what people expect to read.
+    text = json.dumps(facts.tokenizer, ensure_ascii=False, indent=2)
+    (folder / "tokenizer.json").write_text(text + "\n", encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(JINJA, encoding="utf-8")
+    return written
+
+
+def write_lineage(facts: Facts, workspace: Workspace, folder: Path) -> None:
+    """Write what determines the model, and what the earlier rooms measured; no clock, host, path or library version.
+
+    Those are true too, but not of the model: they stand in provenance.json beside the version in the registry.
+    """
+    write_json(
+        folder / "run.json",
+        {
+            "format": FORMAT,
+            **identity_of(facts),
+            "base": {key: facts.base["model"].get(key) for key in ("kind", "name", "origin")},
+            "sources": {name: read["identity"] for name, read in facts.raw["sources"].items()},
+            "params": facts.profile.model_dump(mode="json", include=set(facts.profile.model_fields_set)),
+            "ledger": facts.ledger,
+            "metrics": {"train": facts.train, "eval": facts.evaluation},
+        },
+    )
+    write_blocks(FrozenInputs.load(workspace.root).params_file, workspace.profile, folder / "run.yaml")
+    for path in (
+        workspace.evaluation,
+        workspace.samples,
+        workspace.samples_page,
+        workspace.steps,
+        workspace.ledger,
+    ):
+        shutil.copyfile(path, folder / path.name)
+    plots = load_manifest(workspace.plots, remedy="Run `dvc checkout`, or `dvc repro evaluate`")
+    (folder / workspace.plots.name).mkdir()
+    for name in plots["files"]:
+        shutil.copyfile(workspace.plots / name, folder / workspace.plots.name / name)
+
+
+def identity_of(facts: Facts) -> dict[str, Any]:
+    """Return the few facts that say which model this is; manifest.json and run.json both have them."""
+    return {
+        "name": facts.name,
+        "steps": facts.steps,
+        "applied_steps": facts.applied_steps,
+        "fingerprint": facts.model["fingerprint"],
+        "dtype": facts.profile.package.dtype,
+        "digests": {
+            "raw": digest_of(facts.raw),
+            "base": digest_of(facts.base),
+            "data": digest_of(facts.data),
+            "tokenizer": facts.data["tokenizer"],
+            "template": facts.data["template"],
+        },
+    }
+
+
+def check_roundtrip(folder: Path, model: Path, probe: Mapping[str, Any]) -> None:
+    """Raise DataError unless a fresh interpreter, given nothing but the folder, finds what was trained."""
+    with tempfile.TemporaryDirectory() as scratch:
+        logits = Path(scratch) / "logits.npy"
+        np.save(logits, expected_logits(model, probe))
+        child = subprocess.run(
+            [sys.executable, "-m", "ropeway.stages.package.check", str(folder), "--logits", str(logits)],
+            env={**os.environ, **_OFFLINE},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if child.returncode == DataError.exit_code:
+        raise DataError(child.stderr.strip())
+    if child.returncode:
+        raise DataError(
+            f"{folder}: the package does not load in a fresh interpreter (exit code {child.returncode}): "
+            f"{child.stderr.strip()[-_SHOWN_CHARACTERS:]}"
+        )

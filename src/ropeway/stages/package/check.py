@@ -1,0 +1,223 @@
+"""`python -m ropeway.stages.package.check FOLDER`: load a package as others do; compare it with its probe.
+
+The package room runs this in a fresh interpreter before there is a package; anybody may run it on a pulled one.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from ropeway.models.chat_template import ASSISTANT, ROLE_TOKENS
+from ropeway.models.rope import RopeScaling
+from ropeway.runtime.errors import DataError, RopewayError
+from ropeway.runtime.manifest import NAME as MANIFEST
+from ropeway.runtime.manifest import load_manifest
+from ropeway.stages.package.model_config import TORCH_NAMES
+from ropeway.stages.package.probe import logits_of
+from ropeway.stages.package.weights import STORED, locate_tensors, read_dtypes
+
+# Largest difference of logits relative to the largest logit. The same weights through the same code on one machine
+# agree exactly; the room is for other kernels.
+_TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 2e-3}
+
+
+def check_package(folder: Path, logits: Path | None = None) -> None:
+    """Raise DataError with every promise that the folder breaks, expected and found.
+
+    Args:
+        folder: A package.
+        logits: `(T, V)` of the probe row as the exported model computes them; left out, they are not compared.
+    """
+    if (folder / MANIFEST).exists():
+        load_manifest(folder, remedy="Pull or package it again")
+    probe = json.loads((folder / "probe.json").read_bytes())
+    config = json.loads((folder / "config.json").read_bytes())
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    faults = [
+        *config_faults(config, probe),
+        *token_faults(tokenizer, probe),
+        *template_faults(folder, tokenizer, probe),
+    ]
+    faults += [*weight_faults(folder, probe)]
+    options = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(folder, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise DataError("\n".join([f"{folder}: cannot be loaded: {error}", *faults])) from error
+    model.eval()
+    for name in sorted({*found["missing_keys"], *found["unexpected_keys"]}):
+        what = "expected in the files" if name in found["missing_keys"] else "in the files, of no use to the model"
+        faults.append(f"  tensor {name}: {what}")
+    faults += [*model_faults(model, tokenizer, probe), *stop_faults(model, tokenizer, probe)]
+    if logits:
+        faults += logits_faults(model, np.load(logits, allow_pickle=False), probe)
+    if faults:
+        raise DataError("\n".join([f"{folder}: reloaded, the package is not what was trained:", *faults]))
+
+
+def config_faults(config: Mapping[str, Any], probe: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what a loader between transformers 4.31 and 5 would read differently from what was trained."""
+    rope = RopeScaling.from_json(probe["rope"])
+    wanted: dict[str, Any] = {
+        "rope_parameters": rope.rope_parameters(),
+        "rope_scaling": rope.legacy(),
+        "rope_theta": rope.theta,
+        "dtype": TORCH_NAMES[probe["dtype"]],
+        "torch_dtype": TORCH_NAMES[probe["dtype"]],
+        "use_cache": True,
+        "bos_token_id": probe["special"]["bos"],
+        "eos_token_id": probe["special"]["eos"],
+        "pad_token_id": probe["special"]["pad"],
+        "architectures": ["LlamaForCausalLM"],
+    }
+    for key, value in wanted.items():
+        yield from _differs(f"config.json, {key}", value, config.get(key))
+    if type(reach := config.get("max_position_embeddings")) is not int:
+        yield f"  config.json, max_position_embeddings: expected an integer, found {reach}"
+
+
+def token_faults(tokenizer: Any, probe: Mapping[str, Any]) -> Iterator[str]:  # noqa: ANN401 - transformers is untyped
+    """Yield special tokens with other ids, and texts that are tokenized otherwise."""
+    special = probe["special"]
+    found = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    found |= {role: tokenizer.convert_tokens_to_ids(role) for role in ROLE_TOKENS}
+    for name, number in found.items():
+        yield from _differs(f"id of {name}", special[name], number)
+    yield from _differs("tokenizer's model_max_length", probe["max_length"], tokenizer.model_max_length)
+    yield from _differs("tokenizer's padding side", "right", tokenizer.padding_side)
+    for case in probe["texts"]:
+        yield from _differs(f"ids of {case['text']!r}", case["ids"], tokenizer(case["text"])["input_ids"])
+
+
+def template_faults(folder: Path, tokenizer: Any, probe: Mapping[str, Any]) -> Iterator[str]:  # noqa: ANN401
+    """Yield conversations that the template, in its file or in the config, renders otherwise than training did."""
+    key = json.loads((folder / "tokenizer_config.json").read_bytes()).get("chat_template")
+    places = {
+        "chat_template.jinja": (folder / "chat_template.jinja").read_text(encoding="utf-8"),
+        "tokenizer_config": key,
+    }
+    for place, template in places.items():
+        if not template:
+            yield f"  {place}: expected the chat template, found none"
+        for case in probe["conversations"] if template else []:
+            messages = case["messages"]
+            role = ASSISTANT if messages[-1]["role"] == "user" else ""
+            options = {"chat_template": template, "add_generation_prompt": bool(role)}
+            text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+            yield from _differs(f"{place}, conversation as text", case["text"] + role, text)
+            ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"]
+            wanted = case["ids"] + ([probe["special"][role]] if role else [])
+            yield from _differs(f"{place}, conversation as ids", wanted, ids)
+
+
+def weight_faults(folder: Path, probe: Mapping[str, Any]) -> Iterator[str]:
+    """Yield tensors that are not in the file that the index names, or are stored in another dtype than stated."""
+    placed = {(path.name, name) for name, path in locate_tensors(folder).items()}
+    stored = {(path.name, name): dtype for path in folder.glob("*.safetensors") for name, dtype in read_dtypes(path)}
+    for file, name in sorted(placed - set(stored)):
+        yield f"  tensor {name}: expected in {file}, as the index says, found none"
+    for file, name in sorted(set(stored) - placed):
+        yield f"  tensor {name}: found in {file}, but the index does not say so"
+    for (_, name), dtype in sorted(stored.items()):
+        yield from _differs(f"stored dtype of {name}", STORED[probe["dtype"]], dtype)
+
+
+def model_faults(model: Any, tokenizer: Any, probe: Mapping[str, Any]) -> Iterator[str]:  # noqa: ANN401
+    """Yield what the live model does not have as trained: dtype, frequencies, vocabulary."""
+    config = model.config
+    yield from _differs("dtype of the loaded model", f"torch.{TORCH_NAMES[probe['dtype']]}", str(model.dtype))
+    live = model.model.rotary_emb.inv_freq.float().numpy()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rope = RopeScaling.from_json(probe["rope"])
+    wanted = rope.inv_freq(head_dim)
+    yield from _differs(
+        "RoPE's attention factor", round(rope.attention_factor, 6), round(model.model.rotary_emb.attention_scaling, 6)
+    )
+    if live.shape != wanted.shape or not np.allclose(live, wanted, rtol=1e-6, atol=0):
+        yield f"  RoPE frequencies of the live model: expected {wanted[:4].tolist()}…, found {live[:4].tolist()}…"
+    rows = model.get_input_embeddings().weight.shape[0]
+    yield from _differs("rows of the embedding and config's vocab_size", rows, config.vocab_size)
+    yield from _differs("rows of the head and of the embedding", rows, model.get_output_embeddings().weight.shape[0])
+    if rows < len(tokenizer):
+        yield f"  rows of the embedding: expected {len(tokenizer)} at least, the tokenizer's tokens; found {rows}"
+
+
+def stop_faults(model: Any, tokenizer: Any, probe: Mapping[str, Any]) -> Iterator[str]:  # noqa: ANN401
+    """Yield a generation that goes on behind the end token, told to stop by nothing but the folder's own files."""
+    settings = GenerationConfig.from_pretrained(tokenizer.name_or_path, local_files_only=True)
+    try:
+        settings.validate(strict=True)  # a later save_pretrained would die of what is wrong here
+    except ValueError as error:
+        yield f"  generation_config.json: expected settings that go together, found {error}"
+    end, before = probe["special"]["eos"], probe["special"][ROLE_TOKENS[-1]]
+    prompt = torch.tensor([probe["conversations"][0]["ids"]])
+    processors = LogitsProcessorList([_Say(prompt.shape[1], [before, end])])
+    with torch.inference_mode():
+        out = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=4,
+            do_sample=False,
+            logits_processor=processors,
+        )
+    yield from _differs(
+        "tokens generated when the second is the end token", [before, end], out[0, prompt.shape[1] :].tolist()
+    )
+
+
+def logits_faults(model: Any, expected: np.ndarray[Any, Any], probe: Mapping[str, Any]) -> Iterator[str]:  # noqa: ANN401
+    """Yield a difference between the package's logits of the probe row and those of the exported model."""
+    found = logits_of(model, probe)
+    if found.shape != expected.shape:
+        yield f"  logits of the probe row: expected shape {expected.shape}, found {found.shape}"
+        return
+    limit = _TOLERANCE[probe["dtype"]] * float(np.abs(expected).max())
+    position, token = np.unravel_index(np.argmax(np.abs(found - expected)), found.shape)
+    here, there = float(found[position, token]), float(expected[position, token])
+    if not abs(here - there) <= limit:  # a NaN is not
+        yield f"  logit of token {token} at position {position} of the probe: expected {there:.6g}, found {here:.6g}"
+
+
+class _Say(LogitsProcessor):  # type: ignore[misc] # transformers is untyped
+    """Makes these tokens the most likely ones, in turn, and the first of them again after the last."""
+
+    def __init__(self, start: int, tokens: Sequence[int]) -> None:
+        self._start, self._tokens = start, tokens
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        said = torch.full_like(scores, -torch.inf)
+        said[:, self._tokens[(input_ids.shape[1] - self._start) % len(self._tokens)]] = 0
+        return said
+
+
+def _differs(what: str, expected: object, found: object) -> Iterator[str]:
+    # As JSON, since old loaders refuse a factor that is 2 and not 2.0.
+    if json.dumps(expected, sort_keys=True, default=str) != json.dumps(found, sort_keys=True, default=str):
+        yield f"  {what}: expected {expected}, found {found}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Check one folder; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m ropeway.stages.package.check", description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--logits", type=Path, help="(T, V) logits of the probe row, as .npy")
+    options = parser.parse_args(arguments)
+    try:
+        check_package(options.folder, options.logits)
+    except RopewayError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    print(f"{options.folder}: loads, and is what was trained")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+"""Everything the package is made of, loaded once and held against each other."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ropeway.config.params import Profile
+from ropeway.data.raw_records import iterate_records
+from ropeway.models.chat_template import Conversation, template_digest
+from ropeway.models.rope import RopeScaling
+from ropeway.models.tokenizer import read_special_names
+from ropeway.runtime.errors import DataError
+from ropeway.runtime.manifest import file_sha256, load_manifest
+from ropeway.runtime.workspace import Workspace
+from ropeway.stages.package.model_config import lowest_loader, plan_tokenizer
+
+_REMEDY = "Run `dvc repro`, so that all of them come from one run"
+Json = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """One finished run.
+
+    Attributes:
+        name: The profile's.
+        rope: The scaling that was trained with, as the base stage recorded it.
+        raw: Manifests, as `base`, `data` and `model` are.
+        end: The text of the tokenizer's end token.
+        systems: System message -> conversations it occurred in; "" are those without.
+        max_positions: The base's own context in tokens.
+        base_rope: `rope_parameters` under which the base was measured.
+        tokenizer: tokenizer.json as the package has it.
+    """
+
+    name: str
+    profile: Profile
+    rope: RopeScaling
+    raw: Json
+    base: Json
+    data: Json
+    model: Json
+    ledger: Json
+    train: Json
+    evaluation: Json
+    samples: Json
+    end: str
+    systems: Counter[str]
+    max_positions: int
+    base_rope: Json
+    tokenizer: Json
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps attempted: the number the model is named after."""
+        return int(self.model["steps"])
+
+    @property
+    def applied_steps(self) -> int:
+        """Of these, the ones not skipped for overflow."""
+        return int(self.model["applied_steps"])
+
+    @property
+    def loader(self) -> str:
+        """The lowest version of transformers that loads the package."""
+        return lowest_loader(self.rope, self.tokenizer)
+
+    @property
+    def title(self) -> str:
+        """`<name>-<steps>`, as in llama2-13b-orca-8k-3319."""
+        return f"{self.name}-{self.steps}"
+
+    @property
+    def special(self) -> Mapping[str, int]:
+        """Ids of `bos`, `eos`, `pad` and the role tokens, as the data has them."""
+        special: Mapping[str, int] = self.data["special"]
+        return special
+
+
+def load_facts(workspace: Workspace, profile: Profile) -> Facts:
+    """Return the run's facts.
+
+    Raises:
+        DataError: A stage's files are missing, changed since, or come from another run than the rest.
+    """
+    early = load_early_facts(workspace, profile, verify=True)
+    model = load_manifest(workspace.model, remedy="Run `dvc checkout`, or `dvc repro train`")
+    config = json.loads((workspace.model / "config.json").read_bytes())
+    check_one_run(workspace, early.data, early.rope, config)
+    return replace(
+        early,
+        model=model,
+        train=_load(workspace.train_metrics, "train"),
+        evaluation=_load(workspace.evaluation, "evaluate"),
+        samples=_load(workspace.samples, "evaluate"),
+        systems=count_systems(workspace, early.raw),
+        max_positions=int(config["max_position_embeddings"]),
+    )
+
+
+def load_early_facts(workspace: Workspace, profile: Profile, *, verify: bool = False) -> Facts:
+    """Return what of the facts is known before training; the trained model's part says nothing.
+
+    Raises:
+        DataError: A manifest is missing or unfinished; with `verify`, a file changed after it was written.
+    """
+    raw, base, data = (
+        load_manifest(folder, remedy=f"Run `dvc checkout`, or `dvc repro {stage}`", verify=verify)
+        for folder, stage in ((workspace.raw, "fetch"), (workspace.base, "base"), (workspace.data, "prepare"))
+    )
+    config = json.loads((workspace.base / "config.json").read_bytes())
+    return Facts(
+        name=workspace.profile,
+        profile=profile,
+        rope=RopeScaling.from_json(base["rope"]),
+        raw=raw,
+        base=base,
+        data=data,
+        model={"steps": 0, "applied_steps": 0},
+        ledger=_load(workspace.ledger, "prepare"),
+        train={"rows_left_out": 0, "rewinds": 0, "continued_from": {}},
+        evaluation={},
+        samples={},
+        end=read_special_names(workspace.base)["eos"],
+        systems=Counter(),
+        max_positions=int(config["max_position_embeddings"]),
+        base_rope=config["rope_parameters"],
+        tokenizer=plan_tokenizer(json.loads((workspace.base / "tokenizer.json").read_bytes())),
+    )
+
+
+def check_one_run(workspace: Workspace, data: Json, rope: RopeScaling, config: Json) -> None:
+    """Raise DataError unless tokenizer, template and RoPE scaling of the export are those of data and params."""
+    for path in (workspace.base / "tokenizer.json", workspace.model / "tokenizer.json"):
+        if (found := file_sha256(path)) != data["tokenizer"]:
+            raise DataError(f"{path}: sha256 is {found[:12]}…, the data has {data['tokenizer'][:12]}…. {_REMEDY}")
+    if (found := template_digest()) != data["template"]:
+        raise DataError(
+            f"the data was made with template {data['template'][:12]}…, this code's is {found[:12]}…. {_REMEDY}"
+        )
+    if config["rope_parameters"] != rope.rope_parameters():
+        raise DataError(
+            f"{workspace.model / 'config.json'}: rope_parameters are {config['rope_parameters']}, those of the base "
+            f"{rope.rope_parameters()}. {_REMEDY}"
+        )
+
+
+def count_systems(workspace: Workspace, raw: Json) -> Counter[str]:
+    """Return how many conversations of all sources had which system message."""
+    systems: Counter[str] = Counter()
+    for name, facts in raw["sources"].items():
+        if facts["kind"] == "conversation":
+            records = iterate_records(workspace.raw / name)
+            systems.update(record.system for record in records if isinstance(record, Conversation))
+    return systems
+
+
+def _load(path: Path, room: str) -> Any:  # noqa: ANN401 - JSON
+    try:
+        return json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError) as error:
+        raise DataError(
+            f"{path}: expected the JSON that {room} leaves, found: {error}. Run `dvc repro {room}`"
+        ) from None

@@ -1,0 +1,82 @@
+"""What the package must do when somebody loads it, taken from the run before the package exists.
+
+Token ids come from the tokenizers library, strings from the chat template, frequencies from the formula: none
+of it through the classes of transformers that the check then holds against them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
+
+from ropeway.models.chat_template import ROLE_TOKENS, Conversation, render, to_messages
+from ropeway.models.rope import RopeScaling
+from ropeway.models.tokenizer import open_tokenizer, read_special_names
+from ropeway.stages.package.weights import DTYPES
+
+FORMAT = 1
+# Where loaders and servers go wrong: the blank after a special token, leading and doubled blanks, bytes outside the
+# vocabulary, digits, an end token in the text. Source: llama.cpp#7094, transformers#29872, #31513.
+TEXTS = (
+    "", "Hello", " Hello", "  two blanks", "a\tb\n\nc ", "naïve — 漢字 🙂", "1234567890", "def f(x):\n    return x",
+    "</s>", "<s>", "ends</s> here",
+)  # fmt: skip
+CONVERSATIONS = (
+    Conversation(("Hi",)),
+    Conversation(("Hi", "Hello."), system="Be kind."),
+    Conversation(("What is a list?", " A list holds things.\n", "And a tuple?", "So does a tuple.", "Thanks")),
+    Conversation(("Why?", "Because 2 > 1, and 漢字 too.", "Go on", "No."), system=" Explain\nin steps. "),
+)
+
+
+def plan_probe(
+    tokenizer_folder: Path, *, rope: RopeScaling, special: Mapping[str, int], dtype: str, max_length: int
+) -> dict[str, Any]:
+    """Return probe.json: ids of texts and conversations, special ids, RoPE and dtype, all as the run has them."""
+    tokenizer = open_tokenizer(tokenizer_folder)
+    names = read_special_names(tokenizer_folder)
+    texts = (*TEXTS, *(f"{role}{text}" for role in ROLE_TOKENS for text in ("text", " text")))
+    return {
+        "format": FORMAT,
+        "dtype": dtype,
+        "rope": asdict(rope),
+        "special": dict(special),
+        "max_length": max_length,
+        "texts": [{"text": text, "ids": tokenizer.encode(text).ids} for text in texts],
+        "conversations": [
+            {
+                "messages": to_messages(conversation),
+                "text": names["bos"] + (text := render(conversation, end=names["eos"])),
+                "ids": tokenizer.encode(text).ids,
+            }
+            for conversation in CONVERSATIONS
+        ],
+    }
+
+
+def probe_row(probe: Mapping[str, Any]) -> list[int]:
+    """Return the `(T,)` ids whose logits are compared: every conversation, one after another."""
+    row = [number for conversation in probe["conversations"] for number in conversation["ids"]]
+    return row[: probe["max_length"]]
+
+
+@torch.inference_mode()
+def logits_of(model: Any, probe: Mapping[str, Any]) -> np.ndarray[Any, Any]:  # noqa: ANN401 - transformers is untyped
+    """Return `(T, V)` fp32 logits of the probe row."""
+    logits = model(input_ids=torch.tensor([probe_row(probe)]), use_cache=False).logits[0]
+    found: np.ndarray[Any, Any] = logits.float().numpy()
+    return found
+
+
+def expected_logits(folder: Path, probe: Mapping[str, Any]) -> np.ndarray[Any, Any]:
+    """Return the logits of train's export, its weights cast to the package's dtype."""
+    disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=DTYPES[probe["dtype"]], local_files_only=True, use_safetensors=True
+    )
+    return logits_of(model.eval(), probe)

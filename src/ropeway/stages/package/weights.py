@@ -1,0 +1,144 @@
+"""The exported weights in another dtype and in shards, one shard in memory at a time."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ropeway.runtime.errors import DataError
+from ropeway.runtime.manifest import write_json
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+# As safetensors spells them. Source: its format's README, v0.5.
+STORED = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What was written: weights, and the bytes they take."""
+
+    parameters: int
+    bytes: int
+
+
+def plan_shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Return tensor names by shard, in the order given; only a tensor larger than `limit` makes a larger shard.
+
+    >>> plan_shards({"a": 3, "b": 4, "c": 9, "d": 1}, 8)
+    [['a', 'b'], ['c'], ['d']]
+    """
+    shards: list[list[str]] = []
+    full = limit
+    for name, size in sizes.items():
+        if full + size > limit:
+            shards.append([])
+            full = 0
+        shards[-1].append(name)
+        full += size
+    return shards
+
+
+def name_shards(count: int) -> list[str]:
+    """Return the file names that transformers expects of `count` shards."""
+    return [SINGLE] if count == 1 else [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
+
+
+def write_weights(source: Path, target: Path, *, dtype: str, max_shard_bytes: int, tied: bool) -> Written:
+    """Write the weights of `source` to `target`, cast, sharded, with an index when there is more than one shard.
+
+    Args:
+        source: A folder with safetensors.
+        target: Where to.
+        dtype: `fp16`, `bf16` or `fp32`.
+        max_shard_bytes: Upper limit of a file, but for a single larger tensor.
+        tied: The head is the embedding, and is not stored twice.
+
+    Raises:
+        DataError: A value does not fit the dtype, or a tied head differs from its embedding.
+    """
+    files = locate_tensors(source)
+    if tied and HEAD in files:
+        _check_tied(files)
+        del files[HEAD]
+    counts = {name: _count(path, name) for name, path in sorted(files.items())}
+    width = DTYPES[dtype].itemsize
+    shards = plan_shards({name: count * width for name, count in counts.items()}, max_shard_bytes)
+    weight_map: dict[str, str] = {}
+    for file, names in zip(name_shards(len(shards)), shards, strict=True):
+        save_file({name: _cast(files[name], name, dtype) for name in names}, target / file, metadata={"format": "pt"})
+        (target / file).chmod(0o644)  # safetensors 0.8 leaves it to its owner alone
+        weight_map |= dict.fromkeys(names, file)
+    written = Written(sum(counts.values()), sum(counts.values()) * width)
+    if len(shards) > 1:
+        write_json(target / INDEX, {"metadata": {"total_size": written.bytes}, "weight_map": weight_map})
+    return written
+
+
+def locate_tensors(folder: Path) -> dict[str, Path]:
+    """Return which file of a folder holds which tensor.
+
+    Raises:
+        DataError: It holds no safetensors.
+    """
+    index = folder / INDEX
+    if index.is_file():
+        return {name: folder / file for name, file in json.loads(index.read_bytes())["weight_map"].items()}
+    if not (folder / SINGLE).is_file():
+        raise DataError(f"{folder}: neither {SINGLE} nor {INDEX}; expected the export of `dvc repro train`")
+    with safe_open(folder / SINGLE, framework="pt") as tensors:
+        return dict.fromkeys(tensors.keys(), folder / SINGLE)
+
+
+def read_dtypes(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield (tensor, dtype as stored) of a file; only its header is read.
+
+    Raises:
+        DataError: It is no whole file of safetensors.
+    """
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            for name in sorted(tensors.keys()):
+                yield name, tensors.get_slice(name).get_dtype()
+    except SafetensorError as error:
+        raise DataError(f"{path}: not a whole file of safetensors ({error}); pull or package it again") from None
+
+
+def read_tensor(path: Path, name: str) -> torch.Tensor:
+    """Return one tensor of a file."""
+    with safe_open(path, framework="pt") as tensors:
+        tensor: torch.Tensor = tensors.get_tensor(name)
+    return tensor
+
+
+def _count(path: Path, name: str) -> int:
+    with safe_open(path, framework="pt") as tensors:
+        shape: list[int] = tensors.get_slice(name).get_shape()
+    return torch.Size(shape).numel()
+
+
+def _cast(path: Path, name: str, dtype: str) -> torch.Tensor:
+    tensor = read_tensor(path, name)
+    cast: torch.Tensor = tensor.to(DTYPES[dtype]).contiguous()
+    if not bool(torch.isfinite(cast).all()):
+        worst = tensor.abs().max().item()
+        raise DataError(
+            f"{path}: {name} reaches {worst:g}, {dtype} ends at {torch.finfo(DTYPES[dtype]).max:g}; the package would "
+            "hold infinities. Choose package.dtype bf16 or fp32, or train again if the value itself is no number"
+        )
+    return cast
+
+
+def _check_tied(files: Mapping[str, Path]) -> None:
+    """ZeRO-2 exports the head of a tied model a second time (transformers 5.24, DeepSpeed 0.19)."""
+    head, embedding = (read_tensor(files[name], name) for name in (HEAD, EMBEDDING))
+    if not torch.equal(head, embedding):
+        raise DataError(
+            f"{files[HEAD]}: the model's config ties {HEAD} to {EMBEDDING}, but they differ by up to "
+            f"{(head.float() - embedding.float()).abs().max().item():g}; a loader would drop one of them. Train again"
+        )

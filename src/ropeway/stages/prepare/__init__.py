@@ -1,0 +1,1 @@
+"""Stage prepare: token shards, split, ledger."""

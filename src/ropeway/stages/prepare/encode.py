@@ -1,0 +1,204 @@
+"""Records to token sequences: whole, never cut, and for every token who said it."""
+
+import re
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from copy import copy
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from itertools import chain, groupby
+from typing import Any, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Encoding, Tokenizer
+
+from ropeway.data.mixture import SPLIT_SEED, plan_chunks
+from ropeway.data.raw_records import Record, iterate_texts
+from ropeway.data.shards import Kind
+from ropeway.models.chat_template import ASSISTANT, PROMPTER, Conversation, render
+from ropeway.models.tokenizer import token_text
+from ropeway.stages.prepare.chunks import BATCH_CHARACTERS, count_characters, in_batches
+from ropeway.stages.prepare.escape import OWN_MARK, Escape
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """N sequences (a conversation, a document or a chunk of one) one after another, T tokens in all.
+
+    Attributes:
+        tokens: `(T,)`, BOS in front of each sequence.
+        kinds: `(T,)`, see `ropeway.data.shards.Kind`.
+        lengths: `(N,)` tokens of each sequence.
+        records: `(N,)` numbers of the kept records they come from.
+        keys: `(N,)` hashes of their texts, for a split that new records do not move.
+        record_keys: `(N,)` likewise of the whole records.
+    """
+
+    tokens: NDArray[np.uint32]
+    kinds: NDArray[np.uint8]
+    lengths: NDArray[np.int32]
+    records: NDArray[np.int64]
+    keys: NDArray[np.uint64]
+    record_keys: NDArray[np.uint64]
+
+
+@dataclass
+class Encoder:
+    """Tokenizes one source's records and counts what it meets.
+
+    Attributes:
+        special_tokens_in_text: What a special token's string in a text becomes: the token (`parse`, as published),
+            ordinary tokens (`escape`), or a refusal of the record (`reject`).
+        kept: Records that were not refused.
+        refused: Reason -> records.
+        refused_at: Places of these among the records given, from 0.
+        with_special_tokens: Records in whose text a special token's string stands, kept or refused for it.
+        special_token_hits: Such a string -> how often it stands in texts.
+    """
+
+    tokenizer: Tokenizer
+    special: dict[str, int]
+    max_chunk_size: int | None
+    special_tokens_in_text: Literal["parse", "escape", "reject"]
+    kept: int = 0
+    with_special_tokens: int = 0
+    without_tokens: int = 0
+    refused: Counter[str] = field(default_factory=Counter)
+    refused_at: list[int] = field(default_factory=list)
+    special_token_hits: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        """Collect the strings that the tokenizer parses as special tokens."""
+        added = sorted(self.tokenizer.get_added_tokens_decoder().values(), key=lambda token: -len(token.content))
+        self.end = token_text(self.tokenizer, self.special["eos"])
+        self._parsed = re.compile("|".join(re.escape(token.content) for token in added if token.special))
+        self._escape = Escape(self.tokenizer) if self.special_tokens_in_text == "escape" else None
+
+    def fresh(self) -> Self:
+        """Return an encoder that has counted nothing; what takes long to make (a renamed tokenizer) is shared."""
+        other = copy(self)
+        other.kept = other.with_special_tokens = other.without_tokens = 0
+        other.refused, other.refused_at, other.special_token_hits = Counter(), [], Counter()
+        return other
+
+    def encode_batches(self, records: Iterable[Record]) -> Iterator[Encoded]:
+        """Yield the sequences of these records, in order, as columns over about a million characters each."""
+        for batch in _batches(self._keep(records)):
+            texts = [self._texts(record) for record in batch]
+            ids, lengths = array("I"), array("i")
+            for encoding in self._tokenize(batch, texts):
+                ids.fromlist(found := encoding.ids)
+                lengths.append(len(found))
+            tokens, counts = np.array(ids, dtype=np.uint32), np.array(lengths, dtype=np.int32)
+            per_record = np.array([len(parts) for parts in texts], dtype=np.int64)
+            keys = [[text_key(text) for text in parts] for parts in texts]
+            # A text in one piece is hashed once: it is its own record.
+            whole = [
+                own[0] if len(own) == 1 else text_key("".join(parts)) for own, parts in zip(keys, texts, strict=True)
+            ]
+            yield Encoded(
+                tokens=tokens,
+                kinds=self._kinds(tokens, counts, per_record, is_talk=isinstance(batch[0], Conversation)),
+                lengths=counts,
+                records=np.repeat(np.arange(self.kept, self.kept + len(batch)), per_record),
+                keys=np.array([key for own in keys for key in own], dtype=np.uint64),
+                record_keys=np.repeat(np.array(whole, dtype=np.uint64), per_record),
+            )
+            self.without_tokens += int((per_record == 0).sum())
+            self.kept += len(batch)
+
+    def _keep(self, records: Iterable[Record]) -> Iterator[Record]:
+        for at, record in enumerate(records):
+            if isinstance(record, Conversation) and not record.turns:
+                self._refuse("conversation without turns", at)
+                continue
+            hits = [hit for text in iterate_texts(record) for hit in self._parsed.findall(text)]
+            if hits:
+                self.with_special_tokens += 1
+                self.special_token_hits.update(hits)
+            if hits and self.special_tokens_in_text == "reject":
+                self._refuse("special token in text", at)
+            elif self._escape and any(map(OWN_MARK.search, iterate_texts(record))):
+                self._refuse("text holds escape's own mark (U+FDD0, digits, U+FDD1)", at)
+            else:
+                yield record
+
+    def _refuse(self, reason: str, at: int) -> None:
+        self.refused[reason] += 1
+        self.refused_at.append(at)
+
+    def _texts(self, record: Record) -> list[str]:
+        """Return what is tokenized, before escaping: the rendered conversation, or a document's chunks."""
+        if isinstance(record, Conversation):
+            return [render(record, end=self.end)]
+        return [record[begin:end] for begin, end in plan_chunks(len(record), self.max_chunk_size)]
+
+    def _tokenize(self, batch: list[Record], texts: list[list[str]]) -> list[Encoding]:
+        """Return one encoding for each text of each record."""
+        if self._escape is None:
+            return self.tokenizer.encode_batch_fast(list(chain.from_iterable(texts)))
+        escaped: list[str] = []
+        for record, parts in zip(batch, texts, strict=True):
+            escaped += [self._escape.render(record, end=self.end)] if isinstance(record, Conversation) else parts
+        return self._escape.tokenizer.encode_batch_fast(escaped)
+
+    def _kinds(
+        self, tokens: NDArray[np.uint32], lengths: NDArray[np.int32], per_record: NDArray[np.int64], *, is_talk: bool
+    ) -> NDArray[np.uint8]:
+        if is_talk:
+            roles = {"prompter": self.special[PROMPTER], "assistant": self.special[ASSISTANT]}
+            return conversation_kinds(tokens, lengths, **roles)
+        is_last = np.zeros(len(lengths), dtype=np.bool_)
+        is_last[np.cumsum(per_record)[per_record > 0] - 1] = True
+        return document_kinds(lengths, is_last=is_last)
+
+
+def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
+    """Yield records of one kind each, about a million characters."""
+    for _, alike in groupby(records, key=type):
+        yield from in_batches(alike, lambda record: count_characters(iterate_texts(record)), BATCH_CHARACTERS)
+
+
+def conversation_kinds(
+    tokens: NDArray[np.integer[Any]], lengths: NDArray[np.integer[Any]] | None = None, *, prompter: int, assistant: int
+) -> NDArray[np.uint8]:
+    """Return `(T,)` who said each token of conversations laid one after another, each seen from its beginning.
+
+    A turn begins with its role token. Turns are counted, not read: the first is the prompter's, the second the
+    assistant's and so on, whichever role token opens it; what stands before the first is nobody's. Source:
+    Open-Assistant's dialogue collator (July 2023), where a literal role token in a text begins a turn as well.
+
+    Args:
+        tokens: `(T,)`.
+        lengths: `(N,)` tokens of each conversation; None means one.
+        prompter: The role token's id.
+        assistant: Likewise.
+    """
+    turn = np.cumsum((tokens == prompter) | (tokens == assistant), dtype=np.int32)
+    if lengths is not None:
+        ends = np.cumsum(lengths)
+        turn -= np.repeat(np.concatenate(([np.int32(0)], turn))[ends - lengths], lengths)  # of conversations before
+    said = np.where(turn & 1, np.uint8(Kind.PROMPTER), np.uint8(Kind.ASSISTANT))
+    said[turn == 0] = Kind.BEFORE
+    return said
+
+
+def document_kinds(length: int | NDArray[np.integer[Any]], *, is_last: bool | NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """Return `(T,)` kinds of a chunk, or of chunks laid one after another; a document's last token is its end.
+
+    Args:
+        length: Tokens of the chunk, or `(N,)` of each.
+        is_last: Whether it is its document's last, or `(N,)` of each.
+    """
+    lengths, last = np.atleast_1d(length), np.atleast_1d(is_last)
+    kinds = np.full(int(lengths.sum()), Kind.DOCUMENT, dtype=np.uint8)
+    kinds[np.cumsum(lengths)[last & (lengths > 0)] - 1] = Kind.DOCUMENT_END
+    return kinds
+
+
+def text_key(text: str) -> int:
+    """Return 64 bits of the hash of a text and the split's fixed seed, the same on every machine."""
+    seed = SPLIT_SEED.to_bytes(8)
+    return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8, key=seed).digest())

@@ -1,0 +1,110 @@
+"""Which sequences of a source train, which validate, which rest: pure functions over numbers."""
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ropeway.config.params import Profile
+from ropeway.data.mixture import draw_validation, split_positions
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Sequence numbers of one source; each sequence is in one part (validation drawn with replacement repeats its own).
+
+    Attributes:
+        train: `(n,)`.
+        validation: `(v,)`.
+        unused: What validation's limit leaves over.
+        duplicate: Removed before the split.
+        contaminated: Taken out of the training part.
+    """
+
+    train: NDArray[np.int64]
+    validation: NDArray[np.int64]
+    unused: NDArray[np.int64]
+    duplicate: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    contaminated: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+
+    def without_contaminated(self, hit: NDArray[np.bool_]) -> "Split":
+        """Return the split with its training part in the same order, less those for which `hit` `(N,)` is True."""
+        gone = hit[self.train]
+        return replace(self, train=self.train[~gone], contaminated=np.sort(self.train[gone]))
+
+
+def plan_split(
+    records: NDArray[np.int64],
+    keys: NDArray[np.uint64],
+    profile: Profile,
+    *,
+    max_val_set: int | None,
+    generator: np.random.RandomState,
+) -> Split:
+    """Return the split of one source.
+
+    Args:
+        records: `(N,)` number of the record that each sequence comes from, ascending.
+        keys: `(N,)` hash of each sequence, or of its record when `split_by` is `document`.
+        profile: `split`, `split_by`, `val_split` and `validation_with_replacement` are read.
+        max_val_set: Sequences that validate; the rest of the validation part is unused.
+        generator: Shared over the sources in their order, as in the original.
+    """
+    units = records if profile.split_by == "document" else np.arange(len(records))
+    if profile.split == "by_hash":
+        chosen = keys < np.uint64(int(profile.val_split * 2**64))
+        train, part = np.flatnonzero(~chosen), np.flatnonzero(chosen)
+    else:
+        train, part = (expand(order, units) for order in split_positions(_count(units), profile.val_split))
+    replace = profile.validation_with_replacement
+    if profile.split == "by_hash" and not replace:
+        # The lowest hashes: a new record takes the place of one at most, where a draw would change them all.
+        validation = np.sort(part[np.argsort(keys[part], kind="stable")][:max_val_set])
+    else:
+        validation = part[draw_validation(len(part), max_val_set, generator=generator, replace=replace)]
+    return Split(train, validation, np.setdiff1d(part, validation))
+
+
+def plan_split_without(
+    removed: NDArray[np.bool_],
+    records: NDArray[np.int64],
+    keys: NDArray[np.uint64],
+    profile: Profile,
+    *,
+    max_val_set: int | None,
+    generator: np.random.RandomState,
+) -> Split:
+    """Return the split of one source as if the sequences of removed records had never been there.
+
+    Args:
+        removed: `(N,)` True for every sequence of a record that goes.
+        records: As in `plan_split`, and so the others.
+        keys: Likewise.
+        profile: Likewise.
+        max_val_set: Likewise.
+        generator: Likewise.
+    """
+    stay = np.flatnonzero(~removed)
+    gone = records[removed]
+    gone = gone[np.diff(gone, prepend=-1) > 0]  # ascending: each once
+    numbers = records[stay] - np.searchsorted(gone, records[stay])
+    split = plan_split(numbers, keys[stay], profile, max_val_set=max_val_set, generator=generator)
+    train, validation, unused = (stay[part] for part in (split.train, split.validation, split.unused))
+    return Split(train, validation, unused, duplicate=np.flatnonzero(removed))
+
+
+def expand(order: NDArray[np.int64], units: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the sequences of these units, unit by unit.
+
+    >>> expand(np.array([2, 0]), np.array([0, 0, 2, 2, 2])).tolist()
+    [2, 3, 4, 0, 1]
+    """
+    begins, ends = (np.searchsorted(units, order, side=side) for side in ("left", "right"))
+    counts = ends - begins
+    before = np.cumsum(counts) - counts  # sequences of the units in front
+    sequences: NDArray[np.int64] = np.repeat(begins - before, counts) + np.arange(int(counts.sum()))
+    return sequences
+
+
+def _count(units: NDArray[np.int64]) -> int:
+    return int(units[-1]) + 1 if len(units) else 0

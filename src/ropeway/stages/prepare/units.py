@@ -1,0 +1,210 @@
+"""Units of work: some row groups of one source become one shard, whoever makes it, in whatever order, at any time.
+
+.work/prepare-<profile>-<fingerprint>/<source>/00000/     one unit, whole since its manifest came last
+    tokens.npy, kinds.npy                                 the shard, as data/ will hold it
+    lengths.npy, records.npy, keys.npy, record_keys.npy   columns of `encode.Encoded`, records counted from the unit's
+    manifest.json                                         sha256 of each file, counts, digests of the outer sequences
+
+A unit depends on raw bytes, tokenizer, recipe and code, all of which the fingerprint holds; so what a killed prepare
+left whole is still right for the next one.
+"""
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal
+from uuid import uuid4
+
+import numpy as np
+import tokenizers
+from numpy.typing import NDArray
+
+import ropeway
+from ropeway.config.params import Profile
+from ropeway.data.raw_records import Group, Record, iterate_groups
+from ropeway.data.shards import token_dtype
+from ropeway.models.tokenizer import count_tokens, open_tokenizer, read_special
+from ropeway.runtime.code_digests import room_digest
+from ropeway.runtime.errors import DataError
+from ropeway.runtime.manifest import digest_of, file_sha256, load_manifest, write_manifest
+from ropeway.stages.prepare.encode import Encoded, Encoder
+
+# Some 4 s of one core: little is lost by a kill or waited for at the end, and 100 GB of text are some 6,000 shards.
+UNIT_BYTES = 1 << 24
+_UNITS = 32  # a small source is cut into so many where its row groups allow, so that no worker waits long for another
+COLUMNS = ("lengths", "records", "keys", "record_keys")
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What params say about how one source is encoded: all of it, since it is part of the fingerprint."""
+
+    max_chunk_size: int | None
+    special_tokens_in_text: Literal["parse", "escape", "reject"]
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """One unit of work, complete: a worker needs nothing else but the files it names.
+
+    Attributes:
+        groups: The row groups of `raw` that it holds; none for a source without records.
+        raw: Folder of the source's parquet files.
+        base: Folder of the tokenizer.
+        folder: Where it will lie.
+    """
+
+    groups: tuple[Group, ...]
+    raw: Path
+    base: Path
+    recipe: Recipe
+    folder: Path
+
+
+def plan_recipes(profile: Profile) -> dict[str, Recipe]:
+    """Return how each source is encoded, in the order of params."""
+    return {name: Recipe(options.max_chunk_size, profile.special_tokens_in_text) for name, options in profile.mixture}
+
+
+def plan_units(groups: Sequence[Group], *, unit_bytes: int) -> list[tuple[Group, ...]]:
+    """Return consecutive row groups of up to `unit_bytes` of text each; a larger group is a unit of its own.
+
+    A function of the data alone, so that shards do not depend on who makes them. A source without records is one unit.
+
+    >>> [len(unit) for unit in plan_units([Group("part-00000.parquet", n, 1, 5) for n in range(5)], unit_bytes=10)]
+    [2, 2, 1]
+    """
+    units: list[tuple[Group, ...]] = []
+    waiting: list[Group] = []
+    for group in groups:
+        if waiting and sum(one.text_bytes for one in waiting) + group.text_bytes > unit_bytes:
+            units.append(tuple(waiting))
+            waiting = []
+        waiting.append(group)
+    return [*units, tuple(waiting)] if waiting or not units else units
+
+
+def choose_unit_bytes(groups: Sequence[Group], *, at_most: int) -> int:
+    """Return how much text a unit of these holds: of the data alone, like the plan.
+
+    Two workers on 20 MB in units of 16 MB would take as long as the 16 MB.
+    """
+    return min(at_most, sum(group.text_bytes for group in groups) // _UNITS)
+
+
+def fingerprint(raw_files: Mapping[str, Any], base: Path, recipes: Mapping[str, Recipe]) -> str:
+    """Return sixteen digits that change with anything that a unit's bytes depend on."""
+    return digest_of(
+        {
+            "raw": raw_files,
+            "tokenizer": [file_sha256(base / name) for name in ("tokenizer.json", "tokenizer_config.json")],
+            "tokenizers": tokenizers.__version__,
+            "recipes": {name: asdict(recipe) for name, recipe in recipes.items()},
+            "code": code_digest(),
+            "unit_bytes": UNIT_BYTES,
+        }
+    )[:16]
+
+
+def code_digest() -> str:
+    """Return the digest of this room's code, as the identity stage writes it."""
+    return room_digest(Path(ropeway.__file__).parent, "prepare")
+
+
+def load_unit(folder: Path) -> dict[str, Any] | None:
+    """Return a whole unit's manifest, its files hashed; None when it is to be made, what is left of it removed."""
+    if not folder.exists():
+        return None
+    try:
+        return load_manifest(folder, remedy="It is made again")
+    except DataError as error:
+        print(f"prepare: {error}", flush=True)
+        shutil.rmtree(folder)
+        return None
+
+
+def encode_unit(unit: Unit) -> Path:
+    """Make one unit and return its folder; what a worker runs. Only a whole unit ever has that folder's name."""
+    encoder = _open_encoder(unit.base, file_sha256(unit.base / "tokenizer.json"), unit.recipe).fresh()
+    parts = list(encoder.encode_batches(iterate_groups(unit.raw, unit.groups)))
+    with whole_unit(unit.folder) as partial:
+        facts = _write_columns(partial, parts, token_dtype(count_tokens(encoder.tokenizer)))
+        write_manifest(partial, {**facts, "records": _counts(encoder), "refused_at": encoder.refused_at})
+    return unit.folder
+
+
+@contextmanager
+def whole_unit(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder, which then takes this name unless another worker was faster: its bytes are the same."""
+    partial = folder.with_name(f".{folder.name}.{uuid4().hex}.partial")  # a lost worker may still be writing
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        with suppress(FileExistsError):
+            _rename(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def kept_records(unit: Unit) -> Iterator[Record]:
+    """Yield the records of a whole unit that were not refused, from raw text again."""
+    refused = set(load_manifest(unit.folder, remedy="Run `dvc repro prepare` again", verify=False)["refused_at"])
+    for at, record in enumerate(iterate_groups(unit.raw, unit.groups)):
+        if at not in refused:
+            yield record
+
+
+@lru_cache(maxsize=8)
+def _open_encoder(base: Path, digest: str, recipe: Recipe) -> Encoder:  # noqa: ARG001 - another digest, another encoder
+    tokenizer = open_tokenizer(base)
+    special = read_special(base, tokenizer)
+    return Encoder(tokenizer, special, recipe.max_chunk_size, recipe.special_tokens_in_text)
+
+
+def _write_columns(folder: Path, parts: Sequence[Encoded], dtype: type[np.unsignedinteger[Any]]) -> dict[str, Any]:
+    """Write a unit's arrays; return its sizes and the digests of its first and last sequence."""
+    empty = Encoded(*(np.empty(0, kind) for kind in ("u4", "u1", "i4", "i8", "u8", "u8")))
+    columns = {
+        name: np.concatenate([getattr(part, name) for part in parts] or [getattr(empty, name)])
+        for name in ("tokens", "kinds", *COLUMNS)
+    }
+    tokens, kinds, lengths = (columns[name] for name in ("tokens", "kinds", "lengths"))
+    for name, column in (columns | {"tokens": tokens.astype(dtype)}).items():
+        np.save(folder / f"{name}.npy", column, allow_pickle=False)
+    ends = []
+    if len(lengths):
+        last = len(tokens) - int(lengths[-1])
+        ends = [sequence_digest(tokens[span], kinds[span]) for span in (slice(int(lengths[0])), slice(last, None))]
+    return {"sequences": len(lengths), "tokens": len(tokens), "ends": ends}
+
+
+def sequence_digest(tokens: NDArray[np.integer[Any]], kinds: NDArray[np.uint8]) -> str:
+    """Return a digest of one sequence, whatever width its tokens are held in."""
+    return sha256(tokens.astype("<i8").tobytes() + kinds.tobytes()).hexdigest()
+
+
+def _counts(encoder: Encoder) -> dict[str, Any]:
+    return {
+        "kept": encoder.kept,
+        "without_tokens": encoder.without_tokens,
+        "with_special_tokens": encoder.with_special_tokens,
+        "refused": dict(encoder.refused),
+        "special_token_hits": dict(encoder.special_token_hits),
+    }
+
+
+def _rename(partial: Path, folder: Path) -> None:
+    """Give a folder its name; FileExistsError when there is one already.
+
+    A folder that holds files is never replaced by a rename. Source: rename(2), ENOTEMPTY or EEXIST.
+    """
+    try:
+        partial.rename(folder)
+    except OSError:
+        if folder.is_dir():
+            raise FileExistsError(folder) from None
+        raise

@@ -1,0 +1,1 @@
+"""Stage train: DeepSpeed ranks, checkpoints, the exported model."""

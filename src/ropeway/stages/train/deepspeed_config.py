@@ -1,0 +1,84 @@
+"""The DeepSpeed configuration: a pure function of params, ranks and the named JSON, with no "auto" left."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ropeway.config.params import Profile
+from ropeway.runtime.errors import ConfigError
+
+# params.yaml says these; a second source could disagree, so the named JSON may not hold them.
+_OWNED = (
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+    "bf16", "scheduler", "fp16.enabled", "optimizer.params.lr", "optimizer.params.betas", "optimizer.params.eps",
+    "optimizer.params.weight_decay", "checkpoint", "data_types",
+)  # fmt: skip
+_ALLOWED = ("fp16", "optimizer", "zero_optimization", "activation_checkpointing", "communication_data_type")
+
+
+def parse_deepspeed_json(text: str, path: str) -> dict[str, Any]:
+    """Return the JSON that `deepspeed_config` names, checked for keys that params.yaml owns.
+
+    Args:
+        text: The JSON.
+        path: Its name, for messages.
+
+    Raises:
+        ConfigError: It is not JSON, holds "auto", or says what params.yaml says.
+    """
+    try:
+        named: dict[str, Any] = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{path}: not JSON: {error}") from None
+    faults = [f"{path}: {key}: params.yaml says this; remove it here" for key in _OWNED if _holds(named, key)]
+    faults += [f"{path}: {key}: unknown here; known are {', '.join(_ALLOWED)}" for key in named if key not in _ALLOWED]
+    if '"auto"' in json.dumps(named):
+        faults.append(f'{path}: "auto" is what a trainer fills in; here params.yaml fills in, so leave such keys out')
+    if faults:
+        raise ConfigError("\n".join(faults))
+    return named
+
+
+def _holds(tree: Mapping[str, Any], dotted: str) -> bool:
+    here: Any = tree
+    for part in dotted.split("."):
+        if not isinstance(here, Mapping) or part not in here:
+            return False
+        here = here[part]
+    return True
+
+
+def plan_deepspeed(
+    profile: Profile, named: Mapping[str, Any], *, ranks: int, accumulation_steps: int, total_steps: int
+) -> dict[str, Any]:
+    """Return the whole configuration `deepspeed.initialize` gets."""
+    optimizer = {**named.get("optimizer", {"type": "AdamW"})}
+    optimizer["params"] = {
+        **optimizer.get("params", {}),
+        "lr": profile.learning_rate,
+        "betas": [profile.adam_beta1, profile.adam_beta2],
+        "eps": profile.adam_epsilon,
+        "weight_decay": profile.weight_decay,
+    }
+    return {
+        **{key: value for key, value in named.items() if key not in ("optimizer", "fp16")},
+        "train_batch_size": profile.per_device_train_batch_size * accumulation_steps * ranks,
+        "train_micro_batch_size_per_gpu": profile.per_device_train_batch_size,
+        "gradient_accumulation_steps": accumulation_steps,
+        "gradient_clipping": profile.max_grad_norm,
+        "fp16": {"enabled": profile.dtype == "fp16", **named.get("fp16", {})},
+        "bf16": {"enabled": profile.dtype == "bf16"},
+        "optimizer": optimizer,
+        "scheduler": _scheduler(profile, total_steps),
+        "steps_per_print": 2**31,  # our own line per step replaces DeepSpeed's
+    }
+
+
+def _scheduler(profile: Profile, total_steps: int) -> dict[str, Any]:
+    warmup = {"warmup_num_steps": max(profile.warmup_steps, 1), "warmup_type": "linear"}
+    if profile.lr_schedule == "cosine":
+        return {"type": "WarmupCosineLR", "params": {"total_num_steps": total_steps, "cos_min_ratio": 0.0, **warmup}}
+    rates = {"warmup_min_lr": 0.0, "warmup_max_lr": profile.learning_rate, **warmup}
+    if profile.lr_schedule == "linear":
+        return {"type": "WarmupDecayLR", "params": {"total_num_steps": total_steps, **rates}}
+    return {"type": "WarmupLR", "params": rates}

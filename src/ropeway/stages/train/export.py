@@ -1,0 +1,68 @@
+"""The end of training: the model folder that every later room opens with plain transformers."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+
+from ropeway.config.zero import PARTITIONED_STAGE
+from ropeway.models.attention import Attention
+from ropeway.models.lora import merge_adapters
+from ropeway.runtime.manifest import load_manifest, whole_folder, write_manifest
+from ropeway.runtime.workspace import Workspace
+from ropeway.stages.train.model import open_model
+from ropeway.stages.train.running import Run
+from ropeway.stages.train.stop import Line
+
+MAX_SHARD = "5GB"
+_PLAIN = Attention(asked_flash=False, effective="none: gathered to be saved")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+
+def export_model(run: Run, workspace: Workspace, *, fingerprint: str, log: list[Line]) -> None:
+    """Write `model/`: weights as safetensors, config with the run's RoPE scaling, the base's tokenizer files.
+
+    The folder's manifest names the fingerprint, and the base's template and tokenizer, so that evaluation can refuse
+    another template than the one trained with.
+    """
+    model = _whole_model(run, workspace)
+    if model is None:
+        return
+    if run.profile.peft_model:
+        merge_adapters(model)
+    model.config.use_cache = True  # off for checkpointing only; it must not leak into the export
+    base = load_manifest(workspace.base, remedy="Run `dvc checkout`", verify=False)
+    with whole_folder(workspace.model) as folder:
+        model.save_pretrained(folder, safe_serialization=True, max_shard_size=MAX_SHARD)
+        _copy_tokenizer(workspace.base, folder)
+        facts: dict[str, Any] = {
+            "fingerprint": fingerprint,
+            "steps": len(log),
+            "applied_steps": sum(line["applied"] for line in log),
+            "dtype": run.profile.dtype,
+            "tokenizer": base["tokenizer"],
+            "template": base["template"],
+        }
+        write_manifest(folder, facts)
+    print(f"model of {facts['applied_steps']} applied steps in {workspace.model}", flush=True)
+
+
+def _whole_model(run: Run, workspace: Workspace) -> Any:  # noqa: ANN401 - transformers is untyped
+    """Return the trained model on rank 0, None elsewhere. Under ZeRO-3 every rank holds a part: gathered one by one."""
+    if run.engine.zero_optimization_stage() < PARTITIONED_STAGE:
+        return run.engine.module.model if run.rank == 0 else None
+    whole = open_model(workspace.base, run.profile, _PLAIN) if run.rank == 0 else None
+    targets = dict(whole.named_parameters()) if whole is not None else {}
+    for name, part in run.engine.module.model.named_parameters():
+        with deepspeed.zero.GatheredParameters([part]), torch.no_grad():
+            if name in targets:
+                targets[name].copy_(part)
+    return whole
+
+
+def _copy_tokenizer(base: Path, folder: Path) -> None:
+    for name in TOKENIZER_FILES:
+        if (base / name).is_file():
+            shutil.copyfile(base / name, folder / name)

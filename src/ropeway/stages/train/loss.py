@@ -1,0 +1,70 @@
+"""The loss: cross entropy over supervised positions, in fp32, without ever holding all logits.
+
+Shapes: B rows, T tokens, H hidden, V vocabulary, N supervised positions.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ropeway.models.attention import VARLEN, borders
+
+# 1,024 x 32,016 logits in fp32 are 125 MiB; the whole of 2 x 8,192 positions would be 2.0 GiB.
+CHUNK_POSITIONS = 1024
+# Source: Open-Assistant's losses.py divides by (N + 1e-8), so a micro-batch without targets gives 0.
+EPSILON = 1e-8
+
+
+class SupervisedLoss(nn.Module):
+    """A causal language model that returns the loss of each supervised position instead of logits."""
+
+    def __init__(self, model: Any) -> None:  # noqa: ANN401 - transformers is untyped
+        """Wrap a transformers causal model; its decoder and head are called separately."""
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, targets: Tensor, loss_mask: Tensor) -> Tensor:
+        """Return `(N,)` fp32 losses, in row order. No attention mask: a sequence begins where `position_ids` is 0."""
+        where: dict[str, Any] = {}
+        if self.model.config._attn_implementation == VARLEN:  # noqa: SLF001 - transformers 5.24 has no other name for it
+            where["cu_seqlens"], where["longest"] = borders(position_ids)
+        decoded = self.model.model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **where)
+        hidden = decoded.last_hidden_state
+        return chunked_losses(hidden[loss_mask], self.model.lm_head, targets[loss_mask])
+
+
+def chunked_losses(hidden: Tensor, head: nn.Module, targets: Tensor, *, chunk: int = CHUNK_POSITIONS) -> Tensor:
+    """Return `(N,)` cross entropies of `(N, H)` states; logits live for one chunk only, in either direction."""
+    if not len(targets):
+        return hidden.float().sum(-1)  # empty, but still part of the graph: every rank must run backward
+    return torch.cat(
+        [
+            _checkpointed(hidden[begin : begin + chunk], head, targets[begin : begin + chunk])
+            for begin in range(0, len(targets), chunk)
+        ]
+    )
+
+
+def _checkpointed(hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
+    losses: Tensor = checkpoint(_losses, hidden, head, targets, use_reentrant=False)
+    return losses
+
+
+def _losses(hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(head(hidden).float(), targets, reduction="none")
+
+
+def micro_batch_loss(losses: Tensor) -> Tensor:
+    """Return the published normalisation: the micro-batch's own mean, 0 when nothing counts."""
+    return losses.sum() / (len(losses) + EPSILON)
+
+
+def token_loss(losses: Tensor, *, total: int, micro_batches: int) -> Tensor:
+    """Return this micro-batch's share of the mean over all `total` supervised positions of the optimizer step.
+
+    The engine averages over the `micro_batches` of all ranks, so the share is scaled up by their number: the step's
+    gradient is then the same however the rows are cut into micro-batches and ranks.
+    """
+    return losses.sum() * (micro_batches / max(total, 1))
