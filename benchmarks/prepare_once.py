@@ -69,7 +69,7 @@ def ours(workspace: Workspace, profile: Profile, _: int, *, counting: bool = Fal
         shutil.rmtree(left, ignore_errors=True)
     facts: Facts = {"parts": {}}
     # Encoding; split and what repeats; hashing of shards; read-back and ledger; the page. The rest opens and places.
-    for part in ("make_units", "divide_sources", "write_manifest", "_account", "write_report"):
+    for part in ("make_units", "divide_sources", "write_manifest", "_account"):
         setattr(prepare, part, _clocked(getattr(prepare, part), part.strip("_"), facts["parts"]))
     with timed(facts):
         prepare.run(workspace, profile)

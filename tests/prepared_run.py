@@ -8,6 +8,7 @@ import numpy as np
 from ropeway.config.params import READS, load_profile
 from ropeway.data.raw_records import RawWriter
 from ropeway.models.chat_template import Conversation
+from ropeway.reporting import report_data
 from ropeway.runtime.manifest import write_manifest
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.prepare import stage as prepare
@@ -62,6 +63,7 @@ def make_prepared(root, *, talks=TALKS, texts=TEXTS, refused=(), **changes):
     shutil.copytree(PARITY / "tokenizer", workspace.base)
     profile = profile.reading(READS["prepare"])
     prepare.run(workspace, profile)
+    report_data.run(workspace, profile)
     return workspace, profile
 
 

@@ -16,6 +16,7 @@ from ropeway.data.shards import FORMAT, Kind, Shards, write_shard
 from ropeway.models.chat_template import JINJA, Conversation, render_turns, template_digest
 from ropeway.models.rope import RopeScaling
 from ropeway.models.tokenizer import open_tokenizer, read_special
+from ropeway.reporting import report_eval
 from ropeway.runtime.manifest import file_sha256, write_json, write_manifest
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.evaluate import stage as evaluate
@@ -110,6 +111,7 @@ def make_run(
 def finish_run(workspace: Workspace, profile: Profile) -> None:
     """Lay what train and evaluate leave beside the model."""
     evaluate.run(workspace, profile.reading(READS["evaluate"]))
+    report_eval.run(workspace, profile.reading(READS["report_eval"]))
     write_json(
         workspace.train_metrics,
         {

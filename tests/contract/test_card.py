@@ -11,12 +11,12 @@ from huggingface_hub.repocard_data import ModelCardData
 from ropeway.config.frozen import write_values
 from ropeway.config.params import READS, load_profile, read_block
 from ropeway.models.rope import RopeScaling
-from ropeway.reporting import model_card as card
-from ropeway.reporting import model_card_results as card_results
-from ropeway.reporting.card_text import escape, fence
-from ropeway.reporting.model_card_data import describe_sources, format_composition
 from ropeway.runtime.workspace import Workspace
+from ropeway.stages.package import model_card as card
+from ropeway.stages.package import model_card_results as card_results
+from ropeway.stages.package.card_text import escape, fence
 from ropeway.stages.package.facts import Facts
+from ropeway.stages.package.model_card_data import describe_sources, format_composition
 from ropeway.stages.package.weights import Written
 from tests.tiny_run import ROOT
 

@@ -40,7 +40,7 @@ def evaluate(workspace, *, code=0, **environment):
 
 def left(workspace):
     """Every file that evaluate leaves, and its bytes."""
-    files = (workspace.evaluation, workspace.samples, workspace.samples_page, *sorted(workspace.plots.iterdir()))
+    files = (workspace.evaluation, workspace.samples, *sorted(workspace.tables.iterdir()))
     return {path.name: path.read_bytes() for path in files}
 
 
@@ -53,7 +53,7 @@ def test_eval_json_and_all_other_files_are_the_same_for_one_process_and_two(tmp_
         seen.append(left(workspace))
         lines.append([line for line in text.splitlines() if "nats/token" in line or "hidden keys" in line])
         workspace.evaluation.rename(tmp_path / "eval.json")
-    assert set(seen[0]) > {"eval.json", "samples.json", "samples.html", "passkey_answers.csv", "positions.csv"}
+    assert set(seen[0]) > {"eval.json", "samples.json", "passkey_answers.csv", "positions.csv"}
     assert seen[0] == seen[1]
     assert len(lines[0]) == 6
     assert lines[0] == lines[1]

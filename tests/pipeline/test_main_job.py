@@ -81,7 +81,22 @@ def test_an_edit_reruns_what_it_changes_and_nothing_else(finished):
     finished.edit("params.yaml", "  eval_steps: 8", "  eval_steps: 9\n  log_dir: elsewhere")
     assert will_run() == []
     finished.edit("params.yaml", "learning_rate: 2e-3", "learning_rate: 3e-3")
-    assert will_run() == ["train", "evaluate", "package"]
+    assert will_run() == ["train", "evaluate", "report_eval", "package"]
+
+
+def test_an_edited_page_computes_nothing_again(finished):
+    from ropeway.orchestration import dvc_graph as graph
+
+    source = shutil.copytree(ROOT / "src", finished.root / "src")
+    finished.environment["PYTHONPATH"] = f"{source}{os.pathsep}{ROOT}"
+    finished.edit("src/ropeway/reporting/page_style.py", "font-weight:600", "font-weight:700")
+    finished.do("ropeway", "stage", "identity")
+    # The package holds pages.
+    assert [plan.name for plan in graph.plan(finished.root) if plan.will_run] == [
+        "report_data",
+        "report_eval",
+        "package",
+    ]
 
 
 def test_plain_transformers_loads_the_package_and_generates(finished):

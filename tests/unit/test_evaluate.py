@@ -11,6 +11,7 @@ from ropeway.config.params import READS
 from ropeway.data.batches import collate
 from ropeway.data.shards import open_shards
 from ropeway.models.chat_template import JINJA
+from ropeway.reporting import report_eval
 from ropeway.runtime.errors import DataError
 from ropeway.runtime.manifest import write_manifest
 from ropeway.stages.evaluate import stage as evaluate
@@ -190,8 +191,10 @@ def test_two_evaluations_of_one_run_give_the_same_bytes(tmp_path):
     seen = []
     for _ in range(2):
         evaluate.run(workspace, profile)
-        plots = {path.name: path.read_bytes() for path in workspace.plots.iterdir()}
-        seen.append((workspace.evaluation.read_bytes(), workspace.samples.read_bytes(), plots))
+        report_eval.run(workspace, profile)
+        files = [*workspace.tables.iterdir(), *workspace.plots.iterdir(), workspace.samples_page]
+        shown = {path.relative_to(workspace.run): path.read_bytes() for path in files}
+        seen.append((workspace.evaluation.read_bytes(), workspace.samples.read_bytes(), shown))
     assert seen[0] == seen[1]
     report = json.loads(seen[0][0])
     assert set(report) == {"sources", "mean", "validation", "tokenizer", "rows", "positions", "passkey"}

@@ -12,7 +12,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ropeway.config.params import READS, Passkey, Positions
 from ropeway.data.shards import open_shards
-from ropeway.reporting.evaluation_plots import plan_tables, write_plots
+from ropeway.reporting.evaluation_plots import passkey_grids, write_plots
 from ropeway.runtime.errors import ConfigError, DataError
 from ropeway.stages.evaluate import passkey
 from ropeway.stages.evaluate.evaluation_workers import Share
@@ -26,6 +26,7 @@ from ropeway.stages.evaluate.positions import (
     sum_positions,
     table_positions,
 )
+from ropeway.stages.evaluate.tables import plan_tables, write_tables
 from tests.tiny_run import make_run, measure
 
 ROWS = Positions(rows=2, row_tokens=128, bucket_tokens=32)
@@ -229,16 +230,31 @@ def test_plots_hold_tables_and_pictures_in_equal_bytes(run, tmp_path):
         {"position": 16 + 32 * n, "tokens": 64, "base": 5.0, "tuned": 3.0 + n, "base_unscaled": ""} for n in (0, 1)
     ]
     keys = dict.fromkeys(("base", "tuned"), ask(model, tokenizer, plan_questions(KEYS, seed=7), seed=7))
-    steps = [{"step": n, "loss": 9.0 - n, "validation_a": "" if n else "7.5"} for n in range(3)]
+    (tmp_path / "steps.csv").write_text("step,loss,validation_a\n0,9.0,\n1,8.0,7.5\n2,7.0,7.5\n")
     for name in ("one", "two"):
-        write_plots(tmp_path / name, plan_tables(sources, curves, keys), steps, keys, max_length=32)
-    first, second = ({p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in ("one", "two"))
+        write_tables(tmp_path / name / "tables", plan_tables(sources, curves, keys))
+        write_plots(tmp_path / name / "plots", tmp_path / name / "tables", tmp_path / "steps.csv", max_length=32)
+    first, second = ({p.name: p.read_bytes() for p in (tmp_path / n).glob("*/*")} for n in ("one", "two"))
     assert first == second
     for name in ("loss", "sources", "positions", "passkey"):
         assert first[f"{name}.png"].startswith(b"\x89PNG")
         assert b"<svg" in first[f"{name}.svg"]
         assert b"<dc:date>" not in first[f"{name}.svg"]
-    with (tmp_path / "one" / "passkey.csv").open() as file:
+    with (tmp_path / "one" / "tables" / "passkey.csv").open() as file:
         assert [line["length"] for line in csv.DictReader(file)] == ["192", "256"]
-    with (tmp_path / "one" / "scores.csv").open() as file:
+    with (tmp_path / "one" / "tables" / "scores.csv").open() as file:
         assert [line["source"] for line in csv.DictReader(file)] == ["2023", "2023", "b,c", "b,c"]
+
+
+def test_a_grid_of_passkeys_has_the_share_of_right_answers_by_depth_and_length():
+    lines = [
+        {"model": model, "length": length, "depth": depth, "right": right}
+        for model, length, depth, right in (
+            ("base", "96", "0.5", "0"), ("base", "800", "0.5", "1"), ("base", "96", "1.0", "1"),
+            ("base", "800", "1.0", "1"), ("base", "96", "0.5", "1"), ("tuned", "96", "0.5", "1"),
+        )
+    ]  # fmt: skip
+    assert passkey_grids(lines) == {
+        "base": ([96, 800], [0.5, 1.0], [[0.5, 1.0], [1.0, 1.0]]),
+        "tuned": ([96], [0.5], [[1.0]]),
+    }

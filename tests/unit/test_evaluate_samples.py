@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -150,7 +151,7 @@ def test_samples_json_is_read_by_viewers_of_the_published_family(tmp_path):
             assert result.sampling_params["max_new_tokens"] == 8
             assert len(result.outputs) == 1
             assert "</s>" not in result.outputs[0]
-    page = workspace.samples_page.read_text()
+    page = draw_page(json.loads(workspace.samples.read_bytes()))
     assert all(f'value="{name}"' in page for name in names)
 
 

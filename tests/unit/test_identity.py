@@ -48,14 +48,35 @@ def test_a_constant_on_the_floor_counts_for_every_room_that_uses_it(source):
     assert room_digest(source, "fetch") == before["fetch"]
 
 
-@pytest.mark.parametrize("package", ["cli", "config", "orchestration", "planning", "registry", "runtime", "storage"])
-def test_code_that_describes_starts_or_stores_a_run_invalidates_no_stage(source, package):
+OUTSIDE = ["cli", "config", "orchestration", "planning", "registry", "reporting", "runtime", "storage"]
+
+
+@pytest.mark.parametrize("package", OUTSIDE)
+def test_code_that_shows_describes_starts_or_stores_a_run_invalidates_no_stage_that_computes(source, package):
     before = {room: room_digest(source, room) for room in ROOMS}
     paths = list((source / package).rglob("*.py"))
     assert paths
     for path in paths:
         path.write_text(path.read_text(encoding="utf-8") + "\nADDED = 1\n", encoding="utf-8")
-    assert {room: room_digest(source, room) for room in ROOMS} == before
+    changed = {room for room in ROOMS if room_digest(source, room) != before[room]}
+    assert changed == ({"report_data", "report_eval"} if package == "reporting" else set())
+
+
+@pytest.mark.parametrize(
+    ("path", "reading"),
+    [
+        ("data/packing.py", {"prepare", "train", "evaluate", "report_data", "report_eval"}),
+        ("data/raw_records.py", {"fetch", "base", "prepare", "package"}),
+        ("models/lora.py", {"train"}),
+        ("stages/train/loss.py", {"train"}),
+        ("stages/evaluate/passkey.py", {"evaluate"}),
+    ],
+)
+def test_a_constant_of_data_or_models_invalidates_exactly_the_stages_that_read_it(source, path, reading):
+    before = {room: room_digest(source, room) for room in ROOMS}
+    path = source / path
+    path.write_text(path.read_text(encoding="utf-8") + "\nADDED = 1\n", encoding="utf-8")
+    assert {room for room in ROOMS if room_digest(source, room) != before[room]} == reading
 
 
 def test_text_that_is_data_counts():

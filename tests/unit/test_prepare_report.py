@@ -12,8 +12,8 @@ from ropeway.models.chat_template import Conversation
 from ropeway.models.tokenizer import open_tokenizer
 from ropeway.reporting.data_page import Page, draw_page
 from ropeway.reporting.data_pictures import draw_histogram, plan_bins
-from ropeway.reporting.data_report import choose_samples, find_overlong
 from ropeway.reporting.ledger_steps import list_steps, split_tokens
+from ropeway.reporting.report_data import choose_samples, find_overlong
 from ropeway.reporting.token_view import Vocabulary
 from ropeway.runtime.manifest import load_manifest
 from tests.prepared_run import TALKS, TEXTS, make_prepared, reckon_learned

@@ -44,16 +44,18 @@ _ROWS = (
 )  # fmt: skip
 
 # What each room reads: `params` of its stage in dvc.yaml (held together by a contract test), plus UNHASHED for train.
+_PREPARED = (
+    *_ROWS, "contamination", "duplicates", "max_refused_fraction", "sources", "special_tokens_in_text", "split",
+    "split_by", "val_split", "validation_with_replacement",
+)  # fmt: skip
 READS: dict[str, tuple[str, ...]] = {
     "fetch": ("max_refused_fraction", "sources"),
     "base": (
         "base", "expected_model", "max_length", "model_name", "new_rows", "pad_vocab_to_multiple_of", "rng_seed",
         "superhot", "superhot_config",
     ),
-    "prepare": (
-        *_ROWS, "contamination", "duplicates", "max_refused_fraction", "sources", "special_tokens_in_text", "split",
-        "split_by", "val_split", "validation_with_replacement",
-    ),
+    "prepare": _PREPARED,
+    "report_data": _PREPARED,
     "train": (
         *_ROWS, "adam_beta1", "adam_beta2", "adam_epsilon", "deepspeed_config", "dtype", "gradient_accumulation_steps",
         "gradient_checkpointing", "learning_rate", "lora", "loss_normalisation", "lr_schedule", "max_grad_norm",
@@ -64,6 +66,7 @@ READS: dict[str, tuple[str, ...]] = {
         "datasets", "document_end", "evaluation", "label_masking", "max_length", "per_device_eval_batch_size",
         "rng_seed", "what_counts",
     ),
+    "report_eval": ("max_length",),
     "package": tuple(name for name in Profile.model_fields if name not in (*UNHASHED, "gate")),
 }  # fmt: skip
 

@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import ropeway
 from ropeway.config.frozen import PARAMS_FILE, FrozenInputs, freeze, read_texts
-from ropeway.config.params import FilesSource, FolderBase, GgufBase, HubBase, Profile, load_profile, read_text
+from ropeway.config.params import READS, FilesSource, FolderBase, GgufBase, HubBase, Profile, load_profile, read_text
 from ropeway.runtime.code_digests import CODE, Digests, name_changed_code
 from ropeway.runtime.devices import count_ranks, list_gpus
 from ropeway.runtime.errors import ConfigError, DataError, full_disk_explained
@@ -25,7 +26,8 @@ from ropeway.stages.fetch.source_identity import find_changes, source_identity
 from ropeway.storage import hub
 
 _SHOWN = 5  # changed things in a message
-ROOMS = ("fetch", "base", "prepare", "train", "evaluate", "package")
+ROOMS = tuple(READS)
+_REPORTS = "report_"  # stages that only show: ropeway.reporting, one module each
 
 
 def run_stage(root: Path, name: str, profile: str | None = None) -> int:
@@ -83,9 +85,16 @@ def enter_room(root: Path, name: str) -> None:
     workspace, profile = Workspace(root, frozen.profile_name), frozen.profile(name)
     if name == "train":
         for later in ("evaluate", "package"):  # what would end them is said before anything is spent on training
-            importlib.import_module(f"ropeway.stages.{later}.stage").check_request(workspace, frozen.profile(later))
-    importlib.import_module(f"ropeway.stages.{name}.stage").run(workspace, profile)
+            _module(later).check_request(workspace, frozen.profile(later))
+    _module(name).run(workspace, profile)
     check_unchanged(root, frozen, name)
+
+
+def _module(stage: str) -> ModuleType:
+    """Return the module with a stage's `run(workspace, profile)`."""
+    return importlib.import_module(
+        f"ropeway.reporting.{stage}" if stage.startswith(_REPORTS) else f"ropeway.stages.{stage}.stage"
+    )
 
 
 def check_unchanged(root: Path, frozen: FrozenInputs, stage: str) -> None:

@@ -39,6 +39,7 @@ _DOTS_PER_INCH = 130
 # One dot per step is noise from a few rows; the line is their mean over the last steps, a tenth of all at most.
 _SMOOTHED_STEPS = 20
 Rows = Sequence[Mapping[str, Any]]
+Grid = tuple[Sequence[int], Sequence[float], Sequence[Sequence[float]]]  # lengths, depths, share by depth and length
 
 
 @contextmanager
@@ -96,9 +97,7 @@ def draw_positions(folder: Path, table: Rows, *, max_length: int) -> None:
         figure.legend(loc="outside lower center", ncols=2)
 
 
-def draw_passkey(
-    folder: Path, grids: Mapping[str, tuple[Sequence[int], Sequence[float], Sequence[Sequence[float]]]]
-) -> None:
+def draw_passkey(folder: Path, grids: Mapping[str, Grid]) -> None:
     """Draw one heat map per model: share of keys found, by length and depth; beyond training too."""
     with _drawn(folder, "passkey", (8.0, 3.6)) as figure:
         panels = figure.subplots(1, len(grids), squeeze=False)[0]
@@ -127,7 +126,7 @@ def draw_sources(folder: Path, table: Rows) -> None:
     with _drawn(folder, "sources", (8.0, 1.4 + 0.8 * len(sources))) as figure:
         axes = figure.add_subplot()
         for number, model in enumerate(models):
-            losses = [line["loss"] for line in table if line["model"] == model]
+            losses = [float(line["loss"]) for line in table if line["model"] == model]
             at = [place + (number - (len(models) - 1) / 2) * high for place in range(len(sources))]
             bars = axes.barh(at, losses, height=high * 0.92, color=COLOURS[model], label=model)
             axes.bar_label(bars, fmt="%.3f", padding=4, color=INK, fontsize=9)

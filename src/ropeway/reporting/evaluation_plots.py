@@ -1,4 +1,4 @@
-"""Folder plots/: the tables that DVC plots (CSV) and the pictures of them (PNG and SVG)."""
+"""Folder plots/: pictures (PNG and SVG) of the tables that evaluate wrote, and of the training losses."""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -7,53 +7,42 @@ from typing import Any
 
 from ropeway.reporting import evaluation_pictures as pictures
 from ropeway.runtime.manifest import whole_folder, write_manifest
-from ropeway.stages.evaluate import passkey
-from ropeway.stages.evaluate.passkey import Answered
 
 Table = Sequence[Mapping[str, Any]]
 
 
-def plan_tables(
-    sources: Mapping[str, Mapping[str, Mapping[str, float]]], curves: Table, keys: Mapping[str, Sequence[Answered]]
-) -> dict[str, Table]:
-    """Return name -> lines of what plots/ holds as CSV.
+def write_plots(target: Path, tables: Path, steps: Path, *, max_length: int) -> None:
+    """Write the folder, whole or not at all.
 
     Args:
-        sources: eval.json's metrics per source and model.
-        curves: Loss by position, one line per bucket.
-        keys: Each model's answers to the passkey questions.
+        target: The folder.
+        tables: Folder of the CSV files.
+        steps: steps.csv.
+        max_length: Tokens of the longest row in training.
     """
-    scores = [
-        {"source": source, "model": model, **metrics}
-        for source, models in sources.items()
-        for model, metrics in models.items()
-    ]
-    return {
-        "scores": scores,
-        "positions": curves,
-        "passkey": passkey.table_lengths(keys),
-        "passkey_answers": list(passkey.table_answers(keys)),
-    }
-
-
-def write_plots(
-    target: Path, tables: Mapping[str, Table], steps: Table, keys: Mapping[str, Sequence[Answered]], *, max_length: int
-) -> None:
-    """Write the folder, whole or not at all."""
     with whole_folder(target) as folder:
-        for name, lines in tables.items():
-            with (folder / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
-                writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(lines)
-        pictures.draw_losses(folder, steps)
-        pictures.draw_sources(folder, tables["scores"])
-        pictures.draw_positions(folder, tables["positions"], max_length=max_length)
-        pictures.draw_passkey(folder, {name: passkey.grid(one) for name, one in keys.items()})
+        pictures.draw_losses(folder, read_table(steps))
+        pictures.draw_sources(folder, read_table(tables / "scores.csv"))
+        pictures.draw_positions(folder, read_table(tables / "positions.csv"), max_length=max_length)
+        pictures.draw_passkey(folder, passkey_grids(read_table(tables / "passkey_answers.csv")))
         write_manifest(folder, {})
 
 
-def read_steps(path: Path) -> list[dict[str, str]]:
-    """Return the lines of steps.csv."""
+def passkey_grids(answers: Table) -> dict[str, pictures.Grid]:
+    """Return model -> (lengths, depths, share of keys found by depth and length); lines of passkey_answers.csv."""
+    grids: dict[str, pictures.Grid] = {}
+    for model in dict.fromkeys(line["model"] for line in answers):
+        right: dict[tuple[int, float], list[int]] = {}
+        for line in answers:
+            if line["model"] == model:
+                right.setdefault((int(line["length"]), float(line["depth"])), []).append(int(line["right"]))
+        lengths, depths = (sorted({place[axis] for place in right}) for axis in (0, 1))
+        shares = [[sum(found := right[int(length), depth]) / len(found) for length in lengths] for depth in depths]
+        grids[model] = ([int(length) for length in lengths], depths, shares)
+    return grids
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """Return the lines of a CSV file."""
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))

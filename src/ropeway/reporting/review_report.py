@@ -4,9 +4,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from ropeway.data.lineage import describe_base, describe_source
 from ropeway.reporting.evidence import Case, Version
 from ropeway.reporting.ledger_steps import ledger_rows
-from ropeway.reporting.lineage import describe_base, describe_source
 from ropeway.reporting.loss_curves import COLOURS, data_uri, draw_curves, loss_curves
 from ropeway.reporting.markdown import code, fence, plain, table
 from ropeway.reporting.review_tasks import draw_tasks

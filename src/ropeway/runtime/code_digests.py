@@ -20,7 +20,7 @@ PACKAGE = "ropeway"
 CODE = "code.json"  # in .work: what was parsed
 # What a stage's code consists of besides its own package. Whatever else it imports decides how a run is described,
 # started, logged or stored, not what it computes.
-COUNTED = ("data", "models", "reporting")
+COUNTED = ("data", "models")
 # A call of one of these says something to a person; its text is no part of the result.
 SPEAKING = ("print", "debug", "info", "warning", "error", "exception")
 
@@ -42,8 +42,9 @@ class Digests:
     def modules(self, room: str) -> dict[str, str]:
         """Return the digest of every module that a stage's code consists of, by its name below the package."""
         found: dict[str, str] = {}
-        counted = (f"stages.{room}", *COUNTED)
-        waiting = _modules(self._source, room)
+        own = _own(room)
+        counted = (own, *COUNTED)
+        waiting = _modules(self._source, own)
         while waiting:
             name = waiting.pop()
             scan = self._scan(name)
@@ -152,9 +153,14 @@ def _is_text(node: ast.AST) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
-def _modules(source: Path, room: str) -> set[str]:
-    """Return the dotted names (below the package) of a room's own modules."""
-    paths = (source / "stages" / room).rglob("*.py")
+def _own(stage: str) -> str:
+    """Return a stage's own package, below ours: stages that only show are modules of `reporting`."""
+    return "reporting" if stage.startswith("report_") else f"stages.{stage}"
+
+
+def _modules(source: Path, package: str) -> set[str]:
+    """Return the dotted names (below ours) of a package's own modules."""
+    paths = source.joinpath(*package.split(".")).rglob("*.py")
     return {".".join(path.relative_to(source).with_suffix("").parts).removesuffix(".__init__") for path in paths}
 
 

@@ -39,7 +39,7 @@ class Workspace:
 
     @property
     def report(self) -> Path:
-        """Prepare's page for people: samples token by token, lengths, ledger, refused records."""
+        """The data's page for people: samples token by token, lengths, ledger, refused records."""
         return self.run / "report.html"
 
     @property
@@ -78,8 +78,13 @@ class Workspace:
         return self.run / "samples.html"
 
     @property
+    def tables(self) -> Path:
+        """Evaluate's tables (CSV)."""
+        return self.run / "tables"
+
+    @property
     def plots(self) -> Path:
-        """Evaluate's tables (CSV) and pictures (PNG, SVG)."""
+        """Pictures of the evaluation (PNG, SVG)."""
         return self.run / "plots"
 
     @property

@@ -1,4 +1,4 @@
-"""Opens base and tuned, one after the other, measures them and writes eval.json, samples and plots."""
+"""Opens base and tuned, one after the other, measures them and writes eval.json, samples.json and tables."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -12,10 +12,7 @@ from ropeway.config.params import Profile
 from ropeway.data.batches import collate
 from ropeway.data.shards import Shards, open_shards
 from ropeway.models.chat_template import template_digest
-from ropeway.reporting.evaluation_plots import plan_tables, read_steps, write_plots
-from ropeway.reporting.samples_page import draw_page
-from ropeway.runtime.errors import DataError
-from ropeway.runtime.manifest import digest_of, load_manifest, write_atomic, write_json
+from ropeway.runtime.manifest import digest_of, load_manifest, write_json
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.evaluate import passkey, positions
 from ropeway.stages.evaluate.evaluation_workers import plan_workers
@@ -23,6 +20,7 @@ from ropeway.stages.evaluate.measuring import Asked, Found, measure_folder
 from ropeway.stages.evaluate.opening import check_data, open_tokenizer
 from ropeway.stages.evaluate.samples import encode_prompt, plan_draws, report_samples
 from ropeway.stages.evaluate.sampling import parse_configurations, parse_prompts
+from ropeway.stages.evaluate.tables import plan_tables, write_tables
 from ropeway.stages.evaluate.tasks import find_harness, open_tasks, report_tasks
 from ropeway.stages.evaluate.text import count_bytes
 from ropeway.stages.evaluate.token_scores import Score, all_rows, check_supervised
@@ -38,9 +36,6 @@ def write_report(workspace: Workspace, profile: Profile) -> None:
     """
     load_manifest(workspace.base, remedy="Run `dvc checkout`, or `dvc repro base`")
     load_manifest(workspace.model, remedy="Run `dvc checkout`, or `dvc repro train`")
-    if not workspace.steps.is_file():
-        raise DataError(f"{workspace.steps}: not found. Run `dvc checkout`, or `dvc repro train`")
-    steps = read_steps(workspace.steps)
     prompts, asked = plan_report(workspace, profile)
     check_data(workspace.model, asked.shards)
     found = measure_both(workspace, asked)
@@ -59,8 +54,8 @@ def write_report(workspace: Workspace, profile: Profile) -> None:
     write_json(workspace.evaluation, report)
     write_samples(workspace, asked, prompts, {name: one.answers for name, one in found.items()})
     tables = plan_tables(report["sources"], positions.table_positions(curves, wanted), keys)
-    write_plots(workspace.plots, tables, steps, keys, max_length=profile.max_length)
-    print(f"{len(asked.draws)} sample answers per model, {workspace.samples_page}; plots in {workspace.plots}")
+    write_tables(workspace.tables, tables)
+    print(f"{len(asked.draws)} sample answers per model in {workspace.samples}; tables in {workspace.tables}")
 
 
 def plan_report(workspace: Workspace, profile: Profile) -> tuple[list[str], Asked]:
@@ -111,7 +106,7 @@ def measure_both(workspace: Workspace, asked: Asked) -> dict[str, Found]:
 def write_samples(
     workspace: Workspace, asked: Asked, prompts: Sequence[str], answers: Mapping[str, Sequence[str]]
 ) -> None:
-    """Write samples.json and samples.html."""
+    """Write samples.json."""
     trained = load_manifest(workspace.model, remedy="Run `dvc repro train`", verify=False)
     args = {
         "prompts": asked.profile.evaluation.prompts,
@@ -123,7 +118,6 @@ def write_samples(
     name = f"{workspace.profile}-{trained['steps']}"
     report = report_samples(name, prompts, asked.configurations, answers, args)
     write_json(workspace.samples, report)
-    write_atomic(workspace.samples_page, draw_page(report).encode())
 
 
 def report_scores(

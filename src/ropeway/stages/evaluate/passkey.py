@@ -155,23 +155,6 @@ def table_answers(answers: Mapping[str, Sequence[Answered]]) -> Iterator[dict[st
             }
 
 
-def grid(found: Sequence[Answered]) -> tuple[list[int], list[float], list[list[float]]]:
-    """Return (lengths, depths, share of keys found by depth and length)."""
-    lengths = sorted({one.question.length for one in found})
-    depths = sorted({one.question.depth for one in found})
-    return (
-        lengths,
-        depths,
-        [
-            [
-                _share([o for o in found if (o.question.length, o.question.depth) == (length, depth)])
-                for length in lengths
-            ]
-            for depth in depths
-        ],
-    )
-
-
 def table_lengths(answers: Mapping[str, Sequence[Answered]]) -> list[dict[str, Any]]:
     """Return one line per length: the share of keys that each model found."""
     lengths = sorted({one.question.length for found in answers.values() for one in found})

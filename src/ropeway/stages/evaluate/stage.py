@@ -1,12 +1,11 @@
-"""Room: evaluate. Scores the exported folder and its base as any user would open them; leaves figures and plots.
+"""Stage evaluate. Scores the exported folder and its base as any user would open them; writes figures and tables.
 
 Nothing here goes through ropeway.stages.train.stage: what is measured is what is shipped.
 
 eval.json                  loss, perplexity, accuracy, nats a byte per source and model; positions, passkeys and
                            tasks of lm-evaluation-harness in short
-samples.json, samples.html answers to prompts, base beside tuned, in the published family's JSON and for eyes
-plots/*.csv                scores, positions, passkey (share by length), passkey_answers (every answer, wrong ones too)
-plots/*.png, *.svg         loss, sources, positions, passkey
+samples.json               answers to prompts, base beside tuned, in the published family's JSON
+tables/*.csv               scores, positions, passkey (share by length), passkey_answers (every answer, wrong ones too)
 """
 
 from ropeway.config.params import Profile

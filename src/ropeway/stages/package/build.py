@@ -16,11 +16,11 @@ from ropeway.config.block import write_blocks
 from ropeway.config.frozen import FrozenInputs
 from ropeway.config.params import Profile
 from ropeway.models.chat_template import JINJA, ROLE_TOKENS
-from ropeway.reporting.model_card import preview_card, write_card
 from ropeway.runtime.errors import DataError
 from ropeway.runtime.manifest import digest_of, load_manifest, whole_folder, write_json, write_manifest
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.package.facts import Facts, load_early_facts, load_facts
+from ropeway.stages.package.model_card import preview_card, write_card
 from ropeway.stages.package.model_config import (
     plan_config,
     plan_generation_config,
@@ -137,10 +137,10 @@ def write_lineage(facts: Facts, workspace: Workspace, folder: Path) -> None:
         workspace.ledger,
     ):
         shutil.copyfile(path, folder / path.name)
-    plots = load_manifest(workspace.plots, remedy="Run `dvc checkout`, or `dvc repro evaluate`")
     (folder / workspace.plots.name).mkdir()
-    for name in plots["files"]:
-        shutil.copyfile(workspace.plots / name, folder / workspace.plots.name / name)
+    for source, stage in ((workspace.tables, "evaluate"), (workspace.plots, "report_eval")):
+        for name in load_manifest(source, remedy=f"Run `dvc checkout`, or `dvc repro {stage}`")["files"]:
+            shutil.copyfile(source / name, folder / workspace.plots.name / name)
 
 
 def identity_of(facts: Facts) -> dict[str, Any]:

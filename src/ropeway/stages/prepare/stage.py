@@ -15,7 +15,6 @@ from ropeway.data.raw_records import list_groups
 from ropeway.data.shards import FORMAT, open_shards
 from ropeway.models.chat_template import template_digest
 from ropeway.models.tokenizer import count_tokens, open_tokenizer, read_special
-from ropeway.reporting.data_report import write_report
 from ropeway.runtime.errors import DataError
 from ropeway.runtime.manifest import file_sha256, load_manifest, whole_folder, write_json, write_manifest
 from ropeway.runtime.workspace import Workspace
@@ -53,7 +52,7 @@ class Prepared:
 
 
 def run(workspace: Workspace, profile: Profile) -> None:
-    """Leave `data/` (shards, manifest), `ledger.json` and `report.html`.
+    """Write `data/` (shards, manifest) and `ledger.json`.
 
     Raises:
         ConfigError: Params ask for what this tokenizer cannot do, or name prompts that are not there or not readable.
@@ -80,7 +79,6 @@ def run(workspace: Workspace, profile: Profile) -> None:
         with whole_folder(workspace.data) as folder:
             ledger = _write(folder, prepared, facts, profile)
     write_json(workspace.ledger, ledger.to_json())
-    write_report(workspace, profile, ledger, raw["sources"])
     for line in describe(ledger, profile):
         print(line)
     for done in workspace.work.glob(f"{glob.escape(prefix)}-{'[0-9a-f]' * 16}"):  # of this and of earlier params

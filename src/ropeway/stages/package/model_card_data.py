@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from ropeway.config.params import HuggingfaceSource
-from ropeway.reporting.card_text import escape, format_table, list_names
-from ropeway.reporting.lineage import Origin, describe_source
+from ropeway.data.lineage import Origin, describe_source
+from ropeway.stages.package.card_text import escape, format_table, list_names
 from ropeway.stages.package.facts import Facts, Json
 
 

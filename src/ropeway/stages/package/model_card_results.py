@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ropeway.data.task_scores import name_metrics, show_score
-from ropeway.reporting.card_text import escape, fence, figure, format_table
 from ropeway.runtime.manifest import file_sha256
+from ropeway.stages.package.card_text import escape, fence, figure, format_table
 from ropeway.stages.package.facts import Facts
 
 COUNTED = {

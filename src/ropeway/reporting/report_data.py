@@ -1,44 +1,46 @@
-"""report.html: what became of each source, and a few of its sequences token by token, so that eyes can check masks."""
+"""Stage report_data: report.html, what became of each source, and a few sequences token by token, to check masks."""
 
+import json
 import random
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 
 from ropeway.config.params import Profile
 from ropeway.data.batches import EpochPlan, Piece, plan_epoch
-from ropeway.data.ledger import Ledger
 from ropeway.data.shards import Shards, SourceShards, open_shards
 from ropeway.models.tokenizer import open_tokenizer
 from ropeway.reporting.data_page import Page, Sample, draw_page
 from ropeway.reporting.token_view import Reading, Vocabulary, find_part, read_piece, read_whole
-from ropeway.runtime.manifest import write_atomic
+from ropeway.runtime.manifest import load_manifest, write_atomic
 from ropeway.runtime.workspace import Workspace
 
 
-def write_report(workspace: Workspace, profile: Profile, ledger: Ledger, raw: Mapping[str, Any]) -> None:
+def run(workspace: Workspace, profile: Profile) -> None:
     """Write `report.html` of a closed data folder; equal data and params give equal bytes.
 
     Args:
         workspace: Where `data/` lies and the report goes.
         profile: As prepare reads it.
-        ledger: The data's account.
-        raw: Source -> its entry in the manifest of the raw records: it holds the first refused ones.
+
+    Raises:
+        DataError: Raw records, data or ledger are missing or were changed.
     """
-    shards = open_shards(workspace.data, verify=False)  # hashed a moment ago
+    raw = load_manifest(workspace.raw, remedy="Run `dvc checkout`, or `dvc repro fetch`", verify=False)["sources"]
+    shards = open_shards(workspace.data)
     plan = plan_epoch(shards, profile, epoch=0)
     page = Page(
         profile=profile,
         name=workspace.profile,
         shards=shards,
-        ledger=ledger.to_json(),
+        ledger=json.loads(workspace.ledger.read_bytes()),
         raw=raw,
         vocabulary=Vocabulary(open_tokenizer(workspace.base)),
     )
     overlong = find_overlong(plan)
     samples = (choose_samples(number, shards, profile, overlong.get(number)) for number in range(len(shards.sources)))
     write_atomic(workspace.report, draw_page(page, samples, list(choose_rows(plan))).encode("utf-8"))
+    print(f"the data is shown in {workspace.report}")
 
 
 def choose_samples(number: int, shards: Shards, profile: Profile, overlong: Piece | None) -> Iterator[Sample]:

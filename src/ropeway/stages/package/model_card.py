@@ -13,10 +13,12 @@ from typing import Any
 from ropeway.config.block import cut_block, inherited_names
 from ropeway.config.frozen import FrozenInputs
 from ropeway.config.params import GgufBase, ScratchBase
-from ropeway.reporting.card_text import escape, fence, list_names
-from ropeway.reporting.lineage import describe_base
-from ropeway.reporting.model_card_data import describe_sources, format_composition, format_origin, hub_datasets
-from ropeway.reporting.model_card_results import (
+from ropeway.data.lineage import describe_base
+from ropeway.runtime.workspace import Workspace
+from ropeway.stages.package.card_text import escape, fence, list_names
+from ropeway.stages.package.facts import Facts
+from ropeway.stages.package.model_card_data import describe_sources, format_composition, format_origin, hub_datasets
+from ropeway.stages.package.model_card_results import (
     LLAMA2,
     NOTICE,
     format_evaluation,
@@ -27,8 +29,6 @@ from ropeway.reporting.model_card_results import (
     format_samples,
     format_tasks,
 )
-from ropeway.runtime.workspace import Workspace
-from ropeway.stages.package.facts import Facts
 from ropeway.stages.package.model_config import TORCH_NAMES
 from ropeway.stages.package.weights import Written
 
