@@ -164,6 +164,7 @@ def make_model(folder: Path, profile: Profile, *, seed: int, steps: int) -> None
     facts = {"tokenizer": file_sha256(folder / "tokenizer.json"), "template": template_digest()}
     if steps:
         facts |= {"fingerprint": "0123456789abcdef", "steps": steps, "applied_steps": steps, "dtype": profile.dtype}
+        facts |= {"params": profile.model_dump(mode="json", include=set(READS["train"]))}
     else:
         facts |= {"special": read_special(folder, open_tokenizer(folder))}
         facts |= {"model": {"kind": profile.base.kind, "name": profile.model_name}, "rope": asdict(rope)}

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ropeway.config.params import READS
 from ropeway.registry.core import read_package
 from ropeway.runtime.errors import DataError
 from ropeway.runtime.manifest import load_manifest, write_json, write_manifest
@@ -317,6 +318,14 @@ def test_a_folder_that_does_not_load_at_all_is_said_with_the_loaders_own_words(m
     probe = json.loads((copy / "probe.json").read_bytes())
     with pytest.raises(DataError, match=r"does not load in a fresh interpreter \(exit code 1\)"):
         check_roundtrip(copy, made[0].model, probe)
+
+
+def test_a_model_trained_with_other_params_is_not_packaged_under_the_present_ones(tmp_path):
+    workspace, profile = make_run(tmp_path, "package")
+    values = {name: getattr(profile, name) for name in READS["package"]} | {"learning_rate": 7e-3}
+    with pytest.raises(DataError, match=r"trained with other params .*learning_rate: .* -> 0.007"):
+        package.run(workspace, profile.model_construct(**values))
+    assert not workspace.package.exists()
 
 
 def test_an_export_scaled_otherwise_than_params_say_is_refused_before_anything_is_written(tmp_path):

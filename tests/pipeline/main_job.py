@@ -140,7 +140,8 @@ def make_main_job(root):
     root.mkdir(parents=True)
     for name in ("dvc.yaml", ".gitignore", ".dvcignore"):
         shutil.copy(ROOT / name, root)
-    shutil.copytree(ROOT / "configs", root / "configs")
+    for folder in ("configs", "flows"):
+        shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
     (root / ".dvc").mkdir()
     shutil.copy(ROOT / ".dvc" / "config", root / ".dvc")
     params = (ROOT / "params.yaml").read_text(encoding="utf-8")

@@ -9,7 +9,7 @@ from ropeway.cli.main import app
 from ropeway.orchestration import cleanup as clean
 from ropeway.orchestration import dvc_graph as graph
 from ropeway.orchestration.sequence import run_retrain
-from ropeway.runtime.errors import ConfigError, DataError, TemporaryError
+from ropeway.runtime.errors import ConfigError, DataError, RegistryError, TemporaryError
 from ropeway.runtime.lock import workspace_lock
 
 pytestmark = pytest.mark.filterwarnings(
@@ -91,7 +91,14 @@ def test_nothing_goes_while_a_run_is_on_or_what_is_needed_cannot_be_known(three_
     (workspace.root / "dvc.lock").write_bytes(b"\xff")
     with pytest.raises(ConfigError, match=r"dvc\.lock"):
         clean.clean(workspace.root, keep=1, unsynced=False)
+    (workspace.root / "dvc.lock").write_text("stages: {train: null}")
+    with pytest.raises(ConfigError, match=r"dvc\.lock"):
+        clean.clean(workspace.root, keep=1, unsynced=False)
     (workspace.root / "dvc.lock").write_bytes(lock)
+    (workspace.root / "registry").rename(workspace.root / "aside")  # as if it stood elsewhere, and nobody said where
+    with pytest.raises(RegistryError, match="Which data its versions need is not known"):
+        clean.clean(workspace.root, keep=1, unsynced=False)
+    (workspace.root / "aside").rename(workspace.root / "registry")
     versions = workspace.root / "registry" / "models" / "laptop" / "versions"
     (versions / "00000002.json").write_text("{")
     with pytest.raises(DataError, match="00000002"):

@@ -1,7 +1,9 @@
 """The review on a real Prefect server: a flow run that suspends, is resumed through the API, and runs again."""
 
+import shutil
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +14,7 @@ from ropeway.runtime.workspace import Workspace
 from ropeway.storage import open_store
 from tests.review_world import make_version
 
+FLOWS = Path(__file__).parents[2] / "flows"
 YES = {"decision": "approve", "reviewer": "anna", "comment": "reads well"}
 pytestmark = pytest.mark.filterwarnings(
     # dvc 3.67.1 (repo/trie.py, repo/graph.py) on pygtrie 2.6
@@ -26,6 +29,7 @@ class Reviews:
         from ropeway.orchestration.deployments import plan_deployments
 
         self.client = client
+        shutil.copytree(FLOWS, root / "flows", ignore=shutil.ignore_patterns("__pycache__"))
         self.workspace = Workspace(root, "laptop")
         self.store = open_store(self.workspace.registry_url)
         self.deployments = {each.name: each.apply() for each in plan_deployments(root)}

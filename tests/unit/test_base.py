@@ -307,6 +307,34 @@ def half_an_index(folder):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
 
 
+def two_sets(folder):
+    """A whole model in shards, and another one beside the index."""
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    held = load_file(folder / "model-00001-of-00001.safetensors")
+    places = dict.fromkeys(held, "model-00001-of-00001.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    save_file({name: torch.zeros_like(one) for name, one in held.items()}, folder / "model.safetensors")
+
+
+def a_tensor_twice(folder):
+    held = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    one, two = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    first, *_, last = sorted(held)
+    save_file(held, folder / one)
+    save_file({last: torch.zeros_like(held[last])}, folder / two)
+    places = dict.fromkeys(held, one) | {first: two}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+
+
+def index_outside(folder):
+    held = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(folder.parent / "outside.safetensors")
+    save_file({"x": torch.zeros(1)}, folder / "model-1.safetensors")
+    places = dict.fromkeys(held, "../outside.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+
+
 def not_json(folder):
     (folder / "config.json").write_text("{")
 
@@ -333,6 +361,11 @@ FAULTY = {
     ),
     "another shape": (with_weights(**{UP: lambda _: torch.ones(3, 3)}), "cannot be opened"),
     "weights cut": (cut, "cannot be opened"),
+    "int8": (with_weights(**{UP: lambda held: held[UP.replace("__", ".")].to(torch.int8)}), "is stored as I8"),
+    "two sets of weights": (two_sets, r"has model\.safetensors beside the files that .* names"),
+    "a tensor twice": (a_tensor_twice, r"which model\.safetensors\.index\.json places in"),
+    "an index that leads outside": (index_outside, r"names \.\./outside\.safetensors, outside of this folder"),
+    "no safetensors": (lambda folder: (folder / "model.safetensors").write_bytes(b""), "is no safetensors file"),
     "a file of the index lacks": (half_an_index, r"model-00002-of-00002\.safetensors"),
 }
 

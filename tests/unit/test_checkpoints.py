@@ -28,6 +28,21 @@ def test_the_newest_checkpoint_resumes_with_its_log(tmp_path):
     assert (found.step, found.facts["ranks"], len(found.log())) == (10, 2, 10)
 
 
+@pytest.mark.parametrize("fault", ["of another run", "of another step"])
+def test_a_checkpoint_that_was_copied_or_renamed_is_never_resumed_from(tmp_path, capsys, fault):
+    mine, other = tmp_path / "aaaa", tmp_path / "bbbb"
+    write(mine, 5)
+    copied = write(other, 10)
+    if fault == "of another run":
+        shutil.copytree(copied, checkpoints.step_folder(mine, 10))
+        assert checkpoints.newest_valid(mine).step == 5
+        assert "holds step 10 of run bbbb" in capsys.readouterr().out
+    else:
+        copied.rename(checkpoints.step_folder(other, 12))
+        assert checkpoints.newest_valid(other) is None
+        assert "step-000012: holds step 10" in capsys.readouterr().out
+
+
 def test_nothing_is_found_where_nothing_was_saved(tmp_path):
     assert checkpoints.newest_valid(tmp_path / "none") is None
 

@@ -11,7 +11,7 @@ from ropeway.models.chat_template import Conversation
 from ropeway.runtime.errors import DataError
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.fetch.files import iterate_objects
-from ropeway.stages.fetch.records import required_columns, to_record
+from ropeway.stages.fetch.records import find_unused, required_columns, to_record
 from ropeway.stages.fetch.stage import Refused, Seen, open_source
 from ropeway.stages.fetch.values import UnreadableError
 
@@ -205,3 +205,8 @@ def test_names_that_a_file_chooses_are_counted_up_to_a_limit(tmp_path):
     assert len(counts) == 1001
     assert counts.total() == 1500
     assert counts["others"] == 500
+
+
+def test_a_field_name_that_cannot_be_written_is_counted_by_a_name_that_can():
+    found = find_unused({"text": "a", "\ud800key": 1, "b\n\x1b": 2, "c" * 5000: 3}, "text", {})
+    assert list(found) == ["\\ud800key", "b\\n\\x1b", "c" * 100 + "…"]

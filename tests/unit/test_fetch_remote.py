@@ -59,6 +59,8 @@ class Web:
     head: bool = True
     head_status: int = 405
     chunked: bool = False
+    head_length: int | str | None = None  # what HEAD says instead; "none": nothing
+    length: bool = True
     moved_to: str = ""
     url: str = ""
     asked: list[str] = field(default_factory=list)
@@ -83,7 +85,10 @@ class Web:
             request.send_header("Content-Range", f"bytes {begin}-{0 if one else len(self.body) - 1}/{len(self.body)}")
         if self.chunked:
             request.send_header("Transfer-Encoding", "chunked")
-        else:
+        elif request.command == "HEAD" and self.head_length is not None:
+            if self.head_length != "none":
+                request.send_header("Content-Length", str(self.head_length))
+        elif self.length:
             request.send_header("Content-Length", "1" if one else str(len(self.body) - begin))
         request.end_headers()
         if request.command == "GET":
@@ -188,6 +193,26 @@ def test_a_server_that_answers_get_only_or_without_a_length_is_read(served, tmp_
     assert run(tmp_path, served.url)[1] == TEXTS
     served.cut = 100_000
     with pytest.raises(TemporaryError, match=r"the connection ended early .IncompleteRead."):
+        run(tmp_path, served.url)
+
+
+def test_a_cut_download_is_found_by_the_length_that_get_alone_states(served, tmp_path):
+    served.head_length, served.cut = "none", 100_000
+    with pytest.raises(TemporaryError, match="the connection ended 59,700 bytes too early"):
+        run(tmp_path, served.url)
+    served.cut = None
+    assert run(tmp_path, served.url)[1] == TEXTS
+
+
+def test_a_server_that_states_no_length_at_all_is_refused(served, tmp_path):
+    served.head_length, served.length = "none", False
+    with pytest.raises(ConfigError, match="states no length, so a cut download would be taken for whole"):
+        run(tmp_path, served.url)
+
+
+def test_head_and_get_of_different_lengths_are_not_one_file(served, tmp_path):
+    served.head_length = 320
+    with pytest.raises(TemporaryError, match=r"announced 320 bytes and now 159,700"):
         run(tmp_path, served.url)
 
 

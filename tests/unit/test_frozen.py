@@ -3,7 +3,6 @@
 import errno
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -17,6 +16,8 @@ from ropeway.orchestration.stage_process import check_unchanged, enter_room, run
 from ropeway.runtime.code_digests import check_code
 from ropeway.runtime.errors import ConfigError, DataError, TemporaryError
 from ropeway.runtime.lock import workspace_lock
+from ropeway.runtime.manifest import digest_of
+from ropeway.runtime.worker_processes import CODE_CHECK, begin_worker
 from ropeway.runtime.workspace import Workspace
 from tests.support.freezing import freeze_inputs
 
@@ -31,7 +32,7 @@ def root(tmp_path):
     (tmp_path / "talks.jsonl").write_text('{"messages": []}\n')
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text(BASE_CONFIG)
-    (tmp_path / "base" / "model.safetensors").touch()
+    (tmp_path / "base" / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     text = (ROOT / "params.yaml").read_text(encoding="utf-8")
     source = "{kind: files, paths: [talks.jsonl], rows: messages, columns: {}, expected_rows: null}"
     text = text.replace("profile: laptop", "profile: own") + (
@@ -97,12 +98,11 @@ def change_source(root, _):
 
 def change_base(root, _):
     path = root / "base" / "config.json"
-    times = path.stat()
     yield
     path.write_text(BASE_CONFIG + " ")
     yield
     path.write_text(BASE_CONFIG)
-    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    write_identity(root)  # its time of change cannot be put back
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_what_is_read_in_place_may_not_change_until_the_stage_ends(root, monkeyp
     with pytest.raises(DataError, match=named):
         check_unchanged(root, frozen, stage)
     assert next(steps, None) is None
-    check_unchanged(root, frozen, stage)
+    check_unchanged(root, FrozenInputs.load(root), stage)
 
 
 def test_a_rank_that_imported_other_code_does_not_train_though_the_code_is_put_back_later(root, monkeypatch):
@@ -141,9 +141,45 @@ def test_a_rank_that_imported_other_code_does_not_train_though_the_code_is_put_b
         check_code(before, kept, "train")
 
 
+@pytest.mark.parametrize("stage", ["fetch", "base"])
+def test_a_file_that_is_swapped_and_put_back_while_it_is_read_is_found(root, monkeypatch, stage):
+    path = root / {"fetch": "talks.jsonl", "base": "base/model.safetensors"}[stage]
+    write_identity(root)
+
+    def swap(*_):
+        path.rename(path.with_name("aside"))
+        path.write_text("foreign")
+        path.unlink()
+        path.with_name("aside").rename(path)
+
+    monkeypatch.setattr(f"ropeway.stages.{stage}.stage.run", swap)
+    with pytest.raises(DataError, match=r"was replaced or written while it was read|changed after the digests"):
+        enter_room(root, stage)
+
+
+def test_a_worker_that_imported_other_code_does_not_work(root, monkeypatch):
+    steps = change_code(root, monkeypatch)
+    next(steps)
+    write_identity(root)
+    digest = digest_of(FrozenInputs.load(root).value("code-train"))
+    monkeypatch.setenv(CODE_CHECK, json.dumps(["train", digest, str(root / "code.json")]))
+    begin_worker()
+    next(steps)
+    with pytest.raises(DataError, match="a worker process imported other code"):
+        begin_worker()
+
+
+def test_addresses_that_only_signatures_tell_apart_are_refused(root):
+    edit(root / "params.yaml", "paths: [talks.jsonl]", 'paths: ["https://h/d?token=A", "https://h/d?token=B"]')
+    with pytest.raises(ConfigError, match=r"differ only in parameters that sign them \(https://h/d\)"):
+        freeze_inputs(root, "own")
+
+
 def test_no_signature_of_any_profile_or_comment_is_kept_with_the_run(root):
     more = (
         "# last week: https://host/a.jsonl?X-Amz-Signature=SECRET1\n"
+        "# https://host/a,b.jsonl?sig=SECRET3 //host/c?files=[1]&sig=SECRET4 https://host/d#access_token=SECRET5\n"
+        "# https://anna:SECRET6@host/e https://host/f?api_key=SECRET7\n"
         "other:\n  <<: *published\n  datasets: [{talks: {size: 9}}]\n  sources: {talks: {kind: files, "
         'paths: ["https://host/b?sig=SECRET2&n=1"], rows: messages, columns: {}, expected_rows: null}}\n'
         "# see https://host/docs?page=2\n"

@@ -10,6 +10,8 @@ from typer.testing import CliRunner
 from ropeway import registry
 from ropeway.cli.main import app
 from ropeway.orchestration.decision import Answer, decide, read_answer
+from ropeway.orchestration.reproduce import check_revision
+from ropeway.registry.tables import describe_version
 from ropeway.registry.withdrawing import withdraw
 from ropeway.reporting.evidence import open_case
 from ropeway.reporting.review_report import draw_report, draw_summary
@@ -92,7 +94,19 @@ def test_what_a_dirty_tree_made_never_becomes_production_by_any_way(workspace, s
 def test_once_a_commit_makes_the_same_bytes_it_may(workspace, store):
     digest = make_version(workspace, 5.0, revision=DIRTY)
     assert make_version(workspace, 5.0, revision=COMMIT) == digest
-    assert decide(store, open_case(store, digest), YES).state == "Promoted"
+    case = open_case(store, digest)
+    assert decide(store, case, YES).state == "Promoted"
+    # Who looks at it later finds the commit that makes it, and not the dirty tree it was first made with.
+    assert case.new.facts["made_again_by"] == COMMIT.commit
+    assert f"{COMMIT.commit}, clean" in draw_report(case)
+    assert check_revision(describe_version(store, f"laptop@{digest}"), "laptop@v1") == COMMIT.commit
+
+
+def test_every_answer_from_a_terminal_is_kept_also_with_equal_words(workspace, store):
+    digest = make_version(workspace, 5.0)
+    for _ in range(2):
+        decide(store, open_case(store, digest), read_answer(approve=False, reject=True, reviewer="anna", comment="no"))
+    assert len(registry.list_reviews(store, "laptop", digest)) == 2
 
 
 def test_the_report_of_a_review_has_all_that_a_decision_needs(workspace, store):

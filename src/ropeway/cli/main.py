@@ -267,6 +267,7 @@ def clean(
     remove: Annotated[bool, typer.Option("--apply", help="Remove it; without this the plan is only shown.")] = False,
     keep: Annotated[int, typer.Option(min=1, help="Results of each stage and profile that stay in DVC's cache.")] = 1,
     unsynced: Annotated[bool, typer.Option("--unsynced", help="Also W&B runs that were not sent to W&B.")] = False,
+    no_registry: Annotated[bool, typer.Option("--no-registry", help="Nothing was ever published.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show what takes disk and what nothing needs any more: no present result, no version of the registry."""
@@ -277,7 +278,10 @@ def clean(
 
     root = find_root()
     places = cleaning.measure(root)
-    removals = (cleaning.clean if remove else cleaning.plan_clean)(root, keep=keep, unsynced=unsynced)
+    if remove:
+        removals = cleaning.clean(root, keep=keep, unsynced=unsynced, without_registry=no_registry)
+    else:
+        removals = cleaning.plan_clean(root, keep=keep, unsynced=unsynced)
     if as_json:
         values = [asdict(one) | {"path": str(one.path)} for one in removals]
         sizes = [asdict(one) | {"path": str(one.path)} for one in places]

@@ -15,13 +15,15 @@ from urllib.parse import parse_qsl, urlencode
 _SIGNING = ("x-amz-", "x-goog-", "x-oss-")
 _SIGNATURES = frozenset((
     "awsaccesskeyid", "googleaccessid", "ossaccesskeyid", "signature", "expires", "key-pair-id", "policy", "sig",
-    "token", "access_token", "auth_token", "security-token", "hmac",
+    "token", "access_token", "auth_token", "security-token", "hmac", "api_key", "apikey", "api-key", "jwt", "__token__",
+    "secret", "password", "x-api-key",
 ))  # fmt: skip
 _AZURE = frozenset((
     "sv", "ss", "srt", "sp", "se", "st", "spr", "sr", "sip", "sdd", "skoid", "sktid", "skt", "ske", "sks", "skv",
 ))  # fmt: skip
 
-_ADDRESS = re.compile(r"\b\w+://[^\s\"'\\<>\[\]{},]+\?[^\s\"'\\<>\[\]{},]+")
+_PARAMETER = re.compile(r"(?<=[?&;#])([\w.-]+)=[^\s&\"'\\<>,\[\]{}#]+")
+_USER = re.compile(r"://[^\s/@\"'<>]+@")
 
 
 def shown(address: str) -> str:
@@ -45,17 +47,15 @@ def _is_signature(name: str, *, azure: bool) -> bool:
 
 
 def without_signatures(text: str) -> str:
-    """Return a text with every signed address in it as it is shown; every other address stays as it is.
+    """Return a text without the values of signing parameters and without names and passwords of addresses in it.
 
-    >>> without_signatures("# last week: https://host/a?sig=1, by https://host/b?page=2")
-    '# last week: https://host/a, by https://host/b?page=2'
+    >>> without_signatures("# last week: https://host/a,b?files=[1]&sig=1, by https://me:pass@host/b?page=2")
+    '# last week: https://host/a,b?files=[1]&sig=-, by https://-@host/b?page=2'
     """
-    return _ADDRESS.sub(lambda found: shown(found[0]) if _is_signed(found[0]) else found[0], text)
-
-
-def _is_signed(address: str) -> bool:
-    query = parse_qsl(address.partition("?")[2], keep_blank_values=True)
-    return any(_is_signature(name.lower(), azure=False) for name, _ in query)
+    text = _PARAMETER.sub(
+        lambda found: f"{found[1]}=-" if _is_signature(found[1].lower(), azure=False) else found[0], text
+    )
+    return _USER.sub("://-@", text)
 
 
 def find_secrets(block: Mapping[str, Any]) -> dict[str, str]:

@@ -136,6 +136,12 @@ def freeze(workspace: Workspace, profile: Profile, params_text: str, facts: Mapp
         ConfigError: A signed address is written in a way that hides it.
     """
     secrets = find_secrets(profile.model_dump(mode="json", include={"sources"}))
+    if len(set(secrets.values())) < len(secrets):
+        twice = sorted({told for told in secrets.values() if list(secrets.values()).count(told) > 1})
+        raise ConfigError(
+            f"params.yaml, sources: addresses differ only in parameters that sign them ({', '.join(twice)}), so "
+            "they would be read as one file. If they are different files, download them and name the files"
+        )
     params_text = _hide(params_text, workspace.profile, secrets)
     facts = {**facts, _ADDRESSES: {told: address for address, told in secrets.items()}}
     values = {f"params-{stage}": _dump(workspace.profile, profile, names) for stage, names in READS.items()}

@@ -16,10 +16,10 @@ from typing import Any
 
 from ropeway.config.params import load_profiles
 from ropeway.orchestration import dvc_graph as graph
-from ropeway.registry.layout import list_models
+from ropeway.registry.layout import check_registry, list_models
 from ropeway.registry.reading import read_version_file
 from ropeway.registry.tables import describe_version, describe_versions
-from ropeway.runtime.errors import ConfigError, TemporaryError
+from ropeway.runtime.errors import ConfigError, RegistryError, TemporaryError
 from ropeway.runtime.lock import workspace_lock
 from ropeway.runtime.workspace import Workspace
 from ropeway.storage import Store, open_store
@@ -176,7 +176,10 @@ def _read_lock(root: Path) -> Mapping[str, Any]:
 
 
 def _outs(lock: Mapping[str, Any], *, of: str | None = None) -> Iterator[str]:
-    for name, stage in lock.get("stages", {}).items():
+    stages = lock.get("stages") or {}
+    if not isinstance(stages, Mapping) or not all(isinstance(stage, Mapping) for stage in stages.values()):
+        raise ConfigError("dvc.lock: expected a mapping of stages; `git checkout dvc.lock`, or run `dvc repro`")
+    for name, stage in stages.items():
         if of in (None, name):
             yield from (str(out["md5"]) for out in stage.get("outs", []) if out.get("md5"))
 
@@ -217,14 +220,23 @@ def plan_work(workspace: Workspace, profiles: set[str]) -> Iterator[Removal]:
             yield Removal("prepared units", path, count_bytes(path), "of a profile that params.yaml does not have")
 
 
-def clean(root: Path, *, keep: int, unsynced: bool) -> list[Removal]:
+def clean(root: Path, *, keep: int, unsynced: bool, without_registry: bool = False) -> list[Removal]:
     """Remove what `plan_clean` finds while no run and no dvc is at work; return it.
 
+    Args:
+        root: The workspace.
+        keep: As in `plan_clean`.
+        unsynced: As in `plan_clean`.
+        without_registry: Nothing was ever published, so there is no registry whose versions need data.
+
     Raises:
+        RegistryError: There is no registry, and it was not said that there is none.
         TemporaryError: A run holds the workspace, or a file could not be removed: the same command goes on.
         ConfigError, DataError, RegistryError: As in `plan_clean`.
     """
     with workspace_lock(root, command="ropeway clean"), graph.exclusive(root):
+        if not without_registry:
+            _check_registry(open_store(Workspace(root, "").registry_url))
         removals = plan_clean(root, keep=keep, unsynced=unsynced)
         for removal in removals:
             try:
@@ -235,6 +247,17 @@ def clean(root: Path, *, keep: int, unsynced: bool) -> list[Removal]:
             except OSError as error:
                 raise TemporaryError(f"{removal.path}: cannot be removed ({error.strerror})") from None
     return removals
+
+
+def _check_registry(store: Store) -> None:
+    """An empty place for a registry is not known to be a registry of no versions: it may stand elsewhere."""
+    try:
+        check_registry(store)
+    except RegistryError as error:
+        raise RegistryError(
+            f"{error}. Which data its versions need is not known, so nothing was removed: name it with "
+            "ROPEWAY_REGISTRY, or, if nothing was ever published, add --no-registry"
+        ) from None
 
 
 def draw(removals: list[Removal], *, removed: bool) -> str:

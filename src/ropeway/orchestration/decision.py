@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from uuid import uuid4
 
 from ropeway import registry
 from ropeway.registry.aliases import check_words
@@ -21,7 +22,7 @@ class Answer:
         decision: `approve` or `reject`.
         by: Who.
         comment: Why, in words; kept for ever.
-        via: Where it was said: a flow run, or the terminal.
+        via: Where it was said: a flow run, or one command in a terminal. An answer from one place is kept once.
     """
 
     decision: Decision
@@ -68,7 +69,10 @@ def decide(store: Store, case: Case, answer: Answer) -> Outcome:
             review=kept,
         )
     except RegistryError as error:
-        raise RegistryError(f"{case.new.label} was approved by {answer.by} and is NOT production: {error}") from None
+        raise RegistryError(
+            f"{case.new.label} was approved by {answer.by} and is NOT production: {error}. `ropeway review "
+            f"{case.digest[:12]}` compares it with what production is now and prints the command to answer"
+        ) from None
     was = f"; before it was {case.old.label}" if case.old else ""
     words = f"{case.new.label} is {case.name}@{registry.PRODUCTION}{was}"
     return Outcome("Promoted", words if done.moved else f"{words}, as it was already")
@@ -121,7 +125,7 @@ def read_answer(*, approve: bool, reject: bool, reviewer: str | None, comment: s
         return None
     if not (reviewer and reviewer.strip() and comment and comment.strip()):
         raise ConfigError("an answer needs who and why: --reviewer NAME --comment WHY, both kept for ever")
-    return Answer("approve" if approve else "reject", reviewer.strip(), comment.strip(), "terminal")
+    return Answer("approve" if approve else "reject", reviewer.strip(), comment.strip(), f"terminal {uuid4().hex[:8]}")
 
 
 def read_expect(store: Store, wanted: str, expect: str | None) -> str | registry.Anything | None:

@@ -284,6 +284,8 @@ def _explain(stage: Any, status: list[Any], root: Path) -> list[str]:  # noqa: A
     """Return why a stage must run, from DVC's own words for it."""
     if not any(item.hash_info for item in [*stage.deps, *stage.outs]):
         return ["never run"]
+    if status and (other := _other_profile(stage, root)):
+        return [f"the last run in this workspace was of profile '{other}'"]
     reasons: list[str] = []
     for entry in status:
         if not isinstance(entry, Mapping):
@@ -299,6 +301,17 @@ def _explain(stage: Any, status: list[Any], root: Path) -> list[str]:  # noqa: A
         outs = entry.get("changed outs", {}).items()
         reasons += [f"its output {_place(path, root)} {_word(change)}" for path, change in outs]
     return reasons
+
+
+def _other_profile(stage: Any, root: Path) -> str | None:  # noqa: ANN401
+    """Return the profile that dvc.lock records of a stage, if it is another one than now and still known."""
+    for dep in stage.deps:
+        place = _place(str(dep), root)
+        if place.startswith(".identity/params-") and dep.hash_info and (root / place).is_file():
+            then, now = read_version(root, dep.hash_info.value), json.loads((root / place).read_bytes())["of"]
+            if then is not None and then["profile"] != now["profile"]:
+                return str(then["profile"])
+    return None
 
 
 def _explain_dep(stage: Any, path: str, change: str, root: Path) -> list[str]:  # noqa: ANN401

@@ -100,6 +100,8 @@ def reproduce(root: Path, store: Store, reference: str, *, target: Path | None, 
 def check_revision(version: dict[str, Any], label: str) -> str:
     """Return the commit a version was made from; raise RegistryError when git does not hold all that made it."""
     provenance = version["provenance"]
+    if version["made_again_by"]:
+        return str(version["made_again_by"])
     commit, changed = provenance.get("git"), provenance.get("dirty_files", [])
     if not commit:
         raise RegistryError(f"{label}: was published without git, so nobody knows its code. Choose another version")

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.metadata
+import json
 import os
 import sys
 from collections.abc import Mapping
@@ -18,7 +19,8 @@ from ropeway.runtime.code_digests import CODE, Digests, name_changed_code
 from ropeway.runtime.devices import count_ranks, list_gpus
 from ropeway.runtime.errors import ConfigError, DataError, full_disk_explained
 from ropeway.runtime.lock import workspace_lock
-from ropeway.runtime.manifest import file_sha256
+from ropeway.runtime.manifest import digest_of, file_sha256
+from ropeway.runtime.worker_processes import CODE_CHECK
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.base.base_files import check_folder
 from ropeway.stages.fetch.local import find_files
@@ -86,8 +88,33 @@ def enter_room(root: Path, name: str) -> None:
     if name == "train":
         for later in ("evaluate", "package"):  # what would end them is said before anything is spent on training
             _module(later).check_request(workspace, frozen.profile(later))
+    code = [name, digest_of(frozen.value(f"code-{name}")), str(workspace.work / CODE)]
+    os.environ[CODE_CHECK] = json.dumps(code)  # workers that the stage starts compare what they import
+    before = _stat_inputs(root, name, profile)
     _module(name).run(workspace, profile)
     check_unchanged(root, frozen, name)
+    if changed := _differing(before, _stat_inputs(root, name, profile)):
+        raise DataError(
+            f"stage {name}: {', '.join(changed[:_SHOWN])} was replaced or written while it was read, so nothing of the "
+            "stage is recorded. Run the same command again"
+        )
+
+
+def _stat_inputs(root: Path, stage: str, profile: Profile) -> dict[str, Any]:
+    """Return inode, size and times of what a stage reads in place: a file that was swapped and put back shows."""
+    paths: list[Path] = []
+    if stage == "fetch":
+        for source in profile.sources.values():
+            if isinstance(source, FilesSource):
+                local = [path for path in source.paths if "://" not in path]
+                paths += find_files(local, root, source.splits).values() if local else ()
+    elif stage == "base" and isinstance(profile.base, FolderBase):
+        paths += (path for path in (root / profile.model_name).iterdir() if path.is_file())
+    return {str(path): _look(path.stat()) for path in paths}
+
+
+def _look(stat: os.stat_result) -> list[int]:
+    return [stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
 def _module(stage: str) -> ModuleType:
@@ -228,7 +255,7 @@ def _base_identity(profile: Profile, root: Path) -> dict[str, Any]:
             )
         check_folder(folder)
         stats = {path.name: path.stat() for path in sorted(folder.iterdir()) if path.is_file()}
-        return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+        return {name: [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for name, stat in stats.items()}
     if isinstance(base, HubBase):
         return {
             "repo": profile.model_name,

@@ -111,10 +111,10 @@ def check_name(name: str) -> None:
 
 def check_alias(alias: str) -> None:
     """Raise RegistryError unless `alias` can be one: not to be mistaken for a number or a digest."""
-    if not _ALIAS.fullmatch(alias) or _NUMBER.fullmatch(alias) or _PREFIX.fullmatch(alias):
+    if alias in ("none", "any") or not _ALIAS.fullmatch(alias) or _NUMBER.fullmatch(alias) or _PREFIX.fullmatch(alias):
         raise RegistryError(
-            f"alias {alias[:80]!r}: expected 2 to 50 of a-z 0-9 -, starting with a letter, and neither a version "
-            "number nor a digest; e.g. candidate, production"
+            f"alias {alias[:80]!r}: expected 2 to 50 of a-z 0-9 -, starting with a letter, neither a version number "
+            "nor a digest, and not `none` or `any`; e.g. candidate, production"
         )
 
 

@@ -3,13 +3,14 @@
 A review is a fact of its own: a rejection moves no alias, and an approval may find production moved meanwhile.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal
 
 from ropeway.registry.layout import clean_key, reviews_log, versions_log
 from ropeway.registry.log import Event, append_event, read_events
-from ropeway.runtime.errors import RegistryError
+from ropeway.runtime.errors import DataError, RegistryError
 from ropeway.runtime.manifest import canonical_json
 from ropeway.storage import Store
 
@@ -48,6 +49,21 @@ def vouch_clean(store: Store, name: str, digest: str, *, git: str) -> None:
     """Note that a version published from a dirty tree was made again, byte for byte, by a commit."""
     note = {"git": git, "at": datetime.now(UTC).isoformat(timespec="seconds")}
     store.put_if_absent(clean_key(name, digest), canonical_json(note))
+
+
+def clean_commit(store: Store, name: str, digest: str) -> str | None:
+    """Return the commit that made a version again, byte for byte, after it was published from a dirty tree.
+
+    Raises:
+        DataError: The note that says so is damaged.
+    """
+    key = clean_key(name, digest)
+    if not store.exists(key):
+        return None
+    try:
+        return str(json.loads(store.get(key))["git"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{store.url}: {key} is not a note on a clean revision ({error})") from None
 
 
 def find_dirt(store: Store, name: str, digest: str) -> str | None:

@@ -13,6 +13,7 @@ from ropeway.registry.core import load_core
 from ropeway.registry.layout import check_name, check_registry, list_models, read_reference, versions_log
 from ropeway.registry.log import read_event, read_events
 from ropeway.registry.publishing import attached_files, find_number, is_withdrawn
+from ropeway.registry.reviews import clean_commit
 from ropeway.registry.signing import list_signatures
 from ropeway.runtime.errors import RegistryError
 from ropeway.storage import Store
@@ -76,6 +77,7 @@ def describe_version(store: Store, reference: str) -> Facts:
         "facts": core.facts,
         "published_at": record["published_at"],
         "provenance": record["provenance"],
+        "made_again_by": clean_commit(store, name, digest),
         "attachments": {file.path: {"sha256": file.sha256, "bytes": file.bytes} for file in attached_files(record)},
     }
 

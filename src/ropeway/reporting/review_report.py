@@ -239,6 +239,8 @@ def _earlier(case: Case) -> Iterator[str]:
 def _revision(case: Case) -> str:
     facts = case.new.facts["provenance"]
     git = facts.get("git") or "no git commit recorded"
+    if again := case.new.facts["made_again_by"]:
+        return f"{again}, clean (published from a tree that was not; this commit made the same bytes again)"
     return f"{git}, {'dirty' if facts.get('dirty') else 'clean'}" if facts.get("git") else str(git)
 
 

@@ -98,6 +98,15 @@ def check_code(before: Mapping[str, str], kept: Path, stage: str) -> None:
         )
 
 
+def check_code_digest(digest: str, kept: Path, stage: str) -> None:
+    """Raise DataError as `check_code`, where only the digest of all modules is at hand."""
+    if digest_of(Digests(Path(ropeway.__file__).parent, kept).modules(stage)) != digest:
+        raise DataError(
+            f"stage {stage}: a worker process imported other code than the digests of this run are of. Run the same "
+            "command again; it takes new digests"
+        )
+
+
 def room_digest(source: Path, room: str) -> str:
     """Return the digest of a room's code; `source` is the folder `ropeway` with its modules."""
     return digest_of(Digests(source).modules(room))

@@ -1,11 +1,14 @@
 """What rooms that start worker processes on this machine share: how many were asked for, and how a worker begins."""
 
+import json
 import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Mapping
+from pathlib import Path
 
+from ropeway.runtime.code_digests import check_code_digest
 from ropeway.runtime.errors import ConfigError, TemporaryError
 
 
@@ -23,8 +26,18 @@ def count_asked(variable: str, environment: Mapping[str, str]) -> int | None:
     return int(asked)
 
 
+CODE_CHECK = "ROPEWAY_CODE_CHECK"  # set by a stage for its workers: JSON of stage, digest of its code, cache file
+
+
 def begin_worker() -> None:
-    """In a worker: end with the parent, and leave the terminal's ^C to it."""
+    """In a worker: end with the parent, and leave the terminal's ^C to it.
+
+    Raises:
+        DataError: This worker imported other code than its stage's digests are of.
+    """
+    if asked := os.environ.get(CODE_CHECK):
+        stage, digest, kept = json.loads(asked)
+        check_code_digest(digest, Path(kept), stage)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

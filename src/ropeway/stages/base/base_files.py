@@ -8,6 +8,8 @@ from typing import Any
 from ropeway.runtime.errors import ConfigError
 
 CONFIG, INDEX, _ADAPTER = "config.json", "model.safetensors.index.json", "adapter_config.json"
+_FLOATS = ("F32", "BF16", "F16", "F64")
+_HEADER_BYTES = 100 << 20  # the limit of the safetensors library
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -15,14 +17,39 @@ def check_folder(folder: Path) -> None:
     """Raise ConfigError unless a folder holds a whole, unquantized model in safetensors."""
     check_names((path.name for path in folder.iterdir()), where=str(folder))
     check_config(_read_object(folder / CONFIG), where=str(folder / CONFIG))
-    if not (folder / INDEX).is_file():
-        return
+    held = {path.name: _read_header(path) for path in sorted(folder.glob("*.safetensors"))}
+    for file, tensors in held.items():
+        for name, dtype in tensors.items():
+            if dtype not in _FLOATS:
+                raise ConfigError(
+                    f"{folder / file}: {name} is stored as {dtype}, expected {', '.join(_FLOATS)}. Name the model "
+                    "before it was quantized"
+                )
+    if (folder / INDEX).is_file():
+        _check_index(folder, held)
+
+
+def _check_index(folder: Path, held: Mapping[str, Mapping[str, str]]) -> None:
+    """Raise ConfigError unless an index and the files (file -> tensor -> dtype) say the same of every tensor."""
     placed = _read_object(folder / INDEX).get("weight_map")
     if not isinstance(placed, dict):
         raise ConfigError(f"{folder / INDEX}: expected a weight_map, found none; fetch the model again")
-    absent = sorted({str(name) for name in placed.values() if not (folder / str(name)).is_file()})
-    if absent:
+    named = {str(name) for name in placed.values()}
+    if outside := sorted(name for name in named if Path(name).name != name):
+        raise ConfigError(
+            f"{folder / INDEX}: names {', '.join(outside)}, outside of this folder; put all files into it"
+        )
+    if absent := sorted(named - held.keys()):
         raise ConfigError(f"{folder}: {INDEX} names {', '.join(absent)}, not there; fetch the model again")
+    if surplus := sorted(held.keys() - named):
+        raise ConfigError(
+            f"{folder}: has {', '.join(surplus)} beside the files that {INDEX} names, so which weights count is not "
+            "clear; remove the files or the index"
+        )
+    for file, tensors in held.items():
+        if elsewhere := sorted(name for name in tensors if placed.get(name) != file):
+            there = placed.get(elsewhere[0], "no file")
+            raise ConfigError(f"{folder / file}: holds {elsewhere[0]}, which {INDEX} places in {there}; fetch it again")
 
 
 def check_names(names: Iterable[str], *, where: str) -> None:
@@ -64,6 +91,16 @@ def check_config(config: Mapping[str, Any], *, where: str) -> None:
             f"{where}: its weights are quantized ({method}), which cannot be trained in full. Name the model that was "
             "quantized"
         )
+
+
+def _read_header(path: Path) -> dict[str, str]:
+    """Return the tensors of a safetensors file: name -> dtype; its weights are not read."""
+    try:
+        with path.open("rb") as file:
+            header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), _HEADER_BYTES)))
+        return {name: str(facts["dtype"]) for name, facts in header.items() if name != "__metadata__"}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path}: is no safetensors file ({error}); fetch the model again") from None
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ _NAMES: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
 }
 _ROLES = {"user": 0, "human": 0, "assistant": 1, "gpt": 1}
 _SHOWN_NAME = 40  # characters of a name in a reason
+_LONGEST_NAME = 100  # characters; a longer one is counted by its beginning
 _SYSTEM = {"orca_chat": "instruction"}  # the published schema's name for it; elsewhere `columns` must name one
 _ID = re.compile(r"(?i)(\w+_)?(id|uuid|guid|idx)|index|__index_level_\d+__")  # the last: of pandas
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -67,7 +68,17 @@ def _carrying(fields: object, read: Container[str]) -> Iterator[str]:
             continue
         if (name == "weight" and value == 1) or (_ID.fullmatch(name) and isinstance(value, str | int)):
             continue
-        yield name
+        yield _plain_name(name)
+
+
+def _plain_name(name: str) -> str:
+    """Return a field's name as it can be counted, written and printed: one line, capped, no lone surrogate.
+
+    >>> _plain_name("tags")
+    'tags'
+    """
+    plain = name if name.isprintable() else name.encode("unicode_escape", "backslashreplace").decode()
+    return plain if len(plain) <= _LONGEST_NAME else f"{plain[:_LONGEST_NAME]}…"
 
 
 def to_record(value: object, rows: str, columns: dict[str, str]) -> Record:

@@ -5,12 +5,19 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import Any, Protocol
 
 from ropeway.runtime.errors import TemporaryError, is_disk_full
 from ropeway.runtime.manifest import digest_of
 
 _BLOCK_BYTES = 1 << 20
+
+
+class Readable(Protocol):
+    """A stream of bytes."""
+
+    def read(self, size: int, /) -> bytes:
+        """Return the next bytes, at most `size` of them, none at the end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +34,7 @@ class Remote:
     name: str
     facts: dict[str, Any]
     size_bytes: int | None
-    open_from: Callable[[int], AbstractContextManager[tuple[IO[bytes], int]]]
+    open_from: Callable[[int], AbstractContextManager[tuple[Readable, int]]]
 
 
 def download(remote: Remote, work: Path) -> Path:
@@ -71,7 +78,7 @@ def _append(remote: Remote, partial: Path, start: int) -> None:
         os.fsync(file.fileno())  # a power cut must not leave a whole length of zeros
 
 
-def _blocks(stream: IO[bytes], left: int | None) -> Iterator[bytes]:
+def _blocks(stream: Readable, left: int | None) -> Iterator[bytes]:
     """Yield what comes, no more than was promised: a server that sends without end fills no disk."""
     while block := stream.read(_BLOCK_BYTES if left is None else min(_BLOCK_BYTES, left)):
         yield block

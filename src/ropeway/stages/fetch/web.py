@@ -11,7 +11,7 @@ from urllib.parse import SplitResult, urlsplit
 
 from ropeway.config.addresses import shown
 from ropeway.runtime.errors import ConfigError, TemporaryError
-from ropeway.stages.fetch.remote import Remote
+from ropeway.stages.fetch.remote import Readable, Remote
 from ropeway.storage.s3_client import is_loopback
 
 _TIMEOUT_SECONDS = 20  # of silence
@@ -28,7 +28,7 @@ def look_up(address: str) -> Remote:
     """
     _check(address)
     name = shown(address)
-    headers = _ask(address)
+    headers, part = _ask(address)
     version = _version(headers)
     if not version:
         raise ConfigError(
@@ -36,11 +36,11 @@ def look_up(address: str) -> Remote:
             "download it and name the file in `paths`"
         )
     whole = headers.get("Content-Range", "").partition("/")[2]  # of an answer to a ranged request
-    length = whole or headers.get("Content-Length", "")
+    length = whole or ("" if part else headers.get("Content-Length", ""))
     size_bytes = int(length) if length.isdigit() else None
 
     @contextmanager
-    def open_from(start: int) -> Iterator[tuple[IO[bytes], int]]:
+    def open_from(start: int) -> Iterator[tuple[Readable, int]]:
         validator = version.get("etag", version.get("modified", ""))
         resumable = start and not validator.startswith("W/")  # RFC 9110: If-Range takes strong validators only
         asked = {"Range": f"bytes={start}-", "If-Range": validator} if resumable else {}
@@ -48,23 +48,60 @@ def look_up(address: str) -> Remote:
             if _version(answer.headers) != version:
                 raise TemporaryError(f"sources: {name} changed while it was being fetched; run it again")
             goes_on = answer.headers.get("Content-Range", "").startswith(f"bytes {start}-")
-            yield answer, start if answer.status == http.client.PARTIAL_CONTENT and goes_on else 0
+            begin = start if answer.status == http.client.PARTIAL_CONTENT and goes_on else 0
+            yield _Whole(answer, name, None if size_bytes is None else size_bytes - begin), begin
 
     return Remote(name, {**version, "bytes": size_bytes}, size_bytes, open_from)
 
 
-def _ask(address: str) -> http.client.HTTPMessage:
-    """Return the headers of what is behind an address: by HEAD, or, where that is refused, by a GET of one byte.
+class _Whole:
+    """An answer's body that ends with an error where it ends before its announced length."""
+
+    def __init__(self, answer: http.client.HTTPResponse, name: str, expected: int | None) -> None:
+        """Compare what is announced now with what was announced before.
+
+        Raises:
+            ConfigError: The server announces no end, so a cut answer would look whole.
+            TemporaryError: It announces another length than before.
+        """
+        self._answer, self._name, self._expected = answer, name, expected
+        announced = answer.length
+        if announced is None and not answer.chunked and expected is None:
+            raise ConfigError(
+                f"sources: {name}: its server states no length, so a cut download would be taken for whole; "
+                "download it and name the file in `paths`"
+            )
+        if None not in (announced, expected) and announced != expected:
+            raise TemporaryError(
+                f"sources: {name}: its server announced {expected:,} bytes and now {announced:,}; run it again"
+            )
+
+    def read(self, size: int) -> bytes:
+        """Return the next bytes, none at the end.
+
+        Raises:
+            TemporaryError: The connection ended before the announced length.
+        """
+        block = self._answer.read(size)
+        if not block and self._answer.length and self._expected is None:  # else `download` says it, with both sizes
+            raise TemporaryError(
+                f"sources: {self._name}: the connection ended {self._answer.length:,} bytes too early. Run it again"
+            )
+        return block
+
+
+def _ask(address: str) -> tuple[http.client.HTTPMessage, bool]:
+    """Return the headers of an address, and whether they are of a part: by HEAD; where that is refused, GET of a byte.
 
     An address that was signed for GET alone answers HEAD with 403 (Amazon S3), other servers with 400, 404, 405 or 501.
     """
     try:
         with _open(address, "HEAD", {}) as answer:
             headers: http.client.HTTPMessage = answer.headers
+            return headers, False
     except _NoHeadError:
         with _open(address, "GET", {"Range": "bytes=0-0"}) as answer:
-            headers = answer.headers
-    return headers
+            return answer.headers, answer.status == http.client.PARTIAL_CONTENT
 
 
 def _check(address: str) -> SplitResult:

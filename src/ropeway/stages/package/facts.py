@@ -90,6 +90,7 @@ def load_facts(workspace: Workspace, profile: Profile) -> Facts:
     model = load_manifest(workspace.model, remedy="Run `dvc checkout`, or `dvc repro train`")
     config = json.loads((workspace.model / "config.json").read_bytes())
     check_one_run(workspace, early.data, early.rope, config)
+    check_params(model["params"], profile, workspace.model)
     return replace(
         early,
         model=model,
@@ -145,6 +146,16 @@ def check_one_run(workspace: Workspace, data: Json, rope: RopeScaling, config: J
         raise DataError(
             f"{workspace.model / 'config.json'}: rope_parameters are {config['rope_parameters']}, those of the base "
             f"{rope.rope_parameters()}. {_REMEDY}"
+        )
+
+
+def check_params(trained: Json, profile: Profile, folder: Path) -> None:
+    """Raise DataError when the model was trained with other params than the package would state."""
+    now = profile.model_dump(mode="json", include=set(trained))
+    if other := [f"{key}: {trained[key]} -> {now.get(key)}" for key in trained if now.get(key) != trained[key]]:
+        raise DataError(
+            f"{folder}: was trained with other params than are frozen now ({'; '.join(other)}), so the package would "
+            "state values that no weight was trained with. Run `dvc repro` or `ropeway run`, which train again"
         )
 
 

@@ -61,6 +61,7 @@ def newest_valid(root: Path) -> Checkpoint | None:
     for step, folder in reversed(list_steps(root)):
         try:
             facts = load_manifest(folder, remedy="It is skipped")
+            _check_owner(folder, step, facts)
         except DataError as error:
             print(f"checkpoint of step {step} is not whole: {error}", flush=True)
             _KNOWN[folder] = _signature(folder), False
@@ -68,6 +69,16 @@ def newest_valid(root: Path) -> Checkpoint | None:
         _KNOWN[folder] = _signature(folder), True
         return Checkpoint(folder, step, facts)
     return None
+
+
+def _check_owner(folder: Path, step: int, facts: dict[str, Any]) -> None:
+    """Raise DataError unless a checkpoint is this step of this run; one that names no run is of an older Ropeway."""
+    of, at = facts.get("fingerprint", folder.parent.name), facts.get("step", step)
+    if (of, at) != (folder.parent.name, step):
+        raise DataError(
+            f"{folder}: holds step {at} of run {of}. It was copied or renamed; `ropeway run --resume-from {of}@{at}` "
+            "continues from another run. It is skipped"
+        )
 
 
 # What this process knows of checkpoints that it wrote or read to the last byte: folder -> their files' looks, verdict.
@@ -147,7 +158,7 @@ def commit(root: Path, step: int, log: list[dict[str, Any]], facts: dict[str, An
     for path in sorted(partial.rglob("*")):
         if path.is_file():
             sync_file(path)
-    write_manifest(partial, {**facts, "step": step})
+    write_manifest(partial, {"fingerprint": root.name, **facts, "step": step})
     target = step_folder(root, step)
     if target.exists():
         shutil.rmtree(target)
@@ -202,7 +213,7 @@ def take_over(checkpoint: Checkpoint, root: Path) -> None:
     partial = partial_folder(root, checkpoint.step)
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(checkpoint.folder, partial, copy_function=_link, ignore=lambda *_: (NAME,))
-    write_json(partial / NAME, {**checkpoint.facts, TAKEN_OVER: True})
+    write_json(partial / NAME, {**checkpoint.facts, "fingerprint": root.name, TAKEN_OVER: True})
     partial.rename(step_folder(root, checkpoint.step))
     sync_folder(root)
 

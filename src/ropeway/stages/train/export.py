@@ -7,6 +7,7 @@ from typing import Any
 import deepspeed
 import torch
 
+from ropeway.config.params import READS
 from ropeway.config.zero import PARTITIONED_STAGE
 from ropeway.models.attention import Attention
 from ropeway.models.lora import merge_adapters
@@ -42,6 +43,7 @@ def export_model(run: Run, workspace: Workspace, *, fingerprint: str, log: list[
             "steps": len(log),
             "applied_steps": sum(line["applied"] for line in log),
             "dtype": run.profile.dtype,
+            "params": run.profile.model_dump(mode="json", include=set(READS["train"])),
             "tokenizer": base["tokenizer"],
             "template": base["template"],
         }
