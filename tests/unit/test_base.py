@@ -10,7 +10,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from ropeway.config.params import READS, FolderBase, GgufBase, ModelShape, ScratchBase, load_profile
 from ropeway.data.raw_records import RawWriter
 from ropeway.models.chat_template import ROLE_TOKENS, template_digest
-from ropeway.models.rope import RopeScaling
+from ropeway.models.rope import scaling_from_json
 from ropeway.models.tokenizer import open_tokenizer
 from ropeway.runtime.errors import ConfigError
 from ropeway.runtime.manifest import file_sha256, load_manifest, write_manifest
@@ -219,7 +219,7 @@ def test_a_base_s_own_scaling_is_kept_exactly_and_never_replaced(tmp_path, kind)
     live = AutoModelForCausalLM.from_pretrained(workspace.base).model.rotary_emb
     torch.testing.assert_close(live.inv_freq, frequencies, rtol=0, atol=0)
     assert live.attention_scaling == factor
-    rope = RopeScaling.from_json(load_manifest(workspace.base, remedy="")["rope"])
+    rope = scaling_from_json(load_manifest(workspace.base, remedy="")["rope"])
     assert rope.inv_freq(8).tolist() == frequencies.tolist()
     with pytest.raises(
         ConfigError, match=rf"asks for linear scaling by 2, but the base has .*\"rope_type\": \"{kind}\""

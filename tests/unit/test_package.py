@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from ropeway.config.block import cut_block, inherited_names, write_blocks
 from ropeway.config.params import read_block
-from ropeway.models.rope import RopeScaling
+from ropeway.models.rope import build_scaling
 from ropeway.runtime.errors import ConfigError, DataError
 from ropeway.stages.package.model_config import (
     lowest_loader,
@@ -99,7 +99,7 @@ def test_a_tied_head_is_stored_once_and_must_be_the_embedding(export):
 
 
 def test_the_config_says_scaling_dtype_and_cache_in_old_and_new_spelling():
-    config = plan_config(TRAINED, rope=RopeScaling("linear", 2.0, 10000.0, 4096), dtype="bf16", special=SPECIAL)
+    config = plan_config(TRAINED, rope=build_scaling("linear", 2.0, 10000.0, 4096), dtype="bf16", special=SPECIAL)
     assert config["rope_scaling"] == {"type": "linear", "factor": 2.0}
     assert config["rope_parameters"] == {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
     assert config["dtype"] == config["torch_dtype"] == "bfloat16"
@@ -109,12 +109,12 @@ def test_the_config_says_scaling_dtype_and_cache_in_old_and_new_spelling():
 
 
 def test_the_config_holds_no_path_and_no_library_version():
-    config = plan_config(TRAINED, rope=RopeScaling("linear", 2.0, 10000.0, 4096), dtype="bf16", special=SPECIAL)
+    config = plan_config(TRAINED, rope=build_scaling("linear", 2.0, 10000.0, 4096), dtype="bf16", special=SPECIAL)
     assert not {"transformers_version", "_name_or_path"} & set(config)
 
 
 @pytest.mark.parametrize(
-    "rope", [RopeScaling("default", 1.0, 10000.0, 4096), RopeScaling("linear", 1.0, 10000.0, 4096)]
+    "rope", [build_scaling("default", 1.0, 10000.0, 4096), build_scaling("linear", 1.0, 10000.0, 4096)]
 )
 def test_a_model_without_scaling_has_no_rope_scaling_for_old_loaders_to_refuse(rope):
     config = plan_config(TRAINED, rope=rope, dtype="fp16", special=SPECIAL)
@@ -123,10 +123,10 @@ def test_a_model_without_scaling_has_no_rope_scaling_for_old_loaders_to_refuse(r
 
 
 def test_the_lowest_loader_depends_on_theta_scaling_and_tokenizer():
-    linear, old = RopeScaling("linear", 2.0, 10000.0, 4096), {"model": {"merges": ["a b"]}}
+    linear, old = build_scaling("linear", 2.0, 10000.0, 4096), {"model": {"merges": ["a b"]}}
     assert lowest_loader(linear, old) == "4.31.0"
-    assert lowest_loader(RopeScaling("default", 1.0, 100000.0, 8192), old) == "4.33.0"
-    assert lowest_loader(RopeScaling("llama3", 8.0, 500000.0, 8192), old) == "4.43.0"
+    assert lowest_loader(build_scaling("default", 1.0, 100000.0, 8192), old) == "4.33.0"
+    assert lowest_loader(build_scaling("llama3", 8.0, 500000.0, 8192), old) == "4.43.0"
     assert lowest_loader(linear, {"model": {"ignore_merges": True, "merges": ["a b"]}}) == "4.40.0"
     assert lowest_loader(linear, {"model": {"merges": [["a", "b c"]]}}) == "4.45.0"
 

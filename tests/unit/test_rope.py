@@ -1,5 +1,5 @@
 import json
-from dataclasses import asdict
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -8,8 +8,8 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ropeway.config.params import load_profile
-from ropeway.config.schema import Llama3Scaling, StretchScaling, YarnScaling
-from ropeway.models.rope import RopeScaling
+from ropeway.config.schema import Llama3Scaling, StretchScaling, SuperhotConfig, YarnScaling
+from ropeway.models.rope import build_scaling, known_kinds, plan_scaling, scaling_from_json
 from tests.tiny_run import ROOT
 
 KINDS = [
@@ -23,7 +23,7 @@ KINDS = [
 
 def scaling_of(stated, *, theta=10000.0, original=4096):
     profile = load_profile(ROOT / "params.yaml", "llama2_13b_orca_8k")[1]
-    return RopeScaling.of(profile.model_copy(update={"superhot_config": stated}), theta=theta, original=original)
+    return plan_scaling(profile.model_copy(update={"superhot_config": stated}), theta=theta, original=original)
 
 
 @pytest.mark.parametrize("stated", KINDS, ids=lambda stated: f"{stated.type}-{stated.scale:g}")
@@ -34,7 +34,7 @@ def test_frequencies_are_those_of_a_live_transformers_llama(stated, head_dim, th
         hidden_size=head_dim * 2,
         num_attention_heads=2,
         max_position_embeddings=scaling.stated_positions,
-        rope_parameters=scaling.rope_parameters(),
+        rope_parameters=scaling.to_config(),
     )
     live = LlamaRotaryEmbedding(config)
     assert torch.allclose(live.inv_freq, torch.from_numpy(scaling.inv_freq(head_dim)), rtol=1e-6, atol=0)
@@ -47,19 +47,19 @@ def test_only_llama3_states_the_whole_reach_as_its_positions():
 
 
 def test_a_loader_of_transformers_4_31_is_told_type_and_factor_alone():
-    assert scaling_of(KINDS[0]).legacy() == {"type": "linear", "factor": 2.0}
-    assert scaling_of(KINDS[1]).legacy() == {"type": "dynamic", "factor": 4.0}
+    assert scaling_of(KINDS[0]).to_legacy_config() == {"type": "linear", "factor": 2.0}
+    assert scaling_of(KINDS[1]).to_legacy_config() == {"type": "dynamic", "factor": 4.0}
 
 
 def test_a_scaling_survives_json():
     for stated in KINDS:
         scaling = scaling_of(stated)
-        assert RopeScaling.from_json(json.loads(json.dumps(asdict(scaling)))) == scaling
+        assert scaling_from_json(json.loads(json.dumps(scaling.to_json()))) == scaling
 
 
 def test_yarn_keeps_fast_frequencies_and_divides_slow_ones():
     scaling = scaling_of(KINDS[2])
-    plain = RopeScaling("default", 1.0, 10000.0, 4096).inv_freq(128)
+    plain = build_scaling("default", 1.0, 10000.0, 4096).inv_freq(128)
     found = scaling.inv_freq(128)
     assert found[0] == plain[0]
     assert np.isclose(found[-1], plain[-1] / 4, rtol=1e-6)
@@ -68,3 +68,10 @@ def test_yarn_keeps_fast_frequencies_and_divides_slow_ones():
 def test_llama3_wants_its_low_factor_below_its_high_one():
     with pytest.raises(ValueError, match="must be below"):
         Llama3Scaling(type="llama3", scale=8.0, low_freq_factor=4.0, high_freq_factor=4.0)
+
+
+def test_every_kind_that_params_may_name_can_be_computed_and_described():
+    schemas = get_args(get_args(SuperhotConfig)[0])
+    asked = {name for one in schemas for name in get_args(one.model_fields["type"].annotation)}
+    assert asked == known_kinds() - {"default"}
+    assert all(build_scaling(kind, 2.0, 10000.0, 4096).stretch for kind in known_kinds())

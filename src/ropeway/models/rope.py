@@ -1,10 +1,14 @@
-"""RoPE scaling as one typed object: it opens the model, checks the live module and writes the export."""
+"""RoPE scaling: one class per kind. It opens the model, is compared with the live module, and writes the export.
+
+A kind is added here, as a class in `_KINDS`, and in the schema of `superhot_config`.
+"""
 
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,133 +16,166 @@ from numpy.typing import NDArray
 from ropeway.config.params import Profile
 
 Frequencies = NDArray[np.float32]
-_ALIKE = ("linear", "dynamic")  # transformers 4.31 knows these two
+Settings = tuple[tuple[str, float], ...]
 
 
 @dataclass(frozen=True, slots=True)
-class RopeScaling:
+class RopeScaling(ABC):
     """How positions are stretched.
 
     Attributes:
-        kind: `default` (none), `linear`, `dynamic`, `yarn` or `llama3`, as transformers spells it.
         factor: By how much the context grows; the divisor of every position under `linear`.
         theta: Base of the frequencies.
         original: Positions the base model knows, in tokens.
         settings: What the kind needs beside that, by transformers' names; sorted pairs.
-        kept: The base's own `rope_parameters` as JSON where nothing is scaled by this run; empty where the run decides.
-        positions: The base's own `max_position_embeddings`, with `kept`.
-        frequencies: With `kept`, what transformers computes from the base's untouched config: the attention factor,
-            then `head_dim / 2` fp32 frequencies. Empty until `base` has opened it.
     """
 
-    kind: str
+    kind: ClassVar[str]
+    stretch: ClassVar[str]  # what it does, for the card
+    loader: ClassVar[str] = "4.43.0"  # the lowest transformers that has it. Source: its release notes
+
     factor: float
     theta: float
     original: int
-    settings: tuple[tuple[str, float], ...] = ()
-    kept: str = ""
-    positions: int = 0
-    frequencies: tuple[float, ...] = ()
+    settings: Settings = ()
 
-    @classmethod
-    def keep(cls, stated: Mapping[str, Any], positions: int, frequencies: tuple[float, ...] = ()) -> "RopeScaling":
-        """Return a base's own scaling, untouched.
+    @property
+    def is_scaled(self) -> bool:
+        """Whether positions are stretched at all."""
+        return True
 
-        Args:
-            stated: `rope_parameters` of its config, as transformers 5 reads it.
-            positions: Its `max_position_embeddings`.
-            frequencies: See the class.
-        """
-        kind, factor = str(stated.get("rope_type", "default")), float(stated.get("factor") or 1.0)
-        original = int(stated.get("original_max_position_embeddings") or positions)
-        theta, text = float(stated["rope_theta"]), json.dumps(dict(stated), sort_keys=True)
-        return cls(kind, factor, theta, original, kept=text, positions=positions, frequencies=frequencies)
-
-    @classmethod
-    def of(cls, profile: Profile, *, theta: float, original: int) -> "RopeScaling":
-        """Translate the published spelling, `superhot_config: {type, scale, …}`."""
-        if not profile.superhot:
-            return cls("default", 1.0, theta, original)
-        stated = profile.superhot_config.model_dump()
-        kind, factor = stated.pop("type"), float(stated.pop("scale"))
-        return cls(kind, factor, theta, original, tuple(sorted((name, float(value)) for name, value in stated.items())))
-
-    @classmethod
-    def from_json(cls, stated: dict[str, Any]) -> "RopeScaling":
-        """Return the object whose `dataclasses.asdict` went through JSON."""
-        settings = tuple((name, value) for name, value in stated["settings"])
-        return cls(**{**stated, "settings": settings, "frequencies": tuple(stated["frequencies"])})
-
-    def rope_parameters(self) -> dict[str, Any]:
-        """Return the full dict transformers 5 wants; a partial one loses theta there (5.24)."""
-        if self.kept:
-            parameters: dict[str, Any] = json.loads(self.kept)
-            return parameters
-        if self.kind == "default":
-            return {"rope_type": "default", "rope_theta": self.theta}
-        return {"rope_type": self.kind, "rope_theta": self.theta, "factor": self.factor, **self._beyond()}
-
-    def legacy(self) -> dict[str, Any] | None:
-        """Return `rope_scaling` as transformers 4 reads it: for 4.31 exactly type and a float factor, or None."""
-        if self.kind == "default" or (self.kind in _ALIKE and self.factor == 1):  # 4.31 refuses a factor of 1
-            return None
-        if self.kind in _ALIKE:
-            return {"type": self.kind, "factor": self.factor}
-        parameters = self.rope_parameters()
-        return {name: value for name, value in parameters.items() if name not in ("rope_theta", "type")}
-
-    def _beyond(self) -> dict[str, Any]:
-        if self.kind in _ALIKE:
-            return {}
-        stated = {"attention_factor": self.attention_factor} if self.kind == "yarn" else {}
-        return {"original_max_position_embeddings": self.original, **dict(self.settings), **stated}
+    @property
+    def kept(self) -> str:
+        """The base's own `rope_parameters` as JSON where they are kept; empty where the run decides."""
+        return ""
 
     @property
     def reach(self) -> int:
         """Positions the scaled model is made for, in tokens."""
-        return max(self.positions, int(self.original * self.factor))
+        return int(self.original * self.factor)
 
     @property
     def stated_positions(self) -> int:
-        """What config.json says as `max_position_embeddings`.
-
-        The base's own, which programs multiply by the factor; under `llama3` the whole reach, which they do not
-        (Llama 3.1's config states 131,072 beside an original 8,192). A kept scaling keeps the base's number.
-        """
-        if self.kept:
-            return self.positions
-        return self.reach if self.kind == "llama3" else self.original
+        """What config.json says as `max_position_embeddings`: the base's own, which programs multiply by the factor."""
+        return self.original
 
     @property
     def attention_factor(self) -> float:
-        """By how much sine and cosine are multiplied. Source: arXiv:2309.00071, equation 22 (yarn alone)."""
-        if self.frequencies:
-            return self.frequencies[0]
-        return 0.1 * math.log(self.factor) + 1.0 if self.kind == "yarn" and self.factor > 1 else 1.0
+        """By how much sine and cosine are multiplied."""
+        return 1.0
 
+    @abstractmethod
     def inv_freq(self, head_dim: int) -> Frequencies:
-        """Return `(head_dim / 2,)` fp32 frequencies of the positions the base model knows.
+        """Return `(head_dim / 2,)` fp32 frequencies of the positions the base model knows."""
 
-        Source: Su et al. 2021, arXiv:2104.09864; linear: Chen et al. 2023, arXiv:2306.15595. `dynamic` leaves them
-        alone until a sequence is longer than the base's context. Of a kept scaling: what transformers computed.
-        """
-        if self.frequencies:
-            return np.asarray(self.frequencies[1:], dtype=np.float32)
+    def to_config(self) -> dict[str, Any]:
+        """Return the full `rope_parameters` that transformers 5 wants; a partial one loses theta there (5.24)."""
+        stated = {"rope_type": self.kind, "rope_theta": self.theta, "factor": self.factor}
+        return {**stated, "original_max_position_embeddings": self.original, **dict(self.settings)}
+
+    def to_legacy_config(self) -> dict[str, Any] | None:
+        """Return `rope_scaling` as transformers 4 reads it."""
+        return _legacy(self.to_config())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `from_json` reads."""
+        return {
+            "kind": self.kind,
+            "factor": self.factor,
+            "theta": self.theta,
+            "original": self.original,
+            "settings": [list(pair) for pair in self.settings],
+            "kept": "",
+            "positions": 0,
+            "frequencies": [],
+        }
+
+    def _powers(self, head_dim: int) -> Frequencies:
+        """Return theta to the power of 2i / head_dim. Source: Su et al. 2021, arXiv:2104.09864."""
         exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
         # The power rounded once, as torch does: numpy's fp32 power is an ulp off, 1e-4 in the sine at position 8,191.
-        powers = np.power(np.float64(self.theta), exponents.astype(np.float64)).astype(np.float32)
-        plain: Frequencies = np.float32(1.0) / powers
-        if self.kind == "yarn":
-            return self._yarn(plain, powers, head_dim)
-        if self.kind == "llama3":
-            return self._llama3(plain)
-        return plain / np.float32(self.factor if self.kind == "linear" else 1.0)
+        return np.power(np.float64(self.theta), exponents.astype(np.float64)).astype(np.float32)
 
-    def _yarn(self, plain: Frequencies, powers: Frequencies, head_dim: int) -> Frequencies:
-        """Stretch what turns less than beta_slow times over the known context, keep what turns more than beta_fast.
+    def _plain(self, head_dim: int) -> Frequencies:
+        plain: Frequencies = np.float32(1.0) / self._powers(head_dim)
+        return plain
 
-        Source: Peng et al. 2023, arXiv:2309.00071, section 3.2; the ramp's ends are whole as in their code.
-        """
+
+class DefaultRope(RopeScaling):
+    """No scaling."""
+
+    __slots__ = ()
+    kind, stretch, loader = "default", "positions are not stretched", "4.31.0"
+
+    @property
+    def is_scaled(self) -> bool:
+        """False."""
+        return False
+
+    def inv_freq(self, head_dim: int) -> Frequencies:
+        """Return the base's frequencies."""
+        return self._plain(head_dim)
+
+    def to_config(self) -> dict[str, Any]:
+        """Return type and theta: there is no more."""
+        return {"rope_type": self.kind, "rope_theta": self.theta}
+
+    def to_legacy_config(self) -> None:
+        """Return None: transformers 4 states no scaling so."""
+
+
+class LinearRope(RopeScaling):
+    """Every position divided by the factor. Source: Chen et al. 2023, arXiv:2306.15595."""
+
+    __slots__ = ()
+    kind, stretch, loader = "linear", "every position is divided by the factor", "4.31.0"
+
+    def inv_freq(self, head_dim: int) -> Frequencies:
+        """Return the base's frequencies divided by the factor."""
+        return self._plain(head_dim) / np.float32(self.factor)
+
+    def to_config(self) -> dict[str, Any]:
+        """Return type, theta and factor."""
+        return {"rope_type": self.kind, "rope_theta": self.theta, "factor": self.factor}
+
+    def to_legacy_config(self) -> dict[str, Any] | None:
+        """Return exactly type and a float factor, as 4.31 wants it, which refuses a factor of 1."""
+        return None if self.factor == 1 else {"type": self.kind, "factor": self.factor}
+
+
+class DynamicRope(LinearRope):
+    """Frequencies as the base's until a sequence is longer than its context; then theta grows."""
+
+    __slots__ = ()
+    kind, stretch = "dynamic", "beyond the base's context theta grows"
+
+    def inv_freq(self, head_dim: int) -> Frequencies:
+        """Return the base's frequencies."""
+        return self._plain(head_dim)
+
+
+class YarnRope(RopeScaling):
+    """What turns less than beta_slow times over the known context is stretched, more than beta_fast is kept.
+
+    Source: Peng et al. 2023, arXiv:2309.00071, section 3.2; the ramp's ends are whole as in their code.
+    """
+
+    __slots__ = ()
+    kind = "yarn"
+    stretch = "slow frequencies are divided by the factor, fast ones kept, those between blended (arXiv:2309.00071)"
+
+    @property
+    def attention_factor(self) -> float:
+        """Source: arXiv:2309.00071, equation 22."""
+        return 0.1 * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
+
+    def to_config(self) -> dict[str, Any]:
+        """Return everything with the attention factor stated."""
+        return {**RopeScaling.to_config(self), "attention_factor": self.attention_factor}
+
+    def inv_freq(self, head_dim: int) -> Frequencies:
+        """Return stretched, blended and kept frequencies."""
+        powers, plain = self._powers(head_dim), self._plain(head_dim)
         settings = dict(self.settings)
 
         def dimension(turns: float) -> float:
@@ -153,8 +190,22 @@ class RopeScaling:
         blended: Frequencies = stretched * ramp + plain * kept
         return blended
 
-    def _llama3(self, plain: Frequencies) -> Frequencies:
-        """Stretch long wavelengths, keep short ones, blend between. Source: Llama 3.1's reference code (July 2024)."""
+
+class Llama3Rope(RopeScaling):
+    """Long wavelengths are stretched, short ones kept. Source: Llama 3.1's reference code (July 2024)."""
+
+    __slots__ = ()
+    kind = "llama3"
+    stretch = "long wavelengths are stretched by the factor, short ones kept, others blended (as Llama 3.1 does)"
+
+    @property
+    def stated_positions(self) -> int:
+        """The whole reach: programs do not multiply here (Llama 3.1 states 131,072 beside an original 8,192)."""
+        return self.reach
+
+    def inv_freq(self, head_dim: int) -> Frequencies:
+        """Return stretched, blended and kept frequencies."""
+        plain = self._plain(head_dim)
         settings = dict(self.settings)
         low, high = np.float32(settings["low_freq_factor"]), np.float32(settings["high_freq_factor"])
         turns = np.float32(self.original) / (np.float32(2 * math.pi) / plain)  # over the known context
@@ -163,3 +214,134 @@ class RopeScaling:
         blended = (np.float32(1) - smooth) * stretched + smooth * plain
         found: Frequencies = np.where(turns < low, stretched, np.where(turns > high, plain, blended))
         return found
+
+
+@dataclass(frozen=True, slots=True)
+class KeptRope(RopeScaling):
+    """A base's own scaling of any kind, untouched.
+
+    Attributes:
+        own_kind: As the base's config has it.
+        stated: The base's `rope_parameters` as JSON.
+        positions: Its `max_position_embeddings`.
+        frequencies: What transformers computes from its untouched config: attention factor, then `head_dim / 2` fp32
+            frequencies.
+    """
+
+    own_kind: str = ""
+    stated: str = ""
+    positions: int = 0
+    frequencies: tuple[float, ...] = ()
+
+    @property
+    def kind(self) -> str:  # type: ignore[override]
+        """The base's kind."""
+        return self.own_kind
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether the base's kind stretches positions."""
+        return self.kind != DefaultRope.kind
+
+    @property
+    def loader(self) -> str:  # type: ignore[override]
+        """That of the kind; an unknown one counts as new."""
+        return _KINDS[self.kind].loader if self.kind in _KINDS else RopeScaling.loader
+
+    @property
+    def kept(self) -> str:
+        """The base's `rope_parameters`."""
+        return self.stated
+
+    @property
+    def reach(self) -> int:
+        """What the base states, by positions or by factor."""
+        return max(self.positions, int(self.original * self.factor))
+
+    @property
+    def stated_positions(self) -> int:
+        """The base's number."""
+        return self.positions
+
+    @property
+    def attention_factor(self) -> float:
+        """As transformers computed it."""
+        return self.frequencies[0]
+
+    def inv_freq(self, head_dim: int) -> Frequencies:  # noqa: ARG002 - they were computed for the base's
+        """Return what transformers computed."""
+        return np.asarray(self.frequencies[1:], dtype=np.float32)
+
+    def to_config(self) -> dict[str, Any]:
+        """Return the base's `rope_parameters`."""
+        parameters: dict[str, Any] = json.loads(self.stated)
+        return parameters
+
+    def to_legacy_config(self) -> dict[str, Any] | None:
+        """Return what transformers 4 reads of the kind."""
+        if self.kind in (DefaultRope.kind, LinearRope.kind, DynamicRope.kind):
+            return build_scaling(self.kind, self.factor, self.theta, self.original).to_legacy_config()
+        return _legacy(self.to_config())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `from_json` reads."""
+        own = {"kept": self.stated, "positions": self.positions, "frequencies": list(self.frequencies)}
+        return {**RopeScaling.to_json(self), **own}
+
+
+_KINDS: dict[str, type[RopeScaling]] = {
+    one.kind: one for one in (DefaultRope, LinearRope, DynamicRope, YarnRope, Llama3Rope)
+}
+
+
+def build_scaling(kind: str, factor: float, theta: float, original: int, settings: Settings = ()) -> RopeScaling:
+    """Return the scaling of a kind that this package can compute; see the class for the rest."""
+    return _KINDS[kind](factor, theta, original, settings)
+
+
+def known_kinds() -> set[str]:
+    """Return the kinds that params may ask for, `default` among them."""
+    return set(_KINDS)
+
+
+def plan_scaling(profile: Profile, *, theta: float, original: int) -> RopeScaling:
+    """Translate the published spelling, `superhot_config: {type, scale, …}`."""
+    if not profile.superhot:
+        return build_scaling(DefaultRope.kind, 1.0, theta, original)
+    stated = profile.superhot_config.model_dump()
+    kind, factor = stated.pop("type"), float(stated.pop("scale"))
+    settings = tuple(sorted((name, float(value)) for name, value in stated.items()))
+    return build_scaling(kind, factor, theta, original, settings)
+
+
+def keep_scaling(stated: Mapping[str, Any], positions: int, frequencies: tuple[float, ...]) -> KeptRope:
+    """Return a base's own scaling, untouched.
+
+    Args:
+        stated: `rope_parameters` of its config, as transformers 5 reads it.
+        positions: Its `max_position_embeddings`.
+        frequencies: See the class.
+    """
+    return KeptRope(
+        factor=float(stated.get("factor") or 1.0),
+        theta=float(stated["rope_theta"]),
+        original=int(stated.get("original_max_position_embeddings") or positions),
+        own_kind=str(stated.get("rope_type", DefaultRope.kind)),
+        stated=json.dumps(dict(stated), sort_keys=True),
+        positions=positions,
+        frequencies=frequencies,
+    )
+
+
+def scaling_from_json(stated: Mapping[str, Any]) -> RopeScaling:
+    """Return the object whose `to_json` went through JSON."""
+    settings = tuple((name, value) for name, value in stated["settings"])
+    scaling = (float(stated["factor"]), float(stated["theta"]), int(stated["original"]), settings)
+    if not stated["kept"]:
+        return build_scaling(stated["kind"], *scaling)
+    kept = {"stated": stated["kept"], "positions": stated["positions"], "frequencies": tuple(stated["frequencies"])}
+    return KeptRope(*scaling, own_kind=stated["kind"], **kept)
+
+
+def _legacy(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in parameters.items() if name not in ("rope_theta", "type")}

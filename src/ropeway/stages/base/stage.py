@@ -2,7 +2,6 @@
 
 import importlib.util
 import math
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from ropeway.config.frozen import FrozenInputs
 from ropeway.config.params import GgufBase, HubBase, ModelShape, Profile, ScratchBase
 from ropeway.data.raw_records import iterate_records, iterate_texts
 from ropeway.models.chat_template import template_digest
-from ropeway.models.rope import RopeScaling
+from ropeway.models.rope import RopeScaling, keep_scaling, plan_scaling
 from ropeway.models.tokenizer import (
     LLAMA_SPECIAL,
     count_tokens,
@@ -78,7 +77,7 @@ def make_model(profile: Profile, *, rows: int) -> tuple[LlamaForCausalLM, RopeSc
     """Return a Llama of `expected_model`'s shape with fp32 weights drawn from the run's seed alone."""
     shape, rope = profile.expected_model.model_dump(exclude={"vocab_size", "rope_theta"}), _rope(profile)
     shape |= {"vocab_size": rows, "max_position_embeddings": rope.stated_positions}
-    config = LlamaConfig(**shape, rope_parameters=rope.rope_parameters())
+    config = LlamaConfig(**shape, rope_parameters=rope.to_config())
     with torch.random.fork_rng(devices=[]):  # transformers draws from the global generator only
         torch.manual_seed(profile.rng_seed)
         return LlamaForCausalLM(config).to(torch.float32), rope
@@ -93,7 +92,7 @@ def open_model(origin: Path, options: dict[str, Any], profile: Profile) -> tuple
     config = AutoConfig.from_pretrained(origin, **options)
     check_shape(config, profile.expected_model, where=f"model_name {profile.model_name}")
     rope = plan_rope(config, profile)
-    config.rope_parameters = rope.rope_parameters()  # the whole dict: a partial one loses theta (5.24)
+    config.rope_parameters = rope.to_config()  # the whole dict: a partial one loses theta (5.24)
     config.max_position_embeddings = rope.stated_positions
     config.rms_norm_eps = profile.expected_model.rms_norm_eps
     try:
@@ -129,7 +128,7 @@ def plan_rope(config: Any, profile: Profile) -> RopeScaling:  # noqa: ANN401 - a
     Raises:
         ConfigError: `superhot` would replace a scaling that the base has, or `max_length` is beyond its reach.
     """
-    own = RopeScaling.keep(config.rope_parameters, config.max_position_embeddings, measure_frequencies(config))
+    own = keep_scaling(config.rope_parameters, config.max_position_embeddings, measure_frequencies(config))
     if not profile.superhot:
         if profile.max_length > own.reach:
             raise ConfigError(
@@ -138,7 +137,7 @@ def plan_rope(config: Any, profile: Profile) -> RopeScaling:  # noqa: ANN401 - a
             )
         return own
     rope = _rope(profile)
-    if own.kind != "default":
+    if own.is_scaled:
         raise ConfigError(
             f"superhot: true asks for {rope.kind} scaling by {rope.factor:g}, but the base has a RoPE scaling of its "
             f"own, {own.kept}, which that would replace. Set superhot: false: its scaling is kept as it is"
@@ -199,7 +198,7 @@ def resize(model: LlamaForCausalLM, *, rows: int, new_rows: str, seed: int) -> N
 
 def _rope(profile: Profile) -> RopeScaling:
     shape = profile.expected_model
-    return RopeScaling.of(profile, theta=shape.rope_theta, original=shape.max_position_embeddings)
+    return plan_scaling(profile, theta=shape.rope_theta, original=shape.max_position_embeddings)
 
 
 def _locate_origin(root: Path, profile: Profile) -> tuple[Path | None, dict[str, Any]]:
@@ -293,9 +292,9 @@ def _facts(
             "kind": profile.base.kind,
             **profile.expected_model.model_dump(),
             "embedding_rows": model.get_input_embeddings().weight.shape[0],
-            "rope_parameters": rope.rope_parameters(),
+            "rope_parameters": rope.to_config(),
         },
-        "rope": asdict(rope),
+        "rope": rope.to_json(),
         "tokenizer": file_sha256(folder / "tokenizer.json"),
         "template": template_digest(),
         "special": special,

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from ropeway.models.chat_template import ASSISTANT, ROLE_TOKENS
-from ropeway.models.rope import RopeScaling
+from ropeway.models.rope import scaling_from_json
 from ropeway.runtime.errors import DataError, RopewayError
 from ropeway.runtime.manifest import NAME as MANIFEST
 from ropeway.runtime.manifest import load_manifest
@@ -65,10 +65,10 @@ def check_package(folder: Path, logits: Path | None = None) -> None:
 
 def config_faults(config: Mapping[str, Any], probe: Mapping[str, Any]) -> Iterator[str]:
     """Yield what a loader between transformers 4.31 and 5 would read differently from what was trained."""
-    rope = RopeScaling.from_json(probe["rope"])
+    rope = scaling_from_json(probe["rope"])
     wanted: dict[str, Any] = {
-        "rope_parameters": rope.rope_parameters(),
-        "rope_scaling": rope.legacy(),
+        "rope_parameters": rope.to_config(),
+        "rope_scaling": rope.to_legacy_config(),
         "rope_theta": rope.theta,
         "dtype": TORCH_NAMES[probe["dtype"]],
         "torch_dtype": TORCH_NAMES[probe["dtype"]],
@@ -136,7 +136,7 @@ def model_faults(model: Any, tokenizer: Any, probe: Mapping[str, Any]) -> Iterat
     yield from _differs("dtype of the loaded model", f"torch.{TORCH_NAMES[probe['dtype']]}", str(model.dtype))
     live = model.model.rotary_emb.inv_freq.float().numpy()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    rope = RopeScaling.from_json(probe["rope"])
+    rope = scaling_from_json(probe["rope"])
     wanted = rope.inv_freq(head_dim)
     yield from _differs(
         "RoPE's attention factor", round(rope.attention_factor, 6), round(model.model.rotary_emb.attention_scaling, 6)

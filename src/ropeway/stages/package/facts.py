@@ -10,7 +10,7 @@ from typing import Any
 from ropeway.config.params import Profile
 from ropeway.data.raw_records import iterate_records
 from ropeway.models.chat_template import Conversation, template_digest
-from ropeway.models.rope import RopeScaling
+from ropeway.models.rope import RopeScaling, scaling_from_json
 from ropeway.models.tokenizer import read_special_names
 from ropeway.runtime.errors import DataError
 from ropeway.runtime.manifest import file_sha256, load_manifest
@@ -116,7 +116,7 @@ def load_early_facts(workspace: Workspace, profile: Profile, *, verify: bool = F
     return Facts(
         name=workspace.profile,
         profile=profile,
-        rope=RopeScaling.from_json(base["rope"]),
+        rope=scaling_from_json(base["rope"]),
         raw=raw,
         base=base,
         data=data,
@@ -142,10 +142,10 @@ def check_one_run(workspace: Workspace, data: Json, rope: RopeScaling, config: J
         raise DataError(
             f"the data was made with template {data['template'][:12]}…, this code's is {found[:12]}…. {_REMEDY}"
         )
-    if config["rope_parameters"] != rope.rope_parameters():
+    if config["rope_parameters"] != rope.to_config():
         raise DataError(
             f"{workspace.model / 'config.json'}: rope_parameters are {config['rope_parameters']}, those of the base "
-            f"{rope.rope_parameters()}. {_REMEDY}"
+            f"{rope.to_config()}. {_REMEDY}"
         )
 
 

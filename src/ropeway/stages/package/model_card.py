@@ -34,13 +34,6 @@ from ropeway.stages.package.weights import Written
 
 SHOWN_SYSTEMS = 50
 
-_STRETCH = {
-    "linear": "every position is divided by the factor",
-    "dynamic": "beyond the base's context theta grows",
-    "yarn": "slow frequencies are divided by the factor, fast ones kept, those between blended (arXiv:2309.00071)",
-    "llama3": "long wavelengths are stretched by the factor, short ones kept, others blended (as Llama 3.1 does)",
-}
-
 
 def write_card(facts: Facts, workspace: Workspace, folder: Path, written: Written) -> None:
     """Write README.md, and the notice that Llama 2 asks for, into a package folder that has all but its manifest."""
@@ -173,7 +166,7 @@ def format_context(facts: Facts) -> Iterator[str]:
     """Yield how positions are scaled and what the config's numbers mean."""
     rope, reach, trained = facts.rope, facts.max_positions, facts.profile.max_length
     yield "## Long context (RoPE Scaling)"
-    if rope.kind == "default":
+    if not rope.is_scaled:
         yield (
             f"This model was trained with a context of {trained:,} tokens and no scaling of its RoPE embeddings; its "
             f"`max_position_embeddings` of {reach:,} is the base's own."
@@ -190,7 +183,7 @@ def format_context(facts: Facts) -> Iterator[str]:
     settings = ", ".join(f"{key}: {value:g}" for key, value in (("scale", rope.factor), *rope.settings))
     yield (
         f"This model was trained with a context of {trained:,} tokens using {rope.kind} scaling of RoPE embeddings by "
-        f"a factor of {rope.factor:g}: {_STRETCH[rope.kind]}. In params.yaml that is "
+        f"a factor of {rope.factor:g}: {rope.stretch}. In params.yaml that is "
         f"`superhot_config: {{type: {rope.kind}, {settings}}}`."
     )
     sum_ = f"{rope.original:,} x {rope.factor:g} = {rope.reach:,}"

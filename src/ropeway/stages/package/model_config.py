@@ -36,8 +36,8 @@ def plan_config(
         **{key: value for key, value in trained.items() if key not in dropped},
         "dtype": TORCH_NAMES[dtype],
         "torch_dtype": TORCH_NAMES[dtype],
-        "rope_parameters": rope.rope_parameters(),
-        "rope_scaling": rope.legacy(),
+        "rope_parameters": rope.to_config(),
+        "rope_scaling": rope.to_legacy_config(),
         "rope_theta": rope.theta,
         "use_cache": True,  # training switches it off
         **{f"{name}_token_id": special[name] for name in ("bos", "eos", "pad")},
@@ -108,7 +108,7 @@ def lowest_loader(rope: RopeScaling, tokenizer: Mapping[str, Any]) -> str:
     needed = {
         "4.33.0": rope.theta != LLAMA_THETA,
         "4.40.0": model.get("ignore_merges") is True,
-        "4.43.0": rope.kind not in ("default", "linear", "dynamic"),
+        rope.loader: True,
         "4.45.0": _all_pairs(model.get("merges")),
     }
     return max((version for version, is_needed in needed.items() if is_needed), default="4.31.0")

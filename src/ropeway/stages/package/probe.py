@@ -5,7 +5,6 @@ of it through the classes of transformers that the check then holds against them
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,7 @@ def plan_probe(
     return {
         "format": FORMAT,
         "dtype": dtype,
-        "rope": asdict(rope),
+        "rope": rope.to_json(),
         "special": dict(special),
         "max_length": max_length,
         "texts": [{"text": text, "ids": tokenizer.encode(text).ids} for text in texts],

@@ -19,7 +19,7 @@ from ropeway.config.params import READS, UNHASHED
 from ropeway.data.accumulation import accumulation_steps
 from ropeway.data.shards import REMEDY, open_shards
 from ropeway.models.attention import Attention, choose_attention
-from ropeway.models.rope import RopeScaling
+from ropeway.models.rope import scaling_from_json
 from ropeway.planning.budget import CARDS, name_card
 from ropeway.planning.memory import DTYPE_BYTES, stored_bytes
 from ropeway.runtime.code_digests import CODE, check_code
@@ -222,7 +222,7 @@ def open_run(workspace: Workspace, profile: Any, attention: Attention, *, univer
         config["checkpoint"] = {"load_universal": True}
     run.engine, *_ = deepspeed.initialize(model=model, model_parameters=learning(model), config=config)
     base = load_manifest(workspace.base, remedy="Run `dvc checkout`, or `dvc repro base`", verify=False)
-    check_rope(run.engine.module.model, RopeScaling.from_json(base["rope"]))
+    check_rope(run.engine.module.model, scaling_from_json(base["rope"]))
     _check_same_plan(run)
     apart = check_isolation(run)
     if apart is not None and run.rank == 0:
