@@ -26,7 +26,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from ropeway.orchestration.sequence import run_retrain
-from ropeway.errors import RopewayError
+from ropeway.runtime.errors import RopewayError
 try:
     run_retrain(Path(sys.argv[1]), use_prefect=sys.argv[2] == "prefect")
 except RopewayError as error:

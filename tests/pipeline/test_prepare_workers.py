@@ -24,11 +24,11 @@ import pickle
 import sys
 from pathlib import Path
 
-from ropeway import prepare
-from ropeway.errors import RopewayError
+from ropeway.stages.prepare import stage as prepare
+from ropeway.runtime.errors import RopewayError
 from ropeway.stages.prepare import cluster, write
 from ropeway.stages.prepare.units import encode_unit
-from ropeway.workspace import Workspace
+from ropeway.runtime.workspace import Workspace
 
 def encode_or_wait(unit):
     gate = unit.folder.parents[3] / "gate"
