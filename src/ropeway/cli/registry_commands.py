@@ -67,8 +67,8 @@ def history(
     from ropeway.registry import tables
     from ropeway.registry.layout import read_reference
 
-    wanted = read_reference(reference)
-    if not wanted.alias:
+    wanted = read_reference(reference if "@" in reference else f"{reference}@production")
+    if not wanted.alias or "@" not in reference:
         raise ConfigError(f"{reference}: expected NAME@ALIAS, e.g. {wanted.name}@production")
     events = tables.describe_history(open_registry(registry), wanted.name, wanted.alias)
     print_json(events) if as_json else draw(tables.draw_history(wanted.name, wanted.alias, events))

@@ -240,7 +240,7 @@ def _bring_up(site: Site, plan: graph.StagePlan, say: Say) -> Done:
     print(f"{plan.name}: {why}", flush=True)
     outcome = bring_up(site, plan.name, say)
     words = {
-        "ran": f"ran because {why}",
+        "ran": f"ran because {why.replace(' will run', ' ran')}",
         "restored": "its result was in DVC's cache",
         "unchanged": "what it reads turned out the same",
     }
