@@ -17,7 +17,7 @@ from ropeway.runtime.code_digests import check_code
 from ropeway.runtime.errors import ConfigError, DataError, TemporaryError
 from ropeway.runtime.lock import workspace_lock
 from ropeway.runtime.manifest import digest_of
-from ropeway.runtime.worker_processes import CODE_CHECK, begin_worker
+from ropeway.runtime.worker_processes import CODE_CHECK, check_worker_code
 from ropeway.runtime.workspace import Workspace
 from tests.support.freezing import freeze_inputs
 
@@ -163,10 +163,10 @@ def test_a_worker_that_imported_other_code_does_not_work(root, monkeypatch):
     write_identity(root)
     digest = digest_of(FrozenInputs.load(root).value("code-train"))
     monkeypatch.setenv(CODE_CHECK, json.dumps(["train", digest, str(root / "code.json")]))
-    begin_worker()
+    check_worker_code()
     next(steps)
     with pytest.raises(DataError, match="a worker process imported other code"):
-        begin_worker()
+        check_worker_code()
 
 
 def test_addresses_that_only_signatures_tell_apart_are_refused(root):

@@ -89,9 +89,12 @@ def enter_room(root: Path, name: str) -> None:
         for later in ("evaluate", "package"):  # what would end them is said before anything is spent on training
             _module(later).check_request(workspace, frozen.profile(later))
     code = [name, digest_of(frozen.value(f"code-{name}")), str(workspace.work / CODE)]
-    os.environ[CODE_CHECK] = json.dumps(code)  # workers that the stage starts compare what they import
     before = _stat_inputs(root, name, profile)
-    _module(name).run(workspace, profile)
+    os.environ[CODE_CHECK] = json.dumps(code)  # workers that the stage starts compare what they import
+    try:
+        _module(name).run(workspace, profile)
+    finally:
+        del os.environ[CODE_CHECK]
     check_unchanged(root, frozen, name)
     if changed := _differing(before, _stat_inputs(root, name, profile)):
         raise DataError(

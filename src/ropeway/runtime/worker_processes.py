@@ -35,11 +35,16 @@ def begin_worker() -> None:
     Raises:
         DataError: This worker imported other code than its stage's digests are of.
     """
+    check_worker_code()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def check_worker_code() -> None:
+    """Raise DataError when this worker imported other code than its stage's digests are of."""
     if asked := os.environ.get(CODE_CHECK):
         stage, digest, kept = json.loads(asked)
         check_code_digest(digest, Path(kept), stage)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
