@@ -15,6 +15,7 @@ from ropeway.data.shards import open_shards
 from ropeway.reporting.evaluation_plots import passkey_grids, write_plots
 from ropeway.runtime.errors import ConfigError, DataError
 from ropeway.stages.evaluate import passkey
+from ropeway.stages.evaluate.evaluation_tables import plan_tables, write_tables
 from ropeway.stages.evaluate.evaluation_workers import Share
 from ropeway.stages.evaluate.opening import open_model, rope_of
 from ropeway.stages.evaluate.passkey import Question, ask, encode_question, plan_questions
@@ -26,7 +27,6 @@ from ropeway.stages.evaluate.positions import (
     sum_positions,
     table_positions,
 )
-from ropeway.stages.evaluate.tables import plan_tables, write_tables
 from tests.tiny_run import make_run, measure
 
 ROWS = Positions(rows=2, row_tokens=128, bucket_tokens=32)

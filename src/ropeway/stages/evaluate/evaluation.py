@@ -15,12 +15,12 @@ from ropeway.models.chat_template import template_digest
 from ropeway.runtime.manifest import digest_of, load_manifest, write_json
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.evaluate import passkey, positions
+from ropeway.stages.evaluate.evaluation_tables import plan_tables, write_tables
 from ropeway.stages.evaluate.evaluation_workers import plan_workers
 from ropeway.stages.evaluate.measuring import Asked, Found, measure_folder
 from ropeway.stages.evaluate.opening import check_data, open_tokenizer
 from ropeway.stages.evaluate.samples import encode_prompt, plan_draws, report_samples
 from ropeway.stages.evaluate.sampling import parse_configurations, parse_prompts
-from ropeway.stages.evaluate.tables import plan_tables, write_tables
 from ropeway.stages.evaluate.tasks import find_harness, open_tasks, report_tasks
 from ropeway.stages.evaluate.text import count_bytes
 from ropeway.stages.evaluate.token_scores import Score, all_rows, check_supervised
