@@ -328,6 +328,13 @@ def test_a_model_trained_with_other_params_is_not_packaged_under_the_present_one
     assert not workspace.package.exists()
 
 
+def test_a_model_that_does_not_state_its_params_is_not_packaged(tmp_path):
+    workspace, profile = make_run(tmp_path, "package")
+    write_manifest(workspace.model, {"steps": 3, "applied_steps": 3, "fingerprint": "0", "dtype": "fp32"})
+    with pytest.raises(DataError, match="does not state the params it was trained with"):
+        package.run(workspace, profile)
+
+
 def test_an_export_scaled_otherwise_than_params_say_is_refused_before_anything_is_written(tmp_path):
     workspace, profile = make_run(tmp_path, "package")
     edit(workspace.model / "config.json", lambda config: config["rope_parameters"].update(factor=4.0))

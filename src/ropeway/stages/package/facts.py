@@ -90,7 +90,7 @@ def load_facts(workspace: Workspace, profile: Profile) -> Facts:
     model = load_manifest(workspace.model, remedy="Run `dvc checkout`, or `dvc repro train`")
     config = json.loads((workspace.model / "config.json").read_bytes())
     check_one_run(workspace, early.data, early.rope, config)
-    check_params(model["params"], profile, workspace.model)
+    check_params(model.get("params"), profile, workspace.model)
     return replace(
         early,
         model=model,
@@ -149,8 +149,13 @@ def check_one_run(workspace: Workspace, data: Json, rope: RopeScaling, config: J
         )
 
 
-def check_params(trained: Json, profile: Profile, folder: Path) -> None:
-    """Raise DataError when the model was trained with other params than the package would state."""
+def check_params(trained: Json | None, profile: Profile, folder: Path) -> None:
+    """Raise DataError when the model was trained with other params than the package would state, or nobody knows."""
+    if trained is None:
+        raise DataError(
+            f"{folder}: its manifest does not state the params it was trained with; an older Ropeway wrote it. Run `dvc"
+            " repro` or `ropeway run`, which train again"
+        )
     now = profile.model_dump(mode="json", include=set(trained))
     if other := [f"{key}: {trained[key]} -> {now.get(key)}" for key in trained if now.get(key) != trained[key]]:
         raise DataError(
