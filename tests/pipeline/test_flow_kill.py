@@ -12,6 +12,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
+from ropeway.orchestration import dvc_graph as graph
+from ropeway.orchestration.dvc_repair import repair_after_kill
 from ropeway.orchestration.sequence import run_retrain
 from ropeway.runtime.errors import TemporaryError
 from ropeway.runtime.lock import workspace_lock
@@ -25,6 +27,8 @@ FLOW = """
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from ropeway.orchestration import dvc_graph as graph
+from ropeway.orchestration.dvc_repair import repair_after_kill
 from ropeway.orchestration.sequence import run_retrain
 from ropeway.runtime.errors import RopewayError
 try:
@@ -101,6 +105,11 @@ def start():
         running.flow.communicate()
 
 
+def cut_in_a_word(lock):
+    """Return a dvc.lock that ends where YAML cannot; cut elsewhere it is one that knows less."""
+    return lock[: lock.rindex(b"md5:") + 2]
+
+
 def check_it_saved(workspace):
     assert (workspace.root / "saved").read_text() == "checkpoint"
     with workspace_lock(workspace.root, command="nobody holds it"):
@@ -143,6 +152,31 @@ def test_a_killed_flow_holds_the_workspace_while_its_stage_saves_and_the_next_on
     made_workspace.calls()
     assert run_retrain(made_workspace.root, use_prefect=False).publication.version == "laptop@v2"
     assert made_workspace.calls() == ["train", "evaluate", "package"]
+
+
+@pytest.mark.parametrize("mode", ["plain", "prefect"])
+@pytest.mark.parametrize(("name", "empty"), [(".dvc/tmp/rwlock", True), ("dvc.lock", True), ("dvc.lock", False)])
+def test_what_a_killed_dvc_cut_off_is_made_again_and_nothing_is_computed_for_it(
+    made_workspace, mode, name, empty, request, capsys
+):
+    if mode == "prefect":
+        request.getfixturevalue("on_prefect")
+    path = made_workspace.root / name
+    whole = path.read_bytes()
+    path.write_bytes(b"" if empty else cut_in_a_word(whole))
+    result = run_retrain(made_workspace.root, use_prefect=mode == "prefect")
+    assert f"{path}: was cut off when a dvc was killed" in capsys.readouterr().out
+    assert made_workspace.calls() == []
+    assert result.publication.version == "laptop@v1"
+    assert name != "dvc.lock" or path.read_bytes() == whole
+
+
+def test_files_that_a_dvc_is_writing_are_left_alone(made_workspace):
+    path = made_workspace.root / "dvc.lock"
+    path.write_bytes(cut_in_a_word(path.read_bytes()))
+    with graph.exclusive(made_workspace.root), pytest.raises(graph.BusyError):
+        repair_after_kill(made_workspace.root)
+    assert path.exists()
 
 
 def test_a_killed_flow_on_prefect_leaves_no_temporary_server_behind_either(start, own_prefect):

@@ -207,14 +207,18 @@ def cache_folder(root: Path) -> Path:
 
 
 @contextmanager
-def exclusive(root: Path) -> Iterator[None]:
-    """Hold DVC's own lock of a workspace, so that no dvc reads or writes its cache meanwhile.
+def exclusive(root: Path, *, guard: str = "lock") -> Iterator[None]:
+    """Hold one of DVC's own locks of a workspace: the first, so that no dvc reads or writes its cache meanwhile.
 
     Raises:
         BusyError: Another dvc is at work.
     """
-    with _open_repo(root) as repo, repo.lock:
-        yield
+    from dvc.lock import make_lock
+
+    with _open_repo(root) as repo:
+        hard = bool(repo.config["core"].get("hardlink_lock", False))
+        with make_lock(str(Path(repo.tmp_dir) / guard), tmp_dir=repo.tmp_dir, hardlink_lock=hard):
+            yield
 
 
 def share_cache(root: Path, clone: Path) -> None:

@@ -22,6 +22,7 @@ from ropeway.orchestration import dvc_graph as graph
 from ropeway.orchestration import run_summary as summary
 from ropeway.orchestration.champion_comparison import measure_champion
 from ropeway.orchestration.display import Board, Done, PlainBoard
+from ropeway.orchestration.dvc_repair import repair_after_kill
 from ropeway.orchestration.dvc_stage import Say, Site, bring_up, patiently, run_command
 from ropeway.orchestration.process_exit import Ending
 from ropeway.orchestration.publish import Publication, check_publishing, publish_package
@@ -86,6 +87,8 @@ class PipelineRun:
         """Hold the workspace lock."""
         with workspace_lock(self.root, command="ropeway run", profile=self.name) as held:
             choose_profile(self.root, self.name)
+            for line in patiently(partial(repair_after_kill, self.root), print):
+                print(line, flush=True)
             self._shared = graph.has_remote(self.root)
             self._site = Site(self.root, held, definition=graph.read_definition(self.root))
             yield
@@ -309,6 +312,8 @@ def _run_on_prefect(root: Path, profile: str, ending: Ending) -> Result:
 
     with open_server(root) as url:
         # While a temporary server starts: import Prefect and DVC, and find a broken dvc.yaml.
+        for line in patiently(partial(repair_after_kill, root), print):
+            print(line, flush=True)
         from ropeway.orchestration import prefect_adapter
 
         graph.load_graph(root)
