@@ -2,10 +2,10 @@
 
     python benchmarks/prepare_once.py WAY WORKSPACE WORKERS
 
-Ways: `ours` (the room, as the stage runs it, near duplicates and contamination not looked for), `ours_counting` (they
-are, as the published profile says), `raw` and `raw_fast` (the tokenizers library's `encode_batch` and
-`encode_batch_fast` on the room's own texts, nothing kept), `trl` (what SFTTrainer does to a data set before it trains,
-as it comes), `trl_processes` (likewise, told to use as many processes as there are cores).
+Ways: `ours` (tokenize and prepare, as the stages run them, near duplicates and contamination not looked for),
+`ours_counting` (they are, as the published profile says), `raw` and `raw_fast` (the tokenizers library's
+`encode_batch` and `encode_batch_fast` on the stage's own texts, nothing kept), `trl` (what SFTTrainer does to a data
+set before it trains, as it comes), `trl_processes` (likewise, told to use as many processes as there are cores).
 Imports, reading of the texts for `raw` and making of a model for `trl` are not timed; all that the room does is.
 """
 
@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from ropeway.config.params import READS, Profile, load_profile
+from ropeway.config.tokenize_params import TokenizeParams
 from ropeway.data.mixture import plan_chunks
 from ropeway.data.raw_records import iterate_records
 from ropeway.models.chat_template import Conversation, render
 from ropeway.models.tokenizer import LLAMA_SPECIAL, open_tokenizer
 from ropeway.runtime.workspace import Workspace
 
+OTHER_LAYOUT = "prepare_again_with_another_layout"
 SOURCE = "text"  # the one source of these workspaces
 _BATCH_CHARACTERS = 1 << 22  # of a call of the bare tokenizer; the room hands it a quarter of that at once
 Facts = dict[str, Any]
@@ -57,22 +59,29 @@ def texts_of(workspace: Workspace, profile: Profile) -> list[str]:
 
 
 def ours(workspace: Workspace, profile: Profile, _: int, *, counting: bool = False) -> Facts:
-    """Run the room on a workspace without earlier results."""
+    """Run tokenize and prepare on a workspace without earlier results, then prepare again with another layout."""
     from ropeway.stages.prepare import stage as prepare
+    from ropeway.stages.tokenize import stage as tokenize
 
     if not counting:
         near, runs = profile.duplicates, profile.contamination
         changed = {"duplicates": near.model_copy(update={"near": "off"})}
         profile = profile.model_copy(update=changed | {"contamination": runs.model_copy(update={"action": "off"})})
 
-    for left in (workspace.data, workspace.work):
+    for left in (workspace.tokens, workspace.data, workspace.work):
         shutil.rmtree(left, ignore_errors=True)
     facts: Facts = {"parts": {}}
-    # Encoding; split and what repeats; hashing of shards; read-back and ledger; the page. The rest opens and places.
-    for part in ("make_units", "divide_sources", "write_manifest", "_account"):
-        setattr(prepare, part, _clocked(getattr(prepare, part), part.strip("_"), facts["parts"]))
+    run_tokenize = _clocked(tokenize.run, "tokenize", facts["parts"])
+    # What repeats and the split; hashing of shards; ledger.
+    for part in ("open_tokenized", "divide_sources", "write_manifest", "account_for"):
+        setattr(prepare, part, _clocked(getattr(prepare, part), part, facts["parts"]))
+    reads = profile.reading(READS["prepare"])
     with timed(facts):
-        prepare.run(workspace, profile)
+        run_tokenize(workspace, TokenizeParams.of(profile))
+        prepare.run(workspace, reads)
+    other = "packed" if profile.layout == "padded" else "padded"
+    again = _clocked(prepare.run, OTHER_LAYOUT, facts["parts"])
+    again(workspace, reads.model_copy(update={"layout": other}))
     manifest = json.loads((workspace.data / "manifest.json").read_text())
     return facts | {"tokens": sum(source["tokens"] for source in manifest["sources"])}
 
@@ -94,7 +103,7 @@ def _clocked(function: Callable[..., Any], name: str, parts: dict[str, float]) -
 
 def raw(workspace: Workspace, profile: Profile, _: int, *, fast: bool = False) -> Facts:
     """Encode the room's texts, a few MB a call, and forget them."""
-    from ropeway.stages.prepare.chunks import in_batches
+    from ropeway.data.text_batches import in_batches
 
     tokenizer = open_tokenizer(workspace.base)
     encode = tokenizer.encode_batch_fast if fast else tokenizer.encode_batch
@@ -184,7 +193,7 @@ WAYS: dict[str, Callable[[Workspace, Profile, int], Facts]] = {
 def main(way: str, root: str, workers: str) -> None:
     """Measure and print."""
     name, profile = load_profile(Path(root) / "params.yaml")
-    facts = WAYS[way](Workspace(Path(root), name), profile.reading(READS["prepare"]), int(workers))
+    facts = WAYS[way](Workspace(Path(root), name), profile, int(workers))
     print(json.dumps(facts))
 
 

@@ -137,7 +137,7 @@ def lay_workspace(root: Path) -> None:
     lines = ["profile: laptop" if line.startswith("profile: ") else line for line in text]
     (root / "params.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
     write_identity(root, "laptop")
-    for room in ("fetch", "base", "prepare"):
+    for room in ("fetch", "base", "tokenize", "prepare"):
         enter_room(root, room)
 
 

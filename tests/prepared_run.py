@@ -11,7 +11,7 @@ from ropeway.models.chat_template import Conversation
 from ropeway.reporting import report_data
 from ropeway.runtime.manifest import write_manifest
 from ropeway.runtime.workspace import Workspace
-from ropeway.stages.prepare import stage as prepare
+from tests.support.tokenizing import tokenize_and_prepare
 from tests.tiny_run import BLOCK, PARITY, ROOT
 
 TALKS = [
@@ -22,7 +22,7 @@ TEXTS = [f"Log of day {n}: " + "calm sea, no sail. " * (n % 7) for n in range(16
 
 
 class Sequence(NamedTuple):
-    """One conversation, document or chunk, out of the columns of `ropeway.stages.prepare.encode.Encoded`."""
+    """One conversation, document or chunk, out of the columns of `ropeway.stages.tokenize.encode.Encoded`."""
 
     tokens: np.ndarray
     kinds: np.ndarray
@@ -61,8 +61,8 @@ def make_prepared(root, *, talks=TALKS, texts=TEXTS, refused=(), **changes):
         facts["talk"]["first_refused"].append(one)
     write_manifest(workspace.raw, {"sources": facts})
     shutil.copytree(PARITY / "tokenizer", workspace.base)
+    tokenize_and_prepare(workspace, profile)
     profile = profile.reading(READS["prepare"])
-    prepare.run(workspace, profile)
     report_data.run(workspace, profile)
     return workspace, profile
 

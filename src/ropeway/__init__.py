@@ -1,3 +1,3 @@
-"""Ropeway retrains a long-context chat Llama on a schedule: fetch, base, prepare, train, evaluate, package."""
+"""Ropeway retrains a long-context chat Llama: fetch, base, tokenize, prepare, train, evaluate, package."""
 
 __version__ = "0.1.0"

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ropeway.config.params import READS, DatasetOptions
+from ropeway.config.params import DatasetOptions
 from ropeway.data.batches import Piece, collate, locate, plan_window
 from ropeway.data.mixture import draw_order, epoch_count, rank_order
 from ropeway.data.raw_records import RawWriter
@@ -23,9 +23,9 @@ from ropeway.runtime.manifest import write_manifest
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.base.stage import plan_vocabulary
 from ropeway.stages.evaluate.token_scores import sum_batch
-from ropeway.stages.prepare import stage as prepare
 from ropeway.stages.train.loss import SupervisedLoss, micro_batch_loss
 from tests.contract.vectors import TOKENIZER, bits, compared, conversation, published, same, sha256, vectors
+from tests.support.tokenizing import tokenize_and_prepare
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def shards(stream, profile, tmp_path_factory):
         facts[name] = {"kind": kind, "read": len(records), "kept": len(records), "refused": {}}
     write_manifest(workspace.raw, {"sources": facts})
     shutil.copytree(TOKENIZER, workspace.base)
-    prepare.run(workspace, profile.reading(READS["prepare"]))
+    tokenize_and_prepare(workspace, profile)
     return open_shards(workspace.data)
 
 

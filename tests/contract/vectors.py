@@ -15,7 +15,7 @@ from ropeway.data.batches import Piece, plan_window
 from ropeway.data.shards import FORMAT, Kind, Shards, SourceShards, write_shard
 from ropeway.models.chat_template import Conversation
 from ropeway.models.tokenizer import count_tokens, open_tokenizer, read_special
-from ropeway.stages.prepare.encode import Encoder
+from ropeway.stages.tokenize.encode import Encoder
 
 HERE = Path(__file__).parent
 FOLDER = Path(os.environ.get("ROPEWAY_PARITY_DIR", HERE / "parity"))

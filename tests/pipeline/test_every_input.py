@@ -255,7 +255,7 @@ def ready(tmp_path, monkeypatch):
     (workspace.root / "own.jsonl").write_bytes(jsonl(TEXTS))
     monkeypatch.setenv("ROPEWAY_RANKS", "1")
     write_identity(workspace.root)
-    for room in ("fetch", "base", "prepare"):
+    for room in ("fetch", "base", "tokenize", "prepare"):
         enter_room(workspace.root, room)
     monkeypatch.setattr("ropeway.stages.train.stage.run", lambda *_: pytest.fail("training began"))
     return workspace

@@ -20,7 +20,7 @@ from tests.pipeline.main_job import STEPS, MainJob, make_main_job
 @pytest.fixture(scope="module")
 def _whole(tmp_path_factory):
     job = make_main_job(tmp_path_factory.mktemp("ends") / "workspace")
-    for stage in ("identity", "fetch", "base", "prepare"):
+    for stage in ("identity", "fetch", "base", "tokenize", "prepare"):
         job.do("ropeway", "stage", stage)
     shutil.copytree(job.root, job.root.with_name("prepared"), symlinks=True)
     job.said = job.do("ropeway", "stage", "train")

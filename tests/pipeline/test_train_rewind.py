@@ -28,7 +28,7 @@ NEVER, ONCE = "rewinds: 0", "rewinds: 1"
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     job = make_main_job(tmp_path_factory.mktemp("rewind") / "prepared")
-    for stage in ("identity", "fetch", "base", "prepare"):
+    for stage in ("identity", "fetch", "base", "tokenize", "prepare"):
         job.do("ropeway", "stage", stage)
     return job
 

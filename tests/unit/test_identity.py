@@ -66,7 +66,8 @@ def test_code_that_shows_describes_starts_or_stores_a_run_invalidates_no_stage_t
     ("path", "reading"),
     [
         ("data/packing.py", {"prepare", "train", "evaluate", "report_data", "report_eval"}),
-        ("data/raw_records.py", {"fetch", "base", "prepare", "package"}),
+        ("data/raw_records.py", {"fetch", "base", "tokenize", "package"}),
+        ("data/words.py", {"tokenize", "prepare"}),
         ("models/lora.py", {"train"}),
         ("stages/train/loss.py", {"train"}),
         ("stages/evaluate/passkey.py", {"evaluate"}),

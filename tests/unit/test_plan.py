@@ -160,7 +160,7 @@ def test_what_nothing_states_is_said_to_be_unknown(tmp_path):
     profile = load_profile(ROOT / "params.yaml", "laptop")[1]
     text = describe_plan(plan_run(Workspace(tmp_path, "laptop"), with_json(profile), ranks=2))
     assert "steps: not known before prepare" in text
-    assert "raw and data (not known before prepare)" in text
+    assert "raw and tokens and data (not known before prepare)" in text
 
 
 def with_json(profile):

@@ -7,21 +7,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ropeway.config.params import READS, DatasetOptions, load_profile
+from ropeway.config.params import DatasetOptions, load_profile
 from ropeway.data.batches import collate, plan_epoch
 from ropeway.data.raw_records import RawWriter
-from ropeway.data.shards import Kind, Shards, open_shards
+from ropeway.data.shards import Kind, Shards, open_shards, sequence_digest
 from ropeway.models.chat_template import ASSISTANT, PROMPTER, Conversation, render
 from ropeway.models.tokenizer import open_tokenizer, read_special
 from ropeway.runtime.errors import DataError
 from ropeway.runtime.manifest import file_sha256, load_manifest, write_manifest
 from ropeway.runtime.workspace import Workspace
-from ropeway.stages.prepare import stage as prepare
-from ropeway.stages.prepare.encode import Encoder, conversation_kinds, document_kinds, text_key
 from ropeway.stages.prepare.split import plan_split
-from ropeway.stages.prepare.units import sequence_digest
 from ropeway.stages.prepare.write import check_readback
+from ropeway.stages.tokenize.encode import Encoder, conversation_kinds, document_kinds, text_key
 from tests.prepared_run import encode_each
+from tests.support.tokenizing import KEYS, tokenize_and_prepare
 from tests.tiny_run import PARITY, ROOT
 
 TOKENIZER = PARITY / "tokenizer"
@@ -35,7 +34,7 @@ def profile(**changes):
     sources = {"talk": PUBLISHED.sources["orca-chat"], "text": PUBLISHED.sources["fanfics"]}
     values = {"datasets": options, "sources": sources, "max_length": 24, "global_batch_size": 4, "rng_seed": 11}
     values["contamination"] = PUBLISHED.contamination.model_copy(update={"prompts": []})
-    return PUBLISHED.model_copy(update=values | changes).reading(READS["prepare"])
+    return PUBLISHED.model_copy(update=values | changes).reading(KEYS)
 
 
 def lay(root, talks=TALKS, texts=TEXTS, *, refused=None):
@@ -56,7 +55,7 @@ def lay(root, talks=TALKS, texts=TEXTS, *, refused=None):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     workspace = lay(tmp_path_factory.mktemp("prepare"))
-    prepare.run(workspace, profile())
+    tokenize_and_prepare(workspace, profile())
     return workspace, open_shards(workspace.data), json.loads(workspace.ledger.read_bytes())
 
 
@@ -118,7 +117,7 @@ def test_no_sequence_trains_and_validates(run):
 def test_preparing_twice_gives_the_same_bytes(run, tmp_path):
     workspace, _, _ = run
     again = lay(tmp_path)
-    prepare.run(again, profile())
+    tokenize_and_prepare(again, profile())
     assert file_sha256(again.data / "manifest.json") == file_sha256(workspace.data / "manifest.json")
     assert again.ledger.read_bytes() == workspace.ledger.read_bytes()
 
@@ -130,7 +129,7 @@ def test_preparing_twice_gives_the_same_bytes(run, tmp_path):
 )
 def test_the_ledgers_epoch_is_what_training_reads(tmp_path, changes):
     workspace, options = lay(tmp_path), profile(**changes)
-    prepare.run(workspace, options)
+    tokenize_and_prepare(workspace, options)
     shards, ledger = open_shards(workspace.data), json.loads(workspace.ledger.read_bytes())
     plan = plan_epoch(shards, options, epoch=0)
     found = [Counter() for _ in shards.sources]
@@ -169,7 +168,7 @@ def test_the_ledgers_epoch_is_what_training_reads(tmp_path, changes):
 
 def test_the_ledger_accounts_for_every_epoch(tmp_path):
     workspace = lay(tmp_path)
-    prepare.run(workspace, profile(num_train_epochs=3))
+    tokenize_and_prepare(workspace, profile(num_train_epochs=3))
     ledger = json.loads(workspace.ledger.read_bytes())
     assert [epoch["epoch"] for epoch in ledger["epochs"]] == [0, 1, 2]
     tokens = [epoch["row_tokens"] for epoch in ledger["sources"][0]["epochs"]]
@@ -178,24 +177,24 @@ def test_the_ledger_accounts_for_every_epoch(tmp_path):
 
 def test_a_conversation_without_turns_is_refused_and_counted(tmp_path):
     workspace = lay(tmp_path, [Conversation((), "alone"), *TALKS], refused={"not JSON": 2})
-    prepare.run(workspace, profile(max_refused_fraction=0.1))
+    tokenize_and_prepare(workspace, profile(max_refused_fraction=0.1))
     records = json.loads(workspace.ledger.read_bytes())["sources"][0]["records"]
     assert records["read"] == 43
     assert records["kept"] == 40
     assert records["refused_by_fetch"] == {"not JSON": 2}
-    assert records["refused_by_prepare"] == {"conversation without turns": 1}
+    assert records["refused_by_tokenize"] == {"conversation without turns": 1}
 
 
 def test_too_many_refused_records_end_the_stage_and_leave_no_table(tmp_path):
     workspace = lay(tmp_path, [Conversation((), "alone"), *TALKS])
     with pytest.raises(DataError, match=r"source talk: 1 of 41 records refused .*more than max_refused_fraction 0.01"):
-        prepare.run(workspace, profile())
+        tokenize_and_prepare(workspace, profile())
     assert not workspace.data.exists()
 
 
 def test_an_empty_document_is_no_chunk_and_is_counted(tmp_path):
     workspace = lay(tmp_path, texts=["", *TEXTS])
-    prepare.run(workspace, profile())
+    tokenize_and_prepare(workspace, profile())
     account = json.loads(workspace.ledger.read_bytes())["sources"][1]
     assert account["records"]["kept"] == 31
     assert account["records"]["without_tokens"] == 1
@@ -204,7 +203,7 @@ def test_an_empty_document_is_no_chunk_and_is_counted(tmp_path):
 def test_a_special_tokens_string_in_a_text_is_parsed_and_the_record_counted(tmp_path, capsys):
     odd = Conversation(("Which token ends a turn?", "It is </s>, see?"))
     workspace = lay(tmp_path, [odd, *TALKS], [*TEXTS, "plain <|prompter|> text"])
-    prepare.run(workspace, profile())
+    tokenize_and_prepare(workspace, profile())
     ledger = json.loads(workspace.ledger.read_bytes())
     assert [account["records"]["with_special_tokens"] for account in ledger["sources"]] == [1, 1]
     assert "1 records hold a special token's string" in capsys.readouterr().out
@@ -216,13 +215,13 @@ def test_a_special_tokens_string_in_a_text_is_parsed_and_the_record_counted(tmp_
 def test_special_tokens_in_text_are_counted_whatever_becomes_of_them(tmp_path, capsys, way, kept, ends):
     odd = Conversation(("Which token ends a turn?", "It is </s>, see? </s><|assistant|>"))
     workspace = lay(tmp_path, [odd, *TALKS], [*TEXTS, "plain <|prompter|> text"])
-    prepare.run(workspace, profile(special_tokens_in_text=way, max_refused_fraction=0.1))
+    tokenize_and_prepare(workspace, profile(special_tokens_in_text=way, max_refused_fraction=0.1))
     talk, text = (account["records"] for account in json.loads(workspace.ledger.read_bytes())["sources"])
     assert talk["with_special_tokens"] == text["with_special_tokens"] == 1
     assert talk["special_token_hits"] == {"</s>": 2, "<|assistant|>": 1}
     assert text["special_token_hits"] == {"<|prompter|>": 1}
     assert talk["kept"] == kept
-    assert talk["refused_by_prepare"] == ({"special token in text": 1} if way == "reject" else {})
+    assert talk["refused_by_tokenize"] == ({"special token in text": 1} if way == "reject" else {})
     assert f"(special_tokens_in_text: {way})" in capsys.readouterr().out
     shards = open_shards(workspace.data)
     assert shards.sources[0].read(0)[0].tolist().count(shards.special["eos"]) == ends
@@ -233,20 +232,20 @@ def test_special_tokens_in_text_are_counted_whatever_becomes_of_them(tmp_path, c
 def test_rejecting_too_many_records_ends_the_stage(tmp_path):
     workspace = lay(tmp_path, [Conversation(("a", "</s>")), *TALKS])
     with pytest.raises(DataError, match=r"source talk: 1 of 41 records refused .*special token in text"):
-        prepare.run(workspace, profile(special_tokens_in_text="reject"))
+        tokenize_and_prepare(workspace, profile(special_tokens_in_text="reject"))
     assert not workspace.data.exists()
 
 
 def test_refusals_of_fetch_and_prepare_for_the_same_reason_add_up(tmp_path):
     workspace = lay(tmp_path, [Conversation((), "alone"), *TALKS], refused={"conversation without turns": 2})
     with pytest.raises(DataError, match="source talk: 3 of 43 records refused"):
-        prepare.run(workspace, profile())
+        tokenize_and_prepare(workspace, profile())
 
 
 @pytest.mark.parametrize("split", ["permutation", "by_hash"])
 def test_no_document_has_chunks_on_both_sides_and_the_ledger_comes_out_even(tmp_path, split):
     workspace = lay(tmp_path, texts=[f"{text}{n}" for n, text in enumerate(TEXTS * 3)])
-    prepare.run(workspace, profile(split=split, split_by="document"))
+    tokenize_and_prepare(workspace, profile(split=split, split_by="document"))
     _, text = open_shards(workspace.data).sources
     tokenizer = open_tokenizer(TOKENIZER)
     sequences = encode_each(encoder(tokenizer, 60), [f"{text}{n}" for n, text in enumerate(TEXTS * 3)])
@@ -263,7 +262,7 @@ def test_a_source_that_teaches_nothing_is_refused(tmp_path):
     talks = [Conversation((f"Is lamp {n} lit?",)) for n in range(40)]  # nobody answers
     workspace = lay(tmp_path, talks)
     with pytest.raises(DataError, match="source talk: 0 supervised tokens in 32 rows"):
-        prepare.run(workspace, profile(what_counts="answers"))
+        tokenize_and_prepare(workspace, profile(what_counts="answers"))
     assert not workspace.data.exists()
 
 
@@ -272,11 +271,11 @@ def test_changed_raw_bytes_are_found(tmp_path):
     part = workspace.raw / "talk" / "part-00000.parquet"
     part.write_bytes(part.read_bytes()[:-1] + b"x")
     with pytest.raises(DataError, match=r"part-00000.parquet: sha256 is .*Run `dvc repro fetch`"):
-        prepare.run(workspace, profile())
+        tokenize_and_prepare(workspace, profile())
 
 
 def test_a_found_number_other_than_the_expected_one_is_said(tmp_path, capsys):
-    prepare.run(lay(tmp_path), profile())
+    tokenize_and_prepare(lay(tmp_path), profile())
     assert "talk: expected_rows says 236,053, found 40 sequences" in capsys.readouterr().out
 
 
@@ -309,7 +308,7 @@ def test_batching_the_tokenizer_changes_no_sequence(tokenizer, records, size):
 
 def test_small_batches_give_the_same_sequences(tokenizer, monkeypatch):
     whole = [s.tokens.tolist() for s in encode_each(encoder(tokenizer), TALKS)]
-    monkeypatch.setattr("ropeway.stages.prepare.encode.BATCH_CHARACTERS", 50)
+    monkeypatch.setattr("ropeway.stages.tokenize.encode.BATCH_CHARACTERS", 50)
     assert [s.tokens.tolist() for s in encode_each(encoder(tokenizer), TALKS)] == whole
 
 
@@ -341,7 +340,7 @@ def test_a_split_by_hash_depends_on_the_splits_seed_and_not_on_the_runs(monkeypa
     texts = [f"record {n}" for n in range(500)]
     before = split_of(texts).validation.tolist()
     assert split_of(texts, rng_seed=12).validation.tolist() == before
-    monkeypatch.setattr("ropeway.stages.prepare.encode.SPLIT_SEED", 667)
+    monkeypatch.setattr("ropeway.stages.tokenize.encode.SPLIT_SEED", 667)
     assert split_of(texts).validation.tolist() != before
 
 
@@ -377,9 +376,9 @@ def test_a_split_by_document_keeps_a_documents_chunks_together(split):
 
 def test_shards_are_cut_at_their_size_and_read_back(tmp_path, run, monkeypatch):
     monkeypatch.setattr("ropeway.data.raw_records._GROUP_CHARACTERS", 200)
-    monkeypatch.setattr("ropeway.stages.prepare.stage.UNIT_BYTES", 900)
+    monkeypatch.setattr("ropeway.stages.tokenize.stage.UNIT_BYTES", 900)
     workspace = lay(tmp_path)
-    prepare.run(workspace, profile())
+    tokenize_and_prepare(workspace, profile())
     talk, text = open_shards(workspace.data).sources
     assert min(len(talk.shard_sequences), len(text.shard_sequences)) > 2
     _, whole, ledger = run
@@ -403,7 +402,7 @@ def test_a_shard_that_reads_back_otherwise_is_found(run):
 
 def test_a_shard_of_another_size_is_found(tmp_path):
     workspace = lay(tmp_path)
-    prepare.run(workspace, profile())
+    tokenize_and_prepare(workspace, profile())
     path = workspace.data / "text" / "kinds-00000.npy"
     np.save(path, np.load(path)[:-1])
     with pytest.raises(DataError, match=r"kinds-00000.npy holds [\d,]+ entries, its \d+ sequences"):

@@ -14,8 +14,8 @@ from ropeway.data.ledger import EpochOfSource, Findings, Found, Records
 from ropeway.data.shards import FORMAT, open_shards, write_shard
 from ropeway.runtime.manifest import write_manifest
 from ropeway.stages.prepare.account import account_for
-from ropeway.stages.prepare.encode import conversation_kinds, document_kinds
 from ropeway.stages.prepare.split import Split
+from ropeway.stages.tokenize.encode import conversation_kinds, document_kinds
 from tests.unit.test_prepare import profile
 
 NOBODY = Records(0, {}, {}, 0, 0, {}, 0)

@@ -10,14 +10,12 @@ from hypothesis import strategies as st
 from ropeway.models.chat_template import Conversation
 from ropeway.stages.prepare.duplicates import (
     band_keys,
-    compared_texts,
-    exact_keys,
     find_exact,
     find_near,
     has_grams,
     plan_bands,
-    sign,
 )
+from ropeway.stages.tokenize.fingerprints import compared_texts, exact_keys, sign
 
 VOCABULARY = [f"word{n}" for n in range(3000)]
 

@@ -12,8 +12,9 @@ from ropeway.data.shards import open_shards
 from ropeway.models.chat_template import Conversation, render
 from ropeway.models.tokenizer import open_tokenizer
 from ropeway.runtime.manifest import file_sha256
+from ropeway.runtime.workspace import Workspace
 from ropeway.stages.prepare import stage as prepare
-from ropeway.stages.prepare.compare import sign_unit
+from tests.support.tokenizing import tokenize_and_prepare
 from tests.unit.test_prepare import PUBLISHED, TOKENIZER, lay
 from tests.unit.test_prepare import profile as plain_profile
 
@@ -51,7 +52,7 @@ def run(root, talks=TALKS, texts=TEXTS, **changes):
     """Prepare these records; return (shards, the findings of both sources, the ledger)."""
     workspace = lay(root, talks, texts)
     write_values(workspace, "", {"contamination": {"prompts.jsonl": json.dumps(PROMPT)}})
-    prepare.run(workspace, profile(**changes))
+    tokenize_and_prepare(workspace, profile(**changes))
     ledger = json.loads(workspace.ledger.read_bytes())
     return open_shards(workspace.data), [source["findings"] for source in ledger["sources"]], ledger
 
@@ -210,7 +211,7 @@ def elsewhere_and_backwards(function, jobs, **_):
 def repeating(monkeypatch):
     """Records that repeat, in several units a source."""
     monkeypatch.setattr("ropeway.data.raw_records._GROUP_CHARACTERS", 400)
-    monkeypatch.setattr("ropeway.stages.prepare.stage.UNIT_BYTES", 1500)
+    monkeypatch.setattr("ropeway.stages.tokenize.stage.UNIT_BYTES", 1500)
     talks = [*contaminated_talks(), *TALKS[:3], TALKS[1], like_talk(2)]
     options = {"exact": "remove", "near": "remove", "contaminated": "remove"}
     return {"talks": talks, "texts": [*TEXTS, TEXTS[0], like(2001)], **options}
@@ -219,7 +220,7 @@ def repeating(monkeypatch):
 def test_neither_units_nor_who_makes_them_in_which_order_changes_a_byte(tmp_path, repeating, monkeypatch):
     _, findings, _ = run(tmp_path / "a", **repeating)
     assert all(found[what]["records"] for found in findings[:1] for what in ("exact", "near", "contaminated"))
-    monkeypatch.setattr("ropeway.stages.prepare.encode_workers.make", elsewhere_and_backwards)
+    monkeypatch.setattr("ropeway.stages.tokenize.encode_workers.make", elsewhere_and_backwards)
     run(tmp_path / "b", **repeating)
     monkeypatch.undo()
     shards, _, _ = run(tmp_path / "d", **repeating)
@@ -228,25 +229,11 @@ def test_neither_units_nor_who_makes_them_in_which_order_changes_a_byte(tmp_path
     assert digest(tmp_path / "d")[1] == digest(tmp_path / "a")[1]  # other units: other shards, the same ledger
 
 
-def test_a_prepare_that_breaks_off_while_signing_signs_only_what_is_missing(tmp_path, repeating, monkeypatch):
-    signed = []
-
-    def count(job):
-        signed.append(job.folder)
-        return sign_unit(job)
-
-    def stumble(job):
-        if len(signed) == 4:
-            raise KeyboardInterrupt
-        return count(job)
-
+def test_only_the_split_and_what_repeats_is_made_again_under_another_rule(tmp_path, repeating):
     run(tmp_path / "a", **repeating)
-    monkeypatch.setattr("ropeway.stages.prepare.compare.sign_unit", stumble)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "b", **repeating)
-    monkeypatch.setattr("ropeway.stages.prepare.compare.sign_unit", count)
-    workspace = prepare.Workspace(tmp_path / "b", "run")
-    prepare.run(workspace, profile(exact="remove", near="remove", contaminated="remove"))
-    assert len(signed) == len(set(signed)) > 6
+    counted = {**repeating, "exact": "count", "near": "count", "contaminated": "count"}
+    run(tmp_path / "b", **counted)
+    workspace = Workspace(tmp_path / "b", "run")
+    prepare.run(workspace, profile(**{key: repeating[key] for key in ("exact", "near", "contaminated")}))
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
     assert not list(workspace.work.iterdir())

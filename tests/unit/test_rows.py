@@ -18,7 +18,7 @@ from ropeway.data.batches import (
     window_generator,
 )
 from ropeway.data.shards import FORMAT, Kind, Shards, SourceShards
-from ropeway.stages.prepare.encode import conversation_kinds, document_kinds
+from ropeway.stages.tokenize.encode import conversation_kinds, document_kinds
 from tests.tiny_run import ROOT
 
 BOS, EOS, PROMPTER, ASSISTANT, SYSTEM = 1, 2, 90, 91, 92

@@ -14,7 +14,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Retrain a long-context chat Llama on a schedule: fetch, base, prepare, train, evaluate, package, publish.",
+    help="Retrain a long-context chat Llama: fetch, base, tokenize, prepare, train, evaluate, package, publish.",
 )
 app.add_typer(registry_app, name="registry")
 

@@ -31,6 +31,7 @@ from pydantic import create_model
 from ropeway.config.addresses import find_secrets, without_secrets, without_signatures
 from ropeway.config.params import READS, UNHASHED, Profile
 from ropeway.config.section import Section
+from ropeway.config.tokenize_params import TokenizeParams
 from ropeway.runtime.errors import ConfigError, DataError
 from ropeway.runtime.manifest import NAME, check_file, digest_of, file_sha256, json_bytes, write_atomic, write_json
 from ropeway.runtime.workspace import Workspace
@@ -101,6 +102,10 @@ class FrozenInputs:
             raise DataError(f"{self.folder / name}.json: holds no {path}. {_REMEDY}") from None
         return text
 
+    def tokenize_params(self) -> TokenizeParams:
+        """Return what tokenize reads: parts of some keys, see `ropeway.config.tokenize_params`."""
+        return TokenizeParams.model_validate(self.value("params-tokenize")["params"])
+
     def profile(self, stage: str) -> Profile:
         """Return a profile with the keys that the stage reads, train's with its settings, and no others."""
         params = dict(self.value(f"params-{stage}")["params"])
@@ -145,6 +150,7 @@ def freeze(workspace: Workspace, profile: Profile, params_text: str, facts: Mapp
     params_text = _hide(params_text, workspace.profile, secrets)
     facts = {**facts, _ADDRESSES: {told: address for address, told in secrets.items()}}
     values = {f"params-{stage}": _dump(workspace.profile, profile, names) for stage, names in READS.items()}
+    values["params-tokenize"]["params"] = TokenizeParams.of(profile).model_dump(mode="json")
     write_values(workspace, params_text, {**values, _SETTINGS: _dump(workspace.profile, profile, UNHASHED), **facts})
     kept = [path for path in workspace.identity.glob("*.json") if path.stem not in (_SETTINGS, _ADDRESSES)]
     _keep_versions(kept, _versions_folder(workspace.root))

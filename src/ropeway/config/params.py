@@ -45,8 +45,8 @@ _ROWS = (
 
 # What each room reads: `params` of its stage in dvc.yaml (held together by a contract test), plus UNHASHED for train.
 _PREPARED = (
-    *_ROWS, "contamination", "duplicates", "max_refused_fraction", "sources", "special_tokens_in_text", "split",
-    "split_by", "val_split", "validation_with_replacement",
+    *_ROWS, "contamination", "duplicates", "max_refused_fraction", "sources", "split", "split_by",
+     "val_split", "validation_with_replacement",
 )  # fmt: skip
 READS: dict[str, tuple[str, ...]] = {
     "fetch": ("max_refused_fraction", "sources"),
@@ -54,6 +54,7 @@ READS: dict[str, tuple[str, ...]] = {
         "base", "expected_model", "max_length", "model_name", "new_rows", "pad_vocab_to_multiple_of", "rng_seed",
         "superhot", "superhot_config",
     ),
+    "tokenize": ("contamination", "datasets", "duplicates", "special_tokens_in_text"),  # in part: `tokenize_params`
     "prepare": _PREPARED,
     "report_data": _PREPARED,
     "train": (

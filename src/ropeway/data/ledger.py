@@ -20,7 +20,7 @@ class Records:
 
     Attributes:
         refused_by_fetch: Reason -> records.
-        refused_by_prepare: Likewise.
+        refused_by_tokenize: Likewise.
         with_special_tokens: Records in whose text a special token's string stands; refused when params reject them.
         special_token_hits: Such a string -> how often it stands in the source's texts.
         without_tokens: Kept documents that are empty, hence no chunk.
@@ -30,7 +30,7 @@ class Records:
 
     read: int
     refused_by_fetch: dict[str, int]
-    refused_by_prepare: dict[str, int]
+    refused_by_tokenize: dict[str, int]
     kept: int
     with_special_tokens: int
     special_token_hits: dict[str, int]
@@ -193,8 +193,8 @@ def _sums(ledger: Ledger) -> Iterator[tuple[str, int, tuple[int, ...]]]:
     """Yield (what, total, parts) of every sum that must come out even."""
     for account in ledger.sources:
         name, records = account.name, account.records
-        refused = (sum(records.refused_by_fetch.values()), sum(records.refused_by_prepare.values()))
-        yield f"{name}, records read = refused by fetch + by prepare + kept", records.read, (*refused, records.kept)
+        refused = (sum(records.refused_by_fetch.values()), sum(records.refused_by_tokenize.values()))
+        yield f"{name}, records read = refused by fetch + by tokenize + kept", records.read, (*refused, records.kept)
         if account.kind == "conversation":
             yield f"{name}, records kept = sequences", records.kept, (account.sequences.all,)
         for unit, parts in (("sequences", account.sequences), ("tokens", account.tokens)):

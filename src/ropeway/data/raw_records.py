@@ -1,4 +1,4 @@
-"""Raw records on the table between fetch, base and prepare: parquet parts per source, records numbered in order.
+"""Raw records on the table between fetch, base and tokenize: parquet parts per source, records numbered in order.
 
 raw/manifest.json                   written last; `sources` holds each source's kind, identity and counts
 raw/<source>/part-00000.parquet     conversations: index int64, system string, turns list<string>

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
+from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -140,3 +141,8 @@ def write_shard(
     np.save(folder / f"tokens-{number:05d}.npy", tokens, allow_pickle=False)
     np.save(folder / f"kinds-{number:05d}.npy", kinds, allow_pickle=False)
     return tuple(len(pair[0]) for pair in pairs)
+
+
+def sequence_digest(tokens: NDArray[np.integer[Any]], kinds: NDArray[np.uint8]) -> str:
+    """Return a digest of one sequence, whatever width its tokens are held in."""
+    return sha256(tokens.astype("<i8").tobytes() + kinds.tobytes()).hexdigest()

@@ -215,9 +215,9 @@ def plan_work(workspace: Workspace, profiles: set[str]) -> Iterator[Removal]:
     """Yield what earlier commands left in `.work`: clones of `ropeway reproduce`, units of profiles that are gone."""
     for path in sorted((workspace.work / "reproduce").glob("*")):
         yield Removal("reproduced run", path, count_bytes(path), "`ropeway reproduce` makes it again")
-    for path in sorted(workspace.work.glob("prepare-*")):
-        if path.is_dir() and path.name.removeprefix("prepare-").rpartition("-")[0] not in profiles:
-            yield Removal("prepared units", path, count_bytes(path), "of a profile that params.yaml does not have")
+    for path in sorted(workspace.work.glob("tokenize-*")):
+        if path.is_dir() and path.name.removeprefix("tokenize-").rpartition("-")[0] not in profiles:
+            yield Removal("units of tokens", path, count_bytes(path), "of a profile that params.yaml does not have")
 
 
 def clean(root: Path, *, keep: int, unsynced: bool, without_registry: bool = False) -> list[Removal]:

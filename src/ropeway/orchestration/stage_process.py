@@ -84,34 +84,35 @@ def enter_room(root: Path, name: str) -> None:
     """
     frozen = FrozenInputs.load(root)
     check_unchanged(root, frozen, name)
-    workspace, profile = Workspace(root, frozen.profile_name), frozen.profile(name)
+    workspace = Workspace(root, frozen.profile_name)
+    params = frozen.tokenize_params() if name == "tokenize" else frozen.profile(name)
     if name == "train":
         for later in ("evaluate", "package"):  # what would end them is said before anything is spent on training
             _module(later).check_request(workspace, frozen.profile(later))
     code = [name, digest_of(frozen.value(f"code-{name}")), str(workspace.work / CODE)]
-    before = _stat_inputs(root, name, profile)
+    before = _stat_inputs(root, frozen, name)
     os.environ[CODE_CHECK] = json.dumps(code)  # workers that the stage starts compare what they import
     try:
-        _module(name).run(workspace, profile)
+        _module(name).run(workspace, params)
     finally:
         del os.environ[CODE_CHECK]
     check_unchanged(root, frozen, name)
-    if changed := _differing(before, _stat_inputs(root, name, profile)):
+    if changed := _differing(before, _stat_inputs(root, frozen, name)):
         raise DataError(
             f"stage {name}: {', '.join(changed[:_SHOWN])} was replaced or written while it was read, so nothing of the "
             "stage is recorded. Run the same command again"
         )
 
 
-def _stat_inputs(root: Path, stage: str, profile: Profile) -> dict[str, Any]:
+def _stat_inputs(root: Path, frozen: FrozenInputs, stage: str) -> dict[str, Any]:
     """Return inode, size and times of what a stage reads in place: a file that was swapped and put back shows."""
     paths: list[Path] = []
     if stage == "fetch":
-        for source in profile.sources.values():
+        for source in frozen.profile(stage).sources.values():
             if isinstance(source, FilesSource):
                 local = [path for path in source.paths if "://" not in path]
                 paths += find_files(local, root, source.splits).values() if local else ()
-    elif stage == "base" and isinstance(profile.base, FolderBase):
+    elif stage == "base" and isinstance((profile := frozen.profile(stage)).base, FolderBase):
         paths += (path for path in (root / profile.model_name).iterdir() if path.is_file())
     return {str(path): _look(path.stat()) for path in paths}
 
@@ -129,18 +130,18 @@ def _module(stage: str) -> ModuleType:
 
 def check_unchanged(root: Path, frozen: FrozenInputs, stage: str) -> None:
     """Raise DataError unless code, local sources, base and tasks of a stage are as when the digests were taken."""
-    profile = frozen.profile(stage)
     kept = Workspace(root, frozen.profile_name).work / CODE
     changed = name_changed_code(frozen.value(f"code-{stage}"), kept, stage)
     if FrozenInputs.load(root) != frozen:
         changed.append(f"the frozen inputs in {frozen.folder}")
     if stage == "fetch":
         known = frozen.value("sources")
-        changed += [one for name, source in profile.sources.items() for one in find_changes(source, known[name], root)]
-    if stage == "base" and not isinstance(profile.base, HubBase):  # a commit stays what it is
+        sources = frozen.profile(stage).sources
+        changed += [one for name, source in sources.items() for one in find_changes(source, known[name], root)]
+    if stage == "base" and not isinstance((profile := frozen.profile(stage)).base, HubBase):  # a commit stays
         changed += _differing(frozen.value("base"), _base_identity(profile, root))
     if stage == "evaluate":
-        changed += _differing(frozen.value("tasks"), _tasks_identity(profile, Workspace(root, "").tasks))
+        changed += _differing(frozen.value("tasks"), _tasks_identity(frozen.profile(stage), Workspace(root, "").tasks))
     if changed:
         more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
         resumes = " Checkpoints stay; with the old code back the run resumes" if stage == "train" else ""

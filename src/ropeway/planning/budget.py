@@ -119,8 +119,8 @@ def plan_disk(profile: Profile, load: Load, *, found: Mapping[str, int], local_r
     Args:
         profile: The run.
         load: What a rank works on.
-        found: Bytes of the rooms' folders that are there already (`raw`, `base`, `data`); they replace estimates, and
-            `raw` and `data` have none.
+        found: Bytes of the stages' folders that are there already (`raw`, `base`, `tokens`, `data`); they replace
+            estimates, and only `base` has one.
         local_registry: Published packages lie on this disk too.
     """
     weights = load.sizes.parameters
@@ -129,6 +129,7 @@ def plan_disk(profile: Profile, load: Load, *, found: Mapping[str, int], local_r
         "checkpoints": (profile.save_total_limit + 1) * checkpoint_bytes(load),
         "raw": found.get("raw", 0),
         "base": found.get("base", weights * stored),
+        "tokens": found.get("tokens", 0),
         "data": found.get("data", 0),
         "model": weights * load.number_bytes,
         "package": weights * DTYPE_BYTES[profile.package.dtype],

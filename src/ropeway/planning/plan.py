@@ -139,10 +139,10 @@ def plan_run(workspace: Workspace, profile: Profile, *, ranks: int, asked: Asked
 
 
 def _plan_disk(workspace: Workspace, profile: Profile, load: Load) -> tuple[dict[str, int], list[str]]:
-    folders = {"raw": workspace.raw, "base": workspace.base, "data": workspace.data}
+    folders = {"raw": workspace.raw, "base": workspace.base, "tokens": workspace.tokens, "data": workspace.data}
     found = {name: _folder_bytes(folder) for name, folder in folders.items() if (folder / NAME).is_file()}
     local = workspace.registry_url.startswith("file:")
-    unknown = [name for name in ("raw", "data") if name not in found]
+    unknown = [name for name in ("raw", "tokens", "data") if name not in found]
     return plan_disk(profile, load, found=found, local_registry=local), unknown
 
 

@@ -170,7 +170,7 @@ def _refused(page: Page, account: Mapping[str, Any]) -> str:
         return f"<h3>Refused</h3><p>No record was refused.</p>{left_out}"
     lines = "".join(
         f'<tr><td class="n">{count:,}</td><td>{escape(reason)}</td><td>{room}</td></tr>'
-        for room in ("fetch", "prepare")
+        for room in ("fetch", "tokenize")
         for reason, count in sorted(account["records"][f"refused_by_{room}"].items())
     )
     head = '<tr><th class="n">records</th><th>reason</th><th>refused by</th></tr>'
@@ -215,7 +215,7 @@ def count_over(source: SourceShards, profile: Profile) -> int:
 
 
 def _count_refused(account: Mapping[str, Any]) -> int:
-    return sum(sum(account["records"][f"refused_by_{room}"].values()) for room in ("fetch", "prepare"))
+    return sum(sum(account["records"][f"refused_by_{room}"].values()) for room in ("fetch", "tokenize"))
 
 
 def _count(number: int, what: str) -> str:

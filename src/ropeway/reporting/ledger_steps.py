@@ -40,7 +40,7 @@ def list_steps(account: Mapping[str, Any]) -> list[Step]:
     steps = [Step("read", "=", records["read"], "records", None)]
     steps += [
         Step(f"refused by {room}", "-", sum(records[f"refused_by_{room}"].values()), "records", None)
-        for room in ("fetch", "prepare")
+        for room in ("fetch", "tokenize")
     ]
     steps.append(Step("kept", "=", records["kept"], "records", None))
     if records["without_tokens"]:

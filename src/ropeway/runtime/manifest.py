@@ -136,6 +136,14 @@ def check_file(path: Path, facts: Mapping[str, Any], *, remedy: str, verify: boo
         )
 
 
+def link_file(path: Path, target: Path) -> None:
+    """Give a file a second name; where the disk knows no links, copy it."""
+    try:
+        os.link(path, target)
+    except OSError:
+        shutil.copyfile(path, target)
+
+
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
     """Yield an empty folder beside `target`; on success it takes `target`'s place in one rename, else it goes.

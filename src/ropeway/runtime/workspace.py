@@ -28,6 +28,11 @@ class Workspace:
         return self.run / "base"
 
     @property
+    def tokens(self) -> Path:
+        """Every sequence as tokens, and what records are compared by."""
+        return self.run / "tokens"
+
+    @property
     def data(self) -> Path:
         """Token shards and their manifest, nothing else."""
         return self.run / "data"

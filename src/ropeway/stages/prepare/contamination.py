@@ -4,22 +4,22 @@ A run has 13 words in params as published. Source: Brown et al. 2020, arXiv:2005
 that is common in training is not forgiven, and a hit concerns the whole sequence. Runs do not cross from one turn into
 the next, and system messages are left out, so a shared template is no hit.
 
-Memory: 8 bytes a distinct run of the validation text and at most 8 more for its filter, on disk and mapped.
+Memory: 8 bytes a distinct run of the validation text and at most 8 more for its filter; of training's runs one shard's.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ropeway.data.mixture import plan_chunks
-from ropeway.data.raw_records import Record
-from ropeway.models.chat_template import Conversation
+from ropeway.config.params import Contamination
+from ropeway.data.tokenized import TokenizedSource
+from ropeway.data.words import hash_grams, is_short
 from ropeway.runtime.errors import ConfigError
-from ropeway.stages.prepare.words import hash_grams
+from ropeway.stages.prepare.split import Split
 
 IN_VALIDATION, IN_PROMPTS = 1, 2  # bits of a sequence's hit
 
@@ -44,17 +44,6 @@ class GramSet:
         sieve[distinct & np.uint64(len(sieve) - 1)] = True
         return cls(distinct, sieve)
 
-    @classmethod
-    def load(cls, folder: Path) -> "GramSet":
-        """Map a set that `save` wrote."""
-        return cls(*(np.load(folder / f"{part}.npy", mmap_mode="r") for part in ("values", "filter")))
-
-    def save(self, folder: Path) -> None:
-        """Write two files that processes share by mapping them."""
-        folder.mkdir(parents=True, exist_ok=True)
-        np.save(folder / "values.npy", self.values, allow_pickle=False)
-        np.save(folder / "filter.npy", self.filter, allow_pickle=False)
-
     def contains(self, grams: NDArray[np.uint64]) -> NDArray[np.bool_]:
         """Return `(G,)`, True for each gram that is in the set."""
         found = np.asarray(self.filter[grams & np.uint64(len(self.filter) - 1)])
@@ -75,34 +64,60 @@ def distinct_values(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return ordered[first]
 
 
-def sequence_texts(record: Record, max_chunk_size: int | None) -> list[tuple[str, ...]]:
-    """Return the compared texts of each sequence of a record: the turns, or one chunk of a document."""
-    if isinstance(record, Conversation):
-        return [record.turns]
-    return [(record[begin:end],) for begin, end in plan_chunks(len(record), max_chunk_size)]
+def find_contaminated(
+    sources: Mapping[str, TokenizedSource], splits: Mapping[str, Split], options: Contamination, prompts: Sequence[str]
+) -> dict[str, NDArray[np.uint8]]:
+    """Return for every sequence of each source what it shares a run of words with: 0 for all but training sequences."""
+    hits = {name: np.zeros(sum(source.shard_sequences), np.uint8) for name, source in sources.items()}
+    if options.action == "off":
+        return hits
+    evaluation = GramSet.of(hash_grams(prompts, options.ngram, marks_short=True).values)
+    gathered = [np.empty(0, np.uint64)]
+    for name, source in sources.items():
+        gathered += _gather(source, splits[name].validation)
+    validation = GramSet.of(np.concatenate(gathered))
+    for name, source in sources.items():
+        first = 0
+        for grams, offsets in source.iterate_grams():
+            end = first + len(offsets) - 1
+            hits[name][first:end] = find_hits(grams, offsets, validation, evaluation)
+            first = end
+        hits[name][~_chosen(hits[name], splits[name].train)] = 0
+    return hits
 
 
-def validation_grams(sequences: Sequence[Sequence[str]], ngram: int) -> NDArray[np.uint64]:
-    """Return the runs of words of validation sequences; a turn that is shorter than a run has none."""
-    return hash_grams([text for texts in sequences for text in texts], ngram, short="none").values
+def _gather(source: TokenizedSource, sequences: NDArray[np.int64]) -> Iterator[NDArray[np.uint64]]:
+    """Yield the runs of words of these sequences; a turn that is shorter than a run has none."""
+    wanted, first = _chosen(np.empty(sum(source.shard_sequences)), sequences), 0
+    for grams, offsets in source.iterate_grams():
+        end = first + len(offsets) - 1
+        found = grams[np.repeat(wanted[first:end], np.diff(offsets))]
+        yield distinct_values(found[~is_short(found)])
+        first = end
 
 
-def prompt_grams(prompts: Sequence[str], ngram: int) -> NDArray[np.uint64]:
-    """Return the runs of words of evaluation prompts; a short prompt is one run, which a whole turn may equal."""
-    return hash_grams(prompts, ngram, short="whole").values
+def _chosen(like: NDArray[Any], numbers: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Return `(N,)`, True at these numbers."""
+    chosen = np.zeros(len(like), np.bool_)
+    chosen[numbers] = True
+    return chosen
 
 
 def find_hits(
-    sequences: Sequence[Sequence[str]], validation: GramSet, prompts: GramSet, ngram: int
+    grams: NDArray[np.uint64], offsets: NDArray[np.int64], validation: GramSet, prompts: GramSet
 ) -> NDArray[np.uint8]:
-    """Return `(n,)` bits for each sequence: what it shares a run of words with."""
-    grams = hash_grams([text for texts in sequences for text in texts], ngram, short="whole")
-    borders = np.concatenate([[0], np.cumsum([len(texts) for texts in sequences], dtype=np.int64)])
-    offsets = grams.offsets[borders]
-    hits = np.zeros(len(sequences), np.uint8)
+    """Return `(n,)` bits for each sequence: what it shares a run of words with.
+
+    Args:
+        grams: Marked runs of words, one sequence's after another's.
+        offsets: `(n + 1,)` where those of each sequence begin and end.
+        validation: What validation holds.
+        prompts: What evaluation prompts hold; a short prompt is one run, which a whole turn may equal.
+    """
+    hits = np.zeros(len(offsets) - 1, np.uint8)
     for bit, known in ((IN_VALIDATION, validation), (IN_PROMPTS, prompts)):
-        counts = np.concatenate([[0], np.cumsum(known.contains(grams.values))])
-        hits[counts[offsets[1:]] > counts[offsets[:-1]]] |= bit
+        at = np.flatnonzero(known.contains(grams))
+        hits[np.searchsorted(offsets, at, side="right") - 1] |= np.uint8(bit)
     return hits
 
 

@@ -12,12 +12,11 @@ import numpy as np
 
 from ropeway.config.params import Profile
 from ropeway.data.ledger import Findings
-from ropeway.stages.prepare.compare import find_repeats
+from ropeway.data.tokenized import TokenizedSource
+from ropeway.stages.prepare.contamination import find_contaminated
+from ropeway.stages.prepare.duplicates import find_repeats
 from ropeway.stages.prepare.findings import count_findings, removed_records
-from ropeway.stages.prepare.overlap import find_contaminated
 from ropeway.stages.prepare.split import Split, plan_split_without
-from ropeway.stages.prepare.units import Unit
-from ropeway.stages.prepare.write import Units
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,43 +28,34 @@ class Part:
 
 
 def divide_sources(
-    planned: Mapping[str, Sequence[Unit]],
-    made: Mapping[str, Units],
-    profile: Profile,
-    *,
-    prompts: Sequence[str],
-    work: Path,
+    sources: Mapping[str, TokenizedSource], profile: Profile, *, prompts: Sequence[str], work: Path
 ) -> dict[str, Part]:
     """Return each source's part.
 
     Args:
-        planned: Each source's units, in the order of params.
-        made: The same, encoded.
+        sources: In the order of params.
         profile: `duplicates`, `contamination` and what `plan_split` reads.
         prompts: Of the files that `contamination.prompts` names.
-        work: Folder for unfinished work.
-
-    Raises:
-        TemporaryError: A worker died.
+        work: An empty folder.
     """
     generator = np.random.RandomState(profile.rng_seed)  # one for all sources in their order, as in the original
-    repeats = find_repeats(planned, made, profile.duplicates, work=work)
-    records = {name: units.column("records") for name, units in made.items()}
+    repeats = find_repeats(sources, profile.duplicates, work=work)
+    records = {name: source.column("records") for name, source in sources.items()}
     splits = {
         name: plan_split_without(
             removed_records(repeats[name], profile)[records[name]],
             records[name],
-            made[name].column("record_keys" if profile.split_by == "document" else "keys"),
+            sources[name].column("record_keys" if profile.split_by == "document" else "keys"),
             profile,
             max_val_set=options.max_val_set,
             generator=generator,
         )
         for name, options in profile.mixture
     }
-    hits = find_contaminated(planned, made, splits, profile.contamination, prompts=prompts, work=work)
+    hits = find_contaminated(sources, splits, profile.contamination, prompts)
     if profile.contamination.action == "remove":
         splits = {name: split.without_contaminated(hits[name] > 0) for name, split in splits.items()}
-    lengths = {name: units.column("lengths") for name, units in made.items()}
+    lengths = {name: source.column("lengths") for name, source in sources.items()}
     return {
         name: Part(split, count_findings(records[name], lengths[name], repeats[name], hits[name], profile))
         for name, split in splits.items()

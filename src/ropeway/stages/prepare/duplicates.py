@@ -1,52 +1,69 @@
 """Duplicates among records, within and across sources: exact by the hash of the text, near by MinHash.
 
-What is compared is what teaches: a document whole, a conversation's turns; its system message is not compared, since
-thousands of different conversations share one. The first record stays, in the order of (source in params, record
-number); so nothing depends on who read what when. `docs/decisions/0005-duplicates.md` says what counts as equal.
+The first record stays, in the order of (source in params, record number); so nothing depends on who read what when.
+`docs/decisions/0005-duplicates.md` says what counts as equal.
 
 In memory: 16 bytes a record for its exact key, while they are sorted 48; for the near ones 8 bytes a record for a
-band's key, while it is sorted 32, and 16 bytes a near pair. Signatures are on disk (see `compare`).
+band's key, while it is sorted 32, and 16 bytes a near pair. Signatures are on disk: 512 bytes a record at 128
+permutations, laid out once more for all sources together, and 8 bytes a band and record (144 at 18 bands).
 """
 
-import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
-from hashlib import blake2b
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ropeway.data.raw_records import Record
-from ropeway.models.chat_template import Conversation
-from ropeway.stages.prepare.words import hash_grams, mix, powers
+from ropeway.config.params import Duplicates
+from ropeway.data.tokenized import TokenizedSource
+from ropeway.data.words import mix, powers
 
-_SEED = 0x5EED  # of the permutations; a constant, so signatures of different runs compare
 _RECALL_AT_THRESHOLD = 0.95  # of pairs that are just similar enough; more similar ones are found more surely
 _LEADERS = 16  # records of one bucket that others are compared with; bounds a bucket of unlike texts
 _BLOCK = 1 << 14  # pairs compared at once: 2 x 8 MB of signatures
 _NOTHING = np.iinfo(np.uint32).max  # what a permutation's minimum over no gram is
 
 
-def compared_texts(record: Record) -> tuple[str, ...]:
-    """Return the texts of a record that are compared: a document, or a conversation's turns."""
-    return record.turns if isinstance(record, Conversation) else (record,)
+@dataclass(frozen=True, slots=True)
+class Repeats:
+    """Which kept records of one source repeat an earlier one, here or in a source before it, `(R,)` each."""
+
+    exact: NDArray[np.bool_]
+    near: NDArray[np.bool_]
 
 
-def exact_key(texts: Sequence[str]) -> bytes:
-    r"""Return 16 bytes that are equal for equal texts, whatever their blanks and normal form; zeros for no text.
-
-    >>> exact_key(["a  b\n"]) == exact_key([" a b"]), exact_key(["a", "b"]) == exact_key(["a b"])
-    (True, False)
-    """
-    folded = [" ".join(unicodedata.normalize("NFC", text).split()) for text in texts]
-    if not any(folded):
-        return bytes(16)
-    # U+001E is a blank to `split`, so no folded text holds it.
-    return blake2b("\x1e".join(folded).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+def find_repeats(sources: Mapping[str, TokenizedSource], options: Duplicates, *, work: Path) -> dict[str, Repeats]:
+    """Return each source's repeated records; `work` is an empty folder for what is too large to be held."""
+    exact = find_exact(np.concatenate([source.column("exact") for source in sources.values()]))
+    near = np.zeros_like(exact)
+    if options.near != "off" and len(exact):
+        near = _find_near_on_disk(sources, ~exact, options, work=work)
+    borders = np.cumsum([source.records_kept for source in sources.values()])[:-1]
+    parts = zip(np.split(exact, borders), np.split(near, borders), strict=True)
+    return {name: Repeats(*part) for name, part in zip(sources, parts, strict=True)}
 
 
-def exact_keys(records: Sequence[Sequence[str]]) -> NDArray[np.uint64]:
-    """Return `(n, 2)` keys of the compared texts of records."""
-    return np.frombuffer(b"".join(map(exact_key, records)), "<u8").reshape(-1, 2)
+def _find_near_on_disk(
+    sources: Mapping[str, TokenizedSource], candidates: NDArray[np.bool_], options: Duplicates, *, work: Path
+) -> NDArray[np.bool_]:
+    """Lay the signatures of all shards one after another, and each band of them, and group them."""
+    shape = (len(candidates), options.permutations)
+    signed = [np.empty(0, np.bool_)]
+    bands = [work / f"band-{number:02d}" for number in range(plan_bands(options.threshold, options.permutations)[0])]
+    with ExitStack() as stack:
+        everything, *by_band = (stack.enter_context(path.open("wb")) for path in (work / "signatures", *bands))
+        for source in sources.values():
+            for number in range(len(source.shard_sequences)):
+                signatures = source.shard("signatures", number)
+                signatures.tofile(everything)
+                signed.append(has_grams(signatures))
+                for file, keys in zip(by_band, band_keys(signatures, options.threshold), strict=True):
+                    keys.tofile(file)
+    mapped = np.memmap(work / "signatures", np.uint32, "r", shape=shape)
+    columns = (np.fromfile(band, np.uint64) for band in bands)
+    return find_near(mapped, columns, candidates & np.concatenate(signed), threshold=options.threshold)
 
 
 def find_exact(keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
@@ -56,20 +73,6 @@ def find_exact(keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
     found = np.zeros(len(keys), np.bool_)
     found[order[1:]] = (ordered[1:] == ordered[:-1]).all(axis=1) & ordered[1:].any(axis=1)
     return found
-
-
-def sign(records: Sequence[Sequence[str]], *, ngram: int, permutations: int) -> NDArray[np.uint32]:
-    """Return `(n, permutations)` MinHash signatures of the word n-grams of records; a short turn is one gram.
-
-    Source: Broder 1997; rensa 0.5's R-MinHash (Rust), held against datasketch in the tests.
-    """
-    from rensa import RMinHash
-
-    grams = hash_grams([text for texts in records for text in texts], ngram, short="whole")
-    borders = np.concatenate([[0], np.cumsum([len(texts) for texts in records], dtype=np.int64)])
-    rows = grams.offsets[borders].astype(np.uint64)
-    signed = RMinHash.digest_matrix_from_flat_token_hashes(grams.values, rows, permutations, _SEED)
-    return np.asarray(signed.to_rows(), np.uint32).reshape(len(records), permutations)
 
 
 def plan_bands(threshold: float, permutations: int) -> tuple[int, int]:

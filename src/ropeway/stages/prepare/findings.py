@@ -5,8 +5,8 @@ from numpy.typing import NDArray
 
 from ropeway.config.params import Profile
 from ropeway.data.ledger import Findings, Found
-from ropeway.stages.prepare.compare import Repeats
 from ropeway.stages.prepare.contamination import IN_PROMPTS
+from ropeway.stages.prepare.duplicates import Repeats
 
 
 def removed_records(repeats: Repeats, profile: Profile) -> NDArray[np.bool_]:

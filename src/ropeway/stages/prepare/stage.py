@@ -1,88 +1,85 @@
-"""Room: prepare. Raw records to token shards, once and whole; the split; the ledger."""
+"""Stage prepare: tokens to the data of a run: what repeats, the split, the ledger. It tokenizes nothing."""
 
-import glob
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from ropeway.config.frozen import FrozenInputs
 from ropeway.config.params import Profile
+from ropeway.config.tokenize_params import values_shared_with_prepare
 from ropeway.data.ledger import Ledger, Records, check_ledger
-from ropeway.data.raw_records import list_groups
-from ropeway.data.shards import FORMAT, open_shards
-from ropeway.models.chat_template import template_digest
-from ropeway.models.tokenizer import count_tokens, open_tokenizer, read_special
-from ropeway.runtime.errors import DataError
-from ropeway.runtime.manifest import file_sha256, load_manifest, whole_folder, write_json, write_manifest
+from ropeway.data.shards import open_shards
+from ropeway.data.tokenized import TokenizedSource, open_tokenized
+from ropeway.runtime.errors import DataError, full_disk_explained
+from ropeway.runtime.manifest import load_manifest, whole_folder, write_json, write_manifest
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.prepare.account import account_for
 from ropeway.stages.prepare.contamination import parse_prompts
-from ropeway.stages.prepare.divide import Part, divide_sources
-from ropeway.stages.prepare.encode_workers import staying_workers
+from ropeway.stages.prepare.divide import divide_sources
 from ropeway.stages.prepare.findings import describe_findings
-from ropeway.stages.prepare.units import (
-    UNIT_BYTES,
-    Recipe,
-    Unit,
-    choose_unit_bytes,
-    fingerprint,
-    plan_recipes,
-    plan_units,
-)
-from ropeway.stages.prepare.write import Units, check_readback, disk_may_be_full, make_units, write_split
+from ropeway.stages.prepare.write import check_readback, write_source
 
 _WHAT_HAPPENS = {
     "parse": "it is parsed as the token",
     "escape": "it is encoded as ordinary text",
     "reject": "these records are refused",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """One source on disk: its units, its entry in the manifest, its records' account, its split and repeats."""
-
-    units: Units
-    facts: dict[str, Any]
-    records: Records
-    part: Part
+# What data's manifest takes over from that of tokens.
+_TOKENIZER = ("format", "special", "tokenizer", "template", "vocab_size")
 
 
 def run(workspace: Workspace, profile: Profile) -> None:
     """Write `data/` (shards, manifest) and `ledger.json`.
 
     Raises:
-        ConfigError: Params ask for what this tokenizer cannot do, or name prompts that are not there or not readable.
-        DataError: Raw files are not what their manifest says, too many records are refused, a source teaches nothing,
-            or the ledger does not come out even.
-        TemporaryError: A worker died or the disk is full: the same command makes only what is missing.
+        ConfigError: Params name prompts that are not readable.
+        DataError: Tokens are not what their manifest says or were made by other params, too many records are refused,
+            a source teaches nothing, or the ledger does not come out even.
+        TemporaryError: The disk is full.
     """
-    raw = load_manifest(workspace.raw, remedy="Run `dvc repro fetch`")
-    facts = _facts(workspace)
+    raw = load_manifest(workspace.raw, remedy="Run `dvc repro fetch`", verify=False)  # read for its counts
+    found, tokens = open_tokenized(workspace.tokens)
+    _check_params(workspace, profile, tokens["params"])
+    sources = {name: found[name] for name, _ in profile.mixture}
     prompts = _read_prompts(workspace, profile)
-    recipes = plan_recipes(profile)
-    prefix = f"prepare-{workspace.profile}"
-    work = workspace.work / f"{prefix}-{fingerprint(raw['files'], workspace.base, recipes)}"
-    with disk_may_be_full(work):
-        planned = _plan(workspace, recipes, work)
-        with staying_workers():
-            made = make_units(planned, work=work)
-            records = {name: _records(name, raw["sources"][name], units, profile) for name, units in made.items()}
-            parts = divide_sources(planned, made, profile, prompts=prompts, work=work)
-        prepared = {
-            name: Prepared(units, _entry(name, raw["sources"][name]["kind"], units), records[name], parts[name])
-            for name, units in made.items()
-        }
-        with whole_folder(workspace.data) as folder:
-            ledger = _write(folder, prepared, facts, profile)
+    records = {name: _records(name, raw["sources"][name], source, profile) for name, source in sources.items()}
+    work = workspace.work / f"prepare-{workspace.profile}"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    try:
+        with full_disk_explained(workspace.data):
+            parts = divide_sources(sources, profile, prompts=prompts, work=work)
+            with whole_folder(workspace.data) as folder:
+                for name, source in sources.items():
+                    write_source(folder / name, source, parts[name].split)
+                facts = {name: tokens[name] for name in _TOKENIZER}
+                write_manifest(folder, {**facts, "sources": [_entry(source) for source in sources.values()]})
+                shards = open_shards(folder, verify=False)  # hashed a moment ago
+                check_readback(shards, {name: source.facts["ends"] for name, source in sources.items()})
+                ledger = account_for(
+                    shards,
+                    records,
+                    {name: part.split for name, part in parts.items()},
+                    {name: part.findings for name, part in parts.items()},
+                    profile,
+                )
+                check_ledger(ledger)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
     write_json(workspace.ledger, ledger.to_json())
-    for line in describe(ledger, profile):
+    for line in describe(ledger, profile, tokens["params"]["special_tokens_in_text"]):
         print(line)
-    for done in workspace.work.glob(f"{glob.escape(prefix)}-{'[0-9a-f]' * 16}"):  # of this and of earlier params
-        shutil.rmtree(done)
+
+
+def _check_params(workspace: Workspace, profile: Profile, made: Mapping[str, Any]) -> None:
+    """Raise DataError when tokens are of other sources, or lack what this profile compares records by."""
+    wanted = values_shared_with_prepare(profile)
+    if differ := [key for key, value in wanted.items() if made[key] != value]:
+        raise DataError(
+            f"{workspace.tokens}: made by other values of {', '.join(differ)} than params.yaml has. Run "
+            "`dvc repro prepare`, which makes them first"
+        )
 
 
 def _read_prompts(workspace: Workspace, profile: Profile) -> list[str]:
@@ -92,62 +89,25 @@ def _read_prompts(workspace: Workspace, profile: Profile) -> list[str]:
     return [text for name in names if frozen for text in parse_prompts(frozen.text("contamination", name), name)]
 
 
-def _facts(workspace: Workspace) -> dict[str, Any]:
-    """Return what data's manifest says beside its sources."""
-    tokenizer = open_tokenizer(workspace.base)
-    return {
-        "format": FORMAT,
-        "special": read_special(workspace.base, tokenizer),
-        "tokenizer": file_sha256(workspace.base / "tokenizer.json"),
-        "template": template_digest(),
-        "vocab_size": count_tokens(tokenizer),
-    }
-
-
-def _plan(workspace: Workspace, recipes: Mapping[str, Recipe], work: Path) -> dict[str, Sequence[Unit]]:
-    """Return each source's units."""
-    planned: dict[str, Sequence[Unit]] = {}
-    for name, recipe in recipes.items():
-        raw = workspace.raw / name
-        found = list_groups(raw)
-        parts = plan_units(found, unit_bytes=choose_unit_bytes(found, at_most=UNIT_BYTES))
-        folders = (work / name / f"{number:05d}" for number in range(len(parts)))
-        planned[name] = [
-            Unit(groups, raw, workspace.base, recipe, folder) for groups, folder in zip(parts, folders, strict=True)
-        ]
-    return planned
-
-
-def _write(folder: Path, prepared: Mapping[str, Prepared], facts: Mapping[str, Any], profile: Profile) -> Ledger:
-    """Fill data's folder from the units; return the checked ledger."""
-    for name, source in prepared.items():
-        source.units.place(folder / name)
-        write_split(folder / name, source.part.split)
-    manifest = write_manifest(folder, {**facts, "sources": [source.facts for source in prepared.values()]})
-    for name, source in prepared.items():
-        source.units.check_placed(name, manifest["files"])
-    return _account(folder, prepared, profile)
-
-
-def _entry(name: str, kind: str, units: Units) -> dict[str, Any]:
+def _entry(source: TokenizedSource) -> dict[str, Any]:
     """Return a source's entry in data/manifest.json, in the shape `ropeway.data.shards` reads."""
     return {
-        "name": name,
-        "kind": kind,
-        "sequences": sum(units.shard_sequences),
-        "tokens": units.tokens,
-        "shard_sequences": units.shard_sequences,
+        "name": source.facts["name"],
+        "kind": source.facts["kind"],
+        "sequences": sum(source.shard_sequences),
+        "tokens": source.facts["tokens"],
+        "shard_sequences": source.shard_sequences,
     }
 
 
-def _records(name: str, raw: Mapping[str, Any], units: Units, profile: Profile) -> Records:
+def _records(name: str, raw: Mapping[str, Any], source: TokenizedSource, profile: Profile) -> Records:
     """Return the account of a source's records.
 
     Raises:
-        DataError: Fetch and prepare together refused more than `max_refused_fraction`.
+        DataError: Fetch and tokenize together refused more than `max_refused_fraction`.
     """
-    by_prepare = units.count_by("refused")
-    refused = Counter(raw["refused"]) + by_prepare
+    counts = source.facts["records"]
+    refused = Counter(raw["refused"]) + Counter(counts["refused"])
     if sum(refused.values()) > profile.max_refused_fraction * raw["read"]:
         raise DataError(
             f"source {name}: {sum(refused.values()):,} of {raw['read']:,} records refused ({dict(refused)}), more than "
@@ -156,32 +116,18 @@ def _records(name: str, raw: Mapping[str, Any], units: Units, profile: Profile) 
     return Records(
         read=raw["read"],
         refused_by_fetch=raw["refused"],
-        refused_by_prepare=dict(by_prepare),
-        kept=units.count("kept"),
-        with_special_tokens=units.count("with_special_tokens"),
-        special_token_hits=dict(sorted(units.count_by("special_token_hits").items())),
-        without_tokens=units.count("without_tokens"),
+        refused_by_tokenize=counts["refused"],
+        kept=source.records_kept,
+        with_special_tokens=counts["with_special_tokens"],
+        special_token_hits=counts["special_token_hits"],
+        without_tokens=counts["without_tokens"],
         files=raw.get("files", {}),
         ignored_keys=raw.get("ignored_keys", {}),
     )
 
 
-def _account(folder: Path, prepared: Mapping[str, Prepared], profile: Profile) -> Ledger:
-    shards = open_shards(folder, verify=False)  # hashed a moment ago
-    check_readback(shards, {name: [facts["ends"] for facts in s.units.facts] for name, s in prepared.items()})
-    ledger = account_for(
-        shards,
-        {name: source.records for name, source in prepared.items()},
-        {name: source.part.split for name, source in prepared.items()},
-        {name: source.part.findings for name, source in prepared.items()},
-        profile,
-    )
-    check_ledger(ledger)
-    return ledger
-
-
-def describe(ledger: Ledger, profile: Profile) -> list[str]:
-    """Return the ledger in a few lines for the log."""
+def describe(ledger: Ledger, profile: Profile, special: str) -> list[str]:
+    """Return the ledger in a few lines for the log; `special` is what became of special tokens in texts."""
     lines = []
     for account in ledger.sources:
         first = account.epochs[0]
@@ -196,8 +142,8 @@ def describe(ledger: Ledger, profile: Profile) -> list[str]:
         if account.records.with_special_tokens:
             lines.append(
                 f"{account.name}: {account.records.with_special_tokens:,} records hold a special token's string in "
-                f"their text ({account.records.special_token_hits}); {_WHAT_HAPPENS[profile.special_tokens_in_text]} "
-                f"(special_tokens_in_text: {profile.special_tokens_in_text})"
+                f"their text ({account.records.special_token_hits}); {_WHAT_HAPPENS[special]} "
+                f"(special_tokens_in_text: {special})"
             )
         if account.records.ignored_keys:
             listed = ", ".join(f"{key} in {count:,} records" for key, count in account.records.ignored_keys.items())

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ropeway.stages.prepare import words
-from ropeway.stages.prepare.words import hash_grams, hash_words
+from ropeway.data import words
+from ropeway.data.words import hash_grams, hash_words, is_short
 
 TEXT = st.text(alphabet="aB9é,.-'\n xyz\u0301ßÄ", max_size=60)
 
@@ -32,14 +32,16 @@ def test_words_are_equal_exactly_where_a_regular_expression_says_so(texts):
 
 
 @settings(deadline=None)
-@given(st.lists(TEXT, max_size=6), st.integers(1, 5), st.sampled_from(["whole", "none"]))
-def test_grams_are_equal_exactly_where_runs_of_words_are(texts, n, short):
+@given(st.lists(TEXT, max_size=6), st.integers(1, 5), st.booleans())
+def test_grams_are_equal_exactly_where_runs_of_words_are(texts, n, marks_short):
     texts = [text.replace("\u0301", "") for text in texts]
     runs = []
     for each in map(split, texts):
         own = [tuple(each[at : at + n]) for at in range(len(each) - n + 1)]
-        runs.append(own or ([tuple(each)] if each and short == "whole" else []))
-    found = hash_grams(texts, n, short=short)
+        runs.append(own or ([tuple(each)] if each else []))
+    found = hash_grams(texts, n, marks_short=marks_short)
+    if marks_short:
+        assert is_short(found.values).tolist() == [len(run) < n for each in runs for run in each]
     assert np.diff(found.offsets).tolist() == [len(each) for each in runs]
     flat = [run for each in runs for run in each]
     assert len({*zip(flat, found.values.tolist(), strict=True)}) == len(set(flat)) == len(set(found.values.tolist()))
@@ -70,26 +72,23 @@ def test_text_without_blanks_is_cut_and_ends():
 
 @pytest.mark.parametrize("texts", [[], [""], ["", "!?"], ["\ud800"]])
 def test_nothing_has_no_words(texts):
-    assert len(hash_words(texts).values) == len(hash_grams(texts, 3, short="whole").values) == 0
+    assert len(hash_words(texts).values) == len(hash_grams(texts, 3).values) == 0
     assert len(hash_words(texts).offsets) == len(texts) + 1
 
 
 def test_hashes_are_the_same_in_every_process():
-    program = (
-        "from ropeway.stages.prepare.words import hash_grams\n"
-        "print(hash_grams(['Same everywhere, always'], 2, short='none').values)"
-    )
+    program = "from ropeway.data.words import hash_grams\nprint(hash_grams(['Same everywhere, always'], 2).values)"
     again = [
         subprocess.run([sys.executable, "-c", program], env={"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)},
                        capture_output=True, text=True, check=True).stdout
         for seed in ("1", "2")
     ]  # fmt: skip
-    assert again == [f"{hash_grams(['Same everywhere, always'], 2, short='none').values}\n"] * 2
+    assert again == [f"{hash_grams(['Same everywhere, always'], 2).values}\n"] * 2
 
 
 @settings(max_examples=10)
 @given(st.integers(2, 40))
 def test_words_in_another_order_are_other_grams(count):
     there, back = (" ".join(f"w{n}" for n in order) for order in (range(count), range(count, 0, -1)))
-    grams = hash_grams([there, back], 2, short="none")
+    grams = hash_grams([there, back], 2)
     assert len(set(grams.values.tolist())) == 2 * (count - 1)

@@ -1,4 +1,4 @@
-"""Prepare in many processes: the same bytes whoever encodes, and what a kill costs."""
+"""Tokenize in many processes: the same bytes whoever encodes, and what a kill costs."""
 
 import importlib.util
 import os
@@ -11,8 +11,9 @@ from contextlib import contextmanager
 import psutil
 import pytest
 
+from ropeway.config.tokenize_params import TokenizeParams
 from ropeway.runtime.manifest import file_sha256
-from ropeway.stages.prepare.encode_workers import count_cores
+from ropeway.stages.tokenize.encode_workers import count_cores
 from tests.support.processes import command_of
 from tests.tiny_run import ROOT
 from tests.unit.test_prepare import lay, profile
@@ -24,25 +25,25 @@ import pickle
 import sys
 from pathlib import Path
 
-from ropeway.stages.prepare import stage as prepare
+from ropeway.stages.tokenize import stage as tokenize
 from ropeway.runtime.errors import RopewayError
-from ropeway.stages.prepare import cluster, write
-from ropeway.stages.prepare.units import encode_unit
+from ropeway.stages.tokenize import cluster, store
+from ropeway.stages.tokenize.units import tokenize_unit
 from ropeway.runtime.workspace import Workspace
 
-def encode_or_wait(unit):
+def make_or_wait(unit):
     gate = unit.folder.parents[3] / "gate"
     if unit.folder.name >= "00003" and gate.exists():
         gate.read_text()
-    return encode_unit(unit)
+    return tokenize_unit(unit)
 
 if __name__ == "__main__":
-    prepare.UNIT_BYTES = 900
+    tokenize.UNIT_BYTES = 900
     cluster.PATIENCE_SECONDS = float(os.environ.get("PATIENCE", "10"))
-    write.encode_unit = encode_or_wait
+    store.tokenize_unit = make_or_wait
     try:
         root = Path(sys.argv[1])
-        prepare.run(Workspace(root, "run"), pickle.loads((root / "profile.pickle").read_bytes()))
+        tokenize.run(Workspace(root, "run"), pickle.loads((root / "profile.pickle").read_bytes()))
     except RopewayError as error:
         print(f"{type(error).__name__}: {error}")
         sys.exit(error.exit_code)
@@ -50,14 +51,14 @@ if __name__ == "__main__":
 
 
 class Run:
-    """A workspace and prepare in a process of its own."""
+    """A workspace and tokenize in a process of its own."""
 
     def __init__(self, root):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("ropeway.data.raw_records._GROUP_CHARACTERS", 200)
             self.workspace = lay(root)
         (root / "start.py").write_text(SCRIPT)
-        (root / "profile.pickle").write_bytes(pickle.dumps(profile()))
+        (root / "profile.pickle").write_bytes(pickle.dumps(TokenizeParams.of(profile())))
         self.gate = root / "gate"
 
     def start(self, **environment):
@@ -71,7 +72,7 @@ class Run:
         )
 
     def do(self, *, code=0, **environment):
-        """Prepare to the end; return what was printed and the units that were made."""
+        """Tokenize to the end; return what was printed and the units that were made."""
         with self.start(**environment) as process:
             text = process.stdout.read()
         assert process.returncode == code, text
@@ -79,7 +80,7 @@ class Run:
 
     @contextmanager
     def stopped(self, *, after, **environment):
-        """A prepare that has made so many units and waits with the next ones; and the units made."""
+        """A tokenize that has made so many units and waits with the next ones; and the units made."""
         os.mkfifo(self.gate)
         with self.start(**environment) as process:
             lines = []
@@ -93,11 +94,11 @@ class Run:
 
     def whole(self):
         """Units on disk."""
-        return {" ".join(path.parts[-3:-1]) for path in self.workspace.work.glob("prepare-*/*/*/manifest.json")}
+        return {" ".join(path.parts[-3:-1]) for path in self.workspace.work.glob("tokenize-*/*/*/manifest.json")}
 
     @property
     def digests(self):
-        return file_sha256(self.workspace.data / "manifest.json"), file_sha256(self.workspace.ledger)
+        return file_sha256(self.workspace.tokens / "manifest.json")
 
 
 def made(lines):
@@ -108,7 +109,7 @@ def made(lines):
 def alone(tmp_path_factory):
     """What one process makes: digests, and all units."""
     run = Run(tmp_path_factory.mktemp("alone"))
-    _, units = run.do(ROPEWAY_PREPARE_WORKERS="1")
+    _, units = run.do(ROPEWAY_TOKENIZE_WORKERS="1")
     assert {"talk 00003", "text 00003"} <= units
     return run.digests, units
 
@@ -120,7 +121,7 @@ def run(tmp_path):
 
 @pytest.mark.parametrize("workers", ["2", "3"])
 def test_the_bytes_are_the_same_for_any_number_of_processes(run, alone, workers):
-    text, units = run.do(ROPEWAY_PREPARE_WORKERS=workers)
+    text, units = run.do(ROPEWAY_TOKENIZE_WORKERS=workers)
     assert f"units for {workers} processes" in text
     assert (run.digests, units) == alone
 
@@ -132,9 +133,9 @@ def test_a_little_text_starts_no_process(run, alone):
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_killed_prepare_leaves_nothing_running_and_continues_with_what_is_missing(run, alone, workers):
+def test_a_killed_tokenize_leaves_nothing_running_and_continues_with_what_is_missing(run, alone, workers):
     digests, everything = alone
-    with run.stopped(after=3, ROPEWAY_PREPARE_WORKERS=workers) as (process, units):
+    with run.stopped(after=3, ROPEWAY_TOKENIZE_WORKERS=workers) as (process, units):
         children = psutil.Process(process.pid).children(recursive=True)
         process.kill()
         _, alive = psutil.wait_procs(children, timeout=60)
@@ -142,25 +143,25 @@ def test_a_killed_prepare_leaves_nothing_running_and_continues_with_what_is_miss
     assert process.returncode == -9
     assert len(children) == (0 if workers == "1" else int(workers) + 1)  # multiprocessing's resource tracker
     assert run.whole() == units == {"talk 00000", "talk 00001", "talk 00002"}
-    assert not run.workspace.data.exists()
-    text, rest = run.do(ROPEWAY_PREPARE_WORKERS=workers)
+    assert not run.workspace.tokens.exists()
+    text, rest = run.do(ROPEWAY_TOKENIZE_WORKERS=workers)
     assert rest == everything - units
-    assert f"prepare: {len(units)} of {len(everything)} units are there already" in text
+    assert f"tokenize: {len(units)} of {len(everything)} units are there already" in text
     assert run.digests == digests
 
 
 def test_a_worker_that_is_killed_ends_the_run_as_one_that_may_be_tried_again(run, alone):
     digests, everything = alone
-    with run.stopped(after=3, ROPEWAY_PREPARE_WORKERS="2") as (process, units):
+    with run.stopped(after=3, ROPEWAY_TOKENIZE_WORKERS="2") as (process, units):
         encoding = [
             child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(command_of(child))
         ]
         assert len(encoding) == 2
         encoding[0].kill()
     assert process.returncode == 75
-    assert "TemporaryError: prepare: a worker died (BrokenProcessPool: killed, out of memory" in run.last
+    assert "TemporaryError: tokenize: a worker died (BrokenProcessPool: killed, out of memory" in run.last
     assert "Run the same command again" in run.last
-    _, rest = run.do(ROPEWAY_PREPARE_WORKERS="2")
+    _, rest = run.do(ROPEWAY_TOKENIZE_WORKERS="2")
     assert rest == everything - units
     assert run.digests == digests
 
@@ -232,7 +233,7 @@ def test_a_cluster_that_dies_keeps_whole_units_and_this_machine_continues(run, a
     units = run.whole()
     assert 3 <= len(units) < len(everything)
     assert process.returncode == 75, run.last
-    assert "TemporaryError: prepare: the Dask cluster at" in run.last
+    assert "TemporaryError: tokenize: the Dask cluster at" in run.last
     assert "has no workers left; whole units are kept in" in run.last
     _, rest = run.do()
     assert rest == everything - units
@@ -245,7 +246,7 @@ def test_a_scheduler_that_dies_is_said_at_once(run, cluster):
     with run.stopped(after=3, ROPEWAY_DASK_SCHEDULER=cluster.address) as (process, _):
         cluster.scheduler.kill()
     assert process.returncode == 75, run.last
-    assert "TemporaryError: prepare: a worker died (CancelledError" in run.last
+    assert "TemporaryError: tokenize: a worker died (CancelledError" in run.last
 
 
 @needs_dask
@@ -256,7 +257,7 @@ def test_a_scheduler_without_workers_or_none_at_all_is_refused(run, cluster):
     cluster.scheduler.wait()
     text, _ = run.do(code=64, ROPEWAY_DASK_SCHEDULER=cluster.address, PATIENCE="1")
     assert f"no Dask scheduler answers at {cluster.address} within 1 s" in text
-    assert not run.workspace.data.exists()
+    assert not run.workspace.tokens.exists()
 
 
 def test_cores_are_counted_as_this_process_may_use_them():

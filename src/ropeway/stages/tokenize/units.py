@@ -1,11 +1,11 @@
 """Units of work: some row groups of one source become one shard, whoever makes it, in whatever order, at any time.
 
-.work/prepare-<profile>-<fingerprint>/<source>/00000/     one unit, whole since its manifest came last
-    tokens.npy, kinds.npy                                 the shard, as data/ will hold it
-    lengths.npy, records.npy, keys.npy, record_keys.npy   columns of `encode.Encoded`, records counted from the unit's
-    manifest.json                                         sha256 of each file, counts, digests of the outer sequences
+.work/tokenize-<profile>-<fingerprint>/<source>/00000/   one unit, whole since its manifest came last
+    <name>.npy                                           `ropeway.data.tokenized.COLUMNS` and SHARDS of these records,
+                                                         which are counted from the unit's first
+    manifest.json                                        sha256 of each file, counts, digests of the outer sequences
 
-A unit depends on raw bytes, tokenizer, recipe and code, all of which the fingerprint holds; so what a killed prepare
+A unit depends on raw bytes, tokenizer, recipe and code, all of which the fingerprint holds; so what a killed tokenize
 left whole is still right for the next one.
 """
 
@@ -14,37 +14,45 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 from uuid import uuid4
 
 import numpy as np
 import tokenizers
-from numpy.typing import NDArray
 
 import ropeway
-from ropeway.config.params import Profile
+from ropeway.config.tokenize_params import TokenizeParams
 from ropeway.data.raw_records import Group, Record, iterate_groups
-from ropeway.data.shards import token_dtype
+from ropeway.data.shards import sequence_digest, token_dtype
+from ropeway.data.text_batches import BATCH_CHARACTERS, count_characters, in_batches
 from ropeway.models.tokenizer import count_tokens, open_tokenizer, read_special
 from ropeway.runtime.code_digests import room_digest
 from ropeway.runtime.errors import DataError
 from ropeway.runtime.manifest import digest_of, file_sha256, load_manifest, write_manifest
-from ropeway.stages.prepare.encode import Encoded, Encoder
+from ropeway.stages.tokenize.encode import Encoded, Encoder
+from ropeway.stages.tokenize.fingerprints import compared_texts, exact_keys, gather_grams, sequence_texts, sign
 
 # Some 4 s of one core: little is lost by a kill or waited for at the end, and 100 GB of text are some 6,000 shards.
 UNIT_BYTES = 1 << 24
 _UNITS = 32  # a small source is cut into so many where its row groups allow, so that no worker waits long for another
-COLUMNS = ("lengths", "records", "keys", "record_keys")
+_ENCODED = ("lengths", "records", "keys", "record_keys")  # columns of `encode.Encoded`
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What params say about how one source is encoded: all of it, since it is part of the fingerprint."""
+    """What params say about how one source is tokenized: all of it, since it is part of the fingerprint.
+
+    Attributes:
+        signature: (words of a gram, permutations); None where no near duplicates are looked for.
+        run_words: Words of a run; None where no contamination is looked for.
+    """
 
     max_chunk_size: int | None
     special_tokens_in_text: Literal["parse", "escape", "reject"]
+    signature: tuple[int, int] | None = None
+    run_words: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +73,15 @@ class Unit:
     folder: Path
 
 
-def plan_recipes(profile: Profile) -> dict[str, Recipe]:
-    """Return how each source is encoded, in the order of params."""
-    return {name: Recipe(options.max_chunk_size, profile.special_tokens_in_text) for name, options in profile.mixture}
+def plan_recipes(params: TokenizeParams) -> dict[str, Recipe]:
+    """Return how each source is tokenized, in the order of params."""
+    near, runs = params.duplicates, params.contamination
+    signature = None if near is None else (near.ngram, near.permutations)
+    run_words = None if runs is None else runs.ngram
+    return {
+        name: Recipe(options.max_chunk_size, params.special_tokens_in_text, signature, run_words)
+        for name, options in params.datasets.items()
+    }
 
 
 def plan_units(groups: Sequence[Group], *, unit_bytes: int) -> list[tuple[Group, ...]]:
@@ -111,8 +125,8 @@ def fingerprint(raw_files: Mapping[str, Any], base: Path, recipes: Mapping[str, 
 
 
 def code_digest() -> str:
-    """Return the digest of this room's code, as the identity stage writes it."""
-    return room_digest(Path(ropeway.__file__).parent, "prepare")
+    """Return the digest of this stage's code, as the identity stage writes it."""
+    return room_digest(Path(ropeway.__file__).parent, "tokenize")
 
 
 def load_unit(folder: Path) -> dict[str, Any] | None:
@@ -122,18 +136,22 @@ def load_unit(folder: Path) -> dict[str, Any] | None:
     try:
         return load_manifest(folder, remedy="It is made again")
     except DataError as error:
-        print(f"prepare: {error}", flush=True)
+        print(f"tokenize: {error}", flush=True)
         shutil.rmtree(folder)
         return None
 
 
-def encode_unit(unit: Unit) -> Path:
+def tokenize_unit(unit: Unit) -> Path:
     """Make one unit and return its folder; what a worker runs. Only a whole unit ever has that folder's name."""
     encoder = _open_encoder(unit.base, file_sha256(unit.base / "tokenizer.json"), unit.recipe).fresh()
-    parts = list(encoder.encode_batches(iterate_groups(unit.raw, unit.groups)))
+    records = list(iterate_groups(unit.raw, unit.groups))
+    parts = list(encoder.encode_batches(records))
+    refused = set(encoder.refused_at)
+    kept = [record for at, record in enumerate(records) if at not in refused]
     with whole_unit(unit.folder) as partial:
         facts = _write_columns(partial, parts, token_dtype(count_tokens(encoder.tokenizer)))
-        write_manifest(partial, {**facts, "records": _counts(encoder), "refused_at": encoder.refused_at})
+        _write_fingerprints(partial, kept, unit.recipe)
+        write_manifest(partial, {**facts, "records": _counts(encoder)})
     return unit.folder
 
 
@@ -150,14 +168,6 @@ def whole_unit(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def kept_records(unit: Unit) -> Iterator[Record]:
-    """Yield the records of a whole unit that were not refused, from raw text again."""
-    refused = set(load_manifest(unit.folder, remedy="Run `dvc repro prepare` again", verify=False)["refused_at"])
-    for at, record in enumerate(iterate_groups(unit.raw, unit.groups)):
-        if at not in refused:
-            yield record
-
-
 @lru_cache(maxsize=8)
 def _open_encoder(base: Path, digest: str, recipe: Recipe) -> Encoder:  # noqa: ARG001 - another digest, another encoder
     tokenizer = open_tokenizer(base)
@@ -165,12 +175,33 @@ def _open_encoder(base: Path, digest: str, recipe: Recipe) -> Encoder:  # noqa: 
     return Encoder(tokenizer, special, recipe.max_chunk_size, recipe.special_tokens_in_text)
 
 
+def _write_fingerprints(folder: Path, records: Sequence[Record], recipe: Recipe) -> None:
+    """Write what these records are compared by; of signatures and grams an empty column where nothing asks for them."""
+    exact = [np.empty((0, 2), np.uint64)]
+    signatures = [np.empty((0, recipe.signature[1] if recipe.signature else 0), np.uint32)]
+    grams, counts = [np.empty(0, np.uint64)], [np.empty(0, np.int32)]
+    for texts in in_batches(map(compared_texts, records), count_characters, BATCH_CHARACTERS):
+        exact.append(exact_keys(texts))
+        if recipe.signature:
+            ngram, permutations = recipe.signature
+            signatures.append(sign(texts, ngram=ngram, permutations=permutations))
+    sequences = chain.from_iterable(sequence_texts(record, recipe.max_chunk_size) for record in records)
+    for texts in in_batches(sequences if recipe.run_words else (), count_characters, BATCH_CHARACTERS):
+        found, each = gather_grams(texts, recipe.run_words or 0)
+        grams.append(found)
+        counts.append(each)
+    np.save(folder / "exact.npy", np.concatenate(exact), allow_pickle=False)
+    np.save(folder / "signatures.npy", np.concatenate(signatures), allow_pickle=False)
+    np.save(folder / "grams.npy", np.concatenate(grams), allow_pickle=False)
+    np.save(folder / "gram_counts.npy", np.concatenate(counts), allow_pickle=False)
+
+
 def _write_columns(folder: Path, parts: Sequence[Encoded], dtype: type[np.unsignedinteger[Any]]) -> dict[str, Any]:
     """Write a unit's arrays; return its sizes and the digests of its first and last sequence."""
     empty = Encoded(*(np.empty(0, kind) for kind in ("u4", "u1", "i4", "i8", "u8", "u8")))
     columns = {
         name: np.concatenate([getattr(part, name) for part in parts] or [getattr(empty, name)])
-        for name in ("tokens", "kinds", *COLUMNS)
+        for name in ("tokens", "kinds", *_ENCODED)
     }
     tokens, kinds, lengths = (columns[name] for name in ("tokens", "kinds", "lengths"))
     for name, column in (columns | {"tokens": tokens.astype(dtype)}).items():
@@ -180,11 +211,6 @@ def _write_columns(folder: Path, parts: Sequence[Encoded], dtype: type[np.unsign
         last = len(tokens) - int(lengths[-1])
         ends = [sequence_digest(tokens[span], kinds[span]) for span in (slice(int(lengths[0])), slice(last, None))]
     return {"sequences": len(lengths), "tokens": len(tokens), "ends": ends}
-
-
-def sequence_digest(tokens: NDArray[np.integer[Any]], kinds: NDArray[np.uint8]) -> str:
-    """Return a digest of one sequence, whatever width its tokens are held in."""
-    return sha256(tokens.astype("<i8").tobytes() + kinds.tobytes()).hexdigest()
 
 
 def _counts(encoder: Encoder) -> dict[str, Any]:

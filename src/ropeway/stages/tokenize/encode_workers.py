@@ -1,7 +1,7 @@
 """Who encodes: this process, worker processes of this machine, or a Dask cluster; the work and its bytes are the same.
 
-Where it runs is environment: `ROPEWAY_PREPARE_WORKERS` (default: the cores this process may use), or
-`ROPEWAY_DASK_SCHEDULER`, the address of a cluster (see `ropeway.stages.prepare.cluster`).
+Where it runs is environment: `ROPEWAY_TOKENIZE_WORKERS` (default: the cores this process may use), or
+`ROPEWAY_DASK_SCHEDULER`, the address of a cluster (see `ropeway.stages.tokenize.cluster`).
 """
 
 import multiprocessing
@@ -10,18 +10,18 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing, contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from ropeway.runtime.errors import TemporaryError
+from ropeway.runtime.errors import ConfigError, TemporaryError
 from ropeway.runtime.worker_processes import begin_worker, count_asked
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
+_OLD_NAME = "ROPEWAY_PREPARE_WORKERS"
 _WORTH_BYTES = 1 << 22  # a second of one core, about as long as a process takes to start
 _LOOK_SECONDS = 2.0  # how often a cluster is asked whether anybody still works
 
@@ -51,9 +51,11 @@ def count_workers(text_bytes: int) -> int:
     """Return how many processes encode this much text: as many as asked for, else as many as are worth their start.
 
     Raises:
-        ConfigError: `ROPEWAY_PREPARE_WORKERS` is not a count.
+        ConfigError: `ROPEWAY_TOKENIZE_WORKERS` is not a count, or has its name of version 0.9.
     """
-    asked = count_asked("ROPEWAY_PREPARE_WORKERS", os.environ)
+    if _OLD_NAME in os.environ:
+        raise ConfigError(f"{_OLD_NAME} is set, which nothing reads any more: it is ROPEWAY_TOKENIZE_WORKERS now")
+    asked = count_asked("ROPEWAY_TOKENIZE_WORKERS", os.environ)
     return min(count_cores(), text_bytes // _WORTH_BYTES) if asked is None else asked
 
 
@@ -83,7 +85,7 @@ def do_with(
                 workforce.check()
     except workforce.died as error:
         raise TemporaryError(
-            f"prepare: a worker died ({type(error).__name__}: killed, out of memory, or its machine is gone) after "
+            f"tokenize: a worker died ({type(error).__name__}: killed, out of memory, or its machine is gone) after "
             f"{done} of {len(jobs)} units; whole units are kept in {work}. Run the same command again: it makes only "
             "those that are missing"
         ) from None
@@ -106,39 +108,6 @@ def open_pool(workers: int) -> Iterator[Workforce]:
         yield Workforce(f"{workers} processes", pool, (BrokenProcessPool,), lambda: None)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-@dataclass
-class _Staying:
-    """The worker processes of a block, once somebody needed them."""
-
-    stack: ExitStack
-    force: Workforce | None = None
-    workers: int = 0
-
-
-_STAYING: ContextVar[_Staying | None] = ContextVar("_STAYING", default=None)
-
-
-@contextmanager
-def staying_workers() -> Iterator[None]:
-    """Let every `make` of the block use the same worker processes: to start one takes nearly two seconds of a core."""
-    with ExitStack() as stack:
-        token = _STAYING.set(_Staying(stack))
-        try:
-            yield
-        finally:
-            _STAYING.reset(token)
-
-
-def _find_pool(workers: int, stack: ExitStack) -> Workforce:
-    """Return the block's worker processes if they are enough, else new ones; outside a block, some for this stack."""
-    staying = _STAYING.get()
-    if staying is None:
-        return stack.enter_context(open_pool(workers))
-    if staying.force is None or staying.workers < workers:
-        staying.force, staying.workers = staying.stack.enter_context(open_pool(workers)), workers
-    return staying.force
 
 
 def _begin(threads: int) -> None:
@@ -165,16 +134,16 @@ def make(function: Callable[[Job], Result], jobs: Sequence[Job], *, text_bytes: 
         return
     with ExitStack() as stack:
         if address := os.environ.get("ROPEWAY_DASK_SCHEDULER"):
-            from ropeway.stages.prepare.cluster import open_cluster
+            from ropeway.stages.tokenize.cluster import open_cluster
 
             force = stack.enter_context(open_cluster(address, work))
             function = partial(do_in_one_thread, function)
         elif (workers := min(count_workers(text_bytes), len(jobs))) > 1:
-            force = _find_pool(workers, stack)
+            force = stack.enter_context(open_pool(workers))
         else:
             yield from map(function, jobs)  # here; the tokenizer's threads use all cores
             return
-        print(f"prepare: {len(jobs)} units for {force.name}", flush=True)
+        print(f"tokenize: {len(jobs)} units for {force.name}", flush=True)
         yield from stack.enter_context(closing(do_with(force, function, jobs, work=work)))
 
 

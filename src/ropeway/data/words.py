@@ -12,15 +12,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ropeway.stages.prepare.chunks import in_batches
+from ropeway.data.text_batches import in_batches
 
 _PIECE = 1 << 17  # code points hashed at once: 6 MB of arrays, which fit a cache (twice as fast as 1 << 20)
 _FACTOR = 0x9E3779B97F4A7C15  # odd; 2**64 / golden ratio, as splitmix64's step
+_SHORT = np.uint64(1)
 _LONGEST = 4096  # positions in a word with a power of their own; a longer "word" starts over
 # Thai and Lao, Myanmar, Khmer, kana, Han. Source: Unicode 15, Blocks.txt.
 _ALONE = (
@@ -47,13 +47,13 @@ class Hashes:
     offsets: NDArray[np.int64]
 
 
-def hash_grams(texts: Sequence[str], n: int, *, short: Literal["whole", "none"]) -> Hashes:
+def hash_grams(texts: Sequence[str], n: int, *, marks_short: bool = False) -> Hashes:
     """Return the hashes of every run of `n` words of each text, none across two texts.
 
     Args:
-        texts: In any normal form.
+        texts: In any normal form. One of fewer words, but not of none, is one gram.
         n: Words of a gram.
-        short: A text of fewer words is one gram (`whole`), or has none.
+        marks_short: The lowest bit says whether a gram is such a short text, so it costs the hash one bit.
     """
     words = hash_words(texts)
     begins, counts = words.offsets[:-1], np.diff(words.offsets)
@@ -63,15 +63,23 @@ def hash_grams(texts: Sequence[str], n: int, *, short: Literal["whole", "none"])
     padded = np.concatenate([words.values, np.zeros(n, np.uint64)])
     for at in range(n):
         grams += padded[at : at + len(grams)] * weights[at]
-    if short == "whole":
-        brief = np.flatnonzero((counts > 0) & (counts < n))
-        for text in brief.tolist():
-            own = words.values[begins[text] : begins[text] + counts[text]]
-            grams[begins[text]] = (own * weights[: len(own)]).sum(dtype=np.uint64)
-        runs[brief] = 1
+    brief = np.flatnonzero((counts > 0) & (counts < n))
+    for text in brief.tolist():
+        own = words.values[begins[text] : begins[text] + counts[text]]
+        grams[begins[text]] = (own * weights[: len(own)]).sum(dtype=np.uint64)
+    runs[brief] = 1
     offsets = np.concatenate([[0], np.cumsum(runs)])
     first = np.arange(offsets[-1]) + np.repeat(begins - offsets[:-1], runs)
-    return Hashes(mix(grams[first]), offsets)
+    values = mix(grams[first])
+    if marks_short:
+        values &= ~_SHORT
+        values[offsets[brief]] |= _SHORT
+    return Hashes(values, offsets)
+
+
+def is_short(grams: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Return `(G,)`, True for marked grams that are a whole text of fewer words than the others."""
+    return np.asarray((grams & _SHORT) != 0)
 
 
 def hash_words(texts: Sequence[str]) -> Hashes:

@@ -15,8 +15,8 @@ from uuid import uuid4
 import tokenizers
 
 from ropeway.runtime.errors import ConfigError, TemporaryError
-from ropeway.stages.prepare.encode_workers import Workforce
-from ropeway.stages.prepare.units import code_digest
+from ropeway.stages.tokenize.encode_workers import Workforce
+from ropeway.stages.tokenize.units import code_digest
 
 PATIENCE_SECONDS = 10.0
 NAME = "ROPEWAY_DASK_SCHEDULER"
@@ -101,7 +101,7 @@ def _make_probe() -> Any:  # noqa: ANN401 - a function
         try:
             import tokenizers
 
-            from ropeway.stages.prepare.units import code_digest
+            from ropeway.stages.tokenize.units import code_digest
         except ImportError:
             return found
         return found | {"code": code_digest(), "tokenizers": tokenizers.__version__}
@@ -122,6 +122,6 @@ class _Watch:
             self._seen = monotonic()
         elif monotonic() - self._seen > PATIENCE_SECONDS:
             raise TemporaryError(
-                f"prepare: the Dask cluster at {self._address} is gone or has no workers left; whole units are kept in "
-                f"{self._work}. Run the same command again: it makes only those that are missing"
+                f"tokenize: the Dask cluster at {self._address} is gone or has no workers left; whole units are kept "
+                f"in {self._work}. Run the same command again: it makes only those that are missing"
             )

@@ -1,6 +1,7 @@
-"""Units of work: what is planned, what a broken-off prepare leaves, and what the next one makes of it."""
+"""Units of work: what is planned, what a broken-off tokenize leaves, and what the next one makes of it."""
 
 import errno
+import signal
 from collections import Counter
 from itertools import pairwise
 
@@ -9,23 +10,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ropeway.config.params import READS, DatasetOptions
+from ropeway.config.tokenize_params import TokenizeParams
 from ropeway.data.raw_records import Group, iterate_groups, iterate_records, list_groups
 from ropeway.data.shards import open_shards
-from ropeway.models.chat_template import Conversation
+from ropeway.data.tokenized import COLUMNS, SHARDS, open_tokenized
 from ropeway.runtime.errors import ConfigError, DataError, TemporaryError
 from ropeway.runtime.manifest import file_sha256
-from ropeway.stages.prepare import encode_workers as workers
 from ropeway.stages.prepare import stage as prepare
-from ropeway.stages.prepare import units
-from ropeway.stages.prepare.units import choose_unit_bytes, encode_unit, plan_units
-from tests.unit.test_prepare import TALKS, TEXTS, lay, profile
+from ropeway.stages.tokenize import encode_workers as workers
+from ropeway.stages.tokenize import store, units
+from ropeway.stages.tokenize.units import choose_unit_bytes, plan_units, tokenize_unit
+from tests.support.tokenizing import run_tokenize, tokenize_and_prepare
+from tests.unit.test_prepare import PUBLISHED, TALKS, TEXTS, lay, profile
 
 
 @pytest.fixture
 def many(tmp_path, monkeypatch):
     """A workspace whose two sources are several units each."""
     monkeypatch.setattr("ropeway.data.raw_records._GROUP_CHARACTERS", 200)
-    monkeypatch.setattr("ropeway.stages.prepare.stage.UNIT_BYTES", 900)
+    monkeypatch.setattr("ropeway.stages.tokenize.stage.UNIT_BYTES", 900)
     return lay(tmp_path)
 
 
@@ -36,18 +40,18 @@ def made(monkeypatch):
 
     def make(unit):
         names.append("/".join(unit.folder.parts[-2:]))
-        return encode_unit(unit)
+        return tokenize_unit(unit)
 
-    monkeypatch.setattr("ropeway.stages.prepare.write.encode_unit", make)
+    monkeypatch.setattr("ropeway.stages.tokenize.store.tokenize_unit", make)
     return names
 
 
 def digest(workspace):
-    return file_sha256(workspace.data / "manifest.json"), workspace.ledger.read_bytes()
+    return file_sha256(workspace.tokens / "manifest.json")
 
 
 def whole_units(workspace):
-    return {"/".join(path.parts[-3:-1]) for path in workspace.work.glob("prepare-run-*/*/*/manifest.json")}
+    return {"/".join(path.parts[-3:-1]) for path in workspace.work.glob("tokenize-run-*/*/*/manifest.json")}
 
 
 @given(sizes=st.lists(st.integers(0, 30)), limit=st.integers(1, 40))
@@ -84,9 +88,9 @@ def test_a_groups_size_is_that_of_its_text_even_if_texts_repeat(tmp_path, monkey
     assert all(10_000 < size < 15_000 for size in sizes)
 
 
-def test_a_prepare_that_breaks_off_continues_at_the_first_missing_unit(many, made, monkeypatch, tmp_path):
+def test_a_tokenize_that_breaks_off_continues_at_the_first_missing_unit(many, made, monkeypatch, tmp_path):
     undisturbed = lay(tmp_path / "other")
-    prepare.run(undisturbed, profile())
+    run_tokenize(undisturbed, profile())
     expected, everything = digest(undisturbed), list(made)
     assert Counter(name.split("/")[0] for name in everything).keys() == {"talk", "text"}
     made.clear()
@@ -95,88 +99,83 @@ def test_a_prepare_that_breaks_off_continues_at_the_first_missing_unit(many, mad
         if len(made) == 4:
             raise KeyboardInterrupt
         made.append("/".join(unit.folder.parts[-2:]))
-        return encode_unit(unit)
+        return tokenize_unit(unit)
 
     with monkeypatch.context() as patch:
-        patch.setattr("ropeway.stages.prepare.write.encode_unit", stumble)
+        patch.setattr("ropeway.stages.tokenize.store.tokenize_unit", stumble)
         with pytest.raises(KeyboardInterrupt):
-            prepare.run(many, profile())
-    assert not many.data.exists()
+            run_tokenize(many, profile())
+    assert not many.tokens.exists()
     assert made == everything[:4]
     assert whole_units(many) == set(everything[:4])
     made.clear()
-    prepare.run(many, profile())
+    run_tokenize(many, profile())
     assert made == everything[4:]
     assert digest(many) == expected
 
 
-def test_nothing_is_left_of_units_once_data_is_whole(many):
-    prepare.run(many, profile())
+def test_nothing_is_left_of_units_once_tokens_are_whole(many):
+    run_tokenize(many, profile())
     assert not list(many.work.iterdir())
-    names = {path.name.split("-")[0] for path in many.data.rglob("*.npy")}
-    assert names == {"tokens", "kinds", "lengths.npy", "train.npy", "validation.npy"}
+    names = {path.name.rpartition("-")[0] or path.stem for path in many.tokens.rglob("*.npy")}
+    assert names == {*COLUMNS, *SHARDS}
 
 
-def refuse(workspace):
-    """A prepare that fails after all units are made."""
-    with pytest.raises(DataError, match="refused"):
-        prepare.run(workspace, profile())
+def break_off(workspace):
+    """A tokenize that is stopped after all units are made."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store.Units, "place", lambda *_: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            run_tokenize(workspace, profile())
 
 
 @pytest.fixture
-def unfit(tmp_path, monkeypatch):
-    """A workspace whose units get made, but one record too many is refused."""
-    monkeypatch.setattr("ropeway.data.raw_records._GROUP_CHARACTERS", 200)
-    monkeypatch.setattr("ropeway.stages.prepare.stage.UNIT_BYTES", 900)
-    return lay(tmp_path, [Conversation((), "alone"), *TALKS])
-
-
-def test_params_that_encoding_does_not_read_reuse_the_units(unfit, made):
-    refuse(unfit)
-    assert whole_units(unfit) == set(made)
+def stopped(many, made):
+    """A workspace whose units are made, but not its tokens."""
+    break_off(many)
+    assert whole_units(many) == set(made)
+    assert not many.tokens.exists()
     made.clear()
-    prepare.run(unfit, profile(max_refused_fraction=0.1, max_length=20, val_split=0.3))
+    return many
+
+
+def test_params_that_tokenize_does_not_read_reuse_the_units(stopped, made):
+    run_tokenize(stopped, profile(max_length=20, val_split=0.3, layout="packed"))
     assert made == []
 
 
 @pytest.mark.parametrize("part", ["tokens.npy", "keys.npy", "manifest.json"])
-def test_a_damaged_unit_is_made_again_and_no_other(unfit, made, part, capsys):
-    refuse(unfit)
-    (folder,) = unfit.work.glob("prepare-run-*/text/00001")
+def test_a_damaged_unit_is_made_again_and_no_other(stopped, made, part, capsys):
+    (folder,) = stopped.work.glob("tokenize-run-*/text/00001")
     path = folder / part
     path.write_bytes(path.read_bytes()[:-1] + b"\xff")
-    made.clear()
-    prepare.run(unfit, profile(max_refused_fraction=0.1))
+    run_tokenize(stopped, profile())
     assert made == ["text/00001"]
     assert f"text/00001/{part}" in capsys.readouterr().out
 
 
-def test_a_unit_that_is_damaged_before_it_is_placed_is_named_and_made_again_the_next_time(unfit, made, monkeypatch):
-    refuse(unfit)
-    (path,) = unfit.work.glob("prepare-run-*/text/00001/tokens.npy")
-    place = prepare.Units.place
+def test_a_unit_that_is_damaged_before_it_is_placed_is_named_and_made_again_the_next_time(stopped, made, monkeypatch):
+    (path,) = stopped.work.glob("tokenize-run-*/text/00001/tokens.npy")
+    place = store.Units.place
 
     def spoil(self, folder):
         path.write_bytes(path.read_bytes()[:-1] + b"\xff")
         place(self, folder)
 
     with monkeypatch.context() as patch:
-        patch.setattr("ropeway.stages.prepare.stage.Units.place", spoil)
+        patch.setattr(store.Units, "place", spoil)
         with pytest.raises(DataError, match=r"00001/tokens.npy: sha256 is"):
-            prepare.run(unfit, profile(max_refused_fraction=0.1))
-    assert not unfit.data.exists()
-    made.clear()
-    prepare.run(unfit, profile(max_refused_fraction=0.1))
+            run_tokenize(stopped, profile())
+    assert not stopped.tokens.exists()
+    run_tokenize(stopped, profile())
     assert made == ["text/00001"]
 
 
-def test_another_recipe_is_other_work_and_earlier_work_of_this_run_goes_in_the_end(unfit, made):
-    refuse(unfit)
-    (foreign := unfit.work / "prepare-run-b-0123456789abcdef").mkdir()
-    made.clear()
-    prepare.run(unfit, profile(max_refused_fraction=0.1, special_tokens_in_text="reject"))
+def test_another_recipe_is_other_work_and_earlier_work_of_this_run_goes_in_the_end(stopped, made):
+    (foreign := stopped.work / "tokenize-run-b-0123456789abcdef").mkdir()
+    run_tokenize(stopped, profile(special_tokens_in_text="reject"))
     assert len(made) > 4
-    assert list(unfit.work.iterdir()) == [foreign]
+    assert list(stopped.work.iterdir()) == [foreign]
 
 
 @pytest.mark.parametrize("change", ["raw", "tokenizer", "config", "recipe", "code"])
@@ -188,14 +187,14 @@ def test_the_fingerprint_changes_with_whatever_a_units_bytes_depend_on(tmp_path,
         path = base / ("tokenizer.json" if change == "tokenizer" else "tokenizer_config.json")
         path.write_bytes(path.read_bytes() + b" ")
     if change == "code":
-        monkeypatch.setattr("ropeway.stages.prepare.units.code_digest", lambda: "other")
+        monkeypatch.setattr("ropeway.stages.tokenize.units.code_digest", lambda: "other")
     raw = {"a": {"sha256": "2" if change == "raw" else "1"}}
     recipes = {"s": units.Recipe(7, "parse") if change == "recipe" else recipe}
     assert units.fingerprint(raw, base, recipes) != before
 
 
 def test_a_full_disk_leaves_no_table_and_keeps_what_is_whole(many, made, monkeypatch):
-    save, room = np.save, [20]
+    save, room = np.save, [32]
 
     def save_until_full(path, *args, **more):
         room[0] -= 1
@@ -206,13 +205,13 @@ def test_a_full_disk_leaves_no_table_and_keeps_what_is_whole(many, made, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr("numpy.save", save_until_full)
         with pytest.raises(TemporaryError, match=r"the disk is full \([\d,]+ bytes free\).*whole units are kept in"):
-            prepare.run(many, profile())
-    assert len(made) == 4  # six arrays each: three whole units, two arrays of the fourth
+            run_tokenize(many, profile())
+    assert len(made) == 4  # ten arrays each: three whole units, two arrays of the fourth
     assert whole_units(many) == set(made[:3])
-    assert not many.data.exists()
+    assert not many.tokens.exists()
     assert not [path for path in many.root.rglob("*") if path.name.endswith(".partial")]
     made.clear()
-    prepare.run(many, profile())
+    run_tokenize(many, profile())
     assert "talk/00002" not in made
     assert made[0] == "talk/00003"
 
@@ -222,11 +221,11 @@ def test_a_disk_that_fills_up_at_the_very_end_keeps_all_units(many, made, monkey
         patch.setattr("os.link", no_room)
         patch.setattr("shutil.copyfile", no_room)
         with pytest.raises(TemporaryError, match="the disk is full"):
-            prepare.run(many, profile())
-    assert not many.data.exists()
+            run_tokenize(many, profile())
+    assert not many.tokens.exists()
     assert whole_units(many) == set(made)
     made.clear()
-    prepare.run(many, profile())
+    run_tokenize(many, profile())
     assert made == []
 
 
@@ -235,39 +234,96 @@ def no_room(_, target):
 
 
 def test_where_the_disk_knows_no_links_shards_are_copied(many, tmp_path, monkeypatch):
-    prepare.run(many, profile())
+    run_tokenize(many, profile())
     other = lay(tmp_path / "other")
 
     def refuse_link(*_):
         raise OSError(errno.EPERM, "Operation not permitted")
 
     monkeypatch.setattr("os.link", refuse_link)
-    prepare.run(other, profile())
+    run_tokenize(other, profile())
     assert digest(other) == digest(many)
 
 
 def test_a_source_without_records_is_one_empty_shard(tmp_path):
     workspace = lay(tmp_path, texts=[])
-    with pytest.raises(DataError, match="source text: 0 supervised tokens in 0 rows"):
-        prepare.run(workspace, profile())
-    (folder,) = workspace.work.glob("prepare-run-*/text")
-    assert [path.name for path in folder.iterdir()] == ["00000"]
-    assert np.load(folder / "00000" / "tokens.npy").shape == (0,)
+    run_tokenize(workspace, profile())
+    assert np.load(workspace.tokens / "text" / "tokens-00000.npy").shape == (0,)
+    sources, _ = open_tokenized(workspace.tokens)
+    assert sources["text"].shard_sequences == [0]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layout": "packed"},
+        {"num_train_epochs": 3},
+        {"val_split": 0.4},
+        {"split": "by_hash"},
+        {"split_by": "document"},
+        {"what_counts": "answers"},
+        {"max_length": 16},
+        {"max_refused_fraction": 0.2},
+        {
+            "datasets": [
+                {"talk": DatasetOptions(fraction=0.5)},
+                {"text": DatasetOptions(max_chunk_size=60, fraction=0.5)},
+            ]
+        },
+        {"duplicates": PUBLISHED.duplicates.model_copy(update={"exact": "remove", "near": "remove", "threshold": 0.5})},
+        {"contamination": PUBLISHED.contamination.model_copy(update={"action": "remove"})},
+    ],
+    ids="-".join,
+)
+def test_layout_epochs_split_fraction_what_counts_and_duplicate_rules_are_none_of_tokenizes_params(changes):
+    assert TokenizeParams.of(profile(**changes)) == TokenizeParams.of(profile())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"special_tokens_in_text": "reject"},
+        {"datasets": [{"talk": DatasetOptions()}, {"text": DatasetOptions(max_chunk_size=61)}]},
+        {"datasets": [{"talk": DatasetOptions()}]},
+        {"duplicates": PUBLISHED.duplicates.model_copy(update={"ngram": 6})},
+        {"duplicates": PUBLISHED.duplicates.model_copy(update={"permutations": 64})},
+        {"duplicates": PUBLISHED.duplicates.model_copy(update={"near": "off"})},
+        {"contamination": PUBLISHED.contamination.model_copy(update={"ngram": 12})},
+        {"contamination": PUBLISHED.contamination.model_copy(update={"action": "off"})},
+    ],
+    ids="-".join,
+)
+def test_prepare_refuses_tokens_that_were_made_by_other_params(tmp_path, changes):
+    workspace, other = lay(tmp_path), profile(**changes)
+    assert TokenizeParams.of(other) != TokenizeParams.of(profile())
+    run_tokenize(workspace, profile())
+    if set(changes) == {"special_tokens_in_text"}:  # prepare does not read it
+        return
+    with pytest.raises(DataError, match=f"made by other values of {next(iter(changes))} than params.yaml has"):
+        prepare.run(workspace, other.reading(READS["prepare"]))
+    assert not workspace.data.exists()
+
+
+def test_sources_in_another_order_are_tokenized_alike_and_prepared_in_that_order(tmp_path):
+    workspace, turned = lay(tmp_path), profile(datasets=profile().datasets[::-1])
+    run_tokenize(workspace, profile())
+    prepare.run(workspace, turned.reading(READS["prepare"]))
+    assert [source.name for source in open_shards(workspace.data).sources] == ["text", "talk"]
 
 
 def test_a_unit_made_twice_is_the_first_one(many):
-    prepare.run(many, profile())
+    run_tokenize(many, profile())
     raw = many.raw / "talk"
     unit = units.Unit(tuple(list_groups(raw)), raw, many.base, units.Recipe(None, "parse"), many.work / "x" / "00000")
-    first = encode_unit(unit)
+    first = tokenize_unit(unit)
     inode = (first / "tokens.npy").stat().st_ino
-    assert encode_unit(unit) == first
+    assert tokenize_unit(unit) == first
     assert (first / "tokens.npy").stat().st_ino == inode
     assert [path.name for path in first.parent.iterdir()] == ["00000"]
 
 
 def test_records_are_numbered_over_units_and_documents_are_never_torn(many):
-    prepare.run(many, profile(split_by="document"))
+    tokenize_and_prepare(many, profile(split_by="document"))
     _, text = open_shards(many.data).sources
     assert len(text.shard_sequences) > 2
     train, validation = (set(part.tolist()) for part in (text.train, text.validation))
@@ -280,13 +336,13 @@ def test_records_are_numbered_over_units_and_documents_are_never_torn(many):
 
 @pytest.mark.parametrize(("asked", "text_bytes", "expected"), [("", 0, 0), ("", 1 << 40, 6), ("3", 0, 3)])
 def test_as_many_processes_as_asked_for_else_as_are_worth_their_start(monkeypatch, asked, text_bytes, expected):
-    monkeypatch.setenv("ROPEWAY_PREPARE_WORKERS", asked)
-    monkeypatch.setattr("ropeway.stages.prepare.encode_workers.count_cores", lambda: 6)
+    monkeypatch.setenv("ROPEWAY_TOKENIZE_WORKERS", asked)
+    monkeypatch.setattr("ropeway.stages.tokenize.encode_workers.count_cores", lambda: 6)
     assert workers.count_workers(text_bytes) == expected
 
 
 @pytest.mark.parametrize("asked", ["0", "two", "-1", "1.5"])
 def test_a_number_of_processes_that_is_none_is_refused(monkeypatch, asked):
-    monkeypatch.setenv("ROPEWAY_PREPARE_WORKERS", asked)
-    with pytest.raises(ConfigError, match=f"ROPEWAY_PREPARE_WORKERS is '{asked}'"):
+    monkeypatch.setenv("ROPEWAY_TOKENIZE_WORKERS", asked)
+    with pytest.raises(ConfigError, match=f"ROPEWAY_TOKENIZE_WORKERS is '{asked}'"):
         workers.count_workers(0)

@@ -9,8 +9,8 @@ from ropeway.data.shards import Kind
 from ropeway.models.chat_template import ASSISTANT, PROMPTER, ROLE_TOKENS, SYSTEM, Conversation, render
 from ropeway.models.tokenizer import open_tokenizer, read_special
 from ropeway.runtime.errors import ConfigError
-from ropeway.stages.prepare.encode import Encoder
-from ropeway.stages.prepare.escape import Escape
+from ropeway.stages.tokenize.encode import Encoder
+from ropeway.stages.tokenize.escape import Escape
 from tests.prepared_run import encode_each
 from tests.tiny_run import PARITY
 

@@ -17,10 +17,10 @@ from tokenizers import Encoding, Tokenizer
 from ropeway.data.mixture import SPLIT_SEED, plan_chunks
 from ropeway.data.raw_records import Record, iterate_texts
 from ropeway.data.shards import Kind
+from ropeway.data.text_batches import BATCH_CHARACTERS, count_characters, in_batches
 from ropeway.models.chat_template import ASSISTANT, PROMPTER, Conversation, render
 from ropeway.models.tokenizer import token_text
-from ropeway.stages.prepare.chunks import BATCH_CHARACTERS, count_characters, in_batches
-from ropeway.stages.prepare.escape import OWN_MARK, Escape
+from ropeway.stages.tokenize.escape import OWN_MARK, Escape
 
 
 @dataclass(frozen=True, slots=True)

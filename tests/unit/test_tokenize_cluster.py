@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from ropeway.runtime.errors import ConfigError
-from ropeway.stages.prepare.cluster import check_workers, open_cluster
+from ropeway.stages.tokenize.cluster import check_workers, open_cluster
 
 
 class Workers:
@@ -44,7 +44,7 @@ def test_a_worker_without_this_package_can_answer(tmp_path, monkeypatch):
 
     class Bare(Workers):
         def run(self, probe, path):
-            monkeypatch.setitem(sys.modules, "ropeway.stages.prepare.units", None)
+            monkeypatch.setitem(sys.modules, "ropeway.stages.tokenize.units", None)
             answers.append(probe(path))
             monkeypatch.undo()
             return {"tcp://a:1": answers[0]}

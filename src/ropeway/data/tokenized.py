@@ -1,0 +1,85 @@
+"""Tokens on disk between tokenize and prepare: every sequence of every source, and what records are compared by.
+
+tokens/manifest.json                                written last; see `ropeway.runtime.manifest`
+tokens/<source>/tokens-00000.npy, kinds-00000.npy   a shard, as `ropeway.data.shards` has it
+tokens/<source>/signatures-00000.npy                uint32 `(r, permutations)`: its records' MinHash signatures, 512
+                                                    bytes each at 128; none where params look for no near duplicates
+tokens/<source>/grams-00000.npy                     uint64 `(g,)`: its sequences' runs of words, 8 bytes a word of text;
+                                                    none where params look for no contamination
+tokens/<source>/lengths.npy, gram_counts.npy        int32 `(N,)` a sequence: its tokens, its runs of words
+tokens/<source>/records.npy                         int64 `(N,)`: the kept record that each sequence comes from
+tokens/<source>/keys.npy, record_keys.npy           uint64 `(N,)`: hashes of a sequence's text and of its whole record's
+tokens/<source>/exact.npy                           uint64 `(R, 2)`: hash of each kept record's compared texts
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ropeway.runtime.manifest import load_manifest
+
+REMEDY = "Run `dvc checkout`, or `dvc repro tokenize` to make it again"
+COLUMNS = ("lengths", "records", "keys", "record_keys", "exact", "gram_counts")  # of a source; the others are by shard
+SHARDS = ("tokens", "kinds", "signatures", "grams")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedSource:
+    """One source.
+
+    Attributes:
+        folder: Where its files are.
+        facts: Its entry in the manifest: name, kind, tokens, and by shard `shard_sequences`, `shard_records`, `ends`.
+    """
+
+    folder: Path
+    facts: Mapping[str, Any]
+
+    @property
+    def shard_sequences(self) -> list[int]:
+        """Sequences of each shard."""
+        return list(self.facts["shard_sequences"])
+
+    @property
+    def records_kept(self) -> int:
+        """Records that were not refused."""
+        return sum(self.facts["shard_records"])
+
+    def count_by(self, what: str) -> Counter[str]:
+        """Return how many records were `refused` for each reason, or each string's `special_token_hits`."""
+        return Counter(self.facts["records"][what])
+
+    def column(self, name: str) -> NDArray[Any]:
+        """Return one of `COLUMNS`, whole."""
+        return np.asarray(np.load(self.folder / f"{name}.npy", allow_pickle=False))
+
+    def shard(self, name: str, number: int) -> NDArray[Any]:
+        """Return one of `SHARDS`, mapped from disk."""
+        return np.asarray(np.load(shard_path(self.folder, name, number), mmap_mode="r", allow_pickle=False))
+
+    def iterate_grams(self) -> Iterator[tuple[NDArray[np.uint64], NDArray[np.int64]]]:
+        """Yield each shard's runs of words, and `(n + 1,)` where those of its sequences begin and end among them."""
+        counts = self.column("gram_counts").astype(np.int64)
+        for number, (first, end) in enumerate(pairwise(np.cumsum([0, *self.shard_sequences]))):
+            yield self.shard("grams", number), np.concatenate([[0], np.cumsum(counts[first:end])])
+
+
+def open_tokenized(folder: Path, *, verify: bool = True) -> tuple[dict[str, TokenizedSource], dict[str, Any]]:
+    """Return the sources of a tokens folder in the order of its manifest, and the manifest.
+
+    Raises:
+        DataError: It is unfinished, or a file is not what the manifest says.
+    """
+    manifest = load_manifest(folder, remedy=REMEDY, verify=verify)
+    return {facts["name"]: TokenizedSource(folder / facts["name"], facts) for facts in manifest["sources"]}, manifest
+
+
+def shard_path(folder: Path, name: str, number: int) -> Path:
+    """Return where a shard's array lies in a source's folder."""
+    return folder / f"{name}-{number:05d}.npy"

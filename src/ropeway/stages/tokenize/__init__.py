@@ -1,0 +1,1 @@
+"""Stage tokenize: every sequence to tokens, once; what records are compared by."""

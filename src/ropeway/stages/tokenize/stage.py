@@ -1,0 +1,83 @@
+"""Stage tokenize: raw records to token shards, once and whole, and what records are compared by.
+
+What is done with them (split, mixture, layout, epochs, what goes as a duplicate) is prepare's: it tokenizes nothing.
+"""
+
+import glob
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ropeway.config.tokenize_params import TokenizeParams
+from ropeway.data.raw_records import list_groups
+from ropeway.data.shards import FORMAT
+from ropeway.models.chat_template import template_digest
+from ropeway.models.tokenizer import count_tokens, open_tokenizer, read_special
+from ropeway.runtime.manifest import file_sha256, load_manifest, whole_folder, write_manifest
+from ropeway.runtime.workspace import Workspace
+from ropeway.stages.tokenize.store import disk_may_be_full, make_units
+from ropeway.stages.tokenize.units import (
+    UNIT_BYTES,
+    Recipe,
+    Unit,
+    choose_unit_bytes,
+    fingerprint,
+    plan_recipes,
+    plan_units,
+)
+
+
+def run(workspace: Workspace, params: TokenizeParams) -> None:
+    """Write `tokens/`.
+
+    Raises:
+        ConfigError: Params ask for what this tokenizer cannot do, or the environment names workers that are not there.
+        DataError: Raw files are not what their manifest says.
+        TemporaryError: A worker died or the disk is full: the same command makes only what is missing.
+    """
+    raw = load_manifest(workspace.raw, remedy="Run `dvc repro fetch`")
+    recipes = plan_recipes(params)
+    prefix = f"tokenize-{workspace.profile}"
+    work = workspace.work / f"{prefix}-{fingerprint(raw['files'], workspace.base, recipes)}"
+    with disk_may_be_full(work):
+        made = make_units(_plan(workspace, recipes, work), work=work)
+        with whole_folder(workspace.tokens) as folder:
+            for name, units in made.items():
+                units.place(folder / name)
+            sources = [units.describe(name, raw["sources"][name]["kind"]) for name, units in made.items()]
+            facts = {"params": params.model_dump(mode="json"), "sources": sources}
+            manifest = write_manifest(folder, {**_describe_tokenizer(workspace), **facts})
+            for name, units in made.items():
+                units.check_placed(name, manifest["files"])
+    for source in sources:
+        sequences = sum(source["shard_sequences"])
+        records = sum(source["shard_records"])
+        print(f"{source['name']}: {records:,} records, {sequences:,} sequences, {source['tokens']:,} tokens")
+    for done in workspace.work.glob(f"{glob.escape(prefix)}-{'[0-9a-f]' * 16}"):  # of this and of earlier params
+        shutil.rmtree(done)
+
+
+def _describe_tokenizer(workspace: Workspace) -> dict[str, object]:
+    """Return what the manifests of tokens and data say beside their sources."""
+    tokenizer = open_tokenizer(workspace.base)
+    return {
+        "format": FORMAT,
+        "special": read_special(workspace.base, tokenizer),
+        "tokenizer": file_sha256(workspace.base / "tokenizer.json"),
+        "template": template_digest(),
+        "vocab_size": count_tokens(tokenizer),
+    }
+
+
+def _plan(workspace: Workspace, recipes: Mapping[str, Recipe], work: Path) -> dict[str, Sequence[Unit]]:
+    """Return each source's units."""
+    planned: dict[str, Sequence[Unit]] = {}
+    for name, recipe in recipes.items():
+        raw = workspace.raw / name
+        found = list_groups(raw)
+        parts = plan_units(found, unit_bytes=choose_unit_bytes(found, at_most=UNIT_BYTES))
+        folders = (work / name / f"{number:05d}" for number in range(len(parts)))
+        planned[name] = [
+            Unit(groups, raw, workspace.base, recipe, folder) for groups, folder in zip(parts, folders, strict=True)
+        ]
+    return planned
