@@ -24,6 +24,7 @@ import texts
 import vocabulary
 from prepare_once import OTHER_LAYOUT, SOURCE, WAYS, texts_of, write_for_trl
 
+from ropeway.config.frozen import read_texts, write_values
 from ropeway.config.params import load_profile
 from ropeway.data.raw_records import RawWriter, Record
 from ropeway.models.chat_template import Conversation
@@ -67,6 +68,8 @@ def lay_workspace(root: Path, tokenizer: Any, records: list[Record], *, times: i
             for record in records:
                 writer.add(record)
     read = times * len(records)
+    prompts = load_profile(root / "params.yaml")[1].contamination.prompts
+    write_values(workspace, "", {"contamination": read_texts(root, prompts, key="contamination.prompts")})
     facts = {"kind": kind, "kept": read, "read": read, "refused": {}, "first_refused": [], "identity": {}}
     write_manifest(workspace.raw, {"sources": {SOURCE: facts}})
     return workspace

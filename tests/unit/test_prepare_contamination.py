@@ -68,7 +68,7 @@ def test_a_set_of_grams_holds_what_was_put_in(inside, asked):
     grams = GramSet.of(np.array(inside, np.uint64))
     asked += inside[::2]
     assert grams.contains(np.array(asked, np.uint64)).tolist() == [value in set(inside) for value in asked]
-    assert len(grams.filter) < 8 * max(len(set(inside)), 1) + 1
+    assert grams.sieves.size < 16 * max(len(set(inside)), 1) + 1
 
 
 def test_prompts_are_lines_of_text_or_the_strings_in_lines_of_json():

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from ropeway.runtime.errors import DataError
 
 NAME = "manifest.json"
 _BLOCK_BYTES = 1 << 20
+_THREADS = 4  # that hash a folder's files
 
 
 def canonical_json(value: object) -> bytes:
@@ -87,9 +89,12 @@ def iterate_files(folder: Path) -> Iterator[Path]:
 def write_manifest(folder: Path, facts: Mapping[str, Any], *, rows: Mapping[str, int] | None = None) -> dict[str, Any]:
     """Write `folder/manifest.json`, last: `{"files": {name: {sha256, bytes, rows?}}, **facts}`; return it."""
     files = {}
-    for path in iterate_files(folder):
+    paths = list(iterate_files(folder))
+    with ThreadPoolExecutor(_THREADS) as pool:
+        digests = list(pool.map(file_sha256, paths))
+    for path, digest in zip(paths, digests, strict=True):
         name = path.relative_to(folder).as_posix()
-        files[name] = {"sha256": file_sha256(path), "bytes": path.stat().st_size}
+        files[name] = {"sha256": digest, "bytes": path.stat().st_size}
         if rows and name in rows:
             files[name]["rows"] = rows[name]
     manifest = {**facts, "files": files}
@@ -118,8 +123,9 @@ def load_manifest(folder: Path, *, remedy: str, verify: bool = True) -> dict[str
     there = {path.relative_to(folder).as_posix() for path in iterate_files(folder)}
     if extra := sorted(there - set(files)):
         raise DataError(f"{folder}: {extra[0]} is not in the manifest ({len(extra)} such files). {remedy}")
-    for name, facts in sorted(files.items()):
-        check_file(folder / name, facts, remedy=remedy, verify=verify)
+    named = sorted(files.items())
+    with ThreadPoolExecutor(_THREADS) as pool:  # hashing lets go of the interpreter; the first fault in order is raised
+        list(pool.map(lambda one: check_file(folder / one[0], one[1], remedy=remedy, verify=verify), named))
     return manifest
 
 

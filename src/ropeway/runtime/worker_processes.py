@@ -26,6 +26,11 @@ def count_asked(variable: str, environment: Mapping[str, str]) -> int | None:
     return int(asked)
 
 
+def count_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 CODE_CHECK = "ROPEWAY_CODE_CHECK"  # set by a stage for its workers: JSON of stage, digest of its code, cache file
 
 

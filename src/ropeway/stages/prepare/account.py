@@ -125,10 +125,13 @@ def _count_supervised(source: SourceShards, pieces: Pieces, profile: Profile) ->
     for kinds, lengths in source.iterate_kinds():
         here = slice(*np.searchsorted(sequence, (first, first + len(lengths))))
         if here.start < here.stop:
-            so_far = np.append(0, np.cumsum(loss_masks(kinds, lengths, profile)))
+            so_far = np.zeros(len(kinds) + 1, np.int32)  # half the bytes of int64, half the time
+            np.cumsum(loss_masks(kinds, lengths, profile), out=so_far[1:])
             offsets = (np.cumsum(lengths) - lengths)[sequence[here] - first]
             last = offsets + end[here] - 1
-            total += int((so_far[last] - so_far[offsets + begin[here]]).sum() + last_counts[kinds[last]].sum())
+            total += int(
+                (so_far[last] - so_far[offsets + begin[here]]).sum(dtype=np.int64) + last_counts[kinds[last]].sum()
+            )
         first += len(lengths)
     return total
 

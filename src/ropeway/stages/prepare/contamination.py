@@ -4,13 +4,15 @@ A run has 13 words in params as published. Source: Brown et al. 2020, arXiv:2005
 that is common in training is not forgiven, and a hit concerns the whole sequence. Runs do not cross from one turn into
 the next, and system messages are left out, so a shared template is no hit.
 
-Memory: 8 bytes a distinct run of the validation text and at most 8 more for its filter; of training's runs one shard's.
+Memory: 8 bytes a distinct run of the validation text and at most 16 more for its sieves; of training's runs a
+shard's a core.
 """
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +21,10 @@ from ropeway.config.params import Contamination
 from ropeway.data.tokenized import TokenizedSource
 from ropeway.data.words import hash_grams, is_short
 from ropeway.runtime.errors import ConfigError
+from ropeway.runtime.worker_processes import count_cores
 from ropeway.stages.prepare.split import Split
 
+_HALF = np.uint64(32)
 IN_VALIDATION, IN_PROMPTS = 1, 2  # bits of a sequence's hit
 
 
@@ -30,26 +34,34 @@ class GramSet:
 
     Attributes:
         values: `(H,)`, ascending, distinct.
-        filter: `(F,)`, F a power of two: False at `value % F` means not in the set. It spares most binary searches.
+        sieves: `(2, F)`, F a power of two: False at `part % F` of a value's low or high half means not in the set. They
+            spare nearly all binary searches, each of which waits for memory.
     """
 
     values: NDArray[np.uint64]
-    filter: NDArray[np.bool_]
+    sieves: NDArray[np.bool_]
 
     @classmethod
     def of(cls, values: NDArray[np.uint64]) -> "GramSet":
         """Return the set of these values."""
         distinct = distinct_values(values)
-        sieve = np.zeros(1 << max(len(distinct) * 4 - 1, 1).bit_length(), np.bool_)
-        sieve[distinct & np.uint64(len(sieve) - 1)] = True
-        return cls(distinct, sieve)
+        sieves = np.zeros((2, 1 << max(len(distinct) * 4 - 1, 1).bit_length()), np.bool_)
+        for sieve, half in zip(sieves, (distinct, distinct >> _HALF), strict=True):
+            sieve[half & np.uint64(len(sieve) - 1)] = True
+        return cls(distinct, sieves)
 
     def contains(self, grams: NDArray[np.uint64]) -> NDArray[np.bool_]:
         """Return `(G,)`, True for each gram that is in the set."""
-        found = np.asarray(self.filter[grams & np.uint64(len(self.filter) - 1)])
-        maybe = np.flatnonzero(found)
-        at = np.searchsorted(self.values, grams[maybe])
-        found[maybe] = self.values[np.minimum(at, len(self.values) - 1)] == grams[maybe] if len(self.values) else False
+        found = np.zeros(len(grams), np.bool_)
+        if not len(self.values):
+            return found
+        low, high = self.sieves
+        mask = np.uint64(len(low) - 1)
+        maybe = np.flatnonzero(low[grams & mask])
+        maybe = maybe[high[(grams[maybe] >> _HALF) & mask]]
+        maybe = maybe[np.argsort(grams[maybe])]  # asked in order, the search finds what it compares in the core's cache
+        at = np.minimum(np.searchsorted(self.values, grams[maybe]), len(self.values) - 1)
+        found[maybe] = self.values[at] == grams[maybe]
         return found
 
 
@@ -76,31 +88,25 @@ def find_contaminated(
     for name, source in sources.items():
         gathered += _gather(source, splits[name].validation)
     validation = GramSet.of(np.concatenate(gathered))
-    for name, source in sources.items():
-        first = 0
-        for grams, offsets in source.iterate_grams():
-            end = first + len(offsets) - 1
-            hits[name][first:end] = find_hits(grams, offsets, validation, evaluation)
-            first = end
-        hits[name][~_chosen(hits[name], splits[name].train)] = 0
+    find = partial(find_hits, validation=validation, prompts=evaluation)
+    with ThreadPoolExecutor(count_cores()) as pool:  # numpy lets go of the interpreter while it looks values up
+        for name, source in sources.items():
+            found = np.concatenate([np.empty(0, np.uint8), *pool.map(find, *zip(*source.iterate_grams(), strict=True))])
+            train = splits[name].train
+            hits[name][train] = found[train]
     return hits
 
 
 def _gather(source: TokenizedSource, sequences: NDArray[np.int64]) -> Iterator[NDArray[np.uint64]]:
     """Yield the runs of words of these sequences; a turn that is shorter than a run has none."""
-    wanted, first = _chosen(np.empty(sum(source.shard_sequences)), sequences), 0
+    first, ordered = 0, np.unique(sequences)
     for grams, offsets in source.iterate_grams():
         end = first + len(offsets) - 1
-        found = grams[np.repeat(wanted[first:end], np.diff(offsets))]
+        here = ordered[slice(*np.searchsorted(ordered, (first, end)))] - first
+        spans = zip(offsets[here].tolist(), offsets[here + 1].tolist(), strict=True)
+        found = np.concatenate([np.empty(0, np.uint64), *(grams[begin:until] for begin, until in spans)])
         yield distinct_values(found[~is_short(found)])
         first = end
-
-
-def _chosen(like: NDArray[Any], numbers: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Return `(N,)`, True at these numbers."""
-    chosen = np.zeros(len(like), np.bool_)
-    chosen[numbers] = True
-    return chosen
 
 
 def find_hits(

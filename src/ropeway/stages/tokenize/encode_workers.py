@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ropeway.runtime.errors import ConfigError, TemporaryError
-from ropeway.runtime.worker_processes import begin_worker, count_asked
+from ropeway.runtime.worker_processes import begin_worker, count_asked, count_cores
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -40,11 +40,6 @@ class Workforce:
     executor: Executor
     died: tuple[type[BaseException], ...]
     check: Callable[[], None]
-
-
-def count_cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def count_workers(text_bytes: int) -> int:
