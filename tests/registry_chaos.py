@@ -20,7 +20,7 @@ from pathlib import Path
 
 from ropeway.registry import ANY, list_aliases, load_core, promote, publish, resolve, verify
 from ropeway.registry.layout import blob_key, versions_log
-from ropeway.registry.log import count_events
+from ropeway.registry.log import read_events
 from ropeway.storage import Store, multipart, open_store
 from tests.registry_world import make_package
 
@@ -149,7 +149,7 @@ def _reader(url: str, outcome: Outcome) -> Iterator[None]:
     def look() -> None:
         while not stop.is_set():
             try:
-                newest = count_events(store, versions_log("tiny"))
+                newest = len(read_events(store, versions_log("tiny")))
                 digests = {*list_aliases(store, "tiny").values(), resolve(store, f"tiny@v{newest}")}
                 for digest in digests:
                     for file in load_core(store, "tiny", digest).files:

@@ -3,19 +3,23 @@
 It imports no pytest: a child must start at once.
 """
 
+import hashlib
 import json
 import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 from ropeway.registry import ANY, alias_history, list_aliases, load_core, promote, publish, pull, read_alias, verify
-from ropeway.registry.layout import blob_key, list_models, versions_log
-from ropeway.registry.log import count_events
+from ropeway.registry.layout import alias_log, blob_key, list_models, versions_log
+from ropeway.registry.log import read_events
 from ropeway.runtime.errors import RegistryError
-from ropeway.runtime.manifest import write_manifest
+from ropeway.runtime.manifest import canonical_json, write_manifest
 from ropeway.storage import FileStore, Store, open_store
 
 PROMOTIONS = 10
@@ -43,6 +47,65 @@ def put(store: Store, package: Path, name: str = "tiny"):
 
 def move(store: Store, digest: str, expect=ANY, alias: str = "candidate"):
     return promote(store, "tiny", alias, digest, expect=expect, by="a test", reason="it was time")
+
+
+def grow(store: Store, count: int) -> None:
+    """Give a registry whose one version is `tiny@v1` `count` versions, each once `tiny@candidate`: their events alone.
+
+    v1's event becomes the last, so that the newest version is whole. Heads are those that the last writer leaves.
+    """
+    record = json.loads(read(store, versions_log("tiny").key(1)))
+    digests = [*(hashlib.sha256(b"%d" % number).hexdigest() for number in range(1, count)), record["digest"]]
+    promotion = {"prev": None, "by": "a test", "reason": "it was time", "review": None, "at": record["published_at"]}
+    for key in store.list_keys("models/tiny/heads/"):
+        store.delete(key)
+    store.delete(versions_log("tiny").key(1))
+    for log, facts in ((versions_log("tiny"), record), (alias_log("tiny", "candidate"), promotion)):
+        lines = [f"{digest}\n".encode() for digest in digests]
+        heads = [hashlib.sha256(b"".join(lines[: number + 1])).hexdigest() for number in range(count)]
+        events = [
+            (log.key(number), canonical_json({**facts, "digest": digest, "head": head}))
+            for number, (digest, head) in enumerate(zip(digests, heads, strict=True), 1)
+        ]
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(store.put_if_absent, *zip(*events, (log.head_key(count), b"".join(lines)), strict=True)))
+
+
+@contextmanager
+def count_requests(store: Store) -> Iterator[Counter[str]]:
+    """Count what is asked of a store, by kind: requests on the wire of S3, operations of a folder."""
+    counted: Counter[str] = Counter()
+    if not isinstance(store, FileStore):
+        events = store.client.meta.events
+
+        def count(model, **_: object) -> None:
+            counted[model.name] += 1
+
+        events.register("before-call.s3", count)
+        yield counted
+        events.unregister("before-call.s3", count)
+        return
+    within = 0
+
+    def counting(name: str, method: Callable) -> Callable:
+        def call(*arguments, **options):
+            nonlocal within
+            counted[name] += not within  # one operation may be made of others
+            within += 1
+            try:
+                return method(*arguments, **options)
+            finally:
+                within -= 1
+
+        return call
+
+    names = {"put_if_absent", "get", "open_stream", "exists", "size", "list_keys", "list_entries", "list_folders"}
+    names |= {"first_key", "delete"}
+    for name in names:
+        setattr(store, name, counting(name, getattr(store, name)))
+    yield counted
+    for name in names:
+        delattr(store, name)
 
 
 def flip(store: Store, key: str) -> None:
@@ -90,7 +153,7 @@ def nothing_left(target: Path) -> bool:
 def check_whole(store: Store) -> None:
     """What a reader at this moment relies on: every number and alias leads to a version that is whole."""
     for name in list_models(store):
-        for number in range(1, count_events(store, versions_log(name)) + 1):
+        for number in range(1, len(read_events(store, versions_log(name))) + 1):
             verify(store, f"{name}@v{number}")
         for alias in list_aliases(store, name):
             verify(store, f"{name}@{alias}")

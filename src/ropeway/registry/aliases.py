@@ -18,7 +18,7 @@ from ropeway.registry.layout import (
     read_reference,
     versions_log,
 )
-from ropeway.registry.log import Event, append_event, count_events, read_event, read_events
+from ropeway.registry.log import Event, Events, append_event, read_event, read_events
 from ropeway.registry.publishing import find_number, is_withdrawn
 from ropeway.registry.reviews import PRODUCTION, check_clean
 from ropeway.registry.signing import check_policy
@@ -100,7 +100,7 @@ def promote(  # noqa: PLR0913 - one event's fields
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
-    def plan(events: Sequence[Event]) -> Event | int:
+    def plan(events: Events) -> Event | int:
         if is_withdrawn(store, name, digest):
             raise RegistryError(f"{name} {digest[:12]}… is withdrawn; '{alias}' was not moved. Choose another version")
         return plan_promotion(events, event, expect, where=f"{name}@{alias}")
@@ -143,28 +143,30 @@ def rollback(store: Store, name: str, alias: str, *, by: str, reason: str, expec
     check_alias(alias)
     check_registry(store)
     events = read_events(store, alias_log(name, alias))
-    target = plan_rollback(events, where=f"{name}@{alias}")
+    target = plan_rollback(events.digests, where=f"{name}@{alias}")
     current = events[-1]["digest"]
     if expect not in (ANY, current):
         raise RegistryError(f"{name}@{alias} points to {current}, expected {expect}; it was not moved")
     return promote(store, name, alias, target, expect=current, by=by, reason=reason)
 
 
-def plan_rollback(events: Sequence[Event], *, where: str) -> str:
+def plan_rollback(digests: Sequence[str], *, where: str) -> str:
     """Return the digest an alias pointed to before its current one.
 
-    A second rollback goes one further back and not forward again to the version that was just left: an event that
-    returns to the version before is read as undoing the one between.
+    Args:
+        digests: Of the alias's events, oldest first. A second rollback goes one further back and not forward again to
+            the version that was just left: an event that returns to the version before undoes the one between.
+        where: The alias, for the message.
 
     Raises:
         RegistryError: It has pointed to nothing else.
     """
     trail: list[str] = []
-    for event in events:
-        if len(trail) > 1 and trail[-2] == event["digest"]:
+    for digest in digests:
+        if len(trail) > 1 and trail[-2] == digest:
             trail.pop()
-        elif trail[-1:] != [event["digest"]]:
-            trail.append(event["digest"])
+        elif trail[-1:] != [digest]:
+            trail.append(digest)
     if len(trail) < 2:  # noqa: PLR2004 - a place to go back from and one to go back to
         raise RegistryError(f"{where}: no version before the current one to go back to. Promote one by its number")
     return trail[-2]
@@ -173,9 +175,8 @@ def plan_rollback(events: Sequence[Event], *, where: str) -> str:
 def read_alias(store: Store, name: str, alias: str) -> str | None:
     """Return the digest an alias points to, or None while it does not exist. For `expect`."""
     check_alias(alias)
-    log = alias_log(name, alias)
-    count = count_events(store, log)
-    return str(read_event(store, log, count)["digest"]) if count else None
+    events = read_events(store, alias_log(name, alias))
+    return str(events[-1]["digest"]) if events else None
 
 
 def list_aliases(store: Store, name: str) -> dict[str, str]:
@@ -212,15 +213,14 @@ def _find(store: Store, wanted: Reference) -> list[str]:
         return [digest] if digest else []
     log = versions_log(wanted.name)
     if wanted.prefix:
-        digests = [str(event["digest"]) for event in read_events(store, log)]
-        return [digest for digest in digests if digest.startswith(wanted.prefix)]
+        return [digest for digest in read_events(store, log).digests if digest.startswith(wanted.prefix)]
     with suppress(AbsentError):
         return [str(read_event(store, log, wanted.number or 0)["digest"])]
     return []
 
 
 def _what_there_is(store: Store, name: str) -> str:
-    count = count_events(store, versions_log(name))
+    count = len(read_events(store, versions_log(name)))
     if not count:
         return f"Nothing named {name} was published there"
     aliases = ", ".join(list_aliases(store, name)) or "no alias"

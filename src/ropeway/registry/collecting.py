@@ -6,6 +6,7 @@ collector leaves what the intent names alone.
 """
 
 import json
+import re
 import uuid
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
@@ -21,14 +22,15 @@ from ropeway.registry.layout import (
     collection_key,
     list_models,
     manifest_key,
-    versions_log,
+    model_logs,
 )
-from ropeway.registry.log import read_events
+from ropeway.registry.log import find_head, verify_log
 from ropeway.registry.publishing import COLLECTION_BELIEVED, attached_files, is_withdrawn
 from ropeway.runtime.errors import AbsentError, TemporaryError
 from ropeway.runtime.manifest import canonical_json
 from ropeway.storage import Entry, Store, Stray
 
+_COLLECTABLE = re.compile(rf"blobs/sha256/|{INTENTS}|{COLLECTIONS}|models/[^/]+/(heads/|manifests/[^/]+$)")
 MOST_TIME = COLLECTION_BELIEVED / 2
 INTENT_BELIEVED = timedelta(hours=24)  # however short the grace: a publish that takes longer has died
 
@@ -107,7 +109,9 @@ def collect(store: Store, *, grace: timedelta, withdrawn: bool) -> Garbage:
 def _needed_by_versions(store: Store, *, withdrawn: bool) -> set[str]:
     needed: set[str] = set()
     for name in list_models(store):
-        for event in read_events(store, versions_log(name)):
+        versions, *others = (verify_log(store, log) for log in model_logs(store, name))
+        needed |= {key for events in (versions, *others) if (key := find_head(store, events))}
+        for event in versions:
             digest = str(event["digest"])
             needed.add(manifest_key(name, digest))
             if withdrawn and is_withdrawn(store, name, digest):
@@ -132,9 +136,7 @@ def _needed_by_intents(store: Store, entries: Sequence[Entry], before: datetime)
 
 def _is_collectable(key: str) -> bool:
     """Return whether a key is of a kind that may be removed: events and tombstones never are."""
-    parts = key.split("/")
-    manifest = len(parts) == 4 and parts[0] == "models" and parts[2] == "manifests"  # noqa: PLR2004
-    return manifest or key.startswith(("blobs/sha256/", INTENTS, COLLECTIONS))
+    return _COLLECTABLE.match(key) is not None
 
 
 def _needs(key: str) -> str:

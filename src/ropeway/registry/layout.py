@@ -8,6 +8,7 @@ models/<name>/versions/00000012.json              number -> digest, append-only
 models/<name>/aliases/<alias>/00000007.json       {digest, prev, by, reason, review, at}: the last is the alias
 models/<name>/tombstones/<64 hex>.json            withdrawn; pull refuses
 models/<name>/reviews/00000003.json               {digest, decision, by, comment, ...}: every answer, append-only
+models/<name>/heads/<log>/99999987.txt            digests of a log's first 12 events; a hint, named by 99999999 - 12
 models/<name>/clean/<64 hex>.json                 made again, byte for byte, from a clean git tree
 intents/<32 hex>.json                             a publish under way; a collector leaves what it names alone
 collections/<32 hex>.json                         a collection under way; publishers step back
@@ -26,6 +27,8 @@ FORMAT = "ropeway-registry/1"
 INTENTS = "intents/"
 COLLECTIONS = "collections/"
 _MARK = "registry.json"
+_LAST_NUMBER = 99_999_999
+_HEAD_KEY = re.compile(r"([0-9]{8})\.txt")
 _ALIAS = re.compile(r"[a-z][a-z0-9-]{0,48}[a-z0-9]")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _NUMBER = re.compile(r"v[0-9]{1,8}|[0-9]{1,7}")
@@ -70,14 +73,24 @@ class Reference:
 
 @dataclass(frozen=True, slots=True)
 class Log:
-    """An append-only log: its folder, and the keys that each of its events has, with their types."""
+    """An append-only log: its folder, that of its heads, and the keys that each event has, with their types."""
 
     folder: str
+    heads: str
     fields: _Fields
 
     def key(self, number: int) -> str:
         """Return where an event lies; they count from 1."""
         return f"{self.folder}{number:08d}.json"
+
+    def head_key(self, number: int) -> str:
+        """Return where the head of the first `number` events lies: of all heads the newest comes first by name."""
+        return f"{self.heads}{_LAST_NUMBER - number:08d}.txt"
+
+    def head_number(self, key: str | None) -> int:
+        """Return how many events a head is of, 0 for what is none."""
+        match = _HEAD_KEY.fullmatch((key or "").removeprefix(self.heads))
+        return _LAST_NUMBER - int(match[1]) if match else 0
 
 
 def read_reference(text: str) -> Reference:
@@ -151,7 +164,7 @@ def signature_key(name: str, digest: str, keyid: str) -> str:
 
 def versions_log(name: str) -> Log:
     """Return the log number → digest, with what is known of a version but does not make it."""
-    return Log(f"models/{name}/versions/", _VERSION)
+    return _log(name, "versions/", _VERSION)
 
 
 def aliases_folder(name: str) -> str:
@@ -161,12 +174,22 @@ def aliases_folder(name: str) -> str:
 
 def alias_log(name: str, alias: str) -> Log:
     """Return an alias's log."""
-    return Log(f"{aliases_folder(name)}{alias}/", _PROMOTION)
+    return _log(name, f"aliases/{alias}/", _PROMOTION)
 
 
 def reviews_log(name: str) -> Log:
     """Return the log of what reviewers answered."""
-    return Log(f"models/{name}/reviews/", _REVIEW)
+    return _log(name, "reviews/", _REVIEW)
+
+
+def model_logs(store: Store, name: str) -> list[Log]:
+    """Return every log of a model, its versions' first."""
+    aliases = store.list_folders(aliases_folder(name))
+    return [versions_log(name), reviews_log(name), *(alias_log(name, alias) for alias in aliases)]
+
+
+def _log(name: str, path: str, fields: _Fields) -> Log:
+    return Log(f"models/{name}/{path}", f"models/{name}/heads/{path}", fields)
 
 
 def clean_key(name: str, digest: str) -> str:

@@ -1,7 +1,7 @@
 """Publish a package: blobs, re-check, manifest, signature, number, in this order: a death leaves nothing dangling."""
 
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -23,7 +23,7 @@ from ropeway.registry.layout import (
     tombstone_key,
     versions_log,
 )
-from ropeway.registry.log import Event, append_event, event_document, read_events
+from ropeway.registry.log import Event, Events, append_event, event_document, read_events
 from ropeway.registry.rules import PackageFile, check_content, check_files
 from ropeway.registry.signing import load_signer, sign
 from ropeway.runtime.errors import DataError, TemporaryError
@@ -143,11 +143,11 @@ def attached_files(record: Event) -> list[PackageFile]:
     return files
 
 
-def _number_of(events: Sequence[Event], digest: str) -> int | None:
-    return next((number for number, event in enumerate(events, 1) if event["digest"] == digest), None)
+def _number_of(events: Events, digest: str) -> int | None:
+    return next((number for number, known in enumerate(events.digests, 1) if known == digest), None)
 
 
-def _plan_number(events: Sequence[Event], record: Event) -> Event | int:
+def _plan_number(events: Events, record: Event) -> Event | int:
     """A digest keeps the number it has; a new one gets the next."""
     return _number_of(events, record["digest"]) or record
 

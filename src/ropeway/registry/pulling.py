@@ -13,9 +13,9 @@ from typing import BinaryIO
 from ropeway.registry.aliases import resolve
 from ropeway.registry.blobs import blob_fault
 from ropeway.registry.core import Core, load_core
-from ropeway.registry.layout import blob_key, read_reference, tombstone_key, versions_log
-from ropeway.registry.log import read_event
-from ropeway.registry.publishing import attached_files, find_number, is_withdrawn
+from ropeway.registry.layout import blob_key, model_logs, read_reference, tombstone_key
+from ropeway.registry.log import verify_log
+from ropeway.registry.publishing import attached_files, is_withdrawn
 from ropeway.registry.rules import PackageFile, check_content, scan_folder
 from ropeway.registry.signing import check_policy
 from ropeway.runtime.errors import AbsentError, ConfigError, DataError, RegistryError, TemporaryError
@@ -76,15 +76,15 @@ def pull(store: Store, reference: str, target: Path) -> Pulled:
 
 
 def verify(store: Store, reference: str) -> Verified:
-    """Re-hash a version's manifest, every blob and every attachment; return how much that was.
+    """Re-hash a version's manifest, every blob and every attachment, read every log whole; return how much that was.
 
     Raises:
         RegistryError: No such version, or it is withdrawn.
         DataError: All faults, one per line.
     """
     name, core = _load_allowed(store, reference)
-    number = find_number(store, name, core.digest)
-    attached = attached_files(read_event(store, versions_log(name), number)) if number else []
+    versions, *_ = [verify_log(store, log) for log in model_logs(store, name)]
+    attached = [file for event in versions if event["digest"] == core.digest for file in attached_files(event)]
     files = [*core.files, *attached]
     if faults := [f"  {fault}" for file in files if (fault := blob_fault(store, file, rehash=True))]:
         raise DataError(

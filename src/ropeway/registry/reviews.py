@@ -4,12 +4,12 @@ A review is a fact of its own: a rejection moves no alias, and an approval may f
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, Literal
 
 from ropeway.registry.layout import clean_key, reviews_log, versions_log
-from ropeway.registry.log import Event, append_event, read_events
+from ropeway.registry.log import Event, Events, append_event, read_events
 from ropeway.runtime.errors import DataError, RegistryError
 from ropeway.runtime.manifest import canonical_json
 from ropeway.storage import Store
@@ -33,8 +33,9 @@ def record_review(
     review = {"digest": digest, "decision": decision, **answer}
     event = {**review, "at": datetime.now(UTC).isoformat(timespec="seconds")}
 
-    def plan(events: Sequence[Event]) -> Event | int:
-        same = (number for number, old in enumerate(events, 1) if {**old, "at": None} == {**review, "at": None})
+    def plan(events: Events) -> Event | int:
+        about = [number for number, known in enumerate(events.digests, 1) if known == digest]
+        same = (number for number in about if {**events[number - 1], "at": None} == {**review, "at": None})
         return next(same, None) or event
 
     return dict(append_event(store, reviews_log(name), plan).event)
@@ -42,7 +43,8 @@ def record_review(
 
 def list_reviews(store: Store, name: str, digest: str) -> list[Event]:
     """Return the answers about one version, oldest first."""
-    return [event for event in read_events(store, reviews_log(name)) if event["digest"] == digest]
+    events = read_events(store, reviews_log(name))
+    return [events[index] for index, known in enumerate(events.digests) if known == digest]
 
 
 def vouch_clean(store: Store, name: str, digest: str, *, git: str) -> None:
@@ -68,8 +70,8 @@ def clean_commit(store: Store, name: str, digest: str) -> str | None:
 
 def find_dirt(store: Store, name: str, digest: str) -> str | None:
     """Return why no commit makes this version, or None when one does or nothing is known of git."""
-    record = next((event for event in read_events(store, versions_log(name)) if event["digest"] == digest), None)
-    facts: Mapping[str, Any] = record["provenance"] if record else {}
+    events = read_events(store, versions_log(name))
+    facts: Mapping[str, Any] = events[events.digests.index(digest)]["provenance"] if digest in events.digests else {}
     known = "git" in facts or "dirty" in facts
     if not known or (facts.get("git") and not facts.get("dirty")) or store.exists(clean_key(name, digest)):
         return None

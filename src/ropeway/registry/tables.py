@@ -85,7 +85,7 @@ def describe_version(store: Store, reference: str) -> Facts:
 def describe_history(store: Store, name: str, alias: str) -> list[Facts]:
     """Return an alias's events, oldest first, each with the number its version has."""
     check_registry(store)
-    numbers = {event["digest"]: number for number, event in enumerate(read_events(store, versions_log(name)), 1)}
+    numbers = {digest: number for number, digest in enumerate(read_events(store, versions_log(name)).digests, 1)}
     return [{**event, "version": numbers.get(event["digest"])} for event in alias_history(store, name, alias)]
 
 

@@ -92,13 +92,17 @@ class Store(ABC):
         """Return the keys of `list_entries`."""
         return [entry.key for entry in self.list_entries(prefix)]
 
+    def first_key(self, prefix: str) -> str | None:
+        """Return the first key below the folder `prefix`, by name, or None: one request, however many there are."""
+        return next(iter(self.list_keys(prefix)), None)
+
     @abstractmethod
     def list_folders(self, prefix: str) -> list[str]:
         """Return the names directly below the folder `prefix` that have keys below them, sorted."""
 
     @abstractmethod
     def delete(self, key: str) -> None:
-        """Remove an object if it is there. For collecting garbage and for a publisher's own intent, nothing else."""
+        """Remove an object if it is there. For garbage, a publisher's own intent and hints, nothing else."""
 
     @abstractmethod
     def list_strays(self) -> list[Stray]:

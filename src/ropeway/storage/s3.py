@@ -101,6 +101,14 @@ class S3Store(Store):
         ]
         return sorted((entry for entry in found if _is_key(entry.key)), key=lambda entry: entry.key)
 
+    def first_key(self, prefix: str) -> str | None:
+        """Ask for a listing of one."""
+        check_prefix(prefix)
+        with self._explained(prefix):
+            answer = self.client.list_objects_v2(Bucket=self._bucket, Prefix=self._root + prefix, MaxKeys=1)
+        keys = (self._key(item["Key"]) for item in answer.get("Contents", []))
+        return next((key for key in keys if _is_key(key)), None)
+
     def list_folders(self, prefix: str) -> list[str]:
         """Let the server group keys by their next part."""
         pages = self._pages("list_objects_v2", prefix, Delimiter="/")

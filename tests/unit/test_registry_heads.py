@@ -1,0 +1,232 @@
+"""A log's head is a hint: it makes requests few, and no answer wrong, whatever it says."""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from ropeway.registry import alias_history, collect, has_version, pull, read_alias, resolve, rollback, verify
+from ropeway.registry.layout import alias_log, model_logs, versions_log
+from ropeway.registry.log import find_head, read_events, verify_log
+from ropeway.runtime.errors import AbsentError, DataError
+from ropeway.runtime.manifest import canonical_json
+from ropeway.storage import Store, open_store
+from tests.registry_world import count_requests, grow, make_package, move, put, replace
+
+NOW = timedelta(seconds=-60)  # a grace that makes everything old, whatever the store's clock says
+MOST_REQUESTS = 40
+VERSIONS = versions_log("tiny")
+CANDIDATE = alias_log("tiny", "candidate")
+
+
+@pytest.fixture
+def three(fill, store) -> list[str]:
+    """Digests of three versions, the last of them `tiny@candidate`, which was each of them once."""
+    digests = fill(3)
+    for digest in digests:
+        move(store, digest)
+    return digests
+
+
+def heads(store: Store) -> list[str]:
+    return store.list_keys("models/tiny/heads/")
+
+
+def forget_heads(store: Store) -> None:
+    """Make a registry one that a Ropeway without heads wrote."""
+    for log in model_logs(store, "tiny"):
+        for key in [key for key in store.list_keys(log.folder) if key.endswith(".json")]:
+            event = json.loads(store.get(key))
+            event.pop("head", None)
+            replace(store, key, canonical_json(event))
+    for key in heads(store):
+        store.delete(key)
+
+
+def check_answers(store: Store, digests: list[str]) -> None:
+    """Every way to ask gives what the events say."""
+    count = len(digests)
+    assert [resolve(store, f"tiny@v{number}") for number in range(1, count + 1)] == digests
+    assert [resolve(store, f"tiny@{digest}") for digest in digests] == digests
+    assert all(has_version(store, "tiny", digest) for digest in digests)
+    assert not has_version(store, "tiny", "0" * 64)
+    assert read_events(store, VERSIONS).digests == digests
+    assert read_alias(store, "tiny", "candidate") == alias_history(store, "tiny", "candidate")[-1]["digest"]
+
+
+def count_acts(store: Store, place: Path, count: int) -> dict[str, Counter[str]]:
+    """Return what each act asks of a registry of so many versions, by kind of request."""
+    put(store, make_package(place / "first"))
+    grow(store, count)
+    assert len(verify_log(store, VERSIONS)) == len(verify_log(store, CANDIDATE)) == count
+    new, digest = make_package(place / "new", b"new"), resolve(store, f"tiny@v{count}")
+    acts: dict[str, Callable[[], object]] = {
+        "pull by alias": lambda: pull(store, "tiny@candidate", place / "by-alias"),
+        "pull by number": lambda: pull(store, f"tiny@v{count}", place / "by-number"),
+        "pull by digest": lambda: pull(store, f"tiny@{digest}", place / "by-digest"),
+        "publish": lambda: put(store, new),
+        "publish again": lambda: put(store, new),
+        "promote": lambda: move(store, resolve(store, f"tiny@v{count + 1}")),
+        "roll back": lambda: rollback(store, "tiny", "candidate", by="a test", reason="worse"),
+    }
+    counted = {}
+    for name, act in acts.items():
+        with count_requests(store) as counted[name]:
+            act()
+    return counted
+
+
+@pytest.mark.parametrize("counts", [(1, 10, 100), pytest.param((1, 1000), marks=pytest.mark.slow)])
+def test_requests_are_the_same_at_any_number_of_versions(store, tmp_path, counts):
+    first, *others = [count_acts(open_store(f"{store.url}-{count}"), tmp_path / f"{count}", count) for count in counts]
+    assert all(other == first for other in others)
+    assert all(sum(requests.values()) < MOST_REQUESTS for requests in first.values())
+
+
+def test_an_append_leaves_one_right_head_per_log(store, three):
+    assert heads(store) == [CANDIDATE.head_key(3), VERSIONS.head_key(3)]
+    for log in (VERSIONS, CANDIDATE):
+        events = read_events(store, log)
+        assert find_head(store, events) == log.head_key(3)
+        assert events.digests == three
+
+
+def test_a_registry_without_heads_is_read_and_the_next_publish_writes_one(store, three, package, tmp_path):
+    forget_heads(store)
+    check_answers(store, three)
+    assert put(store, package).number == 1
+    assert not heads(store), "what reads, and what was published before, writes nothing"
+    fourth = put(store, make_package(tmp_path / "fourth", b"fourth"))
+    check_answers(store, [*three, fourth.digest])
+    assert VERSIONS.head_key(4) in heads(store)
+    assert rollback(store, "tiny", "candidate", by="a test", reason="worse").digest == three[1]
+    assert verify(store, "tiny@v4").files == 4
+
+
+def test_a_head_behind_the_log_is_caught_up_with(store, three, tmp_path):
+    head = store.get(VERSIONS.head_key(3))
+    digests = [*three, *(put(store, make_package(tmp_path / name, name.encode())).digest for name in ("d", "e"))]
+    for number in (4, 5):  # as a Ropeway without heads writes them
+        event = json.loads(store.get(VERSIONS.key(number)))
+        del event["head"]
+        replace(store, VERSIONS.key(number), canonical_json(event))
+    store.delete(VERSIONS.head_key(5))
+    store.put_if_absent(VERSIONS.head_key(3), head)
+    check_answers(store, digests)
+    sixth = put(store, make_package(tmp_path / "sixth", b"sixth"))
+    check_answers(store, [*digests, sixth.digest])
+    assert [key for key in heads(store) if "versions" in key] == [VERSIONS.head_key(6)]
+    assert len(verify_log(store, VERSIONS)) == 6
+
+
+@pytest.mark.parametrize("number", [2, 3, 4, 99_999_999])
+@pytest.mark.parametrize("lies", ["swapped", "not text", "none"])
+def test_a_forged_head_changes_no_answer_and_the_next_publish_replaces_it(store, three, tmp_path, number, lies):
+    if lies != "none":
+        for key in heads(store):
+            store.delete(key)
+    documents = {
+        "swapped": "".join(f"{digest}\n" for digest in (three[1], three[0], three[2])).encode(),
+        "not text": b"\xff\x00" * 40,
+        "none": b"",
+    }
+    for log in (VERSIONS, CANDIDATE):
+        store.put_if_absent(log.head_key(number), documents[lies])
+    check_answers(store, three)
+    assert not move(store, three[2]).moved
+    fourth = put(store, make_package(tmp_path / "fourth", b"fourth"))
+    assert (fourth.number, fourth.created) == (4, True)
+    check_answers(store, [*three, fourth.digest])
+    fifth = put(store, make_package(tmp_path / "fifth", b"fifth"))
+    check_answers(store, [*three, fourth.digest, fifth.digest])
+    assert find_head(store, read_events(store, VERSIONS)) == VERSIONS.head_key(5)
+
+
+def test_a_stranger_among_the_heads_is_no_head(store, three):
+    store.put_if_absent(f"{VERSIONS.heads}00000000.md", b"x")
+    check_answers(store, three)
+
+
+def test_a_publisher_that_dies_between_event_and_head_loses_nothing(store, three, tmp_path, monkeypatch):
+    package = make_package(tmp_path / "fourth", b"fourth")
+    real = store.put_if_absent
+
+    def die(key, data, *, sha256=None):
+        if "/heads/" in key:
+            raise KeyboardInterrupt
+        return real(key, data, sha256=sha256)
+
+    monkeypatch.setattr(store, "put_if_absent", die)
+    with pytest.raises(KeyboardInterrupt):
+        put(store, package)
+    monkeypatch.undo()
+    assert heads(store)[-1] == VERSIONS.head_key(3)
+    again = put(store, package)
+    assert (again.number, again.created) == (4, False)
+    check_answers(store, [*three, again.digest])
+    fifth = put(store, make_package(tmp_path / "fifth", b"fifth"))
+    check_answers(store, [*three, again.digest, fifth.digest])
+    assert VERSIONS.head_key(5) in heads(store)
+
+
+@pytest.mark.parametrize("at", ["versions", "heads"])
+def test_two_publishers_at_once_get_two_numbers_and_the_right_head(store, three, tmp_path, monkeypatch, at):
+    ours, theirs = (make_package(tmp_path / name, name.encode()) for name in ("ours", "theirs"))
+    real, other = store.put_if_absent, []
+
+    def overtaken(key, data, *, sha256=None):
+        if f"tiny/{at}/" in key:
+            monkeypatch.undo()
+            other.append(put(store, theirs))
+        return real(key, data, sha256=sha256)
+
+    monkeypatch.setattr(store, "put_if_absent", overtaken)
+    done = put(store, ours)
+    numbered = sorted((one.number, one.digest) for one in (done, *other))
+    assert [number for number, _ in numbered] == [4, 5]
+    check_answers(store, [*three, *(digest for _, digest in numbered)])
+    events = verify_log(store, VERSIONS)
+    assert find_head(store, events) == store.first_key(VERSIONS.heads) == VERSIONS.head_key(5)
+    collect(store, grace=NOW, withdrawn=False)
+    assert [key for key in heads(store) if "versions" in key] == [VERSIONS.head_key(5)]
+
+
+def test_a_head_that_vanishes_under_a_reader_is_not_missed(store, three, monkeypatch):
+    real = store.get
+
+    def vanish(key):
+        if "/heads/" in key:
+            raise AbsentError(key)
+        return real(key)
+
+    monkeypatch.setattr(store, "get", vanish)
+    check_answers(store, three)
+
+
+@pytest.mark.usefixtures("three")
+def test_collecting_removes_every_head_but_the_right_ones(store):
+    for number, document in ((2, b"old"), (9, b"forged")):
+        store.put_if_absent(VERSIONS.head_key(number), document)
+    store.delete(CANDIDATE.head_key(3))
+    store.put_if_absent(CANDIDATE.head_key(3), b"wrong")
+    collect(store, grace=NOW, withdrawn=False)
+    assert heads(store) == [VERSIONS.head_key(3)]
+
+
+@pytest.mark.parametrize("log", [VERSIONS, CANDIDATE])
+def test_verify_and_collect_find_an_event_that_was_removed_or_changed(store, three, log):
+    event = json.loads(store.get(log.key(2)))
+    changed = canonical_json({**event, "digest": "0" * 64})
+    for document in (None, changed, b"{"):
+        store.delete(log.key(2))
+        if document is not None:
+            store.put_if_absent(log.key(2), document)
+        with pytest.raises(DataError):
+            verify(store, f"tiny@{three[0]}")
+        with pytest.raises(DataError):
+            collect(store, grace=NOW, withdrawn=False)
+    replace(store, log.key(2), canonical_json(event))
+    assert verify(store, f"tiny@{three[0]}").files == 4
