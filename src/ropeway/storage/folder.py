@@ -4,7 +4,7 @@ import hashlib
 import os
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
@@ -86,7 +86,9 @@ class FileStore(Store):
         with self._explained(prefix):
             for place, folders, files in os.walk(self._folder(prefix)):
                 folders[:] = [name for name in folders if not name.startswith(".")]
-                entries += [_entry(Path(place, name), self.root) for name in files if name[0] != "."]
+                for name in files:
+                    with suppress(FileNotFoundError):  # deleted since its folder was read
+                        entries += [_entry(Path(place, name), self.root)] if name[0] != "." else []
         return sorted(entries, key=lambda entry: entry.key)
 
     def list_folders(self, prefix: str) -> list[str]:
