@@ -8,13 +8,11 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
-from ropeway import registry
 from ropeway.orchestration.decision import read_expect
 from ropeway.orchestration.prefect_adapter import artifact_prefix
-from ropeway.reporting.evidence import find_version
+from ropeway.registry import Artifact, Promotion, Registry
 from ropeway.reporting.markdown import code, table
 from ropeway.runtime.workspace import Workspace
-from ropeway.storage import Store, open_store
 
 
 @flow(name="promote")
@@ -29,14 +27,11 @@ def promote(digest: str, expect: str, by: str, reason: str, alias: str = "produc
         alias: The pointer.
         root: The workspace whose registry it is in.
     """
-    store = _open(root)
-    name, found = find_version(store, digest)
-    return _show(
-        store,
-        registry.promote(
-            store, name, alias, found, expect=read_expect(store, digest, expect), by=by.strip(), reason=reason.strip()
-        ),
-    )
+    registry = _open(root)
+    version = registry.find(digest)
+    expected = read_expect(registry, digest, expect)
+    done = version.promote(alias, expect=expected, by=by.strip(), reason=reason.strip())
+    return _show(registry.artifact(version.name), done)
 
 
 @flow(name="rollback")
@@ -51,16 +46,16 @@ def rollback(name: str, expect: str, by: str, reason: str, alias: str = "product
         alias: The pointer.
         root: The workspace whose registry it is in.
     """
-    store = _open(root)
-    expected = registry.resolve(store, f"{name}@{expect}")
-    return _show(store, registry.rollback(store, name, alias, by=by.strip(), reason=reason.strip(), expect=expected))
+    registry = _open(root)
+    artifact, expected = registry.artifact(name), registry.version(f"{name}@{expect}").digest
+    return _show(artifact, artifact.rollback(alias, by=by.strip(), reason=reason.strip(), expect=expected))
 
 
-def _open(root: str) -> Store:
-    return open_store(Workspace(Path(root).resolve(), "").registry_url)
+def _open(root: str) -> Registry:
+    return Registry.open(Workspace(Path(root).resolve(), "").registry_url)
 
 
-def _show(store: Store, done: registry.Promotion) -> State[Any]:
+def _show(artifact: Artifact, done: Promotion) -> State[Any]:
     """Return the state that says where the alias is, and publish its history."""
     rows = [
         {
@@ -69,13 +64,12 @@ def _show(store: Store, done: registry.Promotion) -> State[Any]:
             "by": code(event["by"]),
             "reason": code(event["reason"]),
         }
-        for event in reversed(registry.alias_history(store, done.name, done.alias))
+        for event in reversed(artifact.describe_history(done.alias))
     ]
     create_markdown_artifact(
         key=f"{artifact_prefix(done.name)}-{done.alias}", markdown=f"# {done.name}@{done.alias}\n\n{table(rows)}"
     )
-    number = registry.find_number(store, done.name, done.digest)
-    words = f"{done.name}@{done.alias} is v{number} ({done.digest[:12]}…)" + (
+    words = f"{done.name}@{done.alias} is v{artifact.version(done.digest).number} ({done.digest[:12]}…)" + (
         "" if done.moved else ", as it was already"
     )
     get_run_logger().info(words)

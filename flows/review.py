@@ -16,15 +16,14 @@ from prefect.input import RunInput
 from prefect.states import Completed
 from pydantic import Field, ValidationError
 
-from ropeway import registry
 from ropeway.orchestration.decision import Answer, decide
 from ropeway.orchestration.prefect_adapter import artifact_prefix
+from ropeway.registry import PRODUCTION, Registry
 from ropeway.reporting.evidence import Case, open_case
 from ropeway.reporting.markdown import code
 from ropeway.reporting.review_report import draw_report, draw_summary
 from ropeway.runtime.errors import RegistryError
 from ropeway.runtime.workspace import Workspace
-from ropeway.storage import Store, open_store
 
 EXPIRES_HOURS = 168.0
 _DIGEST, _PRODUCTION = "ropeway.digest", "ropeway.production"
@@ -55,8 +54,8 @@ def review(digest: str, root: str = ".", expires_hours: float = EXPIRES_HOURS) -
         root: The workspace whose registry it is in.
         expires_hours: After this the question is withdrawn and nothing moves.
     """
-    store = open_store(Workspace(Path(root).resolve(), "").registry_url)
-    case = _pin(store, digest)
+    registry = Registry.open(Workspace(Path(root).resolve(), "").registry_url)
+    case = _pin(registry, digest)
     form = Form.with_initial_data(description=draw_summary(case, heading="###"))
     try:
         said = suspend_flow_run(wait_for_input=form, timeout=int(expires_hours * 3600), key="answer")
@@ -66,25 +65,25 @@ def review(digest: str, root: str = ".", expires_hours: float = EXPIRES_HOURS) -
             "Start another review and fill in its form"
         ) from None
     answer = Answer(said.decision, said.reviewer.strip(), said.comment.strip(), f"flow run {runtime.flow_run.id}")
-    outcome = decide(store, case, answer)
+    outcome = decide(registry, case, answer)
     get_run_logger().info(outcome.words)
     return Completed(name=outcome.state, message=outcome.words)
 
 
-def _pin(store: Store, wanted: str) -> Case:
+def _pin(registry: Registry, wanted: str) -> Case:
     """Return the case; the first time its report is published and the run labelled with what it compares."""
     run = UUID(str(runtime.flow_run.id))
     with get_client(sync_client=True) as client:
         labels = client.read_flow_run(run).labels
         if _PRODUCTION in labels:
             return open_case(
-                store, str(labels[_DIGEST]), expect=None if (was := str(labels[_PRODUCTION])) == _NONE else was
+                registry, str(labels[_DIGEST]), expect=None if (was := str(labels[_PRODUCTION])) == _NONE else was
             )
-        case = open_case(store, wanted)
+        case = open_case(registry, wanted)
         create_markdown_artifact(
             key=f"{artifact_prefix(case.name)}-review",
             markdown=draw_report(case),
-            description=f"{case.new.label}: may it become {registry.PRODUCTION}? {code(case.digest)}",
+            description=f"{case.new.label}: may it become {PRODUCTION}? {code(case.digest)}",
         )
         pinned: dict[str, bool | int | float | str] = {
             _DIGEST: f"{case.name}@{case.digest}",

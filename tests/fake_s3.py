@@ -91,6 +91,8 @@ def fake_s3(**wrong: bool) -> Iterator[FakeS3]:
     with FakeS3(**wrong) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
+        try:
+            yield server
+        finally:  # also when a test fails: the server's close waits for its thread
+            server.shutdown()
+            thread.join()

@@ -18,11 +18,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from ropeway.registry import ANY, list_aliases, load_core, promote, publish, resolve, verify
+from ropeway.registry import ANY, Registry
+from ropeway.registry.core import load_core
 from ropeway.registry.layout import blob_key, versions_log
 from ropeway.registry.log import read_events
 from ropeway.storage import Store, multipart, open_store
-from tests.registry_world import make_package
+from tests.registry_world import make_package, tiny
 
 ROOT = Path(__file__).parents[1]
 PART = 5 << 20  # the smallest that S3 allows
@@ -64,15 +65,15 @@ def _finish(store: Store, package: Path, outcome: Outcome) -> None:
     """Publish again what was killed, count what had to be sent, and verify every byte."""
     there, sent = _parts_there(store), _count_parts(store)
     blob_there = any(entry.bytes > PART and _is_of(entry.key, package) for entry in store.list_entries("blobs/"))
-    done = publish(store, package, "tiny", provenance={}, attachments={})
-    promote(store, "tiny", "candidate", done.digest, expect=ANY, by="chaos", reason=f"round {done.number}")
+    done = tiny(store).publish(package, provenance={}, attachments={})
+    tiny(store).version(done.digest).promote("candidate", expect=ANY, by="chaos", reason=f"round {done.number}")
     if again := there & set(sent):  # one more may have arrived after the look: the server ends what it had begun
         outcome.faults.append(f"v{done.number}: parts {sorted(again)} were there and were sent again")
     if blob_there and sent:
         outcome.faults.append(f"v{done.number}: the file was whole in the store, and {len(sent)} parts were sent")
     outcome.parts_kept += len(there)
     outcome.parts_sent += len(sent)
-    verify(store, f"tiny@v{done.number}")
+    Registry(store).version(f"tiny@v{done.number}").verify()
     if strays := [stray for stray in store.list_strays() if outcome.store == "s3"]:
         outcome.faults.append(f"v{done.number}: {len(strays)} uploads left after completion")
 
@@ -138,7 +139,7 @@ def _child(url: str, package: str) -> None:
     store.exists("registry.json")
     sys.stdout.write("ready\n")
     sys.stdout.flush()
-    publish(store, Path(package), "tiny", provenance={}, attachments={})
+    tiny(store).publish(Path(package), provenance={}, attachments={})
 
 
 @contextmanager
@@ -150,7 +151,10 @@ def _reader(url: str, outcome: Outcome) -> Iterator[None]:
         while not stop.is_set():
             try:
                 newest = len(read_events(store, versions_log("tiny")))
-                digests = {*list_aliases(store, "tiny").values(), resolve(store, f"tiny@v{newest}")}
+                digests = {
+                    *tiny(store).aliases().values(),
+                    Registry(store).version(f"tiny@v{newest}").digest,
+                }
                 for digest in digests:
                     for file in load_core(store, "tiny", digest).files:
                         assert store.size(blob_key(file.sha256)) == file.bytes, file.path

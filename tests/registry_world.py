@@ -15,7 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from ropeway.registry import ANY, alias_history, list_aliases, load_core, promote, publish, pull, read_alias, verify
+from ropeway.registry import ANY, Artifact, Registry
+from ropeway.registry.core import load_core
 from ropeway.registry.layout import alias_log, blob_key, list_models, versions_log
 from ropeway.registry.log import read_events
 from ropeway.runtime.errors import RegistryError
@@ -41,12 +42,16 @@ def make_package(folder: Path, weights: bytes = b"weights", **facts: object) -> 
     return folder
 
 
+def tiny(store: Store) -> Artifact:
+    return Registry(store).artifact("tiny")
+
+
 def put(store: Store, package: Path, name: str = "tiny"):
-    return publish(store, package, name, provenance={"git": "abc", "dirty": False}, attachments={})
+    return Registry(store).artifact(name).publish(package, provenance={"git": "abc", "dirty": False}, attachments={})
 
 
 def move(store: Store, digest: str, expect=ANY, alias: str = "candidate"):
-    return promote(store, "tiny", alias, digest, expect=expect, by="a test", reason="it was time")
+    return tiny(store).version(digest).promote(alias, expect=expect, by="a test", reason="it was time")
 
 
 def grow(store: Store, count: int) -> None:
@@ -154,9 +159,9 @@ def check_whole(store: Store) -> None:
     """What a reader at this moment relies on: every number and alias leads to a version that is whole."""
     for name in list_models(store):
         for number in range(1, len(read_events(store, versions_log(name))) + 1):
-            verify(store, f"{name}@v{number}")
-        for alias in list_aliases(store, name):
-            verify(store, f"{name}@{alias}")
+            Registry(store).version(f"{name}@v{number}").verify()
+        for alias in Registry(store).artifact(name).aliases():
+            Registry(store).version(f"{name}@{alias}").verify()
         for key in store.list_keys(f"models/{name}/manifests/"):
             for file in load_core(store, name, Path(key).stem).files:
                 assert store.size(blob_key(file.sha256)) == file.bytes
@@ -208,7 +213,7 @@ def sweep_publish(tmp_path: Path) -> int:
         keys = set(store.list_keys(""))
         again = put(store, package)
         assert again.number == 1
-        assert not move(store, again.digest).moved or len(alias_history(store, "tiny", "candidate")) == 1
+        assert not move(store, again.digest).moved or len(tiny(store).alias("candidate").events) == 1
         assert keys <= set(store.list_keys("")), "a retry removes nothing"
         check_whole(store)
         assert len(store.list_keys("intents/")) <= 1
@@ -224,22 +229,24 @@ def sweep_pull(tmp_path: Path) -> int:
     def after(place: Path) -> None:
         target = place / "model"
         if target.exists():  # then it is whole
-            assert not pull(store, "tiny@v1", target).created
-        pull(store, "tiny@v1", target)
+            assert not Registry(store).version("tiny@v1").pull(target).created
+        Registry(store).version("tiny@v1").pull(target)
         assert [path.name for path in place.iterdir()] == ["model"]
 
-    return sweep(lambda place: pull(store, "tiny@v1", place / "model"), after, tmp_path)
+    return sweep(lambda place: Registry(store).version("tiny@v1").pull(place / "model"), after, tmp_path)
 
 
 def promote_in_turn(store: Store, digests: list[str]) -> list[int]:
     """Promote the one of two digests that is not there, each time with what was there expected; return the numbers."""
     numbers: list[int] = []
     while len(numbers) < PROMOTIONS:
-        expect = read_alias(store, "tiny", "candidate")
+        expect = tiny(store).alias("candidate").digest
         digest = digests[digests[0] == expect]
         reason = f"move {len(numbers)} of {os.getpid()}"  # else two racers' events would be one and the same act
         try:
-            numbers.append(promote(store, "tiny", "candidate", digest, expect=expect, by="racer", reason=reason).number)
+            numbers.append(
+                tiny(store).version(digest).promote("candidate", expect=expect, by="racer", reason=reason).number
+            )
         except RegistryError as error:
             if "points to" not in str(error):
                 raise
@@ -255,7 +262,7 @@ def main(role: str, place: str, *rest: str) -> object:
     sys.stdin.readline()
     if role == "promote":
         return promote_in_turn(store, list(rest))
-    done = publish(store, Path(rest[0]), "tiny", provenance={"pid": os.getpid()}, attachments={})
+    done = tiny(store).publish(Path(rest[0]), provenance={"pid": os.getpid()}, attachments={})
     return done.digest, done.number, done.created
 
 

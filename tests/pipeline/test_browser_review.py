@@ -10,9 +10,8 @@ import time
 import httpx
 import pytest
 
-from ropeway import registry
 from ropeway.orchestration.prefect_server import find_server
-from ropeway.storage import open_store
+from ropeway.registry import Registry
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(1800)]
 ANSWER = {"decision": "approve", "reviewer": "anna", "comment": "reads well"}
@@ -94,17 +93,17 @@ def test_browser_review_from_the_run_s_graph_to_the_moved_alias(person, tmp_path
     review = re.search(r"the form at http://[^/]+/runs/flow-run/([0-9a-f-]{36})", said)[1]
 
     url = api.removesuffix("/api")
-    store = open_store((person.root / "registry").as_uri())
+    registry = Registry.open((person.root / "registry").as_uri())
     with open_browser() as page:
         shown = look_at_run(page, url, run, tmp_path / "run.png")
         assert {"identity", "fetch", "train", "evaluate", "package", "publish"} <= set(shown.split())
         wait_for(lambda: has_report(api, review))  # the page asks for artifacts once, when it is opened
         shown = look_at_report(page, url, review, tmp_path / "report.png")
         assert "laptop@v1: may it become production?" in shown
-        assert registry.read_alias(store, "laptop", "production") is None
+        assert registry.artifact("laptop").alias("production").digest is None
         fill_form(page, url, review, ANSWER, tmp_path / "form.png")
-    candidate = registry.read_alias(store, "laptop", "candidate")
-    wait_for(lambda: registry.read_alias(store, "laptop", "production") == candidate)
-    (event,) = registry.alias_history(store, "laptop", "production")
+    candidate = registry.artifact("laptop").alias("candidate").digest
+    wait_for(lambda: registry.artifact("laptop").alias("production").digest == candidate)
+    (event,) = registry.artifact("laptop").alias("production").events
     assert (event["by"], event["reason"]) == ("anna", "reads well")
     assert event["review"]["via"] == f"flow run {review}"

@@ -13,12 +13,11 @@ from ropeway.config.params import load_profile
 from ropeway.orchestration.publish import publish_package
 from ropeway.orchestration.revision import Revision
 from ropeway.orchestration.stage_process import ROOMS, enter_room, write_identity
-from ropeway.registry.tables import describe_version
+from ropeway.registry import Registry
 from ropeway.reporting.evidence import open_case
 from ropeway.reporting.review_report import draw_report
 from ropeway.runtime.errors import ConfigError, DataError
 from ropeway.runtime.workspace import Workspace
-from ropeway.storage import open_store
 from ropeway.storage.s3_client import make_client, split_url
 from tests.hub_world import COMMIT, REPO, Hub, point_at, serve_hub
 from tests.pipeline.main_job import make_main_job
@@ -185,7 +184,7 @@ def test_it_goes_from_fetch_to_a_version_that_card_and_review_describe(tmp_path,
 
     assert where_is(SECRET, workspace.root) <= {"params.yaml", ".identity/addresses.json"}
     card = (workspace.package / "README.md").read_text()
-    report = draw_report(open_case(open_store(workspace.registry_url), publication.version), with_pictures=False)
+    report = draw_report(open_case(Registry.open(workspace.registry_url), publication.version), with_pictures=False)
     run = json.loads((workspace.package / "run.json").read_text())
     assert run["sources"].keys() == sources.keys()
     for words in (*told, base_told):
@@ -194,7 +193,7 @@ def test_it_goes_from_fetch_to_a_version_that_card_and_review_describe(tmp_path,
     assert AutoTokenizer.from_pretrained(workspace.package)("the sea")["input_ids"]
     if base is folder:
         check_kept_scaling(tmp_path / "elsewhere" / "own", workspace.package, card)
-    facts = describe_version(open_store(workspace.registry_url), publication.version)
+    facts = Registry.open(workspace.registry_url).version(publication.version).describe()
     assert facts["files"].keys() >= {"run.json", "README.md"}
 
 

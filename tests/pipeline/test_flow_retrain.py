@@ -9,12 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from ropeway import registry
 from ropeway.orchestration.sequence import STEPS, run_retrain
-from ropeway.registry.tables import describe_version
+from ropeway.registry import Registry
 from ropeway.runtime.errors import ConfigError, DataError, RegistryError, TemporaryError
 from ropeway.runtime.lock import workspace_lock
-from ropeway.storage import open_store
 
 pytestmark = pytest.mark.filterwarnings(
     # dvc 3.67.1 (repo/trie.py, repo/graph.py) on pygtrie 2.6
@@ -28,8 +26,8 @@ def plain(workspace, profile=None):
     return run_retrain(workspace.root, profile, use_prefect=False)
 
 
-def store_of(workspace):
-    return open_store((workspace.root / "registry").as_uri())
+def registry_of(workspace):
+    return Registry.open((workspace.root / "registry").as_uri())
 
 
 def ask(api, path, **query):
@@ -112,7 +110,7 @@ def test_flow_does_not_wait_for_a_server_that_is_away_to_move_a_bar():
 
 
 def test_flow_runs_only_what_a_changed_parameter_reaches_and_restores_what_it_has_made(made_workspace, capsys):
-    first = registry.resolve(store_of(made_workspace), "laptop@v1")
+    first = registry_of(made_workspace).version("laptop@v1").digest
     made_workspace.edit("params.yaml", "learning_rate: 2e-3", "learning_rate: 3e-3")
     second = plain(made_workspace)
     assert "train     yes       learning_rate: 0.002 -> 0.003\n" in capsys.readouterr().out
@@ -126,7 +124,7 @@ def test_flow_runs_only_what_a_changed_parameter_reaches_and_restores_what_it_ha
     assert {name: third.stages[name] for name in ("train", "package")} == {"train": "Restored", "package": "Restored"}
     assert (third.publication.state, third.publication.version) == ("Unchanged", "laptop@v1")
     assert third.publication.digest == first
-    assert registry.resolve(store_of(made_workspace), "laptop@candidate") == second.publication.digest
+    assert registry_of(made_workspace).version("laptop@candidate").digest == second.publication.digest
 
 
 def test_flow_asks_no_more_of_stages_whose_input_came_out_the_same(made_workspace):
@@ -301,13 +299,13 @@ def test_flow_fails_in_the_first_second_on_a_wrong_params_file(flow_workspace):
 
 
 def test_flow_publishes_what_the_gate_rejects_and_leaves_candidate_where_it_is(made_workspace):
-    first = registry.resolve(store_of(made_workspace), "laptop@candidate")
+    first = registry_of(made_workspace).version("laptop@candidate").digest
     made_workspace.edit("params.yaml", "learning_rate: 2e-3", "learning_rate: 0.5")
     second = plain(made_workspace)
     assert (second.publication.state, second.publication.version) == ("Rejected", "laptop@v2")
-    store = store_of(made_workspace)
-    assert registry.resolve(store, "laptop@candidate") == first
-    kept = describe_version(store, "laptop@v2")["provenance"]
+    registry = registry_of(made_workspace)
+    assert registry.version("laptop@candidate").digest == first
+    kept = registry.version("laptop@v2").describe()["provenance"]
     assert kept["verdict"]["passed"] is False
     assert kept["verdict"]["lines"][1] == "docs: 5.500, laptop@v1 5.002: worse by 0.498 nats, 0.010 allowed"
     again = plain(made_workspace)
@@ -323,7 +321,7 @@ def test_flow_changes_one_line_for_another_profile_and_that_is_no_dirt(flow_work
         ("profile: laptop", "profile: smollm2")
     ]
     assert result.publication.version == "smollm2@v1"
-    kept = describe_version(store_of(flow_workspace), "smollm2@v1")
+    kept = registry_of(flow_workspace).version("smollm2@v1").describe()
     assert kept["provenance"]["git"] == flow_workspace.git("rev-parse", "HEAD").strip()
     assert kept["provenance"]["dirty"] is False
     assert "dvc.lock" in kept["attachments"]

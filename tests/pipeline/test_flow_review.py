@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from ropeway import registry
 from ropeway.orchestration.sequence import run_retrain
+from ropeway.registry import Registry
 from ropeway.runtime.errors import RegistryError
 from ropeway.runtime.workspace import Workspace
-from ropeway.storage import open_store
 from tests.review_world import make_version
 
 FLOWS = Path(__file__).parents[2] / "flows"
@@ -31,11 +30,11 @@ class Reviews:
         self.client = client
         shutil.copytree(FLOWS, root / "flows", ignore=shutil.ignore_patterns("__pycache__"))
         self.workspace = Workspace(root, "laptop")
-        self.store = open_store(self.workspace.registry_url)
+        self.registry = Registry.open(self.workspace.registry_url)
         self.deployments = {each.name: each.apply() for each in plan_deployments(root)}
         self.first = make_version(self.workspace, 5.0)
-        registry.promote(
-            self.store, "laptop", "production", self.first, expect=None, by="ben", reason="the first of its name"
+        self.registry.artifact("laptop").version(self.first).promote(
+            "production", expect=None, by="ben", reason="the first of its name"
         )
         self.second = make_version(self.workspace, 4.5)
 
@@ -63,7 +62,7 @@ class Reviews:
         return self.client.read_flow_run(run_id).state
 
     def production(self):
-        return registry.read_alias(self.store, "laptop", "production")
+        return self.registry.artifact("laptop").alias("production").digest
 
 
 @pytest.fixture
@@ -101,7 +100,7 @@ def test_review_waits_takes_no_empty_or_wrong_answer_and_moves_production_on_a_y
     assert reviews.resume(run, YES) == "ACCEPT"
     reviews.execute(run)
     assert (reviews.state(run).name, reviews.production()) == ("Promoted", reviews.second)
-    event = registry.alias_history(reviews.store, "laptop", "production")[-1]
+    event = reviews.registry.artifact("laptop").alias("production").events[-1]
     assert (event["by"], event["reason"], event["prev"]) == ("anna", "reads well", reviews.first)
     assert event["review"]["via"] == f"flow run {run}"
     (report,) = find_artifacts(reviews, run)  # made once, though the flow ran twice
@@ -115,14 +114,16 @@ def test_review_that_is_rejected_moves_nothing(reviews):
     assert reviews.resume(run, {**YES, "decision": "reject"}) == "ACCEPT"
     reviews.execute(run)
     assert (reviews.state(run).name, reviews.production()) == ("Rejected", reviews.first)
-    (kept,) = registry.list_reviews(reviews.store, "laptop", reviews.second)
+    (kept,) = reviews.registry.artifact("laptop").version(reviews.second).reviews
     assert (kept["decision"], kept["by"]) == ("reject", "anna")
 
 
 def test_review_does_not_promote_when_production_moved_after_its_report(reviews):
     run = reviews.start()
     third = make_version(reviews.workspace, 4.0)
-    registry.promote(reviews.store, "laptop", "production", third, expect=reviews.first, by="ben", reason="faster")
+    reviews.registry.artifact("laptop").version(third).promote(
+        "production", expect=reviews.first, by="ben", reason="faster"
+    )
     reviews.resume(run, YES)
     reviews.execute(run)
     state = reviews.state(run)
@@ -154,7 +155,7 @@ def test_review_that_is_forced_on_through_the_api_decides_nothing(reviews):
     other = reviews.start()
     reviews.client.set_flow_run_state(other, Completed(name="Promoted"), force=True)
     assert reviews.production() == reviews.first
-    assert registry.list_reviews(reviews.store, "laptop", reviews.second) == []
+    assert reviews.registry.artifact("laptop").version(reviews.second).reviews == []
 
 
 def test_promote_and_rollback_flows_expect_where_the_alias_is(reviews):

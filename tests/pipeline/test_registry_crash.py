@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from ropeway.registry import alias_history, verify
+from ropeway.registry import Registry
 from tests.registry_chaos import kill_publishes
-from tests.registry_world import PROMOTIONS, make_package, put
+from tests.registry_world import PROMOTIONS, make_package, put, tiny
 
 ROOT = Path(__file__).parents[2]
 PROCESSES, PUBLISHERS = 6, 8
@@ -40,7 +40,7 @@ def race(children: list[subprocess.Popen[str]]) -> list[list]:
 def test_sixty_racing_promotions_are_sixty_events_in_an_unbroken_chain(store, tmp_path):
     digests = [put(store, make_package(tmp_path / f"p{n}", b"%d" % n)).digest for n in range(2)]
     reports = race([start("promote", store.url, *digests) for _ in range(PROCESSES)])
-    events = alias_history(store, "tiny", "candidate")
+    events = tiny(store).alias("candidate").events
     assert store.list_keys("models/tiny/aliases/candidate/") == [
         f"models/tiny/aliases/candidate/{n:08d}.json" for n in range(1, PROCESSES * PROMOTIONS + 1)
     ]
@@ -55,7 +55,7 @@ def test_eight_publishers_of_one_package_make_one_version(store, tmp_path):
     assert [number for _, number, _ in reports] == [1] * PUBLISHERS
     assert sum(created for _, _, created in reports) == 1
     assert store.list_keys("intents/") == []
-    assert verify(store, "tiny@v1").files == 4
+    assert Registry(store).version("tiny@v1").verify().files == 4
 
 
 def test_publishers_of_different_packages_get_different_numbers(store, tmp_path):

@@ -3,18 +3,16 @@ import sys
 
 import pytest
 
-from ropeway import registry
 from ropeway.config.params import Gate
 from ropeway.orchestration import champion_comparison as champion
 from ropeway.orchestration.dvc_stage import Site
 from ropeway.orchestration.publish import publish_package
 from ropeway.orchestration.revision import Revision
-from ropeway.registry.tables import describe_version
+from ropeway.registry import ANY, Registry, Version
 from ropeway.runtime.errors import RegistryError
 from ropeway.runtime.lock import workspace_lock
 from ropeway.runtime.manifest import write_json, write_manifest
 from ropeway.runtime.workspace import Workspace
-from ropeway.storage import open_store
 
 COMMIT = Revision("a" * 40, ())
 
@@ -38,8 +36,8 @@ def workspace(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def store(workspace):
-    return open_store(workspace.registry_url)
+def registry(workspace):
+    return Registry.open(workspace.registry_url)
 
 
 def nobody(*_):
@@ -55,68 +53,70 @@ def make(workspace, loss, *, rows="rows", measure=nobody):
     return publish_package(workspace, Profile(), COMMIT, measure)
 
 
-def candidate(store):
-    return registry.read_alias(store, "laptop", "candidate")
+def candidate(registry):
+    return registry.artifact("laptop").alias("candidate").digest
 
 
-def test_a_new_package_is_published_once_with_its_lineage_and_becomes_candidate(workspace, store):
+def test_a_new_package_is_published_once_with_its_lineage_and_becomes_candidate(workspace, registry):
     (workspace.root / "dvc.lock").write_text("schema: '2.0'\n")
     first = make(workspace, 5.0)
-    assert (first.state, first.version, candidate(store)) == ("Published", "laptop@v1", first.digest)
-    kept = describe_version(store, "laptop@v1")
+    assert (first.state, first.version, candidate(registry)) == ("Published", "laptop@v1", first.digest)
+    kept = registry.version("laptop@v1").describe()
     assert kept["provenance"]["git"] == COMMIT.commit
     assert kept["provenance"]["evaluation"] == metrics(5.0)
     assert kept["provenance"]["verdict"]["passed"] is True
     assert list(kept["attachments"]) == ["dvc.lock"]
     again = make(workspace, 5.0)
     assert (again.state, again.version, again.verdict) == ("Unchanged", "laptop@v1", None)
-    assert len(registry.alias_history(store, "laptop", "candidate")) == 1
+    assert len(registry.artifact("laptop").alias("candidate").events) == 1
 
 
-def test_what_the_gate_rejects_is_published_and_moves_nothing(workspace, store):
+def test_what_the_gate_rejects_is_published_and_moves_nothing(workspace, registry):
     first = make(workspace, 5.0)
     second = make(workspace, 5.5)
-    assert (second.state, second.version, candidate(store)) == ("Rejected", "laptop@v2", first.digest)
+    assert (second.state, second.version, candidate(registry)) == ("Rejected", "laptop@v2", first.digest)
     assert make(workspace, 5.5).state == "Unchanged"
-    assert candidate(store) == first.digest
+    assert candidate(registry) == first.digest
 
 
-def test_a_run_that_died_between_publishing_and_promoting_is_finished_by_the_next(workspace, store, monkeypatch):
+def test_a_run_that_died_between_publishing_and_promoting_is_finished_by_the_next(workspace, registry, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(registry, "promote", lambda *_, **__: sys.exit("killed"))
+        patch.setattr(Version, "promote", lambda *_, **__: sys.exit("killed"))
         with pytest.raises(SystemExit):
             make(workspace, 5.0)
-    assert candidate(store) is None
+    assert candidate(registry) is None
     again = make(workspace, 5.0)
-    assert (again.state, again.version, candidate(store)) == ("Published", "laptop@v1", again.digest)
+    assert (again.state, again.version, candidate(registry)) == ("Published", "laptop@v1", again.digest)
 
 
-def test_a_candidate_that_was_moved_back_stays_there(workspace, store):
+def test_a_candidate_that_was_moved_back_stays_there(workspace, registry):
     first, _ = make(workspace, 5.0), make(workspace, 4.0)
-    registry.rollback(store, "laptop", "candidate", by="anna", reason="it swears")
+    registry.artifact("laptop").rollback("candidate", by="anna", reason="it swears")
     again = make(workspace, 4.0)
     assert again.state == "Unchanged"
     assert "has moved on since and stays there" in again.words
-    assert candidate(store) == first.digest
+    assert candidate(registry) == first.digest
 
 
-def test_production_is_the_one_to_beat_where_there_is_one(workspace, store):
+def test_production_is_the_one_to_beat_where_there_is_one(workspace, registry):
     first, _ = make(workspace, 5.0), make(workspace, 4.0)
-    registry.promote(store, "laptop", "production", first.digest, expect=None, by="anna", reason="reviewed")
+    registry.artifact("laptop").version(first.digest).promote("production", expect=None, by="anna", reason="reviewed")
     third = make(workspace, 4.9)
     assert third.state == "Published"
     assert "docs: 4.900, laptop@v1 5.000: better by 0.100 nats" in third.verdict.lines
 
 
-def test_another_writer_who_moves_candidate_meanwhile_is_not_overwritten(workspace, store):
+def test_another_writer_who_moves_candidate_meanwhile_is_not_overwritten(workspace, registry):
     first = make(workspace, 5.0)
 
     def overtake(*_):
-        registry.promote(store, "laptop", "candidate", first.digest, expect=registry.ANY, by="b", reason="again")
+        registry.artifact("laptop").version(first.digest).promote("candidate", expect=ANY, by="b", reason="again")
         write_json(workspace.root / "other" / "weights.json", {})
         write_manifest(workspace.root / "other", {})
-        theirs = registry.publish(store, workspace.root / "other", "laptop", {}, {})
-        registry.promote(store, "laptop", "candidate", theirs.digest, expect=first.digest, by="b", reason="faster")
+        theirs = registry.artifact("laptop").publish(workspace.root / "other", provenance={}, attachments={})
+        registry.artifact("laptop").version(theirs.digest).promote(
+            "candidate", expect=first.digest, by="b", reason="faster"
+        )
         return metrics(5.0, "others")
 
     with pytest.raises(RegistryError, match="was not moved"):
@@ -127,8 +127,8 @@ def test_on_other_rows_the_champion_is_measured_before_they_are_compared(workspa
     make(workspace, 5.0)
     asked = []
 
-    def measure(_store, reference, rows):
-        asked.append((reference, rows))
+    def measure(version, rows):
+        asked.append((str(version), rows))
         return metrics(6.0, "others")
 
     second = make(workspace, 5.9, rows="others", measure=measure)
@@ -145,7 +145,7 @@ def test_a_champion_that_cannot_be_measured_on_these_rows_is_not_beaten(workspac
 
 
 @pytest.mark.parametrize("code", [0, 65])
-def test_the_champion_is_pulled_verified_measured_once_and_removed(workspace, store, monkeypatch, code):
+def test_the_champion_is_pulled_verified_measured_once_and_removed(workspace, registry, monkeypatch, code):
     first = make(workspace, 5.0)
     program = "import json, pathlib, sys; folder, out = map(pathlib.Path, sys.argv[1:3])\n"
     program += f"if {code}: print('another tokenizer'); sys.exit({code})\n"
@@ -160,7 +160,7 @@ def test_the_champion_is_pulled_verified_measured_once_and_removed(workspace, st
     with workspace_lock(workspace.root, command="test") as held:
         for _ in range(2):
             found = champion.measure_champion(
-                Site(workspace.root, held), workspace, store, "laptop@candidate", "b" * 64, said.append
+                Site(workspace.root, held), workspace, registry.version("laptop@v1"), "b" * 64, said.append
             )
             assert found == (None if code else [5.0])
     assert len(calls) == (2 if code else 1)

@@ -1,3 +1,4 @@
+import hashlib
 import subprocess
 
 import pytest
@@ -5,9 +6,8 @@ import pytest
 from ropeway.orchestration import dvc_graph as graph
 from ropeway.orchestration.reproduce import check_revision, clone_revision, plan_environment
 from ropeway.orchestration.version_differences import Record, describe_differences, other_weights
+from ropeway.registry import Registry
 from ropeway.registry.layout import blob_key
-from ropeway.registry.reading import read_version_file
-from ropeway.registry.tables import describe_version
 from ropeway.runtime.devices import name_cpu
 from ropeway.runtime.errors import ConfigError, DataError, RegistryError
 from ropeway.storage import open_store
@@ -95,7 +95,7 @@ def test_weights_are_compared_shard_by_shard():
 )
 def test_a_version_whose_code_git_does_not_hold_is_refused(provenance, words):
     with pytest.raises(RegistryError, match=words):
-        check_revision({"provenance": provenance, "made_again_by": None}, "tiny@v1")
+        check_revision(provenance, None, "tiny@v1")
 
 
 @pytest.fixture
@@ -151,12 +151,12 @@ def test_the_revisions_own_code_runs_on_as_many_ranks_as_then_unless_told_otherw
 def test_files_of_a_version_are_read_by_name_and_hashed(tmp_path):
     store = open_store((tmp_path / "registry").as_uri())
     put(store, make_package(tmp_path / "package"))
-    version = describe_version(store, "tiny@v1")
-    assert read_version_file(store, version, "plots/loss.svg") == b"<svg/>"
-    assert read_version_file(store, version, "dvc.lock") is None
-    flip(store, blob_key(version["files"]["plots/loss.svg"]["sha256"]))
+    version = Registry(store).version("tiny@v1")
+    assert version.read_file("plots/loss.svg") == b"<svg/>"
+    assert version.read_file("dvc.lock") is None
+    flip(store, blob_key(hashlib.sha256(b"<svg/>").hexdigest()))
     with pytest.raises(DataError, match=r"the blob of plots/loss.svg is not what its version says"):
-        read_version_file(store, version, "plots/loss.svg")
+        version.read_file("plots/loss.svg")
 
 
 def test_a_lock_that_is_none_is_refused():

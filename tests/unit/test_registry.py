@@ -4,23 +4,15 @@ import pytest
 
 from ropeway.registry import (
     ANY,
-    alias_history,
-    has_version,
-    list_aliases,
-    load_core,
+    Registry,
     package_digest,
-    promote,
-    publish,
-    read_alias,
-    resolve,
-    rollback,
-    verify,
 )
 from ropeway.registry.aliases import plan_promotion, plan_rollback
+from ropeway.registry.core import load_core
 from ropeway.registry.layout import blob_key, manifest_key, tombstone_key
 from ropeway.runtime.errors import DataError, RegistryError
 from ropeway.runtime.manifest import canonical_json
-from tests.registry_world import flip, is_untouched, make_package, move, put
+from tests.registry_world import flip, is_untouched, make_package, move, put, tiny
 
 
 @pytest.fixture
@@ -49,7 +41,7 @@ def test_a_published_package_lies_where_the_layout_says(store, package):
 
 def test_the_same_package_is_the_same_version_however_often_and_wherever_it_is_published(store, package, tmp_path):
     first = put(store, package)
-    again = publish(store, package, "tiny", provenance={"git": "other"}, attachments={})
+    again = tiny(store).publish(package, provenance={"git": "other"}, attachments={})
     copy = put(store, make_package(tmp_path / "elsewhere"))
     assert (first.number, first.created, str(first)) == (1, True, "tiny@v1")
     assert (again.digest, again.number, again.created) == (first.digest, 1, False)
@@ -59,49 +51,53 @@ def test_the_same_package_is_the_same_version_however_often_and_wherever_it_is_p
 
 def test_the_digest_is_known_before_publishing_and_depends_on_bytes_facts_and_name(store, package, tmp_path):
     digest = package_digest(package, "tiny")
-    assert not has_version(store, "tiny", digest)
+    assert not tiny(store).find(digest)
     assert is_untouched(store)
     assert put(store, package).digest == digest
-    assert has_version(store, "tiny", digest)
+    assert tiny(store).find(digest)
     others = [
         package_digest(package, "other"),
         package_digest(make_package(tmp_path / "a", b"other"), "tiny"),
         package_digest(make_package(tmp_path / "b", steps=3319), "tiny"),
     ]
     assert len({digest, *others}) == 4
-    assert not has_version(store, "other", others[0])
+    assert not Registry(store).artifact("other").find(others[0])
 
 
 def test_provenance_and_attachments_stand_beside_the_number_and_do_not_change_the_digest(store, package, tmp_path):
     lock = tmp_path / "dvc.lock"
     lock.write_text("schema: '2.0'\n")
-    done = publish(store, package, "tiny", provenance={"git": "abc", "seconds": 1.5}, attachments={"dvc.lock": lock})
+    done = tiny(store).publish(package, provenance={"git": "abc", "seconds": 1.5}, attachments={"dvc.lock": lock})
     event = json.loads(store.get("models/tiny/versions/00000001.json"))
     assert done.digest == package_digest(package, "tiny")
     assert event["provenance"] == {"git": "abc", "seconds": 1.5}
     assert store.get(blob_key(event["attachments"]["dvc.lock"]["sha256"])) == lock.read_bytes()
-    assert verify(store, "tiny@v1").files == 5
+    assert Registry(store).version("tiny@v1").verify().files == 5
 
 
 def test_numbers_count_up_and_every_kind_of_reference_resolves(store, three):
     move(store, three[1])
-    assert [resolve(store, f"tiny@v{n}") for n in (1, 2, 3)] == three
-    assert resolve(store, "tiny@3") == three[2]
-    assert resolve(store, "tiny@candidate") == three[1]
-    assert resolve(store, f"tiny@{three[0]}") == resolve(store, f"tiny@{three[0][:8]}") == three[0]
+    assert [Registry(store).version(f"tiny@v{n}").digest for n in (1, 2, 3)] == three
+    assert Registry(store).version("tiny@3").digest == three[2]
+    assert Registry(store).version("tiny@candidate").digest == three[1]
+    assert (
+        Registry(store).version(f"tiny@{three[0]}").digest
+        == Registry(store).version(f"tiny@{three[0][:8]}").digest
+        == three[0]
+    )
 
 
 @pytest.mark.parametrize("reference", ["tiny@v9", "tiny@v0", "tiny@production", "other@v1", f"tiny@{'0' * 64}"])
 @pytest.mark.usefixtures("three")
 def test_a_reference_to_nothing_says_what_there_is(store, reference):
     with pytest.raises(RegistryError, match="v1 to v3 and no alias" if "tiny" in reference else "Nothing named other"):
-        resolve(store, reference)
+        Registry(store).version(reference)
 
 
 @pytest.mark.parametrize("reference", ["tiny", "@v1", "tiny@", "tiny@../x", "a/b@v1", "tiny@V1", "tiny@abcdefABCDEF"])
 def test_a_malformed_reference_is_refused_with_an_example(store, reference):
     with pytest.raises(RegistryError, match="laptop@candidate"):
-        resolve(store, reference)
+        Registry(store).version(reference)
 
 
 @pytest.mark.parametrize("name", ["", "../x", "a/b", ".x", "x.", "a..b", "a b", "x" * 65, "a\0"])
@@ -119,7 +115,7 @@ def test_a_name_that_differs_in_case_only_is_refused(store, package):
 
 def test_an_empty_place_and_a_newer_registry_are_told_apart(store, package):
     with pytest.raises(RegistryError, match="no registry there yet"):
-        resolve(store, "tiny@v1")
+        Registry(store).version("tiny@v1")
     store.put_if_absent("registry.json", b'{"format":"ropeway-registry/2"}')
     with pytest.raises(RegistryError, match="newer Ropeway"):
         put(store, package)
@@ -148,19 +144,19 @@ def test_a_rotten_blob_or_manifest_already_in_the_store_stops_the_publish(store,
 def test_provenance_that_json_cannot_say_is_refused_before_anything_is_written(store, package):
     for value in ({"at": object()}, {"loss": float("nan")}):
         with pytest.raises(DataError, match="what JSON can say"):
-            publish(store, package, "tiny", provenance=value, attachments={})
+            tiny(store).publish(package, provenance=value, attachments={})
     assert is_untouched(store)
 
 
 def test_an_alias_is_a_log_of_who_moved_it_where_and_why(store, three):
-    assert read_alias(store, "tiny", "candidate") is None
+    assert tiny(store).alias("candidate").digest is None
     for digest in three:
-        assert move(store, digest, expect=read_alias(store, "tiny", "candidate")).moved
-    history = alias_history(store, "tiny", "candidate")
+        assert move(store, digest, expect=tiny(store).alias("candidate").digest).moved
+    history = tiny(store).alias("candidate").events
     assert [event["digest"] for event in history] == three
     assert [event["prev"] for event in history] == [None, *three[:2]]
     assert all(set(event) == {"digest", "prev", "by", "reason", "review", "at"} for event in history)
-    assert list_aliases(store, "tiny") == {"candidate": three[2]}
+    assert tiny(store).aliases() == {"candidate": three[2]}
 
 
 def test_a_stale_expectation_is_refused_and_names_where_the_alias_is(store, three):
@@ -168,8 +164,8 @@ def test_a_stale_expectation_is_refused_and_names_where_the_alias_is(store, thre
     for stale in (None, three[1]):
         with pytest.raises(RegistryError, match=f"points to {three[0]}"):
             move(store, three[2], expect=stale)
-    assert read_alias(store, "tiny", "candidate") == three[0]
-    assert len(alias_history(store, "tiny", "candidate")) == 1
+    assert tiny(store).alias("candidate").digest == three[0]
+    assert len(tiny(store).alias("candidate").events) == 1
 
 
 def test_promoting_what_is_there_already_adds_no_event(store, three):
@@ -178,21 +174,21 @@ def test_promoting_what_is_there_already_adds_no_event(store, three):
     assert not move(store, three[0], expect=three[0]).moved
     assert not move(store, three[0], expect=None).moved, "the same act again: its answer may have got lost"
     with pytest.raises(RegistryError, match="expected nothing yet"):
-        promote(store, "tiny", "candidate", three[0], expect=None, by="somebody else", reason="it was time")
-    assert len(alias_history(store, "tiny", "candidate")) == 1
+        tiny(store).version(three[0]).promote("candidate", expect=None, by="somebody else", reason="it was time")
+    assert len(tiny(store).alias("candidate").events) == 1
 
 
 def test_a_review_is_kept_with_its_promotion(store, three):
     review = {"decision": "approve", "reviewer": "ana", "comment": "reads well"}
-    promote(store, "tiny", "production", three[0], expect=None, by="ana", reason="approved", review=review)
-    assert alias_history(store, "tiny", "production")[0]["review"] == review
+    tiny(store).version(three[0]).promote("production", expect=None, by="ana", reason="approved", review=review)
+    assert tiny(store).alias("production").events[0]["review"] == review
 
 
 def test_a_withdrawn_version_cannot_be_promoted(store, three):
     store.put_if_absent(tombstone_key("tiny", three[1]), b"{}")
     with pytest.raises(RegistryError, match="withdrawn"):
         move(store, three[1])
-    assert read_alias(store, "tiny", "candidate") is None
+    assert tiny(store).alias("candidate").digest is None
 
 
 def test_a_version_without_number_or_with_a_lost_blob_cannot_be_promoted(store, three):
@@ -226,7 +222,7 @@ def test_a_promoter_who_is_overtaken_between_reading_and_writing_is_refused_or_f
     move(store, three[2])
     monkeypatch.setattr(store, "put_if_absent", overtaken)
     assert move(store, three[0]).prev == three[1]
-    assert [event["digest"] for event in alias_history(store, "tiny", "candidate")] == [
+    assert [event["digest"] for event in tiny(store).alias("candidate").events] == [
         three[1], three[2], three[1], three[0],
     ]  # fmt: skip
 
@@ -240,27 +236,27 @@ def test_an_alias_that_could_be_mistaken_is_refused(store, three, alias):
 @pytest.mark.parametrize("words", ["", "  ", "\x1b[2J", "x" * 2001])
 def test_a_promotion_needs_a_name_and_a_reason_that_a_terminal_can_show(store, three, words):
     with pytest.raises(RegistryError, match="reason is"):
-        promote(store, "tiny", "candidate", three[0], expect=ANY, by="a test", reason=words)
+        tiny(store).version(three[0]).promote("candidate", expect=ANY, by="a test", reason=words)
 
 
 def test_rolling_back_goes_to_the_version_before_and_a_second_time_one_further(store, three):
     for digest in three:
         move(store, digest)
-    assert rollback(store, "tiny", "candidate", by="a test", reason="worse").digest == three[1]
-    assert rollback(store, "tiny", "candidate", by="a test", reason="worse too").digest == three[0]
+    assert tiny(store).rollback("candidate", by="a test", reason="worse").digest == three[1]
+    assert tiny(store).rollback("candidate", by="a test", reason="worse too").digest == three[0]
     with pytest.raises(RegistryError, match="no version before"):
-        rollback(store, "tiny", "candidate", by="a test", reason="and now")
-    prevs = [event["prev"] for event in alias_history(store, "tiny", "candidate")]
+        tiny(store).rollback("candidate", by="a test", reason="and now")
+    prevs = [event["prev"] for event in tiny(store).alias("candidate").events]
     assert prevs == [None, three[0], three[1], three[2], three[1]]
 
 
 def test_a_rollback_that_expects_another_version_or_finds_no_alias_is_refused(store, three):
     with pytest.raises(RegistryError, match="no version before"):
-        rollback(store, "tiny", "candidate", by="a test", reason="x")
+        tiny(store).rollback("candidate", by="a test", reason="x")
     for digest in three:
         move(store, digest)
     with pytest.raises(RegistryError, match=f"points to {three[2]}"):
-        rollback(store, "tiny", "candidate", by="a test", reason="x", expect=three[0])
+        tiny(store).rollback("candidate", by="a test", reason="x", expect=three[0])
 
 
 @pytest.mark.parametrize(
@@ -281,15 +277,15 @@ def test_a_promotion_is_planned_from_the_events_alone():
 def test_a_hole_in_a_log_and_an_entry_that_is_no_event_are_named(store, three):
     store.delete("models/tiny/versions/00000002.json")
     with pytest.raises(DataError, match=r"00000002.json is missing"):
-        verify(store, "tiny@v3")
+        Registry(store).version("tiny@v3").verify()
     for key in store.list_keys("models/tiny/heads/"):
         store.delete(key)
     with pytest.raises(DataError, match=r"00000002.json is missing"):
-        has_version(store, "tiny", three[2])
+        tiny(store).find(three[2])
     for document in (b"{", b"[]", b'{"digest":1}', canonical_json({"digest": three[1]}), b"[" * 100_000):
         store.put_if_absent("models/tiny/versions/00000002.json", document)
         with pytest.raises(DataError, match="is not an event"):
-            has_version(store, "tiny", three[2])
+            tiny(store).find(three[2])
         store.delete("models/tiny/versions/00000002.json")
 
 
@@ -298,4 +294,4 @@ def test_an_entry_that_a_listing_missed_is_still_found(store, three, monkeypatch
         store.delete(key)
     listed = store.list_keys
     monkeypatch.setattr(store, "list_keys", lambda prefix: [key for key in listed(prefix) if "00000002" not in key])
-    assert resolve(store, f"tiny@{three[2]}") == three[2]
+    assert Registry(store).version(f"tiny@{three[2]}").digest == three[2]

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from ropeway.registry import collect, collecting, find_garbage, load_core, promote, pull, verify, withdraw
-from ropeway.registry.comparing import compare
+from ropeway.registry import Registry, collecting
+from ropeway.registry.core import load_core
 from ropeway.registry.layout import blob_key, intent_key, manifest_key, signature_key, tombstone_key, versions_log
 from ropeway.registry.signing import list_signatures, load_signer, make_keys
 from ropeway.runtime.errors import ConfigError, DataError, RegistryError, TemporaryError
 from ropeway.runtime.manifest import canonical_json, write_manifest
 from ropeway.storage import FileStore, Store
-from tests.registry_world import flip, make_package, move, put, replace
+from tests.registry_world import flip, make_package, move, put, replace, tiny
 
 NOW = timedelta(seconds=-60)  # a grace that makes everything old, whatever the store's clock says
 LATER = timedelta(hours=24)
@@ -32,11 +32,14 @@ def weights_of(store: Store, digest: str) -> str:
 
 
 def test_a_withdrawn_version_is_refused_everywhere_and_says_who_and_why(store, two, tmp_path):
-    assert withdraw(store, "tiny", two[0], by="ana", reason="leaks")
-    assert not withdraw(store, "tiny", two[0], by="ana", reason="leaks")
+    assert tiny(store).version(two[0]).withdraw(by="ana", reason="leaks")
+    assert not tiny(store).version(two[0]).withdraw(by="ana", reason="leaks")
     tombstone = json.loads(store.get(tombstone_key("tiny", two[0])))
     assert (tombstone["digest"], tombstone["by"], tombstone["reason"]) == (two[0], "ana", "leaks")
-    for act in (lambda: pull(store, "tiny@v1", tmp_path / "x"), lambda: verify(store, "tiny@v1")):
+    for act in (
+        lambda: Registry(store).version("tiny@v1").pull(tmp_path / "x"),
+        lambda: Registry(store).version("tiny@v1").verify(),
+    ):
         with pytest.raises(RegistryError, match="withdrawn"):
             act()
     with pytest.raises(RegistryError, match="withdrawn"):
@@ -46,10 +49,10 @@ def test_a_withdrawn_version_is_refused_everywhere_and_says_who_and_why(store, t
 def test_what_an_alias_points_to_is_not_withdrawn(store, two):
     move(store, two[0])
     with pytest.raises(RegistryError, match="tiny@candidate points there; it was not withdrawn"):
-        withdraw(store, "tiny", two[0], by="ana", reason="leaks")
+        tiny(store).version(two[0]).withdraw(by="ana", reason="leaks")
     assert not store.exists(tombstone_key("tiny", two[0]))
     move(store, two[1])
-    assert withdraw(store, "tiny", two[0], by="ana", reason="leaks")
+    assert tiny(store).version(two[0]).withdraw(by="ana", reason="leaks")
 
 
 def test_a_promotion_that_slips_in_while_withdrawing_is_named(store, two, monkeypatch):
@@ -62,13 +65,13 @@ def test_a_promotion_that_slips_in_while_withdrawing_is_named(store, two, monkey
 
     monkeypatch.setattr(store, "put_if_absent", overtaken)
     with pytest.raises(RegistryError, match=r"is withdrawn, and tiny@candidate was moved there meanwhile"):
-        withdraw(store, "tiny", two[0], by="ana", reason="leaks")
+        tiny(store).version(two[0]).withdraw(by="ana", reason="leaks")
 
 
 @pytest.mark.parametrize(("digest", "by", "reason"), [("0" * 64, "a", "b"), (None, "", "b"), (None, "a", "\x1b")])
 def test_a_withdrawal_needs_a_version_a_name_and_a_reason(store, two, digest, by, reason):
     with pytest.raises(RegistryError):
-        withdraw(store, "tiny", digest or two[0], by=by, reason=reason)
+        tiny(store).version(digest or two[0]).withdraw(by=by, reason=reason)
     assert store.list_keys("models/tiny/tombstones/") == []
 
 
@@ -76,9 +79,9 @@ def test_a_withdrawal_needs_a_version_a_name_and_a_reason(store, two, digest, by
 
 
 def test_what_versions_need_is_never_collected(store, two):
-    withdraw(store, "tiny", two[0], by="ana", reason="leaks")
+    tiny(store).version(two[0]).withdraw(by="ana", reason="leaks")
     before = store.list_keys("")
-    found = collect(store, grace=NOW, withdrawn=False)
+    found = Registry(store).collect(grace=NOW, withdrawn=False)
     assert (found.entries, found.strays, found.young) == ((), (), 0)
     assert store.list_keys("") == before
 
@@ -91,26 +94,26 @@ def test_garbage_is_shown_first_and_removed_when_asked_and_old(store, two):
     store.put_if_absent(signature_key("tiny", "b" * 64, "c" * 16), b"x")
     store.put_if_absent(signature_key("tiny", two[0], "c" * 16), b"x")
     store.put_if_absent("somebody/elses", b"x")
-    young = find_garbage(store, grace=LATER, withdrawn=False)
+    young = Registry(store).find_garbage(grace=LATER, withdrawn=False)
     assert (young.entries, young.young) == ((), 3)
-    found = find_garbage(store, grace=NOW, withdrawn=False)
+    found = Registry(store).find_garbage(grace=NOW, withdrawn=False)
     expected = {orphan, manifest_key("tiny", "b" * 64), signature_key("tiny", "b" * 64, "c" * 16)}
     assert {entry.key for entry in found.entries} == expected
     assert found.bytes == 6 + len(core) + 1
     assert store.exists(orphan)
-    assert {entry.key for entry in collect(store, grace=NOW, withdrawn=False).entries} == expected
+    assert {entry.key for entry in Registry(store).collect(grace=NOW, withdrawn=False).entries} == expected
     assert not any(store.exists(key) for key in expected)
     assert store.exists("somebody/elses")
     assert list_signatures(store, "tiny", two[0]) == ["c" * 16]
     assert store.list_keys("collections/") == []
-    assert verify(store, "tiny@v1").files == verify(store, "tiny@v2").files == 4
+    assert Registry(store).version("tiny@v1").verify().files == Registry(store).version("tiny@v2").verify().files == 4
 
 
 def test_files_that_only_a_withdrawn_version_needs_go_when_asked(store, two):
-    withdraw(store, "tiny", two[0], by="ana", reason="leaks")
-    gone = {entry.key for entry in collect(store, grace=NOW, withdrawn=True).entries}
+    tiny(store).version(two[0]).withdraw(by="ana", reason="leaks")
+    gone = {entry.key for entry in Registry(store).collect(grace=NOW, withdrawn=True).entries}
     assert weights_of(store, two[0]) in gone
-    assert verify(store, "tiny@v2").files == 4
+    assert Registry(store).version("tiny@v2").verify().files == 4
     assert store.exists(manifest_key("tiny", two[0]))
 
 
@@ -120,9 +123,9 @@ def test_a_publish_under_way_keeps_what_it_counts_on_until_it_must_have_died(sto
     store.put_if_absent(orphan, b"orphan")
     intent = {"name": "tiny", "digest": "d" * 64, "blobs": [orphan], "at": "now"}
     store.put_if_absent(intent_key("1" * 32), canonical_json(intent))
-    assert collect(store, grace=NOW, withdrawn=False).entries == ()
-    monkeypatch.setattr(collecting, "INTENT_BELIEVED", NOW)
-    dead = collect(store, grace=NOW, withdrawn=False)
+    assert Registry(store).collect(grace=NOW, withdrawn=False).entries == ()
+    monkeypatch.setattr(collecting, "INTENT_TTL", NOW)
+    dead = Registry(store).collect(grace=NOW, withdrawn=False)
     assert {entry.key for entry in dead.entries} == {orphan, intent_key("1" * 32)}
 
 
@@ -137,18 +140,18 @@ def test_a_publisher_steps_back_while_garbage_is_collected_and_the_next_try_work
         return real(*arguments, **options)
 
     monkeypatch.setattr(collecting, "find_garbage", meanwhile)
-    collect(store, grace=NOW, withdrawn=False)
+    Registry(store).collect(grace=NOW, withdrawn=False)
     assert put(store, package).number == len(two) + 1
 
 
 def test_a_collector_that_died_does_not_stop_publishing_for_ever(store, two, tmp_path, monkeypatch):
     store.put_if_absent("collections/" + "1" * 32 + ".json", b"{}")
-    monkeypatch.setattr("ropeway.registry.publishing.COLLECTION_BELIEVED", NOW)
+    monkeypatch.setattr("ropeway.registry.publishing.COLLECTION_TTL", NOW)
     assert put(store, make_package(tmp_path / "new", b"new")).number == len(two) + 1
-    assert collect(store, grace=NOW, withdrawn=False).entries == ()
-    monkeypatch.setattr(collecting, "COLLECTION_BELIEVED", NOW)
+    assert Registry(store).collect(grace=NOW, withdrawn=False).entries == ()
+    monkeypatch.setattr(collecting, "COLLECTION_TTL", NOW)
     assert "collections/" + "1" * 32 + ".json" in [
-        entry.key for entry in collect(store, grace=NOW, withdrawn=False).entries
+        entry.key for entry in Registry(store).collect(grace=NOW, withdrawn=False).entries
     ]
 
 
@@ -157,10 +160,10 @@ def test_nothing_is_removed_when_what_a_version_needs_cannot_be_known(store, two
     store.put_if_absent(orphan, b"orphan")
     flip(store, manifest_key("tiny", two[0]))
     with pytest.raises(DataError):
-        collect(store, grace=NOW, withdrawn=False)
+        Registry(store).collect(grace=NOW, withdrawn=False)
     store.delete(manifest_key("tiny", two[0]))
     with pytest.raises(RegistryError):
-        collect(store, grace=NOW, withdrawn=False)
+        Registry(store).collect(grace=NOW, withdrawn=False)
     assert store.exists(orphan)
     assert store.list_keys("collections/") == []
 
@@ -171,10 +174,10 @@ def test_strays_of_dead_writers_are_collected(store, two):
         (store.root / ".partial" / "dead").touch()
     else:
         store.client.create_multipart_upload(Bucket=store._bucket, Key=store._path("blobs/sha256/aa/dead"))
-    assert len(find_garbage(store, grace=LATER, withdrawn=False).strays) == 0
-    assert len(collect(store, grace=NOW, withdrawn=False).strays) == 1
+    assert len(Registry(store).find_garbage(grace=LATER, withdrawn=False).strays) == 0
+    assert len(Registry(store).collect(grace=NOW, withdrawn=False).strays) == 1
     assert store.list_strays() == []
-    assert verify(store, f"tiny@v{len(two)}").files == 4
+    assert Registry(store).version(f"tiny@v{len(two)}").verify().files == 4
 
 
 # Sign
@@ -198,16 +201,16 @@ def test_a_published_version_is_signed_and_the_policy_lets_it_pass(store, keys, 
     assert len(store.get(signature_key("tiny", done.digest, load_signer().keyid))) == 64
     monkeypatch.setenv("ROPEWAY_TRUSTED_KEYS", str(keys / "trusted"))
     assert move(store, done.digest).moved
-    assert pull(store, "tiny@candidate", tmp_path / "pulled").created
-    assert verify(store, "tiny@candidate").files == 4
+    assert Registry(store).version("tiny@candidate").pull(tmp_path / "pulled").created
+    assert Registry(store).version("tiny@candidate").verify().files == 4
 
 
 def test_the_policy_refuses_what_is_unsigned_signed_by_others_or_tampered_with(store, two, keys, monkeypatch, tmp_path):
     monkeypatch.setenv("ROPEWAY_TRUSTED_KEYS", str(keys / "trusted"))
     acts = [
-        lambda: pull(store, "tiny@v1", tmp_path / "x"),
-        lambda: verify(store, "tiny@v1"),
-        lambda: promote(store, "tiny", "candidate", two[0], expect=None, by="a", reason="b"),
+        lambda: Registry(store).version("tiny@v1").pull(tmp_path / "x"),
+        lambda: Registry(store).version("tiny@v1").verify(),
+        lambda: tiny(store).version(two[0]).promote("candidate", expect=None, by="a", reason="b"),
     ]
 
     def refused(words):
@@ -227,7 +230,7 @@ def test_the_policy_refuses_what_is_unsigned_signed_by_others_or_tampered_with(s
         replace(store, key, bad)
         refused("is not that key's signature")
     replace(store, key, good)
-    assert verify(store, "tiny@v1").files == 4
+    assert Registry(store).version("tiny@v1").verify().files == 4
 
 
 def test_keys_are_changed_by_signing_again_and_taking_the_old_one_out(store, two, keys, monkeypatch):
@@ -239,10 +242,10 @@ def test_keys_are_changed_by_signing_again_and_taking_the_old_one_out(store, two
     monkeypatch.setenv("ROPEWAY_TRUSTED_KEYS", str(keys / "trusted"))
     (keys / "trusted" / "one.pub").unlink()
     with pytest.raises(DataError, match="no signature"):
-        verify(store, "tiny@v1")
+        Registry(store).version("tiny@v1").verify()
     monkeypatch.setenv("ROPEWAY_SIGNING_KEY", str(keys / "two"))
     assert sign(store, core, load_signer())
-    assert verify(store, "tiny@v1").files == 4
+    assert Registry(store).version("tiny@v1").verify().files == 4
     assert len(list_signatures(store, "tiny", two[0])) == 2
 
 
@@ -267,10 +270,10 @@ def test_a_policy_without_keys_or_with_a_broken_one_stops_everything(store, two,
     (tmp_path / "none").mkdir()
     monkeypatch.setenv("ROPEWAY_TRUSTED_KEYS", str(tmp_path / "none"))
     with pytest.raises(ConfigError, match=r"holds no \*.pub"):
-        verify(store, f"tiny@v{len(two)}")
+        Registry(store).version(f"tiny@v{len(two)}").verify()
     (tmp_path / "none" / "x.pub").write_text("broken")
     with pytest.raises(ConfigError, match="is no public key"):
-        verify(store, "tiny@v1")
+        Registry(store).version("tiny@v1").verify()
     assert keys.exists()
 
 
@@ -295,7 +298,7 @@ def test_two_versions_are_compared_by_their_facts_and_files(store, tmp_path):
         (folder / "manifest.json").unlink()
         write_manifest(folder, {"steps": seed})
         put(store, folder)
-    found = compare(store, "tiny@v1", "tiny@v2")
+    found = Registry(store).version("tiny@v1").compare(Registry(store).version("tiny@v2"))
     assert found["facts"] == {
         "facts.steps": [1, 2],
         "run.json: metrics.loss": [2.5, 2.25],
@@ -304,16 +307,19 @@ def test_two_versions_are_compared_by_their_facts_and_files(store, tmp_path):
     assert found["files"] == {
         "manifest.json": "changed", "model.safetensors": "changed", "notes.txt": "added", "run.json": "changed",
     }  # fmt: skip
-    assert compare(store, "tiny@v1", "tiny@v1")["facts"] == {}
-    assert compare(store, "tiny@v2", "tiny@v1")["files"]["notes.txt"] == "removed"
+    assert Registry(store).version("tiny@v1").compare(Registry(store).version("tiny@v1"))["facts"] == {}
+    assert (
+        Registry(store).version("tiny@v2").compare(Registry(store).version("tiny@v1"))["files"]["notes.txt"]
+        == "removed"
+    )
     flip(
         store,
         blob_key(next(f.sha256 for f in load_core(store, "tiny", found["old"]["digest"]).files if "run" in f.path)),
     )
     with pytest.raises(DataError, match=r"run\.json"):
-        compare(store, "tiny@v1", "tiny@v2")
+        Registry(store).version("tiny@v1").compare(Registry(store).version("tiny@v2"))
 
 
 def test_a_log_entry_survives_every_collection(store, two):
-    collect(store, grace=NOW, withdrawn=True)
+    Registry(store).collect(grace=NOW, withdrawn=True)
     assert len(store.list_keys(versions_log("tiny").folder)) == len(two)

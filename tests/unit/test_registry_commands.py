@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from ropeway.cli import registry_options as options
 from ropeway.cli.registry_commands import registry_app
-from ropeway.registry import verify
+from ropeway.registry import Registry
 from ropeway.registry.layout import tombstone_key
 from ropeway.runtime.errors import ConfigError, DataError, RegistryError
 from ropeway.storage import open_store
@@ -151,9 +151,9 @@ def test_a_long_transfer_is_counted_and_the_count_ends_with_it(world, monkeypatc
     counted = []
     monkeypatch.setattr("rich.progress.Progress.advance", lambda _self, _task, count: counted.append(count))
     with options.progress_bar(store, "verify", 100):
-        verified = verify(store, "tiny@v1")
+        verified = Registry(store).version("tiny@v1").verify()
     assert sum(counted) == verified.bytes
-    verify(store, "tiny@v1")
+    Registry(store).version("tiny@v1").verify()
     assert sum(counted) == verified.bytes
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from ropeway.registry import alias_history, collect, has_version, pull, read_alias, resolve, rollback, verify
+from ropeway.registry import Registry
 from ropeway.registry.layout import alias_log, model_logs, versions_log
 from ropeway.registry.log import find_head, read_events, verify_log
 from ropeway.runtime.errors import AbsentError, DataError
 from ropeway.runtime.manifest import canonical_json
 from ropeway.storage import Store, open_store
-from tests.registry_world import count_requests, grow, make_package, move, put, replace
+from tests.registry_world import count_requests, grow, make_package, move, put, replace, tiny
 
 NOW = timedelta(seconds=-60)  # a grace that makes everything old, whatever the store's clock says
 MOST_REQUESTS = 40
@@ -49,12 +49,12 @@ def forget_heads(store: Store) -> None:
 def check_answers(store: Store, digests: list[str]) -> None:
     """Every way to ask gives what the events say."""
     count = len(digests)
-    assert [resolve(store, f"tiny@v{number}") for number in range(1, count + 1)] == digests
-    assert [resolve(store, f"tiny@{digest}") for digest in digests] == digests
-    assert all(has_version(store, "tiny", digest) for digest in digests)
-    assert not has_version(store, "tiny", "0" * 64)
+    assert [Registry(store).version(f"tiny@v{number}").digest for number in range(1, count + 1)] == digests
+    assert [Registry(store).version(f"tiny@{digest}").digest for digest in digests] == digests
+    assert all(tiny(store).find(digest) for digest in digests)
+    assert not tiny(store).find("0" * 64)
     assert read_events(store, VERSIONS).digests == digests
-    assert read_alias(store, "tiny", "candidate") == alias_history(store, "tiny", "candidate")[-1]["digest"]
+    assert tiny(store).alias("candidate").digest == tiny(store).alias("candidate").events[-1]["digest"]
 
 
 def count_acts(store: Store, place: Path, count: int) -> dict[str, Counter[str]]:
@@ -62,15 +62,15 @@ def count_acts(store: Store, place: Path, count: int) -> dict[str, Counter[str]]
     put(store, make_package(place / "first"))
     grow(store, count)
     assert len(verify_log(store, VERSIONS)) == len(verify_log(store, CANDIDATE)) == count
-    new, digest = make_package(place / "new", b"new"), resolve(store, f"tiny@v{count}")
+    new, digest = make_package(place / "new", b"new"), Registry(store).version(f"tiny@v{count}").digest
     acts: dict[str, Callable[[], object]] = {
-        "pull by alias": lambda: pull(store, "tiny@candidate", place / "by-alias"),
-        "pull by number": lambda: pull(store, f"tiny@v{count}", place / "by-number"),
-        "pull by digest": lambda: pull(store, f"tiny@{digest}", place / "by-digest"),
+        "pull by alias": lambda: Registry(store).version("tiny@candidate").pull(place / "by-alias"),
+        "pull by number": lambda: Registry(store).version(f"tiny@v{count}").pull(place / "by-number"),
+        "pull by digest": lambda: Registry(store).version(f"tiny@{digest}").pull(place / "by-digest"),
         "publish": lambda: put(store, new),
         "publish again": lambda: put(store, new),
-        "promote": lambda: move(store, resolve(store, f"tiny@v{count + 1}")),
-        "roll back": lambda: rollback(store, "tiny", "candidate", by="a test", reason="worse"),
+        "promote": lambda: move(store, Registry(store).version(f"tiny@v{count + 1}").digest),
+        "roll back": lambda: tiny(store).rollback("candidate", by="a test", reason="worse"),
     }
     counted = {}
     for name, act in acts.items():
@@ -102,8 +102,8 @@ def test_a_registry_without_heads_is_read_and_the_next_publish_writes_one(store,
     fourth = put(store, make_package(tmp_path / "fourth", b"fourth"))
     check_answers(store, [*three, fourth.digest])
     assert VERSIONS.head_key(4) in heads(store)
-    assert rollback(store, "tiny", "candidate", by="a test", reason="worse").digest == three[1]
-    assert verify(store, "tiny@v4").files == 4
+    assert tiny(store).rollback("candidate", by="a test", reason="worse").digest == three[1]
+    assert Registry(store).version("tiny@v4").verify().files == 4
 
 
 def test_a_head_behind_the_log_is_caught_up_with(store, three, tmp_path):
@@ -190,7 +190,7 @@ def test_two_publishers_at_once_get_two_numbers_and_the_right_head(store, three,
     check_answers(store, [*three, *(digest for _, digest in numbered)])
     events = verify_log(store, VERSIONS)
     assert find_head(store, events) == store.first_key(VERSIONS.heads) == VERSIONS.head_key(5)
-    collect(store, grace=NOW, withdrawn=False)
+    Registry(store).collect(grace=NOW, withdrawn=False)
     assert [key for key in heads(store) if "versions" in key] == [VERSIONS.head_key(5)]
 
 
@@ -212,7 +212,7 @@ def test_collecting_removes_every_head_but_the_right_ones(store):
         store.put_if_absent(VERSIONS.head_key(number), document)
     store.delete(CANDIDATE.head_key(3))
     store.put_if_absent(CANDIDATE.head_key(3), b"wrong")
-    collect(store, grace=NOW, withdrawn=False)
+    Registry(store).collect(grace=NOW, withdrawn=False)
     assert heads(store) == [VERSIONS.head_key(3)]
 
 
@@ -225,8 +225,8 @@ def test_verify_and_collect_find_an_event_that_was_removed_or_changed(store, thr
         if document is not None:
             store.put_if_absent(log.key(2), document)
         with pytest.raises(DataError):
-            verify(store, f"tiny@{three[0]}")
+            Registry(store).version(f"tiny@{three[0]}").verify()
         with pytest.raises(DataError):
-            collect(store, grace=NOW, withdrawn=False)
+            Registry(store).collect(grace=NOW, withdrawn=False)
     replace(store, log.key(2), canonical_json(event))
-    assert verify(store, f"tiny@{three[0]}").files == 4
+    assert Registry(store).version(f"tiny@{three[0]}").verify().files == 4

@@ -7,11 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from ropeway.registry import load_core, publish, pull, verify, verify_folder
+from ropeway.registry import Registry
+from ropeway.registry.core import load_core
 from ropeway.registry.layout import blob_key, manifest_key, tombstone_key
 from ropeway.runtime.errors import ConfigError, DataError, RegistryError, TemporaryError
 from ropeway.runtime.manifest import load_manifest
-from tests.registry_world import flip, move, nothing_left, replace
+from tests.registry_world import flip, move, nothing_left, replace, tiny
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -19,38 +20,41 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_pulled_folder_is_the_package_byte_for_byte_and_verifies(store, package, digest, target):
-    done = pull(store, "tiny@v1", target)
+    done = Registry(store).version("tiny@v1").pull(target)
     assert (done.digest, done.folder, done.created) == (digest, target, True)
     assert files_of(target) == files_of(package)
     load_manifest(target, remedy="")
-    assert verify_folder(store, "tiny@v1", target).files == 4
+    assert Registry(store).version("tiny@v1").verify_folder(target).files == 4
     assert [path.name for path in target.parent.iterdir()] == ["model"]
 
 
 def test_a_version_already_there_is_left_alone_and_something_else_is_not_touched(store, digest, target):
-    pull(store, "tiny@v1", target)
-    assert not pull(store, f"tiny@{digest[:8]}", target).created
+    Registry(store).version("tiny@v1").pull(target)
+    assert not Registry(store).version(f"tiny@{digest[:8]}").pull(target).created
     (target / "config.json").write_text("[]")
     with pytest.raises(RegistryError, match="something other than tiny"):
-        pull(store, "tiny@v1", target)
+        Registry(store).version("tiny@v1").pull(target)
     assert (target / "config.json").read_text() == "[]"
 
 
 @pytest.mark.usefixtures("digest")
 def test_a_target_that_is_a_file_or_a_link_is_refused_and_an_empty_folder_is_filled(store, target, tmp_path):
     target.mkdir(parents=True)
-    assert pull(store, "tiny@v1", target).created
+    assert Registry(store).version("tiny@v1").pull(target).created
     (tmp_path / "link").symlink_to(target)
     (tmp_path / "file").touch()
     for place in ("link", "file"):
         with pytest.raises(RegistryError, match="a link or a file"):
-            pull(store, "tiny@v1", tmp_path / place)
+            Registry(store).version("tiny@v1").pull(tmp_path / place)
 
 
 def test_a_withdrawn_version_is_neither_pulled_nor_verified(store, digest, target):
     move(store, digest)
     store.put_if_absent(tombstone_key("tiny", digest), b"{}")
-    for act in (lambda: pull(store, "tiny@candidate", target), lambda: verify(store, "tiny@candidate")):
+    for act in (
+        lambda: Registry(store).version("tiny@candidate").pull(target),
+        lambda: Registry(store).version("tiny@candidate").verify(),
+    ):
         with pytest.raises(RegistryError, match="withdrawn"):
             act()
     assert nothing_left(target)
@@ -60,12 +64,12 @@ def test_every_flipped_byte_of_a_blob_is_found_by_verify_and_pull_and_nothing_is
     for file in load_core(store, "tiny", digest).files:
         flip(store, blob_key(file.sha256))
         with pytest.raises(DataError, match=f"blob of {file.path} hashes to"):
-            verify(store, "tiny@v1")
+            Registry(store).version("tiny@v1").verify()
         with pytest.raises(DataError, match=f"blob of {file.path} is not what its version says"):
-            pull(store, "tiny@v1", target)
+            Registry(store).version("tiny@v1").pull(target)
         assert nothing_left(target)
         flip(store, blob_key(file.sha256))
-    assert verify(store, "tiny@v1").files == 4
+    assert Registry(store).version("tiny@v1").verify().files == 4
 
 
 def test_a_truncated_a_longer_and_a_missing_blob_are_found(store, digest, target):
@@ -76,23 +80,23 @@ def test_a_truncated_a_longer_and_a_missing_blob_are_found(store, digest, target
         if damage is not None:
             store.put_if_absent(key, damage)
         with pytest.raises(DataError, match=r"blob of model.safetensors"):
-            verify(store, "tiny@v1")
+            Registry(store).version("tiny@v1").verify()
         with pytest.raises(DataError, match=r"blob of model.safetensors"):
-            pull(store, "tiny@v1", target)
+            Registry(store).version("tiny@v1").pull(target)
         assert nothing_left(target)
     store.delete(key)
     store.put_if_absent(key, whole + b"more")
     with pytest.raises(DataError, match="expected"):
-        verify(store, "tiny@v1")
+        Registry(store).version("tiny@v1").verify()
 
 
 def test_verify_lists_every_fault_and_looks_at_attachments(store, package, tmp_path):
     (tmp_path / "dvc.lock").write_text("schema: '2.0'\n")
-    publish(store, package, "tiny", provenance={}, attachments={"dvc.lock": tmp_path / "dvc.lock"})
+    tiny(store).publish(package, provenance={}, attachments={"dvc.lock": tmp_path / "dvc.lock"})
     flip(store, blob_key(hashlib.sha256(b"schema: '2.0'\n").hexdigest()))
     flip(store, blob_key(hashlib.sha256(b"{}").hexdigest()))
     with pytest.raises(DataError, match=r"(?s)config\.json hashes to.*dvc\.lock hashes to"):
-        verify(store, "tiny@v1")
+        Registry(store).version("tiny@v1").verify()
 
 
 @pytest.mark.parametrize("at", [0, 10, 100, -1])
@@ -101,7 +105,10 @@ def test_a_flipped_byte_of_a_manifest_is_found_wherever_it_is(store, digest, tar
     data = bytearray(store.get(key))
     data[at] ^= 1
     replace(store, key, bytes(data))
-    for act in (lambda: pull(store, "tiny@v1", target), lambda: verify(store, "tiny@v1")):
+    for act in (
+        lambda: Registry(store).version("tiny@v1").pull(target),
+        lambda: Registry(store).version("tiny@v1").verify(),
+    ):
         with pytest.raises(DataError, match="changed after it was published"):
             act()
     assert nothing_left(target)
@@ -109,7 +116,7 @@ def test_a_flipped_byte_of_a_manifest_is_found_wherever_it_is(store, digest, tar
 
 @pytest.mark.usefixtures("digest")
 def test_a_changed_added_missing_or_linked_file_in_a_pulled_folder_is_found(store, target, tmp_path):
-    pull(store, "tiny@v1", target)
+    Registry(store).version("tiny@v1").pull(target)
     for spoil in (
         lambda folder: (folder / "config.json").write_text("[]"),
         lambda folder: (folder / "extra.txt").touch(),
@@ -120,10 +127,10 @@ def test_a_changed_added_missing_or_linked_file_in_a_pulled_folder_is_found(stor
         shutil.copytree(target, copy)
         spoil(copy)
         with pytest.raises(DataError):
-            verify_folder(store, "tiny@v1", copy)
+            Registry(store).version("tiny@v1").verify_folder(copy)
         shutil.rmtree(copy)
     with pytest.raises(DataError, match="registry pull"):
-        verify_folder(store, "tiny@v1", copy)
+        Registry(store).version("tiny@v1").verify_folder(copy)
 
 
 # Pull continues where a killed one stopped
@@ -145,7 +152,7 @@ def test_what_a_killed_pull_left_is_used_and_only_the_rest_is_read(store, packag
         "open_stream",
         lambda key, *, start_byte=0: opened.append((key, start_byte)) or open_stream(key, start_byte=start_byte),
     )
-    pull(store, f"tiny@{digest}", target)
+    Registry(store).version(f"tiny@{digest}").pull(target)
     monkeypatch.undo()
     assert files_of(target) == files_of(package)
     # config.json and manifest.json whole, and the rest of the weights
@@ -158,7 +165,7 @@ def test_a_part_that_is_not_one_of_this_file_is_thrown_away(store, package, dige
     partial = partial_of(target, digest)
     partial.mkdir(parents=True)
     (partial / "model.safetensors").write_bytes(rubbish)
-    pull(store, "tiny@v1", target)
+    Registry(store).version("tiny@v1").pull(target)
     assert files_of(target) == files_of(package)
 
 
@@ -169,17 +176,17 @@ def test_links_and_strays_in_the_unfinished_folder_are_not_followed_nor_kept(sto
     partial.mkdir(parents=True)
     (partial / "config.json").symlink_to(outside)
     with pytest.raises(DataError, match="is a link"):
-        pull(store, "tiny@v1", target)
+        Registry(store).version("tiny@v1").pull(target)
     assert outside.read_text() == "precious"
     assert nothing_left(target)
     partial.mkdir(parents=True)
     (partial / "stray.json").touch()
     with pytest.raises(DataError, match="none of the version's files"):
-        pull(store, "tiny@v1", target)
+        Registry(store).version("tiny@v1").pull(target)
     assert nothing_left(target)
     partial.symlink_to(tmp_path)
     with pytest.raises(ConfigError):
-        pull(store, "tiny@v1", target)
+        Registry(store).version("tiny@v1").pull(target)
 
 
 def test_two_pulls_to_one_place_do_not_mix(store, digest, target):
@@ -188,14 +195,14 @@ def test_two_pulls_to_one_place_do_not_mix(store, digest, target):
     handle = os.open(partial, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
     with pytest.raises(TemporaryError, match="another process"):
-        pull(store, "tiny@v1", target)
+        Registry(store).version("tiny@v1").pull(target)
     os.close(handle)
-    assert pull(store, "tiny@v1", target).created
+    assert Registry(store).version("tiny@v1").pull(target).created
 
 
 @pytest.mark.usefixtures("digest")
 def test_a_disk_that_cannot_hold_the_version_is_named_before_anything_is_fetched(store, target, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
     with pytest.raises(ConfigError, match="bytes more, 10 are free"):
-        pull(store, "tiny@v1", target)
+        Registry(store).version("tiny@v1").pull(target)
     assert nothing_left(target)

@@ -8,15 +8,15 @@ from contextlib import suppress
 
 import pytest
 
+from ropeway.registry import Registry, rules
 from ropeway.registry import core as core_module
-from ropeway.registry import load_core, publish, pull, rules, verify
-from ropeway.registry.core import Core
+from ropeway.registry.core import Core, load_core
 from ropeway.registry.layout import blob_key, manifest_key, versions_log
 from ropeway.registry.rules import PackageFile
 from ropeway.runtime.errors import DataError, RopewayError
 from ropeway.runtime.manifest import canonical_json, write_manifest
 from ropeway.storage import Store, open_store
-from tests.registry_world import is_untouched, nothing_left, put, safetensors
+from tests.registry_world import is_untouched, nothing_left, put, safetensors, tiny
 
 
 @pytest.fixture
@@ -38,7 +38,10 @@ HOSTILE_PATHS = [
 def test_a_hostile_path_in_a_manifest_is_refused_on_pull_and_nothing_is_left(store, target, path):
     reference = plant(store, [PackageFile(path, hashlib.sha256(b"{}").hexdigest(), 2)])
     before = sorted(target.parents[1].rglob("*"))
-    for act in (lambda: pull(store, reference, target), lambda: verify(store, reference)):
+    for act in (
+        lambda: Registry(store).version(reference).pull(target),
+        lambda: Registry(store).version(reference).verify(),
+    ):
         with pytest.raises(DataError, match="package path"):
             act()
     assert sorted(target.parents[1].rglob("*")) == before
@@ -60,7 +63,7 @@ def test_paths_that_get_in_each_others_way_and_too_many_are_refused_on_pull(stor
     sha256 = hashlib.sha256(b"{}").hexdigest()
     reference = plant(store, sorted((PackageFile(path, sha256, 2) for path in paths), key=lambda file: file.path))
     with pytest.raises(DataError, match=words):
-        pull(store, reference, target)
+        Registry(store).version(reference).pull(target)
     assert nothing_left(target)
 
 
@@ -69,7 +72,7 @@ def test_paths_that_get_in_each_others_way_and_too_many_are_refused_on_pull(stor
 def test_a_size_beyond_the_cap_is_refused_on_pull(store, target, path, size):
     reference = plant(store, [PackageFile(path, hashlib.sha256(b"{}").hexdigest(), size)])
     with pytest.raises(DataError, match="at most"):
-        pull(store, reference, target)
+        Registry(store).version(reference).pull(target)
     assert nothing_left(target)
 
 
@@ -77,7 +80,7 @@ def test_a_size_beyond_the_cap_is_refused_on_pull(store, target, path, size):
 def test_sizes_are_capped_in_sum_too(store, target):
     shards = [PackageFile(f"{n:03}.safetensors", "0" * 64, rules.MAX_WEIGHTS_BYTES) for n in range(65)]
     with pytest.raises(DataError, match="in all"):
-        pull(store, plant(store, shards), target)
+        Registry(store).version(plant(store, shards)).pull(target)
 
 
 @pytest.mark.parametrize(
@@ -107,14 +110,14 @@ def test_a_manifest_of_another_form_is_refused_though_its_hash_is_right(store, d
     spoilt = spoil(json.loads(store.get(manifest_key("tiny", digest))))
     reference = plant_document(store, spoilt if isinstance(spoilt, bytes) else canonical_json(spoilt))
     with pytest.raises(DataError, match="not a version this Ropeway can read"):
-        pull(store, reference, target)
+        Registry(store).version(reference).pull(target)
     assert nothing_left(target)
 
 
 def test_a_manifest_of_another_model_is_refused(store, digest, target):
     core = dataclasses.replace(load_core(store, "tiny", digest), name="other")
     with pytest.raises(DataError, match="a version of 'other', not of tiny"):
-        pull(store, plant_document(store, core.document), target)
+        Registry(store).version(plant_document(store, core.document)).pull(target)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +129,7 @@ def test_a_record_that_names_its_attachments_wrongly_is_refused(store, attachmen
     store.delete(versions_log("tiny").key(1))
     store.put_if_absent(versions_log("tiny").key(1), canonical_json(event | {"attachments": attachments}))
     with pytest.raises(DataError, match=r"attachment 'a\.json'"):
-        verify(store, "tiny@v1")
+        Registry(store).version("tiny@v1").verify()
 
 
 @pytest.mark.usefixtures("digest")
@@ -136,7 +139,7 @@ def test_a_pickle_smuggled_into_the_store_under_a_good_name_does_not_leave_it(st
     for path in ("model.safetensors", "a.json", "a.png", "tokenizer.model"):
         reference = plant(store, [PackageFile(path, hashlib.sha256(pickle).hexdigest(), len(pickle))])
         with pytest.raises(DataError, match="does not begin as a"):
-            pull(store, reference, target)
+            Registry(store).version(reference).pull(target)
         assert nothing_left(target)
 
 
@@ -221,7 +224,7 @@ def test_an_attachment_keeps_the_rules_too(store, package, tmp_path):
     cases = [("a/b.json", good), ("../x.json", good), ("x.bin", good), ("x.json", link), ("x.json", pickle)]
     for name, path in [*cases, ("x.json", tmp_path / "none")]:
         with pytest.raises(DataError):
-            publish(store, package, "tiny", provenance={}, attachments={name: path})
+            tiny(store).publish(package, provenance={}, attachments={name: path})
     assert is_untouched(store)
 
 

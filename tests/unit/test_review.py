@@ -7,17 +7,14 @@ import xml.etree.ElementTree as ET
 import pytest
 from typer.testing import CliRunner
 
-from ropeway import registry
 from ropeway.cli.main import app
 from ropeway.orchestration.decision import Answer, decide, read_answer
 from ropeway.orchestration.reproduce import check_revision
-from ropeway.registry.tables import describe_version
-from ropeway.registry.withdrawing import withdraw
+from ropeway.registry import Registry
 from ropeway.reporting.evidence import open_case
 from ropeway.reporting.review_report import draw_report, draw_summary
 from ropeway.runtime.errors import ConfigError, RegistryError
 from ropeway.runtime.workspace import Workspace
-from ropeway.storage import open_store
 from tests.review_world import COMMIT, DIRTY, make_version
 
 YES = Answer("approve", "anna", "reads well", "terminal")
@@ -32,88 +29,94 @@ def workspace(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def store(workspace):
-    return open_store(workspace.registry_url)
+def registry(workspace):
+    return Registry.open(workspace.registry_url)
 
 
-def production(store):
-    return registry.read_alias(store, "laptop", "production")
+def production(registry):
+    return registry.artifact("laptop").alias("production").digest
 
 
-def test_a_review_that_approves_moves_production_and_keeps_who_and_why(workspace, store):
+def test_a_review_that_approves_moves_production_and_keeps_who_and_why(workspace, registry):
     digest = make_version(workspace, 5.0)
-    outcome = decide(store, open_case(store, digest), YES)
-    assert (outcome.state, production(store)) == ("Promoted", digest)
-    (event,) = registry.alias_history(store, "laptop", "production")
+    outcome = decide(registry, open_case(registry, digest), YES)
+    assert (outcome.state, production(registry)) == ("Promoted", digest)
+    (event,) = registry.artifact("laptop").alias("production").events
     assert (event["by"], event["reason"], event["prev"]) == ("anna", "reads well", None)
     assert event["review"]["decision"] == "approve"
     assert event["review"]["production"] is None
-    assert decide(store, open_case(store, digest, expect=None), YES).words.endswith("as it was already")
-    assert len(registry.alias_history(store, "laptop", "production")) == 1
-    assert len(registry.list_reviews(store, "laptop", digest)) == 1
+    assert decide(registry, open_case(registry, digest, expect=None), YES).words.endswith("as it was already")
+    assert len(registry.artifact("laptop").alias("production").events) == 1
+    assert len(registry.artifact("laptop").version(digest).reviews) == 1
 
 
-def test_a_review_that_rejects_moves_nothing_and_is_kept_and_shown_to_the_next_reviewer(workspace, store):
+def test_a_review_that_rejects_moves_nothing_and_is_kept_and_shown_to_the_next_reviewer(workspace, registry):
     digest = make_version(workspace, 5.0)
-    outcome = decide(store, open_case(store, digest), Answer("reject", "ben", "it swears", "terminal"))
-    assert (outcome.state, production(store)) == ("Rejected", None)
-    assert "| reject | ben | it swears |" in draw_report(open_case(store, digest))
+    outcome = decide(registry, open_case(registry, digest), Answer("reject", "ben", "it swears", "terminal"))
+    assert (outcome.state, production(registry)) == ("Rejected", None)
+    assert "| reject | ben | it swears |" in draw_report(open_case(registry, digest))
 
 
-def test_a_review_moves_nothing_when_production_moved_after_the_report(workspace, store):
+def test_a_review_moves_nothing_when_production_moved_after_the_report(workspace, registry):
     first, second, third = (make_version(workspace, loss) for loss in (5.0, 4.5, 4.0))
-    decide(store, open_case(store, first), YES)
-    case = open_case(store, third)
-    decide(store, open_case(store, second), YES)
+    decide(registry, open_case(registry, first), YES)
+    case = open_case(registry, third)
+    decide(registry, open_case(registry, second), YES)
     with pytest.raises(RegistryError, match=rf"laptop@v3 was approved by anna and is NOT production: .*{second}"):
-        decide(store, case, YES)
-    assert production(store) == second
-    assert [kept["decision"] for kept in registry.list_reviews(store, "laptop", third)] == ["approve"]
+        decide(registry, case, YES)
+    assert production(registry) == second
+    assert [kept["decision"] for kept in registry.artifact("laptop").version(third).reviews] == ["approve"]
 
 
 @pytest.mark.parametrize("answer", [Answer("approve", " ", "why", "x"), Answer("approve", "anna", "", "x")])
-def test_an_empty_answer_to_a_review_is_none(workspace, store, answer):
+def test_an_empty_answer_to_a_review_is_none(workspace, registry, answer):
     digest = make_version(workspace, 5.0)
     with pytest.raises(RegistryError, match="expected 1 to"):
-        decide(store, open_case(store, digest), answer)
-    assert production(store) is None
-    assert registry.list_reviews(store, "laptop", digest) == []
+        decide(registry, open_case(registry, digest), answer)
+    assert production(registry) is None
+    assert registry.artifact("laptop").version(digest).reviews == []
 
 
-def test_what_a_dirty_tree_made_never_becomes_production_by_any_way(workspace, store):
+def test_what_a_dirty_tree_made_never_becomes_production_by_any_way(workspace, registry):
     digest = make_version(workspace, 5.0, revision=DIRTY)
-    case = open_case(store, digest)
+    case = open_case(registry, digest)
     assert "An approval will be refused" in draw_summary(case)
     with pytest.raises(RegistryError, match=r"uncommitted changes \(src/ropeway/models/rope.py\)"):
-        decide(store, case, YES)
+        decide(registry, case, YES)
     with pytest.raises(RegistryError, match="uncommitted changes"):
-        registry.promote(store, "laptop", "production", digest, expect=None, by="anna", reason="I insist")
-    assert production(store) is None
+        registry.artifact("laptop").version(digest).promote("production", expect=None, by="anna", reason="I insist")
+    assert production(registry) is None
 
 
-def test_once_a_commit_makes_the_same_bytes_it_may(workspace, store):
+def test_once_a_commit_makes_the_same_bytes_it_may(workspace, registry):
     digest = make_version(workspace, 5.0, revision=DIRTY)
     assert make_version(workspace, 5.0, revision=COMMIT) == digest
-    case = open_case(store, digest)
-    assert decide(store, case, YES).state == "Promoted"
+    case = open_case(registry, digest)
+    assert decide(registry, case, YES).state == "Promoted"
     # Who looks at it later finds the commit that makes it, and not the dirty tree it was first made with.
     assert case.new.facts["made_again_by"] == COMMIT.commit
     assert f"{COMMIT.commit}, clean" in draw_report(case)
-    assert check_revision(describe_version(store, f"laptop@{digest}"), "laptop@v1") == COMMIT.commit
+    assert (
+        check_revision({"dirty": True}, registry.version(f"laptop@{digest}").clean_commit, "laptop@v1") == COMMIT.commit
+    )
 
 
-def test_every_answer_from_a_terminal_is_kept_also_with_equal_words(workspace, store):
+def test_every_answer_from_a_terminal_is_kept_also_with_equal_words(workspace, registry):
     digest = make_version(workspace, 5.0)
     for _ in range(2):
-        decide(store, open_case(store, digest), read_answer(approve=False, reject=True, reviewer="anna", comment="no"))
-    assert len(registry.list_reviews(store, "laptop", digest)) == 2
+        decide(
+            registry,
+            open_case(registry, digest),
+            read_answer(approve=False, reject=True, reviewer="anna", comment="no"),
+        )
+    assert len(registry.artifact("laptop").version(digest).reviews) == 2
 
 
-def test_the_report_of_a_review_has_all_that_a_decision_needs(workspace, store):
+def test_the_report_of_a_review_has_all_that_a_decision_needs(workspace, registry):
     first = make_version(workspace, 5.0)
-    decide(store, open_case(store, first), YES)
+    decide(registry, open_case(registry, first), YES)
     second = make_version(workspace, 4.5, rate=0.003, records=9)
-    case = open_case(store, f"laptop@{second[:10]}")
+    case = open_case(registry, f"laptop@{second[:10]}")
     report = draw_report(case)
     assert "# laptop@v2: may it become production?" in report
     assert "| docs | loss, nats/token | 8.000 | 5.000 | **4.500** | -0.500 (better) |" in report
@@ -123,24 +126,24 @@ def test_the_report_of_a_review_has_all_that_a_decision_needs(workspace, store):
     assert re.search(r"\| `ledger\.sources\.0\.records\.read` \| 8 \| 9 \|", report)
     assert "| docs | epoch 0: supervised | = |  | 30 |" in report
     assert "Resumed: 2 starts." in report
-    assert f"ropeway registry pull laptop@{second} --registry {store.url}" in report
+    assert f"ropeway registry pull laptop@{second} --registry {registry.url}" in report
     assert "f" * 64 in report
     prompt = r"What is a list? \| &lt;b&gt;bold&lt;/b&gt;"
     assert rf"| {prompt} | An answer at 5.0. ⏎  ⏎ \| with a table \| | An answer at 4.5." in report
 
 
-def test_the_curves_of_a_review_are_a_picture_inside_the_page(workspace, store):
-    decide(store, open_case(store, make_version(workspace, 5.0)), YES)
-    report = draw_report(open_case(store, make_version(workspace, 4.5)))
+def test_the_curves_of_a_review_are_a_picture_inside_the_page(workspace, registry):
+    decide(registry, open_case(registry, make_version(workspace, 5.0)), YES)
+    report = draw_report(open_case(registry, make_version(workspace, 4.5)))
     uri = re.search(r"!\[loss by step\]\(data:image/svg\+xml;base64,([A-Za-z0-9+/=]+)\)", report)[1]
     picture = ET.fromstring(base64.b64decode(uri))  # noqa: S314 - ours
     words = [text.text for text in picture.iter("{http://www.w3.org/2000/svg}text")]
     assert {"v2, training", "v2, validation docs", "production, v1, training"} <= set(words)
 
 
-def test_a_review_says_that_losses_on_other_rows_say_little(workspace, store):
-    decide(store, open_case(store, make_version(workspace, 5.0)), YES)
-    assert "other validation rows" in draw_summary(open_case(store, make_version(workspace, 4.5, rows="others")))
+def test_a_review_says_that_losses_on_other_rows_say_little(workspace, registry):
+    decide(registry, open_case(registry, make_version(workspace, 5.0)), YES)
+    assert "other validation rows" in draw_summary(open_case(registry, make_version(workspace, 4.5, rows="others")))
 
 
 def scores(tuned, *, questions=24):
@@ -149,33 +152,33 @@ def scores(tuned, *, questions=24):
     return {"metrics": {"tasks": {"python_basics": task}, "harness": "lm-evaluation-harness 0.4.13"}}
 
 
-def test_the_harness_scores_stand_beside_productions_if_the_questions_were_the_same(workspace, store):
+def test_the_harness_scores_stand_beside_productions_if_the_questions_were_the_same(workspace, registry):
     old = make_version(workspace, 5.0, also=scores(0.375))
-    decide(store, open_case(store, old), YES)
-    text = draw_report(open_case(store, make_version(workspace, 4.0, also=scores(0.5))))
+    decide(registry, open_case(registry, old), YES)
+    text = draw_report(open_case(registry, make_version(workspace, 4.0, also=scores(0.5))))
     assert "| task | metric | base | production (laptop@v1) | **laptop@v2** |" in text
     assert "| python\\_basics | acc,none | 0.25 ± 0.05 | 0.375 ± 0.05 | **0.5 ± 0.05** |" in text
-    text = draw_report(open_case(store, make_version(workspace, 3.0, also=scores(0.5, questions=100))))
+    text = draw_report(open_case(registry, make_version(workspace, 3.0, also=scores(0.5, questions=100))))
     assert "| 0.25 ± 0.05 | not asked | **0.5 ± 0.05** |" in text
-    assert "lm-evaluation-harness" not in draw_report(open_case(store, make_version(workspace, 2.0)))
+    assert "lm-evaluation-harness" not in draw_report(open_case(registry, make_version(workspace, 2.0)))
 
 
-def test_a_review_says_which_run_the_training_went_on_from(workspace, store):
+def test_a_review_says_which_run_the_training_went_on_from(workspace, registry):
     record = {"fingerprint": "0a" * 8, "step": 20, "changed": {"learning_rate": "0.002 -> 0.001"}}
     digest = make_version(workspace, 5.0, also={"history": {"continued_from": record}})
-    text = draw_report(open_case(store, digest))
+    text = draw_report(open_case(registry, digest))
     assert f"It went on from step 20 of the run {'0a' * 8}; changed since: learning\\_rate 0.002 -" in text
 
 
-def test_a_withdrawn_version_is_not_reviewed(workspace, store):
+def test_a_withdrawn_version_is_not_reviewed(workspace, registry):
     make_version(workspace, 5.0)
     digest = make_version(workspace, 6.0)
-    withdraw(store, "laptop", digest, by="anna", reason="leaks")
+    registry.artifact("laptop").version(digest).withdraw(by="anna", reason="leaks")
     with pytest.raises(RegistryError, match="withdrawn"):
-        open_case(store, digest)
+        open_case(registry, digest)
 
 
-def test_review_in_the_terminal_shows_then_decides(workspace, store):
+def test_review_in_the_terminal_shows_then_decides(workspace, registry):
     digest = make_version(workspace, 5.0)
 
     def ask(*arguments):
@@ -187,11 +190,11 @@ def test_review_in_the_terminal_shows_then_decides(workspace, store):
     shown = ask(digest[:12])
     assert f"ropeway review {digest[:12]} --approve --reviewer NAME --comment WHY --expect none" in shown
     assert "base64" not in shown
-    assert production(store) is None
+    assert production(registry) is None
     assert "laptop@v1 was rejected" in ask(digest[:12], "--reject", "--reviewer", "ben", "--comment", "no")
     words = ask(digest, "--approve", "--reviewer", "anna", "--comment", "yes", "--expect", "none")
     assert "laptop@v1 is laptop@production" in words
-    assert production(store) == digest
+    assert production(registry) == digest
     with pytest.raises(RegistryError, match="NOT production"):
         ask(make_version(workspace, 4.0), "--approve", "--reviewer", "anna", "--comment", "yes", "--expect", "none")
 
@@ -209,9 +212,9 @@ def test_half_an_answer_to_a_review_is_refused(given, words):
         read_answer(**given)
 
 
-def test_digits_that_mean_no_version_or_several_are_refused(workspace, store):
+def test_digits_that_mean_no_version_or_several_are_refused(workspace, registry):
     make_version(workspace, 5.0)
     with pytest.raises(RegistryError, match="holds no such version"):
-        open_case(store, "0" * 12)
+        open_case(registry, "0" * 12)
     with pytest.raises(RegistryError, match="8 digits or more"):
-        open_case(store, "12")
+        open_case(registry, "12")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from botocore import auth
 
-from ropeway.registry import pull
+from ropeway.registry import Registry
 from ropeway.runtime.errors import ConfigError, DataError, RopewayError, TemporaryError
 from ropeway.storage import Store, multipart, open_store
 from ropeway.storage.multipart import is_same_part
@@ -185,6 +185,14 @@ def test_a_conflict_is_asked_again_and_a_refusal_is_not(s3_url, monkeypatch):
         assert len(server.requests) == 1
 
 
+def test_a_repeated_put_that_lost_to_an_object_that_is_gone_again_lost(s3_url, monkeypatch):
+    with fake_s3() as server, at(server.endpoint, monkeypatch):
+        store = open_store(s3_url)
+        store.put_if_absent("first", b"")
+        server.answers = [(409, "ConditionalRequestConflict"), (412, "PreconditionFailed")]
+        assert not store.put_if_absent("key", b"x")
+
+
 # Networks and servers that fail, before a real server
 
 
@@ -281,12 +289,12 @@ def test_wrong_bytes_on_the_way_down_never_become_a_model_and_the_next_pull_is_r
     put(store, make_package(tmp_path / "package", os.urandom(100_000)))
     proxy.faults = [Fault("wrong", "GET", "blobs", 1)]
     with pytest.raises(DataError, match=r"is not what its version says .*nothing was kept"):
-        pull(store, "tiny@v1", tmp_path / "pulled")
+        Registry(store).version("tiny@v1").pull(tmp_path / "pulled")
     assert not (tmp_path / "pulled").exists()
     proxy.faults = [Fault("wrong", "GET", "manifests", 1)]
     with pytest.raises(DataError, match="hashes to"):
-        pull(store, "tiny@v1", tmp_path / "pulled")
-    assert pull(store, "tiny@v1", tmp_path / "pulled").created
+        Registry(store).version("tiny@v1").pull(tmp_path / "pulled")
+    assert Registry(store).version("tiny@v1").pull(tmp_path / "pulled").created
 
 
 @pytest.mark.parametrize("kind", ["500", "503", "reset", "truncated", "stall"])
@@ -296,7 +304,7 @@ def test_a_publish_and_a_pull_get_through_passing_trouble(proxied, tmp_path, kin
     proxy.faults = [Fault(kind, "PUT", "blobs|manifests|versions", 2 if kind in "500 503" else 0)]
     assert put(store, package).created
     proxy.faults = [Fault(kind, "GET", "blobs", 1), Fault(kind, "GET", "manifests", 1)]
-    assert pull(store, "tiny@v1", tmp_path / "pulled").created
+    assert Registry(store).version("tiny@v1").pull(tmp_path / "pulled").created
     assert (tmp_path / "pulled" / "model.safetensors").read_bytes() == (package / "model.safetensors").read_bytes()
 
 

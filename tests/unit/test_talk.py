@@ -13,12 +13,11 @@ from ropeway.cli.chat import Manner, Talk, chat, check_folder, fit_turns, locate
 from ropeway.cli.main import app
 from ropeway.config.params import load_profile
 from ropeway.models.chat_template import render_prompt
-from ropeway.registry import withdraw
 from ropeway.runtime.errors import ConfigError, DataError, RegistryError
 from ropeway.runtime.manifest import write_manifest
 from ropeway.storage import open_store
 from tests import tiny_run
-from tests.registry_world import move, put
+from tests.registry_world import move, put, tiny
 
 MANNER = Manner(system="", max_new_tokens=6, temperature=1.0, top_p=0.95, seed=7)
 
@@ -174,7 +173,7 @@ def test_a_published_version_is_pulled_once_and_talked_to_and_a_withdrawn_one_is
     folder = tmp_path / "cache" / "versions" / "tiny" / done.digest
     assert locate_model("tiny@v1", None) == folder
     other = put(store, copy_of(model, tmp_path / "other"))
-    assert withdraw(store, "tiny", other.digest, by="a test", reason="wrong data")
+    assert tiny(store).version(other.digest).withdraw(by="a test", reason="wrong data")
     with pytest.raises(RegistryError, match="is withdrawn"):
         locate_model("tiny@v2", None)
 

@@ -65,7 +65,7 @@ def locate_model(source: str, registry: str | None) -> Path:
     Raises:
         ConfigError: Neither a folder nor NAME@ALIAS.
         DataError: As in `check_folder`.
-        RegistryError: As in `pull_cached`.
+        RegistryError: No such version, or it is withdrawn.
     """
     folder = Path(source)
     if not folder.is_dir():
@@ -76,7 +76,7 @@ def locate_model(source: str, registry: str | None) -> Path:
         from ropeway.cli.cached_versions import pull_cached
         from ropeway.cli.registry_options import open_registry
 
-        folder = pull_cached(open_registry(registry), source).folder
+        folder = pull_cached(open_registry(registry).version(source)).folder
     check_folder(folder)
     return folder
 

@@ -130,7 +130,7 @@ def push_hub(
     from ropeway.cli.push_hub import push_hub as share
     from ropeway.cli.registry_options import open_registry, print_json
 
-    done = share(open_registry(registry), version, repo, private=private, dry_run=dry_run)
+    done = share(open_registry(registry).version(version), repo, private=private, dry_run=dry_run)
     if as_json:
         print_json(asdict(done))
         return
@@ -214,7 +214,7 @@ def reproduce(
     def say(line: str) -> None:
         typer.echo(line, err=as_json)
 
-    done = make_again(find_root(), open_registry(registry), version, target=to, say=say)
+    done = make_again(find_root(), open_registry(registry).version(version), target=to, say=say)
     if as_json:
         print_json(asdict(done))
     else:

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ropeway.cli.cached_versions import pull_cached
-from ropeway.registry.publishing import find_number
-from ropeway.storage import Store, hub
+from ropeway.registry import Version
+from ropeway.storage import hub
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,31 +27,28 @@ class Shared:
     commit: str | None
 
 
-def push_hub(store: Store, reference: str, repo: str, *, private: bool, dry_run: bool) -> Shared:
+def push_hub(version: Version, repo: str, *, private: bool, dry_run: bool) -> Shared:
     """Upload a version to a model repository of the Hub, which is created if it is not there.
 
     Weights of an earlier version are taken away in the same commit: transformers would load stale ones beside new.
 
     Args:
-        store: Where the version is.
-        reference: `NAME@ALIAS`, `NAME@v3` or `NAME@DIGEST`.
+        version: Which.
         repo: `owner/name`.
         private: Whether a repository that is created is shown to its owner alone.
         dry_run: Verify and list; ask the Hub nothing.
 
     Raises:
-        RegistryError: No such version, or it is withdrawn.
+        RegistryError: It is withdrawn.
         DataError: Its bytes are not what was published.
         ConfigError: The Hub refuses: name, token, rights.
         TemporaryError: The Hub does not answer.
     """
     hub.check_repo(repo)
-    pulled = pull_cached(store, reference)
-    number = find_number(store, pulled.name, pulled.digest)
-    version = f"{pulled.name}@v{number}"
+    pulled, label = pull_cached(version), str(version)
     paths = sorted(path for path in pulled.folder.rglob("*") if path.is_file())
     files = {path.relative_to(pulled.folder).as_posix(): path.stat().st_size for path in paths}
     commit = None
     if not dry_run:
-        commit = hub.upload_model(repo, pulled.folder, message=f"{version} ({pulled.digest})", private=private)
-    return Shared(repo, version, pulled.digest, files, commit)
+        commit = hub.upload_model(repo, pulled.folder, message=f"{label} ({pulled.digest})", private=private)
+    return Shared(repo, label, pulled.digest, files, commit)

@@ -30,10 +30,11 @@ def diff(
     as_json: Json = False,
 ) -> None:
     """Show how two versions differ: parameters, metrics, ledger, files."""
-    from ropeway.registry import comparing
+    from ropeway.registry import tables
 
-    found = comparing.compare(open_registry(registry), old, new)
-    print_json(found) if as_json else draw(comparing.draw_comparison(found))
+    versions = open_registry(registry)
+    found = versions.version(old).compare(versions.version(new))
+    print_json(found) if as_json else draw(tables.draw_comparison(found))
 
 
 @registry_app.command()
@@ -41,17 +42,12 @@ def withdraw(
     reference: Reference, *, reason: Reason, by: By = None, registry: Url = None, as_json: Json = False
 ) -> None:
     """Say for ever that a version must not be used; refused while an alias points to it."""
-    from ropeway.registry.aliases import resolve
-    from ropeway.registry.layout import read_reference
-    from ropeway.registry.withdrawing import withdraw as withdraw_version
-
-    store = open_registry(registry)
-    name, digest = read_reference(reference).name, resolve(store, reference)
-    created = withdraw_version(store, name, digest, by=by or user_name(), reason=reason)
+    version = open_registry(registry).version(reference)
+    created = version.withdraw(by=by or user_name(), reason=reason)
     if as_json:
-        print_json({"name": name, "digest": digest, "created": created})
+        print_json({"name": version.name, "digest": version.digest, "created": created})
     else:
-        typer.echo(f"{name} {digest} {'is withdrawn' if created else 'was withdrawn before'}")
+        typer.echo(f"{version.name} {version.digest} {'is withdrawn' if created else 'was withdrawn before'}")
 
 
 @registry_app.command()
@@ -64,11 +60,9 @@ def gc(
     as_json: Json = False,
 ) -> None:
     """Find what no version needs and no publish under way counts on; remove it with --apply."""
-    from ropeway.registry import collecting
-
-    store, grace = open_registry(registry), timedelta(hours=grace_hours)
-    act = collecting.collect if apply else collecting.find_garbage
-    found = act(store, grace=grace, withdrawn=withdrawn)
+    opened = open_registry(registry)
+    act = opened.collect if apply else opened.find_garbage
+    found = act(grace=timedelta(hours=grace_hours), withdrawn=withdrawn)
     if as_json:
         keys = [entry.key for entry in found.entries]
         strays = [stray.name for stray in found.strays]
@@ -88,20 +82,20 @@ def gc(
 @registry_app.command()
 def sign(reference: Reference, *, registry: Url = None, as_json: Json = False) -> None:
     """Sign a version with ROPEWAY_SIGNING_KEY, beside the signatures it has."""
-    from ropeway.registry import signing
-    from ropeway.registry.aliases import resolve
-    from ropeway.registry.core import load_core
-    from ropeway.registry.layout import read_reference
+    from ropeway.registry.signing import load_signer
 
-    store, signer = open_registry(registry), signing.load_signer()
+    opened, signer = open_registry(registry), load_signer()
     if signer is None:
         raise ConfigError("ROPEWAY_SIGNING_KEY: not set; expected a private key's file. `ropeway registry keygen`")
-    name, digest = read_reference(reference).name, resolve(store, reference)
-    created = signing.sign(store, load_core(store, name, digest), signer)
+    version = opened.version(reference)
+    created = version.sign(signer)
     if as_json:
-        print_json({"name": name, "digest": digest, "keyid": signer.keyid, "created": created})
+        facts = {"name": version.name, "digest": version.digest}
+        print_json({**facts, "keyid": signer.keyid, "created": created})
     else:
-        typer.echo(f"{name} {digest[:12]} {'signed' if created else 'was signed before'} by {signer.keyid}")
+        typer.echo(
+            f"{version.name} {version.digest[:12]} {'signed' if created else 'was signed before'} by {signer.keyid}"
+        )
 
 
 @registry_app.command()

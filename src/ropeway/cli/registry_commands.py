@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,7 +22,9 @@ from ropeway.cli.registry_options import (
     user_name,
 )
 from ropeway.runtime.errors import ConfigError
-from ropeway.storage import Store
+
+if TYPE_CHECKING:
+    from ropeway.registry import Anything, Registry
 
 __all__ = ["care_commands", "registry_app"]  # its commands register themselves
 
@@ -40,12 +42,12 @@ def list_command(
     """List the models, or one model's versions."""
     from ropeway.registry import tables
 
-    store = open_registry(registry)
-    found = tables.describe_versions(store, name) if name else tables.describe_models(store)
+    opened = open_registry(registry)
+    found = opened.artifact(name).describe_versions() if name else opened.describe()
     if as_json:
         print_json(found)
     elif not found:
-        typer.echo(f"{store.url}: nothing {f'named {name} ' if name else ''}published yet")
+        typer.echo(f"{opened.url}: nothing {f'named {name} ' if name else ''}published yet")
     else:
         draw(tables.draw_versions(name, found) if name else tables.draw_models(found))
 
@@ -55,7 +57,7 @@ def show(reference: Reference, *, registry: Url = None, as_json: Json = False) -
     """Show a version: facts, files, lineage, aliases."""
     from ropeway.registry import tables
 
-    version = tables.describe_version(open_registry(registry), reference)
+    version = open_registry(registry).version(reference).describe()
     print_json(version) if as_json else draw(tables.draw_version(version))
 
 
@@ -70,7 +72,9 @@ def history(
     wanted = read_reference(reference if "@" in reference else f"{reference}@production")
     if not wanted.alias or "@" not in reference:
         raise ConfigError(f"{reference}: expected NAME@ALIAS, e.g. {wanted.name}@production")
-    events = tables.describe_history(open_registry(registry), wanted.name, wanted.alias)
+    opened = open_registry(registry)
+    opened.check()
+    events = opened.artifact(wanted.name).describe_history(wanted.alias)
     print_json(events) if as_json else draw(tables.draw_history(wanted.name, wanted.alias, events))
 
 
@@ -83,14 +87,12 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Re-hash every byte of a version."""
-    from ropeway.registry import pulling
-
-    store = open_registry(registry)
+    version = open_registry(registry).version(reference)
     if folder:
-        done = pulling.verify_folder(store, reference, folder)
+        done = version.verify_folder(folder)
     else:
-        with progress_bar(store, f"verify {reference}", _size(store, reference)):
-            done = pulling.verify(store, reference)
+        with progress_bar(version.store, f"verify {reference}", version.core.total_bytes):
+            done = version.verify()
     if as_json:
         print_json(asdict(done))
     else:
@@ -106,19 +108,13 @@ def pull(
     as_json: Json = False,
 ) -> None:
     """Fetch a version, every byte verified; the folder appears whole or not at all."""
-    from ropeway.registry.aliases import resolve
-    from ropeway.registry.layout import read_reference
-    from ropeway.registry.pulling import pull as pull_version
-
-    store = open_registry(registry)
-    name, digest = read_reference(reference).name, resolve(store, reference)
-    # By digest from here on: the alias may move while we work.
-    with progress_bar(store, f"pull {reference}", _size(store, reference)):
-        done = pull_version(store, f"{name}@{digest}", to or Path(f"{name}-{digest[:12]}"))
+    version = open_registry(registry).version(reference)
+    with progress_bar(version.store, f"pull {reference}", version.core.total_bytes):
+        done = version.pull(to or Path(f"{version.name}-{version.digest[:12]}"))
     if as_json:
         print_json({**asdict(done), "folder": str(done.folder)})
     else:
-        typer.echo(f"{reference} is {digest}\n{'pulled to' if done.created else 'already whole in'} {done.folder}")
+        typer.echo(f"{reference} is {done.digest}\n{'pulled to' if done.created else 'already whole in'} {done.folder}")
 
 
 @registry_app.command()
@@ -132,14 +128,12 @@ def publish(
     as_json: Json = False,
 ) -> None:
     """Publish a package; no alias moves. The same package is the same version."""
-    from ropeway.registry.publishing import publish as publish_package
-
     facts = _read_facts(provenance) if provenance else {}
     attachments = {path.name: path for path in attach or []}
-    store = open_registry(registry)
+    artifact = open_registry(registry).artifact(name)
     size = sum(path.stat().st_size for path in [*folder.rglob("*"), *attachments.values()] if path.is_file())
-    with progress_bar(store, f"publish {folder}", size):
-        done = publish_package(store, folder, name, provenance=facts, attachments=attachments)
+    with progress_bar(artifact.store, f"publish {folder}", size):
+        done = artifact.publish(folder, provenance=facts, attachments=attachments)
     if as_json:
         print_json(asdict(done))
     else:
@@ -158,14 +152,10 @@ def promote(  # noqa: PLR0913 - a command's options
     as_json: Json = False,
 ) -> None:
     """Point an alias at a version, if it is where you expect it to be."""
-    from ropeway.registry.aliases import promote as promote_version
-    from ropeway.registry.aliases import resolve
-    from ropeway.registry.layout import read_reference
-
-    store = open_registry(registry)
-    name, digest = read_reference(reference).name, resolve(store, reference)
-    expected = _read_expect(store, name, expect)
-    done = promote_version(store, name, alias, digest, expect=expected, by=by or user_name(), reason=reason)
+    opened = open_registry(registry)
+    version = opened.version(reference)
+    expected = _read_expect(opened, version.name, expect)
+    done = version.promote(alias, expect=expected, by=by or user_name(), reason=reason)
     _report_promotion(asdict(done), as_json=as_json)
 
 
@@ -180,28 +170,21 @@ def rollback(
     as_json: Json = False,
 ) -> None:
     """Point an alias back at the version before its current one."""
-    from ropeway.registry.aliases import rollback as roll_back
     from ropeway.registry.layout import read_reference
 
-    store, wanted = open_registry(registry), read_reference(reference)
-    expected = _read_expect(store, wanted.name, expect)
-    done = roll_back(store, wanted.name, wanted.alias or "", by=by or user_name(), reason=reason, expect=expected)
+    opened, wanted = open_registry(registry), read_reference(reference)
+    expected = _read_expect(opened, wanted.name, expect)
+    artifact = opened.artifact(wanted.name)
+    done = artifact.rollback(wanted.alias or "", by=by or user_name(), reason=reason, expect=expected)
     _report_promotion(asdict(done), as_json=as_json)
 
 
-def _size(store: Store, reference: str) -> int:
-    """Return how many bytes a version's files have."""
-    from ropeway.registry.aliases import resolve
-    from ropeway.registry.core import load_core
-    from ropeway.registry.layout import read_reference
+def _read_expect(registry: "Registry", name: str, expect: str) -> "str | Anything | None":
+    from ropeway.registry import ANY
 
-    return load_core(store, read_reference(reference).name, resolve(store, reference)).total_bytes
-
-
-def _read_expect(store: Store, name: str, expect: str) -> Any:  # noqa: ANN401 - None, ANY or a digest
-    from ropeway.registry.aliases import ANY, resolve
-
-    return {"any": ANY, "none": None}[expect] if expect in ("any", "none") else resolve(store, f"{name}@{expect}")
+    return (
+        {"any": ANY, "none": None}[expect] if expect in ("any", "none") else registry.version(f"{name}@{expect}").digest
+    )
 
 
 def _read_facts(path: Path) -> dict[str, Any]:

@@ -3,13 +3,16 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ropeway.runtime.errors import ConfigError
 from ropeway.runtime.workspace import Workspace, find_root
-from ropeway.storage import Store, open_store
+from ropeway.storage import Store
+
+if TYPE_CHECKING:
+    from ropeway.registry import Registry
 
 registry_app = typer.Typer(no_args_is_help=True, help="List, check, fetch, promote and withdraw published versions.")
 
@@ -24,9 +27,11 @@ Reason = Annotated[str, typer.Option(help="Why, in words; kept for ever.")]
 _LONG_BYTES = 64 << 20  # about a second on a fast network
 
 
-def open_registry(url: str | None) -> Store:
-    """Return the store of `--registry`, else the workspace's."""
-    return open_store(url or Workspace(find_root(), "").registry_url)
+def open_registry(url: str | None) -> "Registry":
+    """Return the registry of `--registry`, else the workspace's."""
+    from ropeway.registry import Registry
+
+    return Registry.open(url or Workspace(find_root(), "").registry_url)
 
 
 def user_name() -> str:

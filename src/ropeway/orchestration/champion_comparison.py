@@ -7,37 +7,34 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ropeway import registry
 from ropeway.orchestration.dvc_stage import Say, Site, run_command
+from ropeway.registry import Version
 from ropeway.runtime.workspace import Workspace
-from ropeway.storage import Store
 
 
 def measure_champion(
-    site: Site, workspace: Workspace, store: Store, reference: str, rows: str, say: Say
+    site: Site, workspace: Workspace, champion: Version, rows: str, say: Say
 ) -> Mapping[str, Any] | None:
     """Return the champion's metrics on the rows whose digest is `rows`; None, with the reason said, if it cannot be.
 
     Args:
         site: Where its process runs.
         workspace: Whose rows.
-        store: Where the champion is; its package is pulled, every byte verified, and removed afterwards.
-        reference: E.g. `laptop@v7`.
+        champion: Its package is pulled, every byte verified, and removed afterwards.
         rows: What this run's eval.json calls `validation`.
         say: Gets the lines.
     """
-    digest = registry.resolve(store, reference)
-    place = site.root / ".work" / "champion" / f"{digest[:12]}-{rows[:12]}"
+    place = site.root / ".work" / "champion" / f"{champion.digest[:12]}-{rows[:12]}"
     out = place.with_suffix(".json")  # kept: the same question may come again
     if not out.exists():
-        say(f"{reference} was measured on other validation rows; measuring it on these")
-        registry.pull(store, f"{workspace.profile}@{digest}", place)
+        say(f"{champion} was measured on other validation rows; measuring it on these")
+        champion.pull(place)
         try:
             code, _ = run_command(site, "champion", command(workspace, place, out), say)
         finally:
             shutil.rmtree(place)
         if code:
-            say(f"{reference} cannot be measured on these rows, so nothing can be said against it or for it")
+            say(f"{champion} cannot be measured on these rows, so nothing can be said against it or for it")
             return None
     metrics: Mapping[str, Any] = json.loads(out.read_bytes())
     return metrics

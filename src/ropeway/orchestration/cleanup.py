@@ -16,13 +16,10 @@ from typing import Any
 
 from ropeway.config.params import load_profiles
 from ropeway.orchestration import dvc_graph as graph
-from ropeway.registry.layout import check_registry, list_models
-from ropeway.registry.reading import read_version_file
-from ropeway.registry.tables import describe_version, describe_versions
+from ropeway.registry import Registry
 from ropeway.runtime.errors import ConfigError, RegistryError, TemporaryError
 from ropeway.runtime.lock import workspace_lock
 from ropeway.runtime.workspace import Workspace
-from ropeway.storage import Store, open_store
 
 _FETCH = "fetch"  # the stage whose output is a version's data
 _MIB = 2**20
@@ -125,20 +122,20 @@ def plan_clean(root: Path, *, keep: int, unsynced: bool) -> list[Removal]:
     root = root.resolve()
     workspace = Workspace(root, "")
     return [
-        *plan_cache(root, open_store(workspace.registry_url), keep=keep),
+        *plan_cache(root, Registry.open(workspace.registry_url), keep=keep),
         *plan_wandb(workspace.work / "wandb", unsynced=unsynced),
         *plan_work(workspace, set(load_profiles(root / "params.yaml")[1])),
     ]
 
 
-def plan_cache(root: Path, store: Store, *, keep: int) -> Iterator[Removal]:
+def plan_cache(root: Path, registry: Registry, *, keep: int) -> Iterator[Removal]:
     """Yield objects of DVC's cache that nothing needs, and run-cache entries whose result would be gone with them."""
     cache = graph.cache_folder(root)
     if not cache.is_relative_to(root):  # shared, perhaps: others' outputs are not known here
         return
     objects, runs = cache / "files" / "md5", cache / "runs"
     results = sorted(_read_results(runs), key=lambda result: -result.path.stat().st_mtime_ns)
-    needed = set(_outs(_read_lock(root))) | set(_data_of_versions(store))
+    needed = set(_outs(_read_lock(root))) | set(_data_of_versions(registry))
     seen: dict[tuple[str, ...], int] = {}
     kept = []
     for result in results:
@@ -184,12 +181,11 @@ def _outs(lock: Mapping[str, Any], *, of: str | None = None) -> Iterator[str]:
             yield from (str(out["md5"]) for out in stage.get("outs", []) if out.get("md5"))
 
 
-def _data_of_versions(store: Store) -> Iterator[str]:
+def _data_of_versions(registry: Registry) -> Iterator[str]:
     """Yield the digests of every version's data, withdrawn ones too, as its dvc.lock names them."""
-    for name in list_models(store):
-        for known in describe_versions(store, name):
-            version = describe_version(store, f"{name}@{known['digest']}")
-            lock = read_version_file(store, version, "dvc.lock")
+    for artifact in registry.artifacts():
+        for version in artifact.versions():
+            lock = version.read_file("dvc.lock")
             if lock is not None:
                 yield from _outs(graph.parse_lock(lock), of=_FETCH)
 
@@ -236,7 +232,7 @@ def clean(root: Path, *, keep: int, unsynced: bool, without_registry: bool = Fal
     """
     with workspace_lock(root, command="ropeway clean"), graph.exclusive(root):
         if not without_registry:
-            _check_registry(open_store(Workspace(root, "").registry_url))
+            _check_registry(Registry.open(Workspace(root, "").registry_url))
         removals = plan_clean(root, keep=keep, unsynced=unsynced)
         for removal in removals:
             try:
@@ -249,10 +245,10 @@ def clean(root: Path, *, keep: int, unsynced: bool, without_registry: bool = Fal
     return removals
 
 
-def _check_registry(store: Store) -> None:
+def _check_registry(registry: Registry) -> None:
     """An empty place for a registry is not known to be a registry of no versions: it may stand elsewhere."""
     try:
-        check_registry(store)
+        registry.check()
     except RegistryError as error:
         raise RegistryError(
             f"{error}. Which data its versions need is not known, so nothing was removed: name it with "

@@ -4,14 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
-from ropeway import registry
+from ropeway.registry import ANY, PRODUCTION, Anything, Decision, Registry
 from ropeway.registry.aliases import check_words
-from ropeway.registry.reviews import Decision
-from ropeway.reporting.evidence import Case, find_version, open_case
+from ropeway.reporting.evidence import Case, open_case
 from ropeway.reporting.review_report import draw_report
 from ropeway.runtime.errors import ConfigError, RegistryError
 from ropeway.runtime.workspace import Workspace
-from ropeway.storage import Store, open_store
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +37,7 @@ class Outcome:
     words: str
 
 
-def decide(store: Store, case: Case, answer: Answer) -> Outcome:
+def decide(registry: Registry, case: Case, answer: Answer) -> Outcome:
     """Keep an answer, and move production if it is a yes and production is where the report said. Repeat it freely.
 
     Raises:
@@ -48,33 +46,22 @@ def decide(store: Store, case: Case, answer: Answer) -> Outcome:
     """
     check_words("reviewer", answer.by)
     check_words("comment", answer.comment)
-    kept = registry.record_review(
-        store,
-        case.name,
-        case.digest,
+    version = registry.version(f"{case.name}@{case.digest}")
+    kept = version.review(
         answer.decision,
-        answer={"by": answer.by, "comment": answer.comment, "production": case.expect, "via": answer.via},
+        {"by": answer.by, "comment": answer.comment, "production": case.expect, "via": answer.via},
     )
     if answer.decision == "reject":
         return Outcome("Rejected", f"{case.new.label} was rejected by {answer.by}; no alias moved")
     try:
-        done = registry.promote(
-            store,
-            case.name,
-            registry.PRODUCTION,
-            case.digest,
-            expect=case.expect,
-            by=answer.by,
-            reason=answer.comment,
-            review=kept,
-        )
+        done = version.promote(PRODUCTION, expect=case.expect, by=answer.by, reason=answer.comment, review=kept)
     except RegistryError as error:
         raise RegistryError(
             f"{case.new.label} was approved by {answer.by} and is NOT production: {error}. `ropeway review "
             f"{case.digest[:12]}` compares it with what production is now and prints the command to answer"
         ) from None
     was = f"; before it was {case.old.label}" if case.old else ""
-    words = f"{case.new.label} is {case.name}@{registry.PRODUCTION}{was}"
+    words = f"{case.new.label} is {case.name}@{PRODUCTION}{was}"
     return Outcome("Promoted", words if done.moved else f"{words}, as it was already")
 
 
@@ -93,10 +80,10 @@ def review_here(root: Path, wanted: str, *, answer: Answer | None, expect: str |
     from rich.console import Console
     from rich.markdown import Markdown
 
-    store = open_store(Workspace(root, "").registry_url)
-    case = open_case(store, wanted, expect=read_expect(store, wanted, expect))
+    registry = Registry.open(Workspace(root, "").registry_url)
+    case = open_case(registry, wanted, expect=read_expect(registry, wanted, expect))
     if answer:
-        print(decide(store, case, answer).words, flush=True)
+        print(decide(registry, case, answer).words, flush=True)
         return
     Console().print(Markdown(draw_report(case, with_pictures=False)))
     print(
@@ -128,8 +115,8 @@ def read_answer(*, approve: bool, reject: bool, reviewer: str | None, comment: s
     return Answer("approve" if approve else "reject", reviewer.strip(), comment.strip(), f"terminal {uuid4().hex[:8]}")
 
 
-def read_expect(store: Store, wanted: str, expect: str | None) -> str | registry.Anything | None:
+def read_expect(registry: Registry, wanted: str, expect: str | None) -> str | Anything | None:
     """Return what `--expect` means for the model that `wanted` is a version of."""
     if expect is None:
-        return registry.ANY
-    return None if expect == "none" else registry.resolve(store, f"{find_version(store, wanted)[0]}@{expect}")
+        return ANY
+    return None if expect == "none" else registry.version(f"{registry.find(wanted).name}@{expect}").digest

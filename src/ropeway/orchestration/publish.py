@@ -10,16 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ropeway import registry
 from ropeway.config.params import Profile
 from ropeway.orchestration.gate import Verdict, gate
 from ropeway.orchestration.revision import Revision
-from ropeway.registry.tables import describe_version
+from ropeway.registry import PRODUCTION, Artifact, Registry, Version, package_digest
 from ropeway.runtime.errors import DataError, TemporaryError
 from ropeway.runtime.workspace import Workspace
-from ropeway.storage import Store, open_store
 
-CANDIDATE, PRODUCTION = "candidate", registry.PRODUCTION
+CANDIDATE = "candidate"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,17 +42,17 @@ class Publication:
     reviewable: bool = False
 
 
-Measure = Callable[[Store, str, str], Mapping[str, Any] | None]
+Measure = Callable[[Version, str], Mapping[str, Any] | None]
 
 
 def check_publishing(workspace: Workspace) -> None:
     """Raise before anything is computed what would refuse the finished package; an outage may pass until then.
 
     Raises:
-        RegistryError, ConfigError: As in `registry.check_publishing`.
+        RegistryError, ConfigError: As in `Artifact.check_publishing`.
     """
     try:
-        registry.check_publishing(open_store(workspace.registry_url), workspace.profile)
+        _artifact(workspace).check_publishing()
     except TemporaryError as error:
         print(f"the registry cannot be reached now; the run goes on, it is needed at the end: {error}", flush=True)
 
@@ -74,75 +72,75 @@ def publish_package(workspace: Workspace, profile: Profile, revision: Revision, 
         RegistryError: The registry refused; another writer moved the alias meanwhile.
         TemporaryError: The store is away.
     """
-    store, name = open_store(workspace.registry_url), workspace.profile
-    digest = registry.package_digest(workspace.package, name)
-    known = registry.has_version(store, name, digest)
-    if known and revision.commit and not revision.dirty and registry.find_dirt(store, name, digest):
-        registry.vouch_clean(store, name, digest, git=revision.commit)
-    if known and (settled := _settled(store, name, digest)):
-        version = f"{name}@v{registry.find_number(store, name, digest)}"
-        return Publication("Unchanged", version, digest, None, settled, reviewable=_is_open(store, name, digest))
+    artifact = _artifact(workspace)
+    digest = package_digest(workspace.package, artifact.name)
+    known = artifact.find(digest)
+    if known and revision.commit and not revision.dirty and known.dirt:
+        known.vouch_clean(revision.commit)
+    if known and (settled := _settled(artifact, known)):
+        return Publication("Unchanged", str(known), digest, None, settled, reviewable=_is_open(artifact, digest))
     metrics = _read_metrics(workspace.evaluation)
-    expected, champion = _find_champion(store, name)
-    opponent = _find_metrics(store, champion, metrics, measure) if champion else None
-    verdict = gate(metrics, opponent, profile.gate, champion_name=champion or "no champion")
-    done = registry.publish(
-        store,
+    expected, champion = _find_champion(artifact)
+    opponent = _find_metrics(champion, metrics, measure) if champion else None
+    label = str(champion) if champion else None
+    verdict = gate(metrics, opponent, profile.gate, champion_name=label or "no champion")
+    done = artifact.publish(
         workspace.package,
-        name,
-        provenance=_provenance(revision, metrics, verdict, champion) | {"opponent": dict(opponent or {})},
+        provenance=_provenance(revision, metrics, verdict, label) | {"opponent": dict(opponent or {})},
         attachments={path.name: path for path in _lineage(workspace) if path.is_file()},
     )
     if not verdict.passed:
         words = f"{done} is registered; the gate did not let it pass, '{CANDIDATE}' was not moved"
         return Publication("Rejected", str(done), digest, verdict, words)
-    registry.promote(
-        store, name, CANDIDATE, digest, expect=expected, by=_user(), reason="the gate of ropeway run let it pass"
+    artifact.version(digest).promote(
+        CANDIDATE, expect=expected, by=_user(), reason="the gate of ropeway run let it pass"
     )
-    words = f"{done} is registered and is {name}@{CANDIDATE}"
-    return Publication("Published", str(done), digest, verdict, words, reviewable=_is_open(store, name, digest))
+    words = f"{done} is registered and is {artifact.alias(CANDIDATE)}"
+    return Publication("Published", str(done), digest, verdict, words, reviewable=_is_open(artifact, digest))
 
 
-def _settled(store: Store, name: str, digest: str) -> str | None:
+def _artifact(workspace: Workspace) -> Artifact:
+    return Registry.open(workspace.registry_url).artifact(workspace.profile)
+
+
+def _settled(artifact: Artifact, version: Version) -> str | None:
     """Return why nothing is left to do for a known version; None when a run died between publishing and promoting."""
-    version = describe_version(store, f"{name}@{digest}")
-    label = f"{name}@v{version['number']} was registered before"
-    if version["withdrawn"]:
+    label = f"{version} was registered before"
+    if version.is_withdrawn:
         return f"{label} and is withdrawn"
-    if any(event["digest"] == digest for event in registry.alias_history(store, name, CANDIDATE)):
+    candidates = artifact.alias(CANDIDATE).events.digests
+    if version.digest in candidates:
         # It was candidate once. If it is not now, somebody or a later version moved the alias: that stands.
-        return (
-            label if CANDIDATE in version["aliases"] else f"{label}; '{CANDIDATE}' has moved on since and stays there"
-        )
-    verdict = version["provenance"].get("verdict")
+        moved = version.digest != candidates[-1]
+        return f"{label}; '{CANDIDATE}' has moved on since and stays there" if moved else label
+    verdict = version.record["provenance"].get("verdict")
     if verdict is None or not verdict["passed"]:
         return f"{label}; '{CANDIDATE}' was not moved to it then"
     return None
 
 
-def _is_open(store: Store, name: str, digest: str) -> bool:
-    candidate, production = (registry.read_alias(store, name, alias) for alias in (CANDIDATE, PRODUCTION))
+def _is_open(artifact: Artifact, digest: str) -> bool:
+    candidate, production = (artifact.alias(name).digest for name in (CANDIDATE, PRODUCTION))
     return candidate == digest != production
 
 
-def _find_champion(store: Store, name: str) -> tuple[str | None, str | None]:
+def _find_champion(artifact: Artifact) -> tuple[str | None, Version | None]:
     """Return where `candidate` points now, and the version to beat: production's, else the candidate's."""
-    candidate = registry.read_alias(store, name, CANDIDATE)
-    champion = registry.read_alias(store, name, PRODUCTION) or candidate
-    number = registry.find_number(store, name, champion) if champion else None
-    return candidate, f"{name}@v{number}" if number else None
+    candidate = artifact.alias(CANDIDATE).digest
+    champion = artifact.alias(PRODUCTION).digest or candidate
+    return candidate, artifact.find(champion) if champion else None
 
 
-def _find_metrics(store: Store, champion: str, ours: Mapping[str, Any], measure: Measure) -> Mapping[str, Any]:
+def _find_metrics(champion: Version, ours: Mapping[str, Any], measure: Measure) -> Mapping[str, Any]:
     """Return a champion's metrics on this run's rows: those kept beside it, else measured now, else those on its own.
 
     Only the first two can pass the gate: it looks at the rows again.
     """
-    kept: Mapping[str, Any] = describe_version(store, champion)["provenance"].get("evaluation", {})
+    kept: Mapping[str, Any] = champion.record["provenance"].get("evaluation", {})
     rows = ours.get("validation")
     if not rows or kept.get("validation") == rows:
         return kept
-    return measure(store, champion, rows) or kept
+    return measure(champion, rows) or kept
 
 
 def _provenance(

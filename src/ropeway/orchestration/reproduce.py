@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,12 @@ from ropeway.orchestration import dvc_graph as graph
 from ropeway.orchestration.dvc_stage import Say, Site, bring_up, run_command
 from ropeway.orchestration.revision import ask_git
 from ropeway.orchestration.version_differences import Record, describe_differences, other_weights
-from ropeway.registry.reading import read_version_file
-from ropeway.registry.tables import describe_version
+from ropeway.registry import Version
 from ropeway.runtime.errors import ConfigError, DataError, RegistryError
 from ropeway.runtime.lock import Held, workspace_lock
 from ropeway.runtime.manifest import NAME as MANIFEST
 from ropeway.runtime.manifest import digest_of, file_sha256, load_manifest
 from ropeway.runtime.workspace import Workspace
-from ropeway.storage import Store
 
 _FETCH = "fetch"  # the one stage whose result is restored rather than made: data changes where it came from
 
@@ -54,41 +53,39 @@ class Reproduction:
     seconds: float
 
 
-def reproduce(root: Path, store: Store, reference: str, *, target: Path | None, say: Say) -> Reproduction:
+def reproduce(root: Path, version: Version, *, target: Path | None, say: Say) -> Reproduction:
     """Make a version again and compare.
 
     Args:
         root: A workspace whose git knows the version's revision.
-        store: Where the version is.
-        reference: `NAME@v3`, `NAME@ALIAS` or `NAME@DIGEST`.
+        version: Which.
         target: Where to clone to; default: `.work/reproduce/NAME-DIGEST`. A clone of that revision that is there
             already, of an attempt that was stopped, is gone on with.
         say: Gets the lines.
 
     Raises:
-        RegistryError: No such version, or one that was published from a changed tree or without git.
+        RegistryError: It was published from a changed tree or without git.
         ConfigError: git does not know the revision, the target is taken, or params there are not the version's.
         DataError: The data can neither be restored nor fetched again with the same digest.
         RopewayError: A stage failed, as in `bring_up`.
     """
     began = time.monotonic()
-    version = describe_version(store, reference)
-    label = f"{version['name']}@v{version['number']}"
-    commit = check_revision(version, label)
-    clone = target or root / ".work" / "reproduce" / f"{version['name']}-{version['digest'][:12]}"
+    label = str(version)
+    commit = check_revision(version.record["provenance"], version.clean_commit, label)
+    clone = target or root / ".work" / "reproduce" / f"{version.name}-{version.digest[:12]}"
     site_root = clone_revision(root, commit, clone.absolute(), say)
-    workspace = Workspace(site_root, version["name"])
-    then = read_then(store, version, site_root)
-    choose_profile(site_root, version["name"])
-    write_lock(store, version, site_root)
-    with workspace_lock(site_root, command=f"ropeway reproduce {label}", profile=version["name"]) as held:
+    workspace = Workspace(site_root, version.name)
+    then = read_then(version, site_root)
+    choose_profile(site_root, version.name)
+    write_lock(version, site_root)
+    with workspace_lock(site_root, command=f"ropeway reproduce {label}", profile=version.name) as held:
         site = Site(site_root, Held(held.handle, {**held.environment, **plan_environment(clone, then)}))
-        run_stages(site, root, workspace, version["facts"]["digests"]["raw"], say)
+        run_stages(site, root, workspace, version.core.facts["digests"]["raw"], say)
     now = read_now(workspace)
     changed = tuple(other_weights(then, now))
     return Reproduction(
         label,
-        version["digest"],
+        version.digest,
         str(site_root),
         "other" if changed else "same",
         changed,
@@ -97,11 +94,10 @@ def reproduce(root: Path, store: Store, reference: str, *, target: Path | None, 
     )
 
 
-def check_revision(version: dict[str, Any], label: str) -> str:
+def check_revision(provenance: Mapping[str, Any], clean_commit: str | None, label: str) -> str:
     """Return the commit a version was made from; raise RegistryError when git does not hold all that made it."""
-    provenance = version["provenance"]
-    if version["made_again_by"]:
-        return str(version["made_again_by"])
+    if clean_commit:
+        return clean_commit
     commit, changed = provenance.get("git"), provenance.get("dirty_files", [])
     if not commit:
         raise RegistryError(f"{label}: was published without git, so nobody knows its code. Choose another version")
@@ -145,16 +141,16 @@ def clone_revision(root: Path, commit: str, clone: Path, say: Say) -> Path:
     return clone / prefix
 
 
-def read_then(store: Store, version: dict[str, Any], site_root: Path) -> Record:
+def read_then(version: Version, site_root: Path) -> Record:
     """Return the published run in writing.
 
     Raises:
         ConfigError: The block of params.yaml at that revision is not the one in the package.
     """
-    name = version["name"]
+    name = version.name
     kept = site_root / ".work" / "published.yaml"
     kept.parent.mkdir(exist_ok=True)
-    kept.write_bytes(read_version_file(store, version, "run.yaml") or b"")
+    kept.write_bytes(version.read_file("run.yaml") or b"")
     block = read_block(kept, name)
     if block != without_secrets(read_block(site_root / "params.yaml", name)):
         raise ConfigError(
@@ -162,11 +158,11 @@ def read_then(store: Store, version: dict[str, Any], site_root: Path) -> Record:
             "run.yaml); the version was published with params that git does not hold"
         )
     return Record(
-        files={path: facts["sha256"] for path, facts in version["files"].items()},
-        facts=version["facts"],
+        files={file.path: file.sha256 for file in version.core.files},
+        facts=dict(version.core.facts),
         block=block,
-        lock=graph.parse_lock(read_version_file(store, version, "dvc.lock") or b""),
-        timings=json.loads(read_version_file(store, version, "provenance.json") or b"{}"),
+        lock=graph.parse_lock(version.read_file("dvc.lock") or b""),
+        timings=json.loads(version.read_file("provenance.json") or b"{}"),
     )
 
 
@@ -183,13 +179,11 @@ def read_now(workspace: Workspace) -> Record:
     )
 
 
-def write_lock(store: Store, version: dict[str, Any], site_root: Path) -> None:
+def write_lock(version: Version, site_root: Path) -> None:
     """Put the version's dvc.lock into the clone; raise RegistryError when none was kept."""
-    lock = read_version_file(store, version, "dvc.lock")
+    lock = version.read_file("dvc.lock")
     if lock is None:
-        raise RegistryError(
-            f"{version['name']}@v{version['number']}: no dvc.lock was kept beside it, so its data is lost"
-        )
+        raise RegistryError(f"{version}: no dvc.lock was kept beside it, so its data is lost")
     (site_root / "dvc.lock").write_bytes(lock)
 
 

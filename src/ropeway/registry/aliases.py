@@ -1,28 +1,13 @@
-"""Aliases: movable pointers, each a log whose last event is where it points; and what a reference means."""
+"""Aliases: movable pointers, each a log whose last event says where it points."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from enum import Enum
 from typing import Any, Final
 
-from ropeway.registry.blobs import blob_fault
-from ropeway.registry.core import load_core
-from ropeway.registry.layout import (
-    Reference,
-    alias_log,
-    aliases_folder,
-    check_alias,
-    check_registry,
-    read_reference,
-    versions_log,
-)
-from ropeway.registry.log import Event, Events, append_event, read_event, read_events
-from ropeway.registry.publishing import find_number, is_withdrawn
-from ropeway.registry.reviews import PRODUCTION, check_clean
-from ropeway.registry.signing import check_policy
-from ropeway.runtime.errors import AbsentError, RegistryError
+from ropeway.registry.layout import Log, alias_log, aliases_folder, check_alias
+from ropeway.registry.log import Event, Events, read_events
+from ropeway.runtime.errors import RegistryError
 from ropeway.storage import Store
 
 _MAX_WORDS = 2000
@@ -59,54 +44,49 @@ class Promotion:
     moved: bool
 
 
-def promote(  # noqa: PLR0913 - one event's fields
-    store: Store,
-    name: str,
-    alias: str,
-    digest: str,
-    *,
-    expect: str | Anything | None,
-    by: str,
-    reason: str,
-    review: Mapping[str, Any] | None = None,
-) -> Promotion:
-    """Point an alias at a published version; of racing promoters that expect the same, one wins.
+@dataclass(frozen=True, slots=True)
+class Alias:
+    """A movable pointer of an artifact, read each time it is asked; `Version.promote` moves it.
 
-    Args:
-        store: Where.
-        name: The model.
-        alias: E.g. `candidate` or `production`.
-        digest: The version, by its whole digest.
-        expect: The digest the alias must point to now, None if it must not exist yet, or `ANY`.
-        by: Who did it.
-        reason: Why, in words.
-        review: A reviewer's answers, kept with the event.
-
-    Raises:
-        RegistryError: The version is not published, withdrawn or not whole, one from a dirty tree is to become
-            `production`, or the alias is not where `expect` says; the message names where it is.
+    Attributes:
+        store: Where it is.
+        artifact: The name of whose versions it points to.
+        name: E.g. `production`.
     """
-    check_alias(alias)
-    check_words("by", by)
-    check_words("reason", reason)
-    _check_promotable(store, name, digest)
-    if alias == PRODUCTION:
-        check_clean(store, name, digest)
-    event = {
-        "digest": digest,
-        "by": by,
-        "reason": reason,
-        "review": None if review is None else dict(review),
-        "at": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
 
-    def plan(events: Events) -> Event | int:
-        if is_withdrawn(store, name, digest):
-            raise RegistryError(f"{name} {digest[:12]}… is withdrawn; '{alias}' was not moved. Choose another version")
-        return plan_promotion(events, event, expect, where=f"{name}@{alias}")
+    store: Store
+    artifact: str
+    name: str
 
-    done = append_event(store, alias_log(name, alias), plan)
-    return Promotion(name, alias, digest, done.event["prev"], done.number, moved=done.created)
+    def __post_init__(self) -> None:
+        """Raise RegistryError unless `name` can be an alias."""
+        check_alias(self.name)
+
+    def __str__(self) -> str:
+        """Return e.g. `laptop@production`."""
+        return f"{self.artifact}@{self.name}"
+
+    @property
+    def log(self) -> Log:
+        """Where its events are."""
+        return alias_log(self.artifact, self.name)
+
+    @property
+    def events(self) -> Events:
+        """Where it has pointed, oldest first: `{digest, prev, by, reason, review, at}`."""
+        return read_events(self.store, self.log)
+
+    @property
+    def digest(self) -> str | None:
+        """What it points to, or None while it does not exist. For `expect`."""
+        events = self.events
+        return str(events[-1]["digest"]) if events else None
+
+
+def list_aliases(store: Store, artifact: str) -> dict[str, str]:
+    """Return every alias of an artifact and the digest it points to."""
+    names = store.list_folders(aliases_folder(artifact))
+    return {name: digest for name in names if (digest := Alias(store, artifact, name).digest)}
 
 
 def plan_promotion(
@@ -134,22 +114,6 @@ def plan_promotion(
     return {**event, "prev": current}
 
 
-def rollback(store: Store, name: str, alias: str, *, by: str, reason: str, expect: str | Anything = ANY) -> Promotion:
-    """Point an alias back at what it pointed to before its current version; a promotion like any other.
-
-    Raises:
-        RegistryError: There is nothing to go back to, that version is withdrawn, or the alias moved meanwhile.
-    """
-    check_alias(alias)
-    check_registry(store)
-    events = read_events(store, alias_log(name, alias))
-    target = plan_rollback(events.digests, where=f"{name}@{alias}")
-    current = events[-1]["digest"]
-    if expect not in (ANY, current):
-        raise RegistryError(f"{name}@{alias} points to {current}, expected {expect}; it was not moved")
-    return promote(store, name, alias, target, expect=current, by=by, reason=reason)
-
-
 def plan_rollback(digests: Sequence[str], *, where: str) -> str:
     """Return the digest an alias pointed to before its current one.
 
@@ -170,71 +134,6 @@ def plan_rollback(digests: Sequence[str], *, where: str) -> str:
     if len(trail) < 2:  # noqa: PLR2004 - a place to go back from and one to go back to
         raise RegistryError(f"{where}: no version before the current one to go back to. Promote one by its number")
     return trail[-2]
-
-
-def read_alias(store: Store, name: str, alias: str) -> str | None:
-    """Return the digest an alias points to, or None while it does not exist. For `expect`."""
-    check_alias(alias)
-    events = read_events(store, alias_log(name, alias))
-    return str(events[-1]["digest"]) if events else None
-
-
-def list_aliases(store: Store, name: str) -> dict[str, str]:
-    """Return every alias of a model and the digest it points to."""
-    pointers = {alias: read_alias(store, name, alias) for alias in store.list_folders(aliases_folder(name))}
-    return {alias: digest for alias, digest in pointers.items() if digest}
-
-
-def alias_history(store: Store, name: str, alias: str) -> list[Event]:
-    """Return an alias's events, oldest first: `{digest, prev, by, reason, review, at}`."""
-    check_alias(alias)
-    return list(read_events(store, alias_log(name, alias)))
-
-
-def resolve(store: Store, reference: str) -> str:
-    """Return the digest that `laptop@candidate`, `laptop@v3`, `laptop@3` or `laptop@<digest prefix>` means now.
-
-    Raises:
-        RegistryError: Nothing or more than one version is meant.
-    """
-    wanted = read_reference(reference)
-    check_registry(store)
-    found = _find(store, wanted)
-    if not found:
-        raise RegistryError(f"{reference}: {store.url} holds no such version. {_what_there_is(store, wanted.name)}")
-    if len(found) > 1:
-        raise RegistryError(f"{reference}: {len(found)} versions begin so; give more digits")
-    return found[0]
-
-
-def _find(store: Store, wanted: Reference) -> list[str]:
-    if wanted.alias:
-        digest = read_alias(store, wanted.name, wanted.alias)
-        return [digest] if digest else []
-    log = versions_log(wanted.name)
-    if wanted.prefix:
-        return [digest for digest in read_events(store, log).digests if digest.startswith(wanted.prefix)]
-    with suppress(AbsentError):
-        return [str(read_event(store, log, wanted.number or 0)["digest"])]
-    return []
-
-
-def _what_there_is(store: Store, name: str) -> str:
-    count = len(read_events(store, versions_log(name)))
-    if not count:
-        return f"Nothing named {name} was published there"
-    aliases = ", ".join(list_aliases(store, name)) or "no alias"
-    return f"{name} has v1 to v{count} and {aliases}"
-
-
-def _check_promotable(store: Store, name: str, digest: str) -> None:
-    """Raise RegistryError unless a version is published and every file of it is there, by size."""
-    core = load_core(store, name, digest)
-    check_policy(store, core)
-    if find_number(store, name, digest) is None:
-        raise RegistryError(f"{name} {digest[:12]}… was never published to its end. Publish it again, then promote it")
-    if faults := [fault for file in core.files if (fault := blob_fault(store, file, rehash=False))]:
-        raise RegistryError(f"{name} {digest[:12]}… is not whole in {store.url}: {faults[0]}. Publish it again")
 
 
 def check_words(what: str, words: str) -> None:

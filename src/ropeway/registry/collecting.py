@@ -23,16 +23,17 @@ from ropeway.registry.layout import (
     list_models,
     manifest_key,
     model_logs,
+    tombstone_key,
 )
 from ropeway.registry.log import find_head, verify_log
-from ropeway.registry.publishing import COLLECTION_BELIEVED, attached_files, is_withdrawn
+from ropeway.registry.publishing import COLLECTION_TTL, attached_files
 from ropeway.runtime.errors import AbsentError, TemporaryError
 from ropeway.runtime.manifest import canonical_json
 from ropeway.storage import Entry, Store, Stray
 
 _COLLECTABLE = re.compile(rf"blobs/sha256/|{INTENTS}|{COLLECTIONS}|models/[^/]+/(heads/|manifests/[^/]+$)")
-MOST_TIME = COLLECTION_BELIEVED / 2
-INTENT_BELIEVED = timedelta(hours=24)  # however short the grace: a publish that takes longer has died
+MOST_TIME = COLLECTION_TTL / 2
+INTENT_TTL = timedelta(hours=24)  # however short the grace: a publish that takes longer has died
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +82,9 @@ def find_garbage(store: Store, *, grace: timedelta, withdrawn: bool) -> Garbage:
     now = datetime.now(UTC)
     before = now - grace
     entries = store.list_entries("")  # listed before what is needed is read: what comes later is young
-    needed = {entry.key for entry in entries if _is_announcement(entry, now - COLLECTION_BELIEVED)}
+    needed = {entry.key for entry in entries if _is_announcement(entry, now - COLLECTION_TTL)}
     # Intents before versions: an intent is removed once its version has a number.
-    needed |= _needed_by_intents(store, entries, min(before, now - INTENT_BELIEVED))
+    needed |= _needed_by_intents(store, entries, min(before, now - INTENT_TTL))
     needed |= _needed_by_versions(store, withdrawn=withdrawn)
     return plan_collection(entries, store.list_strays(), needed, before=before)
 
@@ -114,7 +115,7 @@ def _needed_by_versions(store: Store, *, withdrawn: bool) -> set[str]:
         for event in versions:
             digest = str(event["digest"])
             needed.add(manifest_key(name, digest))
-            if withdrawn and is_withdrawn(store, name, digest):
+            if withdrawn and store.exists(tombstone_key(name, digest)):
                 continue
             files = [*load_core(store, name, digest).files, *attached_files(event)]
             needed |= {blob_key(file.sha256) for file in files}

@@ -3,14 +3,9 @@
 import json
 from typing import Any
 
-from rich.console import Group
-
-from ropeway.registry.aliases import resolve
 from ropeway.registry.blobs import read_blob
-from ropeway.registry.core import Core, load_core
-from ropeway.registry.layout import read_reference
+from ropeway.registry.core import Core, Facts
 from ropeway.registry.rules import PackageFile
-from ropeway.registry.tables import Facts, draw_table
 from ropeway.runtime.errors import DataError
 from ropeway.storage import Store
 
@@ -20,26 +15,19 @@ _MOST_BYTES = 8 << 20
 _ABSENT = "absent"
 
 
-def compare(store: Store, old: str, new: str) -> Facts:
-    """Return `{old, new, facts: {"run.json: params.seed": [1, 2]}, files: {path: added | removed | changed}}`.
+def compare_cores(store: Store, old: Core, new: Core) -> Facts:
+    """Return `{facts: {"run.json: params.seed": [1, 2]}, files: {path: added | removed | changed}}`.
 
     Raises:
-        RegistryError: One of them does not exist.
         DataError: One of them is damaged.
     """
-    cores = [load_core(store, read_reference(text).name, resolve(store, text)) for text in (old, new)]
-    facts = [_facts(store, core) for core in cores]
+    before, after = _facts(store, old), _facts(store, new)
     changed = {
-        key: [facts[0].get(key, _ABSENT), facts[1].get(key, _ABSENT)]
-        for key in sorted({*facts[0], *facts[1]})
-        if facts[0].get(key, _ABSENT) != facts[1].get(key, _ABSENT)
+        key: [before.get(key, _ABSENT), after.get(key, _ABSENT)]
+        for key in sorted({*before, *after})
+        if before.get(key, _ABSENT) != after.get(key, _ABSENT)
     }
-    return {
-        "old": {"reference": old, "digest": cores[0].digest},
-        "new": {"reference": new, "digest": cores[1].digest},
-        "facts": changed,
-        "files": compare_files(cores[0].files, cores[1].files),
-    }
+    return {"facts": changed, "files": compare_files(old.files, new.files)}
 
 
 def compare_files(old: tuple[PackageFile, ...], new: tuple[PackageFile, ...]) -> dict[str, str]:
@@ -65,13 +53,6 @@ def flatten(tree: Any, prefix: str = "") -> Facts:  # noqa: ANN401 - JSON
     for key, value in tree.items():
         leaves |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
     return leaves
-
-
-def draw_comparison(found: Facts) -> Group:
-    """Return what `ropeway registry diff` prints."""
-    heads = ("", found["old"]["reference"], found["new"]["reference"])
-    rows = [(key, str(old), str(new)) for key, (old, new) in found["facts"].items()]
-    return Group(draw_table(heads, rows), draw_table(("file", ""), list(found["files"].items())))
 
 
 def _facts(store: Store, core: Core) -> Facts:

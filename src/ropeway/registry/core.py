@@ -11,13 +11,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ropeway.registry.layout import check_digest, check_name, check_registry, is_digest, manifest_key
+from ropeway.registry.layout import check_digest, check_name, is_digest, manifest_key
 from ropeway.registry.rules import PackageFile, check_content, check_files, scan_folder
 from ropeway.runtime.errors import AbsentError, DataError, RegistryError
 from ropeway.runtime.manifest import NAME as MANIFEST
 from ropeway.runtime.manifest import canonical_json, file_sha256, load_manifest
 from ropeway.storage import MAX_DOCUMENT_BYTES, Store
 
+Facts = dict[str, Any]
 FORMAT = "ropeway-version/1"
 _REMEDY = "Run `dvc repro package`"
 
@@ -106,7 +107,6 @@ def load_core(store: Store, name: str, digest: str) -> Core:
     """
     check_name(name)
     check_digest(digest)
-    check_registry(store)
     key = manifest_key(name, digest)
     try:
         document = store.get(key)

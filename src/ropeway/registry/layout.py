@@ -197,9 +197,14 @@ def clean_key(name: str, digest: str) -> str:
     return f"models/{name}/clean/{digest}.json"
 
 
+def tombstones_folder(name: str) -> str:
+    """Return the folder with one note per withdrawn version."""
+    return f"models/{name}/tombstones/"
+
+
 def tombstone_key(name: str, digest: str) -> str:
     """Return where the withdrawal of a version is noted."""
-    return f"models/{name}/tombstones/{digest}.json"
+    return f"{tombstones_folder(name)}{digest}.json"
 
 
 def intent_key(identifier: str) -> str:
@@ -212,7 +217,7 @@ def collection_key(identifier: str) -> str:
     return f"{COLLECTIONS}{identifier}.json"
 
 
-def found_registry(store: Store) -> None:
+def init_registry(store: Store) -> None:
     """Write registry.json if this is the store's first publish, and check it."""
     store.put_if_absent(_MARK, canonical_json({"format": FORMAT}))
     check_registry(store)

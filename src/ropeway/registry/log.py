@@ -115,7 +115,9 @@ class Events(Sequence[Event]):
             self._read[number] = _parse_event(document, self._store, self.log, number)
 
 
-def append_event(store: Store, log: Log, plan: Callable[[Events], Event | int]) -> Appended:
+def append_event(
+    store: Store, log: Log, plan: Callable[[Events], Event | int], *, known: Events | None = None
+) -> Appended:
     """Return the event that `plan` asked for, written, or the earlier one that it pointed to.
 
     Args:
@@ -123,8 +125,9 @@ def append_event(store: Store, log: Log, plan: Callable[[Events], Event | int]) 
         log: Which.
         plan: Pure: from all events so far to the next one, or to the number of the one that says it already; raises
             RegistryError to refuse. Called again whenever another writer was faster.
+        known: The events as they were read some time ago; default: read now.
     """
-    events = read_events(store, log)
+    events = read_events(store, log) if known is None else known
     while True:
         planned = plan(events)
         if isinstance(planned, int):

@@ -13,14 +13,11 @@ from ropeway.registry.core import Core, load_core, read_package
 from ropeway.registry.layout import (
     COLLECTIONS,
     blob_key,
-    check_digest,
-    check_name,
     check_spelling,
-    found_registry,
+    init_registry,
     intent_key,
     is_digest,
     manifest_key,
-    tombstone_key,
     versions_log,
 )
 from ropeway.registry.log import Event, Events, append_event, event_document, read_events
@@ -30,7 +27,7 @@ from ropeway.runtime.errors import DataError, TemporaryError
 from ropeway.runtime.manifest import canonical_json, file_sha256
 from ropeway.storage import Store
 
-COLLECTION_BELIEVED = timedelta(hours=1)  # a collection ends after half of that; an older announcement is of a dead one
+COLLECTION_TTL = timedelta(hours=1)  # a collection ends after half of that: an older announcement is of one that died
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,29 +51,10 @@ class Published:
         return f"{self.name}@v{self.number}"
 
 
-def publish(
-    store: Store,
-    package_folder: Path,
-    name: str,
-    provenance: Mapping[str, Any],
-    attachments: Mapping[str, Path],
+def publish_package(
+    store: Store, package_folder: Path, name: str, provenance: Mapping[str, Any], attachments: Mapping[str, Path]
 ) -> Published:
-    """Return the version that a package is; publish it if it is not there yet. Repeat it freely after any failure.
-
-    Args:
-        store: Where (`ropeway.storage.open_store`).
-        package_folder: A package with its manifest; every byte is hashed before anything is written.
-        name: The model, by custom the profile's name.
-        provenance: JSON facts that do not determine the model: git revision, dirty, timings, W&B link. They stand
-            beside the version's number and are kept only from the publish that created it. No secrets.
-        attachments: Files kept beside the version for its lineage, by name: `{"dvc.lock": path}`.
-
-    Raises:
-        DataError: The package, or a blob the registry has of it, is not what its manifest says or breaks a rule.
-        RegistryError: The name cannot be used.
-        TemporaryError: The store is away, or garbage is being collected there.
-        ConfigError: ROPEWAY_SIGNING_KEY names no key.
-    """
+    """Return the version that a package is, published if it is not there yet; see `Artifact.publish`."""
     signer = load_signer()
     core = read_package(package_folder, name, verify=True)
     attached = _plan_attachments(attachments)
@@ -88,9 +66,10 @@ def publish(
     }
     event_document(record)  # refused now rather than after the weights have gone up
     check_spelling(store, name)
-    found_registry(store)
+    init_registry(store)
     files = [(package_folder / file.path, file) for file in core.files]
-    if not has_version(store, name, core.digest):
+    versions = read_events(store, versions_log(name))
+    if number_of(versions, core.digest) is None:
         files += attached
     with _announced(store, core, [file for _, file in files]):
         put_blobs(store, files)
@@ -98,39 +77,13 @@ def publish(
         load_core(store, name, core.digest)  # an older manifest of that name may have rotted
         if signer:
             sign(store, core, signer)
-        numbered = append_event(store, versions_log(name), lambda events: _plan_number(events, record))
+        numbered = append_event(store, versions_log(name), lambda events: _plan_number(events, record), known=versions)
     return Published(name, core.digest, numbered.number, created=numbered.created)
 
 
-def check_publishing(store: Store, name: str) -> None:
-    """Raise now what would refuse a publish whatever the package is; writes registry.json where there is none.
-
-    Raises:
-        RegistryError: The name cannot be used, or the store holds a registry of another format.
-        ConfigError: The store cannot be written to or ignores preconditions, or ROPEWAY_SIGNING_KEY names no key.
-        TemporaryError: The store is away.
-    """
-    load_signer()
-    check_name(name)
-    found_registry(store)
-    check_spelling(store, name)
-
-
-def has_version(store: Store, name: str, digest: str) -> bool:
-    """Return whether a package digest is published, i.e. has a number. An empty store holds none."""
-    check_name(name)
-    check_digest(digest)
-    return store.exists(manifest_key(name, digest)) and find_number(store, name, digest) is not None
-
-
-def find_number(store: Store, name: str, digest: str) -> int | None:
-    """Return the number of a version, or None while it has none."""
-    return _number_of(read_events(store, versions_log(name)), digest)
-
-
-def is_withdrawn(store: Store, name: str, digest: str) -> bool:
-    """Return whether a tombstone stands for that version."""
-    return store.exists(tombstone_key(name, digest))
+def number_of(versions: Events, digest: str) -> int | None:
+    """Return the number of a digest in its artifact's log, or None while it has none."""
+    return next((number for number, known in enumerate(versions.digests, 1) if known == digest), None)
 
 
 def attached_files(record: Event) -> list[PackageFile]:
@@ -143,13 +96,9 @@ def attached_files(record: Event) -> list[PackageFile]:
     return files
 
 
-def _number_of(events: Events, digest: str) -> int | None:
-    return next((number for number, known in enumerate(events.digests, 1) if known == digest), None)
-
-
 def _plan_number(events: Events, record: Event) -> Event | int:
     """A digest keeps the number it has; a new one gets the next."""
-    return _number_of(events, record["digest"]) or record
+    return number_of(events, record["digest"]) or record
 
 
 def _plan_attachments(attachments: Mapping[str, Path]) -> list[tuple[Path, PackageFile]]:
@@ -186,7 +135,7 @@ def _announced(store: Store, core: Core, files: Iterable[PackageFile]) -> Iterat
 
 def _step_back(store: Store, intent: str) -> None:
     """Raise TemporaryError while garbage is collected: the collector may not have seen our intent."""
-    since = datetime.now(UTC) - COLLECTION_BELIEVED
+    since = datetime.now(UTC) - COLLECTION_TTL
     if under_way := [entry for entry in store.list_entries(COLLECTIONS) if entry.modified_at > since]:
         store.delete(intent)
         raise TemporaryError(

@@ -1,4 +1,4 @@
-"""Pull a version and verify one: nothing is used, nor appears under its final name, before every byte was hashed."""
+"""Fetch a package into a folder: nothing appears under its final name before every byte was hashed."""
 
 import fcntl
 import hashlib
@@ -10,14 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from ropeway.registry.aliases import resolve
-from ropeway.registry.blobs import blob_fault
-from ropeway.registry.core import Core, load_core
-from ropeway.registry.layout import blob_key, model_logs, read_reference, tombstone_key
-from ropeway.registry.log import verify_log
-from ropeway.registry.publishing import attached_files, is_withdrawn
+from ropeway.registry.core import Core
+from ropeway.registry.layout import blob_key
 from ropeway.registry.rules import PackageFile, check_content, scan_folder
-from ropeway.registry.signing import check_policy
 from ropeway.runtime.errors import AbsentError, ConfigError, DataError, RegistryError, TemporaryError
 from ropeway.runtime.manifest import check_file, sync_folder
 from ropeway.storage import BLOCK_BYTES, TRANSFER_BYTES, Store
@@ -43,92 +38,26 @@ class Verified:
     bytes: int
 
 
-def pull(store: Store, reference: str, target: Path) -> Pulled:
-    """Return a version's folder, `target`, every byte verified. It appears whole, or not at all.
-
-    A pull that was killed leaves `.<target>.<digest>.partial` beside it; the next one continues there.
-
-    Args:
-        store: Where from.
-        reference: `NAME@ALIAS`, `NAME@v3` or `NAME@DIGEST`.
-        target: The folder to make. If it exists it must be empty or hold exactly that version.
-
-    Raises:
-        RegistryError: No such version, it is withdrawn, or `target` holds something else.
-        DataError: A manifest or a blob is not what it should be, or a path breaks a rule; nothing is left behind.
-        TemporaryError: Another process is pulling it to the same place.
-        ConfigError: The disk cannot hold it.
-    """
-    name, core = _load_allowed(store, reference)
+def fetch_package(store: Store, core: Core, target: Path) -> Pulled:
+    """Return `target`, a version's folder, every byte verified; see `Version.pull`."""
     target = target.absolute()
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise RegistryError(f"{target}: expected a folder or nothing there, found a link or a file. Choose another")
     if target.is_dir() and any(target.iterdir()):
         _check_same(core, target)
-        return Pulled(name, core.digest, target, created=False)
+        return Pulled(core.name, core.digest, target, created=False)
     with _partial_folder(target, core) as partial:
         for file in core.files:
             fetch_file(store, file, partial / file.path)
         if strays := sorted(set(scan_folder(partial)) - {file.path for file in core.files}):
             raise DataError(f"{partial}: {strays[0]} is none of the version's files. Pull again")
         _settle(partial, target)
-    return Pulled(name, core.digest, target, created=True)
-
-
-def verify(store: Store, reference: str) -> Verified:
-    """Re-hash a version's manifest, every blob and every attachment, read every log whole; return how much that was.
-
-    Raises:
-        RegistryError: No such version, or it is withdrawn.
-        DataError: All faults, one per line.
-    """
-    name, core = _load_allowed(store, reference)
-    versions, *_ = [verify_log(store, log) for log in model_logs(store, name)]
-    attached = [file for event in versions if event["digest"] == core.digest for file in attached_files(event)]
-    files = [*core.files, *attached]
-    if faults := [f"  {fault}" for file in files if (fault := blob_fault(store, file, rehash=True))]:
-        raise DataError(
-            "\n".join(
-                [
-                    f"{store.url}: {reference} ({core.digest[:12]}…) is damaged; do not use it:",
-                    *faults,
-                    "Remove the damaged blobs from the store and publish the same package again",
-                ]
-            )
-        )
-    return Verified(name, core.digest, len(files), sum(file.bytes for file in files))
-
-
-def verify_folder(store: Store, reference: str, folder: Path) -> Verified:
-    """Re-hash a pulled folder against the registry's manifest; nothing may be missing, added, changed or linked.
-
-    Raises:
-        RegistryError: No such version, or it is withdrawn.
-        DataError: The folder is not exactly that version.
-    """
-    name, core = _load_allowed(store, reference)
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no folder there. `ropeway registry pull {reference} --to {folder}` makes it")
-    _check_whole(core, folder)
-    return Verified(name, core.digest, len(core.files), core.total_bytes)
-
-
-def _load_allowed(store: Store, reference: str) -> tuple[str, Core]:
-    """Return the name and core a reference means: digest, manifest's hash, rules, tombstone, signature policy."""
-    name, digest = read_reference(reference).name, resolve(store, reference)
-    core = load_core(store, name, digest)
-    if is_withdrawn(store, name, digest):
-        raise RegistryError(
-            f"{reference} ({digest[:12]}…) is withdrawn: {store.url} holds {tombstone_key(name, digest)}. "
-            "Choose another version"
-        )
-    check_policy(store, core)
-    return name, core
+    return Pulled(core.name, core.digest, target, created=True)
 
 
 def _check_same(core: Core, target: Path) -> None:
     try:
-        _check_whole(core, target)
+        check_folder(core, target)
     except DataError as error:
         raise RegistryError(
             f"{target}: holds something other than {core.name} {core.digest[:12]}…, and is left as it is ({error}). "
@@ -136,7 +65,7 @@ def _check_same(core: Core, target: Path) -> None:
         ) from None
 
 
-def _check_whole(core: Core, folder: Path) -> None:
+def check_folder(core: Core, folder: Path) -> None:
     """Raise DataError unless a folder holds exactly a version's files."""
     if extra := sorted(set(scan_folder(folder)) - {file.path for file in core.files}):
         raise DataError(f"{folder}: {extra[0]} is not in the version ({len(extra)} such files)")

@@ -1,92 +1,15 @@
-"""What a registry holds, as plain values for `--json` and as tables for people."""
+"""What a registry holds, as tables for people."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from ropeway.registry.aliases import alias_history, list_aliases, resolve
-from ropeway.registry.core import load_core
-from ropeway.registry.layout import check_name, check_registry, list_models, read_reference, versions_log
-from ropeway.registry.log import read_event, read_events
-from ropeway.registry.publishing import attached_files, find_number, is_withdrawn
-from ropeway.registry.reviews import clean_commit
-from ropeway.registry.signing import list_signatures
-from ropeway.runtime.errors import RegistryError
-from ropeway.storage import Store
+from ropeway.registry.core import Facts
 
-Facts = dict[str, Any]
 _SHORT = 12
-
-
-def describe_models(store: Store) -> list[Facts]:
-    """Return one mapping per model: name, versions, latest, published_at, aliases. None in an empty store."""
-    found = []
-    for name in list_models(store):
-        check_registry(store)
-        if events := read_events(store, versions_log(name)):
-            found.append(
-                {
-                    "name": name,
-                    "versions": len(events),
-                    "latest": events[-1]["digest"],
-                    "published_at": events[-1]["published_at"],
-                    "aliases": list_aliases(store, name),
-                }
-            )
-    return found
-
-
-def describe_versions(store: Store, name: str) -> list[Facts]:
-    """Return one mapping per version of a model, oldest first."""
-    check_name(name)
-    aliases = list_aliases(store, name)
-    return [
-        {
-            "number": number,
-            "digest": event["digest"],
-            "published_at": event["published_at"],
-            "aliases": sorted(alias for alias, digest in aliases.items() if digest == event["digest"]),
-            "withdrawn": is_withdrawn(store, name, event["digest"]),
-            "git": event["provenance"].get("git"),
-        }
-        for number, event in enumerate(read_events(store, versions_log(name)), 1)
-    ]
-
-
-def describe_version(store: Store, reference: str) -> Facts:
-    """Return everything the registry says of one version."""
-    name, digest = read_reference(reference).name, resolve(store, reference)
-    core = load_core(store, name, digest)
-    number = find_number(store, name, digest)
-    if number is None:
-        raise RegistryError(f"{reference}: points to {digest[:12]}…, which was never published to its end")
-    record = read_event(store, versions_log(name), number)
-    return {
-        "name": name,
-        "number": number,
-        "digest": digest,
-        "bytes": core.total_bytes,
-        "aliases": sorted(alias for alias, there in list_aliases(store, name).items() if there == digest),
-        "withdrawn": is_withdrawn(store, name, digest),
-        "signed_by": list_signatures(store, name, digest),
-        "files": {file.path: {"sha256": file.sha256, "bytes": file.bytes} for file in core.files},
-        "facts": core.facts,
-        "published_at": record["published_at"],
-        "provenance": record["provenance"],
-        "made_again_by": clean_commit(store, name, digest),
-        "attachments": {file.path: {"sha256": file.sha256, "bytes": file.bytes} for file in attached_files(record)},
-    }
-
-
-def describe_history(store: Store, name: str, alias: str) -> list[Facts]:
-    """Return an alias's events, oldest first, each with the number its version has."""
-    check_registry(store)
-    numbers = {digest: number for number, digest in enumerate(read_events(store, versions_log(name)).digests, 1)}
-    return [{**event, "version": numbers.get(event["digest"])} for event in alias_history(store, name, alias)]
 
 
 def draw_models(models: list[Facts]) -> Table:
@@ -158,6 +81,13 @@ def draw_history(name: str, alias: str, events: list[Facts]) -> Table:
     table = draw_table(("", "at", "version", "digest", "from", "by", "reason"), rows)
     table.title = f"{name}@{alias}"
     return table
+
+
+def draw_comparison(found: Facts) -> Group:
+    """Return what `ropeway registry diff` prints."""
+    heads = ("", found["old"]["reference"], found["new"]["reference"])
+    rows = [(key, str(old), str(new)) for key, (old, new) in found["facts"].items()]
+    return Group(draw_table(heads, rows), draw_table(("file", ""), list(found["files"].items())))
 
 
 def draw_table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Table:

@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from ropeway.data.lineage import describe_base, describe_source
-from ropeway.reporting.evidence import Case, Version
+from ropeway.reporting.evidence import Case, VersionEvidence
 from ropeway.reporting.ledger_steps import ledger_rows
 from ropeway.reporting.loss_curves import COLOURS, data_uri, draw_curves, loss_curves
 from ropeway.reporting.markdown import code, fence, plain, table
@@ -113,7 +113,7 @@ def _mean(case: Case) -> str:
     return f"{_figure(ours)} nats/token, {whose} {_figure(theirs)}: {_change(ours, theirs, 'down')}"
 
 
-def _gate(new: Version) -> str:
+def _gate(new: VersionEvidence) -> str:
     verdict = new.facts["provenance"].get("verdict")
     if not verdict:
         return "It was published without asking the gate."
@@ -144,7 +144,7 @@ def _training(case: Case, *, with_pictures: bool) -> Iterator[str]:
     yield _history(case.new)
 
 
-def _history(new: Version) -> str:
+def _history(new: VersionEvidence) -> str:
     """Return one row per start of the training: a run that was resumed has several."""
     rows = [
         {
@@ -189,7 +189,7 @@ def _samples(case: Case) -> str:
     return table(rows)
 
 
-def _answers(version: Version, model: str) -> dict[str, str]:
+def _answers(version: VersionEvidence, model: str) -> dict[str, str]:
     """Return prompt -> greedy answer."""
     found = {}
     for one in version.samples.get("prompts", ()):
@@ -199,7 +199,7 @@ def _answers(version: Version, model: str) -> dict[str, str]:
     return found
 
 
-def _files(new: Version) -> str:
+def _files(new: VersionEvidence) -> str:
     rows = [
         {"file": code(path), "bytes": f"{entry['bytes']:,}", "sha256": code(entry["sha256"][:_SHORT])}
         for path, entry in sorted(new.facts["files"].items(), key=lambda item: -item[1]["bytes"])
@@ -244,7 +244,7 @@ def _revision(case: Case) -> str:
     return f"{git}, {'dirty' if facts.get('dirty') else 'clean'}" if facts.get("git") else str(git)
 
 
-def _passed(new: Version) -> bool | None:
+def _passed(new: VersionEvidence) -> bool | None:
     verdict = new.facts["provenance"].get("verdict")
     return bool(verdict["passed"]) if verdict else None
 

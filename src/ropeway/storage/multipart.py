@@ -77,7 +77,7 @@ def put_file(to: Destination, file: Path, sha256: str | None, on_bytes: Callable
                 raise
             if code in _AGAIN:  # after a conflict S3 wants the whole upload anew
                 _abort(to, upload)
-            elif (theirs := _mark_of(to)) is not None:  # completed: by another publisher, or by an answer that got lost
+            elif (theirs := find_mark(to)) is not None:  # completed by another publisher, or the answer got lost
                 return theirs == mark
             wait(attempt)
         else:
@@ -148,7 +148,7 @@ def _list_parts(to: Destination, upload: str) -> dict[int, Part]:
     return {int(part["PartNumber"]): part for page in pages for part in page.get("Parts", [])}
 
 
-def _mark_of(to: Destination) -> str | None:
+def find_mark(to: Destination) -> str | None:
     """Return the mark of the object if there is one; an empty text when another tool wrote it."""
     try:
         head = to.client.head_object(**to.where)

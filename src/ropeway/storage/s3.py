@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, cast
 from ropeway.runtime.errors import AbsentError, DataError
 from ropeway.storage.conditions import LostError, check_conditional_complete, check_conditional_put, conditional
 from ropeway.storage.interface import MAX_DOCUMENT_BYTES, Entry, Store, Stray, check_key, check_prefix, wrong_hash
-from ropeway.storage.multipart import WRITE_MARK, Destination, put_file
+from ropeway.storage.multipart import WRITE_MARK, Destination, find_mark, put_file
 from ropeway.storage.s3_client import explained, make_client, split_url
 from ropeway.storage.s3_stream import open_object, read_whole
 
@@ -155,7 +155,7 @@ class S3Store(Store):
             )
         except LostError as lost:
             # An answer of ours may have got lost and its repetition have met our own object.
-            return lost.repeated and self._mark(path) == mark
+            return lost.repeated and find_mark(Destination(self.client, self._bucket, path)) == mark
         return True
 
     def _put_large(self, key: str, file: Path, sha256: str | None) -> bool:
@@ -163,10 +163,6 @@ class S3Store(Store):
             self._probe("put")
             self._probe("complete")
             return put_file(Destination(self.client, *self._place(key)), file, sha256, self.on_bytes)
-
-    def _mark(self, path: str) -> str | None:
-        head = self.client.head_object(Bucket=self._bucket, Key=path)
-        return cast("dict[str, str]", head.get("Metadata", {})).get(WRITE_MARK)
 
     def _probe(self, act: str) -> None:
         """Refuse a store that ignores preconditions, once per kind of write: two writers would both win there."""

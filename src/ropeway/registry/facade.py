@@ -1,0 +1,253 @@
+"""The registry as its callers see it: artifacts (models), their versions and aliases, and the events of both."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from ropeway.registry import collecting
+from ropeway.registry.aliases import ANY, Alias, Anything, Promotion, list_aliases, plan_rollback
+from ropeway.registry.core import Facts
+from ropeway.registry.layout import (
+    Reference,
+    check_digest,
+    check_name,
+    check_registry,
+    check_spelling,
+    init_registry,
+    list_models,
+    manifest_key,
+    read_reference,
+    tombstone_key,
+    tombstones_folder,
+    versions_log,
+)
+from ropeway.registry.log import read_event, read_events
+from ropeway.registry.publishing import Published, number_of, publish_package
+from ropeway.registry.signing import load_signer
+from ropeway.registry.versions import Version
+from ropeway.runtime.errors import AbsentError, RegistryError
+from ropeway.storage import Store, open_store
+
+_MIN_DIGITS = 8  # of a digest's start
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """A model: a name with numbered versions, and aliases that point to them."""
+
+    store: Store
+    name: str
+
+    def __post_init__(self) -> None:
+        """Raise RegistryError unless `name` can be a model's."""
+        check_name(self.name)
+
+    def publish(
+        self, package_folder: Path, *, provenance: Mapping[str, Any], attachments: Mapping[str, Path]
+    ) -> Published:
+        """Return the version that a package is; publish it if it is not there yet. Repeat it freely after any failure.
+
+        Args:
+            package_folder: A package with its manifest; every byte is hashed before anything is written.
+            provenance: JSON facts that do not determine the model: git revision, dirty, timings, W&B link. They stand
+                beside the version's number and are kept only from the publish that created it. No secrets.
+            attachments: Files kept beside the version for its lineage, by name: `{"dvc.lock": path}`.
+
+        Raises:
+            DataError: The package, or a blob the registry has of it, is not what its manifest says or breaks a rule.
+            RegistryError: The name cannot be used.
+            TemporaryError: The store is away, or garbage is being collected there.
+            ConfigError: ROPEWAY_SIGNING_KEY names no key.
+        """
+        return publish_package(self.store, package_folder, self.name, provenance, attachments)
+
+    def check_publishing(self) -> None:
+        """Raise now what would refuse a publish whatever the package is; writes registry.json where there is none.
+
+        Raises:
+            RegistryError: The name cannot be used, or the store holds a registry of another format.
+            ConfigError: The store cannot be written to or ignores preconditions, or ROPEWAY_SIGNING_KEY names no key.
+            TemporaryError: The store is away.
+        """
+        load_signer()
+        init_registry(self.store)
+        check_spelling(self.store, self.name)
+
+    def find(self, digest: str) -> Version | None:
+        """Return the version of a package digest, None while it has no number. An empty store holds none."""
+        check_digest(digest)
+        if not self.store.exists(manifest_key(self.name, digest)):
+            return None
+        versions = read_events(self.store, versions_log(self.name))
+        if number_of(versions, digest) is None:
+            return None
+        return Version(self.store, self.name, digest, versions=versions)
+
+    def version(self, digest: str) -> Version:
+        """Return the version of a whole digest that is known; nothing is read."""
+        return Version(self.store, self.name, digest)
+
+    def versions(self) -> Iterator[Version]:
+        """Yield every version, oldest first."""
+        versions = read_events(self.store, versions_log(self.name))
+        for number, event in enumerate(versions, 1):
+            yield Version(self.store, self.name, event["digest"], reference=f"{self.name}@v{number}", versions=versions)
+
+    def alias(self, name: str) -> Alias:
+        """Return one of its pointers, whether it exists yet or not."""
+        return Alias(self.store, self.name, name)
+
+    def aliases(self) -> dict[str, str]:
+        """Return every alias and the digest it points to."""
+        return list_aliases(self.store, self.name)
+
+    def rollback(self, alias: str, *, by: str, reason: str, expect: str | Anything | None = ANY) -> Promotion:
+        """Point an alias back at what it pointed to before its current version; a promotion like any other.
+
+        Raises:
+            RegistryError: There is nothing to go back to, that version is withdrawn, or the alias moved meanwhile.
+        """
+        pointer = self.alias(alias)
+        check_registry(self.store)
+        events = pointer.events
+        target = plan_rollback(events.digests, where=str(pointer))
+        current = events[-1]["digest"]
+        if expect not in (ANY, current):
+            raise RegistryError(f"{pointer} points to {current}, expected {expect}; it was not moved")
+        return Version(self.store, self.name, target).promote(alias, expect=current, by=by, reason=reason)
+
+    def describe(self) -> Facts | None:
+        """Return name, versions, latest, published_at and aliases; None before the first version."""
+        events = read_events(self.store, versions_log(self.name))
+        if not events:
+            return None
+        return {
+            "name": self.name,
+            "versions": len(events),
+            "latest": events[-1]["digest"],
+            "published_at": events[-1]["published_at"],
+            "aliases": self.aliases(),
+        }
+
+    def describe_versions(self) -> list[Facts]:
+        """Return one mapping per version, oldest first."""
+        aliases, withdrawn = self.aliases(), set(self.store.list_keys(tombstones_folder(self.name)))
+        return [
+            {
+                "number": number,
+                "digest": event["digest"],
+                "published_at": event["published_at"],
+                "aliases": sorted(alias for alias, digest in aliases.items() if digest == event["digest"]),
+                "withdrawn": tombstone_key(self.name, event["digest"]) in withdrawn,
+                "git": event["provenance"].get("git"),
+            }
+            for number, event in enumerate(read_events(self.store, versions_log(self.name)), 1)
+        ]
+
+    def describe_history(self, alias: str) -> list[Facts]:
+        """Return an alias's events, oldest first, each with the number its version has."""
+        digests = read_events(self.store, versions_log(self.name)).digests
+        numbers = {digest: number for number, digest in enumerate(digests, 1)}
+        return [{**event, "version": numbers.get(event["digest"])} for event in self.alias(alias).events]
+
+
+class Registry:
+    """Immutable, content-addressed versions; aliases that move by compare-and-set; pulls that are verified."""
+
+    def __init__(self, store: Store) -> None:
+        """Keep everything in a store; nothing is contacted yet."""
+        self.store, self.url = store, store.url
+
+    @classmethod
+    def open(cls, url: str) -> "Registry":
+        """Return the registry at a URL; raise ConfigError as `ropeway.storage.open_store` does."""
+        return cls(open_store(url))
+
+    def check(self) -> None:
+        """Raise RegistryError when the store holds no registry, or one of another format."""
+        check_registry(self.store)
+
+    def artifact(self, name: str) -> Artifact:
+        """Return a model, whether something was published under its name or not."""
+        return Artifact(self.store, name)
+
+    def artifacts(self) -> list[Artifact]:
+        """Return every model under whose name something was published."""
+        return [Artifact(self.store, name) for name in list_models(self.store)]
+
+    def describe(self) -> list[Facts]:
+        """Return `Artifact.describe` of every model that has a version. None in an empty store."""
+        artifacts = self.artifacts()
+        if artifacts:
+            self.check()
+        return [facts for artifact in artifacts if (facts := artifact.describe())]
+
+    def version(self, reference: str) -> Version:
+        """Return what `laptop@candidate`, `laptop@v3`, `laptop@3` or `laptop@<digest prefix>` means now.
+
+        An alias may move while its version is worked with; the version stays the one that was meant here.
+
+        Raises:
+            RegistryError: Nothing or more than one version is meant.
+        """
+        wanted = read_reference(reference)
+        self.check()
+        found = self._find(wanted, reference)
+        if not found:
+            raise RegistryError(f"{reference}: {self.url} holds no such version. {self._what_there_is(wanted.name)}")
+        if len(found) > 1:
+            raise RegistryError(f"{reference}: {len(found)} versions begin so; give more digits")
+        return found[0]
+
+    def find(self, wanted: str) -> Version:
+        """Return what `NAME@…`, a digest, or the first 8 or more digits of one mean.
+
+        Raises:
+            RegistryError: Nothing is meant, or more than one version.
+        """
+        if "@" in wanted:
+            return self.version(wanted)
+        prefix = wanted.lower()
+        names = list_models(self.store) if len(prefix) >= _MIN_DIGITS else ()
+        found = [version for name in names for version in self._with_prefix(name, prefix)]
+        if len(found) == 1:
+            return found[0]
+        many = f"{len(found)} versions begin so; give more digits, or NAME@DIGEST"
+        none = f"{self.url} holds no such version; expected a digest (8 digits or more) or NAME@v3"
+        raise RegistryError(f"{wanted}: {many if found else none}")
+
+    def find_garbage(self, *, grace: timedelta, withdrawn: bool) -> collecting.Garbage:
+        """Return what a collection would remove now; see `collecting.find_garbage`."""
+        return collecting.find_garbage(self.store, grace=grace, withdrawn=withdrawn)
+
+    def collect(self, *, grace: timedelta, withdrawn: bool) -> collecting.Garbage:
+        """Remove what `find_garbage` finds, announced to publishers; return what was removed."""
+        return collecting.collect(self.store, grace=grace, withdrawn=withdrawn)
+
+    def _find(self, wanted: Reference, reference: str) -> list[Version]:
+        if wanted.prefix:
+            return self._with_prefix(wanted.name, wanted.prefix, reference)
+        if wanted.alias:
+            digest = Alias(self.store, wanted.name, wanted.alias).digest
+            return [Version(self.store, wanted.name, digest, reference=reference)] if digest else []
+        try:
+            record = read_event(self.store, versions_log(wanted.name), wanted.number or 0)
+        except AbsentError:
+            return []
+        version = Version(self.store, wanted.name, str(record["digest"]), reference=reference)
+        version.number, version.record = wanted.number or 0, record
+        return [version]
+
+    def _with_prefix(self, name: str, prefix: str, reference: str | None = None) -> list[Version]:
+        versions = read_events(self.store, versions_log(name))
+        digests = [digest for digest in versions.digests if digest.startswith(prefix)]
+        return [Version(self.store, name, digest, reference=reference, versions=versions) for digest in digests]
+
+    def _what_there_is(self, name: str) -> str:
+        artifact = self.artifact(name)
+        count = len(read_events(self.store, versions_log(name)))
+        if not count:
+            return f"Nothing named {name} was published there"
+        return f"{name} has v1 to v{count} and {', '.join(artifact.aliases()) or 'no alias'}"
