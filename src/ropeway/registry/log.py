@@ -6,7 +6,7 @@ yet, the alias is where I think it is) hold when its event is written.
 
 A reader finds the end of a log by its head: an object, written after each event, that lists the digests of all events
 so far. A head is a hint. The event that it names must exist and the next must not; its digests are used only if they
-hash to what that event says. Otherwise the log is listed and read. See docs/decisions/0010-registry-heads.md.
+hash to what that event says. Otherwise the log is listed and read. See docs/decisions/0011-registry-heads.md.
 """
 
 import hashlib
