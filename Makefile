@@ -118,10 +118,10 @@ bench-registry: $(VENV)/.ready-test
 
 # KILLS=100 is the promise; a kill costs some ten seconds on two quiet cores.
 chaos: $(VENV)/.ready-test
-	$(BIN)/python -m tests.kill_sweep $(or $(KILLS),100)
+	$(BIN)/python -m tests.support.kill_sweep $(or $(KILLS),100)
 
 chaos-registry: $(VENV)/.ready-test
-	$(BIN)/python -m tests.registry_chaos $(or $(KILLS),30)
+	$(BIN)/python -m tests.support.registry_chaos $(or $(KILLS),30)
 
 bench-evaluate: $(VENV)/.ready-run
 	$(BIN)/python benchmarks/evaluate.py

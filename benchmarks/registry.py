@@ -24,7 +24,7 @@ from boto3.s3.transfer import TransferConfig
 from ropeway.registry.pulling import fetch_file
 from ropeway.registry.rules import PackageFile
 from ropeway.storage import open_store
-from tests.s3_server import start_server
+from tests.support.s3_server import start_server
 
 SIZE_BYTES = 1 << 30
 BUCKET = "bench"

@@ -12,9 +12,9 @@ import pytest
 
 from ropeway.storage import Store, open_store
 from ropeway.storage.s3_client import make_client
-from tests.s3_server import S3Server, find_binary, start_server
+from tests.support.s3_server import S3Server, find_binary, start_server
 
-collect_ignore = ["browser_walk.py"]  # no test and no doctest in it, and it needs what `make test-browser` installs
+collect_ignore = ["support/browser_walk.py"]  # no test in it, and it needs what `make test-browser` installs
 os.environ["WANDB_MODE"] = "disabled"  # the tests of tracking say otherwise
 
 # A job in the background (`make test &`, nohup, some CI runners) starts with signals ignored, and its children inherit

@@ -1,4 +1,4 @@
-from tests.contract.vectors import compared
+from tests.support.vectors import compared
 
 
 def pytest_terminal_summary(terminalreporter):

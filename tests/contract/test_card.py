@@ -18,7 +18,7 @@ from ropeway.stages.package.card_text import escape, fence
 from ropeway.stages.package.facts import Facts
 from ropeway.stages.package.model_card_data import describe_sources, format_composition
 from ropeway.stages.package.weights import Written
-from tests.tiny_run import ROOT
+from tests.support.tiny_run import ROOT
 
 PUBLISHED = (ROOT / "tests" / "contract" / "model-card.txt").read_text(encoding="utf-8")
 NAME = "llama2_13b_orca_8k"

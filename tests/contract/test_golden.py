@@ -13,7 +13,7 @@ import pytest
 
 from ropeway.data.batches import loss_mask, plan_epoch, validation_rows
 from ropeway.data.shards import open_shards
-from tests.prepared_run import make_prepared
+from tests.support.prepared_run import make_prepared
 
 GOLDEN = Path(__file__).with_name("golden.json")
 CASES = {

@@ -22,7 +22,7 @@ from ropeway.stages.package import stage as package
 from ropeway.stages.package.build import check_roundtrip
 from ropeway.stages.package.check import check_package, main
 from ropeway.stages.package.probe import expected_logits, probe_row
-from tests.tiny_run import BLOCK, make_run
+from tests.support.tiny_run import BLOCK, make_run
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ropeway.data.batches import collate
-from tests.contract.vectors import Bench, bits, cases, published, same, seeded
+from tests.support.vectors import Bench, bits, cases, published, same, seeded
 
 
 @pytest.fixture(scope="module")

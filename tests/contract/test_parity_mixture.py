@@ -8,7 +8,7 @@ import pytest
 from ropeway.config.params import DatasetOptions
 from ropeway.data.batches import EpochPlan
 from ropeway.data.mixture import draw_order, draw_validation, epoch_count, plan_order, rank_order, split_positions
-from tests.contract.vectors import cases, published, same, sha256, vectors
+from tests.support.vectors import cases, published, same, sha256, vectors
 
 
 @pytest.mark.parametrize(("name", "case"), cases("split"))

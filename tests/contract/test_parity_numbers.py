@@ -12,7 +12,7 @@ from ropeway.stages.base.stage import plan_vocabulary
 from ropeway.stages.evaluate.token_scores import Score, sum_batch
 from ropeway.stages.train.loss import chunked_losses, micro_batch_loss, token_loss
 from ropeway.stages.train.schedule import learning_rate
-from tests.contract.vectors import cases, compared, published, same, vectors
+from tests.support.vectors import cases, compared, published, same, vectors
 
 
 def close(file, found, expected, tolerance):

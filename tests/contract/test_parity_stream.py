@@ -24,8 +24,8 @@ from ropeway.runtime.workspace import Workspace
 from ropeway.stages.base.stage import plan_vocabulary
 from ropeway.stages.evaluate.token_scores import sum_batch
 from ropeway.stages.train.loss import SupervisedLoss, micro_batch_loss
-from tests.contract.vectors import TOKENIZER, bits, compared, conversation, published, same, sha256, vectors
 from tests.support.tokenizing import tokenize_and_prepare
+from tests.support.vectors import TOKENIZER, bits, compared, conversation, published, same, sha256, vectors
 
 
 @pytest.fixture(scope="module")

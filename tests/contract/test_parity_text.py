@@ -15,7 +15,7 @@ from ropeway.models.tokenizer import (
     read_special_names,
     write_tokenizer,
 )
-from tests.contract.vectors import FOLDER, TOKENIZER, Bench, bits, cases, conversation, published, same, seeded, vectors
+from tests.support.vectors import FOLDER, TOKENIZER, Bench, bits, cases, conversation, published, same, seeded, vectors
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from ropeway.models.chat_template import JINJA, Conversation, render, render_prompt, to_messages
 from ropeway.models.tokenizer import open_tokenizer
 from ropeway.stages.package.model_config import PLAIN_JINJA
-from tests.tiny_run import PARITY, copy_tokenizer
+from tests.support.tiny_run import PARITY, copy_tokenizer
 
 TEXTS = st.text(alphabet=st.sampled_from("ab \n\t<|>'\"{}%é漢"), max_size=12)
 CONVERSATIONS = st.builds(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ropeway.models.attention import VARLEN, register, varlen_kernel
-from tests.unit.test_train_attention import batch, small_llama
+from tests.support.small_llama import batch, small_llama
 
 pytestmark = pytest.mark.gpu
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from tests.pipeline.main_job import STEPS, make_main_job
+from tests.support.main_job import STEPS, make_main_job
 
 pytestmark = pytest.mark.gpu
 

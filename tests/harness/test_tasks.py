@@ -17,7 +17,7 @@ from ropeway.stages.evaluate import stage as evaluate
 from ropeway.stages.evaluate import tasks as harness
 from ropeway.stages.evaluate.opening import open_model
 from ropeway.stages.evaluate.samples import encode_prompt
-from tests.tiny_run import BLOCK, ROOT, make_run
+from tests.support.tiny_run import BLOCK, ROOT, make_run
 
 pytestmark = [
     pytest.mark.harness,

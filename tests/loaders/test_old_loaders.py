@@ -19,7 +19,7 @@ from ropeway.stages.package.build import write_model
 from ropeway.stages.package.facts import load_facts
 from ropeway.stages.package.model_config import TORCH_NAMES
 from ropeway.stages.package.probe import expected_logits, plan_probe, probe_row
-from tests import tiny_run
+from tests.support import tiny_run
 
 pytestmark = pytest.mark.loaders
 

@@ -79,7 +79,7 @@ def has_report(api, run):
 
 
 def test_browser_review_from_the_run_s_graph_to_the_moved_alias(person, tmp_path):
-    from tests.browser_walk import fill_form, look_at_report, look_at_run, open_browser
+    from tests.support.browser_walk import fill_form, look_at_report, look_at_run, open_browser
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -13,7 +13,7 @@ from ropeway.runtime.errors import RopewayError
 from ropeway.stages.evaluate.champion import measure_champion
 from ropeway.stages.evaluate.evaluation_workers import share_out
 from tests.support.processes import command_of
-from tests.tiny_run import BLOCK, ROOT, make_run
+from tests.support.tiny_run import BLOCK, ROOT, make_run
 
 PAIR = (None, None)
 

@@ -19,12 +19,12 @@ from ropeway.reporting.review_report import draw_report
 from ropeway.runtime.errors import ConfigError, DataError
 from ropeway.runtime.workspace import Workspace
 from ropeway.storage.s3_client import make_client, split_url
-from tests.hub_world import COMMIT, REPO, Hub, point_at, serve_hub
-from tests.pipeline.main_job import make_main_job
 from tests.support import tiny_gguf
 from tests.support.archives import gz
+from tests.support.hub_world import COMMIT, REPO, Hub, point_at, serve_hub
+from tests.support.main_job import make_main_job
+from tests.support.tiny_run import PARITY
 from tests.support.web import serve_files
-from tests.tiny_run import PARITY
 
 WORDS = [
     "the",

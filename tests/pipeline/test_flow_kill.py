@@ -1,11 +1,9 @@
 """Whatever is killed, nothing of a run is left alive, what was asked to end could save, and the next run goes on."""
 
 import os
-import select
 import signal
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,48 +14,13 @@ from ropeway.orchestration import dvc_graph as graph
 from ropeway.orchestration.dvc_repair import repair_after_kill
 from ropeway.orchestration.sequence import run_retrain
 from ropeway.runtime.errors import TemporaryError
-from ropeway.runtime.lock import workspace_lock
+from tests.support.flow_processes import FLOW, TRAINING, await_deaths, check_it_saved
 from tests.support.processes import command_of
 
 pytestmark = pytest.mark.filterwarnings(
     # dvc 3.67.1 (repo/trie.py, repo/graph.py) on pygtrie 2.6
     "ignore:_NoneStep.value will soon raise:DeprecationWarning"
 )
-FLOW = """
-import sys
-from pathlib import Path
-from types import SimpleNamespace
-from ropeway.orchestration import dvc_graph as graph
-from ropeway.orchestration.dvc_repair import repair_after_kill
-from ropeway.orchestration.sequence import run_retrain
-from ropeway.runtime.errors import RopewayError
-try:
-    run_retrain(Path(sys.argv[1]), use_prefect=sys.argv[2] == "prefect")
-except RopewayError as error:
-    print(f"{type(error).__name__}: {error}")
-    sys.exit(error.exit_code)
-"""
-# What train does instead: a process beside it in a session of its own, and time to save when asked.
-TRAINING = """
-import signal, subprocess
-def save(*_):
-    Path("saved").write_text("checkpoint")
-    os._exit(75)
-signal.signal(signal.SIGTERM, save)
-beside = subprocess.Popen(["sleep", "1000"], start_new_session=True)
-print("training", os.getpid(), beside.pid)
-while True:
-    signal.pause()
-"""
-
-
-def await_deaths(processes, seconds=30):
-    """Return once all have died; each has so many seconds."""
-    for process in processes:
-        with suppress(ProcessLookupError):
-            end = os.pidfd_open(process.pid)  # readable at its death, reaped or not
-            assert select.select([end], [], [], seconds)[0], f"still alive: {process}"
-            os.close(end)
 
 
 class Running:
@@ -108,12 +71,6 @@ def start():
 def cut_in_a_word(lock):
     """Return a dvc.lock that ends where YAML cannot; cut elsewhere it is one that knows less."""
     return lock[: lock.rindex(b"md5:") + 2]
-
-
-def check_it_saved(workspace):
-    assert (workspace.root / "saved").read_text() == "checkpoint"
-    with workspace_lock(workspace.root, command="nobody holds it"):
-        pass
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])

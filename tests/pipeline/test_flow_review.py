@@ -11,7 +11,7 @@ from ropeway.orchestration.sequence import run_retrain
 from ropeway.registry import Registry
 from ropeway.runtime.errors import RegistryError
 from ropeway.runtime.workspace import Workspace
-from tests.review_world import make_version
+from tests.support.review_world import make_version
 
 FLOWS = Path(__file__).parents[2] / "flows"
 YES = {"decision": "approve", "reviewer": "anna", "comment": "reads well"}

@@ -8,8 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-import uuid
-from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
@@ -21,23 +19,12 @@ from ropeway.orchestration.prefect_settings import plan_settings
 from ropeway.orchestration.sequence import run_retrain
 from ropeway.orchestration.temporary_server import await_server
 from ropeway.runtime.errors import ConfigError, TemporaryError
+from tests.support.flow_processes import SERVE, Api, free_port, wait_for
 
 pytestmark = pytest.mark.filterwarnings(
     # dvc 3.67.1 (repo/trie.py, repo/graph.py) on pygtrie 2.6
     "ignore:_NoneStep.value will soon raise:DeprecationWarning"
 )
-SERVE = """
-import sys
-from pathlib import Path
-from ropeway.orchestration.prefect_server import serve_ui
-serve_ui(Path(sys.argv[1]), port=int(sys.argv[2]))
-"""
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def list_runs(url):
@@ -130,49 +117,6 @@ def test_nothing_is_sent_out_and_all_state_stays_in_the_workspace(tmp_path):
     assert settings["PREFECT_HOME"] == str(tmp_path / ".prefect")
     assert settings["PREFECT_SERVER_ANALYTICS_ENABLED"] == "false"
     assert settings["DO_NOT_TRACK"] == "1"
-
-
-def wait_for(what, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not (found := what()) and time.monotonic() < deadline:
-        time.sleep(0.2)  # the server's own loops take seconds
-    return found
-
-
-class Api:
-    """The session's server, asked as a browser would ask."""
-
-    def __init__(self, url):
-        self.url, self.client = url, httpx.Client(trust_env=False)
-        flow = self.ask("POST", "/flows/", {"name": "automations"})
-        self.flow = flow["id"]
-
-    def ask(self, method, path, body=None):
-        def once():
-            answer = self.client.request(method, f"{self.url}{path}", json=body)
-            return None if answer.status_code == httpx.codes.SERVICE_UNAVAILABLE else answer  # its database is busy
-
-        answer = wait_for(once).raise_for_status()
-        return answer.json() if answer.content else None
-
-    def start(self):
-        state = {"type": "RUNNING", "name": "Running"}
-        return self.ask("POST", "/flow_runs/", {"flow_id": self.flow, "state": state})["id"]
-
-    def beat(self, run):
-        event = {
-            "id": str(uuid.uuid4()),
-            "occurred": datetime.now(UTC).isoformat(),
-            "event": "prefect.flow-run.heartbeat",
-            "resource": {"prefect.resource.id": f"prefect.flow-run.{run}"},
-        }
-        self.ask("POST", "/events", [event])
-
-    def set_state(self, run, kind, name):
-        self.ask("POST", f"/flow_runs/{run}/set_state", {"state": {"type": kind, "name": name}, "force": True})
-
-    def state(self, run):
-        return self.ask("GET", f"/flow_runs/{run}")["state"]["name"]
 
 
 @pytest.fixture

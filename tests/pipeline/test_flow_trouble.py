@@ -11,8 +11,16 @@ from datetime import UTC, datetime, timedelta
 import psutil
 import pytest
 
-from tests.pipeline.test_flow_kill import FLOW, TRAINING, await_deaths, check_it_saved
-from tests.pipeline.test_flow_server import SERVE, Api, free_port, wait_for
+from tests.support.flow_processes import (
+    FLOW,
+    SERVE,
+    TRAINING,
+    Api,
+    await_deaths,
+    check_it_saved,
+    free_port,
+    wait_for,
+)
 from tests.support.processes import command_of, kill_all
 
 pytestmark = pytest.mark.filterwarnings(

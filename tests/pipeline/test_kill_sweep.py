@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.kill_sweep import sweep
+from tests.support.kill_sweep import sweep
 
 
 @pytest.mark.timeout(3600)

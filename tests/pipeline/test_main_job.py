@@ -12,7 +12,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from ropeway.runtime.manifest import load_manifest
-from tests.pipeline.main_job import ROOT, STEPS, MainJob, make_main_job
+from tests.support.main_job import ROOT, STEPS, MainJob, make_main_job
 from tests.support.processes import command_of, kill_all
 
 

@@ -1,4 +1,4 @@
-"""Deaths and races. Children are started as `python -m tests.registry_world ROLE …`; each has one role."""
+"""Deaths and races. Children are started as `python -m tests.support.registry_world ROLE …`; each has one role."""
 
 import json
 import os
@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 from ropeway.registry import Registry
-from tests.registry_chaos import kill_publishes
-from tests.registry_world import PROMOTIONS, make_package, put, tiny
+from tests.support.registry_chaos import kill_publishes
+from tests.support.registry_world import PROMOTIONS, make_package, put, tiny
 
 ROOT = Path(__file__).parents[2]
 PROCESSES, PUBLISHERS = 6, 8
 
 
 def start(role: str, *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tests.registry_world", role, *arguments]
+    command = [sys.executable, "-m", "tests.support.registry_world", role, *arguments]
     path = os.pathsep.join([str(ROOT), str(ROOT / "src")])
     pipe = subprocess.PIPE
     return subprocess.Popen(

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from tests.pipeline.main_job import STEPS, MainJob, make_main_job
+from tests.support.main_job import STEPS, MainJob, make_main_job
 
 # Two or three whole runs, on a machine that may do other work: `make test-slow`.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.tiny_run import BLOCK, ROOT, make_data, make_run, talks, texts
+from tests.support.tiny_run import BLOCK, ROOT, make_data, make_run, talks, texts
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def cut(root, normalisation, ranks, sizes):
     shared["PYTHONPATH"] = os.pathsep.join(sys.path)
     started = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.pipeline.splits", root, normalisation, *map(str, sizes)],
+            [sys.executable, "-m", "tests.support.splits", root, normalisation, *map(str, sizes)],
             cwd=ROOT,
             env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,

@@ -15,8 +15,8 @@ from ropeway.config.tokenize_params import TokenizeParams
 from ropeway.runtime.manifest import file_sha256
 from ropeway.stages.tokenize.encode_workers import count_cores
 from tests.support.processes import command_of
-from tests.tiny_run import ROOT
-from tests.unit.test_prepare import lay, profile
+from tests.support.raw_records import lay, profile
+from tests.support.tiny_run import ROOT
 
 # Units of some lines each; from the fourth on they wait for a pipe to be written to, while it is there.
 SCRIPT = """

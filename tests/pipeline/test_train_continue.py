@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from tests.pipeline.main_job import STEPS, make_main_job
+from tests.support.main_job import STEPS, make_main_job
 
 AT = 12  # a checkpoint of the tiny run
 NULL = "resume_from: null"

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import psutil
 import pytest
 
-from tests.pipeline.main_job import STEPS, MainJob, make_main_job
+from tests.support.main_job import STEPS, MainJob, make_main_job
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.pipeline.test_train_kinds import train, zero
+from tests.support.training import train, zero
 
 PDSH = """#!{python}
 import subprocess, sys

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.tiny_run import ROOT, make_run
+from tests.support.tiny_run import ROOT, make_run
 
 CASES = {"recovers": "22:20:0", "in a row": "60:3:0", "floor": "40:20:38", "never": "60:50:0"}
 
@@ -22,7 +22,7 @@ def runs(tmp_path_factory):
         port = str(free.getsockname()[1])
     group = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     environment = {**os.environ, **group, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", "tests.pipeline.overflow", str(root), *CASES.values()]
+    command = [sys.executable, "-m", "tests.support.overflow", str(root), *CASES.values()]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

@@ -19,7 +19,7 @@ from ropeway.data.batches import plan_epoch, validation_rows
 from ropeway.data.shards import open_shards
 from ropeway.runtime.manifest import write_manifest
 from ropeway.runtime.workspace import Workspace
-from tests.pipeline.main_job import MainJob, make_main_job
+from tests.support.main_job import MainJob, make_main_job
 from tests.support.processes import kill_all
 
 NEVER, ONCE = "rewinds: 0", "rewinds: 1"

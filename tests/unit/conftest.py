@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ropeway.storage import Store, open_store
-from tests.registry_world import copy_store, make_package, put
+from tests.support.registry_world import copy_store, make_package, put
 
 WEIGHTS = (b"weights", b"other weights", b"third weights")
 

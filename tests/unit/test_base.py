@@ -18,7 +18,7 @@ from ropeway.runtime.workspace import Workspace
 from ropeway.stages.base import stage as base
 from ropeway.stages.base.stage import check_gguf_rope, check_shape, plan_vocabulary, resize
 from tests.support import tiny_gguf
-from tests.tiny_run import PARITY, ROOT
+from tests.support.tiny_run import PARITY, ROOT
 
 _, PUBLISHED = load_profile(ROOT / "params.yaml", "llama2_13b_orca_8k")
 SHAPE = {

@@ -19,7 +19,7 @@ from ropeway.stages.evaluate.evaluation import validation_digest
 from ropeway.stages.evaluate.opening import check_data, open_model
 from ropeway.stages.evaluate.quick import first_rows, look
 from ropeway.stages.evaluate.token_scores import Score, all_rows, plan_batches, plan_mixing, sum_batch
-from tests.tiny_run import make_run, measure
+from tests.support.tiny_run import make_run, measure
 
 
 @pytest.fixture(scope="module")

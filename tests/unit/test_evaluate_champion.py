@@ -6,7 +6,7 @@ import pytest
 from ropeway.runtime.errors import DataError
 from ropeway.stages.evaluate import stage as evaluate
 from ropeway.stages.evaluate.champion import measure_champion
-from tests.tiny_run import make_run
+from tests.support.tiny_run import make_run
 
 
 @pytest.fixture(scope="module")

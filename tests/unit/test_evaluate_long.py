@@ -27,7 +27,7 @@ from ropeway.stages.evaluate.positions import (
     sum_positions,
     table_positions,
 )
-from tests.tiny_run import make_run, measure
+from tests.support.tiny_run import make_run, measure
 
 ROWS = Positions(rows=2, row_tokens=128, bucket_tokens=32)
 KEYS = Passkey(lengths=[256, 192], depths=[0.0, 0.5, 1.0], repeats=2)

@@ -12,7 +12,7 @@ from ropeway.stages.evaluate import stage as evaluate
 from ropeway.stages.evaluate.opening import open_model
 from ropeway.stages.evaluate.samples import answer, derive_seed, encode_prompt, plan_draws, sample
 from ropeway.stages.evaluate.sampling import parse_configurations, parse_prompts
-from tests.tiny_run import make_run
+from tests.support.tiny_run import make_run
 
 ROOT = Path(__file__).parents[2]
 SAMPLING = ROOT / "configs" / "sampling.json"

@@ -9,7 +9,7 @@ from ropeway.orchestration.stage_process import write_identity
 from ropeway.runtime.errors import ConfigError
 from ropeway.stages.evaluate import stage as evaluate
 from ropeway.stages.evaluate.tasks import TaskScore, report_tasks
-from tests.tiny_run import BLOCK, ROOT, make_run
+from tests.support.tiny_run import BLOCK, ROOT, make_run
 
 NAMED = BLOCK.replace("tasks: []", "tasks: [python_basics]")
 

@@ -16,7 +16,7 @@ from ropeway.runtime.manifest import write_manifest
 from ropeway.stages.evaluate.champion import measure_champion
 from ropeway.stages.evaluate.text import count_bytes, translate
 from ropeway.stages.evaluate.token_scores import all_rows
-from tests.tiny_run import make_run, talks, texts
+from tests.support.tiny_run import make_run, talks, texts
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from ropeway.stages.evaluate.passkey import ask, plan_questions
 from ropeway.stages.evaluate.positions import plan_long_rows
 from ropeway.stages.evaluate.samples import plan_draws, sample
 from ropeway.stages.evaluate.token_scores import score_sources, sum_batches
-from tests.tiny_run import make_run
+from tests.support.tiny_run import make_run
 
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
 CARDS = ["nvidia0", "nvidia1", "nvidia2", "nvidia3"]

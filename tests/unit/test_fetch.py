@@ -18,7 +18,7 @@ from ropeway.stages.fetch.python_docs import MODULES, SYSTEM_MESSAGES, iterate_d
 from ropeway.stages.fetch.records import check_columns, required_columns, to_record
 from ropeway.stages.fetch.source_identity import source_identity
 from tests.support.freezing import run_fetch
-from tests.tiny_run import ROOT
+from tests.support.tiny_run import ROOT
 
 DOCSTRINGS = PythonDocsSource(kind="python_docs", part="docstrings", expected_rows=None)
 TOPICS = PythonDocsSource(kind="python_docs", part="topics", expected_rows=None)

@@ -13,7 +13,7 @@ from ropeway.stages.fetch.stage import Refused, open_source
 from ropeway.stages.fetch.values import UnreadableError
 from tests.support.archives import gz
 from tests.support.freezing import run_fetch
-from tests.tiny_run import ROOT
+from tests.support.tiny_run import ROOT
 
 _, LAPTOP = load_profile(ROOT / "params.yaml", "laptop")
 ORCA = {"conversation": [{"input": "q", "output": "a"}], "instruction": "s"}

@@ -16,9 +16,9 @@ from ropeway.runtime.manifest import load_manifest
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.fetch.globs import match_names
 from ropeway.stages.fetch.source_identity import source_identity
-from tests.hub_world import COMMIT, REPO, TOKEN, Hub, lay_cache, point_at, serve_hub
 from tests.support.freezing import run_fetch
-from tests.tiny_run import ROOT
+from tests.support.hub_world import COMMIT, REPO, TOKEN, Hub, lay_cache, point_at, serve_hub
+from tests.support.tiny_run import ROOT
 
 TALK = {"conversation": [{"input": "q", "output": "a"}], "instruction": "s"}
 FILES = {

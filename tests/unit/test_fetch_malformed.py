@@ -20,7 +20,7 @@ from ropeway.runtime.workspace import Workspace
 from ropeway.stages.fetch.files import iterate_objects
 from tests.support.archives import gz
 from tests.support.freezing import run_fetch
-from tests.tiny_run import ROOT
+from tests.support.tiny_run import ROOT
 
 GOOD = b'{"text": "ok"}\n'
 _, LAPTOP = load_profile(ROOT / "params.yaml", "laptop")

@@ -20,10 +20,10 @@ from ropeway.runtime.workspace import Workspace
 from ropeway.stages.fetch import stage as fetch
 from ropeway.stages.fetch import web
 from ropeway.stages.fetch.source_identity import source_identity
-from tests.s3_server import SECRET, S3Server
 from tests.support.archives import gz
 from tests.support.freezing import run_fetch
-from tests.tiny_run import ROOT
+from tests.support.s3_server import SECRET, S3Server
+from tests.support.tiny_run import ROOT
 
 TEXTS = [f"text {number}" * 50 for number in range(400)]
 DATA = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in TEXTS)

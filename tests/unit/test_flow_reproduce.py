@@ -11,7 +11,7 @@ from ropeway.registry.layout import blob_key
 from ropeway.runtime.devices import name_cpu
 from ropeway.runtime.errors import ConfigError, DataError, RegistryError
 from ropeway.storage import open_store
-from tests.registry_world import flip, make_package, put
+from tests.support.registry_world import flip, make_package, put
 
 ATTEMPT = {"python": "3.11.7", "torch": "2.13.0", "device": "EPYC", "kernels": "AVX2", "ranks": 2, "host": "here"}
 LOCK = {

@@ -13,7 +13,7 @@ from ropeway.data.shards import open_shards
 from ropeway.models.chat_template import Conversation
 from ropeway.reporting.inspection import inspect_sequence, open_prepared
 from ropeway.runtime.errors import ConfigError, DataError
-from tests.prepared_run import TALKS, make_prepared, reckon_learned
+from tests.support.prepared_run import TALKS, make_prepared, reckon_learned
 
 TALK = Conversation(("Say \x1b[31m😀\u202e", "Yes\nno"), "Be kind.")
 

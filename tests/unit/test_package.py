@@ -27,7 +27,7 @@ from ropeway.stages.package.weights import (
     read_dtypes,
     write_weights,
 )
-from tests.tiny_run import ROOT
+from tests.support.tiny_run import ROOT
 
 SPECIAL = {"bos": 1, "eos": 2, "pad": 2}
 TRAINED = {

@@ -12,7 +12,7 @@ from ropeway.data.packing import plan_packing, split_document, turn_borders, win
 from ropeway.data.shards import Kind, open_shards
 from ropeway.runtime.errors import DataError
 from ropeway.stages.train.loss import SupervisedLoss
-from tests.tiny_run import BLOCK, make_run
+from tests.support.tiny_run import BLOCK, make_run
 
 
 @pytest.fixture(scope="module")

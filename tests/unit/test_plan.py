@@ -20,7 +20,7 @@ from ropeway.planning.plan_text import describe_plan, outline_plan
 from ropeway.runtime.devices import detect_gpus
 from ropeway.runtime.errors import ConfigError
 from ropeway.runtime.workspace import Workspace
-from tests.tiny_run import make_run
+from tests.support.tiny_run import make_run
 
 ROOT = Path(__file__).parents[2]
 NAME = "llama2_13b_orca_8k"

@@ -1,5 +1,4 @@
 import json
-import shutil
 from collections import Counter
 
 import numpy as np
@@ -7,49 +6,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ropeway.config.params import DatasetOptions, load_profile
 from ropeway.data.batches import collate, plan_epoch
-from ropeway.data.raw_records import RawWriter
 from ropeway.data.shards import Kind, Shards, open_shards, sequence_digest
 from ropeway.models.chat_template import ASSISTANT, PROMPTER, Conversation, render
 from ropeway.models.tokenizer import open_tokenizer, read_special
 from ropeway.runtime.errors import DataError
 from ropeway.runtime.manifest import file_sha256, load_manifest, write_manifest
-from ropeway.runtime.workspace import Workspace
 from ropeway.stages.prepare.split import plan_split
 from ropeway.stages.prepare.write import check_readback
 from ropeway.stages.tokenize.encode import Encoder, conversation_kinds, document_kinds, text_key
-from tests.prepared_run import encode_each
-from tests.support.tokenizing import KEYS, tokenize_and_prepare
-from tests.tiny_run import PARITY, ROOT
-
-TOKENIZER = PARITY / "tokenizer"
-_, PUBLISHED = load_profile(ROOT / "params.yaml", "llama2_13b_orca_8k")
-TALKS = [Conversation((f"Is lamp {n} lit?", "Yes. " * (1 + n % 9)), ("", "Be brief.")[n % 2]) for n in range(40)]
-TEXTS = [f"Log of day {n}: " + "calm sea, no sail. " * (n % 7) for n in range(30)]
-
-
-def profile(**changes):
-    options = [{"talk": DatasetOptions(max_val_set=5)}, {"text": DatasetOptions(max_chunk_size=60, max_val_set=4)}]
-    sources = {"talk": PUBLISHED.sources["orca-chat"], "text": PUBLISHED.sources["fanfics"]}
-    values = {"datasets": options, "sources": sources, "max_length": 24, "global_batch_size": 4, "rng_seed": 11}
-    values["contamination"] = PUBLISHED.contamination.model_copy(update={"prompts": []})
-    return PUBLISHED.model_copy(update=values | changes).reading(KEYS)
-
-
-def lay(root, talks=TALKS, texts=TEXTS, *, refused=None):
-    """A workspace as fetch and base leave it."""
-    workspace, facts = Workspace(root, "run"), {}
-    for name, kind, records in (("talk", "conversation", talks), ("text", "document", texts)):
-        with RawWriter(workspace.raw / name, kind) as writer:
-            for record in records:
-                writer.add(record)
-        lost = refused if refused and kind == "conversation" else {}
-        read = len(records) + sum(lost.values())
-        facts[name] = {"kind": kind, "read": read, "kept": len(records), "refused": lost}
-    write_manifest(workspace.raw, {"sources": facts})
-    shutil.copytree(TOKENIZER, workspace.base)
-    return workspace
+from tests.support.prepared_run import encode_each
+from tests.support.raw_records import TALKS, TEXTS, TOKENIZER, lay, profile
+from tests.support.tokenizing import tokenize_and_prepare
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from ropeway.runtime.manifest import write_manifest
 from ropeway.stages.prepare.account import account_for
 from ropeway.stages.prepare.split import Split
 from ropeway.stages.tokenize.encode import conversation_kinds, document_kinds
-from tests.unit.test_prepare import profile
+from tests.support.raw_records import profile
 
 NOBODY = Records(0, {}, {}, 0, 0, {}, 0)
 NOTHING = Findings(*[Found("off", 0, 0, 0)] * 3, 0)

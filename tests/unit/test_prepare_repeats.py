@@ -14,9 +14,9 @@ from ropeway.models.tokenizer import open_tokenizer
 from ropeway.runtime.manifest import file_sha256
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.prepare import stage as prepare
+from tests.support.raw_records import PUBLISHED, TOKENIZER, lay
+from tests.support.raw_records import profile as plain_profile
 from tests.support.tokenizing import tokenize_and_prepare
-from tests.unit.test_prepare import PUBLISHED, TOKENIZER, lay
-from tests.unit.test_prepare import profile as plain_profile
 
 WORDS = [f"{a}{b}" for a in ("ka", "lo", "mi", "nu", "pe", "ra", "si", "to") for b in ("b", "d", "g", "k", "m", "n")]
 PROMPT = "Which of the forty odd syllables would you rather not have to say aloud, and why?"

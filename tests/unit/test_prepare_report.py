@@ -16,7 +16,7 @@ from ropeway.reporting.ledger_steps import list_steps, split_tokens
 from ropeway.reporting.report_data import choose_samples, find_overlong
 from ropeway.reporting.token_view import Vocabulary
 from ropeway.runtime.manifest import load_manifest
-from tests.prepared_run import TALKS, TEXTS, make_prepared, reckon_learned
+from tests.support.prepared_run import TALKS, TEXTS, make_prepared, reckon_learned
 
 EVIL = "<script>alert('x')</script> & \"quoted\" \u202eabc\x00 😀"
 VOID = {"meta", "input"}

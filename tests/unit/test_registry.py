@@ -12,7 +12,7 @@ from ropeway.registry.core import load_core
 from ropeway.registry.layout import blob_key, manifest_key, tombstone_key
 from ropeway.runtime.errors import DataError, RegistryError
 from ropeway.runtime.manifest import canonical_json
-from tests.registry_world import flip, is_untouched, make_package, move, put, tiny
+from tests.support.registry_world import flip, is_untouched, make_package, move, put, tiny
 
 
 @pytest.fixture

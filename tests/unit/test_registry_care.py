@@ -13,7 +13,7 @@ from ropeway.registry.signing import list_signatures, load_signer, make_keys
 from ropeway.runtime.errors import ConfigError, DataError, RegistryError, TemporaryError
 from ropeway.runtime.manifest import canonical_json, write_manifest
 from ropeway.storage import FileStore, Store
-from tests.registry_world import flip, make_package, move, put, replace, tiny
+from tests.support.registry_world import flip, make_package, move, put, replace, tiny
 
 NOW = timedelta(seconds=-60)  # a grace that makes everything old, whatever the store's clock says
 LATER = timedelta(hours=24)

@@ -12,7 +12,7 @@ from ropeway.registry import Registry
 from ropeway.registry.layout import tombstone_key
 from ropeway.runtime.errors import ConfigError, DataError, RegistryError
 from ropeway.storage import open_store
-from tests.registry_world import make_package, move, put
+from tests.support.registry_world import make_package, move, put
 
 
 @pytest.fixture

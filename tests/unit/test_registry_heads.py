@@ -14,7 +14,7 @@ from ropeway.registry.log import find_head, read_events, verify_log
 from ropeway.runtime.errors import AbsentError, DataError
 from ropeway.runtime.manifest import canonical_json
 from ropeway.storage import Store, open_store
-from tests.registry_world import count_requests, grow, make_package, move, put, replace, tiny
+from tests.support.registry_world import count_requests, grow, make_package, move, put, replace, tiny
 
 NOW = timedelta(seconds=-60)  # a grace that makes everything old, whatever the store's clock says
 MOST_REQUESTS = 40

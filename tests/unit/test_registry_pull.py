@@ -12,7 +12,7 @@ from ropeway.registry.core import load_core
 from ropeway.registry.layout import blob_key, manifest_key, tombstone_key
 from ropeway.runtime.errors import ConfigError, DataError, RegistryError, TemporaryError
 from ropeway.runtime.manifest import load_manifest
-from tests.registry_world import flip, move, nothing_left, replace, tiny
+from tests.support.registry_world import flip, move, nothing_left, replace, tiny
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

@@ -16,7 +16,7 @@ from ropeway.registry.rules import PackageFile
 from ropeway.runtime.errors import DataError, RopewayError
 from ropeway.runtime.manifest import canonical_json, write_manifest
 from ropeway.storage import Store, open_store
-from tests.registry_world import is_untouched, nothing_left, put, safetensors, tiny
+from tests.support.registry_world import is_untouched, nothing_left, put, safetensors, tiny
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from ropeway.reporting.evidence import open_case
 from ropeway.reporting.review_report import draw_report, draw_summary
 from ropeway.runtime.errors import ConfigError, RegistryError
 from ropeway.runtime.workspace import Workspace
-from tests.review_world import COMMIT, DIRTY, make_version
+from tests.support.review_world import COMMIT, DIRTY, make_version
 
 YES = Answer("approve", "anna", "reads well", "terminal")
 

@@ -10,7 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from ropeway.config.params import load_profile
 from ropeway.config.schema import Llama3Scaling, StretchScaling, SuperhotConfig, YarnScaling
 from ropeway.models.rope import build_scaling, known_kinds, plan_scaling, scaling_from_json
-from tests.tiny_run import ROOT
+from tests.support.tiny_run import ROOT
 
 KINDS = [
     StretchScaling(type="linear", scale=2.0),

@@ -19,7 +19,7 @@ from ropeway.data.batches import (
 )
 from ropeway.data.shards import FORMAT, Kind, Shards, SourceShards
 from ropeway.stages.tokenize.encode import conversation_kinds, document_kinds
-from tests.tiny_run import ROOT
+from tests.support.tiny_run import ROOT
 
 BOS, EOS, PROMPTER, ASSISTANT, SYSTEM = 1, 2, 90, 91, 92
 # BOS <system> s </s> <prompter> q q </s> <assistant> a a </s>

@@ -3,7 +3,7 @@ from botocore.exceptions import ClientError, EndpointConnectionError, NoCredenti
 
 from ropeway.runtime.errors import AbsentError, ConfigError, TemporaryError
 from ropeway.storage.s3_client import Place, explained, make_client, split_url
-from tests.s3_server import SECRET
+from tests.support.s3_server import SECRET
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from ropeway.registry import Registry
 from ropeway.registry.layout import blob_key
 from ropeway.runtime.errors import ConfigError, DataError, RegistryError, TemporaryError
 from ropeway.storage import open_store
-from tests.registry_world import flip, make_package, put, tiny
+from tests.support.registry_world import flip, make_package, put, tiny
 
 REPO = "team/tiny"
 

@@ -14,10 +14,10 @@ from ropeway.registry import Registry
 from ropeway.runtime.errors import ConfigError, DataError, RopewayError, TemporaryError
 from ropeway.storage import Store, multipart, open_store
 from ropeway.storage.multipart import is_same_part
-from tests.fake_s3 import fake_s3
-from tests.fault_proxy import Fault, fault_proxy
-from tests.registry_world import make_package, put
-from tests.s3_server import SECRET
+from tests.support.fake_s3 import fake_s3
+from tests.support.fault_proxy import Fault, fault_proxy
+from tests.support.registry_world import make_package, put
+from tests.support.s3_server import SECRET
 
 PART = 5 << 20  # the smallest that S3 allows
 

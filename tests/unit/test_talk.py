@@ -16,8 +16,8 @@ from ropeway.models.chat_template import render_prompt
 from ropeway.runtime.errors import ConfigError, DataError, RegistryError
 from ropeway.runtime.manifest import write_manifest
 from ropeway.storage import open_store
-from tests import tiny_run
-from tests.registry_world import move, put, tiny
+from tests.support import tiny_run
+from tests.support.registry_world import move, put, tiny
 
 MANNER = Manner(system="", max_new_tokens=6, temperature=1.0, top_p=0.95, seed=7)
 

@@ -11,8 +11,8 @@ from ropeway.models.tokenizer import open_tokenizer, read_special
 from ropeway.runtime.errors import ConfigError
 from ropeway.stages.tokenize.encode import Encoder
 from ropeway.stages.tokenize.escape import Escape
-from tests.prepared_run import encode_each
-from tests.tiny_run import PARITY
+from tests.support.prepared_run import encode_each
+from tests.support.tiny_run import PARITY
 
 TOKENIZER = PARITY / "tokenizer"
 SPECIAL = ("<s>", "</s>", "<unk>", *ROLE_TOKENS)

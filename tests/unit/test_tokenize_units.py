@@ -21,8 +21,8 @@ from ropeway.stages.prepare import stage as prepare
 from ropeway.stages.tokenize import encode_workers as workers
 from ropeway.stages.tokenize import store, units
 from ropeway.stages.tokenize.units import choose_unit_bytes, plan_units, tokenize_unit
+from tests.support.raw_records import PUBLISHED, TALKS, TEXTS, lay, profile
 from tests.support.tokenizing import run_tokenize, tokenize_and_prepare
-from tests.unit.test_prepare import PUBLISHED, TALKS, TEXTS, lay, profile
 
 
 @pytest.fixture

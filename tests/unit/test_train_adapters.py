@@ -6,7 +6,7 @@ from ropeway.config.params import load_profile
 from ropeway.config.schema import Lora
 from ropeway.models.lora import add_adapters, merge_adapters
 from ropeway.runtime.errors import ConfigError
-from tests.tiny_run import ROOT
+from tests.support.tiny_run import ROOT
 
 LORA = Lora(rank=4, alpha=8, dropout=0.0, target_modules=["q_proj", "down_proj"], train_embeddings=False)
 IDS = torch.arange(12)[None]

@@ -6,8 +6,8 @@ from ropeway.data.batches import collate, plan_epoch
 from ropeway.data.shards import open_shards
 from ropeway.models.tokenizer import open_tokenizer
 from ropeway.reporting.token_view import Sort, Vocabulary, next_token, read_piece, read_whole, split_visible
-from tests.prepared_run import make_prepared, reckon_learned
-from tests.tiny_run import PARITY
+from tests.support.prepared_run import make_prepared, reckon_learned
+from tests.support.tiny_run import PARITY
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.pipeline.main_job import make_main_job
+from tests.support.main_job import make_main_job
 from tests.support.processes import command_of
 
 COMMANDS = {

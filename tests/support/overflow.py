@@ -1,6 +1,6 @@
 """One rank that trains fp16 on a CPU, through DeepSpeed's public `set_accelerator`: loss scaling without a GPU.
 
-Run as `python -m tests.pipeline.overflow ROOT SCALE_POWER:MAX_SKIPPED:FLOOR_POWER…`; prints one line per run, its log
+Run as `python -m tests.support.overflow ROOT SCALE_POWER:MAX_SKIPPED:FLOOR_POWER…`; prints one line per run, its log
 and how it ended.
 """
 

@@ -23,9 +23,9 @@ from ropeway.registry.core import load_core
 from ropeway.registry.layout import blob_key, versions_log
 from ropeway.registry.log import read_events
 from ropeway.storage import Store, multipart, open_store
-from tests.registry_world import make_package, tiny
+from tests.support.registry_world import make_package, tiny
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PART = 5 << 20  # the smallest that S3 allows
 PARTS = 4
 
@@ -120,7 +120,7 @@ def _package(place: Path, number: int) -> Path:
 
 def _publish_in_child(url: str, package: Path, kill_after_seconds: float | None) -> tuple[bool, float]:
     """Return whether a child that publishes was killed in time, and how long it took after it was ready."""
-    command = [sys.executable, "-m", "tests.registry_chaos", "child", url, str(package)]
+    command = [sys.executable, "-m", "tests.support.registry_chaos", "child", url, str(package)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")])}
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout.readline() == "ready\n"
@@ -174,7 +174,7 @@ def _reader(url: str, outcome: Outcome) -> Iterator[None]:
 
 def main(kills: int) -> int:
     """Kill on both stores; print what became of it, one JSON line; return 1 when a promise was missed."""
-    from tests.s3_server import start_server
+    from tests.support.s3_server import start_server
 
     started = time.monotonic()
     server = start_server()

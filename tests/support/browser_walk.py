@@ -1,6 +1,6 @@
 """A person's way through the Prefect UI (V2, 3.9.1), made by a real chromium: run graph, report, form, answer.
 
-`python -m tests.browser_walk URL RUN REVIEW FOLDER` makes the pictures of docs/ from a running workspace.
+`python -m tests.support.browser_walk URL RUN REVIEW FOLDER` makes the pictures of docs/ from a running workspace.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Packages, moves and deaths for the registry's tests; `python -m tests.registry_world ROLE …` is one racing child.
+"""Packages, moves and deaths for the registry's tests; `python -m tests.support.registry_world ROLE …` is one child.
 
 It imports no pytest: a child must start at once.
 """

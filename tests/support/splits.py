@@ -1,6 +1,6 @@
 """One rank of the invariance check: the same rows cut into micro-batches in every way its world size allows.
 
-Run as `python -m tests.pipeline.splits ROOT NORMALISATION MICRO…` under the environment of torch.distributed.
+Run as `python -m tests.support.splits ROOT NORMALISATION MICRO…` under the environment of torch.distributed.
 """
 
 import json

@@ -11,8 +11,8 @@ from ropeway.models.chat_template import Conversation
 from ropeway.reporting import report_data
 from ropeway.runtime.manifest import write_manifest
 from ropeway.runtime.workspace import Workspace
+from tests.support.tiny_run import BLOCK, PARITY, ROOT
 from tests.support.tokenizing import tokenize_and_prepare
-from tests.tiny_run import BLOCK, PARITY, ROOT
 
 TALKS = [
     Conversation((f"Is lamp {n} lit?", "Yes. " * (1 + n % 9), "Really?", "No."), ("", "Be brief.")[n % 2])

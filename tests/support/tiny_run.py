@@ -23,8 +23,8 @@ from ropeway.stages.evaluate.evaluation_workers import Share
 from ropeway.stages.evaluate.token_scores import Score, score_sources, sum_batches
 from tests.support.freezing import code_digests, freeze_inputs
 
-ROOT = Path(__file__).parents[1]
-PARITY = Path(__file__).parent / "contract" / "parity"
+ROOT = Path(__file__).parents[2]
+PARITY = ROOT / "tests" / "contract" / "parity"
 SYSTEMS = ("", "You are kind.", "Answer in one word.")
 STEPS = "step,loss,lr,grad_norm\n1,7.5,0.0,1.5\n2,6.0,0.0,1.25\n3,5.25,1e-05,1.0\n"
 BLOCK = """\

@@ -17,8 +17,8 @@ from ropeway.models.chat_template import Conversation
 from ropeway.models.tokenizer import count_tokens, open_tokenizer, read_special
 from ropeway.stages.tokenize.encode import Encoder
 
-HERE = Path(__file__).parent
-FOLDER = Path(os.environ.get("ROPEWAY_PARITY_DIR", HERE / "parity"))
+ROOT = Path(__file__).parents[2]
+FOLDER = Path(os.environ.get("ROPEWAY_PARITY_DIR", ROOT / "tests" / "contract" / "parity"))
 TOKENIZER = FOLDER / "tokenizer"
 compared: Counter[str] = Counter()  # file -> values held against a vector, shown when the session ends
 
@@ -50,7 +50,7 @@ def sha256(numbers):
 
 @cache
 def _card():
-    return load_profile(HERE.parents[1] / "params.yaml", "llama2_13b_orca_8k")[1]
+    return load_profile(ROOT / "params.yaml", "llama2_13b_orca_8k")[1]
 
 
 def published(**changes):

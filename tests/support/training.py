@@ -1,0 +1,46 @@
+"""Trainings of the tiny run by the real stage: DeepSpeed ranks in processes of their own."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+from tests.support.tiny_run import BLOCK, make_run
+
+EDITS = """
+  deepspeed_config: configs/ds.json
+  learning_rate: 1e-2
+  warmup_steps: 1
+  use_flash_attention: false
+  gradient_checkpointing: true
+  per_device_train_batch_size: 1
+  num_train_epochs: 1
+  save_steps: 1
+"""
+
+
+def zero(stage, **more):
+    return {
+        "optimizer": {"type": "AdamW", "params": {"torch_adam": True}},
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": 1000000, "overlap_comm": False, **more},
+    }
+
+
+def train(root, named, *lines):
+    """Return (what the stage printed, workspace) of a training of the tiny run with these keys."""
+    block = BLOCK + EDITS + "".join(f"  {line}\n" for line in lines)
+    workspace, _ = make_run(root, block=block, configs={"ds.json": json.dumps(named)})
+    return start(workspace), workspace
+
+
+def start(workspace, *, ranks=2):
+    """Run the stage to its end and return what it printed."""
+    shutil.rmtree(workspace.model)
+    here = {"ROPEWAY_RANKS": str(ranks), "DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "ropeway.cli.main", "room", "train"]
+    done = subprocess.run(
+        command, cwd=workspace.root, env={**os.environ, **here}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
