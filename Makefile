@@ -6,13 +6,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup lock run test test-slow test-loaders test-lm-eval test-browser check ui chaos bench bench-packing bench-plan bench-prepare bench-evaluate bench-registry bench-train chaos-registry clean
+.PHONY: help setup lock run test test-unit test-slow test-loaders test-lm-eval test-browser check ui chaos bench bench-packing bench-plan bench-prepare bench-evaluate bench-registry bench-train chaos-registry clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make run     set up if needed, then make the run of params.yaml and publish it"
 	@echo "make test    set up if needed, then run the tests (no network)"
-	@echo "make test-slow  what takes whole runs: a version made again, ten kills"
+	@echo "make test-unit  unit and contract tests alone: no training, no Prefect server"
+	@echo "make test-slow  what takes whole runs: a version made again, ten kills, the rest of ZeRO"
 	@echo "make test-loaders  the package in transformers 4.31 and 4.46 (installs them)"
 	@echo "make test-lm-eval  tasks of lm-evaluation-harness, offline (installs it, 190 MB)"
 	@echo "make ui      the Prefect UI over this workspace's runs, on http://127.0.0.1:4200"
@@ -81,6 +82,9 @@ test-loaders: $(LOADERS)
 # Whatever a test asks of the Hub fails at once.
 test-lm-eval: $(VENV)/.ready-eval
 	HF_HUB_OFFLINE=1 $(BIN)/pytest -q -m harness tests/harness
+
+test-unit: $(VENV)/.ready-test
+	$(BIN)/pytest -q -n $(or $(TEST_PROCESSES),2) --dist loadfile --no-loadscope-reorder tests/unit tests/contract
 
 test-slow: $(VENV)/.ready-test
 	$(BIN)/pytest -q -m slow tests

@@ -1,4 +1,7 @@
-"""Test ids and parameters are the same in every process; else pytest-xdist refuses to run the suite."""
+"""Test ids and parameters are the same in every process; else pytest-xdist refuses to run the suite.
+
+Slow: xdist itself compares the ids of its two processes in each `make test`.
+"""
 
 import json
 import os
@@ -6,6 +9,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 # Parameters are compared by value as far as plain data goes; of other objects only the type is stable.
@@ -53,6 +58,7 @@ def collect(folder, seed):
     return json.loads(out.read_text())
 
 
+@pytest.mark.slow
 def test_two_processes_collect_the_same_tests_whatever_clock_and_hash_seed(tmp_path):
     first, began = collect(tmp_path, "1"), time.time()
     time.sleep(max(0.0, began + 1.1 - time.time()))  # a clock of whole seconds has moved on

@@ -33,9 +33,11 @@ STATES = {
     "optimizer offloaded": zero(2, offload_optimizer=CPU),
     "all offloaded": zero(3, offload_optimizer=CPU, offload_param=CPU),
 }
+SLOW = ("zero1", "optimizer offloaded")  # each a part of what "zero3" and "all offloaded" do
+NAMED = [pytest.param(one, id=name, marks=[pytest.mark.slow] * (name in SLOW)) for name, one in STATES.items()]
 
 
-@pytest.mark.parametrize("named", STATES.values(), ids=STATES)
+@pytest.mark.parametrize("named", NAMED)
 def test_wherever_the_states_lie_the_model_is_the_one_of_zero2(tmp_path, zero2, named):
     _, workspace = train(tmp_path, named)
     found = weights(workspace.model)

@@ -33,7 +33,9 @@ def prepared(tmp_path_factory):
     return job
 
 
-@pytest.fixture(scope="module", params=["padded", "packed", pytest.param("zero3", marks=pytest.mark.slow)])
+@pytest.fixture(
+    scope="module", params=["packed", *(pytest.param(each, marks=pytest.mark.slow) for each in ("padded", "zero3"))]
+)
 def once(request, prepared, tmp_path_factory):
     """Return (workspace that went back once, the step at fault, a workspace before that training)."""
     job = copy(prepared, tmp_path_factory.mktemp(request.param) / "before")
