@@ -12,12 +12,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ropeway.config.params import READS, Passkey, Positions
 from ropeway.data.shards import open_shards
+from ropeway.models.open_model import rope_of
 from ropeway.reporting.evaluation_plots import passkey_grids, write_plots
 from ropeway.runtime.errors import ConfigError, DataError
 from ropeway.stages.evaluate import passkey
 from ropeway.stages.evaluate.evaluation_tables import plan_tables, write_tables
 from ropeway.stages.evaluate.evaluation_workers import Share
-from ropeway.stages.evaluate.opening import open_model, rope_of
+from ropeway.stages.evaluate.opening import open_model
 from ropeway.stages.evaluate.passkey import Question, ask, encode_question, plan_questions
 from ropeway.stages.evaluate.positions import (
     LongRow,

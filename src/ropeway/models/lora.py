@@ -3,11 +3,12 @@
 from torch import nn
 
 from ropeway.config.params import Profile
+from ropeway.models.architectures import is_table
 from ropeway.runtime.errors import ConfigError
 
 
 def add_adapters(model: nn.Module, profile: Profile) -> None:
-    """Put LoRA layers into a Llama in place and freeze the rest, when `peft_model` asks for it.
+    """Put LoRA layers into a model in place and freeze the rest, when `peft_model` asks for it.
 
     Drawn from torch's global generator, which the caller has seeded: A is random, B zero, so the model is the base.
     Source: Hu et al. 2021, arXiv:2106.09685.
@@ -31,7 +32,7 @@ def add_adapters(model: nn.Module, profile: Profile) -> None:
         model,
     )
     for name, parameter in model.named_parameters():
-        parameter.requires_grad = "lora_" in name or (lora.train_embeddings and _is_embedding(name))
+        parameter.requires_grad = "lora_" in name or (lora.train_embeddings and is_table(name))
 
 
 def merge_adapters(model: nn.Module) -> None:
@@ -49,7 +50,3 @@ def merge_adapters(model: nn.Module) -> None:
             raise ConfigError(f"{name}: merging its adapter gives weights that are not finite; {error}") from None
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.get_base_layer())
-
-
-def _is_embedding(name: str) -> bool:
-    return "embed_tokens" in name or name.startswith("lm_head")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from ropeway.config.params import Profile
 from ropeway.config.zero import PARTITIONED_STAGE, Zero
+from ropeway.models.architectures import HEAD_LAYER
 from ropeway.models.chat_template import ROLE_TOKENS
 
 DTYPE_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
@@ -151,7 +152,7 @@ def count_adapters(profile: Profile, sizes: Sizes) -> tuple[int, int]:
     }
     # A target that is none of these is training's to refuse; the head is the one other linear layer.
     adapters = sizes.layers * lora.rank * sum(sides.get(name, 0) for name in lora.target_modules)
-    adapters += lora.rank * (hidden + sizes.vocabulary) * lora.target_modules.count("lm_head")
+    adapters += lora.rank * (hidden + sizes.vocabulary) * lora.target_modules.count(HEAD_LAYER)
     tables = sizes.embedding_parameters * (1 if sizes.tied else 2)
     return adapters, tables if lora.train_embeddings else 0
 

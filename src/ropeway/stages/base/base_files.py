@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ropeway.models.architectures import check_architecture
 from ropeway.runtime.errors import ConfigError
 
 CONFIG, INDEX, _ADAPTER = "config.json", "model.safetensors.index.json", "adapter_config.json"
@@ -82,8 +83,7 @@ def check_names(names: Iterable[str], *, where: str) -> None:
 
 def check_config(config: Mapping[str, Any], *, where: str) -> None:
     """Raise ConfigError unless a model's config is of a Llama with plain weights."""
-    if config.get("model_type") != "llama":
-        raise ConfigError(f"{where}: expected a Llama, found model_type {config.get('model_type')!r}")
+    check_architecture(config.get("model_type"), where=where)
     quantization = config.get("quantization_config")
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization

@@ -8,13 +8,21 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from ropeway.config.frozen import FrozenInputs
 from ropeway.config.params import GgufBase, HubBase, ModelShape, Profile, ScratchBase
 from ropeway.data.raw_records import iterate_records, iterate_texts
+from ropeway.models.architectures import check_architecture
 from ropeway.models.chat_template import template_digest
+from ropeway.models.open_model import (
+    create_model,
+    measure_frequencies,
+    open_original,
+    output_head,
+    plain_copy,
+    read_config,
+)
 from ropeway.models.rope import RopeScaling, keep_scaling, plan_scaling
 from ropeway.models.tokenizer import (
     LLAMA_SPECIAL,
@@ -73,39 +81,36 @@ def plan_vocabulary(tokens: int, multiple: int) -> int:
     return -(-tokens // multiple) * multiple
 
 
-def make_model(profile: Profile, *, rows: int) -> tuple[LlamaForCausalLM, RopeScaling]:
+def make_model(profile: Profile, *, rows: int) -> tuple[PreTrainedModel, RopeScaling]:
     """Return a Llama of `expected_model`'s shape with fp32 weights drawn from the run's seed alone."""
     shape, rope = profile.expected_model.model_dump(exclude={"vocab_size", "rope_theta"}), _rope(profile)
     shape |= {"vocab_size": rows, "max_position_embeddings": rope.stated_positions}
-    config = LlamaConfig(**shape, rope_parameters=rope.to_config())
     with torch.random.fork_rng(devices=[]):  # transformers draws from the global generator only
         torch.manual_seed(profile.rng_seed)
-        return LlamaForCausalLM(config).to(torch.float32), rope
+        return create_model({**shape, "rope_parameters": rope.to_config()}).to(torch.float32), rope
 
 
-def open_model(origin: Path, options: dict[str, Any], profile: Profile) -> tuple[LlamaForCausalLM, RopeScaling]:
+def open_model(origin: Path, options: dict[str, Any], profile: Profile) -> tuple[PreTrainedModel, RopeScaling]:
     """Return the Llama of a folder in the dtype it is stored in, and its RoPE scaling, set as params say.
 
     Raises:
         ConfigError: It is no Llama, has another shape than `expected_model`, or lacks weights.
     """
-    config = AutoConfig.from_pretrained(origin, **options)
+    config = read_config(origin, options)
     check_shape(config, profile.expected_model, where=f"model_name {profile.model_name}")
     rope = plan_rope(config, profile)
     config.rope_parameters = rope.to_config()  # the whole dict: a partial one loses theta (5.24)
     config.max_position_embeddings = rope.stated_positions
     config.rms_norm_eps = profile.expected_model.rms_norm_eps
     try:
-        model, found = LlamaForCausalLM.from_pretrained(
-            origin, config=config, dtype="auto", output_loading_info=True, use_safetensors=True, **options
-        )
+        model, found = open_original(origin, config, options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"{origin}: its weights cannot be opened: {error}. Fetch the model again") from error
     _check_weights(origin, model, found)
-    return (_dequantised(model) if "gguf_file" in options else model), rope
+    return (plain_copy(model) if "gguf_file" in options else model), rope
 
 
-def _check_weights(origin: Path, model: LlamaForCausalLM, found: dict[str, Any]) -> None:
+def _check_weights(origin: Path, model: PreTrainedModel, found: dict[str, Any]) -> None:
     """Raise ConfigError unless the files hold the config's weights, all of them, no others, and only numbers."""
     if lacking := sorted(found["missing_keys"]):
         raise ConfigError(
@@ -122,7 +127,7 @@ def _check_weights(origin: Path, model: LlamaForCausalLM, found: dict[str, Any])
             raise ConfigError(f"{origin}: {count:,} values of {name} are NaN or infinite; fetch the model again")
 
 
-def plan_rope(config: Any, profile: Profile) -> RopeScaling:  # noqa: ANN401 - any model's config
+def plan_rope(config: PreTrainedConfig, profile: Profile) -> RopeScaling:
     """Return the run's scaling over a base: its own, kept exactly, unless `superhot` is true.
 
     Raises:
@@ -145,25 +150,9 @@ def plan_rope(config: Any, profile: Profile) -> RopeScaling:  # noqa: ANN401 - a
     return rope
 
 
-def measure_frequencies(config: Any) -> tuple[float, ...]:  # noqa: ANN401
-    """Return the attention factor and the fp32 frequencies that transformers computes from an untouched config."""
-    rotary = LlamaRotaryEmbedding(config)
-    return (float(rotary.attention_scaling), *(float(value) for value in rotary.inv_freq.float()))
-
-
-def _dequantised(opened: LlamaForCausalLM) -> LlamaForCausalLM:
-    """Return a plain Llama with a GGUF's weights: transformers 5.24 refuses to save or resize the one it opened."""
-    stated = opened.config.to_dict()
-    config = LlamaConfig.from_dict({k: v for k, v in stated.items() if k != "quantization_config" and k[0] != "_"})
-    model = LlamaForCausalLM(config)
-    model.load_state_dict(opened.state_dict())
-    return model
-
-
-def check_shape(config: Any, expected: ModelShape, *, where: str) -> None:  # noqa: ANN401 - any model's config
+def check_shape(config: PreTrainedConfig, expected: ModelShape, *, where: str) -> None:
     """Raise ConfigError unless a model's config has the expected shape; every difference is named."""
-    if config.model_type != "llama":
-        raise ConfigError(f"{where}: expected a Llama, found model_type '{config.model_type}'")
+    check_architecture(config.model_type, where=where)
     stated = {**config.to_dict(), "rope_theta": (config.rope_parameters or {}).get("rope_theta")}
     faults = [
         f"  {name}: expected_model says {value!r}, the model's config {stated.get(name)!r}"
@@ -179,7 +168,7 @@ def _equal(expected: float, found: object) -> bool:
     return isinstance(found, int | float) and math.isclose(expected, found, rel_tol=1e-6)
 
 
-def resize(model: LlamaForCausalLM, *, rows: int, new_rows: str, seed: int) -> None:
+def resize(model: PreTrainedModel, *, rows: int, new_rows: str, seed: int) -> None:
     """Bring input embedding and head to `rows`; new rows are N(0, 0.02), or the mean of the old ones."""
     old = model.get_input_embeddings().weight.shape[0]
     if rows == old:
@@ -188,7 +177,7 @@ def resize(model: LlamaForCausalLM, *, rows: int, new_rows: str, seed: int) -> N
         model.resize_token_embeddings(rows, mean_resizing=False)
     generator = torch.Generator().manual_seed(seed)
     tied = model.config.tie_word_embeddings
-    for part in (model.get_input_embeddings(), *(() if tied else (model.get_output_embeddings(),))):
+    for part in (model.get_input_embeddings(), *(() if tied else (output_head(model),))):
         weight = part.weight.data
         if new_rows == "mean":
             weight[old:] = weight[:old].float().mean(dim=0).to(weight.dtype)
@@ -274,7 +263,7 @@ def _open_or_train_tokenizer(
     return Tokenizer.from_str(opened.backend_tokenizer.to_str()), {k: v for k, v in named.items() if v}
 
 
-def _save(model: LlamaForCausalLM, folder: Path, special: dict[str, int]) -> None:
+def _save(model: PreTrainedModel, folder: Path, special: dict[str, int]) -> None:
     """Save weights and config; generation stops where training stops, and nothing else of the original's habits."""
     stops = {f"{short}_token_id": special[short] for short in ("bos", "eos", "pad")}
     for name, number in stops.items():
@@ -284,7 +273,7 @@ def _save(model: LlamaForCausalLM, folder: Path, special: dict[str, int]) -> Non
 
 
 def _facts(
-    profile: Profile, model: LlamaForCausalLM, folder: Path, special: dict[str, int], rope: RopeScaling
+    profile: Profile, model: PreTrainedModel, folder: Path, special: dict[str, int], rope: RopeScaling
 ) -> dict[str, Any]:
     return {
         "model": {

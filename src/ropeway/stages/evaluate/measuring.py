@@ -5,6 +5,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from ropeway.config.params import Profile
 from ropeway.data.shards import Shards
 from ropeway.stages.evaluate.evaluation_workers import Cards, Share, gather, share_out
@@ -109,7 +111,9 @@ def measure_share(folder: Path, like: Path, asked: Asked, share: Share) -> Part:
     return Part(batches, positions, keys, answers, tasks)
 
 
-def ask_harness(model: Any, tokenizer: Any, asked: Asked, share: Share) -> list[dict[str, TaskScore]]:  # noqa: ANN401
+def ask_harness(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: Asked, share: Share
+) -> list[dict[str, TaskScore]]:
     """Return the scores of each named task in a share of them, last of all: the harness changes what a model generates.
 
     One by one: the harness lays questions of all tasks that it is given at once into the same batches, and a task's

@@ -5,14 +5,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from ropeway.data.shards import Shards
 from ropeway.models.chat_template import JINJA, template_digest
+from ropeway.models.open_model import open_folder, read_config
 from ropeway.runtime.errors import DataError
 from ropeway.runtime.manifest import file_sha256
 
@@ -22,7 +22,7 @@ SAMPLED_ON_ONE = 1 << 28  # a row of one token gives a second thread still less 
 _REMEDY = "Run `dvc repro`, so that base, data and model come from one run"
 
 
-def open_model(folder: Path, *, like: Path) -> tuple[Any, Any]:
+def open_model(folder: Path, *, like: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return (model, tokenizer) as any user would open them: fp32 on a CPU, else on the GPU in the export's dtype.
 
     Args:
@@ -33,34 +33,18 @@ def open_model(folder: Path, *, like: Path) -> tuple[Any, Any]:
     # It warns beyond max_position_embeddings, which under a RoPE scaling is the base's context and not the model's.
     logging.getLogger("transformers.generation.stopping_criteria").setLevel(logging.ERROR)
     cuda = torch.cuda.is_available()
-    dtype = AutoConfig.from_pretrained(like).dtype if cuda else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
+    dtype = read_config(like, {}).dtype if cuda else torch.float32
+    model = open_folder(folder, dtype)
     return model.to("cuda" if cuda else "cpu").eval(), open_tokenizer(folder)
 
 
-def open_tokenizer(folder: Path) -> Any:  # noqa: ANN401 - transformers is untyped
+def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Return a folder's tokenizer as others open it."""
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 @contextmanager
-def rope_of(model: Any, parameters: dict[str, Any]) -> Iterator[None]:  # noqa: ANN401 - transformers is untyped
-    """Let a model read positions under other `rope_parameters` for a while, frequencies made anew.
-
-    The same as loading it with them in its config, without reading the weights again.
-    """
-    backbone = getattr(model, model.base_model_prefix)
-    before = backbone.rotary_emb
-    config = type(model.config).from_dict({**model.config.to_dict(), "rope_parameters": parameters})
-    backbone.rotary_emb = type(before)(config).to(model.device)
-    try:
-        yield
-    finally:
-        backbone.rotary_emb = before
-
-
-@contextmanager
-def threads_for(model: Any, *, one_below: int) -> Iterator[None]:  # noqa: ANN401
+def threads_for(model: PreTrainedModel, *, one_below: int) -> Iterator[None]:
     """Run a small model on one CPU thread: handing its little matrices to a second costs more than it saves.
 
     Measured on two cores. 3.3 M weights: 72 rows take 2.0 s on one thread and 1.8 s on two; beside other work 3 s

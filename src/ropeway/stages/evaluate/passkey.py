@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from ropeway.config.params import Passkey
 from ropeway.models.chat_template import render_prompt
 from ropeway.runtime.errors import ConfigError
@@ -79,7 +81,9 @@ def _draw_key(seed: str) -> str:
     return str(random.Random(seed).randint(10_000, 99_999))  # noqa: S311 - sampling, not secrets
 
 
-def ask(model: Any, tokenizer: Any, questions: Sequence[Question], *, seed: int) -> list[Answered]:  # noqa: ANN401
+def ask(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], *, seed: int
+) -> list[Answered]:
     """Return the model's answer to every question.
 
     Raises:
@@ -92,7 +96,7 @@ def ask(model: Any, tokenizer: Any, questions: Sequence[Question], *, seed: int)
     return found
 
 
-def encode_question(tokenizer: Any, question: Question) -> list[int]:  # noqa: ANN401 - transformers is untyped
+def encode_question(tokenizer: PreTrainedTokenizerBase, question: Question) -> list[int]:
     """Return the question's ids with as much filler as its length leaves room for.
 
     Raises:

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from transformers import PreTrainedModel
 
 from ropeway.config.params import Positions, Profile
 from ropeway.data.batches import Batch, loss_mask
 from ropeway.data.shards import Shards
+from ropeway.models.open_model import rope_of
 from ropeway.runtime.errors import DataError
 from ropeway.stages.evaluate.evaluation_workers import Share
-from ropeway.stages.evaluate.opening import rope_of
 from ropeway.stages.evaluate.token_scores import Score, Sums, add_sums, sum_batch
 
 UNSCALED = "_unscaled"
@@ -87,7 +88,7 @@ def _read_longest(shards: Shards, profile: Profile) -> Iterator[tuple[NDArray[np
 
 
 def sum_positions(
-    model: Any,  # noqa: ANN401
+    model: PreTrainedModel,
     rows: Sequence[LongRow],
     wanted: Positions,
     *,

@@ -10,15 +10,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ropeway.models.chat_template import render_prompt
+from ropeway.models.open_model import rope_of
 from ropeway.runtime.errors import DataError
-from ropeway.stages.evaluate.opening import rope_of
 from ropeway.stages.evaluate.sampling import Configurations
 
 
-def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:  # noqa: ANN401 - transformers is untyped
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """Return the ids a model is asked to continue: BOS once, the prompt, an open assistant turn.
 
     Raises:
@@ -34,7 +34,14 @@ def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:  # noqa: ANN401 - t
     return ids
 
 
-def answer(model: Any, tokenizer: Any, ids: Sequence[int], params: Mapping[str, Any], *, seed: int) -> str:  # noqa: ANN401
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Sequence[int],
+    params: Mapping[str, Any],
+    *,
+    seed: int,
+) -> str:
     """Return what the model continues `ids` with, up to its end token.
 
     transformers draws from torch's global generator and takes no other, so that one is borrowed and given back.
@@ -64,8 +71,8 @@ def plan_draws(prompts: Sequence[str], configurations: Configurations) -> list[t
 
 
 def sample(
-    model: Any,  # noqa: ANN401
-    tokenizer: Any,  # noqa: ANN401
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     draws: Sequence[tuple[str, str]],
     configurations: Configurations,
     *,

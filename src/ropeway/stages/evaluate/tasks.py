@@ -14,6 +14,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from ropeway.runtime.errors import ConfigError, DataError, TemporaryError
 
 _KEY = "params.yaml: evaluation.tasks"
@@ -115,8 +117,8 @@ def index_tasks(names: Sequence[str], folder: Path) -> Any:  # noqa: ANN401
 
 
 def run_tasks(
-    model: Any,  # noqa: ANN401 - transformers and lm_eval are untyped
-    tokenizer: Any,  # noqa: ANN401
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     tasks: Tasks,
     *,
     batch_size: int,
@@ -163,7 +165,7 @@ def run_tasks(
     }
 
 
-def wrap(model: Any, tokenizer: Any, *, batch_size: int, max_length: int) -> Any:  # noqa: ANN401
+def wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int, max_length: int) -> Any:  # noqa: ANN401
     """Return a model as the harness asks it, so that exactly one BOS stands in front of whatever it reads.
 
     BOS comes from the chat template, and where the harness uses none (`loglikelihood_rolling`, an empty context) it

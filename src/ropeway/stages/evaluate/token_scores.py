@@ -7,16 +7,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ropeway.config.params import Profile
 from ropeway.data.batches import Batch, Row, collate, validation_rows
 from ropeway.data.shards import Shards
+from ropeway.models.open_model import backbone, output_head
 from ropeway.runtime.errors import DataError
 from ropeway.stages.evaluate.evaluation_workers import Share
 
@@ -89,7 +90,7 @@ def plan_batches(lengths: Sequence[int], size: int, *, mix_below: int | None = N
     return batches
 
 
-def plan_mixing(profile: Profile, config: Any) -> int | None:  # noqa: ANN401 - transformers is untyped
+def plan_mixing(profile: Profile, config: PreTrainedConfig) -> int | None:
     """Return the length from which a row's loss would depend on its neighbours in a batch; None when none does.
 
     Under `document_end: published` the last target of a row is padding or its own first token, by the width of the
@@ -110,7 +111,7 @@ def all_rows(shards: Shards, profile: Profile) -> list[Row]:
     return [row for _, rows in validation_rows(shards, profile) for row in rows]
 
 
-def sum_batches(model: Any, shards: Shards, profile: Profile, *, share: Share) -> list[Sums]:  # noqa: ANN401
+def sum_batches(model: PreTrainedModel, shards: Shards, profile: Profile, *, share: Share) -> list[Sums]:
     """Return the sums of each batch in a share of all batches.
 
     Which rows share a batch, and in which order, does not depend on the shares.
@@ -156,16 +157,18 @@ def add_sums(parts: Sequence[Sums]) -> list[Score]:
 
 
 @torch.inference_mode()
-def sum_batch(model: Any, batch: Batch, *, groups: int) -> Sums:  # noqa: ANN401
+def sum_batch(model: PreTrainedModel, batch: Batch, *, groups: int) -> Sums:
     """Return `(3, groups)` sums of one batch by its `sources`: loss in nats, correct positions, positions.
 
     Neither attention mask nor cache: rows are padded on the right, so causal attention never sees the padding, and
     with either transformers 5 stops telling packed rows apart. Only supervised positions pass the head, and their
     logits are gone before the next ones are made.
     """
-    backbone, head = getattr(model, model.base_model_prefix), model.get_output_embeddings()
+    head = output_head(model)
     mask = torch.from_numpy(batch.loss_mask)
-    hidden = backbone(input_ids=torch.from_numpy(batch.input_ids).to(model.device), use_cache=False).last_hidden_state
+    hidden = backbone(model)(
+        input_ids=torch.from_numpy(batch.input_ids).to(model.device), use_cache=False
+    ).last_hidden_state
     hidden = hidden[mask.to(model.device)]  # (N, H)
     targets = torch.from_numpy(batch.targets)[mask].to(model.device)
     losses, hits = [], []
@@ -178,7 +181,7 @@ def sum_batch(model: Any, batch: Batch, *, groups: int) -> Sums:  # noqa: ANN401
     return np.stack([np.bincount(sources, weights=one, minlength=groups) for one in values])
 
 
-def _hits(logits: Any, wanted: Any) -> Any:  # noqa: ANN401 - tensors
+def _hits(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """Return `(N,)` whether the target is the argmax; on a CPU that takes five times as long as the maximum."""
     hits = logits.gather(1, wanted[:, None])[:, 0] == logits.amax(dim=-1)
     likely = hits.nonzero()[:, 0]
@@ -186,7 +189,7 @@ def _hits(logits: Any, wanted: Any) -> Any:  # noqa: ANN401 - tensors
     return hits
 
 
-def _as_numbers(parts: list[Any]) -> NDArray[np.float64]:
+def _as_numbers(parts: list[torch.Tensor]) -> NDArray[np.float64]:
     numbers: NDArray[np.float64] = torch.cat(parts).double().cpu().numpy()
     return numbers
 

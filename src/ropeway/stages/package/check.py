@@ -13,9 +13,18 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from ropeway.models.architectures import class_name
 from ropeway.models.chat_template import ASSISTANT, ROLE_TOKENS
+from ropeway.models.open_model import head_dim, open_reporting, output_head, rotary
 from ropeway.models.rope import scaling_from_json
 from ropeway.runtime.errors import DataError, RopewayError
 from ropeway.runtime.manifest import NAME as MANIFEST
@@ -47,9 +56,8 @@ def check_package(folder: Path, logits: Path | None = None) -> None:
         *template_faults(folder, tokenizer, probe),
     ]
     faults += [*weight_faults(folder, probe)]
-    options = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(folder, **options)
+        model, found = open_reporting(folder)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise DataError("\n".join([f"{folder}: cannot be loaded: {error}", *faults])) from error
     model.eval()
@@ -76,7 +84,7 @@ def config_faults(config: Mapping[str, Any], probe: Mapping[str, Any]) -> Iterat
         "bos_token_id": probe["special"]["bos"],
         "eos_token_id": probe["special"]["eos"],
         "pad_token_id": probe["special"]["pad"],
-        "architectures": ["LlamaForCausalLM"],
+        "architectures": [class_name(config.get("model_type"))],
     }
     for key, value in wanted.items():
         yield from _differs(f"config.json, {key}", value, config.get(key))
@@ -84,7 +92,7 @@ def config_faults(config: Mapping[str, Any], probe: Mapping[str, Any]) -> Iterat
         yield f"  config.json, max_position_embeddings: expected an integer, found {reach}"
 
 
-def token_faults(tokenizer: Any, probe: Mapping[str, Any]) -> Iterator[str]:  # noqa: ANN401 - transformers is untyped
+def token_faults(tokenizer: PreTrainedTokenizerBase, probe: Mapping[str, Any]) -> Iterator[str]:
     """Yield special tokens with other ids, and texts that are tokenized otherwise."""
     special = probe["special"]
     found = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
@@ -97,7 +105,7 @@ def token_faults(tokenizer: Any, probe: Mapping[str, Any]) -> Iterator[str]:  # 
         yield from _differs(f"ids of {case['text']!r}", case["ids"], tokenizer(case["text"])["input_ids"])
 
 
-def template_faults(folder: Path, tokenizer: Any, probe: Mapping[str, Any]) -> Iterator[str]:  # noqa: ANN401
+def template_faults(folder: Path, tokenizer: PreTrainedTokenizerBase, probe: Mapping[str, Any]) -> Iterator[str]:
     """Yield conversations that the template, in its file or in the config, renders otherwise than training did."""
     key = json.loads((folder / "tokenizer_config.json").read_bytes()).get("chat_template")
     places = {
@@ -130,27 +138,26 @@ def weight_faults(folder: Path, probe: Mapping[str, Any]) -> Iterator[str]:
         yield from _differs(f"stored dtype of {name}", STORED[probe["dtype"]], dtype)
 
 
-def model_faults(model: Any, tokenizer: Any, probe: Mapping[str, Any]) -> Iterator[str]:  # noqa: ANN401
+def model_faults(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probe: Mapping[str, Any]) -> Iterator[str]:
     """Yield what the live model does not have as trained: dtype, frequencies, vocabulary."""
     config = model.config
     yield from _differs("dtype of the loaded model", f"torch.{TORCH_NAMES[probe['dtype']]}", str(model.dtype))
-    live = model.model.rotary_emb.inv_freq.float().numpy()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    live = rotary(model).inv_freq.float().numpy()
     rope = scaling_from_json(probe["rope"])
-    wanted = rope.inv_freq(head_dim)
+    wanted = rope.inv_freq(head_dim(config))
     yield from _differs(
-        "RoPE's attention factor", round(rope.attention_factor, 6), round(model.model.rotary_emb.attention_scaling, 6)
+        "RoPE's attention factor", round(rope.attention_factor, 6), round(rotary(model).attention_scaling, 6)
     )
     if live.shape != wanted.shape or not np.allclose(live, wanted, rtol=1e-6, atol=0):
         yield f"  RoPE frequencies of the live model: expected {wanted[:4].tolist()}…, found {live[:4].tolist()}…"
     rows = model.get_input_embeddings().weight.shape[0]
     yield from _differs("rows of the embedding and config's vocab_size", rows, config.vocab_size)
-    yield from _differs("rows of the head and of the embedding", rows, model.get_output_embeddings().weight.shape[0])
+    yield from _differs("rows of the head and of the embedding", rows, output_head(model).weight.shape[0])
     if rows < len(tokenizer):
         yield f"  rows of the embedding: expected {len(tokenizer)} at least, the tokenizer's tokens; found {rows}"
 
 
-def stop_faults(model: Any, tokenizer: Any, probe: Mapping[str, Any]) -> Iterator[str]:  # noqa: ANN401
+def stop_faults(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probe: Mapping[str, Any]) -> Iterator[str]:
     """Yield a generation that goes on behind the end token, told to stop by nothing but the folder's own files."""
     settings = GenerationConfig.from_pretrained(tokenizer.name_or_path, local_files_only=True)
     try:
@@ -173,7 +180,7 @@ def stop_faults(model: Any, tokenizer: Any, probe: Mapping[str, Any]) -> Iterato
     )
 
 
-def logits_faults(model: Any, expected: np.ndarray[Any, Any], probe: Mapping[str, Any]) -> Iterator[str]:  # noqa: ANN401
+def logits_faults(model: PreTrainedModel, expected: np.ndarray[Any, Any], probe: Mapping[str, Any]) -> Iterator[str]:
     """Yield a difference between the package's logits of the probe row and those of the exported model."""
     found = logits_of(model, probe)
     if found.shape != expected.shape:

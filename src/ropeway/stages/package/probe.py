@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from ropeway.models.chat_template import ROLE_TOKENS, Conversation, render, to_messages
+from ropeway.models.open_model import DTYPES, open_folder
 from ropeway.models.rope import RopeScaling
 from ropeway.models.tokenizer import open_tokenizer, read_special_names
-from ropeway.stages.package.weights import DTYPES
 
 FORMAT = 1
 # Where loaders and servers go wrong: the blank after a special token, leading and doubled blanks, bytes outside the
@@ -65,7 +65,7 @@ def probe_row(probe: Mapping[str, Any]) -> list[int]:
 
 
 @torch.inference_mode()
-def logits_of(model: Any, probe: Mapping[str, Any]) -> np.ndarray[Any, Any]:  # noqa: ANN401 - transformers is untyped
+def logits_of(model: PreTrainedModel, probe: Mapping[str, Any]) -> np.ndarray[Any, Any]:
     """Return `(T, V)` fp32 logits of the probe row."""
     logits = model(input_ids=torch.tensor([probe_row(probe)]), use_cache=False).logits[0]
     found: np.ndarray[Any, Any] = logits.float().numpy()
@@ -75,7 +75,4 @@ def logits_of(model: Any, probe: Mapping[str, Any]) -> np.ndarray[Any, Any]:  # 
 def expected_logits(folder: Path, probe: Mapping[str, Any]) -> np.ndarray[Any, Any]:
     """Return the logits of train's export, its weights cast to the package's dtype."""
     disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=DTYPES[probe["dtype"]], local_files_only=True, use_safetensors=True
-    )
-    return logits_of(model.eval(), probe)
+    return logits_of(open_folder(folder, DTYPES[probe["dtype"]]).eval(), probe)

@@ -9,14 +9,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ropeway.models.architectures import EMBEDDING, HEAD
+from ropeway.models.open_model import DTYPES
 from ropeway.runtime.errors import DataError
 from ropeway.runtime.manifest import write_json
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 # As safetensors spells them. Source: its format's README, v0.5.
 STORED = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from transformers import PreTrainedModel
 
 from ropeway.config.params import READS
 from ropeway.config.zero import PARTITIONED_STAGE
@@ -51,7 +52,7 @@ def export_model(run: Run, workspace: Workspace, *, fingerprint: str, log: list[
     print(f"model of {facts['applied_steps']} applied steps in {workspace.model}", flush=True)
 
 
-def _whole_model(run: Run, workspace: Workspace) -> Any:  # noqa: ANN401 - transformers is untyped
+def _whole_model(run: Run, workspace: Workspace) -> PreTrainedModel | None:
     """Return the trained model on rank 0, None elsewhere. Under ZeRO-3 every rank holds a part: gathered one by one."""
     if run.engine.zero_optimization_stage() < PARTITIONED_STAGE:
         return run.engine.module.model if run.rank == 0 else None

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from ropeway.models.attention import VARLEN, borders
+from ropeway.models.open_model import backbone, output_head
 
 # 1,024 x 32,016 logits in fp32 are 125 MiB; the whole of 2 x 8,192 positions would be 2.0 GiB.
 CHUNK_POSITIONS = 1024
@@ -20,7 +22,7 @@ EPSILON = 1e-8
 class SupervisedLoss(nn.Module):
     """A causal language model that returns the loss of each supervised position instead of logits."""
 
-    def __init__(self, model: Any) -> None:  # noqa: ANN401 - transformers is untyped
+    def __init__(self, model: PreTrainedModel) -> None:
         """Wrap a transformers causal model; its decoder and head are called separately."""
         super().__init__()
         self.model = model
@@ -30,9 +32,9 @@ class SupervisedLoss(nn.Module):
         where: dict[str, Any] = {}
         if self.model.config._attn_implementation == VARLEN:  # noqa: SLF001 - transformers 5.24 has no other name for it
             where["cu_seqlens"], where["longest"] = borders(position_ids)
-        decoded = self.model.model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **where)
+        decoded = backbone(self.model)(input_ids=input_ids, position_ids=position_ids, use_cache=False, **where)
         hidden = decoded.last_hidden_state
-        return chunked_losses(hidden[loss_mask], self.model.lm_head, targets[loss_mask])
+        return chunked_losses(hidden[loss_mask], output_head(self.model), targets[loss_mask])
 
 
 def chunked_losses(hidden: Tensor, head: nn.Module, targets: Tensor, *, chunk: int = CHUNK_POSITIONS) -> Tensor:

@@ -2,27 +2,24 @@
 
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from torch import nn
+from transformers import PreTrainedModel
 
 from ropeway.config.params import Profile
 from ropeway.models.attention import VARLEN, Attention, register, varlen_kernel
 from ropeway.models.lora import add_adapters
+from ropeway.models.open_model import DTYPES, head_dim, open_folder, rotary
 from ropeway.models.rope import RopeScaling
 from ropeway.runtime.errors import ConfigError
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
-
-def open_model(folder: Path, profile: Profile, attention: Attention) -> Any:  # noqa: ANN401 - transformers is untyped
+def open_model(folder: Path, profile: Profile, attention: Attention) -> PreTrainedModel:
     """Return the base model of `folder` ready for training, with the RoPE scaling that its config states."""
     if attention.implementation == VARLEN:
         register(varlen_kernel(on_cuda=attention.on_cuda))
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=DTYPES[profile.dtype], attn_implementation=attention.implementation
-    )
+    model = open_folder(folder, DTYPES[profile.dtype], attn_implementation=attention.implementation)
     model.config.use_cache = False
     add_adapters(model, profile)
     if profile.gradient_checkpointing:
@@ -31,39 +28,37 @@ def open_model(folder: Path, profile: Profile, attention: Attention) -> Any:  # 
     return model
 
 
-def learning(model: Any) -> list[Any]:  # noqa: ANN401
+def learning(model: nn.Module) -> list[nn.Parameter]:
     """Return the parameters that the optimizer gets: all but frozen ones."""
     return [part for part in model.parameters() if part.requires_grad]
 
 
-def count_weights(model: Any, *, learning_only: bool = False) -> int:  # noqa: ANN401
+def count_weights(model: nn.Module, *, learning_only: bool = False) -> int:
     """Return how many weights a model has, those that ZeRO-3 left with other ranks included."""
     parts = learning(model) if learning_only else model.parameters()
     return sum(int(getattr(part, "ds_numel", part.numel())) for part in parts)
 
 
-def check_rope(model: Any, scaling: RopeScaling) -> None:  # noqa: ANN401
+def check_rope(model: PreTrainedModel, scaling: RopeScaling) -> None:
     """Compare the live module's frequencies, in fp32, with the formula; of a kept scaling, with the base's own.
 
     Raises:
         ConfigError: They differ, or the engine rounded them to 16 bit (older DeepSpeed did: field report #8066).
     """
-    live = model.model.rotary_emb.inv_freq.detach().cpu()
+    live = rotary(model).inv_freq.detach().cpu()
     if live.dtype != torch.float32:
         raise ConfigError(
             f"RoPE frequencies are {live.dtype} after the engine started, expected torch.float32: at position "
             "8,191 the angle would be off by radians. Use deepspeed >= 0.19.2"
         )
-    config = model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    expected = torch.from_numpy(scaling.inv_freq(head_dim))
+    expected = torch.from_numpy(scaling.inv_freq(head_dim(model.config)))
     if not torch.allclose(live, expected, rtol=1e-6, atol=0):
         raise ConfigError(
             f"RoPE frequencies of the live model start {live[:3].tolist()}, expected {expected[:3].tolist()}: "
             f"{scaling.kind} scaling did not reach the model"
         )
-    if not math.isclose(model.model.rotary_emb.attention_scaling, scaling.attention_factor, rel_tol=1e-6):
+    if not math.isclose(factor := rotary(model).attention_scaling, scaling.attention_factor, rel_tol=1e-6):
         raise ConfigError(
-            f"RoPE's attention factor of the live model is {model.model.rotary_emb.attention_scaling:g}, expected "
-            f"{scaling.attention_factor:g}: {scaling.kind} scaling did not reach the model"
+            f"RoPE's attention factor of the live model is {factor:g}, expected {scaling.attention_factor:g}: "
+            f"{scaling.kind} scaling did not reach the model"
         )

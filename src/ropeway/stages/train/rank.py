@@ -15,7 +15,7 @@ import transformers
 from deepspeed.accelerator import get_accelerator
 
 from ropeway.config.frozen import FrozenInputs
-from ropeway.config.params import READS, UNHASHED
+from ropeway.config.params import READS, UNHASHED, Profile
 from ropeway.data.accumulation import accumulation_steps
 from ropeway.data.shards import REMEDY, open_shards
 from ropeway.models.attention import Attention, choose_attention
@@ -197,7 +197,7 @@ def _peak(run: Run) -> float | None:
     return None if card is None or run.profile.dtype == "fp32" else CARDS[card] * 1e12 * run.world_size
 
 
-def open_run(workspace: Workspace, profile: Any, attention: Attention, *, universal: bool) -> Run:  # noqa: ANN401
+def open_run(workspace: Workspace, profile: Profile, attention: Attention, *, universal: bool) -> Run:
     """Return the run with its engine, held to what params say, before its first step.
 
     Raises:
