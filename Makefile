@@ -34,7 +34,7 @@ setup: $(VENV)/.ready-run
 # DeepSpeed builds a small op at its first start on a CPU (20-80 s): done here, so that no run waits for it.
 $(VENV)/.ready-run: $(LOCKS)
 	$(INSTALL)
-	$(BIN)/python -m ropeway.stages.train.op_build
+	$(BIN)/python -m ropeway.runtime.op_build
 	@touch $@
 
 $(VENV)/.ready-test: $(VENV)/.ready-run

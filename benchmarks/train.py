@@ -143,7 +143,7 @@ def lay_workspace(root: Path) -> None:
 
 def launch(root: Path, folder: Path, rounds: int, steps: int) -> dict[str, Any]:
     """Start the ranks as a training starts them; return what rank 0 measured."""
-    from ropeway.stages.train.launch import RANK_MODULE, free_port, plan_command, plan_environment
+    from ropeway.runtime.launcher import RANK_MODULE, free_port, plan_command, plan_environment
 
     folder.mkdir()
     arguments = [str(root), str(rounds), str(steps), str(folder)]

@@ -25,16 +25,16 @@ import transformers
 from ropeway.config.params import READS, UNHASHED, Profile, load_profile
 from ropeway.data.batches import PAD_MULTIPLE, Row, collate
 from ropeway.models.attention import choose_attention
+from ropeway.runtime.op_leftovers import init_distributed
+from ropeway.runtime.progress import Progress
+from ropeway.runtime.watchdog import Watchdog
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.train import saving
 from ropeway.stages.train.deepspeed_config import parse_deepspeed_json, plan_deepspeed
-from ropeway.stages.train.leftovers import meet
 from ropeway.stages.train.loop import train
 from ropeway.stages.train.model import open_model
-from ropeway.stages.train.progress import Progress
 from ropeway.stages.train.rank import open_run
 from ropeway.stages.train.running import Run
-from ropeway.stages.train.watch import Watchdog
 
 # The first turn of each is not timed: set-up, first touch of memory; of two also the losses that are compared.
 WARM_STEPS, SHORT_WARM_STEPS = 6, 2
@@ -261,7 +261,7 @@ def main(root: Path, rounds: int, steps: int, folder: Path) -> None:
     padded = profile.model_copy(update={"save_steps": NEVER})
     wide = {"per_device_train_batch_size": WIDE_ROWS, "global_batch_size": WIDE_ROWS * int(os.environ["WORLD_SIZE"])}
     packed = padded.model_copy(update={"layout": "packed"})
-    meet()
+    init_distributed()
     watchdog = Watchdog(limit_seconds=None)
     runs: dict[str, Run] = {}
 

@@ -29,15 +29,15 @@ def main(root, *cases):
     from ropeway.data.shards import open_shards
     from ropeway.models.attention import Attention
     from ropeway.runtime.errors import TrainingError
+    from ropeway.runtime.op_leftovers import init_distributed
     from ropeway.runtime.workspace import Workspace
     from ropeway.stages.train.deepspeed_config import plan_deepspeed
-    from ropeway.stages.train.leftovers import meet
     from ropeway.stages.train.loop import train
     from ropeway.stages.train.loss import SupervisedLoss
     from ropeway.stages.train.model import open_model
     from ropeway.stages.train.running import Run
 
-    meet()
+    init_distributed()
     deepspeed.utils.logger.setLevel("ERROR")
     workspace = Workspace(Path(root), "tiny")
     _, profile = load_profile(Path(root) / "params.yaml")

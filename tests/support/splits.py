@@ -19,15 +19,15 @@ def main(root, normalisation, *sizes):
     from ropeway.config.params import load_profile
     from ropeway.data.shards import open_shards
     from ropeway.models.attention import Attention
+    from ropeway.runtime.op_leftovers import init_distributed
     from ropeway.runtime.workspace import Workspace
     from ropeway.stages.train.deepspeed_config import plan_deepspeed
-    from ropeway.stages.train.leftovers import meet
     from ropeway.stages.train.loop import take_step
     from ropeway.stages.train.loss import SupervisedLoss
     from ropeway.stages.train.model import open_model
     from ropeway.stages.train.running import Run
 
-    meet()
+    init_distributed()
     deepspeed.utils.logger.setLevel("ERROR")
     ranks, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     workspace = Workspace(Path(root), "tiny")

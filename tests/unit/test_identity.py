@@ -62,6 +62,14 @@ def test_code_that_shows_describes_starts_or_stores_a_run_invalidates_no_stage_t
     assert changed == ({"report_data", "report_eval"} if package == "reporting" else set())
 
 
+def test_a_log_flag_of_the_launcher_and_a_limit_of_the_watchdog_retrain_nothing(source):
+    before = room_digest(source, "train")
+    edit(source / "runtime/launcher.py", "--log_level=warning", "--log_level=info")
+    edit(source / "runtime/watchdog.py", "LEAST_SECONDS = 600.0", "LEAST_SECONDS = 900.0")
+    edit(source / "runtime/progress.py", "_BAR_CELLS = 20", "_BAR_CELLS = 10")
+    assert room_digest(source, "train") == before
+
+
 @pytest.mark.parametrize(
     ("path", "reading"),
     [
@@ -69,6 +77,7 @@ def test_code_that_shows_describes_starts_or_stores_a_run_invalidates_no_stage_t
         ("data/raw_records.py", {"fetch", "base", "tokenize", "package"}),
         ("data/words.py", {"tokenize", "prepare"}),
         ("models/lora.py", {"train"}),
+        ("models/rope.py", {"base", "train", "package"}),
         ("stages/train/loss.py", {"train"}),
         ("stages/evaluate/passkey.py", {"evaluate"}),
     ],

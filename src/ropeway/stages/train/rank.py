@@ -25,24 +25,24 @@ from ropeway.planning.memory import DTYPE_BYTES, stored_bytes
 from ropeway.runtime.code_digests import CODE, check_code
 from ropeway.runtime.devices import name_cpu
 from ropeway.runtime.errors import ConfigError, RopewayError, TemporaryError, TrainingError
+from ropeway.runtime.launcher import adopt_slurm
 from ropeway.runtime.manifest import digest_of, load_manifest
+from ropeway.runtime.op_leftovers import init_distributed
+from ropeway.runtime.progress import Progress
 from ropeway.runtime.tracking import About, Tracker, describe_mirror, open_tracker
+from ropeway.runtime.watchdog import Watchdog
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.train import checkpoints, rewind, saving
 from ropeway.stages.train.continuing import check_taken_over
 from ropeway.stages.train.deepspeed_config import parse_deepspeed_json, plan_deepspeed
 from ropeway.stages.train.disk import check_disk
 from ropeway.stages.train.export import export_model
-from ropeway.stages.train.launch import adopt_slurm
-from ropeway.stages.train.leftovers import meet
 from ropeway.stages.train.loop import FaultError, train
 from ropeway.stages.train.loss import SupervisedLoss
 from ropeway.stages.train.model import check_rope, count_weights, learning, open_model
-from ropeway.stages.train.progress import Progress
 from ropeway.stages.train.running import Run
 from ropeway.stages.train.stop import Line
 from ropeway.stages.train.warm_up import check_isolation, try_worst_step
-from ropeway.stages.train.watch import Watchdog
 
 UNTRIED = "ROPEWAY_UNTRIED"  # 1: no trial step before step 1
 
@@ -79,7 +79,7 @@ def main(root: Path, name: str, fingerprint: str) -> None:
     if profile.dtype == "fp16" and not get_accelerator().is_fp16_supported():
         raise ConfigError("dtype: fp16 does not train on a CPU; use bf16 or fp32, or run this profile on GPUs")
     attention = choose_attention(profile, cuda=cuda)
-    meet()
+    init_distributed()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     folder = workspace.checkpoints / fingerprint

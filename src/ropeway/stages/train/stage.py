@@ -14,14 +14,14 @@ from ropeway.config.params import Profile
 from ropeway.data.accumulation import accumulation_steps
 from ropeway.runtime.devices import count_ranks
 from ropeway.runtime.errors import ConfigError, DataError, TemporaryError
+from ropeway.runtime.launcher import free_port, plan_command, plan_environment
 from ropeway.runtime.manifest import load_manifest, write_atomic, write_json
+from ropeway.runtime.op_leftovers import clear_dead_locks, extensions_folder, unlink_buffers
 from ropeway.runtime.supervise import signal_of
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.train import checkpoints, continuing
 from ropeway.stages.train.deepspeed_config import parse_deepspeed_json
 from ropeway.stages.train.fingerprint import Fingerprint, take_fingerprint
-from ropeway.stages.train.launch import free_port, plan_command, plan_environment
-from ropeway.stages.train.leftovers import clear_dead_locks, extensions_folder, unlink_buffers
 from ropeway.stages.train.stop import made
 from ropeway.stages.train.universal import make_loadable
 

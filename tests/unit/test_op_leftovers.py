@@ -7,8 +7,8 @@ import sys
 import pytest
 from torch.utils.file_baton import FileBaton
 
-from ropeway.stages.train import leftovers
-from ropeway.stages.train.leftovers import clear_dead_locks, extensions_folder, unlink_buffers
+from ropeway.runtime import op_leftovers as leftovers
+from ropeway.runtime.op_leftovers import clear_dead_locks, extensions_folder, unlink_buffers
 
 HOLD = "import sys; from torch.utils.file_baton import FileBaton; FileBaton(sys.argv[1]).try_acquire(); {then}"
 BUILD = """
@@ -18,7 +18,7 @@ def hold(*_, **__):
     print("building", flush=True)
     signal.pause()
 extension._write_ninja_file_and_build_library = hold
-from ropeway.stages.train.op_build import main
+from ropeway.runtime.op_build import main
 main()
 """
 

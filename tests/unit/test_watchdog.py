@@ -6,7 +6,7 @@ import textwrap
 
 import pytest
 
-from ropeway.stages.train.watch import LEAST_SECONDS, Watchdog
+from ropeway.runtime.watchdog import LEAST_SECONDS, Watchdog
 
 
 def run(text):
@@ -17,7 +17,7 @@ def run(text):
 def test_a_hanging_rank_says_where_and_ends_with_75():
     done = run("""
         import threading
-        from ropeway.stages.train.watch import Watchdog
+        from ropeway.runtime.watchdog import Watchdog
         def wait_for_a_rank_that_never_comes():
             threading.Event().wait()
         dog = Watchdog(limit_seconds=600)
@@ -33,7 +33,7 @@ def test_a_hanging_rank_says_where_and_ends_with_75():
 
 def test_a_rank_that_ends_is_not_held_up_and_not_ended():
     done = run("""
-        from ropeway.stages.train.watch import Watchdog
+        from ropeway.runtime.watchdog import Watchdog
         dog = Watchdog(limit_seconds=0.2)
         dog.end()
         import time; time.sleep(0.5)

@@ -50,7 +50,7 @@ def _open_paths() -> set[str]:
     return paths
 
 
-def meet() -> None:
+def init_distributed() -> None:
     """Let the ranks meet (DeepSpeed's `init_distributed`); on a CPU, leave no name of a buffer in /dev/shm."""
     import deepspeed
     import torch

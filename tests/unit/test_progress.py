@@ -6,8 +6,8 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ropeway.data.batches import Piece
+from ropeway.runtime.progress import Progress, describe
 from ropeway.stages.train.flops import step_flops, token_flops
-from ropeway.stages.train.progress import Progress, describe
 
 
 def line(step, **changes):

@@ -4,7 +4,7 @@ import pytest
 
 from ropeway.runtime.devices import count_here, count_ranks, read_hostfile
 from ropeway.runtime.errors import ConfigError
-from ropeway.stages.train.launch import adopt_slurm, plan_command
+from ropeway.runtime.launcher import adopt_slurm, plan_command
 
 ARGUMENTS = ["/w", "tiny", "abc"]
 

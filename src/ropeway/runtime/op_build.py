@@ -1,4 +1,4 @@
-"""`python -m ropeway.stages.train.op_build`: build the op DeepSpeed needs on a CPU, once, at set-up."""
+"""`python -m ropeway.runtime.op_build`: build the op DeepSpeed needs on a CPU, once, at set-up."""
 
 import os
 import sys
@@ -11,8 +11,8 @@ def main() -> None:
     """Load the op, which compiles it when it is not there yet; nothing to do on a machine with GPUs."""
     if list_gpus():
         return
-    from ropeway.stages.train.launch import check_compiler
-    from ropeway.stages.train.leftovers import clear_dead_locks, extensions_folder
+    from ropeway.runtime.launcher import check_compiler
+    from ropeway.runtime.op_leftovers import clear_dead_locks, extensions_folder
 
     check_compiler()
     os.environ["DS_ACCELERATOR"] = "cpu"

@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ropeway.stages.train.stop import Line
-
+Line = dict[str, Any]  # a step of the log, with what the machine did for it
 _RECENT_STEPS = 20
 _BAR_CELLS = 20
 _SUMMED = ("seconds", "tokens", "supervised_tokens", "model_flops")
