@@ -18,6 +18,7 @@ from ropeway.orchestration.output_lines import Folder
 from ropeway.runtime.errors import ConfigError, DataError, RopewayError, TemporaryError
 from ropeway.runtime.lock import Held
 from ropeway.runtime.supervise import GRACE_SECONDS
+from ropeway.runtime.workspace import Workspace
 
 Say = Callable[[str], None]
 T = TypeVar("T")
@@ -59,6 +60,11 @@ class Site:
 def log_path(root: Path, name: str) -> Path:
     """Return where a stage's full log is."""
     return root / ".work" / "logs" / f"{_file_name(name)}.log"
+
+
+def progress_path(root: Path, name: str) -> Path:
+    """Return where a stage writes how far it has come, if it does."""
+    return Workspace(root, "").progress(_file_name(name))
 
 
 def bring_up(site: Site, name: str, say: Say, *, anew: bool = False) -> str:
@@ -115,6 +121,7 @@ def _run(site: Site, name: str, command: list[str], say: Say) -> tuple[int, dict
     resumes = (_read_record(site.record(name, "exit")) or {}).get("code") == TemporaryError.exit_code
     for kind in ("exit", "dvc"):
         site.record(name, kind).unlink(missing_ok=True)
+    progress_path(site.root, name).unlink(missing_ok=True)  # an earlier start's is not taken for this one's
     events: dict[str, int | None] = {}
     lines: deque[str] = deque(maxlen=_QUOTED_LINES)
     log = site.log(name)

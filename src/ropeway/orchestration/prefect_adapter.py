@@ -28,7 +28,7 @@ from prefect.tasks import Task
 
 from ropeway.config.params import load_profile
 from ropeway.orchestration.display import RETRIES, Done, may_retry, retry_seconds
-from ropeway.orchestration.dvc_stage import Say, log_path
+from ropeway.orchestration.dvc_stage import Say, log_path, progress_path
 from ropeway.orchestration.page_log import PageLog
 from ropeway.orchestration.page_progress import Bar
 from ropeway.orchestration.prefect_server import outlast_outage, page_address, standing_server
@@ -169,11 +169,17 @@ class PrefectBoard:
         def keep() -> Done:
             flow_run, task_run = runtime.flow_run.id, runtime.task_run.id
 
+            bar = Bar(progress_path(self.root, name), artifact_prefix(f"{self.prefix}-{name}-progress"), _api())
+
             def say(line: str) -> None:
                 self.log.add(name, line, flow_run=flow_run, task_run=task_run)
+                bar.refresh()  # a line is the occasion; nothing is read from it
 
             try:
-                ended.append(work(Bar(say, artifact_prefix(f"{self.prefix}-{name}-progress"), _api())))
+                try:
+                    ended.append(work(say))
+                finally:
+                    bar.refresh(last=True)
             except BaseException as error:
                 if may_retry(error):
                     outlast_outage(_api())

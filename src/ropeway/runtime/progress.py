@@ -24,7 +24,7 @@ class Progress:
 
     Attributes:
         facts: What was known at its start: ranks, host, versions.
-        lines: `progress.jsonl`, read by the flow while the run goes on.
+        lines: The stage's progress file, which the flow reads while the run goes on.
         attempts: `attempts.jsonl`, one record per start of this run.
         peak_flops: What all cards together could do, FLOP/s; None where nobody states it.
         mirror: Gets every line as well, e.g. to W&B; must not block.

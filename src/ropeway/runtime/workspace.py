@@ -117,6 +117,10 @@ class Workspace:
         """Unfinished work, exit records, logs and the workspace lock."""
         return self.root / ".work"
 
+    def progress(self, stage: str) -> Path:
+        """How far a stage has come: a JSON record per step (`ropeway.runtime.progress`), of its latest start alone."""
+        return self.work / f"{stage}.progress.jsonl"
+
     @property
     def registry_url(self) -> str:
         """The store packages are published to: `ROPEWAY_REGISTRY`, else the folder `registry/` here."""

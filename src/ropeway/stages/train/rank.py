@@ -97,7 +97,7 @@ def main(root: Path, name: str, fingerprint: str) -> None:
     tracker = _track(run, workspace, fingerprint)
     progress = Progress(
         facts,
-        workspace.work / "progress.jsonl",
+        workspace.progress("train"),
         folder / "attempts.jsonl",
         _peak(run),
         tracker.log if tracker else lambda _: None,

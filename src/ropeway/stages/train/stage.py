@@ -50,7 +50,7 @@ def run(workspace: Workspace, profile: Profile) -> None:
     continuing.go_on(workspace, profile, fingerprint)
     make_loadable(folder, ranks=ranks)
     workspace.work.mkdir(exist_ok=True)
-    (workspace.work / "progress.jsonl").unlink(missing_ok=True)
+    workspace.progress("train").unlink(missing_ok=True)
     arguments = [str(workspace.root), workspace.profile, fingerprint.digest]
     port, environment = free_port(), plan_environment(os.environ, ranks=ranks)
     command = plan_command(os.environ, arguments, ranks=ranks, port=port)
