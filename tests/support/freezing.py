@@ -9,7 +9,7 @@ from ropeway.config.params import READS, load_profile
 from ropeway.runtime.code_digests import Digests
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.fetch import stage as fetch
-from ropeway.stages.fetch.source_identity import source_identity
+from ropeway.stages.fetch.sources import source_identity
 
 
 @functools.cache

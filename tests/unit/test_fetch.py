@@ -2,9 +2,11 @@ import json
 import os
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 
+from ropeway.config.origins import RowsSource
 from ropeway.config.params import READS, FilesSource, HuggingfaceSource, PythonDocsSource, load_profile
 from ropeway.data.raw_records import RawWriter, iterate_records
 from ropeway.models.chat_template import Conversation
@@ -13,10 +15,11 @@ from ropeway.runtime.manifest import file_sha256, load_manifest
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.fetch import local
 from ropeway.stages.fetch import stage as fetch
+from ropeway.stages.fetch.files import READERS, check_format
 from ropeway.stages.fetch.local import digest_files, find_files
 from ropeway.stages.fetch.python_docs import MODULES, SYSTEM_MESSAGES, iterate_docstrings, iterate_topics, plan_talks
-from ropeway.stages.fetch.records import check_columns, required_columns, to_record
-from ropeway.stages.fetch.source_identity import source_identity
+from ropeway.stages.fetch.records import ROW_KINDS, check_columns, required_columns, to_record
+from ropeway.stages.fetch.sources import KINDS, source_identity
 from tests.support.freezing import run_fetch
 from tests.support.tiny_run import ROOT
 
@@ -220,8 +223,24 @@ def test_a_pattern_that_names_no_file_is_said(tmp_path):
 
 def test_asking_for_an_identity_imports_nothing_heavy():
     code = (
-        "import sys, ropeway.stages.fetch.source_identity\n"
+        "import sys, ropeway.stages.fetch.sources\n"
         "heavy = ('pyarrow', 'torch', 'transformers', 'numpy', 'huggingface_hub')\n"
         "sys.exit(any(name in sys.modules for name in heavy))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_registries_hold_what_params_may_name():
+    sections = (HuggingfaceSource, FilesSource, PythonDocsSource)
+    assert set(KINDS) == {kind for one in sections for kind in get_args(one.model_fields["kind"].annotation)}
+    assert set(ROW_KINDS) == set(get_args(RowsSource.model_fields["rows"].annotation))
+    assert all(check_format(f"a{ending}") == ending for ending in READERS)
+
+
+@pytest.mark.parametrize("name", ROW_KINDS)
+def test_a_row_kind_says_of_what_kind_its_records_are(name):
+    kind = ROW_KINDS[name]
+    pair = dict.fromkeys(kind.of_turn, "q")
+    turns = [{**pair, "role": "user", "from": "human"}, {**pair, "role": "assistant", "from": "gpt"}]
+    record = to_record(dict.fromkeys(kind.required, turns if kind.of_turn else "a"), name, {})
+    assert isinstance(record, str if kind.holds == "document" else Conversation)

@@ -8,8 +8,7 @@ from ropeway.runtime.manifest import load_manifest
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.fetch.files import check_format
 from ropeway.stages.fetch.records import to_record
-from ropeway.stages.fetch.source_identity import source_identity
-from ropeway.stages.fetch.stage import Refused, open_source
+from ropeway.stages.fetch.sources import Refused, open_source, source_identity
 from ropeway.stages.fetch.values import UnreadableError
 from tests.support.archives import gz
 from tests.support.freezing import run_fetch

@@ -12,7 +12,7 @@ from ropeway.runtime.errors import DataError
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.fetch.files import iterate_objects
 from ropeway.stages.fetch.records import find_unused, required_columns, to_record
-from ropeway.stages.fetch.stage import Refused, Seen, open_source
+from ropeway.stages.fetch.sources import Refused, Seen, open_source
 from ropeway.stages.fetch.values import UnreadableError
 
 GOOD = [

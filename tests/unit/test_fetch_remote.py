@@ -19,7 +19,7 @@ from ropeway.runtime.manifest import load_manifest
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.fetch import stage as fetch
 from ropeway.stages.fetch import web
-from ropeway.stages.fetch.source_identity import source_identity
+from ropeway.stages.fetch.sources import source_identity
 from tests.support.archives import gz
 from tests.support.freezing import run_fetch
 from tests.support.s3_server import SECRET, S3Server

@@ -32,7 +32,7 @@ def describe_source(identity: Mapping[str, Any]) -> list[Origin]:
     """Return what a source was read from.
 
     Args:
-        identity: As `stages.fetch.source_identity` made it and raw/manifest.json and run.json keep it.
+        identity: As `stages.fetch.sources` made it and raw/manifest.json and run.json keep it.
     """
     kind = identity["kind"]
     if kind == "huggingface":

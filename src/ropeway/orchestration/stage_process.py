@@ -24,7 +24,7 @@ from ropeway.runtime.worker_processes import CODE_CHECK
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.base.base_files import check_folder
 from ropeway.stages.fetch.local import find_files
-from ropeway.stages.fetch.source_identity import find_changes, source_identity
+from ropeway.stages.fetch.sources import find_changes, local_files, source_identity
 from ropeway.storage import hub
 
 _SHOWN = 5  # changed things in a message
@@ -109,9 +109,7 @@ def _stat_inputs(root: Path, frozen: FrozenInputs, stage: str) -> dict[str, Any]
     paths: list[Path] = []
     if stage == "fetch":
         for source in frozen.profile(stage).sources.values():
-            if isinstance(source, FilesSource):
-                local = [path for path in source.paths if "://" not in path]
-                paths += find_files(local, root, source.splits).values() if local else ()
+            paths += local_files(source, root).values()
     elif stage == "base" and isinstance((profile := frozen.profile(stage)).base, FolderBase):
         paths += (path for path in (root / profile.model_name).iterdir() if path.is_file())
     return {str(path): _look(path.stat()) for path in paths}

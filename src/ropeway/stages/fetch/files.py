@@ -10,7 +10,6 @@ from ropeway.runtime.errors import ConfigError, DataError
 from ropeway.stages.fetch.decompress import COMPRESSED, open_plain, without_mark
 from ropeway.stages.fetch.values import LONGEST, UnreadableError, iterate_values, unique_keys
 
-FORMATS = (".json", ".jsonl", ".parquet")
 _PACKED = "unpack it and name the files in it"
 # What to do about a name that tells another format: renaming the file would not change what is in it.
 _ADVICE = {
@@ -35,13 +34,13 @@ _BUFFER_BYTES = 1 << 20
 
 
 def check_format(name: str) -> str:
-    """Return the format that a file's name tells: one of `FORMATS`.
+    """Return the format that a file's name tells: a key of `READERS`.
 
     Raises:
         ConfigError: It tells none.
     """
     suffixes = [part for part in PurePosixPath(name).suffixes if part not in COMPRESSED]
-    if not suffixes or suffixes[-1] not in FORMATS or name.endswith(tuple(f".parquet{part}" for part in COMPRESSED)):
+    if not suffixes or suffixes[-1] not in READERS or name.endswith(tuple(f".parquet{part}" for part in COMPRESSED)):
         raise ConfigError(
             f"{name}: expected a name in .json or .jsonl (also .gz, .zst behind it) or .parquet; {_advise(suffixes)}"
         )
@@ -54,7 +53,7 @@ def _advise(suffixes: list[str]) -> str:
     known = [_ADVICE[part.lower()] for part in reversed(suffixes) if part.lower() in _ADVICE]
     if known:
         return known[0]
-    if suffixes and suffixes[-1].lower() in FORMATS:
+    if suffixes and suffixes[-1].lower() in READERS:
         return "write the ending in small letters"
     return "if it holds one of these, name it so; if not, convert it, or leave it out of `paths` or `files`"
 
@@ -71,8 +70,7 @@ def iterate_objects(path: Path, required: list[str]) -> Iterator[tuple[str, Any]
     form = check_format(path.name)
     count = 0
     try:
-        found = _parquet(path, required) if form == ".parquet" else _TEXT_READERS[form](path)
-        for count, item in enumerate(found, start=1):  # noqa: B007 - counted
+        for count, item in enumerate(READERS[form](path, required), start=1):  # noqa: B007 - counted
             yield item
     except (OSError, EOFError, zlib.error, ArrowException) as error:
         raise DataError(
@@ -94,7 +92,7 @@ def parse(line: bytes) -> object:
         return UnreadableError("bad JSON")
 
 
-def _lines(path: Path) -> Iterator[tuple[str, Any]]:
+def _lines(path: Path, _required: list[str]) -> Iterator[tuple[str, Any]]:
     with open_plain(path) as file:
         for number, line in enumerate(_bounded_lines(file, path), start=1):
             if line is None:
@@ -116,13 +114,13 @@ def _bounded_lines(file: IO[bytes], path: Path) -> Iterator[bytes | None]:
         first = False
 
 
-def _json(path: Path) -> Iterator[tuple[str, Any]]:
+def _json(path: Path, _required: list[str]) -> Iterator[tuple[str, Any]]:
     """Return the records of a list, of lines, or of objects that are printed over several lines."""
     with open_plain(path) as file:
         head = without_mark(file.read(1 << 16), path).lstrip()
     if head[:1] == b"[":
         return iterate_values(path, in_list=True)
-    return _lines(path) if _looks_like_lines(path) else iterate_values(path, in_list=False)
+    return _lines(path, _required) if _looks_like_lines(path) else iterate_values(path, in_list=False)
 
 
 def _looks_like_lines(path: Path) -> bool:
@@ -130,9 +128,6 @@ def _looks_like_lines(path: Path) -> bool:
     with open_plain(path) as file:
         lines = (line for line in _bounded_lines(file, path) if line and line.strip())
         return any(isinstance(parse(line), dict) for _, line in zip(range(2), lines, strict=False))
-
-
-_TEXT_READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {".json": _json, ".jsonl": _lines}
 
 
 def _parquet(path: Path, required: list[str]) -> Iterator[tuple[str, Any]]:
@@ -171,3 +166,11 @@ def _rows(batch: Any) -> Iterator[object]:  # noqa: ANN401 - pyarrow is untyped
                 yield batch.slice(at, 1).to_pylist()[0]
             except UnicodeDecodeError:
                 yield UnreadableError("bad UTF-8")
+
+
+# Ending of a file's name -> its reader: yields (where, object) of a path; the columns that every record has help it.
+READERS: dict[str, Callable[[Path, list[str]], Iterator[tuple[str, Any]]]] = {
+    ".json": _json,
+    ".jsonl": _lines,
+    ".parquet": _parquet,
+}

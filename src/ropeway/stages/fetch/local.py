@@ -12,7 +12,7 @@ from typing import Any
 from ropeway.runtime.errors import ConfigError
 from ropeway.runtime.manifest import file_sha256, write_json
 from ropeway.stages.fetch.decompress import COMPRESSED
-from ropeway.stages.fetch.files import FORMATS, check_format
+from ropeway.stages.fetch.files import READERS, check_format
 from ropeway.stages.fetch.globs import is_glob
 from ropeway.stages.fetch.splits import check_splits
 
@@ -95,7 +95,7 @@ def _is_wanted(path: Path, pattern: str, allowed: tuple[Path, ...]) -> bool:
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
         raise ConfigError(f"sources: {path} is a link that leads nowhere ({error}); mend or remove it") from None
     if stat.S_ISDIR(mode):
-        if path.suffix in (*FORMATS, *COMPRESSED) or not is_glob(pattern):
+        if path.suffix in (*READERS, *COMPRESSED) or not is_glob(pattern):
             raise ConfigError(f"sources: {path} is a folder; name its files, as in {pattern.rstrip('/')}/*.jsonl")
         return False
     if not stat.S_ISREG(mode):

@@ -1,39 +1,32 @@
 """Objects of published schemas to records, strictly: what does not fit is refused with a counted reason."""
 
 import re
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
+from dataclasses import dataclass
 
-from ropeway.data.raw_records import Record
+from ropeway.data.raw_records import Record, RecordKind
 from ropeway.models.chat_template import Conversation
 from ropeway.runtime.errors import ConfigError
 from ropeway.stages.fetch.values import UnreadableError
 
-# Per kind of rows: columns that every record has, columns that may be missing or null, fields of one turn.
-_NAMES: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
-    "orca_chat": (("conversation",), ("system",), ("input", "output")),
-    "messages": (("messages",), ("system",), ("role", "content")),
-    "sharegpt": (("conversations",), ("system",), ("from", "value")),
-    "alpaca": (("instruction", "output"), ("input", "system"), ()),
-    "text": (("text",), (), ()),
-}
 _ROLES = {"user": 0, "human": 0, "assistant": 1, "gpt": 1}
 _SHOWN_NAME = 40  # characters of a name in a reason
 _LONGEST_NAME = 100  # characters; a longer one is counted by its beginning
-_SYSTEM = {"orca_chat": "instruction"}  # the published schema's name for it; elsewhere `columns` must name one
 _ID = re.compile(r"(?i)(\w+_)?(id|uuid|guid|idx)|index|__index_level_\d+__")  # the last: of pandas
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def check_columns(rows: str, columns: dict[str, str]) -> None:
     """Raise ConfigError unless `columns` maps names that this kind of rows has."""
-    known = [name for names in _NAMES[rows] for name in names]
+    kind = ROW_KINDS[rows]
+    known = [*kind.required, *kind.optional, *kind.of_turn]
     if unknown := sorted(set(columns) - set(known)):
         raise ConfigError(f"sources: columns: {unknown} mean nothing in rows of kind {rows}; known are {known}")
 
 
 def required_columns(rows: str, columns: dict[str, str]) -> list[str]:
     """Return the file's columns that every record of a kind of rows has."""
-    return [columns.get(name, name) for name in _NAMES[rows][0]]
+    return [columns.get(name, name) for name in ROW_KINDS[rows].required]
 
 
 def find_unused(value: object, rows: str, columns: dict[str, str]) -> dict[str, bool]:
@@ -41,13 +34,14 @@ def find_unused(value: object, rows: str, columns: dict[str, str]) -> dict[str, 
 
     What is null or empty carries nothing; ids name a record or turn and are no part of it; `weight: 1` is usual.
     """
-    required, optional, names = _NAMES[rows]
-    asked = {columns.get(name, name) for name in required}
-    asked |= {column for name in optional if (column := _optional_column(name, rows, columns))}
+    kind = ROW_KINDS[rows]
+    row = _Row(value, kind, columns)
+    asked = {row.column(name) for name in kind.required}
+    asked |= {column for name in kind.optional if (column := row.optional_column(name))}
     found = dict.fromkeys(_carrying(value, asked), False)
-    if names and isinstance(value, dict):
-        read = {columns.get(name, name) for name in names}
-        for turn in value[columns.get(required[0], required[0])]:
+    if kind.of_turn and isinstance(value, dict):
+        read = {row.column(name) for name in kind.of_turn}
+        for turn in value[row.column(kind.required[0])]:
             found |= dict.fromkeys(_carrying(turn, read), True)
     return found
 
@@ -87,21 +81,96 @@ def to_record(value: object, rows: str, columns: dict[str, str]) -> Record:
     Raises:
         UnreadableError: It does not fit; the message is the reason.
     """
-    required, _, names = _NAMES[rows]
-    parts = [_field(value, columns.get(name, name)) for name in required]
-    if rows == "text":
-        return _text(parts[0])
-    system = _optional(value, "system", rows, columns)
-    if rows == "alpaca":
-        instruction, output = map(_text, parts)
-        given = _optional(value, "input", rows, columns)
-        return _talk([f"{instruction}\n\n{given}" if given else instruction, output], system)
-    if not isinstance(parts[0], list):
-        raise UnreadableError("turns are not a list")
-    fields = [columns.get(name, name) for name in names]
-    if rows == "orca_chat":
-        return _talk([_text(_field(pair, name)) for pair in parts[0] for name in fields], system)
-    return _dialogue([(_field(turn, fields[0]), _text(_field(turn, fields[1]))) for turn in parts[0]], system)
+    kind = ROW_KINDS[rows]
+    return kind.read(_Row(value, kind, columns))
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """An object, and under which names `columns` of params finds what its kind asks for."""
+
+    value: object
+    kind: "RowKind"
+    columns: dict[str, str]
+
+    def column(self, name: str) -> str:
+        """Return the file's name of a column or field."""
+        return self.columns.get(name, name)
+
+    def optional_column(self, name: str) -> str | None:
+        """Return the file's name of a column that may be missing; None where params would have to name it."""
+        return self.columns.get(name, self.kind.system if name == "system" else name)
+
+    def required(self) -> list[object]:
+        """Return what every record of the kind has."""
+        return [_field(self.value, self.column(name)) for name in self.kind.required]
+
+    def optional(self, name: str) -> str:
+        """Return a column's text; nothing where the column is not there, or null."""
+        column = self.optional_column(name)
+        found = self.value.get(column) if isinstance(self.value, dict) and column else None
+        return "" if found is None else _text(found)
+
+    def turns(self) -> tuple[str, Iterator[Iterator[object]]]:
+        """Return (system message, the fields of each turn, read one by one)."""
+        (turns,) = self.required()
+        system = self.optional("system")
+        if not isinstance(turns, list):
+            raise UnreadableError("turns are not a list")
+        names = [self.column(name) for name in self.kind.of_turn]
+        return system, ((_field(turn, name) for name in names) for turn in turns)
+
+
+def _read_text(row: _Row) -> str:
+    return _text(*row.required())
+
+
+def _read_alpaca(row: _Row) -> Conversation:
+    parts, system = row.required(), row.optional("system")
+    instruction, output = map(_text, parts)
+    given = row.optional("input")
+    return _talk([f"{instruction}\n\n{given}" if given else instruction, output], system)
+
+
+def _read_pairs(row: _Row) -> Conversation:
+    system, pairs = row.turns()
+    return _talk([_text(part) for pair in pairs for part in pair], system)
+
+
+def _read_roles(row: _Row) -> Conversation:
+    system, turns = row.turns()
+    return _dialogue([(role, _text(said)) for role, said in turns], system)
+
+
+@dataclass(frozen=True, slots=True)
+class RowKind:
+    """One form of records in files.
+
+    Attributes:
+        read: Returns the record, or raises UnreadableError.
+        required: Columns that every record has.
+        optional: Columns that may be missing or null.
+        of_turn: Fields of one turn; the first required column is then the list of turns.
+        system: The column read as `system` where `columns` names none.
+        holds: What the records are.
+    """
+
+    read: Callable[[_Row], Record]
+    required: tuple[str, ...]
+    optional: tuple[str, ...] = ("system",)
+    of_turn: tuple[str, ...] = ()
+    system: str | None = None
+    holds: RecordKind = "conversation"
+
+
+# `rows` of a source in params.yaml. A kind is added here and in the schema (`ropeway.config.origins`).
+ROW_KINDS = {
+    "orca_chat": RowKind(_read_pairs, ("conversation",), of_turn=("input", "output"), system="instruction"),
+    "messages": RowKind(_read_roles, ("messages",), of_turn=("role", "content")),
+    "sharegpt": RowKind(_read_roles, ("conversations",), of_turn=("from", "value")),
+    "alpaca": RowKind(_read_alpaca, ("instruction", "output"), ("input", "system")),
+    "text": RowKind(_read_text, ("text",), (), holds="document"),
+}
 
 
 def _dialogue(said: list[tuple[object, str]], system: str) -> Conversation:
@@ -122,18 +191,6 @@ def _dialogue(said: list[tuple[object, str]], system: str) -> Conversation:
 def _unknown_role(who: object) -> str:
     """Return the reason for a role that no template here has, e.g. `developer`, `tool` or `User`."""
     return f"unknown role {who[:_SHOWN_NAME]!r}" if isinstance(who, str) else "role is not text"
-
-
-def _optional_column(name: str, rows: str, columns: dict[str, str]) -> str | None:
-    default = _SYSTEM.get(rows) if name == "system" else name
-    return columns.get(name, default)
-
-
-def _optional(value: object, name: str, rows: str, columns: dict[str, str]) -> str:
-    """Return a column's text; nothing where the column is not there, or null."""
-    column = _optional_column(name, rows, columns)
-    found = value.get(column) if isinstance(value, dict) and column else None
-    return "" if found is None else _text(found)
 
 
 def _field(value: object, name: str) -> object:
