@@ -8,6 +8,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from ropeway.config.params import READS, UNHASHED, Profile, load_profile, load_profiles
+from ropeway.config.stages import FROZEN, STAGES, frozen_path
 from ropeway.runtime.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -44,17 +45,66 @@ def test_a_profile_inherits_no_nested_value():
         assert shared == [], name
 
 
-def test_every_stage_depends_on_frozen_inputs_and_names_its_profile():
-    stages = read_yaml((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
-    assert set(stages) == {"identity", *READS}
-    frozen = {next(iter(out)) for out in stages["identity"]["outs"]}
-    for name, stage in stages.items():
-        assert stage["cmd"] == f"ropeway stage {name} ${{profile}}"
-        assert "params" not in stage  # DVC would record what params.yaml holds when the stage ends
-    for name in READS:
-        assert {f".identity/params-{name}.json", f".identity/code-{name}.json"} <= set(stages[name]["deps"])
-        read = {dep for dep in stages[name]["deps"] if not dep.startswith("runs/")}
-        assert read <= frozen
+def list_differences(definition):
+    """Return what dvc.yaml says otherwise than `STAGES` declares, stage by stage."""
+    written = {
+        name: {key: value for key, value in stage.items() if key not in ("desc", "always_changed")}
+        for name, stage in definition["stages"].items()
+    }
+    of_runs = "runs/${{profile}}/{}".format
+    declared = {
+        stage.name: {
+            "cmd": f"ropeway stage {stage.name} ${{profile}}",
+            "deps": stage.dependencies,
+            "outs": [of_runs(one) for one in stage.outputs],
+            **({"metrics": [of_runs(one) for one in stage.metrics]} if stage.metrics else {}),
+            **({"plots": [of_runs(one) for one in stage.plots]} if stage.plots else {}),
+        }
+        for stage in STAGES
+    }
+    frozen = [*(f"code-{name}" for name in READS), *(f"params-{name}" for name in READS), *FROZEN]
+    declared["identity"] = {
+        "cmd": "ropeway stage identity ${profile}",
+        "outs": [{frozen_path(name): {"cache": False}} for name in frozen],
+    }
+    for stage in written.values():
+        if "plots" in stage:
+            stage["plots"] = [next(iter(one)) for one in stage["plots"]]
+    return [name for name in sorted({*written, *declared}) if written.get(name) != declared.get(name)]
+
+
+def test_dvc_yaml_says_what_the_stages_declare():
+    definition = read_yaml((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
+    assert list_differences(definition) == []
+    assert list(definition["stages"]) == ["identity", *READS]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "stage"),
+    [
+        ("      - .identity/deepspeed.json\n", "", "train"),
+        ("      - runs/${profile}/tables\n    metrics", "    metrics", "evaluate"),
+        ("ropeway stage package ${profile}", "ropeway stage package", "package"),
+        ("      - .identity/tasks.json: {cache: false}\n", "", "identity"),
+        (
+            "    cmd: ropeway stage prepare ${profile}\n",
+            "    cmd: ropeway stage prepare ${profile}\n    params: [x]\n",
+            "prepare",
+        ),
+    ],
+)
+def test_a_difference_between_dvc_yaml_and_the_declaration_is_found(old, new, stage):
+    text = (ROOT / "dvc.yaml").read_text(encoding="utf-8")
+    assert text.count(old) == 1
+    assert list_differences(read_yaml(text.replace(old, new))) == [stage]
+
+
+def test_what_a_stage_reads_is_written_by_an_earlier_one():
+    written = set()
+    for stage in STAGES:
+        assert {one.split("/")[0] for one in stage.inputs} <= written, stage.name
+        assert set(stage.frozen) <= set(FROZEN)
+        written |= {*stage.outputs, *stage.metrics, *stage.plots}
 
 
 def test_no_key_that_changes_no_result_is_a_reason_to_run_a_stage():

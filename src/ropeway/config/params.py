@@ -1,4 +1,4 @@
-"""params.yaml, read once and made into a frozen, typed `Profile`; which of its keys each room reads."""
+"""params.yaml, read once and made into a frozen, typed `Profile`."""
 
 from copy import deepcopy
 from functools import lru_cache
@@ -32,44 +32,8 @@ from ropeway.config.schema import (
     StopRules,
     StretchScaling,
 )
+from ropeway.config.stages import READS, UNHASHED
 from ropeway.runtime.errors import ConfigError
-
-# Cadence, tracking and when to give up: they change neither a weight nor a metric, so no stage depends on them. (What a
-# rewind left out does; it is recorded, and no reason to make a finished run again: docs/decisions/0007.)
-UNHASHED = ("eval_steps", "log_dir", "output_dir", "save_steps", "save_total_limit", "stop")
-
-_ROWS = (
-    "datasets", "label_masking", "layout", "max_length", "num_train_epochs", "random_offset_probability", "rng_seed",
-    "sort_by_length", "use_custom_sampler", "what_counts", "document_end", "global_batch_size",
-)  # fmt: skip
-
-# What each room reads: `params` of its stage in dvc.yaml (held together by a contract test), plus UNHASHED for train.
-_PREPARED = (
-    *_ROWS, "contamination", "duplicates", "max_refused_fraction", "sources", "split", "split_by",
-     "val_split", "validation_with_replacement",
-)  # fmt: skip
-READS: dict[str, tuple[str, ...]] = {
-    "fetch": ("max_refused_fraction", "sources"),
-    "base": (
-        "base", "expected_model", "max_length", "model_name", "new_rows", "pad_vocab_to_multiple_of", "rng_seed",
-        "superhot", "superhot_config",
-    ),
-    "tokenize": ("contamination", "datasets", "duplicates", "special_tokens_in_text"),  # in part: `tokenize_params`
-    "prepare": _PREPARED,
-    "report_data": _PREPARED,
-    "train": (
-        *_ROWS, "adam_beta1", "adam_beta2", "adam_epsilon", "deepspeed_config", "dtype", "gradient_accumulation_steps",
-        "gradient_checkpointing", "learning_rate", "lora", "loss_normalisation", "lr_schedule", "max_grad_norm",
-        "peft_model", "per_device_eval_batch_size", "per_device_train_batch_size", "residual_dropout", "resume_from",
-        "use_flash_attention", "warmup_steps", "weight_decay",
-    ),
-    "evaluate": (
-        "datasets", "document_end", "evaluation", "label_masking", "max_length", "per_device_eval_batch_size",
-        "rng_seed", "what_counts",
-    ),
-    "report_eval": ("max_length",),
-    "package": tuple(name for name in Profile.model_fields if name not in (*UNHASHED, "gate")),
-}  # fmt: skip
 
 
 def load_profiles(path: Path, *, text: str | None = None) -> tuple[str, dict[str, Profile]]:
