@@ -68,3 +68,27 @@ def test_params_of_a_running_run_are_not_edited(root):
     with workspace_lock(root, command="another run"), pytest.raises(TemporaryError, match="another run"):
         edits.resume_from(root, None, RUN)
     assert (root / "params.yaml").read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("a: {b: 1}", "a: {resume_from: RUN, b: 1}"),
+        ("a:\n    # first\n    b: 1  # why", "a:\n    # first\n    resume_from: RUN\n    b: 1  # why"),
+        ("x: é\n'a':\n  resume_from: 'old'   # why", "x: é\n'a':\n  resume_from: RUN   # why"),
+        ("a:\n  s: |\n    resume_from: x\n  resume_from: null", "a:\n  s: |\n    resume_from: x\n  resume_from: RUN"),
+    ],
+)
+def test_the_value_is_written_where_the_key_stands_and_nothing_else_moves(old, new):
+    assert edits.set_resume_from(old, "a", RUN) == new.replace("RUN", f'"{RUN}"')
+
+
+@pytest.mark.parametrize("comment", ["", "  # mine"])
+@pytest.mark.parametrize("written", ["laptop", "'laptop'", '"laptop"'])
+def test_the_chosen_profile_is_replaced_however_it_is_written(root, written, comment):
+    path = root / "params.yaml"
+    text = path.read_text()
+    assert text.count("profile: laptop") == 1
+    path.write_text(text.replace("profile: laptop", f"profile: {written}{comment}"))
+    edits.choose_profile(root, "smollm2")
+    assert path.read_text() == text.replace("profile: laptop", f"profile: smollm2{comment}")

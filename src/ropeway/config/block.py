@@ -1,14 +1,23 @@
 """A run's block of params.yaml as its author wrote it, comments and order included, as text that stands alone."""
 
-import re
 from pathlib import Path
+
+from ruamel.yaml import YAML
+from ruamel.yaml.nodes import MappingNode, Node
 
 from ropeway.config.params import read_block
 from ropeway.runtime.errors import ConfigError
 
-_KEY = re.compile(r"""^(["']?)(?P<key>[\w.-]+)\1\s*:""")
-_ANCHOR = re.compile(r"^[^#]*?:\s*&(?P<anchor>[\w.-]+)")
-_MERGE = re.compile(r"^\s+<<:\s*\*(?P<anchor>[\w.-]+)", re.MULTILINE)
+_MERGE = "<<"
+
+
+def read_pairs(text: str) -> list[tuple[Node, Node]]:
+    """Return the (key, value) nodes of a file's first level; each knows where in the text it begins and ends.
+
+    An alias is the very node of its anchor.
+    """
+    tree: MappingNode = YAML(typ="rt", pure=True).compose(text)
+    return list(tree.value)
 
 
 def cut_block(text: str, name: str) -> str:
@@ -20,8 +29,10 @@ def cut_block(text: str, name: str) -> str:
       c: 2
     """
     lines = text.splitlines()
-    begin = next(at for at, line in enumerate(lines) if (found := _KEY.match(line)) and found["key"] == name)
-    end = next((at for at in range(begin + 1, len(lines)) if lines[at][:1] not in ("", " ", "#")), len(lines))
+    keys = [key for key, _ in read_pairs(text)]
+    at = next(number for number, key in enumerate(keys) if key.value == name)
+    begin = keys[at].start_mark.line
+    end = keys[at + 1].start_mark.line if at + 1 < len(keys) else len(lines)
     while end > begin + 1 and lines[end - 1][:1] in ("", "#"):  # they belong to what follows
         end -= 1
     while begin and lines[begin - 1].startswith("#"):
@@ -31,12 +42,11 @@ def cut_block(text: str, name: str) -> str:
 
 def inherited_names(text: str, name: str) -> list[str]:
     """Return the top-level keys whose values a block merges, those first that others merge."""
-    owners = {found["anchor"]: line for line in text.splitlines() if (found := _ANCHOR.match(line))}
+    blocks = {key.value: value for key, value in read_pairs(text)}
     names: list[str] = []
-    for merge in _MERGE.finditer(cut_block(text, name)):
-        found = _KEY.match(owners[merge["anchor"]])
-        if found:
-            names += [*inherited_names(text, found["key"]), found["key"]]
+    for merged in (value for key, value in blocks[name].value if key.value == _MERGE):
+        for owner in (one for one, block in blocks.items() if block is merged):
+            names += [*inherited_names(text, owner), owner]
     return list(dict.fromkeys(names))
 
 

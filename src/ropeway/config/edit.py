@@ -4,7 +4,9 @@ import os
 import re
 from pathlib import Path
 
-from ropeway.config.block import cut_block
+from ruamel.yaml.nodes import MappingNode, Node
+
+from ropeway.config.block import read_pairs
 from ropeway.config.params import load_profile, load_profiles
 from ropeway.config.schema import RUN
 from ropeway.runtime.errors import ConfigError
@@ -21,10 +23,10 @@ def choose_profile(root: Path, name: str) -> None:
     text = path.read_text(encoding="utf-8")
     if load_profile(path)[0] == name:
         return
-    edited, count = re.subn(r"(?m)^(profile:[ \t]*)[^\s#]+", lambda match: match[1] + name, text, count=1)
-    if not count:
-        raise ConfigError(f"{path}: no line `profile: …` to put {name} into; write it there")
-    path.write_text(edited, encoding="utf-8")
+    key, value = next(pair for pair in read_pairs(text) if pair[0].value == "profile")
+    if value.start_mark.index < key.end_mark.index:
+        raise ConfigError(f"{path}: the value of `profile` is an alias; write the profile's name there")
+    path.write_text(_replace(text, value, name), encoding="utf-8")
     print(f"params.yaml: profile is {name} now, and stays so", flush=True)
 
 
@@ -77,12 +79,14 @@ def set_resume_from(text: str, profile: str, run: str) -> str:
       resume_from: "00ff"
       b: 1
     """
-    block = cut_block(text, profile)
-    line = f'resume_from: "{run}"'  # quoted: digits alone would be a number
-    edited, count = re.subn(
-        r"""(?m)^(\s+)resume_from:[ \t]*("[^"\n]*"|'[^'\n]*'|[^\s#]+)""", rf"\1{line}", block, count=1
-    )
-    if not count:
-        header = re.compile(rf"""(?m)^(["']?){re.escape(profile)}\1\s*:.*$""")
-        edited = header.sub(lambda match: f"{match[0]}\n  {line}", block, count=1)
-    return text.replace(block, edited, 1)
+    block = {key.value: value for key, value in read_pairs(text)}[profile]
+    stated = next((value for key, value in block.value if key.value == "resume_from"), None)
+    if stated is not None:
+        return _replace(text, stated, f'"{run}"')  # quoted: digits alone would be a number
+    first = block.value[0][0].start_mark
+    apart = ", " if isinstance(block, MappingNode) and block.flow_style else "\n" + " " * first.column
+    return f'{text[: first.index]}resume_from: "{run}"{apart}{text[first.index :]}'
+
+
+def _replace(text: str, node: Node, value: str) -> str:
+    return text[: node.start_mark.index] + value + text[node.end_mark.index :]
