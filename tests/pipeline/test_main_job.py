@@ -89,7 +89,7 @@ def test_an_edited_page_computes_nothing_again(finished):
 
     source = shutil.copytree(ROOT / "src", finished.root / "src")
     finished.environment["PYTHONPATH"] = f"{source}{os.pathsep}{ROOT}"
-    finished.edit("src/ropeway/reporting/page_style.py", "font-weight:600", "font-weight:700")
+    finished.edit("src/ropeway/reporting/templates/style.css.jinja", "font-weight:600", "font-weight:700")
     finished.do("ropeway", "stage", "identity")
     # The package holds pages.
     assert [plan.name for plan in graph.plan(finished.root) if plan.will_run] == [

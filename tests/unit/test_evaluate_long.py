@@ -13,7 +13,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ropeway.config.params import READS, Passkey, Positions
 from ropeway.data.shards import open_shards
 from ropeway.models.open_model import rope_of
-from ropeway.reporting.evaluation_plots import passkey_grids, write_plots
+from ropeway.reporting.report_eval import passkey_grids, write_plots
 from ropeway.runtime.errors import ConfigError, DataError
 from ropeway.stages.evaluate import passkey
 from ropeway.stages.evaluate.evaluation_tables import plan_tables, write_tables

@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -6,7 +7,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from ropeway.reporting.samples_page import draw_page
+from ropeway.reporting.report_eval import draw_samples
 from ropeway.runtime.errors import ConfigError, DataError
 from ropeway.stages.evaluate import stage as evaluate
 from ropeway.stages.evaluate.opening import open_model
@@ -151,7 +152,7 @@ def test_samples_json_is_read_by_viewers_of_the_published_family(tmp_path):
             assert result.sampling_params["max_new_tokens"] == 8
             assert len(result.outputs) == 1
             assert "</s>" not in result.outputs[0]
-    page = draw_page(json.loads(workspace.samples.read_bytes()))
+    page = draw_samples(json.loads(workspace.samples.read_bytes()))
     assert all(f'value="{name}"' in page for name in names)
 
 
@@ -196,12 +197,26 @@ def test_the_page_escapes_what_others_wrote_and_shows_models_side_by_side():
         {"sampling_config": f"{model}/greedy", "sampling_params": {"do_sample": False}, "outputs": [text]}
         for model, text in (("base", bad), ("tuned", ""))
     ]
-    page = draw_page({"model_name": "<m>", "args": {"a": bad}, "prompts": [{"prompt": bad, "results": results}]})
+    page = draw_samples({"model_name": "<m>", "args": {"a": bad}, "prompts": [{"prompt": bad, "results": results}]})
     assert "<img" not in page
     assert page.count("</script>") == 1
     assert page.count("&lt;/script&gt;&lt;img src=x onerror=alert(1)&gt;&amp;") == 3
     assert page.index('data-model="base"') < page.index('data-model="tuned"')
-    assert "nothing: it ends at once" in page
+    assert page.count('class="nothing"') == 1
+
+
+@pytest.mark.parametrize(
+    "text", ["\ud83d half", "\u202egnp.exe", "\x1b[2J\x00", "x" * 100_000, "\u05e9\u05dc\u05d5\u05dd {{ 7 * 7 }}"]
+)
+def test_the_page_shows_any_text_and_stays_valid_utf_8(text):
+    results = [{"sampling_config": "tuned/greedy", "sampling_params": {}, "outputs": [text]}]
+    page = draw_samples({"model_name": text, "args": {"a": text}, "prompts": [{"prompt": text, "results": results}]})
+    assert page.encode().decode() == page
+    assert not re.search("[\x00-\x08\x0b-\x1f\ud800-\udfff\u202a-\u202e\u2066-\u2069]", page)
+    for character in set(text) & set("\ud83d\u202e\x1b\x00"):
+        assert f"U+{ord(character):04X}" in page
+    if text.isprintable():
+        assert page.count(text) >= 4
 
 
 @pytest.mark.parametrize(

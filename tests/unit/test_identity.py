@@ -11,6 +11,8 @@ from ropeway.orchestration.stage_process import ROOMS
 from ropeway.runtime.code_digests import Digests, module_digest, room_digest
 from ropeway.runtime.manifest import digest_of
 
+REPORTING = Path(ropeway.__file__).parent / "reporting"
+
 
 @pytest.fixture
 def source(tmp_path):
@@ -68,6 +70,15 @@ def test_a_log_flag_of_the_launcher_and_a_limit_of_the_watchdog_retrain_nothing(
     edit(source / "runtime/watchdog.py", "LEAST_SECONDS = 600.0", "LEAST_SECONDS = 900.0")
     edit(source / "runtime/progress.py", "_BAR_CELLS = 20", "_BAR_CELLS = 10")
     assert room_digest(source, "train") == before
+
+
+@pytest.mark.parametrize("path", sorted(path.name for path in (REPORTING / "templates").iterdir()))
+def test_an_edit_of_a_template_reruns_the_report_stages_alone(source, path):
+    before = {room: room_digest(source, room) for room in ROOMS}
+    template = source / "reporting" / "templates" / path
+    template.write_text(template.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    changed = {room for room in ROOMS if room_digest(source, room) != before[room]}
+    assert changed == {room for room in ROOMS if room.startswith("report_")}
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 import json
 import re
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +12,15 @@ from ropeway.data.shards import Shards, SourceShards, open_shards
 from ropeway.models.chat_template import Conversation
 from ropeway.models.tokenizer import open_tokenizer
 from ropeway.reporting.data_page import Page, draw_page
-from ropeway.reporting.data_pictures import draw_histogram, plan_bins
 from ropeway.reporting.ledger_steps import list_steps, split_tokens
+from ropeway.reporting.pictures import count_lengths, draw_lengths
 from ropeway.reporting.report_data import choose_samples, find_overlong
 from ropeway.reporting.token_view import Vocabulary
 from ropeway.runtime.manifest import load_manifest
 from tests.support.prepared_run import TALKS, TEXTS, make_prepared, reckon_learned
 
 EVIL = "<script>alert('x')</script> & \"quoted\" \u202eabc\x00 😀"
-VOID = {"meta", "input"}
+VOID = {"meta", "input", "img", "br", "hr"}
 
 
 class Reader(HTMLParser):
@@ -145,7 +146,7 @@ def test_what_repeats_is_shown_as_the_ledger_counts_it(tmp_path):
     page = re.sub(r"<[^>]+>", " ", workspace.report.read_text(encoding="utf-8"))
     assert found["records"] == 2
     done = {"off": "not looked for", "count": "counted, kept", "remove": "removed"}[found["action"]]
-    assert re.search(rf"exact duplicates +2 +{found['sequences']} +{found['tokens']} +{done}", page)
+    assert re.search(rf"exact duplicates\s+2\s+{found['sequences']}\s+{found['tokens']}\s+{done}", page)
 
 
 def test_equal_data_gives_equal_bytes_and_nothing_from_outside_is_loaded(made, tmp_path):
@@ -153,7 +154,8 @@ def test_equal_data_gives_equal_bytes_and_nothing_from_outside_is_loaded(made, t
     again, _ = make_prepared(tmp_path)
     assert again.report.read_text(encoding="utf-8") == page
     loading = [attrs for tag, attrs in read(page).opened if tag in ("link", "img", "iframe") or "src" in attrs]
-    assert loading == []
+    assert len(loading) == 2  # a histogram per source
+    assert all(attrs["alt"] and attrs["src"].startswith("data:image/svg+xml;base64,") for attrs in loading)
     assert not re.search(r"https?:|url\(|@import", page)
 
 
@@ -247,26 +249,35 @@ def test_with_many_sources_the_sections_begin_folded(made):
 def test_the_histogram_counts_every_sequence_and_splits_at_max_length(longest):
     lengths = np.random.default_rng(1).integers(1, 3000, size=500).astype(np.int32)
     lengths[:2] = longest, longest + 1
-    picture = draw_histogram(lengths, longest)
-    bars = re.findall(r"<rect( class=\"over\")? [^>]*><title>([\d,]+) to ([\d,]+) tokens: ([\d,]+)<", picture)
-    counted = [(over, *(int(part.replace(",", "")) for part in rest)) for over, *rest in bars]
-    for over, begin, end, count in counted:
-        assert count == ((lengths >= begin) & (lengths <= end)).sum()
-        assert bool(over) == (begin > longest)
-    assert sum(count for *_, count in counted) == 500
-    assert sum(count for over, *_, count in counted if over) == (lengths > longest).sum()
-    assert f"max_length {longest}" in picture
+    bins = count_lengths(lengths, longest)
+    for part in bins:
+        assert part.count == ((lengths >= part.begin) & (lengths <= part.end)).sum()
+        assert part.is_over == (part.begin > longest)
+    assert sum(part.count for part in bins) == 500
+    assert sum(part.count for part in bins if part.is_over) == (lengths > longest).sum()
 
 
 @pytest.mark.parametrize("longest", [1, 2, 9, 700, 65537])
 @pytest.mark.parametrize("max_length", [1, 8, 512, 8192])
 def test_bins_hold_every_length(longest, max_length):
-    edges = plan_bins(longest, max_length)
-    assert edges[0] == 1
-    assert edges[-1] > longest
-    assert edges == sorted(set(edges))
-    assert longest <= max_length or max_length + 1 in edges
-    assert draw_histogram(np.array([longest], dtype=np.int32), max_length).count("<rect") == 1
+    bins = count_lengths(np.array([1, longest], dtype=np.int32), max_length)
+    assert bins[0].begin == 1
+    assert bins[-1].begin <= longest <= bins[-1].end
+    assert all(one.end + 1 == other.begin for one, other in pairwise(bins))
+    assert longest <= max_length or any(part.begin == max_length + 1 for part in bins)
+
+
+def test_the_page_has_the_numbers_of_each_histogram_as_a_table(made):
+    workspace, profile, page = made
+    for source in open_shards(workspace.data).sources:
+        bins = [part for part in count_lengths(source.lengths, profile.max_length) if part.count]
+        rows = "".join(f"<td>{part.begin}</td><td>{part.end}</td><td>{part.count}</td>" for part in bins)
+        assert rows in re.sub(r"</?tr[^>]*>|\n| class=\"n\"", "", page)
+
+
+def test_equal_lengths_give_an_equal_picture():
+    lengths = np.arange(1, 900, dtype=np.int32)
+    assert draw_lengths(lengths, 512) == draw_lengths(lengths, 512)
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])

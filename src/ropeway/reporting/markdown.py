@@ -1,19 +1,10 @@
-"""Markdown from values: tables whose cells cannot break them, whoever wrote the words in them."""
+"""Markdown from values: text, tables and code that cannot break out of their place, whoever wrote the words in them."""
 
+import re
 from collections.abc import Mapping, Sequence
 
 _MOST_CHARACTERS = 700
-_ESCAPED = {
-    "\\": "\\\\",
-    "|": "\\|",
-    "<": "&lt;",
-    ">": "&gt;",
-    "`": "\\`",
-    "*": "\\*",
-    "_": "\\_",
-    "[": "\\[",
-    "]": "\\]",
-}
+_ESCAPED = {"<": "&lt;", ">": "&gt;", **{mark: f"\\{mark}" for mark in "\\|`*_{}[]#~$"}}
 
 
 def table(rows: Sequence[Mapping[str, str]]) -> str:
@@ -25,17 +16,20 @@ def table(rows: Sequence[Mapping[str, str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def plain(words: object) -> str:
-    r"""Return words as a cell shows them: no markup acts, a line's end is ⏎, long ones are cut.
+def escape(words: object) -> str:
+    r"""Return words on one line as Markdown shows them verbatim; a line's end is ⏎, unprintable characters are named.
 
-    >>> plain("a|b\n<script>")
+    >>> escape("a|b\n<script>")
     'a\\|b ⏎ &lt;script&gt;'
     """
+    text = " ⏎ ".join(line.strip() for line in str(words).strip().splitlines())
+    return "".join(_ESCAPED.get(c, c if c.isprintable() else repr(c)[1:-1].replace("\\", "\\\\")) for c in text)
+
+
+def plain(words: object) -> str:
+    """Return words as `escape` does, long ones cut, for a cell of a table."""
     text = str(words)
-    cut = len(text) > _MOST_CHARACTERS
-    text = " ⏎ ".join(line.strip() for line in text[:_MOST_CHARACTERS].strip().splitlines())
-    text = "".join(_ESCAPED.get(c, c if c.isprintable() else repr(c)[1:-1].replace("\\", "\\\\")) for c in text)
-    return text + (" … (longer)" if cut else "")
+    return escape(text[:_MOST_CHARACTERS]) + (" … (longer)" if len(text) > _MOST_CHARACTERS else "")
 
 
 def code(words: object) -> str:
@@ -44,6 +38,13 @@ def code(words: object) -> str:
     return f"`{text}`" if text else ""
 
 
-def fence(words: str) -> str:
-    """Return a block of code."""
-    return f"```\n{words}\n```"
+def fence(words: str, language: str = "") -> str:
+    r"""Return a block of code whose fence is longer than any in the text; characters no encoding has are named.
+
+    >>> fence("x")
+    '```\nx\n```'
+    """
+    longest = max((len(run) for run in re.findall(r"`{3,}", words)), default=2)
+    bars = "`" * (longest + 1)
+    text = words.rstrip().encode("utf-8", "backslashreplace").decode()
+    return f"{bars}{language}\n{text}\n{bars}"

@@ -39,7 +39,7 @@ def run(workspace: Workspace, profile: Profile) -> None:
     )
     overlong = find_overlong(plan)
     samples = (choose_samples(number, shards, profile, overlong.get(number)) for number in range(len(shards.sources)))
-    write_atomic(workspace.report, draw_page(page, samples, list(choose_rows(plan))).encode("utf-8"))
+    write_atomic(workspace.report, draw_page(page, samples, choose_rows(plan)).encode())
     print(f"the data is shown in {workspace.report}")
 
 

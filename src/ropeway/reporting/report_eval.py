@@ -1,12 +1,18 @@
 """Stage report_eval: samples.html and plots/, made of what train and evaluate wrote. Nothing is computed again."""
 
+import csv
 import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from ropeway.config.params import Profile
-from ropeway.reporting.evaluation_plots import write_plots
-from ropeway.reporting.samples_page import draw_page
-from ropeway.runtime.manifest import load_manifest, write_atomic
+from ropeway.reporting import pictures
+from ropeway.reporting.render import render
+from ropeway.runtime.manifest import load_manifest, whole_folder, write_atomic, write_manifest
 from ropeway.runtime.workspace import Workspace
+
+Table = Sequence[Mapping[str, Any]]
 
 
 def run(workspace: Workspace, profile: Profile) -> None:
@@ -17,5 +23,61 @@ def run(workspace: Workspace, profile: Profile) -> None:
     """
     load_manifest(workspace.tables, remedy="Run `dvc checkout`, or `dvc repro evaluate`")
     write_plots(workspace.plots, workspace.tables, workspace.steps, max_length=profile.max_length)
-    write_atomic(workspace.samples_page, draw_page(json.loads(workspace.samples.read_bytes())).encode())
+    write_atomic(workspace.samples_page, draw_samples(json.loads(workspace.samples.read_bytes())).encode())
     print(f"sample answers in {workspace.samples_page}; plots in {workspace.plots}")
+
+
+def draw_samples(report: Mapping[str, Any]) -> str:
+    """Return the page of a samples.json: a card per prompt, a row per configuration, a column per model."""
+    pairs = [result["sampling_config"].split("/", 1) for result in report["prompts"][0]["results"]]
+    models = list(dict.fromkeys(model for model, _ in pairs))
+
+    def results_of(prompt: Mapping[str, Any], config: str) -> list[Mapping[str, Any]]:
+        found = {result["sampling_config"]: result for result in prompt["results"]}
+        return [found[f"{model}/{config}"] for model in models]
+
+    return render(
+        "samples.html.jinja",
+        title=f"{report['model_name']}: sample answers",
+        report=report,
+        models=models,
+        configs=list(dict.fromkeys(config for _, config in pairs)),
+        results_of=results_of,
+    )
+
+
+def write_plots(target: Path, tables: Path, steps: Path, *, max_length: int) -> None:
+    """Write the folder, whole or not at all.
+
+    Args:
+        target: The folder.
+        tables: Folder of the CSV files.
+        steps: steps.csv.
+        max_length: Tokens of the longest row in training.
+    """
+    with whole_folder(target) as folder:
+        pictures.draw_losses(folder, read_table(steps))
+        pictures.draw_sources(folder, read_table(tables / "scores.csv"))
+        pictures.draw_positions(folder, read_table(tables / "positions.csv"), max_length=max_length)
+        pictures.draw_passkey(folder, passkey_grids(read_table(tables / "passkey_answers.csv")))
+        write_manifest(folder, {})
+
+
+def passkey_grids(answers: Table) -> dict[str, pictures.Grid]:
+    """Return model -> (lengths, depths, share of keys found by depth and length); lines of passkey_answers.csv."""
+    grids: dict[str, pictures.Grid] = {}
+    for model in dict.fromkeys(line["model"] for line in answers):
+        right: dict[tuple[int, float], list[int]] = {}
+        for line in answers:
+            if line["model"] == model:
+                right.setdefault((int(line["length"]), float(line["depth"])), []).append(int(line["right"]))
+        lengths, depths = (sorted({place[axis] for place in right}) for axis in (0, 1))
+        shares = [[sum(found := right[int(length), depth]) / len(found) for length in lengths] for depth in depths]
+        grids[model] = ([int(length) for length in lengths], depths, shares)
+    return grids
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """Return the lines of a CSV file."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))

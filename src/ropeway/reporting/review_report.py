@@ -1,15 +1,18 @@
-"""The review's report in markdown: one page from which a person can say yes or no. Pure: from a `Case` to text."""
+"""The review's report in Markdown: one page from which a person can say yes or no. Pure: from a `Case` to text."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 from ropeway.data.lineage import describe_base, describe_source
+from ropeway.data.task_scores import name_metrics, show_score
+from ropeway.reporting import colors
 from ropeway.reporting.evidence import Case, VersionEvidence
 from ropeway.reporting.ledger_steps import ledger_rows
-from ropeway.reporting.loss_curves import COLOURS, data_uri, draw_curves, loss_curves
-from ropeway.reporting.markdown import code, fence, plain, table
-from ropeway.reporting.review_tasks import draw_tasks
+from ropeway.reporting.loss_curves import Curve, loss_curves
+from ropeway.reporting.markdown import code, plain
+from ropeway.reporting.render import render
 
 _PARAMS, _DATA = (
     "run.json: params.",
@@ -17,6 +20,7 @@ _PARAMS, _DATA = (
 )
 _MOST_CHANGES = 60
 _SHORT = 12
+_BLANK_LINES = re.compile(r"\n{3,}")
 # What a reviewer compares, which way is better, and how it is written.
 _METRICS = (
     ("loss", "down", "loss, nats/token"),
@@ -27,67 +31,61 @@ _METRICS = (
 
 def draw_report(case: Case, *, with_pictures: bool = True) -> str:
     """Return the whole report; without pictures for a terminal."""
-    parts = [
-        draw_summary(case),
-        "## Losses against production",
-        _losses(case),
-        "## Gate",
-        _gate(case.new),
-        draw_tasks(case),
-        "## How the training went",
-        *_training(case, with_pictures=with_pictures),
-        "## Sample answers, side by side (greedy)",
-        _samples(case) or "No samples in this package.",
-        "## Parameters, old → new",
-        _changes(case, (_PARAMS,), "No parameter differs."),
-        "## Data, old → new",
-        _changes(case, _DATA, "The same data, token for token."),
-        "## Ledger: where every record and token went",
-        table([{head: plain(cell) for head, cell in row.items()} for row in ledger_rows(case.new.ledger)])
-        or "Not recorded in this package.",
-        "## Size and files",
-        _files(case.new),
-        "## Lineage",
-        _lineage(case),
-        *_earlier(case),
-    ]
-    return "\n\n".join(part for part in parts if part)
+    curves = _plan_curves(case) if with_pictures else []
+    made = [step for step in case.new.steps if not step.get("left_out")]
+    params, data = (_changes(case, prefixes) for prefixes in ((_PARAMS,), _DATA))
+    return _render(
+        case,
+        only_summary=False,
+        heading="#",
+        losses=_losses(case),
+        verdict=case.new.facts["provenance"].get("verdict"),
+        tasks=_tasks(case),
+        picture=_draw(curves),
+        curves=_curve_rows(curves),
+        made=made or case.new.steps,
+        left_out=len(case.new.steps) - len(made),
+        attempts=_attempts(case.new),
+        samples=_samples(case),
+        changed_params=params,
+        changed_data=data,
+        most_changes=_MOST_CHANGES,
+        ledger=[{head: plain(cell) for head, cell in row.items()} for row in ledger_rows(case.new.ledger)],
+        files=_files(case.new),
+        lineage=_lineage(case),
+        earlier=[{key: plain(review[key]) for key in ("at", "decision", "by", "comment")} for review in case.reviews],
+    )
 
 
 def draw_summary(case: Case, *, heading: str = "#") -> str:
     """Return what a reviewer must have read: the question, what speaks against a yes, the figures, how to get it."""
-    new, asked = case.new, f"{heading} {case.new.label}: may it become production?"
-    rivals = f"Production is {case.old.label} now." if case.old else _without_rival(case)
+    return _render(case, only_summary=True, heading=heading)
+
+
+def _render(case: Case, **values: object) -> str:
+    new, passed = case.new, _passed(case.new)
     facts = [
         ("digest", code(f"{case.digest[:_SHORT]}…")),
         ("mean loss over sources", _mean(case)),
-        ("gate", "passed" if _passed(new) else "**not passed**" if _passed(new) is False else "not asked"),
+        ("gate", "passed" if passed else "**not passed**" if passed is False else "not asked"),
         ("made by", plain(_revision(case))),
         ("published", plain(new.facts["published_at"])),
         ("size", f"{new.facts['bytes']:,} bytes in {len(new.facts['files'])} files"),
     ]
-    rows = [{"": name, " ": words} for name, words in facts]
-    pull = f"ropeway registry pull {case.name}@{case.digest} --registry {case.url}"
-    return "\n\n".join([asked, rivals, *_objections(case), table(rows), fence(pull)])
+    text = render(
+        "review.md.jinja",
+        case=case,
+        new=new,
+        passed=passed,
+        same_rows=not case.old or _same_rows(case),
+        facts=[{"": name, " ": words} for name, words in facts],
+        pull=f"ropeway registry pull {case.name}@{case.digest} --registry {case.url}",
+        **values,
+    )
+    return _BLANK_LINES.sub("\n\n", text).strip()
 
 
-def _without_rival(case: Case) -> str:
-    if case.expect == case.digest:
-        return "It **is** production already."
-    return "There is **no production** yet; it is compared with its own base model."
-
-
-def _objections(case: Case) -> Iterator[str]:
-    """Yield what forbids or speaks against an approval."""
-    if case.dirt:
-        yield f"> **An approval will be refused:** it was made with {plain(case.dirt)}. Commit and run `ropeway run`."
-    if _passed(case.new) is False:
-        yield "> **The gate did not let it pass.** Its reasons are below."
-    if case.old and not _same_rows(case):
-        yield "> Production was measured on other validation rows: its losses and these say little about each other."
-
-
-def _losses(case: Case) -> str:
+def _losses(case: Case) -> list[dict[str, str]]:
     """Return metrics by source: base, production, this, and the change to production (or to the base)."""
     rival = _rival_metrics(case)
     rows = []
@@ -103,7 +101,7 @@ def _losses(case: Case) -> str:
             row[f"**{plain(case.new.label)}**"] = f"**{_figure(ours)}**"
             row["change"] = _change(ours, theirs if case.old else base, better)
             rows.append(row)
-    return table(rows) or "No metrics are kept with this version."
+    return rows
 
 
 def _mean(case: Case) -> str:
@@ -113,40 +111,67 @@ def _mean(case: Case) -> str:
     return f"{_figure(ours)} nats/token, {whose} {_figure(theirs)}: {_change(ours, theirs, 'down')}"
 
 
-def _gate(new: VersionEvidence) -> str:
-    verdict = new.facts["provenance"].get("verdict")
-    if not verdict:
-        return "It was published without asking the gate."
-    lines = [f"- {plain(line)}" for line in verdict["lines"]]
-    return "\n".join([f"**{'Passed' if verdict['passed'] else 'Not passed'}**", "", *lines])
+def _tasks(case: Case) -> list[dict[str, str]]:
+    """Return what base, production and the new version score in each task of lm-evaluation-harness."""
+    tasks: Mapping[str, Any] = case.new.metrics.get("tasks") or {}
+    rows = []
+    for name, task in tasks.items():
+        for metric in name_metrics(task["tuned"]):
+            row = {"task": plain(name), "metric": plain(metric), "base": _score(task["base"], metric)}
+            if case.old:
+                theirs = _of_same(case.old.metrics, name, task)
+                row[f"production ({plain(case.old.label)})"] = _score(theirs, metric)
+            rows.append({**row, f"**{plain(case.new.label)}**": f"**{_score(task['tuned'], metric)}**"})
+    return rows
 
 
-def _training(case: Case, *, with_pictures: bool) -> Iterator[str]:
-    curves = loss_curves(case.new.steps, f"v{case.new.facts['number']}", colour=COLOURS[0])
-    if case.old:
-        curves += loss_curves(case.old.steps, f"production, v{case.old.facts['number']}", colour=COLOURS[1])[:1]
-    svg = draw_curves(curves)
-    made = [step for step in case.new.steps if not step.get("left_out")]
-    if with_pictures and svg:
-        yield f"![loss by step]({data_uri(svg)})"
-    elif case.new.steps:
-        first, last = (made or case.new.steps)[0], (made or case.new.steps)[-1]
-        yield f"{len(case.new.steps):,} steps, loss {first.get('loss', '?')} → {last.get('loss', '?')}."
-    else:
-        yield "No steps are kept in this package."
-    if left := len(case.new.steps) - len(made):
-        yield f"{left:,} steps were passed over with their rows: the numbers went wrong there and training went back."
-    if record := case.new.history.get("continued_from"):
-        changed = ", ".join(f"{key} {values}" for key, values in record["changed"].items()) or "nothing"
-        yield plain(
-            f"It went on from step {record['step']} of the run {record['fingerprint']}; changed since: {changed}."
-        )
-    yield _history(case.new)
+def _of_same(metrics: Mapping[str, Any], name: str, task: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return production's scores, if it was asked the same questions in the same way."""
+    theirs: Mapping[str, Any] = (metrics.get("tasks") or {}).get(name) or {}
+    same = all(theirs.get(key) == task[key] for key in ("version", "shots", "n"))
+    return theirs.get("tuned", {}) if same else {}
 
 
-def _history(new: VersionEvidence) -> str:
+def _score(figures: Mapping[str, Any], metric: str) -> str:
+    return show_score(figures, metric) if metric in figures else "not asked"
+
+
+def _plan_curves(case: Case) -> list[Curve]:
+    """Return the version's losses by step, and production's training loss."""
+    found = loss_curves(case.new.steps, _label(case.new), colors.VERSION)
+    return found + (
+        loss_curves(case.old.steps, f"production, {_label(case.old)}", colors.PRODUCTION)[:1] if case.old else []
+    )
+
+
+def _label(version: VersionEvidence) -> str:
+    return f"v{version.facts['number']}"
+
+
+def _draw(curves: Sequence[Curve]) -> str:
+    if sum(len(curve.points) for curve in curves) < 2:  # noqa: PLR2004 - a line has two ends
+        return ""
+    from ropeway.reporting.pictures import draw_curves
+
+    return draw_curves(curves)
+
+
+def _curve_rows(curves: Sequence[Curve]) -> list[dict[str, str]]:
+    return [
+        {
+            "curve (nats/token)": plain(curve.name),
+            "first": _figure(curve.points[0][1]),
+            "last": _figure(curve.points[-1][1]),
+            "lowest": _figure(min(loss for _, loss in curve.points)),
+            "last step": f"{curve.points[-1][0]:,.0f}",
+        }
+        for curve in curves
+    ]
+
+
+def _attempts(new: VersionEvidence) -> list[dict[str, str]]:
     """Return one row per start of the training: a run that was resumed has several."""
-    rows = [
+    return [
         {
             "start": str(number),
             "began (UTC)": _moment(attempt.get("began")),
@@ -158,26 +183,17 @@ def _history(new: VersionEvidence) -> str:
         }
         for number, attempt in enumerate(new.history.get("attempts", ()), 1)
     ]
-    if not rows:
-        return "How often it was resumed is not recorded."
-    how = "Never resumed" if len(rows) == 1 else f"Resumed: {len(rows)} starts"
-    return f"{how}.\n\n{table(rows)}"
 
 
-def _changes(case: Case, prefixes: Sequence[str], none: str) -> str:
-    if not case.old:
-        return "Nothing to compare with."
-    rows = [
+def _changes(case: Case, prefixes: Sequence[str]) -> list[dict[str, str]]:
+    return [
         {"": code(key.removeprefix("run.json: ").removeprefix("params.")), "old": plain(old), "new": plain(new)}
         for key, (old, new) in case.changes.items()
         if key.startswith(tuple(prefixes))
     ]
-    left = len(rows) - _MOST_CHANGES
-    more = f"\n\n… and {left:,} more: `ropeway registry diff {case.old.label} {case.new.label}`" if left > 0 else ""
-    return table(rows[:_MOST_CHANGES]) + more if rows else none
 
 
-def _samples(case: Case) -> str:
+def _samples(case: Case) -> list[dict[str, str]]:
     theirs = _answers(case.old, "tuned") if case.old else {}
     ours, base = _answers(case.new, "tuned"), _answers(case.new, "base")
     rows = []
@@ -186,7 +202,7 @@ def _samples(case: Case) -> str:
         row |= {"production": plain(theirs.get(prompt, "(not asked)"))} if case.old else {}
         row |= {"base": plain(base[prompt])} if not case.old and prompt in base else {}
         rows.append({**row, "**this**": plain(answer)})
-    return table(rows)
+    return rows
 
 
 def _answers(version: VersionEvidence, model: str) -> dict[str, str]:
@@ -199,15 +215,14 @@ def _answers(version: VersionEvidence, model: str) -> dict[str, str]:
     return found
 
 
-def _files(new: VersionEvidence) -> str:
-    rows = [
+def _files(new: VersionEvidence) -> list[dict[str, str]]:
+    return [
         {"file": code(path), "bytes": f"{entry['bytes']:,}", "sha256": code(entry["sha256"][:_SHORT])}
         for path, entry in sorted(new.facts["files"].items(), key=lambda item: -item[1]["bytes"])
     ]
-    return table(rows)
 
 
-def _lineage(case: Case) -> str:
+def _lineage(case: Case) -> list[dict[str, str]]:
     facts = case.new.facts["facts"]
     rows = [
         ("version", case.digest),
@@ -217,7 +232,7 @@ def _lineage(case: Case) -> str:
     rows += list(_origins(case.new.run))
     rows += [(f"{name} digest", digest) for name, digest in facts.get("digests", {}).items()]
     rows += [(f"beside it: {name}", entry["sha256"]) for name, entry in case.new.facts["attachments"].items()]
-    return table([{"": plain(name), " ": code(words)} for name, words in rows])
+    return [{"": plain(name), " ": code(words)} for name, words in rows]
 
 
 def _origins(run: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -226,14 +241,6 @@ def _origins(run: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "base", str(describe_base(base))
     for name, identity in run.get("sources", {}).items():
         yield f"source {name}", "; ".join(str(one) for one in describe_source(identity))
-
-
-def _earlier(case: Case) -> Iterator[str]:
-    if case.reviews:
-        yield "## Earlier answers"
-        yield table(
-            [{key: plain(review[key]) for key in ("at", "decision", "by", "comment")} for review in case.reviews]
-        )
 
 
 def _revision(case: Case) -> str:

@@ -53,7 +53,7 @@ class Digests:
             waiting |= {other for other in ours if f"{other}.".startswith(tuple(f"{one}." for one in counted))} - set(
                 found
             )
-        return dict(sorted(found.items()))
+        return dict(sorted({**found, **_templates(self._source, own)}.items()))
 
     def keep(self) -> None:
         """Write what was parsed, if it is not there already."""
@@ -171,6 +171,13 @@ def _modules(source: Path, package: str) -> set[str]:
     """Return the dotted names (below ours) of a package's own modules."""
     paths = source.joinpath(*package.split(".")).rglob("*.py")
     return {".".join(path.relative_to(source).with_suffix("").parts).removesuffix(".__init__") for path in paths}
+
+
+def _templates(source: Path, package: str) -> dict[str, str]:
+    """Return path -> sha256 of a package's files that are no Python, e.g. the templates of pages."""
+    paths = source.joinpath(*package.split(".")).rglob("*")
+    others = (path for path in paths if path.is_file() and path.suffix not in (".py", ".pyc"))
+    return {path.relative_to(source).as_posix(): file_sha256(path) for path in others}
 
 
 def _named(tree: ast.AST) -> Iterator[str]:

@@ -1,0 +1,266 @@
+"""Every picture, by matplotlib: equal numbers give equal bytes (no date, fixed ids, matplotlib's own font)."""
+
+import base64
+import io
+import math
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+from numpy.typing import NDArray
+
+from ropeway.reporting import colors
+from ropeway.reporting.loss_curves import Curve
+
+_STYLE: Any = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib, so it is the same everywhere
+    "font.size": 10,
+    "figure.facecolor": colors.BACKGROUND,
+    "text.color": colors.INK,
+    "axes.edgecolor": colors.DIM,
+    "axes.labelcolor": colors.DIM,
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 12,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": colors.GRID,
+    "xtick.color": colors.DIM,
+    "ytick.color": colors.DIM,
+    "legend.frameon": False,
+    "svg.fonttype": "path",  # looks alike in every viewer, whatever its fonts
+}
+_SIZE_INCHES = (8.0, 4.2)
+_DOTS_PER_INCH = 130
+# One dot per step is noise from a few rows; the line is their mean over the last steps, a tenth of all at most.
+_SMOOTHED_STEPS = 20
+_NO_METADATA: Any = {"Date": None, "Creator": None}
+_MIN_BINS, _MAX_TICKS = 8, 12
+_ABOVE: Any = {
+    "xycoords": ("data", "axes fraction"), "xytext": (0, 3), "textcoords": "offset points",
+    "ha": "center", "va": "bottom", "fontsize": 9,
+}  # fmt: skip
+Rows = Sequence[Mapping[str, Any]]
+Grid = tuple[Sequence[int], Sequence[float], Sequence[Sequence[float]]]  # lengths, depths, share by depth and length
+
+
+@contextmanager
+def _drawn(name: str, size: tuple[float, float] = _SIZE_INCHES) -> Iterator[Figure]:
+    """Yield a figure in our style; what is saved inside has ids made from `name`."""
+    with mpl.rc_context({**_STYLE, "svg.hashsalt": name}):
+        figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasAgg(figure)
+        yield figure
+
+
+def _save(figure: Figure, folder: Path, name: str) -> None:
+    figure.savefig(folder / f"{name}.png", dpi=_DOTS_PER_INCH, metadata={"Software": None})
+    figure.savefig(folder / f"{name}.svg", metadata=_NO_METADATA)
+
+
+def _to_uri(figure: Figure) -> str:
+    """Return a figure as the address of an image that holds all of it."""
+    file = io.BytesIO()
+    figure.savefig(file, format="svg", metadata=_NO_METADATA)
+    return "data:image/svg+xml;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+@dataclass(frozen=True, slots=True)
+class Bin:
+    """Sequences of `begin` to `end` tokens, both included; `is_over` when a row cannot hold them."""
+
+    begin: int
+    end: int
+    count: int
+    is_over: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """The histogram of a source: as an image, in words, and in numbers."""
+
+    uri: str
+    alt: str
+    bins: tuple[Bin, ...]
+
+
+def count_lengths(lengths: NDArray[np.int32], max_length: int) -> tuple[Bin, ...]:
+    """Return a histogram of lengths: four bins to a doubling, one border at `max_length`, no empty ones at the start.
+
+    >>> [(part.begin, part.end) for part in count_lengths(np.array([1, 20], dtype=np.int32), 11)][5:]
+    [(6, 6), (7, 7), (8, 9), (10, 11), (12, 13), (14, 15), (16, 19), (20, 23)]
+    """
+    longest = int(lengths.max())
+    edges = {1, 2, 3} | ({max_length + 1} if longest > max_length else set())
+    quarter = 4
+    while max(edges) <= longest:
+        edges |= {part * quarter // 4 for part in (4, 5, 6, 7, 8)}
+        quarter *= 2
+    steps = sorted(edges)
+    steps = steps[: bisect_left(steps, longest + 1) + 1]
+    counts = np.histogram(lengths, bins=np.asarray(steps))[0].tolist()
+    first = min(next(at for at, count in enumerate(counts) if count), max(len(counts) - _MIN_BINS, 0))
+    return tuple(
+        Bin(steps[at], steps[at + 1] - 1, counts[at], steps[at] > max_length) for at in range(first, len(counts))
+    )
+
+
+def draw_lengths(lengths: NDArray[np.int32], max_length: int) -> Lengths | None:
+    """Draw the lengths of a source's sequences, with a line at `max_length`; None without sequences."""
+    if not len(lengths):
+        return None
+    bins = count_lengths(lengths, max_length)
+    with _drawn("lengths", (6.4, 2.3)) as figure:
+        axes = figure.add_subplot()
+        shades = [colors.OVER if part.is_over else colors.IN_ROW for part in bins]
+        axes.bar(range(len(bins)), [part.count for part in bins], width=0.92, align="edge", color=shades)
+        every = math.ceil(len(bins) / _MAX_TICKS)
+        axes.set_xticks(range(0, len(bins), every), [f"{part.begin:,}" for part in bins[::every]])
+        axes.set_xlim(0, len(bins))
+        axes.grid(visible=False, axis="x")
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        if any(part.is_over for part in bins):
+            at = next(number for number, part in enumerate(bins) if part.is_over) - 0.04
+            axes.axvline(at, color=colors.LIMIT, linewidth=1.2, linestyle="--")
+            axes.annotate(f"max_length {max_length:,}", (at, 1), color=colors.LIMIT_TEXT, **_ABOVE)
+        _finish(axes, "", "tokens in a sequence", "sequences")
+        alt = f"Histogram of {len(lengths):,} sequence lengths, longest {int(lengths.max()):,} tokens"
+        return Lengths(_to_uri(figure), alt, bins)
+
+
+def draw_curves(curves: Sequence[Curve]) -> str:
+    """Return losses by step as the address of an image that holds it, which Prefect's pages show."""
+    with _drawn("curves", (8.0, 3.6)) as figure:
+        axes = figure.add_subplot()
+        for curve in curves:
+            steps, losses = zip(*curve.points, strict=True)
+            axes.plot(steps, losses, color=curve.color, label=curve.name, marker="o" if curve.is_marked else "", ms=4)
+        _finish(axes, "", "optimizer step", "nats per supervised token")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        figure.legend(loc="outside upper left", ncols=min(len(curves), 3))
+        return _to_uri(figure)
+
+
+def draw_losses(folder: Path, steps: Rows) -> None:
+    """Draw training loss per step and validation losses from the lines of steps.csv."""
+    with _drawn("loss") as figure:
+        axes = figure.add_subplot()
+        numbers, losses = _series(steps, "loss")
+        axes.plot(numbers, losses, ".", color=colors.MODELS["tuned"], alpha=0.3, markersize=3)
+        width = max(1, min(_SMOOTHED_STEPS, len(losses) // 10))
+        mean = [sum(part) / len(part) for part in _windows(losses, width)]
+        label = f"training, mean of {width} steps" if width > 1 else "training"
+        axes.plot(numbers, mean, color=colors.MODELS["tuned"], linewidth=2, label=label)
+        names = sorted({key for line in steps for key in line if key.startswith("validation_")})
+        for name, color in zip(names, _cycle(len(names)), strict=True):
+            at, found = _series(steps, name)
+            title = f"validation, {name.removeprefix('validation_')}"
+            axes.plot(at, found, "o--", color=color, markersize=5, linewidth=1.2, label=title)
+        _finish(axes, "Loss while training", "optimizer step", "nats per supervised token")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend()
+        _save(figure, folder, "loss")
+
+
+def draw_positions(folder: Path, table: Rows, *, max_length: int) -> None:
+    """Draw each curve of positions.csv; dashed without scaling, a line where training ended."""
+    curves = [name for name in table[0] if name not in ("position", "tokens")]
+    with _drawn("positions") as figure:
+        axes = figure.add_subplot()
+        for name in curves:
+            model, _, unscaled = name.partition("_")
+            at, found = _series(table, name, x="position")
+            how = {"linestyle": "--", "linewidth": 1.4} if unscaled else {"linewidth": 2.2}
+            title = f"{model}, without RoPE scaling" if unscaled else _with_scaling(model, curves)
+            axes.plot(at, found, marker=".", markersize=5, color=colors.MODELS[model], label=title, **how)
+        axes.axvline(max_length, color=colors.LIMIT, linewidth=1.2)
+        axes.annotate(f"max_length {max_length:,}", (max_length, 1), color=colors.LIMIT_TEXT, **_ABOVE)
+        axes.set_xlim(left=0)
+        _finish(axes, "Loss by position", "position in tokens", "nats per token")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        # Below the axes: curves may be anywhere inside.
+        figure.legend(loc="outside lower center", ncols=2)
+        _save(figure, folder, "positions")
+
+
+def draw_passkey(folder: Path, grids: Mapping[str, Grid]) -> None:
+    """Draw one heat map per model: share of keys found, by length and depth; beyond training too."""
+    with _drawn("passkey", (8.0, 3.6)) as figure:
+        panels = figure.subplots(1, len(grids), squeeze=False)[0]
+        for axes, (name, (lengths, depths, shares)) in zip(panels, grids.items(), strict=True):
+            image = axes.imshow(shares, cmap=colors.HEAT, vmin=0, vmax=1, aspect="auto")
+            axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+            axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+            for row, line in enumerate(shares):
+                for column, share in enumerate(line):
+                    color = colors.BACKGROUND if share > colors.HEAT_DARK else colors.INK
+                    axes.text(column, row, f"{share:.0%}", ha="center", va="center", color=color, fontsize=9)
+            axes.grid(visible=False)
+            axes.spines[:].set_visible(False)
+            axes.tick_params(length=0)
+            found = sum(map(sum, shares)) / sum(map(len, shares))
+            _finish(axes, f"Passkey, {name}: {found:.0%} found", "length in tokens", "depth of the key")
+        bar = figure.colorbar(image, ax=list(panels), format=FuncFormatter(lambda value, _: f"{value:.0%}"))
+        bar.outline.set_visible(False)  # type: ignore[operator]
+        _save(figure, folder, "passkey")
+
+
+def draw_sources(folder: Path, table: Rows) -> None:
+    """Draw base against tuned per source, from the lines of scores.csv."""
+    sources = list(dict.fromkeys(line["source"] for line in table))
+    models = list(dict.fromkeys(line["model"] for line in table))
+    high = 0.8 / len(models)
+    with _drawn("sources", (8.0, 1.4 + 0.8 * len(sources))) as figure:
+        axes = figure.add_subplot()
+        for number, model in enumerate(models):
+            losses = [float(line["loss"]) for line in table if line["model"] == model]
+            at = [place + (number - (len(models) - 1) / 2) * high for place in range(len(sources))]
+            bars = axes.barh(at, losses, height=high * 0.92, color=colors.MODELS[model], label=model)
+            axes.bar_label(bars, fmt="%.3f", padding=4, color=colors.INK, fontsize=9)
+        axes.set_yticks(range(len(sources)), sources)
+        axes.invert_yaxis()
+        axes.margins(x=0.12)
+        axes.grid(visible=False, axis="y")
+        axes.tick_params(axis="y", length=0, labelcolor=colors.INK)
+        _finish(axes, "Validation loss per source", "nats per supervised token", "")
+        axes.legend(ncols=len(models), loc="lower right", bbox_to_anchor=(1, 1))
+        _save(figure, folder, "sources")
+
+
+def _finish(axes: Axes, title: str, x: str, y: str) -> None:
+    axes.set_title(title)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+
+
+def _with_scaling(model: str, curves: Sequence[str]) -> str:
+    return f"{model}, with RoPE scaling" if any(name.startswith(f"{model}_") for name in curves) else model
+
+
+def _series(rows: Rows, column: str, x: str = "step") -> tuple[list[float], list[float]]:
+    """Return the x and the values of the lines that have one."""
+    pairs = [(float(line[x]), float(line[column])) for line in rows if line.get(column) not in (None, "")]
+    return [at for at, _ in pairs], [value for _, value in pairs]
+
+
+def _windows(values: Sequence[float], width: int) -> Iterator[Sequence[float]]:
+    for end in range(1, len(values) + 1):
+        yield values[max(0, end - width) : end]
+
+
+def _cycle(count: int) -> Iterator[str]:
+    for number in range(count):
+        yield colors.SERIES[number % len(colors.SERIES)]

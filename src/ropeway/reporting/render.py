@@ -1,0 +1,66 @@
+"""HTML and Markdown from the files in `templates/`. Whatever a template prints is escaped for its format."""
+
+import json
+import re
+from functools import cache
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from ropeway.reporting import markdown
+from ropeway.reporting.colors import BACKGROUND, DARK, LIGHT
+from ropeway.reporting.token_view import name_visibly, split_visible
+
+# Control characters, lone surrogates and characters that reverse the direction of the text around them.
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
+
+
+def render(template: str, **values: object) -> str:
+    """Return a template of `templates/` with values; equal values give equal text, encodable as UTF-8.
+
+    Args:
+        template: The file's name; `*.md.jinja` is Markdown, everything else HTML.
+        values: Its variables. A `markupsafe.Markup` is printed as it is, everything else is escaped.
+    """
+    return _environment(is_markdown=template.endswith(".md.jinja")).get_template(template).render(values)
+
+
+@cache
+def _environment(*, is_markdown: bool) -> Environment:
+    environment = Environment(
+        loader=PackageLoader("ropeway.reporting"),
+        autoescape=True,
+        finalize=_escape_markdown if is_markdown else _show_unsafe,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=not is_markdown,
+    )
+    environment.globals.update(light=LIGHT, dark=DARK, background=BACKGROUND)
+    environment.filters.update(
+        commas=lambda number: f"{number:,}",
+        count=lambda number, what: f"{number:,} {what}{'' if number == 1 else 's'}",
+        percent=lambda share, digits=1: f"{share:.{digits}%}",
+        json=lambda value, indent=None: json.dumps(value, indent=indent, sort_keys=True),
+        stretches=split_visible,
+        visibly=name_visibly,
+        cell=lambda value: Markup(markdown.plain(value)),  # noqa: S704 - escaped
+        code=lambda value: Markup(markdown.code(value)),  # noqa: S704 - escaped
+        fence=lambda value, language="": Markup(markdown.fence(str(value), language)),  # noqa: S704 - escaped
+        table=lambda rows: Markup(markdown.table(rows)),  # noqa: S704 - its cells are Markdown already
+    )
+    return environment
+
+
+def _show_unsafe(value: Any) -> Any:  # noqa: ANN401 - whatever a template prints
+    """Return a text with unsafe characters as their code point; Jinja escapes it for HTML afterwards."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return _UNSAFE.sub(lambda found: f"U+{ord(found[0]):04X}", value)
+
+
+def _escape_markdown(value: Any) -> Markup:  # noqa: ANN401 - whatever a template prints
+    if isinstance(value, Markup):
+        return value
+    return Markup(markdown.escape(value))  # noqa: S704 - escaped
