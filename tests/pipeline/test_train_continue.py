@@ -97,7 +97,7 @@ def test_the_flag_writes_the_line_and_the_run_goes_on(again):
     assert f"params.yaml: resume_from of tiny is {name} now, and stays so" in said
     assert f"going on from step {STEPS} of run {name}: num_train_epochs 1 -> 2" in said
     assert [int(line["epoch"]) for line in lines(job)] == [0] * STEPS + [1] * STEPS
-    card = (job.run / "package" / "README.md").read_text()
-    assert f"went on from step {STEPS} of the run {name}" in card
+    card = (job.run / "pages" / "README.md").read_text()
+    assert f"continued from step {STEPS} of the run {name}" in card
     metrics = json.loads((job.run / "package" / "run.json").read_text())["metrics"]["train"]
     assert metrics["continued_from"]["step"] == STEPS

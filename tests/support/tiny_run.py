@@ -15,12 +15,13 @@ from ropeway.data.shards import FORMAT, Kind, Shards, write_shard
 from ropeway.models.chat_template import JINJA, Conversation, render_turns, template_digest
 from ropeway.models.rope import plan_scaling
 from ropeway.models.tokenizer import open_tokenizer, read_special
-from ropeway.reporting import report_eval
+from ropeway.reporting import report_eval, report_package
 from ropeway.runtime.manifest import file_sha256, write_json, write_manifest
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.evaluate import stage as evaluate
 from ropeway.stages.evaluate.evaluation_workers import Share
 from ropeway.stages.evaluate.token_scores import Score, score_sources, sum_batches
+from ropeway.stages.package import stage as package
 from tests.support.freezing import code_digests, freeze_inputs
 
 ROOT = Path(__file__).parents[2]
@@ -123,6 +124,12 @@ def finish_run(workspace: Workspace, profile: Profile) -> None:
             "continued_from": {},
         },
     )
+
+
+def make_package(workspace: Workspace, profile: Profile) -> None:
+    """Make the package and the pages of a finished run."""
+    package.run(workspace, profile)
+    report_package.run(workspace, profile)
 
 
 def write_ledger(workspace: Workspace) -> None:

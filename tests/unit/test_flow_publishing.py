@@ -11,7 +11,7 @@ from ropeway.orchestration.revision import Revision
 from ropeway.registry import ANY, Registry, Version
 from ropeway.runtime.errors import RegistryError
 from ropeway.runtime.lock import workspace_lock
-from ropeway.runtime.manifest import write_json, write_manifest
+from ropeway.runtime.manifest import file_sha256, write_json, write_manifest
 from ropeway.runtime.workspace import Workspace
 
 COMMIT = Revision("a" * 40, ())
@@ -55,6 +55,32 @@ def make(workspace, loss, *, rows="rows", measure=nobody):
 
 def candidate(registry):
     return registry.artifact("laptop").alias("candidate").digest
+
+
+def make_pages(workspace, card):
+    """Make the pages of the workspace's package, as report_package does."""
+    manifest = json.loads((workspace.package / "manifest.json").read_bytes())
+    workspace.pages.mkdir(parents=True, exist_ok=True)
+    (workspace.pages / "manifest.json").unlink(missing_ok=True)
+    (workspace.pages / "README.md").write_text(card)
+    pages = write_manifest(workspace.pages, {})["files"]
+    whole = {"package": file_sha256(workspace.package / "manifest.json"), "files": {**manifest["files"], **pages}}
+    write_json(workspace.pages / "manifest.json", whole)
+
+
+def test_a_package_whose_card_is_rendered_again_is_the_version_that_it_was(workspace, registry):
+    workspace.package.mkdir(parents=True)
+    write_json(workspace.package / "weights.json", {"loss": 5.0})
+    write_manifest(workspace.package, {})
+    write_json(workspace.evaluation, metrics(5.0, "rows"))
+    make_pages(workspace, "# first words\n")
+    first = publish_package(workspace, Profile(), COMMIT, nobody)
+    assert "README.md" in registry.version("laptop@v1").describe()["files"]
+    make_pages(workspace, "# other words\n")
+    again = publish_package(workspace, Profile(), COMMIT, nobody)
+    assert (first.state, again.state) == ("Published", "Unchanged")
+    assert again.digest == first.digest
+    assert again.version == "laptop@v1"
 
 
 def test_a_new_package_is_published_once_with_its_lineage_and_becomes_candidate(workspace, registry):

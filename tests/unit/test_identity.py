@@ -61,7 +61,7 @@ def test_code_that_shows_describes_starts_or_stores_a_run_invalidates_no_stage_t
     for path in paths:
         path.write_text(path.read_text(encoding="utf-8") + "\nADDED = 1\n", encoding="utf-8")
     changed = {room for room in ROOMS if room_digest(source, room) != before[room]}
-    assert changed == ({"report_data", "report_eval"} if package == "reporting" else set())
+    assert changed == ({"report_data", "report_eval", "report_package"} if package == "reporting" else set())
 
 
 def test_a_log_flag_of_the_launcher_and_a_limit_of_the_watchdog_retrain_nothing(source):
@@ -84,7 +84,7 @@ def test_an_edit_of_a_template_reruns_the_report_stages_alone(source, path):
 @pytest.mark.parametrize(
     ("path", "reading"),
     [
-        ("data/packing.py", {"prepare", "train", "evaluate", "report_data", "report_eval"}),
+        ("data/packing.py", {"prepare", "train", "evaluate", "report_data", "report_eval", "report_package"}),
         ("data/raw_records.py", {"fetch", "base", "tokenize", "package"}),
         ("data/words.py", {"tokenize", "prepare"}),
         ("models/lora.py", {"train"}),

@@ -120,8 +120,15 @@ STAGES = (
         "package",
         tuple(name for name in Profile.model_fields if name not in (*UNHASHED, "gate")),
         inputs=("raw/manifest.json", "base/manifest.json", "data/manifest.json", "ledger.json", "model", "train.json",
-                "steps.csv", "eval.json", "plots", "samples.html", "samples.json", "tables"),
+                "steps.csv", "eval.json", "samples.json"),
         outputs=("package",),
+    ),
+    StageSpec(
+        "report_package",
+        (),
+        inputs=("plots", "samples.html", "tables", "package/card.json", "package/eval.json", "package/ledger.json",
+                "package/manifest.json", "package/samples.json"),
+        outputs=("pages",),
     ),
 )  # fmt: skip
 READS = {stage.name: stage.reads for stage in STAGES}

@@ -73,12 +73,13 @@ def publish_package(workspace: Workspace, profile: Profile, revision: Revision, 
         TemporaryError: The store is away.
     """
     artifact = _artifact(workspace)
-    digest = package_digest(workspace.package, artifact.name)
-    known = artifact.find(digest)
+    known = artifact.find_package(package_digest(workspace.package, artifact.name))
     if known and revision.commit and not revision.dirty and known.dirt:
         known.vouch_clean(revision.commit)
     if known and (settled := _settled(artifact, known)):
-        return Publication("Unchanged", str(known), digest, None, settled, reviewable=_is_open(artifact, digest))
+        return Publication(
+            "Unchanged", str(known), known.digest, None, settled, reviewable=_is_open(artifact, known.digest)
+        )
     metrics = _read_metrics(workspace.evaluation)
     expected, champion = _find_champion(artifact)
     opponent = _find_metrics(champion, metrics, measure) if champion else None
@@ -88,7 +89,9 @@ def publish_package(workspace: Workspace, profile: Profile, revision: Revision, 
         workspace.package,
         provenance=_provenance(revision, metrics, verdict, label) | {"opponent": dict(opponent or {})},
         attachments={path.name: path for path in _lineage(workspace) if path.is_file()},
+        pages=workspace.pages if workspace.pages.is_dir() else None,
     )
+    digest = done.digest
     if not verdict.passed:
         words = f"{done} is registered; the gate did not let it pass, '{CANDIDATE}' was not moved"
         return Publication("Rejected", str(done), digest, verdict, words)

@@ -21,10 +21,10 @@ from ropeway.orchestration.dvc_stage import Say, Site, bring_up, run_command
 from ropeway.orchestration.revision import ask_git
 from ropeway.orchestration.version_differences import Record, describe_differences, other_weights
 from ropeway.registry import Version
+from ropeway.registry.core import read_version
 from ropeway.runtime.errors import ConfigError, DataError, RegistryError
 from ropeway.runtime.lock import Held, workspace_lock
-from ropeway.runtime.manifest import NAME as MANIFEST
-from ropeway.runtime.manifest import digest_of, file_sha256, load_manifest
+from ropeway.runtime.manifest import digest_of, load_manifest
 from ropeway.runtime.workspace import Workspace
 
 _FETCH = "fetch"  # the one stage whose result is restored rather than made: data changes where it came from
@@ -168,11 +168,12 @@ def read_then(version: Version, site_root: Path) -> Record:
 
 def read_now(workspace: Workspace) -> Record:
     """Return the run made again in writing."""
-    manifest = load_manifest(workspace.package, remedy="Remove the clone and reproduce again")
-    files = {path: facts["sha256"] for path, facts in manifest.pop("files").items()}
+    # A revision of before there were pages has them in its package.
+    pages = workspace.pages if workspace.pages.is_dir() else None
+    core, _ = read_version(workspace.package, pages, workspace.profile)
     return Record(
-        files={**files, MANIFEST: file_sha256(workspace.package / MANIFEST)},  # a file of a version as well
-        facts=manifest,
+        files={file.path: file.sha256 for file in core.files},
+        facts=core.facts,
         block=without_secrets(read_block(workspace.root / "params.yaml", workspace.profile)),
         lock=graph.parse_lock((workspace.root / "dvc.lock").read_bytes()),
         timings=json.loads(workspace.timings.read_bytes()),

@@ -15,12 +15,13 @@ from ropeway.registry.layout import check_digest, check_name, is_digest, manifes
 from ropeway.registry.rules import PackageFile, check_content, check_files, scan_folder
 from ropeway.runtime.errors import AbsentError, DataError, RegistryError
 from ropeway.runtime.manifest import NAME as MANIFEST
-from ropeway.runtime.manifest import canonical_json, file_sha256, load_manifest
+from ropeway.runtime.manifest import canonical_json, check_file, file_sha256, load_manifest
 from ropeway.storage import MAX_DOCUMENT_BYTES, Store
 
 Facts = dict[str, Any]
 FORMAT = "ropeway-version/1"
 _REMEDY = "Run `dvc repro package`"
+_PAGES_REMEDY = "Run `dvc repro report_package`"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,50 @@ def package_digest(folder: Path, name: str) -> str:
         DataError: The folder is not a whole package, or holds what none may hold.
     """
     return read_package(folder, name, verify=False).digest
+
+
+def read_version(package: Path, pages: Path | None, name: str) -> tuple[Core, dict[str, Path]]:
+    """Return the core of a package with its pages, and where each of its files lies; every byte is hashed.
+
+    Args:
+        package: A package folder.
+        pages: README.md and pages with a manifest.json of the whole version; None for a package alone.
+        name: The model it becomes a version of.
+
+    Raises:
+        DataError: As in `read_package`, or the pages are of another package.
+    """
+    core = read_package(package, name, verify=True)
+    places = {file.path: package / file.path for file in core.files}
+    if pages is None:
+        return core, places
+    manifest, own = _read_pages(pages), package / MANIFEST
+    stated = manifest.pop("files")
+    inside = {file.path: {"sha256": file.sha256, "bytes": file.bytes} for file in core.files if file.path != MANIFEST}
+    added = set(scan_folder(pages)) - {MANIFEST}
+    if manifest.get("package") != file_sha256(own) or set(stated) != {*inside, *added} or added & set(inside):
+        raise DataError(f"{pages}: the pages are not those of {package}. {_PAGES_REMEDY}")
+    for path in sorted(added):
+        check_file(pages / path, stated[path], remedy=_PAGES_REMEDY)
+        check_content(pages / path, path)
+    if faults := [path for path, entry in inside.items() if any(stated[path].get(key) != entry[key] for key in entry)]:
+        raise DataError(f"{pages / MANIFEST}: {faults[0]} is another one in the package. {_PAGES_REMEDY}")
+    files = [PackageFile(path, entry["sha256"], entry["bytes"]) for path, entry in stated.items()]
+    whole = pages / MANIFEST
+    files.append(PackageFile(MANIFEST, file_sha256(whole), whole.stat().st_size))
+    check_files(files)
+    places = {**places, **{path: pages / path for path in (*added, MANIFEST)}}
+    return Core(name, tuple(sorted(files, key=lambda file: file.path)), manifest), places
+
+
+def _read_pages(pages: Path) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads((pages / MANIFEST).read_bytes())
+        if isinstance(manifest["files"], dict):
+            return manifest
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise DataError(f"{pages}: holds no manifest of a version. {_PAGES_REMEDY}")
 
 
 def read_package(folder: Path, name: str, *, verify: bool) -> Core:

@@ -1,5 +1,6 @@
 """The registry as its callers see it: artifacts (models), their versions and aliases, and the events of both."""
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,8 +17,10 @@ from ropeway.registry.layout import (
     check_registry,
     check_spelling,
     init_registry,
+    is_digest,
     list_models,
     manifest_key,
+    package_key,
     read_reference,
     tombstone_key,
     tombstones_folder,
@@ -27,7 +30,7 @@ from ropeway.registry.log import read_event, read_events
 from ropeway.registry.publishing import Published, number_of, publish_package
 from ropeway.registry.signing import load_signer
 from ropeway.registry.versions import Version
-from ropeway.runtime.errors import AbsentError, RegistryError
+from ropeway.runtime.errors import AbsentError, DataError, RegistryError
 from ropeway.storage import Store, open_store
 
 _MIN_DIGITS = 8  # of a digest's start
@@ -45,7 +48,12 @@ class Artifact:
         check_name(self.name)
 
     def publish(
-        self, package_folder: Path, *, provenance: Mapping[str, Any], attachments: Mapping[str, Path]
+        self,
+        package_folder: Path,
+        *,
+        provenance: Mapping[str, Any],
+        attachments: Mapping[str, Path],
+        pages: Path | None = None,
     ) -> Published:
         """Return the version that a package is; publish it if it is not there yet. Repeat it freely after any failure.
 
@@ -54,6 +62,7 @@ class Artifact:
             provenance: JSON facts that do not determine the model: git revision, dirty, timings, W&B link. They stand
                 beside the version's number and are kept only from the publish that created it. No secrets.
             attachments: Files kept beside the version for its lineage, by name: `{"dvc.lock": path}`.
+            pages: README.md and pages that become part of the version, with the manifest of all.
 
         Raises:
             DataError: The package, or a blob the registry has of it, is not what its manifest says or breaks a rule.
@@ -61,7 +70,7 @@ class Artifact:
             TemporaryError: The store is away, or garbage is being collected there.
             ConfigError: ROPEWAY_SIGNING_KEY names no key.
         """
-        return publish_package(self.store, package_folder, self.name, provenance, attachments)
+        return publish_package(self.store, package_folder, self.name, provenance, attachments, pages)
 
     def check_publishing(self) -> None:
         """Raise now what would refuse a publish whatever the package is; writes registry.json where there is none.
@@ -84,6 +93,24 @@ class Artifact:
         if number_of(versions, digest) is None:
             return None
         return Version(self.store, self.name, digest, versions=versions)
+
+    def find_package(self, package: str) -> Version | None:
+        """Return the version that was published from a package, whatever its pages say; None when there is none.
+
+        Args:
+            package: `package_digest` of it.
+        """
+        check_digest(package)
+        try:
+            note = json.loads(self.store.get(package_key(self.name, package)))
+            digest = note["digest"] if isinstance(note, dict) else None
+        except AbsentError:
+            return self.find(package)
+        except (ValueError, KeyError):
+            digest = None
+        if not isinstance(digest, str) or not is_digest(digest):
+            raise DataError(f"{self.store.url}: {package_key(self.name, package)} names no version")
+        return self.find(digest)
 
     def version(self, digest: str) -> Version:
         """Return the version of a whole digest that is known; nothing is read."""

@@ -152,6 +152,11 @@ def manifest_key(name: str, digest: str) -> str:
     return f"models/{name}/manifests/{digest}.json"
 
 
+def package_key(name: str, package: str) -> str:
+    """Return where it is noted which version was published from a package, whose pages are no part of its digest."""
+    return f"models/{name}/packages/{package}.json"
+
+
 def signatures_prefix(name: str, digest: str) -> str:
     """Return what the keys of a version's signatures begin with."""
     return f"models/{name}/manifests/{digest}."

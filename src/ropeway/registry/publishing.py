@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ropeway.registry.blobs import put_blobs
-from ropeway.registry.core import Core, load_core, read_package
+from ropeway.registry.core import Core, load_core, package_digest, read_version
 from ropeway.registry.layout import (
     COLLECTIONS,
     blob_key,
@@ -18,6 +18,7 @@ from ropeway.registry.layout import (
     intent_key,
     is_digest,
     manifest_key,
+    package_key,
     versions_log,
 )
 from ropeway.registry.log import Event, Events, append_event, event_document, read_events
@@ -52,11 +53,16 @@ class Published:
 
 
 def publish_package(
-    store: Store, package_folder: Path, name: str, provenance: Mapping[str, Any], attachments: Mapping[str, Path]
+    store: Store,
+    package_folder: Path,
+    name: str,
+    provenance: Mapping[str, Any],
+    attachments: Mapping[str, Path],
+    pages: Path | None = None,
 ) -> Published:
     """Return the version that a package is, published if it is not there yet; see `Artifact.publish`."""
     signer = load_signer()
-    core = read_package(package_folder, name, verify=True)
+    core, places = read_version(package_folder, pages, name)
     attached = _plan_attachments(attachments)
     record = {
         "digest": core.digest,
@@ -67,7 +73,7 @@ def publish_package(
     event_document(record)  # refused now rather than after the weights have gone up
     check_spelling(store, name)
     init_registry(store)
-    files = [(package_folder / file.path, file) for file in core.files]
+    files = [(places[file.path], file) for file in core.files]
     versions = read_events(store, versions_log(name))
     if number_of(versions, core.digest) is None:
         files += attached
@@ -78,6 +84,9 @@ def publish_package(
         if signer:
             sign(store, core, signer)
         numbered = append_event(store, versions_log(name), lambda events: _plan_number(events, record), known=versions)
+        if pages:  # last: a version without it is found by its own digest
+            package = package_digest(package_folder, name)
+            store.put_if_absent(package_key(name, package), canonical_json({"digest": core.digest}))
     return Published(name, core.digest, numbered.number, created=numbered.created)
 
 

@@ -7,12 +7,21 @@ _MOST_CHARACTERS = 700
 _ESCAPED = {"<": "&lt;", ">": "&gt;", **{mark: f"\\{mark}" for mark in "\\|`*_{}[]#~$"}}
 
 
-def table(rows: Sequence[Mapping[str, str]]) -> str:
-    """Return rows of equal keys as a markdown table; nothing for none. Cells are markdown already."""
+def table(rows: Sequence[Mapping[str, str]], *, numbers: bool = False) -> str:
+    """Return rows as a Markdown table; nothing for none. Cells are Markdown already.
+
+    Args:
+        rows: The first one has every column.
+        numbers: All columns but the first are set to the right.
+    """
     if not rows:
         return ""
     heads = list(rows[0])
-    lines = [heads, ["---"] * len(heads), *([row.get(head, "") for head in heads] for row in rows)]
+    lines = [
+        heads,
+        ["---", *(["---:" if numbers else "---"] * (len(heads) - 1))],
+        *([row.get(head, "") for head in heads] for row in rows),
+    ]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -22,13 +31,13 @@ def escape(words: object) -> str:
     >>> escape("a|b\n<script>")
     'a\\|b ⏎ &lt;script&gt;'
     """
-    text = " ⏎ ".join(line.strip() for line in str(words).strip().splitlines())
+    text = " ⏎ ".join(str(words).splitlines())
     return "".join(_ESCAPED.get(c, c if c.isprintable() else repr(c)[1:-1].replace("\\", "\\\\")) for c in text)
 
 
 def plain(words: object) -> str:
     """Return words as `escape` does, long ones cut, for a cell of a table."""
-    text = str(words)
+    text = "\n".join(line.strip() for line in str(words).strip().splitlines())
     return escape(text[:_MOST_CHARACTERS]) + (" … (longer)" if len(text) > _MOST_CHARACTERS else "")
 
 

@@ -26,6 +26,16 @@ def render(template: str, **values: object) -> str:
     return _environment(is_markdown=template.endswith(".md.jinja")).get_template(template).render(values)
 
 
+def collapse(text: str) -> str:
+    """Return Markdown with one blank line between blocks, code blocks as they are."""
+    parts = re.split(r"(?ms)(^(`{3,})[^\n]*\n.*?^\2$)", text.strip())
+    return "".join(
+        part if at % 3 == 1 else re.sub(r"\n{3,}", "\n\n", part)
+        for at, part in enumerate(parts)
+        if at % 3 != 2  # noqa: PLR2004 - the fence alone
+    )
+
+
 @cache
 def _environment(*, is_markdown: bool) -> Environment:
     environment = Environment(
@@ -43,12 +53,14 @@ def _environment(*, is_markdown: bool) -> Environment:
         count=lambda number, what: f"{number:,} {what}{'' if number == 1 else 's'}",
         percent=lambda share, digits=1: f"{share:.{digits}%}",
         json=lambda value, indent=None: json.dumps(value, indent=indent, sort_keys=True),
+        general=lambda number: f"{number:g}",
+        yaml=lambda value: Markup(json.dumps(value)),  # noqa: S704 - a JSON string is a YAML string
         stretches=split_visible,
         visibly=name_visibly,
         cell=lambda value: Markup(markdown.plain(value)),  # noqa: S704 - escaped
         code=lambda value: Markup(markdown.code(value)),  # noqa: S704 - escaped
         fence=lambda value, language="": Markup(markdown.fence(str(value), language)),  # noqa: S704 - escaped
-        table=lambda rows: Markup(markdown.table(rows)),  # noqa: S704 - its cells are Markdown already
+        table=lambda rows, *, numbers=False: Markup(markdown.table(rows, numbers=numbers)),  # noqa: S704 - its cells are Markdown already
     )
     return environment
 

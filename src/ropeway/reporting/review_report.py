@@ -1,6 +1,5 @@
 """The review's report in Markdown: one page from which a person can say yes or no. Pure: from a `Case` to text."""
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -12,7 +11,7 @@ from ropeway.reporting.evidence import Case, VersionEvidence
 from ropeway.reporting.ledger_steps import ledger_rows
 from ropeway.reporting.loss_curves import Curve, loss_curves
 from ropeway.reporting.markdown import code, plain
-from ropeway.reporting.render import render
+from ropeway.reporting.render import collapse, render
 
 _PARAMS, _DATA = (
     "run.json: params.",
@@ -20,7 +19,6 @@ _PARAMS, _DATA = (
 )
 _MOST_CHANGES = 60
 _SHORT = 12
-_BLANK_LINES = re.compile(r"\n{3,}")
 # What a reviewer compares, which way is better, and how it is written.
 _METRICS = (
     ("loss", "down", "loss, nats/token"),
@@ -82,7 +80,7 @@ def _render(case: Case, **values: object) -> str:
         pull=f"ropeway registry pull {case.name}@{case.digest} --registry {case.url}",
         **values,
     )
-    return _BLANK_LINES.sub("\n\n", text).strip()
+    return collapse(text)
 
 
 def _losses(case: Case) -> list[dict[str, str]]:

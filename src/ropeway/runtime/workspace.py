@@ -94,8 +94,13 @@ class Workspace:
 
     @property
     def package(self) -> Path:
-        """The model as others load it, its card and its manifest."""
+        """The model as others load it, its facts and its manifest."""
         return self.run / "package"
+
+    @property
+    def pages(self) -> Path:
+        """README.md and pages of a version, with the manifest that covers them and the package."""
+        return self.run / "pages"
 
     @property
     def tasks(self) -> Path:

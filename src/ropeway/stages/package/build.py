@@ -17,10 +17,10 @@ from ropeway.config.frozen import FrozenInputs
 from ropeway.config.params import Profile
 from ropeway.models.chat_template import JINJA, ROLE_TOKENS
 from ropeway.runtime.errors import DataError
-from ropeway.runtime.manifest import digest_of, load_manifest, whole_folder, write_json, write_manifest
+from ropeway.runtime.manifest import digest_of, file_sha256, whole_folder, write_json, write_manifest
 from ropeway.runtime.workspace import Workspace
+from ropeway.stages.package.card_facts import plan_card
 from ropeway.stages.package.facts import Facts, load_early_facts, load_facts
-from ropeway.stages.package.model_card import preview_card, write_card
 from ropeway.stages.package.model_config import (
     plan_config,
     plan_generation_config,
@@ -46,7 +46,7 @@ def check_request(workspace: Workspace, profile: Profile) -> None:
     facts = load_early_facts(workspace, profile)
     with tempfile.TemporaryDirectory() as scratch:
         write_blocks(FrozenInputs.load(workspace.root).params_file, workspace.profile, Path(scratch) / "run.yaml")
-    preview_card(facts, workspace)
+    plan_card(facts, _params_text(workspace), parameters=0, weights={})
     tokenizer = json.loads((workspace.base / "tokenizer_config.json").read_bytes())
     plan_special_tokens_map(plan_tokenizer_config(tokenizer, max_length=profile.max_length, roles=ROLE_TOKENS))
     plan_probe(
@@ -129,18 +129,21 @@ def write_lineage(facts: Facts, workspace: Workspace, folder: Path) -> None:
         },
     )
     write_blocks(FrozenInputs.load(workspace.root).params_file, workspace.profile, folder / "run.yaml")
-    for path in (
-        workspace.evaluation,
-        workspace.samples,
-        workspace.samples_page,
-        workspace.steps,
-        workspace.ledger,
-    ):
+    for path in (workspace.evaluation, workspace.samples, workspace.steps, workspace.ledger):
         shutil.copyfile(path, folder / path.name)
-    (folder / workspace.plots.name).mkdir()
-    for source, stage in ((workspace.tables, "evaluate"), (workspace.plots, "report_eval")):
-        for name in load_manifest(source, remedy=f"Run `dvc checkout`, or `dvc repro {stage}`")["files"]:
-            shutil.copyfile(source / name, folder / workspace.plots.name / name)
+
+
+def write_card(facts: Facts, workspace: Workspace, folder: Path, written: Written) -> None:
+    """Write card.json, from which report_package makes the model card, and the notice that Llama 2 asks for."""
+    weights = {path.name: file_sha256(path) for path in folder.glob("*.safetensors")}
+    card = plan_card(facts, _params_text(workspace), parameters=written.parameters, weights=weights)
+    write_json(folder / "card.json", card)
+    if card["notice"]:
+        (folder / "NOTICE.txt").write_text(f"{card['notice']}\n", encoding="utf-8")
+
+
+def _params_text(workspace: Workspace) -> str:
+    return FrozenInputs.load(workspace.root).params_file.read_text(encoding="utf-8")
 
 
 def identity_of(facts: Facts) -> dict[str, Any]:

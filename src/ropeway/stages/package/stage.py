@@ -1,13 +1,13 @@
-"""Room: package. The run's model as others load it, its card and its lineage, proved in a clean process.
+"""Room: package. The run's model as others load it, its facts and its lineage, proved in a clean process.
 
 package/*.safetensors, model.safetensors.index.json   weights in `package.dtype`, shards of `max_shard_bytes` at most
 package/config.json, generation_config.json           read alike by transformers 4.31 to 5
 package/tokenizer.json, tokenizer_config.json,
         special_tokens_map.json, chat_template.jinja  the base's tokenizer with the role tokens; the template both ways
-package/README.md                                     the model card (and NOTICE.txt where Llama 2 asks for it)
+package/card.json                                     what the model card states (NOTICE.txt: what Llama 2 asks for)
 package/run.json, run.yaml                            what determines the model; its block of params.yaml, as written
-package/eval.json, samples.json, samples.html, plots/,
-        steps.csv, ledger.json                        as the earlier rooms left them
+package/eval.json, samples.json, steps.csv,
+        ledger.json                                   as the earlier stages wrote them
 package/probe.json                                    `python -m ropeway.stages.package.check` compares with it
 package/manifest.json                                 written last
 """

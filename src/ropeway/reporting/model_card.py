@@ -1,0 +1,217 @@
+"""README.md of a version: card.json, ledger, evaluation and samples, for `templates/card.md.jinja`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from ropeway.data.lineage import Origin, describe_base, describe_source
+from ropeway.data.task_scores import name_metrics, show_score
+from ropeway.reporting.markdown import escape, plain
+from ropeway.reporting.render import collapse, render
+
+SHOWN_SYSTEMS = 50
+_PARTS = {"up_to_max_length": "up to", "beyond": "beyond"}  # eval.json's keys
+Json = Mapping[str, Any]
+Rows = list[dict[str, str]]
+
+
+def draw_card(card: Json, ledger: Json, evaluation: Json, samples: Json) -> str:
+    """Return the model card.
+
+    Args:
+        card: card.json of the package.
+        ledger: ledger.json.
+        evaluation: eval.json.
+        samples: samples.json.
+    """
+    params, accounts = card["params"], ledger["sources"]
+    configs = [result["sampling_config"].partition("/")[2] for result in samples["prompts"][0]["results"]]
+    shown = "greedy" if "greedy" in configs else configs[0]
+    kinds = {account["kind"] for account in accounts}
+    text = render(
+        "card.md.jinja",
+        card=card,
+        ledger=ledger,
+        evaluation=evaluation,
+        kinds=[text for kind, text in (("conversation", "conversations"), ("document", "plain text")) if kind in kinds],
+        opened_from=format_origin(describe_base(card["base"])),
+        steps=describe_steps(card),
+        descent=describe_descent(card["train"]["continued_from"]),
+        shown_systems=SHOWN_SYSTEMS,
+        sources=[
+            {**source, "origins": [format_origin(one) for one in describe_source(source["identity"])]}
+            for source in card["sources"]
+        ],
+        documents=_count_documents(accounts),
+        composition=[_composition(account) for account in accounts],
+        tokens=[_tokens(account) for account in accounts],
+        ignored=[
+            {"key": key, "records": count, "source": account["name"]}
+            for account in accounts
+            for key, count in account["records"].get("ignored_keys", {}).items()
+        ],
+        findings=[_findings(account) for account in accounts],
+        scores=_scores(evaluation),
+        positions=_positions(evaluation["positions"], params["max_length"]),
+        tasks=_tasks(evaluation.get("tasks", {})),
+        shown_config=shown,
+        max_new_tokens=samples["args"]["max_new_tokens"],
+        answers=[_answers(one, shown) for one in samples["prompts"]],
+        weights="\n".join(f"{sha256}  {name}" for name, sha256 in sorted(card["weights"].items())),
+    )
+    return collapse(text) + "\n"
+
+
+def describe_steps(card: Json) -> str:
+    """Return how many steps were applied, skipped, and left out with their rows."""
+    train, steps, applied = card["train"], card["steps"], card["applied_steps"]
+    left = train["rows_left_out"] // card["params"]["global_batch_size"]
+    said = f"{applied:,} applied, {steps - applied - left:,} skipped for overflow"
+    if not left:
+        return said
+    return (
+        f"{said}, {left:,} left out with their {train['rows_left_out']:,} rows because the numbers went wrong there: "
+        f"training was rewound {train['rewinds']:,} times, steps.csv has the steps"
+    )
+
+
+def describe_descent(record: Json) -> str:
+    """Return in words which runs training was continued from, the last one first; empty for none.
+
+    >>> one = {"fingerprint": "00bb", "step": 60, "changed": {"learning_rate": "0.002 -> 0.001"}, "earlier": {}}
+    >>> describe_descent(one)
+    'continued from step 60 of the run 00bb (changed since: learning_rate 0.002 -> 0.001)'
+    >>> describe_descent({"fingerprint": "00cc", "step": 1200, "changed": {}, "earlier": one})[:60]
+    'continued from step 1,200 of the run 00cc, which was continu'
+    """
+    if not record:
+        return ""
+    words = f"continued from step {record['step']:,} of the run {record['fingerprint']}"
+    if record["changed"]:
+        words += f" (changed since: {', '.join(f'{key} {values}' for key, values in record['changed'].items())})"
+    return f"{words}, which was {describe_descent(record['earlier'])}" if record["earlier"] else words
+
+
+def format_origin(origin: Origin) -> Markup:
+    """Return an origin in Markdown, linked where it has a place of its own."""
+    name = f"[{escape(origin.name)}]({origin.link})" if origin.link else escape(origin.name)
+    return Markup(f"{name} ({escape(origin.pin)})" if origin.pin else name)  # noqa: S704 - escaped
+
+
+def figure(value: float) -> str:
+    """Return a figure to four digits, zeros at the end kept, so that a column reads alike.
+
+    >>> figure(2.03), figure(13.5), figure(8347.2), figure(0.25)
+    ('2.030', '13.50', '8347', '0.2500')
+    """
+    return f"{value:#.4g}".rstrip(".")
+
+
+def _count_documents(accounts: Sequence[Json]) -> dict[str, Any]:
+    rows = {account["name"]: account["epochs"][0]["drawn"] for account in accounts}
+    names = [account["name"] for account in accounts if account["kind"] == "document"]
+    return {"names": names, "rows": sum(rows[name] for name in names), "total": sum(rows.values())} if names else {}
+
+
+def _composition(account: Json) -> dict[str, str]:
+    records, parts, drawn = account["records"], account["sequences"], account["epochs"][0]["drawn"]
+    share = f"{_percent(drawn, parts['train'])} of the training part, {_percent(drawn, parts['all'])} of all"
+    return {
+        "source": plain(account["name"]),
+        "records kept of read": f"{records['kept']:,} of {records['read']:,}",
+        "sequences": f"{parts['all']:,}",
+        "for training": f"{parts['train']:,}",
+        "rows an epoch": f"{drawn:,} ({share})",
+        "for validation": f"{parts['validation']:,}",
+        "unused": f"{parts['unused']:,}",
+        "removed": f"{parts['duplicate'] + parts['contaminated']:,}",
+    }
+
+
+def _tokens(account: Json) -> dict[str, str]:
+    epoch = account["epochs"][0]
+    read, counted = epoch["row_tokens"], epoch["supervised"]
+    lost = epoch["windowed_tokens"] + epoch["cut_tokens"]
+    return {
+        "source": plain(account["name"]),
+        "tokens": f"{account['tokens']['all']:,}",
+        "read an epoch": f"{read:,}",
+        "of these in the loss": f"{counted:,} ({_percent(counted, read)})",
+        "lost to windows and cuts": f"{lost:,} ({_percent(lost, epoch['drawn_tokens'])})",
+    }
+
+
+def _findings(account: Json) -> dict[str, str]:
+    found = account["findings"]
+    return {
+        "source": plain(account["name"]),
+        "exact duplicates": _found(found["exact"], "records"),
+        "near duplicates": _found(found["near"], "records"),
+        "training sequences that share": _found(found["contaminated"], "sequences"),
+        "of these with prompts": f"{found['with_prompts']:,}",
+    }
+
+
+def _found(found: Json, unit: str) -> str:
+    if found["action"] == "off":
+        return "not looked for"
+    done = "removed" if found["action"] == "remove" else "kept"
+    return f"{found[unit]:,} ({found['tokens']:,} tokens), {done}" if found[unit] else "0"
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{part / whole:.2%}" if whole else "0 %"
+
+
+def _scores(report: Json) -> Rows:
+    """Return base against tuned, per source."""
+    keys = {
+        "loss": "loss, base → tuned",
+        "perplexity": "perplexity",
+        "accuracy": "accuracy",
+        "nats_per_byte": "nats/byte",
+    }
+    rows = [
+        {
+            "source": plain(name),
+            "tokens": f"{found['tuned']['tokens']:,}",
+            **{
+                head: f"{figure(found['base'][key])} → {figure(found['tuned'][key])}" if key in found["base"] else ""
+                for key, head in keys.items()
+            },
+        }
+        for name, found in report["sources"].items()
+    ]
+    mean = report["mean"]
+    return [*rows, {"source": "mean over sources", keys["loss"]: f"{figure(mean['base'])} → {figure(mean['tuned'])}"}]
+
+
+def _positions(found: Json, max_length: int) -> Rows:
+    parts = {f"{name} {max_length:,} tokens": found[key] for key, name in _PARTS.items() if key in found}
+    rows = []
+    for curve in next(iter(parts.values())):
+        model, _, unscaled = curve.partition("_")
+        name = f"{model}, RoPE not scaled" if unscaled else model
+        rows.append({"model": plain(name), **{head: figure(losses[curve]) for head, losses in parts.items()}})
+    return rows
+
+
+def _tasks(tasks: Json) -> Rows:
+    return [
+        {
+            "task": plain(name),
+            "version": plain(task["version"]),
+            "shots": str(task["shots"]),
+            "questions": f"{task['n']:,}",
+            "metric": plain(metric),
+            "base → tuned": " → ".join(show_score(task[model], metric) for model in ("base", "tuned")),
+        }
+        for name, task in tasks.items()
+        for metric in name_metrics(task["tuned"])
+    ]
+
+
+def _answers(one: Json, config: str) -> dict[str, str]:
+    outputs = {result["sampling_config"]: result["outputs"][0] for result in one["results"]}
+    return {"prompt": one["prompt"], **{model: outputs[f"{model}/{config}"] for model in ("base", "tuned")}}

@@ -1,0 +1,79 @@
+"""card.json: every fact that the model card states; `ropeway.reporting.model_card` renders it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ropeway.config.block import cut_block, inherited_names
+from ropeway.config.params import HuggingfaceSource, Profile
+from ropeway.stages.package.facts import Facts
+from ropeway.stages.package.model_config import TORCH_NAMES
+
+FORMAT = 1
+LLAMA2 = "llama2"  # the Hub's identifier of that licence
+# Source: Llama 2 Community License Agreement, section 1.b.iii, which wants this sentence in a "Notice" text file.
+NOTICE = (
+    "Llama 2 is licensed under the LLAMA 2 Community License, Copyright © Meta Platforms, Inc. All Rights Reserved."
+)
+
+
+def list_hub_datasets(profile: Profile) -> list[str]:
+    """Return the Hub's datasets of the model: those read, and those these were made from."""
+    read = [source.repo for source in profile.sources.values() if isinstance(source, HuggingfaceSource)]
+    return list(dict.fromkeys([*read, *profile.card.upstream_datasets]))
+
+
+def plan_card(facts: Facts, params_text: str, *, parameters: int, weights: Mapping[str, str]) -> dict[str, Any]:
+    """Return the content of card.json.
+
+    Args:
+        facts: Of the run; before training, those of `load_early_facts`.
+        params_text: The frozen params.yaml.
+        parameters: Weights written.
+        weights: File -> sha256 of the safetensors.
+    """
+    rope, profile = facts.rope, facts.profile
+    spoken = sorted(((text, count) for text, count in facts.systems.items() if text), key=lambda one: (-one[1], one[0]))
+    return {
+        "format": FORMAT,
+        "name": facts.name,
+        "title": facts.title,
+        "steps": facts.steps,
+        "applied_steps": facts.applied_steps,
+        "fingerprint": facts.model.get("fingerprint"),
+        "parameters": parameters,
+        "weights": dict(weights),
+        "torch_dtype": TORCH_NAMES[profile.package.dtype],
+        "loader": facts.loader,
+        "notice": NOTICE if profile.card.license == LLAMA2 else None,
+        "params": profile.model_dump(mode="json", include=set(profile.model_fields_set)),
+        "params_block": cut_block(params_text, facts.name),
+        "inherited": list(inherited_names(params_text, facts.name)),
+        "base": {key: facts.base["model"].get(key) for key in ("kind", "name", "origin")},
+        "base_rope": dict(facts.base_rope),
+        "rope": {
+            "kind": rope.kind,
+            "is_scaled": rope.is_scaled,
+            "kept": rope.kept,
+            "factor": rope.factor,
+            "settings": [list(one) for one in rope.settings],
+            "stretch": rope.stretch,
+            "original": rope.original,
+            "reach": rope.reach,
+        },
+        "max_positions": facts.max_positions,
+        "end": facts.end,
+        "special": dict(facts.special),
+        "conversations": facts.systems.total(),
+        "systems": [list(one) for one in spoken],
+        "datasets": list_hub_datasets(profile),
+        "sources": [
+            {
+                "name": name,
+                "kind": facts.raw["sources"][name]["kind"],
+                "identity": facts.raw["sources"][name]["identity"],
+            }
+            for name, _ in profile.mixture
+            if name in facts.raw["sources"]
+        ],
+        "train": {key: facts.train[key] for key in ("rows_left_out", "rewinds", "continued_from")},
+    }
