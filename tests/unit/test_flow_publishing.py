@@ -9,7 +9,7 @@ from ropeway.orchestration.dvc_stage import Site
 from ropeway.orchestration.publish import publish_package
 from ropeway.orchestration.revision import Revision
 from ropeway.registry import ANY, Registry, Version
-from ropeway.runtime.errors import RegistryError
+from ropeway.runtime.errors import DataError, RegistryError
 from ropeway.runtime.lock import workspace_lock
 from ropeway.runtime.manifest import file_sha256, write_json, write_manifest
 from ropeway.runtime.workspace import Workspace
@@ -81,6 +81,28 @@ def test_a_package_whose_card_is_rendered_again_is_the_version_that_it_was(works
     assert (first.state, again.state) == ("Published", "Unchanged")
     assert again.digest == first.digest
     assert again.version == "laptop@v1"
+
+
+@pytest.mark.parametrize("note", ["other", "nothing"])
+def test_a_note_that_names_another_package_s_version_is_refused_and_nothing_is_called_published(workspace, note):
+    workspace.package.mkdir(parents=True)
+    for loss in (5.0, 4.0):
+        write_json(workspace.package / "weights.json", {"loss": loss})
+        write_manifest(workspace.package, {})
+        write_json(workspace.evaluation, metrics(loss))
+        make_pages(workspace, f"# {loss}\n")
+        last = publish_package(workspace, Profile(), COMMIT, nobody)
+    notes = sorted((workspace.root / "registry").glob("models/laptop/packages/*.json"))
+    assert len(notes) == 2
+    (own,) = (path for path in notes if json.loads(path.read_bytes())["digest"] == last.digest)
+    (other,) = set(notes) - {own}
+    data = other.read_bytes() if note == "other" else b"{}"
+    own.unlink()
+    own.write_bytes(data)
+    with pytest.raises(DataError, match=own.name):
+        publish_package(workspace, Profile(), COMMIT, nobody)
+    own.unlink()
+    assert publish_package(workspace, Profile(), COMMIT, nobody).digest == last.digest
 
 
 def test_a_new_package_is_published_once_with_its_lineage_and_becomes_candidate(workspace, registry):

@@ -13,7 +13,7 @@ from typing import Any
 from ropeway.config.params import Profile
 from ropeway.orchestration.gate import Verdict, gate
 from ropeway.orchestration.revision import Revision
-from ropeway.registry import PRODUCTION, Artifact, Registry, Version, package_digest
+from ropeway.registry import PRODUCTION, Artifact, Registry, Version
 from ropeway.runtime.errors import DataError, TemporaryError
 from ropeway.runtime.workspace import Workspace
 
@@ -73,7 +73,7 @@ def publish_package(workspace: Workspace, profile: Profile, revision: Revision, 
         TemporaryError: The store is away.
     """
     artifact = _artifact(workspace)
-    known = artifact.find_package(package_digest(workspace.package, artifact.name))
+    known = artifact.find_package(workspace.package)
     if known and revision.commit and not revision.dirty and known.dirt:
         known.vouch_clean(revision.commit)
     if known and (settled := _settled(artifact, known)):

@@ -50,6 +50,11 @@ class Core:
         """The version's identity."""
         return hashlib.sha256(self.document).hexdigest()
 
+    def includes(self, package: "Core") -> bool:
+        """Return whether this holds every file of a package alone; the manifest of a version names its pages too."""
+        own = {file for file in self.files if file.path != MANIFEST}
+        return own >= {file for file in package.files if file.path != MANIFEST}
+
     @property
     def total_bytes(self) -> int:
         """The size of a pulled package."""

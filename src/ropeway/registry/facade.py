@@ -9,7 +9,7 @@ from typing import Any
 
 from ropeway.registry import collecting
 from ropeway.registry.aliases import ANY, Alias, Anything, Promotion, list_aliases, plan_rollback
-from ropeway.registry.core import Facts
+from ropeway.registry.core import Facts, read_package
 from ropeway.registry.layout import (
     Reference,
     check_digest,
@@ -94,23 +94,30 @@ class Artifact:
             return None
         return Version(self.store, self.name, digest, versions=versions)
 
-    def find_package(self, package: str) -> Version | None:
+    def find_package(self, folder: Path) -> Version | None:
         """Return the version that was published from a package, whatever its pages say; None when there is none.
 
-        Args:
-            package: `package_digest` of it.
+        Raises:
+            DataError: The folder is not a whole package, or the note of its version names another package's.
         """
-        check_digest(package)
+        package = read_package(folder, self.name, verify=False)
+        key = package_key(self.name, package.digest)
         try:
-            note = json.loads(self.store.get(package_key(self.name, package)))
+            note = json.loads(self.store.get(key))
             digest = note["digest"] if isinstance(note, dict) else None
         except AbsentError:
-            return self.find(package)
+            return self.find(package.digest)
         except (ValueError, KeyError):
             digest = None
         if not isinstance(digest, str) or not is_digest(digest):
-            raise DataError(f"{self.store.url}: {package_key(self.name, package)} names no version")
-        return self.find(digest)
+            raise DataError(f"{self.store.url}: {key} names no version. Remove it and run again")
+        found = self.find(digest)
+        if found and not found.core.includes(package):  # a note is not signed; what it names is looked at
+            raise DataError(
+                f"{self.store.url}: {key} names {found}, which does not hold the files of {folder}. Remove it and run "
+                "again"
+            )
+        return found
 
     def version(self, digest: str) -> Version:
         """Return the version of a whole digest that is known; nothing is read."""
