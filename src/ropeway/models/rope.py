@@ -228,6 +228,8 @@ class KeptRope(RopeScaling):
             frequencies.
     """
 
+    stretch: ClassVar[str] = "positions are stretched as the base states it"
+
     own_kind: str = ""
     stated: str = ""
     positions: int = 0
