@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ropeway.orchestration.deployments import find_next, plan_deployments
+from ropeway.orchestration.deployments import find_next, plan_deployments, take_over
 from ropeway.runtime.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -69,8 +69,13 @@ def test_flow_deployments_of_prefect_yaml_and_of_serve_agree_and_the_schedule_is
                 {"prefect.deployments.steps.set_working_directory": {"directory": str(deployed)}}
             ]
             assert found.job_variables["env"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] == "30"
-        for each in plan_deployments(deployed):
+        served = plan_deployments(deployed)
+        take_over(served)
+        for each in served:
             each.apply()
+        for name in FLOWS:  # else a run of it would look for its code in a folder called None
+            found = facts(name)[1]
+            assert (found.path, found.pull_steps) == (".", None)
         assert {name: facts(name)[0] for name in FLOWS} == {name: pooled[name][0] for name in FLOWS}
 
 

@@ -5,6 +5,7 @@
 
 import asyncio
 import os
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,26 @@ def serve_flows(root: Path, *, cron: str | None = None) -> None:
 
     print(f"serving retrain, review, promote and rollback at {page_address(url, '/deployments')}", flush=True)
     print(at, flush=True)
-    serve(*plan_deployments(root, cron=cron))
+    deployments = plan_deployments(root, cron=cron)
+    take_over(deployments)
+    serve(*deployments)
+
+
+def take_over(deployments: list[Any]) -> None:
+    """Let deployments of these names that the server has already start in this process's folder.
+
+    What serves a deployment updates it, but not its path (Prefect 3.9.1, `RunnerDeployment._update`); one that
+    `prefect deploy` made has none, and every run of it would end with "no such file: None".
+    """
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.actions import DeploymentUpdate
+    from prefect.exceptions import ObjectNotFound
+
+    with get_client(sync_client=True) as client:
+        for each in deployments:
+            with suppress(ObjectNotFound):
+                found = client.read_deployment_by_name(f"{each.flow_name}/{each.name}")
+                client.update_deployment(found.id, DeploymentUpdate(path="."))
 
 
 def find_next(cron: str) -> str:
