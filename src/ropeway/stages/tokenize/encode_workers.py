@@ -46,7 +46,7 @@ def count_workers(text_bytes: int) -> int:
     """Return how many processes encode this much text: as many as asked for, else as many as are worth their start.
 
     Raises:
-        ConfigError: `ROPEWAY_TOKENIZE_WORKERS` is not a count, or has its name of version 0.9.
+        ConfigError: `ROPEWAY_TOKENIZE_WORKERS` is not a count, or is set under its old name.
     """
     if _OLD_NAME in os.environ:
         raise ConfigError(f"{_OLD_NAME} is set, which nothing reads any more: it is ROPEWAY_TOKENIZE_WORKERS now")
