@@ -20,7 +20,7 @@ from ropeway.registry.core import load_core
 from ropeway.registry.layout import alias_log, blob_key, list_models, versions_log
 from ropeway.registry.log import read_events
 from ropeway.runtime.errors import RegistryError
-from ropeway.runtime.manifest import canonical_json, write_manifest
+from ropeway.runtime.manifest import canonical_json, file_sha256, write_json, write_manifest
 from ropeway.storage import FileStore, Store, open_store
 
 PROMOTIONS = 10
@@ -31,6 +31,17 @@ CHANGES = {"os.link", "os.remove", "os.rename", "os.mkdir", "os.rmdir"}
 def safetensors(weights: bytes) -> bytes:
     header = b'{"__metadata__":{}}'
     return len(header).to_bytes(8, "little") + header + weights
+
+
+def make_pages(package, pages, card):
+    """Make the pages of a package, as report_package does."""
+    manifest = json.loads((package / "manifest.json").read_bytes())
+    pages.mkdir(parents=True, exist_ok=True)
+    (pages / "manifest.json").unlink(missing_ok=True)
+    (pages / "README.md").write_text(card)
+    own = write_manifest(pages, {})["files"]
+    whole = {"package": file_sha256(package / "manifest.json"), "files": {**manifest["files"], **own}}
+    write_json(pages / "manifest.json", whole)
 
 
 def make_package(folder: Path, weights: bytes = b"weights", **facts: object) -> Path:

@@ -11,8 +11,9 @@ from ropeway.orchestration.revision import Revision
 from ropeway.registry import ANY, Registry, Version
 from ropeway.runtime.errors import DataError, RegistryError
 from ropeway.runtime.lock import workspace_lock
-from ropeway.runtime.manifest import file_sha256, write_json, write_manifest
+from ropeway.runtime.manifest import write_json, write_manifest
 from ropeway.runtime.workspace import Workspace
+from tests.support.registry_world import make_pages
 
 COMMIT = Revision("a" * 40, ())
 
@@ -57,26 +58,15 @@ def candidate(registry):
     return registry.artifact("laptop").alias("candidate").digest
 
 
-def make_pages(workspace, card):
-    """Make the pages of the workspace's package, as report_package does."""
-    manifest = json.loads((workspace.package / "manifest.json").read_bytes())
-    workspace.pages.mkdir(parents=True, exist_ok=True)
-    (workspace.pages / "manifest.json").unlink(missing_ok=True)
-    (workspace.pages / "README.md").write_text(card)
-    pages = write_manifest(workspace.pages, {})["files"]
-    whole = {"package": file_sha256(workspace.package / "manifest.json"), "files": {**manifest["files"], **pages}}
-    write_json(workspace.pages / "manifest.json", whole)
-
-
 def test_a_package_whose_card_is_rendered_again_is_the_version_that_it_was(workspace, registry):
     workspace.package.mkdir(parents=True)
     write_json(workspace.package / "weights.json", {"loss": 5.0})
     write_manifest(workspace.package, {})
     write_json(workspace.evaluation, metrics(5.0, "rows"))
-    make_pages(workspace, "# first words\n")
+    make_pages(workspace.package, workspace.pages, "# first words\n")
     first = publish_package(workspace, Profile(), COMMIT, nobody)
     assert "README.md" in registry.version("laptop@v1").describe()["files"]
-    make_pages(workspace, "# other words\n")
+    make_pages(workspace.package, workspace.pages, "# other words\n")
     again = publish_package(workspace, Profile(), COMMIT, nobody)
     assert (first.state, again.state) == ("Published", "Unchanged")
     assert again.digest == first.digest
@@ -90,7 +80,7 @@ def test_a_note_that_names_another_package_s_version_is_refused_and_nothing_is_c
         write_json(workspace.package / "weights.json", {"loss": loss})
         write_manifest(workspace.package, {})
         write_json(workspace.evaluation, metrics(loss))
-        make_pages(workspace, f"# {loss}\n")
+        make_pages(workspace.package, workspace.pages, f"# {loss}\n")
         last = publish_package(workspace, Profile(), COMMIT, nobody)
     notes = sorted((workspace.root / "registry").glob("models/laptop/packages/*.json"))
     assert len(notes) == 2

@@ -12,7 +12,7 @@ from ropeway.registry import Registry
 from ropeway.registry.layout import tombstone_key
 from ropeway.runtime.errors import ConfigError, DataError, RegistryError
 from ropeway.storage import open_store
-from tests.support.registry_world import make_package, move, put
+from tests.support.registry_world import make_package, make_pages, move, put
 
 
 @pytest.fixture
@@ -110,6 +110,10 @@ def test_publish_from_the_command_line_keeps_what_is_attached(tmp_path):
     version = ask_json("show", "tiny@v3")
     assert version["provenance"] == {"git": "def"}
     assert list(version["attachments"]) == ["dvc.lock"]
+    assert "README.md" not in version["files"]
+    make_pages(tmp_path / "new", tmp_path / "pages", "# the card\n")
+    assert ask_json(*arguments)["number"] == 4
+    assert "README.md" in ask_json("show", "tiny@v4")["files"]
     for content in ("[]", "{"):
         (tmp_path / "facts.json").write_text(content)
         with pytest.raises(ConfigError, match="expected a JSON"):

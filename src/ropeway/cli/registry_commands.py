@@ -127,13 +127,20 @@ def publish(
     registry: Url = None,
     as_json: Json = False,
 ) -> None:
-    """Publish a package; no alias moves. The same package is the same version."""
+    """Publish a package and the pages beside it (card, samples, plots); no alias moves. Equal bytes are one version."""
     facts = _read_facts(provenance) if provenance else {}
     attachments = {path.name: path for path in attach or []}
     artifact = open_registry(registry).artifact(name)
-    size = sum(path.stat().st_size for path in [*folder.rglob("*"), *attachments.values()] if path.is_file())
-    with progress_bar(artifact.store, f"publish {folder}", size):
-        done = artifact.publish(folder, provenance=facts, attachments=attachments)
+    pages = folder.resolve().with_name("pages")  # as report_package leaves them; of another package they are refused
+    if not pages.is_dir():
+        typer.echo(f"no {pages}: the version has no README.md. `dvc repro report_package` makes it", err=True)
+    files = [*folder.rglob("*"), *pages.rglob("*"), *attachments.values()]
+    with progress_bar(
+        artifact.store, f"publish {folder}", sum(path.stat().st_size for path in files if path.is_file())
+    ):
+        done = artifact.publish(
+            folder, provenance=facts, attachments=attachments, pages=pages if pages.is_dir() else None
+        )
     if as_json:
         print_json(asdict(done))
     else:
