@@ -120,14 +120,19 @@ def test_wandb_runs_go_once_they_were_sent_and_work_files_of_what_is_gone(made_w
         (work / "wandb" / name / f"{name}.wandb").write_bytes(b"x" * 5000)
         if synced:
             (work / "wandb" / name / f"{name}.wandb.synced").touch()
-    for name in ("reproduce/laptop-1", "tokenize-laptop-0123456789abcdef", "tokenize-old-0123456789abcdef"):
+    for name in (
+        "reproduce/laptop-1",
+        "tokenize-laptop-0123456789abcdef",
+        "tokenize-old-0123456789abcdef",
+        "prepare-laptop",
+    ):
         (work / name).mkdir(parents=True)
         (work / name / "file").write_bytes(b"y" * 100)
 
     def named(**options):
         return {removal.path.name for removal in clean.plan_clean(made_workspace.root, keep=1, **options)}
 
-    always = {"offline-run-1", "laptop-1", "tokenize-old-0123456789abcdef"}
+    always = {"offline-run-1", "laptop-1", "tokenize-old-0123456789abcdef", "prepare-laptop"}
     assert named(unsynced=False) == always
     assert named(unsynced=True) == {*always, "offline-run-2"}
     monkeypatch.chdir(made_workspace.root)

@@ -186,6 +186,7 @@ def test_a_block_is_cut_with_its_comments_and_nothing_of_its_neighbours():
 def test_what_a_block_inherits_comes_before_it():
     assert inherited_names(FILE, "c") == ["a", "b"]
     assert inherited_names(FILE, "a") == []
+    assert inherited_names("a: &a {x: 1}\nb: &b {y: 2}\nc:\n  <<: [*a, *b]\n", "c") == ["a", "b"]
 
 
 def test_cut_blocks_mean_what_they_meant_in_the_file(tmp_path):

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ruamel.yaml import YAML
-from ruamel.yaml.nodes import MappingNode, Node
+from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
 from ropeway.config.params import read_block
 from ropeway.runtime.errors import ConfigError
@@ -44,7 +44,8 @@ def inherited_names(text: str, name: str) -> list[str]:
     """Return the top-level keys whose values a block merges, those first that others merge."""
     blocks = {key.value: value for key, value in read_pairs(text)}
     names: list[str] = []
-    for merged in (value for key, value in blocks[name].value if key.value == _MERGE):
+    merges = [value for key, value in blocks[name].value if key.value == _MERGE]
+    for merged in (one for value in merges for one in (value.value if isinstance(value, SequenceNode) else [value])):
         for owner in (one for one, block in blocks.items() if block is merged):
             names += [*inherited_names(text, owner), owner]
     return list(dict.fromkeys(names))

@@ -12,7 +12,6 @@ tokens/<source>/keys.npy, record_keys.npy           uint64 `(N,)`: hashes of a s
 tokens/<source>/exact.npy                           uint64 `(R, 2)`: hash of each kept record's compared texts
 """
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -50,10 +49,6 @@ class TokenizedSource:
     def records_kept(self) -> int:
         """Records that were not refused."""
         return sum(self.facts["shard_records"])
-
-    def count_by(self, what: str) -> Counter[str]:
-        """Return how many records were `refused` for each reason, or each string's `special_token_hits`."""
-        return Counter(self.facts["records"][what])
 
     def column(self, name: str) -> NDArray[Any]:
         """Return one of `COLUMNS`, whole."""

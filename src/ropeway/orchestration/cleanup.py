@@ -214,6 +214,9 @@ def plan_work(workspace: Workspace, profiles: set[str]) -> Iterator[Removal]:
     for path in sorted(workspace.work.glob("tokenize-*")):
         if path.is_dir() and path.name.removeprefix("tokenize-").rpartition("-")[0] not in profiles:
             yield Removal("units of tokens", path, count_bytes(path), "of a profile that params.yaml does not have")
+    for path in sorted(workspace.work.glob("prepare-*")):  # the lock is held, so no prepare is at work
+        if path.is_dir():
+            yield Removal("prepare's work", path, count_bytes(path), "left by a killed prepare or an older Ropeway")
 
 
 def clean(root: Path, *, keep: int, unsynced: bool, without_registry: bool = False) -> list[Removal]:

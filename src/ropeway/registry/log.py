@@ -24,9 +24,8 @@ from ropeway.storage import MAX_DOCUMENT_BYTES, Store
 
 Event = Mapping[str, Any]
 _ENTRY = re.compile(r"([0-9]{8})\.json")
-_HEAD = (
-    "head"  # of an event: the sha256 of the head that lists it and all before it; absent where an old Ropeway wrote it
-)
+# Of an event: the sha256 of the head that lists it and all before it; absent where an old Ropeway wrote it.
+_HEAD = "head"
 
 
 @dataclass(frozen=True, slots=True)

@@ -125,7 +125,7 @@ def _count_supervised(source: SourceShards, pieces: Pieces, profile: Profile) ->
     for kinds, lengths in source.iterate_kinds():
         here = slice(*np.searchsorted(sequence, (first, first + len(lengths))))
         if here.start < here.stop:
-            so_far = np.zeros(len(kinds) + 1, np.int32)  # half the bytes of int64, half the time
+            so_far = np.zeros(len(kinds) + 1, np.int32)  # half the bytes of int64
             np.cumsum(loss_masks(kinds, lengths, profile), out=so_far[1:])
             offsets = (np.cumsum(lengths) - lengths)[sequence[here] - first]
             last = offsets + end[here] - 1
