@@ -22,7 +22,8 @@ from typing import Any
 import torch
 import transformers
 
-from ropeway.config.params import READS, UNHASHED, Profile, load_profile
+from ropeway.config.params import Profile, load_profile
+from ropeway.config.stages import READS, UNHASHED
 from ropeway.data.batches import PAD_MULTIPLE, Row, collate
 from ropeway.models.attention import choose_attention
 from ropeway.runtime.op_leftovers import init_distributed

@@ -10,7 +10,8 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import ModelCardData
 
 from ropeway.config.frozen import write_values
-from ropeway.config.params import READS, load_profile, read_block
+from ropeway.config.params import load_profile, read_block
+from ropeway.config.stages import READS
 from ropeway.models.rope import build_scaling, plan_scaling
 from ropeway.reporting.model_card import describe_steps, draw_card
 from ropeway.runtime.workspace import Workspace

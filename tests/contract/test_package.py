@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ropeway.config.params import READS
+from ropeway.config.stages import READS
 from ropeway.registry import Registry
 from ropeway.registry.core import package_digest, read_package, read_version
 from ropeway.registry.layout import blob_key

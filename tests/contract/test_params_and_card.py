@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from ropeway.config.params import READS, UNHASHED, Profile, load_profile, load_profiles
-from ropeway.config.stages import FROZEN, STAGES, frozen_path
+from ropeway.config.params import Profile, load_profile, load_profiles
+from ropeway.config.stages import FROZEN, READS, STAGES, UNHASHED, frozen_path
 from ropeway.runtime.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from ropeway.config.params import READS, load_profile
+from ropeway.config.params import load_profile
+from ropeway.config.stages import READS
 from ropeway.models.chat_template import ROLE_TOKENS
 from ropeway.runtime.manifest import file_sha256, write_json
 from ropeway.stages.package.build import write_model

@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ropeway.config.params import READS, load_profile
+from ropeway.config.params import load_profile
+from ropeway.config.stages import READS
 from ropeway.data.raw_records import RawWriter
 from ropeway.models.chat_template import Conversation
 from ropeway.reporting import report_data

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ropeway.config.params import READS, Profile, load_profile
+from ropeway.config.params import Profile, load_profile
+from ropeway.config.stages import READS
 from ropeway.data.ledger import Account, Epoch, EpochOfSource, Findings, Found, Ledger, Parts, Records
 from ropeway.data.raw_records import RawWriter
 from ropeway.data.shards import FORMAT, Kind, Shards, write_shard

@@ -1,6 +1,6 @@
 """Data as tokenize and prepare make it, one after the other."""
 
-from ropeway.config.params import READS
+from ropeway.config.stages import READS
 from ropeway.config.tokenize_params import TokenizeParams
 from ropeway.stages.prepare import stage as prepare
 from ropeway.stages.tokenize import stage as tokenize

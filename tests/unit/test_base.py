@@ -7,7 +7,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from ropeway.config.params import READS, FolderBase, GgufBase, ModelShape, ScratchBase, load_profile
+from ropeway.config.params import FolderBase, GgufBase, ModelShape, ScratchBase, load_profile
+from ropeway.config.stages import READS
 from ropeway.data.raw_records import RawWriter
 from ropeway.models.chat_template import ROLE_TOKENS, template_digest
 from ropeway.models.rope import scaling_from_json

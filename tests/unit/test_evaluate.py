@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from ropeway.config.params import READS
+from ropeway.config.stages import READS
 from ropeway.data.batches import collate
 from ropeway.data.shards import open_shards
 from ropeway.models.chat_template import JINJA

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ropeway.config.params import READS, Passkey, Positions
+from ropeway.config.params import Passkey, Positions
+from ropeway.config.stages import READS
 from ropeway.data.shards import open_shards
 from ropeway.models.open_model import rope_of
 from ropeway.reporting.report_eval import passkey_grids, write_plots

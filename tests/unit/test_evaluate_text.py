@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
-from ropeway.config.params import READS
+from ropeway.config.stages import READS
 from ropeway.data.batches import loss_mask
 from ropeway.data.shards import open_shards
 from ropeway.models.chat_template import Conversation, render

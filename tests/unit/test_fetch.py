@@ -6,8 +6,8 @@ from typing import get_args
 
 import pytest
 
-from ropeway.config.origins import RowsSource
-from ropeway.config.params import READS, FilesSource, HuggingfaceSource, PythonDocsSource, load_profile
+from ropeway.config.params import FilesSource, HuggingfaceSource, PythonDocsSource, RowsSource, load_profile
+from ropeway.config.stages import READS
 from ropeway.data.raw_records import RawWriter, iterate_records
 from ropeway.models.chat_template import Conversation
 from ropeway.runtime.errors import ConfigError, DataError

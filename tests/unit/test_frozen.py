@@ -10,7 +10,8 @@ import pytest
 
 import ropeway
 from ropeway.config.frozen import FrozenInputs, read_version
-from ropeway.config.params import READS, UNHASHED, load_profiles
+from ropeway.config.params import load_profiles
+from ropeway.config.stages import READS, UNHASHED
 from ropeway.config.tokenize_params import TokenizeParams
 from ropeway.orchestration.dvc_graph import describe_change
 from ropeway.orchestration.stage_process import check_unchanged, enter_room, run_stage, write_identity

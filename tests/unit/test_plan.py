@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ropeway.config.params import load_profile
-from ropeway.config.schema import Lora
+from ropeway.config.params import Lora, load_profile
 from ropeway.config.zero import plan_zero
 from ropeway.planning.budget import judge, plan_changes, plan_disk, plan_hours, plan_speed, token_flops
 from ropeway.planning.counts import count_reading

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ropeway.config.params import READS, DatasetOptions
+from ropeway.config.params import DatasetOptions
+from ropeway.config.stages import READS
 from ropeway.config.tokenize_params import TokenizeParams
 from ropeway.data.raw_records import Group, iterate_groups, iterate_records, list_groups
 from ropeway.data.shards import open_shards

@@ -2,8 +2,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ropeway.config.params import load_profile
-from ropeway.config.schema import Lora
+from ropeway.config.params import Lora, load_profile
 from ropeway.models.lora import add_adapters, merge_adapters
 from ropeway.runtime.errors import ConfigError
 from tests.support.tiny_run import ROOT

@@ -148,7 +148,8 @@ def evaluate(
     profile: ProfileOption = None,
 ) -> None:
     """Look quickly at base and tuned over a few validation rows; the stage of that name measures all and writes."""
-    from ropeway.config.params import READS, load_profile
+    from ropeway.config.params import load_profile
+    from ropeway.config.stages import READS
     from ropeway.runtime.workspace import Workspace, find_root
     from ropeway.stages.evaluate.quick import look
 

@@ -6,8 +6,7 @@ and no part of what a run is.
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
 from urllib.parse import parse_qsl, urlencode
 
 # Parameters of signed addresses. Source: Amazon S3 (signature versions 2 and 4) and CloudFront, Google Cloud Storage,
@@ -58,23 +57,28 @@ def without_signatures(text: str) -> str:
     return _USER.sub("://-@", text)
 
 
-def find_secrets(block: Mapping[str, Any]) -> dict[str, str]:
+def find_secrets(block: Mapping[str, object]) -> dict[str, str]:
     """Return the addresses of a profile's sources that are not shown as they are: address -> as shown."""
     return {path: shown(path) for path in _addresses(block) if shown(path) != path}
 
 
-def _addresses(block: Mapping[str, Any]) -> Iterator[str]:
-    for source in (block.get("sources") or {}).values():
+def _addresses(block: Mapping[str, object]) -> Iterator[str]:
+    sources = block.get("sources")
+    for source in sources.values() if isinstance(sources, Mapping) else ():
         paths = source.get("paths") if isinstance(source, Mapping) else None
         yield from (path for path in paths or [] if isinstance(path, str))
 
 
-def without_secrets(block: Mapping[str, Any]) -> dict[str, Any]:
+def without_secrets(block: Mapping[str, object]) -> dict[str, object]:
     """Return a profile's block with the addresses of its sources as they are shown."""
     if not find_secrets(block):
         return dict(block)
-    sources = {
-        name: {**source, "paths": [shown(path) for path in source["paths"]]} if source.get("paths") else source
-        for name, source in block["sources"].items()
+    return {**block, "sources": map_addresses(block["sources"], shown)}
+
+
+def map_addresses(sources: object, change: Callable[[str], str]) -> dict[str, object]:
+    """Return the sources of a profile with each of their addresses changed."""
+    return {
+        name: {**one, "paths": [change(path) for path in one["paths"]]} if one.get("paths") else one
+        for name, one in (sources.items() if isinstance(sources, Mapping) else ())
     }
-    return {**block, "sources": sources}

@@ -7,8 +7,7 @@ from pathlib import Path
 from ruamel.yaml.nodes import MappingNode, Node
 
 from ropeway.config.block import read_pairs
-from ropeway.config.params import load_profile, load_profiles
-from ropeway.config.schema import RUN
+from ropeway.config.params import RUN, load_profile, load_profiles
 from ropeway.runtime.errors import ConfigError
 from ropeway.runtime.lock import workspace_lock
 

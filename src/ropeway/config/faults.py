@@ -2,7 +2,7 @@
 
 import difflib
 import typing
-from typing import Any
+from typing import TypeGuard
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -11,9 +11,10 @@ _EXPECTED = {
     "float_type": "a number", "int_type": "a whole number", "int_from_float": "a whole number",
     "bool_type": "true or false", "string_type": "text", "list_type": "a list", "dict_type": "a mapping",
     "model_type": "a mapping", "model_attributes_type": "a mapping",
+    "greater_than": "more than {gt}", "greater_than_equal": "at least {ge}",
+    "less_than": "less than {lt}", "less_than_equal": "at most {le}",
+    "literal_error": "{expected}", "string_pattern_mismatch": "text like {pattern}",
 }  # fmt: skip
-_BOUND = {"greater_than": "more than {gt}", "greater_than_equal": "at least {ge}",
-          "less_than": "less than {lt}", "less_than_equal": "at most {le}"}  # fmt: skip
 
 
 def explain_faults(error: ValidationError, model: type[BaseModel]) -> list[str]:
@@ -21,25 +22,19 @@ def explain_faults(error: ValidationError, model: type[BaseModel]) -> list[str]:
     return [f"  {_explain(fault, model)}" for fault in error.errors(include_url=False)]
 
 
-def _explain(fault: ErrorDetails, model: type[BaseModel]) -> str:  # noqa: PLR0911 - one line per kind of fault
-    kind, found = fault["type"], fault["input"]
+def _explain(fault: ErrorDetails, model: type[BaseModel]) -> str:
+    kind = fault["type"]
     key, siblings = _locate(fault["loc"], model)
     context = fault.get("ctx", {})
+    if kind in _EXPECTED:
+        return f"{key}: expected {_EXPECTED[kind].format(**context)}, found {_shown(fault['input'])}"
     if kind == "extra_forbidden":
         near = difflib.get_close_matches(str(fault["loc"][-1]), siblings, n=1)
         return f"{key}: unknown key" + (f"; did you mean {near[0]}?" if near else f"; known are {', '.join(siblings)}")
     if kind == "missing":
         return f"{key}: missing"
-    if kind in _EXPECTED:
-        return f"{key}: expected {_EXPECTED[kind]}, found {_shown(found)}"
-    if kind in _BOUND:
-        return f"{key}: expected {_BOUND[kind].format(**context)}, found {_shown(found)}"
-    if kind == "literal_error":
-        return f"{key}: expected {context['expected']}, found {_shown(found)}"
     if kind == "union_tag_invalid":
         return f"{key}.kind: expected one of {context['expected_tags']}, found {context['tag']!r}"
-    if kind == "string_pattern_mismatch":
-        return f"{key}: expected text like {context['pattern']}, found {_shown(found)}"
     message = fault["msg"].removeprefix("Value error, ")
     return f"{key}: {message}" if key else message
 
@@ -50,7 +45,7 @@ def _shown(value: object) -> str:
 
 def _locate(location: tuple[int | str, ...], model: type[BaseModel]) -> tuple[str, list[str]]:
     """Return the dotted key as the file spells it, and the keys known where its last part stands."""
-    here: Any = model
+    here: object = model
     key: list[str] = []
     known: list[str] = []
     for part in location:
@@ -64,13 +59,13 @@ def _locate(location: tuple[int | str, ...], model: type[BaseModel]) -> tuple[st
         for member in members:
             if _is_model(member):
                 known = list(member.model_fields)
-                here = member.model_fields[part].annotation if part in member.model_fields else None
+                here = member.model_fields[str(part)].annotation if part in member.model_fields else None
             elif typing.get_origin(member) in (list, dict):
                 here = typing.get_args(member)[-1]
     return ".".join(key), known
 
 
-def _members(annotation: object) -> list[Any]:
+def _members(annotation: object) -> list[object]:
     """Return the alternatives of a (possibly annotated) union, else the annotation alone."""
     if typing.get_origin(annotation) is typing.Annotated:
         return _members(typing.get_args(annotation)[0])
@@ -79,7 +74,7 @@ def _members(annotation: object) -> list[Any]:
     return [m for part in typing.get_args(annotation) for m in _members(part)] or [annotation]
 
 
-def _is_model(annotation: object) -> bool:
+def _is_model(annotation: object) -> TypeGuard[type[BaseModel]]:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 

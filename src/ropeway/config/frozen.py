@@ -28,9 +28,9 @@ from typing import Any
 
 from pydantic import create_model
 
-from ropeway.config.addresses import find_secrets, without_secrets, without_signatures
-from ropeway.config.params import READS, UNHASHED, Profile
-from ropeway.config.section import Section
+from ropeway.config.addresses import find_secrets, map_addresses, without_secrets, without_signatures
+from ropeway.config.params import Profile, Section
+from ropeway.config.stages import READS, UNHASHED
 from ropeway.config.tokenize_params import TokenizeParams
 from ropeway.runtime.errors import ConfigError, DataError
 from ropeway.runtime.manifest import NAME, check_file, digest_of, file_sha256, json_bytes, write_atomic, write_json
@@ -84,11 +84,11 @@ class FrozenInputs:
 
     def digest(self, name: str) -> str:
         """Return the digest of one of the JSON files, e.g. `code-train`."""
-        return str(self._read(name)["digest"])
+        return self._read(name).digest
 
-    def value(self, name: str) -> Any:  # noqa: ANN401 - JSON
+    def value(self, name: str) -> dict[str, Any]:
         """Return what one of the JSON files holds, e.g. `sources`."""
-        return self._read(name)["of"]
+        return self._read(name).of
 
     def text(self, name: str, path: str) -> str:
         """Return the text that a file named by params had, e.g. `text("deepspeed", profile.deepspeed_config)`.
@@ -112,23 +112,24 @@ class FrozenInputs:
         if stage == "train":
             params |= self.value(_SETTINGS)["params"]
         if stage == "fetch":  # the one that needs signatures
-            params["sources"] = self._with_signatures(params["sources"])
+            signed = self.value(_ADDRESSES)
+            params["sources"] = map_addresses(params["sources"], lambda path: signed.get(path, path))
         read = _model_of(tuple(params)).model_validate_json(json.dumps(params))
         return Profile.model_construct(**{name: getattr(read, name) for name in params})
 
-    def _with_signatures(self, sources: Mapping[str, Any]) -> dict[str, Any]:
-        known = self.value(_ADDRESSES)
-        return {
-            name: {**one, "paths": [known.get(path, path) for path in one["paths"]]} if "paths" in one else one
-            for name, one in sources.items()
-        }
-
-    def _read(self, name: str) -> dict[str, Any]:
-        facts: dict[str, Any] = json.loads((self.folder / f"{name}.json").read_bytes())
-        return facts
+    def _read(self, name: str) -> "_Frozen":
+        return _Frozen(**json.loads((self.folder / f"{name}.json").read_bytes()))
 
 
-def freeze(workspace: Workspace, profile: Profile, params_text: str, facts: Mapping[str, Any]) -> None:
+@dataclass(frozen=True, slots=True)
+class _Frozen:
+    """One of the JSON files: what it holds, and the digest of that."""
+
+    digest: str
+    of: dict[str, Any]
+
+
+def freeze(workspace: Workspace, profile: Profile, params_text: str, facts: Mapping[str, object]) -> None:
     """Write the frozen inputs of a run; call it under the workspace lock.
 
     Args:
@@ -156,7 +157,7 @@ def freeze(workspace: Workspace, profile: Profile, params_text: str, facts: Mapp
     _keep_versions(kept, _versions_folder(workspace.root))
 
 
-def write_values(workspace: Workspace, params_text: str, values: Mapping[str, Any]) -> None:
+def write_values(workspace: Workspace, params_text: str, values: Mapping[str, object]) -> None:
     """Write `.identity/<name>.json` for each value, params.yaml as it is, and the manifest last."""
     folder = workspace.identity
     (folder / NAME).unlink(missing_ok=True)
@@ -187,15 +188,15 @@ def read_texts(root: Path, paths: Iterable[str], *, key: str) -> dict[str, str]:
     return texts
 
 
-def read_version(root: Path, md5: str) -> Any:  # noqa: ANN401 - JSON
+def read_version(root: Path, md5: str) -> dict[str, Any] | None:
     """Return what a frozen JSON file held when its bytes had this MD5; None when that version is not kept here."""
     try:
-        return json.loads((_versions_folder(root) / f"{md5}.json").read_bytes())["of"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return _Frozen(**json.loads((_versions_folder(root) / f"{md5}.json").read_bytes())).of
+    except (OSError, ValueError, TypeError):
         return None
 
 
-def _dump(profile_name: str, profile: Profile, names: Iterable[str]) -> dict[str, Any]:
+def _dump(profile_name: str, profile: Profile, names: Iterable[str]) -> dict[str, object]:
     values = profile.model_dump(mode="json", include=set(names), exclude_unset=True)
     return {"profile": profile_name, "params": without_secrets(values)}
 

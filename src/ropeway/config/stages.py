@@ -6,7 +6,7 @@ dvc.yaml, and as a package of `ropeway.stages` (or a module of `ropeway.reportin
 
 from dataclasses import dataclass
 
-from ropeway.config.schema import Profile
+from ropeway.config.params import Profile
 
 # Cadence, tracking and when to give up: they change neither a weight nor a metric, so no stage depends on them. (What a
 # rewind left out does; it is recorded, and no reason to make a finished run again: docs/decisions/0007.)

@@ -1,9 +1,8 @@
 """What tokenize reads of params.yaml: single values of some keys, so a changed fraction or threshold is none of its."""
 
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
-from ropeway.config.params import Profile
-from ropeway.config.section import Positive, Section
+from ropeway.config.params import Positive, Profile, Section
 
 
 class Chunks(Section):
@@ -48,7 +47,7 @@ class TokenizeParams(Section):
         )
 
 
-def values_shared_with_prepare(profile: Profile) -> dict[str, Any]:
+def values_shared_with_prepare(profile: Profile) -> dict[str, object]:
     """Return all values but the first: prepare compares them with what tokens were made by."""
     repeats, runs = profile.duplicates, profile.contamination
     near = {"ngram": repeats.ngram, "permutations": repeats.permutations}

@@ -1,13 +1,31 @@
 """What a DeepSpeed JSON says about memory: ZeRO stage, offload, buckets. Training checks the whole of it."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 from ropeway.runtime.errors import ConfigError
 
 PARTITIONED_STAGE = 3  # from here on weights are cut over the ranks, and stand in no checkpoint beside their masters
+
+
+class Offload(TypedDict, total=False):
+    """`offload_optimizer` or `offload_param`, as far as it is read here."""
+
+    device: str
+
+
+class ZeroSection(TypedDict, total=False):
+    """`zero_optimization` of a DeepSpeed JSON, as far as it is read here."""
+
+    stage: int
+    offload_optimizer: Offload | None
+    offload_param: Offload | None
+    overlap_comm: bool | None
+    reduce_bucket_size: float
+    stage3_max_live_parameters: float
+    stage3_prefetch_bucket_size: float
+    sub_group_size: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +72,7 @@ def read_zero(text: str, path: str) -> Zero:
     return plan_zero(named.get("zero_optimization", {}))
 
 
-def plan_zero(section: Mapping[str, Any]) -> Zero:
+def plan_zero(section: ZeroSection) -> Zero:
     """Return a section `zero_optimization` as an object. Source of the defaults: deepspeed 0.19.8, zero/config.py.
 
     >>> plan_zero({"stage": 3}).overlap, plan_zero({"stage": 2}).bucket_elements
@@ -64,8 +82,8 @@ def plan_zero(section: Mapping[str, Any]) -> Zero:
     overlap = section.get("overlap_comm")
     return Zero(
         stage=stage,
-        offload_optimizer=_offloads(section, "offload_optimizer"),
-        offload_parameters=stage == PARTITIONED_STAGE and _offloads(section, "offload_param"),
+        offload_optimizer=_offloads(section.get("offload_optimizer")),
+        offload_parameters=stage == PARTITIONED_STAGE and _offloads(section.get("offload_param")),
         bucket_elements=int(section.get("reduce_bucket_size", 5e8)),
         overlap=stage == PARTITIONED_STAGE if overlap is None else bool(overlap),
         live_elements=int(section.get("stage3_max_live_parameters", 1e9)),
@@ -74,6 +92,5 @@ def plan_zero(section: Mapping[str, Any]) -> Zero:
     )
 
 
-def _offloads(section: Mapping[str, Any], key: str) -> bool:
-    device = (section.get(key) or {}).get("device", "none")
-    return str(device) in ("cpu", "nvme")
+def _offloads(section: Offload | None) -> bool:
+    return (section or {}).get("device", "none") in ("cpu", "nvme")

@@ -14,7 +14,8 @@ from typing import Any
 
 import ropeway
 from ropeway.config.frozen import PARAMS_FILE, FrozenInputs, freeze, read_texts
-from ropeway.config.params import READS, FilesSource, FolderBase, GgufBase, HubBase, Profile, load_profile, read_text
+from ropeway.config.params import FilesSource, FolderBase, GgufBase, HubBase, Profile, load_profile, read_text
+from ropeway.config.stages import READS
 from ropeway.runtime.code_digests import CODE, Digests, name_changed_code
 from ropeway.runtime.devices import count_ranks, list_gpus
 from ropeway.runtime.errors import ConfigError, DataError, full_disk_explained

@@ -18,7 +18,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ropeway.config.names import PROFILE_NAME
+from ropeway.config.params import PROFILE_NAME
 from ropeway.runtime.errors import AbsentError, RegistryError
 from ropeway.runtime.manifest import canonical_json
 from ropeway.storage import Store

@@ -163,7 +163,7 @@ class RowKind:
     holds: RecordKind = "conversation"
 
 
-# `rows` of a source in params.yaml. A kind is added here and in the schema (`ropeway.config.origins`).
+# `rows` of a source in params.yaml. A kind is added here and in the schema (`ropeway.config.params`).
 ROW_KINDS = {
     "orca_chat": RowKind(_read_pairs, ("conversation",), of_turn=("input", "output"), system="instruction"),
     "messages": RowKind(_read_roles, ("messages",), of_turn=("role", "content")),

@@ -1,6 +1,6 @@
 """The kinds of sources that `sources` of params.yaml may name: what each is right now, and the records it holds.
 
-A kind is added here, as a class in `KINDS`, and in the schema (`ropeway.config.origins`). Identities are asked for
+A kind is added here, as a class in `KINDS`, and in the schema (`ropeway.config.params`). Identities are asked for
 before every run, so importing this imports nothing heavy.
 """
 

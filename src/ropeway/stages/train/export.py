@@ -8,7 +8,7 @@ import deepspeed
 import torch
 from transformers import PreTrainedModel
 
-from ropeway.config.params import READS
+from ropeway.config.stages import READS
 from ropeway.config.zero import PARTITIONED_STAGE
 from ropeway.models.attention import Attention
 from ropeway.models.lora import merge_adapters

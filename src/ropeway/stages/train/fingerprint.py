@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ropeway.config.frozen import FrozenInputs
-from ropeway.config.params import READS, Profile
+from ropeway.config.params import Profile
+from ropeway.config.stages import READS
 from ropeway.data.shards import REMEDY
 from ropeway.runtime.manifest import digest_of, load_manifest
 from ropeway.runtime.workspace import Workspace

@@ -15,7 +15,8 @@ import transformers
 from deepspeed.accelerator import get_accelerator
 
 from ropeway.config.frozen import FrozenInputs
-from ropeway.config.params import READS, UNHASHED, Profile
+from ropeway.config.params import Profile
+from ropeway.config.stages import READS, UNHASHED
 from ropeway.data.accumulation import accumulation_steps
 from ropeway.data.shards import REMEDY, open_shards
 from ropeway.models.attention import Attention, choose_attention
