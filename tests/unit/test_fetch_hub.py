@@ -14,7 +14,7 @@ from ropeway.models.chat_template import Conversation
 from ropeway.runtime.errors import ConfigError, TemporaryError
 from ropeway.runtime.manifest import load_manifest
 from ropeway.runtime.workspace import Workspace
-from ropeway.stages.fetch.globs import match_names
+from ropeway.stages.fetch.patterns import match_names
 from ropeway.stages.fetch.sources import source_identity
 from tests.support.freezing import run_fetch
 from tests.support.hub_world import COMMIT, REPO, TOKEN, Hub, lay_cache, point_at, serve_hub

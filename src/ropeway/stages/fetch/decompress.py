@@ -5,6 +5,8 @@ import io
 from pathlib import Path
 from typing import IO, Any, cast
 
+from typing_extensions import Buffer  # collections.abc has it from Python 3.12 on
+
 from ropeway.runtime.errors import ConfigError, DataError
 
 COMPRESSED = (".gz", ".zst")
@@ -68,7 +70,7 @@ class _Frames(io.RawIOBase):
         self._file.close()
         super().close()
 
-    def readinto(self, buffer: Any) -> int:  # noqa: ANN401 - any writable buffer
+    def readinto(self, buffer: Buffer) -> int:
         while not self._ready:
             fed, self._waiting = self._waiting or self._file.read(self._step), b""
             if not fed and self._frame is not None:
@@ -76,8 +78,9 @@ class _Frames(io.RawIOBase):
             if not fed:
                 return 0
             self._feed(fed)
-        count = min(len(buffer), len(self._ready))
-        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
+        with memoryview(buffer) as view:
+            count = min(len(view), len(self._ready))
+            view[:count], self._ready = self._ready[:count], self._ready[count:]
         return count
 
     def _feed(self, fed: bytes) -> None:

@@ -2,9 +2,9 @@
 
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, Protocol
 
 from ropeway.runtime.errors import ConfigError, DataError
 from ropeway.stages.fetch.decompress import COMPRESSED, open_plain, without_mark
@@ -28,6 +28,7 @@ _ADVICE = {
     ".bz2": "unpack it, or pack it as .gz or .zst",
     ".xz": "unpack it, or pack it as .gz or .zst",
 }
+Item = tuple[str, object]  # where an object stands, and the object
 _ROWS_A_BATCH = 256
 _BATCH_BYTES = 32 << 20  # before compression
 _BUFFER_BYTES = 1 << 20
@@ -58,7 +59,7 @@ def _advise(suffixes: list[str]) -> str:
     return "if it holds one of these, name it so; if not, convert it, or leave it out of `paths` or `files`"
 
 
-def iterate_objects(path: Path, required: list[str]) -> Iterator[tuple[str, Any]]:
+def iterate_objects(path: Path, required: list[str]) -> Iterator[Item]:
     """Yield (where, object) of a file; in place of an object that cannot be read, an `UnreadableError`.
 
     Raises:
@@ -70,7 +71,8 @@ def iterate_objects(path: Path, required: list[str]) -> Iterator[tuple[str, Any]
     form = check_format(path.name)
     count = 0
     try:
-        for count, item in enumerate(READERS[form](path, required), start=1):  # noqa: B007 - counted
+        for item in READERS[form](path, required):
+            count += 1
             yield item
     except (OSError, EOFError, zlib.error, ArrowException) as error:
         raise DataError(
@@ -92,7 +94,7 @@ def parse(line: bytes) -> object:
         return UnreadableError("bad JSON")
 
 
-def _lines(path: Path, _required: list[str]) -> Iterator[tuple[str, Any]]:
+def _lines(path: Path, _required: list[str]) -> Iterator[Item]:
     with open_plain(path) as file:
         for number, line in enumerate(_bounded_lines(file, path), start=1):
             if line is None:
@@ -114,7 +116,7 @@ def _bounded_lines(file: IO[bytes], path: Path) -> Iterator[bytes | None]:
         first = False
 
 
-def _json(path: Path, _required: list[str]) -> Iterator[tuple[str, Any]]:
+def _json(path: Path, _required: list[str]) -> Iterator[Item]:
     """Return the records of a list, of lines, or of objects that are printed over several lines."""
     with open_plain(path) as file:
         head = without_mark(file.read(1 << 16), path).lstrip()
@@ -130,7 +132,7 @@ def _looks_like_lines(path: Path) -> bool:
         return any(isinstance(parse(line), dict) for _, line in zip(range(2), lines, strict=False))
 
 
-def _parquet(path: Path, required: list[str]) -> Iterator[tuple[str, Any]]:
+def _parquet(path: Path, required: list[str]) -> Iterator[Item]:
     from pyarrow import parquet
 
     # Read through a buffer the pages of a row group come one by one; else a group of 200 MB is held (measured: 207 MB
@@ -144,20 +146,30 @@ def _parquet(path: Path, required: list[str]) -> Iterator[tuple[str, Any]]:
             raise DataError(f"{path}: no column {missing}; found {found}; mend `columns`")
         number = 0
         # All columns: others than those that are read may carry something.
-        for batch in file.iter_batches(batch_size=_rows_a_batch(file.metadata)):
+        groups = (file.metadata.row_group(group) for group in range(file.metadata.num_row_groups))
+        widths = (group.total_byte_size // max(group.num_rows, 1) for group in groups)
+        for batch in file.iter_batches(batch_size=_rows_a_batch(widths)):
             for row in _rows(batch):
                 number += 1
                 yield f"{path}: row {number}", row
 
 
-def _rows_a_batch(metadata: Any) -> int:  # noqa: ANN401 - pyarrow is untyped
+def _rows_a_batch(widths: Iterable[int]) -> int:
     """Return how many rows to hold at a time, so that wide ones (images beside the text) take no more than others."""
-    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-    widest = max((group.total_byte_size // max(group.num_rows, 1) for group in groups), default=0)
-    return max(1, min(_ROWS_A_BATCH, _BATCH_BYTES // max(widest, 1)))
+    return max(1, min(_ROWS_A_BATCH, _BATCH_BYTES // max([1, *widths])))
 
 
-def _rows(batch: Any) -> Iterator[object]:  # noqa: ANN401 - pyarrow is untyped
+class _Batch(Protocol):
+    """What is used of pyarrow's RecordBatch, which has no types."""
+
+    num_rows: int
+
+    def to_pylist(self) -> list[object]: ...
+
+    def slice(self, offset: int, length: int) -> "_Batch": ...
+
+
+def _rows(batch: _Batch) -> Iterator[object]:
     try:
         yield from batch.to_pylist()
     except UnicodeDecodeError:  # parquet promises UTF-8 and checks nothing; find the row
@@ -169,7 +181,7 @@ def _rows(batch: Any) -> Iterator[object]:  # noqa: ANN401 - pyarrow is untyped
 
 
 # Ending of a file's name -> its reader: yields (where, object) of a path; the columns that every record has help it.
-READERS: dict[str, Callable[[Path, list[str]], Iterator[tuple[str, Any]]]] = {
+READERS: dict[str, Callable[[Path, list[str]], Iterator[Item]]] = {
     ".json": _json,
     ".jsonl": _lines,
     ".parquet": _parquet,

@@ -7,14 +7,12 @@ import stat
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ropeway.runtime.errors import ConfigError
 from ropeway.runtime.manifest import file_sha256, write_json
 from ropeway.stages.fetch.decompress import COMPRESSED
 from ropeway.stages.fetch.files import READERS, check_format
-from ropeway.stages.fetch.globs import is_glob
-from ropeway.stages.fetch.splits import check_splits
+from ropeway.stages.fetch.patterns import check_splits, is_glob
 
 _TICK_NS = 2_000_000_000  # the coarsest clock of a file system in use, FAT's
 
@@ -49,7 +47,7 @@ def digest_files(files: dict[str, Path], cache: Path) -> dict[str, str]:
 
     Args:
         files: By name.
-        cache: JSON of earlier digests; missing or unreadable, it is made anew.
+        cache: JSON of earlier digests; it may be missing or unreadable.
 
     Raises:
         ConfigError: This user may not read a file.
@@ -66,13 +64,13 @@ def digest_files(files: dict[str, Path], cache: Path) -> dict[str, str]:
         # A file that was touched just now may be written once more within one tick of its clock: hash it again.
         if now - stat_.st_ctime_ns > _TICK_NS:
             known[str(path)] = remembered
-        found[name] = remembered[1]
+        found[name] = str(remembered[1])
     if known != before:
         write_json(cache, known)
     return found
 
 
-def _load_digests(cache: Path) -> dict[str, Any]:
+def _load_digests(cache: Path) -> dict[str, list[object]]:
     try:
         known = json.loads(cache.read_bytes())
     except (FileNotFoundError, ValueError):

@@ -24,14 +24,19 @@ MODULES = (
 )  # fmt: skip
 
 # Source: the model card's 16 system messages (numbers 1, 2, 4, 5, 6, 13, 16), those that fit such answers; verbatim.
+_DETAILED = "Provide a detailed answer so user don\u2019t need to search outside to understand the answer."
+_FINDS = "You are an AI assistant that helps people find information."
+_TEACHER = (
+    "You are a teacher. Given a task, you explain in simple steps what the task is asking, any guidelines it provides"
+)
 SYSTEM_MESSAGES = (
     "",
-    "You are an AI assistant. Provide a detailed answer so user don’t need to search outside to understand the answer.",  # noqa: RUF001
+    f"You are an AI assistant. {_DETAILED}",
     "You are a helpful assistant, who always provide explanation. Think like you are answering to a five year old.",
     "You are an AI assistant that follows instruction extremely well. Help as much as you can.",
-    "You are an AI assistant that helps people find information. Provide a detailed answer so user don’t need to search outside to understand the answer.",  # noqa: E501, RUF001
-    "You are a teacher. Given a task, you explain in simple steps what the task is asking, any guidelines it provides and how to use those guidelines to find the answer.",  # noqa: E501
-    "You are an AI assistant that helps people find information.",
+    f"{_FINDS} {_DETAILED}",
+    f"{_TEACHER} and how to use those guidelines to find the answer.",
+    _FINDS,
 )
 
 _MEMBERS_A_CONVERSATION = 4

@@ -1,5 +1,6 @@
 """Objects of published schemas to records, strictly: what does not fit is refused with a counted reason."""
 
+import math
 import re
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ def check_ignored(unused: dict[str, bool], ignored: list[str]) -> None:
 def _carrying(fields: object, read: Container[str]) -> Iterator[str]:
     """Yield the names of fields that are not read and carry something."""
     for name, value in fields.items() if isinstance(fields, dict) else ():
-        if name in read or value is None or value in ("", [], {}) or value != value:  # noqa: PLR0124 - NaN: pandas' null
+        if name in read or value is None or value in ("", [], {}) or (isinstance(value, float) and math.isnan(value)):
             continue
         if (name == "weight" and value == 1) or (_ID.fullmatch(name) and isinstance(value, str | int)):
             continue

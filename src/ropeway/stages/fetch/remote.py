@@ -1,11 +1,11 @@
 """A file on a server: what it is now, and its download in parts that a later run goes on with."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Protocol
 
 from ropeway.runtime.errors import TemporaryError, is_disk_full
 from ropeway.runtime.manifest import digest_of
@@ -32,7 +32,7 @@ class Remote:
     """
 
     name: str
-    facts: dict[str, Any]
+    facts: Mapping[str, object]
     size_bytes: int | None
     open_from: Callable[[int], AbstractContextManager[tuple[Readable, int]]]
 

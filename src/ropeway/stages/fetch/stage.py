@@ -1,14 +1,12 @@
-"""Room: fetch. Sources to parquet, pinned by an identity, every record counted."""
+"""Stage fetch: sources to parquet, pinned by an identity, every record counted."""
 
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from ropeway.config.frozen import FrozenInputs
-from ropeway.config.params import Profile
-from ropeway.data.raw_records import RawWriter, Record, RecordKind
+from ropeway.config.params import Profile, Source
+from ropeway.data.raw_records import RawWriter, RecordKind
 from ropeway.runtime.errors import DataError, full_disk_explained
 from ropeway.runtime.manifest import whole_folder, write_manifest
 from ropeway.runtime.workspace import Workspace
@@ -18,8 +16,29 @@ _SHOWN_REFUSALS = 20
 _SHOWN_FILES = 10
 
 
+class SourceFacts(TypedDict):
+    """A source's entry in raw/manifest.json.
+
+    Attributes:
+        refused: Reason -> records.
+        first_refused: Some of them: where, and why.
+        files: Name -> records read of it, refused ones too.
+        ignored_keys: Key -> kept records in which it carried something.
+        identity: What the source was.
+    """
+
+    kind: RecordKind
+    read: int
+    kept: int
+    refused: dict[str, int]
+    first_refused: list[dict[str, str]]
+    files: dict[str, int]
+    ignored_keys: dict[str, int]
+    identity: dict[str, object]
+
+
 def run(workspace: Workspace, profile: Profile) -> None:
-    """Leave `raw/`: one folder of parquet parts per source, and a manifest of what was read, kept and refused.
+    """Write `raw/`: one folder of parquet parts per source, and a manifest of what was read, kept and refused.
 
     Raises:
         ConfigError: A source's kind or files are not there.
@@ -27,23 +46,31 @@ def run(workspace: Workspace, profile: Profile) -> None:
         TemporaryError: The disk is full.
     """
     identities = FrozenInputs.load(workspace.root).value("sources")
-    sources: dict[str, Any] = {}
+    sources: dict[str, SourceFacts] = {}
     rows: dict[str, int] = {}
     with full_disk_explained(workspace.raw), whole_folder(workspace.raw) as folder:
         for name, source in profile.sources.items():
-            identity = identities[name]
-            seen = Seen()
-            records = open_source(source, workspace, identity, seen)
-            facts, parts = _write(name, records, kind_of(source), folder / name, profile.max_refused_fraction)
-            more = {"files": dict(seen.files), "ignored_keys": dict(sorted(seen.ignored.items()))}
-            sources[name] = {**facts, **more, "identity": identity}
-            rows |= {f"{name}/{part}": count for part, count in parts.items()}
-            print("\n".join(describe(name, sources[name])))
+            with RawWriter(folder / name, kind_of(source)) as writer:
+                facts = _write(source, workspace, identities[name], writer)
+            _check_refused(name, facts, profile.max_refused_fraction)
+            sources[name] = facts
+            rows |= {f"{name}/{part}": count for part, count in writer.parts.items()}
+            print("\n".join(describe(name, facts)))
         write_manifest(folder, {"sources": sources}, rows=rows)
     shutil.rmtree(download_folder(workspace), ignore_errors=True)
 
 
-def describe(name: str, facts: Mapping[str, Any]) -> list[str]:
+def _check_refused(name: str, facts: SourceFacts, limit: float) -> None:
+    refused = sum(facts["refused"].values())
+    if refused > limit * facts["read"]:
+        first = facts["first_refused"][0]
+        raise DataError(
+            f"source {name}: {refused:,} of {facts['read']:,} records refused ({facts['refused']}), more than "
+            f"max_refused_fraction {limit:g} allows; the first: {first['where']}: {first['reason']}"
+        )
+
+
+def describe(name: str, facts: SourceFacts) -> list[str]:
     """Return what was read of a source, kept and refused, for the log.
 
     >>> describe("talks", {"kind": "conversation", "read": 9, "kept": 9, "refused": {}, "ignored_keys": {"meta": 4}})
@@ -64,30 +91,23 @@ def describe(name: str, facts: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _write(
-    name: str, records: Iterable[Record | Refused], kind: RecordKind, folder: Path, limit: float
-) -> tuple[dict[str, Any], dict[str, int]]:
-    """Write one source's records; return its facts and the rows of each part."""
-    reasons: Counter[str] = Counter()
+def _write(source: Source, workspace: Workspace, identity: dict[str, object], writer: RawWriter) -> SourceFacts:
+    """Write one source's records; return its facts."""
+    seen, reasons = Seen(), Counter[str]()
     shown: list[dict[str, str]] = []
-    with RawWriter(folder, kind) as writer:
-        for record in records:
-            if isinstance(record, Refused):
-                reasons[bounded_name(reasons, record.reason)] += 1
-                shown += [{"where": record.where, "reason": record.reason}] * (len(shown) < _SHOWN_REFUSALS)
-            else:
-                writer.add(record)
-    read = writer.records + reasons.total()
-    if reasons.total() > limit * read:
-        raise DataError(
-            f"source {name}: {reasons.total():,} of {read:,} records refused ({dict(sorted(reasons.items()))}), more "
-            f"than max_refused_fraction {limit:g} allows; the first: {shown[0]['where']}: {shown[0]['reason']}"
-        )
-    facts = {
-        "kind": kind,
-        "read": read,
+    for record in open_source(source, workspace, identity, seen):
+        if isinstance(record, Refused):
+            reasons[bounded_name(reasons, record.reason)] += 1
+            shown += [{"where": record.where, "reason": record.reason}] * (len(shown) < _SHOWN_REFUSALS)
+        else:
+            writer.add(record)
+    return {
+        "kind": kind_of(source),
+        "read": writer.records + reasons.total(),
         "kept": writer.records,
         "refused": dict(sorted(reasons.items())),
         "first_refused": shown,
+        "files": dict(seen.files),
+        "ignored_keys": dict(sorted(seen.ignored.items())),
+        "identity": identity,
     }
-    return facts, writer.parts

@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from ropeway.runtime.errors import DataError
 from ropeway.stages.fetch.decompress import open_plain, without_mark
@@ -27,7 +27,7 @@ class UnreadableError(ValueError):
     """One record cannot be read; the message is the reason that is counted."""
 
 
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """Return an object's fields; a key that comes twice is an UnreadableError, since one of the two would be lost."""
     found = dict(pairs)
     if len(found) != len(pairs):

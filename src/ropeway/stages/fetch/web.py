@@ -6,7 +6,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO, Any
+from typing import IO
 from urllib.parse import SplitResult, urlsplit
 
 from ropeway.config.addresses import shown
@@ -97,8 +97,7 @@ def _ask(address: str) -> tuple[http.client.HTTPMessage, bool]:
     """
     try:
         with _open(address, "HEAD", {}) as answer:
-            headers: http.client.HTTPMessage = answer.headers
-            return headers, False
+            return answer.headers, False
     except _NoHeadError:
         with _open(address, "GET", {"Range": "bytes=0-0"}) as answer:
             return answer.headers, answer.status == http.client.PARTIAL_CONTENT
@@ -145,7 +144,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 
 @contextmanager
-def _open(address: str, method: str, headers: dict[str, str]) -> Iterator[Any]:
+def _open(address: str, method: str, headers: dict[str, str]) -> Iterator[http.client.HTTPResponse]:
     """Yield the answer; translate what goes wrong, also while it is read, into decisions."""
     name = shown(address)
     handlers: list[urllib.request.BaseHandler] = [_Redirects()]

@@ -1,10 +1,16 @@
-"""Which split of a data set a file's name says it is: a pattern that reads a test split among others is a mistake."""
+"""Patterns as `glob` reads them, matched against names in no file system, and the splits that matched files belong to.
+
+A pattern that reads a test split among others is a mistake.
+"""
 
 import re
 from collections.abc import Iterable
 
 from ropeway.runtime.errors import ConfigError
 
+_SPECIAL = re.compile(r"(?P<folders>\*\*/)|(?P<rest>\*\*)|(?P<part>\*)|(?P<one>\?)|\[(?P<set>!?[^\]]+)\]")
+_MEANINGS = {"folders": r"(?:[^/]+/)*", "rest": r".*", "part": r"[^/]*", "one": r"[^/]"}
+MAGIC = "*?["
 TRAIN = "train"
 _NAMES = {
     TRAIN: ("train", "training"),
@@ -13,6 +19,29 @@ _NAMES = {
 }
 _WORD = re.compile(r"[a-z]+")
 _SHOWN = 3
+
+
+def is_glob(pattern: str) -> bool:
+    """Return whether a pattern can name more than one thing."""
+    return any(sign in pattern for sign in MAGIC)
+
+
+def match_names(patterns: list[str], names: list[str]) -> dict[str, list[str]]:
+    """Return for each pattern the names it matches, in their order; `*` stays in its folder, `**/` is any or none.
+
+    >>> match_names(["**/*.parquet"], ["a.parquet", "x/y/b.parquet", "c.json"])
+    {'**/*.parquet': ['a.parquet', 'x/y/b.parquet']}
+    """
+    return {pattern: [name for name in names if _expression(pattern).fullmatch(name)] for pattern in patterns}
+
+
+def _expression(pattern: str) -> re.Pattern[str]:
+    made, at = "", 0
+    for found in _SPECIAL.finditer(pattern):
+        signs = found["set"] and f"[{re.sub('^!', '^', found['set'])}]"
+        made += re.escape(pattern[at : found.start()]) + (signs or _MEANINGS[found.lastgroup or ""])
+        at = found.end()
+    return re.compile(made + re.escape(pattern[at:]), re.DOTALL)
 
 
 def split_of(name: str) -> str | None:
