@@ -13,7 +13,7 @@ from ropeway.models.tokenizer import open_tokenizer, read_special
 from ropeway.runtime.errors import DataError
 from ropeway.runtime.manifest import file_sha256, load_manifest, write_manifest
 from ropeway.stages.prepare.split import plan_split
-from ropeway.stages.prepare.write import check_readback
+from ropeway.stages.prepare.stage import check_readback
 from ropeway.stages.tokenize.encode import Encoder, conversation_kinds, document_kinds, text_key
 from tests.support.prepared_run import encode_each
 from tests.support.raw_records import TALKS, TEXTS, TOKENIZER, lay, profile

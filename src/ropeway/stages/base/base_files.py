@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from ropeway.models.architectures import check_architecture
 from ropeway.runtime.errors import ConfigError
@@ -81,7 +80,7 @@ def check_names(names: Iterable[str], *, where: str) -> None:
         )
 
 
-def check_config(config: Mapping[str, Any], *, where: str) -> None:
+def check_config(config: Mapping[str, object], *, where: str) -> None:
     """Raise ConfigError unless a model's config is of a Llama with plain weights."""
     check_architecture(config.get("model_type"), where=where)
     quantization = config.get("quantization_config")
@@ -103,7 +102,7 @@ def _read_header(path: Path) -> dict[str, str]:
         raise ConfigError(f"{path}: is no safetensors file ({error}); fetch the model again") from None
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def _read_object(path: Path) -> dict[str, object]:
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:

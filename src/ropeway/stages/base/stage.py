@@ -1,9 +1,9 @@
-"""Room: base. The model and tokenizer that training starts from: role tokens added, vocabulary padded, RoPE stated."""
+"""Stage base: the model and tokenizer that training starts from: role tokens added, vocabulary padded, RoPE stated."""
 
 import importlib.util
 import math
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -45,7 +45,7 @@ SHARD_BYTES = 5_000_000_000
 
 
 def run(workspace: Workspace, profile: Profile) -> None:
-    """Leave `base/`: weights, config, tokenizer with the role tokens and the template, manifest.
+    """Write `base/`: weights, config, tokenizer with the role tokens and the template, manifest.
 
     Raises:
         ConfigError: The model is missing, is no Llama, or has another shape than `expected_model`.
@@ -64,12 +64,33 @@ def run(workspace: Workspace, profile: Profile) -> None:
             resize(model, rows=rows, new_rows=profile.new_rows, seed=profile.rng_seed)
         special = read_special(folder, tokenizer)
         _save(model, folder, special)
-        facts = _facts(profile, model, folder, special, rope)
-        if isinstance(profile.base, HubBase | GgufBase):  # of a folder there are only times
-            file = {"file": profile.base.file} if isinstance(profile.base, GgufBase) else {}
-            facts["model"]["origin"] = FrozenInputs.load(workspace.root).value("base") | file
+        parameters = sum(part.numel() for part in model.parameters())
+        stated = {
+            "name": profile.model_name,
+            "kind": profile.base.kind,
+            **profile.expected_model.model_dump(),
+            "embedding_rows": rows,
+            "rope_parameters": rope.to_config(),
+            **_origin(workspace.root, profile),
+        }
+        facts = {
+            "model": stated,
+            "rope": rope.to_json(),
+            "tokenizer": file_sha256(folder / "tokenizer.json"),
+            "template": template_digest(),
+            "special": special,
+            "parameters": parameters,
+        }
         write_manifest(folder, facts)
-    print(f"{profile.model_name}: {facts['parameters']:,} parameters, {rows:,} rows, special tokens {special}")
+    print(f"{profile.model_name}: {parameters:,} parameters, {rows:,} rows, special tokens {special}")
+
+
+def _origin(root: Path, profile: Profile) -> dict[str, dict[str, object]]:
+    """Return where a base from elsewhere comes from, for the manifest; of a folder there are only times."""
+    if not isinstance(profile.base, HubBase | GgufBase):
+        return {}
+    file = {"file": profile.base.file} if isinstance(profile.base, GgufBase) else {}
+    return {"origin": FrozenInputs.load(root).value("base") | file}
 
 
 def plan_vocabulary(tokens: int, multiple: int) -> int:
@@ -90,7 +111,7 @@ def make_model(profile: Profile, *, rows: int) -> tuple[PreTrainedModel, RopeSca
         return create_model({**shape, "rope_parameters": rope.to_config()}).to(torch.float32), rope
 
 
-def open_model(origin: Path, options: dict[str, Any], profile: Profile) -> tuple[PreTrainedModel, RopeScaling]:
+def open_model(origin: Path, options: Mapping[str, str], profile: Profile) -> tuple[PreTrainedModel, RopeScaling]:
     """Return the Llama of a folder in the dtype it is stored in, and its RoPE scaling, set as params say.
 
     Raises:
@@ -110,7 +131,7 @@ def open_model(origin: Path, options: dict[str, Any], profile: Profile) -> tuple
     return (plain_copy(model) if "gguf_file" in options else model), rope
 
 
-def _check_weights(origin: Path, model: PreTrainedModel, found: dict[str, Any]) -> None:
+def _check_weights(origin: Path, model: PreTrainedModel, found: Mapping[str, Collection[str]]) -> None:
     """Raise ConfigError unless the files hold the config's weights, all of them, no others, and only numbers."""
     if lacking := sorted(found["missing_keys"]):
         raise ConfigError(
@@ -190,7 +211,7 @@ def _rope(profile: Profile) -> RopeScaling:
     return plan_scaling(profile, theta=shape.rope_theta, original=shape.max_position_embeddings)
 
 
-def _locate_origin(root: Path, profile: Profile) -> tuple[Path | None, dict[str, Any]]:
+def _locate_origin(root: Path, profile: Profile) -> tuple[Path | None, dict[str, str]]:
     """Return (folder of the original, options to open it with); no folder when the model is made here."""
     base = profile.base
     if isinstance(base, ScratchBase):
@@ -248,7 +269,7 @@ def _download(repo: str, commit: str, revision: str) -> Path:
 
 
 def _open_or_train_tokenizer(
-    workspace: Workspace, profile: Profile, origin: Path | None, options: dict[str, Any]
+    workspace: Workspace, profile: Profile, origin: Path | None, options: Mapping[str, str]
 ) -> tuple[Tokenizer, dict[str, str]]:
     """Return (tokenizer, {unk, bos, eos: text})."""
     if origin is None:
@@ -270,22 +291,3 @@ def _save(model: PreTrainedModel, folder: Path, special: dict[str, int]) -> None
         setattr(model.config, name, number)
     model.generation_config = GenerationConfig(**stops)
     model.save_pretrained(folder, max_shard_size=SHARD_BYTES)
-
-
-def _facts(
-    profile: Profile, model: PreTrainedModel, folder: Path, special: dict[str, int], rope: RopeScaling
-) -> dict[str, Any]:
-    return {
-        "model": {
-            "name": profile.model_name,
-            "kind": profile.base.kind,
-            **profile.expected_model.model_dump(),
-            "embedding_rows": model.get_input_embeddings().weight.shape[0],
-            "rope_parameters": rope.to_config(),
-        },
-        "rope": rope.to_json(),
-        "tokenizer": file_sha256(folder / "tokenizer.json"),
-        "template": template_digest(),
-        "special": special,
-        "parameters": sum(part.numel() for part in model.parameters()),
-    }

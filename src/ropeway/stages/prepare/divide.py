@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ropeway.config.params import Profile
-from ropeway.data.ledger import Findings
+from ropeway.data.ledger import Findings, Found
 from ropeway.data.tokenized import TokenizedSource
-from ropeway.stages.prepare.contamination import find_contaminated
-from ropeway.stages.prepare.duplicates import find_repeats
-from ropeway.stages.prepare.findings import count_findings, removed_records
+from ropeway.stages.prepare.contamination import IN_PROMPTS, find_contaminated
+from ropeway.stages.prepare.duplicates import Repeats, find_repeats
 from ropeway.stages.prepare.split import Split, plan_split_without
 
 
@@ -43,7 +43,7 @@ def divide_sources(
     records = {name: source.column("records") for name, source in sources.items()}
     splits = {
         name: plan_split_without(
-            removed_records(repeats[name], profile)[records[name]],
+            _removed_records(repeats[name], profile)[records[name]],
             records[name],
             sources[name].column("record_keys" if profile.split_by == "document" else "keys"),
             profile,
@@ -57,6 +57,41 @@ def divide_sources(
         splits = {name: split.without_contaminated(hits[name] > 0) for name, split in splits.items()}
     lengths = {name: source.column("lengths") for name, source in sources.items()}
     return {
-        name: Part(split, count_findings(records[name], lengths[name], repeats[name], hits[name], profile))
+        name: Part(split, _count_findings(records[name], lengths[name], repeats[name], hits[name], profile))
         for name, split in splits.items()
     }
+
+
+def _removed_records(repeats: Repeats, profile: Profile) -> NDArray[np.bool_]:
+    """Return `(R,)`, True for each record that params remove before the split."""
+    exact, near = profile.duplicates.exact == "remove", profile.duplicates.near == "remove"
+    return (repeats.exact & exact) | (repeats.near & near)
+
+
+def _count_findings(
+    records: NDArray[np.int64],
+    lengths: NDArray[np.int32],
+    repeats: Repeats,
+    hits: NDArray[np.uint8],
+    profile: Profile,
+) -> Findings:
+    """Return what one source's ledger says.
+
+    Args:
+        records: `(N,)` record of each sequence, ascending.
+        lengths: `(N,)` tokens of each sequence.
+        repeats: By record.
+        hits: `(N,)` bits of `ropeway.stages.prepare.contamination`.
+        profile: Says what was done.
+    """
+
+    def found(action: str, which: NDArray[np.bool_]) -> Found:
+        tokens = int(lengths[which].sum(dtype=np.int64))
+        return Found(action, int((np.diff(records[which], prepend=-1) > 0).sum()), int(which.sum()), tokens)
+
+    return Findings(
+        exact=found(profile.duplicates.exact, repeats.exact[records]),
+        near=found(profile.duplicates.near, repeats.near[records]),
+        contaminated=found(profile.contamination.action, hits > 0),
+        with_prompts=int(((hits & IN_PROMPTS) > 0).sum()),
+    )

@@ -74,16 +74,7 @@ def plan_split_without(
     max_val_set: int | None,
     generator: np.random.RandomState,
 ) -> Split:
-    """Return the split of one source as if the sequences of removed records had never been there.
-
-    Args:
-        removed: `(N,)` True for every sequence of a record that goes.
-        records: As in `plan_split`, and so the others.
-        keys: Likewise.
-        profile: Likewise.
-        max_val_set: Likewise.
-        generator: Likewise.
-    """
+    """Return `plan_split` as if the sequences that `removed` `(N,)` marks, of whole records, had never been there."""
     stay = np.flatnonzero(~removed)
     gone = records[removed]
     gone = gone[np.diff(gone, prepend=-1) > 0]  # ascending: each once

@@ -3,22 +3,24 @@
 import shutil
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import TypedDict
+
+import numpy as np
 
 from ropeway.config.frozen import FrozenInputs
 from ropeway.config.params import Profile
 from ropeway.config.tokenize_params import values_shared_with_prepare
-from ropeway.data.ledger import Ledger, Records, check_ledger
-from ropeway.data.shards import open_shards
-from ropeway.data.tokenized import TokenizedSource, open_tokenized
+from ropeway.data.ledger import Findings, Ledger, Records, check_ledger
+from ropeway.data.shards import Shards, SourceShards, open_shards, sequence_digest
+from ropeway.data.tokenized import TokenizedSource, open_tokenized, shard_path
 from ropeway.runtime.errors import DataError, full_disk_explained
-from ropeway.runtime.manifest import load_manifest, whole_folder, write_json, write_manifest
+from ropeway.runtime.manifest import link_file, load_manifest, whole_folder, write_json, write_manifest
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.prepare.account import account_for
 from ropeway.stages.prepare.contamination import parse_prompts
 from ropeway.stages.prepare.divide import divide_sources
-from ropeway.stages.prepare.findings import describe_findings
-from ropeway.stages.prepare.write import check_readback, write_source
+from ropeway.stages.prepare.split import Split
 
 _WHAT_HAPPENS = {
     "parse": "it is parsed as the token",
@@ -27,6 +29,15 @@ _WHAT_HAPPENS = {
 }
 # What data's manifest takes over from that of tokens.
 _TOKENIZER = ("format", "special", "tokenizer", "template", "vocab_size")
+
+
+class _Fetched(TypedDict):
+    """What is read of a source's entry in raw/manifest.json."""
+
+    read: int
+    refused: dict[str, int]
+    files: dict[str, int]
+    ignored_keys: dict[str, int]
 
 
 def run(workspace: Workspace, profile: Profile) -> None:
@@ -72,7 +83,7 @@ def run(workspace: Workspace, profile: Profile) -> None:
         print(line)
 
 
-def _check_params(workspace: Workspace, profile: Profile, made: Mapping[str, Any]) -> None:
+def _check_params(workspace: Workspace, profile: Profile, made: Mapping[str, object]) -> None:
     """Raise DataError when tokens are of other sources, or lack what this profile compares records by."""
     wanted = values_shared_with_prepare(profile)
     if differ := [key for key, value in wanted.items() if made[key] != value]:
@@ -89,7 +100,7 @@ def _read_prompts(workspace: Workspace, profile: Profile) -> list[str]:
     return [text for name in names if frozen for text in parse_prompts(frozen.text("contamination", name), name)]
 
 
-def _entry(source: TokenizedSource) -> dict[str, Any]:
+def _entry(source: TokenizedSource) -> dict[str, object]:
     """Return a source's entry in data/manifest.json, in the shape `ropeway.data.shards` reads."""
     return {
         "name": source.facts["name"],
@@ -100,7 +111,7 @@ def _entry(source: TokenizedSource) -> dict[str, Any]:
     }
 
 
-def _records(name: str, raw: Mapping[str, Any], source: TokenizedSource, profile: Profile) -> Records:
+def _records(name: str, raw: _Fetched, source: TokenizedSource, profile: Profile) -> Records:
     """Return the account of a source's records.
 
     Raises:
@@ -126,6 +137,55 @@ def _records(name: str, raw: Mapping[str, Any], source: TokenizedSource, profile
     )
 
 
+def write_source(folder: Path, source: TokenizedSource, split: Split) -> None:
+    """Put a source's shards, lengths and split into its folder; the shards are second names of those in tokens/."""
+    folder.mkdir(parents=True)
+    for number in range(len(source.shard_sequences)):
+        for part in ("tokens", "kinds"):
+            link_file(shard_path(source.folder, part, number), shard_path(folder, part, number))
+    link_file(source.folder / "lengths.npy", folder / "lengths.npy")
+    np.save(folder / "train.npy", split.train.astype(np.int64), allow_pickle=False)
+    np.save(folder / "validation.npy", split.validation.astype(np.int64), allow_pickle=False)
+
+
+def check_readback(shards: Shards, ends: dict[str, list[list[str]]]) -> None:
+    """Raise DataError unless the reader finds in each shard as many tokens as written, and its ends as they were.
+
+    Fast: two sequences a shard are read, whatever its size.
+
+    Args:
+        shards: What was written, opened as training opens it.
+        ends: By source and shard, digests of the first and the last sequence as they were encoded.
+    """
+    for source in shards.sources:
+        _check_sizes(source)
+        first = 0
+        for count, written in zip(source.shard_sequences, ends[source.name], strict=True):
+            for number, digest in zip((first, first + count - 1), written, strict=bool(written)):
+                tokens, kinds = source.read(number)
+                if sequence_digest(tokens, kinds) != digest:
+                    raise DataError(
+                        f"{source.folder}: sequence {number} reads back as {len(tokens)} tokens "
+                        f"{tokens[:8].tolist()}…, which is not what was written; the disk or the format is at fault: "
+                        "run `dvc repro tokenize` again"
+                    )
+            first += count
+
+
+def _check_sizes(source: SourceShards) -> None:
+    first = 0
+    for shard, count in enumerate(source.shard_sequences):
+        expected = int(source.lengths[first : first + count].sum())
+        for part in ("tokens", "kinds"):
+            found = len(np.load(source.folder / f"{part}-{shard:05d}.npy", mmap_mode="r", allow_pickle=False))
+            if found != expected:
+                raise DataError(
+                    f"{source.folder}: {part}-{shard:05d}.npy holds {found:,} entries, its {count:,} sequences "
+                    f"{expected:,}; run `dvc repro tokenize` again"
+                )
+        first += count
+
+
 def describe(ledger: Ledger, profile: Profile, special: str) -> list[str]:
     """Return the ledger in a few lines for the log; `special` is what became of special tokens in texts."""
     lines = []
@@ -148,7 +208,7 @@ def describe(ledger: Ledger, profile: Profile, special: str) -> list[str]:
         if account.records.ignored_keys:
             listed = ", ".join(f"{key} in {count:,} records" for key, count in account.records.ignored_keys.items())
             lines.append(f"{account.name}: ignored keys: {listed}")
-        lines += describe_findings(account.name, account.findings, profile)
+        lines += _describe_findings(account.name, account.findings, profile)
         expected = profile.sources[account.name].expected_rows
         if expected is not None and expected != account.sequences.all:
             lines.append(f"{account.name}: expected_rows says {expected:,}, found {account.sequences.all:,} sequences")
@@ -157,4 +217,23 @@ def describe(ledger: Ledger, profile: Profile, special: str) -> list[str]:
         f"{epoch.left_over} left over"
         for epoch in ledger.epochs
     ]
+    return lines
+
+
+def _describe_findings(name: str, findings: Findings, profile: Profile) -> list[str]:
+    """Return lines for the log: none where nothing repeats."""
+    lines, done = [], {"count": "kept", "remove": "removed"}
+    for how, found in (("exact", findings.exact), ("near", findings.near)):
+        if found.records:
+            lines.append(
+                f"{name}: {how} duplicates of earlier records: {found.records:,} ({found.sequences:,} sequences, "
+                f"{found.tokens:,} tokens), {done[found.action]} (duplicates.{how}: {found.action})"
+            )
+    found = findings.contaminated
+    if found.sequences:
+        lines.append(
+            f"{name}: training sequences that share {profile.contamination.ngram} words in a row with validation or a "
+            f"prompt: {found.sequences:,} ({found.tokens:,} tokens), {findings.with_prompts:,} of them with a prompt; "
+            f"{done[found.action]} (contamination.action: {found.action})"
+        )
     return lines
