@@ -15,9 +15,9 @@ from ropeway.config.stages import READS
 from ropeway.models.rope import build_scaling, plan_scaling
 from ropeway.reporting.model_card import describe_steps, draw_card
 from ropeway.runtime.workspace import Workspace
-from ropeway.stages.package.build import write_card
 from ropeway.stages.package.card_facts import plan_card
 from ropeway.stages.package.facts import Facts
+from ropeway.stages.package.stage import write_card
 from ropeway.stages.package.weights import Written
 from tests.support.tiny_run import ROOT
 

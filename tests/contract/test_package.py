@@ -19,11 +19,10 @@ from ropeway.registry.core import package_digest, read_package, read_version
 from ropeway.registry.layout import blob_key
 from ropeway.runtime.errors import DataError
 from ropeway.runtime.manifest import load_manifest, write_json, write_manifest
-from ropeway.stages.package import build
 from ropeway.stages.package import stage as package
-from ropeway.stages.package.build import check_roundtrip
 from ropeway.stages.package.check import check_package, main
 from ropeway.stages.package.probe import expected_logits, probe_row
+from ropeway.stages.package.stage import check_roundtrip
 from tests.support.tiny_run import BLOCK, make_package, make_run
 
 
@@ -182,7 +181,7 @@ def test_every_dtype_of_params_comes_back_as_itself(tmp_path, monkeypatch, dtype
         np.save(tmp_path / "logits.npy", expected_logits(model, probe))
         check_package(folder, tmp_path / "logits.npy")
 
-    monkeypatch.setattr(build, "check_roundtrip", check_here)
+    monkeypatch.setattr(package, "check_roundtrip", check_here)
     workspace, profile = make_run(tmp_path, "package", block=BLOCK.replace("{dtype: bf16", f"{{dtype: {dtype}"))
     package.run(workspace, profile)
     assert len(list(workspace.package.glob("*.safetensors"))) == files

@@ -16,10 +16,10 @@ from ropeway.config.params import load_profile
 from ropeway.config.stages import READS
 from ropeway.models.chat_template import ROLE_TOKENS
 from ropeway.runtime.manifest import file_sha256, write_json
-from ropeway.stages.package.build import write_model
 from ropeway.stages.package.facts import load_facts
 from ropeway.stages.package.model_config import TORCH_NAMES
 from ropeway.stages.package.probe import expected_logits, plan_probe, probe_row
+from ropeway.stages.package.stage import write_model
 from tests.support import tiny_run
 
 pytestmark = pytest.mark.loaders

@@ -1,7 +1,6 @@
 """card.json: every fact that the model card states; `ropeway.reporting.model_card` renders it."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from ropeway.config.block import cut_block, inherited_names
 from ropeway.config.params import HuggingfaceSource, Profile
@@ -22,7 +21,7 @@ def list_hub_datasets(profile: Profile) -> list[str]:
     return list(dict.fromkeys([*read, *profile.card.upstream_datasets]))
 
 
-def plan_card(facts: Facts, params_text: str, *, parameters: int, weights: Mapping[str, str]) -> dict[str, Any]:
+def plan_card(facts: Facts, params_text: str, *, parameters: int, weights: Mapping[str, str]) -> dict[str, object]:
     """Return the content of card.json.
 
     Args:

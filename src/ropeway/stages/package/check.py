@@ -1,6 +1,6 @@
 """`python -m ropeway.stages.package.check FOLDER`: load a package as others do; compare it with its probe.
 
-The package room runs this in a fresh interpreter before there is a package; anybody may run it on a pulled one.
+The stage package runs this in a fresh interpreter before there is a package; anybody may run it on a pulled one.
 """
 
 import argparse
@@ -8,10 +8,10 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from transformers import (
     AutoTokenizer,
@@ -30,7 +30,7 @@ from ropeway.runtime.errors import DataError, RopewayError
 from ropeway.runtime.manifest import NAME as MANIFEST
 from ropeway.runtime.manifest import load_manifest
 from ropeway.stages.package.model_config import TORCH_NAMES
-from ropeway.stages.package.probe import logits_of
+from ropeway.stages.package.probe import Probe, logits_of
 from ropeway.stages.package.weights import STORED, locate_tensors, read_dtypes
 
 # Largest difference of logits relative to the largest logit. The same weights through the same code on one machine
@@ -71,10 +71,10 @@ def check_package(folder: Path, logits: Path | None = None) -> None:
         raise DataError("\n".join([f"{folder}: reloaded, the package is not what was trained:", *faults]))
 
 
-def config_faults(config: Mapping[str, Any], probe: Mapping[str, Any]) -> Iterator[str]:
+def config_faults(config: Mapping[str, object], probe: Probe) -> Iterator[str]:
     """Yield what a loader between transformers 4.31 and 5 would read differently from what was trained."""
     rope = scaling_from_json(probe["rope"])
-    wanted: dict[str, Any] = {
+    wanted = {
         "rope_parameters": rope.to_config(),
         "rope_scaling": rope.to_legacy_config(),
         "rope_theta": rope.theta,
@@ -92,7 +92,7 @@ def config_faults(config: Mapping[str, Any], probe: Mapping[str, Any]) -> Iterat
         yield f"  config.json, max_position_embeddings: expected an integer, found {reach}"
 
 
-def token_faults(tokenizer: PreTrainedTokenizerBase, probe: Mapping[str, Any]) -> Iterator[str]:
+def token_faults(tokenizer: PreTrainedTokenizerBase, probe: Probe) -> Iterator[str]:
     """Yield special tokens with other ids, and texts that are tokenized otherwise."""
     special = probe["special"]
     found = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
@@ -105,7 +105,7 @@ def token_faults(tokenizer: PreTrainedTokenizerBase, probe: Mapping[str, Any]) -
         yield from _differs(f"ids of {case['text']!r}", case["ids"], tokenizer(case["text"])["input_ids"])
 
 
-def template_faults(folder: Path, tokenizer: PreTrainedTokenizerBase, probe: Mapping[str, Any]) -> Iterator[str]:
+def template_faults(folder: Path, tokenizer: PreTrainedTokenizerBase, probe: Probe) -> Iterator[str]:
     """Yield conversations that the template, in its file or in the config, renders otherwise than training did."""
     key = json.loads((folder / "tokenizer_config.json").read_bytes()).get("chat_template")
     places = {
@@ -126,7 +126,7 @@ def template_faults(folder: Path, tokenizer: PreTrainedTokenizerBase, probe: Map
             yield from _differs(f"{place}, conversation as ids", wanted, ids)
 
 
-def weight_faults(folder: Path, probe: Mapping[str, Any]) -> Iterator[str]:
+def weight_faults(folder: Path, probe: Probe) -> Iterator[str]:
     """Yield tensors that are not in the file that the index names, or are stored in another dtype than stated."""
     placed = {(path.name, name) for name, path in locate_tensors(folder).items()}
     stored = {(path.name, name): dtype for path in folder.glob("*.safetensors") for name, dtype in read_dtypes(path)}
@@ -138,7 +138,7 @@ def weight_faults(folder: Path, probe: Mapping[str, Any]) -> Iterator[str]:
         yield from _differs(f"stored dtype of {name}", STORED[probe["dtype"]], dtype)
 
 
-def model_faults(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probe: Mapping[str, Any]) -> Iterator[str]:
+def model_faults(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probe: Probe) -> Iterator[str]:
     """Yield what the live model does not have as trained: dtype, frequencies, vocabulary."""
     config = model.config
     yield from _differs("dtype of the loaded model", f"torch.{TORCH_NAMES[probe['dtype']]}", str(model.dtype))
@@ -157,7 +157,7 @@ def model_faults(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pro
         yield f"  rows of the embedding: expected {len(tokenizer)} at least, the tokenizer's tokens; found {rows}"
 
 
-def stop_faults(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probe: Mapping[str, Any]) -> Iterator[str]:
+def stop_faults(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probe: Probe) -> Iterator[str]:
     """Yield a generation that goes on behind the end token, told to stop by nothing but the folder's own files."""
     settings = GenerationConfig.from_pretrained(tokenizer.name_or_path, local_files_only=True)
     try:
@@ -180,7 +180,7 @@ def stop_faults(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prob
     )
 
 
-def logits_faults(model: PreTrainedModel, expected: np.ndarray[Any, Any], probe: Mapping[str, Any]) -> Iterator[str]:
+def logits_faults(model: PreTrainedModel, expected: NDArray[np.float32], probe: Probe) -> Iterator[str]:
     """Yield a difference between the package's logits of the probe row and those of the exported model."""
     found = logits_of(model, probe)
     if found.shape != expected.shape:

@@ -1,4 +1,4 @@
-"""Everything the package is made of, loaded once and held against each other."""
+"""Everything the package is made of, loaded once and compared with each other."""
 
 import json
 from collections import Counter
@@ -15,7 +15,7 @@ from ropeway.models.tokenizer import read_special_names
 from ropeway.runtime.errors import DataError
 from ropeway.runtime.manifest import file_sha256, load_manifest
 from ropeway.runtime.workspace import Workspace
-from ropeway.stages.package.model_config import lowest_loader, plan_tokenizer
+from ropeway.stages.package.model_config import TokenizerJson, lowest_loader, plan_tokenizer
 
 _REMEDY = "Run `dvc repro`, so that all of them come from one run"
 Json = Mapping[str, Any]
@@ -51,7 +51,7 @@ class Facts:
     systems: Counter[str]
     max_positions: int
     base_rope: Json
-    tokenizer: Json
+    tokenizer: TokenizerJson
 
     @property
     def steps(self) -> int:
@@ -76,8 +76,7 @@ class Facts:
     @property
     def special(self) -> Mapping[str, int]:
         """Ids of `bos`, `eos`, `pad` and the role tokens, as the data has them."""
-        special: Mapping[str, int] = self.data["special"]
-        return special
+        return dict(self.data["special"])
 
 
 def load_facts(workspace: Workspace, profile: Profile) -> Facts:
@@ -174,10 +173,11 @@ def count_systems(workspace: Workspace, raw: Json) -> Counter[str]:
     return systems
 
 
-def _load(path: Path, room: str) -> Any:  # noqa: ANN401 - JSON
+def _load(path: Path, stage: str) -> dict[str, Any]:
     try:
-        return json.loads(path.read_bytes())
+        loaded: dict[str, Any] = json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError) as error:
         raise DataError(
-            f"{path}: expected the JSON that {room} leaves, found: {error}. Run `dvc repro {room}`"
+            f"{path}: expected the JSON that {stage} writes, found: {error}. Run `dvc repro {stage}`"
         ) from None
+    return loaded

@@ -5,7 +5,7 @@ runs unscaled RoPE in fp32 without a word. 4.31 wants `rope_scaling` to be exact
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import NotRequired, TypedDict, TypeGuard
 
 from ropeway.models.chat_template import JINJA
 from ropeway.models.rope import RopeScaling
@@ -20,9 +20,22 @@ LLAMA_THETA = 10000.0  # the only one that transformers before 4.33 knows
 _TOKENIZER_KEYS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token")
 
 
+class TokenizerModel(TypedDict):
+    """`model` of tokenizer.json, as far as it is read here."""
+
+    merges: NotRequired[list[list[str]] | list[str] | None]
+    ignore_merges: NotRequired[bool]
+
+
+class TokenizerJson(TypedDict):
+    """tokenizer.json, as far as it is read here."""
+
+    model: TokenizerModel
+
+
 def plan_config(
-    trained: Mapping[str, Any], *, rope: RopeScaling, dtype: str, special: Mapping[str, int]
-) -> dict[str, Any]:
+    trained: Mapping[str, object], *, rope: RopeScaling, dtype: str, special: Mapping[str, int]
+) -> dict[str, object]:
     """Return config.json of the package.
 
     Args:
@@ -44,7 +57,9 @@ def plan_config(
     }
 
 
-def plan_tokenizer_config(trained: Mapping[str, Any], *, max_length: int, roles: tuple[str, ...]) -> dict[str, Any]:
+def plan_tokenizer_config(
+    trained: Mapping[str, object], *, max_length: int, roles: tuple[str, ...]
+) -> dict[str, object]:
     """Return tokenizer_config.json: a class every version knows, and the template as a key beside its file.
 
     `PreTrainedTokenizerFast` runs tokenizer.json as it is; `LlamaTokenizer` of transformers 5 rebuilds it and gives
@@ -64,19 +79,19 @@ def plan_tokenizer_config(trained: Mapping[str, Any], *, max_length: int, roles:
     }
 
 
-def plan_special_tokens_map(tokenizer_config: Mapping[str, Any]) -> dict[str, Any]:
+def plan_special_tokens_map(tokenizer_config: Mapping[str, object]) -> dict[str, object]:
     """Return special_tokens_map.json, which loaders before 5 read beside the config."""
     return {
         key: tokenizer_config[key] for key in (*_TOKENIZER_KEYS, "additional_special_tokens") if key in tokenizer_config
     }
 
 
-def plan_generation_config(special: Mapping[str, int]) -> dict[str, Any]:
+def plan_generation_config(special: Mapping[str, int]) -> dict[str, int]:
     """Return generation_config.json: stop at the end token; how to draw is the reader's choice."""
     return {f"{name}_token_id": special[name] for name in ("bos", "eos", "pad")}
 
 
-def plan_tokenizer(trained: Mapping[str, Any]) -> dict[str, Any]:
+def plan_tokenizer(trained: TokenizerJson) -> TokenizerJson:
     """Return tokenizer.json with its merges as `"a b"`, which every version of tokenizers reads, if they can be so.
 
     Source: tokenizers 0.20 writes them as pairs, and all before it (transformers up to 4.44) then refuse the file.
@@ -85,15 +100,15 @@ def plan_tokenizer(trained: Mapping[str, Any]) -> dict[str, Any]:
     model = trained["model"]
     merges = model.get("merges")
     if not _all_pairs(merges) or any(" " in part for pair in merges for part in pair):
-        return dict(trained)
+        return trained
     return {**trained, "model": {**model, "merges": [" ".join(pair) for pair in merges]}}
 
 
-def _all_pairs(merges: Any) -> bool:  # noqa: ANN401 - JSON
+def _all_pairs(merges: object) -> TypeGuard[list[list[str]]]:
     return isinstance(merges, list) and bool(merges) and all(isinstance(pair, list) for pair in merges)
 
 
-def lowest_loader(rope: RopeScaling, tokenizer: Mapping[str, Any]) -> str:
+def lowest_loader(rope: RopeScaling, tokenizer: TokenizerJson) -> str:
     """Return the lowest version of transformers that loads such a model right.
 
     Args:
@@ -114,5 +129,6 @@ def lowest_loader(rope: RopeScaling, tokenizer: Mapping[str, Any]) -> str:
     return max((version for version, is_needed in needed.items() if is_needed), default="4.31.0")
 
 
-def _text(token: Any) -> str:  # noqa: ANN401 - a string, or an AddedToken as a mapping
+def _text(token: object) -> str:
+    """Return the text of a token that stands as a string, or as an AddedToken's mapping."""
     return str(token["content"] if isinstance(token, Mapping) else token)

@@ -1,15 +1,16 @@
 """What the package must do when somebody loads it, taken from the run before the package exists.
 
 Token ids come from the tokenizers library, strings from the chat template, frequencies from the formula: none
-of it through the classes of transformers that the check then holds against them.
+of it through the classes of transformers that the check then compares with them.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
@@ -33,10 +34,35 @@ CONVERSATIONS = (
 )
 
 
+class TextCase(TypedDict):
+    """A text and its ids."""
+
+    text: str
+    ids: list[int]
+
+
+class ConversationCase(TextCase):
+    """A conversation, as text and as ids."""
+
+    messages: list[dict[str, str]]
+
+
+class Probe(TypedDict):
+    """probe.json: ids of texts and conversations, special ids, RoPE and dtype, all as the run has them."""
+
+    format: int
+    dtype: str
+    rope: dict[str, object]
+    special: dict[str, int]
+    max_length: int
+    texts: list[TextCase]
+    conversations: list[ConversationCase]
+
+
 def plan_probe(
     tokenizer_folder: Path, *, rope: RopeScaling, special: Mapping[str, int], dtype: str, max_length: int
-) -> dict[str, Any]:
-    """Return probe.json: ids of texts and conversations, special ids, RoPE and dtype, all as the run has them."""
+) -> Probe:
+    """Return the probe of a run, whose tokenizer is in this folder."""
     tokenizer = open_tokenizer(tokenizer_folder)
     names = read_special_names(tokenizer_folder)
     texts = (*TEXTS, *(f"{role}{text}" for role in ROLE_TOKENS for text in ("text", " text")))
@@ -58,21 +84,21 @@ def plan_probe(
     }
 
 
-def probe_row(probe: Mapping[str, Any]) -> list[int]:
+def probe_row(probe: Probe) -> list[int]:
     """Return the `(T,)` ids whose logits are compared: every conversation, one after another."""
     row = [number for conversation in probe["conversations"] for number in conversation["ids"]]
     return row[: probe["max_length"]]
 
 
 @torch.inference_mode()
-def logits_of(model: PreTrainedModel, probe: Mapping[str, Any]) -> np.ndarray[Any, Any]:
+def logits_of(model: PreTrainedModel, probe: Probe) -> NDArray[np.float32]:
     """Return `(T, V)` fp32 logits of the probe row."""
     logits = model(input_ids=torch.tensor([probe_row(probe)]), use_cache=False).logits[0]
-    found: np.ndarray[Any, Any] = logits.float().numpy()
+    found: NDArray[np.float32] = logits.float().numpy()
     return found
 
 
-def expected_logits(folder: Path, probe: Mapping[str, Any]) -> np.ndarray[Any, Any]:
+def expected_logits(folder: Path, probe: Probe) -> NDArray[np.float32]:
     """Return the logits of train's export, its weights cast to the package's dtype."""
     disable_progress_bar()
     return logits_of(open_folder(folder, DTYPES[probe["dtype"]]).eval(), probe)

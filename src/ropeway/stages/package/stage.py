@@ -1,4 +1,4 @@
-"""Room: package. The run's model as others load it, its facts and its lineage, proved in a clean process.
+"""Stage package: the run's model as others load it, its facts and its lineage, checked in a clean process.
 
 package/*.safetensors, model.safetensors.index.json   weights in `package.dtype`, shards of `max_shard_bytes` at most
 package/config.json, generation_config.json           read alike by transformers 4.31 to 5
@@ -12,29 +12,183 @@ package/probe.json                                    `python -m ropeway.stages.
 package/manifest.json                                 written last
 """
 
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from ropeway.config.block import write_blocks
+from ropeway.config.frozen import FrozenInputs
 from ropeway.config.params import Profile
+from ropeway.models.chat_template import JINJA, ROLE_TOKENS
+from ropeway.runtime.errors import DataError
+from ropeway.runtime.manifest import digest_of, file_sha256, whole_folder, write_json, write_manifest
 from ropeway.runtime.workspace import Workspace
+from ropeway.stages.package.card_facts import plan_card
+from ropeway.stages.package.facts import Facts, load_early_facts, load_facts
+from ropeway.stages.package.model_config import (
+    plan_config,
+    plan_generation_config,
+    plan_special_tokens_map,
+    plan_tokenizer_config,
+)
+from ropeway.stages.package.probe import Probe, expected_logits, plan_probe
+from ropeway.stages.package.weights import Written, write_weights
+
+FORMAT = 1
+_SHOWN_CHARACTERS = 2000
+# Transformers is told that there is no network: a package that needs one is not whole.
+_OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
 
 def check_request(workspace: Workspace, profile: Profile) -> None:
-    """Raise now, before anything is trained, what would end this stage whatever the trained model is.
+    """Make everything of the package that needs no trained model: what fails now would fail after training too.
 
     Raises:
         ConfigError: The profile's block of params.yaml means something else when it is cut out.
         DataError: Manifests of raw, base and data do not belong together, or the ledger is missing.
     """
-    from ropeway.stages.package.build import check_request as check
-
-    check(workspace, profile)
+    facts = load_early_facts(workspace, profile)
+    with tempfile.TemporaryDirectory() as scratch:
+        write_blocks(FrozenInputs.load(workspace.root).params_file, workspace.profile, Path(scratch) / "run.yaml")
+    plan_card(facts, _params_text(workspace), parameters=0, weights={})
+    tokenizer = json.loads((workspace.base / "tokenizer_config.json").read_bytes())
+    plan_special_tokens_map(plan_tokenizer_config(tokenizer, max_length=profile.max_length, roles=ROLE_TOKENS))
+    _plan_probe(facts, workspace.base)
 
 
 def run(workspace: Workspace, profile: Profile) -> None:
-    """Leave `package/`; there is none unless a fresh interpreter loaded it and found what was promised.
+    """Write `package/`; there is none unless a fresh interpreter loaded it and found what was promised.
 
     Raises:
-        DataError: The rooms' files do not belong together, a weight does not fit the dtype, or the reloaded package
+        DataError: The stages' files do not belong together, a weight does not fit the dtype, or the reloaded package
             differs from the model in logits, frequencies, tokens, template or stop token.
     """
-    from ropeway.stages.package.build import build_package
+    facts = load_facts(workspace, profile)
+    with whole_folder(workspace.package) as folder:
+        written = write_model(facts, workspace, folder)
+        probe = _plan_probe(facts, workspace.model)
+        write_json(folder / "probe.json", probe)
+        check_roundtrip(folder, workspace.model, probe)
+        write_lineage(facts, workspace, folder)
+        write_card(facts, workspace, folder, written)
+        write_manifest(folder, {"format": FORMAT, **identity_of(facts)})
+    files = sum(path.is_file() for path in workspace.package.rglob("*"))
+    print(
+        f"{facts.title}: {files} files, {written.parameters:,} weights in {profile.package.dtype}, reloaded and equal"
+    )
 
-    build_package(workspace, profile)
+
+def _plan_probe(facts: Facts, tokenizer_folder: Path) -> Probe:
+    profile = facts.profile
+    return plan_probe(
+        tokenizer_folder,
+        rope=facts.rope,
+        special=facts.special,
+        dtype=profile.package.dtype,
+        max_length=profile.max_length,
+    )
+
+
+def write_model(facts: Facts, workspace: Workspace, folder: Path) -> Written:
+    """Write weights, configs and tokenizer."""
+    profile, source = facts.profile, workspace.model
+    trained = json.loads((source / "config.json").read_bytes())
+    written = write_weights(
+        source,
+        folder,
+        dtype=profile.package.dtype,
+        max_shard_bytes=profile.package.max_shard_bytes,
+        tied=bool(trained.get("tie_word_embeddings")),
+    )
+    config = plan_config(trained, rope=facts.rope, dtype=profile.package.dtype, special=facts.special)
+    tokenizer = json.loads((source / "tokenizer_config.json").read_bytes())
+    tokenizer = plan_tokenizer_config(tokenizer, max_length=profile.max_length, roles=ROLE_TOKENS)
+    write_json(folder / "config.json", config)
+    write_json(folder / "generation_config.json", plan_generation_config(facts.special))
+    write_json(folder / "tokenizer_config.json", tokenizer)
+    write_json(folder / "special_tokens_map.json", plan_special_tokens_map(tokenizer))
+    # Not write_json: a vocabulary in the order of its ids is what people expect to read.
+    text = json.dumps(facts.tokenizer, ensure_ascii=False, indent=2)
+    (folder / "tokenizer.json").write_text(text + "\n", encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(JINJA, encoding="utf-8")
+    return written
+
+
+def write_lineage(facts: Facts, workspace: Workspace, folder: Path) -> None:
+    """Write what determines the model, and what the earlier stages measured; no clock, host, path or library version.
+
+    Those are true too, but not of the model: they stand in provenance.json beside the version in the registry.
+    """
+    write_json(
+        folder / "run.json",
+        {
+            "format": FORMAT,
+            **identity_of(facts),
+            "base": {key: facts.base["model"].get(key) for key in ("kind", "name", "origin")},
+            "sources": {name: read["identity"] for name, read in facts.raw["sources"].items()},
+            "params": facts.profile.model_dump(mode="json", include=set(facts.profile.model_fields_set)),
+            "ledger": facts.ledger,
+            "metrics": {"train": facts.train, "eval": facts.evaluation},
+        },
+    )
+    write_blocks(FrozenInputs.load(workspace.root).params_file, workspace.profile, folder / "run.yaml")
+    for path in (workspace.evaluation, workspace.samples, workspace.steps, workspace.ledger):
+        shutil.copyfile(path, folder / path.name)
+
+
+def write_card(facts: Facts, workspace: Workspace, folder: Path, written: Written) -> None:
+    """Write card.json, from which report_package makes the model card, and the notice that Llama 2 asks for."""
+    weights = {path.name: file_sha256(path) for path in folder.glob("*.safetensors")}
+    card = plan_card(facts, _params_text(workspace), parameters=written.parameters, weights=weights)
+    write_json(folder / "card.json", card)
+    if card["notice"]:
+        (folder / "NOTICE.txt").write_text(f"{card['notice']}\n", encoding="utf-8")
+
+
+def _params_text(workspace: Workspace) -> str:
+    return FrozenInputs.load(workspace.root).params_file.read_text(encoding="utf-8")
+
+
+def identity_of(facts: Facts) -> dict[str, object]:
+    """Return the few facts that say which model this is; manifest.json and run.json both have them."""
+    return {
+        "name": facts.name,
+        "steps": facts.steps,
+        "applied_steps": facts.applied_steps,
+        "fingerprint": facts.model["fingerprint"],
+        "dtype": facts.profile.package.dtype,
+        "digests": {
+            "raw": digest_of(facts.raw),
+            "base": digest_of(facts.base),
+            "data": digest_of(facts.data),
+            "tokenizer": facts.data["tokenizer"],
+            "template": facts.data["template"],
+        },
+    }
+
+
+def check_roundtrip(folder: Path, model: Path, probe: Probe) -> None:
+    """Raise DataError unless a fresh interpreter, given nothing but the folder, finds what was trained."""
+    with tempfile.TemporaryDirectory() as scratch:
+        logits = Path(scratch) / "logits.npy"
+        np.save(logits, expected_logits(model, probe))
+        child = subprocess.run(
+            [sys.executable, "-m", "ropeway.stages.package.check", str(folder), "--logits", str(logits)],
+            env={**os.environ, **_OFFLINE},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if child.returncode == DataError.exit_code:
+        raise DataError(child.stderr.strip())
+    if child.returncode:
+        raise DataError(
+            f"{folder}: the package does not load in a fresh interpreter (exit code {child.returncode}): "
+            f"{child.stderr.strip()[-_SHOWN_CHARACTERS:]}"
+        )
