@@ -26,7 +26,7 @@ from ropeway.config.params import Profile, load_profile
 from ropeway.config.stages import READS, UNHASHED
 from ropeway.data.batches import PAD_MULTIPLE, Row, collate
 from ropeway.models.attention import choose_attention
-from ropeway.runtime.op_leftovers import init_distributed
+from ropeway.runtime.op_build import init_distributed
 from ropeway.runtime.progress import Progress
 from ropeway.runtime.watchdog import Watchdog
 from ropeway.runtime.workspace import Workspace

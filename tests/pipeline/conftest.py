@@ -112,8 +112,7 @@ def prefect_api(tmp_path_factory):
     """Prefect's settings for this process, then a server of our own kind."""
     home = tmp_path_factory.mktemp("prefect")
     before = dict(os.environ)
-    from ropeway.orchestration.prefect_settings import apply_settings
-    from ropeway.orchestration.temporary_server import await_server, open_server
+    from ropeway.orchestration.prefect_server import apply_settings, await_server, open_server
 
     for name in [name for name in os.environ if name.startswith("PREFECT_")]:
         del os.environ[name]

@@ -97,9 +97,9 @@ def silent():
 @pytest.mark.parametrize("kind", ["silent", "closed"])
 @pytest.mark.usefixtures("prefect_api")
 def test_lines_that_no_server_takes_are_counted_by_step_and_hold_up_nobody(silent, monkeypatch, kind):
-    from ropeway.orchestration.page_log import PageLog
+    from ropeway.orchestration.run_page import PageLog
 
-    monkeypatch.setattr("ropeway.orchestration.page_log._MOST_WAITING", 1000)
+    monkeypatch.setattr("ropeway.orchestration.run_page._MOST_WAITING", 1000)
     log = PageLog(silent if kind == "silent" else "http://127.0.0.1:9/api")
     began = time.monotonic()
     for number in range(3000):
@@ -111,7 +111,7 @@ def test_lines_that_no_server_takes_are_counted_by_step_and_hold_up_nobody(silen
 
 
 def test_lines_arrive_in_order_and_none_is_lost(prefect_api):
-    from ropeway.orchestration.page_log import PageLog
+    from ropeway.orchestration.run_page import PageLog
 
     run = ask(prefect_api.url, "/flow_runs/", {"flow_id": ask(prefect_api.url, "/flows/", {"name": "lines"})["id"]})[
         "id"

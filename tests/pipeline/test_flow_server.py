@@ -14,10 +14,8 @@ import httpx
 import pytest
 
 from ropeway.orchestration.automations import ALERT, CRASHED, apply_automations, find_automations, plan_crashed
-from ropeway.orchestration.prefect_server import find_server, serve_ui
-from ropeway.orchestration.prefect_settings import plan_settings
+from ropeway.orchestration.prefect_server import await_server, find_server, plan_settings, serve_ui
 from ropeway.orchestration.sequence import run_retrain
-from ropeway.orchestration.temporary_server import await_server
 from ropeway.runtime.errors import ConfigError, TemporaryError
 from tests.support.flow_processes import SERVE, Api, free_port, wait_for
 
@@ -91,7 +89,7 @@ def test_the_network_is_let_in_only_with_a_password(tmp_path, monkeypatch):
 def test_a_temporary_server_that_is_slow_is_waited_for_aloud_and_one_that_ended_is_not(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
-    monkeypatch.setattr("ropeway.orchestration.temporary_server._GIVEN_SECONDS", -1.0)
+    monkeypatch.setattr("ropeway.orchestration.prefect_server._GIVEN_SECONDS", -1.0)
     answers = iter([False, False, True, False])
     monkeypatch.setattr("ropeway.orchestration.prefect_server.is_answering", lambda _url: next(answers))
     await_server("http://127.0.0.1:9/api", tmp_path)
@@ -107,7 +105,7 @@ def test_a_temporary_server_that_is_slow_is_waited_for_aloud_and_one_that_ended_
 @pytest.mark.usefixtures("prefect_api")
 def test_a_flow_that_is_told_of_a_server_which_does_not_answer_says_so(made_workspace, monkeypatch):
     monkeypatch.setenv("PREFECT_API_URL", f"http://127.0.0.1:{free_port()}/api")
-    monkeypatch.setattr("ropeway.orchestration.temporary_server._GIVEN_SECONDS", 0.1)
+    monkeypatch.setattr("ropeway.orchestration.prefect_server._GIVEN_SECONDS", 0.1)
     with pytest.raises(TemporaryError, match=r"no Prefect server answers at .*--no-prefect"):
         run_retrain(made_workspace.root)
 

@@ -29,7 +29,7 @@ def main(root, *cases):
     from ropeway.data.shards import open_shards
     from ropeway.models.attention import Attention
     from ropeway.runtime.errors import TrainingError
-    from ropeway.runtime.op_leftovers import init_distributed
+    from ropeway.runtime.op_build import init_distributed
     from ropeway.runtime.workspace import Workspace
     from ropeway.stages.train.deepspeed_config import plan_deepspeed
     from ropeway.stages.train.loop import train

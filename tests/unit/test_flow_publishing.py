@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from ropeway.config.params import Gate
-from ropeway.orchestration import champion_comparison as champion
+from ropeway.orchestration import publish as champion
 from ropeway.orchestration.dvc_stage import Site
 from ropeway.orchestration.publish import publish_package
 from ropeway.orchestration.revision import Revision

@@ -4,8 +4,14 @@ import subprocess
 import pytest
 
 from ropeway.orchestration import dvc_graph as graph
-from ropeway.orchestration.reproduce import check_revision, clone_revision, plan_environment
-from ropeway.orchestration.version_differences import Record, describe_differences, other_weights
+from ropeway.orchestration.reproduce import (
+    Record,
+    check_revision,
+    clone_revision,
+    describe_differences,
+    other_weights,
+    plan_environment,
+)
 from ropeway.registry import Registry
 from ropeway.registry.layout import blob_key
 from ropeway.runtime.devices import name_cpu

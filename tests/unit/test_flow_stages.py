@@ -3,8 +3,7 @@ from collections import deque
 
 import pytest
 
-from ropeway.orchestration.dvc_stage import Site, StoppedError, _explain_failure
-from ropeway.orchestration.output_lines import Folder
+from ropeway.orchestration.dvc_stage import Folder, Site, StoppedError, _explain_failure
 from ropeway.runtime.errors import ConfigError, DataError, RopewayError, TemporaryError
 from ropeway.runtime.lock import Held
 

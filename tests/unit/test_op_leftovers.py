@@ -7,8 +7,8 @@ import sys
 import pytest
 from torch.utils.file_baton import FileBaton
 
-from ropeway.runtime import op_leftovers as leftovers
-from ropeway.runtime.op_leftovers import clear_dead_locks, extensions_folder, unlink_buffers
+from ropeway.runtime import op_build as leftovers
+from ropeway.runtime.op_build import clear_dead_locks, extensions_folder, unlink_buffers
 
 HOLD = "import sys; from torch.utils.file_baton import FileBaton; FileBaton(sys.argv[1]).try_acquire(); {then}"
 BUILD = """

@@ -6,9 +6,9 @@ import time
 
 import pytest
 
-from ropeway.orchestration import page_progress
+from ropeway.orchestration import run_page
 from ropeway.orchestration.dvc_stage import Site, progress_path, run_command
-from ropeway.orchestration.page_progress import Bar, read_progress
+from ropeway.orchestration.run_page import Bar, read_progress
 from ropeway.runtime.lock import Held
 from ropeway.runtime.progress import Progress
 
@@ -32,9 +32,9 @@ def moved(monkeypatch):
     from uuid import UUID
 
     told = []
-    monkeypatch.setattr(page_progress, "is_answering", lambda _url: True)
-    monkeypatch.setattr(page_progress, "create_progress_artifact", lambda *a, **_: told.append(a[0]) or UUID(int=1))
-    monkeypatch.setattr(page_progress, "update_progress_artifact", lambda *a, **_: told.append(a[1]))
+    monkeypatch.setattr(run_page, "is_answering", lambda _url: True)
+    monkeypatch.setattr(run_page, "create_progress_artifact", lambda *a, **_: told.append(a[0]) or UUID(int=1))
+    monkeypatch.setattr(run_page, "update_progress_artifact", lambda *a, **_: told.append(a[1]))
     return told
 
 
@@ -105,12 +105,12 @@ def test_the_file_of_an_earlier_start_is_gone_before_a_stage_starts(path, stage)
 
 
 def test_a_server_that_is_away_is_not_waited_for_and_is_told_later(path, moved, monkeypatch):
-    monkeypatch.setattr(page_progress, "is_answering", lambda _url: False)
+    monkeypatch.setattr(run_page, "is_answering", lambda _url: False)
     path.write_text(record(1))
     bar, began = Bar(path, "laptop-train-progress", AWAY), time.monotonic()
     bar.refresh()
     assert time.monotonic() - began < 5
     assert moved == []
-    monkeypatch.setattr(page_progress, "is_answering", lambda _url: True)
+    monkeypatch.setattr(run_page, "is_answering", lambda _url: True)
     bar.refresh(last=True)
     assert moved == [10.0]

@@ -12,9 +12,8 @@ import pytest
 from ropeway.config.params import Lora, load_profile
 from ropeway.config.zero import plan_zero
 from ropeway.planning.budget import judge, plan_changes, plan_disk, plan_hours, plan_speed, token_flops
-from ropeway.planning.counts import count_reading
 from ropeway.planning.memory import GIB, Load, Sizes, certain_bytes, checkpoint_bytes, plan_gpu
-from ropeway.planning.plan import Asked, check_memory, plan_run
+from ropeway.planning.plan import Asked, check_memory, count_reading, plan_run
 from ropeway.planning.plan_text import describe_plan, outline_plan
 from ropeway.runtime.devices import detect_gpus
 from ropeway.runtime.errors import ConfigError

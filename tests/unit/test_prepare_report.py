@@ -11,10 +11,9 @@ from ropeway.data.batches import plan_epoch
 from ropeway.data.shards import Shards, SourceShards, open_shards
 from ropeway.models.chat_template import Conversation
 from ropeway.models.tokenizer import open_tokenizer
-from ropeway.reporting.data_page import Page, draw_page
 from ropeway.reporting.ledger_steps import list_steps, split_tokens
 from ropeway.reporting.pictures import count_lengths, draw_lengths
-from ropeway.reporting.report_data import choose_samples, find_overlong
+from ropeway.reporting.report_data import Page, choose_samples, draw_page, find_overlong
 from ropeway.reporting.token_view import Vocabulary
 from ropeway.runtime.manifest import load_manifest
 from tests.support.prepared_run import TALKS, TEXTS, make_prepared, reckon_learned

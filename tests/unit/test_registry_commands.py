@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from ropeway.cli import registry_options as options
+from ropeway.cli import registry_commands as options
 from ropeway.cli.registry_commands import registry_app
 from ropeway.registry import Registry
 from ropeway.registry.layout import tombstone_key

@@ -73,8 +73,7 @@ def locate_model(source: str, registry: str | None) -> Path:
             raise ConfigError(
                 f"{source}: expected a model's folder (runs/PROFILE/package), or NAME@ALIAS of the registry"
             )
-        from ropeway.cli.cached_versions import pull_cached
-        from ropeway.cli.registry_options import open_registry
+        from ropeway.cli.registry_commands import open_registry, pull_cached
 
         folder = pull_cached(open_registry(registry).version(source)).folder
     check_folder(folder)

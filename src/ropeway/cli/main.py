@@ -35,8 +35,7 @@ def run(
 ) -> None:
     """Make the run that params.yaml describes, and publish the model as `candidate`."""
     from ropeway.config import edit as edits
-    from ropeway.orchestration.process_exit import Ending
-    from ropeway.orchestration.sequence import run_retrain
+    from ropeway.orchestration.sequence import Ending, run_retrain
     from ropeway.runtime.workspace import find_root
 
     if resume_from is not None:
@@ -128,7 +127,7 @@ def push_hub(
     from dataclasses import asdict
 
     from ropeway.cli.push_hub import push_hub as share
-    from ropeway.cli.registry_options import open_registry, print_json
+    from ropeway.cli.registry_commands import open_registry, print_json
 
     done = share(open_registry(registry).version(version), repo, private=private, dry_run=dry_run)
     if as_json:
@@ -208,7 +207,7 @@ def reproduce(
     """Make a version again from its recorded revision, params and data, and compare the weights byte by byte."""
     from dataclasses import asdict
 
-    from ropeway.cli.registry_options import open_registry, print_json
+    from ropeway.cli.registry_commands import open_registry, print_json
     from ropeway.orchestration.reproduce import reproduce as make_again
     from ropeway.runtime.workspace import find_root
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ropeway.cli.cached_versions import pull_cached
+from ropeway.cli.registry_commands import pull_cached
 from ropeway.registry import Version
 from ropeway.storage import hub
 

@@ -1,32 +1,92 @@
-"""`ropeway registry …`: the acts of the flows, with no Prefect. Importing this pays for typer alone."""
+"""`ropeway registry …`: what the flows do, without Prefect, and what keeps a registry in order.
+
+Importing this loads typer and nothing heavier.
+"""
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ropeway.cli import registry_care as care_commands
-from ropeway.cli.registry_options import (
-    By,
-    Json,
-    Reason,
-    Reference,
-    Url,
-    draw,
-    open_registry,
-    print_json,
-    progress_bar,
-    registry_app,
-    user_name,
-)
 from ropeway.runtime.errors import ConfigError
+from ropeway.runtime.workspace import Workspace, find_root
+from ropeway.storage import Store
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from ropeway.registry import Anything, Promotion, Pulled, Registry, Version
+
+registry_app = typer.Typer(no_args_is_help=True, help="List, check, fetch, promote and withdraw published versions.")
+
+Reference = Annotated[str, typer.Argument(help="NAME@ALIAS, NAME@v3 or NAME@DIGEST (8 digits or more)")]
+Url = Annotated[
+    str | None,
+    typer.Option("--registry", help="file:///path or s3://bucket/prefix; default: ROPEWAY_REGISTRY, else ./registry"),
+]
+Json = Annotated[bool, typer.Option("--json", help="For programs.")]
+By = Annotated[str | None, typer.Option(help="Who does it; default: the user name.")]
+Reason = Annotated[str, typer.Option(help="Why, in words; kept for ever.")]
+_LONG_BYTES = 64 << 20  # about a second on a fast network
+
+
+def open_registry(url: str | None) -> "Registry":
+    """Return the registry of `--registry`, else the workspace's."""
+    from ropeway.registry import Registry
+
+    return Registry.open(url or Workspace(find_root(), "").registry_url)
+
+
+def user_name() -> str:
+    """Return who runs this; raise ConfigError when the system does not know."""
+    import getpass
+
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name; OSError from Python 3.13 on
+        raise ConfigError("this user has no name here; say who does it with --by") from None
+
+
+def print_json(value: object) -> None:
+    """Print a value for programs."""
+    typer.echo(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False))
+
+
+def draw(table: "RenderableType") -> None:
+    """Print a table for people."""
+    from rich.console import Console
+
+    Console().print(table)
+
+
+@contextmanager
+def progress_bar(store: Store, what: str, total_bytes: int) -> Iterator[None]:
+    """Show on a terminal's stderr how far a long transfer is; elsewhere, and for short ones, say nothing."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    if total_bytes < _LONG_BYTES or not console.is_terminal:
+        yield
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+        task = bar.add_task(what, total=total_bytes)
+        store.on_bytes = lambda count: bar.advance(task, count)
+        try:
+            yield
+        finally:
+            del store.on_bytes
+
 
 if TYPE_CHECKING:
     from ropeway.registry import Anything, Registry
-
-__all__ = ["care_commands", "registry_app"]  # its commands register themselves
 
 Alias = Annotated[str, typer.Argument(help="The pointer to move, e.g. production")]
 Expect = Annotated[str, typer.Option(help="Where the alias must point now: v3, a digest, an alias, `none` or `any`.")]
@@ -163,7 +223,7 @@ def promote(  # noqa: PLR0913 - a command's options
     version = opened.version(reference)
     expected = _read_expect(opened, version.name, expect)
     done = version.promote(alias, expect=expected, by=by or user_name(), reason=reason)
-    _report_promotion(asdict(done), as_json=as_json)
+    _report_promotion(done, as_json=as_json)
 
 
 @registry_app.command()
@@ -183,7 +243,7 @@ def rollback(
     expected = _read_expect(opened, wanted.name, expect)
     artifact = opened.artifact(wanted.name)
     done = artifact.rollback(wanted.alias or "", by=by or user_name(), reason=reason, expect=expected)
-    _report_promotion(asdict(done), as_json=as_json)
+    _report_promotion(done, as_json=as_json)
 
 
 def _read_expect(registry: "Registry", name: str, expect: str) -> "str | Anything | None":
@@ -194,7 +254,7 @@ def _read_expect(registry: "Registry", name: str, expect: str) -> "str | Anythin
     )
 
 
-def _read_facts(path: Path) -> dict[str, Any]:
+def _read_facts(path: Path) -> dict[str, object]:
     try:
         facts = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
@@ -204,11 +264,114 @@ def _read_facts(path: Path) -> dict[str, Any]:
     return facts
 
 
-def _report_promotion(done: dict[str, Any], *, as_json: bool) -> None:
+def _report_promotion(done: "Promotion", *, as_json: bool) -> None:
     if as_json:
-        print_json(done)
+        print_json(asdict(done))
         return
-    moved = "now points" if done["moved"] else "pointed already"
-    typer.echo(f"{done['name']}@{done['alias']} {moved} to {done['digest']}")
-    if done["moved"] and done["prev"]:
-        typer.echo(f"before: {done['prev']}")
+    typer.echo(f"{done.name}@{done.alias} {'now points' if done.moved else 'pointed already'} to {done.digest}")
+    if done.moved and done.prev:
+        typer.echo(f"before: {done.prev}")
+
+
+def cache_folder() -> Path:
+    """Return where pulled versions stay: `ROPEWAY_CACHE`, else `ropeway` in the user's cache folder."""
+    if stated := os.environ.get("ROPEWAY_CACHE"):
+        return Path(stated).absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "ropeway"
+
+
+def pull_cached(version: "Version") -> "Pulled":
+    """Return a version's folder in the cache, pulled if it is not there; its bytes are hashed either way.
+
+    Raises:
+        RegistryError: It is withdrawn.
+        DataError: The registry's bytes, or the cache's, are not the version's.
+    """
+    target = cache_folder() / "versions" / version.name / version.digest
+    with progress_bar(version.store, f"pulling {version.reference}", version.core.total_bytes):
+        return version.pull(target)
+
+
+@registry_app.command()
+def diff(
+    old: Reference,
+    new: Reference,
+    *,
+    registry: Url = None,
+    as_json: Json = False,
+) -> None:
+    """Show how two versions differ: parameters, metrics, ledger, files."""
+    from ropeway.registry import tables
+
+    versions = open_registry(registry)
+    found = versions.version(old).compare(versions.version(new))
+    print_json(found) if as_json else draw(tables.draw_comparison(found))
+
+
+@registry_app.command()
+def withdraw(
+    reference: Reference, *, reason: Reason, by: By = None, registry: Url = None, as_json: Json = False
+) -> None:
+    """Say for ever that a version must not be used; refused while an alias points to it."""
+    version = open_registry(registry).version(reference)
+    created = version.withdraw(by=by or user_name(), reason=reason)
+    if as_json:
+        print_json({"name": version.name, "digest": version.digest, "created": created})
+    else:
+        typer.echo(f"{version.name} {version.digest} {'is withdrawn' if created else 'was withdrawn before'}")
+
+
+@registry_app.command()
+def gc(
+    *,
+    apply: Annotated[bool, typer.Option("--apply", help="Remove it; without this nothing is removed.")] = False,
+    grace_hours: Annotated[float, typer.Option(min=0, help="What is younger stays.")] = 24,
+    withdrawn: Annotated[bool, typer.Option("--withdrawn", help="Also files only withdrawn versions need.")] = False,
+    registry: Url = None,
+    as_json: Json = False,
+) -> None:
+    """Find what no version needs and no publish under way counts on; remove it with --apply."""
+    opened = open_registry(registry)
+    act = opened.collect if apply else opened.find_garbage
+    found = act(grace=timedelta(hours=grace_hours), withdrawn=withdrawn)
+    if as_json:
+        keys = [entry.key for entry in found.entries]
+        strays = [stray.name for stray in found.strays]
+        print_json({"applied": apply, "bytes": found.bytes, "keys": keys, "strays": strays, "young": found.young})
+        return
+    for entry in found.entries:
+        typer.echo(f"{entry.key}  {entry.bytes:,} bytes  {entry.modified_at:%Y-%m-%d %H:%M}")
+    for stray in found.strays:
+        typer.echo(f"{stray.name}  unfinished  {stray.started_at:%Y-%m-%d %H:%M}")
+    verb = "removed" if apply else "would be removed (--apply does it)"
+    typer.echo(
+        f"{len(found.entries)} objects of {found.bytes:,} bytes and {len(found.strays)} unfinished writes {verb}; "
+        f"{found.young} more are younger than {grace_hours:g} hours"
+    )
+
+
+@registry_app.command()
+def sign(reference: Reference, *, registry: Url = None, as_json: Json = False) -> None:
+    """Sign a version with ROPEWAY_SIGNING_KEY, beside the signatures it has."""
+    from ropeway.registry.signing import load_signer
+
+    opened, signer = open_registry(registry), load_signer()
+    if signer is None:
+        raise ConfigError("ROPEWAY_SIGNING_KEY: not set; expected a private key's file. `ropeway registry keygen`")
+    version = opened.version(reference)
+    created = version.sign(signer)
+    if as_json:
+        facts = {"name": version.name, "digest": version.digest}
+        print_json({**facts, "keyid": signer.keyid, "created": created})
+    else:
+        typer.echo(
+            f"{version.name} {version.digest[:12]} {'signed' if created else 'was signed before'} by {signer.keyid}"
+        )
+
+
+@registry_app.command()
+def keygen(path: Annotated[Path, typer.Argument(help="The private key to write; .pub goes beside it.")]) -> None:
+    """Make an Ed25519 key pair for signing versions."""
+    from ropeway.registry.signing import make_keys
+
+    typer.echo(f"{make_keys(path)}: {path} (private: ROPEWAY_SIGNING_KEY) and {path}.pub (for ROPEWAY_TRUSTED_KEYS)")

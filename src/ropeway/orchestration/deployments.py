@@ -10,8 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from ropeway.orchestration.prefect_server import page_address, standing_server
-from ropeway.orchestration.prefect_settings import apply_settings
+from ropeway.orchestration.prefect_server import apply_settings, page_address, standing_server
 from ropeway.runtime.errors import ConfigError, TemporaryError
 
 CRON = "0 3 * * *"

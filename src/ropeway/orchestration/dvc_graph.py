@@ -10,11 +10,14 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from ropeway.config.frozen import read_version
 from ropeway.config.params import load_profile
@@ -388,3 +391,46 @@ def _word(change: str) -> str:
         "new": "is new",
         "not in cache": "is not in DVC's cache",
     }.get(change, change)
+
+
+def repair_after_kill(root: Path) -> list[str]:
+    """Remove the files that a killed dvc left cut off, unless a dvc is writing them; return a line for each.
+
+    DVC rewrites both in place (dvc 3.67.1, `_edit_rwlock` and `_dump_data`) and then refuses every later command. They
+    hold the locks of dead processes, and entries of dvc.lock that the run-cache holds as well.
+
+    Raises:
+        BusyError: Another dvc is writing one of them.
+    """
+    locks, lock = root / ".dvc" / "tmp" / "rwlock", root / "dvc.lock"
+    said = []
+    if not _is_whole(locks, json.loads) and _remove(root, locks, json.loads, guard="rwlock.lock"):
+        said.append(f"{locks}: was cut off when a dvc was killed; removed, a killed dvc holds no lock")
+    if not _is_whole(lock, _parse_yaml) and _remove(root, lock, _parse_yaml, guard="lock"):
+        said.append(f"{lock}: was cut off when a dvc was killed; removed, the run-cache says again which stages ran")
+    return said
+
+
+def _parse_yaml(data: bytes) -> object:
+    """Return what YAML says, read by libyaml: 35 ms for 11 kB, DVC's own reader takes 124."""
+    return YAML(typ="safe").load(data)
+
+
+def _is_whole(path: Path, parse: Callable[[bytes], object]) -> bool:
+    """Return whether a file holds a mapping, or is not there."""
+    with suppress(FileNotFoundError):
+        data = path.read_bytes()
+        try:
+            return bool(data) and isinstance(parse(data), dict)
+        except (ValueError, YAMLError):
+            return False
+    return True
+
+
+def _remove(root: Path, path: Path, parse: Callable[[bytes], object], *, guard: str) -> bool:
+    """Remove a file under the lock that DVC writes it under, unless it is whole by then."""
+    with exclusive(root, guard=guard):
+        if _is_whole(path, parse):
+            return False
+        path.unlink()
+        return True

@@ -1,20 +1,21 @@
 """One stage, brought up to date by `dvc repro` in a supervised process of its own; its lines as they come."""
 
+import codecs
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ropeway.orchestration import dvc_graph as graph
-from ropeway.orchestration.output_lines import Folder
 from ropeway.runtime.errors import ConfigError, DataError, RopewayError, TemporaryError
 from ropeway.runtime.lock import Held
 from ropeway.runtime.supervise import GRACE_SECONDS
@@ -231,3 +232,52 @@ def _read_record(path: Path) -> dict[str, Any] | None:
 def _file_name(stage: str) -> str:
     """Return a stage's name as a file can bear it: those of other folders have `/` and `:` in them."""
     return stage.replace("/", "-").replace(":", "-")
+
+
+_MAX_CHARACTERS = 2000  # Prefect cuts a line at 1 MB (3.9.1), a page is slow long before
+_PROGRESS_SECONDS = 5.0  # one state of a progress bar in so long
+_ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
+_ENDS = re.compile(r"(\r\n|\n|\r)")
+
+
+@dataclass
+class Folder:
+    """Turns bytes as they come into lines. What a carriage return overwrites is shown now and then, not every time."""
+
+    clock: Callable[[], float] = time.monotonic
+    _decoder: codecs.IncrementalDecoder = field(
+        default_factory=lambda: codecs.getincrementaldecoder("utf-8")(errors="replace")
+    )
+    _line: str = ""
+    _overwritten: str = ""
+    _shown_at: float = float("-inf")
+
+    def feed(self, data: bytes, *, last: bool = False) -> Iterator[str]:
+        """Yield the lines that `data` completes; with `last`, what is left too."""
+        text = self._decoder.decode(data, final=last)
+        if text.endswith("\r") and not last:  # its newline may be on the way
+            text, held = text[:-1], "\r"
+        else:
+            held = ""
+        for part in _ENDS.split(self._line + text):
+            if part in ("\n", "\r\n"):
+                yield from self._show(self._line or self._overwritten)
+                self._overwritten = ""
+            elif part == "\r":
+                self._overwritten = self._line or self._overwritten
+                if self.clock() - self._shown_at >= _PROGRESS_SECONDS:
+                    yield from self._show(self._overwritten)
+                    self._shown_at, self._overwritten = self.clock(), ""
+            self._line = "" if _ENDS.fullmatch(part) else part
+        self._line += held
+        if last:
+            yield from self._show(self._line or self._overwritten)
+            self._line = self._overwritten = ""
+
+    @staticmethod
+    def _show(line: str) -> Iterator[str]:
+        line = _ESCAPES.sub("", line).rstrip()
+        if len(line) > _MAX_CHARACTERS:
+            line = f"{line[:_MAX_CHARACTERS]}… (and {len(line) - _MAX_CHARACTERS:,} characters; the log file has them)"
+        if line:
+            yield line

@@ -29,12 +29,10 @@ from prefect.tasks import Task
 from ropeway.config.params import load_profile
 from ropeway.orchestration.display import RETRIES, Done, may_retry, retry_seconds
 from ropeway.orchestration.dvc_stage import Say, log_path, progress_path
-from ropeway.orchestration.page_log import PageLog
-from ropeway.orchestration.page_progress import Bar
 from ropeway.orchestration.prefect_server import outlast_outage, page_address, standing_server
+from ropeway.orchestration.run_page import Bar, PageLog, suspended_on_request
 from ropeway.orchestration.run_summary import Result
 from ropeway.orchestration.sequence import PipelineRun, describe_run
-from ropeway.orchestration.suspension import suspended_on_request
 from ropeway.runtime.errors import ConfigError
 
 _FILES = {"rollback": "promote"}  # flow -> its file, where the names differ

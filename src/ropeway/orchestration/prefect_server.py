@@ -1,4 +1,4 @@
-"""The Prefect server of a workspace, `ropeway server`, and what runs ask of any; `temporary` has the other kind."""
+"""The Prefect server of a workspace: `ropeway server`, or one for a single run; settings, and what runs ask of any."""
 
 import json
 import os
@@ -6,18 +6,19 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 import psutil
 
 from ropeway.orchestration.automations import apply_automations
-from ropeway.orchestration.prefect_settings import apply_settings, prefect_home
 from ropeway.runtime.errors import ConfigError, TemporaryError
 from ropeway.runtime.manifest import write_json
 
@@ -174,3 +175,120 @@ def _check_free(root: Path, host: str, port: int) -> None:
             f"port {port} on {host} cannot be used ({error.strerror}); {there}. Choose another port "
             f"(`ropeway server --port {port + 1}`) or stop what holds it"
         ) from None
+
+
+_NO_PROXY = "127.0.0.1,localhost"
+
+
+def apply_settings(root: Path) -> None:
+    """Put the settings into this process's environment, where its children find them too."""
+    for name, value in plan_settings(root).items():
+        os.environ.setdefault(name, value)
+    if password := os.environ.get("PREFECT_SERVER_API_AUTH_STRING"):  # who has the server's lock has its key
+        os.environ.setdefault("PREFECT_API_AUTH_STRING", password)
+    # A company's proxy must not be asked for our own loopback server (httpx and websockets heed these).
+    for name in ("NO_PROXY", "no_proxy"):
+        os.environ[name] = ",".join(filter(None, dict.fromkeys([*os.environ.get(name, "").split(","), _NO_PROXY])))
+
+
+def prefect_home(root: Path) -> Path:
+    """Return where Prefect keeps its database, logs and pages."""
+    return Path(os.environ.get("PREFECT_HOME") or plan_settings(root)["PREFECT_HOME"])
+
+
+def plan_settings(root: Path) -> dict[str, str]:
+    """Return the settings. Source of each name: prefect 3.9.1, `prefect config view --show-defaults`."""
+    return {
+        "PREFECT_HOME": str(root / ".prefect"),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",  # the SDK's own switch
+        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # seconds; a dead host is found after three
+        "PREFECT_CLIENT_MAX_RETRIES": "20",  # the server may be away for minutes while a stage ends
+        "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
+        # What a run says it prints itself; Prefect would print each line again with a prefix, and tracebacks.
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+    }
+
+
+_GIVEN_SECONDS = 10.0  # for one that should be running; a temporary one is said to be slow after that
+_EXIT = "server.exit.json"
+_RESTARTS = 5  # of a server that had answered and then ended: somebody, or the kernel for want of memory, killed it
+
+
+@contextmanager
+def open_server(root: Path) -> Iterator[str]:
+    """Yield the API's URL: the one of `PREFECT_API_URL`, of the running `ropeway server`, or of a temporary server.
+
+    The temporary one starts in the background and ends with the block; wait for it with `await_server`. It runs under
+    a supervisor, so it also ends when this process is killed. Should it end by itself, it is started again.
+    """
+    if url := standing_server(root):
+        yield url
+        return
+    with socket.socket() as free:
+        free.bind((LOOPBACK, 0))
+        port = free.getsockname()[1]
+    url, home = f"http://{LOOPBACK}:{port}/api", prefect_home(root)
+    home.mkdir(parents=True, exist_ok=True)
+    # Runs are started by hand here: no scheduler, no search for late ones.
+    arguments = [*server_arguments(LOOPBACK, port), "--no-scheduler", "--no-late-runs"]
+    with (home / "server.log").open("wb") as log:
+        server = _KeptUp(url, partial(start_process, root, arguments, url, record=_EXIT, output=log))
+        try:
+            yield url
+        finally:
+            server.end()
+            (home / _EXIT).unlink(missing_ok=True)
+
+
+class _KeptUp:
+    """A server that is started again, at the same address over the same database, when it ends by itself."""
+
+    def __init__(self, url: str, start: Callable[[], "subprocess.Popen[bytes]"]) -> None:
+        self._url, self._start = url, start
+        self._closing = threading.Event()
+        self._lock = threading.Lock()
+        self._server = start()
+        self._watch = threading.Thread(target=self._keep_up, name="temporary-server", daemon=True)
+        self._watch.start()
+
+    def _keep_up(self) -> None:
+        for _ in range(_RESTARTS):
+            if not await_answer(self._url, START_SECONDS, lambda: self._server.poll() is not None, pause_seconds=0.5):
+                return  # it cannot come up; `await_server` says so
+            self._server.wait()
+            with self._lock:
+                if self._closing.is_set():
+                    return
+                print("the temporary Prefect server ended by itself; starting it again", flush=True)
+                self._server = self._start()
+
+    def end(self) -> None:
+        """End the server that there is now."""
+        with self._lock:
+            self._closing.set()
+            self._server.terminate()
+        self._server.wait()
+        self._watch.join()
+
+
+def await_server(url: str, root: Path) -> None:
+    """Return once a server answers.
+
+    Raises:
+        TemporaryError: It does not.
+    """
+    home = prefect_home(root)
+    has_ended, log = (home / _EXIT).exists, home / "server.log"
+    is_up = await_answer(url, _GIVEN_SECONDS, has_ended)
+    if not (is_up or has_ended() or "PREFECT_API_URL" in os.environ):
+        print(
+            f"the temporary Prefect server is still starting; a busy machine takes minutes. Its log: {log}", flush=True
+        )
+        is_up = await_answer(url, START_SECONDS, has_ended)
+    if not is_up:
+        raise TemporaryError(
+            f"no Prefect server answers at {url}. Start one with `ropeway server`, unset PREFECT_API_URL, or run "
+            f"without Prefect: `ropeway run --no-prefect`. A temporary server's log: {log}"
+        )

@@ -4,6 +4,7 @@ DVC decides whether a stage must run, Prefect shows it and tries again what may 
 and no stage is named here: adding one to dvc.yaml changes no Python.
 """
 
+import os
 import signal
 import sys
 import threading
@@ -20,12 +21,10 @@ from ropeway.config.frozen import FrozenInputs
 from ropeway.config.params import Profile, load_profile, read_block
 from ropeway.orchestration import dvc_graph as graph
 from ropeway.orchestration import run_summary as summary
-from ropeway.orchestration.champion_comparison import measure_champion
 from ropeway.orchestration.display import Board, Done, PlainBoard
-from ropeway.orchestration.dvc_repair import repair_after_kill
+from ropeway.orchestration.dvc_graph import repair_after_kill
 from ropeway.orchestration.dvc_stage import Say, Site, bring_up, patiently, run_command
-from ropeway.orchestration.process_exit import Ending
-from ropeway.orchestration.publish import Publication, check_publishing, publish_package
+from ropeway.orchestration.publish import Publication, check_publishing, measure_champion, publish_package
 from ropeway.orchestration.revision import Revision, read_revision
 from ropeway.orchestration.run_summary import Result
 from ropeway.planning.plan import plan_run
@@ -35,6 +34,52 @@ from ropeway.runtime.errors import ConfigError, DataError, RopewayError
 from ropeway.runtime.lock import workspace_lock
 from ropeway.runtime.manifest import digest_of
 from ropeway.runtime.workspace import Workspace
+
+END_SECONDS = 15.0
+
+
+class Ending:
+    """What bounds the end of this process once a run's result, or the error that ended it, is known."""
+
+    def __init__(self, *, exits: bool = False) -> None:
+        """Say whether this process is the command's own, hence may be ended; else nothing is bounded."""
+        self._exits = exits
+        self._telling = threading.Lock()
+        self._told = self._armed = False
+
+    def arm(self, code: int, tell: Callable[[], None]) -> None:
+        """End this process with a code 15 seconds from now, unless it has ended by itself.
+
+        What it started ends with it: servers and stages have supervisors that watch it, and its lock is a flock.
+
+        Args:
+            code: The exit code.
+            tell: Prints the result or the error, if `tell` of this object has not done so before.
+        """
+        if self._armed or not self._exits:
+            return
+        self._armed = True
+        timer = threading.Timer(END_SECONDS, self._end, (code, tell))
+        timer.daemon = True  # and still running while the interpreter waits at exit
+        timer.start()
+
+    def tell(self, tell: Callable[[], None]) -> None:
+        """Print the result, once."""
+        with self._telling:
+            if not self._told:
+                self._told = True
+                tell()
+
+    def _end(self, code: int, tell: Callable[[], None]) -> None:
+        self.tell(tell)
+        print(
+            "the Prefect server did not take the end of this run in time; its page may show the run as running",
+            file=sys.stderr,
+            flush=True,
+        )
+        sys.stdout.flush()
+        os._exit(code)
+
 
 _STATES = {"ran": "Completed", "restored": "Restored", "unchanged": "Unchanged"}
 
@@ -58,7 +103,7 @@ def run_retrain(
     name, _ = load_profile(root / "params.yaml", profile)  # fail in the first second, not after the first hour
     with _exit_on_sigterm():
         if use_prefect:
-            from ropeway.orchestration.prefect_settings import apply_settings
+            from ropeway.orchestration.prefect_server import apply_settings
 
             apply_settings(root)
             return _run_on_prefect(root, name, ending)
@@ -308,7 +353,7 @@ def _show_budget(board: Board, workspace: Workspace, params: Profile) -> None:
 
 def _run_on_prefect(root: Path, profile: str, ending: Ending) -> Result:
     """Return the result, printed."""
-    from ropeway.orchestration.temporary_server import await_server, open_server
+    from ropeway.orchestration.prefect_server import await_server, open_server
 
     with open_server(root) as url:
         # While a temporary server starts: import Prefect and DVC, and find a broken dvc.yaml.

@@ -1,10 +1,82 @@
-"""`python -m ropeway.runtime.op_build`: build the op DeepSpeed needs on a CPU, once, at set-up."""
+"""DeepSpeed's shared-memory op for a CPU: `python -m ropeway.runtime.op_build` builds it, once, at set-up.
+
+DeepSpeed 0.19.8 guards the build with torch's lock file. A build that is killed leaves the file, and every later start
+waits for it without end. And each rank puts a buffer of 67 MB into /dev/shm, which is memory, and never removes it.
+"""
 
 import os
 import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
 
 from ropeway.runtime.devices import list_gpus
 from ropeway.runtime.errors import RopewayError
+
+BUFFERS = Path("/dev/shm")  # noqa: S108 - where Linux keeps POSIX shared memory
+_BUFFER = "deepspeed_allreduce_buffer"  # Source: SHM_BUFFER_NAME, deepspeed/ops/csrc/cpu/comm/shm.cpp
+
+
+def extensions_folder(environment: Mapping[str, str]) -> Path:
+    """Return where the op is built: `TORCH_EXTENSIONS_DIR`, else beside this Python.
+
+    Two environments that share one place build the op again at every change from one to the other.
+    """
+    if stated := environment.get("TORCH_EXTENSIONS_DIR"):
+        return Path(stated)
+    beside = Path(sys.prefix) / "var"
+    return (beside if os.access(sys.prefix, os.W_OK) else Path.home() / ".cache" / "ropeway") / "torch_extensions"
+
+
+def clear_dead_locks(folder: Path) -> list[Path]:
+    """Remove the build locks under a folder that no living process of this machine holds; return them.
+
+    torch keeps the file open for as long as it holds the lock (FileBaton of 2.13.0), which tells a dead holder from a
+    slow one.
+    """
+    found = list(folder.glob("*/lock"))
+    held = _open_paths() if found else set()
+    dead = [lock for lock in found if str(lock.resolve()) not in held]
+    for lock in dead:
+        lock.unlink(missing_ok=True)
+    return dead
+
+
+def _open_paths() -> set[str]:
+    paths: set[str] = set()
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):  # another user's, or it ended a moment ago
+            paths |= {opened.path for opened in process.open_files()}
+    return paths
+
+
+def init_distributed() -> None:
+    """Let the ranks meet (DeepSpeed's `init_distributed`); on a CPU, leave no name of a buffer in /dev/shm."""
+    import deepspeed
+    import torch
+    from deepspeed.accelerator import get_accelerator
+
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(extensions_folder(os.environ)))
+    deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False)
+    if get_accelerator().device_name() == "cpu":
+        torch.distributed.barrier()  # every rank has mapped the others' buffers
+        unlink_buffers(int(os.environ["MASTER_PORT"]), rank=torch.distributed.get_rank())
+
+
+def unlink_buffers(port: int, *, rank: int | None = None) -> list[Path]:
+    """Take the buffers of the run whose ranks met at this port out of /dev/shm; who has one mapped keeps it.
+
+    Args:
+        port: MASTER_PORT of the run, part of the buffers' names.
+        rank: Only this rank's. Default: every rank's on this machine.
+    """
+    named = f"{_BUFFER}_{os.getuid()}_*_{port}_{'*' if rank is None else rank}"
+    found = list(BUFFERS.glob(named))
+    for path in found:
+        path.unlink(missing_ok=True)
+    return found
 
 
 def main() -> None:
@@ -12,7 +84,6 @@ def main() -> None:
     if list_gpus():
         return
     from ropeway.runtime.launcher import check_compiler
-    from ropeway.runtime.op_leftovers import clear_dead_locks, extensions_folder
 
     check_compiler()
     os.environ["DS_ACCELERATOR"] = "cpu"

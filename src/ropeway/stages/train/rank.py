@@ -28,7 +28,7 @@ from ropeway.runtime.devices import name_cpu
 from ropeway.runtime.errors import ConfigError, RopewayError, TemporaryError, TrainingError
 from ropeway.runtime.launcher import adopt_slurm
 from ropeway.runtime.manifest import digest_of, load_manifest
-from ropeway.runtime.op_leftovers import init_distributed
+from ropeway.runtime.op_build import init_distributed
 from ropeway.runtime.progress import Progress
 from ropeway.runtime.tracking import About, Tracker, describe_mirror, open_tracker
 from ropeway.runtime.watchdog import Watchdog

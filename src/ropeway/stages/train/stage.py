@@ -16,7 +16,7 @@ from ropeway.runtime.devices import count_ranks
 from ropeway.runtime.errors import ConfigError, DataError, TemporaryError
 from ropeway.runtime.launcher import free_port, plan_command, plan_environment
 from ropeway.runtime.manifest import load_manifest, write_atomic, write_json
-from ropeway.runtime.op_leftovers import clear_dead_locks, extensions_folder, unlink_buffers
+from ropeway.runtime.op_build import clear_dead_locks, extensions_folder, unlink_buffers
 from ropeway.runtime.supervise import signal_of
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.train import checkpoints, continuing
