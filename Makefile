@@ -5,6 +5,8 @@ EXTRAS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+# uv installs no bytecode files: the first import of a module writes them, so that later processes need not compile it.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup lock run test test-unit test-slow test-loaders test-lm-eval test-browser check ui chaos bench bench-packing bench-plan bench-prepare bench-evaluate bench-registry bench-train chaos-registry clean
 .DEFAULT_GOAL := help

@@ -3,6 +3,7 @@
 import functools
 import os
 import signal
+import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,9 @@ from tests.support.s3_server import S3Server, find_binary, start_server
 
 collect_ignore = ["support/browser_walk.py"]  # no test in it, and it needs what `make test-browser` installs
 os.environ["WANDB_MODE"] = "disabled"  # the tests of tracking say otherwise
+# Tests start hundreds of Python processes. Without bytecode files each compiles torch and transformers again (6 s).
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # A job in the background (`make test &`, nohup, some CI runners) starts with signals ignored, and its children inherit
 # that: the tests that send them would wait for nothing. What a shell in the foreground gives is restored.

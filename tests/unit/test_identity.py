@@ -16,8 +16,34 @@ REPORTING = Path(ropeway.__file__).parent / "reporting"
 
 @pytest.fixture
 def source(tmp_path):
-    shutil.copytree(Path(ropeway.__file__).parent, tmp_path / "ropeway")
-    return tmp_path / "ropeway"
+    ignored = shutil.ignore_patterns("__pycache__")
+    return shutil.copytree(Path(ropeway.__file__).parent, tmp_path / "ropeway", ignore=ignored)
+
+
+@pytest.fixture(scope="module")
+def unedited(tmp_path_factory):
+    """Return (digest by stage of the code as it is, the record of what was parsed for them)."""
+    kept = tmp_path_factory.mktemp("parsed") / "code.json"
+    return digests(Path(ropeway.__file__).parent, kept), kept
+
+
+def digests(source, kept):
+    code = Digests(source, kept)
+    found = {room: digest_of(code.modules(room)) for room in ROOMS}
+    code.keep()
+    return found
+
+
+@pytest.fixture
+def name_changed(source, unedited, tmp_path):
+    """Return a function that names the stages whose digest an edit of `source` changed; it parses edited files only."""
+    before, record = unedited
+
+    def name():
+        after = digests(source, shutil.copy(record, tmp_path / "parsed.json"))
+        return {room for room in ROOMS if after[room] != before[room]}
+
+    return name
 
 
 def edit(path, old, new):
@@ -54,14 +80,14 @@ OUTSIDE = ["cli", "config", "orchestration", "planning", "registry", "reporting"
 
 
 @pytest.mark.parametrize("package", OUTSIDE)
-def test_code_that_shows_describes_starts_or_stores_a_run_invalidates_no_stage_that_computes(source, package):
-    before = {room: room_digest(source, room) for room in ROOMS}
+def test_code_that_shows_describes_starts_or_stores_a_run_invalidates_no_stage_that_computes(
+    source, name_changed, package
+):
     paths = list((source / package).rglob("*.py"))
     assert paths
     for path in paths:
         path.write_text(path.read_text(encoding="utf-8") + "\nADDED = 1\n", encoding="utf-8")
-    changed = {room for room in ROOMS if room_digest(source, room) != before[room]}
-    assert changed == ({"report_data", "report_eval", "report_package"} if package == "reporting" else set())
+    assert name_changed() == ({"report_data", "report_eval", "report_package"} if package == "reporting" else set())
 
 
 def test_a_log_flag_of_the_launcher_and_a_limit_of_the_watchdog_retrain_nothing(source):
@@ -73,12 +99,10 @@ def test_a_log_flag_of_the_launcher_and_a_limit_of_the_watchdog_retrain_nothing(
 
 
 @pytest.mark.parametrize("path", sorted(path.name for path in (REPORTING / "templates").iterdir()))
-def test_an_edit_of_a_template_reruns_the_report_stages_alone(source, path):
-    before = {room: room_digest(source, room) for room in ROOMS}
+def test_an_edit_of_a_template_reruns_the_report_stages_alone(source, name_changed, path):
     template = source / "reporting" / "templates" / path
     template.write_text(template.read_text(encoding="utf-8") + "\n", encoding="utf-8")
-    changed = {room for room in ROOMS if room_digest(source, room) != before[room]}
-    assert changed == {room for room in ROOMS if room.startswith("report_")}
+    assert name_changed() == {room for room in ROOMS if room.startswith("report_")}
 
 
 @pytest.mark.parametrize(
@@ -93,11 +117,10 @@ def test_an_edit_of_a_template_reruns_the_report_stages_alone(source, path):
         ("stages/evaluate/passkey.py", {"evaluate"}),
     ],
 )
-def test_a_constant_of_data_or_models_invalidates_exactly_the_stages_that_read_it(source, path, reading):
-    before = {room: room_digest(source, room) for room in ROOMS}
+def test_a_constant_of_data_or_models_invalidates_exactly_the_stages_that_read_it(source, name_changed, path, reading):
     path = source / path
     path.write_text(path.read_text(encoding="utf-8") + "\nADDED = 1\n", encoding="utf-8")
-    assert {room for room in ROOMS if room_digest(source, room) != before[room]} == reading
+    assert name_changed() == reading
 
 
 def test_text_that_is_data_counts():
@@ -106,16 +129,9 @@ def test_text_that_is_data_counts():
     assert module_digest("raise ValueError(1)") != module_digest("raise ValueError(2)")
 
 
-def digests(source, kept):
-    code = Digests(source, kept)
-    found = {room: digest_of(code.modules(room)) for room in ROOMS}
-    code.keep()
-    return found
-
-
-def test_what_was_parsed_is_kept_and_an_edit_still_counts(source, tmp_path, monkeypatch):
-    kept = tmp_path / "code.json"
-    before = digests(source, kept)
+def test_what_was_parsed_is_kept_and_an_edit_still_counts(source, unedited, tmp_path, monkeypatch):
+    before, record = unedited
+    kept = shutil.copy(record, tmp_path / "code.json")
     assert before == {room: room_digest(source, room) for room in ROOMS}
     parsed = []
     monkeypatch.setattr(
@@ -130,9 +146,9 @@ def test_what_was_parsed_is_kept_and_an_edit_still_counts(source, tmp_path, monk
 
 
 @pytest.mark.parametrize("damage", ["cut", "a digit", "another Python", "no mapping", "not UTF-8"])
-def test_a_damaged_or_foreign_record_of_what_was_parsed_is_as_good_as_none(source, tmp_path, damage):
-    kept = tmp_path / "code.json"
-    before = digests(source, kept)
+def test_a_damaged_or_foreign_record_of_what_was_parsed_is_as_good_as_none(source, unedited, tmp_path, damage):
+    before, record = unedited
+    kept = Path(shutil.copy(record, tmp_path / "code.json"))
     facts, data = json.loads(kept.read_bytes()), kept.read_bytes()
     key = next(iter(facts["scans"]))
     if damage == "cut":
