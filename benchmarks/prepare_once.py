@@ -24,7 +24,7 @@ from ropeway.config.stages import READS
 from ropeway.config.tokenize_params import TokenizeParams
 from ropeway.data.mixture import plan_chunks
 from ropeway.data.raw_records import iterate_records
-from ropeway.models.chat_template import Conversation, render
+from ropeway.models.chat_template import OPEN_ASSISTANT, Conversation
 from ropeway.models.tokenizer import LLAMA_SPECIAL, open_tokenizer
 from ropeway.runtime.workspace import Workspace
 
@@ -53,7 +53,7 @@ def texts_of(workspace: Workspace, profile: Profile) -> list[str]:
     texts = []
     for record in iterate_records(workspace.raw / SOURCE):
         if isinstance(record, Conversation):
-            texts.append(render(record, end=LLAMA_SPECIAL["eos"]))
+            texts.append(OPEN_ASSISTANT.render(record, end=LLAMA_SPECIAL["eos"]))
         else:
             texts += [record[begin:end] for begin, end in plan_chunks(len(record), size)]
     return texts

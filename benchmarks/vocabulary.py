@@ -11,6 +11,7 @@ from pathlib import Path
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 
+from ropeway.models.chat_template import OPEN_ASSISTANT
 from ropeway.models.tokenizer import LLAMA_SPECIAL, llama_tokenizer, prepare_tokenizer, write_tokenizer
 
 _MODEL = "data/tokenizer.model.v1"  # 32,000 pieces; the later ones have 32,768, hundreds of them control tokens
@@ -53,5 +54,5 @@ def count_differing(tokenizer: Tokenizer, model: Path, lines: Sequence[str]) -> 
 def write_base(folder: Path, tokenizer: Tokenizer, *, max_length: int) -> None:
     """Leave the tokenizer as the base room does: role tokens added, template and special tokens named."""
     folder.mkdir(parents=True)
-    prepare_tokenizer(tokenizer, dict(LLAMA_SPECIAL))
-    write_tokenizer(folder, tokenizer, dict(LLAMA_SPECIAL), max_length=max_length)
+    prepare_tokenizer(tokenizer, dict(LLAMA_SPECIAL), OPEN_ASSISTANT)
+    write_tokenizer(folder, tokenizer, dict(LLAMA_SPECIAL), OPEN_ASSISTANT, max_length=max_length)

@@ -12,6 +12,7 @@ from huggingface_hub.repocard_data import ModelCardData
 from ropeway.config.frozen import write_values
 from ropeway.config.params import load_profile, read_block
 from ropeway.config.stages import READS
+from ropeway.models.chat_template import OPEN_ASSISTANT
 from ropeway.models.rope import build_scaling, plan_scaling
 from ropeway.reporting.model_card import describe_steps, draw_card
 from ropeway.runtime.workspace import Workspace
@@ -119,6 +120,7 @@ def facts_of(name=NAME, **changes):
         max_positions=profile.expected_model.max_position_embeddings,
         base_rope={"rope_type": "default", "rope_theta": 10000.0},
         tokenizer={"model": {"merges": ["a b"]}},
+        template=OPEN_ASSISTANT,
     )
     return replace(facts, **changes)
 

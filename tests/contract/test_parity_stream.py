@@ -17,6 +17,7 @@ from ropeway.data.batches import Piece, collate, locate, plan_window
 from ropeway.data.mixture import draw_order, epoch_count, rank_order
 from ropeway.data.raw_records import RawWriter
 from ropeway.data.shards import open_shards
+from ropeway.models.chat_template import OPEN_ASSISTANT
 from ropeway.models.rope import build_scaling
 from ropeway.models.tokenizer import count_tokens, open_tokenizer
 from ropeway.runtime.manifest import write_manifest
@@ -56,6 +57,7 @@ def shards(stream, profile, tmp_path_factory):
         facts[name] = {"kind": kind, "read": len(records), "kept": len(records), "refused": {}}
     write_manifest(workspace.raw, {"sources": facts})
     shutil.copytree(TOKENIZER, workspace.base)
+    (workspace.base / "chat_template.jinja").write_text(OPEN_ASSISTANT.jinja)
     tokenize_and_prepare(workspace, profile)
     return open_shards(workspace.data)
 

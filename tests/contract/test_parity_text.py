@@ -6,7 +6,7 @@ import pytest
 
 from ropeway.data.batches import collate, loss_mask
 from ropeway.data.mixture import plan_chunks
-from ropeway.models.chat_template import ROLE_TOKENS, render, render_turns
+from ropeway.models.chat_template import OPEN_ASSISTANT
 from ropeway.models.tokenizer import (
     count_tokens,
     open_tokenizer,
@@ -27,14 +27,14 @@ def bench(tmp_path_factory):
 def test_a_record_renders_to_the_originals_strings(name, case):
     end = vectors("formatting")["eos_token"]
     talk = conversation(case["record"])
-    same("formatting", render_turns(talk, end=end), case["fragments"], name)
-    same("formatting", render(talk, end=end), case["text"], name)
+    same("formatting", OPEN_ASSISTANT.render_turns(talk, end=end), case["fragments"], name)
+    same("formatting", OPEN_ASSISTANT.render(talk, end=end), case["text"], name)
     same("formatting", talk.system, case["system_message"], name)
 
 
 def test_special_tokens_have_the_ids_that_the_tokenizer_gives_them(bench):
     expected = vectors("tokenization")["specials"]
-    for token in ROLE_TOKENS:
+    for token in OPEN_ASSISTANT.added_tokens:
         same("tokenization", bench.special[token], expected[token], token)
     same("tokenization", bench.special["bos"], expected["<s>"])
     for name in ("eos", "pad"):
@@ -111,8 +111,8 @@ def test_transformers_fast_tokenizer_gives_the_same_ids_as_the_tokenizers_librar
 def test_role_tokens_added_to_the_base_tokenizer_make_the_original_one(tmp_path, bench):
     base = FOLDER / "tokenizer_base"
     tokenizer, names = open_tokenizer(base), read_special_names(base)
-    prepare_tokenizer(tokenizer, names)
-    write_tokenizer(tmp_path, tokenizer, names, max_length=8192)
-    same("tokenization", read_special(tmp_path, open_tokenizer(tmp_path)), bench.special)
+    prepare_tokenizer(tokenizer, names, OPEN_ASSISTANT)
+    write_tokenizer(tmp_path, tokenizer, names, OPEN_ASSISTANT, max_length=8192)
+    same("tokenization", read_special(tmp_path, open_tokenizer(tmp_path), OPEN_ASSISTANT), bench.special)
     for _, case in cases("formatting"):
         same("tokenization", tokenizer.encode(case["text"]).ids, bench.tokenizer.encode(case["text"]).ids, case["id"])

@@ -8,9 +8,8 @@ from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import PreTrainedTokenizerFast
 
-from ropeway.models.chat_template import JINJA, Conversation, render, render_prompt, to_messages
+from ropeway.models.chat_template import OPEN_ASSISTANT, Conversation
 from ropeway.models.tokenizer import open_tokenizer
-from ropeway.stages.package.model_config import PLAIN_JINJA
 from tests.support.tiny_run import PARITY, copy_tokenizer
 
 TEXTS = st.text(alphabet=st.sampled_from("ab \n\t<|>'\"{}%é漢"), max_size=12)
@@ -33,26 +32,26 @@ def tokenizer(tmp_path_factory):
 @given(CONVERSATIONS)
 def test_any_jinja_engine_renders_the_plain_template_as_training_did(conversation):
     names = {"bos_token": "<s>", "eos_token": "</s>"}
-    text = PLAIN.from_string(PLAIN_JINJA).render(messages=to_messages(conversation), **names)
-    assert text == "<s>" + render(conversation, end="</s>")
+    text = PLAIN.from_string(OPEN_ASSISTANT.plain_jinja).render(messages=conversation.to_messages(), **names)
+    assert text == "<s>" + OPEN_ASSISTANT.render(conversation, end="</s>")
 
 
 def test_an_engine_without_the_generation_tag_cannot_read_the_other_one():
     with pytest.raises(jinja2.TemplateSyntaxError, match="generation"):
-        PLAIN.from_string(JINJA)
+        PLAIN.from_string(OPEN_ASSISTANT.jinja)
 
 
 @given(conversation=CONVERSATIONS)
 def test_transformers_renders_both_templates_as_training_did(tokenizer, conversation):
-    for template in (JINJA, PLAIN_JINJA):
-        text = tokenizer.apply_chat_template(to_messages(conversation), tokenize=False, chat_template=template)
-        assert text == "<s>" + render(conversation, end="</s>")
+    for template in (OPEN_ASSISTANT.jinja, OPEN_ASSISTANT.plain_jinja):
+        text = tokenizer.apply_chat_template(conversation.to_messages(), tokenize=False, chat_template=template)
+        assert text == "<s>" + OPEN_ASSISTANT.render(conversation, end="</s>")
 
 
 @given(conversation=CONVERSATIONS)
 def test_transformers_ids_are_ours_with_one_bos(tokenizer, conversation):
-    ours = open_tokenizer(PARITY / "tokenizer").encode(render(conversation, end="</s>")).ids
-    told = tokenizer.apply_chat_template(to_messages(conversation), tokenize=True, return_dict=False)
+    ours = open_tokenizer(PARITY / "tokenizer").encode(OPEN_ASSISTANT.render(conversation, end="</s>")).ids
+    told = tokenizer.apply_chat_template(conversation.to_messages(), tokenize=True, return_dict=False)
     assert told == ours
     assert told.count(1) == 1
 
@@ -63,7 +62,7 @@ def test_the_generation_prompt_is_the_prompt_that_evaluation_uses(tokenizer):
         {"role": "user", "content": "C"},
     ]  # fmt: skip
     told = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    assert told == "<s>" + render_prompt(["A", "B", "C"], end="</s>", system="S")
+    assert told == "<s>" + OPEN_ASSISTANT.render_prompt(["A", "B", "C"], end="</s>", system="S")
     assert told.endswith("<|prompter|>C</s><|assistant|>")
 
 
@@ -73,9 +72,9 @@ def test_an_empty_system_message_is_none(tokenizer):
 
 
 def test_what_counts_as_the_answer_is_its_text_and_its_end_token(tokenizer):
-    messages = to_messages(Conversation(("Hi", "Hello there", "Why", "So")))
+    messages = Conversation(("Hi", "Hello there", "Why", "So")).to_messages()
     told = tokenizer.apply_chat_template(
-        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, chat_template=JINJA
+        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, chat_template=OPEN_ASSISTANT.jinja
     )
     ids, mask = told["input_ids"], told["assistant_masks"]
     answers = "".join(tokenizer.convert_ids_to_tokens([i for i, counts in zip(ids, mask, strict=True) if counts]))

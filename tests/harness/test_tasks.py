@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ropeway.config.params import load_profile
+from ropeway.models.chat_template import OPEN_ASSISTANT
 from ropeway.orchestration.stage_process import write_identity
 from ropeway.runtime.errors import ConfigError, DataError
 from ropeway.stages.evaluate import stage as evaluate
@@ -122,14 +123,14 @@ def test_exactly_one_bos_reaches_the_model_and_stands_in_front(world, name):
 def test_a_prompt_is_the_one_that_the_sampling_report_uses(world):
     _, (model, tokenizer) = world
     rows = [row[row.index(BOS) :] for row in seen_by(model, lambda: ask(world, "few_say"))]
-    assert sorted(rows) == sorted(encode_prompt(tokenizer, line["question"]) for line in LINES)
+    assert sorted(rows) == sorted(encode_prompt(tokenizer, OPEN_ASSISTANT, line["question"]) for line in LINES)
 
 
 def test_accuracy_is_what_the_probabilities_of_the_answers_say(world):
     _, (model, tokenizer) = world
     right = 0
     for line in LINES:
-        prompt = encode_prompt(tokenizer, line["question"])
+        prompt = encode_prompt(tokenizer, OPEN_ASSISTANT, line["question"])
         told = []
         for choice in line["choices"]:
             answer = tokenizer(choice, add_special_tokens=False)["input_ids"]

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from ropeway.config.params import load_profile
 from ropeway.config.stages import READS
-from ropeway.models.chat_template import ROLE_TOKENS
+from ropeway.models.chat_template import OPEN_ASSISTANT
 from ropeway.runtime.manifest import file_sha256, write_json
 from ropeway.stages.package.facts import load_facts
 from ropeway.stages.package.model_config import TORCH_NAMES
@@ -91,9 +91,9 @@ def seen(request, packages):
             "row": probe_row(probe),
             "texts": [case["text"] for case in probe["texts"]],
             "conversations": [case["messages"] for case in probe["conversations"]],
-            "roles": list(ROLE_TOKENS),
+            "roles": list(OPEN_ASSISTANT.added_tokens),
             "prompt": probe["conversations"][0]["ids"],
-            "say": [probe["special"][ROLE_TOKENS[-1]], probe["special"]["eos"]],
+            "say": [probe["special"][OPEN_ASSISTANT.added_tokens[-1]], probe["special"]["eos"]],
         }
         for folder, probe, _ in packages.values()
     }
@@ -138,7 +138,7 @@ def test_tokens_special_ids_and_lengths_are_those_of_the_data(seen, packages, ki
     probe, found = packages[kind][1], seen[kind]
     assert found["texts"] == [case["ids"] for case in probe["texts"]]
     assert found["special"] == {name: probe["special"][name] for name in ("bos", "eos", "pad")}
-    assert found["roles"] == [probe["special"][role] for role in ROLE_TOKENS]
+    assert found["roles"] == [probe["special"][role] for role in OPEN_ASSISTANT.added_tokens]
     assert (found["max_length"], found["padding_side"], found["use_cache"]) == (96, "right", True)
 
 
@@ -150,7 +150,7 @@ def test_the_template_renders_as_in_training_where_the_version_has_templates(see
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_generates_and_stops_at_the_end_token(seen, packages, kind):
     special = packages[kind][1]["special"]
-    assert seen[kind]["said"] == [special[ROLE_TOKENS[-1]], special["eos"]]
+    assert seen[kind]["said"] == [special[OPEN_ASSISTANT.added_tokens[-1]], special["eos"]]
 
 
 def test_the_tokenizer_of_the_package_is_the_models_in_another_spelling(packages):

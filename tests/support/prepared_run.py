@@ -8,7 +8,7 @@ import numpy as np
 from ropeway.config.params import load_profile
 from ropeway.config.stages import READS
 from ropeway.data.raw_records import RawWriter
-from ropeway.models.chat_template import Conversation
+from ropeway.models.chat_template import OPEN_ASSISTANT, Conversation
 from ropeway.reporting import report_data
 from ropeway.runtime.manifest import write_manifest
 from ropeway.runtime.workspace import Workspace
@@ -62,6 +62,7 @@ def make_prepared(root, *, talks=TALKS, texts=TEXTS, refused=(), **changes):
         facts["talk"]["first_refused"].append(one)
     write_manifest(workspace.raw, {"sources": facts})
     shutil.copytree(PARITY / "tokenizer", workspace.base)
+    (workspace.base / "chat_template.jinja").write_text(OPEN_ASSISTANT.jinja)
     tokenize_and_prepare(workspace, profile)
     profile = profile.reading(READS["prepare"])
     report_data.run(workspace, profile)

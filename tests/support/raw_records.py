@@ -4,7 +4,7 @@ import shutil
 
 from ropeway.config.params import DatasetOptions, load_profile
 from ropeway.data.raw_records import RawWriter
-from ropeway.models.chat_template import Conversation
+from ropeway.models.chat_template import OPEN_ASSISTANT, Conversation
 from ropeway.runtime.manifest import write_manifest
 from ropeway.runtime.workspace import Workspace
 from tests.support.tiny_run import PARITY, ROOT
@@ -36,4 +36,5 @@ def lay(root, talks=TALKS, texts=TEXTS, *, refused=None):
         facts[name] = {"kind": kind, "read": read, "kept": len(records), "refused": lost}
     write_manifest(workspace.raw, {"sources": facts})
     shutil.copytree(TOKENIZER, workspace.base)
+    (workspace.base / "chat_template.jinja").write_text(OPEN_ASSISTANT.jinja)
     return workspace

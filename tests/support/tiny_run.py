@@ -13,7 +13,7 @@ from ropeway.config.stages import READS
 from ropeway.data.ledger import Account, Epoch, EpochOfSource, Findings, Found, Ledger, Parts, Records
 from ropeway.data.raw_records import RawWriter
 from ropeway.data.shards import FORMAT, Kind, Shards, write_shard
-from ropeway.models.chat_template import JINJA, Conversation, render_turns, template_digest
+from ropeway.models.chat_template import OPEN_ASSISTANT, Conversation
 from ropeway.models.rope import plan_scaling
 from ropeway.models.tokenizer import open_tokenizer, read_special
 from ropeway.reporting import report_eval, report_package
@@ -168,12 +168,12 @@ def make_model(folder: Path, profile: Profile, *, seed: int, steps: int) -> None
         initializer_range=0.2,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
-    facts = {"tokenizer": file_sha256(folder / "tokenizer.json"), "template": template_digest()}
+    facts = {"tokenizer": file_sha256(folder / "tokenizer.json"), "template": OPEN_ASSISTANT.digest}
     if steps:
         facts |= {"fingerprint": "0123456789abcdef", "steps": steps, "applied_steps": steps, "dtype": profile.dtype}
         facts |= {"params": profile.model_dump(mode="json", include=set(READS["train"]))}
     else:
-        facts |= {"special": read_special(folder, open_tokenizer(folder))}
+        facts |= {"special": read_special(folder, open_tokenizer(folder), OPEN_ASSISTANT)}
         facts |= {"model": {"kind": profile.base.kind, "name": profile.model_name}, "rope": rope.to_json()}
     write_manifest(folder, facts)
 
@@ -181,7 +181,7 @@ def make_model(folder: Path, profile: Profile, *, seed: int, steps: int) -> None
 def copy_tokenizer(folder: Path) -> None:
     for path in (PARITY / "tokenizer").iterdir():
         shutil.copyfile(path, folder / path.name)
-    (folder / "chat_template.jinja").write_text(JINJA)
+    (folder / "chat_template.jinja").write_text(OPEN_ASSISTANT.jinja)
 
 
 def measure(model, shards: Shards, profile: Profile, *, name: str) -> list[Score]:
@@ -232,15 +232,21 @@ def make_data(workspace: Workspace, profile: Profile, conversations: list[Conver
         np.save(folder / "validation.npy", np.arange(half)[: dict(profile.mixture)[name].max_val_set])
         facts.append({"name": name, "kind": kind, "shard_sequences": [len(sequences)]})
     tokens = file_sha256(workspace.base / "tokenizer.json")
-    special = read_special(workspace.base, tokenizer)
+    special = read_special(workspace.base, tokenizer, OPEN_ASSISTANT)
     write_manifest(
         workspace.data,
-        {"format": FORMAT, "sources": facts, "special": special, "tokenizer": tokens, "template": template_digest()},
+        {
+            "format": FORMAT,
+            "sources": facts,
+            "special": special,
+            "tokenizer": tokens,
+            "template": OPEN_ASSISTANT.digest,
+        },
     )
 
 
 def encode_talk(tokenizer, conversation: Conversation):
-    ids = tokenizer.encode("".join(render_turns(conversation, end="</s>"))).ids
+    ids = tokenizer.encode("".join(OPEN_ASSISTANT.render_turns(conversation, end="</s>"))).ids
     kinds, now = [], Kind.BEFORE
     for number in ids:
         now = {2000: Kind.PROMPTER, 2001: Kind.ASSISTANT}.get(number, now)

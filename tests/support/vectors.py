@@ -13,7 +13,7 @@ import numpy as np
 from ropeway.config.params import load_profile
 from ropeway.data.batches import Piece, plan_window
 from ropeway.data.shards import FORMAT, Kind, Shards, SourceShards, write_shard
-from ropeway.models.chat_template import Conversation
+from ropeway.models.chat_template import OPEN_ASSISTANT, Conversation
 from ropeway.models.tokenizer import count_tokens, open_tokenizer, read_special
 from ropeway.stages.tokenize.encode import Encoder
 
@@ -69,8 +69,8 @@ class Bench:
     def __init__(self, folder):
         self.folder = folder
         self.tokenizer = open_tokenizer(TOKENIZER)
-        self.special = read_special(TOKENIZER, self.tokenizer)
-        self.encoder = Encoder(self.tokenizer, self.special, None, "parse")
+        self.special = read_special(TOKENIZER, self.tokenizer, OPEN_ASSISTANT)
+        self.encoder = Encoder(self.tokenizer, self.special, OPEN_ASSISTANT, None, "parse")
         self.records = {case["id"]: conversation(case["record"]) for _, case in cases("formatting")}
 
     def talk(self, name):

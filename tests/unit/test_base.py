@@ -10,7 +10,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from ropeway.config.params import FolderBase, GgufBase, ModelShape, ScratchBase, load_profile
 from ropeway.config.stages import READS
 from ropeway.data.raw_records import RawWriter
-from ropeway.models.chat_template import ROLE_TOKENS, template_digest
+from ropeway.models.chat_template import OPEN_ASSISTANT
 from ropeway.models.rope import scaling_from_json
 from ropeway.models.tokenizer import open_tokenizer
 from ropeway.runtime.errors import ConfigError
@@ -79,8 +79,10 @@ def weights(folder):
 
 def test_a_base_from_scratch_is_whole_and_says_what_it_is(scratch):
     manifest = load_manifest(scratch.base, remedy="")
-    assert manifest["special"] == {"bos": 1, "eos": 2, "pad": 2} | dict(zip(ROLE_TOKENS, range(400, 405), strict=True))
-    assert manifest["template"] == template_digest()
+    assert manifest["special"] == {"bos": 1, "eos": 2, "pad": 2} | dict(
+        zip(OPEN_ASSISTANT.added_tokens, range(400, 405), strict=True)
+    )
+    assert manifest["template"] == OPEN_ASSISTANT.digest
     assert manifest["tokenizer"] == file_sha256(scratch.base / "tokenizer.json")
     assert manifest["model"]["embedding_rows"] == 416
     model = AutoModelForCausalLM.from_pretrained(scratch.base)

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from ropeway.models.chat_template import JINJA, ROLE_TOKENS, Conversation, render
+from ropeway.models.chat_template import OPEN_ASSISTANT, Conversation
 from ropeway.models.tokenizer import (
     LLAMA_SPECIAL,
     count_tokens,
@@ -22,8 +22,8 @@ TEXTS = [f"The lamp number {number} burns at dusk.\n\n    oil = {number * 7}\n" 
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     tokenizer = train_tokenizer(TEXTS, vocab_size=400)
-    prepare_tokenizer(tokenizer, LLAMA_SPECIAL)
-    write_tokenizer(folder, tokenizer, LLAMA_SPECIAL, max_length=512)
+    prepare_tokenizer(tokenizer, LLAMA_SPECIAL, OPEN_ASSISTANT)
+    write_tokenizer(folder, tokenizer, LLAMA_SPECIAL, OPEN_ASSISTANT, max_length=512)
     return folder
 
 
@@ -32,7 +32,7 @@ def test_a_trained_tokenizer_has_llamas_specials_bytes_and_exactly_the_asked_siz
     assert [tokenizer.id_to_token(number) for number in range(4)] == ["<unk>", "<s>", "</s>", "<0x00>"]
     assert tokenizer.id_to_token(258) == "<0xFF>"
     assert count_tokens(tokenizer) == 405
-    assert [tokenizer.token_to_id(token) for token in ROLE_TOKENS] == [400, 401, 402, 403, 404]
+    assert [tokenizer.token_to_id(token) for token in OPEN_ASSISTANT.added_tokens] == [400, 401, 402, 403, 404]
 
 
 def test_training_twice_gives_the_same_tokenizer():
@@ -62,26 +62,28 @@ def test_transformers_opens_the_folder_both_ways_with_the_same_ids(folder):
     messages = [{"role": "system", "content": talk.system}]
     messages += [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(talk.turns)]
     for opened in (PreTrainedTokenizerFast.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)):
-        for text in (*TEXTS[:5], render(talk, end="</s>"), " x", ""):
+        for text in (*TEXTS[:5], OPEN_ASSISTANT.render(talk, end="</s>"), " x", ""):
             assert opened(text).input_ids == ours.encode(text).ids
         assert len(opened) == 405
         assert (opened.pad_token, opened.eos_token, opened.bos_token) == ("</s>", "</s>", "<s>")
         assert (opened.padding_side, opened.model_max_length) == ("right", 512)
-        assert set(ROLE_TOKENS) < set(opened.all_special_tokens)
-        assert opened.chat_template == JINJA
+        assert set(OPEN_ASSISTANT.added_tokens) < set(opened.all_special_tokens)
+        assert opened.chat_template == OPEN_ASSISTANT.jinja
         chat = opened.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-        assert chat["input_ids"] == ours.encode(render(talk, end="</s>")).ids
+        assert chat["input_ids"] == ours.encode(OPEN_ASSISTANT.render(talk, end="</s>")).ids
         said = [number for number, mark in zip(chat["input_ids"], chat["assistant_masks"], strict=True) if mark]
         assert said == [*ours.encode(" Yes. </s>").ids[1:], *ours.encode("é</s>").ids[1:]]
 
 
 def test_ids_are_read_from_the_folder_and_never_assumed(tmp_path):
     tokenizer = train_tokenizer(TEXTS, vocab_size=400)
-    tokenizer.add_special_tokens(list(reversed(ROLE_TOKENS)))  # as a model published earlier may have them
-    prepare_tokenizer(tokenizer, LLAMA_SPECIAL)
-    write_tokenizer(tmp_path, tokenizer, LLAMA_SPECIAL, max_length=512)
-    special = read_special(tmp_path, open_tokenizer(tmp_path))
-    assert [special[token] for token in ROLE_TOKENS] == [404, 403, 402, 401, 400]
+    tokenizer.add_special_tokens(
+        list(reversed(OPEN_ASSISTANT.added_tokens))
+    )  # as a model published earlier may have them
+    prepare_tokenizer(tokenizer, LLAMA_SPECIAL, OPEN_ASSISTANT)
+    write_tokenizer(tmp_path, tokenizer, LLAMA_SPECIAL, OPEN_ASSISTANT, max_length=512)
+    special = read_special(tmp_path, open_tokenizer(tmp_path), OPEN_ASSISTANT)
+    assert [special[token] for token in OPEN_ASSISTANT.added_tokens] == [404, 403, 402, 401, 400]
     assert [special[name] for name in ("bos", "eos", "pad")] == [1, 2, 2]
 
 
@@ -92,7 +94,7 @@ def test_a_tokenizer_that_puts_no_bos_in_front_gets_it(tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(bare))
     opened = open_tokenizer(tmp_path)
     assert opened.encode("lamp").ids[0] != 1
-    prepare_tokenizer(opened, LLAMA_SPECIAL)
+    prepare_tokenizer(opened, LLAMA_SPECIAL, OPEN_ASSISTANT)
     assert opened.encode("lamp").ids[0] == 1
 
 
@@ -107,9 +109,9 @@ def test_an_own_limit_of_the_tokenizer_neither_cuts_nor_pads(folder, tmp_path):
 def test_a_tokenizer_without_an_end_token_is_refused_with_what_its_config_names():
     tokenizer = train_tokenizer(TEXTS, vocab_size=400)
     with pytest.raises(ConfigError, match=r"no eos_token in its vocabulary .* names '<end>'"):
-        prepare_tokenizer(tokenizer, {"bos": "<s>", "eos": "<end>"})
+        prepare_tokenizer(tokenizer, {"bos": "<s>", "eos": "<end>"}, OPEN_ASSISTANT)
     with pytest.raises(ConfigError, match="no bos_token"):
-        prepare_tokenizer(tokenizer, {"eos": "</s>"})
+        prepare_tokenizer(tokenizer, {"eos": "</s>"}, OPEN_ASSISTANT)
 
 
 def test_missing_and_broken_files_are_said(tmp_path):
@@ -124,9 +126,9 @@ def test_missing_and_broken_files_are_said(tmp_path):
 
 def test_a_tokenizer_without_role_tokens_is_not_trained_with(tmp_path):
     tokenizer = train_tokenizer(TEXTS, vocab_size=400)
-    write_tokenizer(tmp_path, tokenizer, LLAMA_SPECIAL, max_length=512)
+    write_tokenizer(tmp_path, tokenizer, LLAMA_SPECIAL, OPEN_ASSISTANT, max_length=512)
     with pytest.raises(ConfigError, match=r"no <\|prompter\|>, .*`dvc repro base` adds them"):
-        read_special(tmp_path, tokenizer)
+        read_special(tmp_path, tokenizer, OPEN_ASSISTANT)
 
 
 def test_names_may_be_written_as_token_objects(tmp_path):

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from ropeway.config.stages import READS
 from ropeway.data.batches import collate
 from ropeway.data.shards import open_shards
-from ropeway.models.chat_template import JINJA
+from ropeway.models.chat_template import OPEN_ASSISTANT
 from ropeway.reporting import report_eval
 from ropeway.runtime.errors import DataError
 from ropeway.runtime.manifest import write_manifest
@@ -175,11 +175,13 @@ def test_the_digest_of_the_validation_rows_knows_rows_and_masks_but_no_order(run
 def test_a_model_with_another_template_or_tokenizer_than_the_data_is_refused(tmp_path):
     workspace, profile = make_run(tmp_path)
     template = workspace.model / "chat_template.jinja"
-    template.write_text(JINJA.replace("eos_token", "' ' + eos_token", 1))
+    template.write_text(OPEN_ASSISTANT.jinja.replace("eos_token", "' ' + eos_token", 1))
     write_manifest(workspace.model, {"steps": 3})
-    with pytest.raises(DataError, match=r"chat_template.jinja: differs from the template of data and training at char"):
+    with pytest.raises(
+        DataError, match=r"chat_template.jinja: differs from template open_assistant of data and training at char"
+    ):
         evaluate.run(workspace, profile)
-    template.write_text(JINJA)
+    template.write_text(OPEN_ASSISTANT.jinja)
     tokenizer = workspace.model / "tokenizer.json"
     tokenizer.write_text(tokenizer.read_text().replace("<|system|>", "<|System|>"))
     with pytest.raises(DataError, match=r"tokenizer.json: sha256 is .*the data was made with"):

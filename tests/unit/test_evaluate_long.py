@@ -13,6 +13,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ropeway.config.params import Passkey, Positions
 from ropeway.config.stages import READS
 from ropeway.data.shards import open_shards
+from ropeway.models.chat_template import OPEN_ASSISTANT
 from ropeway.models.open_model import rope_of
 from ropeway.reporting.report_eval import passkey_grids, write_plots
 from ropeway.runtime.errors import ConfigError, DataError
@@ -184,14 +185,18 @@ def test_a_lookup_table_finds_every_key_and_a_constant_none(run):
     table = {}
     for one in questions:
         answer = tokenizer(f" {one.key}", add_special_tokens=False)["input_ids"]
-        table[tuple(encode_question(tokenizer, one))] = [*answer, tokenizer.eos_token_id]
+        table[tuple(encode_question(tokenizer, OPEN_ASSISTANT, one))] = [*answer, tokenizer.eos_token_id]
     found = ask(
-        speaker(model, lambda prompt, said: table[tuple(prompt)][said]), tokenizer, plan_questions(KEYS, seed=7), seed=7
+        speaker(model, lambda prompt, said: table[tuple(prompt)][said]),
+        tokenizer,
+        OPEN_ASSISTANT,
+        plan_questions(KEYS, seed=7),
+        seed=7,
     )
     assert [one.question for one in found] == questions
     assert passkey.report_passkey({"tuned": found})["tuned"] == {"asked": 12, "right": 12, "accuracy": 1.0}
     constant = tokenizer("7", add_special_tokens=False)["input_ids"][-1]
-    wrong = ask(speaker(model, lambda *_: constant), tokenizer, plan_questions(KEYS, seed=7), seed=7)
+    wrong = ask(speaker(model, lambda *_: constant), tokenizer, OPEN_ASSISTANT, plan_questions(KEYS, seed=7), seed=7)
     assert passkey.report_passkey({"tuned": wrong})["tuned"]["right"] == 0
     lines = list(passkey.table_answers({"tuned": wrong}))
     assert len(lines) == 12
@@ -202,7 +207,7 @@ def test_a_question_fills_its_length_and_holds_its_key_at_its_depth(run):
     *_, tokenizer = run
     shares = []
     for depth in (0.0, 0.5, 1.0):
-        ids = encode_question(tokenizer, Question(256, depth, 0, "48151"))
+        ids = encode_question(tokenizer, OPEN_ASSISTANT, Question(256, depth, 0, "48151"))
         text = tokenizer.decode(ids)
         assert 256 - 12 - 40 < len(ids) <= 256 - 12
         assert text.count("48151") == 2
@@ -215,7 +220,7 @@ def test_a_question_fills_its_length_and_holds_its_key_at_its_depth(run):
 def test_a_length_without_room_for_the_question_is_said(run):
     *_, model, tokenizer = run
     with pytest.raises(ConfigError, match=r"lengths: 40 tokens; the question alone has \d+"):
-        ask(model, tokenizer, [Question(40, 0.5, 0, "48151")], seed=7)
+        ask(model, tokenizer, OPEN_ASSISTANT, [Question(40, 0.5, 0, "48151")], seed=7)
 
 
 def test_keys_depend_on_their_own_place_alone():
@@ -231,7 +236,7 @@ def test_plots_hold_tables_and_pictures_in_equal_bytes(run, tmp_path):
     curves = [
         {"position": 16 + 32 * n, "tokens": 64, "base": 5.0, "tuned": 3.0 + n, "base_unscaled": ""} for n in (0, 1)
     ]
-    keys = dict.fromkeys(("base", "tuned"), ask(model, tokenizer, plan_questions(KEYS, seed=7), seed=7))
+    keys = dict.fromkeys(("base", "tuned"), ask(model, tokenizer, OPEN_ASSISTANT, plan_questions(KEYS, seed=7), seed=7))
     (tmp_path / "steps.csv").write_text("step,loss,validation_a\n0,9.0,\n1,8.0,7.5\n2,7.0,7.5\n")
     for name in ("one", "two"):
         write_tables(tmp_path / name / "tables", plan_tables(sources, curves, keys))

@@ -7,6 +7,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from ropeway.models.chat_template import OPEN_ASSISTANT
 from ropeway.reporting.report_eval import draw_samples
 from ropeway.runtime.errors import ConfigError, DataError
 from ropeway.stages.evaluate import stage as evaluate
@@ -46,7 +47,7 @@ def always(model, *ids):
 
 def test_greedy_answers_are_the_most_likely_token_after_the_other(opened):
     _, _, model, tokenizer = opened
-    ids = encode_prompt(tokenizer, "What is a list?")
+    ids = encode_prompt(tokenizer, OPEN_ASSISTANT, "What is a list?")
     row = list(ids)
     for _ in range(8):
         with torch.inference_mode():
@@ -61,20 +62,26 @@ def test_an_answer_ends_at_the_end_token_and_does_not_show_it(opened):
     _, _, model, tokenizer = opened
     word = tokenizer.encode("even", add_special_tokens=False)[0]
     speaker = always(model, word, word, tokenizer.eos_token_id)  # a fourth token would exhaust it
-    text = answer(speaker, tokenizer, encode_prompt(tokenizer, "Hi"), {"max_new_tokens": 8, "do_sample": False}, seed=0)
+    text = answer(
+        speaker,
+        tokenizer,
+        encode_prompt(tokenizer, OPEN_ASSISTANT, "Hi"),
+        {"max_new_tokens": 8, "do_sample": False},
+        seed=0,
+    )
     assert text.split() == tokenizer.decode([word, word]).split()
 
 
 def test_a_row_of_the_padded_vocabulary_that_no_token_has_is_shown_as_nothing(opened):
     _, _, model, tokenizer = opened
     speaker = always(model, 2010, 2010, tokenizer.eos_token_id)
-    ids = encode_prompt(tokenizer, "Hi")
+    ids = encode_prompt(tokenizer, OPEN_ASSISTANT, "Hi")
     assert answer(speaker, tokenizer, ids, {"max_new_tokens": 8, "do_sample": False}, seed=0) == ""
 
 
 def test_a_prompt_is_this_models_own_template_with_one_bos(opened):
     _, _, _, tokenizer = opened
-    ids = encode_prompt(tokenizer, "Hi")
+    ids = encode_prompt(tokenizer, OPEN_ASSISTANT, "Hi")
     assert ids.count(1) == 1
     assert ids[:2] == [1, 2000]
     assert ids[-2:] == [2, 2001]
@@ -88,7 +95,7 @@ def test_a_tokenizer_that_puts_no_bos_in_front_is_refused(opened):
     tokenizer = AutoTokenizer.from_pretrained(workspace.model)
     tokenizer.backend_tokenizer.post_processor = None
     with pytest.raises(DataError, match=r"expected one BOS \(id 1\) in front of a prompt, found ids \[2000"):
-        encode_prompt(tokenizer, "Hi")
+        encode_prompt(tokenizer, OPEN_ASSISTANT, "Hi")
 
 
 def test_sampled_answers_repeat_and_leave_the_global_generator_alone(opened):
@@ -96,11 +103,11 @@ def test_sampled_answers_repeat_and_leave_the_global_generator_alone(opened):
     torch.manual_seed(5)
     before = torch.get_rng_state()
     draws = plan_draws(["Hi", "Why?"], WAYS)
-    first, second = (sample(model, tokenizer, draws, WAYS, seed=3) for _ in range(2))
+    first, second = (sample(model, tokenizer, OPEN_ASSISTANT, draws, WAYS, seed=3) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), before)
     assert first == second
-    assert sample(model, tokenizer, draws[::-1], WAYS, seed=3) == first[::-1]
-    other = dict(zip(draws, sample(model, tokenizer, draws, WAYS, seed=4), strict=True))
+    assert sample(model, tokenizer, OPEN_ASSISTANT, draws[::-1], WAYS, seed=3) == first[::-1]
+    other = dict(zip(draws, sample(model, tokenizer, OPEN_ASSISTANT, draws, WAYS, seed=4), strict=True))
     same = {draw for draw, text in zip(draws, first, strict=True) if other[draw] == text}
     assert {("Hi", "greedy"), ("Why?", "greedy")} <= same
     assert not {("Hi", "k50"), ("Why?", "k50")} & same

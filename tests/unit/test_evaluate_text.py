@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from ropeway.config.stages import READS
 from ropeway.data.batches import loss_mask
 from ropeway.data.shards import open_shards
-from ropeway.models.chat_template import Conversation, render
+from ropeway.models.chat_template import OPEN_ASSISTANT, Conversation
 from ropeway.models.tokenizer import open_tokenizer
 from ropeway.runtime.manifest import write_manifest
 from ropeway.stages.evaluate.champion import measure_champion
@@ -90,7 +90,7 @@ def test_translated_into_another_tokenizer_the_same_text_counts(run, tmp_path):
     )
     assert count_bytes(rows, reading, other) == count_bytes(shards, profile, workspace.base)
     ids, _ = rows.sources[0].read(0)
-    spoken = render(Conversation((talks()[0].turns), talks()[0].system), end="</s>")
+    spoken = OPEN_ASSISTANT.render(Conversation((talks()[0].turns), talks()[0].system), end="</s>")
     assert Tokenizer.from_file(str(other / "tokenizer.json")).encode(spoken).ids[: len(ids)] == ids.tolist()
 
 

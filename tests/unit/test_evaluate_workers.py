@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
 from ropeway.data.shards import open_shards
+from ropeway.models.chat_template import OPEN_ASSISTANT
 from ropeway.runtime.errors import ConfigError
 from ropeway.stages.evaluate import measuring
 from ropeway.stages.evaluate.evaluation_workers import Share, gather, plan_cards
@@ -101,12 +102,12 @@ def test_what_was_read_before_changes_no_answer(run):
     ways = {"greedy": {"do_sample": False, "max_new_tokens": 4}, "drawn": {"do_sample": True, "max_new_tokens": 4}}
     questions = plan_questions(profile.evaluation.passkey, seed=3)[::3]
     draws = plan_draws(["Hi", "word " * 60], ways)  # the second goes beyond the 48 positions of the base
-    keys = ask(stretched, tokenizer, questions, seed=3)
-    answers = sample(stretched, tokenizer, draws, ways, seed=3)
+    keys = ask(stretched, tokenizer, OPEN_ASSISTANT, questions, seed=3)
+    answers = sample(stretched, tokenizer, OPEN_ASSISTANT, draws, ways, seed=3)
     with torch.inference_mode():
         stretched(torch.arange(3, 400)[None], use_cache=False)
-    assert sample(stretched, tokenizer, draws[::-1], ways, seed=3) == answers[::-1]
-    assert ask(stretched, tokenizer, questions[::-1], seed=3) == keys[::-1]
+    assert sample(stretched, tokenizer, OPEN_ASSISTANT, draws[::-1], ways, seed=3) == answers[::-1]
+    assert ask(stretched, tokenizer, OPEN_ASSISTANT, questions[::-1], seed=3) == keys[::-1]
 
 
 @given(items=st.lists(st.integers(), max_size=40), count=st.integers(1, 9))

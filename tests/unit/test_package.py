@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from ropeway.config.block import cut_block, inherited_names, write_blocks
 from ropeway.config.params import read_block
+from ropeway.models.chat_template import OPEN_ASSISTANT
 from ropeway.models.rope import build_scaling
 from ropeway.runtime.errors import ConfigError, DataError
 from ropeway.stages.package.model_config import (
@@ -146,13 +147,14 @@ def test_the_tokenizer_config_keeps_names_and_drops_what_only_some_loaders_read(
         "extra_special_tokens": ["<|system|>"], "bos_token": {"content": "<s>", "lstrip": False}, "eos_token": "</s>",
         "pad_token": "</s>", "padding_side": "left", "mask_token": None,
     }  # fmt: skip
-    config = plan_tokenizer_config(trained, max_length=8192, roles=("<|prompter|>",))
+    config = plan_tokenizer_config(trained, OPEN_ASSISTANT, max_length=8192)
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert (config["bos_token"], config["eos_token"], config["model_max_length"]) == ("<s>", "</s>", 8192)
     assert config["padding_side"] == "right"
     assert not {"extra_special_tokens", "backend", "is_local", "mask_token"} & set(config)
     assert plan_special_tokens_map(config) == {
-        "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", "additional_special_tokens": ["<|prompter|>"],
+        "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>",
+        "additional_special_tokens": list(OPEN_ASSISTANT.added_tokens),
     }  # fmt: skip
 
 

@@ -8,16 +8,18 @@ from hypothesis import strategies as st
 
 from ropeway.data.batches import collate, plan_epoch
 from ropeway.data.shards import Kind, Shards, open_shards, sequence_digest
-from ropeway.models.chat_template import ASSISTANT, PROMPTER, Conversation, render
+from ropeway.models.chat_template import OPEN_ASSISTANT, Conversation
 from ropeway.models.tokenizer import open_tokenizer, read_special
 from ropeway.runtime.errors import DataError
 from ropeway.runtime.manifest import file_sha256, load_manifest, write_manifest
 from ropeway.stages.prepare.split import plan_split
 from ropeway.stages.prepare.stage import check_readback
-from ropeway.stages.tokenize.encode import Encoder, conversation_kinds, document_kinds, text_key
+from ropeway.stages.tokenize.encode import Encoder, document_kinds, text_key
 from tests.support.prepared_run import encode_each
 from tests.support.raw_records import TALKS, TEXTS, TOKENIZER, lay, profile
 from tests.support.tokenizing import tokenize_and_prepare
+
+PROMPTER, ASSISTANT = OPEN_ASSISTANT.added_tokens[:2]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,7 @@ def tokenizer():
 
 
 def encoder(tokenizer, max_chunk_size=None, way="parse"):
-    return Encoder(tokenizer, read_special(TOKENIZER, tokenizer), max_chunk_size, way)
+    return Encoder(tokenizer, read_special(TOKENIZER, tokenizer, OPEN_ASSISTANT), OPEN_ASSISTANT, max_chunk_size, way)
 
 
 def test_every_conversation_is_stored_whole_as_one_string_of_tokens(run, tokenizer):
@@ -42,7 +44,7 @@ def test_every_conversation_is_stored_whole_as_one_string_of_tokens(run, tokeniz
     assert len(talk.lengths) == len(TALKS)
     for number, record in enumerate(TALKS):
         tokens, _ = talk.read(number)
-        assert tokens.tolist() == tokenizer.encode(render(record, end="</s>")).ids
+        assert tokens.tolist() == tokenizer.encode(OPEN_ASSISTANT.render(record, end="</s>")).ids
     assert talk.lengths.max() > profile().max_length  # never cut
 
 
@@ -248,9 +250,9 @@ def test_a_found_number_other_than_the_expected_one_is_said(tmp_path, capsys):
 
 
 def test_kinds_follow_role_tokens_and_what_stands_before_them_is_nobodys(tokenizer):
-    special = read_special(TOKENIZER, tokenizer)
+    special = read_special(TOKENIZER, tokenizer, OPEN_ASSISTANT)
     tokens = np.array(tokenizer.encode("<|system|>S</s><|prompter|>q</s><|assistant|>a</s>").ids)
-    kinds = conversation_kinds(tokens, prompter=special[PROMPTER], assistant=special[ASSISTANT])
+    kinds = OPEN_ASSISTANT.speakers(tokens, ids=special)
     prompter, assistant = (tokens.tolist().index(special[role]) for role in (PROMPTER, ASSISTANT))
     assert set(kinds[:prompter]) == {Kind.BEFORE}
     assert set(kinds[prompter:assistant]) == {Kind.PROMPTER}

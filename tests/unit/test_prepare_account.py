@@ -12,15 +12,17 @@ from ropeway.config.params import DatasetOptions
 from ropeway.data.batches import collate, plan_epoch
 from ropeway.data.ledger import EpochOfSource, Findings, Found, Records
 from ropeway.data.shards import FORMAT, open_shards, write_shard
+from ropeway.models.chat_template import OPEN_ASSISTANT
 from ropeway.runtime.manifest import write_manifest
 from ropeway.stages.prepare.account import account_for
 from ropeway.stages.prepare.split import Split
-from ropeway.stages.tokenize.encode import conversation_kinds, document_kinds
+from ropeway.stages.tokenize.encode import document_kinds
 from tests.support.raw_records import profile
 
 NOBODY = Records(0, {}, {}, 0, 0, {}, 0)
 NOTHING = Findings(*[Found("off", 0, 0, 0)] * 3, 0)
 PROMPTER, ASSISTANT = 3, 4
+ROLE_IDS = dict(zip(OPEN_ASSISTANT.added_tokens, (PROMPTER, ASSISTANT), strict=False))
 
 
 def walk(plan):
@@ -74,7 +76,7 @@ def write(folder, sources):
 
 
 talk = st.lists(st.sampled_from([5, 6, PROMPTER, ASSISTANT]), min_size=1, max_size=40).map(
-    lambda ids: (np.array([1, *ids]), conversation_kinds(np.array([1, *ids]), prompter=PROMPTER, assistant=ASSISTANT))
+    lambda ids: (np.array([1, *ids]), OPEN_ASSISTANT.speakers(np.array([1, *ids]), ids=ROLE_IDS))
 )
 chunk = st.tuples(st.integers(1, 40), st.booleans()).map(
     lambda pair: (np.full(pair[0], 7), document_kinds(pair[0], is_last=pair[1]))

@@ -9,7 +9,7 @@ import pytest
 from ropeway.config.frozen import write_values
 from ropeway.config.params import DatasetOptions
 from ropeway.data.shards import open_shards
-from ropeway.models.chat_template import Conversation, render
+from ropeway.models.chat_template import OPEN_ASSISTANT, Conversation
 from ropeway.models.tokenizer import open_tokenizer
 from ropeway.runtime.manifest import file_sha256
 from ropeway.runtime.workspace import Workspace
@@ -67,7 +67,9 @@ def tokenizer():
 
 
 def ids(tokenizer, record):
-    return tokenizer.encode(render(record, end="</s>") if isinstance(record, Conversation) else record).ids
+    return tokenizer.encode(
+        OPEN_ASSISTANT.render(record, end="</s>") if isinstance(record, Conversation) else record
+    ).ids
 
 
 def parts_of(shards, source):

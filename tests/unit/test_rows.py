@@ -18,10 +18,12 @@ from ropeway.data.batches import (
     window_generator,
 )
 from ropeway.data.shards import FORMAT, Kind, Shards, SourceShards
-from ropeway.stages.tokenize.encode import conversation_kinds, document_kinds
+from ropeway.models.chat_template import OPEN_ASSISTANT
+from ropeway.stages.tokenize.encode import document_kinds
 from tests.support.tiny_run import ROOT
 
 BOS, EOS, PROMPTER, ASSISTANT, SYSTEM = 1, 2, 90, 91, 92
+ROLE_IDS = dict(zip(OPEN_ASSISTANT.added_tokens, (PROMPTER, ASSISTANT), strict=False))
 # BOS <system> s </s> <prompter> q q </s> <assistant> a a </s>
 TALK = np.array([BOS, SYSTEM, 10, EOS, PROMPTER, 20, 21, EOS, ASSISTANT, 30, 31, EOS])
 
@@ -49,7 +51,7 @@ def held(name, kind, sequences):
 
 def talk_of(length, start=100):
     tokens = np.concatenate([TALK, np.arange(start, start + max(length - len(TALK), 0))])[:length]
-    return tokens, conversation_kinds(tokens, prompter=PROMPTER, assistant=ASSISTANT)
+    return tokens, OPEN_ASSISTANT.speakers(tokens, ids=ROLE_IDS)
 
 
 def text_of(length, *, is_last=True):
@@ -62,7 +64,7 @@ def shards_of(talks=(), texts=()):
 
 
 def mask_of(tokens, **changes):
-    kinds = conversation_kinds(tokens, prompter=PROMPTER, assistant=ASSISTANT)
+    kinds = OPEN_ASSISTANT.speakers(tokens, ids=ROLE_IDS)
     return "".join("01"[bit] for bit in loss_mask(kinds, profile(**changes)).astype(int))
 
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from ropeway.cli.chat import Manner, Talk, chat, check_folder, fit_turns, locate_model
 from ropeway.cli.main import app
 from ropeway.config.params import load_profile
-from ropeway.models.chat_template import render_prompt
+from ropeway.models.chat_template import OPEN_ASSISTANT
 from ropeway.runtime.errors import ConfigError, DataError, RegistryError
 from ropeway.runtime.manifest import write_manifest
 from ropeway.storage import open_store
@@ -68,12 +68,12 @@ def test_each_turn_is_asked_with_all_that_was_said_in_the_models_template(model,
     first = talk.ask("Hi", lambda _: None)
     talk.ask("Go on", lambda _: None)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    wanted = render_prompt(["Hi", first.text, "Go on"], end="</s>", system="Be kind.")
+    wanted = OPEN_ASSISTANT.render_prompt(["Hi", first.text, "Go on"], end="</s>", system="Be kind.")
     assert prompts[1] == tokenizer(wanted)["input_ids"]
     assert prompts[1].count(tokenizer.bos_token_id) == 1
     talk.begin("")
     talk.ask("Hi", lambda _: None)
-    assert prompts[2] == tokenizer(render_prompt(["Hi"], end="</s>"))["input_ids"]
+    assert prompts[2] == tokenizer(OPEN_ASSISTANT.render_prompt(["Hi"], end="</s>"))["input_ids"]
 
 
 def test_what_is_streamed_is_the_answer_and_it_comes_in_pieces(model):

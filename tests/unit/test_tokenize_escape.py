@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from ropeway.data.shards import Kind
-from ropeway.models.chat_template import ASSISTANT, PROMPTER, ROLE_TOKENS, SYSTEM, Conversation, render
+from ropeway.models.chat_template import OPEN_ASSISTANT, Conversation
 from ropeway.models.tokenizer import open_tokenizer, read_special
 from ropeway.runtime.errors import ConfigError
 from ropeway.stages.tokenize.encode import Encoder
@@ -14,8 +14,10 @@ from ropeway.stages.tokenize.escape import Escape
 from tests.support.prepared_run import encode_each
 from tests.support.tiny_run import PARITY
 
+PROMPTER, ASSISTANT, SYSTEM = OPEN_ASSISTANT.added_tokens[:3]
+
 TOKENIZER = PARITY / "tokenizer"
-SPECIAL = ("<s>", "</s>", "<unk>", *ROLE_TOKENS)
+SPECIAL = ("<s>", "</s>", "<unk>", *OPEN_ASSISTANT.added_tokens)
 PIECES = st.text(max_size=12) | st.sampled_from([" ", "\n", " a", "\x000\x00", "<", "|>", "</s", "▁", "é", "🚠"])
 PLAIN = st.lists(PIECES, max_size=5).map("".join).filter(lambda text: not any(token in text for token in SPECIAL))
 HOSTILE = st.lists(PIECES | st.sampled_from(SPECIAL), max_size=6).map("".join)
@@ -32,11 +34,11 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def special(tokenizer):
-    return read_special(TOKENIZER, tokenizer)
+    return read_special(TOKENIZER, tokenizer, OPEN_ASSISTANT)
 
 
 def encode(tokenizer, special, records, way, size=None):
-    encoder = Encoder(tokenizer, special, size, way)
+    encoder = Encoder(tokenizer, special, OPEN_ASSISTANT, size, way)
     return encoder, encode_each(encoder, records)
 
 
@@ -114,7 +116,7 @@ def byte_level(**flags):
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", "first") if flags.pop("metaspace", False) else None
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens(
-        [AddedToken(name, special=True, normalized=False, **flags) for name in ("</s>", *ROLE_TOKENS)]
+        [AddedToken(name, special=True, normalized=False, **flags) for name in ("</s>", *OPEN_ASSISTANT.added_tokens)]
     )
     return tokenizer
 
@@ -122,9 +124,9 @@ def byte_level(**flags):
 @pytest.mark.parametrize("flags", [{}, {"rstrip": True}, {"lstrip": True}, {"metaspace": True}])
 def test_other_tokenizers_keep_their_ways_around_special_tokens(flags):
     tokenizer = byte_level(**flags)
-    escape = Escape(tokenizer)
+    escape = Escape(tokenizer, OPEN_ASSISTANT)
     talk = Conversation(("ab  b", " ba", "a "), "b a")
-    expected = tokenizer.encode(render(talk, end="</s>")).ids
+    expected = tokenizer.encode(OPEN_ASSISTANT.render(talk, end="</s>")).ids
     assert escape.tokenizer.encode(escape.render(talk, end="</s>")).ids == expected
     end = tokenizer.token_to_id("</s>")
     assert end in tokenizer.encode("</s>").ids
@@ -134,7 +136,7 @@ def test_other_tokenizers_keep_their_ways_around_special_tokens(flags):
 def test_a_tokenizer_that_cannot_be_renamed_is_refused_with_a_way_out():
     tokenizer = byte_level()
     tokenizer.normalizer = normalizers.Replace(Regex("[\ufdd0\ufdd1]"), "")  # the marks
-    Escape(tokenizer)
+    Escape(tokenizer, OPEN_ASSISTANT)
     tokenizer.add_special_tokens([AddedToken("<end>", special=True, normalized=True)])
     with pytest.raises(ConfigError, match="cannot tell its '<end>' from text; use reject or parse"):
-        Escape(tokenizer)
+        Escape(tokenizer, OPEN_ASSISTANT)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from ropeway.models.chat_template import Conversation, to_messages
+from ropeway.models.chat_template import Conversation
 from ropeway.runtime.errors import ConfigError, DataError
 from ropeway.runtime.manifest import NAME as MANIFEST
 from ropeway.runtime.manifest import digest_of, load_manifest
@@ -168,7 +168,7 @@ class Talk:
         return Answer(text, len(said), ended, len(asked) - len(kept))
 
     def _encode(self, turns: Sequence[str]) -> list[int]:
-        messages = to_messages(Conversation(tuple(turns), self.manner.system))
+        messages = Conversation(tuple(turns), self.manner.system).to_messages()
         ids: list[int] = self._tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_dict=False
         )

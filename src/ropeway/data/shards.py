@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ropeway.models.chat_template import Speaker
 from ropeway.runtime.manifest import digest_of, load_manifest
 
 FORMAT = 1
@@ -29,9 +30,9 @@ REMEDY = "Run `dvc checkout`, or `dvc repro prepare` to make it again"
 class Kind(IntEnum):
     """Who said a token; the loss mask is a function of it."""
 
-    BEFORE = 0  # BOS and the system message
-    PROMPTER = 1
-    ASSISTANT = 2
+    BEFORE = Speaker.NOBODY  # BOS and the system message
+    PROMPTER = Speaker.USER
+    ASSISTANT = Speaker.ASSISTANT
     DOCUMENT = 3
     DOCUMENT_END = 4  # the last token of a document's last chunk
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from ropeway.models.chat_template import JINJA, ROLE_TOKENS
+from ropeway.models.chat_template import FILE as TEMPLATE_FILE
+from ropeway.models.chat_template import ChatTemplate
 from ropeway.runtime.errors import ConfigError
 from ropeway.runtime.manifest import write_json
 
@@ -58,15 +59,17 @@ def read_special_names(folder: Path) -> dict[str, str]:
     return {short: text["content"] if isinstance(text, dict) else text for short, text in named.items() if text}
 
 
-def read_special(folder: Path, tokenizer: Tokenizer) -> dict[str, int]:
-    """Return the ids of `bos`, `eos`, `pad` and of every role token by its text: never assumed, always read.
+def read_special(folder: Path, tokenizer: Tokenizer, template: ChatTemplate) -> dict[str, int]:
+    """Return the ids of `bos`, `eos`, `pad` and of the template's tokens by their text: never assumed, always read.
 
     Raises:
         ConfigError: A token is not in the vocabulary.
     """
     names = {short: text for short, text in read_special_names(folder).items() if short != "unk"}
-    ids = {short: tokenizer.token_to_id(text) for short, text in (names | {t: t for t in ROLE_TOKENS}).items()}
-    if missing := [name for name in ("bos", "eos", "pad", *ROLE_TOKENS) if ids.get(name) is None]:
+    ids = {
+        short: tokenizer.token_to_id(text) for short, text in (names | {t: t for t in template.added_tokens}).items()
+    }
+    if missing := [name for name in ("bos", "eos", "pad", *template.added_tokens) if ids.get(name) is None]:
         raise ConfigError(f"{folder}: its tokenizer has no {', '.join(missing)}; `dvc repro base` adds them")
     return {short: number for short, number in ids.items() if number is not None}
 
@@ -121,8 +124,8 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
     return llama_tokenizer(learned["vocab"], merges)
 
 
-def prepare_tokenizer(tokenizer: Tokenizer, names: dict[str, str]) -> None:
-    """Add the role tokens that are missing, in fixed order, and have `<s>` put in front of every text.
+def prepare_tokenizer(tokenizer: Tokenizer, names: dict[str, str], template: ChatTemplate) -> None:
+    """Add the template's tokens that are missing, in fixed order, and have `<s>` put in front of every text.
 
     A tokenizer that puts no BOS in front (GPT-2's type) gets it: training, template and evaluation all count on it.
 
@@ -130,12 +133,14 @@ def prepare_tokenizer(tokenizer: Tokenizer, names: dict[str, str]) -> None:
         ConfigError: The tokenizer names no BOS or no end token.
     """
     bos, _ = (_require(tokenizer, names, name) for name in ("bos", "eos"))
-    tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in ROLE_TOKENS])
+    tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in template.added_tokens])
     if tokenizer.encode("a").ids[:1] != [bos]:
         tokenizer.post_processor = _bos_in_front(names["bos"], bos)
 
 
-def write_tokenizer(folder: Path, tokenizer: Tokenizer, names: dict[str, str], *, max_length: int) -> None:
+def write_tokenizer(
+    folder: Path, tokenizer: Tokenizer, names: dict[str, str], template: ChatTemplate, *, max_length: int
+) -> None:
     """Write the folder that `PreTrainedTokenizerFast` and `AutoTokenizer` open with the same ids as `open_tokenizer`.
 
     Padding is `eos`, on the right, as in the original; the template stands in both places where readers look.
@@ -145,8 +150,8 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, names: dict[str, str], *
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **named,
-        "additional_special_tokens": list(ROLE_TOKENS),
-        "chat_template": JINJA,
+        "additional_special_tokens": list(template.added_tokens),
+        "chat_template": template.jinja,
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": max_length,
@@ -157,7 +162,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, names: dict[str, str], *
     write_json(
         folder / "special_tokens_map.json", {**named, "additional_special_tokens": config["additional_special_tokens"]}
     )
-    (folder / "chat_template.jinja").write_text(JINJA, encoding="utf-8")
+    (folder / TEMPLATE_FILE).write_text(template.jinja, encoding="utf-8")
 
 
 def _require(tokenizer: Tokenizer, names: dict[str, str], name: str) -> int:

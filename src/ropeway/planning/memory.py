@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ropeway.config.params import Profile
 from ropeway.config.zero import PARTITIONED_STAGE, Zero
 from ropeway.models.architectures import HEAD_LAYER
-from ropeway.models.chat_template import ROLE_TOKENS
+from ropeway.models.chat_template import choose_template
 
 DTYPE_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 FP32 = 4
@@ -49,7 +49,7 @@ class Sizes:
             layers=shape.num_hidden_layers,
             heads=shape.num_attention_heads,
             key_value_heads=shape.num_key_value_heads,
-            vocabulary=-(-(shape.vocab_size + len(ROLE_TOKENS)) // multiple) * multiple,
+            vocabulary=-(-(shape.vocab_size + len(choose_template().added_tokens)) // multiple) * multiple,
             tied=shape.tie_word_embeddings,
         )
 

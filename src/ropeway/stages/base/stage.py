@@ -14,7 +14,7 @@ from ropeway.config.frozen import FrozenInputs
 from ropeway.config.params import GgufBase, HubBase, ModelShape, Profile, ScratchBase
 from ropeway.data.raw_records import iterate_records, iterate_texts
 from ropeway.models.architectures import check_architecture
-from ropeway.models.chat_template import template_digest
+from ropeway.models.chat_template import choose_template
 from ropeway.models.open_model import (
     create_model,
     measure_frequencies,
@@ -54,15 +54,16 @@ def run(workspace: Workspace, profile: Profile) -> None:
     with whole_folder(workspace.base) as folder:
         origin, options = _locate_origin(workspace.root, profile)
         tokenizer, names = _open_or_train_tokenizer(workspace, profile, origin, options)
-        prepare_tokenizer(tokenizer, names)
-        write_tokenizer(folder, tokenizer, names, max_length=profile.max_length)
+        template = choose_template()
+        prepare_tokenizer(tokenizer, names, template)
+        write_tokenizer(folder, tokenizer, names, template, max_length=profile.max_length)
         rows = plan_vocabulary(count_tokens(tokenizer), profile.pad_vocab_to_multiple_of)
         if origin is None:
             model, rope = make_model(profile, rows=rows)
         else:
             model, rope = open_model(origin, options, profile)
             resize(model, rows=rows, new_rows=profile.new_rows, seed=profile.rng_seed)
-        special = read_special(folder, tokenizer)
+        special = read_special(folder, tokenizer, template)
         _save(model, folder, special)
         parameters = sum(part.numel() for part in model.parameters())
         stated = {
@@ -77,7 +78,7 @@ def run(workspace: Workspace, profile: Profile) -> None:
             "model": stated,
             "rope": rope.to_json(),
             "tokenizer": file_sha256(folder / "tokenizer.json"),
-            "template": template_digest(),
+            "template": template.digest,
             "special": special,
             "parameters": parameters,
         }

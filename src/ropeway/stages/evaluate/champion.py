@@ -38,7 +38,7 @@ def measure_champion(workspace: Workspace, profile: Profile, folder: Path, out: 
         TemporaryError: As in `measure_folder`.
     """
     shards = open_shards(workspace.data)
-    check_template(folder)
+    check_template(folder, shards)
     tokenizer = file_sha256(folder / "tokenizer.json")
     with tempfile.TemporaryDirectory() as scratch:
         asked = Asked(shards, profile)

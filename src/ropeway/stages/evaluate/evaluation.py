@@ -11,7 +11,7 @@ from ropeway.config.frozen import FrozenInputs
 from ropeway.config.params import Profile
 from ropeway.data.batches import collate
 from ropeway.data.shards import Shards, open_shards
-from ropeway.models.chat_template import template_digest
+from ropeway.models.chat_template import open_template
 from ropeway.runtime.manifest import digest_of, load_manifest, write_json
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.evaluate import passkey, positions
@@ -83,10 +83,10 @@ def check_request(workspace: Workspace, profile: Profile) -> None:
     """Raise what would end this stage whatever the model: faults of params, prompts, tasks, tokenizer and data."""
     prompts, asked = plan_report(workspace, profile)
     check_supervised(asked.shards, profile)
-    tokenizer = open_tokenizer(workspace.base)
-    encode_prompt(tokenizer, prompts[0])
+    tokenizer, template = open_tokenizer(workspace.base), open_template(workspace.base)
+    encode_prompt(tokenizer, template, prompts[0])
     for question in asked.questions[:1]:  # the shortest
-        passkey.encode_question(tokenizer, question)
+        passkey.encode_question(tokenizer, template, question)
 
 
 def measure_both(workspace: Workspace, asked: Asked) -> dict[str, Found]:
@@ -113,7 +113,7 @@ def write_samples(
         "config": asked.profile.evaluation.sampling,
         "max_new_tokens": asked.profile.evaluation.max_new_tokens,
         "rng_seed": asked.profile.rng_seed,
-        "template": template_digest(),
+        "template": open_template(workspace.model).digest,
     }
     name = f"{workspace.profile}-{trained['steps']}"
     report = report_samples(name, prompts, asked.configurations, answers, args)

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ropeway.config.params import Profile
 from ropeway.data.shards import Shards
+from ropeway.models.chat_template import open_template
 from ropeway.stages.evaluate.evaluation_workers import Cards, Share, gather, share_out
 from ropeway.stages.evaluate.opening import MEASURED_ON_ONE, SAMPLED_ON_ONE, open_model, threads_for
 from ropeway.stages.evaluate.passkey import Answered, Question, ask
@@ -100,13 +101,14 @@ def measure_folder(folder: Path, like: Path, asked: Asked, *, cards: Cards, name
 def measure_share(folder: Path, like: Path, asked: Asked, share: Share) -> Part:
     """Open a model, measure it on a share of what is asked and let it go."""
     model, tokenizer = open_model(folder, like=like)
+    template = open_template(folder)
     wanted, seed = asked.profile.evaluation, asked.profile.rng_seed
     with threads_for(model, one_below=MEASURED_ON_ONE):
         batches = sum_batches(model, asked.shards, asked.profile, share=share)
         positions = sum_positions(model, asked.long_rows, wanted.positions, share=share)
     with threads_for(model, one_below=SAMPLED_ON_ONE):
-        keys = ask(model, tokenizer, share.of(asked.questions), seed=seed)
-        answers = sample(model, tokenizer, share.of(asked.draws), asked.configurations, seed=seed)
+        keys = ask(model, tokenizer, template, share.of(asked.questions), seed=seed)
+        answers = sample(model, tokenizer, template, share.of(asked.draws), asked.configurations, seed=seed)
         tasks = ask_harness(model, tokenizer, asked, share)
     return Part(batches, positions, keys, answers, tasks)
 

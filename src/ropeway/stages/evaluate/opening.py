@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -11,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from ropeway.data.shards import Shards
-from ropeway.models.chat_template import JINJA, template_digest
+from ropeway.models.chat_template import open_template
 from ropeway.models.open_model import open_folder, read_config
 from ropeway.runtime.errors import DataError
 from ropeway.runtime.manifest import file_sha256
@@ -69,20 +68,14 @@ def check_data(folder: Path, shards: Shards) -> None:
     if (found := file_sha256(tokenizer)) != made_with["tokenizer"]:
         wanted = made_with["tokenizer"]
         raise DataError(f"{tokenizer}: sha256 is {found[:12]}…, the data was made with {wanted[:12]}…. {_REMEDY}")
-    if (found := template_digest()) != made_with["template"]:
-        raise DataError(
-            f"the data was made with template {made_with['template'][:12]}…, this code's is {found[:12]}…. {_REMEDY}"
-        )
-    check_template(folder)
+    check_template(folder, shards)
 
 
-def check_template(folder: Path) -> None:
-    """Raise DataError unless a folder's chat template is this code's."""
-    template = folder / "chat_template.jinja"
-    text = template.read_text(encoding="utf-8") if template.is_file() else "(no such file)"
-    if text != JINJA:
-        place = next(at for at, pair in enumerate(zip_longest(text, JINJA)) if pair[0] != pair[1])
+def check_template(folder: Path, shards: Shards) -> None:
+    """Raise DataError unless a folder's chat template is the one the data was made with."""
+    template, made_with = open_template(folder), str(shards.manifest["template"])
+    if template.digest != made_with:
         raise DataError(
-            f"{template}: differs from the template of data and training at character {place}: expected "
-            f"{JINJA[place : place + 30]!r}, found {text[place : place + 30]!r}. {_REMEDY}"
+            f"{folder}: its template {template.name} ({template.digest[:12]}…) is not the data's ({made_with[:12]}…). "
+            f"{_REMEDY}"
         )

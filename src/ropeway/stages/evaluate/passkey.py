@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ropeway.config.params import Passkey
-from ropeway.models.chat_template import render_prompt
+from ropeway.models.chat_template import ChatTemplate
 from ropeway.runtime.errors import ConfigError
 from ropeway.stages.evaluate.samples import answer
 
@@ -82,7 +82,12 @@ def _draw_key(seed: str) -> str:
 
 
 def ask(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], *, seed: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate,
+    questions: Sequence[Question],
+    *,
+    seed: int,
 ) -> list[Answered]:
     """Return the model's answer to every question.
 
@@ -91,12 +96,12 @@ def ask(
     """
     found = []
     for question in questions:
-        ids = encode_question(tokenizer, question)
+        ids = encode_question(tokenizer, template, question)
         found.append(Answered(question, len(ids), answer(model, tokenizer, ids, _GREEDY, seed=seed)))
     return found
 
 
-def encode_question(tokenizer: PreTrainedTokenizerBase, question: Question) -> list[int]:
+def encode_question(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, question: Question) -> list[int]:
     """Return the question's ids with as much filler as its length leaves room for.
 
     Raises:
@@ -106,7 +111,7 @@ def encode_question(tokenizer: PreTrainedTokenizerBase, question: Question) -> l
     def encode(fillers: int) -> list[int]:
         before = round(question.depth * fillers)
         body = _FILLER * before + _KEY.format(key=question.key) + _FILLER * (fillers - before)
-        prompt = render_prompt([_INTRODUCTION + body + _QUESTION], end=tokenizer.eos_token) + _OPENING
+        prompt = template.render_prompt([_INTRODUCTION + body + _QUESTION], end=tokenizer.eos_token) + _OPENING
         ids: list[int] = tokenizer(prompt, verbose=False)["input_ids"]  # beyond max_length on purpose
         return ids
 

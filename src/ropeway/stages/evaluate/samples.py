@@ -12,19 +12,19 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ropeway.models.chat_template import render_prompt
+from ropeway.models.chat_template import ChatTemplate
 from ropeway.models.open_model import rope_of
 from ropeway.runtime.errors import DataError
 from ropeway.stages.evaluate.sampling import Configurations
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, prompt: str) -> list[int]:
     """Return the ids a model is asked to continue: BOS once, the prompt, an open assistant turn.
 
     Raises:
         DataError: The tokenizer has a BOS and does not put exactly one in front, as it did in training.
     """
-    ids: list[int] = tokenizer(render_prompt([prompt], end=tokenizer.eos_token))["input_ids"]
+    ids: list[int] = tokenizer(template.render_prompt([prompt], end=tokenizer.eos_token))["input_ids"]
     bos = tokenizer.bos_token_id
     if bos is not None and (ids[0] != bos or ids.count(bos) != 1):
         raise DataError(
@@ -73,6 +73,7 @@ def plan_draws(prompts: Sequence[str], configurations: Configurations) -> list[t
 def sample(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate,
     draws: Sequence[tuple[str, str]],
     configurations: Configurations,
     *,
@@ -87,7 +88,7 @@ def sample(
         answer(
             model,
             tokenizer,
-            encode_prompt(tokenizer, prompt),
+            encode_prompt(tokenizer, template, prompt),
             configurations[name],
             seed=derive_seed(seed, name, prompt),
         )

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 from ropeway.config.params import Profile
 from ropeway.data.batches import loss_mask, validation_rows
 from ropeway.data.shards import Kind, Shards, SourceShards, write_shard
+from ropeway.models.chat_template import open_template
 from ropeway.models.tokenizer import count_tokens, open_tokenizer, read_special, token_text
 
 _CUT_CHARACTER = "\ufffd"  # what is decoded of a character whose last bytes lie behind the row's end
@@ -95,7 +96,7 @@ def translate(shards: Shards, profile: Profile, folder: Path, other: Path, out: 
         ConfigError: The other tokenizer lacks a special token of the template.
     """
     tokenizer = open_tokenizer(other)
-    special = read_special(other, tokenizer)
+    special = read_special(other, tokenizer, open_template(other))
     rows: list[list[tuple[NDArray[np.int64], NDArray[np.uint8]]]] = [[] for _ in shards.sources]
     encode = _encoder(tokenizer, special)
     for source, row in _read_rows(shards, profile, folder):

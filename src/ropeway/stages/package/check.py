@@ -23,7 +23,8 @@ from transformers import (
 )
 
 from ropeway.models.architectures import class_name
-from ropeway.models.chat_template import ASSISTANT, ROLE_TOKENS
+from ropeway.models.chat_template import FILE as TEMPLATE_FILE
+from ropeway.models.chat_template import find_template
 from ropeway.models.open_model import head_dim, open_reporting, output_head, rotary
 from ropeway.models.rope import scaling_from_json
 from ropeway.runtime.errors import DataError, RopewayError
@@ -96,7 +97,7 @@ def token_faults(tokenizer: PreTrainedTokenizerBase, probe: Probe) -> Iterator[s
     """Yield special tokens with other ids, and texts that are tokenized otherwise."""
     special = probe["special"]
     found = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    found |= {role: tokenizer.convert_tokens_to_ids(role) for role in ROLE_TOKENS}
+    found |= {token: tokenizer.convert_tokens_to_ids(token) for token in special if token not in found}
     for name, number in found.items():
         yield from _differs(f"id of {name}", special[name], number)
     yield from _differs("tokenizer's model_max_length", probe["max_length"], tokenizer.model_max_length)
@@ -108,22 +109,23 @@ def token_faults(tokenizer: PreTrainedTokenizerBase, probe: Probe) -> Iterator[s
 def template_faults(folder: Path, tokenizer: PreTrainedTokenizerBase, probe: Probe) -> Iterator[str]:
     """Yield conversations that the template, in its file or in the config, renders otherwise than training did."""
     key = json.loads((folder / "tokenizer_config.json").read_bytes()).get("chat_template")
-    places = {
-        "chat_template.jinja": (folder / "chat_template.jinja").read_text(encoding="utf-8"),
-        "tokenizer_config": key,
-    }
+    places = {TEMPLATE_FILE: (folder / TEMPLATE_FILE).read_text(encoding="utf-8"), "tokenizer_config": key}
+    known = next(filter(None, map(find_template, filter(None, places.values()))), None)
+    if known is None:
+        yield f"  {' and '.join(places)}: expected a chat template that this version renders, found none"
+    prompt = known.generation_prompt if known else ""
+    special = probe["special"]
+    prompt_ids = [special[prompt]] if prompt in special else tokenizer(prompt, add_special_tokens=False)["input_ids"]
     for place, template in places.items():
         if not template:
             yield f"  {place}: expected the chat template, found none"
         for case in probe["conversations"] if template else []:
-            messages = case["messages"]
-            role = ASSISTANT if messages[-1]["role"] == "user" else ""
-            options = {"chat_template": template, "add_generation_prompt": bool(role)}
-            text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
-            yield from _differs(f"{place}, conversation as text", case["text"] + role, text)
-            ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"]
-            wanted = case["ids"] + ([probe["special"][role]] if role else [])
-            yield from _differs(f"{place}, conversation as ids", wanted, ids)
+            asks = case["messages"][-1]["role"] == "user" and bool(prompt)
+            options = {"chat_template": template, "add_generation_prompt": asks}
+            text = tokenizer.apply_chat_template(case["messages"], tokenize=False, **options)
+            yield from _differs(f"{place}, conversation as text", case["text"] + prompt * asks, text)
+            told = tokenizer.apply_chat_template(case["messages"], tokenize=True, return_dict=True, **options)
+            yield from _differs(f"{place}, conversation as ids", case["ids"] + prompt_ids * asks, told["input_ids"])
 
 
 def weight_faults(folder: Path, probe: Probe) -> Iterator[str]:
@@ -164,7 +166,8 @@ def stop_faults(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prob
         settings.validate(strict=True)  # a later save_pretrained would die of what is wrong here
     except ValueError as error:
         yield f"  generation_config.json: expected settings that go together, found {error}"
-    end, before = probe["special"]["eos"], probe["special"][ROLE_TOKENS[-1]]
+    end = probe["special"]["eos"]
+    before = max(set(probe["special"].values()) - {end})
     prompt = torch.tensor([probe["conversations"][0]["ids"]])
     processors = LogitsProcessorList([_Say(prompt.shape[1], [before, end])])
     with torch.inference_mode():

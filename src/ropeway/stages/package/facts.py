@@ -9,7 +9,7 @@ from typing import Any
 
 from ropeway.config.params import Profile
 from ropeway.data.raw_records import iterate_records
-from ropeway.models.chat_template import Conversation, template_digest
+from ropeway.models.chat_template import ChatTemplate, Conversation, open_template
 from ropeway.models.rope import RopeScaling, scaling_from_json
 from ropeway.models.tokenizer import read_special_names
 from ropeway.runtime.errors import DataError
@@ -34,6 +34,7 @@ class Facts:
         max_positions: The base's own context in tokens.
         base_rope: `rope_parameters` under which the base was measured.
         tokenizer: tokenizer.json as the package has it.
+        template: The base's.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Facts:
     max_positions: int
     base_rope: Json
     tokenizer: TokenizerJson
+    template: ChatTemplate
 
     @property
     def steps(self) -> int:
@@ -129,6 +131,7 @@ def load_early_facts(workspace: Workspace, profile: Profile, *, verify: bool = F
         max_positions=int(config["max_position_embeddings"]),
         base_rope=config["rope_parameters"],
         tokenizer=plan_tokenizer(json.loads((workspace.base / "tokenizer.json").read_bytes())),
+        template=open_template(workspace.base),
     )
 
 
@@ -137,9 +140,10 @@ def check_one_run(workspace: Workspace, data: Json, rope: RopeScaling, config: J
     for path in (workspace.base / "tokenizer.json", workspace.model / "tokenizer.json"):
         if (found := file_sha256(path)) != data["tokenizer"]:
             raise DataError(f"{path}: sha256 is {found[:12]}…, the data has {data['tokenizer'][:12]}…. {_REMEDY}")
-    if (found := template_digest()) != data["template"]:
+    if (template := open_template(workspace.model)).digest != data["template"]:
         raise DataError(
-            f"the data was made with template {data['template'][:12]}…, this code's is {found[:12]}…. {_REMEDY}"
+            f"{workspace.model}: its template {template.name} ({template.digest[:12]}…) is not the data's "
+            f"({data['template'][:12]}…). {_REMEDY}"
         )
     if config["rope_parameters"] != rope.to_config():
         raise DataError(

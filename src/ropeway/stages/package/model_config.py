@@ -7,12 +7,10 @@ runs unscaled RoPE in fp32 without a word. 4.31 wants `rope_scaling` to be exact
 from collections.abc import Mapping
 from typing import NotRequired, TypedDict, TypeGuard
 
-from ropeway.models.chat_template import JINJA
+from ropeway.models.chat_template import ChatTemplate
 from ropeway.models.rope import RopeScaling
 
 TORCH_NAMES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
-# The template for loaders that know no {% generation %} (transformers before 4.43, and most servers).
-PLAIN_JINJA = JINJA.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")
 LLAMA_THETA = 10000.0  # the only one that transformers before 4.33 knows
 
 # What a tokenizer config may carry over: loaders disagree on the rest (5.24 writes `extra_special_tokens` as a list,
@@ -58,7 +56,7 @@ def plan_config(
 
 
 def plan_tokenizer_config(
-    trained: Mapping[str, object], *, max_length: int, roles: tuple[str, ...]
+    trained: Mapping[str, object], template: ChatTemplate, *, max_length: int
 ) -> dict[str, object]:
     """Return tokenizer_config.json: a class every version knows, and the template as a key beside its file.
 
@@ -69,13 +67,13 @@ def plan_tokenizer_config(
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **named,
-        "additional_special_tokens": list(roles),
+        "additional_special_tokens": list(template.added_tokens),
         "padding_side": "right",
         "truncation_side": "right",
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_length,
         "model_input_names": ["input_ids", "attention_mask"],
-        "chat_template": PLAIN_JINJA,
+        "chat_template": template.plain_jinja,
     }
 
 

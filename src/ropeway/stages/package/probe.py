@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from ropeway.models.chat_template import ROLE_TOKENS, Conversation, render, to_messages
+from ropeway.models.chat_template import ChatTemplate, Conversation
 from ropeway.models.open_model import DTYPES, open_folder
 from ropeway.models.rope import RopeScaling
 from ropeway.models.tokenizer import open_tokenizer, read_special_names
@@ -60,12 +60,18 @@ class Probe(TypedDict):
 
 
 def plan_probe(
-    tokenizer_folder: Path, *, rope: RopeScaling, special: Mapping[str, int], dtype: str, max_length: int
+    tokenizer_folder: Path,
+    template: ChatTemplate,
+    *,
+    rope: RopeScaling,
+    special: Mapping[str, int],
+    dtype: str,
+    max_length: int,
 ) -> Probe:
     """Return the probe of a run, whose tokenizer is in this folder."""
     tokenizer = open_tokenizer(tokenizer_folder)
     names = read_special_names(tokenizer_folder)
-    texts = (*TEXTS, *(f"{role}{text}" for role in ROLE_TOKENS for text in ("text", " text")))
+    texts = (*TEXTS, *(f"{role}{text}" for role in template.added_tokens for text in ("text", " text")))
     return {
         "format": FORMAT,
         "dtype": dtype,
@@ -75,8 +81,8 @@ def plan_probe(
         "texts": [{"text": text, "ids": tokenizer.encode(text).ids} for text in texts],
         "conversations": [
             {
-                "messages": to_messages(conversation),
-                "text": names["bos"] + (text := render(conversation, end=names["eos"])),
+                "messages": conversation.to_messages(),
+                "text": names["bos"] + (text := template.render(conversation, end=names["eos"])),
                 "ids": tokenizer.encode(text).ids,
             }
             for conversation in CONVERSATIONS

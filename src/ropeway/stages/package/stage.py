@@ -25,7 +25,7 @@ import numpy as np
 from ropeway.config.block import write_blocks
 from ropeway.config.frozen import FrozenInputs
 from ropeway.config.params import Profile
-from ropeway.models.chat_template import JINJA, ROLE_TOKENS
+from ropeway.models.chat_template import FILE as TEMPLATE_FILE
 from ropeway.runtime.errors import DataError
 from ropeway.runtime.manifest import digest_of, file_sha256, whole_folder, write_json, write_manifest
 from ropeway.runtime.workspace import Workspace
@@ -58,7 +58,7 @@ def check_request(workspace: Workspace, profile: Profile) -> None:
         write_blocks(FrozenInputs.load(workspace.root).params_file, workspace.profile, Path(scratch) / "run.yaml")
     plan_card(facts, _params_text(workspace), parameters=0, weights={})
     tokenizer = json.loads((workspace.base / "tokenizer_config.json").read_bytes())
-    plan_special_tokens_map(plan_tokenizer_config(tokenizer, max_length=profile.max_length, roles=ROLE_TOKENS))
+    plan_special_tokens_map(plan_tokenizer_config(tokenizer, facts.template, max_length=profile.max_length))
     _plan_probe(facts, workspace.base)
 
 
@@ -88,6 +88,7 @@ def _plan_probe(facts: Facts, tokenizer_folder: Path) -> Probe:
     profile = facts.profile
     return plan_probe(
         tokenizer_folder,
+        facts.template,
         rope=facts.rope,
         special=facts.special,
         dtype=profile.package.dtype,
@@ -108,7 +109,7 @@ def write_model(facts: Facts, workspace: Workspace, folder: Path) -> Written:
     )
     config = plan_config(trained, rope=facts.rope, dtype=profile.package.dtype, special=facts.special)
     tokenizer = json.loads((source / "tokenizer_config.json").read_bytes())
-    tokenizer = plan_tokenizer_config(tokenizer, max_length=profile.max_length, roles=ROLE_TOKENS)
+    tokenizer = plan_tokenizer_config(tokenizer, facts.template, max_length=profile.max_length)
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", plan_generation_config(facts.special))
     write_json(folder / "tokenizer_config.json", tokenizer)
@@ -116,7 +117,7 @@ def write_model(facts: Facts, workspace: Workspace, folder: Path) -> Written:
     # Not write_json: a vocabulary in the order of its ids is what people expect to read.
     text = json.dumps(facts.tokenizer, ensure_ascii=False, indent=2)
     (folder / "tokenizer.json").write_text(text + "\n", encoding="utf-8")
-    (folder / "chat_template.jinja").write_text(JINJA, encoding="utf-8")
+    (folder / TEMPLATE_FILE).write_text(facts.template.jinja, encoding="utf-8")
     return written
 
 

@@ -18,7 +18,7 @@ from ropeway.data.mixture import SPLIT_SEED, plan_chunks
 from ropeway.data.raw_records import Record, iterate_texts
 from ropeway.data.shards import Kind
 from ropeway.data.text_batches import BATCH_CHARACTERS, count_characters, in_batches
-from ropeway.models.chat_template import ASSISTANT, PROMPTER, Conversation, render
+from ropeway.models.chat_template import ChatTemplate, Conversation
 from ropeway.models.tokenizer import token_text
 from ropeway.stages.tokenize.escape import OWN_MARK, Escape
 
@@ -60,6 +60,7 @@ class Encoder:
 
     tokenizer: Tokenizer
     special: dict[str, int]
+    template: ChatTemplate
     max_chunk_size: int | None
     special_tokens_in_text: Literal["parse", "escape", "reject"]
     kept: int = 0
@@ -74,7 +75,7 @@ class Encoder:
         added = sorted(self.tokenizer.get_added_tokens_decoder().values(), key=lambda token: -len(token.content))
         self.end = token_text(self.tokenizer, self.special["eos"])
         self._parsed = re.compile("|".join(re.escape(token.content) for token in added if token.special))
-        self._escape = Escape(self.tokenizer) if self.special_tokens_in_text == "escape" else None
+        self._escape = Escape(self.tokenizer, self.template) if self.special_tokens_in_text == "escape" else None
 
     def fresh(self) -> Self:
         """Return an encoder that has counted nothing; what takes long to make (a renamed tokenizer) is shared."""
@@ -132,7 +133,7 @@ class Encoder:
     def _texts(self, record: Record) -> list[str]:
         """Return what is tokenized, before escaping: the rendered conversation, or a document's chunks."""
         if isinstance(record, Conversation):
-            return [render(record, end=self.end)]
+            return [self.template.render(record, end=self.end)]
         return [record[begin:end] for begin, end in plan_chunks(len(record), self.max_chunk_size)]
 
     def _tokenize(self, batch: list[Record], texts: list[list[str]]) -> list[Encoding]:
@@ -148,8 +149,7 @@ class Encoder:
         self, tokens: NDArray[np.uint32], lengths: NDArray[np.int32], per_record: NDArray[np.int64], *, is_talk: bool
     ) -> NDArray[np.uint8]:
         if is_talk:
-            roles = {"prompter": self.special[PROMPTER], "assistant": self.special[ASSISTANT]}
-            return conversation_kinds(tokens, lengths, **roles)
+            return self.template.speakers(tokens, lengths, ids=self.special)
         is_last = np.zeros(len(lengths), dtype=np.bool_)
         is_last[np.cumsum(per_record)[per_record > 0] - 1] = True
         return document_kinds(lengths, is_last=is_last)
@@ -159,30 +159,6 @@ def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
     """Yield records of one kind each, about a million characters."""
     for _, alike in groupby(records, key=type):
         yield from in_batches(alike, lambda record: count_characters(iterate_texts(record)), BATCH_CHARACTERS)
-
-
-def conversation_kinds(
-    tokens: NDArray[np.integer[Any]], lengths: NDArray[np.integer[Any]] | None = None, *, prompter: int, assistant: int
-) -> NDArray[np.uint8]:
-    """Return `(T,)` who said each token of conversations laid one after another, each seen from its beginning.
-
-    A turn begins with its role token. Turns are counted, not read: the first is the prompter's, the second the
-    assistant's and so on, whichever role token opens it; what stands before the first is nobody's. Source:
-    Open-Assistant's dialogue collator (July 2023), where a literal role token in a text begins a turn as well.
-
-    Args:
-        tokens: `(T,)`.
-        lengths: `(N,)` tokens of each conversation; None means one.
-        prompter: The role token's id.
-        assistant: Likewise.
-    """
-    turn = np.cumsum((tokens == prompter) | (tokens == assistant), dtype=np.int32)
-    if lengths is not None:
-        ends = np.cumsum(lengths)
-        turn -= np.repeat(np.concatenate(([np.int32(0)], turn))[ends - lengths], lengths)  # of conversations before
-    said = np.where(turn & 1, np.uint8(Kind.PROMPTER), np.uint8(Kind.ASSISTANT))
-    said[turn == 0] = Kind.BEFORE
-    return said
 
 
 def document_kinds(length: int | NDArray[np.integer[Any]], *, is_last: bool | NDArray[np.bool_]) -> NDArray[np.uint8]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from ropeway.models.chat_template import Conversation, render
+from ropeway.models.chat_template import ChatTemplate, Conversation
 from ropeway.runtime.errors import ConfigError
 
 # Noncharacters around the id: Unicode keeps them for a program's own use, so they are in no text meant for exchange.
@@ -26,12 +26,13 @@ class Escape:
         tokenizer: The renamed copy.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate) -> None:
         """Make the copy.
 
         Raises:
             ConfigError: The copy does not give a special token's id for its new name, or not only for it.
         """
+        self._template = template
         state = json.loads(tokenizer.to_str())
         special = [token for token in state["added_tokens"] if token["special"]]
         self._names = {str(token["content"]): f"\ufdd0{token['id']}\ufdd1" for token in special}
@@ -53,10 +54,12 @@ class Escape:
             )
 
     def render(self, conversation: Conversation, *, end: str) -> str:
-        """Return `chat.render`'s string with the template's tokens renamed and the texts as they are."""
+        """Return the template's rendering with the template's tokens renamed and the texts as they are."""
         texts = (*conversation.turns, conversation.system)
         slots = [f"\x00{number}\x00" for number in range(len(texts))]
-        frame = render(Conversation(tuple(slots[:-1]), slots[-1] if conversation.system else ""), end=end)
+        frame = self._template.render(
+            Conversation(tuple(slots[:-1]), slots[-1] if conversation.system else ""), end=end
+        )
         return self._frame.sub(lambda hit: texts[int(hit[1])] if hit[1] else self._names[hit[2]], frame)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from ropeway.config.tokenize_params import TokenizeParams
 from ropeway.data.raw_records import list_groups
 from ropeway.data.shards import FORMAT
-from ropeway.models.chat_template import template_digest
+from ropeway.models.chat_template import open_template
 from ropeway.models.tokenizer import count_tokens, open_tokenizer, read_special
 from ropeway.runtime.manifest import file_sha256, load_manifest, whole_folder, write_manifest
 from ropeway.runtime.workspace import Workspace
@@ -59,12 +59,12 @@ def run(workspace: Workspace, params: TokenizeParams) -> None:
 
 def _describe_tokenizer(workspace: Workspace) -> dict[str, object]:
     """Return what the manifests of tokens and data say beside their sources."""
-    tokenizer = open_tokenizer(workspace.base)
+    tokenizer, template = open_tokenizer(workspace.base), open_template(workspace.base)
     return {
         "format": FORMAT,
-        "special": read_special(workspace.base, tokenizer),
+        "special": read_special(workspace.base, tokenizer, template),
         "tokenizer": file_sha256(workspace.base / "tokenizer.json"),
-        "template": template_digest(),
+        "template": template.digest,
         "vocab_size": count_tokens(tokenizer),
     }
 

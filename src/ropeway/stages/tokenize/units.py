@@ -27,6 +27,7 @@ from ropeway.config.tokenize_params import TokenizeParams
 from ropeway.data.raw_records import Group, Record, iterate_groups
 from ropeway.data.shards import sequence_digest, token_dtype
 from ropeway.data.text_batches import BATCH_CHARACTERS, count_characters, in_batches
+from ropeway.models.chat_template import open_template
 from ropeway.models.tokenizer import count_tokens, open_tokenizer, read_special
 from ropeway.runtime.code_digests import room_digest
 from ropeway.runtime.errors import DataError
@@ -170,9 +171,9 @@ def whole_unit(folder: Path) -> Iterator[Path]:
 
 @lru_cache(maxsize=8)
 def _open_encoder(base: Path, digest: str, recipe: Recipe) -> Encoder:  # noqa: ARG001 - another digest, another encoder
-    tokenizer = open_tokenizer(base)
-    special = read_special(base, tokenizer)
-    return Encoder(tokenizer, special, recipe.max_chunk_size, recipe.special_tokens_in_text)
+    tokenizer, template = open_tokenizer(base), open_template(base)
+    special = read_special(base, tokenizer, template)
+    return Encoder(tokenizer, special, template, recipe.max_chunk_size, recipe.special_tokens_in_text)
 
 
 def _write_fingerprints(folder: Path, records: Sequence[Record], recipe: Recipe) -> None:
