@@ -7,7 +7,7 @@ generator, so no order, worker count or resume can change a row.
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,7 +83,7 @@ def loss_mask(kinds: NDArray[np.uint8], profile: Profile) -> NDArray[np.bool_]:
     return loss_masks(kinds, np.array([len(kinds)]), profile)
 
 
-def loss_masks(kinds: NDArray[np.uint8], lengths: NDArray[np.integer[Any]], profile: Profile) -> NDArray[np.bool_]:
+def loss_masks(kinds: NDArray[np.uint8], lengths: NDArray[np.integer], profile: Profile) -> NDArray[np.bool_]:
     """Return `(T,)` loss masks of sequences that lie one after another, `lengths` tokens each.
 
     `published`: everything but the prompter's turns, hence BOS and the system message too. `answers`: an answer's text
@@ -224,7 +224,7 @@ def _pack(plan: EpochPlan) -> tuple[Row, ...]:
     """Return an epoch's packed rows, shuffled: the packing puts long pieces first."""
     pieces = [piece for index in range(len(plan.order)) for piece in _pieces(plan, *plan.drawn(index))]
     rows = plan_packing([piece.end - piece.begin for piece in pieces], capacity=plan.profile.max_length)
-    generator = random.Random(f"{plan.profile.rng_seed}/packing/{plan.epoch}")  # noqa: S311 - sampling, not secrets
+    generator = random.Random(f"{plan.profile.rng_seed}/packing/{plan.epoch}")
     generator.shuffle(rows)
     return tuple(tuple(pieces[index] for index in row) for row in rows)
 
@@ -265,7 +265,7 @@ def validation_rows(shards: Shards, profile: Profile) -> list[tuple[str, list[Ro
 
 def window_generator(seed: int, epoch: int, source: str, sequence: int) -> random.Random:
     """Return the generator of one sequence's window in one epoch, whoever asks and in whatever order."""
-    return random.Random(f"{seed}/window/{epoch}/{source}/{sequence}")  # noqa: S311 - sampling, not secrets
+    return random.Random(f"{seed}/window/{epoch}/{source}/{sequence}")
 
 
 def locate(sizes: Sequence[int], index: int) -> tuple[int, int]:

@@ -9,7 +9,6 @@ all sources' rows = steps x global batch + left over
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 from ropeway.runtime.errors import DataError
 
@@ -159,7 +158,7 @@ class Ledger:
     sources: tuple[Account, ...]
     epochs: tuple[Epoch, ...]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return what ledger.json holds."""
         return asdict(self)
 

@@ -61,7 +61,7 @@ def describe_base(model: Mapping[str, Any]) -> Origin:
     return Origin("random weights, drawn from rng_seed")
 
 
-def _pin(facts: Any) -> str:  # noqa: ANN401 - JSON
+def _pin(facts: str | Mapping[str, Any]) -> str:
     """Return what pins a file: its sha256, or what its server said of it."""
     if isinstance(facts, str):
         return f"sha256 {facts[:_SHORT]}…"

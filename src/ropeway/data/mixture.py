@@ -70,7 +70,7 @@ def plan_order(sizes: Sequence[int], counts: Sequence[int], *, seed: int, epoch:
 
     Drawn from one generator seeded with seed + epoch: `counts[i]` of source i without replacement, then all shuffled.
     """
-    return draw_order(sizes, counts, generator=random.Random(epoch + seed))  # noqa: S311 - sampling, not secrets
+    return draw_order(sizes, counts, generator=random.Random(epoch + seed))
 
 
 def draw_order(sizes: Sequence[int], counts: Sequence[int], *, generator: random.Random) -> list[int]:

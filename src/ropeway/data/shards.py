@@ -15,7 +15,7 @@ from functools import cached_property
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -119,7 +119,13 @@ def open_shards(folder: Path, *, verify: bool = True) -> Shards:
     return Shards(tuple(_open_source(folder, facts) for facts in manifest["sources"]), manifest)
 
 
-def _open_source(folder: Path, facts: Mapping[str, Any]) -> SourceShards:
+class _Facts(TypedDict):
+    name: str
+    kind: str
+    shard_sequences: list[int]
+
+
+def _open_source(folder: Path, facts: _Facts) -> SourceShards:
     here = folder / facts["name"]
     lengths, train, validation = (
         np.load(here / f"{part}.npy", allow_pickle=False) for part in ("lengths", "train", "validation")
@@ -133,17 +139,17 @@ def token_dtype(vocab_size: int) -> type[np.uint16 | np.uint32]:
 
 
 def write_shard(
-    folder: Path, number: int, sequences: Iterable[tuple[NDArray[Any], NDArray[np.uint8]]], *, vocab_size: int
+    folder: Path, number: int, sequences: Iterable[tuple[NDArray[np.integer], NDArray[np.uint8]]], *, vocab_size: int
 ) -> tuple[int, ...]:
     """Write one shard's tokens and kinds; return the lengths of its sequences."""
     pairs = list(sequences)
-    tokens = np.concatenate([pair[0] for pair in pairs] or [np.empty(0)]).astype(token_dtype(vocab_size))
+    tokens = np.concatenate([pair[0] for pair in pairs] or [np.empty(0, np.uint32)]).astype(token_dtype(vocab_size))
     kinds = np.concatenate([pair[1] for pair in pairs] or [np.empty(0, dtype=np.uint8)]).astype(np.uint8)
     np.save(folder / f"tokens-{number:05d}.npy", tokens, allow_pickle=False)
     np.save(folder / f"kinds-{number:05d}.npy", kinds, allow_pickle=False)
     return tuple(len(pair[0]) for pair in pairs)
 
 
-def sequence_digest(tokens: NDArray[np.integer[Any]], kinds: NDArray[np.uint8]) -> str:
+def sequence_digest(tokens: NDArray[np.integer], kinds: NDArray[np.uint8]) -> str:
     """Return a digest of one sequence, whatever width its tokens are held in."""
     return sha256(tokens.astype("<i8").tobytes() + kinds.tobytes()).hexdigest()

@@ -12,11 +12,11 @@ tokens/<source>/keys.npy, record_keys.npy           uint64 `(N,)`: hashes of a s
 tokens/<source>/exact.npy                           uint64 `(R, 2)`: hash of each kept record's compared texts
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,17 +28,38 @@ COLUMNS = ("lengths", "records", "keys", "record_keys", "exact", "gram_counts") 
 SHARDS = ("tokens", "kinds", "signatures", "grams")
 
 
+class RecordCounts(TypedDict):
+    """What became of a source's records."""
+
+    with_special_tokens: int
+    without_tokens: int
+    refused: dict[str, int]
+    special_token_hits: dict[str, int]
+
+
+class SourceFacts(TypedDict):
+    """A source's entry in the manifest; lists have one item per shard, `ends` the digests of its outer sequences."""
+
+    name: str
+    kind: str
+    tokens: int
+    shard_sequences: list[int]
+    shard_records: list[int]
+    ends: list[list[str]]
+    records: RecordCounts
+
+
 @dataclass(frozen=True, slots=True)
 class TokenizedSource:
     """One source.
 
     Attributes:
         folder: Where its files are.
-        facts: Its entry in the manifest: name, kind, tokens, and by shard `shard_sequences`, `shard_records`, `ends`.
+        facts: Its entry in the manifest.
     """
 
     folder: Path
-    facts: Mapping[str, Any]
+    facts: SourceFacts
 
     @property
     def shard_sequences(self) -> list[int]:

@@ -4,10 +4,10 @@ Stages ask for the parts of a model here: its backbone, its output head, its rot
 accepted is decided in `ropeway.models.architectures`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Protocol, cast
 
 import torch
 import transformers
@@ -20,7 +20,10 @@ from ropeway.models.architectures import ACCEPTED, DEFAULT
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def read_config(folder: Path, options: Mapping[str, Any]) -> PreTrainedConfig:
+LoadingInfo = Mapping[str, Collection[str]]  # of transformers: missing_keys, unexpected_keys
+
+
+def read_config(folder: Path, options: Mapping[str, object]) -> PreTrainedConfig:
     """Return the config of a folder; `options` as `open_checked` takes them."""
     return AutoConfig.from_pretrained(folder, **options)
 
@@ -32,16 +35,16 @@ def open_folder(folder: Path, dtype: torch.dtype, **options: str) -> PreTrainedM
     )
 
 
-def open_reporting(folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
+def open_reporting(folder: Path) -> tuple[PreTrainedModel, LoadingInfo]:
     """Return (model, loading info of transformers) of a folder, as its own config says."""
     options = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
-    opened: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(folder, **options)
+    opened: tuple[PreTrainedModel, LoadingInfo] = AutoModelForCausalLM.from_pretrained(folder, **options)
     return opened
 
 
 def open_original(
-    folder: Path, config: PreTrainedConfig, options: Mapping[str, Any]
-) -> tuple[PreTrainedModel, dict[str, Any]]:
+    folder: Path, config: PreTrainedConfig, options: Mapping[str, object]
+) -> tuple[PreTrainedModel, LoadingInfo]:
     """Return (model in its stored dtype, loading info of transformers) of somebody else's model.
 
     Args:
@@ -49,7 +52,7 @@ def open_original(
         config: Its config, whose architecture is accepted.
         options: `gguf_file`, or nothing.
     """
-    opened: tuple[PreTrainedModel, dict[str, Any]] = model_class(config).from_pretrained(
+    opened: tuple[PreTrainedModel, LoadingInfo] = model_class(config).from_pretrained(
         folder, config=config, dtype="auto", output_loading_info=True, use_safetensors=True, **options
     )
     return opened
@@ -61,7 +64,7 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     return named
 
 
-def create_model(shape: Mapping[str, Any]) -> PreTrainedModel:
+def create_model(shape: Mapping[str, object]) -> PreTrainedModel:
     """Return a model of this shape; its weights are drawn from torch's global generator."""
     config = AutoConfig.for_model(DEFAULT, **shape)
     return model_class(config)(config)
@@ -90,9 +93,21 @@ def output_head(model: PreTrainedModel) -> nn.Linear:
     return head
 
 
-def rotary(model: PreTrainedModel) -> Any:  # noqa: ANN401 - each architecture has a class of its own
-    """Return the live rotary module: it has `inv_freq` and `attention_scaling`."""
-    return backbone(model).rotary_emb
+class Rotary(Protocol):
+    """A live rotary module, of whatever class its architecture has.
+
+    Attributes:
+        inv_freq: `(D/2,)`.
+        attention_scaling: The attention factor.
+    """
+
+    inv_freq: torch.Tensor
+    attention_scaling: float
+
+
+def rotary(model: PreTrainedModel) -> Rotary:
+    """Return the live rotary module."""
+    return cast("Rotary", backbone(model).rotary_emb)
 
 
 def head_dim(config: PreTrainedConfig) -> int:
@@ -107,12 +122,13 @@ def measure_frequencies(config: PreTrainedConfig) -> tuple[float, ...]:
 
 
 @contextmanager
-def rope_of(model: PreTrainedModel, parameters: Mapping[str, Any]) -> Iterator[None]:
+def rope_of(model: PreTrainedModel, parameters: Mapping[str, object]) -> Iterator[None]:
     """Let a model read positions under other `rope_parameters` for a while, frequencies made anew.
 
     The same as loading it with them in its config, without reading the weights again.
     """
-    decoder, before = backbone(model), rotary(model)
+    decoder = backbone(model)
+    before = decoder.rotary_emb
     config = type(model.config).from_dict({**model.config.to_dict(), "rope_parameters": dict(parameters)})
     decoder.rotary_emb = type(before)(config).to(model.device)
     try:

@@ -68,16 +68,16 @@ class RopeScaling(ABC):
     def inv_freq(self, head_dim: int) -> Frequencies:
         """Return `(head_dim / 2,)` fp32 frequencies of the positions the base model knows."""
 
-    def to_config(self) -> dict[str, Any]:
+    def to_config(self) -> dict[str, object]:
         """Return the full `rope_parameters` that transformers 5 wants; a partial one loses theta there (5.24)."""
         stated = {"rope_type": self.kind, "rope_theta": self.theta, "factor": self.factor}
         return {**stated, "original_max_position_embeddings": self.original, **dict(self.settings)}
 
-    def to_legacy_config(self) -> dict[str, Any] | None:
+    def to_legacy_config(self) -> dict[str, object] | None:
         """Return `rope_scaling` as transformers 4 reads it."""
         return _legacy(self.to_config())
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return what `from_json` reads."""
         return {
             "kind": self.kind,
@@ -116,7 +116,7 @@ class DefaultRope(RopeScaling):
         """Return the base's frequencies."""
         return self._plain(head_dim)
 
-    def to_config(self) -> dict[str, Any]:
+    def to_config(self) -> dict[str, object]:
         """Return type and theta: there is no more."""
         return {"rope_type": self.kind, "rope_theta": self.theta}
 
@@ -134,11 +134,11 @@ class LinearRope(RopeScaling):
         """Return the base's frequencies divided by the factor."""
         return self._plain(head_dim) / np.float32(self.factor)
 
-    def to_config(self) -> dict[str, Any]:
+    def to_config(self) -> dict[str, object]:
         """Return type, theta and factor."""
         return {"rope_type": self.kind, "rope_theta": self.theta, "factor": self.factor}
 
-    def to_legacy_config(self) -> dict[str, Any] | None:
+    def to_legacy_config(self) -> dict[str, object] | None:
         """Return exactly type and a float factor, as 4.31 wants it, which refuses a factor of 1."""
         return None if self.factor == 1 else {"type": self.kind, "factor": self.factor}
 
@@ -169,7 +169,7 @@ class YarnRope(RopeScaling):
         """Source: arXiv:2309.00071, equation 22."""
         return 0.1 * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
 
-    def to_config(self) -> dict[str, Any]:
+    def to_config(self) -> dict[str, object]:
         """Return everything with the attention factor stated."""
         return {**RopeScaling.to_config(self), "attention_factor": self.attention_factor}
 
@@ -274,18 +274,18 @@ class KeptRope(RopeScaling):
         """Return what transformers computed."""
         return np.asarray(self.frequencies[1:], dtype=np.float32)
 
-    def to_config(self) -> dict[str, Any]:
+    def to_config(self) -> dict[str, object]:
         """Return the base's `rope_parameters`."""
-        parameters: dict[str, Any] = json.loads(self.stated)
+        parameters: dict[str, object] = json.loads(self.stated)
         return parameters
 
-    def to_legacy_config(self) -> dict[str, Any] | None:
+    def to_legacy_config(self) -> dict[str, object] | None:
         """Return what transformers 4 reads of the kind."""
         if self.kind in (DefaultRope.kind, LinearRope.kind, DynamicRope.kind):
             return build_scaling(self.kind, self.factor, self.theta, self.original).to_legacy_config()
         return _legacy(self.to_config())
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return what `from_json` reads."""
         own = {"kept": self.stated, "positions": self.positions, "frequencies": list(self.frequencies)}
         return {**RopeScaling.to_json(self), **own}
@@ -345,5 +345,5 @@ def scaling_from_json(stated: Mapping[str, Any]) -> RopeScaling:
     return KeptRope(*scaling, own_kind=stated["kind"], **kept)
 
 
-def _legacy(parameters: Mapping[str, Any]) -> dict[str, Any]:
+def _legacy(parameters: Mapping[str, object]) -> dict[str, object]:
     return {name: value for name, value in parameters.items() if name not in ("rope_theta", "type")}

@@ -131,7 +131,7 @@ def choose_samples(number: int, shards: Shards, profile: Profile, overlong: Piec
     source = shards.sources[number]
     if not len(source.lengths):
         return
-    drawn = random.Random(f"{profile.rng_seed}/report/{source.name}")  # noqa: S311 - sampling, not secrets
+    drawn = random.Random(f"{profile.rng_seed}/report/{source.name}")
     chosen: dict[int, list[str]] = {}
     for why, sequence in (
         ("first", 0),

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from ropeway.runtime.errors import DataError
 
@@ -84,6 +84,14 @@ def iterate_files(folder: Path) -> Iterator[Path]:
     for path in sorted(folder.rglob("*"), key=lambda path: path.relative_to(folder).as_posix()):
         if path.is_file() and path != folder / NAME:
             yield path
+
+
+class FileFacts(TypedDict):
+    """What a manifest says of a file."""
+
+    bytes: int
+    sha256: str
+    rows: NotRequired[int]
 
 
 def write_manifest(folder: Path, facts: Mapping[str, Any], *, rows: Mapping[str, int] | None = None) -> dict[str, Any]:

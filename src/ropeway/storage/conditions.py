@@ -50,7 +50,7 @@ def conditional(request: Callable[[], Any]) -> Any:  # noqa: ANN401 - boto's ans
 
 def wait(attempt: int) -> None:
     """Wait a random while, longer each time, 3 s at most: racers must not meet again."""
-    time.sleep(random.uniform(0, min(3, 0.05 * 2**attempt)))  # noqa: S311 - not a secret
+    time.sleep(random.uniform(0, min(3, 0.05 * 2**attempt)))
 
 
 def check_conditional_put(client: Any, bucket: str, path: str, url: str) -> None:  # noqa: ANN401

@@ -78,7 +78,7 @@ def plan_questions(wanted: Passkey, *, seed: int) -> list[Question]:
 
 
 def _draw_key(seed: str) -> str:
-    return str(random.Random(seed).randint(10_000, 99_999))  # noqa: S311 - sampling, not secrets
+    return str(random.Random(seed).randint(10_000, 99_999))
 
 
 def ask(

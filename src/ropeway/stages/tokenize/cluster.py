@@ -4,12 +4,12 @@ Its workers read raw files and write units by the same paths, so they need this 
 version of the code; both are checked before any work is given out. A worker's threads are its cores.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import Protocol
 from uuid import uuid4
 
 import tokenizers
@@ -22,6 +22,18 @@ PATIENCE_SECONDS = 10.0
 NAME = "ROPEWAY_DASK_SCHEDULER"
 
 
+class Client(Protocol):
+    """What is used of `distributed.Client`, an optional package."""
+
+    status: str
+
+    def run(self, function: Callable[[str], dict[str, str]], argument: str) -> Mapping[str, dict[str, str]]:
+        """Return every worker's answer."""
+
+    def scheduler_info(self, n_workers: int) -> Mapping[str, Mapping[str, object]]:
+        """Return what the scheduler knows, `workers` among it."""
+
+
 @contextmanager
 def open_cluster(address: str, work: Path) -> Iterator[Workforce]:
     """Yield the workers of the cluster at `address`.
@@ -31,18 +43,18 @@ def open_cluster(address: str, work: Path) -> Iterator[Workforce]:
             other files or has another version of the code.
     """
     try:
-        from distributed import Client, KilledWorker
+        import distributed
     except ImportError:
         raise ConfigError(
             f"{NAME} is {address}, but the package `distributed` is not installed; `make setup EXTRAS=cluster` "
             "installs it, or unset the variable to use this machine"
         ) from None
     try:
-        client = Client(address, timeout=PATIENCE_SECONDS)
+        client = distributed.Client(address, timeout=PATIENCE_SECONDS)
     except (OSError, TimeoutError, ValueError) as error:
         raise ConfigError(
             f"{NAME}: no Dask scheduler answers at {address} within {PATIENCE_SECONDS:g} s ({error}); start one "
-            "(`dask scheduler`), mend the address, or unset the variable to use this machine"
+            "(`dask scheduler`), correct the address, or unset the variable to use this machine"
         ) from None
     with client:
         try:
@@ -58,14 +70,14 @@ def open_cluster(address: str, work: Path) -> Iterator[Workforce]:
             yield Workforce(
                 f"the Dask cluster at {address}",
                 executor,
-                (KilledWorker, CancelledError),
+                (distributed.KilledWorker, CancelledError),
                 _Watch(client, address, work),
             )
         finally:
             executor.shutdown(wait=False)
 
 
-def check_workers(client: Any, work: Path) -> None:  # noqa: ANN401 - distributed has no types
+def check_workers(client: Client, work: Path) -> None:
     """Raise ConfigError unless every worker finds a file written here, and has the same code and tokenizers."""
     work.mkdir(parents=True, exist_ok=True)
     token = work / f".{uuid4().hex}.token"
@@ -89,7 +101,7 @@ def check_workers(client: Any, work: Path) -> None:  # noqa: ANN401 - distribute
             )
 
 
-def _make_probe() -> Any:  # noqa: ANN401 - a function
+def _make_probe() -> Callable[[str], dict[str, str]]:
     """Return a function that travels by value, so that a worker without this package can answer, too."""
 
     def probe(path: str) -> dict[str, str]:
@@ -112,7 +124,7 @@ def _make_probe() -> Any:  # noqa: ANN401 - a function
 class _Watch:
     """Sees that the cluster has workers: without any, Dask would wait for new ones for ever."""
 
-    def __init__(self, client: Any, address: str, work: Path) -> None:  # noqa: ANN401
+    def __init__(self, client: Client, address: str, work: Path) -> None:
         self._client, self._address, self._work = client, address, work
         self._seen = monotonic()
 

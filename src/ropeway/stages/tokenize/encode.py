@@ -8,7 +8,7 @@ from copy import copy
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import chain, groupby
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -161,7 +161,7 @@ def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
         yield from in_batches(alike, lambda record: count_characters(iterate_texts(record)), BATCH_CHARACTERS)
 
 
-def document_kinds(length: int | NDArray[np.integer[Any]], *, is_last: bool | NDArray[np.bool_]) -> NDArray[np.uint8]:
+def document_kinds(length: int | NDArray[np.integer], *, is_last: bool | NDArray[np.bool_]) -> NDArray[np.uint8]:
     """Return `(T,)` kinds of a chunk, or of chunks laid one after another; a document's last token is its end.
 
     Args:

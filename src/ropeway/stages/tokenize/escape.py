@@ -2,7 +2,7 @@
 
 import json
 import re
-from typing import Any
+from typing import NotRequired, TypedDict
 
 from tokenizers import Tokenizer
 
@@ -63,11 +63,17 @@ class Escape:
         return self._frame.sub(lambda hit: texts[int(hit[1])] if hit[1] else self._names[hit[2]], frame)
 
 
-def _rename_vocabulary(model: dict[str, Any], names: dict[str, str]) -> None:
+class _Model(TypedDict):
+    vocab: dict[str, int] | list[tuple[str, float]]
+    unk_token: NotRequired[str | None]
+
+
+def _rename_vocabulary(model: _Model, names: dict[str, str]) -> None:
     """Rename special tokens in the model's vocabulary: a mapping, or pairs of piece and score in a Unigram model."""
     if isinstance(model["vocab"], dict):
         model["vocab"] = {names.get(piece, piece): number for piece, number in model["vocab"].items()}
     else:
-        model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
-    if model.get("unk_token") in names:
-        model["unk_token"] = names[model["unk_token"]]
+        model["vocab"] = [(names.get(piece, piece), score) for piece, score in model["vocab"]]
+    unknown = model.get("unk_token")
+    if unknown in names:
+        model["unk_token"] = names[unknown]

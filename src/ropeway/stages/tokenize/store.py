@@ -6,16 +6,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ropeway.data.tokenized import COLUMNS, SHARDS, shard_path
+from ropeway.data.tokenized import COLUMNS, SHARDS, SourceFacts, shard_path
 from ropeway.runtime.errors import DataError, TemporaryError, is_disk_full
-from ropeway.runtime.manifest import link_file, load_manifest
+from ropeway.runtime.manifest import FileFacts, link_file, load_manifest
 from ropeway.stages.tokenize import encode_workers as workers
-from ropeway.stages.tokenize.units import Unit, load_unit, tokenize_unit
+from ropeway.stages.tokenize.units import Unit, UnitFacts, load_unit, tokenize_unit
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Units:
     """
 
     folders: tuple[Path, ...]
-    facts: tuple[dict[str, Any], ...]
+    facts: tuple[UnitFacts, ...]
 
-    def describe(self, name: str, kind: str) -> dict[str, Any]:
+    def describe(self, name: str, kind: str) -> SourceFacts:
         """Return the source's entry in tokens/manifest.json, in the shape `ropeway.data.tokenized` reads."""
         counts = [facts["records"] for facts in self.facts]
         return {
@@ -41,11 +41,10 @@ class Units:
             "shard_records": [count["kept"] for count in counts],
             "ends": [facts["ends"] for facts in self.facts],
             "records": {
-                **{what: sum(count[what] for count in counts) for what in ("with_special_tokens", "without_tokens")},
-                **{
-                    what: dict(sum((Counter(count[what]) for count in counts), Counter()))
-                    for what in ("refused", "special_token_hits")
-                },
+                "with_special_tokens": sum(count["with_special_tokens"] for count in counts),
+                "without_tokens": sum(count["without_tokens"] for count in counts),
+                "refused": dict(sum((Counter(count["refused"]) for count in counts), Counter())),
+                "special_token_hits": dict(sum((Counter(count["special_token_hits"]) for count in counts), Counter())),
             },
         }
 
@@ -58,7 +57,7 @@ class Units:
         for name in COLUMNS:
             np.save(folder / f"{name}.npy", self._column(name), allow_pickle=False)
 
-    def check_placed(self, name: str, files: Mapping[str, Any]) -> None:
+    def check_placed(self, name: str, files: Mapping[str, FileFacts]) -> None:
         """Raise DataError unless the files of tokens' manifest are the bytes that were made."""
         for number, (unit, facts) in enumerate(zip(self.folders, self.facts, strict=True)):
             for part in SHARDS:
@@ -101,7 +100,8 @@ def make_units(planned: Mapping[str, Sequence[Unit]], *, work: Path) -> dict[str
 def _open_units(units: Sequence[Unit]) -> Units:
     folders = tuple(unit.folder for unit in units)
     remedy = "Run `dvc repro tokenize` again"
-    return Units(folders, tuple(load_manifest(folder, remedy=remedy, verify=False) for folder in folders))
+    facts = (load_manifest(folder, remedy=remedy, verify=False) for folder in folders)
+    return Units(folders, tuple(cast("UnitFacts", found) for found in facts))
 
 
 @contextmanager

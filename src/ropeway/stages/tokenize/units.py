@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypedDict, cast
 from uuid import uuid4
 
 import numpy as np
@@ -27,11 +27,12 @@ from ropeway.config.tokenize_params import TokenizeParams
 from ropeway.data.raw_records import Group, Record, iterate_groups
 from ropeway.data.shards import sequence_digest, token_dtype
 from ropeway.data.text_batches import BATCH_CHARACTERS, count_characters, in_batches
+from ropeway.data.tokenized import RecordCounts
 from ropeway.models.chat_template import open_template
 from ropeway.models.tokenizer import count_tokens, open_tokenizer, read_special
 from ropeway.runtime.code_digests import room_digest
 from ropeway.runtime.errors import DataError
-from ropeway.runtime.manifest import digest_of, file_sha256, load_manifest, write_manifest
+from ropeway.runtime.manifest import FileFacts, digest_of, file_sha256, load_manifest, write_manifest
 from ropeway.stages.tokenize.encode import Encoded, Encoder
 from ropeway.stages.tokenize.fingerprints import compared_texts, exact_keys, gather_grams, sequence_texts, sign
 
@@ -111,7 +112,23 @@ def choose_unit_bytes(groups: Sequence[Group], *, at_most: int) -> int:
     return min(at_most, sum(group.text_bytes for group in groups) // _UNITS)
 
 
-def fingerprint(raw_files: Mapping[str, Any], base: Path, recipes: Mapping[str, Recipe]) -> str:
+class UnitCounts(RecordCounts):
+    """What became of a unit's records."""
+
+    kept: int
+
+
+class UnitFacts(TypedDict):
+    """A whole unit's manifest."""
+
+    sequences: int
+    tokens: int
+    ends: list[str]
+    records: UnitCounts
+    files: dict[str, FileFacts]
+
+
+def fingerprint(raw_files: Mapping[str, object], base: Path, recipes: Mapping[str, Recipe]) -> str:
     """Return sixteen digits that change with anything that a unit's bytes depend on."""
     return digest_of(
         {
@@ -130,12 +147,12 @@ def code_digest() -> str:
     return room_digest(Path(ropeway.__file__).parent, "tokenize")
 
 
-def load_unit(folder: Path) -> dict[str, Any] | None:
+def load_unit(folder: Path) -> UnitFacts | None:
     """Return a whole unit's manifest, its files hashed; None when it is to be made, what is left of it removed."""
     if not folder.exists():
         return None
     try:
-        return load_manifest(folder, remedy="It is made again")
+        return cast("UnitFacts", load_manifest(folder, remedy="It is made again"))
     except DataError as error:
         print(f"tokenize: {error}", flush=True)
         shutil.rmtree(folder)
@@ -197,7 +214,7 @@ def _write_fingerprints(folder: Path, records: Sequence[Record], recipe: Recipe)
     np.save(folder / "gram_counts.npy", np.concatenate(counts), allow_pickle=False)
 
 
-def _write_columns(folder: Path, parts: Sequence[Encoded], dtype: type[np.unsignedinteger[Any]]) -> dict[str, Any]:
+def _write_columns(folder: Path, parts: Sequence[Encoded], dtype: type[np.uint16 | np.uint32]) -> dict[str, object]:
     """Write a unit's arrays; return its sizes and the digests of its first and last sequence."""
     empty = Encoded(*(np.empty(0, kind) for kind in ("u4", "u1", "i4", "i8", "u8", "u8")))
     columns = {
@@ -214,7 +231,7 @@ def _write_columns(folder: Path, parts: Sequence[Encoded], dtype: type[np.unsign
     return {"sequences": len(lengths), "tokens": len(tokens), "ends": ends}
 
 
-def _counts(encoder: Encoder) -> dict[str, Any]:
+def _counts(encoder: Encoder) -> UnitCounts:
     return {
         "kept": encoder.kept,
         "without_tokens": encoder.without_tokens,
