@@ -365,7 +365,7 @@ def test_a_disk_that_is_full_leaves_nothing_and_can_be_tried_again(tmp_path, mon
 
     with monkeypatch.context() as patch:
         patch.setattr("pyarrow.parquet.ParquetWriter.write_table", full)
-        with pytest.raises(TemporaryError, match=r"the disk is full .*nothing was left there. Free space and run"):
+        with pytest.raises(TemporaryError, match=r"the disk is full .*nothing was written.*Free space and run"):
             run(tmp_path, "a.jsonl")
     assert [path for path in (tmp_path / "runs").rglob("*") if path.is_file()] == []
     assert run(tmp_path, "a.jsonl")[1] == ["ok"]

@@ -205,7 +205,7 @@ def test_a_full_disk_leaves_no_table_and_keeps_what_is_whole(many, made, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr("numpy.save", save_until_full)
-        with pytest.raises(TemporaryError, match=r"the disk is full \([\d,]+ bytes free\).*whole units are kept in"):
+        with pytest.raises(TemporaryError, match=r"the disk is full.*whole units are kept"):
             run_tokenize(many, profile())
     assert len(made) == 4  # ten arrays each: three whole units, two arrays of the fourth
     assert whole_units(many) == set(made[:3])

@@ -13,7 +13,6 @@ RopewayError            exit 1    something else failed on purpose; the message 
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 
 class RopewayError(Exception):
@@ -53,15 +52,20 @@ class TrainingError(RopewayError):
 
 
 @contextmanager
-def full_disk_explained(folder: Path) -> Iterator[None]:
-    """Turn a full disk under a writer into a TemporaryError; the writer leaves nothing under its final name."""
+def full_disk_explained(where: object, *, kept: str = "nothing was written under its final name") -> Iterator[None]:
+    """Turn a full disk under a writer into a TemporaryError.
+
+    Args:
+        where: What was being written, e.g. a folder.
+        kept: What the same command finds when it is run again.
+    """
     try:
         yield
     except OSError as error:
         if not is_disk_full(error):
             raise
         raise TemporaryError(
-            f"{folder}: the disk is full ({error.strerror}); nothing was left there. Free space and run it again"
+            f"{where}: the disk is full ({error.strerror}); {kept}. Free space and run the same command again"
         ) from error
 
 

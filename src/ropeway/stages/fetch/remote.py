@@ -2,12 +2,12 @@
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-from ropeway.runtime.errors import TemporaryError, is_disk_full
+from ropeway.runtime.errors import TemporaryError, full_disk_explained
 from ropeway.runtime.manifest import digest_of
 
 _BLOCK_BYTES = 1 << 20
@@ -67,7 +67,7 @@ def _append(remote: Remote, partial: Path, start: int) -> None:
     mode = "r+b" if partial.is_file() else "wb"
     with (
         remote.open_from(start) as (stream, begin),
-        _full_disk_explained(remote, partial),
+        full_disk_explained(f"sources: {remote.name}", kept=f"what came so far is kept in {partial.parent}"),
         partial.open(mode) as file,
     ):
         file.truncate(begin)
@@ -83,17 +83,3 @@ def _blocks(stream: Readable, left: int | None) -> Iterator[bytes]:
     while block := stream.read(_BLOCK_BYTES if left is None else min(_BLOCK_BYTES, left)):
         yield block
         left = None if left is None else left - len(block)
-
-
-@contextmanager
-def _full_disk_explained(remote: Remote, partial: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if not is_disk_full(error):
-            raise
-        size = "of unknown size" if remote.size_bytes is None else f"{remote.size_bytes:,} bytes"
-        raise TemporaryError(
-            f"sources: {remote.name} ({size}): the disk of {partial.parent} is full. Free space and run it again: it "
-            "goes on from there"
-        ) from None

@@ -13,9 +13,10 @@ from ropeway.data.raw_records import list_groups
 from ropeway.data.shards import FORMAT
 from ropeway.models.chat_template import open_template
 from ropeway.models.tokenizer import count_tokens, open_tokenizer, read_special
+from ropeway.runtime.errors import full_disk_explained
 from ropeway.runtime.manifest import file_sha256, load_manifest, whole_folder, write_manifest
 from ropeway.runtime.workspace import Workspace
-from ropeway.stages.tokenize.store import disk_may_be_full, make_units
+from ropeway.stages.tokenize.store import make_units
 from ropeway.stages.tokenize.units import (
     UNIT_BYTES,
     Recipe,
@@ -39,7 +40,7 @@ def run(workspace: Workspace, params: TokenizeParams) -> None:
     recipes = plan_recipes(params)
     prefix = f"tokenize-{workspace.profile}"
     work = workspace.work / f"{prefix}-{fingerprint(raw['files'], workspace.base, recipes)}"
-    with disk_may_be_full(work):
+    with full_disk_explained(work, kept="whole units are kept there"):
         made = make_units(_plan(workspace, recipes, work), work=work)
         with whole_folder(workspace.tokens) as folder:
             for name, units in made.items():

@@ -2,8 +2,7 @@
 
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -12,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ropeway.data.tokenized import COLUMNS, SHARDS, SourceFacts, shard_path
-from ropeway.runtime.errors import DataError, TemporaryError, is_disk_full
+from ropeway.runtime.errors import DataError
 from ropeway.runtime.manifest import FileFacts, link_file, load_manifest
 from ropeway.stages.tokenize import encode_workers as workers
 from ropeway.stages.tokenize.units import Unit, UnitFacts, load_unit, tokenize_unit
@@ -102,18 +101,3 @@ def _open_units(units: Sequence[Unit]) -> Units:
     remedy = "Run `dvc repro tokenize` again"
     facts = (load_manifest(folder, remedy=remedy, verify=False) for folder in folders)
     return Units(folders, tuple(cast("UnitFacts", found) for found in facts))
-
-
-@contextmanager
-def disk_may_be_full(work: Path) -> Iterator[None]:
-    """Say what to do when it is."""
-    try:
-        yield
-    except OSError as error:
-        if not is_disk_full(error):
-            raise
-        free = shutil.disk_usage(work).free if work.exists() else 0
-        raise TemporaryError(
-            f"{error.filename or work}: the disk is full ({free:,} bytes free). Make room and run the same command "
-            f"again: whole units are kept in {work}"
-        ) from error
