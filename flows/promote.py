@@ -1,7 +1,6 @@
 """The flows `promote` and `rollback`: an alias moved from Prefect's pages, by the same act as `ropeway registry`."""
 
 from pathlib import Path
-from typing import Any
 
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact
@@ -16,7 +15,9 @@ from ropeway.runtime.workspace import Workspace
 
 
 @flow(name="promote")
-def promote(digest: str, expect: str, by: str, reason: str, alias: str = "production", root: str = ".") -> State[Any]:
+def promote(
+    digest: str, expect: str, by: str, reason: str, alias: str = "production", root: str = "."
+) -> State[object]:
     """Point an alias at a version, if it is where you expect it to be.
 
     Args:
@@ -35,7 +36,7 @@ def promote(digest: str, expect: str, by: str, reason: str, alias: str = "produc
 
 
 @flow(name="rollback")
-def rollback(name: str, expect: str, by: str, reason: str, alias: str = "production", root: str = ".") -> State[Any]:
+def rollback(name: str, expect: str, by: str, reason: str, alias: str = "production", root: str = ".") -> State[object]:
     """Point an alias back at what it pointed to before.
 
     Args:
@@ -55,7 +56,7 @@ def _open(root: str) -> Registry:
     return Registry.open(Workspace(Path(root).resolve(), "").registry_url)
 
 
-def _show(artifact: Artifact, done: Promotion) -> State[Any]:
+def _show(artifact: Artifact, done: Promotion) -> State[object]:
     """Return the state that says where the alias is, and publish its history."""
     rows = [
         {

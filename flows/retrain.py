@@ -4,8 +4,6 @@
 these lines, before `run.publish()`: once the last of them has a result, the process ends within a bounded time.
 """
 
-from typing import Any
-
 from prefect import flow
 from prefect.client.schemas.objects import State
 
@@ -13,7 +11,7 @@ from ropeway.orchestration.prefect_adapter import end_state, name_run, open_run
 
 
 @flow(name="retrain", flow_run_name=name_run, validate_parameters=False)
-def retrain(root: str = ".", profile: str | None = None) -> State[Any]:
+def retrain(root: str = ".", profile: str | None = None) -> State[object]:
     """Train the model that params.yaml describes, if anything it depends on changed, and register it.
 
     Args:

@@ -5,7 +5,7 @@ report compared with is kept as labels of the run, and nothing happens before th
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 from uuid import UUID
 
 from prefect import flow, get_run_logger, runtime, suspend_flow_run
@@ -46,7 +46,7 @@ def _name_run() -> str:
 
 
 @flow(name="review", flow_run_name=_name_run, validate_parameters=False)
-def review(digest: str, root: str = ".", expires_hours: float = EXPIRES_HOURS) -> State[Any]:
+def review(digest: str, root: str = ".", expires_hours: float = EXPIRES_HOURS) -> State[object]:
     """Ask a person whether a version may become production, and do what they say.
 
     Args:

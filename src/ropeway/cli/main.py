@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -124,8 +125,6 @@ def push_hub(
     as_json: JsonOption = False,
 ) -> None:
     """Upload a published version, every byte verified, to the Hugging Face Hub."""
-    from dataclasses import asdict
-
     from ropeway.cli.push_hub import push_hub as share
     from ropeway.cli.registry_commands import open_registry, print_json
 
@@ -205,8 +204,6 @@ def reproduce(
     as_json: JsonOption = False,
 ) -> None:
     """Make a version again from its recorded revision, params and data, and compare the weights byte by byte."""
-    from dataclasses import asdict
-
     from ropeway.cli.registry_commands import open_registry, print_json
     from ropeway.orchestration.reproduce import reproduce as make_again
     from ropeway.runtime.workspace import find_root
@@ -249,14 +246,14 @@ def doctor(
     remote: Annotated[str | None, typer.Option(help="With --fix: where the DVC remote shall be.")] = None,
 ) -> None:
     """Look at everything a run needs and say how to mend what is wrong; ends with 64 if something is."""
-    from ropeway.orchestration.doctor import as_values, draw, examine, mend
+    from ropeway.orchestration.doctor import draw, examine, mend
     from ropeway.runtime.workspace import find_root
 
     root = find_root()
     for words in mend(root, remote) if fix else ():
         typer.echo(words, err=True)
     findings = examine(root)
-    typer.echo(json.dumps(as_values(findings), indent=1) if as_json else draw(findings))
+    typer.echo(json.dumps([asdict(finding) for finding in findings], indent=1) if as_json else draw(findings))
     if any(finding.state == "wrong" for finding in findings):
         raise typer.Exit(ConfigError.exit_code)
 
@@ -271,8 +268,6 @@ def clean(
     as_json: JsonOption = False,
 ) -> None:
     """Show what takes disk and what nothing needs any more: no present result, no version of the registry."""
-    from dataclasses import asdict
-
     from ropeway.orchestration import cleanup as cleaning
     from ropeway.runtime.workspace import find_root
 

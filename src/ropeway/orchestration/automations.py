@@ -3,14 +3,12 @@
 Spoken to over plain HTTP, so that `ropeway server` need not import Prefect. Source of shapes: prefect 3.9.1.
 """
 
-import base64
-import json
 import os
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
+
+import httpx
 
 from ropeway.runtime.errors import ConfigError, TemporaryError
 
@@ -125,19 +123,16 @@ def _save_hook(url: str, hook: str) -> str:
     return str(_ask(url, "POST", "/block_documents/", block)["id"])
 
 
-def _ask(url: str, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:  # noqa: ANN401 - JSON
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(f"{url}{path}", data, {"Content-Type": "application/json"}, method=method)  # noqa: S310 - ours
-    if who := os.environ.get("PREFECT_API_AUTH_STRING") or os.environ.get("PREFECT_SERVER_API_AUTH_STRING"):
-        request.add_header("Authorization", f"Basic {base64.b64encode(who.encode()).decode()}")
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+def _ask(url: str, method: str, path: str, body: Mapping[str, object] | None = None) -> Any:  # noqa: ANN401 - the server's JSON
+    user, _, password = (
+        os.environ.get("PREFECT_API_AUTH_STRING") or os.environ.get("PREFECT_SERVER_API_AUTH_STRING") or ""
+    ).partition(":")
+    auth = (user, password) if user else None
     try:
-        with opener.open(request, timeout=30) as answer:
-            text = answer.read()
-    except urllib.error.HTTPError as error:
-        raise TemporaryError(
-            f"the Prefect server refused {method} {path}: {error.code} {error.read()[:300]!r}"
-        ) from None
-    except OSError as error:
+        answer = httpx.request(method, url + path, json=body, auth=auth, timeout=30, trust_env=False)
+    except httpx.HTTPError as error:
         raise TemporaryError(f"the Prefect server at {url} does not answer ({error})") from None
-    return json.loads(text) if text else None
+    if answer.is_error:
+        said = f"{answer.status_code} {answer.content[:300]!r}"
+        raise TemporaryError(f"the Prefect server refused {method} {path}: {said}")
+    return answer.json() if answer.content else None

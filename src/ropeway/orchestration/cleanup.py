@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ropeway.config.params import load_profiles
 from ropeway.orchestration import dvc_graph as graph
@@ -27,14 +26,7 @@ _MIB = 2**20
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A part of a workspace and what it holds.
-
-    Attributes:
-        name: What it is.
-        path: Where.
-        bytes: Of all its files.
-        rule: What keeps it small.
-    """
+    """A part of a workspace, the bytes of all its files, and the rule that keeps it small."""
 
     name: str
     path: Path
@@ -44,14 +36,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """Something that nothing needs any more.
-
-    Attributes:
-        kind: E.g. `DVC cache`.
-        path: Where.
-        bytes: Of all its files.
-        why: Why it may go.
-    """
+    """Something that nothing needs any more: its kind, e.g. `DVC cache`, the bytes of all its files, why it may go."""
 
     kind: str
     path: Path
@@ -71,14 +56,11 @@ def measure(root: Path) -> list[Place]:
         ("work files", workspace.work, "`ropeway clean`"),
         ("Prefect database", workspace.root / ".prefect", "delete it while no server runs: the runs' pages go with it"),
     )
-    places = [Place(name, path, count_bytes(path), rule) for name, path, rule in parts if path.exists()]
-    places = [_without_wandb(place, places) for place in places]
+    sizes = {name: count_bytes(path) for name, path, _ in parts if path.exists()}
+    if "work files" in sizes:
+        sizes["work files"] -= sizes.get("W&B runs", 0)  # these lie in the same folder
+    places = [Place(name, path, sizes[name], rule) for name, path, rule in parts if name in sizes]
     return sorted(places, key=lambda place: -place.bytes)
-
-
-def _without_wandb(place: Place, places: list[Place]) -> Place:
-    inner = next((other.bytes for other in places if other.name == "W&B runs"), 0)
-    return Place(place.name, place.path, place.bytes - inner, place.rule) if place.name == "work files" else place
 
 
 def say_sizes(root: Path) -> str:
@@ -116,8 +98,7 @@ def plan_clean(root: Path, *, keep: int, unsynced: bool) -> list[Removal]:
         unsynced: W&B runs may go that were not sent to W&B.
 
     Raises:
-        ConfigError: The registry or the DVC workspace cannot be used, so what is needed cannot be known.
-        DataError, RegistryError, TemporaryError: As in reading the registry: likewise.
+        RopewayError: The registry or the DVC workspace cannot be used, so what is needed cannot be known.
     """
     root = root.resolve()
     workspace = Workspace(root, "")
@@ -156,7 +137,7 @@ def plan_cache(root: Path, registry: Registry, *, keep: int) -> Iterator[Removal
 @dataclass(frozen=True, slots=True)
 class _Result:
     path: Path
-    outs: list[dict[str, Any]]
+    outs: list[graph.LockOut]
 
 
 def _read_results(runs: Path) -> Iterator[_Result]:
@@ -165,14 +146,14 @@ def _read_results(runs: Path) -> Iterator[_Result]:
             yield _Result(path, list(graph.parse_lock(path.read_bytes()).get("outs", [])))
 
 
-def _read_lock(root: Path) -> Mapping[str, Any]:
+def _read_lock(root: Path) -> graph.Lock:
     try:
         return graph.parse_lock((root / "dvc.lock").read_bytes())
     except FileNotFoundError:
         return {}
 
 
-def _outs(lock: Mapping[str, Any], *, of: str | None = None) -> Iterator[str]:
+def _outs(lock: graph.Lock, *, of: str | None = None) -> Iterator[str]:
     stages = lock.get("stages") or {}
     if not isinstance(stages, Mapping) or not all(isinstance(stage, Mapping) for stage in stages.values()):
         raise ConfigError("dvc.lock: expected a mapping of stages; `git checkout dvc.lock`, or run `dvc repro`")
@@ -222,16 +203,11 @@ def plan_work(workspace: Workspace, profiles: set[str]) -> Iterator[Removal]:
 def clean(root: Path, *, keep: int, unsynced: bool, without_registry: bool = False) -> list[Removal]:
     """Remove what `plan_clean` finds while no run and no dvc is at work; return it.
 
-    Args:
-        root: The workspace.
-        keep: As in `plan_clean`.
-        unsynced: As in `plan_clean`.
-        without_registry: Nothing was ever published, so there is no registry whose versions need data.
+    `without_registry` says that nothing was ever published, so there is no registry whose versions need data.
 
     Raises:
         RegistryError: There is no registry, and it was not said that there is none.
-        TemporaryError: A run holds the workspace, or a file could not be removed: the same command goes on.
-        ConfigError, DataError, RegistryError: As in `plan_clean`.
+        TemporaryError: A run holds the workspace, or a file could not be removed: the same command continues.
     """
     with workspace_lock(root, command="ropeway clean"), graph.exclusive(root):
         if not without_registry:

@@ -8,10 +8,13 @@ import os
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ropeway.orchestration.prefect_server import apply_settings, page_address, standing_server
 from ropeway.runtime.errors import ConfigError, TemporaryError
+
+if TYPE_CHECKING:
+    from prefect.deployments.runner import RunnerDeployment
 
 CRON = "0 3 * * *"
 
@@ -44,7 +47,7 @@ def serve_flows(root: Path, *, cron: str | None = None) -> None:
     serve(*deployments)
 
 
-def take_over(deployments: list[Any]) -> None:
+def take_over(deployments: "list[RunnerDeployment]") -> None:
     """Let deployments of these names that the server has already start in this process's folder.
 
     What serves a deployment updates it, but not its path (Prefect 3.9.1, `RunnerDeployment._update`); one that

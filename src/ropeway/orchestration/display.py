@@ -1,14 +1,12 @@
-"""What a run is shown on while it goes: the terminal alone here, Prefect's pages in `prefect_flow.py`.
+"""What a run is shown on while it goes: the terminal alone here, Prefect's pages in `prefect_adapter.py`.
 
-`retrain.walk` is the one sequence of steps; a board says where each step, table and report appears, and tries a step
-again that failed for a passing reason.
+A board shows each step, table and report of `sequence.py`, and retries a step that failed for a passing reason.
 """
 
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 from ropeway.orchestration.dvc_stage import Say, StoppedError
 from ropeway.orchestration.run_summary import Result
@@ -24,45 +22,24 @@ class Done:
     Attributes:
         state: A word for it: `Completed`, `Unchanged`, `Restored`, `Published`, `Rejected`.
         words: One sentence for people.
-        value: What later steps need.
     """
 
     state: str
     words: str
-    value: Any = None
 
 
-class Board(Protocol):
-    """Where a run appears."""
+class Board:
+    """Where a run appears: here the terminal alone, which has everything already; a subclass shows it elsewhere too."""
 
-    def step(self, name: str, work: Callable[[Say], Done], *, after: Sequence[str] = ()) -> Done:
-        """Do one step and return how it ended; its errors pass through.
+    def step(self, name: str, work: Callable[[Say], Done], *, after: Sequence[str] = ()) -> Done:  # noqa: ARG002
+        """Do one step and return how it ended, again if its failure may pass; other errors pass through.
 
         Args:
             name: What it is called; each name once in a run.
             work: Does it; may be called again after a TemporaryError. It is given where its lines go beside the
                 terminal.
-            after: The steps it follows, for the picture.
+            after: The steps it follows, for a picture.
         """
-
-    def table(self, key: str, title: str, rows: Sequence[Mapping[str, str]]) -> None:
-        """Show a table."""
-
-    def report(self, key: str, text: str) -> None:
-        """Show a markdown text."""
-
-    def over(self, result: Result) -> None:
-        """Take the run's result: whatever is shown from here on may be cut short."""
-
-    def ask_review(self, digest: str) -> str | None:
-        """Ask for a review of a version where people are asked; return where they answer, or None."""
-
-
-class PlainBoard:
-    """No Prefect: the terminal has everything already."""
-
-    def step(self, name: str, work: Callable[[Say], Done], *, after: Sequence[str] = ()) -> Done:  # noqa: ARG002
-        """Do one step, again if its failure may pass."""
         for _ in range(RETRIES):
             try:
                 return work(lambda _line: None)
@@ -74,16 +51,16 @@ class PlainBoard:
         return work(lambda _line: None)
 
     def table(self, key: str, title: str, rows: Sequence[Mapping[str, str]]) -> None:
-        """Show nothing more."""
+        """Show a table."""
 
     def report(self, key: str, text: str) -> None:
-        """Show nothing more."""
+        """Show a markdown text."""
 
     def over(self, result: Result) -> None:
-        """Bound nothing: no server is waited for."""
+        """Take the run's result: whatever is shown from here on may be cut short."""
 
-    def ask_review(self, digest: str) -> str | None:  # noqa: ARG002
-        """Ask nobody."""
+    def ask_review(self, digest: str) -> str | None:  # noqa: ARG002 - there is nobody to ask
+        """Ask for a review of a version where people are asked; return where they answer, or None."""
         return None
 
 

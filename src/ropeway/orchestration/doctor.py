@@ -7,7 +7,7 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
@@ -34,9 +34,7 @@ class Finding:
     """What one look came to.
 
     Attributes:
-        about: What was looked at.
         state: `ok`; `note`: a run works, but know this; `wrong`: it will fail, or something will be lost.
-        words: What was found.
         fix: What to do; empty where all is well.
     """
 
@@ -48,21 +46,8 @@ class Finding:
 
 def examine(root: Path) -> list[Finding]:
     """Return every finding, in the order in which a run would meet it."""
-    looks = (
-        _python,
-        _compiler,
-        _libraries,
-        _gpus,
-        _params,
-        _disk,
-        _use,
-        _git,
-        _remote,
-        _registry,
-        _prefect,
-        _port,
-        _wandb,
-    )
+    machine = (_python, _compiler, _libraries, _gpus)
+    looks = (*machine, _params, _disk, _use, _git, _remote, _registry, _prefect, _port, _wandb)
     return [finding for look in looks for finding in _safely(look, root.resolve())]
 
 
@@ -82,9 +67,8 @@ def mend(root: Path, remote: str | None) -> list[str]:
         name, remotes = graph.read_remotes(root)
         done.append(f"DVC remote '{REMOTE}' is {remote}; commit .dvc/config")
     if not name:
-        raise ConfigError(
-            "there is no DVC remote to mend; name one: `ropeway doctor --fix --remote s3://bucket/prefix`"
-        )
+        fix = "name one: `ropeway doctor --fix --remote s3://bucket/prefix`"
+        raise ConfigError(f"there is no DVC remote to fix; {fix}")
     if not remotes[name].get("verify"):
         graph.verify_remote(root, name)
         done.append(f"DVC remote '{name}' verifies what it gives now; commit .dvc/config")
@@ -101,11 +85,6 @@ def draw(findings: list[Finding]) -> str:
         if finding.fix:
             lines.append(f"{'':{width + 9}}-> {finding.fix}")
     return "\n".join(lines)
-
-
-def as_values(findings: list[Finding]) -> list[dict[str, str]]:
-    """Return findings for a program."""
-    return [asdict(finding) for finding in findings]
 
 
 def _safely(look: Callable[[Path], Iterator[Finding]], root: Path) -> Iterator[Finding]:
@@ -225,9 +204,8 @@ def _registry(root: Path) -> Iterator[Finding]:
     if isinstance(store, FileStore) and not store.root.exists():
         above = next(folder for folder in store.root.parents if folder.exists())
         if not os.access(above, os.W_OK):
-            yield Finding(
-                "registry", "wrong", f"{above} cannot be written to", "correct ROPEWAY_REGISTRY or the rights"
-            )
+            words = f"{above} cannot be written to"
+            yield Finding("registry", "wrong", words, "correct ROPEWAY_REGISTRY or the rights")
             return
         with tempfile.TemporaryDirectory(dir=above) as scratch:
             works = _keeps_first(FileStore(Path(scratch)))

@@ -10,11 +10,11 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
@@ -23,6 +23,10 @@ from ropeway.config.frozen import read_version
 from ropeway.config.params import load_profile
 from ropeway.runtime.errors import ConfigError, TemporaryError
 from ropeway.runtime.manifest import file_sha256
+
+if TYPE_CHECKING:  # DVC takes a second to import
+    from dvc.repo import Repo
+    from dvc.stage import PipelineStage
 
 _SHOWN_CHARACTERS = 60
 _SAYS = (
@@ -47,6 +51,27 @@ _HINTS = (
 )
 
 
+class LockOut(TypedDict, total=False):
+    """An output of a stage as dvc.lock and the run-cache name it; a folder's md5 ends in `.dir`."""
+
+    path: str
+    md5: str
+
+
+class LockStage(TypedDict, total=False):
+    """A stage in dvc.lock."""
+
+    deps: list[LockOut]
+    outs: list[LockOut]
+
+
+class Lock(TypedDict, total=False):
+    """What is read of a dvc.lock; an entry of the run-cache has `outs` alone."""
+
+    stages: dict[str, LockStage]
+    outs: list[LockOut]
+
+
 class BusyError(TemporaryError):
     """Another dvc holds DVC's locks, e.g. while it hashes its outputs; a moment later it may not."""
 
@@ -58,7 +83,7 @@ class Stage:
     Attributes:
         name: As DVC addresses it.
         deps: The stages whose outputs it reads, in the graph's order.
-        refreshes: It runs at every start and reads no other stage: it looks at the world, so it goes before the plan.
+        refreshes: It runs at every start and reads no other stage: it fingerprints the inputs, so it precedes the plan.
     """
 
     name: str
@@ -67,23 +92,17 @@ class Stage:
 
 
 @dataclass(frozen=True, slots=True)
-class StagePlan:
+class StagePlan(Stage):
     """What is going to happen to a stage, and why.
 
     Attributes:
-        name: The stage.
         will_run: Whether DVC will be asked to bring it up to date. It may still find nothing to do, when a stage
             above it ran and left the same bytes.
         reasons: Why, in words; for a stage that will not run, why not.
-        deps: As in `Stage`.
-        refreshes: As in `Stage`.
     """
 
-    name: str
     will_run: bool
     reasons: tuple[str, ...]
-    deps: tuple[str, ...]
-    refreshes: bool
 
 
 def load_graph(root: Path) -> list[Stage]:
@@ -114,9 +133,8 @@ def plan(root: Path) -> list[StagePlan]:
                 reasons = _explain(own, status.get(own.addressing, []), root)
                 reasons = reasons or [f"{name} will run" for name in stage.deps if plans[name].will_run]
                 will_run = bool(reasons)
-            plans[stage.name] = StagePlan(
-                stage.name, will_run, tuple(reasons or ["nothing changed"]), stage.deps, stage.refreshes
-            )
+            why = tuple(reasons or ["nothing changed"])
+            plans[stage.name] = StagePlan(stage.name, stage.deps, stage.refreshes, will_run, why)
         return list(plans.values())
 
 
@@ -135,7 +153,7 @@ def has_remote(root: Path) -> bool:
     return bool(name)
 
 
-def read_remotes(root: Path) -> tuple[str | None, dict[str, dict[str, Any]]]:
+def read_remotes(root: Path) -> tuple[str | None, dict[str, dict[str, object]]]:
     """Return the default remote's name, None where there is none, and the settings of each."""
     with _open_repo(root) as repo:
         return repo.config["core"].get("remote"), {name: dict(facts) for name, facts in repo.config["remote"].items()}
@@ -193,14 +211,17 @@ def reproduce_command(name: str, *, anew: bool = False, pull: bool = False) -> l
     return ["dvc", "--wait-for-lock", "repro", *options, "--single-item", name]
 
 
-def parse_lock(data: bytes) -> dict[str, Any]:
+def parse_lock(data: bytes) -> Lock:
     """Return what a dvc.lock says, an empty one nothing; raise ConfigError when it is none."""
     from dvc.utils.serialize import parse_yaml
 
     try:
-        return dict(parse_yaml(data.decode(), "dvc.lock") or {})
+        lock: Lock = parse_yaml(data.decode(), "dvc.lock")
     except Exception as error:  # noqa: BLE001 - DVC's and ruamel's many kinds
         raise ConfigError(f"dvc.lock: cannot be read ({type(error).__name__})") from None
+    if lock and not isinstance(lock, dict):
+        raise ConfigError(f"dvc.lock: cannot be read (expected a mapping, found a {type(lock).__name__})")
+    return lock or {}
 
 
 def cache_folder(root: Path) -> Path:
@@ -253,7 +274,7 @@ def is_hint(line: str) -> bool:
 
 
 @contextmanager
-def _open_repo(root: Path) -> Iterator[Any]:
+def _open_repo(root: Path) -> "Iterator[Repo]":
     from dvc.exceptions import DvcException
     from dvc.lock import LockError
     from dvc.repo import Repo
@@ -268,7 +289,7 @@ def _open_repo(root: Path) -> Iterator[Any]:
         raise ConfigError(f"{root}: DVC cannot read this workspace: {error}{remedy}") from None
 
 
-def _ordered(repo: Any) -> Iterator[tuple[Stage, Any]]:  # noqa: ANN401 - dvc has no types
+def _ordered(repo: "Repo") -> "Iterator[tuple[Stage, PipelineStage]]":
     import networkx as nx
 
     graph = repo.index.graph  # an edge goes from a consumer to its producer
@@ -282,12 +303,12 @@ def _ordered(repo: Any) -> Iterator[tuple[Stage, Any]]:  # noqa: ANN401 - dvc ha
         yield Stage(_address(own), tuple(_address(other) for other in above), refreshes), own
 
 
-def _address(stage: Any) -> str:  # noqa: ANN401
+def _address(stage: "PipelineStage") -> str:
     """Return how a stage is called from the root; `stage.addressing` is as seen from this process's folder."""
     return stage.name if stage.path_in_repo == "dvc.yaml" else f"{stage.path_in_repo}:{stage.name}"
 
 
-def _explain(stage: Any, status: list[Any], root: Path) -> list[str]:  # noqa: ANN401
+def _explain(stage: "PipelineStage", status: Sequence[Any], root: Path) -> list[str]:
     """Return why a stage must run, from DVC's own words for it."""
     if not any(item.hash_info for item in [*stage.deps, *stage.outs]):
         return ["never run"]
@@ -310,7 +331,7 @@ def _explain(stage: Any, status: list[Any], root: Path) -> list[str]:  # noqa: A
     return reasons
 
 
-def _other_profile(stage: Any, root: Path) -> str | None:  # noqa: ANN401
+def _other_profile(stage: "PipelineStage", root: Path) -> str | None:
     """Return the profile that dvc.lock records of a stage, if it is another one than now and still known."""
     for dep in stage.deps:
         place = _place(str(dep), root)
@@ -321,7 +342,7 @@ def _other_profile(stage: Any, root: Path) -> str | None:  # noqa: ANN401
     return None
 
 
-def _explain_dep(stage: Any, path: str, change: str, root: Path) -> list[str]:  # noqa: ANN401
+def _explain_dep(stage: "PipelineStage", path: str, change: str, root: Path) -> list[str]:
     """Return what changed in a dependency: of the frozen inputs the values, of anything else that it changed."""
     place = _place(path, root)
     folder, _, name = place.rpartition("/")
@@ -331,7 +352,7 @@ def _explain_dep(stage: Any, path: str, change: str, root: Path) -> list[str]:  
     return [f"{place} {_word(change)}"]
 
 
-def describe_change(name: str, old: Any, new: Any) -> list[str]:  # noqa: ANN401 - JSON
+def describe_change(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Return what is different in one of the frozen inputs, e.g. `learning_rate: 0.002 -> 0.003`.
 
     >>> describe_change("params-train", {"params": {"stop": {"a": 1}}}, {"params": {"stop": {"a": 2}}})
@@ -340,29 +361,27 @@ def describe_change(name: str, old: Any, new: Any) -> list[str]:  # noqa: ANN401
     ['code of train.loss changed']
     """
     if name.startswith("params-"):
-        before, after = (
-            {leaf: value for key in facts["params"] for leaf, value in _leaves(key, facts["params"][key])}
-            for facts in (old, new)
-        )
-        pairs = ((leaf, before.get(leaf), after.get(leaf)) for leaf in dict.fromkeys([*before, *after]))
-        return [f"{leaf}: {_shown(then)} -> {_shown(now)}" for leaf, then, now in pairs if then != now]
+        return list(_changed_leaves(old["params"], new["params"]))
     keys = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
     what = "code of " if name.startswith("code-") else {"sources": "source ", "base": "base: "}.get(name, "")
     return [f"{what}{key} changed" for key in keys]
 
 
-def _explain_params(stage: Any, path: str, changes: Mapping[str, str]) -> Iterator[str]:  # noqa: ANN401
+def _explain_params(stage: "PipelineStage", path: str, changes: Mapping[str, str]) -> Iterator[str]:
     """Yield `key: old -> new` for each changed parameter, a nested one by its changed leaf."""
     dep = next(dep for dep in stage.deps if hasattr(dep, "read_params") and str(dep) == path)
     before, after = dep.hash_info.value or {}, dep.read_params()
-    for key in changes:
-        old, new = dict(_leaves(key, before.get(key))), dict(_leaves(key, after.get(key)))
-        for leaf in dict.fromkeys([*old, *new]):
-            if old.get(leaf) != new.get(leaf):
-                yield f"{leaf}: {_shown(old.get(leaf))} -> {_shown(new.get(leaf))}"
+    yield from _changed_leaves(*({key: side.get(key) for key in changes} for side in (before, after)))
 
 
-def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:  # noqa: ANN401
+def _changed_leaves(old: Mapping[str, object], new: Mapping[str, object]) -> Iterator[str]:
+    before, after = (dict(leaf for key in side for leaf in _leaves(key, side[key])) for side in (old, new))
+    for leaf in dict.fromkeys([*before, *after]):
+        if before.get(leaf) != after.get(leaf):
+            yield f"{leaf}: {_shown(before.get(leaf))} -> {_shown(after.get(leaf))}"
+
+
+def _leaves(key: str, value: object) -> Iterator[tuple[str, object]]:
     if isinstance(value, Mapping) and value:
         for name, inner in value.items():
             yield from _leaves(f"{key}.{name}", inner)

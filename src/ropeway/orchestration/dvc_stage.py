@@ -13,12 +13,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from ropeway.orchestration import dvc_graph as graph
 from ropeway.runtime.errors import ConfigError, DataError, RopewayError, TemporaryError
 from ropeway.runtime.lock import Held
-from ropeway.runtime.supervise import GRACE_SECONDS
+from ropeway.runtime.supervise import GRACE_SECONDS, ExitRecord
 from ropeway.runtime.workspace import Workspace
 
 Say = Callable[[str], None]
@@ -119,7 +119,8 @@ def _reproduce(site: Site, name: str, say: Say, *, anew: bool) -> dict[str, int 
 
 def _run(site: Site, name: str, command: list[str], say: Say) -> tuple[int, dict[str, int | None], deque[str]]:
     """Run a command under a supervisor; return its code, what DVC said, and the last lines that are not DVC's."""
-    resumes = (_read_record(site.record(name, "exit")) or {}).get("code") == TemporaryError.exit_code
+    earlier = _read_record(site.record(name, "exit"))
+    resumes = earlier is not None and earlier.get("code") == TemporaryError.exit_code
     for kind in ("exit", "dvc"):
         site.record(name, kind).unlink(missing_ok=True)
     progress_path(site.root, name).unlink(missing_ok=True)  # an earlier start's is not taken for this one's
@@ -222,9 +223,9 @@ def _explain_failure(
     return kind(f"stage {name} {what}; its last lines:\n{quote}\n  full log: {site.log(name)}")
 
 
-def _read_record(path: Path) -> dict[str, Any] | None:
+def _read_record(path: Path) -> ExitRecord | None:
     with suppress(OSError, ValueError):
-        record: dict[str, Any] = json.loads(path.read_bytes())
+        record: ExitRecord = json.loads(path.read_bytes())
         return record
     return None
 

@@ -7,7 +7,6 @@ byte of the supervised text. Rounding in eval.json (6 digits) is far below any l
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from ropeway.config.params import Gate
 
@@ -31,7 +30,11 @@ class _Finding:
 
 
 def gate(
-    metrics: Mapping[str, Any], champion: Mapping[str, Any] | None, limits: Gate, *, champion_name: str = "the champion"
+    metrics: Mapping[str, object],
+    champion: Mapping[str, object] | None,
+    limits: Gate,
+    *,
+    champion_name: str = "the champion",
 ) -> Verdict:
     """Return whether a model may take the champion's place.
 
@@ -57,7 +60,7 @@ def gate(
             )
         )
     else:
-        sources = list(dict.fromkeys([*metrics.get("sources", {}), *champion.get("sources", {})]))
+        sources = list(dict.fromkeys([*_sources(metrics), *_sources(champion)]))
         allowed = limits.max_loss_increase_nats
         compare = _compare_bytes if _tokenizers_differ(metrics, champion) else _compare_source
         findings += [compare(name, metrics, champion, allowed, champion_name) for name in sources]
@@ -66,7 +69,7 @@ def gate(
     return Verdict(all(finding.holds for finding in findings), tuple(finding.words for finding in findings))
 
 
-def _compare_with_base(metrics: Mapping[str, Any], asked: float) -> _Finding:
+def _compare_with_base(metrics: Mapping[str, object], asked: float) -> _Finding:
     base, tuned = _number(metrics, "mean", "base"), _number(metrics, "mean", "tuned")
     if base is None or tuned is None:
         return _Finding(
@@ -81,7 +84,7 @@ def _compare_with_base(metrics: Mapping[str, Any], asked: float) -> _Finding:
 
 
 def _compare_source(
-    name: str, metrics: Mapping[str, Any], champion: Mapping[str, Any], allowed: float, champion_name: str
+    name: str, metrics: Mapping[str, object], champion: Mapping[str, object], allowed: float, champion_name: str
 ) -> _Finding:
     ours, theirs = (_number(side, "sources", name, "tuned", "loss") for side in (metrics, champion))
     if ours is None or theirs is None:
@@ -95,7 +98,7 @@ def _compare_source(
 
 
 def _compare_bytes(
-    name: str, metrics: Mapping[str, Any], champion: Mapping[str, Any], allowed: float, champion_name: str
+    name: str, metrics: Mapping[str, object], champion: Mapping[str, object], allowed: float, champion_name: str
 ) -> _Finding:
     """Compare across tokenizers; what is allowed a token is spread over this model's bytes a token."""
     ours, theirs = (_number(side, "sources", name, "tuned", "nats_per_byte") for side in (metrics, champion))
@@ -111,15 +114,20 @@ def _compare_bytes(
     return _Finding(holds=change <= per_byte, words=f"{words}worse by {change:.4f}, {sum_}")
 
 
-def _tokenizers_differ(metrics: Mapping[str, Any], champion: Mapping[str, Any]) -> bool:
+def _tokenizers_differ(metrics: Mapping[str, object], champion: Mapping[str, object]) -> bool:
     """Return whether both say their tokenizer and it is not one; older versions do not, and had equal token rows."""
     ours, theirs = metrics.get("tokenizer"), champion.get("tokenizer")
     return bool(ours and theirs and ours != theirs)
 
 
-def _number(metrics: Mapping[str, Any], *keys: str) -> float | None:
+def _sources(metrics: Mapping[str, object]) -> Mapping[str, object]:
+    found = metrics.get("sources")
+    return found if isinstance(found, Mapping) else {}
+
+
+def _number(metrics: Mapping[str, object], *keys: str) -> float | None:
     """Return the finite number under those keys, else None."""
-    found: Any = metrics
+    found: object = metrics
     for key in keys:
         found = found.get(key) if isinstance(found, Mapping) else None
     if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):

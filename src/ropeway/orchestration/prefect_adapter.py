@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import httpx
 from prefect import Flow, runtime, tags, task
@@ -27,7 +26,7 @@ from prefect.states import Completed
 from prefect.tasks import Task
 
 from ropeway.config.params import load_profile
-from ropeway.orchestration.display import RETRIES, Done, may_retry, retry_seconds
+from ropeway.orchestration.display import RETRIES, Board, Done, may_retry, retry_seconds
 from ropeway.orchestration.dvc_stage import Say, log_path, progress_path
 from ropeway.orchestration.prefect_server import outlast_outage, page_address, standing_server
 from ropeway.orchestration.run_page import Bar, PageLog, suspended_on_request
@@ -43,7 +42,7 @@ OnEnd = Callable[[Result | BaseException, str], None]
 _ON_END: ContextVar[OnEnd] = ContextVar("on_end", default=lambda _result, _page: None)
 
 
-def load_flow(root: Path, name: str) -> Flow[..., Any]:
+def load_flow(root: Path, name: str) -> Flow[..., object]:
     """Return the flow `name` of the workspace's own flows/, with whatever its user added to it.
 
     Raises:
@@ -58,7 +57,7 @@ def load_flow(root: Path, name: str) -> Flow[..., Any]:
         raise ConfigError(f"{path}: does not load: {type(error).__name__}: {error}") from error
 
 
-def run_flow(flow: Flow[..., Any], root: Path, profile: str, url: str, on_end: OnEnd) -> tuple[Result, str]:
+def run_flow(flow: Flow[..., object], root: Path, profile: str, url: str, on_end: OnEnd) -> tuple[Result, str]:
     """Run a flow against the server at `url`; return its result and the path of its page.
 
     Args:
@@ -75,7 +74,7 @@ def run_flow(flow: Flow[..., Any], root: Path, profile: str, url: str, on_end: O
     with temporary_settings({PREFECT_API_URL: url}), tags(*describe_run(root, profile)[1]):
         told = _ON_END.set(on_end)
         try:
-            state: State[Any] = flow(str(root), profile, return_state=True)  # type: ignore[assignment]
+            state: State[Result] = flow(str(root), profile, return_state=True)  # type: ignore[assignment]
         finally:
             _ON_END.reset(told)
             # A temporary server ends next: what is still queued here must have reached it.
@@ -115,7 +114,7 @@ def open_run(root: str, profile: str | None) -> Iterator[PipelineRun]:
         _tell_missing(log.close(_FLUSH_SECONDS), folder)
 
 
-def end_state(result: Result) -> State[Any]:
+def end_state(result: Result) -> State[object]:
     """Return the flow's final state: what became of the model, in words."""
     return Completed(name=result.publication.state, message=result.publication.words, data=result)
 
@@ -130,21 +129,21 @@ def _tell_missing(lines: Mapping[str, int], root: Path) -> None:
         )
 
 
-def _passes(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
+def _passes(_task: Task[..., object], _run: TaskRun, state: State[object]) -> bool:
     """Return whether a failed task is worth another try."""
     failure = state.result(raise_on_failure=False)
     return isinstance(failure, BaseException) and may_retry(failure)
 
 
 @task(name="step", cache_policy=NO_CACHE, persist_result=False, retries=RETRIES, retry_condition_fn=_passes)
-def _step(step: str, work: Callable[[], Done]) -> State[Any]:  # noqa: ARG001 - `step` is shown as its parameter
+def _step(step: str, work: Callable[[], Done]) -> object:  # noqa: ARG001 - `step` is shown as its parameter
     done = work()
     # No data: Prefect 3.9.1 draws an edge between tasks whose results share a string, e.g. the word "Completed".
     return Completed(name=done.state, message=done.words)
 
 
 @dataclass
-class PrefectBoard:
+class PrefectBoard(Board):
     """Shows steps as task runs, tables and reports as artifacts.
 
     Attributes:
@@ -156,7 +155,7 @@ class PrefectBoard:
     prefix: str
     root: Path
     log: PageLog
-    _states: dict[str, State[Any]] = field(default_factory=dict)
+    _states: dict[str, State[object]] = field(default_factory=dict)
     _over: bool = False
 
     def step(self, name: str, work: Callable[[Say], Done], *, after: Sequence[str] = ()) -> Done:
@@ -190,7 +189,7 @@ class PrefectBoard:
 
         above = [self._states[other] for other in after if other in self._states]
         outlast_outage(_api())
-        state: State[Any] = run_step(name, keep, return_state=True, wait_for=above)
+        state: State[object] = run_step(name, keep, return_state=True, wait_for=above)
         self._states[name] = state
         state.result()  # raises what the step raised
         return ended[-1]

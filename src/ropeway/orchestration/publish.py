@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ropeway.config.params import Profile
 from ropeway.orchestration.dvc_stage import Say, Site, run_command
@@ -45,7 +44,7 @@ class Publication:
     reviewable: bool = False
 
 
-Measure = Callable[[Version, str], Mapping[str, Any] | None]
+Measure = Callable[[Version, str], Mapping[str, object] | None]
 
 
 def check_publishing(workspace: Workspace) -> None:
@@ -91,7 +90,8 @@ def publish_package(workspace: Workspace, profile: Profile, revision: Revision, 
     done = artifact.publish(
         workspace.package,
         provenance=_provenance(revision, metrics, verdict, label) | {"opponent": dict(opponent or {})},
-        attachments={path.name: path for path in _lineage(workspace) if path.is_file()},
+        # enough to make it again, and how the training went
+        attachments={path.name: path for path in (workspace.root / "dvc.lock", workspace.timings) if path.is_file()},
         pages=workspace.pages if workspace.pages.is_dir() else None,
     )
     digest = done.digest
@@ -137,21 +137,21 @@ def _find_champion(artifact: Artifact) -> tuple[str | None, Version | None]:
     return candidate, artifact.find(champion) if champion else None
 
 
-def _find_metrics(champion: Version, ours: Mapping[str, Any], measure: Measure) -> Mapping[str, Any]:
+def _find_metrics(champion: Version, ours: Mapping[str, object], measure: Measure) -> Mapping[str, object]:
     """Return a champion's metrics on this run's rows: those kept beside it, else measured now, else those on its own.
 
     Only the first two can pass the gate: it looks at the rows again.
     """
-    kept: Mapping[str, Any] = champion.record["provenance"].get("evaluation", {})
+    kept: Mapping[str, object] = champion.record["provenance"].get("evaluation", {})
     rows = ours.get("validation")
-    if not rows or kept.get("validation") == rows:
+    if not isinstance(rows, str) or kept.get("validation") == rows:
         return kept
     return measure(champion, rows) or kept
 
 
 def _provenance(
-    revision: Revision, metrics: Mapping[str, Any], verdict: Verdict, champion: str | None
-) -> dict[str, Any]:
+    revision: Revision, metrics: Mapping[str, object], verdict: Verdict, champion: str | None
+) -> dict[str, object]:
     return {
         "git": revision.commit,
         "dirty": bool(revision.dirty),
@@ -161,12 +161,7 @@ def _provenance(
     }
 
 
-def _lineage(workspace: Workspace) -> list[Path]:
-    """Return what is kept beside the version: enough to make it again, and how the training went."""
-    return [workspace.root / "dvc.lock", workspace.timings]
-
-
-def _read_metrics(path: Path) -> dict[str, Any]:
+def _read_metrics(path: Path) -> dict[str, object]:
     try:
         metrics = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
@@ -185,7 +180,7 @@ def _user() -> str:
 
 def measure_champion(
     site: Site, workspace: Workspace, champion: Version, rows: str, say: Say
-) -> Mapping[str, Any] | None:
+) -> Mapping[str, object] | None:
     """Return the champion's metrics on the rows whose digest is `rows`; None, with the reason said, if it cannot be.
 
     Args:
@@ -207,7 +202,7 @@ def measure_champion(
         if code:
             say(f"{champion} cannot be measured on these rows, so nothing can be said against it or for it")
             return None
-    metrics: Mapping[str, Any] = json.loads(out.read_bytes())
+    metrics: Mapping[str, object] = json.loads(out.read_bytes())
     return metrics
 
 

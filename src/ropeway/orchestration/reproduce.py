@@ -19,7 +19,7 @@ from ropeway.config.params import read_block
 from ropeway.orchestration import dvc_graph as graph
 from ropeway.orchestration.dvc_stage import Say, Site, bring_up, run_command
 from ropeway.orchestration.revision import ask_git
-from ropeway.registry import Version
+from ropeway.registry import Provenance, Version
 from ropeway.registry.core import read_version
 from ropeway.runtime.errors import ConfigError, DataError, RegistryError
 from ropeway.runtime.lock import Held, workspace_lock
@@ -91,7 +91,6 @@ def reproduce(root: Path, version: Version, *, target: Path | None, say: Say) ->
         RegistryError: It was published from a changed tree or without git.
         ConfigError: git does not know the revision, the target is taken, or params there are not the version's.
         DataError: The data can neither be restored nor fetched again with the same digest.
-        RopewayError: A stage failed, as in `bring_up`.
     """
     began = time.monotonic()
     label = str(version)
@@ -106,19 +105,12 @@ def reproduce(root: Path, version: Version, *, target: Path | None, say: Say) ->
         site = Site(site_root, Held(held.handle, {**held.environment, **plan_environment(clone, then)}))
         run_stages(site, root, workspace, version.core.facts["digests"]["raw"], say)
     now = read_now(workspace)
-    changed = tuple(other_weights(then, now))
-    return Reproduction(
-        label,
-        version.digest,
-        str(site_root),
-        "other" if changed else "same",
-        changed,
-        tuple(describe_differences(then, now)),
-        round(time.monotonic() - began, 1),
-    )
+    changed, differences = tuple(other_weights(then, now)), tuple(describe_differences(then, now))
+    weights, seconds = "other" if changed else "same", round(time.monotonic() - began, 1)
+    return Reproduction(label, version.digest, str(site_root), weights, changed, differences, seconds)
 
 
-def check_revision(provenance: Mapping[str, Any], clean_commit: str | None, label: str) -> str:
+def check_revision(provenance: Provenance, clean_commit: str | None, label: str) -> str:
     """Return the commit a version was made from; raise RegistryError when git does not hold all that made it."""
     if clean_commit:
         return clean_commit

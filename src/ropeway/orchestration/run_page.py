@@ -181,7 +181,7 @@ def suspended_on_request() -> Iterator[None]:
     if not runtime.deployment.id:  # Prefect suspends no other run: it could not start it again
         yield
         return
-    found: list[State[Any]] = []
+    found: list[State[object]] = []
     done = threading.Event()
     watcher = threading.Thread(target=_watch, args=(runtime.flow_run.id, found, done), daemon=True)
     watcher.start()
@@ -198,7 +198,7 @@ def suspended_on_request() -> Iterator[None]:
         watcher.join()
 
 
-def _watch(flow_run: str, found: list[State[Any]], done: threading.Event) -> None:
+def _watch(flow_run: str, found: list[State[object]], done: threading.Event) -> None:
     while not done.wait(_LOOK_SECONDS):
         with suppress(httpx.HTTPError, PrefectException), get_client(sync_client=True) as client:
             state = client.read_flow_run(UUID(flow_run)).state

@@ -120,7 +120,9 @@ def _count_steps(workspace: Workspace) -> str:
 def _losses(workspace: Workspace) -> list[str]:
     """Return one line per source: loss of base and tuned in nats per supervised token."""
     metrics = _read(workspace.evaluation)
-    pairs = [(name, found["base"]["loss"], found["tuned"]["loss"]) for name, found in _sources(metrics).items()]
+    pairs = [
+        (name, found["base"]["loss"], found["tuned"]["loss"]) for name, found in metrics.get("sources", {}).items()
+    ]
     if mean := metrics.get("mean"):
         pairs.append(("mean", mean["base"], mean["tuned"]))
     width = max((len(name) for name, *_ in pairs), default=0)
@@ -129,7 +131,7 @@ def _losses(workspace: Workspace) -> list[str]:
 
 def _evaluation_rows(workspace: Workspace) -> list[dict[str, str]]:
     rows = []
-    for name, found in _sources(_read(workspace.evaluation)).items():
+    for name, found in _read(workspace.evaluation).get("sources", {}).items():
         row = {"source": plain(name)}
         for metric in ("loss", "perplexity", "accuracy"):
             pair = [found[model].get(metric) for model in ("base", "tuned")]
@@ -137,11 +139,6 @@ def _evaluation_rows(workspace: Workspace) -> list[dict[str, str]]:
                 row[f"{metric}, base → tuned"] = f"{pair[0]:.3f} → {pair[1]:.3f}"
         rows.append(row)
     return rows
-
-
-def _sources(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
-    sources: Mapping[str, Any] = metrics.get("sources", {})
-    return sources
 
 
 def _read(path: Path) -> dict[str, Any]:

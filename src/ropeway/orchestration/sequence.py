@@ -1,4 +1,4 @@
-"""The whole run, in order: pull, look at the world, plan, each stage of dvc.yaml, publish, push.
+"""The whole run, in order: pull, freeze the inputs, plan, each stage of dvc.yaml, publish, push.
 
 DVC decides whether a stage must run, Prefect shows it and tries again what may pass. Nothing here computes anything,
 and no stage is named here: adding one to dvc.yaml changes no Python.
@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -21,10 +21,9 @@ from ropeway.config.frozen import FrozenInputs
 from ropeway.config.params import Profile, load_profile, read_block
 from ropeway.orchestration import dvc_graph as graph
 from ropeway.orchestration import run_summary as summary
-from ropeway.orchestration.display import Board, Done, PlainBoard
-from ropeway.orchestration.dvc_graph import repair_after_kill
+from ropeway.orchestration.display import Board, Done
 from ropeway.orchestration.dvc_stage import Say, Site, bring_up, patiently, run_command
-from ropeway.orchestration.publish import Publication, check_publishing, measure_champion, publish_package
+from ropeway.orchestration.publish import check_publishing, measure_champion, publish_package
 from ropeway.orchestration.revision import Revision, read_revision
 from ropeway.orchestration.run_summary import Result
 from ropeway.planning.plan import plan_run
@@ -103,12 +102,9 @@ def run_retrain(
     name, _ = load_profile(root / "params.yaml", profile)  # fail in the first second, not after the first hour
     with _exit_on_sigterm():
         if use_prefect:
-            from ropeway.orchestration.prefect_server import apply_settings
-
-            apply_settings(root)
             return _run_on_prefect(root, name, ending)
         print("without Prefect: a task that you added to flows/retrain.py does not run", flush=True)
-        result = run_sequence(root, name, PlainBoard())
+        result = run_sequence(root, name, Board())
         summary.print_result(result, None)
         return result
 
@@ -132,8 +128,7 @@ class PipelineRun:
         """Hold the workspace lock."""
         with workspace_lock(self.root, command="ropeway run", profile=self.name) as held:
             choose_profile(self.root, self.name)
-            for line in patiently(partial(repair_after_kill, self.root), print):
-                print(line, flush=True)
+            _repair(self.root)
             self._shared = graph.has_remote(self.root)
             self._site = Site(self.root, held, definition=graph.read_definition(self.root))
             yield
@@ -141,8 +136,7 @@ class PipelineRun:
     def pull(self) -> None:
         """Take what the DVC remote has, if there is one."""
         if self._shared:
-            pulled = _step(self.board, "pull", partial(_pull, self._site)).value
-            self._site = replace(self._site, pulls=bool(pulled))
+            _step(self.board, "pull", self._pull)
 
     def freeze_inputs(self) -> None:
         """Take the digests of all inputs; stages read these copies."""
@@ -174,21 +168,12 @@ class PipelineRun:
     def publish(self) -> None:
         """Register the package as a version, and move `candidate` if the gate passes."""
         read = {dep for plan in self._plans for dep in plan.deps}
-        ends = [plan.name for plan in self._plans if plan.name not in read]
-        work = partial(_publish, self._site, self.workspace, self._params, self._revision)
-
-        def conclude(done: Done) -> None:
-            self._publication: Publication = done.value
-            if not self._shared:  # nothing follows that could fail
-                self.board.over(self._result())
-
-        _step(self.board, "publish", _and_then(work, conclude), after=ends)
+        _step(self.board, "publish", self._publish, after=[plan.name for plan in self._plans if plan.name not in read])
 
     def push(self) -> None:
         """Give the DVC remote what this run made, if there is one."""
         if self._shared:
-            work = _and_then(partial(_push, self._site), lambda _: self.board.over(self._result()))
-            _step(self.board, "push", work, after=["publish"])
+            _step(self.board, "push", self._push, after=["publish"])
 
     def ask_review(self) -> None:
         """Start the review of a published version, where somebody serves reviews."""
@@ -196,6 +181,27 @@ class PipelineRun:
         review = self.board.ask_review(self._publication.digest) if published else None
         self.result = replace(self._result(), review=review)
         self.board.report("result", summary.draw_report(self.result))
+
+    def _pull(self, say: Say) -> Done:
+        # What is missing there is made here, so a remote that lacks something, or is away, stops nothing.
+        code, _ = run_command(self._site, "pull", ["dvc", "pull", "--run-cache", "--allow-missing"], say)
+        self._site = replace(self._site, pulls=not code)
+        return Done("Completed", "the remote gave not everything; going on" if code else "pulled what the remote has")
+
+    def _publish(self, say: Say) -> Done:
+        measure = partial(measure_champion, self._site, self.workspace, say=say)
+        done = self._publication = publish_package(self.workspace, self._params, self._revision, measure)
+        for line in str(done.verdict).splitlines() if done.verdict else ():
+            say(line)
+        if not self._shared:  # nothing follows that could fail
+            self.board.over(self._result())
+        return Done(done.state, done.words)
+
+    def _push(self, say: Say) -> Done:
+        code, _ = run_command(self._site, "push", ["dvc", "push", "--run-cache"], say)
+        self.board.over(self._result())
+        failed, words = "THE REMOTE TOOK NOT EVERYTHING; `dvc push` later", "outputs and run-cache are on the remote"
+        return Done("Completed", failed if code else words)
 
     def _result(self) -> Result:
         seconds, edits = time.monotonic() - self._began, find_edits(self.root, self._frozen)
@@ -214,28 +220,15 @@ def run_sequence(root: Path, profile: str, board: Board) -> Result:
     return run.result
 
 
-def _and_then(work: Callable[[Say], Done], then: Callable[[Done], None]) -> Callable[[Say], Done]:
-    """Return work that tells something of its end, before anybody else hears of it."""
-
-    def both(say: Say) -> Done:
-        done = work(say)
-        then(done)
-        return done
-
-    return both
-
-
 def describe_run(root: Path, profile: str) -> tuple[str, list[str]]:
     """Return a flow run's name and tags: profile, the digest of its params, git revision."""
-    revision, params = (
-        read_revision(root, profile),
-        digest_of(without_secrets(read_block(root / "params.yaml", profile)))[:7],
-    )
+    revision = read_revision(root, profile)
+    params = digest_of(without_secrets(read_block(root / "params.yaml", profile)))[:7]
     tags = [f"profile:{profile}", f"params:{params}", f"git:{str(revision).removesuffix('+')}"]
     return f"{profile}-{params}-{revision}", [*tags, *(["dirty"] if revision.dirty else [])]
 
 
-def _step(board: Board, name: str, work: Callable[[Say], Done], *, after: list[str] | tuple[str, ...] = ()) -> Done:
+def _step(board: Board, name: str, work: Callable[[Say], Done], *, after: Sequence[str] = ()) -> Done:
     """Do one step, shown in the terminal and on the board."""
     began = time.monotonic()
 
@@ -252,6 +245,11 @@ def _step(board: Board, name: str, work: Callable[[Say], Done], *, after: list[s
     return done
 
 
+def _repair(root: Path) -> None:
+    for line in patiently(partial(graph.repair_after_kill, root), print):
+        print(line, flush=True)
+
+
 def _freeze(board: Board, site: Site) -> Revision:
     """Take the digests of all inputs; return the revision that they are of."""
     refreshing = [stage.name for stage in graph.load_graph(site.root) if stage.refreshes]
@@ -261,9 +259,8 @@ def _freeze(board: Board, site: Site) -> Revision:
             _step(board, name, partial(_refresh, site, name))
         if (after := read_revision(site.root)) == before:
             return after
-        print(
-            f"the workspace went from {before} to {after} while its digests were taken; taking them again", flush=True
-        )
+        words = f"the workspace went from {before} to {after} while its digests were taken; taking them again"
+        print(words, flush=True)
 
 
 def find_edits(root: Path, frozen: FrozenInputs) -> tuple[str, ...]:
@@ -300,30 +297,6 @@ def _leave(_site: Site, plan: graph.StagePlan, _say: Say) -> Done:
     return Done("Unchanged", "; ".join(plan.reasons))
 
 
-def _publish(site: Site, workspace: Workspace, params: Profile, revision: Revision, say: Say) -> Done:
-    measure = partial(measure_champion, site, workspace, say=say)
-    publication = publish_package(workspace, params, revision, measure)
-    if publication.verdict:
-        for line in str(publication.verdict).splitlines():
-            say(line)
-    return Done(publication.state, publication.words, publication)
-
-
-def _pull(site: Site, say: Say) -> Done:
-    # What is missing there is made here, so a remote that lacks something, or is away, stops nothing.
-    code, _ = run_command(site, "pull", ["dvc", "pull", "--run-cache", "--allow-missing"], say)
-    words = "pulled what the remote has" if not code else "the remote gave not everything; going on"
-    return Done("Completed", words, not code)
-
-
-def _push(site: Site, say: Say) -> Done:
-    code, _ = run_command(site, "push", ["dvc", "push", "--run-cache"], say)
-    words = (
-        "outputs and run-cache are on the remote" if not code else "THE REMOTE TOOK NOT EVERYTHING; `dvc push` later"
-    )
-    return Done("Completed", words)
-
-
 def _show_plan(board: Board, plans: list[graph.StagePlan]) -> None:
     rows = [
         {"stage": plan.name, "will run": "yes" if plan.will_run else "no", "why": "; ".join(plan.reasons)}
@@ -342,7 +315,7 @@ def _show_ledger(board: Board, workspace: Workspace, *, known: list[dict[str, st
 
 
 def _show_budget(board: Board, workspace: Workspace, params: Profile) -> None:
-    """Say what the run needs before it spends anything. Old data that cannot be read is prepare's to make again."""
+    """Show what the run needs before it spends anything. Old data that cannot be read is prepare's to make again."""
     try:
         text = outline_plan(plan_run(workspace, params, ranks=count_ranks()))
     except DataError as error:
@@ -353,12 +326,12 @@ def _show_budget(board: Board, workspace: Workspace, params: Profile) -> None:
 
 def _run_on_prefect(root: Path, profile: str, ending: Ending) -> Result:
     """Return the result, printed."""
-    from ropeway.orchestration.prefect_server import await_server, open_server
+    from ropeway.orchestration.prefect_server import apply_settings, await_server, open_server
 
+    apply_settings(root)
     with open_server(root) as url:
         # While a temporary server starts: import Prefect and DVC, and find a broken dvc.yaml.
-        for line in patiently(partial(repair_after_kill, root), print):
-            print(line, flush=True)
+        _repair(root)
         from ropeway.orchestration import prefect_adapter
 
         graph.load_graph(root)

@@ -10,7 +10,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import ropeway
 from ropeway.config.frozen import PARAMS_FILE, FrozenInputs, freeze, read_texts
@@ -105,7 +104,7 @@ def enter_room(root: Path, name: str) -> None:
         )
 
 
-def _stat_inputs(root: Path, frozen: FrozenInputs, stage: str) -> dict[str, Any]:
+def _stat_inputs(root: Path, frozen: FrozenInputs, stage: str) -> dict[str, list[int]]:
     """Return inode, size and times of what a stage reads in place: a file that was swapped and put back shows."""
     paths: list[Path] = []
     if stage == "fetch":
@@ -113,11 +112,8 @@ def _stat_inputs(root: Path, frozen: FrozenInputs, stage: str) -> dict[str, Any]
             paths += local_files(source, root).values()
     elif stage == "base" and isinstance((profile := frozen.profile(stage)).base, FolderBase):
         paths += (path for path in (root / profile.model_name).iterdir() if path.is_file())
-    return {str(path): _look(path.stat()) for path in paths}
-
-
-def _look(stat: os.stat_result) -> list[int]:
-    return [stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+    stats = {str(path): path.stat() for path in paths}
+    return {name: [one.st_ino, one.st_size, one.st_mtime_ns, one.st_ctime_ns] for name, one in stats.items()}
 
 
 def _module(stage: str) -> ModuleType:
@@ -151,11 +147,9 @@ def check_unchanged(root: Path, frozen: FrozenInputs, stage: str) -> None:
 
 
 def write_identity(root: Path, name: str | None = None) -> None:
-    """Write `.identity/`: what DVC cannot see by itself, and copies of what may change. Cheap: it runs at every start.
+    """Write `.identity/` for a profile, default the one that params.yaml names; the workspace lock is held.
 
-    Args:
-        root: The workspace; its lock is held.
-        name: The profile; default: the one that params.yaml names.
+    It holds what DVC cannot see by itself, and copies of what may change. Cheap: it runs at every start.
 
     Raises:
         ConfigError: A source, base folder or file that params name is not there.
@@ -164,8 +158,8 @@ def write_identity(root: Path, name: str | None = None) -> None:
     text = read_text(root / PARAMS_FILE)
     chosen, profile = load_profile(root / PARAMS_FILE, name, text=text)
     workspace, evaluation = Workspace(root, chosen), profile.evaluation
-    code = _code(root, chosen)
-    facts: dict[str, Any] = {
+    code = Digests(Path(ropeway.__file__).parent, workspace.work / CODE)
+    facts: dict[str, object] = {
         "base": _base_identity(profile, root),
         "contamination": read_texts(root, profile.contamination.prompts, key="contamination.prompts"),
         "deepspeed": read_texts(root, [profile.deepspeed_config], key="deepspeed_config"),
@@ -219,11 +213,7 @@ def name_files(root: Path, profile: Profile) -> NamedFiles:
     return NamedFiles(texts, held)
 
 
-def _code(root: Path, profile: str) -> Digests:
-    return Digests(Path(ropeway.__file__).parent, Workspace(root, profile).work / CODE)
-
-
-def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def _differing(before: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
     return [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
 
 
@@ -246,7 +236,7 @@ def _task_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc")
 
 
-def _base_identity(profile: Profile, root: Path) -> dict[str, Any]:
+def _base_identity(profile: Profile, root: Path) -> dict[str, object]:
     """Return sizes and times of a base folder's files: to hash 26 GB before every run would cost 15 s."""
     base = profile.base
     if isinstance(base, FolderBase):
@@ -260,10 +250,8 @@ def _base_identity(profile: Profile, root: Path) -> dict[str, Any]:
         stats = {path.name: path.stat() for path in sorted(folder.iterdir()) if path.is_file()}
         return {name: [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for name, stat in stats.items()}
     if isinstance(base, HubBase):
-        return {
-            "repo": profile.model_name,
-            "commit": hub.resolve_commit(profile.model_name, base.revision, kind="model"),
-        }
+        commit = hub.resolve_commit(profile.model_name, base.revision, kind="model")
+        return {"repo": profile.model_name, "commit": commit}
     if isinstance(base, GgufBase):
         try:
             return {"package": base.package, "version": importlib.metadata.version(base.package)}

@@ -10,7 +10,7 @@ from ropeway.registry.facade import Artifact, Registry
 from ropeway.registry.log import Event
 from ropeway.registry.publishing import Published
 from ropeway.registry.pulling import Pulled, Verified
-from ropeway.registry.versions import PRODUCTION, Decision, Version
+from ropeway.registry.versions import PRODUCTION, Decision, Provenance, Version
 
 __all__ = [
     "ANY",
@@ -22,6 +22,7 @@ __all__ = [
     "Event",
     "Facts",
     "Promotion",
+    "Provenance",
     "Published",
     "Pulled",
     "Registry",

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypedDict
 
 from ropeway.registry.aliases import Alias, Anything, Promotion, check_words, list_aliases, plan_promotion
 from ropeway.registry.blobs import blob_fault, read_blob
@@ -23,6 +23,14 @@ from ropeway.storage import Store
 PRODUCTION = "production"
 Decision = Literal["approve", "reject"]
 _SHOWN_FILES = 3
+
+
+class Provenance(TypedDict, total=False):
+    """Of the facts beside a version, what says which git revision made it."""
+
+    git: str | None
+    dirty: bool
+    dirty_files: list[str]
 
 
 class Version:
@@ -107,11 +115,11 @@ class Version:
     @property
     def dirt(self) -> str | None:
         """Why no commit makes this version; None when one does or nothing is known of git."""
-        facts: Mapping[str, Any] = self.record["provenance"]
+        facts: Provenance = self.record["provenance"]
         known = "git" in facts or "dirty" in facts
         if not known or (facts.get("git") and not facts.get("dirty")) or self.clean_commit:
             return None
-        files = [str(name) for name in facts.get("dirty_files", ())]
+        files = facts.get("dirty_files", [])
         more = f" and {len(files) - _SHOWN_FILES} more" if len(files) > _SHOWN_FILES else ""
         shown = ", ".join(files[:_SHOWN_FILES]) + more or "which, is not recorded"
         return f"uncommitted changes ({shown})" if facts.get("dirty") else "no git commit"
@@ -216,7 +224,7 @@ class Version:
         expect: str | Anything | None,
         by: str,
         reason: str,
-        review: Mapping[str, Any] | None = None,
+        review: Event | None = None,
     ) -> Promotion:
         """Point an alias at this version; of racing promoters that expect the same, one wins.
 
@@ -259,7 +267,7 @@ class Version:
         done = append_event(self.store, pointer.log, plan)
         return Promotion(self.name, alias, self.digest, done.event["prev"], done.number, moved=done.created)
 
-    def review(self, decision: Decision, answer: Mapping[str, Any]) -> dict[str, Any]:
+    def review(self, decision: Decision, answer: Mapping[str, object]) -> Event:
         """Keep a reviewer's answer; return it as it is kept. The same answer twice is kept once.
 
         A review is a fact of its own: a rejection moves no alias, an approval may find production moved meanwhile.
@@ -275,7 +283,7 @@ class Version:
             same = (number for number in about if {**events[number - 1], "at": None} == {**said, "at": None})
             return next(same, None) or {**said, "at": _now()}
 
-        return dict(append_event(self.store, reviews_log(self.name), plan).event)
+        return append_event(self.store, reviews_log(self.name), plan).event
 
     def vouch_clean(self, commit: str) -> None:
         """Note that it, published from a dirty tree, was made again, byte for byte, by a commit."""
@@ -372,7 +380,7 @@ def compare_files(old: tuple[PackageFile, ...], new: tuple[PackageFile, ...]) ->
     return dict(sorted(kinds.items()))
 
 
-def flatten(tree: Any, prefix: str = "") -> Facts:  # noqa: ANN401 - JSON
+def flatten(tree: object, prefix: str = "") -> Facts:
     """Return a JSON tree's leaves under dotted keys.
 
     >>> flatten({"a": {"b": 1}, "c": [2, 3]})
@@ -396,8 +404,9 @@ def _facts(store: Store, core: Core) -> Facts:
     return {key.replace(": .", ": "): value for key, value in facts.items()}
 
 
-def _read_json(store: Store, file: PackageFile) -> Any:  # noqa: ANN401 - JSON
+def _read_json(store: Store, file: PackageFile) -> object:
     try:
-        return json.loads(read_blob(store, file))
+        tree: object = json.loads(read_blob(store, file))
     except ValueError as error:
         raise DataError(f"{store.url}: {file.path} is not JSON ({error})") from None
+    return tree

@@ -21,7 +21,7 @@ from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
-from typing import Self
+from typing import Self, TypedDict
 
 import psutil
 
@@ -32,13 +32,21 @@ GRACE_SECONDS = 60.0  # `ROPEWAY_GRACE_SECONDS` sets another; a checkpoint must 
 LEFTOVER_SECONDS = 5.0  # for what a command leaves behind when it ends by itself
 _POLL_SECONDS = 0.5  # only a fallback: signals and, on Linux, deaths of ancestors wake us at once
 _MARK = "ROPEWAY_SUPERVISED_BY"  # inherited, so it still says whose a process is after its parent died
-_RANK = (
-    "-m",
-    "ropeway.stages.train.rank",
-)  # adjacent: the launcher's command line names the module too, but not after -m
+# Adjacent: the launcher's command line names the module too, but not after -m.
+_RANK = ("-m", "ropeway.stages.train.rank")
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # Source: prctl(2)
 _DVC_FAILED = 255  # dvc's code for any failure; not 256 - SIGHUP
 _ASKED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+class ExitRecord(TypedDict):
+    """How a command ended: its exit code, the signal that the code tells of, and why it was asked to end."""
+
+    stage: str
+    code: int
+    signal: str | None
+    why: str | None
+    at: str
 
 
 def run(
@@ -95,7 +103,7 @@ def run(
                 raise ConfigError(f"{error.filename}: not found; is the environment set up (`make setup`)?") from None
             code, why = _see_through(child, watched, bell, grace_seconds)
     stage, at = record.name.split(".")[0], datetime.now(UTC).isoformat(timespec="seconds")
-    write_json(record, {"stage": stage, "code": code, "signal": signal_of(code), "why": why, "at": at})
+    write_json(record, ExitRecord(stage=stage, code=code, signal=signal_of(code), why=why, at=at))
     return code
 
 
