@@ -3,18 +3,22 @@
 What is opened are safetensors and JSON, with the folder's own template, and nothing that could run code.
 """
 
+import importlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from ropeway.models.chat_template import Conversation
 from ropeway.runtime.errors import ConfigError, DataError
 from ropeway.runtime.manifest import NAME as MANIFEST
 from ropeway.runtime.manifest import digest_of, load_manifest
+
+if TYPE_CHECKING:  # a slow import
+    from transformers import PreTrainedTokenizerBase, TextStreamer
 
 # What torch, keras, flax and numpy load by running it, or may. Source: the suffixes that picklescan looks into.
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill", ".npy", ".npz", ".h5", ".msgpack"}
@@ -108,7 +112,7 @@ def fit_turns(turns: Sequence[str], count: Callable[[Sequence[str]], int], room:
     """
     kept = list(turns)
     while (found := count(kept)) > room:
-        if len(kept) < 3:  # noqa: PLR2004 - question, answer, question
+        if not kept[2:]:  # the last question stands alone
             raise ConfigError(
                 f"the question has {found:,} tokens with its template, {room:,} fit beside the answer; shorten it, or "
                 "lower --max-new-tokens"
@@ -205,7 +209,7 @@ def chat(talk: Talk, source: TextIO, out: TextIO, *, as_json: bool) -> None:
     if source.isatty() and not as_json:
         print(_HELP, file=sys.stderr)
         with suppress(ImportError):
-            import readline  # noqa: F401 - arrows and history for input()
+            importlib.import_module("readline")  # arrows and history for input()
         _converse(talk, _typed(), out)
         return
     for line in source:
@@ -256,7 +260,7 @@ def _say(talk: Talk, question: str, out: TextIO) -> None:
         print(f"(the oldest {answer.forgotten} turns no longer fit and were left out)", file=sys.stderr)
 
 
-def _stream(tokenizer: Any, write: Write) -> Any:  # noqa: ANN401 - transformers is untyped, and a slow import
+def _stream(tokenizer: "PreTrainedTokenizerBase", write: Write) -> "TextStreamer":
     from transformers import TextStreamer
 
     class Stream(TextStreamer):  # type: ignore[misc]

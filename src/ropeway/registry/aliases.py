@@ -1,9 +1,9 @@
 """Aliases: movable pointers, each a log whose last event says where it points."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Final
+from typing import Final
 
 from ropeway.registry.layout import Log, alias_log, aliases_folder, check_alias
 from ropeway.registry.log import Event, Events, read_events
@@ -28,9 +28,6 @@ class Promotion:
     """Where an alias points after a promotion.
 
     Attributes:
-        name: The model.
-        alias: The pointer.
-        digest: What it points to.
         prev: What it pointed to before that event; None for its first.
         number: The event's number in the alias's log.
         moved: Whether this call wrote the event; False when the alias was there already.
@@ -46,13 +43,7 @@ class Promotion:
 
 @dataclass(frozen=True, slots=True)
 class Alias:
-    """A movable pointer of an artifact, read each time it is asked; `Version.promote` moves it.
-
-    Attributes:
-        store: Where it is.
-        artifact: The name of whose versions it points to.
-        name: E.g. `production`.
-    """
+    """A movable pointer to a version of an artifact, read each time it is asked; `Version.promote` moves it."""
 
     store: Store
     artifact: str
@@ -89,9 +80,7 @@ def list_aliases(store: Store, artifact: str) -> dict[str, str]:
     return {name: digest for name in names if (digest := Alias(store, artifact, name).digest)}
 
 
-def plan_promotion(
-    events: Sequence[Event], event: Mapping[str, Any], expect: str | Anything | None, *, where: str
-) -> Event | int:
+def plan_promotion(events: Sequence[Event], event: Event, expect: str | Anything | None, *, where: str) -> Event | int:
     """Return the next event of an alias, or the number of its last one if nothing has to move.
 
     Nothing moves when the alias points there already and the caller did not expect otherwise, or when the last event is
@@ -131,7 +120,7 @@ def plan_rollback(digests: Sequence[str], *, where: str) -> str:
             trail.pop()
         elif trail[-1:] != [digest]:
             trail.append(digest)
-    if len(trail) < 2:  # noqa: PLR2004 - a place to go back from and one to go back to
+    if not trail[1:]:
         raise RegistryError(f"{where}: no version before the current one to go back to. Promote one by its number")
     return trail[-2]
 

@@ -104,9 +104,9 @@ def read_version(package: Path, pages: Path | None, name: str) -> tuple[Core, di
     return Core(name, tuple(sorted(files, key=lambda file: file.path)), manifest), places
 
 
-def _read_pages(pages: Path) -> dict[str, Any]:
+def _read_pages(pages: Path) -> Facts:
     try:
-        manifest: dict[str, Any] = json.loads((pages / MANIFEST).read_bytes())
+        manifest: Facts = json.loads((pages / MANIFEST).read_bytes())
         if isinstance(manifest["files"], dict):
             return manifest
     except (OSError, ValueError, KeyError, TypeError):
@@ -185,7 +185,7 @@ def _parse_core(document: bytes, where: str) -> Core:
     raise DataError(f"{where}: not a version this Ropeway can read; expected canonical JSON of format {FORMAT}")
 
 
-def _is_core(tree: Any) -> bool:  # noqa: ANN401 - it comes from outside
+def _is_core(tree: object) -> bool:
     """Return whether a JSON tree has a core's keys and types, its files sorted by path."""
     if not isinstance(tree, dict) or set(tree) != {"format", "name", "files", "facts"} or tree["format"] != FORMAT:
         return False

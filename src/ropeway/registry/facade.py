@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 from ropeway.registry import collecting
 from ropeway.registry.aliases import ANY, Alias, Anything, Promotion, list_aliases, plan_rollback
@@ -51,7 +50,7 @@ class Artifact:
         self,
         package_folder: Path,
         *,
-        provenance: Mapping[str, Any],
+        provenance: Mapping[str, object],
         attachments: Mapping[str, Path],
         pages: Path | None = None,
     ) -> Published:

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 from ropeway.registry.blobs import put_blobs
 from ropeway.registry.core import Core, load_core, package_digest, read_version
@@ -36,8 +35,6 @@ class Published:
     """A version as the registry holds it.
 
     Attributes:
-        name: The model.
-        digest: The version's identity.
         number: 1, 2, 3 … in the order of publishing.
         created: Whether this call gave it its number.
     """
@@ -56,7 +53,7 @@ def publish_package(
     store: Store,
     package_folder: Path,
     name: str,
-    provenance: Mapping[str, Any],
+    provenance: Mapping[str, object],
     attachments: Mapping[str, Path],
     pages: Path | None = None,
 ) -> Published:

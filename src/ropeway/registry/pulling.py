@@ -14,7 +14,7 @@ from ropeway.registry.core import Core
 from ropeway.registry.layout import blob_key
 from ropeway.registry.rules import PackageFile, check_content, scan_folder
 from ropeway.runtime.errors import AbsentError, ConfigError, DataError, RegistryError, TemporaryError
-from ropeway.runtime.manifest import check_file, sync_folder
+from ropeway.runtime.manifest import FileFacts, check_file, sync_folder
 from ropeway.storage import BLOCK_BYTES, TRANSFER_BYTES, Store
 
 
@@ -70,7 +70,7 @@ def check_folder(core: Core, folder: Path) -> None:
     if extra := sorted(set(scan_folder(folder)) - {file.path for file in core.files}):
         raise DataError(f"{folder}: {extra[0]} is not in the version ({len(extra)} such files)")
     for file in core.files:
-        facts = {"sha256": file.sha256, "bytes": file.bytes}
+        facts = FileFacts(sha256=file.sha256, bytes=file.bytes)
         check_file(folder / file.path, facts, remedy="Pull the version again into another folder")
 
 

@@ -21,6 +21,7 @@ MAX_WEIGHTS_BYTES = 64 << 30  # one shard; ours are 5 GB at most
 MAX_OTHER_BYTES = 512 << 20  # a 128k-token tokenizer.json has 17 MB
 MAX_PACKAGE_BYTES = 4 << 40  # 405 billion bf16 weights are 0.8 TB
 _HEAD_BYTES = 4096
+_PNG = b"\x89PNG\r\n\x1a\n"
 # One part of a path. ASCII, and no dot at either end: no `..`, drive letter, stream, hidden file, NUL or look-alike.
 _PART = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_-])?")
 # Windows opens a device under these names, whatever the suffix.
@@ -125,7 +126,7 @@ def check_content(path: Path, name: str) -> None:
 
 def _is_safetensors(head: bytes, size: int) -> bool:
     """Source: the format's README, v0.5: 8 bytes little-endian length of a JSON header, which begins with `{`."""
-    return size > 8 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8  # noqa: PLR2004
+    return head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8
 
 
 def _is_text(head: bytes, size: int) -> bool:
@@ -142,7 +143,7 @@ def _is_sentencepiece(head: bytes, size: int) -> bool:
 
 
 def _is_png(head: bytes, size: int) -> bool:
-    return size > 8 and head[:8] == b"\x89PNG\r\n\x1a\n"  # noqa: PLR2004 - the signature's length
+    return size > len(_PNG) and head.startswith(_PNG)
 
 
 # The one explicit list (DESIGN.md, Clarification 17).

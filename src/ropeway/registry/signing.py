@@ -12,12 +12,15 @@ import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ropeway.registry.core import Core
 from ropeway.registry.layout import signature_key, signatures_prefix
 from ropeway.runtime.errors import AbsentError, ConfigError, DataError
 from ropeway.storage import Store
+
+if TYPE_CHECKING:  # only a registry with keys needs the library
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +28,11 @@ class Signer:
     """A private key and the name its public half goes by."""
 
     keyid: str
-    private: Any
+    private: "Ed25519PrivateKey"
 
     def sign(self, core: Core) -> bytes:
         """Return the signature of a version."""
-        return bytes(self.private.sign(core.document))
+        return self.private.sign(core.document)
 
 
 def load_signer() -> Signer | None:
@@ -59,7 +62,7 @@ def load_signer() -> Signer | None:
     return Signer(_keyid(private.public_key()), private)
 
 
-def load_trusted() -> dict[str, Any] | None:
+def load_trusted() -> "dict[str, Ed25519PublicKey] | None":
     """Return the public keys the environment trusts, by key id; None when there is no policy.
 
     Raises:
@@ -114,7 +117,7 @@ def check_policy(store: Store, core: Core) -> None:
         )
 
 
-def _has_signed(store: Store, core: Core, keyid: str, public: Any) -> bool:  # noqa: ANN401 - cryptography's key
+def _has_signed(store: Store, core: Core, keyid: str, public: "Ed25519PublicKey") -> bool:
     from cryptography.exceptions import InvalidSignature
 
     key = signature_key(core.name, core.digest, keyid)
@@ -152,6 +155,6 @@ def make_keys(path: Path) -> str:
     return _keyid(private.public_key())
 
 
-def _keyid(public: Any) -> str:  # noqa: ANN401 - cryptography's key
+def _keyid(public: "Ed25519PublicKey") -> str:
     """Return the first 16 hex digits of the sha256 of a public key's 32 bytes."""
     return hashlib.sha256(public.public_bytes_raw()).hexdigest()[:16]

@@ -10,6 +10,7 @@ from rich.text import Text
 from ropeway.registry.core import Facts
 
 _SHORT = 12
+_LINE_CHARACTERS = 100  # of a value; longer ones are left out
 
 
 def draw_models(models: list[Facts]) -> Table:
@@ -115,6 +116,6 @@ def _flatten(tree: Facts, prefix: str = "") -> Facts:
     for key, value in tree.items():
         if isinstance(value, dict):
             flat |= _flatten(value, f"{prefix}{key}.")
-        elif len(str(value)) <= 100:  # noqa: PLR2004 - what fits a line
+        elif len(str(value)) <= _LINE_CHARACTERS:
             flat[prefix + key] = value
     return flat

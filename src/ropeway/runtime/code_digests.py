@@ -1,7 +1,7 @@
 """Digests of code by meaning: comments, docstrings and the text of messages do not count, constants do.
 
-A stage depends on the digest of its room and of every module of ours the room imports, so a mended comment never makes
-a trained model stale, and a changed constant on the floor always does.
+A stage depends on the digest of its package and of every module of `data` and `models` that it imports, so an edited
+comment never makes a trained model stale, and a changed constant always does.
 """
 
 import ast
@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import ropeway
 from ropeway.runtime.errors import DataError
@@ -25,6 +25,13 @@ COUNTED = ("data", "models")
 SPEAKING = ("print", "debug", "info", "warning", "error", "exception")
 
 
+class Scan(TypedDict):
+    """What is kept of a module: its digest, and the names below the package that it may import."""
+
+    digest: str
+    names: list[str]
+
+
 class Digests:
     """Digests of rooms, each module parsed once; what was parsed is kept in a file by content, since a parse costs.
 
@@ -36,8 +43,8 @@ class Digests:
         self._source, self._file = source, kept
         # Another Python dumps a tree otherwise, another version of this module otherwise again.
         self._maker = f"{sys.version} {file_sha256(Path(__file__))}"
-        self._kept: dict[str, dict[str, Any]] = self._read()
-        self._used: dict[str, dict[str, Any]] = {}
+        self._kept: dict[str, Scan] = self._read()
+        self._used: dict[str, Scan] = {}
 
     def modules(self, room: str) -> dict[str, str]:
         """Return the digest of every module that a stage's code consists of, by its name below the package."""
@@ -60,14 +67,14 @@ class Digests:
         if self._file and self._used != self._kept:
             write_json(self._file, {"maker": self._maker, "scans": self._used, "digest": digest_of(self._used)})
 
-    def _scan(self, name: str) -> dict[str, Any]:
+    def _scan(self, name: str) -> Scan:
         data = _path(self._source, name).read_bytes()
         key = hashlib.sha256(data).hexdigest()
         if key not in self._used:
             self._used[key] = self._kept.get(key) or _scan(data.decode())
         return self._used[key]
 
-    def _read(self) -> dict[str, dict[str, Any]]:
+    def _read(self) -> dict[str, Scan]:
         try:
             kept = json.loads(self._file.read_bytes()) if self._file else {}
             whole = kept["maker"] == self._maker and kept["digest"] == digest_of(kept["scans"])
@@ -77,13 +84,7 @@ class Digests:
 
 
 def name_changed_code(before: Mapping[str, str], kept: Path, stage: str) -> list[str]:
-    """Return the modules of a stage, as Python names them, whose digest is not as before.
-
-    Args:
-        before: Digest by module, as `Digests.modules` gives.
-        kept: Where what was parsed is kept.
-        stage: Whose code.
-    """
+    """Return the modules of a stage whose digest is not as `before` (`Digests.modules`), as Python names them."""
     now = Digests(Path(ropeway.__file__).parent, kept).modules(stage)
     return [f"{PACKAGE}.{name}" for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
 
@@ -112,8 +113,7 @@ def room_digest(source: Path, room: str) -> str:
     return digest_of(Digests(source).modules(room))
 
 
-def _scan(text: str) -> dict[str, Any]:
-    """Return what is kept of a module: its digest, and the names below the package that it may import."""
+def _scan(text: str) -> Scan:
     return {"digest": module_digest(text), "names": sorted(set(_named(ast.parse(text))))}
 
 

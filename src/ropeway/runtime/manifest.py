@@ -20,6 +20,14 @@ _BLOCK_BYTES = 1 << 20
 _THREADS = 4  # that hash a folder's files
 
 
+class FileFacts(TypedDict):
+    """What a manifest says of a file."""
+
+    bytes: int
+    sha256: str
+    rows: NotRequired[int]
+
+
 def canonical_json(value: object) -> bytes:
     r"""Return `value` as sorted, compact UTF-8 JSON: equal values give equal bytes.
 
@@ -86,17 +94,11 @@ def iterate_files(folder: Path) -> Iterator[Path]:
             yield path
 
 
-class FileFacts(TypedDict):
-    """What a manifest says of a file."""
-
-    bytes: int
-    sha256: str
-    rows: NotRequired[int]
-
-
-def write_manifest(folder: Path, facts: Mapping[str, Any], *, rows: Mapping[str, int] | None = None) -> dict[str, Any]:
+def write_manifest(
+    folder: Path, facts: Mapping[str, object], *, rows: Mapping[str, int] | None = None
+) -> dict[str, Any]:
     """Write `folder/manifest.json`, last: `{"files": {name: {sha256, bytes, rows?}}, **facts}`; return it."""
-    files = {}
+    files: dict[str, FileFacts] = {}
     paths = list(iterate_files(folder))
     with ThreadPoolExecutor(_THREADS) as pool:
         digests = list(pool.map(file_sha256, paths))
@@ -137,7 +139,7 @@ def load_manifest(folder: Path, *, remedy: str, verify: bool = True) -> dict[str
     return manifest
 
 
-def check_file(path: Path, facts: Mapping[str, Any], *, remedy: str, verify: bool = True) -> None:
+def check_file(path: Path, facts: FileFacts, *, remedy: str, verify: bool = True) -> None:
     """Raise DataError unless `path` has the size and, with `verify`, the sha256 that its manifest promises."""
     if not path.is_file():
         raise DataError(f"{path}: missing, though its manifest names it ({facts['bytes']:,} bytes). {remedy}")

@@ -6,7 +6,7 @@ Everything here depends on the clock or the machine, so none of it is in steps.c
 import json
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 Line = dict[str, Any]  # a step of the log, with what the machine did for it
 _RECENT_STEPS = 20
 _BAR_CELLS = 20
+_MINUTE = 60
 _SUMMED = ("seconds", "tokens", "supervised_tokens", "model_flops")
 
 
@@ -66,7 +67,7 @@ class Progress:
         self.checkpoints += 1
         self.checkpoint_seconds += seconds
 
-    def write(self, *, ended: str, more: dict[str, Any]) -> None:
+    def write(self, *, ended: str, more: Mapping[str, object]) -> None:
         """Append this attempt's record to the run's list."""
         elapsed = self.clock() - self._first
         record = {
@@ -146,7 +147,7 @@ def say_seconds(seconds: float) -> str:
     ('42 s', '12 min 34 s', '27 h 46 min')
     """
     whole = round(seconds)
-    if whole < 60:  # noqa: PLR2004
+    if whole < _MINUTE:
         return f"{whole} s"
-    minutes, rest = divmod(whole, 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"  # noqa: PLR2004
+    minutes, rest = divmod(whole, _MINUTE)
+    return f"{minutes} min {rest} s" if minutes < _MINUTE else f"{minutes // 60} h {minutes % 60} min"

@@ -12,12 +12,14 @@ import netrc
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 from urllib.parse import urlparse
+
+from ropeway.runtime.progress import Line
 
 PROJECT = "supervised-finetuning"  # Source: Open-Assistant's trainer, where WANDB_PROJECT names no other
 _WAITING_LINES = 1000
@@ -27,13 +29,23 @@ _INIT_SECONDS = 20.0  # of W&B's 90: measured with a key and no network, a raise
 _HOST = "https://api.wandb.ai"
 
 
+class Mirrored(TypedDict):
+    """Where the steps of an attempt went, and what was lost on the way; part of its provenance."""
+
+    mode: str
+    link: str | None
+    sent: int
+    dropped: int
+    trouble: list[str]
+
+
 class Mirror(Protocol):
     """What of a W&B run is used."""
 
     url: str | None
     dir: str
 
-    def log(self, data: Mapping[str, Any], *, step: int) -> None:
+    def log(self, data: Mapping[str, object], *, step: int) -> None:
         """Send one line."""
 
     def finish(self) -> None:
@@ -82,17 +94,18 @@ class Tracker:
     def __init__(self, start: Callable[[str], Mirror], modes: Sequence[str]) -> None:
         """Begin to open the mirror in the first of the modes; on trouble the next, then none."""
         self._start, self._modes = start, modes
-        self._lines: deque[dict[str, Any]] = deque(maxlen=_WAITING_LINES)
+        self._lines: deque[Line] = deque(maxlen=_WAITING_LINES)
         self._news = threading.Condition()
         self._closing, self._off = False, not modes
         self._sent = self._dropped = 0
         self._trouble: list[str] = []
-        self._where: dict[str, str | None] = {"mode": "off", "link": None}
+        self._mode = "off"
+        self._link: str | None = None
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
         if modes:
             self._thread.start()
 
-    def log(self, line: Mapping[str, Any]) -> None:
+    def log(self, line: Line) -> None:
         """Leave a line to be sent; the oldest is dropped where too many wait."""
         with self._news:
             if self._off or len(self._lines) == _WAITING_LINES:
@@ -101,7 +114,7 @@ class Tracker:
                 self._lines.append(dict(line))
                 self._news.notify()
 
-    def finish(self, *, seconds: float = _FINISH_SECONDS) -> dict[str, Any]:
+    def finish(self, *, seconds: float = _FINISH_SECONDS) -> Mirrored:
         """Send what is left, for so long at most; return where it went and what was lost, for the provenance."""
         with self._news:
             self._closing = True
@@ -112,7 +125,9 @@ class Tracker:
             if self.is_stuck:
                 self._trouble.append(f"it did not finish within {seconds:g} s")
             lost = self._dropped + len(self._lines)
-            return {**self._where, "sent": self._sent, "dropped": lost, "trouble": list(self._trouble)}
+            return Mirrored(
+                mode=self._mode, link=self._link, sent=self._sent, dropped=lost, trouble=list(self._trouble)
+            )
 
     @property
     def is_stuck(self) -> bool:
@@ -121,14 +136,14 @@ class Tracker:
 
     def _work(self) -> None:
         for mode in self._modes:
-            try:
+            mirror: Mirror | None = None
+            with self._survived(mode):
                 mirror = self._start(mode)
-            except Exception as error:  # noqa: BLE001 - whatever W&B raises, training goes on without it
-                self._trouble.append(_tell(mode, error))
+            if mirror is None:
                 continue
             with self._news:
                 # Offline: the folder that `wandb sync` takes; to ask for its url makes W&B complain.
-                self._where = {"mode": mode, "link": mirror.url if mode == "online" else str(Path(mirror.dir).parent)}
+                self._mode, self._link = mode, mirror.url if mode == "online" else str(Path(mirror.dir).parent)
             if self._send_all(mirror, mode):
                 return
         with self._news:
@@ -140,31 +155,35 @@ class Tracker:
         """Send lines until the end; return False when the breaker opened."""
         failures = 0
         while (line := self._next()) is not None:
-            try:
+            sent = self._sent
+            with self._survived(mode, told=failures + 1 == _FAILURES_IN_ROW):
                 mirror.log({key: value for key, value in line.items() if value is not None}, step=line["step"])
-            except Exception as error:  # noqa: BLE001 - as above
-                failures += 1
-                self._dropped += 1
-                if failures == _FAILURES_IN_ROW:
-                    self._trouble.append(_tell(mode, error))
-                    return False
-            else:
-                failures = 0
                 self._sent += 1
-        try:
+            failures = 0 if self._sent > sent else failures + 1
+            self._dropped += failures > 0
+            if failures == _FAILURES_IN_ROW:
+                return False
+        with self._survived(mode):
             mirror.finish()
-        except Exception as error:  # noqa: BLE001 - as above
-            self._trouble.append(_tell(mode, error))
         return True
 
-    def _next(self) -> dict[str, Any] | None:
+    @contextmanager
+    def _survived(self, mode: str, *, told: bool = True) -> Iterator[None]:
+        """Go on without W&B whatever it raises; note what that was if it is to be told."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - nothing that happens there reaches training
+            if told:
+                self._trouble.append(_tell(mode, error))
+
+    def _next(self) -> Line | None:
         with self._news:
             while not self._lines and not self._closing:
                 self._news.wait()
             return self._lines.popleft() if self._lines else None
 
 
-def describe_mirror(facts: Mapping[str, Any]) -> str:
+def describe_mirror(facts: Mirrored) -> str:
     """Return in one line where the steps went, and what was lost on the way.
 
     >>> describe_mirror({"mode": "offline", "link": "/run", "sent": 9, "dropped": 1, "trouble": []})

@@ -1,8 +1,18 @@
-"""Where things lie in a workspace: one object per run, so no room spells a path twice."""
+"""Where things lie in a workspace: one object per run, so no stage spells a path twice."""
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
+
+
+class _Place:
+    """A path in a workspace; `{profile}` in it stands for the workspace's profile."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __get__(self, workspace: "Workspace", _owner: type) -> Path:
+        return workspace.root / self._path.format(profile=workspace.profile)
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,115 +22,30 @@ class Workspace:
     root: Path
     profile: str
 
-    @property
-    def run(self) -> Path:
-        """`runs/<profile>`: the tables on which the rooms leave their files."""
-        return self.root / "runs" / self.profile
+    # The outputs of the stages.
+    run = _Place("runs/{profile}")
+    raw = _Place("runs/{profile}/raw")  # one folder of parquet files per source, and a manifest
+    base = _Place("runs/{profile}/base")  # base model and tokenizer with the role tokens, vocabulary padded
+    tokens = _Place("runs/{profile}/tokens")  # every sequence as tokens, and what records are compared by
+    data = _Place("runs/{profile}/data")  # token shards and their manifest, nothing else
+    ledger = _Place("runs/{profile}/ledger.json")  # prepare's account of every record and token
+    report = _Place("runs/{profile}/report.html")  # the data for people: samples, lengths, ledger, refused records
+    model = _Place("runs/{profile}/model")  # train's export: weights, config and tokenizer as others load them
+    steps = _Place("runs/{profile}/steps.csv")  # one line per optimizer step, without what depends on the clock
+    train_metrics = _Place("runs/{profile}/train.json")  # train's figures that do not depend on the clock
+    timings = _Place("runs/{profile}/provenance.json")  # seconds, tokens/s, host, versions: no part of the model
+    evaluation = _Place("runs/{profile}/eval.json")  # metrics of base and tuned, per source
+    samples = _Place("runs/{profile}/samples.json")  # sample answers in the published family's JSON format
+    samples_page = _Place("runs/{profile}/samples.html")  # the same for people, base and tuned side by side
+    tables = _Place("runs/{profile}/tables")  # evaluate's CSV
+    plots = _Place("runs/{profile}/plots")  # pictures of the evaluation (PNG, SVG)
+    package = _Place("runs/{profile}/package")  # the model as others load it, its facts and its manifest
+    pages = _Place("runs/{profile}/pages")  # README.md and pages, with the manifest that covers them and the package
 
-    @property
-    def raw(self) -> Path:
-        """Fetch leaves one folder of parquet files per source here, and a manifest."""
-        return self.run / "raw"
-
-    @property
-    def base(self) -> Path:
-        """The base model and its tokenizer with the role tokens, vocabulary padded."""
-        return self.run / "base"
-
-    @property
-    def tokens(self) -> Path:
-        """Every sequence as tokens, and what records are compared by."""
-        return self.run / "tokens"
-
-    @property
-    def data(self) -> Path:
-        """Token shards and their manifest, nothing else."""
-        return self.run / "data"
-
-    @property
-    def ledger(self) -> Path:
-        """Prepare's account of every record and token."""
-        return self.run / "ledger.json"
-
-    @property
-    def report(self) -> Path:
-        """The data's page for people: samples token by token, lengths, ledger, refused records."""
-        return self.run / "report.html"
-
-    @property
-    def model(self) -> Path:
-        """Train's export: weights, config and tokenizer as others load them."""
-        return self.run / "model"
-
-    @property
-    def steps(self) -> Path:
-        """One line per optimizer step; columns that depend on the clock stand in `timings`."""
-        return self.run / "steps.csv"
-
-    @property
-    def train_metrics(self) -> Path:
-        """Train's figures that do not depend on the clock."""
-        return self.run / "train.json"
-
-    @property
-    def timings(self) -> Path:
-        """Seconds, tokens/s, host and library versions of the training: true, but not part of the model."""
-        return self.run / "provenance.json"
-
-    @property
-    def evaluation(self) -> Path:
-        """Evaluate's metrics, base and tuned, per source."""
-        return self.run / "eval.json"
-
-    @property
-    def samples(self) -> Path:
-        """Sample answers in the published family's JSON format."""
-        return self.run / "samples.json"
-
-    @property
-    def samples_page(self) -> Path:
-        """The same for people: one page, base and tuned side by side."""
-        return self.run / "samples.html"
-
-    @property
-    def tables(self) -> Path:
-        """Evaluate's tables (CSV)."""
-        return self.run / "tables"
-
-    @property
-    def plots(self) -> Path:
-        """Pictures of the evaluation (PNG, SVG)."""
-        return self.run / "plots"
-
-    @property
-    def package(self) -> Path:
-        """The model as others load it, its facts and its manifest."""
-        return self.run / "package"
-
-    @property
-    def pages(self) -> Path:
-        """README.md and pages of a version, with the manifest that covers them and the package."""
-        return self.run / "pages"
-
-    @property
-    def tasks(self) -> Path:
-        """The workspace's own tasks for lm-evaluation-harness, YAML and their data."""
-        return self.root / "configs" / "tasks"
-
-    @property
-    def identity(self) -> Path:
-        """Digests of code, sources, base and DeepSpeed config, written by the always-run first stage."""
-        return self.root / ".identity"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Resumable training state, one folder per fingerprint. Never a DVC output."""
-        return self.root / ".checkpoints"
-
-    @property
-    def work(self) -> Path:
-        """Unfinished work, exit records, logs and the workspace lock."""
-        return self.root / ".work"
+    tasks = _Place("configs/tasks")  # the workspace's own tasks for lm-evaluation-harness, YAML and their data
+    identity = _Place(".identity")  # digests of code, sources, base and DeepSpeed config, written by the first stage
+    checkpoints = _Place(".checkpoints")  # resumable training state, one folder per fingerprint; never a DVC output
+    work = _Place(".work")  # unfinished work, exit records, logs and the workspace lock
 
     def progress(self, stage: str) -> Path:
         """How far a stage has come: a JSON record per step (`ropeway.runtime.progress`), of its latest start alone."""

@@ -8,19 +8,22 @@ import random
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from http import HTTPStatus
+from typing import TypeVar
 
+from botocore.client import BaseClient
 from botocore.exceptions import ClientError
 
 from ropeway.runtime.errors import ConfigError
 from ropeway.storage.s3_client import error_code
 
 CONFLICT_TRIES = 8
+Answer = TypeVar("Answer")
 _BODY = b"Ropeway asks here whether this store honours If-None-Match. Leave it.\n"
 
 
 class LostError(Exception):
-    """The object was there. Never leaves this room's modules.
+    """The object was there. Never leaves this package.
 
     Attributes:
         repeated: Whether the request was sent more than once, so that the object may be this very writer's.
@@ -32,17 +35,17 @@ class LostError(Exception):
         self.repeated = repeated
 
 
-def conditional(request: Callable[[], Any]) -> Any:  # noqa: ANN401 - boto's answer
+def conditional(request: Callable[[], Answer]) -> Answer:
     """Return the answer to a conditional request; raise LostError on 412. 409 is asked again, with backoff."""
     for attempt in range(CONFLICT_TRIES):
         try:
             return request()
         except ClientError as error:
             status = error_code(error)[1]
-            if status == 412:  # noqa: PLR2004 - HTTP
+            if status == HTTPStatus.PRECONDITION_FAILED:
                 repeats = error.response["ResponseMetadata"].get("RetryAttempts", 0)
                 raise LostError(repeated=attempt + repeats > 0) from None
-            if status != 409 or attempt == CONFLICT_TRIES - 1:  # noqa: PLR2004 - HTTP
+            if status != HTTPStatus.CONFLICT or attempt == CONFLICT_TRIES - 1:
                 raise
         wait(attempt)
     raise AssertionError
@@ -53,14 +56,10 @@ def wait(attempt: int) -> None:
     time.sleep(random.uniform(0, min(3, 0.05 * 2**attempt)))
 
 
-def check_conditional_put(client: Any, bucket: str, path: str, url: str) -> None:  # noqa: ANN401
+def check_conditional_put(client: BaseClient, bucket: str, path: str, url: str) -> None:
     """Raise ConfigError unless a second conditional put of one key loses. The key stays: later probes need one request.
 
-    Args:
-        client: A boto3 client.
-        bucket: Where.
-        path: The probe's key, outside what a store lists.
-        url: The store, for the message.
+    `path` is the probe's key, outside what a store lists; `url` names the store in the message.
     """
     for _ in range(2):
         try:
@@ -70,7 +69,7 @@ def check_conditional_put(client: Any, bucket: str, path: str, url: str) -> None
     raise _refused(url, "If-None-Match on PutObject")
 
 
-def check_conditional_complete(client: Any, bucket: str, path: str, url: str) -> None:  # noqa: ANN401
+def check_conditional_complete(client: BaseClient, bucket: str, path: str, url: str) -> None:
     """Raise ConfigError unless a multipart upload to the probe's key, which exists, cannot be completed."""
     where = {"Bucket": bucket, "Key": path}
     where["UploadId"] = client.create_multipart_upload(**where)["UploadId"]

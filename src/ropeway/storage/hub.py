@@ -9,10 +9,13 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from ropeway.runtime.errors import ConfigError, TemporaryError, is_disk_full
 from ropeway.runtime.manifest import write_atomic
+
+if TYPE_CHECKING:  # a slow import
+    from huggingface_hub import DatasetInfo, ModelInfo
 
 Kind = Literal["model", "dataset"]
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -32,7 +35,7 @@ def resolve_commit(repo: str, revision: str, *, kind: Kind) -> str:
         return revision
     if is_offline():
         return _cached_commit(repo, revision, kind)
-    found: str | None = _ask(repo, revision, kind).sha
+    found = _ask(repo, revision, kind).sha
     if not found or not COMMIT.fullmatch(found):
         raise ConfigError(f"{_KEYS[kind]}: {repo} at '{revision}': HF_ENDPOINT answers without a commit; correct it")
     return found
@@ -114,7 +117,7 @@ def is_offline() -> bool:
     return bool(constants.HF_HUB_OFFLINE)
 
 
-def _ask(repo: str, revision: str, kind: Kind) -> Any:  # noqa: ANN401 - DatasetInfo or ModelInfo, a slow import
+def _ask(repo: str, revision: str, kind: Kind) -> "DatasetInfo | ModelInfo":
     """Return what the Hub says of a repository at a revision: one request, not repeated."""
     from huggingface_hub import HfApi
 

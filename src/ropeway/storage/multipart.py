@@ -11,9 +11,12 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
+from botocore.client import BaseClient
 from botocore.exceptions import ClientError
 
 from ropeway.runtime.errors import TemporaryError
@@ -35,7 +38,7 @@ Part = dict[str, Any]
 class Destination:
     """Where a file goes: a client, a bucket and the whole key in it."""
 
-    client: Any
+    client: BaseClient
     bucket: str
     path: str
 
@@ -60,14 +63,8 @@ def put_file(to: Destination, file: Path, sha256: str | None, on_bytes: Callable
             if sha256 is not None and found != sha256:
                 _abort(to, upload)
                 raise wrong_hash(file, found, sha256)
-            conditional(
-                lambda: to.client.complete_multipart_upload(
-                    **to.where,
-                    UploadId=upload,  # noqa: B023 - called at once
-                    MultipartUpload={"Parts": parts},  # noqa: B023
-                    IfNoneMatch="*",
-                )
-            )
+            options = {"UploadId": upload, "MultipartUpload": {"Parts": parts}, "IfNoneMatch": "*"}
+            conditional(partial(to.client.complete_multipart_upload, **to.where, **options))
         except LostError:
             _abort(to, upload)
             return False
@@ -153,7 +150,7 @@ def find_mark(to: Destination) -> str | None:
     try:
         head = to.client.head_object(**to.where)
     except ClientError as error:
-        if error_code(error)[1] == 404:  # noqa: PLR2004 - HTTP
+        if error_code(error)[1] == HTTPStatus.NOT_FOUND:
             return None
         raise
     return str(head.get("Metadata", {}).get(WRITE_MARK, ""))

@@ -13,6 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from botocore.client import BaseClient
+
 from ropeway.runtime.errors import AbsentError, DataError
 from ropeway.storage.conditions import LostError, check_conditional_complete, check_conditional_put, conditional
 from ropeway.storage.interface import MAX_DOCUMENT_BYTES, Entry, Store, Stray, check_key, check_prefix, wrong_hash
@@ -35,7 +37,7 @@ class S3Store(Store):
         self._probed: set[str] = set()
 
     @cached_property
-    def client(self) -> Any:  # noqa: ANN401 - boto3 makes its classes at run time
+    def client(self) -> BaseClient:
         """The boto3 client; threads share it."""
         return make_client()
 
@@ -69,8 +71,6 @@ class S3Store(Store):
 
     def get_many(self, keys: Sequence[str]) -> list[bytes]:
         """Read several documents at a time: each costs a round trip."""
-        if len(keys) < 2:  # noqa: PLR2004 - nothing to do side by side
-            return super().get_many(keys)
         with ThreadPoolExecutor(_READERS) as pool:
             return list(pool.map(self.get, keys))
 
@@ -134,9 +134,8 @@ class S3Store(Store):
         """Abort the upload; one that ended meanwhile is no matter."""
         try:
             with self._explained(stray.name):
-                self.client.abort_multipart_upload(
-                    Bucket=self._bucket, Key=self._root + stray.name, UploadId=stray.token
-                )
+                path = self._root + stray.name
+                self.client.abort_multipart_upload(Bucket=self._bucket, Key=path, UploadId=stray.token)
         except AbsentError:
             return
 

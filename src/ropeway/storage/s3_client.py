@@ -18,10 +18,14 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from http import HTTPStatus
+from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
 from ropeway.runtime.errors import AbsentError, ConfigError, RopewayError, TemporaryError
+
+if TYPE_CHECKING:  # botocore is a slow import
+    from botocore.client import BaseClient
 
 MAX_CONNECTIONS = 16  # boto's pool; more threads than that would wait for one another
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
@@ -65,7 +69,7 @@ def split_url(url: str) -> Place:
     return Place(bucket, prefix)
 
 
-def make_client() -> Any:  # noqa: ANN401 - boto3 makes its classes at run time
+def make_client() -> "BaseClient":
     """Return a boto3 S3 client for what the environment says; nothing is contacted. Threads may share it.
 
     Raises:
@@ -101,10 +105,9 @@ def make_client() -> Any:  # noqa: ANN401 - boto3 makes its classes at run time
 
 @contextmanager
 def explained(what: str) -> Iterator[None]:
-    """Translate what boto raises into decisions; no word of the server's or of a request gets into a message.
+    """Translate what boto raises about an object, e.g. `s3://bucket/prefix: key`, into decisions.
 
-    Args:
-        what: Which object of which store, e.g. `s3://bucket/prefix: key`.
+    No word of the server's or of a request gets into a message.
     """
     from botocore.exceptions import BotoCoreError, ClientError
     from urllib3.exceptions import HTTPError
@@ -131,19 +134,19 @@ def translate(error: Exception, what: str) -> RopewayError:  # noqa: PLR0911 - o
     said = f"{what}: the server says {status} {code}"
     if code in _CLOCK:
         return ConfigError(f"{said}: this machine's clock and the server's differ by too much. Set the clock right")
-    if code in _TEMPORARY or status == 429 or status >= 500:  # noqa: PLR2004 - HTTP
+    if code in _TEMPORARY or status == HTTPStatus.TOO_MANY_REQUESTS or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         return TemporaryError(f"{said}, also when asked again. Repeat the command later; it resumes")
     if code == "NoSuchBucket":
         return ConfigError(f"{said}. Create the bucket, or correct the URL or AWS_ENDPOINT_URL_S3")
-    if status == 404:  # noqa: PLR2004
+    if status == HTTPStatus.NOT_FOUND:
         return AbsentError(f"{what}: nothing is there (404)")
-    if code in _WHO or status == 401:  # noqa: PLR2004
+    if code in _WHO or status == HTTPStatus.UNAUTHORIZED:
         return ConfigError(
             f"{said}: these credentials are not accepted. Correct AWS_PROFILE or AWS_ACCESS_KEY_ID and its secret"
         )
-    if status == 403:  # noqa: PLR2004
+    if status == HTTPStatus.FORBIDDEN:
         return ConfigError(f"{said}: these credentials may not do that. Ask for read, write and list on this prefix")
-    if 300 <= status < 400 or code == "AuthorizationHeaderMalformed":  # noqa: PLR2004
+    if code == "AuthorizationHeaderMalformed" or status in range(300, 400):
         return ConfigError(f"{said}: the bucket is in another region. Set AWS_REGION to the bucket's")
     return ConfigError(f"{said}. Correct the URL and the AWS_… variables; is it an S3 server?")
 

@@ -3,8 +3,10 @@
 import io
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from http import HTTPStatus
 from typing import Any
 
+from botocore.client import BaseClient
 from botocore.exceptions import BotoCoreError, ClientError
 from urllib3.exceptions import HTTPError
 
@@ -18,7 +20,7 @@ _PIECE_BYTES, _SMALL_PIECE_BYTES = 256 << 10, 64 << 10  # a read that breaks los
 BROKEN_TRIES = 5  # of one range without a single byte more
 
 
-def read_whole(client: Any, bucket: str, path: str, *, most_bytes: int) -> bytes | None:  # noqa: ANN401
+def read_whole(client: BaseClient, bucket: str, path: str, *, most_bytes: int) -> bytes | None:
     """Return an object's bytes, or None when there are more than `most_bytes`."""
     answer = client.get_object(Bucket=bucket, Key=path)
     size = int(answer["ContentLength"])
@@ -28,7 +30,7 @@ def read_whole(client: Any, bucket: str, path: str, *, most_bytes: int) -> bytes
     return b"".join(_read_range(client, bucket, path, range(size), answer))
 
 
-def open_object(client: Any, bucket: str, path: str, start_byte: int, url: str) -> "S3Stream":  # noqa: ANN401
+def open_object(client: BaseClient, bucket: str, path: str, start_byte: int, url: str) -> "S3Stream":
     """Return a stream from `start_byte` on; raises ClientError 404 when nothing is there."""
     size = int(client.head_object(Bucket=bucket, Key=path)["ContentLength"])
     return S3Stream(client, bucket, path, range(start_byte, size), url)
@@ -37,7 +39,7 @@ def open_object(client: Any, bucket: str, path: str, start_byte: int, url: str) 
 class S3Stream(io.RawIOBase):
     """A readable stream that fetches a few ranges ahead, so that hashing and the network overlap."""
 
-    def __init__(self, client: Any, bucket: str, path: str, span: range, url: str) -> None:  # noqa: ANN401
+    def __init__(self, client: BaseClient, bucket: str, path: str, span: range, url: str) -> None:
         """Read `span` of an object; nothing is fetched before the first read."""
         super().__init__()
         self._object = (client, bucket, path)
@@ -87,7 +89,9 @@ class S3Stream(io.RawIOBase):
                 self._pieces.extend(self._pending.popleft().result())
 
 
-def _read_range(client: Any, bucket: str, path: str, span: range, answer: Any = None) -> list[bytes]:  # noqa: ANN401
+def _read_range(
+    client: BaseClient, bucket: str, path: str, span: range, answer: dict[str, Any] | None = None
+) -> list[bytes]:
     """Return the bytes of a span, in pieces; after a break only the rest is asked for.
 
     Raises:
@@ -108,7 +112,8 @@ def _read_range(client: Any, bucket: str, path: str, span: range, answer: Any = 
                 pieces.append(block)
                 filled += len(block)
         except ClientError as error:
-            if error_code(error)[1] != 416 or failures == BROKEN_TRIES:  # noqa: PLR2004 - HTTP: past the end
+            past_end = error_code(error)[1] == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE
+            if not past_end or failures == BROKEN_TRIES:
                 raise
         except (BotoCoreError, HTTPError, OSError) as error:
             kind = type(error).__name__
