@@ -29,15 +29,7 @@ Write = Callable[[str], object]
 
 @dataclass(frozen=True, slots=True)
 class Manner:
-    """How to answer.
-
-    Attributes:
-        system: The system message; empty means none.
-        max_new_tokens: Of one answer, at most.
-        temperature: 0 takes the most likely token every time.
-        top_p: Tokens are drawn from the most likely ones that together have this probability.
-        seed: The same seed and the same turns give the same answers on one machine.
-    """
+    """How to answer; an empty system message is none, temperature 0 takes the most likely token every time."""
 
     system: str
     max_new_tokens: int
@@ -51,8 +43,6 @@ class Answer:
     """What the model said.
 
     Attributes:
-        text: Without special tokens.
-        tokens: How many were generated, the end token too.
         ended: It said its end token; else `max_new_tokens` cut it.
         forgotten: Turns that no longer fitted into the context.
     """
@@ -125,11 +115,7 @@ class Talk:
     """One conversation with one model."""
 
     def __init__(self, folder: Path, manner: Manner) -> None:
-        """Open the model.
-
-        Raises:
-            DataError: transformers cannot load it, or it has no chat template.
-        """
+        """Open the model; raise DataError when transformers cannot load it, or it has no chat template."""
         from ropeway.stages.evaluate.opening import SAMPLED_ON_ONE, open_model, threads_for
 
         try:
@@ -155,11 +141,7 @@ class Talk:
             self.manner = replace(self.manner, system=system)
 
     def ask(self, question: str, write: Write) -> Answer:
-        """Return the answer, which `write` gets piece by piece as it comes; question and answer are remembered.
-
-        Raises:
-            ConfigError: The question does not fit the context.
-        """
+        """Return the answer, which `write` gets piece by piece as it comes; question and answer are remembered."""
         asked = [*self.turns, question]
         kept = fit_turns(
             asked, lambda turns: len(self._encode(turns)), self.context_tokens - self.manner.max_new_tokens

@@ -10,15 +10,7 @@ from ropeway.storage import hub
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """What goes to the Hub.
-
-    Attributes:
-        repo: `owner/name`.
-        version: E.g. `laptop@v3`.
-        digest: The version's identity.
-        files: Path -> bytes.
-        commit: The Hub's commit; None after a dry run.
-    """
+    """What goes to the Hub: path -> bytes of the files; the Hub's commit, None after a dry run."""
 
     repo: str
     version: str
@@ -31,12 +23,6 @@ def push_hub(version: Version, repo: str, *, private: bool, dry_run: bool) -> Sh
     """Upload a version to a model repository of the Hub, which is created if it is not there.
 
     Weights of an earlier version are taken away in the same commit: transformers would load stale ones beside new.
-
-    Args:
-        version: Which.
-        repo: `owner/name`.
-        private: Whether a repository that is created is shown to its owner alone.
-        dry_run: Verify and list; ask the Hub nothing.
 
     Raises:
         RegistryError: It is withdrawn.

@@ -92,10 +92,8 @@ def count_bytes(path: Path) -> int:
 def plan_clean(root: Path, *, keep: int, unsynced: bool) -> list[Removal]:
     """Return what nothing needs any more. Nothing is removed.
 
-    Args:
-        root: The workspace.
-        keep: How many results of each stage and profile stay in DVC's cache, beside those that are needed.
-        unsynced: W&B runs may go that were not sent to W&B.
+    `keep` results of each stage and profile stay in DVC's cache, beside those that are needed; `unsynced` counts W&B
+    runs that were not sent to W&B.
 
     Raises:
         RopewayError: The registry or the DVC workspace cannot be used, so what is needed cannot be known.

@@ -17,9 +17,6 @@ class Answer:
     """What a reviewer says; every part is asked for, none has a default.
 
     Attributes:
-        decision: `approve` or `reject`.
-        by: Who.
-        comment: Why, in words; kept for ever.
         via: Where it was said: a flow run, or one command in a terminal. An answer from one place is kept once.
     """
 
@@ -68,14 +65,7 @@ def decide(registry: Registry, case: Case, answer: Answer) -> Outcome:
 def review_here(root: Path, wanted: str, *, answer: Answer | None, expect: str | None) -> None:
     """Print the report of a version; with an answer, act on it; without one, say how to answer.
 
-    Args:
-        root: The workspace whose registry it is.
-        wanted: The version: NAME@…, its digest or the first 8 or more digits of that.
-        answer: The reviewer's.
-        expect: Where production must be: `v3`, a digest, `none`; default: where it is now.
-
-    Raises:
-        RegistryError: As in `open_case` and `decide`.
+    `expect` is where production must be: `v3`, a digest or `none`; default: where it is now.
     """
     from rich.console import Console
     from rich.markdown import Markdown

@@ -22,9 +22,7 @@ CRON = "0 3 * * *"
 def serve_flows(root: Path, *, cron: str | None = None) -> None:
     """Serve the flows until somebody ends this process; needs a running server.
 
-    Args:
-        root: The workspace.
-        cron: When to retrain, in UTC; None: the nightly schedule is there but switched off.
+    `cron` says when to retrain, in UTC; with None the nightly schedule is there but switched off.
 
     Raises:
         ConfigError: `cron` is no cron expression.

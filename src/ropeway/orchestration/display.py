@@ -17,12 +17,7 @@ RETRIES = 2
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """How a step ended.
-
-    Attributes:
-        state: A word for it: `Completed`, `Unchanged`, `Restored`, `Published`, `Rejected`.
-        words: One sentence for people.
-    """
+    """How a step ended: Completed, Unchanged, Restored, Published or Rejected, and one sentence for people."""
 
     state: str
     words: str

@@ -160,11 +160,7 @@ def read_remotes(root: Path) -> tuple[str | None, dict[str, dict[str, object]]]:
 
 
 def add_remote(root: Path, name: str, url: str) -> None:
-    """Make a place the default remote.
-
-    Raises:
-        ConfigError: DVC takes no such address, or has a remote of that name.
-    """
+    """Make a place the default remote."""
     _configure(root, "add", "--default", name, url)
 
 
@@ -232,11 +228,7 @@ def cache_folder(root: Path) -> Path:
 
 @contextmanager
 def exclusive(root: Path, *, guard: str = "lock") -> Iterator[None]:
-    """Hold one of DVC's own locks of a workspace: the first, so that no dvc reads or writes its cache meanwhile.
-
-    Raises:
-        BusyError: Another dvc is at work.
-    """
+    """Hold one of DVC's locks: the first, so that no dvc uses its cache meanwhile; raise BusyError when one does."""
     from dvc.lock import make_lock
 
     with _open_repo(root) as repo:

@@ -38,8 +38,6 @@ class Site:
     """Where stages run: a workspace that this process has locked.
 
     Attributes:
-        root: The workspace.
-        held: Its lock.
         pulls: A DVC remote answers: what its run-cache knows of a stage is fetched from there rather than made.
         definition: What the run was planned from (`graph.read_definition`); a stage is not run by another.
     """
@@ -71,11 +69,8 @@ def progress_path(root: Path, name: str) -> Path:
 def bring_up(site: Site, name: str, say: Say, *, anew: bool = False) -> str:
     """Bring one stage up to date; return what DVC did: `ran`, `restored` or `unchanged`.
 
-    Args:
-        site: Where.
-        name: The stage.
-        say: Gets every line as it comes, folded and capped; the full text is in `site.log(name)`.
-        anew: Run it whatever DVC knows of it.
+    `say` gets every line as it comes, folded and capped; the full text is in `site.log(name)`. `anew` runs the stage
+    whatever DVC knows of it.
 
     Raises:
         ConfigError: The stage ended with 64: what params.yaml asks for cannot be run. Or dvc.yaml was edited.

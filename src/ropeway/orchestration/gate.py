@@ -38,11 +38,7 @@ def gate(
 ) -> Verdict:
     """Return whether a model may take the champion's place.
 
-    Args:
-        metrics: Its eval.json.
-        champion: The champion's, measured on the same rows; None when there is none yet.
-        limits: What the profile asks.
-        champion_name: What it is called in the verdict, e.g. `laptop@v7`.
+    `metrics` and `champion` are two eval.json, of the same rows; the first model of a name has no champion.
 
     Returns:
         Passed only if every comparison could be made and holds: a loss that is missing or not finite fails.

@@ -60,13 +60,8 @@ def load_flow(root: Path, name: str) -> Flow[..., object]:
 def run_flow(flow: Flow[..., object], root: Path, profile: str, url: str, on_end: OnEnd) -> tuple[Result, str]:
     """Run a flow against the server at `url`; return its result and the path of its page.
 
-    Args:
-        flow: The workspace's `retrain`.
-        root: The workspace.
-        profile: Its run.
-        url: Of the server's API.
-        on_end: Told the result, or the error that ends the run, and the path of its page, as soon as it is known:
-            before the server is told. May be called more than once.
+    `on_end` is told the result, or the error that ends the run, and the path of its page, as soon as it is known:
+    before the server is told. It may be called more than once.
 
     Raises:
         RopewayError: What a step raised.
@@ -144,13 +139,7 @@ def _step(step: str, work: Callable[[], Done]) -> object:  # noqa: ARG001 - `ste
 
 @dataclass
 class PrefectBoard(Board):
-    """Shows steps as task runs, tables and reports as artifacts.
-
-    Attributes:
-        prefix: Of the artifacts' keys: each profile has a history of its own.
-        root: The workspace.
-        log: Where the lines of steps go.
-    """
+    """Shows steps as task runs, whose lines go to `log`, and tables and reports as artifacts with keys of `prefix`."""
 
     prefix: str
     root: Path

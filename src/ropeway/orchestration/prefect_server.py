@@ -274,11 +274,7 @@ class _KeptUp:
 
 
 def await_server(url: str, root: Path) -> None:
-    """Return once a server answers.
-
-    Raises:
-        TemporaryError: It does not.
-    """
+    """Return once a server answers; raise TemporaryError when it does not."""
     home = prefect_home(root)
     has_ended, log = (home / _EXIT).exists, home / "server.log"
     is_up = await_answer(url, _GIVEN_SECONDS, has_ended)

@@ -29,10 +29,7 @@ class Publication:
     Attributes:
         state: `Published`: a new version, `candidate` points to it. `Rejected`: a new version, but the gate did not let
             it pass and no alias moved. `Unchanged`: this package was dealt with before.
-        version: E.g. `laptop@v3`.
-        digest: The version's identity.
         verdict: The gate's, when it was asked.
-        words: One sentence for people.
         reviewable: Whether it is `candidate` and not `production`: somebody should decide.
     """
 
@@ -48,11 +45,7 @@ Measure = Callable[[Version, str], Mapping[str, object] | None]
 
 
 def check_publishing(workspace: Workspace) -> None:
-    """Raise before anything is computed what would refuse the finished package; an outage may pass until then.
-
-    Raises:
-        RegistryError, ConfigError: As in `Artifact.check_publishing`.
-    """
+    """Raise before anything is computed what would refuse the finished package; an outage may pass until then."""
     try:
         _artifact(workspace).check_publishing()
     except TemporaryError as error:
@@ -62,12 +55,8 @@ def check_publishing(workspace: Workspace) -> None:
 def publish_package(workspace: Workspace, profile: Profile, revision: Revision, measure: Measure) -> Publication:
     """Publish `runs/<profile>/package` unless the registry has it, and move `candidate` if the gate lets it pass.
 
-    Args:
-        workspace: Whose package.
-        profile: Its gate's limits.
-        revision: What is kept of git beside the version.
-        measure: Returns the metrics of a version on the validation rows of a digest, for a champion that was measured
-            on others; None if that cannot be done.
+    `measure` returns the metrics of a version on the validation rows of a digest, for a champion that was measured on
+    others; None if that cannot be done.
 
     Raises:
         DataError: The package or eval.json is not what it should be.
@@ -183,12 +172,7 @@ def measure_champion(
 ) -> Mapping[str, object] | None:
     """Return the champion's metrics on the rows whose digest is `rows`; None, with the reason said, if it cannot be.
 
-    Args:
-        site: Where its process runs.
-        workspace: Whose rows.
-        champion: Its package is pulled, every byte verified, and removed afterwards.
-        rows: What this run's eval.json calls `validation`.
-        say: Gets the lines.
+    The champion's package is pulled, every byte verified, and removed afterwards.
     """
     place = site.root / ".work" / "champion" / f"{champion.digest[:12]}-{rows[:12]}"
     out = place.with_suffix(".json")  # kept: the same question may come again

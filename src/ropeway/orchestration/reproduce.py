@@ -43,8 +43,6 @@ class Record:
         files: Path in the package -> sha256.
         facts: What the package's manifest says beside its files.
         block: The profile's block of params.yaml.
-        lock: dvc.lock.
-        timings: train's provenance.json.
     """
 
     files: Mapping[str, str]
@@ -59,13 +57,9 @@ class Reproduction:
     """What came of it.
 
     Attributes:
-        version: E.g. `laptop@v3`.
-        digest: Its identity.
         folder: The clone with the new run, left for a look.
         weights: `same`, or `other`.
-        other_weights: The weight files with other bytes.
         differences: All that differs, in words, causes first.
-        seconds: The time it took.
     """
 
     version: str
@@ -80,12 +74,8 @@ class Reproduction:
 def reproduce(root: Path, version: Version, *, target: Path | None, say: Say) -> Reproduction:
     """Make a version again and compare.
 
-    Args:
-        root: A workspace whose git knows the version's revision.
-        version: Which.
-        target: Where to clone to; default: `.work/reproduce/NAME-DIGEST`. A clone of that revision that is there
-            already, of an attempt that was stopped, is gone on with.
-        say: Gets the lines.
+    The clone goes to `target`, by default `.work/reproduce/NAME-DIGEST`; a clone of that revision that is there
+    already, of an attempt that was stopped, is continued.
 
     Raises:
         RegistryError: It was published from a changed tree or without git.

@@ -35,12 +35,7 @@ class Revision:
 
 
 def read_revision(root: Path, profile: str | None = None) -> Revision:
-    """Return the revision of the workspace at `root`, now.
-
-    Args:
-        root: The workspace.
-        profile: Whose files count beside the tracked ones; default: the one that params.yaml names.
-    """
+    """Return the revision of a workspace, now; files that the profile names count beside the tracked ones."""
     commit = ask_git(root, "rev-parse", "--verify", "--quiet", "HEAD")
     if not commit:
         return Revision(None, ())

@@ -19,10 +19,7 @@ class Result:
     """What a run came to.
 
     Attributes:
-        workspace: Whose run of params.yaml it was, and where its files are.
         stages: Each stage of dvc.yaml and how it ended: Completed, Restored or Unchanged.
-        publication: What became of the package.
-        seconds: How long it all took.
         review: The page where its review is answered; None when nobody was asked.
         edited: Keys of its block of params.yaml that were changed while it ran; it used the values of its start.
     """

@@ -51,9 +51,7 @@ class Ending:
 
         What it started ends with it: servers and stages have supervisors that watch it, and its lock is a flock.
 
-        Args:
-            code: The exit code.
-            tell: Prints the result or the error, if `tell` of this object has not done so before.
+        `tell` prints the result or the error, unless `tell` of this object has done so before.
         """
         if self._armed or not self._exits:
             return
@@ -88,11 +86,7 @@ def run_retrain(
 ) -> Result:
     """Bring a workspace's run up to date, publish what is new, and print what came out.
 
-    Args:
-        root: The folder of params.yaml.
-        profile: Which of its runs; default: the one its line `profile:` names. Another one is written there.
-        use_prefect: Show the run on Prefect's pages; else only in the terminal.
-        ending: Bounds the end of this process once the result is known.
+    The profile is by default the one that the line `profile:` of params.yaml names; another one is written there.
 
     Raises:
         RopewayError: As its subclasses say. Run again after mending it: what is done is not done again.

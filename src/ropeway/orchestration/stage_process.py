@@ -37,10 +37,7 @@ def run_stage(root: Path, name: str, profile: str | None = None) -> int:
 
     A room runs in a process tree of its own under the supervisor, so that nothing of it outlives DVC or a signal.
 
-    Args:
-        root: The workspace.
-        name: The stage.
-        profile: Whose; default: `identity` takes the one that params.yaml names, any other that of the digests.
+    The default profile is the one that params.yaml names for `identity`, that of the digests for any other stage.
 
     Raises:
         ConfigError: No such stage, params.yaml is wrong, the digests are another profile's, or a GPU cannot hold the
@@ -218,11 +215,7 @@ def _differing(before: Mapping[str, object], now: Mapping[str, object]) -> list[
 
 
 def _tasks_identity(profile: Profile, folder: Path) -> dict[str, str]:
-    """Return what tasks depend on beside their names; nothing where params name none.
-
-    Raises:
-        ConfigError: The harness is not installed: said here, before a model is trained, and not after.
-    """
+    """Return what tasks depend on beside their names; nothing where params name none."""
     names = profile.evaluation.tasks
     if not names:
         return {}

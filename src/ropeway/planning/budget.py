@@ -120,12 +120,8 @@ def _divides(load: Load, global_batch_size: int) -> bool:
 def plan_disk(profile: Profile, load: Load, *, found: Mapping[str, int], local_registry: bool) -> dict[str, int]:
     """Return bytes on disk by part: checkpoints and one being written, every room's files, and what is kept twice.
 
-    Args:
-        profile: The run.
-        load: What a rank works on.
-        found: Bytes of the stages' folders that are there already (`raw`, `base`, `tokens`, `data`); they replace
-            estimates, and only `base` has one.
-        local_registry: Published packages lie on this disk too.
+    `found` holds the bytes of the stages' folders that are there already; they replace estimates, and only `base` has
+    one.
     """
     weights = load.sizes.parameters
     stored = DTYPE_BYTES["fp32"] if isinstance(profile.base, ScratchBase) else 2  # published weights are 16-bit

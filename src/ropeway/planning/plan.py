@@ -44,14 +44,8 @@ class RunPlan:
         rows: Rows an epoch reads over all ranks; None where nothing states them yet.
         rows_per_source: The same by source; in the packed layout its sequences.
         tokens_per_source: Tokens an epoch reads; a mean where it draws a part; None before prepare.
-        tokens: Tokens of the whole run, padding left out.
         most_tokens: The same if every row were full.
         other_ranks: Steps that other rank counts would make here, and would have made in the original.
-        parameters: Weights of the model, vocabulary padded, adapters left out.
-        trainable: Weights that are trained.
-        checkpoint_bytes: One checkpoint: training weights, fp32 weights and two Adam moments.
-        gpu_bytes: Parts of one card's memory, and their total.
-        host_bytes: Parts of host memory of all ranks on one machine, and their total.
         disk_unknown: Parts of the disk's need that nothing states yet.
         fits: Whether it fits the stated or found card; None where neither is known.
         cards: For each memory in GiB: whether it fits, and what would make it fit with the bytes it then takes.

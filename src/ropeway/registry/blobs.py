@@ -27,13 +27,7 @@ def put_blobs(store: Store, files: Sequence[tuple[Path, PackageFile]]) -> None:
 
 
 def blob_fault(store: Store, file: PackageFile, *, rehash: bool) -> str | None:
-    """Return what is wrong with a file's blob, or None.
-
-    Args:
-        store: Where.
-        file: Which path, sha256 and bytes it should have.
-        rehash: Read every byte; else compare sizes only.
-    """
+    """Return what is wrong with a file's blob, or None; `rehash` reads every byte, else sizes alone are compared."""
     key = blob_key(file.sha256)
     try:
         if (size := store.size(key)) != file.bytes:

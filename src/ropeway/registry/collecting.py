@@ -41,10 +41,7 @@ class Garbage:
     """What a collection removes.
 
     Attributes:
-        entries: Objects that nobody needs, by key.
-        strays: What writers that died left aside.
         young: Objects that nobody needs either, but younger than the grace period.
-        bytes: The size of `entries`; what strays hold is not known.
     """
 
     entries: tuple[Entry, ...]
@@ -69,10 +66,7 @@ def plan_collection(
 def find_garbage(store: Store, *, grace: timedelta, withdrawn: bool) -> Garbage:
     """Return what a collection would remove now. Nothing is removed.
 
-    Args:
-        store: Where.
-        grace: What is younger stays.
-        withdrawn: Whether the blobs that only withdrawn versions need go too.
+    What is younger than `grace` stays; with `withdrawn` the blobs go too that only withdrawn versions need.
 
     Raises:
         RegistryError: No registry there, or a version's manifest is missing: what it needs cannot be known.

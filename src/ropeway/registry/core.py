@@ -29,7 +29,6 @@ class Core:
     """What a version is.
 
     Attributes:
-        name: The model it is a version of.
         files: Every file of the package, its own manifest.json among them, sorted by path.
         facts: What that manifest says beside its files.
     """
@@ -62,21 +61,14 @@ class Core:
 
 
 def package_digest(folder: Path, name: str) -> str:
-    """Return the digest that `publish` would give a package; sizes are checked, bytes are not hashed again.
-
-    Raises:
-        DataError: The folder is not a whole package, or holds what none may hold.
-    """
+    """Return the digest that `publish` would give a package; sizes are checked, bytes are not hashed again."""
     return read_package(folder, name, verify=False).digest
 
 
 def read_version(package: Path, pages: Path | None, name: str) -> tuple[Core, dict[str, Path]]:
     """Return the core of a package with its pages, and where each of its files lies; every byte is hashed.
 
-    Args:
-        package: A package folder.
-        pages: README.md and pages with a manifest.json of the whole version; None for a package alone.
-        name: The model it becomes a version of.
+    `pages` holds README.md and pages with a manifest.json of the whole version; None for a package alone.
 
     Raises:
         DataError: As in `read_package`, or the pages are of another package.
@@ -115,12 +107,7 @@ def _read_pages(pages: Path) -> Facts:
 
 
 def read_package(folder: Path, name: str, *, verify: bool) -> Core:
-    """Return the core of a package folder.
-
-    Args:
-        folder: Holds a `manifest.json` (`ropeway.runtime.manifest`).
-        name: The model it becomes a version of.
-        verify: Re-hash every file and look at how it begins.
+    """Return the core of a package folder; `verify` hashes every file again and looks at how it begins.
 
     Raises:
         DataError: No manifest, other bytes than it says, a link, a path, suffix or size against the rules.

@@ -94,13 +94,10 @@ class Log:
 
 
 def read_reference(text: str) -> Reference:
-    """Return what `NAME@ALIAS`, `NAME@v3`, `NAME@3` or `NAME@<digest or its first 8 or more digits>` means.
+    """Return what NAME@ALIAS, NAME@v3, NAME@3 or NAME@DIGEST (8 digits or more) means; else raise RegistryError.
 
     >>> read_reference("laptop@v3").number
     3
-
-    Raises:
-        RegistryError: It is none of these.
     """
     name, at, selector = text.partition("@")
     if at and PROFILE_NAME.fullmatch(name):

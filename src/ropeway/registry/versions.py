@@ -37,9 +37,6 @@ class Version:
     """One version of an artifact. Made by `Registry.version`; each fact is read once, when it is first asked for.
 
     Attributes:
-        store: Where it is.
-        name: The artifact's.
-        digest: The version's identity.
         reference: What the caller asked for, for messages.
     """
 
@@ -143,22 +140,14 @@ class Version:
         }
 
     def read_file(self, path: str) -> bytes | None:
-        """Return a small file of its package, else of its attachments, hashed; None when it has no such file.
-
-        Raises:
-            DataError: As in `read_blob`.
-        """
+        """Return a small file of its package, else of its attachments, hashed; None when it has no such file."""
         for file in (*self.core.files, *self.attachments):
             if file.path == path:
                 return read_blob(self.store, file)
         return None
 
     def compare(self, new: "Version") -> Facts:
-        """Return how a newer version differs: `compare_cores`, and which two they are.
-
-        Raises:
-            DataError: One of them is damaged.
-        """
+        """Return how a newer version differs: `compare_cores`, and which two they are."""
         ends = {side: {"reference": one.reference, "digest": one.digest} for side, one in (("old", self), ("new", new))}
         return ends | compare_cores(self.store, self.core, new.core)
 
@@ -167,8 +156,7 @@ class Version:
 
         A pull that was killed leaves `.<target>.<digest>.partial` beside it; the next one continues there.
 
-        Args:
-            target: The folder to make. If it exists it must be empty or hold exactly this version.
+        If `target` exists it must be empty or hold exactly this version.
 
         Raises:
             RegistryError: It is withdrawn, or `target` holds something else.
@@ -228,12 +216,8 @@ class Version:
     ) -> Promotion:
         """Point an alias at this version; of racing promoters that expect the same, one wins.
 
-        Args:
-            alias: E.g. `candidate` or `production`.
-            expect: The digest the alias must point to now, None if it must not exist yet, or `ANY`.
-            by: Who did it.
-            reason: Why, in words.
-            review: A reviewer's answers, kept with the event.
+        `expect` is the digest the alias must point to now, None if it must not exist yet, or `ANY`; `review` is a
+        reviewer's answer, kept with the event.
 
         Raises:
             RegistryError: It is not published, withdrawn or not whole, one from a dirty tree is to become `production`,
@@ -272,9 +256,7 @@ class Version:
 
         A review is a fact of its own: a rejection moves no alias, an approval may find production moved meanwhile.
 
-        Args:
-            decision: What was decided.
-            answer: `by`, `comment`, `production` (what it was when the report was made), `via` (which run or command).
+        An answer is `by`, `comment`, `production` (what it was when the report was made), `via` (which run or command).
         """
         said = {"digest": self.digest, "decision": decision, **answer}
 
@@ -357,11 +339,7 @@ _ABSENT = "absent"
 
 
 def compare_cores(store: Store, old: Core, new: Core) -> Facts:
-    """Return `{facts: {"run.json: params.seed": [1, 2]}, files: {path: added | removed | changed}}`.
-
-    Raises:
-        DataError: One of them is damaged.
-    """
+    """Return `{facts: {"run.json: params.seed": [1, 2]}, files: {path: added | removed | changed}}`."""
     before, after = _facts(store, old), _facts(store, new)
     changed = {
         key: [before.get(key, _ABSENT), after.get(key, _ABSENT)]

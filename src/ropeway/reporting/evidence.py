@@ -21,12 +21,8 @@ class VersionEvidence:
 
     Attributes:
         facts: As `Version.describe` has them.
-        metrics: Its eval.json.
-        samples: Its samples.json.
-        ledger: Its ledger.json.
         steps: Its steps.csv, one mapping per optimizer step.
         history: The provenance.json beside it: one record per start of its training.
-        run: Its run.json: parameters, sources, base.
     """
 
     facts: Json
@@ -48,15 +44,10 @@ class Case:
     """A question to a reviewer: may this version become production?
 
     Attributes:
-        name: The model.
-        digest: The version.
         expect: What production was when the evidence was gathered, None if there was none.
-        url: Of the registry.
-        new: The version.
         old: Production; None when there was none, or when it is this version.
         changes: What differs between them: `run.json: params.seed` -> [old, new].
         dirt: Why no commit makes this version; None when one does.
-        reviews: Earlier answers about it.
     """
 
     name: str
@@ -73,10 +64,7 @@ class Case:
 def open_case(registry: Registry, wanted: str, *, expect: str | Anything | None = ANY) -> Case:
     """Return everything about a version that a decision needs.
 
-    Args:
-        registry: Where it is.
-        wanted: As `Registry.find` takes it.
-        expect: The digest that production is compared and expected to be; default: what it is now.
+    `expect` is the digest that production is compared with and expected to be; default: what it is now.
 
     Raises:
         RegistryError: No such version, or it is withdrawn.
@@ -106,14 +94,15 @@ def gather_evidence(version: Version) -> VersionEvidence:
     """Return a version with its small files."""
     facts = version.describe()
 
-    def read(path: str, place: str = "files") -> Any:  # noqa: ANN401 - JSON
+    def read_bytes(path: str, place: str = "files") -> bytes:
         entry = facts[place].get(path)
-        if entry is None or entry["bytes"] > MAX_DOCUMENT_BYTES:
-            return {}
-        data = version.read_file(path) or b""
-        return data if path.endswith(".csv") else _parse(data)
+        small = entry is not None and entry["bytes"] <= MAX_DOCUMENT_BYTES
+        return (version.read_file(path) if small else None) or b""
 
-    rows = csv.DictReader(io.StringIO((read("steps.csv") or b"").decode()))
+    def read(path: str, place: str = "files") -> Json:
+        return _parse(read_bytes(path, place))
+
+    rows = csv.DictReader(io.StringIO(read_bytes("steps.csv").decode()))
     return VersionEvidence(
         facts=facts,
         metrics=facts["provenance"].get("evaluation") or read("eval.json"),

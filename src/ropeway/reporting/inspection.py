@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from ropeway.config.params import Profile
 from ropeway.data.batches import EpochPlan, plan_epoch
@@ -19,17 +18,11 @@ _REMEDY = "`ropeway run` prepares it, or `dvc repro prepare` alone"
 
 @dataclass(frozen=True)
 class Inspection:
-    """What was asked for.
-
-    Attributes:
-        title: What it is, in words.
-        readings: The sequence, or the pieces of the row.
-        facts: The same for programs.
-    """
+    """What was asked for: a sequence, or the pieces of a row; `facts` says which for programs."""
 
     title: str
     readings: tuple[Reading, ...]
-    facts: dict[str, Any]
+    facts: dict[str, str | int | None]
 
 
 @dataclass(frozen=True)
@@ -138,7 +131,7 @@ def pair_tokens(reading: Reading, prepared: Prepared) -> Iterator[tuple[Shown, b
     return zip(prepared.vocabulary.show(reading.tokens.tolist()), reading.learned.tolist(), strict=True)
 
 
-def list_sources(prepared: Prepared) -> list[dict[str, Any]]:
+def list_sources(prepared: Prepared) -> list[dict[str, str | int]]:
     """Return what can be looked at: each source's counts."""
     return [
         {

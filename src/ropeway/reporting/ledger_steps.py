@@ -18,10 +18,8 @@ class Step:
     """One step of a source's flow.
 
     Attributes:
-        name: What happens.
         sign: `=` goes on to the next step, `-` goes no further, `+` comes in from elsewhere (padding).
         count: How many, None where only tokens are counted.
-        unit: Of `count`: records or sequences.
         tokens: How many, None before there are any.
         epoch: Of the run, None before the first.
     """

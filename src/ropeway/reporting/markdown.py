@@ -8,12 +8,7 @@ _ESCAPED = {"<": "&lt;", ">": "&gt;", **{mark: f"\\{mark}" for mark in "\\|`*_{}
 
 
 def table(rows: Sequence[Mapping[str, str]], *, numbers: bool = False) -> str:
-    """Return rows as a Markdown table; nothing for none. Cells are Markdown already.
-
-    Args:
-        rows: The first one has every column.
-        numbers: All columns but the first are set to the right.
-    """
+    """Return rows of Markdown cells as a table, its columns those of the first row; `numbers` are set to the right."""
     if not rows:
         return ""
     heads = list(rows[0])

@@ -3,7 +3,6 @@
 import json
 import re
 from functools import cache
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -12,6 +11,7 @@ from ropeway.reporting import markdown
 from ropeway.reporting.colors import BACKGROUND, DARK, LIGHT
 from ropeway.reporting.token_view import name_visibly, split_visible
 
+_FENCE = 2  # of three parts, the one that `collapse` captures beside its block
 # Control characters, lone surrogates and characters that reverse the direction of the text around them.
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
 
@@ -19,9 +19,8 @@ _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u20
 def render(template: str, **values: object) -> str:
     """Return a template of `templates/` with values; equal values give equal text, encodable as UTF-8.
 
-    Args:
-        template: The file's name; `*.md.jinja` is Markdown, everything else HTML.
-        values: Its variables. A `markupsafe.Markup` is printed as it is, everything else is escaped.
+    `*.md.jinja` is Markdown, everything else HTML. A `markupsafe.Markup` is printed as it is, everything else is
+    escaped.
     """
     return _environment(is_markdown=template.endswith(".md.jinja")).get_template(template).render(values)
 
@@ -30,9 +29,7 @@ def collapse(text: str) -> str:
     """Return Markdown with one blank line between blocks, code blocks as they are."""
     parts = re.split(r"(?ms)(^(`{3,})[^\n]*\n.*?^\2$)", text.strip())
     return "".join(
-        part if at % 3 == 1 else re.sub(r"\n{3,}", "\n\n", part)
-        for at, part in enumerate(parts)
-        if at % 3 != 2  # noqa: PLR2004 - the fence alone
+        part if at % 3 == 1 else re.sub(r"\n{3,}", "\n\n", part) for at, part in enumerate(parts) if at % 3 != _FENCE
     )
 
 
@@ -54,25 +51,28 @@ def _environment(*, is_markdown: bool) -> Environment:
         percent=lambda share, digits=1: f"{share:.{digits}%}",
         json=lambda value, indent=None: json.dumps(value, indent=indent, sort_keys=True),
         general=lambda number: f"{number:g}",
-        yaml=lambda value: Markup(json.dumps(value)),  # noqa: S704 - a JSON string is a YAML string
+        yaml=lambda value: trusted(json.dumps(value)),  # a JSON string is a YAML string
         stretches=split_visible,
         visibly=name_visibly,
-        cell=lambda value: Markup(markdown.plain(value)),  # noqa: S704 - escaped
-        code=lambda value: Markup(markdown.code(value)),  # noqa: S704 - escaped
-        fence=lambda value, language="": Markup(markdown.fence(str(value), language)),  # noqa: S704 - escaped
-        table=lambda rows, *, numbers=False: Markup(markdown.table(rows, numbers=numbers)),  # noqa: S704 - its cells are Markdown already
+        cell=lambda value: trusted(markdown.plain(value)),
+        code=lambda value: trusted(markdown.code(value)),
+        fence=lambda value, language="": trusted(markdown.fence(str(value), language)),
+        table=lambda rows, *, numbers=False: trusted(markdown.table(rows, numbers=numbers)),  # of Markdown cells
     )
     return environment
 
 
-def _show_unsafe(value: Any) -> Any:  # noqa: ANN401 - whatever a template prints
+def _show_unsafe(value: object) -> object:
     """Return a text with unsafe characters as their code point; Jinja escapes it for HTML afterwards."""
     if not isinstance(value, str) or isinstance(value, Markup):
         return value
     return _UNSAFE.sub(lambda found: f"U+{ord(found[0]):04X}", value)
 
 
-def _escape_markdown(value: Any) -> Markup:  # noqa: ANN401 - whatever a template prints
-    if isinstance(value, Markup):
-        return value
-    return Markup(markdown.escape(value))  # noqa: S704 - escaped
+def _escape_markdown(value: object) -> Markup:
+    return value if isinstance(value, Markup) else trusted(markdown.escape(value))
+
+
+def trusted(text: str) -> Markup:
+    """Return a text that was escaped for its format, or made here, as one that a template prints as it is."""
+    return Markup(text)  # noqa: S704 - the one place where a text is called safe

@@ -30,12 +30,7 @@ class Page:
     """What the page is about.
 
     Attributes:
-        profile: As prepare reads it.
-        name: The profile's.
-        shards: Of the closed data folder.
-        ledger: As ledger.json holds it.
         raw: Source -> its entry in the raw manifest.
-        vocabulary: Tokens in characters.
     """
 
     profile: Profile
@@ -60,10 +55,7 @@ class Excerpt:
     """The tokens of a reading that are shown, each with whether it is supervised.
 
     Attributes:
-        reading: Shown.
-        head: Its first tokens, or all.
         left_out: Tokens between head and tail.
-        tail: Its last tokens, if any were left out.
         taught_next: The token after the piece that its last position is trained on, if it is.
     """
 
@@ -101,10 +93,6 @@ class Source:
 
 def run(workspace: Workspace, profile: Profile) -> None:
     """Write `report.html` of a closed data folder; equal data and params give equal bytes.
-
-    Args:
-        workspace: Where `data/` lies and the report goes.
-        profile: As prepare reads it.
 
     Raises:
         DataError: Raw records, data or ledger are missing or were changed.
@@ -191,13 +179,7 @@ def _describe(source: SourceShards, reading: Reading) -> str:
 
 
 def draw_page(page: Page, samples: Iterable[Iterable[Sample]], rows: Iterable[Sample]) -> str:
-    """Return the whole file.
-
-    Args:
-        page: What it is about.
-        samples: For each source in order; taken one source after another.
-        rows: Packed rows, none in the padded layout.
-    """
+    """Return the whole file; `samples` are taken one source after another."""
     chosen = iter(samples)
     sources = [
         _plan_source(page, account, source, (_show(page, sample) for sample in next(chosen, ())))

@@ -47,14 +47,7 @@ def draw_samples(report: Mapping[str, Any]) -> str:
 
 
 def write_plots(target: Path, tables: Path, steps: Path, *, max_length: int) -> None:
-    """Write the folder, whole or not at all.
-
-    Args:
-        target: The folder.
-        tables: Folder of the CSV files.
-        steps: steps.csv.
-        max_length: Tokens of the longest row in training.
-    """
+    """Write the folder of plots, whole or not at all."""
     with whole_folder(target) as folder:
         pictures.draw_losses(folder, read_table(steps))
         pictures.draw_sources(folder, read_table(tables / "scores.csv"))

@@ -5,10 +5,9 @@ The package itself holds no page: an edit of a sentence or a color changes none 
 
 import json
 import shutil
-from typing import Any
 
 from ropeway.config.params import Profile
-from ropeway.reporting.model_card import draw_card
+from ropeway.reporting.model_card import Json, draw_card
 from ropeway.runtime.manifest import (
     NAME,
     file_sha256,
@@ -29,8 +28,9 @@ def run(workspace: Workspace, profile: Profile) -> None:  # noqa: ARG001 - card.
     """
     package = workspace.package
 
-    def read(name: str) -> Any:  # noqa: ANN401 - JSON
-        return json.loads((package / name).read_bytes())
+    def read(name: str) -> Json:
+        found: Json = json.loads((package / name).read_bytes())
+        return found
 
     card = draw_card(*(read(f"{name}.json") for name in ("card", "ledger", "eval", "samples")))
     with whole_folder(workspace.pages) as folder:

@@ -2,12 +2,11 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any
 
 from ropeway.data.lineage import describe_base, describe_source
 from ropeway.data.task_scores import name_metrics, show_score
 from ropeway.reporting import colors
-from ropeway.reporting.evidence import Case, VersionEvidence
+from ropeway.reporting.evidence import Case, Json, VersionEvidence
 from ropeway.reporting.ledger_steps import ledger_rows
 from ropeway.reporting.loss_curves import Curve, loss_curves
 from ropeway.reporting.markdown import code, plain
@@ -111,7 +110,7 @@ def _mean(case: Case) -> str:
 
 def _tasks(case: Case) -> list[dict[str, str]]:
     """Return what base, production and the new version score in each task of lm-evaluation-harness."""
-    tasks: Mapping[str, Any] = case.new.metrics.get("tasks") or {}
+    tasks: Json = case.new.metrics.get("tasks") or {}
     rows = []
     for name, task in tasks.items():
         for metric in name_metrics(task["tuned"]):
@@ -123,14 +122,14 @@ def _tasks(case: Case) -> list[dict[str, str]]:
     return rows
 
 
-def _of_same(metrics: Mapping[str, Any], name: str, task: Mapping[str, Any]) -> Mapping[str, Any]:
+def _of_same(metrics: Json, name: str, task: Json) -> Json:
     """Return production's scores, if it was asked the same questions in the same way."""
-    theirs: Mapping[str, Any] = (metrics.get("tasks") or {}).get(name) or {}
+    theirs: Json = (metrics.get("tasks") or {}).get(name) or {}
     same = all(theirs.get(key) == task[key] for key in ("version", "shots", "n"))
     return theirs.get("tuned", {}) if same else {}
 
 
-def _score(figures: Mapping[str, Any], metric: str) -> str:
+def _score(figures: Mapping[str, float], metric: str) -> str:
     return show_score(figures, metric) if metric in figures else "not asked"
 
 
@@ -147,7 +146,7 @@ def _label(version: VersionEvidence) -> str:
 
 
 def _draw(curves: Sequence[Curve]) -> str:
-    if sum(len(curve.points) for curve in curves) < 2:  # noqa: PLR2004 - a line has two ends
+    if sum(len(curve.points) for curve in curves) <= 1:  # a line has two ends
         return ""
     from ropeway.reporting.pictures import draw_curves
 
@@ -233,7 +232,7 @@ def _lineage(case: Case) -> list[dict[str, str]]:
     return [{"": plain(name), " ": code(words)} for name, words in rows]
 
 
-def _origins(run: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _origins(run: Json) -> Iterator[tuple[str, str]]:
     """Yield what the base was opened from, and each source read from; nothing for versions that did not record it."""
     if base := run.get("base"):
         yield "base", str(describe_base(base))
@@ -254,7 +253,7 @@ def _passed(new: VersionEvidence) -> bool | None:
     return bool(verdict["passed"]) if verdict else None
 
 
-def _rival_metrics(case: Case) -> Mapping[str, Any]:
+def _rival_metrics(case: Case) -> Json:
     """Return production's metrics, on this version's rows if the run measured them there."""
     if not case.old:
         return {}
@@ -269,13 +268,13 @@ def _same_rows(case: Case) -> bool:
     return bool(_rival_metrics(case).get("validation") == case.new.metrics.get("validation"))
 
 
-def _get(tree: Any, *keys: str) -> float | None:  # noqa: ANN401 - JSON
+def _get(tree: object, *keys: str) -> float | None:
     for key in keys:
         tree = tree.get(key) if isinstance(tree, Mapping) else None
     return float(tree) if isinstance(tree, int | float) and not isinstance(tree, bool) else None
 
 
-def _figure(value: Any, digits: int = 3) -> str:  # noqa: ANN401 - JSON
+def _figure(value: object, digits: int = 3) -> str:
     return f"{value:,.{digits}f}" if isinstance(value, int | float) else "unknown"
 
 
@@ -288,7 +287,7 @@ def _change(ours: float | None, theirs: float | None, better: str) -> str:
     return f"{change:+.3f} ({'better' if (change < 0) == (better == 'down') else '**worse**'})"
 
 
-def _moment(seconds: Any) -> str:  # noqa: ANN401 - JSON
+def _moment(seconds: object) -> str:
     if not isinstance(seconds, int | float):
         return "?"
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")

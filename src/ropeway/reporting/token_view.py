@@ -12,7 +12,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,10 +32,8 @@ class Shown:
     """One token in characters.
 
     Attributes:
-        number: Its id.
         text: What it says; of bytes that are no whole character, their hex digits.
         is_special: A special token of the tokenizer, e.g. `</s>`; where its string comes from cannot be told.
-        is_bytes: `text` is hex digits.
         completes: The characters of which these bytes are the last ones.
     """
 
@@ -44,6 +42,13 @@ class Shown:
     is_special: bool = False
     is_bytes: bool = False
     completes: str = ""
+
+
+class Decoder(TypedDict):
+    """A decoder in tokenizer.json, as far as it is looked at; one of type Sequence has others inside."""
+
+    type: str
+    decoders: NotRequired[list["Decoder"]]
 
 
 class Vocabulary:
@@ -94,8 +99,6 @@ class Reading:
     """One piece as it is read.
 
     Attributes:
-        piece: Which tokens of which sequence.
-        source: The source's name.
         length: Tokens of the whole sequence.
         tokens: `(T,)` ids of the piece.
         learned: `(T,)` True where predicting *this* token counts.
@@ -191,7 +194,7 @@ def _decode(data: bytes) -> str | None:
         return None
 
 
-def _list_kinds(tree: Any) -> Iterator[str]:  # noqa: ANN401 - JSON
+def _list_kinds(tree: Decoder | None) -> Iterator[str]:
     """Yield the types of a decoder and of those inside it."""
     if tree:
         yield tree["type"]

@@ -24,13 +24,7 @@ _TRAVELLING = ("DS_ACCELERATOR", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "PATH", "T
 
 
 def plan_command(environment: Mapping[str, str], arguments: list[str], *, ranks: int, port: int) -> list[str]:
-    """Return the command that starts every rank with these arguments.
-
-    Args:
-        environment: What decides how: see the module.
-        arguments: Of `ropeway.stages.train.rank`.
-        ranks: How many, over all machines.
-        port: A free one on the machine of rank 0.
+    """Return the command that starts every rank with these arguments; `port` is a free one on the machine of rank 0.
 
     Raises:
         ConfigError: torchrun started this, the hostfile cannot be read, or it has other slots than ranks.

@@ -39,10 +39,7 @@ class Held:
 def workspace_lock(root: Path, *, command: str, profile: str = "") -> Iterator[Held]:
     """Hold the workspace at `root`, or enter under an ancestor that holds it.
 
-    Args:
-        root: The folder of params.yaml.
-        command: What the holder is called when another is turned away, e.g. "ropeway run".
-        profile: Which run it makes, if it is known.
+    `command` is what the holder is called when another process is turned away, e.g. "ropeway run".
 
     Raises:
         TemporaryError: Another process holds it; the message names it.

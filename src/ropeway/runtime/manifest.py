@@ -113,12 +113,9 @@ def write_manifest(
 
 
 def load_manifest(folder: Path, *, remedy: str, verify: bool = True) -> dict[str, Any]:
-    """Return a folder's manifest, its files checked.
+    """Return a folder's manifest, its files hashed again, or with `verify` off their sizes compared.
 
-    Args:
-        folder: The folder it describes.
-        remedy: What the reader is told to do, e.g. "Run `dvc repro prepare`".
-        verify: Re-hash every file; else compare sizes only.
+    `remedy` tells the reader what to do, e.g. "Run `dvc repro prepare`".
 
     Raises:
         DataError: No manifest (unfinished work), or a file missing, added, of another size or with other bytes.

@@ -66,12 +66,7 @@ def init_distributed() -> None:
 
 
 def unlink_buffers(port: int, *, rank: int | None = None) -> list[Path]:
-    """Take the buffers of the run whose ranks met at this port out of /dev/shm; who has one mapped keeps it.
-
-    Args:
-        port: MASTER_PORT of the run, part of the buffers' names.
-        rank: Only this rank's. Default: every rank's on this machine.
-    """
+    """Remove the buffers of the run on this port, of one rank or of all, from /dev/shm; who has one mapped keeps it."""
     named = f"{_BUFFER}_{os.getuid()}_*_{port}_{'*' if rank is None else rank}"
     found = list(BUFFERS.glob(named))
     for path in found:

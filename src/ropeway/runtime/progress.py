@@ -24,8 +24,6 @@ class Progress:
     """One start of a run.
 
     Attributes:
-        facts: What was known at its start: ranks, host, versions.
-        lines: The stage's progress file, which the flow reads while the run goes on.
         attempts: `attempts.jsonl`, one record per start of this run.
         peak_flops: What all cards together could do, FLOP/s; None where nobody states it.
         mirror: Gets every line as well, e.g. to W&B; must not block.

@@ -58,9 +58,7 @@ class About:
 
     Attributes:
         folder: Where offline files go, unless WANDB_DIR says otherwise.
-        name: Of the run.
         group: The fingerprint: attempts of one training run stand together.
-        config: Parameters and digests.
     """
 
     folder: Path

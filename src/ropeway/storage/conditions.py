@@ -23,11 +23,7 @@ _BODY = b"Ropeway asks here whether this store honours If-None-Match. Leave it.\
 
 
 class LostError(Exception):
-    """The object was there. Never leaves this package.
-
-    Attributes:
-        repeated: Whether the request was sent more than once, so that the object may be this very writer's.
-    """
+    """The object was there. `repeated` requests may have met this very writer's object. Never leaves this package."""
 
     def __init__(self, *, repeated: bool) -> None:
         """Keep whether it was repeated."""

@@ -31,10 +31,7 @@ class Entry:
 class Stray:
     """What a writer that died left aside: a file in `.partial/`, or an unfinished multipart upload.
 
-    Attributes:
-        name: What a person may be shown.
-        started_at: By the store's clock.
-        token: What the store needs to remove it.
+    The store needs `token` to remove it.
     """
 
     name: str

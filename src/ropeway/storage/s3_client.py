@@ -48,13 +48,10 @@ class Place(NamedTuple):
 
 
 def split_url(url: str) -> Place:
-    """Return the bucket and the prefix (or key) of an `s3://` URL.
+    """Return the bucket and the prefix (or key) of an `s3://` URL; raise ConfigError when it is none.
 
     >>> split_url("s3://models/team/registry/")
     Place(bucket='models', prefix='team/registry')
-
-    Raises:
-        ConfigError: Not of that form.
     """
     scheme, _, rest = url.partition("://")
     bucket, _, prefix = rest.partition("/")

@@ -92,12 +92,7 @@ class S3Stream(io.RawIOBase):
 def _read_range(
     client: BaseClient, bucket: str, path: str, span: range, answer: dict[str, Any] | None = None
 ) -> list[bytes]:
-    """Return the bytes of a span, in pieces; after a break only the rest is asked for.
-
-    Raises:
-        TemporaryError: The connection keeps breaking without a byte more, or the server sends other spans.
-        ClientError: What the server said.
-    """
+    """Return the bytes of a span, in pieces; after a break only the rest is asked for."""
     pieces, filled, failures, size = list[bytes](), 0, 0, _PIECE_BYTES
     while filled < len(span):
         before, kind = filled, "too few bytes"
