@@ -54,13 +54,7 @@ class Answer:
 
 
 def locate_model(source: str, registry: str | None) -> Path:
-    """Return the folder that a path means, or a registry's version, pulled into the cache.
-
-    Raises:
-        ConfigError: Neither a folder nor NAME@ALIAS.
-        DataError: As in `check_folder`.
-        RegistryError: No such version, or it is withdrawn.
-    """
+    """Return the folder that a path means, or a registry's version, pulled into the cache; what it holds is checked."""
     folder = Path(source)
     if not folder.is_dir():
         if "@" not in source or "/" in source:

@@ -89,11 +89,7 @@ def answer_command(case: Case, decision: Decision) -> str:
 
 
 def read_answer(*, approve: bool, reject: bool, reviewer: str | None, comment: str | None) -> Answer | None:
-    """Return the answer that a command line gives, None when it gives none.
-
-    Raises:
-        ConfigError: It says yes and no, or leaves out who or why.
-    """
+    """Return a command line's answer, None without one; raise ConfigError for yes and no, or without who and why."""
     if approve and reject:
         raise ConfigError("--approve and --reject: choose one")
     if not (approve or reject):

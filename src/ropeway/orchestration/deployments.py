@@ -63,11 +63,7 @@ def take_over(deployments: "list[RunnerDeployment]") -> None:
 
 
 def find_next(cron: str) -> str:
-    """Return the next time of a cron expression, which is in UTC, for a person; also in this machine's own time zone.
-
-    Raises:
-        ConfigError: It is no cron expression.
-    """
+    """Return the next time of a cron expression, in UTC and in this machine's zone; raise ConfigError for none."""
     from prefect.server.schemas.schedules import CronSchedule
 
     try:

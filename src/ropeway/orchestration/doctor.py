@@ -15,10 +15,11 @@ from typing import Literal
 from ropeway.config.params import load_profile
 from ropeway.orchestration import dvc_graph as graph
 from ropeway.orchestration.cleanup import say_sizes
-from ropeway.orchestration.prefect_server import DEFAULT_PORT, LOOPBACK, find_server, is_answering, is_free
+from ropeway.orchestration.prefect_server import DEFAULT_PORT, find_server, is_answering, is_free
 from ropeway.planning.plan import plan_run
 from ropeway.runtime.devices import count_ranks, detect_gpus, list_gpus
 from ropeway.runtime.errors import ConfigError, RopewayError
+from ropeway.runtime.launcher import LOOPBACK
 from ropeway.runtime.tracking import choose_modes
 from ropeway.runtime.workspace import Workspace
 from ropeway.storage import FileStore, Store, open_store
@@ -63,14 +64,15 @@ def mend(root: Path, remote: str | None) -> list[str]:
     if remote and not name:
         if fault := _overlap(remote, Workspace(root, "").registry_url):
             raise ConfigError(fault)
-        graph.add_remote(root, REMOTE, remote)
+        graph.configure_remote(root, "add", "--default", REMOTE, remote)
         name, remotes = graph.read_remotes(root)
         done.append(f"DVC remote '{REMOTE}' is {remote}; commit .dvc/config")
     if not name:
         fix = "name one: `ropeway doctor --fix --remote s3://bucket/prefix`"
         raise ConfigError(f"there is no DVC remote to fix; {fix}")
     if not remotes[name].get("verify"):
-        graph.verify_remote(root, name)
+        # DVC does not hash what comes in unless it is told to (dvc 3.67.1).
+        graph.configure_remote(root, "modify", name, "verify", "true")
         done.append(f"DVC remote '{name}' verifies what it gives now; commit .dvc/config")
     return done
 

@@ -159,17 +159,8 @@ def read_remotes(root: Path) -> tuple[str | None, dict[str, dict[str, object]]]:
         return repo.config["core"].get("remote"), {name: dict(facts) for name, facts in repo.config["remote"].items()}
 
 
-def add_remote(root: Path, name: str, url: str) -> None:
-    """Make a place the default remote."""
-    _configure(root, "add", "--default", name, url)
-
-
-def verify_remote(root: Path, name: str) -> None:
-    """Let a remote's objects be hashed when they come in; DVC's default believes what it gets (dvc 3.67.1)."""
-    _configure(root, "modify", name, "verify", "true")
-
-
-def _configure(root: Path, *arguments: str) -> None:
+def configure_remote(root: Path, *arguments: str) -> None:
+    """Run `dvc remote` with these arguments; raise ConfigError when it refuses."""
     command = [sys.executable, "-m", "dvc", "remote", *arguments]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -58,7 +58,9 @@ def gate(
     else:
         sources = list(dict.fromkeys([*_sources(metrics), *_sources(champion)]))
         allowed = limits.max_loss_increase_nats
-        compare = _compare_bytes if _tokenizers_differ(metrics, champion) else _compare_source
+        # Versions of before there was this digest do not say their tokenizer; they had equal token rows.
+        tokenizers = set(filter(None, (side.get("tokenizer") for side in (metrics, champion))))
+        compare = _compare_bytes if len(tokenizers) > 1 else _compare_source
         findings += [compare(name, metrics, champion, allowed, champion_name) for name in sources]
         if not sources:
             findings.append(_Finding(holds=False, words="no source was measured"))
@@ -108,12 +110,6 @@ def _compare_bytes(
         return _Finding(holds=True, words=f"{words}better by {-change:.4f}")
     sum_ = f"{per_byte:.4f} allowed ({allowed:.3f} a token of {size / tokens:.2f} bytes)"
     return _Finding(holds=change <= per_byte, words=f"{words}worse by {change:.4f}, {sum_}")
-
-
-def _tokenizers_differ(metrics: Mapping[str, object], champion: Mapping[str, object]) -> bool:
-    """Return whether both say their tokenizer and it is not one; older versions do not, and had equal token rows."""
-    ours, theirs = metrics.get("tokenizer"), champion.get("tokenizer")
-    return bool(ours and theirs and ours != theirs)
 
 
 def _sources(metrics: Mapping[str, object]) -> Mapping[str, object]:

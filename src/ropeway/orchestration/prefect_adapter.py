@@ -43,11 +43,7 @@ _ON_END: ContextVar[OnEnd] = ContextVar("on_end", default=lambda _result, _page:
 
 
 def load_flow(root: Path, name: str) -> Flow[..., object]:
-    """Return the flow `name` of the workspace's own flows/, with whatever its user added to it.
-
-    Raises:
-        ConfigError: There is no such file, or it does not load.
-    """
+    """Return a flow of the workspace's own flows/, with what its user added; raise ConfigError if it does not load."""
     path = root / "flows" / f"{_FILES.get(name, name)}.py"
     if not path.is_file():
         raise ConfigError(f"{path}: not there, and it is the run itself. `git checkout flows` restores it")

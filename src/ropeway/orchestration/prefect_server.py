@@ -8,21 +8,20 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
+import httpx
 import psutil
 
 from ropeway.orchestration.automations import apply_automations
 from ropeway.runtime.errors import ConfigError, TemporaryError
+from ropeway.runtime.launcher import LOOPBACK, free_port
 from ropeway.runtime.manifest import write_json
 
-LOOPBACK = "127.0.0.1"
 DEFAULT_PORT = 4200
 DEFAULT_URL = f"http://{LOOPBACK}:{DEFAULT_PORT}/api"
 START_SECONDS = 600.0  # 3.5 s on two quiet cores, 9 s with a new database, and 100 s of that at load 12
@@ -108,7 +107,8 @@ def start_process(
     supervisor += ["--leader", str(os.getpid()), "--grace", "5", "--", sys.executable]
     return subprocess.Popen(
         [*supervisor, *arguments],
-        env={**os.environ, **_server_environment(url)},
+        # Else its pages ask port 4200, whatever port they came from.
+        env={**os.environ, "PREFECT_API_URL": url, "PREFECT_SERVER_UI_API_URL": url},
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=output,
@@ -128,12 +128,11 @@ def await_answer(url: str, seconds: float, has_ended: Callable[[], bool], *, pau
 
 def is_answering(url: str) -> bool:
     """Return whether a Prefect server answers at an API's URL."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        opener.open(f"{url}/health", timeout=2).close()
-    except OSError as error:
-        return isinstance(error, urllib.error.HTTPError)  # it answers, if only to say no
-    return True
+        httpx.get(f"{url}/health", timeout=2, trust_env=False)
+    except (httpx.HTTPError, httpx.InvalidURL):
+        return False
+    return True  # it answers, if only to say no
 
 
 def _note(root: Path) -> Path:
@@ -143,11 +142,6 @@ def _note(root: Path) -> Path:
 def server_arguments(host: str, port: int) -> list[str]:
     """Return what follows `python` in the command of a server."""
     return ["-m", "prefect", "server", "start", "--host", host, "--port", str(port), "--analytics-off"]
-
-
-def _server_environment(url: str) -> dict[str, str]:
-    """Return what the server must know of itself; else its pages ask port 4200 whatever port they came from."""
-    return {"PREFECT_API_URL": url, "PREFECT_SERVER_UI_API_URL": url}
 
 
 def is_free(host: str, port: int) -> bool:
@@ -226,10 +220,8 @@ def open_server(root: Path) -> Iterator[str]:
     if url := standing_server(root):
         yield url
         return
-    with socket.socket() as free:
-        free.bind((LOOPBACK, 0))
-        port = free.getsockname()[1]
-    url, home = f"http://{LOOPBACK}:{port}/api", prefect_home(root)
+    port, home = free_port(), prefect_home(root)
+    url = f"http://{LOOPBACK}:{port}/api"
     home.mkdir(parents=True, exist_ok=True)
     # Runs are started by hand here: no scheduler, no search for late ones.
     arguments = [*server_arguments(LOOPBACK, port), "--no-scheduler", "--no-late-runs"]

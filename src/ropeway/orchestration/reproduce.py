@@ -116,11 +116,7 @@ def check_revision(provenance: Provenance, clean_commit: str | None, label: str)
 
 
 def clone_revision(root: Path, commit: str, clone: Path, say: Say) -> Path:
-    """Return the workspace in a clone of this repository at a commit.
-
-    Raises:
-        ConfigError: No git here, the commit is not known, or something else is at `clone`.
-    """
+    """Return the workspace in a clone of this repository at a commit; raise ConfigError when there can be none."""
     top = ask_git(root, "rev-parse", "--show-toplevel")
     prefix = ask_git(root, "rev-parse", "--show-prefix")
     if top is None or prefix is None:
@@ -148,11 +144,7 @@ def clone_revision(root: Path, commit: str, clone: Path, say: Say) -> Path:
 
 
 def read_then(version: Version, site_root: Path) -> Record:
-    """Return the published run in writing.
-
-    Raises:
-        ConfigError: The block of params.yaml at that revision is not the one in the package.
-    """
+    """Return the published run in writing; raise ConfigError when params at its revision are not the package's."""
     name = version.name
     kept = site_root / ".work" / "published.yaml"
     kept.parent.mkdir(exist_ok=True)
@@ -207,11 +199,7 @@ def plan_environment(clone: Path, then: Record) -> dict[str, str]:
 
 
 def run_stages(site: Site, root: Path, workspace: Workspace, raw: str, say: Say) -> None:
-    """Restore the data, then run everything else for real.
-
-    Raises:
-        DataError: The data fetched again is not the data then.
-    """
+    """Restore the data, then run everything else; raise DataError when data fetched again is not the data then."""
     restored = restore_data(site, root, workspace, raw, say)
     for stage in graph.load_graph(site.root):
         if stage.name == _FETCH and restored:

@@ -37,11 +37,12 @@ def print_result(result: Result, page: str | None) -> None:
     facts = [("steps", _count_steps(result.workspace))]
     facts += [("validation loss" if not number else "", line) for number, line in enumerate(_losses(result.workspace))]
     published = result.publication
+    by_command = f"ropeway review {published.digest[:12]}" if published.reviewable else ""
     facts += [
         ("version", f"{published.version}, {published.words}"),
         ("package", str(result.workspace.package)),
         ("look at it", f"ropeway registry show {published.version}"),
-        ("review it", _how_to_review(result)),
+        ("review it", f"the form at {result.review}" if result.review else by_command),
         ("the run", page or "made without Prefect (no page)"),
         ("note", _note_edits(result)),
         ("on disk", f"{say_sizes(result.workspace.root)}; `ropeway clean` shows what can go"),
@@ -60,12 +61,6 @@ def _note_edits(result: Result) -> str:
         f"params.yaml was edited meanwhile ({', '.join(result.edited)}); this run used the values of its start. Run "
         "again for the new ones"
     )
-
-
-def _how_to_review(result: Result) -> str:
-    if result.review:
-        return f"the form at {result.review}"
-    return f"ropeway review {result.publication.digest[:12]}" if result.publication.reviewable else ""
 
 
 def draw_table(rows: Sequence[Mapping[str, str]]) -> str:

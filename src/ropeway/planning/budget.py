@@ -155,11 +155,7 @@ class Speed:
 
 
 def plan_speed(card: str | None, mfu: float | None, *, dtype: str) -> Speed:
-    """Return the speed to reckon with: a card's name or a number of TFLOPS, and an MFU.
-
-    Raises:
-        ConfigError: An unknown card, or an MFU outside (0, 1].
-    """
+    """Return the speed of a named card, or of so many TFLOPS; raise ConfigError for another card or a wrong MFU."""
     mfu = ASSUMED_MFU if mfu is None else mfu
     if not 0 < mfu <= 1:
         raise ConfigError(f"--mfu: expected a fraction above 0, at most 1, found {mfu:g}")

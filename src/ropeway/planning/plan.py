@@ -16,7 +16,7 @@ from ropeway.config.zero import Zero, read_zero
 from ropeway.data.accumulation import accumulation_steps
 from ropeway.data.batches import plan_epoch
 from ropeway.data.mixture import epoch_count
-from ropeway.data.shards import Shards, SourceShards, open_shards
+from ropeway.data.shards import SourceShards, open_shards
 from ropeway.planning.budget import COMMON_GIB, Speed, Verdict, gib, judge, name_card, plan_disk, plan_hours, plan_speed
 from ropeway.planning.memory import GIB, Load, certain_bytes, checkpoint_bytes, plan_gpu, plan_host
 from ropeway.runtime.devices import detect_gpus
@@ -120,7 +120,7 @@ def plan_run(workspace: Workspace, profile: Profile, *, ranks: int, asked: Asked
         tokens=counted.tokens,
         most_tokens=counted.most_tokens,
         optimizer_steps=counted.steps(profile),
-        other_ranks=plan_elsewhere(profile, counted.rows, ranks),
+        other_ranks=_plan_elsewhere(profile, counted.rows, ranks),
         parameters=load.sizes.parameters,
         trainable=load.trainable,
         checkpoint_bytes=checkpoint_bytes(load),
@@ -198,7 +198,7 @@ class Counted:
 def count_reading(workspace: Workspace, profile: Profile) -> Counted:
     """Return what a run reads."""
     shards = open_shards(workspace.data, verify=False) if (workspace.data / NAME).is_file() else None
-    sizes = _prepared_sizes(shards) if shards else _expected_sizes(profile)
+    sizes = {source.name: len(source.train) for source in shards.sources} if shards else _expected_sizes(profile)
     rows = {
         name: None if (size := sizes[name]) is None else epoch_count(size, options, name=name)
         for name, options in profile.mixture
@@ -225,10 +225,6 @@ def _sum(counts: Mapping[str, int | None]) -> int | None:
     return sum(known) if len(known) == len(counts) else None
 
 
-def _prepared_sizes(shards: Shards) -> dict[str, int | None]:
-    return {source.name: len(source.train) for source in shards.sources}
-
-
 def _expected_sizes(profile: Profile) -> dict[str, int | None]:
     """Return the training parts that the sources' `expected_rows` leave after the split."""
     split = profile.val_split
@@ -246,7 +242,7 @@ def _tokens(source: SourceShards, rows: int, profile: Profile) -> int:
     return round(float(lengths.mean()) * rows) if len(lengths) else 0
 
 
-def plan_elsewhere(profile: Profile, rows: int | None, ranks: int) -> dict[int, dict[str, int | str]]:
+def _plan_elsewhere(profile: Profile, rows: int | None, ranks: int) -> dict[int, dict[str, int | str]]:
     """Return what other rank counts would do."""
     return {} if rows is None else {count: _elsewhere(profile, rows, count) for count in OTHER_RANKS if count != ranks}
 

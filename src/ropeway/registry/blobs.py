@@ -40,11 +40,7 @@ def blob_fault(store: Store, file: PackageFile, *, rehash: bool) -> str | None:
 
 
 def read_blob(store: Store, file: PackageFile) -> bytes:
-    """Return a small file's bytes, verified; for reading reports, not weights.
-
-    Raises:
-        DataError: The blob is missing, too large for a document, or not what the version says.
-    """
+    """Return a small file's bytes, verified, for reports and not weights; raise DataError when the blob is wrong."""
     try:
         data = store.get(blob_key(file.sha256))
     except AbsentError:

@@ -31,6 +31,7 @@ from ropeway.runtime.errors import AbsentError, TemporaryError
 from ropeway.runtime.manifest import canonical_json
 from ropeway.storage import Entry, Store, Stray
 
+# Keys of a kind that may be removed: events and tombstones never are.
 _COLLECTABLE = re.compile(rf"blobs/sha256/|{INTENTS}|{COLLECTIONS}|models/[^/]+/(heads/|manifests/[^/]+$)")
 MOST_TIME = COLLECTION_TTL / 2
 INTENT_TTL = timedelta(hours=24)  # however short the grace: a publish that takes longer has died
@@ -58,7 +59,7 @@ def plan_collection(
     entries: Iterable[Entry], strays: Iterable[Stray], needed: Collection[str], *, before: datetime
 ) -> Garbage:
     """Return what to remove: collectable, not needed, last changed before a moment."""
-    idle = [entry for entry in entries if _is_collectable(entry.key) and _needs(entry.key) not in needed]
+    idle = [entry for entry in entries if _COLLECTABLE.match(entry.key) and _needs(entry.key) not in needed]
     old = tuple(entry for entry in idle if entry.modified_at < before)
     return Garbage(old, tuple(stray for stray in strays if stray.started_at < before), len(idle) - len(old))
 
@@ -76,7 +77,9 @@ def find_garbage(store: Store, *, grace: timedelta, withdrawn: bool) -> Garbage:
     now = datetime.now(UTC)
     before = now - grace
     entries = store.list_entries("")  # listed before what is needed is read: what comes later is young
-    needed = {entry.key for entry in entries if _is_announcement(entry, now - COLLECTION_TTL)}
+    # This collection's announcement, and those of others under way.
+    announced = (entry for entry in entries if entry.key.startswith(COLLECTIONS))
+    needed = {entry.key for entry in announced if entry.modified_at > now - COLLECTION_TTL}
     # Intents before versions: an intent is removed once its version has a number.
     needed |= _needed_by_intents(store, entries, min(before, now - INTENT_TTL))
     needed |= _needed_by_versions(store, withdrawn=withdrawn)
@@ -90,7 +93,8 @@ def collect(store: Store, *, grace: timedelta, withdrawn: bool) -> Garbage:
     store.put_if_absent(announcement, canonical_json({"at": started.isoformat(timespec="seconds")}))
     try:
         found = find_garbage(store, grace=grace, withdrawn=withdrawn)
-        for entry in _manifests_first(found.entries):
+        # Manifests first: a death in the middle must not leave one whose blobs are gone.
+        for entry in sorted(found.entries, key=lambda entry: (not entry.key.startswith("models/"), entry.key)):
             if datetime.now(UTC) - started > MOST_TIME:
                 raise TemporaryError(f"{store.url}: stopped after {MOST_TIME}; what is left is for the next. Repeat it")
             store.delete(entry.key)
@@ -129,21 +133,6 @@ def _needed_by_intents(store: Store, entries: Sequence[Entry], before: datetime)
     return needed
 
 
-def _is_collectable(key: str) -> bool:
-    """Return whether a key is of a kind that may be removed: events and tombstones never are."""
-    return _COLLECTABLE.match(key) is not None
-
-
 def _needs(key: str) -> str:
     """Return the key that must be needed for this one to be: a signature's is its manifest."""
     return f"{key.rsplit('.', 2)[0]}.json" if key.endswith(".sig") else key
-
-
-def _is_announcement(entry: Entry, since: datetime) -> bool:
-    """Return whether an entry is this collection's announcement, or that of another under way."""
-    return entry.key.startswith(COLLECTIONS) and entry.modified_at > since
-
-
-def _manifests_first(entries: Iterable[Entry]) -> list[Entry]:
-    """A death in the middle must not leave a manifest whose blobs are gone."""
-    return sorted(entries, key=lambda entry: (not entry.key.startswith("models/"), entry.key))

@@ -235,11 +235,7 @@ class Registry:
         return found[0]
 
     def find(self, wanted: str) -> Version:
-        """Return what `NAME@…`, a digest, or the first 8 or more digits of one mean.
-
-        Raises:
-            RegistryError: Nothing is meant, or more than one version.
-        """
+        """Return what NAME@…, a digest, or its first 8 or more digits mean; raise RegistryError unless that is one."""
         if "@" in wanted:
             return self.version(wanted)
         prefix = wanted.lower()

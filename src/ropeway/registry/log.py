@@ -190,12 +190,7 @@ def find_head(store: Store, events: Events) -> str | None:
 
 
 def read_event(store: Store, log: Log, number: int) -> Event:
-    """Return one event.
-
-    Raises:
-        AbsentError: There is none of that number.
-        DataError: What is there is not an event of this log.
-    """
+    """Return one event; raise AbsentError when there is none of that number, DataError when it is damaged."""
     return _facts(_parse_event(store.get(log.key(number)), store, log, number))
 
 

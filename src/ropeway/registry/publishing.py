@@ -80,7 +80,9 @@ def publish_package(
         load_core(store, name, core.digest)  # an older manifest of that name may have rotted
         if signer:
             sign(store, core, signer)
-        numbered = append_event(store, versions_log(name), lambda events: _plan_number(events, record), known=versions)
+        # A digest keeps the number it has; a new one gets the next.
+        log = versions_log(name)
+        numbered = append_event(store, log, lambda events: number_of(events, core.digest) or record, known=versions)
         if pages:  # last: a version without it is found by its own digest
             package = package_digest(package_folder, name)
             store.put_if_absent(package_key(name, package), canonical_json({"digest": core.digest}))
@@ -100,11 +102,6 @@ def attached_files(record: Event) -> list[PackageFile]:
             raise DataError(f"version {record['digest'][:12]}…: attachment {name!r} has no sha256 or no size")
         files.append(PackageFile(name, facts["sha256"], facts["bytes"]))
     return files
-
-
-def _plan_number(events: Events, record: Event) -> Event | int:
-    """A digest keeps the number it has; a new one gets the next."""
-    return number_of(events, record["digest"]) or record
 
 
 def _plan_attachments(attachments: Mapping[str, Path]) -> list[tuple[Path, PackageFile]]:

@@ -36,11 +36,7 @@ class Signer:
 
 
 def load_signer() -> Signer | None:
-    """Return the environment's signer, or None when it names none.
-
-    Raises:
-        ConfigError: The file is no Ed25519 private key, or others may read it.
-    """
+    """Return the environment's signer, None without one; raise ConfigError for no key, or one others may read."""
     name = os.environ.get("ROPEWAY_SIGNING_KEY")
     if not name:
         return None
@@ -63,11 +59,7 @@ def load_signer() -> Signer | None:
 
 
 def load_trusted() -> "dict[str, Ed25519PublicKey] | None":
-    """Return the public keys the environment trusts, by key id; None when there is no policy.
-
-    Raises:
-        ConfigError: The folder holds no key, or a file that is none.
-    """
+    """Return the trusted public keys by key id, None without a policy; raise ConfigError for a folder without keys."""
     name = os.environ.get("ROPEWAY_TRUSTED_KEYS")
     if not name:
         return None
@@ -133,11 +125,7 @@ def _has_signed(store: Store, core: Core, keyid: str, public: "Ed25519PublicKey"
 
 
 def make_keys(path: Path) -> str:
-    """Write a new private key to `path` and its public half beside it, `.pub`; return the key id.
-
-    Raises:
-        ConfigError: One of the two exists, or cannot be written.
-    """
+    """Write a new private key and, beside it, `.pub`; return the key id. Raise ConfigError when one of them exists."""
     from cryptography.hazmat.primitives import serialization as forms
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 

@@ -57,9 +57,10 @@ def draw_version(version: Facts) -> Group:
     facts = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for key, value in lines.items():
         facts.add_row(_plain(key, style="bold"), _plain(str(value)))
+    beside = {f"{name} (beside it)": entry for name, entry in version["attachments"].items()}
     files = [
         (path, f"{entry['bytes']:,}", entry["sha256"][:_SHORT])
-        for path, entry in {**version["files"], **_beside(version["attachments"])}.items()
+        for path, entry in {**version["files"], **beside}.items()
     ]
     fetch = Text(f"ropeway registry pull {version['name']}@{version['digest'][:_SHORT]}")
     return Group(facts, draw_table(("file", "bytes", "sha256"), files), fetch)
@@ -104,10 +105,6 @@ def draw_table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Table
 def _plain(words: str, style: str = "") -> Text:
     """Return words as they are: anybody may have written them, so neither markup nor escape sequences act."""
     return Text("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in words), style, overflow="fold")
-
-
-def _beside(attachments: Facts) -> Facts:
-    return {f"{name} (beside it)": entry for name, entry in attachments.items()}
 
 
 def _flatten(tree: Facts, prefix: str = "") -> Facts:

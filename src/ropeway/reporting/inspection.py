@@ -55,11 +55,7 @@ def open_prepared(workspace: Workspace, profile: Profile) -> Prepared:
 
 
 def inspect_sequence(prepared: Prepared, name: str, number: int) -> Inspection:
-    """Return one sequence of a source, whole.
-
-    Raises:
-        ConfigError: No such source, or no such sequence.
-    """
+    """Return one sequence of a source, whole; raise ConfigError when there is no such source or sequence."""
     sources = prepared.shards.sources
     names = [source.name for source in sources]
     if name not in names:
@@ -78,11 +74,7 @@ def inspect_sequence(prepared: Prepared, name: str, number: int) -> Inspection:
 
 
 def inspect_row(prepared: Prepared, number: int, *, epoch: int) -> Inspection:
-    """Return one row of an epoch as it is read.
-
-    Raises:
-        ConfigError: No such epoch, or no such row in it.
-    """
+    """Return one row of an epoch as it is read; raise ConfigError when there is no such epoch or row."""
     epochs = prepared.profile.num_train_epochs
     if not 0 <= epoch < epochs:
         raise ConfigError(f"epoch {epoch} does not exist; num_train_epochs {epochs} makes 0 to {epochs - 1}")

@@ -7,6 +7,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -161,11 +162,12 @@ def draw_losses(folder: Path, steps: Rows) -> None:
         numbers, losses = _series(steps, "loss")
         axes.plot(numbers, losses, ".", color=colors.MODELS["tuned"], alpha=0.3, markersize=3)
         width = max(1, min(_SMOOTHED_STEPS, len(losses) // 10))
-        mean = [sum(part) / len(part) for part in _windows(losses, width)]
+        windows = (losses[max(0, end - width) : end] for end in range(1, len(losses) + 1))
+        mean = [sum(part) / len(part) for part in windows]
         label = f"training, mean of {width} steps" if width > 1 else "training"
         axes.plot(numbers, mean, color=colors.MODELS["tuned"], linewidth=2, label=label)
         names = sorted({key for line in steps for key in line if key.startswith("validation_")})
-        for name, color in zip(names, _cycle(len(names)), strict=True):
+        for name, color in zip(names, cycle(colors.SERIES), strict=False):
             at, found = _series(steps, name)
             title = f"validation, {name.removeprefix('validation_')}"
             axes.plot(at, found, "o--", color=color, markersize=5, linewidth=1.2, label=title)
@@ -184,7 +186,8 @@ def draw_positions(folder: Path, table: Rows, *, max_length: int) -> None:
             model, _, unscaled = name.partition("_")
             at, found = _series(table, name, x="position")
             how = {"linestyle": "--", "linewidth": 1.4} if unscaled else {"linewidth": 2.2}
-            title = f"{model}, without RoPE scaling" if unscaled else _with_scaling(model, curves)
+            is_scaled = any(other.startswith(f"{model}_") for other in curves)  # else there is nothing to tell apart
+            title = f"{model}, {'without' if unscaled else 'with'} RoPE scaling" if is_scaled else model
             axes.plot(at, found, marker=".", markersize=5, color=colors.MODELS[model], label=title, **how)
         axes.axvline(max_length, color=colors.LIMIT, linewidth=1.2)
         axes.annotate(f"max_length {max_length:,}", (max_length, 1), color=colors.LIMIT_TEXT, **_ABOVE)
@@ -246,21 +249,7 @@ def _finish(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set_ylabel(y)
 
 
-def _with_scaling(model: str, curves: Sequence[str]) -> str:
-    return f"{model}, with RoPE scaling" if any(name.startswith(f"{model}_") for name in curves) else model
-
-
 def _series(rows: Rows, column: str, x: str = "step") -> tuple[list[float], list[float]]:
     """Return the x and the values of the lines that have one."""
     pairs = [(float(line[x]), float(line[column])) for line in rows if line.get(column) not in (None, "")]
     return [at for at, _ in pairs], [value for _, value in pairs]
-
-
-def _windows(values: Sequence[float], width: int) -> Iterator[Sequence[float]]:
-    for end in range(1, len(values) + 1):
-        yield values[max(0, end - width) : end]
-
-
-def _cycle(count: int) -> Iterator[str]:
-    for number in range(count):
-        yield colors.SERIES[number % len(colors.SERIES)]

@@ -92,11 +92,7 @@ class Source:
 
 
 def run(workspace: Workspace, profile: Profile) -> None:
-    """Write `report.html` of a closed data folder; equal data and params give equal bytes.
-
-    Raises:
-        DataError: Raw records, data or ledger are missing or were changed.
-    """
+    """Write report.html of a closed data folder, equal data equal bytes; raise DataError when a file was changed."""
     raw = load_manifest(workspace.raw, remedy="Run `dvc checkout`, or `dvc repro fetch`", verify=False)["sources"]
     shards = open_shards(workspace.data)
     plan = plan_epoch(shards, profile, epoch=0)

@@ -16,11 +16,7 @@ Table = Sequence[Mapping[str, Any]]
 
 
 def run(workspace: Workspace, profile: Profile) -> None:
-    """Write the pages of an evaluation.
-
-    Raises:
-        DataError: The evaluation's tables are missing or were changed.
-    """
+    """Write the pages of an evaluation; raise DataError when its tables are missing or were changed."""
     load_manifest(workspace.tables, remedy="Run `dvc checkout`, or `dvc repro evaluate`")
     write_plots(workspace.plots, workspace.tables, workspace.steps, max_length=profile.max_length)
     write_atomic(workspace.samples_page, draw_samples(json.loads(workspace.samples.read_bytes())).encode())

@@ -21,11 +21,7 @@ from ropeway.runtime.workspace import Workspace
 
 
 def run(workspace: Workspace, profile: Profile) -> None:  # noqa: ARG001 - card.json has every value
-    """Write `pages/`: README.md, samples.html, plots/, and manifest.json of the whole version.
-
-    Raises:
-        DataError: Pictures or tables are missing or were changed.
-    """
+    """Write `pages/`: README.md, samples.html, plots/, and manifest.json of the whole version."""
     package = workspace.package
 
     def read(name: str) -> Json:

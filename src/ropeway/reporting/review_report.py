@@ -60,7 +60,8 @@ def draw_summary(case: Case, *, heading: str = "#") -> str:
 
 
 def _render(case: Case, **values: object) -> str:
-    new, passed = case.new, _passed(case.new)
+    new, verdict = case.new, case.new.facts["provenance"].get("verdict")
+    passed = bool(verdict["passed"]) if verdict else None
     facts = [
         ("digest", code(f"{case.digest[:_SHORT]}…")),
         ("mean loss over sources", _mean(case)),
@@ -74,7 +75,7 @@ def _render(case: Case, **values: object) -> str:
         case=case,
         new=new,
         passed=passed,
-        same_rows=not case.old or _same_rows(case),
+        same_rows=not case.old or _rival_metrics(case).get("validation") == new.metrics.get("validation"),
         facts=[{"": name, " ": words} for name, words in facts],
         pull=f"ropeway registry pull {case.name}@{case.digest} --registry {case.url}",
         **values,
@@ -135,14 +136,11 @@ def _score(figures: Mapping[str, float], metric: str) -> str:
 
 def _plan_curves(case: Case) -> list[Curve]:
     """Return the version's losses by step, and production's training loss."""
-    found = loss_curves(case.new.steps, _label(case.new), colors.VERSION)
-    return found + (
-        loss_curves(case.old.steps, f"production, {_label(case.old)}", colors.PRODUCTION)[:1] if case.old else []
-    )
-
-
-def _label(version: VersionEvidence) -> str:
-    return f"v{version.facts['number']}"
+    found = loss_curves(case.new.steps, f"v{case.new.facts['number']}", colors.VERSION)
+    if case.old:
+        label = f"production, v{case.old.facts['number']}"
+        found += loss_curves(case.old.steps, label, colors.PRODUCTION)[:1]
+    return found
 
 
 def _draw(curves: Sequence[Curve]) -> str:
@@ -248,11 +246,6 @@ def _revision(case: Case) -> str:
     return f"{git}, {'dirty' if facts.get('dirty') else 'clean'}" if facts.get("git") else str(git)
 
 
-def _passed(new: VersionEvidence) -> bool | None:
-    verdict = new.facts["provenance"].get("verdict")
-    return bool(verdict["passed"]) if verdict else None
-
-
 def _rival_metrics(case: Case) -> Json:
     """Return production's metrics, on this version's rows if the run measured them there."""
     if not case.old:
@@ -262,10 +255,6 @@ def _rival_metrics(case: Case) -> Json:
     rows = case.new.metrics.get("validation")
     against = (facts.get("verdict") or {}).get("against")
     return measured if against == case.old.label and measured.get("validation") == rows else case.old.metrics
-
-
-def _same_rows(case: Case) -> bool:
-    return bool(_rival_metrics(case).get("validation") == case.new.metrics.get("validation"))
 
 
 def _get(tree: object, *keys: str) -> float | None:

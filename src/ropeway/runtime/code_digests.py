@@ -187,11 +187,8 @@ def _named(tree: ast.AST) -> Iterator[str]:
             inner = node.module.removeprefix(PACKAGE).removeprefix(".")
             yield from filter(None, [inner, *(f"{inner}.{alias.name}".removeprefix(".") for alias in node.names)])
         elif isinstance(node, ast.Import):
-            yield from (alias.name.removeprefix(f"{PACKAGE}.") for alias in node.names if _is_ours(alias.name))
-
-
-def _is_ours(name: str) -> bool:
-    return name.startswith(f"{PACKAGE}.")
+            ours = (alias.name for alias in node.names if alias.name.startswith(f"{PACKAGE}."))
+            yield from (name.removeprefix(f"{PACKAGE}.") for name in ours)
 
 
 def _path(source: Path, name: str) -> Path:

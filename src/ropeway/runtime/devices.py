@@ -85,11 +85,7 @@ def name_cpu(info: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
-    """Return host -> slots of a hostfile as DeepSpeed and OpenMPI write it.
-
-    Raises:
-        ConfigError: It is not there, a line is not `host slots=N`, or a host stands in it twice.
-    """
+    """Return host -> slots of a hostfile as DeepSpeed and OpenMPI write it; raise ConfigError for anything else."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:

@@ -65,11 +65,7 @@ def _over_hosts(environment: Mapping[str, str], rank: list[str], *, ranks: int, 
 
 
 def plan_environment(environment: Mapping[str, str], *, ranks: int) -> dict[str, str]:
-    """Return the ranks' environment: device, threads per rank, no network.
-
-    Raises:
-        ConfigError: No C++ compiler on a machine without GPU.
-    """
+    """Return the ranks' environment: device, threads, no network; raise ConfigError without GPU and C++ compiler."""
     planned = {**environment, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if not list_gpus(dict(environment)):
         check_compiler()

@@ -13,11 +13,7 @@ from ropeway.runtime.errors import ConfigError, TemporaryError
 
 
 def count_asked(variable: str, environment: Mapping[str, str]) -> int | None:
-    """Return the number of processes that a variable of the environment asks for; None where it is unset or empty.
-
-    Raises:
-        ConfigError: It is not a count.
-    """
+    """Return the number of processes a variable asks for, None where it is empty; raise ConfigError for no count."""
     asked = environment.get(variable, "")
     if not asked:
         return None
@@ -35,11 +31,7 @@ CODE_CHECK = "ROPEWAY_CODE_CHECK"  # set by a stage for its workers: JSON of sta
 
 
 def begin_worker() -> None:
-    """In a worker: end with the parent, and leave the terminal's ^C to it.
-
-    Raises:
-        DataError: This worker imported other code than its stage's digests are of.
-    """
+    """In a worker: end with the parent, leave ^C to it; raise DataError when it imported other code than recorded."""
     check_worker_code()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -25,15 +25,12 @@ __all__ = [
 
 
 def open_store(url: str) -> Store:
-    """Return the store a URL names. Nothing is created or contacted yet.
+    """Return the store a URL names, nothing contacted yet; raise ConfigError unless it is file:///… or s3://….
 
     >>> open_store("file:///srv/registry").url
     'file:///srv/registry'
     >>> open_store("s3://models/registry").url
     's3://models/registry'
-
-    Raises:
-        ConfigError: Neither `file:///absolute/path` nor `s3://bucket/prefix`.
     """
     parts = urlsplit(url)
     if parts.scheme == "s3":

@@ -97,7 +97,8 @@ def find_upload(to: Destination) -> tuple[str, str | None]:
 
 def _send_parts(to: Destination, upload: str, file: Path, on_bytes: Callable[[int], None]) -> tuple[list[Part], str]:
     """Return every part as Complete wants it, and the whole file's sha256; parts that are there are not sent again."""
-    there = _list_parts(to, upload)
+    pages = to.client.get_paginator("list_parts").paginate(**to.where, UploadId=upload)
+    there = {int(part["PartNumber"]): part for page in pages for part in page.get("Parts", [])}
     whole, parts = hashlib.sha256(), list[Part]()
     pending: deque[Future[Part]] = deque()
     pool = ThreadPoolExecutor(WORKERS)
@@ -138,11 +139,6 @@ def is_same_part(there: Part, body: bytes, sha256: str) -> bool:
     if "ChecksumSHA256" in there:
         return bool(there["ChecksumSHA256"] == sha256)
     return bool(there.get("ETag", "").strip('"') == hashlib.md5(body, usedforsecurity=False).hexdigest())
-
-
-def _list_parts(to: Destination, upload: str) -> dict[int, Part]:
-    pages = to.client.get_paginator("list_parts").paginate(**to.where, UploadId=upload)
-    return {int(part["PartNumber"]): part for page in pages for part in page.get("Parts", [])}
 
 
 def find_mark(to: Destination) -> str | None:

@@ -67,11 +67,7 @@ def split_url(url: str) -> Place:
 
 
 def make_client() -> "BaseClient":
-    """Return a boto3 S3 client for what the environment says; nothing is contacted. Threads may share it.
-
-    Raises:
-        ConfigError: The endpoint, profile or a number cannot be used.
-    """
+    """Return a boto3 S3 client, which threads may share; raise ConfigError when the environment does not make one."""
     import boto3
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError
