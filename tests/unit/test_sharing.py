@@ -10,7 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from typer.testing import CliRunner
 
 from ropeway.cli.main import app
-from ropeway.cli.push_hub import push_hub
+from ropeway.cli.registry_commands import upload_version
 from ropeway.registry import Registry
 from ropeway.registry.layout import blob_key
 from ropeway.runtime.errors import ConfigError, DataError, RegistryError, TemporaryError
@@ -62,7 +62,7 @@ def test_a_dry_run_verifies_lists_and_asks_the_hub_nothing(published, asked):
 
 def test_exactly_the_published_bytes_go_in_one_commit_and_old_weights_leave(published, asked):
     store, done, package = published
-    shared = push_hub(Registry(store).version("tiny@v1"), REPO, private=True, dry_run=False)
+    shared = upload_version(Registry(store).version("tiny@v1"), REPO, private=True, dry_run=False)
     assert shared.commit == "c0ffee"
     (create, repo, created), (upload, sent, options) = asked
     assert (create, repo, created) == ("create", REPO, {"private": True, "exist_ok": True})
@@ -75,14 +75,14 @@ def test_exactly_the_published_bytes_go_in_one_commit_and_old_weights_leave(publ
 def test_withdrawn_damaged_and_misnamed_versions_are_refused_before_the_hub_is_asked(published, asked):
     store, done, _ = published
     with pytest.raises(ConfigError, match="expected owner/name"):
-        push_hub(Registry(store).version("tiny@v1"), "tiny", private=True, dry_run=True)
+        upload_version(Registry(store).version("tiny@v1"), "tiny", private=True, dry_run=True)
     weights = next(file for file in json.loads(store.get(f"models/tiny/manifests/{done.digest}.json"))["files"])
     flip(store, blob_key(weights["sha256"]))
     with pytest.raises(DataError, match="is not what its version says"):
-        push_hub(Registry(store).version("tiny@v1"), REPO, private=True, dry_run=False)
+        upload_version(Registry(store).version("tiny@v1"), REPO, private=True, dry_run=False)
     tiny(store).version(done.digest).withdraw(by="a test", reason="damaged")
     with pytest.raises(RegistryError, match="is withdrawn"):
-        push_hub(Registry(store).version("tiny@v1"), REPO, private=True, dry_run=True)
+        upload_version(Registry(store).version("tiny@v1"), REPO, private=True, dry_run=True)
     assert asked == []
 
 
@@ -97,7 +97,7 @@ def test_a_hub_that_refuses_is_explained_without_the_token(published, asked, mon
 
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
     with pytest.raises(error, match=words) as caught:
-        push_hub(Registry(published[0]).version("tiny@v1"), REPO, private=True, dry_run=False)
+        upload_version(Registry(published[0]).version("tiny@v1"), REPO, private=True, dry_run=False)
     assert "hf_secret" not in str(caught.value)
     assert asked == []
 
@@ -105,8 +105,8 @@ def test_a_hub_that_refuses_is_explained_without_the_token(published, asked, mon
 def test_without_a_token_or_a_network_nothing_is_tried(published, asked, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     with pytest.raises(ConfigError, match="nobody is logged in"):
-        push_hub(Registry(published[0]).version("tiny@v1"), REPO, private=True, dry_run=False)
+        upload_version(Registry(published[0]).version("tiny@v1"), REPO, private=True, dry_run=False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match="HF_HUB_OFFLINE is set"):
-        push_hub(Registry(published[0]).version("tiny@v1"), REPO, private=True, dry_run=False)
+        upload_version(Registry(published[0]).version("tiny@v1"), REPO, private=True, dry_run=False)
     assert asked == []

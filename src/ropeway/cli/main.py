@@ -1,15 +1,19 @@
-"""`ropeway …`: the door for people. Every command imports what it needs itself, so that `--help` answers at once."""
+"""`ropeway …`: every command imports what it needs itself, so that `--help` answers at once."""
 
 import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ropeway.cli.registry_commands import registry_app
 from ropeway.runtime.errors import ConfigError, RopewayError
+from ropeway.runtime.workspace import Workspace, find_root
+
+if TYPE_CHECKING:
+    from ropeway.config.params import Profile
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -22,6 +26,14 @@ app.add_typer(registry_app, name="registry")
 ProfileOption = Annotated[str | None, typer.Option(help="Which run of params.yaml; default: the one it names.")]
 RegistryOption = Annotated[str | None, typer.Option(help="Default: ROPEWAY_REGISTRY, else ./registry")]
 JsonOption = Annotated[bool, typer.Option("--json", help="For programs.")]
+
+
+def _choose(profile: str | None) -> "tuple[Workspace, Profile]":
+    """Return the workspace here, and the run of params.yaml that is meant."""
+    from ropeway.config.params import load_profile
+
+    name, chosen = load_profile(find_root() / "params.yaml", profile)
+    return Workspace(find_root(), name), chosen
 
 
 @app.command()
@@ -37,7 +49,6 @@ def run(
     """Make the run that params.yaml describes, and publish the model as `candidate`."""
     from ropeway.config import edit as edits
     from ropeway.orchestration.sequence import Ending, run_retrain
-    from ropeway.runtime.workspace import find_root
 
     if resume_from is not None:
         edits.resume_from(find_root(), profile, resume_from)
@@ -59,17 +70,12 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Say what a run will do before anything is spent: rows, steps, memory, disk, hours, and whether it fits."""
-    from ropeway.config.params import load_profile
     from ropeway.planning.plan import Asked, plan_run
     from ropeway.planning.plan_text import describe_plan
     from ropeway.runtime.devices import count_ranks
-    from ropeway.runtime.workspace import Workspace, find_root
 
-    root = find_root()
-    name, chosen = load_profile(root / "params.yaml", profile)
-    planned = plan_run(
-        Workspace(root, name), chosen, ranks=ranks or count_ranks(), asked=Asked(gpu_memory_gib, card, mfu)
-    )
+    asked = Asked(gpu_memory_gib, card, mfu)
+    planned = plan_run(*_choose(profile), ranks=ranks or count_ranks(), asked=asked)
     typer.echo(planned.as_json() if as_json else describe_plan(planned))
 
 
@@ -86,12 +92,8 @@ def inspect(
     """Show one prepared sequence, or one row, token by token: what is learned of it and what is only read."""
     from ropeway.cli.inspect_output import Wish
     from ropeway.cli.inspect_output import inspect as show
-    from ropeway.config.params import load_profile
-    from ropeway.runtime.workspace import Workspace, find_root
 
-    root = find_root()
-    name, chosen = load_profile(root / "params.yaml", profile)
-    show(Workspace(root, name), chosen, Wish(source, number, row, epoch), as_json=as_json)
+    show(*_choose(profile), Wish(source, number, row, epoch), as_json=as_json)
 
 
 @app.command()
@@ -125,10 +127,9 @@ def push_hub(
     as_json: JsonOption = False,
 ) -> None:
     """Upload a published version, every byte verified, to the Hugging Face Hub."""
-    from ropeway.cli.push_hub import push_hub as share
-    from ropeway.cli.registry_commands import open_registry, print_json
+    from ropeway.cli.registry_commands import open_registry, print_json, upload_version
 
-    done = share(open_registry(registry).version(version), repo, private=private, dry_run=dry_run)
+    done = upload_version(open_registry(registry).version(version), repo, private=private, dry_run=dry_run)
     if as_json:
         print_json(asdict(done))
         return
@@ -148,7 +149,6 @@ def evaluate(
     """Look quickly at base and tuned over a few validation rows; the stage of that name measures all and writes."""
     from ropeway.config.params import load_profile
     from ropeway.config.stages import READS
-    from ropeway.runtime.workspace import Workspace, find_root
     from ropeway.stages.evaluate.quick import look
 
     root = find_root()
@@ -163,7 +163,6 @@ def stage(
 ) -> None:
     """Run one stage: what dvc.yaml calls."""
     from ropeway.orchestration.stage_process import run_stage
-    from ropeway.runtime.workspace import find_root
 
     raise typer.Exit(run_stage(find_root(), name, profile))
 
@@ -172,7 +171,6 @@ def stage(
 def room(name: str) -> None:
     """Run one room in this process: what `stage` supervises."""
     from ropeway.orchestration.stage_process import enter_room
-    from ropeway.runtime.workspace import find_root
 
     enter_room(find_root(), name)
 
@@ -189,7 +187,6 @@ def review(
 ) -> None:
     """Show what speaks for and against making a version `production`, or decide it."""
     from ropeway.orchestration.decision import read_answer, review_here
-    from ropeway.runtime.workspace import find_root
 
     answer = read_answer(approve=approve, reject=reject, reviewer=reviewer, comment=comment)
     review_here(find_root(), version, answer=answer, expect=expect)
@@ -206,7 +203,6 @@ def reproduce(
     """Make a version again from its recorded revision, params and data, and compare the weights byte by byte."""
     from ropeway.cli.registry_commands import open_registry, print_json
     from ropeway.orchestration.reproduce import reproduce as make_again
-    from ropeway.runtime.workspace import find_root
 
     def say(line: str) -> None:
         typer.echo(line, err=as_json)
@@ -233,7 +229,6 @@ def server(
 ) -> None:
     """Start the Prefect server and UI over this workspace's runs; ROPEWAY_ALERT_URL hears of runs that end badly."""
     from ropeway.orchestration.prefect_server import serve_ui
-    from ropeway.runtime.workspace import find_root
 
     serve_ui(find_root(), port=port, host=host)
 
@@ -247,7 +242,6 @@ def doctor(
 ) -> None:
     """Look at everything a run needs and say how to mend what is wrong; ends with 64 if something is."""
     from ropeway.orchestration.doctor import draw, examine, mend
-    from ropeway.runtime.workspace import find_root
 
     root = find_root()
     for words in mend(root, remote) if fix else ():
@@ -269,7 +263,7 @@ def clean(
 ) -> None:
     """Show what takes disk and what nothing needs any more: no present result, no version of the registry."""
     from ropeway.orchestration import cleanup as cleaning
-    from ropeway.runtime.workspace import find_root
+    from ropeway.planning.budget import gib
 
     root = find_root()
     places = cleaning.measure(root)
@@ -283,7 +277,7 @@ def clean(
         typer.echo(json.dumps({"places": sizes, "removals": values, "removed": remove}, indent=1))
         return
     for place in places:
-        typer.echo(f"{place.name:<16}{cleaning.say_bytes(place.bytes):>12}  {place.rule}")
+        typer.echo(f"{place.name:<16}{gib(place.bytes):>12}  {place.rule}")
     typer.echo(cleaning.draw(removals, removed=remove))
 
 
@@ -296,7 +290,6 @@ def serve(
 ) -> None:
     """Make the flows startable from Prefect's pages and by the clock; needs a running `ropeway server`."""
     from ropeway.orchestration.deployments import serve_flows
-    from ropeway.runtime.workspace import find_root
 
     serve_flows(find_root(), cron=cron)
 

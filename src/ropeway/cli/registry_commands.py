@@ -5,9 +5,9 @@ Importing this loads typer and nothing heavier.
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -290,6 +290,40 @@ def pull_cached(version: "Version") -> "Pulled":
     target = cache_folder() / "versions" / version.name / version.digest
     with progress_bar(version.store, f"pulling {version.reference}", version.core.total_bytes):
         return version.pull(target)
+
+
+@dataclass(frozen=True, slots=True)
+class Uploaded:
+    """What goes to the Hub: path -> bytes of the files; the Hub's commit, None after a dry run."""
+
+    repo: str
+    version: str
+    digest: str
+    files: Mapping[str, int]
+    commit: str | None
+
+
+def upload_version(version: "Version", repo: str, *, private: bool, dry_run: bool) -> Uploaded:
+    """Upload a version to a model repository of the Hub, which is created if it is not there.
+
+    Weights of an earlier version are taken away in the same commit: transformers would load stale ones beside new.
+
+    Raises:
+        RegistryError: It is withdrawn.
+        DataError: Its bytes are not what was published.
+        ConfigError: The Hub refuses: name, token, rights.
+        TemporaryError: The Hub does not answer.
+    """
+    from ropeway.storage import hub
+
+    hub.check_repo(repo)
+    pulled, label = pull_cached(version), str(version)
+    paths = sorted(path for path in pulled.folder.rglob("*") if path.is_file())
+    files = {path.relative_to(pulled.folder).as_posix(): path.stat().st_size for path in paths}
+    commit = None
+    if not dry_run:
+        commit = hub.upload_model(repo, pulled.folder, message=f"{label} ({pulled.digest})", private=private)
+    return Uploaded(repo, label, pulled.digest, files, commit)
 
 
 @registry_app.command()

@@ -15,10 +15,11 @@ from pathlib import Path
 
 from ropeway.config.params import load_profiles
 from ropeway.orchestration import dvc_graph as graph
+from ropeway.planning.budget import gib
 from ropeway.registry import Registry
 from ropeway.runtime.errors import ConfigError, RegistryError, TemporaryError
 from ropeway.runtime.lock import workspace_lock
-from ropeway.runtime.workspace import Workspace
+from ropeway.runtime.workspace import Workspace, count_bytes
 
 _FETCH = "fetch"  # the stage whose output is a version's data
 _MIB = 2**20
@@ -65,28 +66,8 @@ def measure(root: Path) -> list[Place]:
 
 def say_sizes(root: Path) -> str:
     """Return a workspace's parts in one line, those below a MiB left out."""
-    parts = [f"{place.name} {say_bytes(place.bytes)}" for place in measure(root) if place.bytes >= _MIB]
+    parts = [f"{place.name} {gib(place.bytes)}" for place in measure(root) if place.bytes >= _MIB]
     return ", ".join(parts) or "less than 1 MiB"
-
-
-def say_bytes(count: int) -> str:
-    """Return a number of bytes as a person reads it.
-
-    >>> say_bytes(3 << 20), say_bytes(5_500_000_000)
-    ('3.0 MiB', '5.1 GiB')
-    """
-    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / _MIB:,.1f} MiB"
-
-
-def count_bytes(path: Path) -> int:
-    """Return the bytes of all files below a path, links not followed."""
-    if path.is_file():
-        return path.stat().st_size
-    total = 0
-    for each in path.rglob("*"):
-        with suppress(OSError):  # another process removed it
-            total += each.lstat().st_size if each.is_file() or each.is_symlink() else 0
-    return total
 
 
 def plan_clean(root: Path, *, keep: int, unsynced: bool) -> list[Removal]:
@@ -239,10 +220,10 @@ def draw(removals: list[Removal], *, removed: bool) -> str:
     for removal in removals:
         groups.setdefault((removal.kind, removal.why), []).append(removal)
     lines = [
-        f"  {kind:<16}{len(some):>8,} {say_bytes(sum(one.bytes for one in some)):>12}  {why}"
+        f"  {kind:<16}{len(some):>8,} {gib(sum(one.bytes for one in some)):>12}  {why}"
         for (kind, why), some in groups.items()
     ]
-    total = say_bytes(sum(removal.bytes for removal in removals))
+    total = gib(sum(removal.bytes for removal in removals))
     if removed:
         return "\n".join(["removed:", *lines, f"{total} freed"])
     last = f"{total} can be freed; `ropeway clean --apply` does it" if removals else "nothing: all of it is needed"

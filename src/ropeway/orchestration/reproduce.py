@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ropeway.config.addresses import without_secrets
 from ropeway.config.edit import choose_profile
@@ -23,11 +22,10 @@ from ropeway.registry import Provenance, Version
 from ropeway.registry.core import read_version
 from ropeway.runtime.errors import ConfigError, DataError, RegistryError
 from ropeway.runtime.lock import Held, workspace_lock
-from ropeway.runtime.manifest import digest_of, load_manifest
+from ropeway.runtime.manifest import Json, digest_of, load_manifest
 from ropeway.runtime.workspace import Workspace
 
 _FETCH = "fetch"  # the one stage whose result is restored rather than made: data changes where it came from
-Json = Mapping[str, Any]
 # Of an attempt at training: what can change its rounding, hence its weights. Clock and host cannot.
 _ENVIRONMENT = (
     "python", "torch", "deepspeed", "transformers", "device", "kernels", "ranks", "threads_per_rank", "attention",

@@ -1,16 +1,14 @@
 """What a run came to, in words and tables: the terminal's last lines and the report on Prefect's page."""
 
-import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ropeway.orchestration.cleanup import say_sizes
 from ropeway.orchestration.publish import Publication
 from ropeway.reporting.ledger_steps import ledger_rows
 from ropeway.reporting.markdown import plain, table
+from ropeway.runtime.manifest import Json, json_mapping
 from ropeway.runtime.workspace import Workspace
 
 
@@ -133,9 +131,9 @@ def _evaluation_rows(workspace: Workspace) -> list[dict[str, str]]:
     return rows
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> Json:
     """Return a file of metrics, empty where there is none: a report shows what there is."""
-    with suppress(OSError, ValueError):
-        found = json.loads(path.read_bytes())
-        return found if isinstance(found, dict) else {}
-    return {}
+    try:
+        return json_mapping(path.read_bytes())
+    except OSError:
+        return {}

@@ -6,7 +6,6 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -22,7 +21,7 @@ from ropeway.planning.memory import GIB, Load, certain_bytes, checkpoint_bytes, 
 from ropeway.runtime.devices import detect_gpus
 from ropeway.runtime.errors import ConfigError
 from ropeway.runtime.manifest import NAME
-from ropeway.runtime.workspace import Workspace
+from ropeway.runtime.workspace import Workspace, count_bytes
 
 UNCHECKED = "ROPEWAY_MEMORY_CHECK"  # `off` lets a run start that the plan says cannot fit
 
@@ -140,14 +139,10 @@ def plan_run(workspace: Workspace, profile: Profile, *, ranks: int, asked: Asked
 
 def _plan_disk(workspace: Workspace, profile: Profile, load: Load) -> tuple[dict[str, int], list[str]]:
     folders = {"raw": workspace.raw, "base": workspace.base, "tokens": workspace.tokens, "data": workspace.data}
-    found = {name: _folder_bytes(folder) for name, folder in folders.items() if (folder / NAME).is_file()}
+    found = {name: count_bytes(folder) for name, folder in folders.items() if (folder / NAME).is_file()}
     local = workspace.registry_url.startswith("file:")
     unknown = [name for name in ("raw", "tokens", "data") if name not in found]
     return plan_disk(profile, load, found=found, local_registry=local), unknown
-
-
-def _folder_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def check_memory(profile: Profile, zero: Zero, *, ranks: int) -> None:

@@ -2,16 +2,15 @@
 
 import csv
 import io
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ropeway.registry import ANY, PRODUCTION, Anything, Registry, Version
 from ropeway.runtime.errors import RegistryError
+from ropeway.runtime.manifest import Json, json_mapping
 from ropeway.storage import MAX_DOCUMENT_BYTES
 
-Json = Mapping[str, Any]
 _SHORT = 12
 
 
@@ -100,7 +99,7 @@ def gather_evidence(version: Version) -> VersionEvidence:
         return (version.read_file(path) if small else None) or b""
 
     def read(path: str, place: str = "files") -> Json:
-        return _parse(read_bytes(path, place))
+        return json_mapping(read_bytes(path, place))
 
     rows = csv.DictReader(io.StringIO(read_bytes("steps.csv").decode()))
     return VersionEvidence(
@@ -112,12 +111,3 @@ def gather_evidence(version: Version) -> VersionEvidence:
         history=read("provenance.json", "attachments"),
         run=read("run.json"),
     )
-
-
-def _parse(data: bytes) -> Json:
-    """Return a JSON mapping, empty for anything else: a report shows what there is."""
-    try:
-        found = json.loads(data)
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -1,8 +1,10 @@
 """The ledger as a list of steps, from records read to tokens supervised: what report.html and the flow's table show."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
+
+from ropeway.runtime.manifest import Json
 
 # Ledgers written before there was a duplicate pass lack the first two.
 _SET_ASIDE = {
@@ -32,7 +34,7 @@ class Step:
     epoch: int | None = None
 
 
-def list_steps(account: Mapping[str, Any]) -> list[Step]:
+def list_steps(account: Json) -> list[Step]:
     """Return the steps of one source, in order; `account` is its entry in ledger.json."""
     records, sequences, tokens = account["records"], account["sequences"], account["tokens"]
     steps = [Step("read", "=", records["read"], "records", None)]
@@ -53,7 +55,7 @@ def list_steps(account: Mapping[str, Any]) -> list[Step]:
     return steps
 
 
-def _epoch_steps(epoch: Mapping[str, Any], train_tokens: int) -> Iterator[Step]:
+def _epoch_steps(epoch: Json, train_tokens: int) -> Iterator[Step]:
     at, rows = epoch["epoch"], epoch["row_tokens"]
     yield Step("not drawn", "-", epoch["not_drawn"], "sequences", train_tokens - epoch["drawn_tokens"], at)
     yield Step("drawn", "=", epoch["drawn"], "sequences", epoch["drawn_tokens"], at)
@@ -65,7 +67,7 @@ def _epoch_steps(epoch: Mapping[str, Any], train_tokens: int) -> Iterator[Step]:
     yield Step("supervised", "=", None, "", epoch["supervised"], at)
 
 
-def split_tokens(account: Mapping[str, Any]) -> dict[str, int]:
+def split_tokens(account: Json) -> dict[str, int]:
     """Return where every stored token of a source is in epoch 0; the parts add up to `tokens.all`."""
     tokens, first = account["tokens"], account["epochs"][0]
     return {
@@ -79,7 +81,7 @@ def split_tokens(account: Mapping[str, Any]) -> dict[str, int]:
     }
 
 
-def ledger_rows(ledger: Mapping[str, Any]) -> list[dict[str, str]]:
+def ledger_rows(ledger: Json) -> list[dict[str, str]]:
     """Return a ledger for a table, one row per source and step; the cells are text and not markdown."""
     return [
         {

@@ -1,7 +1,6 @@
 """README.md of a version: card.json, ledger, evaluation and samples, for `templates/card.md.jinja`."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from markupsafe import Markup
 
@@ -9,10 +8,10 @@ from ropeway.data.lineage import Origin, describe_base, describe_source
 from ropeway.data.task_scores import name_metrics, show_score
 from ropeway.reporting.markdown import escape, plain
 from ropeway.reporting.render import collapse, render, trusted
+from ropeway.runtime.manifest import Json
 
 SHOWN_SYSTEMS = 50
 _PARTS = {"up_to_max_length": "up to", "beyond": "beyond"}  # eval.json's keys
-Json = Mapping[str, Any]
 Rows = list[dict[str, str]]
 
 

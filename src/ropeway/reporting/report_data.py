@@ -2,9 +2,8 @@
 
 import json
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -12,11 +11,11 @@ from ropeway.config.params import Profile
 from ropeway.data.batches import EpochPlan, Piece, plan_epoch
 from ropeway.data.shards import Shards, SourceShards, open_shards
 from ropeway.models.tokenizer import open_tokenizer
-from ropeway.reporting.ledger_steps import Step, list_steps, split_tokens
-from ropeway.reporting.pictures import Lengths, draw_lengths
+from ropeway.reporting.ledger_steps import list_steps, split_tokens
+from ropeway.reporting.pictures import draw_lengths
 from ropeway.reporting.render import render
 from ropeway.reporting.token_view import Reading, Shown, Vocabulary, find_part, next_token, read_piece, read_whole
-from ropeway.runtime.manifest import load_manifest, write_atomic
+from ropeway.runtime.manifest import Json, load_manifest, write_atomic
 from ropeway.runtime.workspace import Workspace
 
 _OPEN_SOURCES = 5  # with more, sections begin folded
@@ -36,8 +35,8 @@ class Page:
     profile: Profile
     name: str
     shards: Shards
-    ledger: Mapping[str, Any]
-    raw: Mapping[str, Any]
+    ledger: Json
+    raw: Json
     vocabulary: Vocabulary
 
 
@@ -48,47 +47,6 @@ class Sample:
     title: str
     words: str
     readings: tuple[Reading, ...]
-
-
-@dataclass(frozen=True)
-class Excerpt:
-    """The tokens of a reading that are shown, each with whether it is supervised.
-
-    Attributes:
-        left_out: Tokens between head and tail.
-        taught_next: The token after the piece that its last position is trained on, if it is.
-    """
-
-    reading: Reading
-    head: Sequence[tuple[Shown, bool]]
-    left_out: int
-    tail: Sequence[tuple[Shown, bool]]
-    taught_next: str | None
-
-
-@dataclass(frozen=True)
-class ShownSample:
-    """A sample with its tokens in characters."""
-
-    title: str
-    words: str
-    excerpts: tuple[Excerpt, ...]
-    is_row: bool
-
-
-@dataclass(frozen=True)
-class Source:
-    """A source of the page; `samples` are read while the page is rendered, since a sequence may be large."""
-
-    account: Mapping[str, Any]
-    refused: int
-    first_refused: Sequence[Mapping[str, str]]
-    sequences: int
-    over: int
-    parts: Mapping[str, int]
-    steps: Sequence[Step]
-    lengths: Lengths | None
-    samples: Iterator[ShownSample]
 
 
 def run(workspace: Workspace, profile: Profile) -> None:
@@ -186,7 +144,7 @@ def draw_page(page: Page, samples: Iterable[Iterable[Sample]], rows: Iterable[Sa
         title=f"{page.name}: prepared data",
         profile=page.profile,
         epochs=page.ledger["epochs"],
-        part_names=list(sources[0].parts),
+        part_names=list(split_tokens(page.ledger["sources"][0])),
         open_sources=_OPEN_SOURCES,
         rows=[_show(page, sample) for sample in rows],
         sources=sources,
@@ -194,29 +152,31 @@ def draw_page(page: Page, samples: Iterable[Iterable[Sample]], rows: Iterable[Sa
 
 
 def _plan_source(
-    page: Page, account: Mapping[str, Any], source: SourceShards, samples: Iterator[ShownSample]
-) -> Source:
-    return Source(
-        account=account,
-        refused=sum(sum(account["records"][f"refused_by_{stage}"].values()) for stage in ("fetch", "tokenize")),
-        first_refused=page.raw[account["name"]].get("first_refused", []),
-        sequences=len(source.lengths),
-        over=int((source.lengths > page.profile.max_length).sum()),
-        parts=split_tokens(account),
-        steps=list_steps(account),
-        lengths=draw_lengths(source.lengths, page.profile.max_length),
-        samples=samples,
-    )
+    page: Page, account: Json, source: SourceShards, samples: Iterator[Mapping[str, object]]
+) -> Mapping[str, object]:
+    """Return a source for the template; samples are read while it is rendered, since a sequence may be large."""
+    return {
+        "account": account,
+        "refused": sum(sum(account["records"][f"refused_by_{stage}"].values()) for stage in ("fetch", "tokenize")),
+        "first_refused": page.raw[account["name"]].get("first_refused", []),
+        "sequences": len(source.lengths),
+        "over": int((source.lengths > page.profile.max_length).sum()),
+        "parts": split_tokens(account),
+        "steps": list_steps(account),
+        "lengths": draw_lengths(source.lengths, page.profile.max_length),
+        "samples": samples,
+    }
 
 
-def _show(page: Page, sample: Sample) -> ShownSample:
+def _show(page: Page, sample: Sample) -> Mapping[str, object]:
+    """Return a sample for the template, its tokens in characters."""
     limit = max(_SHOWN_TOKENS // max(len(sample.readings), 1), _MIN_TOKENS)
-    excerpts = tuple(_cut(page, reading, limit) for reading in sample.readings)
-    return ShownSample(sample.title, sample.words, excerpts, is_row=len(excerpts) > 1)
+    excerpts = [_cut(page, reading, limit) for reading in sample.readings]
+    return {"title": sample.title, "words": sample.words, "excerpts": excerpts, "is_row": len(excerpts) > 1}
 
 
-def _cut(page: Page, reading: Reading, limit: int) -> Excerpt:
-    """Return a reading's tokens, of a long one its beginning and its end."""
+def _cut(page: Page, reading: Reading, limit: int) -> Mapping[str, object]:
+    """Return a reading's tokens, each with whether it is supervised; of a long one its beginning and its end."""
     count = len(reading.tokens)
     tail = limit // _TAIL_SHARE if count > limit else 0
     head = limit - tail if tail else count
@@ -225,10 +185,10 @@ def _cut(page: Page, reading: Reading, limit: int) -> Excerpt:
         tokens = page.vocabulary.show(reading.tokens[part].tolist())
         return list(zip(tokens, reading.learned[part].tolist(), strict=True))
 
-    return Excerpt(
-        reading=reading,
-        head=shown(slice(0, head)),
-        left_out=count - head - tail,
-        tail=shown(slice(count - tail, count)),
-        taught_next=next_token(reading, page.shards, page.profile, page.vocabulary),
-    )
+    return {
+        "reading": reading,
+        "head": shown(slice(0, head)),
+        "left_out": count - head - tail,
+        "tail": shown(slice(count - tail, count)),
+        "taught_next": next_token(reading, page.shards, page.profile, page.vocabulary),
+    }

@@ -7,9 +7,10 @@ import json
 import shutil
 
 from ropeway.config.params import Profile
-from ropeway.reporting.model_card import Json, draw_card
+from ropeway.reporting.model_card import draw_card
 from ropeway.runtime.manifest import (
     NAME,
+    Json,
     file_sha256,
     load_manifest,
     whole_folder,

@@ -6,11 +6,12 @@ from datetime import UTC, datetime
 from ropeway.data.lineage import describe_base, describe_source
 from ropeway.data.task_scores import name_metrics, show_score
 from ropeway.reporting import colors
-from ropeway.reporting.evidence import Case, Json, VersionEvidence
+from ropeway.reporting.evidence import Case, VersionEvidence
 from ropeway.reporting.ledger_steps import ledger_rows
 from ropeway.reporting.loss_curves import Curve, loss_curves
 from ropeway.reporting.markdown import code, plain
 from ropeway.reporting.render import collapse, render
+from ropeway.runtime.manifest import Json
 
 _PARAMS, _DATA = (
     "run.json: params.",

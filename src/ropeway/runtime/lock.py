@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 
 from ropeway.runtime.errors import ConfigError, TemporaryError
+from ropeway.runtime.manifest import Json, json_mapping
 
 _HELD = "ROPEWAY_LOCK_HELD"  # pid of the ancestor that holds the lock: its stages enter without taking it
 
@@ -80,15 +81,12 @@ def _ancestor_holding(handle: int) -> int | None:
     return None
 
 
-def _read_holder(handle: int) -> dict[str, object]:
+def _read_holder(handle: int) -> Json:
     """Return what the holder wrote; empty when it has not written yet."""
-    with suppress(ValueError):
-        holder = json.loads(os.pread(handle, 4096, 0))
-        return holder if isinstance(holder, dict) else {}
-    return {}
+    return json_mapping(os.pread(handle, 4096, 0))
 
 
-def _describe(holder: dict[str, object]) -> str:
+def _describe(holder: Json) -> str:
     if not holder:
         return "the workspace is held by another process; wait for it or stop it"
     pid, command, since = holder.get("pid"), holder.get("command"), str(holder.get("since"))

@@ -20,6 +20,9 @@ _BLOCK_BYTES = 1 << 20
 _THREADS = 4  # that hash a folder's files
 
 
+Json = Mapping[str, Any]  # a mapping out of a JSON file, as it was read
+
+
 class FileFacts(TypedDict):
     """What a manifest says of a file."""
 
@@ -35,6 +38,15 @@ def canonical_json(value: object) -> bytes:
     b'{"a":[true],"b":1}'
     """
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def json_mapping(data: bytes) -> Json:
+    """Return the JSON mapping that bytes hold, empty for anything else."""
+    try:
+        found = json.loads(data)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def digest_of(value: object) -> str:

@@ -1,6 +1,7 @@
 """Where things lie in a workspace: one object per run, so no stage spells a path twice."""
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +56,17 @@ class Workspace:
     def registry_url(self) -> str:
         """The store packages are published to: `ROPEWAY_REGISTRY`, else the folder `registry/` here."""
         return os.environ.get("ROPEWAY_REGISTRY") or (self.root / "registry").as_uri()
+
+
+def count_bytes(path: Path) -> int:
+    """Return the bytes of all files below a path, links not followed."""
+    if path.is_file():
+        return path.stat().st_size
+    total = 0
+    for each in path.rglob("*"):
+        with suppress(OSError):  # another process removed it
+            total += each.lstat().st_size if each.is_file() or each.is_symlink() else 0
+    return total
 
 
 def find_root(start: Path | None = None) -> Path:
