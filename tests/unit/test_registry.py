@@ -2,13 +2,9 @@ import json
 
 import pytest
 
-from ropeway.registry import (
-    ANY,
-    Registry,
-    package_digest,
-)
+from ropeway.registry import ANY, Registry
 from ropeway.registry.aliases import plan_promotion, plan_rollback
-from ropeway.registry.core import load_core
+from ropeway.registry.core import load_core, package_digest
 from ropeway.registry.layout import blob_key, manifest_key, tombstone_key
 from ropeway.runtime.errors import DataError, RegistryError
 from ropeway.runtime.manifest import canonical_json

@@ -22,7 +22,7 @@ from ruamel.yaml.error import YAMLError
 from ropeway.config.frozen import read_version
 from ropeway.config.params import load_profile
 from ropeway.runtime.errors import ConfigError, TemporaryError
-from ropeway.runtime.manifest import file_sha256
+from ropeway.runtime.manifest import Json, file_sha256
 
 if TYPE_CHECKING:  # DVC takes a second to import
     from dvc.repo import Repo
@@ -335,7 +335,7 @@ def _explain_dep(stage: "PipelineStage", path: str, change: str, root: Path) -> 
     return [f"{place} {_word(change)}"]
 
 
-def describe_change(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+def describe_change(name: str, old: Json, new: Json) -> list[str]:
     """Return what is different in one of the frozen inputs, e.g. `learning_rate: 0.002 -> 0.003`.
 
     >>> describe_change("params-train", {"params": {"stop": {"a": 1}}}, {"params": {"stop": {"a": 2}}})

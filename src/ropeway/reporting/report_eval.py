@@ -2,17 +2,16 @@
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ropeway.config.params import Profile
 from ropeway.reporting import pictures
 from ropeway.reporting.render import render
-from ropeway.runtime.manifest import load_manifest, whole_folder, write_atomic, write_manifest
+from ropeway.runtime.manifest import Json, load_manifest, whole_folder, write_atomic, write_manifest
 from ropeway.runtime.workspace import Workspace
 
-Table = Sequence[Mapping[str, Any]]
+Table = Sequence[Json]
 
 
 def run(workspace: Workspace, profile: Profile) -> None:
@@ -23,12 +22,12 @@ def run(workspace: Workspace, profile: Profile) -> None:
     print(f"sample answers in {workspace.samples_page}; plots in {workspace.plots}")
 
 
-def draw_samples(report: Mapping[str, Any]) -> str:
+def draw_samples(report: Json) -> str:
     """Return the page of a samples.json: a card per prompt, a row per configuration, a column per model."""
     pairs = [result["sampling_config"].split("/", 1) for result in report["prompts"][0]["results"]]
     models = list(dict.fromkeys(model for model, _ in pairs))
 
-    def results_of(prompt: Mapping[str, Any], config: str) -> list[Mapping[str, Any]]:
+    def results_of(prompt: Json, config: str) -> list[Json]:
         found = {result["sampling_config"]: result for result in prompt["results"]}
         return [found[f"{model}/{config}"] for model in models]
 
