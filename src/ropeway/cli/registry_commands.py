@@ -34,6 +34,8 @@ Json = Annotated[bool, typer.Option("--json", help="For programs.")]
 By = Annotated[str | None, typer.Option(help="Who does it; default: the user name.")]
 Reason = Annotated[str, typer.Option(help="Why, in words; kept for ever.")]
 _LONG_BYTES = 64 << 20  # about a second on a fast network
+Alias = Annotated[str, typer.Argument(help="The pointer to move, e.g. production")]
+Expect = Annotated[str, typer.Option(help="Where the alias must point now: v3, a digest, an alias, `none` or `any`.")]
 
 
 def open_registry(url: str | None) -> "Registry":
@@ -87,9 +89,6 @@ def progress_bar(store: Store, what: str, total_bytes: int) -> Iterator[None]:
 
 if TYPE_CHECKING:
     from ropeway.registry import Anything, Registry
-
-Alias = Annotated[str, typer.Argument(help="The pointer to move, e.g. production")]
-Expect = Annotated[str, typer.Option(help="Where the alias must point now: v3, a digest, an alias, `none` or `any`.")]
 
 
 @registry_app.command("list")

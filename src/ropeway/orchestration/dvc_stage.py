@@ -27,6 +27,10 @@ _BUSY_TRIES, _BUSY_SECONDS = 20, 3.0  # another dvc hashes its outputs under its
 _MARGIN_SECONDS = 15.0  # the outer supervisor waits longer than the inner one needs to kill
 _QUOTED_LINES = 15
 _LOOK_SECONDS = 0.1
+_MAX_CHARACTERS = 2000  # Prefect cuts a line at 1 MB (3.9.1), a page is slow long before
+_PROGRESS_SECONDS = 5.0  # one state of a progress bar in so long
+_ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
+_ENDS = re.compile(r"(\r\n|\n|\r)")
 
 
 class StoppedError(TemporaryError):
@@ -228,12 +232,6 @@ def _read_record(path: Path) -> ExitRecord | None:
 def _file_name(stage: str) -> str:
     """Return a stage's name as a file can bear it: those of other folders have `/` and `:` in them."""
     return stage.replace("/", "-").replace(":", "-")
-
-
-_MAX_CHARACTERS = 2000  # Prefect cuts a line at 1 MB (3.9.1), a page is slow long before
-_PROGRESS_SECONDS = 5.0  # one state of a progress bar in so long
-_ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
-_ENDS = re.compile(r"(\r\n|\n|\r)")
 
 
 @dataclass

@@ -27,6 +27,10 @@ DEFAULT_URL = f"http://{LOOPBACK}:{DEFAULT_PORT}/api"
 START_SECONDS = 600.0  # 3.5 s on two quiet cores, 9 s with a new database, and 100 s of that at load 12
 _OUTAGE_SECONDS = 1800.0  # then Prefect's own retries have their turn
 _NOTE, _UI_EXIT = "ropeway-server.json", "ui.exit.json"
+_NO_PROXY = "127.0.0.1,localhost"
+_GIVEN_SECONDS = 10.0  # for one that should be running; a temporary one is said to be slow after that
+_EXIT = "server.exit.json"
+_RESTARTS = 5  # of a server that had answered and then ended: somebody, or the kernel for want of memory, killed it
 
 
 def serve_ui(root: Path, *, port: int = DEFAULT_PORT, host: str = LOOPBACK) -> None:
@@ -171,9 +175,6 @@ def _check_free(root: Path, host: str, port: int) -> None:
         ) from None
 
 
-_NO_PROXY = "127.0.0.1,localhost"
-
-
 def apply_settings(root: Path) -> None:
     """Put the settings into this process's environment, where its children find them too."""
     for name, value in plan_settings(root).items():
@@ -203,11 +204,6 @@ def plan_settings(root: Path) -> dict[str, str]:
         # What a run says it prints itself; Prefect would print each line again with a prefix, and tracebacks.
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
     }
-
-
-_GIVEN_SECONDS = 10.0  # for one that should be running; a temporary one is said to be slow after that
-_EXIT = "server.exit.json"
-_RESTARTS = 5  # of a server that had answered and then ended: somebody, or the kernel for want of memory, killed it
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from ropeway.runtime.errors import DataError, TemporaryError
 from ropeway.runtime.workspace import Workspace
 
 CANDIDATE = "candidate"
+Measure = Callable[[Version, str], Mapping[str, object] | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +40,6 @@ class Publication:
     verdict: Verdict | None
     words: str
     reviewable: bool = False
-
-
-Measure = Callable[[Version, str], Mapping[str, object] | None]
 
 
 def check_publishing(workspace: Workspace) -> None:

@@ -31,6 +31,14 @@ _ENVIRONMENT = (
     "python", "torch", "deepspeed", "transformers", "device", "kernels", "ranks", "threads_per_rank", "attention",
 )  # fmt: skip
 _CLOCK = "/provenance.json"  # seconds and hosts: another one every time
+_WORDS = {
+    "code": "its code means something else",
+    "sources": "the sources are others now (its data was restored by digest all the same)",
+    "base": "the base is another one",
+    "deepspeed": "the DeepSpeed JSON is another one",
+    "prompts": "the prompts are others",
+    "contamination": "the evaluation prompts are others",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,16 +285,6 @@ def _stages(then: Json, now: Json) -> Iterator[str]:
         left = [path for path in _other_entries(old, new[name], "outs") if not path.endswith(_CLOCK)]
         if left and not _other_entries(old, new[name], "deps"):
             yield f"stage {name}: read the same and left another {', '.join(left)}"
-
-
-_WORDS = {
-    "code": "its code means something else",
-    "sources": "the sources are others now (its data was restored by digest all the same)",
-    "base": "the base is another one",
-    "deepspeed": "the DeepSpeed JSON is another one",
-    "prompts": "the prompts are others",
-    "contamination": "the evaluation prompts are others",
-}
 
 
 def _other_entries(then: Json, now: Json, kind: str) -> list[str]:

@@ -37,6 +37,9 @@ _PAUSE_SECONDS = 0.2
 _AGAIN_SECONDS = 1.0  # after a server that did not answer
 _ANSWER_SECONDS = 10.0
 _INFO = 20
+_BAR_SECONDS = 5.0
+_TAIL_BYTES = 1 << 16  # a record is some 1 kB
+_LOOK_SECONDS = 2.0
 
 
 class PageLog:
@@ -112,10 +115,6 @@ def _post(client: SyncPrefectClient, entries: list[Entry]) -> bool:
     return True
 
 
-_BAR_SECONDS = 5.0
-_TAIL_BYTES = 1 << 16  # a record is some 1 kB
-
-
 def read_progress(path: Path) -> tuple[int, int] | None:
     """Return (step, steps of the whole run) of a progress file's last whole record; None where it has none.
 
@@ -166,9 +165,6 @@ class Bar:
                 self._artifact = made if isinstance(made, UUID) else None  # never a coroutine: no loop runs here
             else:
                 update_progress_artifact(self._artifact, percent, description=words)
-
-
-_LOOK_SECONDS = 2.0
 
 
 @contextmanager

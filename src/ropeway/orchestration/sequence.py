@@ -35,6 +35,8 @@ from ropeway.runtime.manifest import digest_of
 from ropeway.runtime.workspace import Workspace
 
 END_SECONDS = 15.0
+_STATES = {"ran": "Completed", "restored": "Restored", "unchanged": "Unchanged"}
+STEPS = ("pull", "freeze_inputs", "make_plan", "run_stages", "publish", "push", "ask_review")
 
 
 class Ending:
@@ -76,9 +78,6 @@ class Ending:
         )
         sys.stdout.flush()
         os._exit(code)
-
-
-_STATES = {"ran": "Completed", "restored": "Restored", "unchanged": "Unchanged"}
 
 
 def run_retrain(
@@ -200,9 +199,6 @@ class PipelineRun:
     def _result(self) -> Result:
         seconds, edits = time.monotonic() - self._began, find_edits(self.root, self._frozen)
         return Result(self.workspace, self._ended, self._publication, seconds, None, edits)
-
-
-STEPS = ("pull", "freeze_inputs", "make_plan", "run_stages", "publish", "push", "ask_review")
 
 
 def run_sequence(root: Path, profile: str, board: Board) -> Result:

@@ -24,6 +24,7 @@ from ropeway.runtime.manifest import NAME
 from ropeway.runtime.workspace import Workspace, count_bytes
 
 UNCHECKED = "ROPEWAY_MEMORY_CHECK"  # `off` lets a run start that the plan says cannot fit
+OTHER_RANKS = (1, 2, 4, 8, 16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,9 +170,6 @@ def check_memory(profile: Profile, zero: Zero, *, ranks: int) -> None:
             f"{gib(certain)}. What would fit: {what}. `ropeway plan` shows the parts; {UNCHECKED}=off starts it anyway"
         )
     print(f"the plan asks for {gib(verdict.needed_bytes)} of a GPU's {gib(memory)}; what would fit: {what}", flush=True)
-
-
-OTHER_RANKS = (1, 2, 4, 8, 16)
 
 
 @dataclass(frozen=True, slots=True)

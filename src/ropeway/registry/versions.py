@@ -23,6 +23,10 @@ from ropeway.storage import Store
 PRODUCTION = "production"
 Decision = Literal["approve", "reject"]
 _SHOWN_FILES = 3
+# run.json holds parameters, metrics and ledger; a tokenizer's table would be a hundred thousand lines.
+COMPARED = ("run.json", "config.json", "generation_config.json")
+_MOST_BYTES = 8 << 20
+_ABSENT = "absent"
 
 
 class Provenance(TypedDict, total=False):
@@ -330,12 +334,6 @@ class Version:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-# run.json holds parameters, metrics and ledger; a tokenizer's table would be a hundred thousand lines.
-COMPARED = ("run.json", "config.json", "generation_config.json")
-_MOST_BYTES = 8 << 20
-_ABSENT = "absent"
 
 
 def compare_cores(store: Store, old: Core, new: Core) -> Facts:

@@ -11,6 +11,8 @@ from pathlib import Path
 from ropeway.runtime.code_digests import check_code_digest
 from ropeway.runtime.errors import ConfigError, TemporaryError
 
+CODE_CHECK = "ROPEWAY_CODE_CHECK"  # set by a stage for its workers: JSON of stage, digest of its code, cache file
+
 
 def count_asked(variable: str, environment: Mapping[str, str]) -> int | None:
     """Return the number of processes a variable asks for, None where it is empty; raise ConfigError for no count."""
@@ -25,9 +27,6 @@ def count_asked(variable: str, environment: Mapping[str, str]) -> int | None:
 def count_cores() -> int:
     """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-CODE_CHECK = "ROPEWAY_CODE_CHECK"  # set by a stage for its workers: JSON of stage, digest of its code, cache file
 
 
 def begin_worker() -> None:
