@@ -23,6 +23,12 @@ _ALERTED = ("Failed", "Crashed", "TimedOut", "Rejected", "Suspended")  # a suspe
 # Jinja of the server's own: `~` joins, `tojson` quotes.
 _WORDS = "(flow.name ~ ' ' ~ flow_run.name ~ ': ' ~ flow_run.state.name ~ ' ' ~ (flow_run.state.message or ''))"
 _Json = dict[str, Any]
+_OF_RUNS: _Json = {
+    "type": "event",
+    "match": {"prefect.resource.id": "prefect.flow-run.*"},
+    "for_each": ["prefect.resource.id"],
+    "threshold": 1,
+}
 
 
 def apply_automations(url: str) -> list[str]:
@@ -59,13 +65,10 @@ def plan_crashed(*, silent_seconds: int) -> _Json:
         "name": CRASHED,
         "description": "No heartbeat any more: the host died, or lost its network.",
         "trigger": {
-            "type": "event",
+            **_OF_RUNS,
             "posture": "Proactive",
-            "match": {"prefect.resource.id": "prefect.flow-run.*"},
             "after": [beat],
             "expect": [beat, *(f"prefect.flow-run.{name}" for name in _ENDS)],
-            "for_each": ["prefect.resource.id"],
-            "threshold": 1,
             "within": silent_seconds,
         },
         "actions": [
@@ -85,12 +88,9 @@ def plan_alert(block_id: str) -> _Json:
         "name": ALERT,
         "description": "Posts to ROPEWAY_ALERT_URL.",
         "trigger": {
-            "type": "event",
+            **_OF_RUNS,
             "posture": "Reactive",
-            "match": {"prefect.resource.id": "prefect.flow-run.*"},
             "expect": [f"prefect.flow-run.{name}" for name in _ALERTED],
-            "for_each": ["prefect.resource.id"],
-            "threshold": 1,
             "within": 0,
         },
         "actions": [

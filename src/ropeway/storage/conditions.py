@@ -18,7 +18,7 @@ from ropeway.runtime.errors import ConfigError
 from ropeway.storage.s3_client import error_code
 
 CONFLICT_TRIES = 8
-Answer = TypeVar("Answer")
+T = TypeVar("T")
 _BODY = b"Ropeway asks here whether this store honours If-None-Match. Leave it.\n"
 
 
@@ -31,7 +31,7 @@ class LostError(Exception):
         self.repeated = repeated
 
 
-def conditional(request: Callable[[], Answer]) -> Answer:
+def conditional(request: Callable[[], T]) -> T:
     """Return the answer to a conditional request; raise LostError on 412. 409 is asked again, with backoff."""
     for attempt in range(CONFLICT_TRIES):
         try:
