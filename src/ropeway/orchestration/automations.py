@@ -4,6 +4,7 @@ Spoken to over plain HTTP, so that `ropeway server` need not import Prefect. Sou
 """
 
 import os
+import ssl
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
@@ -129,7 +130,11 @@ def _ask(url: str, method: str, path: str, body: Mapping[str, object] | None = N
     ).partition(":")
     auth = (user, password) if user else None
     try:
-        answer = httpx.request(method, url + path, json=body, auth=auth, timeout=30, trust_env=False)
+        # No proxy of the environment's, but the certificates of this machine.
+        certificates = ssl.create_default_context()
+        answer = httpx.request(
+            method, url + path, json=body, auth=auth, timeout=30, trust_env=False, verify=certificates
+        )
     except httpx.HTTPError as error:
         raise TemporaryError(f"the Prefect server at {url} does not answer ({error})") from None
     if answer.is_error:

@@ -8,13 +8,14 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-import httpx
 import psutil
 
 from ropeway.orchestration.automations import apply_automations
@@ -132,11 +133,13 @@ def await_answer(url: str, seconds: float, has_ended: Callable[[], bool], *, pau
 
 def is_answering(url: str) -> bool:
     """Return whether a Prefect server answers at an API's URL."""
+    # Not httpx, which reads all certificates for each request: this is asked twenty times a second at a start.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        httpx.get(f"{url}/health", timeout=2, trust_env=False)
-    except (httpx.HTTPError, httpx.InvalidURL):
-        return False
-    return True  # it answers, if only to say no
+        opener.open(f"{url}/health", timeout=2).close()
+    except OSError as error:
+        return isinstance(error, urllib.error.HTTPError)  # it answers, if only to say no
+    return True
 
 
 def _note(root: Path) -> Path:
