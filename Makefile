@@ -15,7 +15,7 @@ help:
 	@echo "make run     set up if needed, then make the run of params.yaml and publish it"
 	@echo "make test    set up if needed, then run the tests (no network)"
 	@echo "make test-unit  unit and contract tests alone: no training, no Prefect server"
-	@echo "make test-slow  what takes whole runs: a version made again, ten kills, the rest of ZeRO"
+	@echo "make test-slow  what takes whole runs: a version made again, ten kills, edits while dvc runs, the rest of ZeRO"
 	@echo "make test-loaders  the package in transformers 4.31 and 4.46 (installs them)"
 	@echo "make test-lm-eval  tasks of lm-evaluation-harness, offline (installs it, 190 MB)"
 	@echo "make ui      the Prefect UI over this workspace's runs, on http://127.0.0.1:4200"

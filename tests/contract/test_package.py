@@ -142,6 +142,18 @@ def test_the_cards_own_snippet_runs_in_the_folder(made):
     assert done.stdout.startswith("<s><|prompter|>")
 
 
+@pytest.fixture
+def checked_here(monkeypatch, tmp_path):
+    """Let the check of a written package run in this process: a fresh interpreter takes 4 s."""
+
+    def check_here(folder, model, probe):
+        np.save(tmp_path / "logits.npy", expected_logits(model, probe))
+        check_package(folder, tmp_path / "logits.npy")
+
+    monkeypatch.setattr(package, "check_roundtrip", check_here)
+
+
+@pytest.mark.usefixtures("checked_here")
 def test_two_packagings_of_one_run_in_two_places_give_the_same_bytes(made, tmp_path):
     workspace, profile = make_run(tmp_path, "package")
     make_package(workspace, profile)
@@ -175,13 +187,9 @@ def test_the_run_says_params_digests_ledger_and_metrics(made):
     assert profile.package.dtype == "bf16"
 
 
+@pytest.mark.usefixtures("checked_here")
 @pytest.mark.parametrize(("dtype", "files"), [("fp16", 2), ("fp32", 3)])
-def test_every_dtype_of_params_comes_back_as_itself(tmp_path, monkeypatch, dtype, files):
-    def check_here(folder, model, probe):
-        np.save(tmp_path / "logits.npy", expected_logits(model, probe))
-        check_package(folder, tmp_path / "logits.npy")
-
-    monkeypatch.setattr(package, "check_roundtrip", check_here)
+def test_every_dtype_of_params_comes_back_as_itself(tmp_path, dtype, files):
     workspace, profile = make_run(tmp_path, "package", block=BLOCK.replace("{dtype: bf16", f"{{dtype: {dtype}"))
     package.run(workspace, profile)
     assert len(list(workspace.package.glob("*.safetensors"))) == files

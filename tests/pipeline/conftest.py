@@ -9,8 +9,16 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.support.main_job import share_main_jobs
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+
+
+@pytest.fixture(scope="session")
+def main_jobs(tmp_path_factory):
+    """Return the main job prepared and finished; not to be changed."""
+    return share_main_jobs(tmp_path_factory)
 
 
 class FlowWorkspace:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from ropeway.reporting.review_report import draw_report
 from ropeway.runtime.errors import ConfigError, DataError
 from ropeway.runtime.workspace import Workspace
 from ropeway.storage.s3_client import make_client, split_url
-from tests.support import tiny_gguf
+from tests.support import forked, tiny_gguf
 from tests.support.archives import gz
 from tests.support.hub_world import COMMIT, REPO, Hub, point_at, serve_hub
 from tests.support.main_job import make_main_job
@@ -238,6 +239,8 @@ def run_all(workspace, monkeypatch):
     monkeypatch.setenv("ROPEWAY_RANKS", "1")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.delenv("ROPEWAY_REGISTRY", raising=False)
+    for module in ("train.stage", "package.stage"):
+        monkeypatch.setattr(f"ropeway.stages.{module}.subprocess", SimpleNamespace(run=forked.run))
     write_identity(workspace.root)
     for room in ROOMS:
         enter_room(workspace.root, room)

@@ -42,7 +42,7 @@ def test_a_chatty_stage_reaches_its_page_whole_and_the_command_ends_with_its_res
         read_until(process, "laptop: Published in")
         began = time.monotonic()
         rest = process.stdout.read()
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 60
     assert process.returncode == 0
     assert "did not take" not in rest
     import sqlite3
@@ -80,7 +80,7 @@ def test_a_server_that_freezes_keeps_no_result_back(own_prefect, when):
     assert "laptop: Published in" in text
     if when == "at the result":
         assert "did not take the end of this run in time" in text
-    _, alive = psutil.wait_procs(servers, timeout=30)
+    _, alive = psutil.wait_procs(servers, timeout=120)
     kill_all(alive)
     assert alive == []
 
@@ -129,5 +129,5 @@ def test_lines_arrive_in_order_and_none_is_lost(prefect_api):
 
 
 def ask(url, path, body):
-    with httpx.Client(trust_env=False, timeout=30) as client:
+    with httpx.Client(trust_env=False, timeout=120) as client:
         return client.post(url + path, json=body).json()

@@ -50,7 +50,7 @@ class Running:
     def await_end(self):
         """Wait for the death of each member; return what the flow printed after training began."""
         await_deaths(self.members)
-        return self.flow.communicate(timeout=60)[0]
+        return self.flow.communicate(timeout=300)[0]
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_a_flow_that_is_ended_leaves_no_process_behind(start, made_workspace, nu
     running = start(made_workspace, "plain")
     running.flow.send_signal(number)
     running.await_end()
-    code = running.flow.wait(30)
+    code = running.flow.wait(120)
     assert code == {signal.SIGTERM: 128 + signal.SIGTERM}.get(number, -number)
     check_it_saved(made_workspace)
 
@@ -88,7 +88,7 @@ def test_a_dvc_that_is_ended_ends_its_stage_and_this_flow_does_not_start_it_agai
     running = start(made_workspace, "plain")
     running.find("dvc").send_signal(number)
     words = running.await_end()
-    assert running.flow.wait(30) == TemporaryError.exit_code
+    assert running.flow.wait(120) == TemporaryError.exit_code
     assert f"StoppedError: stage train: dvc was ended from outside ({number.name})" in words
     assert made_workspace.calls() == ["train"]
     check_it_saved(made_workspace)
@@ -148,7 +148,7 @@ def test_a_flow_on_prefect_that_gets_sigterm_ends_its_stage_and_is_shown_as_cras
     running = start(made_workspace, "prefect")
     running.flow.terminate()
     running.await_end()
-    assert running.flow.wait(30) == 128 + signal.SIGTERM
+    assert running.flow.wait(120) == 128 + signal.SIGTERM
     check_it_saved(made_workspace)
     import httpx
 
@@ -170,7 +170,7 @@ def test_a_flow_waits_while_a_person_s_own_dvc_holds_dvc_s_locks(made_workspace,
 
     def let_it_end(_seconds):
         (made_workspace.root / "may-end").open("w").close()
-        person.wait(60)
+        person.wait(300)
 
     monkeypatch.setattr("ropeway.orchestration.dvc_stage.time", SimpleNamespace(sleep=let_it_end))
     result = run_retrain(made_workspace.root, use_prefect=False)

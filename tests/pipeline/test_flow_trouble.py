@@ -74,8 +74,36 @@ def break_training(workspace, program):
     os.mkfifo(workspace.root / "begun")
 
 
-def await_training(workspace):
-    assert (workspace.root / "begun").read_text() == "training"  # opens once the stage does
+def await_training(workspace, describe_end):
+    """Return once the stage trains; fail at once with what `describe_end()` says when the run has ended before."""
+    begun = os.open(workspace.root / "begun", os.O_RDONLY | os.O_NONBLOCK)
+
+    def has_begun():
+        with suppress(BlockingIOError):
+            if os.read(begun, 100):
+                return True
+        if end := describe_end():
+            pytest.fail(f"the run ended before it trained: {end}")
+        return False
+
+    try:
+        assert wait_for(has_begun), "the run did not come to training"
+    finally:
+        os.close(begun)
+
+
+def end_of_process(process):
+    """Return the exit code and output of a process that has ended, else None."""
+    return None if process.poll() is None else f"exit code {process.returncode}\n{process.communicate()[0]}"
+
+
+def end_of_run(api, run, runner):
+    """Return state and log of a served run that has ended, or the end of its runner; else None."""
+    state = api.ask("GET", f"/flow_runs/{run}")["state"]
+    if state["type"] not in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED"):
+        return end_of_process(runner)
+    log = api.ask("POST", "/logs/filter", {"logs": {"flow_run_id": {"any_": [run]}}, "sort": "TIMESTAMP_ASC"})
+    return "\n".join([f"{state['name']}: {state['message']}", *(entry["message"] for entry in log)])
 
 
 def serve_run(start, api, workspace, url):
@@ -90,7 +118,7 @@ def serve_run(start, api, workspace, url):
         return here and here[0]["status"] == "READY" and here[0]["id"]
 
     run = api.ask("POST", f"/deployments/{wait_for(served)}/create_flow_run", {})["id"]
-    await_training(workspace)
+    await_training(workspace, lambda: end_of_run(api, run, runner))
     return runner, run
 
 
@@ -101,7 +129,7 @@ def test_a_served_run_that_is_cancelled_saves_and_leaves_no_process(start, made_
     assert len(members) > 3  # the flow's process, supervisor, dvc, the stage and what it started
     began = time.monotonic()
     api.set_state(run, "CANCELLING", "Cancelling")
-    await_deaths(members, 60)
+    await_deaths(members)
     print(f"last process gone {time.monotonic() - began:.1f} s after the cancel")
     assert wait_for(lambda: api.state(run) == "Cancelled")
     check_it_saved(made_workspace)
@@ -118,7 +146,7 @@ def test_a_served_run_that_is_suspended_saves_and_goes_on_when_it_is_resumed(
     details = {"pause_timeout": limit, "pause_reschedule": True}
     state = {"type": "PAUSED", "name": "Suspended", "state_details": details}
     assert api.ask("POST", f"/flow_runs/{run}/set_state", {"state": state})["status"] == "ACCEPT"
-    await_deaths(members, 60)
+    await_deaths(members)
     assert api.state(run) == "Suspended"
     check_it_saved(made_workspace)
     made_workspace.trouble("train", None)
@@ -130,12 +158,12 @@ def test_a_temporary_server_that_is_killed_is_started_again_and_the_run_is_publi
     break_training(own_prefect, WAITING)
     os.mkfifo(own_prefect.root / "may-end")
     flow = start(FLOW, str(own_prefect.root), "prefect")
-    await_training(own_prefect)
+    await_training(own_prefect, lambda: end_of_process(flow))
     killed = [one for one in psutil.Process(flow.pid).children(recursive=True) if "server" in command_of(one)]
     assert killed
     kill_all(killed)
     (own_prefect.root / "may-end").open("w").close()
-    said, _ = flow.communicate(timeout=300)
+    said, _ = flow.communicate(timeout=500)
     assert flow.returncode == 0, said
     assert said.count("the temporary Prefect server ended by itself; starting it again") == 1
     assert "Published" in said
@@ -155,7 +183,7 @@ def test_a_server_that_is_killed_midway_and_away_for_a_while_costs_the_run_nothi
 
     server = serve()
     flow = start(FLOW, str(own_prefect.root), "prefect", PREFECT_API_URL=url)
-    await_training(own_prefect)
+    await_training(own_prefect, lambda: end_of_process(flow))
     for process in (*psutil.Process(server.pid).children(recursive=True), psutil.Process(server.pid)):
         process.kill()
     (own_prefect.root / "may-end").open("w").close()  # the stage ends while nobody can be told

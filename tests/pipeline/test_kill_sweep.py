@@ -1,14 +1,19 @@
-"""Some kills of `make chaos` in every run of the tests, ten with `-m slow`."""
+"""Ten kills of `make chaos`; in every run of the tests test_main_job and test_train_ends kill some."""
+
+import hashlib
 
 import pytest
 
 from tests.support.kill_sweep import sweep
 
+KILLS = 10
+
 
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
-def test_killed_at_random_moments_every_training_ends_with_the_same_bytes(tmp_path, kills):
-    found = sweep(tmp_path, kills)
+@pytest.mark.slow
+def test_killed_at_random_moments_every_training_ends_with_the_same_bytes(main_jobs, tmp_path):
+    found = sweep(main_jobs.prepared.copy(tmp_path / "workspace"), KILLS)
     assert found["faults"] == []
-    assert found["kills"] >= kills
+    assert found["kills"] >= KILLS
     assert found["finished_with_the_same_sha256"] >= 1
+    assert found["sha256"] == hashlib.sha256(main_jobs.finished.weights()).hexdigest()

@@ -9,43 +9,23 @@ import signal
 
 import psutil
 import pytest
-from ruamel.yaml import YAML
 
 from ropeway.runtime.manifest import load_manifest
-from tests.support.main_job import ROOT, STEPS, MainJob, make_main_job
+from tests.support.main_job import ROOT, STEPS
 from tests.support.processes import command_of, kill_all
 
 
-@pytest.fixture(scope="module")
-def _finished(tmp_path_factory):
-    job = make_main_job(tmp_path_factory.mktemp("main_job") / "workspace")
-    job.first = job.repro()
-    return job
+@pytest.fixture
+def finished(main_jobs, tmp_path):
+    """Return a copy of a workspace in which `dvc repro` has run."""
+    return main_jobs.finished.copy(tmp_path / "workspace")
 
 
 @pytest.fixture
-def finished(_finished, tmp_path):
-    """Return a copy of a workspace whose six stages have run."""
-    shutil.copytree(_finished.root, tmp_path / "workspace", symlinks=True)
-    job = MainJob(tmp_path / "workspace")
-    job.first = _finished.first
-    return job
-
-
-@pytest.fixture
-def untrained(finished, tmp_path):
+def untrained(main_jobs, tmp_path):
     """Return a copy in which the stages before training have run, and nothing remembers the others."""
-    shutil.copytree(finished.root, tmp_path / "untrained", symlinks=True)
-    job = MainJob(tmp_path / "untrained")
-    yaml = YAML()
-    lock = yaml.load(job.root / "dvc.lock")
-    for stage in ("train", "evaluate", "package"):
-        del lock["stages"][stage]
-    yaml.dump(lock, job.root / "dvc.lock")
+    job = main_jobs.prepared.copy(tmp_path / "untrained")
     shutil.rmtree(job.root / ".dvc" / "cache" / "runs")
-    shutil.rmtree(job.root / ".checkpoints")
-    for name in ("model", "package"):
-        shutil.rmtree(job.run / name)
     return job
 
 
@@ -123,47 +103,84 @@ def test_an_edited_shard_is_found_before_training_spends_anything(finished):
     data[-1] ^= 1
     shard.unlink()
     shard.write_bytes(data)
-    said = finished.do("ropeway", "stage", "train", code=65)
+    said = finished.stage("train", code=65)
     assert f"{shard}: sha256 is" in said
     assert "dvc repro prepare" in said
 
 
-@pytest.mark.parametrize("how", ["repro", "run"])
-def test_what_is_edited_and_committed_in_the_middle_of_a_run_reaches_the_next_one_only(finished, untrained, how):
-    from ropeway.orchestration import dvc_graph as graph
-
-    job, before = untrained, untrained.revision()
-    process = job.start(*(("dvc", "repro") if how == "repro" else ("ropeway", "run", "--no-prefect")))
-    said = []
-    for line in process.stdout:
-        said.append(line)
-        if "step 3/" in line:
-            break
+def edit_what_is_being_run(job):
+    """Edit and commit what a person may change for the next run while this one trains."""
     job.edit("params.yaml", "learning_rate: 2e-3", "learning_rate: 5e-2")
     job.edit("params.yaml", "max_new_tokens: 4", "max_new_tokens: 9")
     for name in ("zero2_cpu.json", "sampling.json"):
         job.edit(f"configs/{name}", "{", '{ "unknown": 1, ')
     (job.root / "configs" / "prompts.jsonl").write_text('"Another question?"\n')
-    if how == "repro":  # DVC reads it once; a flow asks DVC again for every stage
-        job.edit("params.yaml", "profile: tiny", "profile: laptop")
-    job.commit("edited meanwhile")
-    said += process.stdout.read()
-    process.stdout.close()
-    assert process.wait() == 0, "".join(said)
 
-    # Every byte that is recorded or published is that of the values of the start: the same run without the edits.
+
+def check_it_is_the_same_run(job, finished):
+    """Every byte that is recorded or published is that of the values of the start: the same run without the edits."""
+    assert job.weights() == finished.weights()
     packages = [load_manifest(one.run / "package", remedy="-") for one in (job, finished)]
     assert packages[0] == packages[1]
     run = json.loads((job.run / "package" / "run.json").read_text())
     assert run["params"]["learning_rate"] == 2e-3
     assert "learning_rate: 2e-3" in (job.run / "package" / "run.yaml").read_text().partition("\ntiny:")[2]
+
+
+def read_until(process, text):
+    """Return the lines up to the first that holds `text`."""
+    seen = []
+    for line in process.stdout:
+        seen.append(line)
+        if text in line:
+            return seen
+    pytest.fail(f"{text!r} was not said:\n{''.join(seen)}")
+
+
+def test_killed_in_training_the_run_resumes_with_the_same_bytes_whatever_is_edited_then(finished, untrained):
+    job, before = untrained, untrained.revision()
+    process = job.start("ropeway", "run", "--no-prefect")
+    seen = read_until(process, "step 5/")  # step 4 is saved; what is printed lags a little behind what is trained
+    tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    assert any("ropeway.stages.train.rank" in " ".join(command_of(one)) for one in tree), "".join(seen)
+    kill_all(tree)
+    process.wait()
+    process.stdout.close()
+    _, alive = psutil.wait_procs(tree, timeout=120)
+    assert alive == []
+
+    process = job.start("ropeway", "run", "--no-prefect")
+    said = read_until(process, "resuming after step")
+    assert int(re.search(rf"resuming after step (\d+) of {STEPS}", said[-1])[1]) in range(4, STEPS, 4)
+    edit_what_is_being_run(job)
+    job.commit("edited meanwhile")
+    said += process.stdout.read()
+    process.stdout.close()
+    assert process.wait() == 0, "".join(said)
+    # All that the signed package holds is the same: a run that was resumed, or edited meanwhile, is the same version.
+    check_it_is_the_same_run(job, finished)
+    assert "tiny@v1" in "".join(said)
+    assert "params.yaml was edited meanwhile (learning_rate, evaluation)" in "".join(said)
+    version = json.loads(job.do("ropeway", "registry", "show", "tiny@v1", "--json"))
+    assert version["provenance"]["git"] == before
+    assert not version["provenance"]["dirty"]
+
+
+@pytest.mark.slow
+def test_what_is_edited_and_committed_in_the_middle_of_dvc_repro_reaches_the_next_one_only(finished, untrained):
+    from ropeway.orchestration import dvc_graph as graph
+
+    job = untrained
+    process = job.start("dvc", "repro")
+    said = read_until(process, "step 3/")
+    edit_what_is_being_run(job)
+    job.edit("params.yaml", "profile: tiny", "profile: laptop")  # DVC reads it once; a flow asks DVC for every stage
+    job.commit("edited meanwhile")
+    said += process.stdout.read()
+    process.stdout.close()
+    assert process.wait() == 0, "".join(said)
+    check_it_is_the_same_run(job, finished)
     lock = (job.root / "dvc.lock").read_bytes()
-    if how == "run":
-        assert "params.yaml was edited meanwhile (learning_rate, evaluation)" in "".join(said)
-        version = json.loads(job.do("ropeway", "registry", "show", "tiny@v1", "--json"))
-        assert version["provenance"]["git"] == before
-        assert not version["provenance"]["dirty"]
-        return
     job.edit("params.yaml", "profile: laptop", "profile: tiny")
     job.edit("configs/zero2_cpu.json", '{ "unknown": 1, ', "{")
     job.do("ropeway", "stage", "identity")
@@ -178,6 +195,7 @@ def test_what_is_edited_and_committed_in_the_middle_of_a_run_reaches_the_next_on
     assert (job.root / "dvc.lock").read_bytes() == lock
 
 
+@pytest.mark.slow
 def test_code_that_is_edited_while_training_goes_on_records_nothing_and_edited_back_it_resumes(finished, untrained):
     job = untrained
     source = shutil.copytree(ROOT / "src", job.root / "src")
@@ -201,31 +219,6 @@ def test_code_that_is_edited_while_training_goes_on_records_nothing_and_edited_b
     assert job.weights() == finished.weights()
 
 
-def test_killed_in_training_the_run_resumes_and_ends_with_the_same_bytes(finished, untrained):
-    job = untrained
-    process = job.start("ropeway", "run", "--no-prefect")
-    seen = []
-    for line in process.stdout:
-        seen.append(line)
-        if "step 5/" in line:  # step 4 is saved; what is printed lags a little behind what is trained
-            break
-    tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    assert any("ropeway.stages.train.rank" in " ".join(command_of(one)) for one in tree), "".join(seen)
-    kill_all(tree)
-    process.wait()
-    process.stdout.close()
-    _, alive = psutil.wait_procs(tree, timeout=30)
-    assert alive == []
-
-    text = job.do("ropeway", "run", "--no-prefect")
-    assert int(re.search(rf"resuming after step (\d+) of {STEPS}", text)[1]) in range(4, STEPS, 4)
-    assert job.weights() == finished.weights()
-    # All that the signed package holds is the same too: a resumed run is the same version.
-    packages = [load_manifest(one.run / "package", remedy="-") for one in (job, finished)]
-    assert packages[0] == packages[1]
-    assert "tiny@v1" in text
-
-
 def test_a_terminated_run_saves_first_says_so_and_leaves_no_process(finished, untrained):
     job = untrained
     process = job.start("dvc", "repro")
@@ -237,13 +230,13 @@ def test_a_terminated_run_saves_first_says_so_and_leaves_no_process(finished, un
     rest = process.stdout.read()
     process.wait()
     process.stdout.close()
-    _, alive = psutil.wait_procs(tree, timeout=60)
+    _, alive = psutil.wait_procs(tree, timeout=120)
     assert alive == []
     record = json.loads((job.root / ".work" / "train.exit.json").read_text())
     assert record["code"] == 75, rest
     saved = sorted(path.name for path in next((job.root / ".checkpoints").iterdir()).glob("step-*"))
     assert saved[-1] >= "step-000006"
-    assert f"step {STEPS}/{STEPS}" in job.do("dvc", "repro", "train")
+    assert f"step {STEPS}/{STEPS}" in job.stage("train")
     assert job.weights() == finished.weights()
 
 

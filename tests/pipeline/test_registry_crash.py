@@ -32,7 +32,7 @@ def race(children: list[subprocess.Popen[str]]) -> list[list]:
     for child in children:
         child.stdin.write("go\n")
         child.stdin.flush()
-    reports = [json.loads(child.communicate(timeout=200)[0]) for child in children]
+    reports = [json.loads(child.communicate(timeout=500)[0]) for child in children]
     assert [child.returncode for child in children] == [0] * len(children)
     return reports
 
@@ -67,7 +67,7 @@ def test_publishers_of_different_packages_get_different_numbers(store, tmp_path)
 @pytest.mark.parametrize("act", ["publish", "pull"])
 def test_a_kill_before_any_change_of_the_disk_leaves_nothing_dangling_and_the_next_try_completes(act, tmp_path):
     child = start(f"sweep-{act}", str(tmp_path))
-    moments = json.loads(child.communicate(timeout=120)[0])
+    moments = json.loads(child.communicate(timeout=500)[0])
     assert child.returncode == 0
     assert moments >= {"publish": 30, "pull": 8}[act]
 

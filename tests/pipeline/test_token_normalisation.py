@@ -2,13 +2,12 @@
 
 import json
 import os
-import socket
-import subprocess
 import sys
 
 import pytest
 
-from tests.support.tiny_run import BLOCK, ROOT, make_data, make_run, talks, texts
+from tests.support.forked import run_ranks
+from tests.support.tiny_run import BLOCK, make_data, make_run, talks, texts
 
 
 @pytest.fixture(scope="module")
@@ -25,25 +24,9 @@ def root(tmp_path_factory):
 
 def cut(root, normalisation, ranks, sizes):
     """Return one log line per micro-batch size."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    shared["PYTHONPATH"] = os.pathsep.join(sys.path)
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.support.splits", root, normalisation, *map(str, sizes)],
-            cwd=ROOT,
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-    said = [process.communicate(timeout=300) for process in started]
-    assert [process.returncode for process in started] == [0] * ranks, said
-    return [json.loads(line) for line in said[0][0].splitlines() if line.startswith("{")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    said = run_ranks("tests.support.splits", root, normalisation, *sizes, ranks=ranks, env=environment)
+    return [json.loads(line) for line in said.splitlines() if line.startswith("{")]
 
 
 def test_token_normalisation_gives_the_same_step_over_ten_splits(root):

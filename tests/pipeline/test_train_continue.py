@@ -4,32 +4,21 @@ import csv
 import hashlib
 import json
 import re
+import shutil
 
 import pytest
 import torch
 
-from tests.support.main_job import STEPS, make_main_job
+from tests.support.main_job import STEPS
 
-AT = 12  # a checkpoint of the tiny run
+AT = 20  # a checkpoint of the tiny run
 NULL = "resume_from: null"
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """Return (workspace with a finished training, its fingerprint, the sha256 of its weights)."""
-    job = make_main_job(tmp_path_factory.mktemp("continue") / "workspace")
-    job.edit("params.yaml", "save_total_limit: 2", "save_total_limit: 4")
-    said = job.do("dvc", "repro", "train")
-    job.params = (job.root / "params.yaml").read_text()
-    return job, re.search(r"training run ([0-9a-f]{16})", said)[1], sha256(job)
-
-
 @pytest.fixture
-def again(trained):
-    """Give the workspace back with the params it was trained with."""
-    job, name, _ = trained
-    (job.root / "params.yaml").write_text(job.params)
-    return job, name
+def again(main_jobs, tmp_path):
+    """Return (a copy of a workspace with a finished training, the training's fingerprint)."""
+    return main_jobs.finished.copy(tmp_path / "workspace"), re.search(r"training run ([0-9a-f]{16})", main_jobs.said)[1]
 
 
 def sha256(job):
@@ -41,13 +30,13 @@ def lines(job):
         return list(csv.DictReader(file))
 
 
-def test_nothing_changed_ends_with_the_same_bytes_and_says_where_it_came_from(again, trained):
+def test_nothing_changed_ends_with_the_same_bytes_and_says_where_it_came_from(again, main_jobs):
     job, name = again
     job.edit("params.yaml", NULL, f'resume_from: "{name}@{AT}"')
     said = job.do("dvc", "repro", "train")
     assert f"going on from step {AT} of run {name}: nothing changed" in said
     assert f"resuming after step {AT} of {STEPS}" in said
-    assert sha256(job) == trained[2]
+    assert sha256(job) == sha256(main_jobs.finished)
     record = json.loads((job.run / "train.json").read_text())["continued_from"]
     assert (record["fingerprint"], record["step"], record["changed"]) == (name, AT, {})
     assert f"{name}@{AT}" in job.do("dvc", "params", "diff")
@@ -55,12 +44,12 @@ def test_nothing_changed_ends_with_the_same_bytes_and_says_where_it_came_from(ag
     assert "didn't change" in job.do("dvc", "repro", "train")
 
 
-def test_what_changed_holds_from_there_on_and_no_row_is_read_twice(again, trained):
+def test_what_changed_holds_from_there_on_and_no_row_is_read_twice(again, main_jobs):
     job, name = again
     before = lines(job)
     job.edit("params.yaml", NULL, f'resume_from: "{name}@{AT}"')
     job.edit("params.yaml", "learning_rate: 2e-3", "learning_rate: 1e-3\n  weight_decay: 0.25\n  max_grad_norm: 0.5")
-    said = job.do("dvc", "repro", "train")
+    said = job.stage("train")
     assert (
         f"going on from step {AT} of run {name}: learning_rate 0.002 -> 0.001, max_grad_norm 2.0 -> 0.5, weight_decay "
         "0.0 -> 0.25" in said
@@ -69,7 +58,7 @@ def test_what_changed_holds_from_there_on_and_no_row_is_read_twice(again, traine
     assert after[:AT] == before[:AT]
     assert [line["rows"] for line in after] == [line["rows"] for line in before]
     assert {float(line["learning_rate"]) for line in after[AT:]} == {0.001}
-    assert sha256(job) != trained[2]
+    assert sha256(job) != sha256(main_jobs.finished)
     fingerprint = json.loads((job.run / "train.json").read_text())["fingerprint"]
     shards = job.root / ".checkpoints" / fingerprint / f"step-{STEPS:06d}" / "state"
     shard = torch.load(next(shards.glob("*zero_pp_rank_0*optim_states.pt")), weights_only=False)
@@ -84,17 +73,22 @@ def test_other_rows_are_refused_with_the_keys_named(again):
     job.edit("params.yaml", NULL, f'resume_from: "{name}"')
     job.edit("params.yaml", "global_batch_size: 4", "global_batch_size: 8")
     job.edit("params.yaml", "gradient_accumulation_steps: 1", "gradient_accumulation_steps: 2")
-    job.do("ropeway", "stage", "identity")
-    said = job.do("ropeway", "stage", "train", code=64)
+    said = job.stage("train", code=64)
     assert f"run {name} cannot go on as this one, set resume_from to null" in said
     assert "global_batch_size: 4 there, 8 here" in said
 
 
-def test_the_flag_writes_the_line_and_the_run_goes_on(again):
+@pytest.mark.parametrize("how", ["the line", pytest.param("the flag", marks=pytest.mark.slow)])
+def test_an_epoch_more_is_trained_and_the_card_says_from_what(again, how):
     job, name = again
     job.edit("params.yaml", "num_train_epochs: 1", "num_train_epochs: 2")
-    said = job.do("ropeway", "run", "--no-prefect", "--resume-from", name)
-    assert f"params.yaml: resume_from of tiny is {name} now, and stays so" in said
+    if how == "the flag":
+        said = job.do("ropeway", "run", "--no-prefect", "--resume-from", name)
+        assert f"params.yaml: resume_from of tiny is {name} now, and stays so" in said
+    else:
+        job.edit("params.yaml", NULL, f'resume_from: "{name}"')
+        shutil.rmtree(job.run / "package")
+        said = "".join(map(job.stage, ("train", "evaluate", "report_eval", "package", "report_package")))
     assert f"going on from step {STEPS} of run {name}: num_train_epochs 1 -> 2" in said
     assert [int(line["epoch"]) for line in lines(job)] == [0] * STEPS + [1] * STEPS
     card = (job.run / "pages" / "README.md").read_text()

@@ -6,7 +6,6 @@ The poison is real: the base's embedding of one token is NaN, and one step's row
 import csv
 import json
 import re
-import shutil
 from collections import Counter, defaultdict
 
 import numpy as np
@@ -19,18 +18,14 @@ from ropeway.data.batches import plan_epoch, validation_rows
 from ropeway.data.shards import open_shards
 from ropeway.runtime.manifest import write_manifest
 from ropeway.runtime.workspace import Workspace
-from tests.support.main_job import MainJob, make_main_job
 from tests.support.processes import kill_all
 
 NEVER, ONCE = "rewinds: 0", "rewinds: 1"
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
-    job = make_main_job(tmp_path_factory.mktemp("rewind") / "prepared")
-    for stage in ("identity", "fetch", "base", "tokenize", "prepare"):
-        job.do("ropeway", "stage", stage)
-    return job
+def prepared(main_jobs):
+    return main_jobs.prepared
 
 
 @pytest.fixture(
@@ -38,22 +33,17 @@ def prepared(tmp_path_factory):
 )
 def once(request, prepared, tmp_path_factory):
     """Return (workspace that went back once, the step at fault, a workspace before that training)."""
-    job = copy(prepared, tmp_path_factory.mktemp(request.param) / "before")
+    job = prepared.copy(tmp_path_factory.mktemp(request.param) / "before")
     if request.param == "zero3":
         job.edit("params.yaml", "deepspeed_config: configs/zero2_cpu.json", "deepspeed_config: configs/zero3_cpu.json")
-        job.do("ropeway", "stage", "identity")
+        job.stage("identity")
     else:
         job.edit("params.yaml", "max_length: 64", f"max_length: 64\n  layout: {request.param}")
     bad = poison(job.root)
-    after = copy(job, job.root.with_name("after"))
+    after = job.copy(job.root.with_name("after"))
     after.edit("params.yaml", NEVER, ONCE)
-    after.said = after.do("ropeway", "stage", "train")
+    after.said = after.stage("train")
     return after, bad, job
-
-
-def copy(job, root):
-    shutil.copytree(job.root, root, symlinks=True)
-    return MainJob(root)
 
 
 def poison(root):
@@ -75,6 +65,7 @@ def poison(root):
     path = workspace.base / "model.safetensors"
     weights = load_file(path)
     weights["model.embed_tokens.weight"][token] = float("nan")
+    path.unlink()  # DVC made it read-only
     save_file(weights, path, metadata={"format": "pt"})
     facts = json.loads((workspace.base / "manifest.json").read_bytes())
     facts.pop("files")
@@ -115,7 +106,7 @@ def test_a_poisoned_step_is_left_out_recorded_and_everything_else_is_trained(onc
 @pytest.mark.parametrize("once", ["packed", pytest.param("zero3", marks=pytest.mark.slow)], indirect=True)
 def test_killed_right_after_it_went_back_it_leaves_out_the_same_rows(once, tmp_path):
     whole, _, before = once
-    job = copy(before, tmp_path / "killed")
+    job = before.copy(tmp_path / "killed")
     job.edit("params.yaml", NEVER, ONCE)
     process = job.start("ropeway", "stage", "train")
     for line in process.stdout:
@@ -124,8 +115,8 @@ def test_killed_right_after_it_went_back_it_leaves_out_the_same_rows(once, tmp_p
     kill_all(psutil.Process(process.pid).children(recursive=True))
     process.stdout.read()
     process.stdout.close()
-    assert process.wait(90) != 0
-    said = job.do("ropeway", "stage", "train")
+    assert process.wait(300) != 0
+    said = job.stage("train")
     assert "rewind 1 of 1" not in said
     assert same(job, whole)
 
@@ -134,43 +125,43 @@ def test_killed_right_after_it_went_back_it_leaves_out_the_same_rows(once, tmp_p
 @pytest.mark.slow
 def test_with_none_left_it_stops_as_ever_and_goes_on_once_params_allow_it(once, tmp_path):
     whole, bad, before = once
-    job = copy(before, tmp_path / "stopped")
-    said = job.do("ropeway", "stage", "train", code=1)
+    job = before.copy(tmp_path / "stopped")
+    said = job.stage("train", code=1)
     assert f"step {bad}: the loss is nan" in said
     assert f"The last good checkpoint is of step {(bad - 1) // 4 * 4}: " in said
     assert not list(job.root.glob(".checkpoints/*/rewinds.json"))
     job.edit("params.yaml", NEVER, ONCE)
     job.edit("params.yaml", "save_steps: 4", "save_steps: 1")  # where it goes back to changes nothing
-    job.do("ropeway", "stage", "train")
+    job.stage("train")
     assert same(job, whole)
     job.edit("params.yaml", ONCE, NEVER)
-    assert "this run went back 1 times" in job.do("ropeway", "stage", "train", code=64)
+    assert "this run went back 1 times" in job.stage("train", code=64)
 
 
 @pytest.mark.parametrize("once", ["padded"], indirect=True)
 @pytest.mark.slow
 def test_what_other_ranks_began_goes_back_in_the_start_after(once, tmp_path):
     whole, bad, before = once
-    job = copy(before, tmp_path / "other")
+    job = before.copy(tmp_path / "other")
     job.environment["ROPEWAY_RANKS"] = "1"
-    job.do("ropeway", "stage", "train", code=1)
+    job.stage("train", code=1)
     job.environment["ROPEWAY_RANKS"] = "2"
     job.edit("params.yaml", NEVER, ONCE)
-    said = job.do("ropeway", "stage", "train", code=75)
+    said = job.stage("train", code=75)
     assert said.count("says what is left out; the same command goes back and goes on") == 1
-    assert f"resuming after step {(bad - 1) // 4 * 4} of" in job.do("ropeway", "stage", "train")
+    assert f"resuming after step {(bad - 1) // 4 * 4} of" in job.stage("train")
     assert [(line["rows"], line["left_out"]) for line in lines(job)] == [
         (line["rows"], line["left_out"]) for line in lines(whole)
     ]
 
 
 def test_a_divergence_goes_back_before_its_first_spike_and_ends_when_it_returns(prepared, tmp_path):
-    job = copy(prepared, tmp_path / "diverging")
+    job = prepared.copy(tmp_path / "diverging")
     job.edit("params.yaml", NEVER, ONCE)
     job.edit("params.yaml", "learning_rate: 2e-3", "learning_rate: 1.0")
     job.edit("params.yaml", "spike_window_steps: 8, spike_ratio: 2.0", "spike_window_steps: 3, spike_ratio: 1.2")
     job.edit("params.yaml", "save_steps: 4", "save_steps: 1")
-    said = job.do("ropeway", "stage", "train", code=1)
+    said = job.stage("train", code=1)
     first, last = map(int, re.search(r"steps (\d+) to (\d+): 3 losses in a row", said).groups())
     assert (last - first, f"back to step {first - 1}; the 12 rows of steps {first} to {last}" in said) == (2, True)
     assert "It went back 1 times, stop.rewinds allows 1; one more would leave out" in said

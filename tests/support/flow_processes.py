@@ -40,7 +40,7 @@ while True:
 """
 
 
-def await_deaths(processes, seconds=30):
+def await_deaths(processes, seconds=120):
     """Return once all have died; each has so many seconds."""
     for process in processes:
         with suppress(ProcessLookupError):
@@ -69,7 +69,8 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def wait_for(what, seconds=60):
+def wait_for(what, seconds=300):
+    """Return the first true value of `what()`; a false one after so many seconds, which only a failure takes."""
     deadline = time.monotonic() + seconds
     while not (found := what()) and time.monotonic() < deadline:
         time.sleep(0.2)  # the server's own loops take seconds

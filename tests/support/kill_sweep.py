@@ -39,12 +39,11 @@ GONE_SECONDS = 120  # after a kill whoever is left saves and ends: the superviso
 class Sweep:
     """A prepared workspace, killed over and over; keeps count of what happened."""
 
-    def __init__(self, root, *, seed):
-        self.job = make_main_job(root / "workspace")
+    def __init__(self, job, *, seed):
+        self.job = job
         self.draw = random.Random(seed)
         self.counts = Counter()
         self.faults = []
-        self.job.do("dvc", "repro", "prepare")
         self.lock = (self.job.root / "dvc.lock").read_bytes()
         began = time.monotonic()
         self.job.do(*COMMANDS["stage"])
@@ -153,10 +152,10 @@ class Sweep:
         return sum(self.counts[whom] for whom, _ in KILLS)
 
 
-def sweep(root, kills, *, seed=0):
-    """Kill so often, let the last training end, and return what happened."""
+def sweep(job, kills, *, seed=0):
+    """Kill trainings of a prepared workspace so often, let the last one end, and return what happened."""
     began = time.monotonic()
-    run = Sweep(Path(root), seed=seed)
+    run = Sweep(job, seed=seed)
     while run.kills < kills and len(run.faults) < MOST_FAULTS:
         run.round()
         print(f"{run.kills} of {kills} kills, {run.counts['finished']} ends, faults: {run.faults}", file=sys.stderr)
@@ -179,6 +178,8 @@ def sweep(root, kills, *, seed=0):
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        found = sweep(folder, int(sys.argv[1]))
+        tiny = make_main_job(Path(folder) / "workspace")
+        tiny.do("dvc", "repro", "prepare")
+        found = sweep(tiny, int(sys.argv[1]))
     print(json.dumps(found))
     sys.exit(not found["promise_kept"])

@@ -5,6 +5,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
+
+from tests.support import forked
+from tests.support.shared import build_once
 
 ROOT = Path(__file__).parents[2]
 BLOCK = """
@@ -108,8 +112,28 @@ class MainJob:
         assert process.returncode == code, text
         return text
 
+    def stage(self, name, *, code=0):
+        """Run a stage to its end in a forked process, without a supervisor; return what it printed.
+
+        A model that is there is removed first, as DVC does.
+        """
+        if self._edited:
+            self._edited = False
+            self.stage("identity")
+        if name == "train":
+            shutil.rmtree(self.run / "model", ignore_errors=True)
+        words = ("stage", name) if name == "identity" else ("room", name)
+        command = [sys.executable, "-m", "ropeway.cli.main", *words]
+        done = forked.run(command, cwd=self.root, env={**self.environment, "DS_ACCELERATOR": "cpu"})
+        assert done.returncode == code, done.stdout
+        return done.stdout
+
     def repro(self):
         return self.do("dvc", "repro")
+
+    def copy(self, root):
+        """Return a copy of the workspace elsewhere."""
+        return MainJob(shutil.copytree(self.root, root, symlinks=True))
 
     def edit(self, name, old, new):
         path = self.root / name
@@ -150,3 +174,30 @@ def make_main_job(root):
     job.do("git", "init", "-q")
     job.commit("a workspace")
     return job
+
+
+class MainJobs(NamedTuple):
+    """Workspaces of one job, the same for the whole session: to be read and copied, never changed.
+
+    Attributes:
+        prepared: The stages before training have run, under DVC.
+        finished: `dvc repro` has run to its end.
+        said: What it printed.
+    """
+
+    prepared: MainJob
+    finished: MainJob
+    said: str
+
+
+def share_main_jobs(tmp_path_factory):
+    """Return the session's MainJobs; a minute for whoever asks first."""
+
+    def build(folder):
+        job = make_main_job(folder / "finished")
+        said = job.do("dvc", "repro", "prepare", "report_data")
+        job.copy(folder / "prepared")
+        (folder / "said").write_text(said + job.repro())
+
+    folder = build_once(tmp_path_factory, "main-job", build)
+    return MainJobs(MainJob(folder / "prepared"), MainJob(folder / "finished"), (folder / "said").read_text())

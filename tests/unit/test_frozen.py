@@ -15,7 +15,7 @@ from ropeway.config.stages import READS, UNHASHED
 from ropeway.config.tokenize_params import TokenizeParams
 from ropeway.orchestration.dvc_graph import describe_change
 from ropeway.orchestration.stage_process import check_unchanged, enter_room, run_stage, write_identity
-from ropeway.runtime.code_digests import check_code
+from ropeway.runtime.code_digests import CODE, Digests, check_code
 from ropeway.runtime.errors import ConfigError, DataError, TemporaryError
 from ropeway.runtime.lock import workspace_lock
 from ropeway.runtime.manifest import digest_of
@@ -27,9 +27,22 @@ ROOT = Path(__file__).parents[2]
 BASE_CONFIG = '{"model_type": "llama"}'
 
 
+@pytest.fixture(scope="module")
+def parsed(tmp_path_factory):
+    """The record of a first run's parse of the code, which takes 0.5 s."""
+    record = tmp_path_factory.mktemp("parsed") / CODE
+    code = Digests(Path(ropeway.__file__).parent, record)
+    for stage in READS:
+        code.modules(stage)
+    code.keep()
+    return record
+
+
 @pytest.fixture
-def root(tmp_path):
+def root(tmp_path, parsed):
     """A workspace whose profile reads a file of its own and starts from a folder."""
+    (tmp_path / ".work").mkdir()
+    shutil.copy(parsed, tmp_path / ".work")
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     (tmp_path / "talks.jsonl").write_text('{"messages": []}\n')
     (tmp_path / "base").mkdir()
@@ -86,7 +99,9 @@ def test_an_edit_of_any_file_that_params_name_reaches_no_stage(root):
 
 
 def change_code(root, monkeypatch):
-    source = shutil.copytree(Path(ropeway.__file__).parent, root / "ropeway")
+    source = shutil.copytree(
+        Path(ropeway.__file__).parent, root / "ropeway", ignore=shutil.ignore_patterns("__pycache__")
+    )
     monkeypatch.setattr(ropeway, "__file__", str(source / "__init__.py"))
     yield
     edit(source / "stages" / "train" / "loss.py", "EPSILON = 1e-8", "EPSILON = 1e-7")

@@ -1,5 +1,6 @@
 """What DeepSpeed leaves on a CPU must neither stop a later start nor eat the memory."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -10,7 +11,8 @@ from torch.utils.file_baton import FileBaton
 from ropeway.runtime import op_build as leftovers
 from ropeway.runtime.op_build import clear_dead_locks, extensions_folder, unlink_buffers
 
-HOLD = "import sys; from torch.utils.file_baton import FileBaton; FileBaton(sys.argv[1]).try_acquire(); {then}"
+# torch's own module by its path: to import torch costs 2 s.
+HOLD = "import runpy, sys; runpy.run_path(sys.argv[2])['FileBaton'](sys.argv[1]).try_acquire(); {then}"
 BUILD = """
 import signal, sys
 import torch.utils.cpp_extension as extension
@@ -30,7 +32,7 @@ def lock(tmp_path):
 
 
 def hold(lock, then):
-    command = [sys.executable, "-c", HOLD.format(then=then), str(lock)]
+    command = [sys.executable, "-c", HOLD.format(then=then), str(lock), inspect.getfile(FileBaton)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 

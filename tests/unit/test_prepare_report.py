@@ -233,14 +233,14 @@ def test_with_many_sources_the_sections_begin_folded(made):
     page = Page(
         profile=profile,
         name="tiny",
-        shards=Shards(shards.sources * 25, shards.manifest),
-        ledger={"sources": ledger["sources"] * 25, "epochs": ledger["epochs"]},
+        shards=Shards(shards.sources * 3, shards.manifest),
+        ledger={"sources": ledger["sources"] * 3, "epochs": ledger["epochs"]},
         raw=load_manifest(workspace.raw, remedy="")["sources"],
         vocabulary=Vocabulary(open_tokenizer(workspace.base)),
     )
-    text = draw_page(page, [[]] * 50, [])
+    text = draw_page(page, [[]] * 6, [])
     sections = [attrs for tag, attrs in read(text).opened if tag == "details" and attrs.get("class") == "card source"]
-    assert len(sections) == 50
+    assert len(sections) == 6
     assert not any("open" in attrs for attrs in sections)
 
 
