@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ropeway.data.batches import loss_mask, plan_epoch, validation_rows
+from ropeway.data.batches import plan_epoch, validation_rows
+from ropeway.data.loss_mask import loss_mask
 from ropeway.data.shards import open_shards
 from tests.support.prepared_run import make_prepared
 

@@ -4,7 +4,8 @@ import hashlib
 
 import pytest
 
-from ropeway.data.batches import collate, loss_mask
+from ropeway.data.batches import collate
+from ropeway.data.loss_mask import loss_mask
 from ropeway.data.mixture import plan_chunks
 from ropeway.models.chat_template import OPEN_ASSISTANT
 from ropeway.models.tokenizer import (

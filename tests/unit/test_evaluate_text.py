@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from ropeway.config.stages import READS
-from ropeway.data.batches import loss_mask
+from ropeway.data.loss_mask import loss_mask
 from ropeway.data.shards import open_shards
 from ropeway.models.chat_template import OPEN_ASSISTANT, Conversation
 from ropeway.models.tokenizer import open_tokenizer

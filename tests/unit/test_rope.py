@@ -8,7 +8,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ropeway.config.params import Llama3Scaling, StretchScaling, SuperhotConfig, YarnScaling, load_profile
-from ropeway.models.rope import build_scaling, known_kinds, plan_scaling, scaling_from_json
+from ropeway.models.rope import build_scaling, known_kinds, longest_independent, plan_scaling, scaling_from_json
 from tests.support.tiny_run import ROOT
 
 KINDS = [
@@ -74,3 +74,16 @@ def test_every_kind_that_params_may_name_can_be_computed_and_described():
     asked = {name for one in schemas for name in get_args(one.model_fields["type"].annotation)}
     assert asked == known_kinds() - {"default"}
     assert all(build_scaling(kind, 2.0, 10000.0, 4096).stretch for kind in known_kinds())
+
+
+@pytest.mark.parametrize(
+    ("stated", "longest"),
+    [
+        ({"rope_type": "default"}, None),
+        ({"rope_type": "linear", "factor": 2.0}, None),
+        ({"rope_type": "dynamic", "factor": 2.0}, 4096),
+        ({"rope_type": "longrope", "original_max_position_embeddings": 2048}, 2048),
+    ],
+)
+def test_only_frequencies_that_follow_the_batchs_longest_row_depend_on_it(stated, longest):
+    assert longest_independent(stated, 4096) == longest

@@ -6,17 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ropeway.config.params import DatasetOptions, load_profile
-from ropeway.data.batches import (
-    Piece,
-    collate,
-    locate,
-    loss_mask,
-    loss_masks,
-    plan_epoch,
-    plan_window,
-    validation_rows,
-    window_generator,
-)
+from ropeway.data.batches import Piece, collate, locate, plan_epoch, plan_window, validation_rows, window_generator
+from ropeway.data.loss_mask import loss_mask, loss_masks
 from ropeway.data.shards import FORMAT, Kind, Shards, SourceShards
 from ropeway.models.chat_template import OPEN_ASSISTANT
 from ropeway.stages.tokenize.encode import document_kinds

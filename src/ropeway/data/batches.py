@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ropeway.config.params import Profile
+from ropeway.data.loss_mask import loss_mask
 from ropeway.data.mixture import epoch_count, plan_order
 from ropeway.data.packing import plan_packing, split_document, turn_borders, window_at_turns
 from ropeway.data.shards import Kind, Shards
@@ -76,32 +77,6 @@ def plan_window(
         return 0, length
     begin = generator.randint(0, length - max_length) if windowed else 0
     return begin, begin + max_length
-
-
-def loss_mask(kinds: NDArray[np.uint8], profile: Profile) -> NDArray[np.bool_]:
-    """Return `(T,)` True where predicting token t + 1 from token t counts, for a whole or cut sequence."""
-    return loss_masks(kinds, np.array([len(kinds)]), profile)
-
-
-def loss_masks(kinds: NDArray[np.uint8], lengths: NDArray[np.integer], profile: Profile) -> NDArray[np.bool_]:
-    """Return `(T,)` loss masks of sequences that lie one after another, `lengths` tokens each.
-
-    `published`: everything but the prompter's turns, hence BOS and the system message too. `answers`: an answer's text
-    and its end token only. A sequence's last position never counts, its next token being a stranger (but see
-    `document_end`).
-    """
-    documents = kinds >= Kind.DOCUMENT
-    if not profile.label_masking:
-        mask = np.ones(len(kinds), dtype=np.bool_)
-    elif profile.what_counts == "published":
-        mask = kinds != Kind.PROMPTER
-    else:
-        following = np.append(kinds[1:], np.uint8(Kind.PROMPTER))
-        mask = documents | ((kinds == Kind.ASSISTANT) & (following == Kind.ASSISTANT))
-    last = np.cumsum(lengths)[np.asarray(lengths) > 0] - 1
-    ends = {"masked": False, "eos": kinds[last] == Kind.DOCUMENT_END, "published": True}
-    mask[last] = documents[last] & ends[profile.document_end]
-    return mask
 
 
 def collate(

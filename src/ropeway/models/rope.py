@@ -1,6 +1,7 @@
 """RoPE scaling: one class per kind. It opens the model, is compared with the live module, and writes the export.
 
-A kind is added here, as a class in `_KINDS`, and in the schema of `superhot_config`.
+A kind is added here, as a class in `_KINDS`, and in `SuperhotConfig` of `config/params.py`. No other module asks for a
+kind by its name.
 """
 
 import json
@@ -78,7 +79,7 @@ class RopeScaling(ABC):
         return _legacy(self.to_config())
 
     def to_json(self) -> dict[str, object]:
-        """Return what `from_json` reads."""
+        """Return what `scaling_from_json` reads."""
         return {
             "kind": self.kind,
             "factor": self.factor,
@@ -286,7 +287,7 @@ class KeptRope(RopeScaling):
         return _legacy(self.to_config())
 
     def to_json(self) -> dict[str, object]:
-        """Return what `from_json` reads."""
+        """Return what `scaling_from_json` reads."""
         own = {"kept": self.stated, "positions": self.positions, "frequencies": list(self.frequencies)}
         return {**RopeScaling.to_json(self), **own}
 
@@ -347,3 +348,19 @@ def scaling_from_json(stated: Mapping[str, Any]) -> RopeScaling:
 
 def _legacy(parameters: Mapping[str, object]) -> dict[str, object]:
     return {name: value for name, value in parameters.items() if name not in ("rope_theta", "type")}
+
+
+def longest_independent(parameters: Mapping[str, Any], positions: int) -> int | None:
+    """Return the longest row, in tokens, whose frequencies do not follow the longest row of its batch; None: all.
+
+    Source: transformers 5.24, modeling_rope_utils.dynamic_rope_update.
+
+    Args:
+        parameters: `rope_parameters` of a config.
+        positions: Its `max_position_embeddings`.
+    """
+    if parameters["rope_type"] == DynamicRope.kind:
+        return positions
+    if parameters["rope_type"] == "longrope":  # a base's own
+        return int(parameters.get("original_max_position_embeddings") or positions)
+    return None

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from ropeway.config.params import Profile
-from ropeway.data.batches import Piece, loss_mask
+from ropeway.data.batches import Piece
+from ropeway.data.loss_mask import loss_mask
 from ropeway.data.shards import Shards, SourceShards
 from ropeway.models.tokenizer import BLANK, token_text
 

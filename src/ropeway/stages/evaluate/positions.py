@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from ropeway.config.params import Positions, Profile
-from ropeway.data.batches import Batch, loss_mask
+from ropeway.data.batches import Batch
+from ropeway.data.loss_mask import loss_mask
 from ropeway.data.shards import Shards
 from ropeway.models.open_model import rope_of
 from ropeway.runtime.errors import DataError

@@ -16,6 +16,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ropeway.models.rope import longest_independent
 from ropeway.runtime.errors import ConfigError, DataError, TemporaryError
 
 _KEY = "params.yaml: evaluation.tasks"
@@ -141,10 +142,10 @@ def run_tasks(
     import torch
     from lm_eval import simple_evaluate
 
-    dynamic = model.config.rope_parameters["rope_type"] == "dynamic"
+    one_by_one = longest_independent(model.config.rope_parameters, model.config.max_position_embeddings) is not None
     with torch.random.fork_rng(), contextlib.chdir(tasks.root):
         found = simple_evaluate(
-            wrap(model, tokenizer, batch_size=1 if dynamic else batch_size, max_length=max_length),
+            wrap(model, tokenizer, batch_size=1 if one_by_one else batch_size, max_length=max_length),
             tasks=list(tasks.names),
             task_manager=tasks.manager,
             apply_chat_template=True,

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from ropeway.config.params import Profile
-from ropeway.data.batches import loss_mask, validation_rows
+from ropeway.data.batches import validation_rows
+from ropeway.data.loss_mask import loss_mask
 from ropeway.data.shards import Kind, Shards, SourceShards, write_shard
 from ropeway.models.chat_template import open_template
 from ropeway.models.tokenizer import count_tokens, open_tokenizer, read_special, token_text

@@ -18,6 +18,7 @@ from ropeway.config.params import Profile
 from ropeway.data.batches import Batch, Row, collate, validation_rows
 from ropeway.data.shards import Shards
 from ropeway.models.open_model import backbone, output_head
+from ropeway.models.rope import longest_independent
 from ropeway.runtime.errors import DataError
 from ropeway.stages.evaluate.evaluation_workers import Share
 
@@ -95,15 +96,14 @@ def plan_mixing(profile: Profile, config: PreTrainedConfig) -> int | None:
 
     Under `document_end: published` the last target of a row is padding or its own first token, by the width of the
     batch; rows of one length always see the latter, which is what the original's evaluation (one row a batch) saw.
-    Under dynamic scaling transformers stretches the whole batch by its longest row; below the base's context it does
-    not (5.24, modeling_rope_utils), and shortest first, in a share of the batches too, means that it never has to
+    Under some RoPE scalings transformers stretches the whole batch by its longest row; below the base's context it does
+    not, and shortest first, in a share of the batches too, means that it never has to
     shrink again.
     """
     if profile.document_end == "published":
         return 0
-    if config.rope_parameters["rope_type"] == "dynamic":
-        return int(config.max_position_embeddings) + 1
-    return None
+    longest = longest_independent(config.rope_parameters, config.max_position_embeddings)
+    return None if longest is None else longest + 1
 
 
 def all_rows(shards: Shards, profile: Profile) -> list[Row]:

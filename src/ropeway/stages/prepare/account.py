@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ropeway.config.params import Profile
-from ropeway.data.batches import PAD_MULTIPLE, EpochPlan, loss_mask, loss_masks, plan_epoch
+from ropeway.data.batches import PAD_MULTIPLE, EpochPlan, plan_epoch
 from ropeway.data.ledger import Account, Epoch, EpochOfSource, Findings, Ledger, Parts, Records
+from ropeway.data.loss_mask import loss_mask, loss_masks
 from ropeway.data.shards import Kind, Shards, SourceShards
 from ropeway.stages.prepare.split import Split
 

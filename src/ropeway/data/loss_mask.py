@@ -1,0 +1,42 @@
+"""The loss mask: which tokens of a sequence count in the loss, decided here for preparing, training and evaluation.
+
+It is a function of who said each token (`Kind`, set by tokenize) and of `label_masking`, `what_counts` and
+`document_end` of params.yaml.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ropeway.config.params import Profile
+from ropeway.data.shards import Kind
+
+
+def loss_mask(kinds: NDArray[np.uint8], profile: Profile) -> NDArray[np.bool_]:
+    """Return `(T,)` True where predicting token t + 1 from token t counts, for a whole or cut sequence."""
+    return loss_masks(kinds, np.array([len(kinds)]), profile)
+
+
+def loss_masks(kinds: NDArray[np.uint8], lengths: NDArray[np.integer], profile: Profile) -> NDArray[np.bool_]:
+    """Return `(T,)` loss masks of sequences that lie one after another, `lengths` tokens each.
+
+    A position counts by the kind of its own token, though it predicts the next one, as in the original:
+
+    - `label_masking: false`: every position.
+    - `what_counts: published`: all but the prompter's turns, so BOS and the system message count too.
+    - `what_counts: answers`: what predicts an answer's text and its end token.
+
+    A sequence's last position has no next token of its own; `document_end` decides for that of a whole document, every
+    other does not count.
+    """
+    documents = kinds >= Kind.DOCUMENT  # the end token's kind too
+    if not profile.label_masking:
+        mask = np.ones(len(kinds), dtype=np.bool_)
+    elif profile.what_counts == "published":
+        mask = kinds != Kind.PROMPTER
+    else:
+        following = np.append(kinds[1:], np.uint8(Kind.PROMPTER))
+        mask = documents | ((kinds == Kind.ASSISTANT) & (following == Kind.ASSISTANT))
+    last = np.cumsum(lengths)[np.asarray(lengths) > 0] - 1
+    ends = {"masked": False, "eos": kinds[last] == Kind.DOCUMENT_END, "published": True}
+    mask[last] = documents[last] & ends[profile.document_end]
+    return mask
