@@ -385,7 +385,7 @@ class Profile(Section):
     def reading(self, names: Iterable[str]) -> Self:
         """Return this profile with only these keys: touching another one is an AttributeError.
 
-        That makes the keys a stage lists in dvc.yaml and those its room reads one list that cannot drift.
+        So `reads` of `config/stages.py` and what the stage reads are one list that cannot drift.
         """
         return self.model_construct(**{name: getattr(self, name) for name in names})
 

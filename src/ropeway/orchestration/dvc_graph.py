@@ -1,6 +1,6 @@
 """The stage graph of dvc.yaml and what DVC says of it: the only module that knows DVC.
 
-In this process DVC is only asked; stages run in processes of their own (`stages.py`), which can be ended.
+In this process DVC is only asked; stages run in processes of their own (`dvc_stage.py`), which can be ended.
 Source of DVC's words and shapes: dvc 3.67.1.
 """
 
