@@ -8,12 +8,12 @@ always runs first, writes copies, and every other stage depends on these and rea
 .identity/deepspeed.json, prompts.json,
           contamination.json                 the text of the files that params name
 .identity/sources.json, base.json, tasks.json  what is read in place: hashes, commits, versions
-.identity/code-<stage>.json                  digests of the stage's own package and of the modules of data and models that it imports
+.identity/code-<stage>.json                  digests of the stage's package and of what it imports of data and models
 .identity/settings.json, params.yaml         no stage's dependency: keys that change no result, and the file as it was
 .identity/addresses.json                     nor this: signed addresses, which are shown and recorded without signature
 .identity/manifest.json                      sha256 of each of them, written last
 
-What is read in place (code, local sources, the base) is compared again when a stage ends: `orchestration.stage_process.check_unchanged`.
+What is read in place (code, local sources, the base) is compared again when a stage ends: `check_unchanged`.
 .work/inputs/<md5>.json keeps every version of a JSON file above under the hash that dvc.lock has of it, so that a plan
 can say which value changed.
 """
