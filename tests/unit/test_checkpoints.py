@@ -8,7 +8,7 @@ import pytest
 
 from ropeway.runtime.errors import ConfigError
 from ropeway.stages.train import checkpoints
-from ropeway.stages.train.universal import make_loadable
+from ropeway.stages.train.checkpoints import make_loadable
 
 
 def write(root, step, *, keep=None, ranks=2):

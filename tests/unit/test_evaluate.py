@@ -15,9 +15,8 @@ from ropeway.reporting import report_eval
 from ropeway.runtime.errors import DataError
 from ropeway.runtime.manifest import write_manifest
 from ropeway.stages.evaluate import stage as evaluate
-from ropeway.stages.evaluate.evaluation import validation_digest
 from ropeway.stages.evaluate.opening import check_data, open_model
-from ropeway.stages.evaluate.quick import first_rows, look
+from ropeway.stages.evaluate.stage import first_rows, look, validation_digest
 from ropeway.stages.evaluate.token_scores import Score, all_rows, plan_batches, plan_mixing, sum_batch
 from tests.support.tiny_run import make_run, measure
 

@@ -18,7 +18,6 @@ from ropeway.models.open_model import rope_of
 from ropeway.reporting.report_eval import passkey_grids, write_plots
 from ropeway.runtime.errors import ConfigError, DataError
 from ropeway.stages.evaluate import passkey
-from ropeway.stages.evaluate.evaluation_tables import plan_tables, write_tables
 from ropeway.stages.evaluate.evaluation_workers import Share
 from ropeway.stages.evaluate.opening import open_model
 from ropeway.stages.evaluate.passkey import Question, ask, encode_question, plan_questions
@@ -30,6 +29,7 @@ from ropeway.stages.evaluate.positions import (
     sum_positions,
     table_positions,
 )
+from ropeway.stages.evaluate.stage import plan_tables, write_tables
 from tests.support.tiny_run import make_run, measure
 
 ROWS = Positions(rows=2, row_tokens=128, bucket_tokens=32)

@@ -12,8 +12,15 @@ from ropeway.reporting.report_eval import draw_samples
 from ropeway.runtime.errors import ConfigError, DataError
 from ropeway.stages.evaluate import stage as evaluate
 from ropeway.stages.evaluate.opening import open_model
-from ropeway.stages.evaluate.samples import answer, derive_seed, encode_prompt, plan_draws, sample
-from ropeway.stages.evaluate.sampling import parse_configurations, parse_prompts
+from ropeway.stages.evaluate.samples import (
+    answer,
+    derive_seed,
+    encode_prompt,
+    parse_configurations,
+    parse_prompts,
+    plan_draws,
+    sample,
+)
 from tests.support.tiny_run import make_run
 
 ROOT = Path(__file__).parents[2]

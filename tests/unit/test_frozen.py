@@ -16,6 +16,7 @@ from ropeway.config.tokenize_params import TokenizeParams
 from ropeway.orchestration.dvc_graph import describe_change
 from ropeway.orchestration.stage_process import check_unchanged, enter_room, run_stage, write_identity
 from ropeway.runtime.code_digests import CODE, Digests, check_code
+from ropeway.runtime.devices import Gpu
 from ropeway.runtime.errors import ConfigError, DataError, TemporaryError
 from ropeway.runtime.lock import workspace_lock
 from ropeway.runtime.manifest import digest_of
@@ -175,6 +176,13 @@ def test_a_file_that_is_swapped_and_put_back_while_it_is_read_is_found(root, mon
     monkeypatch.setattr(f"ropeway.stages.{stage}.stage.run", swap)
     with pytest.raises(DataError, match=r"was replaced or written while it was read|changed after the digests"):
         enter_room(root, stage)
+
+
+def test_cards_that_cannot_hold_a_training_refuse_it_before_it_starts(root, monkeypatch):
+    write_identity(root)
+    monkeypatch.setattr("ropeway.planning.plan.detect_gpus", lambda: [Gpu("a small card", 2**30)])
+    with pytest.raises(ConfigError, match=r"a GPU has 1\.0 GiB, but on \d+ ranks weights"):
+        run_stage(root, "train")
 
 
 def test_a_worker_that_imported_other_code_does_not_work(root, monkeypatch):

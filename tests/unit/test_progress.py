@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ropeway.data.batches import Piece
 from ropeway.runtime.progress import Progress, describe
-from ropeway.stages.train.flops import step_flops, token_flops
+from ropeway.stages.train.model import step_flops, token_flops
 
 
 def line(step, **changes):

@@ -9,7 +9,7 @@ import pytest
 from ropeway.runtime.errors import ConfigError, DataError
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.train import checkpoints, continuing
-from ropeway.stages.train.fingerprint import Fingerprint
+from ropeway.stages.train.continuing import Fingerprint
 
 A, B, C = "a" * 16, "b" * 16, "c" * 16
 PARTS = {"params": "1", "base": "2", "data": "3", "deepspeed": "4", "code": "5"}

@@ -7,7 +7,7 @@ import pytest
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.train import checkpoints
 from ropeway.stages.train import stage as train
-from ropeway.stages.train.fingerprint import Fingerprint
+from ropeway.stages.train.continuing import Fingerprint
 
 
 def test_a_record_of_a_start_that_a_full_disk_cut_is_left_out_and_said(tmp_path, capsys):

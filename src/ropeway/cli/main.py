@@ -149,7 +149,7 @@ def evaluate(
     """Look quickly at base and tuned over a few validation rows; the stage of that name measures all and writes."""
     from ropeway.config.params import load_profile
     from ropeway.config.stages import READS
-    from ropeway.stages.evaluate.quick import look
+    from ropeway.stages.evaluate.stage import look
 
     root = find_root()
     name, chosen = load_profile(root / "params.yaml", profile)

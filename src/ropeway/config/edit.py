@@ -1,15 +1,26 @@
-"""Edits of params.yaml that a command makes for a person: one line each, said so, comments and the rest untouched."""
+"""params.yaml as text: one-line edits that a command makes for a person, and a run's block cut out as written."""
 
 import os
 import re
 from pathlib import Path
 
-from ruamel.yaml.nodes import MappingNode, Node
+from ruamel.yaml import YAML
+from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
-from ropeway.config.block import read_pairs
-from ropeway.config.params import RUN, load_profile, load_profiles
+from ropeway.config.params import RUN, load_profile, load_profiles, read_block
 from ropeway.runtime.errors import ConfigError
 from ropeway.runtime.lock import workspace_lock
+
+_MERGE = "<<"
+
+
+def read_pairs(text: str) -> list[tuple[Node, Node]]:
+    """Return the (key, value) nodes of a file's first level; each knows where in the text it begins and ends.
+
+    An alias is the very node of its anchor.
+    """
+    tree: MappingNode = YAML(typ="rt", pure=True).compose(text)
+    return list(tree.value)
 
 
 def choose_profile(root: Path, name: str) -> None:
@@ -30,12 +41,7 @@ def choose_profile(root: Path, name: str) -> None:
 
 
 def resume_from(root: Path, profile: str | None, run: str) -> None:
-    """Write `resume_from` into a profile's block; it stays there, since a run is what params.yaml says.
-
-    Args:
-        root: The workspace.
-        profile: Default: the one that params.yaml names.
-        run: `FINGERPRINT` or `FINGERPRINT@STEP`.
+    """Write `resume_from` into a profile's block (that of the chosen profile if None); it stays there.
 
     Raises:
         ConfigError: Not of that form, or the block cannot be edited without changing another.
@@ -89,3 +95,53 @@ def set_resume_from(text: str, profile: str, run: str) -> str:
 
 def _replace(text: str, node: Node, value: str) -> str:
     return text[: node.start_mark.index] + value + text[node.end_mark.index :]
+
+
+def cut_block(text: str, name: str) -> str:
+    r"""Return the lines of a top-level key, with the comment right above it.
+
+    >>> print(cut_block("a: 1\n\n# Why.\nb:   # it\n  c: 2\n\n# Next.\nd: 3\n", "b"), end="")
+    # Why.
+    b:   # it
+      c: 2
+    """
+    lines = text.splitlines()
+    keys = [key for key, _ in read_pairs(text)]
+    at = next(number for number, key in enumerate(keys) if key.value == name)
+    begin = keys[at].start_mark.line
+    end = keys[at + 1].start_mark.line if at + 1 < len(keys) else len(lines)
+    while end > begin + 1 and lines[end - 1][:1] in ("", "#"):  # they belong to what follows
+        end -= 1
+    while begin and lines[begin - 1].startswith("#"):
+        begin -= 1
+    return "\n".join(lines[begin:end]) + "\n"
+
+
+def inherited_names(text: str, name: str) -> list[str]:
+    """Return the top-level keys whose values a block merges, those first that others merge."""
+    blocks = {key.value: value for key, value in read_pairs(text)}
+    names: list[str] = []
+    merges = [value for key, value in blocks[name].value if key.value == _MERGE]
+    for merged in (one for value in merges for one in (value.value if isinstance(value, SequenceNode) else [value])):
+        for owner in (one for one, block in blocks.items() if block is merged):
+            names += [*inherited_names(text, owner), owner]
+    return list(dict.fromkeys(names))
+
+
+def write_blocks(params: Path, name: str, target: Path) -> None:
+    """Write a profile's block, after those it inherits from, as they stand in params.yaml; then read them back.
+
+    Raises:
+        ConfigError: Cut out it means something else than in the file, e.g. by an alias below its first level.
+    """
+    text = params.read_text(encoding="utf-8")
+    target.write_text("\n".join(cut_block(text, one) for one in (*inherited_names(text, name), name)), encoding="utf-8")
+    try:
+        equal = read_block(target, name) == read_block(params, name)
+    except ConfigError:
+        equal = False
+    if not equal:
+        raise ConfigError(
+            f"{params}: the block of '{name}' means something else when it is cut out; write it as one top-level "
+            "mapping that takes from others by `<<: *name` alone"
+        )

@@ -24,12 +24,21 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 from pydantic import create_model
 
 from ropeway.config.addresses import find_secrets, map_addresses, without_secrets, without_signatures
-from ropeway.config.params import Profile, Section
+from ropeway.config.params import (
+    BaseParams,
+    EvaluateParams,
+    FetchParams,
+    PackageParams,
+    PrepareParams,
+    Profile,
+    Section,
+    TrainParams,
+)
 from ropeway.config.stages import READS, UNHASHED
 from ropeway.config.tokenize_params import TokenizeParams
 from ropeway.runtime.errors import ConfigError, DataError
@@ -45,12 +54,7 @@ _KEPT_VERSIONS = 500  # of JSON files in .work/inputs; some 5 kB each
 
 @dataclass(frozen=True, slots=True)
 class FrozenInputs:
-    """What `freeze` wrote, verified.
-
-    Attributes:
-        folder: `.identity`.
-        manifest: Its manifest: `profile`, and sha256 and bytes of each file.
-    """
+    """What `freeze` wrote into the folder `.identity`, verified."""
 
     folder: Path
     manifest: Mapping[str, Any]
@@ -106,7 +110,21 @@ class FrozenInputs:
         """Return what tokenize reads: parts of some keys, see `ropeway.config.tokenize_params`."""
         return TokenizeParams.model_validate(self.value("params-tokenize")["params"])
 
-    def profile(self, stage: str) -> Profile:
+    @overload
+    def profile(self, stage: Literal["fetch"]) -> FetchParams: ...
+    @overload
+    def profile(self, stage: Literal["base"]) -> BaseParams: ...
+    @overload
+    def profile(self, stage: Literal["prepare"]) -> PrepareParams: ...
+    @overload
+    def profile(self, stage: Literal["train"]) -> TrainParams: ...
+    @overload
+    def profile(self, stage: Literal["evaluate"]) -> EvaluateParams: ...
+    @overload
+    def profile(self, stage: Literal["package"]) -> PackageParams: ...
+    @overload
+    def profile(self, stage: str) -> Section: ...
+    def profile(self, stage: str) -> Section:
         """Return a profile with the keys that the stage reads, train's with its settings, and no others."""
         params = dict(self.value(f"params-{stage}")["params"])
         if stage == "train":
@@ -132,11 +150,7 @@ class _Frozen:
 def freeze(workspace: Workspace, profile: Profile, params_text: str, facts: Mapping[str, object]) -> None:
     """Write the frozen inputs of a run; call it under the workspace lock.
 
-    Args:
-        workspace: Whose; its profile's name is recorded.
-        profile: The whole profile, as read from `params_text`.
-        params_text: params.yaml.
-        facts: What else is recorded, by file name: digests of code, sources and base, texts of files.
+    `facts` is what else is recorded, by file name: digests of code, sources and base, texts of files.
 
     Raises:
         ConfigError: A signed address is written in a way that hides it.

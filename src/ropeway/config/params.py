@@ -23,6 +23,8 @@ Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(gt=0)]
 Scale = Annotated[float, Field(ge=1)]
 Dtype = Literal["fp16", "bf16", "fp32"]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Length = Annotated[int, Field(gt=1)]  # of a row, in tokens
 RUN = r"[0-9a-f]{16}(@[0-9]+)?"  # a training run's fingerprint, and which of its checkpoints
 # Also a model's name in the registry, part of paths and of S3 keys.
 PROFILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}[A-Za-z0-9]|[A-Za-z0-9]")
@@ -216,18 +218,16 @@ class StopRules(Section):
     No stage depends on it: a run that no rule ends is the same under all of them, and what was left out is recorded.
 
     Attributes:
-        max_skipped_in_row: Steps skipped for overflow, one after another.
         spike_ratio: A loss is a spike above this many times the median of the last `spike_window_steps` calm ones.
-        max_spikes_in_row: One spike passes by itself; so many in a row are a divergence.
         rewinds: How often a run goes back to its last good checkpoint instead, and passes over the steps whose loss
             or gradient was not finite, or which spiked.
         hang_seconds: A micro-batch that takes longer hangs; null: 20 times the usual one, at least 10 minutes.
     """
 
-    max_skipped_in_row: Positive
+    max_skipped_in_row: Positive  # steps skipped for overflow, one after another
     spike_window_steps: Positive
     spike_ratio: Annotated[float, Field(gt=1)]
-    max_spikes_in_row: Positive
+    max_spikes_in_row: Positive  # one spike passes by itself; so many in a row are a divergence
     rewinds: Annotated[int, Field(ge=0)]
     hang_seconds: Annotated[float, Field(gt=0)] | None
 
@@ -286,69 +286,131 @@ class Card(Section):
     thanks: str | None
 
 
-class Profile(Section):
-    """One run. Equal profiles on equal data give equal shards and equal optimizer steps."""
+class RowParams(Section):
+    """What a stage reads that makes rows of sequences, and masks what is not learned in them.
 
-    # The card's keys.
-    rng_seed: Annotated[int, Field(ge=0, lt=2**32)]
-    use_custom_sampler: Literal[True]
-    sort_by_length: Literal[False]
-    dtype: Dtype
-    log_dir: str
-    learning_rate: Annotated[float, Field(gt=0, le=1)]
-    model_name: str
-    output_dir: str
-    deepspeed_config: str
-    weight_decay: Annotated[float, Field(ge=0)]
-    max_length: Annotated[int, Field(gt=1)]
-    warmup_steps: Count
-    use_flash_attention: bool
-    gradient_checkpointing: bool
-    gradient_accumulation_steps: Positive
-    per_device_train_batch_size: Positive
-    per_device_eval_batch_size: Positive
-    residual_dropout: Annotated[float, Field(ge=0, le=0)]
-    eval_steps: Positive
-    save_steps: Positive
+    The classes from here to `Profile` are the keys that stages read: a stage gets a profile as its class, so that mypy
+    refuses any other key.
+    """
+
+    datasets: Annotated[list[dict[str, DatasetOptions]], Field(min_length=1)]
+    document_end: Literal["masked", "eos", "published"]
+    label_masking: bool
+    max_length: Length
+    rng_seed: Seed
+    what_counts: Literal["published", "answers"]
+
+    @property
+    def mixture(self) -> list[tuple[str, DatasetOptions]]:
+        """The sources with their options, in the order of the file (the order the sampler draws in)."""
+        return [next(iter(entry.items())) for entry in self.datasets]
+
+
+class EpochParams(RowParams):
+    """What decides the rows of every epoch."""
+
+    global_batch_size: Positive
+    layout: Literal["padded", "packed"]
     num_train_epochs: Positive
-    save_total_limit: Positive
+    random_offset_probability: Fraction
+    sort_by_length: Literal[False]
+    use_custom_sampler: Literal[True]
+
+
+class FetchParams(Section):
+    """What fetch reads."""
+
+    max_refused_fraction: Fraction
+    sources: dict[str, Source]
+
+
+class BaseParams(Section):
+    """What base reads."""
+
+    base: Base
+    expected_model: ModelShape
+    max_length: Length
+    model_name: str
+    new_rows: Literal["normal", "mean"]
+    pad_vocab_to_multiple_of: Positive
+    rng_seed: Seed
     superhot: bool
     superhot_config: SuperhotConfig
-    datasets: Annotated[list[dict[str, DatasetOptions]], Field(min_length=1)]
-    peft_model: bool
-    # What the card leaves unsaid.
+
+
+class PrepareParams(EpochParams, FetchParams):
+    """What prepare reads."""
+
+    contamination: Contamination
+    duplicates: Duplicates
+    split: Literal["permutation", "by_hash"]
+    split_by: Literal["chunk", "document"]
+    val_split: Annotated[float, Field(ge=0, lt=1)]
+    validation_with_replacement: bool
+
+
+class WeightParams(EpochParams):
+    """What decides trained weights."""
+
     adam_beta1: Annotated[float, Field(ge=0, lt=1)]
     adam_beta2: Annotated[float, Field(ge=0, lt=1)]
     adam_epsilon: Annotated[float, Field(gt=0)]
-    max_grad_norm: Annotated[float, Field(gt=0)]
-    lr_schedule: Literal["constant", "cosine", "linear"]
-    random_offset_probability: Fraction
-    label_masking: bool
-    val_split: Annotated[float, Field(ge=0, lt=1)]
-    global_batch_size: Positive
-    layout: Literal["padded", "packed"]
-    loss_normalisation: Literal["micro_batch", "token"]
+    deepspeed_config: str
+    dtype: Dtype
+    gradient_accumulation_steps: Positive
+    gradient_checkpointing: bool
+    learning_rate: Annotated[float, Field(gt=0, le=1)]
     lora: Lora | None
+    loss_normalisation: Literal["micro_batch", "token"]
+    lr_schedule: Literal["constant", "cosine", "linear"]
+    max_grad_norm: Annotated[float, Field(gt=0)]
+    peft_model: bool
+    per_device_eval_batch_size: Positive
+    per_device_train_batch_size: Positive
+    residual_dropout: Annotated[float, Field(ge=0, le=0)]
     resume_from: Annotated[str, Field(pattern=f"^{RUN}$")] | None
-    pad_vocab_to_multiple_of: Positive
-    new_rows: Literal["normal", "mean"]
-    what_counts: Literal["published", "answers"]
-    document_end: Literal["masked", "eos", "published"]
-    special_tokens_in_text: Literal["parse", "escape", "reject"]
-    split: Literal["permutation", "by_hash"]
-    split_by: Literal["chunk", "document"]
-    validation_with_replacement: bool
-    sources: dict[str, Source]
-    base: Base
-    expected_model: ModelShape
-    max_refused_fraction: Fraction
+    use_flash_attention: bool
+    warmup_steps: Count
+    weight_decay: Annotated[float, Field(ge=0)]
+
+
+class TrainSettings(Section):
+    """Cadence, tracking and when to give up: they change neither a weight nor a metric, so no stage depends on them.
+
+    (What a rewind left out does; it is recorded, and no reason to make a finished run again: docs/decisions/0007.)
+    """
+
+    eval_steps: Positive
+    log_dir: str
+    output_dir: str
+    save_steps: Positive
+    save_total_limit: Positive
     stop: StopRules
-    duplicates: Duplicates
-    contamination: Contamination
+
+
+class TrainParams(WeightParams, TrainSettings):
+    """What train reads."""
+
+
+class EvaluateParams(RowParams):
+    """What evaluate reads."""
+
     evaluation: Evaluation
-    gate: Gate
-    package: Packaging
+    per_device_eval_batch_size: Positive
+
+
+class PackageParams(PrepareParams, WeightParams, EvaluateParams, BaseParams):
+    """What package reads: whatever determines the model, and how it is presented."""
+
     card: Card
+    package: Packaging
+    special_tokens_in_text: Literal["parse", "escape", "reject"]
+
+
+class Profile(PackageParams, TrainParams):
+    """One run. Equal profiles on equal data give equal shards and equal optimizer steps."""
+
+    gate: Gate
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Self:
@@ -377,25 +439,13 @@ class Profile(Section):
             raise ValueError(f"datasets names one source twice: {', '.join(names)}")
         return self
 
-    @property
-    def mixture(self) -> list[tuple[str, DatasetOptions]]:
-        """The sources with their options, in the order of the file (the order the sampler draws in)."""
-        return [next(iter(entry.items())) for entry in self.datasets]
-
     def reading(self, names: Iterable[str]) -> Self:
-        """Return this profile with only these keys: touching another one is an AttributeError.
-
-        So `reads` of `config/stages.py` and what the stage reads are one list that cannot drift.
-        """
+        """Return this profile with only these keys: touching another one is an AttributeError."""
         return self.model_construct(**{name: getattr(self, name) for name in names})
 
 
 def load_profiles(path: Path, *, text: str | None = None) -> tuple[str, dict[str, Profile]]:
-    """Return the name of the chosen profile and every profile of a params file. The only function that reads it.
-
-    Args:
-        path: The file.
-        text: What it holds, where that was read already.
+    """Return the name of the chosen profile and every profile of a params file; `text` spares reading it again.
 
     Raises:
         ConfigError: The file is missing, is not YAML 1.2, or does not describe runs; all faults are listed at once.

@@ -6,36 +6,33 @@ dvc.yaml, and as a package of `ropeway.stages` (or a module of `ropeway.reportin
 
 from dataclasses import dataclass
 
-from ropeway.config.params import Profile
+from ropeway.config.params import (
+    BaseParams,
+    EvaluateParams,
+    FetchParams,
+    PackageParams,
+    PrepareParams,
+    Section,
+    TrainSettings,
+    WeightParams,
+)
 
-# Cadence, tracking and when to give up: they change neither a weight nor a metric, so no stage depends on them. (What a
-# rewind left out does; it is recorded, and no reason to make a finished run again: docs/decisions/0007.)
-UNHASHED = ("eval_steps", "log_dir", "output_dir", "save_steps", "save_total_limit", "stop")
+UNHASHED = tuple(TrainSettings.model_fields)
 # What the stage `identity` freezes beside each stage's code and params.
 FROZEN = ("sources", "base", "contamination", "deepspeed", "prompts", "tasks")
 
 
 @dataclass(frozen=True, slots=True)
 class StageSpec:
-    """One stage of dvc.yaml.
+    """One stage of dvc.yaml."""
 
-    Attributes:
-        name: Also that of its package.
-        reads: Keys of params.yaml.
-        inputs: What it reads of other stages, below runs/<profile>.
-        outputs: What it writes there.
-        metrics: JSON that `dvc metrics` shows.
-        plots: CSV that `dvc plots` shows.
-        frozen: Which of `FROZEN` it reads.
-    """
-
-    name: str
-    reads: tuple[str, ...]
-    inputs: tuple[str, ...] = ()
-    outputs: tuple[str, ...] = ()
-    metrics: tuple[str, ...] = ()
-    plots: tuple[str, ...] = ()
-    frozen: tuple[str, ...] = ()
+    name: str  # also that of its package
+    reads: tuple[str, ...]  # keys of params.yaml
+    inputs: tuple[str, ...] = ()  # what it reads of other stages, below runs/<profile>
+    outputs: tuple[str, ...] = ()  # what it writes there
+    metrics: tuple[str, ...] = ()  # JSON that `dvc metrics` shows
+    plots: tuple[str, ...] = ()  # CSV that `dvc plots` shows
+    frozen: tuple[str, ...] = ()  # which of `FROZEN` it reads
 
     @property
     def dependencies(self) -> list[str]:
@@ -49,22 +46,17 @@ def frozen_path(name: str) -> str:
     return f".identity/{name}.json"
 
 
-_ROWS = (
-    "datasets", "label_masking", "layout", "max_length", "num_train_epochs", "random_offset_probability", "rng_seed",
-    "sort_by_length", "use_custom_sampler", "what_counts", "document_end", "global_batch_size",
-)  # fmt: skip
-_PREPARED = (
-    *_ROWS, "contamination", "duplicates", "max_refused_fraction", "sources", "split", "split_by", "val_split",
-    "validation_with_replacement",
-)  # fmt: skip
+def _keys(params: type[Section]) -> tuple[str, ...]:
+    return tuple(sorted(params.model_fields))
+
+
 _TOKENIZER = ("base/tokenizer.json", "base/tokenizer_config.json")
 
 STAGES = (
-    StageSpec("fetch", ("max_refused_fraction", "sources"), frozen=("sources",), outputs=("raw",)),
+    StageSpec("fetch", _keys(FetchParams), frozen=("sources",), outputs=("raw",)),
     StageSpec(
         "base",
-        ("base", "expected_model", "max_length", "model_name", "new_rows", "pad_vocab_to_multiple_of", "rng_seed",
-         "superhot", "superhot_config"),
+        _keys(BaseParams),
         frozen=("base",),
         inputs=("raw",),
         outputs=("base",),
@@ -77,7 +69,7 @@ STAGES = (
     ),
     StageSpec(
         "prepare",
-        _PREPARED,
+        _keys(PrepareParams),
         frozen=("contamination",),
         inputs=("raw/manifest.json", "tokens"),
         outputs=("data",),
@@ -85,16 +77,13 @@ STAGES = (
     ),
     StageSpec(
         "report_data",
-        _PREPARED,
+        _keys(PrepareParams),
         inputs=("raw/manifest.json", *_TOKENIZER, "data", "ledger.json"),
         outputs=("report.html",),
     ),
     StageSpec(
         "train",
-        (*_ROWS, "adam_beta1", "adam_beta2", "adam_epsilon", "deepspeed_config", "dtype",
-         "gradient_accumulation_steps", "gradient_checkpointing", "learning_rate", "lora", "loss_normalisation",
-         "lr_schedule", "max_grad_norm", "peft_model", "per_device_eval_batch_size", "per_device_train_batch_size",
-         "residual_dropout", "resume_from", "use_flash_attention", "warmup_steps", "weight_decay"),
+        _keys(WeightParams),
         frozen=("deepspeed",),
         inputs=("base", "data"),
         outputs=("model", "provenance.json"),
@@ -103,8 +92,7 @@ STAGES = (
     ),
     StageSpec(
         "evaluate",
-        ("datasets", "document_end", "evaluation", "label_masking", "max_length", "per_device_eval_batch_size",
-         "rng_seed", "what_counts"),
+        _keys(EvaluateParams),
         frozen=("prompts", "tasks"),
         inputs=("base", "data", "model"),
         outputs=("samples.json", "tables"),
@@ -118,7 +106,7 @@ STAGES = (
     ),
     StageSpec(
         "package",
-        tuple(name for name in Profile.model_fields if name not in (*UNHASHED, "gate")),
+        _keys(PackageParams),
         inputs=("raw/manifest.json", "base/manifest.json", "data/manifest.json", "ledger.json", "model", "train.json",
                 "steps.csv", "eval.json", "samples.json"),
         outputs=("package",),

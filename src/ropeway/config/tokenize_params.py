@@ -2,7 +2,7 @@
 
 from typing import Literal, Self
 
-from ropeway.config.params import Positive, Profile, Section
+from ropeway.config.params import Positive, PrepareParams, Profile, Section
 
 
 class Chunks(Section):
@@ -25,19 +25,12 @@ class WordRuns(Section):
 
 
 class TokenizeParams(Section):
-    """The values, under the names that params.yaml gives them.
+    """The values, under the names that params.yaml gives them."""
 
-    Attributes:
-        special_tokens_in_text: What becomes of a special token's string in a text.
-        datasets: By source.
-        duplicates: None where `duplicates.near` is off.
-        contamination: None where `contamination.action` is off.
-    """
-
-    special_tokens_in_text: Literal["parse", "escape", "reject"]
-    datasets: dict[str, Chunks]
-    duplicates: Signatures | None
-    contamination: WordRuns | None
+    special_tokens_in_text: Literal["parse", "escape", "reject"]  # what becomes of a special token's string in a text
+    datasets: dict[str, Chunks]  # by source
+    duplicates: Signatures | None  # none where `duplicates.near` is off
+    contamination: WordRuns | None  # none where `contamination.action` is off
 
     @classmethod
     def of(cls, profile: Profile) -> Self:
@@ -47,7 +40,7 @@ class TokenizeParams(Section):
         )
 
 
-def values_shared_with_prepare(profile: Profile) -> dict[str, object]:
+def values_shared_with_prepare(profile: PrepareParams) -> dict[str, object]:
     """Return all values but the first: prepare compares them with what tokens were made by."""
     repeats, runs = profile.duplicates, profile.contamination
     near = {"ngram": repeats.ngram, "permutations": repeats.permutations}

@@ -30,39 +30,20 @@ class ZeroSection(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class Zero:
-    """How DeepSpeed spreads a model's states over ranks.
+    """How DeepSpeed spreads a model's states over ranks."""
 
-    Attributes:
-        stage: 0 nothing, 1 optimizer, 2 and gradients, 3 and weights are partitioned.
-        offload_optimizer: Fp32 weights and moments live in host memory (or on NVMe), and Adam runs there.
-        offload_parameters: At stage 3 the 16-bit weights live there too.
-        bucket_elements: Gradients reduced at once.
-        overlap: Gradients are reduced during backward, from a second bucket.
-        live_elements: At stage 3, the weights that may be gathered at one time.
-        prefetch_elements: At stage 3, the weights gathered ahead.
-        sub_group_elements: At stage 3, the weights whose step is made at one time.
-    """
-
-    stage: int
-    offload_optimizer: bool
-    offload_parameters: bool
-    bucket_elements: int
-    overlap: bool
-    live_elements: int
-    prefetch_elements: int
-    sub_group_elements: int
+    stage: int  # 0 nothing, 1 optimizer, 2 and gradients, 3 and weights are partitioned
+    offload_optimizer: bool  # Fp32 weights and moments live in host memory (or on NVMe), and Adam runs there
+    offload_parameters: bool  # at stage 3 the 16-bit weights live there too
+    bucket_elements: int  # gradients reduced at once
+    overlap: bool  # gradients are reduced during backward, from a second bucket
+    live_elements: int  # at stage 3, the weights that may be gathered at one time
+    prefetch_elements: int  # at stage 3, the weights gathered ahead
+    sub_group_elements: int  # at stage 3, the weights whose step is made at one time
 
 
 def read_zero(text: str, path: str) -> Zero:
-    """Return what the JSON that `deepspeed_config` names says about memory.
-
-    Args:
-        text: The JSON.
-        path: Its name, for messages.
-
-    Raises:
-        ConfigError: It is not a JSON object.
-    """
+    """Return what the JSON that `deepspeed_config` names says about memory; ConfigError unless it is an object."""
     try:
         named = json.loads(text)
     except ValueError as error:

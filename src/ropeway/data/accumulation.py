@@ -1,12 +1,12 @@
 """Forward passes per optimizer step, derived from the global batch. Apart from the planner: training counts so too."""
 
-from ropeway.config.params import Profile
+from ropeway.config.params import WeightParams
 from ropeway.runtime.errors import ConfigError
 
 PUBLISHED_RANKS = 8  # 424,864 rows // (2 rows x 8 accumulation x 8 ranks) = 3,319 steps
 
 
-def accumulation_steps(profile: Profile, ranks: int) -> int:
+def accumulation_steps(profile: WeightParams, ranks: int) -> int:
     """Return the forward passes each rank makes per optimizer step; derived, so 4 or 8 ranks take equal steps.
 
     Raises:

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ropeway.config.params import Profile
+from ropeway.config.params import EpochParams, RowParams
 from ropeway.data.loss_mask import loss_mask
 from ropeway.data.mixture import epoch_count, plan_order
 from ropeway.data.packing import plan_packing, split_document, turn_borders, window_at_turns
@@ -80,7 +80,7 @@ def plan_window(
 
 
 def collate(
-    rows: Sequence[Row], shards: Shards, profile: Profile, *, pad_to_multiple_of: int | None = PAD_MULTIPLE
+    rows: Sequence[Row], shards: Shards, profile: RowParams, *, pad_to_multiple_of: int | None = PAD_MULTIPLE
 ) -> Batch:
     """Return the batch of these rows, as wide as the longest of them (rounded up).
 
@@ -126,7 +126,7 @@ class EpochPlan:
         packed: The rows themselves where several sequences share one; None where each sequence is a row.
     """
 
-    profile: Profile
+    profile: EpochParams
     shards: Shards
     epoch: int
     order: NDArray[np.int64]
@@ -182,7 +182,7 @@ class EpochPlan:
         return sources.astype(np.int64), trained[self.order]
 
 
-def plan_epoch(shards: Shards, profile: Profile, *, epoch: int) -> EpochPlan:
+def plan_epoch(shards: Shards, profile: EpochParams, *, epoch: int) -> EpochPlan:
     """Return the plan of one epoch."""
     options = dict(profile.mixture)
     sizes = [len(source.train) for source in shards.sources]
@@ -224,7 +224,7 @@ def join(rows: Sequence[Row]) -> Row:
     return tuple(piece for row in rows for piece in row)
 
 
-def validation_rows(shards: Shards, profile: Profile) -> list[tuple[str, list[Row]]]:
+def validation_rows(shards: Shards, profile: RowParams) -> list[tuple[str, list[Row]]]:
     """Return every source's validation rows; over-long ones are cut on the right, never windowed."""
     return [
         (

@@ -7,16 +7,16 @@ It is a function of who said each token (`Kind`, set by tokenize) and of `label_
 import numpy as np
 from numpy.typing import NDArray
 
-from ropeway.config.params import Profile
+from ropeway.config.params import RowParams
 from ropeway.data.shards import Kind
 
 
-def loss_mask(kinds: NDArray[np.uint8], profile: Profile) -> NDArray[np.bool_]:
+def loss_mask(kinds: NDArray[np.uint8], profile: RowParams) -> NDArray[np.bool_]:
     """Return `(T,)` True where predicting token t + 1 from token t counts, for a whole or cut sequence."""
     return loss_masks(kinds, np.array([len(kinds)]), profile)
 
 
-def loss_masks(kinds: NDArray[np.uint8], lengths: NDArray[np.integer], profile: Profile) -> NDArray[np.bool_]:
+def loss_masks(kinds: NDArray[np.uint8], lengths: NDArray[np.integer], profile: RowParams) -> NDArray[np.bool_]:
     """Return `(T,)` loss masks of sequences that lie one after another, `lengths` tokens each.
 
     A position counts by the kind of its own token, though it predicts the next one, as in the original:

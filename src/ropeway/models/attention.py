@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ropeway.config.params import Profile
+from ropeway.config.params import WeightParams
 from ropeway.runtime.errors import ConfigError
 
 VARLEN = "ropeway_varlen"  # our name in transformers' AttentionInterface
@@ -33,7 +33,7 @@ class Attention:
     on_cuda: bool = False
 
 
-def choose_attention(profile: Profile, *, cuda: bool) -> Attention:
+def choose_attention(profile: WeightParams, *, cuda: bool) -> Attention:
     """Return the effective attention: PyTorch's SDPA on a CPU, a flash kernel (and no other) on a GPU when asked.
 
     Packed rows on a CPU get SDPA on each sequence alone: with a mask over a whole row it computes what the mask throws

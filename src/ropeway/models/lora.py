@@ -2,12 +2,12 @@
 
 from torch import nn
 
-from ropeway.config.params import Profile
+from ropeway.config.params import WeightParams
 from ropeway.models.architectures import is_table
 from ropeway.runtime.errors import ConfigError
 
 
-def add_adapters(model: nn.Module, profile: Profile) -> None:
+def add_adapters(model: nn.Module, profile: WeightParams) -> None:
     """Put LoRA layers into a model in place and freeze the rest, when `peft_model` asks for it.
 
     Drawn from torch's global generator, which the caller has seeded: A is random, B zero, so the model is the base.

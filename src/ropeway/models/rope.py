@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ropeway.config.params import Profile
+from ropeway.config.params import BaseParams
 
 Frequencies = NDArray[np.float32]
 Settings = tuple[tuple[str, float], ...]
@@ -307,7 +307,7 @@ def known_kinds() -> set[str]:
     return set(_KINDS)
 
 
-def plan_scaling(profile: Profile, *, theta: float, original: int) -> RopeScaling:
+def plan_scaling(profile: BaseParams, *, theta: float, original: int) -> RopeScaling:
     """Translate the published spelling, `superhot_config: {type, scale, …}`."""
     if not profile.superhot:
         return build_scaling(DefaultRope.kind, 1.0, theta, original)

@@ -13,7 +13,17 @@ from types import ModuleType
 
 import ropeway
 from ropeway.config.frozen import PARAMS_FILE, FrozenInputs, freeze, read_texts
-from ropeway.config.params import FilesSource, FolderBase, GgufBase, HubBase, Profile, load_profile, read_text
+from ropeway.config.params import (
+    BaseParams,
+    EvaluateParams,
+    FilesSource,
+    FolderBase,
+    GgufBase,
+    HubBase,
+    Profile,
+    load_profile,
+    read_text,
+)
 from ropeway.config.stages import READS
 from ropeway.runtime.code_digests import CODE, Digests, name_changed_code
 from ropeway.runtime.devices import count_ranks, list_gpus
@@ -62,7 +72,7 @@ def run_stage(root: Path, name: str, profile: str | None = None) -> int:
                 f"'{frozen.profile_name}'. Run `dvc repro` or `ropeway run`, which take them again"
             )
         if name == "train":  # here, not in the room: a better estimate must not make a trained model stale
-            params = frozen.profile("train")
+            _, params = load_profile(frozen.params_file, frozen.profile_name)  # memory depends on base's keys as well
             zero = read_zero(frozen.text("deepspeed", params.deepspeed_config), params.deepspeed_config)
             check_memory(params, zero, ranks=count_ranks())
         command = [sys.executable, "-m", "ropeway.cli.main", "room", name]
@@ -105,9 +115,9 @@ def _stat_inputs(root: Path, frozen: FrozenInputs, stage: str) -> dict[str, list
     """Return inode, size and times of what a stage reads in place: a file that was swapped and put back shows."""
     paths: list[Path] = []
     if stage == "fetch":
-        for source in frozen.profile(stage).sources.values():
+        for source in frozen.profile("fetch").sources.values():
             paths += local_files(source, root).values()
-    elif stage == "base" and isinstance((profile := frozen.profile(stage)).base, FolderBase):
+    elif stage == "base" and isinstance((profile := frozen.profile("base")).base, FolderBase):
         paths += (path for path in (root / profile.model_name).iterdir() if path.is_file())
     stats = {str(path): path.stat() for path in paths}
     return {name: [one.st_ino, one.st_size, one.st_mtime_ns, one.st_ctime_ns] for name, one in stats.items()}
@@ -128,12 +138,13 @@ def check_unchanged(root: Path, frozen: FrozenInputs, stage: str) -> None:
         changed.append(f"the frozen inputs in {frozen.folder}")
     if stage == "fetch":
         known = frozen.value("sources")
-        sources = frozen.profile(stage).sources
+        sources = frozen.profile("fetch").sources
         changed += [one for name, source in sources.items() for one in find_changes(source, known[name], root)]
-    if stage == "base" and not isinstance((profile := frozen.profile(stage)).base, HubBase):  # a commit stays
+    if stage == "base" and not isinstance((profile := frozen.profile("base")).base, HubBase):  # a commit stays
         changed += _differing(frozen.value("base"), _base_identity(profile, root))
     if stage == "evaluate":
-        changed += _differing(frozen.value("tasks"), _tasks_identity(frozen.profile(stage), Workspace(root, "").tasks))
+        now = _tasks_identity(frozen.profile("evaluate"), Workspace(root, "").tasks)
+        changed += _differing(frozen.value("tasks"), now)
     if changed:
         more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
         resumes = " Checkpoints stay; with the old code back the run resumes" if stage == "train" else ""
@@ -214,7 +225,7 @@ def _differing(before: Mapping[str, object], now: Mapping[str, object]) -> list[
     return [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
 
 
-def _tasks_identity(profile: Profile, folder: Path) -> dict[str, str]:
+def _tasks_identity(profile: EvaluateParams, folder: Path) -> dict[str, str]:
     """Return what tasks depend on beside their names; nothing where params name none."""
     names = profile.evaluation.tasks
     if not names:
@@ -229,7 +240,7 @@ def _task_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc")
 
 
-def _base_identity(profile: Profile, root: Path) -> dict[str, object]:
+def _base_identity(profile: BaseParams, root: Path) -> dict[str, object]:
     """Return sizes and times of a base folder's files: to hash 26 GB before every run would cost 15 s."""
     base = profile.base
     if isinstance(base, FolderBase):

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from ropeway.config.params import Profile
+from ropeway.config.params import RowParams
 from ropeway.data.batches import Piece
 from ropeway.data.loss_mask import loss_mask
 from ropeway.data.shards import Shards, SourceShards
@@ -119,7 +119,7 @@ class Reading:
         return int(self.learned.sum()) + self.teaches_next
 
 
-def read_piece(piece: Piece, shards: Shards, profile: Profile) -> Reading:
+def read_piece(piece: Piece, shards: Shards, profile: RowParams) -> Reading:
     """Return a piece with what is learned of it, through the mask that training uses."""
     source = shards.sources[piece.source]
     tokens, kinds = source.read(piece.sequence)
@@ -130,7 +130,7 @@ def read_piece(piece: Piece, shards: Shards, profile: Profile) -> Reading:
     return Reading(piece, source.name, length, tokens[cut], learned, bool(mask[-1:].any()))
 
 
-def read_whole(source: int, sequence: int, shards: Shards, profile: Profile) -> Reading:
+def read_whole(source: int, sequence: int, shards: Shards, profile: RowParams) -> Reading:
     """Return a whole sequence, as if a row could hold it."""
     length = int(shards.sources[source].lengths[sequence])
     return read_piece(Piece(source, sequence, 0, length), shards, profile)
@@ -141,7 +141,7 @@ def find_part(sequence: int, source: SourceShards) -> str | None:
     return next((part for part in ("train", "validation") if (getattr(source, part) == sequence).any()), None)
 
 
-def next_token(reading: Reading, shards: Shards, profile: Profile, vocabulary: Vocabulary) -> str | None:
+def next_token(reading: Reading, shards: Shards, profile: RowParams, vocabulary: Vocabulary) -> str | None:
     """Return the token that the last position is taught though it stands behind the piece, None if none is."""
     if not reading.teaches_next:
         return None

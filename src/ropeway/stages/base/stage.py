@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from ropeway.config.frozen import FrozenInputs
-from ropeway.config.params import GgufBase, HubBase, ModelShape, Profile, ScratchBase
+from ropeway.config.params import BaseParams, GgufBase, HubBase, ModelShape, ScratchBase
 from ropeway.data.raw_records import iterate_records, iterate_texts
 from ropeway.models.architectures import check_architecture
 from ropeway.models.chat_template import choose_template
@@ -44,7 +44,7 @@ NEW_ROW_STD = 0.02  # Source: Llama's initializer_range, which resizing drew fro
 SHARD_BYTES = 5_000_000_000
 
 
-def run(workspace: Workspace, profile: Profile) -> None:
+def run(workspace: Workspace, profile: BaseParams) -> None:
     """Write `base/`: weights, config, tokenizer with the role tokens and the template, manifest.
 
     Raises:
@@ -86,7 +86,7 @@ def run(workspace: Workspace, profile: Profile) -> None:
     print(f"{profile.model_name}: {parameters:,} parameters, {rows:,} rows, special tokens {special}")
 
 
-def _origin(root: Path, profile: Profile) -> dict[str, dict[str, object]]:
+def _origin(root: Path, profile: BaseParams) -> dict[str, dict[str, object]]:
     """Return where a base from elsewhere comes from, for the manifest; of a folder there are only times."""
     if not isinstance(profile.base, HubBase | GgufBase):
         return {}
@@ -103,7 +103,7 @@ def plan_vocabulary(tokens: int, multiple: int) -> int:
     return -(-tokens // multiple) * multiple
 
 
-def make_model(profile: Profile, *, rows: int) -> tuple[PreTrainedModel, RopeScaling]:
+def make_model(profile: BaseParams, *, rows: int) -> tuple[PreTrainedModel, RopeScaling]:
     """Return a Llama of `expected_model`'s shape with fp32 weights drawn from the run's seed alone."""
     shape, rope = profile.expected_model.model_dump(exclude={"vocab_size", "rope_theta"}), _rope(profile)
     shape |= {"vocab_size": rows, "max_position_embeddings": rope.stated_positions}
@@ -112,7 +112,7 @@ def make_model(profile: Profile, *, rows: int) -> tuple[PreTrainedModel, RopeSca
         return create_model({**shape, "rope_parameters": rope.to_config()}).to(torch.float32), rope
 
 
-def open_model(origin: Path, options: Mapping[str, str], profile: Profile) -> tuple[PreTrainedModel, RopeScaling]:
+def open_model(origin: Path, options: Mapping[str, str], profile: BaseParams) -> tuple[PreTrainedModel, RopeScaling]:
     """Return the Llama of a folder in the dtype it is stored in, and its RoPE scaling, set as params say.
 
     Raises:
@@ -149,7 +149,7 @@ def _check_weights(origin: Path, model: PreTrainedModel, found: Mapping[str, Col
             raise ConfigError(f"{origin}: {count:,} values of {name} are NaN or infinite; fetch the model again")
 
 
-def plan_rope(config: PreTrainedConfig, profile: Profile) -> RopeScaling:
+def plan_rope(config: PreTrainedConfig, profile: BaseParams) -> RopeScaling:
     """Return the run's scaling over a base: its own, kept exactly, unless `superhot` is true.
 
     Raises:
@@ -207,12 +207,12 @@ def resize(model: PreTrainedModel, *, rows: int, new_rows: str, seed: int) -> No
             weight[old:] = (torch.randn(weight[old:].shape, generator=generator) * NEW_ROW_STD).to(weight.dtype)
 
 
-def _rope(profile: Profile) -> RopeScaling:
+def _rope(profile: BaseParams) -> RopeScaling:
     shape = profile.expected_model
     return plan_scaling(profile, theta=shape.rope_theta, original=shape.max_position_embeddings)
 
 
-def _locate_origin(root: Path, profile: Profile) -> tuple[Path | None, dict[str, str]]:
+def _locate_origin(root: Path, profile: BaseParams) -> tuple[Path | None, dict[str, str]]:
     """Return (folder of the original, options to open it with); no folder when the model is made here."""
     base = profile.base
     if isinstance(base, ScratchBase):
@@ -270,7 +270,7 @@ def _download(repo: str, commit: str, revision: str) -> Path:
 
 
 def _open_or_train_tokenizer(
-    workspace: Workspace, profile: Profile, origin: Path | None, options: Mapping[str, str]
+    workspace: Workspace, profile: BaseParams, origin: Path | None, options: Mapping[str, str]
 ) -> tuple[Tokenizer, dict[str, str]]:
     """Return (tokenizer, {unk, bos, eos: text})."""
     if origin is None:

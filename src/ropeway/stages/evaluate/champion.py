@@ -8,26 +8,20 @@ import tempfile
 from pathlib import Path
 
 from ropeway.config.frozen import FrozenInputs
-from ropeway.config.params import Profile
+from ropeway.config.params import EvaluateParams
 from ropeway.data.shards import open_shards
 from ropeway.runtime.errors import RopewayError
 from ropeway.runtime.manifest import file_sha256, write_json
 from ropeway.runtime.workspace import Workspace
-from ropeway.stages.evaluate.evaluation import report_scores
 from ropeway.stages.evaluate.evaluation_workers import plan_workers
 from ropeway.stages.evaluate.measuring import Asked, measure_folder
 from ropeway.stages.evaluate.opening import check_template
+from ropeway.stages.evaluate.stage import report_scores
 from ropeway.stages.evaluate.text import translate
 
 
-def measure_champion(workspace: Workspace, profile: Profile, folder: Path, out: Path) -> None:
-    """Write what eval.json would say of `folder` as the tuned model of this run.
-
-    Args:
-        workspace: Whose validation rows.
-        profile: As evaluate reads it.
-        folder: A package, as pulled.
-        out: The JSON to write.
+def measure_champion(workspace: Workspace, profile: EvaluateParams, folder: Path, out: Path) -> None:
+    """Write to `out` what eval.json would say of `folder`, a pulled package, as the tuned model of this run.
 
     Under another tokenizer than the run's it reads the same texts in its own tokens; the report then has that
     tokenizer's digest, and only its nats per byte can be compared.
@@ -49,15 +43,10 @@ def measure_champion(workspace: Workspace, profile: Profile, folder: Path, out: 
     write_json(out, {**report, "tokenizer": tokenizer})
 
 
-def main(root: Path, name: str, folder: Path, out: Path) -> None:
-    """Measure it for a workspace."""
-    profile = FrozenInputs.load(root).profile("evaluate")
-    measure_champion(Workspace(root, name), profile, folder, out)
-
-
 if __name__ == "__main__":
     try:
-        main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]))
+        at, name, package, report = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4])
+        measure_champion(Workspace(at, name), FrozenInputs.load(at).profile("evaluate"), package, report)
     except RopewayError as error:
         print(error, flush=True)
         sys.exit(error.exit_code)

@@ -9,11 +9,10 @@ of threads rounds differently.
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
-from typing import Any, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
@@ -52,7 +51,7 @@ def gather(parts: Sequence[Sequence[Item]]) -> list[Item]:
     >>> gather([[10, 13], [11, 14], [12]])
     [10, 11, 12, 13, 14]
     """
-    found: list[Any] = [None] * sum(map(len, parts))
+    found = [item for part in parts for item in part]  # as long as all of them; each place is written below
     for number, part in enumerate(parts):
         found[number :: len(parts)] = part  # refuses a part of another length than its share
     return found
@@ -72,12 +71,7 @@ def plan_workers() -> Cards:
 
 
 def plan_cards(environment: Mapping[str, str], found: Sequence[str]) -> Cards:
-    """Return for each process the card that it sees; more processes than cards share them.
-
-    Args:
-        environment: What decides how many.
-        found: The machine's cards, as `list_gpus` names them.
-    """
+    """Return for each process the card that it sees, of those `list_gpus` found; more processes than cards share."""
     # Without CUDA_VISIBLE_DEVICES, CUDA counts the cards it finds, whatever their device files are called.
     cards = [card.strip() if "CUDA_VISIBLE_DEVICES" in environment else str(at) for at, card in enumerate(found)]
     seen = {**environment, "CUDA_VISIBLE_DEVICES": ",".join(cards)}
@@ -86,59 +80,81 @@ def plan_cards(environment: Mapping[str, str], found: Sequence[str]) -> Cards:
     return tuple(cards[number % len(cards)] if cards else None for number in range(count))
 
 
-def share_out(function: Callable[..., Result], arguments: Sequence[Any], cards: Cards) -> list[Result]:
+def share_out(function: Callable[..., Result], arguments: Sequence[object], cards: Cards) -> list[Result]:
     """Return `function(*arguments, share)` for every share, by the shares' numbers; one share is made here.
 
-    Args:
-        function: A module's own function, so that another process finds it.
-        arguments: Travel to every process.
-        cards: Who works.
+    `function` is a module's own, so that another process finds it.
 
     Raises:
         TemporaryError: A process was killed.
         RopewayError: What a process raised; or it ended by another error, whose traceback it has printed.
     """
-    count, threads = len(cards), torch.get_num_threads()
-    shares = [Share(number, count) for number in range(count)]
+    count = len(cards)
     if count == 1:
-        return [function(*arguments, shares[0])]
-    calls = [(function, (*arguments, share), card, threads) for share, card in zip(shares, cards, strict=True)]
-    found: dict[int, Result] = {}
-    with _started(calls) as workers:
-        waiting = {connection: number for number, (_, connection) in enumerate(workers)}
-        while waiting:
-            for connection in wait(list(waiting)):
-                number = waiting.pop(connection)  # type: ignore[call-overload]
-                found[number] = _receive(*workers[number], number=number, count=count)
+        return [function(*arguments, Share(0, 1))]
+    with ExitStack() as stack:  # whatever happens, no process is left
+        workers: list[_Worker[Result]] = []
+        for number, card in enumerate(cards):
+            workers.append(_Worker(function, arguments, Share(number, count), card))
+            stack.callback(workers[-1].close)
+        found = {worker.share.number: worker.receive() for worker in _as_they_answer(workers)}
     return [found[number] for number in range(count)]
 
 
-@contextmanager
-def _started(calls: Sequence[tuple[Any, ...]]) -> Iterator[list[tuple[BaseProcess, Connection]]]:
-    """Yield (process, connection) per call; whatever happens, none is left.
+class _Worker(Generic[Result]):
+    """A process that makes one call.
 
-    They are spawned: a forked process can use neither CUDA nor the threads of the one it was.
+    It is spawned: a forked process can use neither CUDA nor the threads of the one it was.
     """
-    context = multiprocessing.get_context("spawn")
-    workers: list[tuple[BaseProcess, Connection]] = []
-    try:
-        for call in calls:
-            ours, theirs = context.Pipe(duplex=False)
-            workers.append((context.Process(target=_work, args=(theirs, *call), daemon=True), ours))
-            with suppress(BrokenPipeError):  # killed while it began: whoever waits for its answer will say so
-                workers[-1][0].start()
-            theirs.close()  # else a dead worker's end would stay open here
-        yield workers
-    finally:
-        for worker, connection in workers:
-            if worker.pid is not None:
-                worker.kill()
-                worker.join()
-            connection.close()
+
+    def __init__(
+        self, function: Callable[..., Result], arguments: Sequence[object], share: Share, card: str | None
+    ) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.share = share
+        self.answer, theirs = context.Pipe(duplex=False)
+        call = (theirs, function, (*arguments, share), card, torch.get_num_threads())
+        self._process = context.Process(target=_work, args=call, daemon=True)
+        with suppress(BrokenPipeError):  # killed while it began: whoever waits for its answer will say so
+            self._process.start()
+        theirs.close()  # else a dead worker's end would stay open here
+
+    def close(self) -> None:
+        """End the process if it still runs."""
+        if self._process.pid is not None:
+            self._process.kill()
+            self._process.join()
+        self.answer.close()
+
+    def receive(self) -> Result:
+        """Return what it sent, or raise that."""
+        try:
+            made: Result = self.answer.recv()
+        except (EOFError, OSError):
+            if self._process.pid is not None:
+                self._process.join()
+            who = f"evaluate: process {self.share.number + 1} of {self.share.count}"
+            if (code := self._process.exitcode or 0) > 0:
+                raise RopewayError(f"{who} ended by an error (exit {code}); its traceback is above") from None
+            raise TemporaryError(
+                f"{who} died (killed, or out of memory); nothing was written. Run the same command again; fewer "
+                f"processes need less memory: {_VARIABLE}={max(1, self.share.count // 2)}"
+            ) from None
+        if isinstance(made, RopewayError):
+            raise made
+        return made
+
+
+def _as_they_answer(workers: Sequence[_Worker[Result]]) -> Iterator[_Worker[Result]]:
+    """Yield each worker once its answer, or its end, can be read."""
+    waiting = {worker.answer: worker for worker in workers}
+    while waiting:
+        for answer in wait(list(waiting)):
+            yield waiting.pop(answer)  # type: ignore[call-overload]
 
 
 def _work(
-    answer: Connection, function: Callable[..., Any], arguments: Sequence[Any], card: str | None, threads: int
+    answer: Connection, function: Callable[..., object], arguments: Sequence[object], card: str | None, threads: int
 ) -> None:
     """In a worker: do one call and send what it returns, or what it raises on purpose."""
     begin_worker()
@@ -150,22 +166,3 @@ def _work(
     except RopewayError as error:
         made = error
     answer.send(made)
-
-
-def _receive(worker: BaseProcess, connection: Connection, *, number: int, count: int) -> Any:  # noqa: ANN401
-    """Return what a worker sent."""
-    try:
-        made = connection.recv()
-    except (EOFError, OSError):
-        if worker.pid is not None:
-            worker.join()
-        who = f"evaluate: process {number + 1} of {count}"
-        if (worker.exitcode or 0) > 0:
-            raise RopewayError(f"{who} ended by an error (exit {worker.exitcode}); its traceback is above") from None
-        raise TemporaryError(
-            f"{who} died (killed, or out of memory); nothing was written. Run the same command again; fewer processes "
-            f"need less memory: {_VARIABLE}={max(1, count // 2)}"
-        ) from None
-    if isinstance(made, RopewayError):
-        raise made
-    return made

@@ -1,45 +1,34 @@
 """What one model comes to on everything it is asked, by one process or shared out among several."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ropeway.config.params import Profile
+from ropeway.config.params import EvaluateParams
 from ropeway.data.shards import Shards
 from ropeway.models.chat_template import open_template
 from ropeway.stages.evaluate.evaluation_workers import Cards, Share, gather, share_out
 from ropeway.stages.evaluate.opening import MEASURED_ON_ONE, SAMPLED_ON_ONE, open_model, threads_for
 from ropeway.stages.evaluate.passkey import Answered, Question, ask
 from ropeway.stages.evaluate.positions import LongRow, score_positions, sum_positions
-from ropeway.stages.evaluate.samples import sample
+from ropeway.stages.evaluate.samples import Configurations, sample
 from ropeway.stages.evaluate.tasks import Tasks, TaskScore, run_tasks
 from ropeway.stages.evaluate.token_scores import Score, Sums, score_sources, sum_batches
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What every model is measured on.
+    """What every model is measured on."""
 
-    Attributes:
-        shards: Their validation rows are scored.
-        profile: As evaluate reads it.
-        long_rows: For the losses by position; none: not asked.
-        questions: Hidden keys; none: not asked.
-        draws: (prompt, configuration) -> one answer each; none: not asked.
-        configurations: Name -> arguments of `generate`.
-        tasks: Of the harness; None: not asked.
-    """
-
-    shards: Shards
-    profile: Profile
-    long_rows: Sequence[LongRow] = ()
-    questions: Sequence[Question] = ()
-    draws: Sequence[tuple[str, str]] = ()
-    configurations: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    tasks: Tasks | None = None
+    shards: Shards  # their validation rows are scored
+    profile: EvaluateParams  # as evaluate reads it
+    long_rows: Sequence[LongRow] = ()  # for the losses by position; none: not asked
+    questions: Sequence[Question] = ()  # hidden keys; none: not asked
+    draws: Sequence[tuple[str, str]] = ()  # (prompt, configuration) -> one answer each; none: not asked
+    configurations: Configurations = field(default_factory=dict)  # name -> arguments of `generate`
+    tasks: Tasks | None = None  # of the harness; None: not asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,29 +47,20 @@ class Found:
     """What one model came to.
 
     Attributes:
-        scores: One per source.
         curves: `""` and, where the model has a scaling, `_unscaled` -> one score per bucket of positions.
-        keys: An answer to every passkey question.
-        answers: One per draw.
-        tasks: A score per task of the harness; none where params name none.
     """
 
-    scores: list[Score]
+    scores: list[Score]  # one per source
     curves: dict[str, list[Score]]
-    keys: list[Answered]
-    answers: list[str]
-    tasks: dict[str, TaskScore]
+    keys: list[Answered]  # an answer to every passkey question
+    answers: list[str]  # one per draw
+    tasks: dict[str, TaskScore]  # a score per task of the harness; none where params name none
 
 
 def measure_folder(folder: Path, like: Path, asked: Asked, *, cards: Cards, name: str) -> Found:
     """Return what the model in a folder comes to; the same, bit by bit, whatever the number of processes.
 
-    Args:
-        folder: What is measured.
-        like: As in `open_model`.
-        asked: On what.
-        cards: Who measures: from `plan_workers`, or ALONE.
-        name: What the model is called in an error, `base` or `tuned`.
+    `like` is as in `open_model`; errors call the model `name`.
 
     Raises:
         DataError: A source has no supervised validation token, or its loss is not finite.

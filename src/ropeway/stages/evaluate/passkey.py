@@ -8,7 +8,6 @@ import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -31,19 +30,12 @@ _GREEDY = {"do_sample": False, "num_beams": 1, "max_new_tokens": _MOST_ANSWER_TO
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One hidden key.
+    """One hidden key."""
 
-    Attributes:
-        length: Tokens that the question may have, answer included.
-        depth: Where in the filler the key stands: 0 in front, 1 behind.
-        repeat: Which of several.
-        key: Five digits.
-    """
-
-    length: int
-    depth: float
-    repeat: int
-    key: str
+    length: int  # tokens that the question may have, answer included
+    depth: float  # where in the filler the key stands: 0 in front, 1 behind
+    repeat: int  # which of several
+    key: str  # five digits
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +131,7 @@ def _largest(fits: Callable[[int], bool]) -> int:
     return low
 
 
-def report_passkey(answers: Mapping[str, Sequence[Answered]]) -> dict[str, Any]:
+def report_passkey(answers: Mapping[str, Sequence[Answered]]) -> dict[str, dict[str, float]]:
     """Return what eval.json holds: how many keys each model found."""
     return {
         name: {"asked": len(found), "right": sum(one.right for one in found), "accuracy": round(_share(found), 6)}
@@ -147,7 +139,7 @@ def report_passkey(answers: Mapping[str, Sequence[Answered]]) -> dict[str, Any]:
     }
 
 
-def table_answers(answers: Mapping[str, Sequence[Answered]]) -> Iterator[dict[str, Any]]:
+def table_answers(answers: Mapping[str, Sequence[Answered]]) -> Iterator[dict[str, object]]:
     """Yield one line per question and model: what was hidden where and what was said, wrong answers too."""
     for name, found in answers.items():
         for one in found:
@@ -164,7 +156,7 @@ def table_answers(answers: Mapping[str, Sequence[Answered]]) -> Iterator[dict[st
             }
 
 
-def table_lengths(answers: Mapping[str, Sequence[Answered]]) -> list[dict[str, Any]]:
+def table_lengths(answers: Mapping[str, Sequence[Answered]]) -> list[dict[str, float]]:
     """Return one line per length: the share of keys that each model found."""
     lengths = sorted({one.question.length for found in answers.values() for one in found})
     return [

@@ -6,13 +6,12 @@ model reads the same rows. Shapes: T tokens, K buckets.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from ropeway.config.params import Positions, Profile
+from ropeway.config.params import EvaluateParams, Positions
 from ropeway.data.batches import Batch
 from ropeway.data.loss_mask import loss_mask
 from ropeway.data.shards import Shards
@@ -26,18 +25,13 @@ UNSCALED = "_unscaled"
 
 @dataclass(frozen=True, slots=True)
 class LongRow:
-    """Validation texts one behind another.
+    """Validation texts one behind another."""
 
-    Attributes:
-        ids: `(T,)` tokens; a BOS stands in front alone.
-        mask: `(T,)` True where predicting the next token counts.
-    """
-
-    ids: NDArray[np.int64]
-    mask: NDArray[np.bool_]
+    ids: NDArray[np.int64]  # `(T,)` tokens; a BOS stands in front alone
+    mask: NDArray[np.bool_]  # `(T,)` True where predicting the next token counts
 
 
-def plan_long_rows(shards: Shards, profile: Profile) -> list[LongRow]:
+def plan_long_rows(shards: Shards, profile: EvaluateParams) -> list[LongRow]:
     """Return `evaluation.positions.rows` rows of `row_tokens` tokens, or as many as the validation texts fill.
 
     Documents where the run has any, else conversations; the longest first, so that a row holds as few of them as can
@@ -72,7 +66,7 @@ def plan_long_rows(shards: Shards, profile: Profile) -> list[LongRow]:
     return rows
 
 
-def _read_longest(shards: Shards, profile: Profile) -> Iterator[tuple[NDArray[np.int64], NDArray[np.bool_]]]:
+def _read_longest(shards: Shards, profile: EvaluateParams) -> Iterator[tuple[NDArray[np.int64], NDArray[np.bool_]]]:
     """Yield (tokens, mask) of whole validation sequences, longest first; among equals, as the sources have them."""
     documents = any(source.is_document and len(source.validation) for source in shards.sources)
     found = [
@@ -89,22 +83,12 @@ def _read_longest(shards: Shards, profile: Profile) -> Iterator[tuple[NDArray[np
 
 
 def sum_positions(
-    model: PreTrainedModel,
-    rows: Sequence[LongRow],
-    wanted: Positions,
-    *,
-    share: Share,
+    model: PreTrainedModel, rows: Sequence[LongRow], wanted: Positions, *, share: Share
 ) -> list[tuple[str, Sums]]:
     """Return (kind, sums by bucket of positions) of each long row in a share of them.
 
     The kind is `""` with the model's own scaling, `_unscaled` without it; a model that has none gives the first alone.
-    Rows pass one by one: the longest is what memory must hold.
-
-    Args:
-        model: A causal language model of transformers.
-        rows: From `plan_long_rows`.
-        wanted: The buckets.
-        share: Which rows, each kind's counted.
+    Rows pass one by one: the longest is what memory must hold. Each kind's rows count in the share.
     """
     own = dict(model.config.rope_parameters)
     plain = {"rope_type": "default", "rope_theta": own["rope_theta"]}
@@ -135,25 +119,24 @@ def _batch(row: LongRow, bucket_tokens: int) -> Batch:
     )
 
 
-def report_positions(curves: Mapping[str, Sequence[Score]], wanted: Positions, max_length: int) -> dict[str, Any]:
+def report_positions(curves: Mapping[str, Sequence[Score]], wanted: Positions, max_length: int) -> dict[str, object]:
     """Return what eval.json holds: each curve's loss up to `max_length` and beyond, over all tokens there."""
     border = -(-max_length // wanted.bucket_tokens)
     return {
-        part: {name: round(_loss_of(scores[span]), 6) for name, scores in curves.items()}
+        part: {
+            name: round(sum(one.loss_sum for one in scores[span]) / sum(one.tokens for one in scores[span]), 6)
+            for name, scores in curves.items()
+        }
         for part, span in (("up_to_max_length", slice(border)), ("beyond", slice(border, None)))
         if any(score.tokens for score in next(iter(curves.values()))[span])
     }
 
 
-def table_positions(curves: Mapping[str, Sequence[Score]], wanted: Positions) -> list[dict[str, Any]]:
+def table_positions(curves: Mapping[str, Sequence[Score]], wanted: Positions) -> list[dict[str, object]]:
     """Return one line per bucket: its middle, its supervised tokens, and each curve's loss."""
-    lines = []
+    lines: list[dict[str, object]] = []
     for number, tokens in enumerate(score.tokens for score in next(iter(curves.values()))):
         begin, end = (min((number + one) * wanted.bucket_tokens, wanted.row_tokens) for one in (0, 1))
         losses = {name: round(scores[number].loss, 6) if tokens else "" for name, scores in curves.items()}
         lines.append({"position": (begin + end) // 2, "tokens": tokens, **losses})
     return lines
-
-
-def _loss_of(scores: Sequence[Score]) -> float:
-    return sum(score.loss_sum for score in scores) / sum(score.tokens for score in scores)

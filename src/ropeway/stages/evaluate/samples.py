@@ -3,19 +3,74 @@
 Source: Open-Assistant's model_eval/manual (sampling_report.py and config/default.json, July 2023):
 `{model_name, date, args, prompts: [{prompt, results: [{sampling_config, sampling_params, outputs}]}]}`.
 The prompts go through this model's own template; theirs put the system message behind the prompter.
+
+Generation configurations are in the format of their config/default.json: `{default: {generate_args}, configurations:
+[{name, generate_args}]}`, each laid over the default. Of the original's default ours leaves out `min_new_tokens: 5`: a
+model that answers "No." and stops is to be seen doing so.
 """
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ropeway.models.chat_template import ChatTemplate
 from ropeway.models.open_model import rope_of
-from ropeway.runtime.errors import DataError
-from ropeway.stages.evaluate.sampling import Configurations
+from ropeway.runtime.errors import ConfigError, DataError
+
+_OURS = ("max_new_tokens", "max_length", "bos_token_id", "eos_token_id", "pad_token_id", "num_return_sequences")
+Configurations = Mapping[str, Mapping[str, object]]
+
+
+def parse_prompts(text: str, path: str) -> list[str]:
+    """Return the prompts of a file with one JSON string per line; `path` names it in messages.
+
+    Raises:
+        ConfigError: A line that is not a JSON string, or no prompt at all.
+    """
+    prompts: list[str] = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            prompt = json.loads(line)
+        except ValueError:
+            prompt = None
+        if not isinstance(prompt, str):
+            raise ConfigError(f"{path}, line {number}: expected a JSON string, found {line[:60]}")
+        prompts.append(prompt)
+    if not prompts:
+        raise ConfigError(f"{path}: no prompt in it; one JSON string per line")
+    return prompts
+
+
+def parse_configurations(text: str, path: str) -> Configurations:
+    """Return name -> arguments of transformers' `generate`, the file's default laid under each; `path` names it.
+
+    Raises:
+        ConfigError: Not of this form, a name twice, or an argument that transformers does not know or that another
+            place decides.
+    """
+    try:
+        stated = json.loads(text)
+        default = dict(stated["default"]["generate_args"])
+        named = [(str(one["name"]), {**default, **one["generate_args"]}) for one in stated["configurations"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path}: expected {{default: {{generate_args}}, configurations: [{{name, generate_args}}]}}, found: "
+            f"{type(error).__name__}: {error}"
+        ) from None
+    names = [name for name, _ in named]
+    if not names or len(set(names)) != len(names):
+        raise ConfigError(f"{path}: expected configurations of different names, found {', '.join(names) or 'none'}")
+    known = {name for name in vars(GenerationConfig()) if name[0] != "_"} - set(_OURS)
+    for name, arguments in named:
+        if unknown := sorted(set(arguments) - known):
+            decided = "decided elsewhere (params, the tokenizer)" if unknown[0] in _OURS else "unknown to transformers"
+            raise ConfigError(f"{path}, {name}: generate_args: {unknown[0]} is {decided}")
+    return dict(named)
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, prompt: str) -> list[int]:
@@ -38,7 +93,7 @@ def answer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     ids: Sequence[int],
-    params: Mapping[str, Any],
+    params: Mapping[str, object],
     *,
     seed: int,
 ) -> str:
@@ -107,19 +162,13 @@ def report_samples(
     prompts: Sequence[str],
     configurations: Configurations,
     answers: Mapping[str, Sequence[str]],
-    args: Mapping[str, Any],
-) -> dict[str, Any]:
+    args: Mapping[str, object],
+) -> dict[str, object]:
     """Return samples.json: one report in which each model x configuration is a `sampling_config` of its own.
 
     That way the family's viewers show base and tuned side by side. `date` is there and empty: viewers want a text, but
-    the day on which answers were drawn is no property of the model and would make every run's bytes differ.
-
-    Args:
-        name: The run's.
-        prompts: What was asked.
-        configurations: How answers were drawn.
-        answers: Model -> its answers as `plan_draws` asks for them.
-        args: What else decides the answers.
+    the day on which answers were drawn is no property of the model and would make every run's bytes differ. `answers`
+    are by model, as `plan_draws` asks for them; `args` is what else decides them.
     """
     size = len(configurations)
     results = [

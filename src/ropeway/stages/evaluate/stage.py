@@ -1,30 +1,50 @@
-"""Stage evaluate. Scores the exported folder and its base as any user would open them; writes figures and tables.
+"""Stage evaluate: scores the exported folder and its base as any user would open them; writes figures and tables.
 
-Nothing here goes through ropeway.stages.train.stage: what is measured is what is shipped.
+Nothing here goes through ropeway.stages.train: what is measured is what is shipped.
 
-eval.json                  loss, perplexity, accuracy, nats a byte per source and model; positions, passkeys and
-                           tasks of lm-evaluation-harness in short
+eval.json                  loss, perplexity, accuracy, nats/byte per source and model; positions, passkeys and tasks of
+                           lm-evaluation-harness in short
 samples.json               answers to prompts, base beside tuned, in the published family's JSON
 tables/*.csv               scores, positions, passkey (share by length), passkey_answers (every answer, wrong ones too)
 """
 
-from ropeway.config.params import Profile
+import csv
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TypedDict
+
+import numpy as np
+
+from ropeway.config.frozen import FrozenInputs
+from ropeway.config.params import EvaluateParams
+from ropeway.data.batches import collate
+from ropeway.data.shards import Shards, open_shards
+from ropeway.models.chat_template import open_template
+from ropeway.runtime.manifest import digest_of, load_manifest, whole_folder, write_json, write_manifest
 from ropeway.runtime.workspace import Workspace
+from ropeway.stages.evaluate import passkey, positions
+from ropeway.stages.evaluate.evaluation_workers import ALONE, plan_workers
+from ropeway.stages.evaluate.measuring import Asked, Found, measure_folder
+from ropeway.stages.evaluate.opening import check_data, open_tokenizer
+from ropeway.stages.evaluate.passkey import Answered
+from ropeway.stages.evaluate.samples import (
+    encode_prompt,
+    parse_configurations,
+    parse_prompts,
+    plan_draws,
+    report_samples,
+)
+from ropeway.stages.evaluate.tasks import find_harness, open_tasks, report_tasks
+from ropeway.stages.evaluate.text import count_bytes
+from ropeway.stages.evaluate.token_scores import Score, all_rows, check_supervised
+
+Table = Sequence[Mapping[str, object]]
 
 
-def check_request(workspace: Workspace, profile: Profile) -> None:
-    """Raise now, before anything is trained, what would end this stage whatever the trained model is.
-
-    Raises:
-        ConfigError, DataError, TemporaryError: As `run`, but for what concerns the trained model.
-    """
-    from ropeway.stages.evaluate.evaluation import check_request as check
-
-    check(workspace, profile)
-
-
-def run(workspace: Workspace, profile: Profile) -> None:
-    """Write the files of the run in this workspace.
+def run(workspace: Workspace, profile: EvaluateParams) -> None:
+    """Measure base and tuned and write all files, once all is measured.
 
     Raises:
         DataError: Data, base and model do not belong together, a source has nothing to measure, or a loss is not
@@ -34,6 +54,188 @@ def run(workspace: Workspace, profile: Profile) -> None:
         TemporaryError: A task's data could not be fetched, or one of several processes that measure was killed; then
             nothing was written.
     """
-    from ropeway.stages.evaluate.evaluation import write_report
+    load_manifest(workspace.base, remedy="Run `dvc checkout`, or `dvc repro base`")
+    load_manifest(workspace.model, remedy="Run `dvc checkout`, or `dvc repro train`")
+    prompts, asked = plan_report(workspace, profile)
+    check_data(workspace.model, asked.shards)
+    found = measure_both(workspace, asked)
+    scores = {name: one.scores for name, one in found.items()}
+    curves = {f"{name}{kind}": curve for name, one in found.items() for kind, curve in one.curves.items()}
+    keys = {name: one.keys for name, one in found.items()}
+    wanted = profile.evaluation.positions
+    measured = report_scores(asked.shards, profile, scores, tokenizer_folder=workspace.base)
+    report: dict[str, object] = {
+        **measured,
+        "positions": positions.report_positions(curves, wanted, profile.max_length),
+        "passkey": passkey.report_passkey(keys),
+    }
+    if asked.tasks:
+        report["tasks"] = report_tasks({name: one.tasks for name, one in found.items()})
+        report["harness"] = f"lm_eval {find_harness(asked.tasks.names)}"
+    write_json(workspace.evaluation, report)
+    _write_samples(workspace, asked, prompts, {name: one.answers for name, one in found.items()})
+    tables = plan_tables(measured["sources"], positions.table_positions(curves, wanted), keys)
+    write_tables(workspace.tables, tables)
+    print(f"{len(asked.draws)} sample answers per model in {workspace.samples}; tables in {workspace.tables}")
 
-    write_report(workspace, profile)
+
+def plan_report(workspace: Workspace, profile: EvaluateParams) -> tuple[list[str], Asked]:
+    """Return the prompts, and what is measured: everything of this stage that needs no trained model."""
+    frozen, wanted = FrozenInputs.load(workspace.root), profile.evaluation
+    prompts = parse_prompts(frozen.text("prompts", wanted.prompts), wanted.prompts)
+    configurations = {
+        name: {**arguments, "max_new_tokens": wanted.max_new_tokens}
+        for name, arguments in parse_configurations(frozen.text("prompts", wanted.sampling), wanted.sampling).items()
+    }
+    shards = open_shards(workspace.data)
+    check_data(workspace.base, shards)
+    return prompts, Asked(
+        shards=shards,
+        profile=profile,
+        long_rows=positions.plan_long_rows(shards, profile),
+        questions=passkey.plan_questions(wanted.passkey, seed=profile.rng_seed),
+        draws=plan_draws(prompts, configurations),
+        configurations=configurations,
+        tasks=open_tasks(wanted.tasks, workspace.root, workspace.tasks),
+    )
+
+
+def check_request(workspace: Workspace, profile: EvaluateParams) -> None:
+    """Raise now what would end this stage whatever the model: faults of params, prompts, tasks, tokenizer and data."""
+    prompts, asked = plan_report(workspace, profile)
+    check_supervised(asked.shards, profile)
+    tokenizer, template = open_tokenizer(workspace.base), open_template(workspace.base)
+    encode_prompt(tokenizer, template, prompts[0])
+    for question in asked.questions[:1]:  # the shortest
+        passkey.encode_question(tokenizer, template, question)
+
+
+def measure_both(workspace: Workspace, asked: Asked) -> dict[str, Found]:
+    """Return what base and tuned come to, one model after the other."""
+    cards = plan_workers()
+    found = {}
+    for name, folder in (("base", workspace.base), ("tuned", workspace.model)):
+        found[name] = one = measure_folder(folder, workspace.model, asked, cards=cards, name=name)
+        for source, score in zip(asked.shards.sources, one.scores, strict=True):
+            print(f"{name:>5} on {source.name}: {score.loss:.4f} nats/token over {score.tokens:,} tokens")
+        print(f"{name:>5} finds {sum(key.right for key in one.keys)} of {len(one.keys)} hidden keys")
+        for task, result in one.tasks.items():
+            print(f"{name:>5} in {task}: {', '.join(f'{key} {value:.4f}' for key, value in result.metrics.items())}")
+    return found
+
+
+def _write_samples(
+    workspace: Workspace, asked: Asked, prompts: Sequence[str], answers: Mapping[str, Sequence[str]]
+) -> None:
+    trained = load_manifest(workspace.model, remedy="Run `dvc repro train`", verify=False)
+    args = {
+        "prompts": asked.profile.evaluation.prompts,
+        "config": asked.profile.evaluation.sampling,
+        "max_new_tokens": asked.profile.evaluation.max_new_tokens,
+        "rng_seed": asked.profile.rng_seed,
+        "template": open_template(workspace.model).digest,
+    }
+    name = f"{workspace.profile}-{trained['steps']}"
+    report = report_samples(name, prompts, asked.configurations, answers, args)
+    write_json(workspace.samples, report)
+
+
+class ScoreReport(TypedDict):
+    """The part of eval.json about validation rows; metrics by source and model, and their mean by model."""
+
+    sources: dict[str, dict[str, dict[str, float]]]
+    mean: dict[str, float]
+    validation: str
+    tokenizer: str
+    rows: int
+
+
+def report_scores(
+    shards: Shards, profile: EvaluateParams, scores: dict[str, list[Score]], *, tokenizer_folder: Path
+) -> ScoreReport:
+    """Return metrics per source and model, their mean over sources, and which rows were measured.
+
+    The tokenizer is the one that made the shards; it says how many bytes the losses were paid for.
+    """
+    sizes = count_bytes(shards, profile, tokenizer_folder)
+    return {
+        "sources": {
+            source.name: {name: scores[name][number].metrics(size) for name in scores}
+            for number, (source, size) in enumerate(zip(shards.sources, sizes, strict=True))
+        },
+        "mean": {name: round(sum(score.loss for score in found) / len(found), 6) for name, found in scores.items()},
+        "validation": validation_digest(shards, profile),
+        "tokenizer": shards.manifest["tokenizer"],
+        "rows": len(all_rows(shards, profile)),
+    }
+
+
+def validation_digest(shards: Shards, profile: EvaluateParams) -> str:
+    """Return the identity of what was measured, tokens, targets and mask of all rows: equal ones may be compared."""
+    rows = []
+    for row in all_rows(shards, profile):
+        batch = collate([row], shards, profile, pad_to_multiple_of=None)
+        parts = (batch.input_ids, np.where(batch.loss_mask, batch.targets, -1), batch.loss_mask.astype(np.int64))
+        digest = hashlib.sha256(np.concatenate(parts, axis=1).astype("<i8").tobytes()).hexdigest()
+        rows.append([shards.sources[row[0].source].name, digest])
+    return digest_of(sorted(rows))
+
+
+def plan_tables(
+    sources: Mapping[str, Mapping[str, Mapping[str, float]]], curves: Table, keys: Mapping[str, Sequence[Answered]]
+) -> dict[str, Table]:
+    """Return name -> lines of what tables/ holds as CSV."""
+    scores = [
+        {"source": source, "model": model, **metrics}
+        for source, models in sources.items()
+        for model, metrics in models.items()
+    ]
+    return {
+        "scores": scores,
+        "positions": curves,
+        "passkey": passkey.table_lengths(keys),
+        "passkey_answers": list(passkey.table_answers(keys)),
+    }
+
+
+def write_tables(target: Path, tables: Mapping[str, Table]) -> None:
+    """Write the folder, whole or not at all."""
+    with whole_folder(target) as folder:
+        for name, lines in tables.items():
+            with (folder / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
+                writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(lines)
+        write_manifest(folder, {})
+
+
+def look(workspace: Workspace, profile: EvaluateParams, *, limit: int) -> str:
+    """Return a table of base and tuned, a line per source, over its first `limit` validation rows; write nothing.
+
+    Raises:
+        DataError: As in `check_data` and `measure_folder`.
+    """
+    shards = first_rows(open_shards(workspace.data), limit)
+    sizes = count_bytes(shards, profile, workspace.base)
+    lines = []
+    for name, folder in (("base", workspace.base), ("tuned", workspace.model)):
+        check_data(folder, shards)
+        scores = measure_folder(folder, workspace.model, Asked(shards, profile), cards=ALONE, name=name).scores
+        for source, score, size in zip(shards.sources, scores, sizes, strict=True):
+            found = score.metrics(size)
+            per_byte = f"{found['nats_per_byte']:.4f}" if "nats_per_byte" in found else "-"
+            lines.append(
+                f"{source.name:<16} {name:<6} {found['loss']:>9.4f} {found['perplexity']:>11.5g} "
+                f"{found['accuracy']:>9.4f} {per_byte:>10} {score.tokens:>9,}"
+            )
+    head = f"{'source':<16} {'model':<6} {'nats/token':>9} {'perplexity':>10} {'accuracy':>9} {'nats/byte':>10}"
+    of = f"the first {limit} validation rows of each source; nothing was written"
+    return "\n".join([of, f"{head} {'tokens':>9}", *sorted(lines)])
+
+
+def first_rows(shards: Shards, limit: int) -> Shards:
+    """Return the shards with `limit` validation rows a source at most."""
+    return replace(
+        shards,
+        sources=tuple(replace(source, validation=source.validation[:limit]) for source in shards.sources),
+    )

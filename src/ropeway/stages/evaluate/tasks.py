@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Protocol, SupportsFloat
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -22,36 +22,34 @@ from ropeway.runtime.errors import ConfigError, DataError, TemporaryError
 _KEY = "params.yaml: evaluation.tasks"
 
 
+class TaskIndex(Protocol):
+    """What is used of the harness's TaskManager."""
+
+    task_index: Mapping[str, object]
+    all_tasks: Sequence[str]
+    all_subtasks: Sequence[str]
+
+    def load(self, names: list[str]) -> object:
+        """Open tasks and their data."""
+
+
 @dataclass(frozen=True, slots=True)
 class Tasks:
-    """Tasks whose names and data were found.
+    """Tasks whose names and data were found."""
 
-    Attributes:
-        names: As params name them: tasks, groups or tags.
-        manager: The harness's index of all that it can open.
-        root: Data files' paths count from here.
-    """
-
-    names: tuple[str, ...]
-    manager: Any
-    root: Path
+    names: tuple[str, ...]  # as params name them: tasks, groups or tags
+    manager: TaskIndex  # the harness's index of all that it can open
+    root: Path  # data files' paths count from here
 
 
 @dataclass(frozen=True, slots=True)
 class TaskScore:
-    """What one model came to in one task.
+    """What one model came to in one task."""
 
-    Attributes:
-        version: The task's own version; figures of two versions cannot be compared.
-        shots: Solved examples that stand before each question.
-        n: Questions asked.
-        metrics: `acc` and such, `<metric>_stderr` beside each that has one.
-    """
-
-    version: str
-    shots: int
-    n: int
-    metrics: Mapping[str, float]
+    version: str  # the task's own version; figures of two versions cannot be compared
+    shots: int  # solved examples that stand before each question
+    n: int  # questions asked
+    metrics: Mapping[str, float]  # `acc` and such, `<metric>_stderr` beside each that has one
 
 
 def find_harness(names: Sequence[str]) -> str:
@@ -72,10 +70,7 @@ def find_harness(names: Sequence[str]) -> str:
 def open_tasks(names: Sequence[str], root: Path, folder: Path) -> Tasks | None:
     """Return the tasks that params name, each opened once so that what is missing is said before a model is measured.
 
-    Args:
-        names: Of tasks, groups or tags; none of them gives None.
-        root: The workspace.
-        folder: The workspace's own tasks, YAML of the harness; they win over its own of the same name.
+    `folder` has the workspace's own tasks, YAML of the harness; they win over its own of the same name.
 
     Raises:
         ConfigError: The harness is not installed, a name is unknown, or a data set is not there and may not be fetched.
@@ -106,15 +101,18 @@ def open_tasks(names: Sequence[str], root: Path, folder: Path) -> Tasks | None:
     return tasks
 
 
-def index_tasks(names: Sequence[str], folder: Path) -> Any:  # noqa: ANN401
+def index_tasks(names: Sequence[str], folder: Path) -> TaskIndex:
     """Return the harness's index: of the workspace's tasks alone if all names are theirs, else of its 14,000 too."""
     from lm_eval.tasks import TaskManager
 
-    if not folder.is_dir():
-        return TaskManager()
-    own = TaskManager(include_path=folder, include_defaults=False)  # 0.1 s; all of them took 8 s
-    # A group may hold tasks of the harness, a task cannot.
-    return own if set(names) <= set(own.all_subtasks) else TaskManager(include_path=folder)
+    options: dict[str, object] = {}
+    if folder.is_dir():
+        options = {"include_path": folder}
+        own: TaskIndex = TaskManager(**options, include_defaults=False)  # 0.1 s; all of them took 8 s
+        if set(names) <= set(own.all_subtasks):  # a group may hold tasks of the harness, a task cannot
+            return own
+    every: TaskIndex = TaskManager(**options)
+    return every
 
 
 def run_tasks(
@@ -128,13 +126,9 @@ def run_tasks(
 ) -> dict[str, TaskScore]:
     """Return task -> what a model came to, groups' own figures among them.
 
-    Args:
-        model: As `open_model` gives it.
-        tokenizer: Its template makes the prompts.
-        tasks: What is asked, all of it.
-        batch_size: Questions at a time. One under dynamic scaling, which stretches a whole batch by its longest row.
-        max_length: Tokens; of a longer prompt the harness leaves out the beginning, and BOS with it.
-        seed: Of everything the harness draws. It seeds the global generators; torch's is given back.
+    Under dynamic scaling questions go one by one, since it stretches a whole batch by its longest row. Of a prompt
+    longer than `max_length` tokens the harness leaves out the beginning, and BOS with it. It seeds the global
+    generators; torch's is restored.
 
     Raises:
         DataError: A figure is not finite.
@@ -166,7 +160,7 @@ def run_tasks(
     }
 
 
-def wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int, max_length: int) -> Any:  # noqa: ANN401
+def wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int, max_length: int) -> object:
     """Return a model as the harness asks it, so that exactly one BOS stands in front of whatever it reads.
 
     BOS comes from the chat template, and where the harness uses none (`loglikelihood_rolling`, an empty context) it
@@ -184,7 +178,7 @@ def wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_si
     )
 
 
-def read_metrics(task: str, line: Mapping[str, Any]) -> dict[str, float]:
+def read_metrics(task: str, line: Mapping[str, object]) -> dict[str, float]:
     """Return the figures of a line of the harness's results, six decimals; a filter stays in the name if there is one.
 
     >>> read_metrics("t", {"alias": "t", "sample_len": 4, "acc,none": 0.5, "acc_stderr,none": "N/A", "f1,strict": 1.0})
@@ -197,7 +191,7 @@ def read_metrics(task: str, line: Mapping[str, Any]) -> dict[str, float]:
     figures = {
         key.removesuffix(",none"): float(value)
         for key, value in line.items()
-        if "," in key and not isinstance(value, str | dict)
+        if "," in key and isinstance(value, SupportsFloat)
     }
     for key, value in figures.items():
         if not math.isfinite(value):
@@ -205,12 +199,8 @@ def read_metrics(task: str, line: Mapping[str, Any]) -> dict[str, float]:
     return {key: round(value, 6) for key, value in figures.items()}
 
 
-def report_tasks(found: Mapping[str, Mapping[str, TaskScore]]) -> dict[str, Any]:
-    """Return eval.json's part: task -> version, shots, n, and the metrics of each model.
-
-    Args:
-        found: Model -> task -> score.
-    """
+def report_tasks(found: Mapping[str, Mapping[str, TaskScore]]) -> dict[str, object]:
+    """Return eval.json's part, of model -> task -> score: task -> version, shots, n, and the metrics of each model."""
     first = next(iter(found.values()))
     return {
         name: {

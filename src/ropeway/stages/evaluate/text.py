@@ -11,13 +11,12 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from ropeway.config.params import Profile
+from ropeway.config.params import EvaluateParams, RowParams
 from ropeway.data.batches import validation_rows
 from ropeway.data.loss_mask import loss_mask
 from ropeway.data.shards import Kind, Shards, SourceShards, write_shard
@@ -30,32 +29,24 @@ _NO_CHARACTER = "\u200b"  # parts a special token's spelling in text, so that no
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """A special token, or the text between two of them.
+    """A special token, or the text between two of them."""
 
-    Attributes:
-        text: Decoded; of a special token, its name.
-        kind: Who said it.
-        counts: Whether its tokens are supervised.
-        name: `bos`, `eos` or a role token's text, if it is special; None if it is text.
-    """
-
-    text: str
-    kind: int
-    counts: bool
-    name: str | None
+    text: str  # decoded; of a special token, its name
+    kind: int  # who said it
+    counts: bool  # whether its tokens are supervised
+    name: str | None  # `bos`, `eos` or a role token's text, if it is special; None if it is text
 
 
 def read_stretches(
-    ids: NDArray[np.int64], kinds: NDArray[np.uint8], profile: Profile, tokenizer: Tokenizer, special: dict[int, str]
+    ids: NDArray[np.int64],
+    kinds: NDArray[np.uint8],
+    profile: RowParams,
+    tokenizer: Tokenizer,
+    special: dict[int, str],
 ) -> Iterator[Stretch]:
-    """Yield a row's stretches, in order.
+    """Yield the stretches of one sequence from its beginning, perhaps cut: `(T,)` tokens, and who said each.
 
-    Args:
-        ids: `(T,)` tokens of one sequence from its beginning, perhaps cut.
-        kinds: `(T,)` who said each.
-        profile: What counts.
-        tokenizer: Decodes; each stretch by itself, so that the blank which some tokenizers put in front is taken off.
-        special: Id -> name of the special tokens.
+    Each is decoded by itself, so that the blank which some tokenizers put in front is taken off; `special`: id -> name.
     """
     counts = np.append(loss_mask(kinds, profile)[:-1], False)
     is_special = np.isin(ids, list(special))
@@ -67,13 +58,10 @@ def read_stretches(
         yield Stretch(text, int(kinds[begin]), bool(counts[max(begin - 1, 0)]), name)
 
 
-def count_bytes(shards: Shards, profile: Profile, folder: Path) -> list[int]:
+def count_bytes(shards: Shards, profile: RowParams, folder: Path) -> list[int]:
     """Return each source's bytes: UTF-8, of the text that is supervised in its validation rows.
 
-    Args:
-        shards: Whose validation rows.
-        profile: What counts, and where rows are cut.
-        folder: Holds the tokenizer that made the shards.
+    `folder` holds the tokenizer that made the shards.
     """
     totals = [0] * len(shards.sources)
     for source, row in _read_rows(shards, profile, folder):
@@ -81,17 +69,14 @@ def count_bytes(shards: Shards, profile: Profile, folder: Path) -> list[int]:
     return totals
 
 
-def translate(shards: Shards, profile: Profile, folder: Path, other: Path, out: Path) -> tuple[Shards, Profile]:
+def translate(
+    shards: Shards, profile: EvaluateParams, folder: Path, other: Path, out: Path
+) -> tuple[Shards, EvaluateParams]:
     """Return validation rows of the same texts in the tokens of another folder's tokenizer, and a profile to read them.
 
     Rows keep their text, so they may have more tokens than `max_length`; the returned profile cuts none.
 
-    Args:
-        shards: Whose validation rows.
-        profile: What counts, and where rows are cut.
-        folder: Holds the tokenizer that made the shards.
-        other: Holds the other tokenizer.
-        out: An empty folder for the new shards.
+    `folder` holds the tokenizer that made the shards, `other` the other one; `out` is an empty folder for new shards.
 
     Raises:
         ConfigError: The other tokenizer lacks a special token of the template.
@@ -112,7 +97,7 @@ def translate(shards: Shards, profile: Profile, folder: Path, other: Path, out: 
     return new, profile.model_construct(**seen)
 
 
-def _read_rows(shards: Shards, profile: Profile, folder: Path) -> Iterator[tuple[int, list[Stretch]]]:
+def _read_rows(shards: Shards, profile: RowParams, folder: Path) -> Iterator[tuple[int, list[Stretch]]]:
     """Yield (source, stretches) of every validation row; a half character at a cut is left out."""
     tokenizer = open_tokenizer(folder)
     names = {number: name for name, number in shards.special.items() if name != "pad"}
@@ -157,7 +142,7 @@ def _encoder(
 
 
 def _write_source(
-    source: SourceShards, rows: list[tuple[NDArray[np.int64], NDArray[Any]]], folder: Path, vocab_size: int
+    source: SourceShards, rows: list[tuple[NDArray[np.int64], NDArray[np.uint8]]], folder: Path, vocab_size: int
 ) -> SourceShards:
     folder.mkdir(parents=True)
     lengths = np.asarray(write_shard(folder, 0, rows, vocab_size=vocab_size), dtype=np.int32)

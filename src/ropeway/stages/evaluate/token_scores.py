@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ropeway.config.params import Profile
+from ropeway.config.params import EvaluateParams
 from ropeway.data.batches import Batch, Row, collate, validation_rows
 from ropeway.data.shards import Shards
 from ropeway.models.open_model import backbone, output_head
@@ -32,17 +32,11 @@ _LARGEST_EXPONENT = 700.0  # e^700 is the end of a double; JSON has no infinity
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Sums over the supervised positions of one source.
+    """Sums over the supervised positions of one source."""
 
-    Attributes:
-        loss_sum: Nats.
-        correct: Positions whose most likely token is the target.
-        tokens: Supervised positions.
-    """
-
-    loss_sum: float
-    correct: int
-    tokens: int
+    loss_sum: float  # nats
+    correct: int  # positions whose most likely token is the target
+    tokens: int  # supervised positions
 
     @property
     def loss(self) -> float:
@@ -91,7 +85,7 @@ def plan_batches(lengths: Sequence[int], size: int, *, mix_below: int | None = N
     return batches
 
 
-def plan_mixing(profile: Profile, config: PreTrainedConfig) -> int | None:
+def plan_mixing(profile: EvaluateParams, config: PreTrainedConfig) -> int | None:
     """Return the length from which a row's loss would depend on its neighbours in a batch; None when none does.
 
     Under `document_end: published` the last target of a row is padding or its own first token, by the width of the
@@ -106,21 +100,15 @@ def plan_mixing(profile: Profile, config: PreTrainedConfig) -> int | None:
     return None if longest is None else longest + 1
 
 
-def all_rows(shards: Shards, profile: Profile) -> list[Row]:
+def all_rows(shards: Shards, profile: EvaluateParams) -> list[Row]:
     """Return the validation rows of all sources."""
     return [row for _, rows in validation_rows(shards, profile) for row in rows]
 
 
-def sum_batches(model: PreTrainedModel, shards: Shards, profile: Profile, *, share: Share) -> list[Sums]:
-    """Return the sums of each batch in a share of all batches.
+def sum_batches(model: PreTrainedModel, shards: Shards, profile: EvaluateParams, *, share: Share) -> list[Sums]:
+    """Return the sums of each batch in a share of all batches of validation rows.
 
     Which rows share a batch, and in which order, does not depend on the shares.
-
-    Args:
-        model: A causal language model of transformers.
-        shards: Data whose validation rows are read.
-        profile: Row and batch settings.
-        share: Which batches.
     """
     rows = all_rows(shards, profile)
     lengths = [sum(piece.end - piece.begin for piece in row) for row in rows]
@@ -135,12 +123,7 @@ def sum_batches(model: PreTrainedModel, shards: Shards, profile: Profile, *, sha
 
 
 def score_sources(batches: Sequence[Sums], shards: Shards, *, name: str) -> list[Score]:
-    """Return one score per source, in the order of the shards.
-
-    Args:
-        batches: The sums of all batches, in the order of `plan_batches`.
-        shards: Whose.
-        name: What the model is called in an error, `base` or `tuned`.
+    """Return one score per source, from the sums of all batches in the order of `plan_batches`.
 
     Raises:
         DataError: A source has no supervised validation token, or its loss is not finite.
@@ -194,7 +177,7 @@ def _as_numbers(parts: list[torch.Tensor]) -> NDArray[np.float64]:
     return numbers
 
 
-def check_supervised(shards: Shards, profile: Profile) -> None:
+def check_supervised(shards: Shards, profile: EvaluateParams) -> None:
     """Raise DataError for a source whose validation rows hold no supervised token; one row of each may tell."""
     for name, rows in validation_rows(shards, profile):
         if not any(collate([row], shards, profile, pad_to_multiple_of=None).loss_mask.any() for row in rows):

@@ -43,11 +43,7 @@ def find_files(patterns: list[str], root: Path, splits: Sequence[str] = ()) -> d
 
 
 def digest_files(files: dict[str, Path], cache: Path) -> dict[str, str]:
-    """Return each file's sha256, hashed only where size, times or inode are not those that `cache` remembers.
-
-    Args:
-        files: By name.
-        cache: JSON of earlier digests; it may be missing or unreadable.
+    """Return each file's sha256, hashed only where size, times or inode are not those that `cache` (JSON) remembers.
 
     Raises:
         ConfigError: This user may not read a file.

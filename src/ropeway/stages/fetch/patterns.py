@@ -57,10 +57,7 @@ def split_of(name: str) -> str | None:
 def check_splits(pattern: str, names: Iterable[str], allowed: Iterable[str]) -> None:
     """Raise ConfigError when a pattern spans several splits, or a test or validation split and files without a name.
 
-    Args:
-        pattern: As params have it.
-        names: The files that it matches.
-        allowed: The splits that params name under `splits`: these may be read together.
+    Those of `splits` in params, `allowed`, may be read together.
     """
     found: dict[str | None, list[str]] = {}
     for name in names:

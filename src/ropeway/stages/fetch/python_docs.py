@@ -63,12 +63,7 @@ def iterate_topics() -> Iterator[str]:
 
 
 def iterate_docstrings(library: Path | None = None, modules: tuple[str, ...] = MODULES) -> Iterator[Conversation]:
-    """Yield conversations about documented modules and classes, a few of their members at a time.
-
-    Args:
-        library: Folder of the standard library's source; the running Python's own when left out.
-        modules: Top-level modules and packages that are talked about.
-    """
+    """Yield conversations about documented modules and classes of a standard library, a few members at a time."""
     library = library or Path(sysconfig.get_path("stdlib"))
     number = 0
     for module in modules:

@@ -145,23 +145,14 @@ def _read_roles(row: _Row) -> Conversation:
 
 @dataclass(frozen=True, slots=True)
 class RowKind:
-    """One form of records in files.
+    """One form of records in files."""
 
-    Attributes:
-        read: Returns the record, or raises UnreadableError.
-        required: Columns that every record has.
-        optional: Columns that may be missing or null.
-        of_turn: Fields of one turn; the first required column is then the list of turns.
-        system: The column read as `system` where `columns` names none.
-        holds: What the records are.
-    """
-
-    read: Callable[[_Row], Record]
-    required: tuple[str, ...]
-    optional: tuple[str, ...] = ("system",)
-    of_turn: tuple[str, ...] = ()
-    system: str | None = None
-    holds: RecordKind = "conversation"
+    read: Callable[[_Row], Record]  # returns the record, or raises UnreadableError
+    required: tuple[str, ...]  # columns that every record has
+    optional: tuple[str, ...] = ("system",)  # columns that may be missing or null
+    of_turn: tuple[str, ...] = ()  # fields of one turn; the first required column is then the list of turns
+    system: str | None = None  # the column read as `system` where `columns` names none
+    holds: RecordKind = "conversation"  # what the records are
 
 
 # `rows` of a source in params.yaml. A kind is added here and in the schema (`ropeway.config.params`).
@@ -182,16 +173,14 @@ def _dialogue(said: list[tuple[object, str]], system: str) -> Conversation:
             raise UnreadableError("two system messages")
         system = first
     for at, (who, _) in enumerate(said):
-        if not isinstance(who, str) or who not in _ROLES:
-            raise UnreadableError("system message not first" if who == "system" else _unknown_role(who))
+        if not isinstance(who, str):
+            raise UnreadableError("role is not text")
+        if who not in _ROLES:  # e.g. `developer`, `tool` or `User`, which no template here has
+            told = "system message not first" if who == "system" else f"unknown role {who[:_SHOWN_NAME]!r}"
+            raise UnreadableError(told)
         if _ROLES[who] != at % 2:
             raise UnreadableError("roles out of order")
     return _talk([text for _, text in said], system)
-
-
-def _unknown_role(who: object) -> str:
-    """Return the reason for a role that no template here has, e.g. `developer`, `tool` or `User`."""
-    return f"unknown role {who[:_SHOWN_NAME]!r}" if isinstance(who, str) else "role is not text"
 
 
 def _field(value: object, name: str) -> object:

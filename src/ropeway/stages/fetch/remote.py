@@ -25,15 +25,12 @@ class Remote:
     """One version of a file on a server.
 
     Attributes:
-        name: Its address as messages and manifests show it: nothing in it is secret.
-        facts: What the server says of this version; other bytes mean other facts.
-        size_bytes: Its length, or None where the server does not say.
         open_from: Opens this version's bytes from an offset on; yields (stream, the offset they really begin at).
     """
 
-    name: str
-    facts: Mapping[str, object]
-    size_bytes: int | None
+    name: str  # its address as messages and manifests show it: nothing in it is secret
+    facts: Mapping[str, object]  # what the server says of this version; other bytes mean other facts
+    size_bytes: int | None  # its length, or None where the server does not say
     open_from: Callable[[int], AbstractContextManager[tuple[Readable, int]]]
 
 

@@ -40,28 +40,18 @@ _SHOWN = 20
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A record that cannot be used.
+    """A record that cannot be used."""
 
-    Attributes:
-        where: File and line, or row, as a person would look it up.
-        reason: The same few words for the same fault: they are counted.
-    """
-
-    where: str
-    reason: str
+    where: str  # file and line, or row, as a person would look it up
+    reason: str  # the same few words for the same fault: they are counted
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What is seen of a source beside its records.
+    """What is seen of a source beside its records."""
 
-    Attributes:
-        files: Name -> records read of it, refused ones too.
-        ignored: Ignored key -> kept records in which it carried something.
-    """
-
-    files: Counter[str] = field(default_factory=Counter)
-    ignored: Counter[str] = field(default_factory=Counter)
+    files: Counter[str] = field(default_factory=Counter)  # name -> records read of it, refused ones too
+    ignored: Counter[str] = field(default_factory=Counter)  # ignored key -> kept records in which it carried something
 
 
 class DocsIdentity(TypedDict):
@@ -227,13 +217,7 @@ def kind_of(source: Source) -> RecordKind:
 def open_source(
     source: Source, workspace: Workspace, identity: Mapping[str, object], seen: Seen | None = None
 ) -> Found:
-    """Return a source's records, refused ones among them, in an order that never changes.
-
-    Args:
-        source: As in params.
-        workspace: Where `paths` start, and where downloads are kept until the stage has ended.
-        identity: What `source_identity` said of the source: the records of that are read.
-        seen: Gets what was seen beside the records.
+    """Return the records of what `identity` names, refused ones among them, in an order that never changes.
 
     Raises:
         ConfigError: A file is not there, or not of a known format.

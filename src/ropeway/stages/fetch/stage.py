@@ -5,7 +5,7 @@ from collections import Counter
 from typing import TypedDict
 
 from ropeway.config.frozen import FrozenInputs
-from ropeway.config.params import Profile, Source
+from ropeway.config.params import FetchParams, Source
 from ropeway.data.raw_records import RawWriter, RecordKind
 from ropeway.runtime.errors import DataError, full_disk_explained
 from ropeway.runtime.manifest import whole_folder, write_manifest
@@ -17,27 +17,19 @@ _SHOWN_FILES = 10
 
 
 class SourceFacts(TypedDict):
-    """A source's entry in raw/manifest.json.
-
-    Attributes:
-        refused: Reason -> records.
-        first_refused: Some of them: where, and why.
-        files: Name -> records read of it, refused ones too.
-        ignored_keys: Key -> kept records in which it carried something.
-        identity: What the source was.
-    """
+    """A source's entry in raw/manifest.json."""
 
     kind: RecordKind
     read: int
     kept: int
-    refused: dict[str, int]
-    first_refused: list[dict[str, str]]
-    files: dict[str, int]
-    ignored_keys: dict[str, int]
-    identity: dict[str, object]
+    refused: dict[str, int]  # reason -> records
+    first_refused: list[dict[str, str]]  # some of them: where, and why
+    files: dict[str, int]  # name -> records read of it, refused ones too
+    ignored_keys: dict[str, int]  # key -> kept records in which it carried something
+    identity: dict[str, object]  # what the source was
 
 
-def run(workspace: Workspace, profile: Profile) -> None:
+def run(workspace: Workspace, profile: FetchParams) -> None:
     """Write `raw/`: one folder of parquet parts per source, and a manifest of what was read, kept and refused.
 
     Raises:

@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
-from ropeway.config.block import cut_block, inherited_names
-from ropeway.config.params import HuggingfaceSource, Profile
+from ropeway.config.edit import cut_block, inherited_names
+from ropeway.config.params import HuggingfaceSource
 from ropeway.stages.package.facts import Facts
 from ropeway.stages.package.model_config import TORCH_NAMES
 
@@ -15,22 +15,10 @@ NOTICE = (
 )
 
 
-def list_hub_datasets(profile: Profile) -> list[str]:
-    """Return the Hub's datasets of the model: those read, and those these were made from."""
-    read = [source.repo for source in profile.sources.values() if isinstance(source, HuggingfaceSource)]
-    return list(dict.fromkeys([*read, *profile.card.upstream_datasets]))
-
-
 def plan_card(facts: Facts, params_text: str, *, parameters: int, weights: Mapping[str, str]) -> dict[str, object]:
-    """Return the content of card.json.
-
-    Args:
-        facts: Of the run; before training, those of `load_early_facts`.
-        params_text: The frozen params.yaml.
-        parameters: Weights written.
-        weights: File -> sha256 of the safetensors.
-    """
+    """Return the content of card.json; `params_text` is the frozen params.yaml, `weights` file -> sha256."""
     rope, profile = facts.rope, facts.profile
+    read = [source.repo for source in profile.sources.values() if isinstance(source, HuggingfaceSource)]
     spoken = sorted(((text, count) for text, count in facts.systems.items() if text), key=lambda one: (-one[1], one[0]))
     return {
         "format": FORMAT,
@@ -64,7 +52,7 @@ def plan_card(facts: Facts, params_text: str, *, parameters: int, weights: Mappi
         "special": dict(facts.special),
         "conversations": facts.systems.total(),
         "systems": [list(one) for one in spoken],
-        "datasets": list_hub_datasets(profile),
+        "datasets": list(dict.fromkeys([*read, *profile.card.upstream_datasets])),
         "sources": [
             {
                 "name": name,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ropeway.config.params import Profile
+from ropeway.config.params import PackageParams
 from ropeway.data.raw_records import iterate_records
 from ropeway.models.chat_template import ChatTemplate, Conversation, open_template
 from ropeway.models.rope import RopeScaling, scaling_from_json
@@ -23,24 +23,12 @@ Json = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """One finished run.
+    """One finished run."""
 
-    Attributes:
-        name: The profile's.
-        rope: The scaling that was trained with, as the base stage recorded it.
-        raw: Manifests, as `base`, `data` and `model` are.
-        end: The text of the tokenizer's end token.
-        systems: System message -> conversations it occurred in; "" are those without.
-        max_positions: The base's own context in tokens.
-        base_rope: `rope_parameters` under which the base was measured.
-        tokenizer: tokenizer.json as the package has it.
-        template: The base's.
-    """
-
-    name: str
-    profile: Profile
-    rope: RopeScaling
-    raw: Json
+    name: str  # the profile's
+    profile: PackageParams
+    rope: RopeScaling  # the scaling that was trained with, as the base stage recorded it
+    raw: Json  # manifests, as `base`, `data` and `model` are
     base: Json
     data: Json
     model: Json
@@ -48,12 +36,12 @@ class Facts:
     train: Json
     evaluation: Json
     samples: Json
-    end: str
-    systems: Counter[str]
-    max_positions: int
-    base_rope: Json
-    tokenizer: TokenizerJson
-    template: ChatTemplate
+    end: str  # the text of the tokenizer's end token
+    systems: Counter[str]  # system message -> conversations it occurred in; "" are those without
+    max_positions: int  # the base's own context in tokens
+    base_rope: Json  # `rope_parameters` under which the base was measured
+    tokenizer: TokenizerJson  # tokenizer.json as the package has it
+    template: ChatTemplate  # the base's
 
     @property
     def steps(self) -> int:
@@ -81,7 +69,7 @@ class Facts:
         return dict(self.data["special"])
 
 
-def load_facts(workspace: Workspace, profile: Profile) -> Facts:
+def load_facts(workspace: Workspace, profile: PackageParams) -> Facts:
     """Return the run's facts.
 
     Raises:
@@ -103,7 +91,7 @@ def load_facts(workspace: Workspace, profile: Profile) -> Facts:
     )
 
 
-def load_early_facts(workspace: Workspace, profile: Profile, *, verify: bool = False) -> Facts:
+def load_early_facts(workspace: Workspace, profile: PackageParams, *, verify: bool = False) -> Facts:
     """Return what of the facts is known before training; the trained model's part says nothing.
 
     Raises:
@@ -152,7 +140,7 @@ def check_one_run(workspace: Workspace, data: Json, rope: RopeScaling, config: J
         )
 
 
-def check_params(trained: Json | None, profile: Profile, folder: Path) -> None:
+def check_params(trained: Json | None, profile: PackageParams, folder: Path) -> None:
     """Raise DataError when the model was trained with other params than the package would state, or nobody knows."""
     if trained is None:
         raise DataError(

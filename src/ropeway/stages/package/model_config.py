@@ -34,14 +34,7 @@ class TokenizerJson(TypedDict):
 def plan_config(
     trained: Mapping[str, object], *, rope: RopeScaling, dtype: str, special: Mapping[str, int]
 ) -> dict[str, object]:
-    """Return config.json of the package.
-
-    Args:
-        trained: config.json of train's export.
-        rope: The run's scaling.
-        dtype: Of the stored weights.
-        special: Ids of `bos`, `eos` and `pad`.
-    """
+    """Return config.json of the package, made of that of train's export."""
     dropped = ("transformers_version", "_name_or_path", "rope_type")
     return {
         **{key: value for key, value in trained.items() if key not in dropped},
@@ -108,10 +101,6 @@ def _all_pairs(merges: object) -> TypeGuard[list[list[str]]]:
 
 def lowest_loader(rope: RopeScaling, tokenizer: TokenizerJson) -> str:
     """Return the lowest version of transformers that loads such a model right.
-
-    Args:
-        rope: The run's scaling.
-        tokenizer: The package's tokenizer.json.
 
     Source: transformers' release notes: linear and dynamic scaling came with 4.31.0; `rope_theta` with 4.33.0, before
     which every Llama has 10,000; yarn and llama3 with 4.43.0. Its setup.py: tokenizers 0.19 (`ignore_merges`) came

@@ -22,9 +22,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ropeway.config.block import write_blocks
+from ropeway.config.edit import write_blocks
 from ropeway.config.frozen import FrozenInputs
-from ropeway.config.params import Profile
+from ropeway.config.params import PackageParams
 from ropeway.models.chat_template import FILE as TEMPLATE_FILE
 from ropeway.runtime.errors import DataError
 from ropeway.runtime.manifest import digest_of, file_sha256, whole_folder, write_json, write_manifest
@@ -46,7 +46,7 @@ _SHOWN_CHARACTERS = 2000
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
 
-def check_request(workspace: Workspace, profile: Profile) -> None:
+def check_request(workspace: Workspace, profile: PackageParams) -> None:
     """Make everything of the package that needs no trained model: what fails now would fail after training too.
 
     Raises:
@@ -62,7 +62,7 @@ def check_request(workspace: Workspace, profile: Profile) -> None:
     _plan_probe(facts, workspace.base)
 
 
-def run(workspace: Workspace, profile: Profile) -> None:
+def run(workspace: Workspace, profile: PackageParams) -> None:
     """Write `package/`; there is none unless a fresh interpreter loaded it and found what was promised.
 
     Raises:

@@ -52,12 +52,8 @@ def name_shards(count: int) -> list[str]:
 def write_weights(source: Path, target: Path, *, dtype: str, max_shard_bytes: int, tied: bool) -> Written:
     """Write the weights of `source` to `target`, cast, sharded, with an index when there is more than one shard.
 
-    Args:
-        source: A folder with safetensors.
-        target: Where to.
-        dtype: `fp16`, `bf16` or `fp32`.
-        max_shard_bytes: Upper limit of a file, but for a single larger tensor.
-        tied: The head is the embedding, and is not stored twice.
+    Only a single larger tensor makes a file larger than `max_shard_bytes`. A head that is `tied` to the embedding is
+    not stored twice.
 
     Raises:
         DataError: A value does not fit the dtype, or a tied head differs from its embedding.

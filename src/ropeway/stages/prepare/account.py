@@ -10,7 +10,7 @@ from itertools import chain
 import numpy as np
 from numpy.typing import NDArray
 
-from ropeway.config.params import Profile
+from ropeway.config.params import PrepareParams, RowParams
 from ropeway.data.batches import PAD_MULTIPLE, EpochPlan, plan_epoch
 from ropeway.data.ledger import Account, Epoch, EpochOfSource, Findings, Ledger, Parts, Records
 from ropeway.data.loss_mask import loss_mask, loss_masks
@@ -23,7 +23,7 @@ def account_for(
     records: dict[str, Records],
     splits: dict[str, Split],
     findings: dict[str, Findings],
-    profile: Profile,
+    profile: PrepareParams,
 ) -> Ledger:
     """Return the ledger of these shards: every row of every epoch of the run is counted, as it will be read."""
     plans = [plan_epoch(shards, profile, epoch=epoch) for epoch in range(profile.num_train_epochs)]
@@ -112,7 +112,7 @@ def _lay_out(plan: EpochPlan, owners: NDArray[np.int64], sequences: NDArray[np.i
     return Pieces(np.arange(len(lengths)), owners, sequences, begin, end)
 
 
-def _count_supervised(source: SourceShards, pieces: Pieces, profile: Profile) -> int:
+def _count_supervised(source: SourceShards, pieces: Pieces, profile: RowParams) -> int:
     """Return how many of these pieces' tokens count in the loss, in time and memory of a shard, however they are cut.
 
     Whether a token counts follows from its kind and the next one's, so the masks of whole sequences are right in a

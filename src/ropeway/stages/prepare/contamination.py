@@ -33,12 +33,11 @@ class GramSet:
     """A set of hashed runs of words.
 
     Attributes:
-        values: `(H,)`, ascending, distinct.
         sieves: `(2, F)`, F a power of two: False at `part % F` of a value's low or high half means not in the set. They
             spare nearly all binary searches, each of which waits for memory.
     """
 
-    values: NDArray[np.uint64]
+    values: NDArray[np.uint64]  # `(H,)`, ascending, distinct
     sieves: NDArray[np.bool_]
 
     @classmethod
@@ -114,11 +113,8 @@ def find_hits(
 ) -> NDArray[np.uint8]:
     """Return `(n,)` bits for each sequence: what it shares a run of words with.
 
-    Args:
-        grams: Marked runs of words, one sequence's after another's.
-        offsets: `(n + 1,)` where those of each sequence begin and end.
-        validation: What validation holds.
-        prompts: What evaluation prompts hold; a short prompt is one run, which a whole turn may equal.
+    The `(n + 1,)` offsets say where the runs of each sequence begin and end. A short prompt is one run, which a whole
+    turn may equal.
     """
     hits = np.zeros(len(offsets) - 1, np.uint8)
     for bit, known in ((IN_VALIDATION, validation), (IN_PROMPTS, prompts)):
@@ -128,11 +124,7 @@ def find_hits(
 
 
 def parse_prompts(text: str, name: str) -> list[str]:
-    """Return the texts of a file of evaluation prompts: lines of text, or every string in lines of JSON.
-
-    Args:
-        text: What the file holds.
-        name: Its name; .jsonl means JSON.
+    """Return the texts of a file of evaluation prompts: lines of text, or every string in the lines of a .jsonl file.
 
     Raises:
         ConfigError: A line of a .jsonl file is not JSON.

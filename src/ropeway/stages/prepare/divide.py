@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ropeway.config.params import Profile
+from ropeway.config.params import PrepareParams
 from ropeway.data.ledger import Findings, Found
 from ropeway.data.tokenized import TokenizedSource
 from ropeway.stages.prepare.contamination import IN_PROMPTS, find_contaminated
 from ropeway.stages.prepare.duplicates import Repeats, find_repeats
-from ropeway.stages.prepare.split import Split, plan_split_without
+from ropeway.stages.prepare.split import Split, plan_split
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,27 +28,20 @@ class Part:
 
 
 def divide_sources(
-    sources: Mapping[str, TokenizedSource], profile: Profile, *, prompts: Sequence[str], work: Path
+    sources: Mapping[str, TokenizedSource], profile: PrepareParams, *, prompts: Sequence[str], work: Path
 ) -> dict[str, Part]:
-    """Return each source's part.
-
-    Args:
-        sources: In the order of params.
-        profile: `duplicates`, `contamination` and what `plan_split` reads.
-        prompts: Of the files that `contamination.prompts` names.
-        work: An empty folder.
-    """
+    """Return each source's part; `work` is an empty folder, `prompts` are of the files in `contamination.prompts`."""
     generator = np.random.RandomState(profile.rng_seed)  # one for all sources in their order, as in the original
     repeats = find_repeats(sources, profile.duplicates, work=work)
     records = {name: source.column("records") for name, source in sources.items()}
     splits = {
-        name: plan_split_without(
-            _removed_records(repeats[name], profile)[records[name]],
+        name: plan_split(
             records[name],
             sources[name].column("record_keys" if profile.split_by == "document" else "keys"),
             profile,
             max_val_set=options.max_val_set,
             generator=generator,
+            removed=_removed_records(repeats[name], profile)[records[name]],
         )
         for name, options in profile.mixture
     }
@@ -62,7 +55,7 @@ def divide_sources(
     }
 
 
-def _removed_records(repeats: Repeats, profile: Profile) -> NDArray[np.bool_]:
+def _removed_records(repeats: Repeats, profile: PrepareParams) -> NDArray[np.bool_]:
     """Return `(R,)`, True for each record that params remove before the split."""
     exact, near = profile.duplicates.exact == "remove", profile.duplicates.near == "remove"
     return (repeats.exact & exact) | (repeats.near & near)
@@ -73,17 +66,9 @@ def _count_findings(
     lengths: NDArray[np.int32],
     repeats: Repeats,
     hits: NDArray[np.uint8],
-    profile: Profile,
+    profile: PrepareParams,
 ) -> Findings:
-    """Return what one source's ledger says.
-
-    Args:
-        records: `(N,)` record of each sequence, ascending.
-        lengths: `(N,)` tokens of each sequence.
-        repeats: By record.
-        hits: `(N,)` bits of `ropeway.stages.prepare.contamination`.
-        profile: Says what was done.
-    """
+    """Return what one source's ledger says, from each sequence's record (ascending), tokens and hit, `(N,)` each."""
 
     def found(action: str, which: NDArray[np.bool_]) -> Found:
         tokens = int(lengths[which].sum(dtype=np.int64))

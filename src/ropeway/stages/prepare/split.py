@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from ropeway.config.params import Profile
+from ropeway.config.params import PrepareParams
 from ropeway.data.mixture import draw_validation, split_positions
 
 
@@ -14,17 +14,13 @@ class Split:
     """Sequence numbers of one source; each sequence is in one part (validation drawn with replacement repeats its own).
 
     Attributes:
-        train: `(n,)`.
-        validation: `(v,)`.
-        unused: What validation's limit leaves over.
-        duplicate: Removed before the split.
         contaminated: Taken out of the training part.
     """
 
-    train: NDArray[np.int64]
-    validation: NDArray[np.int64]
-    unused: NDArray[np.int64]
-    duplicate: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    train: NDArray[np.int64]  # `(n,)`
+    validation: NDArray[np.int64]  # `(v,)`
+    unused: NDArray[np.int64]  # what validation's limit leaves over
+    duplicate: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))  # removed before the split
     contaminated: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
 
     def without_contaminated(self, hit: NDArray[np.bool_]) -> "Split":
@@ -36,10 +32,11 @@ class Split:
 def plan_split(
     records: NDArray[np.int64],
     keys: NDArray[np.uint64],
-    profile: Profile,
+    profile: PrepareParams,
     *,
     max_val_set: int | None,
     generator: np.random.RandomState,
+    removed: NDArray[np.bool_] | None = None,
 ) -> Split:
     """Return the split of one source.
 
@@ -49,39 +46,27 @@ def plan_split(
         profile: `split`, `split_by`, `val_split` and `validation_with_replacement` are read.
         max_val_set: Sequences that validate; the rest of the validation part is unused.
         generator: Shared over the sources in their order, as in the original.
+        removed: `(N,)` True for sequences of whole records; the split is as if they had never been there.
     """
+    removed = np.zeros(len(records), np.bool_) if removed is None else removed
+    stay, gone = np.flatnonzero(~removed), records[removed]
+    gone = gone[np.diff(gone, prepend=-1) > 0]  # ascending: each once
+    records, keys = records[stay] - np.searchsorted(gone, records[stay]), keys[stay]
     units = records if profile.split_by == "document" else np.arange(len(records))
     if profile.split == "by_hash":
         chosen = keys < np.uint64(int(profile.val_split * 2**64))
         train, part = np.flatnonzero(~chosen), np.flatnonzero(chosen)
     else:
-        train, part = (expand(order, units) for order in split_positions(_count(units), profile.val_split))
+        count = int(units[-1]) + 1 if len(units) else 0
+        train, part = (expand(order, units) for order in split_positions(count, profile.val_split))
     replace = profile.validation_with_replacement
     if profile.split == "by_hash" and not replace:
         # The lowest hashes: a new record takes the place of one at most, where a draw would change them all.
         validation = np.sort(part[np.argsort(keys[part], kind="stable")][:max_val_set])
     else:
         validation = part[draw_validation(len(part), max_val_set, generator=generator, replace=replace)]
-    return Split(train, validation, np.setdiff1d(part, validation))
-
-
-def plan_split_without(
-    removed: NDArray[np.bool_],
-    records: NDArray[np.int64],
-    keys: NDArray[np.uint64],
-    profile: Profile,
-    *,
-    max_val_set: int | None,
-    generator: np.random.RandomState,
-) -> Split:
-    """Return `plan_split` as if the sequences that `removed` `(N,)` marks, of whole records, had never been there."""
-    stay = np.flatnonzero(~removed)
-    gone = records[removed]
-    gone = gone[np.diff(gone, prepend=-1) > 0]  # ascending: each once
-    numbers = records[stay] - np.searchsorted(gone, records[stay])
-    split = plan_split(numbers, keys[stay], profile, max_val_set=max_val_set, generator=generator)
-    train, validation, unused = (stay[part] for part in (split.train, split.validation, split.unused))
-    return Split(train, validation, unused, duplicate=np.flatnonzero(removed))
+    unused = np.setdiff1d(part, validation)
+    return Split(stay[train], stay[validation], stay[unused], duplicate=np.flatnonzero(removed))
 
 
 def expand(order: NDArray[np.int64], units: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -95,7 +80,3 @@ def expand(order: NDArray[np.int64], units: NDArray[np.int64]) -> NDArray[np.int
     before = np.cumsum(counts) - counts  # sequences of the units in front
     sequences: NDArray[np.int64] = np.repeat(begins - before, counts) + np.arange(int(counts.sum()))
     return sequences
-
-
-def _count(units: NDArray[np.int64]) -> int:
-    return int(units[-1]) + 1 if len(units) else 0

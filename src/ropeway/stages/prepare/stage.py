@@ -9,7 +9,7 @@ from typing import TypedDict
 import numpy as np
 
 from ropeway.config.frozen import FrozenInputs
-from ropeway.config.params import Profile
+from ropeway.config.params import PrepareParams
 from ropeway.config.tokenize_params import values_shared_with_prepare
 from ropeway.data.ledger import Findings, Ledger, Records, check_ledger
 from ropeway.data.shards import Shards, SourceShards, open_shards, sequence_digest
@@ -40,7 +40,7 @@ class _Fetched(TypedDict):
     ignored_keys: dict[str, int]
 
 
-def run(workspace: Workspace, profile: Profile) -> None:
+def run(workspace: Workspace, profile: PrepareParams) -> None:
     """Write `data/` (shards, manifest) and `ledger.json`.
 
     Raises:
@@ -83,7 +83,7 @@ def run(workspace: Workspace, profile: Profile) -> None:
         print(line)
 
 
-def _check_params(workspace: Workspace, profile: Profile, made: Mapping[str, object]) -> None:
+def _check_params(workspace: Workspace, profile: PrepareParams, made: Mapping[str, object]) -> None:
     """Raise DataError when tokens are of other sources, or lack what this profile compares records by."""
     wanted = values_shared_with_prepare(profile)
     if differ := [key for key, value in wanted.items() if made[key] != value]:
@@ -93,7 +93,7 @@ def _check_params(workspace: Workspace, profile: Profile, made: Mapping[str, obj
         )
 
 
-def _read_prompts(workspace: Workspace, profile: Profile) -> list[str]:
+def _read_prompts(workspace: Workspace, profile: PrepareParams) -> list[str]:
     """Return the evaluation prompts that training text is compared with, as they were when the digests were taken."""
     names = profile.contamination.prompts
     frozen = FrozenInputs.load(workspace.root) if names else None
@@ -111,7 +111,7 @@ def _entry(source: TokenizedSource) -> dict[str, object]:
     }
 
 
-def _records(name: str, raw: _Fetched, source: TokenizedSource, profile: Profile) -> Records:
+def _records(name: str, raw: _Fetched, source: TokenizedSource, profile: PrepareParams) -> Records:
     """Return the account of a source's records.
 
     Raises:
@@ -151,11 +151,8 @@ def write_source(folder: Path, source: TokenizedSource, split: Split) -> None:
 def check_readback(shards: Shards, ends: dict[str, list[list[str]]]) -> None:
     """Raise DataError unless the reader finds in each shard as many tokens as written, and its ends as they were.
 
-    Fast: two sequences a shard are read, whatever its size.
-
-    Args:
-        shards: What was written, opened as training opens it.
-        ends: By source and shard, digests of the first and the last sequence as they were encoded.
+    Fast: two sequences a shard are read, whatever its size. `ends` are digests of those two as they were encoded, by
+    source and shard.
     """
     for source in shards.sources:
         _check_sizes(source)
@@ -186,7 +183,7 @@ def _check_sizes(source: SourceShards) -> None:
         first += count
 
 
-def describe(ledger: Ledger, profile: Profile, special: str) -> list[str]:
+def describe(ledger: Ledger, profile: PrepareParams, special: str) -> list[str]:
     """Return the ledger in a few lines for the log; `special` is what became of special tokens in texts."""
     lines = []
     for account in ledger.sources:
@@ -220,7 +217,7 @@ def describe(ledger: Ledger, profile: Profile, special: str) -> list[str]:
     return lines
 
 
-def _describe_findings(name: str, findings: Findings, profile: Profile) -> list[str]:
+def _describe_findings(name: str, findings: Findings, profile: PrepareParams) -> list[str]:
     """Return lines for the log: none where nothing repeats."""
     lines, done = [], {"count": "kept", "remove": "removed"}
     for how, found in (("exact", findings.exact), ("near", findings.near)):

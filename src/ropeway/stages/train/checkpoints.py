@@ -10,12 +10,16 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ropeway.runtime.errors import ConfigError, DataError
 from ropeway.runtime.manifest import NAME, load_manifest, sync_folder, write_json, write_manifest
+from ropeway.stages.train.stop import Line
 
 _NAME = re.compile(r"step-(\d{6,})")
 STATE = "state"
@@ -33,7 +37,7 @@ class Checkpoint:
     step: int
     facts: dict[str, Any]
 
-    def log(self) -> list[dict[str, Any]]:
+    def log(self) -> list[Line]:
         """Return the log lines up to this step."""
         return [json.loads(line) for line in (self.folder / LOG).read_text(encoding="utf-8").splitlines()]
 
@@ -71,7 +75,7 @@ def newest_valid(root: Path) -> Checkpoint | None:
     return None
 
 
-def _check_owner(folder: Path, step: int, facts: dict[str, Any]) -> None:
+def _check_owner(folder: Path, step: int, facts: Mapping[str, object]) -> None:
     """Raise DataError unless a checkpoint is this step of this run; one that names no run is of an older Ropeway."""
     of, at = facts.get("fingerprint", folder.parent.name), facts.get("step", step)
     if (of, at) != (folder.parent.name, step):
@@ -122,7 +126,7 @@ def universal_folder(checkpoint: Checkpoint) -> Path:
 
 def check_resumable(checkpoint: Checkpoint, *, ranks: int, now: dict[str, str]) -> None:
     """Raise ConfigError where going on would silently give other bytes than the run that was begun."""
-    wrote: dict[str, Any] = checkpoint.facts
+    wrote = checkpoint.facts
     if wrote["ranks"] != ranks and not universal_folder(checkpoint).is_dir():
         raise ConfigError(
             f"{checkpoint.folder} was written by {wrote['ranks']} ranks, this start has {ranks} and it was not "
@@ -137,6 +141,49 @@ def check_resumable(checkpoint: Checkpoint, *, ranks: int, now: dict[str, str]) 
         )
 
 
+def make_loadable(folder: Path, *, ranks: int) -> None:
+    """Convert the newest valid checkpoint of a run if other ranks wrote it; the original stays.
+
+    DeepSpeed's universal format loads into any number of ranks. They resume to the same rows in the same order, since
+    positions are counted in steps of `global_batch_size` rows; the bytes may differ in the last place, since sums over
+    ranks are taken in another order.
+
+    Done before any rank starts: on a large model it outlasts the time-out of a collective.
+
+    Raises:
+        ConfigError: DeepSpeed could not convert it.
+    """
+    # Of all, not of the newest alone: where that one is damaged an older one resumes.
+    if all(read_ranks(step) == ranks for _, step in list_steps(folder)):
+        return
+    checkpoint = newest_valid(folder)
+    if checkpoint is None or checkpoint.facts["ranks"] == ranks:
+        return
+    target = universal_folder(checkpoint)
+    if target.exists():
+        return
+    print(
+        f"{checkpoint.folder} was written by {checkpoint.facts['ranks']} ranks; converting it for {ranks}: "
+        "same rows in the same order, sums over ranks round otherwise",
+        flush=True,
+    )
+    partial = folder / f".partial-universal-{checkpoint.step:06d}"
+    shutil.rmtree(partial, ignore_errors=True)
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    paths = [
+        f"--input_folder={checkpoint.folder / STATE}",
+        f"--output_folder={partial / STATE}",
+    ]
+    done = subprocess.run([*command, *paths], capture_output=True, text=True, check=False)
+    if done.returncode:
+        why = done.stderr.strip().rpartition("\n")[2].strip() or "no word of why"
+        raise ConfigError(
+            f"{checkpoint.folder}: DeepSpeed could not convert it for {ranks} ranks ({why}); set "
+            f"ROPEWAY_RANKS={checkpoint.facts['ranks']} to go on with those that wrote it"
+        )
+    partial.rename(target)
+
+
 def name_last_good(folder: Path) -> str:
     """Return where the same command would resume; no checkpoint holds steps that a stop rule suspects."""
     steps = list_steps(folder)
@@ -148,7 +195,7 @@ def name_last_good(folder: Path) -> str:
     return "No checkpoint was saved before that"
 
 
-def commit(root: Path, step: int, log: list[dict[str, Any]], facts: dict[str, Any]) -> Path:
+def commit(root: Path, step: int, log: Sequence[Line], facts: Mapping[str, object]) -> Path:
     """Make a written partial folder the checkpoint of `step`; call on one rank, after all have written.
 
     A checkpoint of the same step that is already there (an invalid one, skipped on resume) is replaced.
@@ -179,11 +226,6 @@ def rotate(root: Path, *, keep: int, saved: int) -> None:
 
     Damaged ones go first, then the oldest. The one that was saved just now and the newest valid one always stay: a
     damaged one may have a higher step, since the run went back before it.
-
-    Args:
-        root: The run's folder.
-        keep: How many stay, 1 at least.
-        saved: The step that was saved just now.
     """
     steps = list_steps(root)
     if len(steps) > keep:
@@ -226,7 +268,7 @@ def _link(source: str, target: str) -> None:
         sync_file(Path(target))
 
 
-def claim(root: Path, owner: dict[str, Any]) -> None:
+def claim(root: Path, owner: Mapping[str, object]) -> None:
     """Say in a run's folder whose it is and what it was begun with; its time says when it was last started."""
     with contextlib.suppress(OSError, ValueError):  # not there yet, or not whole
         if json.loads((root / OWNER).read_bytes()) == owner:

@@ -1,4 +1,6 @@
-"""Going on from another run (`resume_from`): its checkpoint becomes this run's first one, and the lineage says so.
+"""What determines a training run, and continuing from another one (`resume_from`).
+
+The other's checkpoint becomes this run's first one, and the lineage says so.
 
 .checkpoints/<fingerprint>/step-000200/     hard links to the other run's, whose every byte was verified
 .checkpoints/<fingerprint>/continued.json   which run and step, and what was changed since; written before it
@@ -9,15 +11,18 @@ of this run, no row is read twice and none is left out. What may change is how s
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
-from ropeway.config.params import Profile
+from ropeway.config.frozen import FrozenInputs
+from ropeway.config.params import TrainParams
+from ropeway.config.stages import READS
+from ropeway.data.shards import REMEDY
 from ropeway.runtime.errors import ConfigError, DataError
 from ropeway.runtime.manifest import digest_of, load_manifest, write_json
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.train import checkpoints
-from ropeway.stages.train.fingerprint import Fingerprint
 
 RECORD = "continued.json"
 # More epochs go on where the others ended; the rest says how a step is made, not of which rows.
@@ -31,7 +36,42 @@ _MUST_EQUAL = ("base", "data", "deepspeed")
 _REMEDY = "set resume_from to null to train from the beginning"
 
 
-def go_on(workspace: Workspace, profile: Profile, fingerprint: Fingerprint) -> None:
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """The hash and its parts; ranks, cadence and tracking are not among them."""
+
+    digest: str  # 16 hex digits, the name of the run's checkpoint folder
+    parts: dict[str, str]  # digests of params, data, base, DeepSpeed JSON and code
+    params: dict[str, object]  # the parameters themselves
+
+
+def take_fingerprint(workspace: Workspace, profile: TrainParams, frozen: FrozenInputs) -> Fingerprint:
+    """Return the fingerprint of the run that this workspace would train now.
+
+    Raises:
+        DataError: Base or data are unfinished or changed after they were written.
+    """
+    base = load_manifest(workspace.base, remedy="Run `dvc checkout`, or `dvc repro base`")
+    data = load_manifest(workspace.data, remedy=REMEDY)
+    dumped = profile.model_dump(mode="json", include=set(READS["train"]))
+    parts = {
+        "params": digest_of(dumped),
+        "base": digest_of(base),
+        "data": digest_of(data),
+        "deepspeed": frozen.digest("deepspeed"),
+        "code": frozen.digest("code-train"),
+    }
+    return Fingerprint(digest_of(parts)[:16], parts, dumped)
+
+
+class Begun(TypedDict):
+    """What a run was begun with, as its folder says."""
+
+    parts: dict[str, str]
+    params: dict[str, object]
+
+
+def go_on(workspace: Workspace, profile: TrainParams, fingerprint: Fingerprint) -> None:
     """Take over the checkpoint that `resume_from` names, unless this run has one of its own already.
 
     Raises:
@@ -54,27 +94,28 @@ def go_on(workspace: Workspace, profile: Profile, fingerprint: Fingerprint) -> N
     changed = {key: f"{old} -> {new}" for key, (old, new) in _changed(begun["params"], fingerprint).items()}
     changed.pop("resume_from", None)
     old, new = (parts["code"][:8] for parts in (begun["parts"], fingerprint.parts))
-    record: dict[str, Any] = {
+    changed |= {"training code": f"{old} -> {new}"} if old != new else {}
+    record = {
         "fingerprint": name,
         "step": checkpoint.step,
         "checkpoint": digest_of(checkpoint.facts),
-        "changed": changed | ({"training code": f"{old} -> {new}"} if old != new else {}),
+        "changed": changed,
         "earlier": read_record(source),
     }
     write_json(folder / RECORD, record)
     checkpoints.take_over(checkpoint, folder)
-    words = ", ".join(f"{key} {values}" for key, values in record["changed"].items())
+    words = ", ".join(f"{key} {values}" for key, values in changed.items())
     print(f"going on from step {checkpoint.step} of run {name}: {words or 'nothing changed'}", flush=True)
 
 
-def read_record(folder: Path) -> dict[str, Any]:
+def read_record(folder: Path) -> dict[str, object]:
     """Return from which run a run went on; nothing where it began at its base."""
     path = folder / RECORD
-    record: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}
+    record: dict[str, object] = json.loads(path.read_bytes()) if path.is_file() else {}
     return record
 
 
-def find_differences(begun: Mapping[str, Any], fingerprint: Fingerprint) -> list[str]:
+def find_differences(begun: Begun, fingerprint: Fingerprint) -> list[str]:
     """Return in words what keeps a run from going on as another: its inputs, or params that decide rows or shapes."""
     faults = [
         f"{part}: sha256 {begun['parts'][part][:12]}… there, {fingerprint.parts[part][:12]}… here"
@@ -85,17 +126,16 @@ def find_differences(begun: Mapping[str, Any], fingerprint: Fingerprint) -> list
     return faults + [f"{key}: {old} there, {new} here" for key, (old, new) in changed.items() if key not in MAY_CHANGE]
 
 
-def _changed(before: Mapping[str, Any], fingerprint: Fingerprint) -> dict[str, tuple[Any, Any]]:
+def _changed(before: Mapping[str, object], fingerprint: Fingerprint) -> dict[str, tuple[object, object]]:
     """Return key -> (there, here) of the params that differ."""
     keys = sorted({*before, *fingerprint.params})
     pairs = {key: (before.get(key), fingerprint.params.get(key)) for key in keys}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def _read_begun(source: Path) -> dict[str, Any]:
-    """Return what a run was begun with, as its folder says."""
+def _read_begun(source: Path) -> Begun:
     try:
-        begun: dict[str, Any] = json.loads((source / checkpoints.OWNER).read_bytes())
+        begun: Begun = json.loads((source / checkpoints.OWNER).read_bytes())
     except FileNotFoundError:
         others = sorted(path.parent.name for path in source.parent.glob(f"*/{checkpoints.OWNER}"))
         raise ConfigError(

@@ -2,9 +2,9 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TypedDict
 
-from ropeway.config.params import Profile
+from ropeway.config.params import TrainParams
 from ropeway.runtime.errors import ConfigError
 
 # params.yaml says these; a second source could disagree, so the named JSON may not hold them.
@@ -13,25 +13,38 @@ _OWNED = (
     "bf16", "scheduler", "fp16.enabled", "optimizer.params.lr", "optimizer.params.betas", "optimizer.params.eps",
     "optimizer.params.weight_decay", "checkpoint", "data_types",
 )  # fmt: skip
-_ALLOWED = ("fp16", "optimizer", "zero_optimization", "activation_checkpointing", "communication_data_type")
 
 
-def parse_deepspeed_json(text: str, path: str) -> dict[str, Any]:
+class OptimizerJson(TypedDict, total=False):
+    """`optimizer` of a DeepSpeed JSON."""
+
+    type: str
+    params: dict[str, object]
+
+
+class DeepSpeedJson(TypedDict, total=False):
+    """The JSON that `deepspeed_config` names: it holds no other keys."""
+
+    fp16: dict[str, object]
+    optimizer: OptimizerJson
+    zero_optimization: dict[str, object]
+    activation_checkpointing: dict[str, object]
+    communication_data_type: str
+
+
+def parse_deepspeed_json(text: str, path: str) -> DeepSpeedJson:
     """Return the JSON that `deepspeed_config` names, checked for keys that params.yaml owns.
-
-    Args:
-        text: The JSON.
-        path: Its name, for messages.
 
     Raises:
         ConfigError: It is not JSON, holds "auto", or says what params.yaml says.
     """
     try:
-        named: dict[str, Any] = json.loads(text)
+        named: DeepSpeedJson = json.loads(text)
     except ValueError as error:
         raise ConfigError(f"{path}: not JSON: {error}") from None
+    allowed = tuple(DeepSpeedJson.__annotations__)
     faults = [f"{path}: {key}: params.yaml says this; remove it here" for key in _OWNED if _holds(named, key)]
-    faults += [f"{path}: {key}: unknown here; known are {', '.join(_ALLOWED)}" for key in named if key not in _ALLOWED]
+    faults += [f"{path}: {key}: unknown here; known are {', '.join(allowed)}" for key in named if key not in allowed]
     if '"auto"' in json.dumps(named):
         faults.append(f'{path}: "auto" is what a trainer fills in; here params.yaml fills in, so leave such keys out')
     if faults:
@@ -39,8 +52,8 @@ def parse_deepspeed_json(text: str, path: str) -> dict[str, Any]:
     return named
 
 
-def _holds(tree: Mapping[str, Any], dotted: str) -> bool:
-    here: Any = tree
+def _holds(tree: Mapping[str, object], dotted: str) -> bool:
+    here: object = tree
     for part in dotted.split("."):
         if not isinstance(here, Mapping) or part not in here:
             return False
@@ -49,11 +62,11 @@ def _holds(tree: Mapping[str, Any], dotted: str) -> bool:
 
 
 def plan_deepspeed(
-    profile: Profile, named: Mapping[str, Any], *, ranks: int, accumulation_steps: int, total_steps: int
-) -> dict[str, Any]:
+    profile: TrainParams, named: DeepSpeedJson, *, ranks: int, accumulation_steps: int, total_steps: int
+) -> dict[str, object]:
     """Return the whole configuration `deepspeed.initialize` gets."""
-    optimizer = {**named.get("optimizer", {"type": "AdamW"})}
-    optimizer["params"] = {
+    optimizer = named.get("optimizer", OptimizerJson(type="AdamW"))
+    params = {
         **optimizer.get("params", {}),
         "lr": profile.learning_rate,
         "betas": [profile.adam_beta1, profile.adam_beta2],
@@ -68,13 +81,13 @@ def plan_deepspeed(
         "gradient_clipping": profile.max_grad_norm,
         "fp16": {"enabled": profile.dtype == "fp16", **named.get("fp16", {})},
         "bf16": {"enabled": profile.dtype == "bf16"},
-        "optimizer": optimizer,
+        "optimizer": {**optimizer, "params": params},
         "scheduler": _scheduler(profile, total_steps),
         "steps_per_print": 2**31,  # our own line per step replaces DeepSpeed's
     }
 
 
-def _scheduler(profile: Profile, total_steps: int) -> dict[str, Any]:
+def _scheduler(profile: TrainParams, total_steps: int) -> dict[str, object]:
     warmup = {"warmup_num_steps": max(profile.warmup_steps, 1), "warmup_type": "linear"}
     if profile.lr_schedule == "cosine":
         return {"type": "WarmupCosineLR", "params": {"total_num_steps": total_steps, "cos_min_ratio": 0.0, **warmup}}

@@ -1,8 +1,6 @@
-"""The end of training: the model folder that every later room opens with plain transformers."""
+"""The end of training: the model folder that every later stage opens with plain transformers."""
 
 import shutil
-from pathlib import Path
-from typing import Any
 
 import deepspeed
 import torch
@@ -38,8 +36,10 @@ def export_model(run: Run, workspace: Workspace, *, fingerprint: str, log: list[
     base = load_manifest(workspace.base, remedy="Run `dvc checkout`", verify=False)
     with whole_folder(workspace.model) as folder:
         model.save_pretrained(folder, safe_serialization=True, max_shard_size=MAX_SHARD)
-        _copy_tokenizer(workspace.base, folder)
-        facts: dict[str, Any] = {
+        for name in TOKENIZER_FILES:
+            if (workspace.base / name).is_file():
+                shutil.copyfile(workspace.base / name, folder / name)
+        facts = {
             "fingerprint": fingerprint,
             "steps": len(log),
             "applied_steps": sum(line["applied"] for line in log),
@@ -63,9 +63,3 @@ def _whole_model(run: Run, workspace: Workspace) -> PreTrainedModel | None:
             if name in targets:
                 targets[name].copy_(part)
     return whole
-
-
-def _copy_tokenizer(base: Path, folder: Path) -> None:
-    for name in TOKENIZER_FILES:
-        if (base / name).is_file():
-            shutil.copyfile(base / name, folder / name)

@@ -13,10 +13,9 @@ from torch import Tensor
 from ropeway.data.batches import Batch, collate, validation_rows
 from ropeway.data.mixture import rank_order
 from ropeway.runtime.errors import TrainingError
-from ropeway.stages.train.flops import step_flops
 from ropeway.stages.train.loss import micro_batch_loss, token_loss
-from ropeway.stages.train.running import Run
-from ropeway.stages.train.schedule import learning_rate
+from ropeway.stages.train.model import step_flops
+from ropeway.stages.train.running import Run, learning_rate
 from ropeway.stages.train.stop import Fault, Line, count_spikes, find_fault, made
 
 
@@ -25,14 +24,12 @@ class Taken:
     """One optimizer step that was attempted.
 
     Attributes:
-        line: Its line of the log; nothing in it depends on the clock or the machine.
-        stopping: A rank was asked to stop.
         machine: `model_flops`, what the model needed for it, forward and backward, over all ranks;
             `peak_memory_bytes`, the most that a rank has held so far.
     """
 
-    line: Line
-    stopping: bool
+    line: Line  # its line of the log; nothing in it depends on the clock or the machine
+    stopping: bool  # a rank was asked to stop
     machine: Line
 
 
@@ -67,7 +64,8 @@ def train(
         taken = pass_over(run, step, log, stop=stop) if run.is_left_out(step) else take_step(run, step, log, stop=stop)
         line, stopping, last = taken.line, taken.stopping, step == run.total_steps
         log.append(line)
-        if made(log[-1:]) and (fault := _find_fault(run, log)):
+        fp16 = run.profile.dtype == "fp16"
+        if made(log[-1:]) and (fault := find_fault(log, run.profile.stop, fp16=fp16, floor=_scale_floor(run))):
             raise FaultError(fault)
         seconds = time.perf_counter() - began
         if last or step % run.profile.eval_steps == 0:
@@ -114,30 +112,14 @@ def take_step(run: Run, step: int, log: Sequence[Line], *, stop: Callable[[], bo
     sums[3] = step_flops(run.token_flops, run.engine.module.model.config, rows)
     sums[4 + 2 * count + run.rank] = _peak_memory(run.device)
     sums = _sum(run, sums)
-    line = _line(run, step, sums, rate, log)
+    line = _learned(run, _line(run, step, log), sums, rate)
     machine = {"model_flops": float(sums[3]), "peak_memory_bytes": int(sums[4 + 2 * count :].max())}
     return Taken(line, bool(sums[2]), machine)
 
 
 def pass_over(run: Run, step: int, log: Sequence[Line], *, stop: Callable[[], bool]) -> Taken:
     """Leave out the rows of a step: nothing is read or learned, and the schedule, which counts applied steps, waits."""
-    epoch, positions = run.rows(step)
-    line = {
-        "step": step,
-        "epoch": epoch,
-        "loss": None,
-        "learning_rate": float(run.engine.optimizer.param_groups[0]["lr"]),
-        "grad_norm": None,
-        "loss_scale": _loss_scale(run),
-        "applied": 0,
-        "applied_steps": log[-1]["applied_steps"] if log else 0,
-        "skipped_steps": log[-1]["skipped_steps"] if log else 0,
-        "tokens": 0,
-        "supervised_tokens": 0,
-        "rows": run.plan(epoch).span(positions[0], positions[-1] + 1),
-        **{f"loss_{name}": None for name in run.names},
-        "left_out": len(positions),
-    }
+    line = _line(run, step, log) | {"left_out": run.profile.global_batch_size}
     return Taken(line, _is_asked(run, stop), {"model_flops": 0.0, "peak_memory_bytes": _peak_memory(run.device)})
 
 
@@ -154,35 +136,44 @@ def forward_backward(run: Run, batches: Sequence[Batch]) -> Iterator[tuple[Batch
         yield batch, float(loss.detach()), losses.detach()
 
 
-def _line(run: Run, step: int, sums: Tensor, rate: float, log: Sequence[Line]) -> Line:
-    before = log[-1] if log else {"applied_steps": 0, "skipped_steps": 0}
+def _line(run: Run, step: int, log: Sequence[Line]) -> Line:
+    """Return the line of a step that nothing is learned from."""
     epoch, positions = run.rows(step)
+    return {
+        "step": step,
+        "epoch": epoch,
+        "loss": None,
+        "learning_rate": float(run.engine.optimizer.param_groups[0]["lr"]),
+        "grad_norm": None,
+        "loss_scale": _loss_scale(run),
+        "applied": 0,
+        "applied_steps": log[-1]["applied_steps"] if log else 0,
+        "skipped_steps": log[-1]["skipped_steps"] if log else 0,
+        "tokens": 0,
+        "supervised_tokens": 0,
+        "rows": run.plan(epoch).span(positions[0], positions[-1] + 1),
+        **{f"loss_{name}": None for name in run.names},
+    }
+
+
+def _learned(run: Run, line: Line, sums: Tensor, rate: float) -> Line:
+    """Return the line with what was learned at this rate."""
     count = len(run.names)
     losses, supervised = sums[4 : 4 + count].tolist(), sums[4 + count : 4 + 2 * count].tolist()
     applied = int(run.engine.was_step_applied())
     norm = run.engine.get_global_grad_norm() if applied else None  # after a skip it still is the norm of an older step
-    return {
-        "step": step,
-        "epoch": epoch,
+    by_source = zip(run.names, losses, supervised, strict=True)
+    return line | {
         "loss": float(sums[0]),
         "learning_rate": rate,
         "grad_norm": None if norm is None else float(norm),
-        "loss_scale": _loss_scale(run),
         "applied": applied,
-        "applied_steps": before["applied_steps"] + applied,
-        "skipped_steps": before["skipped_steps"] + 1 - applied,
+        "applied_steps": line["applied_steps"] + applied,
+        "skipped_steps": line["skipped_steps"] + 1 - applied,
         "tokens": int(sums[1]),
         "supervised_tokens": int(sum(supervised)),
-        "rows": run.plan(epoch).span(positions[0], positions[-1] + 1),
-        **{
-            f"loss_{name}": total / tokens if tokens else None
-            for name, total, tokens in zip(run.names, losses, supervised, strict=True)
-        },
+        **{f"loss_{name}": total / tokens if tokens else None for name, total, tokens in by_source},
     }
-
-
-def _find_fault(run: Run, log: Sequence[Line]) -> Fault | None:
-    return find_fault(log, run.profile.stop, fp16=run.profile.dtype == "fp16", floor=_scale_floor(run))
 
 
 def _loss_scale(run: Run) -> float:

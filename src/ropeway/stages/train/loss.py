@@ -3,8 +3,6 @@
 Shapes: B rows, T tokens, H hidden, V vocabulary, N supervised positions.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -29,7 +27,7 @@ class SupervisedLoss(nn.Module):
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, targets: Tensor, loss_mask: Tensor) -> Tensor:
         """Return `(N,)` fp32 losses, in row order. No attention mask: a sequence begins where `position_ids` is 0."""
-        where: dict[str, Any] = {}
+        where: dict[str, object] = {}
         if self.model.config._attn_implementation == VARLEN:  # noqa: SLF001 - transformers 5.24 has no other name for it
             where["cu_seqlens"], where["longest"] = borders(position_ids)
         decoded = backbone(self.model)(input_ids=input_ids, position_ids=position_ids, use_cache=False, **where)
@@ -43,15 +41,12 @@ def chunked_losses(hidden: Tensor, head: nn.Module, targets: Tensor, *, chunk: i
         return hidden.float().sum(-1)  # empty, but still part of the graph: every rank must run backward
     return torch.cat(
         [
-            _checkpointed(hidden[begin : begin + chunk], head, targets[begin : begin + chunk])
+            checkpoint(
+                _losses, hidden[begin : begin + chunk], head, targets[begin : begin + chunk], use_reentrant=False
+            )
             for begin in range(0, len(targets), chunk)
         ]
     )
-
-
-def _checkpointed(hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
-    losses: Tensor = checkpoint(_losses, hidden, head, targets, use_reentrant=False)
-    return losses
 
 
 def _losses(hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:

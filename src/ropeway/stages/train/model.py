@@ -1,13 +1,15 @@
 """Opens the base model for training: precision, attention and RoPE scaling as params say, and proof that they took."""
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from ropeway.config.params import Profile
+from ropeway.config.params import TrainParams
+from ropeway.data.batches import Row
 from ropeway.models.attention import VARLEN, Attention, register, varlen_kernel
 from ropeway.models.lora import add_adapters
 from ropeway.models.open_model import DTYPES, head_dim, open_folder, rotary
@@ -15,7 +17,7 @@ from ropeway.models.rope import RopeScaling
 from ropeway.runtime.errors import ConfigError
 
 
-def open_model(folder: Path, profile: Profile, attention: Attention) -> PreTrainedModel:
+def open_model(folder: Path, profile: TrainParams, attention: Attention) -> PreTrainedModel:
     """Return the base model of `folder` ready for training, with the RoPE scaling that its config states."""
     if attention.implementation == VARLEN:
         register(varlen_kernel(on_cuda=attention.on_cuda))
@@ -62,3 +64,24 @@ def check_rope(model: PreTrainedModel, scaling: RopeScaling) -> None:
             f"RoPE's attention factor of the live model is {factor:g}, expected {scaling.attention_factor:g}: "
             f"{scaling.kind} scaling did not reach the model"
         )
+
+
+def token_flops(model: PreTrainedModel) -> float:
+    """Return FLOPs of forward and backward for one token in matrix products: 4 a weight, 2 more if it is trained.
+
+    The input table only looks up, unless it is the head too. Source: Chowdhery et al. 2022, arXiv:2204.02311, app. B.
+    """
+    table = model.get_input_embeddings()
+    looked_up = 0 if model.config.tie_word_embeddings else count_weights(table)
+    learned = 0 if model.config.tie_word_embeddings else count_weights(table, learning_only=True)
+    return 4.0 * (count_weights(model) - looked_up) + 2.0 * (count_weights(model, learning_only=True) - learned)
+
+
+def step_flops(per_token: float, config: PreTrainedConfig, rows: Iterable[Row]) -> float:
+    """Return what the model needs for these rows: no padding, nothing recomputed.
+
+    A sequence attends to what lies before in itself: 6 L H T^2, half of the square, forward and backward.
+    """
+    lengths = [piece.end - piece.begin for row in rows for piece in row]
+    squares = sum(length * length for length in lengths)
+    return float(per_token * sum(lengths) + 6.0 * config.num_hidden_layers * config.hidden_size * squares)

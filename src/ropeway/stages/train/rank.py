@@ -7,7 +7,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import deepspeed
 import torch
@@ -15,7 +15,7 @@ import transformers
 from deepspeed.accelerator import get_accelerator
 
 from ropeway.config.frozen import FrozenInputs
-from ropeway.config.params import Profile
+from ropeway.config.params import TrainParams
 from ropeway.config.stages import READS, UNHASHED
 from ropeway.data.accumulation import accumulation_steps
 from ropeway.data.shards import REMEDY, open_shards
@@ -153,9 +153,9 @@ def _train(run: Run, log: list[Line], folder: Path, *, stop: Stop, progress: Pro
             raise TrainingError(f"{error}.\n{checkpoints.name_last_good(folder)}") from None
 
 
-def _try_out(run: Run, folder: Path, log: list[Line]) -> dict[str, Any]:
+def _try_out(run: Run, folder: Path, log: list[Line]) -> dict[str, object]:
     """Find out before step 1 what would end the run later: a full disk, too little memory, broken weights."""
-    found = {}
+    found: dict[str, object] = {}
     if run.rank == 0:
         found["disk"] = check_disk(
             folder,
@@ -198,7 +198,7 @@ def _peak(run: Run) -> float | None:
     return None if card is None or run.profile.dtype == "fp32" else CARDS[card] * 1e12 * run.world_size
 
 
-def open_run(workspace: Workspace, profile: Profile, attention: Attention, *, universal: bool) -> Run:
+def open_run(workspace: Workspace, profile: TrainParams, attention: Attention, *, universal: bool) -> Run:
     """Return the run with its engine, held to what params say, before its first step.
 
     Raises:
@@ -239,7 +239,7 @@ def _check_same_plan(run: Run) -> None:
         raise ConfigError(f"ranks disagree about the rows of epoch 0: {digests}; they read other data or other params")
 
 
-def _describe(run: Run, attention: Attention) -> dict[str, Any]:
+def _describe(run: Run, attention: Attention) -> dict[str, object]:
     """Return what this attempt runs on, for the provenance; rank 0 prints the gist."""
     facts = {
         "ranks": run.world_size,

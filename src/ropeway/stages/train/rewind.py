@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -39,16 +38,16 @@ def recall(run: Run, folder: Path, checkpoint: checkpoints.Checkpoint | None) ->
     """
     found = [_read(folder, checkpoint) if run.rank == 0 else None]
     torch.distributed.broadcast_object_list(found)
-    run.rewinds = tuple(Rewind(**entry) for entry in found[0] or ())
+    run.rewinds = tuple(found[0] or ())
     check_allowed(run.rewinds, allowed=run.profile.stop.rewinds, folder=folder)
 
 
-def _read(folder: Path, checkpoint: checkpoints.Checkpoint | None) -> list[dict[str, Any]]:
+def _read(folder: Path, checkpoint: checkpoints.Checkpoint | None) -> list[Rewind]:
     """Return the longer of two lists of which one begins the other: the folder's, and the checkpoint's."""
-    saved: list[dict[str, Any]] = checkpoint.facts["rewinds"] if checkpoint else []
+    saved = [Rewind(**one) for one in checkpoint.facts["rewinds"]] if checkpoint else []
     path = folder / RECORD
     try:
-        noted: list[dict[str, Any]] = json.loads(path.read_bytes())["rewinds"]
+        noted = [Rewind(**one) for one in json.loads(path.read_bytes())["rewinds"]]
     except FileNotFoundError:
         return saved
     except (ValueError, KeyError, TypeError) as error:

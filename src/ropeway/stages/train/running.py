@@ -1,5 +1,6 @@
 """One training run as one rank holds it: its engine, and which rows each of its steps reads."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -7,32 +8,23 @@ from typing import Any
 
 import torch
 
-from ropeway.config.params import Profile
+from ropeway.config.params import TrainParams
 from ropeway.data.batches import Batch, EpochPlan, Row, collate, join, locate, plan_epoch
 from ropeway.data.mixture import rank_order
 from ropeway.data.shards import Shards
-from ropeway.stages.train.flops import token_flops
+from ropeway.stages.train.model import token_flops
 
 
 @dataclass(frozen=True, slots=True)
 class Rewind:
-    """Steps whose numbers went wrong, so that their rows are left out: they are passed over, no other row moves.
+    """Steps whose numbers went wrong, so that their rows are left out: they are passed over, no other row moves."""
 
-    Attributes:
-        first_step: The first of them.
-        last_step: The last of them, at which a rule of `stop` ended the run.
-        reason: What the rule said.
-        checkpoint_step: Where training went on from.
-        rows: How many rows are left out.
-        sequences: Which sequences of each source those rows hold.
-    """
-
-    first_step: int
-    last_step: int
-    reason: str
-    checkpoint_step: int
-    rows: int
-    sequences: dict[str, list[int]]
+    first_step: int  # the first of them
+    last_step: int  # the last of them, at which a rule of `stop` ended the run
+    reason: str  # what the rule said
+    checkpoint_step: int  # where training went on from
+    rows: int  # how many rows are left out
+    sequences: dict[str, list[int]]  # which sequences of each source those rows hold
 
 
 @dataclass
@@ -40,21 +32,18 @@ class Run:
     """What one rank trains with.
 
     Attributes:
-        engine: The DeepSpeed engine around `SupervisedLoss`.
-        accumulation_steps: Micro-batches per rank per optimizer step.
         beat: Called before every forward pass, so that a watchdog sees the run is alive.
-        rewinds: What is left out so far; the same on every rank.
     """
 
-    profile: Profile
+    profile: TrainParams
     shards: Shards
-    engine: Any
+    engine: Any  # the DeepSpeed engine around `SupervisedLoss`
     rank: int
     world_size: int
-    accumulation_steps: int
+    accumulation_steps: int  # micro-batches per rank per optimizer step
     plans: dict[int, EpochPlan] = field(default_factory=dict)
     beat: Callable[[], None] = lambda: None
-    rewinds: tuple[Rewind, ...] = ()
+    rewinds: tuple[Rewind, ...] = ()  # what is left out so far; the same on every rank
 
     @property
     def device(self) -> torch.device:
@@ -118,3 +107,23 @@ class Run:
             cut = rows[begin : begin + size]
             packed = self.profile.layout == "packed"
             yield collate([join(cut)] if packed else cut, self.shards, self.profile)
+
+
+def learning_rate(profile: TrainParams, applied: int, *, total_steps: int) -> float:
+    """Return the rate that the next optimizer step uses, when `applied` steps were applied before it.
+
+    Our own pure function: the engine's rate is compared with it at every step.
+
+    DeepSpeed takes one step at rate 0 before its scheduler starts counting, and again rate 0 at count 0: so steps 1
+    and 2 use 0, and the full rate comes at step warm-up + 2. Source: deepspeed 0.19.8, runtime/lr_schedules.py.
+    """
+    count = max(applied - 1, 0)
+    warmup = max(profile.warmup_steps, 2)
+    if count < warmup:
+        return profile.learning_rate * count / warmup
+    if profile.lr_schedule == "constant":
+        return profile.learning_rate
+    if profile.lr_schedule == "linear":
+        return profile.learning_rate * max(0.0, (total_steps - count) / max(1.0, total_steps - warmup))
+    progress = min(1.0, (count - warmup + 1) / max(1, total_steps - warmup))
+    return profile.learning_rate * (1 + math.cos(math.pi * progress)) / 2

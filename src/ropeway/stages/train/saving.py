@@ -9,8 +9,7 @@ import torch
 from ropeway.runtime.errors import ConfigError
 from ropeway.stages.train import checkpoints
 from ropeway.stages.train.disk import explain_failed_save
-from ropeway.stages.train.running import Run
-from ropeway.stages.train.schedule import learning_rate
+from ropeway.stages.train.running import Run, learning_rate
 from ropeway.stages.train.stop import Line
 
 

@@ -1,16 +1,15 @@
-"""Room: base and data in, a trained model and its log out. This part starts the ranks; `rank` is what they do."""
+"""Stage train: base and data in, a trained model and its log out. This module starts the ranks that `rank` is."""
 
 import csv
 import io
 import json
 import os
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from ropeway.config.frozen import FrozenInputs
-from ropeway.config.params import Profile
+from ropeway.config.params import TrainParams
 from ropeway.data.accumulation import accumulation_steps
 from ropeway.runtime.devices import count_ranks
 from ropeway.runtime.errors import ConfigError, DataError, TemporaryError
@@ -20,17 +19,16 @@ from ropeway.runtime.op_build import clear_dead_locks, extensions_folder, unlink
 from ropeway.runtime.supervise import signal_of
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.train import checkpoints, continuing
+from ropeway.stages.train.continuing import Fingerprint, take_fingerprint
 from ropeway.stages.train.deepspeed_config import parse_deepspeed_json
-from ropeway.stages.train.fingerprint import Fingerprint, take_fingerprint
-from ropeway.stages.train.stop import made
-from ropeway.stages.train.universal import make_loadable
+from ropeway.stages.train.stop import Line, made
 
 KEPT_RUNS = 3
 OUT_OF_MEMORY = " (where nobody sent it, the machine ran out of memory: `dmesg` says so)"
 
 
-def run(workspace: Workspace, profile: Profile) -> None:
-    """Train to the end, resuming from the newest valid checkpoint of this very run, and leave the room's files.
+def run(workspace: Workspace, profile: TrainParams) -> None:
+    """Train to the end, resuming from the newest valid checkpoint of this very run, and write the stage's files.
 
     Raises:
         ConfigError: Params, ranks, DeepSpeed JSON or machine do not fit together.
@@ -48,7 +46,7 @@ def run(workspace: Workspace, profile: Profile) -> None:
     folder = workspace.checkpoints / fingerprint.digest
     checkpoints.claim(folder, {"profile": workspace.profile, "parts": fingerprint.parts, "params": fingerprint.params})
     continuing.go_on(workspace, profile, fingerprint)
-    make_loadable(folder, ranks=ranks)
+    checkpoints.make_loadable(folder, ranks=ranks)
     workspace.work.mkdir(exist_ok=True)
     workspace.progress("train").unlink(missing_ok=True)
     arguments = [str(workspace.root), workspace.profile, fingerprint.digest]
@@ -67,7 +65,7 @@ def run(workspace: Workspace, profile: Profile) -> None:
         )
     if code:
         raise SystemExit(code)
-    _leave_files(workspace, profile, fingerprint)
+    _write_files(workspace, profile, fingerprint)
     _prune(workspace, fingerprint, keep)
 
 
@@ -96,7 +94,7 @@ def _kept_runs(environment: Mapping[str, str]) -> int:
     return int(stated)
 
 
-def _leave_files(workspace: Workspace, profile: Profile, fingerprint: Fingerprint) -> None:
+def _write_files(workspace: Workspace, profile: TrainParams, fingerprint: Fingerprint) -> None:
     """Write steps.csv, train.json and provenance.json from the last checkpoint's log."""
     folder = workspace.checkpoints / fingerprint.digest
     last = checkpoints.newest_valid(folder)
@@ -119,7 +117,7 @@ def _leave_files(workspace: Workspace, profile: Profile, fingerprint: Fingerprin
     write_json(workspace.timings, facts)
 
 
-def _read_attempts(path: Path) -> list[Any]:
+def _read_attempts(path: Path) -> list[object]:
     """Return the records of all starts of a run; a line that a full disk cut is left out, and said."""
     found = []
     try:
@@ -136,10 +134,10 @@ def _read_attempts(path: Path) -> list[Any]:
 
 
 def _metrics(
-    log: list[dict[str, Any]], rewinds: list[dict[str, Any]], profile: Profile, fingerprint: Fingerprint
-) -> dict[str, Any]:
+    log: Sequence[Line], rewinds: Sequence[Mapping[str, int]], profile: TrainParams, fingerprint: Fingerprint
+) -> dict[str, object]:
     end, steps = log[-1], made(log)
-    names = [name for name, _ in profile.mixture]
+    losses = {name: end.get(f"validation_{name}") for name, _ in profile.mixture}
     return {
         "fingerprint": fingerprint.digest,
         "steps": len(log),
@@ -151,23 +149,15 @@ def _metrics(
         "supervised_tokens": sum(line["supervised_tokens"] for line in log),
         "first_loss": round(steps[0]["loss"], 6),
         "final_loss": round(steps[-1]["loss"], 6),
-        "validation": {name: _rounded(end.get(f"validation_{name}")) for name in names},
+        "validation": {name: loss if loss is None else round(loss, 6) for name, loss in losses.items()},
     }
 
 
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 6)
-
-
-def _csv(log: Iterable[dict[str, Any]]) -> str:
+def _csv(log: Sequence[Line]) -> str:
     """Return the log as CSV; a column that a line lacks (no validation at that step) stays empty."""
-    lines = list(log)
-    columns = list(dict.fromkeys(key for line in lines for key in line))
+    columns = list(dict.fromkeys(key for line in log for key in line))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(lines)
+    writer.writerows(log)
     return text.getvalue()
-
-
-__all__ = ["run"]

@@ -13,15 +13,10 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What a rule found wrong after a step.
+    """What a rule found wrong after a step."""
 
-    Attributes:
-        why: What is wrong, at which steps, and what a person can do.
-        steps: The steps whose rows may be at fault; empty where the loss scale is.
-    """
-
-    why: str
-    steps: range
+    why: str  # what is wrong, at which steps, and what a person can do
+    steps: range  # the steps whose rows may be at fault; empty where the loss scale is
 
 
 def find_fault(log: Sequence[Line], rules: StopRules, *, fp16: bool, floor: float | None) -> Fault | None:

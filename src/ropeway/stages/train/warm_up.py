@@ -64,9 +64,7 @@ def try_worst_step(run: Run, save: Callable[[], Path]) -> str:
     now. Loading the checkpoint then undoes it: weights, moments, masters, loss scale, schedule and counters are as
     before, which also proves that what is saved here can be resumed from.
 
-    Args:
-        run: The run, before its first step.
-        save: Saves step 0 whole and returns its folder.
+    `save` saves step 0 whole and returns its folder.
 
     Raises:
         ConfigError: The step does not fit into memory.
