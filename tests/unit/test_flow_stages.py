@@ -3,7 +3,7 @@ from collections import deque
 
 import pytest
 
-from ropeway.orchestration.dvc_stage import Folder, Site, StoppedError, _explain_failure
+from ropeway.orchestration.dvc_stage import Folder, Site, StoppedError, _explain_failure, find_outcome
 from ropeway.runtime.errors import ConfigError, DataError, RopewayError, TemporaryError
 from ropeway.runtime.lock import Held
 
@@ -80,3 +80,21 @@ def test_colours_go_and_a_long_line_is_capped():
     assert fold(b"\x1b[1;31mred\x1b[0m \x1b]8;;http://a\x07link\n") == ["red link"]
     (line,) = fold(b"x" * 5000)
     assert line == "x" * 2000 + "… (and 3,000 characters; the log file has them)"
+
+
+@pytest.mark.parametrize(
+    ("has_record", "events", "changed", "outcome"),
+    [
+        (True, {}, True, "ran"),  # whatever words DVC has for it
+        (True, {"unchanged": None}, False, "ran"),
+        (False, {"ran": None}, True, "ran"),  # a stage of somebody's own, without a record
+        (False, {"restored": None}, False, "restored"),  # its files were missing
+        (False, {}, True, "restored"),
+        (False, {"unchanged": None}, False, "unchanged"),
+        (False, {}, False, "unchanged"),
+    ],
+)
+def test_what_became_of_a_stage_is_read_from_its_record_and_dvc_lock(site, has_record, events, changed, outcome):
+    if has_record:
+        record(site, "exit", code=0)
+    assert find_outcome(site, "train", events, changed=changed) == outcome

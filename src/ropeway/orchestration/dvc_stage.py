@@ -85,8 +85,28 @@ def bring_up(site: Site, name: str, say: Say, *, anew: bool = False) -> str:
     """
     if site.definition is not None:
         graph.check_definition(site.root, site.definition)
+    before = _lock_entry(site.root, name)
     events = patiently(partial(_reproduce, site, name, say, anew=anew), say)
-    return next((outcome for outcome in ("ran", "restored", "unchanged") if outcome in events), "unchanged")
+    return find_outcome(site, name, events, changed=_lock_entry(site.root, name) != before)
+
+
+def find_outcome(site: Site, name: str, events: Mapping[str, int | None], *, changed: bool) -> str:
+    """Return what became of a stage that did not fail.
+
+    A stage of ours that ran has an exit record; `changed` says whether its entry of dvc.lock is another. Of the rest
+    DVC's own words (`events`) decide: whether a stage of somebody else's ran, whether missing files are back.
+    """
+    if _read_record(site.record(name, "exit")) is not None:
+        return "ran"
+    said = next((outcome for outcome in ("ran", "restored", "unchanged") if outcome in events), "unchanged")
+    return "restored" if changed and said == "unchanged" else said
+
+
+def _lock_entry(root: Path, name: str) -> object:
+    """Return a stage's entry of dvc.lock, None where there is none that can be read: DVC says then what is wrong."""
+    with suppress(OSError, ConfigError):
+        return graph.parse_lock((root / "dvc.lock").read_bytes()).get("stages", {}).get(name)
+    return None
 
 
 def patiently(work: Callable[[], T], say: Say) -> T:
