@@ -24,7 +24,8 @@ from ropeway.config.stages import READS
 from ropeway.config.tokenize_params import TokenizeParams
 from ropeway.data.mixture import plan_chunks
 from ropeway.data.raw_records import iterate_records
-from ropeway.models.chat_template import OPEN_ASSISTANT, Conversation
+from ropeway.models.chat_template import OPEN_ASSISTANT
+from ropeway.models.conversation import Conversation
 from ropeway.models.tokenizer import LLAMA_SPECIAL, open_tokenizer
 from ropeway.runtime.workspace import Workspace
 

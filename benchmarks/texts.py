@@ -12,7 +12,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from ropeway.data.raw_records import Record, iterate_texts
-from ropeway.models.chat_template import Conversation
+from ropeway.models.conversation import Conversation
 from ropeway.stages.fetch.python_docs import SYSTEM_MESSAGES, Entry, plan_talks
 
 _SMALLEST, _LARGEST = 1_000, 1_000_000  # bytes of a file: neither stubs nor tables written as code

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import PreTrainedTokenizerFast
 
-from ropeway.models.chat_template import OPEN_ASSISTANT, Conversation
+from ropeway.models.chat_template import OPEN_ASSISTANT
+from ropeway.models.conversation import Conversation
 from ropeway.models.tokenizer import open_tokenizer
 from tests.support.tiny_run import PARITY, copy_tokenizer
 

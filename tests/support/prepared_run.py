@@ -8,7 +8,8 @@ import numpy as np
 from ropeway.config.params import load_profile
 from ropeway.config.stages import READS
 from ropeway.data.raw_records import RawWriter
-from ropeway.models.chat_template import OPEN_ASSISTANT, Conversation
+from ropeway.models.chat_template import OPEN_ASSISTANT
+from ropeway.models.conversation import Conversation
 from ropeway.reporting import report_data
 from ropeway.runtime.manifest import write_manifest
 from ropeway.runtime.workspace import Workspace

@@ -4,7 +4,8 @@ import shutil
 
 from ropeway.config.params import DatasetOptions, load_profile
 from ropeway.data.raw_records import RawWriter
-from ropeway.models.chat_template import OPEN_ASSISTANT, Conversation
+from ropeway.models.chat_template import OPEN_ASSISTANT
+from ropeway.models.conversation import Conversation
 from ropeway.runtime.manifest import write_manifest
 from ropeway.runtime.workspace import Workspace
 from tests.support.tiny_run import PARITY, ROOT

@@ -16,7 +16,8 @@ from ropeway.config.stages import READS
 from ropeway.data.ledger import Account, Epoch, EpochOfSource, Findings, Found, Ledger, Parts, Records
 from ropeway.data.raw_records import RawWriter
 from ropeway.data.shards import FORMAT, Kind, Shards, write_shard
-from ropeway.models.chat_template import OPEN_ASSISTANT, Conversation
+from ropeway.models.chat_template import OPEN_ASSISTANT
+from ropeway.models.conversation import Conversation
 from ropeway.models.rope import plan_scaling
 from ropeway.models.tokenizer import open_tokenizer, read_special
 from ropeway.reporting import report_eval, report_package

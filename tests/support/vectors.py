@@ -13,7 +13,8 @@ import numpy as np
 from ropeway.config.params import load_profile
 from ropeway.data.batches import Piece, plan_window
 from ropeway.data.shards import FORMAT, Kind, Shards, SourceShards, write_shard
-from ropeway.models.chat_template import OPEN_ASSISTANT, Conversation
+from ropeway.models.chat_template import OPEN_ASSISTANT
+from ropeway.models.conversation import Conversation
 from ropeway.models.tokenizer import count_tokens, open_tokenizer, read_special
 from ropeway.stages.tokenize.encode import Encoder
 

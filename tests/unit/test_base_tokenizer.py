@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from ropeway.models.chat_template import OPEN_ASSISTANT, Conversation
+from ropeway.models.chat_template import OPEN_ASSISTANT
+from ropeway.models.conversation import Conversation
 from ropeway.models.tokenizer import (
     LLAMA_SPECIAL,
     count_tokens,

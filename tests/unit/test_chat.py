@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from ropeway.models import chat_template
-from ropeway.models.chat_template import OPEN_ASSISTANT, ChatTemplate, Conversation, Speaker, open_template
+from ropeway.models.chat_template import OPEN_ASSISTANT, ChatTemplate, Speaker, open_template
+from ropeway.models.conversation import Conversation
 from ropeway.models.tokenizer import (
     open_tokenizer,
     prepare_tokenizer,

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 from ropeway.config.stages import READS
 from ropeway.data.loss_mask import loss_mask
 from ropeway.data.shards import open_shards
-from ropeway.models.chat_template import OPEN_ASSISTANT, Conversation
+from ropeway.models.chat_template import OPEN_ASSISTANT
+from ropeway.models.conversation import Conversation
 from ropeway.models.tokenizer import open_tokenizer
 from ropeway.runtime.manifest import write_manifest
 from ropeway.stages.evaluate.champion import measure_champion

@@ -9,7 +9,7 @@ import pytest
 from ropeway.config.params import FilesSource, HuggingfaceSource, PythonDocsSource, RowsSource, load_profile
 from ropeway.config.stages import READS
 from ropeway.data.raw_records import RawWriter, iterate_records
-from ropeway.models.chat_template import Conversation
+from ropeway.models.conversation import Conversation
 from ropeway.runtime.errors import ConfigError, DataError
 from ropeway.runtime.manifest import file_sha256, load_manifest
 from ropeway.runtime.workspace import Workspace

@@ -10,7 +10,7 @@ import pytest
 
 from ropeway.config.params import HuggingfaceSource, load_profile
 from ropeway.data.raw_records import iterate_records
-from ropeway.models.chat_template import Conversation
+from ropeway.models.conversation import Conversation
 from ropeway.runtime.errors import ConfigError, TemporaryError
 from ropeway.runtime.manifest import load_manifest
 from ropeway.runtime.workspace import Workspace

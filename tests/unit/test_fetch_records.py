@@ -7,7 +7,7 @@ import pytest
 from pyarrow import parquet
 
 from ropeway.config.params import FilesSource
-from ropeway.models.chat_template import Conversation
+from ropeway.models.conversation import Conversation
 from ropeway.runtime.errors import DataError
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.fetch.files import iterate_objects

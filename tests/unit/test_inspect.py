@@ -10,7 +10,7 @@ from ropeway.cli.inspect_output import draw_inspection
 from ropeway.cli.main import app
 from ropeway.data.batches import collate, plan_epoch
 from ropeway.data.shards import open_shards
-from ropeway.models.chat_template import Conversation
+from ropeway.models.conversation import Conversation
 from ropeway.reporting.inspection import inspect_sequence, open_prepared
 from ropeway.runtime.errors import ConfigError, DataError
 from tests.support.prepared_run import TALKS, make_prepared, reckon_learned

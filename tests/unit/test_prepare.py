@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from ropeway.data.batches import collate, plan_epoch
 from ropeway.data.shards import Kind, Shards, open_shards, sequence_digest
-from ropeway.models.chat_template import OPEN_ASSISTANT, Conversation
+from ropeway.models.chat_template import OPEN_ASSISTANT
+from ropeway.models.conversation import Conversation
 from ropeway.models.tokenizer import open_tokenizer, read_special
 from ropeway.runtime.errors import DataError
 from ropeway.runtime.manifest import file_sha256, load_manifest, write_manifest

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ropeway.data.words import hash_grams, is_short
-from ropeway.models.chat_template import Conversation
+from ropeway.models.conversation import Conversation
 from ropeway.runtime.errors import ConfigError
 from ropeway.stages.prepare.contamination import (
     IN_PROMPTS,

@@ -7,7 +7,7 @@ from datasketch import MinHash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ropeway.models.chat_template import Conversation
+from ropeway.models.conversation import Conversation
 from ropeway.stages.prepare.duplicates import (
     band_keys,
     find_exact,

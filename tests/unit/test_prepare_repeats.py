@@ -9,7 +9,8 @@ import pytest
 from ropeway.config.frozen import write_values
 from ropeway.config.params import DatasetOptions
 from ropeway.data.shards import open_shards
-from ropeway.models.chat_template import OPEN_ASSISTANT, Conversation
+from ropeway.models.chat_template import OPEN_ASSISTANT
+from ropeway.models.conversation import Conversation
 from ropeway.models.tokenizer import open_tokenizer
 from ropeway.runtime.manifest import file_sha256
 from ropeway.runtime.workspace import Workspace

@@ -9,7 +9,7 @@ import pytest
 
 from ropeway.data.batches import plan_epoch
 from ropeway.data.shards import Shards, SourceShards, open_shards
-from ropeway.models.chat_template import Conversation
+from ropeway.models.conversation import Conversation
 from ropeway.models.tokenizer import open_tokenizer
 from ropeway.reporting.ledger_steps import list_steps, split_tokens
 from ropeway.reporting.pictures import count_lengths, draw_lengths

@@ -12,7 +12,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from ropeway.models.chat_template import Conversation
+from ropeway.models.conversation import Conversation
 
 RecordKind = Literal["conversation", "document"]
 Record = Conversation | str

@@ -7,7 +7,6 @@ own `chat_template.jinja` which one it was trained with: `open_template`.
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from enum import IntEnum
 from itertools import zip_longest
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ropeway.models.conversation import Conversation
 from ropeway.runtime.errors import DataError
 
 FILE = "chat_template.jinja"
@@ -28,29 +28,6 @@ class Speaker(IntEnum):
     NOBODY = 0  # BOS and the system message
     USER = 1
     ASSISTANT = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Conversation:
-    """A chat: user and assistant take turns, the user first.
-
-    Attributes:
-        turns: Texts, even positions said by the user and odd ones by the assistant.
-        system: The system message; empty means none.
-    """
-
-    turns: tuple[str, ...]
-    system: str = ""
-
-    def to_messages(self) -> list[dict[str, str]]:
-        """Return the conversation as transformers' `apply_chat_template` takes it.
-
-        >>> Conversation(("Hi",), system="Be kind.").to_messages()
-        [{'role': 'system', 'content': 'Be kind.'}, {'role': 'user', 'content': 'Hi'}]
-        """
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        roles = ("user", "assistant")
-        return system + [{"role": roles[at % 2], "content": text} for at, text in enumerate(self.turns)]
 
 
 class ChatTemplate(ABC):

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ropeway.models.chat_template import Conversation
+from ropeway.models.conversation import Conversation
 
 # The common modules, about 500,000 characters of conversations: with the topics some 260,000 tokens of a 4k vocabulary,
 # an epoch of about a minute on two cores.

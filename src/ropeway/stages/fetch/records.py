@@ -6,7 +6,7 @@ from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 
 from ropeway.data.raw_records import Record, RecordKind
-from ropeway.models.chat_template import Conversation
+from ropeway.models.conversation import Conversation
 from ropeway.runtime.errors import ConfigError
 from ropeway.stages.fetch.values import UnreadableError
 

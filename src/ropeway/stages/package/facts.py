@@ -9,7 +9,8 @@ from typing import Any
 
 from ropeway.config.params import PackageParams
 from ropeway.data.raw_records import iterate_records
-from ropeway.models.chat_template import ChatTemplate, Conversation, open_template
+from ropeway.models.chat_template import ChatTemplate, open_template
+from ropeway.models.conversation import Conversation
 from ropeway.models.rope import RopeScaling, scaling_from_json
 from ropeway.models.tokenizer import read_special_names
 from ropeway.runtime.errors import DataError

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from ropeway.models.chat_template import ChatTemplate, Conversation
+from ropeway.models.chat_template import ChatTemplate
+from ropeway.models.conversation import Conversation
 from ropeway.models.open_model import DTYPES, open_folder
 from ropeway.models.rope import RopeScaling
 from ropeway.models.tokenizer import open_tokenizer, read_special_names

@@ -18,7 +18,8 @@ from ropeway.data.mixture import SPLIT_SEED, plan_chunks
 from ropeway.data.raw_records import Record, iterate_texts
 from ropeway.data.shards import Kind
 from ropeway.data.text_batches import BATCH_CHARACTERS, count_characters, in_batches
-from ropeway.models.chat_template import ChatTemplate, Conversation
+from ropeway.models.chat_template import ChatTemplate
+from ropeway.models.conversation import Conversation
 from ropeway.models.tokenizer import token_text
 from ropeway.stages.tokenize.escape import OWN_MARK, Escape
 

@@ -6,7 +6,8 @@ from typing import NotRequired, TypedDict
 
 from tokenizers import Tokenizer
 
-from ropeway.models.chat_template import ChatTemplate, Conversation
+from ropeway.models.chat_template import ChatTemplate
+from ropeway.models.conversation import Conversation
 from ropeway.runtime.errors import ConfigError
 
 # Noncharacters around the id: Unicode keeps them for a program's own use, so they are in no text meant for exchange.

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ropeway.data.mixture import plan_chunks
 from ropeway.data.raw_records import Record
 from ropeway.data.words import hash_grams
-from ropeway.models.chat_template import Conversation
+from ropeway.models.conversation import Conversation
 
 _SEED = 0x5EED  # of the permutations; a constant, so signatures of different runs compare
 
