@@ -112,7 +112,7 @@ def test_an_edit_of_a_template_reruns_the_report_stages_alone(source, name_chang
         ("data/raw_records.py", {"fetch", "base", "tokenize", "package"}),
         ("data/words.py", {"tokenize", "prepare"}),
         ("models/lora.py", {"train"}),
-        ("models/rope.py", {"base", "train", "package"}),
+        ("models/rope.py", {"base", "train", "evaluate", "package"}),
         ("stages/train/loss.py", {"train"}),
         ("stages/evaluate/passkey.py", {"evaluate"}),
     ],
