@@ -9,9 +9,11 @@ import psutil
 import pytest
 import torch
 
-from ropeway.runtime.errors import RopewayError
+from ropeway.runtime.errors import ConfigError, RopewayError
+from ropeway.stages.evaluate import stage as evaluation
 from ropeway.stages.evaluate.champion import measure_champion
 from ropeway.stages.evaluate.evaluation_workers import share_out
+from tests.support import forked
 from tests.support.processes import command_of
 from tests.support.tiny_run import BLOCK, ROOT, make_run
 
@@ -38,6 +40,13 @@ def evaluate(workspace, *, code=0, **environment):
     return text
 
 
+def evaluate_alone(workspace):
+    """Evaluate in one process, a forked one; return what was printed."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("ROPEWAY_")}
+    command = [sys.executable, "-m", "ropeway.cli.main", "room", "evaluate"]
+    return forked.run(command, cwd=workspace.root, env=kept, check=True).stdout
+
+
 def left(workspace):
     """Every file that evaluate leaves, and its bytes."""
     files = (workspace.evaluation, workspace.samples, *sorted(workspace.tables.iterdir()))
@@ -48,7 +57,7 @@ def test_eval_json_and_all_other_files_are_the_same_for_one_process_and_two(tmp_
     workspace, profile = make_run(tmp_path)
     seen, lines = [], []
     for workers in ("", "2"):
-        text = evaluate(workspace, ROPEWAY_EVALUATE_WORKERS=workers)
+        text = evaluate(workspace, ROPEWAY_EVALUATE_WORKERS=workers) if workers else evaluate_alone(workspace)
         assert f"evaluate: processes: {workers or 1}, " in text
         seen.append(left(workspace))
         lines.append([line for line in text.splitlines() if "nats/token" in line or "hidden keys" in line])
@@ -80,11 +89,14 @@ def test_a_killed_process_ends_the_run_as_one_that_may_be_tried_again_and_nothin
     assert not psutil.wait_procs(workers, timeout=120)[1]
 
 
-def test_what_a_process_finds_wrong_is_said_as_one_process_says_it(tmp_path):
-    workspace, _ = make_run(tmp_path, block=BLOCK.replace("lengths: [192, 256]", "lengths: [40, 256]"))
-    text = evaluate(workspace, code=64, ROPEWAY_EVALUATE_WORKERS="2")
-    assert "evaluation.passkey.lengths: 40 tokens; the question alone has" in text
-    assert "Traceback" not in text
+def test_what_a_process_finds_wrong_is_said_as_one_process_says_it(tmp_path, monkeypatch, capfd):
+    workspace, profile = make_run(tmp_path, block=BLOCK.replace("lengths: [192, 256]", "lengths: [40, 256]"))
+    monkeypatch.setenv("ROPEWAY_EVALUATE_WORKERS", "2")
+    with pytest.raises(ConfigError, match=r"^evaluation\.passkey\.lengths: 40 tokens; the question alone has"):
+        evaluation.run(workspace, profile)
+    printed = capfd.readouterr()
+    assert "evaluate: processes: 2, " in printed.out
+    assert "Traceback" not in printed.out + printed.err
     assert not workspace.evaluation.exists()
 
 
