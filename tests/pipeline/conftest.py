@@ -27,6 +27,10 @@ class FlowWorkspace:
     def __init__(self, root):
         self.root = root
 
+    def copy(self, root):
+        """Return a copy of the workspace elsewhere."""
+        return FlowWorkspace(shutil.copytree(self.root, root, symlinks=True))
+
     def git(self, *arguments):
         identity = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
         return subprocess.run(
@@ -81,6 +85,12 @@ def set_environment(monkeypatch):
     monkeypatch.setenv("ROPEWAY_GRACE_SECONDS", "10")
 
 
+@pytest.fixture(scope="session")
+def set_flow_environment():
+    """Return the function that gives a monkeypatch the environment of a flow under test."""
+    return set_environment
+
+
 @pytest.fixture
 def flow_workspace(tmp_path, monkeypatch):
     """Return a workspace in which nothing has run."""
@@ -89,7 +99,8 @@ def flow_workspace(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def _made_once(tmp_path_factory):
+def made_once(tmp_path_factory):
+    """Return a workspace whose run is complete and published, not to be changed."""
     from ropeway.orchestration.sequence import run_retrain
 
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -101,11 +112,10 @@ def _made_once(tmp_path_factory):
 
 
 @pytest.fixture
-def made_workspace(_made_once, tmp_path, monkeypatch):
+def made_workspace(made_once, tmp_path, monkeypatch):
     """Return a copy of a workspace whose run is complete and published."""
     set_environment(monkeypatch)
-    shutil.copytree(_made_once.root, tmp_path / "workspace", symlinks=True)
-    return FlowWorkspace(tmp_path / "workspace")
+    return made_once.copy(tmp_path / "workspace")
 
 
 class PrefectApi(NamedTuple):

@@ -37,20 +37,30 @@ def cached(workspace):
     return {path.parent.name + path.name for path in cache.glob("??/*")}
 
 
-@pytest.fixture
-def three_runs(made_workspace):
+@pytest.fixture(scope="module")
+def three_runs_made(made_once, set_flow_environment, tmp_path_factory):
     """Three versions, the first of other data; the results of the last are the present ones."""
-    first = data_of(made_workspace)
-    (made_workspace.root / "sources").mkdir()
-    (made_workspace.root / "sources" / "more.txt").write_text("more")
-    for rate in ("3e-3", "4e-3"):
-        text = (made_workspace.root / "params.yaml").read_text()
-        (made_workspace.root / "params.yaml").write_text(text.replace("learning_rate: 2e-3", f"learning_rate: {rate}"))
-        run_retrain(made_workspace.root, use_prefect=False)
-        (made_workspace.root / "params.yaml").write_text(text)
-    made_workspace.edit("params.yaml", "learning_rate: 2e-3", "learning_rate: 4e-3")
-    made_workspace.calls()
-    return made_workspace, first
+    first, workspace = data_of(made_once), made_once.copy(tmp_path_factory.mktemp("three") / "workspace")
+    (workspace.root / "sources").mkdir()
+    (workspace.root / "sources" / "more.txt").write_text("more")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        set_flow_environment(monkeypatch)
+        for rate in ("3e-3", "4e-3"):
+            text = (workspace.root / "params.yaml").read_text()
+            (workspace.root / "params.yaml").write_text(text.replace("learning_rate: 2e-3", f"learning_rate: {rate}"))
+            run_retrain(workspace.root, use_prefect=False)
+            (workspace.root / "params.yaml").write_text(text)
+    workspace.edit("params.yaml", "learning_rate: 2e-3", "learning_rate: 4e-3")
+    workspace.calls()
+    return workspace, first
+
+
+@pytest.fixture
+def three_runs(three_runs_made, set_flow_environment, tmp_path, monkeypatch):
+    """A copy of them, and the digests of the first one's data."""
+    set_flow_environment(monkeypatch)
+    workspace, first = three_runs_made
+    return workspace.copy(tmp_path / "workspace"), first
 
 
 def test_it_frees_what_no_version_and_no_present_result_needs(three_runs):

@@ -111,8 +111,17 @@ def test_a_killed_flow_holds_the_workspace_while_its_stage_saves_and_the_next_on
     assert made_workspace.calls() == ["train", "evaluate", "package"]
 
 
-@pytest.mark.parametrize("mode", ["plain", "prefect"])
-@pytest.mark.parametrize(("name", "empty"), [(".dvc/tmp/rwlock", True), ("dvc.lock", True), ("dvc.lock", False)])
+@pytest.mark.parametrize(
+    ("name", "empty", "mode"),
+    [
+        (".dvc/tmp/rwlock", True, "plain"),
+        ("dvc.lock", True, "plain"),
+        ("dvc.lock", False, "plain"),
+        pytest.param(".dvc/tmp/rwlock", True, "prefect", marks=pytest.mark.slow),
+        pytest.param("dvc.lock", True, "prefect", marks=pytest.mark.slow),
+        ("dvc.lock", False, "prefect"),
+    ],
+)
 def test_what_a_killed_dvc_cut_off_is_made_again_and_nothing_is_computed_for_it(
     made_workspace, mode, name, empty, request, capsys
 ):

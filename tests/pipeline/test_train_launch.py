@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.support.training import run_command, train, zero
+from tests.support.training import train, zero
 
 PDSH = """#!{python}
 import subprocess, sys
@@ -44,7 +44,7 @@ def test_two_hosts_of_a_hostfile_train_one_model(machines, monkeypatch):
     hostfile = machines.parent / "hosts"
     hostfile.write_text("localhost slots=1\n127.0.0.1 slots=1\n")
     monkeypatch.setenv("ROPEWAY_HOSTFILE", str(hostfile))
-    printed, workspace = train(machines, zero(2), run=run_command)
+    printed, workspace = train(machines, zero(2))
     assert "2 ranks x" in printed
     assert (workspace.model / "model.safetensors").is_file()
 
@@ -52,6 +52,6 @@ def test_two_hosts_of_a_hostfile_train_one_model(machines, monkeypatch):
 def test_two_tasks_of_slurm_train_one_model(machines, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_NTASKS", "2")
-    printed, workspace = train(machines, zero(2), run=run_command)
+    printed, workspace = train(machines, zero(2))
     assert "2 ranks x" in printed
     assert (workspace.model / "model.safetensors").is_file()

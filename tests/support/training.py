@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 
 from tests.support import forked
@@ -28,23 +27,18 @@ def zero(stage, **more):
     }
 
 
-def train(root, named, *lines, run=forked.run):
+def train(root, named, *lines):
     """Return (what the stage printed, workspace) of a training of the tiny run with these keys."""
     block = BLOCK + EDITS + "".join(f"  {line}\n" for line in lines)
     workspace, _ = make_run(root, block=block, configs={"ds.json": json.dumps(named)})
-    return start(workspace, run=run), workspace
+    return start(workspace), workspace
 
 
-def start(workspace, *, ranks=2, run=forked.run):
-    """Run the stage to its end and return what it printed; `run` says how: forked, or as a person's command."""
+def start(workspace, *, ranks=2):
+    """Run the stage to its end in a forked process and return what it printed."""
     shutil.rmtree(workspace.model)
     here = {"ROPEWAY_RANKS": str(ranks), "DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-m", "ropeway.cli.main", "room", "train"]
-    done = run(command, cwd=workspace.root, env={**os.environ, **here})
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = forked.run(command, cwd=workspace.root, env={**os.environ, **here})
+    assert done.returncode == 0, done.stdout
     return done.stdout
-
-
-def run_command(command, **options):
-    """Run a command in a process of its own."""
-    return subprocess.run(command, **options, capture_output=True, text=True, check=False)
