@@ -20,6 +20,8 @@ os.environ["WANDB_MODE"] = "disabled"  # the tests of tracking say otherwise
 # Tests start hundreds of Python processes. Without bytecode files each compiles torch and transformers again (6 s).
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
+# torch's threads spin while they wait for each other; beside other work that takes three times the processor time.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # A job in the background (`make test &`, nohup, some CI runners) starts with signals ignored, and its children inherit
 # that: the tests that send them would wait for nothing. What a shell in the foreground gives is restored.
