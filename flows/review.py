@@ -16,7 +16,7 @@ from prefect.input import RunInput
 from prefect.states import Completed
 from pydantic import Field, ValidationError
 
-from ropeway.orchestration.decision import Answer, decide
+from ropeway.orchestration.decision import ReviewAnswer, decide
 from ropeway.orchestration.prefect_adapter import artifact_prefix
 from ropeway.registry import PRODUCTION, Registry
 from ropeway.reporting.evidence import Case, open_case
@@ -64,7 +64,7 @@ def review(digest: str, root: str = ".", expires_hours: float = EXPIRES_HOURS) -
             f"{case.new.label}: this run was set going without an answer; nothing was decided and no alias moved. "
             "Start another review and fill in its form"
         ) from None
-    answer = Answer(said.decision, said.reviewer.strip(), said.comment.strip(), f"flow run {runtime.flow_run.id}")
+    answer = ReviewAnswer(said.decision, said.reviewer.strip(), said.comment.strip(), f"flow run {runtime.flow_run.id}")
     outcome = decide(registry, case, answer)
     get_run_logger().info(outcome.words)
     return Completed(name=outcome.state, message=outcome.words)

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ropeway.config.params import Profile, load_profile
 from ropeway.config.stages import READS
-from ropeway.data.ledger import Account, Epoch, EpochOfSource, Findings, Found, Ledger, Parts, Records
+from ropeway.data.ledger import Account, Epoch, EpochOfSource, FindingCounts, Findings, Ledger, Parts, Records
 from ropeway.data.raw_records import RawWriter
 from ropeway.data.shards import FORMAT, Kind, Shards, write_shard
 from ropeway.models.chat_template import OPEN_ASSISTANT
@@ -157,7 +157,9 @@ def write_ledger(workspace: Workspace) -> None:
             records=Records(count + 1, {"no text": 1}, {}, count, 0, {}, 0),
             sequences=Parts(count, count - 8, 6, 2, 0, 0),
             tokens=Parts(40 * count, 40 * (count - 8), 240, 80, 0, 0),
-            findings=Findings(Found("count", 2, 2, 80), Found("off", 0, 0, 0), Found("count", 1, 1, 40), 1),
+            findings=Findings(
+                FindingCounts("count", 2, 2, 80), FindingCounts("off", 0, 0, 0), FindingCounts("count", 1, 1, 40), 1
+            ),
             epochs=(EpochOfSource(0, 0, count - 8, 40 * (count - 8), 0, 0, 1, 10, 512, 42, 40 * (count - 8) - 10, 99),),
         )
         for name, kind, count in (("talk", "conversation", 19), ("text", "document", 12))

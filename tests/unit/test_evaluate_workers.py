@@ -14,7 +14,7 @@ from ropeway.models.chat_template import OPEN_ASSISTANT
 from ropeway.runtime.errors import ConfigError
 from ropeway.stages.evaluate import measuring
 from ropeway.stages.evaluate.evaluation_workers import Share, gather, plan_cards
-from ropeway.stages.evaluate.measuring import Asked, Part, measure_folder
+from ropeway.stages.evaluate.measuring import EvalRequest, ShareResult, measure_folder
 from ropeway.stages.evaluate.opening import open_model
 from ropeway.stages.evaluate.passkey import ask, plan_questions
 from ropeway.stages.evaluate.positions import plan_long_rows
@@ -58,7 +58,7 @@ def test_scores_from_shares_are_those_of_one_process_to_the_last_bit(run, kind):
 def test_everything_that_is_asked_comes_out_of_shares_as_out_of_one_process_to_the_last_bit(run, monkeypatch):
     profile, shards, *_, folder = run
     ways = {"greedy": {"do_sample": False, "max_new_tokens": 4}, "drawn": {"do_sample": True, "max_new_tokens": 4}}
-    asked = Asked(
+    asked = EvalRequest(
         shards=shards,
         profile=profile,
         long_rows=plan_long_rows(shards, profile) * 3,
@@ -86,11 +86,11 @@ def test_sums_that_another_order_would_round_otherwise_are_added_in_the_batches_
     losses = [1e16, 1.0, 1.0, -1e16, 3.0, 0.1]
     batches = [np.array([[loss] * 2, [1.0] * 2, [1.0] * 2]) for loss in losses]
     parts = [
-        Part(list(share.of(batches)), list(share.of([("", one) for one in batches])), [], [], [])
+        ShareResult(list(share.of(batches)), list(share.of([("", one) for one in batches])), [], [], [])
         for share in shares(count)
     ]
     monkeypatch.setattr(measuring, "share_out", lambda *_: parts)
-    found = measure_folder(folder, folder, Asked(shards, profile), cards=(None,) * count, name="tuned")
+    found = measure_folder(folder, folder, EvalRequest(shards, profile), cards=(None,) * count, name="tuned")
     one_by_one = ((((1e16 + 1.0) + 1.0) - 1e16) + 3.0) + 0.1
     assert one_by_one != sum(sorted(losses))
     assert [score.loss_sum for score in (*found.scores, *found.curves[""])] == [one_by_one] * 4

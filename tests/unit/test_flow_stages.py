@@ -3,7 +3,7 @@ from collections import deque
 
 import pytest
 
-from ropeway.orchestration.dvc_stage import Folder, Site, StoppedError, _explain_failure, find_outcome
+from ropeway.orchestration.dvc_stage import Folder, Site, StageStoppedError, _explain_failure, find_outcome
 from ropeway.runtime.errors import ConfigError, DataError, RopewayError, TemporaryError
 from ropeway.runtime.lock import Held
 
@@ -40,11 +40,11 @@ def test_the_class_of_a_failure_says_what_can_be_done(site, own, kind, says):
 def test_a_dvc_that_was_ended_from_outside_is_not_tried_again(site, dvc):
     record(site, "exit", code=75)
     record(site, "dvc", **dvc)
-    assert type(_explain_failure(site, "train", 137, {"ran": None}, deque())) is StoppedError
+    assert type(_explain_failure(site, "train", 137, {"ran": None}, deque())) is StageStoppedError
 
 
 def test_nor_is_one_whose_supervisor_was_killed(site):
-    assert type(_explain_failure(site, "train", -9, {"ran": None}, deque())) is StoppedError
+    assert type(_explain_failure(site, "train", -9, {"ran": None}, deque())) is StageStoppedError
 
 
 def test_without_a_record_of_its_own_dvc_s_word_for_the_code_counts(site):

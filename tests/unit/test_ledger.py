@@ -4,7 +4,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ropeway.data.ledger import Account, Epoch, EpochOfSource, Findings, Found, Ledger, Parts, Records, check_ledger
+from ropeway.data.ledger import (
+    Account,
+    Epoch,
+    EpochOfSource,
+    FindingCounts,
+    Findings,
+    Ledger,
+    Parts,
+    Records,
+    check_ledger,
+)
 from ropeway.runtime.errors import DataError
 
 EVEN = Ledger(
@@ -15,7 +25,9 @@ EVEN = Ledger(
             Records(15, {"not JSON": 1}, {"conversation without turns": 1}, 13, 2, {}, 0),
             sequences=Parts(13, 7, 2, 1, 2, 1),
             tokens=Parts(130, 70, 20, 10, 25, 5),
-            findings=Findings(Found("remove", 1, 1, 20), Found("remove", 1, 1, 5), Found("remove", 1, 1, 5), 0),
+            findings=Findings(
+                FindingCounts("remove", 1, 1, 20), FindingCounts("remove", 1, 1, 5), FindingCounts("remove", 1, 1, 5), 0
+            ),
             epochs=(EpochOfSource(0, 2, 5, 50, 1, 6, 1, 4, 48, 8, 40, 30),),
         ),
         Account(
@@ -24,7 +36,9 @@ EVEN = Ledger(
             Records(3, {}, {}, 3, 0, {}, 1),
             sequences=Parts(5, 4, 1, 0, 0, 0),
             tokens=Parts(55, 44, 11, 0, 0, 0),
-            findings=Findings(Found("count", 2, 3, 30), Found("off", 0, 0, 0), Found("count", 1, 2, 9), 1),
+            findings=Findings(
+                FindingCounts("count", 2, 3, 30), FindingCounts("off", 0, 0, 0), FindingCounts("count", 1, 2, 9), 1
+            ),
             epochs=(EpochOfSource(0, 0, 4, 44, 0, 0, 1, 4, 64, 24, 40, 39),),
         ),
     ),

@@ -13,7 +13,7 @@ from ropeway.config.params import Lora, load_profile
 from ropeway.config.zero import plan_zero
 from ropeway.planning.budget import judge, plan_changes, plan_disk, plan_hours, plan_speed, token_flops
 from ropeway.planning.memory import GIB, Load, Sizes, certain_bytes, checkpoint_bytes, plan_gpu
-from ropeway.planning.plan import Asked, check_memory, count_reading, plan_run
+from ropeway.planning.plan import PlanRequest, check_memory, count_reading, plan_run
 from ropeway.planning.plan_text import describe_plan, outline_plan
 from ropeway.runtime.devices import detect_gpus
 from ropeway.runtime.errors import ConfigError
@@ -219,7 +219,7 @@ def test_nothing_is_refused_on_a_cpu(published, monkeypatch):
 
 
 def test_a_runs_log_says_in_short_what_is_needed(published):
-    text = outline_plan(plan_run(Workspace(ROOT, NAME), published, ranks=4, asked=Asked(gpu_memory_gib=80)))
+    text = outline_plan(plan_run(Workspace(ROOT, NAME), published, ranks=4, asked=PlanRequest(gpu_memory_gib=80)))
     assert "3,319 steps, 4 ranks x 2 rows x accumulation 16" in text
     assert "DOES NOT FIT 80 GiB; what would:" in text
     assert "8 ranks: 66.3 GiB" in text

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ropeway.config.params import DatasetOptions
 from ropeway.data.batches import collate, plan_epoch
-from ropeway.data.ledger import EpochOfSource, Findings, Found, Records
+from ropeway.data.ledger import EpochOfSource, FindingCounts, Findings, Records
 from ropeway.data.shards import FORMAT, open_shards, write_shard
 from ropeway.models.chat_template import OPEN_ASSISTANT
 from ropeway.runtime.manifest import write_manifest
@@ -20,7 +20,7 @@ from ropeway.stages.tokenize.encode import document_kinds
 from tests.support.raw_records import profile
 
 NOBODY = Records(0, {}, {}, 0, 0, {}, 0)
-NOTHING = Findings(*[Found("off", 0, 0, 0)] * 3, 0)
+NOTHING = Findings(*[FindingCounts("off", 0, 0, 0)] * 3, 0)
 PROMPTER, ASSISTANT = 3, 4
 ROLE_IDS = dict(zip(OPEN_ASSISTANT.added_tokens, (PROMPTER, ASSISTANT), strict=False))
 

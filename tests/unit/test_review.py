@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ropeway.cli.main import app
-from ropeway.orchestration.decision import Answer, decide, read_answer
+from ropeway.orchestration.decision import ReviewAnswer, decide, read_answer
 from ropeway.orchestration.reproduce import check_revision
 from ropeway.registry import Registry
 from ropeway.reporting.evidence import open_case
@@ -17,7 +17,7 @@ from ropeway.runtime.errors import ConfigError, RegistryError
 from ropeway.runtime.workspace import Workspace
 from tests.support.review_world import COMMIT, DIRTY, make_version
 
-YES = Answer("approve", "anna", "reads well", "terminal")
+YES = ReviewAnswer("approve", "anna", "reads well", "terminal")
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_a_review_that_approves_moves_production_and_keeps_who_and_why(workspace
 
 def test_a_review_that_rejects_moves_nothing_and_is_kept_and_shown_to_the_next_reviewer(workspace, registry):
     digest = make_version(workspace, 5.0)
-    outcome = decide(registry, open_case(registry, digest), Answer("reject", "ben", "it swears", "terminal"))
+    outcome = decide(registry, open_case(registry, digest), ReviewAnswer("reject", "ben", "it swears", "terminal"))
     assert (outcome.state, production(registry)) == ("Rejected", None)
     assert "| reject | ben | it swears |" in draw_report(open_case(registry, digest))
 
@@ -68,7 +68,7 @@ def test_a_review_moves_nothing_when_production_moved_after_the_report(workspace
     assert [kept["decision"] for kept in registry.artifact("laptop").version(third).reviews] == ["approve"]
 
 
-@pytest.mark.parametrize("answer", [Answer("approve", " ", "why", "x"), Answer("approve", "anna", "", "x")])
+@pytest.mark.parametrize("answer", [ReviewAnswer("approve", " ", "why", "x"), ReviewAnswer("approve", "anna", "", "x")])
 def test_an_empty_answer_to_a_review_is_none(workspace, registry, answer):
     digest = make_version(workspace, 5.0)
     with pytest.raises(RegistryError, match="expected 1 to"):

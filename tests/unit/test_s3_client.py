@@ -2,7 +2,7 @@ import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError, SSLError
 
 from ropeway.runtime.errors import AbsentError, ConfigError, TemporaryError
-from ropeway.storage.s3_client import Place, explained, make_client, split_url
+from ropeway.storage.s3_client import S3Location, explained, make_client, split_url
 from tests.support.s3_server import SECRET
 
 
@@ -19,8 +19,8 @@ def environment(monkeypatch, tmp_path):
 
 
 def test_a_url_is_taken_apart():
-    assert split_url("s3://models") == split_url("s3://models/") == Place("models", "")
-    assert split_url("s3://my.models-1/a/b c.jsonl") == Place("my.models-1", "a/b c.jsonl")
+    assert split_url("s3://models") == split_url("s3://models/") == S3Location("models", "")
+    assert split_url("s3://my.models-1/a/b c.jsonl") == S3Location("my.models-1", "a/b c.jsonl")
 
 
 @pytest.mark.parametrize(

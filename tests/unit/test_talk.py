@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-from ropeway.cli.chat import Manner, Talk, chat, check_folder, fit_turns, locate_model
+from ropeway.cli.chat import GenerationSettings, Talk, chat, check_folder, fit_turns, locate_model
 from ropeway.cli.main import app
 from ropeway.config.params import load_profile
 from ropeway.models.chat_template import OPEN_ASSISTANT
@@ -19,7 +19,7 @@ from ropeway.storage import open_store
 from tests.support import tiny_run
 from tests.support.registry_world import move, put, tiny
 
-MANNER = Manner(system="", max_new_tokens=6, temperature=1.0, top_p=0.95, seed=7)
+MANNER = GenerationSettings(system="", max_new_tokens=6, temperature=1.0, top_p=0.95, seed=7)
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +46,9 @@ def copied(model, tmp_path):
 
 
 def through_pipe(folder, text, *, as_json=True, **changes):
-    manner = Manner(**{name: changes.get(name, getattr(MANNER, name)) for name in MANNER.__slots__})
+    generation = GenerationSettings(**{name: changes.get(name, getattr(MANNER, name)) for name in MANNER.__slots__})
     out = io.StringIO()
-    chat(Talk(folder, manner), io.StringIO(text), out, as_json=as_json)
+    chat(Talk(folder, generation), io.StringIO(text), out, as_json=as_json)
     return [json.loads(line) for line in out.getvalue().splitlines()] if as_json else out.getvalue()
 
 
@@ -62,7 +62,7 @@ def test_the_same_seed_gives_the_same_answers_and_another_seed_others(model):
 
 
 def test_each_turn_is_asked_with_all_that_was_said_in_the_models_template(model, monkeypatch):
-    talk, prompts = Talk(model, Manner("Be kind.", 6, 0.0, 1.0, 0)), []
+    talk, prompts = Talk(model, GenerationSettings("Be kind.", 6, 0.0, 1.0, 0)), []
     generate = talk._generate
     monkeypatch.setattr(talk, "_generate", lambda ids, write: prompts.append(ids) or generate(ids, write))
     first = talk.ask("Hi", lambda _: None)
@@ -78,7 +78,7 @@ def test_each_turn_is_asked_with_all_that_was_said_in_the_models_template(model,
 
 def test_what_is_streamed_is_the_answer_and_it_comes_in_pieces(model):
     pieces = []
-    answer = Talk(model, Manner("", 40, 1.0, 1.0, 0)).ask("What is a list?", pieces.append)
+    answer = Talk(model, GenerationSettings("", 40, 1.0, 1.0, 0)).ask("What is a list?", pieces.append)
     assert "".join(pieces) == answer.text
     assert len([piece for piece in pieces if piece]) > 1
     assert (answer.tokens, answer.ended) == (40, False)
@@ -102,7 +102,7 @@ def test_the_end_token_ends_an_answer(copied):
 
 
 def test_what_no_longer_fits_is_forgotten_from_the_oldest_and_said(model, capsys):
-    talk = Talk(model, Manner("", 40, 0.0, 1.0, 0))
+    talk = Talk(model, GenerationSettings("", 40, 0.0, 1.0, 0))
     assert talk.context_tokens == 96
     chat(talk, io.StringIO("Hi there\nGo on\n"), io.StringIO(), as_json=False)
     assert "(the oldest 2 turns no longer fit and were left out)" in capsys.readouterr().err

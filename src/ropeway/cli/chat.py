@@ -28,7 +28,7 @@ Write = Callable[[str], object]
 
 
 @dataclass(frozen=True, slots=True)
-class Manner:
+class GenerationSettings:
     """How to answer; an empty system message is none, temperature 0 takes the most likely token every time."""
 
     system: str
@@ -39,7 +39,7 @@ class Manner:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class ChatAnswer:
     """What the model said.
 
     Attributes:
@@ -108,7 +108,7 @@ def fit_turns(turns: Sequence[str], count: Callable[[Sequence[str]], int], room:
 class Talk:
     """One conversation with one model."""
 
-    def __init__(self, folder: Path, manner: Manner) -> None:
+    def __init__(self, folder: Path, generation: GenerationSettings) -> None:
         """Open the model; raise DataError when transformers cannot load it, or it has no chat template."""
         from ropeway.stages.evaluate.opening import SAMPLED_ON_ONE, open_model, threads_for
 
@@ -119,7 +119,7 @@ class Talk:
         if not self._tokenizer.chat_template:
             raise DataError(f"{folder}: its tokenizer has no chat template, so nobody knows how to ask it")
         self._threads = lambda: threads_for(self._model, one_below=SAMPLED_ON_ONE)
-        self.manner, self.turns = manner, list[str]()
+        self.generation, self.turns = generation, list[str]()
         self._asked = 0
 
     @property
@@ -132,23 +132,23 @@ class Talk:
         """Forget what was said; set the system message if one is given."""
         self.turns, self._asked = [], 0
         if system is not None:
-            self.manner = replace(self.manner, system=system)
+            self.generation = replace(self.generation, system=system)
 
-    def ask(self, question: str, write: Write) -> Answer:
+    def ask(self, question: str, write: Write) -> ChatAnswer:
         """Return the answer, which `write` gets piece by piece as it comes; question and answer are remembered."""
         asked = [*self.turns, question]
         kept = fit_turns(
-            asked, lambda turns: len(self._encode(turns)), self.context_tokens - self.manner.max_new_tokens
+            asked, lambda turns: len(self._encode(turns)), self.context_tokens - self.generation.max_new_tokens
         )
         ids = self._encode(kept)
         said = self._generate(ids, write)
         ended = bool(said) and said[-1] in self._ends()
         text = self._tokenizer.decode(said, skip_special_tokens=True)
         self.turns, self._asked = [*kept, text], self._asked + 1
-        return Answer(text, len(said), ended, len(asked) - len(kept))
+        return ChatAnswer(text, len(said), ended, len(asked) - len(kept))
 
     def _encode(self, turns: Sequence[str]) -> list[int]:
-        messages = Conversation(tuple(turns), self.manner.system).to_messages()
+        messages = Conversation(tuple(turns), self.generation.system).to_messages()
         ids: list[int] = self._tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_dict=False
         )
@@ -161,18 +161,18 @@ class Talk:
     def _generate(self, ids: list[int], write: Write) -> list[int]:
         import torch
 
-        manner = self.manner
-        drawn = {"do_sample": True, "temperature": manner.temperature, "top_p": manner.top_p, "top_k": 0}
-        settings = drawn if manner.temperature else {"do_sample": False}
+        generation = self.generation
+        drawn = {"do_sample": True, "temperature": generation.temperature, "top_p": generation.top_p, "top_k": 0}
+        settings = drawn if generation.temperature else {"do_sample": False}
         prompt = torch.tensor([ids], device=self._model.device)
         # transformers draws from torch's global generator: borrowed, and given back. A seed of its own for each turn.
-        seed = int(digest_of([manner.seed, "chat", self._asked])[:15], 16)
+        seed = int(digest_of([generation.seed, "chat", self._asked])[:15], 16)
         with torch.random.fork_rng(), torch.inference_mode(), self._threads():
             torch.manual_seed(seed)
             out = self._model.generate(
                 prompt,
                 attention_mask=torch.ones_like(prompt),
-                max_new_tokens=manner.max_new_tokens,
+                max_new_tokens=generation.max_new_tokens,
                 streamer=_stream(self._tokenizer, write),
                 **settings,
             )

@@ -28,7 +28,7 @@ _OPEN, _CLOSE, _BORDER = "⟦", "⟧", "│"  # where there are no colours
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class InspectRequest:
     """What to look at: a row of an epoch if one is named, else a sequence of a source, else the list of sources."""
 
     source: str | None
@@ -37,23 +37,23 @@ class Wish:
     epoch: int | None
 
 
-def inspect(workspace: Workspace, profile: Profile, wish: Wish, *, as_json: bool) -> None:
+def inspect(workspace: Workspace, profile: Profile, request: InspectRequest, *, as_json: bool) -> None:
     """Print what is wished for.
 
     Raises:
         ConfigError: It does not exist, or source and row are named together.
         DataError: The data is not prepared, or not what it says it is.
     """
-    if wish.epoch is not None and wish.row is None:
+    if request.epoch is not None and request.row is None:
         raise ConfigError("--epoch goes with --row: a sequence is shown as it is stored, whole")
-    if wish.source is not None and wish.row is not None:
+    if request.source is not None and request.row is not None:
         raise ConfigError("SOURCE and --row do not go together: a row holds what the epoch's plan puts there")
     prepared = open_prepared(workspace, profile)
     found: Inspection | None
-    if wish.row is not None:
-        found = inspect_row(prepared, wish.row, epoch=wish.epoch or 0)
-    elif wish.source is not None:
-        found = inspect_sequence(prepared, wish.source, wish.number)
+    if request.row is not None:
+        found = inspect_row(prepared, request.row, epoch=request.epoch or 0)
+    elif request.source is not None:
+        found = inspect_sequence(prepared, request.source, request.number)
     else:
         found = None
     if as_json:

@@ -70,11 +70,11 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Say what a run will do before anything is spent: rows, steps, memory, disk, hours, and whether it fits."""
-    from ropeway.planning.plan import Asked, plan_run
+    from ropeway.planning.plan import PlanRequest, plan_run
     from ropeway.planning.plan_text import describe_plan
     from ropeway.runtime.devices import count_ranks
 
-    asked = Asked(gpu_memory_gib, card, mfu)
+    asked = PlanRequest(gpu_memory_gib, card, mfu)
     planned = plan_run(*_choose(profile), ranks=ranks or count_ranks(), asked=asked)
     typer.echo(planned.as_json() if as_json else describe_plan(planned))
 
@@ -90,10 +90,10 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """Show one prepared sequence, or one row, token by token: what is learned of it and what is only read."""
-    from ropeway.cli.inspect_output import Wish
+    from ropeway.cli.inspect_output import InspectRequest
     from ropeway.cli.inspect_output import inspect as show
 
-    show(*_choose(profile), Wish(source, number, row, epoch), as_json=as_json)
+    show(*_choose(profile), InspectRequest(source, number, row, epoch), as_json=as_json)
 
 
 @app.command()
@@ -109,11 +109,11 @@ def chat(  # noqa: PLR0913 - a command's options
     as_json: JsonOption = False,
 ) -> None:
     """Talk to a model. From a pipe: one question a line, one answer after another."""
-    from ropeway.cli.chat import Manner, Talk, locate_model
+    from ropeway.cli.chat import GenerationSettings, Talk, locate_model
     from ropeway.cli.chat import chat as hold
 
-    manner = Manner(system, max_new_tokens, temperature, top_p, seed)
-    hold(Talk(locate_model(model, registry), manner), sys.stdin, sys.stdout, as_json=as_json)
+    generation = GenerationSettings(system, max_new_tokens, temperature, top_p, seed)
+    hold(Talk(locate_model(model, registry), generation), sys.stdin, sys.stdout, as_json=as_json)
 
 
 @app.command("push-hub")

@@ -57,7 +57,7 @@ class Parts:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class FindingCounts:
     """What was looked for and found.
 
     Attributes:
@@ -84,9 +84,9 @@ class Findings:
         with_prompts: Sequences among these that share one with a prompt.
     """
 
-    exact: Found
-    near: Found
-    contaminated: Found
+    exact: FindingCounts
+    near: FindingCounts
+    contaminated: FindingCounts
     with_prompts: int
 
 

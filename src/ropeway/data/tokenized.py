@@ -37,7 +37,7 @@ class RecordCounts(TypedDict):
     special_token_hits: dict[str, int]
 
 
-class SourceFacts(TypedDict):
+class TokenizedFacts(TypedDict):
     """A source's entry in the manifest; lists have one item per shard, `ends` the digests of its outer sequences."""
 
     name: str
@@ -59,7 +59,7 @@ class TokenizedSource:
     """
 
     folder: Path
-    facts: SourceFacts
+    facts: TokenizedFacts
 
     @property
     def shard_sequences(self) -> list[int]:

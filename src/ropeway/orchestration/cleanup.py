@@ -26,7 +26,7 @@ _MIB = 2**20
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class DiskUsage:
     """A part of a workspace, the bytes of all its files, and the rule that keeps it small."""
 
     name: str
@@ -45,7 +45,7 @@ class Removal:
     why: str
 
 
-def measure(root: Path) -> list[Place]:
+def measure(root: Path) -> list[DiskUsage]:
     """Return what a workspace's parts take, those that are there, largest first."""
     workspace = Workspace(root.resolve(), "")
     parts = (
@@ -60,7 +60,7 @@ def measure(root: Path) -> list[Place]:
     sizes = {name: count_bytes(path) for name, path, _ in parts if path.exists()}
     if "work files" in sizes:
         sizes["work files"] -= sizes.get("W&B runs", 0)  # these lie in the same folder
-    places = [Place(name, path, sizes[name], rule) for name, path, rule in parts if name in sizes]
+    places = [DiskUsage(name, path, sizes[name], rule) for name, path, rule in parts if name in sizes]
     return sorted(places, key=lambda place: -place.bytes)
 
 

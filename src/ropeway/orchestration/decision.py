@@ -13,7 +13,7 @@ from ropeway.runtime.workspace import Workspace
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class ReviewAnswer:
     """What a reviewer says; every part is asked for, none has a default.
 
     Attributes:
@@ -34,7 +34,7 @@ class Outcome:
     words: str
 
 
-def decide(registry: Registry, case: Case, answer: Answer) -> Outcome:
+def decide(registry: Registry, case: Case, answer: ReviewAnswer) -> Outcome:
     """Keep an answer, and move production if it is a yes and production is where the report said. Repeat it freely.
 
     Raises:
@@ -62,7 +62,7 @@ def decide(registry: Registry, case: Case, answer: Answer) -> Outcome:
     return Outcome("Promoted", words if done.moved else f"{words}, as it was already")
 
 
-def review_here(root: Path, wanted: str, *, answer: Answer | None, expect: str | None) -> None:
+def review_here(root: Path, wanted: str, *, answer: ReviewAnswer | None, expect: str | None) -> None:
     """Print the report of a version; with an answer, act on it; without one, say how to answer.
 
     `expect` is where production must be: `v3`, a digest or `none`; default: where it is now.
@@ -88,7 +88,7 @@ def answer_command(case: Case, decision: Decision) -> str:
     return f"ropeway review {case.digest[:12]} --{decision} --reviewer NAME --comment WHY --expect {expect}"
 
 
-def read_answer(*, approve: bool, reject: bool, reviewer: str | None, comment: str | None) -> Answer | None:
+def read_answer(*, approve: bool, reject: bool, reviewer: str | None, comment: str | None) -> ReviewAnswer | None:
     """Return a command line's answer, None without one; raise ConfigError for yes and no, or without who and why."""
     if approve and reject:
         raise ConfigError("--approve and --reject: choose one")
@@ -98,7 +98,9 @@ def read_answer(*, approve: bool, reject: bool, reviewer: str | None, comment: s
         return None
     if not (reviewer and reviewer.strip() and comment and comment.strip()):
         raise ConfigError("an answer needs who and why: --reviewer NAME --comment WHY, both kept for ever")
-    return Answer("approve" if approve else "reject", reviewer.strip(), comment.strip(), f"terminal {uuid4().hex[:8]}")
+    return ReviewAnswer(
+        "approve" if approve else "reject", reviewer.strip(), comment.strip(), f"terminal {uuid4().hex[:8]}"
+    )
 
 
 def read_expect(registry: Registry, wanted: str, expect: str | None) -> str | Anything | None:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ropeway.orchestration.dvc_stage import Say, StoppedError
+from ropeway.orchestration.dvc_stage import Say, StageStoppedError
 from ropeway.orchestration.run_summary import Result
 from ropeway.runtime.errors import TemporaryError
 
@@ -61,7 +61,7 @@ class Board:
 
 def may_retry(error: BaseException) -> bool:
     """Return whether the same step may succeed if it is made again now; it then resumes."""
-    return isinstance(error, TemporaryError) and not isinstance(error, StoppedError)
+    return isinstance(error, TemporaryError) and not isinstance(error, StageStoppedError)
 
 
 def retry_seconds() -> float:

@@ -33,7 +33,7 @@ _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)
 _ENDS = re.compile(r"(\r\n|\n|\r)")
 
 
-class StoppedError(TemporaryError):
+class StageStoppedError(TemporaryError):
     """Somebody ended dvc itself: that is a wish to stop, so the stage is not tried again by this run."""
 
 
@@ -80,7 +80,7 @@ def bring_up(site: Site, name: str, say: Say, *, anew: bool = False) -> str:
         ConfigError: The stage ended with 64: what params.yaml asks for cannot be run. Or dvc.yaml was edited.
         DataError: It ended with 65.
         TemporaryError: It ended with 75 or by a signal: run again, it resumes. Or another dvc kept DVC's locks.
-        StoppedError: dvc was ended from outside.
+        StageStoppedError: dvc was ended from outside.
         RopewayError: Anything else; the stage's last lines are quoted.
     """
     if site.definition is not None:
@@ -230,7 +230,7 @@ def _explain_failure(
     end = f"; its log: {site.log(name)}"
     if code < 0 or (outer and (outer["signal"] or outer["why"])):
         how = "its supervisor was killed" if code < 0 or outer is None else outer["why"] or outer["signal"]
-        return StoppedError(
+        return StageStoppedError(
             f"stage {name}: dvc was ended from outside ({how}). Run the same command again, it resumes{end}"
         )
     stage_code = own["code"] if own else events.get("failed") or code

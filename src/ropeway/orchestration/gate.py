@@ -12,7 +12,7 @@ from ropeway.config.params import Gate
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class GateVerdict:
     """Whether the gate lets a model through, and every comparison it made, in words."""
 
     passed: bool
@@ -35,7 +35,7 @@ def gate(
     limits: Gate,
     *,
     champion_name: str = "the champion",
-) -> Verdict:
+) -> GateVerdict:
     """Return whether a model may take the champion's place.
 
     `metrics` and `champion` are two eval.json, of the same rows; the first model of a name has no champion.
@@ -64,7 +64,7 @@ def gate(
         findings += [compare(name, metrics, champion, allowed, champion_name) for name in sources]
         if not sources:
             findings.append(_Finding(holds=False, words="no source was measured"))
-    return Verdict(all(finding.holds for finding in findings), tuple(finding.words for finding in findings))
+    return GateVerdict(all(finding.holds for finding in findings), tuple(finding.words for finding in findings))
 
 
 def _compare_with_base(metrics: Mapping[str, object], asked: float) -> _Finding:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ropeway.config.params import Profile
 from ropeway.orchestration.dvc_stage import Say, Site, run_command
-from ropeway.orchestration.gate import Verdict, gate
+from ropeway.orchestration.gate import GateVerdict, gate
 from ropeway.orchestration.revision import Revision
 from ropeway.registry import PRODUCTION, Artifact, Registry, Version
 from ropeway.runtime.errors import DataError, TemporaryError
@@ -37,7 +37,7 @@ class Publication:
     state: str
     version: str
     digest: str
-    verdict: Verdict | None
+    verdict: GateVerdict | None
     words: str
     reviewable: bool = False
 
@@ -137,7 +137,7 @@ def _find_metrics(champion: Version, ours: Mapping[str, object], measure: Measur
 
 
 def _provenance(
-    revision: Revision, metrics: Mapping[str, object], verdict: Verdict, champion: str | None
+    revision: Revision, metrics: Mapping[str, object], verdict: GateVerdict, champion: str | None
 ) -> dict[str, object]:
     return {
         "git": revision.commit,

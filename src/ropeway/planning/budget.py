@@ -19,7 +19,7 @@ COMMON_GIB = (40.0, 80.0)  # stated where no card is known: the two sizes of an 
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class MemoryVerdict:
     """Whether a run fits a card.
 
     Attributes:
@@ -37,13 +37,13 @@ class Verdict:
         return self.needed_bytes <= self.memory_bytes
 
 
-def judge(load: Load, global_batch_size: int, memory_bytes: int) -> Verdict:
+def judge(load: Load, global_batch_size: int, memory_bytes: int) -> MemoryVerdict:
     """Return whether a load fits a card, and what would make it fit, by planning again with each change."""
     needed = plan_gpu(load)["total"]
     remedies: tuple[tuple[str, int], ...] = ()
     if needed > memory_bytes:
         remedies = tuple(_find_remedies(load, global_batch_size, memory_bytes))
-    return Verdict(memory_bytes, needed, remedies)
+    return MemoryVerdict(memory_bytes, needed, remedies)
 
 
 def _find_remedies(load: Load, global_batch_size: int, memory_bytes: int) -> Iterator[tuple[str, int]]:

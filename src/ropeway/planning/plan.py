@@ -16,7 +16,17 @@ from ropeway.data.accumulation import accumulation_steps
 from ropeway.data.batches import plan_epoch
 from ropeway.data.mixture import epoch_count
 from ropeway.data.shards import SourceShards, open_shards
-from ropeway.planning.budget import COMMON_GIB, Speed, Verdict, gib, judge, name_card, plan_disk, plan_hours, plan_speed
+from ropeway.planning.budget import (
+    COMMON_GIB,
+    MemoryVerdict,
+    Speed,
+    gib,
+    judge,
+    name_card,
+    plan_disk,
+    plan_hours,
+    plan_speed,
+)
 from ropeway.planning.memory import GIB, Load, certain_bytes, checkpoint_bytes, plan_gpu, plan_host
 from ropeway.runtime.devices import detect_gpus
 from ropeway.runtime.errors import ConfigError
@@ -28,7 +38,7 @@ OTHER_RANKS = (1, 2, 4, 8, 16)
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class PlanRequest:
     """What the caller states about the machine; None is found out or assumed."""
 
     gpu_memory_gib: float | None = None
@@ -74,7 +84,7 @@ class RunPlan:
     disk_unknown: list[str]
     disk_free_bytes: int
     fits: bool | None
-    cards: dict[str, Verdict]
+    cards: dict[str, MemoryVerdict]
     speed: Speed
     hours: dict[str, float | None]
     from_data: bool
@@ -87,13 +97,13 @@ class RunPlan:
         return json.dumps(facts, indent=1, sort_keys=True)
 
 
-def plan_run(workspace: Workspace, profile: Profile, *, ranks: int, asked: Asked | None = None) -> RunPlan:
+def plan_run(workspace: Workspace, profile: Profile, *, ranks: int, asked: PlanRequest | None = None) -> RunPlan:
     """Return the plan of a run: from the data where it is prepared, else from `expected_rows` of the sources.
 
     Raises:
         ConfigError: Ranks do not divide the batch, or the DeepSpeed JSON or a stated figure cannot be read.
     """
-    asked = asked or Asked()
+    asked = asked or PlanRequest()
     named = read_texts(workspace.root, [profile.deepspeed_config], key="deepspeed_config")
     load = Load.of(profile, read_zero(named[profile.deepspeed_config], profile.deepspeed_config), ranks=ranks)
     counted = count_reading(workspace, profile)

@@ -29,7 +29,7 @@ from ropeway.registry.log import find_head, verify_log
 from ropeway.registry.publishing import COLLECTION_TTL, attached_files
 from ropeway.runtime.errors import AbsentError, TemporaryError
 from ropeway.runtime.manifest import canonical_json
-from ropeway.storage import Entry, Store, Stray
+from ropeway.storage import Store, StoredObject, Stray
 
 # Keys of a kind that may be removed: events and tombstones never are.
 _COLLECTABLE = re.compile(rf"blobs/sha256/|{INTENTS}|{COLLECTIONS}|models/[^/]+/(heads/|manifests/[^/]+$)")
@@ -45,7 +45,7 @@ class Garbage:
         young: Objects that nobody needs either, but younger than the grace period.
     """
 
-    entries: tuple[Entry, ...]
+    entries: tuple[StoredObject, ...]
     strays: tuple[Stray, ...]
     young: int
 
@@ -56,7 +56,7 @@ class Garbage:
 
 
 def plan_collection(
-    entries: Iterable[Entry], strays: Iterable[Stray], needed: Collection[str], *, before: datetime
+    entries: Iterable[StoredObject], strays: Iterable[Stray], needed: Collection[str], *, before: datetime
 ) -> Garbage:
     """Return what to remove: collectable, not needed, last changed before a moment."""
     idle = [entry for entry in entries if _COLLECTABLE.match(entry.key) and _needs(entry.key) not in needed]
@@ -120,7 +120,7 @@ def _needed_by_versions(store: Store, *, withdrawn: bool) -> set[str]:
     return needed
 
 
-def _needed_by_intents(store: Store, entries: Sequence[Entry], before: datetime) -> set[str]:
+def _needed_by_intents(store: Store, entries: Sequence[StoredObject], before: datetime) -> set[str]:
     """Return what publishes under way count on, and their intents; one older than `before` is of a dead publish."""
     needed: set[str] = set()
     listed = {entry.key: entry for entry in entries if entry.key.startswith(INTENTS)}

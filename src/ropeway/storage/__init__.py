@@ -9,16 +9,16 @@ from urllib.parse import unquote, urlsplit
 
 from ropeway.runtime.errors import AbsentError, ConfigError
 from ropeway.storage.folder import FileStore
-from ropeway.storage.interface import BLOCK_BYTES, MAX_DOCUMENT_BYTES, TRANSFER_BYTES, Entry, Store, Stray
+from ropeway.storage.interface import BLOCK_BYTES, MAX_DOCUMENT_BYTES, TRANSFER_BYTES, Store, StoredObject, Stray
 
 __all__ = [
     "BLOCK_BYTES",
     "MAX_DOCUMENT_BYTES",
     "TRANSFER_BYTES",
     "AbsentError",
-    "Entry",
     "FileStore",
     "Store",
+    "StoredObject",
     "Stray",
     "open_store",
 ]

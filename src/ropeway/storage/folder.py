@@ -14,8 +14,8 @@ from ropeway.runtime.manifest import sync_folder
 from ropeway.storage.interface import (
     BLOCK_BYTES,
     MAX_DOCUMENT_BYTES,
-    Entry,
     Store,
+    StoredObject,
     Stray,
     check_key,
     check_prefix,
@@ -80,9 +80,9 @@ class FileStore(Store):
         with self._explained(key):
             return path.stat().st_size
 
-    def list_entries(self, prefix: str) -> list[Entry]:
+    def list_entries(self, prefix: str) -> list[StoredObject]:
         """Walk the folder; what starts with a dot (`.partial/`) is not a key."""
-        entries: list[Entry] = []
+        entries: list[StoredObject] = []
         with self._explained(prefix):
             for place, folders, files in os.walk(self._folder(prefix)):
                 folders[:] = [name for name in folders if not name.startswith(".")]
@@ -162,9 +162,9 @@ class FileStore(Store):
             ) from None
 
 
-def _entry(path: Path, root: Path) -> Entry:
+def _entry(path: Path, root: Path) -> StoredObject:
     facts = path.stat()
-    return Entry(path.relative_to(root).as_posix(), facts.st_size, datetime.fromtimestamp(facts.st_mtime, UTC))
+    return StoredObject(path.relative_to(root).as_posix(), facts.st_size, datetime.fromtimestamp(facts.st_mtime, UTC))
 
 
 def _write_new(path: Path, data: bytes | Path, on_bytes: Callable[[int], None]) -> str:

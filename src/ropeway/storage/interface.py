@@ -19,7 +19,7 @@ _KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class StoredObject:
     """An object as a listing shows it; the time is the store's."""
 
     key: str
@@ -82,7 +82,7 @@ class Store(ABC):
         """Return an object's bytes; raise AbsentError."""
 
     @abstractmethod
-    def list_entries(self, prefix: str) -> list[Entry]:
+    def list_entries(self, prefix: str) -> list[StoredObject]:
         """Return every object whose key starts with `prefix` (a folder ending in `/`, or empty for all), by key."""
 
     def list_keys(self, prefix: str) -> list[str]:

@@ -17,7 +17,15 @@ from botocore.client import BaseClient
 
 from ropeway.runtime.errors import AbsentError, DataError
 from ropeway.storage.conditions import LostError, check_conditional_complete, check_conditional_put, conditional
-from ropeway.storage.interface import MAX_DOCUMENT_BYTES, Entry, Store, Stray, check_key, check_prefix, wrong_hash
+from ropeway.storage.interface import (
+    MAX_DOCUMENT_BYTES,
+    Store,
+    StoredObject,
+    Stray,
+    check_key,
+    check_prefix,
+    wrong_hash,
+)
 from ropeway.storage.multipart import WRITE_MARK, Destination, find_mark, put_file
 from ropeway.storage.s3_client import explained, make_client, split_url
 from ropeway.storage.s3_stream import open_object, read_whole
@@ -92,10 +100,10 @@ class S3Store(Store):
         with self._explained(key):
             return int(self.client.head_object(Bucket=self._bucket, Key=self._path(key))["ContentLength"])
 
-    def list_entries(self, prefix: str) -> list[Entry]:
+    def list_entries(self, prefix: str) -> list[StoredObject]:
         """Read every page of the listing; what starts with a dot (`.probe`) is not a key."""
         found = [
-            Entry(self._key(item["Key"]), int(item["Size"]), item["LastModified"])
+            StoredObject(self._key(item["Key"]), int(item["Size"]), item["LastModified"])
             for page in self._pages("list_objects_v2", prefix)
             for item in page.get("Contents", [])
         ]

@@ -40,18 +40,18 @@ _CLOCK = {"RequestTimeTooSkewed", "RequestExpired"}
 _WHO = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "TokenRefreshRequired"}
 
 
-class Place(NamedTuple):
+class S3Location(NamedTuple):
     """`s3://bucket/prefix` taken apart; the prefix has no slash at either end and may be empty."""
 
     bucket: str
     prefix: str
 
 
-def split_url(url: str) -> Place:
+def split_url(url: str) -> S3Location:
     """Return the bucket and the prefix (or key) of an `s3://` URL; raise ConfigError when it is none.
 
     >>> split_url("s3://models/team/registry/")
-    Place(bucket='models', prefix='team/registry')
+    S3Location(bucket='models', prefix='team/registry')
     """
     scheme, _, rest = url.partition("://")
     bucket, _, prefix = rest.partition("/")
@@ -63,7 +63,7 @@ def split_url(url: str) -> Place:
             f"{url.rpartition('@')[2][:200]!r}: expected s3://bucket/prefix, the bucket of a-z 0-9 . -, 3 to 63 "
             "characters; keys and endpoint come from AWS_… variables (AWS_ENDPOINT_URL_S3 for another server)"
         )
-    return Place(bucket, prefix)
+    return S3Location(bucket, prefix)
 
 
 def make_client() -> "BaseClient":

@@ -14,7 +14,7 @@ from ropeway.runtime.errors import RopewayError
 from ropeway.runtime.manifest import file_sha256, write_json
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.evaluate.evaluation_workers import plan_workers
-from ropeway.stages.evaluate.measuring import Asked, measure_folder
+from ropeway.stages.evaluate.measuring import EvalRequest, measure_folder
 from ropeway.stages.evaluate.opening import check_template
 from ropeway.stages.evaluate.stage import report_scores
 from ropeway.stages.evaluate.text import translate
@@ -35,9 +35,9 @@ def measure_champion(workspace: Workspace, profile: EvaluateParams, folder: Path
     check_template(folder, shards)
     tokenizer = file_sha256(folder / "tokenizer.json")
     with tempfile.TemporaryDirectory() as scratch:
-        asked = Asked(shards, profile)
+        asked = EvalRequest(shards, profile)
         if tokenizer != shards.manifest["tokenizer"]:
-            asked = Asked(*translate(shards, profile, workspace.base, folder, Path(scratch)))
+            asked = EvalRequest(*translate(shards, profile, workspace.base, folder, Path(scratch)))
         found = measure_folder(folder, folder, asked, cards=plan_workers(), name="champion")
     report = report_scores(shards, profile, {"tuned": found.scores}, tokenizer_folder=workspace.base)
     write_json(out, {**report, "tokenizer": tokenizer})

@@ -19,7 +19,7 @@ from ropeway.stages.evaluate.token_scores import Score, Sums, score_sources, sum
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class EvalRequest:
     """What every model is measured on."""
 
     shards: Shards  # their validation rows are scored
@@ -32,7 +32,7 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class ShareResult:
     """What a share of it came to, item by item: nothing is added up before all shares lie side by side."""
 
     batches: list[Sums]
@@ -43,7 +43,7 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class ModelResult:
     """What one model came to.
 
     Attributes:
@@ -57,7 +57,7 @@ class Found:
     tasks: dict[str, TaskScore]  # a score per task of the harness; none where params name none
 
 
-def measure_folder(folder: Path, like: Path, asked: Asked, *, cards: Cards, name: str) -> Found:
+def measure_folder(folder: Path, like: Path, asked: EvalRequest, *, cards: Cards, name: str) -> ModelResult:
     """Return what the model in a folder comes to; the same, bit by bit, whatever the number of processes.
 
     `like` is as in `open_model`; errors call the model `name`.
@@ -69,7 +69,7 @@ def measure_folder(folder: Path, like: Path, asked: Asked, *, cards: Cards, name
     """
     parts = share_out(measure_share, (folder, like, _without_files(asked)), cards)
     sums = gather([part.batches for part in parts])
-    return Found(
+    return ModelResult(
         scores=score_sources(sums, asked.shards, name=name),
         curves=score_positions(gather([part.positions for part in parts])),
         keys=gather([part.keys for part in parts]),
@@ -78,7 +78,7 @@ def measure_folder(folder: Path, like: Path, asked: Asked, *, cards: Cards, name
     )
 
 
-def measure_share(folder: Path, like: Path, asked: Asked, share: Share) -> Part:
+def measure_share(folder: Path, like: Path, asked: EvalRequest, share: Share) -> ShareResult:
     """Open a model, measure it on a share of what is asked and let it go."""
     model, tokenizer = open_model(folder, like=like)
     template = open_template(folder)
@@ -90,11 +90,11 @@ def measure_share(folder: Path, like: Path, asked: Asked, share: Share) -> Part:
         keys = ask(model, tokenizer, template, share.of(asked.questions), seed=seed)
         answers = sample(model, tokenizer, template, share.of(asked.draws), asked.configurations, seed=seed)
         tasks = ask_harness(model, tokenizer, asked, share)
-    return Part(batches, positions, keys, answers, tasks)
+    return ShareResult(batches, positions, keys, answers, tasks)
 
 
 def ask_harness(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: Asked, share: Share
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: EvalRequest, share: Share
 ) -> list[dict[str, TaskScore]]:
     """Return the scores of each named task in a share of them, last of all: the harness changes what a model generates.
 
@@ -117,7 +117,7 @@ def ask_harness(
     ]
 
 
-def _without_files(asked: Asked) -> Asked:
+def _without_files(asked: EvalRequest) -> EvalRequest:
     """Return the same without what this process has mapped: pickled, a map would be all its bytes."""
     sources = tuple(replace(source, train=source.train[:0], _open={}) for source in asked.shards.sources)
     return replace(asked, shards=replace(asked.shards, sources=sources))

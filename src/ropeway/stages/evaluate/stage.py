@@ -26,7 +26,7 @@ from ropeway.runtime.manifest import digest_of, load_manifest, whole_folder, wri
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.evaluate import passkey, positions
 from ropeway.stages.evaluate.evaluation_workers import ALONE, plan_workers
-from ropeway.stages.evaluate.measuring import Asked, Found, measure_folder
+from ropeway.stages.evaluate.measuring import EvalRequest, ModelResult, measure_folder
 from ropeway.stages.evaluate.opening import check_data, open_tokenizer
 from ropeway.stages.evaluate.passkey import Answered
 from ropeway.stages.evaluate.samples import (
@@ -79,7 +79,7 @@ def run(workspace: Workspace, profile: EvaluateParams) -> None:
     print(f"{len(asked.draws)} sample answers per model in {workspace.samples}; tables in {workspace.tables}")
 
 
-def plan_report(workspace: Workspace, profile: EvaluateParams) -> tuple[list[str], Asked]:
+def plan_report(workspace: Workspace, profile: EvaluateParams) -> tuple[list[str], EvalRequest]:
     """Return the prompts, and what is measured: everything of this stage that needs no trained model."""
     frozen, wanted = FrozenInputs.load(workspace.root), profile.evaluation
     prompts = parse_prompts(frozen.text("prompts", wanted.prompts), wanted.prompts)
@@ -89,7 +89,7 @@ def plan_report(workspace: Workspace, profile: EvaluateParams) -> tuple[list[str
     }
     shards = open_shards(workspace.data)
     check_data(workspace.base, shards)
-    return prompts, Asked(
+    return prompts, EvalRequest(
         shards=shards,
         profile=profile,
         long_rows=positions.plan_long_rows(shards, profile),
@@ -110,7 +110,7 @@ def check_request(workspace: Workspace, profile: EvaluateParams) -> None:
         passkey.encode_question(tokenizer, template, question)
 
 
-def measure_both(workspace: Workspace, asked: Asked) -> dict[str, Found]:
+def measure_both(workspace: Workspace, asked: EvalRequest) -> dict[str, ModelResult]:
     """Return what base and tuned come to, one model after the other."""
     cards = plan_workers()
     found = {}
@@ -125,7 +125,7 @@ def measure_both(workspace: Workspace, asked: Asked) -> dict[str, Found]:
 
 
 def _write_samples(
-    workspace: Workspace, asked: Asked, prompts: Sequence[str], answers: Mapping[str, Sequence[str]]
+    workspace: Workspace, asked: EvalRequest, prompts: Sequence[str], answers: Mapping[str, Sequence[str]]
 ) -> None:
     trained = load_manifest(workspace.model, remedy="Run `dvc repro train`", verify=False)
     args = {
@@ -220,7 +220,7 @@ def look(workspace: Workspace, profile: EvaluateParams, *, limit: int) -> str:
     lines = []
     for name, folder in (("base", workspace.base), ("tuned", workspace.model)):
         check_data(folder, shards)
-        scores = measure_folder(folder, workspace.model, Asked(shards, profile), cards=ALONE, name=name).scores
+        scores = measure_folder(folder, workspace.model, EvalRequest(shards, profile), cards=ALONE, name=name).scores
         for source, score, size in zip(shards.sources, scores, sizes, strict=True):
             found = score.metrics(size)
             per_byte = f"{found['nats_per_byte']:.4f}" if "nats_per_byte" in found else "-"

@@ -46,7 +46,7 @@ _MORE = ("Tell me more.", "What else should I know about it?", "Go on, please.")
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class IndexEntry:
     """One documented thing: a module, a class, a function or a method."""
 
     name: str
@@ -74,7 +74,7 @@ def iterate_docstrings(library: Path | None = None, modules: tuple[str, ...] = M
                 number += 1
 
 
-def plan_talks(source: str, module: str) -> list[list[Entry]]:
+def plan_talks(source: str, module: str) -> list[list[IndexEntry]]:
     """Return what each conversation about a module's source is about, in the order of the source."""
     tree = ast.parse(source)
     talks = _groups(_entry(tree, module), [_entry(node, f"{module}.{node.name}") for node in _functions(tree)])
@@ -85,7 +85,7 @@ def plan_talks(source: str, module: str) -> list[list[Entry]]:
     return talks
 
 
-def _groups(head: Entry | None, members: list[Entry | None]) -> list[list[Entry]]:
+def _groups(head: IndexEntry | None, members: list[IndexEntry | None]) -> list[list[IndexEntry]]:
     entries = [entry for entry in (head, *members) if entry]
     return [entries[at : at + _MEMBERS_A_CONVERSATION] for at in range(0, len(entries), _MEMBERS_A_CONVERSATION)]
 
@@ -98,16 +98,16 @@ def _functions(node: ast.Module | ast.ClassDef) -> list[ast.FunctionDef | ast.As
     ]
 
 
-def _entry(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, name: str) -> Entry | None:
+def _entry(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, name: str) -> IndexEntry | None:
     text = (ast.get_docstring(node) or "").strip()
     if not text:
         return None
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-        return Entry(name, text, f"{name}({ast.unparse(node.args)})")
-    return Entry(name, text, None)
+        return IndexEntry(name, text, f"{name}({ast.unparse(node.args)})")
+    return IndexEntry(name, text, None)
 
 
-def _talk(entries: list[Entry], number: int) -> list[str]:
+def _talk(entries: list[IndexEntry], number: int) -> list[str]:
     """Return the turns about these entries; `number` varies how the questions are put."""
     turns: list[str] = []
     for at, entry in enumerate(entries, start=number):

@@ -16,7 +16,7 @@ _SHOWN_REFUSALS = 20
 _SHOWN_FILES = 10
 
 
-class SourceFacts(TypedDict):
+class FetchedFacts(TypedDict):
     """A source's entry in raw/manifest.json."""
 
     kind: RecordKind
@@ -38,7 +38,7 @@ def run(workspace: Workspace, profile: FetchParams) -> None:
         TemporaryError: The disk is full.
     """
     identities = FrozenInputs.load(workspace.root).value("sources")
-    sources: dict[str, SourceFacts] = {}
+    sources: dict[str, FetchedFacts] = {}
     rows: dict[str, int] = {}
     with full_disk_explained(workspace.raw), whole_folder(workspace.raw) as folder:
         for name, source in profile.sources.items():
@@ -52,7 +52,7 @@ def run(workspace: Workspace, profile: FetchParams) -> None:
     shutil.rmtree(download_folder(workspace), ignore_errors=True)
 
 
-def _check_refused(name: str, facts: SourceFacts, limit: float) -> None:
+def _check_refused(name: str, facts: FetchedFacts, limit: float) -> None:
     refused = sum(facts["refused"].values())
     if refused > limit * facts["read"]:
         first = facts["first_refused"][0]
@@ -62,7 +62,7 @@ def _check_refused(name: str, facts: SourceFacts, limit: float) -> None:
         )
 
 
-def describe(name: str, facts: SourceFacts) -> list[str]:
+def describe(name: str, facts: FetchedFacts) -> list[str]:
     """Return what was read of a source, kept and refused, for the log.
 
     >>> describe("talks", {"kind": "conversation", "read": 9, "kept": 9, "refused": {}, "ignored_keys": {"meta": 4}})
@@ -83,7 +83,7 @@ def describe(name: str, facts: SourceFacts) -> list[str]:
     return lines
 
 
-def _write(source: Source, workspace: Workspace, identity: dict[str, object], writer: RawWriter) -> SourceFacts:
+def _write(source: Source, workspace: Workspace, identity: dict[str, object], writer: RawWriter) -> FetchedFacts:
     """Write one source's records; return its facts."""
     seen, reasons = Seen(), Counter[str]()
     shown: list[dict[str, str]] = []

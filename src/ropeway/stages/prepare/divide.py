@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ropeway.config.params import PrepareParams
-from ropeway.data.ledger import Findings, Found
+from ropeway.data.ledger import FindingCounts, Findings
 from ropeway.data.tokenized import TokenizedSource
 from ropeway.stages.prepare.contamination import IN_PROMPTS, find_contaminated
 from ropeway.stages.prepare.duplicates import Repeats, find_repeats
@@ -20,7 +20,7 @@ from ropeway.stages.prepare.split import Split, plan_split
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class DividedSource:
     """One source's split, and what was found in it."""
 
     split: Split
@@ -29,7 +29,7 @@ class Part:
 
 def divide_sources(
     sources: Mapping[str, TokenizedSource], profile: PrepareParams, *, prompts: Sequence[str], work: Path
-) -> dict[str, Part]:
+) -> dict[str, DividedSource]:
     """Return each source's part; `work` is an empty folder, `prompts` are of the files in `contamination.prompts`."""
     generator = np.random.RandomState(profile.rng_seed)  # one for all sources in their order, as in the original
     repeats = find_repeats(sources, profile.duplicates, work=work)
@@ -50,7 +50,7 @@ def divide_sources(
         splits = {name: split.without_contaminated(hits[name] > 0) for name, split in splits.items()}
     lengths = {name: source.column("lengths") for name, source in sources.items()}
     return {
-        name: Part(split, _count_findings(records[name], lengths[name], repeats[name], hits[name], profile))
+        name: DividedSource(split, _count_findings(records[name], lengths[name], repeats[name], hits[name], profile))
         for name, split in splits.items()
     }
 
@@ -70,9 +70,9 @@ def _count_findings(
 ) -> Findings:
     """Return what one source's ledger says, from each sequence's record (ascending), tokens and hit, `(N,)` each."""
 
-    def found(action: str, which: NDArray[np.bool_]) -> Found:
+    def found(action: str, which: NDArray[np.bool_]) -> FindingCounts:
         tokens = int(lengths[which].sum(dtype=np.int64))
-        return Found(action, int((np.diff(records[which], prepend=-1) > 0).sum()), int(which.sum()), tokens)
+        return FindingCounts(action, int((np.diff(records[which], prepend=-1) > 0).sum()), int(which.sum()), tokens)
 
     return Findings(
         exact=found(profile.duplicates.exact, repeats.exact[records]),

@@ -10,7 +10,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from ropeway.data.tokenized import COLUMNS, SHARDS, SourceFacts, shard_path
+from ropeway.data.tokenized import COLUMNS, SHARDS, TokenizedFacts, shard_path
 from ropeway.runtime.errors import DataError
 from ropeway.runtime.manifest import FileFacts, link_file, load_manifest
 from ropeway.stages.tokenize import encode_workers as workers
@@ -29,7 +29,7 @@ class Units:
     folders: tuple[Path, ...]
     facts: tuple[UnitFacts, ...]
 
-    def describe(self, name: str, kind: str) -> SourceFacts:
+    def describe(self, name: str, kind: str) -> TokenizedFacts:
         """Return the source's entry in tokens/manifest.json, in the shape `ropeway.data.tokenized` reads."""
         counts = [facts["records"] for facts in self.facts]
         return {

@@ -115,7 +115,7 @@ def main(root: Path, name: str, fingerprint: str) -> None:
             if mirrored["mode"] != "off" or mirrored["trouble"]:
                 print(describe_mirror(mirrored), flush=True)
     if not finished:
-        raise StoppedError(f"stopped after step {len(log)}. {checkpoints.name_last_good(folder)}")
+        raise TrainingStoppedError(f"stopped after step {len(log)}. {checkpoints.name_last_good(folder)}")
     export_model(run, workspace, fingerprint=fingerprint, log=log)
     torch.distributed.barrier()
     if tracker and tracker.is_stuck:
@@ -123,7 +123,7 @@ def main(root: Path, name: str, fingerprint: str) -> None:
         os._exit(0)  # W&B's exit hook would wait for what hangs
 
 
-class StoppedError(TemporaryError):
+class TrainingStoppedError(TemporaryError):
     """The ranks agreed to stop."""
 
 
@@ -267,7 +267,7 @@ def _describe(run: Run, attention: Attention) -> dict[str, object]:
 def _fail(error: RopewayError) -> NoReturn:
     """Say what happened and end this rank; the launcher ends those that wait for it in a collective."""
     agreed = isinstance(
-        error, TrainingError | StoppedError | rewind.RestartError
+        error, TrainingError | TrainingStoppedError | rewind.RestartError
     )  # every rank raises the same: once is enough
     if not agreed or os.environ.get("RANK", "0") == "0":
         print(f"{error}", file=sys.stderr, flush=True)
