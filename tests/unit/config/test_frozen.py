@@ -24,7 +24,7 @@ from ropeway.runtime.worker_processes import CODE_CHECK, check_worker_code
 from ropeway.runtime.workspace import Workspace
 from tests.support.freezing import freeze_inputs
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 BASE_CONFIG = '{"model_type": "llama"}'
 
 

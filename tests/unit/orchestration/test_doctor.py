@@ -15,7 +15,7 @@ from ropeway.orchestration import doctor
 from ropeway.runtime.errors import ConfigError
 from ropeway.storage import FileStore
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 pytestmark = pytest.mark.filterwarnings(
     # dvc 3.67.1 (repo/trie.py, repo/graph.py) on pygtrie 2.6
     "ignore:_NoneStep.value will soon raise:DeprecationWarning"

@@ -23,7 +23,7 @@ from ropeway.stages.evaluate.samples import (
 )
 from tests.support.tiny_run import make_run
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[4]
 SAMPLING = ROOT / "configs" / "sampling.json"
 WAYS = {
     name: {**arguments, "max_new_tokens": 8}

@@ -7,7 +7,7 @@ import pytest
 from ropeway.config.params import read_block
 from ropeway.orchestration.revision import Revision, read_revision
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture

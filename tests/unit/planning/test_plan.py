@@ -20,7 +20,7 @@ from ropeway.runtime.errors import ConfigError
 from ropeway.runtime.workspace import Workspace
 from tests.support.tiny_run import make_run
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 NAME = "llama2_13b_orca_8k"
 
 

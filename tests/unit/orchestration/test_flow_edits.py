@@ -11,7 +11,7 @@ from ropeway.config.params import load_profiles
 from ropeway.runtime.errors import ConfigError, TemporaryError
 from ropeway.runtime.lock import workspace_lock
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 RUN = "0123456789012345"  # digits alone: unquoted YAML would make a number of it
 
 
