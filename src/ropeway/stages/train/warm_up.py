@@ -13,8 +13,8 @@ from ropeway.stages.train import checkpoints
 from ropeway.stages.train.loop import forward_backward, to_tensors
 from ropeway.stages.train.running import Run
 
-# fp32: tests/unit/data/test_packing.py compares packed rows within 1e-4. The 16-bit limits are rounding by estimate, not
-# measured.
+# fp32: tests/unit/data/test_packing.py compares packed rows within 1e-4. The 16-bit limits are rounding by estimate,
+# not measured.
 ISOLATION_TOLERANCE = {"fp32": 1e-3, "fp16": 0.02, "bf16": 0.1}
 
 
