@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -355,7 +356,12 @@ def test_a_pulled_package_with_a_flipped_byte_is_found_by_its_manifest(made, tmp
     assert main([str(folder)]) == 65
 
 
-def test_the_stage_fails_and_leaves_no_package_when_the_clean_process_finds_a_fault(made, copy):
+def test_the_stage_fails_and_leaves_no_package_when_the_clean_process_finds_a_fault(made, copy, monkeypatch, capsys):
+    def run_here(command, **_):  # main() of the very command; the next test starts it
+        assert command[1:3] == ["-m", "ropeway.stages.package.check"]
+        return subprocess.CompletedProcess(command, main(command[3:]), stderr=capsys.readouterr().err)
+
+    monkeypatch.setattr(package, "subprocess", SimpleNamespace(run=run_here))
     workspace, profile, _ = made
     edit(copy / "config.json", lambda config: config.update(rope_scaling=None))
     probe = json.loads((copy / "probe.json").read_bytes())

@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_an_installed_wheel_has_the_templates_of_every_page(tmp_path):
-    shutil.copytree(ROOT / "src" / "ropeway", tmp_path / "src" / "ropeway")
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "src" / "ropeway", tmp_path / "src" / "ropeway", ignore=ignored)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copyfile(ROOT / name, tmp_path / name)
     code = "from setuptools.build_meta import build_wheel; build_wheel('.')"

@@ -53,7 +53,8 @@ def left(workspace):
     return {path.name: path.read_bytes() for path in files}
 
 
-def test_eval_json_and_all_other_files_are_the_same_for_one_process_and_two(tmp_path, monkeypatch):
+@pytest.mark.parametrize("measuring_champion", ["1", pytest.param("2", marks=pytest.mark.slow)])
+def test_eval_json_and_all_other_files_are_the_same_for_one_process_and_two(tmp_path, monkeypatch, measuring_champion):
     workspace, profile = make_run(tmp_path)
     seen, lines = [], []
     for workers in ("", "2"):
@@ -66,7 +67,7 @@ def test_eval_json_and_all_other_files_are_the_same_for_one_process_and_two(tmp_
     assert seen[0] == seen[1]
     assert len(lines[0]) == 6
     assert lines[0] == lines[1]
-    monkeypatch.setenv("ROPEWAY_EVALUATE_WORKERS", "2")
+    monkeypatch.setenv("ROPEWAY_EVALUATE_WORKERS", measuring_champion)
     measure_champion(workspace, profile, workspace.model, tmp_path / "champion.json")
     own, champion = (json.loads((tmp_path / name).read_text())["sources"] for name in ("eval.json", "champion.json"))
     assert [one["tuned"] for one in champion.values()] == [one["tuned"] for one in own.values()]
