@@ -168,7 +168,10 @@ def open_template(folder: Path) -> ChatTemplate:
     path = folder / FILE
     if not path.is_file():
         raise DataError(f"{path}: expected the template that the folder was made with, found no file. {_REMEDY}")
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as UTF-8 text ({error}). {_REMEDY}") from None
     if template := find_template(text):
         return template
     known = max(TEMPLATES, key=lambda one: _first_difference(text, one.jinja))

@@ -105,7 +105,8 @@ def find_outcome(site: Site, name: str, events: Mapping[str, int | None], *, cha
 def _lock_entry(root: Path, name: str) -> object:
     """Return a stage's entry of dvc.lock, None where there is none that can be read: DVC says then what is wrong."""
     with suppress(OSError, ConfigError):
-        return graph.parse_lock((root / "dvc.lock").read_bytes()).get("stages", {}).get(name)
+        stages: object = graph.parse_lock((root / "dvc.lock").read_bytes()).get("stages")
+        return stages.get(name) if isinstance(stages, dict) else None
     return None
 
 

@@ -71,4 +71,6 @@ def full_disk_explained(where: object, *, kept: str = "nothing was written under
 
 def is_disk_full(error: OSError) -> bool:
     """Return whether an error says that there is no room: the disk is full, or this user's share of it."""
+    if error.errno is None:  # numpy 2's own error of a short write: "N requested and M written", without a number
+        return "requested and" in str(error) and str(error).endswith("written")
     return error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -163,3 +163,6 @@ def test_a_folder_with_no_template_or_an_unknown_one_is_refused(tmp_path):
         (tmp_path / "chat_template.jinja").write_text(changed)
         with pytest.raises(DataError, match=r"differs from template open_assistant .* at character"):
             open_template(tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes("{{ 'é' }}".encode("latin-1"))
+    with pytest.raises(DataError, match=r"chat_template\.jinja: cannot be read"):
+        open_template(tmp_path)

@@ -3,7 +3,7 @@ from collections import deque
 
 import pytest
 
-from ropeway.orchestration.dvc_stage import Folder, Site, StageStoppedError, _explain_failure, find_outcome
+from ropeway.orchestration.dvc_stage import Folder, Site, StageStoppedError, _explain_failure, _lock_entry, find_outcome
 from ropeway.runtime.errors import ConfigError, DataError, RopewayError, TemporaryError
 from ropeway.runtime.lock import Held
 
@@ -98,3 +98,9 @@ def test_what_became_of_a_stage_is_read_from_its_record_and_dvc_lock(site, has_r
     if has_record:
         record(site, "exit", code=0)
     assert find_outcome(site, "train", events, changed=changed) == outcome
+
+
+@pytest.mark.parametrize("text", [b"schema: '2.0'\nstages:\n", b"stages: [a]\n", b"stages: {train: ", b"\xff", b""])
+def test_a_lock_file_that_is_cut_off_has_no_entry(site, text):
+    (site.root / "dvc.lock").write_bytes(text)
+    assert _lock_entry(site.root, "train") is None
