@@ -25,7 +25,7 @@ import vocabulary
 from prepare_once import OTHER_LAYOUT, SOURCE, WAYS, texts_of, write_for_trl
 
 from ropeway.config.frozen import read_texts, write_values
-from ropeway.config.params import load_profile
+from ropeway.config.load_params import load_profile
 from ropeway.data.raw_records import RawWriter, Record
 from ropeway.models.conversation import Conversation
 from ropeway.models.tokenizer import LLAMA_SPECIAL

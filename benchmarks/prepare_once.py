@@ -19,7 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ropeway.config.params import Profile, load_profile
+from ropeway.config.load_params import load_profile
+from ropeway.config.params import Profile
 from ropeway.config.stages import READS
 from ropeway.config.tokenize_params import TokenizeParams
 from ropeway.data.mixture import plan_chunks

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 import transformers
 
-from ropeway.config.params import Profile, load_profile
+from ropeway.config.load_params import load_profile
+from ropeway.config.params import Profile
 from ropeway.config.stages import READS, UNHASHED
 from ropeway.data.batches import PAD_MULTIPLE, Row, collate
 from ropeway.models.attention import choose_attention

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import ModelCardData
 
 from ropeway.config.frozen import write_values
-from ropeway.config.params import load_profile, read_block
+from ropeway.config.load_params import load_profile, read_block
 from ropeway.config.stages import READS
 from ropeway.models.chat_template import OPEN_ASSISTANT
 from ropeway.models.rope import build_scaling, plan_scaling

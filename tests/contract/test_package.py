@@ -246,6 +246,19 @@ def test_a_missing_template_is_found(copy):
         check_package(copy)
 
 
+def test_a_template_that_renders_the_same_is_none_the_worse_for_a_comment(copy):
+    template = "{# a comment #}" + (copy / "chat_template.jinja").read_text()
+    (copy / "chat_template.jinja").write_text(template)
+    edit(copy / "tokenizer_config.json", lambda config: config.update(chat_template=template))
+    check_package(copy)
+
+
+def test_a_probe_without_the_templates_tokens_is_found(copy):
+    edit(copy / "probe.json", lambda probe: probe["special"].pop("<|assistant|>"))
+    with pytest.raises(DataError, match=r"probe\.json, special: expected the tokens of a template"):
+        check_package(copy)
+
+
 def test_two_role_tokens_with_each_others_ids_are_found(copy):
     def swap(tokenizer):
         tokens = {token["content"]: token for token in tokenizer["added_tokens"]}

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from ropeway.config.params import Profile, load_profile, load_profiles
+from ropeway.config.load_params import load_profile, load_profiles
+from ropeway.config.params import Profile
 from ropeway.config.stages import FROZEN, READS, STAGES, UNHASHED, frozen_path
 from ropeway.runtime.errors import ConfigError
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ropeway.config.params import load_profile
+from ropeway.config.load_params import load_profile
 from ropeway.data.accumulation import accumulation_steps
 from ropeway.planning.memory import Sizes
 from ropeway.planning.plan import plan_run

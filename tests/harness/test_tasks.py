@@ -5,12 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
+from copy import deepcopy
 
 import numpy as np
 import pytest
 import torch
 
-from ropeway.config.params import load_profile
+from ropeway.config.load_params import load_profile
 from ropeway.models.chat_template import OPEN_ASSISTANT
 from ropeway.orchestration.stage_process import write_identity
 from ropeway.runtime.errors import ConfigError, DataError
@@ -234,3 +235,16 @@ def test_offline_a_data_set_of_the_hub_is_refused_at_once(tmp_path):
     )
     assert "ConfigError: params.yaml: evaluation.tasks: the data of arc_easy cannot be read" in child.stderr
     assert "HF_HUB_OFFLINE is set" in child.stderr
+
+
+def test_a_task_is_asked_under_the_models_own_frequencies_whatever_was_read_before(world):
+    model = deepcopy(world[1][0])
+    model.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+    fresh, seen = model.model.rotary_emb.inv_freq.clone(), []
+    with torch.inference_mode():
+        model(torch.arange(3, 400)[None], use_cache=False)
+    assert not torch.equal(model.model.rotary_emb.inv_freq, fresh)
+    model.register_forward_pre_hook(lambda *_: seen.append(model.model.rotary_emb.inv_freq.clone()))
+    ask(world, "few_choice", model=model)
+    assert torch.equal(seen[0], fresh)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from ropeway.config.params import load_profile
+from ropeway.config.load_params import load_profile
 from ropeway.config.stages import READS
 from ropeway.models.chat_template import OPEN_ASSISTANT
 from ropeway.runtime.manifest import file_sha256, write_json

@@ -55,7 +55,7 @@ class FlowWorkspace:
         return [name for name in names if name != "identity"]
 
     def trouble(self, stage, code):
-        """Let a stage do this before anything else; None mends it."""
+        """Let a stage do this before anything else; None undoes that."""
         path = self.root / f"break-{stage}"
         path.unlink(missing_ok=True) if code is None else path.write_text(code)
 

@@ -10,7 +10,7 @@ from ruamel.yaml import YAML
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from ropeway.config.params import load_profile
+from ropeway.config.load_params import load_profile
 from ropeway.orchestration.publish import publish_package
 from ropeway.orchestration.revision import Revision
 from ropeway.orchestration.stage_process import ROOMS, enter_room, write_identity

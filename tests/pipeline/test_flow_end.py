@@ -10,7 +10,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.support.processes import command_of, kill_all
+from tests.support.processes import command_of, kill_all, read_until
 
 pytestmark = pytest.mark.filterwarnings(
     # dvc 3.67.1 (repo/trie.py, repo/graph.py) on pygtrie 2.6
@@ -24,15 +24,6 @@ def run_command(workspace):
     """Start `ropeway run` as a person does."""
     command = [sys.executable, "-m", "ropeway.cli.main", "run"]
     return subprocess.Popen(command, cwd=workspace.root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def read_until(process, words):
-    said = []
-    for line in process.stdout:
-        said.append(line)
-        if words in line:
-            return said
-    raise AssertionError("".join(said))
 
 
 def test_a_chatty_stage_reaches_its_page_whole_and_the_command_ends_with_its_result(own_prefect):

@@ -12,7 +12,7 @@ import pytest
 
 from ropeway.runtime.manifest import load_manifest
 from tests.support.main_job import ROOT, STEPS
-from tests.support.processes import command_of, kill_all
+from tests.support.processes import command_of, kill_all, read_until
 
 
 @pytest.fixture
@@ -125,16 +125,6 @@ def check_it_is_the_same_run(job, finished):
     run = json.loads((job.run / "package" / "run.json").read_text())
     assert run["params"]["learning_rate"] == 2e-3
     assert "learning_rate: 2e-3" in (job.run / "package" / "run.yaml").read_text().partition("\ntiny:")[2]
-
-
-def read_until(process, text):
-    """Return the lines up to the first that holds `text`."""
-    seen = []
-    for line in process.stdout:
-        seen.append(line)
-        if text in line:
-            return seen
-    pytest.fail(f"{text!r} was not said:\n{''.join(seen)}")
 
 
 def test_killed_in_training_the_run_resumes_with_the_same_bytes_whatever_is_edited_then(finished, untrained):

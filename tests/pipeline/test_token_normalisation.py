@@ -16,7 +16,7 @@ def root(tmp_path_factory):
     workspace, _ = make_run(root, "train", block=BLOCK.replace("fraction: 0.5", "fraction: 1.0"))
     for path in sorted(workspace.data.rglob("*"), reverse=True):
         path.unlink() if path.is_file() else path.rmdir()
-    from ropeway.config.params import load_profile
+    from ropeway.config.load_params import load_profile
 
     make_data(workspace, load_profile(root / "params.yaml")[1], talks() * 3, texts() * 2)
     return root

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from tests.support.main_job import STEPS
+from tests.support.processes import read_until
 
 
 @pytest.fixture
@@ -31,16 +32,6 @@ def job(main_jobs, tmp_path):
 
 def train(job):
     return job.start("ropeway", "stage", "train")
-
-
-def read_until(process, text):
-    """Return the lines up to the first that holds `text`."""
-    seen = []
-    for line in process.stdout:
-        seen.append(line)
-        if text in line:
-            return seen
-    pytest.fail(f"{text!r} was not said:\n{''.join(seen)}")
 
 
 def finish(process, code):

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from ropeway.config.params import load_profile
+from ropeway.config.load_params import load_profile
 from ropeway.data.batches import plan_epoch, validation_rows
 from ropeway.data.shards import open_shards
 from ropeway.runtime.manifest import write_manifest

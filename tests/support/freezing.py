@@ -5,7 +5,7 @@ from pathlib import Path
 
 import ropeway
 from ropeway.config.frozen import PARAMS_FILE, freeze, read_texts, write_values
-from ropeway.config.params import load_profile
+from ropeway.config.load_params import load_profile
 from ropeway.config.stages import READS
 from ropeway.runtime.code_digests import Digests
 from ropeway.runtime.workspace import Workspace

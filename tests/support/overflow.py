@@ -25,7 +25,7 @@ def main(root, *cases):
             return [torch.float32, torch.bfloat16, torch.float16]
 
     set_accelerator(HalfOnCpu())
-    from ropeway.config.params import load_profile
+    from ropeway.config.load_params import load_profile
     from ropeway.data.shards import open_shards
     from ropeway.models.attention import Attention
     from ropeway.runtime.errors import TrainingError

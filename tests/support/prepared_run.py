@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ropeway.config.params import load_profile
+from ropeway.config.load_params import load_profile
 from ropeway.config.stages import READS
 from ropeway.data.raw_records import RawWriter
 from ropeway.models.chat_template import OPEN_ASSISTANT

@@ -17,3 +17,13 @@ def command_of(process):
     with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
         return process.cmdline()
     return []
+
+
+def read_until(process, text):
+    """Return the lines that a process prints up to the first that holds `text`."""
+    seen = []
+    for line in process.stdout:
+        seen.append(line)
+        if text in line:
+            return seen
+    raise AssertionError(f"{text!r} was not said:\n{''.join(seen)}")

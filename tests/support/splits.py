@@ -16,7 +16,7 @@ def main(root, normalisation, *sizes):
     import deepspeed
     import torch
 
-    from ropeway.config.params import load_profile
+    from ropeway.config.load_params import load_profile
     from ropeway.data.shards import open_shards
     from ropeway.models.attention import Attention
     from ropeway.runtime.op_build import init_distributed

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ropeway.config.params import Profile, load_profile
+from ropeway.config.load_params import load_profile
+from ropeway.config.params import Profile
 from ropeway.config.stages import READS
 from ropeway.data.ledger import Account, Epoch, EpochOfSource, FindingCounts, Findings, Ledger, Parts, Records
 from ropeway.data.raw_records import RawWriter

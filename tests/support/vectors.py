@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ropeway.config.params import load_profile
+from ropeway.config.load_params import load_profile
 from ropeway.data.batches import Piece, plan_window
 from ropeway.data.shards import FORMAT, Kind, Shards, SourceShards, write_shard
 from ropeway.models.chat_template import OPEN_ASSISTANT

@@ -30,7 +30,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="For programs.")]
 
 def _choose(profile: str | None) -> "tuple[Workspace, Profile]":
     """Return the workspace here, and the run of params.yaml that is meant."""
-    from ropeway.config.params import load_profile
+    from ropeway.config.load_params import load_profile
 
     name, chosen = load_profile(find_root() / "params.yaml", profile)
     return Workspace(find_root(), name), chosen
@@ -147,7 +147,7 @@ def evaluate(
     profile: ProfileOption = None,
 ) -> None:
     """Look quickly at base and tuned over a few validation rows; the stage of that name measures all and writes."""
-    from ropeway.config.params import load_profile
+    from ropeway.config.load_params import load_profile
     from ropeway.config.stages import READS
     from ropeway.stages.evaluate.stage import look
 
@@ -240,11 +240,11 @@ def doctor(
     fix: Annotated[bool, typer.Option("--fix", help="Create the DVC remote, let it verify what it gives.")] = False,
     remote: Annotated[str | None, typer.Option(help="With --fix: where the DVC remote shall be.")] = None,
 ) -> None:
-    """Look at everything a run needs and say how to mend what is wrong; ends with 64 if something is."""
-    from ropeway.orchestration.doctor import draw, examine, mend
+    """Look at everything a run needs and say how to fix what is wrong; ends with 64 if something is."""
+    from ropeway.orchestration.doctor import draw, examine, fix_remote
 
     root = find_root()
-    for words in mend(root, remote) if fix else ():
+    for words in fix_remote(root, remote) if fix else ():
         typer.echo(words, err=True)
     findings = examine(root)
     typer.echo(json.dumps([asdict(finding) for finding in findings], indent=1) if as_json else draw(findings))

@@ -7,7 +7,8 @@ from pathlib import Path
 from ruamel.yaml import YAML
 from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
-from ropeway.config.params import RUN, load_profile, load_profiles, read_block
+from ropeway.config.load_params import load_profile, load_profiles, read_block
+from ropeway.config.params import RUN
 from ropeway.runtime.errors import ConfigError
 from ropeway.runtime.lock import workspace_lock
 

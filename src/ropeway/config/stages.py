@@ -64,7 +64,7 @@ STAGES = (
     StageSpec(
         "tokenize",
         ("contamination", "datasets", "duplicates", "special_tokens_in_text"),  # in part: `tokenize_params`
-        inputs=("raw", *_TOKENIZER),
+        inputs=("raw", "base/chat_template.jinja", *_TOKENIZER),
         outputs=("tokens",),
     ),
     StageSpec(

@@ -150,35 +150,34 @@ TEMPLATES: tuple[ChatTemplate, ...] = (OPEN_ASSISTANT,)
 
 
 def choose_template() -> ChatTemplate:
-    """Return the template that a new base gets: the published one. What a base has already is `open_template`'s."""
+    """Return the template that stage base gives every base, in place of the base's own: the published one.
+
+    It is chosen here for all profiles; no key of params.yaml chooses another yet.
+    """
     return OPEN_ASSISTANT
 
 
-def find_template(jinja: str) -> ChatTemplate | None:
-    """Return the template that is written so, with `{% generation %}` or without; None for any other text."""
-    return next((one for one in TEMPLATES if jinja in (one.jinja, one.plain_jinja)), None)
-
-
-def open_template(folder: Path) -> ChatTemplate:
-    """Return the template of a model or tokenizer folder, by its `chat_template.jinja`.
+def open_template(folder: Path, *, remedy: str = _REMEDY) -> ChatTemplate:
+    """Return the template of a model or tokenizer folder, by its `chat_template.jinja`, `{% generation %}` or not.
 
     Raises:
         DataError: The file is missing or holds another template than those this version renders.
     """
     path = folder / FILE
     if not path.is_file():
-        raise DataError(f"{path}: expected the template that the folder was made with, found no file. {_REMEDY}")
+        raise DataError(f"{path}: expected the template that the folder was made with, found no file. {remedy}")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text ({error}). {_REMEDY}") from None
-    if template := find_template(text):
-        return template
+        raise DataError(f"{path}: cannot be read as UTF-8 text ({error}). {remedy}") from None
+    for template in TEMPLATES:
+        if text in (template.jinja, template.plain_jinja):
+            return template
     known = max(TEMPLATES, key=lambda one: _first_difference(text, one.jinja))
     place = _first_difference(text, known.jinja)
     raise DataError(
-        f"{path}: differs from template {known.name} of data and training at character {place}: expected "
-        f"{known.jinja[place : place + 30]!r}, found {text[place : place + 30]!r}. {_REMEDY}"
+        f"{path}: differs from template {known.name} at character {place}: expected "
+        f"{known.jinja[place : place + 30]!r}, found {text[place : place + 30]!r}. {remedy}"
     )
 
 

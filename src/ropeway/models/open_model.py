@@ -122,14 +122,16 @@ def measure_frequencies(config: PreTrainedConfig) -> tuple[float, ...]:
 
 
 @contextmanager
-def rope_of(model: PreTrainedModel, parameters: Mapping[str, object]) -> Iterator[None]:
-    """Let a model read positions under other `rope_parameters` for a while, frequencies made anew.
+def rope_of(model: PreTrainedModel, parameters: Mapping[str, object] | None = None) -> Iterator[None]:
+    """Let a model read positions under these `rope_parameters` for a while, by default its own, computed again.
 
     The same as loading it with them in its config, without reading the weights again.
     """
     decoder = backbone(model)
     before = decoder.rotary_emb
-    config = type(model.config).from_dict({**model.config.to_dict(), "rope_parameters": dict(parameters)})
+    config = type(model.config).from_dict(
+        {**model.config.to_dict(), "rope_parameters": dict(parameters or model.config.rope_parameters)}
+    )
     decoder.rotary_emb = type(before)(config).to(model.device)
     try:
         yield

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ropeway.config.params import load_profiles
+from ropeway.config.load_params import load_profiles
 from ropeway.orchestration import dvc_graph as graph
 from ropeway.planning.budget import gib
 from ropeway.registry import Registry

@@ -1,4 +1,4 @@
-"""`ropeway doctor`: looks at everything a run will need, and says for each thing that is wrong how to mend it."""
+"""`ropeway doctor`: looks at everything a run will need, and says for each thing that is wrong how to fix it."""
 
 import os
 import re
@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from ropeway.config.params import load_profile
+from ropeway.config.load_params import load_profile
 from ropeway.orchestration import dvc_graph as graph
 from ropeway.orchestration.cleanup import say_sizes
 from ropeway.orchestration.prefect_server import DEFAULT_PORT, find_server, is_answering, is_free
@@ -52,7 +52,7 @@ def examine(root: Path) -> list[Finding]:
     return [finding for look in looks for finding in _safely(look, root.resolve())]
 
 
-def mend(root: Path, remote: str | None) -> list[str]:
+def fix_remote(root: Path, remote: str | None) -> list[str]:
     """Create the DVC remote, or switch verification on in the one that is there; return what was done, in words.
 
     Raises:

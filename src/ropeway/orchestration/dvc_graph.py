@@ -20,7 +20,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from ropeway.config.frozen import read_version
-from ropeway.config.params import load_profile
+from ropeway.config.load_params import load_profile
 from ropeway.runtime.errors import ConfigError, TemporaryError
 from ropeway.runtime.manifest import Json, file_sha256
 

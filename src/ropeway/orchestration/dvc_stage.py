@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from ropeway.orchestration import dvc_graph as graph
 from ropeway.runtime.errors import ConfigError, DataError, RopewayError, TemporaryError
@@ -244,9 +244,11 @@ def _explain_failure(
 
 
 def _read_record(path: Path) -> ExitRecord | None:
+    """Return a supervisor's exit record; None where there is none, or a file that is none."""
     with suppress(OSError, ValueError):
-        record: ExitRecord = json.loads(path.read_bytes())
-        return record
+        record = json.loads(path.read_bytes())
+        if isinstance(record, dict) and {"code", "signal", "why"} <= record.keys():
+            return cast("ExitRecord", record)
     return None
 
 

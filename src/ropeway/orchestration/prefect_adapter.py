@@ -25,7 +25,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Completed
 from prefect.tasks import Task
 
-from ropeway.config.params import load_profile
+from ropeway.config.load_params import load_profile
 from ropeway.orchestration.display import RETRIES, Board, Done, may_retry, retry_seconds
 from ropeway.orchestration.dvc_stage import Say, log_path, progress_path
 from ropeway.orchestration.prefect_server import outlast_outage, page_address, standing_server

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ropeway.config.addresses import without_secrets
 from ropeway.config.edit import choose_profile
-from ropeway.config.params import read_block
+from ropeway.config.load_params import read_block
 from ropeway.orchestration import dvc_graph as graph
 from ropeway.orchestration.dvc_stage import Say, Site, bring_up, run_command
 from ropeway.orchestration.revision import ask_git

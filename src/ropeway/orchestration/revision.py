@@ -5,7 +5,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ropeway.config.params import load_profile
+from ropeway.config.load_params import load_profile
 from ropeway.orchestration.stage_process import name_files
 from ropeway.runtime.errors import ConfigError
 

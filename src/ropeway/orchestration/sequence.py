@@ -18,7 +18,8 @@ from pathlib import Path
 from ropeway.config.addresses import without_secrets
 from ropeway.config.edit import choose_profile
 from ropeway.config.frozen import FrozenInputs
-from ropeway.config.params import Profile, load_profile, read_block
+from ropeway.config.load_params import load_profile, read_block
+from ropeway.config.params import Profile
 from ropeway.orchestration import dvc_graph as graph
 from ropeway.orchestration import run_summary as summary
 from ropeway.orchestration.display import Board, Done
@@ -88,7 +89,7 @@ def run_retrain(
     The profile is by default the one that the line `profile:` of params.yaml names; another one is written there.
 
     Raises:
-        RopewayError: As its subclasses say. Run again after mending it: what is done is not done again.
+        RopewayError: As its subclasses say. Run again after fixing it: what is done is not done again.
         SystemExit: 143, after SIGTERM and once nothing of the run is left.
     """
     root, ending = root.resolve(), ending or Ending()

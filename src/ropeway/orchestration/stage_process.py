@@ -13,17 +13,8 @@ from types import ModuleType
 
 import ropeway
 from ropeway.config.frozen import PARAMS_FILE, FrozenInputs, freeze, read_texts
-from ropeway.config.params import (
-    BaseParams,
-    EvaluateParams,
-    FilesSource,
-    FolderBase,
-    GgufBase,
-    HubBase,
-    Profile,
-    load_profile,
-    read_text,
-)
+from ropeway.config.load_params import load_profile, read_text
+from ropeway.config.params import BaseParams, EvaluateParams, FilesSource, FolderBase, GgufBase, HubBase, Profile
 from ropeway.config.stages import READS
 from ropeway.runtime.code_digests import CODE, Digests, name_changed_code
 from ropeway.runtime.devices import count_ranks, list_gpus
@@ -100,7 +91,8 @@ def enter_room(root: Path, name: str) -> None:
     before = _stat_inputs(root, frozen, name)
     os.environ[CODE_CHECK] = json.dumps(code)  # workers that the stage starts compare what they import
     try:
-        _module(name).run(workspace, params)
+        with full_disk_explained(workspace.run):  # a stage that keeps more says so itself
+            _module(name).run(workspace, params)
     finally:
         del os.environ[CODE_CHECK]
     check_unchanged(root, frozen, name)
@@ -150,7 +142,7 @@ def check_unchanged(root: Path, frozen: FrozenInputs, stage: str) -> None:
         resumes = " Checkpoints stay; with the old code back the run resumes" if stage == "train" else ""
         raise DataError(
             f"stage {stage}: {', '.join(changed[:_SHOWN])}{more} changed after the digests of this run were taken, so "
-            f"nothing of the stage is recorded. Run the same command again; it takes new digests.{resumes}"
+            f"nothing of the stage is recorded. Run `dvc repro` or `ropeway run`, which take new digests.{resumes}"
         )
 
 

@@ -95,7 +95,7 @@ def check_code(before: Mapping[str, str], kept: Path, stage: str) -> None:
     if changed:
         raise DataError(
             f"{', '.join(changed)} changed after the digests of this run were taken, so it would compute by other code "
-            "than is recorded. Run the same command again; it takes new digests"
+            "than is recorded. Run `dvc repro` or `ropeway run`, which take new digests"
         )
 
 
@@ -103,8 +103,8 @@ def check_code_digest(digest: str, kept: Path, stage: str) -> None:
     """Raise DataError as `check_code`, where only the digest of all modules is at hand."""
     if digest_of(Digests(Path(ropeway.__file__).parent, kept).modules(stage)) != digest:
         raise DataError(
-            f"stage {stage}: a worker process imported other code than the digests of this run are of. Run the same "
-            "command again; it takes new digests"
+            f"stage {stage}: a worker process imported other code than the digests of this run are of. Run `dvc repro` "
+            "or `ropeway run`, which take new digests"
         )
 
 

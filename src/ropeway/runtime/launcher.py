@@ -51,8 +51,8 @@ def _over_hosts(environment: Mapping[str, str], rank: list[str], *, ranks: int, 
     hosts = read_hostfile(hostfile)
     if sum(hosts.values()) != ranks:
         raise ConfigError(
-            f"{hostfile}: its slots add up to {sum(hosts.values())}, the run has {ranks} ranks; mend the file or unset "
-            "ROPEWAY_RANKS"
+            f"{hostfile}: its slots add up to {sum(hosts.values())}, the run has {ranks} ranks; correct the file or "
+            "unset ROPEWAY_RANKS"
         )
     # DeepSpeed's runner passes NCCL's and Python's variables on, no others, so ours travel in front of the program.
     passed = [f"{name}={value}" for name, value in sorted(environment.items()) if name in _TRAVELLING]

@@ -44,9 +44,7 @@ class Workspace:
     pages = _Place("runs/{profile}/pages")  # README.md and pages, with the manifest that covers them and the package
 
     tasks = _Place("configs/tasks")  # the workspace's own tasks for lm-evaluation-harness, YAML and their data
-    identity = _Place(
-        ".identity"
-    )  # params, named files and digests of code, sources and base, as the stage `identity` froze them
+    identity = _Place(".identity")  # params, the files they name, digests of code, sources and base: frozen inputs
     checkpoints = _Place(".checkpoints")  # resumable training state, one folder per fingerprint; never a DVC output
     work = _Place(".work")  # unfinished work, exit records, logs and the workspace lock
 

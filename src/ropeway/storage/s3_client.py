@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # botocore is a slow import
 MAX_CONNECTIONS = 16  # boto's pool; more threads than that would wait for one another
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _CODE = re.compile(r"[A-Za-z0-9.]{1,60}")
-# Source: Amazon S3 API reference, "List of error codes"; what a later try can mend.
+# Source: Amazon S3 API reference, "List of error codes"; what a later try can fix.
 _TEMPORARY = {
     "SlowDown", "Throttling", "ThrottlingException", "RequestTimeout", "RequestTimeoutException", "InternalError",
     "ServiceUnavailable", "RequestLimitExceeded", "BandwidthLimitExceeded", "ConditionalRequestConflict",

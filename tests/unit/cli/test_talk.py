@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from ropeway.cli.chat import GenerationSettings, Talk, chat, check_folder, fit_turns, locate_model
 from ropeway.cli.main import app
-from ropeway.config.params import load_profile
+from ropeway.config.load_params import load_profile
 from ropeway.models.chat_template import OPEN_ASSISTANT
 from ropeway.runtime.errors import ConfigError, DataError, RegistryError
 from ropeway.runtime.manifest import write_manifest

@@ -10,7 +10,7 @@ import pytest
 
 import ropeway
 from ropeway.config.frozen import FrozenInputs, read_version
-from ropeway.config.params import load_profiles
+from ropeway.config.load_params import load_profiles
 from ropeway.config.stages import READS, UNHASHED
 from ropeway.config.tokenize_params import TokenizeParams
 from ropeway.orchestration.dvc_graph import describe_change
@@ -176,6 +176,16 @@ def test_a_file_that_is_swapped_and_put_back_while_it_is_read_is_found(root, mon
     monkeypatch.setattr(f"ropeway.stages.{stage}.stage.run", swap)
     with pytest.raises(DataError, match=r"was replaced or written while it was read|changed after the digests"):
         enter_room(root, stage)
+
+
+def test_a_disk_that_fills_in_any_stage_is_said_and_may_be_retried(root, monkeypatch):
+    def fill(*_):
+        raise OSError("329370 requested and 51136 written")  # as numpy says it
+
+    write_identity(root)
+    monkeypatch.setattr("ropeway.stages.base.stage.run", fill)
+    with pytest.raises(TemporaryError, match="the disk is full"):
+        enter_room(root, "base")
 
 
 def test_cards_that_cannot_hold_a_training_refuse_it_before_it_starts(root, monkeypatch):

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ropeway.config.params import load_profile
+from ropeway.config.load_params import load_profile
 from ropeway.data.batches import collate, plan_epoch
 from ropeway.data.packing import plan_packing, split_document, turn_borders, window_at_turns
 from ropeway.data.shards import Kind, open_shards

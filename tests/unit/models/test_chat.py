@@ -161,7 +161,7 @@ def test_a_folder_with_no_template_or_an_unknown_one_is_refused(tmp_path):
         open_template(tmp_path)
     for changed in (OPEN_ASSISTANT.jinja + " ", OPEN_ASSISTANT.jinja[:-1], ""):
         (tmp_path / "chat_template.jinja").write_text(changed)
-        with pytest.raises(DataError, match=r"differs from template open_assistant .* at character"):
+        with pytest.raises(DataError, match=r"differs from template open_assistant at character"):
             open_template(tmp_path)
     (tmp_path / "chat_template.jinja").write_bytes("{{ 'é' }}".encode("latin-1"))
     with pytest.raises(DataError, match=r"chat_template\.jinja: cannot be read"):

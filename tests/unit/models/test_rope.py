@@ -7,7 +7,8 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from ropeway.config.params import Llama3Scaling, StretchScaling, SuperhotConfig, YarnScaling, load_profile
+from ropeway.config.load_params import load_profile
+from ropeway.config.params import Llama3Scaling, StretchScaling, SuperhotConfig, YarnScaling
 from ropeway.models.rope import build_scaling, known_kinds, longest_independent, plan_scaling, scaling_from_json
 from tests.support.tiny_run import ROOT
 

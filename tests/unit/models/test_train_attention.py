@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from ropeway.config.params import load_profile
+from ropeway.config.load_params import load_profile
 from ropeway.models.attention import (
     VARLEN,
     attend_each,
@@ -36,6 +36,16 @@ class RecordingKernel:
         return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True).transpose(0, 1)
 
 
+def compare(ours, reference, given):
+    """Compare losses and gradients of two models on one batch."""
+    found, expected = ours(**given), reference(**given)
+    assert torch.allclose(found, expected, atol=1e-5)
+    found.sum().backward()
+    expected.sum().backward()
+    for mine, other in zip(ours.parameters(), reference.parameters(), strict=True):
+        assert torch.allclose(mine.grad, other.grad, atol=1e-4)
+
+
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize(("lengths", "rows"), [((7, 1, 12), 1), ((9,), 3)], ids=["packed", "padded"])
 def test_the_kernel_gets_the_borders_of_every_sequence_and_gives_sdpas_losses_and_gradients(
@@ -45,12 +55,7 @@ def test_the_kernel_gets_the_borders_of_every_sequence_and_gives_sdpas_losses_an
     register(kernel)
     ours, reference = small_llama(VARLEN, checkpointed=checkpointed), small_llama("sdpa")
     given = batch(lengths, rows)
-    found, expected = ours(**given), reference(**given)
-    assert torch.allclose(found, expected, atol=1e-5)
-    found.sum().backward()
-    expected.sum().backward()
-    for mine, other in zip(ours.parameters(), reference.parameters(), strict=True):
-        assert torch.allclose(mine.grad, other.grad, atol=1e-4)
+    compare(ours, reference, given)
     ends = np.cumsum([0, *lengths * rows]).tolist()
     assert kernel.calls == [(ends, max(lengths))] * len(kernel.calls)
     assert len(kernel.calls) == (4 if checkpointed else 2)
@@ -60,12 +65,7 @@ def test_on_a_cpu_each_packed_sequence_attends_alone_and_gives_what_sdpa_gives()
     register(attend_each)
     ours, reference = small_llama(VARLEN, checkpointed=True), small_llama("sdpa")
     given = batch((7, 1, 12))
-    found, expected = ours(**given), reference(**given)
-    assert torch.allclose(found, expected, atol=1e-5)
-    found.sum().backward()
-    expected.sum().backward()
-    for mine, other in zip(ours.parameters(), reference.parameters(), strict=True):
-        assert torch.allclose(mine.grad, other.grad, atol=1e-4)
+    compare(ours, reference, given)
 
 
 def test_a_card_that_stays_unused_gives_a_run_on_the_cpu_no_kernel_of_its_own(monkeypatch):

@@ -97,20 +97,20 @@ def test_too_little_disk_is_found(root, monkeypatch):
 def test_a_dvc_remote_that_is_believed_unseen_is_found_and_mended(root, tmp_path):
     assert look("DVC remote")[1]["state"] == "note"
     with pytest.raises(ConfigError, match="name one"):
-        doctor.mend(root, None)
+        doctor.fix_remote(root, None)
     subprocess.run(["dvc", "remote", "add", "-q", "-d", "mine", str(tmp_path / "remote")], check=True)
     code, found = look("DVC remote")
     assert (code, found["state"]) == (64, "wrong")
     assert "dvc remote modify mine verify true" in found["fix"]
-    assert doctor.mend(root, None) == ["DVC remote 'mine' verifies what it gives now; commit .dvc/config"]
+    assert doctor.fix_remote(root, None) == ["DVC remote 'mine' verifies what it gives now; commit .dvc/config"]
     code, found = look("DVC remote")
     assert (code, found["state"]) == (0, "ok")
-    assert doctor.mend(root, None) == []
+    assert doctor.fix_remote(root, None) == []
 
 
 def test_fix_creates_a_remote_that_verifies_and_not_inside_the_registry(root, tmp_path):
     with pytest.raises(ConfigError, match="share"):
-        doctor.mend(root, str(root / "registry" / "dvc"))
+        doctor.fix_remote(root, str(root / "registry" / "dvc"))
     done = CliRunner().invoke(app, ["doctor", "--fix", "--remote", str(tmp_path / "remote")])
     assert done.exit_code == 0, done.output
     assert look("DVC remote")[1]["state"] == "ok"

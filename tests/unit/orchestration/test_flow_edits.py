@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ropeway.config import edit as edits
-from ropeway.config.params import load_profiles
+from ropeway.config.load_params import load_profiles
 from ropeway.runtime.errors import ConfigError, TemporaryError
 from ropeway.runtime.lock import workspace_lock
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ropeway.config.params import read_block
+from ropeway.config.load_params import read_block
 from ropeway.orchestration.revision import Revision, read_revision
 
 ROOT = Path(__file__).parents[3]

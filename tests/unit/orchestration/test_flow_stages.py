@@ -104,3 +104,9 @@ def test_what_became_of_a_stage_is_read_from_its_record_and_dvc_lock(site, has_r
 def test_a_lock_file_that_is_cut_off_has_no_entry(site, text):
     (site.root / "dvc.lock").write_bytes(text)
     assert _lock_entry(site.root, "train") is None
+
+
+@pytest.mark.parametrize("text", ["[]", "7", "null", '{"code": 64}', "{", ""])
+def test_a_file_that_is_no_exit_record_counts_as_none(site, text):
+    site.record("train", "exit").write_text(text)
+    assert find_outcome(site, "train", {}, changed=False) == "unchanged"

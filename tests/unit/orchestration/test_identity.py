@@ -1,4 +1,4 @@
-"""Code counts by meaning: a mended comment changes no digest, a changed constant changes every room that uses it."""
+"""Code counts by meaning: an edited comment changes no digest, a changed constant changes every room that uses it."""
 
 import json
 import shutil
@@ -54,7 +54,7 @@ def edit(path, old, new):
 
 def test_a_comment_a_docstring_and_a_message_do_not_count(source):
     before = room_digest(source, "train")
-    edit(source / "stages/train/loss.py", '"""The loss:', '"""The mended loss:')
+    edit(source / "stages/train/loss.py", '"""The loss:', '"""The edited loss:')
     edit(source / "stages/train/loss.py", "import torch\n", "import torch  # a comment\n")
     edit(source / "data/batches.py", "index lies", "the index lies")
     edit(source / "stages/train/saving.py", "resuming after step", "going on after step")

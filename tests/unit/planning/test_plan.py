@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ropeway.config.params import Lora, load_profile
+from ropeway.config.load_params import load_profile
+from ropeway.config.params import Lora
 from ropeway.config.zero import plan_zero
 from ropeway.planning.budget import judge, plan_changes, plan_disk, plan_hours, plan_speed, token_flops
 from ropeway.planning.memory import GIB, Load, Sizes, certain_bytes, checkpoint_bytes, plan_gpu

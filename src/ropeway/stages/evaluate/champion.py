@@ -19,6 +19,8 @@ from ropeway.stages.evaluate.opening import check_template
 from ropeway.stages.evaluate.stage import report_scores
 from ropeway.stages.evaluate.text import translate
 
+_REMEDY = "It cannot be compared on this run's data; choose another champion: `ropeway registry promote` or `rollback`"
+
 
 def measure_champion(workspace: Workspace, profile: EvaluateParams, folder: Path, out: Path) -> None:
     """Write to `out` what eval.json would say of `folder`, a pulled package, as the tuned model of this run.
@@ -32,7 +34,7 @@ def measure_champion(workspace: Workspace, profile: EvaluateParams, folder: Path
         TemporaryError: As in `measure_folder`.
     """
     shards = open_shards(workspace.data)
-    check_template(folder, shards)
+    check_template(folder, shards, remedy=_REMEDY)
     tokenizer = file_sha256(folder / "tokenizer.json")
     with tempfile.TemporaryDirectory() as scratch:
         asked = EvalRequest(shards, profile)

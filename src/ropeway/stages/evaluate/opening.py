@@ -71,11 +71,11 @@ def check_data(folder: Path, shards: Shards) -> None:
     check_template(folder, shards)
 
 
-def check_template(folder: Path, shards: Shards) -> None:
+def check_template(folder: Path, shards: Shards, *, remedy: str = _REMEDY) -> None:
     """Raise DataError unless a folder's chat template is the one the data was made with."""
-    template, made_with = open_template(folder), str(shards.manifest["template"])
+    template, made_with = open_template(folder, remedy=remedy), str(shards.manifest["template"])
     if template.digest != made_with:
         raise DataError(
             f"{folder}: its template {template.name} ({template.digest[:12]}…) is not the data's ({made_with[:12]}…). "
-            f"{_REMEDY}"
+            f"{remedy}"
         )

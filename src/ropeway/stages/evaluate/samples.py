@@ -110,9 +110,8 @@ def answer(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    # Frequencies anew: under dynamic scaling a longer text before would have changed them.
-    anew = rope_of(model, dict(model.config.rope_parameters))
-    with anew, torch.random.fork_rng(), torch.inference_mode():
+    # Own frequencies: under dynamic scaling a longer text before would have changed them.
+    with rope_of(model), torch.random.fork_rng(), torch.inference_mode():
         torch.manual_seed(seed)
         # One row, nothing padded: the mask is all ones, and saying so keeps transformers from guessing by pad id = eos.
         out = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=settings)

@@ -16,6 +16,7 @@ from typing import Protocol, SupportsFloat
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ropeway.models.open_model import rope_of
 from ropeway.models.rope import longest_independent
 from ropeway.runtime.errors import ConfigError, DataError, TemporaryError
 
@@ -137,7 +138,8 @@ def run_tasks(
     from lm_eval import simple_evaluate
 
     one_by_one = longest_independent(model.config.rope_parameters, model.config.max_position_embeddings) is not None
-    with torch.random.fork_rng(), contextlib.chdir(tasks.root):
+    # Own frequencies: under dynamic scaling longer rows measured before, by this process and no other, change them.
+    with rope_of(model), torch.random.fork_rng(), contextlib.chdir(tasks.root):
         found = simple_evaluate(
             wrap(model, tokenizer, batch_size=1 if one_by_one else batch_size, max_length=max_length),
             tasks=list(tasks.names),

@@ -76,10 +76,10 @@ def iterate_objects(path: Path, required: list[str]) -> Iterator[Item]:
             yield item
     except (OSError, EOFError, zlib.error, ArrowException) as error:
         raise DataError(
-            f"{path}: cannot be read to its end after {count:,} records ({error}); fetch it anew"
+            f"{path}: cannot be read to its end after {count:,} records ({error}); fetch it again"
         ) from error
     if not count:
-        raise DataError(f"{path}: no record in it; fetch it anew or take it out of `paths`")
+        raise DataError(f"{path}: no record in it; fetch it again or take it out of `paths`")
 
 
 def parse(line: bytes) -> object:
@@ -143,7 +143,7 @@ def _parquet(path: Path, required: list[str]) -> Iterator[Item]:
     ):
         found = file.schema_arrow.names
         if missing := sorted(set(required) - set(found)):
-            raise DataError(f"{path}: no column {missing}; found {found}; mend `columns`")
+            raise DataError(f"{path}: no column {missing}; found {found}; correct `columns`")
         number = 0
         # All columns: others than those that are read may carry something.
         groups = (file.metadata.row_group(group) for group in range(file.metadata.num_row_groups))

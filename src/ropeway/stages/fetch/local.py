@@ -34,7 +34,7 @@ def find_files(patterns: list[str], root: Path, splits: Sequence[str] = ()) -> d
         allowed = _allowed(pattern, root)
         files = {os.path.normpath(name): root / name for name in names if _is_wanted(root / name, pattern, allowed)}
         if not files:
-            raise ConfigError(f"sources: '{pattern}' names no file below {root}; put it there or mend `paths`")
+            raise ConfigError(f"sources: '{pattern}' names no file below {root}; put it there or correct `paths`")
         for name in files:
             check_format(name)
         check_splits(pattern, files, splits)
@@ -87,7 +87,7 @@ def _is_wanted(path: Path, pattern: str, allowed: tuple[Path, ...]) -> bool:
         real = path.resolve(strict=True)
         mode = real.stat().st_mode
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
-        raise ConfigError(f"sources: {path} is a link that leads nowhere ({error}); mend or remove it") from None
+        raise ConfigError(f"sources: {path} is a link that leads nowhere ({error}); correct or remove it") from None
     if stat.S_ISDIR(mode):
         if path.suffix in (*READERS, *COMPRESSED) or not is_glob(pattern):
             raise ConfigError(f"sources: {path} is a folder; name its files, as in {pattern.rstrip('/')}/*.jsonl")

@@ -22,7 +22,7 @@ def look_up(address: str) -> list[Remote]:
     client = _Bucket(bucket)
     keys = client.list_keys(pattern) if is_glob(pattern) else [pattern]
     if not keys or not keys[0]:
-        raise ConfigError(f"sources: '{address}' names no object; put it there or mend `paths`")
+        raise ConfigError(f"sources: '{address}' names no object; put it there or correct `paths`")
     return [client.look_up(key) for key in keys]
 
 
@@ -49,7 +49,7 @@ class _Bucket:
                 head = self._client.head_object(Bucket=self._name, Key=key)
             except ClientError as error:
                 if error_code(error)[1] == HTTPStatus.NOT_FOUND:
-                    raise ConfigError(f"sources: {name} is not there; put it there or mend `paths`") from None
+                    raise ConfigError(f"sources: {name} is not there; put it there or correct `paths`") from None
                 raise
         etag, size = head["ETag"], int(head["ContentLength"])
 

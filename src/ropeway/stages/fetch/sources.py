@@ -148,7 +148,7 @@ class Files(SourceKind[FilesSource, FilesIdentity]):
             try:
                 yield from _iterate_files({name: path}, source, seen)
             except DataError as error:
-                path.unlink()  # "fetch it anew" must not find it again
+                path.unlink()  # "fetch it again" must not find it again
                 raise DataError(str(error).replace(str(path), name, 1)) from error
 
     def holds(self, source: FilesSource) -> RecordKind:
@@ -266,7 +266,7 @@ def download_matching(source: HuggingfaceSource, commit: str) -> dict[str, Path]
         more = f" and {len(there) - _SHOWN:,} more" if len(there) > _SHOWN else ""
         raise ConfigError(
             f"sources: {source.repo} at {commit[:12]}: '{lost[0]}' matches none of the {len(there):,} files {whose}: "
-            f"{', '.join(there[:_SHOWN]) or 'none'}{more}; mend `files`"
+            f"{', '.join(there[:_SHOWN]) or 'none'}{more}; correct `files`"
         )
     for pattern in source.files:
         check_splits(pattern, matched[pattern], source.splits)

@@ -96,7 +96,7 @@ class _Window:
 
     def fault(self, where: str, what: str) -> DataError:
         """Return an error about the file."""
-        return DataError(f"{self._path}: {where}: {what}; mend the file, or fetch it anew")
+        return DataError(f"{self._path}: {where}: {what}; correct the file, or fetch it again")
 
     def _grow(self, chunk: bytes) -> None:
         self._ended = not chunk

@@ -166,8 +166,8 @@ def _open(address: str, method: str, headers: dict[str, str]) -> Iterator[http.c
         if error.code in _LATER or error.code >= http.client.INTERNAL_SERVER_ERROR:
             raise TemporaryError(f"sources: {name}: its server answers {error.code}; try again later") from None
         raise ConfigError(
-            f"sources: {name}: its server answers {error.code}; mend `paths`, or, where a login is wanted, download it "
-            "yourself and name the file"
+            f"sources: {name}: its server answers {error.code}; correct `paths`, or, where a login is wanted, download "
+            "it yourself and name the file"
         ) from None
     except urllib.error.URLError as error:
         if isinstance(error.reason, ssl.SSLCertVerificationError):

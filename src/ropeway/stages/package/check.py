@@ -24,7 +24,7 @@ from transformers import (
 
 from ropeway.models.architectures import class_name
 from ropeway.models.chat_template import FILE as TEMPLATE_FILE
-from ropeway.models.chat_template import find_template
+from ropeway.models.chat_template import TEMPLATES
 from ropeway.models.open_model import head_dim, open_reporting, output_head, rotary
 from ropeway.models.rope import scaling_from_json
 from ropeway.runtime.errors import DataError, RopewayError
@@ -110,11 +110,12 @@ def template_faults(folder: Path, tokenizer: PreTrainedTokenizerBase, probe: Pro
     """Yield conversations that the template, in its file or in the config, renders otherwise than training did."""
     key = json.loads((folder / "tokenizer_config.json").read_bytes()).get("chat_template")
     places = {TEMPLATE_FILE: (folder / TEMPLATE_FILE).read_text(encoding="utf-8"), "tokenizer_config": key}
-    known = next(filter(None, map(find_template, filter(None, places.values()))), None)
-    if known is None:
-        yield f"  {' and '.join(places)}: expected a chat template that this version renders, found none"
-    prompt = known.generation_prompt if known else ""
     special = probe["special"]
+    trained_with = next((one for one in TEMPLATES if special.keys() >= set(one.added_tokens)), None)
+    if trained_with is None:
+        known = ", ".join(one.name for one in TEMPLATES)
+        yield f"  probe.json, special: expected the tokens of a template ({known}), found {', '.join(special)}"
+    prompt = trained_with.generation_prompt if trained_with else ""
     prompt_ids = [special[prompt]] if prompt in special else tokenizer(prompt, add_special_tokens=False)["input_ids"]
     for place, template in places.items():
         if not template:

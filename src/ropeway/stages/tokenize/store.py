@@ -64,7 +64,7 @@ class Units:
                 if placed["sha256"] != made["sha256"]:
                     raise DataError(
                         f"{unit / part}.npy: sha256 is {placed['sha256'][:12]}…, {made['sha256'][:12]}… was written; "
-                        "the disk is at fault. Run `dvc repro tokenize` again: this unit is made anew"
+                        "the disk is at fault. Run `dvc repro tokenize` again: this unit is made again"
                     )
 
     def _column(self, name: str) -> NDArray[Any]:

@@ -28,6 +28,7 @@ from ropeway.data.raw_records import Group, Record, iterate_groups
 from ropeway.data.shards import sequence_digest, token_dtype
 from ropeway.data.text_batches import BATCH_CHARACTERS, count_characters, in_batches
 from ropeway.data.tokenized import RecordCounts
+from ropeway.models.chat_template import FILE as TEMPLATE_FILE
 from ropeway.models.chat_template import open_template
 from ropeway.models.tokenizer import count_tokens, open_tokenizer, read_special
 from ropeway.runtime.code_digests import room_digest
@@ -133,13 +134,18 @@ def fingerprint(raw_files: Mapping[str, object], base: Path, recipes: Mapping[st
     return digest_of(
         {
             "raw": raw_files,
-            "tokenizer": [file_sha256(base / name) for name in ("tokenizer.json", "tokenizer_config.json")],
+            "tokenizer": _tokenizer_digests(base),
             "tokenizers": tokenizers.__version__,
             "recipes": {name: asdict(recipe) for name, recipe in recipes.items()},
             "code": code_digest(),
             "unit_bytes": UNIT_BYTES,
         }
     )[:16]
+
+
+def _tokenizer_digests(base: Path) -> tuple[str, ...]:
+    names = ("tokenizer.json", "tokenizer_config.json", TEMPLATE_FILE)
+    return tuple(file_sha256(base / name) for name in names)
 
 
 def code_digest() -> str:
@@ -161,7 +167,7 @@ def load_unit(folder: Path) -> UnitFacts | None:
 
 def tokenize_unit(unit: Unit) -> Path:
     """Make one unit and return its folder; what a worker runs. Only a whole unit ever has that folder's name."""
-    encoder = _open_encoder(unit.base, file_sha256(unit.base / "tokenizer.json"), unit.recipe).fresh()
+    encoder = _open_encoder(unit.base, _tokenizer_digests(unit.base), unit.recipe).fresh()
     records = list(iterate_groups(unit.raw, unit.groups))
     parts = list(encoder.encode_batches(records))
     refused = set(encoder.refused_at)
@@ -187,7 +193,7 @@ def whole_unit(folder: Path) -> Iterator[Path]:
 
 
 @lru_cache(maxsize=8)
-def _open_encoder(base: Path, digest: str, recipe: Recipe) -> Encoder:  # noqa: ARG001 - another digest, another encoder
+def _open_encoder(base: Path, digests: tuple[str, ...], recipe: Recipe) -> Encoder:  # noqa: ARG001 - others, another encoder
     tokenizer, template = open_tokenizer(base), open_template(base)
     special = read_special(base, tokenizer, template)
     return Encoder(tokenizer, special, template, recipe.max_chunk_size, recipe.special_tokens_in_text)

@@ -52,7 +52,7 @@ def explain_failed_save(error: Exception, root: Path, step: int) -> RopewayError
     kind = ConfigError if code in (errno.EACCES, errno.EPERM, errno.EROFS) else TemporaryError
     return kind(
         f"{root}: saving step {step} failed: {what} ({_say(free)} free): {error}. {stands}; the same command resumes "
-        "once this is mended"
+        "once this is fixed"
     )
 
 

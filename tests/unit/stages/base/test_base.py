@@ -7,7 +7,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from ropeway.config.params import FolderBase, GgufBase, ModelShape, ScratchBase, load_profile
+from ropeway.config.load_params import load_profile
+from ropeway.config.params import FolderBase, GgufBase, ModelShape, ScratchBase
 from ropeway.config.stages import READS
 from ropeway.data.raw_records import RawWriter
 from ropeway.models.chat_template import OPEN_ASSISTANT

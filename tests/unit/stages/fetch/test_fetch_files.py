@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from ropeway.config.params import FilesSource, load_profile
+from ropeway.config.load_params import load_profile
+from ropeway.config.params import FilesSource
 from ropeway.runtime.errors import ConfigError, DataError
 from ropeway.runtime.manifest import load_manifest
 from ropeway.runtime.workspace import Workspace

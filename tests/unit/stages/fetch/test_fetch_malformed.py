@@ -12,7 +12,8 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from ropeway.config.params import FilesSource, load_profile
+from ropeway.config.load_params import load_profile
+from ropeway.config.params import FilesSource
 from ropeway.data.raw_records import iterate_records
 from ropeway.runtime.errors import ConfigError, DataError, TemporaryError
 from ropeway.runtime.manifest import load_manifest

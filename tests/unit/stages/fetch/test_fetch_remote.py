@@ -12,7 +12,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from ropeway.config.params import FilesSource, load_profile
+from ropeway.config.load_params import load_profile
+from ropeway.config.params import FilesSource
 from ropeway.data.raw_records import iterate_records
 from ropeway.runtime.errors import ConfigError, DataError, TemporaryError
 from ropeway.runtime.manifest import load_manifest
@@ -219,7 +220,7 @@ def test_head_and_get_of_different_lengths_are_not_one_file(served, tmp_path):
 @pytest.mark.parametrize(
     ("status", "error", "phrase"),
     [
-        (404, ConfigError, "answers 404; mend `paths`"),
+        (404, ConfigError, "answers 404; correct `paths`"),
         (401, ConfigError, "answers 401; .*where a login is wanted, download it yourself"),
         (403, ConfigError, "answers 403"),
         (410, ConfigError, "answers 410"),
@@ -409,8 +410,8 @@ def test_an_object_overwritten_while_it_is_fetched_is_not_mixed(objects, tmp_pat
 def test_what_s3_does_not_hold_or_show_is_said(objects, s3_server: S3Server, tmp_path, monkeypatch):
     url, _ = objects
     for path, phrase in (
-        (f"{url}/a.jsonl", "is not there; put it there or mend `paths`"),
-        (f"{url}/*.jsonl", "names no object; put it there or mend `paths`"),
+        (f"{url}/a.jsonl", "is not there; put it there or correct `paths`"),
+        (f"{url}/*.jsonl", "names no object; put it there or correct `paths`"),
         (url.partition("/tests")[0] + "/no-such-bucket/a.jsonl", "is not there|Create the bucket"),
     ):
         with pytest.raises(ConfigError, match=phrase):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from ropeway.config.edit import cut_block, inherited_names, write_blocks
-from ropeway.config.params import read_block
+from ropeway.config.load_params import read_block
 from ropeway.models.chat_template import OPEN_ASSISTANT
 from ropeway.models.rope import build_scaling
 from ropeway.runtime.errors import ConfigError, DataError

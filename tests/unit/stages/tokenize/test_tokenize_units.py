@@ -179,13 +179,14 @@ def test_another_recipe_is_other_work_and_earlier_work_of_this_run_goes_in_the_e
     assert list(stopped.work.iterdir()) == [foreign]
 
 
-@pytest.mark.parametrize("change", ["raw", "tokenizer", "config", "recipe", "code"])
+@pytest.mark.parametrize(
+    "change", ["raw", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "recipe", "code"]
+)
 def test_the_fingerprint_changes_with_whatever_a_units_bytes_depend_on(tmp_path, monkeypatch, change):
     base = lay(tmp_path).base
     recipe = units.Recipe(None, "parse")
     before = units.fingerprint({"a": {"sha256": "1"}}, base, {"s": recipe})
-    if change in ("tokenizer", "config"):
-        path = base / ("tokenizer.json" if change == "tokenizer" else "tokenizer_config.json")
+    if (path := base / change).is_file():
         path.write_bytes(path.read_bytes() + b" ")
     if change == "code":
         monkeypatch.setattr("ropeway.stages.tokenize.units.code_digest", lambda: "other")
