@@ -67,6 +67,7 @@ def packages(tmp_path_factory):
             write_model(facts, workspace, folder)
             probe = plan_probe(
                 workspace.model,
+                facts.template,
                 rope=facts.rope,
                 special=facts.special,
                 dtype=dtype,

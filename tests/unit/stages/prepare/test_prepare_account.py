@@ -20,7 +20,8 @@ from ropeway.stages.tokenize.encode import document_kinds
 from tests.support.raw_records import profile
 
 NOBODY = Records(0, {}, {}, 0, 0, {}, 0)
-NOTHING = Findings(*[FindingCounts("off", 0, 0, 0)] * 3, 0)
+OFF = FindingCounts("off", 0, 0, 0)
+NOTHING = Findings(OFF, OFF, OFF, 0)
 PROMPTER, ASSISTANT = 3, 4
 ROLE_IDS = dict(zip(OPEN_ASSISTANT.added_tokens, (PROMPTER, ASSISTANT), strict=False))
 
