@@ -34,8 +34,8 @@ from ropeway.runtime.workspace import Workspace
 
 ROOT = Path(__file__).parents[1]
 PROMISES = {"raw": {"chat": 0.85, "documents": 0.85}}
-# Of TRL as it comes, on all cores: one process there, a worker a core in the room. On equal processes the ratios stand
-# beside it (`trl_processes`): the tokenizer's own time sets them, and no room around it would reach these.
+# Of TRL as it comes, on all cores: one process there, a worker a core in the stage. On equal processes the ratios stand
+# beside it (`trl_processes`): the tokenizer's own time sets them, and no code around it would reach these.
 ON_ALL_CORES = {"trl": {"chat": 5.0, "documents": 3.0}}
 AGAIN = 0.05  # preparing again with another layout takes at most such a share of tokenizing
 FLAT = 1.25  # peak memory at ten times the data may be so many times that at once: what varies from run to run

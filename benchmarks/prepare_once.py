@@ -6,7 +6,7 @@ Ways: `ours` (tokenize and prepare, as the stages run them, near duplicates and 
 `ours_counting` (they are, as the published profile says), `raw` and `raw_fast` (the tokenizers library's
 `encode_batch` and `encode_batch_fast` on the stage's own texts, nothing kept), `trl` (what SFTTrainer does to a data
 set before it trains, as it comes), `trl_processes` (likewise, told to use as many processes as there are cores).
-Imports, reading of the texts for `raw` and making of a model for `trl` are not timed; all that the room does is.
+Imports, reading of the texts for `raw` and making of a model for `trl` are not timed; all that the stage does is.
 """
 
 import json
@@ -32,7 +32,7 @@ from ropeway.runtime.workspace import Workspace
 
 OTHER_LAYOUT = "prepare_again_with_another_layout"
 SOURCE = "text"  # the one source of these workspaces
-_BATCH_CHARACTERS = 1 << 22  # of a call of the bare tokenizer; the room hands it a quarter of that at once
+_BATCH_CHARACTERS = 1 << 22  # of a call of the bare tokenizer; the stage hands it a quarter of that at once
 Facts = dict[str, Any]
 
 
@@ -50,7 +50,7 @@ def _cpu_seconds() -> float:
 
 
 def texts_of(workspace: Workspace, profile: Profile) -> list[str]:
-    """Return what the room hands to the tokenizer: rendered conversations, or documents' chunks."""
+    """Return what the stage hands to the tokenizer: rendered conversations, or documents' chunks."""
     size = dict(profile.mixture)[SOURCE].max_chunk_size
     texts = []
     for record in iterate_records(workspace.raw / SOURCE):
@@ -105,7 +105,7 @@ def _clocked(function: Callable[..., Any], name: str, parts: dict[str, float]) -
 
 
 def raw(workspace: Workspace, profile: Profile, _: int, *, fast: bool = False) -> Facts:
-    """Encode the room's texts, a few MB a call, and forget them."""
+    """Encode the stage's texts, a few MB a call, and forget them."""
     from ropeway.data.text_batches import in_batches
 
     tokenizer = open_tokenizer(workspace.base)
@@ -119,7 +119,7 @@ def raw(workspace: Workspace, profile: Profile, _: int, *, fast: bool = False) -
 
 
 def raw_fast(workspace: Workspace, profile: Profile, workers: int) -> Facts:
-    """Likewise without offsets, as the room does."""
+    """Likewise without offsets, as the stage does."""
     return raw(workspace, profile, workers, fast=True)
 
 

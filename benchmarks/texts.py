@@ -2,7 +2,7 @@
 
 Documents: every package's long description (its README), text and Markdown files, then Python sources in the order of
 the hash of their path, until there is enough. Conversations: questions and answers made of docstrings, as the fetch
-room's `python_docs` makes them, of sources in the same order.
+stage's `python_docs` makes them, of sources in the same order.
 """
 
 import sysconfig

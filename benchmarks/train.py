@@ -129,7 +129,7 @@ def summarise(measured: Mapping[str, Any], memory: Mapping[str, int]) -> dict[st
 
 def lay_workspace(root: Path) -> None:
     """Make the laptop profile's tables as far as train needs them: raw records, base, data."""
-    from ropeway.orchestration.stage_process import enter_room, write_identity
+    from ropeway.orchestration.stage_process import execute_stage, write_identity
 
     root.mkdir()
     shutil.copytree(ROOT / "configs", root / "configs")
@@ -137,8 +137,8 @@ def lay_workspace(root: Path) -> None:
     lines = ["profile: laptop" if line.startswith("profile: ") else line for line in text]
     (root / "params.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
     write_identity(root, "laptop")
-    for room in ("fetch", "base", "tokenize", "prepare"):
-        enter_room(root, room)
+    for stage in ("fetch", "base", "tokenize", "prepare"):
+        execute_stage(root, stage)
 
 
 def launch(root: Path, folder: Path, rounds: int, steps: int) -> dict[str, Any]:

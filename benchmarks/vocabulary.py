@@ -52,7 +52,7 @@ def count_differing(tokenizer: Tokenizer, model: Path, lines: Sequence[str]) -> 
 
 
 def write_base(folder: Path, tokenizer: Tokenizer, *, max_length: int) -> None:
-    """Leave the tokenizer as the base room does: role tokens added, template and special tokens named."""
+    """Leave the tokenizer as the base stage does: role tokens added, template and special tokens named."""
     folder.mkdir(parents=True)
     prepare_tokenizer(tokenizer, dict(LLAMA_SPECIAL), OPEN_ASSISTANT)
     write_tokenizer(folder, tokenizer, dict(LLAMA_SPECIAL), OPEN_ASSISTANT, max_length=max_length)

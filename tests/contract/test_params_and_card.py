@@ -1,4 +1,4 @@
-"""The published block is the card's, key for key; every profile stands on its own; dvc.yaml and rooms agree."""
+"""The published block is the card's, key for key; every profile stands on its own; dvc.yaml and stages agree."""
 
 import json
 import re
@@ -112,7 +112,7 @@ def test_no_key_that_changes_no_result_is_a_reason_to_run_a_stage():
     assert [(name, key) for name, keys in READS.items() for key in keys if key in UNHASHED] == []
 
 
-def test_a_room_cannot_read_a_key_it_does_not_list():
+def test_a_stage_cannot_read_a_key_it_does_not_list():
     _, profile = load_profile(ROOT / "params.yaml")
     fetch = profile.reading(READS["fetch"])
     assert fetch.sources == profile.sources

@@ -1,4 +1,4 @@
-"""Whole streams: three corpora through the prepare room, then every micro-batch of several ranks and epochs.
+"""Whole streams: three corpora through the prepare stage, then every micro-batch of several ranks and epochs.
 
 The original draws its order and its windows from one global generator, batch after batch; the product draws windows
 from a generator of their own. So the plan is drawn here with one generator passed from function to function.
@@ -44,7 +44,7 @@ def profile(stream):
 
 @pytest.fixture(scope="module")
 def shards(stream, profile, tmp_path_factory):
-    """What the prepare room itself makes of the corpora."""
+    """What the prepare stage itself makes of the corpora."""
     workspace = Workspace(tmp_path_factory.mktemp("stream"), "stream")
     facts = {}
     for name, records in stream["corpora"].items():

@@ -41,7 +41,7 @@ copy = tiny_run.copy_tokenizer
 
 
 def saved_today(folder):
-    """Write the tokenizer as the base room does: by today's tokenizers, which spells merges in a new way."""
+    """Write the tokenizer as the base stage does: by today's tokenizers, which spells merges in a new way."""
     copy(folder)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -60,8 +60,8 @@ def packages(tmp_path_factory):
             workspace, profile = tiny_run.make_run(tmp_path_factory.mktemp(kind), block=block)
             for path in (workspace.ledger, workspace.train_metrics, workspace.evaluation, workspace.samples):
                 write_json(path, {})
-            room = load_profile(workspace.root / "params.yaml")[1].reading(READS["package"])
-            facts = load_facts(workspace, room)
+            stage = load_profile(workspace.root / "params.yaml")[1].reading(READS["package"])
+            facts = load_facts(workspace, stage)
             folder = workspace.run / "folder"
             folder.mkdir()
             write_model(facts, workspace, folder)

@@ -66,7 +66,7 @@ def make_workspace(root):
     for folder in ("configs", "flows"):
         shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(HERE / "flow_workspace" / "dvc.yaml", root)
-    shutil.copy(HERE / "flow_workspace" / "room.txt", root / "room.py")
+    shutil.copy(HERE / "flow_workspace" / "fake_stage.txt", root / "fake_stage.py")
     (root / ".dvc").mkdir()
     shutil.copy(ROOT / ".dvc" / "config", root / ".dvc")
     ignored = [(ROOT / ".gitignore").read_text(), "/calls", "/break-*", "/.dvc/tmp", "/.dvc/cache"]

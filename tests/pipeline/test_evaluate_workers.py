@@ -23,7 +23,7 @@ PAIR = (None, None)
 def start(workspace, **environment):
     kept = {name: value for name, value in os.environ.items() if not name.startswith("ROPEWAY_")}
     return subprocess.Popen(
-        [sys.executable, "-m", "ropeway.cli.main", "room", "evaluate"],
+        [sys.executable, "-m", "ropeway.cli.main", "execute-stage", "evaluate"],
         cwd=workspace.root,
         env={**kept, "PYTHONPATH": str(ROOT / "src"), **environment},
         stdout=subprocess.PIPE,
@@ -43,7 +43,7 @@ def evaluate(workspace, *, code=0, **environment):
 def evaluate_alone(workspace):
     """Evaluate in one process, a forked one; return what was printed."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("ROPEWAY_")}
-    command = [sys.executable, "-m", "ropeway.cli.main", "room", "evaluate"]
+    command = [sys.executable, "-m", "ropeway.cli.main", "execute-stage", "evaluate"]
     return forked.run(command, cwd=workspace.root, env=kept, check=True).stdout
 
 

@@ -13,7 +13,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from ropeway.config.load_params import load_profile
 from ropeway.orchestration.publish import publish_package
 from ropeway.orchestration.revision import Revision
-from ropeway.orchestration.stage_process import ROOMS, enter_room, write_identity
+from ropeway.orchestration.stage_process import STAGE_NAMES, execute_stage, write_identity
 from ropeway.registry import Registry
 from ropeway.reporting.evidence import open_case
 from ropeway.reporting.review_report import draw_report
@@ -242,8 +242,8 @@ def run_all(workspace, monkeypatch):
     for module in ("train.stage", "package.stage"):
         monkeypatch.setattr(f"ropeway.stages.{module}.subprocess", SimpleNamespace(run=forked.run))
     write_identity(workspace.root)
-    for room in ROOMS:
-        enter_room(workspace.root, room)
+    for stage in STAGE_NAMES:
+        execute_stage(workspace.root, stage)
     _, profile = load_profile(workspace.root / "params.yaml")
     return publish_package(workspace, profile, Revision("0" * 40, ()), lambda *_: None)
 
@@ -257,8 +257,8 @@ def ready(tmp_path, monkeypatch):
     (workspace.root / "own.jsonl").write_bytes(jsonl(TEXTS))
     monkeypatch.setenv("ROPEWAY_RANKS", "1")
     write_identity(workspace.root)
-    for room in ("fetch", "base", "tokenize", "prepare"):
-        enter_room(workspace.root, room)
+    for stage in ("fetch", "base", "tokenize", "prepare"):
+        execute_stage(workspace.root, stage)
     monkeypatch.setattr("ropeway.stages.train.stage.run", lambda *_: pytest.fail("training began"))
     return workspace
 
@@ -285,10 +285,10 @@ def test_what_would_end_evaluate_is_said_before_training(ready, change, error, s
     rewrite(ready, {"evaluation": {**block["evaluation"], **change}})
     write_identity(ready.root)
     with pytest.raises(error, match=said):
-        enter_room(ready.root, "train")
+        execute_stage(ready.root, "train")
 
 
 def test_what_would_end_package_is_said_before_training(ready):
     ready.ledger.unlink()
     with pytest.raises(DataError, match=r"ledger.json: expected the JSON"):
-        enter_room(ready.root, "train")
+        execute_stage(ready.root, "train")

@@ -213,7 +213,12 @@ def test_flow_finds_before_the_first_stage_what_the_registry_would_refuse(
     ("name", "old", "new", "said"),
     [
         ("params.yaml", "profile: laptop", "profile: smollm2", "profile, laptop -> smollm2: was edited while this run"),
-        ("dvc.yaml", "python room.py evaluate", "python  room.py evaluate", "dvc.yaml: was edited while this run"),
+        (
+            "dvc.yaml",
+            "python fake_stage.py evaluate",
+            "python  fake_stage.py evaluate",
+            "dvc.yaml: was edited while this run",
+        ),
     ],
 )
 def test_flow_runs_no_stage_of_another_graph_or_profile_than_it_planned(made_workspace, name, old, new, said):
@@ -231,7 +236,7 @@ def test_flow_runs_no_stage_of_another_graph_or_profile_than_it_planned(made_wor
 
 
 def test_flow_reads_a_failure_of_a_stage_without_a_record_from_dvc(made_workspace):
-    made_workspace.edit("dvc.yaml", "cmd: python room.py evaluate", "cmd: python  room.py evaluate")
+    made_workspace.edit("dvc.yaml", "cmd: python fake_stage.py evaluate", "cmd: python  fake_stage.py evaluate")
     made_workspace.trouble("evaluate", "sys.exit(65)")  # this fake stage has no supervisor of its own
     with pytest.raises(DataError, match="stage evaluate failed with exit code 65"):
         plain(made_workspace)

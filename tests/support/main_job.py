@@ -122,7 +122,7 @@ class MainJob:
             self.stage("identity")
         if name == "train":
             shutil.rmtree(self.run / "model", ignore_errors=True)
-        words = ("stage", name) if name == "identity" else ("room", name)
+        words = ("stage", name) if name == "identity" else ("execute-stage", name)
         command = [sys.executable, "-m", "ropeway.cli.main", *words]
         done = forked.run(command, cwd=self.root, env={**self.environment, "DS_ACCELERATOR": "cpu"})
         assert done.returncode == code, done.stdout

@@ -1,4 +1,4 @@
-"""Prepared data small enough for a test, made by the real prepare room from records that a test writes down."""
+"""Prepared data small enough for a test, made by the real prepare stage from records that a test writes down."""
 
 import shutil
 from typing import NamedTuple

@@ -86,15 +86,15 @@ tiny:
 
 
 def make_run(
-    root: Path, room: str = "evaluate", *, block: str = BLOCK, configs: Mapping[str, str] | None = None
+    root: Path, stage: str = "evaluate", *, block: str = BLOCK, configs: Mapping[str, str] | None = None
 ) -> tuple[Workspace, Profile]:
-    """Lay the outputs of every stage before `evaluate`; return (workspace, profile as `room` reads it).
+    """Lay the outputs of every stage before `evaluate`; return (workspace, profile as `stage` reads it).
 
     `configs` are further files below configs/, by name.
     """
-    made = _make_once(room == "package", block, tuple(sorted((configs or {}).items())))
+    made = _make_once(stage == "package", block, tuple(sorted((configs or {}).items())))
     shutil.copytree(made, root, dirs_exist_ok=True)
-    return Workspace(root, "tiny"), load_profile(root / "params.yaml")[1].reading(READS[room])
+    return Workspace(root, "tiny"), load_profile(root / "params.yaml")[1].reading(READS[stage])
 
 
 @functools.cache

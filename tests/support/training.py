@@ -38,7 +38,7 @@ def start(workspace, *, ranks=2):
     """Run the stage to its end in a forked process and return what it printed."""
     shutil.rmtree(workspace.model)
     here = {"ROPEWAY_RANKS": str(ranks), "DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", "ropeway.cli.main", "room", "train"]
+    command = [sys.executable, "-m", "ropeway.cli.main", "execute-stage", "train"]
     done = forked.run(command, cwd=workspace.root, env={**os.environ, **here})
     assert done.returncode == 0, done.stdout
     return done.stdout

@@ -167,12 +167,12 @@ def stage(
     raise typer.Exit(run_stage(find_root(), name, profile))
 
 
-@app.command(hidden=True)
-def room(name: str) -> None:
-    """Run one room in this process: what `stage` supervises."""
-    from ropeway.orchestration.stage_process import enter_room
+@app.command("execute-stage", hidden=True)
+def execute_stage_command(name: str) -> None:
+    """Run one stage in this process: what `stage` supervises."""
+    from ropeway.orchestration.stage_process import execute_stage
 
-    enter_room(find_root(), name)
+    execute_stage(find_root(), name)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""What dvc.yaml calls: one stage by name. `identity` is a stage of its own; the others are rooms."""
+"""What dvc.yaml calls: one stage by name. `identity` runs in this process, any other under a supervisor."""
 
 import importlib
 import importlib.metadata
@@ -29,14 +29,14 @@ from ropeway.stages.fetch.sources import find_changes, local_files, source_ident
 from ropeway.storage import hub
 
 _SHOWN = 5  # changed things in a message
-ROOMS = tuple(READS)
+STAGE_NAMES = tuple(READS)
 _REPORTS = "report_"  # stages that only show: ropeway.reporting, one module each
 
 
 def run_stage(root: Path, name: str, profile: str | None = None) -> int:
-    """Bring about one stage; return its exit code.
+    """Run one stage; return its exit code.
 
-    A room runs in a process tree of its own under the supervisor, so that nothing of it outlives DVC or a signal.
+    A stage runs in a process tree of its own under the supervisor, so that nothing of it outlives DVC or a signal.
 
     The default profile is the one that params.yaml names for `identity`, that of the digests for any other stage.
 
@@ -46,8 +46,8 @@ def run_stage(root: Path, name: str, profile: str | None = None) -> int:
         DataError: There are no digests.
         TemporaryError: Another run holds the workspace.
     """
-    if name not in ("identity", *ROOMS):
-        raise ConfigError(f"stage '{name}' does not exist; there are: identity, {', '.join(ROOMS)}")
+    if name not in ("identity", *STAGE_NAMES):
+        raise ConfigError(f"stage '{name}' does not exist; there are: identity, {', '.join(STAGE_NAMES)}")
     with workspace_lock(root, command=f"ropeway stage {name}", profile=profile or "") as held:
         if name == "identity":
             write_identity(root, profile)
@@ -62,18 +62,18 @@ def run_stage(root: Path, name: str, profile: str | None = None) -> int:
                 f"stage {name} of profile '{profile}': the digests in {frozen.folder} are those of profile "
                 f"'{frozen.profile_name}'. Run `dvc repro` or `ropeway run`, which take them again"
             )
-        if name == "train":  # here, not in the room: a better estimate must not make a trained model stale
+        if name == "train":  # here, not in the stage: a better estimate must not make a trained model stale
             _, params = load_profile(frozen.params_file, frozen.profile_name)  # memory depends on base's keys as well
             zero = read_zero(frozen.text("deepspeed", params.deepspeed_config), params.deepspeed_config)
             check_memory(params, zero, ranks=count_ranks())
-        command = [sys.executable, "-m", "ropeway.cli.main", "room", name]
+        command = [sys.executable, "-m", "ropeway.cli.main", "execute-stage", name]
         record = root / ".work" / f"{name}.exit.json"
         device = {} if list_gpus() else {"DS_ACCELERATOR": "cpu"}  # else deepspeed warns on every import
         return supervise.run(command, record=record, env={**os.environ, **device, **held.environment}, cwd=root)
 
 
-def enter_room(root: Path, name: str) -> None:
-    """Run one room in this process, with no more of the profile than it may read.
+def execute_stage(root: Path, name: str) -> None:
+    """Run one stage in this process, with no more of the profile than it may read.
 
     Raises:
         ConfigError, DataError: A later stage could not end, whatever is trained.
@@ -169,7 +169,7 @@ def write_identity(root: Path, name: str | None = None) -> None:
         },
         "sources": {name: source_identity(one, root) for name, one in sorted(profile.sources.items())},
         "tasks": _tasks_identity(profile, workspace.tasks),
-        **{f"code-{room}": code.modules(room) for room in ROOMS},
+        **{f"code-{stage}": code.modules(stage) for stage in STAGE_NAMES},
     }
     with full_disk_explained(workspace.identity):
         code.keep()

@@ -118,7 +118,7 @@ def _divides(load: Load, global_batch_size: int) -> bool:
 
 
 def plan_disk(profile: Profile, load: Load, *, found: Mapping[str, int], local_registry: bool) -> dict[str, int]:
-    """Return bytes on disk by part: checkpoints and one being written, every room's files, and what is kept twice.
+    """Return bytes on disk by part: checkpoints and one being written, every stage's files, and what is kept twice.
 
     `found` holds the bytes of the stages' folders that are there already; they replace estimates, and only `base` has
     one.

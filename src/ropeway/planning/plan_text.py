@@ -88,7 +88,7 @@ def _disk_lines(plan: RunPlan) -> Iterator[str]:
     yield f"disk: {_disk(plan)}, free {gib(plan.disk_free_bytes)}"
     notes = {
         "checkpoints": "save_total_limit and the one being written",
-        "dvc_cache": "copies of the rooms' files, unless the file system knows reflinks",
+        "dvc_cache": "copies of the stages' files, unless the file system knows reflinks",
         "registry": "of packages, on this disk",
     }
     yield from _parts({name: size for name, size in plan.disk_parts.items() if name not in plan.disk_unknown}, notes)

@@ -39,8 +39,8 @@ def list_steps(account: Json) -> list[Step]:
     records, sequences, tokens = account["records"], account["sequences"], account["tokens"]
     steps = [Step("read", "=", records["read"], "records", None)]
     steps += [
-        Step(f"refused by {room}", "-", sum(records[f"refused_by_{room}"].values()), "records", None)
-        for room in ("fetch", "tokenize")
+        Step(f"refused by {stage}", "-", sum(records[f"refused_by_{stage}"].values()), "records", None)
+        for stage in ("fetch", "tokenize")
     ]
     steps.append(Step("kept", "=", records["kept"], "records", None))
     if records["without_tokens"]:

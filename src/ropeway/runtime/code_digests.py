@@ -33,7 +33,7 @@ class Scan(TypedDict):
 
 
 class Digests:
-    """Digests of rooms, each module parsed once; what was parsed is kept in a file by content, since a parse costs.
+    """Digests of stages, each module parsed once; what was parsed is kept in a file by content, since a parse costs.
 
     A file that is missing, damaged or another code's is as good as none: everything is parsed again.
     """
@@ -46,10 +46,10 @@ class Digests:
         self._kept: dict[str, Scan] = self._read()
         self._used: dict[str, Scan] = {}
 
-    def modules(self, room: str) -> dict[str, str]:
+    def modules(self, stage: str) -> dict[str, str]:
         """Return the digest of every module that a stage's code consists of, by its name below the package."""
         found: dict[str, str] = {}
-        own = _own(room)
+        own = _own(stage)
         counted = (own, *COUNTED)
         waiting = _modules(self._source, own)
         while waiting:
@@ -108,9 +108,9 @@ def check_code_digest(digest: str, kept: Path, stage: str) -> None:
         )
 
 
-def room_digest(source: Path, room: str) -> str:
-    """Return the digest of a room's code; `source` is the folder `ropeway` with its modules."""
-    return digest_of(Digests(source).modules(room))
+def stage_code_digest(source: Path, stage: str) -> str:
+    """Return the digest of a stage's code; `source` is the folder `ropeway` with its modules."""
+    return digest_of(Digests(source).modules(stage))
 
 
 def _scan(text: str) -> Scan:

@@ -1,6 +1,6 @@
 """Run a command so that nothing it started outlives it, whoever ordered it, or a signal.
 
-    flow ── supervise ── dvc ── sh ── ropeway stage train (supervises too) ── room ── launcher ── ranks
+    flow ── supervise ── dvc ── sh ── ropeway stage train (supervises too) ── stage ── launcher ── ranks
 
 The tree is asked to end (TERM) when this process gets TERM, INT or HUP, or when an ancestor on whose behalf it works
 is gone; what is left after the grace is killed. DeepSpeed's launcher must not be asked: TERM to it leaves ranks

@@ -1,4 +1,4 @@
-"""What rooms that start worker processes on this machine share: how many were asked for, and how a worker begins."""
+"""What stages that start worker processes on this machine share: how many were asked for, and how a worker begins."""
 
 import json
 import multiprocessing

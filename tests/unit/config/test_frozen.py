@@ -14,7 +14,7 @@ from ropeway.config.load_params import load_profiles
 from ropeway.config.stages import READS, UNHASHED
 from ropeway.config.tokenize_params import TokenizeParams
 from ropeway.orchestration.dvc_graph import describe_change
-from ropeway.orchestration.stage_process import check_unchanged, enter_room, run_stage, write_identity
+from ropeway.orchestration.stage_process import check_unchanged, execute_stage, run_stage, write_identity
 from ropeway.runtime.code_digests import CODE, Digests, check_code
 from ropeway.runtime.devices import Gpu
 from ropeway.runtime.errors import ConfigError, DataError, TemporaryError
@@ -175,7 +175,7 @@ def test_a_file_that_is_swapped_and_put_back_while_it_is_read_is_found(root, mon
 
     monkeypatch.setattr(f"ropeway.stages.{stage}.stage.run", swap)
     with pytest.raises(DataError, match=r"was replaced or written while it was read|changed after the digests"):
-        enter_room(root, stage)
+        execute_stage(root, stage)
 
 
 def test_a_disk_that_fills_in_any_stage_is_said_and_may_be_retried(root, monkeypatch):
@@ -185,7 +185,7 @@ def test_a_disk_that_fills_in_any_stage_is_said_and_may_be_retried(root, monkeyp
     write_identity(root)
     monkeypatch.setattr("ropeway.stages.base.stage.run", fill)
     with pytest.raises(TemporaryError, match="the disk is full"):
-        enter_room(root, "base")
+        execute_stage(root, "base")
 
 
 def test_cards_that_cannot_hold_a_training_refuse_it_before_it_starts(root, monkeypatch):
@@ -236,7 +236,7 @@ def test_a_stage_whose_input_changes_while_it_runs_fails_at_its_end(root, monkey
         '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}\n'
     )
     with pytest.raises(DataError, match=r"stage fetch: talks.jsonl changed after the digests"):
-        enter_room(root, "fetch")  # before it begins
+        execute_stage(root, "fetch")  # before it begins
     write_identity(root)
     from ropeway.stages.fetch import stage as fetch
 
@@ -248,7 +248,7 @@ def test_a_stage_whose_input_changes_while_it_runs_fails_at_its_end(root, monkey
 
     monkeypatch.setattr(fetch, "run", run)
     with pytest.raises(DataError, match=r"stage fetch: talks.jsonl changed after the digests"):
-        enter_room(root, "fetch")
+        execute_stage(root, "fetch")
 
 
 def test_frozen_inputs_that_are_edited_missing_or_unfinished_are_refused(root):

@@ -1,4 +1,4 @@
-"""Code counts by meaning: an edited comment changes no digest, a changed constant changes every room that uses it."""
+"""Code counts by meaning: an edited comment changes no digest, a changed constant changes every stage that uses it."""
 
 import json
 import shutil
@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import ropeway
-from ropeway.orchestration.stage_process import ROOMS
-from ropeway.runtime.code_digests import Digests, module_digest, room_digest
+from ropeway.orchestration.stage_process import STAGE_NAMES
+from ropeway.runtime.code_digests import Digests, module_digest, stage_code_digest
 from ropeway.runtime.manifest import digest_of
 
 REPORTING = Path(ropeway.__file__).parent / "reporting"
@@ -29,7 +29,7 @@ def unedited(tmp_path_factory):
 
 def digests(source, kept):
     code = Digests(source, kept)
-    found = {room: digest_of(code.modules(room)) for room in ROOMS}
+    found = {stage: digest_of(code.modules(stage)) for stage in STAGE_NAMES}
     code.keep()
     return found
 
@@ -41,7 +41,7 @@ def name_changed(source, unedited, tmp_path):
 
     def name():
         after = digests(source, shutil.copy(record, tmp_path / "parsed.json"))
-        return {room for room in ROOMS if after[room] != before[room]}
+        return {stage for stage in STAGE_NAMES if after[stage] != before[stage]}
 
     return name
 
@@ -53,27 +53,27 @@ def edit(path, old, new):
 
 
 def test_a_comment_a_docstring_and_a_message_do_not_count(source):
-    before = room_digest(source, "train")
+    before = stage_code_digest(source, "train")
     edit(source / "stages/train/loss.py", '"""The loss:', '"""The edited loss:')
     edit(source / "stages/train/loss.py", "import torch\n", "import torch  # a comment\n")
     edit(source / "data/batches.py", "index lies", "the index lies")
     edit(source / "stages/train/saving.py", "resuming after step", "going on after step")
-    assert room_digest(source, "train") == before
+    assert stage_code_digest(source, "train") == before
 
 
-def test_a_constant_in_the_room_counts(source):
-    before = {room: room_digest(source, room) for room in ("train", "prepare")}
+def test_a_constant_in_the_stage_counts(source):
+    before = {stage: stage_code_digest(source, stage) for stage in ("train", "prepare")}
     edit(source / "stages/train/loss.py", "EPSILON = 1e-8", "EPSILON = 1e-7")
-    assert room_digest(source, "train") != before["train"]
-    assert room_digest(source, "prepare") == before["prepare"]
+    assert stage_code_digest(source, "train") != before["train"]
+    assert stage_code_digest(source, "prepare") == before["prepare"]
 
 
-def test_a_constant_on_the_floor_counts_for_every_room_that_uses_it(source):
-    before = {room: room_digest(source, room) for room in ("fetch", "prepare", "train")}
+def test_a_constant_in_shared_code_counts_for_every_stage_that_uses_it(source):
+    before = {stage: stage_code_digest(source, stage) for stage in ("fetch", "prepare", "train")}
     edit(source / "data/batches.py", "PAD_MULTIPLE = 16", "PAD_MULTIPLE = 8")
-    assert room_digest(source, "train") != before["train"]
-    assert room_digest(source, "prepare") != before["prepare"]
-    assert room_digest(source, "fetch") == before["fetch"]
+    assert stage_code_digest(source, "train") != before["train"]
+    assert stage_code_digest(source, "prepare") != before["prepare"]
+    assert stage_code_digest(source, "fetch") == before["fetch"]
 
 
 OUTSIDE = ["cli", "config", "orchestration", "planning", "registry", "reporting", "runtime", "storage"]
@@ -91,18 +91,18 @@ def test_code_that_shows_describes_starts_or_stores_a_run_invalidates_no_stage_t
 
 
 def test_a_log_flag_of_the_launcher_and_a_limit_of_the_watchdog_retrain_nothing(source):
-    before = room_digest(source, "train")
+    before = stage_code_digest(source, "train")
     edit(source / "runtime/launcher.py", "--log_level=warning", "--log_level=info")
     edit(source / "runtime/watchdog.py", "LEAST_SECONDS = 600.0", "LEAST_SECONDS = 900.0")
     edit(source / "runtime/progress.py", "_BAR_CELLS = 20", "_BAR_CELLS = 10")
-    assert room_digest(source, "train") == before
+    assert stage_code_digest(source, "train") == before
 
 
 @pytest.mark.parametrize("path", sorted(path.name for path in (REPORTING / "templates").iterdir()))
 def test_an_edit_of_a_template_reruns_the_report_stages_alone(source, name_changed, path):
     template = source / "reporting" / "templates" / path
     template.write_text(template.read_text(encoding="utf-8") + "\n", encoding="utf-8")
-    assert name_changed() == {room for room in ROOMS if room.startswith("report_")}
+    assert name_changed() == {stage for stage in STAGE_NAMES if stage.startswith("report_")}
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_text_that_is_data_counts():
 def test_what_was_parsed_is_kept_and_an_edit_still_counts(source, unedited, tmp_path, monkeypatch):
     before, record = unedited
     kept = shutil.copy(record, tmp_path / "code.json")
-    assert before == {room: room_digest(source, room) for room in ROOMS}
+    assert before == {stage: stage_code_digest(source, stage) for stage in STAGE_NAMES}
     parsed = []
     monkeypatch.setattr(
         "ropeway.runtime.code_digests.module_digest", lambda text: parsed.append(text) or module_digest(text)
@@ -142,7 +142,7 @@ def test_what_was_parsed_is_kept_and_an_edit_still_counts(source, unedited, tmp_
     edit(source / "stages/train/loss.py", "EPSILON = 1e-8", "EPSILON = 1e-7")
     after = digests(source, kept)
     assert len(parsed) == 1
-    assert {room for room in ROOMS if after[room] != before[room]} == {"train"}
+    assert {stage for stage in STAGE_NAMES if after[stage] != before[stage]} == {"train"}
 
 
 @pytest.mark.parametrize("damage", ["cut", "a digit", "another Python", "no mapping", "not UTF-8"])

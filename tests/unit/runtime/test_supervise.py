@@ -63,7 +63,7 @@ def supervise(tmp_path):
     trees = []
 
     def start(*command, grace=30, leader=None, by=(), **options):
-        arguments = ["--record", str(tmp_path / "room.exit.json"), "--grace", str(grace)]
+        arguments = ["--record", str(tmp_path / "stage.exit.json"), "--grace", str(grace)]
         arguments += ["--leader", str(leader)] if leader else []
         env = {**os.environ, "PYTHONUNBUFFERED": "1", **options.pop("env", {})}
         full = [*by, PYTHON, "-m", "ropeway.runtime.supervise", *arguments, "--", *map(str, command)]
@@ -79,7 +79,7 @@ def supervise(tmp_path):
 
 @pytest.fixture
 def record(tmp_path):
-    return lambda: json.loads((tmp_path / "room.exit.json").read_text())
+    return lambda: json.loads((tmp_path / "stage.exit.json").read_text())
 
 
 def alive(processes):
@@ -108,7 +108,7 @@ FAMILY = """
 def test_the_code_of_the_command_is_passed_on_and_recorded(supervise, record, code, died_of):
     assert supervise(PYTHON, "-c", f"raise SystemExit({code})").finish() == code
     found = record()
-    assert (found["stage"], found["code"], found["signal"], found["why"]) == ("room", code, died_of, None)
+    assert (found["stage"], found["code"], found["signal"], found["why"]) == ("stage", code, died_of, None)
 
 
 def test_a_command_that_a_signal_ended_is_recorded_with_its_name(supervise, record):
@@ -192,7 +192,7 @@ def test_ranks_alone_are_asked_and_their_code_75_is_passed_on(supervise, launche
 def fake_dvc(script):
     """A program called `dvc` that runs a command through a shell which stays between, and tells the stage's name."""
     text = """
-        os.environ["DVC_STAGE"] = "room"
+        os.environ["DVC_STAGE"] = "stage"
         shell = subprocess.Popen(["sh", "-c", sys.argv[1] + "; exit $?"], start_new_session=False)
         say("dvc", os.getpid())
         sys.exit(shell.wait())
@@ -204,7 +204,7 @@ def fake_dvc(script):
 def test_when_dvc_or_its_shell_is_killed_the_ranks_save_and_nothing_is_left(
     launcher, fake_dvc, tmp_path, record, victim
 ):
-    inner = f"{PYTHON} -m ropeway.runtime.supervise --record {tmp_path / 'room.exit.json'} -- {' '.join(launcher)}"
+    inner = f"{PYTHON} -m ropeway.runtime.supervise --record {tmp_path / 'stage.exit.json'} -- {' '.join(launcher)}"
     tree = Tree([PYTHON, fake_dvc, inner], cwd=tmp_path, env={**os.environ, "PYTHONUNBUFFERED": "1"})
     ranks = tree.hear("rank", times=2)
     dvc = psutil.Process(tree.root.pid)
@@ -253,7 +253,7 @@ def test_a_killed_supervisor_takes_its_command_with_it(supervise, script):
 
 
 LEADER = """
-    arguments = [sys.executable, "-m", "ropeway.runtime.supervise", "--record", "room.exit.json", *sys.argv[1:]]
+    arguments = [sys.executable, "-m", "ropeway.runtime.supervise", "--record", "stage.exit.json", *sys.argv[1:]]
     arguments[5:5] = ["--leader", str(os.getpid())] if os.environ.get("LEADS") else []
     subprocess.Popen(arguments)
     signal.pause()
@@ -307,9 +307,19 @@ def test_a_command_whose_orderer_died_first_is_never_started(supervise, record, 
         assert tree.finish() == 143
     else:  # an orphan that DVC's environment was set for: adopted by pid 1 before it looks up
         code = f"import os, time, sys\nwhile os.getppid() != 1: time.sleep(0.01)\nos.execv({PYTHON!r}, sys.argv[1:])"
-        arguments = [PYTHON, "-m", "ropeway.runtime.supervise", "--record", "room.exit.json", "--", PYTHON, "-c", touch]
+        arguments = [
+            PYTHON,
+            "-m",
+            "ropeway.runtime.supervise",
+            "--record",
+            "stage.exit.json",
+            "--",
+            PYTHON,
+            "-c",
+            touch,
+        ]
         mother = f"import subprocess, sys; subprocess.Popen([{PYTHON!r}, '-c', {code!r}, *sys.argv[1:]])"
-        env = {**os.environ, "DVC_STAGE": "room"}
+        env = {**os.environ, "DVC_STAGE": "stage"}
         tree = Tree([PYTHON, "-c", mother, *arguments], cwd=tmp_path, env=env)
         tree.finish()
         tree.root.stdout.close()
@@ -318,7 +328,7 @@ def test_a_command_whose_orderer_died_first_is_never_started(supervise, record, 
 
 
 def test_the_record_of_an_earlier_run_is_gone_before_the_command_begins(supervise, tmp_path):
-    path = tmp_path / "room.exit.json"
+    path = tmp_path / "stage.exit.json"
     path.write_text("{}")
     look = f"import pathlib, sys; sys.exit(pathlib.Path({str(path)!r}).exists())"
     assert supervise(PYTHON, "-c", look).finish() == 0

@@ -31,7 +31,7 @@ from ropeway.data.tokenized import RecordCounts
 from ropeway.models.chat_template import FILE as TEMPLATE_FILE
 from ropeway.models.chat_template import open_template
 from ropeway.models.tokenizer import count_tokens, open_tokenizer, read_special
-from ropeway.runtime.code_digests import room_digest
+from ropeway.runtime.code_digests import stage_code_digest
 from ropeway.runtime.errors import DataError
 from ropeway.runtime.manifest import FileFacts, digest_of, file_sha256, load_manifest, write_manifest
 from ropeway.stages.tokenize.encode import Encoded, Encoder
@@ -150,7 +150,7 @@ def _tokenizer_digests(base: Path) -> tuple[str, ...]:
 
 def code_digest() -> str:
     """Return the digest of this stage's code, as the identity stage writes it."""
-    return room_digest(Path(ropeway.__file__).parent, "tokenize")
+    return stage_code_digest(Path(ropeway.__file__).parent, "tokenize")
 
 
 def load_unit(folder: Path) -> UnitFacts | None:

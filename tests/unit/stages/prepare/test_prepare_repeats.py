@@ -1,4 +1,4 @@
-"""Duplicates and contamination in the room: planted, counted, removed; nothing else moves."""
+"""Duplicates and contamination in the stage: planted, counted, removed; nothing else moves."""
 
 import json
 import pickle

@@ -220,8 +220,8 @@ def test_a_full_disk_leaves_no_table_and_keeps_what_is_whole(many, made, monkeyp
 
 def test_a_disk_that_fills_up_at_the_very_end_keeps_all_units(many, made, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("os.link", no_room)
-        patch.setattr("shutil.copyfile", no_room)
+        patch.setattr("os.link", full_disk)
+        patch.setattr("shutil.copyfile", full_disk)
         with pytest.raises(TemporaryError, match="the disk is full"):
             run_tokenize(many, profile())
     assert not many.tokens.exists()
@@ -231,7 +231,7 @@ def test_a_disk_that_fills_up_at_the_very_end_keeps_all_units(many, made, monkey
     assert made == []
 
 
-def no_room(_, target):
+def full_disk(_, target):
     raise OSError(errno.ENOSPC, "No space left on device", str(target))
 
 
