@@ -43,7 +43,7 @@ WORKERS = (1, 2)
 MAX_LENGTH = 8192  # as published
 OURS = [way for way in WAYS if way.startswith("ours")]
 _SAMPLE_SECONDS = 0.05
-_EVERY_LINE = 100  # some 8,000 lines are held against SentencePiece
+_EVERY_LINE = 100  # about 8,000 lines are compared with SentencePiece
 BLOCK = """
 bench:
   <<: *published

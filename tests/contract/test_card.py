@@ -426,7 +426,7 @@ def test_text_of_records_and_answers_is_shown_and_never_acts(text):
 @pytest.mark.parametrize("name", CONTRADICTIONS)
 def test_what_was_wrong_in_the_published_card_is_right_in_ours(written, name):
     wrong, right, never = CONTRADICTIONS[name]
-    assert re.search(wrong, PUBLISHED), "the published card says something else than we hold against it"
+    assert re.search(wrong, PUBLISHED), "the published card does not contain the expected error"
     assert re.search(right, written[1])
     assert never is None or not re.search(never, written[1])
 

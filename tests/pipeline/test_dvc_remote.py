@@ -83,9 +83,7 @@ def clone(workspace, target):
     return type(workspace)(target)
 
 
-def test_flow_pushes_and_a_second_clone_elsewhere_makes_nothing_and_has_the_same_digest(
-    shared, remote, tmp_path, capsys
-):
+def test_flow_pushes_and_a_second_clone_restores_everything_with_the_same_digest(shared, remote, tmp_path, capsys):
     first = run(shared)
     assert "push: Completed, outputs and run-cache are on the remote" in capsys.readouterr().out
     assert any(key.startswith("files/md5/") for key in remote.keys())  # noqa: SIM118 - no mapping
@@ -101,7 +99,7 @@ def test_flow_pushes_and_a_second_clone_elsewhere_makes_nothing_and_has_the_same
 
 
 @EACH_SLOW_ON_S3
-def test_flow_takes_an_old_result_from_the_remotes_run_cache(shared, tmp_path):
+def test_flow_restores_an_old_result_from_the_remotes_run_cache(shared, tmp_path):
     run(shared)
     shared.edit("params.yaml", "learning_rate: 2e-3", "learning_rate: 4e-3")
     shared.git("commit", "-q", "-am", "another rate")
@@ -116,7 +114,7 @@ def test_flow_takes_an_old_result_from_the_remotes_run_cache(shared, tmp_path):
 
 
 @EACH_SLOW_ON_S3
-def test_flow_does_not_use_a_byte_that_the_remote_changed(shared, remote, tmp_path):
+def test_flow_refuses_a_byte_that_the_remote_changed(shared, remote, tmp_path):
     first = run(shared)
     weights = (shared.root / "runs" / "laptop" / "model" / "weights.json").read_bytes()
     lock = (shared.root / "dvc.lock").read_text()
@@ -142,7 +140,7 @@ def _digests(workspace, output):
     return {hashlib.md5(path.read_bytes()).hexdigest() for path in files if path.is_file()}  # noqa: S324 - as DVC names
 
 
-def test_flow_refuses_a_remote_that_is_not_verified_before_it_does_anything(made_workspace, tmp_path):
+def test_flow_refuses_a_remote_without_verify_before_any_stage(made_workspace, tmp_path):
     made_workspace.dvc("remote", "add", "--default", "store", str(tmp_path / "remote"))
     with pytest.raises(ConfigError, match="dvc remote modify store verify true"):
         run(made_workspace)
@@ -151,7 +149,7 @@ def test_flow_refuses_a_remote_that_is_not_verified_before_it_does_anything(made
 
 
 @pytest.mark.parametrize("remote", ["folder"], indirect=True)  # an S3 server that is away costs botocore's retries
-def test_flow_goes_on_without_a_remote_that_is_away_and_says_what_was_not_pushed(shared, remote, capsys):
+def test_flow_continues_without_an_unreachable_remote_and_reports_what_was_not_pushed(shared, remote, capsys):
     Path(remote.url).write_text("not a folder")
     shutil.rmtree(shared.root / "runs")
     result = run(shared)

@@ -54,7 +54,7 @@ def left(workspace):
 
 
 @pytest.mark.parametrize("measuring_champion", ["1", pytest.param("2", marks=pytest.mark.slow)])
-def test_eval_json_and_all_other_files_are_the_same_for_one_process_and_two(tmp_path, monkeypatch, measuring_champion):
+def test_one_process_and_two_write_equal_files(tmp_path, monkeypatch, measuring_champion):
     workspace, profile = make_run(tmp_path)
     seen, lines = [], []
     for workers in ("", "2"):
@@ -73,7 +73,7 @@ def test_eval_json_and_all_other_files_are_the_same_for_one_process_and_two(tmp_
     assert [one["tuned"] for one in champion.values()] == [one["tuned"] for one in own.values()]
 
 
-def test_a_killed_process_ends_the_run_as_one_that_may_be_tried_again_and_nothing_is_written(tmp_path):
+def test_a_killed_process_is_a_temporary_error_and_nothing_is_written(tmp_path):
     workspace, _ = make_run(tmp_path)
     before = sorted(workspace.root.rglob("*"))
     with start(workspace, ROPEWAY_EVALUATE_WORKERS="2") as process:
@@ -90,7 +90,7 @@ def test_a_killed_process_ends_the_run_as_one_that_may_be_tried_again_and_nothin
     assert not psutil.wait_procs(workers, timeout=120)[1]
 
 
-def test_what_a_process_finds_wrong_is_said_as_one_process_says_it(tmp_path, monkeypatch, capfd):
+def test_a_process_reports_an_error_as_a_single_process_does(tmp_path, monkeypatch, capfd):
     workspace, profile = make_run(tmp_path, block=BLOCK.replace("lengths: [192, 256]", "lengths: [40, 256]"))
     monkeypatch.setenv("ROPEWAY_EVALUATE_WORKERS", "2")
     with pytest.raises(ConfigError, match=r"^evaluation\.passkey\.lengths: 40 tokens; the question alone has"):
@@ -101,7 +101,7 @@ def test_what_a_process_finds_wrong_is_said_as_one_process_says_it(tmp_path, mon
     assert not workspace.evaluation.exists()
 
 
-def test_an_error_of_a_process_that_nobody_foresaw_is_no_reason_to_try_again(capfd):
+def test_an_unforeseen_error_of_a_process_is_not_retried(capfd):
     with pytest.raises(RopewayError, match=r"[12] of 2 ended by an error \(exit 1\); its traceback is above") as e:
         share_out(divmod, (1,), PAIR)
     assert e.value.exit_code == 1

@@ -154,7 +154,7 @@ def make_workspace(root, sources, changes):
     [(scratch, ("http", "s3")), (folder, ("python_docs",)), (hub, ("huggingface", "files")), (in_package, ("files",))],
     ids=["scratch, http and s3", "folder, python_docs", "hub, huggingface and files", "gguf, files"],
 )
-def test_it_goes_from_fetch_to_a_version_that_card_and_review_describe(tmp_path, monkeypatch, request, base, kinds):
+def test_every_source_and_base_reaches_a_version_with_card_and_review(tmp_path, monkeypatch, request, base, kinds):
     changes, base_told = base(tmp_path / "elsewhere", monkeypatch)
     models = changes.pop("files", {})
     sources, told = {}, []
@@ -280,7 +280,7 @@ EVALUATION = {"prompts": "configs/prompts.jsonl", "sampling": "configs/sampling.
     ],
     ids=["long rows", "passkeys", "prompts", "sampling"],
 )
-def test_what_would_end_evaluate_is_said_before_training(ready, change, error, said):
+def test_what_would_fail_evaluate_fails_before_training(ready, change, error, said):
     block = YAML(typ="safe", pure=True).load((ready.root / "params.yaml").read_text())["tiny"]
     rewrite(ready, {"evaluation": {**block["evaluation"], **change}})
     write_identity(ready.root)
@@ -288,7 +288,7 @@ def test_what_would_end_evaluate_is_said_before_training(ready, change, error, s
         execute_stage(ready.root, "train")
 
 
-def test_what_would_end_package_is_said_before_training(ready):
+def test_what_would_fail_package_fails_before_training(ready):
     ready.ledger.unlink()
     with pytest.raises(DataError, match=r"ledger.json: expected the JSON"):
         execute_stage(ready.root, "train")

@@ -63,7 +63,7 @@ def three_runs(three_runs_made, set_flow_environment, tmp_path, monkeypatch):
     return workspace.copy(tmp_path / "workspace"), first
 
 
-def test_it_frees_what_no_version_and_no_present_result_needs(three_runs):
+def test_clean_removes_what_no_version_or_current_output_needs(three_runs):
     workspace, first = three_runs
     before, objects = files_of(workspace.root), cached(workspace)
     plan = clean.plan_clean(workspace.root, keep=1, unsynced=False)
@@ -84,7 +84,7 @@ def test_it_frees_what_no_version_and_no_present_result_needs(three_runs):
     assert graph.plan(workspace.root)[-1].will_run is False
 
 
-def test_more_results_stay_if_asked_and_a_reverted_value_is_then_restored(three_runs):
+def test_keep_retains_older_outputs_and_a_reverted_value_restores_them(three_runs):
     workspace, _ = three_runs
     assert clean.clean(workspace.root, keep=3, unsynced=False) == []
     clean.clean(workspace.root, keep=2, unsynced=False)
@@ -92,7 +92,7 @@ def test_more_results_stay_if_asked_and_a_reverted_value_is_then_restored(three_
     assert run_retrain(workspace.root, use_prefect=False).stages["train"] == "Restored"
 
 
-def test_nothing_goes_while_a_run_is_on_or_what_is_needed_cannot_be_known(three_runs):
+def test_clean_removes_nothing_during_a_run_or_without_the_registry(three_runs):
     workspace, _ = three_runs
     before = cached(workspace)
     with workspace_lock(workspace.root, command="ropeway run"), pytest.raises(TemporaryError, match="is held by"):
@@ -116,14 +116,14 @@ def test_nothing_goes_while_a_run_is_on_or_what_is_needed_cannot_be_known(three_
     assert cached(workspace) == before
 
 
-def test_a_cache_that_others_may_share_is_not_touched(three_runs, tmp_path):
+def test_clean_does_not_touch_a_shared_cache(three_runs, tmp_path):
     workspace, _ = three_runs
     (workspace.root / ".dvc" / "cache").rename(tmp_path / "shared")
     workspace.dvc("cache", "dir", "--local", str(tmp_path / "shared"))
     assert clean.plan_clean(workspace.root, keep=1, unsynced=True) == []
 
 
-def test_wandb_runs_go_once_they_were_sent_and_work_files_of_what_is_gone(made_workspace, monkeypatch):
+def test_clean_removes_synced_wandb_runs_and_stale_work_files(made_workspace, monkeypatch):
     work = made_workspace.root / ".work"
     for name, synced in (("offline-run-1", True), ("offline-run-2", False)):
         (work / "wandb" / name).mkdir(parents=True)
@@ -156,7 +156,7 @@ def test_wandb_runs_go_once_they_were_sent_and_work_files_of_what_is_gone(made_w
     assert (work / "tokenize-laptop-0123456789abcdef").is_dir()
 
 
-def test_the_end_of_a_run_and_doctor_say_what_is_on_disk(made_workspace, capsys, monkeypatch):
+def test_run_summary_and_doctor_print_disk_usage(made_workspace, capsys, monkeypatch):
     (made_workspace.root / ".checkpoints").mkdir()
     (made_workspace.root / ".checkpoints" / "state").write_bytes(bytes(3 << 20))
     run_retrain(made_workspace.root, use_prefect=False)

@@ -79,12 +79,12 @@ def test_flow_deployments_of_prefect_yaml_and_of_serve_agree_and_the_schedule_is
         assert {name: facts(name)[0] for name in FLOWS} == {name: pooled[name][0] for name in FLOWS}
 
 
-def test_serve_switches_the_schedule_on_only_when_asked():
+def test_serve_enables_the_schedule_only_with_cron():
     schedules = [plan_deployments(ROOT, cron=cron)[0].schedules[0] for cron in (None, "0 5 * * 1")]
     assert [(each.schedule.cron, each.active) for each in schedules] == [("0 3 * * *", False), ("0 5 * * 1", True)]
 
 
-def test_the_next_time_is_told_in_utc_and_here_and_nonsense_is_refused(monkeypatch):
+def test_the_next_start_is_printed_in_utc_and_local_time_and_a_bad_cron_is_refused(monkeypatch):
     monkeypatch.setenv("TZ", "Asia/Kolkata")
     time.tzset()
     try:

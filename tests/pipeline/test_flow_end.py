@@ -50,7 +50,7 @@ def test_a_chatty_stages_lines_are_on_its_page_or_said_to_be_missing(own_prefect
 
 
 @pytest.mark.parametrize("when", ["while lines come", "at the result"])
-def test_a_server_that_freezes_keeps_no_result_back(own_prefect, when):
+def test_a_frozen_server_does_not_delay_the_result(own_prefect, when):
     own_prefect.edit("params.yaml", "learning_rate: 2e-3", "learning_rate: 3e-3")
     own_prefect.trouble("package", CHATTY if when == "while lines come" else "")
     with run_command(own_prefect) as process:
@@ -90,7 +90,7 @@ def silent():
 
 @pytest.mark.parametrize("kind", ["silent", "closed"])
 @pytest.mark.usefixtures("prefect_api")
-def test_lines_that_no_server_takes_are_counted_by_step_and_hold_up_nobody(silent, monkeypatch, kind):
+def test_lines_no_server_accepts_are_counted_by_step_and_block_nothing(silent, monkeypatch, kind):
     from ropeway.orchestration.run_page import PageLog
 
     monkeypatch.setattr("ropeway.orchestration.run_page._MOST_WAITING", 1000)

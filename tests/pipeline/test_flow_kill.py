@@ -74,7 +74,7 @@ def cut_in_a_word(lock):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_flow_that_is_ended_leaves_no_process_behind(start, made_workspace, number):
+def test_a_terminated_flow_leaves_no_process(start, made_workspace, number):
     running = start(made_workspace, "plain")
     running.flow.send_signal(number)
     running.await_end()
@@ -84,7 +84,7 @@ def test_a_flow_that_is_ended_leaves_no_process_behind(start, made_workspace, nu
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_dvc_that_is_ended_ends_its_stage_and_this_flow_does_not_start_it_again(start, made_workspace, number):
+def test_a_terminated_dvc_ends_its_stage_and_the_flow_does_not_retry_it(start, made_workspace, number):
     running = start(made_workspace, "plain")
     running.find("dvc").send_signal(number)
     words = running.await_end()
@@ -94,7 +94,7 @@ def test_a_dvc_that_is_ended_ends_its_stage_and_this_flow_does_not_start_it_agai
     check_it_saved(made_workspace)
 
 
-def test_a_killed_flow_holds_the_workspace_while_its_stage_saves_and_the_next_one_goes_on(start, made_workspace):
+def test_a_killed_flow_keeps_its_lock_while_its_stage_saves_and_the_next_run_resumes(start, made_workspace):
     os.mkfifo(made_workspace.root / "may-save")
     slow = TRAINING.replace("    Path(", "    Path('may-save').read_text()\n    Path(")
     running = start(made_workspace, "plain", slow)
@@ -122,7 +122,7 @@ def test_a_killed_flow_holds_the_workspace_while_its_stage_saves_and_the_next_on
         ("dvc.lock", False, "prefect"),
     ],
 )
-def test_what_a_killed_dvc_cut_off_is_made_again_and_nothing_is_computed_for_it(
+def test_files_a_killed_dvc_truncated_are_rewritten_without_running_a_stage(
     made_workspace, mode, name, empty, request, capsys
 ):
     if mode == "prefect":
@@ -137,7 +137,7 @@ def test_what_a_killed_dvc_cut_off_is_made_again_and_nothing_is_computed_for_it(
     assert name != "dvc.lock" or path.read_bytes() == whole
 
 
-def test_files_that_a_dvc_is_writing_are_left_alone(made_workspace):
+def test_files_a_running_dvc_writes_are_not_touched(made_workspace):
     path = made_workspace.root / "dvc.lock"
     path.write_bytes(cut_in_a_word(path.read_bytes()))
     with graph.exclusive(made_workspace.root), pytest.raises(graph.BusyError):
@@ -145,7 +145,7 @@ def test_files_that_a_dvc_is_writing_are_left_alone(made_workspace):
     assert path.exists()
 
 
-def test_a_killed_flow_on_prefect_leaves_no_temporary_server_behind_either(start, own_prefect):
+def test_a_killed_flow_on_prefect_leaves_no_temporary_server(start, own_prefect):
     running = start(own_prefect, "prefect")
     assert any("server" in command_of(process) for process in running.members)
     running.flow.kill()
@@ -166,7 +166,7 @@ def test_a_flow_on_prefect_that_gets_sigterm_ends_its_stage_and_is_shown_as_cras
     assert run["state_name"] == "Crashed"
 
 
-def test_a_flow_waits_while_a_person_s_own_dvc_holds_dvc_s_locks(made_workspace, monkeypatch, capsys, request):
+def test_a_flow_waits_for_another_dvc_that_holds_the_locks(made_workspace, monkeypatch, capsys, request):
     os.mkfifo(made_workspace.root / "may-end")
     made_workspace.edit("params.yaml", "learning_rate: 2e-3", "learning_rate: 3e-3")
     made_workspace.trouble("train", "print('begun', flush=True)\nPath('may-end').read_text()")

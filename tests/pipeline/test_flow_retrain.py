@@ -102,7 +102,7 @@ def check_what_prefect_shows(api, flow_run_id, dag):
     assert {"source": "docs", "step": "train", "": "=", "how many": "5 sequences", "tokens": "50"} in steps
 
 
-def test_flow_runs_only_what_a_changed_parameter_reaches_and_restores_what_it_has_made(made_workspace, capsys):
+def test_flow_runs_only_stages_a_changed_parameter_reaches_and_restores_the_rest(made_workspace, capsys):
     first = registry_of(made_workspace).version("laptop@v1").digest
     made_workspace.edit("params.yaml", "learning_rate: 2e-3", "learning_rate: 3e-3")
     second = plain(made_workspace)
@@ -120,7 +120,7 @@ def test_flow_runs_only_what_a_changed_parameter_reaches_and_restores_what_it_ha
     assert registry_of(made_workspace).version("laptop@candidate").digest == second.publication.digest
 
 
-def test_flow_asks_no_more_of_stages_whose_input_came_out_the_same(made_workspace):
+def test_flow_skips_stages_whose_inputs_are_unchanged(made_workspace):
     made_workspace.edit("params.yaml", "log_dir: laptop_log", "log_dir: elsewhere")  # cadence and places: no stage
     assert set(plain(made_workspace).stages.values()) == {"Unchanged"}
     made_workspace.edit("params.yaml", "warmup_steps: 10", "warmup_steps: 11")
@@ -151,7 +151,7 @@ def test_flow_runs_a_stage_added_to_dvc_yaml_with_no_python_touched(made_workspa
     assert [found["input_type"] for found in task["task_inputs"]["wait_for"]] == ["task_run"]
 
 
-def test_flow_publishes_when_new_data_is_dropped_in_and_not_before(made_workspace):
+def test_flow_publishes_when_new_data_arrives_and_not_before(made_workspace):
     assert plain(made_workspace).publication.state == "Unchanged"
     (made_workspace.root / "sources").mkdir()
     (made_workspace.root / "sources" / "new.txt").write_text("a new conversation")
@@ -161,7 +161,7 @@ def test_flow_publishes_when_new_data_is_dropped_in_and_not_before(made_workspac
 
 
 @pytest.mark.parametrize(("code", "error", "tries"), [(65, DataError, 1), (75, TemporaryError, 3)])
-def test_flow_quotes_a_failed_stage_and_tries_again_only_what_may_pass(made_workspace, code, error, tries):
+def test_flow_quotes_a_failed_stage_and_retries_only_temporary_errors(made_workspace, code, error, tries):
     made_workspace.edit("params.yaml", "learning_rate: 2e-3", "learning_rate: 3e-3")
     made_workspace.trouble("train", f"print('shard 7: sha256 is 9f2c'); sys.exit({code})")
     with pytest.raises(error) as failure:
@@ -193,9 +193,7 @@ def test_flow_on_prefect_retries_a_temporary_failure_and_shows_a_lasting_one(mad
         ("a name in another case", RegistryError, "Laptop exists and differs in case only"),
     ],
 )
-def test_flow_finds_before_the_first_stage_what_the_registry_would_refuse(
-    made_workspace, monkeypatch, fault, error, said
-):
+def test_flow_checks_the_registry_before_the_first_stage(made_workspace, monkeypatch, fault, error, said):
     made_workspace.edit("params.yaml", "learning_rate: 2e-3", "learning_rate: 3e-3")
     if fault == "signing key":
         monkeypatch.setenv("ROPEWAY_SIGNING_KEY", str(made_workspace.root / "nowhere.pem"))
@@ -276,7 +274,7 @@ def test_a_workspace_without_a_flow_that_loads_is_refused_by_name(flow_workspace
     assert flow_workspace.calls() == STAGES
 
 
-def test_flow_is_turned_away_from_a_locked_workspace(flow_workspace):
+def test_flow_refuses_a_locked_workspace(flow_workspace):
     code = (
         "import sys; from pathlib import Path; from ropeway.orchestration.sequence import run_retrain\n"
         "run_retrain(Path(sys.argv[1]), use_prefect=False)"
@@ -311,7 +309,7 @@ def test_flow_publishes_what_the_gate_rejects_and_leaves_candidate_where_it_is(m
     assert "was not moved to it then" in again.publication.words
 
 
-def test_flow_changes_one_line_for_another_profile_and_that_is_no_dirt(flow_workspace):
+def test_flow_changes_one_line_for_another_profile_and_the_tree_counts_as_clean(flow_workspace):
     before = (flow_workspace.root / "params.yaml").read_text().splitlines()
     result = plain(flow_workspace, "smollm2")
     after = (flow_workspace.root / "params.yaml").read_text().splitlines()

@@ -82,7 +82,7 @@ def find_artifacts(reviews, run_id):
     return reviews.client.read_artifacts(artifact_filter=chosen)
 
 
-def test_review_waits_takes_no_empty_or_wrong_answer_and_moves_production_on_a_yes(reviews):
+def test_review_waits_refuses_an_empty_or_wrong_answer_and_promotes_on_approval(reviews):
     run = reviews.start()
     assert reviews.state(run).name == "Suspended"
     for wrong in (
@@ -133,7 +133,7 @@ def test_review_does_not_promote_when_production_moved_after_its_report(reviews)
     assert reviews.production() == third
 
 
-def test_review_that_nobody_answers_expires_and_cannot_be_answered_any_more(reviews):
+def test_an_unanswered_review_expires_and_cannot_be_answered(reviews):
     run = reviews.start(expires_hours=1 / 3600)
     deadline = time.monotonic() + 300
     while reviews.state(run).name == "Suspended" and time.monotonic() < deadline:
@@ -143,7 +143,7 @@ def test_review_that_nobody_answers_expires_and_cannot_be_answered_any_more(revi
     assert reviews.production() == reviews.first
 
 
-def test_review_that_is_forced_on_through_the_api_decides_nothing(reviews):
+def test_a_review_resumed_without_input_through_the_api_decides_nothing(reviews):
     from prefect.states import Completed, Scheduled
 
     run = reviews.start()
@@ -158,7 +158,7 @@ def test_review_that_is_forced_on_through_the_api_decides_nothing(reviews):
     assert reviews.registry.artifact("laptop").version(reviews.second).reviews == []
 
 
-def test_promote_and_rollback_flows_expect_where_the_alias_is(reviews):
+def test_promote_and_rollback_flows_check_the_expected_alias(reviews):
     from flows.promote import promote, rollback
 
     root = str(reviews.workspace.root)
@@ -172,7 +172,7 @@ def test_promote_and_rollback_flows_expect_where_the_alias_is(reviews):
     assert reviews.production() == reviews.first
 
 
-def test_a_run_asks_for_a_review_where_one_is_served_and_else_says_how(made_workspace, reviews, monkeypatch, capsys):
+def test_a_run_starts_a_served_review_or_prints_the_review_command(made_workspace, reviews, monkeypatch, capsys):
     made_workspace.edit("params.yaml", "learning_rate: 2e-3", "learning_rate: 3e-3")
     with monkeypatch.context() as patch:
         patch.setattr("ropeway.orchestration.prefect_adapter.standing_server", lambda _root: None)

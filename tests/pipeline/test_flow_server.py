@@ -37,7 +37,7 @@ def run_and_find_its_page(workspace, capsys):
     return found[2], found[1]
 
 
-def test_flow_runs_made_before_the_server_started_are_there_and_later_ones_use_it(own_prefect, capsys):
+def test_the_server_shows_earlier_runs_and_later_runs_use_it(own_prefect, capsys):
     before, way = run_and_find_its_page(own_prefect, capsys)
     assert way == f"make ui, then open http://127.0.0.1:4200/runs/flow-run/{before}"
     assert find_server(own_prefect.root) is None
@@ -69,7 +69,7 @@ def test_flow_runs_made_before_the_server_started_are_there_and_later_ones_use_i
     assert find_server(own_prefect.root) is None
 
 
-def test_a_port_that_another_program_has_is_refused_by_its_number(tmp_path):
+def test_a_port_in_use_is_refused_with_its_number(tmp_path):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -80,13 +80,13 @@ def test_a_port_that_another_program_has_is_refused_by_its_number(tmp_path):
             serve_ui(tmp_path, port=port)
 
 
-def test_the_network_is_let_in_only_with_a_password(tmp_path, monkeypatch):
+def test_a_network_address_needs_a_password(tmp_path, monkeypatch):
     monkeypatch.delenv("PREFECT_SERVER_API_AUTH_STRING", raising=False)
     with pytest.raises(ConfigError, match="PREFECT_SERVER_API_AUTH_STRING=user:password"):
         serve_ui(tmp_path, host="0.0.0.0")  # noqa: S104 - refused
 
 
-def test_a_temporary_server_that_is_slow_is_waited_for_aloud_and_one_that_ended_is_not(tmp_path, monkeypatch, capsys):
+def test_a_slow_temporary_server_is_awaited_with_a_message_and_an_ended_one_is_not(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     monkeypatch.setattr("ropeway.orchestration.prefect_server._GIVEN_SECONDS", -1.0)
@@ -103,14 +103,14 @@ def test_a_temporary_server_that_is_slow_is_waited_for_aloud_and_one_that_ended_
 
 
 @pytest.mark.usefixtures("prefect_api")
-def test_a_flow_that_is_told_of_a_server_which_does_not_answer_says_so(made_workspace, monkeypatch):
+def test_a_flow_names_a_server_that_does_not_answer(made_workspace, monkeypatch):
     monkeypatch.setenv("PREFECT_API_URL", f"http://127.0.0.1:{free_port()}/api")
     monkeypatch.setattr("ropeway.orchestration.prefect_server._GIVEN_SECONDS", 0.1)
     with pytest.raises(TemporaryError, match=r"no Prefect server answers at .*--no-prefect"):
         run_retrain(made_workspace.root)
 
 
-def test_nothing_is_sent_out_and_all_state_stays_in_the_workspace(tmp_path):
+def test_no_telemetry_is_sent_and_all_state_stays_in_the_workspace(tmp_path):
     settings = plan_settings(tmp_path)
     assert settings["PREFECT_HOME"] == str(tmp_path / ".prefect")
     assert settings["PREFECT_SERVER_ANALYTICS_ENABLED"] == "false"
@@ -152,7 +152,7 @@ def test_flow_runs_of_a_silent_host_are_crashed_and_neither_ended_nor_waiting_on
         assert [api.state(run) for run in (published, waiting)] == ["Published", "Suspended"]
 
 
-def test_an_alert_is_posted_when_a_run_fails_or_waits_for_somebody(api, monkeypatch):
+def test_an_alert_is_posted_when_a_run_fails_or_waits_for_review(api, monkeypatch):
     heard = []
 
     class Hook(BaseHTTPRequestHandler):
@@ -187,7 +187,7 @@ def test_an_alert_is_posted_when_a_run_fails_or_waits_for_somebody(api, monkeypa
     assert [each["name"] for each in find_automations(api.url)] == [CRASHED]
 
 
-def test_an_alert_address_that_is_none_is_refused(monkeypatch):
+def test_an_invalid_alert_url_is_refused(monkeypatch):
     monkeypatch.setenv("ROPEWAY_ALERT_URL", "slack")
     with pytest.raises(ConfigError, match="ROPEWAY_ALERT_URL"):
         apply_automations("http://127.0.0.1:1/api")

@@ -135,9 +135,7 @@ def test_a_served_run_that_is_cancelled_saves_and_leaves_no_process(start, made_
     check_it_saved(made_workspace)
 
 
-def test_a_served_run_that_is_suspended_saves_and_goes_on_when_it_is_resumed(
-    start, made_workspace, on_prefect, open_api
-):
+def test_a_suspended_served_run_saves_and_resumes(start, made_workspace, on_prefect, open_api):
     api = open_api(on_prefect)
     runner, run = serve_run(start, api, made_workspace, on_prefect)
     members = psutil.Process(runner.pid).children(recursive=True)
@@ -170,7 +168,7 @@ def test_a_temporary_server_that_is_killed_is_started_again_and_the_run_is_publi
 
 
 @pytest.mark.slow
-def test_a_server_that_is_killed_midway_and_away_for_a_while_costs_the_run_nothing(start, own_prefect, open_api):
+def test_a_run_survives_a_server_outage(start, own_prefect, open_api):
     break_training(own_prefect, WAITING)
     os.mkfifo(own_prefect.root / "may-end")
     port = free_port()

@@ -29,7 +29,7 @@ def untrained(main_jobs, tmp_path):
     return job
 
 
-def test_dvc_repro_alone_leaves_every_file_and_does_nothing_again(finished):
+def test_dvc_repro_alone_writes_every_file_and_a_second_run_does_nothing(finished):
     left = {path.name for path in finished.run.iterdir() if not path.name.startswith(".")}
     assert left >= {"raw", "base", "data", "ledger.json", "report.html"}
     assert left >= {"model", "steps.csv", "train.json", "eval.json", "package"}
@@ -64,7 +64,7 @@ def test_an_edit_reruns_what_it_changes_and_nothing_else(finished):
     assert will_run() == ["train", "evaluate", "report_eval", "package", "report_package"]
 
 
-def test_an_edited_page_computes_nothing_again(finished):
+def test_an_edited_template_reruns_only_reports(finished):
     from ropeway.orchestration import dvc_graph as graph
 
     source = shutil.copytree(ROOT / "src", finished.root / "src")
@@ -97,7 +97,7 @@ def test_plain_transformers_loads_the_package_and_generates(finished):
     assert model.config.rope_parameters["factor"] == 2.0
 
 
-def test_an_edited_shard_is_found_before_training_spends_anything(finished):
+def test_an_edited_shard_is_found_before_the_first_step(finished):
     shard = finished.run / "data" / "topics" / "tokens-00000.npy"
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
@@ -127,7 +127,7 @@ def check_it_is_the_same_run(job, finished):
     assert "learning_rate: 2e-3" in (job.run / "package" / "run.yaml").read_text().partition("\ntiny:")[2]
 
 
-def test_killed_in_training_the_run_resumes_with_the_same_bytes_whatever_is_edited_then(finished, untrained):
+def test_a_killed_training_resumes_to_the_same_bytes_despite_edits(finished, untrained):
     job, before = untrained, untrained.revision()
     process = job.start("ropeway", "run", "--no-prefect")
     seen = read_until(process, "step 5/")  # step 4 is saved; what is printed lags a little behind what is trained
@@ -157,7 +157,7 @@ def test_killed_in_training_the_run_resumes_with_the_same_bytes_whatever_is_edit
 
 
 @pytest.mark.slow
-def test_what_is_edited_and_committed_in_the_middle_of_dvc_repro_reaches_the_next_one_only(finished, untrained):
+def test_an_edit_committed_during_dvc_repro_reaches_only_the_next_run(finished, untrained):
     from ropeway.orchestration import dvc_graph as graph
 
     job = untrained
@@ -186,7 +186,7 @@ def test_what_is_edited_and_committed_in_the_middle_of_dvc_repro_reaches_the_nex
 
 
 @pytest.mark.slow
-def test_code_that_is_edited_while_training_goes_on_records_nothing_and_edited_back_it_resumes(finished, untrained):
+def test_code_edited_during_training_records_nothing_and_resumes_once_reverted(finished, untrained):
     job = untrained
     source = shutil.copytree(ROOT / "src", job.root / "src")
     job.environment["PYTHONPATH"] = f"{source}{os.pathsep}{ROOT}"
@@ -209,7 +209,7 @@ def test_code_that_is_edited_while_training_goes_on_records_nothing_and_edited_b
     assert job.weights() == finished.weights()
 
 
-def test_a_terminated_run_saves_first_says_so_and_leaves_no_process(finished, untrained):
+def test_a_terminated_run_saves_reports_it_and_leaves_no_process(finished, untrained):
     job = untrained
     process = job.start("dvc", "repro")
     for line in process.stdout:

@@ -37,7 +37,7 @@ def race(children: list[subprocess.Popen[str]]) -> list[list]:
     return reports
 
 
-def test_sixty_racing_promotions_are_sixty_events_in_an_unbroken_chain(store, tmp_path):
+def test_sixty_racing_promotions_are_sixty_events_in_one_chain(store, tmp_path):
     digests = [put(store, make_package(tmp_path / f"p{n}", b"%d" % n)).digest for n in range(2)]
     reports = race([start("promote", store.url, *digests) for _ in range(PROCESSES)])
     events = tiny(store).alias("candidate").events
@@ -65,14 +65,14 @@ def test_publishers_of_different_packages_get_different_numbers(store, tmp_path)
 
 
 @pytest.mark.parametrize("act", ["publish", "pull"])
-def test_a_kill_before_any_change_of_the_disk_leaves_nothing_dangling_and_the_next_try_completes(act, tmp_path):
+def test_a_kill_before_any_disk_write_leaves_nothing_dangling_and_a_retry_completes(act, tmp_path):
     child = start(f"sweep-{act}", str(tmp_path))
     moments = json.loads(child.communicate(timeout=500)[0])
     assert child.returncode == 0
     assert moments >= {"publish": 30, "pull": 8}[act]
 
 
-def test_publishes_killed_at_random_moments_complete_and_send_only_what_is_missing(store, tmp_path):
+def test_killed_publishes_complete_and_upload_only_what_is_missing(store, tmp_path):
     outcome = kill_publishes(store.url, tmp_path / "packages", kills=5, seed=0)
     assert outcome.faults == []
     assert outcome.kills == 5

@@ -47,7 +47,7 @@ def test_in_the_same_environment_the_weights_are_bit_identical_and_were_computed
     assert not published.run.exists()  # the workspace itself was left alone
 
 
-def test_with_other_ranks_it_says_so(published, tmp_path):
+def test_another_rank_count_is_reported(published, tmp_path):
     published.environment["ROPEWAY_RANKS"] = "1"
     shutil.rmtree(published.root / ".dvc" / "cache")  # no data by digest either: it is fetched again
     done = reproduce(published, "--to", str(tmp_path / "again"), code=1)

@@ -126,7 +126,7 @@ def test_the_bytes_are_the_same_for_any_number_of_processes(run, alone, workers)
     assert (run.digests, units) == alone
 
 
-def test_a_little_text_starts_no_process(run, alone):
+def test_a_small_dataset_starts_no_worker(run, alone):
     text, _ = run.do()
     assert "processes" not in text
     assert run.digests == alone[0]
@@ -150,7 +150,7 @@ def test_a_killed_tokenize_leaves_nothing_running_and_continues_with_what_is_mis
     assert run.digests == digests
 
 
-def test_a_worker_that_is_killed_ends_the_run_as_one_that_may_be_tried_again(run, alone):
+def test_a_killed_worker_is_a_temporary_error(run, alone):
     digests, everything = alone
     with run.stopped(after=3, ROPEWAY_TOKENIZE_WORKERS="2") as (process, units):
         encoding = [
@@ -223,7 +223,7 @@ def test_a_dask_cluster_of_two_workers_makes_the_same_bytes(run, alone, cluster)
 
 
 @needs_dask
-def test_a_cluster_that_dies_keeps_whole_units_and_this_machine_continues(run, alone, cluster):
+def test_a_lost_cluster_keeps_complete_units_and_this_machine_continues(run, alone, cluster):
     digests, everything = alone
     workers = [cluster.add_worker() for _ in range(2)]
     with run.stopped(after=3, ROPEWAY_DASK_SCHEDULER=cluster.address, PATIENCE="3") as (process, _):
@@ -241,7 +241,7 @@ def test_a_cluster_that_dies_keeps_whole_units_and_this_machine_continues(run, a
 
 
 @needs_dask
-def test_a_scheduler_that_dies_is_said_at_once(run, cluster):
+def test_a_lost_scheduler_is_reported_at_once(run, cluster):
     cluster.add_worker()
     with run.stopped(after=3, ROPEWAY_DASK_SCHEDULER=cluster.address) as (process, _):
         cluster.scheduler.kill()

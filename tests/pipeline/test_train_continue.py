@@ -1,4 +1,4 @@
-"""A run goes on from another's checkpoint: the same bytes where nothing changed, the new params from there on if so."""
+"""A run that resumes from another run's checkpoint: equal bytes if nothing changed, else the new params from there on.
 
 import csv
 import hashlib
@@ -30,7 +30,7 @@ def lines(job):
         return list(csv.DictReader(file))
 
 
-def test_nothing_changed_ends_with_the_same_bytes_and_says_where_it_came_from(again, main_jobs):
+def test_resuming_unchanged_params_gives_the_same_bytes_and_records_the_source(again, main_jobs):
     job, name = again
     job.edit("params.yaml", NULL, f'resume_from: "{name}@{AT}"')
     said = job.do("dvc", "repro", "train")
@@ -44,7 +44,7 @@ def test_nothing_changed_ends_with_the_same_bytes_and_says_where_it_came_from(ag
     assert "didn't change" in job.do("dvc", "repro", "train")
 
 
-def test_what_changed_holds_from_there_on_and_no_row_is_read_twice(again, main_jobs):
+def test_changed_params_apply_from_the_checkpoint_and_no_row_is_read_twice(again, main_jobs):
     job, name = again
     before = lines(job)
     job.edit("params.yaml", NULL, f'resume_from: "{name}@{AT}"')
@@ -79,7 +79,7 @@ def test_other_rows_are_refused_with_the_keys_named(again):
 
 
 @pytest.mark.parametrize("how", ["the line", pytest.param("the flag", marks=pytest.mark.slow)])
-def test_an_epoch_more_is_trained_and_the_card_says_from_what(again, how):
+def test_one_more_epoch_is_trained_and_the_card_names_the_checkpoint(again, how):
     job, name = again
     job.edit("params.yaml", "num_train_epochs: 1", "num_train_epochs: 2")
     if how == "the flag":

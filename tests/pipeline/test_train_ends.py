@@ -61,7 +61,7 @@ def saved(job):
     return sorted(path.name for path in next((job.root / ".checkpoints").iterdir()).glob("step-*"))
 
 
-def test_the_trial_step_before_step_1_leaves_no_trace_in_the_weights(main_jobs, whole, job):
+def test_the_preflight_step_does_not_change_the_weights(main_jobs, whole, job):
     assert re.search(r"tried: the longest rows fit: 2 x 64 tokens a micro-batch, loss \d", main_jobs.said)
     job.environment["ROPEWAY_UNTRIED"] = "1"
     assert "tried:" not in job.stage("train")
@@ -70,7 +70,7 @@ def test_the_trial_step_before_step_1_leaves_no_trace_in_the_weights(main_jobs, 
     assert saved(whole) == ["step-000020", "step-000024"]
 
 
-def test_the_provenance_tells_what_each_attempt_took(whole):
+def test_provenance_records_the_time_of_each_attempt(whole):
     (attempt,) = json.loads((whole.run / "provenance.json").read_text())["attempts"]
     assert attempt["ended"] == "finished"
     assert attempt["tokens"] > attempt["supervised_tokens"] > 0
@@ -85,7 +85,7 @@ def test_the_provenance_tells_what_each_attempt_took(whole):
 @pytest.mark.parametrize(
     "fault", ["disk full", *(pytest.param(each, marks=pytest.mark.slow) for each in ("core killed", "no network"))]
 )
-def test_whatever_happens_to_the_mirror_the_weights_are_the_same(whole, job, fault, request):
+def test_a_tracking_failure_does_not_change_the_weights(whole, job, fault, request):
     del job.environment["WANDB_MODE"]
     if fault == "no network":
         with socket.socket() as port:
@@ -107,7 +107,7 @@ def test_whatever_happens_to_the_mirror_the_weights_are_the_same(whole, job, fau
     assert attempt["wandb"]["trouble"]
 
 
-def test_when_it_validates_changes_no_step(whole, job):
+def test_the_evaluation_cadence_changes_no_step(whole, job):
     job.edit("params.yaml", "eval_steps: 8", "eval_steps: 5")
     job.stage("train")
     assert job.weights() == whole.weights()
@@ -116,7 +116,7 @@ def test_when_it_validates_changes_no_step(whole, job):
     assert validated == [5, 10, 15, 20, STEPS]
 
 
-def test_a_rank_that_is_killed_is_said_and_the_run_resumes(whole, job):
+def test_a_killed_rank_is_reported_and_the_run_resumes(whole, job):
     process = train(job)
     read_until(process, "step 6/")
     ranks_of(process)[1].kill()
@@ -125,7 +125,7 @@ def test_a_rank_that_is_killed_is_said_and_the_run_resumes(whole, job):
     assert job.weights() == whole.weights()
 
 
-def test_asked_to_end_while_it_saves_it_ends_whole(whole, job):
+def test_a_signal_during_a_save_leaves_a_complete_checkpoint(whole, job):
     process = train(job)
     read_until(process, "step 3/")
     deadline = time.monotonic() + 300
@@ -139,7 +139,7 @@ def test_asked_to_end_while_it_saves_it_ends_whole(whole, job):
     assert job.weights() == whole.weights()
 
 
-def test_a_rank_that_hangs_is_found_and_every_stack_is_told(whole, job):
+def test_a_hanging_rank_is_detected_and_every_stack_is_printed(whole, job):
     job.edit("params.yaml", "hang_seconds: null", "hang_seconds: 15")
     process = train(job)
     read_until(process, "step 3/")
@@ -155,7 +155,7 @@ def test_a_rank_that_hangs_is_found_and_every_stack_is_told(whole, job):
     assert job.weights() == whole.weights()
 
 
-def test_a_divergence_ends_the_run_with_the_last_good_checkpoint_named(job):
+def test_a_divergence_ends_the_run_and_names_the_last_good_checkpoint(job):
     job.edit("params.yaml", "learning_rate: 2e-3", "learning_rate: 1.0")
     job.edit("params.yaml", "spike_window_steps: 8, spike_ratio: 2.0", "spike_window_steps: 3, spike_ratio: 1.2")
     job.edit("params.yaml", "save_steps: 4", "save_steps: 1")
@@ -193,7 +193,7 @@ def tiny_disk(tmp_path):
         yield folder
 
 
-def test_a_disk_that_fills_while_it_trains_keeps_the_checkpoint_before(whole, job, small_disk):
+def test_a_disk_that_fills_during_training_keeps_the_previous_checkpoint(whole, job, small_disk):
     process = train(job)
     read_until(process, "tried: ")
     ranks = ranks_of(process).values()

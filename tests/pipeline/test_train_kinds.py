@@ -38,7 +38,7 @@ NAMED = [pytest.param(one, id=name, marks=[pytest.mark.slow] * (name in SLOW)) f
 
 
 @pytest.mark.parametrize("named", NAMED)
-def test_wherever_the_states_lie_the_model_is_the_one_of_zero2(tmp_path, zero2, named):
+def test_every_zero_stage_and_offload_gives_the_model_of_zero2(tmp_path, zero2, named):
     _, workspace = train(tmp_path, named)
     found = weights(workspace.model)
     assert found.keys() == zero2.keys()
@@ -78,7 +78,7 @@ def forget(workspace, count):
     return [json.loads(line) for line in log]
 
 
-def test_other_ranks_go_on_with_the_same_rows_in_the_same_order(tmp_path, zero2):
+def test_another_rank_count_resumes_with_the_same_rows_in_order(tmp_path, zero2):
     _, workspace = train(tmp_path, zero(2))
     by_two = forget(workspace, 2)
     assert "converting it for 1" in start(workspace, ranks=1)

@@ -29,7 +29,7 @@ def runs(tmp_path_factory):
     return dict(zip(CASES, lines, strict=True))
 
 
-def test_a_run_that_overflows_at_first_finds_its_scale_and_learns(runs):
+def test_a_run_that_overflows_early_finds_its_loss_scale_and_trains(runs):
     log = runs["recovers"]["log"]
     assert runs["recovers"]["ended"] == "finished"
     skipped = [line for line in log if not line["applied"]]
@@ -43,7 +43,7 @@ def test_a_run_that_overflows_at_first_finds_its_scale_and_learns(runs):
     assert log[-1]["loss"] < log[0]["loss"]
 
 
-def test_too_many_skipped_in_a_row_end_the_run(runs):
+def test_too_many_consecutive_skipped_steps_end_the_run(runs):
     assert runs["in a row"]["ended"].startswith("step 3: 3 steps in a row were skipped for overflow")
     assert len(runs["in a row"]["log"]) == 3
 

@@ -82,7 +82,7 @@ def lines(job):
         return list(csv.DictReader(file))
 
 
-def test_a_poisoned_step_is_left_out_recorded_and_everything_else_is_trained(once):
+def test_a_poisoned_step_is_skipped_and_recorded_and_all_other_rows_are_trained(once):
     job, bad, _ = once
     good = (bad - 1) // 4 * 4
     assert f"step {bad}: the loss is nan" in job.said
@@ -104,7 +104,7 @@ def test_a_poisoned_step_is_left_out_recorded_and_everything_else_is_trained(onc
 
 
 @pytest.mark.parametrize("once", ["packed", pytest.param("zero3", marks=pytest.mark.slow)], indirect=True)
-def test_killed_right_after_it_went_back_it_leaves_out_the_same_rows(once, tmp_path):
+def test_killed_right_after_a_rewind_it_skips_the_same_rows(once, tmp_path):
     whole, _, before = once
     job = before.copy(tmp_path / "killed")
     job.edit("params.yaml", NEVER, ONCE)
@@ -123,7 +123,7 @@ def test_killed_right_after_it_went_back_it_leaves_out_the_same_rows(once, tmp_p
 
 @pytest.mark.parametrize("once", ["padded"], indirect=True)
 @pytest.mark.slow
-def test_with_none_left_it_stops_as_ever_and_goes_on_once_params_allow_it(once, tmp_path):
+def test_without_rewinds_left_it_stops_and_resumes_once_params_allow_more(once, tmp_path):
     whole, bad, before = once
     job = before.copy(tmp_path / "stopped")
     said = job.stage("train", code=1)
@@ -140,7 +140,7 @@ def test_with_none_left_it_stops_as_ever_and_goes_on_once_params_allow_it(once, 
 
 @pytest.mark.parametrize("once", ["padded"], indirect=True)
 @pytest.mark.slow
-def test_what_other_ranks_began_goes_back_in_the_start_after(once, tmp_path):
+def test_another_rank_count_rewinds_at_the_next_start(once, tmp_path):
     whole, bad, before = once
     job = before.copy(tmp_path / "other")
     job.environment["ROPEWAY_RANKS"] = "1"
@@ -155,7 +155,7 @@ def test_what_other_ranks_began_goes_back_in_the_start_after(once, tmp_path):
     ]
 
 
-def test_a_divergence_goes_back_before_its_first_spike_and_ends_when_it_returns(prepared, tmp_path):
+def test_a_divergence_rewinds_before_its_first_spike_and_ends_if_it_returns(prepared, tmp_path):
     job = prepared.copy(tmp_path / "diverging")
     job.edit("params.yaml", NEVER, ONCE)
     job.edit("params.yaml", "learning_rate: 2e-3", "learning_rate: 1.0")

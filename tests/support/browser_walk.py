@@ -56,7 +56,7 @@ def fill_form(page, url, review, answer, picture):
     dialog = page.get_by_role("dialog")
     dialog.get_by_label("Reviewer").fill(answer["reviewer"])
     dialog.get_by_role("button", name="Resume").click()
-    # Half an answer is refused, and the form may be drawn anew when the refusal comes: it is filled in after that.
+    # Half an answer is refused, and the form may be redrawn when the refusal arrives: fill it in after that.
     expect(page.get_by_text("'decision' is a required property")).to_be_visible()
     page.wait_for_timeout(1000)
     dialog.get_by_label("Reviewer").fill(answer["reviewer"])

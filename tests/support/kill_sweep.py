@@ -49,19 +49,19 @@ class Sweep:
         self.job.do(*COMMANDS["stage"])
         self.seconds = time.monotonic() - began
         self.expected = self.digest()
-        self.anew()
+        self.start_over()
 
     def digest(self):
         return hashlib.sha256(self.job.weights()).hexdigest()
 
-    def anew(self):
-        """Forget the training, keep what it is made from."""
+    def start_over(self):
+        """Delete the training and keep its inputs."""
         for folder in (".checkpoints", "runs/tiny/model", ".dvc/cache/runs"):
             shutil.rmtree(self.job.root / folder, ignore_errors=True)
         (self.job.root / "dvc.lock").write_bytes(self.lock)
 
     def round(self):
-        """Start, kill at a random moment, see everything gone; a start that ends first is held to the weights."""
+        """Start, kill at a random moment, check that no process is left; a start that ends first must have the expected weights."""
         whom, command = self.draw.choices(KILLS, OFTEN)[0]
         self.look(command)
         process = self.job.start(*COMMANDS[command])
@@ -145,7 +145,7 @@ class Sweep:
         self.counts["finished"] += 1
         if (found := self.digest()) != self.expected:
             self.faults.append(f"weights {found}, expected {self.expected}")
-        self.anew()
+        self.start_over()
 
     @property
     def kills(self):

@@ -21,7 +21,7 @@ from ropeway.stages.tokenize.encode import Encoder
 ROOT = Path(__file__).parents[2]
 FOLDER = Path(os.environ.get("ROPEWAY_PARITY_DIR", ROOT / "tests" / "contract" / "parity"))
 TOKENIZER = FOLDER / "tokenizer"
-compared: Counter[str] = Counter()  # file -> values held against a vector, shown when the session ends
+compared: Counter[str] = Counter()  # file -> values compared with a vector, shown when the session ends
 
 
 @cache
