@@ -1,4 +1,4 @@
-"""A run that resumes from another run's checkpoint: equal bytes if nothing changed, else the new params from there on."""
+"""A run that resumes from another run's checkpoint: equal bytes if nothing changed, else the new params."""
 
 import csv
 import hashlib

@@ -61,7 +61,7 @@ class Sweep:
         (self.job.root / "dvc.lock").write_bytes(self.lock)
 
     def round(self):
-        """Start, kill at a random moment, check that no process is left; a start that ends first must have the expected weights."""
+        """Start, kill at a random moment, check that no process is left; compare the weights if the start ended."""
         whom, command = self.draw.choices(KILLS, OFTEN)[0]
         self.look(command)
         process = self.job.start(*COMMANDS[command])
