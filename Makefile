@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # uv installs no bytecode files: the first import of a module writes them, so that later processes need not compile it.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup lock run test test-unit test-slow test-loaders test-lm-eval test-browser check ui chaos bench bench-packing bench-plan bench-prepare bench-evaluate bench-registry bench-train chaos-registry clean
+.PHONY: help setup lock run test test-unit test-slow test-loaders test-lm-eval test-browser test-docs check docs ui chaos bench bench-packing bench-plan bench-prepare bench-evaluate bench-registry bench-train chaos-registry clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +20,8 @@ help:
 	@echo "make test-lm-eval  tasks of lm-evaluation-harness, offline (installs it, 190 MB)"
 	@echo "make ui      the Prefect UI over this workspace's runs, on http://127.0.0.1:4200"
 	@echo "make test-browser  a review made in a real browser (installs what drives it; chromium is Debian's, or fetched)"
+	@echo "make docs    the documentation as a website in build/docs (installs Sphinx), every link checked"
+	@echo "make test-docs  runs the commands of the documentation in a workspace of their own"
 	@echo "make check   ruff, mypy, import contracts"
 	@echo "make bench   the benchmarks, one JSON line each (bench-train and bench-prepare take minutes)"
 	@echo "make chaos KILLS=100   kill a training at random moments, compare the bytes it ends with"
@@ -93,6 +95,21 @@ test-slow: $(VENV)/.ready-test
 
 test-browser: $(VENV)/.ready-browser
 	$(BIN)/pytest -q -m browser tests/pipeline/test_browser_review.py
+
+# The commands that docs/ shows, in one fresh workspace with a small run.
+test-docs: $(VENV)/.ready-test
+	$(BIN)/pytest -q -m docs tests/pipeline/test_docs_commands.py
+
+$(VENV)/.ready-docs: $(VENV)/.ready-run
+	$(INSTALL) docs
+	@touch $@
+
+# Offline; every warning is an error, then every link and anchor of the built pages is checked.
+docs: $(VENV)/.ready-docs
+	rm -rf build/docs
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --fresh-env --doctree-dir build/doctrees docs build/docs
+	$(BIN)/python -m tools.docs.check_links build/docs
+	@echo "open build/docs/index.html"
 
 check: $(VENV)/.ready-test
 	$(BIN)/ruff format --check .

@@ -1,0 +1,358 @@
+"""Renders the generated parts of docs/reference as Markdown, from the code: `PAGES` maps a marker to its text.
+
+docs/conf.py replaces a line `<!-- generated: NAME -->` by `PAGES[NAME]()` when the site is built, so a reference page
+cannot be older than the code. Nothing here imports Sphinx: the tests read the same text.
+"""
+
+import ast
+import importlib
+import inspect
+import re
+import types
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import typer
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from ropeway.config import params as schema
+from ropeway.config.load_params import read_block
+from ropeway.config.stages import READS, STAGES
+
+ROOT = Path(__file__).parents[2]
+
+# Classes of params.py whose own keys form a section of the page, in this order.
+GROUPS = {
+    "Sources": schema.FetchParams,
+    "Mixture and loss mask": schema.RowParams,
+    "Rows and epochs": schema.EpochParams,
+    "Split and duplicates": schema.PrepareParams,
+    "Base model": schema.BaseParams,
+    "Training": schema.WeightParams,
+    "Checkpoints and tracking": schema.TrainSettings,
+    "Evaluation": schema.EvaluateParams,
+    "Package": schema.PackageParams,
+    "Gate": schema.Profile,
+}
+
+
+def render_params() -> str:
+    """Return every key of a profile, then every section that a key can hold."""
+    values = read_block(ROOT / "params.yaml", "laptop")
+    lines: list[str] = []
+    done: set[str] = set()
+    for title, model in GROUPS.items():
+        names = [name for name in schema.Profile.model_fields if name in _own_fields(model) and name not in done]
+        done.update(names)
+        lines += [f"## {title}", ""]
+        rows = []
+        for name in names:
+            stages = ", ".join(stage for stage, keys in READS.items() if name in keys)
+            rows.append((_anchored(name), *describe_field(model, name), _literal(values[name]), stages or "none"))
+        head = ("key", "type", "meaning", "in profile `laptop`", "stages that run again")
+        lines += [*_table(head, rows), ""]
+    lines += ["## Sections", "", "The keys inside the values above.", ""]
+    for section in sections():
+        lines += [f"### {section.__name__}", "", _first_paragraph(section), ""]
+        rows = [(f"`{name}`", *describe_field(section, name)) for name in section.model_fields]
+        lines += [*_table(("key", "type", "meaning"), rows), ""] if rows else []
+    return "\n".join(lines)
+
+
+def sections() -> list[type[BaseModel]]:
+    """Return every model that a value of a profile can be, in order of appearance."""
+    found: dict[type[BaseModel], None] = {}
+
+    def visit(annotation: object) -> None:
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel) and annotation not in found:
+            found[annotation] = None
+            for field in annotation.model_fields.values():
+                visit(field.annotation)
+        for part in typing.get_args(annotation):
+            visit(part)
+
+    for field in schema.Profile.model_fields.values():
+        visit(field.annotation)
+    return list(found)
+
+
+def _own_fields(model: type[BaseModel]) -> list[str]:
+    return [name for name in model.__annotations__ if name in model.model_fields]
+
+
+def describe_field(model: type[BaseModel], name: str) -> tuple[str, str]:
+    """Return (type with range, meaning) of a key."""
+    field = model.model_fields[name]
+    hints = typing.get_type_hints(
+        next(one for one in model.__mro__ if name in vars(one).get("__annotations__", {})), include_extras=True
+    )
+    kind = describe_type(hints[name])
+    if field.default is not PydanticUndefined:
+        kind += f"; default `{_literal_text(field.default)}`"
+    elif field.default_factory is not None:
+        kind += "; default empty"
+    return kind, field_text(model, name) or _target_text(hints[name])
+
+
+def field_text(model: type[BaseModel], name: str) -> str:
+    """Return the text below a key in params.py, of the class that declares it; empty if there is none."""
+    return next((text for one in model.__mro__ if (text := _FIELD_TEXTS.get((one.__name__, name)))), "")
+
+
+def _target_text(annotation: object) -> str:
+    """Return the first sentence of the section that a key holds."""
+    for part in (annotation, *typing.get_args(annotation)):
+        if isinstance(part, type) and issubclass(part, BaseModel):
+            return f"{_first_paragraph(part)} See [{part.__name__}](#{part.__name__.lower()})."
+    return ""
+
+
+def _read_field_texts() -> dict[tuple[str, str], str]:
+    texts = {}
+    for node in ast.parse(Path(schema.__file__).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef):
+            for field, text in zip(node.body, node.body[1:], strict=False):
+                if (
+                    isinstance(field, ast.AnnAssign)
+                    and isinstance(field.target, ast.Name)
+                    and isinstance(text, ast.Expr)
+                    and isinstance(text.value, ast.Constant)
+                ):
+                    texts[node.name, field.target.id] = " ".join(str(text.value.value).split())
+    return texts
+
+
+_FIELD_TEXTS = _read_field_texts()
+_NAMES = {int: "whole number", float: "number", str: "text", bool: "true or false", type(None): "null"}
+
+
+def describe_type(annotation: object) -> str:  # noqa: PLR0911 - one return per kind of type
+    """Return a type as a reader of params.yaml knows it, with its range.
+
+    >>> describe_type(schema.Fraction), describe_type(schema.Dtype)
+    ('number, 0 to 1', '`fp16`, `bf16` or `fp32`')
+    >>> describe_type(schema.Positive | None)
+    'whole number, more than 0; or null'
+    """
+    if isinstance(annotation, type) and annotation in _NAMES:
+        return _NAMES[annotation]
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return f"mapping: [{annotation.__name__}](#{annotation.__name__.lower()})"
+    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return _describe_range(parts[0], parts[1:])
+    if origin is typing.Literal:
+        *first, last = (_literal(part) for part in parts)
+        return f"{', '.join(first)} or {last}" if first else str(last)
+    if origin is list:
+        return f"list of {describe_type(parts[0])}"
+    if origin is dict:
+        return f"mapping, name → {describe_type(parts[1])}"
+    if origin in (typing.Union, types.UnionType):
+        described = [describe_type(part) for part in parts]
+        if all(text.startswith("mapping: ") for text in described):
+            return "mapping: " + " or ".join(text.removeprefix("mapping: ") for text in described)
+        return "; or ".join(described)
+    raise TypeError(f"no description of {annotation}")
+
+
+def _describe_range(annotation: object, metadata: Sequence[object]) -> str:
+    limits: dict[str, object] = {}
+    for one in metadata:
+        for constraint in getattr(one, "metadata", ()):
+            for name in ("ge", "gt", "le", "lt", "min_length", "pattern"):
+                value = getattr(constraint, name, None)
+                if value is not None:
+                    limits[name] = value
+    text = describe_type(annotation)
+    if "pattern" in limits:
+        return f"{text} that matches `{limits['pattern']}`"
+    if "min_length" in limits:
+        return f"{text}, not empty"
+    if {"ge", "le"} <= limits.keys():
+        return f"{text}, {limits['ge']}" + (f" to {limits['le']}" if limits["le"] != limits["ge"] else "")
+    words = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+    said = [f"{words[name]} {limits[name]}" for name in ("gt", "ge", "le", "lt") if name in limits]
+    return ", ".join([text, *said])
+
+
+def render_commands() -> str:
+    """Return every command with its arguments and options."""
+    from ropeway.cli.main import app
+
+    lines: list[str] = []
+    for name, command in commands(typer.main.get_command(app), "ropeway"):
+        lines += [f"## {name}", "", " ".join(str(command.help).split()), ""]
+        arguments = [one for one in command.params if one.param_type_name == "argument"]
+        usage = " ".join([name, *(_usage(one) for one in arguments)])
+        options = [one for one in command.params if one.param_type_name == "option" and "--help" not in one.opts]
+        lines += ["```text", usage + (" [OPTIONS]" if options else ""), "```", ""]
+        rows = [
+            (_parameter_name(one), _parameter_default(one), _escape(one.help or "") + _parameter_range(one))
+            for one in (*arguments, *options)
+        ]
+        lines += [*_table(("argument or option", "default", "meaning"), rows), ""] if rows else []
+    return "\n".join(lines)
+
+
+def commands(command: typing.Any, name: str) -> Iterator[tuple[str, typing.Any]]:  # noqa: ANN401 - typer's own click
+    """Yield (full name, command) of every visible command below a group."""
+    for key, child in getattr(command, "commands", {}).items():
+        if child.hidden:
+            continue
+        if hasattr(child, "commands"):
+            yield from commands(child, f"{name} {key}")
+        else:
+            yield f"{name} {key}", child
+
+
+def _usage(parameter: typing.Any) -> str:  # noqa: ANN401
+    name = parameter.name.upper()
+    return name if parameter.required else f"[{name}]"
+
+
+def _parameter_name(parameter: typing.Any) -> str:  # noqa: ANN401
+    if parameter.param_type_name == "argument":
+        return f"`{parameter.name.upper()}`"
+    return ", ".join(f"`{word}`" for word in (*parameter.opts, *parameter.secondary_opts))
+
+
+def _parameter_default(parameter: typing.Any) -> str:  # noqa: ANN401
+    if parameter.required:
+        return "required"
+    if parameter.default is None or parameter.default == "":
+        return ""
+    if isinstance(parameter.default, bool):
+        return "on" if parameter.default else "off"
+    return f"`{parameter.default}`"
+
+
+def _parameter_range(parameter: typing.Any) -> str:  # noqa: ANN401
+    if parameter.min is None:
+        return ""
+    return f" ({parameter.min} to {parameter.max})" if parameter.max is not None else f" (at least {parameter.min})"
+
+
+def render_exit_codes() -> str:
+    """Return the table of exit codes, from the error classes."""
+    from ropeway.runtime import errors
+
+    table = importlib.import_module("ropeway.runtime.errors")
+    rows = []
+    for _name, error in inspect.getmembers(table, inspect.isclass):
+        if issubclass(error, errors.RopewayError):
+            rows.append((error.exit_code, error.__name__, _first_paragraph(error)))
+    rows.sort(key=lambda row: (row[0], row[1]))
+    return "\n".join(
+        _table(("code", "error", "meaning"), [(f"`{code}`", f"`{name}`", text) for code, name, text in rows])
+    )
+
+
+def render_stages() -> str:
+    """Return what each stage reads and writes."""
+    rows = []
+    for stage in STAGES:
+        inputs = [f"`{one}`" for one in stage.inputs] + [f"`.identity/{one}.json`" for one in stage.frozen]
+        outputs = [f"`{one}`" for one in (*stage.outputs, *stage.metrics, *stage.plots)]
+        rows.append((f"`{stage.name}`", ", ".join(inputs) or "nothing", ", ".join(outputs)))
+    return "\n".join(_table(("stage", "reads, below runs/PROFILE", "writes, below runs/PROFILE"), rows))
+
+
+_PLACE = re.compile(r'^    \w+ = _Place\("(?P<path>[^"]+)"\)\s*(?:# (?P<text>.*))?$', re.MULTILINE)
+
+
+def render_files() -> str:
+    """Return the files and folders of a workspace, from `Workspace` and the outputs of the stages."""
+    from ropeway.runtime import workspace
+
+    writers = {
+        f"runs/{{profile}}/{path}": stage.name
+        for stage in STAGES
+        for path in (*stage.outputs, *stage.metrics, *stage.plots)
+    }
+    source = Path(workspace.__file__).read_text(encoding="utf-8")
+    rows = [
+        (
+            f"`{match['path'].replace('{profile}', 'PROFILE')}`",
+            writers.get(match["path"], ""),
+            _sentence(match["text"] or ""),
+        )
+        for match in _PLACE.finditer(source)
+    ]
+    return "\n".join(_table(("path", "written by stage", "holds"), rows))
+
+
+# Modules whose first lines describe a format on disk.
+FORMATS = {
+    "Manifest": "ropeway.runtime.manifest",
+    "Raw records": "ropeway.data.raw_records",
+    "Tokens": "ropeway.data.tokenized",
+    "Shards": "ropeway.data.shards",
+    "Ledger": "ropeway.data.ledger",
+    "Checkpoints": "ropeway.stages.train.checkpoints",
+    "Registry": "ropeway.registry.layout",
+    "Logs of the registry": "ropeway.registry.log",
+}
+
+
+def render_formats() -> str:
+    """Return the description of every format on disk, as its module has it."""
+    lines: list[str] = []
+    for title, name in FORMATS.items():
+        path = ROOT / "src" / Path(*name.split(".")).with_suffix(".py")
+        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        lines += [f"## {title}", "", f"`{name}`", "", "```text", text, "```", ""]
+    return "\n".join(lines)
+
+
+def _first_paragraph(thing: type) -> str:
+    text = (inspect.getdoc(thing) or "").partition("\n\n")[0]
+    return " ".join(text.split())
+
+
+def _anchored(name: str) -> str:
+    """Return a key in code, with the anchor `param-NAME`."""
+    return f"[`{name}`]{{#param-{name}}}"
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _literal_text(value: object) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[typing.cast("bool | None", value)]
+    return str(value)
+
+
+def _literal(value: object) -> str:
+    if isinstance(value, dict | list):
+        return "…" if value else f"`{value}`"
+    return f"`{_literal_text(value)}`"
+
+
+def _escape(text: str) -> str:
+    return text.replace("|", "\\|").replace("*", "\\*")
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    return lines + [f"| {' | '.join(str(cell).replace(chr(10), ' ') for cell in row)} |" for row in rows]
+
+
+PAGES: dict[str, Callable[[], str]] = {
+    "params": render_params,
+    "commands": render_commands,
+    "exit-codes": render_exit_codes,
+    "stages": render_stages,
+    "files": render_files,
+    "formats": render_formats,
+}
+_MARKER = re.compile(r"(?m)^<!-- generated: ([a-z-]+) -->$")
+
+
+def fill(text: str) -> str:
+    """Return a page with its markers replaced; KeyError for a marker that nothing generates."""
+    return _MARKER.sub(lambda match: PAGES[match[1]](), text)
