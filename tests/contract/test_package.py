@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ropeway.config.stages import READS
 from ropeway.registry import Registry
-from ropeway.registry.core import package_digest, read_package, read_version
 from ropeway.registry.layout import blob_key
+from ropeway.registry.version_manifest import build_package_manifest, build_version_manifest, package_digest
 from ropeway.runtime.errors import DataError
 from ropeway.runtime.manifest import load_manifest, write_json, write_manifest
 from ropeway.stages.package import stage as package
@@ -61,7 +61,7 @@ def test_every_picture_and_file_the_card_links_to_is_there(made):
     card = (workspace.pages / "README.md").read_text()
     links = {link for link in re.findall(r"\]\(([^)#]+)\)", card) if "://" not in link}
     assert {"plots/positions.png", "samples.html", "plots/passkey_answers.csv"} <= links
-    core, _ = read_version(workspace.package, workspace.pages, "tiny")
+    core, _ = build_version_manifest(workspace.package, workspace.pages, "tiny")
     assert links <= {file.path for file in core.files}
 
 
@@ -84,8 +84,8 @@ def test_the_package_holds_just_what_it_promises(made):
 
 def test_the_registry_takes_the_package(made):
     workspace, *_ = made
-    assert len(read_package(workspace.package, "tiny", verify=True).files) == 18
-    core, places = read_version(workspace.package, workspace.pages, "tiny")
+    assert len(build_package_manifest(workspace.package, "tiny", verify=True).files) == 18
+    core, places = build_version_manifest(workspace.package, workspace.pages, "tiny")
     assert len(core.files) == 18 + 14
     assert places["README.md"] == workspace.pages / "README.md"
     assert places["config.json"] == workspace.package / "config.json"
@@ -98,11 +98,11 @@ def test_an_edited_page_changes_no_byte_of_the_package_and_pages_of_another_pack
     shutil.copytree(workspace.pages, pages)
     (pages / "README.md").write_text("# another card\n")
     with pytest.raises(DataError, match=r"README\.md"):
-        read_version(workspace.package, pages, "tiny")
+        build_version_manifest(workspace.package, pages, "tiny")
     shutil.copytree(workspace.package, other)
     edit(other / "manifest.json", lambda manifest: manifest.update(steps=4))
     with pytest.raises(DataError, match="not those of"):
-        read_version(other, workspace.pages, "tiny")
+        build_version_manifest(other, workspace.pages, "tiny")
 
 
 def test_what_is_pulled_is_package_and_pages_and_a_flipped_byte_of_the_card_is_found(made, tmp_path):

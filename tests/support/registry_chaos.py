@@ -19,9 +19,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ropeway.registry import ANY, Registry
-from ropeway.registry.core import load_core
 from ropeway.registry.layout import blob_key, versions_log
 from ropeway.registry.log import read_events
+from ropeway.registry.version_manifest import load_version_manifest
 from ropeway.storage import Store, multipart, open_store
 from tests.support.registry_world import make_package, tiny
 
@@ -74,7 +74,7 @@ def _finish(store: Store, package: Path, outcome: Outcome) -> None:
     outcome.parts_kept += len(there)
     outcome.parts_sent += len(sent)
     Registry(store).version(f"tiny@v{done.number}").verify()
-    if strays := [stray for stray in store.list_strays() if outcome.store == "s3"]:
+    if strays := [stray for stray in store.list_incomplete_uploads() if outcome.store == "s3"]:
         outcome.faults.append(f"v{done.number}: {len(strays)} uploads left after completion")
 
 
@@ -88,9 +88,9 @@ def _parts_there(store: Store) -> set[int]:
     if not hasattr(store, "client"):
         return set()
     there: set[int] = set()
-    for stray in store.list_strays():
+    for stray in store.list_incomplete_uploads():
         if stray.name == ".probe":
-            store.remove_stray(stray)
+            store.remove_incomplete_upload(stray)
             continue
         bucket, path = store._place(stray.name)
         answer = store.client.list_parts(Bucket=bucket, Key=path, UploadId=stray.token)
@@ -156,7 +156,7 @@ def _reader(url: str, outcome: Outcome) -> Iterator[None]:
                     Registry(store).version(f"tiny@v{newest}").digest,
                 }
                 for digest in digests:
-                    for file in load_core(store, "tiny", digest).files:
+                    for file in load_version_manifest(store, "tiny", digest).files:
                         assert store.size(blob_key(file.sha256)) == file.bytes, file.path
                 outcome.looks += 1
             except Exception as error:  # noqa: BLE001 - whatever a reader met is the finding

@@ -16,9 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ropeway.registry import ANY, Artifact, Registry
-from ropeway.registry.core import load_core
 from ropeway.registry.layout import alias_log, blob_key, list_models, versions_log
 from ropeway.registry.log import read_events
+from ropeway.registry.version_manifest import load_version_manifest
 from ropeway.runtime.errors import RegistryError
 from ropeway.runtime.manifest import canonical_json, file_sha256, write_json, write_manifest
 from ropeway.storage import FileStore, Store, open_store
@@ -155,7 +155,7 @@ def is_untouched(store: Store) -> bool:
     """Return whether nothing was ever written to a store, not even aside."""
     if isinstance(store, FileStore):
         return not store.root.exists()
-    return not store.list_keys("") and not store.list_strays()
+    return not store.list_keys("") and not store.list_incomplete_uploads()
 
 
 def nothing_left(target: Path) -> bool:
@@ -174,7 +174,7 @@ def check_whole(store: Store) -> None:
         for alias in Registry(store).artifact(name).aliases():
             Registry(store).version(f"{name}@{alias}").verify()
         for key in store.list_keys(f"models/{name}/manifests/"):
-            for file in load_core(store, name, Path(key).stem).files:
+            for file in load_version_manifest(store, name, Path(key).stem).files:
                 assert store.size(blob_key(file.sha256)) == file.bytes
 
 

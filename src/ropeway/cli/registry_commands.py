@@ -21,7 +21,7 @@ from ropeway.storage import Store
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from ropeway.registry import Anything, Promotion, Pulled, Registry, Version
+    from ropeway.registry import AnyDigest, Promotion, PullResult, Registry, Version
 
 registry_app = typer.Typer(no_args_is_help=True, help="List, check, fetch, promote and withdraw published versions.")
 
@@ -88,7 +88,7 @@ def progress_bar(store: Store, what: str, total_bytes: int) -> Iterator[None]:
 
 
 if TYPE_CHECKING:
-    from ropeway.registry import Anything, Registry
+    from ropeway.registry import AnyDigest, Registry
 
 
 @registry_app.command("list")
@@ -150,7 +150,7 @@ def verify(
     if folder:
         done = version.verify_folder(folder)
     else:
-        with progress_bar(version.store, f"verify {reference}", version.core.total_bytes):
+        with progress_bar(version.store, f"verify {reference}", version.manifest.total_bytes):
             done = version.verify()
     if as_json:
         print_json(asdict(done))
@@ -168,7 +168,7 @@ def pull(
 ) -> None:
     """Fetch a version, every byte verified; the folder appears whole or not at all."""
     version = open_registry(registry).version(reference)
-    with progress_bar(version.store, f"pull {reference}", version.core.total_bytes):
+    with progress_bar(version.store, f"pull {reference}", version.manifest.total_bytes):
         done = version.pull(to or Path(f"{version.name}-{version.digest[:12]}"))
     if as_json:
         print_json({**asdict(done), "folder": str(done.folder)})
@@ -245,7 +245,7 @@ def rollback(
     _report_promotion(done, as_json=as_json)
 
 
-def _read_expect(registry: "Registry", name: str, expect: str) -> "str | Anything | None":
+def _read_expect(registry: "Registry", name: str, expect: str) -> "str | AnyDigest | None":
     from ropeway.registry import ANY
 
     return (
@@ -279,7 +279,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "ropeway"
 
 
-def pull_cached(version: "Version") -> "Pulled":
+def pull_cached(version: "Version") -> "PullResult":
     """Return a version's folder in the cache, pulled if it is not there; its bytes are hashed either way.
 
     Raises:
@@ -287,7 +287,7 @@ def pull_cached(version: "Version") -> "Pulled":
         DataError: The registry's bytes, or the cache's, are not the version's.
     """
     target = cache_folder() / "versions" / version.name / version.digest
-    with progress_bar(version.store, f"pulling {version.reference}", version.core.total_bytes):
+    with progress_bar(version.store, f"pulling {version.reference}", version.manifest.total_bytes):
         return version.pull(target)
 
 
@@ -369,17 +369,17 @@ def gc(
     found = act(grace=timedelta(hours=grace_hours), withdrawn=withdrawn)
     if as_json:
         keys = [entry.key for entry in found.entries]
-        strays = [stray.name for stray in found.strays]
+        strays = [stray.name for stray in found.incomplete_uploads]
         print_json({"applied": apply, "bytes": found.bytes, "keys": keys, "strays": strays, "young": found.young})
         return
     for entry in found.entries:
         typer.echo(f"{entry.key}  {entry.bytes:,} bytes  {entry.modified_at:%Y-%m-%d %H:%M}")
-    for stray in found.strays:
+    for stray in found.incomplete_uploads:
         typer.echo(f"{stray.name}  unfinished  {stray.started_at:%Y-%m-%d %H:%M}")
     verb = "removed" if apply else "would be removed (--apply does it)"
     typer.echo(
-        f"{len(found.entries)} objects of {found.bytes:,} bytes and {len(found.strays)} unfinished writes {verb}; "
-        f"{found.young} more are younger than {grace_hours:g} hours"
+        f"{len(found.entries)} objects of {found.bytes:,} bytes and {len(found.incomplete_uploads)} incomplete uploads "
+        f"{verb}; {found.young} more are younger than {grace_hours:g} hours"
     )
 
 

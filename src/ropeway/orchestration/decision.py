@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
-from ropeway.registry import ANY, PRODUCTION, Anything, Decision, Registry
-from ropeway.registry.aliases import check_words
+from ropeway.registry import ANY, PRODUCTION, AnyDigest, Decision, Registry
+from ropeway.registry.aliases import check_text
 from ropeway.reporting.evidence import Case, open_case
 from ropeway.reporting.review_report import draw_report
 from ropeway.runtime.errors import ConfigError, RegistryError
@@ -41,8 +41,8 @@ def decide(registry: Registry, case: Case, answer: ReviewAnswer) -> Outcome:
         RegistryError: Production moved since the report was made, the version is from a dirty tree or not whole, or a
             part of the answer is empty. The answer is kept all the same, unless it is empty.
     """
-    check_words("reviewer", answer.by)
-    check_words("comment", answer.comment)
+    check_text("reviewer", answer.by)
+    check_text("comment", answer.comment)
     version = registry.version(f"{case.name}@{case.digest}")
     kept = version.review(
         answer.decision,
@@ -103,7 +103,7 @@ def read_answer(*, approve: bool, reject: bool, reviewer: str | None, comment: s
     )
 
 
-def read_expect(registry: Registry, wanted: str, expect: str | None) -> str | Anything | None:
+def read_expect(registry: Registry, wanted: str, expect: str | None) -> str | AnyDigest | None:
     """Return what `--expect` means for the model that `wanted` is a version of."""
     if expect is None:
         return ANY

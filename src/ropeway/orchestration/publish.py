@@ -63,8 +63,8 @@ def publish_package(workspace: Workspace, profile: Profile, revision: Revision, 
     """
     artifact = _artifact(workspace)
     known = artifact.find_package(workspace.package)
-    if known and revision.commit and not revision.dirty and known.dirt:
-        known.vouch_clean(revision.commit)
+    if known and revision.commit and not revision.dirty and known.dirty_reason:
+        known.record_clean_commit(revision.commit)
     if known and (settled := _settled(artifact, known)):
         return Publication(
             "Unchanged", str(known), known.digest, None, settled, reviewable=_is_open(artifact, known.digest)

@@ -19,7 +19,7 @@ from ropeway.orchestration import dvc_graph as graph
 from ropeway.orchestration.dvc_stage import Say, Site, bring_up, run_command
 from ropeway.orchestration.revision import ask_git
 from ropeway.registry import Provenance, Version
-from ropeway.registry.core import read_version
+from ropeway.registry.version_manifest import build_version_manifest
 from ropeway.runtime.errors import ConfigError, DataError, RegistryError
 from ropeway.runtime.lock import Held, workspace_lock
 from ropeway.runtime.manifest import Json, digest_of, load_manifest
@@ -99,7 +99,7 @@ def reproduce(root: Path, version: Version, *, target: Path | None, say: Say) ->
     write_lock(version, site_root)
     with workspace_lock(site_root, command=f"ropeway reproduce {label}", profile=version.name) as held:
         site = Site(site_root, Held(held.handle, {**held.environment, **plan_environment(clone, then)}))
-        run_stages(site, root, workspace, version.core.facts["digests"]["raw"], say)
+        run_stages(site, root, workspace, version.manifest.facts["digests"]["raw"], say)
     now = read_now(workspace)
     changed, differences = tuple(other_weights(then, now)), tuple(describe_differences(then, now))
     weights, seconds = "other" if changed else "same", round(time.monotonic() - began, 1)
@@ -162,8 +162,8 @@ def read_then(version: Version, site_root: Path) -> Record:
             "run.yaml); the version was published with params that git does not hold"
         )
     return Record(
-        files={file.path: file.sha256 for file in version.core.files},
-        facts=dict(version.core.facts),
+        files={file.path: file.sha256 for file in version.manifest.files},
+        facts=dict(version.manifest.facts),
         block=block,
         lock=graph.parse_lock(version.read_file("dvc.lock") or b""),
         timings=json.loads(version.read_file("provenance.json") or b"{}"),
@@ -174,7 +174,7 @@ def read_now(workspace: Workspace) -> Record:
     """Return the run made again in writing."""
     # A revision of before there were pages has them in its package.
     pages = workspace.pages if workspace.pages.is_dir() else None
-    core, _ = read_version(workspace.package, pages, workspace.profile)
+    core, _ = build_version_manifest(workspace.package, pages, workspace.profile)
     return Record(
         files={file.path: file.sha256 for file in core.files},
         facts=core.facts,

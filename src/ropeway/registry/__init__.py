@@ -4,20 +4,20 @@ Callers use `Registry`. Layout in `layout.py`, rules of what may be in a package
 `core.py`, logs in `log.py`.
 """
 
-from ropeway.registry.aliases import ANY, Anything, Promotion
+from ropeway.registry.aliases import ANY, AnyDigest, Promotion
 from ropeway.registry.facade import Artifact, Registry
-from ropeway.registry.pulling import Pulled
+from ropeway.registry.pulling import PullResult
 from ropeway.registry.versions import PRODUCTION, Decision, Provenance, Version
 
 __all__ = [
     "ANY",
     "PRODUCTION",
-    "Anything",
+    "AnyDigest",
     "Artifact",
     "Decision",
     "Promotion",
     "Provenance",
-    "Pulled",
+    "PullResult",
     "Registry",
     "Version",
 ]

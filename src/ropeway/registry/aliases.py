@@ -10,16 +10,16 @@ from ropeway.registry.log import Event, Events, read_events
 from ropeway.runtime.errors import RegistryError
 from ropeway.storage import Store
 
-_MAX_WORDS = 2000
+_MAX_TEXT_CHARACTERS = 2000
 
 
-class Anything(Enum):
+class AnyDigest(Enum):
     """The type of `ANY`, so that no digest and no None can be mistaken for it."""
 
     ANY = "any"
 
 
-ANY: Final = Anything.ANY
+ANY: Final = AnyDigest.ANY
 """As `expect`: wherever the alias points now."""
 
 
@@ -80,7 +80,7 @@ def list_aliases(store: Store, artifact: str) -> dict[str, str]:
     return {name: digest for name in names if (digest := Alias(store, artifact, name).digest)}
 
 
-def plan_promotion(events: Sequence[Event], event: Event, expect: str | Anything | None, *, where: str) -> Event | int:
+def plan_promotion(events: Sequence[Event], event: Event, expect: str | AnyDigest | None, *, where: str) -> Event | int:
     """Return the next event of an alias, or the number of its last one if nothing has to move.
 
     Nothing moves when the alias points there already and the caller did not expect otherwise, or when the last event is
@@ -125,7 +125,9 @@ def plan_rollback(digests: Sequence[str], *, where: str) -> str:
     return trail[-2]
 
 
-def check_words(what: str, words: str) -> None:
+def check_text(what: str, words: str) -> None:
     """Raise RegistryError unless a name or reason, kept for ever and shown in terminals, is text that steers none."""
-    if not words.strip() or len(words) > _MAX_WORDS or not words.replace("\n", " ").isprintable():
-        raise RegistryError(f"registry: {what} is {words[:60]!r}, expected 1 to {_MAX_WORDS:,} printable characters")
+    if not words.strip() or len(words) > _MAX_TEXT_CHARACTERS or not words.replace("\n", " ").isprintable():
+        raise RegistryError(
+            f"registry: {what} is {words[:60]!r}, expected 1 to {_MAX_TEXT_CHARACTERS:,} printable characters"
+        )

@@ -6,15 +6,14 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-from ropeway.registry import collecting
-from ropeway.registry.aliases import ANY, Alias, Anything, Promotion, list_aliases, plan_rollback
-from ropeway.registry.core import Facts, read_package
+from ropeway.registry import garbage_collection
+from ropeway.registry.aliases import ANY, Alias, AnyDigest, Promotion, list_aliases, plan_rollback
 from ropeway.registry.layout import (
     Reference,
     check_digest,
     check_name,
+    check_name_case,
     check_registry,
-    check_spelling,
     init_registry,
     is_digest,
     list_models,
@@ -26,8 +25,9 @@ from ropeway.registry.layout import (
     versions_log,
 )
 from ropeway.registry.log import read_event, read_events
-from ropeway.registry.publishing import Published, number_of, publish_package
+from ropeway.registry.publishing import PublishResult, find_number, publish_package
 from ropeway.registry.signing import load_signer
+from ropeway.registry.version_manifest import Facts, build_package_manifest
 from ropeway.registry.versions import Version
 from ropeway.runtime.errors import AbsentError, DataError, RegistryError
 from ropeway.storage import Store, open_store
@@ -53,7 +53,7 @@ class Artifact:
         provenance: Mapping[str, object],
         attachments: Mapping[str, Path],
         pages: Path | None = None,
-    ) -> Published:
+    ) -> PublishResult:
         """Return the version that a package is; publish it if it is not there yet. Repeat it freely after any failure.
 
         Args:
@@ -81,7 +81,7 @@ class Artifact:
         """
         load_signer()
         init_registry(self.store)
-        check_spelling(self.store, self.name)
+        check_name_case(self.store, self.name)
 
     def find(self, digest: str) -> Version | None:
         """Return the version of a package digest, None while it has no number. An empty store holds none."""
@@ -89,7 +89,7 @@ class Artifact:
         if not self.store.exists(manifest_key(self.name, digest)):
             return None
         versions = read_events(self.store, versions_log(self.name))
-        if number_of(versions, digest) is None:
+        if find_number(versions, digest) is None:
             return None
         return Version(self.store, self.name, digest, versions=versions)
 
@@ -99,7 +99,7 @@ class Artifact:
         Raises:
             DataError: The folder is not a whole package, or the note of its version names another package's.
         """
-        package = read_package(folder, self.name, verify=False)
+        package = build_package_manifest(folder, self.name, verify=False)
         key = package_key(self.name, package.digest)
         try:
             note = json.loads(self.store.get(key))
@@ -111,7 +111,7 @@ class Artifact:
         if not isinstance(digest, str) or not is_digest(digest):
             raise DataError(f"{self.store.url}: {key} names no version. Remove it and run again")
         found = self.find(digest)
-        if found and not found.core.includes(package):  # a note is not signed; what it names is looked at
+        if found and not found.manifest.includes(package):  # a note is not signed; what it names is looked at
             raise DataError(
                 f"{self.store.url}: {key} names {found}, which does not hold the files of {folder}. Remove it and run "
                 "again"
@@ -136,7 +136,7 @@ class Artifact:
         """Return every alias and the digest it points to."""
         return list_aliases(self.store, self.name)
 
-    def rollback(self, alias: str, *, by: str, reason: str, expect: str | Anything | None = ANY) -> Promotion:
+    def rollback(self, alias: str, *, by: str, reason: str, expect: str | AnyDigest | None = ANY) -> Promotion:
         """Point an alias back at what it pointed to before its current version; a promotion like any other.
 
         Raises:
@@ -229,7 +229,9 @@ class Registry:
         self.check()
         found = self._find(wanted, reference)
         if not found:
-            raise RegistryError(f"{reference}: {self.url} holds no such version. {self._what_there_is(wanted.name)}")
+            raise RegistryError(
+                f"{reference}: {self.url} holds no such version. {self._describe_available(wanted.name)}"
+            )
         if len(found) > 1:
             raise RegistryError(f"{reference}: {len(found)} versions begin so; give more digits")
         return found[0]
@@ -247,13 +249,13 @@ class Registry:
         none = f"{self.url} holds no such version; expected a digest (8 digits or more) or NAME@v3"
         raise RegistryError(f"{wanted}: {many if found else none}")
 
-    def find_garbage(self, *, grace: timedelta, withdrawn: bool) -> collecting.Garbage:
-        """Return what a collection would remove now; see `collecting.find_garbage`."""
-        return collecting.find_garbage(self.store, grace=grace, withdrawn=withdrawn)
+    def find_garbage(self, *, grace: timedelta, withdrawn: bool) -> garbage_collection.Garbage:
+        """Return what a collection would remove now; see `garbage_collection.find_garbage`."""
+        return garbage_collection.find_garbage(self.store, grace=grace, withdrawn=withdrawn)
 
-    def collect(self, *, grace: timedelta, withdrawn: bool) -> collecting.Garbage:
+    def collect(self, *, grace: timedelta, withdrawn: bool) -> garbage_collection.Garbage:
         """Remove what `find_garbage` finds, announced to publishers; return what was removed."""
-        return collecting.collect(self.store, grace=grace, withdrawn=withdrawn)
+        return garbage_collection.collect(self.store, grace=grace, withdrawn=withdrawn)
 
     def _find(self, wanted: Reference, reference: str) -> list[Version]:
         if wanted.prefix:
@@ -274,7 +276,7 @@ class Registry:
         digests = [digest for digest in versions.digests if digest.startswith(prefix)]
         return [Version(self.store, name, digest, reference=reference, versions=versions) for digest in digests]
 
-    def _what_there_is(self, name: str) -> str:
+    def _describe_available(self, name: str) -> str:
         artifact = self.artifact(name)
         count = len(read_events(self.store, versions_log(name)))
         if not count:

@@ -26,7 +26,7 @@ from ropeway.storage import Store
 FORMAT = "ropeway-registry/1"
 INTENTS = "intents/"
 COLLECTIONS = "collections/"
-_MARK = "registry.json"
+_FORMAT_KEY = "registry.json"
 _LAST_NUMBER = 99_999_999
 _HEAD_KEY = re.compile(r"([0-9]{8})\.txt")
 _ALIAS = re.compile(r"[a-z][a-z0-9-]{0,48}[a-z0-9]")
@@ -221,14 +221,14 @@ def collection_key(identifier: str) -> str:
 
 def init_registry(store: Store) -> None:
     """Write registry.json if this is the store's first publish, and check it."""
-    store.put_if_absent(_MARK, canonical_json({"format": FORMAT}))
+    store.put_if_absent(_FORMAT_KEY, canonical_json({"format": FORMAT}))
     check_registry(store)
 
 
 def check_registry(store: Store) -> None:
     """Raise RegistryError when the store holds no registry, or one of another format."""
     try:
-        found = store.get(_MARK)
+        found = store.get(_FORMAT_KEY)
     except AbsentError:
         raise RegistryError(
             f"{store.url}: no registry there yet. `ropeway run` publishes to it; or correct ROPEWAY_REGISTRY"
@@ -245,7 +245,7 @@ def list_models(store: Store) -> list[str]:
     return store.list_folders("models/")
 
 
-def check_spelling(store: Store, name: str) -> None:
+def check_name_case(store: Store, name: str) -> None:
     """Raise RegistryError when a model of that name in another case exists: some file systems hold them one."""
     check_name(name)
     clash = [other for other in list_models(store) if other != name and other.casefold() == name.casefold()]

@@ -23,13 +23,13 @@ from ropeway.runtime.manifest import canonical_json
 from ropeway.storage import MAX_DOCUMENT_BYTES, Store
 
 Event = Mapping[str, Any]
-_ENTRY = re.compile(r"([0-9]{8})\.json")
+_EVENT_NAME = re.compile(r"([0-9]{8})\.json")
 # Of an event: the sha256 of the head that lists it and all before it; absent where an old Ropeway wrote it.
 _HEAD = "head"
 
 
 @dataclass(frozen=True, slots=True)
-class Appended:
+class AppendResult:
     """Where an event stands in its log, and whether this call wrote it."""
 
     number: int
@@ -77,7 +77,7 @@ class Events(Sequence[Event]):
         self._digests += [self._read[number]["digest"] for number in later]
         return self._digests[: self._count]
 
-    def grown(self, count: int) -> "Events":
+    def extended_to(self, count: int) -> "Events":
         """Return these and the next, `count` in all."""
         longer = Events(self._store, self.log, count, self.hint)
         longer._read, longer._digests = self._read, self._digests
@@ -116,7 +116,7 @@ class Events(Sequence[Event]):
 
 def append_event(
     store: Store, log: Log, plan: Callable[[Events], Event | int], *, known: Events | None = None
-) -> Appended:
+) -> AppendResult:
     """Return the event that `plan` asked for, written, or the earlier one that it pointed to.
 
     Args:
@@ -130,15 +130,15 @@ def append_event(
     while True:
         planned = plan(events)
         if isinstance(planned, int):
-            return Appended(planned, events[planned - 1], created=False)
+            return AppendResult(planned, events[planned - 1], created=False)
         number = len(events) + 1
         head = _head_document([*events.digests, planned["digest"]])
         if store.put_if_absent(log.key(number), event_document({**planned, _HEAD: hashlib.sha256(head).hexdigest()})):
             store.put_if_absent(log.head_key(number), head)
             if events.hint:
                 store.delete(events.hint)  # of an earlier event, or of none
-            return Appended(number, planned, created=True)
-        events = events.grown(number)
+            return AppendResult(number, planned, created=True)
+        events = events.extended_to(number)
 
 
 def event_document(event: Event) -> bytes:
@@ -166,7 +166,7 @@ def read_events(store: Store, log: Log) -> Events:
             events[-1]  # kept: whoever reads a log needs its last event
             if not store.exists(log.key(number + 1)):
                 return events
-    return events.grown(_list_events(store, log))
+    return events.extended_to(_count_events(store, log))
 
 
 def verify_log(store: Store, log: Log) -> Events:
@@ -175,7 +175,7 @@ def verify_log(store: Store, log: Log) -> Events:
     Raises:
         DataError: One is missing in the middle, is no event, or was changed after a later one was written.
     """
-    events = Events(store, log, _list_events(store, log))
+    events = Events(store, log, _count_events(store, log))
     events.check_heads()
     return events
 
@@ -216,10 +216,10 @@ def _head_document(digests: Sequence[str]) -> bytes:
     return "".join(f"{digest}\n" for digest in digests).encode()
 
 
-def _list_events(store: Store, log: Log) -> int:
+def _count_events(store: Store, log: Log) -> int:
     """Return how many events there are, by a listing of them all."""
     names = (key.removeprefix(log.folder) for key in store.list_keys(log.folder))
-    listed = [int(match[1]) for name in names if (match := _ENTRY.fullmatch(name))]
+    listed = [int(match[1]) for name in names if (match := _EVENT_NAME.fullmatch(name))]
     count = 0
     while count < len(listed) and listed[count] == count + 1:
         count += 1

@@ -8,11 +8,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from ropeway.registry.blobs import put_blobs
-from ropeway.registry.core import Core, load_core, package_digest, read_version
 from ropeway.registry.layout import (
     COLLECTIONS,
     blob_key,
-    check_spelling,
+    check_name_case,
     init_registry,
     intent_key,
     is_digest,
@@ -23,6 +22,12 @@ from ropeway.registry.layout import (
 from ropeway.registry.log import Event, Events, append_event, event_document, read_events
 from ropeway.registry.rules import PackageFile, check_content, check_files
 from ropeway.registry.signing import load_signer, sign
+from ropeway.registry.version_manifest import (
+    VersionManifest,
+    build_version_manifest,
+    load_version_manifest,
+    package_digest,
+)
 from ropeway.runtime.errors import DataError, TemporaryError
 from ropeway.runtime.manifest import canonical_json, file_sha256
 from ropeway.storage import Store
@@ -31,7 +36,7 @@ COLLECTION_TTL = timedelta(hours=1)  # a collection ends after half of that: an 
 
 
 @dataclass(frozen=True, slots=True)
-class Published:
+class PublishResult:
     """A version as the registry holds it.
 
     Attributes:
@@ -56,10 +61,10 @@ def publish_package(
     provenance: Mapping[str, object],
     attachments: Mapping[str, Path],
     pages: Path | None = None,
-) -> Published:
+) -> PublishResult:
     """Return the version that a package is, published if it is not there yet; see `Artifact.publish`."""
     signer = load_signer()
-    core, places = read_version(package_folder, pages, name)
+    core, places = build_version_manifest(package_folder, pages, name)
     attached = _plan_attachments(attachments)
     record = {
         "digest": core.digest,
@@ -68,28 +73,28 @@ def publish_package(
         "attachments": {file.path: {"sha256": file.sha256, "bytes": file.bytes} for _, file in attached},
     }
     event_document(record)  # refused now rather than after the weights have gone up
-    check_spelling(store, name)
+    check_name_case(store, name)
     init_registry(store)
     files = [(places[file.path], file) for file in core.files]
     versions = read_events(store, versions_log(name))
-    if number_of(versions, core.digest) is None:
+    if find_number(versions, core.digest) is None:
         files += attached
-    with _announced(store, core, [file for _, file in files]):
+    with _publish_intent(store, core, [file for _, file in files]):
         put_blobs(store, files)
         store.put_if_absent(manifest_key(name, core.digest), core.document, sha256=core.digest)
-        load_core(store, name, core.digest)  # an older manifest of that name may have rotted
+        load_version_manifest(store, name, core.digest)  # an older manifest of that name may have rotted
         if signer:
             sign(store, core, signer)
         # A digest keeps the number it has; a new one gets the next.
         log = versions_log(name)
-        numbered = append_event(store, log, lambda events: number_of(events, core.digest) or record, known=versions)
+        numbered = append_event(store, log, lambda events: find_number(events, core.digest) or record, known=versions)
         if pages:  # last: a version without it is found by its own digest
             package = package_digest(package_folder, name)
             store.put_if_absent(package_key(name, package), canonical_json({"digest": core.digest}))
-    return Published(name, core.digest, numbered.number, created=numbered.created)
+    return PublishResult(name, core.digest, numbered.number, created=numbered.created)
 
 
-def number_of(versions: Events, digest: str) -> int | None:
+def find_number(versions: Events, digest: str) -> int | None:
     """Return the number of a digest in its artifact's log, or None while it has none."""
     return next((number for number, known in enumerate(versions.digests, 1) if known == digest), None)
 
@@ -118,7 +123,7 @@ def _plan_attachments(attachments: Mapping[str, Path]) -> list[tuple[Path, Packa
 
 
 @contextmanager
-def _announced(store: Store, core: Core, files: Iterable[PackageFile]) -> Iterator[None]:
+def _publish_intent(store: Store, core: VersionManifest, files: Iterable[PackageFile]) -> Iterator[None]:
     """Leave `intents/<id>.json` while a publish is under way: a collector of garbage must leave its blobs alone.
 
     A publish that died leaves its intent; it counts for as long as the collector's grace period.
@@ -131,12 +136,12 @@ def _announced(store: Store, core: Core, files: Iterable[PackageFile]) -> Iterat
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     store.put_if_absent(key, canonical_json(intent))
-    _step_back(store, key)
+    _check_no_collection(store, key)
     yield
     store.delete(key)
 
 
-def _step_back(store: Store, intent: str) -> None:
+def _check_no_collection(store: Store, intent: str) -> None:
     """Raise TemporaryError while garbage is collected: the collector may not have seen our intent."""
     since = datetime.now(UTC) - COLLECTION_TTL
     if under_way := [entry for entry in store.list_entries(COLLECTIONS) if entry.modified_at > since]:

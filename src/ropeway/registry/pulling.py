@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from ropeway.registry.core import Core
 from ropeway.registry.layout import blob_key
 from ropeway.registry.rules import PackageFile, check_content, scan_folder
+from ropeway.registry.version_manifest import VersionManifest
 from ropeway.runtime.errors import AbsentError, ConfigError, DataError, RegistryError, TemporaryError
 from ropeway.runtime.manifest import FileFacts, check_file, sync_folder
 from ropeway.storage import BLOCK_BYTES, TRANSFER_BYTES, Store
 
 
 @dataclass(frozen=True, slots=True)
-class Pulled:
+class PullResult:
     """A version on this machine; `created` is False when it was there already, whole and equal."""
 
     name: str
@@ -29,7 +29,7 @@ class Pulled:
 
 
 @dataclass(frozen=True, slots=True)
-class Verified:
+class VerifyResult:
     """How much of a version was hashed and found right, its attachments included."""
 
     name: str
@@ -38,24 +38,24 @@ class Verified:
     bytes: int
 
 
-def fetch_package(store: Store, core: Core, target: Path) -> Pulled:
+def fetch_package(store: Store, core: VersionManifest, target: Path) -> PullResult:
     """Return `target`, a version's folder, every byte verified; see `Version.pull`."""
     target = target.absolute()
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise RegistryError(f"{target}: expected a folder or nothing there, found a link or a file. Choose another")
     if target.is_dir() and any(target.iterdir()):
         _check_same(core, target)
-        return Pulled(core.name, core.digest, target, created=False)
+        return PullResult(core.name, core.digest, target, created=False)
     with _partial_folder(target, core) as partial:
         for file in core.files:
             fetch_file(store, file, partial / file.path)
         if strays := sorted(set(scan_folder(partial)) - {file.path for file in core.files}):
             raise DataError(f"{partial}: {strays[0]} is none of the version's files. Pull again")
-        _settle(partial, target)
-    return Pulled(core.name, core.digest, target, created=True)
+        _rename_when_complete(partial, target)
+    return PullResult(core.name, core.digest, target, created=True)
 
 
-def _check_same(core: Core, target: Path) -> None:
+def _check_same(core: VersionManifest, target: Path) -> None:
     try:
         check_folder(core, target)
     except DataError as error:
@@ -65,7 +65,7 @@ def _check_same(core: Core, target: Path) -> None:
         ) from None
 
 
-def check_folder(core: Core, folder: Path) -> None:
+def check_folder(core: VersionManifest, folder: Path) -> None:
     """Raise DataError unless a folder holds exactly a version's files."""
     if extra := sorted(set(scan_folder(folder)) - {file.path for file in core.files}):
         raise DataError(f"{folder}: {extra[0]} is not in the version ({len(extra)} such files)")
@@ -75,7 +75,7 @@ def check_folder(core: Core, folder: Path) -> None:
 
 
 @contextmanager
-def _partial_folder(target: Path, core: Core) -> Iterator[Path]:
+def _partial_folder(target: Path, core: VersionManifest) -> Iterator[Path]:
     """Yield the locked folder in which a pull of this version to this place is put together; it may hold a part.
 
     Data that turns out wrong takes the folder with it; any other failure leaves it for the next pull.
@@ -153,7 +153,7 @@ def _fetch_rest(store: Store, file: PackageFile, local: BinaryIO, digest: "hashl
     return missing_bytes == 0 and digest.hexdigest() == file.sha256
 
 
-def _settle(partial: Path, target: Path) -> None:
+def _rename_when_complete(partial: Path, target: Path) -> None:
     """Give a whole folder its name, in one rename that survives a power cut."""
     for place, _, _ in os.walk(partial):
         sync_folder(Path(place))

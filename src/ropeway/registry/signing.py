@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ropeway.registry.core import Core
 from ropeway.registry.layout import signature_key, signatures_prefix
+from ropeway.registry.version_manifest import VersionManifest
 from ropeway.runtime.errors import AbsentError, ConfigError, DataError
 from ropeway.storage import Store
 
@@ -30,7 +30,7 @@ class Signer:
     keyid: str
     private: "Ed25519PrivateKey"
 
-    def sign(self, core: Core) -> bytes:
+    def sign(self, core: VersionManifest) -> bytes:
         """Return the signature of a version."""
         return self.private.sign(core.document)
 
@@ -80,7 +80,7 @@ def load_trusted() -> "dict[str, Ed25519PublicKey] | None":
     return trusted
 
 
-def sign(store: Store, core: Core, signer: Signer) -> bool:
+def sign(store: Store, core: VersionManifest, signer: Signer) -> bool:
     """Store a version's signature; return False when that key had signed it before."""
     return store.put_if_absent(signature_key(core.name, core.digest, signer.keyid), signer.sign(core))
 
@@ -93,7 +93,7 @@ def list_signatures(store: Store, name: str, digest: str) -> list[str]:
     return sorted(name[len(start) : -len(".sig")] for name in names if name.startswith(start) and name.endswith(".sig"))
 
 
-def check_policy(store: Store, core: Core) -> None:
+def check_policy(store: Store, core: VersionManifest) -> None:
     """Raise DataError unless the environment has no policy or one of its keys signed this version.
 
     A wrong signature under a trusted key's name is an error though another key signed rightly: somebody changed it.
@@ -109,7 +109,7 @@ def check_policy(store: Store, core: Core) -> None:
         )
 
 
-def _has_signed(store: Store, core: Core, keyid: str, public: "Ed25519PublicKey") -> bool:
+def _has_signed(store: Store, core: VersionManifest, keyid: str, public: "Ed25519PublicKey") -> bool:
     from cryptography.exceptions import InvalidSignature
 
     key = signature_key(core.name, core.digest, keyid)

@@ -7,7 +7,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from ropeway.registry.core import Facts
+from ropeway.registry.version_manifest import Facts
 
 _SHORT = 12
 _LINE_CHARACTERS = 100  # of a value; longer ones are left out

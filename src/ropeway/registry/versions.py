@@ -7,15 +7,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal, TypedDict
 
-from ropeway.registry.aliases import Alias, Anything, Promotion, check_words, list_aliases, plan_promotion
+from ropeway.registry.aliases import Alias, AnyDigest, Promotion, check_text, list_aliases, plan_promotion
 from ropeway.registry.blobs import blob_fault, read_blob
-from ropeway.registry.core import Core, Facts, load_core
 from ropeway.registry.layout import clean_key, model_logs, reviews_log, tombstone_key, versions_log
 from ropeway.registry.log import Event, Events, append_event, event_document, read_events, verify_log
-from ropeway.registry.publishing import attached_files, number_of
-from ropeway.registry.pulling import Pulled, Verified, check_folder, fetch_package
+from ropeway.registry.publishing import attached_files, find_number
+from ropeway.registry.pulling import PullResult, VerifyResult, check_folder, fetch_package
 from ropeway.registry.rules import PackageFile
 from ropeway.registry.signing import Signer, check_policy, list_signatures, sign
+from ropeway.registry.version_manifest import Facts, VersionManifest, load_version_manifest
 from ropeway.runtime.errors import AbsentError, DataError, RegistryError
 from ropeway.runtime.manifest import canonical_json
 from ropeway.storage import Store
@@ -25,7 +25,7 @@ Decision = Literal["approve", "reject"]
 _SHOWN_FILES = 3
 # run.json holds parameters, metrics and ledger; a tokenizer's table would be a hundred thousand lines.
 COMPARED = ("run.json", "config.json", "generation_config.json")
-_MOST_BYTES = 8 << 20
+_MAX_COMPARED_BYTES = 8 << 20
 _ABSENT = "absent"
 
 
@@ -58,17 +58,17 @@ class Version:
         return f"{self.name}@v{self.number}"
 
     @cached_property
-    def core(self) -> Core:
+    def manifest(self) -> VersionManifest:
         """What determines the model; raises DataError unless it hashes to the digest and keeps every rule."""
-        return load_core(self.store, self.name, self.digest)
+        return load_version_manifest(self.store, self.name, self.digest)
 
     @cached_property
     def number(self) -> int:
         """Its place in the order of publishing; raises RegistryError when it was never published to its end."""
-        number = number_of(self._versions, self.digest)
+        number = find_number(self._versions, self.digest)
         if number is None:
             raise RegistryError(
-                f"{self.name} {self._short} was never published to its end. Publish it again, then promote it"
+                f"{self.name} {self._short_digest} was never published to its end. Publish it again, then promote it"
             )
         return number
 
@@ -100,7 +100,9 @@ class Version:
 
     @property
     def clean_commit(self) -> str | None:
-        """The commit that made it again, byte for byte, after it was published from a dirty tree; see `vouch_clean`.
+        """The commit that reproduced this version, published from a dirty tree, byte for byte; None if there is none.
+
+        `record_clean_commit` writes it.
 
         Raises:
             DataError: The note that says so is damaged.
@@ -114,7 +116,7 @@ class Version:
             raise DataError(f"{self.store.url}: {key} is not a note on a clean revision ({error})") from None
 
     @property
-    def dirt(self) -> str | None:
+    def dirty_reason(self) -> str | None:
         """Why no commit makes this version; None when one does or nothing is known of git."""
         facts: Provenance = self.record["provenance"]
         known = "git" in facts or "dirty" in facts
@@ -131,12 +133,12 @@ class Version:
             "name": self.name,
             "number": self.number,
             "digest": self.digest,
-            "bytes": self.core.total_bytes,
+            "bytes": self.manifest.total_bytes,
             "aliases": self.aliases,
             "withdrawn": self.is_withdrawn,
             "signed_by": list_signatures(self.store, self.name, self.digest),
-            "files": {file.path: {"sha256": file.sha256, "bytes": file.bytes} for file in self.core.files},
-            "facts": self.core.facts,
+            "files": {file.path: {"sha256": file.sha256, "bytes": file.bytes} for file in self.manifest.files},
+            "facts": self.manifest.facts,
             "published_at": self.record["published_at"],
             "provenance": self.record["provenance"],
             "made_again_by": self.clean_commit,
@@ -145,17 +147,17 @@ class Version:
 
     def read_file(self, path: str) -> bytes | None:
         """Return a small file of its package, else of its attachments, hashed; None when it has no such file."""
-        for file in (*self.core.files, *self.attachments):
+        for file in (*self.manifest.files, *self.attachments):
             if file.path == path:
                 return read_blob(self.store, file)
         return None
 
     def compare(self, new: "Version") -> Facts:
-        """Return how a newer version differs: `compare_cores`, and which two they are."""
+        """Return how a newer version differs: `compare_manifests`, and which two they are."""
         ends = {side: {"reference": one.reference, "digest": one.digest} for side, one in (("old", self), ("new", new))}
-        return ends | compare_cores(self.store, self.core, new.core)
+        return ends | compare_manifests(self.store, self.manifest, new.manifest)
 
-    def pull(self, target: Path) -> Pulled:
+    def pull(self, target: Path) -> PullResult:
         """Return the version's folder, `target`, every byte verified. It appears whole, or not at all.
 
         A pull that was killed leaves `.<target>.<digest>.partial` beside it; the next one continues there.
@@ -168,52 +170,52 @@ class Version:
             TemporaryError: Another process is pulling it to the same place.
             ConfigError: The disk cannot hold it.
         """
-        self._check_allowed()
-        return fetch_package(self.store, self.core, target)
+        self._check_usable()
+        return fetch_package(self.store, self.manifest, target)
 
-    def verify(self) -> Verified:
+    def verify(self) -> VerifyResult:
         """Re-hash the manifest, every blob and every attachment, read every log whole; return how much that was.
 
         Raises:
             RegistryError: It is withdrawn.
             DataError: A log is damaged; or all faults of the version, one per line.
         """
-        self._check_allowed()
+        self._check_usable()
         versions, *_ = [verify_log(self.store, log) for log in model_logs(self.store, self.name)]
         attached = [file for event in versions if event["digest"] == self.digest for file in attached_files(event)]
-        files = [*self.core.files, *attached]
+        files = [*self.manifest.files, *attached]
         if faults := [f"  {fault}" for file in files if (fault := blob_fault(self.store, file, rehash=True))]:
             raise DataError(
                 "\n".join(
                     [
-                        f"{self.store.url}: {self.reference} ({self._short}) is damaged; do not use it:",
+                        f"{self.store.url}: {self.reference} ({self._short_digest}) is damaged; do not use it:",
                         *faults,
                         "Remove the damaged blobs from the store and publish the same package again",
                     ]
                 )
             )
-        return Verified(self.name, self.digest, len(files), sum(file.bytes for file in files))
+        return VerifyResult(self.name, self.digest, len(files), sum(file.bytes for file in files))
 
-    def verify_folder(self, folder: Path) -> Verified:
+    def verify_folder(self, folder: Path) -> VerifyResult:
         """Re-hash a pulled folder against the manifest; nothing may be missing, added, changed or linked.
 
         Raises:
             RegistryError: It is withdrawn.
             DataError: The folder is not exactly this version.
         """
-        self._check_allowed()
+        self._check_usable()
         if not folder.is_dir():
             raise DataError(
                 f"{folder}: no folder there. `ropeway registry pull {self.reference} --to {folder}` makes it"
             )
-        check_folder(self.core, folder)
-        return Verified(self.name, self.digest, len(self.core.files), self.core.total_bytes)
+        check_folder(self.manifest, folder)
+        return VerifyResult(self.name, self.digest, len(self.manifest.files), self.manifest.total_bytes)
 
     def promote(
         self,
         alias: str,
         *,
-        expect: str | Anything | None,
+        expect: str | AnyDigest | None,
         by: str,
         reason: str,
         review: Event | None = None,
@@ -228,14 +230,14 @@ class Version:
                 or the alias is not where `expect` says; the message names where it is.
         """
         pointer = Alias(self.store, self.name, alias)
-        check_words("by", by)
-        check_words("reason", reason)
+        check_text("by", by)
+        check_text("reason", reason)
         self._check_promotable()
-        if alias == PRODUCTION and (dirt := self.dirt):
+        if alias == PRODUCTION and (dirty_reason := self.dirty_reason):
             raise RegistryError(
-                f"{self.name} {self._short} was made with {dirt}; what nobody can make again does not reach "
-                f"'{PRODUCTION}'. Commit what it was made with and run `ropeway run`: if the same package comes out, "
-                "it may be promoted"
+                f"{self.name} {self._short_digest} was built with {dirty_reason}; '{PRODUCTION}' accepts only versions "
+                "that a commit reproduces. Commit the changes and run `ropeway run`: if it builds the same package, "
+                "the version can be promoted"
             )
         act = {
             "digest": self.digest,
@@ -248,7 +250,7 @@ class Version:
         def plan(events: Events) -> Event | int:
             if self.is_withdrawn:
                 raise RegistryError(
-                    f"{self.name} {self._short} is withdrawn; '{alias}' was not moved. Choose another version"
+                    f"{self.name} {self._short_digest} is withdrawn; '{alias}' was not moved. Choose another version"
                 )
             return plan_promotion(events, act, expect, where=str(pointer))
 
@@ -271,13 +273,13 @@ class Version:
 
         return append_event(self.store, reviews_log(self.name), plan).event
 
-    def vouch_clean(self, commit: str) -> None:
+    def record_clean_commit(self, commit: str) -> None:
         """Note that it, published from a dirty tree, was made again, byte for byte, by a commit."""
         self.store.put_if_absent(clean_key(self.name, self.digest), canonical_json({"git": commit, "at": _now()}))
 
     def sign(self, signer: Signer) -> bool:
         """Store a signature; return False when that key had signed it before."""
-        return sign(self.store, self.core, signer)
+        return sign(self.store, self.manifest, signer)
 
     def withdraw(self, *, by: str, reason: str) -> bool:
         """Say for ever that nobody may use it; return False when it was withdrawn before.
@@ -285,50 +287,50 @@ class Version:
         Raises:
             RegistryError: The registry does not hold it, or an alias points to it.
         """
-        check_words("by", by)
-        check_words("reason", reason)
-        tombstone = event_document({"digest": self.core.digest, "by": by, "reason": reason, "at": _now()})
-        if pointing := self._pointing():
+        check_text("by", by)
+        check_text("reason", reason)
+        tombstone = event_document({"digest": self.manifest.digest, "by": by, "reason": reason, "at": _now()})
+        if pointing := self._alias_names():
             raise RegistryError(
-                f"{self.name} {self._short}: {pointing} points there; it was not withdrawn. Promote another version or "
-                "roll back first"
+                f"{self.name} {self._short_digest}: {pointing} points to it; it was not withdrawn. Promote another "
+                "version or roll back first"
             )
         created = self.store.put_if_absent(tombstone_key(self.name, self.digest), tombstone)
-        if pointing := self._pointing():  # a promoter that had looked before the tombstone stood
+        if pointing := self._alias_names():  # a promotion that checked for the tombstone before it was written
             raise RegistryError(
-                f"{self.name} {self._short} is withdrawn, and {pointing} was moved there meanwhile. Roll that back: "
-                "pulling it is refused"
+                f"{self.name} {self._short_digest} is withdrawn, but {pointing} was moved to it at the same time. Roll "
+                "the alias back: pulls of it are refused"
             )
         return created
 
     @property
-    def _short(self) -> str:
+    def _short_digest(self) -> str:
         return f"{self.digest[:12]}…"
 
     @cached_property
     def _versions(self) -> Events:
         return read_events(self.store, versions_log(self.name))
 
-    def _pointing(self) -> str:
+    def _alias_names(self) -> str:
         return ", ".join(f"{self.name}@{alias}" for alias in self.aliases)
 
-    def _check_allowed(self) -> None:
+    def _check_usable(self) -> None:
         """Raise unless it may be used: manifest's hash, rules, tombstone, signature policy."""
-        core = self.core
+        core = self.manifest
         if self.is_withdrawn:
             raise RegistryError(
-                f"{self.reference} ({self._short}) is withdrawn: {self.store.url} holds "
+                f"{self.reference} ({self._short_digest}) is withdrawn: {self.store.url} holds "
                 f"{tombstone_key(self.name, self.digest)}. Choose another version"
             )
         check_policy(self.store, core)
 
     def _check_promotable(self) -> None:
         """Raise RegistryError unless it is published and every file of it is there, by size."""
-        check_policy(self.store, self.core)
+        check_policy(self.store, self.manifest)
         label = str(self)
-        if faults := [fault for file in self.core.files if (fault := blob_fault(self.store, file, rehash=False))]:
+        if faults := [fault for file in self.manifest.files if (fault := blob_fault(self.store, file, rehash=False))]:
             raise RegistryError(
-                f"{label} {self._short} is not whole in {self.store.url}: {faults[0]}. Publish it again"
+                f"{label} {self._short_digest} is not whole in {self.store.url}: {faults[0]}. Publish it again"
             )
 
 
@@ -336,7 +338,7 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def compare_cores(store: Store, old: Core, new: Core) -> Facts:
+def compare_manifests(store: Store, old: VersionManifest, new: VersionManifest) -> Facts:
     """Return `{facts: {"run.json: params.seed": [1, 2]}, files: {path: added | removed | changed}}`."""
     before, after = _facts(store, old), _facts(store, new)
     changed = {
@@ -372,10 +374,10 @@ def flatten(tree: object, prefix: str = "") -> Facts:
     return leaves
 
 
-def _facts(store: Store, core: Core) -> Facts:
+def _facts(store: Store, core: VersionManifest) -> Facts:
     facts = flatten(dict(core.facts), "facts") if core.facts else {}
     for file in core.files:
-        if file.path in COMPARED and file.bytes <= _MOST_BYTES:
+        if file.path in COMPARED and file.bytes <= _MAX_COMPARED_BYTES:
             facts |= flatten(_read_json(store, file), f"{file.path}: ")
     return {key.replace(": .", ": "): value for key, value in facts.items()}
 

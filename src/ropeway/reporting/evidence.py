@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ropeway.registry import ANY, PRODUCTION, Anything, Registry, Version
+from ropeway.registry import ANY, PRODUCTION, AnyDigest, Registry, Version
 from ropeway.runtime.errors import RegistryError
 from ropeway.runtime.manifest import Json, json_mapping
 from ropeway.storage import MAX_DOCUMENT_BYTES
@@ -46,7 +46,7 @@ class Case:
         expect: What production was when the evidence was gathered, None if there was none.
         old: Production; None when there was none, or when it is this version.
         changes: What differs between them: `run.json: params.seed` -> [old, new].
-        dirt: Why no commit makes this version; None when one does.
+        dirty_reason: Why no commit makes this version; None when one does.
     """
 
     name: str
@@ -56,11 +56,11 @@ class Case:
     new: VersionEvidence
     old: VersionEvidence | None
     changes: Mapping[str, list[Any]]
-    dirt: str | None
+    dirty_reason: str | None
     reviews: tuple[Json, ...]
 
 
-def open_case(registry: Registry, wanted: str, *, expect: str | Anything | None = ANY) -> Case:
+def open_case(registry: Registry, wanted: str, *, expect: str | AnyDigest | None = ANY) -> Case:
     """Return everything about a version that a decision needs.
 
     `expect` is the digest that production is compared with and expected to be; default: what it is now.
@@ -71,7 +71,7 @@ def open_case(registry: Registry, wanted: str, *, expect: str | Anything | None 
     """
     version = registry.find(wanted)
     production = registry.artifact(version.name).alias(PRODUCTION)
-    known = production.digest if isinstance(expect, Anything) else expect
+    known = production.digest if isinstance(expect, AnyDigest) else expect
     champion = registry.version(f"{version.name}@{known}") if known and known != version.digest else None
     new = gather_evidence(version)
     if new.facts["withdrawn"]:
@@ -84,7 +84,7 @@ def open_case(registry: Registry, wanted: str, *, expect: str | Anything | None 
         new,
         gather_evidence(champion) if champion else None,
         champion.compare(version)["facts"] if champion else {},
-        version.dirt,
+        version.dirty_reason,
         tuple(version.reviews),
     )
 

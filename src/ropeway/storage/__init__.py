@@ -9,7 +9,14 @@ from urllib.parse import unquote, urlsplit
 
 from ropeway.runtime.errors import AbsentError, ConfigError
 from ropeway.storage.folder import FileStore
-from ropeway.storage.interface import BLOCK_BYTES, MAX_DOCUMENT_BYTES, TRANSFER_BYTES, Store, StoredObject, Stray
+from ropeway.storage.interface import (
+    BLOCK_BYTES,
+    MAX_DOCUMENT_BYTES,
+    TRANSFER_BYTES,
+    IncompleteUpload,
+    Store,
+    StoredObject,
+)
 
 __all__ = [
     "BLOCK_BYTES",
@@ -17,9 +24,9 @@ __all__ = [
     "TRANSFER_BYTES",
     "AbsentError",
     "FileStore",
+    "IncompleteUpload",
     "Store",
     "StoredObject",
-    "Stray",
     "open_store",
 ]
 

@@ -14,9 +14,9 @@ from ropeway.runtime.manifest import sync_folder
 from ropeway.storage.interface import (
     BLOCK_BYTES,
     MAX_DOCUMENT_BYTES,
+    IncompleteUpload,
     Store,
     StoredObject,
-    Stray,
     check_key,
     check_prefix,
     wrong_hash,
@@ -38,7 +38,7 @@ class FileStore(Store):
         target = self._path(key)
         if isinstance(data, Path) and not data.is_file():
             raise DataError(f"{data}: expected a file to store as {key}, found none. Make it again")
-        with self._explained(key):
+        with self._translate_errors(key):
             if target.exists():
                 sync_folder(target.parent)  # its writer may have died before doing so; ours must not outlive it
                 return False
@@ -54,7 +54,7 @@ class FileStore(Store):
 
     def get(self, key: str) -> bytes:
         """Read a document."""
-        with self.open_stream(key) as stream, self._explained(key):
+        with self.open_stream(key) as stream, self._translate_errors(key):
             data = stream.read(MAX_DOCUMENT_BYTES + 1)
         if len(data) > MAX_DOCUMENT_BYTES:
             raise DataError(f"{self.url}: {key} is larger than {MAX_DOCUMENT_BYTES:,} bytes; no document here is")
@@ -63,7 +63,7 @@ class FileStore(Store):
     def open_stream(self, key: str, *, start_byte: int = 0) -> BinaryIO:
         """Open the file."""
         path = self._path(key)
-        with self._explained(key):
+        with self._translate_errors(key):
             stream = path.open("rb")
             stream.seek(start_byte)
             return stream
@@ -71,19 +71,19 @@ class FileStore(Store):
     def exists(self, key: str) -> bool:
         """Ask the file system."""
         path = self._path(key)
-        with self._explained(key):
+        with self._translate_errors(key):
             return path.is_file()
 
     def size(self, key: str) -> int:
         """Ask the file system."""
         path = self._path(key)
-        with self._explained(key):
+        with self._translate_errors(key):
             return path.stat().st_size
 
     def list_entries(self, prefix: str) -> list[StoredObject]:
         """Walk the folder; what starts with a dot (`.partial/`) is not a key."""
         entries: list[StoredObject] = []
-        with self._explained(prefix):
+        with self._translate_errors(prefix):
             for place, folders, files in os.walk(self._folder(prefix)):
                 folders[:] = [name for name in folders if not name.startswith(".")]
                 for name in files:
@@ -94,7 +94,7 @@ class FileStore(Store):
     def list_folders(self, prefix: str) -> list[str]:
         """Read one folder."""
         folder = self._folder(prefix)
-        with self._explained(prefix):
+        with self._translate_errors(prefix):
             if not folder.is_dir():
                 return []
             return sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
@@ -102,20 +102,20 @@ class FileStore(Store):
     def delete(self, key: str) -> None:
         """Unlink; empty folders stay, since another writer may be about to use them."""
         path = self._path(key)
-        with self._explained(key):
+        with self._translate_errors(key):
             path.unlink(missing_ok=True)
 
-    def list_strays(self) -> list[Stray]:
+    def list_incomplete_uploads(self) -> list[IncompleteUpload]:
         """Look into `.partial/`."""
-        with self._explained(_PARTIAL):
+        with self._translate_errors(_PARTIAL):
             found = [_entry(path, self.root) for path in (self.root / _PARTIAL).glob("*")]
-        strays = [Stray(entry.key, entry.modified_at, entry.key) for entry in found]
-        return sorted(strays, key=lambda stray: stray.started_at)
+        uploads = [IncompleteUpload(entry.key, entry.modified_at, entry.key) for entry in found]
+        return sorted(uploads, key=lambda upload: upload.started_at)
 
-    def remove_stray(self, stray: Stray) -> None:
+    def remove_incomplete_upload(self, upload: IncompleteUpload) -> None:
         """Unlink it."""
-        with self._explained(stray.name):
-            (self.root / _PARTIAL / Path(stray.token).name).unlink(missing_ok=True)
+        with self._translate_errors(upload.name):
+            (self.root / _PARTIAL / Path(upload.token).name).unlink(missing_ok=True)
 
     def _path(self, key: str) -> Path:
         check_key(key)
@@ -145,7 +145,7 @@ class FileStore(Store):
         sync_folder(folder.parent)
 
     @contextmanager
-    def _explained(self, key: str) -> Iterator[None]:
+    def _translate_errors(self, key: str) -> Iterator[None]:
         """Translate the file system's errors into decisions."""
         try:
             yield

@@ -35,7 +35,7 @@ def resolve_commit(repo: str, revision: str, *, kind: Kind) -> str:
         return revision
     if is_offline():
         return _cached_commit(repo, revision, kind)
-    found = _ask(repo, revision, kind).sha
+    found = _request_repo_info(repo, revision, kind).sha
     if not found or not COMMIT.fullmatch(found):
         raise ConfigError(f"{_KEYS[kind]}: {repo} at '{revision}': HF_ENDPOINT answers without a commit; correct it")
     return found
@@ -51,7 +51,7 @@ def list_files(repo: str, commit: str, *, kind: Kind) -> list[str]:
     if is_offline():
         folder = _cache_folder(repo, kind) / "snapshots" / commit
         return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return sorted(one.rfilename for one in _ask(repo, commit, kind).siblings or [])
+    return sorted(one.rfilename for one in _request_repo_info(repo, commit, kind).siblings or [])
 
 
 def download_files(repo: str, commit: str, names: list[str], *, kind: Kind, revision: str) -> Path:
@@ -66,7 +66,7 @@ def download_files(repo: str, commit: str, names: list[str], *, kind: Kind, revi
     from huggingface_hub import snapshot_download
 
     exactly = [glob.escape(name) for name in names]
-    with _explained(repo, commit, kind):
+    with _translate_errors(repo, commit, kind):
         folder = Path(snapshot_download(repo, repo_type=kind, revision=commit, allow_patterns=exactly))
     if lost := [name for name in names if not (folder / name).is_file()]:
         raise _not_cached(repo, commit, kind, f"{lost[0]} ({len(lost)} of {len(names)} files)")
@@ -117,11 +117,11 @@ def is_offline() -> bool:
     return bool(constants.HF_HUB_OFFLINE)
 
 
-def _ask(repo: str, revision: str, kind: Kind) -> "DatasetInfo | ModelInfo":
+def _request_repo_info(repo: str, revision: str, kind: Kind) -> "DatasetInfo | ModelInfo":
     """Return what the Hub says of a repository at a revision: one request, not repeated."""
     from huggingface_hub import HfApi
 
-    with _explained(repo, revision, kind):
+    with _translate_errors(repo, revision, kind):
         ask = HfApi().dataset_info if kind == "dataset" else HfApi().model_info
         return ask(repo, revision=revision, timeout=_TIMEOUT_SECONDS)
 
@@ -152,7 +152,7 @@ def _not_cached(repo: str, revision: str, kind: Kind, what: str) -> ConfigError:
 
 
 @contextmanager
-def _explained(repo: str, revision: str, kind: Kind) -> Iterator[None]:
+def _translate_errors(repo: str, revision: str, kind: Kind) -> Iterator[None]:
     """Translate the Hub's answers into decisions."""
     import huggingface_hub.errors as hub
 
@@ -162,7 +162,7 @@ def _explained(repo: str, revision: str, kind: Kind) -> Iterator[None]:
     except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled):
         if is_offline():
             raise _not_cached(repo, revision, kind, "all of its files") from None
-        raise _away(where, "does not answer") from None
+        raise _unavailable_error(where, "does not answer") from None
     except hub.HfHubHTTPError as error:
         page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{repo}"
         raise _refused(where, type(error).__name__, error.response.status_code, page) from None
@@ -172,9 +172,9 @@ def _explained(repo: str, revision: str, kind: Kind) -> Iterator[None]:
         if is_disk_full(error):
             full = f"the disk of {_cache_folder(repo, kind)} is full; free space there"
             raise TemporaryError(f"{where}: {full}") from None
-        raise _away(where, f"or its cache cannot be used ({type(error).__name__})") from None
+        raise _unavailable_error(where, f"or its cache cannot be used ({type(error).__name__})") from None
     except hub.HTTPError as error:  # type: ignore[attr-defined]  # httpx's base class, under whichever name it has
-        raise _away(where, f"cannot be reached ({type(error).__name__})") from None
+        raise _unavailable_error(where, f"cannot be reached ({type(error).__name__})") from None
 
 
 # Source: huggingface_hub 2.4's errors, told apart by the Hub's header X-Error-Code; then plain HTTP.
@@ -195,10 +195,10 @@ _BY_STATUS = {
 
 def _refused(where: str, kind: str, status: int, page: str) -> ConfigError | TemporaryError:
     text = _NAMED.get(kind) or _BY_STATUS.get(status)
-    return ConfigError(f"{where}: {text.format(page=page)}") if text else _away(where, f"answers {status}")
+    return ConfigError(f"{where}: {text.format(page=page)}") if text else _unavailable_error(where, f"answers {status}")
 
 
-def _away(where: str, how: str) -> TemporaryError:
+def _unavailable_error(where: str, how: str) -> TemporaryError:
     return TemporaryError(
         f"{where}: the Hub {how}. Try again later; or pin the commit as revision and, with its files in the cache, set "
         "HF_HUB_OFFLINE=1"

@@ -28,7 +28,7 @@ class StoredObject:
 
 
 @dataclass(frozen=True, slots=True)
-class Stray:
+class IncompleteUpload:
     """What a writer that died left aside: a file in `.partial/`, or an unfinished multipart upload.
 
     The store needs `token` to remove it.
@@ -102,11 +102,11 @@ class Store(ABC):
         """Remove an object if it is there. For garbage, a publisher's own intent and hints, nothing else."""
 
     @abstractmethod
-    def list_strays(self) -> list[Stray]:
+    def list_incomplete_uploads(self) -> list[IncompleteUpload]:
         """Return what unfinished writes left aside, oldest first; a write under way is among them."""
 
     @abstractmethod
-    def remove_stray(self, stray: Stray) -> None:
+    def remove_incomplete_upload(self, upload: IncompleteUpload) -> None:
         """Remove one if it is still there."""
 
 

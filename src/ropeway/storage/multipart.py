@@ -20,16 +20,16 @@ from botocore.client import BaseClient
 from botocore.exceptions import ClientError
 
 from ropeway.runtime.errors import TemporaryError
-from ropeway.storage.conditions import LostError, conditional, wait
+from ropeway.storage.conditional_requests import PreconditionFailedError, send_conditional, sleep_with_backoff
 from ropeway.storage.interface import wrong_hash
 from ropeway.storage.s3_client import error_code
 
 PART_BYTES = 16 << 20  # x 10,000 parts, S3's limit = 156 GiB; the rules allow 64 GiB per file
 WORKERS = 4
-WRITE_MARK = "ropeway-write"  # metadata: which write made the object, so that a lost answer can be recognised
-_TRIES = 4
-_GONE = {"NoSuchUpload"}
-_AGAIN = {"ConditionalRequestConflict", "InvalidPart", "InvalidPartOrder", "OperationAborted"}
+WRITE_ID_KEY = "ropeway-write"  # metadata: which write made the object, so that a lost answer can be recognised
+_MAX_ATTEMPTS = 4
+_UPLOAD_GONE_CODES = {"NoSuchUpload"}
+_RESTART_UPLOAD_CODES = {"ConditionalRequestConflict", "InvalidPart", "InvalidPartOrder", "OperationAborted"}
 
 Part = dict[str, Any]
 
@@ -56,7 +56,7 @@ def put_file(to: Destination, file: Path, sha256: str | None, on_bytes: Callable
         TemporaryError: Others kept ending this upload.
         ClientError: What the server said otherwise; the parts that arrived stay for the next call.
     """
-    for attempt in range(_TRIES):
+    for attempt in range(_MAX_ATTEMPTS):
         upload, mark = find_upload(to)
         try:
             parts, found = _send_parts(to, upload, file, on_bytes)
@@ -64,23 +64,23 @@ def put_file(to: Destination, file: Path, sha256: str | None, on_bytes: Callable
                 _abort(to, upload)
                 raise wrong_hash(file, found, sha256)
             options = {"UploadId": upload, "MultipartUpload": {"Parts": parts}, "IfNoneMatch": "*"}
-            conditional(partial(to.client.complete_multipart_upload, **to.where, **options))
-        except LostError:
+            send_conditional(partial(to.client.complete_multipart_upload, **to.where, **options))
+        except PreconditionFailedError:
             _abort(to, upload)
             return False
         except ClientError as error:
             code = error_code(error)[0]
-            if code not in _GONE | _AGAIN:
+            if code not in _UPLOAD_GONE_CODES | _RESTART_UPLOAD_CODES:
                 raise
-            if code in _AGAIN:  # after a conflict S3 wants the whole upload anew
+            if code in _RESTART_UPLOAD_CODES:  # after a conflict S3 wants the whole upload anew
                 _abort(to, upload)
-            elif (theirs := find_mark(to)) is not None:  # completed by another publisher, or the answer got lost
+            elif (theirs := find_write_id(to)) is not None:  # completed by another publisher, or the answer got lost
                 return theirs == mark
-            wait(attempt)
+            sleep_with_backoff(attempt)
         else:
             return True
     raise TemporaryError(
-        f"s3://{to.bucket}/{to.path}: its upload was ended by others {_TRIES} times. Repeat the command"
+        f"s3://{to.bucket}/{to.path}: its upload was ended by others {_MAX_ATTEMPTS} times. Repeat the command"
     )
 
 
@@ -91,7 +91,7 @@ def find_upload(to: Destination) -> tuple[str, str | None]:
     if unfinished:
         return str(max(unfinished, key=lambda item: item["Initiated"])["UploadId"]), None
     mark = uuid.uuid4().hex
-    made = to.client.create_multipart_upload(**to.where, ChecksumAlgorithm="SHA256", Metadata={WRITE_MARK: mark})
+    made = to.client.create_multipart_upload(**to.where, ChecksumAlgorithm="SHA256", Metadata={WRITE_ID_KEY: mark})
     return str(made["UploadId"]), mark
 
 
@@ -141,7 +141,7 @@ def is_same_part(there: Part, body: bytes, sha256: str) -> bool:
     return bool(there.get("ETag", "").strip('"') == hashlib.md5(body, usedforsecurity=False).hexdigest())
 
 
-def find_mark(to: Destination) -> str | None:
+def find_write_id(to: Destination) -> str | None:
     """Return the mark of the object if there is one; an empty text when another tool wrote it."""
     try:
         head = to.client.head_object(**to.where)
@@ -149,7 +149,7 @@ def find_mark(to: Destination) -> str | None:
         if error_code(error)[1] == HTTPStatus.NOT_FOUND:
             return None
         raise
-    return str(head.get("Metadata", {}).get(WRITE_MARK, ""))
+    return str(head.get("Metadata", {}).get(WRITE_ID_KEY, ""))
 
 
 def _abort(to: Destination, upload: str) -> None:

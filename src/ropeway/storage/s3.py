@@ -16,18 +16,23 @@ from typing import Any, BinaryIO, cast
 from botocore.client import BaseClient
 
 from ropeway.runtime.errors import AbsentError, DataError
-from ropeway.storage.conditions import LostError, check_conditional_complete, check_conditional_put, conditional
+from ropeway.storage.conditional_requests import (
+    PreconditionFailedError,
+    check_conditional_complete,
+    check_conditional_put,
+    send_conditional,
+)
 from ropeway.storage.interface import (
     MAX_DOCUMENT_BYTES,
+    IncompleteUpload,
     Store,
     StoredObject,
-    Stray,
     check_key,
     check_prefix,
     wrong_hash,
 )
-from ropeway.storage.multipart import WRITE_MARK, Destination, find_mark, put_file
-from ropeway.storage.s3_client import explained, make_client, split_url
+from ropeway.storage.multipart import WRITE_ID_KEY, Destination, find_write_id, put_file
+from ropeway.storage.s3_client import make_client, split_url, translate_errors
 from ropeway.storage.s3_stream import open_object, read_whole
 
 ONE_PUT_BYTES = 16 << 20
@@ -63,7 +68,7 @@ class S3Store(Store):
         digest = hashlib.sha256(body)
         if sha256 is not None and digest.hexdigest() != sha256:
             raise wrong_hash(data if isinstance(data, Path) else key, digest.hexdigest(), sha256)
-        with self._explained(key):
+        with self._translate_errors(key):
             self._probe("put")
             created = self._put_small(key, body, digest.digest())
         self.on_bytes(len(body))
@@ -71,8 +76,8 @@ class S3Store(Store):
 
     def get(self, key: str) -> bytes:
         """Read a document, again from the start if the connection breaks."""
-        with self._explained(key):
-            data = read_whole(self.client, self._bucket, self._path(key), most_bytes=MAX_DOCUMENT_BYTES)
+        with self._translate_errors(key):
+            data = read_whole(self.client, self._bucket, self._path(key), max_bytes=MAX_DOCUMENT_BYTES)
         if data is None:
             raise DataError(f"{self.url}: {key} is larger than {MAX_DOCUMENT_BYTES:,} bytes; no document here is")
         return data
@@ -84,7 +89,7 @@ class S3Store(Store):
 
     def open_stream(self, key: str, *, start_byte: int = 0) -> BinaryIO:
         """Open a stream that reads ahead in parallel ranges, each repeated when its connection breaks."""
-        with self._explained(key):
+        with self._translate_errors(key):
             return cast("BinaryIO", open_object(self.client, self._bucket, self._path(key), start_byte, self.url))
 
     def exists(self, key: str) -> bool:
@@ -97,7 +102,7 @@ class S3Store(Store):
 
     def size(self, key: str) -> int:
         """Ask for the object's head."""
-        with self._explained(key):
+        with self._translate_errors(key):
             return int(self.client.head_object(Bucket=self._bucket, Key=self._path(key))["ContentLength"])
 
     def list_entries(self, prefix: str) -> list[StoredObject]:
@@ -112,7 +117,7 @@ class S3Store(Store):
     def first_key(self, prefix: str) -> str | None:
         """Ask for a listing of one."""
         check_prefix(prefix)
-        with self._explained(prefix):
+        with self._translate_errors(prefix):
             answer = self.client.list_objects_v2(Bucket=self._bucket, Prefix=self._root + prefix, MaxKeys=1)
         keys = (self._key(item["Key"]) for item in answer.get("Contents", []))
         return next((key for key in keys if _is_key(key)), None)
@@ -126,47 +131,47 @@ class S3Store(Store):
     def delete(self, key: str) -> None:
         """Delete the object; S3 does not say whether there was one."""
         path = self._path(key)
-        with self._explained(key):
+        with self._translate_errors(key):
             self.client.delete_object(Bucket=self._bucket, Key=path)
 
-    def list_strays(self) -> list[Stray]:
+    def list_incomplete_uploads(self) -> list[IncompleteUpload]:
         """List unfinished multipart uploads below the prefix: they are invisible elsewhere, and billed."""
         found = [
-            Stray(self._key(item["Key"]), item["Initiated"], item["UploadId"])
+            IncompleteUpload(self._key(item["Key"]), item["Initiated"], item["UploadId"])
             for page in self._pages("list_multipart_uploads", "")
             for item in page.get("Uploads", [])
         ]
-        return sorted(found, key=lambda stray: stray.started_at)
+        return sorted(found, key=lambda upload: upload.started_at)
 
-    def remove_stray(self, stray: Stray) -> None:
+    def remove_incomplete_upload(self, upload: IncompleteUpload) -> None:
         """Abort the upload; one that ended meanwhile is no matter."""
         try:
-            with self._explained(stray.name):
-                path = self._root + stray.name
-                self.client.abort_multipart_upload(Bucket=self._bucket, Key=path, UploadId=stray.token)
+            with self._translate_errors(upload.name):
+                path = self._root + upload.name
+                self.client.abort_multipart_upload(Bucket=self._bucket, Key=path, UploadId=upload.token)
         except AbsentError:
             return
 
     def _put_small(self, key: str, body: bytes, digest: bytes) -> bool:
         path, mark = self._path(key), uuid.uuid4().hex
         try:
-            conditional(
+            send_conditional(
                 lambda: self.client.put_object(
                     Bucket=self._bucket,
                     Key=path,
                     Body=body,
                     ChecksumSHA256=base64.b64encode(digest).decode(),
                     IfNoneMatch="*",
-                    Metadata={WRITE_MARK: mark},
+                    Metadata={WRITE_ID_KEY: mark},
                 )
             )
-        except LostError as lost:
+        except PreconditionFailedError as lost:
             # An answer of ours may have got lost and its repetition have met our own object.
-            return lost.repeated and find_mark(Destination(self.client, self._bucket, path)) == mark
+            return lost.repeated and find_write_id(Destination(self.client, self._bucket, path)) == mark
         return True
 
     def _put_large(self, key: str, file: Path, sha256: str | None) -> bool:
-        with self._explained(key):
+        with self._translate_errors(key):
             self._probe("put")
             self._probe("complete")
             return put_file(Destination(self.client, *self._place(key)), file, sha256, self.on_bytes)
@@ -180,7 +185,7 @@ class S3Store(Store):
 
     def _pages(self, operation: str, prefix: str, **options: str) -> Iterator[dict[str, Any]]:
         check_prefix(prefix)
-        with self._explained(prefix or "keys"):
+        with self._translate_errors(prefix or "keys"):
             pages = self.client.get_paginator(operation)
             yield from pages.paginate(Bucket=self._bucket, Prefix=self._root + prefix, **options)
 
@@ -195,9 +200,9 @@ class S3Store(Store):
         return path.removeprefix(self._root)
 
     @contextmanager
-    def _explained(self, key: str) -> Iterator[None]:
+    def _translate_errors(self, key: str) -> Iterator[None]:
         try:
-            with explained(f"{self.url}: {key}"):
+            with translate_errors(f"{self.url}: {key}"):
                 yield
         except AbsentError:
             raise AbsentError(f"{self.url}: holds no {key}") from None

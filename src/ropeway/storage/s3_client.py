@@ -31,13 +31,19 @@ MAX_CONNECTIONS = 16  # boto's pool; more threads than that would wait for one a
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _CODE = re.compile(r"[A-Za-z0-9.]{1,60}")
 # Source: Amazon S3 API reference, "List of error codes"; what a later try can fix.
-_TEMPORARY = {
+_RETRYABLE_CODES = {
     "SlowDown", "Throttling", "ThrottlingException", "RequestTimeout", "RequestTimeoutException", "InternalError",
     "ServiceUnavailable", "RequestLimitExceeded", "BandwidthLimitExceeded", "ConditionalRequestConflict",
     "OperationAborted", "BadDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch", "IncompleteBody",
 }  # fmt: skip
-_CLOCK = {"RequestTimeTooSkewed", "RequestExpired"}
-_WHO = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "TokenRefreshRequired"}
+_CLOCK_SKEW_CODES = {"RequestTimeTooSkewed", "RequestExpired"}
+_CREDENTIAL_CODES = {
+    "InvalidAccessKeyId",
+    "SignatureDoesNotMatch",
+    "ExpiredToken",
+    "InvalidToken",
+    "TokenRefreshRequired",
+}
 
 
 class S3Location(NamedTuple):
@@ -97,7 +103,7 @@ def make_client() -> "BaseClient":
 
 
 @contextmanager
-def explained(what: str) -> Iterator[None]:
+def translate_errors(what: str) -> Iterator[None]:
     """Translate what boto raises about an object, e.g. `s3://bucket/prefix: key`, into decisions.
 
     No word of the server's or of a request gets into a message.
@@ -125,15 +131,15 @@ def translate(error: Exception, what: str) -> RopewayError:  # noqa: PLR0911 - o
     """Return the error of ours that a server's answer means."""
     code, status = error_code(error)
     said = f"{what}: the server says {status} {code}"
-    if code in _CLOCK:
+    if code in _CLOCK_SKEW_CODES:
         return ConfigError(f"{said}: this machine's clock and the server's differ by too much. Set the clock right")
-    if code in _TEMPORARY or status == HTTPStatus.TOO_MANY_REQUESTS or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+    if code in _RETRYABLE_CODES or status == HTTPStatus.TOO_MANY_REQUESTS or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         return TemporaryError(f"{said}, also when asked again. Repeat the command later; it resumes")
     if code == "NoSuchBucket":
         return ConfigError(f"{said}. Create the bucket, or correct the URL or AWS_ENDPOINT_URL_S3")
     if status == HTTPStatus.NOT_FOUND:
         return AbsentError(f"{what}: nothing is there (404)")
-    if code in _WHO or status == HTTPStatus.UNAUTHORIZED:
+    if code in _CREDENTIAL_CODES or status == HTTPStatus.UNAUTHORIZED:
         return ConfigError(
             f"{said}: these credentials are not accepted. Correct AWS_PROFILE or AWS_ACCESS_KEY_ID and its secret"
         )

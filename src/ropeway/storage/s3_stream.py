@@ -11,20 +11,20 @@ from botocore.exceptions import BotoCoreError, ClientError
 from urllib3.exceptions import HTTPError
 
 from ropeway.runtime.errors import TemporaryError
-from ropeway.storage.conditions import wait
-from ropeway.storage.s3_client import error_code, explained
+from ropeway.storage.conditional_requests import sleep_with_backoff
+from ropeway.storage.s3_client import error_code, translate_errors
 
 RANGE_BYTES = 16 << 20
 WORKERS = 4  # one range more is waiting: 80 MiB ahead at most
 _PIECE_BYTES, _SMALL_PIECE_BYTES = 256 << 10, 64 << 10  # a read that breaks loses what it had: small ones after a break
-BROKEN_TRIES = 5  # of one range without a single byte more
+MAX_FAILED_READS = 5  # of one range without a single byte more
 
 
-def read_whole(client: BaseClient, bucket: str, path: str, *, most_bytes: int) -> bytes | None:
-    """Return an object's bytes, or None when there are more than `most_bytes`."""
+def read_whole(client: BaseClient, bucket: str, path: str, *, max_bytes: int) -> bytes | None:
+    """Return an object's bytes, or None when there are more than `max_bytes`."""
     answer = client.get_object(Bucket=bucket, Key=path)
     size = int(answer["ContentLength"])
-    if size > most_bytes:
+    if size > max_bytes:
         answer["Body"].close()
         return None
     return b"".join(_read_range(client, bucket, path, range(size), answer))
@@ -85,7 +85,7 @@ class S3Stream(io.RawIOBase):
             span = range(start, min(start + RANGE_BYTES, self._stop))
             self._pending.append(self._pool.submit(_read_range, *self._object, span))
         if not self._pieces and self._pending:
-            with explained(f"{self._url}: {self._object[2]}"):
+            with translate_errors(f"{self._url}: {self._object[2]}"):
                 self._pieces.extend(self._pending.popleft().result())
 
 
@@ -108,16 +108,16 @@ def _read_range(
                 filled += len(block)
         except ClientError as error:
             past_end = error_code(error)[1] == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE
-            if not past_end or failures == BROKEN_TRIES:
+            if not past_end or failures == MAX_FAILED_READS:
                 raise
         except (BotoCoreError, HTTPError, OSError) as error:
             kind = type(error).__name__
         answer, size, failures = None, _SMALL_PIECE_BYTES, 0 if filled > before else failures + 1
-        if failures >= BROKEN_TRIES:
+        if failures >= MAX_FAILED_READS:
             raise TemporaryError(
                 f"s3://{bucket}/{path}: the connection broke {failures} times at byte {span.start + filled:,} "
                 f"({kind}). Repeat the command; it resumes"
             )
         if filled < len(span):
-            wait(failures)
+            sleep_with_backoff(failures)
     return pieces

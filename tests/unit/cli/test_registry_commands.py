@@ -124,7 +124,7 @@ def test_withdraw_diff_and_gc_from_the_command_line(world):
     store, digests = world
     assert "is withdrawn" in ask("withdraw", "tiny@v2", "--reason", "leaks", "--by", "ana")
     assert not ask_json("withdraw", "tiny@v2", "--reason", "leaks", "--by", "ana")["created"]
-    with pytest.raises(RegistryError, match="tiny@candidate points there"):
+    with pytest.raises(RegistryError, match=r"tiny@candidate.*not withdrawn"):
         ask("withdraw", "tiny@v1", "--reason", "leaks")
     found = ask_json("diff", "tiny@v1", "tiny@v2")
     assert found["facts"] == {"facts.steps": [0, 1]}

@@ -4,8 +4,8 @@ import pytest
 
 from ropeway.registry import ANY, Registry
 from ropeway.registry.aliases import plan_promotion, plan_rollback
-from ropeway.registry.core import load_core, package_digest
 from ropeway.registry.layout import blob_key, manifest_key, tombstone_key
+from ropeway.registry.version_manifest import load_version_manifest, package_digest
 from ropeway.runtime.errors import DataError, RegistryError
 from ropeway.runtime.manifest import canonical_json
 from tests.support.registry_world import flip, is_untouched, make_package, move, put, tiny
@@ -129,7 +129,7 @@ def test_a_file_changed_after_the_manifest_stops_the_publish_before_it_writes(st
 
 def test_a_rotten_blob_or_manifest_already_in_the_store_stops_the_publish(store, package):
     digest = put(store, package).digest
-    for key in (manifest_key("tiny", digest), blob_key(load_core(store, "tiny", digest).files[0].sha256)):
+    for key in (manifest_key("tiny", digest), blob_key(load_version_manifest(store, "tiny", digest).files[0].sha256)):
         flip(store, key)
         with pytest.raises(DataError, match="hashes to"):
             put(store, package)
@@ -193,7 +193,7 @@ def test_a_version_without_number_or_with_a_lost_blob_cannot_be_promoted(store, 
     store.delete("models/tiny/versions/00000003.json")
     with pytest.raises(RegistryError, match="never published to its end"):
         move(store, three[2])
-    key = blob_key(next(f.sha256 for f in load_core(store, "tiny", three[0]).files if "model" in f.path))
+    key = blob_key(next(f.sha256 for f in load_version_manifest(store, "tiny", three[0]).files if "model" in f.path))
     truncated = store.get(key)[:-1]
     store.delete(key)
     with pytest.raises(RegistryError, match=r"not whole.*model.safetensors .* is missing"):

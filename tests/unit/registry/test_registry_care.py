@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from ropeway.registry import Registry, collecting
-from ropeway.registry.core import load_core
+from ropeway.registry import Registry, garbage_collection
 from ropeway.registry.layout import blob_key, intent_key, manifest_key, signature_key, tombstone_key, versions_log
 from ropeway.registry.signing import list_signatures, load_signer, make_keys
+from ropeway.registry.version_manifest import load_version_manifest
 from ropeway.runtime.errors import ConfigError, DataError, RegistryError, TemporaryError
 from ropeway.runtime.manifest import canonical_json, write_manifest
 from ropeway.storage import FileStore, Store
@@ -25,7 +25,9 @@ def two(fill) -> list[str]:
 
 
 def weights_of(store: Store, digest: str) -> str:
-    return blob_key(next(file.sha256 for file in load_core(store, "tiny", digest).files if "model" in file.path))
+    return blob_key(
+        next(file.sha256 for file in load_version_manifest(store, "tiny", digest).files if "model" in file.path)
+    )
 
 
 # Withdraw
@@ -48,7 +50,7 @@ def test_a_withdrawn_version_is_refused_everywhere_and_says_who_and_why(store, t
 
 def test_what_an_alias_points_to_is_not_withdrawn(store, two):
     move(store, two[0])
-    with pytest.raises(RegistryError, match="tiny@candidate points there; it was not withdrawn"):
+    with pytest.raises(RegistryError, match=r"tiny@candidate.*not withdrawn"):
         tiny(store).version(two[0]).withdraw(by="ana", reason="leaks")
     assert not store.exists(tombstone_key("tiny", two[0]))
     move(store, two[1])
@@ -64,7 +66,7 @@ def test_a_promotion_that_slips_in_while_withdrawing_is_named(store, two, monkey
         return put_if_absent(key, data, sha256=sha256)
 
     monkeypatch.setattr(store, "put_if_absent", overtaken)
-    with pytest.raises(RegistryError, match=r"is withdrawn, and tiny@candidate was moved there meanwhile"):
+    with pytest.raises(RegistryError, match="is withdrawn, but tiny@candidate"):
         tiny(store).version(two[0]).withdraw(by="ana", reason="leaks")
 
 
@@ -82,7 +84,7 @@ def test_what_versions_need_is_never_collected(store, two):
     tiny(store).version(two[0]).withdraw(by="ana", reason="leaks")
     before = store.list_keys("")
     found = Registry(store).collect(grace=NOW, withdrawn=False)
-    assert (found.entries, found.strays, found.young) == ((), (), 0)
+    assert (found.entries, found.incomplete_uploads, found.young) == ((), (), 0)
     assert store.list_keys("") == before
 
 
@@ -124,14 +126,14 @@ def test_a_publish_under_way_keeps_what_it_counts_on_until_it_must_have_died(sto
     intent = {"name": "tiny", "digest": "d" * 64, "blobs": [orphan], "at": "now"}
     store.put_if_absent(intent_key("1" * 32), canonical_json(intent))
     assert Registry(store).collect(grace=NOW, withdrawn=False).entries == ()
-    monkeypatch.setattr(collecting, "INTENT_TTL", NOW)
+    monkeypatch.setattr(garbage_collection, "INTENT_TTL", NOW)
     dead = Registry(store).collect(grace=NOW, withdrawn=False)
     assert {entry.key for entry in dead.entries} == {orphan, intent_key("1" * 32)}
 
 
 def test_a_publisher_steps_back_while_garbage_is_collected_and_the_next_try_works(store, two, tmp_path, monkeypatch):
     package = make_package(tmp_path / "new", b"new")
-    real = collecting.find_garbage
+    real = garbage_collection.find_garbage
 
     def meanwhile(*arguments, **options):
         with pytest.raises(TemporaryError, match=r"garbage is being collected since .*Repeat the command"):
@@ -139,7 +141,7 @@ def test_a_publisher_steps_back_while_garbage_is_collected_and_the_next_try_work
         assert store.list_keys("intents/") == []
         return real(*arguments, **options)
 
-    monkeypatch.setattr(collecting, "find_garbage", meanwhile)
+    monkeypatch.setattr(garbage_collection, "find_garbage", meanwhile)
     Registry(store).collect(grace=NOW, withdrawn=False)
     assert put(store, package).number == len(two) + 1
 
@@ -149,7 +151,7 @@ def test_a_collector_that_died_does_not_stop_publishing_for_ever(store, two, tmp
     monkeypatch.setattr("ropeway.registry.publishing.COLLECTION_TTL", NOW)
     assert put(store, make_package(tmp_path / "new", b"new")).number == len(two) + 1
     assert Registry(store).collect(grace=NOW, withdrawn=False).entries == ()
-    monkeypatch.setattr(collecting, "COLLECTION_TTL", NOW)
+    monkeypatch.setattr(garbage_collection, "COLLECTION_TTL", NOW)
     assert "collections/" + "1" * 32 + ".json" in [
         entry.key for entry in Registry(store).collect(grace=NOW, withdrawn=False).entries
     ]
@@ -174,9 +176,9 @@ def test_strays_of_dead_writers_are_collected(store, two):
         (store.root / ".partial" / "dead").touch()
     else:
         store.client.create_multipart_upload(Bucket=store._bucket, Key=store._path("blobs/sha256/aa/dead"))
-    assert len(Registry(store).find_garbage(grace=LATER, withdrawn=False).strays) == 0
-    assert len(Registry(store).collect(grace=NOW, withdrawn=False).strays) == 1
-    assert store.list_strays() == []
+    assert len(Registry(store).find_garbage(grace=LATER, withdrawn=False).incomplete_uploads) == 0
+    assert len(Registry(store).collect(grace=NOW, withdrawn=False).incomplete_uploads) == 1
+    assert store.list_incomplete_uploads() == []
     assert Registry(store).version(f"tiny@v{len(two)}").verify().files == 4
 
 
@@ -220,12 +222,12 @@ def test_the_policy_refuses_what_is_unsigned_signed_by_others_or_tampered_with(s
         assert not (tmp_path / "x").exists()
 
     refused("no signature of a trusted key")
-    core, signer = load_core(store, "tiny", two[0]), load_signer()
+    core, signer = load_version_manifest(store, "tiny", two[0]), load_signer()
     good, key = signer.sign(core), signature_key("tiny", two[0], signer.keyid)
     stranger = signature_key("tiny", two[0], "0" * 16)
     store.put_if_absent(stranger, good)
     refused("no signature of a trusted key")
-    other = signer.sign(load_core(store, "tiny", two[1]))
+    other = signer.sign(load_version_manifest(store, "tiny", two[1]))
     for bad in (other, good[:-1], b"", b"x" * 64, good + b"x"):
         replace(store, key, bad)
         refused("is not that key's signature")
@@ -236,7 +238,7 @@ def test_the_policy_refuses_what_is_unsigned_signed_by_others_or_tampered_with(s
 def test_keys_are_changed_by_signing_again_and_taking_the_old_one_out(store, two, keys, monkeypatch):
     from ropeway.registry.signing import sign
 
-    core = load_core(store, "tiny", two[0])
+    core = load_version_manifest(store, "tiny", two[0])
     assert sign(store, core, load_signer())
     assert not sign(store, core, load_signer())
     monkeypatch.setenv("ROPEWAY_TRUSTED_KEYS", str(keys / "trusted"))
@@ -314,7 +316,11 @@ def test_two_versions_are_compared_by_their_facts_and_files(store, tmp_path):
     )
     flip(
         store,
-        blob_key(next(f.sha256 for f in load_core(store, "tiny", found["old"]["digest"]).files if "run" in f.path)),
+        blob_key(
+            next(
+                f.sha256 for f in load_version_manifest(store, "tiny", found["old"]["digest"]).files if "run" in f.path
+            )
+        ),
     )
     with pytest.raises(DataError, match=r"run\.json"):
         Registry(store).version("tiny@v1").compare(Registry(store).version("tiny@v2"))

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from ropeway.registry import Registry
-from ropeway.registry.core import load_core
 from ropeway.registry.layout import blob_key, manifest_key, tombstone_key
+from ropeway.registry.version_manifest import load_version_manifest
 from ropeway.runtime.errors import ConfigError, DataError, RegistryError, TemporaryError
 from ropeway.runtime.manifest import load_manifest
 from tests.support.registry_world import flip, move, nothing_left, replace, tiny
@@ -61,7 +61,7 @@ def test_a_withdrawn_version_is_neither_pulled_nor_verified(store, digest, targe
 
 
 def test_every_flipped_byte_of_a_blob_is_found_by_verify_and_pull_and_nothing_is_left(store, digest, target):
-    for file in load_core(store, "tiny", digest).files:
+    for file in load_version_manifest(store, "tiny", digest).files:
         flip(store, blob_key(file.sha256))
         with pytest.raises(DataError, match=f"blob of {file.path} hashes to"):
             Registry(store).version("tiny@v1").verify()
@@ -73,7 +73,9 @@ def test_every_flipped_byte_of_a_blob_is_found_by_verify_and_pull_and_nothing_is
 
 
 def test_a_truncated_a_longer_and_a_missing_blob_are_found(store, digest, target):
-    key = blob_key(next(f.sha256 for f in load_core(store, "tiny", digest).files if f.path == "model.safetensors"))
+    key = blob_key(
+        next(f.sha256 for f in load_version_manifest(store, "tiny", digest).files if f.path == "model.safetensors")
+    )
     whole = store.get(key)
     for damage in (whole[:-1], whole[1:], b"", None):
         store.delete(key)

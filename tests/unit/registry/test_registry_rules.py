@@ -8,11 +8,10 @@ from contextlib import suppress
 
 import pytest
 
-from ropeway.registry import Registry, rules
-from ropeway.registry import core as core_module
-from ropeway.registry.core import Core, load_core
+from ropeway.registry import Registry, rules, version_manifest
 from ropeway.registry.layout import blob_key, manifest_key, versions_log
 from ropeway.registry.rules import PackageFile
+from ropeway.registry.version_manifest import VersionManifest, load_version_manifest
 from ropeway.runtime.errors import DataError, RopewayError
 from ropeway.runtime.manifest import canonical_json, write_manifest
 from ropeway.storage import Store, open_store
@@ -115,7 +114,7 @@ def test_a_manifest_of_another_form_is_refused_though_its_hash_is_right(store, d
 
 
 def test_a_manifest_of_another_model_is_refused(store, digest, target):
-    core = dataclasses.replace(load_core(store, "tiny", digest), name="other")
+    core = dataclasses.replace(load_version_manifest(store, "tiny", digest), name="other")
     with pytest.raises(DataError, match="a version of 'other', not of tiny"):
         Registry(store).version(plant_document(store, core.document)).pull(target)
 
@@ -237,14 +236,14 @@ def test_a_package_whose_manifest_is_none_is_refused(store, package, manifest):
 
 
 def test_facts_too_long_to_be_read_again_are_refused(store, package, monkeypatch):
-    monkeypatch.setattr(core_module, "MAX_DOCUMENT_BYTES", 100)
+    monkeypatch.setattr(version_manifest, "MAX_DOCUMENT_BYTES", 100)
     with pytest.raises(DataError, match="100 fit"):
         put(store, package)
 
 
 def plant(store: Store, files: list[PackageFile]) -> str:
     """Publish a core as a hostile registry would, and return a reference to it."""
-    return plant_document(store, Core("tiny", tuple(files), {}).document)
+    return plant_document(store, VersionManifest("tiny", tuple(files), {}).document)
 
 
 def plant_document(store: Store, document: bytes) -> str:

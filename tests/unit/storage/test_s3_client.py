@@ -2,7 +2,7 @@ import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError, SSLError
 
 from ropeway.runtime.errors import AbsentError, ConfigError, TemporaryError
-from ropeway.storage.s3_client import S3Location, explained, make_client, split_url
+from ropeway.storage.s3_client import S3Location, make_client, split_url, translate_errors
 from tests.support.s3_server import SECRET
 
 
@@ -107,7 +107,7 @@ def test_a_profile_that_does_not_exist_and_a_number_that_is_none_are_named(envir
 )
 def test_a_servers_answer_becomes_a_decision_without_its_words(status, code, error, words):
     response = {"Error": {"Code": code, "Message": SECRET}, "ResponseMetadata": {"HTTPStatusCode": status}}
-    with pytest.raises(error, match=words) as caught, explained("s3://bucket/x: key"):
+    with pytest.raises(error, match=words) as caught, translate_errors("s3://bucket/x: key"):
         raise ClientError(response, "PutObject")
     assert str(caught.value).startswith("s3://bucket/x: key: ")
     assert SECRET not in str(caught.value)
@@ -124,23 +124,23 @@ def test_a_servers_answer_becomes_a_decision_without_its_words(status, code, err
     ],
 )
 def test_a_failed_connection_becomes_a_decision(raised, error, words):
-    with pytest.raises(error, match=words) as caught, explained("s3://bucket/x"):
+    with pytest.raises(error, match=words) as caught, translate_errors("s3://bucket/x"):
         raise raised
     assert SECRET not in str(caught.value)
 
 
 def test_a_real_server_is_written_to_and_read(s3_url):
     client, place = make_client(), split_url(s3_url)
-    with explained(s3_url):
+    with translate_errors(s3_url):
         client.put_object(Bucket=place.bucket, Key=f"{place.prefix}/a", Body=b"abc")
         assert client.get_object(Bucket=place.bucket, Key=f"{place.prefix}/a")["Body"].read() == b"abc"
-    with pytest.raises(AbsentError), explained(s3_url):
+    with pytest.raises(AbsentError), translate_errors(s3_url):
         client.get_object(Bucket=place.bucket, Key=f"{place.prefix}/b")
 
 
 def test_a_wrong_secret_is_said_so_and_not_repeated(s3_url, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another-secret")
     client, place = make_client(), split_url(s3_url)
-    with pytest.raises(ConfigError, match="not accepted") as caught, explained(s3_url):
+    with pytest.raises(ConfigError, match="not accepted") as caught, translate_errors(s3_url):
         client.put_object(Bucket=place.bucket, Key="a", Body=b"abc")
     assert "another-secret" not in str(caught.value)

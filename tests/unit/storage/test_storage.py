@@ -29,7 +29,7 @@ def test_what_is_put_can_be_got_streamed_sized_and_listed(store, tmp_path):
     assert store.list_folders("a/") == ["b"]
     assert store.list_folders("") == ["a"]
     assert store.list_keys("nothing/") == store.list_folders("nothing/") == []
-    assert store.list_strays() == []
+    assert store.list_incomplete_uploads() == []
 
 
 def test_a_listing_shows_sizes_and_when(store):
@@ -66,7 +66,7 @@ def test_of_many_racing_writers_exactly_one_wins_each_key(store):
         winners = [writer for writer in range(8) if won[writer][n]]
         assert len(winners) == 1
         assert store.get(f"log/{n}") == str(winners[0]).encode()
-    assert store.list_strays() == []
+    assert store.list_incomplete_uploads() == []
 
 
 def test_bytes_that_hash_to_something_else_never_become_visible(store, tmp_path):
@@ -75,7 +75,7 @@ def test_bytes_that_hash_to_something_else_never_become_visible(store, tmp_path)
         with pytest.raises(DataError, match="expected 000000000000"):
             store.put_if_absent("key", data, sha256="0" * 64)
     assert not store.exists("key")
-    assert store.list_strays() == []
+    assert store.list_incomplete_uploads() == []
 
 
 def test_absent_keys_are_told_from_other_failures(store):

@@ -69,9 +69,9 @@ def test_opening_a_store_creates_nothing_and_urls_are_unquoted(tmp_path):
 def test_what_a_dead_writer_left_aside_is_listed_and_can_be_removed(folder):
     folder.put_if_absent("key", b"")
     (folder.root / ".partial" / "dead").write_bytes(b"half")
-    (stray,) = folder.list_strays()
+    (stray,) = folder.list_incomplete_uploads()
     assert stray.name == ".partial/dead"
-    folder.remove_stray(stray)
-    folder.remove_stray(stray)
-    assert folder.list_strays() == []
+    folder.remove_incomplete_upload(stray)
+    folder.remove_incomplete_upload(stray)
+    assert folder.list_incomplete_uploads() == []
     assert folder.get("key") == b""

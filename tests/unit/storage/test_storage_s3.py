@@ -70,7 +70,7 @@ def test_a_large_file_goes_up_in_parts_and_comes_back_equal(s3_url, large, monke
     with store.open_stream("blob", start_byte=3 * PART + 7) as stream:
         assert stream.read() == large.read_bytes()[3 * PART + 7 :]
     assert not store.put_if_absent("blob", large)
-    assert store.list_strays() == []
+    assert store.list_incomplete_uploads() == []
 
 
 @pytest.mark.usefixtures("small_parts")
@@ -84,7 +84,7 @@ def test_only_missing_parts_are_sent_after_a_death(s3_url, large, monkeypatch):
         store.client.upload_part(**to.where, UploadId=upload, PartNumber=number, Body=body, ChecksumAlgorithm="SHA256")
     other = b"x" * PART  # of another file
     store.client.upload_part(**to.where, UploadId=upload, PartNumber=2, Body=other, ChecksumAlgorithm="SHA256")
-    assert [stray.name for stray in store.list_strays()] == ["blob"]
+    assert [stray.name for stray in store.list_incomplete_uploads()] == ["blob"]
     store.put_if_absent("small", b"")  # the probe is behind us
     sent = count_calls(store, monkeypatch, "upload_part")
     store._probed.add("complete")
@@ -92,7 +92,7 @@ def test_only_missing_parts_are_sent_after_a_death(s3_url, large, monkeypatch):
     assert sorted(part["PartNumber"] for part in sent) == [2, 4, 5]
     with store.open_stream("blob") as stream:
         assert stream.read() == data
-    assert store.list_strays() == []
+    assert store.list_incomplete_uploads() == []
 
 
 @pytest.mark.usefixtures("small_parts")
@@ -101,7 +101,7 @@ def test_a_large_file_that_changed_never_becomes_visible_and_its_upload_is_abort
     with pytest.raises(DataError, match="expected 000000000000"):
         store.put_if_absent("blob", large, sha256="0" * 64)
     assert not store.exists("blob")
-    assert store.list_strays() == []
+    assert store.list_incomplete_uploads() == []
 
 
 @pytest.mark.usefixtures("small_parts")
@@ -111,7 +111,7 @@ def test_a_completed_object_wins_over_a_second_upload(s3_url, large, monkeypatch
     assert other.put_if_absent("blob", b"theirs")
     assert not store.put_if_absent("blob", large)
     assert store.get("blob") == b"theirs"
-    assert store.list_strays() == []
+    assert store.list_incomplete_uploads() == []
 
 
 @pytest.mark.usefixtures("small_parts")
@@ -265,7 +265,7 @@ def test_an_answer_to_complete_that_got_lost_is_no_failure(proxied, large):
     store.put_if_absent("blob", large, sha256=sha256_of(large))
     with store.open_stream("blob") as stream:
         assert stream.read() == large.read_bytes()
-    assert store.list_strays() == []
+    assert store.list_incomplete_uploads() == []
 
 
 @pytest.mark.usefixtures("small_parts")

@@ -8,7 +8,7 @@ from typing import IO
 from ropeway.runtime.errors import ConfigError, TemporaryError
 from ropeway.stages.fetch.patterns import MAGIC, is_glob, match_names
 from ropeway.stages.fetch.remote import Remote
-from ropeway.storage.s3_client import error_code, explained, make_client, split_url
+from ropeway.storage.s3_client import error_code, make_client, split_url, translate_errors
 
 
 def look_up(address: str) -> list[Remote]:
@@ -35,7 +35,7 @@ class _Bucket:
 
     def list_keys(self, pattern: str) -> list[str]:
         fixed = pattern[: min(pattern.index(sign) for sign in MAGIC if sign in pattern)]
-        with explained(f"sources: s3://{self._name}/{pattern}"):
+        with translate_errors(f"sources: s3://{self._name}/{pattern}"):
             pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._name, Prefix=fixed)
             keys = [one["Key"] for page in pages for one in page.get("Contents", []) if not one["Key"].endswith("/")]
         return sorted(match_names([pattern], keys)[pattern])
@@ -44,7 +44,7 @@ class _Bucket:
         from botocore.exceptions import ClientError
 
         name = f"s3://{self._name}/{key}"
-        with explained(f"sources: {name}"):
+        with translate_errors(f"sources: {name}"):
             try:
                 head = self._client.head_object(Bucket=self._name, Key=key)
             except ClientError as error:
@@ -56,7 +56,7 @@ class _Bucket:
         @contextmanager
         def open_from(start: int) -> Iterator[tuple[IO[bytes], int]]:
             ranged = {"Range": f"bytes={start}-"} if start else {}
-            with explained(f"sources: {name}"):
+            with translate_errors(f"sources: {name}"):
                 try:
                     answer = self._client.get_object(Bucket=self._name, Key=key, IfMatch=etag, **ranged)
                 except ClientError as error:

@@ -13,7 +13,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from ropeway.registry.core import load_core
 from ropeway.registry.layout import (
     COLLECTIONS,
     INTENTS,
@@ -27,13 +26,14 @@ from ropeway.registry.layout import (
 )
 from ropeway.registry.log import find_head, verify_log
 from ropeway.registry.publishing import COLLECTION_TTL, attached_files
+from ropeway.registry.version_manifest import load_version_manifest
 from ropeway.runtime.errors import AbsentError, TemporaryError
 from ropeway.runtime.manifest import canonical_json
-from ropeway.storage import Store, StoredObject, Stray
+from ropeway.storage import IncompleteUpload, Store, StoredObject
 
 # Keys of a kind that may be removed: events and tombstones never are.
 _COLLECTABLE = re.compile(rf"blobs/sha256/|{INTENTS}|{COLLECTIONS}|models/[^/]+/(heads/|manifests/[^/]+$)")
-MOST_TIME = COLLECTION_TTL / 2
+COLLECTION_TIMEOUT = COLLECTION_TTL / 2
 INTENT_TTL = timedelta(hours=24)  # however short the grace: a publish that takes longer has died
 
 
@@ -46,7 +46,7 @@ class Garbage:
     """
 
     entries: tuple[StoredObject, ...]
-    strays: tuple[Stray, ...]
+    incomplete_uploads: tuple[IncompleteUpload, ...]
     young: int
 
     @property
@@ -56,12 +56,18 @@ class Garbage:
 
 
 def plan_collection(
-    entries: Iterable[StoredObject], strays: Iterable[Stray], needed: Collection[str], *, before: datetime
+    entries: Iterable[StoredObject],
+    incomplete_uploads: Iterable[IncompleteUpload],
+    needed: Collection[str],
+    *,
+    before: datetime,
 ) -> Garbage:
     """Return what to remove: collectable, not needed, last changed before a moment."""
     idle = [entry for entry in entries if _COLLECTABLE.match(entry.key) and _needs(entry.key) not in needed]
     old = tuple(entry for entry in idle if entry.modified_at < before)
-    return Garbage(old, tuple(stray for stray in strays if stray.started_at < before), len(idle) - len(old))
+    return Garbage(
+        old, tuple(upload for upload in incomplete_uploads if upload.started_at < before), len(idle) - len(old)
+    )
 
 
 def find_garbage(store: Store, *, grace: timedelta, withdrawn: bool) -> Garbage:
@@ -81,9 +87,9 @@ def find_garbage(store: Store, *, grace: timedelta, withdrawn: bool) -> Garbage:
     announced = (entry for entry in entries if entry.key.startswith(COLLECTIONS))
     needed = {entry.key for entry in announced if entry.modified_at > now - COLLECTION_TTL}
     # Intents before versions: an intent is removed once its version has a number.
-    needed |= _needed_by_intents(store, entries, min(before, now - INTENT_TTL))
-    needed |= _needed_by_versions(store, withdrawn=withdrawn)
-    return plan_collection(entries, store.list_strays(), needed, before=before)
+    needed |= _reachable_from_intents(store, entries, min(before, now - INTENT_TTL))
+    needed |= _reachable_from_versions(store, withdrawn=withdrawn)
+    return plan_collection(entries, store.list_incomplete_uploads(), needed, before=before)
 
 
 def collect(store: Store, *, grace: timedelta, withdrawn: bool) -> Garbage:
@@ -95,17 +101,19 @@ def collect(store: Store, *, grace: timedelta, withdrawn: bool) -> Garbage:
         found = find_garbage(store, grace=grace, withdrawn=withdrawn)
         # Manifests first: a death in the middle must not leave one whose blobs are gone.
         for entry in sorted(found.entries, key=lambda entry: (not entry.key.startswith("models/"), entry.key)):
-            if datetime.now(UTC) - started > MOST_TIME:
-                raise TemporaryError(f"{store.url}: stopped after {MOST_TIME}; what is left is for the next. Repeat it")
+            if datetime.now(UTC) - started > COLLECTION_TIMEOUT:
+                raise TemporaryError(
+                    f"{store.url}: stopped after {COLLECTION_TIMEOUT}; what is left is for the next. Repeat it"
+                )
             store.delete(entry.key)
-        for stray in found.strays:
-            store.remove_stray(stray)
+        for upload in found.incomplete_uploads:
+            store.remove_incomplete_upload(upload)
     finally:
         store.delete(announcement)
     return found
 
 
-def _needed_by_versions(store: Store, *, withdrawn: bool) -> set[str]:
+def _reachable_from_versions(store: Store, *, withdrawn: bool) -> set[str]:
     needed: set[str] = set()
     for name in list_models(store):
         versions, *others = (verify_log(store, log) for log in model_logs(store, name))
@@ -115,12 +123,12 @@ def _needed_by_versions(store: Store, *, withdrawn: bool) -> set[str]:
             needed.add(manifest_key(name, digest))
             if withdrawn and store.exists(tombstone_key(name, digest)):
                 continue
-            files = [*load_core(store, name, digest).files, *attached_files(event)]
+            files = [*load_version_manifest(store, name, digest).files, *attached_files(event)]
             needed |= {blob_key(file.sha256) for file in files}
     return needed
 
 
-def _needed_by_intents(store: Store, entries: Sequence[StoredObject], before: datetime) -> set[str]:
+def _reachable_from_intents(store: Store, entries: Sequence[StoredObject], before: datetime) -> set[str]:
     """Return what publishes under way count on, and their intents; one older than `before` is of a dead publish."""
     needed: set[str] = set()
     listed = {entry.key: entry for entry in entries if entry.key.startswith(INTENTS)}

@@ -25,7 +25,7 @@ _PAGES_REMEDY = "Run `dvc repro report_package`"
 
 
 @dataclass(frozen=True, slots=True)
-class Core:
+class VersionManifest:
     """What a version is.
 
     Attributes:
@@ -49,7 +49,7 @@ class Core:
         """The version's identity."""
         return hashlib.sha256(self.document).hexdigest()
 
-    def includes(self, package: "Core") -> bool:
+    def includes(self, package: "VersionManifest") -> bool:
         """Return whether this holds every file of a package alone; the manifest of a version names its pages too."""
         own = {file for file in self.files if file.path != MANIFEST}
         return own >= {file for file in package.files if file.path != MANIFEST}
@@ -62,18 +62,18 @@ class Core:
 
 def package_digest(folder: Path, name: str) -> str:
     """Return the digest that `publish` would give a package; sizes are checked, bytes are not hashed again."""
-    return read_package(folder, name, verify=False).digest
+    return build_package_manifest(folder, name, verify=False).digest
 
 
-def read_version(package: Path, pages: Path | None, name: str) -> tuple[Core, dict[str, Path]]:
+def build_version_manifest(package: Path, pages: Path | None, name: str) -> tuple[VersionManifest, dict[str, Path]]:
     """Return the core of a package with its pages, and where each of its files lies; every byte is hashed.
 
     `pages` holds README.md and pages with a manifest.json of the whole version; None for a package alone.
 
     Raises:
-        DataError: As in `read_package`, or the pages are of another package.
+        DataError: As in `build_package_manifest`, or the pages are of another package.
     """
-    core = read_package(package, name, verify=True)
+    core = build_package_manifest(package, name, verify=True)
     places = {file.path: package / file.path for file in core.files}
     if pages is None:
         return core, places
@@ -93,7 +93,7 @@ def read_version(package: Path, pages: Path | None, name: str) -> tuple[Core, di
     files.append(PackageFile(MANIFEST, file_sha256(whole), whole.stat().st_size))
     check_files(files)
     places = {**places, **{path: pages / path for path in (*added, MANIFEST)}}
-    return Core(name, tuple(sorted(files, key=lambda file: file.path)), manifest), places
+    return VersionManifest(name, tuple(sorted(files, key=lambda file: file.path)), manifest), places
 
 
 def _read_pages(pages: Path) -> Facts:
@@ -106,7 +106,7 @@ def _read_pages(pages: Path) -> Facts:
     raise DataError(f"{pages}: holds no manifest of a version. {_PAGES_REMEDY}")
 
 
-def read_package(folder: Path, name: str, *, verify: bool) -> Core:
+def build_package_manifest(folder: Path, name: str, *, verify: bool) -> VersionManifest:
     """Return the core of a package folder; `verify` hashes every file again and looks at how it begins.
 
     Raises:
@@ -122,7 +122,7 @@ def read_package(folder: Path, name: str, *, verify: bool) -> Core:
         manifest = load_manifest(folder, remedy=_REMEDY, verify=verify)
         files = [PackageFile(path, facts["sha256"], facts["bytes"]) for path, facts in manifest.pop("files").items()]
         files.append(PackageFile(MANIFEST, file_sha256(own), own.stat().st_size))
-        core = Core(name, tuple(sorted(files, key=lambda file: file.path)), manifest)
+        core = VersionManifest(name, tuple(sorted(files, key=lambda file: file.path)), manifest)
         document_bytes = len(core.document)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise DataError(f"{own}: not a package's manifest ({error}). {_REMEDY}") from None
@@ -135,7 +135,7 @@ def read_package(folder: Path, name: str, *, verify: bool) -> Core:
     return core
 
 
-def load_core(store: Store, name: str, digest: str) -> Core:
+def load_version_manifest(store: Store, name: str, digest: str) -> VersionManifest:
     """Return a stored version's core, checked against its digest and against every rule.
 
     Raises:
@@ -154,25 +154,25 @@ def load_core(store: Store, name: str, digest: str) -> Core:
             f"{store.url}: {key} hashes to {found[:12]}…, not to its name; it was changed after it was published. "
             "Do not use this version; restore that file from a copy of the registry"
         )
-    core = _parse_core(document, f"{store.url}: {key}")
+    core = _parse_manifest(document, f"{store.url}: {key}")
     if core.name != name:
         raise DataError(f"{store.url}: {key} is a version of {core.name!r}, not of {name}")
     check_files(core.files)
     return core
 
 
-def _parse_core(document: bytes, where: str) -> Core:
+def _parse_manifest(document: bytes, where: str) -> VersionManifest:
     """Return the core a document spells; anything but exactly this form is refused."""
     try:
         tree = json.loads(document)
-        if canonical_json(tree) == document and _is_core(tree):  # no key twice, no number spelled otherwise
-            return Core(tree["name"], tuple(PackageFile(**file) for file in tree["files"]), tree["facts"])
+        if canonical_json(tree) == document and _is_version_manifest(tree):  # no key twice, no number spelled otherwise
+            return VersionManifest(tree["name"], tuple(PackageFile(**file) for file in tree["files"]), tree["facts"])
     except (ValueError, RecursionError):
         pass
     raise DataError(f"{where}: not a version this Ropeway can read; expected canonical JSON of format {FORMAT}")
 
 
-def _is_core(tree: object) -> bool:
+def _is_version_manifest(tree: object) -> bool:
     """Return whether a JSON tree has a core's keys and types, its files sorted by path."""
     if not isinstance(tree, dict) or set(tree) != {"format", "name", "files", "facts"} or tree["format"] != FORMAT:
         return False

@@ -17,12 +17,12 @@ from botocore.exceptions import ClientError
 from ropeway.runtime.errors import ConfigError
 from ropeway.storage.s3_client import error_code
 
-CONFLICT_TRIES = 8
+MAX_CONFLICT_ATTEMPTS = 8
 T = TypeVar("T")
 _BODY = b"Ropeway asks here whether this store honours If-None-Match. Leave it.\n"
 
 
-class LostError(Exception):
+class PreconditionFailedError(Exception):
     """The object was there. `repeated` requests may have met this very writer's object. Never leaves this package."""
 
     def __init__(self, *, repeated: bool) -> None:
@@ -31,23 +31,23 @@ class LostError(Exception):
         self.repeated = repeated
 
 
-def conditional(request: Callable[[], T]) -> T:
-    """Return the answer to a conditional request; raise LostError on 412. 409 is asked again, with backoff."""
-    for attempt in range(CONFLICT_TRIES):
+def send_conditional(request: Callable[[], T]) -> T:
+    """Return the response to a conditional request; retry 409 with backoff, raise PreconditionFailedError on 412."""
+    for attempt in range(MAX_CONFLICT_ATTEMPTS):
         try:
             return request()
         except ClientError as error:
             status = error_code(error)[1]
             if status == HTTPStatus.PRECONDITION_FAILED:
                 repeats = error.response["ResponseMetadata"].get("RetryAttempts", 0)
-                raise LostError(repeated=attempt + repeats > 0) from None
-            if status != HTTPStatus.CONFLICT or attempt == CONFLICT_TRIES - 1:
+                raise PreconditionFailedError(repeated=attempt + repeats > 0) from None
+            if status != HTTPStatus.CONFLICT or attempt == MAX_CONFLICT_ATTEMPTS - 1:
                 raise
-        wait(attempt)
+        sleep_with_backoff(attempt)
     raise AssertionError
 
 
-def wait(attempt: int) -> None:
+def sleep_with_backoff(attempt: int) -> None:
     """Wait a random while, longer each time, 3 s at most: racers must not meet again."""
     time.sleep(random.uniform(0, min(3, 0.05 * 2**attempt)))
 
@@ -59,8 +59,8 @@ def check_conditional_put(client: BaseClient, bucket: str, path: str, url: str) 
     """
     for _ in range(2):
         try:
-            conditional(lambda: client.put_object(Bucket=bucket, Key=path, Body=_BODY, IfNoneMatch="*"))
-        except LostError:
+            send_conditional(lambda: client.put_object(Bucket=bucket, Key=path, Body=_BODY, IfNoneMatch="*"))
+        except PreconditionFailedError:
             return
     raise _refused(url, "If-None-Match on PutObject")
 
@@ -72,8 +72,8 @@ def check_conditional_complete(client: BaseClient, bucket: str, path: str, url: 
     part = client.upload_part(**where, PartNumber=1, Body=_BODY)
     parts = {"Parts": [{"PartNumber": 1, "ETag": part["ETag"]}]}
     try:
-        conditional(lambda: client.complete_multipart_upload(**where, MultipartUpload=parts, IfNoneMatch="*"))
-    except LostError:
+        send_conditional(lambda: client.complete_multipart_upload(**where, MultipartUpload=parts, IfNoneMatch="*"))
+    except PreconditionFailedError:
         with suppress(ClientError):  # the collector finds it
             client.abort_multipart_upload(**where)
         return
