@@ -76,7 +76,7 @@ def ours(workspace: Workspace, profile: Profile, _: int, *, counting: bool = Fal
     facts: Facts = {"parts": {}}
     run_tokenize = _clocked(tokenize.run, "tokenize", facts["parts"])
     # What repeats and the split; hashing of shards; ledger.
-    for part in ("open_tokenized", "divide_sources", "write_manifest", "account_for"):
+    for part in ("open_tokenized", "split_sources", "write_manifest", "build_ledger"):
         setattr(prepare, part, _clocked(getattr(prepare, part), part, facts["parts"]))
     reads = profile.reading(READS["prepare"])
     with timed(facts):
@@ -106,11 +106,11 @@ def _clocked(function: Callable[..., Any], name: str, parts: dict[str, float]) -
 
 def raw(workspace: Workspace, profile: Profile, _: int, *, fast: bool = False) -> Facts:
     """Encode the stage's texts, a few MB a call, and forget them."""
-    from ropeway.data.text_batches import in_batches
+    from ropeway.data.text_batches import iterate_batches
 
     tokenizer = open_tokenizer(workspace.base)
     encode = tokenizer.encode_batch_fast if fast else tokenizer.encode_batch
-    batches = list(in_batches(texts_of(workspace, profile), len, _BATCH_CHARACTERS))
+    batches = list(iterate_batches(texts_of(workspace, profile), len, _BATCH_CHARACTERS))
     facts: Facts = {"tokens": 0}
     with timed(facts):
         for batch in batches:

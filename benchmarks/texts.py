@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ropeway.data.raw_records import Record, iterate_texts
 from ropeway.models.conversation import Conversation
-from ropeway.stages.fetch.python_docs import SYSTEM_MESSAGES, IndexEntry, plan_talks
+from ropeway.stages.fetch.python_docs import SYSTEM_MESSAGES, IndexEntry, plan_conversations
 
 _SMALLEST, _LARGEST = 1_000, 1_000_000  # bytes of a file: neither stubs nor tables written as code
 _ASK, _GO_ON, _CALL = "What does {name} do?", "Tell me more.", "How is it called?"
@@ -68,7 +68,7 @@ def _talks() -> Iterator[Conversation]:
 def _plan(path: Path, module: str) -> list[list[IndexEntry]]:
     try:
         with warnings.catch_warnings(action="ignore"):  # a foreign source's invalid escapes
-            return plan_talks(_read(path) or "", module)
+            return plan_conversations(_read(path) or "", module)
     except (SyntaxError, ValueError, RecursionError):  # templates, old Python: not this benchmark's text
         return []
 

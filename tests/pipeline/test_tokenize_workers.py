@@ -15,7 +15,7 @@ from ropeway.config.tokenize_params import TokenizeParams
 from ropeway.runtime.manifest import file_sha256
 from ropeway.stages.tokenize.encode_workers import count_cores
 from tests.support.processes import command_of
-from tests.support.raw_records import lay, profile
+from tests.support.raw_records import profile, write_raw
 from tests.support.tiny_run import ROOT
 
 # Units of some lines each; from the fourth on they wait for a pipe to be written to, while it is there.
@@ -39,7 +39,7 @@ def make_or_wait(unit):
 
 if __name__ == "__main__":
     tokenize.UNIT_BYTES = 900
-    cluster.PATIENCE_SECONDS = float(os.environ.get("PATIENCE", "10"))
+    cluster.TIMEOUT_SECONDS = float(os.environ.get("PATIENCE", "10"))
     store.tokenize_unit = make_or_wait
     try:
         root = Path(sys.argv[1])
@@ -56,7 +56,7 @@ class Run:
     def __init__(self, root):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("ropeway.data.raw_records._GROUP_CHARACTERS", 200)
-            self.workspace = lay(root)
+            self.workspace = write_raw(root)
         (root / "start.py").write_text(SCRIPT)
         (root / "profile.pickle").write_bytes(pickle.dumps(TokenizeParams.of(profile())))
         self.gate = root / "gate"

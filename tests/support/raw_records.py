@@ -26,7 +26,7 @@ def profile(**changes):
     return PUBLISHED.model_copy(update=values | changes).reading(KEYS)
 
 
-def lay(root, talks=TALKS, texts=TEXTS, *, refused=None):
+def write_raw(root, talks=TALKS, texts=TEXTS, *, refused=None):
     """A workspace as fetch and base leave it."""
     workspace, facts = Workspace(root, "run"), {}
     for name, kind, records in (("talk", "conversation", talks), ("text", "document", texts)):

@@ -3,7 +3,16 @@
 import json
 
 from ropeway.config.params import Gate
-from ropeway.data.ledger import Account, Epoch, EpochOfSource, FindingCounts, Findings, Ledger, Parts, Records
+from ropeway.data.ledger import (
+    EpochTotals,
+    FindingCounts,
+    Findings,
+    Ledger,
+    RecordTotals,
+    SourceEpoch,
+    SourceLedger,
+    SplitTotals,
+)
 from ropeway.orchestration.publish import publish_package
 from ropeway.orchestration.revision import Revision
 from ropeway.runtime.manifest import digest_of, write_json, write_manifest
@@ -49,11 +58,11 @@ def _metrics(loss, rows):
 
 
 def _ledger(records):
-    epoch = EpochOfSource(0, 1, 4, 40, 0, 0, 1, 6, 48, 14, 34, 30)
-    parts, none = (Parts(7, 5, 1, 1, 0, 0), Parts(70, 50, 10, 10, 0, 0)), FindingCounts("off", 0, 0, 0)
-    counts = Records(records, {"no text": records - 7}, {}, 7, 0, {}, 0)
-    account = Account("docs", "conversation", counts, *parts, Findings(none, none, none, 0), (epoch,))
-    return json.loads(json.dumps(Ledger((account,), (Epoch(0, 4, 4, 4, 1, 0),)).to_json()))
+    epoch = SourceEpoch(0, 1, 4, 40, 0, 0, 1, 6, 48, 14, 34, 30)
+    parts, none = (SplitTotals(7, 5, 1, 1, 0, 0), SplitTotals(70, 50, 10, 10, 0, 0)), FindingCounts("off", 0, 0, 0)
+    counts = RecordTotals(records, {"no text": records - 7}, {}, 7, 0, {}, 0)
+    account = SourceLedger("docs", "conversation", counts, *parts, Findings(none, none, none, 0), (epoch,))
+    return json.loads(json.dumps(Ledger((account,), (EpochTotals(0, 4, 4, 4, 1, 0),)).to_json()))
 
 
 def _samples(loss):

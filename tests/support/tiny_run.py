@@ -14,7 +14,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ropeway.config.load_params import load_profile
 from ropeway.config.params import Profile
 from ropeway.config.stages import READS
-from ropeway.data.ledger import Account, Epoch, EpochOfSource, FindingCounts, Findings, Ledger, Parts, Records
+from ropeway.data.ledger import (
+    EpochTotals,
+    FindingCounts,
+    Findings,
+    Ledger,
+    RecordTotals,
+    SourceEpoch,
+    SourceLedger,
+    SplitTotals,
+)
 from ropeway.data.raw_records import RawWriter
 from ropeway.data.shards import FORMAT, Kind, Shards, write_shard
 from ropeway.models.chat_template import OPEN_ASSISTANT
@@ -152,20 +161,20 @@ def make_package(workspace: Workspace, profile: Profile) -> None:
 def write_ledger(workspace: Workspace) -> None:
     """Write what prepare accounts for."""
     accounts = tuple(
-        Account(
+        SourceLedger(
             name=name,
             kind=kind,
-            records=Records(count + 1, {"no text": 1}, {}, count, 0, {}, 0),
-            sequences=Parts(count, count - 8, 6, 2, 0, 0),
-            tokens=Parts(40 * count, 40 * (count - 8), 240, 80, 0, 0),
+            records=RecordTotals(count + 1, {"no text": 1}, {}, count, 0, {}, 0),
+            sequences=SplitTotals(count, count - 8, 6, 2, 0, 0),
+            tokens=SplitTotals(40 * count, 40 * (count - 8), 240, 80, 0, 0),
             findings=Findings(
                 FindingCounts("count", 2, 2, 80), FindingCounts("off", 0, 0, 0), FindingCounts("count", 1, 1, 40), 1
             ),
-            epochs=(EpochOfSource(0, 0, count - 8, 40 * (count - 8), 0, 0, 1, 10, 512, 42, 40 * (count - 8) - 10, 99),),
+            epochs=(SourceEpoch(0, 0, count - 8, 40 * (count - 8), 0, 0, 1, 10, 512, 42, 40 * (count - 8) - 10, 99),),
         )
         for name, kind, count in (("talk", "conversation", 19), ("text", "document", 12))
     )
-    write_json(workspace.ledger, Ledger(accounts, (Epoch(0, 15, 15, 4, 3, 3),)).to_json())
+    write_json(workspace.ledger, Ledger(accounts, (EpochTotals(0, 15, 15, 4, 3, 3),)).to_json())
 
 
 def make_model(folder: Path, profile: Profile, *, seed: int, steps: int) -> None:

@@ -158,7 +158,7 @@ class EpochPlan:
         """Return the row at a position of the epoch."""
         if self.packed is not None:
             return self.packed[index]
-        source, sequence = self.drawn(index)
+        source, sequence = self.drawn_sequence(index)
         part = self.shards.sources[source]
         begin, end = plan_window(
             int(part.lengths[sequence]),
@@ -169,12 +169,12 @@ class EpochPlan:
         )
         return (Piece(source, sequence, begin, end),)
 
-    def drawn(self, index: int) -> tuple[int, int]:
+    def drawn_sequence(self, index: int) -> tuple[int, int]:
         """Return (source, sequence) at a position of the epoch's order."""
         source, position = locate([len(part.train) for part in self.shards.sources], int(self.order[index]))
         return source, int(self.shards.sources[source].train[position])
 
-    def drawn_all(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def drawn_sequences(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return `drawn` of every position at once: `(N,)` sources and `(N,)` sequences."""
         begins = np.cumsum([0, *(len(part.train) for part in self.shards.sources)])
         sources = np.searchsorted(begins, self.order, side="right") - 1
@@ -197,7 +197,7 @@ def plan_epoch(shards: Shards, profile: EpochParams, *, epoch: int) -> EpochPlan
 
 def _pack(plan: EpochPlan) -> tuple[Row, ...]:
     """Return an epoch's packed rows, shuffled: the packing puts long pieces first."""
-    pieces = [piece for index in range(len(plan.order)) for piece in _pieces(plan, *plan.drawn(index))]
+    pieces = [piece for index in range(len(plan.order)) for piece in _pieces(plan, *plan.drawn_sequence(index))]
     rows = plan_packing([piece.end - piece.begin for piece in pieces], capacity=plan.profile.max_length)
     generator = random.Random(f"{plan.profile.rng_seed}/packing/{plan.epoch}")
     generator.shuffle(rows)
@@ -219,7 +219,7 @@ def _pieces(plan: EpochPlan, source: int, sequence: int) -> list[Piece]:
     return [Piece(source, sequence, *window_at_turns(borders, length, capacity=capacity, draw=draw))]
 
 
-def join(rows: Sequence[Row]) -> Row:
+def join_rows(rows: Sequence[Row]) -> Row:
     """Return rows as one: a packed micro-batch is `(1, T)`, since flash kernels see borders in one row only."""
     return tuple(piece for row in rows for piece in row)
 

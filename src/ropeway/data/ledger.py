@@ -12,9 +12,11 @@ from dataclasses import asdict, dataclass, field
 
 from ropeway.runtime.errors import DataError
 
+_Sum = tuple[str, int, tuple[int, ...]]  # what is added up, the total, the parts
+
 
 @dataclass(frozen=True, slots=True)
-class Records:
+class RecordTotals:
     """What became of a source's records.
 
     Attributes:
@@ -39,7 +41,7 @@ class Records:
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
+class SplitTotals:
     """Sequences, or tokens, by what they are for.
 
     Attributes:
@@ -91,7 +93,7 @@ class Findings:
 
 
 @dataclass(frozen=True, slots=True)
-class EpochOfSource:
+class SourceEpoch:
     """One epoch of one source.
 
     Attributes:
@@ -122,20 +124,20 @@ class EpochOfSource:
 
 
 @dataclass(frozen=True, slots=True)
-class Account:
+class SourceLedger:
     """All of one source."""
 
     name: str
     kind: str
-    records: Records
-    sequences: Parts
-    tokens: Parts
+    records: RecordTotals
+    sequences: SplitTotals
+    tokens: SplitTotals
     findings: Findings
-    epochs: tuple[EpochOfSource, ...]
+    epochs: tuple[SourceEpoch, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Epoch:
+class EpochTotals:
     """One epoch of the mixture.
 
     Attributes:
@@ -155,8 +157,8 @@ class Epoch:
 class Ledger:
     """The whole account, in the order of params."""
 
-    sources: tuple[Account, ...]
-    epochs: tuple[Epoch, ...]
+    sources: tuple[SourceLedger, ...]
+    epochs: tuple[EpochTotals, ...]
 
     def to_json(self) -> dict[str, object]:
         """Return what ledger.json holds."""
@@ -188,7 +190,7 @@ def check_ledger(ledger: Ledger) -> None:
             )
 
 
-def _sums(ledger: Ledger) -> Iterator[tuple[str, int, tuple[int, ...]]]:
+def _sums(ledger: Ledger) -> Iterator[_Sum]:
     """Yield (what, total, parts) of every sum that must come out even."""
     for account in ledger.sources:
         name, records = account.name, account.records
@@ -208,7 +210,7 @@ def _sums(ledger: Ledger) -> Iterator[tuple[str, int, tuple[int, ...]]]:
         yield f"{where}, rows = steps x global batch + left over", epoch.rows, (trained, epoch.left_over)
 
 
-def _part_sums(where: str, account: Account, unit: str, parts: Parts) -> Iterator[tuple[str, int, tuple[int, ...]]]:
+def _part_sums(where: str, account: SourceLedger, unit: str, parts: SplitTotals) -> Iterator[_Sum]:
     exact, near, contaminated = (
         getattr(found, unit) if found.action == "remove" else 0
         for found in (account.findings.exact, account.findings.near, account.findings.contaminated)
@@ -220,7 +222,7 @@ def _part_sums(where: str, account: Account, unit: str, parts: Parts) -> Iterato
     yield f"{where} removed as contaminated = found", parts.contaminated, (contaminated,)
 
 
-def _epoch_sums(where: str, account: Account, part: EpochOfSource) -> Iterator[tuple[str, int, tuple[int, ...]]]:
+def _epoch_sums(where: str, account: SourceLedger, part: SourceEpoch) -> Iterator[_Sum]:
     yield f"{where}, training sequences = drawn + not drawn", account.sequences.train, (part.drawn, part.not_drawn)
     lost = (part.windowed_tokens, part.cut_tokens)
     yield f"{where}, tokens drawn = in rows + lost to windows + to cuts", part.drawn_tokens, (part.row_tokens, *lost)

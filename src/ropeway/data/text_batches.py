@@ -15,10 +15,10 @@ def count_characters(texts: Iterable[str]) -> int:
     return sum(map(len, texts))
 
 
-def in_batches(items: Iterable[Item], size: Callable[[Item], int], at_least: int) -> Iterator[list[Item]]:
+def iterate_batches(items: Iterable[Item], size: Callable[[Item], int], at_least: int) -> Iterator[list[Item]]:
     """Yield the items in order, in lists that end with the item by which they reach `at_least`; the last may be less.
 
-    >>> list(in_batches("abcde", len, 2))
+    >>> list(iterate_batches("abcde", len, 2))
     [['a', 'b'], ['c', 'd'], ['e']]
     """
     batch: list[Item] = []

@@ -16,7 +16,7 @@ from itertools import chain
 import numpy as np
 from numpy.typing import NDArray
 
-from ropeway.data.text_batches import in_batches
+from ropeway.data.text_batches import iterate_batches
 
 _PIECE = 1 << 17  # code points hashed at once: 6 MB of arrays, which fit a cache (twice as fast as 1 << 20)
 _FACTOR = 0x9E3779B97F4A7C15  # odd; 2**64 / golden ratio, as splitmix64's step
@@ -100,7 +100,7 @@ def hash_words(texts: Sequence[str]) -> Hashes:
 def _batches(texts: Sequence[str]) -> Iterator[tuple[list[int], list[str]]]:
     """Yield (text numbers, pieces) of some `_PIECE` code points, normalised and in lower case."""
     pieces = chain.from_iterable(_cut(number, text) for number, text in enumerate(texts))
-    for batch in in_batches(pieces, lambda pair: len(pair[1]), _PIECE):
+    for batch in iterate_batches(pieces, lambda pair: len(pair[1]), _PIECE):
         yield [number for number, _ in batch], [piece for _, piece in batch]
 
 

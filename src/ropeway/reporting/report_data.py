@@ -114,7 +114,7 @@ def find_overlong(plan: EpochPlan) -> dict[int, Piece]:
                 if piece.source not in found and sources[piece.source].lengths[piece.sequence] > longest:
                     found[piece.source] = piece
         return found
-    drawn, sequences = plan.drawn_all()
+    drawn, sequences = plan.drawn_sequences()
     for number, source in enumerate(sources):
         places = np.flatnonzero(drawn == number)
         over = places[source.lengths[sequences[places]] > longest]

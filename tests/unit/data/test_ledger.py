@@ -5,44 +5,44 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ropeway.data.ledger import (
-    Account,
-    Epoch,
-    EpochOfSource,
+    EpochTotals,
     FindingCounts,
     Findings,
     Ledger,
-    Parts,
-    Records,
+    RecordTotals,
+    SourceEpoch,
+    SourceLedger,
+    SplitTotals,
     check_ledger,
 )
 from ropeway.runtime.errors import DataError
 
 EVEN = Ledger(
     sources=(
-        Account(
+        SourceLedger(
             "talk",
             "conversation",
-            Records(15, {"not JSON": 1}, {"conversation without turns": 1}, 13, 2, {}, 0),
-            sequences=Parts(13, 7, 2, 1, 2, 1),
-            tokens=Parts(130, 70, 20, 10, 25, 5),
+            RecordTotals(15, {"not JSON": 1}, {"conversation without turns": 1}, 13, 2, {}, 0),
+            sequences=SplitTotals(13, 7, 2, 1, 2, 1),
+            tokens=SplitTotals(130, 70, 20, 10, 25, 5),
             findings=Findings(
                 FindingCounts("remove", 1, 1, 20), FindingCounts("remove", 1, 1, 5), FindingCounts("remove", 1, 1, 5), 0
             ),
-            epochs=(EpochOfSource(0, 2, 5, 50, 1, 6, 1, 4, 48, 8, 40, 30),),
+            epochs=(SourceEpoch(0, 2, 5, 50, 1, 6, 1, 4, 48, 8, 40, 30),),
         ),
-        Account(
+        SourceLedger(
             "text",
             "document",
-            Records(3, {}, {}, 3, 0, {}, 1),
-            sequences=Parts(5, 4, 1, 0, 0, 0),
-            tokens=Parts(55, 44, 11, 0, 0, 0),
+            RecordTotals(3, {}, {}, 3, 0, {}, 1),
+            sequences=SplitTotals(5, 4, 1, 0, 0, 0),
+            tokens=SplitTotals(55, 44, 11, 0, 0, 0),
             findings=Findings(
                 FindingCounts("count", 2, 3, 30), FindingCounts("off", 0, 0, 0), FindingCounts("count", 1, 2, 9), 1
             ),
-            epochs=(EpochOfSource(0, 0, 4, 44, 0, 0, 1, 4, 64, 24, 40, 39),),
+            epochs=(SourceEpoch(0, 0, 4, 44, 0, 0, 1, 4, 64, 24, 40, 39),),
         ),
     ),
-    epochs=(Epoch(0, 9, 9, 4, 2, 1),),
+    epochs=(EpochTotals(0, 9, 9, 4, 2, 1),),
 )
 IN_NO_SUM = {"with_special_tokens", "without_tokens", "windowed", "cut", "epoch", "name", "kind"}
 
@@ -82,7 +82,7 @@ def numbers_of(ledger):
             for name in (field.name for field in fields(value) if isinstance(getattr(value, field.name), int)):
                 more = replace(value, **{name: getattr(value, name) + 1})
                 yield f"{account.name}.{part}.{name}", changed(ledger, at, **{part: more})
-        for name in (field.name for field in fields(EpochOfSource)):
+        for name in (field.name for field in fields(SourceEpoch)):
             (epoch,) = account.epochs
             more = replace(epoch, **{name: getattr(epoch, name) + 1})
             yield f"{account.name}.epoch.{name}", changed(ledger, at, epochs=(more,))
@@ -110,7 +110,7 @@ def test_one_record_row_or_token_too_many_anywhere_is_found(path, ledger):
 
 
 def test_an_uneven_sum_names_all_its_numbers():
-    uneven = changed(EVEN, 0, tokens=Parts(130, 70, 20, 9, 25, 5))
+    uneven = changed(EVEN, 0, tokens=SplitTotals(130, 70, 20, 9, 25, 5))
     says = r"talk, tokens = removed as duplicate .* \+ unused: 130 is not 25 \+ 5 \+ 70 \+ 20 \+ 9 = 129"
     with pytest.raises(DataError, match=says):
         check_ledger(uneven)
@@ -130,7 +130,7 @@ def test_a_source_that_teaches_nothing_is_refused_with_its_counts():
 
 @given(st.integers(0, 50), st.integers(0, 50), st.integers(0, 50))
 def test_any_even_split_passes(train, validation, unused):
-    even = Parts(train + validation + unused, train, validation, unused, 0, 0)
+    even = SplitTotals(train + validation + unused, train, validation, unused, 0, 0)
     epoch = replace(EVEN.sources[1].epochs[0], not_drawn=train - 4)
     ledger = changed(EVEN, 1, sequences=even, epochs=(epoch,))
     if train >= 4:

@@ -117,7 +117,7 @@ def test_the_epoch_reads_every_token_it_accounts_for(tiny_packed):
     assert all(sum(piece.end - piece.begin for piece in row) <= profile.max_length for row in plan.packed)
     documents = {number for number, source in enumerate(shards.sources) if source.is_document}
     read = sum(piece.end - piece.begin for piece in pieces if piece.source in documents)
-    drawn = [plan.drawn(index) for index in range(len(plan.order))]
+    drawn = [plan.drawn_sequence(index) for index in range(len(plan.order))]
     assert read == sum(int(shards.sources[s].lengths[q]) for s, q in drawn if s in documents)
     assert {(piece.source, piece.sequence) for piece in pieces} == set(drawn)
 

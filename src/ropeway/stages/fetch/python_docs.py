@@ -68,13 +68,13 @@ def iterate_docstrings(library: Path | None = None, modules: tuple[str, ...] = M
     number = 0
     for module in modules:
         for path in _source_files(library, module):
-            for entries in plan_talks(path.read_text(encoding="utf-8"), _dotted(path.relative_to(library))):
+            for entries in plan_conversations(path.read_text(encoding="utf-8"), _dotted(path.relative_to(library))):
                 system = SYSTEM_MESSAGES[number % len(SYSTEM_MESSAGES)]
                 yield Conversation(tuple(_talk(entries, number)), system)
                 number += 1
 
 
-def plan_talks(source: str, module: str) -> list[list[IndexEntry]]:
+def plan_conversations(source: str, module: str) -> list[list[IndexEntry]]:
     """Return what each conversation about a module's source is about, in the order of the source."""
     tree = ast.parse(source)
     talks = _groups(_entry(tree, module), [_entry(node, f"{module}.{node.name}") for node in _functions(tree)])

@@ -11,16 +11,16 @@ import numpy as np
 from ropeway.config.frozen import FrozenInputs
 from ropeway.config.params import PrepareParams
 from ropeway.config.tokenize_params import values_shared_with_prepare
-from ropeway.data.ledger import Findings, Ledger, Records, check_ledger
+from ropeway.data.ledger import Findings, Ledger, RecordTotals, check_ledger
 from ropeway.data.shards import Shards, SourceShards, open_shards, sequence_digest
 from ropeway.data.tokenized import TokenizedSource, open_tokenized, shard_path
 from ropeway.runtime.errors import DataError, full_disk_explained
 from ropeway.runtime.manifest import link_file, load_manifest, whole_folder, write_json, write_manifest
 from ropeway.runtime.workspace import Workspace
-from ropeway.stages.prepare.account import account_for
 from ropeway.stages.prepare.contamination import parse_prompts
-from ropeway.stages.prepare.divide import divide_sources
+from ropeway.stages.prepare.ledger_builder import build_ledger
 from ropeway.stages.prepare.split import Split
+from ropeway.stages.prepare.split_sources import split_sources
 
 _WHAT_HAPPENS = {
     "parse": "it is parsed as the token",
@@ -60,7 +60,7 @@ def run(workspace: Workspace, profile: PrepareParams) -> None:
     work.mkdir(parents=True)
     try:
         with full_disk_explained(workspace.data):
-            parts = divide_sources(sources, profile, prompts=prompts, work=work)
+            parts = split_sources(sources, profile, prompts=prompts, work=work)
             with whole_folder(workspace.data) as folder:
                 for name, source in sources.items():
                     write_source(folder / name, source, parts[name].split)
@@ -68,7 +68,7 @@ def run(workspace: Workspace, profile: PrepareParams) -> None:
                 write_manifest(folder, {**facts, "sources": [_entry(source) for source in sources.values()]})
                 shards = open_shards(folder, verify=False)  # hashed a moment ago
                 check_readback(shards, {name: source.facts["ends"] for name, source in sources.items()})
-                ledger = account_for(
+                ledger = build_ledger(
                     shards,
                     records,
                     {name: part.split for name, part in parts.items()},
@@ -111,7 +111,7 @@ def _entry(source: TokenizedSource) -> dict[str, object]:
     }
 
 
-def _records(name: str, raw: _Fetched, source: TokenizedSource, profile: PrepareParams) -> Records:
+def _records(name: str, raw: _Fetched, source: TokenizedSource, profile: PrepareParams) -> RecordTotals:
     """Return the account of a source's records.
 
     Raises:
@@ -124,7 +124,7 @@ def _records(name: str, raw: _Fetched, source: TokenizedSource, profile: Prepare
             f"source {name}: {sum(refused.values()):,} of {raw['read']:,} records refused ({dict(refused)}), more than "
             f"max_refused_fraction {profile.max_refused_fraction:g} allows"
         )
-    return Records(
+    return RecordTotals(
         read=raw["read"],
         refused_by_fetch=raw["refused"],
         refused_by_tokenize=counts["refused"],

@@ -18,7 +18,7 @@ from ropeway.runtime.errors import ConfigError, TemporaryError
 from ropeway.stages.tokenize.encode_workers import Workforce
 from ropeway.stages.tokenize.units import code_digest
 
-PATIENCE_SECONDS = 10.0
+TIMEOUT_SECONDS = 10.0
 NAME = "ROPEWAY_DASK_SCHEDULER"
 
 
@@ -50,18 +50,18 @@ def open_cluster(address: str, work: Path) -> Iterator[Workforce]:
             "installs it, or unset the variable to use this machine"
         ) from None
     try:
-        client = distributed.Client(address, timeout=PATIENCE_SECONDS)
+        client = distributed.Client(address, timeout=TIMEOUT_SECONDS)
     except (OSError, TimeoutError, ValueError) as error:
         raise ConfigError(
-            f"{NAME}: no Dask scheduler answers at {address} within {PATIENCE_SECONDS:g} s ({error}); start one "
+            f"{NAME}: no Dask scheduler answers at {address} within {TIMEOUT_SECONDS:g} s ({error}); start one "
             "(`dask scheduler`), correct the address, or unset the variable to use this machine"
         ) from None
     with client:
         try:
-            client.wait_for_workers(1, timeout=PATIENCE_SECONDS)
+            client.wait_for_workers(1, timeout=TIMEOUT_SECONDS)
         except TimeoutError:
             raise ConfigError(
-                f"{NAME}: the scheduler at {address} has no workers after {PATIENCE_SECONDS:g} s; start some "
+                f"{NAME}: the scheduler at {address} has no workers after {TIMEOUT_SECONDS:g} s; start some "
                 f"(`dask worker {address}`) on machines that see {work}"
             ) from None
         check_workers(client, work)
@@ -132,7 +132,7 @@ class _Watch:
         """Raise TemporaryError when there has been nobody for a while; a nanny's worker may come again."""
         if self._client.status == "running" and self._client.scheduler_info(n_workers=-1)["workers"]:
             self._seen = monotonic()
-        elif monotonic() - self._seen > PATIENCE_SECONDS:
+        elif monotonic() - self._seen > TIMEOUT_SECONDS:
             raise TemporaryError(
                 f"tokenize: the Dask cluster at {self._address} is gone or has no workers left; whole units are kept "
                 f"in {self._work}. Run the same command again: it makes only those that are missing"

@@ -17,7 +17,7 @@ from tokenizers import Encoding, Tokenizer
 from ropeway.data.mixture import SPLIT_SEED, plan_chunks
 from ropeway.data.raw_records import Record, iterate_texts
 from ropeway.data.shards import Kind
-from ropeway.data.text_batches import BATCH_CHARACTERS, count_characters, in_batches
+from ropeway.data.text_batches import BATCH_CHARACTERS, count_characters, iterate_batches
 from ropeway.models.chat_template import ChatTemplate
 from ropeway.models.conversation import Conversation
 from ropeway.models.tokenizer import token_text
@@ -159,7 +159,7 @@ class Encoder:
 def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
     """Yield records of one kind each, about a million characters."""
     for _, alike in groupby(records, key=type):
-        yield from in_batches(alike, lambda record: count_characters(iterate_texts(record)), BATCH_CHARACTERS)
+        yield from iterate_batches(alike, lambda record: count_characters(iterate_texts(record)), BATCH_CHARACTERS)
 
 
 def document_kinds(length: int | NDArray[np.integer], *, is_last: bool | NDArray[np.bool_]) -> NDArray[np.uint8]:

@@ -26,7 +26,7 @@ import ropeway
 from ropeway.config.tokenize_params import TokenizeParams
 from ropeway.data.raw_records import Group, Record, iterate_groups
 from ropeway.data.shards import sequence_digest, token_dtype
-from ropeway.data.text_batches import BATCH_CHARACTERS, count_characters, in_batches
+from ropeway.data.text_batches import BATCH_CHARACTERS, count_characters, iterate_batches
 from ropeway.data.tokenized import RecordCounts
 from ropeway.models.chat_template import FILE as TEMPLATE_FILE
 from ropeway.models.chat_template import open_template
@@ -204,13 +204,13 @@ def _write_fingerprints(folder: Path, records: Sequence[Record], recipe: Recipe)
     exact = [np.empty((0, 2), np.uint64)]
     signatures = [np.empty((0, recipe.signature[1] if recipe.signature else 0), np.uint32)]
     grams, counts = [np.empty(0, np.uint64)], [np.empty(0, np.int32)]
-    for texts in in_batches(map(compared_texts, records), count_characters, BATCH_CHARACTERS):
+    for texts in iterate_batches(map(compared_texts, records), count_characters, BATCH_CHARACTERS):
         exact.append(exact_keys(texts))
         if recipe.signature:
             ngram, permutations = recipe.signature
             signatures.append(sign(texts, ngram=ngram, permutations=permutations))
     sequences = chain.from_iterable(sequence_texts(record, recipe.max_chunk_size) for record in records)
-    for texts in in_batches(sequences if recipe.run_words else (), count_characters, BATCH_CHARACTERS):
+    for texts in iterate_batches(sequences if recipe.run_words else (), count_characters, BATCH_CHARACTERS):
         found, each = gather_grams(texts, recipe.run_words or 0)
         grams.append(found)
         counts.append(each)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ropeway.config.params import TrainParams
-from ropeway.data.batches import Batch, EpochPlan, Row, collate, join, locate, plan_epoch
+from ropeway.data.batches import Batch, EpochPlan, Row, collate, join_rows, locate, plan_epoch
 from ropeway.data.mixture import rank_order
 from ropeway.data.shards import Shards
 from ropeway.stages.train.model import token_flops
@@ -106,7 +106,7 @@ class Run:
         for begin in range(0, len(rows), size):
             cut = rows[begin : begin + size]
             packed = self.profile.layout == "packed"
-            yield collate([join(cut)] if packed else cut, self.shards, self.profile)
+            yield collate([join_rows(cut)] if packed else cut, self.shards, self.profile)
 
 
 def learning_rate(profile: TrainParams, applied: int, *, total_steps: int) -> float:

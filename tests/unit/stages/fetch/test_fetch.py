@@ -18,7 +18,13 @@ from ropeway.stages.fetch import local
 from ropeway.stages.fetch import stage as fetch
 from ropeway.stages.fetch.files import READERS, check_format
 from ropeway.stages.fetch.local import digest_files, find_files
-from ropeway.stages.fetch.python_docs import MODULES, SYSTEM_MESSAGES, iterate_docstrings, iterate_topics, plan_talks
+from ropeway.stages.fetch.python_docs import (
+    MODULES,
+    SYSTEM_MESSAGES,
+    iterate_docstrings,
+    iterate_topics,
+    plan_conversations,
+)
 from ropeway.stages.fetch.records import ROW_KINDS, check_columns, required_columns, to_record
 from ropeway.stages.fetch.sources import KINDS, source_identity
 from tests.support.freezing import run_fetch
@@ -130,7 +136,7 @@ def test_no_module_of_the_list_is_missing_or_silent():
 
 
 def test_a_module_without_docstrings_gives_no_talk():
-    assert plan_talks("x = 1\ndef f(): pass\n", "m") == []
+    assert plan_conversations("x = 1\ndef f(): pass\n", "m") == []
 
 
 def test_more_refused_records_than_allowed_end_the_fetch_and_leave_no_table(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from ropeway.stages.prepare.split import plan_split
 from ropeway.stages.prepare.stage import check_readback
 from ropeway.stages.tokenize.encode import Encoder, document_kinds, text_key
 from tests.support.prepared_run import encode_each
-from tests.support.raw_records import TALKS, TEXTS, TOKENIZER, lay, profile
+from tests.support.raw_records import TALKS, TEXTS, TOKENIZER, profile, write_raw
 from tests.support.tokenizing import tokenize_and_prepare
 
 PROMPTER, ASSISTANT = OPEN_ASSISTANT.added_tokens[:2]
@@ -25,7 +25,7 @@ PROMPTER, ASSISTANT = OPEN_ASSISTANT.added_tokens[:2]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    workspace = lay(tmp_path_factory.mktemp("prepare"))
+    workspace = write_raw(tmp_path_factory.mktemp("prepare"))
     tokenize_and_prepare(workspace, profile())
     return workspace, open_shards(workspace.data), json.loads(workspace.ledger.read_bytes())
 
@@ -87,7 +87,7 @@ def test_no_sequence_trains_and_validates(run):
 
 def test_preparing_twice_gives_the_same_bytes(run, tmp_path):
     workspace, _, _ = run
-    again = lay(tmp_path)
+    again = write_raw(tmp_path)
     tokenize_and_prepare(again, profile())
     assert file_sha256(again.data / "manifest.json") == file_sha256(workspace.data / "manifest.json")
     assert again.ledger.read_bytes() == workspace.ledger.read_bytes()
@@ -99,12 +99,12 @@ def test_preparing_twice_gives_the_same_bytes(run, tmp_path):
     ids=["padded", "packed", "answers"],
 )
 def test_the_ledgers_epoch_is_what_training_reads(tmp_path, changes):
-    workspace, options = lay(tmp_path), profile(**changes)
+    workspace, options = write_raw(tmp_path), profile(**changes)
     tokenize_and_prepare(workspace, options)
     shards, ledger = open_shards(workspace.data), json.loads(workspace.ledger.read_bytes())
     plan = plan_epoch(shards, options, epoch=0)
     found = [Counter() for _ in shards.sources]
-    for source, sequence in map(plan.drawn, range(len(plan.order))):
+    for source, sequence in map(plan.drawn_sequence, range(len(plan.order))):
         found[source] += Counter(drawn=1, drawn_tokens=int(shards.sources[source].lengths[sequence]))
     for index in range(plan.rows):
         row = plan.row(index)
@@ -138,7 +138,7 @@ def test_the_ledgers_epoch_is_what_training_reads(tmp_path, changes):
 
 
 def test_the_ledger_accounts_for_every_epoch(tmp_path):
-    workspace = lay(tmp_path)
+    workspace = write_raw(tmp_path)
     tokenize_and_prepare(workspace, profile(num_train_epochs=3))
     ledger = json.loads(workspace.ledger.read_bytes())
     assert [epoch["epoch"] for epoch in ledger["epochs"]] == [0, 1, 2]
@@ -147,7 +147,7 @@ def test_the_ledger_accounts_for_every_epoch(tmp_path):
 
 
 def test_a_conversation_without_turns_is_refused_and_counted(tmp_path):
-    workspace = lay(tmp_path, [Conversation((), "alone"), *TALKS], refused={"not JSON": 2})
+    workspace = write_raw(tmp_path, [Conversation((), "alone"), *TALKS], refused={"not JSON": 2})
     tokenize_and_prepare(workspace, profile(max_refused_fraction=0.1))
     records = json.loads(workspace.ledger.read_bytes())["sources"][0]["records"]
     assert records["read"] == 43
@@ -157,14 +157,14 @@ def test_a_conversation_without_turns_is_refused_and_counted(tmp_path):
 
 
 def test_too_many_refused_records_end_the_stage_and_leave_no_table(tmp_path):
-    workspace = lay(tmp_path, [Conversation((), "alone"), *TALKS])
+    workspace = write_raw(tmp_path, [Conversation((), "alone"), *TALKS])
     with pytest.raises(DataError, match=r"source talk: 1 of 41 records refused .*more than max_refused_fraction 0.01"):
         tokenize_and_prepare(workspace, profile())
     assert not workspace.data.exists()
 
 
 def test_an_empty_document_is_no_chunk_and_is_counted(tmp_path):
-    workspace = lay(tmp_path, texts=["", *TEXTS])
+    workspace = write_raw(tmp_path, texts=["", *TEXTS])
     tokenize_and_prepare(workspace, profile())
     account = json.loads(workspace.ledger.read_bytes())["sources"][1]
     assert account["records"]["kept"] == 31
@@ -173,7 +173,7 @@ def test_an_empty_document_is_no_chunk_and_is_counted(tmp_path):
 
 def test_a_special_tokens_string_in_a_text_is_parsed_and_the_record_counted(tmp_path, capsys):
     odd = Conversation(("Which token ends a turn?", "It is </s>, see?"))
-    workspace = lay(tmp_path, [odd, *TALKS], [*TEXTS, "plain <|prompter|> text"])
+    workspace = write_raw(tmp_path, [odd, *TALKS], [*TEXTS, "plain <|prompter|> text"])
     tokenize_and_prepare(workspace, profile())
     ledger = json.loads(workspace.ledger.read_bytes())
     assert [account["records"]["with_special_tokens"] for account in ledger["sources"]] == [1, 1]
@@ -185,7 +185,7 @@ def test_a_special_tokens_string_in_a_text_is_parsed_and_the_record_counted(tmp_
 @pytest.mark.parametrize(("way", "kept", "ends"), [("parse", 41, 4), ("escape", 41, 2), ("reject", 40, 2)])
 def test_special_tokens_in_text_are_counted_whatever_becomes_of_them(tmp_path, capsys, way, kept, ends):
     odd = Conversation(("Which token ends a turn?", "It is </s>, see? </s><|assistant|>"))
-    workspace = lay(tmp_path, [odd, *TALKS], [*TEXTS, "plain <|prompter|> text"])
+    workspace = write_raw(tmp_path, [odd, *TALKS], [*TEXTS, "plain <|prompter|> text"])
     tokenize_and_prepare(workspace, profile(special_tokens_in_text=way, max_refused_fraction=0.1))
     talk, text = (account["records"] for account in json.loads(workspace.ledger.read_bytes())["sources"])
     assert talk["with_special_tokens"] == text["with_special_tokens"] == 1
@@ -201,21 +201,21 @@ def test_special_tokens_in_text_are_counted_whatever_becomes_of_them(tmp_path, c
 
 
 def test_rejecting_too_many_records_ends_the_stage(tmp_path):
-    workspace = lay(tmp_path, [Conversation(("a", "</s>")), *TALKS])
+    workspace = write_raw(tmp_path, [Conversation(("a", "</s>")), *TALKS])
     with pytest.raises(DataError, match=r"source talk: 1 of 41 records refused .*special token in text"):
         tokenize_and_prepare(workspace, profile(special_tokens_in_text="reject"))
     assert not workspace.data.exists()
 
 
 def test_refusals_of_fetch_and_prepare_for_the_same_reason_add_up(tmp_path):
-    workspace = lay(tmp_path, [Conversation((), "alone"), *TALKS], refused={"conversation without turns": 2})
+    workspace = write_raw(tmp_path, [Conversation((), "alone"), *TALKS], refused={"conversation without turns": 2})
     with pytest.raises(DataError, match="source talk: 3 of 43 records refused"):
         tokenize_and_prepare(workspace, profile())
 
 
 @pytest.mark.parametrize("split", ["permutation", "by_hash"])
 def test_no_document_has_chunks_on_both_sides_and_the_ledger_comes_out_even(tmp_path, split):
-    workspace = lay(tmp_path, texts=[f"{text}{n}" for n, text in enumerate(TEXTS * 3)])
+    workspace = write_raw(tmp_path, texts=[f"{text}{n}" for n, text in enumerate(TEXTS * 3)])
     tokenize_and_prepare(workspace, profile(split=split, split_by="document"))
     _, text = open_shards(workspace.data).sources
     tokenizer = open_tokenizer(TOKENIZER)
@@ -231,14 +231,14 @@ def test_no_document_has_chunks_on_both_sides_and_the_ledger_comes_out_even(tmp_
 
 def test_a_source_that_teaches_nothing_is_refused(tmp_path):
     talks = [Conversation((f"Is lamp {n} lit?",)) for n in range(40)]  # nobody answers
-    workspace = lay(tmp_path, talks)
+    workspace = write_raw(tmp_path, talks)
     with pytest.raises(DataError, match="source talk: 0 supervised tokens in 32 rows"):
         tokenize_and_prepare(workspace, profile(what_counts="answers"))
     assert not workspace.data.exists()
 
 
 def test_changed_raw_bytes_are_found(tmp_path):
-    workspace = lay(tmp_path)
+    workspace = write_raw(tmp_path)
     part = workspace.raw / "talk" / "part-00000.parquet"
     part.write_bytes(part.read_bytes()[:-1] + b"x")
     with pytest.raises(DataError, match=r"part-00000.parquet: sha256 is .*Run `dvc repro fetch`"):
@@ -246,7 +246,7 @@ def test_changed_raw_bytes_are_found(tmp_path):
 
 
 def test_a_found_number_other_than_the_expected_one_is_said(tmp_path, capsys):
-    tokenize_and_prepare(lay(tmp_path), profile())
+    tokenize_and_prepare(write_raw(tmp_path), profile())
     assert "talk: expected_rows says 236,053, found 40 sequences" in capsys.readouterr().out
 
 
@@ -348,7 +348,7 @@ def test_a_split_by_document_keeps_a_documents_chunks_together(split):
 def test_shards_are_cut_at_their_size_and_read_back(tmp_path, run, monkeypatch):
     monkeypatch.setattr("ropeway.data.raw_records._GROUP_CHARACTERS", 200)
     monkeypatch.setattr("ropeway.stages.tokenize.stage.UNIT_BYTES", 900)
-    workspace = lay(tmp_path)
+    workspace = write_raw(tmp_path)
     tokenize_and_prepare(workspace, profile())
     talk, text = open_shards(workspace.data).sources
     assert min(len(talk.shard_sequences), len(text.shard_sequences)) > 2
@@ -372,7 +372,7 @@ def test_a_shard_that_reads_back_otherwise_is_found(run):
 
 
 def test_a_shard_of_another_size_is_found(tmp_path):
-    workspace = lay(tmp_path)
+    workspace = write_raw(tmp_path)
     tokenize_and_prepare(workspace, profile())
     path = workspace.data / "text" / "kinds-00000.npy"
     np.save(path, np.load(path)[:-1])

@@ -15,7 +15,7 @@ from ropeway.models.tokenizer import open_tokenizer
 from ropeway.runtime.manifest import file_sha256
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.prepare import stage as prepare
-from tests.support.raw_records import PUBLISHED, TOKENIZER, lay
+from tests.support.raw_records import PUBLISHED, TOKENIZER, write_raw
 from tests.support.raw_records import profile as plain_profile
 from tests.support.tokenizing import tokenize_and_prepare
 
@@ -51,7 +51,7 @@ def profile(exact="count", near="count", contaminated="count", prompts=(), **cha
 
 def run(root, talks=TALKS, texts=TEXTS, **changes):
     """Prepare these records; return (shards, the findings of both sources, the ledger)."""
-    workspace = lay(root, talks, texts)
+    workspace = write_raw(root, talks, texts)
     write_values(workspace, "", {"contamination": {"prompts.jsonl": json.dumps(PROMPT)}})
     tokenize_and_prepare(workspace, profile(**changes))
     ledger = json.loads(workspace.ledger.read_bytes())

@@ -22,7 +22,7 @@ from ropeway.stages.prepare import stage as prepare
 from ropeway.stages.tokenize import encode_workers as workers
 from ropeway.stages.tokenize import store, units
 from ropeway.stages.tokenize.units import choose_unit_bytes, plan_units, tokenize_unit
-from tests.support.raw_records import PUBLISHED, TALKS, TEXTS, lay, profile
+from tests.support.raw_records import PUBLISHED, TALKS, TEXTS, profile, write_raw
 from tests.support.tokenizing import run_tokenize, tokenize_and_prepare
 
 
@@ -31,7 +31,7 @@ def many(tmp_path, monkeypatch):
     """A workspace whose two sources are several units each."""
     monkeypatch.setattr("ropeway.data.raw_records._GROUP_CHARACTERS", 200)
     monkeypatch.setattr("ropeway.stages.tokenize.stage.UNIT_BYTES", 900)
-    return lay(tmp_path)
+    return write_raw(tmp_path)
 
 
 @pytest.fixture
@@ -84,13 +84,13 @@ def test_groups_of_one_source_read_apart_are_its_records(many):
 
 def test_a_groups_size_is_that_of_its_text_even_if_texts_repeat(tmp_path, monkeypatch):
     monkeypatch.setattr("ropeway.data.raw_records._GROUP_CHARACTERS", 10_000)
-    workspace = lay(tmp_path, texts=["the same text again " * 5] * 300)
+    workspace = write_raw(tmp_path, texts=["the same text again " * 5] * 300)
     sizes = [group.text_bytes for group in list_groups(workspace.raw / "text")]
     assert all(10_000 < size < 15_000 for size in sizes)
 
 
 def test_a_tokenize_that_breaks_off_continues_at_the_first_missing_unit(many, made, monkeypatch, tmp_path):
-    undisturbed = lay(tmp_path / "other")
+    undisturbed = write_raw(tmp_path / "other")
     run_tokenize(undisturbed, profile())
     expected, everything = digest(undisturbed), list(made)
     assert Counter(name.split("/")[0] for name in everything).keys() == {"talk", "text"}
@@ -183,7 +183,7 @@ def test_another_recipe_is_other_work_and_earlier_work_of_this_run_goes_in_the_e
     "change", ["raw", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "recipe", "code"]
 )
 def test_the_fingerprint_changes_with_whatever_a_units_bytes_depend_on(tmp_path, monkeypatch, change):
-    base = lay(tmp_path).base
+    base = write_raw(tmp_path).base
     recipe = units.Recipe(None, "parse")
     before = units.fingerprint({"a": {"sha256": "1"}}, base, {"s": recipe})
     if (path := base / change).is_file():
@@ -237,7 +237,7 @@ def full_disk(_, target):
 
 def test_where_the_disk_knows_no_links_shards_are_copied(many, tmp_path, monkeypatch):
     run_tokenize(many, profile())
-    other = lay(tmp_path / "other")
+    other = write_raw(tmp_path / "other")
 
     def refuse_link(*_):
         raise OSError(errno.EPERM, "Operation not permitted")
@@ -248,7 +248,7 @@ def test_where_the_disk_knows_no_links_shards_are_copied(many, tmp_path, monkeyp
 
 
 def test_a_source_without_records_is_one_empty_shard(tmp_path):
-    workspace = lay(tmp_path, texts=[])
+    workspace = write_raw(tmp_path, texts=[])
     run_tokenize(workspace, profile())
     assert np.load(workspace.tokens / "text" / "tokens-00000.npy").shape == (0,)
     sources, _ = open_tokenized(workspace.tokens)
@@ -296,7 +296,7 @@ def test_layout_epochs_split_fraction_what_counts_and_duplicate_rules_are_none_o
     ids="-".join,
 )
 def test_prepare_refuses_tokens_that_were_made_by_other_params(tmp_path, changes):
-    workspace, other = lay(tmp_path), profile(**changes)
+    workspace, other = write_raw(tmp_path), profile(**changes)
     assert TokenizeParams.of(other) != TokenizeParams.of(profile())
     run_tokenize(workspace, profile())
     if set(changes) == {"special_tokens_in_text"}:  # prepare does not read it
@@ -307,7 +307,7 @@ def test_prepare_refuses_tokens_that_were_made_by_other_params(tmp_path, changes
 
 
 def test_sources_in_another_order_are_tokenized_alike_and_prepared_in_that_order(tmp_path):
-    workspace, turned = lay(tmp_path), profile(datasets=profile().datasets[::-1])
+    workspace, turned = write_raw(tmp_path), profile(datasets=profile().datasets[::-1])
     run_tokenize(workspace, profile())
     prepare.run(workspace, turned.reading(READS["prepare"]))
     assert [source.name for source in open_shards(workspace.data).sources] == ["text", "talk"]

@@ -20,16 +20,16 @@ from ropeway.stages.prepare.split import Split, plan_split
 
 
 @dataclass(frozen=True, slots=True)
-class DividedSource:
+class SplitSource:
     """One source's split, and what was found in it."""
 
     split: Split
     findings: Findings
 
 
-def divide_sources(
+def split_sources(
     sources: Mapping[str, TokenizedSource], profile: PrepareParams, *, prompts: Sequence[str], work: Path
-) -> dict[str, DividedSource]:
+) -> dict[str, SplitSource]:
     """Return each source's part; `work` is an empty folder, `prompts` are of the files in `contamination.prompts`."""
     generator = np.random.RandomState(profile.rng_seed)  # one for all sources in their order, as in the original
     repeats = find_repeats(sources, profile.duplicates, work=work)
@@ -50,7 +50,7 @@ def divide_sources(
         splits = {name: split.without_contaminated(hits[name] > 0) for name, split in splits.items()}
     lengths = {name: source.column("lengths") for name, source in sources.items()}
     return {
-        name: DividedSource(split, _count_findings(records[name], lengths[name], repeats[name], hits[name], profile))
+        name: SplitSource(split, _count_findings(records[name], lengths[name], repeats[name], hits[name], profile))
         for name, split in splits.items()
     }
 

@@ -12,15 +12,15 @@ from numpy.typing import NDArray
 
 from ropeway.config.params import PrepareParams, RowParams
 from ropeway.data.batches import PAD_MULTIPLE, EpochPlan, plan_epoch
-from ropeway.data.ledger import Account, Epoch, EpochOfSource, Findings, Ledger, Parts, Records
+from ropeway.data.ledger import EpochTotals, Findings, Ledger, RecordTotals, SourceEpoch, SourceLedger, SplitTotals
 from ropeway.data.loss_mask import loss_mask, loss_masks
 from ropeway.data.shards import Kind, Shards, SourceShards
 from ropeway.stages.prepare.split import Split
 
 
-def account_for(
+def build_ledger(
     shards: Shards,
-    records: dict[str, Records],
+    records: dict[str, RecordTotals],
     splits: dict[str, Split],
     findings: dict[str, Findings],
     profile: PrepareParams,
@@ -29,7 +29,7 @@ def account_for(
     plans = [plan_epoch(shards, profile, epoch=epoch) for epoch in range(profile.num_train_epochs)]
     walked = [_walk(plan) for plan in plans]
     sources = tuple(
-        Account(
+        SourceLedger(
             name=source.name,
             kind=source.kind,
             records=records[source.name],
@@ -41,19 +41,19 @@ def account_for(
         for number, source in enumerate(shards.sources)
     )
     size = profile.global_batch_size
-    epochs = tuple(Epoch(p.epoch, len(p.order), p.rows, size, p.steps, p.rows - p.steps * size) for p in plans)
+    epochs = tuple(EpochTotals(p.epoch, len(p.order), p.rows, size, p.steps, p.rows - p.steps * size) for p in plans)
     return Ledger(sources, epochs)
 
 
-def _count_parts(source: SourceShards, split: Split, *, of_tokens: bool) -> Parts:
+def _count_parts(source: SourceShards, split: Split, *, of_tokens: bool) -> SplitTotals:
     weights = source.lengths.astype(np.int64) if of_tokens else np.ones(len(source.lengths), dtype=np.int64)
     parts = (split.train, np.unique(split.validation), split.unused, split.duplicate, split.contaminated)
-    return Parts(int(weights.sum()), *(int(weights[part].sum()) for part in parts))
+    return SplitTotals(int(weights.sum()), *(int(weights[part].sum()) for part in parts))
 
 
-def _walk(plan: EpochPlan) -> list[EpochOfSource]:
+def _walk(plan: EpochPlan) -> list[SourceEpoch]:
     """Return one epoch's account per source."""
-    owners, sequences = plan.drawn_all()
+    owners, sequences = plan.drawn_sequences()
     pieces = _lay_out(plan, owners, sequences)
     tokens = pieces.end - pieces.begin
     widths = np.bincount(pieces.row, weights=tokens, minlength=plan.rows).astype(np.int64)
@@ -65,7 +65,7 @@ def _walk(plan: EpochPlan) -> list[EpochOfSource]:
         counts = _count_lost(source, pieces.of(own), plan)
         row_tokens, padded = int(tokens[own].sum()), int(padding[pieces.source[first] == number].sum())
         accounts.append(
-            EpochOfSource(
+            SourceEpoch(
                 epoch=plan.epoch,
                 not_drawn=len(source.train) - len(drawn),
                 drawn=len(drawn),

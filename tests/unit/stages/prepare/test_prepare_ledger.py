@@ -10,16 +10,16 @@ from hypothesis import strategies as st
 
 from ropeway.config.params import DatasetOptions
 from ropeway.data.batches import collate, plan_epoch
-from ropeway.data.ledger import EpochOfSource, FindingCounts, Findings, Records
+from ropeway.data.ledger import FindingCounts, Findings, RecordTotals, SourceEpoch
 from ropeway.data.shards import FORMAT, open_shards, write_shard
 from ropeway.models.chat_template import OPEN_ASSISTANT
 from ropeway.runtime.manifest import write_manifest
-from ropeway.stages.prepare.account import account_for
+from ropeway.stages.prepare.ledger_builder import build_ledger
 from ropeway.stages.prepare.split import Split
 from ropeway.stages.tokenize.encode import document_kinds
 from tests.support.raw_records import profile
 
-NOBODY = Records(0, {}, {}, 0, 0, {}, 0)
+NOBODY = RecordTotals(0, {}, {}, 0, 0, {}, 0)
 OFF = FindingCounts("off", 0, 0, 0)
 NOTHING = Findings(OFF, OFF, OFF, 0)
 PROMPTER, ASSISTANT = 3, 4
@@ -31,7 +31,7 @@ def walk(plan):
     sources = plan.shards.sources
     counts = [Counter() for _ in sources]
     for index in range(len(plan.order)):
-        source, sequence = plan.drawn(index)
+        source, sequence = plan.drawn_sequence(index)
         counts[source] += Counter(drawn=1, drawn_tokens=int(sources[source].lengths[sequence]))
     for index in range(plan.rows):
         row = plan.row(index)
@@ -44,7 +44,7 @@ def walk(plan):
             counts[source] += Counter(cells=tokens, row_tokens=tokens, supervised=int((batch.loss_mask & here).sum()))
         for piece in row:
             counts[piece.source] += lost(piece, plan)
-    names = [field.name for field in fields(EpochOfSource) if field.name not in ("epoch", "not_drawn")]
+    names = [field.name for field in fields(SourceEpoch) if field.name not in ("epoch", "not_drawn")]
     return [
         {"epoch": plan.epoch, "not_drawn": len(source.train) - count["drawn"], **{name: count[name] for name in names}}
         for source, count in zip(sources, counts, strict=True)
@@ -108,7 +108,7 @@ def test_the_account_is_what_a_walk_over_all_rows_counts(tmp_path_factory, layou
     folder = tmp_path_factory.mktemp("account") / "data"
     shards = write(folder, {"talk": ("conversation", talks), "text": ("document", texts)})
     splits = {s.name: Split(s.train, s.validation, np.empty(0, np.int64)) for s in shards.sources}
-    ledger = account_for(shards, dict.fromkeys(splits, NOBODY), splits, dict.fromkeys(splits, NOTHING), chosen)
+    ledger = build_ledger(shards, dict.fromkeys(splits, NOBODY), splits, dict.fromkeys(splits, NOTHING), chosen)
     for epoch in range(2):
         expected = walk(plan_epoch(shards, chosen, epoch=epoch))
         assert [asdict(account.epochs[epoch]) for account in ledger.sources] == expected
