@@ -1,4 +1,4 @@
-"""The flows `promote` and `rollback`: an alias moved from Prefect's pages, by the same act as `ropeway registry`."""
+"""The flows `promote` and `rollback`: move an alias from the Prefect UI, like `ropeway registry promote|rollback`."""
 
 from pathlib import Path
 
@@ -18,15 +18,15 @@ from ropeway.runtime.workspace import Workspace
 def promote(
     digest: str, expect: str, by: str, reason: str, alias: str = "production", root: str = "."
 ) -> State[object]:
-    """Point an alias at a version, if it is where you expect it to be.
+    """Point an alias at a version if the alias is still where you expect it.
 
     Args:
         digest: The version: its digest (8 digits or more) or NAME@v3.
-        expect: Where the alias points now: v2, a digest, another alias, or `none` when it does not exist yet.
-        by: Who does it; kept for ever.
-        reason: Why, in words; kept for ever.
-        alias: The pointer.
-        root: The workspace whose registry it is in.
+        expect: Where the alias points now: v2, a digest, another alias, or `none` if it does not exist yet.
+        by: Your name; recorded permanently.
+        reason: Why; recorded permanently.
+        alias: The alias to move.
+        root: The workspace whose registry holds the version.
     """
     registry = _open(root)
     version = registry.find(digest)
@@ -37,15 +37,15 @@ def promote(
 
 @flow(name="rollback")
 def rollback(name: str, expect: str, by: str, reason: str, alias: str = "production", root: str = ".") -> State[object]:
-    """Point an alias back at what it pointed to before.
+    """Point an alias back at its previous version.
 
     Args:
         name: The model, e.g. laptop.
-        expect: Where the alias points now, e.g. v3: what you want to leave.
-        by: Who does it; kept for ever.
-        reason: Why, in words; kept for ever.
-        alias: The pointer.
-        root: The workspace whose registry it is in.
+        expect: Where the alias points now, e.g. v3.
+        by: Your name; recorded permanently.
+        reason: Why; recorded permanently.
+        alias: The alias to move.
+        root: The workspace whose registry holds the versions.
     """
     registry = _open(root)
     artifact, expected = registry.artifact(name), registry.version(f"{name}@{expect}").digest
@@ -57,7 +57,7 @@ def _open(root: str) -> Registry:
 
 
 def _show(artifact: Artifact, done: Promotion) -> State[object]:
-    """Return the state that says where the alias is, and publish its history."""
+    """Publish the alias's history and return the final state, which names its version."""
     rows = [
         {
             "at": event["at"],
@@ -71,7 +71,7 @@ def _show(artifact: Artifact, done: Promotion) -> State[object]:
         key=f"{artifact_prefix(done.name)}-{done.alias}", markdown=f"# {done.name}@{done.alias}\n\n{table(rows)}"
     )
     words = f"{done.name}@{done.alias} is v{artifact.version(done.digest).number} ({done.digest[:12]}…)" + (
-        "" if done.moved else ", as it was already"
+        "" if done.moved else " (unchanged)"
     )
     get_run_logger().info(words)
     return Completed(name="Promoted" if done.moved else "Unchanged", message=words)

@@ -1,7 +1,7 @@
-"""The flow `retrain`: what a run does, from top to bottom.
+"""The flow `retrain`: the steps of a run, from top to bottom.
 
-`ropeway run` and the deployments of `ropeway serve` load this file as Prefect does. A task of your own goes between
-these lines, before `run.publish()`: once the last of them has a result, the process ends within a bounded time.
+`ropeway run` and the deployments of `ropeway serve` load this file as Prefect does. Add your own tasks between these
+lines, before `run.publish()`: once the last step has a result, the process exits within 15 seconds.
 """
 
 from prefect import flow
@@ -12,11 +12,11 @@ from ropeway.orchestration.prefect_adapter import end_state, name_run, open_run
 
 @flow(name="retrain", flow_run_name=name_run, validate_parameters=False)
 def retrain(root: str = ".", profile: str | None = None) -> State[object]:
-    """Train the model that params.yaml describes, if anything it depends on changed, and register it.
+    """Train and register the model that params.yaml describes, if anything it depends on changed.
 
     Args:
         root: The workspace.
-        profile: Which of its runs; default: the one that params.yaml names.
+        profile: The profile of params.yaml; default: the one that its line `profile:` names.
     """
     with open_run(root, profile) as run:
         run.pull()

@@ -1,7 +1,7 @@
-"""The flow `review`: one report, one question, one answer. Pinned to a version, and small enough to be run twice.
+"""The flow `review`: publishes a report on one version, waits for a person's answer, and acts on it.
 
-A suspended run ends its process and starts again from its first line when it is resumed (Prefect 3.9.1), so what the
-report compared with is kept as labels of the run, and nothing happens before the answer but reading.
+A suspended run ends its process and starts again from its first line when resumed (Prefect 3.9.1). The versions that
+its report compares are therefore stored as labels of the run, and before the answer the flow only reads.
 """
 
 from pathlib import Path
@@ -28,17 +28,17 @@ from ropeway.runtime.workspace import Workspace
 EXPIRES_HOURS = 168.0
 _DIGEST, _PRODUCTION = "ropeway.digest", "ropeway.production"
 _NONE = "none"
-_Words = Annotated[str, Field(min_length=1, max_length=2000, pattern=r"\S")]
+_RequiredText = Annotated[str, Field(min_length=1, max_length=2000, pattern=r"\S")]
 
 
 class Form(RunInput):
     """May this version become production?"""
 
-    # Every field is required: Prefect (3.9.1) takes `{}` for an answer where all have defaults.
+    # Every field is required: if all had defaults, Prefect (3.9.1) would accept `{}` as an answer.
 
-    decision: Literal["approve", "reject"] = Field(description="Approve: it becomes production.")
-    reviewer: _Words = Field(description="Who decides; kept for ever.")
-    comment: _Words = Field(description="Why, in words; kept for ever.")
+    decision: Literal["approve", "reject"] = Field(description="Approve makes this version production.")
+    reviewer: _RequiredText = Field(description="Your name; recorded permanently.")
+    comment: _RequiredText = Field(description="Why; recorded permanently.")
 
 
 def _name_run() -> str:
@@ -47,12 +47,12 @@ def _name_run() -> str:
 
 @flow(name="review", flow_run_name=_name_run, validate_parameters=False)
 def review(digest: str, root: str = ".", expires_hours: float = EXPIRES_HOURS) -> State[object]:
-    """Ask a person whether a version may become production, and do what they say.
+    """Ask a person whether a version may become production, and act on the answer.
 
     Args:
         digest: The version: its digest (8 digits or more) or NAME@v3.
-        root: The workspace whose registry it is in.
-        expires_hours: After this the question is withdrawn and nothing moves.
+        root: The workspace whose registry holds the version.
+        expires_hours: Hours after which the review expires and no alias moves.
     """
     registry = Registry.open(Workspace(Path(root).resolve(), "").registry_url)
     case = _pin(registry, digest)
@@ -61,7 +61,7 @@ def review(digest: str, root: str = ".", expires_hours: float = EXPIRES_HOURS) -
         said = suspend_flow_run(wait_for_input=form, timeout=int(expires_hours * 3600), key="answer")
     except ValidationError:
         raise RegistryError(
-            f"{case.new.label}: this run was set going without an answer; nothing was decided and no alias moved. "
+            f"{case.new.label}: this review was resumed without an answer; nothing was decided and no alias moved. "
             "Start another review and fill in its form"
         ) from None
     answer = ReviewAnswer(said.decision, said.reviewer.strip(), said.comment.strip(), f"flow run {runtime.flow_run.id}")
@@ -71,7 +71,7 @@ def review(digest: str, root: str = ".", expires_hours: float = EXPIRES_HOURS) -
 
 
 def _pin(registry: Registry, wanted: str) -> Case:
-    """Return the case; the first time its report is published and the run labelled with what it compares."""
+    """Return the case; at the first start also publish its report and label the run with the versions it compares."""
     run = UUID(str(runtime.flow_run.id))
     with get_client(sync_client=True) as client:
         labels = client.read_flow_run(run).labels

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ropeway.orchestration.deployments import find_next, plan_deployments, take_over
+from ropeway.orchestration.deployments import adopt_deployments, build_deployments, next_start
 from ropeway.runtime.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -69,8 +69,8 @@ def test_flow_deployments_of_prefect_yaml_and_of_serve_agree_and_the_schedule_is
                 {"prefect.deployments.steps.set_working_directory": {"directory": str(deployed)}}
             ]
             assert found.job_variables["env"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] == "30"
-        served = plan_deployments(deployed)
-        take_over(served)
+        served = build_deployments(deployed)
+        adopt_deployments(served)
         for each in served:
             each.apply()
         for name in FLOWS:  # else a run of it would look for its code in a folder called None
@@ -80,7 +80,7 @@ def test_flow_deployments_of_prefect_yaml_and_of_serve_agree_and_the_schedule_is
 
 
 def test_serve_enables_the_schedule_only_with_cron():
-    schedules = [plan_deployments(ROOT, cron=cron)[0].schedules[0] for cron in (None, "0 5 * * 1")]
+    schedules = [build_deployments(ROOT, cron=cron)[0].schedules[0] for cron in (None, "0 5 * * 1")]
     assert [(each.schedule.cron, each.active) for each in schedules] == [("0 3 * * *", False), ("0 5 * * 1", True)]
 
 
@@ -88,10 +88,10 @@ def test_the_next_start_is_printed_in_utc_and_local_time_and_a_bad_cron_is_refus
     monkeypatch.setenv("TZ", "Asia/Kolkata")
     time.tzset()
     try:
-        assert re.fullmatch(r"\d{4}-\d\d-\d\d 03:00 UTC, \d{4}-\d\d-\d\d 08:30 IST here", find_next("0 3 * * *"))
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d 03:00 UTC, \d{4}-\d\d-\d\d 08:30 IST here", next_start("0 3 * * *"))
     finally:
         monkeypatch.undo()
         time.tzset()
     for wrong in ("nightly", "61 * * * *", "", "0 0 30 2 *"):
         with pytest.raises(ConfigError, match="--cron"):
-            find_next(wrong)
+            next_start(wrong)

@@ -1,4 +1,4 @@
-"""Whatever is killed, nothing of a run is left alive, what was asked to end could save, and the next run goes on."""
+"""Whatever is killed, no process of the run survives, a terminated stage can save, and the next run resumes."""
 
 import os
 import signal
@@ -183,6 +183,6 @@ def test_a_flow_waits_for_another_dvc_that_holds_the_locks(made_workspace, monke
 
     monkeypatch.setattr("ropeway.orchestration.dvc_stage.time", SimpleNamespace(sleep=let_it_end))
     result = run_retrain(made_workspace.root, use_prefect=False)
-    assert "another dvc is at work in this workspace" in capsys.readouterr().out
+    assert "another dvc process is running in this workspace" in capsys.readouterr().out
     assert made_workspace.calls() == ["train", "evaluate", "package"]  # the person's run was not made again
     assert result.stages["train"] == "Unchanged"

@@ -210,12 +210,17 @@ def test_flow_checks_the_registry_before_the_first_stage(made_workspace, monkeyp
 @pytest.mark.parametrize(
     ("name", "old", "new", "said"),
     [
-        ("params.yaml", "profile: laptop", "profile: smollm2", "profile, laptop -> smollm2: was edited while this run"),
+        (
+            "params.yaml",
+            "profile: laptop",
+            "profile: smollm2",
+            "profile, laptop -> smollm2: was edited during this run",
+        ),
         (
             "dvc.yaml",
             "python fake_stage.py evaluate",
             "python  fake_stage.py evaluate",
-            "dvc.yaml: was edited while this run",
+            "dvc.yaml: was edited during this run",
         ),
     ],
 )
@@ -306,7 +311,7 @@ def test_flow_publishes_what_the_gate_rejects_and_leaves_candidate_where_it_is(m
     assert kept["verdict"]["lines"][1] == "docs: 5.500, laptop@v1 5.002: worse by 0.498 nats, 0.010 allowed"
     again = plain(made_workspace)
     assert again.publication.state == "Unchanged"
-    assert "was not moved to it then" in again.publication.words
+    assert "the gate did not pass then" in again.publication.words
 
 
 def test_flow_changes_one_line_for_another_profile_and_the_tree_counts_as_clean(flow_workspace):

@@ -25,13 +25,13 @@ class Reviews:
     """One model with a version in production and one to review, and the deployments on the server."""
 
     def __init__(self, root, client):
-        from ropeway.orchestration.deployments import plan_deployments
+        from ropeway.orchestration.deployments import build_deployments
 
         self.client = client
         shutil.copytree(FLOWS, root / "flows", ignore=shutil.ignore_patterns("__pycache__"))
         self.workspace = Workspace(root, "laptop")
         self.registry = Registry.open(self.workspace.registry_url)
-        self.deployments = {each.name: each.apply() for each in plan_deployments(root)}
+        self.deployments = {each.name: each.apply() for each in build_deployments(root)}
         self.first = make_version(self.workspace, 5.0)
         self.registry.artifact("laptop").version(self.first).promote(
             "production", expect=None, by="ben", reason="the first of its name"
@@ -175,7 +175,7 @@ def test_promote_and_rollback_flows_check_the_expected_alias(reviews):
 def test_a_run_starts_a_served_review_or_prints_the_review_command(made_workspace, reviews, monkeypatch, capsys):
     made_workspace.edit("params.yaml", "learning_rate: 2e-3", "learning_rate: 3e-3")
     with monkeypatch.context() as patch:
-        patch.setattr("ropeway.orchestration.prefect_adapter.standing_server", lambda _root: None)
+        patch.setattr("ropeway.orchestration.prefect_adapter.persistent_server_url", lambda _root: None)
         first = run_retrain(made_workspace.root)
     digest = first.publication.digest
     assert first.review is None

@@ -13,8 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import httpx
 import pytest
 
-from ropeway.orchestration.automations import ALERT, CRASHED, apply_automations, find_automations, plan_crashed
-from ropeway.orchestration.prefect_server import await_server, find_server, plan_settings, serve_ui
+from ropeway.orchestration.automations import ALERT, CRASHED, apply_automations, crashed_automation, find_automations
+from ropeway.orchestration.prefect_server import await_server, find_server, prefect_settings, serve_ui
 from ropeway.orchestration.sequence import run_retrain
 from ropeway.runtime.errors import ConfigError, TemporaryError
 from tests.support.flow_processes import SERVE, Api, free_port, wait_for
@@ -111,7 +111,7 @@ def test_a_flow_names_a_server_that_does_not_answer(made_workspace, monkeypatch)
 
 
 def test_no_telemetry_is_sent_and_all_state_stays_in_the_workspace(tmp_path):
-    settings = plan_settings(tmp_path)
+    settings = prefect_settings(tmp_path)
     assert settings["PREFECT_HOME"] == str(tmp_path / ".prefect")
     assert settings["PREFECT_SERVER_ANALYTICS_ENABLED"] == "false"
     assert settings["DO_NOT_TRACK"] == "1"
@@ -137,7 +137,7 @@ def begin_three(api):
 
 
 def test_flow_runs_of_a_silent_host_are_crashed_and_neither_ended_nor_waiting_ones(api):
-    api.ask("POST", "/automations/", plan_crashed(silent_seconds=10))
+    api.ask("POST", "/automations/", crashed_automation(silent_seconds=10))
     begun = []
 
     def count_crashed():  # the server's triggers learn of an automation some time after its API does

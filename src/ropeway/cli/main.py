@@ -48,11 +48,11 @@ def run(
 ) -> None:
     """Make the run that params.yaml describes, and publish the model as `candidate`."""
     from ropeway.config import edit as edits
-    from ropeway.orchestration.sequence import Ending, run_retrain
+    from ropeway.orchestration.sequence import ExitDeadline, run_retrain
 
     if resume_from is not None:
         edits.resume_from(find_root(), profile, resume_from)
-    run_retrain(find_root(), profile, use_prefect=prefect, ending=Ending(exits=True))
+    run_retrain(find_root(), profile, use_prefect=prefect, ending=ExitDeadline(exits=True))
 
 
 @app.command()
@@ -69,7 +69,7 @@ def plan(
     mfu: Annotated[float | None, typer.Option(help="For hours: model FLOPS utilisation, 0 to 1.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what a run will do before anything is spent: rows, steps, memory, disk, hours, and whether it fits."""
+    """Show what a run will do before anything is spent: rows, steps, memory, disk, hours, and whether it fits."""
     from ropeway.planning.plan import PlanRequest, plan_run
     from ropeway.planning.plan_text import describe_plan
     from ropeway.runtime.devices import count_ranks
@@ -207,7 +207,7 @@ def reproduce(
     def say(line: str) -> None:
         typer.echo(line, err=as_json)
 
-    done = make_again(find_root(), open_registry(registry).version(version), target=to, say=say)
+    done = make_again(find_root(), open_registry(registry).version(version), target=to, write_line=say)
     if as_json:
         print_json(asdict(done))
     else:
@@ -241,12 +241,12 @@ def doctor(
     remote: Annotated[str | None, typer.Option(help="With --fix: where the DVC remote shall be.")] = None,
 ) -> None:
     """Look at everything a run needs and say how to fix what is wrong; ends with 64 if something is."""
-    from ropeway.orchestration.doctor import draw, examine, fix_remote
+    from ropeway.orchestration.doctor import draw, fix_remote, run_checks
 
     root = find_root()
     for words in fix_remote(root, remote) if fix else ():
         typer.echo(words, err=True)
-    findings = examine(root)
+    findings = run_checks(root)
     typer.echo(json.dumps([asdict(finding) for finding in findings], indent=1) if as_json else draw(findings))
     if any(finding.state == "wrong" for finding in findings):
         raise typer.Exit(ConfigError.exit_code)

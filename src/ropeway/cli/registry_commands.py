@@ -345,7 +345,7 @@ def diff(
 def withdraw(
     reference: Reference, *, reason: Reason, by: By = None, registry: Url = None, as_json: Json = False
 ) -> None:
-    """Say for ever that a version must not be used; refused while an alias points to it."""
+    """Record permanently that a version must not be used; refused while an alias points to it."""
     version = open_registry(registry).version(reference)
     created = version.withdraw(by=by or user_name(), reason=reason)
     if as_json:

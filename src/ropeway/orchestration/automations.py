@@ -1,6 +1,6 @@
-"""What the server of a workspace watches for: hosts that died, and runs somebody should hear of.
+"""Prefect automations of a workspace's server: mark runs of dead hosts as crashed, and post alerts.
 
-Spoken to over plain HTTP, so that `ropeway server` need not import Prefect. Source of shapes: prefect 3.9.1.
+They are created over plain HTTP, so that `ropeway server` need not import Prefect. Source of shapes: prefect 3.9.1.
 """
 
 import os
@@ -16,12 +16,12 @@ from ropeway.runtime.errors import ConfigError, TemporaryError
 CRASHED, ALERT = "ropeway: crashed hosts", "ropeway: alert"
 _BLOCK = "ropeway-alert"
 _SILENT_SECONDS = 90  # three heartbeats
-# Suspended: a question waits for days and beats no heart; without it every review is called crashed (tried).
-# Prefect names a run's event after the state's name and not its type, so those our flows end with stand here too.
-# Without them the automation fires in vain: Prefect does not let a run that has ended crash (tried).
+# Suspended: a review waits for days without heartbeats; without this entry it would be marked crashed (measured).
+# Prefect names a run's event after the state's name, not its type, so the final states of our flows are listed too.
+# Without them the automation fires for completed runs, which Prefect refuses to mark as crashed (measured).
 _ENDS = ("Completed", "Failed", "Cancelled", "Crashed", "Suspended", "Published", "Unchanged", "Rejected", "Promoted")
-_ALERTED = ("Failed", "Crashed", "TimedOut", "Rejected", "Suspended")  # a suspended run waits for somebody
-# Jinja of the server's own: `~` joins, `tojson` quotes.
+_ALERTED = ("Failed", "Crashed", "TimedOut", "Rejected", "Suspended")  # a suspended run waits for a reviewer
+# Rendered by the server's Jinja: `~` joins strings, `tojson` quotes.
 _WORDS = "(flow.name ~ ' ' ~ flow_run.name ~ ': ' ~ flow_run.state.name ~ ' ' ~ (flow_run.state.message or ''))"
 _Json = dict[str, Any]
 _OF_RUNS: _Json = {
@@ -33,20 +33,20 @@ _OF_RUNS: _Json = {
 
 
 def apply_automations(url: str) -> list[str]:
-    """Create or renew the automations; return what is watched, in words. One switched off in the UI stays off.
+    """Create or update the automations; return a description of each. One disabled in the UI stays disabled.
 
     Raises:
-        ConfigError: ROPEWAY_ALERT_URL is no address of the web.
-        TemporaryError: The server refused.
+        ConfigError: ROPEWAY_ALERT_URL is not an http(s) URL.
+        TemporaryError: The server refused a request.
     """
     hook = os.environ.get("ROPEWAY_ALERT_URL")
     if hook and (urlsplit(hook).scheme not in ("http", "https") or not urlsplit(hook).hostname):
-        raise ConfigError("ROPEWAY_ALERT_URL: expected https://… to which an alert is posted as JSON")
-    wanted = [plan_crashed(silent_seconds=_SILENT_SECONDS)]
-    watched = [f"a run whose host is silent for {_SILENT_SECONDS} s is marked crashed"]
+        raise ConfigError("ROPEWAY_ALERT_URL: expected an https:// URL, to which alerts are posted as JSON")
+    wanted = [crashed_automation(silent_seconds=_SILENT_SECONDS)]
+    watched = [f"a run without a heartbeat for {_SILENT_SECONDS} s is marked Crashed"]
     if hook:
-        wanted.append(plan_alert(_save_hook(url, hook)))
-        watched.append(f"runs that become {', '.join(_ALERTED)} are posted to {urlsplit(hook).hostname}")
+        wanted.append(alert_automation(_save_hook(url, hook)))
+        watched.append(f"runs that enter {', '.join(_ALERTED)} are posted to {urlsplit(hook).hostname}")
     there = {found["name"]: found for found in find_automations(url)}
     for automation in wanted:
         old = there.get(automation["name"])
@@ -59,17 +59,17 @@ def apply_automations(url: str) -> list[str]:
     return watched
 
 
-def plan_crashed(*, silent_seconds: int) -> _Json:
-    """Return the automation that marks runs as crashed whose heartbeat stopped before they ended."""
-    beat = "prefect.flow-run.heartbeat"
+def crashed_automation(*, silent_seconds: int) -> _Json:
+    """Return the automation that marks runs as crashed whose heartbeats stopped before they ended."""
+    heartbeat = "prefect.flow-run.heartbeat"
     return {
         "name": CRASHED,
-        "description": "No heartbeat any more: the host died, or lost its network.",
+        "description": "No heartbeat: the host died or lost its network.",
         "trigger": {
             **_OF_RUNS,
             "posture": "Proactive",
-            "after": [beat],
-            "expect": [beat, *(f"prefect.flow-run.{name}" for name in _ENDS)],
+            "after": [heartbeat],
+            "expect": [heartbeat, *(f"prefect.flow-run.{name}" for name in _ENDS)],
             "within": silent_seconds,
         },
         "actions": [
@@ -77,14 +77,14 @@ def plan_crashed(*, silent_seconds: int) -> _Json:
                 "type": "change-flow-run-state",
                 "state": "CRASHED",
                 "name": "Crashed",
-                "message": f"no heartbeat for {silent_seconds} s: its host is gone. Start it again, it resumes",
+                "message": f"no heartbeat for {silent_seconds} s: its host died or lost its network. Run again",
             }
         ],
     }
 
 
-def plan_alert(block_id: str) -> _Json:
-    """Return the automation that posts `{"text": …}` to the hook when a run ends badly."""
+def alert_automation(block_id: str) -> _Json:
+    """Return the automation that posts `{"text": …}` to the webhook if a run fails or waits for a review."""
     return {
         "name": ALERT,
         "description": "Posts to ROPEWAY_ALERT_URL.",
@@ -105,14 +105,14 @@ def plan_alert(block_id: str) -> _Json:
 
 
 def find_automations(url: str) -> list[_Json]:
-    """Return ours, as the server has them."""
+    """Return our automations as the server has them."""
     chosen = {"automations": {"name": {"any_": [CRASHED, ALERT]}}}
     found: list[_Json] = _ask(url, "POST", "/automations/filter", chosen)
     return found
 
 
 def _save_hook(url: str, hook: str) -> str:
-    """Keep the address in a webhook block of the server's, encrypted; return the block's id."""
+    """Store the URL in a webhook block of the server, encrypted; return the block's id."""
     kind = _ask(url, "GET", "/block_types/slug/webhook")
     schemas = _ask(url, "POST", "/block_schemas/filter", {"block_schemas": {"block_type_id": {"any_": [kind["id"]]}}})
     data = {"method": "POST", "url": hook}
@@ -130,7 +130,7 @@ def _ask(url: str, method: str, path: str, body: Mapping[str, object] | None = N
     ).partition(":")
     auth = (user, password) if user else None
     try:
-        # No proxy of the environment's, but the certificates of this machine.
+        # No proxy from the environment, but this machine's certificates.
         certificates = ssl.create_default_context()
         answer = httpx.request(
             method, url + path, json=body, auth=auth, timeout=30, trust_env=False, verify=certificates
@@ -138,6 +138,7 @@ def _ask(url: str, method: str, path: str, body: Mapping[str, object] | None = N
     except httpx.HTTPError as error:
         raise TemporaryError(f"the Prefect server at {url} does not answer ({error})") from None
     if answer.is_error:
-        said = f"{answer.status_code} {answer.content[:300]!r}"
-        raise TemporaryError(f"the Prefect server refused {method} {path}: {said}")
+        raise TemporaryError(
+            f"the Prefect server refused {method} {path}: {answer.status_code} {answer.content[:300]!r}"
+        )
     return answer.json() if answer.content else None

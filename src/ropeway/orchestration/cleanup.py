@@ -64,7 +64,7 @@ def measure(root: Path) -> list[DiskUsage]:
     return sorted(places, key=lambda place: -place.bytes)
 
 
-def say_sizes(root: Path) -> str:
+def format_sizes(root: Path) -> str:
     """Return a workspace's parts in one line, those below a MiB left out."""
     parts = [f"{place.name} {gib(place.bytes)}" for place in measure(root) if place.bytes >= _MIB]
     return ", ".join(parts) or "less than 1 MiB"
@@ -114,15 +114,15 @@ def plan_cache(root: Path, registry: Registry, *, keep: int) -> Iterator[Removal
 
 
 @dataclass(frozen=True, slots=True)
-class _Result:
+class _CachedResult:
     path: Path
     outs: list[graph.LockOut]
 
 
-def _read_results(runs: Path) -> Iterator[_Result]:
+def _read_results(runs: Path) -> Iterator[_CachedResult]:
     for path in sorted(runs.glob("??/*/*")) if runs.is_dir() else ():
         with suppress(ConfigError, OSError):  # a damaged entry is DVC's to pass over
-            yield _Result(path, list(graph.parse_lock(path.read_bytes()).get("outs", [])))
+            yield _CachedResult(path, list(graph.parse_lock(path.read_bytes()).get("outs", [])))
 
 
 def _read_lock(root: Path) -> graph.Lock:

@@ -1,4 +1,4 @@
-"""From a reviewer's answer to `production`: the one act behind Prefect's form and `ropeway review`."""
+"""Records a reviewer's answer and moves `production`: used by the Prefect form and by `ropeway review`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +14,10 @@ from ropeway.runtime.workspace import Workspace
 
 @dataclass(frozen=True, slots=True)
 class ReviewAnswer:
-    """What a reviewer says; every part is asked for, none has a default.
+    """A reviewer's answer; every part is required.
 
     Attributes:
-        via: Where it was said: a flow run, or one command in a terminal. An answer from one place is kept once.
+        via: Where it was given: a flow run or one command in a terminal. Each place's answer is recorded once.
     """
 
     decision: Decision
@@ -28,18 +28,20 @@ class ReviewAnswer:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of a review: `Promoted` or `Rejected`, and one sentence."""
+    """The outcome of a review: `Promoted` or `Rejected`, and one sentence."""
 
     state: str
     words: str
 
 
 def decide(registry: Registry, case: Case, answer: ReviewAnswer) -> Outcome:
-    """Keep an answer, and move production if it is a yes and production is where the report said. Repeat it freely.
+    """Record an answer; if it approves and production is still what the report compared with, move production.
+
+    It may be repeated.
 
     Raises:
-        RegistryError: Production moved since the report was made, the version is from a dirty tree or not whole, or a
-            part of the answer is empty. The answer is kept all the same, unless it is empty.
+        RegistryError: Production moved after the report was made, the version is from a dirty tree or incomplete, or a
+            part of the answer is empty. The answer is recorded all the same, unless it is empty.
     """
     check_text("reviewer", answer.by)
     check_text("comment", answer.comment)
@@ -54,8 +56,8 @@ def decide(registry: Registry, case: Case, answer: ReviewAnswer) -> Outcome:
         done = version.promote(PRODUCTION, expect=case.expect, by=answer.by, reason=answer.comment, review=kept)
     except RegistryError as error:
         raise RegistryError(
-            f"{case.new.label} was approved by {answer.by} and is NOT production: {error}. `ropeway review "
-            f"{case.digest[:12]}` compares it with what production is now and prints the command to answer"
+            f"{case.new.label} was approved by {answer.by} but is NOT production: {error}. Run `ropeway review "
+            f"{case.digest[:12]}` to compare it with the current production"
         ) from None
     was = f"; before it was {case.old.label}" if case.old else ""
     words = f"{case.new.label} is {case.name}@{PRODUCTION}{was}"

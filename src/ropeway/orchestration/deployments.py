@@ -1,6 +1,6 @@
-"""`ropeway serve`: the flows of this workspace, startable from Prefect's pages and by the clock, on one machine.
+"""`ropeway serve`: serves this workspace's flows on one machine, to be started from the Prefect UI or on a schedule.
 
-`prefect.yaml` says the same for work pools; a test holds the two together.
+`prefect.yaml` declares the same for work pools; a test compares the two.
 """
 
 import asyncio
@@ -10,7 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ropeway.orchestration.prefect_server import apply_settings, page_address, standing_server
+from ropeway.orchestration.prefect_server import apply_settings, page_address, persistent_server_url
 from ropeway.runtime.errors import ConfigError, TemporaryError
 
 if TYPE_CHECKING:
@@ -20,36 +20,40 @@ CRON = "0 3 * * *"
 
 
 def serve_flows(root: Path, *, cron: str | None = None) -> None:
-    """Serve the flows until somebody ends this process; needs a running server.
+    """Serve the flows until this process is stopped; needs a running server.
 
-    `cron` says when to retrain, in UTC; with None the nightly schedule is there but switched off.
+    `cron` is the schedule of retraining, in UTC; with None the nightly schedule exists but is inactive.
 
     Raises:
-        ConfigError: `cron` is no cron expression.
+        ConfigError: `cron` is not a cron expression.
         TemporaryError: No server answers.
     """
     root = root.resolve()
     apply_settings(root)
-    at = f"retrains at '{cron}' in UTC, next {find_next(cron)}" if cron else "no schedule: --cron sets one, in UTC"
-    url = standing_server(root)
+    at = (
+        f"schedule: '{cron}' (UTC), next start {next_start(cron)}" if cron else "no schedule; set one with --cron (UTC)"
+    )
+    url = persistent_server_url(root)
     if not url:
-        raise TemporaryError("no Prefect server runs for this workspace; start `ropeway server` in another terminal")
+        raise TemporaryError(
+            "no Prefect server is running for this workspace; start `ropeway server` in another terminal"
+        )
     os.environ["PREFECT_API_URL"] = url
-    os.chdir(root)  # the flows' processes start here
+    os.chdir(root)  # flow processes start in this folder
     from prefect import serve
 
     print(f"serving retrain, review, promote and rollback at {page_address(url, '/deployments')}", flush=True)
     print(at, flush=True)
-    deployments = plan_deployments(root, cron=cron)
-    take_over(deployments)
+    deployments = build_deployments(root, cron=cron)
+    adopt_deployments(deployments)
     serve(*deployments)
 
 
-def take_over(deployments: "list[RunnerDeployment]") -> None:
-    """Let deployments of these names that the server has already start in this process's folder.
+def adopt_deployments(deployments: "list[RunnerDeployment]") -> None:
+    """Set the path of existing deployments of these names to this process's folder.
 
-    What serves a deployment updates it, but not its path (Prefect 3.9.1, `RunnerDeployment._update`); one that
-    `prefect deploy` made has none, and every run of it would end with "no such file: None".
+    Serving a deployment updates it, but not its path (Prefect 3.9.1, `RunnerDeployment._update`); a deployment made by
+    `prefect deploy` has no path, and every run of it would fail with "no such file: None".
     """
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.actions import DeploymentUpdate
@@ -62,23 +66,21 @@ def take_over(deployments: "list[RunnerDeployment]") -> None:
                 client.update_deployment(found.id, DeploymentUpdate(path="."))
 
 
-def find_next(cron: str) -> str:
-    """Return the next time of a cron expression, in UTC and in this machine's zone; raise ConfigError for none."""
+def next_start(cron: str) -> str:
+    """Return the next start of a cron schedule, in UTC and local time; raise ConfigError if it is invalid."""
     from prefect.server.schemas.schedules import CronSchedule
 
     try:
         (moment,) = asyncio.run(CronSchedule(cron=cron, timezone="UTC").get_dates(1))
     except ValueError:
-        raise ConfigError(
-            f"--cron '{cron}': no time ever; expected a cron expression, e.g. '0 3 * * *' for 03:00 UTC"
-        ) from None
+        raise ConfigError(f"--cron '{cron}': expected a cron expression, e.g. '0 3 * * *' for 03:00 UTC") from None
     here = moment.astimezone()
     there = "" if here.utcoffset() == timedelta(0) else f", {here:%Y-%m-%d %H:%M %Z} here"
     return f"{moment:%Y-%m-%d %H:%M} UTC{there}"
 
 
-def plan_deployments(root: Path, *, cron: str | None = None) -> list[Any]:
-    """Return the deployments; retraining never runs twice at a time: a second run waits."""
+def build_deployments(root: Path, *, cron: str | None = None) -> list[Any]:
+    """Return the deployments; only one retraining runs at a time, a second one waits."""
     from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
     from prefect.schedules import Cron
 

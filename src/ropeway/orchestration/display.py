@@ -1,6 +1,6 @@
-"""What a run is shown on while it goes: the terminal alone here, Prefect's pages in `prefect_adapter.py`.
+"""Where a run is displayed: the terminal (`RunDisplay`) or the Prefect UI (`PrefectDisplay` in prefect_adapter.py).
 
-A board shows each step, table and report of `sequence.py`, and retries a step that failed for a passing reason.
+A display shows each step, table and report of `sequence.py`, and retries a step after a temporary failure.
 """
 
 import os
@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ropeway.orchestration.dvc_stage import Say, StageStoppedError
+from ropeway.orchestration.dvc_stage import LineWriter, StageStoppedError
 from ropeway.orchestration.run_summary import Result
 from ropeway.runtime.errors import TemporaryError
 
@@ -16,24 +16,24 @@ RETRIES = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Done:
-    """How a step ended: Completed, Unchanged, Restored, Published or Rejected, and one sentence for people."""
+class StepResult:
+    """The final state of a step (Completed, Unchanged, Restored, Published or Rejected) and one sentence about it."""
 
     state: str
     words: str
 
 
-class Board:
-    """Where a run appears: here the terminal alone, which has everything already; a subclass shows it elsewhere too."""
+class RunDisplay:
+    """Displays a run in the terminal alone, where every line is printed anyway; a subclass adds another place."""
 
-    def step(self, name: str, work: Callable[[Say], Done], *, after: Sequence[str] = ()) -> Done:  # noqa: ARG002
-        """Do one step and return how it ended, again if its failure may pass; other errors pass through.
+    def step(self, name: str, work: Callable[[LineWriter], StepResult], *, after: Sequence[str] = ()) -> StepResult:  # noqa: ARG002
+        """Run one step, retry it after a temporary failure, and return its result; other errors pass through.
 
         Args:
-            name: What it is called; each name once in a run.
-            work: Does it; may be called again after a TemporaryError. It is given where its lines go beside the
-                terminal.
-            after: The steps it follows, for a picture.
+            name: The step's name, unique in a run.
+            work: Runs the step; may be called again after a TemporaryError. Its argument receives each line that the
+                terminal shows as well.
+            after: The steps whose results it needs: its parents in the graph.
         """
         for _ in range(RETRIES):
             try:
@@ -41,7 +41,7 @@ class Board:
             except TemporaryError as error:
                 if not may_retry(error):
                     raise
-                print(f"{name}: {error}\n{name}: trying again, it resumes", flush=True)
+                print(f"{name}: {error}\n{name}: retrying in {retry_seconds():g} s; it resumes", flush=True)
                 time.sleep(retry_seconds())
         return work(lambda _line: None)
 
@@ -51,19 +51,19 @@ class Board:
     def report(self, key: str, text: str) -> None:
         """Show a markdown text."""
 
-    def over(self, result: Result) -> None:
-        """Take the run's result: whatever is shown from here on may be cut short."""
+    def finish(self, result: Result) -> None:
+        """Record the run's result; anything shown after this may be cut short."""
 
-    def ask_review(self, digest: str) -> str | None:  # noqa: ARG002 - there is nobody to ask
-        """Ask for a review of a version where people are asked; return where they answer, or None."""
+    def ask_review(self, digest: str) -> str | None:  # noqa: ARG002 - no server here
+        """Start the review of a version if reviews are served; return the URL of its page, or None."""
         return None
 
 
 def may_retry(error: BaseException) -> bool:
-    """Return whether the same step may succeed if it is made again now; it then resumes."""
+    """Return whether a step that failed with `error` may succeed when retried."""
     return isinstance(error, TemporaryError) and not isinstance(error, StageStoppedError)
 
 
 def retry_seconds() -> float:
-    """Return the pause before a step is tried again."""
+    """Return the pause before a retry, in seconds."""
     return float(os.environ.get("ROPEWAY_RETRY_SECONDS", "5"))

@@ -14,7 +14,7 @@ from typing import Literal
 
 from ropeway.config.load_params import load_profile
 from ropeway.orchestration import dvc_graph as graph
-from ropeway.orchestration.cleanup import say_sizes
+from ropeway.orchestration.cleanup import format_sizes
 from ropeway.orchestration.prefect_server import DEFAULT_PORT, find_server, is_answering, is_free
 from ropeway.planning.plan import plan_run
 from ropeway.runtime.devices import count_ranks, detect_gpus, list_gpus
@@ -45,7 +45,7 @@ class Finding:
     fix: str = ""
 
 
-def examine(root: Path) -> list[Finding]:
+def run_checks(root: Path) -> list[Finding]:
     """Return every finding, in the order in which a run would meet it."""
     machine = (_python, _compiler, _libraries, _gpus)
     looks = (*machine, _params, _disk, _use, _git, _remote, _registry, _prefect, _port, _wandb)
@@ -165,7 +165,7 @@ def _disk(root: Path) -> Iterator[Finding]:
 
 
 def _use(root: Path) -> Iterator[Finding]:
-    yield Finding("on disk", "ok", f"{say_sizes(root)}; `ropeway clean` shows what can go")
+    yield Finding("on disk", "ok", f"{format_sizes(root)}; `ropeway clean` shows what can go")
 
 
 def _git(root: Path) -> Iterator[Finding]:

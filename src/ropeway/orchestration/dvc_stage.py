@@ -1,4 +1,4 @@
-"""One stage, brought up to date by `dvc repro` in a supervised process of its own; its lines as they come."""
+"""Runs `dvc repro` of one stage in a supervised process and passes its output on line by line."""
 
 import codecs
 import json
@@ -21,29 +21,29 @@ from ropeway.runtime.lock import Held
 from ropeway.runtime.supervise import GRACE_SECONDS, ExitRecord
 from ropeway.runtime.workspace import Workspace
 
-Say = Callable[[str], None]
+LineWriter = Callable[[str], None]
 T = TypeVar("T")
 _BUSY_TRIES, _BUSY_SECONDS = 20, 3.0  # another dvc hashes its outputs under its lock; a 26 GB model takes 35 s
 _MARGIN_SECONDS = 15.0  # the outer supervisor waits longer than the inner one needs to kill
 _QUOTED_LINES = 15
-_LOOK_SECONDS = 0.1
-_MAX_CHARACTERS = 2000  # Prefect cuts a line at 1 MB (3.9.1), a page is slow long before
-_PROGRESS_SECONDS = 5.0  # one state of a progress bar in so long
+_POLL_SECONDS = 0.1
+_MAX_CHARACTERS = 2000  # Prefect truncates a line at 1 MB (3.9.1); a page is slow long before that
+_PROGRESS_SECONDS = 5.0  # how often a line that is overwritten by a carriage return is shown
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
 _ENDS = re.compile(r"(\r\n|\n|\r)")
 
 
 class StageStoppedError(TemporaryError):
-    """Somebody ended dvc itself: that is a wish to stop, so the stage is not tried again by this run."""
+    """The dvc process was ended from outside: a request to stop, so this run does not retry the stage."""
 
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """Where stages run: a workspace that this process has locked.
+    """A workspace that this process has locked and runs stages in.
 
     Attributes:
-        pulls: A DVC remote answers: what its run-cache knows of a stage is fetched from there rather than made.
-        definition: What the run was planned from (`graph.read_definition`); a stage is not run by another.
+        pulls: Whether a DVC remote answers; outputs that its run-cache knows are then pulled rather than produced.
+        definition: What the run was planned from (`graph.read_definition`); no stage runs from a different one.
     """
 
     root: Path
@@ -52,49 +52,50 @@ class Site:
     definition: Mapping[str, str] | None = None
 
     def record(self, name: str, kind: str) -> Path:
-        """Return the exit record that a supervisor leaves: kind `exit` is the stage's own, `dvc` that of its dvc."""
+        """Return the path of a supervisor's exit record: kind `exit` of the stage, kind `dvc` of its dvc."""
         return self.root / ".work" / f"{_file_name(name)}.{kind}.json"
 
     def log(self, name: str) -> Path:
-        """Return a stage's full log."""
+        """Return the path of a stage's full log."""
         return log_path(self.root, name)
 
 
 def log_path(root: Path, name: str) -> Path:
-    """Return where a stage's full log is."""
+    """Return the path of a stage's full log."""
     return root / ".work" / "logs" / f"{_file_name(name)}.log"
 
 
 def progress_path(root: Path, name: str) -> Path:
-    """Return where a stage writes how far it has come, if it does."""
+    """Return the path of a stage's progress file; not every stage writes one."""
     return Workspace(root, "").progress(_file_name(name))
 
 
-def bring_up(site: Site, name: str, say: Say, *, anew: bool = False) -> str:
-    """Bring one stage up to date; return what DVC did: `ran`, `restored` or `unchanged`.
+def update_stage(site: Site, name: str, write_line: LineWriter, *, force: bool = False) -> str:
+    """Update one stage; return what DVC did: `ran`, `restored` or `unchanged`.
 
-    `say` gets every line as it comes, folded and capped; the full text is in `site.log(name)`. `anew` runs the stage
-    whatever DVC knows of it.
+    `write_line` receives every line, shortened if long; the full text is in `site.log(name)`. `force` runs the stage
+    even if DVC finds nothing changed.
 
     Raises:
-        ConfigError: The stage ended with 64: what params.yaml asks for cannot be run. Or dvc.yaml was edited.
-        DataError: It ended with 65.
-        TemporaryError: It ended with 75 or by a signal: run again, it resumes. Or another dvc kept DVC's locks.
-        StageStoppedError: dvc was ended from outside.
-        RopewayError: Anything else; the stage's last lines are quoted.
+        ConfigError: The stage exited with 64 (params.yaml cannot be run as written), or dvc.yaml was edited.
+        DataError: The stage exited with 65.
+        TemporaryError: The stage exited with 75 or was ended by a signal (run again, it resumes), or another dvc holds
+            DVC's locks.
+        StageStoppedError: The dvc process was ended from outside.
+        RopewayError: Any other failure; the message quotes the stage's last lines.
     """
     if site.definition is not None:
         graph.check_definition(site.root, site.definition)
     before = _lock_entry(site.root, name)
-    events = patiently(partial(_reproduce, site, name, say, anew=anew), say)
+    events = retry_while_busy(partial(_reproduce, site, name, write_line, force=force), write_line)
     return find_outcome(site, name, events, changed=_lock_entry(site.root, name) != before)
 
 
 def find_outcome(site: Site, name: str, events: Mapping[str, int | None], *, changed: bool) -> str:
-    """Return what became of a stage that did not fail.
+    """Return `ran`, `restored` or `unchanged` for a stage that did not fail.
 
-    A stage of ours that ran has an exit record; `changed` says whether its entry of dvc.lock is another. Of the rest
-    DVC's own words (`events`) decide: whether a stage of somebody else's ran, whether missing files are back.
+    A stage of this project that ran has an exit record; `changed` says whether its entry in dvc.lock differs. DVC's own
+    output (`events`) decides the rest: whether a stage that a user added ran, whether missing files were restored.
     """
     if _read_record(site.record(name, "exit")) is not None:
         return "ran"
@@ -103,52 +104,54 @@ def find_outcome(site: Site, name: str, events: Mapping[str, int | None], *, cha
 
 
 def _lock_entry(root: Path, name: str) -> object:
-    """Return a stage's entry of dvc.lock, None where there is none that can be read: DVC says then what is wrong."""
+    """Return a stage's entry of dvc.lock, or None if it cannot be read; DVC itself then reports the fault."""
     with suppress(OSError, ConfigError):
         stages: object = graph.parse_lock((root / "dvc.lock").read_bytes()).get("stages")
         return stages.get(name) if isinstance(stages, dict) else None
     return None
 
 
-def patiently(work: Callable[[], T], say: Say) -> T:
-    """Return what `work` returns, asking again for a minute while another dvc is at work."""
+def retry_while_busy(work: Callable[[], T], write_line: LineWriter) -> T:
+    """Return what `work` returns; retry for a minute while another dvc holds DVC's locks."""
     for _ in range(_BUSY_TRIES):
         try:
             return work()
         except graph.BusyError:
-            say(f"another dvc is at work in this workspace; trying again in {_BUSY_SECONDS:g} s")
+            write_line(f"another dvc process is running in this workspace; retrying in {_BUSY_SECONDS:g} s")
             time.sleep(_BUSY_SECONDS)
     return work()
 
 
-def run_command(site: Site, name: str, command: list[str], say: Say) -> tuple[int, list[str]]:
-    """Run something else (dvc pull, measuring a champion) as a stage is run; return its code and last lines."""
-    code, _, lines = _run(site, name, command, say)
+def run_command(site: Site, name: str, command: list[str], write_line: LineWriter) -> tuple[int, list[str]]:
+    """Run another command (dvc pull, evaluating a champion) like a stage; return its exit code and last lines."""
+    code, _, lines = _run(site, name, command, write_line)
     return code, list(lines)
 
 
-def _reproduce(site: Site, name: str, say: Say, *, anew: bool) -> dict[str, int | None]:
-    """Run `dvc repro` of one stage; return what DVC said."""
-    code, events, lines = _run(site, name, graph.reproduce_command(name, anew=anew, pull=site.pulls), say)
+def _reproduce(site: Site, name: str, write_line: LineWriter, *, force: bool) -> dict[str, int | None]:
+    """Run `dvc repro` of one stage; return the events read from its output."""
+    code, events, lines = _run(site, name, graph.reproduce_command(name, force=force, pull=site.pulls), write_line)
     if code and "busy" in events and "ran" not in events:
-        raise graph.BusyError(f"stage {name}: another dvc is at work in this workspace; wait for it or stop it")
+        raise graph.BusyError(f"stage {name}: another dvc process is running in this workspace. Wait for it or stop it")
     if code:
         raise _explain_failure(site, name, code, events, lines)
     return events
 
 
-def _run(site: Site, name: str, command: list[str], say: Say) -> tuple[int, dict[str, int | None], deque[str]]:
-    """Run a command under a supervisor; return its code, what DVC said, and the last lines that are not DVC's."""
+def _run(
+    site: Site, name: str, command: list[str], write_line: LineWriter
+) -> tuple[int, dict[str, int | None], deque[str]]:
+    """Run a command under a supervisor; return its exit code, DVC's events, and the last lines that are not DVC's."""
     earlier = _read_record(site.record(name, "exit"))
     resumes = earlier is not None and earlier.get("code") == TemporaryError.exit_code
     for kind in ("exit", "dvc"):
         site.record(name, kind).unlink(missing_ok=True)
-    progress_path(site.root, name).unlink(missing_ok=True)  # an earlier start's is not taken for this one's
+    progress_path(site.root, name).unlink(missing_ok=True)  # that of an earlier start must not be shown for this one
     events: dict[str, int | None] = {}
     lines: deque[str] = deque(maxlen=_QUOTED_LINES)
     log = site.log(name)
     log.parent.mkdir(parents=True, exist_ok=True)
-    # The child writes to the file itself, not to a pipe from us: it can still print, and save, when we are dead.
+    # The child writes to the file, not to a pipe to this process: it can still print and save after this process dies.
     with log.open("ab" if resumes else "wb") as file:
         start = file.tell()
         child = _start(site, name, command, file.fileno())
@@ -158,19 +161,19 @@ def _run(site: Site, name: str, command: list[str], say: Say) -> tuple[int, dict
                 if event:
                     events[event[0]] = event[1]
                     if event[0] == "ran":
-                        lines.clear()  # what came before is DVC's own talk
+                        lines.clear()  # the lines before are DVC's own
                 elif graph.is_hint(line):
                     continue
                 if not event and not line.startswith("> "):
                     lines.append(line)
-                say(line)
+                write_line(line)
         finally:
             _end(child)
     return child.returncode, events, lines
 
 
 def _start(site: Site, name: str, command: list[str], output: int) -> subprocess.Popen[bytes]:
-    bin_folder = str(Path(sys.executable).parent)  # `ropeway` and `dvc` of this very environment, active or not
+    bin_folder = str(Path(sys.executable).parent)  # `ropeway` and `dvc` of this environment, activated or not
     environment = {
         **os.environ,
         **site.held.environment,
@@ -187,29 +190,31 @@ def _start(site: Site, name: str, command: list[str], output: int) -> subprocess
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=subprocess.STDOUT,
-        start_new_session=True,  # Ctrl-C reaches us, and we ask it
-        pass_fds=[] if site.held.handle is None else [site.held.handle],  # the lock lasts as long as the tree
+        start_new_session=True,  # Ctrl-C reaches this process, which then terminates the child
+        pass_fds=[]
+        if site.held.handle is None
+        else [site.held.handle],  # the lock is held as long as the process tree lives
     )
 
 
 def _follow(log: Path, start: int, child: subprocess.Popen[bytes]) -> Iterator[str]:
-    """Yield a growing file's lines until the child has ended and all is read."""
-    fold = Folder()
+    """Yield a growing file's lines until the child has ended and everything is read."""
+    fold = LineCollapser()
     with log.open("rb") as file:
         file.seek(start)
         ended = False
         while not ended:
-            ended = child.poll() is not None  # asked before reading, so what it wrote last is read
+            ended = child.poll() is not None  # checked before reading, so that the last lines are read
             while data := file.read(1 << 16):
                 yield from fold.feed(data)
             if not ended:
                 with suppress(subprocess.TimeoutExpired):
-                    child.wait(_LOOK_SECONDS)
+                    child.wait(_POLL_SECONDS)
     yield from fold.feed(b"", last=True)
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
-    """Leave no supervisor behind, whatever ended us; it ends its tree."""
+    """End the supervisor, which ends its process tree."""
     if child.poll() is None:
         child.terminate()
         try:
@@ -226,25 +231,25 @@ def _grace_seconds() -> float:
 def _explain_failure(
     site: Site, name: str, code: int, events: dict[str, int | None], lines: deque[str]
 ) -> RopewayError:
-    """Return the error that says what became of a stage; its class says what can be done about it."""
+    """Return the error that describes a failed stage; its class decides whether a retry makes sense."""
     own, outer = _read_record(site.record(name, "exit")), _read_record(site.record(name, "dvc"))
-    end = f"; its log: {site.log(name)}"
+    end = f"; full log: {site.log(name)}"
     if code < 0 or (outer and (outer["signal"] or outer["why"])):
         how = "its supervisor was killed" if code < 0 or outer is None else outer["why"] or outer["signal"]
         return StageStoppedError(
-            f"stage {name}: dvc was ended from outside ({how}). Run the same command again, it resumes{end}"
+            f"stage {name}: dvc was ended from outside ({how}). Run the same command again; it resumes{end}"
         )
     stage_code = own["code"] if own else events.get("failed") or code
-    died_of = own["signal"] if own else f"signal {-stage_code}" if stage_code < 0 else None
-    what = f"was ended by {died_of}" if died_of else f"failed with exit code {stage_code}"
+    ended_by = own["signal"] if own else f"signal {-stage_code}" if stage_code < 0 else None
+    what = f"was ended by {ended_by}" if ended_by else f"failed with exit code {stage_code}"
     quote = "\n".join(f"    {line}" for line in lines)
     kinds = {64: ConfigError, 65: DataError, 75: TemporaryError}
-    kind: type[RopewayError] = TemporaryError if died_of else kinds.get(stage_code, RopewayError)
-    return kind(f"stage {name} {what}; its last lines:\n{quote}\n  full log: {site.log(name)}")
+    kind: type[RopewayError] = TemporaryError if ended_by else kinds.get(stage_code, RopewayError)
+    return kind(f"stage {name} {what}; last lines:\n{quote}\n  full log: {site.log(name)}")
 
 
 def _read_record(path: Path) -> ExitRecord | None:
-    """Return a supervisor's exit record; None where there is none, or a file that is none."""
+    """Return a supervisor's exit record, or None if the file is missing or not an exit record."""
     with suppress(OSError, ValueError):
         record = json.loads(path.read_bytes())
         if isinstance(record, dict) and {"code", "signal", "why"} <= record.keys():
@@ -253,13 +258,13 @@ def _read_record(path: Path) -> ExitRecord | None:
 
 
 def _file_name(stage: str) -> str:
-    """Return a stage's name as a file can bear it: those of other folders have `/` and `:` in them."""
+    """Return a stage's name without `/` and `:`, which names of stages in other folders contain."""
     return stage.replace("/", "-").replace(":", "-")
 
 
 @dataclass
-class Folder:
-    """Turns bytes as they come into lines. What a carriage return overwrites is shown now and then, not every time."""
+class LineCollapser:
+    """Splits a byte stream into lines; of text that a carriage return overwrites only one state per 5 s is kept."""
 
     clock: Callable[[], float] = time.monotonic
     _decoder: codecs.IncrementalDecoder = field(
@@ -270,12 +275,12 @@ class Folder:
     _shown_at: float = float("-inf")
 
     def feed(self, data: bytes, *, last: bool = False) -> Iterator[str]:
-        """Yield the lines that `data` completes; with `last`, what is left too."""
+        """Yield the lines that `data` completes and, if `last`, the rest."""
         text = self._decoder.decode(data, final=last)
-        if text.endswith("\r") and not last:  # its newline may be on the way
-            text, held = text[:-1], "\r"
+        if text.endswith("\r") and not last:  # its newline may follow
+            text, pending = text[:-1], "\r"
         else:
-            held = ""
+            pending = ""
         for part in _ENDS.split(self._line + text):
             if part in ("\n", "\r\n"):
                 yield from self._show(self._line or self._overwritten)
@@ -286,7 +291,7 @@ class Folder:
                     yield from self._show(self._overwritten)
                     self._shown_at, self._overwritten = self.clock(), ""
             self._line = "" if _ENDS.fullmatch(part) else part
-        self._line += held
+        self._line += pending
         if last:
             yield from self._show(self._line or self._overwritten)
             self._line = self._overwritten = ""

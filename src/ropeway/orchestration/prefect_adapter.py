@@ -1,6 +1,6 @@
-"""The run on Prefect's pages: one task run per step, for the flow `retrain` of flows/retrain.py.
+"""Runs the flow `retrain` of flows/retrain.py under Prefect: one task run per step.
 
-Tasks are called directly and not submitted: cancelling then takes half a second instead of thirty (measured, 3.9.1).
+Tasks are called directly, not submitted: cancelling then takes 0.5 s instead of 30 s (measured, Prefect 3.9.1).
 """
 
 import re
@@ -26,16 +26,16 @@ from prefect.states import Completed
 from prefect.tasks import Task
 
 from ropeway.config.load_params import load_profile
-from ropeway.orchestration.display import RETRIES, Board, Done, may_retry, retry_seconds
-from ropeway.orchestration.dvc_stage import Say, log_path, progress_path
-from ropeway.orchestration.prefect_server import outlast_outage, page_address, standing_server
-from ropeway.orchestration.run_page import Bar, PageLog, suspended_on_request
+from ropeway.orchestration.display import RETRIES, RunDisplay, StepResult, may_retry, retry_seconds
+from ropeway.orchestration.dvc_stage import LineWriter, log_path, progress_path
+from ropeway.orchestration.prefect_server import await_recovery, page_address, persistent_server_url
+from ropeway.orchestration.run_page import PageLog, ProgressArtifact, stop_on_suspend
 from ropeway.orchestration.run_summary import Result
 from ropeway.orchestration.sequence import PipelineRun, describe_run
 from ropeway.runtime.errors import ConfigError
 
-_FILES = {"rollback": "promote"}  # flow -> its file, where the names differ
-_FLUSH_SECONDS = 4.0  # each of three: lines, Prefect's own lines, events
+_FILES = {"rollback": "promote"}  # flow -> its file, if the names differ
+_FLUSH_SECONDS = 4.0  # for each of: our log lines, Prefect's log lines, events
 
 
 OnEnd = Callable[[Result | BaseException, str], None]
@@ -43,32 +43,32 @@ _ON_END: ContextVar[OnEnd] = ContextVar("on_end", default=lambda _result, _page:
 
 
 def load_flow(root: Path, name: str) -> Flow[..., object]:
-    """Return a flow of the workspace's own flows/, with what its user added; raise ConfigError if it does not load."""
+    """Return a flow of the workspace's flows/, with tasks that a user added; raise ConfigError if it does not load."""
     path = root / "flows" / f"{_FILES.get(name, name)}.py"
     if not path.is_file():
-        raise ConfigError(f"{path}: not there, and it is the run itself. `git checkout flows` restores it")
+        raise ConfigError(f"{path} is missing; it defines the flow '{name}'. Run `git checkout flows` to restore it")
     try:
         return load_flow_from_entrypoint(f"{path}:{name}", use_placeholder_flow=False)
     except Exception as error:
-        raise ConfigError(f"{path}: does not load: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"{path} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
 def run_flow(flow: Flow[..., object], root: Path, profile: str, url: str, on_end: OnEnd) -> tuple[Result, str]:
     """Run a flow against the server at `url`; return its result and the path of its page.
 
-    `on_end` is told the result, or the error that ends the run, and the path of its page, as soon as it is known:
-    before the server is told. It may be called more than once.
+    `on_end` receives the result, or the error that ended the run, and the path of its page as soon as they are known,
+    before the server receives them. It may be called more than once.
 
     Raises:
         RopewayError: What a step raised.
     """
     with temporary_settings({PREFECT_API_URL: url}), tags(*describe_run(root, profile)[1]):
-        told = _ON_END.set(on_end)
+        token = _ON_END.set(on_end)
         try:
             state: State[Result] = flow(str(root), profile, return_state=True)  # type: ignore[assignment]
         finally:
-            _ON_END.reset(told)
-            # A temporary server ends next: what is still queued here must have reached it.
+            _ON_END.reset(token)
+            # A temporary server ends next: flush what is still queued here.
             APILogWorker.drain_all(timeout=_FLUSH_SECONDS)
             EventsWorker.drain_all(timeout=_FLUSH_SECONDS)
         result: Result = state.result()
@@ -76,7 +76,7 @@ def run_flow(flow: Flow[..., object], root: Path, profile: str, url: str, on_end
 
 
 def artifact_prefix(name: str) -> str:
-    """Return what the keys of a model's artifacts begin with: Prefect allows a-z, 0-9 and dashes."""
+    """Return the prefix of a model's artifact keys; Prefect allows a-z, 0-9 and dashes."""
     return re.sub("[^a-z0-9]+", "-", name.lower())
 
 
@@ -89,14 +89,14 @@ def name_run() -> str:
 
 @contextmanager
 def open_run(root: str, profile: str | None) -> Iterator[PipelineRun]:
-    """Open a run on the page of the flow that calls this; the workspace lock is held inside."""
-    print(f"watch it at {_run_address(runtime.flow_run.id)}", flush=True)
+    """Open a run for the flow run that calls this; the workspace lock is held inside."""
+    print(f"Prefect UI of this run: {_run_address(runtime.flow_run.id)}", flush=True)
     folder = Path(root).resolve()
     name, _ = load_profile(folder / "params.yaml", profile)
     log = PageLog(_api())
     try:
-        run = PipelineRun(folder, name, PrefectBoard(artifact_prefix(name), folder, log))
-        with suspended_on_request(), run.lock():
+        run = PipelineRun(folder, name, PrefectDisplay(artifact_prefix(name), folder, log))
+        with stop_on_suspend(), run.lock():
             yield run
     except BaseException as error:
         _ON_END.get()(error, _page())
@@ -106,100 +106,102 @@ def open_run(root: str, profile: str | None) -> Iterator[PipelineRun]:
 
 
 def end_state(result: Result) -> State[object]:
-    """Return the flow's final state: what became of the model, in words."""
+    """Return the flow's final state: Published, Unchanged or Rejected, with one sentence."""
     return Completed(name=result.publication.state, message=result.publication.words, data=result)
 
 
 def _tell_missing(lines: Mapping[str, int], root: Path) -> None:
-    """Say which lines the run's page lacks, and where they are."""
+    """Print which lines the run's page lacks, and where they are."""
     for step, count in lines.items():
         print(
-            f"{step}: the server did not take {count:,} lines, so the run's page lacks them; all are in "
+            f"{step}: {count:,} log lines did not reach the Prefect server; its page lacks them. Full log: "
             f"{log_path(root, step)}",
             flush=True,
         )
 
 
-def _passes(_task: Task[..., object], _run: TaskRun, state: State[object]) -> bool:
-    """Return whether a failed task is worth another try."""
+def _may_pass(_task: Task[..., object], _run: TaskRun, state: State[object]) -> bool:
+    """Return whether a failed task may be retried."""
     failure = state.result(raise_on_failure=False)
     return isinstance(failure, BaseException) and may_retry(failure)
 
 
-@task(name="step", cache_policy=NO_CACHE, persist_result=False, retries=RETRIES, retry_condition_fn=_passes)
-def _step(step: str, work: Callable[[], Done]) -> object:  # noqa: ARG001 - `step` is shown as its parameter
+@task(name="step", cache_policy=NO_CACHE, persist_result=False, retries=RETRIES, retry_condition_fn=_may_pass)
+def _step(step: str, work: Callable[[], StepResult]) -> object:  # noqa: ARG001 - `step` is shown as its parameter
     done = work()
     # No data: Prefect 3.9.1 draws an edge between tasks whose results share a string, e.g. the word "Completed".
     return Completed(name=done.state, message=done.words)
 
 
 @dataclass
-class PrefectBoard(Board):
-    """Shows steps as task runs, whose lines go to `log`, and tables and reports as artifacts with keys of `prefix`."""
+class PrefectDisplay(RunDisplay):
+    """Displays steps as task runs with their lines in `log`, and tables and reports as artifacts named `prefix-key`."""
 
     prefix: str
     root: Path
     log: PageLog
     _states: dict[str, State[object]] = field(default_factory=dict)
-    _over: bool = False
+    _finished: bool = False
 
-    def step(self, name: str, work: Callable[[Say], Done], *, after: Sequence[str] = ()) -> Done:
-        """Do one step as a task run; its edges are drawn from the states it waits for."""
+    def step(self, name: str, work: Callable[[LineWriter], StepResult], *, after: Sequence[str] = ()) -> StepResult:
+        """Run one step as a task run; its parents in the graph are the states it waits for."""
         run_step = _step.with_options(task_run_name=name, retry_delay_seconds=retry_seconds())
-        ended: list[Done] = []
+        ended: list[StepResult] = []
 
-        def keep() -> Done:
+        def keep() -> StepResult:
             flow_run, task_run = runtime.flow_run.id, runtime.task_run.id
 
-            bar = Bar(progress_path(self.root, name), artifact_prefix(f"{self.prefix}-{name}-progress"), _api())
+            bar = ProgressArtifact(
+                progress_path(self.root, name), artifact_prefix(f"{self.prefix}-{name}-progress"), _api()
+            )
 
-            def say(line: str) -> None:
+            def write_line(line: str) -> None:
                 self.log.add(name, line, flow_run=flow_run, task_run=task_run)
-                bar.refresh()  # a line is the occasion; nothing is read from it
+                bar.refresh()  # a line only triggers it; the bar reads the progress file
 
             try:
                 try:
-                    ended.append(work(say))
+                    ended.append(work(write_line))
                 finally:
                     bar.refresh(last=True)
             except BaseException as error:
                 if may_retry(error):
-                    outlast_outage(_api())
-                else:  # this ends the run, which waits for no server
+                    await_recovery(_api())
+                else:  # this ends the run, which does not wait for the server
                     _ON_END.get()(error, _page())
                 raise
-            if not self._over:
-                outlast_outage(_api())  # the step's end is told next
+            if not self._finished:
+                await_recovery(_api())  # the step's final state is sent next
             return ended[-1]
 
         above = [self._states[other] for other in after if other in self._states]
-        outlast_outage(_api())
+        await_recovery(_api())
         state: State[object] = run_step(name, keep, return_state=True, wait_for=above)
         self._states[name] = state
         state.result()  # raises what the step raised
         return ended[-1]
 
-    def over(self, result: Result) -> None:
-        """Bound what is left: from here on a server that is away is not waited for."""
-        self._over = True
+    def finish(self, result: Result) -> None:
+        """Start the exit deadline; from here on an unreachable server is not waited for."""
+        self._finished = True
         _ON_END.get()(result, _page())
 
     def table(self, key: str, title: str, rows: Sequence[Mapping[str, str]]) -> None:
         """Publish a table artifact."""
-        outlast_outage(_api())
+        await_recovery(_api())
         with _shown_if_possible(title):
             create_table_artifact(key=f"{self.prefix}-{key}", table=[dict(row) for row in rows], description=title)
 
     def report(self, key: str, text: str) -> None:
         """Publish a markdown artifact."""
-        if not self._over:
-            outlast_outage(_api())
+        if not self._finished:
+            await_recovery(_api())
         with _shown_if_possible(key):
             create_markdown_artifact(key=f"{self.prefix}-{key}", markdown=text)
 
     def ask_review(self, digest: str) -> str | None:
-        """Start a review's flow run if somebody serves its deployment; return its page."""
-        if not standing_server(self.root):
+        """Start a flow run of the review deployment if it is served; return the URL of its page."""
+        if not persistent_server_url(self.root):
             return None
         with _shown_if_possible("the review"), get_client(sync_client=True) as client:
             try:
@@ -207,22 +209,22 @@ class PrefectBoard(Board):
             except ObjectNotFound:
                 return None
             if is_served(deployment):
-                # Once for a version, whoever repeats the run.
-                asked = client.create_flow_run_from_deployment(
+                # One review per version, even if the run is repeated.
+                review = client.create_flow_run_from_deployment(
                     deployment.id, parameters={"digest": digest}, idempotency_key=f"review-{digest}"
                 )
-                return _run_address(asked.id)
+                return _run_address(review.id)
         return None
 
 
 @contextmanager
 def _shown_if_possible(what: str) -> Iterator[None]:
-    """A page is a mirror: one that the server refuses loses no run."""
+    """Print an error of the Prefect server and continue: the run does not depend on what its page shows."""
     try:
         yield
     except (httpx.HTTPError, PrefectException) as error:
         print(
-            f"{what}: not on the run's page, the Prefect server refused it ({type(error).__name__}: {error})",
+            f"{what}: the Prefect server refused it, so the run's page lacks it ({type(error).__name__}: {error})",
             flush=True,
         )
 
@@ -240,5 +242,5 @@ def _run_address(run: object) -> str:
 
 
 def is_served(deployment: DeploymentResponse) -> bool:
-    """Return whether a runner or a worker has asked for its runs lately."""
+    """Return whether a runner or worker polled for its runs recently."""
     return not deployment.paused and deployment.status == DeploymentStatus.READY

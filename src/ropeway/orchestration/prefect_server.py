@@ -1,4 +1,4 @@
-"""The Prefect server of a workspace: `ropeway server`, or one for a single run; settings, and what runs ask of any."""
+"""The Prefect server of a workspace: `ropeway server` or a temporary one for one run; settings and health checks."""
 
 import json
 import os
@@ -25,27 +25,27 @@ from ropeway.runtime.manifest import write_json
 
 DEFAULT_PORT = 4200
 DEFAULT_URL = f"http://{LOOPBACK}:{DEFAULT_PORT}/api"
-START_SECONDS = 600.0  # 3.5 s on two quiet cores, 9 s with a new database, and 100 s of that at load 12
-_OUTAGE_SECONDS = 1800.0  # then Prefect's own retries have their turn
+START_SECONDS = 600.0  # 3.5 s on two idle cores, 9 s with a new database, 100 s at load 12
+_OUTAGE_SECONDS = 1800.0  # after that, Prefect's own retries apply
 _NOTE, _UI_EXIT = "ropeway-server.json", "ui.exit.json"
 _NO_PROXY = "127.0.0.1,localhost"
-_GIVEN_SECONDS = 10.0  # for one that should be running; a temporary one is said to be slow after that
+_GIVEN_SECONDS = 10.0  # for a running server; after that a temporary one is reported as slow
 _EXIT = "server.exit.json"
-_RESTARTS = 5  # of a server that had answered and then ended: somebody, or the kernel for want of memory, killed it
+_RESTARTS = 5  # of a server that had answered and then ended, e.g. killed for lack of memory
 
 
 def serve_ui(root: Path, *, port: int = DEFAULT_PORT, host: str = LOOPBACK) -> None:
-    """Run the Prefect server of this workspace until somebody ends it; its UI shows every run that was made here.
+    """Run the Prefect server of this workspace until it is stopped; its UI shows every run of the workspace.
 
     Raises:
-        ConfigError: The port is taken, or the host is open to the network without a password.
-        TemporaryError: It did not start, or ended by itself.
+        ConfigError: The port is in use, or the host is reachable from the network without a password.
+        TemporaryError: The server did not start, or exited.
     """
     root = root.resolve()
     if host not in (LOOPBACK, "localhost") and not os.environ.get("PREFECT_SERVER_API_AUTH_STRING"):
         raise ConfigError(
-            f"--host {host} lets the network in, and whoever is in can run code here. Set "
-            "PREFECT_SERVER_API_AUTH_STRING=user:password, or stay on 127.0.0.1"
+            f"--host {host} makes the server reachable from the network; its users can run code on this machine. Set "
+            "PREFECT_SERVER_API_AUTH_STRING=user:password, or use --host 127.0.0.1"
         )
     _check_free(root, host, port)
     apply_settings(root)
@@ -56,30 +56,33 @@ def serve_ui(root: Path, *, port: int = DEFAULT_PORT, host: str = LOOPBACK) -> N
     try:
         write_json(_note(root), {"url": url, "pid": os.getpid()})
         if not await_answer(url, START_SECONDS, lambda: server.poll() is not None):
-            raise TemporaryError(f"the server did not come up at {url}; what it said stands above")
+            raise TemporaryError(f"the Prefect server did not start at {url}; its output is above")
         print(f"Prefect UI: {page_address(url)}  (Ctrl-C stops it)", flush=True)
         for words in apply_automations(url):
-            print(f"watching: {words}", flush=True)
+            print(f"automation: {words}", flush=True)
         if server.wait():
-            raise TemporaryError("the server ended by itself; what it said stands above. Start it again")
+            raise TemporaryError("the Prefect server exited; its output is above. Start it again")
     except KeyboardInterrupt:
-        print("stopping", flush=True)
+        print("stopping the Prefect server", flush=True)
     finally:
         _note(root).unlink(missing_ok=True)
         server.terminate()
         server.wait()
 
 
-def outlast_outage(url: str) -> None:
-    """Return once a server that a run already uses answers again, or after half an hour; say so when it is away.
+def await_recovery(url: str) -> None:
+    """Return once the run's server answers, or after 30 minutes; print when it is unreachable.
 
-    Prefect's client (3.9.1) doubles its pause at each try and sleeps on for minutes after the server is back.
+    Prefect's client (3.9.1) doubles its pause at each retry and keeps sleeping for minutes after the server is back.
     """
     if is_answering(url):
         return
-    print(f"the Prefect server at {url} is away; the run waits for it and loses nothing", flush=True)
+    print(
+        f"the Prefect server at {url} does not answer; the run waits for up to {_OUTAGE_SECONDS / 60:.0f} minutes",
+        flush=True,
+    )
     if await_answer(url, _OUTAGE_SECONDS, lambda: False, pause_seconds=1.0):
-        print("the Prefect server is back", flush=True)
+        print("the Prefect server answers again", flush=True)
 
 
 def find_server(root: Path) -> str | None:
@@ -91,20 +94,20 @@ def find_server(root: Path) -> str | None:
     return None
 
 
-def standing_server(root: Path) -> str | None:
-    """Return the URL of a server that no run starts or ends: `PREFECT_API_URL`'s, or the running `ropeway server`."""
+def persistent_server_url(root: Path) -> str | None:
+    """Return the URL of a server that outlives runs (`PREFECT_API_URL` or the running `ropeway server`), or None."""
     return os.environ.get("PREFECT_API_URL") or find_server(root)
 
 
 def page_address(url: str, page: str = "") -> str:
-    """Return where a person finds a page of the server whose API is at `url`."""
+    """Return the URL of a page of the server whose API is at `url`."""
     return url.removesuffix("/api") + page
 
 
 def start_process(
     root: Path, arguments: list[str], url: str, *, record: str, output: BinaryIO | None
 ) -> "subprocess.Popen[bytes]":
-    """Start a server under a supervisor, so that it ends with this process however that ends."""
+    """Start a server under a supervisor, which ends it when this process ends, even if killed."""
     home = prefect_home(root)
     home.mkdir(parents=True, exist_ok=True)
     (home / record).unlink(missing_ok=True)
@@ -112,7 +115,7 @@ def start_process(
     supervisor += ["--leader", str(os.getpid()), "--grace", "5", "--", sys.executable]
     return subprocess.Popen(
         [*supervisor, *arguments],
-        # Else its pages ask port 4200, whatever port they came from.
+        # Without these its pages call port 4200, whatever port they are served from.
         env={**os.environ, "PREFECT_API_URL": url, "PREFECT_SERVER_UI_API_URL": url},
         stdin=subprocess.DEVNULL,
         stdout=output,
@@ -122,7 +125,7 @@ def start_process(
 
 
 def await_answer(url: str, seconds: float, has_ended: Callable[[], bool], *, pause_seconds: float = 0.05) -> bool:
-    """Return True once a server answers, False when it has ended or the time is over."""
+    """Return True once a server answers, False if it has ended or after `seconds`."""
     deadline = time.monotonic() + seconds
     while not is_answering(url):
         if has_ended() or time.monotonic() > deadline:
@@ -133,12 +136,12 @@ def await_answer(url: str, seconds: float, has_ended: Callable[[], bool], *, pau
 
 def is_answering(url: str) -> bool:
     """Return whether a Prefect server answers at an API's URL."""
-    # Not httpx, which reads all certificates for each request: this is asked twenty times a second at a start.
+    # Not httpx, which loads all certificates for each request: at a start this is called 20 times a second.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         opener.open(f"{url}/health", timeout=2).close()
     except OSError as error:
-        return isinstance(error, urllib.error.HTTPError)  # it answers, if only to say no
+        return isinstance(error, urllib.error.HTTPError)  # any HTTP status is an answer
     return True
 
 
@@ -147,12 +150,12 @@ def _note(root: Path) -> Path:
 
 
 def server_arguments(host: str, port: int) -> list[str]:
-    """Return what follows `python` in the command of a server."""
+    """Return the arguments of `python` that start a server."""
     return ["-m", "prefect", "server", "start", "--host", host, "--port", str(port), "--analytics-off"]
 
 
 def is_free(host: str, port: int) -> bool:
-    """Return whether a port can be listened on."""
+    """Return whether this process could listen on a port."""
     try:
         _bind(host, port)
     except OSError:
@@ -171,61 +174,61 @@ def _check_free(root: Path, host: str, port: int) -> None:
         _bind(host, port)
     except OSError as error:
         ours = find_server(root)
-        there = f"this workspace's server is there: {page_address(ours)}" if ours else "another program has it"
+        holder = f"this workspace's server uses it: {page_address(ours)}" if ours else "another program uses it"
         raise ConfigError(
-            f"port {port} on {host} cannot be used ({error.strerror}); {there}. Choose another port "
-            f"(`ropeway server --port {port + 1}`) or stop what holds it"
+            f"port {port} on {host} cannot be used ({error.strerror}); {holder}. Choose another port "
+            f"(`ropeway server --port {port + 1}`) or stop that program"
         ) from None
 
 
 def apply_settings(root: Path) -> None:
-    """Put the settings into this process's environment, where its children find them too."""
-    for name, value in plan_settings(root).items():
+    """Set the settings in this process's environment, which its children inherit."""
+    for name, value in prefect_settings(root).items():
         os.environ.setdefault(name, value)
-    if password := os.environ.get("PREFECT_SERVER_API_AUTH_STRING"):  # who has the server's lock has its key
+    if password := os.environ.get("PREFECT_SERVER_API_AUTH_STRING"):  # the server's password is the client's too
         os.environ.setdefault("PREFECT_API_AUTH_STRING", password)
-    # A company's proxy must not be asked for our own loopback server (httpx and websockets heed these).
+    # A proxy must not be used for the loopback server (httpx and websockets read these).
     for name in ("NO_PROXY", "no_proxy"):
         os.environ[name] = ",".join(filter(None, dict.fromkeys([*os.environ.get(name, "").split(","), _NO_PROXY])))
 
 
 def prefect_home(root: Path) -> Path:
-    """Return where Prefect keeps its database, logs and pages."""
-    return Path(os.environ.get("PREFECT_HOME") or plan_settings(root)["PREFECT_HOME"])
+    """Return the folder of Prefect's database and logs."""
+    return Path(os.environ.get("PREFECT_HOME") or prefect_settings(root)["PREFECT_HOME"])
 
 
-def plan_settings(root: Path) -> dict[str, str]:
-    """Return the settings. Source of each name: prefect 3.9.1, `prefect config view --show-defaults`."""
+def prefect_settings(root: Path) -> dict[str, str]:
+    """Return Prefect's settings for a workspace. Source: prefect 3.9.1, `prefect config view --show-defaults`."""
     return {
         "PREFECT_HOME": str(root / ".prefect"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",  # the SDK's own switch
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
-        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # seconds; a dead host is found after three
-        "PREFECT_CLIENT_MAX_RETRIES": "20",  # the server may be away for minutes while a stage ends
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # seconds; a host counts as dead after three missed heartbeats
+        "PREFECT_CLIENT_MAX_RETRIES": "20",  # the server may be unreachable for minutes while a stage ends
         "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
-        # What a run says it prints itself; Prefect would print each line again with a prefix, and tracebacks.
+        # A run prints its own lines; Prefect would print each again with a prefix, and tracebacks.
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
     }
 
 
 @contextmanager
 def open_server(root: Path) -> Iterator[str]:
-    """Yield the API's URL: the one of `PREFECT_API_URL`, of the running `ropeway server`, or of a temporary server.
+    """Yield the API's URL: that of `PREFECT_API_URL`, of the running `ropeway server`, or of a temporary server.
 
     The temporary one starts in the background and ends with the block; wait for it with `await_server`. It runs under
-    a supervisor, so it also ends when this process is killed. Should it end by itself, it is started again.
+    a supervisor, so it also ends when this process is killed. If it exits by itself, it is restarted.
     """
-    if url := standing_server(root):
+    if url := persistent_server_url(root):
         yield url
         return
     port, home = free_port(), prefect_home(root)
     url = f"http://{LOOPBACK}:{port}/api"
     home.mkdir(parents=True, exist_ok=True)
-    # Runs are started by hand here: no scheduler, no search for late ones.
+    # Runs are started by a command here: no scheduler, no late-run detection.
     arguments = [*server_arguments(LOOPBACK, port), "--no-scheduler", "--no-late-runs"]
     with (home / "server.log").open("wb") as log:
-        server = _KeptUp(url, partial(start_process, root, arguments, url, record=_EXIT, output=log))
+        server = _RestartingServer(url, partial(start_process, root, arguments, url, record=_EXIT, output=log))
         try:
             yield url
         finally:
@@ -233,30 +236,30 @@ def open_server(root: Path) -> Iterator[str]:
             (home / _EXIT).unlink(missing_ok=True)
 
 
-class _KeptUp:
-    """A server that is started again, at the same address over the same database, when it ends by itself."""
+class _RestartingServer:
+    """A server that is restarted at the same address with the same database when it exits by itself."""
 
     def __init__(self, url: str, start: Callable[[], "subprocess.Popen[bytes]"]) -> None:
         self._url, self._start = url, start
         self._closing = threading.Event()
         self._lock = threading.Lock()
         self._server = start()
-        self._watch = threading.Thread(target=self._keep_up, name="temporary-server", daemon=True)
+        self._watch = threading.Thread(target=self._restart_on_exit, name="temporary-server", daemon=True)
         self._watch.start()
 
-    def _keep_up(self) -> None:
+    def _restart_on_exit(self) -> None:
         for _ in range(_RESTARTS):
             if not await_answer(self._url, START_SECONDS, lambda: self._server.poll() is not None, pause_seconds=0.5):
-                return  # it cannot come up; `await_server` says so
+                return  # it does not start; `await_server` reports that
             self._server.wait()
             with self._lock:
                 if self._closing.is_set():
                     return
-                print("the temporary Prefect server ended by itself; starting it again", flush=True)
+                print("the temporary Prefect server exited; restarting it", flush=True)
                 self._server = self._start()
 
     def end(self) -> None:
-        """End the server that there is now."""
+        """End the current server."""
         with self._lock:
             self._closing.set()
             self._server.terminate()
@@ -271,11 +274,12 @@ def await_server(url: str, root: Path) -> None:
     is_up = await_answer(url, _GIVEN_SECONDS, has_ended)
     if not (is_up or has_ended() or "PREFECT_API_URL" in os.environ):
         print(
-            f"the temporary Prefect server is still starting; a busy machine takes minutes. Its log: {log}", flush=True
+            f"the temporary Prefect server is still starting; on a busy machine this takes minutes. Its log: {log}",
+            flush=True,
         )
         is_up = await_answer(url, START_SECONDS, has_ended)
     if not is_up:
         raise TemporaryError(
-            f"no Prefect server answers at {url}. Start one with `ropeway server`, unset PREFECT_API_URL, or run "
-            f"without Prefect: `ropeway run --no-prefect`. A temporary server's log: {log}"
+            f"no Prefect server answers at {url}. Start one with `ropeway server`, unset PREFECT_API_URL, or use "
+            f"`ropeway run --no-prefect`. Log of a temporary server: {log}"
         )

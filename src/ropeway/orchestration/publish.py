@@ -1,6 +1,6 @@
-"""From a finished package to a version, and to `candidate` if the gate lets it pass. Repeat it freely after a failure.
+"""Publishes a finished package as a version and moves `candidate` if the gate passes. Repeat it after any failure.
 
-What decides is the registry, not whether a stage ran: one that was away when a package was made loses no version.
+The registry decides what is published, not whether a stage ran: a package made during an outage is published later.
 """
 
 import getpass
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ropeway.config.params import Profile
-from ropeway.orchestration.dvc_stage import Say, Site, run_command
+from ropeway.orchestration.dvc_stage import LineWriter, Site, run_command
 from ropeway.orchestration.gate import GateVerdict, gate
 from ropeway.orchestration.revision import Revision
 from ropeway.registry import PRODUCTION, Artifact, Registry, Version
@@ -25,13 +25,13 @@ Measure = Callable[[Version, str], Mapping[str, object] | None]
 
 @dataclass(frozen=True, slots=True)
 class Publication:
-    """What publishing came to.
+    """The result of publishing.
 
     Attributes:
-        state: `Published`: a new version, `candidate` points to it. `Rejected`: a new version, but the gate did not let
-            it pass and no alias moved. `Unchanged`: this package was dealt with before.
-        verdict: The gate's, when it was asked.
-        reviewable: Whether it is `candidate` and not `production`: somebody should decide.
+        state: `Published`: a new version, and `candidate` points to it. `Rejected`: a new version, but the gate did not
+            pass and no alias moved. `Unchanged`: this package was published before.
+        verdict: The gate's verdict, None if the gate did not run.
+        reviewable: Whether it is `candidate` and not `production`, so a review is due.
     """
 
     state: str
@@ -43,23 +43,23 @@ class Publication:
 
 
 def check_publishing(workspace: Workspace) -> None:
-    """Raise before anything is computed what would refuse the finished package; an outage may pass until then."""
+    """Raise, before anything is computed, what would refuse the finished package; an outage is only printed."""
     try:
         _artifact(workspace).check_publishing()
     except TemporaryError as error:
-        print(f"the registry cannot be reached now; the run goes on, it is needed at the end: {error}", flush=True)
+        print(f"the registry cannot be reached now; the run continues and needs it at the end: {error}", flush=True)
 
 
 def publish_package(workspace: Workspace, profile: Profile, revision: Revision, measure: Measure) -> Publication:
-    """Publish `runs/<profile>/package` unless the registry has it, and move `candidate` if the gate lets it pass.
+    """Publish `runs/<profile>/package` unless the registry has it, and move `candidate` if the gate passes.
 
-    `measure` returns the metrics of a version on the validation rows of a digest, for a champion that was measured on
-    others; None if that cannot be done.
+    `measure` returns the metrics of a champion on the validation rows with a given digest, for a champion that was
+    evaluated on other rows; None if that fails.
 
     Raises:
-        DataError: The package or eval.json is not what it should be.
-        RegistryError: The registry refused; another writer moved the alias meanwhile.
-        TemporaryError: The store is away.
+        DataError: The package or eval.json is invalid.
+        RegistryError: The registry refused, or another writer moved the alias.
+        TemporaryError: The store does not answer.
     """
     artifact = _artifact(workspace)
     known = artifact.find_package(workspace.package)
@@ -77,18 +77,16 @@ def publish_package(workspace: Workspace, profile: Profile, revision: Revision, 
     done = artifact.publish(
         workspace.package,
         provenance=_provenance(revision, metrics, verdict, label) | {"opponent": dict(opponent or {})},
-        # enough to make it again, and how the training went
+        # needed to reproduce it, and the training's timings
         attachments={path.name: path for path in (workspace.root / "dvc.lock", workspace.timings) if path.is_file()},
         pages=workspace.pages if workspace.pages.is_dir() else None,
     )
     digest = done.digest
     if not verdict.passed:
-        words = f"{done} is registered; the gate did not let it pass, '{CANDIDATE}' was not moved"
+        words = f"registered {done}; the gate did not pass, so '{CANDIDATE}' was not moved"
         return Publication("Rejected", str(done), digest, verdict, words)
-    artifact.version(digest).promote(
-        CANDIDATE, expect=expected, by=_user(), reason="the gate of ropeway run let it pass"
-    )
-    words = f"{done} is registered and is {artifact.alias(CANDIDATE)}"
+    artifact.version(digest).promote(CANDIDATE, expect=expected, by=_user(), reason="passed the gate of ropeway run")
+    words = f"registered {done} and moved {artifact.alias(CANDIDATE)} to it"
     return Publication("Published", str(done), digest, verdict, words, reviewable=_is_open(artifact, digest))
 
 
@@ -97,18 +95,18 @@ def _artifact(workspace: Workspace) -> Artifact:
 
 
 def _settled(artifact: Artifact, version: Version) -> str | None:
-    """Return why nothing is left to do for a known version; None when a run died between publishing and promoting."""
-    label = f"{version} was registered before"
+    """Return why a known version needs no action, or None if a run died between publishing and promoting it."""
+    label = f"{version} is already registered"
     if version.is_withdrawn:
         return f"{label} and is withdrawn"
     candidates = artifact.alias(CANDIDATE).events.digests
     if version.digest in candidates:
-        # It was candidate once. If it is not now, somebody or a later version moved the alias: that stands.
+        # It was candidate before. If it is not now, a person or a later version moved the alias: keep that.
         moved = version.digest != candidates[-1]
-        return f"{label}; '{CANDIDATE}' has moved on since and stays there" if moved else label
+        return f"{label}; '{CANDIDATE}' was moved to another version since and is kept there" if moved else label
     verdict = version.record["provenance"].get("verdict")
     if verdict is None or not verdict["passed"]:
-        return f"{label}; '{CANDIDATE}' was not moved to it then"
+        return f"{label}; the gate did not pass then, so '{CANDIDATE}' was not moved"
     return None
 
 
@@ -118,16 +116,16 @@ def _is_open(artifact: Artifact, digest: str) -> bool:
 
 
 def _find_champion(artifact: Artifact) -> tuple[str | None, Version | None]:
-    """Return where `candidate` points now, and the version to beat: production's, else the candidate's."""
+    """Return the digest of `candidate` and the champion to compare with: production, or else candidate."""
     candidate = artifact.alias(CANDIDATE).digest
     champion = artifact.alias(PRODUCTION).digest or candidate
     return candidate, artifact.find(champion) if champion else None
 
 
 def _find_metrics(champion: Version, ours: Mapping[str, object], measure: Measure) -> Mapping[str, object]:
-    """Return a champion's metrics on this run's rows: those kept beside it, else measured now, else those on its own.
+    """Return a champion's metrics on this run's rows: the recorded ones, or measured now, or else on its own rows.
 
-    Only the first two can pass the gate: it looks at the rows again.
+    Only the first two can pass the gate, which compares the digests of the rows.
     """
     kept: Mapping[str, object] = champion.record["provenance"].get("evaluation", {})
     rows = ours.get("validation")
@@ -152,43 +150,43 @@ def _read_metrics(path: Path) -> dict[str, object]:
     try:
         metrics = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: expected evaluate's metrics ({error}). Run `dvc repro evaluate`") from None
+        raise DataError(f"{path}: expected the metrics of evaluate ({error}). Run `dvc repro evaluate`") from None
     if not isinstance(metrics, dict):
-        raise DataError(f"{path}: expected a JSON mapping, found a {type(metrics).__name__}")
+        raise DataError(f"{path}: expected a JSON object, found {type(metrics).__name__}. Run `dvc repro evaluate`")
     return metrics
 
 
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name
+    except (KeyError, OSError):  # a user without a name, as in some containers
         return "ropeway run"
 
 
 def measure_champion(
-    site: Site, workspace: Workspace, champion: Version, rows: str, say: Say
+    site: Site, workspace: Workspace, champion: Version, rows: str, write_line: LineWriter
 ) -> Mapping[str, object] | None:
-    """Return the champion's metrics on the rows whose digest is `rows`; None, with the reason said, if it cannot be.
+    """Return the champion's metrics on the rows with digest `rows`, or print why that failed and return None.
 
-    The champion's package is pulled, every byte verified, and removed afterwards.
+    The champion's package is pulled, verified, and removed afterwards.
     """
     place = site.root / ".work" / "champion" / f"{champion.digest[:12]}-{rows[:12]}"
-    out = place.with_suffix(".json")  # kept: the same question may come again
+    out = place.with_suffix(".json")  # kept, since the same champion and rows may be needed again
     if not out.exists():
-        say(f"{champion} was measured on other validation rows; measuring it on these")
+        write_line(f"{champion} was evaluated on other validation rows; evaluating it on these")
         champion.pull(place)
         try:
-            code, _ = run_command(site, "champion", command(workspace, place, out), say)
+            code, _ = run_command(site, "champion", command(workspace, place, out), write_line)
         finally:
             shutil.rmtree(place)
         if code:
-            say(f"{champion} cannot be measured on these rows, so nothing can be said against it or for it")
+            write_line(f"{champion} cannot be evaluated on these rows, so the two models cannot be compared")
             return None
     metrics: Mapping[str, object] = json.loads(out.read_bytes())
     return metrics
 
 
 def command(workspace: Workspace, folder: Path, out: Path) -> list[str]:
-    """Return the command that measures a package on a workspace's rows."""
+    """Return the command that evaluates a package on a workspace's validation rows."""
     program = [sys.executable, "-m", "ropeway.stages.evaluate.champion"]
     return [*program, str(workspace.root), workspace.profile, str(folder), str(out)]

@@ -1,4 +1,4 @@
-"""What git says of a workspace: the revision, and whether what a run reads differs from it in a way that counts."""
+"""The git revision of a workspace, and whether files that a run reads differ from it."""
 
 import subprocess
 from contextlib import suppress
@@ -12,21 +12,21 @@ from ropeway.runtime.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Revision:
-    """A commit, and what differs from it.
+    """A commit and the files that differ from it.
 
     Attributes:
-        commit: Its whole hash; None outside git or before the first commit.
-        dirty: Tracked files that differ from it, but for dvc.lock and the line `profile:` of params.yaml: both
-            change with every run and say nothing that the version does not say itself. Then files that the profile
-            names and git does not have: code and texts, also those that git ignores, since a clone would lack them;
-            of local sources and base those that git does not ignore: DVC keeps their content by digest.
+        commit: The full hash; None outside git or before the first commit.
+        dirty: Tracked files that differ from the commit, except dvc.lock and the line `profile:` of params.yaml, which
+            change with every run and are recorded in the version itself. Then files that the profile names and git does
+            not track: code and texts, even if ignored, since a clone would lack them; local sources and base files only
+            if not ignored, since DVC stores their content by digest.
     """
 
     commit: str | None
     dirty: tuple[str, ...]
 
     def __str__(self) -> str:
-        """Return the first seven digits, with a `+` when the tree is dirty.
+        """Return the first seven digits, with a `+` if the tree is dirty.
 
         >>> str(Revision("0123456789", ("a.py",)))
         '0123456+'
@@ -35,7 +35,7 @@ class Revision:
 
 
 def read_revision(root: Path, profile: str | None = None) -> Revision:
-    """Return the revision of a workspace, now; files that the profile names count beside the tracked ones."""
+    """Return the current revision of a workspace; files that the profile names count like tracked ones."""
     commit = ask_git(root, "rev-parse", "--verify", "--quiet", "HEAD")
     if not commit:
         return Revision(None, ())
@@ -46,7 +46,7 @@ def read_revision(root: Path, profile: str | None = None) -> Revision:
 
 def _untracked(root: Path, profile: str | None) -> list[str]:
     named = None
-    with suppress(ConfigError):  # whoever needs params.yaml says what is wrong with it
+    with suppress(ConfigError):  # the reader of params.yaml reports its faults
         named = name_files(root, load_profile(root / "params.yaml", profile)[1])
     if named is None:
         return []
@@ -68,7 +68,7 @@ def _counts(root: Path, name: str) -> bool:
 
 
 def ask_git(root: Path, *arguments: str) -> str | None:
-    """Return git's answer without the end of its last line; None where there is no git, or it refuses."""
+    """Return git's output without the last newline; None if git is missing or fails."""
     try:
         done = subprocess.run(
             ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False, encoding="utf-8"

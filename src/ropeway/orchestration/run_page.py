@@ -1,9 +1,9 @@
-"""What a run sends to its page, its lines and a progress bar, and what it hears from there: Suspend.
+"""Sends a run's log lines and progress bar to the Prefect server, and receives Suspend from it.
 
-Lines go through a bounded queue; nothing waits for the server, and what it lacks is counted.
+Lines go through a bounded queue; nothing waits for the server, and lines that do not reach it are counted.
 
-Prefect's own worker (3.9.1) drains its queue at exit without a limit, and a client that is told to be patient repeats
-each request for minutes: a stage that printed 20,000 lines kept `ropeway run` from ending for more than 480 s.
+Prefect's own worker (3.9.1) drains its queue at exit without a time limit, and a client with many retries repeats each
+request for minutes: after a stage that printed 20,000 lines `ropeway run` did not end for more than 480 s.
 """
 
 import json
@@ -30,33 +30,33 @@ from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, tempor
 
 from ropeway.orchestration.prefect_server import is_answering
 
-Entry = dict[str, Any]  # as the API takes a line
-_MOST_WAITING = 30_000  # lines; some 10 MB
+Entry = dict[str, Any]  # a line in the shape of the API
+_MAX_QUEUED = 30_000  # lines; about 10 MB
 _BATCH_LINES = 400
 _PAUSE_SECONDS = 0.2
-_AGAIN_SECONDS = 1.0  # after a server that did not answer
+_RETRY_SECONDS = 1.0  # after a request without an answer
 _ANSWER_SECONDS = 10.0
 _INFO = 20
 _BAR_SECONDS = 5.0
-_TAIL_BYTES = 1 << 16  # a record is some 1 kB
-_LOOK_SECONDS = 2.0
+_TAIL_BYTES = 1 << 16  # a record is about 1 kB
+_POLL_SECONDS = 2.0
 
 
 class PageLog:
-    """The lines of a run on their way to its server."""
+    """Queue of a run's log lines and the thread that sends them to the Prefect server."""
 
     def __init__(self, url: str) -> None:
         """Start sending to the API at `url`."""
         self.url = url
         self._lost: Counter[str] = Counter()
         self._sending: list[tuple[str, Entry]] = []
-        self._waiting: queue.Queue[tuple[str, Entry]] = queue.Queue(_MOST_WAITING)
+        self._waiting: queue.Queue[tuple[str, Entry]] = queue.Queue(_MAX_QUEUED)
         self._closing, self._deadline = threading.Event(), float("inf")
         self._thread = threading.Thread(target=self._send, name="page-log", daemon=True)
         self._thread.start()
 
     def add(self, step: str, line: str, *, flow_run: str, task_run: str | None) -> None:
-        """Take a line; one that finds no place is counted."""
+        """Queue a line; count it as lost if the queue is full."""
         entry = {
             "name": "ropeway",
             "level": _INFO,
@@ -71,13 +71,13 @@ class PageLog:
             self._lost[step] += 1
 
     def close(self, seconds: float) -> dict[str, int]:
-        """Send what is left, no longer than so many seconds; return how many lines of which step were not delivered.
+        """Send the queued lines for at most `seconds`; return how many lines of each step were not delivered.
 
-        Lines of a request without an answer are counted: the server may have them all the same.
+        Lines of a request without an answer count as not delivered, although the server may have them.
         """
         self._deadline = time.monotonic() + seconds
         self._closing.set()
-        self._thread.join(seconds + _AGAIN_SECONDS)
+        self._thread.join(seconds + _RETRY_SECONDS)
         left = Counter(self._lost)
         left.update(step for step, _ in self._sending)
         with suppress(queue.Empty):
@@ -97,7 +97,7 @@ class PageLog:
                 elif _post(client, [entry for _, entry in self._sending]):
                     self._sending = []
                 else:
-                    time.sleep(_PAUSE_SECONDS if self._closing.wait(_AGAIN_SECONDS) else 0)
+                    time.sleep(_PAUSE_SECONDS if self._closing.wait(_RETRY_SECONDS) else 0)
 
     def _take(self) -> list[tuple[str, Entry]]:
         taken: list[tuple[str, Entry]] = []
@@ -110,15 +110,15 @@ class PageLog:
 def _post(client: SyncPrefectClient, entries: list[Entry]) -> bool:
     try:
         client.create_logs(entries)
-    except Exception:  # noqa: BLE001 - whatever it is, the page is a mirror and the run goes on
+    except Exception:  # noqa: BLE001 - the run does not depend on its page
         return False
     return True
 
 
 def read_progress(path: Path) -> tuple[int, int] | None:
-    """Return (step, steps of the whole run) of a progress file's last whole record; None where it has none.
+    """Return (step, total steps) from a progress file's last complete record, or None if there is none.
 
-    A record without its newline is still being written. A stage that writes no such file has no progress to show.
+    A record without its newline is still being written.
     """
     try:
         with path.open("rb") as file:
@@ -135,10 +135,10 @@ def read_progress(path: Path) -> tuple[int, int] | None:
     return None
 
 
-class Bar:
-    """The bar of one stage; it is moved at most every five seconds.
+class ProgressArtifact:
+    """The progress bar of one stage on its page, updated at most every five seconds.
 
-    Nobody waits for the bar: where the server is away it stays as it is, and moves at a later refresh.
+    If the server does not answer, the bar is updated at a later refresh.
     """
 
     def __init__(self, path: Path, key: str, url: str) -> None:
@@ -146,14 +146,14 @@ class Bar:
         self._path, self._key, self._url = path, key, url
         self._artifact: UUID | None = None
         self._shown: tuple[int, int] | None = None
-        self._looked = float("-inf")
+        self._refreshed_at = float("-inf")
 
     def refresh(self, *, last: bool = False) -> None:
-        """Show how far the stage has come; `last` is its end, which does not wait for the five seconds."""
+        """Update the bar; `last` marks the end of the stage and ignores the five seconds."""
         now = time.monotonic()
-        if not last and now - self._looked < _BAR_SECONDS:
+        if not last and now - self._refreshed_at < _BAR_SECONDS:
             return
-        self._looked = now
+        self._refreshed_at = now
         found = read_progress(self._path)
         if found is None or found == self._shown or not is_answering(self._url):
             return
@@ -162,19 +162,19 @@ class Bar:
             percent, words = round(100 * step / steps, 1), f"step {step} of {steps}"
             if self._artifact is None:
                 made = create_progress_artifact(percent, key=self._key, description=words)
-                self._artifact = made if isinstance(made, UUID) else None  # never a coroutine: no loop runs here
+                self._artifact = made if isinstance(made, UUID) else None  # never a coroutine: no event loop runs here
             else:
                 update_progress_artifact(self._artifact, percent, description=words)
 
 
 @contextmanager
-def suspended_on_request() -> Iterator[None]:
-    """Watch a deployment's flow run; when it is suspended, end the block as SIGTERM does and leave the run Suspended.
+def stop_on_suspend() -> Iterator[None]:
+    """Poll the state of a deployment's flow run; when it is suspended, end the block as SIGTERM does.
 
     Raises:
-        Pause: It was suspended. Prefect ends the process and leaves the state as it is.
+        Pause: The run was suspended. Prefect then ends the process and keeps the state Suspended.
     """
-    if not runtime.deployment.id:  # Prefect suspends no other run: it could not start it again
+    if not runtime.deployment.id:  # Prefect cannot suspend other runs, since it could not restart them
         yield
         return
     found: list[State[object]] = []
@@ -195,14 +195,14 @@ def suspended_on_request() -> Iterator[None]:
 
 
 def _watch(flow_run: str, found: list[State[object]], done: threading.Event) -> None:
-    while not done.wait(_LOOK_SECONDS):
+    while not done.wait(_POLL_SECONDS):
         with suppress(httpx.HTTPError, PrefectException), get_client(sync_client=True) as client:
             state = client.read_flow_run(UUID(flow_run)).state
             if state and state.type == StateType.PAUSED:
                 found.append(state)
                 print(
-                    "suspended on the run's page: the stage is ended and saves; Resume there goes on from it, as does "
-                    "`ropeway run`",
+                    "suspended in the Prefect UI: the stage saves a checkpoint and ends. Resume there or `ropeway run` "
+                    "continues from it",
                     flush=True,
                 )
                 os.kill(os.getpid(), signal.SIGTERM)

@@ -1,10 +1,10 @@
-"""What a run came to, in words and tables: the terminal's last lines and the report on Prefect's page."""
+"""The result of a run: the last lines in the terminal and the report in the Prefect UI."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ropeway.orchestration.cleanup import say_sizes
+from ropeway.orchestration.cleanup import format_sizes
 from ropeway.orchestration.publish import Publication
 from ropeway.reporting.ledger_steps import ledger_rows
 from ropeway.reporting.markdown import plain, table
@@ -14,12 +14,12 @@ from ropeway.runtime.workspace import Workspace
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a run came to.
+    """The result of a run.
 
     Attributes:
         stages: Each stage of dvc.yaml and how it ended: Completed, Restored or Unchanged.
-        review: The page where its review is answered; None when nobody was asked.
-        edited: Keys of its block of params.yaml that were changed while it ran; it used the values of its start.
+        review: URL of the page where its review is answered; None if no review was started.
+        edited: Keys of its block in params.yaml that were edited during the run, which used the values from its start.
     """
 
     workspace: Workspace
@@ -43,7 +43,7 @@ def print_result(result: Result, page: str | None) -> None:
         ("review it", f"the form at {result.review}" if result.review else by_command),
         ("the run", page or "made without Prefect (no page)"),
         ("note", _note_edits(result)),
-        ("on disk", f"{say_sizes(result.workspace.root)}; `ropeway clean` shows what can go"),
+        ("on disk", f"{format_sizes(result.workspace.root)}; `ropeway clean` shows what can go"),
     ]
     width = max(len(name) for name, _ in facts)
     print(f"\n{result.workspace.profile}: {published.state} in {result.seconds:.0f} s")

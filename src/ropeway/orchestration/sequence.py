@@ -1,7 +1,7 @@
 """The whole run, in order: pull, freeze the inputs, plan, each stage of dvc.yaml, publish, push.
 
-DVC decides whether a stage must run, Prefect shows it and tries again what may pass. Nothing here computes anything,
-and no stage is named here: adding one to dvc.yaml changes no Python.
+DVC decides whether a stage must run; Prefect displays it and retries temporary failures. Nothing here computes anything
+and no stage is named here: adding a stage to dvc.yaml changes no Python.
 """
 
 import os
@@ -22,8 +22,8 @@ from ropeway.config.load_params import load_profile, read_block
 from ropeway.config.params import Profile
 from ropeway.orchestration import dvc_graph as graph
 from ropeway.orchestration import run_summary as summary
-from ropeway.orchestration.display import Board, Done
-from ropeway.orchestration.dvc_stage import Say, Site, bring_up, patiently, run_command
+from ropeway.orchestration.display import RunDisplay, StepResult
+from ropeway.orchestration.dvc_stage import LineWriter, Site, retry_while_busy, run_command, update_stage
 from ropeway.orchestration.publish import check_publishing, measure_champion, publish_package
 from ropeway.orchestration.revision import Revision, read_revision
 from ropeway.orchestration.run_summary import Result
@@ -35,45 +35,45 @@ from ropeway.runtime.lock import workspace_lock
 from ropeway.runtime.manifest import digest_of
 from ropeway.runtime.workspace import Workspace
 
-END_SECONDS = 15.0
+EXIT_SECONDS = 15.0
 _STATES = {"ran": "Completed", "restored": "Restored", "unchanged": "Unchanged"}
 STEPS = ("pull", "freeze_inputs", "make_plan", "run_stages", "publish", "push", "ask_review")
 
 
-class Ending:
-    """What bounds the end of this process once a run's result, or the error that ended it, is known."""
+class ExitDeadline:
+    """Limits how long this process may take to exit once the run's result, or the error that ended it, is known."""
 
     def __init__(self, *, exits: bool = False) -> None:
-        """Say whether this process is the command's own, hence may be ended; else nothing is bounded."""
+        """Set a deadline only if `exits`: this process then belongs to the command and may be ended."""
         self._exits = exits
-        self._telling = threading.Lock()
-        self._told = self._armed = False
+        self._printing = threading.Lock()
+        self._printed = self._started = False
 
-    def arm(self, code: int, tell: Callable[[], None]) -> None:
-        """End this process with a code 15 seconds from now, unless it has ended by itself.
+    def start(self, code: int, show: Callable[[], None]) -> None:
+        """End this process with exit code `code` in 15 seconds, unless it has exited by then.
 
-        What it started ends with it: servers and stages have supervisors that watch it, and its lock is a flock.
-
-        `tell` prints the result or the error, unless `tell` of this object has done so before.
+        Its children end with it: servers and stages have supervisors that watch this process, and its lock is a flock.
+        `show` prints the result or the error, unless `show_once` printed it before.
         """
-        if self._armed or not self._exits:
+        if self._started or not self._exits:
             return
-        self._armed = True
-        timer = threading.Timer(END_SECONDS, self._end, (code, tell))
+        self._started = True
+        timer = threading.Timer(EXIT_SECONDS, self._end, (code, show))
         timer.daemon = True  # and still running while the interpreter waits at exit
         timer.start()
 
-    def tell(self, tell: Callable[[], None]) -> None:
-        """Print the result, once."""
-        with self._telling:
-            if not self._told:
-                self._told = True
-                tell()
+    def show_once(self, show: Callable[[], None]) -> None:
+        """Print the result, unless it was printed before."""
+        with self._printing:
+            if not self._printed:
+                self._printed = True
+                show()
 
-    def _end(self, code: int, tell: Callable[[], None]) -> None:
-        self.tell(tell)
+    def _end(self, code: int, show: Callable[[], None]) -> None:
+        self.show_once(show)
         print(
-            "the Prefect server did not take the end of this run in time; its page may show the run as running",
+            f"the Prefect server did not record the end of this run within {EXIT_SECONDS:g} s; its page may still "
+            "show the run as running. The result above is complete",
             file=sys.stderr,
             flush=True,
         )
@@ -82,37 +82,37 @@ class Ending:
 
 
 def run_retrain(
-    root: Path, profile: str | None = None, *, use_prefect: bool = True, ending: Ending | None = None
+    root: Path, profile: str | None = None, *, use_prefect: bool = True, ending: ExitDeadline | None = None
 ) -> Result:
-    """Bring a workspace's run up to date, publish what is new, and print what came out.
+    """Run the stages that are out of date, publish a new package, and print the result.
 
-    The profile is by default the one that the line `profile:` of params.yaml names; another one is written there.
+    The default profile is the one in the line `profile:` of params.yaml; another profile is written there.
 
     Raises:
-        RopewayError: As its subclasses say. Run again after fixing it: what is done is not done again.
-        SystemExit: 143, after SIGTERM and once nothing of the run is left.
+        RopewayError: See its subclasses. Fix the cause and run again: completed stages do not run again.
+        SystemExit: 143, after SIGTERM, once every process of the run has ended.
     """
-    root, ending = root.resolve(), ending or Ending()
-    name, _ = load_profile(root / "params.yaml", profile)  # fail in the first second, not after the first hour
+    root, ending = root.resolve(), ending or ExitDeadline()
+    name, _ = load_profile(root / "params.yaml", profile)  # fail at once, not after an hour
     with _exit_on_sigterm():
         if use_prefect:
             return _run_on_prefect(root, name, ending)
-        print("without Prefect: a task that you added to flows/retrain.py does not run", flush=True)
-        result = run_sequence(root, name, Board())
+        print("running without Prefect: tasks that you added to flows/retrain.py do not run", flush=True)
+        result = run_sequence(root, name, RunDisplay())
         summary.print_result(result, None)
         return result
 
 
 class PipelineRun:
-    """One run of a workspace, step by step; its methods are called in the order of `STEPS`.
+    """One run of a workspace; its methods are called in the order of `STEPS`.
 
-    flows/retrain.py calls them one after the other on Prefect's pages, `run_sequence` without Prefect.
+    flows/retrain.py calls them under Prefect, `run_sequence` without.
     """
 
-    def __init__(self, root: Path, profile: str | None, board: Board) -> None:
-        """Prepare the run; `lock` must be held from `pull` to the end."""
+    def __init__(self, root: Path, profile: str | None, display: RunDisplay) -> None:
+        """Prepare the run; hold `lock` from `pull` to the end."""
         self.name, _ = load_profile(root / "params.yaml", profile)
-        self.root, self.board = root, board
+        self.root, self.display = root, display
         self.workspace = Workspace(root, self.name)
         self._began = time.monotonic()
         self._ended: dict[str, str] = {}
@@ -128,83 +128,90 @@ class PipelineRun:
             yield
 
     def pull(self) -> None:
-        """Take what the DVC remote has, if there is one."""
+        """Pull outputs and run-cache from the DVC remote, if one is configured."""
         if self._shared:
-            _step(self.board, "pull", self._pull)
+            _step(self.display, "pull", self._pull)
 
     def freeze_inputs(self) -> None:
-        """Take the digests of all inputs; stages read these copies."""
-        self._revision = _freeze(self.board, self._site)
+        """Copy all params and take fingerprints of all inputs; stages read these copies."""
+        self._revision = _freeze(self.display, self._site)
         self._frozen = FrozenInputs.load(self.root)
         self._params = load_profile(self._frozen.params_file, self.name)[1]
 
     def make_plan(self) -> None:
-        """Ask DVC which stages must run, and say what they will need."""
-        self._plans = patiently(partial(graph.plan, self.root), print)
-        _show_plan(self.board, self._plans)
+        """Ask DVC which stages must run, and show what they will need."""
+        self._plans = retry_while_busy(partial(graph.plan, self.root), print)
+        _show_plan(self.display, self._plans)
         if any(plan.will_run for plan in self._plans if not plan.refreshes):
             check_publishing(self.workspace)
-            _show_budget(self.board, self.workspace, self._params)
+            _show_budget(self.display, self.workspace, self._params)
 
     def run_stages(self) -> None:
-        """Bring each stage of dvc.yaml up to date, in the graph's order."""
+        """Update each stage of dvc.yaml, in the graph's order."""
         ledger = before = summary.read_ledger(self.workspace)
         for plan in self._plans:
             if plan.refreshes:
                 self._ended[plan.name] = "Unchanged"
             else:
-                work = partial(_bring_up if plan.will_run else _leave, self._site, plan)
-                self._ended[plan.name] = _step(self.board, plan.name, work, after=plan.deps).state
-                ledger = _show_ledger(self.board, self.workspace, known=ledger)
+                work = partial(_update if plan.will_run else _skip, self._site, plan)
+                self._ended[plan.name] = _step(self.display, plan.name, work, after=plan.parents).state
+                ledger = _show_ledger(self.display, self.workspace, known=ledger)
         if ledger == before:
-            _show_ledger(self.board, self.workspace, known=[])
+            _show_ledger(self.display, self.workspace, known=[])
 
     def publish(self) -> None:
         """Register the package as a version, and move `candidate` if the gate passes."""
         read = {dep for plan in self._plans for dep in plan.deps}
-        _step(self.board, "publish", self._publish, after=[plan.name for plan in self._plans if plan.name not in read])
+        _step(
+            self.display, "publish", self._publish, after=[plan.name for plan in self._plans if plan.name not in read]
+        )
 
     def push(self) -> None:
-        """Give the DVC remote what this run made, if there is one."""
+        """Push outputs and run-cache to the DVC remote, if one is configured."""
         if self._shared:
-            _step(self.board, "push", self._push, after=["publish"])
+            _step(self.display, "push", self._push, after=["publish"])
 
     def ask_review(self) -> None:
-        """Start the review of a published version, where somebody serves reviews."""
+        """Start the review of a published version, if the review deployment is served."""
         published = self._publication.state == "Published"
-        review = self.board.ask_review(self._publication.digest) if published else None
+        review = self.display.ask_review(self._publication.digest) if published else None
         self.result = replace(self._result(), review=review)
-        self.board.report("result", summary.draw_report(self.result))
+        self.display.report("result", summary.draw_report(self.result))
 
-    def _pull(self, say: Say) -> Done:
-        # What is missing there is made here, so a remote that lacks something, or is away, stops nothing.
-        code, _ = run_command(self._site, "pull", ["dvc", "pull", "--run-cache", "--allow-missing"], say)
+    def _pull(self, write_line: LineWriter) -> StepResult:
+        # A missing output is produced here, so an incomplete or unreachable remote does not stop the run.
+        code, _ = run_command(self._site, "pull", ["dvc", "pull", "--run-cache", "--allow-missing"], write_line)
         self._site = replace(self._site, pulls=not code)
-        return Done("Completed", "the remote gave not everything; going on" if code else "pulled what the remote has")
+        return StepResult(
+            "Completed",
+            "the remote did not return every output; missing ones are produced here"
+            if code
+            else "pulled from the remote",
+        )
 
-    def _publish(self, say: Say) -> Done:
-        measure = partial(measure_champion, self._site, self.workspace, say=say)
+    def _publish(self, write_line: LineWriter) -> StepResult:
+        measure = partial(measure_champion, self._site, self.workspace, write_line=write_line)
         done = self._publication = publish_package(self.workspace, self._params, self._revision, measure)
         for line in str(done.verdict).splitlines() if done.verdict else ():
-            say(line)
-        if not self._shared:  # nothing follows that could fail
-            self.board.over(self._result())
-        return Done(done.state, done.words)
+            write_line(line)
+        if not self._shared:  # no later step can fail
+            self.display.finish(self._result())
+        return StepResult(done.state, done.words)
 
-    def _push(self, say: Say) -> Done:
-        code, _ = run_command(self._site, "push", ["dvc", "push", "--run-cache"], say)
-        self.board.over(self._result())
-        failed, words = "THE REMOTE TOOK NOT EVERYTHING; `dvc push` later", "outputs and run-cache are on the remote"
-        return Done("Completed", failed if code else words)
+    def _push(self, write_line: LineWriter) -> StepResult:
+        code, _ = run_command(self._site, "push", ["dvc", "push", "--run-cache"], write_line)
+        self.display.finish(self._result())
+        failed, words = "the push is INCOMPLETE; run `dvc push` again", "outputs and run-cache are on the remote"
+        return StepResult("Completed", failed if code else words)
 
     def _result(self) -> Result:
-        seconds, edits = time.monotonic() - self._began, find_edits(self.root, self._frozen)
+        seconds, edits = time.monotonic() - self._began, find_edited_params(self.root, self._frozen)
         return Result(self.workspace, self._ended, self._publication, seconds, None, edits)
 
 
-def run_sequence(root: Path, profile: str, board: Board) -> Result:
+def run_sequence(root: Path, profile: str, display: RunDisplay) -> Result:
     """Run every step without Prefect."""
-    run = PipelineRun(root, profile, board)
+    run = PipelineRun(root, profile, display)
     with run.lock():
         for step in STEPS:
             getattr(run, step)()
@@ -212,50 +219,54 @@ def run_sequence(root: Path, profile: str, board: Board) -> Result:
 
 
 def describe_run(root: Path, profile: str) -> tuple[str, list[str]]:
-    """Return a flow run's name and tags: profile, the digest of its params, git revision."""
+    """Return a flow run's name and tags: profile, digest of its params, git revision."""
     revision = read_revision(root, profile)
     params = digest_of(without_secrets(read_block(root / "params.yaml", profile)))[:7]
     tags = [f"profile:{profile}", f"params:{params}", f"git:{str(revision).removesuffix('+')}"]
     return f"{profile}-{params}-{revision}", [*tags, *(["dirty"] if revision.dirty else [])]
 
 
-def _step(board: Board, name: str, work: Callable[[Say], Done], *, after: Sequence[str] = ()) -> Done:
-    """Do one step, shown in the terminal and on the board."""
+def _step(
+    display: RunDisplay, name: str, work: Callable[[LineWriter], StepResult], *, after: Sequence[str] = ()
+) -> StepResult:
+    """Run one step, shown in the terminal and by `display`."""
     began = time.monotonic()
 
-    def shown(record: Say) -> Done:
-        def say(line: str) -> None:
+    def printed(record: LineWriter) -> StepResult:
+        def write_line(line: str) -> None:
             print(f"  {line}", flush=True)
             record(line)
 
-        return work(say)
+        return work(write_line)
 
-    done = board.step(name, shown, after=after)
+    done = display.step(name, printed, after=after)
     seconds = time.monotonic() - began
     print(f"{name}: {done.state}, {done.words}" + (f" ({seconds:.0f} s)" if seconds >= 1 else ""), flush=True)
     return done
 
 
 def _repair(root: Path) -> None:
-    for line in patiently(partial(graph.repair_after_kill, root), print):
+    for line in retry_while_busy(partial(graph.repair_after_kill, root), print):
         print(line, flush=True)
 
 
-def _freeze(board: Board, site: Site) -> Revision:
-    """Take the digests of all inputs; return the revision that they are of."""
+def _freeze(display: RunDisplay, site: Site) -> Revision:
+    """Take fingerprints of all inputs; return the git revision they belong to."""
     refreshing = [stage.name for stage in graph.load_graph(site.root) if stage.refreshes]
     while True:
         before = read_revision(site.root)
-        for name in refreshing:  # they write what the plan must see; they never count as changed
-            _step(board, name, partial(_refresh, site, name))
+        for name in refreshing:  # the plan reads what they write; they never count as changed
+            _step(display, name, partial(_refresh, site, name))
         if (after := read_revision(site.root)) == before:
             return after
-        words = f"the workspace went from {before} to {after} while its digests were taken; taking them again"
-        print(words, flush=True)
+        print(
+            f"the git revision changed from {before} to {after} while fingerprints were taken; taking them again",
+            flush=True,
+        )
 
 
-def find_edits(root: Path, frozen: FrozenInputs) -> tuple[str, ...]:
-    """Return which keys of this profile were changed in params.yaml since a run froze its inputs."""
+def find_edited_params(root: Path, frozen: FrozenInputs) -> tuple[str, ...]:
+    """Return the keys of this profile that changed in params.yaml since the run froze its inputs."""
     try:
         now, then = (
             without_secrets(read_block(path, frozen.profile_name))
@@ -266,94 +277,94 @@ def find_edits(root: Path, frozen: FrozenInputs) -> tuple[str, ...]:
     return tuple(key for key in dict.fromkeys([*then, *now]) if then.get(key) != now.get(key))
 
 
-def _refresh(site: Site, stage: str, say: Say) -> Done:
-    bring_up(site, stage, say)
-    return Done("Unchanged", "froze params; took digests of code, sources and base")
+def _refresh(site: Site, stage: str, write_line: LineWriter) -> StepResult:
+    update_stage(site, stage, write_line)
+    return StepResult("Unchanged", "froze params; refreshed fingerprints of code, sources and base")
 
 
-def _bring_up(site: Site, plan: graph.StagePlan, say: Say) -> Done:
+def _update(site: Site, plan: graph.StagePlan, write_line: LineWriter) -> StepResult:
     why = "; ".join(plan.reasons)
     print(f"{plan.name}: {why}", flush=True)
-    outcome = bring_up(site, plan.name, say)
+    outcome = update_stage(site, plan.name, write_line)
     words = {
         "ran": f"ran because {why.replace(' will run', ' ran')}",
-        "restored": "its result was in DVC's cache",
-        "unchanged": "what it reads turned out the same",
+        "restored": "its outputs were in DVC's cache",
+        "unchanged": "its inputs are unchanged",
     }
-    return Done(_STATES[outcome], words[outcome])
+    return StepResult(_STATES[outcome], words[outcome])
 
 
-def _leave(_site: Site, plan: graph.StagePlan, _say: Say) -> Done:
-    """No child process for what the plan finds unchanged."""
-    return Done("Unchanged", "; ".join(plan.reasons))
+def _skip(_site: Site, plan: graph.StagePlan, _say: LineWriter) -> StepResult:
+    """Start no process for a stage that the plan finds unchanged."""
+    return StepResult("Unchanged", "; ".join(plan.reasons))
 
 
-def _show_plan(board: Board, plans: list[graph.StagePlan]) -> None:
+def _show_plan(display: RunDisplay, plans: list[graph.StagePlan]) -> None:
     rows = [
         {"stage": plan.name, "will run": "yes" if plan.will_run else "no", "why": "; ".join(plan.reasons)}
         for plan in plans
     ]
     print(summary.draw_table(rows), flush=True)
-    board.table("plan", "What this run will do, and why", rows)
+    display.table("plan", "Stages of this run", rows)
 
 
-def _show_ledger(board: Board, workspace: Workspace, *, known: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Show the ledger if it is another one than is known; return it."""
+def _show_ledger(display: RunDisplay, workspace: Workspace, *, known: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Show the ledger if it differs from `known`; return it."""
     rows = summary.read_ledger(workspace)
     if rows and rows != known:
-        board.table("ledger", "Where every record and token went", rows)
+        display.table("ledger", "Ledger: where every record and token went", rows)
     return rows
 
 
-def _show_budget(board: Board, workspace: Workspace, params: Profile) -> None:
-    """Show what the run needs before it spends anything. Old data that cannot be read is prepare's to make again."""
+def _show_budget(display: RunDisplay, workspace: Workspace, params: Profile) -> None:
+    """Show memory, disk and time before anything is spent. Prepare writes unreadable data again."""
     try:
         text = outline_plan(plan_run(workspace, params, ranks=count_ranks()))
     except DataError as error:
-        text = f"what the run needs is not known before its data is made again: {error}"
+        text = f"memory, disk and time are unknown until the data is prepared again: {error}"
     print(text, flush=True)
-    board.report("needs", text)
+    display.report("needs", text)
 
 
-def _run_on_prefect(root: Path, profile: str, ending: Ending) -> Result:
+def _run_on_prefect(root: Path, profile: str, ending: ExitDeadline) -> Result:
     """Return the result, printed."""
     from ropeway.orchestration.prefect_server import apply_settings, await_server, open_server
 
     apply_settings(root)
     with open_server(root) as url:
-        # While a temporary server starts: import Prefect and DVC, and find a broken dvc.yaml.
+        # While a temporary server starts: import Prefect and DVC, and detect a broken dvc.yaml.
         _repair(root)
         from ropeway.orchestration import prefect_adapter
 
         graph.load_graph(root)
         flow = prefect_adapter.load_flow(root, "retrain")
         await_server(url, root)
-        result, page = prefect_adapter.run_flow(flow, root, profile, url, partial(_bound_end, root, ending))
-        ending.tell(partial(_print_result, root, result, page))
+        result, page = prefect_adapter.run_flow(flow, root, profile, url, partial(_arm_deadline, root, ending))
+        ending.show_once(partial(_print_result, root, result, page))
     return result
 
 
-def _bound_end(root: Path, ending: Ending, result: Result | BaseException, page: str) -> None:
-    """From here on nothing waits long for a server."""
+def _arm_deadline(root: Path, deadline: ExitDeadline, result: Result | BaseException, page: str) -> None:
+    """Start the exit deadline: a server that does not answer must not keep this process alive."""
     if isinstance(result, BaseException):
         stated = result.exit_code if isinstance(result, RopewayError) else getattr(result, "code", None)
         code = stated if isinstance(stated, int) else 1
-        ending.arm(code, partial(print, f"ropeway: {result}", file=sys.stderr, flush=True))
+        deadline.start(code, partial(print, f"ropeway: {result}", file=sys.stderr, flush=True))
     else:
-        ending.arm(0, partial(_print_result, root, result, page))
+        deadline.start(0, partial(_print_result, root, result, page))
 
 
 def _print_result(root: Path, result: Result, page: str) -> None:
-    from ropeway.orchestration.prefect_server import DEFAULT_URL, page_address, standing_server
+    from ropeway.orchestration.prefect_server import DEFAULT_URL, page_address, persistent_server_url
 
-    there = standing_server(root)  # it may have come or gone meanwhile
+    there = persistent_server_url(root)  # it may have started or stopped during the run
     address = page_address(there, page) if there else f"make ui, then open {page_address(DEFAULT_URL, page)}"
     summary.print_result(result, address)
 
 
 @contextmanager
 def _exit_on_sigterm() -> Iterator[None]:
-    """Turn SIGTERM into SystemExit, so that blocks that end children are left in order."""
+    """Turn SIGTERM into SystemExit, so that context managers end the child processes."""
     mine = threading.current_thread() is threading.main_thread()
     if not mine or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield

@@ -36,15 +36,14 @@ _REPORTS = "report_"  # stages that only show: ropeway.reporting, one module eac
 def run_stage(root: Path, name: str, profile: str | None = None) -> int:
     """Run one stage; return its exit code.
 
-    A stage runs in a process tree of its own under the supervisor, so that nothing of it outlives DVC or a signal.
-
-    The default profile is the one that params.yaml names for `identity`, that of the digests for any other stage.
+    It runs in its own process tree under the supervisor, so that no process outlives DVC or a signal. The default
+    profile is the one params.yaml names for `identity`, and that of the frozen inputs for any other stage.
 
     Raises:
-        ConfigError: No such stage, params.yaml is wrong, the digests are another profile's, or a GPU cannot hold the
-            training.
-        DataError: There are no digests.
-        TemporaryError: Another run holds the workspace.
+        ConfigError: No such stage, params.yaml is invalid, the frozen inputs are of another profile, or the training
+            does not fit the GPU.
+        DataError: There are no frozen inputs.
+        TemporaryError: Another run holds the workspace lock.
     """
     if name not in ("identity", *STAGE_NAMES):
         raise ConfigError(f"stage '{name}' does not exist; there are: identity, {', '.join(STAGE_NAMES)}")
@@ -59,52 +58,52 @@ def run_stage(root: Path, name: str, profile: str | None = None) -> int:
         frozen = FrozenInputs.load(root)
         if profile not in (None, frozen.profile_name):
             raise ConfigError(
-                f"stage {name} of profile '{profile}': the digests in {frozen.folder} are those of profile "
-                f"'{frozen.profile_name}'. Run `dvc repro` or `ropeway run`, which take them again"
+                f"stage {name} of profile '{profile}': the frozen inputs in {frozen.folder} are of profile "
+                f"'{frozen.profile_name}'. Run `dvc repro` or `ropeway run` to freeze them again"
             )
-        if name == "train":  # here, not in the stage: a better estimate must not make a trained model stale
-            _, params = load_profile(frozen.params_file, frozen.profile_name)  # memory depends on base's keys as well
+        if name == "train":  # here, not in the stage: a changed estimate must not invalidate a trained model
+            _, params = load_profile(frozen.params_file, frozen.profile_name)  # memory also depends on keys of base
             zero = read_zero(frozen.text("deepspeed", params.deepspeed_config), params.deepspeed_config)
             check_memory(params, zero, ranks=count_ranks())
         command = [sys.executable, "-m", "ropeway.cli.main", "execute-stage", name]
         record = root / ".work" / f"{name}.exit.json"
-        device = {} if list_gpus() else {"DS_ACCELERATOR": "cpu"}  # else deepspeed warns on every import
+        device = {} if list_gpus() else {"DS_ACCELERATOR": "cpu"}  # otherwise deepspeed warns on every import
         return supervise.run(command, record=record, env={**os.environ, **device, **held.environment}, cwd=root)
 
 
 def execute_stage(root: Path, name: str) -> None:
-    """Run one stage in this process, with no more of the profile than it may read.
+    """Run one stage in this process, with only those keys of the profile that it declares.
 
     Raises:
-        ConfigError, DataError: A later stage could not end, whatever is trained.
-        DataError: What the stage reads in place changed since the digests were taken. At the end that makes DVC record
-            nothing: neither dvc.lock nor the run-cache may say that other inputs gave this result.
+        ConfigError, DataError: A later stage would fail whatever is trained.
+        DataError: A file that the stage reads in place changed after the inputs were frozen. DVC then records nothing:
+            neither dvc.lock nor the run-cache may attribute the output to other inputs.
     """
     frozen = FrozenInputs.load(root)
     check_unchanged(root, frozen, name)
     workspace = Workspace(root, frozen.profile_name)
     params = frozen.tokenize_params() if name == "tokenize" else frozen.profile(name)
     if name == "train":
-        for later in ("evaluate", "package"):  # what would end them is said before anything is spent on training
+        for later in ("evaluate", "package"):  # report before training what would make them fail
             _module(later).check_request(workspace, frozen.profile(later))
     code = [name, digest_of(frozen.value(f"code-{name}")), str(workspace.work / CODE)]
     before = _stat_inputs(root, frozen, name)
-    os.environ[CODE_CHECK] = json.dumps(code)  # workers that the stage starts compare what they import
+    os.environ[CODE_CHECK] = json.dumps(code)  # worker processes compare the code they import with it
     try:
-        with full_disk_explained(workspace.run):  # a stage that keeps more says so itself
+        with full_disk_explained(workspace.run):  # a stage that keeps partial output says so itself
             _module(name).run(workspace, params)
     finally:
         del os.environ[CODE_CHECK]
     check_unchanged(root, frozen, name)
     if changed := _differing(before, _stat_inputs(root, frozen, name)):
         raise DataError(
-            f"stage {name}: {', '.join(changed[:_SHOWN])} was replaced or written while it was read, so nothing of the "
-            "stage is recorded. Run the same command again"
+            f"stage {name}: {', '.join(changed[:_SHOWN])} was replaced or written while the stage read it, so the "
+            "stage is not recorded. Run the same command again"
         )
 
 
 def _stat_inputs(root: Path, frozen: FrozenInputs, stage: str) -> dict[str, list[int]]:
-    """Return inode, size and times of what a stage reads in place: a file that was swapped and put back shows."""
+    """Return inode, size and times of the files a stage reads in place: they reveal a swap, even if undone."""
     paths: list[Path] = []
     if stage == "fetch":
         for source in frozen.profile("fetch").sources.values():
@@ -123,7 +122,7 @@ def _module(stage: str) -> ModuleType:
 
 
 def check_unchanged(root: Path, frozen: FrozenInputs, stage: str) -> None:
-    """Raise DataError unless code, local sources, base and tasks of a stage are as when the digests were taken."""
+    """Raise DataError if code, local sources, base or tasks of a stage changed after the inputs were frozen."""
     kept = Workspace(root, frozen.profile_name).work / CODE
     changed = name_changed_code(frozen.value(f"code-{stage}"), kept, stage)
     if FrozenInputs.load(root) != frozen:
@@ -132,27 +131,28 @@ def check_unchanged(root: Path, frozen: FrozenInputs, stage: str) -> None:
         known = frozen.value("sources")
         sources = frozen.profile("fetch").sources
         changed += [one for name, source in sources.items() for one in find_changes(source, known[name], root)]
-    if stage == "base" and not isinstance((profile := frozen.profile("base")).base, HubBase):  # a commit stays
+    if stage == "base" and not isinstance((profile := frozen.profile("base")).base, HubBase):  # a commit is immutable
         changed += _differing(frozen.value("base"), _base_identity(profile, root))
     if stage == "evaluate":
         now = _tasks_identity(frozen.profile("evaluate"), Workspace(root, "").tasks)
         changed += _differing(frozen.value("tasks"), now)
     if changed:
         more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
-        resumes = " Checkpoints stay; with the old code back the run resumes" if stage == "train" else ""
+        resumes = " Checkpoints are kept; if you revert the code, the run resumes" if stage == "train" else ""
         raise DataError(
-            f"stage {stage}: {', '.join(changed[:_SHOWN])}{more} changed after the digests of this run were taken, so "
-            f"nothing of the stage is recorded. Run `dvc repro` or `ropeway run`, which take new digests.{resumes}"
+            f"stage {stage}: {', '.join(changed[:_SHOWN])}{more} changed after this run froze its inputs, so the "
+            f"stage is not recorded. Run `dvc repro` or `ropeway run`, which freeze the inputs again.{resumes}"
         )
 
 
 def write_identity(root: Path, name: str | None = None) -> None:
-    """Write `.identity/` for a profile, default the one that params.yaml names; the workspace lock is held.
+    """Write `.identity/` for a profile (default: the one params.yaml names); the caller holds the workspace lock.
 
-    It holds what DVC cannot see by itself, and copies of what may change. Cheap: it runs at every start.
+    It holds fingerprints of inputs that DVC does not track, and copies of inputs that may change. It is cheap, since it
+    runs at every start.
 
     Raises:
-        ConfigError: A source, base folder or file that params name is not there.
+        ConfigError: A source, base folder or file named in params.yaml is missing.
         TemporaryError: The disk is full, or a server does not answer.
     """
     text = read_text(root / PARAMS_FILE)
@@ -178,11 +178,11 @@ def write_identity(root: Path, name: str | None = None) -> None:
 
 @dataclass(frozen=True, slots=True)
 class NamedFiles:
-    """The files of a workspace that a run reads, by path below the workspace.
+    """The files of a workspace that a run reads, as paths relative to the workspace.
 
     Attributes:
-        texts: What git alone can bring back: params.yaml, dvc.yaml, the DeepSpeed JSON, prompts, sampling, tasks, code.
-        data: Local sources and base: DVC keeps their content by digest.
+        texts: Files that only git can restore: params.yaml, dvc.yaml, DeepSpeed JSON, prompts, sampling, tasks, code.
+        data: Local sources and base, whose content DVC stores by digest.
     """
 
     texts: tuple[str, ...]
@@ -190,7 +190,7 @@ class NamedFiles:
 
 
 def name_files(root: Path, profile: Profile) -> NamedFiles:
-    """Return the files that a profile names, those that are not there left out: whoever reads them says so."""
+    """Return the files that a profile names, without missing ones, which their reader reports."""
     evaluation = profile.evaluation
     named = [root / PARAMS_FILE, root / "dvc.yaml", root / profile.deepspeed_config]
     named += [root / name for name in (*profile.contamination.prompts, evaluation.prompts, evaluation.sampling)]
@@ -218,7 +218,7 @@ def _differing(before: Mapping[str, object], now: Mapping[str, object]) -> list[
 
 
 def _tasks_identity(profile: EvaluateParams, folder: Path) -> dict[str, str]:
-    """Return what tasks depend on beside their names; nothing where params name none."""
+    """Return what evaluation tasks depend on besides their names; empty if params name no task."""
     names = profile.evaluation.tasks
     if not names:
         return {}
@@ -233,14 +233,14 @@ def _task_files(folder: Path) -> list[Path]:
 
 
 def _base_identity(profile: BaseParams, root: Path) -> dict[str, object]:
-    """Return sizes and times of a base folder's files: to hash 26 GB before every run would cost 15 s."""
+    """Return sizes and times of a base folder's files; hashing 26 GB before every run would take 15 s."""
     base = profile.base
     if isinstance(base, FolderBase):
         folder = root / profile.model_name
         if not folder.is_dir():
             raise ConfigError(
                 f"params.yaml: model_name {profile.model_name} is not a folder. Put the base model there (config.json, "
-                "*.safetensors, tokenizer.json), or set model_name and base.kind to where it is (folder, hub, gguf)"
+                "*.safetensors, tokenizer.json), or set model_name and base.kind (folder, hub, gguf) to its location"
             )
         check_folder(folder)
         stats = {path.name: path.stat() for path in sorted(folder.iterdir()) if path.is_file()}

@@ -132,7 +132,7 @@ def test_a_candidate_that_was_moved_back_stays_there(workspace, registry):
     registry.artifact("laptop").rollback("candidate", by="anna", reason="it swears")
     again = make(workspace, 4.0)
     assert again.state == "Unchanged"
-    assert "has moved on since and stays there" in again.words
+    assert "was moved to another version since" in again.words
     assert candidate(registry) == first.digest
 
 
@@ -141,7 +141,7 @@ def test_production_is_the_one_to_beat_where_there_is_one(workspace, registry):
     registry.artifact("laptop").version(first.digest).promote("production", expect=None, by="anna", reason="reviewed")
     third = make(workspace, 4.9)
     assert third.state == "Published"
-    assert "docs: 4.900, laptop@v1 5.000: better by 0.100 nats" in third.verdict.lines
+    assert "docs: 4.900, laptop@v1 5.000: -0.100 nats/token, allowed +0.010" in third.verdict.lines
 
 
 def test_another_writer_who_moves_candidate_meanwhile_is_not_overwritten(workspace, registry):
@@ -172,14 +172,14 @@ def test_on_other_rows_the_champion_is_measured_before_they_are_compared(workspa
     second = make(workspace, 5.9, rows="others", measure=measure)
     assert asked == [("laptop@v1", "others")]
     assert second.state == "Published"
-    assert "docs: 5.900, laptop@v1 6.000: better by 0.100 nats" in second.verdict.lines
+    assert "docs: 5.900, laptop@v1 6.000: -0.100 nats/token, allowed +0.010" in second.verdict.lines
 
 
 def test_a_champion_that_cannot_be_measured_on_these_rows_is_not_beaten(workspace):
     make(workspace, 5.0)
     second = make(workspace, 4.0, rows="others", measure=lambda *_: None)
     assert second.state == "Rejected"
-    assert "laptop@v1 was measured on other validation rows" in second.verdict.lines[1]
+    assert "laptop@v1 was evaluated on other validation rows" in second.verdict.lines[1]
 
 
 @pytest.mark.parametrize("code", [0, 65])
@@ -212,5 +212,5 @@ def test_metrics_that_are_no_mapping_are_refused(workspace):
     workspace.evaluation.write_text(json.dumps([]))
     write_json(workspace.package / "weights.json", {"loss": 1})
     write_manifest(workspace.package, {})
-    with pytest.raises(Exception, match="expected a JSON mapping, found a list"):
+    with pytest.raises(Exception, match=r"eval\.json: .*object, found list"):
         publish_package(workspace, Profile(), COMMIT, nobody)

@@ -5,7 +5,7 @@ import pytest
 
 from ropeway.orchestration import dvc_graph as graph
 from ropeway.orchestration.reproduce import (
-    Record,
+    RunRecord,
     check_revision,
     clone_revision,
     describe_differences,
@@ -38,7 +38,7 @@ def record(**changes):
         "lock": LOCK,
         "timings": {"attempts": [ATTEMPT]},
     }
-    return Record(**{**values, **changes})
+    return RunRecord(**{**values, **changes})
 
 
 def lock_with(kind, path, md5):
@@ -59,23 +59,26 @@ def test_equal_runs_differ_in_nothing_whatever_clock_and_host_say():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"timings": {"attempts": [{**ATTEMPT, "python": "3.12.1"}]}}, "python: 3.11.7 then, 3.12.1 now"),
-        ({"timings": {"attempts": [{**ATTEMPT, "torch": "2.14.0"}]}}, "torch: 2.13.0 then, 2.14.0 now"),
-        ({"timings": {"attempts": [{**ATTEMPT, "device": "Xeon"}]}}, "device: EPYC then, Xeon now"),
-        ({"timings": {"attempts": [{**ATTEMPT, "kernels": "AVX512"}]}}, "kernels: AVX2 then, AVX512 now"),
-        ({"timings": {"attempts": [{**ATTEMPT, "ranks": 4}]}}, "ranks: 2 then, 4 now"),
-        ({"timings": {"attempts": [ATTEMPT, {**ATTEMPT, "ranks": 4}]}}, "ranks: 2 then, 2, then 4 now"),
-        ({"timings": {}}, "environment: nothing is recorded of this one"),
+        ({"timings": {"attempts": [{**ATTEMPT, "python": "3.12.1"}]}}, "python: published with 3.11.7, now 3.12.1"),
+        ({"timings": {"attempts": [{**ATTEMPT, "torch": "2.14.0"}]}}, "torch: published with 2.13.0, now 2.14.0"),
+        ({"timings": {"attempts": [{**ATTEMPT, "device": "Xeon"}]}}, "device: published with EPYC, now Xeon"),
+        ({"timings": {"attempts": [{**ATTEMPT, "kernels": "AVX512"}]}}, "kernels: published with AVX2, now AVX512"),
+        ({"timings": {"attempts": [{**ATTEMPT, "ranks": 4}]}}, "ranks: published with 2, now 4"),
+        ({"timings": {"attempts": [ATTEMPT, {**ATTEMPT, "ranks": 4}]}}, "ranks: published with 2, now 2, then 4"),
+        ({"timings": {}}, "environment: not recorded for this run"),
         (
             {"block": {"learning_rate": 2e-5, "stop": {"spike_ratio": 2.0}}},
-            "params: learning_rate: 1e-05 then, 2e-05 now",
+            "params: learning_rate: published with 1e-05, now 2e-05",
         ),
-        ({"block": {"learning_rate": 1e-5, "stop": {}}}, "params: stop.spike_ratio: 2.0 then, nothing now"),
-        ({"facts": {"fingerprint": "f", "digests": {"raw": "r", "data": "x"}}}, "digests.data: d then, x now"),
-        ({"lock": lock_with("deps", ".identity/code-train.json", "9")}, "stage train: its code means something else"),
-        ({"lock": lock_with("outs", "runs/p/model", "9")}, "stage train: read the same and left another runs/p/model"),
-        ({"files": {"model.safetensors": "aa", "README.md": "xx", "manifest.json": "cc"}}, "README.md: other bytes"),
-        ({"files": {"README.md": "bb", "manifest.json": "cc"}}, "model.safetensors: other bytes"),
+        ({"block": {"learning_rate": 1e-5, "stop": {}}}, "params: stop.spike_ratio: published with 2.0, now no value"),
+        (
+            {"facts": {"fingerprint": "f", "digests": {"raw": "r", "data": "x"}}},
+            "digests.data: published with d, now x",
+        ),
+        ({"lock": lock_with("deps", ".identity/code-train.json", "9")}, "stage train: its code differs"),
+        ({"lock": lock_with("outs", "runs/p/model", "9")}, "stage train: equal inputs, different output runs/p/model"),
+        ({"files": {"model.safetensors": "aa", "README.md": "xx", "manifest.json": "cc"}}, "README.md: bytes differ"),
+        ({"files": {"README.md": "bb", "manifest.json": "cc"}}, "model.safetensors: bytes differ"),
     ],
 )
 def test_each_difference_is_named_alone(changes, words):
@@ -95,7 +98,7 @@ def test_weights_are_compared_shard_by_shard():
         ({"git": None}, "published without git"),
         (
             {"git": "c" * 40, "dirty": True, "dirty_files": ["src/x.py"]},
-            r"differed from its revision cccccccccccc in src/x.py",
+            r"revision cccccccccccc in src/x.py",
         ),
     ],
 )
@@ -126,12 +129,12 @@ def test_the_clone_stands_at_the_revision_and_is_gone_on_with(repository, tmp_pa
     assert (place / "params.yaml").read_text() == "profile: tiny\n"
     assert (root / "params.yaml").read_text() == "profile: other\n"
     assert clone_revision(root, first, tmp_path / "clone", said.append) == place
-    assert said[-1].startswith("going on in")
+    assert said[-1].startswith("continuing in")
 
 
 def test_an_unknown_commit_a_taken_folder_and_no_git_are_refused(repository, tmp_path, monkeypatch):
     root, first = repository
-    with pytest.raises(ConfigError, match=r"git does not know revision 0{40} here. `git fetch` it"):
+    with pytest.raises(ConfigError, match=r"git does not have revision 0{40}\. `git fetch` it"):
         clone_revision(root, "0" * 40, tmp_path / "clone", print)
     assert not (tmp_path / "clone").exists()
     (tmp_path / "taken").mkdir()

@@ -3,7 +3,14 @@ from collections import deque
 
 import pytest
 
-from ropeway.orchestration.dvc_stage import Folder, Site, StageStoppedError, _explain_failure, _lock_entry, find_outcome
+from ropeway.orchestration.dvc_stage import (
+    LineCollapser,
+    Site,
+    StageStoppedError,
+    _explain_failure,
+    _lock_entry,
+    find_outcome,
+)
 from ropeway.runtime.errors import ConfigError, DataError, RopewayError, TemporaryError
 from ropeway.runtime.lock import Held
 
@@ -33,7 +40,7 @@ def test_the_class_of_a_failure_says_what_can_be_done(site, own, kind, says):
     record(site, "dvc")
     error = _explain_failure(site, "train", 255, {"ran": None, "failed": 255}, deque(["one", "two"]))
     assert type(error) is kind
-    assert f"stage train {says}; its last lines:\n    one\n    two\n  full log: {site.log('train')}" in str(error)
+    assert f"stage train {says}; last lines:\n    one\n    two\n  full log: {site.log('train')}" in str(error)
 
 
 @pytest.mark.parametrize("dvc", [{"code": 137, "signal": "SIGKILL"}, {"code": 75, "why": "asked by SIGTERM"}])
@@ -59,7 +66,7 @@ def test_a_stage_of_another_folder_has_a_file_name(site):
 
 
 def fold(*pieces, clock=lambda: 0.0):
-    folder = Folder(clock=clock)
+    folder = LineCollapser(clock=clock)
     lines = [line for piece in pieces for line in folder.feed(piece)]
     return [*lines, *folder.feed(b"", last=True)]
 

@@ -96,7 +96,7 @@ def test_a_fresh_clone_without_lock_or_files_runs_everything(fresh):
 def test_nothing_runs_where_nothing_changed_and_what_always_runs_is_no_change(ran):
     assert reasons(ran) == {}
     assert [(plan.name, plan.reasons) for plan in graph.plan(ran)] == [
-        ("look", ("looks at the world at every start",)),
+        ("look", ("refreshes fingerprints at every start",)),
         *((name, ("nothing changed",)) for name in ("early", "side", "late")),
     ]
 
@@ -156,7 +156,7 @@ def test_a_remote_is_seen(fresh):
 
 
 def test_a_stage_is_made_anew_past_every_cache_and_pulled_only_where_asked():
-    assert graph.reproduce_command("train", anew=True, pull=True)[3:] == [
+    assert graph.reproduce_command("train", force=True, pull=True)[3:] == [
         "--force", "--no-commit", "--single-item", "train",
     ]  # fmt: skip
     assert graph.reproduce_command("train", pull=True)[3:] == ["--pull", "--single-item", "train"]

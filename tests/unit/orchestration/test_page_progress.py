@@ -8,7 +8,7 @@ import pytest
 
 from ropeway.orchestration import run_page
 from ropeway.orchestration.dvc_stage import Site, progress_path, run_command
-from ropeway.orchestration.run_page import Bar, read_progress
+from ropeway.orchestration.run_page import ProgressArtifact, read_progress
 from ropeway.runtime.lock import Held
 from ropeway.runtime.progress import Progress
 
@@ -71,7 +71,7 @@ def test_the_last_whole_record_counts(path, text, expected):
 
 def test_a_stage_without_such_a_file_has_no_bar(path, moved):
     assert read_progress(path) is None
-    bar = Bar(path, "laptop-evaluate-progress", AWAY)
+    bar = ProgressArtifact(path, "laptop-evaluate-progress", AWAY)
     bar.refresh()
     bar.refresh(last=True)
     assert moved == []
@@ -79,7 +79,7 @@ def test_a_stage_without_such_a_file_has_no_bar(path, moved):
 
 def test_a_run_that_is_killed_leaves_the_bar_where_it_was_and_a_resumed_one_moves_on(path, moved):
     path.write_text(record(1) + record(2))
-    bar = Bar(path, "laptop-train-progress", AWAY)
+    bar = ProgressArtifact(path, "laptop-train-progress", AWAY)
     bar.refresh()
     path.write_text(record(3) + record(4)[:15])  # within the five seconds, and cut off
     bar.refresh()
@@ -88,7 +88,7 @@ def test_a_run_that_is_killed_leaves_the_bar_where_it_was_and_a_resumed_one_move
     assert moved == [20.0, 30.0]
     path.unlink()
     path.write_text(record(4))
-    resumed = Bar(path, "laptop-train-progress", AWAY)
+    resumed = ProgressArtifact(path, "laptop-train-progress", AWAY)
     resumed.refresh()
     resumed.refresh(last=True)
     assert moved == [20.0, 30.0, 40.0]
@@ -107,7 +107,7 @@ def test_the_file_of_an_earlier_start_is_gone_before_a_stage_starts(path, stage)
 def test_a_server_that_is_away_is_not_waited_for_and_is_told_later(path, moved, monkeypatch):
     monkeypatch.setattr(run_page, "is_answering", lambda _url: False)
     path.write_text(record(1))
-    bar, began = Bar(path, "laptop-train-progress", AWAY), time.monotonic()
+    bar, began = ProgressArtifact(path, "laptop-train-progress", AWAY), time.monotonic()
     bar.refresh()
     assert time.monotonic() - began < 5
     assert moved == []

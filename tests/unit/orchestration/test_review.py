@@ -121,7 +121,7 @@ def test_the_report_of_a_review_has_all_that_a_decision_needs(workspace, registr
     assert "# laptop@v2: may it become production?" in report
     assert "| docs | loss, nats/token | 8.000 | 5.000 | **4.500** | -0.500 (better) |" in report
     assert "| docs | accuracy | 0.100 | 0.200 | **0.222** | +0.022 (better) |" in report
-    assert "- docs: 4.500, laptop@v1 5.000: better by 0.500 nats" in report
+    assert "- docs: 4.500, laptop@v1 5.000: -0.500 nats/token" in report
     assert "| `learning_rate` | 0.002 | 0.003 |" in report
     assert re.search(r"\| `ledger\.sources\.0\.records\.read` \| 8 \| 9 \|", report)
     assert "| docs | epoch 0: supervised | = |  | 30 |" in report
