@@ -323,7 +323,7 @@ def _sentence(text: str) -> str:
 
 def _literal_text(value: object) -> str:
     if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[typing.cast("bool | None", value)]
+        return {None: "null", True: "true", False: "false"}[value]
     return str(value)
 
 

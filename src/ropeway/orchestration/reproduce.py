@@ -163,8 +163,8 @@ def read_published(version: Version, site_root: Path) -> RunRecord:
     block = read_block(kept, name)
     if block != without_secrets(read_block(site_root / "params.yaml", name)):
         raise ConfigError(
-            f"{site_root / 'params.yaml'}: the block '{name}' at that revision differs from the package's run.yaml; the "
-            "version was published with params that are not in git. Choose another version"
+            f"{site_root / 'params.yaml'}: the block '{name}' at that revision differs from the package's run.yaml; "
+            "the version was published with params that are not in git. Choose another version"
         )
     return RunRecord(
         files={file.path: file.sha256 for file in version.manifest.files},
