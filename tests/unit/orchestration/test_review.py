@@ -62,7 +62,7 @@ def test_a_review_moves_nothing_when_production_moved_after_the_report(workspace
     decide(registry, open_case(registry, first), YES)
     case = open_case(registry, third)
     decide(registry, open_case(registry, second), YES)
-    with pytest.raises(RegistryError, match=rf"laptop@v3 was approved by anna and is NOT production: .*{second}"):
+    with pytest.raises(RegistryError, match=rf"laptop@v3 was approved by anna but is NOT production: .*{second}"):
         decide(registry, case, YES)
     assert production(registry) == second
     assert [kept["decision"] for kept in registry.artifact("laptop").version(third).reviews] == ["approve"]
