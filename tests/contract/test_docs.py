@@ -1,5 +1,6 @@
 """The documentation says what the code does: blocks are marked, commands exist, the reference is complete."""
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -12,6 +13,7 @@ from ruamel.yaml import YAML
 from ropeway.cli.main import app
 from ropeway.config.load_params import read_block
 from ropeway.config.params import Profile
+from ropeway.runtime import environment
 from ropeway.runtime.errors import RopewayError
 from tools.docs import diagrams, reference
 from tools.docs.blocks import DOCS, Block, find_blocks, find_faults, find_pages
@@ -103,6 +105,34 @@ def test_every_command_and_option_is_in_the_reference():
         for parameter in command.params:
             if "--help" not in parameter.opts:
                 assert f"`{parameter.opts[0]}`" in section or f"`{parameter.name.upper()}`" in section, name
+
+
+def test_every_environment_variable_is_in_the_reference():
+    files = [*(ROOT / "src").rglob("*.py"), *(ROOT / "flows").glob("*.py"), ROOT / "Makefile"]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in files if path.name != "environment.py")
+    named = set(re.findall(r"\bROPEWAY_[A-Z0-9_]+[A-Z0-9]\b", text))
+    named |= set(re.findall(r"\b(?:AWS|HF|WANDB)_[A-Z0-9_]+[A-Z0-9]\b", text))
+    documented = {one.name for group in environment.VARIABLES.values() for one in group}
+    documented |= {*environment.INTERNAL, *environment.RENAMED}
+    assert named - documented == set()
+    assert {name for name in documented if name not in text} == set()
+    assert all(f"`{name}`" in PAGES["environment"] for name in documented)
+
+
+def test_messages_of_the_failure_page_exist():
+    said = "\n".join(text for path in (ROOT / "src").rglob("*.py") for text in find_texts(path))
+    page = (DOCS / "tasks" / "when-something-fails.md").read_text(encoding="utf-8")
+    rows = page.partition("## By message")[2].partition("## The run is up")[0]
+    fragments = re.findall(r"(?m)^\| `([^`]+)`", rows)
+    assert len(fragments) > 20
+    assert [one for one in fragments if one not in said] == []
+
+
+def find_texts(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.JoinedStr | ast.Constant):
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            yield "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in parts)
 
 
 def all_errors(error=RopewayError):

@@ -235,6 +235,20 @@ def _parameter_range(parameter: typing.Any) -> str:  # noqa: ANN401
     return f" ({parameter.min} to {parameter.max})" if parameter.max is not None else f" (at least {parameter.min})"
 
 
+def render_environment() -> str:
+    """Return the environment variables, by what they are about."""
+    from ropeway.runtime import environment
+
+    lines: list[str] = []
+    for title, variables in environment.VARIABLES.items():
+        rows = [(f"`{one.name}`", one.meaning, one.default) for one in variables]
+        lines += [f"## {title}", "", *_table(("variable", "meaning", "when not set"), rows), ""]
+    renamed = ", ".join(f"`{old}` is now `{new}`" for old, new in environment.RENAMED.items())
+    internal = ", ".join(f"`{name}`" for name in environment.INTERNAL)
+    lines += [f"Renamed: {renamed}; the old name is an error.", ""]
+    return "\n".join([*lines, f"Ropeway sets these for its own child processes; do not set them: {internal}."])
+
+
 def render_exit_codes() -> str:
     """Return the table of exit codes, from the error classes."""
     from ropeway.runtime import errors
@@ -345,6 +359,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 PAGES: dict[str, Callable[[], str]] = {
     "params": render_params,
     "commands": render_commands,
+    "environment": render_environment,
     "exit-codes": render_exit_codes,
     "stages": render_stages,
     "files": render_files,

@@ -227,7 +227,7 @@ class ModelShape(Section):
     num_key_value_heads: Positive
     """Number of key and value heads."""
     vocab_size: Positive
-    """Entries of the base's own tokenizer, before the role tokens are added."""
+    """As in the base's config.json. `kind: scratch`: size of the tokenizer that is trained on the sources."""
     max_position_embeddings: Positive
     """Context length of the base, in tokens."""
     rope_theta: Annotated[float, Field(gt=0)]

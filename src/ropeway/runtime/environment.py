@@ -1,0 +1,88 @@
+"""The environment variables that a run reads, in one table for the reference; each is read where it is used.
+
+Environment is where, with which limits and as whom a run runs. What can change its result is in params.yaml.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class EnvironmentVariable:
+    """One variable: what it sets, and what applies when it is not set."""
+
+    name: str
+    meaning: str
+    default: str = ""
+
+
+_V = EnvironmentVariable
+VARIABLES: dict[str, tuple[EnvironmentVariable, ...]] = {
+    "Ranks and processes": (
+        _V("ROPEWAY_RANKS", "Number of ranks that train.", "Slurm tasks, hostfile slots, GPUs here, else 2"),
+        _V("ROPEWAY_HOSTFILE", "Hostfile with a line `HOST slots=N` per machine.", "this machine"),
+        _V("ROPEWAY_LAUNCHER", "DeepSpeed launcher that reaches the machines of the hostfile.", "`pdsh`"),
+        _V("ROPEWAY_TOKENIZE_WORKERS", "Processes that tokenize.", "number of cores, fewer for little text"),
+        _V("ROPEWAY_DASK_SCHEDULER", "Address of a Dask scheduler; its workers tokenize. Needs the extra `cluster`."),
+        _V("ROPEWAY_EVALUATE_WORKERS", "Processes that evaluate.", "GPUs here, at most the ranks; 1 on a CPU"),
+        _V("OMP_NUM_THREADS", "Threads per rank on a CPU. Another number rounds differently.", "cores / ranks here"),
+        _V("CUDA_VISIBLE_DEVICES", "GPUs that a run may use.", "all"),
+        _V("CXX", "C++ compiler that builds DeepSpeed's CPU op.", "`c++`"),
+    ),
+    "Training": (
+        _V("ROPEWAY_KEEP_RUNS", "Runs of each profile that keep their checkpoints.", "3"),
+        _V(
+            "ROPEWAY_MEMORY_CHECK", "`off` starts training although the plan says that the GPUs cannot hold the states."
+        ),
+        _V("ROPEWAY_UNTRIED", "`1` skips the checkpoint of step 0 and the warm-up step."),
+        _V("ROPEWAY_OTHER_VERSIONS", "`1` resumes from a checkpoint that another torch or DeepSpeed version wrote."),
+        _V("ROPEWAY_GRACE_SECONDS", "Seconds from TERM to KILL; a checkpoint must fit into them.", "60"),
+        _V("ROPEWAY_RETRY_SECONDS", "Pause of the flow before it retries a stage, in seconds.", "5"),
+    ),
+    "Registry": (
+        _V("ROPEWAY_REGISTRY", "Registry: `file:///path` or `s3://bucket/prefix`.", "`./registry`"),
+        _V("ROPEWAY_CACHE", "Folder for versions that `chat` and `push-hub` pull.", "`$XDG_CACHE_HOME/ropeway`"),
+        _V("XDG_CACHE_HOME", "Cache folder of the user.", "`~/.cache`"),
+        _V("ROPEWAY_SIGNING_KEY", "File of the private key that signs what is published.", "not signed"),
+        _V("ROPEWAY_TRUSTED_KEYS", "Folder of `.pub` files. Versions that none of them signed are refused.", "all"),
+        _V("ROPEWAY_S3_TIMEOUT_SECONDS", "Timeout of a silent S3 connection, in seconds.", "60"),
+        _V("ROPEWAY_S3_ALLOW_HTTP", "`1` allows plain HTTP to an S3 server on another machine.", "refused"),
+        _V("AWS_PROFILE", "Section of the AWS configuration files."),
+        _V("AWS_ACCESS_KEY_ID", "Key of the S3 account, with `AWS_SECRET_ACCESS_KEY`."),
+        _V("AWS_SECRET_ACCESS_KEY", "Secret of that key."),
+        _V("AWS_REGION", "Region of the bucket; `AWS_DEFAULT_REGION` is read too."),
+        _V("AWS_DEFAULT_REGION", "Region, where `AWS_REGION` is not set."),
+        _V("AWS_ENDPOINT_URL_S3", "S3 server; `AWS_ENDPOINT_URL` is read too.", "Amazon"),
+        _V("AWS_ENDPOINT_URL", "Server of every AWS service, where `AWS_ENDPOINT_URL_S3` is not set."),
+        _V("AWS_MAX_ATTEMPTS", "Attempts per request, with backoff.", "6"),
+        _V("AWS_CA_BUNDLE", "Certificate of an S3 server of your own.", "the system's"),
+        _V("AWS_REQUEST_CHECKSUM_CALCULATION", "`when_required` for servers without boto3's default checksums."),
+        _V("AWS_RESPONSE_CHECKSUM_VALIDATION", "`when_required` for servers without boto3's default checksums."),
+    ),
+    "Hugging Face Hub": (
+        _V("HF_TOKEN", "Token for gated models and datasets, and for `push-hub`."),
+        _V("HF_HUB_OFFLINE", "`1` uses the Hub's cache only. Ranks and the package check always run with it."),
+        _V("HF_HUB_CACHE", "Cache of the Hub.", "`$HF_HOME/hub`"),
+        _V("HF_HOME", "Folder of the Hub's client.", "`~/.cache/huggingface`"),
+        _V("HF_ENDPOINT", "Another server than huggingface.co."),
+    ),
+    "Prefect": (
+        _V("PREFECT_API_URL", "Prefect server of the run.", "the workspace's own, else a temporary one"),
+        _V("PREFECT_API_AUTH_STRING", "`user:password` for that server."),
+        _V("PREFECT_SERVER_API_AUTH_STRING", "`user:password` of `ropeway server`; needed with `--host`."),
+        _V("PREFECT_HOME", "Folder of Prefect's database.", "`.prefect` in the workspace"),
+        _V("ROPEWAY_ALERT_URL", "`https://…` to which `ropeway server` posts runs that fail or wait for a review."),
+    ),
+    "Weights & Biases": (
+        _V("WANDB_MODE", "`disabled`, `offline` or `online`.", "online with a key, else offline"),
+        _V("WANDB_DISABLED", "`true` is the same as `WANDB_MODE=disabled`."),
+        _V("WANDB_API_KEY", "Key; `~/.netrc` is read too."),
+        _V("WANDB_PROJECT", "Project.", "`supervised-finetuning`"),
+        _V("WANDB_ENTITY", "User or team."),
+        _V("WANDB_BASE_URL", "Server of your own.", "`https://api.wandb.ai`"),
+        _V("WANDB_DIR", "Folder of offline runs.", "`.work/wandb`"),
+    ),
+    "Tests": (_V("ROPEWAY_CHROMIUM", "Browser of `make test-browser`.", "`chromium` on PATH"),),
+}
+# Set by Ropeway for its own child processes.
+INTERNAL = ("ROPEWAY_CODE_CHECK", "ROPEWAY_LOCK_HELD", "ROPEWAY_SUPERVISED_BY")
+RENAMED = {"ROPEWAY_PREPARE_WORKERS": "ROPEWAY_TOKENIZE_WORKERS"}
