@@ -218,7 +218,7 @@ def test_counts_stand_beside_their_whole():
     )
     assert "188,262 (25.00% of the training part, 20.00% of all) | 1,000 | 187,262 |" in text
     assert "Epoch 0: 424,864 rows = 3,319 steps x 128 + 32 left over and not trained." in text
-    assert "| fanfics | 12 (3,456 tokens), kept | not looked for | 5 (789 tokens), removed | 2 |" in text
+    assert "| fanfics | 12 (3,456 tokens), kept | not checked | 5 (789 tokens), removed | 2 |" in text
     assert "near duplicate have a Jaccard similarity of at least 0.8" in text
     assert "13 words in a row" in text
 

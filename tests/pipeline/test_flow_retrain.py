@@ -97,9 +97,9 @@ def check_what_prefect_shows(api, flow_run_id, dag):
     assert "| docs | 8.000 → 5.002 |" in artifacts["laptop-result"]["data"]
     assert (artifacts["laptop-train-progress"]["type"], artifacts["laptop-train-progress"]["data"]) == ("progress", 100)
     steps = json.loads(artifacts["laptop-ledger"]["data"])
-    assert steps[0] == {"source": "docs", "step": "read", "": "=", "how many": "8 records", "tokens": ""}
-    assert steps[-1] == {"source": "docs", "step": "epoch 0: supervised", "": "=", "how many": "", "tokens": "30"}
-    assert {"source": "docs", "step": "train", "": "=", "how many": "5 sequences", "tokens": "50"} in steps
+    assert steps[0] == {"source": "docs", "step": "read", "sign": "=", "count": "8 records", "tokens": ""}
+    assert steps[-1] == {"source": "docs", "step": "epoch 0: supervised", "sign": "=", "count": "", "tokens": "30"}
+    assert {"source": "docs", "step": "train", "sign": "=", "count": "5 sequences", "tokens": "50"} in steps
 
 
 def test_flow_runs_only_stages_a_changed_parameter_reaches_and_restores_the_rest(made_workspace, capsys):

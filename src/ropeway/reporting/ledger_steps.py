@@ -1,4 +1,4 @@
-"""The ledger as a list of steps, from records read to tokens supervised: what report.html and the flow's table show."""
+"""The ledger as a list of steps, from records read to supervised tokens, for report.html and the flow's table."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import Literal
 
 from ropeway.runtime.manifest import Json
 
-# Ledgers written before there was a duplicate pass lack the first two.
+# Ledgers written before the duplicate pass existed lack the first two.
 _SET_ASIDE = {
     "duplicates removed": "duplicate",
     "contaminated removed": "contaminated",
@@ -17,13 +17,13 @@ _SET_ASIDE = {
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step of a source's flow.
+    """One step of a source's ledger.
 
     Attributes:
-        sign: `=` goes on to the next step, `-` goes no further, `+` comes in from elsewhere (padding).
-        count: How many, None where only tokens are counted.
-        tokens: How many, None before there are any.
-        epoch: Of the run, None before the first.
+        sign: `=` is what remains, `-` is removed, `+` is added (padding).
+        count: Records or sequences (`unit`), None where only tokens are counted.
+        tokens: None before tokenization.
+        epoch: None for steps before the first epoch.
     """
 
     name: str
@@ -59,36 +59,36 @@ def _epoch_steps(epoch: Json, train_tokens: int) -> Iterator[Step]:
     at, rows = epoch["epoch"], epoch["row_tokens"]
     yield Step("not drawn", "-", epoch["not_drawn"], "sequences", train_tokens - epoch["drawn_tokens"], at)
     yield Step("drawn", "=", epoch["drawn"], "sequences", epoch["drawn_tokens"], at)
-    yield Step("lost around windows", "-", epoch["windowed"], "sequences", epoch["windowed_tokens"], at)
-    yield Step("lost behind cuts", "-", epoch["cut"], "sequences", epoch["cut_tokens"], at)
+    yield Step("outside the sampled window", "-", epoch["windowed"], "sequences", epoch["windowed_tokens"], at)
+    yield Step("truncated", "-", epoch["cut"], "sequences", epoch["cut_tokens"], at)
     yield Step("in rows", "=", None, "", rows, at)
-    yield Step("padding beside them", "+", None, "", epoch["padding"], at)
+    yield Step("padding", "+", None, "", epoch["padding"], at)
     yield Step("not supervised", "-", None, "", rows - epoch["supervised"], at)
     yield Step("supervised", "=", None, "", epoch["supervised"], at)
 
 
 def split_tokens(account: Json) -> dict[str, int]:
-    """Return where every stored token of a source is in epoch 0; the parts add up to `tokens.all`."""
+    """Return the stored tokens of a source by their use in epoch 0; the parts add up to `tokens.all`."""
     tokens, first = account["tokens"], account["epochs"][0]
     return {
         "supervised": first["supervised"],
-        "read, not supervised": first["row_tokens"] - first["supervised"],
-        "lost to windows and cuts": first["windowed_tokens"] + first["cut_tokens"],
+        "context, not supervised": first["row_tokens"] - first["supervised"],
+        "outside windows or truncated": first["windowed_tokens"] + first["cut_tokens"],
         "not drawn": tokens["train"] - first["drawn_tokens"],
         "validation": tokens["validation"],
         "unused": tokens["unused"],
-        "duplicates and contaminated": tokens.get("duplicate", 0) + tokens.get("contaminated", 0),
+        "duplicates, contaminated": tokens.get("duplicate", 0) + tokens.get("contaminated", 0),
     }
 
 
 def ledger_rows(ledger: Json) -> list[dict[str, str]]:
-    """Return a ledger for a table, one row per source and step; the cells are text and not markdown."""
+    """Return table rows of a ledger, one per source and step; cells are plain text."""
     return [
         {
             "source": account["name"],
             "step": step.name if step.epoch is None else f"epoch {step.epoch}: {step.name}",
-            "": step.sign,
-            "how many": "" if step.count is None else f"{step.count:,} {step.unit}",
+            "sign": step.sign,
+            "count": "" if step.count is None else f"{step.count:,} {step.unit}",
             "tokens": "" if step.tokens is None else f"{step.tokens:,}",
         }
         for account in ledger.get("sources", ())

@@ -1,4 +1,4 @@
-"""Losses by optimizer step, out of the lines of steps.csv."""
+"""Losses by optimizer step, from the rows of steps.csv."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,33 +7,39 @@ from itertools import cycle
 
 from ropeway.reporting import colors
 
-_MOST_POINTS = 400  # of a curve; 3,319 steps need no more
+_MOST_POINTS = 400  # per curve
 _RECENT = 0.1  # weight of a step in the smoothed line
 
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """Loss by step under a name; `is_marked` where it was measured at single steps only."""
+    """A loss by optimizer step.
+
+    Attributes:
+        points: (step, nats/token).
+        marker: matplotlib's marker of each point; empty for none.
+    """
 
     name: str
     points: Sequence[tuple[float, float]]
     color: str
-    is_marked: bool = False
+    marker: str = ""
+    is_dashed: bool = False
 
 
 def loss_curves(rows: Sequence[Mapping[str, str]], label: str, color: str) -> list[Curve]:
-    """Return a run's curves from its steps.csv: training loss, smoothed, and validation loss where it was measured."""
+    """Return a run's smoothed training loss and its validation losses, from the rows of steps.csv."""
     columns = [name for name in (rows[0] if rows else {}) if name.startswith("validation_")]
     found = [Curve(f"{label}, training", smooth(list(_points(rows, "loss"))), color)]
-    for name, shade in zip(columns, cycle(colors.SERIES), strict=False):
+    for name, shade, marker in zip(columns, cycle(colors.SERIES), cycle(colors.MARKERS), strict=False):
         points = list(_points(rows, name))
         title = f"{label}, validation {name.removeprefix('validation_')}"
-        found.append(Curve(title, points, shade, is_marked=True))
+        found.append(Curve(title, points, shade, marker, is_dashed=True))
     return [curve for curve in found if curve.points]
 
 
 def smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return an exponential mean, thinned to what a page can draw; the last step is kept."""
+    """Return the exponential moving average, thinned to about 400 points; the last step is kept."""
     mean, out = 0.0, list[tuple[float, float]]()
     for number, (step, loss) in enumerate(points):
         mean = loss if number == 0 else mean + max(_RECENT, 1 / (number + 1)) * (loss - mean)

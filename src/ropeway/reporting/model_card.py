@@ -147,7 +147,7 @@ def _findings(account: Json) -> dict[str, str]:
 
 def _found(found: Json, unit: str) -> str:
     if found["action"] == "off":
-        return "not looked for"
+        return "not checked"
     done = "removed" if found["action"] == "remove" else "kept"
     return f"{found[unit]:,} ({found['tokens']:,} tokens), {done}" if found[unit] else "0"
 

@@ -1,4 +1,4 @@
-"""Every picture, by matplotlib: equal numbers give equal bytes (no date, fixed ids, matplotlib's own font)."""
+"""All plots, drawn with matplotlib. Equal numbers give equal bytes: no date, fixed ids, matplotlib's own font."""
 
 import base64
 import io
@@ -23,12 +23,8 @@ from ropeway.reporting import colors
 from ropeway.reporting.loss_curves import Curve
 
 _STYLE: Any = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib, so it is the same everywhere
+    "font.family": "DejaVu Sans",  # ships with matplotlib, so it is the same on every machine
     "font.size": 10,
-    "figure.facecolor": colors.BACKGROUND,
-    "text.color": colors.INK,
-    "axes.edgecolor": colors.DIM,
-    "axes.labelcolor": colors.DIM,
     "axes.titlesize": 12,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
@@ -37,18 +33,14 @@ _STYLE: Any = {
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "grid.color": colors.GRID,
-    "xtick.color": colors.DIM,
-    "ytick.color": colors.DIM,
     "legend.frameon": False,
-    "svg.fonttype": "path",  # looks alike in every viewer, whatever its fonts
+    "svg.fonttype": "path",  # independent of the viewer's fonts
 }
 _SIZE_INCHES = (8.0, 4.2)
 _DOTS_PER_INCH = 130
-# One dot per step is noise from a few rows; the line is their mean over the last steps, a tenth of all at most.
-_SMOOTHED_STEPS = 20
+_SMOOTHED_STEPS = 20  # window of the mean training loss, at most a tenth of all steps
 _NO_METADATA: Any = {"Date": None, "Creator": None}
-_MIN_BINS, _MAX_TICKS = 8, 12
+_MIN_BINS, _MAX_TICKS = 8, 8
 _ABOVE: Any = {
     "xycoords": ("data", "axes fraction"), "xytext": (0, 3), "textcoords": "offset points",
     "ha": "center", "va": "bottom", "fontsize": 9,
@@ -58,9 +50,14 @@ Grid = tuple[Sequence[int], Sequence[float], Sequence[Sequence[float]]]  # lengt
 
 
 @contextmanager
-def _drawn(name: str, size: tuple[float, float] = _SIZE_INCHES) -> Iterator[Figure]:
-    """Yield a figure in our style; what is saved inside has ids made from `name`."""
-    with mpl.rc_context({**_STYLE, "svg.hashsalt": name}):
+def _styled_figure(
+    name: str, size: tuple[float, float] = _SIZE_INCHES, theme: colors.PlotTheme = colors.LIGHT_PLOT
+) -> Iterator[Figure]:
+    """Yield a figure in the project's style; SVG ids in it are derived from `name`."""
+    dim = dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), theme.dim)
+    frame: Any = {**dim, "figure.facecolor": theme.background, "axes.facecolor": theme.background}
+    frame |= {"text.color": theme.ink, "grid.color": theme.grid}
+    with mpl.rc_context({**_STYLE, **frame, "svg.hashsalt": name}):
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
         yield figure
@@ -72,7 +69,7 @@ def _save(figure: Figure, folder: Path, name: str) -> None:
 
 
 def _to_uri(figure: Figure) -> str:
-    """Return a figure as the address of an image that holds all of it."""
+    """Return a figure as a data URI of an SVG image."""
     file = io.BytesIO()
     figure.savefig(file, format="svg", metadata=_NO_METADATA)
     return "data:image/svg+xml;base64," + base64.b64encode(file.getvalue()).decode()
@@ -80,7 +77,7 @@ def _to_uri(figure: Figure) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Bin:
-    """Sequences of `begin` to `end` tokens, both included; `is_over` when a row cannot hold them."""
+    """Sequences of `begin` to `end` tokens, both included; `is_over` when they exceed `max_length`."""
 
     begin: int
     end: int
@@ -90,15 +87,16 @@ class Bin:
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """The histogram of a source: as an image, in words, and in numbers."""
+    """The histogram of a source: data URIs for light and dark mode, alternative text, and the counts."""
 
     uri: str
+    dark_uri: str
     alt: str
     bins: tuple[Bin, ...]
 
 
 def count_lengths(lengths: NDArray[np.int32], max_length: int) -> tuple[Bin, ...]:
-    """Return a histogram of lengths: four bins to a doubling, one border at `max_length`, no empty ones at the start.
+    """Return a histogram of lengths: four bins per doubling, a border at `max_length`, no empty bins at the start.
 
     >>> [(part.begin, part.end) for part in count_lengths(np.array([1, 20], dtype=np.int32), 11)][5:]
     [(6, 6), (7, 7), (8, 9), (10, 11), (12, 13), (14, 15), (16, 19), (20, 23)]
@@ -119,13 +117,19 @@ def count_lengths(lengths: NDArray[np.int32], max_length: int) -> tuple[Bin, ...
 
 
 def draw_lengths(lengths: NDArray[np.int32], max_length: int) -> Lengths | None:
-    """Draw the lengths of a source's sequences, with a line at `max_length`; None without sequences."""
+    """Return the histogram of a source's sequence lengths, with a line at `max_length`; None without sequences."""
     if not len(lengths):
         return None
     bins = count_lengths(lengths, max_length)
-    with _drawn("lengths", (6.4, 2.3)) as figure:
+    alt = f"Histogram of {len(lengths):,} sequence lengths, longest {int(lengths.max()):,} tokens"
+    light, dark = (_draw_histogram(bins, max_length, theme) for theme in (colors.LIGHT_PLOT, colors.DARK_PLOT))
+    return Lengths(light, dark, alt, bins)
+
+
+def _draw_histogram(bins: Sequence[Bin], max_length: int, theme: colors.PlotTheme) -> str:
+    with _styled_figure("lengths", (5.0, 2.2), theme) as figure:  # 10 pt stay legible at the width of a phone
         axes = figure.add_subplot()
-        shades = [colors.OVER if part.is_over else colors.IN_ROW for part in bins]
+        shades = [theme.over if part.is_over else theme.in_row for part in bins]
         axes.bar(range(len(bins)), [part.count for part in bins], width=0.92, align="edge", color=shades)
         every = math.ceil(len(bins) / _MAX_TICKS)
         axes.set_xticks(range(0, len(bins), every), [f"{part.begin:,}" for part in bins[::every]])
@@ -135,29 +139,29 @@ def draw_lengths(lengths: NDArray[np.int32], max_length: int) -> Lengths | None:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         if any(part.is_over for part in bins):
             at = next(number for number, part in enumerate(bins) if part.is_over) - 0.04
-            axes.axvline(at, color=colors.LIMIT, linewidth=1.2, linestyle="--")
-            axes.annotate(f"max_length {max_length:,}", (at, 1), color=colors.LIMIT_TEXT, **_ABOVE)
-        _finish(axes, "", "tokens in a sequence", "sequences")
-        alt = f"Histogram of {len(lengths):,} sequence lengths, longest {int(lengths.max()):,} tokens"
-        return Lengths(_to_uri(figure), alt, bins)
+            axes.axvline(at, color=theme.limit, linewidth=1.2, linestyle="--")
+            axes.annotate(f"max_length {max_length:,}", (at, 1), color=theme.limit, **_ABOVE)
+        _label_axes(axes, "", "tokens per sequence", "sequences")
+        return _to_uri(figure)
 
 
 def draw_curves(curves: Sequence[Curve]) -> str:
-    """Return losses by step as the address of an image that holds it, which Prefect's pages show."""
-    with _drawn("curves", (8.0, 3.6)) as figure:
+    """Return losses by step as a data URI, for the Markdown that Prefect's pages show."""
+    with _styled_figure("curves", (8.0, 3.6)) as figure:
         axes = figure.add_subplot()
         for curve in curves:
             steps, losses = zip(*curve.points, strict=True)
-            axes.plot(steps, losses, color=curve.color, label=curve.name, marker="o" if curve.is_marked else "", ms=4)
-        _finish(axes, "", "optimizer step", "nats per supervised token")
+            style = "--" if curve.is_dashed else "-"
+            axes.plot(steps, losses, style, color=curve.color, label=curve.name, marker=curve.marker, markersize=5)
+        _label_axes(axes, "", "optimizer step", "nats per supervised token")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.legend(loc="outside upper left", ncols=min(len(curves), 3))
         return _to_uri(figure)
 
 
 def draw_losses(folder: Path, steps: Rows) -> None:
-    """Draw training loss per step and validation losses from the lines of steps.csv."""
-    with _drawn("loss") as figure:
+    """Draw training loss per step and validation losses from the rows of steps.csv."""
+    with _styled_figure("loss") as figure:
         axes = figure.add_subplot()
         numbers, losses = _series(steps, "loss")
         axes.plot(numbers, losses, ".", color=colors.MODELS["tuned"], alpha=0.3, markersize=3)
@@ -167,41 +171,42 @@ def draw_losses(folder: Path, steps: Rows) -> None:
         label = f"training, mean of {width} steps" if width > 1 else "training"
         axes.plot(numbers, mean, color=colors.MODELS["tuned"], linewidth=2, label=label)
         names = sorted({key for line in steps for key in line if key.startswith("validation_")})
-        for name, color in zip(names, cycle(colors.SERIES), strict=False):
+        for name, color, marker in zip(names, cycle(colors.SERIES), cycle(colors.MARKERS), strict=False):
             at, found = _series(steps, name)
             title = f"validation, {name.removeprefix('validation_')}"
-            axes.plot(at, found, "o--", color=color, markersize=5, linewidth=1.2, label=title)
-        _finish(axes, "Loss while training", "optimizer step", "nats per supervised token")
+            axes.plot(at, found, f"{marker}--", color=color, markersize=5, linewidth=1.2, label=title)
+        _label_axes(axes, "Loss during training", "optimizer step", "nats per supervised token")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend()
         _save(figure, folder, "loss")
 
 
 def draw_positions(folder: Path, table: Rows, *, max_length: int) -> None:
-    """Draw each curve of positions.csv; dashed without scaling, a line where training ended."""
+    """Draw each curve of positions.csv, dashed without RoPE scaling, and a line at `max_length`."""
     curves = [name for name in table[0] if name not in ("position", "tokens")]
-    with _drawn("positions") as figure:
+    with _styled_figure("positions") as figure:
         axes = figure.add_subplot()
         for name in curves:
             model, _, unscaled = name.partition("_")
             at, found = _series(table, name, x="position")
             how = {"linestyle": "--", "linewidth": 1.4} if unscaled else {"linewidth": 2.2}
-            is_scaled = any(other.startswith(f"{model}_") for other in curves)  # else there is nothing to tell apart
+            is_scaled = any(other.startswith(f"{model}_") for other in curves)  # else both variants are the same
             title = f"{model}, {'without' if unscaled else 'with'} RoPE scaling" if is_scaled else model
-            axes.plot(at, found, marker=".", markersize=5, color=colors.MODELS[model], label=title, **how)
-        axes.axvline(max_length, color=colors.LIMIT, linewidth=1.2)
-        axes.annotate(f"max_length {max_length:,}", (max_length, 1), color=colors.LIMIT_TEXT, **_ABOVE)
+            marker = "s" if model == "base" else "o"
+            axes.plot(at, found, marker=marker, markersize=4, color=colors.MODELS[model], label=title, **how)
+        axes.axvline(max_length, color=colors.LIGHT_PLOT.limit, linewidth=1.2)
+        axes.annotate(f"max_length {max_length:,}", (max_length, 1), color=colors.LIGHT_PLOT.limit, **_ABOVE)
         axes.set_xlim(left=0)
-        _finish(axes, "Loss by position", "position in tokens", "nats per token")
+        _label_axes(axes, "Loss by position", "position in tokens", "nats per token")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-        # Below the axes: curves may be anywhere inside.
+        # Below the axes: inside, it could cover a curve.
         figure.legend(loc="outside lower center", ncols=2)
         _save(figure, folder, "positions")
 
 
 def draw_passkey(folder: Path, grids: Mapping[str, Grid]) -> None:
-    """Draw one heat map per model: share of keys found, by length and depth; beyond training too."""
-    with _drawn("passkey", (8.0, 3.6)) as figure:
+    """Draw one heat map per model: share of keys found by length and depth, also beyond `max_length`."""
+    with _styled_figure("passkey", (8.0, 3.6)) as figure:
         panels = figure.subplots(1, len(grids), squeeze=False)[0]
         for axes, (name, (lengths, depths, shares)) in zip(panels, grids.items(), strict=True):
             image = axes.imshow(shares, cmap=colors.HEAT, vmin=0, vmax=1, aspect="auto")
@@ -209,47 +214,47 @@ def draw_passkey(folder: Path, grids: Mapping[str, Grid]) -> None:
             axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
             for row, line in enumerate(shares):
                 for column, share in enumerate(line):
-                    color = colors.BACKGROUND if share > colors.HEAT_DARK else colors.INK
+                    color = colors.LIGHT_PLOT.background if share > colors.HEAT_DARK else colors.LIGHT_PLOT.ink
                     axes.text(column, row, f"{share:.0%}", ha="center", va="center", color=color, fontsize=9)
             axes.grid(visible=False)
             axes.spines[:].set_visible(False)
             axes.tick_params(length=0)
             found = sum(map(sum, shares)) / sum(map(len, shares))
-            _finish(axes, f"Passkey, {name}: {found:.0%} found", "length in tokens", "depth of the key")
+            _label_axes(axes, f"Passkey, {name}: {found:.0%} found", "length in tokens", "depth of the key")
         bar = figure.colorbar(image, ax=list(panels), format=FuncFormatter(lambda value, _: f"{value:.0%}"))
         bar.outline.set_visible(False)  # type: ignore[operator]
         _save(figure, folder, "passkey")
 
 
 def draw_sources(folder: Path, table: Rows) -> None:
-    """Draw base against tuned per source, from the lines of scores.csv."""
+    """Draw validation loss of base and tuned per source, from the rows of scores.csv."""
     sources = list(dict.fromkeys(line["source"] for line in table))
     models = list(dict.fromkeys(line["model"] for line in table))
     high = 0.8 / len(models)
-    with _drawn("sources", (8.0, 1.4 + 0.8 * len(sources))) as figure:
+    with _styled_figure("sources", (8.0, 1.4 + 0.8 * len(sources))) as figure:
         axes = figure.add_subplot()
         for number, model in enumerate(models):
             losses = [float(line["loss"]) for line in table if line["model"] == model]
             at = [place + (number - (len(models) - 1) / 2) * high for place in range(len(sources))]
             bars = axes.barh(at, losses, height=high * 0.92, color=colors.MODELS[model], label=model)
-            axes.bar_label(bars, fmt="%.3f", padding=4, color=colors.INK, fontsize=9)
+            axes.bar_label(bars, fmt=f"{model} %.3f", padding=4, color=colors.LIGHT_PLOT.ink, fontsize=9)
         axes.set_yticks(range(len(sources)), sources)
         axes.invert_yaxis()
-        axes.margins(x=0.12)
+        axes.margins(x=0.2)
         axes.grid(visible=False, axis="y")
-        axes.tick_params(axis="y", length=0, labelcolor=colors.INK)
-        _finish(axes, "Validation loss per source", "nats per supervised token", "")
+        axes.tick_params(axis="y", length=0, labelcolor=colors.LIGHT_PLOT.ink)
+        _label_axes(axes, "Validation loss per source", "nats per supervised token", "")
         axes.legend(ncols=len(models), loc="lower right", bbox_to_anchor=(1, 1))
         _save(figure, folder, "sources")
 
 
-def _finish(axes: Axes, title: str, x: str, y: str) -> None:
+def _label_axes(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set_title(title)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
 
 
 def _series(rows: Rows, column: str, x: str = "step") -> tuple[list[float], list[float]]:
-    """Return the x and the values of the lines that have one."""
+    """Return x and value of the rows that have a value."""
     pairs = [(float(line[x]), float(line[column])) for line in rows if line.get(column) not in (None, "")]
     return [at for at, _ in pairs], [value for _, value in pairs]

@@ -8,7 +8,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from ropeway.reporting import markdown
-from ropeway.reporting.colors import BACKGROUND, DARK, LIGHT
+from ropeway.reporting.colors import DARK, LIGHT
 from ropeway.reporting.token_view import name_visibly, split_visible
 
 _FENCE = 2  # of three parts, the one that `collapse` captures beside its block
@@ -44,7 +44,7 @@ def _environment(*, is_markdown: bool) -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=not is_markdown,
     )
-    environment.globals.update(light=LIGHT, dark=DARK, background=BACKGROUND)
+    environment.globals.update(light=LIGHT, dark=DARK)
     environment.filters.update(
         commas=lambda number: f"{number:,}",
         count=lambda number, what: f"{number:,} {what}{'' if number == 1 else 's'}",

@@ -1,4 +1,4 @@
-"""Stage report_data: report.html, what became of each source, and a few sequences token by token, to check masks."""
+"""Stage report_data: report.html shows each source's ledger and a few sequences token by token, to check masks."""
 
 import json
 import random
@@ -18,18 +18,18 @@ from ropeway.reporting.token_view import Reading, Shown, Vocabulary, find_part, 
 from ropeway.runtime.manifest import Json, load_manifest, write_atomic
 from ropeway.runtime.workspace import Workspace
 
-_OPEN_SOURCES = 5  # with more, sections begin folded
-_SHOWN_TOKENS = 900  # of a sample; `ropeway inspect` prints all
-_MIN_TOKENS = 24  # of one piece of a packed row
-_TAIL_SHARE = 4  # of a shortened sequence, one part in so many is its end
+_OPEN_SOURCES = 5  # with more, sections start collapsed
+_SHOWN_TOKENS = 900  # per sample; `ropeway inspect` prints all
+_MIN_TOKENS = 24  # per piece of a packed row
+_TAIL_SHARE = 4  # 1/4 of the shown tokens of a shortened sequence are its last ones
 
 
 @dataclass(frozen=True)
 class Page:
-    """What the page is about.
+    """Inputs of the page.
 
     Attributes:
-        raw: Source -> its entry in the raw manifest.
+        raw: Source name -> its entry in the raw manifest.
     """
 
     profile: Profile
@@ -42,7 +42,7 @@ class Page:
 
 @dataclass(frozen=True)
 class Sample:
-    """A few readings under a title: one sequence, or the pieces of a row."""
+    """One sequence, or the pieces of one packed row, with a title and a description."""
 
     title: str
     words: str
@@ -50,7 +50,7 @@ class Sample:
 
 
 def run(workspace: Workspace, profile: Profile) -> None:
-    """Write report.html of a closed data folder, equal data equal bytes; raise DataError when a file was changed."""
+    """Write report.html of the prepared data, deterministically; raise DataError when a file of it was changed."""
     raw = load_manifest(workspace.raw, remedy="Run `dvc checkout`, or `dvc repro fetch`", verify=False)["sources"]
     shards = open_shards(workspace.data)
     plan = plan_epoch(shards, profile, epoch=0)
@@ -65,11 +65,11 @@ def run(workspace: Workspace, profile: Profile) -> None:
     overlong = find_overlong(plan)
     samples = (choose_samples(number, shards, profile, overlong.get(number)) for number in range(len(shards.sources)))
     write_atomic(workspace.report, draw_page(page, samples, choose_rows(plan)).encode())
-    print(f"the data is shown in {workspace.report}")
+    print(f"data report: {workspace.report}")
 
 
 def choose_samples(number: int, shards: Shards, profile: Profile, overlong: Piece | None) -> Iterator[Sample]:
-    """Yield the sequences of a source that are shown: the first, the longest, one by the seed, an over-long one."""
+    """Yield a source's samples: the first sequence, a random one, the longest, and one longer than `max_length`."""
     source = shards.sources[number]
     if not len(source.lengths):
         return
@@ -77,26 +77,26 @@ def choose_samples(number: int, shards: Shards, profile: Profile, overlong: Piec
     chosen: dict[int, list[str]] = {}
     for why, sequence in (
         ("first", 0),
-        ("drawn by the seed", drawn.randrange(len(source.lengths))),
+        ("random", drawn.randrange(len(source.lengths))),
         ("longest", int(np.argmax(source.lengths))),
     ):
         chosen.setdefault(sequence, []).append(why)
     for sequence, reasons in chosen.items():
         reading = read_whole(number, sequence, shards, profile)
-        cut = f", stored whole; a row holds {profile.max_length:,}" if reading.length > profile.max_length else ""
+        cut = f"; max_length is {profile.max_length:,} tokens" if reading.length > profile.max_length else ""
         yield Sample(", ".join(reasons).capitalize(), f"{_describe(source, reading)}{cut}", (reading,))
     if overlong:
         reading = read_piece(overlong, shards, profile)
-        read = f", of which epoch 0 reads tokens {overlong.begin:,} to {overlong.end - 1:,} in this row"
-        yield Sample("Over-long, as it is read", f"{_describe(source, reading)}{read}", (reading,))
+        read = f" in the row of epoch 0, which holds tokens {overlong.begin:,} to {overlong.end - 1:,}"
+        yield Sample("Longer than max_length", f"{_describe(source, reading)}{read}", (reading,))
 
 
 def choose_rows(plan: EpochPlan) -> Iterator[Sample]:
-    """Yield the packed rows that are shown: the epoch's first, and the one of most pieces."""
+    """Yield two packed rows of the epoch: the first one and the one with the most pieces."""
     if not plan.packed:
         return
     fullest = max(range(len(plan.packed)), key=lambda index: len(plan.packed[index]) if plan.packed else 0)
-    for title, index in {"First row": 0, "Row of most pieces": fullest}.items():
+    for title, index in {"First row": 0, "Row with the most pieces": fullest}.items():
         readings = tuple(read_piece(piece, plan.shards, plan.profile) for piece in plan.packed[index])
         tokens, learned = sum(len(one.tokens) for one in readings), sum(one.supervised for one in readings)
         pieces = "1 piece" if len(readings) == 1 else f"{len(readings):,} pieces"
@@ -105,7 +105,7 @@ def choose_rows(plan: EpochPlan) -> Iterator[Sample]:
 
 
 def find_overlong(plan: EpochPlan) -> dict[int, Piece]:
-    """Return per source the first piece that an epoch reads of a sequence longer than a row."""
+    """Return per source the first piece in the epoch that comes from a sequence longer than `max_length`."""
     sources, longest = plan.shards.sources, plan.profile.max_length
     found: dict[int, Piece] = {}
     if plan.packed is not None:
@@ -127,13 +127,13 @@ def _describe(source: SourceShards, reading: Reading) -> str:
     sequence = reading.piece.sequence
     part = find_part(sequence, source) or "neither train nor validation"
     return (
-        f"sequence {sequence:,} ({part}): {reading.length:,} tokens, {reading.supervised:,} of the "
-        f"{len(reading.tokens):,} shown here supervised"
+        f"sequence {sequence:,} ({part}): {reading.length:,} tokens, {reading.supervised:,} of {len(reading.tokens):,} "
+        "supervised"
     )
 
 
 def draw_page(page: Page, samples: Iterable[Iterable[Sample]], rows: Iterable[Sample]) -> str:
-    """Return the whole file; `samples` are taken one source after another."""
+    """Return the HTML page; `samples` are consumed one source after another."""
     chosen = iter(samples)
     sources = [
         _plan_source(page, account, source, (_show(page, sample) for sample in next(chosen, ())))
@@ -141,7 +141,7 @@ def draw_page(page: Page, samples: Iterable[Iterable[Sample]], rows: Iterable[Sa
     ]
     return render(
         "data.html.jinja",
-        title=f"{page.name}: prepared data",
+        title=f"{page.name}: data report",
         profile=page.profile,
         epochs=page.ledger["epochs"],
         part_names=list(split_tokens(page.ledger["sources"][0])),
@@ -154,7 +154,7 @@ def draw_page(page: Page, samples: Iterable[Iterable[Sample]], rows: Iterable[Sa
 def _plan_source(
     page: Page, account: Json, source: SourceShards, samples: Iterator[Mapping[str, object]]
 ) -> Mapping[str, object]:
-    """Return a source for the template; samples are read while it is rendered, since a sequence may be large."""
+    """Return a source's template values; `samples` is lazy because a sequence may be large."""
     return {
         "account": account,
         "refused": sum(sum(account["records"][f"refused_by_{stage}"].values()) for stage in ("fetch", "tokenize")),
@@ -169,14 +169,14 @@ def _plan_source(
 
 
 def _show(page: Page, sample: Sample) -> Mapping[str, object]:
-    """Return a sample for the template, its tokens in characters."""
+    """Return a sample's template values, with decoded tokens."""
     limit = max(_SHOWN_TOKENS // max(len(sample.readings), 1), _MIN_TOKENS)
     excerpts = [_cut(page, reading, limit) for reading in sample.readings]
     return {"title": sample.title, "words": sample.words, "excerpts": excerpts, "is_row": len(excerpts) > 1}
 
 
 def _cut(page: Page, reading: Reading, limit: int) -> Mapping[str, object]:
-    """Return a reading's tokens, each with whether it is supervised; of a long one its beginning and its end."""
+    """Return a reading's decoded tokens with their mask; of a long one the first and last tokens."""
     count = len(reading.tokens)
     tail = limit // _TAIL_SHARE if count > limit else 0
     head = limit - tail if tail else count

@@ -1,4 +1,4 @@
-"""Stage report_eval: samples.html and plots/, made of what train and evaluate wrote. Nothing is computed again."""
+"""Stage report_eval: samples.html and plots/ from the files of train and evaluate. Nothing is computed again."""
 
 import csv
 import json
@@ -15,16 +15,18 @@ Table = Sequence[Json]
 
 
 def run(workspace: Workspace, profile: Profile) -> None:
-    """Write the pages of an evaluation; raise DataError when its tables are missing or were changed."""
+    """Write samples.html and plots/; raise DataError when a table of the evaluation is missing or changed."""
     load_manifest(workspace.tables, remedy="Run `dvc checkout`, or `dvc repro evaluate`")
     write_plots(workspace.plots, workspace.tables, workspace.steps, max_length=profile.max_length)
     write_atomic(workspace.samples_page, draw_samples(json.loads(workspace.samples.read_bytes())).encode())
-    print(f"sample answers in {workspace.samples_page}; plots in {workspace.plots}")
+    print(f"sample answers: {workspace.samples_page}; plots: {workspace.plots}")
 
 
 def draw_samples(report: Json) -> str:
-    """Return the page of a samples.json: a card per prompt, a row per configuration, a column per model."""
-    pairs = [result["sampling_config"].split("/", 1) for result in report["prompts"][0]["results"]]
+    """Return the HTML page of a samples.json: a card per prompt, a row per sampling config, a column per model."""
+    first = report["prompts"][0]["results"]
+    pairs = [result["sampling_config"].split("/", 1) for result in first]
+    sampling = {config: result["sampling_params"] for (_, config), result in zip(pairs, first, strict=True)}
     models = list(dict.fromkeys(model for model, _ in pairs))
 
     def results_of(prompt: Json, config: str) -> list[Json]:
@@ -36,13 +38,15 @@ def draw_samples(report: Json) -> str:
         title=f"{report['model_name']}: sample answers",
         report=report,
         models=models,
-        configs=list(dict.fromkeys(config for _, config in pairs)),
+        configs=list(sampling),
+        sampling=sampling,
+        settings=sorted({name for values in sampling.values() for name in values}),
         results_of=results_of,
     )
 
 
 def write_plots(target: Path, tables: Path, steps: Path, *, max_length: int) -> None:
-    """Write the folder of plots, whole or not at all."""
+    """Write the folder of plots atomically."""
     with whole_folder(target) as folder:
         pictures.draw_losses(folder, read_table(steps))
         pictures.draw_sources(folder, read_table(tables / "scores.csv"))
@@ -52,7 +56,7 @@ def write_plots(target: Path, tables: Path, steps: Path, *, max_length: int) -> 
 
 
 def passkey_grids(answers: Table) -> dict[str, pictures.Grid]:
-    """Return model -> (lengths, depths, share of keys found by depth and length); lines of passkey_answers.csv."""
+    """Return model -> (lengths, depths, share of keys found by depth and length) from rows of passkey_answers.csv."""
     grids: dict[str, pictures.Grid] = {}
     for model in dict.fromkeys(line["model"] for line in answers):
         right: dict[tuple[int, float], list[int]] = {}
@@ -66,6 +70,6 @@ def passkey_grids(answers: Table) -> dict[str, pictures.Grid]:
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
-    """Return the lines of a CSV file."""
+    """Return the rows of a CSV file."""
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))

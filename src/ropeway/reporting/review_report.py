@@ -1,6 +1,7 @@
 """The review's report in Markdown: one page from which a person can say yes or no. Pure: from a `Case` to text."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from ropeway.data.lineage import describe_base, describe_source
@@ -140,7 +141,8 @@ def _plan_curves(case: Case) -> list[Curve]:
     found = loss_curves(case.new.steps, f"v{case.new.facts['number']}", colors.VERSION)
     if case.old:
         label = f"production, v{case.old.facts['number']}"
-        found += loss_curves(case.old.steps, label, colors.PRODUCTION)[:1]
+        training = loss_curves(case.old.steps, label, colors.PRODUCTION)[:1]
+        found += [replace(curve, is_dashed=True) for curve in training]
     return found
 
 

@@ -215,7 +215,7 @@ def test_the_page_escapes_what_others_wrote_and_shows_models_side_by_side():
     assert "<img" not in page
     assert page.count("</script>") == 1
     assert page.count("&lt;/script&gt;&lt;img src=x onerror=alert(1)&gt;&amp;") == 3
-    assert page.index('data-model="base"') < page.index('data-model="tuned"')
+    assert page.index('class="model">base') < page.index('class="model">tuned')
     assert page.count('class="nothing"') == 1
 
 
