@@ -14,13 +14,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ropeway.runtime.errors import ConfigError
+from ropeway.runtime.errors import AbsentError, ConfigError
 from ropeway.runtime.workspace import Workspace, find_root
 from ropeway.storage import Store
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
     from ropeway.registry import AnyDigest, Promotion, PullResult, Registry, Version
 
 registry_app = typer.Typer(no_args_is_help=True, help="List, check, fetch, promote and withdraw published versions.")
@@ -60,13 +58,6 @@ def print_json(value: object) -> None:
     typer.echo(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False))
 
 
-def draw(table: "RenderableType") -> None:
-    """Print a table for people."""
-    from rich.console import Console
-
-    Console().print(table)
-
-
 @contextmanager
 def progress_bar(store: Store, what: str, total_bytes: int) -> Iterator[None]:
     """Show on a terminal's stderr how far a long transfer is; elsewhere, and for short ones, say nothing."""
@@ -100,24 +91,28 @@ def list_command(
 ) -> None:
     """List the models, or one model's versions."""
     from ropeway.registry import tables
+    from ropeway.runtime.terminal import show
 
     opened = open_registry(registry)
     found = opened.artifact(name).describe_versions() if name else opened.describe()
+    if name and not found:
+        raise AbsentError(f"{opened.url}: no version of {name} was published there. `ropeway registry list` lists all")
     if as_json:
         print_json(found)
     elif not found:
-        typer.echo(f"{opened.url}: nothing {f'named {name} ' if name else ''}published yet")
+        typer.echo(f"{opened.url}: no version was published there yet")
     else:
-        draw(tables.draw_versions(name, found) if name else tables.draw_models(found))
+        show(tables.draw_versions(name, found) if name else tables.draw_models(found))
 
 
 @registry_app.command()
 def show(reference: Reference, *, registry: Url = None, as_json: Json = False) -> None:
     """Show a version: facts, files, lineage, aliases."""
     from ropeway.registry import tables
+    from ropeway.runtime import terminal
 
     version = open_registry(registry).version(reference).describe()
-    print_json(version) if as_json else draw(tables.draw_version(version))
+    print_json(version) if as_json else terminal.show(tables.draw_version(version))
 
 
 @registry_app.command()
@@ -127,14 +122,19 @@ def history(
     """Show where an alias has pointed, by whom and why."""
     from ropeway.registry import tables
     from ropeway.registry.layout import read_reference
+    from ropeway.runtime import terminal
 
-    wanted = read_reference(reference if "@" in reference else f"{reference}@production")
-    if not wanted.alias or "@" not in reference:
+    wanted = read_reference(reference)
+    if not wanted.alias:
         raise ConfigError(f"{reference}: expected NAME@ALIAS, e.g. {wanted.name}@production")
     opened = open_registry(registry)
     opened.check()
-    events = opened.artifact(wanted.name).describe_history(wanted.alias)
-    print_json(events) if as_json else draw(tables.draw_history(wanted.name, wanted.alias, events))
+    artifact = opened.artifact(wanted.name)
+    events = artifact.describe_history(wanted.alias)
+    if not events:
+        there = ", ".join(artifact.aliases()) or "none"
+        raise AbsentError(f"{reference}: {opened.url} has no such alias; aliases of {wanted.name}: {there}")
+    print_json(events) if as_json else terminal.show(tables.draw_history(wanted.name, wanted.alias, events))
 
 
 @registry_app.command()
@@ -155,7 +155,7 @@ def verify(
     if as_json:
         print_json(asdict(done))
     else:
-        typer.echo(f"{reference}: {done.files} files, {done.bytes:,} bytes, all as published ({done.digest})")
+        typer.echo(f"{reference}: {done.files} files, {done.bytes:,} bytes, all as published ({done.digest[:12]})")
 
 
 @registry_app.command()
@@ -335,10 +335,11 @@ def diff(
 ) -> None:
     """Show how two versions differ: parameters, metrics, ledger, files."""
     from ropeway.registry import tables
+    from ropeway.runtime import terminal
 
     versions = open_registry(registry)
     found = versions.version(old).compare(versions.version(new))
-    print_json(found) if as_json else draw(tables.draw_comparison(found))
+    print_json(found) if as_json else terminal.show(tables.draw_comparison(found))
 
 
 @registry_app.command()

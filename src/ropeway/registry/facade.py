@@ -280,5 +280,6 @@ class Registry:
         artifact = self.artifact(name)
         count = len(read_events(self.store, versions_log(name)))
         if not count:
-            return f"Nothing named {name} was published there"
-        return f"{name} has v1 to v{count} and {', '.join(artifact.aliases()) or 'no alias'}"
+            return f"No version of {name} was published there"
+        versions = "v1" if count == 1 else f"v1 to v{count}"
+        return f"Versions of {name}: {versions}; aliases: {', '.join(artifact.aliases()) or 'none'}"

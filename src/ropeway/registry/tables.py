@@ -1,110 +1,134 @@
-"""What a registry holds, as tables for people."""
+"""What a registry holds, as tables for people. Digests are short here; `--json` has all of their digits."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
 
-from rich import box
-from rich.console import Group
-from rich.table import Table
-from rich.text import Text
+from rich.console import Group, RenderableType
 
 from ropeway.registry.version_manifest import Facts
+from ropeway.runtime.terminal import (
+    SHORT_DIGITS,
+    AlignedTable,
+    Command,
+    format_count,
+    format_moment,
+    format_number,
+)
 
-_SHORT = 12
 _LINE_CHARACTERS = 100  # of a value; longer ones are left out
+_SCORES = ("loss", "nats_per_byte", "accuracy")
+_IN_SCORES = ("evaluation", "verdict", "opponent")  # parts of the provenance that have lines of their own
 
 
-def draw_models(models: list[Facts]) -> Table:
+def draw_models(models: list[Facts]) -> RenderableType:
     """Return the table of `ropeway registry list`."""
     rows = [
         (
             model["name"],
-            str(model["versions"]),
-            model["latest"][:_SHORT],
-            model["published_at"],
-            ", ".join(f"{alias} → {digest[:_SHORT]}" for alias, digest in model["aliases"].items()),
+            f"{model['versions']:,}",
+            _short(model["latest"]),
+            format_moment(model["published_at"]),
+            ", ".join(f"{alias} {_short(digest)}" for alias, digest in model["aliases"].items()) or "none",
         )
         for model in models
     ]
-    return draw_table(("model", "versions", "latest", "published", "aliases"), rows)
+    return AlignedTable(("model", "versions", "latest", "published", "aliases"), rows)
 
 
-def draw_versions(name: str, versions: list[Facts]) -> Table:
+def draw_versions(name: str, versions: list[Facts]) -> RenderableType:
     """Return the table of `ropeway registry list NAME`."""
     rows = [
         (
             f"{name}@v{version['number']}",
-            version["digest"][:_SHORT],
-            version["published_at"],
+            _short(version["digest"]),
+            format_moment(version["published_at"]),
             ", ".join([*version["aliases"], *(["withdrawn"] if version["withdrawn"] else [])]),
         )
         for version in versions
     ]
-    return draw_table(("version", "digest", "published", "aliases"), rows)
+    return AlignedTable(("version", "digest", "published", "aliases"), rows)
 
 
-def draw_version(version: Facts) -> Group:
-    """Return what `ropeway registry show` prints: facts, files, and how to fetch it."""
-    label = f"{version['name']}@v{version['number']}"
+def draw_version(version: Facts) -> RenderableType:
+    """Return what `ropeway registry show` prints: facts, scores, files, and how to pull it."""
+    provenance = version["provenance"]
+    others = {key: value for key, value in provenance.items() if key not in _IN_SCORES}
     lines = {
-        "version": label + (", WITHDRAWN" if version["withdrawn"] else ""),
-        "digest": version["digest"],
+        "version": f"{version['name']}@v{version['number']}" + (", WITHDRAWN" if version["withdrawn"] else ""),
+        "digest": _short(version["digest"]),
         "aliases": ", ".join(version["aliases"]) or "none",
-        "signed by": ", ".join(version["signed_by"]) or "nobody",
-        "published": version["published_at"],
-        **_flatten(version["provenance"]),
-        **_flatten(version["facts"]),
+        "signed by": ", ".join(version["signed_by"]) or "no key",
+        "published": format_moment(version["published_at"]),
+        "size": f"{version['bytes']:,} bytes in {format_count(len(version['files']), 'file')}",
+        **_describe_verdict(provenance.get("verdict")),
+        **{key: format_number(value) for key, value in (_flatten(others) | _flatten(version["facts"])).items()},
     }
-    facts = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for key, value in lines.items():
-        facts.add_row(_plain(key, style="bold"), _plain(str(value)))
-    beside = {f"{name} (beside it)": entry for name, entry in version["attachments"].items()}
+    beside = {f"{name} (attached)": entry for name, entry in version["attachments"].items()}
     files = [
-        (path, f"{entry['bytes']:,}", entry["sha256"][:_SHORT])
-        for path, entry in {**version["files"], **beside}.items()
+        (path, f"{entry['bytes']:,}", _short(entry["sha256"])) for path, entry in {**version["files"], **beside}.items()
     ]
-    fetch = Text(f"ropeway registry pull {version['name']}@{version['digest'][:_SHORT]}")
-    return Group(facts, draw_table(("file", "bytes", "sha256"), files), fetch)
+    scores = list(_score_rows(provenance.get("evaluation")))
+    parts: list[RenderableType] = [
+        AlignedTable(("", ""), list(lines.items())),
+        *([AlignedTable(("source", "metric", "base", "tuned"), scores)] if scores else []),
+        AlignedTable(("file", "bytes", "sha256"), files),
+        Command(f"ropeway registry pull {version['name']}@{_short(version['digest'])}"),
+    ]
+    return Group(*[one for part in parts for one in ("", part)][1:])
 
 
-def draw_history(name: str, alias: str, events: list[Facts]) -> Table:
+def _describe_verdict(verdict: object) -> dict[str, str]:
+    """Return the gate's verdict as a fact; nothing for a version published without the gate."""
+    if not isinstance(verdict, Mapping):
+        return {}
+    against = verdict.get("against") or "its base model alone"
+    return {"gate": f"{'passed' if verdict.get('passed') else 'not passed'}, compared with {against}"}
+
+
+def _score_rows(evaluation: object) -> Iterator[tuple[str, ...]]:
+    """Yield a row per source and metric that both base and tuned have."""
+    sources = evaluation.get("sources") if isinstance(evaluation, Mapping) else None
+    for source, models in sources.items() if isinstance(sources, Mapping) else ():
+        for metric in _SCORES:
+            pair = [models.get(name, {}).get(metric) for name in ("base", "tuned")]
+            if None not in pair:
+                unit = {"loss": "loss, nats/token", "nats_per_byte": "nats/byte"}.get(metric, metric)
+                yield source, unit, *(f"{value:.3f}" for value in pair)
+
+
+def draw_history(name: str, alias: str, events: list[Facts]) -> RenderableType:
     """Return the table of `ropeway registry history`."""
     rows = [
         (
             str(number),
-            event["at"],
+            format_moment(event["at"]),
             f"v{event['version']}" if event["version"] else "?",
-            event["digest"][:_SHORT],
-            (event["prev"] or "")[:_SHORT],
+            _short(event["digest"]),
+            _short(event["prev"] or "none"),
             event["by"],
             event["reason"],
         )
         for number, event in enumerate(events, 1)
     ]
-    table = draw_table(("", "at", "version", "digest", "from", "by", "reason"), rows)
-    table.title = f"{name}@{alias}"
-    return table
+    return AlignedTable(("#", "moved", "to", "digest", "from", "by", "reason"), rows, title=f"{name}@{alias}")
 
 
-def draw_comparison(found: Facts) -> Group:
+def draw_comparison(found: Facts) -> RenderableType:
     """Return what `ropeway registry diff` prints."""
-    heads = ("", found["old"]["reference"], found["new"]["reference"])
-    rows = [(key, str(old), str(new)) for key, (old, new) in found["facts"].items()]
-    return Group(draw_table(heads, rows), draw_table(("file", ""), list(found["files"].items())))
+    ends = tuple(found[side]["reference"] for side in ("old", "new"))
+    facts = [(key, *(_show_value(value) for value in pair)) for key, pair in found["facts"].items()]
+    files = list(found["files"].items())
+    parts: list[RenderableType] = [AlignedTable(("fact", *ends), facts)] if facts else []
+    parts += [AlignedTable(("file", "change"), files)] if files else []
+    return Group(*parts) if parts else f"{ends[0]} and {ends[1]}: no fact and no file differs"
 
 
-def draw_table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Table:
-    """Return a table of plain cells: what others wrote into a registry cannot steer the terminal."""
-    table = Table(box=box.SIMPLE_HEAD)
-    for head in heads:
-        table.add_column(_plain(head), justify="right" if head in ("versions", "bytes") else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(_plain(cell) for cell in row))
-    return table
+def _short(digest: str) -> str:
+    return digest[:SHORT_DIGITS]
 
 
-def _plain(words: str, style: str = "") -> Text:
-    """Return words as they are: anybody may have written them, so neither markup nor escape sequences act."""
-    return Text("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in words), style, overflow="fold")
+def _show_value(value: object) -> str:
+    """Return a value with enough digits that two different ones look different."""
+    return f"{value:.6g}" if isinstance(value, float) else format_number(value)
 
 
 def _flatten(tree: Facts, prefix: str = "") -> Facts:

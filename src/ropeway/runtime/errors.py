@@ -5,7 +5,7 @@ RopewayError            exit 1    something else failed on purpose; the message 
 ├── DataError           exit 65   a record, shard, manifest or package is not what it says it is: fix or re-make it
 ├── TemporaryError      exit 75   a lock, a network, a signal: run the same command again, it resumes
 ├── RegistryError       exit 1    the registry refused a change: choose another version, digest or alias
-│   └── AbsentError     exit 1    a store holds nothing under that name
+│   └── AbsentError     exit 1    the registry or its store holds nothing under that name
 └── TrainingError       exit 1    the numbers went wrong (no step applied, loss not finite): the last good
                                   checkpoint is named
 """
@@ -44,7 +44,7 @@ class RegistryError(RopewayError):
 
 
 class AbsentError(RegistryError):
-    """A store holds nothing under that name."""
+    """The registry or its store holds nothing under that name."""
 
 
 class TrainingError(RopewayError):

@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ from ropeway.runtime.errors import ConfigError, DataError, RegistryError
 from ropeway.storage import open_store
 from tests.support.registry_world import make_package, make_pages, move, put
 
+LONG_KEY = "a.rather.long.key.of.what.was.measured.in.this.one"
+
 
 @pytest.fixture
 def world(tmp_path, monkeypatch):
@@ -22,13 +25,16 @@ def world(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("ROPEWAY_REGISTRY", raising=False)
     store = open_store((tmp_path / "registry").as_uri())
-    digests = [put(store, make_package(tmp_path / f"p{n}", b"%d" % n, steps=n)).digest for n in range(2)]
+    digests = [
+        put(store, make_package(tmp_path / f"p{n}", b"%d" % n, steps=n, **{LONG_KEY: 8.325262546539307})).digest
+        for n in range(2)
+    ]
     move(store, digests[0])
     return store, digests
 
 
-def ask(*arguments: str) -> str:
-    result = CliRunner().invoke(registry_app, list(arguments), env={"COLUMNS": "200"})
+def ask(*arguments: str, width: int = 200) -> str:
+    result = CliRunner().invoke(registry_app, list(arguments), env={"COLUMNS": str(width)})
     if result.exception:
         raise result.exception
     return result.stdout
@@ -53,9 +59,41 @@ def test_list_shows_models_and_versions(world):
 @pytest.mark.usefixtures("world")
 def test_an_empty_registry_says_so(tmp_path):
     url = (tmp_path / "none").as_uri()
-    assert "nothing published yet" in ask("list", "--registry", url)
-    assert "nothing named other" in ask("list", "other")
+    assert url in ask("list", "--registry", url)
     assert ask_json("list", "--registry", url) == []
+
+
+@pytest.mark.usefixtures("world")
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("list", "other"),
+        ("show", "tiny@v9"),
+        ("show", "other@v1"),
+        ("history", "tiny@production"),
+        ("verify", "tiny@production"),
+        ("diff", "tiny@v1", "tiny@v9"),
+    ],
+)
+@pytest.mark.parametrize("as_json", [False, True])
+def test_what_the_registry_does_not_hold_ends_with_one_code(words, as_json):
+    with pytest.raises(RegistryError, match=words[-1].partition("@")[0]) as caught:
+        ask(*words, *(["--json"] if as_json else []))
+    assert caught.value.exit_code == 1
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_no_line_is_longer_than_the_terminal_and_no_key_or_digest_is_broken(world, width):
+    _, digests = world
+    for words in (("list",), ("list", "tiny"), ("show", "tiny@v1"), ("history", "tiny@candidate")):
+        text = ask(*words, width=width)
+        assert max(map(len, text.splitlines())) <= width
+        assert digests[0][:12] in text
+        assert digests[0][:13] not in text
+    assert "tiny@v1 and tiny@v2" not in ask("diff", "tiny@v1", "tiny@v2", width=width)
+    shown = ask("show", "tiny@v1", width=width)
+    assert re.search(rf"^{re.escape(LONG_KEY)}\s+8\.325$", shown, re.MULTILINE)
+    assert re.search(r"config\.json +2 +[0-9a-f]{12}$", shown, re.MULTILINE)
 
 
 def test_show_has_lineage_files_and_how_to_fetch_it(world):
@@ -65,7 +103,7 @@ def test_show_has_lineage_files_and_how_to_fetch_it(world):
     assert version["provenance"] == {"git": "abc", "dirty": False}
     assert set(version["files"]) == {"config.json", "manifest.json", "model.safetensors", "plots/loss.svg"}
     words = ask("show", "tiny@candidate")
-    for part in ("tiny@v1", digests[0], "steps", "model.safetensors", f"registry pull tiny@{digests[0][:12]}"):
+    for part in ("tiny@v1", digests[0][:12], "steps", "model.safetensors", f"registry pull tiny@{digests[0][:12]}"):
         assert part in words
 
 
