@@ -134,10 +134,10 @@ def draw_stages() -> str:
         half = (len(folders) + 1) // 2 if len(", ".join(folders)) > _LINE_CHARACTERS else len(folders)
         lines = tuple(", ".join(part) for part in (folders[:half], folders[half:]) if part)
         boxes[stage.name] = place(*_PLACES[stage.name], stage.name, lines, color)
-    identity = place(1, 0, "identity", ("params, code, sources → .identity/",), GRAY)
+    identity = place(1, 0, "identity", ("freezes inputs in .identity/",), GRAY)
     params = place(0, 0, "params.yaml", ("one block per run",), GRAY)
     checkpoints = place(0, 5, ".checkpoints/", ("every save_steps, outside DVC",), GRAY)
-    publish = place(1, 9, "publish", ("task of the flow, after the gate",), GREEN)
+    publish = place(1, 9, "publish", ("task of the flow, with the gate",), GREEN)
     registry = place(1, 10, "registry", ("version, alias candidate",), GREEN)
     lines = [right(params, identity), down(identity, boxes["fetch"]), down(boxes["package"], publish)]
     lines += [down(publish, registry), arrow((270, checkpoints.center), (242, checkpoints.center))]

@@ -51,7 +51,7 @@ def render_params() -> str:
         for name in names:
             stages = ", ".join(stage for stage, keys in READS.items() if name in keys)
             rows.append((_anchored(name), *describe_field(model, name), _literal(values[name]), stages or "none"))
-        head = ("key", "type", "meaning", "in profile `laptop`", "stages that run again")
+        head = ("key", "type", "meaning", "in profile `laptop`", "read by stages")
         lines += [*_table(head, rows), ""]
     lines += ["## Sections", "", "The keys inside the values above.", ""]
     for section in sections():
