@@ -181,6 +181,18 @@ def closure(edges):
     return grown if grown == edges else closure(grown)
 
 
+def test_modules_that_the_pages_name_exist():
+    named = set()
+    for page in find_pages():
+        text = page.read_text(encoding="utf-8")
+        named |= {(page.name, path) for path in re.findall(r"`((?:[\w-]+/)+[\w-]+\.(?:py|jinja|jsonl?|ya?ml))`", text)}
+    places = (ROOT, ROOT / "src" / "ropeway", ROOT / "src" / "ropeway" / "reporting")
+    assert len(named) > 20
+    made = (".identity/", "base/", "raw/", "tokens/", "package/", "data/", "runs/", ".work/")  # by a run
+    checked = {(page, path) for page, path in named if not path.startswith(made) or path.endswith(".py")}
+    assert {one for one in checked if not any((place / one[1]).exists() for place in places)} == set()
+
+
 def test_links_between_pages_and_to_files_resolve():
     links = 0
     for page in DOCS.rglob("*.md"):
