@@ -176,7 +176,7 @@ def execute_stage_command(name: str) -> None:
 
 
 @app.command()
-def review(
+def review(  # noqa: PLR0913 - a command's options
     version: Annotated[str, typer.Argument(help="Its digest (8 digits or more) or NAME@v3.")],
     *,
     approve: Annotated[bool, typer.Option("--approve", help="Make it production.")] = False,
@@ -184,12 +184,13 @@ def review(
     reviewer: Annotated[str | None, typer.Option(help="Who decides; kept for ever.")] = None,
     comment: Annotated[str | None, typer.Option(help="Why, in words; kept for ever.")] = None,
     expect: Annotated[str | None, typer.Option(help="What production must be: v3, a digest or `none`.")] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Show what speaks for and against making a version `production`, or decide it."""
     from ropeway.orchestration.decision import read_answer, review_here
 
     answer = read_answer(approve=approve, reject=reject, reviewer=reviewer, comment=comment)
-    review_here(find_root(), version, answer=answer, expect=expect)
+    review_here(find_root(), version, answer=answer, expect=expect, as_json=as_json)
 
 
 @app.command()

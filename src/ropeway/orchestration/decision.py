@@ -1,5 +1,6 @@
 """Records a reviewer's answer and moves `production`: used by the Prefect form and by `ropeway review`."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
@@ -9,6 +10,7 @@ from ropeway.registry.aliases import check_text
 from ropeway.reporting.evidence import Case, open_case
 from ropeway.reporting.review_report import draw_report
 from ropeway.runtime.errors import ConfigError, RegistryError
+from ropeway.runtime.manifest import Json
 from ropeway.runtime.workspace import Workspace
 
 
@@ -64,24 +66,51 @@ def decide(registry: Registry, case: Case, answer: ReviewAnswer) -> Outcome:
     return Outcome("Promoted", words if done.moved else f"{words}, as it was already")
 
 
-def review_here(root: Path, wanted: str, *, answer: ReviewAnswer | None, expect: str | None) -> None:
-    """Print the report of a version; with an answer, act on it; without one, say how to answer.
+def review_here(
+    root: Path, wanted: str, *, answer: ReviewAnswer | None, expect: str | None, as_json: bool = False
+) -> None:
+    """Print the report of a version; with an answer, act on it; without one, print the commands that answer.
 
     `expect` is where production must be: `v3`, a digest or `none`; default: where it is now.
     """
-    from rich.console import Console
-    from rich.markdown import Markdown
+    from ropeway.runtime.terminal import Command, TerminalMarkdown, shorten_digests, show
 
     registry = Registry.open(Workspace(root, "").registry_url)
     case = open_case(registry, wanted, expect=read_expect(registry, wanted, expect))
-    if answer:
-        print(decide(registry, case, answer).words, flush=True)
+    outcome = decide(registry, case, answer) if answer else None
+    if as_json:
+        facts = {"state": outcome.state, "words": outcome.words} if outcome else describe_case(case)
+        print(json.dumps({"version": case.new.label, "digest": case.digest, **facts}, indent=1, sort_keys=True))
         return
-    Console().print(Markdown(draw_report(case, with_pictures=False)))
-    print(
-        f"\nYes:  {answer_command(case, 'approve')}\nNo:   {answer_command(case, 'reject')}\n"
-        "With --expect, a yes moves production only if it still is what this report compared with."
+    if outcome:
+        show(outcome.words)
+        return
+    show(
+        TerminalMarkdown(shorten_digests(draw_report(case, with_pictures=False))),
+        Command(answer_command(case, "approve"), label="Approve:"),
+        Command(answer_command(case, "reject"), label="Reject: "),
+        "With --expect, an approval moves production only if production has not moved since this report.",
     )
+
+
+def describe_case(case: Case) -> Json:
+    """Return what a review shows, for programs: both versions' metrics, the gate's verdict, changes, commands."""
+    provenance = case.new.facts["provenance"]
+    return {
+        "production": {"version": case.old.label, "digest": case.expect} if case.old else None,
+        "is_production": case.expect == case.digest,
+        "refused_because": case.dirty_reason,
+        "gate": provenance.get("verdict"),
+        "metrics": case.new.metrics,
+        "production_metrics": case.old.metrics if case.old else None,
+        "steps": len(case.new.steps),
+        "changes": dict(case.changes),
+        "reviews": list(case.reviews),
+        "published_at": case.new.facts["published_at"],
+        "git": provenance.get("git"),
+        "files": case.new.facts["files"],
+        "commands": {decision: answer_command(case, decision) for decision in ("approve", "reject")},
+    }
 
 
 def answer_command(case: Case, decision: Decision) -> str:

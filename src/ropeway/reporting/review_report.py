@@ -13,6 +13,7 @@ from ropeway.reporting.loss_curves import Curve, loss_curves
 from ropeway.reporting.markdown import code, plain
 from ropeway.reporting.render import collapse, render
 from ropeway.runtime.manifest import Json
+from ropeway.runtime.terminal import format_moment
 
 _PARAMS, _DATA = (
     "run.json: params.",
@@ -43,6 +44,8 @@ def draw_report(case: Case, *, with_pictures: bool = True) -> str:
         picture=_draw(curves),
         curves=_curve_rows(curves),
         made=made or case.new.steps,
+        first_loss=_step_loss(made[:1]),
+        last_loss=_step_loss(made[-1:]),
         left_out=len(case.new.steps) - len(made),
         attempts=_attempts(case.new),
         samples=_samples(case),
@@ -69,7 +72,7 @@ def _render(case: Case, **values: object) -> str:
         ("mean loss over sources", _mean(case)),
         ("gate", "passed" if passed else "**not passed**" if passed is False else "not asked"),
         ("made by", plain(_revision(case))),
-        ("published", plain(new.facts["published_at"])),
+        ("published", plain(format_moment(new.facts["published_at"]))),
         ("size", f"{new.facts['bytes']:,} bytes in {len(new.facts['files'])} files"),
     ]
     text = render(
@@ -144,6 +147,14 @@ def _plan_curves(case: Case) -> list[Curve]:
         training = loss_curves(case.old.steps, label, colors.PRODUCTION)[:1]
         found += [replace(curve, is_dashed=True) for curve in training]
     return found
+
+
+def _step_loss(steps: Sequence[Mapping[str, str]]) -> str:
+    """Return the training loss of the one step there is, "unknown" where steps.csv has none."""
+    try:
+        return _figure(float(steps[0]["loss"]))
+    except (IndexError, KeyError, TypeError, ValueError):
+        return "unknown"
 
 
 def _draw(curves: Sequence[Curve]) -> str:

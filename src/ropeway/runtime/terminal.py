@@ -71,7 +71,12 @@ def _fit_widths(columns: Sequence[Sequence[Text]], total: int) -> list[int] | No
     missing = [most - few for most, few in zip(natural, least, strict=True)]
     if sum(missing) <= spare:
         return natural
-    return [few + lack * spare // sum(missing) for few, lack in zip(least, missing, strict=True)]
+    widths = list(least)
+    for place, column in enumerate(sorted(range(len(columns)), key=missing.__getitem__)):  # short columns stay whole
+        taken = min(missing[column], spare // (len(columns) - place))
+        widths[column] += taken
+        spare -= taken
+    return widths
 
 
 def _stack(heads: Sequence[Text], rows: Sequence[Sequence[Text]]) -> Iterator[RenderableType]:
@@ -167,9 +172,10 @@ class _FittedTable(TableElement):
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         heads = [cell.content.plain for cell in self.header.row.cells] if self.header and self.header.row else []
-        rows = [[cell.content for cell in row.cells] for row in self.body.rows] if self.body else []
+        rows = [[cell.content.copy() for cell in row.cells] for row in self.body.rows] if self.body else []
+        for cell in (cell for row in rows for cell in row):
+            cell.justify = None  # the column's
         yield AlignedTable(tuple(head.strip() for head in heads), rows)
-        yield ""
 
 
 class _PlainCode(CodeBlock):
@@ -178,7 +184,6 @@ class _PlainCode(CodeBlock):
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         for line in str(self.text).rstrip().splitlines():
             yield Command(f"  {line}")
-        yield ""
 
 
 class _LeftHeading(Heading):

@@ -1,6 +1,7 @@
 """The report and the decision, without Prefect: what a reviewer sees, and what a yes and a no do."""
 
 import base64
+import json
 import re
 import xml.etree.ElementTree as ET
 
@@ -190,16 +191,36 @@ def test_review_in_the_terminal_shows_then_decides(workspace, registry):
             raise done.exception
         return done.stdout
 
+    facts = json.loads(ask(digest[:12], "--json"))
+    assert (facts["version"], facts["digest"], facts["production"]) == ("laptop@v1", digest, None)
+    assert facts["metrics"]["mean"] == {"base": 8.0, "tuned": 5.0}
+    assert "--approve --reviewer NAME --comment WHY --expect none" in facts["commands"]["approve"]
     shown = ask(digest[:12])
     assert f"ropeway review {digest[:12]} --approve --reviewer NAME --comment WHY --expect none" in shown
     assert "base64" not in shown
+    assert digest[:13] not in shown
+    assert "production" not in re.search("^Losses.*$", shown, re.MULTILINE)[0]
     assert production(registry) is None
     assert "laptop@v1 was rejected" in ask(digest[:12], "--reject", "--reviewer", "ben", "--comment", "no")
     words = ask(digest, "--approve", "--reviewer", "anna", "--comment", "yes", "--expect", "none")
     assert "laptop@v1 is laptop@production" in words
+    again = json.loads(ask(digest, "--approve", "--reviewer", "anna", "--comment", "yes", "--json"))
+    assert (again["state"], again["digest"]) == ("Promoted", digest)
     assert production(registry) == digest
     with pytest.raises(RegistryError, match="NOT production"):
         ask(make_version(workspace, 4.0), "--approve", "--reviewer", "anna", "--comment", "yes", "--expect", "none")
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_no_line_of_a_review_is_longer_than_the_terminal(workspace, registry, width):
+    decide(registry, open_case(registry, make_version(workspace, 5.0)), YES)
+    digest = make_version(workspace, 4.5, rate=0.0031234567890123)
+    shown = CliRunner().invoke(app, ["review", digest], env={"COLUMNS": str(width)}).stdout
+    assert max(len(line) for line in shown.splitlines() if registry.url not in line) <= width
+    assert "ledger.sources.0" in shown or "learning_rate" in shown
+    assert digest[:12] in shown
+    assert digest[:13] not in shown
+    assert not re.search(r"\d\.\d{9}", shown.replace("0.0031234567890123", ""))
 
 
 @pytest.mark.parametrize(
