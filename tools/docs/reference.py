@@ -306,6 +306,9 @@ FORMATS = {
     "Shards": "ropeway.data.shards",
     "Ledger": "ropeway.data.ledger",
     "Checkpoints": "ropeway.stages.train.checkpoints",
+    "Evaluation": "ropeway.stages.evaluate.stage",
+    "Sample answers": "ropeway.stages.evaluate.samples",
+    "Package": "ropeway.stages.package.stage",
     "Registry": "ropeway.registry.layout",
     "Logs of the registry": "ropeway.registry.log",
 }
