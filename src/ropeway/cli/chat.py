@@ -23,7 +23,8 @@ if TYPE_CHECKING:  # a slow import
 # What torch, keras, flax and numpy load by running it, or may. Source: the suffixes that picklescan looks into.
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill", ".npy", ".npz", ".h5", ".msgpack"}
 _NO_LIMIT = 10**9  # transformers' stand-in for "no model_max_length" is 1e30
-_HELP = "Ctrl-D ends, Ctrl-C stops an answer, /new starts over, /system TEXT sets the system message and starts over"
+_COMMANDS = "/new starts a new conversation, /system TEXT sets the system message and starts a new conversation"
+_HELP = f"Ctrl-D ends the chat, Ctrl-C stops an answer, {_COMMANDS}"
 Write = Callable[[str], object]
 
 
@@ -105,7 +106,7 @@ def fit_turns(turns: Sequence[str], count: Callable[[Sequence[str]], int], room:
     return kept
 
 
-class Talk:
+class ChatSession:
     """One conversation with one model."""
 
     def __init__(self, folder: Path, generation: GenerationSettings) -> None:
@@ -180,41 +181,44 @@ class Talk:
         return said
 
 
-def chat(talk: Talk, source: TextIO, out: TextIO, *, as_json: bool) -> None:
+def chat(session: ChatSession, source: TextIO, out: TextIO, *, as_json: bool) -> None:
     """Hold the conversation until the input ends: at a terminal with a prompt, from a pipe one question a line."""
     if source.isatty() and not as_json:
         print(_HELP, file=sys.stderr)
         with suppress(ImportError):
             importlib.import_module("readline")  # arrows and history for input()
-        _converse(talk, _typed(), out)
+        _converse(session, _read_lines(), out)
         return
     for line in source:
         if not (question := line.rstrip("\r\n")).strip():
             continue
         if as_json:
-            answer = talk.ask(question, lambda _piece: None)
+            answer = session.ask(question, lambda _piece: None)
             facts = {"prompt": question, "answer": answer.text, "tokens": answer.tokens, "ended": answer.ended}
             print(json.dumps({**facts, "forgotten": answer.forgotten}, ensure_ascii=False), file=out, flush=True)
         else:
-            _say(talk, question, out)
+            _print_answer(session, question, out)
 
 
-def _converse(talk: Talk, lines: Iterator[str], out: TextIO) -> None:
+def _converse(session: ChatSession, lines: Iterator[str], out: TextIO) -> None:
     for line in lines:
+        command, _, text = line.partition(" ")
         if line == "/new":
-            talk.begin()
-        elif line.startswith("/system"):
-            talk.begin(line.removeprefix("/system").strip())
+            session.begin()
+        elif command == "/system":
+            session.begin(text.strip())
+        elif command.startswith("/") and "/" not in command[1:]:  # a path may begin a question
+            print(f"{command}: no such command. {_COMMANDS}", file=sys.stderr)
         elif line:
             try:
-                _say(talk, line, out)
+                _print_answer(session, line, out)
             except ConfigError as error:
                 print(error, file=sys.stderr)
             except KeyboardInterrupt:
-                print("\n(stopped; that question is forgotten)", file=sys.stderr)
+                print("\n(stopped; the question is not part of the conversation)", file=sys.stderr)
 
 
-def _typed() -> Iterator[str]:
+def _read_lines() -> Iterator[str]:
     while True:
         try:
             yield input("> ").strip()
@@ -223,17 +227,19 @@ def _typed() -> Iterator[str]:
             return
 
 
-def _say(talk: Talk, question: str, out: TextIO) -> None:
+def _print_answer(session: ChatSession, question: str, out: TextIO) -> None:
     def write(piece: str) -> None:
         out.write(piece)
         out.flush()
 
-    answer = talk.ask(question, write)
+    answer = session.ask(question, write)
     write("\n")
+    if not answer.text.strip():
+        print("(empty answer: the model generated no visible text)", file=sys.stderr)
     if not answer.ended:
         print(f"(cut at {answer.tokens:,} tokens; --max-new-tokens allows more)", file=sys.stderr)
     if answer.forgotten:
-        print(f"(the oldest {answer.forgotten} turns no longer fit and were left out)", file=sys.stderr)
+        print(f"(the oldest {answer.forgotten} turns exceeded the context and were dropped)", file=sys.stderr)
 
 
 def _stream(tokenizer: "PreTrainedTokenizerBase", write: Write) -> "TextStreamer":

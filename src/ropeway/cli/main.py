@@ -109,11 +109,11 @@ def chat(  # noqa: PLR0913 - a command's options
     as_json: JsonOption = False,
 ) -> None:
     """Talk to a model. From a pipe: one question a line, one answer after another."""
-    from ropeway.cli.chat import GenerationSettings, Talk, locate_model
-    from ropeway.cli.chat import chat as hold
+    from ropeway.cli.chat import ChatSession, GenerationSettings, locate_model
+    from ropeway.cli.chat import chat as run_chat
 
     generation = GenerationSettings(system, max_new_tokens, temperature, top_p, seed)
-    hold(Talk(locate_model(model, registry), generation), sys.stdin, sys.stdout, as_json=as_json)
+    run_chat(ChatSession(locate_model(model, registry), generation), sys.stdin, sys.stdout, as_json=as_json)
 
 
 @app.command("push-hub")

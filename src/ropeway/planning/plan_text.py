@@ -1,10 +1,13 @@
-"""A run's plan in words."""
+"""A run's plan as text for a terminal."""
 
 from collections.abc import Iterator, Mapping
+
+from rich.console import RenderableType
 
 from ropeway.planning.budget import gib
 from ropeway.planning.memory import CHUNK_POSITIONS, CONTEXT_BYTES, FRAGMENTATION, PROCESS_BYTES
 from ropeway.planning.plan import RunPlan
+from ropeway.runtime.terminal import AlignedTable, format_count, format_large, render
 
 UNKNOWN = "not known before prepare"
 _MOST_REMEDIES = 6
@@ -25,73 +28,107 @@ _HOST_NOTES = {
 
 
 def describe_plan(plan: RunPlan) -> str:
-    """Return the whole plan."""
-    return "\n".join([*_run_lines(plan), *_memory_lines(plan), *_disk_lines(plan), *_time_lines(plan)])
+    """Return the whole plan, as wide as the terminal."""
+    parts = (_run_parts(plan), _memory_parts(plan), _disk_parts(plan), _time_lines(plan))
+    return render(*(part for some in parts for part in ("", *some)))[1:]
 
 
 def outline_plan(plan: RunPlan) -> str:
     """Return the plan in a few lines, for a run's log."""
-    steps = "steps not known before prepare" if plan.optimizer_steps is None else f"{plan.optimizer_steps:,} steps"
+    steps = "steps not known before prepare" if plan.optimizer_steps is None else _count_steps(plan)
     lines = [
-        f"{plan.parameters / 1e9:.3f} B weights, {steps}, {_batch(plan)}",
+        f"{_count_weights(plan)}, {steps}, {_batch(plan)}",
         f"memory of each rank {gib(plan.gpu_bytes['total'])}, disk {_disk(plan)}",
         *(line.strip() for line in _verdict_lines(plan) if plan.fits is not None),
     ]
     return "\n".join(lines)
 
 
-def _run_lines(plan: RunPlan) -> Iterator[str]:
-    size = f"{plan.parameters / 1e9:.3f} B weights, one checkpoint {gib(plan.checkpoint_bytes)}"
-    yield f"profile {plan.profile}: {size}"
-    yield f"an epoch ({'counted in the data' if plan.from_data else 'from expected_rows'}):"
-    width = max(map(len, plan.rows_per_source))
-    for name, rows in plan.rows_per_source.items():
-        tokens = plan.tokens_per_source[name]
-        shown = UNKNOWN if rows is None else f"{rows:>11,} rows"
-        shown += "" if rows is None else f", tokens {UNKNOWN}" if tokens is None else f" {tokens:>15,} tokens"
-        yield f"  {name:<{width}} {shown}"
+def _run_parts(plan: RunPlan) -> Iterator[RenderableType]:
+    yield f"profile {plan.profile}: {_count_weights(plan)}, one checkpoint {gib(plan.checkpoint_bytes)}"
+    yield ""
+    yield f"one epoch ({'counted in the prepared data' if plan.from_data else 'from expected_rows'}):"
+    yield AlignedTable(
+        ("source", "rows", "tokens"),
+        [
+            (name, _known(rows), "" if rows is None else _known(plan.tokens_per_source[name]))
+            for name, rows in plan.rows_per_source.items()
+        ],
+    )
     if plan.rows is None:
         yield f"steps: {UNKNOWN}"
         return
-    yield f"{plan.rows:,} rows, {plan.optimizer_steps:,} steps: {_batch(plan)}"
-    for ranks, other in plan.other_ranks.items():
-        here = other.get("refused") or f"accumulation {other['accumulation_steps']}, {other['optimizer_steps']:,} steps"
-        yield f"  on {ranks} ranks: {here} (the original would have made {other['original']:,})"
+    yield f"{format_count(plan.rows, 'row')}, {_count_steps(plan)}: {_batch(plan)}"
+    yield ""
+    yield "with other numbers of ranks:"
+    yield AlignedTable(
+        ("ranks", "accumulation", "steps", "steps in the published code", "note"),
+        [
+            (
+                str(ranks),
+                str(other.get("accumulation_steps", "")),
+                _known(other["optimizer_steps"]) if "optimizer_steps" in other else "",
+                _known(other["original"]),
+                str(other.get("refused", "")),
+            )
+            for ranks, other in plan.other_ranks.items()
+        ],
+    )
+
+
+def _known(count: int | str | None) -> str:
+    return UNKNOWN if count is None else f"{count:,}"
+
+
+def _count_weights(plan: RunPlan) -> str:
+    return f"{format_large(plan.parameters)} weights"
+
+
+def _count_steps(plan: RunPlan) -> str:
+    return format_count(plan.optimizer_steps or 0, "step")
 
 
 def _batch(plan: RunPlan) -> str:
     return (
-        f"{plan.ranks} ranks x {plan.micro_batch_size} rows x accumulation {plan.accumulation_steps} = "
-        f"{plan.global_batch_size} rows a step"
+        f"{format_count(plan.ranks, 'rank')} x {format_count(plan.micro_batch_size, 'row')} x accumulation "
+        f"{plan.accumulation_steps} = {format_count(plan.global_batch_size, 'row')}/step"
     )
 
 
-def _memory_lines(plan: RunPlan) -> Iterator[str]:
+def _memory_parts(plan: RunPlan) -> Iterator[RenderableType]:
     yield f"memory of one GPU (on a CPU, of one rank): {gib(plan.gpu_bytes['total'])}"
-    yield from _parts(plan.gpu_bytes, _GPU_NOTES)
+    yield _draw_parts(plan.gpu_bytes, _GPU_NOTES)
     yield from _verdict_lines(plan)
-    yield f"host memory, all {plan.ranks} ranks on one machine: {gib(plan.host_bytes['total'])}"
-    yield from _parts(plan.host_bytes, _HOST_NOTES)
+    yield ""
+    yield f"host memory of one machine with {format_count(plan.ranks, 'rank')}: {gib(plan.host_bytes['total'])}"
+    yield _draw_parts(plan.host_bytes, _HOST_NOTES)
 
 
 def _verdict_lines(plan: RunPlan) -> Iterator[str]:
     for size, verdict in plan.cards.items():
         if verdict.fits:
-            yield f"  fits {size} GiB"
+            yield f"fits a GPU of {size} GiB"
             continue
-        yield f"  DOES NOT FIT {size} GiB; what would:" + ("" if verdict.remedies else " none of the changes tried")
+        yield f"DOES NOT FIT a GPU of {size} GiB; what would:" + (
+            "" if verdict.remedies else " no change that was tried"
+        )
         for words, total in verdict.remedies[:_MOST_REMEDIES]:
-            yield f"    {words}: {gib(total)}"
+            yield f"  {words}: {gib(total)}"
 
 
-def _disk_lines(plan: RunPlan) -> Iterator[str]:
-    yield f"disk: {_disk(plan)}, free {gib(plan.disk_free_bytes)}"
+def _disk_parts(plan: RunPlan) -> Iterator[RenderableType]:
+    fits = plan.disk_bytes <= plan.disk_free_bytes
+    yield f"disk: {_disk(plan)}, {gib(plan.disk_free_bytes)} free"
     notes = {
         "checkpoints": "save_total_limit and the one being written",
-        "dvc_cache": "copies of the stages' files, unless the file system knows reflinks",
-        "registry": "of packages, on this disk",
+        "dvc_cache": "copies of the stages' files, unless the file system has reflinks",
+        "registry": "the package, on this disk",
     }
-    yield from _parts({name: size for name, size in plan.disk_parts.items() if name not in plan.disk_unknown}, notes)
+    yield _draw_parts({name: size for name, size in plan.disk_parts.items() if name not in plan.disk_unknown}, notes)
+    if not fits:
+        yield "DOES NOT FIT the free disk space; free some, or lower save_total_limit"
+    elif not plan.disk_unknown:
+        yield "fits the free disk space"
 
 
 def _disk(plan: RunPlan) -> str:
@@ -102,9 +139,9 @@ def _disk(plan: RunPlan) -> str:
 def _time_lines(plan: RunPlan) -> Iterator[str]:
     speed = plan.speed
     if speed.peak_tflops is None:
-        yield "hours: not known; no peak is listed for fp32, state one in TFLOPS with --card"
+        yield "hours: not known, because no peak is listed for fp32; give one in TFLOPS with --card"
         return
-    basis = f"assumed: MFU {speed.mfu:g} of {speed.peak_tflops:g} TFLOPS ({speed.card}) on {plan.ranks} ranks"
+    basis = f"assumed: MFU {speed.mfu:g} of {speed.peak_tflops:g} TFLOPS ({speed.card}) on {format_count(plan.ranks, 'rank')}"
     expected, most = plan.hours["expected"], plan.hours["at_most"]
     if most is None:
         yield f"hours: {UNKNOWN}"
@@ -113,8 +150,10 @@ def _time_lines(plan: RunPlan) -> Iterator[str]:
     yield f"hours: {shown}at most {most:,.1f} with every row full ({basis})"
 
 
-def _parts(parts: Mapping[str, int], notes: Mapping[str, str]) -> Iterator[str]:
-    for name, size in parts.items():
-        if name != "total" and size:
-            note = f"  {notes[name]}" if name in notes else ""
-            yield f"  {name.replace('_', ' '):<13} {gib(size):>12}{note}".rstrip()
+def _draw_parts(parts: Mapping[str, int], notes: Mapping[str, str]) -> AlignedTable:
+    rows = [
+        (f"  {name.replace('_', ' ')}", gib(size), notes.get(name, ""))
+        for name, size in parts.items()
+        if name != "total" and size
+    ]
+    return AlignedTable(("", "", ""), rows)

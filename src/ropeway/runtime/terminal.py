@@ -20,7 +20,7 @@ _MAX_WORD = 50  # cells; a longer run without blanks is no key but data, e.g. a 
 _MAX_LINE = 110  # of a paragraph, on however wide a terminal
 _GAP = 2  # between columns
 _HEX = re.compile(r"\b(?=[0-9a-f]*[0-9])[0-9a-f]{40,64}\b")
-_NUMERIC = re.compile(r"[-+]?[\d,]+(\.\d+)?( ?[KMGT]i?B| [KMGT]|%)?")
+_NUMERIC = re.compile(r"[-+]?[\d,]+(\.\d+)?( ?[KMGT]i?B| [KMB]|%)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,7 @@ class Paragraph:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Yield the lines for rich."""
-        for line in self.words.splitlines():
+        for line in self.words.splitlines() or [""]:
             lead = " " * (len(line) - len(line.lstrip()))
             wrapped = textwrap.wrap(
                 line.strip(),
@@ -264,6 +264,18 @@ def format_count(number: int, noun: str) -> str:
     ('1 rank', '1,200 steps')
     """
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def format_large(number: float) -> str:
+    """Return a large number with its unit, to two digits or more.
+
+    >>> format_large(3165312), format_large(13_015_864_320), format_large(57_504)
+    ('3.2 M', '13.0 B', '57.5 K')
+    """
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if number >= size:
+            return f"{number / size:,.1f} {unit}"
+    return f"{number:,.0f}"
 
 
 def format_moment(at: str) -> str:

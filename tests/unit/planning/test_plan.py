@@ -1,6 +1,7 @@
 """What the planner says: fits and remedies, disk, hours, cards, refusals. No torch is loaded for any of it."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -159,7 +160,17 @@ def test_what_nothing_states_is_said_to_be_unknown(tmp_path):
     profile = load_profile(ROOT / "params.yaml", "laptop")[1]
     text = describe_plan(plan_run(Workspace(tmp_path, "laptop"), with_json(profile), ranks=2))
     assert "steps: not known before prepare" in text
-    assert "raw and tokens and data (not known before prepare)" in text
+    assert "raw and tokens and data (not known before prepare)" in " ".join(text.split())
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_no_line_of_a_plan_is_longer_than_the_terminal(published, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    for ranks in (1, 8):
+        text = describe_plan(plan_run(Workspace(ROOT, NAME), published, ranks=ranks))
+        assert max(map(len, text.splitlines())) <= width
+        assert "13.0 B weights" in text
+        assert not re.search(r"\b1 (ranks|rows|steps)\b", text)
 
 
 def with_json(profile):
@@ -222,7 +233,7 @@ def test_nothing_is_refused_on_a_cpu(published, monkeypatch):
 def test_a_runs_log_says_in_short_what_is_needed(published):
     text = outline_plan(plan_run(Workspace(ROOT, NAME), published, ranks=4, asked=PlanRequest(gpu_memory_gib=80)))
     assert "3,319 steps, 4 ranks x 2 rows x accumulation 16" in text
-    assert "DOES NOT FIT 80 GiB; what would:" in text
+    assert "DOES NOT FIT a GPU of 80 GiB; what would:" in text
     assert "8 ranks: 66.3 GiB" in text
 
 

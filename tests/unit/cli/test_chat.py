@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-from ropeway.cli.chat import GenerationSettings, Talk, chat, check_folder, fit_turns, locate_model
+from ropeway.cli.chat import ChatSession, GenerationSettings, chat, check_folder, fit_turns, locate_model
 from ropeway.cli.main import app
 from ropeway.config.load_params import load_profile
 from ropeway.models.chat_template import OPEN_ASSISTANT
@@ -48,7 +48,7 @@ def copied(model, tmp_path):
 def through_pipe(folder, text, *, as_json=True, **changes):
     generation = GenerationSettings(**{name: changes.get(name, getattr(MANNER, name)) for name in MANNER.__slots__})
     out = io.StringIO()
-    chat(Talk(folder, generation), io.StringIO(text), out, as_json=as_json)
+    chat(ChatSession(folder, generation), io.StringIO(text), out, as_json=as_json)
     return [json.loads(line) for line in out.getvalue().splitlines()] if as_json else out.getvalue()
 
 
@@ -62,7 +62,7 @@ def test_the_same_seed_gives_the_same_answers_and_another_seed_others(model):
 
 
 def test_each_turn_is_asked_with_all_that_was_said_in_the_models_template(model, monkeypatch):
-    talk, prompts = Talk(model, GenerationSettings("Be kind.", 6, 0.0, 1.0, 0)), []
+    talk, prompts = ChatSession(model, GenerationSettings("Be kind.", 6, 0.0, 1.0, 0)), []
     generate = talk._generate
     monkeypatch.setattr(talk, "_generate", lambda ids, write: prompts.append(ids) or generate(ids, write))
     first = talk.ask("Hi", lambda _: None)
@@ -78,7 +78,7 @@ def test_each_turn_is_asked_with_all_that_was_said_in_the_models_template(model,
 
 def test_what_is_streamed_is_the_answer_and_it_comes_in_pieces(model):
     pieces = []
-    answer = Talk(model, GenerationSettings("", 40, 1.0, 1.0, 0)).ask("What is a list?", pieces.append)
+    answer = ChatSession(model, GenerationSettings("", 40, 1.0, 1.0, 0)).ask("What is a list?", pieces.append)
     assert "".join(pieces) == answer.text
     assert len([piece for piece in pieces if piece]) > 1
     assert (answer.tokens, answer.ended) == (40, False)
@@ -90,7 +90,35 @@ def test_an_answer_that_was_cut_is_said_to_be(model, capsys):
     assert "(cut at 6 tokens; --max-new-tokens allows more)" in capsys.readouterr().err
 
 
-def test_the_end_token_ends_an_answer(copied):
+class Terminal(io.StringIO):
+    """An input that says it is a terminal."""
+
+    def isatty(self):
+        return True
+
+
+def test_an_unknown_command_is_refused_with_the_list_and_not_sent_to_the_model(model, monkeypatch, capsys):
+    session, typed = ChatSession(model, MANNER), iter(["/exit", "/systemX", "/new", "/system Be kind.", "/etc/hosts?"])
+
+    def read(_prompt):
+        try:
+            return next(typed)
+        except StopIteration:
+            raise EOFError from None
+
+    questions = []
+    answer = session.ask
+    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr(session, "ask", lambda question, write: questions.append(question) or answer(question, write))
+    chat(session, Terminal(), io.StringIO(), as_json=False)
+    refused = [line for line in capsys.readouterr().err.splitlines() if line.startswith("/")]
+    assert [line.partition(":")[0] for line in refused] == ["/exit", "/systemX"]
+    assert all("/new" in line and "/system TEXT" in line for line in refused)
+    assert questions == ["/etc/hosts?"]
+    assert session.generation.system == "Be kind."
+
+
+def test_the_end_token_ends_an_answer_and_an_empty_one_is_named(copied, capsys):
     path = copied / "model.safetensors"
     weights = {name: torch.zeros_like(tensor) for name, tensor in load_file(path).items()}
     weights["model.embed_tokens.weight"][:] = 1
@@ -99,13 +127,15 @@ def test_the_end_token_ends_an_answer(copied):
     save_file(weights, path, metadata={"format": "pt"})
     [answer] = through_pipe(copied, "Hi\n", temperature=0.0)
     assert (answer["answer"], answer["tokens"], answer["ended"]) == ("", 1, True)
+    assert through_pipe(copied, "Hi\n", temperature=0.0, as_json=False) == "\n"
+    assert "(empty answer" in capsys.readouterr().err
 
 
 def test_what_no_longer_fits_is_forgotten_from_the_oldest_and_said(model, capsys):
-    talk = Talk(model, GenerationSettings("", 40, 0.0, 1.0, 0))
+    talk = ChatSession(model, GenerationSettings("", 40, 0.0, 1.0, 0))
     assert talk.context_tokens == 96
     chat(talk, io.StringIO("Hi there\nGo on\n"), io.StringIO(), as_json=False)
-    assert "(the oldest 2 turns no longer fit and were left out)" in capsys.readouterr().err
+    assert "(the oldest 2 turns " in capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"the question has \d+ tokens with its template, 56 fit beside the answer"):
         talk.ask("a b c " * 40, lambda _: None)
 
@@ -151,7 +181,7 @@ def test_a_folder_without_weights_or_template_is_no_model(copied, tmp_path):
         (copied / name).unlink()
     (copied / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     with pytest.raises(DataError, match="its tokenizer has no chat template"):
-        Talk(copied, MANNER)
+        ChatSession(copied, MANNER)
 
 
 @pytest.mark.parametrize("source", ["no/such/folder", "nothing", "a/b@c"])
