@@ -141,7 +141,8 @@ def _time_lines(plan: RunPlan) -> Iterator[str]:
     if speed.peak_tflops is None:
         yield "hours: not known, because no peak is listed for fp32; give one in TFLOPS with --card"
         return
-    basis = f"assumed: MFU {speed.mfu:g} of {speed.peak_tflops:g} TFLOPS ({speed.card}) on {format_count(plan.ranks, 'rank')}"
+    ranks = format_count(plan.ranks, "rank")
+    basis = f"assumed: MFU {speed.mfu:g} of {speed.peak_tflops:g} TFLOPS ({speed.card}) on {ranks}"
     expected, most = plan.hours["expected"], plan.hours["at_most"]
     if most is None:
         yield f"hours: {UNKNOWN}"
