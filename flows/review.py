@@ -32,7 +32,7 @@ _RequiredText = Annotated[str, Field(min_length=1, max_length=2000, pattern=r"\S
 
 
 class Form(RunInput):
-    """May this version become production?"""
+    """Promote this version to production?"""
 
     # Every field is required: if all had defaults, Prefect (3.9.1) would accept `{}` as an answer.
 
@@ -83,7 +83,7 @@ def _pin(registry: Registry, wanted: str) -> Case:
         create_markdown_artifact(
             key=f"{artifact_prefix(case.name)}-review",
             markdown=draw_report(case),
-            description=f"{case.new.label}: may it become {PRODUCTION}? {code(case.digest)}",
+            description=f"Promote {case.new.label} to {PRODUCTION}? {code(case.digest)}",
         )
         pinned: dict[str, bool | int | float | str] = {
             _DIGEST: f"{case.name}@{case.digest}",

@@ -99,7 +99,7 @@ def test_browser_review_from_the_run_s_graph_to_the_moved_alias(person, tmp_path
         assert {"identity", "fetch", "train", "evaluate", "package", "publish"} <= set(shown.split())
         wait_for(lambda: has_report(api, review))  # the page asks for artifacts once, when it is opened
         shown = look_at_report(page, url, review, tmp_path / "report.png")
-        assert "laptop@v1: may it become production?" in shown
+        assert "Promote laptop@v1 to production?" in shown
         assert registry.artifact("laptop").alias("production").digest is None
         fill_form(page, url, review, ANSWER, tmp_path / "form.png")
     candidate = registry.artifact("laptop").alias("candidate").digest

@@ -105,7 +105,7 @@ def test_review_waits_refuses_an_empty_or_wrong_answer_and_promotes_on_approval(
     assert event["review"]["via"] == f"flow run {run}"
     (report,) = find_artifacts(reviews, run)  # made once, though the flow ran twice
     assert report.key == "laptop-review"
-    assert "# laptop@v2: may it become production?" in report.data
+    assert "# Promote laptop@v2 to production?" in report.data
     assert "data:image/svg+xml;base64," in report.data
 
 

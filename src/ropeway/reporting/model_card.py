@@ -1,4 +1,4 @@
-"""README.md of a version: card.json, ledger, evaluation and samples, for `templates/card.md.jinja`."""
+"""README.md of a version, from card.json, ledger, evaluation and samples with `templates/card.md.jinja`."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ Rows = list[dict[str, str]]
 
 
 def draw_card(card: Json, ledger: Json, evaluation: Json, samples: Json) -> str:
-    """Return the model card, from these JSON files of the package."""
+    """Return the model card in Markdown, from these JSON files of the package."""
     params, accounts = card["params"], ledger["sources"]
     configs = [result["sampling_config"].partition("/")[2] for result in samples["prompts"][0]["results"]]
     shown = "greedy" if "greedy" in configs else configs[0]
@@ -56,20 +56,20 @@ def draw_card(card: Json, ledger: Json, evaluation: Json, samples: Json) -> str:
 
 
 def describe_steps(card: Json) -> str:
-    """Return how many steps were applied, skipped, and left out with their rows."""
+    """Return the number of applied, skipped and left-out steps as text."""
     train, steps, applied = card["train"], card["steps"], card["applied_steps"]
     left = train["rows_left_out"] // card["params"]["global_batch_size"]
     said = f"{applied:,} applied, {steps - applied - left:,} skipped for overflow"
     if not left:
         return said
     return (
-        f"{said}, {left:,} left out with their {train['rows_left_out']:,} rows because the numbers went wrong there: "
-        f"training was rewound {train['rewinds']:,} times, steps.csv has the steps"
+        f"{said}, {left:,} left out with their {train['rows_left_out']:,} rows after divergence "
+        f"(rewinds: {train['rewinds']:,}); steps.csv lists them"
     )
 
 
 def describe_descent(record: Json) -> str:
-    """Return in words which runs training was continued from, the last one first; empty for none.
+    """Return the runs that training continued from as text, the last one first; empty for none.
 
     >>> one = {"fingerprint": "00bb", "step": 60, "changed": {"learning_rate": "0.002 -> 0.001"}, "earlier": {}}
     >>> describe_descent(one)
@@ -86,15 +86,15 @@ def describe_descent(record: Json) -> str:
 
 
 def format_origin(origin: Origin) -> Markup:
-    """Return an origin in Markdown, linked where it has a place of its own."""
+    """Return an origin in Markdown, with its link if it has one."""
     name = f"[{escape(origin.name)}]({origin.link})" if origin.link else escape(origin.name)
     return trusted(f"{name} ({escape(origin.pin)})" if origin.pin else name)
 
 
-def figure(value: float) -> str:
-    """Return a figure to four digits, zeros at the end kept, so that a column reads alike.
+def format_number(value: float) -> str:
+    """Return a number with four significant digits, trailing zeros kept.
 
-    >>> figure(2.03), figure(13.5), figure(8347.2), figure(0.25)
+    >>> format_number(2.03), format_number(13.5), format_number(8347.2), format_number(0.25)
     ('2.030', '13.50', '8347', '0.2500')
     """
     return f"{value:#.4g}".rstrip(".")
@@ -108,14 +108,14 @@ def _count_documents(accounts: Sequence[Json]) -> dict[str, object]:
 
 def _composition(account: Json) -> dict[str, str]:
     records, parts, drawn = account["records"], account["sequences"], account["epochs"][0]["drawn"]
-    share = f"{_percent(drawn, parts['train'])} of the training part, {_percent(drawn, parts['all'])} of all"
+    share = f"{_percent(drawn, parts['train'])} of training, {_percent(drawn, parts['all'])} of all"
     return {
         "source": plain(account["name"]),
-        "records kept of read": f"{records['kept']:,} of {records['read']:,}",
+        "records kept": f"{records['kept']:,} of {records['read']:,}",
         "sequences": f"{parts['all']:,}",
-        "for training": f"{parts['train']:,}",
-        "rows an epoch": f"{drawn:,} ({share})",
-        "for validation": f"{parts['validation']:,}",
+        "training": f"{parts['train']:,}",
+        "rows/epoch": f"{drawn:,} ({share})",
+        "validation": f"{parts['validation']:,}",
         "unused": f"{parts['unused']:,}",
         "removed": f"{parts['duplicate'] + parts['contaminated']:,}",
     }
@@ -128,9 +128,9 @@ def _tokens(account: Json) -> dict[str, str]:
     return {
         "source": plain(account["name"]),
         "tokens": f"{account['tokens']['all']:,}",
-        "read an epoch": f"{read:,}",
-        "of these in the loss": f"{counted:,} ({_percent(counted, read)})",
-        "lost to windows and cuts": f"{lost:,} ({_percent(lost, epoch['drawn_tokens'])})",
+        "tokens/epoch": f"{read:,}",
+        "of these supervised": f"{counted:,} ({_percent(counted, read)})",
+        "outside windows or truncated": f"{lost:,} ({_percent(lost, epoch['drawn_tokens'])})",
     }
 
 
@@ -140,8 +140,8 @@ def _findings(account: Json) -> dict[str, str]:
         "source": plain(account["name"]),
         "exact duplicates": _found(found["exact"], "records"),
         "near duplicates": _found(found["near"], "records"),
-        "training sequences that share": _found(found["contaminated"], "sequences"),
-        "of these with prompts": f"{found['with_prompts']:,}",
+        "contaminated training sequences": _found(found["contaminated"], "sequences"),
+        "of these, shared with prompts": f"{found['with_prompts']:,}",
     }
 
 
@@ -153,11 +153,11 @@ def _found(found: Json, unit: str) -> str:
 
 
 def _percent(part: int, whole: int) -> str:
-    return f"{part / whole:.2%}" if whole else "0 %"
+    return f"{part / whole:.2%}" if whole else "0%"
 
 
 def _scores(report: Json) -> Rows:
-    """Return base against tuned, per source."""
+    """Return rows of base and tuned metrics per source."""
     keys = {
         "loss": "loss, base → tuned",
         "perplexity": "perplexity",
@@ -169,14 +169,22 @@ def _scores(report: Json) -> Rows:
             "source": plain(name),
             "tokens": f"{found['tuned']['tokens']:,}",
             **{
-                head: f"{figure(found['base'][key])} → {figure(found['tuned'][key])}" if key in found["base"] else ""
+                head: f"{format_number(found['base'][key])} → {format_number(found['tuned'][key])}"
+                if key in found["base"]
+                else ""
                 for key, head in keys.items()
             },
         }
         for name, found in report["sources"].items()
     ]
     mean = report["mean"]
-    return [*rows, {"source": "mean over sources", keys["loss"]: f"{figure(mean['base'])} → {figure(mean['tuned'])}"}]
+    return [
+        *rows,
+        {
+            "source": "mean over sources",
+            keys["loss"]: f"{format_number(mean['base'])} → {format_number(mean['tuned'])}",
+        },
+    ]
 
 
 def _positions(found: Json, max_length: int) -> Rows:
@@ -185,7 +193,7 @@ def _positions(found: Json, max_length: int) -> Rows:
     for curve in next(iter(parts.values())):
         model, _, unscaled = curve.partition("_")
         name = f"{model}, RoPE not scaled" if unscaled else model
-        rows.append({"model": plain(name), **{head: figure(losses[curve]) for head, losses in parts.items()}})
+        rows.append({"model": plain(name), **{head: format_number(losses[curve]) for head, losses in parts.items()}})
     return rows
 
 

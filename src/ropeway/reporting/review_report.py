@@ -1,4 +1,4 @@
-"""The review's report in Markdown: one page from which a person can say yes or no. Pure: from a `Case` to text."""
+"""The review report in Markdown, from a `Case`: what a reviewer needs to approve or reject a version."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -21,7 +21,7 @@ _PARAMS, _DATA = (
 )
 _MOST_CHANGES = 60
 _SHORT = 12
-# What a reviewer compares, which way is better, and how it is written.
+# Key in eval.json, the better direction, and the name shown.
 _METRICS = (
     ("loss", "down", "loss, nats/token"),
     ("nats_per_byte", "down", "nats/byte"),
@@ -30,7 +30,7 @@ _METRICS = (
 
 
 def draw_report(case: Case, *, with_pictures: bool = True) -> str:
-    """Return the whole report; without pictures for a terminal."""
+    """Return the report; `with_pictures` is False for a terminal."""
     curves = _plan_curves(case) if with_pictures else []
     made = [step for step in case.new.steps if not step.get("left_out")]
     params, data = (_changes(case, prefixes) for prefixes in ((_PARAMS,), _DATA))
@@ -41,7 +41,7 @@ def draw_report(case: Case, *, with_pictures: bool = True) -> str:
         losses=_losses(case),
         verdict=case.new.facts["provenance"].get("verdict"),
         tasks=_tasks(case),
-        picture=_draw(curves),
+        picture=_draw_curves(curves),
         curves=_curve_rows(curves),
         made=made or case.new.steps,
         first_loss=_step_loss(made[:1]),
@@ -60,7 +60,7 @@ def draw_report(case: Case, *, with_pictures: bool = True) -> str:
 
 
 def draw_summary(case: Case, *, heading: str = "#") -> str:
-    """Return what a reviewer must have read: the question, what speaks against a yes, the figures, how to get it."""
+    """Return the summary that a reviewer must read: question, warnings, main figures and how to pull the version."""
     return _render(case, only_summary=True, heading=heading)
 
 
@@ -69,19 +69,19 @@ def _render(case: Case, **values: object) -> str:
     passed = bool(verdict["passed"]) if verdict else None
     facts = [
         ("digest", code(f"{case.digest[:_SHORT]}…")),
-        ("mean loss over sources", _mean(case)),
-        ("gate", "passed" if passed else "**not passed**" if passed is False else "not asked"),
+        ("mean loss over sources", _mean_loss(case)),
+        ("gate", "passed" if passed else "**not passed**" if passed is False else "not evaluated"),
         ("made by", plain(_revision(case))),
         ("published", plain(format_moment(new.facts["published_at"]))),
-        ("size", f"{new.facts['bytes']:,} bytes in {len(new.facts['files'])} files"),
+        ("size", f"{new.facts['bytes'] / 1e6:,.1f} MB in {len(new.facts['files'])} files"),
     ]
     text = render(
         "review.md.jinja",
         case=case,
         new=new,
         passed=passed,
-        same_rows=not case.old or _rival_metrics(case).get("validation") == new.metrics.get("validation"),
-        facts=[{"": name, " ": words} for name, words in facts],
+        same_rows=not case.old or _production_metrics(case).get("validation") == new.metrics.get("validation"),
+        facts=[{"field": name, "value": words} for name, words in facts],
         pull=f"ropeway registry pull {case.name}@{case.digest} --registry {case.url}",
         **values,
     )
@@ -89,54 +89,55 @@ def _render(case: Case, **values: object) -> str:
 
 
 def _losses(case: Case) -> list[dict[str, str]]:
-    """Return metrics by source: base, production, this, and the change to production (or to the base)."""
-    rival = _rival_metrics(case)
+    """Return metrics by source: base, production, this version, and the change from production (or from the base)."""
+    rival = _production_metrics(case)
     rows = []
     for source, found in case.new.metrics.get("sources", {}).items():
         for metric, better, words in _METRICS:
-            ours = _get(found, "tuned", metric)
+            ours = _find_number(found, "tuned", metric)
             if ours is None:
                 continue
-            base, theirs = _get(found, "base", metric), _get(rival, "sources", source, "tuned", metric)
-            row = {"source": plain(source), "metric": words, "base": _figure(base)}
+            base, theirs = _find_number(found, "base", metric), _find_number(rival, "sources", source, "tuned", metric)
+            row = {"source": plain(source), "metric": words, "base": _format_number(base)}
             if case.old:
-                row[f"production ({plain(case.old.label)})"] = _figure(theirs)
-            row[f"**{plain(case.new.label)}**"] = f"**{_figure(ours)}**"
-            row["change"] = _change(ours, theirs if case.old else base, better)
+                row[f"production ({plain(case.old.label)})"] = _format_number(theirs)
+            row[f"**{plain(case.new.label)}**"] = f"**{_format_number(ours)}**"
+            row["change"] = _format_change(ours, theirs if case.old else base, better)
             rows.append(row)
     return rows
 
 
-def _mean(case: Case) -> str:
-    ours, base = (_get(case.new.metrics, "mean", model) for model in ("tuned", "base"))
-    theirs = _get(_rival_metrics(case), "mean", "tuned") if case.old else base
-    whose = "production" if case.old else "base"
-    return f"{_figure(ours)} nats/token, {whose} {_figure(theirs)}: {_change(ours, theirs, 'down')}"
+def _mean_loss(case: Case) -> str:
+    ours, base = (_find_number(case.new.metrics, "mean", model) for model in ("tuned", "base"))
+    theirs = _find_number(_production_metrics(case), "mean", "tuned") if case.old else base
+    reference = "production" if case.old else "base"
+    change = _format_change(ours, theirs, "down")
+    return f"{_format_number(ours)} nats/token, {reference} {_format_number(theirs)}: {change}"
 
 
 def _tasks(case: Case) -> list[dict[str, str]]:
-    """Return what base, production and the new version score in each task of lm-evaluation-harness."""
+    """Return the scores of base, production and the new version in each task of lm-evaluation-harness."""
     tasks: Json = case.new.metrics.get("tasks") or {}
     rows = []
     for name, task in tasks.items():
         for metric in name_metrics(task["tuned"]):
-            row = {"task": plain(name), "metric": plain(metric), "base": _score(task["base"], metric)}
+            row = {"task": plain(name), "metric": plain(metric), "base": _format_score(task["base"], metric)}
             if case.old:
-                theirs = _of_same(case.old.metrics, name, task)
-                row[f"production ({plain(case.old.label)})"] = _score(theirs, metric)
-            rows.append({**row, f"**{plain(case.new.label)}**": f"**{_score(task['tuned'], metric)}**"})
+                theirs = _comparable_scores(case.old.metrics, name, task)
+                row[f"production ({plain(case.old.label)})"] = _format_score(theirs, metric)
+            rows.append({**row, f"**{plain(case.new.label)}**": f"**{_format_score(task['tuned'], metric)}**"})
     return rows
 
 
-def _of_same(metrics: Json, name: str, task: Json) -> Json:
-    """Return production's scores, if it was asked the same questions in the same way."""
+def _comparable_scores(metrics: Json, name: str, task: Json) -> Json:
+    """Return production's scores if it ran the same version of the task with equal shots and questions."""
     theirs: Json = (metrics.get("tasks") or {}).get(name) or {}
     same = all(theirs.get(key) == task[key] for key in ("version", "shots", "n"))
     return theirs.get("tuned", {}) if same else {}
 
 
-def _score(figures: Mapping[str, float], metric: str) -> str:
-    return show_score(figures, metric) if metric in figures else "not asked"
+def _format_score(figures: Mapping[str, float], metric: str) -> str:
+    return show_score(figures, metric) if metric in figures else "not evaluated"
 
 
 def _plan_curves(case: Case) -> list[Curve]:
@@ -150,15 +151,15 @@ def _plan_curves(case: Case) -> list[Curve]:
 
 
 def _step_loss(steps: Sequence[Mapping[str, str]]) -> str:
-    """Return the training loss of the one step there is, "unknown" where steps.csv has none."""
+    """Return the training loss of the first step, "unknown" where steps.csv has none."""
     try:
-        return _figure(float(steps[0]["loss"]))
+        return _format_number(float(steps[0]["loss"]))
     except (IndexError, KeyError, TypeError, ValueError):
         return "unknown"
 
 
-def _draw(curves: Sequence[Curve]) -> str:
-    if sum(len(curve.points) for curve in curves) <= 1:  # a line has two ends
+def _draw_curves(curves: Sequence[Curve]) -> str:
+    if sum(len(curve.points) for curve in curves) <= 1:  # one point is not a curve
         return ""
     from ropeway.reporting.pictures import draw_curves
 
@@ -169,9 +170,9 @@ def _curve_rows(curves: Sequence[Curve]) -> list[dict[str, str]]:
     return [
         {
             "curve (nats/token)": plain(curve.name),
-            "first": _figure(curve.points[0][1]),
-            "last": _figure(curve.points[-1][1]),
-            "lowest": _figure(min(loss for _, loss in curve.points)),
+            "first": _format_number(curve.points[0][1]),
+            "last": _format_number(curve.points[-1][1]),
+            "lowest": _format_number(min(loss for _, loss in curve.points)),
             "last step": f"{curve.points[-1][0]:,.0f}",
         }
         for curve in curves
@@ -179,15 +180,15 @@ def _curve_rows(curves: Sequence[Curve]) -> list[dict[str, str]]:
 
 
 def _attempts(new: VersionEvidence) -> list[dict[str, str]]:
-    """Return one row per start of the training: a run that was resumed has several."""
+    """Return one row per start of the training; a resumed run has several."""
     return [
         {
             "start": str(number),
-            "began (UTC)": _moment(attempt.get("began")),
+            "started (UTC)": _format_time(attempt.get("began")),
             "from step": plain(attempt.get("resumed_from_step", "?")),
             "ranks": plain(attempt.get("ranks", "?")),
-            "seconds": _figure(attempt.get("seconds"), 0),
-            "tokens/s": _figure(attempt.get("tokens_per_second"), 0),
+            "seconds": _format_number(attempt.get("seconds"), 0),
+            "tokens/s": _format_number(attempt.get("tokens_per_second"), 0),
             "ended": plain(attempt.get("ended", "?")),
         }
         for number, attempt in enumerate(new.history.get("attempts", ()), 1)
@@ -196,7 +197,7 @@ def _attempts(new: VersionEvidence) -> list[dict[str, str]]:
 
 def _changes(case: Case, prefixes: Sequence[str]) -> list[dict[str, str]]:
     return [
-        {"": code(key.removeprefix("run.json: ").removeprefix("params.")), "old": plain(old), "new": plain(new)}
+        {"key": code(key.removeprefix("run.json: ").removeprefix("params.")), "old": plain(old), "new": plain(new)}
         for key, (old, new) in case.changes.items()
         if key.startswith(tuple(prefixes))
     ]
@@ -208,9 +209,9 @@ def _samples(case: Case) -> list[dict[str, str]]:
     rows = []
     for prompt, answer in ours.items():
         row = {"prompt": plain(prompt)}
-        row |= {"production": plain(theirs.get(prompt, "(not asked)"))} if case.old else {}
+        row |= {"production": plain(theirs.get(prompt, "(not evaluated)"))} if case.old else {}
         row |= {"base": plain(base[prompt])} if not case.old and prompt in base else {}
-        rows.append({**row, "**this**": plain(answer)})
+        rows.append({**row, "**this version**": plain(answer)})
     return rows
 
 
@@ -220,7 +221,7 @@ def _answers(version: VersionEvidence, model: str) -> dict[str, str]:
     for one in version.samples.get("prompts", ()):
         outputs = {result.get("sampling_config"): result.get("outputs") for result in one.get("results", ())}
         if answers := outputs.get(f"{model}/greedy"):
-            found[str(one["prompt"])] = str(answers[0]).strip() or "(nothing: it ends at once)"
+            found[str(one["prompt"])] = str(answers[0]).strip() or "(empty answer)"
     return found
 
 
@@ -240,12 +241,12 @@ def _lineage(case: Case) -> list[dict[str, str]]:
     ]
     rows += list(_origins(case.new.run))
     rows += [(f"{name} digest", digest) for name, digest in facts.get("digests", {}).items()]
-    rows += [(f"beside it: {name}", entry["sha256"]) for name, entry in case.new.facts["attachments"].items()]
-    return [{"": plain(name), " ": code(words)} for name, words in rows]
+    rows += [(f"attachment {name}", entry["sha256"]) for name, entry in case.new.facts["attachments"].items()]
+    return [{"field": plain(name), "value": code(words)} for name, words in rows]
 
 
 def _origins(run: Json) -> Iterator[tuple[str, str]]:
-    """Yield what the base was opened from, and each source read from; nothing for versions that did not record it."""
+    """Yield the origin of the base and of each source, as far as the version recorded them."""
     if base := run.get("base"):
         yield "base", str(describe_base(base))
     for name, identity in run.get("sources", {}).items():
@@ -256,12 +257,12 @@ def _revision(case: Case) -> str:
     facts = case.new.facts["provenance"]
     git = facts.get("git") or "no git commit recorded"
     if again := case.new.facts["made_again_by"]:
-        return f"{again}, clean (published from a tree that was not; this commit made the same bytes again)"
+        return f"{again}, clean (first published from a dirty tree; this commit reproduced the same bytes)"
     return f"{git}, {'dirty' if facts.get('dirty') else 'clean'}" if facts.get("git") else str(git)
 
 
-def _rival_metrics(case: Case) -> Json:
-    """Return production's metrics, on this version's rows if the run measured them there."""
+def _production_metrics(case: Case) -> Json:
+    """Return production's metrics, measured on this version's validation rows if the run did so."""
     if not case.old:
         return {}
     facts = case.new.facts["provenance"]
@@ -271,17 +272,17 @@ def _rival_metrics(case: Case) -> Json:
     return measured if against == case.old.label and measured.get("validation") == rows else case.old.metrics
 
 
-def _get(tree: object, *keys: str) -> float | None:
+def _find_number(tree: object, *keys: str) -> float | None:
     for key in keys:
         tree = tree.get(key) if isinstance(tree, Mapping) else None
     return float(tree) if isinstance(tree, int | float) and not isinstance(tree, bool) else None
 
 
-def _figure(value: object, digits: int = 3) -> str:
+def _format_number(value: object, digits: int = 3) -> str:
     return f"{value:,.{digits}f}" if isinstance(value, int | float) else "unknown"
 
 
-def _change(ours: float | None, theirs: float | None, better: str) -> str:
+def _format_change(ours: float | None, theirs: float | None, better: str) -> str:
     if ours is None or theirs is None:
         return "not comparable"
     change = ours - theirs
@@ -290,7 +291,7 @@ def _change(ours: float | None, theirs: float | None, better: str) -> str:
     return f"{change:+.3f} ({'better' if (change < 0) == (better == 'down') else '**worse**'})"
 
 
-def _moment(seconds: object) -> str:
+def _format_time(seconds: object) -> str:
     if not isinstance(seconds, int | float):
         return "?"
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")

@@ -119,7 +119,7 @@ def test_the_report_of_a_review_has_all_that_a_decision_needs(workspace, registr
     second = make_version(workspace, 4.5, rate=0.003, records=9)
     case = open_case(registry, f"laptop@{second[:10]}")
     report = draw_report(case)
-    assert "# laptop@v2: may it become production?" in report
+    assert "# Promote laptop@v2 to production?" in report
     assert "| docs | loss, nats/token | 8.000 | 5.000 | **4.500** | -0.500 (better) |" in report
     assert "| docs | accuracy | 0.100 | 0.200 | **0.222** | +0.022 (better) |" in report
     assert "- docs: 4.500, laptop@v1 5.000: -0.500 nats/token" in report
@@ -147,7 +147,7 @@ def test_the_curves_of_a_review_are_a_picture_inside_the_page(workspace, registr
 
 def test_a_review_says_that_losses_on_other_rows_say_little(workspace, registry):
     decide(registry, open_case(registry, make_version(workspace, 5.0)), YES)
-    assert "other validation rows" in draw_summary(open_case(registry, make_version(workspace, 4.5, rows="others")))
+    assert "different validation rows" in draw_summary(open_case(registry, make_version(workspace, 4.5, rows="others")))
 
 
 def scores(tuned, *, questions=24):
@@ -163,7 +163,7 @@ def test_the_harness_scores_stand_beside_productions_if_the_questions_were_the_s
     assert "| task | metric | base | production (laptop@v1) | **laptop@v2** |" in text
     assert "| python\\_basics | acc,none | 0.25 ± 0.05 | 0.375 ± 0.05 | **0.5 ± 0.05** |" in text
     text = draw_report(open_case(registry, make_version(workspace, 3.0, also=scores(0.5, questions=100))))
-    assert "| 0.25 ± 0.05 | not asked | **0.5 ± 0.05** |" in text
+    assert "| 0.25 ± 0.05 | not evaluated | **0.5 ± 0.05** |" in text
     assert "lm-evaluation-harness" not in draw_report(open_case(registry, make_version(workspace, 2.0)))
 
 
@@ -171,7 +171,7 @@ def test_a_review_says_which_run_the_training_went_on_from(workspace, registry):
     record = {"fingerprint": "0a" * 8, "step": 20, "changed": {"learning_rate": "0.002 -> 0.001"}}
     digest = make_version(workspace, 5.0, also={"history": {"continued_from": record}})
     text = draw_report(open_case(registry, digest))
-    assert f"It was continued from step 20 of the run {'0a' * 8}; changed since: learning\\_rate 0.002 -" in text
+    assert f"Training continued from step 20 of run {'0a' * 8}; changed since then: learning\\_rate 0.002 -" in text
 
 
 def test_a_withdrawn_version_is_not_reviewed(workspace, registry):
@@ -199,7 +199,7 @@ def test_review_in_the_terminal_shows_then_decides(workspace, registry):
     assert f"ropeway review {digest[:12]} --approve --reviewer NAME --comment WHY --expect none" in shown
     assert "base64" not in shown
     assert digest[:13] not in shown
-    assert "production" not in re.search("^Losses.*$", shown, re.MULTILINE)[0]
+    assert "production" not in re.search("^Metrics.*$", shown, re.MULTILINE)[0]
     assert production(registry) is None
     assert "laptop@v1 was rejected" in ask(digest[:12], "--reject", "--reviewer", "ben", "--comment", "no")
     words = ask(digest, "--approve", "--reviewer", "anna", "--comment", "yes", "--expect", "none")
