@@ -371,7 +371,9 @@ def gc(
     if as_json:
         keys = [entry.key for entry in found.entries]
         strays = [stray.name for stray in found.incomplete_uploads]
-        print_json({"applied": apply, "bytes": found.bytes, "keys": keys, "strays": strays, "young": found.young})
+        print_json(
+            {"applied": apply, "bytes": found.bytes, "keys": keys, "strays": strays, "young": found.in_grace_period}
+        )
         return
     for entry in found.entries:
         typer.echo(f"{entry.key}  {entry.bytes:,} bytes  {entry.modified_at:%Y-%m-%d %H:%M}")
@@ -380,7 +382,7 @@ def gc(
     verb = "removed" if apply else "would be removed (--apply does it)"
     typer.echo(
         f"{len(found.entries)} objects of {found.bytes:,} bytes and {len(found.incomplete_uploads)} incomplete uploads "
-        f"{verb}; {found.young} more are younger than {grace_hours:g} hours"
+        f"{verb}; {found.in_grace_period} more are younger than {grace_hours:g} hours"
     )
 
 

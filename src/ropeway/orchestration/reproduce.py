@@ -179,10 +179,10 @@ def read_reproduced(workspace: Workspace) -> RunRecord:
     """Return the record of the new run."""
     # Revisions before `pages/` existed have the pages in their package.
     pages = workspace.pages if workspace.pages.is_dir() else None
-    core, _ = build_version_manifest(workspace.package, pages, workspace.profile)
+    manifest, _ = build_version_manifest(workspace.package, pages, workspace.profile)
     return RunRecord(
-        files={file.path: file.sha256 for file in core.files},
-        facts=core.facts,
+        files={file.path: file.sha256 for file in manifest.files},
+        facts=manifest.facts,
         block=without_secrets(read_block(workspace.root / "params.yaml", workspace.profile)),
         lock=graph.parse_lock((workspace.root / "dvc.lock").read_bytes()),
         timings=json.loads(workspace.timings.read_bytes()),

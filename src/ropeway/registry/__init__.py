@@ -1,7 +1,7 @@
-"""The registry: immutable, content-addressed versions; aliases that move by compare-and-set; pulls that are verified.
+"""The model registry: immutable, content-addressed versions, aliases moved by compare-and-set, verified pulls.
 
-Callers use `Registry`. Layout in `layout.py`, rules of what may be in a package in `rules.py`, a version's identity in
-`core.py`, logs in `log.py`.
+Callers use `Registry`. `layout.py` defines the keys in the store, `rules.py` which files a package may contain,
+`version_manifest.py` the identity of a version, `log.py` the append-only event logs.
 """
 
 from ropeway.registry.aliases import ANY, AnyDigest, Promotion

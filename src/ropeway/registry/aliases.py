@@ -1,4 +1,4 @@
-"""Aliases: movable pointers, each a log whose last event says where it points."""
+"""Aliases: movable pointers to versions. Each alias is an append-only log; its last event names the current version."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,23 +14,23 @@ _MAX_TEXT_CHARACTERS = 2000
 
 
 class AnyDigest(Enum):
-    """The type of `ANY`, so that no digest and no None can be mistaken for it."""
+    """The type of `ANY`; it differs from every digest and from None."""
 
     ANY = "any"
 
 
 ANY: Final = AnyDigest.ANY
-"""As `expect`: wherever the alias points now."""
+"""Value of `expect` that accepts any current target of the alias."""
 
 
 @dataclass(frozen=True, slots=True)
 class Promotion:
-    """Where an alias points after a promotion.
+    """The result of a promotion.
 
     Attributes:
-        prev: What it pointed to before that event; None for its first.
-        number: The event's number in the alias's log.
-        moved: Whether this call wrote the event; False when the alias was there already.
+        prev: The digest the alias pointed to before this event; None for its first event.
+        number: The number of the event in the alias log.
+        moved: Whether this call wrote the event; False if the alias already pointed to the version.
     """
 
     name: str
@@ -43,14 +43,14 @@ class Promotion:
 
 @dataclass(frozen=True, slots=True)
 class Alias:
-    """A movable pointer to a version of an artifact, read each time it is asked; `Version.promote` moves it."""
+    """A movable pointer to a version of an artifact. Every access reads the store; `Version.promote` moves it."""
 
     store: Store
     artifact: str
     name: str
 
     def __post_init__(self) -> None:
-        """Raise RegistryError unless `name` can be an alias."""
+        """Raise RegistryError unless `name` is a valid alias name."""
         check_alias(self.name)
 
     def __str__(self) -> str:
@@ -59,17 +59,17 @@ class Alias:
 
     @property
     def log(self) -> Log:
-        """Where its events are."""
+        """The log of the alias."""
         return alias_log(self.artifact, self.name)
 
     @property
     def events(self) -> Events:
-        """Where it has pointed, oldest first: `{digest, prev, by, reason, review, at}`."""
+        """The events of the alias, oldest first: `{digest, prev, by, reason, review, at}`."""
         return read_events(self.store, self.log)
 
     @property
     def digest(self) -> str | None:
-        """What it points to, or None while it does not exist. For `expect`."""
+        """The digest the alias points to, or None if the alias does not exist. Pass it as `expect`."""
         events = self.events
         return str(events[-1]["digest"]) if events else None
 
@@ -81,24 +81,24 @@ def list_aliases(store: Store, artifact: str) -> dict[str, str]:
 
 
 def plan_promotion(events: Sequence[Event], event: Event, expect: str | AnyDigest | None, *, where: str) -> Event | int:
-    """Return the next event of an alias, or the number of its last one if nothing has to move.
+    """Return the next event of an alias, or the number of its last event if the alias does not have to move.
 
-    Nothing moves when the alias points there already and the caller did not expect otherwise, or when the last event is
-    this same act: whoever repeats a promotion whose answer got lost is told that it succeeded.
+    The alias does not move if it already points to the version and `expect` agrees, or if the last event is the same
+    promotion: a retry of a promotion whose response was lost succeeds.
 
     Raises:
-        RegistryError: The alias is not where `expect` says.
+        RegistryError: The alias does not point to `expect`.
     """
     last = events[-1] if events else None
     current = last["digest"] if last else None
     if last and current == event["digest"]:
-        same_act = all(last[key] == event[key] for key in ("by", "reason", "review")) and last["prev"] == expect
-        if expect is ANY or expect == current or same_act:
+        is_retry = all(last[key] == event[key] for key in ("by", "reason", "review")) and last["prev"] == expect
+        if expect is ANY or expect == current or is_retry:
             return len(events)
     if expect is not ANY and expect != current:
         raise RegistryError(
-            f"{where} points to {current or 'nothing yet'}, expected {expect or 'nothing yet'}; it was not moved. "
-            "Look at what is there now, then promote with that as expected"
+            f"{where} points to {current or 'no version'}, expected {expect or 'no version'}; it was not moved. "
+            "Check the current version, then promote with its digest as the expected one"
         )
     return {**event, "prev": current}
 
@@ -107,12 +107,12 @@ def plan_rollback(digests: Sequence[str], *, where: str) -> str:
     """Return the digest an alias pointed to before its current one.
 
     Args:
-        digests: Of the alias's events, oldest first. A second rollback goes one further back and not forward again to
-            the version that was just left: an event that returns to the version before undoes the one between.
+        digests: The digests of the alias's events, oldest first. An event that returns to the previous version is a
+            rollback and cancels the event before it, so a second rollback goes one version further back.
         where: The alias, for the message.
 
     Raises:
-        RegistryError: It has pointed to nothing else.
+        RegistryError: The alias has no earlier version.
     """
     trail: list[str] = []
     for digest in digests:
@@ -121,12 +121,12 @@ def plan_rollback(digests: Sequence[str], *, where: str) -> str:
         elif trail[-1:] != [digest]:
             trail.append(digest)
     if not trail[1:]:
-        raise RegistryError(f"{where}: no version before the current one to go back to. Promote one by its number")
+        raise RegistryError(f"{where}: no earlier version to roll back to. Promote a version by its number")
     return trail[-2]
 
 
 def check_text(what: str, words: str) -> None:
-    """Raise RegistryError unless a name or reason, kept for ever and shown in terminals, is text that steers none."""
+    """Raise RegistryError unless a name or reason is printable: it is stored permanently and shown in terminals."""
     if not words.strip() or len(words) > _MAX_TEXT_CHARACTERS or not words.replace("\n", " ").isprintable():
         raise RegistryError(
             f"registry: {what} is {words[:60]!r}, expected 1 to {_MAX_TEXT_CHARACTERS:,} printable characters"

@@ -1,4 +1,4 @@
-"""Blobs: a file's bytes under their own sha256, and the one check of them that publish, verify and pull share."""
+"""Blobs: file contents stored under their sha256, and the integrity check that publish, verify and pull share."""
 
 import hashlib
 from collections.abc import Sequence
@@ -11,23 +11,23 @@ from ropeway.storage import TRANSFER_BYTES, Store
 
 
 def put_blobs(store: Store, files: Sequence[tuple[Path, PackageFile]]) -> None:
-    """Store each file's bytes, then re-check each blob in the store.
+    """Store each file as a blob, then check each blob in the store.
 
     Raises:
-        DataError: A file changed on the way, or a blob that was there before is not what its name says.
+        DataError: A file changed during the upload, or a blob that already existed does not match its sha256.
     """
     created = [store.put_if_absent(blob_key(file.sha256), path, sha256=file.sha256) for path, file in files]
     for (_, file), new in zip(files, created, strict=True):
-        # Bytes that this call wrote were hashed on the way; only older ones can have rotted since.
+        # Blobs written by this call were hashed during the upload; only older ones can be corrupt.
         if fault := blob_fault(store, file, rehash=not new):
             raise DataError(
-                f"{store.url}: {fault}. Nothing was published; remove {blob_key(file.sha256)} from the store, then "
+                f"{store.url}: {fault}. Nothing was published. Delete {blob_key(file.sha256)} from the store, then "
                 "publish again"
             )
 
 
 def blob_fault(store: Store, file: PackageFile, *, rehash: bool) -> str | None:
-    """Return what is wrong with a file's blob, or None; `rehash` reads every byte, else sizes alone are compared."""
+    """Return what is wrong with a file's blob, or None; `rehash` hashes every byte, else only the size is checked."""
     key = blob_key(file.sha256)
     try:
         if (size := store.size(key)) != file.bytes:
@@ -40,13 +40,15 @@ def blob_fault(store: Store, file: PackageFile, *, rehash: bool) -> str | None:
 
 
 def read_blob(store: Store, file: PackageFile) -> bytes:
-    """Return a small file's bytes, verified, for reports and not weights; raise DataError when the blob is wrong."""
+    """Return the verified bytes of a small file, such as a report; raise DataError if the blob does not match."""
     try:
         data = store.get(blob_key(file.sha256))
     except AbsentError:
         raise DataError(f"{store.url}: the blob of {file.path} ({file.sha256[:12]}…) is missing") from None
     if hashlib.sha256(data).hexdigest() != file.sha256:
-        raise DataError(f"{store.url}: the blob of {file.path} is not what its version says. `ropeway registry verify`")
+        raise DataError(
+            f"{store.url}: the blob of {file.path} does not match its sha256. Run `ropeway registry verify`"
+        )
     return data
 
 

@@ -1,4 +1,4 @@
-"""The registry as its callers see it: artifacts (models), their versions and aliases, and the events of both."""
+"""The public API of the registry: artifacts (models), their versions and aliases, and the events of both."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -32,18 +32,18 @@ from ropeway.registry.versions import Version
 from ropeway.runtime.errors import AbsentError, DataError, RegistryError
 from ropeway.storage import Store, open_store
 
-_MIN_DIGITS = 8  # of a digest's start
+_MIN_DIGITS = 8  # of a digest prefix
 
 
 @dataclass(frozen=True, slots=True)
 class Artifact:
-    """A model: a name with numbered versions, and aliases that point to them."""
+    """A model: a name, its numbered versions and the aliases that point to them."""
 
     store: Store
     name: str
 
     def __post_init__(self) -> None:
-        """Raise RegistryError unless `name` can be a model's."""
+        """Raise RegistryError unless `name` is a valid model name."""
         check_name(self.name)
 
     def publish(
@@ -54,37 +54,38 @@ class Artifact:
         attachments: Mapping[str, Path],
         pages: Path | None = None,
     ) -> PublishResult:
-        """Return the version that a package is; publish it if it is not there yet. Repeat it freely after any failure.
+        """Publish a package as a version; return the existing version if it was published before. Safe to retry.
 
         Args:
-            package_folder: A package with its manifest; every byte is hashed before anything is written.
-            provenance: JSON facts that do not determine the model: git revision, dirty, timings, W&B link. They stand
-                beside the version's number and are kept only from the publish that created it. No secrets.
-            attachments: Files kept beside the version for its lineage, by name: `{"dvc.lock": path}`.
-            pages: README.md and pages that become part of the version, with the manifest of all.
+            package_folder: A package with its manifest.json. Every byte is hashed before anything is written.
+            provenance: JSON facts that do not determine the model: git revision, dirty, timings, W&B link. They are
+                stored in the version's event by the publish that creates it. Do not include secrets.
+            attachments: Files stored with the version for its lineage, by name: `{"dvc.lock": path}`.
+            pages: Folder with README.md and report pages that become part of the version, and a manifest.json of all
+                its files.
 
         Raises:
-            DataError: The package, or a blob the registry has of it, is not what its manifest says or breaks a rule.
-            RegistryError: The name cannot be used.
-            TemporaryError: The store is away, or garbage is being collected there.
-            ConfigError: ROPEWAY_SIGNING_KEY names no key.
+            DataError: The package, or a blob of it in the registry, does not match its manifest or breaks a rule.
+            RegistryError: The name is not valid.
+            TemporaryError: The store is unavailable, or garbage collection is running.
+            ConfigError: ROPEWAY_SIGNING_KEY is not a usable private key.
         """
         return publish_package(self.store, package_folder, self.name, provenance, attachments, pages)
 
     def check_publishing(self) -> None:
-        """Raise now what would refuse a publish whatever the package is; writes registry.json where there is none.
+        """Preflight check of a publish, independent of the package; writes registry.json if it is missing.
 
         Raises:
-            RegistryError: The name cannot be used, or the store holds a registry of another format.
-            ConfigError: The store cannot be written to or ignores preconditions, or ROPEWAY_SIGNING_KEY names no key.
-            TemporaryError: The store is away.
+            RegistryError: The name is not valid, or the store has a registry of another format.
+            ConfigError: The store is not writable or ignores preconditions, or ROPEWAY_SIGNING_KEY is not usable.
+            TemporaryError: The store is unavailable.
         """
         load_signer()
         init_registry(self.store)
         check_name_case(self.store, self.name)
 
     def find(self, digest: str) -> Version | None:
-        """Return the version of a package digest, None while it has no number. An empty store holds none."""
+        """Return the version with this digest; None if it was not published completely."""
         check_digest(digest)
         if not self.store.exists(manifest_key(self.name, digest)):
             return None
@@ -94,32 +95,32 @@ class Artifact:
         return Version(self.store, self.name, digest, versions=versions)
 
     def find_package(self, folder: Path) -> Version | None:
-        """Return the version that was published from a package, whatever its pages say; None when there is none.
+        """Return the version that was published from a package, with any report pages; None if there is none.
 
         Raises:
-            DataError: The folder is not a whole package, or the note of its version names another package's.
+            DataError: The package is incomplete, or its entry in the registry names a version of another package.
         """
         package = build_package_manifest(folder, self.name, verify=False)
         key = package_key(self.name, package.digest)
         try:
-            note = json.loads(self.store.get(key))
-            digest = note["digest"] if isinstance(note, dict) else None
+            entry = json.loads(self.store.get(key))
+            digest = entry["digest"] if isinstance(entry, dict) else None
         except AbsentError:
             return self.find(package.digest)
         except (ValueError, KeyError):
             digest = None
         if not isinstance(digest, str) or not is_digest(digest):
-            raise DataError(f"{self.store.url}: {key} names no version. Remove it and run again")
+            raise DataError(f"{self.store.url}: {key} does not contain a digest. Delete it and run again")
         found = self.find(digest)
-        if found and not found.manifest.includes(package):  # a note is not signed; what it names is looked at
+        if found and not found.manifest.includes(package):  # the entry is not signed, so check the version
             raise DataError(
-                f"{self.store.url}: {key} names {found}, which does not hold the files of {folder}. Remove it and run "
+                f"{self.store.url}: {key} names {found}, which does not have the files of {folder}. Delete it and run "
                 "again"
             )
         return found
 
     def version(self, digest: str) -> Version:
-        """Return the version of a whole digest that is known; nothing is read."""
+        """Return the version with a full digest without reading the store."""
         return Version(self.store, self.name, digest)
 
     def versions(self) -> Iterator[Version]:
@@ -129,18 +130,18 @@ class Artifact:
             yield Version(self.store, self.name, event["digest"], reference=f"{self.name}@v{number}", versions=versions)
 
     def alias(self, name: str) -> Alias:
-        """Return one of its pointers, whether it exists yet or not."""
+        """Return an alias, which does not have to exist yet."""
         return Alias(self.store, self.name, name)
 
     def aliases(self) -> dict[str, str]:
-        """Return every alias and the digest it points to."""
+        """Return the digest that each alias points to."""
         return list_aliases(self.store, self.name)
 
     def rollback(self, alias: str, *, by: str, reason: str, expect: str | AnyDigest | None = ANY) -> Promotion:
-        """Point an alias back at what it pointed to before its current version; a promotion like any other.
+        """Move an alias to the version before its current one; writes a promotion event.
 
         Raises:
-            RegistryError: There is nothing to go back to, that version is withdrawn, or the alias moved meanwhile.
+            RegistryError: There is no earlier version, it is withdrawn, or another process moved the alias.
         """
         pointer = self.alias(alias)
         check_registry(self.store)
@@ -148,11 +149,14 @@ class Artifact:
         target = plan_rollback(events.digests, where=str(pointer))
         current = events[-1]["digest"]
         if expect not in (ANY, current):
-            raise RegistryError(f"{pointer} points to {current}, expected {expect}; it was not moved")
+            raise RegistryError(
+                f"{pointer} points to {current}, expected {expect}; it was not moved. Check the current version, then "
+                "roll back with its digest as the expected one"
+            )
         return Version(self.store, self.name, target).promote(alias, expect=current, by=by, reason=reason)
 
     def describe(self) -> Facts | None:
-        """Return name, versions, latest, published_at and aliases; None before the first version."""
+        """Return name, versions, latest, published_at and aliases; None if there is no version."""
         events = read_events(self.store, versions_log(self.name))
         if not events:
             return None
@@ -165,7 +169,7 @@ class Artifact:
         }
 
     def describe_versions(self) -> list[Facts]:
-        """Return one mapping per version, oldest first."""
+        """Return the facts of each version, oldest first."""
         aliases, withdrawn = self.aliases(), set(self.store.list_keys(tombstones_folder(self.name)))
         return [
             {
@@ -180,64 +184,66 @@ class Artifact:
         ]
 
     def describe_history(self, alias: str) -> list[Facts]:
-        """Return an alias's events, oldest first, each with the number its version has."""
+        """Return the events of an alias, oldest first, each with the number of its version."""
         digests = read_events(self.store, versions_log(self.name)).digests
         numbers = {digest: number for number, digest in enumerate(digests, 1)}
         return [{**event, "version": numbers.get(event["digest"])} for event in self.alias(alias).events]
 
 
 class Registry:
-    """Immutable, content-addressed versions; aliases that move by compare-and-set; pulls that are verified."""
+    """A model registry: immutable, content-addressed versions, aliases moved by compare-and-set, verified pulls."""
 
     def __init__(self, store: Store) -> None:
-        """Keep everything in a store; nothing is contacted yet."""
+        """Use a store without connecting to it."""
         self.store, self.url = store, store.url
 
     @classmethod
     def open(cls, url: str) -> "Registry":
-        """Return the registry at a URL; raise ConfigError as `ropeway.storage.open_store` does."""
+        """Return the registry at a URL; raises ConfigError as `ropeway.storage.open_store` does."""
         return cls(open_store(url))
 
     def check(self) -> None:
-        """Raise RegistryError when the store holds no registry, or one of another format."""
+        """Raise RegistryError if the store has no registry, or one of another format."""
         check_registry(self.store)
 
     def artifact(self, name: str) -> Artifact:
-        """Return a model, whether something was published under its name or not."""
+        """Return a model, which does not have to have a version yet."""
         return Artifact(self.store, name)
 
     def artifacts(self) -> list[Artifact]:
-        """Return every model under whose name something was published."""
+        """Return every model in the registry."""
         return [Artifact(self.store, name) for name in list_models(self.store)]
 
     def describe(self) -> list[Facts]:
-        """Return `Artifact.describe` of every model that has a version. None in an empty store."""
+        """Return `Artifact.describe` of every model that has a version; an empty list for an empty store."""
         artifacts = self.artifacts()
         if artifacts:
             self.check()
         return [facts for artifact in artifacts if (facts := artifact.describe())]
 
     def version(self, reference: str) -> Version:
-        """Return what `laptop@candidate`, `laptop@v3`, `laptop@3` or `laptop@<digest prefix>` means now.
+        """Return the version of `laptop@candidate`, `laptop@v3`, `laptop@3` or `laptop@<digest prefix>`.
 
-        An alias may move while its version is worked with; the version stays the one that was meant here.
+        An alias is resolved once: the returned version does not change when the alias moves.
 
         Raises:
-            RegistryError: Nothing or more than one version is meant.
+            RegistryError: No version or more than one version matches.
         """
         wanted = read_reference(reference)
         self.check()
         found = self._find(wanted, reference)
         if not found:
-            raise RegistryError(
-                f"{reference}: {self.url} holds no such version. {self._describe_available(wanted.name)}"
-            )
+            raise RegistryError(f"{reference}: no such version in {self.url}. {self._describe_available(wanted.name)}")
         if len(found) > 1:
-            raise RegistryError(f"{reference}: {len(found)} versions begin so; give more digits")
+            raise RegistryError(f"{reference}: the prefix matches {len(found)} versions; give more digits")
         return found[0]
 
     def find(self, wanted: str) -> Version:
-        """Return what NAME@…, a digest, or its first 8 or more digits mean; raise RegistryError unless that is one."""
+        """Return the version of a reference, digest or digest prefix (8 digits or more).
+
+        Raises:
+            RegistryError: No version or more than one version matches.
+        """
         if "@" in wanted:
             return self.version(wanted)
         prefix = wanted.lower()
@@ -245,16 +251,16 @@ class Registry:
         found = [version for name in names for version in self._with_prefix(name, prefix)]
         if len(found) == 1:
             return found[0]
-        many = f"{len(found)} versions begin so; give more digits, or NAME@DIGEST"
-        none = f"{self.url} holds no such version; expected a digest (8 digits or more) or NAME@v3"
+        many = f"the prefix matches {len(found)} versions; give more digits, or NAME@DIGEST"
+        none = f"no such version in {self.url}; expected a digest (8 digits or more) or NAME@v3"
         raise RegistryError(f"{wanted}: {many if found else none}")
 
     def find_garbage(self, *, grace: timedelta, withdrawn: bool) -> garbage_collection.Garbage:
-        """Return what a collection would remove now; see `garbage_collection.find_garbage`."""
+        """Return what a collection would delete now; see `garbage_collection.find_garbage`."""
         return garbage_collection.find_garbage(self.store, grace=grace, withdrawn=withdrawn)
 
     def collect(self, *, grace: timedelta, withdrawn: bool) -> garbage_collection.Garbage:
-        """Remove what `find_garbage` finds, announced to publishers; return what was removed."""
+        """Delete what `find_garbage` returns; see `garbage_collection.collect`."""
         return garbage_collection.collect(self.store, grace=grace, withdrawn=withdrawn)
 
     def _find(self, wanted: Reference, reference: str) -> list[Version]:
@@ -280,6 +286,6 @@ class Registry:
         artifact = self.artifact(name)
         count = len(read_events(self.store, versions_log(name)))
         if not count:
-            return f"No version of {name} was published there"
+            return f"The registry has no version of {name}"
         versions = "v1" if count == 1 else f"v1 to v{count}"
         return f"Versions of {name}: {versions}; aliases: {', '.join(artifact.aliases()) or 'none'}"

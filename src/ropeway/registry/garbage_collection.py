@@ -1,8 +1,8 @@
-"""Collect garbage: what no version needs and no publish under way counts on, once it is older than a grace period.
+"""Garbage collection: delete objects that no version and no running publish references, after a grace period.
 
-A collector and a publisher cannot miss each other: the publisher leaves its intent and then looks for a collection; the
-collector announces itself and then looks for intents. So one of them sees the other: the publisher steps back, or the
-collector leaves what the intent names alone.
+A publisher writes its intent and then checks for a running collection; a collector writes its collection marker and
+then reads the intents. So at least one of them sees the other: the publisher aborts, or the collector keeps the objects
+that the intent lists.
 """
 
 import json
@@ -31,116 +31,120 @@ from ropeway.runtime.errors import AbsentError, TemporaryError
 from ropeway.runtime.manifest import canonical_json
 from ropeway.storage import IncompleteUpload, Store, StoredObject
 
-# Keys of a kind that may be removed: events and tombstones never are.
+# Keys that may be deleted. Events and tombstones are never deleted.
 _COLLECTABLE = re.compile(rf"blobs/sha256/|{INTENTS}|{COLLECTIONS}|models/[^/]+/(heads/|manifests/[^/]+$)")
 COLLECTION_TIMEOUT = COLLECTION_TTL / 2
-INTENT_TTL = timedelta(hours=24)  # however short the grace: a publish that takes longer has died
+INTENT_TTL = timedelta(hours=24)  # even with a shorter grace period: a publish this old is dead
 
 
 @dataclass(frozen=True, slots=True)
 class Garbage:
-    """What a collection removes.
+    """The objects and incomplete uploads that a collection deletes.
 
     Attributes:
-        young: Objects that nobody needs either, but younger than the grace period.
+        in_grace_period: Number of unreferenced objects that are kept because they are within the grace period.
     """
 
     entries: tuple[StoredObject, ...]
     incomplete_uploads: tuple[IncompleteUpload, ...]
-    young: int
+    in_grace_period: int
 
     @property
     def bytes(self) -> int:
-        """The size of what is removed."""
+        """The total size of the objects."""
         return sum(entry.bytes for entry in self.entries)
 
 
 def plan_collection(
     entries: Iterable[StoredObject],
     incomplete_uploads: Iterable[IncompleteUpload],
-    needed: Collection[str],
+    referenced: Collection[str],
     *,
     before: datetime,
 ) -> Garbage:
-    """Return what to remove: collectable, not needed, last changed before a moment."""
-    idle = [entry for entry in entries if _COLLECTABLE.match(entry.key) and _needs(entry.key) not in needed]
-    old = tuple(entry for entry in idle if entry.modified_at < before)
+    """Return what to delete: collectable, unreferenced and last modified before the cutoff `before`."""
+    unreferenced = [
+        entry for entry in entries if _COLLECTABLE.match(entry.key) and _referenced_key(entry.key) not in referenced
+    ]
+    old = tuple(entry for entry in unreferenced if entry.modified_at < before)
     return Garbage(
-        old, tuple(upload for upload in incomplete_uploads if upload.started_at < before), len(idle) - len(old)
+        old, tuple(upload for upload in incomplete_uploads if upload.started_at < before), len(unreferenced) - len(old)
     )
 
 
 def find_garbage(store: Store, *, grace: timedelta, withdrawn: bool) -> Garbage:
-    """Return what a collection would remove now. Nothing is removed.
+    """Return what a collection would delete now; delete nothing.
 
-    What is younger than `grace` stays; with `withdrawn` the blobs go too that only withdrawn versions need.
+    Objects younger than `grace` are kept. `withdrawn` includes blobs that only withdrawn versions reference.
 
     Raises:
-        RegistryError: No registry there, or a version's manifest is missing: what it needs cannot be known.
-        DataError: A manifest or an event is damaged: likewise.
+        RegistryError: There is no registry, or the manifest of a version is missing, so its references are unknown.
+        DataError: A manifest or an event is damaged, so the references are unknown.
     """
     check_registry(store)
     now = datetime.now(UTC)
     before = now - grace
-    entries = store.list_entries("")  # listed before what is needed is read: what comes later is young
-    # This collection's announcement, and those of others under way.
-    announced = (entry for entry in entries if entry.key.startswith(COLLECTIONS))
-    needed = {entry.key for entry in announced if entry.modified_at > now - COLLECTION_TTL}
-    # Intents before versions: an intent is removed once its version has a number.
-    needed |= _reachable_from_intents(store, entries, min(before, now - INTENT_TTL))
-    needed |= _reachable_from_versions(store, withdrawn=withdrawn)
-    return plan_collection(entries, store.list_incomplete_uploads(), needed, before=before)
+    entries = store.list_entries("")  # listed before the references are read: newer objects are in the grace period
+    # The markers of this collection and of others that are running.
+    markers = (entry for entry in entries if entry.key.startswith(COLLECTIONS))
+    referenced = {entry.key for entry in markers if entry.modified_at > now - COLLECTION_TTL}
+    # Read intents before versions: an intent is deleted after its version has a number.
+    referenced |= _referenced_by_intents(store, entries, min(before, now - INTENT_TTL))
+    referenced |= _referenced_by_versions(store, withdrawn=withdrawn)
+    return plan_collection(entries, store.list_incomplete_uploads(), referenced, before=before)
 
 
 def collect(store: Store, *, grace: timedelta, withdrawn: bool) -> Garbage:
-    """Remove what `find_garbage` finds, announced to publishers; return what was removed."""
-    announcement = collection_key(uuid.uuid4().hex)
+    """Delete what `find_garbage` returns while a collection marker blocks publishes; return what was deleted."""
+    marker = collection_key(uuid.uuid4().hex)
     started = datetime.now(UTC)
-    store.put_if_absent(announcement, canonical_json({"at": started.isoformat(timespec="seconds")}))
+    store.put_if_absent(marker, canonical_json({"at": started.isoformat(timespec="seconds")}))
     try:
         found = find_garbage(store, grace=grace, withdrawn=withdrawn)
-        # Manifests first: a death in the middle must not leave one whose blobs are gone.
+        # Manifests first: an interrupted collection must not leave a manifest without its blobs.
         for entry in sorted(found.entries, key=lambda entry: (not entry.key.startswith("models/"), entry.key)):
             if datetime.now(UTC) - started > COLLECTION_TIMEOUT:
+                minutes = COLLECTION_TIMEOUT.total_seconds() / 60
                 raise TemporaryError(
-                    f"{store.url}: stopped after {COLLECTION_TIMEOUT}; what is left is for the next. Repeat it"
+                    f"{store.url}: garbage collection stopped at its limit of {minutes:g} minutes. Run it "
+                    "again to delete the rest"
                 )
             store.delete(entry.key)
         for upload in found.incomplete_uploads:
             store.remove_incomplete_upload(upload)
     finally:
-        store.delete(announcement)
+        store.delete(marker)
     return found
 
 
-def _reachable_from_versions(store: Store, *, withdrawn: bool) -> set[str]:
-    needed: set[str] = set()
+def _referenced_by_versions(store: Store, *, withdrawn: bool) -> set[str]:
+    referenced: set[str] = set()
     for name in list_models(store):
         versions, *others = (verify_log(store, log) for log in model_logs(store, name))
-        needed |= {key for events in (versions, *others) if (key := find_head(store, events))}
+        referenced |= {key for events in (versions, *others) if (key := find_head(store, events))}
         for event in versions:
             digest = str(event["digest"])
-            needed.add(manifest_key(name, digest))
+            referenced.add(manifest_key(name, digest))
             if withdrawn and store.exists(tombstone_key(name, digest)):
                 continue
             files = [*load_version_manifest(store, name, digest).files, *attached_files(event)]
-            needed |= {blob_key(file.sha256) for file in files}
-    return needed
+            referenced |= {blob_key(file.sha256) for file in files}
+    return referenced
 
 
-def _reachable_from_intents(store: Store, entries: Sequence[StoredObject], before: datetime) -> set[str]:
-    """Return what publishes under way count on, and their intents; one older than `before` is of a dead publish."""
-    needed: set[str] = set()
+def _referenced_by_intents(store: Store, entries: Sequence[StoredObject], before: datetime) -> set[str]:
+    """Return the keys that running publishes reference, and their intents; intents older than `before` are expired."""
+    referenced: set[str] = set()
     listed = {entry.key: entry for entry in entries if entry.key.startswith(INTENTS)}
-    for key in store.list_keys(INTENTS):  # again: a publisher may have come since
+    for key in store.list_keys(INTENTS):  # listed again: a publish may have started since
         if key in listed and listed[key].modified_at < before:
             continue
         with suppress(AbsentError, ValueError, KeyError, TypeError):
             intent = json.loads(store.get(key))
-            needed |= {key, manifest_key(intent["name"], intent["digest"]), *intent["blobs"]}
-    return needed
+            referenced |= {key, manifest_key(intent["name"], intent["digest"]), *intent["blobs"]}
+    return referenced
 
 
-def _needs(key: str) -> str:
-    """Return the key that must be needed for this one to be: a signature's is its manifest."""
+def _referenced_key(key: str) -> str:
+    """Return the key that keeps this one alive: the manifest for a signature, otherwise the key itself."""
     return f"{key.rsplit('.', 2)[0]}.json" if key.endswith(".sig") else key

@@ -1,17 +1,18 @@
-"""Where everything in a registry lies, and how a person names a version. The layout is final.
+"""Keys of every object in a registry, and references such as `laptop@v3`. The layout is final.
 
-registry.json                                     format, written once
-blobs/sha256/ab/<64 hex>                          immutable
-models/<name>/manifests/<64 hex>.json             canonical JSON; its sha256 is the version's identity
-models/<name>/manifests/<64 hex>.<key id>.sig     Ed25519 signature over those bytes, one per key
-models/<name>/versions/00000012.json              number -> digest, append-only
-models/<name>/aliases/<alias>/00000007.json       {digest, prev, by, reason, review, at}: the last is the alias
-models/<name>/tombstones/<64 hex>.json            withdrawn; pull refuses
-models/<name>/reviews/00000003.json               {digest, decision, by, comment, ...}: every answer, append-only
-models/<name>/heads/<log>/99999987.txt            digests of a log's first 12 events; a hint, named by 99999999 - 12
-models/<name>/clean/<64 hex>.json                 made again, byte for byte, from a clean git tree
-intents/<32 hex>.json                             a publish under way; a collector leaves what it names alone
-collections/<32 hex>.json                         a collection under way; publishers step back
+registry.json                                     format of the registry, written once
+blobs/sha256/ab/<64 hex>                          content of a file, immutable
+models/<name>/manifests/<64 hex>.json             version manifest, canonical JSON; its sha256 is the version's identity
+models/<name>/manifests/<64 hex>.<key id>.sig     Ed25519 signature of the manifest, one file per key
+models/<name>/packages/<64 hex>.json              package digest -> digest of the version with report pages
+models/<name>/versions/00000012.json              version number -> digest, append-only
+models/<name>/aliases/<alias>/00000007.json       {digest, prev, by, reason, review, at}: the last event is current
+models/<name>/tombstones/<64 hex>.json            the version is withdrawn; pull refuses it
+models/<name>/reviews/00000003.json               {digest, decision, by, comment, ...}: all reviews, append-only
+models/<name>/heads/<log>/99999987.txt            digests of the first 12 events of a log (a hint); name: 99999999 - 12
+models/<name>/clean/<64 hex>.json                 the clean git commit that reproduced the version byte for byte
+intents/<32 hex>.json                             a running publish; garbage collection keeps the objects it lists
+collections/<32 hex>.json                         a running garbage collection; publishes abort while it exists
 """
 
 import re
@@ -56,7 +57,7 @@ _PROMOTION: _Fields = {
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """`NAME@SELECTOR` taken apart: the selector is an alias, a version number or the start of a digest.
+    """A parsed `NAME@SELECTOR`; the selector is an alias, a version number or a digest prefix.
 
     Attributes:
         name: The model.
@@ -73,28 +74,28 @@ class Reference:
 
 @dataclass(frozen=True, slots=True)
 class Log:
-    """An append-only log: its folder, that of its heads, and the keys that each event has, with their types."""
+    """An append-only log: the folder of its events, the folder of its heads, and the types of an event's fields."""
 
     folder: str
     heads: str
     fields: _Fields
 
     def key(self, number: int) -> str:
-        """Return where an event lies; they count from 1."""
+        """Return the key of an event; numbers start at 1."""
         return f"{self.folder}{number:08d}.json"
 
     def head_key(self, number: int) -> str:
-        """Return where the head of the first `number` events lies: of all heads the newest comes first by name."""
+        """Return the key of the head of the first `number` events; the newest head has the first name."""
         return f"{self.heads}{_LAST_NUMBER - number:08d}.txt"
 
     def head_number(self, key: str | None) -> int:
-        """Return how many events a head is of, 0 for what is none."""
+        """Return the number of events that a head covers; 0 if `key` is not a head."""
         match = _HEAD_KEY.fullmatch((key or "").removeprefix(self.heads))
         return _LAST_NUMBER - int(match[1]) if match else 0
 
 
 def read_reference(text: str) -> Reference:
-    """Return what NAME@ALIAS, NAME@v3, NAME@3 or NAME@DIGEST (8 digits or more) means; else raise RegistryError.
+    """Parse NAME@ALIAS, NAME@v3, NAME@3 or NAME@DIGEST (8 digits or more); raise RegistryError if it is malformed.
 
     >>> read_reference("laptop@v3").number
     3
@@ -109,63 +110,63 @@ def read_reference(text: str) -> Reference:
             return Reference(name, alias=selector)
     raise RegistryError(
         f"{text[:120]!r}: expected NAME@ALIAS, NAME@v3 or NAME@DIGEST (its first 8 digits or more), "
-        "e.g. laptop@candidate. `ropeway registry list` shows what there is"
+        "e.g. laptop@candidate. `ropeway registry list` shows the models"
     )
 
 
 def check_name(name: str) -> None:
-    """Raise RegistryError unless `name` can be a model's."""
+    """Raise RegistryError unless `name` is a valid model name."""
     if not PROFILE_NAME.fullmatch(name) or ".." in name:
-        raise RegistryError(f"model name {name[:80]!r}: expected 1 to 64 of A-Z a-z 0-9 . _ -, e.g. laptop")
+        raise RegistryError(f"model name {name[:80]!r}: expected 1 to 64 characters of A-Z a-z 0-9 . _ -, e.g. laptop")
 
 
 def check_alias(alias: str) -> None:
-    """Raise RegistryError unless `alias` can be one: not to be mistaken for a number or a digest."""
+    """Raise RegistryError unless `alias` is a valid alias: neither a version number nor a digest."""
     if alias in ("none", "any") or not _ALIAS.fullmatch(alias) or _NUMBER.fullmatch(alias) or _PREFIX.fullmatch(alias):
         raise RegistryError(
-            f"alias {alias[:80]!r}: expected 2 to 50 of a-z 0-9 -, starting with a letter, neither a version number "
-            "nor a digest, and not `none` or `any`; e.g. candidate, production"
+            f"alias {alias[:80]!r}: expected 2 to 50 characters of a-z 0-9 -, starting with a letter, not a version "
+            "number, a digest, `none` or `any`; e.g. candidate, production"
         )
 
 
 def is_digest(value: object) -> bool:
-    """Return whether a value is a sha256 in lower-case hex."""
+    """Return whether a value is a lowercase hex sha256."""
     return isinstance(value, str) and _DIGEST.fullmatch(value) is not None
 
 
 def check_digest(digest: str) -> None:
-    """Raise RegistryError unless `digest` is a whole one."""
+    """Raise RegistryError unless `digest` is a full sha256 digest."""
     if not is_digest(digest):
-        raise RegistryError(f"digest {digest[:80]!r}: expected 64 lower-case hex digits")
+        raise RegistryError(f"digest {digest[:80]!r}: expected 64 lowercase hex digits")
 
 
 def blob_key(sha256: str) -> str:
-    """Return where a file's bytes lie; two levels, so that no folder grows without end."""
+    """Return the key of a blob; the first two digits are a folder, which keeps folders small."""
     return f"blobs/sha256/{sha256[:2]}/{sha256}"
 
 
 def manifest_key(name: str, digest: str) -> str:
-    """Return where a version's signed core lies."""
+    """Return the key of a version's manifest."""
     return f"models/{name}/manifests/{digest}.json"
 
 
 def package_key(name: str, package: str) -> str:
-    """Return where it is noted which version was published from a package, whose pages are no part of its digest."""
+    """Return the key of the entry that maps a package digest, without pages, to the version published from it."""
     return f"models/{name}/packages/{package}.json"
 
 
 def signatures_prefix(name: str, digest: str) -> str:
-    """Return what the keys of a version's signatures begin with."""
+    """Return the prefix of the keys of a version's signatures."""
     return f"models/{name}/manifests/{digest}."
 
 
 def signature_key(name: str, digest: str, keyid: str) -> str:
-    """Return where one key's signature of a version lies."""
+    """Return the key of the signature of a version by one signing key."""
     return f"{signatures_prefix(name, digest)}{keyid}.sig"
 
 
 def versions_log(name: str) -> Log:
-    """Return the log number → digest, with what is known of a version but does not make it."""
+    """Return the log of versions: number, digest, provenance and attachments."""
     return _log(name, "versions/", _VERSION)
 
 
@@ -175,17 +176,17 @@ def aliases_folder(name: str) -> str:
 
 
 def alias_log(name: str, alias: str) -> Log:
-    """Return an alias's log."""
+    """Return the log of an alias."""
     return _log(name, f"aliases/{alias}/", _PROMOTION)
 
 
 def reviews_log(name: str) -> Log:
-    """Return the log of what reviewers answered."""
+    """Return the log of reviews."""
     return _log(name, "reviews/", _REVIEW)
 
 
 def model_logs(store: Store, name: str) -> list[Log]:
-    """Return every log of a model, its versions' first."""
+    """Return every log of a model, the versions log first."""
     aliases = store.list_folders(aliases_folder(name))
     return [versions_log(name), reviews_log(name), *(alias_log(name, alias) for alias in aliases)]
 
@@ -195,59 +196,60 @@ def _log(name: str, path: str, fields: _Fields) -> Log:
 
 
 def clean_key(name: str, digest: str) -> str:
-    """Return where it is noted that a version from a dirty tree was made again from a clean one."""
+    """Return the key of the clean commit that reproduced a version published from a dirty tree."""
     return f"models/{name}/clean/{digest}.json"
 
 
 def tombstones_folder(name: str) -> str:
-    """Return the folder with one note per withdrawn version."""
+    """Return the folder of tombstones, one per withdrawn version."""
     return f"models/{name}/tombstones/"
 
 
 def tombstone_key(name: str, digest: str) -> str:
-    """Return where the withdrawal of a version is noted."""
+    """Return the key of a version's tombstone."""
     return f"{tombstones_folder(name)}{digest}.json"
 
 
 def intent_key(identifier: str) -> str:
-    """Return where a publish under way names the blobs it counts on."""
+    """Return the key of the intent of a running publish, which lists its blobs."""
     return f"{INTENTS}{identifier}.json"
 
 
 def collection_key(identifier: str) -> str:
-    """Return where a collection under way announces itself."""
+    """Return the key of the marker of a running garbage collection."""
     return f"{COLLECTIONS}{identifier}.json"
 
 
 def init_registry(store: Store) -> None:
-    """Write registry.json if this is the store's first publish, and check it."""
+    """Write registry.json if it is missing, then check it."""
     store.put_if_absent(_FORMAT_KEY, canonical_json({"format": FORMAT}))
     check_registry(store)
 
 
 def check_registry(store: Store) -> None:
-    """Raise RegistryError when the store holds no registry, or one of another format."""
+    """Raise RegistryError if the store has no registry, or one of another format."""
     try:
         found = store.get(_FORMAT_KEY)
     except AbsentError:
         raise RegistryError(
-            f"{store.url}: no registry there yet. `ropeway run` publishes to it; or correct ROPEWAY_REGISTRY"
+            f"{store.url}: no registry found. `ropeway run` creates it with the first publish; or correct "
+            "ROPEWAY_REGISTRY"
         ) from None
     if found != canonical_json({"format": FORMAT}):
         raise RegistryError(
-            f"{store.url}: registry.json says {found[:80]!r}, expected format {FORMAT}. A newer Ropeway wrote it: "
-            "use that one"
+            f"{store.url}: registry.json contains {found[:80]!r}, expected format {FORMAT}. A newer Ropeway wrote it: "
+            "upgrade Ropeway"
         )
 
 
 def list_models(store: Store) -> list[str]:
-    """Return the names under which something was published."""
+    """Return the names of all models."""
     return store.list_folders("models/")
 
 
 def check_name_case(store: Store, name: str) -> None:
-    """Raise RegistryError when a model of that name in another case exists: some file systems hold them one."""
+    """Raise RegistryError if a model name differs only in case: some file systems are not case-sensitive."""
     check_name(name)
     clash = [other for other in list_models(store) if other != name and other.casefold() == name.casefold()]
     if clash:
-        raise RegistryError(f"model name {name}: {clash[0]} exists and differs in case only. Choose another name")
+        raise RegistryError(f"model name {name}: model {clash[0]} exists and differs only in case. Choose another name")

@@ -1,4 +1,4 @@
-"""Publish a package: blobs, re-check, manifest, signature, number, in this order: a death leaves nothing dangling."""
+"""Publish a package: blobs, check, manifest, signature, number. In this order a crash leaves only garbage."""
 
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
@@ -32,16 +32,16 @@ from ropeway.runtime.errors import DataError, TemporaryError
 from ropeway.runtime.manifest import canonical_json, file_sha256
 from ropeway.storage import Store
 
-COLLECTION_TTL = timedelta(hours=1)  # a collection ends after half of that: an older announcement is of one that died
+COLLECTION_TTL = timedelta(hours=1)  # a collection stops after half of this: an older marker is of a dead one
 
 
 @dataclass(frozen=True, slots=True)
 class PublishResult:
-    """A version as the registry holds it.
+    """A published version.
 
     Attributes:
         number: 1, 2, 3 … in the order of publishing.
-        created: Whether this call gave it its number.
+        created: Whether this call created the version; False if it existed.
     """
 
     name: str
@@ -62,49 +62,51 @@ def publish_package(
     attachments: Mapping[str, Path],
     pages: Path | None = None,
 ) -> PublishResult:
-    """Return the version that a package is, published if it is not there yet; see `Artifact.publish`."""
+    """Publish a package as a version, or return the existing version; see `Artifact.publish`."""
     signer = load_signer()
-    core, places = build_version_manifest(package_folder, pages, name)
+    manifest, paths = build_version_manifest(package_folder, pages, name)
     attached = _plan_attachments(attachments)
     record = {
-        "digest": core.digest,
+        "digest": manifest.digest,
         "published_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "provenance": dict(provenance),
         "attachments": {file.path: {"sha256": file.sha256, "bytes": file.bytes} for _, file in attached},
     }
-    event_document(record)  # refused now rather than after the weights have gone up
+    event_document(record)  # fail before the weights are uploaded
     check_name_case(store, name)
     init_registry(store)
-    files = [(places[file.path], file) for file in core.files]
+    files = [(paths[file.path], file) for file in manifest.files]
     versions = read_events(store, versions_log(name))
-    if find_number(versions, core.digest) is None:
+    if find_number(versions, manifest.digest) is None:
         files += attached
-    with _publish_intent(store, core, [file for _, file in files]):
+    with _publish_intent(store, manifest, [file for _, file in files]):
         put_blobs(store, files)
-        store.put_if_absent(manifest_key(name, core.digest), core.document, sha256=core.digest)
-        load_version_manifest(store, name, core.digest)  # an older manifest of that name may have rotted
+        store.put_if_absent(manifest_key(name, manifest.digest), manifest.document, sha256=manifest.digest)
+        load_version_manifest(store, name, manifest.digest)  # an existing manifest can be corrupt
         if signer:
-            sign(store, core, signer)
-        # A digest keeps the number it has; a new one gets the next.
+            sign(store, manifest, signer)
+        # An existing digest keeps its number; a new one gets the next number.
         log = versions_log(name)
-        numbered = append_event(store, log, lambda events: find_number(events, core.digest) or record, known=versions)
-        if pages:  # last: a version without it is found by its own digest
+        numbered = append_event(
+            store, log, lambda events: find_number(events, manifest.digest) or record, known=versions
+        )
+        if pages:  # last: without it the version is still found by its own digest
             package = package_digest(package_folder, name)
-            store.put_if_absent(package_key(name, package), canonical_json({"digest": core.digest}))
-    return PublishResult(name, core.digest, numbered.number, created=numbered.created)
+            store.put_if_absent(package_key(name, package), canonical_json({"digest": manifest.digest}))
+    return PublishResult(name, manifest.digest, numbered.number, created=numbered.created)
 
 
 def find_number(versions: Events, digest: str) -> int | None:
-    """Return the number of a digest in its artifact's log, or None while it has none."""
+    """Return the version number of a digest, or None if it has no version event."""
     return next((number for number, known in enumerate(versions.digests, 1) if known == digest), None)
 
 
 def attached_files(record: Event) -> list[PackageFile]:
-    """Return the attachments that a version's record names; raise DataError when it does not name them rightly."""
+    """Return the attachments in a version event; raise DataError if an entry is malformed."""
     files = []
     for name, facts in record["attachments"].items():
         if not (isinstance(facts, dict) and is_digest(facts.get("sha256")) and type(facts.get("bytes")) is int):
-            raise DataError(f"version {record['digest'][:12]}…: attachment {name!r} has no sha256 or no size")
+            raise DataError(f"version {record['digest'][:12]}…: attachment {name!r} has no valid sha256 and size")
         files.append(PackageFile(name, facts["sha256"], facts["bytes"]))
     return files
 
@@ -113,7 +115,7 @@ def _plan_attachments(attachments: Mapping[str, Path]) -> list[tuple[Path, Packa
     files = []
     for name, path in sorted(attachments.items()):
         if "/" in name or path.is_symlink() or not path.is_file():
-            raise DataError(f"attachment {name!r}: expected a plain name and a regular file, found {path}")
+            raise DataError(f"attachment {name!r}: expected a name without / and a regular file, found {path}")
         files.append((path, PackageFile(name, file_sha256(path), path.stat().st_size)))
     if files:
         check_files([file for _, file in files])
@@ -123,15 +125,15 @@ def _plan_attachments(attachments: Mapping[str, Path]) -> list[tuple[Path, Packa
 
 
 @contextmanager
-def _publish_intent(store: Store, core: VersionManifest, files: Iterable[PackageFile]) -> Iterator[None]:
-    """Leave `intents/<id>.json` while a publish is under way: a collector of garbage must leave its blobs alone.
+def _publish_intent(store: Store, manifest: VersionManifest, files: Iterable[PackageFile]) -> Iterator[None]:
+    """Hold `intents/<id>.json` during a publish, so that garbage collection keeps its blobs.
 
-    A publish that died leaves its intent; it counts for as long as the collector's grace period.
+    The intent of a crashed publish expires after the grace period, 24 hours at least.
     """
     key = intent_key(uuid.uuid4().hex)
     intent = {
-        "name": core.name,
-        "digest": core.digest,
+        "name": manifest.name,
+        "digest": manifest.digest,
         "blobs": sorted({blob_key(file.sha256) for file in files}),
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -142,11 +144,11 @@ def _publish_intent(store: Store, core: VersionManifest, files: Iterable[Package
 
 
 def _check_no_collection(store: Store, intent: str) -> None:
-    """Raise TemporaryError while garbage is collected: the collector may not have seen our intent."""
+    """Raise TemporaryError while garbage collection runs: the collector may have read the intents before ours."""
     since = datetime.now(UTC) - COLLECTION_TTL
-    if under_way := [entry for entry in store.list_entries(COLLECTIONS) if entry.modified_at > since]:
+    if running := [entry for entry in store.list_entries(COLLECTIONS) if entry.modified_at > since]:
         store.delete(intent)
         raise TemporaryError(
-            f"{store.url}: garbage is being collected since {under_way[0].modified_at:%H:%M:%S} UTC; nothing was "
-            "published. Repeat the command in a few minutes"
+            f"{store.url}: garbage collection has been running since {running[0].modified_at:%H:%M:%S} UTC; nothing "
+            "was published. Run the command again in a few minutes"
         )

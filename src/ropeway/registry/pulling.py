@@ -1,4 +1,4 @@
-"""Fetch a package into a folder: nothing appears under its final name before every byte was hashed."""
+"""Pull a package into a folder, which gets its final name only after every byte is verified."""
 
 import fcntl
 import hashlib
@@ -20,7 +20,7 @@ from ropeway.storage import BLOCK_BYTES, TRANSFER_BYTES, Store
 
 @dataclass(frozen=True, slots=True)
 class PullResult:
-    """A version on this machine; `created` is False when it was there already, whole and equal."""
+    """A pulled version; `created` is False if the folder already contained the complete version."""
 
     name: str
     digest: str
@@ -30,7 +30,7 @@ class PullResult:
 
 @dataclass(frozen=True, slots=True)
 class VerifyResult:
-    """How much of a version was hashed and found right, its attachments included."""
+    """The files and bytes of a version that were hashed and verified, including attachments."""
 
     name: str
     digest: str
@@ -38,59 +38,59 @@ class VerifyResult:
     bytes: int
 
 
-def fetch_package(store: Store, core: VersionManifest, target: Path) -> PullResult:
-    """Return `target`, a version's folder, every byte verified; see `Version.pull`."""
+def fetch_package(store: Store, manifest: VersionManifest, target: Path) -> PullResult:
+    """Pull a version into `target` and verify every byte; see `Version.pull`."""
     target = target.absolute()
     if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise RegistryError(f"{target}: expected a folder or nothing there, found a link or a file. Choose another")
+        raise RegistryError(f"{target}: expected a folder or a new path, found a link or a file. Choose another path")
     if target.is_dir() and any(target.iterdir()):
-        _check_same(core, target)
-        return PullResult(core.name, core.digest, target, created=False)
-    with _partial_folder(target, core) as partial:
-        for file in core.files:
+        _check_same(manifest, target)
+        return PullResult(manifest.name, manifest.digest, target, created=False)
+    with _partial_folder(target, manifest) as partial:
+        for file in manifest.files:
             fetch_file(store, file, partial / file.path)
-        if strays := sorted(set(scan_folder(partial)) - {file.path for file in core.files}):
-            raise DataError(f"{partial}: {strays[0]} is none of the version's files. Pull again")
+        if unexpected := sorted(set(scan_folder(partial)) - {file.path for file in manifest.files}):
+            raise DataError(f"{partial}: {unexpected[0]} is not a file of the version. Pull again")
         _rename_when_complete(partial, target)
-    return PullResult(core.name, core.digest, target, created=True)
+    return PullResult(manifest.name, manifest.digest, target, created=True)
 
 
-def _check_same(core: VersionManifest, target: Path) -> None:
+def _check_same(manifest: VersionManifest, target: Path) -> None:
     try:
-        check_folder(core, target)
+        check_folder(manifest, target)
     except DataError as error:
         raise RegistryError(
-            f"{target}: holds something other than {core.name} {core.digest[:12]}…, and is left as it is ({error}). "
-            "Choose another folder, or remove it"
+            f"{target}: expected an empty folder or exactly {manifest.name} {manifest.digest[:12]}…; it was not "
+            f"changed ({error}). Choose another folder, or delete it"
         ) from None
 
 
-def check_folder(core: VersionManifest, folder: Path) -> None:
-    """Raise DataError unless a folder holds exactly a version's files."""
-    if extra := sorted(set(scan_folder(folder)) - {file.path for file in core.files}):
-        raise DataError(f"{folder}: {extra[0]} is not in the version ({len(extra)} such files)")
-    for file in core.files:
+def check_folder(manifest: VersionManifest, folder: Path) -> None:
+    """Raise DataError unless a folder contains exactly the files of a version."""
+    if extra := sorted(set(scan_folder(folder)) - {file.path for file in manifest.files}):
+        raise DataError(f"{folder}: {extra[0]} is not in the version ({len(extra)} extra files)")
+    for file in manifest.files:
         facts = FileFacts(sha256=file.sha256, bytes=file.bytes)
         check_file(folder / file.path, facts, remedy="Pull the version again into another folder")
 
 
 @contextmanager
-def _partial_folder(target: Path, core: VersionManifest) -> Iterator[Path]:
-    """Yield the locked folder in which a pull of this version to this place is put together; it may hold a part.
+def _partial_folder(target: Path, manifest: VersionManifest) -> Iterator[Path]:
+    """Yield the locked partial folder of this version and target; it can have files of an interrupted pull.
 
-    Data that turns out wrong takes the folder with it; any other failure leaves it for the next pull.
+    Corrupt data deletes the folder. After any other failure it stays, and the next pull resumes from it.
     """
-    partial = target.with_name(f".{target.name}.{core.digest[:16]}.partial")
+    partial = target.with_name(f".{target.name}.{manifest.digest[:16]}.partial")
     try:
         partial.mkdir(parents=True, exist_ok=True)
         lock = _lock_folder(partial)
         try:
-            there = sum((partial / path).stat().st_size for path in scan_folder(partial))
+            present_bytes = sum((partial / path).stat().st_size for path in scan_folder(partial))
             free = shutil.disk_usage(partial).free
-            if core.total_bytes - there > free:
+            if (missing_bytes := manifest.total_bytes - present_bytes) > free:
                 raise ConfigError(
-                    f"{target}: {core.name} {core.digest[:12]}… needs {core.total_bytes - there:,} bytes more, "
-                    f"{free:,} are free. Choose another disk"
+                    f"{target}: the disk has {free:,} bytes free, {manifest.name} {manifest.digest[:12]}… needs "
+                    f"{missing_bytes:,} more. Free space, or choose another disk"
                 )
             yield partial
         except DataError:
@@ -98,40 +98,42 @@ def _partial_folder(target: Path, core: VersionManifest) -> Iterator[Path]:
             raise
         finally:
             with suppress(OSError):
-                partial.rmdir()  # only if nothing was fetched
+                partial.rmdir()  # succeeds only if nothing was fetched
             os.close(lock)
     except OSError as error:
-        raise ConfigError(f"{target}: {error.strerror} ({error.filename}). Correct it and pull again") from None
+        raise ConfigError(f"{target}: {error.strerror} ({error.filename}). Fix it and pull again") from None
 
 
 def _lock_folder(folder: Path) -> int:
-    """Return a handle that holds the folder's lock until it is closed, by us or by the kernel when we die."""
+    """Return a file descriptor that holds the lock on a folder until it is closed or the process ends."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     with suppress(BlockingIOError, FileNotFoundError):
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(handle), folder.stat()):  # else its holder renamed it before we had the lock
+        if os.path.samestat(os.fstat(handle), folder.stat()):  # else another pull renamed it before we got the lock
             return handle
     os.close(handle)
-    raise TemporaryError(f"{folder}: another process is pulling the same version here. Repeat when it has ended")
+    raise TemporaryError(
+        f"{folder}: another process is pulling the same version to this path. Run the command again after it ends"
+    )
 
 
 def fetch_file(store: Store, file: PackageFile, path: Path) -> None:
-    """Bring one file to `path`: what an earlier pull left of it is hashed, the rest is streamed and hashed."""
+    """Download one file to `path`: hash the part from an interrupted pull, then stream and hash the rest."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+b") as local:
         digest = hashlib.sha256()
         while block := local.read(BLOCK_BYTES):
             digest.update(block)
         kept_bytes = local.tell()
-        right = _fetch_rest(store, file, local, digest)
-        if not right and kept_bytes:  # the part was not a part of this file
+        matches = _fetch_rest(store, file, local, digest)
+        if not matches and kept_bytes:  # the part was not from this file
             local.seek(0)
             local.truncate()
-            right = _fetch_rest(store, file, local, hashlib.sha256())
-        if not right:
+            matches = _fetch_rest(store, file, local, hashlib.sha256())
+        if not matches:
             raise DataError(
-                f"{store.url}: the blob of {file.path} is not what its version says ({file.bytes:,} bytes, sha256 "
-                f"{file.sha256[:12]}…); nothing was kept. `ropeway registry verify` lists what is damaged"
+                f"{store.url}: the blob of {file.path} does not match its version (expected {file.bytes:,} bytes, "
+                f"sha256 {file.sha256[:12]}…); no file was kept. `ropeway registry verify` lists the damaged blobs"
             )
         local.flush()
         os.fsync(local.fileno())
@@ -139,7 +141,7 @@ def fetch_file(store: Store, file: PackageFile, path: Path) -> None:
 
 
 def _fetch_rest(store: Store, file: PackageFile, local: BinaryIO, digest: "hashlib._Hash") -> bool:
-    """Append to `local` what is missing of a file; return whether the whole is right."""
+    """Append the missing bytes of a file to `local`; return whether the complete file matches its sha256."""
     if (missing_bytes := file.bytes - local.tell()) > 0:
         try:
             with store.open_stream(blob_key(file.sha256), start_byte=local.tell()) as stream:
@@ -154,11 +156,13 @@ def _fetch_rest(store: Store, file: PackageFile, local: BinaryIO, digest: "hashl
 
 
 def _rename_when_complete(partial: Path, target: Path) -> None:
-    """Give a whole folder its name, in one rename that survives a power cut."""
+    """Rename a complete folder to its final name; the rename is atomic and durable."""
     for place, _, _ in os.walk(partial):
         sync_folder(Path(place))
     try:
-        partial.rename(target)  # an empty folder is replaced; one that filled meanwhile is not
+        partial.rename(target)  # replaces an empty folder; fails if it got files since
     except OSError as error:
-        raise RegistryError(f"{target}: {error.strerror}; somebody put something there meanwhile") from None
+        raise RegistryError(
+            f"{target}: {error.strerror}; another process created files there during the pull. Choose another folder"
+        ) from None
     sync_folder(target.parent)

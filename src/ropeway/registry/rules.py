@@ -1,7 +1,7 @@
-"""What may enter a registry and leave it: plain relative paths, a short list of suffixes, capped sizes, no pickle.
+"""Rules for the files of a package: plain relative paths, allowed suffixes, size limits, no pickles.
 
-The same rules hold when publishing and when pulling: a registry may have been written by anybody.
-Source of the need: mlflow/mlflow#7166 (traversal through artifact paths), #12256 (loading a model ran a pickle).
+Publish and pull check the same rules, because a registry is not trusted.
+Source of the requirement: mlflow/mlflow#7166 (traversal through artifact paths), #12256 (loading a model ran a pickle).
 """
 
 import codecs
@@ -17,20 +17,20 @@ from ropeway.runtime.errors import DataError
 MAX_FILES = 4096
 MAX_PATH_CHARACTERS = 200
 MAX_DEPTH = 8
-MAX_WEIGHTS_BYTES = 64 << 30  # one shard; ours are 5 GB at most
-MAX_OTHER_BYTES = 512 << 20  # a 128k-token tokenizer.json has 17 MB
-MAX_PACKAGE_BYTES = 4 << 40  # 405 billion bf16 weights are 0.8 TB
+MAX_WEIGHTS_BYTES = 64 << 30  # per shard; Ropeway writes shards of 5 GB at most
+MAX_OTHER_BYTES = 512 << 20  # tokenizer.json of a 128k vocabulary is 17 MB
+MAX_PACKAGE_BYTES = 4 << 40  # 405 billion bf16 parameters are 0.8 TB
 _HEAD_BYTES = 4096
 _PNG = b"\x89PNG\r\n\x1a\n"
-# One part of a path. ASCII, and no dot at either end: no `..`, drive letter, stream, hidden file, NUL or look-alike.
+# One path component: ASCII, no dot at either end. Excludes `..`, drive letters, streams, hidden files, NUL, homoglyphs.
 _PART = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_-])?")
-# Windows opens a device under these names, whatever the suffix.
+# Windows opens a device for these names, with any suffix.
 _DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
 class PackageFile:
-    """One file of a version: its path in the package, `/` between parts, and what its bytes are."""
+    """One file of a version: its path in the package, separated by `/`, its sha256 and its size in bytes."""
 
     path: str
     sha256: str
@@ -38,7 +38,7 @@ class PackageFile:
 
 
 def check_files(files: Iterable[PackageFile]) -> None:
-    """Raise DataError unless every path, suffix and size keeps the rules and no two paths get in each other's way."""
+    """Raise DataError unless every path, suffix and size is allowed and no two paths conflict."""
     files = tuple(files)
     if not 0 < len(files) <= MAX_FILES:
         raise DataError(f"package: {len(files):,} files, expected 1 to {MAX_FILES:,}")
@@ -48,12 +48,12 @@ def check_files(files: Iterable[PackageFile]) -> None:
         if not 0 <= file.bytes <= most:
             raise DataError(f"package: {file.path} has {file.bytes:,} bytes, expected {most:,} at most")
     if (total := sum(file.bytes for file in files)) > MAX_PACKAGE_BYTES:
-        raise DataError(f"package: {total:,} bytes in all, expected {MAX_PACKAGE_BYTES:,} at most")
+        raise DataError(f"package: {total:,} bytes in total, expected {MAX_PACKAGE_BYTES:,} at most")
     _check_clashes([file.path for file in files])
 
 
 def check_path(path: str) -> None:
-    """Raise DataError unless a path is relative, normalised, plain and of an allowed suffix."""
+    """Raise DataError unless a path is relative, normalized, plain and has an allowed suffix."""
     parts = path.split("/")
     if len(path) > MAX_PATH_CHARACTERS or len(parts) > MAX_DEPTH:
         raise DataError(
@@ -67,7 +67,9 @@ def check_path(path: str) -> None:
                 "A-Z a-z 0-9 . _ -, no part starting or ending with a dot"
             )
     if _suffix(path) not in SUFFIXES:
-        raise DataError(f"package path {path!r}: suffix {_suffix(path)!r}, allowed are {' '.join(sorted(SUFFIXES))}")
+        raise DataError(
+            f"package path {path!r}: suffix {_suffix(path)!r}, expected one of {' '.join(sorted(SUFFIXES))}"
+        )
 
 
 def _suffix(path: str) -> str:
@@ -75,7 +77,7 @@ def _suffix(path: str) -> str:
 
 
 def _check_clashes(paths: list[str]) -> None:
-    """Refuse two paths that one file system may hold for the same, and a file where another path needs a folder."""
+    """Raise DataError for two paths that can be one file on some file system, or a file that is also a folder."""
     spelled: dict[str, tuple[str, bool]] = {}
     for path in paths:
         parts = path.split("/")
@@ -84,16 +86,16 @@ def _check_clashes(paths: list[str]) -> None:
             there = spelled.setdefault(here[0].casefold(), here)
             if there is not here and (there != here or here[1]):
                 raise DataError(
-                    f"package: {there[0]!r} and {here[0]!r} get in each other's way: named twice, a file where a "
-                    "folder is needed, or the same but for case. Rename one"
+                    f"package: the paths {there[0]!r} and {here[0]!r} conflict: duplicate, file and folder of one "
+                    "name, or different only in case. Rename one"
                 )
 
 
 def scan_folder(folder: Path) -> list[str]:
-    """Return the paths of all files in a package folder, sorted; every entry is looked at, no link is followed.
+    """Return the sorted paths of all files in a package folder; checks every entry and follows no link.
 
     Raises:
-        DataError: Something in it is neither a folder nor a regular file, or has a path that no package may hold.
+        DataError: An entry is neither a folder nor a regular file, or its path is not allowed.
     """
     found: list[str] = []
     pending = [folder]
@@ -109,23 +111,23 @@ def scan_folder(folder: Path) -> list[str]:
                     found.append(path)
                 else:
                     kind = "a link" if stat.S_ISLNK(mode) else "neither a file nor a folder"
-                    raise DataError(f"{folder}: {path!r} is {kind}; a package holds regular files only. Replace it")
+                    raise DataError(f"{folder}: {path!r} is {kind}; a package has only regular files. Replace it")
     return sorted(found)
 
 
 def check_content(path: Path, name: str) -> None:
-    """Raise DataError unless a file's first bytes look like what `name` says they are: a renamed pickle's do not."""
+    """Raise DataError unless the first bytes of a file match the suffix of `name`; rejects a renamed pickle."""
     with path.open("rb") as file:
         head = file.read(_HEAD_BYTES)
     if not SUFFIXES[_suffix(name)](head, path.stat().st_size):
         raise DataError(
-            f"{path}: does not begin as a {_suffix(name)} file does (first bytes {head[:8]!r}); "
-            "only safetensors, JSON, text and pictures may be in a package"
+            f"{path}: the first bytes {head[:8]!r} are not those of a {_suffix(name)} file; a package has only "
+            "safetensors, JSON, text and image files"
         )
 
 
 def _is_safetensors(head: bytes, size: int) -> bool:
-    """Source: the format's README, v0.5: 8 bytes little-endian length of a JSON header, which begins with `{`."""
+    """Source: safetensors README, v0.5: 8 bytes little-endian length of a JSON header, which starts with `{`."""
     return head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8
 
 
@@ -138,7 +140,7 @@ def _is_text(head: bytes, size: int) -> bool:
 
 
 def _is_sentencepiece(head: bytes, size: int) -> bool:
-    r"""A protobuf whose field 1 comes first, hence `\n`; Llama 3 calls a text file `tokenizer.model`."""
+    r"""A protobuf that starts with field 1, which is `\n`; Llama 3 has a text file named `tokenizer.model`."""
     return head[:1] == b"\n" or _is_text(head, size)
 
 
@@ -146,7 +148,7 @@ def _is_png(head: bytes, size: int) -> bool:
     return size > len(_PNG) and head.startswith(_PNG)
 
 
-# The one explicit list (DESIGN.md, Clarification 17).
+# The allowed suffixes, and the check of the first bytes for each.
 SUFFIXES: dict[str, Callable[[bytes, int], bool]] = {
     ".safetensors": _is_safetensors,
     ".model": _is_sentencepiece,

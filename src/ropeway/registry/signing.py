@@ -1,11 +1,11 @@
-"""Signatures: who stands for a version. Ed25519 over the core's bytes, beside the manifest, one file per key.
+"""Signatures of versions: Ed25519 over the version manifest, stored beside it, one file per key.
 
-ROPEWAY_SIGNING_KEY    a private key's file (PEM); `publish` and `sign` sign with it
-ROPEWAY_TRUSTED_KEYS   a folder of public keys (*.pub, PEM). When it is set, what none of them signed is neither
-                       promoted, pulled nor verified: that is the policy
+ROPEWAY_SIGNING_KEY    path of a private key (PEM); `publish` and `sign` sign with it
+ROPEWAY_TRUSTED_KEYS   folder of public keys (*.pub, PEM). If it is set, promote, pull and verify refuse every version
+                       without a signature by one of these keys. This is the signature policy
 
-To change keys: put the new public key into the folder, `ropeway registry sign` what shall stay trusted with the new
-private key, then take the old public key out. Source of the scheme: RFC 8032; encodings: RFC 8410.
+To rotate keys: add the new public key to the folder, sign the trusted versions again with `ropeway registry sign` and
+the new private key, then remove the old public key. Source: RFC 8032 (Ed25519), RFC 8410 (encodings).
 """
 
 import hashlib
@@ -25,18 +25,18 @@ if TYPE_CHECKING:  # only a registry with keys needs the library
 
 @dataclass(frozen=True, slots=True)
 class Signer:
-    """A private key and the name its public half goes by."""
+    """A private key and the id of its public key."""
 
     keyid: str
     private: "Ed25519PrivateKey"
 
-    def sign(self, core: VersionManifest) -> bytes:
+    def sign(self, manifest: VersionManifest) -> bytes:
         """Return the signature of a version."""
-        return self.private.sign(core.document)
+        return self.private.sign(manifest.document)
 
 
 def load_signer() -> Signer | None:
-    """Return the environment's signer, None without one; raise ConfigError for no key, or one others may read."""
+    """Return the signer of ROPEWAY_SIGNING_KEY, or None; raise ConfigError if it is invalid or readable by others."""
     name = os.environ.get("ROPEWAY_SIGNING_KEY")
     if not name:
         return None
@@ -46,20 +46,22 @@ def load_signer() -> Signer | None:
     path = Path(name)
     try:
         if path.stat().st_mode & 0o077:
-            raise ConfigError(f"ROPEWAY_SIGNING_KEY: {path} can be read by others. `chmod 600` it, or make a new key")
+            raise ConfigError(
+                f"ROPEWAY_SIGNING_KEY: {path} can be read by other users. Run `chmod 600` on it, or create a new key"
+            )
         private = load_pem_private_key(path.read_bytes(), password=None)
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(
             f"ROPEWAY_SIGNING_KEY: {path} cannot be read as a private key without a passphrase "
-            f"({type(error).__name__}). `ropeway registry keygen` makes one"
+            f"({type(error).__name__}). `ropeway registry keygen` creates one"
         ) from None
     if not isinstance(private, Ed25519PrivateKey):
-        raise ConfigError(f"ROPEWAY_SIGNING_KEY: {path} is not an Ed25519 key. `ropeway registry keygen` makes one")
+        raise ConfigError(f"ROPEWAY_SIGNING_KEY: {path} is not an Ed25519 key. `ropeway registry keygen` creates one")
     return Signer(_keyid(private.public_key()), private)
 
 
 def load_trusted() -> "dict[str, Ed25519PublicKey] | None":
-    """Return the trusted public keys by key id, None without a policy; raise ConfigError for a folder without keys."""
+    """Return the trusted public keys by key id, None without a policy; raise ConfigError if the folder has no keys."""
     name = os.environ.get("ROPEWAY_TRUSTED_KEYS")
     if not name:
         return None
@@ -71,61 +73,65 @@ def load_trusted() -> "dict[str, Ed25519PublicKey] | None":
         try:
             public = load_pem_public_key(path.read_bytes())
         except (OSError, ValueError) as error:
-            raise ConfigError(f"ROPEWAY_TRUSTED_KEYS: {path} is no public key ({type(error).__name__})") from None
+            raise ConfigError(
+                f"ROPEWAY_TRUSTED_KEYS: {path} is not a public key ({type(error).__name__}). Replace or remove it"
+            ) from None
         if not isinstance(public, Ed25519PublicKey):
-            raise ConfigError(f"ROPEWAY_TRUSTED_KEYS: {path} is not an Ed25519 key")
+            raise ConfigError(f"ROPEWAY_TRUSTED_KEYS: {path} is not an Ed25519 key. Replace or remove it")
         trusted[_keyid(public)] = public
     if not trusted:
-        raise ConfigError(f"ROPEWAY_TRUSTED_KEYS: {name} holds no *.pub. Put a public key there, or unset the variable")
+        raise ConfigError(f"ROPEWAY_TRUSTED_KEYS: {name} has no *.pub file. Add a public key, or unset the variable")
     return trusted
 
 
-def sign(store: Store, core: VersionManifest, signer: Signer) -> bool:
-    """Store a version's signature; return False when that key had signed it before."""
-    return store.put_if_absent(signature_key(core.name, core.digest, signer.keyid), signer.sign(core))
+def sign(store: Store, manifest: VersionManifest, signer: Signer) -> bool:
+    """Store a signature of a version; return False if this key already signed it."""
+    return store.put_if_absent(signature_key(manifest.name, manifest.digest, signer.keyid), signer.sign(manifest))
 
 
 def list_signatures(store: Store, name: str, digest: str) -> list[str]:
-    """Return the ids of the keys that signed a version, whether right or not."""
+    """Return the ids of the keys with a signature of a version; the signatures are not verified."""
     prefix = signatures_prefix(name, digest)
     folder, _, start = prefix.rpartition("/")
     names = (key.rpartition("/")[2] for key in store.list_keys(f"{folder}/"))
     return sorted(name[len(start) : -len(".sig")] for name in names if name.startswith(start) and name.endswith(".sig"))
 
 
-def check_policy(store: Store, core: VersionManifest) -> None:
-    """Raise DataError unless the environment has no policy or one of its keys signed this version.
+def check_policy(store: Store, manifest: VersionManifest) -> None:
+    """Raise DataError unless there is no signature policy or a trusted key signed this version.
 
-    A wrong signature under a trusted key's name is an error though another key signed rightly: somebody changed it.
+    An invalid signature of a trusted key is an error even if another trusted key signed the version: it was changed.
     """
     trusted = load_trusted()
     if trusted is None:
         return
-    good = [keyid for keyid, public in trusted.items() if _has_signed(store, core, keyid, public)]
+    good = [keyid for keyid, public in trusted.items() if _has_signed(store, manifest, keyid, public)]
     if not good:
         raise DataError(
-            f"{store.url}: {core.name} {core.digest[:12]}… has no signature of a trusted key ({', '.join(trusted)}). "
-            "Do not use it; or have it signed: `ropeway registry sign`"
+            f"{store.url}: {manifest.name} {manifest.digest[:12]}… has no signature of a trusted key "
+            f"({', '.join(trusted)}). Do not use it, or sign it with a trusted key: `ropeway registry sign`"
         )
 
 
-def _has_signed(store: Store, core: VersionManifest, keyid: str, public: "Ed25519PublicKey") -> bool:
+def _has_signed(store: Store, manifest: VersionManifest, keyid: str, public: "Ed25519PublicKey") -> bool:
     from cryptography.exceptions import InvalidSignature
 
-    key = signature_key(core.name, core.digest, keyid)
+    key = signature_key(manifest.name, manifest.digest, keyid)
     try:
         signature = store.get(key)
     except AbsentError:
         return False
     try:
-        public.verify(signature, core.document)
+        public.verify(signature, manifest.document)
     except InvalidSignature:
-        raise DataError(f"{store.url}: {key} is not that key's signature of this version. Do not use it") from None
+        raise DataError(
+            f"{store.url}: {key} is not a valid signature of this version. Do not use the version"
+        ) from None
     return True
 
 
 def make_keys(path: Path) -> str:
-    """Write a new private key and, beside it, `.pub`; return the key id. Raise ConfigError when one of them exists."""
+    """Write a new private key and its public key (`.pub`); return the key id. Raise ConfigError if a file exists."""
     from cryptography.hazmat.primitives import serialization as forms
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -138,7 +144,7 @@ def make_keys(path: Path) -> str:
                 file.write(data)
     except OSError as error:
         raise ConfigError(
-            f"{error.filename}: {error.strerror}; keys are never overwritten. Choose another name"
+            f"{error.filename}: {error.strerror}; a key is never overwritten. Choose another name"
         ) from None
     return _keyid(private.public_key())
 

@@ -1,4 +1,4 @@
-"""What a registry holds, as tables for people. Digests are short here; `--json` has all of their digits."""
+"""Tables of the registry commands for the terminal. Digests are short; `--json` has the full digests."""
 
 from collections.abc import Iterator, Mapping
 
@@ -14,9 +14,9 @@ from ropeway.runtime.terminal import (
     format_number,
 )
 
-_LINE_CHARACTERS = 100  # of a value; longer ones are left out
+_MAX_VALUE_CHARACTERS = 100  # longer values are omitted
 _SCORES = ("loss", "nats_per_byte", "accuracy")
-_IN_SCORES = ("evaluation", "verdict", "opponent")  # parts of the provenance that have lines of their own
+_IN_SCORES = ("evaluation", "verdict", "opponent")  # parts of the provenance with separate lines
 
 
 def draw_models(models: list[Facts]) -> RenderableType:
@@ -49,7 +49,7 @@ def draw_versions(name: str, versions: list[Facts]) -> RenderableType:
 
 
 def draw_version(version: Facts) -> RenderableType:
-    """Return what `ropeway registry show` prints: facts, scores, files, and how to pull it."""
+    """Return the output of `ropeway registry show`: facts, scores, files and the pull command."""
     provenance = version["provenance"]
     others = {key: value for key, value in provenance.items() if key not in _IN_SCORES}
     lines = {
@@ -62,9 +62,10 @@ def draw_version(version: Facts) -> RenderableType:
         **_describe_verdict(provenance.get("verdict")),
         **{key: format_number(value) for key, value in (_flatten(others) | _flatten(version["facts"])).items()},
     }
-    beside = {f"{name} (attached)": entry for name, entry in version["attachments"].items()}
+    attachments = {f"{name} (attachment)": entry for name, entry in version["attachments"].items()}
     files = [
-        (path, f"{entry['bytes']:,}", _short(entry["sha256"])) for path, entry in {**version["files"], **beside}.items()
+        (path, f"{entry['bytes']:,}", _short(entry["sha256"]))
+        for path, entry in {**version["files"], **attachments}.items()
     ]
     scores = list(_score_rows(provenance.get("evaluation")))
     parts: list[RenderableType] = [
@@ -77,7 +78,7 @@ def draw_version(version: Facts) -> RenderableType:
 
 
 def _describe_verdict(verdict: object) -> dict[str, str]:
-    """Return the gate's verdict as a fact; nothing for a version published without the gate."""
+    """Return the verdict of the gate as a fact; an empty mapping if there was no gate."""
     if not isinstance(verdict, Mapping):
         return {}
     against = verdict.get("against") or "its base model alone"
@@ -85,7 +86,7 @@ def _describe_verdict(verdict: object) -> dict[str, str]:
 
 
 def _score_rows(evaluation: object) -> Iterator[tuple[str, ...]]:
-    """Yield a row per source and metric that both base and tuned have."""
+    """Yield one row per source and metric that both the base and the tuned model have."""
     sources = evaluation.get("sources") if isinstance(evaluation, Mapping) else None
     for source, models in sources.items() if isinstance(sources, Mapping) else ():
         for metric in _SCORES:
@@ -113,7 +114,7 @@ def draw_history(name: str, alias: str, events: list[Facts]) -> RenderableType:
 
 
 def draw_comparison(found: Facts) -> RenderableType:
-    """Return what `ropeway registry diff` prints."""
+    """Return the output of `ropeway registry diff`."""
     ends = tuple(found[side]["reference"] for side in ("old", "new"))
     facts = [(key, *(_show_value(value) for value in pair)) for key, pair in found["facts"].items()]
     files = list(found["files"].items())
@@ -127,16 +128,16 @@ def _short(digest: str) -> str:
 
 
 def _show_value(value: object) -> str:
-    """Return a value with enough digits that two different ones look different."""
+    """Return a value as text; floats with 6 significant digits, to show small differences."""
     return f"{value:.6g}" if isinstance(value, float) else format_number(value)
 
 
 def _flatten(tree: Facts, prefix: str = "") -> Facts:
-    """Return a tree's short leaves under dotted keys; long ones are for `--json`."""
+    """Return the short leaves of a tree under dotted keys; `--json` shows the long ones."""
     flat: Facts = {}
     for key, value in tree.items():
         if isinstance(value, dict):
             flat |= _flatten(value, f"{prefix}{key}.")
-        elif len(str(value)) <= _LINE_CHARACTERS:
+        elif len(str(value)) <= _MAX_VALUE_CHARACTERS:
             flat[prefix + key] = value
     return flat

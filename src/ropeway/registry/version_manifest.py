@@ -1,7 +1,7 @@
-"""A version's core: what determines the model and nothing else. Its canonical JSON's sha256 is the version's identity.
+"""The manifest of a version: its files and the facts that determine the model. Its sha256 is the version's identity.
 
-No time, host or revision is in it, so the same package published twice, or made again with the same bytes, is the same
-version. Those facts stand beside the version's number (`publishing.py`).
+It is canonical JSON without time, host or git revision, so equal packages are the same version. Those facts are in the
+version's event (`publishing.py`).
 """
 
 import hashlib
@@ -26,11 +26,11 @@ _PAGES_REMEDY = "Run `dvc repro report_package`"
 
 @dataclass(frozen=True, slots=True)
 class VersionManifest:
-    """What a version is.
+    """The content of a version.
 
     Attributes:
-        files: Every file of the package, its own manifest.json among them, sorted by path.
-        facts: What that manifest says beside its files.
+        files: Every file of the package, including its manifest.json, sorted by path.
+        facts: All other keys of the package's manifest.json.
     """
 
     name: str
@@ -39,61 +39,68 @@ class VersionManifest:
 
     @property
     def document(self) -> bytes:
-        """The canonical JSON that is stored, and later signed."""
+        """The canonical JSON that is stored and signed."""
         return canonical_json(
             {"format": FORMAT, "name": self.name, "files": [asdict(file) for file in self.files], "facts": self.facts}
         )
 
     @property
     def digest(self) -> str:
-        """The version's identity."""
+        """The sha256 of the document: the identity of the version."""
         return hashlib.sha256(self.document).hexdigest()
 
     def includes(self, package: "VersionManifest") -> bool:
-        """Return whether this holds every file of a package alone; the manifest of a version names its pages too."""
-        own = {file for file in self.files if file.path != MANIFEST}
-        return own >= {file for file in package.files if file.path != MANIFEST}
+        """Return whether this version has every file of a package; it can have report pages in addition."""
+        files = {file for file in self.files if file.path != MANIFEST}
+        return files >= {file for file in package.files if file.path != MANIFEST}
 
     @property
     def total_bytes(self) -> int:
-        """The size of a pulled package."""
+        """The total size of the files of the version."""
         return sum(file.bytes for file in self.files)
 
 
 def package_digest(folder: Path, name: str) -> str:
-    """Return the digest that `publish` would give a package; sizes are checked, bytes are not hashed again."""
+    """Return the digest that `publish` would give a package; checks file sizes but does not hash the files."""
     return build_package_manifest(folder, name, verify=False).digest
 
 
 def build_version_manifest(package: Path, pages: Path | None, name: str) -> tuple[VersionManifest, dict[str, Path]]:
-    """Return the core of a package with its pages, and where each of its files lies; every byte is hashed.
+    """Return the manifest of a package with its report pages, and the path of each file; hashes every byte.
 
-    `pages` holds README.md and pages with a manifest.json of the whole version; None for a package alone.
+    `pages` is a folder with README.md, report pages and a manifest.json of the whole version; None without pages.
 
     Raises:
-        DataError: As in `build_package_manifest`, or the pages are of another package.
+        DataError: As in `build_package_manifest`, or the pages belong to another package.
     """
-    core = build_package_manifest(package, name, verify=True)
-    places = {file.path: package / file.path for file in core.files}
+    manifest = build_package_manifest(package, name, verify=True)
+    paths = {file.path: package / file.path for file in manifest.files}
     if pages is None:
-        return core, places
-    manifest, own = _read_pages(pages), package / MANIFEST
-    stated = manifest.pop("files")
-    inside = {file.path: {"sha256": file.sha256, "bytes": file.bytes} for file in core.files if file.path != MANIFEST}
+        return manifest, paths
+    facts = _read_pages(pages)
+    listed = facts.pop("files")
+    packaged = {
+        file.path: {"sha256": file.sha256, "bytes": file.bytes} for file in manifest.files if file.path != MANIFEST
+    }
     added = set(scan_folder(pages)) - {MANIFEST}
-    if manifest.get("package") != file_sha256(own) or set(stated) != {*inside, *added} or added & set(inside):
-        raise DataError(f"{pages}: the pages are not those of {package}. {_PAGES_REMEDY}")
+    same_package = facts.get("package") == file_sha256(package / MANIFEST)
+    if not same_package or set(listed) != {*packaged, *added} or added & set(packaged):
+        raise DataError(f"{pages}: the pages do not belong to the package {package}. {_PAGES_REMEDY}")
     for path in sorted(added):
-        check_file(pages / path, stated[path], remedy=_PAGES_REMEDY)
+        check_file(pages / path, listed[path], remedy=_PAGES_REMEDY)
         check_content(pages / path, path)
-    if faults := [path for path, entry in inside.items() if any(stated[path].get(key) != entry[key] for key in entry)]:
-        raise DataError(f"{pages / MANIFEST}: {faults[0]} is another one in the package. {_PAGES_REMEDY}")
-    files = [PackageFile(path, entry["sha256"], entry["bytes"]) for path, entry in stated.items()]
+    if faults := [
+        path for path, entry in packaged.items() if any(listed[path].get(key) != entry[key] for key in entry)
+    ]:
+        raise DataError(
+            f"{pages / MANIFEST}: the entry of {faults[0]} differs from the file in the package. {_PAGES_REMEDY}"
+        )
+    files = [PackageFile(path, entry["sha256"], entry["bytes"]) for path, entry in listed.items()]
     whole = pages / MANIFEST
     files.append(PackageFile(MANIFEST, file_sha256(whole), whole.stat().st_size))
     check_files(files)
-    places = {**places, **{path: pages / path for path in (*added, MANIFEST)}}
-    return VersionManifest(name, tuple(sorted(files, key=lambda file: file.path)), manifest), places
+    paths = {**paths, **{path: pages / path for path in (*added, MANIFEST)}}
+    return VersionManifest(name, tuple(sorted(files, key=lambda file: file.path)), facts), paths
 
 
 def _read_pages(pages: Path) -> Facts:
@@ -103,44 +110,47 @@ def _read_pages(pages: Path) -> Facts:
             return manifest
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    raise DataError(f"{pages}: holds no manifest of a version. {_PAGES_REMEDY}")
+    raise DataError(f"{pages / MANIFEST}: missing, or not the manifest of a version. {_PAGES_REMEDY}")
 
 
 def build_package_manifest(folder: Path, name: str, *, verify: bool) -> VersionManifest:
-    """Return the core of a package folder; `verify` hashes every file again and looks at how it begins.
+    """Return the manifest of a package folder; `verify` hashes every file and checks its first bytes.
 
     Raises:
-        DataError: No manifest, other bytes than it says, a link, a path, suffix or size against the rules.
-        RegistryError: `name` cannot be a model's.
+        DataError: The manifest is missing, a file does not match it, or a link, path, suffix or size breaks a rule.
+        RegistryError: `name` is not a valid model name.
     """
     check_name(name)
     if not folder.is_dir():
-        raise DataError(f"{folder}: no package there. {_REMEDY}")
+        raise DataError(f"{folder}: expected a package folder, found none. {_REMEDY}")
     scan_folder(folder)
     own = folder / MANIFEST
     try:
-        manifest = load_manifest(folder, remedy=_REMEDY, verify=verify)
-        files = [PackageFile(path, facts["sha256"], facts["bytes"]) for path, facts in manifest.pop("files").items()]
+        facts = load_manifest(folder, remedy=_REMEDY, verify=verify)
+        entries = facts.pop("files")
+        files = [PackageFile(path, entry["sha256"], entry["bytes"]) for path, entry in entries.items()]
         files.append(PackageFile(MANIFEST, file_sha256(own), own.stat().st_size))
-        core = VersionManifest(name, tuple(sorted(files, key=lambda file: file.path)), manifest)
-        document_bytes = len(core.document)
+        manifest = VersionManifest(name, tuple(sorted(files, key=lambda file: file.path)), facts)
+        document_bytes = len(manifest.document)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise DataError(f"{own}: not a package's manifest ({error}). {_REMEDY}") from None
-    check_files(core.files)
+        raise DataError(f"{own}: not the manifest of a package ({error}). {_REMEDY}") from None
+    check_files(manifest.files)
     if document_bytes > MAX_DOCUMENT_BYTES:
-        raise DataError(f"{own}: its facts make a version of {document_bytes:,} bytes; {MAX_DOCUMENT_BYTES:,} fit")
+        raise DataError(
+            f"{own}: the version manifest would have {document_bytes:,} bytes, expected {MAX_DOCUMENT_BYTES:,} at most"
+        )
     if verify:
-        for file in core.files:
+        for file in manifest.files:
             check_content(folder / file.path, file.path)
-    return core
+    return manifest
 
 
 def load_version_manifest(store: Store, name: str, digest: str) -> VersionManifest:
-    """Return a stored version's core, checked against its digest and against every rule.
+    """Return the manifest of a stored version; verify its digest and every package rule.
 
     Raises:
-        RegistryError: The registry does not hold that version.
-        DataError: What it holds is not that version, or not one that may be pulled.
+        RegistryError: The registry does not have this version.
+        DataError: The stored manifest does not match its digest, or breaks a rule.
     """
     check_name(name)
     check_digest(digest)
@@ -148,32 +158,38 @@ def load_version_manifest(store: Store, name: str, digest: str) -> VersionManife
     try:
         document = store.get(key)
     except AbsentError:
-        raise RegistryError(f"{store.url}: holds no version {digest[:12]}… of {name}") from None
+        raise RegistryError(
+            f"{store.url}: no version {digest[:12]}… of {name}. `ropeway registry list {name}` shows the versions"
+        ) from None
     if (found := hashlib.sha256(document).hexdigest()) != digest:
         raise DataError(
-            f"{store.url}: {key} hashes to {found[:12]}…, not to its name; it was changed after it was published. "
-            "Do not use this version; restore that file from a copy of the registry"
+            f"{store.url}: {key} hashes to {found[:12]}…, expected {digest[:12]}…; it was changed after it was "
+            "published. Do not use this version; restore the file from a backup of the registry"
         )
-    core = _parse_manifest(document, f"{store.url}: {key}")
-    if core.name != name:
-        raise DataError(f"{store.url}: {key} is a version of {core.name!r}, not of {name}")
-    check_files(core.files)
-    return core
+    manifest = _parse_manifest(document, f"{store.url}: {key}")
+    if manifest.name != name:
+        raise DataError(f"{store.url}: {key} is the manifest of model {manifest.name!r}, expected {name}")
+    check_files(manifest.files)
+    return manifest
 
 
 def _parse_manifest(document: bytes, where: str) -> VersionManifest:
-    """Return the core a document spells; anything but exactly this form is refused."""
+    """Return the manifest in a document; raise DataError unless it is canonical JSON of this exact form."""
     try:
         tree = json.loads(document)
-        if canonical_json(tree) == document and _is_version_manifest(tree):  # no key twice, no number spelled otherwise
+        # canonical_json(tree) == document rejects duplicate keys and other spellings of numbers.
+        if canonical_json(tree) == document and _is_version_manifest(tree):
             return VersionManifest(tree["name"], tuple(PackageFile(**file) for file in tree["files"]), tree["facts"])
     except (ValueError, RecursionError):
         pass
-    raise DataError(f"{where}: not a version this Ropeway can read; expected canonical JSON of format {FORMAT}")
+    raise DataError(
+        f"{where}: not a version manifest; expected canonical JSON of format {FORMAT}. If a newer Ropeway wrote it, "
+        "upgrade Ropeway"
+    )
 
 
 def _is_version_manifest(tree: object) -> bool:
-    """Return whether a JSON tree has a core's keys and types, its files sorted by path."""
+    """Return whether a JSON tree has the keys and types of a version manifest and its files are sorted by path."""
     if not isinstance(tree, dict) or set(tree) != {"format", "name", "files", "facts"} or tree["format"] != FORMAT:
         return False
     files = tree["files"]

@@ -1,4 +1,4 @@
-"""A version: what it is, where it stands in its artifact's logs, and what can be done with it."""
+"""A version of a model: its manifest, its events, and the operations pull, verify, promote, sign and withdraw."""
 
 import json
 from collections.abc import Mapping
@@ -23,14 +23,14 @@ from ropeway.storage import Store
 PRODUCTION = "production"
 Decision = Literal["approve", "reject"]
 _SHOWN_FILES = 3
-# run.json holds parameters, metrics and ledger; a tokenizer's table would be a hundred thousand lines.
+# run.json has parameters, metrics and ledger. Tokenizer files are excluded: they would add 100,000 lines.
 COMPARED = ("run.json", "config.json", "generation_config.json")
 _MAX_COMPARED_BYTES = 8 << 20
 _ABSENT = "absent"
 
 
 class Provenance(TypedDict, total=False):
-    """Of the facts beside a version, what says which git revision made it."""
+    """The facts about the git revision in the provenance of a version."""
 
     git: str | None
     dirty: bool
@@ -38,16 +38,16 @@ class Provenance(TypedDict, total=False):
 
 
 class Version:
-    """One version of an artifact. Made by `Registry.version`; each fact is read once, when it is first asked for.
+    """One version of an artifact, created by `Registry.version`. Each fact is read once, on first access.
 
     Attributes:
-        reference: What the caller asked for, for messages.
+        reference: The reference that the caller gave, for messages.
     """
 
     def __init__(
         self, store: Store, name: str, digest: str, *, reference: str | None = None, versions: Events | None = None
     ) -> None:
-        """Stand for a digest that was resolved; `versions` is the artifact's log, if that was read for it."""
+        """Represent a resolved digest; `versions` is the log of versions, if it was read already."""
         self.store, self.name, self.digest = store, name, digest
         self.reference = reference or f"{name}@{digest}"
         if versions is not None:
@@ -59,43 +59,43 @@ class Version:
 
     @cached_property
     def manifest(self) -> VersionManifest:
-        """What determines the model; raises DataError unless it hashes to the digest and keeps every rule."""
+        """The manifest of the version; raises DataError if it does not match the digest or breaks a rule."""
         return load_version_manifest(self.store, self.name, self.digest)
 
     @cached_property
     def number(self) -> int:
-        """Its place in the order of publishing; raises RegistryError when it was never published to its end."""
+        """The version number; raises RegistryError if its publish did not finish."""
         number = find_number(self._versions, self.digest)
         if number is None:
             raise RegistryError(
-                f"{self.name} {self._short_digest} was never published to its end. Publish it again, then promote it"
+                f"{self.name} {self._short_digest} has no version number: its publish did not finish. Publish it again"
             )
         return number
 
     @cached_property
     def record(self) -> Event:
-        """What is known of it and does not determine it: `{digest, published_at, provenance, attachments}`."""
+        """The event of the version: `{digest, published_at, provenance, attachments}`."""
         return self._versions[self.number - 1]
 
     @property
     def aliases(self) -> list[str]:
-        """The aliases that point to it now."""
+        """The aliases that point to this version."""
         return sorted(alias for alias, digest in list_aliases(self.store, self.name).items() if digest == self.digest)
 
     @property
     def is_withdrawn(self) -> bool:
-        """Whether a tombstone stands for it."""
+        """Whether the version has a tombstone."""
         return self.store.exists(tombstone_key(self.name, self.digest))
 
     @property
     def reviews(self) -> list[Event]:
-        """What reviewers answered about it, oldest first."""
+        """The reviews of the version, oldest first."""
         events = read_events(self.store, reviews_log(self.name))
         return [events[index] for index, digest in enumerate(events.digests) if digest == self.digest]
 
     @property
     def attachments(self) -> list[PackageFile]:
-        """The files kept beside it."""
+        """The attachments of the version."""
         return attached_files(self.record)
 
     @property
@@ -105,7 +105,7 @@ class Version:
         `record_clean_commit` writes it.
 
         Raises:
-            DataError: The note that says so is damaged.
+            DataError: The stored entry is damaged.
         """
         key = clean_key(self.name, self.digest)
         try:
@@ -113,22 +113,24 @@ class Version:
         except AbsentError:
             return None
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{self.store.url}: {key} is not a note on a clean revision ({error})") from None
+            raise DataError(
+                f"{self.store.url}: {key} does not name a git commit ({error}). Delete it and run again"
+            ) from None
 
     @property
     def dirty_reason(self) -> str | None:
-        """Why no commit makes this version; None when one does or nothing is known of git."""
+        """Why no commit reproduces this version; None if one does, or if no git facts were recorded."""
         facts: Provenance = self.record["provenance"]
         known = "git" in facts or "dirty" in facts
         if not known or (facts.get("git") and not facts.get("dirty")) or self.clean_commit:
             return None
         files = facts.get("dirty_files", [])
         more = f" and {len(files) - _SHOWN_FILES} more" if len(files) > _SHOWN_FILES else ""
-        shown = ", ".join(files[:_SHOWN_FILES]) + more or "which, is not recorded"
+        shown = ", ".join(files[:_SHOWN_FILES]) + more or "files not recorded"
         return f"uncommitted changes ({shown})" if facts.get("dirty") else "no git commit"
 
     def describe(self) -> Facts:
-        """Return everything the registry says of it."""
+        """Return all facts about the version."""
         return {
             "name": self.name,
             "number": self.number,
@@ -146,39 +148,38 @@ class Version:
         }
 
     def read_file(self, path: str) -> bytes | None:
-        """Return a small file of its package, else of its attachments, hashed; None when it has no such file."""
+        """Return the verified bytes of a small file of the package or the attachments, or None if it does not exist."""
         for file in (*self.manifest.files, *self.attachments):
             if file.path == path:
                 return read_blob(self.store, file)
         return None
 
     def compare(self, new: "Version") -> Facts:
-        """Return how a newer version differs: `compare_manifests`, and which two they are."""
+        """Return the differences to another version (see `compare_manifests`), with both references and digests."""
         ends = {side: {"reference": one.reference, "digest": one.digest} for side, one in (("old", self), ("new", new))}
         return ends | compare_manifests(self.store, self.manifest, new.manifest)
 
     def pull(self, target: Path) -> PullResult:
-        """Return the version's folder, `target`, every byte verified. It appears whole, or not at all.
+        """Download the version into the folder `target` and verify every byte; `target` appears only when complete.
 
-        A pull that was killed leaves `.<target>.<digest>.partial` beside it; the next one continues there.
-
-        If `target` exists it must be empty or hold exactly this version.
+        An interrupted pull keeps `.<target>.<digest>.partial` next to `target`; the next pull resumes from it.
+        If `target` exists, it must be empty or contain exactly this version.
 
         Raises:
-            RegistryError: It is withdrawn, or `target` holds something else.
-            DataError: A manifest or a blob is not what it should be, or a path breaks a rule; nothing is left behind.
-            TemporaryError: Another process is pulling it to the same place.
-            ConfigError: The disk cannot hold it.
+            RegistryError: The version is withdrawn, or `target` has other content.
+            DataError: A manifest or blob is corrupt, or a path breaks a rule; no file is kept.
+            TemporaryError: Another process is pulling the version to the same path.
+            ConfigError: The disk has too little free space.
         """
         self._check_usable()
         return fetch_package(self.store, self.manifest, target)
 
     def verify(self) -> VerifyResult:
-        """Re-hash the manifest, every blob and every attachment, read every log whole; return how much that was.
+        """Hash the manifest, every blob and every attachment, and verify every log of the model.
 
         Raises:
-            RegistryError: It is withdrawn.
-            DataError: A log is damaged; or all faults of the version, one per line.
+            RegistryError: The version is withdrawn.
+            DataError: A log is damaged, or blobs are: all faults, one per line.
         """
         self._check_usable()
         versions, *_ = [verify_log(self.store, log) for log in model_logs(self.store, self.name)]
@@ -190,23 +191,24 @@ class Version:
                     [
                         f"{self.store.url}: {self.reference} ({self._short_digest}) is damaged; do not use it:",
                         *faults,
-                        "Remove the damaged blobs from the store and publish the same package again",
+                        "Delete the damaged blobs from the store, then publish the same package again",
                     ]
                 )
             )
         return VerifyResult(self.name, self.digest, len(files), sum(file.bytes for file in files))
 
     def verify_folder(self, folder: Path) -> VerifyResult:
-        """Re-hash a pulled folder against the manifest; nothing may be missing, added, changed or linked.
+        """Verify a pulled folder against the manifest; no file may be missing, added, changed or a link.
 
         Raises:
-            RegistryError: It is withdrawn.
-            DataError: The folder is not exactly this version.
+            RegistryError: The version is withdrawn.
+            DataError: The folder does not contain exactly this version.
         """
         self._check_usable()
         if not folder.is_dir():
             raise DataError(
-                f"{folder}: no folder there. `ropeway registry pull {self.reference} --to {folder}` makes it"
+                f"{folder}: expected a pulled folder, found none. `ropeway registry pull {self.reference} --to "
+                f"{folder}` creates it"
             )
         check_folder(self.manifest, folder)
         return VerifyResult(self.name, self.digest, len(self.manifest.files), self.manifest.total_bytes)
@@ -220,14 +222,14 @@ class Version:
         reason: str,
         review: Event | None = None,
     ) -> Promotion:
-        """Point an alias at this version; of racing promoters that expect the same, one wins.
+        """Move an alias to this version; if several processes expect the same digest, exactly one succeeds.
 
-        `expect` is the digest the alias must point to now, None if it must not exist yet, or `ANY`; `review` is a
-        reviewer's answer, kept with the event.
+        `expect` is the digest that the alias must point to, None if it must not exist, or `ANY`; `review` is the review
+        that is stored with the event.
 
         Raises:
-            RegistryError: It is not published, withdrawn or not whole, one from a dirty tree is to become `production`,
-                or the alias is not where `expect` says; the message names where it is.
+            RegistryError: The version is not published, withdrawn or incomplete, is from a dirty tree and the alias is
+                `production`, or the alias does not point to `expect`; the message names the current digest.
         """
         pointer = Alias(self.store, self.name, alias)
         check_text("by", by)
@@ -239,7 +241,7 @@ class Version:
                 "that a commit reproduces. Commit the changes and run `ropeway run`: if it builds the same package, "
                 "the version can be promoted"
             )
-        act = {
+        promotion = {
             "digest": self.digest,
             "by": by,
             "reason": reason,
@@ -252,40 +254,40 @@ class Version:
                 raise RegistryError(
                     f"{self.name} {self._short_digest} is withdrawn; '{alias}' was not moved. Choose another version"
                 )
-            return plan_promotion(events, act, expect, where=str(pointer))
+            return plan_promotion(events, promotion, expect, where=str(pointer))
 
         done = append_event(self.store, pointer.log, plan)
         return Promotion(self.name, alias, self.digest, done.event["prev"], done.number, moved=done.created)
 
     def review(self, decision: Decision, answer: Mapping[str, object]) -> Event:
-        """Keep a reviewer's answer; return it as it is kept. The same answer twice is kept once.
+        """Append a review to the log of reviews and return its event; an identical review is stored once.
 
-        A review is a fact of its own: a rejection moves no alias, an approval may find production moved meanwhile.
+        A review moves no alias: an approval can fail to promote if `production` moved since the report.
 
-        An answer is `by`, `comment`, `production` (what it was when the report was made), `via` (which run or command).
+        `answer` has `by`, `comment`, `production` (its digest when the report was made) and `via` (the run or command).
         """
-        said = {"digest": self.digest, "decision": decision, **answer}
+        review = {"digest": self.digest, "decision": decision, **answer}
 
         def plan(events: Events) -> Event | int:
-            about = [number for number, digest in enumerate(events.digests, 1) if digest == self.digest]
-            same = (number for number in about if {**events[number - 1], "at": None} == {**said, "at": None})
-            return next(same, None) or {**said, "at": _now()}
+            own = [number for number, digest in enumerate(events.digests, 1) if digest == self.digest]
+            same = (number for number in own if {**events[number - 1], "at": None} == {**review, "at": None})
+            return next(same, None) or {**review, "at": _now()}
 
         return append_event(self.store, reviews_log(self.name), plan).event
 
     def record_clean_commit(self, commit: str) -> None:
-        """Note that it, published from a dirty tree, was made again, byte for byte, by a commit."""
+        """Record the commit that reproduced this version, published from a dirty tree, byte for byte."""
         self.store.put_if_absent(clean_key(self.name, self.digest), canonical_json({"git": commit, "at": _now()}))
 
     def sign(self, signer: Signer) -> bool:
-        """Store a signature; return False when that key had signed it before."""
+        """Store a signature; return False if this key already signed the version."""
         return sign(self.store, self.manifest, signer)
 
     def withdraw(self, *, by: str, reason: str) -> bool:
-        """Say for ever that nobody may use it; return False when it was withdrawn before.
+        """Withdraw the version permanently by a tombstone; return False if it was withdrawn before.
 
         Raises:
-            RegistryError: The registry does not hold it, or an alias points to it.
+            RegistryError: The registry does not have the version, or an alias points to it.
         """
         check_text("by", by)
         check_text("reason", reason)
@@ -315,22 +317,22 @@ class Version:
         return ", ".join(f"{self.name}@{alias}" for alias in self.aliases)
 
     def _check_usable(self) -> None:
-        """Raise unless it may be used: manifest's hash, rules, tombstone, signature policy."""
-        core = self.manifest
+        """Raise unless the version is usable: manifest digest, package rules, tombstone, signature policy."""
+        manifest = self.manifest
         if self.is_withdrawn:
             raise RegistryError(
-                f"{self.reference} ({self._short_digest}) is withdrawn: {self.store.url} holds "
+                f"{self.reference} ({self._short_digest}) is withdrawn: {self.store.url} has "
                 f"{tombstone_key(self.name, self.digest)}. Choose another version"
             )
-        check_policy(self.store, core)
+        check_policy(self.store, manifest)
 
     def _check_promotable(self) -> None:
-        """Raise RegistryError unless it is published and every file of it is there, by size."""
+        """Raise RegistryError unless the version is published and the blob of every file exists with its size."""
         check_policy(self.store, self.manifest)
         label = str(self)
         if faults := [fault for file in self.manifest.files if (fault := blob_fault(self.store, file, rehash=False))]:
             raise RegistryError(
-                f"{label} {self._short_digest} is not whole in {self.store.url}: {faults[0]}. Publish it again"
+                f"{label} {self._short_digest} is incomplete in {self.store.url}: {faults[0]}. Publish it again"
             )
 
 
@@ -350,7 +352,7 @@ def compare_manifests(store: Store, old: VersionManifest, new: VersionManifest) 
 
 
 def compare_files(old: tuple[PackageFile, ...], new: tuple[PackageFile, ...]) -> dict[str, str]:
-    """Return what became of every path that is not the same in both."""
+    """Return `added`, `removed` or `changed` for every path that differs."""
     before, after = ({file.path: file.sha256 for file in files} for files in (old, new))
     kinds = dict.fromkeys(before.keys() - after.keys(), "removed")
     kinds |= dict.fromkeys(after.keys() - before.keys(), "added")
@@ -359,7 +361,7 @@ def compare_files(old: tuple[PackageFile, ...], new: tuple[PackageFile, ...]) ->
 
 
 def flatten(tree: object, prefix: str = "") -> Facts:
-    """Return a JSON tree's leaves under dotted keys.
+    """Return the leaves of a JSON tree under dotted keys.
 
     >>> flatten({"a": {"b": 1}, "c": [2, 3]})
     {'a.b': 1, 'c.0': 2, 'c.1': 3}
@@ -374,9 +376,9 @@ def flatten(tree: object, prefix: str = "") -> Facts:
     return leaves
 
 
-def _facts(store: Store, core: VersionManifest) -> Facts:
-    facts = flatten(dict(core.facts), "facts") if core.facts else {}
-    for file in core.files:
+def _facts(store: Store, manifest: VersionManifest) -> Facts:
+    facts = flatten(dict(manifest.facts), "facts") if manifest.facts else {}
+    for file in manifest.files:
         if file.path in COMPARED and file.bytes <= _MAX_COMPARED_BYTES:
             facts |= flatten(_read_json(store, file), f"{file.path}: ")
     return {key.replace(": .", ": "): value for key, value in facts.items()}
@@ -386,5 +388,5 @@ def _read_json(store: Store, file: PackageFile) -> object:
     try:
         tree: object = json.loads(read_blob(store, file))
     except ValueError as error:
-        raise DataError(f"{store.url}: {file.path} is not JSON ({error})") from None
+        raise DataError(f"{store.url}: {file.path} is not valid JSON ({error})") from None
     return tree

@@ -87,7 +87,7 @@ def test_numbers_count_up_and_every_kind_of_reference_resolves(store, three):
 @pytest.mark.usefixtures("three")
 def test_a_reference_to_nothing_says_what_there_is(store, reference):
     with pytest.raises(
-        RegistryError, match="v1 to v3; aliases: none" if "tiny" in reference else "No version of other"
+        RegistryError, match="v1 to v3; aliases: none" if "tiny" in reference else "no version of other"
     ):
         Registry(store).version(reference)
 
@@ -107,15 +107,15 @@ def test_a_name_that_cannot_be_a_models_is_refused_before_anything_is_written(st
 
 def test_a_name_that_differs_in_case_only_is_refused(store, package):
     put(store, package, "tiny")
-    with pytest.raises(RegistryError, match="tiny exists and differs in case only"):
+    with pytest.raises(RegistryError, match="Tiny: model tiny exists"):
         put(store, package, "Tiny")
 
 
 def test_an_empty_place_and_a_newer_registry_are_told_apart(store, package):
-    with pytest.raises(RegistryError, match="no registry there yet"):
+    with pytest.raises(RegistryError, match="ROPEWAY_REGISTRY"):
         Registry(store).version("tiny@v1")
     store.put_if_absent("registry.json", b'{"format":"ropeway-registry/2"}')
-    with pytest.raises(RegistryError, match="newer Ropeway"):
+    with pytest.raises(RegistryError, match=r"ropeway-registry/2.*expected format ropeway-registry/1"):
         put(store, package)
 
 
@@ -141,7 +141,7 @@ def test_a_rotten_blob_or_manifest_already_in_the_store_stops_the_publish(store,
 
 def test_provenance_that_json_cannot_say_is_refused_before_anything_is_written(store, package):
     for value in ({"at": object()}, {"loss": float("nan")}):
-        with pytest.raises(DataError, match="what JSON can say"):
+        with pytest.raises(DataError, match="JSON"):
             tiny(store).publish(package, provenance=value, attachments={})
     assert is_untouched(store)
 
@@ -171,7 +171,7 @@ def test_promoting_what_is_there_already_adds_no_event(store, three):
     assert not move(store, three[0]).moved
     assert not move(store, three[0], expect=three[0]).moved
     assert not move(store, three[0], expect=None).moved, "the same act again: its answer may have got lost"
-    with pytest.raises(RegistryError, match="expected nothing yet"):
+    with pytest.raises(RegistryError, match=f"points to {three[0]}, expected no version"):
         tiny(store).version(three[0]).promote("candidate", expect=None, by="somebody else", reason="it was time")
     assert len(tiny(store).alias("candidate").events) == 1
 
@@ -190,19 +190,19 @@ def test_a_withdrawn_version_cannot_be_promoted(store, three):
 
 
 def test_a_version_without_number_or_with_a_lost_blob_cannot_be_promoted(store, three):
-    with pytest.raises(RegistryError, match="holds no version"):
+    with pytest.raises(RegistryError, match="no version 000000000000… of tiny"):
         move(store, "0" * 64)
     store.delete("models/tiny/versions/00000003.json")
-    with pytest.raises(RegistryError, match="never published to its end"):
+    with pytest.raises(RegistryError, match="has no version number"):
         move(store, three[2])
     key = blob_key(next(f.sha256 for f in load_version_manifest(store, "tiny", three[0]).files if "model" in f.path))
     truncated = store.get(key)[:-1]
     store.delete(key)
-    with pytest.raises(RegistryError, match=r"not whole.*model.safetensors .* is missing"):
+    with pytest.raises(RegistryError, match=r"incomplete.*model\.safetensors .* is missing"):
         move(store, three[0])
     store.put_if_absent(key, truncated)
     sizes = f"{len(truncated)} bytes, expected {len(truncated) + 1}"
-    with pytest.raises(RegistryError, match=f"not whole.*model.safetensors has {sizes}"):
+    with pytest.raises(RegistryError, match=f"incomplete.*model.safetensors has {sizes}"):
         move(store, three[0])
 
 
@@ -215,7 +215,7 @@ def test_a_promoter_who_is_overtaken_between_reading_and_writing_is_refused_or_f
         return put_if_absent(key, data, sha256=sha256)
 
     monkeypatch.setattr(store, "put_if_absent", overtaken)
-    with pytest.raises(RegistryError, match=f"points to {three[1]}, expected nothing yet"):
+    with pytest.raises(RegistryError, match=f"points to {three[1]}, expected no version"):
         move(store, three[0], expect=None)
     move(store, three[2])
     monkeypatch.setattr(store, "put_if_absent", overtaken)
@@ -242,14 +242,14 @@ def test_rolling_back_goes_to_the_version_before_and_a_second_time_one_further(s
         move(store, digest)
     assert tiny(store).rollback("candidate", by="a test", reason="worse").digest == three[1]
     assert tiny(store).rollback("candidate", by="a test", reason="worse too").digest == three[0]
-    with pytest.raises(RegistryError, match="no version before"):
+    with pytest.raises(RegistryError, match="no earlier version"):
         tiny(store).rollback("candidate", by="a test", reason="and now")
     prevs = [event["prev"] for event in tiny(store).alias("candidate").events]
     assert prevs == [None, three[0], three[1], three[2], three[1]]
 
 
 def test_a_rollback_that_expects_another_version_or_finds_no_alias_is_refused(store, three):
-    with pytest.raises(RegistryError, match="no version before"):
+    with pytest.raises(RegistryError, match="no earlier version"):
         tiny(store).rollback("candidate", by="a test", reason="x")
     for digest in three:
         move(store, digest)
@@ -282,7 +282,7 @@ def test_a_hole_in_a_log_and_an_entry_that_is_no_event_are_named(store, three):
         tiny(store).find(three[2])
     for document in (b"{", b"[]", b'{"digest":1}', canonical_json({"digest": three[1]}), b"[" * 100_000):
         store.put_if_absent("models/tiny/versions/00000002.json", document)
-        with pytest.raises(DataError, match="is not an event"):
+        with pytest.raises(DataError, match=r"00000002\.json is not a valid event"):
             tiny(store).find(three[2])
         store.delete("models/tiny/versions/00000002.json")
 

@@ -84,7 +84,7 @@ def test_what_versions_need_is_never_collected(store, two):
     tiny(store).version(two[0]).withdraw(by="ana", reason="leaks")
     before = store.list_keys("")
     found = Registry(store).collect(grace=NOW, withdrawn=False)
-    assert (found.entries, found.incomplete_uploads, found.young) == ((), (), 0)
+    assert (found.entries, found.incomplete_uploads, found.in_grace_period) == ((), (), 0)
     assert store.list_keys("") == before
 
 
@@ -97,7 +97,7 @@ def test_garbage_is_shown_first_and_removed_when_asked_and_old(store, two):
     store.put_if_absent(signature_key("tiny", two[0], "c" * 16), b"x")
     store.put_if_absent("somebody/elses", b"x")
     young = Registry(store).find_garbage(grace=LATER, withdrawn=False)
-    assert (young.entries, young.young) == ((), 3)
+    assert (young.entries, young.in_grace_period) == ((), 3)
     found = Registry(store).find_garbage(grace=NOW, withdrawn=False)
     expected = {orphan, manifest_key("tiny", "b" * 64), signature_key("tiny", "b" * 64, "c" * 16)}
     assert {entry.key for entry in found.entries} == expected
@@ -136,7 +136,7 @@ def test_a_publisher_steps_back_while_garbage_is_collected_and_the_next_try_work
     real = garbage_collection.find_garbage
 
     def meanwhile(*arguments, **options):
-        with pytest.raises(TemporaryError, match=r"garbage is being collected since .*Repeat the command"):
+        with pytest.raises(TemporaryError, match=r"garbage collection .* UTC"):
             put(store, package)
         assert store.list_keys("intents/") == []
         return real(*arguments, **options)
@@ -230,7 +230,7 @@ def test_the_policy_refuses_what_is_unsigned_signed_by_others_or_tampered_with(s
     other = signer.sign(load_version_manifest(store, "tiny", two[1]))
     for bad in (other, good[:-1], b"", b"x" * 64, good + b"x"):
         replace(store, key, bad)
-        refused("is not that key's signature")
+        refused("is not a valid signature")
     replace(store, key, good)
     assert Registry(store).version("tiny@v1").verify().files == 4
 
@@ -255,7 +255,7 @@ def test_keys_that_are_none_are_readable_by_others_or_exist_are_named(keys, monk
     with pytest.raises(ConfigError, match="never overwritten"):
         make_keys(keys / "one")
     (keys / "one").chmod(0o644)
-    with pytest.raises(ConfigError, match="read by others"):
+    with pytest.raises(ConfigError, match="chmod 600"):
         load_signer()
     for content in (b"", b"not a key", (keys / "trusted" / "one.pub").read_bytes()):
         (tmp_path / "bad").write_bytes(content)
@@ -271,10 +271,10 @@ def test_keys_that_are_none_are_readable_by_others_or_exist_are_named(keys, monk
 def test_a_policy_without_keys_or_with_a_broken_one_stops_everything(store, two, keys, monkeypatch, tmp_path):
     (tmp_path / "none").mkdir()
     monkeypatch.setenv("ROPEWAY_TRUSTED_KEYS", str(tmp_path / "none"))
-    with pytest.raises(ConfigError, match=r"holds no \*.pub"):
+    with pytest.raises(ConfigError, match=r"has no \*\.pub"):
         Registry(store).version(f"tiny@v{len(two)}").verify()
     (tmp_path / "none" / "x.pub").write_text("broken")
-    with pytest.raises(ConfigError, match="is no public key"):
+    with pytest.raises(ConfigError, match=r"x\.pub is not a public key"):
         Registry(store).version("tiny@v1").verify()
     assert keys.exists()
 

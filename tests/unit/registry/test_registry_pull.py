@@ -32,7 +32,7 @@ def test_a_version_already_there_is_left_alone_and_something_else_is_not_touched
     Registry(store).version("tiny@v1").pull(target)
     assert not Registry(store).version(f"tiny@{digest[:8]}").pull(target).created
     (target / "config.json").write_text("[]")
-    with pytest.raises(RegistryError, match="something other than tiny"):
+    with pytest.raises(RegistryError, match="exactly tiny"):
         Registry(store).version("tiny@v1").pull(target)
     assert (target / "config.json").read_text() == "[]"
 
@@ -65,7 +65,7 @@ def test_every_flipped_byte_of_a_blob_is_found_by_verify_and_pull_and_nothing_is
         flip(store, blob_key(file.sha256))
         with pytest.raises(DataError, match=f"blob of {file.path} hashes to"):
             Registry(store).version("tiny@v1").verify()
-        with pytest.raises(DataError, match=f"blob of {file.path} is not what its version says"):
+        with pytest.raises(DataError, match=f"blob of {file.path} does not match"):
             Registry(store).version("tiny@v1").pull(target)
         assert nothing_left(target)
         flip(store, blob_key(file.sha256))
@@ -183,7 +183,7 @@ def test_links_and_strays_in_the_unfinished_folder_are_not_followed_nor_kept(sto
     assert nothing_left(target)
     partial.mkdir(parents=True)
     (partial / "stray.json").touch()
-    with pytest.raises(DataError, match="none of the version's files"):
+    with pytest.raises(DataError, match=r"stray\.json is not a file of the version"):
         Registry(store).version("tiny@v1").pull(target)
     assert nothing_left(target)
     partial.symlink_to(tmp_path)
@@ -205,6 +205,6 @@ def test_two_pulls_to_one_place_do_not_mix(store, digest, target):
 @pytest.mark.usefixtures("digest")
 def test_a_disk_that_cannot_hold_the_version_is_named_before_anything_is_fetched(store, target, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
-    with pytest.raises(ConfigError, match="bytes more, 10 are free"):
+    with pytest.raises(ConfigError, match="10 bytes free"):
         Registry(store).version("tiny@v1").pull(target)
     assert nothing_left(target)
