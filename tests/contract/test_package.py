@@ -61,8 +61,8 @@ def test_every_picture_and_file_the_card_links_to_is_there(made):
     card = (workspace.pages / "README.md").read_text()
     links = {link for link in re.findall(r"\]\(([^)#]+)\)", card) if "://" not in link}
     assert {"plots/positions.png", "samples.html", "plots/passkey_answers.csv"} <= links
-    core, _ = build_version_manifest(workspace.package, workspace.pages, "tiny")
-    assert links <= {file.path for file in core.files}
+    version, _ = build_version_manifest(workspace.package, workspace.pages, "tiny")
+    assert links <= {file.path for file in version.files}
 
 
 def test_the_package_holds_just_what_it_promises(made):
@@ -85,11 +85,11 @@ def test_the_package_holds_just_what_it_promises(made):
 def test_the_registry_takes_the_package(made):
     workspace, *_ = made
     assert len(build_package_manifest(workspace.package, "tiny", verify=True).files) == 18
-    core, places = build_version_manifest(workspace.package, workspace.pages, "tiny")
-    assert len(core.files) == 18 + 14
-    assert places["README.md"] == workspace.pages / "README.md"
-    assert places["config.json"] == workspace.package / "config.json"
-    assert core.digest != package_digest(workspace.package, "tiny")
+    manifest, paths = build_version_manifest(workspace.package, workspace.pages, "tiny")
+    assert len(manifest.files) == 18 + 14
+    assert paths["README.md"] == workspace.pages / "README.md"
+    assert paths["config.json"] == workspace.package / "config.json"
+    assert manifest.digest != package_digest(workspace.package, "tiny")
 
 
 def test_an_edited_page_changes_no_byte_of_the_package_and_pages_of_another_package_are_refused(made, tmp_path):
@@ -101,7 +101,7 @@ def test_an_edited_page_changes_no_byte_of_the_package_and_pages_of_another_pack
         build_version_manifest(workspace.package, pages, "tiny")
     shutil.copytree(workspace.package, other)
     edit(other / "manifest.json", lambda manifest: manifest.update(steps=4))
-    with pytest.raises(DataError, match="not those of"):
+    with pytest.raises(DataError, match="do not belong to the package"):
         build_version_manifest(other, workspace.pages, "tiny")
 
 

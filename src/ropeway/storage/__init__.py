@@ -1,7 +1,7 @@
-"""The door to where versions are kept: a small `Store` whose one write is put-if-absent, on a folder and on S3.
+"""Object stores of the registry: `Store`, whose only write is put-if-absent, on a folder or on S3.
 
-Nothing is overwritten, so a reader needs no lock and a writer that dies leaves only garbage. Of N writers of one key
-exactly one wins; logs of numbers and aliases stand on that alone (`registry/log.py`).
+Objects are never overwritten, so readers need no lock and a crashed writer leaves only garbage. Of N writers of one key
+exactly one succeeds; the logs of versions and aliases depend only on this (`registry/log.py`).
 """
 
 from pathlib import Path
@@ -32,7 +32,7 @@ __all__ = [
 
 
 def open_store(url: str) -> Store:
-    """Return the store a URL names, nothing contacted yet; raise ConfigError unless it is file:///… or s3://….
+    """Return the store at a URL without connecting to it; raise ConfigError unless it is file:///… or s3://….
 
     >>> open_store("file:///srv/registry").url
     'file:///srv/registry'
@@ -47,7 +47,7 @@ def open_store(url: str) -> Store:
     path = unquote(parts.path)
     local = parts.scheme == "file" and parts.netloc in ("", "localhost") and not (parts.query or parts.fragment)
     if not local or not path.startswith("/") or "\0" in path:
-        shown = url.rpartition("@")[2]  # what stands before an @ may be a secret
+        shown = url.rpartition("@")[2]  # the part before an @ can be a secret
         raise ConfigError(
             f"registry {shown!r}: expected file:///absolute/path or s3://bucket/prefix. Correct --registry or "
             "ROPEWAY_REGISTRY"

@@ -1,7 +1,7 @@
-"""Conditional writes: told whether they lost, repeated on a conflict, and refused on a store that ignores them.
+"""Conditional S3 requests (`If-None-Match`): retry on 409, raise on 412, reject stores that ignore preconditions.
 
-Source: Amazon S3 user guide, "Conditional writes": 412 the object exists, 409 another write was under way, try again.
-rclone's `serve s3` (1.75.2) ignores preconditions: 16 of 16 racers won.
+Source: Amazon S3 user guide, "Conditional writes": 412 means the object exists, 409 that a concurrent write was running
+and the request can be retried. rclone's `serve s3` (1.75.2) ignores preconditions: 16 of 16 concurrent puts succeeded.
 """
 
 import random
@@ -19,14 +19,14 @@ from ropeway.storage.s3_client import error_code
 
 MAX_CONFLICT_ATTEMPTS = 8
 T = TypeVar("T")
-_BODY = b"Ropeway asks here whether this store honours If-None-Match. Leave it.\n"
+_BODY = b"Ropeway uses this object to test whether the store supports If-None-Match. Do not delete it.\n"
 
 
 class PreconditionFailedError(Exception):
-    """The object was there. `repeated` requests may have met this very writer's object. Never leaves this package."""
+    """The object exists. After a retry (`repeated`) it can be the object of this writer. Internal to this package."""
 
     def __init__(self, *, repeated: bool) -> None:
-        """Keep whether it was repeated."""
+        """Store whether the request was retried."""
         super().__init__()
         self.repeated = repeated
 
@@ -48,25 +48,25 @@ def send_conditional(request: Callable[[], T]) -> T:
 
 
 def sleep_with_backoff(attempt: int) -> None:
-    """Wait a random while, longer each time, 3 s at most: racers must not meet again."""
+    """Sleep with exponential backoff and full jitter, 3 s at most."""
     time.sleep(random.uniform(0, min(3, 0.05 * 2**attempt)))
 
 
 def check_conditional_put(client: BaseClient, bucket: str, path: str, url: str) -> None:
-    """Raise ConfigError unless a second conditional put of one key loses. The key stays: later probes need one request.
+    """Raise ConfigError unless a second conditional put of a key fails; the object stays, so a later probe is one put.
 
-    `path` is the probe's key, outside what a store lists; `url` names the store in the message.
+    `path` is the key of the probe, which the store does not list; `url` is the store in the message.
     """
     for _ in range(2):
         try:
             send_conditional(lambda: client.put_object(Bucket=bucket, Key=path, Body=_BODY, IfNoneMatch="*"))
         except PreconditionFailedError:
             return
-    raise _refused(url, "If-None-Match on PutObject")
+    raise _precondition_ignored_error(url, "If-None-Match on PutObject")
 
 
 def check_conditional_complete(client: BaseClient, bucket: str, path: str, url: str) -> None:
-    """Raise ConfigError unless a multipart upload to the probe's key, which exists, cannot be completed."""
+    """Raise ConfigError unless completing a multipart upload to the existing probe key fails."""
     where = {"Bucket": bucket, "Key": path}
     where["UploadId"] = client.create_multipart_upload(**where)["UploadId"]
     part = client.upload_part(**where, PartNumber=1, Body=_BODY)
@@ -74,14 +74,14 @@ def check_conditional_complete(client: BaseClient, bucket: str, path: str, url: 
     try:
         send_conditional(lambda: client.complete_multipart_upload(**where, MultipartUpload=parts, IfNoneMatch="*"))
     except PreconditionFailedError:
-        with suppress(ClientError):  # the collector finds it
+        with suppress(ClientError):  # garbage collection removes it
             client.abort_multipart_upload(**where)
         return
-    raise _refused(url, "If-None-Match on CompleteMultipartUpload")
+    raise _precondition_ignored_error(url, "If-None-Match on CompleteMultipartUpload")
 
 
-def _refused(url: str, what: str) -> ConfigError:
+def _precondition_ignored_error(url: str, condition: str) -> ConfigError:
     return ConfigError(
-        f"{url}: this store ignores {what}: of two writers both would win, and versions and aliases would be lost. "
-        "Nothing was published. Use a store that honours it (Amazon S3, SeaweedFS), or a folder, file:///…"
+        f"{url}: the store ignores {condition}, so concurrent writers would overwrite versions and aliases. Nothing "
+        "was published. Use a store that supports it (Amazon S3, SeaweedFS), or a folder (file:///…)"
     )

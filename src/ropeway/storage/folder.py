@@ -1,4 +1,4 @@
-"""The store behind `file:///…`: a folder, where a key is a file that appears whole by a hard link."""
+"""The store for `file:///…`: a folder, where each object is a file created atomically by a hard link."""
 
 import hashlib
 import os
@@ -19,45 +19,45 @@ from ropeway.storage.interface import (
     StoredObject,
     check_key,
     check_prefix,
-    wrong_hash,
+    hash_mismatch_error,
 )
 
 _PARTIAL = ".partial"
 
 
 class FileStore(Store):
-    """A folder. A key is a file that appears whole, by a hard link from `.partial/`, which fails if it exists."""
+    """A store in a folder. A hard link from `.partial/` creates each file atomically and fails if it exists."""
 
     def __init__(self, root: Path) -> None:
-        """Keep objects below `root`, which the first write creates."""
+        """Store objects in the folder `root`, which the first write creates."""
         self.root = root.absolute()
         self.url = self.root.as_uri()
 
     def put_if_absent(self, key: str, data: bytes | Path, *, sha256: str | None = None) -> bool:
-        """Write aside, fsync, link: a kill at any moment leaves at most a file in `.partial/`."""
+        """Write to `.partial/`, fsync, link. A kill at any time leaves at most a file in `.partial/`."""
         target = self._path(key)
         if isinstance(data, Path) and not data.is_file():
-            raise DataError(f"{data}: expected a file to store as {key}, found none. Make it again")
+            raise DataError(f"{data}: expected a file to store as {key}, found none. Create it again")
         with self._translate_errors(key):
             if target.exists():
-                sync_folder(target.parent)  # its writer may have died before doing so; ours must not outlive it
+                sync_folder(target.parent)  # its writer can have died before this sync; our later objects depend on it
                 return False
             partial = self.root / _PARTIAL / uuid.uuid4().hex
             self._make_folder(partial.parent)
             try:
                 found = _write_new(partial, data, self.on_bytes)
                 if sha256 is not None and found != sha256:
-                    raise wrong_hash(data if isinstance(data, Path) else key, found, sha256)
+                    raise hash_mismatch_error(data if isinstance(data, Path) else key, found, sha256)
                 return self._link(partial, target)
             finally:
                 partial.unlink(missing_ok=True)
 
     def get(self, key: str) -> bytes:
-        """Read a document."""
+        """Read the file."""
         with self.open_stream(key) as stream, self._translate_errors(key):
             data = stream.read(MAX_DOCUMENT_BYTES + 1)
         if len(data) > MAX_DOCUMENT_BYTES:
-            raise DataError(f"{self.url}: {key} is larger than {MAX_DOCUMENT_BYTES:,} bytes; no document here is")
+            raise DataError(f"{self.url}: {key} is larger than a document can be, {MAX_DOCUMENT_BYTES:,} bytes")
         return data
 
     def open_stream(self, key: str, *, start_byte: int = 0) -> BinaryIO:
@@ -81,18 +81,18 @@ class FileStore(Store):
             return path.stat().st_size
 
     def list_entries(self, prefix: str) -> list[StoredObject]:
-        """Walk the folder; what starts with a dot (`.partial/`) is not a key."""
+        """Walk the folder. Names that start with a dot (`.partial/`) are not keys."""
         entries: list[StoredObject] = []
         with self._translate_errors(prefix):
             for place, folders, files in os.walk(self._folder(prefix)):
                 folders[:] = [name for name in folders if not name.startswith(".")]
                 for name in files:
-                    with suppress(FileNotFoundError):  # deleted since its folder was read
+                    with suppress(FileNotFoundError):  # deleted after the folder was listed
                         entries += [_entry(Path(place, name), self.root)] if name[0] != "." else []
         return sorted(entries, key=lambda entry: entry.key)
 
     def list_folders(self, prefix: str) -> list[str]:
-        """Read one folder."""
+        """List one folder."""
         folder = self._folder(prefix)
         with self._translate_errors(prefix):
             if not folder.is_dir():
@@ -100,20 +100,20 @@ class FileStore(Store):
             return sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
 
     def delete(self, key: str) -> None:
-        """Unlink; empty folders stay, since another writer may be about to use them."""
+        """Unlink the file. Empty folders stay, because another writer can be about to use them."""
         path = self._path(key)
         with self._translate_errors(key):
             path.unlink(missing_ok=True)
 
     def list_incomplete_uploads(self) -> list[IncompleteUpload]:
-        """Look into `.partial/`."""
+        """List `.partial/`."""
         with self._translate_errors(_PARTIAL):
             found = [_entry(path, self.root) for path in (self.root / _PARTIAL).glob("*")]
         uploads = [IncompleteUpload(entry.key, entry.modified_at, entry.key) for entry in found]
         return sorted(uploads, key=lambda upload: upload.started_at)
 
     def remove_incomplete_upload(self, upload: IncompleteUpload) -> None:
-        """Unlink it."""
+        """Unlink the file."""
         with self._translate_errors(upload.name):
             (self.root / _PARTIAL / Path(upload.token).name).unlink(missing_ok=True)
 
@@ -136,7 +136,7 @@ class FileStore(Store):
         return True
 
     def _make_folder(self, folder: Path) -> None:
-        """Create a folder and make each new level durable, else a power cut could take a whole log with it."""
+        """Create a folder and sync each new level to disk, so that a power failure cannot lose a whole log."""
         if folder.is_dir():
             return
         if folder != self.root:
@@ -146,19 +146,19 @@ class FileStore(Store):
 
     @contextmanager
     def _translate_errors(self, key: str) -> Iterator[None]:
-        """Translate the file system's errors into decisions."""
+        """Translate errors of the file system into Ropeway errors."""
         try:
             yield
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-            raise AbsentError(f"{self.url}: holds no {key}") from None
+            raise AbsentError(f"{self.url}: no object {key}") from None
         except OSError as error:
             if is_disk_full(error):
                 raise TemporaryError(
-                    f"{self.url}: the disk is full ({error.strerror}); free space and repeat the command"
+                    f"{self.url}: the disk is full ({error.strerror}). Free space, then run the command again"
                 ) from None
             raise ConfigError(
-                f"{self.url}: {error.strerror} at {key}. The registry's folder must be readable, writable and on a "
-                "file system with hard links; correct it, or name another by ROPEWAY_REGISTRY"
+                f"{self.url}: {error.strerror} at {key}. The registry folder must be readable, writable and on a file "
+                "system with hard links. Fix it, or set ROPEWAY_REGISTRY to another folder"
             ) from None
 
 
@@ -168,7 +168,7 @@ def _entry(path: Path, root: Path) -> StoredObject:
 
 
 def _write_new(path: Path, data: bytes | Path, on_bytes: Callable[[int], None]) -> str:
-    """Write a new file, read-only and on disk when this returns; return its sha256."""
+    """Write a new read-only file, synced to disk; return its sha256."""
     digest = hashlib.sha256()
     with path.open("xb") as file:
         if isinstance(data, bytes):
@@ -182,6 +182,8 @@ def _write_new(path: Path, data: bytes | Path, on_bytes: Callable[[int], None]) 
                     file.write(block)
                     on_bytes(len(block))
         file.flush()
-        os.fchmod(file.fileno(), os.fstat(file.fileno()).st_mode & 0o444)  # a slip of an editor must not reach it
+        os.fchmod(
+            file.fileno(), os.fstat(file.fileno()).st_mode & 0o444
+        )  # read-only: protects the object from accidental edits
         os.fsync(file.fileno())
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""What every store can do, the keys it takes, and what it says of what it holds."""
+"""The store interface: operations, valid keys and listed objects."""
 
 import re
 from abc import ABC, abstractmethod
@@ -11,16 +11,16 @@ from typing import BinaryIO
 from ropeway.runtime.errors import DataError
 
 BLOCK_BYTES = 1 << 20
-TRANSFER_BYTES = 8 << 20  # of streams: fewer turns between the hashing thread and those that read ahead
-MAX_DOCUMENT_BYTES = 16 << 20  # `get` reads whole JSON documents; weights go through `open_stream`
-MAX_KEY_BYTES = 240  # some S3 servers refuse more than 255 (SeaweedFS 4.48), and the bucket's prefix comes on top
-# ASCII only, and no part starts with a dot: `..`, NUL, backslash and hidden files cannot be spelled.
+TRANSFER_BYTES = 8 << 20  # of streams: fewer switches between the hashing thread and the read-ahead threads
+MAX_DOCUMENT_BYTES = 16 << 20  # limit of `get`, for JSON documents; weights are read by `open_stream`
+MAX_KEY_BYTES = 240  # some S3 servers reject more than 255 (SeaweedFS 4.48), which includes the prefix
+# ASCII only, no part starts with a dot: excludes `..`, NUL, backslash and hidden files.
 _KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
 
 
 @dataclass(frozen=True, slots=True)
 class StoredObject:
-    """An object as a listing shows it; the time is the store's."""
+    """An object in a listing; `modified_at` is by the clock of the store."""
 
     key: str
     bytes: int
@@ -29,9 +29,10 @@ class StoredObject:
 
 @dataclass(frozen=True, slots=True)
 class IncompleteUpload:
-    """What a writer that died left aside: a file in `.partial/`, or an unfinished multipart upload.
+    """An upload that did not finish, or still runs: a file in `.partial/`, or an S3 multipart upload.
 
-    The store needs `token` to remove it.
+    Attributes:
+        token: Identifies the upload to the store, for `remove_incomplete_upload`.
     """
 
     name: str
@@ -40,96 +41,96 @@ class IncompleteUpload:
 
 
 class Store(ABC):
-    """Immutable objects under plain keys. Every method raises DataError for a key that is not plain."""
+    """A store of immutable objects. Every method raises DataError for an invalid key."""
 
     url: str
     on_bytes: Callable[[int], None] = staticmethod(lambda _: None)
-    """Told how many bytes were stored just now; whoever reads a stream tells it itself. For progress bars."""
+    """Progress callback with the number of bytes just stored; readers of a stream call it themselves."""
 
     @abstractmethod
     def put_if_absent(self, key: str, data: bytes | Path, *, sha256: str | None = None) -> bool:
-        """Return True when this call created `key`, False when it was there before; nothing is overwritten.
+        """Create an object; return True if this call created it, False if it exists. Never overwrites.
 
         Args:
-            key: Where; relative, `/` between parts.
-            data: The bytes, or the file that holds them.
-            sha256: What the bytes must hash to. They are hashed on the way and never become visible if they do not.
+            key: The key: a relative path with `/` between its parts.
+            data: The bytes, or the path of a file.
+            sha256: The expected hash. The data is hashed during the upload and discarded if it does not match.
 
         Raises:
-            DataError: The bytes hash to something else: the file changed under the writer.
-            TemporaryError: The store is full or away; the same call may work later.
-            ConfigError: The store cannot be written to as it stands.
+            DataError: The hash does not match: the file changed during the upload.
+            TemporaryError: The store is full or unavailable; a retry can succeed.
+            ConfigError: The store is not writable.
         """
 
     @abstractmethod
     def get(self, key: str) -> bytes:
-        """Return a document of at most `MAX_DOCUMENT_BYTES`; raise AbsentError, or DataError when it is larger."""
+        """Return a document; raise AbsentError if it does not exist, DataError above `MAX_DOCUMENT_BYTES`."""
 
     def get_many(self, keys: Sequence[str]) -> list[bytes]:
-        """Return several documents, in order."""
+        """Return several documents, in the order of the keys."""
         return [self.get(key) for key in keys]
 
     @abstractmethod
     def open_stream(self, key: str, *, start_byte: int = 0) -> BinaryIO:
-        """Return an open stream of the object's bytes from `start_byte` on; raise AbsentError."""
+        """Return a stream of an object from `start_byte`; raise AbsentError if it does not exist."""
 
     @abstractmethod
     def exists(self, key: str) -> bool:
-        """Return whether the store holds `key`."""
+        """Return whether an object exists."""
 
     @abstractmethod
     def size(self, key: str) -> int:
-        """Return an object's bytes; raise AbsentError."""
+        """Return the size of an object in bytes; raise AbsentError if it does not exist."""
 
     @abstractmethod
     def list_entries(self, prefix: str) -> list[StoredObject]:
-        """Return every object whose key starts with `prefix` (a folder ending in `/`, or empty for all), by key."""
+        """Return all objects under `prefix` (a folder ending in `/`, or empty for all), sorted by key."""
 
     def list_keys(self, prefix: str) -> list[str]:
-        """Return the keys of `list_entries`."""
+        """Return the keys of all objects under `prefix`, sorted."""
         return [entry.key for entry in self.list_entries(prefix)]
 
     def first_key(self, prefix: str) -> str | None:
-        """Return the first key below the folder `prefix`, by name, or None: one request, however many there are."""
+        """Return the first key under the folder `prefix` in sort order, or None; one request for any number of keys."""
         return next(iter(self.list_keys(prefix)), None)
 
     @abstractmethod
     def list_folders(self, prefix: str) -> list[str]:
-        """Return the names directly below the folder `prefix` that have keys below them, sorted."""
+        """Return the names of the subfolders of the folder `prefix`, sorted."""
 
     @abstractmethod
     def delete(self, key: str) -> None:
-        """Remove an object if it is there. For garbage, a publisher's own intent and hints, nothing else."""
+        """Delete an object if it exists. Only for garbage, intents, collection markers and heads."""
 
     @abstractmethod
     def list_incomplete_uploads(self) -> list[IncompleteUpload]:
-        """Return what unfinished writes left aside, oldest first; a write under way is among them."""
+        """Return the incomplete uploads, oldest first, including those of running writes."""
 
     @abstractmethod
     def remove_incomplete_upload(self, upload: IncompleteUpload) -> None:
-        """Remove one if it is still there."""
+        """Remove an incomplete upload if it still exists."""
 
 
 def check_key(key: str) -> None:
-    """Raise DataError unless `key` is relative, normalised, of plain ASCII parts and short enough."""
+    """Raise DataError unless `key` is a relative, normalized path of plain ASCII parts within `MAX_KEY_BYTES`."""
     if len(key) > MAX_KEY_BYTES or not _KEY.fullmatch(key) or any(part.endswith(".") for part in key.split("/")):
         raise DataError(
-            f"store key {key[:80]!r}: expected parts of A-Z a-z 0-9 . _ - joined by '/', none empty or starting or "
-            f"ending with a dot, {MAX_KEY_BYTES} characters at most"
+            f"store key {key[:80]!r}: expected parts of A-Z a-z 0-9 . _ - joined by '/', no part empty or with a "
+            f"dot at its start or end, {MAX_KEY_BYTES} characters at most"
         )
 
 
 def check_prefix(prefix: str) -> None:
-    """Raise DataError unless `prefix` is empty or a plain folder ending in `/`."""
+    """Raise DataError unless `prefix` is empty or a valid folder ending in `/`."""
     if prefix and not prefix.endswith("/"):
-        raise DataError(f"store prefix {prefix[:80]!r}: expected a folder, ending in '/'")
+        raise DataError(f"store prefix {prefix[:80]!r}: expected a folder that ends in '/'")
     if prefix:
         check_key(prefix[:-1])
 
 
-def wrong_hash(what: object, found: str, expected: str) -> DataError:
-    """Return the error for bytes that are not those their writer announced."""
+def hash_mismatch_error(what: object, found: str, expected: str) -> DataError:
+    """Return the error for data whose sha256 is not the expected one."""
     return DataError(
-        f"{what}: sha256 is {found[:12]}…, expected {expected[:12]}…; it changed while it was being stored. Nothing "
-        "was stored under its name; make it again"
+        f"{what}: sha256 is {found[:12]}…, expected {expected[:12]}…; it changed during the upload. No object was "
+        "created; create the file again"
     )

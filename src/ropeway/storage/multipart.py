@@ -1,6 +1,6 @@
-"""A large file into S3 in parts: each with its SHA-256, several at a time, resumed after a death, completed once.
+"""Multipart uploads to S3: parallel parts with SHA-256, resumable after a crash, completed conditionally.
 
-What `upload_file` cannot do (boto/boto3#4366): a conditional Complete, and going on with what a killed process left.
+boto3's `upload_file` supports neither a conditional Complete nor a resume (boto/boto3#4366).
 """
 
 import base64
@@ -21,12 +21,14 @@ from botocore.exceptions import ClientError
 
 from ropeway.runtime.errors import TemporaryError
 from ropeway.storage.conditional_requests import PreconditionFailedError, send_conditional, sleep_with_backoff
-from ropeway.storage.interface import wrong_hash
+from ropeway.storage.interface import hash_mismatch_error
 from ropeway.storage.s3_client import error_code
 
-PART_BYTES = 16 << 20  # x 10,000 parts, S3's limit = 156 GiB; the rules allow 64 GiB per file
+PART_BYTES = 16 << 20  # times 10,000 parts, the S3 limit, is 156 GiB; registry/rules.py allows 64 GiB per file
 WORKERS = 4
-WRITE_ID_KEY = "ropeway-write"  # metadata: which write made the object, so that a lost answer can be recognised
+WRITE_ID_KEY = (
+    "ropeway-write"  # object metadata: the id of the write, to recognize our own object after a lost response
+)
 _MAX_ATTEMPTS = 4
 _UPLOAD_GONE_CODES = {"NoSuchUpload"}
 _RESTART_UPLOAD_CODES = {"ConditionalRequestConflict", "InvalidPart", "InvalidPartOrder", "OperationAborted"}
@@ -36,7 +38,7 @@ Part = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """Where a file goes: a client, a bucket and the whole key in it."""
+    """The target of an upload: client, bucket and full key."""
 
     client: BaseClient
     bucket: str
@@ -44,25 +46,25 @@ class Destination:
 
     @property
     def where(self) -> dict[str, str]:
-        """Return the arguments that every request has."""
+        """The arguments of every request."""
         return {"Bucket": self.bucket, "Key": self.path}
 
 
 def put_file(to: Destination, file: Path, sha256: str | None, on_bytes: Callable[[int], None]) -> bool:
-    """Return True when this call created the object, False when somebody else did.
+    """Upload a file; return True if this call created the object, False if another writer did.
 
     Raises:
-        DataError: The file hashes to something else than `sha256`; its upload is aborted.
-        TemporaryError: Others kept ending this upload.
-        ClientError: What the server said otherwise; the parts that arrived stay for the next call.
+        DataError: The file does not match `sha256`; the upload is aborted.
+        TemporaryError: Other writers ended the upload repeatedly.
+        ClientError: Any other server error; uploaded parts stay, and the next call resumes from them.
     """
     for attempt in range(_MAX_ATTEMPTS):
-        upload, mark = find_upload(to)
+        upload, write_id = find_or_create_upload(to)
         try:
             parts, found = _send_parts(to, upload, file, on_bytes)
             if sha256 is not None and found != sha256:
                 _abort(to, upload)
-                raise wrong_hash(file, found, sha256)
+                raise hash_mismatch_error(file, found, sha256)
             options = {"UploadId": upload, "MultipartUpload": {"Parts": parts}, "IfNoneMatch": "*"}
             send_conditional(partial(to.client.complete_multipart_upload, **to.where, **options))
         except PreconditionFailedError:
@@ -72,33 +74,35 @@ def put_file(to: Destination, file: Path, sha256: str | None, on_bytes: Callable
             code = error_code(error)[0]
             if code not in _UPLOAD_GONE_CODES | _RESTART_UPLOAD_CODES:
                 raise
-            if code in _RESTART_UPLOAD_CODES:  # after a conflict S3 wants the whole upload anew
+            if code in _RESTART_UPLOAD_CODES:  # after a conflict S3 requires a new upload
                 _abort(to, upload)
-            elif (theirs := find_write_id(to)) is not None:  # completed by another publisher, or the answer got lost
-                return theirs == mark
+            elif (stored := find_write_id(to)) is not None:  # completed by another writer, or the response was lost
+                return stored == write_id
             sleep_with_backoff(attempt)
         else:
             return True
     raise TemporaryError(
-        f"s3://{to.bucket}/{to.path}: its upload was ended by others {_MAX_ATTEMPTS} times. Repeat the command"
+        f"s3://{to.bucket}/{to.path}: other writers ended the upload {_MAX_ATTEMPTS} times. Run the command again"
     )
 
 
-def find_upload(to: Destination) -> tuple[str, str | None]:
-    """Return the newest unfinished upload of this key, else a new one; and the mark of a new one."""
+def find_or_create_upload(to: Destination) -> tuple[str, str | None]:
+    """Return the id of the newest incomplete upload of the key and None, or of a new upload and its write id."""
     pages = to.client.get_paginator("list_multipart_uploads").paginate(Bucket=to.bucket, Prefix=to.path)
-    unfinished = [item for page in pages for item in page.get("Uploads", []) if item["Key"] == to.path]
-    if unfinished:
-        return str(max(unfinished, key=lambda item: item["Initiated"])["UploadId"]), None
-    mark = uuid.uuid4().hex
-    made = to.client.create_multipart_upload(**to.where, ChecksumAlgorithm="SHA256", Metadata={WRITE_ID_KEY: mark})
-    return str(made["UploadId"]), mark
+    incomplete = [item for page in pages for item in page.get("Uploads", []) if item["Key"] == to.path]
+    if incomplete:
+        return str(max(incomplete, key=lambda item: item["Initiated"])["UploadId"]), None
+    write_id = uuid.uuid4().hex
+    created = to.client.create_multipart_upload(
+        **to.where, ChecksumAlgorithm="SHA256", Metadata={WRITE_ID_KEY: write_id}
+    )
+    return str(created["UploadId"]), write_id
 
 
 def _send_parts(to: Destination, upload: str, file: Path, on_bytes: Callable[[int], None]) -> tuple[list[Part], str]:
-    """Return every part as Complete wants it, and the whole file's sha256; parts that are there are not sent again."""
+    """Upload the missing parts; return all parts for Complete, and the sha256 of the file."""
     pages = to.client.get_paginator("list_parts").paginate(**to.where, UploadId=upload)
-    there = {int(part["PartNumber"]): part for page in pages for part in page.get("Parts", [])}
+    uploaded = {int(part["PartNumber"]): part for page in pages for part in page.get("Parts", [])}
     whole, parts = hashlib.sha256(), list[Part]()
     pending: deque[Future[Part]] = deque()
     pool = ThreadPoolExecutor(WORKERS)
@@ -107,10 +111,10 @@ def _send_parts(to: Destination, upload: str, file: Path, on_bytes: Callable[[in
             number = 0
             while body := source.read(PART_BYTES):
                 number += 1
-                pending.append(pool.submit(_send_part, to, upload, number, body, there.get(number)))
-                whole.update(body)  # beside the sending threads: hashing releases the interpreter's lock
+                pending.append(pool.submit(_send_part, to, upload, number, body, uploaded.get(number)))
+                whole.update(body)  # parallel to the uploads: hashing releases the GIL
                 on_bytes(len(body))
-                if len(pending) > WORKERS:  # bounds memory to six parts
+                if len(pending) > WORKERS:  # limits memory to six parts
                     parts.append(pending.popleft().result())
         parts += [future.result() for future in pending]
     finally:
@@ -118,31 +122,31 @@ def _send_parts(to: Destination, upload: str, file: Path, on_bytes: Callable[[in
     return parts, whole.hexdigest()
 
 
-def _send_part(to: Destination, upload: str, number: int, body: bytes, there: Part | None) -> Part:
+def _send_part(to: Destination, upload: str, number: int, body: bytes, uploaded: Part | None) -> Part:
     sha256 = base64.b64encode(hashlib.sha256(body).digest()).decode()
-    if there is not None and is_same_part(there, body, sha256):
-        etag = there["ETag"]
+    if uploaded is not None and is_same_part(uploaded, body, sha256):
+        etag = uploaded["ETag"]
     else:
         sent = to.client.upload_part(**to.where, UploadId=upload, PartNumber=number, Body=body, ChecksumSHA256=sha256)
         etag = sent["ETag"]
     return {"PartNumber": number, "ETag": etag, "ChecksumSHA256": sha256}
 
 
-def is_same_part(there: Part, body: bytes, sha256: str) -> bool:
-    """Return whether a part the server lists has these bytes: by its SHA-256, else by its ETag, which is an MD5.
+def is_same_part(uploaded: Part, body: bytes, sha256: str) -> bool:
+    """Return whether an uploaded part has these bytes: by its SHA-256, or by its ETag (MD5) if none is listed.
 
-    Source: SeaweedFS 4.48 lists no checksum per part; a part's ETag is its MD5 on every server but with KMS keys, where
-    it never matches and the part is sent again.
+    Source: SeaweedFS 4.48 lists no checksum per part. The ETag of a part is its MD5 except with KMS keys, where it does
+    not match and the part is uploaded again.
     """
-    if there.get("Size") != len(body):
+    if uploaded.get("Size") != len(body):
         return False
-    if "ChecksumSHA256" in there:
-        return bool(there["ChecksumSHA256"] == sha256)
-    return bool(there.get("ETag", "").strip('"') == hashlib.md5(body, usedforsecurity=False).hexdigest())
+    if "ChecksumSHA256" in uploaded:
+        return bool(uploaded["ChecksumSHA256"] == sha256)
+    return bool(uploaded.get("ETag", "").strip('"') == hashlib.md5(body, usedforsecurity=False).hexdigest())
 
 
 def find_write_id(to: Destination) -> str | None:
-    """Return the mark of the object if there is one; an empty text when another tool wrote it."""
+    """Return the write id of an object, None if there is no object, an empty string if another tool wrote it."""
     try:
         head = to.client.head_object(**to.where)
     except ClientError as error:
@@ -153,5 +157,5 @@ def find_write_id(to: Destination) -> str | None:
 
 
 def _abort(to: Destination, upload: str) -> None:
-    with suppress(ClientError):  # the collector finds what stays
+    with suppress(ClientError):  # garbage collection removes it
         to.client.abort_multipart_upload(**to.where, UploadId=upload)

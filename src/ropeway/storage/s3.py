@@ -1,6 +1,6 @@
-"""The store behind `s3://bucket/prefix`: conditional puts, verified parts, reads that continue where they broke.
+"""The store for `s3://bucket/prefix`: conditional puts, verified parts, reads that resume after a broken connection.
 
-Objects up to 16 MiB go up in one put with `If-None-Match: *` and their SHA-256; larger ones in parts (`multipart.py`).
+Objects up to 16 MiB are one put with `If-None-Match: *` and SHA-256; larger ones are sent in parts (`multipart.py`).
 """
 
 import base64
@@ -29,7 +29,7 @@ from ropeway.storage.interface import (
     StoredObject,
     check_key,
     check_prefix,
-    wrong_hash,
+    hash_mismatch_error,
 )
 from ropeway.storage.multipart import WRITE_ID_KEY, Destination, find_write_id, put_file
 from ropeway.storage.s3_client import make_client, split_url, translate_errors
@@ -40,10 +40,10 @@ _READERS = 8
 
 
 class S3Store(Store):
-    """A bucket's prefix. The client is made from the environment when it is first needed."""
+    """A store under a prefix of a bucket. The first request creates the client from the environment."""
 
     def __init__(self, url: str) -> None:
-        """Keep objects below `url`; raise ConfigError when it is not `s3://bucket/prefix`."""
+        """Store objects under `url`; raise ConfigError unless it is `s3://bucket/prefix`."""
         self._bucket, prefix = split_url(url)
         self._root = f"{prefix}/" if prefix else ""
         self.url = f"s3://{self._bucket}/{prefix}".removesuffix("/")
@@ -51,23 +51,23 @@ class S3Store(Store):
 
     @cached_property
     def client(self) -> BaseClient:
-        """The boto3 client; threads share it."""
+        """The boto3 client, shared by all threads."""
         return make_client()
 
     def put_if_absent(self, key: str, data: bytes | Path, *, sha256: str | None = None) -> bool:
-        """Probe the store once, then put; a kill at any moment leaves at most an unfinished upload."""
+        """Probe the store once, then put. A kill at any time leaves at most an incomplete upload."""
         check_key(key)
         if isinstance(data, Path):
             if not data.is_file():
-                raise DataError(f"{data}: expected a file to store as {key}, found none. Make it again")
+                raise DataError(f"{data}: expected a file to store as {key}, found none. Create it again")
             if self.exists(key):
-                return False  # neither read nor sent again
+                return False  # skip reading and uploading it
             if data.stat().st_size > ONE_PUT_BYTES:
                 return self._put_large(key, data, sha256)
         body = data if isinstance(data, bytes) else data.read_bytes()
         digest = hashlib.sha256(body)
         if sha256 is not None and digest.hexdigest() != sha256:
-            raise wrong_hash(data if isinstance(data, Path) else key, digest.hexdigest(), sha256)
+            raise hash_mismatch_error(data if isinstance(data, Path) else key, digest.hexdigest(), sha256)
         with self._translate_errors(key):
             self._probe("put")
             created = self._put_small(key, body, digest.digest())
@@ -75,25 +75,25 @@ class S3Store(Store):
         return created
 
     def get(self, key: str) -> bytes:
-        """Read a document, again from the start if the connection breaks."""
+        """Read a document, with retries if the connection breaks."""
         with self._translate_errors(key):
             data = read_whole(self.client, self._bucket, self._path(key), max_bytes=MAX_DOCUMENT_BYTES)
         if data is None:
-            raise DataError(f"{self.url}: {key} is larger than {MAX_DOCUMENT_BYTES:,} bytes; no document here is")
+            raise DataError(f"{self.url}: {key} is larger than a document can be, {MAX_DOCUMENT_BYTES:,} bytes")
         return data
 
     def get_many(self, keys: Sequence[str]) -> list[bytes]:
-        """Read several documents at a time: each costs a round trip."""
+        """Read several documents in parallel: each is a round trip."""
         with ThreadPoolExecutor(_READERS) as pool:
             return list(pool.map(self.get, keys))
 
     def open_stream(self, key: str, *, start_byte: int = 0) -> BinaryIO:
-        """Open a stream that reads ahead in parallel ranges, each repeated when its connection breaks."""
+        """Open a stream that reads ahead in parallel ranges; a range is retried if its connection breaks."""
         with self._translate_errors(key):
             return cast("BinaryIO", open_object(self.client, self._bucket, self._path(key), start_byte, self.url))
 
     def exists(self, key: str) -> bool:
-        """Ask for the object's head."""
+        """Send HeadObject."""
         try:
             self.size(key)
         except AbsentError:
@@ -101,12 +101,12 @@ class S3Store(Store):
         return True
 
     def size(self, key: str) -> int:
-        """Ask for the object's head."""
+        """Send HeadObject."""
         with self._translate_errors(key):
             return int(self.client.head_object(Bucket=self._bucket, Key=self._path(key))["ContentLength"])
 
     def list_entries(self, prefix: str) -> list[StoredObject]:
-        """Read every page of the listing; what starts with a dot (`.probe`) is not a key."""
+        """Read every page of the listing. Names that start with a dot (`.probe`) are not keys."""
         found = [
             StoredObject(self._key(item["Key"]), int(item["Size"]), item["LastModified"])
             for page in self._pages("list_objects_v2", prefix)
@@ -115,7 +115,7 @@ class S3Store(Store):
         return sorted((entry for entry in found if _is_key(entry.key)), key=lambda entry: entry.key)
 
     def first_key(self, prefix: str) -> str | None:
-        """Ask for a listing of one."""
+        """List with `MaxKeys=1`."""
         check_prefix(prefix)
         with self._translate_errors(prefix):
             answer = self.client.list_objects_v2(Bucket=self._bucket, Prefix=self._root + prefix, MaxKeys=1)
@@ -123,19 +123,19 @@ class S3Store(Store):
         return next((key for key in keys if _is_key(key)), None)
 
     def list_folders(self, prefix: str) -> list[str]:
-        """Let the server group keys by their next part."""
+        """List with a delimiter, so that the server groups keys by folder."""
         pages = self._pages("list_objects_v2", prefix, Delimiter="/")
         found = {self._key(item["Prefix"]).rstrip("/") for page in pages for item in page.get("CommonPrefixes", [])}
         return sorted(name.removeprefix(prefix) for name in found if _is_key(name))
 
     def delete(self, key: str) -> None:
-        """Delete the object; S3 does not say whether there was one."""
+        """Send DeleteObject, which does not report whether the object existed."""
         path = self._path(key)
         with self._translate_errors(key):
             self.client.delete_object(Bucket=self._bucket, Key=path)
 
     def list_incomplete_uploads(self) -> list[IncompleteUpload]:
-        """List unfinished multipart uploads below the prefix: they are invisible elsewhere, and billed."""
+        """List incomplete multipart uploads under the prefix: no other listing shows them, and S3 bills them."""
         found = [
             IncompleteUpload(self._key(item["Key"]), item["Initiated"], item["UploadId"])
             for page in self._pages("list_multipart_uploads", "")
@@ -144,7 +144,7 @@ class S3Store(Store):
         return sorted(found, key=lambda upload: upload.started_at)
 
     def remove_incomplete_upload(self, upload: IncompleteUpload) -> None:
-        """Abort the upload; one that ended meanwhile is no matter."""
+        """Abort the multipart upload; ignore one that has ended."""
         try:
             with self._translate_errors(upload.name):
                 path = self._root + upload.name
@@ -153,7 +153,7 @@ class S3Store(Store):
             return
 
     def _put_small(self, key: str, body: bytes, digest: bytes) -> bool:
-        path, mark = self._path(key), uuid.uuid4().hex
+        path, write_id = self._path(key), uuid.uuid4().hex
         try:
             send_conditional(
                 lambda: self.client.put_object(
@@ -162,12 +162,12 @@ class S3Store(Store):
                     Body=body,
                     ChecksumSHA256=base64.b64encode(digest).decode(),
                     IfNoneMatch="*",
-                    Metadata={WRITE_ID_KEY: mark},
+                    Metadata={WRITE_ID_KEY: write_id},
                 )
             )
-        except PreconditionFailedError as lost:
-            # An answer of ours may have got lost and its repetition have met our own object.
-            return lost.repeated and find_write_id(Destination(self.client, self._bucket, path)) == mark
+        except PreconditionFailedError as failed:
+            # A retry after a lost response fails because of our own object.
+            return failed.repeated and find_write_id(Destination(self.client, self._bucket, path)) == write_id
         return True
 
     def _put_large(self, key: str, file: Path, sha256: str | None) -> bool:
@@ -176,12 +176,12 @@ class S3Store(Store):
             self._probe("complete")
             return put_file(Destination(self.client, *self._place(key)), file, sha256, self.on_bytes)
 
-    def _probe(self, act: str) -> None:
-        """Refuse a store that ignores preconditions, once per kind of write: two writers would both win there."""
-        if act not in self._probed:
-            check = {"put": check_conditional_put, "complete": check_conditional_complete}[act]
+    def _probe(self, operation: str) -> None:
+        """Raise ConfigError if the store ignores preconditions on `put` or `complete`; test each operation once."""
+        if operation not in self._probed:
+            check = {"put": check_conditional_put, "complete": check_conditional_complete}[operation]
             check(self.client, self._bucket, f"{self._root}.probe", self.url)
-            self._probed.add(act)
+            self._probed.add(operation)
 
     def _pages(self, operation: str, prefix: str, **options: str) -> Iterator[dict[str, Any]]:
         check_prefix(prefix)
@@ -205,7 +205,7 @@ class S3Store(Store):
             with translate_errors(f"{self.url}: {key}"):
                 yield
         except AbsentError:
-            raise AbsentError(f"{self.url}: holds no {key}") from None
+            raise AbsentError(f"{self.url}: no object {key}") from None
 
 
 def _is_key(text: str) -> bool:

@@ -1,16 +1,16 @@
-"""The door to S3's wire: a client made from the environment, `s3://` taken apart, boto's errors turned into decisions.
+"""S3 client: created from the environment, `s3://` URLs parsed, boto errors translated into Ropeway errors.
 
-Where and as whom is environment (STYLE.md 7), by the names that every AWS tool reads:
+Endpoint and credentials come from the environment, by the standard AWS variables:
 
-AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL    another server than Amazon's; https, or http on loopback
-AWS_REGION, AWS_DEFAULT_REGION           the region; else the profile's, else us-east-1
+AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL    endpoint of a server other than Amazon S3; https, or http on loopback
+AWS_REGION, AWS_DEFAULT_REGION           region; default: the region of the profile, else us-east-1
 AWS_PROFILE, AWS_ACCESS_KEY_ID, …        credentials, as boto3 finds them
-AWS_REQUEST_CHECKSUM_CALCULATION,        `when_required` for old servers that do not know boto3's default checksums
+AWS_REQUEST_CHECKSUM_CALCULATION,        `when_required` for servers without support for boto3's default checksums
 AWS_RESPONSE_CHECKSUM_VALIDATION         (boto/boto3#4398)
-AWS_MAX_ATTEMPTS                         tries per request on 5xx, throttling and timeouts, with backoff; else 6
-AWS_CA_BUNDLE                            the certificate of a server of your own
-ROPEWAY_S3_TIMEOUT_SECONDS               how long a connection may be silent; else 60
-ROPEWAY_S3_ALLOW_HTTP=1                  allow http to another machine: what is sent can be read on the way
+AWS_MAX_ATTEMPTS                         attempts per request on 5xx, throttling and timeouts, with backoff; default: 6
+AWS_CA_BUNDLE                            CA certificates of a private server
+ROPEWAY_S3_TIMEOUT_SECONDS               read timeout of a connection in seconds; default: 60
+ROPEWAY_S3_ALLOW_HTTP=1                  allow unencrypted http to another machine
 """
 
 import ipaddress
@@ -27,10 +27,10 @@ from ropeway.runtime.errors import AbsentError, ConfigError, RopewayError, Tempo
 if TYPE_CHECKING:  # botocore is a slow import
     from botocore.client import BaseClient
 
-MAX_CONNECTIONS = 16  # boto's pool; more threads than that would wait for one another
+MAX_CONNECTIONS = 16  # size of boto's connection pool; more threads than this would wait
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _CODE = re.compile(r"[A-Za-z0-9.]{1,60}")
-# Source: Amazon S3 API reference, "List of error codes"; what a later try can fix.
+# Source: Amazon S3 API reference, "List of error codes"; errors that a later retry can fix.
 _RETRYABLE_CODES = {
     "SlowDown", "Throttling", "ThrottlingException", "RequestTimeout", "RequestTimeoutException", "InternalError",
     "ServiceUnavailable", "RequestLimitExceeded", "BandwidthLimitExceeded", "ConditionalRequestConflict",
@@ -47,14 +47,14 @@ _CREDENTIAL_CODES = {
 
 
 class S3Location(NamedTuple):
-    """`s3://bucket/prefix` taken apart; the prefix has no slash at either end and may be empty."""
+    """A parsed `s3://bucket/prefix` URL; the prefix has no leading or trailing slash and can be empty."""
 
     bucket: str
     prefix: str
 
 
 def split_url(url: str) -> S3Location:
-    """Return the bucket and the prefix (or key) of an `s3://` URL; raise ConfigError when it is none.
+    """Return the bucket and the prefix (or key) of an `s3://` URL; raise ConfigError if it is malformed.
 
     >>> split_url("s3://models/team/registry/")
     S3Location(bucket='models', prefix='team/registry')
@@ -62,18 +62,18 @@ def split_url(url: str) -> S3Location:
     scheme, _, rest = url.partition("://")
     bucket, _, prefix = rest.partition("/")
     prefix = prefix.removesuffix("/")
-    strange = any(not part or part in (".", "..") for part in prefix.split("/")) if prefix else False
-    if scheme != "s3" or not _BUCKET.fullmatch(bucket) or strange or not prefix.isprintable():
-        # What stands before an @ may be a secret: it is not repeated.
+    invalid = any(not part or part in (".", "..") for part in prefix.split("/")) if prefix else False
+    if scheme != "s3" or not _BUCKET.fullmatch(bucket) or invalid or not prefix.isprintable():
+        # The part before an @ can be a secret, so it is not shown.
         raise ConfigError(
-            f"{url.rpartition('@')[2][:200]!r}: expected s3://bucket/prefix, the bucket of a-z 0-9 . -, 3 to 63 "
-            "characters; keys and endpoint come from AWS_… variables (AWS_ENDPOINT_URL_S3 for another server)"
+            f"{url.rpartition('@')[2][:200]!r}: expected s3://bucket/prefix, with a bucket of 3 to 63 characters of "
+            "a-z 0-9 . -. Set credentials and endpoint by AWS_… variables (AWS_ENDPOINT_URL_S3 for another server)"
         )
     return S3Location(bucket, prefix)
 
 
 def make_client() -> "BaseClient":
-    """Return a boto3 S3 client, which threads may share; raise ConfigError when the environment does not make one."""
+    """Return a thread-safe boto3 S3 client; raise ConfigError if the environment is not valid."""
     import boto3
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError
@@ -84,7 +84,7 @@ def make_client() -> "BaseClient":
         read_timeout=timeout_seconds,
         retries={"mode": "standard", "total_max_attempts": _read_number("AWS_MAX_ATTEMPTS", 6)},
         max_pool_connections=MAX_CONNECTIONS,
-        # What we send carries its SHA-256 as a signed header: signing the body hashes it once more for nothing.
+        # Uploads have their SHA-256 in a signed header, so payload signing would only hash them again.
         s3={"payload_signing_enabled": False},
         user_agent_extra="ropeway",
     )
@@ -97,16 +97,16 @@ def make_client() -> "BaseClient":
         return session.client("s3", endpoint_url=endpoint or None, region_name=region, config=config)
     except (BotoCoreError, ValueError) as error:
         raise ConfigError(
-            f"S3: no client can be made ({type(error).__name__}). Correct AWS_PROFILE, AWS_REGION and the files "
-            "they name"
+            f"S3: cannot create a client ({type(error).__name__}). Correct AWS_PROFILE, AWS_REGION and the AWS "
+            "configuration files"
         ) from None
 
 
 @contextmanager
 def translate_errors(what: str) -> Iterator[None]:
-    """Translate what boto raises about an object, e.g. `s3://bucket/prefix: key`, into decisions.
+    """Translate boto errors about `what`, e.g. `s3://bucket/prefix: key`, into Ropeway errors.
 
-    No word of the server's or of a request gets into a message.
+    Messages never include text of a response or request, which can have credentials.
     """
     from botocore.exceptions import BotoCoreError, ClientError
     from urllib3.exceptions import HTTPError
@@ -120,34 +120,36 @@ def translate_errors(what: str) -> Iterator[None]:
 
 
 def error_code(error: Exception) -> tuple[str, int]:
-    """Return a ClientError's code, cleaned, and its HTTP status (0 if unknown)."""
+    """Return the sanitized code and the HTTP status (0 if unknown) of a ClientError."""
     response = getattr(error, "response", {})
     code = str(response.get("Error", {}).get("Code", ""))
     status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     return code if _CODE.fullmatch(code) else "unknown", int(status)
 
 
-def translate(error: Exception, what: str) -> RopewayError:  # noqa: PLR0911 - one line per decision
-    """Return the error of ours that a server's answer means."""
+def translate(error: Exception, what: str) -> RopewayError:  # noqa: PLR0911 - one line per error
+    """Return the Ropeway error for an error response of the server."""
     code, status = error_code(error)
-    said = f"{what}: the server says {status} {code}"
+    response = f"{what}: the server returned {status} {code}"
     if code in _CLOCK_SKEW_CODES:
-        return ConfigError(f"{said}: this machine's clock and the server's differ by too much. Set the clock right")
+        return ConfigError(
+            f"{response}: the clocks of this machine and the server differ too much. Correct this machine's clock"
+        )
     if code in _RETRYABLE_CODES or status == HTTPStatus.TOO_MANY_REQUESTS or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-        return TemporaryError(f"{said}, also when asked again. Repeat the command later; it resumes")
+        return TemporaryError(f"{response}, also after retries. Run the command again later; it resumes")
     if code == "NoSuchBucket":
-        return ConfigError(f"{said}. Create the bucket, or correct the URL or AWS_ENDPOINT_URL_S3")
+        return ConfigError(f"{response}. Create the bucket, or correct the URL or AWS_ENDPOINT_URL_S3")
     if status == HTTPStatus.NOT_FOUND:
-        return AbsentError(f"{what}: nothing is there (404)")
+        return AbsentError(f"{what}: no such object (404)")
     if code in _CREDENTIAL_CODES or status == HTTPStatus.UNAUTHORIZED:
         return ConfigError(
-            f"{said}: these credentials are not accepted. Correct AWS_PROFILE or AWS_ACCESS_KEY_ID and its secret"
+            f"{response}: the credentials are not valid. Correct AWS_PROFILE, or AWS_ACCESS_KEY_ID and its secret"
         )
     if status == HTTPStatus.FORBIDDEN:
-        return ConfigError(f"{said}: these credentials may not do that. Ask for read, write and list on this prefix")
+        return ConfigError(f"{response}: the credentials have no permission. Grant read, write and list on this prefix")
     if code == "AuthorizationHeaderMalformed" or status in range(300, 400):
-        return ConfigError(f"{said}: the bucket is in another region. Set AWS_REGION to the bucket's")
-    return ConfigError(f"{said}. Correct the URL and the AWS_… variables; is it an S3 server?")
+        return ConfigError(f"{response}: the bucket is in another region. Set AWS_REGION to the region of the bucket")
+    return ConfigError(f"{response}. Check that the URL and AWS_ENDPOINT_URL_S3 name an S3 server")
 
 
 def _translate_transport(error: Exception, what: str) -> RopewayError:
@@ -155,18 +157,22 @@ def _translate_transport(error: Exception, what: str) -> RopewayError:
 
     kind = type(error).__name__
     if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError | boto.CredentialRetrievalError):
-        return ConfigError(f"{what}: no credentials. Set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+        return ConfigError(
+            f"{what}: no AWS credentials found. Set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )
     if isinstance(error, boto.SSLError):
-        return ConfigError(f"{what}: the server's certificate is not trusted. Set AWS_CA_BUNDLE to its authority's")
+        return ConfigError(
+            f"{what}: the server's TLS certificate is not trusted. Set AWS_CA_BUNDLE to the certificate of its CA"
+        )
     if isinstance(error, boto.ParamValidationError | boto.InvalidRegionError | boto.UnsupportedSignatureVersionError):
-        return ConfigError(f"{what}: boto refuses the request ({kind}). Correct the URL and the AWS_… variables")
+        return ConfigError(f"{what}: boto3 rejects the request ({kind}). Correct the URL and the AWS_… variables")
     return TemporaryError(
-        f"{what}: the connection failed ({kind}), also when tried again. Repeat the command; it resumes"
+        f"{what}: the connection failed ({kind}), also after retries. Run the command again; it resumes"
     )
 
 
 def _check_endpoint(endpoint: str) -> None:
-    """Raise ConfigError unless an endpoint is a plain https URL, or http where nobody can listen."""
+    """Raise ConfigError unless an endpoint is a plain https URL, or http on loopback or allowed explicitly."""
     try:
         parts = urlsplit(endpoint)
         host, plain = parts.hostname or "", not (parts.username or parts.password or parts.query or parts.fragment)
@@ -174,26 +180,26 @@ def _check_endpoint(endpoint: str) -> None:
         host, plain, parts = "", False, urlsplit("")
     if parts.scheme not in ("http", "https") or not host or not plain:
         raise ConfigError(
-            "AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL: expected https://host:port and no more; keys do not belong there"
+            "AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL: expected https://host:port, without credentials or a query"
         )
     if parts.scheme == "http" and not is_loopback(host) and os.environ.get("ROPEWAY_S3_ALLOW_HTTP") != "1":
         raise ConfigError(
-            f"AWS_ENDPOINT_URL_S3: http://{host} can be read on the way. Use https, or set ROPEWAY_S3_ALLOW_HTTP=1 on "
-            "a network that you trust"
+            f"AWS_ENDPOINT_URL_S3: http://{host} is not encrypted. Use https, or set ROPEWAY_S3_ALLOW_HTTP=1 on a "
+            "trusted network"
         )
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether what is sent to a host stays on this machine."""
+    """Return whether a host is a loopback address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
 
 
-def _read_number(name: str, otherwise: int) -> int:
-    """Return a variable's whole number above 0; raise ConfigError when it says something else."""
-    text = os.environ.get(name) or str(otherwise)
+def _read_number(name: str, default: int) -> int:
+    """Return the positive integer in an environment variable; raise ConfigError if it is not one."""
+    text = os.environ.get(name) or str(default)
     if not re.fullmatch(r"[1-9][0-9]{0,4}", text):
-        raise ConfigError(f"{name}: expected a whole number above 0, found {text[:20]!r}")
+        raise ConfigError(f"{name}: expected a positive integer, found {text[:20]!r}")
     return int(text)

@@ -1,4 +1,4 @@
-"""Reading from S3: whole documents, and streams of parallel ranges that go on where a connection broke."""
+"""Reads from S3: whole documents, and streams of parallel ranges that resume after a broken connection."""
 
 import io
 from collections import deque
@@ -15,32 +15,32 @@ from ropeway.storage.conditional_requests import sleep_with_backoff
 from ropeway.storage.s3_client import error_code, translate_errors
 
 RANGE_BYTES = 16 << 20
-WORKERS = 4  # one range more is waiting: 80 MiB ahead at most
-_PIECE_BYTES, _SMALL_PIECE_BYTES = 256 << 10, 64 << 10  # a read that breaks loses what it had: small ones after a break
-MAX_FAILED_READS = 5  # of one range without a single byte more
+WORKERS = 4  # with one range queued: at most 80 MiB of read-ahead
+_PIECE_BYTES, _SMALL_PIECE_BYTES = 256 << 10, 64 << 10  # a broken read loses its piece, so use small ones after a break
+MAX_FAILED_READS = 5  # consecutive reads of a range without progress
 
 
 def read_whole(client: BaseClient, bucket: str, path: str, *, max_bytes: int) -> bytes | None:
-    """Return an object's bytes, or None when there are more than `max_bytes`."""
-    answer = client.get_object(Bucket=bucket, Key=path)
-    size = int(answer["ContentLength"])
+    """Return the bytes of an object, or None if it is larger than `max_bytes`."""
+    response = client.get_object(Bucket=bucket, Key=path)
+    size = int(response["ContentLength"])
     if size > max_bytes:
-        answer["Body"].close()
+        response["Body"].close()
         return None
-    return b"".join(_read_range(client, bucket, path, range(size), answer))
+    return b"".join(_read_range(client, bucket, path, range(size), response))
 
 
 def open_object(client: BaseClient, bucket: str, path: str, start_byte: int, url: str) -> "S3Stream":
-    """Return a stream from `start_byte` on; raises ClientError 404 when nothing is there."""
+    """Return a stream of an object from `start_byte`; raises ClientError 404 if it does not exist."""
     size = int(client.head_object(Bucket=bucket, Key=path)["ContentLength"])
     return S3Stream(client, bucket, path, range(start_byte, size), url)
 
 
 class S3Stream(io.RawIOBase):
-    """A readable stream that fetches a few ranges ahead, so that hashing and the network overlap."""
+    """A readable stream that prefetches ranges, so that hashing and downloads overlap."""
 
     def __init__(self, client: BaseClient, bucket: str, path: str, span: range, url: str) -> None:
-        """Read `span` of an object; nothing is fetched before the first read."""
+        """Read `span` of an object; the first read starts the downloads."""
         super().__init__()
         self._object = (client, bucket, path)
         self._url = url
@@ -48,21 +48,21 @@ class S3Stream(io.RawIOBase):
         self._stop = span.stop
         self._pool = ThreadPoolExecutor(WORKERS)
         self._pending: deque[Future[list[bytes]]] = deque()
-        self._pieces: deque[bytes] = deque()  # at hand, as they came from the network: not copied into one
+        self._pieces: deque[bytes] = deque()  # downloaded, not joined, to avoid a copy
 
     def readable(self) -> bool:
-        """It is."""
+        """Return True."""
         return True
 
     def readinto(self, buffer: Any, /) -> int:  # noqa: ANN401 - Buffer has a name from Python 3.12 on
-        """Fill from the piece at hand; 0 at the end."""
+        """Fill `buffer` from the current piece; return the number of bytes, 0 at the end."""
         target = memoryview(buffer).cast("B")
         data = self.read(len(target))
         target[: len(data)] = data
         return len(data)
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """Return at most `size` bytes of the piece at hand; with no size, all that is left."""
+        """Return at most `size` bytes of the current piece; without a size, all remaining bytes."""
         if size is None or size < 0:
             return b"".join(iter(lambda: self.read(RANGE_BYTES), b""))
         self._fill()
@@ -75,12 +75,12 @@ class S3Stream(io.RawIOBase):
         return piece
 
     def close(self) -> None:
-        """Stop fetching."""
+        """Cancel the pending downloads."""
         self._pool.shutdown(wait=not self._pending, cancel_futures=True)
         super().close()
 
     def _fill(self) -> None:
-        """Keep the readers busy, and have a piece at hand unless the end is reached."""
+        """Keep the prefetch queue full; wait for the next piece unless the end is reached."""
         while len(self._pending) <= WORKERS and (start := next(self._starts, None)) is not None:
             span = range(start, min(start + RANGE_BYTES, self._stop))
             self._pending.append(self._pool.submit(_read_range, *self._object, span))
@@ -90,20 +90,22 @@ class S3Stream(io.RawIOBase):
 
 
 def _read_range(
-    client: BaseClient, bucket: str, path: str, span: range, answer: dict[str, Any] | None = None
+    client: BaseClient, bucket: str, path: str, span: range, response: dict[str, Any] | None = None
 ) -> list[bytes]:
-    """Return the bytes of a span, in pieces; after a break only the rest is asked for."""
+    """Return the bytes of a span in pieces; a retry requests only the missing bytes."""
     pieces, filled, failures, size = list[bytes](), 0, 0, _PIECE_BYTES
     while filled < len(span):
         before, kind = filled, "too few bytes"
         try:
-            if answer is None:
-                answer = client.get_object(
+            if response is None:
+                response = client.get_object(
                     Bucket=bucket, Key=path, Range=f"bytes={span.start + filled}-{span.stop - 1}"
                 )
-            while block := answer["Body"].read(size):
+            while block := response["Body"].read(size):
                 if filled + len(block) > len(span):
-                    raise TemporaryError(f"s3://{bucket}/{path}: more bytes than were asked for. Repeat the command")
+                    raise TemporaryError(
+                        f"s3://{bucket}/{path}: the server returned more bytes than requested. Run the command again"
+                    )
                 pieces.append(block)
                 filled += len(block)
         except ClientError as error:
@@ -112,11 +114,11 @@ def _read_range(
                 raise
         except (BotoCoreError, HTTPError, OSError) as error:
             kind = type(error).__name__
-        answer, size, failures = None, _SMALL_PIECE_BYTES, 0 if filled > before else failures + 1
+        response, size, failures = None, _SMALL_PIECE_BYTES, 0 if filled > before else failures + 1
         if failures >= MAX_FAILED_READS:
             raise TemporaryError(
                 f"s3://{bucket}/{path}: the connection broke {failures} times at byte {span.start + filled:,} "
-                f"({kind}). Repeat the command; it resumes"
+                f"({kind}). Run the command again; it resumes"
             )
         if filled < len(span):
             sleep_with_backoff(failures)

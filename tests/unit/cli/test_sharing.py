@@ -78,7 +78,7 @@ def test_withdrawn_damaged_and_misnamed_versions_are_refused_before_the_hub_is_a
         upload_version(Registry(store).version("tiny@v1"), "tiny", private=True, dry_run=True)
     weights = next(file for file in json.loads(store.get(f"models/tiny/manifests/{done.digest}.json"))["files"])
     flip(store, blob_key(weights["sha256"]))
-    with pytest.raises(DataError, match="is not what its version says"):
+    with pytest.raises(DataError, match=r"blob of config\.json"):
         upload_version(Registry(store).version("tiny@v1"), REPO, private=True, dry_run=False)
     tiny(store).version(done.digest).withdraw(by="a test", reason="damaged")
     with pytest.raises(RegistryError, match="is withdrawn"):
@@ -88,7 +88,7 @@ def test_withdrawn_damaged_and_misnamed_versions_are_refused_before_the_hub_is_a
 
 @pytest.mark.parametrize(
     ("status", "error", "words"),
-    [(403, ConfigError, "does not let this HF_TOKEN write"), (503, TemporaryError, "the Hub answers 503")],
+    [(403, ConfigError, "HF_TOKEN .*403"), (503, TemporaryError, "503")],
 )
 def test_a_hub_that_refuses_is_explained_without_the_token(published, asked, monkeypatch, status, error, words):
     def refuse(*_arguments, **_options):
@@ -104,7 +104,7 @@ def test_a_hub_that_refuses_is_explained_without_the_token(published, asked, mon
 
 def test_without_a_token_or_a_network_nothing_is_tried(published, asked, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
-    with pytest.raises(ConfigError, match="nobody is logged in"):
+    with pytest.raises(ConfigError, match="HF_TOKEN"):
         upload_version(Registry(published[0]).version("tiny@v1"), REPO, private=True, dry_run=False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match="HF_HUB_OFFLINE is set"):

@@ -13,11 +13,11 @@ from tests.support.registry_world import flip, is_untouched, make_package, move,
 
 @pytest.fixture
 def three(fill) -> list[str]:
-    """Digests of the three versions of `store`."""
+    """Return the digests of the three versions in `store`."""
     return fill(3)
 
 
-def test_a_published_package_lies_where_the_layout_says(store, package):
+def test_publish_writes_the_keys_of_the_layout(store, package):
     done = put(store, package)
     document = store.get(f"models/tiny/manifests/{done.digest}.json")
     core = json.loads(document)
@@ -35,7 +35,7 @@ def test_a_published_package_lies_where_the_layout_says(store, package):
     assert store.list_keys("intents/") == []
 
 
-def test_the_same_package_is_the_same_version_however_often_and_wherever_it_is_published(store, package, tmp_path):
+def test_equal_packages_are_one_version(store, package, tmp_path):
     first = put(store, package)
     again = tiny(store).publish(package, provenance={"git": "other"}, attachments={})
     copy = put(store, make_package(tmp_path / "elsewhere"))
@@ -45,7 +45,7 @@ def test_the_same_package_is_the_same_version_however_often_and_wherever_it_is_p
     assert len(store.list_keys("models/tiny/versions/")) == 1
 
 
-def test_the_digest_is_known_before_publishing_and_depends_on_bytes_facts_and_name(store, package, tmp_path):
+def test_the_digest_depends_on_bytes_facts_and_name_only(store, package, tmp_path):
     digest = package_digest(package, "tiny")
     assert not tiny(store).find(digest)
     assert is_untouched(store)
@@ -60,7 +60,7 @@ def test_the_digest_is_known_before_publishing_and_depends_on_bytes_facts_and_na
     assert not Registry(store).artifact("other").find(others[0])
 
 
-def test_provenance_and_attachments_stand_beside_the_number_and_do_not_change_the_digest(store, package, tmp_path):
+def test_provenance_and_attachments_do_not_change_the_digest(store, package, tmp_path):
     lock = tmp_path / "dvc.lock"
     lock.write_text("schema: '2.0'\n")
     done = tiny(store).publish(package, provenance={"git": "abc", "seconds": 1.5}, attachments={"dvc.lock": lock})
@@ -71,7 +71,7 @@ def test_provenance_and_attachments_stand_beside_the_number_and_do_not_change_th
     assert Registry(store).version("tiny@v1").verify().files == 5
 
 
-def test_numbers_count_up_and_every_kind_of_reference_resolves(store, three):
+def test_every_kind_of_reference_resolves(store, three):
     move(store, three[1])
     assert [Registry(store).version(f"tiny@v{n}").digest for n in (1, 2, 3)] == three
     assert Registry(store).version("tiny@3").digest == three[2]
@@ -85,7 +85,7 @@ def test_numbers_count_up_and_every_kind_of_reference_resolves(store, three):
 
 @pytest.mark.parametrize("reference", ["tiny@v9", "tiny@v0", "tiny@production", "other@v1", f"tiny@{'0' * 64}"])
 @pytest.mark.usefixtures("three")
-def test_a_reference_to_nothing_says_what_there_is(store, reference):
+def test_an_unknown_reference_lists_what_exists(store, reference):
     with pytest.raises(
         RegistryError, match="v1 to v3; aliases: none" if "tiny" in reference else "no version of other"
     ):
@@ -93,25 +93,25 @@ def test_a_reference_to_nothing_says_what_there_is(store, reference):
 
 
 @pytest.mark.parametrize("reference", ["tiny", "@v1", "tiny@", "tiny@../x", "a/b@v1", "tiny@V1", "tiny@abcdefABCDEF"])
-def test_a_malformed_reference_is_refused_with_an_example(store, reference):
+def test_a_malformed_reference_is_rejected_with_an_example(store, reference):
     with pytest.raises(RegistryError, match="laptop@candidate"):
         Registry(store).version(reference)
 
 
 @pytest.mark.parametrize("name", ["", "../x", "a/b", ".x", "x.", "a..b", "a b", "x" * 65, "a\0"])
-def test_a_name_that_cannot_be_a_models_is_refused_before_anything_is_written(store, package, name):
+def test_an_invalid_model_name_is_rejected_before_any_write(store, package, name):
     with pytest.raises(RegistryError, match="model name"):
         put(store, package, name)
     assert is_untouched(store)
 
 
-def test_a_name_that_differs_in_case_only_is_refused(store, package):
+def test_a_model_name_that_differs_only_in_case_is_rejected(store, package):
     put(store, package, "tiny")
     with pytest.raises(RegistryError, match="Tiny: model tiny exists"):
         put(store, package, "Tiny")
 
 
-def test_an_empty_place_and_a_newer_registry_are_told_apart(store, package):
+def test_an_empty_store_and_a_newer_registry_have_different_errors(store, package):
     with pytest.raises(RegistryError, match="ROPEWAY_REGISTRY"):
         Registry(store).version("tiny@v1")
     store.put_if_absent("registry.json", b'{"format":"ropeway-registry/2"}')
@@ -119,7 +119,7 @@ def test_an_empty_place_and_a_newer_registry_are_told_apart(store, package):
         put(store, package)
 
 
-def test_a_file_changed_after_the_manifest_stops_the_publish_before_it_writes(store, package):
+def test_a_file_changed_after_the_manifest_fails_the_publish_before_any_write(store, package):
     (package / "config.json").write_text("[]")
     with pytest.raises(DataError, match="changed after it was written"):
         put(store, package)
@@ -129,7 +129,7 @@ def test_a_file_changed_after_the_manifest_stops_the_publish_before_it_writes(st
     assert is_untouched(store)
 
 
-def test_a_rotten_blob_or_manifest_already_in_the_store_stops_the_publish(store, package):
+def test_a_corrupt_blob_or_manifest_in_the_store_fails_the_publish(store, package):
     digest = put(store, package).digest
     for key in (manifest_key("tiny", digest), blob_key(load_version_manifest(store, "tiny", digest).files[0].sha256)):
         flip(store, key)
@@ -139,14 +139,14 @@ def test_a_rotten_blob_or_manifest_already_in_the_store_stops_the_publish(store,
     assert not put(store, package).created
 
 
-def test_provenance_that_json_cannot_say_is_refused_before_anything_is_written(store, package):
+def test_provenance_that_is_not_json_is_rejected_before_any_write(store, package):
     for value in ({"at": object()}, {"loss": float("nan")}):
         with pytest.raises(DataError, match="JSON"):
             tiny(store).publish(package, provenance=value, attachments={})
     assert is_untouched(store)
 
 
-def test_an_alias_is_a_log_of_who_moved_it_where_and_why(store, three):
+def test_an_alias_log_records_digest_author_and_reason(store, three):
     assert tiny(store).alias("candidate").digest is None
     for digest in three:
         assert move(store, digest, expect=tiny(store).alias("candidate").digest).moved
@@ -157,7 +157,7 @@ def test_an_alias_is_a_log_of_who_moved_it_where_and_why(store, three):
     assert tiny(store).aliases() == {"candidate": three[2]}
 
 
-def test_a_stale_expectation_is_refused_and_names_where_the_alias_is(store, three):
+def test_a_stale_expected_digest_is_rejected_with_the_current_one(store, three):
     move(store, three[0], expect=None)
     for stale in (None, three[1]):
         with pytest.raises(RegistryError, match=f"points to {three[0]}"):
@@ -166,17 +166,17 @@ def test_a_stale_expectation_is_refused_and_names_where_the_alias_is(store, thre
     assert len(tiny(store).alias("candidate").events) == 1
 
 
-def test_promoting_what_is_there_already_adds_no_event(store, three):
+def test_promoting_the_current_version_adds_no_event(store, three):
     move(store, three[0], expect=None)
     assert not move(store, three[0]).moved
     assert not move(store, three[0], expect=three[0]).moved
-    assert not move(store, three[0], expect=None).moved, "the same act again: its answer may have got lost"
+    assert not move(store, three[0], expect=None).moved, "a retry after a lost response"
     with pytest.raises(RegistryError, match=f"points to {three[0]}, expected no version"):
         tiny(store).version(three[0]).promote("candidate", expect=None, by="somebody else", reason="it was time")
     assert len(tiny(store).alias("candidate").events) == 1
 
 
-def test_a_review_is_kept_with_its_promotion(store, three):
+def test_a_promotion_stores_its_review(store, three):
     review = {"decision": "approve", "reviewer": "ana", "comment": "reads well"}
     tiny(store).version(three[0]).promote("production", expect=None, by="ana", reason="approved", review=review)
     assert tiny(store).alias("production").events[0]["review"] == review
@@ -189,7 +189,7 @@ def test_a_withdrawn_version_cannot_be_promoted(store, three):
     assert tiny(store).alias("candidate").digest is None
 
 
-def test_a_version_without_number_or_with_a_lost_blob_cannot_be_promoted(store, three):
+def test_a_version_without_a_number_or_a_blob_cannot_be_promoted(store, three):
     with pytest.raises(RegistryError, match="no version 000000000000… of tiny"):
         move(store, "0" * 64)
     store.delete("models/tiny/versions/00000003.json")
@@ -206,19 +206,19 @@ def test_a_version_without_number_or_with_a_lost_blob_cannot_be_promoted(store, 
         move(store, three[0])
 
 
-def test_a_promoter_who_is_overtaken_between_reading_and_writing_is_refused_or_follows(store, three, monkeypatch):
+def test_a_promotion_that_loses_a_race_fails_or_is_planned_again(store, three, monkeypatch):
     put_if_absent = store.put_if_absent
 
-    def overtaken(key, data, *, sha256=None):
+    def lose_race(key, data, *, sha256=None):
         monkeypatch.undo()
         move(store, three[1])
         return put_if_absent(key, data, sha256=sha256)
 
-    monkeypatch.setattr(store, "put_if_absent", overtaken)
+    monkeypatch.setattr(store, "put_if_absent", lose_race)
     with pytest.raises(RegistryError, match=f"points to {three[1]}, expected no version"):
         move(store, three[0], expect=None)
     move(store, three[2])
-    monkeypatch.setattr(store, "put_if_absent", overtaken)
+    monkeypatch.setattr(store, "put_if_absent", lose_race)
     assert move(store, three[0]).prev == three[1]
     assert [event["digest"] for event in tiny(store).alias("candidate").events] == [
         three[1], three[2], three[1], three[0],
@@ -226,18 +226,18 @@ def test_a_promoter_who_is_overtaken_between_reading_and_writing_is_refused_or_f
 
 
 @pytest.mark.parametrize("alias", ["", "v3", "3", "Production", "a", "../x", "deadbeef", "x" * 51, "a b"])
-def test_an_alias_that_could_be_mistaken_is_refused(store, three, alias):
+def test_an_ambiguous_alias_name_is_rejected(store, three, alias):
     with pytest.raises(RegistryError, match="alias"):
         move(store, three[0], alias=alias)
 
 
-@pytest.mark.parametrize("words", ["", "  ", "\x1b[2J", "x" * 2001])
-def test_a_promotion_needs_a_name_and_a_reason_that_a_terminal_can_show(store, three, words):
+@pytest.mark.parametrize("text", ["", "  ", "\x1b[2J", "x" * 2001])
+def test_a_promotion_needs_a_printable_name_and_reason(store, three, text):
     with pytest.raises(RegistryError, match="reason is"):
-        tiny(store).version(three[0]).promote("candidate", expect=ANY, by="a test", reason=words)
+        tiny(store).version(three[0]).promote("candidate", expect=ANY, by="a test", reason=text)
 
 
-def test_rolling_back_goes_to_the_version_before_and_a_second_time_one_further(store, three):
+def test_a_second_rollback_goes_one_version_further_back(store, three):
     for digest in three:
         move(store, digest)
     assert tiny(store).rollback("candidate", by="a test", reason="worse").digest == three[1]
@@ -248,7 +248,7 @@ def test_rolling_back_goes_to_the_version_before_and_a_second_time_one_further(s
     assert prevs == [None, three[0], three[1], three[2], three[1]]
 
 
-def test_a_rollback_that_expects_another_version_or_finds_no_alias_is_refused(store, three):
+def test_a_rollback_with_a_stale_digest_or_no_alias_is_rejected(store, three):
     with pytest.raises(RegistryError, match="no earlier version"):
         tiny(store).rollback("candidate", by="a test", reason="x")
     for digest in three:
@@ -260,19 +260,19 @@ def test_a_rollback_that_expects_another_version_or_finds_no_alias_is_refused(st
 @pytest.mark.parametrize(
     ("path", "target"), [("ab", "a"), ("abc", "b"), ("abcb", "a"), ("abcbd", "b"), ("abac", "a"), ("abb", "a")]
 )
-def test_the_trail_behind_an_alias_is_read_from_its_events(path, target):
+def test_plan_rollback_treats_a_return_as_a_rollback(path, target):
     assert plan_rollback(path, where="x") == target
 
 
-def test_a_promotion_is_planned_from_the_events_alone():
-    act = {"digest": "b", "by": "x", "reason": "y", "review": None}
+def test_plan_promotion_is_a_function_of_the_events():
+    promotion = {"digest": "b", "by": "x", "reason": "y", "review": None}
     last = {"digest": "a", "prev": None, "by": "x", "reason": "y", "review": None}
-    assert plan_promotion([], act, None, where="x")["prev"] is None
-    assert plan_promotion([last], act, "a", where="x")["prev"] == "a"
-    assert plan_promotion([last], {**act, "digest": "a"}, ANY, where="x") == 1
+    assert plan_promotion([], promotion, None, where="x")["prev"] is None
+    assert plan_promotion([last], promotion, "a", where="x")["prev"] == "a"
+    assert plan_promotion([last], {**promotion, "digest": "a"}, ANY, where="x") == 1
 
 
-def test_a_hole_in_a_log_and_an_entry_that_is_no_event_are_named(store, three):
+def test_a_missing_event_and_a_malformed_event_are_named(store, three):
     store.delete("models/tiny/versions/00000002.json")
     with pytest.raises(DataError, match=r"00000002.json is missing"):
         Registry(store).version("tiny@v3").verify()
@@ -287,7 +287,7 @@ def test_a_hole_in_a_log_and_an_entry_that_is_no_event_are_named(store, three):
         store.delete("models/tiny/versions/00000002.json")
 
 
-def test_an_entry_that_a_listing_missed_is_still_found(store, three, monkeypatch):
+def test_an_event_missing_from_a_listing_is_found(store, three, monkeypatch):
     for key in store.list_keys("models/tiny/heads/"):
         store.delete(key)
     listed = store.list_keys

@@ -1,4 +1,4 @@
-"""Withdraw, sign, collect and compare, on both stores."""
+"""Withdrawal, garbage collection, signatures and comparison, on both stores."""
 
 import json
 from datetime import timedelta
@@ -15,7 +15,7 @@ from ropeway.runtime.manifest import canonical_json, write_manifest
 from ropeway.storage import FileStore, Store
 from tests.support.registry_world import flip, make_package, move, put, replace, tiny
 
-NOW = timedelta(seconds=-60)  # a grace that makes everything old, whatever the store's clock says
+NOW = timedelta(seconds=-60)  # a grace period that every object is past, for any clock of the store
 LATER = timedelta(hours=24)
 
 
@@ -30,10 +30,10 @@ def weights_of(store: Store, digest: str) -> str:
     )
 
 
-# Withdraw
+# Withdrawal
 
 
-def test_a_withdrawn_version_is_refused_everywhere_and_says_who_and_why(store, two, tmp_path):
+def test_pull_verify_and_promote_reject_a_withdrawn_version(store, two, tmp_path):
     assert tiny(store).version(two[0]).withdraw(by="ana", reason="leaks")
     assert not tiny(store).version(two[0]).withdraw(by="ana", reason="leaks")
     tombstone = json.loads(store.get(tombstone_key("tiny", two[0])))
@@ -48,7 +48,7 @@ def test_a_withdrawn_version_is_refused_everywhere_and_says_who_and_why(store, t
         move(store, two[0])
 
 
-def test_what_an_alias_points_to_is_not_withdrawn(store, two):
+def test_a_version_with_an_alias_cannot_be_withdrawn(store, two):
     move(store, two[0])
     with pytest.raises(RegistryError, match=r"tiny@candidate.*not withdrawn"):
         tiny(store).version(two[0]).withdraw(by="ana", reason="leaks")
@@ -57,15 +57,15 @@ def test_what_an_alias_points_to_is_not_withdrawn(store, two):
     assert tiny(store).version(two[0]).withdraw(by="ana", reason="leaks")
 
 
-def test_a_promotion_that_slips_in_while_withdrawing_is_named(store, two, monkeypatch):
+def test_a_promotion_during_a_withdrawal_is_reported(store, two, monkeypatch):
     put_if_absent = store.put_if_absent
 
-    def overtaken(key, data, *, sha256=None):
+    def promote_first(key, data, *, sha256=None):
         monkeypatch.undo()
         move(store, two[0])
         return put_if_absent(key, data, sha256=sha256)
 
-    monkeypatch.setattr(store, "put_if_absent", overtaken)
+    monkeypatch.setattr(store, "put_if_absent", promote_first)
     with pytest.raises(RegistryError, match="is withdrawn, but tiny@candidate"):
         tiny(store).version(two[0]).withdraw(by="ana", reason="leaks")
 
@@ -77,10 +77,10 @@ def test_a_withdrawal_needs_a_version_a_name_and_a_reason(store, two, digest, by
     assert store.list_keys("models/tiny/tombstones/") == []
 
 
-# Collect
+# Garbage collection
 
 
-def test_what_versions_need_is_never_collected(store, two):
+def test_referenced_objects_are_never_collected(store, two):
     tiny(store).version(two[0]).withdraw(by="ana", reason="leaks")
     before = store.list_keys("")
     found = Registry(store).collect(grace=NOW, withdrawn=False)
@@ -88,7 +88,7 @@ def test_what_versions_need_is_never_collected(store, two):
     assert store.list_keys("") == before
 
 
-def test_garbage_is_shown_first_and_removed_when_asked_and_old(store, two):
+def test_garbage_older_than_the_grace_period_is_deleted(store, two):
     orphan = "blobs/sha256/aa/" + "a" * 64
     core = canonical_json({"name": "tiny"})
     store.put_if_absent(orphan, b"orphan")
@@ -111,7 +111,7 @@ def test_garbage_is_shown_first_and_removed_when_asked_and_old(store, two):
     assert Registry(store).version("tiny@v1").verify().files == Registry(store).version("tiny@v2").verify().files == 4
 
 
-def test_files_that_only_a_withdrawn_version_needs_go_when_asked(store, two):
+def test_blobs_of_withdrawn_versions_are_deleted_on_request(store, two):
     tiny(store).version(two[0]).withdraw(by="ana", reason="leaks")
     gone = {entry.key for entry in Registry(store).collect(grace=NOW, withdrawn=True).entries}
     assert weights_of(store, two[0]) in gone
@@ -120,7 +120,7 @@ def test_files_that_only_a_withdrawn_version_needs_go_when_asked(store, two):
 
 
 @pytest.mark.usefixtures("two")
-def test_a_publish_under_way_keeps_what_it_counts_on_until_it_must_have_died(store, monkeypatch):
+def test_an_intent_keeps_its_objects_until_it_expires(store, monkeypatch):
     orphan = "blobs/sha256/aa/" + "a" * 64
     store.put_if_absent(orphan, b"orphan")
     intent = {"name": "tiny", "digest": "d" * 64, "blobs": [orphan], "at": "now"}
@@ -131,22 +131,22 @@ def test_a_publish_under_way_keeps_what_it_counts_on_until_it_must_have_died(sto
     assert {entry.key for entry in dead.entries} == {orphan, intent_key("1" * 32)}
 
 
-def test_a_publisher_steps_back_while_garbage_is_collected_and_the_next_try_works(store, two, tmp_path, monkeypatch):
+def test_a_publish_during_a_collection_fails_and_a_retry_succeeds(store, two, tmp_path, monkeypatch):
     package = make_package(tmp_path / "new", b"new")
     real = garbage_collection.find_garbage
 
-    def meanwhile(*arguments, **options):
+    def publish_first(*arguments, **options):
         with pytest.raises(TemporaryError, match=r"garbage collection .* UTC"):
             put(store, package)
         assert store.list_keys("intents/") == []
         return real(*arguments, **options)
 
-    monkeypatch.setattr(garbage_collection, "find_garbage", meanwhile)
+    monkeypatch.setattr(garbage_collection, "find_garbage", publish_first)
     Registry(store).collect(grace=NOW, withdrawn=False)
     assert put(store, package).number == len(two) + 1
 
 
-def test_a_collector_that_died_does_not_stop_publishing_for_ever(store, two, tmp_path, monkeypatch):
+def test_the_marker_of_a_dead_collection_expires(store, two, tmp_path, monkeypatch):
     store.put_if_absent("collections/" + "1" * 32 + ".json", b"{}")
     monkeypatch.setattr("ropeway.registry.publishing.COLLECTION_TTL", NOW)
     assert put(store, make_package(tmp_path / "new", b"new")).number == len(two) + 1
@@ -157,7 +157,7 @@ def test_a_collector_that_died_does_not_stop_publishing_for_ever(store, two, tmp
     ]
 
 
-def test_nothing_is_removed_when_what_a_version_needs_cannot_be_known(store, two):
+def test_nothing_is_deleted_if_a_manifest_is_damaged_or_missing(store, two):
     orphan = "blobs/sha256/aa/" + "a" * 64
     store.put_if_absent(orphan, b"orphan")
     flip(store, manifest_key("tiny", two[0]))
@@ -170,7 +170,7 @@ def test_nothing_is_removed_when_what_a_version_needs_cannot_be_known(store, two
     assert store.list_keys("collections/") == []
 
 
-def test_strays_of_dead_writers_are_collected(store, two):
+def test_incomplete_uploads_are_collected(store, two):
     if isinstance(store, FileStore):
         (store.root / ".partial").mkdir(exist_ok=True)
         (store.root / ".partial" / "dead").touch()
@@ -182,12 +182,12 @@ def test_strays_of_dead_writers_are_collected(store, two):
     assert Registry(store).version(f"tiny@v{len(two)}").verify().files == 4
 
 
-# Sign
+# Signatures
 
 
 @pytest.fixture
 def keys(tmp_path, monkeypatch) -> Path:
-    """Two key pairs; the first signs, both public halves lie in `trusted/`, no policy yet."""
+    """Create two key pairs: the first one signs, both public keys are in `trusted/`, no policy is set."""
     (tmp_path / "trusted").mkdir()
     for name in ("one", "two"):
         make_keys(tmp_path / name)
@@ -197,7 +197,7 @@ def keys(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def test_a_published_version_is_signed_and_the_policy_lets_it_pass(store, keys, monkeypatch, tmp_path):
+def test_a_published_version_is_signed_and_passes_the_policy(store, keys, monkeypatch, tmp_path):
     done = put(store, make_package(tmp_path / "package"))
     assert list_signatures(store, "tiny", done.digest) == [load_signer().keyid]
     assert len(store.get(signature_key("tiny", done.digest, load_signer().keyid))) == 64
@@ -207,7 +207,7 @@ def test_a_published_version_is_signed_and_the_policy_lets_it_pass(store, keys, 
     assert Registry(store).version("tiny@candidate").verify().files == 4
 
 
-def test_the_policy_refuses_what_is_unsigned_signed_by_others_or_tampered_with(store, two, keys, monkeypatch, tmp_path):
+def test_the_policy_rejects_missing_untrusted_and_invalid_signatures(store, two, keys, monkeypatch, tmp_path):
     monkeypatch.setenv("ROPEWAY_TRUSTED_KEYS", str(keys / "trusted"))
     acts = [
         lambda: Registry(store).version("tiny@v1").pull(tmp_path / "x"),
@@ -215,27 +215,27 @@ def test_the_policy_refuses_what_is_unsigned_signed_by_others_or_tampered_with(s
         lambda: tiny(store).version(two[0]).promote("candidate", expect=None, by="a", reason="b"),
     ]
 
-    def refused(words):
+    def check_rejected(message):
         for act in acts:
-            with pytest.raises(DataError, match=words):
+            with pytest.raises(DataError, match=message):
                 act()
         assert not (tmp_path / "x").exists()
 
-    refused("no signature of a trusted key")
+    check_rejected("no signature of a trusted key")
     core, signer = load_version_manifest(store, "tiny", two[0]), load_signer()
     good, key = signer.sign(core), signature_key("tiny", two[0], signer.keyid)
-    stranger = signature_key("tiny", two[0], "0" * 16)
-    store.put_if_absent(stranger, good)
-    refused("no signature of a trusted key")
+    untrusted = signature_key("tiny", two[0], "0" * 16)
+    store.put_if_absent(untrusted, good)
+    check_rejected("no signature of a trusted key")
     other = signer.sign(load_version_manifest(store, "tiny", two[1]))
     for bad in (other, good[:-1], b"", b"x" * 64, good + b"x"):
         replace(store, key, bad)
-        refused("is not a valid signature")
+        check_rejected("is not a valid signature")
     replace(store, key, good)
     assert Registry(store).version("tiny@v1").verify().files == 4
 
 
-def test_keys_are_changed_by_signing_again_and_taking_the_old_one_out(store, two, keys, monkeypatch):
+def test_keys_are_rotated_by_a_second_signature(store, two, keys, monkeypatch):
     from ropeway.registry.signing import sign
 
     core = load_version_manifest(store, "tiny", two[0])
@@ -251,7 +251,7 @@ def test_keys_are_changed_by_signing_again_and_taking_the_old_one_out(store, two
     assert len(list_signatures(store, "tiny", two[0])) == 2
 
 
-def test_keys_that_are_none_are_readable_by_others_or_exist_are_named(keys, monkeypatch, tmp_path):
+def test_invalid_readable_and_existing_keys_are_rejected(keys, monkeypatch, tmp_path):
     with pytest.raises(ConfigError, match="never overwritten"):
         make_keys(keys / "one")
     (keys / "one").chmod(0o644)
@@ -268,7 +268,7 @@ def test_keys_that_are_none_are_readable_by_others_or_exist_are_named(keys, monk
         load_signer()
 
 
-def test_a_policy_without_keys_or_with_a_broken_one_stops_everything(store, two, keys, monkeypatch, tmp_path):
+def test_a_policy_without_valid_keys_is_an_error(store, two, keys, monkeypatch, tmp_path):
     (tmp_path / "none").mkdir()
     monkeypatch.setenv("ROPEWAY_TRUSTED_KEYS", str(tmp_path / "none"))
     with pytest.raises(ConfigError, match=r"has no \*\.pub"):
@@ -279,7 +279,7 @@ def test_a_policy_without_keys_or_with_a_broken_one_stops_everything(store, two,
     assert keys.exists()
 
 
-def test_a_private_key_is_for_its_owner_alone_and_gets_into_no_message_nor_store(store, keys, tmp_path):
+def test_a_private_key_has_mode_600_and_is_never_stored(store, keys, tmp_path):
     assert (keys / "one").stat().st_mode & 0o777 == 0o600
     put(store, make_package(tmp_path / "package"))
     secret = (keys / "one").read_bytes().splitlines()[1]
@@ -288,10 +288,10 @@ def test_a_private_key_is_for_its_owner_alone_and_gets_into_no_message_nor_store
             assert secret not in stream.read()
 
 
-# Compare
+# Comparison
 
 
-def test_two_versions_are_compared_by_their_facts_and_files(store, tmp_path):
+def test_two_versions_are_compared_by_facts_and_files(store, tmp_path):
     for name, seed, loss in (("a", 1, 2.5), ("b", 2, 2.25)):
         folder = make_package(tmp_path / name, name.encode())
         (folder / "run.json").write_text(json.dumps({"params": {"seed": seed, "lr": 0.1}, "metrics": {"loss": loss}}))
@@ -326,6 +326,6 @@ def test_two_versions_are_compared_by_their_facts_and_files(store, tmp_path):
         Registry(store).version("tiny@v1").compare(Registry(store).version("tiny@v2"))
 
 
-def test_a_log_entry_survives_every_collection(store, two):
+def test_events_are_never_collected(store, two):
     Registry(store).collect(grace=NOW, withdrawn=True)
     assert len(store.list_keys(versions_log("tiny").folder)) == len(two)

@@ -1,4 +1,4 @@
-"""A log's head is a hint: it makes requests few, and no answer wrong, whatever it says."""
+"""The head of a log is a hint: it saves requests, and no content of a head changes a result."""
 
 import json
 from collections import Counter
@@ -16,15 +16,15 @@ from ropeway.runtime.manifest import canonical_json
 from ropeway.storage import Store, open_store
 from tests.support.registry_world import count_requests, grow, make_package, move, put, replace, tiny
 
-NOW = timedelta(seconds=-60)  # a grace that makes everything old, whatever the store's clock says
-MOST_REQUESTS = 40
+NOW = timedelta(seconds=-60)  # a grace period that every object is past, for any clock of the store
+MAX_REQUESTS = 40
 VERSIONS = versions_log("tiny")
 CANDIDATE = alias_log("tiny", "candidate")
 
 
 @pytest.fixture
 def three(fill, store) -> list[str]:
-    """Digests of three versions, the last of them `tiny@candidate`, which was each of them once."""
+    """Return the digests of three versions; `tiny@candidate` pointed to each in turn, now to the last."""
     digests = fill(3)
     for digest in digests:
         move(store, digest)
@@ -35,8 +35,8 @@ def heads(store: Store) -> list[str]:
     return store.list_keys("models/tiny/heads/")
 
 
-def forget_heads(store: Store) -> None:
-    """Make a registry one that a Ropeway without heads wrote."""
+def remove_heads(store: Store) -> None:
+    """Change a registry into one written by a Ropeway without heads."""
     for log in model_logs(store, "tiny"):
         for key in [key for key in store.list_keys(log.folder) if key.endswith(".json")]:
             event = json.loads(store.get(key))
@@ -47,7 +47,7 @@ def forget_heads(store: Store) -> None:
 
 
 def check_answers(store: Store, digests: list[str]) -> None:
-    """Every way to ask gives what the events say."""
+    """Check that every lookup returns what the events contain."""
     count = len(digests)
     assert [Registry(store).version(f"tiny@v{number}").digest for number in range(1, count + 1)] == digests
     assert [Registry(store).version(f"tiny@{digest}").digest for digest in digests] == digests
@@ -57,8 +57,8 @@ def check_answers(store: Store, digests: list[str]) -> None:
     assert tiny(store).alias("candidate").digest == tiny(store).alias("candidate").events[-1]["digest"]
 
 
-def count_acts(store: Store, place: Path, count: int) -> dict[str, Counter[str]]:
-    """Return what each act asks of a registry of so many versions, by kind of request."""
+def count_operations(store: Store, place: Path, count: int) -> dict[str, Counter[str]]:
+    """Return the requests of each operation on a registry with `count` versions, by kind."""
     put(store, make_package(place / "first"))
     grow(store, count)
     assert len(verify_log(store, VERSIONS)) == len(verify_log(store, CANDIDATE)) == count
@@ -80,13 +80,15 @@ def count_acts(store: Store, place: Path, count: int) -> dict[str, Counter[str]]
 
 
 @pytest.mark.parametrize("counts", [(1, 10, 100), pytest.param((1, 1000), marks=pytest.mark.slow)])
-def test_requests_are_the_same_at_any_number_of_versions(store, tmp_path, counts):
-    first, *others = [count_acts(open_store(f"{store.url}-{count}"), tmp_path / f"{count}", count) for count in counts]
+def test_the_number_of_requests_does_not_depend_on_the_number_of_versions(store, tmp_path, counts):
+    first, *others = [
+        count_operations(open_store(f"{store.url}-{count}"), tmp_path / f"{count}", count) for count in counts
+    ]
     assert all(other == first for other in others)
-    assert all(sum(requests.values()) < MOST_REQUESTS for requests in first.values())
+    assert all(sum(requests.values()) < MAX_REQUESTS for requests in first.values())
 
 
-def test_an_append_leaves_one_right_head_per_log(store, three):
+def test_an_append_keeps_one_valid_head_per_log(store, three):
     assert heads(store) == [CANDIDATE.head_key(3), VERSIONS.head_key(3)]
     for log in (VERSIONS, CANDIDATE):
         events = read_events(store, log)
@@ -94,11 +96,11 @@ def test_an_append_leaves_one_right_head_per_log(store, three):
         assert events.digests == three
 
 
-def test_a_registry_without_heads_is_read_and_the_next_publish_writes_one(store, three, package, tmp_path):
-    forget_heads(store)
+def test_a_registry_without_heads_gets_one_at_the_next_publish(store, three, package, tmp_path):
+    remove_heads(store)
     check_answers(store, three)
     assert put(store, package).number == 1
-    assert not heads(store), "what reads, and what was published before, writes nothing"
+    assert not heads(store), "reads and a repeated publish write nothing"
     fourth = put(store, make_package(tmp_path / "fourth", b"fourth"))
     check_answers(store, [*three, fourth.digest])
     assert VERSIONS.head_key(4) in heads(store)
@@ -106,10 +108,10 @@ def test_a_registry_without_heads_is_read_and_the_next_publish_writes_one(store,
     assert Registry(store).version("tiny@v4").verify().files == 4
 
 
-def test_a_head_behind_the_log_is_caught_up_with(store, three, tmp_path):
+def test_a_stale_head_is_completed_from_the_log(store, three, tmp_path):
     head = store.get(VERSIONS.head_key(3))
     digests = [*three, *(put(store, make_package(tmp_path / name, name.encode())).digest for name in ("d", "e"))]
-    for number in (4, 5):  # as a Ropeway without heads writes them
+    for number in (4, 5):  # as written by a Ropeway without heads
         event = json.loads(store.get(VERSIONS.key(number)))
         del event["head"]
         replace(store, VERSIONS.key(number), canonical_json(event))
@@ -123,9 +125,9 @@ def test_a_head_behind_the_log_is_caught_up_with(store, three, tmp_path):
 
 
 @pytest.mark.parametrize("number", [2, 3, 4, 99_999_999])
-@pytest.mark.parametrize("lies", ["swapped", "not text", "none"])
-def test_a_forged_head_changes_no_answer_and_the_next_publish_replaces_it(store, three, tmp_path, number, lies):
-    if lies != "none":
+@pytest.mark.parametrize("content", ["swapped", "not text", "none"])
+def test_a_forged_head_changes_no_result_and_is_replaced(store, three, tmp_path, number, content):
+    if content != "none":
         for key in heads(store):
             store.delete(key)
     documents = {
@@ -134,7 +136,7 @@ def test_a_forged_head_changes_no_answer_and_the_next_publish_replaces_it(store,
         "none": b"",
     }
     for log in (VERSIONS, CANDIDATE):
-        store.put_if_absent(log.head_key(number), documents[lies])
+        store.put_if_absent(log.head_key(number), documents[content])
     check_answers(store, three)
     assert not move(store, three[2]).moved
     fourth = put(store, make_package(tmp_path / "fourth", b"fourth"))
@@ -145,12 +147,12 @@ def test_a_forged_head_changes_no_answer_and_the_next_publish_replaces_it(store,
     assert find_head(store, read_events(store, VERSIONS)) == VERSIONS.head_key(5)
 
 
-def test_a_stranger_among_the_heads_is_no_head(store, three):
+def test_an_unknown_object_among_the_heads_is_ignored(store, three):
     store.put_if_absent(f"{VERSIONS.heads}00000000.md", b"x")
     check_answers(store, three)
 
 
-def test_a_publisher_that_dies_between_event_and_head_loses_nothing(store, three, tmp_path, monkeypatch):
+def test_a_crash_between_event_and_head_loses_nothing(store, three, tmp_path, monkeypatch):
     package = make_package(tmp_path / "fourth", b"fourth")
     real = store.put_if_absent
 
@@ -173,17 +175,17 @@ def test_a_publisher_that_dies_between_event_and_head_loses_nothing(store, three
 
 
 @pytest.mark.parametrize("at", ["versions", "heads"])
-def test_two_publishers_at_once_get_two_numbers_and_the_right_head(store, three, tmp_path, monkeypatch, at):
+def test_two_concurrent_publishes_get_two_numbers_and_a_valid_head(store, three, tmp_path, monkeypatch, at):
     ours, theirs = (make_package(tmp_path / name, name.encode()) for name in ("ours", "theirs"))
     real, other = store.put_if_absent, []
 
-    def overtaken(key, data, *, sha256=None):
+    def publish_first(key, data, *, sha256=None):
         if f"tiny/{at}/" in key:
             monkeypatch.undo()
             other.append(put(store, theirs))
         return real(key, data, sha256=sha256)
 
-    monkeypatch.setattr(store, "put_if_absent", overtaken)
+    monkeypatch.setattr(store, "put_if_absent", publish_first)
     done = put(store, ours)
     numbered = sorted((one.number, one.digest) for one in (done, *other))
     assert [number for number, _ in numbered] == [4, 5]
@@ -194,7 +196,7 @@ def test_two_publishers_at_once_get_two_numbers_and_the_right_head(store, three,
     assert [key for key in heads(store) if "versions" in key] == [VERSIONS.head_key(5)]
 
 
-def test_a_head_that_vanishes_under_a_reader_is_not_missed(store, three, monkeypatch):
+def test_a_head_deleted_during_a_read_changes_no_result(store, three, monkeypatch):
     real = store.get
 
     def vanish(key):
@@ -207,7 +209,7 @@ def test_a_head_that_vanishes_under_a_reader_is_not_missed(store, three, monkeyp
 
 
 @pytest.mark.usefixtures("three")
-def test_collecting_removes_every_head_but_the_right_ones(store):
+def test_a_collection_deletes_every_invalid_head(store):
     for number, document in ((2, b"old"), (9, b"forged")):
         store.put_if_absent(VERSIONS.head_key(number), document)
     store.delete(CANDIDATE.head_key(3))
@@ -217,7 +219,7 @@ def test_collecting_removes_every_head_but_the_right_ones(store):
 
 
 @pytest.mark.parametrize("log", [VERSIONS, CANDIDATE])
-def test_verify_and_collect_find_an_event_that_was_removed_or_changed(store, three, log):
+def test_verify_and_collect_detect_a_missing_or_changed_event(store, three, log):
     event = json.loads(store.get(log.key(2)))
     changed = canonical_json({**event, "digest": "0" * 64})
     for document in (None, changed, b"{"):

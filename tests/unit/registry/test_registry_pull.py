@@ -28,7 +28,7 @@ def test_a_pulled_folder_is_the_package_byte_for_byte_and_verifies(store, packag
     assert [path.name for path in target.parent.iterdir()] == ["model"]
 
 
-def test_a_version_already_there_is_left_alone_and_something_else_is_not_touched(store, digest, target):
+def test_a_pull_to_an_existing_folder_changes_nothing(store, digest, target):
     Registry(store).version("tiny@v1").pull(target)
     assert not Registry(store).version(f"tiny@{digest[:8]}").pull(target).created
     (target / "config.json").write_text("[]")
@@ -38,7 +38,7 @@ def test_a_version_already_there_is_left_alone_and_something_else_is_not_touched
 
 
 @pytest.mark.usefixtures("digest")
-def test_a_target_that_is_a_file_or_a_link_is_refused_and_an_empty_folder_is_filled(store, target, tmp_path):
+def test_a_target_can_be_an_empty_folder_but_no_file_or_link(store, target, tmp_path):
     target.mkdir(parents=True)
     assert Registry(store).version("tiny@v1").pull(target).created
     (tmp_path / "link").symlink_to(target)
@@ -60,7 +60,7 @@ def test_a_withdrawn_version_is_neither_pulled_nor_verified(store, digest, targe
     assert nothing_left(target)
 
 
-def test_every_flipped_byte_of_a_blob_is_found_by_verify_and_pull_and_nothing_is_left(store, digest, target):
+def test_verify_and_pull_detect_a_flipped_bit_in_any_blob(store, digest, target):
     for file in load_version_manifest(store, "tiny", digest).files:
         flip(store, blob_key(file.sha256))
         with pytest.raises(DataError, match=f"blob of {file.path} hashes to"):
@@ -72,7 +72,7 @@ def test_every_flipped_byte_of_a_blob_is_found_by_verify_and_pull_and_nothing_is
     assert Registry(store).version("tiny@v1").verify().files == 4
 
 
-def test_a_truncated_a_longer_and_a_missing_blob_are_found(store, digest, target):
+def test_truncated_longer_and_missing_blobs_are_detected(store, digest, target):
     key = blob_key(
         next(f.sha256 for f in load_version_manifest(store, "tiny", digest).files if f.path == "model.safetensors")
     )
@@ -92,7 +92,7 @@ def test_a_truncated_a_longer_and_a_missing_blob_are_found(store, digest, target
         Registry(store).version("tiny@v1").verify()
 
 
-def test_verify_lists_every_fault_and_looks_at_attachments(store, package, tmp_path):
+def test_verify_lists_every_fault_including_attachments(store, package, tmp_path):
     (tmp_path / "dvc.lock").write_text("schema: '2.0'\n")
     tiny(store).publish(package, provenance={}, attachments={"dvc.lock": tmp_path / "dvc.lock"})
     flip(store, blob_key(hashlib.sha256(b"schema: '2.0'\n").hexdigest()))
@@ -102,7 +102,7 @@ def test_verify_lists_every_fault_and_looks_at_attachments(store, package, tmp_p
 
 
 @pytest.mark.parametrize("at", [0, 10, 100, -1])
-def test_a_flipped_byte_of_a_manifest_is_found_wherever_it_is(store, digest, target, at):
+def test_a_flipped_bit_anywhere_in_a_manifest_is_detected(store, digest, target, at):
     key = manifest_key("tiny", digest)
     data = bytearray(store.get(key))
     data[at] ^= 1
@@ -117,7 +117,7 @@ def test_a_flipped_byte_of_a_manifest_is_found_wherever_it_is(store, digest, tar
 
 
 @pytest.mark.usefixtures("digest")
-def test_a_changed_added_missing_or_linked_file_in_a_pulled_folder_is_found(store, target, tmp_path):
+def test_verify_folder_detects_changed_added_missing_and_linked_files(store, target, tmp_path):
     Registry(store).version("tiny@v1").pull(target)
     for spoil in (
         lambda folder: (folder / "config.json").write_text("[]"),
@@ -135,14 +135,14 @@ def test_a_changed_added_missing_or_linked_file_in_a_pulled_folder_is_found(stor
         Registry(store).version("tiny@v1").verify_folder(copy)
 
 
-# Pull continues where a killed one stopped
+# Pulls that resume
 
 
 def partial_of(target: Path, digest: str) -> Path:
     return target.with_name(f".{target.name}.{digest[:16]}.partial")
 
 
-def test_what_a_killed_pull_left_is_used_and_only_the_rest_is_read(store, package, digest, target, monkeypatch):
+def test_a_pull_resumes_and_downloads_only_the_missing_bytes(store, package, digest, target, monkeypatch):
     partial = partial_of(target, digest)
     (partial / "plots").mkdir(parents=True)
     shutil.copy(package / "plots" / "loss.svg", partial / "plots")
@@ -157,13 +157,13 @@ def test_what_a_killed_pull_left_is_used_and_only_the_rest_is_read(store, packag
     Registry(store).version(f"tiny@{digest}").pull(target)
     monkeypatch.undo()
     assert files_of(target) == files_of(package)
-    # config.json and manifest.json whole, and the rest of the weights
+    # config.json and manifest.json from byte 0, the weights from byte 20
     assert sorted(start for key, start in opened if key.startswith("blobs/")) == [0, 0, 20]
     assert not partial.exists()
 
 
 @pytest.mark.parametrize("rubbish", [b"rubbish", b"r" * 1000])
-def test_a_part_that_is_not_one_of_this_file_is_thrown_away(store, package, digest, target, rubbish):
+def test_a_partial_file_with_other_content_is_discarded(store, package, digest, target, rubbish):
     partial = partial_of(target, digest)
     partial.mkdir(parents=True)
     (partial / "model.safetensors").write_bytes(rubbish)
@@ -171,7 +171,7 @@ def test_a_part_that_is_not_one_of_this_file_is_thrown_away(store, package, dige
     assert files_of(target) == files_of(package)
 
 
-def test_links_and_strays_in_the_unfinished_folder_are_not_followed_nor_kept(store, digest, target, tmp_path):
+def test_links_and_unexpected_files_in_a_partial_folder_are_rejected(store, digest, target, tmp_path):
     outside = tmp_path / "outside.json"
     outside.write_text("precious")
     partial = partial_of(target, digest)
@@ -191,7 +191,7 @@ def test_links_and_strays_in_the_unfinished_folder_are_not_followed_nor_kept(sto
         Registry(store).version("tiny@v1").pull(target)
 
 
-def test_two_pulls_to_one_place_do_not_mix(store, digest, target):
+def test_a_second_pull_to_the_same_target_fails_until_the_first_ends(store, digest, target):
     partial = partial_of(target, digest)
     partial.mkdir(parents=True)
     handle = os.open(partial, os.O_RDONLY)
@@ -203,7 +203,7 @@ def test_two_pulls_to_one_place_do_not_mix(store, digest, target):
 
 
 @pytest.mark.usefixtures("digest")
-def test_a_disk_that_cannot_hold_the_version_is_named_before_anything_is_fetched(store, target, monkeypatch):
+def test_a_pull_checks_the_free_disk_space_first(store, target, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
     with pytest.raises(ConfigError, match="10 bytes free"):
         Registry(store).version("tiny@v1").pull(target)

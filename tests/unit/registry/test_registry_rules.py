@@ -1,4 +1,4 @@
-"""What may enter a registry and leave it: hostile packages, manifests and names."""
+"""Rules for packages: hostile packages, manifests and names."""
 
 import dataclasses
 import hashlib
@@ -20,7 +20,7 @@ from tests.support.registry_world import is_untouched, nothing_left, put, safete
 
 @pytest.fixture
 def store(tmp_path) -> Store:
-    """A folder: the rules are the same for both stores, and asked before either is."""
+    """Return a folder store: the rules are independent of the store and checked before it is used."""
     return open_store((tmp_path / "registry").as_uri())
 
 
@@ -34,7 +34,7 @@ HOSTILE_PATHS = [
 
 @pytest.mark.parametrize("path", HOSTILE_PATHS)
 @pytest.mark.usefixtures("digest")
-def test_a_hostile_path_in_a_manifest_is_refused_on_pull_and_nothing_is_left(store, target, path):
+def test_a_pull_rejects_hostile_paths_and_writes_nothing(store, target, path):
     reference = plant(store, [PackageFile(path, hashlib.sha256(b"{}").hexdigest(), 2)])
     before = sorted(target.parents[1].rglob("*"))
     for act in (
@@ -58,7 +58,7 @@ def test_a_hostile_path_in_a_manifest_is_refused_on_pull_and_nothing_is_left(sto
     ],
 )
 @pytest.mark.usefixtures("digest")
-def test_paths_that_get_in_each_others_way_and_too_many_are_refused_on_pull(store, target, paths, words):
+def test_a_pull_rejects_conflicting_paths_and_too_many_files(store, target, paths, words):
     sha256 = hashlib.sha256(b"{}").hexdigest()
     reference = plant(store, sorted((PackageFile(path, sha256, 2) for path in paths), key=lambda file: file.path))
     with pytest.raises(DataError, match=words):
@@ -68,7 +68,7 @@ def test_paths_that_get_in_each_others_way_and_too_many_are_refused_on_pull(stor
 
 @pytest.mark.parametrize(("path", "size"), [("a.json", 1 << 40), ("a.safetensors", 1 << 50), ("a.json", -1)])
 @pytest.mark.usefixtures("digest")
-def test_a_size_beyond_the_cap_is_refused_on_pull(store, target, path, size):
+def test_a_pull_rejects_a_file_above_the_size_limit(store, target, path, size):
     reference = plant(store, [PackageFile(path, hashlib.sha256(b"{}").hexdigest(), size)])
     with pytest.raises(DataError, match="at most"):
         Registry(store).version(reference).pull(target)
@@ -76,7 +76,7 @@ def test_a_size_beyond_the_cap_is_refused_on_pull(store, target, path, size):
 
 
 @pytest.mark.usefixtures("digest")
-def test_sizes_are_capped_in_sum_too(store, target):
+def test_a_pull_rejects_a_package_above_the_total_size_limit(store, target):
     shards = [PackageFile(f"{n:03}.safetensors", "0" * 64, rules.MAX_WEIGHTS_BYTES) for n in range(65)]
     with pytest.raises(DataError, match=r"package: .* bytes in total"):
         Registry(store).version(plant(store, shards)).pull(target)
@@ -85,27 +85,27 @@ def test_sizes_are_capped_in_sum_too(store, target):
 @pytest.mark.parametrize(
     "spoil",
     [
-        lambda core: core | {"format": "ropeway-version/2"},
-        lambda core: core | {"more": 1},
-        lambda core: {key: core[key] for key in core if key != "facts"},
-        lambda core: core | {"facts": []},
-        lambda core: core | {"name": 1},
-        lambda core: core | {"files": {}},
-        lambda core: core | {"files": [{"path": "a.json", "sha256": "0" * 64, "bytes": 2, "mode": 493}]},
-        lambda core: core | {"files": [{"path": "a.json", "sha256": "0" * 64, "bytes": True}]},
-        lambda core: core | {"files": [{"path": "a.json", "sha256": "../../../x", "bytes": 2}]},
-        lambda core: core | {"files": [{"path": ["a.json"], "sha256": "0" * 64, "bytes": 2}]},
-        lambda core: core | {"files": core["files"][::-1]},
-        lambda core: [core],
+        lambda manifest: manifest | {"format": "ropeway-version/2"},
+        lambda manifest: manifest | {"more": 1},
+        lambda manifest: {key: manifest[key] for key in manifest if key != "facts"},
+        lambda manifest: manifest | {"facts": []},
+        lambda manifest: manifest | {"name": 1},
+        lambda manifest: manifest | {"files": {}},
+        lambda manifest: manifest | {"files": [{"path": "a.json", "sha256": "0" * 64, "bytes": 2, "mode": 493}]},
+        lambda manifest: manifest | {"files": [{"path": "a.json", "sha256": "0" * 64, "bytes": True}]},
+        lambda manifest: manifest | {"files": [{"path": "a.json", "sha256": "../../../x", "bytes": 2}]},
+        lambda manifest: manifest | {"files": [{"path": ["a.json"], "sha256": "0" * 64, "bytes": 2}]},
+        lambda manifest: manifest | {"files": manifest["files"][::-1]},
+        lambda manifest: [manifest],
         lambda _: b"not JSON",
         lambda _: b"[" * 100_000,
-        lambda core: json.dumps(core).encode(),
-        lambda core: canonical_json(core)[:-1] + b',"name":"tiny"}',
-        lambda core: canonical_json(core) + b"\n",
+        lambda manifest: json.dumps(manifest).encode(),
+        lambda manifest: canonical_json(manifest)[:-1] + b',"name":"tiny"}',
+        lambda manifest: canonical_json(manifest) + b"\n",
         lambda _: b'"\\ud800"',
     ],
 )
-def test_a_manifest_of_another_form_is_refused_though_its_hash_is_right(store, digest, target, spoil):
+def test_a_malformed_manifest_with_a_matching_hash_is_rejected(store, digest, target, spoil):
     spoilt = spoil(json.loads(store.get(manifest_key("tiny", digest))))
     reference = plant_document(store, spoilt if isinstance(spoilt, bytes) else canonical_json(spoilt))
     with pytest.raises(DataError, match="expected canonical JSON of format ropeway-version/1"):
@@ -113,17 +113,17 @@ def test_a_manifest_of_another_form_is_refused_though_its_hash_is_right(store, d
     assert nothing_left(target)
 
 
-def test_a_manifest_of_another_model_is_refused(store, digest, target):
-    core = dataclasses.replace(load_version_manifest(store, "tiny", digest), name="other")
+def test_a_manifest_of_another_model_is_rejected(store, digest, target):
+    manifest = dataclasses.replace(load_version_manifest(store, "tiny", digest), name="other")
     with pytest.raises(DataError, match="model 'other', expected tiny"):
-        Registry(store).version(plant_document(store, core.document)).pull(target)
+        Registry(store).version(plant_document(store, manifest.document)).pull(target)
 
 
 @pytest.mark.parametrize(
     "attachments", [{"a.json": 1}, {"a.json": {"sha256": "x", "bytes": 1}}, {"a.json": {"sha256": "0" * 64}}]
 )
 @pytest.mark.usefixtures("digest")
-def test_a_record_that_names_its_attachments_wrongly_is_refused(store, attachments):
+def test_malformed_attachments_in_a_version_event_are_rejected(store, attachments):
     event = json.loads(store.get(versions_log("tiny").key(1)))
     store.delete(versions_log("tiny").key(1))
     store.put_if_absent(versions_log("tiny").key(1), canonical_json(event | {"attachments": attachments}))
@@ -132,7 +132,7 @@ def test_a_record_that_names_its_attachments_wrongly_is_refused(store, attachmen
 
 
 @pytest.mark.usefixtures("digest")
-def test_a_pickle_smuggled_into_the_store_under_a_good_name_does_not_leave_it(store, target):
+def test_a_pull_rejects_a_pickle_with_an_allowed_suffix(store, target):
     pickle = b"\x80\x04\x95\x1f\0\0\0\0\0\0\0\x8c\x05posix\x8c\x06system\x93\x94."
     store.put_if_absent(blob_key(hashlib.sha256(pickle).hexdigest()), pickle)
     for path in ("model.safetensors", "a.json", "a.png", "tokenizer.model"):
@@ -187,16 +187,16 @@ def spoil_with(name: str, data: bytes = b"{}"):
         spoil_with("empty.png", b""),
     ],
 )
-def test_what_no_package_may_hold_is_refused_on_publish_before_anything_is_written(store, package, spoil):
+def test_publish_rejects_disallowed_files_before_any_write(store, package, spoil):
     spoil(package)
-    with suppress(UnicodeEncodeError):  # of a name that is not UTF-8; the manifest without it is there already
+    with suppress(UnicodeEncodeError):  # for a name that is not UTF-8; the manifest without it exists
         write_manifest(package, {})
     with pytest.raises(DataError):
         put(store, package)
     assert is_untouched(store)
 
 
-def test_every_allowed_kind_of_file_passes(store, tmp_path):
+def test_every_allowed_suffix_is_accepted(store, tmp_path):
     folder = tmp_path / "all"
     folder.mkdir()
     text = "grüße".encode()
@@ -207,13 +207,13 @@ def test_every_allowed_kind_of_file_passes(store, tmp_path):
     assert set(contents) == set(rules.SUFFIXES)
     for suffix, data in contents.items():
         (folder / f"file{suffix}").write_bytes(data)
-    (folder / "long.txt").write_bytes(b"a" + "ü".encode() * 4000)  # a letter lies across the 4,096th byte
+    (folder / "long.txt").write_bytes(b"a" + "ü".encode() * 4000)  # a character spans byte 4,096
     (folder / "empty.txt").touch()
     write_manifest(folder, {})
     assert put(store, folder).number == 1
 
 
-def test_an_attachment_keeps_the_rules_too(store, package, tmp_path):
+def test_attachments_follow_the_package_rules(store, package, tmp_path):
     good = tmp_path / "good.json"
     good.write_text("{}")
     link = tmp_path / "link.json"
@@ -228,21 +228,21 @@ def test_an_attachment_keeps_the_rules_too(store, package, tmp_path):
 
 
 @pytest.mark.parametrize("manifest", ["{}", "[]", '{"files": []}', '{"files": {"config.json": 1}}', "{"])
-def test_a_package_whose_manifest_is_none_is_refused(store, package, manifest):
+def test_a_package_with_a_malformed_manifest_is_rejected(store, package, manifest):
     (package / "manifest.json").write_text(manifest)
     with pytest.raises(RopewayError):
         put(store, package)
     assert is_untouched(store)
 
 
-def test_facts_too_long_to_be_read_again_are_refused(store, package, monkeypatch):
+def test_a_manifest_above_the_document_size_limit_is_rejected(store, package, monkeypatch):
     monkeypatch.setattr(version_manifest, "MAX_DOCUMENT_BYTES", 100)
     with pytest.raises(DataError, match="expected 100 at most"):
         put(store, package)
 
 
 def plant(store: Store, files: list[PackageFile]) -> str:
-    """Publish a core as a hostile registry would, and return a reference to it."""
+    """Write a manifest as a hostile registry would and return a reference to it."""
     return plant_document(store, VersionManifest("tiny", tuple(files), {}).document)
 
 

@@ -8,7 +8,7 @@ from tests.support.s3_server import SECRET
 
 @pytest.fixture
 def environment(monkeypatch, tmp_path):
-    """No setting of the person's own; a secret that nothing may repeat."""
+    """Remove the user's AWS settings and set a secret that must not appear in any message."""
     for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_PROFILE", "AWS_REGION", "AWS_DEFAULT_REGION"):
         monkeypatch.delenv(name, raising=False)
     for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
@@ -18,7 +18,7 @@ def environment(monkeypatch, tmp_path):
     return monkeypatch
 
 
-def test_a_url_is_taken_apart():
+def test_split_url_returns_bucket_and_prefix():
     assert split_url("s3://models") == split_url("s3://models/") == S3Location("models", "")
     assert split_url("s3://my.models-1/a/b c.jsonl") == S3Location("my.models-1", "a/b c.jsonl")
 
@@ -27,13 +27,13 @@ def test_a_url_is_taken_apart():
     "url", ["s3://", "s3:///x", "s3://A/x", "s3://ab", "s3://abc//x", "s3://abc/../x", "s3://abc/a\nb", "http://abc/x",
             f"s3://KEY:{SECRET}@abc/x"],
 )  # fmt: skip
-def test_urls_of_another_form_are_refused_and_a_secret_in_one_is_not_repeated(url):
+def test_malformed_urls_are_rejected_without_showing_a_secret(url):
     with pytest.raises(ConfigError, match="expected s3://bucket/prefix") as caught:
         split_url(url)
     assert SECRET not in str(caught.value)
 
 
-def test_amazon_over_tls_is_what_an_empty_environment_means(environment):
+def test_the_default_endpoint_is_amazon_s3_over_https(environment):
     assert make_client().meta.endpoint_url == "https://s3.amazonaws.com"
     environment.setenv("AWS_REGION", "eu-central-1")
     client = make_client()
@@ -42,7 +42,7 @@ def test_amazon_over_tls_is_what_an_empty_environment_means(environment):
     assert client.meta.config.read_timeout == 60
 
 
-def test_endpoint_region_tries_timeout_and_checksums_come_from_the_environment(environment):
+def test_client_settings_come_from_the_environment(environment):
     settings = {
         "AWS_ENDPOINT_URL": "https://ignored.example",
         "AWS_ENDPOINT_URL_S3": "http://127.0.0.1:8333",
@@ -62,42 +62,42 @@ def test_endpoint_region_tries_timeout_and_checksums_come_from_the_environment(e
 @pytest.mark.parametrize(
     "endpoint", [f"https://KEY:{SECRET}@host", "ftp://host", "host:9000", "https://", f"https://host?{SECRET}", "http://["],
 )  # fmt: skip
-def test_an_endpoint_that_is_none_is_refused_without_repeating_it(environment, endpoint):
+def test_an_invalid_endpoint_is_rejected_without_showing_it(environment, endpoint):
     environment.setenv("AWS_ENDPOINT_URL_S3", endpoint)
     with pytest.raises(ConfigError, match="expected https://host:port") as caught:
         make_client()
     assert SECRET not in str(caught.value)
 
 
-def test_http_to_another_machine_has_to_be_asked_for(environment):
+def test_http_to_another_machine_needs_an_explicit_setting(environment):
     environment.setenv("AWS_ENDPOINT_URL_S3", "http://store.example:9000")
-    with pytest.raises(ConfigError, match="can be read on the way"):
+    with pytest.raises(ConfigError, match="ROPEWAY_S3_ALLOW_HTTP=1"):
         make_client()
     environment.setenv("ROPEWAY_S3_ALLOW_HTTP", "1")
     assert make_client().meta.endpoint_url == "http://store.example:9000"
 
 
-def test_a_profile_that_does_not_exist_and_a_number_that_is_none_are_named(environment):
+def test_an_unknown_profile_and_an_invalid_number_are_named(environment):
     environment.setenv("AWS_PROFILE", "nobody")
     with pytest.raises(ConfigError, match="AWS_PROFILE"):
         make_client()
     environment.setenv("AWS_MAX_ATTEMPTS", "many")
-    with pytest.raises(ConfigError, match="AWS_MAX_ATTEMPTS: expected a whole number"):
+    with pytest.raises(ConfigError, match="AWS_MAX_ATTEMPTS: expected a positive integer"):
         make_client()
 
 
 @pytest.mark.parametrize(
     ("status", "code", "error", "words"),
     [
-        (403, "AccessDenied", ConfigError, "may not do that"),
-        (403, "SignatureDoesNotMatch", ConfigError, "not accepted"),
-        (403, "InvalidAccessKeyId", ConfigError, "not accepted"),
-        (403, "RequestTimeTooSkewed", ConfigError, "Set the clock right"),
-        (404, "NoSuchKey", AbsentError, "nothing is there"),
-        (404, "404", AbsentError, "nothing is there"),
+        (403, "AccessDenied", ConfigError, "permission"),
+        (403, "SignatureDoesNotMatch", ConfigError, "AWS_PROFILE"),
+        (403, "InvalidAccessKeyId", ConfigError, "AWS_PROFILE"),
+        (403, "RequestTimeTooSkewed", ConfigError, "Correct this machine's clock"),
+        (404, "NoSuchKey", AbsentError, "404"),
+        (404, "404", AbsentError, "404"),
         (404, "NoSuchBucket", ConfigError, "Create the bucket"),
-        (301, "PermanentRedirect", ConfigError, "another region"),
-        (400, "AuthorizationHeaderMalformed", ConfigError, "another region"),
+        (301, "PermanentRedirect", ConfigError, "AWS_REGION"),
+        (400, "AuthorizationHeaderMalformed", ConfigError, "AWS_REGION"),
         (409, "ConditionalRequestConflict", TemporaryError, "resumes"),
         (503, "SlowDown", TemporaryError, "resumes"),
         (500, "InternalError", TemporaryError, "resumes"),
@@ -105,7 +105,7 @@ def test_a_profile_that_does_not_exist_and_a_number_that_is_none_are_named(envir
         (418, f"<{SECRET}>", ConfigError, "418 unknown"),
     ],
 )
-def test_a_servers_answer_becomes_a_decision_without_its_words(status, code, error, words):
+def test_an_error_response_is_translated_without_its_text(status, code, error, words):
     response = {"Error": {"Code": code, "Message": SECRET}, "ResponseMetadata": {"HTTPStatusCode": status}}
     with pytest.raises(error, match=words) as caught, translate_errors("s3://bucket/x: key"):
         raise ClientError(response, "PutObject")
@@ -117,19 +117,19 @@ def test_a_servers_answer_becomes_a_decision_without_its_words(status, code, err
 @pytest.mark.parametrize(
     ("raised", "error", "words"),
     [
-        (NoCredentialsError(), ConfigError, "no credentials"),
+        (NoCredentialsError(), ConfigError, "no AWS credentials"),
         (SSLError(endpoint_url="https://x", error="bad"), ConfigError, "AWS_CA_BUNDLE"),
         (EndpointConnectionError(endpoint_url=f"https://{SECRET}"), TemporaryError, "resumes"),
         (ConnectionResetError(), TemporaryError, "ConnectionResetError"),
     ],
 )
-def test_a_failed_connection_becomes_a_decision(raised, error, words):
+def test_a_connection_error_is_translated(raised, error, words):
     with pytest.raises(error, match=words) as caught, translate_errors("s3://bucket/x"):
         raise raised
     assert SECRET not in str(caught.value)
 
 
-def test_a_real_server_is_written_to_and_read(s3_url):
+def test_a_real_server_stores_and_returns_an_object(s3_url):
     client, place = make_client(), split_url(s3_url)
     with translate_errors(s3_url):
         client.put_object(Bucket=place.bucket, Key=f"{place.prefix}/a", Body=b"abc")
@@ -138,9 +138,9 @@ def test_a_real_server_is_written_to_and_read(s3_url):
         client.get_object(Bucket=place.bucket, Key=f"{place.prefix}/b")
 
 
-def test_a_wrong_secret_is_said_so_and_not_repeated(s3_url, monkeypatch):
+def test_a_wrong_secret_is_reported_without_showing_it(s3_url, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another-secret")
     client, place = make_client(), split_url(s3_url)
-    with pytest.raises(ConfigError, match="not accepted") as caught, translate_errors(s3_url):
+    with pytest.raises(ConfigError, match="AWS_PROFILE") as caught, translate_errors(s3_url):
         client.put_object(Bucket=place.bucket, Key="a", Body=b"abc")
     assert "another-secret" not in str(caught.value)

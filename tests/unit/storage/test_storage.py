@@ -1,4 +1,4 @@
-"""What both stores promise; what only one of them can do is in test_storage_folder.py and test_storage_s3.py."""
+"""Behavior of both stores; test_storage_folder.py and test_storage_s3.py test what only one of them does."""
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +15,7 @@ HOSTILE_KEYS = [
 ]  # fmt: skip
 
 
-def test_what_is_put_can_be_got_streamed_sized_and_listed(store, tmp_path):
+def test_a_stored_object_can_be_read_streamed_and_listed(store, tmp_path):
     source = tmp_path / "source"
     source.write_bytes(b"0123456789")
     assert store.put_if_absent("a/b/blob", source, sha256=hashlib.sha256(b"0123456789").hexdigest())
@@ -32,14 +32,14 @@ def test_what_is_put_can_be_got_streamed_sized_and_listed(store, tmp_path):
     assert store.list_incomplete_uploads() == []
 
 
-def test_a_listing_shows_sizes_and_when(store):
+def test_a_listing_has_sizes_and_modification_times(store):
     store.put_if_absent("a/b", b"12345")
     (entry,) = store.list_entries("a/")
     assert (entry.key, entry.bytes) == ("a/b", 5)
     assert abs(datetime.now(UTC) - entry.modified_at) < timedelta(minutes=5)
 
 
-def test_an_empty_object_and_the_end_of_one_read_as_nothing(store):
+def test_an_empty_object_and_the_end_of_an_object_read_as_empty(store):
     store.put_if_absent("empty", b"")
     store.put_if_absent("full", b"123")
     assert store.get("empty") == b""
@@ -56,7 +56,7 @@ def test_nothing_is_ever_overwritten(store, tmp_path):
     assert store.get("key") == b"first"
 
 
-def test_of_many_racing_writers_exactly_one_wins_each_key(store):
+def test_of_many_concurrent_writers_exactly_one_creates_each_key(store):
     def write(writer: int) -> list[bool]:
         return [store.put_if_absent(f"log/{n}", f"{writer}".encode()) for n in range(20)]
 
@@ -69,7 +69,7 @@ def test_of_many_racing_writers_exactly_one_wins_each_key(store):
     assert store.list_incomplete_uploads() == []
 
 
-def test_bytes_that_hash_to_something_else_never_become_visible(store, tmp_path):
+def test_data_with_another_hash_never_becomes_visible(store, tmp_path):
     (tmp_path / "file").write_bytes(b"bytes")
     for data in (b"bytes", tmp_path / "file"):
         with pytest.raises(DataError, match="expected 000000000000"):
@@ -78,9 +78,9 @@ def test_bytes_that_hash_to_something_else_never_become_visible(store, tmp_path)
     assert store.list_incomplete_uploads() == []
 
 
-def test_absent_keys_are_told_from_other_failures(store):
+def test_an_absent_key_raises_absent_error(store):
     for read in (store.get, store.size, store.open_stream):
-        with pytest.raises(AbsentError, match="holds no a/b"):
+        with pytest.raises(AbsentError, match="no object a/b"):
             read("a/b")
     assert not store.exists("a/b")
     store.delete("a/b")
@@ -90,7 +90,7 @@ def test_absent_keys_are_told_from_other_failures(store):
         store.get("a/b")
 
 
-def test_hostile_keys_are_refused_by_every_method(store):
+def test_every_method_rejects_hostile_keys(store):
     for key in HOSTILE_KEYS:
         for method in (store.get, store.size, store.open_stream, store.exists, store.delete):
             with pytest.raises(DataError, match="store key"):
@@ -114,13 +114,13 @@ def test_a_missing_source_and_an_oversized_document_are_named(store, tmp_path):
         store.get("key")
 
 
-def test_what_is_there_already_is_not_read_again(store, tmp_path):
+def test_put_of_an_existing_key_does_not_read_the_file(store, tmp_path):
     store.put_if_absent("key", b"first")
     (tmp_path / "other").write_bytes(b"other")
     assert not store.put_if_absent("key", tmp_path / "other", sha256="0" * 64)
 
 
-def test_deleted_objects_are_gone_and_may_be_put_again(store):
+def test_a_deleted_object_can_be_created_again(store):
     store.put_if_absent("a/key", b"first")
     store.delete("a/key")
     assert not store.exists("a/key")
@@ -128,7 +128,7 @@ def test_deleted_objects_are_gone_and_may_be_put_again(store):
     assert store.put_if_absent("a/key", b"second")
 
 
-def test_who_writes_is_told_how_far_it_is(store, tmp_path):
+def test_on_bytes_reports_progress(store, tmp_path):
     told = []
     store.on_bytes = told.append
     (tmp_path / "file").write_bytes(b"x" * 3000)
@@ -139,13 +139,13 @@ def test_who_writes_is_told_how_far_it_is(store, tmp_path):
 @pytest.mark.parametrize(
     "url", ["registry", "/srv/registry", "file:registry", "file://host/x", "http://x/y", "file:///a?b", "file:///a%00b"]
 )
-def test_urls_that_name_no_store_are_refused(url):
+def test_urls_of_other_schemes_are_rejected(url):
     with pytest.raises(ConfigError, match=r"file:///absolute/path or s3://bucket/prefix"):
         open_store(url)
 
 
 @pytest.mark.parametrize("url", ["s3://", "s3://A/b", "s3://KEY:hunter2@bucket/x", "https://KEY:hunter2@host/x"])
-def test_s3_urls_of_another_form_are_refused_and_keys_in_them_not_repeated(url):
+def test_malformed_s3_urls_are_rejected_without_showing_credentials(url):
     with pytest.raises(ConfigError, match="expected") as caught:
         open_store(url)
     assert "hunter2" not in str(caught.value)

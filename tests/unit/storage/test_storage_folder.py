@@ -1,4 +1,4 @@
-"""What only the folder store promises: read-only files, nothing aside, the file system's errors in words."""
+"""Behavior of the folder store: read-only files, no leftover partial files, translated file system errors."""
 
 import errno
 import os
@@ -15,7 +15,7 @@ def folder(tmp_path) -> FileStore:
     return open_store((tmp_path / "store").as_uri())
 
 
-def left_aside(store: FileStore) -> list[Path]:
+def partial_files(store: FileStore) -> list[Path]:
     return list((store.root / ".partial").glob("*"))
 
 
@@ -24,7 +24,7 @@ def test_stored_files_are_read_only(folder):
     assert (folder.root / "key").stat().st_mode & 0o222 == 0
 
 
-def test_a_writer_that_loses_between_looking_and_linking_is_told_so(folder, monkeypatch):
+def test_a_writer_that_loses_the_race_returns_false(folder, monkeypatch):
     link = os.link
 
     def link_late(source, target):
@@ -34,14 +34,14 @@ def test_a_writer_that_loses_between_looking_and_linking_is_told_so(folder, monk
     monkeypatch.setattr(os, "link", link_late)
     assert not folder.put_if_absent("key", b"ours")
     assert folder.get("key") == b"theirs"
-    assert left_aside(folder) == []
+    assert partial_files(folder) == []
 
 
 @pytest.mark.parametrize(
     ("code", "error", "words"),
     [(errno.ENOSPC, TemporaryError, "disk is full"), (errno.EPERM, ConfigError, "hard links")],
 )
-def test_a_file_system_that_fails_is_explained_and_leaves_nothing(folder, monkeypatch, code, error, words):
+def test_a_file_system_error_is_translated_and_writes_nothing(folder, monkeypatch, code, error, words):
     def fail(*_):
         raise OSError(code, os.strerror(code))
 
@@ -49,16 +49,16 @@ def test_a_file_system_that_fails_is_explained_and_leaves_nothing(folder, monkey
     with pytest.raises(error, match=words):
         folder.put_if_absent("a/key", b"x")
     assert folder.list_keys("") == []
-    assert left_aside(folder) == []
+    assert partial_files(folder) == []
 
 
-def test_a_file_is_no_folder(tmp_path):
+def test_a_file_is_rejected_as_a_store(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="found a file"):
         open_store((tmp_path / "file").as_uri())
 
 
-def test_opening_a_store_creates_nothing_and_urls_are_unquoted(tmp_path):
+def test_open_store_creates_nothing_and_unquotes_the_url(tmp_path):
     store = open_store((tmp_path / "with space").as_uri())
     assert not store.exists("key")
     assert list(tmp_path.iterdir()) == []
@@ -66,12 +66,12 @@ def test_opening_a_store_creates_nothing_and_urls_are_unquoted(tmp_path):
     assert (tmp_path / "with space" / "key").exists()
 
 
-def test_what_a_dead_writer_left_aside_is_listed_and_can_be_removed(folder):
+def test_an_incomplete_upload_is_listed_and_removed(folder):
     folder.put_if_absent("key", b"")
     (folder.root / ".partial" / "dead").write_bytes(b"half")
-    (stray,) = folder.list_incomplete_uploads()
-    assert stray.name == ".partial/dead"
-    folder.remove_incomplete_upload(stray)
-    folder.remove_incomplete_upload(stray)
+    (upload,) = folder.list_incomplete_uploads()
+    assert upload.name == ".partial/dead"
+    folder.remove_incomplete_upload(upload)
+    folder.remove_incomplete_upload(upload)
     assert folder.list_incomplete_uploads() == []
     assert folder.get("key") == b""

@@ -1,4 +1,4 @@
-"""What only the S3 store promises: parts that resume, faults of networks and servers, stores that cannot be trusted."""
+"""Behavior of the S3 store: resumed uploads, network and server faults, stores that ignore preconditions."""
 
 import hashlib
 import logging
@@ -19,7 +19,7 @@ from tests.support.fault_proxy import Fault, fault_proxy
 from tests.support.registry_world import make_package, put
 from tests.support.s3_server import SECRET
 
-PART = 5 << 20  # the smallest that S3 allows
+PART = 5 << 20  # the minimum of S3
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def small_parts(monkeypatch):
 
 @pytest.fixture
 def large(tmp_path) -> Path:
-    """A file of four parts and a bit."""
+    """Create a file of four full parts and a short one."""
     path = tmp_path / "large"
     path.write_bytes(os.urandom(4 * PART + 1000))
     return path
@@ -48,7 +48,7 @@ def count_calls(store, monkeypatch, operation: str) -> list[dict]:
 
 @contextmanager
 def at(endpoint: str, monkeypatch, *, tries: int = 3, timeout_seconds: int = 2):
-    """Yield the environment's store with another endpoint, few tries and a short patience."""
+    """Set another endpoint, few attempts and a short timeout."""
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", str(tries))
     monkeypatch.setenv("ROPEWAY_S3_TIMEOUT_SECONDS", str(timeout_seconds))
@@ -56,13 +56,13 @@ def at(endpoint: str, monkeypatch, *, tries: int = 3, timeout_seconds: int = 2):
 
 
 @pytest.mark.usefixtures("small_parts")
-def test_a_large_file_goes_up_in_parts_and_comes_back_equal(s3_url, large, monkeypatch):
+def test_a_large_file_is_uploaded_in_parts_and_read_back(s3_url, large, monkeypatch):
     store = open_store(s3_url)
     sent = count_calls(store, monkeypatch, "upload_part")
     told = []
     store.on_bytes = told.append
     assert store.put_if_absent("blob", large, sha256=sha256_of(large))
-    assert len(sent) == 1 + 5  # the probe's, then ours
+    assert len(sent) == 1 + 5  # the part of the probe, then ours
     assert all("ChecksumSHA256" in part for part in sent[1:])
     assert sum(told) == large.stat().st_size
     with store.open_stream("blob") as stream:
@@ -74,18 +74,18 @@ def test_a_large_file_goes_up_in_parts_and_comes_back_equal(s3_url, large, monke
 
 
 @pytest.mark.usefixtures("small_parts")
-def test_only_missing_parts_are_sent_after_a_death(s3_url, large, monkeypatch):
+def test_only_missing_parts_are_uploaded_after_a_crash(s3_url, large, monkeypatch):
     store = open_store(s3_url)
     to = multipart.Destination(store.client, *store._place("blob"))
-    upload, _ = multipart.find_upload(to)
+    upload, _ = multipart.find_or_create_upload(to)
     data = large.read_bytes()
     for number in (1, 3):
         body = data[(number - 1) * PART : number * PART]
         store.client.upload_part(**to.where, UploadId=upload, PartNumber=number, Body=body, ChecksumAlgorithm="SHA256")
     other = b"x" * PART  # of another file
     store.client.upload_part(**to.where, UploadId=upload, PartNumber=2, Body=other, ChecksumAlgorithm="SHA256")
-    assert [stray.name for stray in store.list_incomplete_uploads()] == ["blob"]
-    store.put_if_absent("small", b"")  # the probe is behind us
+    assert [upload.name for upload in store.list_incomplete_uploads()] == ["blob"]
+    store.put_if_absent("small", b"")  # the probe has run
     sent = count_calls(store, monkeypatch, "upload_part")
     store._probed.add("complete")
     assert store.put_if_absent("blob", large, sha256=sha256_of(large))
@@ -96,7 +96,7 @@ def test_only_missing_parts_are_sent_after_a_death(s3_url, large, monkeypatch):
 
 
 @pytest.mark.usefixtures("small_parts")
-def test_a_large_file_that_changed_never_becomes_visible_and_its_upload_is_aborted(s3_url, large):
+def test_the_upload_of_a_changed_large_file_is_aborted(s3_url, large):
     store = open_store(s3_url)
     with pytest.raises(DataError, match="expected 000000000000"):
         store.put_if_absent("blob", large, sha256="0" * 64)
@@ -105,7 +105,7 @@ def test_a_large_file_that_changed_never_becomes_visible_and_its_upload_is_abort
 
 
 @pytest.mark.usefixtures("small_parts")
-def test_a_completed_object_wins_over_a_second_upload(s3_url, large, monkeypatch):
+def test_an_existing_object_is_kept_by_a_second_upload(s3_url, large, monkeypatch):
     store, other = open_store(s3_url), open_store(s3_url)
     monkeypatch.setattr(store, "exists", lambda _: False)
     assert other.put_if_absent("blob", b"theirs")
@@ -115,7 +115,7 @@ def test_a_completed_object_wins_over_a_second_upload(s3_url, large, monkeypatch
 
 
 @pytest.mark.usefixtures("small_parts")
-def test_an_upload_that_somebody_else_ended_is_begun_anew(s3_url, large, monkeypatch):
+def test_an_upload_aborted_by_another_writer_is_restarted(s3_url, large, monkeypatch):
     store = open_store(s3_url)
     real = store.client.complete_multipart_upload
 
@@ -132,7 +132,7 @@ def test_an_upload_that_somebody_else_ended_is_begun_anew(s3_url, large, monkeyp
     assert store.size("blob") == large.stat().st_size
 
 
-def test_a_part_is_known_by_its_checksum_or_by_its_md5():
+def test_a_part_is_compared_by_sha256_or_etag():
     body, sha256 = b"abc", "right"
     md5 = '"900150983cd24fb0d6963f7d28e17f72"'
     assert is_same_part({"Size": 3, "ChecksumSHA256": "right", "ETag": "x"}, body, sha256)
@@ -142,23 +142,23 @@ def test_a_part_is_known_by_its_checksum_or_by_its_md5():
     assert not is_same_part({"Size": 4, "ETag": md5}, body, sha256)
 
 
-# A store that cannot be trusted
+# Stores that ignore preconditions
 
 
-def test_a_store_that_ignores_preconditions_is_refused_before_anything_is_written(s3_url, monkeypatch, large):
+def test_a_store_that_ignores_preconditions_is_rejected_before_any_write(s3_url, monkeypatch, large):
     with fake_s3(honours_put=False) as server, at(server.endpoint, monkeypatch):
         store = open_store(s3_url)
         for data in (b"x", large):
-            with pytest.raises(ConfigError, match=r"ignores If-None-Match on PutObject.*Use a store that honours it"):
+            with pytest.raises(ConfigError, match=r"If-None-Match on PutObject"):
                 store.put_if_absent("key", data)
         assert [path.rpartition("/")[2] for path in server.objects] == [".probe"]
 
 
-def test_a_store_that_ignores_them_on_complete_is_refused_for_large_files(s3_url, monkeypatch, large):
+def test_a_store_that_ignores_them_on_complete_is_rejected_for_large_files(s3_url, monkeypatch, large):
     with fake_s3(honours_complete=False) as server, at(server.endpoint, monkeypatch):
         store = open_store(s3_url)
         assert store.put_if_absent("key", b"small")
-        with pytest.raises(ConfigError, match="ignores If-None-Match on CompleteMultipartUpload"):
+        with pytest.raises(ConfigError, match="If-None-Match on CompleteMultipartUpload"):
             store.put_if_absent("large", large)
         assert len(server.objects) == 2
 
@@ -169,10 +169,10 @@ def test_a_store_is_probed_once(s3_url, monkeypatch):
         for key in ("a", "b"):
             store.put_if_absent(key, b"")
         open_store(s3_url).put_if_absent("c", b"")
-        assert sum(".probe" in request for request in server.requests) == 3  # created, refused; known at once
+        assert sum(".probe" in request for request in server.requests) == 3  # created, failed; then one failed put
 
 
-def test_a_conflict_is_asked_again_and_a_refusal_is_not(s3_url, monkeypatch):
+def test_a_conflict_is_retried_and_a_denied_request_is_not(s3_url, monkeypatch):
     with fake_s3() as server, at(server.endpoint, monkeypatch):
         store = open_store(s3_url)
         store.put_if_absent("first", b"")
@@ -180,12 +180,12 @@ def test_a_conflict_is_asked_again_and_a_refusal_is_not(s3_url, monkeypatch):
         assert store.put_if_absent("key", b"x")
         server.requests.clear()
         server.answers = [(403, "AccessDenied")] * 3
-        with pytest.raises(ConfigError, match="403 AccessDenied: these credentials may not do that"):
+        with pytest.raises(ConfigError, match="403 AccessDenied"):
             store.put_if_absent("other", b"x")
         assert len(server.requests) == 1
 
 
-def test_a_repeated_put_that_lost_to_an_object_that_is_gone_again_lost(s3_url, monkeypatch):
+def test_a_retried_put_that_lost_to_a_deleted_object_returns_false(s3_url, monkeypatch):
     with fake_s3() as server, at(server.endpoint, monkeypatch):
         store = open_store(s3_url)
         store.put_if_absent("first", b"")
@@ -193,7 +193,7 @@ def test_a_repeated_put_that_lost_to_an_object_that_is_gone_again_lost(s3_url, m
         assert not store.put_if_absent("key", b"x")
 
 
-# Networks and servers that fail, before a real server
+# Network and server faults, by a proxy before a real server
 
 
 @pytest.fixture
@@ -205,7 +205,7 @@ def proxied(s3_server, s3_url, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["500", "503"])
-def test_a_server_that_is_busy_for_a_while_is_asked_again(proxied, kind):
+def test_temporary_server_errors_are_retried(proxied, kind):
     proxy, store = proxied
     proxy.faults = [Fault(kind, "PUT", "key", 2), Fault(kind, "GET", "there", 2)]
     assert store.put_if_absent("key", b"x")
@@ -213,53 +213,53 @@ def test_a_server_that_is_busy_for_a_while_is_asked_again(proxied, kind):
 
 
 @pytest.mark.parametrize("kind", ["500", "503"])
-def test_a_server_that_stays_busy_is_one_clear_sentence(proxied, kind):
+def test_persistent_server_errors_are_temporary_errors(proxied, kind):
     proxy, store = proxied
     proxy.faults = [Fault(kind, "PUT", "key", 99), Fault(kind, "GET", "there", 99)]
     for act in (lambda: store.put_if_absent("key", b"x"), lambda: store.get("there")):
-        with pytest.raises(TemporaryError, match=rf"the server says {kind} .*Repeat the command"):
+        with pytest.raises(TemporaryError, match=f"the server returned {kind}"):
             act()
 
 
 @pytest.mark.parametrize("kind", ["reset", "truncated", "stall"])
-def test_a_broken_answer_is_continued_and_not_begun_anew(proxied, kind):
+def test_a_broken_read_resumes_where_it_stopped(proxied, kind):
     proxy, store = proxied
     for read in (store.get, lambda key: store.open_stream(key).read()):
         proxy.faults = [Fault(kind, "GET", "there", 1)]
         assert read("there") == bytes(range(256)) * 2000
-    if kind == "truncated":  # a stall is waited for each time, and a reset throws away what had arrived
+    if kind == "truncated":  # each stall costs a timeout, and a reset loses the bytes received
         proxy.faults = [Fault(kind, "GET", "there", 8)]
         assert store.get("there") == bytes(range(256)) * 2000
 
 
-def test_a_connection_that_gives_nothing_is_given_up_with_the_place_named(proxied):
+def test_reads_without_progress_fail_with_the_offset(proxied):
     proxy, store = proxied
     store.put_if_absent("byte", b"x")
     proxy.faults = [Fault("reset", "GET", "byte", 99)]
-    with pytest.raises(TemporaryError, match=r"broke 5 times at byte 0 .*it resumes"):
+    with pytest.raises(TemporaryError, match="broke 5 times at byte 0 "):
         store.get("byte")
 
 
-def test_bytes_changed_on_the_way_up_are_refused_by_the_server_and_said_so(proxied):
+def test_bytes_changed_during_an_upload_are_rejected_by_the_server(proxied):
     proxy, store = proxied
     proxy.faults = [Fault("wrong-up", "PUT", "key", 99)]
-    with pytest.raises(RopewayError, match="key: the server says 400"):
+    with pytest.raises(RopewayError, match="key: the server returned 400"):
         store.put_if_absent("key", b"x" * 100)
     proxy.faults = []
     assert not store.exists("key")
 
 
-def test_an_answer_that_got_lost_is_not_mistaken_for_another_writers_win(proxied):
+def test_a_lost_put_response_still_counts_as_created(proxied):
     proxy, store = proxied
     proxy.faults = [Fault("lost", "PUT", "key", 1)]
     assert store.put_if_absent("key", b"x")
-    # Sent again at least once; a machine under load may time a further try out.
+    # Retried at least once; on a loaded machine a further attempt can time out.
     assert sum("PUT" in request and "key" in request for request in proxy.requests) >= 2
     assert not store.put_if_absent("key", b"x")
 
 
 @pytest.mark.usefixtures("small_parts")
-def test_an_answer_to_complete_that_got_lost_is_no_failure(proxied, large):
+def test_a_lost_complete_response_is_no_failure(proxied, large):
     proxy, store = proxied
     proxy.faults = [Fault("lost", "POST", "blob.*uploadId", 1)]
     store.put_if_absent("blob", large, sha256=sha256_of(large))
@@ -269,7 +269,7 @@ def test_an_answer_to_complete_that_got_lost_is_no_failure(proxied, large):
 
 
 @pytest.mark.usefixtures("small_parts")
-def test_parts_that_fail_for_a_while_are_sent_again(proxied, large):
+def test_failed_parts_are_retried(proxied, large):
     proxy, store = proxied
     proxy.faults = [Fault("503", "PUT", "blob.*partNumber", 2), Fault("500", "POST", "blob.*uploads", 1)]
     assert store.put_if_absent("blob", large, sha256=sha256_of(large))
@@ -277,14 +277,14 @@ def test_parts_that_fail_for_a_while_are_sent_again(proxied, large):
         assert stream.read() == large.read_bytes()
 
 
-def test_a_clock_that_is_wrong_is_one_clear_sentence(proxied):
+def test_clock_skew_is_a_config_error(proxied):
     proxy, store = proxied
     proxy.faults = [Fault("skew", "GET", "there", 99)]
-    with pytest.raises(ConfigError, match="Set the clock right"):
+    with pytest.raises(ConfigError, match="Correct this machine's clock"):
         store.get("there")
 
 
-def test_wrong_bytes_on_the_way_down_never_become_a_model_and_the_next_pull_is_right(proxied, tmp_path):
+def test_corrupt_downloads_are_rejected_and_the_next_pull_succeeds(proxied, tmp_path):
     proxy, store = proxied
     put(store, make_package(tmp_path / "package", os.urandom(100_000)))
     proxy.faults = [Fault("wrong", "GET", "blobs", 1)]
@@ -298,7 +298,7 @@ def test_wrong_bytes_on_the_way_down_never_become_a_model_and_the_next_pull_is_r
 
 
 @pytest.mark.parametrize("kind", ["500", "503", "reset", "truncated", "stall"])
-def test_a_publish_and_a_pull_get_through_passing_trouble(proxied, tmp_path, kind):
+def test_publish_and_pull_survive_temporary_faults(proxied, tmp_path, kind):
     proxy, store = proxied
     package = make_package(tmp_path / "package", os.urandom(100_000))
     proxy.faults = [Fault(kind, "PUT", "blobs|manifests|versions", 2 if kind in "500 503" else 0)]
@@ -308,26 +308,26 @@ def test_a_publish_and_a_pull_get_through_passing_trouble(proxied, tmp_path, kin
     assert (tmp_path / "pulled" / "model.safetensors").read_bytes() == (package / "model.safetensors").read_bytes()
 
 
-def test_a_clock_that_is_really_wrong_is_said_so_by_a_real_server(s3_url, monkeypatch):
+def test_a_real_server_reports_clock_skew(s3_url, monkeypatch):
     real = auth.get_current_datetime
     monkeypatch.setattr(auth, "get_current_datetime", lambda *a, **k: real(*a, **k) - timedelta(hours=2))
-    with pytest.raises(ConfigError, match=r"RequestTimeTooSkewed.*Set the clock right"):
+    with pytest.raises(ConfigError, match="RequestTimeTooSkewed"):
         open_store(s3_url).put_if_absent("key", b"x")
 
 
-def test_a_server_that_is_away_is_temporary(s3_url, monkeypatch):
+def test_an_unreachable_server_is_a_temporary_error(s3_url, monkeypatch):
     with at("http://127.0.0.1:9", monkeypatch, tries=2):
         for act in (lambda s: s.get("key"), lambda s: s.put_if_absent("key", b"x"), lambda s: s.list_keys("")):
             with pytest.raises(TemporaryError, match="the connection failed"):
                 act(open_store(s3_url))
 
 
-def test_no_secret_gets_into_a_message_a_log_or_the_store(proxied, s3_url, monkeypatch, caplog):
+def test_no_secret_is_in_a_message_a_log_or_the_store(proxied, s3_url, monkeypatch, caplog):
     proxy, store = proxied
     caplog.set_level(logging.INFO)
     failures = [_failure(store, proxy, kind) for kind in ("500", "503", "skew", "reset", "wrong-up")]
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another-canary")
-    with pytest.raises(ConfigError, match="not accepted") as caught:
+    with pytest.raises(ConfigError, match=r"InvalidAccessKeyId|SignatureDoesNotMatch") as caught:
         open_store(s3_url).get("there")
     texts = [
         *failures,

@@ -96,7 +96,7 @@ def test_what_is_in_the_cache_is_not_downloaded_again_also_without_a_network(hub
 
 def test_a_private_repository_opens_with_the_token_and_the_token_is_nowhere(hub, tmp_path, monkeypatch, capsys):
     hub.private = True
-    with pytest.raises(ConfigError, match=r"does not show it to this user .401.; correct the name, or set HF_TOKEN"):
+    with pytest.raises(ConfigError, match=r".401.*HF_TOKEN"):
         source_identity(source(), tmp_path)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert run(tmp_path, source())[0]["kept"] == 2
@@ -108,15 +108,15 @@ def test_a_private_repository_opens_with_the_token_and_the_token_is_nowhere(hub,
 @pytest.mark.parametrize(
     ("status", "code", "error", "phrase"),
     [
-        (401, "", ConfigError, "does not show it to this user .401.; correct the name, or set HF_TOKEN"),
-        (401, "GatedRepo", ConfigError, "accept its licence on .*datasets/team/talks, then set HF_TOKEN"),
-        (403, "GatedRepo", ConfigError, "accept its licence on .*datasets/team/talks, then set HF_TOKEN"),
-        (403, "", ConfigError, "does not let this HF_TOKEN in .403."),
-        (404, "RepoNotFound", ConfigError, "shows no such repository"),
-        (404, "RevisionNotFound", ConfigError, "there is no such revision; see .*/commits/main and pin a commit"),
-        (404, "", ConfigError, "not on the Hub .404.; correct the name, the revision or HF_ENDPOINT"),
-        (429, "", TemporaryError, "answers 429. Try again later"),
-        (503, "", TemporaryError, "answers 503. Try again later; or pin the commit .* HF_HUB_OFFLINE=1"),
+        (401, "", ConfigError, ".401.*HF_TOKEN"),
+        (401, "GatedRepo", ConfigError, "gated.*datasets/team/talks.*HF_TOKEN"),
+        (403, "GatedRepo", ConfigError, "gated.*datasets/team/talks.*HF_TOKEN"),
+        (403, "", ConfigError, "HF_TOKEN .403"),
+        (404, "RepoNotFound", ConfigError, "the repository does not exist.*HF_TOKEN"),
+        (404, "RevisionNotFound", ConfigError, "the revision does not exist.*/commits/main"),
+        (404, "", ConfigError, ".404.*HF_ENDPOINT"),
+        (429, "", TemporaryError, "429"),
+        (503, "", TemporaryError, "503.*HF_HUB_OFFLINE=1"),
     ],
 )
 def test_each_refusal_of_the_hub_says_what_to_do(hub, tmp_path, status, code, error, phrase):
@@ -139,13 +139,13 @@ def test_a_token_that_the_hub_does_not_know_is_said(tmp_path, monkeypatch):
 @pytest.mark.parametrize("repo", ["a/b/c", "-x/y", "x y"])
 @pytest.mark.usefixtures("hub")
 def test_a_name_that_no_repository_can_have_is_said(tmp_path, repo):
-    with pytest.raises(ConfigError, match="correct the name"):
+    with pytest.raises(ConfigError, match="owner/name"):
         source_identity(source(repo=repo), tmp_path)
 
 
 @pytest.mark.usefixtures("hub")
 def test_an_unknown_branch_is_said(tmp_path):
-    with pytest.raises(ConfigError, match=rf"{REPO} at 'v2': there is no such revision"):
+    with pytest.raises(ConfigError, match=rf"{REPO} at 'v2': the revision does not exist"):
         source_identity(source(revision="v2"), tmp_path)
 
 
@@ -155,7 +155,7 @@ def test_without_a_network_it_fails_at_once_and_says_how_to_go_on(tmp_path, monk
         closed.bind(("127.0.0.1", 0))
         point_at(monkeypatch, tmp_path / "cache", url=f"http://127.0.0.1:{closed.getsockname()[1]}")
         started = time.monotonic()
-        with pytest.raises(TemporaryError, match=r"cannot be reached .*pin the commit .* HF_HUB_OFFLINE=1"):
+        with pytest.raises(TemporaryError, match=r"not reachable .*HF_HUB_OFFLINE=1"):
             run(tmp_path, source(revision=revision))
         assert time.monotonic() - started < 5
 
@@ -183,9 +183,9 @@ def test_offline_a_branch_is_what_the_cache_knows_and_its_files_are_read(tmp_pat
 @pytest.mark.parametrize(
     ("one", "phrase"),
     [
-        (source(revision="v2"), "does not hold the commit of that revision"),
-        (source(revision="../refs/main"), "does not hold the commit of that revision"),
-        (source(repo="team/other"), "does not hold the commit of that revision"),
+        (source(revision="v2"), "the commit of that revision"),
+        (source(revision="../refs/main"), "the commit of that revision"),
+        (source(repo="team/other"), "the commit of that revision"),
         (source(revision="d" * 40), "matches none of the 0 files in the cache"),
     ],
 )
@@ -197,7 +197,7 @@ def test_offline_what_the_cache_lacks_is_said(tmp_path, one, phrase):
 
 def test_offline_a_damaged_reference_is_said(offline, tmp_path):
     (offline.parents[1] / "refs" / "main").write_text("")
-    with pytest.raises(ConfigError, match="expected a commit of 40 hex digits; delete it"):
+    with pytest.raises(ConfigError, match="expected a commit of 40 hex digits"):
         source_identity(source(), tmp_path)
 
 
