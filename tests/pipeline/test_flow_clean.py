@@ -160,7 +160,7 @@ def test_run_summary_and_doctor_print_disk_usage(made_workspace, capsys, monkeyp
     (made_workspace.root / ".checkpoints").mkdir()
     (made_workspace.root / ".checkpoints" / "state").write_bytes(bytes(3 << 20))
     run_retrain(made_workspace.root, use_prefect=False)
-    assert "checkpoints 3.0 MiB; `ropeway clean` shows what can go" in capsys.readouterr().out
+    assert "checkpoints 3.0 MiB; `ropeway clean` shows what can go" in " ".join(capsys.readouterr().out.split())
     monkeypatch.chdir(made_workspace.root)
     found = json.loads(CliRunner().invoke(app, ["doctor", "--json"]).stdout)
     assert "checkpoints 3.0 MiB" in next(one["words"] for one in found if one["about"] == "on disk")

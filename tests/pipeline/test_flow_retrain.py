@@ -47,7 +47,9 @@ def test_flow_runs_each_stage_once_and_then_none_and_prefect_shows_both(flow_wor
     words = capsys.readouterr().out
     assert "validation loss  docs  8.000 -> 5.002 nats/token" in words
     assert re.search(r"steps +66, 64 of them applied", words)
-    assert "look at it       ropeway registry show laptop@v1" in words
+    assert re.search(r"details +ropeway registry show laptop@v1\n", words)
+    assert re.search(rf"next +ropeway review {first.publication.digest[:12]}\n", words)
+    assert first.publication.comparison == "not compared: there is no earlier version of laptop"
     assert "loss 3.0\n  loss 1.0\n" in words  # a progress bar, folded
 
     second = run_retrain(flow_workspace.root)

@@ -179,7 +179,7 @@ def test_a_run_starts_a_served_review_or_prints_the_review_command(made_workspac
         first = run_retrain(made_workspace.root)
     digest = first.publication.digest
     assert first.review is None
-    assert f"review it        ropeway review {digest[:12]}\n" in capsys.readouterr().out
+    assert f"next             ropeway review {digest[:12]}\n" in capsys.readouterr().out
 
     made_workspace.edit("params.yaml", "learning_rate: 3e-3", "learning_rate: 1e-3")
     monkeypatch.setattr("ropeway.orchestration.prefect_adapter.is_served", lambda _deployment: True)

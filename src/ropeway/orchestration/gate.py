@@ -69,6 +69,28 @@ def gate(
     return GateVerdict(all(check.passed for check in checks), tuple(check.words for check in checks))
 
 
+def describe_change(metrics: Mapping[str, object], champion: Mapping[str, object] | None, who: str) -> str:
+    """Return one sentence: whether a model's mean validation loss is better than the champion's.
+
+    Args:
+        metrics: The model's eval.json.
+        champion: The champion's eval.json; None if there is none.
+        who: What the champion is, e.g. `production (laptop@v1)`.
+    """
+    if champion is None:
+        return f"not compared: there is no {who}"
+    if not metrics.get("validation") or metrics["validation"] != champion.get("validation"):
+        return f"not comparable with {who}, which was evaluated on other validation rows"
+    if len(set(filter(None, (side.get("tokenizer") for side in (metrics, champion))))) > 1:
+        return f"compared with {who} by source in nats/byte, because the tokenizers differ: see the gate"
+    ours, theirs = (_number(side, "mean", "tuned") for side in (metrics, champion))
+    if ours is None or theirs is None:
+        return f"not comparable with {who}: a mean loss is missing"
+    change = round(ours - theirs, 3)
+    verdict = "the same as" if not change else "better than" if change < 0 else "WORSE than"
+    return f"{verdict} {who}: mean loss {ours:.3f}, was {theirs:.3f} ({change:+.3f} nats/token)"
+
+
 def _compare_with_base(metrics: Mapping[str, object], required: float) -> _MetricCheck:
     base, tuned = _number(metrics, "mean", "base"), _number(metrics, "mean", "tuned")
     if base is None or tuned is None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ropeway.config.params import Profile
 from ropeway.orchestration.dvc_stage import LineWriter, Site, run_command
-from ropeway.orchestration.gate import GateVerdict, gate
+from ropeway.orchestration.gate import GateVerdict, describe_change, gate
 from ropeway.orchestration.revision import Revision
 from ropeway.registry import PRODUCTION, Artifact, Registry, Version
 from ropeway.runtime.errors import DataError, TemporaryError
@@ -31,6 +31,7 @@ class Publication:
         state: `Published`: a new version, and `candidate` points to it. `Rejected`: a new version, but the gate did not
             pass and no alias moved. `Unchanged`: this package was published before.
         verdict: The gate's verdict, None if the gate did not run.
+        comparison: One sentence: whether it is better than production, or than the candidate where there is none.
         reviewable: Whether it is `candidate` and not `production`, so a review is due.
     """
 
@@ -39,6 +40,7 @@ class Publication:
     digest: str
     verdict: GateVerdict | None
     words: str
+    comparison: str = ""
     reviewable: bool = False
 
 
@@ -66,13 +68,14 @@ def publish_package(workspace: Workspace, profile: Profile, revision: Revision, 
     if known and revision.commit and not revision.dirty and known.dirty_reason:
         known.record_clean_commit(revision.commit)
     if known and (settled := _settled(artifact, known)):
-        return Publication(
-            "Unchanged", str(known), known.digest, None, settled, reviewable=_is_open(artifact, known.digest)
-        )
+        reviewable = _is_open(artifact, known.digest)
+        comparison = _describe_known(artifact, known)
+        return Publication("Unchanged", str(known), known.digest, None, settled, comparison, reviewable=reviewable)
     metrics = _read_metrics(workspace.evaluation)
     expected, champion = _find_champion(artifact)
     opponent = _find_metrics(champion, metrics, measure) if champion else None
     label = str(champion) if champion else None
+    comparison = describe_change(metrics, opponent, _name_champion(artifact, champion))
     verdict = gate(metrics, opponent, profile.gate, champion_name=label or "no champion")
     done = artifact.publish(
         workspace.package,
@@ -84,10 +87,11 @@ def publish_package(workspace: Workspace, profile: Profile, revision: Revision, 
     digest = done.digest
     if not verdict.passed:
         words = f"registered {done}; the gate did not pass, so '{CANDIDATE}' was not moved"
-        return Publication("Rejected", str(done), digest, verdict, words)
+        return Publication("Rejected", str(done), digest, verdict, words, comparison)
     artifact.version(digest).promote(CANDIDATE, expect=expected, by=_user(), reason="passed the gate of ropeway run")
     words = f"registered {done} and moved {artifact.alias(CANDIDATE)} to it"
-    return Publication("Published", str(done), digest, verdict, words, reviewable=_is_open(artifact, digest))
+    reviewable = _is_open(artifact, digest)
+    return Publication("Published", str(done), digest, verdict, words, comparison, reviewable=reviewable)
 
 
 def _artifact(workspace: Workspace) -> Artifact:
@@ -120,6 +124,24 @@ def _find_champion(artifact: Artifact) -> tuple[str | None, Version | None]:
     candidate = artifact.alias(CANDIDATE).digest
     champion = artifact.alias(PRODUCTION).digest or candidate
     return candidate, artifact.find(champion) if champion else None
+
+
+def _name_champion(artifact: Artifact, champion: Version | None) -> str:
+    if champion is None:
+        return f"earlier version of {artifact.name}"
+    if artifact.alias(PRODUCTION).digest == champion.digest:
+        return f"production ({champion})"
+    return f"{CANDIDATE} ({champion}; there is no production yet)"
+
+
+def _describe_known(artifact: Artifact, version: Version) -> str:
+    """Return the comparison recorded when a version was published, or that it is production."""
+    if artifact.alias(PRODUCTION).digest == version.digest:
+        return "this version is production"
+    facts = version.record["provenance"]
+    against = (facts.get("verdict") or {}).get("against")
+    opponent = facts.get("opponent") or None if against else None
+    return describe_change(facts.get("evaluation") or {}, opponent, against or f"earlier version of {artifact.name}")
 
 
 def _find_metrics(champion: Version, ours: Mapping[str, object], measure: Measure) -> Mapping[str, object]:

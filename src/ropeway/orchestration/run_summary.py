@@ -9,6 +9,7 @@ from ropeway.orchestration.publish import Publication
 from ropeway.reporting.ledger_steps import ledger_rows
 from ropeway.reporting.markdown import plain, table
 from ropeway.runtime.manifest import Json, json_mapping
+from ropeway.runtime.terminal import SHORT_DIGITS, AlignedTable, Paragraph, render, show
 from ropeway.runtime.workspace import Workspace
 
 
@@ -31,25 +32,37 @@ class Result:
 
 
 def print_result(result: Result, page: str | None) -> None:
-    """Print a run's last lines: what came out and how to look at it; `page` says where the run is shown."""
+    """Print a run's last lines: what it produced, whether that is better than production, and the next command.
+
+    `page` says where the run is shown.
+    """
+    published = result.publication
     facts = [("steps", _count_steps(result.workspace))]
     facts += [("validation loss" if not number else "", line) for number, line in enumerate(_losses(result.workspace))]
-    published = result.publication
-    by_command = f"ropeway review {published.digest[:12]}" if published.reviewable else ""
     facts += [
-        ("version", f"{published.version}, {published.words}"),
+        ("version", f"{published.version} ({published.digest[:SHORT_DIGITS]}): {published.words}"),
+        ("compared", published.comparison),
+        ("gate", "" if published.verdict is None else "passed" if published.verdict.passed else "NOT PASSED"),
         ("package", str(result.workspace.package)),
-        ("look at it", f"ropeway registry show {published.version}"),
-        ("review it", f"the form at {result.review}" if result.review else by_command),
-        ("the run", page or "made without Prefect (no page)"),
+        ("details", f"ropeway registry show {published.version}"),
+        ("run page", page or "none: this run did not use Prefect"),
         ("note", _note_edits(result)),
         ("on disk", f"{format_sizes(result.workspace.root)}; `ropeway clean` shows what can go"),
+        ("next", _next_action(result)),
     ]
     width = max(len(name) for name, _ in facts)
-    print(f"\n{result.workspace.profile}: {published.state} in {result.seconds:.0f} s")
-    for name, words in facts:
-        if words:
-            print(f"  {name:<{width}}  {words}")
+    lines = [Paragraph(f"  {name:<{width}}  {words}", indent=width + 2) for name, words in facts if words]
+    show("", f"{result.workspace.profile}: {published.state} in {result.seconds:.0f} s", *lines)
+
+
+def _next_action(result: Result) -> str:
+    """Return what a person does now: a review, a look at why the gate did not pass, or a question to the model."""
+    published = result.publication
+    if result.review:
+        return f"answer the review at {result.review}"
+    if published.reviewable or published.state == "Rejected":
+        return f"ropeway review {published.digest[:SHORT_DIGITS]}"
+    return f"ropeway chat {published.version}"
 
 
 def _note_edits(result: Result) -> str:
@@ -62,13 +75,8 @@ def _note_edits(result: Result) -> str:
 
 
 def draw_table(rows: Sequence[Mapping[str, str]]) -> str:
-    """Return rows of equal keys as an aligned text table."""
-    heads = list(rows[0]) if rows else []
-    widths = [max(len(head), *(len(row[head]) for row in rows)) for head in heads]
-    lines = [dict(zip(heads, heads, strict=True)), *rows]
-    return "\n".join(
-        "  ".join(line[head].ljust(width) for head, width in zip(heads, widths, strict=True)).rstrip() for line in lines
-    )
+    """Return rows of equal keys as an aligned text table, as wide as the terminal."""
+    return render(AlignedTable(tuple(rows[0]), [tuple(row.values()) for row in rows])) if rows else ""
 
 
 def read_ledger(workspace: Workspace) -> list[dict[str, str]]:

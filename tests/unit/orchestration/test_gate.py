@@ -4,7 +4,7 @@ import math
 import pytest
 
 from ropeway.config.params import Gate
-from ropeway.orchestration.gate import gate
+from ropeway.orchestration.gate import describe_change, gate
 
 LIMITS = Gate(max_loss_increase_nats=0.01, min_gain_over_base_nats=1.0)
 
@@ -124,3 +124,15 @@ def test_the_gate_s_table(ours, theirs, allowed, asked, passes, says):
     assert verdict.passed is passes, verdict
     assert any(says in line for line in verdict.lines), verdict
     assert len(verdict.lines) == (2 if theirs is None or "other validation rows" in str(verdict) else 3)
+
+
+def test_the_summary_says_better_worse_the_same_or_why_not_comparable():
+    ours, other = ({"validation": "rows", "mean": {"base": 8.0, "tuned": loss}} for loss in (4.5, 5.0))
+    assert describe_change(ours, other, "production (laptop@v1)") == (
+        "better than production (laptop@v1): mean loss 4.500, was 5.000 (-0.500 nats/token)"
+    )
+    assert describe_change(other, ours, "production").startswith("WORSE than production")
+    assert describe_change(ours, ours, "production").startswith("the same as production")
+    for champion in (None, other | {"validation": "others"}, other | {"mean": {}}, {}):
+        assert describe_change(ours, champion, "production").startswith("not compar")
+    assert "nats/byte" in describe_change(ours | {"tokenizer": "a"}, other | {"tokenizer": "b"}, "production")

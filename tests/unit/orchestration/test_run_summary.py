@@ -1,0 +1,57 @@
+"""The last lines of a run: what it produced, whether that is better than production, what to do next."""
+
+import pytest
+
+from ropeway.orchestration.gate import GateVerdict
+from ropeway.orchestration.publish import Publication
+from ropeway.orchestration.run_summary import Result, draw_table, print_result
+from ropeway.runtime.manifest import write_json
+from ropeway.runtime.workspace import Workspace
+
+DIGEST = "5f3e32449fdc" + "0" * 52
+
+
+def make_result(root, state, *, reviewable=False, review=None):
+    workspace = Workspace(root, "laptop")
+    write_json(workspace.evaluation, {"sources": {"docs": {"base": {"loss": 8.347005}, "tuned": {"loss": 5.249392}}}})
+    verdict = None if state == "Unchanged" else GateVerdict(state == "Published", ())
+    words, comparison = "registered laptop@v2 and moved candidate to it", "better than production (laptop@v1): ..."
+    publication = Publication(state, "laptop@v2", DIGEST, verdict, words, comparison, reviewable=reviewable)
+    return Result(workspace, {}, publication, 61.2, review)
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_a_run_ends_with_its_version_the_comparison_and_the_next_command(tmp_path, monkeypatch, capsys, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    page = f"http://127.0.0.1:4200/runs/flow-run/{'0' * 8}-0000-0000-0000-{'0' * 12}"
+    print_result(make_result(tmp_path, "Published", reviewable=True), page)
+    out = capsys.readouterr().out
+    words = " ".join(out.split())
+    assert "laptop: Published in 61 s" in words
+    assert "docs 8.347 -> 5.249 nats/token" in words
+    assert "laptop@v2 (5f3e32449fdc)" in words
+    assert "compared better than production (laptop@v1)" in words
+    assert words.endswith("next ropeway review 5f3e32449fdc")
+    whole = (page, str(tmp_path))
+    assert all(len(line) <= width for line in out.splitlines() if not any(word in line for word in whole))
+    assert page in words
+
+
+@pytest.mark.parametrize(
+    ("state", "options", "command"),
+    [
+        ("Rejected", {}, "ropeway review 5f3e32449fdc"),
+        ("Unchanged", {}, "ropeway chat laptop@v2"),
+        ("Published", {"review": "http://x/review"}, "answer the review at http://x/review"),
+    ],
+)
+def test_the_next_command_follows_from_how_the_run_ended(tmp_path, capsys, state, options, command):
+    print_result(make_result(tmp_path, state, **options), None)
+    assert " ".join(capsys.readouterr().out.split()).endswith(f"next {command}")
+
+
+def test_the_plan_of_the_stages_is_a_table_that_fits(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    rows = [{"stage": "train", "will run": "yes", "why": "params.yaml changed: learning_rate; " * 3}] * 2
+    assert all(len(line) <= 60 for line in draw_table(rows).splitlines())
+    assert draw_table([]) == ""
