@@ -125,9 +125,9 @@ def plan_rollback(digests: Sequence[str], *, where: str) -> str:
     return trail[-2]
 
 
-def check_text(what: str, words: str) -> None:
+def check_text(what: str, text: str) -> None:
     """Raise RegistryError unless a name or reason is printable: it is stored permanently and shown in terminals."""
-    if not words.strip() or len(words) > _MAX_TEXT_CHARACTERS or not words.replace("\n", " ").isprintable():
+    if not text.strip() or len(text) > _MAX_TEXT_CHARACTERS or not text.replace("\n", " ").isprintable():
         raise RegistryError(
-            f"registry: {what} is {words[:60]!r}, expected 1 to {_MAX_TEXT_CHARACTERS:,} printable characters"
+            f"registry: {what} is {text[:60]!r}, expected 1 to {_MAX_TEXT_CHARACTERS:,} printable characters"
         )

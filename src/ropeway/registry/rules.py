@@ -49,7 +49,7 @@ def check_files(files: Iterable[PackageFile]) -> None:
             raise DataError(f"package: {file.path} has {file.bytes:,} bytes, expected {most:,} at most")
     if (total := sum(file.bytes for file in files)) > MAX_PACKAGE_BYTES:
         raise DataError(f"package: {total:,} bytes in total, expected {MAX_PACKAGE_BYTES:,} at most")
-    _check_clashes([file.path for file in files])
+    _check_conflicts([file.path for file in files])
 
 
 def check_path(path: str) -> None:
@@ -76,17 +76,17 @@ def _suffix(path: str) -> str:
     return Path(path).suffix
 
 
-def _check_clashes(paths: list[str]) -> None:
+def _check_conflicts(paths: list[str]) -> None:
     """Raise DataError for two paths that can be one file on some file system, or a file that is also a folder."""
-    spelled: dict[str, tuple[str, bool]] = {}
+    by_casefold: dict[str, tuple[str, bool]] = {}
     for path in paths:
         parts = path.split("/")
         for depth in range(1, len(parts) + 1):
-            here = ("/".join(parts[:depth]), depth == len(parts))
-            there = spelled.setdefault(here[0].casefold(), here)
-            if there is not here and (there != here or here[1]):
+            current = ("/".join(parts[:depth]), depth == len(parts))
+            first = by_casefold.setdefault(current[0].casefold(), current)
+            if first is not current and (first != current or current[1]):
                 raise DataError(
-                    f"package: the paths {there[0]!r} and {here[0]!r} conflict: duplicate, file and folder of one "
+                    f"package: the paths {first[0]!r} and {current[0]!r} conflict: duplicate, file and folder of one "
                     "name, or different only in case. Rename one"
                 )
 
