@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ropeway.runtime.errors import AbsentError, ConfigError
+from ropeway.runtime.errors import ConfigError, NotFoundError
 from ropeway.runtime.workspace import Workspace, find_root
 from ropeway.storage import Store
 
@@ -96,7 +96,9 @@ def list_command(
     opened = open_registry(registry)
     found = opened.artifact(name).describe_versions() if name else opened.describe()
     if name and not found:
-        raise AbsentError(f"{opened.url}: no version of {name} was published there. `ropeway registry list` lists all")
+        raise NotFoundError(
+            f"{opened.url}: no version of {name} was published there. `ropeway registry list` lists all"
+        )
     if as_json:
         print_json(found)
     elif not found:
@@ -133,7 +135,7 @@ def history(
     events = artifact.describe_history(wanted.alias)
     if not events:
         there = ", ".join(artifact.aliases()) or "none"
-        raise AbsentError(f"{reference}: {opened.url} has no such alias; aliases of {wanted.name}: {there}")
+        raise NotFoundError(f"{reference}: {opened.url} has no such alias; aliases of {wanted.name}: {there}")
     print_json(events) if as_json else terminal.show(tables.draw_history(wanted.name, wanted.alias, events))
 
 
@@ -370,15 +372,21 @@ def gc(
     found = act(grace=timedelta(hours=grace_hours), withdrawn=withdrawn)
     if as_json:
         keys = [entry.key for entry in found.entries]
-        strays = [stray.name for stray in found.incomplete_uploads]
+        uploads = [upload.name for upload in found.incomplete_uploads]
         print_json(
-            {"applied": apply, "bytes": found.bytes, "keys": keys, "strays": strays, "young": found.in_grace_period}
+            {
+                "applied": apply,
+                "bytes": found.bytes,
+                "keys": keys,
+                "incomplete_uploads": uploads,
+                "in_grace_period": found.in_grace_period,
+            }
         )
         return
     for entry in found.entries:
         typer.echo(f"{entry.key}  {entry.bytes:,} bytes  {entry.modified_at:%Y-%m-%d %H:%M}")
-    for stray in found.incomplete_uploads:
-        typer.echo(f"{stray.name}  unfinished  {stray.started_at:%Y-%m-%d %H:%M}")
+    for upload in found.incomplete_uploads:
+        typer.echo(f"{upload.name}  incomplete upload  {upload.started_at:%Y-%m-%d %H:%M}")
     verb = "removed" if apply else "would be removed (--apply does it)"
     typer.echo(
         f"{len(found.entries)} objects of {found.bytes:,} bytes and {len(found.incomplete_uploads)} incomplete uploads "

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ropeway.registry.layout import blob_key
 from ropeway.registry.rules import PackageFile
-from ropeway.runtime.errors import AbsentError, DataError
+from ropeway.runtime.errors import DataError, NotFoundError
 from ropeway.storage import TRANSFER_BYTES, Store
 
 
@@ -34,7 +34,7 @@ def blob_fault(store: Store, file: PackageFile, *, rehash: bool) -> str | None:
             return f"the blob of {file.path} has {size:,} bytes, expected {file.bytes:,}"
         if rehash and (found := _hash_blob(store, key)) != file.sha256:
             return f"the blob of {file.path} hashes to {found[:12]}…, expected {file.sha256[:12]}…"
-    except AbsentError:
+    except NotFoundError:
         return f"the blob of {file.path} ({file.sha256[:12]}…) is missing"
     return None
 
@@ -43,7 +43,7 @@ def read_blob(store: Store, file: PackageFile) -> bytes:
     """Return the verified bytes of a small file, such as a report; raise DataError if the blob does not match."""
     try:
         data = store.get(blob_key(file.sha256))
-    except AbsentError:
+    except NotFoundError:
         raise DataError(f"{store.url}: the blob of {file.path} ({file.sha256[:12]}…) is missing") from None
     if hashlib.sha256(data).hexdigest() != file.sha256:
         raise DataError(

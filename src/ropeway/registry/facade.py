@@ -29,7 +29,7 @@ from ropeway.registry.publishing import PublishResult, find_number, publish_pack
 from ropeway.registry.signing import load_signer
 from ropeway.registry.version_manifest import Facts, build_package_manifest
 from ropeway.registry.versions import Version
-from ropeway.runtime.errors import AbsentError, DataError, RegistryError
+from ropeway.runtime.errors import DataError, NotFoundError, RegistryError
 from ropeway.storage import Store, open_store
 
 _MIN_DIGITS = 8  # of a digest prefix
@@ -105,7 +105,7 @@ class Artifact:
         try:
             entry = json.loads(self.store.get(key))
             digest = entry["digest"] if isinstance(entry, dict) else None
-        except AbsentError:
+        except NotFoundError:
             return self.find(package.digest)
         except (ValueError, KeyError):
             digest = None
@@ -271,7 +271,7 @@ class Registry:
             return [Version(self.store, wanted.name, digest, reference=reference)] if digest else []
         try:
             record = read_event(self.store, versions_log(wanted.name), wanted.number or 0)
-        except AbsentError:
+        except NotFoundError:
             return []
         version = Version(self.store, wanted.name, str(record["digest"]), reference=reference)
         version.number, version.record = wanted.number or 0, record

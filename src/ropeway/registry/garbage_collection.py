@@ -27,7 +27,7 @@ from ropeway.registry.layout import (
 from ropeway.registry.log import find_head, verify_log
 from ropeway.registry.publishing import COLLECTION_TTL, attached_files
 from ropeway.registry.version_manifest import load_version_manifest
-from ropeway.runtime.errors import AbsentError, TemporaryError
+from ropeway.runtime.errors import NotFoundError, TemporaryError
 from ropeway.runtime.manifest import canonical_json
 from ropeway.storage import IncompleteUpload, Store, StoredObject
 
@@ -139,7 +139,7 @@ def _referenced_by_intents(store: Store, entries: Sequence[StoredObject], before
     for key in store.list_keys(INTENTS):  # listed again: a publish may have started since
         if key in listed and listed[key].modified_at < before:
             continue
-        with suppress(AbsentError, ValueError, KeyError, TypeError):
+        with suppress(NotFoundError, ValueError, KeyError, TypeError):
             intent = json.loads(store.get(key))
             referenced |= {key, manifest_key(intent["name"], intent["digest"]), *intent["blobs"]}
     return referenced

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ropeway.config.params import PROFILE_NAME
-from ropeway.runtime.errors import AbsentError, RegistryError
+from ropeway.runtime.errors import NotFoundError, RegistryError
 from ropeway.runtime.manifest import canonical_json
 from ropeway.storage import Store
 
@@ -230,7 +230,7 @@ def check_registry(store: Store) -> None:
     """Raise RegistryError if the store has no registry, or one of another format."""
     try:
         found = store.get(_FORMAT_KEY)
-    except AbsentError:
+    except NotFoundError:
         raise RegistryError(
             f"{store.url}: no registry found. `ropeway run` creates it with the first publish; or correct "
             "ROPEWAY_REGISTRY"

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, overload
 
 from ropeway.registry.layout import Log, is_digest
-from ropeway.runtime.errors import AbsentError, DataError
+from ropeway.runtime.errors import DataError, NotFoundError
 from ropeway.runtime.manifest import canonical_json
 from ropeway.storage import MAX_DOCUMENT_BYTES, Store
 
@@ -100,7 +100,7 @@ class Events(Sequence[Event]):
         if not 0 < number <= self._count:
             return []
         document = b""
-        with suppress(AbsentError, DataError):
+        with suppress(NotFoundError, DataError):
             document = self._store.get(self.log.head_key(number))
         self._fetch([number])
         event, digests = self._read[number], document.decode(errors="replace").split()
@@ -164,7 +164,7 @@ def read_events(store: Store, log: Log) -> Events:
     number = log.head_number(hint)
     events = Events(store, log, number, hint)
     if number:
-        with suppress(AbsentError):
+        with suppress(NotFoundError):
             events[-1]  # cached: every reader needs the last event
             if not store.exists(log.key(number + 1)):
                 return events
@@ -185,14 +185,14 @@ def verify_log(store: Store, log: Log) -> Events:
 def find_head(store: Store, events: Events) -> str | None:
     """Return the key of the head of all these events if it exists and is valid; every other head is garbage."""
     key = events.log.head_key(len(events))
-    with suppress(AbsentError, DataError):
+    with suppress(NotFoundError, DataError):
         if store.get(key) == _head_document(events.digests):
             return key
     return None
 
 
 def read_event(store: Store, log: Log, number: int) -> Event:
-    """Return one event; raise AbsentError if it does not exist, DataError if it is damaged."""
+    """Return one event; raise NotFoundError if it does not exist, DataError if it is damaged."""
     return _without_head(_parse_event(store.get(log.key(number)), store, log, number))
 
 

@@ -13,7 +13,7 @@ from typing import BinaryIO
 from ropeway.registry.layout import blob_key
 from ropeway.registry.rules import PackageFile, check_content, scan_folder
 from ropeway.registry.version_manifest import VersionManifest
-from ropeway.runtime.errors import AbsentError, ConfigError, DataError, RegistryError, TemporaryError
+from ropeway.runtime.errors import ConfigError, DataError, NotFoundError, RegistryError, TemporaryError
 from ropeway.runtime.manifest import FileFacts, check_file, sync_folder
 from ropeway.storage import BLOCK_BYTES, TRANSFER_BYTES, Store
 
@@ -150,7 +150,7 @@ def _fetch_rest(store: Store, file: PackageFile, local: BinaryIO, digest: "hashl
                     local.write(block)
                     store.on_bytes(len(block))
                     missing_bytes -= len(block)
-        except AbsentError:
+        except NotFoundError:
             raise DataError(f"{store.url}: the blob of {file.path} ({file.sha256[:12]}…) is missing") from None
     return missing_bytes == 0 and digest.hexdigest() == file.sha256
 

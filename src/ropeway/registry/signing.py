@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from ropeway.registry.layout import signature_key, signatures_prefix
 from ropeway.registry.version_manifest import VersionManifest
-from ropeway.runtime.errors import AbsentError, ConfigError, DataError
+from ropeway.runtime.errors import ConfigError, DataError, NotFoundError
 from ropeway.storage import Store
 
 if TYPE_CHECKING:  # only a registry with keys needs the library
@@ -119,7 +119,7 @@ def _has_signed(store: Store, manifest: VersionManifest, keyid: str, public: "Ed
     key = signature_key(manifest.name, manifest.digest, keyid)
     try:
         signature = store.get(key)
-    except AbsentError:
+    except NotFoundError:
         return False
     try:
         public.verify(signature, manifest.document)

@@ -13,7 +13,7 @@ from typing import Any
 
 from ropeway.registry.layout import check_digest, check_name, is_digest, manifest_key
 from ropeway.registry.rules import PackageFile, check_content, check_files, scan_folder
-from ropeway.runtime.errors import AbsentError, DataError, RegistryError
+from ropeway.runtime.errors import DataError, NotFoundError, RegistryError
 from ropeway.runtime.manifest import NAME as MANIFEST
 from ropeway.runtime.manifest import canonical_json, check_file, file_sha256, load_manifest
 from ropeway.storage import MAX_DOCUMENT_BYTES, Store
@@ -157,7 +157,7 @@ def load_version_manifest(store: Store, name: str, digest: str) -> VersionManife
     key = manifest_key(name, digest)
     try:
         document = store.get(key)
-    except AbsentError:
+    except NotFoundError:
         raise RegistryError(
             f"{store.url}: no version {digest[:12]}… of {name}. `ropeway registry list {name}` shows the versions"
         ) from None

@@ -16,7 +16,7 @@ from ropeway.registry.pulling import PullResult, VerifyResult, check_folder, fet
 from ropeway.registry.rules import PackageFile
 from ropeway.registry.signing import Signer, check_policy, list_signatures, sign
 from ropeway.registry.version_manifest import Facts, VersionManifest, load_version_manifest
-from ropeway.runtime.errors import AbsentError, DataError, RegistryError
+from ropeway.runtime.errors import DataError, NotFoundError, RegistryError
 from ropeway.runtime.manifest import canonical_json
 from ropeway.storage import Store
 
@@ -110,7 +110,7 @@ class Version:
         key = clean_key(self.name, self.digest)
         try:
             return str(json.loads(self.store.get(key))["git"])
-        except AbsentError:
+        except NotFoundError:
             return None
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
@@ -143,7 +143,7 @@ class Version:
             "facts": self.manifest.facts,
             "published_at": self.record["published_at"],
             "provenance": self.record["provenance"],
-            "made_again_by": self.clean_commit,
+            "clean_commit": self.clean_commit,
             "attachments": {file.path: {"sha256": file.sha256, "bytes": file.bytes} for file in self.attachments},
         }
 

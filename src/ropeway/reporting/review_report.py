@@ -256,7 +256,7 @@ def _origins(run: Json) -> Iterator[tuple[str, str]]:
 def _revision(case: Case) -> str:
     facts = case.new.facts["provenance"]
     git = facts.get("git") or "no git commit recorded"
-    if again := case.new.facts["made_again_by"]:
+    if again := case.new.facts["clean_commit"]:
         return f"{again}, clean (first published from a dirty tree; this commit reproduced the same bytes)"
     return f"{git}, {'dirty' if facts.get('dirty') else 'clean'}" if facts.get("git") else str(git)
 

@@ -5,7 +5,7 @@ RopewayError            exit 1    something else failed on purpose; the message 
 ├── DataError           exit 65   a record, shard, manifest or package is not what it says it is: fix or re-make it
 ├── TemporaryError      exit 75   a lock, a network, a signal: run the same command again, it resumes
 ├── RegistryError       exit 1    the registry refused a change: choose another version, digest or alias
-│   └── AbsentError     exit 1    the registry or its store holds nothing under that name
+│   └── NotFoundError   exit 1    the registry or its store holds nothing under that name
 └── TrainingError       exit 1    the numbers went wrong (no step applied, loss not finite): the last good
                                   checkpoint is named
 """
@@ -43,7 +43,7 @@ class RegistryError(RopewayError):
     """The registry refused a change or does not hold what was asked for."""
 
 
-class AbsentError(RegistryError):
+class NotFoundError(RegistryError):
     """The registry or its store holds nothing under that name."""
 
 

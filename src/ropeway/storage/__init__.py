@@ -7,7 +7,7 @@ exactly one succeeds; the logs of versions and aliases depend only on this (`reg
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from ropeway.runtime.errors import AbsentError, ConfigError
+from ropeway.runtime.errors import ConfigError, NotFoundError
 from ropeway.storage.folder import FileStore
 from ropeway.storage.interface import (
     BLOCK_BYTES,
@@ -22,9 +22,9 @@ __all__ = [
     "BLOCK_BYTES",
     "MAX_DOCUMENT_BYTES",
     "TRANSFER_BYTES",
-    "AbsentError",
     "FileStore",
     "IncompleteUpload",
+    "NotFoundError",
     "Store",
     "StoredObject",
     "open_store",

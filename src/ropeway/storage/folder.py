@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
 
-from ropeway.runtime.errors import AbsentError, ConfigError, DataError, TemporaryError, is_disk_full
+from ropeway.runtime.errors import ConfigError, DataError, NotFoundError, TemporaryError, is_disk_full
 from ropeway.runtime.manifest import sync_folder
 from ropeway.storage.interface import (
     BLOCK_BYTES,
@@ -150,7 +150,7 @@ class FileStore(Store):
         try:
             yield
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-            raise AbsentError(f"{self.url}: no object {key}") from None
+            raise NotFoundError(f"{self.url}: no object {key}") from None
         except OSError as error:
             if is_disk_full(error):
                 raise TemporaryError(

@@ -64,7 +64,7 @@ class Store(ABC):
 
     @abstractmethod
     def get(self, key: str) -> bytes:
-        """Return a document; raise AbsentError if it does not exist, DataError above `MAX_DOCUMENT_BYTES`."""
+        """Return a document; raise NotFoundError if it does not exist, DataError above `MAX_DOCUMENT_BYTES`."""
 
     def get_many(self, keys: Sequence[str]) -> list[bytes]:
         """Return several documents, in the order of the keys."""
@@ -72,7 +72,7 @@ class Store(ABC):
 
     @abstractmethod
     def open_stream(self, key: str, *, start_byte: int = 0) -> BinaryIO:
-        """Return a stream of an object from `start_byte`; raise AbsentError if it does not exist."""
+        """Return a stream of an object from `start_byte`; raise NotFoundError if it does not exist."""
 
     @abstractmethod
     def exists(self, key: str) -> bool:
@@ -80,7 +80,7 @@ class Store(ABC):
 
     @abstractmethod
     def size(self, key: str) -> int:
-        """Return the size of an object in bytes; raise AbsentError if it does not exist."""
+        """Return the size of an object in bytes; raise NotFoundError if it does not exist."""
 
     @abstractmethod
     def list_entries(self, prefix: str) -> list[StoredObject]:

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, cast
 
 from botocore.client import BaseClient
 
-from ropeway.runtime.errors import AbsentError, DataError
+from ropeway.runtime.errors import DataError, NotFoundError
 from ropeway.storage.conditional_requests import (
     PreconditionFailedError,
     check_conditional_complete,
@@ -96,7 +96,7 @@ class S3Store(Store):
         """Send HeadObject."""
         try:
             self.size(key)
-        except AbsentError:
+        except NotFoundError:
             return False
         return True
 
@@ -149,7 +149,7 @@ class S3Store(Store):
             with self._translate_errors(upload.name):
                 path = self._root + upload.name
                 self.client.abort_multipart_upload(Bucket=self._bucket, Key=path, UploadId=upload.token)
-        except AbsentError:
+        except NotFoundError:
             return
 
     def _put_small(self, key: str, body: bytes, digest: bytes) -> bool:
@@ -204,8 +204,8 @@ class S3Store(Store):
         try:
             with translate_errors(f"{self.url}: {key}"):
                 yield
-        except AbsentError:
-            raise AbsentError(f"{self.url}: no object {key}") from None
+        except NotFoundError:
+            raise NotFoundError(f"{self.url}: no object {key}") from None
 
 
 def _is_key(text: str) -> bool:

@@ -22,7 +22,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
-from ropeway.runtime.errors import AbsentError, ConfigError, RopewayError, TemporaryError
+from ropeway.runtime.errors import ConfigError, NotFoundError, RopewayError, TemporaryError
 
 if TYPE_CHECKING:  # botocore is a slow import
     from botocore.client import BaseClient
@@ -140,7 +140,7 @@ def translate(error: Exception, what: str) -> RopewayError:  # noqa: PLR0911 - o
     if code == "NoSuchBucket":
         return ConfigError(f"{response}. Create the bucket, or correct the URL or AWS_ENDPOINT_URL_S3")
     if status == HTTPStatus.NOT_FOUND:
-        return AbsentError(f"{what}: no such object (404)")
+        return NotFoundError(f"{what}: no such object (404)")
     if code in _CREDENTIAL_CODES or status == HTTPStatus.UNAUTHORIZED:
         return ConfigError(
             f"{response}: the credentials are not valid. Correct AWS_PROFILE, or AWS_ACCESS_KEY_ID and its secret"

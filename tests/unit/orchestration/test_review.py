@@ -95,7 +95,7 @@ def test_once_a_commit_makes_the_same_bytes_it_may(workspace, registry):
     case = open_case(registry, digest)
     assert decide(registry, case, YES).state == "Promoted"
     # Who looks at it later finds the commit that makes it, and not the dirty tree it was first made with.
-    assert case.new.facts["made_again_by"] == COMMIT.commit
+    assert case.new.facts["clean_commit"] == COMMIT.commit
     assert f"{COMMIT.commit}, clean" in draw_report(case)
     assert (
         check_revision({"dirty": True}, registry.version(f"laptop@{digest}").clean_commit, "laptop@v1") == COMMIT.commit

@@ -11,7 +11,7 @@ import pytest
 from ropeway.registry import Registry
 from ropeway.registry.layout import alias_log, model_logs, versions_log
 from ropeway.registry.log import find_head, read_events, verify_log
-from ropeway.runtime.errors import AbsentError, DataError
+from ropeway.runtime.errors import DataError, NotFoundError
 from ropeway.runtime.manifest import canonical_json
 from ropeway.storage import Store, open_store
 from tests.support.registry_world import count_requests, grow, make_package, move, put, replace, tiny
@@ -201,7 +201,7 @@ def test_a_head_deleted_during_a_read_changes_no_result(store, three, monkeypatc
 
     def vanish(key):
         if "/heads/" in key:
-            raise AbsentError(key)
+            raise NotFoundError(key)
         return real(key)
 
     monkeypatch.setattr(store, "get", vanish)

@@ -1,7 +1,7 @@
 import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError, SSLError
 
-from ropeway.runtime.errors import AbsentError, ConfigError, TemporaryError
+from ropeway.runtime.errors import ConfigError, NotFoundError, TemporaryError
 from ropeway.storage.s3_client import S3Location, make_client, split_url, translate_errors
 from tests.support.s3_server import SECRET
 
@@ -93,8 +93,8 @@ def test_an_unknown_profile_and_an_invalid_number_are_named(environment):
         (403, "SignatureDoesNotMatch", ConfigError, "AWS_PROFILE"),
         (403, "InvalidAccessKeyId", ConfigError, "AWS_PROFILE"),
         (403, "RequestTimeTooSkewed", ConfigError, "Correct this machine's clock"),
-        (404, "NoSuchKey", AbsentError, "404"),
-        (404, "404", AbsentError, "404"),
+        (404, "NoSuchKey", NotFoundError, "404"),
+        (404, "404", NotFoundError, "404"),
         (404, "NoSuchBucket", ConfigError, "Create the bucket"),
         (301, "PermanentRedirect", ConfigError, "AWS_REGION"),
         (400, "AuthorizationHeaderMalformed", ConfigError, "AWS_REGION"),
@@ -134,7 +134,7 @@ def test_a_real_server_stores_and_returns_an_object(s3_url):
     with translate_errors(s3_url):
         client.put_object(Bucket=place.bucket, Key=f"{place.prefix}/a", Body=b"abc")
         assert client.get_object(Bucket=place.bucket, Key=f"{place.prefix}/a")["Body"].read() == b"abc"
-    with pytest.raises(AbsentError), translate_errors(s3_url):
+    with pytest.raises(NotFoundError), translate_errors(s3_url):
         client.get_object(Bucket=place.bucket, Key=f"{place.prefix}/b")
 
 

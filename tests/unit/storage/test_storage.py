@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from ropeway.runtime.errors import ConfigError, DataError
-from ropeway.storage import MAX_DOCUMENT_BYTES, AbsentError, open_store
+from ropeway.storage import MAX_DOCUMENT_BYTES, NotFoundError, open_store
 
 HOSTILE_KEYS = [
     "", "/etc/passwd", "../x", "a/../b", "a//b", "a/", "./a", "a/./b", "a\\b", "a\0b", ".partial/x", "a/.hidden", "a b",
@@ -80,13 +80,13 @@ def test_data_with_another_hash_never_becomes_visible(store, tmp_path):
 
 def test_an_absent_key_raises_absent_error(store):
     for read in (store.get, store.size, store.open_stream):
-        with pytest.raises(AbsentError, match="no object a/b"):
+        with pytest.raises(NotFoundError, match="no object a/b"):
             read("a/b")
     assert not store.exists("a/b")
     store.delete("a/b")
     store.put_if_absent("a", b"")
     assert not store.exists("a/b")
-    with pytest.raises(AbsentError):
+    with pytest.raises(NotFoundError):
         store.get("a/b")
 
 
