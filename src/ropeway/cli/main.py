@@ -19,17 +19,19 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Retrain a long-context chat Llama: fetch, base, tokenize, prepare, train, evaluate, package, publish.",
+    help="Train, evaluate, publish and review a long-context chat model, as params.yaml describes it.",
 )
 app.add_typer(registry_app, name="registry")
 
-ProfileOption = Annotated[str | None, typer.Option(help="Which run of params.yaml; default: the one it names.")]
-RegistryOption = Annotated[str | None, typer.Option(help="Default: ROPEWAY_REGISTRY, else ./registry")]
-JsonOption = Annotated[bool, typer.Option("--json", help="For programs.")]
+ProfileOption = Annotated[str | None, typer.Option(help="Profile in params.yaml. Default: its `profile:` line.")]
+RegistryOption = Annotated[
+    str | None, typer.Option(help="URL of the registry. Default: ROPEWAY_REGISTRY, else ./registry.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, with full digests and unrounded numbers.")]
 
 
 def _choose(profile: str | None) -> "tuple[Workspace, Profile]":
-    """Return the workspace here, and the run of params.yaml that is meant."""
+    """Return the workspace of this folder and the chosen profile."""
     from ropeway.config.load_params import load_profile
 
     name, chosen = load_profile(find_root() / "params.yaml", profile)
@@ -40,13 +42,13 @@ def _choose(profile: str | None) -> "tuple[Workspace, Profile]":
 def run(
     *,
     profile: ProfileOption = None,
-    prefect: Annotated[bool, typer.Option(help="Run under Prefect, so that the run can be looked at.")] = True,
+    prefect: Annotated[bool, typer.Option(help="Record the run in Prefect, for its UI.")] = True,
     resume_from: Annotated[
         str | None,
-        typer.Option(help="FINGERPRINT[@STEP] of .checkpoints: go on from another run; written into params.yaml."),
+        typer.Option(help="FINGERPRINT[@STEP] in .checkpoints: continue that training run. Written to params.yaml."),
     ] = None,
 ) -> None:
-    """Make the run that params.yaml describes, and publish the model as `candidate`."""
+    """Run every stage that is not up to date, publish the model, and move `candidate` to it if the gate passes."""
     from ropeway.config import edit as edits
     from ropeway.orchestration.sequence import ExitDeadline, run_retrain
 
@@ -59,17 +61,26 @@ def run(
 def plan(
     *,
     profile: ProfileOption = None,
-    ranks: Annotated[int | None, typer.Option(min=1, help="Default: the GPUs of this machine, else 2.")] = None,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Training processes. Default: the GPUs of this machine, else 2.")
+    ] = None,
     gpu_memory_gib: Annotated[
-        float | None, typer.Option(min=0.1, help="Memory of one GPU. Default: this machine's, else 40 and 80.")
+        float | None,
+        typer.Option(min=0.1, help="Memory of one GPU in GiB. Default: this machine's GPU, else 40 and 80."),
     ] = None,
     card: Annotated[
-        str | None, typer.Option(help="For hours: a100, h100, h200, l40s, v100, or a peak in TFLOPS.")
+        str | None,
+        typer.Option(
+            help="For hours: a100, h100, h100-pcie, h200, l40s, v100, or a peak in TFLOPS. Default: this GPU or a100."
+        ),
     ] = None,
-    mfu: Annotated[float | None, typer.Option(help="For hours: model FLOPS utilisation, 0 to 1.")] = None,
+    mfu: Annotated[
+        float | None,
+        typer.Option(help="Model FLOPS utilization for the estimate of hours, above 0 to 1. Default: 0.4."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what a run will do before anything is spent: rows, steps, memory, disk, hours, and whether it fits."""
+    """Estimate a run without starting it: rows, steps, memory, disk, hours, and whether it fits."""
     from ropeway.planning.plan import PlanRequest, plan_run
     from ropeway.planning.plan_text import describe_plan
     from ropeway.runtime.devices import count_ranks
@@ -81,15 +92,19 @@ def plan(
 
 @app.command()
 def inspect(
-    source: Annotated[str | None, typer.Argument(help="A source of the profile; default: list them.")] = None,
-    number: Annotated[int, typer.Argument(help="A sequence of it: a conversation, or a chunk of a document.")] = 0,
+    source: Annotated[str | None, typer.Argument(help="A source of the profile. Default: list the sources.")] = None,
+    number: Annotated[
+        int, typer.Argument(help="Index of a sequence in the source: a conversation or a chunk of a document.")
+    ] = 0,
     *,
     profile: ProfileOption = None,
-    row: Annotated[int | None, typer.Option(help="Show this row of an epoch instead, as training reads it.")] = None,
-    epoch: Annotated[int | None, typer.Option(help="Of --row; default: 0.")] = None,
+    row: Annotated[
+        int | None, typer.Option(help="Show this row of an epoch instead, as training reads it. Without SOURCE.")
+    ] = None,
+    epoch: Annotated[int | None, typer.Option(help="Epoch of --row. Default: 0.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show one prepared sequence, or one row, token by token: what is learned of it and what is only read."""
+    """Show one prepared sequence or training row token by token, with which tokens are supervised."""
     from ropeway.cli.inspect_output import InspectRequest
     from ropeway.cli.inspect_output import inspect as show
 
@@ -98,17 +113,24 @@ def inspect(
 
 @app.command()
 def chat(  # noqa: PLR0913 - a command's options
-    model: Annotated[str, typer.Argument(help="A model's folder, or NAME@ALIAS (pulled into ROPEWAY_CACHE).")],
+    model: Annotated[
+        str, typer.Argument(help="A model's folder, or a version: NAME@ALIAS, NAME@v3 (pulled into ROPEWAY_CACHE).")
+    ],
     *,
-    system: Annotated[str, typer.Option(help="System message.")] = "",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of one answer.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0, help="0: the most likely token every time.")] = 0.7,
-    top_p: Annotated[float, typer.Option(min=0.01, max=1, help="Draw from the likeliest with this share.")] = 0.9,
-    seed: Annotated[int, typer.Option(help="The same seed and turns give the same answers.")] = 0,
+    system: Annotated[str, typer.Option(help="System message. Default: none.")] = "",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")] = 0.7,
+    top_p: Annotated[
+        float,
+        typer.Option(min=0.01, max=1, help="Nucleus sampling: keep the most likely tokens up to this probability."),
+    ] = 0.9,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the sampling; the same seed and questions give the same answers.")
+    ] = 0,
     registry: RegistryOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Talk to a model. From a pipe: one question a line, one answer after another."""
+    """Chat with a model. From a pipe: one question per line."""
     from ropeway.cli.chat import ChatSession, GenerationSettings, locate_model
     from ropeway.cli.chat import chat as run_chat
 
@@ -118,15 +140,17 @@ def chat(  # noqa: PLR0913 - a command's options
 
 @app.command("push-hub")
 def push_hub(
-    version: Annotated[str, typer.Argument(help="NAME@v3, NAME@ALIAS or NAME@DIGEST of the registry.")],
-    repo: Annotated[str, typer.Argument(help="owner/name on the Hugging Face Hub; HF_TOKEN must let you write.")],
+    version: Annotated[str, typer.Argument(help="NAME@v3, NAME@ALIAS or NAME@DIGEST (8 digits or more).")],
+    repo: Annotated[
+        str, typer.Argument(help="owner/name on the Hugging Face Hub. Needs an HF_TOKEN with write access.")
+    ],
     *,
-    dry_run: Annotated[bool, typer.Option(help="Verify and list; ask the Hub nothing.")] = False,
-    private: Annotated[bool, typer.Option(help="Make a new repository private.")] = True,
+    dry_run: Annotated[bool, typer.Option(help="Verify and list the files, without contacting the Hub.")] = False,
+    private: Annotated[bool, typer.Option(help="Create a new repository as private.")] = True,
     registry: RegistryOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Upload a published version, every byte verified, to the Hugging Face Hub."""
+    """Verify a published version and upload it to the Hugging Face Hub."""
     from ropeway.cli.registry_commands import open_registry, print_json, upload_version
 
     done = upload_version(open_registry(registry).version(version), repo, private=private, dry_run=dry_run)
@@ -143,25 +167,38 @@ def push_hub(
 @app.command()
 def evaluate(
     *,
-    limit: Annotated[int, typer.Option(min=1, help="Validation rows of each source.")] = 8,
+    limit: Annotated[int, typer.Option(min=1, help="Validation rows per source.")] = 8,
     profile: ProfileOption = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Look quickly at base and tuned over a few validation rows; the stage of that name measures all and writes."""
+    """Score base and tuned on a few validation rows and write nothing; the stage evaluate scores all rows."""
     from ropeway.config.load_params import load_profile
     from ropeway.config.stages import READS
-    from ropeway.stages.evaluate.stage import look
+    from ropeway.runtime.terminal import AlignedTable, format_number, show
+    from ropeway.stages.evaluate.stage import score_first_rows
 
     root = find_root()
     name, chosen = load_profile(root / "params.yaml", profile)
-    typer.echo(look(Workspace(root, name), chosen.reading(READS["evaluate"]), limit=limit))
+    rows = score_first_rows(Workspace(root, name), chosen.reading(READS["evaluate"]), limit=limit)
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1))
+        return
+    heads = {"loss": "loss, nats/token", "nats_per_byte": "nats/byte"}
+    show(
+        AlignedTable(
+            tuple(heads.get(key, key) for key in rows[0]),
+            [[format_number(row.get(key, "")) for key in rows[0]] for row in rows],
+            title=f"the first {limit} validation rows of each source",
+        )
+    )
 
 
 @app.command()
 def stage(
-    name: Annotated[str, typer.Argument(help="A stage of dvc.yaml.")],
-    profile: Annotated[str | None, typer.Argument(help="Whose; default: the one of the last `identity`.")] = None,
+    name: Annotated[str, typer.Argument(help="Name of a stage in dvc.yaml.")],
+    profile: Annotated[str | None, typer.Argument(help="Profile. Default: that of the last `identity` stage.")] = None,
 ) -> None:
-    """Run one stage: what dvc.yaml calls."""
+    """Run one stage; dvc.yaml calls this."""
     from ropeway.orchestration.stage_process import run_stage
 
     raise typer.Exit(run_stage(find_root(), name, profile))
@@ -169,7 +206,7 @@ def stage(
 
 @app.command("execute-stage", hidden=True)
 def execute_stage_command(name: str) -> None:
-    """Run one stage in this process: what `stage` supervises."""
+    """Run one stage in this process; `stage` supervises it."""
     from ropeway.orchestration.stage_process import execute_stage
 
     execute_stage(find_root(), name)
@@ -177,16 +214,23 @@ def execute_stage_command(name: str) -> None:
 
 @app.command()
 def review(  # noqa: PLR0913 - a command's options
-    version: Annotated[str, typer.Argument(help="Its digest (8 digits or more) or NAME@v3.")],
+    version: Annotated[str, typer.Argument(help="NAME@v3, NAME@ALIAS, or a digest (8 digits or more).")],
     *,
-    approve: Annotated[bool, typer.Option("--approve", help="Make it production.")] = False,
-    reject: Annotated[bool, typer.Option("--reject", help="Leave production where it is.")] = False,
-    reviewer: Annotated[str | None, typer.Option(help="Who decides; kept for ever.")] = None,
-    comment: Annotated[str | None, typer.Option(help="Why, in words; kept for ever.")] = None,
-    expect: Annotated[str | None, typer.Option(help="What production must be: v3, a digest or `none`.")] = None,
+    approve: Annotated[bool, typer.Option("--approve", help="Approve: move `production` to this version.")] = False,
+    reject: Annotated[bool, typer.Option("--reject", help="Reject: `production` does not move.")] = False,
+    reviewer: Annotated[
+        str | None, typer.Option(help="Your name, with --approve or --reject. Recorded permanently.")
+    ] = None,
+    comment: Annotated[
+        str | None, typer.Option(help="The reason, with --approve or --reject. Recorded permanently.")
+    ] = None,
+    expect: Annotated[
+        str | None,
+        typer.Option(help="Refuse unless `production` is this now: v3, a digest or `none`. Default: no check."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what speaks for and against making a version `production`, or decide it."""
+    """Show a version's review: scores, samples, changes, lineage. With --approve or --reject: record the decision."""
     from ropeway.orchestration.decision import read_answer, review_here
 
     answer = read_answer(approve=approve, reject=reject, reviewer=reviewer, comment=comment)
@@ -195,13 +239,13 @@ def review(  # noqa: PLR0913 - a command's options
 
 @app.command()
 def reproduce(
-    version: Annotated[str, typer.Argument(help="NAME@v3, NAME@ALIAS or NAME@DIGEST of the registry.")],
+    version: Annotated[str, typer.Argument(help="NAME@v3, NAME@ALIAS or NAME@DIGEST (8 digits or more).")],
     *,
-    to: Annotated[Path | None, typer.Option(help="Folder to clone into; default: .work/reproduce/NAME-DIGEST.")] = None,
+    to: Annotated[Path | None, typer.Option(help="Folder to clone into. Default: .work/reproduce/NAME-DIGEST.")] = None,
     registry: RegistryOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a version again from its recorded revision, params and data, and compare the weights byte by byte."""
+    """Rerun a version from its recorded commit, params and data, and compare the weights byte by byte."""
     from ropeway.cli.registry_commands import open_registry, print_json
     from ropeway.orchestration.reproduce import reproduce as make_again
 
@@ -223,12 +267,15 @@ def reproduce(
 @app.command()
 def server(
     *,
-    port: Annotated[int, typer.Option(help="Where the UI answers.")] = 4200,
+    port: Annotated[int, typer.Option(help="Port of the UI and API.")] = 4200,
     host: Annotated[
-        str, typer.Option(help="Another than loopback only with PREFECT_SERVER_API_AUTH_STRING=user:password set.")
+        str,
+        typer.Option(
+            help="Address to listen on. Other than loopback requires PREFECT_SERVER_API_AUTH_STRING=user:password."
+        ),
     ] = "127.0.0.1",
 ) -> None:
-    """Start the Prefect server and UI over this workspace's runs; ROPEWAY_ALERT_URL hears of runs that end badly."""
+    """Start the Prefect server and UI for this workspace; failed runs are posted to ROPEWAY_ALERT_URL."""
     from ropeway.orchestration.prefect_server import serve_ui
 
     serve_ui(find_root(), port=port, host=host)
@@ -238,17 +285,20 @@ def server(
 def doctor(
     *,
     as_json: JsonOption = False,
-    fix: Annotated[bool, typer.Option("--fix", help="Create the DVC remote, let it verify what it gives.")] = False,
-    remote: Annotated[str | None, typer.Option(help="With --fix: where the DVC remote shall be.")] = None,
+    fix: Annotated[bool, typer.Option("--fix", help="Create the DVC remote and turn on its verification.")] = False,
+    remote: Annotated[str | None, typer.Option(help="With --fix: URL or folder of the DVC remote to create.")] = None,
 ) -> None:
-    """Look at everything a run needs and say how to fix what is wrong; ends with 64 if something is."""
-    from ropeway.orchestration.doctor import draw, fix_remote, run_checks
+    """Check everything a run needs and print how to fix what is wrong. Exit code 64 if anything is wrong."""
+    from ropeway.orchestration.doctor import fix_remote, print_findings, run_checks
 
     root = find_root()
     for words in fix_remote(root, remote) if fix else ():
         typer.echo(words, err=True)
     findings = run_checks(root)
-    typer.echo(json.dumps([asdict(finding) for finding in findings], indent=1) if as_json else draw(findings))
+    if as_json:
+        typer.echo(json.dumps([asdict(finding) for finding in findings], indent=1))
+    else:
+        print_findings(findings)
     if any(finding.state == "wrong" for finding in findings):
         raise typer.Exit(ConfigError.exit_code)
 
@@ -256,15 +306,16 @@ def doctor(
 @app.command()
 def clean(
     *,
-    remove: Annotated[bool, typer.Option("--apply", help="Remove it; without this the plan is only shown.")] = False,
-    keep: Annotated[int, typer.Option(min=1, help="Results of each stage and profile that stay in DVC's cache.")] = 1,
-    unsynced: Annotated[bool, typer.Option("--unsynced", help="Also W&B runs that were not sent to W&B.")] = False,
-    no_registry: Annotated[bool, typer.Option("--no-registry", help="Nothing was ever published.")] = False,
+    remove: Annotated[bool, typer.Option("--apply", help="Remove the files. Default: only list them.")] = False,
+    keep: Annotated[int, typer.Option(min=1, help="Results to keep in DVC's cache per stage and profile.")] = 1,
+    unsynced: Annotated[bool, typer.Option("--unsynced", help="Also remove W&B runs that were not synced.")] = False,
+    no_registry: Annotated[
+        bool, typer.Option("--no-registry", help="State that nothing was ever published, if there is no registry.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what takes disk and what nothing needs any more: no present result, no version of the registry."""
+    """Show disk usage, and what no current result and no published version needs; --apply removes it."""
     from ropeway.orchestration import cleanup as cleaning
-    from ropeway.planning.budget import gib
 
     root = find_root()
     places = cleaning.measure(root)
@@ -277,19 +328,17 @@ def clean(
         sizes = [asdict(one) | {"path": str(one.path)} for one in places]
         typer.echo(json.dumps({"places": sizes, "removals": values, "removed": remove}, indent=1))
         return
-    for place in places:
-        typer.echo(f"{place.name:<16}{gib(place.bytes):>12}  {place.rule}")
-    typer.echo(cleaning.draw(removals, removed=remove))
+    cleaning.print_cleanup(places, removals, removed=remove)
 
 
 @app.command()
 def serve(
     *,
     cron: Annotated[
-        str | None, typer.Option(help="Retrain at these times, in UTC: '0 3 * * *'; default: never.")
+        str | None, typer.Option(help="Schedule in UTC for runs, e.g. '0 3 * * *'. Default: no schedule.")
     ] = None,
 ) -> None:
-    """Make the flows startable from Prefect's pages and by the clock; needs a running `ropeway server`."""
+    """Serve the flows, to start them from the Prefect UI or on a schedule; needs a running `ropeway server`."""
     from ropeway.orchestration.deployments import serve_flows
 
     serve_flows(find_root(), cron=cron)

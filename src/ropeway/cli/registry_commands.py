@@ -21,19 +21,21 @@ from ropeway.storage import Store
 if TYPE_CHECKING:
     from ropeway.registry import AnyDigest, Promotion, PullResult, Registry, Version
 
-registry_app = typer.Typer(no_args_is_help=True, help="List, check, fetch, promote and withdraw published versions.")
+registry_app = typer.Typer(no_args_is_help=True, help="List, verify, pull, promote and withdraw published versions.")
 
 Reference = Annotated[str, typer.Argument(help="NAME@ALIAS, NAME@v3 or NAME@DIGEST (8 digits or more)")]
 Url = Annotated[
     str | None,
-    typer.Option("--registry", help="file:///path or s3://bucket/prefix; default: ROPEWAY_REGISTRY, else ./registry"),
+    typer.Option("--registry", help="file:///path or s3://bucket/prefix. Default: ROPEWAY_REGISTRY, else ./registry."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="For programs.")]
-By = Annotated[str | None, typer.Option(help="Who does it; default: the user name.")]
-Reason = Annotated[str, typer.Option(help="Why, in words; kept for ever.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, with full digests and unrounded numbers.")]
+By = Annotated[str | None, typer.Option(help="Who does it, recorded permanently. Default: the user name.")]
+Reason = Annotated[str, typer.Option(help="The reason, recorded permanently.")]
 _LONG_BYTES = 64 << 20  # about a second on a fast network
-Alias = Annotated[str, typer.Argument(help="The pointer to move, e.g. production")]
-Expect = Annotated[str, typer.Option(help="Where the alias must point now: v3, a digest, an alias, `none` or `any`.")]
+Alias = Annotated[str, typer.Argument(help="The alias to move, e.g. production.")]
+Expect = Annotated[
+    str, typer.Option(help="Refuse unless the alias points to this now: v3, a digest, an alias, `none` or `any`.")
+]
 
 
 def open_registry(url: str | None) -> "Registry":
@@ -84,12 +86,12 @@ if TYPE_CHECKING:
 
 @registry_app.command("list")
 def list_command(
-    name: Annotated[str | None, typer.Argument(help="Show this model's versions.")] = None,
+    name: Annotated[str | None, typer.Argument(help="A model. Default: list the models.")] = None,
     *,
     registry: Url = None,
     as_json: Json = False,
 ) -> None:
-    """List the models, or one model's versions."""
+    """List the models, or the versions of one model."""
     from ropeway.registry import tables
     from ropeway.runtime.terminal import show
 
@@ -109,7 +111,7 @@ def list_command(
 
 @registry_app.command()
 def show(reference: Reference, *, registry: Url = None, as_json: Json = False) -> None:
-    """Show a version: facts, files, lineage, aliases."""
+    """Show a version: aliases, gate, scores, lineage, files."""
     from ropeway.registry import tables
     from ropeway.runtime import terminal
 
@@ -121,7 +123,7 @@ def show(reference: Reference, *, registry: Url = None, as_json: Json = False) -
 def history(
     reference: Annotated[str, typer.Argument(help="NAME@ALIAS")], *, registry: Url = None, as_json: Json = False
 ) -> None:
-    """Show where an alias has pointed, by whom and why."""
+    """Show every move of an alias: when, to which version, by whom and why."""
     from ropeway.registry import tables
     from ropeway.registry.layout import read_reference
     from ropeway.runtime import terminal
@@ -143,11 +145,13 @@ def history(
 def verify(
     reference: Reference,
     *,
-    folder: Annotated[Path | None, typer.Option(help="Check this pulled folder instead of the store's blobs.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="Verify this pulled folder instead of the registry's copy.")
+    ] = None,
     registry: Url = None,
     as_json: Json = False,
 ) -> None:
-    """Re-hash every byte of a version."""
+    """Hash every file of a version and compare with its manifest."""
     version = open_registry(registry).version(reference)
     if folder:
         done = version.verify_folder(folder)
@@ -164,11 +168,11 @@ def verify(
 def pull(
     reference: Reference,
     *,
-    to: Annotated[Path | None, typer.Option(help="Folder to make; default: NAME-DIGEST here.")] = None,
+    to: Annotated[Path | None, typer.Option(help="Folder to create. Default: ./NAME-DIGEST.")] = None,
     registry: Url = None,
     as_json: Json = False,
 ) -> None:
-    """Fetch a version, every byte verified; the folder appears whole or not at all."""
+    """Pull a version and verify every byte. The folder appears complete or not at all."""
     version = open_registry(registry).version(reference)
     with progress_bar(version.store, f"pull {reference}", version.manifest.total_bytes):
         done = version.pull(to or Path(f"{version.name}-{version.digest[:12]}"))
@@ -180,15 +184,15 @@ def pull(
 
 @registry_app.command()
 def publish(
-    folder: Annotated[Path, typer.Argument(help="A package: runs/PROFILE/package")],
+    folder: Annotated[Path, typer.Argument(help="A package, e.g. runs/PROFILE/package.")],
     *,
-    name: Annotated[str, typer.Option(help="The model, by custom the profile's name.")],
-    provenance: Annotated[Path | None, typer.Option(help="A JSON file with facts to keep beside the version.")] = None,
-    attach: Annotated[list[Path] | None, typer.Option(help="A file to keep beside it, e.g. dvc.lock.")] = None,
+    name: Annotated[str, typer.Option(help="Name of the model, usually that of the profile.")],
+    provenance: Annotated[Path | None, typer.Option(help="JSON file of facts to record with the version.")] = None,
+    attach: Annotated[list[Path] | None, typer.Option(help="File to attach, e.g. dvc.lock. May be repeated.")] = None,
     registry: Url = None,
     as_json: Json = False,
 ) -> None:
-    """Publish a package and the pages beside it (card, samples, plots); no alias moves. Equal bytes are one version."""
+    """Publish a package and its pages as a version. No alias moves; equal bytes are one version."""
     facts = _read_facts(provenance) if provenance else {}
     attachments = {path.name: path for path in attach or []}
     artifact = open_registry(registry).artifact(name)
@@ -219,7 +223,7 @@ def promote(  # noqa: PLR0913 - a command's options
     registry: Url = None,
     as_json: Json = False,
 ) -> None:
-    """Point an alias at a version, if it is where you expect it to be."""
+    """Move an alias to a version, if it points to what --expect says."""
     opened = open_registry(registry)
     version = opened.version(reference)
     expected = _read_expect(opened, version.name, expect)
@@ -237,7 +241,7 @@ def rollback(
     registry: Url = None,
     as_json: Json = False,
 ) -> None:
-    """Point an alias back at the version before its current one."""
+    """Move an alias back to the version before its current one."""
     from ropeway.registry.layout import read_reference
 
     opened, wanted = open_registry(registry), read_reference(reference)
@@ -335,7 +339,7 @@ def diff(
     registry: Url = None,
     as_json: Json = False,
 ) -> None:
-    """Show how two versions differ: parameters, metrics, ledger, files."""
+    """Compare two versions: parameters, metrics, ledger, files."""
     from ropeway.registry import tables
     from ropeway.runtime import terminal
 
@@ -360,13 +364,15 @@ def withdraw(
 @registry_app.command()
 def gc(
     *,
-    apply: Annotated[bool, typer.Option("--apply", help="Remove it; without this nothing is removed.")] = False,
-    grace_hours: Annotated[float, typer.Option(min=0, help="What is younger stays.")] = 24,
-    withdrawn: Annotated[bool, typer.Option("--withdrawn", help="Also files only withdrawn versions need.")] = False,
+    apply: Annotated[bool, typer.Option("--apply", help="Remove the files. Default: only list them.")] = False,
+    grace_hours: Annotated[float, typer.Option(min=0, help="Keep files younger than this.")] = 24,
+    withdrawn: Annotated[
+        bool, typer.Option("--withdrawn", help="Also remove files that only withdrawn versions need.")
+    ] = False,
     registry: Url = None,
     as_json: Json = False,
 ) -> None:
-    """Find what no version needs and no publish under way counts on; remove it with --apply."""
+    """List files that no version and no running publish needs; --apply removes them."""
     opened = open_registry(registry)
     act = opened.collect if apply else opened.find_garbage
     found = act(grace=timedelta(hours=grace_hours), withdrawn=withdrawn)
@@ -396,7 +402,7 @@ def gc(
 
 @registry_app.command()
 def sign(reference: Reference, *, registry: Url = None, as_json: Json = False) -> None:
-    """Sign a version with ROPEWAY_SIGNING_KEY, beside the signatures it has."""
+    """Sign a version with the key in ROPEWAY_SIGNING_KEY; earlier signatures stay."""
     from ropeway.registry.signing import load_signer
 
     opened, signer = open_registry(registry), load_signer()
@@ -414,8 +420,20 @@ def sign(reference: Reference, *, registry: Url = None, as_json: Json = False) -
 
 
 @registry_app.command()
-def keygen(path: Annotated[Path, typer.Argument(help="The private key to write; .pub goes beside it.")]) -> None:
-    """Make an Ed25519 key pair for signing versions."""
+def keygen(
+    path: Annotated[
+        Path, typer.Argument(help="File of the private key to create; the public key is written to PATH.pub.")
+    ],
+    *,
+    as_json: Json = False,
+) -> None:
+    """Create an Ed25519 key pair for signing versions."""
     from ropeway.registry.signing import make_keys
 
-    typer.echo(f"{make_keys(path)}: {path} (private: ROPEWAY_SIGNING_KEY) and {path}.pub (for ROPEWAY_TRUSTED_KEYS)")
+    keyid = make_keys(path)
+    if as_json:
+        print_json({"keyid": keyid, "private": str(path), "public": f"{path}.pub"})
+        return
+    typer.echo(
+        f"key {keyid}\nprivate key, for ROPEWAY_SIGNING_KEY: {path}\npublic key, for ROPEWAY_TRUSTED_KEYS: {path}.pub"
+    )

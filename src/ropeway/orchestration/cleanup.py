@@ -19,6 +19,7 @@ from ropeway.planning.budget import gib
 from ropeway.registry import Registry
 from ropeway.runtime.errors import ConfigError, RegistryError, TemporaryError
 from ropeway.runtime.lock import workspace_lock
+from ropeway.runtime.terminal import AlignedTable, show
 from ropeway.runtime.workspace import Workspace, count_bytes
 
 _FETCH = "fetch"  # the stage whose output is a version's data
@@ -214,17 +215,23 @@ def _check_registry(registry: Registry) -> None:
         ) from None
 
 
-def draw(removals: list[Removal], *, removed: bool) -> str:
-    """Return a plan for a terminal: a line for each kind and reason, then what it comes to."""
+def print_cleanup(places: list[DiskUsage], removals: list[Removal], *, removed: bool) -> None:
+    """Print what takes disk space, then what is or would be removed: a line per kind and reason, and the total."""
+    show(
+        AlignedTable(
+            ("part", "size", "what keeps it small"), [(place.name, gib(place.bytes), place.rule) for place in places]
+        ),
+        "",
+    )
     groups: dict[tuple[str, str], list[Removal]] = {}
     for removal in removals:
         groups.setdefault((removal.kind, removal.why), []).append(removal)
-    lines = [
-        f"  {kind:<16}{len(some):>8,} {gib(sum(one.bytes for one in some)):>12}  {why}"
-        for (kind, why), some in groups.items()
-    ]
+    rows = [(kind, f"{len(some):,}", gib(sum(one.bytes for one in some)), why) for (kind, why), some in groups.items()]
     total = gib(sum(removal.bytes for removal in removals))
-    if removed:
-        return "\n".join(["removed:", *lines, f"{total} freed"])
-    last = f"{total} can be freed; `ropeway clean --apply` does it" if removals else "nothing: all of it is needed"
-    return "\n".join(["can go:", *lines, last])
+    if not rows:
+        show("nothing was removed: everything is needed" if removed else "nothing to remove: everything is needed")
+        return
+    show(
+        AlignedTable(("removed" if removed else "would be removed", "number", "size", "why"), rows),
+        f"{total} freed" if removed else f"{total} would be freed. To remove it: ropeway clean --apply",
+    )

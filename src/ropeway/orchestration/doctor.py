@@ -20,6 +20,7 @@ from ropeway.planning.plan import plan_run
 from ropeway.runtime.devices import count_ranks, detect_gpus, list_gpus
 from ropeway.runtime.errors import ConfigError, RopewayError
 from ropeway.runtime.launcher import LOOPBACK
+from ropeway.runtime.terminal import Paragraph, format_count, show
 from ropeway.runtime.tracking import choose_modes
 from ropeway.runtime.workspace import Workspace
 from ropeway.storage import FileStore, Store, open_store
@@ -77,16 +78,17 @@ def fix_remote(root: Path, remote: str | None) -> list[str]:
     return done
 
 
-def draw(findings: list[Finding]) -> str:
-    """Return findings for a terminal."""
+def print_findings(findings: list[Finding]) -> None:
+    """Print findings, each with what to do about it, and how many are wrong."""
     signs = {"ok": "ok   ", "note": "note ", "wrong": "WRONG"}
     width = max(len(finding.about) for finding in findings)
-    lines = []
+    lead = width + 9
     for finding in findings:
-        lines.append(f"{signs[finding.state]}  {finding.about:<{width}}  {finding.words}")
+        show(Paragraph(f"{signs[finding.state]}  {finding.about:<{width}}  {finding.words}", indent=lead))
         if finding.fix:
-            lines.append(f"{'':{width + 9}}-> {finding.fix}")
-    return "\n".join(lines)
+            show(Paragraph(f"{'':{lead}}fix: {finding.fix}", indent=5))
+    wrong = sum(finding.state == "wrong" for finding in findings)
+    show("", f"{format_count(wrong, 'thing')} to fix before a run" if wrong else "nothing to fix before a run")
 
 
 def _safely(look: Callable[[Path], Iterator[Finding]], root: Path) -> Iterator[Finding]:

@@ -16,6 +16,7 @@ from ropeway.runtime.devices import list_gpus
 from ropeway.runtime.errors import RopewayError
 
 BUFFERS = Path("/dev/shm")  # noqa: S108 - where Linux keeps POSIX shared memory
+_OP = "deepspeed_shm_comm"  # Source: ShareMemCommBuilder.NAME, deepspeed/ops/op_builder/cpu/comm.py
 _BUFFER = "deepspeed_allreduce_buffer"  # Source: SHM_BUFFER_NAME, deepspeed/ops/csrc/cpu/comm/shm.cpp
 
 
@@ -74,6 +75,16 @@ def unlink_buffers(port: int, *, rank: int | None = None) -> list[Path]:
     return found
 
 
+def announce_build(folder: Path) -> None:
+    """Print that the op will be compiled now, and for how long, if it is not built yet."""
+    if not any(folder.glob(f"*/{_OP}*.so")):
+        print(
+            f"building DeepSpeed's CPU communication op in {folder}, once per environment: 20 to 80 s without output",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
 def main() -> None:
     """Load the op, which compiles it when it is not there yet; nothing to do on a machine with GPUs."""
     if list_gpus():
@@ -84,6 +95,7 @@ def main() -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
     folder = extensions_folder(os.environ)
     clear_dead_locks(folder)
+    announce_build(folder)
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 

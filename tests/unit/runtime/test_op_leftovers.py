@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import re
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 from torch.utils.file_baton import FileBaton
 
 from ropeway.runtime import op_build as leftovers
-from ropeway.runtime.op_build import clear_dead_locks, extensions_folder, unlink_buffers
+from ropeway.runtime.op_build import announce_build, clear_dead_locks, extensions_folder, unlink_buffers
 
 # torch's own module by its path: to import torch costs 2 s.
 HOLD = "import runpy, sys; runpy.run_path(sys.argv[2])['FileBaton'](sys.argv[1]).try_acquire(); {then}"
@@ -62,6 +63,14 @@ def test_setup_that_was_killed_while_building_can_be_run_again(tmp_path):
             finally:
                 building.kill()
         assert list(tmp_path.glob("*/lock"))
+
+
+def test_a_build_is_announced_with_its_place_and_only_before_it_is_made(lock, tmp_path, capsys):
+    announce_build(tmp_path)
+    assert re.search(rf"building .* {re.escape(str(tmp_path))}.* s ", capsys.readouterr().err)
+    lock.with_name("deepspeed_shm_comm.so").touch()
+    announce_build(tmp_path)
+    assert capsys.readouterr().err == ""
 
 
 def test_each_environment_builds_beside_its_own_python(monkeypatch, tmp_path):

@@ -209,28 +209,23 @@ def write_tables(target: Path, tables: Mapping[str, Table]) -> None:
         write_manifest(folder, {})
 
 
-def look(workspace: Workspace, profile: EvaluateParams, *, limit: int) -> str:
-    """Return a table of base and tuned, a line per source, over its first `limit` validation rows; write nothing.
+def score_first_rows(workspace: Workspace, profile: EvaluateParams, *, limit: int) -> list[dict[str, object]]:
+    """Return the scores of base and tuned, one mapping per source and model, over its first `limit` validation rows.
+
+    Nothing is written.
 
     Raises:
         DataError: As in `check_data` and `measure_folder`.
     """
     shards = first_rows(open_shards(workspace.data), limit)
     sizes = count_bytes(shards, profile, workspace.base)
-    lines = []
+    rows: list[dict[str, object]] = []
     for name, folder in (("base", workspace.base), ("tuned", workspace.model)):
         check_data(folder, shards)
         scores = measure_folder(folder, workspace.model, EvalRequest(shards, profile), cards=ALONE, name=name).scores
         for source, score, size in zip(shards.sources, scores, sizes, strict=True):
-            found = score.metrics(size)
-            per_byte = f"{found['nats_per_byte']:.4f}" if "nats_per_byte" in found else "-"
-            lines.append(
-                f"{source.name:<16} {name:<6} {found['loss']:>9.4f} {found['perplexity']:>11.5g} "
-                f"{found['accuracy']:>9.4f} {per_byte:>10} {score.tokens:>9,}"
-            )
-    head = f"{'source':<16} {'model':<6} {'nats/token':>9} {'perplexity':>10} {'accuracy':>9} {'nats/byte':>10}"
-    of = f"the first {limit} validation rows of each source; nothing was written"
-    return "\n".join([of, f"{head} {'tokens':>9}", *sorted(lines)])
+            rows.append({"source": source.name, "model": name, **score.metrics(size)})
+    return sorted(rows, key=lambda row: (str(row["source"]), str(row["model"])))
 
 
 def first_rows(shards: Shards, limit: int) -> Shards:

@@ -15,7 +15,7 @@ from ropeway.runtime.devices import count_ranks
 from ropeway.runtime.errors import ConfigError, DataError, TemporaryError
 from ropeway.runtime.launcher import free_port, plan_command, plan_environment
 from ropeway.runtime.manifest import load_manifest, write_atomic, write_json
-from ropeway.runtime.op_build import clear_dead_locks, extensions_folder, unlink_buffers
+from ropeway.runtime.op_build import announce_build, clear_dead_locks, extensions_folder, unlink_buffers
 from ropeway.runtime.supervise import signal_of
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.train import checkpoints, continuing
@@ -53,6 +53,8 @@ def run(workspace: Workspace, profile: TrainParams) -> None:
     port, environment = free_port(), plan_environment(os.environ, ranks=ranks)
     command = plan_command(os.environ, arguments, ranks=ranks, port=port)
     clear_dead_locks(extensions_folder(environment))
+    if environment.get("DS_ACCELERATOR") == "cpu":
+        announce_build(extensions_folder(environment))
     try:
         code = subprocess.run(command, env=environment, check=False).returncode
     finally:

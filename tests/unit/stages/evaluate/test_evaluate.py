@@ -16,7 +16,7 @@ from ropeway.runtime.errors import DataError
 from ropeway.runtime.manifest import write_manifest
 from ropeway.stages.evaluate import stage as evaluate
 from ropeway.stages.evaluate.opening import check_data, open_model
-from ropeway.stages.evaluate.stage import first_rows, look, validation_digest
+from ropeway.stages.evaluate.stage import first_rows, score_first_rows, validation_digest
 from ropeway.stages.evaluate.token_scores import Score, all_rows, plan_batches, plan_mixing, sum_batch
 from tests.support.tiny_run import make_run, measure
 
@@ -213,10 +213,12 @@ def test_the_model_is_opened_in_full_precision_on_a_cpu(run):
 def test_a_quick_look_measures_the_first_rows_and_writes_nothing(run):
     workspace, profile, shards, model = run
     before = sorted(workspace.root.rglob("*"))
-    text = look(workspace, profile, limit=2)
+    rows = score_first_rows(workspace, profile, limit=2)
     score = measure(model, first_rows(shards, 2), profile, name="tuned")[0]
-    assert f"{score.loss:.4f}" in next(
-        line for line in text.splitlines() if line.startswith("talk") and "tuned" in line
-    )
-    assert len(text.splitlines()) == 6
+    assert [(row["source"], row["model"]) for row in rows] == [
+        (source, model) for source in ("talk", "text") for model in ("base", "tuned")
+    ]
+    tuned = next(row for row in rows if row["source"] == "talk" and row["model"] == "tuned")
+    assert tuned["loss"] == pytest.approx(score.loss, abs=1e-4)
+    assert tuned["tokens"] == score.tokens
     assert sorted(workspace.root.rglob("*")) == before
