@@ -118,7 +118,7 @@ def test_the_evaluation_cadence_changes_no_step(whole, job):
 
 def test_a_killed_rank_is_reported_and_the_run_resumes(whole, job):
     process = train(job)
-    read_until(process, "step 6/")
+    read_until(process, "step 5/")
     ranks_of(process)[1].kill()
     assert "a rank was ended by SIGKILL" in finish(process, 75)
     assert f"of {STEPS}" in job.stage("train")

@@ -87,7 +87,7 @@ def test_a_poisoned_step_is_skipped_and_recorded_and_all_other_rows_are_trained(
     good = (bad - 1) // 4 * 4
     assert f"step {bad}: the loss is nan" in job.said
     assert f"rewind 1 of 1: back to step {good}; the 4 rows of steps {bad} to {bad} are left out (" in job.said
-    assert re.search(rf"step {bad}/\d+  its 4 rows are LEFT OUT", job.said)
+    assert re.search(rf"step {bad}/\d+  not trained: 4 rows left out", job.said)
     log = lines(job)
     assert [int(line["step"]) for line in log] == list(range(1, len(log) + 1))
     assert {line["step"]: line["left_out"] for line in log if line["left_out"]} == {str(bad): "4"}

@@ -1,32 +1,101 @@
-"""How an attempt goes: one line per step for people, one for programs, and its record in the end.
+"""Progress of one training attempt: lines for people, a JSON record per step for programs, a summary at the end.
 
-Everything here depends on the clock or the machine, so none of it is in steps.csv or in what is signed.
+Everything here depends on the clock or the machine, so none of it is in steps.csv or in the signed package.
 """
 
 import json
+import os
+import shutil
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-Line = dict[str, Any]  # a step of the log, with what the machine did for it
+Line = dict[str, Any]  # one step of the log, with its throughput and memory
 _RECENT_STEPS = 20
 _BAR_CELLS = 20
+_LOG_LINES = 10  # lines in a log that is not a terminal, one per 10 % of the steps
 _MINUTE = 60
 _SUMMED = ("seconds", "tokens", "supervised_tokens", "model_flops")
+_ERASE_LINE = "\r\x1b[2K"
+
+
+class StepPrinter:
+    """Prints steps: one line updated in place on a terminal; elsewhere one line per 10 % of the steps.
+
+    The first step of an attempt, the last step, every evaluation, every skipped step and every event stay on the
+    terminal and are always in the log.
+    """
+
+    def __init__(self) -> None:
+        """Start without a line to update."""
+        self._is_first = True
+        self._is_line_open = False
+
+    def print_step(self, line: Line) -> None:
+        """Print a step, or update the line in place."""
+        is_kept = self._is_first or is_milestone(line)
+        self._is_first = False
+        if is_kept or (not _is_terminal() and completes_tenth(line)):
+            self.print_event(describe(line))
+        elif _is_terminal():
+            columns = shutil.get_terminal_size().columns
+            print(_ERASE_LINE + describe(line)[: columns - 1], end="", flush=True)
+            self._is_line_open = True
+
+    def print_event(self, text: str) -> None:
+        """Print a line that stays."""
+        print(_ERASE_LINE + text if self._is_line_open else text, flush=True)
+        self._is_line_open = False
+
+    def __enter__(self) -> Self:
+        """Return the printer; within `with` nothing else should print."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the line that is updated in place, so that other output starts on a new line."""
+        if self._is_line_open:
+            print(flush=True)
+            self._is_line_open = False
+
+
+def _is_terminal() -> bool:
+    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def is_milestone(line: Line) -> bool:
+    """Return whether a step always gets a line that stays: the last one, a skipped one, or one with an evaluation.
+
+    >>> [is_milestone({"step": step, "total_steps": 9, "applied": 1}) for step in (3, 9)]
+    [False, True]
+    """
+    return line["step"] == line["total_steps"] or not line["applied"] or bool(_evaluated(line))
+
+
+def completes_tenth(line: Line) -> bool:
+    """Return whether a step is the first to reach another 10 % of the steps.
+
+    >>> [step for step in range(1, 25) if completes_tenth({"step": step, "total_steps": 24})]
+    [3, 5, 8, 10, 12, 15, 17, 20, 22, 24]
+    """
+    step, total = line["step"], line["total_steps"]
+    return bool(step * _LOG_LINES // total > (step - 1) * _LOG_LINES // total)
 
 
 @dataclass
 class Progress:
-    """One start of a run.
+    """Progress of one start of a training run.
 
     Attributes:
-        attempts: `attempts.jsonl`, one record per start of this run.
-        peak_flops: What all cards together could do, FLOP/s; None where nobody states it.
-        mirror: Gets every line as well, e.g. to W&B; must not block.
+        facts: What the attempt runs on, copied into its summary.
+        lines: `.work/train.progress.jsonl`, one record per step.
+        attempts: `attempts.jsonl`, one summary per start of this run.
+        peak_flops: Peak throughput of all GPUs together, FLOP/s; None where it is not known.
+        mirror: Receives every step as well, e.g. for W&B; must not block.
     """
 
     facts: dict[str, Any]
@@ -41,6 +110,7 @@ class Progress:
     checkpoint_seconds: float = 0.0
     peak_memory_bytes: int = 0
     rewinds: int = 0
+    printer: StepPrinter = field(default_factory=StepPrinter)
 
     def __post_init__(self) -> None:
         """Start the clock."""
@@ -48,25 +118,27 @@ class Progress:
         self._first = self._marks[0]
 
     def show(self, line: Line) -> None:
-        """Print a step, and leave it where the flow and the mirror read it."""
+        """Print a step, append it to `lines` and pass it to the mirror."""
         for name in _SUMMED:
             self.totals[name] += line[name]
         self.peak_memory_bytes = max(self.peak_memory_bytes, line["peak_memory_bytes"])
         self._marks.append(self.clock())
         full = {**line, **self._rates(line), "checkpoint_seconds": self.checkpoint_seconds}
         full["eta_seconds"] = self._eta(line)
-        with suppress(OSError):  # a full disk ends the run at its next save, with words; not here, for a line
-            print(describe(full), flush=True)
+        with suppress(OSError):  # on a full disk the next save ends the run with a clear error; a lost line must not
+            self.printer.print_step(full)
             _append(self.lines, full)
         self.mirror(full)
 
-    def saved(self, seconds: float) -> None:
-        """Count the time that training stood still for a checkpoint."""
+    def saved(self, step: int, seconds: float) -> None:
+        """Record and print a checkpoint; training stood still for `seconds`."""
         self.checkpoints += 1
         self.checkpoint_seconds += seconds
+        with suppress(OSError):
+            self.printer.print_event(f"checkpoint of step {step} saved in {seconds:.1f} s")
 
     def write(self, *, ended: str, more: Mapping[str, object]) -> None:
-        """Append this attempt's record to the run's list."""
+        """Append the summary of this attempt to `attempts`."""
         elapsed = self.clock() - self._first
         record = {
             **self.facts,
@@ -82,7 +154,7 @@ class Progress:
             "ended": ended,
             **more,
         }
-        with suppress(OSError):  # the error that ended the run is the one to tell
+        with suppress(OSError):  # the error that ended the run is the one to report
             _append(self.attempts, record)
 
     def _rates(self, line: Line) -> Line:
@@ -96,7 +168,7 @@ class Progress:
         }
 
     def _eta(self, line: Line) -> float:
-        """Return the seconds left at the pace of recent steps, evaluation and saving among them."""
+        """Return the seconds left at the pace of recent steps, evaluation and saving included."""
         pace = (self._marks[-1] - self._marks[0]) / (len(self._marks) - 1)
         return float(pace * (line["total_steps"] - line["step"]))
 
@@ -107,41 +179,46 @@ def _append(path: Path, record: Line) -> None:
 
 
 def describe(line: Line) -> str:
-    """Return a step in one line: bar, step, what was learned, how fast, and how long it will take."""
+    """Return a step as one line: bar, step, time left, loss, learning rate, gradient norm, throughput and memory."""
     done = line["step"] * _BAR_CELLS // line["total_steps"]
     bar = f"[{'=' * done}{' ' * (_BAR_CELLS - done)}] step {line['step']}/{line['total_steps']}"
     if line.get("left_out"):
-        return "  ".join([bar, f"its {line['left_out']} rows are LEFT OUT", *_validation(line)])
+        return "  ".join([bar, f"not trained: {line['left_out']} rows left out after a rewind", *_validation(line)])
     parts = [
         bar,
+        f"{format_seconds(line['eta_seconds'])} left",
         f"loss {line['loss']:.4f}",
         f"lr {line['learning_rate']:.2e}",
-        f"norm {line['grad_norm']:.2f}" if line["grad_norm"] is not None else "norm -",
+        f"grad norm {line['grad_norm']:.2f}" if line["grad_norm"] is not None else "grad norm -",
     ]
     if line["loss_scale"] != 1:
-        parts.append(f"scale {line['loss_scale']:g}")
-    if line["skipped_steps"]:
-        parts.append(f"{line['skipped_steps']} skipped" if line["applied"] else f"SKIPPED ({line['skipped_steps']})")
+        parts.append(f"loss scale {line['loss_scale']:g}")
+    if not line["applied"]:
+        parts.append(f"SKIPPED: gradient overflow ({line['skipped_steps']} so far)")
+    elif line["skipped_steps"]:
+        parts.append(f"{line['skipped_steps']} skipped so far")
     parts.append(f"{line['tokens_per_second']:,.0f} tokens/s")
     if line["mfu"] is not None:
         parts.append(f"MFU {line['mfu']:.1%}")
-    parts.append(f"{line['peak_memory_bytes'] / 2**30:.1f} GiB")
-    parts.append(f"{say_seconds(line['eta_seconds'])} left")
+    parts.append(f"peak memory {line['peak_memory_bytes'] / 2**30:.1f} GiB")
     return "  ".join([*parts, *_validation(line)])
 
 
+def _evaluated(line: Line) -> list[str]:
+    """Return the keys of a step's validation losses; empty where the step was not followed by an evaluation."""
+    return [key for key in line if key.startswith("validation_")]
+
+
 def _validation(line: Line) -> list[str]:
-    return [
-        f"validation {key.removeprefix('validation_')} {value:.3f}"
-        for key, value in line.items()
-        if key.startswith("validation_") and value is not None
-    ]
+    losses = ((key.removeprefix("validation_"), line[key]) for key in _evaluated(line))
+    told = ", ".join(f"{source} {loss:.3f}" for source, loss in losses if loss is not None)
+    return [f"validation loss: {told}"] if told else []
 
 
-def say_seconds(seconds: float) -> str:
-    """Return a duration as a person reads it.
+def format_seconds(seconds: float) -> str:
+    """Return a duration with units.
 
-    >>> say_seconds(42.4), say_seconds(754), say_seconds(100_000)
+    >>> format_seconds(42.4), format_seconds(754), format_seconds(100_000)
     ('42 s', '12 min 34 s', '27 h 46 min')
     """
     whole = round(seconds)

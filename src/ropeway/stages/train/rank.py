@@ -132,7 +132,8 @@ def _train(run: Run, log: list[Line], folder: Path, *, stop: Stop, progress: Pro
         began = time.perf_counter()
         with watchdog.slowly(_state_bytes(run)):
             saving.save(run, folder, lines)
-        progress.saved(time.perf_counter() - began)
+        if run.rank == 0:
+            progress.saved(len(lines), time.perf_counter() - began)
 
     def show(line: Line) -> None:
         if run.rank == 0:
@@ -140,7 +141,8 @@ def _train(run: Run, log: list[Line], folder: Path, *, stop: Stop, progress: Pro
 
     while True:
         try:
-            return train(run, log, save=save, stop=stop, show=show)
+            with progress.printer:
+                return train(run, log, save=save, stop=stop, show=show)
         except FaultError as error:
             with watchdog.slowly(_state_bytes(run)):
                 earlier = rewind.go_back(run, folder, error.fault)
