@@ -36,7 +36,7 @@ from ropeway.stages.train.deepspeed_config import parse_deepspeed_json, plan_dee
 from ropeway.stages.train.loop import train
 from ropeway.stages.train.model import open_model
 from ropeway.stages.train.rank import open_run
-from ropeway.stages.train.running import Run
+from ropeway.stages.train.training_run import Run
 
 # The first turn of each is not timed: set-up, first touch of memory; of two also the losses that are compared.
 WARM_STEPS, SHORT_WARM_STEPS = 6, 2
@@ -216,7 +216,7 @@ def run_trainer(run: Run, way: str, turns: Turns, open_base: Callable[[], Any], 
 
 def filled(run: Run) -> float:
     """Return which share of the positions that an epoch computes holds a token, on this rank."""
-    batches = [batch for step in range(1, run.epoch_steps[0] + 1) for batch in run.batches(run.dealt(step))]
+    batches = [batch for step in range(1, run.epoch_steps[0] + 1) for batch in run.batches(run.rank_rows(step))]
     return float(sum((batch.sources >= 0).sum() for batch in batches) / sum(batch.sources.size for batch in batches))
 
 
@@ -270,7 +270,7 @@ def main(root: Path, rounds: int, steps: int, folder: Path) -> None:
     def ours(way: str, chosen: Profile) -> Callable[[], None]:
         def act() -> None:
             runs[way] = open_run(workspace, chosen, choose_attention(chosen, cuda=False), universal=False)
-            runs[way].beat = watchdog.beat
+            runs[way].heartbeat = watchdog.beat
             run_ours(runs[way], way, turns, folder)
 
         return act

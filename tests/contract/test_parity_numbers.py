@@ -11,7 +11,7 @@ from ropeway.models.rope import build_scaling
 from ropeway.stages.base.stage import plan_vocabulary
 from ropeway.stages.evaluate.token_scores import Score, sum_batch
 from ropeway.stages.train.loss import chunked_losses, micro_batch_loss, token_loss
-from ropeway.stages.train.running import learning_rate
+from ropeway.stages.train.training_run import learning_rate
 from tests.support.vectors import cases, compared, published, same, vectors
 
 

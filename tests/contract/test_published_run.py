@@ -12,7 +12,7 @@ from ropeway.planning.plan import plan_run
 from ropeway.runtime.errors import ConfigError
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.train.deepspeed_config import parse_deepspeed_json, plan_deepspeed
-from ropeway.stages.train.running import learning_rate
+from ropeway.stages.train.training_run import learning_rate
 
 ROOT = Path(__file__).parents[2]
 

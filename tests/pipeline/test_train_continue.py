@@ -34,7 +34,7 @@ def test_resuming_unchanged_params_gives_the_same_bytes_and_records_the_source(a
     job, name = again
     job.edit("params.yaml", NULL, f'resume_from: "{name}@{AT}"')
     said = job.do("dvc", "repro", "train")
-    assert f"going on from step {AT} of run {name}: nothing changed" in said
+    assert f"from step {AT} of run {name}: nothing changed" in said
     assert f"resuming after step {AT} of {STEPS}" in said
     assert sha256(job) == sha256(main_jobs.finished)
     record = json.loads((job.run / "train.json").read_text())["continued_from"]
@@ -51,7 +51,7 @@ def test_changed_params_apply_from_the_checkpoint_and_no_row_is_read_twice(again
     job.edit("params.yaml", "learning_rate: 2e-3", "learning_rate: 1e-3\n  weight_decay: 0.25\n  max_grad_norm: 0.5")
     said = job.stage("train")
     assert (
-        f"going on from step {AT} of run {name}: learning_rate 0.002 -> 0.001, max_grad_norm 2.0 -> 0.5, weight_decay "
+        f"from step {AT} of run {name}: learning_rate 0.002 -> 0.001, max_grad_norm 2.0 -> 0.5, weight_decay "
         "0.0 -> 0.25" in said
     )
     after = lines(job)
@@ -74,8 +74,8 @@ def test_other_rows_are_refused_with_the_keys_named(again):
     job.edit("params.yaml", "global_batch_size: 4", "global_batch_size: 8")
     job.edit("params.yaml", "gradient_accumulation_steps: 1", "gradient_accumulation_steps: 2")
     said = job.stage("train", code=64)
-    assert f"run {name} cannot go on as this one, set resume_from to null" in said
-    assert "global_batch_size: 4 there, 8 here" in said
+    assert f"cannot continue from run {name}, set resume_from to null" in said
+    assert "global_batch_size: 4 in that run, 8 in this one" in said
 
 
 @pytest.mark.parametrize("how", ["the line", pytest.param("the flag", marks=pytest.mark.slow)])
@@ -89,7 +89,7 @@ def test_one_more_epoch_is_trained_and_the_card_names_the_checkpoint(again, how)
         job.edit("params.yaml", NULL, f'resume_from: "{name}"')
         shutil.rmtree(job.run / "package")
         said = "".join(map(job.stage, ("train", "evaluate", "report_eval", "package", "report_package")))
-    assert f"going on from step {STEPS} of run {name}: num_train_epochs 1 -> 2" in said
+    assert f"from step {STEPS} of run {name}: num_train_epochs 1 -> 2" in said
     assert [int(line["epoch"]) for line in lines(job)] == [0] * STEPS + [1] * STEPS
     card = (job.run / "pages" / "README.md").read_text()
     assert f"continued from step {STEPS} of the run {name}" in card

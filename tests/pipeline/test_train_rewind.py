@@ -86,7 +86,7 @@ def test_a_poisoned_step_is_skipped_and_recorded_and_all_other_rows_are_trained(
     job, bad, _ = once
     good = (bad - 1) // 4 * 4
     assert f"step {bad}: the loss is nan" in job.said
-    assert f"rewind 1 of 1: back to step {good}; the 4 rows of steps {bad} to {bad} are left out (" in job.said
+    assert f"rewind 1 of 1: resuming after step {good}; the 4 rows of steps {bad} to {bad} are left out (" in job.said
     assert re.search(rf"step {bad}/\d+  not trained: 4 rows left out", job.said)
     log = lines(job)
     assert [int(line["step"]) for line in log] == list(range(1, len(log) + 1))
@@ -128,14 +128,14 @@ def test_without_rewinds_left_it_stops_and_resumes_once_params_allow_more(once, 
     job = before.copy(tmp_path / "stopped")
     said = job.stage("train", code=1)
     assert f"step {bad}: the loss is nan" in said
-    assert f"The last good checkpoint is of step {(bad - 1) // 4 * 4}: " in said
+    assert f"The last good checkpoint is step {(bad - 1) // 4 * 4}: " in said
     assert not list(job.root.glob(".checkpoints/*/rewinds.json"))
     job.edit("params.yaml", NEVER, ONCE)
     job.edit("params.yaml", "save_steps: 4", "save_steps: 1")  # where it goes back to changes nothing
     job.stage("train")
     assert same(job, whole)
     job.edit("params.yaml", ONCE, NEVER)
-    assert "this run went back 1 times" in job.stage("train", code=64)
+    assert "this run has 1 rewinds, stop.rewinds allows 0" in job.stage("train", code=64)
 
 
 @pytest.mark.parametrize("once", ["padded"], indirect=True)
@@ -148,7 +148,7 @@ def test_another_rank_count_rewinds_at_the_next_start(once, tmp_path):
     job.environment["ROPEWAY_RANKS"] = "2"
     job.edit("params.yaml", NEVER, ONCE)
     said = job.stage("train", code=75)
-    assert said.count("says what is left out; the same command goes back and goes on") == 1
+    assert said.count("rewinds.json: rewind recorded") == 1
     assert f"resuming after step {(bad - 1) // 4 * 4} of" in job.stage("train")
     assert [(line["rows"], line["left_out"]) for line in lines(job)] == [
         (line["rows"], line["left_out"]) for line in lines(whole)
@@ -163,8 +163,8 @@ def test_a_divergence_rewinds_before_its_first_spike_and_ends_if_it_returns(prep
     job.edit("params.yaml", "save_steps: 4", "save_steps: 1")
     said = job.stage("train", code=1)
     first, last = map(int, re.search(r"steps (\d+) to (\d+): 3 losses in a row", said).groups())
-    assert (last - first, f"back to step {first - 1}; the 12 rows of steps {first} to {last}" in said) == (2, True)
-    assert "It went back 1 times, stop.rewinds allows 1; one more would leave out" in said
+    assert (last - first, f"after step {first - 1}; the 12 rows of steps {first} to {last}" in said) == (2, True)
+    assert "Rewinds used: 1, allowed by stop.rewinds: 1; one more would leave out" in said
 
 
 def same(job, whole):

@@ -35,7 +35,7 @@ def main(root, *cases):
     from ropeway.stages.train.loop import train
     from ropeway.stages.train.loss import SupervisedLoss
     from ropeway.stages.train.model import open_model
-    from ropeway.stages.train.running import Run
+    from ropeway.stages.train.training_run import Run
 
     init_distributed()
     deepspeed.utils.logger.setLevel("ERROR")

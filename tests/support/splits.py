@@ -22,10 +22,10 @@ def main(root, normalisation, *sizes):
     from ropeway.runtime.op_build import init_distributed
     from ropeway.runtime.workspace import Workspace
     from ropeway.stages.train.deepspeed_config import plan_deepspeed
-    from ropeway.stages.train.loop import take_step
+    from ropeway.stages.train.loop import train_step
     from ropeway.stages.train.loss import SupervisedLoss
     from ropeway.stages.train.model import open_model
-    from ropeway.stages.train.running import Run
+    from ropeway.stages.train.training_run import Run
 
     init_distributed()
     deepspeed.utils.logger.setLevel("ERROR")
@@ -47,7 +47,7 @@ def main(root, normalisation, *sizes):
         model = SupervisedLoss(open_model(workspace.base, run.profile, attention))
         config = plan_deepspeed(run.profile, named, ranks=ranks, accumulation_steps=accumulation, total_steps=1)
         run.engine, *_ = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=config)
-        line = take_step(run, 1, [], stop=lambda: False).line
+        line = train_step(run, 1, [], stop=lambda: False).line
         if rank == 0:
             print(json.dumps({"micro": size, "accumulation": accumulation, "ranks": ranks, **line}), flush=True)
 

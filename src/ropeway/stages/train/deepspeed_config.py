@@ -1,4 +1,4 @@
-"""The DeepSpeed configuration: a pure function of params, ranks and the named JSON, with no "auto" left."""
+"""The DeepSpeed configuration: a pure function of params, number of ranks and the DeepSpeed JSON, without "auto"."""
 
 import json
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import TypedDict
 from ropeway.config.params import TrainParams
 from ropeway.runtime.errors import ConfigError
 
-# params.yaml says these; a second source could disagree, so the named JSON may not hold them.
+# Set by params.yaml; the DeepSpeed JSON must not have them, since the two could disagree.
 _OWNED = (
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
     "bf16", "scheduler", "fp16.enabled", "optimizer.params.lr", "optimizer.params.betas", "optimizer.params.eps",
@@ -23,7 +23,7 @@ class OptimizerJson(TypedDict, total=False):
 
 
 class DeepSpeedJson(TypedDict, total=False):
-    """The JSON that `deepspeed_config` names: it holds no other keys."""
+    """The JSON file that `deepspeed_config` names, with every key it may have."""
 
     fp16: dict[str, object]
     optimizer: OptimizerJson
@@ -33,20 +33,20 @@ class DeepSpeedJson(TypedDict, total=False):
 
 
 def parse_deepspeed_json(text: str, path: str) -> DeepSpeedJson:
-    """Return the JSON that `deepspeed_config` names, checked for keys that params.yaml owns.
+    """Return the parsed JSON of `deepspeed_config`.
 
     Raises:
-        ConfigError: It is not JSON, holds "auto", or says what params.yaml says.
+        ConfigError: It is not JSON, contains "auto", or has a key that is unknown or set by params.yaml.
     """
     try:
         named: DeepSpeedJson = json.loads(text)
     except ValueError as error:
         raise ConfigError(f"{path}: not JSON: {error}") from None
     allowed = tuple(DeepSpeedJson.__annotations__)
-    faults = [f"{path}: {key}: params.yaml says this; remove it here" for key in _OWNED if _holds(named, key)]
-    faults += [f"{path}: {key}: unknown here; known are {', '.join(allowed)}" for key in named if key not in allowed]
+    faults = [f"{path}: {key}: set by params.yaml; remove it here" for key in _OWNED if _holds(named, key)]
+    faults += [f"{path}: {key}: unknown key; allowed are {', '.join(allowed)}" for key in named if key not in allowed]
     if '"auto"' in json.dumps(named):
-        faults.append(f'{path}: "auto" is what a trainer fills in; here params.yaml fills in, so leave such keys out')
+        faults.append(f'{path}: "auto" is not supported; remove such keys, they are set from params.yaml')
     if faults:
         raise ConfigError("\n".join(faults))
     return named
@@ -64,7 +64,7 @@ def _holds(tree: Mapping[str, object], dotted: str) -> bool:
 def plan_deepspeed(
     profile: TrainParams, named: DeepSpeedJson, *, ranks: int, accumulation_steps: int, total_steps: int
 ) -> dict[str, object]:
-    """Return the whole configuration `deepspeed.initialize` gets."""
+    """Return the complete configuration for `deepspeed.initialize`."""
     optimizer = named.get("optimizer", OptimizerJson(type="AdamW"))
     params = {
         **optimizer.get("params", {}),
@@ -83,7 +83,7 @@ def plan_deepspeed(
         "bf16": {"enabled": profile.dtype == "bf16"},
         "optimizer": {**optimizer, "params": params},
         "scheduler": _scheduler(profile, total_steps),
-        "steps_per_print": 2**31,  # our own line per step replaces DeepSpeed's
+        "steps_per_print": 2**31,  # `ropeway.runtime.progress` prints the steps
     }
 
 

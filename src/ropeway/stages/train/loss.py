@@ -1,4 +1,4 @@
-"""The loss: cross entropy over supervised positions, in fp32, without ever holding all logits.
+"""The loss: cross entropy over supervised positions in fp32, computed in chunks so that never all logits exist.
 
 Shapes: B rows, T tokens, H hidden, V vocabulary, N supervised positions.
 """

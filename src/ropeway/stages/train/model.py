@@ -1,4 +1,4 @@
-"""Opens the base model for training: precision, attention and RoPE scaling as params say, and proof that they took."""
+"""Opens the base model for training and checks that precision, attention and RoPE scaling are as params set them."""
 
 import math
 from collections.abc import Iterable
@@ -30,22 +30,22 @@ def open_model(folder: Path, profile: TrainParams, attention: Attention) -> PreT
     return model
 
 
-def learning(model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters that the optimizer gets: all but frozen ones."""
+def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters to optimize: all that are not frozen."""
     return [part for part in model.parameters() if part.requires_grad]
 
 
-def count_weights(model: nn.Module, *, learning_only: bool = False) -> int:
-    """Return how many weights a model has, those that ZeRO-3 left with other ranks included."""
-    parts = learning(model) if learning_only else model.parameters()
+def count_parameters(model: nn.Module, *, trainable_only: bool = False) -> int:
+    """Return the number of parameters, including those that ZeRO-3 keeps on other ranks."""
+    parts = trainable_parameters(model) if trainable_only else model.parameters()
     return sum(int(getattr(part, "ds_numel", part.numel())) for part in parts)
 
 
 def check_rope(model: PreTrainedModel, scaling: RopeScaling) -> None:
-    """Compare the live module's frequencies, in fp32, with the formula; of a kept scaling, with the base's own.
+    """Compare the model's RoPE frequencies in fp32 with the formula of the scaling, or with the base's own if kept.
 
     Raises:
-        ConfigError: They differ, or the engine rounded them to 16 bit (older DeepSpeed did: field report #8066).
+        ConfigError: They differ, or the engine cast them to 16 bit (DeepSpeed before 0.19.2 did; field report #8066).
     """
     live = rotary(model).inv_freq.detach().cpu()
     if live.dtype != torch.float32:
@@ -56,31 +56,35 @@ def check_rope(model: PreTrainedModel, scaling: RopeScaling) -> None:
     expected = torch.from_numpy(scaling.inv_freq(head_dim(model.config)))
     if not torch.allclose(live, expected, rtol=1e-6, atol=0):
         raise ConfigError(
-            f"RoPE frequencies of the live model start {live[:3].tolist()}, expected {expected[:3].tolist()}: "
+            f"RoPE frequencies of the model: expected {expected[:3].tolist()}…, found {live[:3].tolist()}…: "
             f"{scaling.kind} scaling did not reach the model"
         )
     if not math.isclose(factor := rotary(model).attention_scaling, scaling.attention_factor, rel_tol=1e-6):
         raise ConfigError(
-            f"RoPE's attention factor of the live model is {factor:g}, expected {scaling.attention_factor:g}: "
+            f"RoPE attention factor of the model: expected {scaling.attention_factor:g}, found {factor:g}: "
             f"{scaling.kind} scaling did not reach the model"
         )
 
 
 def token_flops(model: PreTrainedModel) -> float:
-    """Return FLOPs of forward and backward for one token in matrix products: 4 a weight, 2 more if it is trained.
+    """Return FLOPs per token of matrix products, forward and backward: 4 per parameter, 2 more if it is trained.
 
-    The input table only looks up, unless it is the head too. Source: Chowdhery et al. 2022, arXiv:2204.02311, app. B.
+    The input embedding is a lookup without FLOPs, unless it is tied to the head.
+
+    Source: Chowdhery et al. 2022, arXiv:2204.02311, app. B.
     """
-    table = model.get_input_embeddings()
-    looked_up = 0 if model.config.tie_word_embeddings else count_weights(table)
-    learned = 0 if model.config.tie_word_embeddings else count_weights(table, learning_only=True)
-    return 4.0 * (count_weights(model) - looked_up) + 2.0 * (count_weights(model, learning_only=True) - learned)
+    embedding = model.get_input_embeddings()
+    total, trainable = count_parameters(model), count_parameters(model, trainable_only=True)
+    if not model.config.tie_word_embeddings:
+        total -= count_parameters(embedding)
+        trainable -= count_parameters(embedding, trainable_only=True)
+    return 4.0 * total + 2.0 * trainable
 
 
 def step_flops(per_token: float, config: PreTrainedConfig, rows: Iterable[Row]) -> float:
-    """Return what the model needs for these rows: no padding, nothing recomputed.
+    """Return the model FLOPs of these rows, without padding and recomputation.
 
-    A sequence attends to what lies before in itself: 6 L H T^2, half of the square, forward and backward.
+    Causal attention within each sequence adds 6 L H T^2, forward and backward.
     """
     lengths = [piece.end - piece.begin for row in rows for piece in row]
     squares = sum(length * length for length in lengths)

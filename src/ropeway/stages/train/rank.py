@@ -1,4 +1,4 @@
-"""One rank of a training run, as the launcher starts it: `-m ropeway.stages.train.rank ROOT PROFILE FINGERPRINT`."""
+"""One rank of a training run. The launcher starts it with `-m ropeway.stages.train.rank ROOT PROFILE FINGERPRINT`."""
 
 import os
 import platform
@@ -34,73 +34,75 @@ from ropeway.runtime.tracking import About, Tracker, describe_mirror, open_track
 from ropeway.runtime.watchdog import Watchdog
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.train import checkpoints, rewind, saving
-from ropeway.stages.train.continuing import check_taken_over
+from ropeway.stages.train.continuing import check_continued
 from ropeway.stages.train.deepspeed_config import parse_deepspeed_json, plan_deepspeed
 from ropeway.stages.train.disk import check_disk
 from ropeway.stages.train.export import export_model
 from ropeway.stages.train.loop import FaultError, train
 from ropeway.stages.train.loss import SupervisedLoss
-from ropeway.stages.train.model import check_rope, count_weights, learning, open_model
-from ropeway.stages.train.running import Run
+from ropeway.stages.train.model import check_rope, count_parameters, open_model, trainable_parameters
 from ropeway.stages.train.stop import Line
-from ropeway.stages.train.warm_up import check_isolation, try_worst_step
+from ropeway.stages.train.training_run import Run
+from ropeway.stages.train.warm_up import check_isolation, run_worst_step
 
-UNTRIED = "ROPEWAY_UNTRIED"  # 1: no trial step before step 1
+SKIP_WARM_UP = "ROPEWAY_UNTRIED"  # 1: no warm-up step before step 1
+_PREFLIGHT = {"disk": "disk", "tried": "warm-up step"}  # key of an attempt's record -> printed name
 
 
-class Stop:
-    """Set by SIGTERM or SIGINT; ranks agree on it at the end of a step."""
+class StopRequest:
+    """Whether this rank has received SIGTERM or SIGINT; the training loop shares it with all ranks after each step."""
 
     def __init__(self) -> None:
-        """Take the two signals over; the supervisor sends them to every rank."""
-        self.asked = False
+        """Install the signal handlers; the supervisor signals every rank."""
+        self.is_requested = False
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._ask)
+            signal.signal(number, self._handle)
 
-    def _ask(self, *_: object) -> None:
-        self.asked = True
+    def _handle(self, *_: object) -> None:
+        self.is_requested = True
 
     def __call__(self) -> bool:
-        """Return whether this rank was asked to stop."""
-        return self.asked
+        """Return whether this rank should stop."""
+        return self.is_requested
 
 
 def main(root: Path, name: str, fingerprint: str) -> None:
-    """Train, checkpoint, export. Exit code 75 means "start me again, I resume"."""
+    """Train, save checkpoints and export the model. Exit code 75 means that the same command resumes."""
     adopt_slurm(os.environ)
     workspace = Workspace(root, name)
     frozen = FrozenInputs.load(root)
-    check_code(frozen.value("code-train"), workspace.work / CODE, "train")  # put back later, nothing else would show it
+    # Here too, not only at the end of the stage: an edit that is reverted before then would go unnoticed.
+    check_code(frozen.value("code-train"), workspace.work / CODE, "train")
     profile = frozen.profile("train")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    deepspeed.utils.logger.setLevel("ERROR")  # 0.19.8 warns of its own scheduler's first call
+    deepspeed.utils.logger.setLevel("ERROR")  # 0.19.8 warns about its own scheduler's first call
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # deepspeed 0.19.8 on torch 2.13
     cuda = get_accelerator().device_name() == "cuda"
     if profile.dtype == "fp16" and not get_accelerator().is_fp16_supported():
-        raise ConfigError("dtype: fp16 does not train on a CPU; use bf16 or fp32, or run this profile on GPUs")
+        raise ConfigError("dtype: fp16 cannot be trained on a CPU; set bf16 or fp32, or run on GPUs")
     attention = choose_attention(profile, cuda=cuda)
     init_distributed()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     folder = workspace.checkpoints / fingerprint
-    checkpoint = saving.find(folder, rank=torch.distributed.get_rank())
-    universal = saving.is_universal(checkpoint, ranks=torch.distributed.get_world_size())
+    checkpoint = saving.find_checkpoint(folder, rank=torch.distributed.get_rank())
+    universal = saving.needs_universal(checkpoint, ranks=torch.distributed.get_world_size())
     run = open_run(workspace, profile, attention, universal=universal)
     watchdog = Watchdog(limit_seconds=profile.stop.hang_seconds)
-    run.beat = watchdog.beat
+    run.heartbeat = watchdog.beat
     with watchdog.slowly(_state_bytes(run)):
-        rewind.recall(run, folder, checkpoint)
-        check_taken_over(folder, checkpoint, total_steps=run.total_steps)
+        rewind.load_rewinds(run, folder, checkpoint)
+        check_continued(folder, checkpoint, total_steps=run.total_steps)
         log = saving.resume(run, checkpoint)
-        facts = {"resumed_from_step": len(log), **_try_out(run, folder, log), **_describe(run, attention)}
-    stop = Stop()  # before this there is nothing to save: TERM ends the rank at once
-    tracker = _track(run, workspace, fingerprint)
+        facts = {"resumed_from_step": len(log), **_run_preflight(run, folder, log), **_describe_attempt(run, attention)}
+    stop = StopRequest()  # not earlier: with nothing to save, SIGTERM ends the rank at once
+    tracker = _open_tracker(run, workspace, fingerprint)
     progress = Progress(
         facts,
         workspace.progress("train"),
         folder / "attempts.jsonl",
-        _peak(run),
+        _peak_flops(run),
         tracker.log if tracker else lambda _: None,
     )
     ended = "failed"
@@ -115,19 +117,21 @@ def main(root: Path, name: str, fingerprint: str) -> None:
             if mirrored["mode"] != "off" or mirrored["trouble"]:
                 print(describe_mirror(mirrored), flush=True)
     if not finished:
-        raise TrainingStoppedError(f"stopped after step {len(log)}. {checkpoints.name_last_good(folder)}")
+        raise TrainingStoppedError(f"stopped after step {len(log)}. {checkpoints.describe_last_good(folder)}")
     export_model(run, workspace, fingerprint=fingerprint, log=log)
     torch.distributed.barrier()
     if tracker and tracker.is_stuck:
         sys.stdout.flush()
-        os._exit(0)  # W&B's exit hook would wait for what hangs
+        os._exit(0)  # W&B's exit hook would wait for the thread that hangs
 
 
 class TrainingStoppedError(TemporaryError):
-    """The ranks agreed to stop."""
+    """Training stopped on a signal; every rank raises it."""
 
 
-def _train(run: Run, log: list[Line], folder: Path, *, stop: Stop, progress: Progress, watchdog: Watchdog) -> bool:
+def _train(
+    run: Run, log: list[Line], folder: Path, *, stop: StopRequest, progress: Progress, watchdog: Watchdog
+) -> bool:
     def save(lines: list[Line]) -> None:
         began = time.perf_counter()
         with watchdog.slowly(_state_bytes(run)):
@@ -145,66 +149,66 @@ def _train(run: Run, log: list[Line], folder: Path, *, stop: Stop, progress: Pro
                 return train(run, log, save=save, stop=stop, show=show)
         except FaultError as error:
             with watchdog.slowly(_state_bytes(run)):
-                earlier = rewind.go_back(run, folder, error.fault)
+                earlier = rewind.rewind_run(run, folder, error.fault)
             if earlier is None:
-                used = rewind.count_used(error.fault, run.rewinds, allowed=run.profile.stop.rewinds)
-                raise TrainingError(f"{error}.\n{used}{checkpoints.name_last_good(folder)}") from None
+                rewinds_left = rewind.describe_rewinds_left(error.fault, run.rewinds, allowed=run.profile.stop.rewinds)
+                raise TrainingError(f"{error}.\n{rewinds_left}{checkpoints.describe_last_good(folder)}") from None
             log[:] = earlier
             progress.rewinds += 1
         except TrainingError as error:
-            raise TrainingError(f"{error}.\n{checkpoints.name_last_good(folder)}") from None
+            raise TrainingError(f"{error}.\n{checkpoints.describe_last_good(folder)}") from None
 
 
-def _try_out(run: Run, folder: Path, log: list[Line]) -> dict[str, object]:
-    """Find out before step 1 what would end the run later: a full disk, too little memory, broken weights."""
-    found: dict[str, object] = {}
+def _run_preflight(run: Run, folder: Path, log: list[Line]) -> dict[str, object]:
+    """Check disk, memory and weights before the first step; return the results for the attempt's record."""
+    results: dict[str, object] = {}
     if run.rank == 0:
-        found["disk"] = check_disk(
+        results["disk"] = check_disk(
             folder,
-            one_bytes=_state_bytes(run),
+            checkpoint_bytes=_state_bytes(run),
             keep=run.profile.save_total_limit,
-            export_bytes=count_weights(run.engine.module) * DTYPE_BYTES[run.profile.dtype],
+            export_bytes=count_parameters(run.engine.module) * DTYPE_BYTES[run.profile.dtype],
         )
-    if not log and os.environ.get(UNTRIED) != "1":
-        found["tried"] = try_worst_step(run, lambda: saving.save(run, folder, []))
+    if not log and os.environ.get(SKIP_WARM_UP) != "1":
+        results["tried"] = run_worst_step(run, lambda: saving.save(run, folder, []))
     if run.rank == 0:
-        for name, text in found.items():
-            print(f"{name}: {text}", flush=True)
-    return found
+        for name, text in results.items():
+            print(f"{_PREFLIGHT[name]}: {text}", flush=True)
+    return results
 
 
 def _state_bytes(run: Run) -> int:
-    """Return the bytes of one checkpoint of this run."""
+    """Return the size of one checkpoint of this run, in bytes."""
     return stored_bytes(
-        count_weights(run.engine.module),
-        count_weights(run.engine.module, learning_only=True),
+        count_parameters(run.engine.module),
+        count_parameters(run.engine.module, trainable_only=True),
         number_bytes=DTYPE_BYTES[run.profile.dtype],
         stage=run.engine.zero_optimization_stage(),
     )
 
 
-def _track(run: Run, workspace: Workspace, fingerprint: str) -> Tracker | None:
-    """Open the mirror on rank 0; it gets parameters and digests."""
+def _open_tracker(run: Run, workspace: Workspace, fingerprint: str) -> Tracker | None:
+    """Return the W&B tracker on rank 0, None on others; its config holds params and digests."""
     if run.rank != 0:
         return None
     config = run.profile.model_dump(mode="json", include={*READS["train"], *UNHASHED})
     data = load_manifest(workspace.data, remedy=REMEDY, verify=False)
     digests = {"fingerprint": fingerprint, "data": digest_of(data), "ranks": run.world_size}
-    name = f"{workspace.profile}-{run.profile.log_dir}-finetuned"  # as the original named its runs
+    name = f"{workspace.profile}-{run.profile.log_dir}-finetuned"  # as Open-Assistant's trainer names its runs
     return open_tracker(About(workspace.work, name, fingerprint, {**config, **digests}))
 
 
-def _peak(run: Run) -> float | None:
-    """Return what all cards together can do, FLOP/s; None for a CPU, fp32 (which may be TF32) or a card not listed."""
+def _peak_flops(run: Run) -> float | None:
+    """Return the peak throughput of all GPUs, FLOP/s; None for a CPU, fp32 (which may be TF32) or an unknown GPU."""
     card = name_card(torch.cuda.get_device_name()) if run.device.type == "cuda" else None
     return None if card is None or run.profile.dtype == "fp32" else CARDS[card] * 1e12 * run.world_size
 
 
 def open_run(workspace: Workspace, profile: TrainParams, attention: Attention, *, universal: bool) -> Run:
-    """Return the run with its engine, held to what params say, before its first step.
+    """Return the run with its engine before the first step, checked against params.
 
     Raises:
-        ConfigError: No step would be made, or model, DeepSpeed JSON or the ranks' plans disagree with params.
+        ConfigError: The run would have no step, or model, DeepSpeed JSON or the ranks' batch plans do not match params.
     """
     ranks = torch.distributed.get_world_size()
     accumulation = accumulation_steps(profile, ranks)
@@ -214,8 +218,8 @@ def open_run(workspace: Workspace, profile: TrainParams, attention: Attention, *
     )
     if not run.total_steps:
         raise ConfigError(
-            f"{run.plan(0).rows} rows an epoch are fewer than global_batch_size {profile.global_batch_size}: no step "
-            "would be made; lower global_batch_size or add data"
+            f"an epoch has {run.plan(0).rows} rows, fewer than global_batch_size {profile.global_batch_size}: the run "
+            "would have 0 steps; lower global_batch_size or add data"
         )
     model = SupervisedLoss(open_model(workspace.base, profile, attention))
     text = FrozenInputs.load(workspace.root).text("deepspeed", profile.deepspeed_config)
@@ -223,26 +227,28 @@ def open_run(workspace: Workspace, profile: TrainParams, attention: Attention, *
     config = plan_deepspeed(profile, named, ranks=ranks, accumulation_steps=accumulation, total_steps=run.total_steps)
     if universal:
         config["checkpoint"] = {"load_universal": True}
-    run.engine, *_ = deepspeed.initialize(model=model, model_parameters=learning(model), config=config)
+    run.engine, *_ = deepspeed.initialize(model=model, model_parameters=trainable_parameters(model), config=config)
     base = load_manifest(workspace.base, remedy="Run `dvc checkout`, or `dvc repro base`", verify=False)
     check_rope(run.engine.module.model, scaling_from_json(base["rope"]))
     _check_same_plan(run)
-    apart = check_isolation(run)
-    if apart is not None and run.rank == 0:
-        print(f"packed rows keep sequences apart: losses equal those alone to {apart:.1e} nats", flush=True)
+    difference = check_isolation(run)
+    if difference is not None and run.rank == 0:
+        print(f"packed rows: each sequence's losses equal those without packing to {difference:.1e} nats", flush=True)
     return run
 
 
 def _check_same_plan(run: Run) -> None:
-    """Compare the first epoch's plan across ranks before step 1: a rank with other rows would train another mixture."""
+    """Raise ConfigError unless all ranks have the same plan of the first epoch."""
     digests: list[str | None] = [None] * run.world_size
     torch.distributed.all_gather_object(digests, run.plan(0).digest)
     if len(set(digests)) != 1:
-        raise ConfigError(f"ranks disagree about the rows of epoch 0: {digests}; they read other data or other params")
+        raise ConfigError(
+            f"ranks have different rows in epoch 0 (digests {digests}); give all ranks the same data and params"
+        )
 
 
-def _describe(run: Run, attention: Attention) -> dict[str, object]:
-    """Return what this attempt runs on, for the provenance; rank 0 prints the gist."""
+def _describe_attempt(run: Run, attention: Attention) -> dict[str, object]:
+    """Return ranks, hardware and library versions of this attempt for its provenance; rank 0 prints a summary."""
     facts = {
         "ranks": run.world_size,
         "threads_per_rank": torch.get_num_threads(),
@@ -250,15 +256,15 @@ def _describe(run: Run, attention: Attention) -> dict[str, object]:
         "asked_flash_attention": attention.asked_flash,
         "host": platform.node(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else name_cpu(),
-        "kernels": torch.backends.cpu.get_cpu_capability(),  # e.g. AVX512: it decides how sums are rounded
+        "kernels": torch.backends.cpu.get_cpu_capability(),  # e.g. AVX512; sums round differently with another
         "python": platform.python_version(),
         "transformers": transformers.__version__,
         **saving.versions(),
     }
     if run.rank == 0:
-        parameters = count_weights(run.engine.module)
+        parameters = count_parameters(run.engine.module)
         print(
-            f"{parameters:,} weights, {run.total_steps} steps of {run.profile.global_batch_size} rows, "
+            f"{parameters:,} parameters, {run.total_steps} steps of {run.profile.global_batch_size} rows, "
             f"{run.world_size} ranks x {run.accumulation_steps} micro-batches of "
             f"{run.profile.per_device_train_batch_size}, {run.profile.dtype}, attention: {attention.effective}",
             flush=True,
@@ -267,14 +273,13 @@ def _describe(run: Run, attention: Attention) -> dict[str, object]:
 
 
 def _fail(error: RopewayError) -> NoReturn:
-    """Say what happened and end this rank; the launcher ends those that wait for it in a collective."""
-    agreed = isinstance(
-        error, TrainingError | TrainingStoppedError | rewind.RestartError
-    )  # every rank raises the same: once is enough
-    if not agreed or os.environ.get("RANK", "0") == "0":
+    """Print the error and end this rank; the launcher ends ranks that wait for it in a collective."""
+    # Every rank raises these; rank 0 prints them once.
+    is_shared = isinstance(error, TrainingError | TrainingStoppedError | rewind.RestartError)
+    if not is_shared or os.environ.get("RANK", "0") == "0":
         print(f"{error}", file=sys.stderr, flush=True)
-    if agreed:
-        torch.distributed.barrier()  # else the launcher, told by another rank, ends this one before it has spoken
+    if is_shared:
+        torch.distributed.barrier()  # else the launcher could end rank 0 before it has printed
     os._exit(error.exit_code)
 
 

@@ -1,4 +1,4 @@
-"""Stage train: base and data in, a trained model and its log out. This module starts the ranks that `rank` is."""
+"""Stage train: starts the ranks (`rank`), which train the base model on the data; writes the log and metrics."""
 
 import csv
 import io
@@ -19,34 +19,36 @@ from ropeway.runtime.op_build import announce_build, clear_dead_locks, extension
 from ropeway.runtime.supervise import signal_of
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.train import checkpoints, continuing
-from ropeway.stages.train.continuing import Fingerprint, take_fingerprint
+from ropeway.stages.train.continuing import Fingerprint, compute_fingerprint
 from ropeway.stages.train.deepspeed_config import parse_deepspeed_json
-from ropeway.stages.train.stop import Line, made
+from ropeway.stages.train.stop import Line, attempted_steps
 
-KEPT_RUNS = 3
-OUT_OF_MEMORY = " (where nobody sent it, the machine ran out of memory: `dmesg` says so)"
+DEFAULT_KEEP_RUNS = 3
+OUT_OF_MEMORY = " (usually the kernel's out-of-memory killer; check `dmesg`)"
 
 
 def run(workspace: Workspace, profile: TrainParams) -> None:
-    """Train to the end, resuming from the newest valid checkpoint of this very run, and write the stage's files.
+    """Train to the last step, resuming from the newest valid checkpoint of the same run, and write the stage's files.
 
     Raises:
-        ConfigError: Params, ranks, DeepSpeed JSON or machine do not fit together.
-        DataError: Base or data changed after they were written.
-        TemporaryError: A rank was ended by a signal.
-        SystemExit: A rank ended with an error of its own, already printed; the code is passed on.
+        ConfigError: Params, number of ranks, DeepSpeed JSON and machine do not match.
+        DataError: A file of base or data changed after it was written.
+        TemporaryError: A rank was terminated by a signal; the same command resumes.
+        SystemExit: A rank failed with an error that it printed; its exit code is passed on.
     """
-    keep = _kept_runs(os.environ)
+    keep = _read_keep_runs(os.environ)
     ranks = count_ranks()
     accumulation_steps(profile, ranks)
     frozen = FrozenInputs.load(workspace.root)
     parse_deepspeed_json(frozen.text("deepspeed", profile.deepspeed_config), profile.deepspeed_config)
-    fingerprint = take_fingerprint(workspace, profile, frozen)
+    fingerprint = compute_fingerprint(workspace, profile, frozen)
     print(f"training run {fingerprint.digest}", flush=True)
     folder = workspace.checkpoints / fingerprint.digest
-    checkpoints.claim(folder, {"profile": workspace.profile, "parts": fingerprint.parts, "params": fingerprint.params})
-    continuing.go_on(workspace, profile, fingerprint)
-    checkpoints.make_loadable(folder, ranks=ranks)
+    checkpoints.write_run_info(
+        folder, {"profile": workspace.profile, "parts": fingerprint.parts, "params": fingerprint.params}
+    )
+    continuing.continue_run(workspace, profile, fingerprint)
+    checkpoints.convert_for_ranks(folder, ranks=ranks)
     workspace.work.mkdir(exist_ok=True)
     workspace.progress("train").unlink(missing_ok=True)
     arguments = [str(workspace.root), workspace.profile, fingerprint.digest]
@@ -58,12 +60,12 @@ def run(workspace: Workspace, profile: TrainParams) -> None:
     try:
         code = subprocess.run(command, env=environment, check=False).returncode
     finally:
-        unlink_buffers(port)  # of ranks that ended before they did it themselves
+        unlink_buffers(port)  # those of ranks that ended without removing them
     code = code if code >= 0 else 128 - code
-    if died_of := signal_of(code):
+    if signal_name := signal_of(code):
         raise TemporaryError(
-            f"a rank was ended by {died_of}{OUT_OF_MEMORY if died_of == 'SIGKILL' else ''}; the same command resumes "
-            "from the last checkpoint"
+            f"a rank was terminated by {signal_name}{OUT_OF_MEMORY if signal_name == 'SIGKILL' else ''}; run the same "
+            "command again, it resumes from the last checkpoint"
         )
     if code:
         raise SystemExit(code)
@@ -72,25 +74,25 @@ def run(workspace: Workspace, profile: TrainParams) -> None:
 
 
 def _prune(workspace: Workspace, fingerprint: Fingerprint, keep: int) -> None:
-    """Remove checkpoints of older runs; whatever goes wrong there does not lose the run that has just ended."""
+    """Remove checkpoints of older runs; a failure is printed and does not fail the run that has just finished."""
     try:
-        gone = checkpoints.prune_runs(
+        removed = checkpoints.prune_runs(
             workspace.checkpoints, profile=workspace.profile, current=fingerprint.digest, keep=keep
         )
     except OSError as error:
         print(f"checkpoints of older runs could not be removed: {error}", flush=True)
         return
-    if gone:
-        print(f"checkpoints of older runs removed (ROPEWAY_KEEP_RUNS): {', '.join(gone)}", flush=True)
+    if removed:
+        print(f"checkpoints of older runs removed (ROPEWAY_KEEP_RUNS): {', '.join(removed)}", flush=True)
 
 
-def _kept_runs(environment: Mapping[str, str]) -> int:
-    """Return of how many runs of a profile checkpoints stay.
+def _read_keep_runs(environment: Mapping[str, str]) -> int:
+    """Return for how many runs per profile checkpoints are kept.
 
     Raises:
         ConfigError: `ROPEWAY_KEEP_RUNS` is not a positive whole number.
     """
-    stated = environment.get("ROPEWAY_KEEP_RUNS", str(KEPT_RUNS))
+    stated = environment.get("ROPEWAY_KEEP_RUNS", str(DEFAULT_KEEP_RUNS))
     if not stated.isdecimal() or int(stated) < 1:
         raise ConfigError(f"ROPEWAY_KEEP_RUNS: expected a positive whole number, found {stated!r}")
     return int(stated)
@@ -100,10 +102,13 @@ def _write_files(workspace: Workspace, profile: TrainParams, fingerprint: Finger
     """Write steps.csv, train.json and provenance.json from the last checkpoint's log."""
     folder = workspace.checkpoints / fingerprint.digest
     last = checkpoints.newest_valid(folder)
-    model = load_manifest(workspace.model, remedy="Run the stage again; it exports without training")
+    model = load_manifest(workspace.model, remedy="Run the stage again; it exports from the last checkpoint")
     if last is None or last.step != model["steps"]:
-        raise DataError(f"{folder}: the last checkpoint is not the exported step {model['steps']}; run the stage again")
-    log, record = last.log(), continuing.read_record(folder)
+        raise DataError(
+            f"{folder}: the exported model is of step {model['steps']}, but the last valid checkpoint is "
+            f"{'missing' if last is None else f'of step {last.step}'}; run the stage again"
+        )
+    log, record = last.log(), continuing.read_continued_from(folder)
     write_atomic(workspace.steps, _csv(log).encode())
     write_json(
         workspace.train_metrics,
@@ -120,25 +125,25 @@ def _write_files(workspace: Workspace, profile: TrainParams, fingerprint: Finger
 
 
 def _read_attempts(path: Path) -> list[object]:
-    """Return the records of all starts of a run; a line that a full disk cut is left out, and said."""
-    found = []
+    """Return one record per start of a run; a line that is not JSON (cut by a full disk) is skipped with a warning."""
+    records = []
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
-        print(f"{path}: cannot be read ({error}); provenance.json has no attempts", flush=True)
+        print(f"{path}: cannot be read ({error}); provenance.json lists no attempts", flush=True)
         return []
     for number, line in enumerate(lines, start=1):
         try:
-            found.append(json.loads(line))
+            records.append(json.loads(line))
         except ValueError:
-            print(f"{path}:{number}: not JSON; that start is not in provenance.json", flush=True)
-    return found
+            print(f"{path}:{number}: not JSON; provenance.json does not list this attempt", flush=True)
+    return records
 
 
 def _metrics(
     log: Sequence[Line], rewinds: Sequence[Mapping[str, int]], profile: TrainParams, fingerprint: Fingerprint
 ) -> dict[str, object]:
-    end, steps = log[-1], made(log)
+    end, steps = log[-1], attempted_steps(log)
     losses = {name: end.get(f"validation_{name}") for name, _ in profile.mixture}
     return {
         "fingerprint": fingerprint.digest,
@@ -156,7 +161,7 @@ def _metrics(
 
 
 def _csv(log: Sequence[Line]) -> str:
-    """Return the log as CSV; a column that a line lacks (no validation at that step) stays empty."""
+    """Return the log as CSV; a column that a step does not have (validation) is empty."""
     columns = list(dict.fromkeys(key for line in log for key in line))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")

@@ -1,4 +1,4 @@
-"""A checkpoint is whole or not there: what a kill, a full disk or a flipped byte leaves is never resumed from."""
+"""Checkpoints are atomic: a run never resumes from what a kill, a full disk or a flipped bit has damaged."""
 
 import os
 import shutil
@@ -8,7 +8,7 @@ import pytest
 
 from ropeway.runtime.errors import ConfigError
 from ropeway.stages.train import checkpoints
-from ropeway.stages.train.checkpoints import make_loadable
+from ropeway.stages.train.checkpoints import convert_for_ranks
 
 
 def write(root, step, *, keep=None, ranks=2):
@@ -43,14 +43,14 @@ def test_a_checkpoint_that_was_copied_or_renamed_is_never_resumed_from(tmp_path,
         assert "step-000012: holds step 10" in capsys.readouterr().out
 
 
-def test_nothing_is_found_where_nothing_was_saved(tmp_path):
+def test_without_a_saved_checkpoint_none_is_found(tmp_path):
     assert checkpoints.newest_valid(tmp_path / "none") is None
 
 
 @pytest.mark.parametrize(
     "fault", ["flipped byte", "cut file", "lost file", "no manifest", "broken manifest", "added file"]
 )
-def test_a_damaged_checkpoint_is_skipped_and_said(tmp_path, capsys, fault):
+def test_a_damaged_checkpoint_is_skipped_with_a_message(tmp_path, capsys, fault):
     write(tmp_path, 5)
     folder = write(tmp_path, 10)
     state = folder / checkpoints.STATE / "weights.pt"
@@ -69,7 +69,7 @@ def test_a_damaged_checkpoint_is_skipped_and_said(tmp_path, capsys, fault):
     else:
         (folder / "stray.pt").write_bytes(b"?")
     assert checkpoints.newest_valid(tmp_path).step == 5
-    assert "checkpoint of step 10 is not whole" in capsys.readouterr().out
+    assert "checkpoint of step 10 is damaged" in capsys.readouterr().out
 
 
 def test_an_unfinished_save_is_never_a_checkpoint(tmp_path):
@@ -103,21 +103,21 @@ def test_a_damaged_checkpoint_with_a_higher_step_goes_first_and_nothing_valid_is
     write(tmp_path, 100)
     flip(write(tmp_path, 200))
     if new_process:
-        checkpoints._KNOWN.clear()
+        checkpoints._VERIFIED.clear()
     assert checkpoints.newest_valid(tmp_path).step == 100  # the run resumes there
     write(tmp_path, 120, keep=keep)
     assert steps_of(tmp_path) == [120] if keep == 1 else [100, 120]
-    assert "is of step 120: " in checkpoints.name_last_good(tmp_path)
+    assert "checkpoint is step 120: " in checkpoints.describe_last_good(tmp_path)
     assert checkpoints.newest_valid(tmp_path).step == 120
 
 
-def test_a_message_names_no_checkpoint_that_is_damaged(tmp_path):
+def test_the_message_never_names_a_damaged_checkpoint(tmp_path):
     write(tmp_path, 5)
     newest = write(tmp_path, 10)
     flip(newest)
-    assert "is of step 5: " in checkpoints.name_last_good(tmp_path)
+    assert "checkpoint is step 5: " in checkpoints.describe_last_good(tmp_path)
     flip(tmp_path / "step-000005")
-    assert "None of the 2 checkpoints in" in checkpoints.name_last_good(tmp_path)
+    assert "All 2 checkpoints in" in checkpoints.describe_last_good(tmp_path)
 
 
 def test_a_valid_checkpoint_with_a_higher_step_stays_beside_the_one_that_was_saved(tmp_path):
@@ -135,7 +135,7 @@ def test_rotation_reads_no_checkpoint_that_this_process_wrote(tmp_path, monkeypa
     assert steps_of(tmp_path) == [10, 15]
 
 
-def test_a_save_that_fails_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
+def test_a_failed_save_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
     write(tmp_path, 5)
 
     def full(*_args):
@@ -163,19 +163,19 @@ def checkpoint(tmp_path, **facts):
 NOW = {"torch": "2.13.0", "deepspeed": "0.19.8"}
 
 
-def test_another_librarys_version_is_not_resumed_from_in_silence(tmp_path, monkeypatch):
+def test_resuming_with_another_library_version_is_refused_unless_allowed(tmp_path, monkeypatch):
     monkeypatch.delenv("ROPEWAY_OTHER_VERSIONS", raising=False)
     checkpoints.check_resumable(checkpoint(tmp_path), ranks=2, now=NOW)
     older = checkpoint(tmp_path, deepspeed="0.19.2")
-    with pytest.raises(ConfigError, match=r"deepspeed 0\.19\.2, here is 0\.19\.8.*ROPEWAY_OTHER_VERSIONS=1"):
+    with pytest.raises(ConfigError, match=r"deepspeed 0\.19\.2 \(now 0\.19\.8\).*ROPEWAY_OTHER_VERSIONS=1"):
         checkpoints.check_resumable(older, ranks=2, now=NOW)
     monkeypatch.setenv("ROPEWAY_OTHER_VERSIONS", "1")
     checkpoints.check_resumable(older, ranks=2, now=NOW)
 
 
-def test_other_ranks_need_a_converted_state_and_a_later_save_removes_it(tmp_path):
+def test_other_ranks_need_a_converted_checkpoint_which_the_next_save_removes(tmp_path):
     found = checkpoint(tmp_path)
-    with pytest.raises(ConfigError, match=r"written by 2 ranks, this start has 4 .*set ROPEWAY_RANKS=2"):
+    with pytest.raises(ConfigError, match=r"written by 2 ranks, this start has 4,.*set ROPEWAY_RANKS=2"):
         checkpoints.check_resumable(found, ranks=4, now=NOW)
     checkpoints.universal_folder(found).mkdir(parents=True)
     checkpoints.check_resumable(found, ranks=4, now=NOW)
@@ -183,46 +183,46 @@ def test_other_ranks_need_a_converted_state_and_a_later_save_removes_it(tmp_path
     assert not checkpoints.universal_folder(found).exists()
 
 
-def test_an_older_checkpoint_of_other_ranks_is_converted_where_the_newest_is_damaged(tmp_path, monkeypatch):
-    asked = []
+def test_if_the_newest_checkpoint_is_damaged_an_older_one_of_other_ranks_is_converted(tmp_path, monkeypatch):
+    commands = []
 
     def convert(command, **_):
-        asked.append(command)
+        commands.append(command)
         (tmp_path / ".partial-universal-000005").mkdir()
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(subprocess, "run", convert)
     write(tmp_path, 5, ranks=1)
     newest = write(tmp_path, 10)
-    make_loadable(tmp_path, ranks=2)
-    assert not asked
+    convert_for_ranks(tmp_path, ranks=2)
+    assert not commands
     (newest / checkpoints.LOG).write_text("damaged")
-    make_loadable(tmp_path, ranks=2)
-    assert f"--input_folder={tmp_path / 'step-000005' / 'state'}" in asked[0]
+    convert_for_ranks(tmp_path, ranks=2)
+    assert f"--input_folder={tmp_path / 'step-000005' / 'state'}" in commands[0]
     checkpoints.check_resumable(checkpoints.newest_valid(tmp_path), ranks=2, now={})
 
 
 def test_the_last_good_checkpoint_is_named(tmp_path):
-    assert checkpoints.name_last_good(tmp_path) == "No checkpoint was saved before that"
+    assert checkpoints.describe_last_good(tmp_path).startswith("No checkpoint was saved")
     write(tmp_path, 5)
-    assert "is of step 5: " in checkpoints.name_last_good(tmp_path)
+    assert "checkpoint is step 5: " in checkpoints.describe_last_good(tmp_path)
 
 
-def test_older_runs_of_the_same_profile_give_way_and_no_others(tmp_path, capsys):
+def test_pruning_removes_only_older_runs_of_the_same_profile(tmp_path, capsys):
     for age, (name, profile) in enumerate(
         [("old", "tiny"), ("current", "tiny"), ("other", "laptop"), ("newer", "tiny"), ("newest", "tiny")]
     ):
-        checkpoints.claim(tmp_path / name, {"profile": profile})
+        checkpoints.write_run_info(tmp_path / name, {"profile": profile})
         write(tmp_path / name, 5)
-        os.utime(tmp_path / name / checkpoints.OWNER, ns=(age, age))
+        os.utime(tmp_path / name / checkpoints.RUN_INFO, ns=(age, age))
     (tmp_path / "unclaimed").mkdir()
     for name, note in (("damaged", b'{"profile": "ti'), ("foreign", b'["tiny"]'), ("no text", b"\xff\xfe")):
         (tmp_path / name).mkdir()
-        (tmp_path / name / checkpoints.OWNER).write_bytes(note)
+        (tmp_path / name / checkpoints.RUN_INFO).write_bytes(note)
     assert checkpoints.prune_runs(tmp_path, profile="tiny", current="current", keep=2) == ["old", "newer"]
     kept = ["current", "damaged", "foreign", "newest", "no text", "other", "unclaimed"]
     assert sorted(path.name for path in tmp_path.iterdir()) == kept
     said = capsys.readouterr().out
-    assert all(f"{tmp_path / name / checkpoints.OWNER}: cannot be read" in said for name in ("damaged", "foreign"))
+    assert all(f"{tmp_path / name / checkpoints.RUN_INFO}: cannot be read" in said for name in ("damaged", "foreign"))
     assert checkpoints.prune_runs(tmp_path, profile="tiny", current="current", keep=1) == ["newest"]
     assert checkpoints.newest_valid(tmp_path / "current").step == 5

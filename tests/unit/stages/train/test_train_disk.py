@@ -1,4 +1,4 @@
-"""What a run needs of the disk is said in numbers before it starts, and a failed save says what still stands."""
+"""The disk check before step 1 states every size; a failed save names the last intact checkpoint."""
 
 import errno
 
@@ -19,16 +19,21 @@ def test_a_checkpoint_of_the_published_run_takes_170_gib():
 
 def test_too_small_a_disk_is_refused_with_every_number(tmp_path):
     with pytest.raises(ConfigError) as caught:
-        check_disk(tmp_path, one_bytes=10 * GIB, keep=4, export_bytes=2 * GIB, free_bytes=30 * GIB)
+        check_disk(tmp_path, checkpoint_bytes=10 * GIB, keep=4, export_bytes=2 * GIB, free_bytes=30 * GIB)
     said = str(caught.value)
-    for number in ("(4 + 1) checkpoints of 10.0 GiB", "a model of 2.0 GiB", "52.1 GiB more, 30.0 GiB free", "22.1 GiB"):
+    for number in (
+        "(4 + 1) checkpoints of 10.0 GiB",
+        "a model of 2.0 GiB",
+        "52.1 GiB needed, 30.0 GiB free",
+        "22.1 GiB",
+    ):
         assert number in said
 
 
-def test_checkpoints_that_are_there_are_not_counted_twice(tmp_path):
+def test_existing_checkpoints_are_not_counted_twice(tmp_path):
     (tmp_path / "state").write_bytes(bytes(5000))
-    said = check_disk(tmp_path, one_bytes=2500, keep=1, export_bytes=0, free_bytes=70 << 20)
-    assert "64.0 MiB more" in said
+    said = check_disk(tmp_path, checkpoint_bytes=2500, keep=1, export_bytes=0, free_bytes=70 << 20)
+    assert "64.0 MiB needed" in said
 
 
 def save(root, step):
@@ -36,21 +41,21 @@ def save(root, step):
     return checkpoints.commit(root, step, [], {"ranks": 2})
 
 
-def test_a_full_disk_is_temporary_and_names_what_stands(tmp_path):
+def test_a_full_disk_is_temporary_and_names_the_intact_checkpoint(tmp_path):
     save(tmp_path, 20)
     told = explain_failed_save(OSError(errno.ENOSPC, "No space left on device"), tmp_path, 40)
     assert isinstance(told, TemporaryError)
     assert "saving step 40 failed: the disk is full" in str(told)
-    assert "step-000020 is untouched" in str(told)
+    assert "step-000020 is intact" in str(told)
 
 
-def test_a_folder_that_cannot_be_written_is_not_tried_again(tmp_path):
+def test_a_folder_without_write_permission_is_not_retried(tmp_path):
     told = explain_failed_save(PermissionError(errno.EACCES, "Permission denied"), tmp_path, 0)
     assert isinstance(told, ConfigError)
-    assert "no earlier checkpoint was there" in str(told)
+    assert "no earlier checkpoint" in str(told)
 
 
-def test_torchs_own_words_for_a_full_disk_are_understood_by_what_is_free(tmp_path, monkeypatch):
+def test_an_error_of_torch_on_a_full_disk_is_recognized_by_the_free_space(tmp_path, monkeypatch):
     hidden = RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
     assert explain_failed_save(hidden, tmp_path, 3) is None
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())

@@ -1,4 +1,4 @@
-"""Nothing after the last step loses a run: notes, pruning and pages warn."""
+"""After the last step a failure to read records or to prune older runs is a warning and does not fail the run."""
 
 import json
 
@@ -10,7 +10,7 @@ from ropeway.stages.train import stage as train
 from ropeway.stages.train.continuing import Fingerprint
 
 
-def test_a_record_of_a_start_that_a_full_disk_cut_is_left_out_and_said(tmp_path, capsys):
+def test_a_truncated_record_of_an_attempt_is_skipped_with_a_message(tmp_path, capsys):
     path = tmp_path / "attempts.jsonl"
     path.write_bytes(b'{"ranks": 2}\n{"ranks": \n\xff\n{"ranks": 4}\n')
     assert train._read_attempts(path) == [{"ranks": 2}, {"ranks": 4}]
@@ -22,18 +22,18 @@ def test_a_record_of_a_start_that_a_full_disk_cut_is_left_out_and_said(tmp_path,
     assert "cannot be read" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("fault", ["a damaged note", "a folder that cannot be removed"])
-def test_older_runs_that_cannot_be_pruned_lose_nothing(tmp_path, capsys, monkeypatch, fault):
+@pytest.mark.parametrize("fault", ["a damaged run.json", "a folder that cannot be removed"])
+def test_a_failure_to_prune_older_runs_is_a_warning(tmp_path, capsys, monkeypatch, fault):
     workspace = Workspace(tmp_path, "tiny")
     for name in ("old", "current"):
-        checkpoints.claim(workspace.checkpoints / name, {"profile": "tiny"})
-    if fault == "a damaged note":
-        (workspace.checkpoints / "old" / checkpoints.OWNER).write_text("{")
+        checkpoints.write_run_info(workspace.checkpoints / name, {"profile": "tiny"})
+    if fault == "a damaged run.json":
+        (workspace.checkpoints / "old" / checkpoints.RUN_INFO).write_text("{")
     else:
         monkeypatch.setattr("shutil.rmtree", lambda *_, **__: (_ for _ in ()).throw(PermissionError("not yours")))
     train._prune(workspace, Fingerprint("current", {}, {}), keep=1)
-    assert json.loads((workspace.checkpoints / "current" / checkpoints.OWNER).read_text()) == {"profile": "tiny"}
+    assert json.loads((workspace.checkpoints / "current" / checkpoints.RUN_INFO).read_text()) == {"profile": "tiny"}
     assert (workspace.checkpoints / "old").is_dir()
     assert (
-        "cannot be read" if fault == "a damaged note" else "could not be removed: not yours"
+        "cannot be read" if fault == "a damaged run.json" else "could not be removed: not yours"
     ) in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The loss without all logits is plain cross entropy, in value and gradient; both normalisations are what they say."""
+"""The chunked loss equals plain cross entropy in value and gradient; both normalizations are as documented."""
 
 import pytest
 import torch

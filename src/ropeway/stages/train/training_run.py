@@ -1,4 +1,4 @@
-"""One training run as one rank holds it: its engine, and which rows each of its steps reads."""
+"""A training run on one rank: its engine, and the rows that each step reads."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -17,22 +17,22 @@ from ropeway.stages.train.model import token_flops
 
 @dataclass(frozen=True, slots=True)
 class Rewind:
-    """Steps whose numbers went wrong, so that their rows are left out: they are passed over, no other row moves."""
+    """Steps that are left out after a fault. All other steps keep their rows."""
 
-    first_step: int  # the first of them
-    last_step: int  # the last of them, at which a rule of `stop` ended the run
-    reason: str  # what the rule said
-    checkpoint_step: int  # where training went on from
-    rows: int  # how many rows are left out
-    sequences: dict[str, list[int]]  # which sequences of each source those rows hold
+    first_step: int  # first step left out
+    last_step: int  # last step left out, at which a rule of `stop` found the fault
+    reason: str  # the fault
+    checkpoint_step: int  # the checkpoint that training resumed from
+    rows: int  # number of rows left out
+    sequences: dict[str, list[int]]  # source -> numbers of the sequences in those rows
 
 
 @dataclass
 class Run:
-    """What one rank trains with.
+    """A training run on one rank.
 
     Attributes:
-        beat: Called before every forward pass, so that a watchdog sees the run is alive.
+        heartbeat: Called before every forward pass, as a heartbeat for the watchdog.
     """
 
     profile: TrainParams
@@ -42,22 +42,22 @@ class Run:
     world_size: int
     accumulation_steps: int  # micro-batches per rank per optimizer step
     plans: dict[int, EpochPlan] = field(default_factory=dict)
-    beat: Callable[[], None] = lambda: None
-    rewinds: tuple[Rewind, ...] = ()  # what is left out so far; the same on every rank
+    heartbeat: Callable[[], None] = lambda: None
+    rewinds: tuple[Rewind, ...] = ()  # rewinds so far; the same on every rank
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         device: torch.device = self.engine.device
         return device
 
     @property
-    def names(self) -> list[str]:
-        """The sources, in the order of the shards."""
+    def source_names(self) -> list[str]:
+        """The names of the sources, in the order of the shards."""
         return [source.name for source in self.shards.sources]
 
     def plan(self, epoch: int) -> EpochPlan:
-        """Return the plan of an epoch; one is kept."""
+        """Return the plan of an epoch; the last one is cached."""
         if epoch not in self.plans:
             self.plans.clear()
             self.plans[epoch] = plan_epoch(self.shards, self.profile, epoch=epoch)
@@ -70,7 +70,7 @@ class Run:
 
     @cached_property
     def token_flops(self) -> float:
-        """What one token needs of the model's matrix products, forward and backward."""
+        """FLOPs per token of the model's matrix products, forward and backward."""
         return token_flops(self.engine.module.model)
 
     @property
@@ -79,23 +79,23 @@ class Run:
         return sum(self.epoch_steps)
 
     def rows(self, step: int) -> tuple[int, list[int]]:
-        """Return (epoch, positions in it) of all rows of a step (1-based), over all ranks."""
+        """Return (epoch, positions in it) of all rows of a step (counted from 1), over all ranks."""
         epoch, inner = locate(self.epoch_steps, step - 1)
         size = self.profile.global_batch_size
         return epoch, list(range(inner * size, (inner + 1) * size))
 
     def is_left_out(self, step: int) -> bool:
-        """Return whether a step is passed over."""
+        """Return whether a step is left out after a rewind."""
         return any(rewind.first_step <= step <= rewind.last_step for rewind in self.rewinds)
 
     def sequences(self, step: int) -> list[tuple[str, int]]:
-        """Return (source, sequence) of all that the rows of a step hold, over all ranks."""
+        """Return (source, sequence) of every piece in the rows of a step, over all ranks."""
         epoch, positions = self.rows(step)
         pieces = [piece for position in positions for piece in self.plan(epoch).row(position)]
-        return [(self.names[piece.source], piece.sequence) for piece in pieces]
+        return [(self.source_names[piece.source], piece.sequence) for piece in pieces]
 
-    def dealt(self, step: int) -> list[Row]:
-        """Return this rank's rows of a step: every `world_size`-th, as the original's sampler deals."""
+    def rank_rows(self, step: int) -> list[Row]:
+        """Return this rank's rows of a step: every `world_size`-th, as Open-Assistant's sampler assigns them."""
         epoch, positions = self.rows(step)
         plan = self.plan(epoch)
         return [plan.row(position) for position in rank_order(positions, rank=self.rank, world_size=self.world_size)]
@@ -110,12 +110,12 @@ class Run:
 
 
 def learning_rate(profile: TrainParams, applied: int, *, total_steps: int) -> float:
-    """Return the rate that the next optimizer step uses, when `applied` steps were applied before it.
+    """Return the learning rate of the next optimizer step after `applied` applied steps.
 
-    Our own pure function: the engine's rate is compared with it at every step.
+    A pure function, with which the engine's learning rate is compared at every step.
 
-    DeepSpeed takes one step at rate 0 before its scheduler starts counting, and again rate 0 at count 0: so steps 1
-    and 2 use 0, and the full rate comes at step warm-up + 2. Source: deepspeed 0.19.8, runtime/lr_schedules.py.
+    DeepSpeed runs one step at rate 0 before its scheduler starts counting, and again at count 0: steps 1 and 2 have
+    rate 0, and the full rate is reached at step warm-up + 2. Source: deepspeed 0.19.8, runtime/lr_schedules.py.
     """
     count = max(applied - 1, 0)
     warmup = max(profile.warmup_steps, 2)
