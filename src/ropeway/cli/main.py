@@ -45,7 +45,9 @@ def run(
     prefect: Annotated[bool, typer.Option(help="Record the run in Prefect, for its UI.")] = True,
     resume_from: Annotated[
         str | None,
-        typer.Option(help="FINGERPRINT[@STEP] in .checkpoints: continue that training run. Written to params.yaml."),
+        typer.Option(
+            help="FINGERPRINT[@STEP] in .checkpoints: continue that run; written to params.yaml. Default: none."
+        ),
     ] = None,
 ) -> None:
     """Run every stage that is not up to date, publish the model, and move `candidate` to it if the gate passes."""
@@ -219,10 +221,10 @@ def review(  # noqa: PLR0913 - a command's options
     approve: Annotated[bool, typer.Option("--approve", help="Approve: move `production` to this version.")] = False,
     reject: Annotated[bool, typer.Option("--reject", help="Reject: `production` does not move.")] = False,
     reviewer: Annotated[
-        str | None, typer.Option(help="Your name, with --approve or --reject. Recorded permanently.")
+        str | None, typer.Option(help="Your name; required with --approve and --reject. Recorded permanently.")
     ] = None,
     comment: Annotated[
-        str | None, typer.Option(help="The reason, with --approve or --reject. Recorded permanently.")
+        str | None, typer.Option(help="The reason; required with --approve and --reject. Recorded permanently.")
     ] = None,
     expect: Annotated[
         str | None,

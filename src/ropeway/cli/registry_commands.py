@@ -146,7 +146,7 @@ def verify(
     reference: Reference,
     *,
     folder: Annotated[
-        Path | None, typer.Option(help="Verify this pulled folder instead of the registry's copy.")
+        Path | None, typer.Option(help="Verify this pulled folder. Default: the registry's copy.")
     ] = None,
     registry: Url = None,
     as_json: Json = False,
@@ -187,8 +187,12 @@ def publish(
     folder: Annotated[Path, typer.Argument(help="A package, e.g. runs/PROFILE/package.")],
     *,
     name: Annotated[str, typer.Option(help="Name of the model, usually that of the profile.")],
-    provenance: Annotated[Path | None, typer.Option(help="JSON file of facts to record with the version.")] = None,
-    attach: Annotated[list[Path] | None, typer.Option(help="File to attach, e.g. dvc.lock. May be repeated.")] = None,
+    provenance: Annotated[
+        Path | None, typer.Option(help="JSON file of facts to record with the version. Default: none.")
+    ] = None,
+    attach: Annotated[
+        list[Path] | None, typer.Option(help="File to attach, e.g. dvc.lock; may be repeated. Default: none.")
+    ] = None,
     registry: Url = None,
     as_json: Json = False,
 ) -> None:
@@ -393,11 +397,12 @@ def gc(
         typer.echo(f"{entry.key}  {entry.bytes:,} bytes  {entry.modified_at:%Y-%m-%d %H:%M}")
     for upload in found.incomplete_uploads:
         typer.echo(f"{upload.name}  incomplete upload  {upload.started_at:%Y-%m-%d %H:%M}")
-    verb = "removed" if apply else "would be removed (--apply does it)"
-    typer.echo(
-        f"{len(found.entries)} objects of {found.bytes:,} bytes and {len(found.incomplete_uploads)} incomplete uploads "
-        f"{verb}; {found.in_grace_period} more are younger than {grace_hours:g} hours"
-    )
+    from ropeway.runtime.terminal import format_count, show
+
+    verb = "removed" if apply else "would be removed (--apply removes them)"
+    files = f"{format_count(len(found.entries), 'file')} ({found.bytes:,} bytes)"
+    uploads = format_count(len(found.incomplete_uploads), "incomplete upload")
+    show(f"{files} and {uploads} {verb}; {found.in_grace_period:,} more kept, younger than {grace_hours:g} hours")
 
 
 @registry_app.command()

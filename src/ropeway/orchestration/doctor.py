@@ -146,7 +146,7 @@ def _gpus(_root: Path) -> Iterator[Finding]:
         fix = "the driver: `nvidia-smi` must answer; CUDA_VISIBLE_DEVICES must name cards that are there"
         yield Finding("GPUs", "wrong", f"{len(listed)} are there, the driver does not answer", fix)
     else:
-        yield Finding("GPUs", "ok", f"none; {count_ranks()} ranks train on the CPU")
+        yield Finding("GPUs", "ok", f"none: training uses {format_count(count_ranks(), 'rank')} on the CPU")
 
 
 def _params(root: Path) -> Iterator[Finding]:

@@ -169,7 +169,7 @@ def test_withdraw_diff_and_gc_from_the_command_line(world):
     assert "model.safetensors" in ask("diff", "tiny@v1", f"tiny@{digests[1]}")
     store.put_if_absent("blobs/sha256/aa/" + "a" * 64, b"orphan")
     assert ask_json("gc")["in_grace_period"] == 1
-    assert "1 objects of 6 bytes" in ask("gc", "--grace-hours", "0")
+    assert "1 file (6 bytes) and 0 incomplete uploads" in ask("gc", "--grace-hours", "0")
     assert ask_json("gc", "--grace-hours", "0", "--apply")["keys"] == ["blobs/sha256/aa/" + "a" * 64]
     assert ask_json("verify", "tiny@v1")["files"] == 4
 
