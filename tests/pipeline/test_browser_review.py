@@ -1,4 +1,4 @@
-"""A review as a person makes it: server, `serve` and `run` as they type them, the rest in a real browser."""
+"""A review as a user does it: `server`, `serve` and `run` on the command line, the rest in a real browser."""
 
 import os
 import re
@@ -25,8 +25,8 @@ def wait_for(what, seconds=300):
     return found
 
 
-class Person:
-    """Types commands in the workspace."""
+class CommandLine:
+    """Runs `ropeway` commands in the workspace."""
 
     def __init__(self, root, log):
         self.root, self.log, self.started = root, log, []
@@ -54,8 +54,8 @@ class Person:
             text=True,
         ).stdout
 
-    def leave(self):
-        """End what was started, the last first: `serve` says goodbye to the server."""
+    def stop_all(self):
+        """Stop the started processes, the last one first: `serve` deregisters at the server."""
         for each in reversed(self.started):
             each.terminate()
             try:
@@ -66,39 +66,39 @@ class Person:
 
 
 @pytest.fixture
-def person(flow_workspace, tmp_path):
-    person = Person(flow_workspace.root, tmp_path / "log")
-    yield person
-    person.leave()
+def commands(flow_workspace, tmp_path):
+    commands = CommandLine(flow_workspace.root, tmp_path / "log")
+    yield commands
+    commands.stop_all()
 
 
 def has_report(api, run):
     asked = {"artifacts": {"flow_run_id": {"any_": [run]}, "key": {"any_": ["laptop-review"]}}}
     answer = httpx.post(f"{api}/artifacts/filter", json=asked, trust_env=False)
-    return answer.status_code == httpx.codes.OK and answer.json()  # else its database is busy
+    return answer.status_code == httpx.codes.OK and answer.json()  # otherwise the server's database is busy
 
 
-def test_browser_review_from_the_run_s_graph_to_the_moved_alias(person, tmp_path):
-    from tests.support.browser_walk import fill_form, look_at_report, look_at_run, open_browser
+def test_a_review_in_the_browser_moves_the_production_alias(commands, tmp_path):
+    from tests.support.browser_walk import fill_form, open_browser, screenshot_report, screenshot_run
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    person.start("server", "--port", str(port))
-    api = wait_for(lambda: find_server(person.root))
-    person.start("serve")
-    wait_for(lambda: "being served" in person.log.read_text())
-    said = person.run()
+    commands.start("server", "--port", str(port))
+    api = wait_for(lambda: find_server(commands.root))
+    commands.start("serve")
+    wait_for(lambda: "being served" in commands.log.read_text())
+    said = commands.run()
     run = re.search(r"the run +.*/runs/flow-run/([0-9a-f-]{36})", said)[1]
     review = re.search(r"the form at http://[^/]+/runs/flow-run/([0-9a-f-]{36})", said)[1]
 
     url = api.removesuffix("/api")
-    registry = Registry.open((person.root / "registry").as_uri())
+    registry = Registry.open((commands.root / "registry").as_uri())
     with open_browser() as page:
-        shown = look_at_run(page, url, run, tmp_path / "run.png")
+        shown = screenshot_run(page, url, run, tmp_path / "run.png")
         assert {"identity", "fetch", "train", "evaluate", "package", "publish"} <= set(shown.split())
-        wait_for(lambda: has_report(api, review))  # the page asks for artifacts once, when it is opened
-        shown = look_at_report(page, url, review, tmp_path / "report.png")
+        wait_for(lambda: has_report(api, review))  # the page loads artifacts once, when it is opened
+        shown = screenshot_report(page, url, review, tmp_path / "report.png")
         assert "Promote laptop@v1 to production?" in shown
         assert registry.artifact("laptop").alias("production").digest is None
         fill_form(page, url, review, ANSWER, tmp_path / "form.png")

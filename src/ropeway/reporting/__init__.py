@@ -1,1 +1,1 @@
-"""Pages, cards, plots and tables, made from what stages wrote."""
+"""HTML pages, model cards, plots and tables from the output files of stages."""

@@ -1,4 +1,4 @@
-"""What a reviewer has to see of a version, read from the registry alone: the workspace may have moved on since."""
+"""Evidence for a review, read from the registry only, because the workspace may have changed since."""
 
 import csv
 import io
@@ -16,12 +16,12 @@ _SHORT = 12
 
 @dataclass(frozen=True, slots=True)
 class VersionEvidence:
-    """One version and the small files that tell of it; what it has no file for is empty.
+    """One version with its small files; a missing file is empty.
 
     Attributes:
-        facts: As `Version.describe` has them.
+        facts: The result of `Version.describe`.
         steps: Its steps.csv, one mapping per optimizer step.
-        history: The provenance.json beside it: one record per start of its training.
+        history: Its provenance.json: one record per start of its training.
     """
 
     facts: Json
@@ -40,12 +40,12 @@ class VersionEvidence:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A question to a reviewer: may this version become production?
+    """A version under review and the production version it is compared with.
 
     Attributes:
-        expect: What production was when the evidence was gathered, None if there was none.
-        old: Production; None when there was none, or when it is this version.
-        changes: What differs between them: `run.json: params.seed` -> [old, new].
+        expect: Digest of production when the evidence was gathered, None if there was none.
+        old: Production; None if there was none or if it is this version.
+        changes: Differences between them: `run.json: params.seed` -> [old, new].
         dirty_reason: Why no commit makes this version; None when one does.
     """
 
@@ -61,12 +61,12 @@ class Case:
 
 
 def open_case(registry: Registry, wanted: str, *, expect: str | AnyDigest | None = ANY) -> Case:
-    """Return everything about a version that a decision needs.
+    """Return a version with everything that the decision needs.
 
-    `expect` is the digest that production is compared with and expected to be; default: what it is now.
+    `expect` is the digest that production is expected to have; default: its current one.
 
     Raises:
-        RegistryError: No such version, or it is withdrawn.
+        RegistryError: The version does not exist or is withdrawn.
         DataError: The registry's copy is damaged.
     """
     version = registry.find(wanted)

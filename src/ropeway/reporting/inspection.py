@@ -1,4 +1,4 @@
-"""What `ropeway inspect` shows: one sequence, or one row of an epoch, token by token, with what is learned of it."""
+"""Data of `ropeway inspect`: one sequence, or one row of an epoch, token by token with its loss mask."""
 
 import json
 from collections.abc import Iterator
@@ -13,12 +13,12 @@ from ropeway.runtime.errors import ConfigError, DataError
 from ropeway.runtime.manifest import file_sha256
 from ropeway.runtime.workspace import Workspace
 
-_REMEDY = "`ropeway run` prepares it, or `dvc repro prepare` alone"
+_REMEDY = "run `ropeway run`, or `dvc repro prepare`"
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What was asked for: a sequence, or the pieces of a row; `facts` says which for programs."""
+    """A sequence, or the pieces of a row; `facts` identifies it in the JSON output."""
 
     title: str
     readings: tuple[Reading, ...]
@@ -27,7 +27,7 @@ class Inspection:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Prepared data, opened to be looked at."""
+    """Prepared data with its profile and vocabulary."""
 
     shards: Shards
     profile: Profile
@@ -35,52 +35,52 @@ class Prepared:
 
 
 def open_prepared(workspace: Workspace, profile: Profile) -> Prepared:
-    """Open what prepare left and the tokenizer it was made with.
+    """Open the prepared data and its tokenizer.
 
     Raises:
-        DataError: There is none yet, it is unfinished, or `base/` holds another tokenizer by now.
+        DataError: It is missing or incomplete, or `base/` holds a different tokenizer.
     """
     if not (workspace.data / "manifest.json").is_file():
-        raise DataError(f"{workspace.data}: no prepared data of profile '{workspace.profile}' yet; {_REMEDY}")
-    shards = open_shards(workspace.data, verify=False)  # to look at one sequence, 100 GB are not hashed
+        raise DataError(f"{workspace.data}: profile '{workspace.profile}' has no prepared data; {_REMEDY}")
+    shards = open_shards(workspace.data, verify=False)  # hashing all shards could take minutes
     path = workspace.base / "tokenizer.json"
     if not path.is_file():
-        raise DataError(f"{path}: not there, and the data cannot be read without it; run `dvc repro base`")
+        raise DataError(f"{path}: this file is missing, and decoding the data needs it; run `dvc repro base`")
     if (found := file_sha256(path)) != shards.manifest["tokenizer"]:
         raise DataError(
-            f"{path}: sha256 is {found[:12]}…, the data was made with {shards.manifest['tokenizer'][:12]}…; "
+            f"{path}: sha256 is {found[:12]}…, the data was prepared with {shards.manifest['tokenizer'][:12]}…; "
             "run `dvc repro prepare`"
         )
     return Prepared(shards, profile, Vocabulary(open_tokenizer(workspace.base)))
 
 
 def inspect_sequence(prepared: Prepared, name: str, number: int) -> Inspection:
-    """Return one sequence of a source, whole; raise ConfigError when there is no such source or sequence."""
+    """Return one whole sequence of a source; raise ConfigError if the source or sequence does not exist."""
     sources = prepared.shards.sources
     names = [source.name for source in sources]
     if name not in names:
-        raise ConfigError(f"source '{name}' does not exist; there are: {', '.join(names)}")
+        raise ConfigError(f"source '{name}' does not exist; sources: {', '.join(names)}")
     at = names.index(name)
     count, longest = len(sources[at].lengths), prepared.profile.max_length
     if not 0 <= number < count:
         there = f"0 to {count - 1:,}" if count else "none"
-        raise ConfigError(f"source {name} has no sequence {number:,}; there are: {there}")
+        raise ConfigError(f"source {name} has no sequence {number:,}; sequences: {there}")
     reading = read_whole(at, number, prepared.shards, prepared.profile)
     part = find_part(number, sources[at])
     title = f"{name}, sequence {number:,} of {count:,} ({sources[at].kind}, {part or 'neither train nor validation'})"
     if reading.length > longest:
-        title += f": stored whole, {reading.length - longest:,} tokens more than a row holds (max_length {longest:,})"
+        title += f": {reading.length - longest:,} tokens longer than max_length ({longest:,} tokens)"
     return Inspection(title, (reading,), {"source": name, "sequence": number, "part": part})
 
 
 def inspect_row(prepared: Prepared, number: int, *, epoch: int) -> Inspection:
-    """Return one row of an epoch as it is read; raise ConfigError when there is no such epoch or row."""
+    """Return one row of an epoch; raise ConfigError if the epoch or row does not exist."""
     epochs = prepared.profile.num_train_epochs
     if not 0 <= epoch < epochs:
-        raise ConfigError(f"epoch {epoch} does not exist; num_train_epochs {epochs} makes 0 to {epochs - 1}")
+        raise ConfigError(f"epoch {epoch} does not exist; epochs: 0 to {epochs - 1} (num_train_epochs: {epochs})")
     plan = plan_epoch(prepared.shards, prepared.profile, epoch=epoch)
     if not 0 <= number < plan.rows:
-        raise ConfigError(f"epoch {epoch} has no row {number:,}; there are: 0 to {plan.rows - 1:,}")
+        raise ConfigError(f"epoch {epoch} has no row {number:,}; rows: 0 to {plan.rows - 1:,}")
     readings = tuple(read_piece(piece, prepared.shards, prepared.profile) for piece in plan.row(number))
     return Inspection(
         f"row {number:,} of epoch {epoch}, {_place(plan, number)}", readings, {"row": number, "epoch": epoch}
@@ -89,11 +89,11 @@ def inspect_row(prepared: Prepared, number: int, *, epoch: int) -> Inspection:
 
 def _place(plan: EpochPlan, number: int) -> str:
     step = number // plan.profile.global_batch_size
-    return f"read in its step {step + 1:,} of {plan.steps:,}" if step < plan.steps else "left over, not trained"
+    return f"step {step + 1:,} of {plan.steps:,}" if step < plan.steps else "left over, not trained"
 
 
 def to_json(inspection: Inspection, prepared: Prepared) -> str:
-    """Return an inspection as one JSON object, every token with its id, text, and whether it is learned."""
+    """Return an inspection as one JSON object: id, text and mask of every token."""
     pieces = [
         {
             "source": reading.source,
@@ -119,12 +119,12 @@ def to_json(inspection: Inspection, prepared: Prepared) -> str:
 
 
 def pair_tokens(reading: Reading, prepared: Prepared) -> Iterator[tuple[Shown, bool]]:
-    """Return each token of a reading in characters, and whether it is learned."""
+    """Return each decoded token of a reading, and whether it is supervised."""
     return zip(prepared.vocabulary.show(reading.tokens.tolist()), reading.learned.tolist(), strict=True)
 
 
 def list_sources(prepared: Prepared) -> list[dict[str, str | int]]:
-    """Return what can be looked at: each source's counts."""
+    """Return the sources with their counts."""
     return [
         {
             "source": source.name,

@@ -1,4 +1,4 @@
-"""Markdown from values: text, tables and code that cannot break out of their place, whoever wrote the words in them."""
+"""Markdown from untrusted values: escaped text, tables and code blocks."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ _ESCAPED = {"<": "&lt;", ">": "&gt;", **{mark: f"\\{mark}" for mark in "\\|`*_{}
 
 
 def table(rows: Sequence[Mapping[str, str]], *, numbers: bool = False) -> str:
-    """Return rows of Markdown cells as a table, its columns those of the first row; `numbers` are set to the right."""
+    """Return rows of Markdown cells as a table; columns are those of the first row; `numbers` right-aligns them."""
     if not rows:
         return ""
     heads = list(rows[0])
@@ -21,7 +21,7 @@ def table(rows: Sequence[Mapping[str, str]], *, numbers: bool = False) -> str:
 
 
 def escape(words: object) -> str:
-    r"""Return words on one line as Markdown shows them verbatim; a line's end is ⏎, unprintable characters are named.
+    r"""Return text escaped on one line; a newline becomes ⏎, unprintable characters their escape.
 
     >>> escape("a|b\n<script>")
     'a\\|b ⏎ &lt;script&gt;'
@@ -31,19 +31,19 @@ def escape(words: object) -> str:
 
 
 def plain(words: object) -> str:
-    """Return words as `escape` does, long ones cut, for a cell of a table."""
+    """Return text escaped as by `escape` and truncated, for a table cell."""
     text = "\n".join(line.strip() for line in str(words).strip().splitlines())
     return escape(text[:_MOST_CHARACTERS]) + (" … (longer)" if len(text) > _MOST_CHARACTERS else "")
 
 
 def code(words: object) -> str:
-    """Return words in code style, inside a cell or out of it."""
+    """Return text as inline code, also valid in a table cell."""
     text = "".join(c if c.isprintable() else "?" for c in str(words)).replace("`", "'")
     return f"`{text}`" if text else ""
 
 
 def fence(words: str, language: str = "") -> str:
-    r"""Return a block of code whose fence is longer than any in the text; characters no encoding has are named.
+    r"""Return a code block with a fence longer than any in the text; lone surrogates become escapes.
 
     >>> fence("x")
     '```\nx\n```'

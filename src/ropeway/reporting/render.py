@@ -1,4 +1,4 @@
-"""HTML and Markdown from the files in `templates/`. Whatever a template prints is escaped for its format."""
+"""HTML and Markdown from the files in `templates/`. All output of a template is escaped for its format."""
 
 import json
 import re
@@ -11,22 +11,22 @@ from ropeway.reporting import markdown
 from ropeway.reporting.colors import DARK, LIGHT
 from ropeway.reporting.token_view import name_visibly, split_visible
 
-_FENCE = 2  # of three parts, the one that `collapse` captures beside its block
-# Control characters, lone surrogates and characters that reverse the direction of the text around them.
+_FENCE = 2  # index of the captured fence among the three parts per block in `collapse`
+# Control characters, lone surrogates and bidirectional control characters.
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
 
 
 def render(template: str, **values: object) -> str:
-    """Return a template of `templates/` with values; equal values give equal text, encodable as UTF-8.
+    """Return a rendered template of `templates/`; equal values give equal text, encodable as UTF-8.
 
-    `*.md.jinja` is Markdown, everything else HTML. A `markupsafe.Markup` is printed as it is, everything else is
-    escaped.
+    `*.md.jinja` is Markdown, everything else HTML. A `markupsafe.Markup` is not escaped, everything else
+    is.
     """
     return _environment(is_markdown=template.endswith(".md.jinja")).get_template(template).render(values)
 
 
 def collapse(text: str) -> str:
-    """Return Markdown with one blank line between blocks, code blocks as they are."""
+    """Return Markdown with one blank line between blocks; code blocks are unchanged."""
     parts = re.split(r"(?ms)(^(`{3,})[^\n]*\n.*?^\2$)", text.strip())
     return "".join(
         part if at % 3 == 1 else re.sub(r"\n{3,}", "\n\n", part) for at, part in enumerate(parts) if at % 3 != _FENCE
@@ -63,7 +63,7 @@ def _environment(*, is_markdown: bool) -> Environment:
 
 
 def _show_unsafe(value: object) -> object:
-    """Return a text with unsafe characters as their code point; Jinja escapes it for HTML afterwards."""
+    """Return text with unsafe characters replaced by their code point; Jinja escapes it for HTML afterwards."""
     if not isinstance(value, str) or isinstance(value, Markup):
         return value
     return _UNSAFE.sub(lambda found: f"U+{ord(found[0]):04X}", value)
@@ -74,5 +74,5 @@ def _escape_markdown(value: object) -> Markup:
 
 
 def trusted(text: str) -> Markup:
-    """Return a text that was escaped for its format, or made here, as one that a template prints as it is."""
-    return Markup(text)  # noqa: S704 - the one place where a text is called safe
+    """Mark text that is already escaped for its format as safe."""
+    return Markup(text)  # noqa: S704 - the only place that marks text as safe

@@ -71,7 +71,7 @@ def _render(case: Case, **values: object) -> str:
         ("digest", code(f"{case.digest[:_SHORT]}…")),
         ("mean loss over sources", _mean_loss(case)),
         ("gate", "passed" if passed else "**not passed**" if passed is False else "not evaluated"),
-        ("made by", plain(_revision(case))),
+        ("made by", plain(_revision(case, digits=_SHORT))),  # in full under Lineage
         ("published", plain(format_moment(new.facts["published_at"]))),
         ("size", f"{new.facts['bytes'] / 1e6:,.1f} MB in {len(new.facts['files'])} files"),
     ]
@@ -253,12 +253,13 @@ def _origins(run: Json) -> Iterator[tuple[str, str]]:
         yield f"source {name}", "; ".join(str(one) for one in describe_source(identity))
 
 
-def _revision(case: Case) -> str:
+def _revision(case: Case, digits: int | None = None) -> str:
+    """Return the git commit, its first `digits` only, and whether its tree was clean."""
     facts = case.new.facts["provenance"]
     git = facts.get("git") or "no git commit recorded"
     if again := case.new.facts["clean_commit"]:
-        return f"{again}, clean (first published from a dirty tree; this commit reproduced the same bytes)"
-    return f"{git}, {'dirty' if facts.get('dirty') else 'clean'}" if facts.get("git") else str(git)
+        return f"{again[:digits]}, clean (first published from a dirty tree; this commit reproduced the same bytes)"
+    return f"{git[:digits]}, {'dirty' if facts.get('dirty') else 'clean'}" if facts.get("git") else str(git)
 
 
 def _production_metrics(case: Case) -> Json:

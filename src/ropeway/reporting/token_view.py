@@ -1,9 +1,9 @@
-"""Tokens as a person looks at them: what each one says, whether it is learned, whether it is special.
+"""Tokens for display: their text, whether they are supervised (`learned`), whether they are special.
 
-A loss mask belongs to positions: True where predicting the *next* token counts. A person asks it of tokens: is this one
-learned? So token t is `learned` when the mask is True at t - 1 of the same piece. The first token of a piece never is,
-since nothing stands before it; a mask that is True at the last position teaches a token behind the piece
-(`document_end`), which `Reading.teaches_next` says.
+A loss mask belongs to positions: True where predicting the *next* token counts. Readers ask it of tokens, so token t is
+`learned` if the mask is True at t - 1 of the same piece. The first token of a piece never is: no position precedes it.
+If the mask is True at the last position, the token after the piece is supervised (`document_end`,
+`Reading.teaches_next`).
 """
 
 import json
@@ -25,17 +25,17 @@ from ropeway.data.shards import Shards, SourceShards
 from ropeway.models.tokenizer import BLANK, token_text
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")  # Source: SentencePiece's byte fallback
-_MOST_PENDING_BYTES = 64  # of a character that never comes whole
+_MOST_PENDING_BYTES = 64  # of a character that never becomes complete
 
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """One token in characters.
+    """One decoded token.
 
     Attributes:
-        text: What it says; of bytes that are no whole character, their hex digits.
-        is_special: A special token of the tokenizer, e.g. `</s>`; where its string comes from cannot be told.
-        completes: The characters of which these bytes are the last ones.
+        text: Its text; hex digits for bytes that are not a complete character.
+        is_special: A special token of the tokenizer, e.g. `</s>`.
+        completes: The character that these bytes complete.
     """
 
     number: int
@@ -46,17 +46,17 @@ class Shown:
 
 
 class Decoder(TypedDict):
-    """A decoder in tokenizer.json, as far as it is looked at; one of type Sequence has others inside."""
+    """The used fields of a decoder in tokenizer.json; type Sequence has inner decoders."""
 
     type: str
     decoders: NotRequired[list["Decoder"]]
 
 
 class Vocabulary:
-    """A tokenizer's tokens in characters, for Llama's type (byte fallback) and GPT-2's (byte level)."""
+    """Decodes single tokens of Llama's tokenizer type (byte fallback) and GPT-2's (byte level)."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        """Find out how this tokenizer spells blanks and bytes."""
+        """Detect how this tokenizer encodes spaces and bytes."""
         added = tokenizer.get_added_tokens_decoder()
         self._tokenizer = tokenizer
         self._added = frozenset(added)
@@ -68,7 +68,7 @@ class Vocabulary:
         self._has_blanks = "Metaspace" in kinds or BLANK in json.dumps(decoder, ensure_ascii=False)
 
     def show(self, numbers: Iterable[int]) -> Iterator[Shown]:
-        """Yield these tokens in characters, in order."""
+        """Yield these tokens decoded, in order."""
         pending = b""
         for number in numbers:
             spelt = self._spell(int(number))
@@ -82,7 +82,7 @@ class Vocabulary:
                 yield Shown(int(number), spelt, is_special=int(number) in self._special)
 
     def _spell(self, number: int) -> str | bytes:
-        """Return a token's characters, or its bytes where they are no whole characters."""
+        """Return a token's text, or its bytes if they are not complete characters."""
         text = token_text(self._tokenizer, number)
         if number in self._added:
             return text
@@ -97,13 +97,13 @@ class Vocabulary:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """One piece as it is read.
+    """One piece of a row with its loss mask.
 
     Attributes:
         length: Tokens of the whole sequence.
         tokens: `(T,)` ids of the piece.
         learned: `(T,)` True where predicting *this* token counts.
-        teaches_next: Predicting what stands behind the piece counts as well.
+        teaches_next: The token after the piece is supervised too.
     """
 
     piece: Piece
@@ -120,7 +120,7 @@ class Reading:
 
 
 def read_piece(piece: Piece, shards: Shards, profile: RowParams) -> Reading:
-    """Return a piece with what is learned of it, through the mask that training uses."""
+    """Return a piece with the loss mask that training uses."""
     source = shards.sources[piece.source]
     tokens, kinds = source.read(piece.sequence)
     cut = slice(piece.begin, piece.end)
@@ -131,33 +131,33 @@ def read_piece(piece: Piece, shards: Shards, profile: RowParams) -> Reading:
 
 
 def read_whole(source: int, sequence: int, shards: Shards, profile: RowParams) -> Reading:
-    """Return a whole sequence, as if a row could hold it."""
+    """Return a whole sequence with its loss mask, regardless of `max_length`."""
     length = int(shards.sources[source].lengths[sequence])
     return read_piece(Piece(source, sequence, 0, length), shards, profile)
 
 
 def find_part(sequence: int, source: SourceShards) -> str | None:
-    """Return whether a sequence is in `train` or in `validation`; None in neither."""
+    """Return `train` or `validation`, the split of a sequence; None if it is in neither."""
     return next((part for part in ("train", "validation") if (getattr(source, part) == sequence).any()), None)
 
 
 def next_token(reading: Reading, shards: Shards, profile: RowParams, vocabulary: Vocabulary) -> str | None:
-    """Return the token that the last position is taught though it stands behind the piece, None if none is."""
+    """Return the supervised token after the piece as text; None if there is none."""
     if not reading.teaches_next:
         return None
     if profile.document_end == "eos":
         return next(vocabulary.show([shards.special["eos"]])).text
-    return "whatever stands next in the batch"  # document_end: published
+    return "the next token in the batch"  # document_end: published
 
 
 class Sort(StrEnum):
-    """What a stretch of a token's text is to the eye."""
+    """How a part of a token's text is displayed."""
 
     PLAIN = "plain"
     SPACE = "space"
     BREAK = "break"
     TAB = "tab"
-    CODE = "code"  # a character that shows nothing, or turns the text around: its code point
+    CODE = "code"  # an invisible or direction-changing character, shown as its code point
 
 
 _SIGNS = {" ": (Sort.SPACE, "·"), "\n": (Sort.BREAK, "⏎"), "\t": (Sort.TAB, "⇥")}
@@ -165,7 +165,7 @@ _UNSEEN = {"Cc", "Cf", "Cs", "Co", "Zs", "Zl", "Zp"}
 
 
 def split_visible(text: str) -> list[tuple[Sort, str]]:
-    r"""Return a text in stretches in which nothing is invisible and nothing commands a terminal.
+    r"""Return a text in parts without invisible characters and terminal control codes.
 
     >>> [part for _, part in split_visible("a b\x1b")]
     ['a', '·', 'b', 'U+001B']
@@ -184,7 +184,7 @@ def split_visible(text: str) -> list[tuple[Sort, str]]:
 
 
 def name_visibly(text: str) -> str:
-    """Return a name, e.g. a file's, with blanks as they are and nothing else invisible."""
+    """Return a name, e.g. a file's, with spaces kept and other invisible characters replaced."""
     return "".join(" " if sort is Sort.SPACE else part for sort, part in split_visible(text))
 
 
@@ -196,7 +196,7 @@ def _decode(data: bytes) -> str | None:
 
 
 def _list_kinds(tree: Decoder | None) -> Iterator[str]:
-    """Yield the types of a decoder and of those inside it."""
+    """Yield the types of a decoder and of its inner decoders."""
     if tree:
         yield tree["type"]
         for part in tree.get("decoders", ()):

@@ -85,14 +85,14 @@ def test_a_row_holds_what_training_reads_there(ask, made):
     assert ids == batch.input_ids[0, : len(ids)].tolist()
     assert sum(piece["supervised"] for piece in found["pieces"]) == batch.loss_mask.sum()
     words = ask("--row", index)
-    assert f"row {index} of epoch 0, read in its step {index // 4 + 1} of {plan.steps}" in words
+    assert f"row {index} of epoch 0, step {index // 4 + 1} of {plan.steps}" in words
     assert words.count("\n── ") == len(found["pieces"]) > 1
 
 
 def test_an_end_that_is_taught_but_not_stored_is_named_and_so_is_a_row_that_is_left_over(tmp_path, monkeypatch, ask):
     make_prepared(tmp_path, document_end="eos")  # 22 rows = 5 steps x 4 + 2
     monkeypatch.chdir(tmp_path)
-    assert "row 19 of epoch 0, read in its step 5 of 5" in ask("--row", 19)
+    assert "row 19 of epoch 0, step 5 of 5" in ask("--row", 19)
     assert "row 20 of epoch 0, left over, not trained" in ask("--row", 20)
     assert ask("text", 0).rstrip().endswith("⟧ + </s>, learned behind it")
 
@@ -109,24 +109,24 @@ def test_colours_say_the_same_as_marks(made):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["nope"], "source 'nope' does not exist; there are: talk, text"),
-        (["talk", 21], "source talk has no sequence 21; there are: 0 to 20"),
-        (["--row", 9999], "epoch 0 has no row 9,999; there are: 0 to "),
+        (["nope"], "source 'nope' .*: talk, text"),
+        (["talk", 21], "source talk has no sequence 21; .*0 to 20"),
+        (["--row", 9999], "epoch 0 has no row 9,999; .*0 to "),
         (["--row", -1], "epoch 0 has no row -1"),
-        (["--row", 0, "--epoch", 1], "epoch 1 does not exist; num_train_epochs 1 makes 0 to 0"),
+        (["--row", 0, "--epoch", 1], "epoch 1 .*0 to 0 .*num_train_epochs: 1"),
         (["talk", "--row", 0], "SOURCE and --row do not go together"),
         (["talk", "--epoch", 0], "--epoch goes with --row"),
     ],
 )
 def test_what_does_not_exist_is_refused_in_words(ask, words, says):
-    with pytest.raises(ConfigError, match=re.escape(says)):
+    with pytest.raises(ConfigError, match=says):
         ask(*words)
 
 
 def test_data_that_is_not_there_yet_says_what_makes_it(ask, made, tmp_path, monkeypatch):
     (tmp_path / "params.yaml").write_bytes((made[0].root / "params.yaml").read_bytes())
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match="no prepared data of profile 'tiny' yet; `ropeway run` prepares it"):
+    with pytest.raises(DataError, match=r"profile 'tiny' has no prepared data; .*`ropeway run`"):
         ask("talk")
 
 
@@ -135,7 +135,7 @@ def test_another_tokenizer_than_the_datas_is_found(tmp_path, monkeypatch, ask):
     path = workspace.base / "tokenizer.json"
     path.write_bytes(path.read_bytes() + b"\n")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match="the data was made with"):
+    with pytest.raises(DataError, match="the data was prepared with"):
         ask("talk")
 
 
