@@ -198,7 +198,7 @@ def test_every_dtype_of_params_comes_back_as_itself(tmp_path, dtype, files):
 
 def test_an_undamaged_copy_passes(copy, made, capsys):
     assert main([str(copy), "--logits", str(made[2])]) == 0
-    assert "loads, and is what was trained" in capsys.readouterr().out
+    assert "loads and equals the trained model" in capsys.readouterr().out
 
 
 def test_a_dropped_factor_is_found(copy, made):
@@ -210,7 +210,7 @@ def test_a_dropped_factor_is_found(copy, made):
     with pytest.raises(DataError) as caught:
         check_package(copy, made[2])
     assert "config.json, rope_scaling: expected {'type': 'linear', 'factor': 2.0}, found None" in str(caught.value)
-    assert "RoPE frequencies of the live model: expected [0.5, 0.05" in str(caught.value)
+    assert "RoPE frequencies of the loaded model: expected [0.5, 0.05" in str(caught.value)
     assert re.search(r"logit of token \d+ at position \d+ of the probe: expected -?[\d.]+, found", str(caught.value))
 
 
@@ -242,7 +242,7 @@ def test_an_altered_template_is_found_wherever_it_stands(copy, place):
 
 def test_a_missing_template_is_found(copy):
     edit(copy / "tokenizer_config.json", lambda config: config.pop("chat_template"))
-    with pytest.raises(DataError, match="tokenizer_config: expected the chat template, found none"):
+    with pytest.raises(DataError, match="tokenizer_config: the chat template is missing"):
         check_package(copy)
 
 
@@ -255,7 +255,7 @@ def test_a_template_that_renders_the_same_is_none_the_worse_for_a_comment(copy):
 
 def test_a_probe_without_the_templates_tokens_is_found(copy):
     edit(copy / "probe.json", lambda probe: probe["special"].pop("<|assistant|>"))
-    with pytest.raises(DataError, match=r"probe\.json, special: expected the tokens of a template"):
+    with pytest.raises(DataError, match=r"probe\.json, special: expected the special tokens of a template"):
         check_package(copy)
 
 
@@ -324,11 +324,11 @@ def cut_shard(copy):
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (drop_from_index, rf"{NORM}: found in model-00002-of-00002.safetensors, but the index does not say so"),
-        (drop_from_shard, rf"{NORM}: expected in model-00002-of-00002.safetensors, as the index says, found none"),
-        (drop_from_files, rf"{NORM}: expected in the files"),
-        (drop_shard, rf"{NORM}: expected in model-00002-of-00002.safetensors"),
-        (cut_shard, r"model-00002-of-00002.safetensors: not a whole file of safetensors"),
+        (drop_from_index, rf"{NORM}: found in model-00002-of-00002.safetensors, where the index does not have it"),
+        (drop_from_shard, rf"{NORM}: missing in model-00002-of-00002.safetensors, where the index has it"),
+        (drop_from_files, rf"{NORM}: missing in the files"),
+        (drop_shard, rf"{NORM}: missing in model-00002-of-00002.safetensors"),
+        (cut_shard, r"model-00002-of-00002.safetensors: not a valid safetensors file"),
     ],
 )
 def test_a_tensor_that_index_or_files_lack_is_found_without_any_logits(copy, damage, words):
@@ -356,7 +356,7 @@ def test_an_end_token_that_does_not_stop_is_found(copy):
 
 def test_generation_settings_that_transformers_would_not_save_are_found(copy):
     edit(copy / "generation_config.json", lambda settings: settings.update(temperature=0.9, do_sample=False))
-    with pytest.raises(DataError, match=r"generation_config.json: expected settings that go together"):
+    with pytest.raises(DataError, match=r"generation_config.json: invalid settings"):
         check_package(copy)
 
 
@@ -378,7 +378,7 @@ def test_the_stage_fails_and_leaves_no_package_when_the_clean_process_finds_a_fa
     workspace, profile, _ = made
     edit(copy / "config.json", lambda config: config.update(rope_scaling=None))
     probe = json.loads((copy / "probe.json").read_bytes())
-    with pytest.raises(DataError, match=r"the package is not what was trained:\n  config.json, rope_scaling"):
+    with pytest.raises(DataError, match=r"differs from the trained model:\n  config.json, rope_scaling"):
         check_roundtrip(copy, workspace.model, probe)
     assert len(probe_row(probe)) == profile.max_length
 
@@ -401,7 +401,7 @@ def test_a_model_trained_with_other_params_is_not_packaged_under_the_present_one
 def test_a_model_that_does_not_state_its_params_is_not_packaged(tmp_path):
     workspace, profile = make_run(tmp_path, "package")
     write_manifest(workspace.model, {"steps": 3, "applied_steps": 3, "fingerprint": "0", "dtype": "fp32"})
-    with pytest.raises(DataError, match="does not state the params it was trained with"):
+    with pytest.raises(DataError, match="its manifest has no params"):
         package.run(workspace, profile)
 
 

@@ -43,4 +43,4 @@ def test_modules_below_tests_import_nothing_of_tests_but_support():
 
 def test_builders_stand_in_support_alone():
     kinds = {module for module in MODULES if not Path(module).name.startswith(("test_", "conftest"))}
-    assert {module for module in kinds if not module.startswith("support/")} == {"loaders/stranger.py"}
+    assert {module for module in kinds if not module.startswith("support/")} == {"loaders/old_loader.py"}

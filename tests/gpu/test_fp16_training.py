@@ -1,4 +1,4 @@
-"""On a card: the main job's training in fp16 with the flash kernels that params ask for, its loss scale recorded."""
+"""On a GPU: fp16 training with flash attention records its loss scale."""
 
 import csv
 import json

@@ -17,13 +17,13 @@ from ropeway.orchestration.stage_process import write_identity
 from ropeway.runtime.errors import ConfigError, DataError
 from ropeway.stages.evaluate import stage as evaluate
 from ropeway.stages.evaluate import tasks as harness
-from ropeway.stages.evaluate.opening import open_model
+from ropeway.stages.evaluate.load_model import open_model
 from ropeway.stages.evaluate.samples import encode_prompt
 from tests.support.tiny_run import BLOCK, ROOT, make_run
 
 pytestmark = [
     pytest.mark.harness,
-    pytest.mark.filterwarnings("default"),  # foreign ones: the harness imports some forty packages
+    pytest.mark.filterwarnings("default"),  # those of the harness's 40 dependencies
 ]
 
 BOS = 1
@@ -66,7 +66,7 @@ def cache(tmp_path_factory, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
 
 
-def lay_tasks(folder):
+def write_tasks(folder):
     folder.mkdir(parents=True)
     for name, (kind, rest) in KINDS.items():
         (folder / f"{name}.yaml").write_text(TASK.format(name=name, kind=kind, rest=rest))
@@ -74,33 +74,33 @@ def lay_tasks(folder):
     (folder / "few.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
 
 
-def make_world(root, tasks):
+def make_workspace(root, tasks):
     workspace, profile = make_run(root, block=BLOCK.replace("tasks: []", f"tasks: [{', '.join(tasks)}]"))
-    lay_tasks(workspace.tasks)
+    write_tasks(workspace.tasks)
     for path in (ROOT / "configs" / "tasks").iterdir():
         shutil.copyfile(path, workspace.tasks / path.name)
     return workspace, profile
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    workspace, _ = make_world(tmp_path_factory.mktemp("run"), ())
+def opened_run(tmp_path_factory):
+    workspace, _ = make_workspace(tmp_path_factory.mktemp("run"), ())
     return workspace, open_model(workspace.model, like=workspace.model)
 
 
-def ask(world, *names, model=None, max_length=96):
-    workspace, (opened, tokenizer) = world
+def run_tasks(opened_run, *names, model=None, max_length=96):
+    workspace, (opened, tokenizer) = opened_run
     tasks = harness.open_tasks(names, workspace.root, workspace.tasks)
     return harness.run_tasks(model or opened, tokenizer, tasks, batch_size=2, max_length=max_length, seed=7)
 
 
 def seen_by(model, run):
-    """Return the rows of every forward pass that reads a prompt."""
+    """Return the rows of every forward pass over a prompt."""
     rows = []
 
     def note(_, args, kwargs):
         ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-        rows.extend(ids.tolist() if ids.shape[1] > 1 else [])  # one token: generation goes on
+        rows.extend(ids.tolist() if ids.shape[1] > 1 else [])  # one token: a step of generation
 
     hook = model.register_forward_pre_hook(note, with_kwargs=True)
     try:
@@ -111,8 +111,8 @@ def seen_by(model, run):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_exactly_one_bos_reaches_the_model_and_stands_in_front(world, name):
-    rows = seen_by(world[1][0], lambda: ask(world, name))
+def test_every_input_of_the_model_starts_with_exactly_one_bos(opened_run, name):
+    rows = seen_by(opened_run[1][0], lambda: run_tasks(opened_run, name))
     assert rows
     for row in rows:
         said = row[row.index(BOS) :]
@@ -121,14 +121,14 @@ def test_exactly_one_bos_reaches_the_model_and_stands_in_front(world, name):
         assert set(row[: -len(said)]) <= {2}  # padding on the left
 
 
-def test_a_prompt_is_the_one_that_the_sampling_report_uses(world):
-    _, (model, tokenizer) = world
-    rows = [row[row.index(BOS) :] for row in seen_by(model, lambda: ask(world, "few_say"))]
+def test_a_prompt_is_that_of_the_sample_answers(opened_run):
+    _, (model, tokenizer) = opened_run
+    rows = [row[row.index(BOS) :] for row in seen_by(model, lambda: run_tasks(opened_run, "few_say"))]
     assert sorted(rows) == sorted(encode_prompt(tokenizer, OPEN_ASSISTANT, line["question"]) for line in LINES)
 
 
-def test_accuracy_is_what_the_probabilities_of_the_answers_say(world):
-    _, (model, tokenizer) = world
+def test_accuracy_is_that_of_the_answers_with_the_highest_probability(opened_run):
+    _, (model, tokenizer) = opened_run
     right = 0
     for line in LINES:
         prompt = encode_prompt(tokenizer, OPEN_ASSISTANT, line["question"])
@@ -139,22 +139,22 @@ def test_accuracy_is_what_the_probabilities_of_the_answers_say(world):
                 logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
             told.append(float(logits[torch.arange(len(answer)), answer].sum()))
         right += int(np.argmax(told)) == line["answer"]
-    score = ask(world, "few_choice")["few_choice"]
+    score = run_tasks(opened_run, "few_choice")["few_choice"]
     assert score.metrics["acc"] == pytest.approx(right / 3, abs=1e-6)
     assert (score.version, score.shots, score.n) == ("2.0", 0, 3)
-    assert ask(world, "few_shots")["few_shots"].shots == 1
+    assert run_tasks(opened_run, "few_shots")["few_shots"].shots == 1
 
 
-def test_a_group_and_its_tasks_are_told_apart(world):
-    scores = ask(world, "few")
+def test_a_group_and_its_tasks_have_separate_scores(opened_run):
+    scores = run_tasks(opened_run, "few")
     assert set(scores) == {"few", "few_choice", "few_say"}
     assert scores["few"].metrics["acc"] == scores["few_choice"].metrics["acc"]
     assert scores["few_say"].n == 3
 
 
-def test_base_and_tuned_are_asked_and_the_report_is_the_same_by_one_process_and_by_two(tmp_path, monkeypatch):
-    workspace, profile = make_world(tmp_path, ("python_basics", "few_say"))
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))  # of the two
+def test_the_report_of_one_process_and_of_two_is_the_same(tmp_path, monkeypatch):
+    workspace, profile = make_workspace(tmp_path, ("python_basics", "few_say"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))  # for both processes
     seen = []
     for processes in ("1", "2"):
         monkeypatch.setenv("ROPEWAY_EVALUATE_WORKERS", processes)
@@ -162,7 +162,7 @@ def test_base_and_tuned_are_asked_and_the_report_is_the_same_by_one_process_and_
         seen.append(workspace.evaluation.read_bytes())
     assert seen[0] == seen[1]
     report = json.loads(seen[0])
-    assert report["harness"] == f"lm_eval {harness.find_harness(())}"
+    assert report["harness"] == f"lm_eval {harness.harness_version(())}"
     assert set(report["tasks"]) == {"python_basics", "few_say"}
     basics = report["tasks"]["python_basics"]
     assert {key: basics[key] for key in ("version", "shots", "n")} == {"version": "1.0", "shots": 0, "n": 24}
@@ -173,7 +173,7 @@ def test_base_and_tuned_are_asked_and_the_report_is_the_same_by_one_process_and_
         assert basics[model]["acc_stderr"] == pytest.approx((p * (1 - p) / 23) ** 0.5, abs=1e-5)
 
 
-def test_the_tasks_that_ship_have_one_right_answer_each_and_no_trivial_pattern():
+def test_shipped_tasks_have_one_correct_answer_each_and_no_trivial_pattern():
     text = (ROOT / "configs" / "tasks" / "python_basics.jsonl").read_text()
     lines = [json.loads(line) for line in text.splitlines()]
     assert len(lines) == len({line["question"] for line in lines}) == 24
@@ -183,8 +183,8 @@ def test_the_tasks_that_ship_have_one_right_answer_each_and_no_trivial_pattern()
     assert max(np.bincount([line["answer"] for line in lines])) <= len(lines) / 3
 
 
-def test_a_changed_question_is_read_anew_and_changes_what_dvc_sees(tmp_path):
-    workspace, _ = make_world(tmp_path, ("few_choice",))
+def test_a_changed_question_is_read_again_and_changes_the_digest_for_dvc(tmp_path):
+    workspace, _ = make_workspace(tmp_path, ("few_choice",))
     (tmp_path / "configs" / "zero2_cpu.json").write_text("{}")
     _, profile = load_profile(tmp_path / "params.yaml")
     (tmp_path / profile.deepspeed_config).write_text("{}")
@@ -194,37 +194,37 @@ def test_a_changed_question_is_read_anew_and_changes_what_dvc_sees(tmp_path):
         (workspace.tasks / "few.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES[:count]))
         write_identity(tmp_path)
         seen.append(json.loads((workspace.identity / "tasks.json").read_bytes()))
-        assert ask((workspace, model), "few_choice")["few_choice"].n == count
+        assert run_tasks((workspace, model), "few_choice")["few_choice"].n == count
     assert seen[0]["digest"] != seen[1]["digest"]
-    assert seen[0]["of"]["lm_eval"] == harness.find_harness(())
+    assert seen[0]["of"]["lm_eval"] == harness.harness_version(())
 
 
 def test_an_unknown_task_is_named_before_a_model_is_opened(tmp_path, monkeypatch):
-    workspace, profile = make_world(tmp_path, ("few_choise",))
+    workspace, profile = make_workspace(tmp_path, ("few_choise",))
     monkeypatch.setattr(
         "ropeway.stages.evaluate.measuring.open_model", lambda *_, **__: pytest.fail("a model was opened")
     )
-    with pytest.raises(ConfigError, match=r"few_choise is neither in .*configs/tasks nor .*did you mean few_choice"):
+    with pytest.raises(ConfigError, match=r"few_choise does not exist in .*configs/tasks.*did you mean few_choice"):
         evaluate.run(workspace, profile)
 
 
-def test_a_missing_data_file_is_named(world, tmp_path):
-    workspace, _ = world
+def test_a_missing_data_file_is_named(opened_run, tmp_path):
+    workspace, _ = opened_run
     shutil.copytree(workspace.tasks, tmp_path / "configs" / "tasks")
     (tmp_path / "configs" / "tasks" / "few.jsonl").unlink()
-    with pytest.raises(ConfigError, match=r"the data of few_say cannot be read.*few.jsonl"):
+    with pytest.raises(ConfigError, match=r"the data of task few_say cannot be loaded.*few.jsonl"):
         harness.open_tasks(["few_say"], tmp_path, tmp_path / "configs" / "tasks")
 
 
-def test_a_figure_that_is_not_finite_fails(world):
-    _, (model, _) = world
+def test_a_score_that_is_not_finite_is_an_error(opened_run):
+    _, (model, _) = opened_run
     broken = type(model)(model.config).eval()
     torch.nn.init.constant_(broken.lm_head.weight, float("nan"))
     with pytest.raises(DataError, match="task few_roll: word_perplexity is nan"):
-        ask(world, "few_roll", model=broken)
+        run_tasks(opened_run, "few_roll", model=broken)
 
 
-def test_offline_a_data_set_of_the_hub_is_refused_at_once(tmp_path):
+def test_offline_a_dataset_of_the_hub_is_refused_immediately(tmp_path):
     code = (
         "from pathlib import Path; from ropeway.stages.evaluate.tasks import open_tasks; "
         "open_tasks(['arc_easy'], Path(), Path('none'))"
@@ -233,12 +233,12 @@ def test_offline_a_data_set_of_the_hub_is_refused_at_once(tmp_path):
     child = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False, timeout=300
     )
-    assert "ConfigError: params.yaml: evaluation.tasks: the data of arc_easy cannot be read" in child.stderr
+    assert "ConfigError: params.yaml: evaluation.tasks: the data of task arc_easy cannot be loaded" in child.stderr
     assert "HF_HUB_OFFLINE is set" in child.stderr
 
 
-def test_a_task_is_asked_under_the_models_own_frequencies_whatever_was_read_before(world):
-    model = deepcopy(world[1][0])
+def test_earlier_inputs_do_not_change_the_frequencies_of_a_trun_tasks(opened_run):
+    model = deepcopy(opened_run[1][0])
     model.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
     fresh, seen = model.model.rotary_emb.inv_freq.clone(), []
@@ -246,5 +246,5 @@ def test_a_task_is_asked_under_the_models_own_frequencies_whatever_was_read_befo
         model(torch.arange(3, 400)[None], use_cache=False)
     assert not torch.equal(model.model.rotary_emb.inv_freq, fresh)
     model.register_forward_pre_hook(lambda *_: seen.append(model.model.rotary_emb.inv_freq.clone()))
-    ask(world, "few_choice", model=model)
+    run_tasks(opened_run, "few_choice", model=model)
     assert torch.equal(seen[0], fresh)

@@ -1,6 +1,6 @@
-"""The package in the hands of transformers 4.31.0 and 4.46.3, each in an interpreter of its own (`make test-loaders`).
+"""The package loaded by transformers 4.31.0 and 4.46.3, each in its own interpreter (`make test-loaders`).
 
-Nothing of this project runs there: what a folder does is held against what today's library computed from the export.
+Nothing of this project is imported there. Results are compared with the current transformers on the export.
 """
 
 import json
@@ -26,14 +26,14 @@ pytestmark = pytest.mark.loaders
 
 HERE = Path(__file__).parent
 VERSIONS = sorted(path.stem for path in HERE.glob("*.txt"))
-# dtype of the package, scaling; the row of logits reaches to 96 tokens, twice what the base knows
+# kind -> (dtype of the package, RoPE scaling); the probe row has 96 tokens, twice the base's context length
 KINDS = {
     "fp32": ("fp32", "linear"),
     "fp16": ("fp16", "linear"),
     "bf16": ("bf16", "linear"),
     "dynamic": ("fp32", "dynamic"),
 }
-# Relative to the largest logit. 4.31 has no SDPA: the same sums in another order.
+# Relative to the largest logit. 4.31 has no SDPA, so sums round differently.
 TOLERANCE = {"fp32": 2e-5, "fp16": 4e-3, "bf16": 3e-2}
 
 
@@ -41,7 +41,7 @@ copy = tiny_run.copy_tokenizer
 
 
 def saved_today(folder):
-    """Write the tokenizer as the base stage does: by today's tokenizers, which spells merges in a new way."""
+    """Write the tokenizer as the base stage does: with the current tokenizers, which writes merges as pairs."""
     copy(folder)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -50,7 +50,7 @@ def saved_today(folder):
 
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory):
-    """Return {kind: (folder, probe, logits of the trained model)}, and one whose scaling only new loaders see."""
+    """Return {kind: (folder, probe, logits of the trained model)}; `unscaled`: only new loaders see its scaling."""
     made = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiny_run, "copy_tokenizer", saved_today)
@@ -84,33 +84,33 @@ def packages(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=VERSIONS)
 def seen(request, packages):
-    """Return what one old version says of every package: one process for all, since it takes seconds to start."""
+    """Return the results of one old version for all packages, from one process, since it takes seconds to start."""
     python = tiny_run.ROOT / ".venv-loaders" / request.param / "bin" / "python"
     assert python.is_file(), f"{python} is not there: `make test-loaders` makes it"
-    asked = {
+    cases = {
         str(folder): {
             "row": probe_row(probe),
             "texts": [case["text"] for case in probe["texts"]],
             "conversations": [case["messages"] for case in probe["conversations"]],
             "roles": list(OPEN_ASSISTANT.added_tokens),
             "prompt": probe["conversations"][0]["ids"],
-            "say": [probe["special"][OPEN_ASSISTANT.added_tokens[-1]], probe["special"]["eos"]],
+            "forced": [probe["special"][OPEN_ASSISTANT.added_tokens[-1]], probe["special"]["eos"]],
         }
         for folder, probe, _ in packages.values()
     }
     done = subprocess.run(
-        [python, HERE / "stranger.py"],
-        input=json.dumps(asked),
+        [python, HERE / "old_loader.py"],
+        input=json.dumps(cases),
         env={"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PATH": "/usr/bin:/bin"},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    said = json.loads(done.stdout)
-    assert said["transformers"] == request.param
-    found = {kind: said["found"][str(folder)] for kind, (folder, *_) in packages.items()}
-    return {**found, "templated": request.param != "4.31.0"}  # they came with 4.34
+    output = json.loads(done.stdout)
+    assert output["transformers"] == request.param
+    found = {kind: output["found"][str(folder)] for kind, (folder, *_) in packages.items()}
+    return {**found, "templated": request.param != "4.31.0"}  # chat templates exist since 4.34
 
 
 def difference(packages, kind):
@@ -127,9 +127,9 @@ def test_its_logits_are_those_of_the_trained_model(seen, packages, kind):
     assert difference(packages, kind) <= TOLERANCE[KINDS[kind][0]]
 
 
-def test_the_scaling_is_read_from_the_key_that_old_loaders_know(seen, packages):
+def test_old_loaders_read_the_scaling_from_rope_scaling(seen, packages):
     assert {key: seen["fp32"]["rope_scaling"][key] for key in ("type", "factor")} == {"type": "linear", "factor": 2.0}
-    # Without it they compute something else, without a word: the comparison above would see that.
+    # Without it they silently compute other logits, which the comparison above would find.
     assert seen["unscaled"]["rope_scaling"] is None
     assert difference(packages, "unscaled") > 100 * TOLERANCE["fp32"]
 
@@ -143,7 +143,7 @@ def test_tokens_special_ids_and_lengths_are_those_of_the_data(seen, packages, ki
     assert (found["max_length"], found["padding_side"], found["use_cache"]) == (96, "right", True)
 
 
-def test_the_template_renders_as_in_training_where_the_version_has_templates(seen, packages):
+def test_the_template_renders_as_in_training_if_the_version_has_templates(seen, packages):
     wanted = [case["text"] for case in packages["fp32"][1]["conversations"]]
     assert seen["fp32"]["rendered"] == (wanted if seen["templated"] else None)
 
@@ -151,10 +151,10 @@ def test_the_template_renders_as_in_training_where_the_version_has_templates(see
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_generates_and_stops_at_the_end_token(seen, packages, kind):
     special = packages[kind][1]["special"]
-    assert seen[kind]["said"] == [special[OPEN_ASSISTANT.added_tokens[-1]], special["eos"]]
+    assert seen[kind]["generated"] == [special[OPEN_ASSISTANT.added_tokens[-1]], special["eos"]]
 
 
-def test_the_tokenizer_of_the_package_is_the_models_in_another_spelling(packages):
+def test_the_package_s_tokenizer_has_the_models_merges_as_strings(packages):
     folder, _, _ = packages["fp32"]
     tree = json.loads((folder / "tokenizer.json").read_bytes())
     assert all(isinstance(merge, str) for merge in tree["model"]["merges"])

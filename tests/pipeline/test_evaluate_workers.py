@@ -12,7 +12,7 @@ import torch
 from ropeway.runtime.errors import ConfigError, RopewayError
 from ropeway.stages.evaluate import stage as evaluation
 from ropeway.stages.evaluate.champion import measure_champion
-from ropeway.stages.evaluate.evaluation_workers import share_out
+from ropeway.stages.evaluate.evaluation_workers import run_shares
 from tests.support import forked
 from tests.support.processes import command_of
 from tests.support.tiny_run import BLOCK, ROOT, make_run
@@ -59,9 +59,9 @@ def test_one_process_and_two_write_equal_files(tmp_path, monkeypatch, measuring_
     seen, lines = [], []
     for workers in ("", "2"):
         text = evaluate(workspace, ROPEWAY_EVALUATE_WORKERS=workers) if workers else evaluate_alone(workspace)
-        assert f"evaluate: processes: {workers or 1}, " in text
+        assert f"evaluate: {workers or 1} process" in text
         seen.append(left(workspace))
-        lines.append([line for line in text.splitlines() if "nats/token" in line or "hidden keys" in line])
+        lines.append([line for line in text.splitlines() if "nats/token" in line or "passkey" in line])
         workspace.evaluation.rename(tmp_path / "eval.json")
     assert set(seen[0]) > {"eval.json", "samples.json", "passkey_answers.csv", "positions.csv"}
     assert seen[0] == seen[1]
@@ -84,8 +84,8 @@ def test_a_killed_process_is_a_temporary_error_and_nothing_is_written(tmp_path):
         workers[-1].kill()
         text = process.stdout.read()
     assert process.returncode == 75, text
-    assert "evaluate: process 2 of 2 died (killed, or out of memory); nothing was written" in text
-    assert "Run the same command again; fewer processes need less memory: ROPEWAY_EVALUATE_WORKERS=1" in text
+    assert "evaluate: process 2 of 2 was killed, e.g. out of memory; nothing was written" in text
+    assert "ROPEWAY_EVALUATE_WORKERS=1" in text
     assert sorted(workspace.root.rglob("*")) == before
     assert not psutil.wait_procs(workers, timeout=120)[1]
 
@@ -93,24 +93,26 @@ def test_a_killed_process_is_a_temporary_error_and_nothing_is_written(tmp_path):
 def test_a_process_reports_an_error_as_a_single_process_does(tmp_path, monkeypatch, capfd):
     workspace, profile = make_run(tmp_path, block=BLOCK.replace("lengths: [192, 256]", "lengths: [40, 256]"))
     monkeypatch.setenv("ROPEWAY_EVALUATE_WORKERS", "2")
-    with pytest.raises(ConfigError, match=r"^evaluation\.passkey\.lengths: 40 tokens; the question alone has"):
+    with pytest.raises(
+        ConfigError, match=r"^evaluation\.passkey\.lengths: 40 tokens are too few: the question alone has"
+    ):
         evaluation.run(workspace, profile)
     printed = capfd.readouterr()
-    assert "evaluate: processes: 2, " in printed.out
+    assert "evaluate: 2 processes, " in printed.out
     assert "Traceback" not in printed.out + printed.err
     assert not workspace.evaluation.exists()
 
 
 def test_an_unforeseen_error_of_a_process_is_not_retried(capfd):
-    with pytest.raises(RopewayError, match=r"[12] of 2 ended by an error \(exit 1\); its traceback is above") as e:
-        share_out(divmod, (1,), PAIR)
+    with pytest.raises(RopewayError, match=r"[12] of 2 failed with exit code 1; its traceback is above") as e:
+        run_shares(divmod, (1,), PAIR)
     assert e.value.exit_code == 1
     assert "TypeError: unsupported operand" in capfd.readouterr().err
 
 
 def test_each_process_sees_its_own_card(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert share_out(os.getenv, ("CUDA_VISIBLE_DEVICES",), ("4", "7")) == ["4", "7"]
+    assert run_shares(os.getenv, ("CUDA_VISIBLE_DEVICES",), ("4", "7")) == ["4", "7"]
     assert "CUDA_VISIBLE_DEVICES" not in os.environ
 
 
@@ -122,6 +124,6 @@ def test_each_process_has_as_many_threads_as_one_alone():
     before = torch.get_num_threads()
     torch.set_num_threads(before + 2)
     try:
-        assert share_out(count_threads, (), PAIR) == [before + 2] * 2
+        assert run_shares(count_threads, (), PAIR) == [before + 2] * 2
     finally:
         torch.set_num_threads(before)

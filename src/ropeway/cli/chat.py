@@ -111,7 +111,7 @@ class ChatSession:
 
     def __init__(self, folder: Path, generation: GenerationSettings) -> None:
         """Open the model; raise DataError when transformers cannot load it, or it has no chat template."""
-        from ropeway.stages.evaluate.opening import SAMPLED_ON_ONE, open_model, threads_for
+        from ropeway.stages.evaluate.load_model import GENERATE_SINGLE_THREADED_BELOW, cpu_threads_for, open_model
 
         try:
             self._model, self._tokenizer = open_model(folder, like=folder)
@@ -119,7 +119,7 @@ class ChatSession:
             raise DataError(f"{folder}: transformers cannot load it ({type(error).__name__}: {error})") from error
         if not self._tokenizer.chat_template:
             raise DataError(f"{folder}: its tokenizer has no chat template, so nobody knows how to ask it")
-        self._threads = lambda: threads_for(self._model, one_below=SAMPLED_ON_ONE)
+        self._threads = lambda: cpu_threads_for(self._model, single_threaded_below=GENERATE_SINGLE_THREADED_BELOW)
         self.generation, self.turns = generation, list[str]()
         self._asked = 0
 

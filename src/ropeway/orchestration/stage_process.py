@@ -222,10 +222,10 @@ def _tasks_identity(profile: EvaluateParams, folder: Path) -> dict[str, str]:
     names = profile.evaluation.tasks
     if not names:
         return {}
-    from ropeway.stages.evaluate.tasks import find_harness
+    from ropeway.stages.evaluate.tasks import harness_version
 
     digests = {path.relative_to(folder.parent.parent).as_posix(): file_sha256(path) for path in _task_files(folder)}
-    return {"lm_eval": find_harness(names), **digests}
+    return {"lm_eval": harness_version(names), **digests}
 
 
 def _task_files(folder: Path) -> list[Path]:

@@ -1,6 +1,6 @@
-"""Measures another model on this run's validation rows, so that the gate compares like with like.
+"""Scores another model on this run's validation rows, so that the gate compares both models on the same data.
 
-`python -m ropeway.stages.evaluate.champion ROOT PROFILE FOLDER OUT`, started when validation data has changed.
+`python -m ropeway.stages.evaluate.champion ROOT PROFILE FOLDER OUT`, started where the validation data has changed.
 """
 
 import sys
@@ -14,22 +14,22 @@ from ropeway.runtime.errors import RopewayError
 from ropeway.runtime.manifest import file_sha256, write_json
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.evaluate.evaluation_workers import plan_workers
+from ropeway.stages.evaluate.load_model import check_template
 from ropeway.stages.evaluate.measuring import EvalRequest, measure_folder
-from ropeway.stages.evaluate.opening import check_template
 from ropeway.stages.evaluate.stage import report_scores
-from ropeway.stages.evaluate.text import translate
+from ropeway.stages.evaluate.text import retokenize
 
-_REMEDY = "It cannot be compared on this run's data; choose another champion: `ropeway registry promote` or `rollback`"
+_REMEDY = "It cannot be compared on this run's data. Choose another champion: `ropeway registry promote` or `rollback`"
 
 
 def measure_champion(workspace: Workspace, profile: EvaluateParams, folder: Path, out: Path) -> None:
-    """Write to `out` what eval.json would say of `folder`, a pulled package, as the tuned model of this run.
+    """Write to `out` the scores that eval.json would have with `folder`, a pulled package, as the tuned model.
 
-    Under another tokenizer than the run's it reads the same texts in its own tokens; the report then has that
-    tokenizer's digest, and only its nats per byte can be compared.
+    A model with another tokenizer than the run's is scored on the same texts in its own tokens. The report then has
+    that tokenizer's digest, and only its nats/byte can be compared.
 
     Raises:
-        DataError: It was trained with another template than made those rows.
+        DataError: Its chat template is not the one of the validation rows.
         ConfigError: Its tokenizer lacks a special token of the template.
         TemporaryError: As in `measure_folder`.
     """
@@ -37,11 +37,11 @@ def measure_champion(workspace: Workspace, profile: EvaluateParams, folder: Path
     check_template(folder, shards, remedy=_REMEDY)
     tokenizer = file_sha256(folder / "tokenizer.json")
     with tempfile.TemporaryDirectory() as scratch:
-        asked = EvalRequest(shards, profile)
+        request = EvalRequest(shards, profile)
         if tokenizer != shards.manifest["tokenizer"]:
-            asked = EvalRequest(*translate(shards, profile, workspace.base, folder, Path(scratch)))
-        found = measure_folder(folder, folder, asked, cards=plan_workers(), name="champion")
-    report = report_scores(shards, profile, {"tuned": found.scores}, tokenizer_folder=workspace.base)
+            request = EvalRequest(*retokenize(shards, profile, workspace.base, folder, Path(scratch)))
+        result = measure_folder(folder, folder, request, gpus=plan_workers(), name="champion")
+    report = report_scores(shards, profile, {"tuned": result.scores}, tokenizer_folder=workspace.base)
     write_json(out, {**report, "tokenizer": tokenizer})
 
 

@@ -1,9 +1,9 @@
-"""Who measures: this process, or several of this machine, each with its own share of the rows and one card.
+"""Evaluation in this process or in several worker processes of this machine, each with a share of the rows and a GPU.
 
-Where it runs is environment: `ROPEWAY_EVALUATE_WORKERS`, else one process per card that trains (`ROPEWAY_RANKS`), else
-this process alone. The numbers are the same: an item's result depends on that item alone, and whoever asked adds the
-results in the items' own order. On a CPU every worker has as many threads as this process would, since another number
-of threads rounds differently.
+The number of processes is `ROPEWAY_EVALUATE_WORKERS`, by default one per GPU used in training (`ROPEWAY_RANKS`), on a
+CPU one. It does not change the results: the result of an item depends only on that item, and results are summed in the
+order of the items. On a CPU every worker has as many threads as this process, since another number of threads rounds
+differently.
 """
 
 import multiprocessing
@@ -24,14 +24,14 @@ from ropeway.runtime.worker_processes import begin_worker, count_asked
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-Cards = tuple[str | None, ...]  # for each process the card it sees, as in CUDA_VISIBLE_DEVICES; None: none of its own
-ALONE: Cards = (None,)
-_VARIABLE = "ROPEWAY_EVALUATE_WORKERS"
+GpuAssignment = tuple[str | None, ...]  # CUDA_VISIBLE_DEVICES of each process; None: as in this process
+SINGLE_PROCESS: GpuAssignment = (None,)
+_WORKERS_VARIABLE = "ROPEWAY_EVALUATE_WORKERS"
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """One process's part of the items: every `count`-th, from its own number on, so that sorted ones are dealt evenly.
+    """The items of one process: every `count`-th, starting with its number, which splits sorted items evenly.
 
     >>> Share(1, 3).of([10, 11, 12, 13, 14])
     [11, 14]
@@ -41,128 +41,128 @@ class Share:
     count: int
 
     def of(self, items: Sequence[Item]) -> Sequence[Item]:
-        """Return its part of these items, in their order."""
+        """Return the share's items, in order."""
         return rank_order(items, rank=self.number, world_size=self.count)
 
 
-def gather(parts: Sequence[Sequence[Item]]) -> list[Item]:
-    """Return what all shares made, in the items' own order.
+def merge_shares(parts: Sequence[Sequence[Item]]) -> list[Item]:
+    """Return the results of all shares in the order of the items.
 
-    >>> gather([[10, 13], [11, 14], [12]])
+    >>> merge_shares([[10, 13], [11, 14], [12]])
     [10, 11, 12, 13, 14]
     """
-    found = [item for part in parts for item in part]  # as long as all of them; each place is written below
+    results = [item for part in parts for item in part]  # the right length; every position is overwritten below
     for number, part in enumerate(parts):
-        found[number :: len(parts)] = part  # refuses a part of another length than its share
-    return found
+        results[number :: len(parts)] = part  # ValueError if the part has another length than its share
+    return results
 
 
-def plan_workers() -> Cards:
-    """Return who measures on this machine, as its environment and its cards have it, and say so.
+def plan_workers() -> GpuAssignment:
+    """Return and print the processes that evaluate on this machine, from its environment and GPUs.
 
     Raises:
         ConfigError: As in `count_asked` and `count_ranks`.
     """
-    has_cards = torch.cuda.is_available()  # a torch without CUDA sees none
-    cards = plan_cards(os.environ, list_gpus() if has_cards else [])
-    where = f"on cards {', '.join(map(str, cards))}" if has_cards else f"of up to {torch.get_num_threads()} threads"
-    print(f"evaluate: processes: {len(cards)}, {where}", flush=True)
-    return cards
+    has_gpus = torch.cuda.is_available()  # False in a torch without CUDA
+    gpus = assign_gpus(os.environ, list_gpus() if has_gpus else [])
+    where = f"GPUs {', '.join(map(str, gpus))}" if has_gpus else f"up to {torch.get_num_threads()} threads each"
+    print(f"evaluate: {len(gpus)} process{'es' if len(gpus) > 1 else ''}, {where}", flush=True)
+    return gpus
 
 
-def plan_cards(environment: Mapping[str, str], found: Sequence[str]) -> Cards:
-    """Return for each process the card that it sees, of those `list_gpus` found; more processes than cards share."""
-    # Without CUDA_VISIBLE_DEVICES, CUDA counts the cards it finds, whatever their device files are called.
-    cards = [card.strip() if "CUDA_VISIBLE_DEVICES" in environment else str(at) for at, card in enumerate(found)]
-    seen = {**environment, "CUDA_VISIBLE_DEVICES": ",".join(cards)}
-    usual = min(count_here(seen, count_ranks(seen)), len(cards)) if cards else 1
-    count = count_asked(_VARIABLE, environment) or usual
-    return tuple(cards[number % len(cards)] if cards else None for number in range(count))
+def assign_gpus(environment: Mapping[str, str], found: Sequence[str]) -> GpuAssignment:
+    """Return the GPU of each process; if there are more processes than GPUs, they share them."""
+    # Without CUDA_VISIBLE_DEVICES, CUDA numbers the GPUs from 0, whatever their device files are named.
+    gpus = [gpu.strip() if "CUDA_VISIBLE_DEVICES" in environment else str(at) for at, gpu in enumerate(found)]
+    visible = {**environment, "CUDA_VISIBLE_DEVICES": ",".join(gpus)}
+    default = min(count_here(visible, count_ranks(visible)), len(gpus)) if gpus else 1
+    count = count_asked(_WORKERS_VARIABLE, environment) or default
+    return tuple(gpus[number % len(gpus)] if gpus else None for number in range(count))
 
 
-def share_out(function: Callable[..., Result], arguments: Sequence[object], cards: Cards) -> list[Result]:
-    """Return `function(*arguments, share)` for every share, by the shares' numbers; one share is made here.
+def run_shares(function: Callable[..., Result], arguments: Sequence[object], gpus: GpuAssignment) -> list[Result]:
+    """Return `function(*arguments, share)` for every share, in their order; a single share runs in this process.
 
-    `function` is a module's own, so that another process finds it.
+    `function` must be defined at module level, so that a worker can import it.
 
     Raises:
-        TemporaryError: A process was killed.
-        RopewayError: What a process raised; or it ended by another error, whose traceback it has printed.
+        TemporaryError: A worker was killed.
+        RopewayError: A worker raised it, or failed with another error whose traceback it has printed.
     """
-    count = len(cards)
+    count = len(gpus)
     if count == 1:
         return [function(*arguments, Share(0, 1))]
-    with ExitStack() as stack:  # whatever happens, no process is left
+    with ExitStack() as stack:  # no worker outlives this call
         workers: list[_Worker[Result]] = []
-        for number, card in enumerate(cards):
-            workers.append(_Worker(function, arguments, Share(number, count), card))
+        for number, gpu in enumerate(gpus):
+            workers.append(_Worker(function, arguments, Share(number, count), gpu))
             stack.callback(workers[-1].close)
-        found = {worker.share.number: worker.receive() for worker in _as_they_answer(workers)}
-    return [found[number] for number in range(count)]
+        results = {worker.share.number: worker.receive() for worker in _as_completed(workers)}
+    return [results[number] for number in range(count)]
 
 
 class _Worker(Generic[Result]):
-    """A process that makes one call.
+    """A process that runs one call.
 
-    It is spawned: a forked process can use neither CUDA nor the threads of the one it was.
+    It is spawned, not forked: a forked process cannot use CUDA or its parent's threads.
     """
 
     def __init__(
-        self, function: Callable[..., Result], arguments: Sequence[object], share: Share, card: str | None
+        self, function: Callable[..., Result], arguments: Sequence[object], share: Share, gpu: str | None
     ) -> None:
         context = multiprocessing.get_context("spawn")
         self.share = share
-        self.answer, theirs = context.Pipe(duplex=False)
-        call = (theirs, function, (*arguments, share), card, torch.get_num_threads())
-        self._process = context.Process(target=_work, args=call, daemon=True)
-        with suppress(BrokenPipeError):  # killed while it began: whoever waits for its answer will say so
+        self.connection, theirs = context.Pipe(duplex=False)
+        call = (theirs, function, (*arguments, share), gpu, torch.get_num_threads())
+        self._process = context.Process(target=_run_worker, args=call, daemon=True)
+        with suppress(BrokenPipeError):  # killed while it started: `receive` reports it
             self._process.start()
-        theirs.close()  # else a dead worker's end would stay open here
+        theirs.close()  # otherwise a dead worker's end of the pipe stays open in this process
 
     def close(self) -> None:
-        """End the process if it still runs."""
+        """Kill the process if it still runs."""
         if self._process.pid is not None:
             self._process.kill()
             self._process.join()
-        self.answer.close()
+        self.connection.close()
 
     def receive(self) -> Result:
-        """Return what it sent, or raise that."""
+        """Return the result, or raise the error that the worker sent."""
         try:
-            made: Result = self.answer.recv()
+            result: Result = self.connection.recv()
         except (EOFError, OSError):
             if self._process.pid is not None:
                 self._process.join()
-            who = f"evaluate: process {self.share.number + 1} of {self.share.count}"
+            worker = f"evaluate: process {self.share.number + 1} of {self.share.count}"
             if (code := self._process.exitcode or 0) > 0:
-                raise RopewayError(f"{who} ended by an error (exit {code}); its traceback is above") from None
+                raise RopewayError(f"{worker} failed with exit code {code}; its traceback is above") from None
             raise TemporaryError(
-                f"{who} died (killed, or out of memory); nothing was written. Run the same command again; fewer "
-                f"processes need less memory: {_VARIABLE}={max(1, self.share.count // 2)}"
+                f"{worker} was killed, e.g. out of memory; nothing was written. Run the same command again, or with "
+                f"fewer processes, which need less memory: {_WORKERS_VARIABLE}={max(1, self.share.count // 2)}"
             ) from None
-        if isinstance(made, RopewayError):
-            raise made
-        return made
+        if isinstance(result, RopewayError):
+            raise result
+        return result
 
 
-def _as_they_answer(workers: Sequence[_Worker[Result]]) -> Iterator[_Worker[Result]]:
-    """Yield each worker once its answer, or its end, can be read."""
-    waiting = {worker.answer: worker for worker in workers}
+def _as_completed(workers: Sequence[_Worker[Result]]) -> Iterator[_Worker[Result]]:
+    """Yield each worker once it has sent its result or has ended."""
+    waiting = {worker.connection: worker for worker in workers}
     while waiting:
-        for answer in wait(list(waiting)):
-            yield waiting.pop(answer)  # type: ignore[call-overload]
+        for connection in wait(list(waiting)):
+            yield waiting.pop(connection)  # type: ignore[call-overload]
 
 
-def _work(
-    answer: Connection, function: Callable[..., object], arguments: Sequence[object], card: str | None, threads: int
+def _run_worker(
+    connection: Connection, function: Callable[..., object], arguments: Sequence[object], gpu: str | None, threads: int
 ) -> None:
-    """In a worker: do one call and send what it returns, or what it raises on purpose."""
+    """Run one call in a worker process and send its result or its RopewayError."""
     begin_worker()
-    if card is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = card  # read when CUDA is first used, which nothing has done yet
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # read on the first use of CUDA, which is later
     torch.set_num_threads(threads)
     try:
-        made = function(*arguments)
+        result = function(*arguments)
     except RopewayError as error:
-        made = error
-    answer.send(made)
+        result = error
+    connection.send(result)

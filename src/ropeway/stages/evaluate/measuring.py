@@ -1,4 +1,4 @@
-"""What one model comes to on everything it is asked, by one process or shared out among several."""
+"""All scores and answers of one model, measured by one process or by several."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -9,115 +9,122 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ropeway.config.params import EvaluateParams
 from ropeway.data.shards import Shards
 from ropeway.models.chat_template import open_template
-from ropeway.stages.evaluate.evaluation_workers import Cards, Share, gather, share_out
-from ropeway.stages.evaluate.opening import MEASURED_ON_ONE, SAMPLED_ON_ONE, open_model, threads_for
-from ropeway.stages.evaluate.passkey import Answered, Question, ask
+from ropeway.stages.evaluate.evaluation_workers import GpuAssignment, Share, merge_shares, run_shares
+from ropeway.stages.evaluate.load_model import (
+    GENERATE_SINGLE_THREADED_BELOW,
+    SCORE_SINGLE_THREADED_BELOW,
+    cpu_threads_for,
+    open_model,
+)
+from ropeway.stages.evaluate.passkey import PasskeyAnswer, PasskeyQuestion, answer_questions
 from ropeway.stages.evaluate.positions import LongRow, score_positions, sum_positions
-from ropeway.stages.evaluate.samples import Configurations, sample
+from ropeway.stages.evaluate.samples import GenerationConfigs, generate_samples
 from ropeway.stages.evaluate.tasks import Tasks, TaskScore, run_tasks
 from ropeway.stages.evaluate.token_scores import Score, Sums, score_sources, sum_batches
 
 
 @dataclass(frozen=True, slots=True)
 class EvalRequest:
-    """What every model is measured on."""
+    """What to measure of each model."""
 
-    shards: Shards  # their validation rows are scored
-    profile: EvaluateParams  # as evaluate reads it
-    long_rows: Sequence[LongRow] = ()  # for the losses by position; none: not asked
-    questions: Sequence[Question] = ()  # hidden keys; none: not asked
-    draws: Sequence[tuple[str, str]] = ()  # (prompt, configuration) -> one answer each; none: not asked
-    configurations: Configurations = field(default_factory=dict)  # name -> arguments of `generate`
-    tasks: Tasks | None = None  # of the harness; None: not asked
+    shards: Shards  # the validation rows to score
+    profile: EvaluateParams  # the params that evaluate reads
+    long_rows: Sequence[LongRow] = ()  # for losses by position; empty: not measured
+    questions: Sequence[PasskeyQuestion] = ()  # passkey retrieval; empty: not measured
+    samples: Sequence[tuple[str, str]] = ()  # (prompt, configuration) of each sample answer; empty: not generated
+    configurations: GenerationConfigs = field(default_factory=dict)  # name -> arguments of `generate`
+    tasks: Tasks | None = None  # of lm-evaluation-harness; None: not measured
 
 
 @dataclass(frozen=True, slots=True)
 class ShareResult:
-    """What a share of it came to, item by item: nothing is added up before all shares lie side by side."""
+    """The results of one share, per item: sums are taken only once the results of all shares are there."""
 
     batches: list[Sums]
     positions: list[tuple[str, Sums]]
-    keys: list[Answered]
+    passkeys: list[PasskeyAnswer]
     answers: list[str]
     tasks: list[dict[str, TaskScore]]
 
 
 @dataclass(frozen=True, slots=True)
 class ModelResult:
-    """What one model came to.
+    """All results of one model.
 
     Attributes:
-        curves: `""` and, where the model has a scaling, `_unscaled` -> one score per bucket of positions.
+        curves: `""` and, where the model has a RoPE scaling, `_unscaled` -> one score per bucket of positions.
     """
 
     scores: list[Score]  # one per source
     curves: dict[str, list[Score]]
-    keys: list[Answered]  # an answer to every passkey question
-    answers: list[str]  # one per draw
-    tasks: dict[str, TaskScore]  # a score per task of the harness; none where params name none
+    passkeys: list[PasskeyAnswer]  # one per passkey question
+    answers: list[str]  # one per sample
+    tasks: dict[str, TaskScore]  # one per task of the harness; empty where params name none
 
 
-def measure_folder(folder: Path, like: Path, asked: EvalRequest, *, cards: Cards, name: str) -> ModelResult:
-    """Return what the model in a folder comes to; the same, bit by bit, whatever the number of processes.
+def measure_folder(folder: Path, like: Path, request: EvalRequest, *, gpus: GpuAssignment, name: str) -> ModelResult:
+    """Return all results of the model in a folder; bit-identical for any number of processes.
 
-    `like` is as in `open_model`; errors call the model `name`.
+    `like` is as in `open_model`; error messages call the model `name`.
 
     Raises:
         DataError: A source has no supervised validation token, or its loss is not finite.
-        ConfigError: A passkey length has no room for the question.
-        TemporaryError: A process was killed.
+        ConfigError: A passkey length is shorter than the question alone.
+        TemporaryError: A worker process was killed.
     """
-    parts = share_out(measure_share, (folder, like, _without_files(asked)), cards)
-    sums = gather([part.batches for part in parts])
+    parts = run_shares(measure_share, (folder, like, _without_memory_maps(request)), gpus)
+    sums = merge_shares([part.batches for part in parts])
     return ModelResult(
-        scores=score_sources(sums, asked.shards, name=name),
-        curves=score_positions(gather([part.positions for part in parts])),
-        keys=gather([part.keys for part in parts]),
-        answers=gather([part.answers for part in parts]),
-        tasks=dict(sorted(item for one in gather([part.tasks for part in parts]) for item in one.items())),
+        scores=score_sources(sums, request.shards, name=name),
+        curves=score_positions(merge_shares([part.positions for part in parts])),
+        passkeys=merge_shares([part.passkeys for part in parts]),
+        answers=merge_shares([part.answers for part in parts]),
+        tasks=dict(sorted(item for one in merge_shares([part.tasks for part in parts]) for item in one.items())),
     )
 
 
-def measure_share(folder: Path, like: Path, asked: EvalRequest, share: Share) -> ShareResult:
-    """Open a model, measure it on a share of what is asked and let it go."""
+def measure_share(folder: Path, like: Path, request: EvalRequest, share: Share) -> ShareResult:
+    """Open a model and measure one share of the request."""
     model, tokenizer = open_model(folder, like=like)
     template = open_template(folder)
-    wanted, seed = asked.profile.evaluation, asked.profile.rng_seed
-    with threads_for(model, one_below=MEASURED_ON_ONE):
-        batches = sum_batches(model, asked.shards, asked.profile, share=share)
-        positions = sum_positions(model, asked.long_rows, wanted.positions, share=share)
-    with threads_for(model, one_below=SAMPLED_ON_ONE):
-        keys = ask(model, tokenizer, template, share.of(asked.questions), seed=seed)
-        answers = sample(model, tokenizer, template, share.of(asked.draws), asked.configurations, seed=seed)
-        tasks = ask_harness(model, tokenizer, asked, share)
-    return ShareResult(batches, positions, keys, answers, tasks)
+    wanted, seed = request.profile.evaluation, request.profile.rng_seed
+    with cpu_threads_for(model, single_threaded_below=SCORE_SINGLE_THREADED_BELOW):
+        batches = sum_batches(model, request.shards, request.profile, share=share)
+        positions = sum_positions(model, request.long_rows, wanted.positions, share=share)
+    with cpu_threads_for(model, single_threaded_below=GENERATE_SINGLE_THREADED_BELOW):
+        passkeys = answer_questions(model, tokenizer, template, share.of(request.questions), seed=seed)
+        answers = generate_samples(
+            model, tokenizer, template, share.of(request.samples), request.configurations, seed=seed
+        )
+        tasks = run_harness_tasks(model, tokenizer, request, share)
+    return ShareResult(batches, positions, passkeys, answers, tasks)
 
 
-def ask_harness(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: EvalRequest, share: Share
+def run_harness_tasks(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, request: EvalRequest, share: Share
 ) -> list[dict[str, TaskScore]]:
-    """Return the scores of each named task in a share of them, last of all: the harness changes what a model generates.
+    """Return the scores of each task in a share; call it last, since the harness changes the generation settings.
 
-    One by one: the harness lays questions of all tasks that it is given at once into the same batches, and a task's
-    figures would depend on those beside it.
+    One task at a time: the harness batches questions of different tasks together, so that the scores of a task would
+    depend on the other tasks.
     """
-    if asked.tasks is None:
+    if request.tasks is None:
         return []
-    profile = asked.profile
+    profile = request.profile
     return [
         run_tasks(
             model,
             tokenizer,
-            replace(asked.tasks, names=(name,)),
+            replace(request.tasks, names=(name,)),
             batch_size=profile.per_device_eval_batch_size,
             max_length=profile.max_length,
             seed=profile.rng_seed,
         )
-        for name in share.of(asked.tasks.names)
+        for name in share.of(request.tasks.names)
     ]
 
 
-def _without_files(asked: EvalRequest) -> EvalRequest:
-    """Return the same without what this process has mapped: pickled, a map would be all its bytes."""
-    sources = tuple(replace(source, train=source.train[:0], _open={}) for source in asked.shards.sources)
-    return replace(asked, shards=replace(asked.shards, sources=sources))
+def _without_memory_maps(request: EvalRequest) -> EvalRequest:
+    """Return the request without memory maps: pickling a map would copy the whole file."""
+    sources = tuple(replace(source, train=source.train[:0], _open={}) for source in request.shards.sources)
+    return replace(request, shards=replace(request.shards, sources=sources))

@@ -1,7 +1,9 @@
-"""Passkey retrieval: does the model find five digits hidden in a long text, at every length and depth?
+"""Passkey retrieval: whether the model finds five digits hidden in a long text, by length and depth.
 
-Source: Mohtashami and Jaggi 2023, "Landmark Attention", arXiv:2305.16300, section 4.2, whose text this is. It is asked
-in this model's own template, and the answer begins with "The pass key is" for the base too, which knows no template.
+The prompt uses the model's chat template. The answer is prefilled with "The pass key is", so that the base model can
+answer too.
+
+Source of the text: Mohtashami and Jaggi 2023, "Landmark Attention", arXiv:2305.16300, section 4.2.
 """
 
 import random
@@ -14,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ropeway.config.params import Passkey
 from ropeway.models.chat_template import ChatTemplate
 from ropeway.runtime.errors import ConfigError
-from ropeway.stages.evaluate.samples import answer
+from ropeway.stages.evaluate.samples import generate_answer
 
 _INTRODUCTION = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I will quiz you "
@@ -24,45 +26,45 @@ _FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. T
 _KEY = "The pass key is {key}. Remember it. {key} is the pass key. "
 _QUESTION = "What is the pass key?"
 _OPENING = "The pass key is"
-_MOST_ANSWER_TOKENS = 12  # five digits, one token each, a blank, and words in front
-_GREEDY = {"do_sample": False, "num_beams": 1, "max_new_tokens": _MOST_ANSWER_TOKENS}
+_MAX_ANSWER_TOKENS = 12  # five digits, one token each, a space, and words before them
+_GREEDY = {"do_sample": False, "num_beams": 1, "max_new_tokens": _MAX_ANSWER_TOKENS}
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class PasskeyQuestion:
     """One hidden key."""
 
-    length: int  # tokens that the question may have, answer included
-    depth: float  # where in the filler the key stands: 0 in front, 1 behind
-    repeat: int  # which of several
+    length: int  # tokens of prompt and answer, at most
+    depth: float  # position of the key in the filler: 0 at the start, 1 at the end
+    repeat: int  # number among questions of the same length and depth
     key: str  # five digits
 
 
 @dataclass(frozen=True, slots=True)
-class Answered:
-    """A question and what a model said."""
+class PasskeyAnswer:
+    """A question and a model's answer."""
 
-    question: Question
+    question: PasskeyQuestion
     tokens: int
     text: str
 
     @property
-    def right(self) -> bool:
+    def is_correct(self) -> bool:
         """Whether the first number of the answer is the key.
 
-        >>> Answered(Question(64, 0.5, 0, "12345"), 60, " 12345. Remember").right
+        >>> PasskeyAnswer(PasskeyQuestion(64, 0.5, 0, "12345"), 60, " 12345. Remember").is_correct
         True
-        >>> Answered(Question(64, 0.5, 0, "12345"), 60, " 123456").right
+        >>> PasskeyAnswer(PasskeyQuestion(64, 0.5, 0, "12345"), 60, " 123456").is_correct
         False
         """
         found = re.search(r"\d+", self.text)
         return found is not None and found[0] == self.question.key
 
 
-def plan_questions(wanted: Passkey, *, seed: int) -> list[Question]:
-    """Return every question, shortest first; a key depends on its own place alone."""
+def plan_passkey_questions(wanted: Passkey, *, seed: int) -> list[PasskeyQuestion]:
+    """Return all questions, shortest first; a key depends only on seed, length, depth and repeat."""
     return [
-        Question(length, depth, repeat, _draw_key(f"{seed}/passkey/{length}/{depth}/{repeat}"))
+        PasskeyQuestion(length, depth, repeat, _draw_key(f"{seed}/passkey/{length}/{depth}/{repeat}"))
         for length in sorted(wanted.lengths)
         for depth in wanted.depths
         for repeat in range(wanted.repeats)
@@ -73,53 +75,55 @@ def _draw_key(seed: str) -> str:
     return str(random.Random(seed).randint(10_000, 99_999))
 
 
-def ask(
+def answer_questions(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     template: ChatTemplate,
-    questions: Sequence[Question],
+    questions: Sequence[PasskeyQuestion],
     *,
     seed: int,
-) -> list[Answered]:
+) -> list[PasskeyAnswer]:
     """Return the model's answer to every question.
 
     Raises:
-        ConfigError: A length has no room for the question alone.
+        ConfigError: A length is shorter than the question alone.
     """
-    found = []
+    answers = []
     for question in questions:
-        ids = encode_question(tokenizer, template, question)
-        found.append(Answered(question, len(ids), answer(model, tokenizer, ids, _GREEDY, seed=seed)))
-    return found
+        ids = encode_passkey_question(tokenizer, template, question)
+        answers.append(PasskeyAnswer(question, len(ids), generate_answer(model, tokenizer, ids, _GREEDY, seed=seed)))
+    return answers
 
 
-def encode_question(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, question: Question) -> list[int]:
-    """Return the question's ids with as much filler as its length leaves room for.
+def encode_passkey_question(
+    tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, question: PasskeyQuestion
+) -> list[int]:
+    """Return the token ids of the prompt, with as much filler as fits into its length.
 
     Raises:
-        ConfigError: It leaves none for the question alone.
+        ConfigError: The length is shorter than the question alone.
     """
 
     def encode(fillers: int) -> list[int]:
         before = round(question.depth * fillers)
         body = _FILLER * before + _KEY.format(key=question.key) + _FILLER * (fillers - before)
         prompt = template.render_prompt([_INTRODUCTION + body + _QUESTION], end=tokenizer.eos_token) + _OPENING
-        ids: list[int] = tokenizer(prompt, verbose=False)["input_ids"]  # beyond max_length on purpose
+        ids: list[int] = tokenizer(prompt, verbose=False)["input_ids"]  # may exceed max_length
         return ids
 
-    room = question.length - _MOST_ANSWER_TOKENS
-    if (least := len(encode(0))) > room:
+    limit = question.length - _MAX_ANSWER_TOKENS
+    if (least := len(encode(0))) > limit:
         raise ConfigError(
-            f"evaluation.passkey.lengths: {question.length} tokens; the question alone has {least}, its answer up to "
-            f"{_MOST_ANSWER_TOKENS}. Ask for longer ones"
+            f"evaluation.passkey.lengths: {question.length} tokens are too few: the question alone has {least}, the "
+            f"answer up to {_MAX_ANSWER_TOKENS}. Set lengths of {least + _MAX_ANSWER_TOKENS} or more"
         )
-    return encode(_largest(lambda fillers: len(encode(fillers)) <= room))
+    return encode(_largest_fitting(lambda fillers: len(encode(fillers)) <= limit))
 
 
-def _largest(fits: Callable[[int], bool]) -> int:
-    """Return the largest number that fits, 0 doing so.
+def _largest_fitting(fits: Callable[[int], bool]) -> int:
+    """Return the largest number that fits; 0 must fit.
 
-    >>> _largest(lambda number: number <= 13)
+    >>> _largest_fitting(lambda number: number <= 13)
     13
     """
     low, high = 0, 1
@@ -131,16 +135,16 @@ def _largest(fits: Callable[[int], bool]) -> int:
     return low
 
 
-def report_passkey(answers: Mapping[str, Sequence[Answered]]) -> dict[str, dict[str, float]]:
-    """Return what eval.json holds: how many keys each model found."""
+def report_passkey(answers: Mapping[str, Sequence[PasskeyAnswer]]) -> dict[str, dict[str, float]]:
+    """Return the passkey section of eval.json: how many keys each model found."""
     return {
-        name: {"asked": len(found), "right": sum(one.right for one in found), "accuracy": round(_share(found), 6)}
+        name: {"asked": len(found), "right": sum(one.is_correct for one in found), "accuracy": round(_share(found), 6)}
         for name, found in answers.items()
     }
 
 
-def table_answers(answers: Mapping[str, Sequence[Answered]]) -> Iterator[dict[str, object]]:
-    """Yield one line per question and model: what was hidden where and what was said, wrong answers too."""
+def table_answers(answers: Mapping[str, Sequence[PasskeyAnswer]]) -> Iterator[dict[str, object]]:
+    """Yield one line per question and model: length, depth, key and answer, wrong answers included."""
     for name, found in answers.items():
         for one in found:
             asked = one.question
@@ -152,12 +156,12 @@ def table_answers(answers: Mapping[str, Sequence[Answered]]) -> Iterator[dict[st
                 "tokens": one.tokens,
                 "key": asked.key,
                 "answer": one.text,
-                "right": int(one.right),
+                "right": int(one.is_correct),
             }
 
 
-def table_lengths(answers: Mapping[str, Sequence[Answered]]) -> list[dict[str, float]]:
-    """Return one line per length: the share of keys that each model found."""
+def table_lengths(answers: Mapping[str, Sequence[PasskeyAnswer]]) -> list[dict[str, float]]:
+    """Return one line per length: the share of keys found by each model."""
     lengths = sorted({one.question.length for found in answers.values() for one in found})
     return [
         {"length": length}
@@ -169,5 +173,5 @@ def table_lengths(answers: Mapping[str, Sequence[Answered]]) -> list[dict[str, f
     ]
 
 
-def _share(found: Sequence[Answered]) -> float:
-    return sum(one.right for one in found) / len(found)
+def _share(found: Sequence[PasskeyAnswer]) -> float:
+    return sum(one.is_correct for one in found) / len(found)

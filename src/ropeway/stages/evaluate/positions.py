@@ -1,7 +1,7 @@
-"""Loss by position, up to `max_length` and beyond, with the RoPE scaling and without: what the scaling bought.
+"""Loss by position, up to `max_length` and beyond, with and without RoPE scaling: the effect of the scaling.
 
-Rows are longer than a model is trained for, so validation texts are laid one behind another, longest first; every
-model reads the same rows. Shapes: T tokens, K buckets.
+The rows are longer than the training context, so validation texts are concatenated, longest first. Every model is
+measured on the same rows. Shapes: T tokens, K buckets.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,21 +25,20 @@ UNSCALED = "_unscaled"
 
 @dataclass(frozen=True, slots=True)
 class LongRow:
-    """Validation texts one behind another."""
+    """Concatenated validation texts."""
 
-    ids: NDArray[np.int64]  # `(T,)` tokens; a BOS stands in front alone
-    mask: NDArray[np.bool_]  # `(T,)` True where predicting the next token counts
+    ids: NDArray[np.int64]  # `(T,)` tokens; one BOS, at the start
+    mask: NDArray[np.bool_]  # `(T,)` True where the next token is supervised
 
 
 def plan_long_rows(shards: Shards, profile: EvaluateParams) -> list[LongRow]:
     """Return `evaluation.positions.rows` rows of `row_tokens` tokens, or as many as the validation texts fill.
 
-    Documents where the run has any, else conversations; the longest first, so that a row holds as few of them as can
-    be. What a row has no room for of its last text is left out. The first token of a text is not asked of the text
-    before it.
+    The texts are documents where the run has any, else conversations; longest first, so that a row has few of them. The
+    last text of a row is truncated. The first token of a text is not a target of the text before it.
 
     Raises:
-        DataError: They do not fill one row.
+        DataError: The validation texts do not fill one row.
     """
     wanted = profile.evaluation.positions
     rows: list[LongRow] = []
@@ -60,14 +59,14 @@ def plan_long_rows(shards: Shards, profile: EvaluateParams) -> list[LongRow]:
             break
     if not rows:
         raise DataError(
-            f"evaluation.positions.row_tokens: rows of {wanted.row_tokens:,} tokens, but the validation texts have "
-            f"{total:,} in all; shorten them, or give validation more (val_split, max_val_set)"
+            f"evaluation.positions.row_tokens: {wanted.row_tokens:,} tokens, but all validation texts together have "
+            f"{total:,}; lower row_tokens, or enlarge the validation split (val_split, max_val_set)"
         )
     return rows
 
 
 def _read_longest(shards: Shards, profile: EvaluateParams) -> Iterator[tuple[NDArray[np.int64], NDArray[np.bool_]]]:
-    """Yield (tokens, mask) of whole validation sequences, longest first; among equals, as the sources have them."""
+    """Yield (tokens, mask) of whole validation sequences, longest first; equal lengths in source order."""
     documents = any(source.is_document and len(source.validation) for source in shards.sources)
     found = [
         (-int(source.lengths[sequence]), number, int(sequence))
@@ -85,30 +84,30 @@ def _read_longest(shards: Shards, profile: EvaluateParams) -> Iterator[tuple[NDA
 def sum_positions(
     model: PreTrainedModel, rows: Sequence[LongRow], wanted: Positions, *, share: Share
 ) -> list[tuple[str, Sums]]:
-    """Return (kind, sums by bucket of positions) of each long row in a share of them.
+    """Return (kind, sums by bucket of positions) of each long row in a share.
 
-    The kind is `""` with the model's own scaling, `_unscaled` without it; a model that has none gives the first alone.
-    Rows pass one by one: the longest is what memory must hold. Each kind's rows count in the share.
+    The kind is `""` with the model's own scaling and `_unscaled` without; a model without scaling has only the first.
+    Rows run one at a time, to bound memory. The rows of both kinds are divided among the shares.
     """
     own = dict(model.config.rope_parameters)
     plain = {"rope_type": "default", "rope_theta": own["rope_theta"]}
     kinds = {"": own} if own["rope_type"] == "default" else {"": own, UNSCALED: plain}
     buckets = -(-wanted.row_tokens // wanted.bucket_tokens)
-    found = []
+    sums = []
     for kind, row in share.of([(kind, row) for kind in kinds for row in rows]):
         with rope_of(model, kinds[kind]):
-            found.append((kind, sum_batch(model, _batch(row, wanted.bucket_tokens), groups=buckets)))
-    return found
+            sums.append((kind, sum_batch(model, _batch(row, wanted.bucket_tokens), groups=buckets)))
+    return sums
 
 
 def score_positions(found: Sequence[tuple[str, Sums]]) -> dict[str, list[Score]]:
-    """Return for each kind one score per bucket, from the sums of all rows in the rows' order."""
+    """Return one score per bucket for each kind, summed in the order of the rows."""
     kinds = dict.fromkeys(kind for kind, _ in found)
     return {kind: add_sums([sums for one, sums in found if one == kind]) for kind in kinds}
 
 
 def _batch(row: LongRow, bucket_tokens: int) -> Batch:
-    """Return a row as a batch whose `sources` are buckets: sums by source are then sums by position."""
+    """Return a row as a batch whose `sources` are buckets, so that sums by source are sums by bucket."""
     positions = np.arange(len(row.ids))
     return Batch(
         input_ids=row.ids[None],
@@ -120,7 +119,7 @@ def _batch(row: LongRow, bucket_tokens: int) -> Batch:
 
 
 def report_positions(curves: Mapping[str, Sequence[Score]], wanted: Positions, max_length: int) -> dict[str, object]:
-    """Return what eval.json holds: each curve's loss up to `max_length` and beyond, over all tokens there."""
+    """Return the positions section of eval.json: each curve's mean loss up to `max_length` and beyond."""
     border = -(-max_length // wanted.bucket_tokens)
     return {
         part: {
@@ -133,7 +132,7 @@ def report_positions(curves: Mapping[str, Sequence[Score]], wanted: Positions, m
 
 
 def table_positions(curves: Mapping[str, Sequence[Score]], wanted: Positions) -> list[dict[str, object]]:
-    """Return one line per bucket: its middle, its supervised tokens, and each curve's loss."""
+    """Return one line per bucket: its middle position, its supervised tokens, and each curve's loss."""
     lines: list[dict[str, object]] = []
     for number, tokens in enumerate(score.tokens for score in next(iter(curves.values()))):
         begin, end = (min((number + one) * wanted.bucket_tokens, wanted.row_tokens) for one in (0, 1))

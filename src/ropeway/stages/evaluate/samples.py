@@ -1,12 +1,12 @@
-"""Sample answers in the JSON format of the published family, so that its viewers read ours.
+"""Sample answers in the JSON format of Open-Assistant's sampling reports, which its viewers can read.
 
 Source: Open-Assistant's model_eval/manual (sampling_report.py and config/default.json, July 2023):
 `{model_name, date, args, prompts: [{prompt, results: [{sampling_config, sampling_params, outputs}]}]}`.
-The prompts go through this model's own template; theirs put the system message behind the prompter.
+The prompts use the model's own chat template; Open-Assistant's put the system message after the prompter's turn.
 
 Generation configurations are in the format of their config/default.json: `{default: {generate_args}, configurations:
-[{name, generate_args}]}`, each laid over the default. Of the original's default ours leaves out `min_new_tokens: 5`: a
-model that answers "No." and stops is to be seen doing so.
+[{name, generate_args}]}`, each overriding the default. Unlike the original's default, ours has no `min_new_tokens: 5`,
+so that short answers such as "No." are shown.
 """
 
 import hashlib
@@ -20,15 +20,15 @@ from ropeway.models.chat_template import ChatTemplate
 from ropeway.models.open_model import rope_of
 from ropeway.runtime.errors import ConfigError, DataError
 
-_OURS = ("max_new_tokens", "max_length", "bos_token_id", "eos_token_id", "pad_token_id", "num_return_sequences")
-Configurations = Mapping[str, Mapping[str, object]]
+_RESERVED = ("max_new_tokens", "max_length", "bos_token_id", "eos_token_id", "pad_token_id", "num_return_sequences")
+GenerationConfigs = Mapping[str, Mapping[str, object]]
 
 
 def parse_prompts(text: str, path: str) -> list[str]:
-    """Return the prompts of a file with one JSON string per line; `path` names it in messages.
+    """Return the prompts of a file with one JSON string per line; error messages name it `path`.
 
     Raises:
-        ConfigError: A line that is not a JSON string, or no prompt at all.
+        ConfigError: A line is not a JSON string, or the file has no prompt.
     """
     prompts: list[str] = []
     for number, line in enumerate(text.splitlines(), start=1):
@@ -39,19 +39,19 @@ def parse_prompts(text: str, path: str) -> list[str]:
         except ValueError:
             prompt = None
         if not isinstance(prompt, str):
-            raise ConfigError(f"{path}, line {number}: expected a JSON string, found {line[:60]}")
+            raise ConfigError(f"{path}:{number}: expected a JSON string, found {line[:60]}")
         prompts.append(prompt)
     if not prompts:
-        raise ConfigError(f"{path}: no prompt in it; one JSON string per line")
+        raise ConfigError(f"{path}: no prompts; write one JSON string per line")
     return prompts
 
 
-def parse_configurations(text: str, path: str) -> Configurations:
-    """Return name -> arguments of transformers' `generate`, the file's default laid under each; `path` names it.
+def parse_generation_configs(text: str, path: str) -> GenerationConfigs:
+    """Return name -> arguments of transformers' `generate`, with the file's defaults; error messages name it `path`.
 
     Raises:
-        ConfigError: Not of this form, a name twice, or an argument that transformers does not know or that another
-            place decides.
+        ConfigError: The file has another structure, a duplicate name, or an argument that transformers does not know
+            or that params or tokenizer set.
     """
     try:
         stated = json.loads(text)
@@ -59,37 +59,43 @@ def parse_configurations(text: str, path: str) -> Configurations:
         named = [(str(one["name"]), {**default, **one["generate_args"]}) for one in stated["configurations"]]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"{path}: expected {{default: {{generate_args}}, configurations: [{{name, generate_args}}]}}, found: "
+            f"{path}: expected {{default: {{generate_args}}, configurations: [{{name, generate_args}}]}}, found "
             f"{type(error).__name__}: {error}"
         ) from None
     names = [name for name, _ in named]
     if not names or len(set(names)) != len(names):
-        raise ConfigError(f"{path}: expected configurations of different names, found {', '.join(names) or 'none'}")
-    known = {name for name in vars(GenerationConfig()) if name[0] != "_"} - set(_OURS)
+        raise ConfigError(
+            f"{path}: expected configurations with unique names, found {', '.join(names) or '0 configurations'}"
+        )
+    known = {name for name in vars(GenerationConfig()) if name[0] != "_"} - set(_RESERVED)
     for name, arguments in named:
         if unknown := sorted(set(arguments) - known):
-            decided = "decided elsewhere (params, the tokenizer)" if unknown[0] in _OURS else "unknown to transformers"
-            raise ConfigError(f"{path}, {name}: generate_args: {unknown[0]} is {decided}")
+            problem = (
+                "set by params.yaml or the tokenizer; remove it"
+                if unknown[0] in _RESERVED
+                else "unknown to transformers"
+            )
+            raise ConfigError(f"{path}, {name}: generate_args: {unknown[0]} is {problem}")
     return dict(named)
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, prompt: str) -> list[int]:
-    """Return the ids a model is asked to continue: BOS once, the prompt, an open assistant turn.
+    """Return the token ids of a prompt: one BOS, the user's turn, the start of the assistant's turn.
 
     Raises:
-        DataError: The tokenizer has a BOS and does not put exactly one in front, as it did in training.
+        DataError: The tokenizer has a BOS but does not add exactly one at the start, as in training.
     """
     ids: list[int] = tokenizer(template.render_prompt([prompt], end=tokenizer.eos_token))["input_ids"]
     bos = tokenizer.bos_token_id
     if bos is not None and (ids[0] != bos or ids.count(bos) != 1):
         raise DataError(
-            f"{tokenizer.name_or_path}: expected one BOS (id {bos}) in front of a prompt, found ids {ids[:4]}… with "
-            f"{ids.count(bos)} of them. Run `dvc repro base`"
+            f"{tokenizer.name_or_path}: expected one BOS (id {bos}) at the start of a prompt, found {ids.count(bos)} "
+            f"in ids {ids[:4]}…. Run `dvc repro base`"
         )
     return ids
 
 
-def answer(
+def generate_answer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     ids: Sequence[int],
@@ -97,12 +103,12 @@ def answer(
     *,
     seed: int,
 ) -> str:
-    """Return what the model continues `ids` with, up to its end token.
+    """Return the text that the model generates after `ids`, up to its end token.
 
-    transformers draws from torch's global generator and takes no other, so that one is borrowed and given back.
+    transformers samples only from torch's global random generator, whose state is restored afterwards.
     """
     prompt = torch.tensor([list(ids)], device=model.device)
-    # Else transformers fills what `params` leave open from the folder's own generation settings.
+    # Otherwise transformers takes arguments that `params` do not have from the folder's generation_config.json.
     model.generation_config = GenerationConfig()
     settings = GenerationConfig(
         **params,
@@ -110,48 +116,48 @@ def answer(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    # Own frequencies: under dynamic scaling a longer text before would have changed them.
+    # rope_of: under dynamic scaling an earlier, longer text has changed the frequencies.
     with rope_of(model), torch.random.fork_rng(), torch.inference_mode():
         torch.manual_seed(seed)
-        # One row, nothing padded: the mask is all ones, and saying so keeps transformers from guessing by pad id = eos.
+        # Without a mask transformers would infer padding from the pad id, which may be that of eos.
         out = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=settings)
     text: str = tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
     return text
 
 
-def plan_draws(prompts: Sequence[str], configurations: Configurations) -> list[tuple[str, str]]:
-    """Return (prompt, configuration) of every answer, prompt by prompt."""
+def plan_samples(prompts: Sequence[str], configurations: GenerationConfigs) -> list[tuple[str, str]]:
+    """Return (prompt, configuration) of every sample, prompt by prompt."""
     return [(prompt, name) for prompt in prompts for name in configurations]
 
 
-def sample(
+def generate_samples(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     template: ChatTemplate,
-    draws: Sequence[tuple[str, str]],
-    configurations: Configurations,
+    samples: Sequence[tuple[str, str]],
+    configurations: GenerationConfigs,
     *,
     seed: int,
 ) -> list[str]:
     """Return an answer for each (prompt, configuration).
 
-    Prompts go one by one: batched they would need left padding, which training never saw. Each answer has its own
-    seed, so that a new prompt or configuration changes no other answer, and base and tuned draw alike.
+    Prompts are not batched: that would need left padding, which training does not have. Each answer has its own seed,
+    so that a new prompt or configuration changes no other answer, and base and tuned model use the same seeds.
     """
     return [
-        answer(
+        generate_answer(
             model,
             tokenizer,
             encode_prompt(tokenizer, template, prompt),
             configurations[name],
             seed=derive_seed(seed, name, prompt),
         )
-        for prompt, name in draws
+        for prompt, name in samples
     ]
 
 
 def derive_seed(seed: int, *names: str) -> int:
-    """Return a 63-bit seed of the run's seed and names, whatever the process and its string hashing."""
+    """Return a 63-bit seed derived from the run's seed and the names, the same in every process."""
     digest = hashlib.sha256("/".join((str(seed), "samples", *names)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
@@ -159,15 +165,15 @@ def derive_seed(seed: int, *names: str) -> int:
 def report_samples(
     name: str,
     prompts: Sequence[str],
-    configurations: Configurations,
+    configurations: GenerationConfigs,
     answers: Mapping[str, Sequence[str]],
     args: Mapping[str, object],
 ) -> dict[str, object]:
-    """Return samples.json: one report in which each model x configuration is a `sampling_config` of its own.
+    """Return samples.json: one report in which each model x configuration is a `sampling_config`.
 
-    That way the family's viewers show base and tuned side by side. `date` is there and empty: viewers want a text, but
-    the day on which answers were drawn is no property of the model and would make every run's bytes differ. `answers`
-    are by model, as `plan_draws` asks for them; `args` is what else decides them.
+    Open-Assistant's viewers then show base and tuned model side by side. `date` is an empty string: viewers need the
+    key, but a date would make the file differ between identical runs. `answers`: model -> answers in the order of
+    `plan_samples`; `args`: the other settings that determine the answers.
     """
     size = len(configurations)
     results = [

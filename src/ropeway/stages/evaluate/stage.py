@@ -1,11 +1,11 @@
-"""Stage evaluate: scores the exported folder and its base as any user would open them; writes figures and tables.
+"""Stage evaluate: scores the exported model and its base, loaded as a user loads them; writes scores and tables.
 
-Nothing here goes through ropeway.stages.train: what is measured is what is shipped.
+It imports nothing of ropeway.stages.train: it measures the model that is shipped.
 
-eval.json                  loss, perplexity, accuracy, nats/byte per source and model; positions, passkeys and tasks of
-                           lm-evaluation-harness in short
-samples.json               answers to prompts, base beside tuned, in the published family's JSON
-tables/*.csv               scores, positions, passkey (share by length), passkey_answers (every answer, wrong ones too)
+eval.json                  loss, perplexity, accuracy, nats/byte per source and model; positions, a summary of passkey
+                           retrieval; tasks of lm-evaluation-harness
+samples.json               answers of base and tuned model, in the JSON of Open-Assistant's sampling reports
+tables/*.csv               scores, positions, passkey (share by length), passkey_answers (every answer)
 """
 
 import csv
@@ -25,18 +25,18 @@ from ropeway.models.chat_template import open_template
 from ropeway.runtime.manifest import digest_of, load_manifest, whole_folder, write_json, write_manifest
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.evaluate import passkey, positions
-from ropeway.stages.evaluate.evaluation_workers import ALONE, plan_workers
+from ropeway.stages.evaluate.evaluation_workers import SINGLE_PROCESS, plan_workers
+from ropeway.stages.evaluate.load_model import check_data, open_tokenizer
 from ropeway.stages.evaluate.measuring import EvalRequest, ModelResult, measure_folder
-from ropeway.stages.evaluate.opening import check_data, open_tokenizer
-from ropeway.stages.evaluate.passkey import Answered
+from ropeway.stages.evaluate.passkey import PasskeyAnswer
 from ropeway.stages.evaluate.samples import (
     encode_prompt,
-    parse_configurations,
+    parse_generation_configs,
     parse_prompts,
-    plan_draws,
+    plan_samples,
     report_samples,
 )
-from ropeway.stages.evaluate.tasks import find_harness, open_tasks, report_tasks
+from ropeway.stages.evaluate.tasks import harness_version, open_tasks, report_tasks
 from ropeway.stages.evaluate.text import count_bytes
 from ropeway.stages.evaluate.token_scores import Score, all_rows, check_supervised
 
@@ -44,48 +44,48 @@ Table = Sequence[Mapping[str, object]]
 
 
 def run(workspace: Workspace, profile: EvaluateParams) -> None:
-    """Measure base and tuned and write all files, once all is measured.
+    """Measure base and tuned model, then write all files.
 
     Raises:
-        DataError: Data, base and model do not belong together, a source has nothing to measure, or a loss is not
-            finite.
-        ConfigError: A file or task that `evaluation` names is missing or not of its form, or a passkey length is too
-            short.
-        TemporaryError: A task's data could not be fetched, or one of several processes that measure was killed; then
-            nothing was written.
+        DataError: Data, base and model are not of one run, a source has no supervised validation token, or a loss is
+            not finite.
+        ConfigError: A file or task in `evaluation` is missing or malformed, or a passkey length is too short.
+        TemporaryError: A task's dataset could not be downloaded, or a worker was killed; nothing was written.
     """
     load_manifest(workspace.base, remedy="Run `dvc checkout`, or `dvc repro base`")
     load_manifest(workspace.model, remedy="Run `dvc checkout`, or `dvc repro train`")
-    prompts, asked = plan_report(workspace, profile)
-    check_data(workspace.model, asked.shards)
-    found = measure_both(workspace, asked)
+    prompts, request = plan_request(workspace, profile)
+    check_data(workspace.model, request.shards)
+    found = measure_both(workspace, request)
     scores = {name: one.scores for name, one in found.items()}
     curves = {f"{name}{kind}": curve for name, one in found.items() for kind, curve in one.curves.items()}
-    keys = {name: one.keys for name, one in found.items()}
+    keys = {name: one.passkeys for name, one in found.items()}
     wanted = profile.evaluation.positions
-    measured = report_scores(asked.shards, profile, scores, tokenizer_folder=workspace.base)
+    measured = report_scores(request.shards, profile, scores, tokenizer_folder=workspace.base)
     report: dict[str, object] = {
         **measured,
         "positions": positions.report_positions(curves, wanted, profile.max_length),
         "passkey": passkey.report_passkey(keys),
     }
-    if asked.tasks:
+    if request.tasks:
         report["tasks"] = report_tasks({name: one.tasks for name, one in found.items()})
-        report["harness"] = f"lm_eval {find_harness(asked.tasks.names)}"
+        report["harness"] = f"lm_eval {harness_version(request.tasks.names)}"
     write_json(workspace.evaluation, report)
-    _write_samples(workspace, asked, prompts, {name: one.answers for name, one in found.items()})
+    _write_samples(workspace, request, prompts, {name: one.answers for name, one in found.items()})
     tables = plan_tables(measured["sources"], positions.table_positions(curves, wanted), keys)
     write_tables(workspace.tables, tables)
-    print(f"{len(asked.draws)} sample answers per model in {workspace.samples}; tables in {workspace.tables}")
+    print(f"{len(request.samples)} sample answers per model in {workspace.samples}; tables in {workspace.tables}")
 
 
-def plan_report(workspace: Workspace, profile: EvaluateParams) -> tuple[list[str], EvalRequest]:
-    """Return the prompts, and what is measured: everything of this stage that needs no trained model."""
+def plan_request(workspace: Workspace, profile: EvaluateParams) -> tuple[list[str], EvalRequest]:
+    """Return the prompts and the request: all of this stage that needs no trained model."""
     frozen, wanted = FrozenInputs.load(workspace.root), profile.evaluation
     prompts = parse_prompts(frozen.text("prompts", wanted.prompts), wanted.prompts)
     configurations = {
         name: {**arguments, "max_new_tokens": wanted.max_new_tokens}
-        for name, arguments in parse_configurations(frozen.text("prompts", wanted.sampling), wanted.sampling).items()
+        for name, arguments in parse_generation_configs(
+            frozen.text("prompts", wanted.sampling), wanted.sampling
+        ).items()
     }
     shards = open_shards(workspace.data)
     check_data(workspace.base, shards)
@@ -93,55 +93,59 @@ def plan_report(workspace: Workspace, profile: EvaluateParams) -> tuple[list[str
         shards=shards,
         profile=profile,
         long_rows=positions.plan_long_rows(shards, profile),
-        questions=passkey.plan_questions(wanted.passkey, seed=profile.rng_seed),
-        draws=plan_draws(prompts, configurations),
+        questions=passkey.plan_passkey_questions(wanted.passkey, seed=profile.rng_seed),
+        samples=plan_samples(prompts, configurations),
         configurations=configurations,
         tasks=open_tasks(wanted.tasks, workspace.root, workspace.tasks),
     )
 
 
 def check_request(workspace: Workspace, profile: EvaluateParams) -> None:
-    """Raise now what would end this stage whatever the model: faults of params, prompts, tasks, tokenizer and data."""
-    prompts, asked = plan_report(workspace, profile)
-    check_supervised(asked.shards, profile)
+    """Check params, prompts, tasks, tokenizer and data before training, with the errors that `run` would raise."""
+    prompts, request = plan_request(workspace, profile)
+    check_supervised(request.shards, profile)
     tokenizer, template = open_tokenizer(workspace.base), open_template(workspace.base)
     encode_prompt(tokenizer, template, prompts[0])
-    for question in asked.questions[:1]:  # the shortest
-        passkey.encode_question(tokenizer, template, question)
+    for question in request.questions[:1]:  # the shortest
+        passkey.encode_passkey_question(tokenizer, template, question)
 
 
-def measure_both(workspace: Workspace, asked: EvalRequest) -> dict[str, ModelResult]:
-    """Return what base and tuned come to, one model after the other."""
-    cards = plan_workers()
+def measure_both(workspace: Workspace, request: EvalRequest) -> dict[str, ModelResult]:
+    """Return the results of base and tuned model, measured one after the other."""
+    gpus = plan_workers()
     found = {}
     for name, folder in (("base", workspace.base), ("tuned", workspace.model)):
-        found[name] = one = measure_folder(folder, workspace.model, asked, cards=cards, name=name)
-        for source, score in zip(asked.shards.sources, one.scores, strict=True):
+        found[name] = one = measure_folder(folder, workspace.model, request, gpus=gpus, name=name)
+        for source, score in zip(request.shards.sources, one.scores, strict=True):
             print(f"{name:>5} on {source.name}: {score.loss:.4f} nats/token over {score.tokens:,} tokens")
-        print(f"{name:>5} finds {sum(key.right for key in one.keys)} of {len(one.keys)} hidden keys")
+        print(
+            f"{name:>5} passkey retrieval: {sum(key.is_correct for key in one.passkeys)} of {len(one.passkeys)} correct"
+        )
         for task, result in one.tasks.items():
-            print(f"{name:>5} in {task}: {', '.join(f'{key} {value:.4f}' for key, value in result.metrics.items())}")
+            print(
+                f"{name:>5} on task {task}: {', '.join(f'{key} {value:.4f}' for key, value in result.metrics.items())}"
+            )
     return found
 
 
 def _write_samples(
-    workspace: Workspace, asked: EvalRequest, prompts: Sequence[str], answers: Mapping[str, Sequence[str]]
+    workspace: Workspace, request: EvalRequest, prompts: Sequence[str], answers: Mapping[str, Sequence[str]]
 ) -> None:
     trained = load_manifest(workspace.model, remedy="Run `dvc repro train`", verify=False)
     args = {
-        "prompts": asked.profile.evaluation.prompts,
-        "config": asked.profile.evaluation.sampling,
-        "max_new_tokens": asked.profile.evaluation.max_new_tokens,
-        "rng_seed": asked.profile.rng_seed,
+        "prompts": request.profile.evaluation.prompts,
+        "config": request.profile.evaluation.sampling,
+        "max_new_tokens": request.profile.evaluation.max_new_tokens,
+        "rng_seed": request.profile.rng_seed,
         "template": open_template(workspace.model).digest,
     }
     name = f"{workspace.profile}-{trained['steps']}"
-    report = report_samples(name, prompts, asked.configurations, answers, args)
+    report = report_samples(name, prompts, request.configurations, answers, args)
     write_json(workspace.samples, report)
 
 
 class ScoreReport(TypedDict):
-    """The part of eval.json about validation rows; metrics by source and model, and their mean by model."""
+    """The validation section of eval.json: metrics by source and model, and the mean loss by model."""
 
     sources: dict[str, dict[str, dict[str, float]]]
     mean: dict[str, float]
@@ -153,9 +157,9 @@ class ScoreReport(TypedDict):
 def report_scores(
     shards: Shards, profile: EvaluateParams, scores: dict[str, list[Score]], *, tokenizer_folder: Path
 ) -> ScoreReport:
-    """Return metrics per source and model, their mean over sources, and which rows were measured.
+    """Return metrics by source and model, the mean loss over sources, and the identity of the rows.
 
-    The tokenizer is the one that made the shards; it says how many bytes the losses were paid for.
+    The tokenizer must be that of the shards; the size of the text in bytes is decoded with it.
     """
     sizes = count_bytes(shards, profile, tokenizer_folder)
     return {
@@ -171,7 +175,7 @@ def report_scores(
 
 
 def validation_digest(shards: Shards, profile: EvaluateParams) -> str:
-    """Return the identity of what was measured, tokens, targets and mask of all rows: equal ones may be compared."""
+    """Return a digest of tokens, targets and masks of all validation rows: scores with equal digests are comparable."""
     rows = []
     for row in all_rows(shards, profile):
         batch = collate([row], shards, profile, pad_to_multiple_of=None)
@@ -182,9 +186,9 @@ def validation_digest(shards: Shards, profile: EvaluateParams) -> str:
 
 
 def plan_tables(
-    sources: Mapping[str, Mapping[str, Mapping[str, float]]], curves: Table, keys: Mapping[str, Sequence[Answered]]
+    sources: Mapping[str, Mapping[str, Mapping[str, float]]], curves: Table, keys: Mapping[str, Sequence[PasskeyAnswer]]
 ) -> dict[str, Table]:
-    """Return name -> lines of what tables/ holds as CSV."""
+    """Return name -> lines of each CSV file in tables/."""
     scores = [
         {"source": source, "model": model, **metrics}
         for source, models in sources.items()
@@ -199,7 +203,7 @@ def plan_tables(
 
 
 def write_tables(target: Path, tables: Mapping[str, Table]) -> None:
-    """Write the folder, whole or not at all."""
+    """Write the folder of CSV files atomically."""
     with whole_folder(target) as folder:
         for name, lines in tables.items():
             with (folder / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
@@ -210,9 +214,7 @@ def write_tables(target: Path, tables: Mapping[str, Table]) -> None:
 
 
 def score_first_rows(workspace: Workspace, profile: EvaluateParams, *, limit: int) -> list[dict[str, object]]:
-    """Return the scores of base and tuned, one mapping per source and model, over its first `limit` validation rows.
-
-    Nothing is written.
+    """Return the scores of base and tuned model on the first `limit` validation rows of each source; write nothing.
 
     Raises:
         DataError: As in `check_data` and `measure_folder`.
@@ -222,14 +224,16 @@ def score_first_rows(workspace: Workspace, profile: EvaluateParams, *, limit: in
     rows: list[dict[str, object]] = []
     for name, folder in (("base", workspace.base), ("tuned", workspace.model)):
         check_data(folder, shards)
-        scores = measure_folder(folder, workspace.model, EvalRequest(shards, profile), cards=ALONE, name=name).scores
+        scores = measure_folder(
+            folder, workspace.model, EvalRequest(shards, profile), gpus=SINGLE_PROCESS, name=name
+        ).scores
         for source, score, size in zip(shards.sources, scores, sizes, strict=True):
             rows.append({"source": source.name, "model": name, **score.metrics(size)})
     return sorted(rows, key=lambda row: (str(row["source"]), str(row["model"])))
 
 
 def first_rows(shards: Shards, limit: int) -> Shards:
-    """Return the shards with `limit` validation rows a source at most."""
+    """Return the shards with at most `limit` validation rows per source."""
     return replace(
         shards,
         sources=tuple(replace(source, validation=source.validation[:limit]) for source in shards.sources),

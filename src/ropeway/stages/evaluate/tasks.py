@@ -1,7 +1,7 @@
-"""Tasks of lm-evaluation-harness on an opened model, through its HF backend and this model's chat template.
+"""Tasks of lm-evaluation-harness, through its HF backend and the model's chat template.
 
-The only module that knows lm_eval, which is the extra `eval` and needed by nobody who names no task. A task is found
-in `configs/tasks/` of the workspace, where paths of data files count from the workspace, or among the harness's own.
+The only module that imports lm_eval (the extra `eval`), which is needed only where params name tasks. Tasks are looked
+up in `configs/tasks/` of the workspace, with data file paths relative to the workspace, then among the harness's own.
 Written for lm_eval 0.4.13.
 """
 
@@ -24,36 +24,36 @@ _KEY = "params.yaml: evaluation.tasks"
 
 
 class TaskIndex(Protocol):
-    """What is used of the harness's TaskManager."""
+    """The part of the harness's TaskManager that is used here."""
 
     task_index: Mapping[str, object]
     all_tasks: Sequence[str]
     all_subtasks: Sequence[str]
 
     def load(self, names: list[str]) -> object:
-        """Open tasks and their data."""
+        """Load tasks and their data."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tasks:
-    """Tasks whose names and data were found."""
+    """Tasks that exist and whose data can be loaded."""
 
-    names: tuple[str, ...]  # as params name them: tasks, groups or tags
-    manager: TaskIndex  # the harness's index of all that it can open
-    root: Path  # data files' paths count from here
+    names: tuple[str, ...]  # of tasks, groups or tags, as in params
+    manager: TaskIndex  # the harness's index of tasks
+    root: Path  # paths of data files are relative to this folder
 
 
 @dataclass(frozen=True, slots=True)
 class TaskScore:
-    """What one model came to in one task."""
+    """The scores of one model on one task."""
 
-    version: str  # the task's own version; figures of two versions cannot be compared
-    shots: int  # solved examples that stand before each question
-    n: int  # questions asked
-    metrics: Mapping[str, float]  # `acc` and such, `<metric>_stderr` beside each that has one
+    version: str  # of the task; scores of different versions cannot be compared
+    shots: int  # few-shot examples per question
+    n: int  # number of questions
+    metrics: Mapping[str, float]  # e.g. `acc`, and `<metric>_stderr` where the harness computes it
 
 
-def find_harness(names: Sequence[str]) -> str:
+def harness_version(names: Sequence[str]) -> str:
     """Return the harness's version.
 
     Raises:
@@ -63,23 +63,23 @@ def find_harness(names: Sequence[str]) -> str:
         return importlib.metadata.version("lm_eval")
     except importlib.metadata.PackageNotFoundError:
         raise ConfigError(
-            f"{_KEY} names {', '.join(names)}, and lm-evaluation-harness is not installed: `make setup EXTRAS=eval` "
-            "installs it (or `python3 requirements/install.py eval`). Or write tasks: []"
+            f"{_KEY} names {', '.join(names)}, but lm-evaluation-harness is not installed. Run `make setup "
+            "EXTRAS=eval` (or `python3 requirements/install.py eval`), or set tasks: []"
         ) from None
 
 
 def open_tasks(names: Sequence[str], root: Path, folder: Path) -> Tasks | None:
-    """Return the tasks that params name, each opened once so that what is missing is said before a model is measured.
+    """Return the tasks that params name, each loaded once, so that errors appear before a model is measured.
 
-    `folder` has the workspace's own tasks, YAML of the harness; they win over its own of the same name.
+    `folder` has the workspace's own tasks as YAML; they override the harness's tasks of the same name.
 
     Raises:
-        ConfigError: The harness is not installed, a name is unknown, or a data set is not there and may not be fetched.
-        TemporaryError: A data set could not be fetched.
+        ConfigError: The harness is not installed, a name is unknown, or a dataset is missing and may not be downloaded.
+        TemporaryError: A dataset could not be downloaded.
     """
     if not names:
         return None
-    find_harness(names)
+    harness_version(names)
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
     tasks = Tasks(tuple(names), index_tasks(names, folder), root)
@@ -87,30 +87,30 @@ def open_tasks(names: Sequence[str], root: Path, folder: Path) -> Tasks | None:
         if name not in tasks.manager.task_index:
             near = get_close_matches(name, tasks.manager.all_tasks, n=3)
             maybe = f"; did you mean {' or '.join(near)}?" if near else ""
-            raise ConfigError(f"{_KEY}: {name} is neither in {folder} nor among the harness's own{maybe}")
+            raise ConfigError(f"{_KEY}: task {name} does not exist in {folder} or in the harness{maybe}")
         try:
             with contextlib.chdir(root):
                 tasks.manager.load([name])
-        except OSError as error:  # of datasets' errors too: ConnectionError, DatasetNotFoundError
-            told = f"{_KEY}: the data of {name} cannot be read: {type(error).__name__}: {error}"
+        except OSError as error:  # includes ConnectionError and DatasetNotFoundError of datasets
+            message = f"{_KEY}: the data of task {name} cannot be loaded: {type(error).__name__}: {error}"
             if HF_HUB_OFFLINE:
-                remedy = "HF_HUB_OFFLINE is set: fetch it once without, it stays in the cache of `datasets`"
-                raise ConfigError(f"{told}. {remedy}") from None
+                remedy = "HF_HUB_OFFLINE is set: run once without it, which fills the cache of `datasets`"
+                raise ConfigError(f"{message}. {remedy}") from None
             if isinstance(error, FileNotFoundError):
-                raise ConfigError(f"{told}. Paths of data files count from {root}") from None
-            raise TemporaryError(f"{told}. Run it again when the network is back") from None
+                raise ConfigError(f"{message}. Paths of data files are relative to {root}") from None
+            raise TemporaryError(f"{message}. Run the same command again once the network works") from None
     return tasks
 
 
 def index_tasks(names: Sequence[str], folder: Path) -> TaskIndex:
-    """Return the harness's index: of the workspace's tasks alone if all names are theirs, else of its 14,000 too."""
+    """Return the index of the workspace's tasks, and of the harness's 14,000 only where a name needs them."""
     from lm_eval.tasks import TaskManager
 
     options: dict[str, object] = {}
     if folder.is_dir():
         options = {"include_path": folder}
-        own: TaskIndex = TaskManager(**options, include_defaults=False)  # 0.1 s; all of them took 8 s
-        if set(names) <= set(own.all_subtasks):  # a group may hold tasks of the harness, a task cannot
+        own: TaskIndex = TaskManager(**options, include_defaults=False)  # 0.1 s instead of 8 s with all tasks
+        if set(names) <= set(own.all_subtasks):  # tasks only: a group may contain tasks of the harness
             return own
     every: TaskIndex = TaskManager(**options)
     return every
@@ -125,23 +125,23 @@ def run_tasks(
     max_length: int,
     seed: int,
 ) -> dict[str, TaskScore]:
-    """Return task -> what a model came to, groups' own figures among them.
+    """Return task -> scores of a model, including the aggregate scores of groups.
 
-    Under dynamic scaling questions go one by one, since it stretches a whole batch by its longest row. Of a prompt
-    longer than `max_length` tokens the harness leaves out the beginning, and BOS with it. It seeds the global
-    generators; torch's is restored.
+    Under dynamic RoPE scaling the batch size is 1, since the longest row of a batch decides the scaling of all. The
+    harness truncates prompts of more than `max_length` tokens on the left, including BOS. It seeds the global random
+    generators; torch's state is restored.
 
     Raises:
-        DataError: A figure is not finite.
+        DataError: A score is not finite.
     """
     import torch
     from lm_eval import simple_evaluate
 
     one_by_one = longest_independent(model.config.rope_parameters, model.config.max_position_embeddings) is not None
-    # Own frequencies: under dynamic scaling longer rows measured before, by this process and no other, change them.
+    # rope_of: under dynamic scaling longer rows that this process measured before have changed the frequencies.
     with rope_of(model), torch.random.fork_rng(), contextlib.chdir(tasks.root):
         found = simple_evaluate(
-            wrap(model, tokenizer, batch_size=1 if one_by_one else batch_size, max_length=max_length),
+            wrap_for_harness(model, tokenizer, batch_size=1 if one_by_one else batch_size, max_length=max_length),
             tasks=list(tasks.names),
             task_manager=tasks.manager,
             apply_chat_template=True,
@@ -162,16 +162,18 @@ def run_tasks(
     }
 
 
-def wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int, max_length: int) -> object:
-    """Return a model as the harness asks it, so that exactly one BOS stands in front of whatever it reads.
+def wrap_for_harness(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int, max_length: int
+) -> object:
+    """Return the model as the harness's HFLM, so that every input starts with exactly one BOS.
 
-    BOS comes from the chat template, and where the harness uses none (`loglikelihood_rolling`, an empty context) it
-    puts one itself. So its tokenizer must add none: left to itself, rolling windows began with two (lm_eval 0.4.13).
+    The chat template adds BOS. Where the harness uses no template (`loglikelihood_rolling`, an empty context) it adds
+    BOS itself. So the tokenizer must not add one: by default rolling windows start with two (lm_eval 0.4.13).
     """
     from lm_eval.models.huggingface import HFLM
     from transformers import GenerationConfig
 
-    # Else transformers fills what a task leaves open from the folder's own generation settings.
+    # Otherwise transformers takes settings that a task does not have from the folder's generation_config.json.
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
@@ -181,28 +183,30 @@ def wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_si
 
 
 def read_metrics(task: str, line: Mapping[str, object]) -> dict[str, float]:
-    """Return the figures of a line of the harness's results, six decimals; a filter stays in the name if there is one.
+    """Return the scores of one task of the harness's results, six decimals; a filter is part of the metric's name.
 
     >>> read_metrics("t", {"alias": "t", "sample_len": 4, "acc,none": 0.5, "acc_stderr,none": "N/A", "f1,strict": 1.0})
     {'acc': 0.5, 'f1,strict': 1.0}
 
     Raises:
-        DataError: A figure is not finite.
+        DataError: A score is not finite.
     """
-    # Metrics are `name,filter`; `N/A` stands where a metric has no standard error.
-    figures = {
+    # Keys are `name,filter`; the value is `N/A` where a metric has no standard error.
+    scores = {
         key.removesuffix(",none"): float(value)
         for key, value in line.items()
         if "," in key and isinstance(value, SupportsFloat)
     }
-    for key, value in figures.items():
+    for key, value in scores.items():
         if not math.isfinite(value):
-            raise DataError(f"task {task}: {key} is {value}. Look at the model's losses, or leave the task out")
-    return {key: round(value, 6) for key, value in figures.items()}
+            raise DataError(
+                f"task {task}: {key} is {value}, expected a finite number. Check the model's losses, or remove the task"
+            )
+    return {key: round(value, 6) for key, value in scores.items()}
 
 
 def report_tasks(found: Mapping[str, Mapping[str, TaskScore]]) -> dict[str, object]:
-    """Return eval.json's part, of model -> task -> score: task -> version, shots, n, and the metrics of each model."""
+    """Return the tasks section of eval.json: task -> version, shots, n, and the metrics of each model."""
     first = next(iter(found.values()))
     return {
         name: {

@@ -1,8 +1,7 @@
-"""Validation rows as text again: how many bytes a loss was paid for, and the same rows under another tokenizer.
+"""Validation rows decoded to text: their size for nats/byte, and the same rows under another tokenizer.
 
-Nats per token cannot be compared across tokenizers, nats per byte can. A source's bytes are the UTF-8 bytes of the
-text whose tokens are supervised; special tokens (BOS, roles, ends of turns) have no bytes of their own, though their
-losses are in the sum, under every tokenizer alike.
+Nats/token cannot be compared across tokenizers, nats/byte can. A source's bytes are the UTF-8 bytes of its supervised
+text. Special tokens (BOS, roles, ends of turns) have no bytes, but their losses are in the sum under every tokenizer.
 
 Source: bits per byte as in Gao et al. 2020, "The Pile", arXiv:2101.00027, section 3.1, in nats.
 """
@@ -23,60 +22,59 @@ from ropeway.data.shards import Kind, Shards, SourceShards, write_shard
 from ropeway.models.chat_template import open_template
 from ropeway.models.tokenizer import count_tokens, open_tokenizer, read_special, token_text
 
-_CUT_CHARACTER = "\ufffd"  # what is decoded of a character whose last bytes lie behind the row's end
-_NO_CHARACTER = "\u200b"  # parts a special token's spelling in text, so that no tokenizer takes it for the token
+_CUT_CHARACTER = "\ufffd"  # decoded from a character that the end of the row truncates
+_NO_CHARACTER = "\u200b"  # zero-width space: keeps a tokenizer from parsing a special token's text as the token
 
 
 @dataclass(frozen=True, slots=True)
-class Stretch:
+class Segment:
     """A special token, or the text between two of them."""
 
-    text: str  # decoded; of a special token, its name
-    kind: int  # who said it
-    counts: bool  # whether its tokens are supervised
-    name: str | None  # `bos`, `eos` or a role token's text, if it is special; None if it is text
+    text: str  # decoded
+    kind: int  # a `Kind`: whose turn it is
+    is_supervised: bool
+    name: str | None  # of a special token: `bos`, `eos` or a role token's text; None for text
 
 
-def read_stretches(
+def read_segments(
     ids: NDArray[np.int64],
     kinds: NDArray[np.uint8],
     profile: RowParams,
     tokenizer: Tokenizer,
     special: dict[int, str],
-) -> Iterator[Stretch]:
-    """Yield the stretches of one sequence from its beginning, perhaps cut: `(T,)` tokens, and who said each.
+) -> Iterator[Segment]:
+    """Yield the segments of a sequence or of its start: `(T,)` token ids and their kinds; `special`: id -> name.
 
-    Each is decoded by itself, so that the blank which some tokenizers put in front is taken off; `special`: id -> name.
+    Segments are decoded separately, which strips the space that some tokenizers prepend.
     """
-    counts = np.append(loss_mask(kinds, profile)[:-1], False)
+    is_supervised = np.append(loss_mask(kinds, profile)[:-1], False)
     is_special = np.isin(ids, list(special))
     borders = np.flatnonzero(is_special | np.append(True, is_special[:-1]))
     for begin, end in zip(borders, [*borders[1:], len(ids)], strict=True):
         number = int(ids[begin])
         text = tokenizer.decode(ids[begin:end].tolist(), skip_special_tokens=False)
         name = special.get(number)
-        yield Stretch(text, int(kinds[begin]), bool(counts[max(begin - 1, 0)]), name)
+        yield Segment(text, int(kinds[begin]), bool(is_supervised[max(begin - 1, 0)]), name)
 
 
 def count_bytes(shards: Shards, profile: RowParams, folder: Path) -> list[int]:
-    """Return each source's bytes: UTF-8, of the text that is supervised in its validation rows.
+    """Return the size in UTF-8 bytes of each source's supervised validation text.
 
-    `folder` holds the tokenizer that made the shards.
+    `folder` has the tokenizer of the shards.
     """
     totals = [0] * len(shards.sources)
     for source, row in _read_rows(shards, profile, folder):
-        totals[source] += sum(len(one.text.encode()) for one in row if one.counts and one.name is None)
+        totals[source] += sum(len(one.text.encode()) for one in row if one.is_supervised and one.name is None)
     return totals
 
 
-def translate(
+def retokenize(
     shards: Shards, profile: EvaluateParams, folder: Path, other: Path, out: Path
 ) -> tuple[Shards, EvaluateParams]:
-    """Return validation rows of the same texts in the tokens of another folder's tokenizer, and a profile to read them.
+    """Return shards with the same validation texts in another tokenizer's tokens, and the profile to read them with.
 
-    Rows keep their text, so they may have more tokens than `max_length`; the returned profile cuts none.
-
-    `folder` holds the tokenizer that made the shards, `other` the other one; `out` is an empty folder for new shards.
+    Rows keep their whole text and may have more tokens than `max_length`; the returned profile truncates none.
+    `folder` has the tokenizer of the shards, `other` the other tokenizer; `out` is an empty folder for the new shards.
 
     Raises:
         ConfigError: The other tokenizer lacks a special token of the template.
@@ -97,14 +95,14 @@ def translate(
     return new, profile.model_construct(**seen)
 
 
-def _read_rows(shards: Shards, profile: RowParams, folder: Path) -> Iterator[tuple[int, list[Stretch]]]:
-    """Yield (source, stretches) of every validation row; a half character at a cut is left out."""
+def _read_rows(shards: Shards, profile: RowParams, folder: Path) -> Iterator[tuple[int, list[Segment]]]:
+    """Yield (source, segments) of every validation row, without a character that the end of the row truncates."""
     tokenizer = open_tokenizer(folder)
     names = {number: name for name, number in shards.special.items() if name != "pad"}
     for number, (_, rows) in enumerate(validation_rows(shards, profile)):
         for (piece,) in rows:
             tokens, kinds = shards.sources[number].read(piece.sequence)
-            found = list(read_stretches(tokens[: piece.end], kinds[: piece.end], profile, tokenizer, names))
+            found = list(read_segments(tokens[: piece.end], kinds[: piece.end], profile, tokenizer, names))
             if piece.end < len(tokens) and found[-1].name is None:
                 found[-1] = replace(found[-1], text=found[-1].text.rstrip(_CUT_CHARACTER))
             elif kinds[-1] == Kind.DOCUMENT_END:
@@ -114,23 +112,23 @@ def _read_rows(shards: Shards, profile: RowParams, folder: Path) -> Iterator[tup
 
 def _encoder(
     tokenizer: Tokenizer, special: dict[str, int]
-) -> Callable[[Sequence[Stretch]], tuple[NDArray[np.int64], NDArray[np.uint8]]]:
-    """Return what turns stretches into (tokens, kinds)."""
+) -> Callable[[Sequence[Segment]], tuple[NDArray[np.int64], NDArray[np.uint8]]]:
+    """Return a function from segments to (token ids, kinds)."""
     texts = {name: token_text(tokenizer, number) for name, number in special.items()}
     added = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
-    spelt = re.compile("|".join(re.escape(text) for text in sorted(added, key=len, reverse=True)))
+    special_text = re.compile("|".join(re.escape(text) for text in sorted(added, key=len, reverse=True)))
     numbers = list(special.values())
 
-    def part(hit: re.Match[str]) -> str:
+    def separate(hit: re.Match[str]) -> str:
         return f"{hit[0][:1]}{_NO_CHARACTER}{hit[0][1:]}"
 
-    def encode(row: Sequence[Stretch]) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+    def encode(row: Sequence[Segment]) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
         body = [one for one in row[row[0].name == "bos" :] if one.name or one.text]
-        text = "".join(texts[one.name] if one.name else spelt.sub(part, one.text) for one in body)
+        text = "".join(texts[one.name] if one.name else special_text.sub(separate, one.text) for one in body)
         ids = np.asarray(tokenizer.encode(text).ids, dtype=np.int64)
-        if ids[0] == special["bos"]:  # the post-processor put it there
+        if ids[0] == special["bos"]:  # added by the tokenizer's post-processor
             body.insert(0, replace(row[0], name="bos"))
-        # Where a special token stands a stretch ends and another begins: each token has the kind of its own.
+        # Every special token is a segment by itself; all tokens get the kind of their segment.
         is_special = np.isin(ids, numbers)
         turn = np.cumsum(is_special | np.append(True, is_special[:-1])) - 1
         kinds = np.array([one.kind for one in body], dtype=np.uint8)[turn]

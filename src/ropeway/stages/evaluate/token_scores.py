@@ -1,4 +1,4 @@
-"""Loss, perplexity and accuracy as sums over tokens, so that no batch size and no order can change them.
+"""Loss, perplexity and accuracy from sums over tokens, independent of batch size and order.
 
 Shapes: B rows, T tokens, N supervised positions of a batch, H hidden, V vocabulary, S sources.
 """
@@ -24,10 +24,10 @@ from ropeway.stages.evaluate.evaluation_workers import Share
 
 Sums = NDArray[np.float64]  # (3, groups): loss in nats, correct positions, positions
 
-# Positions that pass the head at once: 256 x 32,016 x 4 bytes = 33 MB of logits, whatever the row's length. On a CPU
+# Positions per pass through the head: 256 x 32,016 x 4 bytes = 33 MB of logits, whatever the row's length. On a CPU
 # (8,192 entries) head, loss and accuracy of 2,048 positions took 160 ms in parts of 256, 173 in 512, 236 in 1,024.
 HEAD_POSITIONS = 256
-_LARGEST_EXPONENT = 700.0  # e^700 is the end of a double; JSON has no infinity
+_LARGEST_EXPONENT = 700.0  # e^700 is close to the largest double; JSON has no infinity
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Score:
     """Sums over the supervised positions of one source."""
 
     loss_sum: float  # nats
-    correct: int  # positions whose most likely token is the target
+    correct: int  # positions at which the most likely token is the target
     tokens: int  # supervised positions
 
     @property
@@ -44,10 +44,10 @@ class Score:
         return self.loss_sum / self.tokens
 
     def metrics(self, size_bytes: int) -> dict[str, float]:
-        """Return what eval.json holds: six decimals, perplexity six digits, so that the last bits of a sum stay out.
+        """Return the metrics of eval.json, rounded to six decimals (perplexity: six significant digits).
 
         Args:
-            size_bytes: Of the supervised text; without any there is no loss per byte.
+            size_bytes: Size of the supervised text; with 0 there is no `nats_per_byte`.
 
         >>> Score(2.0, 1, 4).metrics(16)
         {'loss': 0.5, 'perplexity': 1.64872, 'accuracy': 0.25, 'nats_per_byte': 0.125, 'tokens': 4, 'bytes': 16}
@@ -64,12 +64,12 @@ class Score:
 
 
 def plan_batches(lengths: Sequence[int], size: int, *, mix_below: int | None = None) -> list[list[int]]:
-    """Return row numbers, `size` at most in a batch, shortest rows first and rows of similar length together.
+    """Return batches of at most `size` row numbers, shortest rows first, so that similar lengths are together.
 
     Args:
         lengths: Tokens of each row.
-        size: Rows of a batch.
-        mix_below: Rows of this length or longer only share a batch with rows of just their length.
+        size: Rows per batch.
+        mix_below: Rows of this length or more share a batch only with rows of equal length.
 
     >>> plan_batches([3, 9, 4, 9, 8], 2), plan_batches([3, 9, 4, 9, 8], 2, mix_below=5)
     ([[0, 2], [4, 1], [3]], [[0, 2], [4], [1, 3]])
@@ -85,14 +85,13 @@ def plan_batches(lengths: Sequence[int], size: int, *, mix_below: int | None = N
     return batches
 
 
-def plan_mixing(profile: EvaluateParams, config: PreTrainedConfig) -> int | None:
-    """Return the length from which a row's loss would depend on its neighbours in a batch; None when none does.
+def mixing_limit(profile: EvaluateParams, config: PreTrainedConfig) -> int | None:
+    """Return the length from which a row's loss depends on the other rows of its batch; None if it never does.
 
-    Under `document_end: published` the last target of a row is padding or its own first token, by the width of the
-    batch; rows of one length always see the latter, which is what the original's evaluation (one row a batch) saw.
-    Under some RoPE scalings transformers stretches the whole batch by its longest row; below the base's context it does
-    not, and shortest first, in a share of the batches too, means that it never has to
-    shrink again.
+    Under `document_end: published` the last target of a row is padding or the row's first token, depending on the width
+    of the batch; among rows of equal length it is the first token, as in the original's evaluation (batch size 1).
+    Under some RoPE scalings the longest row of a batch decides the scaling of all rows, but not below the base's
+    context length; and since the shortest rows come first, the scaling never has to decrease again.
     """
     if profile.document_end == "published":
         return 0
@@ -106,15 +105,15 @@ def all_rows(shards: Shards, profile: EvaluateParams) -> list[Row]:
 
 
 def sum_batches(model: PreTrainedModel, shards: Shards, profile: EvaluateParams, *, share: Share) -> list[Sums]:
-    """Return the sums of each batch in a share of all batches of validation rows.
+    """Return the sums of each batch in a share.
 
-    Which rows share a batch, and in which order, does not depend on the shares.
+    Batches and their order do not depend on the number of shares.
     """
     rows = all_rows(shards, profile)
     lengths = [sum(piece.end - piece.begin for piece in row) for row in rows]
-    batches = plan_batches(lengths, profile.per_device_eval_batch_size, mix_below=plan_mixing(profile, model.config))
+    batches = plan_batches(lengths, profile.per_device_eval_batch_size, mix_below=mixing_limit(profile, model.config))
     mine = share.of(batches)
-    # One block beforehand: small ones made between the batches keep the heap from closing where their tensors were.
+    # Allocated once: small arrays allocated between batches fragment the heap.
     sums = np.empty((len(mine), 3, len(shards.sources)))
     for number, batch in enumerate(mine):
         inputs = collate([rows[row] for row in batch], shards, profile, pad_to_multiple_of=None)
@@ -135,7 +134,7 @@ def score_sources(batches: Sequence[Sums], shards: Shards, *, name: str) -> list
 
 
 def add_sums(parts: Sequence[Sums]) -> list[Score]:
-    """Return one score per group; one part after the other, since another order would round otherwise."""
+    """Return one score per group, summed in the order of the parts, since another order rounds differently."""
     return [Score(float(loss), int(correct), int(tokens)) for loss, correct, tokens in reduce(np.add, parts).T]
 
 
@@ -143,9 +142,9 @@ def add_sums(parts: Sequence[Sums]) -> list[Score]:
 def sum_batch(model: PreTrainedModel, batch: Batch, *, groups: int) -> Sums:
     """Return `(3, groups)` sums of one batch by its `sources`: loss in nats, correct positions, positions.
 
-    Neither attention mask nor cache: rows are padded on the right, so causal attention never sees the padding, and
-    with either transformers 5 stops telling packed rows apart. Only supervised positions pass the head, and their
-    logits are gone before the next ones are made.
+    No attention mask and no cache: rows are padded on the right, where causal attention does not see the padding, and
+    with either of them transformers 5 does not separate packed sequences. Only supervised positions go through the
+    head, in chunks, to bound the memory of the logits.
     """
     head = output_head(model)
     mask = torch.from_numpy(batch.loss_mask)
@@ -158,14 +157,14 @@ def sum_batch(model: PreTrainedModel, batch: Batch, *, groups: int) -> Sums:
     for states, wanted in zip(hidden.split(HEAD_POSITIONS), targets.split(HEAD_POSITIONS), strict=True):
         logits = head(states).float()  # (HEAD_POSITIONS, V)
         losses.append(cross_entropy(logits, wanted, reduction="none"))
-        hits.append(_hits(logits, wanted))
+        hits.append(_is_correct(logits, wanted))
     sources = batch.sources[batch.loss_mask]
     values = (_as_numbers(losses), _as_numbers(hits), np.ones(len(sources)))
     return np.stack([np.bincount(sources, weights=one, minlength=groups) for one in values])
 
 
-def _hits(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Return `(N,)` whether the target is the argmax; on a CPU that takes five times as long as the maximum."""
+def _is_correct(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Return `(N,)` whether the target is the argmax; the maximum goes first, since argmax is 5x slower on a CPU."""
     hits = logits.gather(1, wanted[:, None])[:, 0] == logits.amax(dim=-1)
     likely = hits.nonzero()[:, 0]
     hits[likely] = logits[likely].argmax(dim=-1) == wanted[likely]
@@ -178,26 +177,25 @@ def _as_numbers(parts: list[torch.Tensor]) -> NDArray[np.float64]:
 
 
 def check_supervised(shards: Shards, profile: EvaluateParams) -> None:
-    """Raise DataError for a source whose validation rows hold no supervised token; one row of each may tell."""
+    """Raise DataError for a source without a supervised token in its validation rows."""
     for name, rows in validation_rows(shards, profile):
         if not any(collate([row], shards, profile, pad_to_multiple_of=None).loss_mask.any() for row in rows):
-            raise _nothing_to_measure(name, len(rows))
+            raise _no_supervised_tokens(name, len(rows))
 
 
-def _nothing_to_measure(source: str, rows: int) -> DataError:
+def _no_supervised_tokens(source: str, rows: int) -> DataError:
     return DataError(
-        f"source {source}: its {rows:,} validation rows hold no supervised token, so there is nothing to measure. "
-        "Give it a validation part (val_split, max_val_set), or look in ledger.json what label_masking and "
-        "what_counts leave of it"
+        f"source {source}: {rows:,} validation rows with 0 supervised tokens, expected 1 or more. Enlarge its "
+        "validation split (val_split, max_val_set), or check in ledger.json what label_masking and what_counts mask"
     )
 
 
 def _check_score(score: Score, source: str, *, rows: int, model: str) -> None:
     if score.tokens == 0:
-        raise _nothing_to_measure(source, rows)
+        raise _no_supervised_tokens(source, rows)
     if not math.isfinite(score.loss_sum):
         raise DataError(
             f"source {source}: the loss of the {model} model is {score.loss_sum} over {score.tokens:,} tokens, "
-            "expected a finite number; its weights are broken. Train again from the last good checkpoint, or with a "
+            "expected a finite number. Its weights are broken: train again from the last good checkpoint, or with a "
             "lower learning_rate"
         )

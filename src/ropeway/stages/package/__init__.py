@@ -1,1 +1,1 @@
-"""Stage package: the model as others load it, checked in a clean process."""
+"""Stage package: the model in a form that other loaders read, checked in a fresh interpreter."""

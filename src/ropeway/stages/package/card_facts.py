@@ -1,4 +1,4 @@
-"""card.json: every fact that the model card states; `ropeway.reporting.model_card` renders it."""
+"""card.json: all facts of the model card, which `ropeway.reporting.model_card` renders."""
 
 from collections.abc import Mapping
 
@@ -8,8 +8,8 @@ from ropeway.stages.package.facts import Facts
 from ropeway.stages.package.model_config import TORCH_NAMES
 
 FORMAT = 1
-LLAMA2 = "llama2"  # the Hub's identifier of that licence
-# Source: Llama 2 Community License Agreement, section 1.b.iii, which wants this sentence in a "Notice" text file.
+LLAMA2 = "llama2"  # the Hub's identifier of the Llama 2 license
+# Source: Llama 2 Community License Agreement, section 1.b.iii, which requires this sentence in a "Notice" text file.
 NOTICE = (
     "Llama 2 is licensed under the LLAMA 2 Community License, Copyright © Meta Platforms, Inc. All Rights Reserved."
 )

@@ -1,6 +1,6 @@
-"""`python -m ropeway.stages.package.check FOLDER`: load a package as others do; compare it with its probe.
+"""`python -m ropeway.stages.package.check FOLDER`: load a package as users do and compare it with its probe.
 
-The stage package runs this in a fresh interpreter before there is a package; anybody may run it on a pulled one.
+The stage package runs this in a fresh interpreter before it publishes the folder; it also works on a pulled package.
 """
 
 import argparse
@@ -31,20 +31,20 @@ from ropeway.runtime.errors import DataError, RopewayError
 from ropeway.runtime.manifest import NAME as MANIFEST
 from ropeway.runtime.manifest import load_manifest
 from ropeway.stages.package.model_config import TORCH_NAMES
-from ropeway.stages.package.probe import Probe, logits_of
+from ropeway.stages.package.probe import Probe, probe_logits
 from ropeway.stages.package.weights import STORED, locate_tensors, read_dtypes
 
-# Largest difference of logits relative to the largest logit. The same weights through the same code on one machine
-# agree exactly; the room is for other kernels.
+# Largest allowed difference of logits, relative to the largest logit. On one machine they are equal; other kernels
+# differ.
 _TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 2e-3}
 
 
 def check_package(folder: Path, logits: Path | None = None) -> None:
-    """Raise DataError with every promise that the folder breaks, expected and found.
+    """Raise DataError with every difference between the folder and its probe, expected and found.
 
     Args:
         folder: A package.
-        logits: `(T, V)` of the probe row as the exported model computes them; left out, they are not compared.
+        logits: `(T, V)` logits of the probe row from the exported model; None: logits are not compared.
     """
     if (folder / MANIFEST).exists():
         load_manifest(folder, remedy="Pull or package it again")
@@ -63,17 +63,17 @@ def check_package(folder: Path, logits: Path | None = None) -> None:
         raise DataError("\n".join([f"{folder}: cannot be loaded: {error}", *faults])) from error
     model.eval()
     for name in sorted({*found["missing_keys"], *found["unexpected_keys"]}):
-        what = "expected in the files" if name in found["missing_keys"] else "in the files, of no use to the model"
+        what = "missing in the files" if name in found["missing_keys"] else "in the files, but not used by the model"
         faults.append(f"  tensor {name}: {what}")
     faults += [*model_faults(model, tokenizer, probe), *stop_faults(model, tokenizer, probe)]
     if logits:
         faults += logits_faults(model, np.load(logits, allow_pickle=False), probe)
     if faults:
-        raise DataError("\n".join([f"{folder}: reloaded, the package is not what was trained:", *faults]))
+        raise DataError("\n".join([f"{folder}: the reloaded package differs from the trained model:", *faults]))
 
 
 def config_faults(config: Mapping[str, object], probe: Probe) -> Iterator[str]:
-    """Yield what a loader between transformers 4.31 and 5 would read differently from what was trained."""
+    """Yield each value of config.json that transformers 4.31 to 5 would read differently from the trained model."""
     rope = scaling_from_json(probe["rope"])
     wanted = {
         "rope_parameters": rope.to_config(),
@@ -88,89 +88,89 @@ def config_faults(config: Mapping[str, object], probe: Probe) -> Iterator[str]:
         "architectures": [class_name(config.get("model_type"))],
     }
     for key, value in wanted.items():
-        yield from _differs(f"config.json, {key}", value, config.get(key))
+        yield from _compare(f"config.json, {key}", value, config.get(key))
     if type(reach := config.get("max_position_embeddings")) is not int:
         yield f"  config.json, max_position_embeddings: expected an integer, found {reach}"
 
 
 def token_faults(tokenizer: PreTrainedTokenizerBase, probe: Probe) -> Iterator[str]:
-    """Yield special tokens with other ids, and texts that are tokenized otherwise."""
+    """Yield special tokens with other ids, and texts with other token ids."""
     special = probe["special"]
     found = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     found |= {token: tokenizer.convert_tokens_to_ids(token) for token in special if token not in found}
     for name, number in found.items():
-        yield from _differs(f"id of {name}", special[name], number)
-    yield from _differs("tokenizer's model_max_length", probe["max_length"], tokenizer.model_max_length)
-    yield from _differs("tokenizer's padding side", "right", tokenizer.padding_side)
+        yield from _compare(f"id of {name}", special[name], number)
+    yield from _compare("tokenizer's model_max_length", probe["max_length"], tokenizer.model_max_length)
+    yield from _compare("tokenizer's padding side", "right", tokenizer.padding_side)
     for case in probe["texts"]:
-        yield from _differs(f"ids of {case['text']!r}", case["ids"], tokenizer(case["text"])["input_ids"])
+        yield from _compare(f"ids of {case['text']!r}", case["ids"], tokenizer(case["text"])["input_ids"])
 
 
 def template_faults(folder: Path, tokenizer: PreTrainedTokenizerBase, probe: Probe) -> Iterator[str]:
-    """Yield conversations that the template, in its file or in the config, renders otherwise than training did."""
+    """Yield conversations that the template, in its file or in the config, renders differently from training."""
     key = json.loads((folder / "tokenizer_config.json").read_bytes()).get("chat_template")
     places = {TEMPLATE_FILE: (folder / TEMPLATE_FILE).read_text(encoding="utf-8"), "tokenizer_config": key}
     special = probe["special"]
     trained_with = next((one for one in TEMPLATES if special.keys() >= set(one.added_tokens)), None)
     if trained_with is None:
         known = ", ".join(one.name for one in TEMPLATES)
-        yield f"  probe.json, special: expected the tokens of a template ({known}), found {', '.join(special)}"
+        yield f"  probe.json, special: expected the special tokens of a template ({known}), found {', '.join(special)}"
     prompt = trained_with.generation_prompt if trained_with else ""
     prompt_ids = [special[prompt]] if prompt in special else tokenizer(prompt, add_special_tokens=False)["input_ids"]
     for place, template in places.items():
         if not template:
-            yield f"  {place}: expected the chat template, found none"
+            yield f"  {place}: the chat template is missing"
         for case in probe["conversations"] if template else []:
             asks = case["messages"][-1]["role"] == "user" and bool(prompt)
             options = {"chat_template": template, "add_generation_prompt": asks}
             text = tokenizer.apply_chat_template(case["messages"], tokenize=False, **options)
-            yield from _differs(f"{place}, conversation as text", case["text"] + prompt * asks, text)
+            yield from _compare(f"{place}, conversation as text", case["text"] + prompt * asks, text)
             told = tokenizer.apply_chat_template(case["messages"], tokenize=True, return_dict=True, **options)
-            yield from _differs(f"{place}, conversation as ids", case["ids"] + prompt_ids * asks, told["input_ids"])
+            yield from _compare(f"{place}, conversation as ids", case["ids"] + prompt_ids * asks, told["input_ids"])
 
 
 def weight_faults(folder: Path, probe: Probe) -> Iterator[str]:
-    """Yield tensors that are not in the file that the index names, or are stored in another dtype than stated."""
+    """Yield tensors that are not in the file that the index names, or are stored in another dtype."""
     placed = {(path.name, name) for name, path in locate_tensors(folder).items()}
     stored = {(path.name, name): dtype for path in folder.glob("*.safetensors") for name, dtype in read_dtypes(path)}
     for file, name in sorted(placed - set(stored)):
-        yield f"  tensor {name}: expected in {file}, as the index says, found none"
+        yield f"  tensor {name}: missing in {file}, where the index has it"
     for file, name in sorted(set(stored) - placed):
-        yield f"  tensor {name}: found in {file}, but the index does not say so"
+        yield f"  tensor {name}: found in {file}, where the index does not have it"
     for (_, name), dtype in sorted(stored.items()):
-        yield from _differs(f"stored dtype of {name}", STORED[probe["dtype"]], dtype)
+        yield from _compare(f"stored dtype of {name}", STORED[probe["dtype"]], dtype)
 
 
 def model_faults(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probe: Probe) -> Iterator[str]:
-    """Yield what the live model does not have as trained: dtype, frequencies, vocabulary."""
+    """Yield differences of the loaded model from the trained one: dtype, RoPE frequencies, vocabulary size."""
     config = model.config
-    yield from _differs("dtype of the loaded model", f"torch.{TORCH_NAMES[probe['dtype']]}", str(model.dtype))
+    yield from _compare("dtype of the loaded model", f"torch.{TORCH_NAMES[probe['dtype']]}", str(model.dtype))
     live = rotary(model).inv_freq.float().numpy()
     rope = scaling_from_json(probe["rope"])
     wanted = rope.inv_freq(head_dim(config))
-    yield from _differs(
-        "RoPE's attention factor", round(rope.attention_factor, 6), round(rotary(model).attention_scaling, 6)
+    yield from _compare(
+        "RoPE attention factor", round(rope.attention_factor, 6), round(rotary(model).attention_scaling, 6)
     )
     if live.shape != wanted.shape or not np.allclose(live, wanted, rtol=1e-6, atol=0):
-        yield f"  RoPE frequencies of the live model: expected {wanted[:4].tolist()}…, found {live[:4].tolist()}…"
+        yield f"  RoPE frequencies of the loaded model: expected {wanted[:4].tolist()}…, found {live[:4].tolist()}…"
     rows = model.get_input_embeddings().weight.shape[0]
-    yield from _differs("rows of the embedding and config's vocab_size", rows, config.vocab_size)
-    yield from _differs("rows of the head and of the embedding", rows, output_head(model).weight.shape[0])
+    yield from _compare("rows of the embedding and config's vocab_size", rows, config.vocab_size)
+    yield from _compare("rows of the head and of the embedding", rows, output_head(model).weight.shape[0])
     if rows < len(tokenizer):
-        yield f"  rows of the embedding: expected {len(tokenizer)} at least, the tokenizer's tokens; found {rows}"
+        yield f"  rows of the embedding: expected at least {len(tokenizer)}, the tokenizer's tokens, found {rows}"
 
 
 def stop_faults(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probe: Probe) -> Iterator[str]:
-    """Yield a generation that goes on behind the end token, told to stop by nothing but the folder's own files."""
+    """Yield a fault if generation, configured by the folder's files alone, does not stop at the end token."""
     settings = GenerationConfig.from_pretrained(tokenizer.name_or_path, local_files_only=True)
     try:
-        settings.validate(strict=True)  # a later save_pretrained would die of what is wrong here
+        settings.validate(strict=True)  # save_pretrained fails on what is invalid here
     except ValueError as error:
-        yield f"  generation_config.json: expected settings that go together, found {error}"
+        yield f"  generation_config.json: invalid settings: {error}"
     end = probe["special"]["eos"]
     before = max(set(probe["special"].values()) - {end})
     prompt = torch.tensor([probe["conversations"][0]["ids"]])
-    processors = LogitsProcessorList([_Say(prompt.shape[1], [before, end])])
+    processors = LogitsProcessorList([_ForceTokens(prompt.shape[1], [before, end])])
     with torch.inference_mode():
         out = model.generate(
             prompt,
@@ -179,38 +179,39 @@ def stop_faults(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prob
             do_sample=False,
             logits_processor=processors,
         )
-    yield from _differs(
+    yield from _compare(
         "tokens generated when the second is the end token", [before, end], out[0, prompt.shape[1] :].tolist()
     )
 
 
 def logits_faults(model: PreTrainedModel, expected: NDArray[np.float32], probe: Probe) -> Iterator[str]:
-    """Yield a difference between the package's logits of the probe row and those of the exported model."""
-    found = logits_of(model, probe)
+    """Yield the largest difference between package and exported model in the logits of the probe row."""
+    found = probe_logits(model, probe)
     if found.shape != expected.shape:
         yield f"  logits of the probe row: expected shape {expected.shape}, found {found.shape}"
         return
     limit = _TOLERANCE[probe["dtype"]] * float(np.abs(expected).max())
     position, token = np.unravel_index(np.argmax(np.abs(found - expected)), found.shape)
-    here, there = float(found[position, token]), float(expected[position, token])
-    if not abs(here - there) <= limit:  # a NaN is not
-        yield f"  logit of token {token} at position {position} of the probe: expected {there:.6g}, found {here:.6g}"
+    package, export = float(found[position, token]), float(expected[position, token])
+    if not abs(package - export) <= limit:  # also true for NaN
+        at = f"logit of token {token} at position {position} of the probe"
+        yield f"  {at}: expected {export:.6g}, found {package:.6g}"
 
 
-class _Say(LogitsProcessor):  # type: ignore[misc] # transformers is untyped
-    """Makes these tokens the most likely ones, in turn, and the first of them again after the last."""
+class _ForceTokens(LogitsProcessor):  # type: ignore[misc] # transformers is untyped
+    """Forces generation to these tokens, repeated in a cycle."""
 
     def __init__(self, start: int, tokens: Sequence[int]) -> None:
         self._start, self._tokens = start, tokens
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        said = torch.full_like(scores, -torch.inf)
-        said[:, self._tokens[(input_ids.shape[1] - self._start) % len(self._tokens)]] = 0
-        return said
+        forced = torch.full_like(scores, -torch.inf)
+        forced[:, self._tokens[(input_ids.shape[1] - self._start) % len(self._tokens)]] = 0
+        return forced
 
 
-def _differs(what: str, expected: object, found: object) -> Iterator[str]:
-    # As JSON, since old loaders refuse a factor that is 2 and not 2.0.
+def _compare(what: str, expected: object, found: object) -> Iterator[str]:
+    # As JSON, since old loaders refuse a factor 2 that is not 2.0.
     if json.dumps(expected, sort_keys=True, default=str) != json.dumps(found, sort_keys=True, default=str):
         yield f"  {what}: expected {expected}, found {found}"
 
@@ -226,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RopewayError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    print(f"{options.folder}: loads, and is what was trained")
+    print(f"{options.folder}: loads and equals the trained model")
     return 0
 
 

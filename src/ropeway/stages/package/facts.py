@@ -1,4 +1,4 @@
-"""Everything the package is made of, loaded once and compared with each other."""
+"""The facts of a run for its package, loaded once and checked for consistency."""
 
 import json
 from collections import Counter
@@ -24,12 +24,12 @@ Json = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """One finished run."""
+    """The facts of one finished run."""
 
     name: str  # the profile's
     profile: PackageParams
-    rope: RopeScaling  # the scaling that was trained with, as the base stage recorded it
-    raw: Json  # manifests, as `base`, `data` and `model` are
+    rope: RopeScaling  # the scaling used in training, as the base stage recorded it
+    raw: Json  # a manifest, as are `base`, `data` and `model`
     base: Json
     data: Json
     model: Json
@@ -38,20 +38,20 @@ class Facts:
     evaluation: Json
     samples: Json
     end: str  # the text of the tokenizer's end token
-    systems: Counter[str]  # system message -> conversations it occurred in; "" are those without
-    max_positions: int  # the base's own context in tokens
-    base_rope: Json  # `rope_parameters` under which the base was measured
-    tokenizer: TokenizerJson  # tokenizer.json as the package has it
+    systems: Counter[str]  # system message -> number of conversations; "" without one
+    max_positions: int  # the base's context length in tokens
+    base_rope: Json  # `rope_parameters` with which the base was measured
+    tokenizer: TokenizerJson  # tokenizer.json of the package
     template: ChatTemplate  # the base's
 
     @property
     def steps(self) -> int:
-        """Optimizer steps attempted: the number the model is named after."""
+        """Optimizer steps of the run, skipped ones included; part of the model's name."""
         return int(self.model["steps"])
 
     @property
     def applied_steps(self) -> int:
-        """Of these, the ones not skipped for overflow."""
+        """Optimizer steps that were applied, not skipped for gradient overflow or left out."""
         return int(self.model["applied_steps"])
 
     @property
@@ -66,7 +66,7 @@ class Facts:
 
     @property
     def special(self) -> Mapping[str, int]:
-        """Ids of `bos`, `eos`, `pad` and the role tokens, as the data has them."""
+        """Ids of `bos`, `eos`, `pad` and the role tokens in the data."""
         return dict(self.data["special"])
 
 
@@ -74,7 +74,7 @@ def load_facts(workspace: Workspace, profile: PackageParams) -> Facts:
     """Return the run's facts.
 
     Raises:
-        DataError: A stage's files are missing, changed since, or come from another run than the rest.
+        DataError: A stage's files are missing, have changed, or are of another run than the others.
     """
     early = load_early_facts(workspace, profile, verify=True)
     model = load_manifest(workspace.model, remedy="Run `dvc checkout`, or `dvc repro train`")
@@ -84,19 +84,19 @@ def load_facts(workspace: Workspace, profile: PackageParams) -> Facts:
     return replace(
         early,
         model=model,
-        train=_load(workspace.train_metrics, "train"),
-        evaluation=_load(workspace.evaluation, "evaluate"),
-        samples=_load(workspace.samples, "evaluate"),
+        train=_load_json(workspace.train_metrics, "train"),
+        evaluation=_load_json(workspace.evaluation, "evaluate"),
+        samples=_load_json(workspace.samples, "evaluate"),
         systems=count_systems(workspace, early.raw),
         max_positions=int(config["max_position_embeddings"]),
     )
 
 
 def load_early_facts(workspace: Workspace, profile: PackageParams, *, verify: bool = False) -> Facts:
-    """Return what of the facts is known before training; the trained model's part says nothing.
+    """Return the facts known before training, with empty values for those of the trained model.
 
     Raises:
-        DataError: A manifest is missing or unfinished; with `verify`, a file changed after it was written.
+        DataError: A manifest is missing or incomplete; with `verify`, a file changed after it was written.
     """
     raw, base, data = (
         load_manifest(folder, remedy=f"Run `dvc checkout`, or `dvc repro {stage}`", verify=verify)
@@ -111,7 +111,7 @@ def load_early_facts(workspace: Workspace, profile: PackageParams, *, verify: bo
         base=base,
         data=data,
         model={"steps": 0, "applied_steps": 0},
-        ledger=_load(workspace.ledger, "prepare"),
+        ledger=_load_json(workspace.ledger, "prepare"),
         train={"rows_left_out": 0, "rewinds": 0, "continued_from": {}},
         evaluation={},
         samples={},
@@ -128,36 +128,38 @@ def check_one_run(workspace: Workspace, data: Json, rope: RopeScaling, config: J
     """Raise DataError unless tokenizer, template and RoPE scaling of the export are those of data and params."""
     for path in (workspace.base / "tokenizer.json", workspace.model / "tokenizer.json"):
         if (found := file_sha256(path)) != data["tokenizer"]:
-            raise DataError(f"{path}: sha256 is {found[:12]}…, the data has {data['tokenizer'][:12]}…. {_REMEDY}")
+            raise DataError(
+                f"{path}: sha256 is {found[:12]}…, that of the data is {data['tokenizer'][:12]}…. {_REMEDY}"
+            )
     if (template := open_template(workspace.model)).digest != data["template"]:
         raise DataError(
-            f"{workspace.model}: its template {template.name} ({template.digest[:12]}…) is not the data's "
+            f"{workspace.model}: its template {template.name} ({template.digest[:12]}…) is not that of the data "
             f"({data['template'][:12]}…). {_REMEDY}"
         )
     if config["rope_parameters"] != rope.to_config():
         raise DataError(
-            f"{workspace.model / 'config.json'}: rope_parameters are {config['rope_parameters']}, those of the base "
-            f"{rope.to_config()}. {_REMEDY}"
+            f"{workspace.model / 'config.json'}: rope_parameters: expected {rope.to_config()}, as in the base, found "
+            f"{config['rope_parameters']}. {_REMEDY}"
         )
 
 
 def check_params(trained: Json | None, profile: PackageParams, folder: Path) -> None:
-    """Raise DataError when the model was trained with other params than the package would state, or nobody knows."""
+    """Raise DataError unless the model was trained with the params that the package would record."""
     if trained is None:
         raise DataError(
-            f"{folder}: its manifest does not state the params it was trained with; an older Ropeway wrote it. Run `dvc"
-            " repro` or `ropeway run`, which train again"
+            f"{folder}: its manifest has no params; an older version of Ropeway wrote it. Run `dvc repro` or `ropeway "
+            "run`, which train again"
         )
     now = profile.model_dump(mode="json", include=set(trained))
     if other := [f"{key}: {trained[key]} -> {now.get(key)}" for key in trained if now.get(key) != trained[key]]:
         raise DataError(
-            f"{folder}: was trained with other params than are frozen now ({'; '.join(other)}), so the package would "
-            "state values that no weight was trained with. Run `dvc repro` or `ropeway run`, which train again"
+            f"{folder}: trained with other params than the frozen ones ({'; '.join(other)}), so the package would "
+            "record wrong params. Run `dvc repro` or `ropeway run`, which train again"
         )
 
 
 def count_systems(workspace: Workspace, raw: Json) -> Counter[str]:
-    """Return how many conversations of all sources had which system message."""
+    """Return the number of conversations per system message, over all sources."""
     systems: Counter[str] = Counter()
     for name, facts in raw["sources"].items():
         if facts["kind"] == "conversation":
@@ -166,11 +168,11 @@ def count_systems(workspace: Workspace, raw: Json) -> Counter[str]:
     return systems
 
 
-def _load(path: Path, stage: str) -> dict[str, Any]:
+def _load_json(path: Path, stage: str) -> dict[str, Any]:
     try:
         loaded: dict[str, Any] = json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError) as error:
         raise DataError(
-            f"{path}: expected the JSON that {stage} writes, found: {error}. Run `dvc repro {stage}`"
+            f"{path}: expected the JSON that stage {stage} writes, found: {error}. Run `dvc repro {stage}`"
         ) from None
     return loaded

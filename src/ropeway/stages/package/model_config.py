@@ -1,7 +1,7 @@
-"""The JSON beside the weights, in both spellings where loaders of transformers 4.31 to 5 differ.
+"""The JSON files of the package, with both keys where transformers 4.31 to 5 read different ones.
 
-Source: reference loaders 4.31.0, 4.46 and 5.24: a config saved by 5.24 has `rope_parameters` and `dtype` only; 4.x then
-runs unscaled RoPE in fp32 without a word. 4.31 wants `rope_scaling` to be exactly {type, factor} with a float factor.
+Source: reference loaders 4.31.0, 4.46 and 5.24: a config saved by 5.24 has only `rope_parameters` and `dtype`; 4.x then
+silently uses unscaled RoPE in fp32. 4.31 requires `rope_scaling` to be exactly {type, factor} with a float factor.
 """
 
 from collections.abc import Mapping
@@ -11,22 +11,22 @@ from ropeway.models.chat_template import ChatTemplate
 from ropeway.models.rope import RopeScaling
 
 TORCH_NAMES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
-LLAMA_THETA = 10000.0  # the only one that transformers before 4.33 knows
+LLAMA_THETA = 10000.0  # the only value that transformers before 4.33 supports
 
-# What a tokenizer config may carry over: loaders disagree on the rest (5.24 writes `extra_special_tokens` as a list,
+# The keys of a tokenizer config to keep: loaders disagree on the rest (5.24 writes `extra_special_tokens` as a list,
 # which 4.46 refuses; `backend` and `is_local` are its own).
 _TOKENIZER_KEYS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token")
 
 
 class TokenizerModel(TypedDict):
-    """`model` of tokenizer.json, as far as it is read here."""
+    """The keys of `model` in tokenizer.json that are read here."""
 
     merges: NotRequired[list[list[str]] | list[str] | None]
     ignore_merges: NotRequired[bool]
 
 
 class TokenizerJson(TypedDict):
-    """tokenizer.json, as far as it is read here."""
+    """The keys of tokenizer.json that are read here."""
 
     model: TokenizerModel
 
@@ -34,7 +34,7 @@ class TokenizerJson(TypedDict):
 def plan_config(
     trained: Mapping[str, object], *, rope: RopeScaling, dtype: str, special: Mapping[str, int]
 ) -> dict[str, object]:
-    """Return config.json of the package, made of that of train's export."""
+    """Return config.json of the package from that of the exported model."""
     dropped = ("transformers_version", "_name_or_path", "rope_type")
     return {
         **{key: value for key, value in trained.items() if key not in dropped},
@@ -43,7 +43,7 @@ def plan_config(
         "rope_parameters": rope.to_config(),
         "rope_scaling": rope.to_legacy_config(),
         "rope_theta": rope.theta,
-        "use_cache": True,  # training switches it off
+        "use_cache": True,  # off in training
         **{f"{name}_token_id": special[name] for name in ("bos", "eos", "pad")},
     }
 
@@ -51,12 +51,12 @@ def plan_config(
 def plan_tokenizer_config(
     trained: Mapping[str, object], template: ChatTemplate, *, max_length: int
 ) -> dict[str, object]:
-    """Return tokenizer_config.json: a class every version knows, and the template as a key beside its file.
+    """Return tokenizer_config.json with a class that every version has, and the chat template as a key.
 
-    `PreTrainedTokenizerFast` runs tokenizer.json as it is; `LlamaTokenizer` of transformers 5 rebuilds it and gives
-    other ids.
+    `PreTrainedTokenizerFast` uses tokenizer.json unchanged; `LlamaTokenizer` of transformers 5 rebuilds it, with other
+    ids.
     """
-    named = {key: _text(trained[key]) for key in _TOKENIZER_KEYS if trained.get(key)}
+    named = {key: _token_text(trained[key]) for key in _TOKENIZER_KEYS if trained.get(key)}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **named,
@@ -71,22 +71,22 @@ def plan_tokenizer_config(
 
 
 def plan_special_tokens_map(tokenizer_config: Mapping[str, object]) -> dict[str, object]:
-    """Return special_tokens_map.json, which loaders before 5 read beside the config."""
+    """Return special_tokens_map.json, which loaders before 5 read in addition to the config."""
     return {
         key: tokenizer_config[key] for key in (*_TOKENIZER_KEYS, "additional_special_tokens") if key in tokenizer_config
     }
 
 
 def plan_generation_config(special: Mapping[str, int]) -> dict[str, int]:
-    """Return generation_config.json: stop at the end token; how to draw is the reader's choice."""
+    """Return generation_config.json: it stops at the end token and leaves sampling settings to the user."""
     return {f"{name}_token_id": special[name] for name in ("bos", "eos", "pad")}
 
 
 def plan_tokenizer(trained: TokenizerJson) -> TokenizerJson:
-    """Return tokenizer.json with its merges as `"a b"`, which every version of tokenizers reads, if they can be so.
+    """Return tokenizer.json with merges as `"a b"`, which every version of tokenizers reads, where possible.
 
-    Source: tokenizers 0.20 writes them as pairs, and all before it (transformers up to 4.44) then refuse the file.
-    A token with a blank in it can stand in pairs alone.
+    Source: tokenizers 0.20 writes merges as pairs, which earlier versions (transformers up to 4.44) refuse. A token
+    that contains a space requires pairs.
     """
     model = trained["model"]
     merges = model.get("merges")
@@ -100,11 +100,11 @@ def _all_pairs(merges: object) -> TypeGuard[list[list[str]]]:
 
 
 def lowest_loader(rope: RopeScaling, tokenizer: TokenizerJson) -> str:
-    """Return the lowest version of transformers that loads such a model right.
+    """Return the lowest version of transformers that loads the model correctly.
 
-    Source: transformers' release notes: linear and dynamic scaling came with 4.31.0; `rope_theta` with 4.33.0, before
-    which every Llama has 10,000; yarn and llama3 with 4.43.0. Its setup.py: tokenizers 0.19 (`ignore_merges`) came
-    with 4.40.0, 0.20 (merges as pairs) with 4.45.0.
+    Source: transformers' release notes: linear and dynamic scaling since 4.31.0; `rope_theta` since 4.33.0 (before it
+    every Llama has 10,000); yarn and llama3 since 4.43.0. Its setup.py: tokenizers 0.19 (`ignore_merges`) since 4.40.0,
+    0.20 (merges as pairs) since 4.45.0.
     """
     model = tokenizer["model"]
     needed = {
@@ -116,6 +116,6 @@ def lowest_loader(rope: RopeScaling, tokenizer: TokenizerJson) -> str:
     return max((version for version, is_needed in needed.items() if is_needed), default="4.31.0")
 
 
-def _text(token: object) -> str:
-    """Return the text of a token that stands as a string, or as an AddedToken's mapping."""
+def _token_text(token: object) -> str:
+    """Return the text of a token stored as a string or as an AddedToken's mapping."""
     return str(token["content"] if isinstance(token, Mapping) else token)

@@ -1,7 +1,7 @@
-"""What the package must do when somebody loads it, taken from the run before the package exists.
+"""The probe: expected token ids, texts and logits of a package, computed from the run.
 
-Token ids come from the tokenizers library, strings from the chat template, frequencies from the formula: none
-of it through the classes of transformers that the check then compares with them.
+Token ids come from the tokenizers library, texts from the chat template, frequencies from the formula; none of them
+from the transformers classes that `check` compares with them.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ from ropeway.models.rope import RopeScaling
 from ropeway.models.tokenizer import open_tokenizer, read_special_names
 
 FORMAT = 1
-# Where loaders and servers go wrong: the blank after a special token, leading and doubled blanks, bytes outside the
+# Known errors of loaders and servers: the space after a special token, leading and double spaces, bytes outside the
 # vocabulary, digits, an end token in the text. Source: llama.cpp#7094, transformers#29872, #31513.
 TEXTS = (
     "", "Hello", " Hello", "  two blanks", "a\tb\n\nc ", "naïve — 漢字 🙂", "1234567890", "def f(x):\n    return x",
@@ -36,20 +36,20 @@ CONVERSATIONS = (
 
 
 class TextCase(TypedDict):
-    """A text and its ids."""
+    """A text and its token ids."""
 
     text: str
     ids: list[int]
 
 
 class ConversationCase(TextCase):
-    """A conversation, as text and as ids."""
+    """A conversation, its text and its token ids."""
 
     messages: list[dict[str, str]]
 
 
 class Probe(TypedDict):
-    """probe.json: ids of texts and conversations, special ids, RoPE and dtype, all as the run has them."""
+    """probe.json: expected ids of texts and conversations, special tokens, RoPE and dtype."""
 
     format: int
     dtype: str
@@ -69,7 +69,7 @@ def plan_probe(
     dtype: str,
     max_length: int,
 ) -> Probe:
-    """Return the probe of a run, whose tokenizer is in this folder."""
+    """Return the probe of a run; `tokenizer_folder` has its tokenizer."""
     tokenizer = open_tokenizer(tokenizer_folder)
     names = read_special_names(tokenizer_folder)
     texts = (*TEXTS, *(f"{role}{text}" for role in template.added_tokens for text in ("text", " text")))
@@ -92,13 +92,13 @@ def plan_probe(
 
 
 def probe_row(probe: Probe) -> list[int]:
-    """Return the `(T,)` ids whose logits are compared: every conversation, one after another."""
+    """Return the `(T,)` token ids whose logits are compared: all conversations, concatenated."""
     row = [number for conversation in probe["conversations"] for number in conversation["ids"]]
     return row[: probe["max_length"]]
 
 
 @torch.inference_mode()
-def logits_of(model: PreTrainedModel, probe: Probe) -> NDArray[np.float32]:
+def probe_logits(model: PreTrainedModel, probe: Probe) -> NDArray[np.float32]:
     """Return `(T, V)` fp32 logits of the probe row."""
     logits = model(input_ids=torch.tensor([probe_row(probe)]), use_cache=False).logits[0]
     found: NDArray[np.float32] = logits.float().numpy()
@@ -106,6 +106,6 @@ def logits_of(model: PreTrainedModel, probe: Probe) -> NDArray[np.float32]:
 
 
 def expected_logits(folder: Path, probe: Probe) -> NDArray[np.float32]:
-    """Return the logits of train's export, its weights cast to the package's dtype."""
+    """Return the probe row's logits of the exported model, with weights cast to the package's dtype."""
     disable_progress_bar()
-    return logits_of(open_folder(folder, DTYPES[probe["dtype"]]).eval(), probe)
+    return probe_logits(open_folder(folder, DTYPES[probe["dtype"]]).eval(), probe)

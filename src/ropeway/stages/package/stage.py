@@ -1,14 +1,14 @@
-"""Stage package: the run's model as others load it, its facts and its lineage, checked in a clean process.
+"""Stage package: writes the model in a form that other loaders read, with facts and lineage; checks it by reloading.
 
 package/*.safetensors, model.safetensors.index.json   weights in `package.dtype`, shards of `max_shard_bytes` at most
-package/config.json, generation_config.json           read alike by transformers 4.31 to 5
+package/config.json, generation_config.json           readable by transformers 4.31 to 5
 package/tokenizer.json, tokenizer_config.json,
-        special_tokens_map.json, chat_template.jinja  the base's tokenizer with the role tokens; the template both ways
-package/card.json                                     what the model card states (NOTICE.txt: what Llama 2 asks for)
-package/run.json, run.yaml                            what determines the model; its block of params.yaml, as written
+        special_tokens_map.json, chat_template.jinja  tokenizer with role tokens; template as file and as key
+package/card.json                                     facts of the model card (NOTICE.txt: required by Llama 2)
+package/run.json, run.yaml                            what determines the model; its block of params.yaml, verbatim
 package/eval.json, samples.json, steps.csv,
         ledger.json                                   as the earlier stages wrote them
-package/probe.json                                    `python -m ropeway.stages.package.check` compares with it
+package/probe.json                                    expected values for `python -m ropeway.stages.package.check`
 package/manifest.json                                 written last
 """
 
@@ -38,20 +38,20 @@ from ropeway.stages.package.model_config import (
     plan_tokenizer_config,
 )
 from ropeway.stages.package.probe import Probe, expected_logits, plan_probe
-from ropeway.stages.package.weights import Written, write_weights
+from ropeway.stages.package.weights import WrittenWeights, write_weights
 
 FORMAT = 1
 _SHOWN_CHARACTERS = 2000
-# Transformers is told that there is no network: a package that needs one is not whole.
+# Without network: a package that needs a download is incomplete.
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
 
 def check_request(workspace: Workspace, profile: PackageParams) -> None:
-    """Make everything of the package that needs no trained model: what fails now would fail after training too.
+    """Build all of the package that needs no trained model, to report errors before training.
 
     Raises:
-        ConfigError: The profile's block of params.yaml means something else when it is cut out.
-        DataError: Manifests of raw, base and data do not belong together, or the ledger is missing.
+        ConfigError: The profile's block of params.yaml has other values when it is cut out of the file.
+        DataError: Manifests of raw, base and data are not of one run, or the ledger is missing.
     """
     facts = load_early_facts(workspace, profile)
     with tempfile.TemporaryDirectory() as scratch:
@@ -63,11 +63,11 @@ def check_request(workspace: Workspace, profile: PackageParams) -> None:
 
 
 def run(workspace: Workspace, profile: PackageParams) -> None:
-    """Write `package/`; there is none unless a fresh interpreter loaded it and found what was promised.
+    """Write `package/`, only if a fresh interpreter loads it and finds the expected values.
 
     Raises:
-        DataError: The stages' files do not belong together, a weight does not fit the dtype, or the reloaded package
-            differs from the model in logits, frequencies, tokens, template or stop token.
+        DataError: The stages' files are not of one run, a weight does not fit into the dtype, or the reloaded package
+            differs from the model in logits, frequencies, tokens, template or end token.
     """
     facts = load_facts(workspace, profile)
     with whole_folder(workspace.package) as folder:
@@ -80,7 +80,8 @@ def run(workspace: Workspace, profile: PackageParams) -> None:
         write_manifest(folder, {"format": FORMAT, **identity_of(facts)})
     files = sum(path.is_file() for path in workspace.package.rglob("*"))
     print(
-        f"{facts.title}: {files} files, {written.parameters:,} weights in {profile.package.dtype}, reloaded and equal"
+        f"{facts.title}: {files} files, {written.parameters:,} parameters in {profile.package.dtype}; "
+        "the reloaded package equals the exported model"
     )
 
 
@@ -96,7 +97,7 @@ def _plan_probe(facts: Facts, tokenizer_folder: Path) -> Probe:
     )
 
 
-def write_model(facts: Facts, workspace: Workspace, folder: Path) -> Written:
+def write_model(facts: Facts, workspace: Workspace, folder: Path) -> WrittenWeights:
     """Write weights, configs and tokenizer."""
     profile, source = facts.profile, workspace.model
     trained = json.loads((source / "config.json").read_bytes())
@@ -114,7 +115,7 @@ def write_model(facts: Facts, workspace: Workspace, folder: Path) -> Written:
     write_json(folder / "generation_config.json", plan_generation_config(facts.special))
     write_json(folder / "tokenizer_config.json", tokenizer)
     write_json(folder / "special_tokens_map.json", plan_special_tokens_map(tokenizer))
-    # Not write_json: a vocabulary in the order of its ids is what people expect to read.
+    # Not write_json, which sorts keys: a vocabulary is expected in the order of its ids.
     text = json.dumps(facts.tokenizer, ensure_ascii=False, indent=2)
     (folder / "tokenizer.json").write_text(text + "\n", encoding="utf-8")
     (folder / TEMPLATE_FILE).write_text(facts.template.jinja, encoding="utf-8")
@@ -122,9 +123,9 @@ def write_model(facts: Facts, workspace: Workspace, folder: Path) -> Written:
 
 
 def write_lineage(facts: Facts, workspace: Workspace, folder: Path) -> None:
-    """Write what determines the model, and what the earlier stages measured; no clock, host, path or library version.
+    """Write what determines the model and the metrics of earlier stages, without time, host, path or library versions.
 
-    Those are true too, but not of the model: they stand in provenance.json beside the version in the registry.
+    Those do not determine the model; they are in provenance.json of the version in the registry.
     """
     write_json(
         folder / "run.json",
@@ -143,8 +144,8 @@ def write_lineage(facts: Facts, workspace: Workspace, folder: Path) -> None:
         shutil.copyfile(path, folder / path.name)
 
 
-def write_card(facts: Facts, workspace: Workspace, folder: Path, written: Written) -> None:
-    """Write card.json, from which report_package makes the model card, and the notice that Llama 2 asks for."""
+def write_card(facts: Facts, workspace: Workspace, folder: Path, written: WrittenWeights) -> None:
+    """Write card.json, from which report_package renders the model card, and the notice that Llama 2 requires."""
     weights = {path.name: file_sha256(path) for path in folder.glob("*.safetensors")}
     card = plan_card(facts, _params_text(workspace), parameters=written.parameters, weights=weights)
     write_json(folder / "card.json", card)
@@ -157,7 +158,7 @@ def _params_text(workspace: Workspace) -> str:
 
 
 def identity_of(facts: Facts) -> dict[str, object]:
-    """Return the few facts that say which model this is; manifest.json and run.json both have them."""
+    """Return the facts that identify the model, for manifest.json and run.json."""
     return {
         "name": facts.name,
         "steps": facts.steps,
@@ -175,7 +176,7 @@ def identity_of(facts: Facts) -> dict[str, object]:
 
 
 def check_roundtrip(folder: Path, model: Path, probe: Probe) -> None:
-    """Raise DataError unless a fresh interpreter, given nothing but the folder, finds what was trained."""
+    """Raise DataError unless a fresh interpreter loads the folder and finds the trained model."""
     with tempfile.TemporaryDirectory() as scratch:
         logits = Path(scratch) / "logits.npy"
         np.save(logits, expected_logits(model, probe))

@@ -1,4 +1,4 @@
-"""The exported weights in another dtype and in shards, one shard in memory at a time."""
+"""Casts and shards the exported weights, with one shard in memory at a time."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -14,21 +14,21 @@ from ropeway.models.open_model import DTYPES
 from ropeway.runtime.errors import DataError
 from ropeway.runtime.manifest import write_json
 
-# As safetensors spells them. Source: its format's README, v0.5.
+# dtype -> its name in safetensors. Source: its format's README, v0.5.
 STORED = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
-    """What was written: weights, and the bytes they take."""
+class WrittenWeights:
+    """Number of parameters written, and their size."""
 
     parameters: int
     bytes: int
 
 
 def plan_shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    """Return tensor names by shard, in the order given; only a tensor larger than `limit` makes a larger shard.
+    """Return tensor names by shard, in order; only a tensor larger than `limit` has a larger shard.
 
     >>> plan_shards({"a": 3, "b": 4, "c": 9, "d": 1}, 8)
     [['a', 'b'], ['c'], ['d']]
@@ -45,15 +45,15 @@ def plan_shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
 
 
 def name_shards(count: int) -> list[str]:
-    """Return the file names that transformers expects of `count` shards."""
+    """Return the file names that transformers expects for `count` shards."""
     return [SINGLE] if count == 1 else [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
 
 
-def write_weights(source: Path, target: Path, *, dtype: str, max_shard_bytes: int, tied: bool) -> Written:
-    """Write the weights of `source` to `target`, cast, sharded, with an index when there is more than one shard.
+def write_weights(source: Path, target: Path, *, dtype: str, max_shard_bytes: int, tied: bool) -> WrittenWeights:
+    """Write the weights of `source` to `target`, cast and sharded, with an index if there is more than one shard.
 
-    Only a single larger tensor makes a file larger than `max_shard_bytes`. A head that is `tied` to the embedding is
-    not stored twice.
+    A file is larger than `max_shard_bytes` only if it has a single larger tensor. A head that is `tied` to the
+    embedding is not stored.
 
     Raises:
         DataError: A value does not fit the dtype, or a tied head differs from its embedding.
@@ -70,39 +70,39 @@ def write_weights(source: Path, target: Path, *, dtype: str, max_shard_bytes: in
         save_file({name: _cast(files[name], name, dtype) for name in names}, target / file, metadata={"format": "pt"})
         (target / file).chmod(0o644)  # safetensors 0.8 leaves it to its owner alone
         weight_map |= dict.fromkeys(names, file)
-    written = Written(sum(counts.values()), sum(counts.values()) * width)
+    written = WrittenWeights(sum(counts.values()), sum(counts.values()) * width)
     if len(shards) > 1:
         write_json(target / INDEX, {"metadata": {"total_size": written.bytes}, "weight_map": weight_map})
     return written
 
 
 def locate_tensors(folder: Path) -> dict[str, Path]:
-    """Return which file of a folder holds which tensor.
+    """Return tensor name -> its file in a folder.
 
     Raises:
-        DataError: It holds no safetensors.
+        DataError: The folder has no safetensors.
     """
     index = folder / INDEX
     if index.is_file():
         return {name: folder / file for name, file in json.loads(index.read_bytes())["weight_map"].items()}
     if not (folder / SINGLE).is_file():
-        raise DataError(f"{folder}: neither {SINGLE} nor {INDEX}; expected the export of `dvc repro train`")
+        raise DataError(f"{folder}: expected {SINGLE} or {INDEX}, found neither. Run `dvc repro train`")
     with safe_open(folder / SINGLE, framework="pt") as tensors:
         return dict.fromkeys(tensors.keys(), folder / SINGLE)
 
 
 def read_dtypes(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield (tensor, dtype as stored) of a file; only its header is read.
+    """Yield (tensor, stored dtype) of a file; only its header is read.
 
     Raises:
-        DataError: It is no whole file of safetensors.
+        DataError: It is not a valid safetensors file.
     """
     try:
         with safe_open(path, framework="pt") as tensors:
             for name in sorted(tensors.keys()):
                 yield name, tensors.get_slice(name).get_dtype()
     except SafetensorError as error:
-        raise DataError(f"{path}: not a whole file of safetensors ({error}); pull or package it again") from None
+        raise DataError(f"{path}: not a valid safetensors file ({error}); pull or package it again") from None
 
 
 def read_tensor(path: Path, name: str) -> torch.Tensor:
@@ -124,17 +124,18 @@ def _cast(path: Path, name: str, dtype: str) -> torch.Tensor:
     if not bool(torch.isfinite(cast).all()):
         worst = tensor.abs().max().item()
         raise DataError(
-            f"{path}: {name} reaches {worst:g}, {dtype} ends at {torch.finfo(DTYPES[dtype]).max:g}; the package would "
-            "hold infinities. Choose package.dtype bf16 or fp32, or train again if the value itself is no number"
+            f"{path}: {name} has values up to {worst:g}, the maximum of {dtype} is "
+            f"{torch.finfo(DTYPES[dtype]).max:g}. Set package.dtype to bf16 or fp32, or train again if the value is "
+            "not finite"
         )
     return cast
 
 
 def _check_tied(files: Mapping[str, Path]) -> None:
-    """ZeRO-2 exports the head of a tied model a second time (transformers 5.24, DeepSpeed 0.19)."""
+    """Raise DataError unless head and embedding are equal: ZeRO-2 exports both (transformers 5.24, DeepSpeed 0.19)."""
     head, embedding = (read_tensor(files[name], name) for name in (HEAD, EMBEDDING))
     if not torch.equal(head, embedding):
         raise DataError(
-            f"{files[HEAD]}: the model's config ties {HEAD} to {EMBEDDING}, but they differ by up to "
+            f"{files[HEAD]}: config.json ties {HEAD} to {EMBEDDING}, but they differ by up to "
             f"{(head.float() - embedding.float()).abs().max().item():g}; a loader would drop one of them. Train again"
         )

@@ -15,9 +15,9 @@ from ropeway.reporting import report_eval
 from ropeway.runtime.errors import DataError
 from ropeway.runtime.manifest import write_manifest
 from ropeway.stages.evaluate import stage as evaluate
-from ropeway.stages.evaluate.opening import check_data, open_model
+from ropeway.stages.evaluate.load_model import check_data, open_model
 from ropeway.stages.evaluate.stage import first_rows, score_first_rows, validation_digest
-from ropeway.stages.evaluate.token_scores import Score, all_rows, plan_batches, plan_mixing, sum_batch
+from ropeway.stages.evaluate.token_scores import Score, all_rows, plan_batches, mixing_limit, sum_batch
 from tests.support.tiny_run import make_run, measure
 
 
@@ -75,24 +75,24 @@ def test_batches_of_one_and_of_sixteen_give_the_same_numbers(run, document_end):
         assert a.loss == pytest.approx(b.loss, abs=1e-6)
 
 
-def test_dynamic_scaling_gives_a_row_the_same_loss_whatever_it_is_batched_with(run):
+def test_under_dynamic_scaling_a_row_s_loss_does_not_depend_on_its_batch(run):
     _, profile, shards, model = run
     config = type(model.config).from_dict(
         model.config.to_dict() | {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}
     )
     losses = []
     for size in (1, 16):
-        dynamic = LlamaForCausalLM(config).eval()  # anew: its stretched frequencies outlive a batch
+        dynamic = LlamaForCausalLM(config).eval()  # a new model: scaled frequencies persist after a batch
         dynamic.load_state_dict(model.state_dict())
         losses.append(
             [s.loss for s in measure(dynamic, shards, varied(profile, per_device_eval_batch_size=size), name="t")]
         )
-    assert plan_mixing(profile, config) == 49
+    assert mixing_limit(profile, config) == 49
     assert sum(row[0].end > 49 for row in all_rows(shards, profile)) > 3
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
 
-def test_a_model_that_knows_nothing_loses_the_logarithm_of_its_vocabulary(run):
+def test_a_uniform_model_has_the_log_of_the_vocabulary_size_as_loss(run):
     _, profile, shards, model = run
     uniform = LlamaForCausalLM(model.config).eval()
     torch.nn.init.zeros_(uniform.lm_head.weight)
@@ -101,7 +101,7 @@ def test_a_model_that_knows_nothing_loses_the_logarithm_of_its_vocabulary(run):
         assert score.metrics(4 * score.tokens)["perplexity"] == pytest.approx(2016, rel=1e-5)
 
 
-def test_a_model_that_always_says_the_end_token_is_right_just_where_an_answer_ends(run):
+def test_a_model_that_always_predicts_eos_is_correct_exactly_at_the_ends_of_answers(run):
     _, profile, shards, model = run
     constant = LlamaForCausalLM(model.config).eval()
     torch.nn.init.zeros_(constant.lm_head.weight)
@@ -135,21 +135,21 @@ def test_padding_changes_no_sum(run):
     np.testing.assert_allclose(tight, wide, rtol=1e-6)
 
 
-def test_similar_lengths_share_a_batch_and_every_row_is_in_one():
+def test_batches_group_similar_lengths_and_have_every_row_once():
     lengths = [5, 1, 9, 9, 2, 7, 9]
     batches = plan_batches(lengths, 3)
     assert sorted(row for batch in batches for row in batch) == list(range(7))
     assert [[lengths[row] for row in batch] for batch in batches] == [[1, 2, 5], [7, 9, 9], [9]]
 
 
-def test_a_source_without_a_supervised_validation_token_is_an_error_in_words(run):
+def test_a_source_without_a_supervised_validation_token_is_an_error(run):
     _, profile, shards, model = run
     empty = with_validation(shards, lambda source: source.validation[: 0 if source.name == "talk" else None])
-    with pytest.raises(DataError, match=r"source talk: its 0 validation rows hold no supervised token.*val_split"):
+    with pytest.raises(DataError, match=r"source talk: 0 validation rows with 0 supervised tokens.*val_split"):
         measure(model, empty, profile, name="tuned")
 
 
-def test_a_loss_that_is_no_number_is_an_error_that_names_model_and_source(run):
+def test_a_nan_loss_is_an_error_that_names_model_and_source(run):
     _, profile, shards, model = run
     broken = LlamaForCausalLM(model.config).eval()
     torch.nn.init.constant_(broken.lm_head.weight, math.nan)
@@ -157,11 +157,11 @@ def test_a_loss_that_is_no_number_is_an_error_that_names_model_and_source(run):
         measure(broken, shards, profile, name="tuned")
 
 
-def test_a_loss_beyond_all_measure_still_has_a_perplexity_that_json_can_hold():
+def test_the_perplexity_of_a_huge_loss_is_a_finite_number():
     assert json.loads(json.dumps(Score(9000.0, 0, 1).metrics(0), allow_nan=False))["perplexity"] > 1e300
 
 
-def test_the_digest_of_the_validation_rows_knows_rows_and_masks_but_no_order(run):
+def test_the_validation_digest_depends_on_rows_and_masks_but_not_on_their_order(run):
     _, profile, shards, _ = run
     usual = validation_digest(shards, profile)
     turned = with_validation(shards, lambda source: source.validation[::-1])
@@ -181,7 +181,7 @@ def test_a_model_with_another_template_or_tokenizer_than_the_data_is_refused(tmp
     template.write_text(OPEN_ASSISTANT.jinja)
     tokenizer = workspace.model / "tokenizer.json"
     tokenizer.write_text(tokenizer.read_text().replace("<|system|>", "<|System|>"))
-    with pytest.raises(DataError, match=r"tokenizer.json: sha256 is .*the data was made with"):
+    with pytest.raises(DataError, match=r"tokenizer.json: sha256 is .*that of the data is"):
         check_data(workspace.model, open_shards(workspace.data))
 
 
@@ -210,7 +210,7 @@ def test_the_model_is_opened_in_full_precision_on_a_cpu(run):
     assert not model.training
 
 
-def test_a_quick_look_measures_the_first_rows_and_writes_nothing(run):
+def test_a_preview_scores_the_first_rows_and_writes_nothing(run):
     workspace, profile, shards, model = run
     before = sorted(workspace.root.rglob("*"))
     rows = score_first_rows(workspace, profile, limit=2)

@@ -14,7 +14,7 @@ def run(tmp_path_factory):
     return make_run(tmp_path_factory.mktemp("run"))
 
 
-def test_a_champion_is_measured_as_this_run_s_own_model_would_be(run, tmp_path):
+def test_a_champion_gets_the_scores_that_this_run_computes_for_its_model(run, tmp_path):
     workspace, profile = run
     evaluate.run(workspace, profile)
     own = json.loads(workspace.evaluation.read_text())
@@ -26,7 +26,7 @@ def test_a_champion_is_measured_as_this_run_s_own_model_would_be(run, tmp_path):
     }
 
 
-def test_a_champion_with_another_template_is_not_measured(run, tmp_path):
+def test_a_champion_with_another_template_is_refused(run, tmp_path):
     workspace, profile = run
     shutil.copytree(workspace.model, tmp_path / "other")
     path = tmp_path / "other" / "chat_template.jinja"

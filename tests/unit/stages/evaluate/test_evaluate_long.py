@@ -1,4 +1,4 @@
-"""Position curves and passkeys, held to models whose answers are known beforehand."""
+"""Loss by position and passkey retrieval, checked on models with known outputs."""
 
 import csv
 import math
@@ -19,8 +19,13 @@ from ropeway.reporting.report_eval import passkey_grids, write_plots
 from ropeway.runtime.errors import ConfigError, DataError
 from ropeway.stages.evaluate import passkey
 from ropeway.stages.evaluate.evaluation_workers import Share
-from ropeway.stages.evaluate.opening import open_model
-from ropeway.stages.evaluate.passkey import Question, ask, encode_question, plan_questions
+from ropeway.stages.evaluate.load_model import open_model
+from ropeway.stages.evaluate.passkey import (
+    PasskeyQuestion,
+    answer_questions,
+    encode_passkey_question,
+    plan_passkey_questions,
+)
 from ropeway.stages.evaluate.positions import (
     LongRow,
     plan_long_rows,
@@ -54,7 +59,7 @@ def measure_positions(model, rows, wanted):
 
 
 def unigram(model, logits):
-    """A Llama with weights in closed form: whatever it reads, its logits are these."""
+    """Return a Llama whose logits are these for every input."""
     copy = LlamaForCausalLM(model.config).eval()
     for part in copy.model.layers:
         torch.nn.init.zeros_(part.self_attn.o_proj.weight)  # nothing is added to the embedding,
@@ -64,7 +69,7 @@ def unigram(model, logits):
     return copy
 
 
-def test_a_model_in_closed_form_has_the_perplexity_of_its_formula(run):
+def test_a_unigram_model_has_the_perplexity_of_its_formula(run):
     _, profile, shards, model, _ = run
     weights = torch.linspace(-4, 4, model.config.vocab_size, dtype=torch.float64)
     logits = weights * (1 + model.config.rms_norm_eps) ** -0.5  # what RMSNorm leaves of a one
@@ -96,7 +101,7 @@ def test_a_model_that_ignores_position_has_a_flat_curve_with_any_scaling(run):
     assert np.ptp([score.loss for score in moved]) > 0.05
 
 
-def test_buckets_hold_the_loss_of_their_positions_and_no_others(run):
+def test_each_bucket_has_the_loss_of_exactly_its_positions(run):
     _, profile, shards, model, _ = run
     rows = plan_long_rows(shards, profile)
     scores = measure_positions(model, rows, ROWS)[""]
@@ -111,7 +116,7 @@ def test_buckets_hold_the_loss_of_their_positions_and_no_others(run):
     assert [score.tokens for score in scores] == expected[1].tolist()
 
 
-def test_other_frequencies_are_those_of_a_model_loaded_with_them(run):
+def test_rope_of_gives_the_logits_of_a_model_loaded_with_that_scaling(run):
     workspace, *_, model, _ = run
     row = torch.arange(3, 120)[None]
     config = AutoConfig.from_pretrained(workspace.model)
@@ -125,7 +130,7 @@ def test_other_frequencies_are_those_of_a_model_loaded_with_them(run):
     assert not torch.allclose(own, expected, atol=1e-3)
 
 
-def test_long_rows_are_whole_texts_one_behind_another_with_one_bos_each_row(run):
+def test_long_rows_are_concatenated_texts_with_one_bos_per_row(run):
     _, profile, shards, *_ = run
     rows = plan_long_rows(shards, profile)
     assert [len(row.ids) for row in rows] == [128]  # 208 tokens of text and six BOS: no second one is filled
@@ -133,23 +138,23 @@ def test_long_rows_are_whole_texts_one_behind_another_with_one_bos_each_row(run)
     lengths = shards.sources[1].lengths[shards.sources[1].validation]
     longest = max(lengths)
     assert rows[0].mask[: longest - 1].all()
-    assert not rows[0].mask[longest - 1]  # the next text's first token is a stranger's
+    assert not rows[0].mask[longest - 1]  # the next text's first token is no target
     assert not rows[0].mask[-1]
 
 
-def test_conversations_are_laid_in_rows_where_there_is_no_document(run):
+def test_without_documents_long_rows_are_made_of_conversations(run):
     _, profile, shards, *_ = run
     rows = plan_long_rows(replace(shards, sources=shards.sources[:1]), profile)
     assert 0 < rows[0].mask.mean() < 1
 
 
-def test_too_little_text_for_one_row_is_an_error_that_names_both(run):
+def test_too_little_text_for_one_row_is_an_error_with_both_numbers(run):
     _, profile, shards, *_ = run
-    with pytest.raises(DataError, match=r"rows of 5,000 tokens, but the validation texts have \d+ in all"):
+    with pytest.raises(DataError, match=r"row_tokens: 5,000 tokens, but all validation texts together have \d+"):
         plan_long_rows(shards, with_positions(profile, row_tokens=5000))
 
 
-def test_the_short_report_parts_the_curve_at_max_length(run):
+def test_the_report_has_the_mean_loss_up_to_max_length_and_beyond(run):
     *_, model, _ = run
     ids = np.tile(np.arange(100, 116), 8)
     curves = measure_positions(model, [LongRow(ids, np.append(np.ones(127, bool), [False]))], ROWS)
@@ -163,7 +168,7 @@ def test_the_short_report_parts_the_curve_at_max_length(run):
 
 
 def speaker(model, say):
-    """A model whose next token is `say(prompt ids, tokens said so far)`."""
+    """Return a model whose next token is `say(prompt ids, number of generated tokens)`."""
     copy = LlamaForCausalLM(model.config).eval()
     seen = []
 
@@ -179,35 +184,37 @@ def speaker(model, say):
     return copy
 
 
-def test_a_lookup_table_finds_every_key_and_a_constant_none(run):
+def test_a_lookup_table_finds_every_key_and_a_constant_model_none(run):
     *_, model, tokenizer = run
-    questions = plan_questions(KEYS, seed=7)
+    questions = plan_passkey_questions(KEYS, seed=7)
     table = {}
     for one in questions:
         answer = tokenizer(f" {one.key}", add_special_tokens=False)["input_ids"]
-        table[tuple(encode_question(tokenizer, OPEN_ASSISTANT, one))] = [*answer, tokenizer.eos_token_id]
-    found = ask(
+        table[tuple(encode_passkey_question(tokenizer, OPEN_ASSISTANT, one))] = [*answer, tokenizer.eos_token_id]
+    found = answer_questions(
         speaker(model, lambda prompt, said: table[tuple(prompt)][said]),
         tokenizer,
         OPEN_ASSISTANT,
-        plan_questions(KEYS, seed=7),
+        plan_passkey_questions(KEYS, seed=7),
         seed=7,
     )
     assert [one.question for one in found] == questions
     assert passkey.report_passkey({"tuned": found})["tuned"] == {"asked": 12, "right": 12, "accuracy": 1.0}
     constant = tokenizer("7", add_special_tokens=False)["input_ids"][-1]
-    wrong = ask(speaker(model, lambda *_: constant), tokenizer, OPEN_ASSISTANT, plan_questions(KEYS, seed=7), seed=7)
+    wrong = answer_questions(
+        speaker(model, lambda *_: constant), tokenizer, OPEN_ASSISTANT, plan_passkey_questions(KEYS, seed=7), seed=7
+    )
     assert passkey.report_passkey({"tuned": wrong})["tuned"]["right"] == 0
     lines = list(passkey.table_answers({"tuned": wrong}))
     assert len(lines) == 12
     assert all("7777" in line["answer"] and line["right"] == 0 for line in lines)
 
 
-def test_a_question_fills_its_length_and_holds_its_key_at_its_depth(run):
+def test_a_passkey_prompt_fills_its_length_and_has_its_key_at_its_depth(run):
     *_, tokenizer = run
     shares = []
     for depth in (0.0, 0.5, 1.0):
-        ids = encode_question(tokenizer, OPEN_ASSISTANT, Question(256, depth, 0, "48151"))
+        ids = encode_passkey_question(tokenizer, OPEN_ASSISTANT, PasskeyQuestion(256, depth, 0, "48151"))
         text = tokenizer.decode(ids)
         assert 256 - 12 - 40 < len(ids) <= 256 - 12
         assert text.count("48151") == 2
@@ -217,26 +224,29 @@ def test_a_question_fills_its_length_and_holds_its_key_at_its_depth(run):
     assert shares[2] - shares[0] > 0.3
 
 
-def test_a_length_without_room_for_the_question_is_said(run):
+def test_a_length_too_short_for_the_question_is_an_error(run):
     *_, model, tokenizer = run
-    with pytest.raises(ConfigError, match=r"lengths: 40 tokens; the question alone has \d+"):
-        ask(model, tokenizer, OPEN_ASSISTANT, [Question(40, 0.5, 0, "48151")], seed=7)
+    with pytest.raises(ConfigError, match=r"lengths: 40 tokens are too few: the question alone has \d+"):
+        answer_questions(model, tokenizer, OPEN_ASSISTANT, [PasskeyQuestion(40, 0.5, 0, "48151")], seed=7)
 
 
-def test_keys_depend_on_their_own_place_alone():
-    fewer = plan_questions(KEYS.model_copy(update={"lengths": [256], "depths": [1.0]}), seed=7)
-    assert set(fewer) <= set(plan_questions(KEYS, seed=7))
-    assert fewer != plan_questions(KEYS.model_copy(update={"lengths": [256], "depths": [1.0]}), seed=8)
-    assert len({one.key for one in plan_questions(KEYS, seed=7)}) == 12
+def test_a_key_depends_only_on_seed_length_depth_and_repeat():
+    fewer = plan_passkey_questions(KEYS.model_copy(update={"lengths": [256], "depths": [1.0]}), seed=7)
+    assert set(fewer) <= set(plan_passkey_questions(KEYS, seed=7))
+    assert fewer != plan_passkey_questions(KEYS.model_copy(update={"lengths": [256], "depths": [1.0]}), seed=8)
+    assert len({one.key for one in plan_passkey_questions(KEYS, seed=7)}) == 12
 
 
-def test_plots_hold_tables_and_pictures_in_equal_bytes(run, tmp_path):
+def test_tables_and_plots_are_reproducible_byte_by_byte(run, tmp_path):
     *_, model, tokenizer = run
     sources = {name: {m: {"loss": 2.0, "tokens": 5} for m in ("base", "tuned")} for name in ("2023", "b,c")}
     curves = [
         {"position": 16 + 32 * n, "tokens": 64, "base": 5.0, "tuned": 3.0 + n, "base_unscaled": ""} for n in (0, 1)
     ]
-    keys = dict.fromkeys(("base", "tuned"), ask(model, tokenizer, OPEN_ASSISTANT, plan_questions(KEYS, seed=7), seed=7))
+    keys = dict.fromkeys(
+        ("base", "tuned"),
+        answer_questions(model, tokenizer, OPEN_ASSISTANT, plan_passkey_questions(KEYS, seed=7), seed=7),
+    )
     (tmp_path / "steps.csv").write_text("step,loss,validation_a\n0,9.0,\n1,8.0,7.5\n2,7.0,7.5\n")
     for name in ("one", "two"):
         write_tables(tmp_path / name / "tables", plan_tables(sources, curves, keys))
@@ -253,7 +263,7 @@ def test_plots_hold_tables_and_pictures_in_equal_bytes(run, tmp_path):
         assert [line["source"] for line in csv.DictReader(file)] == ["2023", "2023", "b,c", "b,c"]
 
 
-def test_a_grid_of_passkeys_has_the_share_of_right_answers_by_depth_and_length():
+def test_the_passkey_grid_has_the_accuracy_by_depth_and_length():
     lines = [
         {"model": model, "length": length, "depth": depth, "right": right}
         for model, length, depth, right in (

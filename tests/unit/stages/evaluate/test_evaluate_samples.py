@@ -11,15 +11,15 @@ from ropeway.models.chat_template import OPEN_ASSISTANT
 from ropeway.reporting.report_eval import draw_samples
 from ropeway.runtime.errors import ConfigError, DataError
 from ropeway.stages.evaluate import stage as evaluate
-from ropeway.stages.evaluate.opening import open_model
+from ropeway.stages.evaluate.load_model import open_model
 from ropeway.stages.evaluate.samples import (
-    answer,
     derive_seed,
     encode_prompt,
-    parse_configurations,
+    generate_answer,
+    generate_samples,
+    parse_generation_configs,
     parse_prompts,
-    plan_draws,
-    sample,
+    plan_samples,
 )
 from tests.support.tiny_run import make_run
 
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[4]
 SAMPLING = ROOT / "configs" / "sampling.json"
 WAYS = {
     name: {**arguments, "max_new_tokens": 8}
-    for name, arguments in parse_configurations(SAMPLING.read_text(), "sampling.json").items()
+    for name, arguments in parse_generation_configs(SAMPLING.read_text(), "sampling.json").items()
 }
 
 
@@ -38,7 +38,7 @@ def opened(tmp_path_factory):
 
 
 def always(model, *ids):
-    """A copy of the model whose most likely tokens are these, in turn, whatever it is asked."""
+    """Return a copy of the model that generates these tokens for every prompt."""
     copy = LlamaForCausalLM(model.config).eval()
     forward = copy.forward
     said = iter(ids)
@@ -52,7 +52,7 @@ def always(model, *ids):
     return copy
 
 
-def test_greedy_answers_are_the_most_likely_token_after_the_other(opened):
+def test_greedy_answers_are_the_argmax_token_by_token(opened):
     _, _, model, tokenizer = opened
     ids = encode_prompt(tokenizer, OPEN_ASSISTANT, "What is a list?")
     row = list(ids)
@@ -62,14 +62,17 @@ def test_greedy_answers_are_the_most_likely_token_after_the_other(opened):
         if row[-1] == tokenizer.eos_token_id:
             break
     expected = tokenizer.decode(row[len(ids) :], skip_special_tokens=True)
-    assert answer(model, tokenizer, ids, {"max_new_tokens": 8, "do_sample": False, "num_beams": 1}, seed=0) == expected
+    assert (
+        generate_answer(model, tokenizer, ids, {"max_new_tokens": 8, "do_sample": False, "num_beams": 1}, seed=0)
+        == expected
+    )
 
 
-def test_an_answer_ends_at_the_end_token_and_does_not_show_it(opened):
+def test_an_answer_ends_at_eos_and_does_not_include_it(opened):
     _, _, model, tokenizer = opened
     word = tokenizer.encode("even", add_special_tokens=False)[0]
     speaker = always(model, word, word, tokenizer.eos_token_id)  # a fourth token would exhaust it
-    text = answer(
+    text = generate_answer(
         speaker,
         tokenizer,
         encode_prompt(tokenizer, OPEN_ASSISTANT, "Hi"),
@@ -79,14 +82,14 @@ def test_an_answer_ends_at_the_end_token_and_does_not_show_it(opened):
     assert text.split() == tokenizer.decode([word, word]).split()
 
 
-def test_a_row_of_the_padded_vocabulary_that_no_token_has_is_shown_as_nothing(opened):
+def test_an_id_of_the_padded_vocabulary_decodes_to_nothing(opened):
     _, _, model, tokenizer = opened
     speaker = always(model, 2010, 2010, tokenizer.eos_token_id)
     ids = encode_prompt(tokenizer, OPEN_ASSISTANT, "Hi")
-    assert answer(speaker, tokenizer, ids, {"max_new_tokens": 8, "do_sample": False}, seed=0) == ""
+    assert generate_answer(speaker, tokenizer, ids, {"max_new_tokens": 8, "do_sample": False}, seed=0) == ""
 
 
-def test_a_prompt_is_this_models_own_template_with_one_bos(opened):
+def test_a_prompt_uses_the_models_template_with_one_bos(opened):
     _, _, _, tokenizer = opened
     ids = encode_prompt(tokenizer, OPEN_ASSISTANT, "Hi")
     assert ids.count(1) == 1
@@ -97,30 +100,30 @@ def test_a_prompt_is_this_models_own_template_with_one_bos(opened):
     assert told == ids
 
 
-def test_a_tokenizer_that_puts_no_bos_in_front_is_refused(opened):
+def test_a_tokenizer_that_adds_no_bos_is_refused(opened):
     workspace, *_ = opened
     tokenizer = AutoTokenizer.from_pretrained(workspace.model)
     tokenizer.backend_tokenizer.post_processor = None
-    with pytest.raises(DataError, match=r"expected one BOS \(id 1\) in front of a prompt, found ids \[2000"):
+    with pytest.raises(DataError, match=r"expected one BOS \(id 1\).*found 0 in ids \[2000"):
         encode_prompt(tokenizer, OPEN_ASSISTANT, "Hi")
 
 
-def test_sampled_answers_repeat_and_leave_the_global_generator_alone(opened):
+def test_sampled_answers_are_reproducible_and_restore_the_global_generator(opened):
     _, _, model, tokenizer = opened
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    draws = plan_draws(["Hi", "Why?"], WAYS)
-    first, second = (sample(model, tokenizer, OPEN_ASSISTANT, draws, WAYS, seed=3) for _ in range(2))
+    draws = plan_samples(["Hi", "Why?"], WAYS)
+    first, second = (generate_samples(model, tokenizer, OPEN_ASSISTANT, draws, WAYS, seed=3) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), before)
     assert first == second
-    assert sample(model, tokenizer, OPEN_ASSISTANT, draws[::-1], WAYS, seed=3) == first[::-1]
-    other = dict(zip(draws, sample(model, tokenizer, OPEN_ASSISTANT, draws, WAYS, seed=4), strict=True))
+    assert generate_samples(model, tokenizer, OPEN_ASSISTANT, draws[::-1], WAYS, seed=3) == first[::-1]
+    other = dict(zip(draws, generate_samples(model, tokenizer, OPEN_ASSISTANT, draws, WAYS, seed=4), strict=True))
     same = {draw for draw, text in zip(draws, first, strict=True) if other[draw] == text}
     assert {("Hi", "greedy"), ("Why?", "greedy")} <= same
     assert not {("Hi", "k50"), ("Why?", "k50")} & same
 
 
-def test_seeds_follow_from_the_run_and_the_names_alone():
+def test_seeds_depend_only_on_the_run_s_seed_and_the_names():
     assert derive_seed(1, "k50", "Hi") == 8363188654836202129
     assert derive_seed(1, "k50", "Hi") != derive_seed(2, "k50", "Hi")
 
@@ -130,7 +133,7 @@ class Strict(BaseModel):
 
 
 class SamplingResult(Strict):
-    """The original's own classes (sampling_report.py, July 2023), with unknown keys forbidden."""
+    """Open-Assistant's classes (sampling_report.py, July 2023), with unknown keys forbidden."""
 
     sampling_config: str
     sampling_params: dict
@@ -149,7 +152,7 @@ class SamplingReport(Strict):
     prompts: list[PromptResults]
 
 
-def test_samples_json_is_read_by_viewers_of_the_published_family(tmp_path):
+def test_samples_json_has_the_format_of_open_assistant_s_viewers(tmp_path):
     workspace, profile = make_run(tmp_path)
     evaluate.run(workspace, profile)
     report = SamplingReport.model_validate_json(workspace.samples.read_bytes())
@@ -170,8 +173,8 @@ def test_samples_json_is_read_by_viewers_of_the_published_family(tmp_path):
     assert all(f'value="{name}"' in page for name in names)
 
 
-def test_the_shipped_configurations_are_the_original_s():
-    ways = parse_configurations(SAMPLING.read_text(), "sampling.json")
+def test_the_shipped_configurations_are_open_assistant_s():
+    ways = parse_generation_configs(SAMPLING.read_text(), "sampling.json")
     drawn = {"do_sample": True, "temperature": 1.0}
     # Source: Open-Assistant, model_eval/manual/config/default.json; there each has min_new_tokens 5 as well.
     assert ways == {
@@ -189,23 +192,23 @@ def test_the_shipped_configurations_are_the_original_s():
     [
         ("{", "expected {default: {generate_args}, configurations"),
         ('{"default": {"generate_args": {}}}', "KeyError: 'configurations'"),
-        ('{"default": {"generate_args": {}}, "configurations": []}', "different names, found none"),
+        ('{"default": {"generate_args": {}}, "configurations": []}', "unique names, found 0"),
         (
             '{"default": {"generate_args": {}}, "configurations": [{"name": "a", "generate_args": {"topk": 5}}]}',
             "a: generate_args: topk is unknown to transformers",
         ),
         (
             '{"default": {"generate_args": {"max_length": 5}}, "configurations": [{"name": "a", "generate_args": {}}]}',
-            "max_length is decided elsewhere",
+            "max_length is set by params",
         ),
     ],
 )
-def test_faults_of_a_configurations_file_are_said(text, said):
+def test_an_invalid_configurations_file_is_an_error(text, said):
     with pytest.raises(ConfigError, match=said):
-        parse_configurations(text, "sampling.json")
+        parse_generation_configs(text, "sampling.json")
 
 
-def test_the_page_escapes_what_others_wrote_and_shows_models_side_by_side():
+def test_the_page_escapes_all_text_and_shows_models_side_by_side():
     bad = "</script><img src=x onerror=alert(1)>&"
     results = [
         {"sampling_config": f"{model}/greedy", "sampling_params": {"do_sample": False}, "outputs": [text]}
@@ -235,8 +238,12 @@ def test_the_page_shows_any_text_and_stays_valid_utf_8(text):
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [('"a"\nb\n', "line 2: expected a JSON string, found b"), ("{}\n", "line 1: expected a JSON"), ("\n", "no prompt")],
+    [
+        ('"a"\nb\n', "prompts.jsonl:2: expected a JSON string, found b"),
+        ("{}\n", "prompts.jsonl:1: expected a JSON"),
+        ("\n", "no prompts"),
+    ],
 )
-def test_faults_of_a_prompts_file_are_said_with_their_line(text, said):
+def test_an_invalid_prompts_file_is_an_error_with_the_line_number(text, said):
     with pytest.raises(ConfigError, match=said):
         parse_prompts(text, "prompts.jsonl")

@@ -1,4 +1,4 @@
-"""What is true of tasks where lm-evaluation-harness is not installed; tests/harness has the rest."""
+"""Tasks where lm-evaluation-harness is not installed; tests/harness tests the rest."""
 
 import importlib.metadata
 
@@ -16,7 +16,7 @@ NAMED = BLOCK.replace("tasks: []", "tasks: [python_basics]")
 
 @pytest.fixture
 def bare(monkeypatch):
-    """An interpreter without the extra."""
+    """Simulate an interpreter without the extra `eval`."""
     real = importlib.metadata.version
 
     def version(name):
@@ -27,40 +27,40 @@ def bare(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", version)
 
 
-def lay_configs(root):
+def write_configs(root):
     for name in ("zero_config_pretrain.json", "zero2_cpu.json", "zero3_cpu.json"):
         (root / "configs" / name).write_text((ROOT / "configs" / name).read_text())
 
 
 @pytest.mark.usefixtures("bare")
-def test_a_task_without_the_harness_says_what_to_install(tmp_path, monkeypatch):
+def test_a_task_without_the_harness_is_an_error_with_the_install_command(tmp_path, monkeypatch):
     workspace, profile = make_run(tmp_path, block=NAMED)
     monkeypatch.setattr(
         "ropeway.stages.evaluate.measuring.open_model", lambda *_, **__: pytest.fail("a model was opened")
     )
-    with pytest.raises(ConfigError, match=r"tasks names python_basics, and .* `make setup EXTRAS=eval` installs it"):
+    with pytest.raises(ConfigError, match=r"tasks names python_basics, .*make setup EXTRAS=eval"):
         evaluate.run(workspace, profile)
 
 
 @pytest.mark.usefixtures("bare")
-def test_it_is_said_before_anything_is_trained(tmp_path):
+def test_a_missing_harness_is_reported_before_training(tmp_path):
     make_run(tmp_path, block=NAMED)
-    lay_configs(tmp_path)
+    write_configs(tmp_path)
     with pytest.raises(ConfigError, match="make setup EXTRAS=eval"):
         write_identity(tmp_path)
 
 
 @pytest.mark.usefixtures("bare")
-def test_without_tasks_nothing_asks_for_the_harness_or_looks_at_their_folder(tmp_path):
+def test_without_tasks_neither_the_harness_nor_the_task_folder_is_needed(tmp_path):
     workspace, _ = make_run(tmp_path)
-    lay_configs(tmp_path)
+    write_configs(tmp_path)
     workspace.tasks.mkdir()
     (workspace.tasks / "a.yaml").write_text("task: a\n")
     write_identity(tmp_path)
     assert FrozenInputs.load(tmp_path).value("tasks") == {}
 
 
-def test_base_and_tuned_stand_beside_each_other_in_the_report():
+def test_the_report_has_the_scores_of_base_and_tuned_model():
     base, tuned = (TaskScore("1.0", 2, 24, {"acc": value, "acc_stderr": 0.1}) for value in (0.25, 0.5))
     assert report_tasks({"base": {"t": base}, "tuned": {"t": tuned}}) == {
         "t": {

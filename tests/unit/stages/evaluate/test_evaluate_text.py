@@ -15,7 +15,7 @@ from ropeway.models.conversation import Conversation
 from ropeway.models.tokenizer import open_tokenizer
 from ropeway.runtime.manifest import write_manifest
 from ropeway.stages.evaluate.champion import measure_champion
-from ropeway.stages.evaluate.text import count_bytes, translate
+from ropeway.stages.evaluate.text import count_bytes, retokenize
 from ropeway.stages.evaluate.token_scores import all_rows
 from tests.support.tiny_run import make_run, talks, texts
 
@@ -31,7 +31,7 @@ def varied(profile, **changes):
 
 
 def spell_out(folder):
-    """Take every merge away: the same specials, the same template, one token per character."""
+    """Remove all merges: the same special tokens and template, one token per character."""
     path = folder / "tokenizer.json"
     state = json.loads(path.read_text())
     state["model"]["merges"] = []
@@ -47,7 +47,7 @@ def make_champion(workspace, tmp_path):
     return spell_out(folder)
 
 
-def test_bytes_are_those_of_the_text_that_counts(run):
+def test_bytes_are_those_of_the_supervised_text(run):
     workspace, profile, shards = run
     whole = varied(profile, max_length=4096)
     talk, text = count_bytes(shards, whole, workspace.base)
@@ -60,7 +60,7 @@ def test_bytes_are_those_of_the_text_that_counts(run):
     assert everything == talk + sum(len(one.turns[0].encode()) for one in spoken)
 
 
-def test_a_row_that_is_cut_has_the_bytes_of_what_is_left(run):
+def test_a_truncated_row_has_the_bytes_of_the_text_that_is_left(run):
     workspace, profile, shards = run
     cut = varied(profile, max_length=20)
     tokenizer = open_tokenizer(workspace.base)
@@ -70,10 +70,10 @@ def test_a_row_that_is_cut_has_the_bytes_of_what_is_left(run):
 
 
 @pytest.mark.parametrize("max_length", [4096, 20])
-def test_translated_into_its_own_tokenizer_every_row_stays_as_it_is(run, tmp_path, max_length):
+def test_retokenized_with_the_same_tokenizer_every_row_is_unchanged(run, tmp_path, max_length):
     workspace, profile, shards = run
     reading = varied(profile, max_length=max_length)
-    same, other = translate(shards, reading, workspace.base, workspace.base, tmp_path)
+    same, other = retokenize(shards, reading, workspace.base, workspace.base, tmp_path)
     for row, new in zip(all_rows(shards, reading), all_rows(same, other), strict=True):
         (piece,), (there,) = row, new
         ids, kinds = shards.sources[piece.source].read(piece.sequence)
@@ -82,10 +82,10 @@ def test_translated_into_its_own_tokenizer_every_row_stays_as_it_is(run, tmp_pat
         np.testing.assert_array_equal(loss_mask(said, other), loss_mask(kinds[: piece.end], reading))
 
 
-def test_translated_into_another_tokenizer_the_same_text_counts(run, tmp_path):
+def test_retokenized_with_another_tokenizer_the_same_text_is_supervised(run, tmp_path):
     workspace, profile, shards = run
     other = make_champion(workspace, tmp_path)
-    rows, reading = translate(shards, profile, workspace.base, other, tmp_path / "rows")
+    rows, reading = retokenize(shards, profile, workspace.base, other, tmp_path / "rows")
     assert sum(source.lengths.sum() for source in rows.sources) > 2 * sum(
         int(piece.end) for (piece,) in all_rows(shards, profile)
     )
@@ -108,14 +108,14 @@ def test_text_that_spells_a_special_token_stays_text(run, tmp_path):
         source._open[0][1],
     )
     try:
-        rows, _ = translate(shards, profile, workspace.base, workspace.base, tmp_path / "rows")
+        rows, _ = retokenize(shards, profile, workspace.base, workspace.base, tmp_path / "rows")
         assert 2 not in rows.sources[1].read(0)[0]
         assert len(kinds) > len(typed)
     finally:
         source._open.clear()
 
 
-def test_a_champion_with_another_tokenizer_is_measured_in_nats_a_byte_of_the_same_text(run, tmp_path):
+def test_a_champion_with_another_tokenizer_is_scored_in_nats_per_byte(run, tmp_path):
     workspace, profile, shards = run
     other = make_champion(workspace, tmp_path)
     model = AutoModelForCausalLM.from_pretrained(other, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Shares of the rows: dealt, measured apart and added up, they give the numbers of one process bit by bit."""
+"""Results of several processes, merged, are bit-identical to those of one process."""
 
 import pickle
 
@@ -13,17 +13,17 @@ from ropeway.data.shards import open_shards
 from ropeway.models.chat_template import OPEN_ASSISTANT
 from ropeway.runtime.errors import ConfigError
 from ropeway.stages.evaluate import measuring
-from ropeway.stages.evaluate.evaluation_workers import Share, gather, plan_cards
+from ropeway.stages.evaluate.evaluation_workers import Share, assign_gpus, merge_shares
+from ropeway.stages.evaluate.load_model import open_model
 from ropeway.stages.evaluate.measuring import EvalRequest, ShareResult, measure_folder
-from ropeway.stages.evaluate.opening import open_model
-from ropeway.stages.evaluate.passkey import ask, plan_questions
+from ropeway.stages.evaluate.passkey import answer_questions, plan_passkey_questions
 from ropeway.stages.evaluate.positions import plan_long_rows
-from ropeway.stages.evaluate.samples import plan_draws, sample
+from ropeway.stages.evaluate.samples import generate_samples, plan_samples
 from ropeway.stages.evaluate.token_scores import score_sources, sum_batches
 from tests.support.tiny_run import make_run
 
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-CARDS = ["nvidia0", "nvidia1", "nvidia2", "nvidia3"]
+GPUS = ["nvidia0", "nvidia1", "nvidia2", "nvidia3"]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def run(tmp_path_factory):
 
 
 def with_rope(model, parameters):
-    """A copy as loaded anew: dynamic frequencies outlive a batch."""
+    """Return a newly loaded copy: scaled frequencies persist after a batch."""
     config = type(model.config).from_dict(model.config.to_dict() | {"rope_parameters": parameters})
     copy = LlamaForCausalLM(config).eval()
     copy.load_state_dict(model.state_dict())
@@ -45,43 +45,43 @@ def shares(count):
 
 
 @pytest.mark.parametrize("kind", ["linear", "dynamic"])
-def test_scores_from_shares_are_those_of_one_process_to_the_last_bit(run, kind):
+def test_scores_from_shares_are_bit_identical_to_those_of_one_process(run, kind):
     profile, shards, model, *_ = run
     rope = DYNAMIC if kind == "dynamic" else dict(model.config.rope_parameters)
     seen = []
     for count in (1, 2, 3, 7):
         parts = [sum_batches(with_rope(model, rope), shards, profile, share=share) for share in shares(count)]
-        seen.append(score_sources(gather(parts), shards, name="tuned"))
+        seen.append(score_sources(merge_shares(parts), shards, name="tuned"))
     assert seen == [seen[0]] * 4
 
 
-def test_everything_that_is_asked_comes_out_of_shares_as_out_of_one_process_to_the_last_bit(run, monkeypatch):
+def test_all_results_from_shares_are_bit_identical_to_those_of_one_process(run, monkeypatch):
     profile, shards, *_, folder = run
     ways = {"greedy": {"do_sample": False, "max_new_tokens": 4}, "drawn": {"do_sample": True, "max_new_tokens": 4}}
-    asked = EvalRequest(
+    request = EvalRequest(
         shards=shards,
         profile=profile,
         long_rows=plan_long_rows(shards, profile) * 3,
-        questions=plan_questions(profile.evaluation.passkey, seed=3),
-        draws=plan_draws(["Hi", "Why?"], ways),
+        questions=plan_passkey_questions(profile.evaluation.passkey, seed=3),
+        samples=plan_samples(["Hi", "Why?"], ways),
         configurations=ways,
     )
 
-    def share_out_here(function, arguments, cards):
-        travelled = pickle.dumps(arguments)
-        assert len(travelled) < 50_000
-        return [function(*pickle.loads(travelled), share) for share in shares(len(cards))]  # noqa: S301 - our own
+    def run_shares_here(function, arguments, gpus):
+        pickled = pickle.dumps(arguments)
+        assert len(pickled) < 50_000
+        return [function(*pickle.loads(pickled), share) for share in shares(len(gpus))]  # noqa: S301 - our own
 
-    monkeypatch.setattr(measuring, "share_out", share_out_here)
-    seen = [measure_folder(folder, folder, asked, cards=(None,) * count, name="tuned") for count in (1, 3)]
+    monkeypatch.setattr(measuring, "run_shares", run_shares_here)
+    seen = [measure_folder(folder, folder, request, gpus=(None,) * count, name="tuned") for count in (1, 3)]
     assert seen[0] == seen[1]
     assert set(seen[0].curves) == {"", "_unscaled"}
-    assert [key.question for key in seen[0].keys] == asked.questions
+    assert [key.question for key in seen[0].passkeys] == request.questions
     assert len(set(seen[0].answers)) > 1
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
-def test_sums_that_another_order_would_round_otherwise_are_added_in_the_batches_order(run, monkeypatch, count):
+def test_sums_are_added_in_the_order_of_the_batches(run, monkeypatch, count):
     profile, shards, *_, folder = run
     losses = [1e16, 1.0, 1.0, -1e16, 3.0, 0.1]
     batches = [np.array([[loss] * 2, [1.0] * 2, [1.0] * 2]) for loss in losses]
@@ -89,37 +89,37 @@ def test_sums_that_another_order_would_round_otherwise_are_added_in_the_batches_
         ShareResult(list(share.of(batches)), list(share.of([("", one) for one in batches])), [], [], [])
         for share in shares(count)
     ]
-    monkeypatch.setattr(measuring, "share_out", lambda *_: parts)
-    found = measure_folder(folder, folder, EvalRequest(shards, profile), cards=(None,) * count, name="tuned")
+    monkeypatch.setattr(measuring, "run_shares", lambda *_: parts)
+    found = measure_folder(folder, folder, EvalRequest(shards, profile), gpus=(None,) * count, name="tuned")
     one_by_one = ((((1e16 + 1.0) + 1.0) - 1e16) + 3.0) + 0.1
     assert one_by_one != sum(sorted(losses))
     assert [score.loss_sum for score in (*found.scores, *found.curves[""])] == [one_by_one] * 4
 
 
-def test_what_was_read_before_changes_no_answer(run):
+def test_earlier_inputs_change_no_answer(run):
     profile, _, model, tokenizer, _ = run
     stretched = with_rope(model, DYNAMIC)
     ways = {"greedy": {"do_sample": False, "max_new_tokens": 4}, "drawn": {"do_sample": True, "max_new_tokens": 4}}
-    questions = plan_questions(profile.evaluation.passkey, seed=3)[::3]
-    draws = plan_draws(["Hi", "word " * 60], ways)  # the second goes beyond the 48 positions of the base
-    keys = ask(stretched, tokenizer, OPEN_ASSISTANT, questions, seed=3)
-    answers = sample(stretched, tokenizer, OPEN_ASSISTANT, draws, ways, seed=3)
+    questions = plan_passkey_questions(profile.evaluation.passkey, seed=3)[::3]
+    draws = plan_samples(["Hi", "word " * 60], ways)  # the second goes beyond the 48 positions of the base
+    keys = answer_questions(stretched, tokenizer, OPEN_ASSISTANT, questions, seed=3)
+    answers = generate_samples(stretched, tokenizer, OPEN_ASSISTANT, draws, ways, seed=3)
     with torch.inference_mode():
         stretched(torch.arange(3, 400)[None], use_cache=False)
-    assert sample(stretched, tokenizer, OPEN_ASSISTANT, draws[::-1], ways, seed=3) == answers[::-1]
-    assert ask(stretched, tokenizer, OPEN_ASSISTANT, questions[::-1], seed=3) == keys[::-1]
+    assert generate_samples(stretched, tokenizer, OPEN_ASSISTANT, draws[::-1], ways, seed=3) == answers[::-1]
+    assert answer_questions(stretched, tokenizer, OPEN_ASSISTANT, questions[::-1], seed=3) == keys[::-1]
 
 
 @given(items=st.lists(st.integers(), max_size=40), count=st.integers(1, 9))
-def test_every_item_is_in_one_share_and_comes_back_in_its_place(items, count):
+def test_every_item_is_in_one_share_and_is_merged_into_its_position(items, count):
     parts = [share.of(items) for share in shares(count)]
-    assert gather(parts) == items
+    assert merge_shares(parts) == items
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
-def test_a_share_that_lost_an_item_is_not_put_together():
+def test_a_share_without_one_of_its_items_is_not_merged():
     with pytest.raises(ValueError, match="attempt to assign sequence of size 0"):
-        gather([[np.zeros(3)], [], [np.zeros(3)]])
+        merge_shares([[np.zeros(3)], [], [np.zeros(3)]])
 
 
 @pytest.mark.parametrize(
@@ -128,22 +128,22 @@ def test_a_share_that_lost_an_item_is_not_put_together():
         ({}, [], (None,)),
         ({"ROPEWAY_RANKS": "4"}, [], (None,)),  # threads use the cores already
         ({"ROPEWAY_EVALUATE_WORKERS": "2"}, [], (None, None)),
-        ({}, CARDS, ("0", "1", "2", "3")),
+        ({}, GPUS, ("0", "1", "2", "3")),
         ({}, ["nvidia5"], ("0",)),  # CUDA counts what it finds
-        ({"ROPEWAY_RANKS": "2"}, CARDS, ("0", "1")),
-        ({"ROPEWAY_RANKS": "16"}, CARDS, ("0", "1", "2", "3")),
-        ({"ROPEWAY_RANKS": "2", "ROPEWAY_EVALUATE_WORKERS": "3"}, CARDS, ("0", "1", "2")),
-        ({"ROPEWAY_EVALUATE_WORKERS": "3"}, CARDS[:2], ("0", "1", "0")),
-        ({"ROPEWAY_EVALUATE_WORKERS": ""}, CARDS, ("0", "1", "2", "3")),
+        ({"ROPEWAY_RANKS": "2"}, GPUS, ("0", "1")),
+        ({"ROPEWAY_RANKS": "16"}, GPUS, ("0", "1", "2", "3")),
+        ({"ROPEWAY_RANKS": "2", "ROPEWAY_EVALUATE_WORKERS": "3"}, GPUS, ("0", "1", "2")),
+        ({"ROPEWAY_EVALUATE_WORKERS": "3"}, GPUS[:2], ("0", "1", "0")),
+        ({"ROPEWAY_EVALUATE_WORKERS": ""}, GPUS, ("0", "1", "2", "3")),
         ({"CUDA_VISIBLE_DEVICES": "6, GPU-ab"}, ["6", " GPU-ab"], ("6", "GPU-ab")),
-        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_JOB_NUM_NODES": "4"}, CARDS, ("0", "1")),
+        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_JOB_NUM_NODES": "4"}, GPUS, ("0", "1")),
     ],
 )
-def test_one_process_per_card_that_trains_unless_asked_for_otherwise(environment, found, expected):
-    assert plan_cards(environment, found) == expected
+def test_the_default_is_one_process_per_gpu_used_in_training(environment, found, expected):
+    assert assign_gpus(environment, found) == expected
 
 
-@pytest.mark.parametrize("asked", ["0", "two", "-1"])
-def test_a_number_of_processes_that_is_none_is_refused(asked):
-    with pytest.raises(ConfigError, match=f"ROPEWAY_EVALUATE_WORKERS is '{asked}'; expected a number of processes"):
-        plan_cards({"ROPEWAY_EVALUATE_WORKERS": asked}, [])
+@pytest.mark.parametrize("stated", ["0", "two", "-1"])
+def test_an_invalid_number_of_processes_is_refused(stated):
+    with pytest.raises(ConfigError, match=f"ROPEWAY_EVALUATE_WORKERS is '{stated}'; expected a number of processes"):
+        assign_gpus({"ROPEWAY_EVALUATE_WORKERS": stated}, [])

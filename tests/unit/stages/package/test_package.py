@@ -47,7 +47,7 @@ def test_every_tensor_is_in_one_shard_and_only_a_larger_tensor_makes_a_larger_sh
         assert len(shard) == 1 or sum(named[name] for name in shard) <= limit
 
 
-def test_shards_have_the_names_that_transformers_looks_for():
+def test_shards_have_the_file_names_of_transformers():
     assert name_shards(1) == ["model.safetensors"]
     assert name_shards(3)[2] == "model-00003-of-00003.safetensors"
 
@@ -83,14 +83,14 @@ def test_one_shard_has_no_index(export):
     assert [path.name for path in target.iterdir()] == [SINGLE]
 
 
-def test_a_value_beyond_fp16_is_an_error_and_no_infinity(export):
+def test_a_value_beyond_the_maximum_of_fp16_is_an_error(export):
     source, target, weights = export
     save_file({**weights, "model.norm.weight": torch.full((4,), 70000.0)}, source / SINGLE)
-    with pytest.raises(DataError, match=r"model.norm.weight reaches 70000, fp16 ends at 65504"):
+    with pytest.raises(DataError, match=r"model.norm.weight has values up to 70000, the maximum of fp16 is 65504"):
         write_weights(source, target, dtype="fp16", max_shard_bytes=10**9, tied=False)
 
 
-def test_a_tied_head_is_stored_once_and_must_be_the_embedding(export):
+def test_a_tied_head_is_not_stored_and_must_equal_the_embedding(export):
     source, target, weights = export
     with pytest.raises(DataError, match=r"ties lm_head.weight to model.embed_tokens.weight, but they differ by up to"):
         write_weights(source, target, dtype="fp32", max_shard_bytes=10**9, tied=True)
@@ -99,7 +99,7 @@ def test_a_tied_head_is_stored_once_and_must_be_the_embedding(export):
     assert sorted(load_file(target / SINGLE)) == [EMBEDDING, "model.norm.weight"]
 
 
-def test_the_config_says_scaling_dtype_and_cache_in_old_and_new_spelling():
+def test_the_config_has_scaling_dtype_and_cache_under_old_and_new_keys():
     config = plan_config(TRAINED, rope=build_scaling("linear", 2.0, 10000.0, 4096), dtype="bf16", special=SPECIAL)
     assert config["rope_scaling"] == {"type": "linear", "factor": 2.0}
     assert config["rope_parameters"] == {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
@@ -109,7 +109,7 @@ def test_the_config_says_scaling_dtype_and_cache_in_old_and_new_spelling():
     assert config["max_position_embeddings"] == 4096
 
 
-def test_the_config_holds_no_path_and_no_library_version():
+def test_the_config_has_no_path_and_no_library_version():
     config = plan_config(TRAINED, rope=build_scaling("linear", 2.0, 10000.0, 4096), dtype="bf16", special=SPECIAL)
     assert not {"transformers_version", "_name_or_path"} & set(config)
 
@@ -132,7 +132,7 @@ def test_the_lowest_loader_depends_on_theta_scaling_and_tokenizer():
     assert lowest_loader(linear, {"model": {"merges": [["a", "b c"]]}}) == "4.45.0"
 
 
-def test_merges_are_spelled_as_old_tokenizers_read_them_unless_a_token_has_a_blank():
+def test_merges_are_strings_for_old_tokenizers_unless_a_token_has_a_space():
     tree = {"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"], ["ab", "c"]]}}
     assert plan_tokenizer(tree)["model"] == {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b", "ab c"]}
     assert plan_tokenizer(plan_tokenizer(tree)) == plan_tokenizer(tree)
@@ -141,7 +141,7 @@ def test_merges_are_spelled_as_old_tokenizers_read_them_unless_a_token_has_a_bla
         assert plan_tokenizer(kept) == kept
 
 
-def test_the_tokenizer_config_keeps_names_and_drops_what_only_some_loaders_read():
+def test_the_tokenizer_config_drops_keys_that_only_some_loaders_read():
     trained = {
         "tokenizer_class": "TokenizersBackend", "backend": "tokenizers", "is_local": True, "model_max_length": 10**30,
         "extra_special_tokens": ["<|system|>"], "bos_token": {"content": "<s>", "lstrip": False}, "eos_token": "</s>",
@@ -180,18 +180,18 @@ c:
 """
 
 
-def test_a_block_is_cut_with_its_comments_and_nothing_of_its_neighbours():
+def test_a_block_is_cut_with_its_comments_and_without_other_blocks():
     assert cut_block(FILE, "b") == "# About b.\n# Two lines.\nb: &second   # it\n  <<: *first\n  x: 3  # own\n"
     assert cut_block(FILE, "a").splitlines()[-1] == "  y: {z: 2}"
 
 
-def test_what_a_block_inherits_comes_before_it():
+def test_inherited_blocks_come_before_the_block():
     assert inherited_names(FILE, "c") == ["a", "b"]
     assert inherited_names(FILE, "a") == []
     assert inherited_names("a: &a {x: 1}\nb: &b {y: 2}\nc:\n  <<: [*a, *b]\n", "c") == ["a", "b"]
 
 
-def test_cut_blocks_mean_what_they_meant_in_the_file(tmp_path):
+def test_cut_blocks_have_the_same_values_as_in_the_file(tmp_path):
     params = tmp_path / "params.yaml"
     params.write_text(FILE)
     write_blocks(params, "c", tmp_path / "run.yaml")
@@ -206,7 +206,7 @@ def test_every_shipped_profile_can_be_cut_out(tmp_path, name):
     assert "profile:" not in text
 
 
-def test_a_block_that_text_cannot_carry_is_refused(tmp_path):
+def test_a_block_that_changes_when_cut_out_is_refused(tmp_path):
     params = tmp_path / "params.yaml"
     params.write_text("shared: &it {x: 1}\na:\n  x: 0\n  nested: *it\n")
     with pytest.raises(ConfigError, match="block of 'a' means something else when it is cut out"):
