@@ -20,7 +20,7 @@ from ropeway.stages.train.training_run import Run, learning_rate
 
 
 @dataclass(frozen=True, slots=True)
-class StepResult:
+class OptimizerStep:
     """Result of one optimizer step.
 
     Attributes:
@@ -98,7 +98,7 @@ def step_seed(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0])
 
 
-def train_step(run: Run, step: int, log: Sequence[Line], *, stop: Callable[[], bool]) -> StepResult:
+def train_step(run: Run, step: int, log: Sequence[Line], *, stop: Callable[[], bool]) -> OptimizerStep:
     """Run one optimizer step over all ranks."""
     # Only LoRA dropout draws random numbers here; seeded by (seed, step, rank), a resumed run draws the same ones.
     torch.manual_seed(step_seed(run.profile.rng_seed, step, run.rank))
@@ -125,13 +125,13 @@ def train_step(run: Run, step: int, log: Sequence[Line], *, stop: Callable[[], b
     sums = _sum_over_ranks(run, sums)
     line = _trained_line(run, _untrained_line(run, step, log), sums, rate)
     usage = {"model_flops": float(sums[3]), "peak_memory_bytes": int(sums[4 + 2 * count :].max())}
-    return StepResult(line, bool(sums[2]), usage)
+    return OptimizerStep(line, bool(sums[2]), usage)
 
 
-def leave_out_step(run: Run, step: int, log: Sequence[Line], *, stop: Callable[[], bool]) -> StepResult:
+def leave_out_step(run: Run, step: int, log: Sequence[Line], *, stop: Callable[[], bool]) -> OptimizerStep:
     """Return the result of a step left out after a rewind: nothing is trained, the learning rate does not advance."""
     line = _untrained_line(run, step, log) | {"left_out": run.profile.global_batch_size}
-    return StepResult(
+    return OptimizerStep(
         line, _is_stop_requested(run, stop), {"model_flops": 0.0, "peak_memory_bytes": _peak_memory(run.device)}
     )
 
