@@ -409,7 +409,7 @@ def test_an_export_scaled_otherwise_than_params_say_is_refused_before_anything_i
     workspace, profile = make_run(tmp_path, "package")
     edit(workspace.model / "config.json", lambda config: config["rope_parameters"].update(factor=4.0))
     write_manifest(workspace.model, {"steps": 3, "applied_steps": 3, "fingerprint": "0", "dtype": "fp32"})
-    with pytest.raises(DataError, match=r"rope_parameters are .*4\.0.*, those of the base .*2\.0"):
+    with pytest.raises(DataError, match=r"rope_parameters: expected .*2\.0.*, found .*4\.0"):
         package.run(workspace, profile)
     assert not workspace.package.exists()
 
