@@ -17,7 +17,7 @@ from ropeway.runtime.manifest import write_manifest
 from ropeway.stages.evaluate import stage as evaluate
 from ropeway.stages.evaluate.load_model import check_data, open_model
 from ropeway.stages.evaluate.stage import first_rows, score_first_rows, validation_digest
-from ropeway.stages.evaluate.token_scores import Score, all_rows, plan_batches, mixing_limit, sum_batch
+from ropeway.stages.evaluate.token_scores import Score, all_rows, mixing_limit, plan_batches, sum_batch
 from tests.support.tiny_run import make_run, measure
 
 
