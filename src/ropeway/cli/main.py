@@ -176,7 +176,7 @@ def evaluate(
     """Score base and tuned on a few validation rows and write nothing; the stage evaluate scores all rows."""
     from ropeway.config.load_params import load_profile
     from ropeway.config.stages import READS
-    from ropeway.runtime.terminal import AlignedTable, format_number, show
+    from ropeway.runtime.terminal import AlignedTable, format_count, format_number, show
     from ropeway.stages.evaluate.stage import score_first_rows
 
     root = find_root()
@@ -190,7 +190,7 @@ def evaluate(
         AlignedTable(
             tuple(heads.get(key, key) for key in rows[0]),
             [[format_number(row.get(key, "")) for key in rows[0]] for row in rows],
-            title=f"the first {limit} validation rows of each source",
+            title=f"the first {format_count(limit, 'validation row')} of each source",
         )
     )
 

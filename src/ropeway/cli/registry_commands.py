@@ -377,6 +377,8 @@ def gc(
     as_json: Json = False,
 ) -> None:
     """List files that no version and no running publish needs; --apply removes them."""
+    from ropeway.runtime.terminal import format_count, show
+
     opened = open_registry(registry)
     act = opened.collect if apply else opened.find_garbage
     found = act(grace=timedelta(hours=grace_hours), withdrawn=withdrawn)
@@ -397,12 +399,10 @@ def gc(
         typer.echo(f"{entry.key}  {entry.bytes:,} bytes  {entry.modified_at:%Y-%m-%d %H:%M}")
     for upload in found.incomplete_uploads:
         typer.echo(f"{upload.name}  incomplete upload  {upload.started_at:%Y-%m-%d %H:%M}")
-    from ropeway.runtime.terminal import format_count, show
-
     verb = "removed" if apply else "would be removed (--apply removes them)"
-    files = f"{format_count(len(found.entries), 'file')} ({found.bytes:,} bytes)"
-    uploads = format_count(len(found.incomplete_uploads), "incomplete upload")
-    show(f"{files} and {uploads} {verb}; {found.in_grace_period:,} more kept, younger than {grace_hours:g} hours")
+    garbage = f"{format_count(len(found.entries), 'file')} ({found.bytes:,} bytes)"
+    incomplete = format_count(len(found.incomplete_uploads), "incomplete upload")
+    show(f"{garbage} and {incomplete} {verb}; {found.in_grace_period:,} more kept, younger than {grace_hours:g} hours")
 
 
 @registry_app.command()
