@@ -2,10 +2,15 @@
 
 import difflib
 import typing
-from typing import TypeGuard
+from pathlib import Path
+from typing import TypeGuard, TypeVar, cast
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
+
+from ropeway.runtime.errors import DataError
+
+T = TypeVar("T")
 
 _EXPECTED = {
     "float_type": "a number", "int_type": "a whole number", "int_from_float": "a whole number",
@@ -15,6 +20,23 @@ _EXPECTED = {
     "less_than": "less than {lt}", "less_than_equal": "at most {le}",
     "literal_error": "{expected}", "string_pattern_mismatch": "text like {pattern}",
 }  # fmt: skip
+
+
+def check_json(value: object, schema: type[T], *, where: Path, remedy: str) -> T:
+    """Return `value`, read from the JSON file `where`, as the TypedDict `schema`; keys outside the schema are ignored.
+
+    Raises:
+        DataError: A key is missing or its value has another type. The message names file, key and `remedy`.
+    """
+    try:
+        TypeAdapter(schema).validate_python(value, strict=True)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        expected = _EXPECTED.get(fault["type"], "").format(**fault.get("ctx", {}))
+        found = f"expected {expected}, found {_shown(fault['input'])}" if expected else fault["msg"]
+        what = "missing" if fault["type"] == "missing" else found
+        raise DataError(f"{where}: {'.'.join(map(str, fault['loc']))}: {what}. {remedy}") from None
+    return cast("T", value)
 
 
 def explain_faults(error: ValidationError, model: type[BaseModel]) -> list[str]:

@@ -10,15 +10,55 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, NotRequired, Self
 
+from typing_extensions import TypedDict  # pydantic checks typing's own only from Python 3.12 on
+
+from ropeway.config.faults import check_json
 from ropeway.models.conversation import Conversation
+from ropeway.runtime.errors import DataError
+from ropeway.runtime.manifest import NAME, load_manifest
 
 RecordKind = Literal["conversation", "document"]
 Record = Conversation | str
 
+REMEDY = "Run `dvc repro fetch`"
 PART_CHARACTERS = 1 << 28  # about 256 MB of text a part, so that 100 GB of text are some hundred files
 _GROUP_CHARACTERS = 1 << 20  # a reader holds one row group: some 1 MB of text, the least that a worker can be given
+
+
+class RawSource(TypedDict):
+    """A source's entry in raw/manifest.json, as later stages read it."""
+
+    kind: RecordKind
+    read: int
+    kept: int
+    refused: dict[str, int]  # reason -> records
+    files: NotRequired[dict[str, int]]  # name -> records read from it, including refused ones
+    ignored_keys: NotRequired[dict[str, int]]  # key -> kept records in which it had a value
+
+
+class RawManifest(TypedDict):
+    """raw/manifest.json."""
+
+    sources: dict[str, RawSource]
+    files: dict[str, Any]
+
+
+def load_raw_manifest(folder: Path, *, verify: bool = True) -> RawManifest:
+    """Return the manifest of a raw folder; `verify` hashes its files.
+
+    Raises:
+        DataError: The folder is incomplete, a file has changed, or the manifest lacks a key.
+    """
+    manifest = load_manifest(folder, remedy=REMEDY, verify=verify)
+    return check_json(manifest, RawManifest, where=folder / NAME, remedy=REMEDY)
+
+
+def check_sources(folder: Path, manifest: RawManifest, names: Iterable[str]) -> None:
+    """Raise DataError unless the manifest of a raw folder has these sources."""
+    if missing := [name for name in names if name not in manifest["sources"]]:
+        raise DataError(f"{folder / NAME}: no source {', '.join(missing)}. {REMEDY}")
 
 
 @dataclass(frozen=True, slots=True)

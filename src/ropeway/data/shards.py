@@ -15,13 +15,16 @@ from functools import cached_property
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import TypedDict
 
+from ropeway.config.faults import check_json
 from ropeway.models.chat_template import Speaker
-from ropeway.runtime.manifest import digest_of, load_manifest
+from ropeway.runtime.errors import DataError
+from ropeway.runtime.manifest import NAME, FileFacts, check_listed, digest_of, load_manifest
 
 FORMAT = 1
 REMEDY = "Run `dvc checkout`, or `dvc repro prepare` to make it again"
@@ -113,24 +116,51 @@ def open_shards(folder: Path, *, verify: bool = True) -> Shards:
     """Open a data folder, its manifest checked.
 
     Raises:
-        DataError: It is unfinished, or a file is not what the manifest says.
+        DataError: The folder is incomplete, a file has changed, or the manifest lacks a key or a file.
     """
     manifest = load_manifest(folder, remedy=REMEDY, verify=verify)
-    return Shards(tuple(_open_source(folder, facts) for facts in manifest["sources"]), manifest)
+    stated = check_json(manifest, DataManifest, where=folder / NAME, remedy=REMEDY)
+    return Shards(tuple(_open_source(folder, facts, stated["files"]) for facts in stated["sources"]), manifest)
 
 
-class _Facts(TypedDict):
+class SpecialIds(TypedDict):
+    """Ids that the collator needs; the manifest also holds those of the role tokens."""
+
+    bos: int
+    eos: int
+    pad: int
+
+
+class ShardFacts(TypedDict):
+    """A source's entry in data/manifest.json; `shard_sequences` has one item per shard."""
+
     name: str
     kind: str
     shard_sequences: list[int]
 
 
-def _open_source(folder: Path, facts: _Facts) -> SourceShards:
-    here = folder / facts["name"]
+class DataManifest(TypedDict):
+    """data/manifest.json, as `open_shards` reads it."""
+
+    special: SpecialIds
+    sources: list[ShardFacts]
+    files: dict[str, FileFacts]
+
+
+def _open_source(folder: Path, facts: ShardFacts, files: Mapping[str, FileFacts]) -> SourceShards:
+    here, counts = folder / facts["name"], facts["shard_sequences"]
+    expected = [f"{facts['name']}/{part}.npy" for part in ("lengths", "train", "validation")]
+    expected += [f"{facts['name']}/{part}-{n:05d}.npy" for part in ("tokens", "kinds") for n in range(len(counts))]
+    check_listed(folder, expected, files, remedy=REMEDY)
     lengths, train, validation = (
         np.load(here / f"{part}.npy", allow_pickle=False) for part in ("lengths", "train", "validation")
     )
-    return SourceShards(facts["name"], facts["kind"], here, tuple(facts["shard_sequences"]), lengths, train, validation)
+    if len(lengths) != sum(counts):
+        raise DataError(
+            f"{folder / NAME}: source {facts['name']}: shard_sequences add up to {sum(counts):,}, but lengths.npy has "
+            f"{len(lengths):,} entries. {REMEDY}"
+        )
+    return SourceShards(facts["name"], facts["kind"], here, tuple(counts), lengths, train, validation)
 
 
 def token_dtype(vocab_size: int) -> type[np.uint16 | np.uint32]:

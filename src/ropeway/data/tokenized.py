@@ -16,12 +16,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import TypedDict
 
-from ropeway.runtime.manifest import load_manifest
+from ropeway.config.faults import check_json
+from ropeway.data.raw_records import RecordKind
+from ropeway.runtime.errors import DataError
+from ropeway.runtime.manifest import NAME, FileFacts, check_listed, load_manifest
 
 REMEDY = "Run `dvc checkout`, or `dvc repro tokenize` to make it again"
 COLUMNS = ("lengths", "records", "keys", "record_keys", "exact", "gram_counts")  # of a source; the others are by shard
@@ -41,12 +45,25 @@ class TokenizedFacts(TypedDict):
     """A source's entry in the manifest; lists have one item per shard, `ends` the digests of its outer sequences."""
 
     name: str
-    kind: str
+    kind: RecordKind
     tokens: int
     shard_sequences: list[int]
     shard_records: list[int]
     ends: list[list[str]]
     records: RecordCounts
+
+
+class TokensManifest(TypedDict):
+    """tokens/manifest.json."""
+
+    format: int
+    special: dict[str, int]
+    tokenizer: str
+    template: str
+    vocab_size: int
+    params: dict[str, Any]
+    sources: list[TokenizedFacts]
+    files: dict[str, FileFacts]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +103,25 @@ class TokenizedSource:
             yield self.shard("grams", number), np.concatenate([[0], np.cumsum(counts[first:end])])
 
 
-def open_tokenized(folder: Path, *, verify: bool = True) -> tuple[dict[str, TokenizedSource], dict[str, Any]]:
+def open_tokenized(folder: Path, *, verify: bool = True) -> tuple[dict[str, TokenizedSource], TokensManifest]:
     """Return the sources of a tokens folder in the order of its manifest, and the manifest.
 
     Raises:
-        DataError: It is unfinished, or a file is not what the manifest says.
+        DataError: The folder is incomplete, a file has changed, or the manifest lacks a key or a file.
     """
-    manifest = load_manifest(folder, remedy=REMEDY, verify=verify)
+    manifest = check_json(
+        load_manifest(folder, remedy=REMEDY, verify=verify), TokensManifest, where=folder / NAME, remedy=REMEDY
+    )
+    for facts in manifest["sources"]:
+        name, shards = facts["name"], len(facts["shard_sequences"])
+        if not shards == len(facts["shard_records"]) == len(facts["ends"]):
+            raise DataError(
+                f"{folder / NAME}: source {name}: shard_sequences, shard_records and ends have {shards}, "
+                f"{len(facts['shard_records'])} and {len(facts['ends'])} items, expected one per shard. {REMEDY}"
+            )
+        expected = [f"{name}/{column}.npy" for column in COLUMNS]
+        expected += [f"{name}/{part}-{number:05d}.npy" for part in SHARDS for number in range(shards)]
+        check_listed(folder, expected, manifest["files"], remedy=REMEDY)
     return {facts["name"]: TokenizedSource(folder / facts["name"], facts) for facts in manifest["sources"]}, manifest
 
 

@@ -7,11 +7,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NotRequired
+
+from typing_extensions import TypedDict  # pydantic checks typing's own only from Python 3.12 on
 
 from ropeway.runtime.errors import DataError
 
@@ -135,6 +137,7 @@ def load_manifest(folder: Path, *, remedy: str, verify: bool = True) -> dict[str
     try:
         manifest: dict[str, Any] = json.loads((folder / NAME).read_bytes())
         files = manifest["files"]
+        _check_file_facts(files)
     except FileNotFoundError:
         raise DataError(f"{folder}: no {NAME}, so what is there is missing or unfinished. {remedy}") from None
     except (ValueError, KeyError, TypeError) as error:
@@ -146,6 +149,22 @@ def load_manifest(folder: Path, *, remedy: str, verify: bool = True) -> dict[str
     with ThreadPoolExecutor(_THREADS) as pool:  # hashing lets go of the interpreter; the first fault in order is raised
         list(pool.map(lambda one: check_file(folder / one[0], one[1], remedy=remedy, verify=verify), named))
     return manifest
+
+
+def _check_file_facts(files: object) -> None:
+    """Raise TypeError unless a manifest's `files` maps each name to `bytes` and `sha256`."""
+    if not isinstance(files, dict):
+        raise TypeError(f"files: expected a mapping, found {type(files).__name__}")
+    for name, facts in files.items():
+        stated = facts if isinstance(facts, dict) else {}
+        if not (isinstance(stated.get("bytes"), int) and isinstance(stated.get("sha256"), str)):
+            raise TypeError(f"files.{name}: expected bytes (integer) and sha256 (string), found {facts!r}")
+
+
+def check_listed(folder: Path, expected: Iterable[str], files: Mapping[str, FileFacts], *, remedy: str) -> None:
+    """Raise DataError unless a folder's manifest lists every expected file."""
+    if missing := sorted(set(expected) - files.keys()):
+        raise DataError(f"{folder / NAME}: lists no {missing[0]} ({len(missing)} such files). {remedy}")
 
 
 def check_file(path: Path, facts: FileFacts, *, remedy: str, verify: bool = True) -> None:

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreT
 
 from ropeway.config.frozen import FrozenInputs
 from ropeway.config.params import BaseParams, GgufBase, HubBase, ModelShape, ScratchBase
-from ropeway.data.raw_records import iterate_records, iterate_texts
+from ropeway.data.raw_records import iterate_records, iterate_texts, load_raw_manifest
 from ropeway.models.architectures import check_architecture
 from ropeway.models.chat_template import choose_template
 from ropeway.models.open_model import (
@@ -35,7 +35,7 @@ from ropeway.models.tokenizer import (
     write_tokenizer,
 )
 from ropeway.runtime.errors import ConfigError
-from ropeway.runtime.manifest import file_sha256, load_manifest, whole_folder, write_manifest
+from ropeway.runtime.manifest import file_sha256, whole_folder, write_manifest
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.base.base_files import check_folder, check_names
 from ropeway.storage import hub
@@ -274,8 +274,8 @@ def _open_or_train_tokenizer(
 ) -> tuple[Tokenizer, dict[str, str]]:
     """Return (tokenizer, {unk, bos, eos: text})."""
     if origin is None:
-        sources = load_manifest(workspace.raw, remedy="Run `dvc repro fetch`")["sources"]
-        records = (record for name in sorted(sources) for record in iterate_records(workspace.raw / name))
+        names = sorted(load_raw_manifest(workspace.raw)["sources"])
+        records = (record for name in names for record in iterate_records(workspace.raw / name))
         texts = (text for record in records for text in iterate_texts(record))
         return train_tokenizer(texts, vocab_size=profile.expected_model.vocab_size), dict(LLAMA_SPECIAL)
     if "gguf_file" not in options:

@@ -14,6 +14,7 @@ from ropeway.stages.fetch.decompress import COMPRESSED
 from ropeway.stages.fetch.files import READERS, check_format
 from ropeway.stages.fetch.patterns import check_splits, is_glob
 
+_ENTRY_ITEMS = 2  # of the digest cache: size, times and inode; sha256
 _TICK_NS = 2_000_000_000  # the coarsest clock of a file system in use, FAT's
 
 
@@ -71,7 +72,8 @@ def _load_digests(cache: Path) -> dict[str, list[object]]:
         known = json.loads(cache.read_bytes())
     except (FileNotFoundError, ValueError):
         return {}
-    return known if isinstance(known, dict) else {}
+    entries = known.items() if isinstance(known, dict) else ()
+    return {path: entry for path, entry in entries if isinstance(entry, list) and len(entry) == _ENTRY_ITEMS}
 
 
 def _digest_file(path: Path) -> str:

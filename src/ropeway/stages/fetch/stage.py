@@ -2,11 +2,10 @@
 
 import shutil
 from collections import Counter
-from typing import TypedDict
 
 from ropeway.config.frozen import FrozenInputs
 from ropeway.config.params import FetchParams, Source
-from ropeway.data.raw_records import RawWriter, RecordKind
+from ropeway.data.raw_records import RawSource, RawWriter
 from ropeway.runtime.errors import DataError, full_disk_explained
 from ropeway.runtime.manifest import whole_folder, write_manifest
 from ropeway.runtime.workspace import Workspace
@@ -16,17 +15,11 @@ _SHOWN_REFUSALS = 20
 _SHOWN_FILES = 10
 
 
-class FetchedFacts(TypedDict):
-    """A source's entry in raw/manifest.json."""
+class FetchedFacts(RawSource):
+    """A source's entry in raw/manifest.json, as fetch writes it."""
 
-    kind: RecordKind
-    read: int
-    kept: int
-    refused: dict[str, int]  # reason -> records
-    first_refused: list[dict[str, str]]  # some of them: where, and why
-    files: dict[str, int]  # name -> records read of it, refused ones too
-    ignored_keys: dict[str, int]  # key -> kept records in which it carried something
-    identity: dict[str, object]  # what the source was
+    first_refused: list[dict[str, str]]  # the first refused records: where, and why
+    identity: dict[str, object]  # which version of the source was read
 
 
 def run(workspace: Workspace, profile: FetchParams) -> None:
@@ -76,7 +69,7 @@ def describe(name: str, facts: FetchedFacts) -> list[str]:
     lines += [f"{name}: {file}: {count:,} records" for file, count in list(files.items())[:_SHOWN_FILES]]
     if len(files) > _SHOWN_FILES:
         lines.append(f"{name}: {len(files) - _SHOWN_FILES:,} more files; ledger.json lists them")
-    if ignored := facts["ignored_keys"]:
+    if ignored := facts.get("ignored_keys"):
         lines.append(
             f"{name}: ignored keys: {', '.join(f'{key} in {count:,} records' for key, count in ignored.items())}"
         )

@@ -2,9 +2,8 @@
 
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TypedDict
 
 import numpy as np
 
@@ -12,10 +11,11 @@ from ropeway.config.frozen import FrozenInputs
 from ropeway.config.params import PrepareParams
 from ropeway.config.tokenize_params import values_shared_with_prepare
 from ropeway.data.ledger import Findings, Ledger, RecordTotals, check_ledger
+from ropeway.data.raw_records import RawSource, check_sources, load_raw_manifest
 from ropeway.data.shards import Shards, SourceShards, open_shards, sequence_digest
-from ropeway.data.tokenized import TokenizedSource, open_tokenized, shard_path
+from ropeway.data.tokenized import REMEDY, TokenizedSource, TokensManifest, open_tokenized, shard_path
 from ropeway.runtime.errors import DataError, full_disk_explained
-from ropeway.runtime.manifest import link_file, load_manifest, whole_folder, write_json, write_manifest
+from ropeway.runtime.manifest import NAME, link_file, whole_folder, write_json, write_manifest
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.prepare.contamination import parse_prompts
 from ropeway.stages.prepare.ledger_builder import build_ledger
@@ -27,17 +27,6 @@ _WHAT_HAPPENS = {
     "escape": "it is encoded as ordinary text",
     "reject": "these records are refused",
 }
-# What data's manifest takes over from that of tokens.
-_TOKENIZER = ("format", "special", "tokenizer", "template", "vocab_size")
-
-
-class _Fetched(TypedDict):
-    """What is read of a source's entry in raw/manifest.json."""
-
-    read: int
-    refused: dict[str, int]
-    files: dict[str, int]
-    ignored_keys: dict[str, int]
 
 
 def run(workspace: Workspace, profile: PrepareParams) -> None:
@@ -49,10 +38,14 @@ def run(workspace: Workspace, profile: PrepareParams) -> None:
             a source teaches nothing, or the ledger does not come out even.
         TemporaryError: The disk is full.
     """
-    raw = load_manifest(workspace.raw, remedy="Run `dvc repro fetch`", verify=False)  # read for its counts
+    names = [name for name, _ in profile.mixture]
+    raw = load_raw_manifest(workspace.raw, verify=False)  # read for its counts
+    check_sources(workspace.raw, raw, names)
     found, tokens = open_tokenized(workspace.tokens)
     _check_params(workspace, profile, tokens["params"])
-    sources = {name: found[name] for name, _ in profile.mixture}
+    if missing := [name for name in names if name not in found]:
+        raise DataError(f"{workspace.tokens / NAME}: no source {', '.join(missing)}. {REMEDY}")
+    sources = {name: found[name] for name in names}
     prompts = _read_prompts(workspace, profile)
     records = {name: _records(name, raw["sources"][name], source, profile) for name, source in sources.items()}
     work = workspace.work / f"prepare-{workspace.profile}"
@@ -64,8 +57,7 @@ def run(workspace: Workspace, profile: PrepareParams) -> None:
             with whole_folder(workspace.data) as folder:
                 for name, source in sources.items():
                     write_source(folder / name, source, parts[name].split)
-                facts = {name: tokens[name] for name in _TOKENIZER}
-                write_manifest(folder, {**facts, "sources": [_entry(source) for source in sources.values()]})
+                write_manifest(folder, _describe_data(tokens, sources.values()))
                 shards = open_shards(folder, verify=False)  # hashed a moment ago
                 check_readback(shards, {name: source.facts["ends"] for name, source in sources.items()})
                 ledger = build_ledger(
@@ -86,7 +78,7 @@ def run(workspace: Workspace, profile: PrepareParams) -> None:
 def _check_params(workspace: Workspace, profile: PrepareParams, made: Mapping[str, object]) -> None:
     """Raise DataError when tokens are of other sources, or lack what this profile compares records by."""
     wanted = values_shared_with_prepare(profile)
-    if differ := [key for key, value in wanted.items() if made[key] != value]:
+    if differ := [key for key, value in wanted.items() if made.get(key) != value]:
         raise DataError(
             f"{workspace.tokens}: made by other values of {', '.join(differ)} than params.yaml has. Run "
             "`dvc repro prepare`, which makes them first"
@@ -100,6 +92,18 @@ def _read_prompts(workspace: Workspace, profile: PrepareParams) -> list[str]:
     return [text for name in names if frozen for text in parse_prompts(frozen.text("contamination", name), name)]
 
 
+def _describe_data(tokens: TokensManifest, sources: Iterable[TokenizedSource]) -> dict[str, object]:
+    """Return what data/manifest.json says besides its files."""
+    return {
+        "format": tokens["format"],
+        "special": tokens["special"],
+        "tokenizer": tokens["tokenizer"],
+        "template": tokens["template"],
+        "vocab_size": tokens["vocab_size"],
+        "sources": [_entry(source) for source in sources],
+    }
+
+
 def _entry(source: TokenizedSource) -> dict[str, object]:
     """Return a source's entry in data/manifest.json, in the shape `ropeway.data.shards` reads."""
     return {
@@ -111,7 +115,7 @@ def _entry(source: TokenizedSource) -> dict[str, object]:
     }
 
 
-def _records(name: str, raw: _Fetched, source: TokenizedSource, profile: PrepareParams) -> RecordTotals:
+def _records(name: str, raw: RawSource, source: TokenizedSource, profile: PrepareParams) -> RecordTotals:
     """Return the account of a source's records.
 
     Raises:

@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ropeway.config.tokenize_params import TokenizeParams
-from ropeway.data.raw_records import list_groups
+from ropeway.data.raw_records import check_sources, list_groups, load_raw_manifest
 from ropeway.data.shards import FORMAT
 from ropeway.models.chat_template import open_template
 from ropeway.models.tokenizer import count_tokens, open_tokenizer, read_special
 from ropeway.runtime.errors import full_disk_explained
-from ropeway.runtime.manifest import file_sha256, load_manifest, whole_folder, write_manifest
+from ropeway.runtime.manifest import file_sha256, whole_folder, write_manifest
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.tokenize.store import make_units
 from ropeway.stages.tokenize.units import (
@@ -36,8 +36,9 @@ def run(workspace: Workspace, params: TokenizeParams) -> None:
         DataError: Raw files are not what their manifest says.
         TemporaryError: A worker died or the disk is full: the same command makes only what is missing.
     """
-    raw = load_manifest(workspace.raw, remedy="Run `dvc repro fetch`")
+    raw = load_raw_manifest(workspace.raw)
     recipes = plan_recipes(params)
+    check_sources(workspace.raw, raw, recipes)
     prefix = f"tokenize-{workspace.profile}"
     work = workspace.work / f"{prefix}-{fingerprint(raw['files'], workspace.base, recipes)}"
     with full_disk_explained(work, kept="whole units are kept there"):

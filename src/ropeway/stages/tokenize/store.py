@@ -5,16 +5,17 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ropeway.data.raw_records import RecordKind
 from ropeway.data.tokenized import COLUMNS, SHARDS, TokenizedFacts, shard_path
 from ropeway.runtime.errors import DataError
-from ropeway.runtime.manifest import FileFacts, link_file, load_manifest
+from ropeway.runtime.manifest import FileFacts, link_file
 from ropeway.stages.tokenize import encode_workers as workers
-from ropeway.stages.tokenize.units import Unit, UnitFacts, load_unit, tokenize_unit
+from ropeway.stages.tokenize.units import Unit, UnitFacts, load_unit, read_unit, tokenize_unit
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Units:
     folders: tuple[Path, ...]
     facts: tuple[UnitFacts, ...]
 
-    def describe(self, name: str, kind: str) -> TokenizedFacts:
+    def describe(self, name: str, kind: RecordKind) -> TokenizedFacts:
         """Return the source's entry in tokens/manifest.json, in the shape `ropeway.data.tokenized` reads."""
         counts = [facts["records"] for facts in self.facts]
         return {
@@ -99,5 +100,4 @@ def make_units(planned: Mapping[str, Sequence[Unit]], *, work: Path) -> dict[str
 def _open_units(units: Sequence[Unit]) -> Units:
     folders = tuple(unit.folder for unit in units)
     remedy = "Run `dvc repro tokenize` again"
-    facts = (load_manifest(folder, remedy=remedy, verify=False) for folder in folders)
-    return Units(folders, tuple(cast("UnitFacts", found) for found in facts))
+    return Units(folders, tuple(read_unit(folder, remedy=remedy, verify=False) for folder in folders))

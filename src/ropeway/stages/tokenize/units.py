@@ -16,24 +16,34 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import Literal, TypedDict, cast
+from typing import Literal
 from uuid import uuid4
 
 import numpy as np
 import tokenizers
+from typing_extensions import TypedDict
 
 import ropeway
+from ropeway.config.faults import check_json
 from ropeway.config.tokenize_params import TokenizeParams
 from ropeway.data.raw_records import Group, Record, iterate_groups
 from ropeway.data.shards import sequence_digest, token_dtype
 from ropeway.data.text_batches import BATCH_CHARACTERS, count_characters, iterate_batches
-from ropeway.data.tokenized import RecordCounts
+from ropeway.data.tokenized import COLUMNS, SHARDS, RecordCounts
 from ropeway.models.chat_template import FILE as TEMPLATE_FILE
 from ropeway.models.chat_template import open_template
 from ropeway.models.tokenizer import count_tokens, open_tokenizer, read_special
 from ropeway.runtime.code_digests import stage_code_digest
 from ropeway.runtime.errors import DataError
-from ropeway.runtime.manifest import FileFacts, digest_of, file_sha256, load_manifest, write_manifest
+from ropeway.runtime.manifest import (
+    NAME,
+    FileFacts,
+    check_listed,
+    digest_of,
+    file_sha256,
+    load_manifest,
+    write_manifest,
+)
 from ropeway.stages.tokenize.encode import Encoded, Encoder
 from ropeway.stages.tokenize.fingerprints import compared_texts, exact_keys, gather_grams, sequence_texts, sign
 
@@ -153,12 +163,25 @@ def code_digest() -> str:
     return stage_code_digest(Path(ropeway.__file__).parent, "tokenize")
 
 
+def read_unit(folder: Path, *, remedy: str, verify: bool = True) -> UnitFacts:
+    """Return a unit's manifest; `verify` hashes its files.
+
+    Raises:
+        DataError: The unit is incomplete, a file has changed, or the manifest lacks a key or a file.
+    """
+    facts = check_json(
+        load_manifest(folder, remedy=remedy, verify=verify), UnitFacts, where=folder / NAME, remedy=remedy
+    )
+    check_listed(folder, (f"{name}.npy" for name in (*COLUMNS, *SHARDS)), facts["files"], remedy=remedy)
+    return facts
+
+
 def load_unit(folder: Path) -> UnitFacts | None:
     """Return a whole unit's manifest, its files hashed; None when it is to be made, what is left of it removed."""
     if not folder.exists():
         return None
     try:
-        return cast("UnitFacts", load_manifest(folder, remedy="It is made again"))
+        return read_unit(folder, remedy="This unit is tokenized again")
     except DataError as error:
         print(f"tokenize: {error}", flush=True)
         shutil.rmtree(folder)

@@ -48,7 +48,7 @@ def lay(root):
     with RawWriter(workspace.raw / "text", "document") as writer:
         for number in range(200):
             writer.add(f"The lamp number {number} burns at dusk.\n\n    oil = {number * 7}\n")
-    write_manifest(workspace.raw, {"sources": {"text": {"kind": "document"}}})
+    write_manifest(workspace.raw, {"sources": {"text": {"kind": "document", "read": 200, "kept": 200, "refused": {}}}})
     return workspace
 
 

@@ -1,6 +1,7 @@
 """Units of work: what is planned, what a broken-off tokenize leaves, and what the next one makes of it."""
 
 import errno
+import json
 import signal
 from collections import Counter
 from itertools import pairwise
@@ -17,7 +18,7 @@ from ropeway.data.raw_records import Group, iterate_groups, iterate_records, lis
 from ropeway.data.shards import open_shards
 from ropeway.data.tokenized import COLUMNS, SHARDS, open_tokenized
 from ropeway.runtime.errors import ConfigError, DataError, TemporaryError
-from ropeway.runtime.manifest import file_sha256
+from ropeway.runtime.manifest import file_sha256, write_json
 from ropeway.stages.prepare import stage as prepare
 from ropeway.stages.tokenize import encode_workers as workers
 from ropeway.stages.tokenize import store, units
@@ -153,6 +154,30 @@ def test_a_damaged_unit_is_made_again_and_no_other(stopped, made, part, capsys):
     run_tokenize(stopped, profile())
     assert made == ["text/00001"]
     assert f"text/00001/{part}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("edit", ["no tokens", "no counts", "no file", "no sha256", "not a mapping"])
+def test_a_unit_whose_manifest_is_incomplete_is_made_again_and_no_other(stopped, made, edit, capsys):
+    (path,) = stopped.work.glob("tokenize-run-*/text/00001/manifest.json")
+    manifest = json.loads(path.read_bytes())
+    match edit:
+        case "no tokens":
+            del manifest["tokens"]
+        case "no counts":
+            del manifest["records"]["refused"]
+        case "no file":
+            del manifest["files"]["grams.npy"]
+            (path.parent / "grams.npy").unlink()
+        case "no sha256":
+            del manifest["files"]["grams.npy"]["sha256"]
+        case "not a mapping":
+            manifest = [manifest]
+    write_json(path, manifest)
+    run_tokenize(stopped, profile())
+    assert made == ["text/00001"]
+    printed = capsys.readouterr().out
+    assert str(path) in printed
+    assert "tokenized again" in printed
 
 
 def test_a_unit_that_is_damaged_before_it_is_placed_is_named_and_made_again_the_next_time(stopped, made, monkeypatch):
