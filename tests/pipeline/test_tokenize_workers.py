@@ -55,7 +55,7 @@ class Run:
 
     def __init__(self, root):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("ropeway.data.raw_records._GROUP_CHARACTERS", 200)
+            patch.setattr("ropeway.data.raw_records._ROW_GROUP_CHARACTERS", 200)
             self.workspace = write_raw(root)
         (root / "start.py").write_text(SCRIPT)
         (root / "profile.pickle").write_bytes(pickle.dumps(TokenizeParams.of(profile())))
@@ -122,7 +122,7 @@ def run(tmp_path):
 @pytest.mark.parametrize("workers", ["2", "3"])
 def test_the_bytes_are_the_same_for_any_number_of_processes(run, alone, workers):
     text, units = run.do(ROPEWAY_TOKENIZE_WORKERS=workers)
-    assert f"units for {workers} processes" in text
+    assert f"units to tokenize on {workers} processes" in text
     assert (run.digests, units) == alone
 
 
@@ -146,7 +146,7 @@ def test_a_killed_tokenize_leaves_nothing_running_and_continues_with_what_is_mis
     assert not run.workspace.tokens.exists()
     text, rest = run.do(ROPEWAY_TOKENIZE_WORKERS=workers)
     assert rest == everything - units
-    assert f"tokenize: {len(units)} of {len(everything)} units are there already" in text
+    assert f"tokenize: {len(units)} of {len(everything)} units are complete already" in text
     assert run.digests == digests
 
 
@@ -218,7 +218,7 @@ def test_a_dask_cluster_of_two_workers_makes_the_same_bytes(run, alone, cluster)
     for _ in range(2):
         cluster.add_worker()
     text, units = run.do(ROPEWAY_DASK_SCHEDULER=cluster.address)
-    assert f"units for the Dask cluster at {cluster.address}" in text
+    assert f"units to tokenize on the Dask cluster at {cluster.address}" in text
     assert (run.digests, units) == alone
 
 
@@ -234,7 +234,7 @@ def test_a_lost_cluster_keeps_complete_units_and_this_machine_continues(run, alo
     assert 3 <= len(units) < len(everything)
     assert process.returncode == 75, run.last
     assert "TemporaryError: tokenize: the Dask cluster at" in run.last
-    assert "has no workers left; whole units are kept in" in run.last
+    assert "is down or has no workers; completed units are kept in" in run.last
     _, rest = run.do()
     assert rest == everything - units
     assert run.digests == digests
@@ -256,7 +256,7 @@ def test_a_scheduler_without_workers_or_none_at_all_is_refused(run, cluster):
     cluster.scheduler.kill()
     cluster.scheduler.wait()
     text, _ = run.do(code=64, ROPEWAY_DASK_SCHEDULER=cluster.address, PATIENCE="1")
-    assert f"no Dask scheduler answers at {cluster.address} within 1 s" in text
+    assert f"no Dask scheduler responds at {cluster.address} within 1 s" in text
     assert not run.workspace.tokens.exists()
 
 

@@ -1,1 +1,1 @@
-"""Formats of the files that stages exchange, and pure decisions over them: records, shards, batches, ledger."""
+"""Formats of the files that stages exchange, and pure functions over them: records, shards, batches, ledger."""

@@ -1,4 +1,4 @@
-"""Forward passes per optimizer step, derived from the global batch. Apart from the planner: training counts so too."""
+"""Gradient accumulation steps, derived from the global batch size; used by the planner and by training."""
 
 from ropeway.config.params import WeightParams
 from ropeway.runtime.errors import ConfigError
@@ -7,10 +7,10 @@ PUBLISHED_RANKS = 8  # 424,864 rows // (2 rows x 8 accumulation x 8 ranks) = 3,3
 
 
 def accumulation_steps(profile: WeightParams, ranks: int) -> int:
-    """Return the forward passes each rank makes per optimizer step; derived, so 4 or 8 ranks take equal steps.
+    """Return the forward passes per rank and optimizer step, so that 4 or 8 ranks take equal steps.
 
     Raises:
-        ConfigError: The global batch does not divide evenly, or the card's own number disagrees at 8 ranks.
+        ConfigError: The global batch does not divide evenly, or params.yaml has another number for 8 ranks.
     """
     rows_per_pass = profile.per_device_train_batch_size * ranks
     steps, rest = divmod(profile.global_batch_size, rows_per_pass)

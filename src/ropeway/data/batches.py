@@ -1,7 +1,7 @@
-"""From sequences to batches: windows, loss masks, rows, collation. The same for training and evaluation.
+"""Build batches from sequences: windows, loss masks, rows, collation. Training and evaluation share this code.
 
-Shapes: B rows, T tokens. Everything is a function of (params, lengths, epoch, index); nothing draws from a global
-generator, so no order, worker count or resume can change a row.
+Shapes: B rows, T tokens. Every row is a function of (params, lengths, epoch, index). No global random generator is
+used, so read order, number of workers and resuming never change a row.
 """
 
 import random
@@ -15,15 +15,15 @@ from numpy.typing import NDArray
 from ropeway.config.params import EpochParams, RowParams
 from ropeway.data.loss_mask import loss_mask
 from ropeway.data.mixture import epoch_count, plan_order
-from ropeway.data.packing import plan_packing, split_document, turn_borders, window_at_turns
+from ropeway.data.packing import plan_packing, split_document, turn_starts, window_at_turns
 from ropeway.data.shards import Kind, Shards
 from ropeway.runtime.manifest import digest_of
 
 PAD_MULTIPLE = 16  # Source: Open-Assistant's training collator, pad_to_multiple_of=16
 
 
-class Draws(Protocol):
-    """What a window needs of a generator; `random.Random` has it."""
+class RandomGenerator(Protocol):
+    """The methods of `random.Random` that windows use."""
 
     def random(self) -> float:
         """Return a float in [0, 1)."""
@@ -34,7 +34,7 @@ class Draws(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Tokens [begin, end) of one stored sequence."""
+    """A part of a row: tokens [begin, end) of one stored sequence."""
 
     source: int
     sequence: int
@@ -53,7 +53,7 @@ class Batch:
         input_ids: `(B, T)` tokens, padded on the right.
         position_ids: `(B, T)`, restarting at every piece of a packed row.
         targets: `(B, T)`, the next token of each position.
-        loss_mask: `(B, T)`, True where predicting the next token counts.
+        loss_mask: `(B, T)`, True where predicting the next token counts in the loss.
         sources: `(B, T)` number of the source, -1 on padding.
     """
 
@@ -65,12 +65,12 @@ class Batch:
 
 
 def plan_window(
-    length: int, *, max_length: int, probability: float, generator: Draws, is_document: bool
+    length: int, *, max_length: int, probability: float, generator: RandomGenerator, is_document: bool
 ) -> tuple[int, int]:
-    """Return the span [begin, end) that is read of a sequence of `length` tokens.
+    """Return the span [begin, end) to read of a sequence of `length` tokens.
 
-    A number is drawn for documents and short sequences as well, as in the original, so that its generator's state can
-    be followed draw by draw.
+    One number is drawn for documents and short sequences too, as in the original, so that the generator's state stays
+    equal to the original's.
     """
     windowed = generator.random() < probability and not is_document
     if length <= max_length:
@@ -82,10 +82,10 @@ def plan_window(
 def collate(
     rows: Sequence[Row], shards: Shards, profile: RowParams, *, pad_to_multiple_of: int | None = PAD_MULTIPLE
 ) -> Batch:
-    """Return the batch of these rows, as wide as the longest of them (rounded up).
+    """Return the batch of these rows, padded to the longest row (rounded up).
 
     Targets are each padded row rolled left by one, as in the original: the target of a row's last token is padding, or
-    wraps to the row's first token when the row is full; the mask says which of them count.
+    the row's first token if the row is full. The loss mask selects the targets that count.
     """
     longest = max(sum(piece.end - piece.begin for piece in row) for row in rows)
     width = -(-longest // pad_to_multiple_of) * pad_to_multiple_of if pad_to_multiple_of else longest
@@ -122,8 +122,8 @@ class EpochPlan:
     """The rows of one epoch, in the order they are read; equal on every rank.
 
     Attributes:
-        order: `(N,)` indices into the sources' training parts laid one after another.
-        packed: The rows themselves where several sequences share one; None where each sequence is a row.
+        order: `(N,)` indices into the concatenated training parts of the sources.
+        packed: The rows of the packed layout; None in the padded layout, where each sequence is a row.
     """
 
     profile: EpochParams
@@ -134,21 +134,21 @@ class EpochPlan:
 
     @property
     def rows(self) -> int:
-        """How many rows the epoch has."""
+        """Number of rows of the epoch."""
         return len(self.order) if self.packed is None else len(self.packed)
 
     @property
     def steps(self) -> int:
-        """Optimizer steps: the floor, as in the original; what is left over is not trained (the ledger says so)."""
+        """Number of optimizer steps, rounded down as in the original; the ledger counts the rows left over."""
         return self.rows // self.profile.global_batch_size
 
     @property
     def digest(self) -> str:
-        """Compared across ranks before step 1."""
+        """Digest of the plan, compared across ranks before step 1."""
         return digest_of([self.epoch, self.order.tolist(), None if self.packed is None else self.span(0, self.rows)])
 
     def span(self, begin: int, end: int) -> str:
-        """Return a short digest of rows [begin, end): which sequences they hold, and which tokens of them."""
+        """Return a short digest of the contents of rows [begin, end)."""
         if self.packed is None:
             return digest_of(self.order[begin:end].tolist())[:12]
         pieces = [(p.source, p.sequence, p.begin, p.end) for row in self.packed[begin:end] for p in row]
@@ -175,7 +175,7 @@ class EpochPlan:
         return source, int(self.shards.sources[source].train[position])
 
     def drawn_sequences(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return `drawn` of every position at once: `(N,)` sources and `(N,)` sequences."""
+        """Return `drawn_sequence` of all positions: `(N,)` sources and `(N,)` sequences."""
         begins = np.cumsum([0, *(len(part.train) for part in self.shards.sources)])
         sources = np.searchsorted(begins, self.order, side="right") - 1
         trained = np.concatenate([np.empty(0, np.int64), *(part.train for part in self.shards.sources)])
@@ -196,16 +196,16 @@ def plan_epoch(shards: Shards, profile: EpochParams, *, epoch: int) -> EpochPlan
 
 
 def _pack(plan: EpochPlan) -> tuple[Row, ...]:
-    """Return an epoch's packed rows, shuffled: the packing puts long pieces first."""
-    pieces = [piece for index in range(len(plan.order)) for piece in _pieces(plan, *plan.drawn_sequence(index))]
+    """Return an epoch's packed rows, shuffled, because packing puts long pieces first."""
+    pieces = [piece for index in range(len(plan.order)) for piece in _plan_pieces(plan, *plan.drawn_sequence(index))]
     rows = plan_packing([piece.end - piece.begin for piece in pieces], capacity=plan.profile.max_length)
     generator = random.Random(f"{plan.profile.rng_seed}/packing/{plan.epoch}")
     generator.shuffle(rows)
     return tuple(tuple(pieces[index] for index in row) for row in rows)
 
 
-def _pieces(plan: EpochPlan, source: int, sequence: int) -> list[Piece]:
-    """Return what is read of a sequence: a document whole, in pieces; of an over-long conversation whole turns."""
+def _plan_pieces(plan: EpochPlan, source: int, sequence: int) -> list[Piece]:
+    """Return the pieces of a sequence: all of a document; complete turns of an over-long conversation."""
     part, capacity = plan.shards.sources[source], plan.profile.max_length
     length = int(part.lengths[sequence])
     if length <= capacity:
@@ -215,17 +215,17 @@ def _pieces(plan: EpochPlan, source: int, sequence: int) -> list[Piece]:
     generator = window_generator(plan.profile.rng_seed, plan.epoch, part.name, sequence)
     windowed = generator.random() < plan.profile.random_offset_probability
     draw = generator.random() if windowed else 0.0
-    borders = turn_borders(part.read(sequence)[1])
-    return [Piece(source, sequence, *window_at_turns(borders, length, capacity=capacity, draw=draw))]
+    starts = turn_starts(part.read(sequence)[1])
+    return [Piece(source, sequence, *window_at_turns(starts, length, capacity=capacity, draw=draw))]
 
 
 def join_rows(rows: Sequence[Row]) -> Row:
-    """Return rows as one: a packed micro-batch is `(1, T)`, since flash kernels see borders in one row only."""
+    """Return rows joined into one: a packed micro-batch is `(1, T)`; flash kernels see boundaries in one row only."""
     return tuple(piece for row in rows for piece in row)
 
 
 def validation_rows(shards: Shards, profile: RowParams) -> list[tuple[str, list[Row]]]:
-    """Return every source's validation rows; over-long ones are cut on the right, never windowed."""
+    """Return the validation rows of each source; over-long sequences are truncated on the right, never windowed."""
     return [
         (
             source.name,
@@ -239,12 +239,12 @@ def validation_rows(shards: Shards, profile: RowParams) -> list[tuple[str, list[
 
 
 def window_generator(seed: int, epoch: int, source: str, sequence: int) -> random.Random:
-    """Return the generator of one sequence's window in one epoch, whoever asks and in whatever order."""
+    """Return the random generator of one sequence's window in one epoch, independent of read order."""
     return random.Random(f"{seed}/window/{epoch}/{source}/{sequence}")
 
 
 def locate(sizes: Sequence[int], index: int) -> tuple[int, int]:
-    """Return (source, position) of an index into parts laid one after another.
+    """Return (source, position) of an index into concatenated parts.
 
     >>> locate([3, 5], 4)
     (1, 1)
@@ -253,4 +253,4 @@ def locate(sizes: Sequence[int], index: int) -> tuple[int, int]:
         if index < size:
             return source, index
         index -= size
-    raise IndexError(f"index lies {index} behind the last of {sum(sizes)} sequences")
+    raise IndexError(f"index exceeds the last of {sum(sizes)} sequences by {index + 1}")

@@ -1,8 +1,8 @@
-"""The ledger: where every record and every token of every source went. Its sums come out even or there is no ledger.
+"""The ledger: counts of every record and token of every source. It is written only if all its sums are correct.
 
 read = refused + kept; kept -> sequences (a document: its chunks)
 sequences and their tokens = removed as duplicate + as contaminated + train + validation + unused
-removed as duplicate = exact + near duplicates, each where params remove them; counted only: they are in the other parts
+removed as duplicate = exact + near duplicates, if params remove them; if only counted, they are in the other parts
 each epoch: drawn tokens = tokens in rows + lost to windows + lost to cuts; cells of rows = tokens + padding
 all sources' rows = steps x global batch + left over
 """
@@ -12,21 +12,21 @@ from dataclasses import asdict, dataclass, field
 
 from ropeway.runtime.errors import DataError
 
-_Sum = tuple[str, int, tuple[int, ...]]  # what is added up, the total, the parts
+_Sum = tuple[str, int, tuple[int, ...]]  # description, total, parts
 
 
 @dataclass(frozen=True, slots=True)
 class RecordTotals:
-    """What became of a source's records.
+    """Record counts of a source.
 
     Attributes:
         refused_by_fetch: Reason -> records.
-        refused_by_tokenize: Likewise.
-        with_special_tokens: Records in whose text a special token's string stands; refused when params reject them.
-        special_token_hits: Such a string -> how often it stands in the source's texts.
-        without_tokens: Kept documents that are empty, hence no chunk.
-        files: File -> records read of it; none for what is no file.
-        ignored_keys: Field -> kept records in which it carried something and was left out, as params say.
+        refused_by_tokenize: Reason -> records.
+        with_special_tokens: Records with a special token's string in their text; refused if params reject them.
+        special_token_hits: Special token's string -> occurrences in the source's texts.
+        without_tokens: Kept documents that are empty, so have no chunk.
+        files: File -> records read from it; empty if the source is not files.
+        ignored_keys: Field in `ignored_keys` -> kept records in which it had a value.
     """
 
     read: int
@@ -42,12 +42,12 @@ class RecordTotals:
 
 @dataclass(frozen=True, slots=True)
 class SplitTotals:
-    """Sequences, or tokens, by what they are for.
+    """Number of sequences, or of their tokens, in each part of the split.
 
     Attributes:
-        unused: What validation's limit leaves over.
+        unused: Validation sequences beyond `max_val_set`.
         duplicate: Removed before the split.
-        contaminated: Removed from the training part behind it.
+        contaminated: Removed from the training part after the split.
     """
 
     all: int
@@ -60,13 +60,13 @@ class SplitTotals:
 
 @dataclass(frozen=True, slots=True)
 class FindingCounts:
-    """What was looked for and found.
+    """Counts of one kind of duplicates or contamination.
 
     Attributes:
-        action: `off`: not looked for. `count`: these are in train, validation or unused. `remove`: in none of them.
-        records: Records concerned, at least in part.
-        sequences: Their sequences that are concerned.
-        tokens: Of these sequences.
+        action: `off`: not searched. `count`: still in train, validation or unused. `remove`: in none of them.
+        records: Records with at least one affected sequence.
+        sequences: Affected sequences.
+        tokens: Tokens of the affected sequences.
     """
 
     action: str
@@ -77,13 +77,13 @@ class FindingCounts:
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """What a source repeats.
+    """Duplicates and contamination of a source.
 
     Attributes:
-        exact: Records whose text an earlier record has, in this source or one before it.
-        near: Records, not exact duplicates, that are like an earlier one.
-        contaminated: Training sequences that share a run of words with validation or with a prompt.
-        with_prompts: Sequences among these that share one with a prompt.
+        exact: Records with the same text as an earlier record of this source or of one before it.
+        near: Records that are near-duplicates of an earlier record, but not exact duplicates.
+        contaminated: Training sequences that share a word n-gram with validation or with a prompt.
+        with_prompts: Those of them that share an n-gram with a prompt.
     """
 
     exact: FindingCounts
@@ -97,16 +97,16 @@ class SourceEpoch:
     """One epoch of one source.
 
     Attributes:
-        not_drawn: Training sequences that the fraction leaves out this time.
+        not_drawn: Training sequences that are not in this epoch, because of `fraction` or `size`.
         drawn: Sequences read.
-        drawn_tokens: Their tokens, whole.
-        windowed: Over-long conversations of which a later window is read; `windowed_tokens` are lost around it.
-        cut: Over-long sequences read from their beginning; `cut_tokens` are lost behind.
-        cells: Tokens and padding of the rows, each padded by itself to the multiple of 16; a micro-batch pads to its
-            longest row, hence more, depending on ranks. A packed row's padding is its first sequence's source's.
+        drawn_tokens: Tokens of the complete sequences.
+        windowed: Over-long conversations read from a later offset; `windowed_tokens` before and after are not read.
+        cut: Over-long sequences read from their beginning; `cut_tokens` at their end are not read.
+        cells: Tokens and padding of the rows, each row padded to a multiple of 16. A micro-batch pads to its longest
+            row, so training has more. The padding of a packed row counts for the source of its first sequence.
         padding: Cells without a token.
         row_tokens: Tokens read.
-        supervised: Of these, those that count in the loss.
+        supervised: Tokens read that count in the loss.
     """
 
     epoch: int
@@ -125,7 +125,7 @@ class SourceEpoch:
 
 @dataclass(frozen=True, slots=True)
 class SourceLedger:
-    """All of one source."""
+    """The counts of one source."""
 
     name: str
     kind: str
@@ -141,8 +141,8 @@ class EpochTotals:
     """One epoch of the mixture.
 
     Attributes:
-        sequences: Drawn from all sources; as many rows in the padded layout, fewer in the packed one.
-        left_over: Rows behind the last full optimizer step; they are not trained.
+        sequences: Sequences of all sources; equal to the rows in the padded layout, more than the rows if packed.
+        left_over: Rows after the last full optimizer step; they are not trained.
     """
 
     epoch: int
@@ -155,43 +155,43 @@ class EpochTotals:
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """The whole account, in the order of params."""
+    """The counts of all sources, in the order of params, and of all epochs."""
 
     sources: tuple[SourceLedger, ...]
     epochs: tuple[EpochTotals, ...]
 
     def to_json(self) -> dict[str, object]:
-        """Return what ledger.json holds."""
+        """Return the content of ledger.json."""
         return asdict(self)
 
 
 def check_ledger(ledger: Ledger) -> None:
-    """Raise DataError unless every sum comes out even and every source has something to learn.
+    """Check that every sum of the ledger is correct and every source has supervised tokens.
 
     Raises:
-        DataError: All sums that do not, each with its numbers.
+        DataError: Some sums are wrong, each listed with its numbers; or a source has 0 supervised tokens.
     """
     faults = [
         f"  {what}: {total:,} is not {' + '.join(f'{part:,}' for part in parts)} = {sum(parts):,}"
-        for what, total, parts in _sums(ledger)
+        for what, total, parts in _iterate_sums(ledger)
         if total != sum(parts) or min(parts) < 0
     ]
     if faults:
         raise DataError(
-            "\n".join(["the ledger does not come out even; this is a fault in Ropeway, report it", *faults])
+            "\n".join(["the sums of the ledger are wrong; this is a bug in Ropeway, please report it", *faults])
         )
     for account in ledger.sources:
         if not any(epoch.supervised for epoch in account.epochs):
             drawn = sum(epoch.drawn for epoch in account.epochs)
             raise DataError(
                 f"source {account.name}: 0 supervised tokens in {drawn:,} rows ({account.records.kept:,} records kept "
-                f"of {account.records.read:,} read, {account.sequences.train:,} training sequences); it teaches "
-                "nothing: check its columns and fraction, or take it out of datasets and sources"
+                f"of {account.records.read:,} read, {account.sequences.train:,} training sequences); check its columns "
+                "and fraction, or remove it from datasets and sources"
             )
 
 
-def _sums(ledger: Ledger) -> Iterator[_Sum]:
-    """Yield (what, total, parts) of every sum that must come out even."""
+def _iterate_sums(ledger: Ledger) -> Iterator[_Sum]:
+    """Yield (description, total, parts) of every sum to check."""
     for account in ledger.sources:
         name, records = account.name, account.records
         refused = (sum(records.refused_by_fetch.values()), sum(records.refused_by_tokenize.values()))
@@ -199,9 +199,9 @@ def _sums(ledger: Ledger) -> Iterator[_Sum]:
         if account.kind == "conversation":
             yield f"{name}, records kept = sequences", records.kept, (account.sequences.all,)
         for unit, parts in (("sequences", account.sequences), ("tokens", account.tokens)):
-            yield from _part_sums(f"{name}, {unit}", account, unit, parts)
+            yield from _iterate_split_sums(f"{name}, {unit}", account, unit, parts)
         for part in account.epochs:
-            yield from _epoch_sums(f"{name}, epoch {part.epoch}", account, part)
+            yield from _iterate_epoch_sums(f"{name}, epoch {part.epoch}", account, part)
     for epoch in ledger.epochs:
         where = f"epoch {epoch.epoch}"
         drawn = tuple(account.epochs[epoch.epoch].drawn for account in ledger.sources)
@@ -210,7 +210,7 @@ def _sums(ledger: Ledger) -> Iterator[_Sum]:
         yield f"{where}, rows = steps x global batch + left over", epoch.rows, (trained, epoch.left_over)
 
 
-def _part_sums(where: str, account: SourceLedger, unit: str, parts: SplitTotals) -> Iterator[_Sum]:
+def _iterate_split_sums(where: str, account: SourceLedger, unit: str, parts: SplitTotals) -> Iterator[_Sum]:
     exact, near, contaminated = (
         getattr(found, unit) if found.action == "remove" else 0
         for found in (account.findings.exact, account.findings.near, account.findings.contaminated)
@@ -222,7 +222,7 @@ def _part_sums(where: str, account: SourceLedger, unit: str, parts: SplitTotals)
     yield f"{where} removed as contaminated = found", parts.contaminated, (contaminated,)
 
 
-def _epoch_sums(where: str, account: SourceLedger, part: SourceEpoch) -> Iterator[_Sum]:
+def _iterate_epoch_sums(where: str, account: SourceLedger, part: SourceEpoch) -> Iterator[_Sum]:
     yield f"{where}, training sequences = drawn + not drawn", account.sequences.train, (part.drawn, part.not_drawn)
     lost = (part.windowed_tokens, part.cut_tokens)
     yield f"{where}, tokens drawn = in rows + lost to windows + to cuts", part.drawn_tokens, (part.row_tokens, *lost)

@@ -1,22 +1,22 @@
-"""Where data and base came from: one description for the card, the review and whoever reads run.json."""
+"""Describe the origin of data and base model, for the model card, the review and run.json."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-MOST_FILES = 10  # described one by one; run.json has all
+MOST_FILES = 10  # listed individually; run.json lists all
 _HUB = "https://huggingface.co"
 _SHORT = 12
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """One thing that was read.
+    """The origin of one input.
 
     Attributes:
-        name: A file, an address, a repository, a package.
-        pin: What says which version of it: a hash, a commit, a version, what its server said.
-        link: Where a person finds it; None where there is no such place.
+        name: A file, a URL, a repository or a package.
+        pin: Its version: a hash, a commit, a version number, or what its server stated.
+        link: Its web page; None if there is none.
     """
 
     name: str
@@ -29,10 +29,10 @@ class Origin:
 
 
 def describe_source(identity: Mapping[str, Any]) -> list[Origin]:
-    """Return what a source was read from.
+    """Return the origins of a source.
 
     Args:
-        identity: As `stages.fetch.sources` made it and raw/manifest.json and run.json keep it.
+        identity: As computed by `stages.fetch.sources` and stored in raw/manifest.json and run.json.
     """
     kind = identity["kind"]
     if kind == "huggingface":
@@ -50,7 +50,7 @@ def describe_source(identity: Mapping[str, Any]) -> list[Origin]:
 
 
 def describe_base(model: Mapping[str, Any]) -> Origin:
-    """Return what the base was opened from; `model` is that part of base/manifest.json."""
+    """Return the origin of the base model; `model` is that entry of base/manifest.json."""
     kind, name, origin = model["kind"], model["name"], model.get("origin") or {}
     if kind == "hub":
         return Origin(name, f"commit {origin['commit'][:_SHORT]}", f"{_HUB}/{name}/tree/{origin['commit']}")
@@ -62,7 +62,7 @@ def describe_base(model: Mapping[str, Any]) -> Origin:
 
 
 def _pin(facts: str | Mapping[str, Any]) -> str:
-    """Return what pins a file: its sha256, or what its server said of it."""
+    """Return the pin of a file: its sha256, or what its server stated."""
     if isinstance(facts, str):
         return f"sha256 {facts[:_SHORT]}…"
     words = {"etag": "ETag {}", "modified": "modified {}", "bytes": "{:,} bytes"}

@@ -1,6 +1,6 @@
-"""The loss mask: which tokens of a sequence count in the loss, decided here for preparing, training and evaluation.
+"""The loss mask: which tokens of a sequence are supervised; used by prepare, training and evaluation.
 
-It is a function of who said each token (`Kind`, set by tokenize) and of `label_masking`, `what_counts` and
+It depends on the speaker of each token (`Kind`, set by tokenize) and on `label_masking`, `what_counts` and
 `document_end` of params.yaml.
 """
 
@@ -12,23 +12,23 @@ from ropeway.data.shards import Kind
 
 
 def loss_mask(kinds: NDArray[np.uint8], profile: RowParams) -> NDArray[np.bool_]:
-    """Return `(T,)` True where predicting token t + 1 from token t counts, for a whole or cut sequence."""
+    """Return `(T,)`, True where predicting token t + 1 from token t counts, for a complete or truncated sequence."""
     return loss_masks(kinds, np.array([len(kinds)]), profile)
 
 
 def loss_masks(kinds: NDArray[np.uint8], lengths: NDArray[np.integer], profile: RowParams) -> NDArray[np.bool_]:
-    """Return `(T,)` loss masks of sequences that lie one after another, `lengths` tokens each.
+    """Return the `(T,)` loss masks of concatenated sequences of `lengths` tokens each.
 
     A position counts by the kind of its own token, though it predicts the next one, as in the original:
 
     - `label_masking: false`: every position.
     - `what_counts: published`: all but the prompter's turns, so BOS and the system message count too.
-    - `what_counts: answers`: what predicts an answer's text and its end token.
+    - `what_counts: answers`: positions that predict an answer's text or its end token.
 
-    A sequence's last position has no next token of its own; `document_end` decides for that of a whole document, every
-    other does not count.
+    The last position of a sequence has no next token. For the end of a document, `document_end` decides whether it
+    counts; any other last position does not count.
     """
-    documents = kinds >= Kind.DOCUMENT  # the end token's kind too
+    documents = kinds >= Kind.DOCUMENT  # includes DOCUMENT_END
     if not profile.label_masking:
         mask = np.ones(len(kinds), dtype=np.bool_)
     elif profile.what_counts == "published":

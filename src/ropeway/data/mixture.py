@@ -1,7 +1,7 @@
-"""Which sequences an epoch reads, and in which order: pure functions over sizes.
+"""Choose the sequences of an epoch and their order; pure functions over sizes.
 
-Source: Open-Assistant's data set loading and PerDatasetEpochSampler (July 2023), whose sequences these reproduce
-exactly (tests/contract/parity), with local generators instead of the global ones.
+Source: Open-Assistant's dataset loading and PerDatasetEpochSampler (July 2023). These functions reproduce its order
+exactly (tests/contract/parity), with local random generators instead of the global ones.
 """
 
 import math
@@ -17,7 +17,7 @@ from ropeway.runtime.errors import DataError
 
 Item = TypeVar("Item")
 
-SPLIT_SEED = 666  # Source: Open-Assistant's train_val_dataset; fixed there, not the run's seed
+SPLIT_SEED = 666  # Source: Open-Assistant's train_val_dataset; a constant there, not the run's seed
 
 
 def plan_chunks(length: int, max_chunk_size: int | None) -> list[tuple[int, int]]:
@@ -33,7 +33,7 @@ def plan_chunks(length: int, max_chunk_size: int | None) -> list[tuple[int, int]
 
 
 def split_positions(count: int, val_split: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return (train, validation) positions, both in permuted order; scikit-learn's `train_test_split` reproduced."""
+    """Return (train, validation) positions, both permuted; reproduces scikit-learn's `train_test_split`."""
     if val_split == 0:
         return np.arange(count), np.empty(0, dtype=np.int64)
     order = np.random.RandomState(SPLIT_SEED).permutation(count)  # the original's generator
@@ -44,7 +44,7 @@ def split_positions(count: int, val_split: float) -> tuple[NDArray[np.int64], ND
 def draw_validation(
     count: int, max_val_set: int | None, *, generator: np.random.RandomState, replace: bool
 ) -> NDArray[np.int64]:
-    """Return positions in the validation part that are evaluated; all of them when the limit is not exceeded."""
+    """Return the positions in the validation part to evaluate: all, or `max_val_set` random ones."""
     if max_val_set is None or count <= max_val_set:
         return np.arange(count)
     return generator.choice(count, max_val_set, replace=replace)
@@ -54,27 +54,27 @@ def epoch_count(size: int, options: DatasetOptions, *, name: str) -> int:
     """Return how many of `size` training sequences an epoch reads.
 
     Raises:
-        DataError: `size` asks for more sequences than there are.
+        DataError: `options.size` exceeds the number of sequences.
     """
     if options.size is not None and options.size > size:
         raise DataError(
-            f"source {name}: size asks for {options.size:,} sequences an epoch, its training part has {size:,}; "
-            "lower `size` in params.yaml"
+            f"source {name}: size is {options.size:,} sequences per epoch, but its training part has {size:,}; reduce "
+            "`size` in params.yaml"
         )
     fraction = options.fraction if options.size is None else options.size / size
     return int(size * min(1, 1 if fraction is None else fraction))
 
 
 def plan_order(sizes: Sequence[int], counts: Sequence[int], *, seed: int, epoch: int) -> list[int]:
-    """Return an epoch's order: indices into the sources' training parts laid one after another.
+    """Return an epoch's order: indices into the concatenated training parts of the sources.
 
-    Drawn from one generator seeded with seed + epoch: `counts[i]` of source i without replacement, then all shuffled.
+    One generator seeded with seed + epoch draws `counts[i]` of source i without replacement, then shuffles all.
     """
     return draw_order(sizes, counts, generator=random.Random(epoch + seed))
 
 
 def draw_order(sizes: Sequence[int], counts: Sequence[int], *, generator: random.Random) -> list[int]:
-    """Return an epoch's order drawn from this generator; the original then draws its windows from the same one."""
+    """Return an epoch's order drawn from `generator`; the original then draws the windows from the same generator."""
     order: list[int] = []
     begin = 0
     for size, count in zip(sizes, counts, strict=True):
@@ -85,5 +85,5 @@ def draw_order(sizes: Sequence[int], counts: Sequence[int], *, generator: random
 
 
 def rank_order(order: Sequence[Item], *, rank: int, world_size: int) -> Sequence[Item]:
-    """Return the part of an epoch, or of a step, that one rank reads: every `world_size`-th, from its own rank on."""
+    """Return one rank's part of an epoch or step: every `world_size`-th item, starting at `rank`."""
     return order[rank::world_size]

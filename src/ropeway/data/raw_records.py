@@ -1,6 +1,6 @@
-"""Raw records on the table between fetch, base and tokenize: parquet parts per source, records numbered in order.
+"""Raw records, written by fetch and read by base and tokenize: parquet parts per source, records numbered in order.
 
-raw/manifest.json                   written last; `sources` holds each source's kind, identity and counts
+raw/manifest.json                   written last; `sources` has each source's kind, identity and counts
 raw/<source>/part-00000.parquet     conversations: index int64, system string, turns list<string>
                                     documents: index int64, text string
 """
@@ -23,8 +23,10 @@ RecordKind = Literal["conversation", "document"]
 Record = Conversation | str
 
 REMEDY = "Run `dvc repro fetch`"
-PART_CHARACTERS = 1 << 28  # about 256 MB of text a part, so that 100 GB of text are some hundred files
-_GROUP_CHARACTERS = 1 << 20  # a reader holds one row group: some 1 MB of text, the least that a worker can be given
+PART_CHARACTERS = 1 << 28  # about 256 MB of text per part, so 100 GB of text are a few hundred files
+_ROW_GROUP_CHARACTERS = (
+    1 << 20
+)  # about 1 MB of text; a reader holds one row group in memory, and it is the smallest job
 
 
 class RawSource(TypedDict):
@@ -62,14 +64,14 @@ def check_sources(folder: Path, manifest: RawManifest, names: Iterable[str]) -> 
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class RowGroup:
     """One row group of one part.
 
     Attributes:
         part: Name of the parquet file.
-        number: Of the group in it.
-        records: How many it holds.
-        text_bytes: Its size before compression.
+        number: Index of the row group in the file.
+        records: Number of records.
+        text_bytes: Uncompressed size.
     """
 
     part: str
@@ -79,10 +81,10 @@ class Group:
 
 
 class RawWriter:
-    """Writes one source's records as parquet; equal records give equal bytes, however they arrive."""
+    """Writes one source's records as parquet; equal records give equal bytes."""
 
     def __init__(self, folder: Path, kind: RecordKind) -> None:
-        """Make the folder; `kind` decides the columns."""
+        """Create the folder; `kind` determines the columns."""
         import pyarrow as pa
 
         columns = [("index", pa.int64())]
@@ -94,7 +96,7 @@ class RawWriter:
         self._schema = pa.schema(columns)
         self._folder = folder
         self._rows: list[dict[str, Any]] = []
-        self._waiting_characters = self._part_characters = 0
+        self._buffered_characters = self._part_characters = 0
         self._part: Any = None
         self._stack = ExitStack()
         self.records = 0
@@ -106,7 +108,7 @@ class RawWriter:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Write what waits (an empty source is one empty part) and close."""
+        """Write buffered records and close; an empty source is one empty part."""
         if exception[0] is None:
             self._flush()
         self._stack.close()
@@ -120,8 +122,8 @@ class RawWriter:
             row |= {"text": record}
         self._rows.append(row)
         self.records += 1
-        self._waiting_characters += sum(map(len, iterate_texts(record)))
-        if self._waiting_characters >= _GROUP_CHARACTERS:
+        self._buffered_characters += sum(map(len, iterate_texts(record)))
+        if self._buffered_characters >= _ROW_GROUP_CHARACTERS:
             self._flush()
 
     def _flush(self) -> None:
@@ -132,19 +134,19 @@ class RawWriter:
             self._stack.close()
             name = f"part-{len(self.parts):05d}.parquet"
             self.parts[name] = self._part_characters = 0
-            # Texts hardly repeat; without a dictionary a group's size in the metadata is that of its text.
+            # Texts rarely repeat, and without a dictionary the metadata states the text's size for each row group.
             path = self._folder / name
             self._part = parquet.ParquetWriter(path, self._schema, compression="zstd", use_dictionary=False)
             self._stack.callback(self._part.close)
         if self._rows:
             self._part.write_table(pa.Table.from_pylist(self._rows, schema=self._schema))
             self.parts[max(self.parts)] += len(self._rows)
-        self._part_characters += self._waiting_characters
-        self._rows, self._waiting_characters = [], 0
+        self._part_characters += self._buffered_characters
+        self._rows, self._buffered_characters = [], 0
 
 
-def list_groups(folder: Path) -> list[Group]:
-    """Return one source's row groups in order, from the files' metadata alone."""
+def list_groups(folder: Path) -> list[RowGroup]:
+    """Return one source's row groups in order; reads only the files' metadata."""
     from pyarrow import parquet
 
     groups = []
@@ -152,12 +154,12 @@ def list_groups(folder: Path) -> list[Group]:
         metadata = parquet.read_metadata(path)
         for number in range(metadata.num_row_groups):
             group = metadata.row_group(number)
-            groups.append(Group(path.name, number, group.num_rows, group.total_byte_size))
+            groups.append(RowGroup(path.name, number, group.num_rows, group.total_byte_size))
     return groups
 
 
-def iterate_groups(folder: Path, groups: Iterable[Group]) -> Iterator[Record]:
-    """Yield the records of these row groups in order, holding one group at a time."""
+def iterate_groups(folder: Path, groups: Iterable[RowGroup]) -> Iterator[Record]:
+    """Yield the records of these row groups in order, with one row group in memory."""
     from pyarrow import parquet
 
     for part, members in groupby(groups, key=lambda group: group.part):
@@ -167,12 +169,12 @@ def iterate_groups(folder: Path, groups: Iterable[Group]) -> Iterator[Record]:
 
 
 def iterate_records(folder: Path) -> Iterator[Record]:
-    """Yield one source's records in order, holding one row group at a time."""
+    """Yield one source's records in order, with one row group in memory."""
     return iterate_groups(folder, list_groups(folder))
 
 
 def _records(table: Any) -> Iterator[Record]:  # noqa: ANN401 - pyarrow has no types
-    """Yield a table's records, column by column: rows as dictionaries would take most of the time."""
+    """Yield the records of a pyarrow table, by column: converting rows to dictionaries is much slower."""
     if "text" in table.column_names:
         yield from table.column("text").to_pylist()
     else:
@@ -182,5 +184,5 @@ def _records(table: Any) -> Iterator[Record]:  # noqa: ANN401 - pyarrow has no t
 
 
 def iterate_texts(record: Record) -> Iterable[str]:
-    """Return a record's texts: a document's own, or a conversation's system message and turns."""
+    """Return a record's texts: the document, or the conversation's system message and turns."""
     return (record.system, *record.turns) if isinstance(record, Conversation) else (record,)

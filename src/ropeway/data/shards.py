@@ -1,11 +1,11 @@
-"""Token shards: every sequence of every source, whole, once; windows and packing are plans over their lengths.
+"""Token shards: every sequence of every source, stored complete and once; windows and packing are plans over lengths.
 
 data/manifest.json                    written last; see `ropeway.runtime.manifest`
-data/<source>/tokens-00000.npy        uint16 or uint32, sequences one after another
-data/<source>/kinds-00000.npy         uint8 per token: who said it (`Kind`)
-data/<source>/lengths.npy             int32 per sequence, over all shards
-data/<source>/train.npy               int64 sequence numbers of the training part, in the order the sampler counts
-data/<source>/validation.npy          likewise; a sequence in neither is unused or removed
+data/<source>/tokens-00000.npy        uint16 or uint32, concatenated sequences
+data/<source>/kinds-00000.npy         uint8 per token: its speaker (`Kind`)
+data/<source>/lengths.npy             int32 per sequence, of all shards
+data/<source>/train.npy               int64 sequence numbers of the training part, in the sampler's order
+data/<source>/validation.npy          int64 sequence numbers of validation; a sequence in neither is unused or removed
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -31,7 +31,7 @@ REMEDY = "Run `dvc checkout`, or `dvc repro prepare` to make it again"
 
 
 class Kind(IntEnum):
-    """Who said a token; the loss mask is a function of it."""
+    """The speaker of a token; the loss mask depends on it."""
 
     BEFORE = Speaker.NOBODY  # BOS and the system message
     PROMPTER = Speaker.USER
@@ -87,7 +87,7 @@ class SourceShards:
         return tokens[span].astype(np.int64), np.asarray(kinds[span])
 
     def iterate_kinds(self) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int32]]]:
-        """Yield each shard's `(T,)` kinds and its sequences' lengths; a shard is let go when the next is asked for."""
+        """Yield each shard's `(T,)` kinds and the lengths of its sequences; one shard is mapped at a time."""
         for shard, (first, end) in enumerate(pairwise(self._firsts)):
             kinds = np.load(self.folder / f"kinds-{shard:05d}.npy", mmap_mode="r", allow_pickle=False)
             yield np.asarray(kinds), self.lengths[first:end]
@@ -102,7 +102,7 @@ class Shards:
 
     @property
     def digest(self) -> str:
-        """The data's identity: part of the training fingerprint."""
+        """Digest of the data; part of the training fingerprint."""
         return digest_of(self.manifest)
 
     @property
@@ -113,7 +113,7 @@ class Shards:
 
 
 def open_shards(folder: Path, *, verify: bool = True) -> Shards:
-    """Open a data folder, its manifest checked.
+    """Open a data folder; `verify` hashes its files.
 
     Raises:
         DataError: The folder is incomplete, a file has changed, or the manifest lacks a key or a file.
@@ -164,7 +164,7 @@ def _open_source(folder: Path, facts: ShardFacts, files: Mapping[str, FileFacts]
 
 
 def token_dtype(vocab_size: int) -> type[np.uint16 | np.uint32]:
-    """Return the narrowest type that holds every id."""
+    """Return the narrowest dtype for token ids of this vocabulary."""
     return np.uint16 if vocab_size <= 1 << 16 else np.uint32
 
 
@@ -181,5 +181,5 @@ def write_shard(
 
 
 def sequence_digest(tokens: NDArray[np.integer], kinds: NDArray[np.uint8]) -> str:
-    """Return a digest of one sequence, whatever width its tokens are held in."""
+    """Return a digest of one sequence that does not depend on the dtype of its tokens."""
     return sha256(tokens.astype("<i8").tobytes() + kinds.tobytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""Scores of lm-evaluation-harness as eval.json has them: `acc` and such, `acc_stderr` beside each that has one."""
+"""Scores of lm-evaluation-harness in eval.json: metrics such as `acc`, and their standard errors, `acc_stderr`."""
 
 from collections.abc import Iterable, Mapping
 
@@ -6,7 +6,7 @@ _ERROR = "_stderr"
 
 
 def name_metrics(figures: Iterable[str]) -> list[str]:
-    """Return the names that are metrics, their errors left out.
+    """Return the names of the metrics, without standard errors.
 
     >>> name_metrics(["acc,none", "acc_stderr,none", "f1,none"])
     ['acc,none', 'f1,none']
@@ -15,7 +15,7 @@ def name_metrics(figures: Iterable[str]) -> list[str]:
 
 
 def show_score(figures: Mapping[str, float], metric: str) -> str:
-    """Return a metric's value with its standard error, if it has one.
+    """Return a metric's value, with its standard error if it has one.
 
     >>> show_score({"acc,none": 0.25, "acc_stderr,none": 0.0903}, "acc,none")
     '0.25 ± 0.09'

@@ -1,14 +1,14 @@
-"""Tokens on disk between tokenize and prepare: every sequence of every source, and what records are compared by.
+"""Tokens, written by tokenize and read by prepare: every sequence of every source, and the fingerprints of records.
 
 tokens/manifest.json                                written last; see `ropeway.runtime.manifest`
 tokens/<source>/tokens-00000.npy, kinds-00000.npy   a shard, as `ropeway.data.shards` has it
-tokens/<source>/signatures-00000.npy                uint32 `(r, permutations)`: its records' MinHash signatures, 512
-                                                    bytes each at 128; none where params look for no near duplicates
-tokens/<source>/grams-00000.npy                     uint64 `(g,)`: its sequences' runs of words, 8 bytes a word of text;
-                                                    none where params look for no contamination
-tokens/<source>/lengths.npy, gram_counts.npy        int32 `(N,)` a sequence: its tokens, its runs of words
+tokens/<source>/signatures-00000.npy                uint32 `(r, permutations)`: MinHash signatures of its records, 512
+                                                    bytes each at 128; empty if near-duplicate detection is off
+tokens/<source>/grams-00000.npy                     uint64 `(g,)`: word n-gram hashes of its sequences, 8 bytes per word
+                                                    of text; empty if contamination detection is off
+tokens/<source>/lengths.npy, gram_counts.npy        int32 `(N,)`: tokens and n-grams of each sequence
 tokens/<source>/records.npy                         int64 `(N,)`: the kept record that each sequence comes from
-tokens/<source>/keys.npy, record_keys.npy           uint64 `(N,)`: hashes of a sequence's text and of its whole record's
+tokens/<source>/keys.npy, record_keys.npy           uint64 `(N,)`: hashes of each sequence's text and of its record's
 tokens/<source>/exact.npy                           uint64 `(R, 2)`: hash of each kept record's compared texts
 """
 
@@ -28,12 +28,12 @@ from ropeway.runtime.errors import DataError
 from ropeway.runtime.manifest import NAME, FileFacts, check_listed, load_manifest
 
 REMEDY = "Run `dvc checkout`, or `dvc repro tokenize` to make it again"
-COLUMNS = ("lengths", "records", "keys", "record_keys", "exact", "gram_counts")  # of a source; the others are by shard
+COLUMNS = ("lengths", "records", "keys", "record_keys", "exact", "gram_counts")  # one file per source
 SHARDS = ("tokens", "kinds", "signatures", "grams")
 
 
 class RecordCounts(TypedDict):
-    """What became of a source's records."""
+    """Record counts of tokenize."""
 
     with_special_tokens: int
     without_tokens: int
@@ -42,7 +42,7 @@ class RecordCounts(TypedDict):
 
 
 class TokenizedFacts(TypedDict):
-    """A source's entry in the manifest; lists have one item per shard, `ends` the digests of its outer sequences."""
+    """A source's manifest entry; lists have one item per shard, `ends` the digests of its first and last sequence."""
 
     name: str
     kind: RecordKind
@@ -71,8 +71,8 @@ class TokenizedSource:
     """One source.
 
     Attributes:
-        folder: Where its files are.
-        facts: Its entry in the manifest.
+        folder: The folder of its files.
+        facts: Its manifest entry.
     """
 
     folder: Path
@@ -80,24 +80,24 @@ class TokenizedSource:
 
     @property
     def shard_sequences(self) -> list[int]:
-        """Sequences of each shard."""
+        """Number of sequences of each shard."""
         return list(self.facts["shard_sequences"])
 
     @property
     def records_kept(self) -> int:
-        """Records that were not refused."""
+        """Number of records that were not refused."""
         return sum(self.facts["shard_records"])
 
     def column(self, name: str) -> NDArray[Any]:
-        """Return one of `COLUMNS`, whole."""
+        """Return one of `COLUMNS`."""
         return np.asarray(np.load(self.folder / f"{name}.npy", allow_pickle=False))
 
     def shard(self, name: str, number: int) -> NDArray[Any]:
-        """Return one of `SHARDS`, mapped from disk."""
+        """Return one of `SHARDS`, memory-mapped."""
         return np.asarray(np.load(shard_path(self.folder, name, number), mmap_mode="r", allow_pickle=False))
 
     def iterate_grams(self) -> Iterator[tuple[NDArray[np.uint64], NDArray[np.int64]]]:
-        """Yield each shard's runs of words, and `(n + 1,)` where those of its sequences begin and end among them."""
+        """Yield each shard's n-gram hashes, and the `(n + 1,)` offsets of its sequences in them."""
         counts = self.column("gram_counts").astype(np.int64)
         for number, (first, end) in enumerate(pairwise(np.cumsum([0, *self.shard_sequences]))):
             yield self.shard("grams", number), np.concatenate([[0], np.cumsum(counts[first:end])])
@@ -126,5 +126,5 @@ def open_tokenized(folder: Path, *, verify: bool = True) -> tuple[dict[str, Toke
 
 
 def shard_path(folder: Path, name: str, number: int) -> Path:
-    """Return where a shard's array lies in a source's folder."""
+    """Return the path of a shard's array in a source's folder."""
     return folder / f"{name}-{number:05d}.npy"

@@ -1,10 +1,10 @@
-"""Texts to hashed words and hashed runs of words (n-grams), in numpy: what duplicates and contamination compare.
+"""Hash the words and word n-grams of texts with numpy, for dedup and decontamination.
 
-A word is a run of letters, marks and numbers, in lower case; punctuation and blanks only separate. Where a script
-writes no blanks between words (Han, kana, Thai and its neighbours) every sign is a word of its own. Source: Brown et
-al. 2020, arXiv:2005.14165, appendix C ("lowercase, whitespace delimited words with no punctuation").
+A word is a sequence of letters, marks and numbers in lower case; punctuation and white space separate words. In scripts
+without spaces between words (Han, kana, Thai and related scripts), every character is a word. Source: Brown et al.
+2020, arXiv:2005.14165, appendix C ("lowercase, whitespace delimited words with no punctuation").
 
-Hashes have 64 bits and are the same in every process and on every machine: Python's own `hash` is not.
+Hashes have 64 bits and are equal in every process and on every machine, unlike Python's `hash`.
 """
 
 import unicodedata
@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 
 from ropeway.data.text_batches import iterate_batches
 
-_PIECE = 1 << 17  # code points hashed at once: 6 MB of arrays, which fit a cache (twice as fast as 1 << 20)
+_CHUNK = 1 << 17  # code points per call: 6 MB of arrays, which fit the cache (twice as fast as 1 << 20)
 _FACTOR = 0x9E3779B97F4A7C15  # odd; 2**64 / golden ratio, as splitmix64's step
-_SHORT = np.uint64(1)
-_LONGEST = 4096  # positions in a word with a power of their own; a longer "word" starts over
+_SHORT_BIT = np.uint64(1)
+_MAX_WORD = 4096  # positions in a word with distinct weights; they repeat in a longer "word"
 # Thai and Lao, Myanmar, Khmer, kana, Han. Source: Unicode 15, Blocks.txt.
-_ALONE = (
+_UNSPACED_SCRIPTS = (
     (0x0E00, 0x0EFF),
     (0x1000, 0x109F),
     (0x1780, 0x17FF),
@@ -36,7 +36,7 @@ _ALONE = (
 
 @dataclass(frozen=True, slots=True)
 class Hashes:
-    """Hashes of several texts, one text's after another's.
+    """Concatenated hashes of several texts.
 
     Attributes:
         values: `(H,)`.
@@ -47,18 +47,18 @@ class Hashes:
     offsets: NDArray[np.int64]
 
 
-def hash_grams(texts: Sequence[str], n: int, *, marks_short: bool = False) -> Hashes:
-    """Return the hashes of every run of `n` words of each text, none across two texts.
+def hash_grams(texts: Sequence[str], n: int, *, mark_short: bool = False) -> Hashes:
+    """Return the hashes of every `n`-gram of words of each text; n-grams do not span texts.
 
     Args:
-        texts: In any normal form. One of fewer words, but not of none, is one gram.
-        n: Words of a gram.
-        marks_short: The lowest bit says whether a gram is such a short text, so it costs the hash one bit.
+        texts: In any Unicode normal form. A text of 1 to n - 1 words is one n-gram.
+        n: Words per n-gram.
+        mark_short: Use the lowest bit to mark such short texts; the hash then has 63 bits.
     """
     words = hash_words(texts)
     begins, counts = words.offsets[:-1], np.diff(words.offsets)
     runs = np.maximum(counts - n + 1, 0)
-    weights = powers(n)
+    weights = position_weights(n)
     grams = np.zeros(len(words.values), np.uint64)
     padded = np.concatenate([words.values, np.zeros(n, np.uint64)])
     for at in range(n):
@@ -70,16 +70,16 @@ def hash_grams(texts: Sequence[str], n: int, *, marks_short: bool = False) -> Ha
     runs[brief] = 1
     offsets = np.concatenate([[0], np.cumsum(runs)])
     first = np.arange(offsets[-1]) + np.repeat(begins - offsets[:-1], runs)
-    values = mix(grams[first])
-    if marks_short:
-        values &= ~_SHORT
-        values[offsets[brief]] |= _SHORT
+    values = mix_bits(grams[first])
+    if mark_short:
+        values &= ~_SHORT_BIT
+        values[offsets[brief]] |= _SHORT_BIT
     return Hashes(values, offsets)
 
 
 def is_short(grams: NDArray[np.uint64]) -> NDArray[np.bool_]:
-    """Return `(G,)`, True for marked grams that are a whole text of fewer words than the others."""
-    return np.asarray((grams & _SHORT) != 0)
+    """Return `(G,)`, True for marked n-grams: complete texts of fewer than n words."""
+    return np.asarray((grams & _SHORT_BIT) != 0)
 
 
 def hash_words(texts: Sequence[str]) -> Hashes:
@@ -90,36 +90,36 @@ def hash_words(texts: Sequence[str]) -> Hashes:
     (True, False)
     """
     found, counts = [np.empty(0, np.uint64)], np.zeros(len(texts) + 1, np.int64)
-    for numbers, pieces in _batches(texts):
-        values, each = _hash_pieces(pieces)
+    for numbers, chunks in _iterate_chunk_batches(texts):
+        values, each = _hash_chunks(chunks)
         found.append(values)
         np.add.at(counts, np.asarray(numbers) + 1, each)
     return Hashes(np.concatenate(found), np.cumsum(counts))
 
 
-def _batches(texts: Sequence[str]) -> Iterator[tuple[list[int], list[str]]]:
-    """Yield (text numbers, pieces) of some `_PIECE` code points, normalised and in lower case."""
-    pieces = chain.from_iterable(_cut(number, text) for number, text in enumerate(texts))
-    for batch in iterate_batches(pieces, lambda pair: len(pair[1]), _PIECE):
-        yield [number for number, _ in batch], [piece for _, piece in batch]
+def _iterate_chunk_batches(texts: Sequence[str]) -> Iterator[tuple[list[int], list[str]]]:
+    """Yield (text numbers, chunks) with about `_CHUNK` code points, normalized and in lower case."""
+    chunks = chain.from_iterable(_split_text(number, text) for number, text in enumerate(texts))
+    for batch in iterate_batches(chunks, lambda pair: len(pair[1]), _CHUNK):
+        yield [number for number, _ in batch], [chunk for _, chunk in batch]
 
 
-def _cut(number: int, text: str) -> Iterator[tuple[int, str]]:
-    """Yield a text in pieces, cut at a blank where there is one."""
+def _split_text(number: int, text: str) -> Iterator[tuple[int, str]]:
+    """Yield a text in chunks, split at a space if there is one."""
     text = unicodedata.normalize("NFC", text).lower()
     begin = 0
-    while len(text) - begin > _PIECE:
-        end = text.rfind(" ", begin + 1, begin + _PIECE)
-        end = end if end > 0 else begin + _PIECE
+    while len(text) - begin > _CHUNK:
+        end = text.rfind(" ", begin + 1, begin + _CHUNK)
+        end = end if end > 0 else begin + _CHUNK
         yield number, text[begin:end]
         begin = end
     yield number, text[begin:]
 
 
-def _hash_pieces(pieces: list[str]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-    """Return the hashes of all words, and how many each piece has."""
-    joined = "\n".join(pieces) + "\n"
-    symbols, alone = _tables(0x80 if joined.isascii() else 0x110000)
+def _hash_chunks(chunks: list[str]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+    """Return the hashes of all words, and the number of words of each chunk."""
+    joined = "\n".join(chunks) + "\n"
+    symbols, alone = _code_point_tables(0x80 if joined.isascii() else 0x110000)
     points = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), np.uint32)
     values = symbols[points]
     inside = values != 0
@@ -130,40 +130,40 @@ def _hash_pieces(pieces: list[str]) -> tuple[NDArray[np.uint64], NDArray[np.int6
         begins |= inside & lonely
         begins[1:] |= inside[1:] & lonely[:-1]
     starts = np.flatnonzero(begins)
-    borders = np.cumsum([len(piece) + 1 for piece in pieces])
+    borders = np.cumsum([len(chunk) + 1 for chunk in chunks])
     each = np.diff(np.searchsorted(starts, borders), prepend=0)
     if not len(starts):
         return np.empty(0, np.uint64), each
     here = np.arange(len(points))
     position = here - np.maximum.accumulate(np.where(begins, here, 0))
-    values *= powers(_LONGEST)[position & (_LONGEST - 1)]
-    return mix(np.add.reduceat(values, starts)), each
+    values *= position_weights(_MAX_WORD)[position & (_MAX_WORD - 1)]
+    return mix_bits(np.add.reduceat(values, starts)), each
 
 
 @cache
-def powers(count: int) -> NDArray[np.uint64]:
-    """Return the first `count` powers of an odd number, modulo 2**64: weights that tell places apart."""
+def position_weights(count: int) -> NDArray[np.uint64]:
+    """Return the first `count` powers of an odd number, modulo 2**64: weights that make a hash depend on positions."""
     return np.multiply.accumulate(np.full(count, _FACTOR, np.uint64))
 
 
 @cache
-def _tables(count: int) -> tuple[NDArray[np.uint64], NDArray[np.bool_]]:
-    """Return for each code point below `count` its number, 0 where it separates words, and if it is a word alone.
+def _code_point_tables(count: int) -> tuple[NDArray[np.uint64], NDArray[np.bool_]]:
+    """Return for each code point below `count` its hash (0 if it separates words), and whether it is a word by itself.
 
-    All of Unicode takes a quarter of a second, once a process; ASCII nothing.
+    All of Unicode takes 0.25 s, once per process; ASCII takes no measurable time.
     """
-    numbers = mix(np.arange(1, count + 1, dtype=np.uint64))
+    numbers = mix_bits(np.arange(1, count + 1, dtype=np.uint64))
     for point in range(count):
         if unicodedata.category(chr(point))[0] not in "LMN":
             numbers[point] = 0
     alone = np.zeros(count, np.bool_)
-    for begin, end in _ALONE:
+    for begin, end in _UNSPACED_SCRIPTS:
         alone[begin : end + 1] = True
     return numbers, alone
 
 
-def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Return every bit of a value spread over all 64. Source: splitmix64's finaliser (Steele et al. 2014)."""
+def mix_bits(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Return values with their bits mixed over all 64. Source: splitmix64's finalizer (Steele et al. 2014)."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))

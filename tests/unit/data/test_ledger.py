@@ -104,7 +104,7 @@ FREE = {"with_special_tokens", "without_tokens", "windowed", "cut", "epoch", "su
     ("path", "ledger"), [pair for pair in numbers_of(EVEN) if pair[0].rsplit(".", 1)[1] not in FREE]
 )
 def test_one_record_row_or_token_too_many_anywhere_is_found(path, ledger):
-    with pytest.raises(DataError, match="does not come out even"):
+    with pytest.raises(DataError, match="sums of the ledger are wrong"):
         check_ledger(ledger)
     assert path
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from ropeway.config.load_params import load_profile
 from ropeway.data.batches import collate, plan_epoch
-from ropeway.data.packing import plan_packing, split_document, turn_borders, window_at_turns
+from ropeway.data.packing import plan_packing, split_document, turn_starts, window_at_turns
 from ropeway.data.shards import Kind, open_shards
 from ropeway.runtime.errors import DataError
 from ropeway.stages.train.loss import SupervisedLoss
@@ -59,7 +59,7 @@ def test_lengths_spread_like_chats_and_novels_fill_their_rows_at_8192():
 
 @pytest.mark.parametrize("length", [0, 9])
 def test_a_piece_that_fits_no_row_is_named(length):
-    with pytest.raises(DataError, match=f"piece 1 has {length} tokens; a row holds 1 to 8"):
+    with pytest.raises(DataError, match=f"piece 1 has {length} tokens, expected 1 to 8"):
         plan_packing([3, length], capacity=8)
 
 
@@ -87,7 +87,7 @@ def test_a_window_begins_and_ends_at_turns_and_fits(turns, draw, capacity):
 def test_borders_are_where_the_prompter_begins():
     before, prompter, assistant = Kind.BEFORE, Kind.PROMPTER, Kind.ASSISTANT
     kinds = np.array([before, before, prompter, prompter, assistant, prompter, assistant, assistant], dtype=np.uint8)
-    assert turn_borders(kinds) == [0, 5]
+    assert turn_starts(kinds) == [0, 5]
 
 
 def test_packed_losses_equal_those_of_each_sequence_alone(tiny_packed):

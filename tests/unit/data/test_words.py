@@ -33,14 +33,14 @@ def test_words_are_equal_exactly_where_a_regular_expression_says_so(texts):
 
 @settings(deadline=None)
 @given(st.lists(TEXT, max_size=6), st.integers(1, 5), st.booleans())
-def test_grams_are_equal_exactly_where_runs_of_words_are(texts, n, marks_short):
+def test_grams_are_equal_exactly_where_runs_of_words_are(texts, n, mark_short):
     texts = [text.replace("\u0301", "") for text in texts]
     runs = []
     for each in map(split, texts):
         own = [tuple(each[at : at + n]) for at in range(len(each) - n + 1)]
         runs.append(own or ([tuple(each)] if each else []))
-    found = hash_grams(texts, n, marks_short=marks_short)
-    if marks_short:
+    found = hash_grams(texts, n, mark_short=mark_short)
+    if mark_short:
         assert is_short(found.values).tolist() == [len(run) < n for each in runs for run in each]
     assert np.diff(found.offsets).tolist() == [len(each) for each in runs]
     flat = [run for each in runs for run in each]
@@ -60,7 +60,7 @@ def test_scripts_without_blanks_are_read_sign_by_sign():
 def test_a_long_document_is_hashed_in_pieces_with_the_same_words(monkeypatch):
     text = " ".join(f"word{n % 97}" for n in range(5000))
     whole = hash_words([text, "end"])
-    monkeypatch.setattr(words, "_PIECE", 1000)
+    monkeypatch.setattr(words, "_CHUNK", 1000)
     apart = hash_words([text, "end"])
     assert apart.values.tolist() == whole.values.tolist()
     assert apart.offsets.tolist() == whole.offsets.tolist() == [0, 5000, 5001]

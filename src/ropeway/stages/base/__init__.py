@@ -1,1 +1,1 @@
-"""Stage base: the model and tokenizer that training starts from."""
+"""Stage base: write the model and tokenizer that training starts from."""

@@ -1,4 +1,4 @@
-"""What the files of a base model must be before anything opens them; reads names and config.json alone."""
+"""Check a base model's files before it is loaded; reads file names, config.json and safetensors headers only."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -14,7 +14,7 @@ _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def check_folder(folder: Path) -> None:
-    """Raise ConfigError unless a folder holds a whole, unquantized model in safetensors."""
+    """Raise ConfigError unless a folder contains a complete, unquantized model in safetensors."""
     check_names((path.name for path in folder.iterdir()), where=str(folder))
     check_config(_read_object(folder / CONFIG), where=str(folder / CONFIG))
     held = {path.name: _read_header(path) for path in sorted(folder.glob("*.safetensors"))}
@@ -22,29 +22,29 @@ def check_folder(folder: Path) -> None:
         for name, dtype in tensors.items():
             if dtype not in _FLOATS:
                 raise ConfigError(
-                    f"{folder / file}: {name} is stored as {dtype}, expected {', '.join(_FLOATS)}. Name the model "
-                    "before it was quantized"
+                    f"{folder / file}: {name} is stored as {dtype}, expected {', '.join(_FLOATS)}. Use the model "
+                    "that was quantized instead"
                 )
     if (folder / INDEX).is_file():
         _check_index(folder, held)
 
 
 def _check_index(folder: Path, held: Mapping[str, Mapping[str, str]]) -> None:
-    """Raise ConfigError unless an index and the files (file -> tensor -> dtype) say the same of every tensor."""
+    """Raise ConfigError unless an index and the files (file -> tensor -> dtype) agree on every tensor."""
     placed = _read_object(folder / INDEX).get("weight_map")
     if not isinstance(placed, dict):
-        raise ConfigError(f"{folder / INDEX}: expected a weight_map, found none; fetch the model again")
+        raise ConfigError(f"{folder / INDEX}: expected a weight_map, found none; download the model again")
     named = {str(name) for name in placed.values()}
     if outside := sorted(name for name in named if Path(name).name != name):
         raise ConfigError(
-            f"{folder / INDEX}: names {', '.join(outside)}, outside of this folder; put all files into it"
+            f"{folder / INDEX}: names {', '.join(outside)}, outside of this folder; move all files into it"
         )
     if absent := sorted(named - held.keys()):
-        raise ConfigError(f"{folder}: {INDEX} names {', '.join(absent)}, not there; fetch the model again")
-    if surplus := sorted(held.keys() - named):
+        raise ConfigError(f"{folder}: {INDEX} names {', '.join(absent)}, which do not exist; download the model again")
+    if unexpected := sorted(held.keys() - named):
         raise ConfigError(
-            f"{folder}: has {', '.join(surplus)} beside the files that {INDEX} names, so which weights count is not "
-            "clear; remove the files or the index"
+            f"{folder}: has {', '.join(unexpected)} besides the files that {INDEX} names, so it is ambiguous which "
+            "weights to load; remove the files or the index"
         )
     for file, tensors in held.items():
         if elsewhere := sorted(name for name in tensors if placed.get(name) != file):
@@ -53,60 +53,60 @@ def _check_index(folder: Path, held: Mapping[str, Mapping[str, str]]) -> None:
 
 
 def check_names(names: Iterable[str], *, where: str) -> None:
-    """Raise ConfigError unless these are the files of a whole model in safetensors.
+    """Raise ConfigError unless these are the files of a complete model in safetensors.
 
     Args:
-        names: As they stand in a folder, or in a repository; what is in folders of theirs does not count.
-        where: For the message.
+        names: File names in a folder or repository; files in subfolders are ignored.
+        where: The folder or repository, for the message.
     """
     there = {name for name in names if "/" not in name}
     if _ADAPTER in there:
         raise ConfigError(
-            f"{where}: has {_ADAPTER}, so it is an adapter (LoRA), which is no whole model. Merge it into its base "
-            "(peft's merge_and_unload, then save_pretrained into a new folder) and name the merged folder"
+            f"{where}: has {_ADAPTER}, so it is an adapter (LoRA), not a complete model. Merge it into its base "
+            "model (peft's merge_and_unload, then save_pretrained to a new folder) and use that folder"
         )
     if CONFIG not in there:
         raise ConfigError(
-            f"{where}: has no {CONFIG}, so there is no model in it. Put a Llama there ({CONFIG}, *.safetensors, "
+            f"{where}: has no {CONFIG}, so it contains no model. Put a Llama there ({CONFIG}, *.safetensors, "
             "tokenizer.json), or set base: {kind: hub, revision: COMMIT} and model_name to its repository, e.g. "
             "meta-llama/Llama-2-13b-hf"
         )
     if not any(name.endswith(".safetensors") for name in there):
         pickled = sorted(name for name in there if PurePosixPath(name).suffix in _PICKLED)
-        found = f"only {', '.join(pickled)}, pickles, which run code when they are opened" if pickled else "none"
+        found = f"only {', '.join(pickled)}, pickles, which can run code when they are loaded" if pickled else "none"
         raise ConfigError(
             f"{where}: expected weights in *.safetensors, found {found}. If you trust them, convert them with "
-            "transformers (from_pretrained, then save_pretrained into a new folder) and name that folder"
+            "transformers (from_pretrained, then save_pretrained to a new folder) and use that folder"
         )
 
 
 def check_config(config: Mapping[str, object], *, where: str) -> None:
-    """Raise ConfigError unless a model's config is of a Llama with plain weights."""
+    """Raise ConfigError unless a model's config is that of a Llama with unquantized weights."""
     check_architecture(config.get("model_type"), where=where)
     quantization = config.get("quantization_config")
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise ConfigError(
-            f"{where}: its weights are quantized ({method}), which cannot be trained in full. Name the model that was "
-            "quantized"
+            f"{where}: the weights are quantized ({method}), which full fine-tuning does not support. Use the model "
+            "that was quantized instead"
         )
 
 
 def _read_header(path: Path) -> dict[str, str]:
-    """Return the tensors of a safetensors file: name -> dtype; its weights are not read."""
+    """Return the tensors of a safetensors file, name -> dtype, from its header."""
     try:
         with path.open("rb") as file:
             header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), _HEADER_BYTES)))
         return {name: str(facts["dtype"]) for name, facts in header.items() if name != "__metadata__"}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path}: is no safetensors file ({error}); fetch the model again") from None
+        raise ConfigError(f"{path}: not a safetensors file ({error}); download the model again") from None
 
 
 def _read_object(path: Path) -> dict[str, object]:
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: expected a JSON object, found {error}; fetch the model again") from None
+        raise ConfigError(f"{path}: expected a JSON object, found {error}; download the model again") from None
     if not isinstance(value, dict):
-        raise ConfigError(f"{path}: expected a JSON object, found {type(value).__name__}; fetch the model again")
+        raise ConfigError(f"{path}: expected a JSON object, found {type(value).__name__}; download the model again")
     return value

@@ -1,4 +1,7 @@
-"""Stage base: the model and tokenizer that training starts from: role tokens added, vocabulary padded, RoPE stated."""
+"""Stage base: write the model and tokenizer that training starts from.
+
+Role tokens are added, the vocabulary is padded, and RoPE scaling is written to the config.
+"""
 
 import importlib.util
 import math
@@ -48,8 +51,9 @@ def run(workspace: Workspace, profile: BaseParams) -> None:
     """Write `base/`: weights, config, tokenizer with the role tokens and the template, manifest.
 
     Raises:
-        ConfigError: The model is missing, is no Llama, or has another shape than `expected_model`.
-        TemporaryError: The Hub did not answer.
+        ConfigError: The model is missing, is not a Llama, or has another shape than `expected_model`.
+        DataError: raw/ is incomplete or has changed; only for `base.kind: scratch`, which trains a tokenizer.
+        TemporaryError: The Hub does not respond.
     """
     with whole_folder(workspace.base) as folder:
         origin, options = _locate_origin(workspace.root, profile)
@@ -72,7 +76,7 @@ def run(workspace: Workspace, profile: BaseParams) -> None:
             **profile.expected_model.model_dump(),
             "embedding_rows": rows,
             "rope_parameters": rope.to_config(),
-            **_origin(workspace.root, profile),
+            **_describe_origin(workspace.root, profile),
         }
         facts = {
             "model": stated,
@@ -86,8 +90,8 @@ def run(workspace: Workspace, profile: BaseParams) -> None:
     print(f"{profile.model_name}: {parameters:,} parameters, {rows:,} rows, special tokens {special}")
 
 
-def _origin(root: Path, profile: BaseParams) -> dict[str, dict[str, object]]:
-    """Return where a base from elsewhere comes from, for the manifest; of a folder there are only times."""
+def _describe_origin(root: Path, profile: BaseParams) -> dict[str, dict[str, object]]:
+    """Return the origin of a Hub or GGUF base for the manifest; of a local folder only times are known."""
     if not isinstance(profile.base, HubBase | GgufBase):
         return {}
     file = {"file": profile.base.file} if isinstance(profile.base, GgufBase) else {}
@@ -95,7 +99,7 @@ def _origin(root: Path, profile: BaseParams) -> dict[str, dict[str, object]]:
 
 
 def plan_vocabulary(tokens: int, multiple: int) -> int:
-    """Return the rows of the embedding: `tokens` rounded up. Source: Open-Assistant's model loading (July 2023).
+    """Return the rows of the embedding: `tokens`, rounded up. Source: Open-Assistant's model loading (July 2023).
 
     >>> plan_vocabulary(32005, 16)
     32016
@@ -104,7 +108,7 @@ def plan_vocabulary(tokens: int, multiple: int) -> int:
 
 
 def make_model(profile: BaseParams, *, rows: int) -> tuple[PreTrainedModel, RopeScaling]:
-    """Return a Llama of `expected_model`'s shape with fp32 weights drawn from the run's seed alone."""
+    """Return a Llama of `expected_model`'s shape with random fp32 weights that depend on the run's seed only."""
     shape, rope = profile.expected_model.model_dump(exclude={"vocab_size", "rope_theta"}), _rope(profile)
     shape |= {"vocab_size": rows, "max_position_embeddings": rope.stated_positions}
     with torch.random.fork_rng(devices=[]):  # transformers draws from the global generator only
@@ -113,10 +117,10 @@ def make_model(profile: BaseParams, *, rows: int) -> tuple[PreTrainedModel, Rope
 
 
 def open_model(origin: Path, options: Mapping[str, str], profile: BaseParams) -> tuple[PreTrainedModel, RopeScaling]:
-    """Return the Llama of a folder in the dtype it is stored in, and its RoPE scaling, set as params say.
+    """Return the Llama of a folder in its stored dtype, and its RoPE scaling as params.yaml sets it.
 
     Raises:
-        ConfigError: It is no Llama, has another shape than `expected_model`, or lacks weights.
+        ConfigError: It is not a Llama, has another shape than `expected_model`, or lacks weights.
     """
     config = read_config(origin, options)
     check_shape(config, profile.expected_model, where=f"model_name {profile.model_name}")
@@ -127,57 +131,58 @@ def open_model(origin: Path, options: Mapping[str, str], profile: BaseParams) ->
     try:
         model, found = open_original(origin, config, options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(f"{origin}: its weights cannot be opened: {error}. Fetch the model again") from error
+        raise ConfigError(f"{origin}: the weights cannot be loaded: {error}. Download the model again") from error
     _check_weights(origin, model, found)
     return (plain_copy(model) if "gguf_file" in options else model), rope
 
 
 def _check_weights(origin: Path, model: PreTrainedModel, found: Mapping[str, Collection[str]]) -> None:
-    """Raise ConfigError unless the files hold the config's weights, all of them, no others, and only numbers."""
-    if lacking := sorted(found["missing_keys"]):
+    """Raise ConfigError unless the files have exactly the config's weights, all of them finite."""
+    if missing := sorted(found["missing_keys"]):
         raise ConfigError(
-            f"{origin}: {len(lacking)} weights of a Llama are not in its files, first {lacking[0]}; fetch it again"
+            f"{origin}: {len(missing)} weights are missing from the files, first {missing[0]}; download the model again"
         )
-    if surplus := sorted(found["unexpected_keys"]):
+    if unexpected := sorted(found["unexpected_keys"]):
         raise ConfigError(
-            f"{origin}: {len(surplus)} weights have no place in a Llama of this config and would be dropped, first "
-            f"{surplus[0]}; name a plain Llama, or correct config.json"
+            f"{origin}: {len(unexpected)} weights do not belong to a Llama of this config and would be dropped, first "
+            f"{unexpected[0]}; use a plain Llama, or correct config.json"
         )
     for name, weight in model.state_dict().items():
         if not bool(torch.isfinite(weight).all()):
             count = int((~torch.isfinite(weight)).sum())
-            raise ConfigError(f"{origin}: {count:,} values of {name} are NaN or infinite; fetch the model again")
+            raise ConfigError(f"{origin}: {count:,} values of {name} are NaN or infinite; download the model again")
 
 
 def plan_rope(config: PreTrainedConfig, profile: BaseParams) -> RopeScaling:
-    """Return the run's scaling over a base: its own, kept exactly, unless `superhot` is true.
+    """Return the run's RoPE scaling: the base model's own, unchanged, unless `superhot` is true.
 
     Raises:
-        ConfigError: `superhot` would replace a scaling that the base has, or `max_length` is beyond its reach.
+        ConfigError: `superhot` would replace the base model's scaling, or `max_length` exceeds its context length.
     """
     own = keep_scaling(config.rope_parameters, config.max_position_embeddings, measure_frequencies(config))
     if not profile.superhot:
         if profile.max_length > own.reach:
             raise ConfigError(
-                f"max_length is {profile.max_length} tokens, the base reaches {own.reach} (max_position_embeddings "
-                f"{config.max_position_embeddings}, RoPE {own.kind}); shorten max_length, or extend it with superhot"
+                f"max_length is {profile.max_length} tokens, but the base model supports {own.reach} "
+                f"(max_position_embeddings {config.max_position_embeddings}, RoPE {own.kind}); reduce max_length, or "
+                "set superhot: true to extend the context"
             )
         return own
     rope = _rope(profile)
     if own.is_scaled:
         raise ConfigError(
-            f"superhot: true asks for {rope.kind} scaling by {rope.factor:g}, but the base has a RoPE scaling of its "
-            f"own, {own.kept}, which that would replace. Set superhot: false: its scaling is kept as it is"
+            f"superhot: true sets {rope.kind} RoPE scaling by {rope.factor:g}, but the base model already has "
+            f"{own.kept}. Set superhot: false to keep that scaling"
         )
     return rope
 
 
 def check_shape(config: PreTrainedConfig, expected: ModelShape, *, where: str) -> None:
-    """Raise ConfigError unless a model's config has the expected shape; every difference is named."""
+    """Raise ConfigError unless a model's config has the expected shape; the message lists every difference."""
     check_architecture(config.model_type, where=where)
     stated = {**config.to_dict(), "rope_theta": (config.rope_parameters or {}).get("rope_theta")}
     faults = [
-        f"  {name}: expected_model says {value!r}, the model's config {stated.get(name)!r}"
+        f"  {name}: expected_model has {value!r}, the model's config {stated.get(name)!r}"
         for name, value in expected.model_dump().items()
         if not _equal(value, stated.get(name))
     ]
@@ -186,16 +191,16 @@ def check_shape(config: PreTrainedConfig, expected: ModelShape, *, where: str) -
 
 
 def _equal(expected: float, found: object) -> bool:
-    """Compare as fp32 does: GGUF stores 1e-5 as 9.999999747378752e-06."""
+    """Return whether two numbers are equal in fp32: GGUF stores 1e-5 as 9.999999747378752e-06."""
     return isinstance(found, int | float) and math.isclose(expected, found, rel_tol=1e-6)
 
 
 def resize(model: PreTrainedModel, *, rows: int, new_rows: str, seed: int) -> None:
-    """Bring input embedding and head to `rows`; new rows are N(0, 0.02), or the mean of the old ones."""
+    """Resize input embedding and output head to `rows`; new rows are N(0, 0.02), or the mean of the old rows."""
     old = model.get_input_embeddings().weight.shape[0]
     if rows == old:
         return
-    with torch.random.fork_rng(devices=[]):  # what it draws is overwritten below
+    with torch.random.fork_rng(devices=[]):  # its random rows are overwritten below
         model.resize_token_embeddings(rows, mean_resizing=False)
     generator = torch.Generator().manual_seed(seed)
     tied = model.config.tie_word_embeddings
@@ -213,7 +218,7 @@ def _rope(profile: BaseParams) -> RopeScaling:
 
 
 def _locate_origin(root: Path, profile: BaseParams) -> tuple[Path | None, dict[str, str]]:
-    """Return (folder of the original, options to open it with); no folder when the model is made here."""
+    """Return (folder of the original model, options for loading it); the folder is None for `base.kind: scratch`."""
     base = profile.base
     if isinstance(base, ScratchBase):
         return None, {}
@@ -223,13 +228,13 @@ def _locate_origin(root: Path, profile: BaseParams) -> tuple[Path | None, dict[s
         return _find_in_package(base), {"gguf_file": base.file}
     folder = root / profile.model_name
     if not folder.is_dir():
-        raise ConfigError(f"model_name: {folder} is not a folder; put the base model there, or set base.kind")
+        raise ConfigError(f"model_name: {folder} is not a folder; copy the base model there, or set base.kind")
     check_folder(folder)
     return folder, {}
 
 
 def _find_in_package(base: GgufBase) -> Path:
-    """Return the folder in an installed package that holds the GGUF file; the package is not imported."""
+    """Return the folder of an installed package that contains the GGUF file, without importing the package."""
     found = importlib.util.find_spec(base.package)
     if found is None or found.origin is None:
         raise ConfigError(f"base.package: {base.package} is not installed; run `make setup EXTRAS=smollm2`")
@@ -242,7 +247,7 @@ def _find_in_package(base: GgufBase) -> Path:
 
 
 def check_gguf_rope(path: Path) -> None:
-    """Raise ConfigError for a GGUF file with a RoPE scaling: transformers 5.24 passes over it for a Llama."""
+    """Raise ConfigError if a GGUF file has a RoPE scaling, which transformers 5.24 ignores for a Llama."""
     from gguf import GGUFReader
 
     reader = GGUFReader(path)
@@ -250,17 +255,15 @@ def check_gguf_rope(path: Path) -> None:
     kind = next((str(value) for key, value in stated.items() if key.endswith(".type")), "none")
     factors = next((tensor.data for tensor in reader.tensors if tensor.name == "rope_freqs.weight"), None)
     if kind != "none" or (factors is not None and bool((factors != 1).any())):
-        what = (
-            f"{kind} scaling ({stated})" if kind != "none" else "a RoPE scaling of its own (tensor rope_freqs.weight)"
-        )
+        what = f"{kind} scaling ({stated})" if kind != "none" else "a RoPE scaling (tensor rope_freqs.weight)"
         raise ConfigError(
-            f"base.file: {path} states {what}, which transformers does not read from a GGUF file; the model would be "
-            "trained without it. Use the original in safetensors: base: {kind: folder} or {kind: hub, revision: COMMIT}"
+            f"base.file: {path} has {what}, which transformers does not read from a GGUF file; training would ignore "
+            "it. Use the original in safetensors: base: {kind: folder} or {kind: hub, revision: COMMIT}"
         )
 
 
 def _download(repo: str, commit: str, revision: str) -> Path:
-    """Return the local snapshot of a Hub repository at a commit, downloading what is missing."""
+    """Return the local snapshot of a Hub repository at a commit; missing files are downloaded."""
     there = hub.list_files(repo, commit, kind="model")
     check_names(there, where=f"{repo} at {commit}")
     names = [name for name in there if name.endswith((".json", ".safetensors"))]
@@ -286,7 +289,7 @@ def _open_or_train_tokenizer(
 
 
 def _save(model: PreTrainedModel, folder: Path, special: dict[str, int]) -> None:
-    """Save weights and config; generation stops where training stops, and nothing else of the original's habits."""
+    """Save weights, config and a generation config with the training tokens only; the original's other settings go."""
     stops = {f"{short}_token_id": special[short] for short in ("bos", "eos", "pad")}
     for name, number in stops.items():
         setattr(model.config, name, number)

@@ -1,1 +1,1 @@
-"""Stage fetch: sources to parquet, every record counted."""
+"""Stage fetch: write each source's records as parquet and count every record."""

@@ -1,4 +1,4 @@
-"""Objects out of json, jsonl and parquet files, also compressed, a little at a time."""
+"""Read objects from json, jsonl and parquet files, compressed or not, in bounded memory."""
 
 import json
 import zlib
@@ -7,64 +7,65 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Protocol
 
 from ropeway.runtime.errors import ConfigError, DataError
-from ropeway.stages.fetch.decompress import COMPRESSED, open_plain, without_mark
-from ropeway.stages.fetch.values import LONGEST, UnreadableError, iterate_values, unique_keys
+from ropeway.stages.fetch.decompress import COMPRESSED, open_decompressed, strip_byte_order_mark
+from ropeway.stages.fetch.values import MAX_RECORD_SIZE, UnreadableError, iterate_values, unique_keys
 
-_PACKED = "unpack it and name the files in it"
-# What to do about a name that tells another format: renaming the file would not change what is in it.
-_ADVICE = {
+_EXTRACT = "extract it and name the extracted files"
+# Suffix of an unsupported format -> what to do. Renaming the file would not change its format.
+_FIXES = {
     ".csv": "convert it, for example with pyarrow.csv.read_csv and pyarrow.parquet.write_table",
     ".tsv": "convert it, for example with pyarrow.csv.read_csv (delimiter: tab) and pyarrow.parquet.write_table",
-    ".txt": 'write its texts into a .jsonl, one {"text": "…"} a line, with rows: text and columns: {text: text}',
-    ".md": 'write its text into a .jsonl, one {"text": "…"} a line, with rows: text and columns: {text: text}',
+    ".txt": 'write its texts to a .jsonl file, one {"text": "…"} per line, and set rows: text',
+    ".md": 'write its text to a .jsonl file, one {"text": "…"} per line, and set rows: text',
     ".arrow": "write it as parquet, for example with datasets' Dataset.load_from_disk(FOLDER).to_parquet(FILE)",
     ".feather": "write it as parquet, for example with pyarrow.feather.read_table and pyarrow.parquet.write_table",
     ".xlsx": "export its table as .jsonl or .parquet",
-    ".ndjson": "give it a name in .jsonl",
-    ".zip": _PACKED,
-    ".tar": _PACKED,
-    ".tgz": _PACKED,
-    ".7z": _PACKED,
-    ".bz2": "unpack it, or pack it as .gz or .zst",
-    ".xz": "unpack it, or pack it as .gz or .zst",
+    ".ndjson": "rename it to end in .jsonl",
+    ".zip": _EXTRACT,
+    ".tar": _EXTRACT,
+    ".tgz": _EXTRACT,
+    ".7z": _EXTRACT,
+    ".bz2": "decompress it, or compress it as .gz or .zst",
+    ".xz": "decompress it, or compress it as .gz or .zst",
 }
-Item = tuple[str, object]  # where an object stands, and the object
-_ROWS_A_BATCH = 256
-_BATCH_BYTES = 32 << 20  # before compression
+Item = tuple[str, object]  # location of an object, and the object
+_BATCH_ROWS = 256
+_BATCH_BYTES = 32 << 20  # uncompressed
 _BUFFER_BYTES = 1 << 20
 
 
 def check_format(name: str) -> str:
-    """Return the format that a file's name tells: a key of `READERS`.
+    """Return the format of a file by its name: a key of `READERS`.
 
     Raises:
-        ConfigError: It tells none.
+        ConfigError: The name has no suffix of a supported format.
     """
     suffixes = [part for part in PurePosixPath(name).suffixes if part not in COMPRESSED]
     if not suffixes or suffixes[-1] not in READERS or name.endswith(tuple(f".parquet{part}" for part in COMPRESSED)):
         raise ConfigError(
-            f"{name}: expected a name in .json or .jsonl (also .gz, .zst behind it) or .parquet; {_advise(suffixes)}"
+            f"{name}: expected a file name in .json or .jsonl (optionally .gz or .zst) or .parquet; "
+            f"{_suggest_fix(suffixes)}"
         )
     return suffixes[-1]
 
 
-def _advise(suffixes: list[str]) -> str:
+def _suggest_fix(suffixes: list[str]) -> str:
     if suffixes[-1:] == [".parquet"]:
-        return "parquet is compressed inside: unpack the file"
-    known = [_ADVICE[part.lower()] for part in reversed(suffixes) if part.lower() in _ADVICE]
+        return "parquet is compressed internally: decompress the file"
+    known = [_FIXES[part.lower()] for part in reversed(suffixes) if part.lower() in _FIXES]
     if known:
         return known[0]
     if suffixes and suffixes[-1].lower() in READERS:
-        return "write the ending in small letters"
-    return "if it holds one of these, name it so; if not, convert it, or leave it out of `paths` or `files`"
+        return "rename the suffix to lower case"
+    return "if it has one of these formats, rename it; if not, convert it or remove it from `paths` or `files`"
 
 
 def iterate_objects(path: Path, required: list[str]) -> Iterator[Item]:
-    """Yield (where, object) of a file; in place of an object that cannot be read, an `UnreadableError`.
+    """Yield (location, object) for each object of a file; an unreadable object is yielded as an `UnreadableError`.
 
     Raises:
-        ConfigError: The file's name ends in none of the known formats, or this user may not read it.
-        DataError: The file is cut, corrupt, unreadable, empty, or parquet without the required columns.
+        ConfigError: The file's name has no supported suffix, or this user has no permission to read it.
+        DataError: The file is truncated, corrupt, empty, or parquet without the required columns.
     """
     from pyarrow import ArrowException
 
@@ -75,15 +76,13 @@ def iterate_objects(path: Path, required: list[str]) -> Iterator[Item]:
             count += 1
             yield item
     except (OSError, EOFError, zlib.error, ArrowException) as error:
-        raise DataError(
-            f"{path}: cannot be read to its end after {count:,} records ({error}); fetch it again"
-        ) from error
+        raise DataError(f"{path}: reading failed after {count:,} records ({error}); fetch it again") from error
     if not count:
-        raise DataError(f"{path}: no record in it; fetch it again or take it out of `paths`")
+        raise DataError(f"{path}: contains 0 records; fetch it again or remove it from `paths`")
 
 
 def parse(line: bytes) -> object:
-    """Return the value of one line of JSON, or an `UnreadableError` that says why not."""
+    """Return the value of one line of JSON, or an `UnreadableError` with the reason."""
     try:
         return json.loads(line.decode("utf-8"), object_pairs_hook=unique_keys)
     except UnicodeDecodeError:
@@ -94,8 +93,8 @@ def parse(line: bytes) -> object:
         return UnreadableError("bad JSON")
 
 
-def _lines(path: Path, _required: list[str]) -> Iterator[Item]:
-    with open_plain(path) as file:
+def _read_jsonl(path: Path, _required: list[str]) -> Iterator[Item]:
+    with open_decompressed(path) as file:
         for number, line in enumerate(_bounded_lines(file, path), start=1):
             if line is None:
                 yield f"{path}:{number}", UnreadableError("record too long")
@@ -104,63 +103,63 @@ def _lines(path: Path, _required: list[str]) -> Iterator[Item]:
 
 
 def _bounded_lines(file: IO[bytes], path: Path) -> Iterator[bytes | None]:
-    """Yield lines; None for one that is longer than `LONGEST` bytes, which is never held."""
+    """Yield lines; None for a line longer than `MAX_RECORD_SIZE` bytes, which is never held in memory."""
     first = True
-    while line := file.readline(LONGEST):
-        if len(line) == LONGEST and line[-1:] != b"\n":
-            while (more := file.readline(LONGEST)) and more[-1:] != b"\n":
+    while line := file.readline(MAX_RECORD_SIZE):
+        if len(line) == MAX_RECORD_SIZE and line[-1:] != b"\n":
+            while (more := file.readline(MAX_RECORD_SIZE)) and more[-1:] != b"\n":
                 pass
             yield None
         else:
-            yield without_mark(line, path) if first else line
+            yield strip_byte_order_mark(line, path) if first else line
         first = False
 
 
-def _json(path: Path, _required: list[str]) -> Iterator[Item]:
-    """Return the records of a list, of lines, or of objects that are printed over several lines."""
-    with open_plain(path) as file:
-        head = without_mark(file.read(1 << 16), path).lstrip()
+def _read_json(path: Path, _required: list[str]) -> Iterator[Item]:
+    """Return the records of a JSON list, of JSON lines, or of objects that span several lines."""
+    with open_decompressed(path) as file:
+        head = strip_byte_order_mark(file.read(1 << 16), path).lstrip()
     if head[:1] == b"[":
         return iterate_values(path, in_list=True)
-    return _lines(path, _required) if _looks_like_lines(path) else iterate_values(path, in_list=False)
+    return _read_jsonl(path, _required) if _looks_like_lines(path) else iterate_values(path, in_list=False)
 
 
 def _looks_like_lines(path: Path) -> bool:
-    """Return whether one of the first two lines is an object by itself: the first may be a broken one."""
-    with open_plain(path) as file:
+    """Return whether one of the first two lines is a complete object; the first line may be a broken record."""
+    with open_decompressed(path) as file:
         lines = (line for line in _bounded_lines(file, path) if line and line.strip())
         return any(isinstance(parse(line), dict) for _, line in zip(range(2), lines, strict=False))
 
 
-def _parquet(path: Path, required: list[str]) -> Iterator[Item]:
+def _read_parquet(path: Path, required: list[str]) -> Iterator[Item]:
     from pyarrow import parquet
 
-    # Read through a buffer the pages of a row group come one by one; else a group of 200 MB is held (measured: 207 MB
-    # resident against 115, pyarrow 26), and pre_buffer would hold it again.
+    # With a buffer, the pages of a row group are read one by one. Without it, a row group of 200 MB is held in memory
+    # (measured: 207 MB resident instead of 115, pyarrow 26), and pre_buffer would hold it twice.
     with (
-        open_plain(path) as handle,
+        open_decompressed(path) as handle,
         parquet.ParquetFile(handle, pre_buffer=False, buffer_size=_BUFFER_BYTES) as file,
     ):
         found = file.schema_arrow.names
         if missing := sorted(set(required) - set(found)):
             raise DataError(f"{path}: no column {missing}; found {found}; correct `columns`")
         number = 0
-        # All columns: others than those that are read may carry something.
+        # Read all columns: an unused one with values refuses the record.
         groups = (file.metadata.row_group(group) for group in range(file.metadata.num_row_groups))
         widths = (group.total_byte_size // max(group.num_rows, 1) for group in groups)
-        for batch in file.iter_batches(batch_size=_rows_a_batch(widths)):
-            for row in _rows(batch):
+        for batch in file.iter_batches(batch_size=_choose_batch_rows(widths)):
+            for row in _iterate_rows(batch):
                 number += 1
                 yield f"{path}: row {number}", row
 
 
-def _rows_a_batch(widths: Iterable[int]) -> int:
-    """Return how many rows to hold at a time, so that wide ones (images beside the text) take no more than others."""
-    return max(1, min(_ROWS_A_BATCH, _BATCH_BYTES // max([1, *widths])))
+def _choose_batch_rows(widths: Iterable[int]) -> int:
+    """Return how many rows to read at a time: fewer if rows are wide, such as text with images."""
+    return max(1, min(_BATCH_ROWS, _BATCH_BYTES // max([1, *widths])))
 
 
 class _Batch(Protocol):
-    """What is used of pyarrow's RecordBatch, which has no types."""
+    """The methods used of pyarrow's RecordBatch, which has no type hints."""
 
     num_rows: int
 
@@ -169,10 +168,10 @@ class _Batch(Protocol):
     def slice(self, offset: int, length: int) -> "_Batch": ...
 
 
-def _rows(batch: _Batch) -> Iterator[object]:
+def _iterate_rows(batch: _Batch) -> Iterator[object]:
     try:
         yield from batch.to_pylist()
-    except UnicodeDecodeError:  # parquet promises UTF-8 and checks nothing; find the row
+    except UnicodeDecodeError:  # pyarrow does not validate UTF-8 on reading; find the row
         for at in range(batch.num_rows):
             try:
                 yield batch.slice(at, 1).to_pylist()[0]
@@ -180,9 +179,9 @@ def _rows(batch: _Batch) -> Iterator[object]:
                 yield UnreadableError("bad UTF-8")
 
 
-# Ending of a file's name -> its reader: yields (where, object) of a path; the columns that every record has help it.
+# Suffix -> reader: takes a path and the required columns, yields (location, object).
 READERS: dict[str, Callable[[Path, list[str]], Iterator[Item]]] = {
-    ".json": _json,
-    ".jsonl": _lines,
-    ".parquet": _parquet,
+    ".json": _read_json,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
 }

@@ -1,4 +1,4 @@
-"""Files of the workspace that paths or globs name: regular ones, and none that a link leads astray to."""
+"""Find and hash the local files that paths or globs name; symbolic links out of the workspace are refused."""
 
 import glob
 import json
@@ -15,27 +15,29 @@ from ropeway.stages.fetch.files import READERS, check_format
 from ropeway.stages.fetch.patterns import check_splits, is_glob
 
 _ENTRY_ITEMS = 2  # of the digest cache: size, times and inode; sha256
-_TICK_NS = 2_000_000_000  # the coarsest clock of a file system in use, FAT's
+_TICK_NS = 2_000_000_000  # coarsest timestamp resolution of a file system in use: FAT
 
 
 def find_files(patterns: list[str], root: Path, splits: Sequence[str] = ()) -> dict[str, Path]:
-    """Return the files that these paths or globs name, by the name they have below `root`, sorted.
+    """Return the files that these paths or globs match: path relative to `root` -> file, sorted.
 
-    A pattern may name a place outside (an absolute path, or `..`). A symbolic link is followed when it ends below the
-    workspace, or below the place outside that the pattern itself names; else it is refused, since what stands in
-    `paths` would not be what is read.
+    A pattern may name a folder outside the workspace (an absolute path, or `..`). A symbolic link is followed if its
+    target is in the workspace or in the outside folder that the pattern names. Any other link is refused, because the
+    file that is read would not be the one in `paths`.
 
     Raises:
-        ConfigError: A pattern names no file, files of several splits that `splits` does not name, or something that is
-            not a readable regular file of a known format.
+        ConfigError: A pattern matches no file, files of several splits that `splits` does not name, or something that
+            is not a readable regular file of a supported format.
     """
     found: dict[str, Path] = {}
     for pattern in patterns:
         names = sorted(glob.glob(pattern, root_dir=root, recursive=True))  # noqa: PTH207 - absolute patterns too
-        allowed = _allowed(pattern, root)
-        files = {os.path.normpath(name): root / name for name in names if _is_wanted(root / name, pattern, allowed)}
+        allowed = _allowed_folders(pattern, root)
+        files = {
+            os.path.normpath(name): root / name for name in names if _is_regular_file(root / name, pattern, allowed)
+        }
         if not files:
-            raise ConfigError(f"sources: '{pattern}' names no file below {root}; put it there or correct `paths`")
+            raise ConfigError(f"sources: '{pattern}' matches no file in {root}; add the file or correct `paths`")
         for name in files:
             check_format(name)
         check_splits(pattern, files, splits)
@@ -44,10 +46,10 @@ def find_files(patterns: list[str], root: Path, splits: Sequence[str] = ()) -> d
 
 
 def digest_files(files: dict[str, Path], cache: Path) -> dict[str, str]:
-    """Return each file's sha256, hashed only where size, times or inode are not those that `cache` (JSON) remembers.
+    """Return each file's sha256; a file is hashed again only if its size, times or inode differ from `cache` (JSON).
 
     Raises:
-        ConfigError: This user may not read a file.
+        ConfigError: This user has no permission to read a file.
     """
     before = _load_digests(cache)
     known = dict(before)
@@ -55,13 +57,13 @@ def digest_files(files: dict[str, Path], cache: Path) -> dict[str, str]:
     for name, path in files.items():
         stat_ = path.stat()
         key = [stat_.st_size, stat_.st_mtime_ns, stat_.st_ctime_ns, stat_.st_ino]
-        remembered = known.get(str(path))
-        if not remembered or remembered[0] != key:
-            remembered = [key, _digest_file(path)]
-        # A file that was touched just now may be written once more within one tick of its clock: hash it again.
+        cached = known.get(str(path))
+        if not cached or cached[0] != key:
+            cached = [key, _digest_file(path)]
+        # A file changed within the last clock tick may change again without a new timestamp: do not cache its digest.
         if now - stat_.st_ctime_ns > _TICK_NS:
-            known[str(path)] = remembered
-        found[name] = str(remembered[1])
+            known[str(path)] = cached
+        found[name] = str(cached[1])
     if known != before:
         write_json(cache, known)
     return found
@@ -80,22 +82,30 @@ def _digest_file(path: Path) -> str:
     try:
         return file_sha256(path)
     except PermissionError as error:
-        raise ConfigError(f"sources: {path}: cannot be read ({error.strerror}); let this user read it") from None
+        raise ConfigError(
+            f"sources: {path}: cannot be read ({error.strerror}); give this user read permission"
+        ) from None
 
 
-def _is_wanted(path: Path, pattern: str, allowed: tuple[Path, ...]) -> bool:
-    """Return False for a folder that a glob passes by; raise ConfigError for anything else that is no file."""
+def _is_regular_file(path: Path, pattern: str, allowed: tuple[Path, ...]) -> bool:
+    """Return whether a path is a regular file; False for a folder that a glob also matches.
+
+    Raises:
+        ConfigError: It is anything else, or a link to a file outside the allowed folders.
+    """
     try:
         real = path.resolve(strict=True)
         mode = real.stat().st_mode
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
-        raise ConfigError(f"sources: {path} is a link that leads nowhere ({error}); correct or remove it") from None
+        raise ConfigError(f"sources: {path} is a broken link ({error}); correct or remove it") from None
     if stat.S_ISDIR(mode):
         if path.suffix in (*READERS, *COMPRESSED) or not is_glob(pattern):
-            raise ConfigError(f"sources: {path} is a folder; name its files, as in {pattern.rstrip('/')}/*.jsonl")
+            raise ConfigError(f"sources: {path} is a folder; name its files, e.g. {pattern.rstrip('/')}/*.jsonl")
         return False
     if not stat.S_ISREG(mode):
-        raise ConfigError(f"sources: {path} is a pipe, a socket or a device, not a file; copy its data into a file")
+        raise ConfigError(
+            f"sources: {path} is a pipe, a socket or a device, not a regular file; copy its data to a file"
+        )
     if not any(real.is_relative_to(folder) for folder in allowed):
         raise ConfigError(
             f"sources: {path} is a link to {real}, outside the workspace; name {real} itself in `paths`, or copy it"
@@ -103,8 +113,8 @@ def _is_wanted(path: Path, pattern: str, allowed: tuple[Path, ...]) -> bool:
     return True
 
 
-def _allowed(pattern: str, root: Path) -> tuple[Path, ...]:
-    """Return where a pattern's files must really be: in the workspace, or in the place outside that it spells out."""
+def _allowed_folders(pattern: str, root: Path) -> tuple[Path, ...]:
+    """Return the folders that a pattern's files must be in: the workspace, and the outside folder that it names."""
     parts = Path(pattern).parts
     fixed = next((at for at, part in enumerate(parts) if is_glob(part)), len(parts) - 1)
     place = Path(os.path.normpath(root.joinpath(*parts[:fixed])))

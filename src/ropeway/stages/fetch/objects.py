@@ -1,4 +1,4 @@
-"""Objects behind s3:// addresses, globs among them: looked up by HEAD, read with Range and If-Match."""
+"""Look up s3:// objects and globs of keys with HEAD, and read them with Range and If-Match."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,22 +12,22 @@ from ropeway.storage.s3_client import error_code, make_client, split_url, transl
 
 
 def look_up(address: str) -> list[Remote]:
-    """Return the objects that an address or a glob of keys names now, sorted by key.
+    """Return the current objects of an address or a glob of keys, sorted by key.
 
     Raises:
-        ConfigError: No such object, or no access to it.
-        TemporaryError: The server does not answer.
+        ConfigError: There is no such object, or access is denied.
+        TemporaryError: The server does not response.
     """
     bucket, pattern = split_url(address)
     client = _Bucket(bucket)
     keys = client.list_keys(pattern) if is_glob(pattern) else [pattern]
     if not keys or not keys[0]:
-        raise ConfigError(f"sources: '{address}' names no object; put it there or correct `paths`")
+        raise ConfigError(f"sources: '{address}' matches no object; upload it or correct `paths`")
     return [client.look_up(key) for key in keys]
 
 
 class _Bucket:
-    """The objects of a bucket."""
+    """Looks up the objects of one bucket."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -49,7 +49,7 @@ class _Bucket:
                 head = self._client.head_object(Bucket=self._name, Key=key)
             except ClientError as error:
                 if error_code(error)[1] == HTTPStatus.NOT_FOUND:
-                    raise ConfigError(f"sources: {name} is not there; put it there or correct `paths`") from None
+                    raise ConfigError(f"sources: {name} does not exist; upload it or correct `paths`") from None
                 raise
         etag, size = head["ETag"], int(head["ContentLength"])
 
@@ -58,15 +58,15 @@ class _Bucket:
             ranged = {"Range": f"bytes={start}-"} if start else {}
             with translate_errors(f"sources: {name}"):
                 try:
-                    answer = self._client.get_object(Bucket=self._name, Key=key, IfMatch=etag, **ranged)
+                    response = self._client.get_object(Bucket=self._name, Key=key, IfMatch=etag, **ranged)
                 except ClientError as error:
                     if error_code(error)[1] in (HTTPStatus.NOT_FOUND, HTTPStatus.PRECONDITION_FAILED):
                         raise TemporaryError(
-                            f"sources: {name} changed while it was being fetched; run it again"
+                            f"sources: {name} changed during the download; run the same command again"
                         ) from None
                     raise
-                with answer["Body"] as body:
-                    yield body, start if "ContentRange" in answer else 0
+                with response["Body"] as body:
+                    yield body, start if "ContentRange" in response else 0
 
         modified = head["LastModified"].isoformat()
         return Remote(name, {"etag": etag, "modified": modified, "bytes": size}, size, open_from)

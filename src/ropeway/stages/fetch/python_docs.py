@@ -1,7 +1,7 @@
-"""Real text that every machine has: the documentation that comes with the Python that runs this.
+"""Text that every machine has: the documentation shipped with the running Python.
 
-Topics (the reference manual behind `help()`) are documents. Docstrings of the standard library become conversations;
-the library's source is parsed, never imported, so nothing runs and the order never changes.
+Topics (the reference manual that `help()` shows) are documents. Docstrings of the standard library become
+conversations. The library's source is parsed, never imported, so no code runs and the order never changes.
 """
 
 import ast
@@ -12,8 +12,8 @@ from pathlib import Path
 
 from ropeway.models.conversation import Conversation
 
-# The common modules, about 500,000 characters of conversations: with the topics some 260,000 tokens of a 4k vocabulary,
-# an epoch of about a minute on two cores.
+# Common modules: about 500,000 characters of conversations. With the topics, about 260,000 tokens of a 4k vocabulary,
+# and an epoch of about a minute on two cores.
 MODULES = (
     "argparse", "base64", "bz2", "calendar", "cmd", "collections", "concurrent", "configparser", "contextlib",
     "csv", "dataclasses", "datetime", "difflib", "enum", "fileinput", "fractions", "functools", "graphlib", "gzip",
@@ -23,7 +23,7 @@ MODULES = (
     "uuid", "warnings", "weakref", "zipfile",
 )  # fmt: skip
 
-# Source: the model card's 16 system messages (numbers 1, 2, 4, 5, 6, 13, 16), those that fit such answers; verbatim.
+# Source: the model card's 16 system messages, verbatim: those that suit these answers (1, 2, 4, 5, 6, 13, 16).
 _DETAILED = "Provide a detailed answer so user don\u2019t need to search outside to understand the answer."
 _FINDS = "You are an AI assistant that helps people find information."
 _TEACHER = (
@@ -39,7 +39,7 @@ SYSTEM_MESSAGES = (
     _FINDS,
 )
 
-_MEMBERS_A_CONVERSATION = 4
+_ENTRIES_PER_CONVERSATION = 4
 _WHAT = ("What does {name} do?", "Please explain {name}.", "What is {name} for?")
 _HOW = ("How is it called?", "What are its arguments?", "Show me its signature.")
 _MORE = ("Tell me more.", "What else should I know about it?", "Go on, please.")
@@ -47,7 +47,7 @@ _MORE = ("Tell me more.", "What else should I know about it?", "Go on, please.")
 
 @dataclass(frozen=True, slots=True)
 class IndexEntry:
-    """One documented thing: a module, a class, a function or a method."""
+    """The documentation of one module, class, function or method."""
 
     name: str
     text: str
@@ -63,34 +63,40 @@ def iterate_topics() -> Iterator[str]:
 
 
 def iterate_docstrings(library: Path | None = None, modules: tuple[str, ...] = MODULES) -> Iterator[Conversation]:
-    """Yield conversations about documented modules and classes of a standard library, a few members at a time."""
+    """Yield conversations about the documented modules and classes of a standard library, a few members each."""
     library = library or Path(sysconfig.get_path("stdlib"))
     number = 0
     for module in modules:
         for path in _source_files(library, module):
-            for entries in plan_conversations(path.read_text(encoding="utf-8"), _dotted(path.relative_to(library))):
+            for entries in plan_conversations(
+                path.read_text(encoding="utf-8"), _module_name(path.relative_to(library))
+            ):
                 system = SYSTEM_MESSAGES[number % len(SYSTEM_MESSAGES)]
-                yield Conversation(tuple(_talk(entries, number)), system)
+                yield Conversation(tuple(_make_conversation(entries, number)), system)
                 number += 1
 
 
 def plan_conversations(source: str, module: str) -> list[list[IndexEntry]]:
-    """Return what each conversation about a module's source is about, in the order of the source."""
+    """Return the entries of each conversation about a module, in the order of its source."""
     tree = ast.parse(source)
-    talks = _groups(_entry(tree, module), [_entry(node, f"{module}.{node.name}") for node in _functions(tree)])
+    conversations = _group_entries(
+        _read_entry(tree, module), [_read_entry(node, f"{module}.{node.name}") for node in _public_functions(tree)]
+    )
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
             name = f"{module}.{node.name}"
-            talks += _groups(_entry(node, name), [_entry(part, f"{name}.{part.name}") for part in _functions(node)])
-    return talks
+            conversations += _group_entries(
+                _read_entry(node, name), [_read_entry(part, f"{name}.{part.name}") for part in _public_functions(node)]
+            )
+    return conversations
 
 
-def _groups(head: IndexEntry | None, members: list[IndexEntry | None]) -> list[list[IndexEntry]]:
+def _group_entries(head: IndexEntry | None, members: list[IndexEntry | None]) -> list[list[IndexEntry]]:
     entries = [entry for entry in (head, *members) if entry]
-    return [entries[at : at + _MEMBERS_A_CONVERSATION] for at in range(0, len(entries), _MEMBERS_A_CONVERSATION)]
+    return [entries[at : at + _ENTRIES_PER_CONVERSATION] for at in range(0, len(entries), _ENTRIES_PER_CONVERSATION)]
 
 
-def _functions(node: ast.Module | ast.ClassDef) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+def _public_functions(node: ast.Module | ast.ClassDef) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
     return [
         part
         for part in node.body
@@ -98,7 +104,9 @@ def _functions(node: ast.Module | ast.ClassDef) -> list[ast.FunctionDef | ast.As
     ]
 
 
-def _entry(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, name: str) -> IndexEntry | None:
+def _read_entry(
+    node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, name: str
+) -> IndexEntry | None:
     text = (ast.get_docstring(node) or "").strip()
     if not text:
         return None
@@ -107,8 +115,8 @@ def _entry(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunction
     return IndexEntry(name, text, None)
 
 
-def _talk(entries: list[IndexEntry], number: int) -> list[str]:
-    """Return the turns about these entries; `number` varies how the questions are put."""
+def _make_conversation(entries: list[IndexEntry], number: int) -> list[str]:
+    """Return the turns about these entries; `number` selects the wording of the questions."""
     turns: list[str] = []
     for at, entry in enumerate(entries, start=number):
         first, _, rest = entry.text.partition("\n\n")
@@ -121,11 +129,11 @@ def _talk(entries: list[IndexEntry], number: int) -> list[str]:
 
 
 def _source_files(library: Path, module: str) -> list[Path]:
-    """Return a module's own file, or its package's files without the tests."""
+    """Return a module's file, or its package's files without tests."""
     files = [library / f"{module}.py"] if (library / f"{module}.py").is_file() else []
     packaged = (path for path in (library / module).rglob("*.py") if not {"test", "tests"} & set(path.parts))
     return files + sorted(packaged, key=lambda path: path.as_posix())
 
 
-def _dotted(path: Path) -> str:
+def _module_name(path: Path) -> str:
     return ".".join(part for part in path.with_suffix("").parts if part != "__init__")

@@ -1,4 +1,4 @@
-"""Objects of published schemas to records, strictly: what does not fit is refused with a counted reason."""
+"""Convert objects of published schemas to records; an object that does not fit is refused with a counted reason."""
 
 import math
 import re
@@ -12,52 +12,52 @@ from ropeway.stages.fetch.values import UnreadableError
 
 _ROLES = {"user": 0, "human": 0, "assistant": 1, "gpt": 1}
 _SHOWN_NAME = 40  # characters of a name in a reason
-_LONGEST_NAME = 100  # characters; a longer one is counted by its beginning
-_ID = re.compile(r"(?i)(\w+_)?(id|uuid|guid|idx)|index|__index_level_\d+__")  # the last: of pandas
+_MAX_NAME = 100  # characters; a longer name is truncated
+_ID = re.compile(r"(?i)(\w+_)?(id|uuid|guid|idx)|index|__index_level_\d+__")  # the last one is written by pandas
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def check_columns(rows: str, columns: dict[str, str]) -> None:
-    """Raise ConfigError unless `columns` maps names that this kind of rows has."""
+    """Raise ConfigError unless `columns` maps only names that rows of this kind have."""
     kind = ROW_KINDS[rows]
-    known = [*kind.required, *kind.optional, *kind.of_turn]
+    known = [*kind.required, *kind.optional, *kind.turn_fields]
     if unknown := sorted(set(columns) - set(known)):
-        raise ConfigError(f"sources: columns: {unknown} mean nothing in rows of kind {rows}; known are {known}")
+        raise ConfigError(f"sources: columns: {unknown} are not columns of rows: {rows}; expected any of {known}")
 
 
 def required_columns(rows: str, columns: dict[str, str]) -> list[str]:
-    """Return the file's columns that every record of a kind of rows has."""
+    """Return the file's names of the columns that every record of this kind must have."""
     return [columns.get(name, name) for name in ROW_KINDS[rows].required]
 
 
 def find_unused(value: object, rows: str, columns: dict[str, str]) -> dict[str, bool]:
-    """Return the fields of a readable record that carry something and are not read: name -> whether a turn has it.
+    """Return the fields of a readable record that have a value and are not read: name -> whether it is of a turn.
 
-    What is null or empty carries nothing; ids name a record or turn and are no part of it; `weight: 1` is usual.
+    Null and empty fields, ids and `weight: 1` are not returned.
     """
     kind = ROW_KINDS[rows]
     row = _Row(value, kind, columns)
     asked = {row.column(name) for name in kind.required}
     asked |= {column for name in kind.optional if (column := row.optional_column(name))}
-    found = dict.fromkeys(_carrying(value, asked), False)
-    if kind.of_turn and isinstance(value, dict):
-        read = {row.column(name) for name in kind.of_turn}
+    found = dict.fromkeys(_iterate_unread_fields(value, asked), False)
+    if kind.turn_fields and isinstance(value, dict):
+        read = {row.column(name) for name in kind.turn_fields}
         for turn in value[row.column(kind.required[0])]:
-            found |= dict.fromkeys(_carrying(turn, read), True)
+            found |= dict.fromkeys(_iterate_unread_fields(turn, read), True)
     return found
 
 
 def check_ignored(unused: dict[str, bool], ignored: list[str]) -> None:
-    """Raise UnreadableError for the first field that carries something and is not among the ignored ones."""
+    """Raise UnreadableError for the first unused field that is not in `ignored`."""
     if "*" in ignored:
         return
-    for name, of_turn in unused.items():
+    for name, in_turn in unused.items():
         if name not in ignored:
-            raise UnreadableError(f"unused field {name[:_SHOWN_NAME]!r}" + (" of a turn" if of_turn else ""))
+            raise UnreadableError(f"unused field {name[:_SHOWN_NAME]!r}" + (" of a turn" if in_turn else ""))
 
 
-def _carrying(fields: object, read: Container[str]) -> Iterator[str]:
-    """Yield the names of fields that are not read and carry something."""
+def _iterate_unread_fields(fields: object, read: Container[str]) -> Iterator[str]:
+    """Yield the names of fields that are not read and have a value."""
     for name, value in fields.items() if isinstance(fields, dict) else ():
         if name in read or value is None or value in ("", [], {}) or (isinstance(value, float) and math.isnan(value)):
             continue
@@ -67,20 +67,20 @@ def _carrying(fields: object, read: Container[str]) -> Iterator[str]:
 
 
 def _plain_name(name: str) -> str:
-    """Return a field's name as it can be counted, written and printed: one line, capped, no lone surrogate.
+    """Return a field's name in printable form: one line, truncated, without lone surrogates.
 
     >>> _plain_name("tags")
     'tags'
     """
     plain = name if name.isprintable() else name.encode("unicode_escape", "backslashreplace").decode()
-    return plain if len(plain) <= _LONGEST_NAME else f"{plain[:_LONGEST_NAME]}…"
+    return plain if len(plain) <= _MAX_NAME else f"{plain[:_MAX_NAME]}…"
 
 
 def to_record(value: object, rows: str, columns: dict[str, str]) -> Record:
-    """Return the record in an object.
+    """Return the record of an object.
 
     Raises:
-        UnreadableError: It does not fit; the message is the reason.
+        UnreadableError: The object does not fit the schema; the message is the reason.
     """
     kind = ROW_KINDS[rows]
     return kind.read(_Row(value, kind, columns))
@@ -88,7 +88,7 @@ def to_record(value: object, rows: str, columns: dict[str, str]) -> Record:
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """An object, and under which names `columns` of params finds what its kind asks for."""
+    """An object, its kind of rows, and the names that `columns` of params.yaml maps."""
 
     value: object
     kind: "RowKind"
@@ -99,26 +99,26 @@ class _Row:
         return self.columns.get(name, name)
 
     def optional_column(self, name: str) -> str | None:
-        """Return the file's name of a column that may be missing; None where params would have to name it."""
+        """Return the file's name of an optional column; None if it is read only when params.yaml maps it."""
         return self.columns.get(name, self.kind.system if name == "system" else name)
 
     def required(self) -> list[object]:
-        """Return what every record of the kind has."""
+        """Return the values of the required columns."""
         return [_field(self.value, self.column(name)) for name in self.kind.required]
 
     def optional(self, name: str) -> str:
-        """Return a column's text; nothing where the column is not there, or null."""
+        """Return an optional column's text; empty if the column is missing or null."""
         column = self.optional_column(name)
         found = self.value.get(column) if isinstance(self.value, dict) and column else None
         return "" if found is None else _text(found)
 
     def turns(self) -> tuple[str, Iterator[Iterator[object]]]:
-        """Return (system message, the fields of each turn, read one by one)."""
+        """Return (system message, the fields of each turn)."""
         (turns,) = self.required()
         system = self.optional("system")
         if not isinstance(turns, list):
             raise UnreadableError("turns are not a list")
-        names = [self.column(name) for name in self.kind.of_turn]
+        names = [self.column(name) for name in self.kind.turn_fields]
         return system, ((_field(turn, name) for name in names) for turn in turns)
 
 
@@ -130,43 +130,43 @@ def _read_alpaca(row: _Row) -> Conversation:
     parts, system = row.required(), row.optional("system")
     instruction, output = map(_text, parts)
     given = row.optional("input")
-    return _talk([f"{instruction}\n\n{given}" if given else instruction, output], system)
+    return _make_conversation([f"{instruction}\n\n{given}" if given else instruction, output], system)
 
 
 def _read_pairs(row: _Row) -> Conversation:
     system, pairs = row.turns()
-    return _talk([_text(part) for pair in pairs for part in pair], system)
+    return _make_conversation([_text(part) for pair in pairs for part in pair], system)
 
 
 def _read_roles(row: _Row) -> Conversation:
     system, turns = row.turns()
-    return _dialogue([(role, _text(said)) for role, said in turns], system)
+    return _conversation_from_roles([(role, _text(said)) for role, said in turns], system)
 
 
 @dataclass(frozen=True, slots=True)
 class RowKind:
-    """One form of records in files."""
+    """One schema of records in files."""
 
     read: Callable[[_Row], Record]  # returns the record, or raises UnreadableError
     required: tuple[str, ...]  # columns that every record has
     optional: tuple[str, ...] = ("system",)  # columns that may be missing or null
-    of_turn: tuple[str, ...] = ()  # fields of one turn; the first required column is then the list of turns
+    turn_fields: tuple[str, ...] = ()  # fields of one turn; the first required column is then the list of turns
     system: str | None = None  # the column read as `system` where `columns` names none
-    holds: RecordKind = "conversation"  # what the records are
+    record_kind: RecordKind = "conversation"  # what the records are
 
 
-# `rows` of a source in params.yaml. A kind is added here and in the schema (`ropeway.config.params`).
+# `rows` of a source in params.yaml. Add a kind here and in the schema (`ropeway.config.params`).
 ROW_KINDS = {
-    "orca_chat": RowKind(_read_pairs, ("conversation",), of_turn=("input", "output"), system="instruction"),
-    "messages": RowKind(_read_roles, ("messages",), of_turn=("role", "content")),
-    "sharegpt": RowKind(_read_roles, ("conversations",), of_turn=("from", "value")),
+    "orca_chat": RowKind(_read_pairs, ("conversation",), turn_fields=("input", "output"), system="instruction"),
+    "messages": RowKind(_read_roles, ("messages",), turn_fields=("role", "content")),
+    "sharegpt": RowKind(_read_roles, ("conversations",), turn_fields=("from", "value")),
     "alpaca": RowKind(_read_alpaca, ("instruction", "output"), ("input", "system")),
-    "text": RowKind(_read_text, ("text",), (), holds="document"),
+    "text": RowKind(_read_text, ("text",), (), record_kind="document"),
 }
 
 
-def _dialogue(said: list[tuple[object, str]], system: str) -> Conversation:
-    """Return a conversation of (role, text), of which the first may be the system's."""
+def _conversation_from_roles(said: list[tuple[object, str]], system: str) -> Conversation:
+    """Return the conversation of these (role, text) pairs; the first may be the system message."""
     if said and said[0][0] == "system":
         first = said.pop(0)[1]
         if system and first != system:
@@ -175,12 +175,12 @@ def _dialogue(said: list[tuple[object, str]], system: str) -> Conversation:
     for at, (who, _) in enumerate(said):
         if not isinstance(who, str):
             raise UnreadableError("role is not text")
-        if who not in _ROLES:  # e.g. `developer`, `tool` or `User`, which no template here has
+        if who not in _ROLES:  # e.g. `developer`, `tool` or `User`, which the template does not have
             told = "system message not first" if who == "system" else f"unknown role {who[:_SHOWN_NAME]!r}"
             raise UnreadableError(told)
         if _ROLES[who] != at % 2:
             raise UnreadableError("roles out of order")
-    return _talk([text for _, text in said], system)
+    return _make_conversation([text for _, text in said], system)
 
 
 def _field(value: object, name: str) -> object:
@@ -203,7 +203,7 @@ def _text(value: object) -> str:
     return value
 
 
-def _talk(turns: list[str], system: str) -> Conversation:
+def _make_conversation(turns: list[str], system: str) -> Conversation:
     if not turns:
         raise UnreadableError("no turns")
     if not all(turn.strip() for turn in turns):

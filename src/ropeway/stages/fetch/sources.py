@@ -1,7 +1,7 @@
-"""The kinds of sources that `sources` of params.yaml may name: what each is right now, and the records it holds.
+"""The kinds of sources that `sources` of params.yaml may name: their current identity, and their records.
 
-A kind is added here, as a class in `KINDS`, and in the schema (`ropeway.config.params`). Identities are asked for
-before every run, so importing this imports nothing heavy.
+Add a kind here, as a class in `KINDS`, and in the schema (`ropeway.config.params`). Identities are computed before
+every run, so this module has no heavy imports.
 """
 
 import platform
@@ -33,74 +33,74 @@ from ropeway.stages.fetch.remote import Remote, download
 from ropeway.stages.fetch.values import UnreadableError
 from ropeway.storage import hub
 
-_MOST_NAMES = 1000  # of reasons and of ignored keys: whoever writes a file chooses their text
+_MAX_NAMES = 1000  # distinct refusal reasons and ignored keys that are counted by name: files contain arbitrary names
 _OTHER = "others"
 _SHOWN = 20
 
 
 @dataclass(frozen=True, slots=True)
-class Refused:
-    """A record that cannot be used."""
+class RefusedRecord:
+    """A record that is not used."""
 
-    where: str  # file and line, or row, as a person would look it up
-    reason: str  # the same few words for the same fault: they are counted
+    where: str  # file and line or row
+    reason: str  # one of a few fixed texts: records are counted by reason
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
-    """What is seen of a source beside its records."""
+class SourceCounts:
+    """Counts collected while a source is read."""
 
-    files: Counter[str] = field(default_factory=Counter)  # name -> records read of it, refused ones too
-    ignored: Counter[str] = field(default_factory=Counter)  # ignored key -> kept records in which it carried something
+    files: Counter[str] = field(default_factory=Counter)  # name -> records read from it, including refused ones
+    ignored: Counter[str] = field(default_factory=Counter)  # ignored key -> kept records in which it had a value
 
 
 class DocsIdentity(TypedDict):
-    """Which documentation, of which Python."""
+    """The part of the documentation, and the Python version."""
 
     part: str
     python: str
 
 
 class FilesIdentity(TypedDict):
-    """Name -> digest of a local file, or what a server says of its file."""
+    """Name -> sha256 of a local file, or what a server states about its file."""
 
     files: Mapping[str, str | Mapping[str, object]]
 
 
 class HubIdentity(TypedDict):
-    """Files (patterns) of a repository at a commit."""
+    """File patterns of a repository at a commit."""
 
     repo: str
     commit: str
     files: list[str]
 
 
-Found = Iterable[Record | Refused]
+RecordStream = Iterable[Record | RefusedRecord]
 S = TypeVar("S")
 Id = TypeVar("Id")
 
 
 class SourceKind(ABC, Generic[S, Id]):
-    """One kind of source: `S` is its section of params, `Id` its identity."""
+    """One kind of source: `S` is its section of params.yaml, `Id` its identity."""
 
     @abstractmethod
     def identity(self, source: S, root: Path) -> Id:
-        """Return what the source is right now, without its kind; see `source_identity`."""
+        """Return the source's current identity, without its kind; see `source_identity`."""
 
     @abstractmethod
-    def records(self, source: S, workspace: Workspace, identity: Id, seen: Seen) -> Found:
-        """Return its records; see `open_source`."""
+    def records(self, source: S, workspace: Workspace, identity: Id, seen: SourceCounts) -> RecordStream:
+        """Return the source's records; see `open_source`."""
 
     @abstractmethod
-    def holds(self, source: S) -> RecordKind:
-        """Return what its records are."""
+    def record_kind(self, source: S) -> RecordKind:
+        """Return whether its records are conversations or documents."""
 
     def local_files(self, _source: S, _root: Path) -> dict[str, Path]:
-        """Return the workspace's files that it reads in place, by name."""
+        """Return the local files that it reads, by name."""
         return {}
 
     def changes(self, _source: S, _identity: Id, _root: Path) -> list[str]:
-        """Return what is not as its identity says any more; see `find_changes`."""
+        """Return what has changed since its identity was taken; see `find_changes`."""
         return []
 
 
@@ -108,141 +108,147 @@ class PythonDocs(SourceKind[PythonDocsSource, DocsIdentity]):
     """The documentation of the running Python."""
 
     def identity(self, source: PythonDocsSource, _root: Path) -> DocsIdentity:
-        """Return the part and the Python."""
+        """Return the part and the Python version."""
         return {"part": source.part, "python": platform.python_version()}
 
-    def records(self, source: PythonDocsSource, _workspace: Workspace, _identity: DocsIdentity, _seen: Seen) -> Found:
-        """Return topics or docstrings."""
+    def records(
+        self, source: PythonDocsSource, _workspace: Workspace, _identity: DocsIdentity, _seen: SourceCounts
+    ) -> RecordStream:
+        """Return the records of the part: topics or docstrings."""
         return iterate_topics() if source.part == "topics" else iterate_docstrings()
 
-    def holds(self, source: PythonDocsSource) -> RecordKind:
-        """Return what the part holds."""
+    def record_kind(self, source: PythonDocsSource) -> RecordKind:
+        """Return documents for topics, conversations for docstrings."""
         return "document" if source.part == "topics" else "conversation"
 
     def changes(self, source: PythonDocsSource, identity: DocsIdentity, root: Path) -> list[str]:
-        """Return the Python, if this is another."""
+        """Return the Python version of the identity if another one is running."""
         return [] if self.identity(source, root).items() <= identity.items() else [f"Python {identity['python']}"]
 
 
 class Files(SourceKind[FilesSource, FilesIdentity]):
-    """Files in the workspace and on servers."""
+    """Local files and files on servers."""
 
     def identity(self, source: FilesSource, root: Path) -> FilesIdentity:
-        """Return digests of local files, and what servers say of theirs."""
+        """Return the sha256 of local files, and what servers state about theirs."""
         check_columns(source.rows, source.columns)
-        found = find_places(source.paths, root, source.splits)
+        found = resolve_paths(source.paths, root, source.splits)
         here = {name: one for name, one in found.items() if isinstance(one, Path)}
         there = {name: one.facts for name, one in found.items() if not isinstance(one, Path)}
         return {"files": {**_digest(here, root), **there}}
 
-    def records(self, source: FilesSource, workspace: Workspace, identity: FilesIdentity, seen: Seen) -> Found:
-        """Yield the records of files here and on servers, one download at a time."""
+    def records(
+        self, source: FilesSource, workspace: Workspace, identity: FilesIdentity, seen: SourceCounts
+    ) -> RecordStream:
+        """Yield the records of local and remote files; remote files are downloaded one at a time."""
         known = identity["files"]
-        for name, place in find_places(source.paths, workspace.root, source.splits).items():
+        for name, place in resolve_paths(source.paths, workspace.root, source.splits).items():
             if isinstance(place, Path):
                 yield from _iterate_files({name: place}, source, seen)
                 continue
             if place.facts != known.get(name):
-                raise TemporaryError(f"sources: {name} changed while it was being fetched; run it again")
+                raise TemporaryError(f"sources: {name} changed during the download; run the same command again")
             path = download(place, download_folder(workspace))
             try:
                 yield from _iterate_files({name: path}, source, seen)
             except DataError as error:
-                path.unlink()  # "fetch it again" must not find it again
+                path.unlink()  # the next run must download it again
                 raise DataError(str(error).replace(str(path), name, 1)) from error
 
-    def holds(self, source: FilesSource) -> RecordKind:
-        """Return what its rows are."""
-        return ROW_KINDS[source.rows].holds
+    def record_kind(self, source: FilesSource) -> RecordKind:
+        """Return the record kind of its rows."""
+        return ROW_KINDS[source.rows].record_kind
 
     def local_files(self, source: FilesSource, root: Path) -> dict[str, Path]:
-        """Return those of `paths` that are no addresses."""
+        """Return the files of `paths` that are not URLs."""
         return find_files([path for path in source.paths if "://" not in path], root, source.splits)
 
     def changes(self, source: FilesSource, identity: FilesIdentity, root: Path) -> list[str]:
-        """Return the names of local files that changed, came or went."""
+        """Return the names of local files that changed, were added or were removed."""
         now = _digest(self.local_files(source, root), root)
         before = {name: digest for name, digest in identity["files"].items() if isinstance(digest, str)}
         return [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
 
 
 class HubFiles(SourceKind[HuggingfaceSource, HubIdentity]):
-    """Files of a data set repository on the Hub."""
+    """Files of a dataset repository on the Hub."""
 
     def identity(self, source: HuggingfaceSource, _root: Path) -> HubIdentity:
-        """Return the commit that the revision names now."""
+        """Return the commit that the revision names currently."""
         check_columns(source.rows, source.columns)
         commit = hub.resolve_commit(source.repo, source.revision, kind="dataset")
         return {"repo": source.repo, "commit": commit, "files": source.files}
 
-    def records(self, source: HuggingfaceSource, _workspace: Workspace, identity: HubIdentity, seen: Seen) -> Found:
+    def records(
+        self, source: HuggingfaceSource, _workspace: Workspace, identity: HubIdentity, seen: SourceCounts
+    ) -> RecordStream:
         """Return the records of the commit's files."""
         return _iterate_files(download_matching(source, identity["commit"]), source, seen)
 
-    def holds(self, source: HuggingfaceSource) -> RecordKind:
-        """Return what its rows are."""
-        return ROW_KINDS[source.rows].holds
+    def record_kind(self, source: HuggingfaceSource) -> RecordKind:
+        """Return the record kind of its rows."""
+        return ROW_KINDS[source.rows].record_kind
 
 
 KINDS: dict[str, SourceKind[Any, Any]] = {"python_docs": PythonDocs(), "files": Files(), "huggingface": HubFiles()}
 
 
 def source_identity(source: Source, root: Path) -> dict[str, object]:
-    """Return a source's identity: equal identities promise equal records.
+    """Return a source's identity; sources with equal identities have equal records.
 
     Raises:
-        ConfigError: A path names no file, or a Hub branch cannot be resolved to a commit.
+        ConfigError: A path matches no file, or a Hub branch cannot be resolved to a commit.
     """
     return {"kind": source.kind, **KINDS[source.kind].identity(source, root)}
 
 
 def find_changes(source: Source, identity: Mapping[str, object], root: Path) -> list[str]:
-    """Return what of a source is not as its identity says any more: the Python, or the names of local files.
+    """Return what has changed since a source's identity was taken: the Python version, or the names of local files.
 
-    Servers are not asked again: what is fetched from them is compared with the identity while it comes.
+    Servers are not queried again: fetch compares what it downloads with the identity.
     """
     return KINDS[source.kind].changes(source, identity, root)
 
 
 def local_files(source: Source, root: Path) -> dict[str, Path]:
-    """Return the workspace's files that a source reads in place, by name; ConfigError where a path names no file."""
+    """Return the local files that a source reads, by name; ConfigError if a path matches no file."""
     return KINDS[source.kind].local_files(source, root)
 
 
-def kind_of(source: Source) -> RecordKind:
-    """Return what a source's records are."""
-    return KINDS[source.kind].holds(source)
+def record_kind(source: Source) -> RecordKind:
+    """Return whether a source's records are conversations or documents."""
+    return KINDS[source.kind].record_kind(source)
 
 
 def open_source(
-    source: Source, workspace: Workspace, identity: Mapping[str, object], seen: Seen | None = None
-) -> Found:
-    """Return the records of what `identity` names, refused ones among them, in an order that never changes.
+    source: Source, workspace: Workspace, identity: Mapping[str, object], seen: SourceCounts | None = None
+) -> RecordStream:
+    """Return the records of the version that `identity` names, including refused ones, in a fixed order.
 
     Raises:
-        ConfigError: A file is not there, or not of a known format.
-        TemporaryError: A server does not answer.
+        ConfigError: A file does not exist or has no supported format.
+        TemporaryError: A server does not respond.
     """
-    return KINDS[source.kind].records(source, workspace, identity, seen or Seen())
+    return KINDS[source.kind].records(source, workspace, identity, seen or SourceCounts())
 
 
 def download_folder(workspace: Workspace) -> Path:
-    """Return where downloads are kept until the stage has ended."""
+    """Return the folder that keeps downloads until the stage succeeds."""
     return workspace.work / "fetch"
 
 
-def find_places(paths: list[str], root: Path, splits: Sequence[str] = ()) -> dict[str, Path | Remote]:
-    """Return the files that paths, globs and addresses name, by name, sorted; servers are asked, nothing is fetched.
+def resolve_paths(paths: list[str], root: Path, splits: Sequence[str] = ()) -> dict[str, Path | Remote]:
+    """Return the files that paths, globs and URLs name, by name, sorted; servers are queried, nothing is downloaded.
 
     Raises:
-        ConfigError: One names nothing, what cannot be read, or files of several splits that `splits` does not name.
-        TemporaryError: A server does not answer.
+        ConfigError: One matches nothing, an unreadable file, or files of several splits that `splits` does not name.
+        TemporaryError: A server does not respond.
     """
     found: dict[str, Path | Remote] = dict(find_files([path for path in paths if "://" not in path], root, splits))
     for address in (path for path in paths if "://" in path):
         scheme = address.partition("://")[0]
         if scheme not in ("http", "https", "s3"):
-            raise ConfigError(f"sources: '{scheme}://…' is no address that is fetched; known are https:// and s3://")
+            raise ConfigError(f"sources: '{scheme}://…' is not supported; expected https:// or s3://")
         remotes = objects.look_up(address) if scheme == "s3" else [web.look_up(address)]
         check_splits(address, [remote.name.partition("?")[0] for remote in remotes], splits)
         for remote in remotes:
@@ -252,20 +258,20 @@ def find_places(paths: list[str], root: Path, splits: Sequence[str] = ()) -> dic
 
 
 def download_matching(source: HuggingfaceSource, commit: str) -> dict[str, Path]:
-    """Return a commit's matching files by the name they have in the repository, sorted; in the Hub's own cache.
+    """Download a commit's matching files into the Hub's cache; return them by their names in the repository, sorted.
 
     Raises:
-        ConfigError: A pattern matches nothing, files of several splits or of no known format, or the Hub does not show
-            the repository.
-        TemporaryError: The Hub does not answer.
+        ConfigError: A pattern matches nothing, files of several splits or of no supported format, or the Hub denies
+            access to the repository.
+        TemporaryError: The Hub does not respond.
     """
     there = hub.list_files(source.repo, commit, kind="dataset")
     matched = match_names(source.files, there)
     if lost := [pattern for pattern in source.files if not matched[pattern]]:
-        whose = "in the cache (HF_HUB_OFFLINE is set)" if hub.is_offline() else "there"
+        place = "in the cache (HF_HUB_OFFLINE is set)" if hub.is_offline() else "in the repository"
         more = f" and {len(there) - _SHOWN:,} more" if len(there) > _SHOWN else ""
         raise ConfigError(
-            f"sources: {source.repo} at {commit[:12]}: '{lost[0]}' matches none of the {len(there):,} files {whose}: "
+            f"sources: {source.repo} at {commit[:12]}: '{lost[0]}' matches none of the {len(there):,} files {place}: "
             f"{', '.join(there[:_SHOWN]) or 'none'}{more}; correct `files`"
         )
     for pattern in source.files:
@@ -277,12 +283,14 @@ def download_matching(source: HuggingfaceSource, commit: str) -> dict[str, Path]
     return {name: folder / name for name in names}
 
 
-def bounded_name(counts: Counter[str], name: str) -> str:
-    """Return under which name something is counted: a file may hold any number of names."""
-    return name if name in counts or len(counts) < _MOST_NAMES else _OTHER
+def limit_names(counts: Counter[str], name: str) -> str:
+    """Return the name to count under: `others` once there are too many distinct names."""
+    return name if name in counts or len(counts) < _MAX_NAMES else _OTHER
 
 
-def _iterate_files(files: Mapping[str, Path], source: RowsSource, seen: Seen) -> Iterator[Record | Refused]:
+def _iterate_files(
+    files: Mapping[str, Path], source: RowsSource, seen: SourceCounts
+) -> Iterator[Record | RefusedRecord]:
     required = required_columns(source.rows, source.columns)
     for name, path in files.items():
         for where, value in iterate_objects(path, required):
@@ -294,10 +302,10 @@ def _iterate_files(files: Mapping[str, Path], source: RowsSource, seen: Seen) ->
                 unused = find_unused(value, source.rows, source.columns)
                 check_ignored(unused, source.ignored_keys)
             except UnreadableError as error:
-                yield Refused(where.replace(str(path), name, 1), str(error))
+                yield RefusedRecord(where.replace(str(path), name, 1), str(error))
             else:
                 for key in unused:
-                    seen.ignored[bounded_name(seen.ignored, key)] += 1
+                    seen.ignored[limit_names(seen.ignored, key)] += 1
                 yield record
 
 

@@ -1,4 +1,4 @@
-"""Stage fetch: sources to parquet, pinned by an identity, every record counted."""
+"""Stage fetch: write the records of each source, pinned by its identity, as parquet, and count every record."""
 
 import shutil
 from collections import Counter
@@ -9,7 +9,14 @@ from ropeway.data.raw_records import RawSource, RawWriter
 from ropeway.runtime.errors import DataError, full_disk_explained
 from ropeway.runtime.manifest import whole_folder, write_manifest
 from ropeway.runtime.workspace import Workspace
-from ropeway.stages.fetch.sources import Refused, Seen, bounded_name, download_folder, kind_of, open_source
+from ropeway.stages.fetch.sources import (
+    RefusedRecord,
+    SourceCounts,
+    download_folder,
+    limit_names,
+    open_source,
+    record_kind,
+)
 
 _SHOWN_REFUSALS = 20
 _SHOWN_FILES = 10
@@ -23,10 +30,10 @@ class FetchedFacts(RawSource):
 
 
 def run(workspace: Workspace, profile: FetchParams) -> None:
-    """Write `raw/`: one folder of parquet parts per source, and a manifest of what was read, kept and refused.
+    """Write `raw/`: one folder of parquet parts per source, and a manifest that counts records read, kept and refused.
 
     Raises:
-        ConfigError: A source's kind or files are not there.
+        ConfigError: A source's files do not exist.
         DataError: A file is broken, or more than `max_refused_fraction` of a source's records were refused.
         TemporaryError: The disk is full.
     """
@@ -35,7 +42,7 @@ def run(workspace: Workspace, profile: FetchParams) -> None:
     rows: dict[str, int] = {}
     with full_disk_explained(workspace.raw), whole_folder(workspace.raw) as folder:
         for name, source in profile.sources.items():
-            with RawWriter(folder / name, kind_of(source)) as writer:
+            with RawWriter(folder / name, record_kind(source)) as writer:
                 facts = _write(source, workspace, identities[name], writer)
             _check_refused(name, facts, profile.max_refused_fraction)
             sources[name] = facts
@@ -51,12 +58,13 @@ def _check_refused(name: str, facts: FetchedFacts, limit: float) -> None:
         first = facts["first_refused"][0]
         raise DataError(
             f"source {name}: {refused:,} of {facts['read']:,} records refused ({facts['refused']}), more than "
-            f"max_refused_fraction {limit:g} allows; the first: {first['where']}: {first['reason']}"
+            f"max_refused_fraction {limit:g} allows; the first: {first['where']}: {first['reason']}. Correct the "
+            "records, `rows` or `columns`, or raise max_refused_fraction"
         )
 
 
 def describe(name: str, facts: FetchedFacts) -> list[str]:
-    """Return what was read of a source, kept and refused, for the log.
+    """Return the log lines of one source: records read, kept and refused.
 
     >>> describe("talks", {"kind": "conversation", "read": 9, "kept": 9, "refused": {}, "ignored_keys": {"meta": 4}})
     ['talks: 9 records read, 9 conversations kept, 0 refused', 'talks: ignored keys: meta in 4 records']
@@ -77,17 +85,17 @@ def describe(name: str, facts: FetchedFacts) -> list[str]:
 
 
 def _write(source: Source, workspace: Workspace, identity: dict[str, object], writer: RawWriter) -> FetchedFacts:
-    """Write one source's records; return its facts."""
-    seen, reasons = Seen(), Counter[str]()
+    """Write one source's records; return its manifest entry."""
+    seen, reasons = SourceCounts(), Counter[str]()
     shown: list[dict[str, str]] = []
     for record in open_source(source, workspace, identity, seen):
-        if isinstance(record, Refused):
-            reasons[bounded_name(reasons, record.reason)] += 1
+        if isinstance(record, RefusedRecord):
+            reasons[limit_names(reasons, record.reason)] += 1
             shown += [{"where": record.where, "reason": record.reason}] * (len(shown) < _SHOWN_REFUSALS)
         else:
             writer.add(record)
     return {
-        "kind": kind_of(source),
+        "kind": record_kind(source),
         "read": writer.records + reasons.total(),
         "kept": writer.records,
         "refused": dict(sorted(reasons.items())),

@@ -1,4 +1,4 @@
-"""Files behind https:// (http:// on loopback): asked by HEAD, read with Range; redirects never leave https."""
+"""Look up https:// files (http:// on loopback only) with HEAD and read them with Range; redirects must stay https."""
 
 import http.client
 import ssl
@@ -14,28 +14,28 @@ from ropeway.runtime.errors import ConfigError, TemporaryError
 from ropeway.stages.fetch.remote import Readable, Remote
 from ropeway.storage.s3_client import is_loopback
 
-_TIMEOUT_SECONDS = 20  # of silence
-_GET_INSTEAD = {*range(400, 500), 501} - {408, 425, 429}
-_LATER = {408, 425, 429}
+_TIMEOUT_SECONDS = 20  # without a byte from the server
+_HEAD_REFUSED = {*range(400, 500), 501} - {408, 425, 429}
+_RETRYABLE = {408, 425, 429}
 
 
 def look_up(address: str) -> Remote:
-    """Return what is behind an address now.
+    """Return the current version of the file at a URL.
 
     Raises:
-        ConfigError: The address is not plain https, is not there, or its server tells no version of it.
-        TemporaryError: The server does not answer.
+        ConfigError: The URL is not https, does not exist, or its server states no version of the file.
+        TemporaryError: The server does not respond.
     """
-    _check(address)
+    _check_address(address)
     name = shown(address)
-    headers, part = _ask(address)
+    headers, part = _request_headers(address)
     version = _version(headers)
     if not version:
         raise ConfigError(
-            f"sources: {name}: its server sends neither ETag nor Last-Modified, so new data could not be noticed; "
+            f"sources: {name}: the server sends neither ETag nor Last-Modified, so new data would go undetected; "
             "download it and name the file in `paths`"
         )
-    whole = headers.get("Content-Range", "").partition("/")[2]  # of an answer to a ranged request
+    whole = headers.get("Content-Range", "").partition("/")[2]  # of the response to a Range request
     length = whole or ("" if part else headers.get("Content-Length", ""))
     size_bytes = int(length) if length.isdigit() else None
 
@@ -44,85 +44,89 @@ def look_up(address: str) -> Remote:
         validator = version.get("etag", version.get("modified", ""))
         resumable = start and not validator.startswith("W/")  # RFC 9110: If-Range takes strong validators only
         asked = {"Range": f"bytes={start}-", "If-Range": validator} if resumable else {}
-        with _open(address, "GET", asked) as answer:
-            if _version(answer.headers) != version:
-                raise TemporaryError(f"sources: {name} changed while it was being fetched; run it again")
-            goes_on = answer.headers.get("Content-Range", "").startswith(f"bytes {start}-")
-            begin = start if answer.status == http.client.PARTIAL_CONTENT and goes_on else 0
-            yield _Whole(answer, name, None if size_bytes is None else size_bytes - begin), begin
+        with _open_response(address, "GET", asked) as response:
+            if _version(response.headers) != version:
+                raise TemporaryError(f"sources: {name} changed during the download; run the same command again")
+            resumed = response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
+            begin = start if response.status == http.client.PARTIAL_CONTENT and resumed else 0
+            yield _CheckedBody(response, name, None if size_bytes is None else size_bytes - begin), begin
 
     return Remote(name, {**version, "bytes": size_bytes}, size_bytes, open_from)
 
 
-class _Whole:
-    """An answer's body that ends with an error where it ends before its announced length."""
+class _CheckedBody:
+    """A response body that raises an error if it ends before its announced length."""
 
-    def __init__(self, answer: http.client.HTTPResponse, name: str, expected: int | None) -> None:
-        """Compare what is announced now with what was announced before.
+    def __init__(self, response: http.client.HTTPResponse, name: str, expected: int | None) -> None:
+        """Compare the announced length with the expected one.
 
         Raises:
-            ConfigError: The server announces no end, so a cut answer would look whole.
-            TemporaryError: It announces another length than before.
+            ConfigError: The server announces no length, so a truncated response would look complete.
+            TemporaryError: The announced length differs from the expected one.
         """
-        self._answer, self._name, self._expected = answer, name, expected
-        announced = answer.length
-        if announced is None and not answer.chunked and expected is None:
+        self._response, self._name, self._expected = response, name, expected
+        announced = response.length
+        if announced is None and not response.chunked and expected is None:
             raise ConfigError(
-                f"sources: {name}: its server states no length, so a cut download would be taken for whole; "
+                f"sources: {name}: the server states no length, so a truncated download would look complete; "
                 "download it and name the file in `paths`"
             )
         if None not in (announced, expected) and announced != expected:
             raise TemporaryError(
-                f"sources: {name}: its server announced {expected:,} bytes and now {announced:,}; run it again"
+                f"sources: {name}: the server announced {expected:,} bytes first and {announced:,} bytes now; run the "
+                "same command again"
             )
 
     def read(self, size: int) -> bytes:
-        """Return the next bytes, none at the end.
+        """Return the next bytes; empty at the end.
 
         Raises:
             TemporaryError: The connection ended before the announced length.
         """
-        block = self._answer.read(size)
-        if not block and self._answer.length and self._expected is None:  # else `download` says it, with both sizes
+        block = self._response.read(size)
+        if (
+            not block and self._response.length and self._expected is None
+        ):  # otherwise `download` raises, with both sizes
             raise TemporaryError(
-                f"sources: {self._name}: the connection ended {self._answer.length:,} bytes too early. Run it again"
+                f"sources: {self._name}: the connection ended {self._response.length:,} bytes too early. Run the "
+                "same command again"
             )
         return block
 
 
-def _ask(address: str) -> tuple[http.client.HTTPMessage, bool]:
-    """Return the headers of an address, and whether they are of a part: by HEAD; where that is refused, GET of a byte.
+def _request_headers(address: str) -> tuple[http.client.HTTPMessage, bool]:
+    """Return a URL's headers by HEAD, or by GET of one byte if HEAD is refused; and whether they are of a part.
 
-    An address that was signed for GET alone answers HEAD with 403 (Amazon S3), other servers with 400, 404, 405 or 501.
+    A URL that is signed for GET only refuses HEAD with 403 (Amazon S3); other servers with 400, 404, 405 or 501.
     """
     try:
-        with _open(address, "HEAD", {}) as answer:
-            return answer.headers, False
-    except _NoHeadError:
-        with _open(address, "GET", {"Range": "bytes=0-0"}) as answer:
-            return answer.headers, answer.status == http.client.PARTIAL_CONTENT
+        with _open_response(address, "HEAD", {}) as response:
+            return response.headers, False
+    except _HeadRefusedError:
+        with _open_response(address, "GET", {"Range": "bytes=0-0"}) as response:
+            return response.headers, response.status == http.client.PARTIAL_CONTENT
 
 
-def _check(address: str) -> SplitResult:
+def _check_address(address: str) -> SplitResult:
     parts = urlsplit(address)
     if parts.username or parts.password or "@" in parts.netloc:
         raise ConfigError(
-            f"sources: {parts.scheme}://…@{parts.hostname}: a name or password does not belong into params.yaml; use "
-            "s3:// or the Hub, whose keys come from the environment, or copy the file below the workspace"
+            f"sources: {parts.scheme}://…@{parts.hostname}: a user name or password must not be in params.yaml; use "
+            "s3:// or the Hub, which read keys from the environment, or copy the file into the workspace"
         )
     if not parts.hostname or parts.scheme not in ("http", "https"):
         raise ConfigError(f"sources: {shown(address)}: expected https://host/path")
     if parts.scheme == "http" and not is_loopback(parts.hostname):
-        raise ConfigError(f"sources: {shown(address)}: http can be changed on the way; use https")
+        raise ConfigError(f"sources: {shown(address)}: http is not authenticated; use https")
     return parts
 
 
-class _NoHeadError(Exception):
-    """The server answers GET only."""
+class _HeadRefusedError(Exception):
+    """The server refuses HEAD."""
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """As urllib's, but a HEAD stays one (Python before 3.13 makes it a GET), and http is never gone down to."""
+    """urllib's handler, except that HEAD stays HEAD (Python before 3.13 makes it GET) and https never becomes http."""
 
     def redirect_request(
         self,
@@ -133,10 +137,10 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         headers: http.client.HTTPMessage,
         newurl: str,
     ) -> urllib.request.Request | None:
-        """Return the request to make instead, or None for urllib's error."""
-        new, old = _check(newurl), urlsplit(req.full_url)
+        """Return the redirected request, or None to let urllib raise its error."""
+        new, old = _check_address(newurl), urlsplit(req.full_url)
         if new.scheme == "http" and old.scheme == "https":
-            raise ConfigError(f"sources: {shown(req.full_url)} leads to http, which can be changed on the way")
+            raise ConfigError(f"sources: {shown(req.full_url)} redirects to http, which is not authenticated")
         request = super().redirect_request(req, fp, code, msg, headers, newurl)
         if request is not None:
             request.method = req.get_method()
@@ -144,8 +148,8 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 
 @contextmanager
-def _open(address: str, method: str, headers: dict[str, str]) -> Iterator[http.client.HTTPResponse]:
-    """Yield the answer; translate what goes wrong, also while it is read, into decisions."""
+def _open_response(address: str, method: str, headers: dict[str, str]) -> Iterator[http.client.HTTPResponse]:
+    """Yield the response; translate errors, also those while it is read, into ConfigError or TemporaryError."""
     name = shown(address)
     handlers: list[urllib.request.BaseHandler] = [_Redirects()]
     if is_loopback(urlsplit(address).hostname or ""):
@@ -153,34 +157,36 @@ def _open(address: str, method: str, headers: dict[str, str]) -> Iterator[http.c
     wanted = {"Accept-Encoding": "identity", "User-Agent": "ropeway", **headers}
     request = urllib.request.Request(address, method=method, headers=wanted)  # noqa: S310 - the scheme was checked
     try:
-        with urllib.request.build_opener(*handlers).open(request, timeout=_TIMEOUT_SECONDS) as answer:
-            if (coding := answer.headers.get("Content-Encoding", "identity")) not in ("identity", "") and not (
+        with urllib.request.build_opener(*handlers).open(request, timeout=_TIMEOUT_SECONDS) as response:
+            if (coding := response.headers.get("Content-Encoding", "identity")) not in ("identity", "") and not (
                 coding in ("gzip", "x-gzip") and name.partition("?")[0].endswith(".gz")
             ):
-                raise ConfigError(f"sources: {name}: its server sends it as {coding} unasked; download it and name it")
-            yield answer
+                raise ConfigError(
+                    f"sources: {name}: the server sends Content-Encoding {coding}, expected identity; download the "
+                    "file yourself and name it"
+                )
+            yield response
     except urllib.error.HTTPError as error:
         error.close()
-        if method == "HEAD" and error.code in _GET_INSTEAD:
-            raise _NoHeadError from None
-        if error.code in _LATER or error.code >= http.client.INTERNAL_SERVER_ERROR:
-            raise TemporaryError(f"sources: {name}: its server answers {error.code}; try again later") from None
+        if method == "HEAD" and error.code in _HEAD_REFUSED:
+            raise _HeadRefusedError from None
+        if error.code in _RETRYABLE or error.code >= http.client.INTERNAL_SERVER_ERROR:
+            raise TemporaryError(f"sources: {name}: the server responded {error.code}; try again later") from None
         raise ConfigError(
-            f"sources: {name}: its server answers {error.code}; correct `paths`, or, where a login is wanted, download "
-            "it yourself and name the file"
+            f"sources: {name}: the server responded {error.code}; correct `paths`, or, if the URL needs a login, "
+            "download the file yourself and name it"
         ) from None
     except urllib.error.URLError as error:
         if isinstance(error.reason, ssl.SSLCertVerificationError):
-            text = (
-                f"its certificate is not trusted ({error.reason.verify_message}); SSL_CERT_FILE names another authority"
-            )
+            text = f"its certificate is not trusted ({error.reason.verify_message}); set SSL_CERT_FILE to its CA file"
             raise ConfigError(f"sources: {name}: {text}") from None
         raise TemporaryError(
-            f"sources: {name}: cannot be reached ({type(error.reason).__name__}); try again where there is a network"
+            f"sources: {name}: cannot be reached ({type(error.reason).__name__}); check the network and try again"
         ) from None
     except (http.client.HTTPException, TimeoutError, ConnectionError, ssl.SSLError) as error:
         raise TemporaryError(
-            f"sources: {name}: the connection ended early ({type(error).__name__}). Run it again: it goes on from there"
+            f"sources: {name}: the connection ended early ({type(error).__name__}). Run the same command again; the "
+            "download resumes there"
         ) from None
 
 

@@ -1,1 +1,1 @@
-"""Stage prepare: token shards, split, ledger."""
+"""Stage prepare: dedup, split, decontamination and the ledger."""

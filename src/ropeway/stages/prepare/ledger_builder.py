@@ -1,7 +1,7 @@
-"""Fills the ledger from what was written, through the same plan and the same loss masks that training uses.
+"""Build the ledger from the written shards, with the epoch plan and the loss masks that training uses.
 
-Counted over columns of numbers, not batch by batch: collating every row to count it took a sixth of prepare's time. A
-test holds the two against each other.
+Counts are computed on arrays, not batch by batch: collating every row took a sixth of prepare's time. A test compares
+both ways.
 """
 
 from dataclasses import dataclass, fields
@@ -25,9 +25,9 @@ def build_ledger(
     findings: dict[str, Findings],
     profile: PrepareParams,
 ) -> Ledger:
-    """Return the ledger of these shards: every row of every epoch of the run is counted, as it will be read."""
+    """Return the ledger of these shards; it counts every row of every epoch as training will read it."""
     plans = [plan_epoch(shards, profile, epoch=epoch) for epoch in range(profile.num_train_epochs)]
-    walked = [_walk(plan) for plan in plans]
+    counted = [_count_epoch(plan) for plan in plans]
     sources = tuple(
         SourceLedger(
             name=source.name,
@@ -36,7 +36,7 @@ def build_ledger(
             sequences=_count_parts(source, splits[source.name], of_tokens=False),
             tokens=_count_parts(source, splits[source.name], of_tokens=True),
             findings=findings[source.name],
-            epochs=tuple(epoch[number] for epoch in walked),
+            epochs=tuple(epoch[number] for epoch in counted),
         )
         for number, source in enumerate(shards.sources)
     )
@@ -51,18 +51,18 @@ def _count_parts(source: SourceShards, split: Split, *, of_tokens: bool) -> Spli
     return SplitTotals(int(weights.sum()), *(int(weights[part].sum()) for part in parts))
 
 
-def _walk(plan: EpochPlan) -> list[SourceEpoch]:
-    """Return one epoch's account per source."""
+def _count_epoch(plan: EpochPlan) -> list[SourceEpoch]:
+    """Return the counts of one epoch, by source."""
     owners, sequences = plan.drawn_sequences()
-    pieces = _lay_out(plan, owners, sequences)
+    pieces = _list_pieces(plan, owners, sequences)
     tokens = pieces.end - pieces.begin
     widths = np.bincount(pieces.row, weights=tokens, minlength=plan.rows).astype(np.int64)
-    padding = -widths % PAD_MULTIPLE  # each row by itself; its first sequence's source answers for it
+    padding = -widths % PAD_MULTIPLE  # each row padded separately; counted for the source of its first sequence
     first = np.searchsorted(pieces.row, np.arange(plan.rows))
     accounts = []
     for number, source in enumerate(plan.shards.sources):
         drawn, own = sequences[owners == number], pieces.source == number
-        counts = _count_lost(source, pieces.of(own), plan)
+        counts = _count_lost_tokens(source, pieces.select(own), plan)
         row_tokens, padded = int(tokens[own].sum()), int(padding[pieces.source[first] == number].sum())
         accounts.append(
             SourceEpoch(
@@ -74,15 +74,15 @@ def _walk(plan: EpochPlan) -> list[SourceEpoch]:
                 cells=row_tokens + padded,
                 padding=padded,
                 row_tokens=row_tokens,
-                supervised=_count_supervised(source, pieces.of(own), plan.profile),
+                supervised=_count_supervised(source, pieces.select(own), plan.profile),
             )
         )
     return accounts
 
 
 @dataclass(frozen=True, slots=True)
-class Pieces:
-    """P pieces in the order of the rows, each column `(P,)`; see `ropeway.data.batches.Piece`."""
+class PieceColumns:
+    """P pieces in the order of the rows; each column is `(P,)`, see `ropeway.data.batches.Piece`."""
 
     row: NDArray[np.int64]
     source: NDArray[np.int64]
@@ -90,16 +90,16 @@ class Pieces:
     begin: NDArray[np.int64]
     end: NDArray[np.int64]
 
-    def of(self, chosen: NDArray[np.bool_]) -> "Pieces":
-        """Return these pieces only."""
-        return Pieces(*(getattr(self, field.name)[chosen] for field in fields(self)))
+    def select(self, chosen: NDArray[np.bool_]) -> "PieceColumns":
+        """Return the chosen pieces."""
+        return PieceColumns(*(getattr(self, field.name)[chosen] for field in fields(self)))
 
 
-def _lay_out(plan: EpochPlan, owners: NDArray[np.int64], sequences: NDArray[np.int64]) -> Pieces:
-    """Return the pieces of every row; only over-long conversations, which draw a window, are asked of the plan."""
+def _list_pieces(plan: EpochPlan, owners: NDArray[np.int64], sequences: NDArray[np.int64]) -> PieceColumns:
+    """Return the pieces of every row; `plan.row` is called for over-long conversations only, which are windowed."""
     if plan.packed is not None:
         rows = ((n, p.source, p.sequence, p.begin, p.end) for n, row in enumerate(plan.packed) for p in row)
-        return Pieces(*np.fromiter(chain.from_iterable(rows), dtype=np.int64).reshape(-1, 5).T)
+        return PieceColumns(*np.fromiter(chain.from_iterable(rows), dtype=np.int64).reshape(-1, 5).T)
     lengths = np.empty(len(sequences), dtype=np.int64)
     is_document = np.empty(len(sequences), dtype=np.bool_)
     for number, source in enumerate(plan.shards.sources):
@@ -109,14 +109,14 @@ def _lay_out(plan: EpochPlan, owners: NDArray[np.int64], sequences: NDArray[np.i
     for index in np.flatnonzero((lengths > plan.profile.max_length) & ~is_document).tolist():
         (piece,) = plan.row(index)
         begin[index], end[index] = piece.begin, piece.end
-    return Pieces(np.arange(len(lengths)), owners, sequences, begin, end)
+    return PieceColumns(np.arange(len(lengths)), owners, sequences, begin, end)
 
 
-def _count_supervised(source: SourceShards, pieces: Pieces, profile: RowParams) -> int:
-    """Return how many of these pieces' tokens count in the loss, in time and memory of a shard, however they are cut.
+def _count_supervised(source: SourceShards, pieces: PieceColumns, profile: RowParams) -> int:
+    """Return the number of supervised tokens of these pieces, one shard at a time.
 
-    Whether a token counts follows from its kind and the next one's, so the masks of whole sequences are right in a
-    piece as well; but its last token counts, or not, by its kind alone.
+    Whether a token is supervised depends on its kind and the next token's kind, so the loss mask of the complete
+    sequence also holds inside a piece, except at the piece's last token, where its kind alone decides.
     """
     last_counts = np.array([loss_mask(np.array([kind], dtype=np.uint8), profile)[0] for kind in Kind])
     order = np.argsort(pieces.sequence, kind="stable")
@@ -137,8 +137,8 @@ def _count_supervised(source: SourceShards, pieces: Pieces, profile: RowParams) 
     return total
 
 
-def _count_lost(source: SourceShards, pieces: Pieces, plan: EpochPlan) -> dict[str, int]:
-    """Return the tokens around pieces that nobody reads; a document that packing splits is read whole."""
+def _count_lost_tokens(source: SourceShards, pieces: PieceColumns, plan: EpochPlan) -> dict[str, int]:
+    """Return the counts of tokens that are not read, before or after a piece; packing reads all of a document."""
     lost = source.lengths[pieces.sequence] - (pieces.end - pieces.begin)
     if source.is_document and plan.packed is not None:
         lost = np.zeros_like(lost)

@@ -1,4 +1,4 @@
-"""Which sequences of a source train, which validate, which rest: pure functions over numbers."""
+"""Split the sequences of a source into training, validation and unused; pure functions over arrays."""
 
 from dataclasses import dataclass, field, replace
 
@@ -11,20 +11,20 @@ from ropeway.data.mixture import draw_validation, split_positions
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Sequence numbers of one source; each sequence is in one part (validation drawn with replacement repeats its own).
+    """Sequence numbers of one source by part. Each sequence is in one part; with replacement, validation repeats some.
 
     Attributes:
-        contaminated: Taken out of the training part.
+        contaminated: Removed from the training part.
     """
 
     train: NDArray[np.int64]  # `(n,)`
     validation: NDArray[np.int64]  # `(v,)`
-    unused: NDArray[np.int64]  # what validation's limit leaves over
+    unused: NDArray[np.int64]  # validation sequences beyond `max_val_set`
     duplicate: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))  # removed before the split
     contaminated: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
 
     def without_contaminated(self, hit: NDArray[np.bool_]) -> "Split":
-        """Return the split with its training part in the same order, less those for which `hit` `(N,)` is True."""
+        """Return the split without the training sequences for which `hit`, `(N,)`, is True; the order is kept."""
         gone = hit[self.train]
         return replace(self, train=self.train[~gone], contaminated=np.sort(self.train[gone]))
 
@@ -43,14 +43,14 @@ def plan_split(
     Args:
         records: `(N,)` number of the record that each sequence comes from, ascending.
         keys: `(N,)` hash of each sequence, or of its record when `split_by` is `document`.
-        profile: `split`, `split_by`, `val_split` and `validation_with_replacement` are read.
-        max_val_set: Sequences that validate; the rest of the validation part is unused.
-        generator: Shared over the sources in their order, as in the original.
-        removed: `(N,)` True for sequences of whole records; the split is as if they had never been there.
+        profile: The params; `split`, `split_by`, `val_split` and `validation_with_replacement` are read.
+        max_val_set: Maximum number of validation sequences; the rest of the validation part is unused.
+        generator: Shared by all sources in order, as in the original.
+        removed: `(N,)` True for the sequences of records removed by dedup; they do not influence the split.
     """
     removed = np.zeros(len(records), np.bool_) if removed is None else removed
     stay, gone = np.flatnonzero(~removed), records[removed]
-    gone = gone[np.diff(gone, prepend=-1) > 0]  # ascending: each once
+    gone = gone[np.diff(gone, prepend=-1) > 0]  # records are ascending: keep each once
     records, keys = records[stay] - np.searchsorted(gone, records[stay]), keys[stay]
     units = records if profile.split_by == "document" else np.arange(len(records))
     if profile.split == "by_hash":
@@ -58,10 +58,10 @@ def plan_split(
         train, part = np.flatnonzero(~chosen), np.flatnonzero(chosen)
     else:
         count = int(units[-1]) + 1 if len(units) else 0
-        train, part = (expand(order, units) for order in split_positions(count, profile.val_split))
+        train, part = (sequences_of(order, units) for order in split_positions(count, profile.val_split))
     replace = profile.validation_with_replacement
     if profile.split == "by_hash" and not replace:
-        # The lowest hashes: a new record takes the place of one at most, where a draw would change them all.
+        # Take the lowest hashes: a new record replaces at most one of them, a random draw would change them all.
         validation = np.sort(part[np.argsort(keys[part], kind="stable")][:max_val_set])
     else:
         validation = part[draw_validation(len(part), max_val_set, generator=generator, replace=replace)]
@@ -69,14 +69,14 @@ def plan_split(
     return Split(stay[train], stay[validation], stay[unused], duplicate=np.flatnonzero(removed))
 
 
-def expand(order: NDArray[np.int64], units: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the sequences of these units, unit by unit.
+def sequences_of(order: NDArray[np.int64], units: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the sequences of these units (records or single sequences), unit by unit.
 
-    >>> expand(np.array([2, 0]), np.array([0, 0, 2, 2, 2])).tolist()
+    >>> sequences_of(np.array([2, 0]), np.array([0, 0, 2, 2, 2])).tolist()
     [2, 3, 4, 0, 1]
     """
     begins, ends = (np.searchsorted(units, order, side=side) for side in ("left", "right"))
     counts = ends - begins
-    before = np.cumsum(counts) - counts  # sequences of the units in front
+    before = np.cumsum(counts) - counts  # sequences of the preceding units
     sequences: NDArray[np.int64] = np.repeat(begins - before, counts) + np.arange(int(counts.sum()))
     return sequences

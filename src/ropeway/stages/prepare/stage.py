@@ -1,4 +1,4 @@
-"""Stage prepare: tokens to the data of a run: what repeats, the split, the ledger. It tokenizes nothing."""
+"""Stage prepare: dedup, split and decontaminate the tokens, and write the ledger. It does not tokenize."""
 
 import shutil
 from collections import Counter
@@ -22,7 +22,7 @@ from ropeway.stages.prepare.ledger_builder import build_ledger
 from ropeway.stages.prepare.split import Split
 from ropeway.stages.prepare.split_sources import split_sources
 
-_WHAT_HAPPENS = {
+_HANDLING = {
     "parse": "it is parsed as the token",
     "escape": "it is encoded as ordinary text",
     "reject": "these records are refused",
@@ -33,13 +33,13 @@ def run(workspace: Workspace, profile: PrepareParams) -> None:
     """Write `data/` (shards, manifest) and `ledger.json`.
 
     Raises:
-        ConfigError: Params name prompts that are not readable.
-        DataError: Tokens are not what their manifest says or were made by other params, too many records are refused,
-            a source teaches nothing, or the ledger does not come out even.
+        ConfigError: A file in `contamination.prompts` cannot be parsed.
+        DataError: The tokens changed or were made with other params, a manifest is incomplete, too many records were
+            refused, a source has no supervised tokens, or the sums of the ledger differ.
         TemporaryError: The disk is full.
     """
     names = [name for name, _ in profile.mixture]
-    raw = load_raw_manifest(workspace.raw, verify=False)  # read for its counts
+    raw = load_raw_manifest(workspace.raw, verify=False)  # only its counts are read
     check_sources(workspace.raw, raw, names)
     found, tokens = open_tokenized(workspace.tokens)
     _check_params(workspace, profile, tokens["params"])
@@ -58,7 +58,7 @@ def run(workspace: Workspace, profile: PrepareParams) -> None:
                 for name, source in sources.items():
                     write_source(folder / name, source, parts[name].split)
                 write_manifest(folder, _describe_data(tokens, sources.values()))
-                shards = open_shards(folder, verify=False)  # hashed a moment ago
+                shards = open_shards(folder, verify=False)  # write_manifest has just hashed it
                 check_readback(shards, {name: source.facts["ends"] for name, source in sources.items()})
                 ledger = build_ledger(
                     shards,
@@ -76,17 +76,17 @@ def run(workspace: Workspace, profile: PrepareParams) -> None:
 
 
 def _check_params(workspace: Workspace, profile: PrepareParams, made: Mapping[str, object]) -> None:
-    """Raise DataError when tokens are of other sources, or lack what this profile compares records by."""
+    """Raise DataError if the tokens were made with other values of the params that tokenize and prepare share."""
     wanted = values_shared_with_prepare(profile)
     if differ := [key for key, value in wanted.items() if made.get(key) != value]:
         raise DataError(
-            f"{workspace.tokens}: made by other values of {', '.join(differ)} than params.yaml has. Run "
-            "`dvc repro prepare`, which makes them first"
+            f"{workspace.tokens}: made with other values of {', '.join(differ)} than params.yaml has. Run `dvc repro "
+            "prepare`, which runs tokenize first"
         )
 
 
 def _read_prompts(workspace: Workspace, profile: PrepareParams) -> list[str]:
-    """Return the evaluation prompts that training text is compared with, as they were when the digests were taken."""
+    """Return the evaluation prompts that training text is compared with, from the frozen inputs."""
     names = profile.contamination.prompts
     frozen = FrozenInputs.load(workspace.root) if names else None
     return [text for name in names if frozen for text in parse_prompts(frozen.text("contamination", name), name)]
@@ -116,17 +116,17 @@ def _entry(source: TokenizedSource) -> dict[str, object]:
 
 
 def _records(name: str, raw: RawSource, source: TokenizedSource, profile: PrepareParams) -> RecordTotals:
-    """Return the account of a source's records.
+    """Return the record counts of a source for the ledger.
 
     Raises:
-        DataError: Fetch and tokenize together refused more than `max_refused_fraction`.
+        DataError: Fetch and tokenize together refused more than `max_refused_fraction` of its records.
     """
     counts = source.facts["records"]
     refused = Counter(raw["refused"]) + Counter(counts["refused"])
     if sum(refused.values()) > profile.max_refused_fraction * raw["read"]:
         raise DataError(
             f"source {name}: {sum(refused.values()):,} of {raw['read']:,} records refused ({dict(refused)}), more than "
-            f"max_refused_fraction {profile.max_refused_fraction:g} allows"
+            f"max_refused_fraction {profile.max_refused_fraction:g} allows; correct the records or raise it"
         )
     return RecordTotals(
         read=raw["read"],
@@ -142,7 +142,7 @@ def _records(name: str, raw: RawSource, source: TokenizedSource, profile: Prepar
 
 
 def write_source(folder: Path, source: TokenizedSource, split: Split) -> None:
-    """Put a source's shards, lengths and split into its folder; the shards are second names of those in tokens/."""
+    """Write a source's shards, lengths and split to its folder; shards and lengths are hard links to tokens/."""
     folder.mkdir(parents=True)
     for number in range(len(source.shard_sequences)):
         for part in ("tokens", "kinds"):
@@ -153,10 +153,9 @@ def write_source(folder: Path, source: TokenizedSource, split: Split) -> None:
 
 
 def check_readback(shards: Shards, ends: dict[str, list[list[str]]]) -> None:
-    """Raise DataError unless the reader finds in each shard as many tokens as written, and its ends as they were.
+    """Raise DataError unless each shard has the expected number of tokens, and its first and last sequence read back.
 
-    Fast: two sequences a shard are read, whatever its size. `ends` are digests of those two as they were encoded, by
-    source and shard.
+    Reads two sequences per shard. `ends` are their digests as tokenize encoded them, by source and shard.
     """
     for source in shards.sources:
         _check_sizes(source)
@@ -167,8 +166,8 @@ def check_readback(shards: Shards, ends: dict[str, list[list[str]]]) -> None:
                 if sequence_digest(tokens, kinds) != digest:
                     raise DataError(
                         f"{source.folder}: sequence {number} reads back as {len(tokens)} tokens "
-                        f"{tokens[:8].tolist()}…, which is not what was written; the disk or the format is at fault: "
-                        "run `dvc repro tokenize` again"
+                        f"{tokens[:8].tolist()}…, which differ from what tokenize wrote. Check the disk and run `dvc "
+                        "repro --force tokenize`"
                     )
             first += count
 
@@ -181,14 +180,14 @@ def _check_sizes(source: SourceShards) -> None:
             found = len(np.load(source.folder / f"{part}-{shard:05d}.npy", mmap_mode="r", allow_pickle=False))
             if found != expected:
                 raise DataError(
-                    f"{source.folder}: {part}-{shard:05d}.npy holds {found:,} entries, its {count:,} sequences "
-                    f"{expected:,}; run `dvc repro tokenize` again"
+                    f"{source.folder}: {part}-{shard:05d}.npy has {found:,} entries, expected {expected:,} for its "
+                    f"{count:,} sequences; run `dvc repro --force tokenize`"
                 )
         first += count
 
 
 def describe(ledger: Ledger, profile: PrepareParams, special: str) -> list[str]:
-    """Return the ledger in a few lines for the log; `special` is what became of special tokens in texts."""
+    """Return the log lines of the ledger; `special` is the value of `special_tokens_in_text`."""
     lines = []
     for account in ledger.sources:
         first = account.epochs[0]
@@ -202,8 +201,8 @@ def describe(ledger: Ledger, profile: PrepareParams, special: str) -> list[str]:
         )
         if account.records.with_special_tokens:
             lines.append(
-                f"{account.name}: {account.records.with_special_tokens:,} records hold a special token's string in "
-                f"their text ({account.records.special_token_hits}); {_WHAT_HAPPENS[special]} "
+                f"{account.name}: {account.records.with_special_tokens:,} records have a special token's string in "
+                f"their text ({account.records.special_token_hits}); {_HANDLING[special]} "
                 f"(special_tokens_in_text: {special})"
             )
         if account.records.ignored_keys:
@@ -212,7 +211,7 @@ def describe(ledger: Ledger, profile: PrepareParams, special: str) -> list[str]:
         lines += _describe_findings(account.name, account.findings, profile)
         expected = profile.sources[account.name].expected_rows
         if expected is not None and expected != account.sequences.all:
-            lines.append(f"{account.name}: expected_rows says {expected:,}, found {account.sequences.all:,} sequences")
+            lines.append(f"{account.name}: expected_rows is {expected:,}, found {account.sequences.all:,} sequences")
     lines += [
         f"epoch {epoch.epoch}: {epoch.rows:,} rows = {epoch.steps:,} steps x {epoch.global_batch_size} + "
         f"{epoch.left_over} left over"
@@ -222,7 +221,7 @@ def describe(ledger: Ledger, profile: PrepareParams, special: str) -> list[str]:
 
 
 def _describe_findings(name: str, findings: Findings, profile: PrepareParams) -> list[str]:
-    """Return lines for the log: none where nothing repeats."""
+    """Return the log lines of one source's duplicates and contamination; none if there are none."""
     lines, done = [], {"count": "kept", "remove": "removed"}
     for how, found in (("exact", findings.exact), ("near", findings.near)):
         if found.records:
@@ -233,7 +232,7 @@ def _describe_findings(name: str, findings: Findings, profile: PrepareParams) ->
     found = findings.contaminated
     if found.sequences:
         lines.append(
-            f"{name}: training sequences that share {profile.contamination.ngram} words in a row with validation or a "
+            f"{name}: training sequences that share a {profile.contamination.ngram}-gram of words with validation or a "
             f"prompt: {found.sequences:,} ({found.tokens:,} tokens), {findings.with_prompts:,} of them with a prompt; "
             f"{done[found.action]} (contamination.action: {found.action})"
         )

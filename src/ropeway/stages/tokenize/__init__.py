@@ -1,1 +1,1 @@
-"""Stage tokenize: every sequence to tokens, once; what records are compared by."""
+"""Stage tokenize: tokenize every sequence once, and hash its text for deduplication and decontamination."""

@@ -1,4 +1,4 @@
-"""Records to token sequences: whole, never cut, and for every token who said it."""
+"""Encode records as complete token sequences, with the speaker of every token."""
 
 import re
 from array import array
@@ -21,20 +21,20 @@ from ropeway.data.text_batches import BATCH_CHARACTERS, count_characters, iterat
 from ropeway.models.chat_template import ChatTemplate
 from ropeway.models.conversation import Conversation
 from ropeway.models.tokenizer import token_text
-from ropeway.stages.tokenize.escape import OWN_MARK, Escape
+from ropeway.stages.tokenize.escape import ESCAPE_MARKER, Escape
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """N sequences (a conversation, a document or a chunk of one) one after another, T tokens in all.
+    """N concatenated sequences (conversations, documents or chunks of documents) with T tokens in total.
 
     Attributes:
-        tokens: `(T,)`, BOS in front of each sequence.
+        tokens: `(T,)`, each sequence begins with BOS.
         kinds: `(T,)`, see `ropeway.data.shards.Kind`.
         lengths: `(N,)` tokens of each sequence.
-        records: `(N,)` numbers of the kept records they come from.
-        keys: `(N,)` hashes of their texts, for a split that new records do not move.
-        record_keys: `(N,)` likewise of the whole records.
+        records: `(N,)` number of the kept record that each sequence comes from.
+        keys: `(N,)` hash of each sequence's text, for a split that new records do not change.
+        record_keys: `(N,)` hash of its complete record's text.
     """
 
     tokens: NDArray[np.uint32]
@@ -47,16 +47,16 @@ class Encoded:
 
 @dataclass
 class Encoder:
-    """Tokenizes one source's records and counts what it meets.
+    """Tokenizes one source's records and counts them.
 
     Attributes:
-        special_tokens_in_text: What a special token's string in a text becomes: the token (`parse`, as published),
-            ordinary tokens (`escape`), or a refusal of the record (`reject`).
+        special_tokens_in_text: What happens to a special token's string in a text: it is encoded as the token
+            (`parse`, as published), as ordinary tokens (`escape`), or the record is refused (`reject`).
         kept: Records that were not refused.
         refused: Reason -> records.
-        refused_at: Places of these among the records given, from 0.
-        with_special_tokens: Records in whose text a special token's string stands, kept or refused for it.
-        special_token_hits: Such a string -> how often it stands in texts.
+        refused_at: Positions of the refused records in the input, from 0.
+        with_special_tokens: Records with a special token's string in their text, kept or refused.
+        special_token_hits: Special token's string -> occurrences in texts.
     """
 
     tokenizer: Tokenizer
@@ -72,22 +72,22 @@ class Encoder:
     special_token_hits: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        """Collect the strings that the tokenizer parses as special tokens."""
+        """Compile the pattern of the strings that the tokenizer parses as special tokens."""
         added = sorted(self.tokenizer.get_added_tokens_decoder().values(), key=lambda token: -len(token.content))
         self.end = token_text(self.tokenizer, self.special["eos"])
-        self._parsed = re.compile("|".join(re.escape(token.content) for token in added if token.special))
+        self._special_pattern = re.compile("|".join(re.escape(token.content) for token in added if token.special))
         self._escape = Escape(self.tokenizer, self.template) if self.special_tokens_in_text == "escape" else None
 
-    def fresh(self) -> Self:
-        """Return an encoder that has counted nothing; what takes long to make (a renamed tokenizer) is shared."""
+    def copy_without_counts(self) -> Self:
+        """Return a copy with all counts at 0; the tokenizers, which are slow to build, are shared."""
         other = copy(self)
         other.kept = other.with_special_tokens = other.without_tokens = 0
         other.refused, other.refused_at, other.special_token_hits = Counter(), [], Counter()
         return other
 
     def encode_batches(self, records: Iterable[Record]) -> Iterator[Encoded]:
-        """Yield the sequences of these records, in order, as columns over about a million characters each."""
-        for batch in _batches(self._keep(records)):
+        """Yield the sequences of these records in order, in batches of `BATCH_CHARACTERS` characters."""
+        for batch in _iterate_record_batches(self._filter_records(records)):
             texts = [self._texts(record) for record in batch]
             ids, lengths = array("I"), array("i")
             for encoding in self._tokenize(batch, texts):
@@ -96,13 +96,13 @@ class Encoder:
             tokens, counts = np.array(ids, dtype=np.uint32), np.array(lengths, dtype=np.int32)
             per_record = np.array([len(parts) for parts in texts], dtype=np.int64)
             keys = [[text_key(text) for text in parts] for parts in texts]
-            # A text in one piece is hashed once: it is its own record.
+            # A record with one sequence is hashed once.
             whole = [
                 own[0] if len(own) == 1 else text_key("".join(parts)) for own, parts in zip(keys, texts, strict=True)
             ]
             yield Encoded(
                 tokens=tokens,
-                kinds=self._kinds(tokens, counts, per_record, is_talk=isinstance(batch[0], Conversation)),
+                kinds=self._kinds(tokens, counts, per_record, is_conversation=isinstance(batch[0], Conversation)),
                 lengths=counts,
                 records=np.repeat(np.arange(self.kept, self.kept + len(batch)), per_record),
                 keys=np.array([key for own in keys for key in own], dtype=np.uint64),
@@ -111,19 +111,19 @@ class Encoder:
             self.without_tokens += int((per_record == 0).sum())
             self.kept += len(batch)
 
-    def _keep(self, records: Iterable[Record]) -> Iterator[Record]:
+    def _filter_records(self, records: Iterable[Record]) -> Iterator[Record]:
         for at, record in enumerate(records):
             if isinstance(record, Conversation) and not record.turns:
                 self._refuse("conversation without turns", at)
                 continue
-            hits = [hit for text in iterate_texts(record) for hit in self._parsed.findall(text)]
+            hits = [hit for text in iterate_texts(record) for hit in self._special_pattern.findall(text)]
             if hits:
                 self.with_special_tokens += 1
                 self.special_token_hits.update(hits)
             if hits and self.special_tokens_in_text == "reject":
                 self._refuse("special token in text", at)
-            elif self._escape and any(map(OWN_MARK.search, iterate_texts(record))):
-                self._refuse("text holds escape's own mark (U+FDD0, digits, U+FDD1)", at)
+            elif self._escape and any(map(ESCAPE_MARKER.search, iterate_texts(record))):
+                self._refuse("text contains the escape marker (U+FDD0, digits, U+FDD1)", at)
             else:
                 yield record
 
@@ -132,13 +132,13 @@ class Encoder:
         self.refused_at.append(at)
 
     def _texts(self, record: Record) -> list[str]:
-        """Return what is tokenized, before escaping: the rendered conversation, or a document's chunks."""
+        """Return the texts to tokenize, before escaping: the rendered conversation, or a document's chunks."""
         if isinstance(record, Conversation):
             return [self.template.render(record, end=self.end)]
         return [record[begin:end] for begin, end in plan_chunks(len(record), self.max_chunk_size)]
 
     def _tokenize(self, batch: list[Record], texts: list[list[str]]) -> list[Encoding]:
-        """Return one encoding for each text of each record."""
+        """Return the encoding of each text of each record."""
         if self._escape is None:
             return self.tokenizer.encode_batch_fast(list(chain.from_iterable(texts)))
         escaped: list[str] = []
@@ -147,27 +147,32 @@ class Encoder:
         return self._escape.tokenizer.encode_batch_fast(escaped)
 
     def _kinds(
-        self, tokens: NDArray[np.uint32], lengths: NDArray[np.int32], per_record: NDArray[np.int64], *, is_talk: bool
+        self,
+        tokens: NDArray[np.uint32],
+        lengths: NDArray[np.int32],
+        per_record: NDArray[np.int64],
+        *,
+        is_conversation: bool,
     ) -> NDArray[np.uint8]:
-        if is_talk:
+        if is_conversation:
             return self.template.speakers(tokens, lengths, ids=self.special)
         is_last = np.zeros(len(lengths), dtype=np.bool_)
         is_last[np.cumsum(per_record)[per_record > 0] - 1] = True
         return document_kinds(lengths, is_last=is_last)
 
 
-def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
-    """Yield records of one kind each, about a million characters."""
+def _iterate_record_batches(records: Iterable[Record]) -> Iterator[list[Record]]:
+    """Yield batches of records of one kind with `BATCH_CHARACTERS` characters."""
     for _, alike in groupby(records, key=type):
         yield from iterate_batches(alike, lambda record: count_characters(iterate_texts(record)), BATCH_CHARACTERS)
 
 
 def document_kinds(length: int | NDArray[np.integer], *, is_last: bool | NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """Return `(T,)` kinds of a chunk, or of chunks laid one after another; a document's last token is its end.
+    """Return `(T,)` kinds of a chunk, or of concatenated chunks; a document's last token is its DOCUMENT_END.
 
     Args:
         length: Tokens of the chunk, or `(N,)` of each.
-        is_last: Whether it is its document's last, or `(N,)` of each.
+        is_last: Whether it is the last chunk of its document, or `(N,)` of each.
     """
     lengths, last = np.atleast_1d(length), np.atleast_1d(is_last)
     kinds = np.full(int(lengths.sum()), Kind.DOCUMENT, dtype=np.uint8)
@@ -176,6 +181,6 @@ def document_kinds(length: int | NDArray[np.integer], *, is_last: bool | NDArray
 
 
 def text_key(text: str) -> int:
-    """Return 64 bits of the hash of a text and the split's fixed seed, the same on every machine."""
+    """Return a 64-bit hash of a text, keyed with the split's fixed seed; equal on every machine."""
     seed = SPLIT_SEED.to_bytes(8)
     return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8, key=seed).digest())

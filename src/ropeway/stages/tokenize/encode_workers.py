@@ -1,6 +1,6 @@
-"""Who encodes: this process, worker processes of this machine, or a Dask cluster; the work and its bytes are the same.
+"""Run tokenize jobs in this process, in local worker processes or on a Dask cluster; the output bytes are the same.
 
-Where it runs is environment: `ROPEWAY_TOKENIZE_WORKERS` (default: the cores this process may use), or
+Environment variables choose: `ROPEWAY_TOKENIZE_WORKERS` (default: the cores this process may use), or
 `ROPEWAY_DASK_SCHEDULER`, the address of a cluster (see `ropeway.stages.tokenize.cluster`).
 """
 
@@ -21,68 +21,68 @@ from ropeway.runtime.worker_processes import begin_worker, count_asked, count_co
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
-_OLD_NAME = "ROPEWAY_PREPARE_WORKERS"
-_WORTH_BYTES = 1 << 22  # a second of one core, about as long as a process takes to start
-_LOOK_SECONDS = 2.0  # how often a cluster is asked whether anybody still works
+_RENAMED_VARIABLE = "ROPEWAY_PREPARE_WORKERS"
+_BYTES_PER_WORKER = 1 << 22  # about one second on one core, as long as a process takes to start
+_HEALTH_CHECK_SECONDS = 2.0  # interval of the cluster's health checks
 
 
 @dataclass(frozen=True, slots=True)
-class Workforce:
-    """An executor and how to see that nobody works for it any more.
+class WorkerPool:
+    """An executor and how to detect that its workers are lost.
 
     Attributes:
         name: For the log.
-        died: What `Future.result` raises when a worker is gone for good.
-        check: Raises TemporaryError when the work cannot go on although no future says so.
+        lost_worker_errors: What `Future.result` raises if a worker is lost.
+        check_health: Raises TemporaryError if there are no workers left although no future has failed.
     """
 
     name: str
     executor: Executor
-    died: tuple[type[BaseException], ...]
-    check: Callable[[], None]
+    lost_worker_errors: tuple[type[BaseException], ...]
+    check_health: Callable[[], None]
 
 
 def count_workers(text_bytes: int) -> int:
-    """Return how many processes encode this much text: as many as asked for, else as many as are worth their start.
+    """Return how many processes to use: `ROPEWAY_TOKENIZE_WORKERS`, else one per core and `_BYTES_PER_WORKER` of text.
 
     Raises:
-        ConfigError: `ROPEWAY_TOKENIZE_WORKERS` is not a count, or is set under its old name.
+        ConfigError: `ROPEWAY_TOKENIZE_WORKERS` is not a positive integer, or is set under its old name.
     """
-    if _OLD_NAME in os.environ:
-        raise ConfigError(f"{_OLD_NAME} is set, which nothing reads any more: it is ROPEWAY_TOKENIZE_WORKERS now")
+    if _RENAMED_VARIABLE in os.environ:
+        raise ConfigError(f"{_RENAMED_VARIABLE} is set but no longer read; set ROPEWAY_TOKENIZE_WORKERS instead")
     asked = count_asked("ROPEWAY_TOKENIZE_WORKERS", os.environ)
-    return min(count_cores(), text_bytes // _WORTH_BYTES) if asked is None else asked
+    return min(count_cores(), text_bytes // _BYTES_PER_WORKER) if asked is None else asked
 
 
-def do_with(
-    workforce: Workforce, function: Callable[[Job], Result], jobs: Sequence[Job], *, work: Path
+def iterate_results(
+    pool: WorkerPool, function: Callable[[Job], Result], jobs: Sequence[Job], *, work: Path
 ) -> Generator[Result]:
-    """Yield results as they come.
+    """Yield the results of jobs as they complete.
 
     Args:
-        workforce: Who works.
-        function: A module's own function, so that another process finds it.
+        pool: The workers.
+        function: A module-level function, so that another process can import it.
         jobs: Its arguments.
-        work: Where they leave what they make; said when a worker dies.
+        work: The folder of the results; named if a worker is lost.
 
     Raises:
-        TemporaryError: A worker died, or nobody is left to work.
+        TemporaryError: A worker died, or no workers are left.
     """
-    waiting = {workforce.executor.submit(function, job) for job in jobs}
+    waiting = {pool.executor.submit(function, job) for job in jobs}
     done = 0
     try:
         while waiting:
-            ready, waiting = wait(waiting, timeout=_LOOK_SECONDS, return_when=FIRST_COMPLETED)
+            ready, waiting = wait(waiting, timeout=_HEALTH_CHECK_SECONDS, return_when=FIRST_COMPLETED)
             for future in ready:
                 yield future.result()
                 done += 1
             if waiting:
-                workforce.check()
-    except workforce.died as error:
+                pool.check_health()
+    except pool.lost_worker_errors as error:
         raise TemporaryError(
-            f"tokenize: a worker died ({type(error).__name__}: killed, out of memory, or its machine is gone) after "
-            f"{done} of {len(jobs)} units; whole units are kept in {work}. Run the same command again: it makes only "
-            "those that are missing"
+            f"tokenize: a worker died ({type(error).__name__}: killed, out of memory, or its machine is down) after "
+            f"{done} of {len(jobs)} units; completed units are kept in {work}. Run the same command again to make the "
+            "missing ones"
         ) from None
     finally:
         for future in waiting:
@@ -90,39 +90,41 @@ def do_with(
 
 
 @contextmanager
-def open_pool(workers: int) -> Iterator[Workforce]:
-    """Yield worker processes of this machine; together the tokenizers in them have as many threads as there are cores.
+def open_pool(workers: int) -> Iterator[WorkerPool]:
+    """Yield a pool of local worker processes; their tokenizer threads together use all cores.
 
-    They are spawned, not forked: a forked tokenizer's threads can hang.
+    Workers are spawned, not forked: the threads of a forked tokenizer can deadlock.
     """
     threads = max(1, count_cores() // workers)
     pool = ProcessPoolExecutor(
-        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_begin, initargs=(threads,)
+        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_init_worker, initargs=(threads,)
     )
     try:
-        yield Workforce(f"{workers} processes", pool, (BrokenProcessPool,), lambda: None)
+        yield WorkerPool(f"{workers} processes", pool, (BrokenProcessPool,), lambda: None)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _begin(threads: int) -> None:
-    """In a worker: take one's share of the cores."""
+def _init_worker(threads: int) -> None:
+    """Initialize a worker process; limit its tokenizer threads to its share of the cores."""
     begin_worker()
     os.environ.setdefault("RAYON_NUM_THREADS", str(threads))
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
 
 
-def make(function: Callable[[Job], Result], jobs: Sequence[Job], *, text_bytes: int, work: Path) -> Iterator[Result]:
-    """Yield the results of these jobs in any order, made by whom the environment names.
+def run_jobs(
+    function: Callable[[Job], Result], jobs: Sequence[Job], *, text_bytes: int, work: Path
+) -> Iterator[Result]:
+    """Yield the results of jobs in any order; environment variables choose where the jobs run.
 
     Args:
-        function: A module's own function, so that another process finds it.
+        function: A module-level function, so that another process can import it.
         jobs: Its arguments.
-        text_bytes: How much text they are in all.
-        work: Where they leave what they make.
+        text_bytes: Text of all jobs, in bytes.
+        work: The folder of the results.
 
     Raises:
-        ConfigError: The environment names what is not there.
+        ConfigError: An environment variable has an invalid value, or names a cluster that cannot be used.
         TemporaryError: A worker died.
     """
     if not jobs:
@@ -131,18 +133,18 @@ def make(function: Callable[[Job], Result], jobs: Sequence[Job], *, text_bytes: 
         if address := os.environ.get("ROPEWAY_DASK_SCHEDULER"):
             from ropeway.stages.tokenize.cluster import open_cluster
 
-            force = stack.enter_context(open_cluster(address, work))
-            function = partial(do_in_one_thread, function)
+            pool = stack.enter_context(open_cluster(address, work))
+            function = partial(run_single_threaded, function)
         elif (workers := min(count_workers(text_bytes), len(jobs))) > 1:
-            force = stack.enter_context(open_pool(workers))
+            pool = stack.enter_context(open_pool(workers))
         else:
-            yield from map(function, jobs)  # here; the tokenizer's threads use all cores
+            yield from map(function, jobs)  # in this process; the tokenizer's threads use all cores
             return
-        print(f"tokenize: {len(jobs)} units for {force.name}", flush=True)
-        yield from stack.enter_context(closing(do_with(force, function, jobs, work=work)))
+        print(f"tokenize: {len(jobs)} units to tokenize on {pool.name}", flush=True)
+        yield from stack.enter_context(closing(iterate_results(pool, function, jobs, work=work)))
 
 
-def do_in_one_thread(function: Callable[[Job], Result], job: Job) -> Result:
-    """Return the result, made without the tokenizer's own threads: a Dask worker has as many jobs as it has cores."""
+def run_single_threaded(function: Callable[[Job], Result], job: Job) -> Result:
+    """Return the job's result, computed without tokenizer threads: a Dask worker runs one job per core already."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     return function(job)

@@ -1,4 +1,4 @@
-"""Text that spells a special token stays text: the same tokenizer, its special tokens under names no text has."""
+"""Encode a special token's string in a text as ordinary tokens, by renaming the tokenizer's special tokens."""
 
 import json
 import re
@@ -10,28 +10,29 @@ from ropeway.models.chat_template import ChatTemplate
 from ropeway.models.conversation import Conversation
 from ropeway.runtime.errors import ConfigError
 
-# Noncharacters around the id: Unicode keeps them for a program's own use, so they are in no text meant for exchange.
-OWN_MARK = re.compile("\ufdd0[0-9]+\ufdd1")
+# Noncharacters around the id: Unicode reserves them for internal use, so text meant for interchange has none.
+ESCAPE_MARKER = re.compile("\ufdd0[0-9]+\ufdd1")
 _SLOT = "\x00([0-9]+)\x00"
 
 
 class Escape:
-    """Encodes with the tokenizer's own pipeline; of special tokens, only the template's and BOS come out.
+    """Encodes texts so that the only special tokens in the output are BOS and those of the chat template.
 
-    The renamed tokens keep their ids and flags, so pieces between them are cut and normalized as before (a Llama
-    tokenizer's "▁" after a special token included); their old names are in neither the added tokens nor the
-    vocabulary, so no text can give them. Two other ways fail: encoding pieces by themselves gives each the space that
-    some tokenizers put in front of the first only, and `encode_special_tokens` leaves the vocabulary's entry.
+    The renamed tokens keep their ids and flags, so the text between them is split and normalized as before (including
+    a Llama tokenizer's "▁" after a special token). Their original names are in neither the added tokens nor the
+    vocabulary, so no text can produce them. Two alternatives fail: encoding the texts separately adds to each the
+    leading space that some tokenizers add to the first text only, and `encode_special_tokens` keeps the vocabulary's
+    entry.
 
     Attributes:
-        tokenizer: The renamed copy.
+        tokenizer: The copy with renamed special tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate) -> None:
-        """Make the copy.
+        """Copy the tokenizer and rename its special tokens.
 
         Raises:
-            ConfigError: The copy does not give a special token's id for its new name, or not only for it.
+            ConfigError: In the copy, a special token's id does not come from exactly its new name.
         """
         self._template = template
         state = json.loads(tokenizer.to_str())
@@ -47,15 +48,16 @@ class Escape:
         self._frame = re.compile(f"{_SLOT}|({alternatives})")
 
     def _check_name(self, old: str, new: str, number: int | None) -> None:
-        """Raise ConfigError unless only the new name gives the id; a normalizer may take the marks off its digits."""
+        """Raise ConfigError unless only the new name encodes to the id; a normalizer may strip the noncharacters."""
         own, *others = (self.tokenizer.encode(text, add_special_tokens=False).ids for text in (new, old, new[1:-1]))
         if own != [number] or any(number in ids for ids in others):
             raise ConfigError(
-                f"special_tokens_in_text: escape: this tokenizer cannot tell its {old!r} from text; use reject or parse"
+                f"special_tokens_in_text: escape: this tokenizer cannot distinguish {old!r} from text; "
+                "use reject or parse"
             )
 
     def render(self, conversation: Conversation, *, end: str) -> str:
-        """Return the template's rendering with the template's tokens renamed and the texts as they are."""
+        """Return the rendered conversation with the template's special tokens renamed and the texts unchanged."""
         texts = (*conversation.turns, conversation.system)
         slots = [f"\x00{number}\x00" for number in range(len(texts))]
         frame = self._template.render(

@@ -1,7 +1,7 @@
-"""What records are compared by: a hash for exact duplicates, a MinHash signature for near ones, runs of words.
+"""Fingerprints for dedup and decontamination: exact-duplicate hashes, MinHash signatures and word n-gram hashes.
 
-What is compared is what teaches: a document whole, a conversation's turns; its system message is not compared, since
-thousands of different conversations share one. `docs/decisions/0005-duplicates.md` says what counts as equal.
+A document is compared as a whole, a conversation by its turns. System messages are not compared, because thousands of
+different conversations share one. `docs/decisions/0005-duplicates.md` defines equality.
 """
 
 import unicodedata
@@ -16,23 +16,23 @@ from ropeway.data.raw_records import Record
 from ropeway.data.words import hash_grams
 from ropeway.models.conversation import Conversation
 
-_SEED = 0x5EED  # of the permutations; a constant, so signatures of different runs compare
+_SEED = 0x5EED  # of the permutations; constant, so that signatures of different runs can be compared
 
 
 def compared_texts(record: Record) -> tuple[str, ...]:
-    """Return the texts of a record that are compared: a document, or a conversation's turns."""
+    """Return the texts of a record that are fingerprinted: a document, or a conversation's turns."""
     return record.turns if isinstance(record, Conversation) else (record,)
 
 
 def sequence_texts(record: Record, max_chunk_size: int | None) -> list[tuple[str, ...]]:
-    """Return the compared texts of each sequence of a record: the turns, or one chunk of a document."""
+    """Return the fingerprinted texts of each sequence of a record: the turns, or one chunk of a document."""
     if isinstance(record, Conversation):
         return [record.turns]
     return [(record[begin:end],) for begin, end in plan_chunks(len(record), max_chunk_size)]
 
 
 def exact_key(texts: Sequence[str]) -> bytes:
-    r"""Return 16 bytes that are equal for equal texts, whatever their blanks and normal form; zeros for no text.
+    r"""Return a 16-byte hash of texts that ignores white space and Unicode normal form; zeros for no text.
 
     >>> exact_key(["a  b\n"]) == exact_key([" a b"]), exact_key(["a", "b"]) == exact_key(["a b"])
     (True, False)
@@ -40,36 +40,36 @@ def exact_key(texts: Sequence[str]) -> bytes:
     folded = [" ".join(unicodedata.normalize("NFC", text).split()) for text in texts]
     if not any(folded):
         return bytes(16)
-    # U+001E is a blank to `split`, so no folded text holds it.
+    # `split` treats U+001E as white space, so no folded text contains it.
     return blake2b("\x1e".join(folded).encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def exact_keys(records: Sequence[Sequence[str]]) -> NDArray[np.uint64]:
-    """Return `(n, 2)` keys of the compared texts of records."""
+    """Return the `(n, 2)` exact-duplicate keys of records."""
     return np.frombuffer(b"".join(map(exact_key, records)), "<u8").reshape(-1, 2)
 
 
-def sign(records: Sequence[Sequence[str]], *, ngram: int, permutations: int) -> NDArray[np.uint32]:
-    """Return `(n, permutations)` MinHash signatures of the word n-grams of records; a short turn is one gram.
+def minhash_signatures(records: Sequence[Sequence[str]], *, ngram: int, permutations: int) -> NDArray[np.uint32]:
+    """Return the `(n, permutations)` MinHash signatures of the word n-grams of records; a short turn is one n-gram.
 
     Source: Broder 1997; rensa 0.5's R-MinHash (Rust), compared with datasketch in the tests.
     """
     from rensa import RMinHash
 
     grams = hash_grams([text for texts in records for text in texts], ngram)
-    rows = grams.offsets[_borders(records)].astype(np.uint64)
+    rows = grams.offsets[_offsets(records)].astype(np.uint64)
     signed = RMinHash.digest_matrix_from_flat_token_hashes(grams.values, rows, permutations, _SEED)
     return np.asarray(signed.to_rows(), np.uint32).reshape(len(records), permutations)
 
 
-def gather_grams(sequences: Sequence[Sequence[str]], ngram: int) -> tuple[NDArray[np.uint64], NDArray[np.int32]]:
-    """Return the runs of words of sequences, one sequence's after another's, and `(n,)` how many each has.
+def hash_sequence_grams(sequences: Sequence[Sequence[str]], ngram: int) -> tuple[NDArray[np.uint64], NDArray[np.int32]]:
+    """Return the concatenated word n-gram hashes of sequences, and the `(n,)` number of n-grams of each.
 
-    A text of fewer words than a run is one run, marked as short; see `ropeway.data.words.hash_grams`.
+    A text with fewer words than an n-gram is one n-gram, marked as short; see `ropeway.data.words.hash_grams`.
     """
-    grams = hash_grams([text for texts in sequences for text in texts], ngram, marks_short=True)
-    return grams.values, np.diff(grams.offsets[_borders(sequences)]).astype(np.int32)
+    grams = hash_grams([text for texts in sequences for text in texts], ngram, mark_short=True)
+    return grams.values, np.diff(grams.offsets[_offsets(sequences)]).astype(np.int32)
 
 
-def _borders(groups: Sequence[Sequence[str]]) -> NDArray[np.int64]:
+def _offsets(groups: Sequence[Sequence[str]]) -> NDArray[np.int64]:
     return np.concatenate([[0], np.cumsum([len(texts) for texts in groups], dtype=np.int64)])

@@ -1,6 +1,6 @@
-"""Stage tokenize: raw records to token shards, once and whole, and what records are compared by.
+"""Stage tokenize: write token shards of the raw records, and their fingerprints for dedup and decontamination.
 
-What is done with them (split, mixture, layout, epochs, what goes as a duplicate) is prepare's: it tokenizes nothing.
+Stage prepare decides the split, mixture, layout, epochs and which duplicates are removed; it does not tokenize.
 """
 
 import glob
@@ -32,35 +32,35 @@ def run(workspace: Workspace, params: TokenizeParams) -> None:
     """Write `tokens/`.
 
     Raises:
-        ConfigError: Params ask for what this tokenizer cannot do, or the environment names workers that are not there.
-        DataError: Raw files are not what their manifest says.
-        TemporaryError: A worker died or the disk is full: the same command makes only what is missing.
+        ConfigError: The tokenizer does not support `special_tokens_in_text`, or the workers cannot be used.
+        DataError: A raw file has changed, or the raw manifest is incomplete.
+        TemporaryError: A worker died or the disk is full; the same command makes only the missing units.
     """
     raw = load_raw_manifest(workspace.raw)
     recipes = plan_recipes(params)
     check_sources(workspace.raw, raw, recipes)
     prefix = f"tokenize-{workspace.profile}"
     work = workspace.work / f"{prefix}-{fingerprint(raw['files'], workspace.base, recipes)}"
-    with full_disk_explained(work, kept="whole units are kept there"):
+    with full_disk_explained(work, kept="completed units are kept there"):
         made = make_units(_plan(workspace, recipes, work), work=work)
         with whole_folder(workspace.tokens) as folder:
             for name, units in made.items():
-                units.place(folder / name)
+                units.write_source(folder / name)
             sources = [units.describe(name, raw["sources"][name]["kind"]) for name, units in made.items()]
             facts = {"params": params.model_dump(mode="json"), "sources": sources}
             manifest = write_manifest(folder, {**_describe_tokenizer(workspace), **facts})
             for name, units in made.items():
-                units.check_placed(name, manifest["files"])
+                units.verify_source(name, manifest["files"])
     for source in sources:
         sequences = sum(source["shard_sequences"])
         records = sum(source["shard_records"])
         print(f"{source['name']}: {records:,} records, {sequences:,} sequences, {source['tokens']:,} tokens")
-    for done in workspace.work.glob(f"{glob.escape(prefix)}-{'[0-9a-f]' * 16}"):  # of this and of earlier params
+    for done in workspace.work.glob(f"{glob.escape(prefix)}-{'[0-9a-f]' * 16}"):  # units of these and of earlier params
         shutil.rmtree(done)
 
 
 def _describe_tokenizer(workspace: Workspace) -> dict[str, object]:
-    """Return what the manifests of tokens and data say beside their sources."""
+    """Return the tokenizer's entries of the manifests of tokens/ and data/."""
     tokenizer, template = open_tokenizer(workspace.base), open_template(workspace.base)
     return {
         "format": FORMAT,
@@ -72,7 +72,7 @@ def _describe_tokenizer(workspace: Workspace) -> dict[str, object]:
 
 
 def _plan(workspace: Workspace, recipes: Mapping[str, Recipe], work: Path) -> dict[str, Sequence[Unit]]:
-    """Return each source's units."""
+    """Return the units of each source."""
     planned: dict[str, Sequence[Unit]] = {}
     for name, recipe in recipes.items():
         raw = workspace.raw / name

@@ -1,4 +1,4 @@
-"""The acting part: units made that are not there yet, and one source's units to its folder in tokens/."""
+"""Make missing units, and write the units of each source to its folder in tokens/."""
 
 import shutil
 from collections import Counter
@@ -20,7 +20,7 @@ from ropeway.stages.tokenize.units import Unit, UnitFacts, load_unit, read_unit,
 
 @dataclass(frozen=True)
 class Units:
-    """One source's whole units, in order, on disk.
+    """The completed units of one source on disk, in order.
 
     Attributes:
         folders: One per unit.
@@ -48,8 +48,8 @@ class Units:
             },
         }
 
-    def place(self, folder: Path) -> None:
-        """Put shards and columns into a source's folder; the units stay, so a later failure costs no tokenizing."""
+    def write_source(self, folder: Path) -> None:
+        """Write shards and columns to a source's folder; the units are kept, so a later failure loses no work."""
         folder.mkdir(parents=True)
         for number, unit in enumerate(self.folders):
             for part in SHARDS:
@@ -57,19 +57,20 @@ class Units:
         for name in COLUMNS:
             np.save(folder / f"{name}.npy", self._column(name), allow_pickle=False)
 
-    def check_placed(self, name: str, files: Mapping[str, FileFacts]) -> None:
-        """Raise DataError unless the files of tokens' manifest are the bytes that were made."""
+    def verify_source(self, name: str, files: Mapping[str, FileFacts]) -> None:
+        """Raise DataError unless the files of tokens/ have the digests that the units' manifests state."""
         for number, (unit, facts) in enumerate(zip(self.folders, self.facts, strict=True)):
             for part in SHARDS:
-                placed, made = files[f"{name}/{part}-{number:05d}.npy"], facts["files"][f"{part}.npy"]
-                if placed["sha256"] != made["sha256"]:
+                written, made = files[f"{name}/{part}-{number:05d}.npy"], facts["files"][f"{part}.npy"]
+                if written["sha256"] != made["sha256"]:
                     raise DataError(
-                        f"{unit / part}.npy: sha256 is {placed['sha256'][:12]}…, {made['sha256'][:12]}… was written; "
-                        "the disk is at fault. Run `dvc repro tokenize` again: this unit is made again"
+                        f"{unit / part}.npy: sha256 is {written['sha256'][:12]}…, expected {made['sha256'][:12]}…; the "
+                        "file changed after it was written. Check the disk and run `dvc repro tokenize` again: it "
+                        "makes this unit again"
                     )
 
     def _column(self, name: str) -> NDArray[Any]:
-        """Return a column of all units; records, which a unit counts from its first, are counted over the source."""
+        """Return a column of all units; record numbers, which restart in each unit, are made continuous."""
         parts = [np.load(folder / f"{name}.npy", allow_pickle=False) for folder in self.folders]
         if name == "records":
             kept = [facts["records"]["kept"] for facts in self.facts]
@@ -78,26 +79,26 @@ class Units:
 
 
 def make_units(planned: Mapping[str, Sequence[Unit]], *, work: Path) -> dict[str, Units]:
-    """Make the units that are not there, and return all of them by source.
+    """Make the missing units, and return all units by source.
 
     Raises:
-        ConfigError: The environment names workers that are not there.
-        TemporaryError: A worker died or the disk is full; what is whole stays.
+        ConfigError: The workers that the environment names cannot be used.
+        TemporaryError: A worker died or the disk is full; completed units are kept.
     """
     for partial in work.glob("**/.*.partial"):
         shutil.rmtree(partial)
-    everything = [unit for units in planned.values() for unit in units]
-    missing = [unit for unit in everything if load_unit(unit.folder) is None]
-    if len(everything) > len(missing):
-        print(f"tokenize: {len(everything) - len(missing)} of {len(everything)} units are there already", flush=True)
+    all_units = [unit for units in planned.values() for unit in units]
+    missing = [unit for unit in all_units if load_unit(unit.folder) is None]
+    if len(all_units) > len(missing):
+        print(f"tokenize: {len(all_units) - len(missing)} of {len(all_units)} units are complete already", flush=True)
     text_bytes = sum(group.text_bytes for unit in missing for group in unit.groups)
-    made = workers.make(tokenize_unit, missing, text_bytes=text_bytes, work=work)
+    made = workers.run_jobs(tokenize_unit, missing, text_bytes=text_bytes, work=work)
     for number, folder in enumerate(made, start=1):
         print(f"tokenize: {folder.parent.name} {folder.name} made, {number} of {len(missing)}", flush=True)
-    return {name: _open_units(units) for name, units in planned.items()}
+    return {name: _read_units(units) for name, units in planned.items()}
 
 
-def _open_units(units: Sequence[Unit]) -> Units:
+def _read_units(units: Sequence[Unit]) -> Units:
     folders = tuple(unit.folder for unit in units)
     remedy = "Run `dvc repro tokenize` again"
     return Units(folders, tuple(read_unit(folder, remedy=remedy, verify=False) for folder in folders))

@@ -1,12 +1,12 @@
-"""Units of work: some row groups of one source become one shard, whoever makes it, in whatever order, at any time.
+"""Units of work: each unit tokenizes some row groups of one source into one shard, independently of all others.
 
-.work/tokenize-<profile>-<fingerprint>/<source>/00000/   one unit, whole since its manifest came last
-    <name>.npy                                           `ropeway.data.tokenized.COLUMNS` and SHARDS of these records,
-                                                         which are counted from the unit's first
-    manifest.json                                        sha256 of each file, counts, digests of the outer sequences
+.work/tokenize-<profile>-<fingerprint>/<source>/00000/   one unit; it is complete if it has a manifest, written last
+    <name>.npy                                           `ropeway.data.tokenized.COLUMNS` and SHARDS of its records;
+                                                         record numbers start at 0 in each unit
+    manifest.json                                        sha256 of each file, counts, digests of first and last sequence
 
-A unit depends on raw bytes, tokenizer, recipe and code, all of which the fingerprint holds; so what a killed tokenize
-left whole is still right for the next one.
+The fingerprint covers all that a unit depends on: raw bytes, tokenizer, recipe and code. So the next run can reuse the
+units that an interrupted run completed.
 """
 
 import shutil
@@ -26,7 +26,7 @@ from typing_extensions import TypedDict
 import ropeway
 from ropeway.config.faults import check_json
 from ropeway.config.tokenize_params import TokenizeParams
-from ropeway.data.raw_records import Group, Record, iterate_groups
+from ropeway.data.raw_records import Record, RowGroup, iterate_groups
 from ropeway.data.shards import sequence_digest, token_dtype
 from ropeway.data.text_batches import BATCH_CHARACTERS, count_characters, iterate_batches
 from ropeway.data.tokenized import COLUMNS, SHARDS, RecordCounts
@@ -45,41 +45,47 @@ from ropeway.runtime.manifest import (
     write_manifest,
 )
 from ropeway.stages.tokenize.encode import Encoded, Encoder
-from ropeway.stages.tokenize.fingerprints import compared_texts, exact_keys, gather_grams, sequence_texts, sign
+from ropeway.stages.tokenize.fingerprints import (
+    compared_texts,
+    exact_keys,
+    hash_sequence_grams,
+    minhash_signatures,
+    sequence_texts,
+)
 
-# Some 4 s of one core: little is lost by a kill or waited for at the end, and 100 GB of text are some 6,000 shards.
+# About 4 s on one core: an interrupted run loses little work, and 100 GB of text are about 6,000 shards.
 UNIT_BYTES = 1 << 24
-_UNITS = 32  # a small source is cut into so many where its row groups allow, so that no worker waits long for another
-_ENCODED = ("lengths", "records", "keys", "record_keys")  # columns of `encode.Encoded`
+_UNITS = 32  # of a small source, if it has that many row groups, so that no worker waits long for another
+_ENCODED_COLUMNS = ("lengths", "records", "keys", "record_keys")  # fields of `encode.Encoded`
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What params say about how one source is tokenized: all of it, since it is part of the fingerprint.
+    """All params that determine how one source is tokenized; part of the fingerprint.
 
     Attributes:
-        signature: (words of a gram, permutations); None where no near duplicates are looked for.
-        run_words: Words of a run; None where no contamination is looked for.
+        signature: (words per n-gram, permutations) of the MinHash; None if near-duplicate detection is off.
+        contamination_ngram: Words per n-gram; None if contamination detection is off.
     """
 
     max_chunk_size: int | None
     special_tokens_in_text: Literal["parse", "escape", "reject"]
     signature: tuple[int, int] | None = None
-    run_words: int | None = None
+    contamination_ngram: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """One unit of work, complete: a worker needs nothing else but the files it names.
+    """One job: all that a worker needs, besides the files that it names.
 
     Attributes:
-        groups: The row groups of `raw` that it holds; none for a source without records.
+        groups: The row groups of `raw` to tokenize; empty for a source without records.
         raw: Folder of the source's parquet files.
         base: Folder of the tokenizer.
-        folder: Where it will lie.
+        folder: Output folder.
     """
 
-    groups: tuple[Group, ...]
+    groups: tuple[RowGroup, ...]
     raw: Path
     base: Path
     recipe: Recipe
@@ -87,26 +93,26 @@ class Unit:
 
 
 def plan_recipes(params: TokenizeParams) -> dict[str, Recipe]:
-    """Return how each source is tokenized, in the order of params."""
+    """Return the recipe of each source, in the order of params."""
     near, runs = params.duplicates, params.contamination
     signature = None if near is None else (near.ngram, near.permutations)
-    run_words = None if runs is None else runs.ngram
+    contamination_ngram = None if runs is None else runs.ngram
     return {
-        name: Recipe(options.max_chunk_size, params.special_tokens_in_text, signature, run_words)
+        name: Recipe(options.max_chunk_size, params.special_tokens_in_text, signature, contamination_ngram)
         for name, options in params.datasets.items()
     }
 
 
-def plan_units(groups: Sequence[Group], *, unit_bytes: int) -> list[tuple[Group, ...]]:
-    """Return consecutive row groups of up to `unit_bytes` of text each; a larger group is a unit of its own.
+def plan_units(groups: Sequence[RowGroup], *, unit_bytes: int) -> list[tuple[RowGroup, ...]]:
+    """Group consecutive row groups into units of up to `unit_bytes` of text; a larger row group is one unit.
 
-    A function of the data alone, so that shards do not depend on who makes them. A source without records is one unit.
+    Depends on the data alone, so shards are the same for any number of workers. A source without records is one unit.
 
-    >>> [len(unit) for unit in plan_units([Group("part-00000.parquet", n, 1, 5) for n in range(5)], unit_bytes=10)]
+    >>> [len(unit) for unit in plan_units([RowGroup("part-00000.parquet", n, 1, 5) for n in range(5)], unit_bytes=10)]
     [2, 2, 1]
     """
-    units: list[tuple[Group, ...]] = []
-    waiting: list[Group] = []
+    units: list[tuple[RowGroup, ...]] = []
+    waiting: list[RowGroup] = []
     for group in groups:
         if waiting and sum(one.text_bytes for one in waiting) + group.text_bytes > unit_bytes:
             units.append(tuple(waiting))
@@ -115,22 +121,22 @@ def plan_units(groups: Sequence[Group], *, unit_bytes: int) -> list[tuple[Group,
     return [*units, tuple(waiting)] if waiting or not units else units
 
 
-def choose_unit_bytes(groups: Sequence[Group], *, at_most: int) -> int:
-    """Return how much text a unit of these holds: of the data alone, like the plan.
+def choose_unit_bytes(groups: Sequence[RowGroup], *, at_most: int) -> int:
+    """Return the size of a unit, in bytes of text; it depends on the data alone, like the plan.
 
-    Two workers on 20 MB in units of 16 MB would take as long as the 16 MB.
+    Small sources have smaller units: two workers on 20 MB in units of 16 MB would take as long as one on 16 MB.
     """
     return min(at_most, sum(group.text_bytes for group in groups) // _UNITS)
 
 
 class UnitCounts(RecordCounts):
-    """What became of a unit's records."""
+    """Record counts of a unit."""
 
     kept: int
 
 
 class UnitFacts(TypedDict):
-    """A whole unit's manifest."""
+    """A unit's manifest; `ends` are the digests of its first and last sequence."""
 
     sequences: int
     tokens: int
@@ -140,7 +146,7 @@ class UnitFacts(TypedDict):
 
 
 def fingerprint(raw_files: Mapping[str, object], base: Path, recipes: Mapping[str, Recipe]) -> str:
-    """Return sixteen digits that change with anything that a unit's bytes depend on."""
+    """Return 16 hex digits that change with everything that a unit's bytes depend on."""
     return digest_of(
         {
             "raw": raw_files,
@@ -159,7 +165,7 @@ def _tokenizer_digests(base: Path) -> tuple[str, ...]:
 
 
 def code_digest() -> str:
-    """Return the digest of this stage's code, as the identity stage writes it."""
+    """Return the digest of this stage's code, computed as stage identity does."""
     return stage_code_digest(Path(ropeway.__file__).parent, "tokenize")
 
 
@@ -177,7 +183,7 @@ def read_unit(folder: Path, *, remedy: str, verify: bool = True) -> UnitFacts:
 
 
 def load_unit(folder: Path) -> UnitFacts | None:
-    """Return a whole unit's manifest, its files hashed; None when it is to be made, what is left of it removed."""
+    """Return a unit's manifest after verifying its files; None if it is missing or damaged, and then removed."""
     if not folder.exists():
         return None
     try:
@@ -189,13 +195,13 @@ def load_unit(folder: Path) -> UnitFacts | None:
 
 
 def tokenize_unit(unit: Unit) -> Path:
-    """Make one unit and return its folder; what a worker runs. Only a whole unit ever has that folder's name."""
-    encoder = _open_encoder(unit.base, _tokenizer_digests(unit.base), unit.recipe).fresh()
+    """Make one unit and return its folder. A worker runs this. The folder appears only when the unit is complete."""
+    encoder = _open_encoder(unit.base, _tokenizer_digests(unit.base), unit.recipe).copy_without_counts()
     records = list(iterate_groups(unit.raw, unit.groups))
     parts = list(encoder.encode_batches(records))
     refused = set(encoder.refused_at)
     kept = [record for at, record in enumerate(records) if at not in refused]
-    with whole_unit(unit.folder) as partial:
+    with write_unit(unit.folder) as partial:
         facts = _write_columns(partial, parts, token_dtype(count_tokens(encoder.tokenizer)))
         _write_fingerprints(partial, kept, unit.recipe)
         write_manifest(partial, {**facts, "records": _counts(encoder)})
@@ -203,9 +209,11 @@ def tokenize_unit(unit: Unit) -> Path:
 
 
 @contextmanager
-def whole_unit(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder, which then takes this name unless another worker was faster: its bytes are the same."""
-    partial = folder.with_name(f".{folder.name}.{uuid4().hex}.partial")  # a lost worker may still be writing
+def write_unit(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder, then rename it to `folder`, unless another worker has written the same unit already."""
+    partial = folder.with_name(
+        f".{folder.name}.{uuid4().hex}.partial"
+    )  # a worker that was given up may still be writing
     partial.mkdir(parents=True)
     try:
         yield partial
@@ -216,14 +224,14 @@ def whole_unit(folder: Path) -> Iterator[Path]:
 
 
 @lru_cache(maxsize=8)
-def _open_encoder(base: Path, digests: tuple[str, ...], recipe: Recipe) -> Encoder:  # noqa: ARG001 - others, another encoder
+def _open_encoder(base: Path, digests: tuple[str, ...], recipe: Recipe) -> Encoder:  # noqa: ARG001 - part of the cache key
     tokenizer, template = open_tokenizer(base), open_template(base)
     special = read_special(base, tokenizer, template)
     return Encoder(tokenizer, special, template, recipe.max_chunk_size, recipe.special_tokens_in_text)
 
 
 def _write_fingerprints(folder: Path, records: Sequence[Record], recipe: Recipe) -> None:
-    """Write what these records are compared by; of signatures and grams an empty column where nothing asks for them."""
+    """Write the fingerprints of these records; signatures and n-grams are empty columns if they are not needed."""
     exact = [np.empty((0, 2), np.uint64)]
     signatures = [np.empty((0, recipe.signature[1] if recipe.signature else 0), np.uint32)]
     grams, counts = [np.empty(0, np.uint64)], [np.empty(0, np.int32)]
@@ -231,10 +239,10 @@ def _write_fingerprints(folder: Path, records: Sequence[Record], recipe: Recipe)
         exact.append(exact_keys(texts))
         if recipe.signature:
             ngram, permutations = recipe.signature
-            signatures.append(sign(texts, ngram=ngram, permutations=permutations))
+            signatures.append(minhash_signatures(texts, ngram=ngram, permutations=permutations))
     sequences = chain.from_iterable(sequence_texts(record, recipe.max_chunk_size) for record in records)
-    for texts in iterate_batches(sequences if recipe.run_words else (), count_characters, BATCH_CHARACTERS):
-        found, each = gather_grams(texts, recipe.run_words or 0)
+    for texts in iterate_batches(sequences if recipe.contamination_ngram else (), count_characters, BATCH_CHARACTERS):
+        found, each = hash_sequence_grams(texts, recipe.contamination_ngram or 0)
         grams.append(found)
         counts.append(each)
     np.save(folder / "exact.npy", np.concatenate(exact), allow_pickle=False)
@@ -244,11 +252,11 @@ def _write_fingerprints(folder: Path, records: Sequence[Record], recipe: Recipe)
 
 
 def _write_columns(folder: Path, parts: Sequence[Encoded], dtype: type[np.uint16 | np.uint32]) -> dict[str, object]:
-    """Write a unit's arrays; return its sizes and the digests of its first and last sequence."""
+    """Write a unit's arrays; return its counts and the digests of its first and last sequence."""
     empty = Encoded(*(np.empty(0, kind) for kind in ("u4", "u1", "i4", "i8", "u8", "u8")))
     columns = {
         name: np.concatenate([getattr(part, name) for part in parts] or [getattr(empty, name)])
-        for name in ("tokens", "kinds", *_ENCODED)
+        for name in ("tokens", "kinds", *_ENCODED_COLUMNS)
     }
     tokens, kinds, lengths = (columns[name] for name in ("tokens", "kinds", "lengths"))
     for name, column in (columns | {"tokens": tokens.astype(dtype)}).items():
@@ -271,9 +279,9 @@ def _counts(encoder: Encoder) -> UnitCounts:
 
 
 def _rename(partial: Path, folder: Path) -> None:
-    """Give a folder its name; FileExistsError when there is one already.
+    """Rename a folder; raise FileExistsError if the target exists.
 
-    A folder that holds files is never replaced by a rename. Source: rename(2), ENOTEMPTY or EEXIST.
+    A rename never replaces a folder that is not empty. Source: rename(2), ENOTEMPTY or EEXIST.
     """
     try:
         partial.rename(folder)

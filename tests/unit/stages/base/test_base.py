@@ -225,16 +225,14 @@ def test_a_base_s_own_scaling_is_kept_exactly_and_never_replaced(tmp_path, kind)
     assert live.attention_scaling == factor
     rope = scaling_from_json(load_manifest(workspace.base, remedy="")["rope"])
     assert rope.inv_freq(8).tolist() == frequencies.tolist()
-    with pytest.raises(
-        ConfigError, match=rf"asks for linear scaling by 2, but the base has .*\"rope_type\": \"{kind}\""
-    ):
+    with pytest.raises(ConfigError, match=rf"superhot.*linear RoPE scaling by 2, .*\"rope_type\": \"{kind}\""):
         base.run(workspace, of_folder("model-x"))
 
 
 def test_how_far_a_kept_scaling_reaches_is_the_base_s_to_say(tmp_path):
     original(tmp_path / "model-x", rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0})
     base.run(Workspace(tmp_path, "run"), of_folder("model-x", superhot=False, max_length=256))
-    with pytest.raises(ConfigError, match="max_length is 257 tokens, the base reaches 256"):
+    with pytest.raises(ConfigError, match=r"max_length is 257 tokens, .* 256"):
         base.run(Workspace(tmp_path, "run"), of_folder("model-x", superhot=False, max_length=257))
 
 
@@ -251,8 +249,8 @@ def test_another_shape_than_expected_names_every_difference(tmp_path):
     original(tmp_path / "model-x", num_hidden_layers=1)
     with pytest.raises(ConfigError) as caught:
         base.run(lay(tmp_path), of_folder("model-x", rows=2001))
-    assert "num_hidden_layers: expected_model says 2, the model's config 1" in str(caught.value)
-    assert "vocab_size: expected_model says 2001, the model's config 2000" in str(caught.value)
+    assert "num_hidden_layers: expected_model has 2, the model's config 1" in str(caught.value)
+    assert "vocab_size: expected_model has 2001, the model's config 2000" in str(caught.value)
 
 
 def test_a_folder_that_lacks_weights_is_refused(tmp_path):
@@ -260,7 +258,7 @@ def test_a_folder_that_lacks_weights_is_refused(tmp_path):
     held = load_file(folder / "model.safetensors")
     held.pop("model.layers.1.mlp.up_proj.weight")
     save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ConfigError, match=r"1 weights of a Llama .* first model.layers.1.mlp.up_proj.weight"):
+    with pytest.raises(ConfigError, match=r"1 weights are missing .* first model.layers.1.mlp.up_proj.weight"):
         base.run(lay(tmp_path), of_folder("model-x"))
 
 
@@ -363,13 +361,13 @@ FAULTY = {
         with_weights(model__layers__0__self_attn__q_proj__bias=lambda _: torch.ones(16)),
         r"would be dropped, first model\.layers\.0\.self_attn\.q_proj\.bias",
     ),
-    "another shape": (with_weights(**{UP: lambda _: torch.ones(3, 3)}), "cannot be opened"),
-    "weights cut": (cut, "cannot be opened"),
+    "another shape": (with_weights(**{UP: lambda _: torch.ones(3, 3)}), "cannot be loaded"),
+    "weights cut": (cut, "cannot be loaded"),
     "int8": (with_weights(**{UP: lambda held: held[UP.replace("__", ".")].to(torch.int8)}), "is stored as I8"),
-    "two sets of weights": (two_sets, r"has model\.safetensors beside the files that .* names"),
+    "two sets of weights": (two_sets, r"has model\.safetensors besides the files that .* names"),
     "a tensor twice": (a_tensor_twice, r"which model\.safetensors\.index\.json places in"),
     "an index that leads outside": (index_outside, r"names \.\./outside\.safetensors, outside of this folder"),
-    "no safetensors": (lambda folder: (folder / "model.safetensors").write_bytes(b""), "is no safetensors file"),
+    "no safetensors": (lambda folder: (folder / "model.safetensors").write_bytes(b""), "not a safetensors file"),
     "a file of the index lacks": (half_an_index, r"model-00002-of-00002\.safetensors"),
 }
 

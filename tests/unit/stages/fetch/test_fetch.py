@@ -140,7 +140,7 @@ def test_a_module_without_docstrings_gives_no_talk():
 
 
 def test_more_refused_records_than_allowed_end_the_fetch_and_leave_no_table(tmp_path, monkeypatch):
-    records = [Conversation(("q", "a")), *[fetch.Refused(f"x.jsonl:{n}", "not JSON") for n in range(3)]]
+    records = [Conversation(("q", "a")), *[fetch.RefusedRecord(f"x.jsonl:{n}", "not JSON") for n in range(3)]]
     monkeypatch.setattr(fetch, "open_source", lambda *_: iter(records))
     workspace = Workspace(tmp_path, "laptop")
     with pytest.raises(
@@ -151,7 +151,7 @@ def test_more_refused_records_than_allowed_end_the_fetch_and_leave_no_table(tmp_
 
 
 def test_few_refused_records_are_counted_and_the_first_are_shown(tmp_path, monkeypatch):
-    records = [*[Conversation(("q", "a"))] * 99, fetch.Refused("x.jsonl:100", "not JSON")]
+    records = [*[Conversation(("q", "a"))] * 99, fetch.RefusedRecord("x.jsonl:100", "not JSON")]
     monkeypatch.setattr(fetch, "open_source", lambda *_: iter(records))
     workspace = Workspace(tmp_path, "laptop")
     run_fetch(workspace, profile(docstrings=DOCSTRINGS))
@@ -162,7 +162,7 @@ def test_few_refused_records_are_counted_and_the_first_are_shown(tmp_path, monke
 
 def test_a_long_source_is_cut_into_parts_that_read_back_in_order(tmp_path, monkeypatch):
     monkeypatch.setattr("ropeway.data.raw_records.PART_CHARACTERS", 100)
-    monkeypatch.setattr("ropeway.data.raw_records._GROUP_CHARACTERS", 30)
+    monkeypatch.setattr("ropeway.data.raw_records._ROW_GROUP_CHARACTERS", 30)
     texts = [f"{number:010}" for number in range(57)]
     with RawWriter(tmp_path / "s", "document") as writer:
         for text in texts:
@@ -225,7 +225,7 @@ def test_a_file_is_hashed_again_only_when_it_may_have_changed(tmp_path, monkeypa
 
 
 def test_a_pattern_that_names_no_file_is_said(tmp_path):
-    with pytest.raises(ConfigError, match=r"'new/.*jsonl' names no file below"):
+    with pytest.raises(ConfigError, match=r"'new/.*jsonl' matches no file"):
         find_files(["new/*.jsonl"], tmp_path)
 
 
@@ -248,7 +248,7 @@ def test_the_registries_hold_what_params_may_name():
 @pytest.mark.parametrize("name", ROW_KINDS)
 def test_a_row_kind_says_of_what_kind_its_records_are(name):
     kind = ROW_KINDS[name]
-    pair = dict.fromkeys(kind.of_turn, "q")
+    pair = dict.fromkeys(kind.turn_fields, "q")
     turns = [{**pair, "role": "user", "from": "human"}, {**pair, "role": "assistant", "from": "gpt"}]
-    record = to_record(dict.fromkeys(kind.required, turns if kind.of_turn else "a"), name, {})
-    assert isinstance(record, str if kind.holds == "document" else Conversation)
+    record = to_record(dict.fromkeys(kind.required, turns if kind.turn_fields else "a"), name, {})
+    assert isinstance(record, str if kind.record_kind == "document" else Conversation)

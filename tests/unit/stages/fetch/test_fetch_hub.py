@@ -162,12 +162,14 @@ def test_without_a_network_it_fails_at_once_and_says_how_to_go_on(tmp_path, monk
 
 @pytest.mark.usefixtures("hub")
 def test_a_pattern_that_matches_nothing_names_the_files_there_are(tmp_path):
-    with pytest.raises(ConfigError, match=r"'\*.parquet' matches none of the 4 files there: README.md, data/a.jsonl, "):
+    with pytest.raises(
+        ConfigError, match=r"'\*.parquet' matches none of the 4 files in the repository: README.md, data/a.jsonl, "
+    ):
         run(tmp_path, source("*.json", "*.parquet"))
 
 
 def test_a_matched_file_of_no_known_format_is_said_before_anything_is_downloaded(hub, tmp_path):
-    with pytest.raises(ConfigError, match=r"README.md: expected a name in"):
+    with pytest.raises(ConfigError, match=r"README.md: expected a file name in"):
         run(tmp_path, source("*"))
     assert not [asked for asked in hub.asked if "/resolve/" in asked]
 

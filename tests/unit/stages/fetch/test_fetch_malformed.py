@@ -114,13 +114,13 @@ COUNTED = [
     ("broken record in a list", "a.json", b'[{"text": "a" "b"}, ' + GOOD + b"]", 1, {"bad JSON": 1}),
     ("bare word in a list", "a.json", b"[" + GOOD + b", oops, " + GOOD + b"]", 2, {"bad JSON": 1}),
     ("unquoted key in a list", "a.json", b'[{text: "}]"}, ' + GOOD + b"]", 1, {"bad JSON": 1}),
-    ("comma behind the last field", "a.json", b'[{"text": "a",}, ' + GOOD + b"]", 1, {"bad JSON": 1}),
+    ("comma after the last field", "a.json", b'[{"text": "a",}, ' + GOOD + b"]", 1, {"bad JSON": 1}),
     ("a raw line end in a text of a list", "a.json", b'[{"text": "a\nb"}, ' + GOOD + b"]", 1, {"bad JSON": 1}),
     ("bad UTF-8 in a list", "a.json", b'[{"text": "\xff"}, ' + GOOD + b"]", 1, {"bad UTF-8": 1}),
     ("duplicate keys in a list", "a.json", b'[{"text": 1, "text": 2}, ' + GOOD + b"]", 1, {"duplicate keys": 1}),
     ("records of other kinds in a list", "a.json", b'[1234, "a", null, ' + GOOD + b"]", 1, {"not an object": 3}),
     ("several gzip members", "a.jsonl.gz", gz(GOOD) * 3, 3, {}),
-    ("zeros behind gzip", "a.jsonl.gz", gz(GOOD) + bytes(512), 1, {}),
+    ("zeros after gzip", "a.jsonl.gz", gz(GOOD) + bytes(512), 1, {}),
     ("several zstd frames", "a.jsonl.zst", zst(GOOD) + zst(b"") + zst(GOOD * 2), 3, {}),
     ("parquet: null", "a.parquet", packed(pa.table({"text": ["a", None]})), 1, {"null text": 1}),
     ("parquet: numbers", "a.parquet", packed(pa.table({"text": [1, 2]})), 0, {"not text": 2}),
@@ -167,13 +167,13 @@ LIST = b"[" + GOOD + b", " + GOOD + b"]"
 TABLE = packed(pa.table({"text": ["a" * 1000] * 1000}))
 # (what, file, bytes, error, phrase): the file as a whole cannot be trusted.
 BROKEN = [
-    ("empty file", "a.jsonl", b"", DataError, "no record in it"),
-    ("empty .json", "a.json", b"", DataError, "no record in it"),
-    ("only white space", "a.json", b" \n\t ", DataError, "no record in it"),
-    ("empty list", "a.json", b"[ ]", DataError, "no record in it"),
-    ("empty gzip", "a.jsonl.gz", b"", DataError, "no record in it"),
-    ("empty zstd", "a.jsonl.zst", b"", DataError, "no record in it"),
-    ("gzip of nothing", "a.jsonl.gz", gz(b""), DataError, "no record in it"),
+    ("empty file", "a.jsonl", b"", DataError, "contains 0 records"),
+    ("empty .json", "a.json", b"", DataError, "contains 0 records"),
+    ("only white space", "a.json", b" \n\t ", DataError, "contains 0 records"),
+    ("empty list", "a.json", b"[ ]", DataError, "contains 0 records"),
+    ("empty gzip", "a.jsonl.gz", b"", DataError, "contains 0 records"),
+    ("empty zstd", "a.jsonl.zst", b"", DataError, "contains 0 records"),
+    ("gzip of nothing", "a.jsonl.gz", gz(b""), DataError, "contains 0 records"),
     (
         "gzip without its trailer",
         "a.jsonl.gz",
@@ -186,21 +186,21 @@ BROKEN = [
     ("gzip: second member cut", "a.jsonl.gz", (gz(GOOD) * 2)[:-4], DataError, "after 2 records"),
     ("gzip: other checksum", "a.jsonl.gz", gz(GOOD)[:-8] + bytes(8), DataError, "CRC check failed"),
     ("gzip by name only", "a.jsonl.gz", GOOD, DataError, "Not a gzipped file"),
-    ("garbage behind gzip", "a.jsonl.gz", gz(GOOD) + b"xyz", DataError, "Not a gzipped file"),
+    ("garbage after gzip", "a.jsonl.gz", gz(GOOD) + b"xyz", DataError, "Not a gzipped file"),
     ("zstd without its end", "a.jsonl.zst", zst(GOOD * 99)[:-2], DataError, "inside a zstd frame"),
     ("zstd cut in its head", "a.jsonl.zst", zst(GOOD)[:3], DataError, "inside a zstd frame"),
     ("zstd: second frame cut", "a.jsonl.zst", (zst(GOOD) * 2)[:-3], DataError, "after 1 records .*zstd frame"),
     ("zstd: damaged", "a.jsonl.zst", b"\0".join((zst(GOOD)[:6], zst(GOOD)[7:])), DataError, "zstd"),
     ("zstd by name only", "a.jsonl.zst", GOOD, DataError, "zstd"),
-    ("gzip under the name of a list", "a.json", gz(LIST), DataError, "found gzip data; give its name .gz"),
-    ("zstd under the name of lines", "a.jsonl", zst(GOOD), DataError, "found zstd data; give its name .zst"),
-    ("parquet under the name of lines", "a.jsonl", TABLE, DataError, "found parquet data; give its name .parquet"),
+    ("gzip under the name of a list", "a.json", gz(LIST), DataError, r"found gzip data; .*\.gz"),
+    ("zstd under the name of lines", "a.jsonl", zst(GOOD), DataError, r"found zstd data; .*\.zst"),
+    ("parquet under the name of lines", "a.jsonl", TABLE, DataError, r"found parquet data; .*\.parquet"),
     ("zstd in gzip", "a.jsonl.gz", gz(zst(GOOD)), DataError, "found zstd data"),
-    ("parquet cut", "a.parquet", TABLE[:-100], DataError, "cannot be read to its end"),
-    ("parquet cut in its data", "a.parquet", TABLE[:50] + TABLE[-400:], DataError, "cannot be read to its end"),
-    ("parquet: magic alone", "a.parquet", b"PAR1", DataError, "cannot be read to its end"),
-    ("parquet: nothing", "a.parquet", b"", DataError, "cannot be read to its end"),
-    ("parquet by name only", "a.parquet", GOOD, DataError, "cannot be read to its end"),
+    ("parquet cut", "a.parquet", TABLE[:-100], DataError, "reading failed after"),
+    ("parquet cut in its data", "a.parquet", TABLE[:50] + TABLE[-400:], DataError, "reading failed after"),
+    ("parquet: magic alone", "a.parquet", b"PAR1", DataError, "reading failed after"),
+    ("parquet: nothing", "a.parquet", b"", DataError, "reading failed after"),
+    ("parquet by name only", "a.parquet", GOOD, DataError, "reading failed after"),
     (
         "parquet: other columns",
         "a.parquet",
@@ -213,19 +213,19 @@ BROKEN = [
         "a.parquet",
         packed(pa.table({"text": pa.array([], pa.string())})),
         DataError,
-        "no record in",
+        "contains 0 records",
     ),
-    ("UTF-16", "a.jsonl", '{"text": "a"}'.encode("utf-16"), DataError, "expected text in UTF-8, found UTF-16"),
+    ("UTF-16", "a.jsonl", '{"text": "a"}'.encode("utf-16"), DataError, "expected UTF-8 text, found UTF-16"),
     (
         "UTF-16 list",
         "a.json",
         '[{"text": "a"}]'.encode("utf-16"),
         DataError,
-        "expected text in UTF-8, found UTF-16",
+        "expected UTF-8 text, found UTF-16",
     ),
-    ("list cut behind a record", "a.json", LIST[:-1], DataError, "after record 2: the file ends early"),
+    ("list cut after a record", "a.json", LIST[:-1], DataError, "after record 2: the file ends early"),
     ("list cut in a record", "a.json", LIST[:-4], DataError, "after record 1: the file ends early"),
-    ("list cut behind a comma", "a.json", b"[" + GOOD + b",", DataError, "after record 1: the file ends early"),
+    ("list cut after a comma", "a.json", b"[" + GOOD + b",", DataError, "after record 1: the file ends early"),
     (
         "a quote that does not close",
         "a.json",
@@ -233,16 +233,22 @@ BROKEN = [
         DataError,
         "record 0: the file ends",
     ),
-    ("a brace that does not close", "a.json", b'[{"text": "a", ' + GOOD + b"]", DataError, "']' closes nothing"),
+    ("a brace that does not close", "a.json", b'[{"text": "a", ' + GOOD + b"]", DataError, "unmatched ']'"),
     ("one brace too many", "a.json", b"[" + GOOD + b"}, " + GOOD + b"]", DataError, "expected ',' or '\\]', found '}'"),
     ("no comma between records", "a.json", b"[" + GOOD * 2 + b"]", DataError, "expected ',' or '\\]', found '{'"),
     ("two commas", "a.json", b"[" + GOOD + b",," + GOOD + b"]", DataError, "record 2: expected a value, found ','"),
     ("comma before the end", "a.json", b"[" + GOOD + b",]", DataError, "record 2: expected a value, found '\\]'"),
-    ("text behind a list", "a.json", LIST + b"\nxyz", DataError, "behind the list's end: expected nothing, found 'x'"),
-    ("two lists", "a.json", LIST * 2, DataError, "behind the list's end"),
+    (
+        "text after a list",
+        "a.json",
+        LIST + b"\nxyz",
+        DataError,
+        "after the end of the list: expected end of file, found 'x'",
+    ),
+    ("two lists", "a.json", LIST * 2, DataError, "after the end of the list"),
     ("object cut", "a.json", b'{\n "text": "a"\n', DataError, "the file ends early"),
-    ("name without a format", "a.txt", GOOD, ConfigError, "expected a name in .json or .jsonl"),
-    ("parquet in gzip", "a.parquet.gz", gz(TABLE), ConfigError, "expected a name in"),
+    ("name without a format", "a.txt", GOOD, ConfigError, "expected a file name in .json or .jsonl"),
+    ("parquet in gzip", "a.parquet.gz", gz(TABLE), ConfigError, "expected a file name in"),
 ]
 
 
@@ -268,14 +274,14 @@ def test_a_file_that_cannot_be_trusted_is_an_error_and_leaves_nothing(tmp_path, 
 
 
 def test_a_line_longer_than_any_record_is_counted_and_not_held(tmp_path, monkeypatch):
-    monkeypatch.setattr("ropeway.stages.fetch.files.LONGEST", 100)
+    monkeypatch.setattr("ropeway.stages.fetch.files.MAX_RECORD_SIZE", 100)
     (tmp_path / "a.jsonl").write_bytes(GOOD + b'{"text": "' + b"a" * 1000 + b'"}\n' + GOOD)
     facts, records = run(tmp_path, "a.jsonl")
     assert (records, facts["refused"]) == (["ok", "ok"], {"record too long": 1})
 
 
 def test_a_record_of_a_list_longer_than_any_record_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr("ropeway.stages.fetch.values.LONGEST", 100)
+    monkeypatch.setattr("ropeway.stages.fetch.values.MAX_RECORD_SIZE", 100)
     monkeypatch.setattr("ropeway.stages.fetch.values.CHUNK_BYTES", 64)
     (tmp_path / "a.json").write_bytes(b"[" + GOOD + b', {"text": "' + b"a" * 1000 + b'"}]')
     fails(tmp_path, "a.json", DataError, "record 2: bad JSON, or longer than 100 characters")
@@ -328,7 +334,7 @@ def test_a_link_is_followed_inside_the_workspace_and_refused_outside(tmp_path):
 @pytest.mark.parametrize("target", ["nowhere.jsonl", "a.jsonl"])
 def test_a_link_to_nowhere_or_to_itself_is_an_error(tmp_path, target):
     (tmp_path / "a.jsonl").symlink_to(target)
-    fails(tmp_path, "a.jsonl", ConfigError, "is a link that leads nowhere")
+    fails(tmp_path, "a.jsonl", ConfigError, "is a broken link")
 
 
 def test_a_pipe_or_device_is_refused_and_never_opened(tmp_path):
@@ -342,7 +348,7 @@ def test_a_folder_is_refused_unless_a_glob_merely_passes_it(tmp_path):
     (tmp_path / "deep" / "v1.0").mkdir(parents=True)
     (tmp_path / "deep" / "v1.0" / "a.jsonl").write_bytes(GOOD)
     (tmp_path / "deep" / "part.parquet").mkdir()
-    fails(tmp_path, "deep", ConfigError, r"is a folder; name its files, as in deep/\*.jsonl")
+    fails(tmp_path, "deep", ConfigError, r"is a folder; name its files, e\.g\. deep/\*.jsonl")
     fails(tmp_path, "deep/*.parquet", ConfigError, "is a folder")
     (tmp_path / "deep" / "part.parquet").rmdir()
     assert run(tmp_path, "deep/**/*")[1] == ["ok"]
@@ -355,7 +361,7 @@ def test_a_file_that_may_not_be_read_is_an_error_about_permissions(tmp_path, mon
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     monkeypatch.setattr("ropeway.stages.fetch.local.file_sha256", denied)
-    fails(tmp_path, "a.jsonl", ConfigError, "cannot be read .Permission denied.; let this user read it")
+    fails(tmp_path, "a.jsonl", ConfigError, "cannot be read .Permission denied.")
 
 
 def test_a_disk_that_is_full_leaves_nothing_and_can_be_tried_again(tmp_path, monkeypatch):
@@ -419,7 +425,7 @@ def test_two_different_system_messages_are_counted(tmp_path):
 
 def test_a_column_that_the_kind_of_rows_does_not_have_is_said(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(GOOD)
-    with pytest.raises(ConfigError, match=r"columns: \['txt'\] mean nothing in rows of kind text; known"):
+    with pytest.raises(ConfigError, match=r"columns: \['txt'\] are not columns of rows: text; expected any of"):
         run(tmp_path, "a.jsonl", columns={"txt": "TEXT"})
 
 

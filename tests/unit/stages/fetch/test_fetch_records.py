@@ -12,7 +12,7 @@ from ropeway.runtime.errors import DataError
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.fetch.files import iterate_objects
 from ropeway.stages.fetch.records import find_unused, required_columns, to_record
-from ropeway.stages.fetch.sources import Refused, Seen, open_source
+from ropeway.stages.fetch.sources import RefusedRecord, SourceCounts, open_source
 from ropeway.stages.fetch.values import UnreadableError
 
 GOOD = [
@@ -169,7 +169,7 @@ def test_a_field_that_carries_something_is_never_passed_over_in_silence(tmp_path
             pytest.skip("no column has this type")
 
     def read(*ignored):
-        seen = Seen()
+        seen = SourceCounts()
         source = FilesSource(
             kind="files", paths=[path.name], rows=rows, columns={}, expected_rows=None, ignored_keys=list(ignored)
         )
@@ -180,23 +180,23 @@ def test_a_field_that_carries_something_is_never_passed_over_in_silence(tmp_path
     (found,), counts = read()
     assert not counts
     if reason is None:
-        assert not isinstance(found, Refused)
+        assert not isinstance(found, RefusedRecord)
         return
-    assert isinstance(found, Refused)
+    assert isinstance(found, RefusedRecord)
     assert found.reason == reason
     if "unused" in reason:
         name = reason.split("'")[1]
         for ignored in ((name,), ("*",)):
             (kept,), counts = read("other", *ignored)
-            assert not isinstance(kept, Refused)
+            assert not isinstance(kept, RefusedRecord)
             assert counts == {name: 1}
-        assert isinstance(read("other")[0][0], Refused)
+        assert isinstance(read("other")[0][0], RefusedRecord)
 
 
 def test_names_that_a_file_chooses_are_counted_up_to_a_limit(tmp_path):
     lines = [json.dumps({"text": "t", f"key-{number}" * 9: number + 1}) for number in range(1500)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    seen = Seen()
+    seen = SourceCounts()
     source = FilesSource(
         kind="files", paths=["a.jsonl"], rows="text", columns={}, expected_rows=None, ignored_keys=["*"]
     )

@@ -150,7 +150,7 @@ def test_the_identity_is_asked_by_head_and_follows_what_the_server_says(served, 
 @pytest.mark.parametrize("header", [{"ETag": '"one"'}, {"Last-Modified": "Thu, 26 Nov 2026 00:00:00 GMT"}])
 def test_a_download_that_was_cut_is_never_taken_for_whole_and_goes_on_where_it_was(served, tmp_path, header):
     served.headers, served.cut = header, 100_000
-    with pytest.raises(TemporaryError, match=rf"ended after 100,000 of {len(DATA):,} bytes. Run it again: it goes on"):
+    with pytest.raises(TemporaryError, match=rf"ended after 100,000 of {len(DATA):,} bytes.*again.*resumes"):
         run(tmp_path, served.url)
     assert [path.name for path in partials(tmp_path)] == ["a.jsonl.partial"]
     assert not list((tmp_path / "runs").rglob("*.parquet"))
@@ -181,11 +181,11 @@ def test_where_a_server_cannot_go_on_the_file_is_asked_for_from_its_beginning(se
 def test_a_file_that_changes_while_it_is_fetched_is_not_mixed(served, tmp_path):
     remote = web.look_up(served.url)
     served.headers = {"ETag": '"two"'}
-    with pytest.raises(TemporaryError, match="changed while it was being fetched"), remote.open_from(0):
+    with pytest.raises(TemporaryError, match="changed during the download"), remote.open_from(0):
         pass
     known = source_identity(source(served.url), tmp_path)
     served.headers = {"ETag": '"three"'}
-    with pytest.raises(TemporaryError, match="changed while it was being fetched"):
+    with pytest.raises(TemporaryError, match="changed during the download"):
         list(fetch.open_source(source(served.url), Workspace(tmp_path, "laptop"), known))
 
 
@@ -207,26 +207,26 @@ def test_a_cut_download_is_found_by_the_length_that_get_alone_states(served, tmp
 
 def test_a_server_that_states_no_length_at_all_is_refused(served, tmp_path):
     served.head_length, served.length = "none", False
-    with pytest.raises(ConfigError, match="states no length, so a cut download would be taken for whole"):
+    with pytest.raises(ConfigError, match="states no length"):
         run(tmp_path, served.url)
 
 
 def test_head_and_get_of_different_lengths_are_not_one_file(served, tmp_path):
     served.head_length = 320
-    with pytest.raises(TemporaryError, match=r"announced 320 bytes and now 159,700"):
+    with pytest.raises(TemporaryError, match=r"announced 320 bytes .* 159,700 bytes"):
         run(tmp_path, served.url)
 
 
 @pytest.mark.parametrize(
     ("status", "error", "phrase"),
     [
-        (404, ConfigError, "answers 404; correct `paths`"),
-        (401, ConfigError, "answers 401; .*where a login is wanted, download it yourself"),
-        (403, ConfigError, "answers 403"),
-        (410, ConfigError, "answers 410"),
-        (429, TemporaryError, "answers 429; try again later"),
-        (500, TemporaryError, "answers 500; try again later"),
-        (503, TemporaryError, "answers 503; try again later"),
+        (404, ConfigError, "responded 404; correct `paths`"),
+        (401, ConfigError, "responded 401; .*login.*download"),
+        (403, ConfigError, "responded 403"),
+        (410, ConfigError, "responded 410"),
+        (429, TemporaryError, "responded 429; try again later"),
+        (500, TemporaryError, "responded 500; try again later"),
+        (503, TemporaryError, "responded 503; try again later"),
     ],
 )
 def test_what_a_server_refuses_is_said(served, tmp_path, status, error, phrase):
@@ -237,21 +237,21 @@ def test_what_a_server_refuses_is_said(served, tmp_path, status, error, phrase):
 
 def test_a_server_that_tells_no_version_is_refused_since_new_data_would_not_be_noticed(served, tmp_path):
     served.headers = {}
-    with pytest.raises(ConfigError, match="neither ETag nor Last-Modified, so new data could not be noticed"):
+    with pytest.raises(ConfigError, match="neither ETag nor Last-Modified"):
         source_identity(source(served.url), tmp_path)
 
 
 def test_a_file_sent_as_another_coding_is_refused_and_gz_stays_gz(served, tmp_path):
     served.body = gz(DATA)
     served.headers = {"ETag": '"one"', "Content-Encoding": "gzip"}
-    with pytest.raises(ConfigError, match="sends it as gzip unasked"):
+    with pytest.raises(ConfigError, match="Content-Encoding gzip, expected identity"):
         run(tmp_path, served.url)
     assert run(tmp_path, served.url + ".gz")[1] == TEXTS
 
 
 def test_a_damaged_file_is_named_by_its_address_and_fetched_anew_next_time(served, tmp_path):
     served.body = gz(DATA)[:-9]
-    with pytest.raises(DataError, match=rf"^{served.url}.gz: cannot be read to its end"):
+    with pytest.raises(DataError, match=rf"^{served.url}.gz: reading failed after"):
         run(tmp_path, served.url + ".gz")
     assert partials(tmp_path) == []
 
@@ -261,8 +261,8 @@ def test_a_redirect_is_followed_as_head_and_never_to_where_one_can_listen(served
     assert run(tmp_path, served.url)[1] == TEXTS
     assert {"HEAD 0", "GET 0"} == set(served.asked)
     for target, phrase in (
-        ("http://example.com/a.jsonl", "http can be changed on the way; use https"),
-        ("ftp://example.com/a.jsonl", "expected https://host/path|answers 302"),
+        ("http://example.com/a.jsonl", "http is not authenticated; use https"),
+        ("ftp://example.com/a.jsonl", "expected https://host/path|responded 302"),
     ):
         served.moved_to = target
         with pytest.raises(ConfigError, match=phrase):
@@ -272,10 +272,10 @@ def test_a_redirect_is_followed_as_head_and_never_to_where_one_can_listen(served
 @pytest.mark.parametrize(
     ("address", "phrase"),
     [
-        ("http://example.com/a.jsonl", "http can be changed on the way; use https"),
-        ("https://name:hunter2@example.com/a.jsonl", "a name or password does not belong into params.yaml"),
+        ("http://example.com/a.jsonl", "http is not authenticated; use https"),
+        ("https://name:hunter2@example.com/a.jsonl", "password must not be in params.yaml"),
         ("https:///a.jsonl", "expected https://host/path"),
-        ("gs://bucket/a.jsonl", "'gs://…' is no address that is fetched; known are https:// and s3://"),
+        ("gs://bucket/a.jsonl", "'gs://…' is not supported; expected https:// or s3://"),
         ("s3://b/a.jsonl", "expected s3://bucket/prefix"),
     ],
 )
@@ -310,7 +310,7 @@ def test_what_stands_behind_the_question_mark_is_shown_nowhere(served, tmp_path,
     facts, _ = run(tmp_path, f"{served.url}?signature=hunter2&expires=9")
     assert list(facts["identity"]["files"]) == [served.url]
     served.body = b""
-    with pytest.raises(DataError, match="no record in it") as caught:
+    with pytest.raises(DataError, match="contains 0 records") as caught:
         run(tmp_path, f"{served.url}?signature=hunter2")
     assert "hunter2" not in str(caught.value) + capsys.readouterr().out
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"hunter2" in path.read_bytes()]
@@ -384,7 +384,7 @@ def test_a_download_from_s3_goes_on_where_it_was(objects, tmp_path, monkeypatch)
         yield stream.read(50_000)
 
     with monkeypatch.context() as patch:
-        patch.setattr("ropeway.stages.fetch.remote._blocks", cut)
+        patch.setattr("ropeway.stages.fetch.remote._read_blocks", cut)
         with pytest.raises(TemporaryError, match=rf"{url}/a.jsonl: the connection ended after 50,000 of"):
             run(tmp_path, f"{url}/a.jsonl")
         with pytest.raises(TemporaryError, match="ended after 100,000 of"):
@@ -400,7 +400,7 @@ def test_an_object_overwritten_while_it_is_fetched_is_not_mixed(objects, tmp_pat
     put("a.jsonl", DATA)
     (remote,) = door.look_up(f"{url}/a.jsonl")
     put("a.jsonl", DATA[::-1])
-    with pytest.raises(TemporaryError, match="changed while it was being fetched"), remote.open_from(0):
+    with pytest.raises(TemporaryError, match="changed during the download"), remote.open_from(0):
         pass
     monkeypatch.setattr("ropeway.stages.fetch.remote.os.fsync", full)
     with pytest.raises(TemporaryError, match="the disk is full"):
@@ -410,9 +410,9 @@ def test_an_object_overwritten_while_it_is_fetched_is_not_mixed(objects, tmp_pat
 def test_what_s3_does_not_hold_or_show_is_said(objects, s3_server: S3Server, tmp_path, monkeypatch):
     url, _ = objects
     for path, phrase in (
-        (f"{url}/a.jsonl", "is not there; put it there or correct `paths`"),
-        (f"{url}/*.jsonl", "names no object; put it there or correct `paths`"),
-        (url.partition("/tests")[0] + "/no-such-bucket/a.jsonl", "is not there|Create the bucket"),
+        (f"{url}/a.jsonl", "does not exist; upload it or correct `paths`"),
+        (f"{url}/*.jsonl", "matches no object; upload it or correct `paths`"),
+        (url.partition("/tests")[0] + "/no-such-bucket/a.jsonl", "does not exist|Create the bucket"),
     ):
         with pytest.raises(ConfigError, match=phrase):
             source_identity(source(path), tmp_path)

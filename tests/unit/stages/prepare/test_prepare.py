@@ -177,7 +177,7 @@ def test_a_special_tokens_string_in_a_text_is_parsed_and_the_record_counted(tmp_
     tokenize_and_prepare(workspace, profile())
     ledger = json.loads(workspace.ledger.read_bytes())
     assert [account["records"]["with_special_tokens"] for account in ledger["sources"]] == [1, 1]
-    assert "1 records hold a special token's string" in capsys.readouterr().out
+    assert "1 records have a special token's string" in capsys.readouterr().out
     special = open_shards(workspace.data).special
     assert open_shards(workspace.data).sources[0].read(0)[0].tolist().count(special["eos"]) == 3
 
@@ -247,7 +247,7 @@ def test_changed_raw_bytes_are_found(tmp_path):
 
 def test_a_found_number_other_than_the_expected_one_is_said(tmp_path, capsys):
     tokenize_and_prepare(write_raw(tmp_path), profile())
-    assert "talk: expected_rows says 236,053, found 40 sequences" in capsys.readouterr().out
+    assert "talk: expected_rows is 236,053, found 40 sequences" in capsys.readouterr().out
 
 
 def test_kinds_follow_role_tokens_and_what_stands_before_them_is_nobodys(tokenizer):
@@ -346,7 +346,7 @@ def test_a_split_by_document_keeps_a_documents_chunks_together(split):
 
 
 def test_shards_are_cut_at_their_size_and_read_back(tmp_path, run, monkeypatch):
-    monkeypatch.setattr("ropeway.data.raw_records._GROUP_CHARACTERS", 200)
+    monkeypatch.setattr("ropeway.data.raw_records._ROW_GROUP_CHARACTERS", 200)
     monkeypatch.setattr("ropeway.stages.tokenize.stage.UNIT_BYTES", 900)
     workspace = write_raw(tmp_path)
     tokenize_and_prepare(workspace, profile())
@@ -376,7 +376,7 @@ def test_a_shard_of_another_size_is_found(tmp_path):
     tokenize_and_prepare(workspace, profile())
     path = workspace.data / "text" / "kinds-00000.npy"
     np.save(path, np.load(path)[:-1])
-    with pytest.raises(DataError, match=r"kinds-00000.npy holds [\d,]+ entries, its \d+ sequences"):
+    with pytest.raises(DataError, match=r"kinds-00000.npy has [\d,]+ entries, expected [\d,]+ for"):
         check_readback(open_shards_unchecked(workspace.data), {"talk": [[]], "text": [[]]})
 
 

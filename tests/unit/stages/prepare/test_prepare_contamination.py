@@ -13,21 +13,21 @@ from ropeway.stages.prepare.contamination import (
     find_hits,
     parse_prompts,
 )
-from ropeway.stages.tokenize.fingerprints import gather_grams, sequence_texts
+from ropeway.stages.tokenize.fingerprints import hash_sequence_grams, sequence_texts
 
 WORDS = [f"w{n}" for n in range(60)]
 RUN = " ".join(WORDS[:13])
 
 
 def hits(training, validation=(), prompts=(), ngram=13):
-    known, _ = gather_grams(validation, ngram)
+    known, _ = hash_sequence_grams(validation, ngram)
     validation, asked = (GramSet.of(grams) for grams in (known[~is_short(known)], marked(prompts, ngram)))
-    grams, counts = gather_grams(training, ngram)
+    grams, counts = hash_sequence_grams(training, ngram)
     return find_hits(grams, np.concatenate([[0], np.cumsum(counts)]), validation, asked).tolist()
 
 
 def marked(prompts, ngram):
-    return hash_grams(prompts, ngram, marks_short=True).values
+    return hash_grams(prompts, ngram, mark_short=True).values
 
 
 def test_thirteen_words_in_common_are_a_hit_and_twelve_are_not():
@@ -68,7 +68,7 @@ def test_a_set_of_grams_holds_what_was_put_in(inside, asked):
     grams = GramSet.of(np.array(inside, np.uint64))
     asked += inside[::2]
     assert grams.contains(np.array(asked, np.uint64)).tolist() == [value in set(inside) for value in asked]
-    assert grams.sieves.size < 16 * max(len(set(inside)), 1) + 1
+    assert grams.filters.size < 16 * max(len(set(inside)), 1) + 1
 
 
 def test_prompts_are_lines_of_text_or_the_strings_in_lines_of_json():
@@ -78,5 +78,5 @@ def test_prompts_are_lines_of_text_or_the_strings_in_lines_of_json():
 
 
 def test_prompts_that_are_not_json_are_said():
-    with pytest.raises(ConfigError, match=r"d.jsonl: expected one JSON value a line"):
+    with pytest.raises(ConfigError, match=r"d.jsonl: expected one JSON value per line"):
         parse_prompts("{", "d.jsonl")

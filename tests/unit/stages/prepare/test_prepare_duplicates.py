@@ -15,7 +15,7 @@ from ropeway.stages.prepare.duplicates import (
     has_grams,
     plan_bands,
 )
-from ropeway.stages.tokenize.fingerprints import compared_texts, exact_keys, sign
+from ropeway.stages.tokenize.fingerprints import compared_texts, exact_keys, minhash_signatures
 
 VOCABULARY = [f"word{n}" for n in range(3000)]
 
@@ -39,7 +39,9 @@ def jaccard(one, other):
 
 
 def signed(texts):
-    return sign([(text if isinstance(text, str) else " ".join(text),) for text in texts], ngram=5, permutations=128)
+    return minhash_signatures(
+        [(text if isinstance(text, str) else " ".join(text),) for text in texts], ngram=5, permutations=128
+    )
 
 
 def near(texts, threshold=0.8, candidates=None):
@@ -167,8 +169,10 @@ def test_no_records_at_all():
 @given(st.integers(1, 7), st.integers(1, 64))
 def test_signing_in_batches_changes_nothing(size, permutations):
     records = [(" ".join(made_up(n, 20 * (n % 3))), "Yes.") for n in range(8)]
-    whole = sign(records, ngram=5, permutations=permutations)
-    parts = [sign(records[at : at + size], ngram=5, permutations=permutations) for at in range(0, 8, size)]
+    whole = minhash_signatures(records, ngram=5, permutations=permutations)
+    parts = [
+        minhash_signatures(records[at : at + size], ngram=5, permutations=permutations) for at in range(0, 8, size)
+    ]
     assert np.array_equal(np.concatenate(parts), whole)
 
 

@@ -19,9 +19,9 @@ from ropeway.stages.prepare.split import Split
 from ropeway.stages.tokenize.encode import document_kinds
 from tests.support.raw_records import profile
 
-NOBODY = RecordTotals(0, {}, {}, 0, 0, {}, 0)
+NO_RECORDS = RecordTotals(0, {}, {}, 0, 0, {}, 0)
 OFF = FindingCounts("off", 0, 0, 0)
-NOTHING = Findings(OFF, OFF, OFF, 0)
+NO_FINDINGS = Findings(OFF, OFF, OFF, 0)
 PROMPTER, ASSISTANT = 3, 4
 ROLE_IDS = dict(zip(OPEN_ASSISTANT.added_tokens, (PROMPTER, ASSISTANT), strict=False))
 
@@ -108,7 +108,7 @@ def test_the_account_is_what_a_walk_over_all_rows_counts(tmp_path_factory, layou
     folder = tmp_path_factory.mktemp("account") / "data"
     shards = write(folder, {"talk": ("conversation", talks), "text": ("document", texts)})
     splits = {s.name: Split(s.train, s.validation, np.empty(0, np.int64)) for s in shards.sources}
-    ledger = build_ledger(shards, dict.fromkeys(splits, NOBODY), splits, dict.fromkeys(splits, NOTHING), chosen)
+    ledger = build_ledger(shards, dict.fromkeys(splits, NO_RECORDS), splits, dict.fromkeys(splits, NO_FINDINGS), chosen)
     for epoch in range(2):
         expected = walk(plan_epoch(shards, chosen, epoch=epoch))
         assert [asdict(account.epochs[epoch]) for account in ledger.sources] == expected

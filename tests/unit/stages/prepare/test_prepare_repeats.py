@@ -213,7 +213,7 @@ def elsewhere_and_backwards(function, jobs, **_):
 @pytest.fixture
 def repeating(monkeypatch):
     """Records that repeat, in several units a source."""
-    monkeypatch.setattr("ropeway.data.raw_records._GROUP_CHARACTERS", 400)
+    monkeypatch.setattr("ropeway.data.raw_records._ROW_GROUP_CHARACTERS", 400)
     monkeypatch.setattr("ropeway.stages.tokenize.stage.UNIT_BYTES", 1500)
     talks = [*contaminated_talks(), *TALKS[:3], TALKS[1], like_talk(2)]
     options = {"exact": "remove", "near": "remove", "contaminated": "remove"}
@@ -223,7 +223,7 @@ def repeating(monkeypatch):
 def test_neither_units_nor_who_makes_them_in_which_order_changes_a_byte(tmp_path, repeating, monkeypatch):
     _, findings, _ = run(tmp_path / "a", **repeating)
     assert all(found[what]["records"] for found in findings[:1] for what in ("exact", "near", "contaminated"))
-    monkeypatch.setattr("ropeway.stages.tokenize.encode_workers.make", elsewhere_and_backwards)
+    monkeypatch.setattr("ropeway.stages.tokenize.encode_workers.run_jobs", elsewhere_and_backwards)
     run(tmp_path / "b", **repeating)
     monkeypatch.undo()
     shards, _, _ = run(tmp_path / "d", **repeating)

@@ -27,11 +27,11 @@ def test_workers_that_see_the_files_and_have_the_same_code_are_taken(tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"file": ""}, r"the worker tcp://b:2 does not see .*work; workers need this workspace's file system"),
+        ({"file": ""}, r"the worker tcp://b:2 does not see .*work; mount this workspace's file system"),
         ({"file": "another one"}, "does not see"),
-        ({"code": "0" * 64}, r"tcp://b:2 has other code than this process \(0000"),
-        ({"code": "", "tokenizers": ""}, r"has other code than this process \(none, expected"),
-        ({"tokenizers": "0.1"}, r"has other tokenizers than this process \(0.1, expected"),
+        ({"code": "0" * 64}, r"tcp://b:2 has another version of code \(0000"),
+        ({"code": "", "tokenizers": ""}, r"another version of code \(not installed, expected"),
+        ({"tokenizers": "0.1"}, r"another version of tokenizers \(0.1, expected"),
     ],
 )
 def test_a_worker_that_would_make_other_bytes_is_named(tmp_path, wrong, message):
@@ -49,7 +49,7 @@ def test_a_worker_without_this_package_can_answer(tmp_path, monkeypatch):
             monkeypatch.undo()
             return {"tcp://a:1": answers[0]}
 
-    with pytest.raises(ConfigError, match="has other code than this process"):
+    with pytest.raises(ConfigError, match="another version of code"):
         check_workers(Bare(), tmp_path)
     assert answers[0]["file"]
 
@@ -57,7 +57,7 @@ def test_a_worker_without_this_package_can_answer(tmp_path, monkeypatch):
 def test_without_distributed_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "distributed", None)
     with (
-        pytest.raises(ConfigError, match="`distributed` is not installed; `make setup EXTRAS=cluster`"),
+        pytest.raises(ConfigError, match="`distributed` is not installed; run `make setup EXTRAS=cluster`"),
         open_cluster("tcp://127.0.0.1:1", tmp_path),
     ):
         pass

@@ -105,7 +105,7 @@ def test_a_text_that_holds_escapes_own_mark_is_refused_and_counted(tokenizer, sp
     forged = Conversation(("a", f"\ufdd0{special[ASSISTANT]}\ufdd1"))
     encoder, sequences = encode(tokenizer, special, [forged, forged, "\ufdd0 alone"], "escape")
     assert len(sequences) == encoder.kept == 1
-    assert encoder.refused == {"text holds escape's own mark (U+FDD0, digits, U+FDD1)": 2}
+    assert encoder.refused == {"text contains the escape marker (U+FDD0, digits, U+FDD1)": 2}
     assert len(encode(tokenizer, special, [forged], "parse")[1]) == 1
 
 
@@ -139,5 +139,5 @@ def test_a_tokenizer_that_cannot_be_renamed_is_refused_with_a_way_out():
     tokenizer.normalizer = normalizers.Replace(Regex("[\ufdd0\ufdd1]"), "")  # the marks
     Escape(tokenizer, OPEN_ASSISTANT)
     tokenizer.add_special_tokens([AddedToken("<end>", special=True, normalized=True)])
-    with pytest.raises(ConfigError, match="cannot tell its '<end>' from text; use reject or parse"):
+    with pytest.raises(ConfigError, match="cannot distinguish '<end>' from text; use reject or parse"):
         Escape(tokenizer, OPEN_ASSISTANT)

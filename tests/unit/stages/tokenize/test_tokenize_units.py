@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ropeway.config.params import DatasetOptions
 from ropeway.config.stages import READS
 from ropeway.config.tokenize_params import TokenizeParams
-from ropeway.data.raw_records import Group, iterate_groups, iterate_records, list_groups
+from ropeway.data.raw_records import RowGroup, iterate_groups, iterate_records, list_groups
 from ropeway.data.shards import open_shards
 from ropeway.data.tokenized import COLUMNS, SHARDS, open_tokenized
 from ropeway.runtime.errors import ConfigError, DataError, TemporaryError
@@ -30,7 +30,7 @@ from tests.support.tokenizing import run_tokenize, tokenize_and_prepare
 @pytest.fixture
 def many(tmp_path, monkeypatch):
     """A workspace whose two sources are several units each."""
-    monkeypatch.setattr("ropeway.data.raw_records._GROUP_CHARACTERS", 200)
+    monkeypatch.setattr("ropeway.data.raw_records._ROW_GROUP_CHARACTERS", 200)
     monkeypatch.setattr("ropeway.stages.tokenize.stage.UNIT_BYTES", 900)
     return write_raw(tmp_path)
 
@@ -58,7 +58,7 @@ def whole_units(workspace):
 
 @given(sizes=st.lists(st.integers(0, 30)), limit=st.integers(1, 40))
 def test_units_are_all_groups_in_order_and_no_larger_than_they_may_be(sizes, limit):
-    groups = [Group("part", number, 1, size) for number, size in enumerate(sizes)]
+    groups = [RowGroup("part", number, 1, size) for number, size in enumerate(sizes)]
     planned = plan_units(groups, unit_bytes=limit)
     assert [group for unit in planned for group in unit] == groups
     assert len(planned) >= 1
@@ -70,7 +70,7 @@ def test_units_are_all_groups_in_order_and_no_larger_than_they_may_be(sizes, lim
 
 @pytest.mark.parametrize(("count", "units"), [(0, 1), (1, 1), (5, 5), (64, 32), (6400, 100)])
 def test_a_small_source_is_cut_as_finely_as_a_worker_wants_and_a_large_one_as_coarsely_as_it_may(count, units):
-    groups = [Group("part", number, 1, 10) for number in range(count)]
+    groups = [RowGroup("part", number, 1, 10) for number in range(count)]
     assert len(plan_units(groups, unit_bytes=choose_unit_bytes(groups, at_most=640))) == units
 
 
@@ -84,7 +84,7 @@ def test_groups_of_one_source_read_apart_are_its_records(many):
 
 
 def test_a_groups_size_is_that_of_its_text_even_if_texts_repeat(tmp_path, monkeypatch):
-    monkeypatch.setattr("ropeway.data.raw_records._GROUP_CHARACTERS", 10_000)
+    monkeypatch.setattr("ropeway.data.raw_records._ROW_GROUP_CHARACTERS", 10_000)
     workspace = write_raw(tmp_path, texts=["the same text again " * 5] * 300)
     sizes = [group.text_bytes for group in list_groups(workspace.raw / "text")]
     assert all(10_000 < size < 15_000 for size in sizes)
@@ -126,7 +126,7 @@ def test_nothing_is_left_of_units_once_tokens_are_whole(many):
 def break_off(workspace):
     """A tokenize that is stopped after all units are made."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store.Units, "place", lambda *_: signal.raise_signal(signal.SIGINT))
+        patch.setattr(store.Units, "write_source", lambda *_: signal.raise_signal(signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):
             run_tokenize(workspace, profile())
 
@@ -182,14 +182,14 @@ def test_a_unit_whose_manifest_is_incomplete_is_made_again_and_no_other(stopped,
 
 def test_a_unit_that_is_damaged_before_it_is_placed_is_named_and_made_again_the_next_time(stopped, made, monkeypatch):
     (path,) = stopped.work.glob("tokenize-run-*/text/00001/tokens.npy")
-    place = store.Units.place
+    write_source = store.Units.write_source
 
     def spoil(self, folder):
         path.write_bytes(path.read_bytes()[:-1] + b"\xff")
-        place(self, folder)
+        write_source(self, folder)
 
     with monkeypatch.context() as patch:
-        patch.setattr(store.Units, "place", spoil)
+        patch.setattr(store.Units, "write_source", spoil)
         with pytest.raises(DataError, match=r"00001/tokens.npy: sha256 is"):
             run_tokenize(stopped, profile())
     assert not stopped.tokens.exists()
@@ -231,7 +231,7 @@ def test_a_full_disk_leaves_no_table_and_keeps_what_is_whole(many, made, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr("numpy.save", save_until_full)
-        with pytest.raises(TemporaryError, match=r"the disk is full.*whole units are kept"):
+        with pytest.raises(TemporaryError, match=r"the disk is full.*completed units are kept"):
             run_tokenize(many, profile())
     assert len(made) == 4  # ten arrays each: three whole units, two arrays of the fourth
     assert whole_units(many) == set(made[:3])
@@ -326,7 +326,7 @@ def test_prepare_refuses_tokens_that_were_made_by_other_params(tmp_path, changes
     run_tokenize(workspace, profile())
     if set(changes) == {"special_tokens_in_text"}:  # prepare does not read it
         return
-    with pytest.raises(DataError, match=f"made by other values of {next(iter(changes))} than params.yaml has"):
+    with pytest.raises(DataError, match=f"other values of {next(iter(changes))} than params.yaml"):
         prepare.run(workspace, other.reading(READS["prepare"]))
     assert not workspace.data.exists()
 
