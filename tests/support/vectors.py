@@ -79,12 +79,12 @@ class Bench:
         if not self.records[name].turns:  # prepare refuses it and counts it; the original reads a lone BOS
             tokens = np.asarray(self.tokenizer.encode("").ids)
             return tokens, np.full(len(tokens), Kind.BEFORE, np.uint8), False
-        (encoded,) = self.encoder.fresh().encode_batches([self.records[name]])
+        (encoded,) = self.encoder.copy_without_counts().encode_batches([self.records[name]])
         return encoded.tokens, encoded.kinds, False
 
     def text(self, text):
         """(tokens, kinds, True) of a document's chunk, likewise."""
-        (encoded,) = self.encoder.fresh().encode_batches([text])
+        (encoded,) = self.encoder.copy_without_counts().encode_batches([text])
         return encoded.tokens, encoded.kinds, True
 
     def shards(self, sequences):

@@ -66,7 +66,7 @@ def test_the_published_mask_learns_all_but_the_prompters_turns():
 
 
 def test_answers_alone_are_learned_with_their_end_when_asked_for():
-    """From <assistant> the first answer token is predicted, from the last one the end; the end predicts no stranger."""
+    """The mask covers what predicts the answer and its end; the end token predicts the next sequence, so is masked."""
     assert mask_of(TALK, what_counts="answers") == "000000001110"
     again = np.concatenate([TALK, [PROMPTER, 40, EOS, ASSISTANT, 50, EOS]])
     assert mask_of(again, what_counts="answers") == "000000001110000110"

@@ -221,11 +221,11 @@ def test_the_fingerprint_changes_with_whatever_a_units_bytes_depend_on(tmp_path,
 
 
 def test_a_full_disk_leaves_no_table_and_keeps_what_is_whole(many, made, monkeypatch):
-    save, room = np.save, [32]
+    save, remaining = np.save, [32]
 
     def save_until_full(path, *args, **more):
-        room[0] -= 1
-        if room[0] < 0:
+        remaining[0] -= 1
+        if remaining[0] < 0:
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         save(path, *args, **more)
 
