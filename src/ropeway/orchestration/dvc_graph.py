@@ -255,8 +255,9 @@ def read_event(line: str) -> tuple[str, int | None] | None:
 
 
 def is_hint(line: str) -> bool:
-    """Return whether a line is advice that DVC prints after each stage."""
-    return line.strip().startswith(_HINTS)
+    """Return whether a line of DVC needs no action during a run."""
+    # After a kill DVC also reports that it cleared the dead process from its rwlock (dvc 3.67.1, `rwlock.py`).
+    return line.strip().startswith(_HINTS) or "in RWLock-file" in line
 
 
 @contextmanager
@@ -305,6 +306,7 @@ def _explain(stage: "PipelineStage", status: Sequence[Any], root: Path) -> list[
     if status and (other := _other_profile(stage, root)):
         return [f"the last run in this workspace was of profile '{other}'"]
     reasons: list[str] = []
+    missing: list[str] = []
     for entry in status:
         if not isinstance(entry, Mapping):
             reasons.append(
@@ -317,8 +319,10 @@ def _explain(stage: "PipelineStage", status: Sequence[Any], root: Path) -> list[
             else:
                 reasons += _explain_dep(stage, path, change, root)
         outs = entry.get("changed outs", {}).items()
-        reasons += [f"its output {_place(path, root)} {_word(change)}" for path, change in outs]
-    return reasons
+        missing += [f"its output {_place(path, root)} is missing" for path, change in outs if change == "deleted"]
+        reasons += [f"its output {_place(path, root)} {_word(change)}" for path, change in outs if change != "deleted"]
+    # DVC removes a stage's outputs before it runs, so after a kill they are missing besides the real reason.
+    return reasons or missing
 
 
 def _other_profile(stage: "PipelineStage", root: Path) -> str | None:

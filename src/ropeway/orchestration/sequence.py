@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -153,7 +153,7 @@ class PipelineRun:
             if plan.refreshes:
                 self._ended[plan.name] = "Unchanged"
             else:
-                work = partial(_update if plan.will_run else _skip, self._site, plan)
+                work = partial(_update if plan.will_run else _skip, self._site, plan, dict(self._ended))
                 self._ended[plan.name] = _step(self.display, plan.name, work, after=plan.parents).state
                 ledger = _show_ledger(self.display, self.workspace, known=ledger)
         if ledger == before:
@@ -282,19 +282,30 @@ def _refresh(site: Site, stage: str, write_line: LineWriter) -> StepResult:
     return StepResult("Unchanged", "froze params; refreshed fingerprints of code, sources and base")
 
 
-def _update(site: Site, plan: graph.StagePlan, write_line: LineWriter) -> StepResult:
-    why = "; ".join(plan.reasons)
-    print(f"{plan.name}: {why}", flush=True)
+def _update(site: Site, plan: graph.StagePlan, ended: Mapping[str, str], write_line: LineWriter) -> StepResult:
+    why = "; ".join(_past_reasons(plan, ended))
+    print(f"{plan.name}: {why or 'no stage before it ran; DVC checks its inputs'}", flush=True)
     outcome = update_stage(site, plan.name, write_line)
     words = {
-        "ran": f"ran because {why.replace(' will run', ' ran')}",
+        "ran": f"ran because {why or 'DVC found its inputs changed'}",
         "restored": "its outputs were in DVC's cache",
         "unchanged": "its inputs are unchanged",
     }
     return StepResult(_STATES[outcome], words[outcome])
 
 
-def _skip(_site: Site, plan: graph.StagePlan, _say: LineWriter) -> StepResult:
+def _past_reasons(plan: graph.StagePlan, ended: Mapping[str, str]) -> list[str]:
+    """Return the plan's reasons now that the stages before it ended; a stage that was unchanged is no reason."""
+    past = {"Completed": "ran", "Restored": "was restored"}
+    expected = {f"{name} will run": name for name in plan.deps}
+    return [
+        f"{expected[reason]} {past[ended[expected[reason]]]}" if reason in expected else reason
+        for reason in plan.reasons
+        if reason not in expected or ended[expected[reason]] in past
+    ]
+
+
+def _skip(_site: Site, plan: graph.StagePlan, _ended: Mapping[str, str], _write: LineWriter) -> StepResult:
     """Start no process for a stage that the plan finds unchanged."""
     return StepResult("Unchanged", "; ".join(plan.reasons))
 

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from ropeway.orchestration import dvc_graph as graph
+from ropeway.orchestration import sequence
 from ropeway.runtime.errors import ConfigError
 
 pytestmark = pytest.mark.filterwarnings(
@@ -87,6 +88,36 @@ def test_stages_come_after_what_they_read_and_otherwise_as_dvc_yaml_has_them(fre
         "late": ("early", "side"),
     }
     assert [stage.name for stage in stages if stage.refreshes] == ["look"]
+
+
+def test_parents_leave_out_what_another_dependency_depends_on(fresh):
+    edit(fresh, "dvc.yaml", "      - side.txt\n    outs", "      - side.txt\n      - look.txt\n    outs")
+    late = next(stage for stage in graph.load_graph(fresh) if stage.name == "late")
+    assert (late.deps, late.parents) == (("look", "early", "side"), ("early", "side"))
+
+
+def test_a_missing_output_is_a_reason_only_if_no_input_changed(ran):
+    (ran / "early.txt").unlink()
+    assert reasons(ran)["early"] == ("its output early.txt is missing",)
+    edit(ran, "params.yaml", "rate: 1e-5", "rate: 2e-5")
+    assert reasons(ran)["early"] == ("tiny.rate: 1e-05 -> 2e-05",)
+
+
+def test_dvcs_report_of_a_dead_rwlock_holder_is_not_shown():
+    # printed by dvc 3.67.1, rwlock.py
+    killed = "WARNING: Process 'dvc repro' with (Pid 7), in RWLock-file '.dvc/tmp/rwlock' had been killed. "
+    assert graph.is_hint(killed + "Auto removed it from the lock file.")
+    assert not graph.is_hint("WARNING: loss is not finite at step 3")
+
+
+@pytest.mark.parametrize(
+    ("ended", "expected"),
+    [("Completed", ["early ran"]), ("Restored", ["early was restored"]), ("Unchanged", [])],
+)
+def test_a_reason_names_what_the_stage_before_did(ran, ended, expected):
+    edit(ran, "params.yaml", "rate: 1e-5", "rate: 2e-5")
+    late = next(plan for plan in graph.plan(ran) if plan.name == "late")
+    assert sequence._past_reasons(late, {"early": ended}) == expected
 
 
 def test_a_fresh_clone_without_lock_or_files_runs_everything(fresh):
