@@ -86,8 +86,8 @@ def check_folder(folder: Path) -> None:
             raise DataError(f"{path}: auto_map names code that comes with the model; it is not run here")
 
 
-def fit_turns(turns: Sequence[str], count: Callable[[Sequence[str]], int], room: int) -> list[str]:
-    """Return the latest turns that fit: the oldest question goes with its answer until the prompt has room.
+def fit_turns(turns: Sequence[str], count: Callable[[Sequence[str]], int], limit: int) -> list[str]:
+    """Return the latest turns that fit: the oldest question is dropped with its answer until the prompt fits.
 
     >>> fit_turns(["a" * 5, "b" * 5, "c" * 5], lambda turns: sum(map(len, turns)), 9)
     ['ccccc']
@@ -96,11 +96,11 @@ def fit_turns(turns: Sequence[str], count: Callable[[Sequence[str]], int], room:
         ConfigError: The last question alone does not fit.
     """
     kept = list(turns)
-    while (found := count(kept)) > room:
+    while (found := count(kept)) > limit:
         if not kept[2:]:  # the last question stands alone
             raise ConfigError(
-                f"the question has {found:,} tokens with its template, {room:,} fit beside the answer; shorten it, or "
-                "lower --max-new-tokens"
+                f"the question has {found:,} tokens with its template; at most {limit:,} fit beside the answer. Shorten "
+                "it, or lower --max-new-tokens"
             )
         del kept[:2]
     return kept

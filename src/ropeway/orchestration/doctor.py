@@ -197,7 +197,7 @@ def _remote(root: Path) -> Iterator[Finding]:
         yield Finding("DVC remote", "ok", f"'{name}' {url}, verifies what it gives")
     else:
         fix = f"`ropeway doctor --fix`, or `dvc remote modify {name} verify true`"
-        words = f"'{name}' {url} is believed unseen: a damaged object is pulled as if it were right (DVC's default)"
+        words = f"'{name}' {url} is not verified on pull (DVC's default): damage is not noticed"
         yield Finding("DVC remote", "wrong", words, fix)
 
 
