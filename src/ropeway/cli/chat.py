@@ -99,7 +99,7 @@ def fit_turns(turns: Sequence[str], count: Callable[[Sequence[str]], int], limit
     while (found := count(kept)) > limit:
         if not kept[2:]:  # the last question stands alone
             raise ConfigError(
-                f"the question has {found:,} tokens with its template; at most {limit:,} fit beside the answer. Shorten "
+                f"the question has {found:,} tokens with its template; {limit:,} fit beside the answer. Shorten "
                 "it, or lower --max-new-tokens"
             )
         del kept[:2]
