@@ -19,9 +19,9 @@ from pydantic import Field, ValidationError
 from ropeway.orchestration.decision import ReviewAnswer, decide
 from ropeway.orchestration.prefect_adapter import artifact_prefix
 from ropeway.registry import PRODUCTION, Registry
-from ropeway.reporting.evidence import Case, open_case
+from ropeway.reporting.evidence import ReviewCase, open_case
 from ropeway.reporting.markdown import code
-from ropeway.reporting.review_report import draw_report, draw_summary
+from ropeway.reporting.review_report import render_review, render_summary
 from ropeway.runtime.errors import RegistryError
 from ropeway.runtime.workspace import Workspace
 
@@ -56,7 +56,7 @@ def review(digest: str, root: str = ".", expires_hours: float = EXPIRES_HOURS) -
     """
     registry = Registry.open(Workspace(Path(root).resolve(), "").registry_url)
     case = _pin(registry, digest)
-    form = Form.with_initial_data(description=draw_summary(case, heading="###"))
+    form = Form.with_initial_data(description=render_summary(case, heading="###"))
     try:
         said = suspend_flow_run(wait_for_input=form, timeout=int(expires_hours * 3600), key="answer")
     except ValidationError:
@@ -70,7 +70,7 @@ def review(digest: str, root: str = ".", expires_hours: float = EXPIRES_HOURS) -
     return Completed(name=outcome.state, message=outcome.words)
 
 
-def _pin(registry: Registry, wanted: str) -> Case:
+def _pin(registry: Registry, wanted: str) -> ReviewCase:
     """Return the case; at the first start also publish its report and label the run with the versions it compares."""
     run = UUID(str(runtime.flow_run.id))
     with get_client(sync_client=True) as client:
@@ -82,7 +82,7 @@ def _pin(registry: Registry, wanted: str) -> Case:
         case = open_case(registry, wanted)
         create_markdown_artifact(
             key=f"{artifact_prefix(case.name)}-review",
-            markdown=draw_report(case),
+            markdown=render_review(case),
             description=f"Promote {case.new.label} to {PRODUCTION}? {code(case.digest)}",
         )
         pinned: dict[str, bool | int | float | str] = {

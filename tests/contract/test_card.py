@@ -14,7 +14,7 @@ from ropeway.config.load_params import load_profile, read_block
 from ropeway.config.stages import READS
 from ropeway.models.chat_template import OPEN_ASSISTANT
 from ropeway.models.rope import build_scaling, plan_scaling
-from ropeway.reporting.model_card import describe_steps, draw_card
+from ropeway.reporting.model_card import describe_steps, render_card
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.package.card_facts import plan_card
 from ropeway.stages.package.facts import Facts
@@ -138,7 +138,7 @@ def card_of(facts):
 
 
 def draw(facts):
-    return draw_card(card_of(facts), facts.ledger, facts.evaluation, facts.samples)
+    return render_card(card_of(facts), facts.ledger, facts.evaluation, facts.samples)
 
 
 @pytest.fixture
@@ -150,7 +150,7 @@ def written(tmp_path):
     (package / "model.safetensors").write_bytes(b"weights")
     write_card(facts, Workspace(tmp_path, NAME), package, Written(13015864320, 26031728640))
     card = json.loads((package / "card.json").read_bytes())
-    return package, draw_card(card, facts.ledger, facts.evaluation, facts.samples)
+    return package, render_card(card, facts.ledger, facts.evaluation, facts.samples)
 
 
 def test_it_has_every_section_of_the_published_card_in_its_order(written):

@@ -16,7 +16,7 @@ from ropeway.orchestration.revision import Revision
 from ropeway.orchestration.stage_process import STAGE_NAMES, execute_stage, write_identity
 from ropeway.registry import Registry
 from ropeway.reporting.evidence import open_case
-from ropeway.reporting.review_report import draw_report
+from ropeway.reporting.review_report import render_review
 from ropeway.runtime.errors import ConfigError, DataError
 from ropeway.runtime.workspace import Workspace
 from ropeway.storage.s3_client import make_client, split_url
@@ -185,7 +185,7 @@ def test_every_source_and_base_reaches_a_version_with_card_and_review(tmp_path, 
 
     assert where_is(SECRET, workspace.root) <= {"params.yaml", ".identity/addresses.json"}
     card = (workspace.pages / "README.md").read_text()
-    report = draw_report(open_case(Registry.open(workspace.registry_url), publication.version), with_pictures=False)
+    report = render_review(open_case(Registry.open(workspace.registry_url), publication.version), with_pictures=False)
     run = json.loads((workspace.package / "run.json").read_text())
     assert run["sources"].keys() == sources.keys()
     for words in (*told, base_told):

@@ -19,7 +19,7 @@ from ropeway.reporting.inspection import (
     pair_tokens,
     to_json,
 )
-from ropeway.reporting.token_view import Shown, Sort, next_token, split_visible
+from ropeway.reporting.token_view import DisplayToken, TextKind, next_token, split_visible
 from ropeway.runtime.errors import ConfigError
 from ropeway.runtime.workspace import Workspace
 
@@ -98,7 +98,7 @@ def draw_inspection(inspection: Inspection, prepared: Prepared, *, is_colourful:
         yield line
 
 
-def draw_tokens(pairs: Iterator[tuple[Shown, bool]], *, is_colourful: bool) -> Text:
+def draw_tokens(pairs: Iterator[tuple[DisplayToken, bool]], *, is_colourful: bool) -> Text:
     """Return tokens as a terminal shows them; without colours, learned stretches stand in ⟦ ⟧, borders are │."""
     line, was_learned, begun = Text(), False, False
     for shown, learned in pairs:
@@ -107,7 +107,7 @@ def draw_tokens(pairs: Iterator[tuple[Shown, bool]], *, is_colourful: bool) -> T
             line.append((_CLOSE if was_learned else _OPEN) if turned else _BORDER if begun else "")
         style = (_LEARNED if learned else _READ) if is_colourful else ""
         for sort, part in _parts(shown):
-            text = f"{part}\n" if sort is Sort.BREAK else f"<{part}>" if sort is Sort.CODE else part
+            text = f"{part}\n" if sort is TextKind.BREAK else f"<{part}>" if sort is TextKind.CODE else part
             line.append(text, style=f"{style} bold" if shown.is_special and style else style)
         if is_colourful:
             line.append(_BORDER, style="dim")
@@ -117,10 +117,10 @@ def draw_tokens(pairs: Iterator[tuple[Shown, bool]], *, is_colourful: bool) -> T
     return line
 
 
-def _parts(shown: Shown) -> list[tuple[Sort, str]]:
+def _parts(shown: DisplayToken) -> list[tuple[TextKind, str]]:
     if not shown.is_bytes:
         return split_visible(shown.text)
-    return [(Sort.PLAIN, f"<{shown.text}>{'=' if shown.completes else ''}"), *split_visible(shown.completes)]
+    return [(TextKind.PLAIN, f"<{shown.text}>{'=' if shown.completes else ''}"), *split_visible(shown.completes)]
 
 
 def _legend(*, is_colourful: bool) -> Text:

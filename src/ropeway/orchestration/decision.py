@@ -7,8 +7,8 @@ from uuid import uuid4
 
 from ropeway.registry import ANY, PRODUCTION, AnyDigest, Decision, Registry
 from ropeway.registry.aliases import check_text
-from ropeway.reporting.evidence import Case, open_case
-from ropeway.reporting.review_report import draw_report
+from ropeway.reporting.evidence import ReviewCase, open_case
+from ropeway.reporting.review_report import render_review
 from ropeway.runtime.errors import ConfigError, RegistryError
 from ropeway.runtime.manifest import Json
 from ropeway.runtime.workspace import Workspace
@@ -36,7 +36,7 @@ class Outcome:
     words: str
 
 
-def decide(registry: Registry, case: Case, answer: ReviewAnswer) -> Outcome:
+def decide(registry: Registry, case: ReviewCase, answer: ReviewAnswer) -> Outcome:
     """Record an answer; if it approves and production is still what the report compared with, move production.
 
     It may be repeated.
@@ -86,14 +86,14 @@ def review_here(
         show(outcome.words)
         return
     show(
-        TerminalMarkdown(shorten_digests(draw_report(case, with_pictures=False))),
+        TerminalMarkdown(shorten_digests(render_review(case, with_pictures=False))),
         Command(answer_command(case, "approve"), label="Approve:"),
         Command(answer_command(case, "reject"), label="Reject: "),
         "With --expect, an approval moves production only if production has not moved since this report.",
     )
 
 
-def describe_case(case: Case) -> Json:
+def describe_case(case: ReviewCase) -> Json:
     """Return what a review shows, for programs: both versions' metrics, the gate's verdict, changes, commands."""
     provenance = case.new.facts["provenance"]
     return {
@@ -113,7 +113,7 @@ def describe_case(case: Case) -> Json:
     }
 
 
-def answer_command(case: Case, decision: Decision) -> str:
+def answer_command(case: ReviewCase, decision: Decision) -> str:
     """Return the command that answers a case."""
     expect = case.expect[:12] if case.expect else "none"
     return f"ropeway review {case.digest[:12]} --{decision} --reviewer NAME --comment WHY --expect {expect}"

@@ -39,7 +39,7 @@ class VersionEvidence:
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
+class ReviewCase:
     """A version under review and the production version it is compared with.
 
     Attributes:
@@ -60,7 +60,7 @@ class Case:
     reviews: tuple[Json, ...]
 
 
-def open_case(registry: Registry, wanted: str, *, expect: str | AnyDigest | None = ANY) -> Case:
+def open_case(registry: Registry, wanted: str, *, expect: str | AnyDigest | None = ANY) -> ReviewCase:
     """Return a version with everything that the decision needs.
 
     `expect` is the digest that production is expected to have; default: its current one.
@@ -76,7 +76,7 @@ def open_case(registry: Registry, wanted: str, *, expect: str | AnyDigest | None
     new = gather_evidence(version)
     if new.facts["withdrawn"]:
         raise RegistryError(f"{new.label} ({version.digest[:_SHORT]}…) is withdrawn; there is nothing to review")
-    return Case(
+    return ReviewCase(
         version.name,
         version.digest,
         known,

@@ -8,7 +8,15 @@ from ropeway.config.params import Profile
 from ropeway.data.batches import EpochPlan, plan_epoch
 from ropeway.data.shards import Shards, open_shards
 from ropeway.models.tokenizer import open_tokenizer
-from ropeway.reporting.token_view import Reading, Shown, Vocabulary, find_part, next_token, read_piece, read_whole
+from ropeway.reporting.token_view import (
+    DisplayToken,
+    Reading,
+    Vocabulary,
+    find_part,
+    next_token,
+    read_piece,
+    read_whole,
+)
 from ropeway.runtime.errors import ConfigError, DataError
 from ropeway.runtime.manifest import file_sha256
 from ropeway.runtime.workspace import Workspace
@@ -118,7 +126,7 @@ def to_json(inspection: Inspection, prepared: Prepared) -> str:
     return json.dumps({**inspection.facts, "pieces": pieces}, ensure_ascii=False)
 
 
-def pair_tokens(reading: Reading, prepared: Prepared) -> Iterator[tuple[Shown, bool]]:
+def pair_tokens(reading: Reading, prepared: Prepared) -> Iterator[tuple[DisplayToken, bool]]:
     """Return each decoded token of a reading, and whether it is supervised."""
     return zip(prepared.vocabulary.show(reading.tokens.tolist()), reading.learned.tolist(), strict=True)
 

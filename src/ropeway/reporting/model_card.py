@@ -15,7 +15,7 @@ _PARTS = {"up_to_max_length": "up to", "beyond": "beyond"}  # eval.json's keys
 Rows = list[dict[str, str]]
 
 
-def draw_card(card: Json, ledger: Json, evaluation: Json, samples: Json) -> str:
+def render_card(card: Json, ledger: Json, evaluation: Json, samples: Json) -> str:
     """Return the model card in Markdown, from these JSON files of the package."""
     params, accounts = card["params"], ledger["sources"]
     configs = [result["sampling_config"].partition("/")[2] for result in samples["prompts"][0]["results"]]

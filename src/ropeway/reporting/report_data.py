@@ -14,7 +14,15 @@ from ropeway.models.tokenizer import open_tokenizer
 from ropeway.reporting.ledger_steps import list_steps, split_tokens
 from ropeway.reporting.pictures import draw_lengths
 from ropeway.reporting.render import render
-from ropeway.reporting.token_view import Reading, Shown, Vocabulary, find_part, next_token, read_piece, read_whole
+from ropeway.reporting.token_view import (
+    DisplayToken,
+    Reading,
+    Vocabulary,
+    find_part,
+    next_token,
+    read_piece,
+    read_whole,
+)
 from ropeway.runtime.manifest import Json, load_manifest, write_atomic
 from ropeway.runtime.workspace import Workspace
 
@@ -64,7 +72,7 @@ def run(workspace: Workspace, profile: Profile) -> None:
     )
     overlong = find_overlong(plan)
     samples = (choose_samples(number, shards, profile, overlong.get(number)) for number in range(len(shards.sources)))
-    write_atomic(workspace.report, draw_page(page, samples, choose_rows(plan)).encode())
+    write_atomic(workspace.report, render_report(page, samples, choose_rows(plan)).encode())
     print(f"data report: {workspace.report}")
 
 
@@ -132,7 +140,7 @@ def _describe(source: SourceShards, reading: Reading) -> str:
     )
 
 
-def draw_page(page: Page, samples: Iterable[Iterable[Sample]], rows: Iterable[Sample]) -> str:
+def render_report(page: Page, samples: Iterable[Iterable[Sample]], rows: Iterable[Sample]) -> str:
     """Return the HTML page; `samples` are consumed one source after another."""
     chosen = iter(samples)
     sources = [
@@ -181,7 +189,7 @@ def _cut(page: Page, reading: Reading, limit: int) -> Mapping[str, object]:
     tail = limit // _TAIL_SHARE if count > limit else 0
     head = limit - tail if tail else count
 
-    def shown(part: slice) -> list[tuple[Shown, bool]]:
+    def shown(part: slice) -> list[tuple[DisplayToken, bool]]:
         tokens = page.vocabulary.show(reading.tokens[part].tolist())
         return list(zip(tokens, reading.learned[part].tolist(), strict=True))
 

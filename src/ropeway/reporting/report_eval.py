@@ -18,11 +18,11 @@ def run(workspace: Workspace, profile: Profile) -> None:
     """Write samples.html and plots/; raise DataError when a table of the evaluation is missing or changed."""
     load_manifest(workspace.tables, remedy="Run `dvc checkout`, or `dvc repro evaluate`")
     write_plots(workspace.plots, workspace.tables, workspace.steps, max_length=profile.max_length)
-    write_atomic(workspace.samples_page, draw_samples(json.loads(workspace.samples.read_bytes())).encode())
+    write_atomic(workspace.samples_page, render_samples(json.loads(workspace.samples.read_bytes())).encode())
     print(f"sample answers: {workspace.samples_page}; plots: {workspace.plots}")
 
 
-def draw_samples(report: Json) -> str:
+def render_samples(report: Json) -> str:
     """Return the HTML page of a samples.json: a card per prompt, a row per sampling config, a column per model."""
     first = report["prompts"][0]["results"]
     pairs = [result["sampling_config"].split("/", 1) for result in first]

@@ -7,7 +7,7 @@ import json
 import shutil
 
 from ropeway.config.params import Profile
-from ropeway.reporting.model_card import draw_card
+from ropeway.reporting.model_card import render_card
 from ropeway.runtime.manifest import (
     NAME,
     Json,
@@ -29,7 +29,7 @@ def run(workspace: Workspace, profile: Profile) -> None:  # noqa: ARG001 - card.
         found: Json = json.loads((package / name).read_bytes())
         return found
 
-    card = draw_card(*(read(f"{name}.json") for name in ("card", "ledger", "eval", "samples")))
+    card = render_card(*(read(f"{name}.json") for name in ("card", "ledger", "eval", "samples")))
     with whole_folder(workspace.pages) as folder:
         write_atomic(folder / "README.md", card.encode())
         shutil.copyfile(workspace.samples_page, folder / workspace.samples_page.name)

@@ -1,4 +1,4 @@
-"""The review report in Markdown, from a `Case`: what a reviewer needs to approve or reject a version."""
+"""The review report in Markdown, from a `ReviewCase`: what a reviewer needs to approve or reject a version."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from ropeway.data.lineage import describe_base, describe_source
 from ropeway.data.task_scores import name_metrics, show_score
 from ropeway.reporting import colors
-from ropeway.reporting.evidence import Case, VersionEvidence
+from ropeway.reporting.evidence import ReviewCase, VersionEvidence
 from ropeway.reporting.ledger_steps import ledger_rows
 from ropeway.reporting.loss_curves import Curve, loss_curves
 from ropeway.reporting.markdown import code, plain
@@ -29,7 +29,7 @@ _METRICS = (
 )
 
 
-def draw_report(case: Case, *, with_pictures: bool = True) -> str:
+def render_review(case: ReviewCase, *, with_pictures: bool = True) -> str:
     """Return the report; `with_pictures` is False for a terminal."""
     curves = _plan_curves(case) if with_pictures else []
     made = [step for step in case.new.steps if not step.get("left_out")]
@@ -59,12 +59,12 @@ def draw_report(case: Case, *, with_pictures: bool = True) -> str:
     )
 
 
-def draw_summary(case: Case, *, heading: str = "#") -> str:
+def render_summary(case: ReviewCase, *, heading: str = "#") -> str:
     """Return the summary that a reviewer must read: question, warnings, main figures and how to pull the version."""
     return _render(case, only_summary=True, heading=heading)
 
 
-def _render(case: Case, **values: object) -> str:
+def _render(case: ReviewCase, **values: object) -> str:
     new, verdict = case.new, case.new.facts["provenance"].get("verdict")
     passed = bool(verdict["passed"]) if verdict else None
     facts = [
@@ -88,7 +88,7 @@ def _render(case: Case, **values: object) -> str:
     return collapse(text)
 
 
-def _losses(case: Case) -> list[dict[str, str]]:
+def _losses(case: ReviewCase) -> list[dict[str, str]]:
     """Return metrics by source: base, production, this version, and the change from production (or from the base)."""
     rival = _production_metrics(case)
     rows = []
@@ -107,7 +107,7 @@ def _losses(case: Case) -> list[dict[str, str]]:
     return rows
 
 
-def _mean_loss(case: Case) -> str:
+def _mean_loss(case: ReviewCase) -> str:
     ours, base = (_find_number(case.new.metrics, "mean", model) for model in ("tuned", "base"))
     theirs = _find_number(_production_metrics(case), "mean", "tuned") if case.old else base
     reference = "production" if case.old else "base"
@@ -115,7 +115,7 @@ def _mean_loss(case: Case) -> str:
     return f"{_format_number(ours)} nats/token, {reference} {_format_number(theirs)}: {change}"
 
 
-def _tasks(case: Case) -> list[dict[str, str]]:
+def _tasks(case: ReviewCase) -> list[dict[str, str]]:
     """Return the scores of base, production and the new version in each task of lm-evaluation-harness."""
     tasks: Json = case.new.metrics.get("tasks") or {}
     rows = []
@@ -140,7 +140,7 @@ def _format_score(figures: Mapping[str, float], metric: str) -> str:
     return show_score(figures, metric) if metric in figures else "not evaluated"
 
 
-def _plan_curves(case: Case) -> list[Curve]:
+def _plan_curves(case: ReviewCase) -> list[Curve]:
     """Return the version's losses by step, and production's training loss."""
     found = loss_curves(case.new.steps, f"v{case.new.facts['number']}", colors.VERSION)
     if case.old:
@@ -195,7 +195,7 @@ def _attempts(new: VersionEvidence) -> list[dict[str, str]]:
     ]
 
 
-def _changes(case: Case, prefixes: Sequence[str]) -> list[dict[str, str]]:
+def _changes(case: ReviewCase, prefixes: Sequence[str]) -> list[dict[str, str]]:
     return [
         {"key": code(key.removeprefix("run.json: ").removeprefix("params.")), "old": plain(old), "new": plain(new)}
         for key, (old, new) in case.changes.items()
@@ -203,7 +203,7 @@ def _changes(case: Case, prefixes: Sequence[str]) -> list[dict[str, str]]:
     ]
 
 
-def _samples(case: Case) -> list[dict[str, str]]:
+def _samples(case: ReviewCase) -> list[dict[str, str]]:
     theirs = _answers(case.old, "tuned") if case.old else {}
     ours, base = _answers(case.new, "tuned"), _answers(case.new, "base")
     rows = []
@@ -232,7 +232,7 @@ def _files(new: VersionEvidence) -> list[dict[str, str]]:
     ]
 
 
-def _lineage(case: Case) -> list[dict[str, str]]:
+def _lineage(case: ReviewCase) -> list[dict[str, str]]:
     facts = case.new.facts["facts"]
     rows = [
         ("version", case.digest),
@@ -253,7 +253,7 @@ def _origins(run: Json) -> Iterator[tuple[str, str]]:
         yield f"source {name}", "; ".join(str(one) for one in describe_source(identity))
 
 
-def _revision(case: Case, digits: int | None = None) -> str:
+def _revision(case: ReviewCase, digits: int | None = None) -> str:
     """Return the git commit, its first `digits` only, and whether its tree was clean."""
     facts = case.new.facts["provenance"]
     git = facts.get("git") or "no git commit recorded"
@@ -262,7 +262,7 @@ def _revision(case: Case, digits: int | None = None) -> str:
     return f"{git[:digits]}, {'dirty' if facts.get('dirty') else 'clean'}" if facts.get("git") else str(git)
 
 
-def _production_metrics(case: Case) -> Json:
+def _production_metrics(case: ReviewCase) -> Json:
     """Return production's metrics, measured on this version's validation rows if the run did so."""
     if not case.old:
         return {}

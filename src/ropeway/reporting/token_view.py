@@ -29,7 +29,7 @@ _MOST_PENDING_BYTES = 64  # of a character that never becomes complete
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
+class DisplayToken:
     """One decoded token.
 
     Attributes:
@@ -67,7 +67,7 @@ class Vocabulary:
         self._falls_back = "ByteFallback" in kinds
         self._has_blanks = "Metaspace" in kinds or BLANK in json.dumps(decoder, ensure_ascii=False)
 
-    def show(self, numbers: Iterable[int]) -> Iterator[Shown]:
+    def show(self, numbers: Iterable[int]) -> Iterator[DisplayToken]:
         """Yield these tokens decoded, in order."""
         pending = b""
         for number in numbers:
@@ -76,10 +76,10 @@ class Vocabulary:
                 pending = (pending + spelt)[-_MOST_PENDING_BYTES:]
                 completes = _decode(pending) or ""
                 pending = b"" if completes else pending
-                yield Shown(int(number), spelt.hex(" ").upper(), is_bytes=True, completes=completes)
+                yield DisplayToken(int(number), spelt.hex(" ").upper(), is_bytes=True, completes=completes)
             else:
                 pending = b""
-                yield Shown(int(number), spelt, is_special=int(number) in self._special)
+                yield DisplayToken(int(number), spelt, is_special=int(number) in self._special)
 
     def _spell(self, number: int) -> str | bytes:
         """Return a token's text, or its bytes if they are not complete characters."""
@@ -150,7 +150,7 @@ def next_token(reading: Reading, shards: Shards, profile: RowParams, vocabulary:
     return "the next token in the batch"  # document_end: published
 
 
-class Sort(StrEnum):
+class TextKind(StrEnum):
     """How a part of a token's text is displayed."""
 
     PLAIN = "plain"
@@ -160,32 +160,32 @@ class Sort(StrEnum):
     CODE = "code"  # an invisible or direction-changing character, shown as its code point
 
 
-_SIGNS = {" ": (Sort.SPACE, "·"), "\n": (Sort.BREAK, "⏎"), "\t": (Sort.TAB, "⇥")}
+_SIGNS = {" ": (TextKind.SPACE, "·"), "\n": (TextKind.BREAK, "⏎"), "\t": (TextKind.TAB, "⇥")}
 _UNSEEN = {"Cc", "Cf", "Cs", "Co", "Zs", "Zl", "Zp"}
 
 
-def split_visible(text: str) -> list[tuple[Sort, str]]:
+def split_visible(text: str) -> list[tuple[TextKind, str]]:
     r"""Return a text in parts without invisible characters and terminal control codes.
 
     >>> [part for _, part in split_visible("a b\x1b")]
     ['a', '·', 'b', 'U+001B']
     """
-    parts: list[tuple[Sort, str]] = []
+    parts: list[tuple[TextKind, str]] = []
     for character in text:
         if character in _SIGNS:
             parts.append(_SIGNS[character])
         elif unicodedata.category(character) in _UNSEEN:
-            parts.append((Sort.CODE, f"U+{ord(character):04X}"))
-        elif parts and parts[-1][0] is Sort.PLAIN:
-            parts[-1] = (Sort.PLAIN, parts[-1][1] + character)
+            parts.append((TextKind.CODE, f"U+{ord(character):04X}"))
+        elif parts and parts[-1][0] is TextKind.PLAIN:
+            parts[-1] = (TextKind.PLAIN, parts[-1][1] + character)
         else:
-            parts.append((Sort.PLAIN, character))
+            parts.append((TextKind.PLAIN, character))
     return parts
 
 
 def name_visibly(text: str) -> str:
     """Return a name, e.g. a file's, with spaces kept and other invisible characters replaced."""
-    return "".join(" " if sort is Sort.SPACE else part for sort, part in split_visible(text))
+    return "".join(" " if sort is TextKind.SPACE else part for sort, part in split_visible(text))
 
 
 def _decode(data: bytes) -> str | None:

@@ -13,7 +13,7 @@ from ropeway.orchestration.decision import ReviewAnswer, decide, read_answer
 from ropeway.orchestration.reproduce import check_revision
 from ropeway.registry import Registry
 from ropeway.reporting.evidence import open_case
-from ropeway.reporting.review_report import draw_report, draw_summary
+from ropeway.reporting.review_report import render_review, render_summary
 from ropeway.runtime.errors import ConfigError, RegistryError
 from ropeway.runtime.workspace import Workspace
 from tests.support.review_world import COMMIT, DIRTY, make_version
@@ -55,7 +55,7 @@ def test_a_review_that_rejects_moves_nothing_and_is_kept_and_shown_to_the_next_r
     digest = make_version(workspace, 5.0)
     outcome = decide(registry, open_case(registry, digest), ReviewAnswer("reject", "ben", "it swears", "terminal"))
     assert (outcome.state, production(registry)) == ("Rejected", None)
-    assert "| reject | ben | it swears |" in draw_report(open_case(registry, digest))
+    assert "| reject | ben | it swears |" in render_review(open_case(registry, digest))
 
 
 def test_a_review_moves_nothing_when_production_moved_after_the_report(workspace, registry):
@@ -81,7 +81,7 @@ def test_an_empty_answer_to_a_review_is_none(workspace, registry, answer):
 def test_what_a_dirty_tree_made_never_becomes_production_by_any_way(workspace, registry):
     digest = make_version(workspace, 5.0, revision=DIRTY)
     case = open_case(registry, digest)
-    assert "An approval will be refused" in draw_summary(case)
+    assert "An approval will be refused" in render_summary(case)
     with pytest.raises(RegistryError, match=r"uncommitted changes \(src/ropeway/models/rope.py\)"):
         decide(registry, case, YES)
     with pytest.raises(RegistryError, match="uncommitted changes"):
@@ -96,7 +96,7 @@ def test_once_a_commit_makes_the_same_bytes_it_may(workspace, registry):
     assert decide(registry, case, YES).state == "Promoted"
     # Who looks at it later finds the commit that makes it, and not the dirty tree it was first made with.
     assert case.new.facts["clean_commit"] == COMMIT.commit
-    assert f"{COMMIT.commit}, clean" in draw_report(case)
+    assert f"{COMMIT.commit}, clean" in render_review(case)
     assert (
         check_revision({"dirty": True}, registry.version(f"laptop@{digest}").clean_commit, "laptop@v1") == COMMIT.commit
     )
@@ -118,7 +118,7 @@ def test_the_report_of_a_review_has_all_that_a_decision_needs(workspace, registr
     decide(registry, open_case(registry, first), YES)
     second = make_version(workspace, 4.5, rate=0.003, records=9)
     case = open_case(registry, f"laptop@{second[:10]}")
-    report = draw_report(case)
+    report = render_review(case)
     assert "# Promote laptop@v2 to production?" in report
     assert "| docs | loss, nats/token | 8.000 | 5.000 | **4.500** | -0.500 (better) |" in report
     assert "| docs | accuracy | 0.100 | 0.200 | **0.222** | +0.022 (better) |" in report
@@ -135,19 +135,21 @@ def test_the_report_of_a_review_has_all_that_a_decision_needs(workspace, registr
 
 def test_the_curves_of_a_review_are_a_picture_inside_the_page(workspace, registry):
     decide(registry, open_case(registry, make_version(workspace, 5.0)), YES)
-    report = draw_report(open_case(registry, make_version(workspace, 4.5)))
+    report = render_review(open_case(registry, make_version(workspace, 4.5)))
     uri = re.search(r"!\[Loss[^]]+\]\(data:image/svg\+xml;base64,([A-Za-z0-9+/=]+)\)", report)[1]
     picture = ET.fromstring(base64.b64decode(uri))  # noqa: S314 - ours
     assert picture.tag.endswith("svg")
     assert len(uri) < 100_000
     rows = [line.split(" | ")[0] for line in report.partition("curve (nats/token)")[2].split("\n\n")[0].splitlines()]
     assert {"| v2, training", "| v2, validation docs", "| production, v1, training"} <= set(rows)
-    assert report == draw_report(open_case(registry, "laptop@v2"))
+    assert report == render_review(open_case(registry, "laptop@v2"))
 
 
 def test_a_review_says_that_losses_on_other_rows_say_little(workspace, registry):
     decide(registry, open_case(registry, make_version(workspace, 5.0)), YES)
-    assert "different validation rows" in draw_summary(open_case(registry, make_version(workspace, 4.5, rows="others")))
+    assert "different validation rows" in render_summary(
+        open_case(registry, make_version(workspace, 4.5, rows="others"))
+    )
 
 
 def scores(tuned, *, questions=24):
@@ -159,18 +161,18 @@ def scores(tuned, *, questions=24):
 def test_the_harness_scores_stand_beside_productions_if_the_questions_were_the_same(workspace, registry):
     old = make_version(workspace, 5.0, also=scores(0.375))
     decide(registry, open_case(registry, old), YES)
-    text = draw_report(open_case(registry, make_version(workspace, 4.0, also=scores(0.5))))
+    text = render_review(open_case(registry, make_version(workspace, 4.0, also=scores(0.5))))
     assert "| task | metric | base | production (laptop@v1) | **laptop@v2** |" in text
     assert "| python\\_basics | acc,none | 0.25 ± 0.05 | 0.375 ± 0.05 | **0.5 ± 0.05** |" in text
-    text = draw_report(open_case(registry, make_version(workspace, 3.0, also=scores(0.5, questions=100))))
+    text = render_review(open_case(registry, make_version(workspace, 3.0, also=scores(0.5, questions=100))))
     assert "| 0.25 ± 0.05 | not evaluated | **0.5 ± 0.05** |" in text
-    assert "lm-evaluation-harness" not in draw_report(open_case(registry, make_version(workspace, 2.0)))
+    assert "lm-evaluation-harness" not in render_review(open_case(registry, make_version(workspace, 2.0)))
 
 
 def test_a_review_says_which_run_the_training_went_on_from(workspace, registry):
     record = {"fingerprint": "0a" * 8, "step": 20, "changed": {"learning_rate": "0.002 -> 0.001"}}
     digest = make_version(workspace, 5.0, also={"history": {"continued_from": record}})
-    text = draw_report(open_case(registry, digest))
+    text = render_review(open_case(registry, digest))
     assert f"Training continued from step 20 of run {'0a' * 8}; changed since then: learning\\_rate 0.002 -" in text
 
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from ropeway.reporting.report_eval import draw_samples
+from ropeway.reporting.report_eval import render_samples
 from tests.support.prepared_run import make_prepared
 
 SCROLLING = {"wide", "tokens"}  # classes with `overflow` in style.css.jinja
@@ -56,7 +56,10 @@ def pages(tmp_path_factory):
     workspace, _ = make_prepared(
         tmp_path_factory.mktemp("page"), layout="packed", refused=refused, max_refused_fraction=0.5
     )
-    texts = {"report.html": workspace.report.read_text(encoding="utf-8"), "samples.html": draw_samples(make_samples())}
+    texts = {
+        "report.html": workspace.report.read_text(encoding="utf-8"),
+        "samples.html": render_samples(make_samples()),
+    }
     return {name: (text, Outline(text)) for name, text in texts.items()}
 
 
@@ -135,7 +138,7 @@ def test_a_page_requests_nothing_and_runs_only_its_own_script(pages):
 
 def test_each_answer_names_its_model_and_each_config_its_settings(pages):
     text, outline = pages["samples.html"]
-    assert text == draw_samples(make_samples())
+    assert text == render_samples(make_samples())
     assert Counter(one["text"] for one in outline.tags if one["attrs"].get("class") == "model") == {
         "base: ": 4,
         "tuned: ": 4,

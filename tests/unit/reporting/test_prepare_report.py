@@ -13,7 +13,7 @@ from ropeway.models.conversation import Conversation
 from ropeway.models.tokenizer import open_tokenizer
 from ropeway.reporting.ledger_steps import list_steps, split_tokens
 from ropeway.reporting.pictures import count_lengths, draw_lengths
-from ropeway.reporting.report_data import Page, choose_samples, draw_page, find_overlong
+from ropeway.reporting.report_data import Page, choose_samples, find_overlong, render_report
 from ropeway.reporting.token_view import Vocabulary
 from ropeway.runtime.manifest import load_manifest
 from tests.support.prepared_run import TALKS, TEXTS, make_prepared, reckon_learned
@@ -226,7 +226,7 @@ def test_a_source_without_a_sequence_has_a_section_of_its_own(made):
         raw={"talk": {}},
         vocabulary=Vocabulary(open_tokenizer(workspace.base)),
     )
-    text = draw_page(page, [choose_samples(0, page.shards, profile, None)], [])
+    text = render_report(page, [choose_samples(0, page.shards, profile, None)], [])
     read(text)
     assert "No sequence: there is nothing to show." in text
 
@@ -242,7 +242,7 @@ def test_with_many_sources_the_sections_begin_folded(made):
         raw=load_manifest(workspace.raw, remedy="")["sources"],
         vocabulary=Vocabulary(open_tokenizer(workspace.base)),
     )
-    text = draw_page(page, [[]] * 6, [])
+    text = render_report(page, [[]] * 6, [])
     sections = [attrs for tag, attrs in read(text).opened if tag == "details" and attrs.get("class") == "card source"]
     assert len(sections) == 6
     assert not any("open" in attrs for attrs in sections)

@@ -5,7 +5,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from ropeway.data.batches import collate, plan_epoch
 from ropeway.data.shards import open_shards
 from ropeway.models.tokenizer import open_tokenizer
-from ropeway.reporting.token_view import Sort, Vocabulary, next_token, read_piece, read_whole, split_visible
+from ropeway.reporting.token_view import TextKind, Vocabulary, next_token, read_piece, read_whole, split_visible
 from tests.support.prepared_run import make_prepared, reckon_learned
 from tests.support.tiny_run import PARITY
 
@@ -47,7 +47,7 @@ def test_a_byte_level_vocabulary_is_read_through_its_alphabet():
 
 def test_nothing_that_turns_text_around_or_commands_a_terminal_stays_itself():
     parts = split_visible("a\u202eb\x1b[2J\u200b\x00\u00a0 \n\té")
-    assert [part for sort, part in parts if sort is Sort.CODE] == ["U+202E", "U+001B", "U+200B", "U+0000", "U+00A0"]
+    assert [part for sort, part in parts if sort is TextKind.CODE] == ["U+202E", "U+001B", "U+200B", "U+0000", "U+00A0"]
     assert [part for _, part in parts][-4:] == ["·", "⏎", "⇥", "é"]
 
 

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from ropeway.models.chat_template import OPEN_ASSISTANT
-from ropeway.reporting.report_eval import draw_samples
+from ropeway.reporting.report_eval import render_samples
 from ropeway.runtime.errors import ConfigError, DataError
 from ropeway.stages.evaluate import stage as evaluate
 from ropeway.stages.evaluate.load_model import open_model
@@ -169,7 +169,7 @@ def test_samples_json_has_the_format_of_open_assistant_s_viewers(tmp_path):
             assert result.sampling_params["max_new_tokens"] == 8
             assert len(result.outputs) == 1
             assert "</s>" not in result.outputs[0]
-    page = draw_samples(json.loads(workspace.samples.read_bytes()))
+    page = render_samples(json.loads(workspace.samples.read_bytes()))
     assert all(f'value="{name}"' in page for name in names)
 
 
@@ -214,7 +214,7 @@ def test_the_page_escapes_all_text_and_shows_models_side_by_side():
         {"sampling_config": f"{model}/greedy", "sampling_params": {"do_sample": False}, "outputs": [text]}
         for model, text in (("base", bad), ("tuned", ""))
     ]
-    page = draw_samples({"model_name": "<m>", "args": {"a": bad}, "prompts": [{"prompt": bad, "results": results}]})
+    page = render_samples({"model_name": "<m>", "args": {"a": bad}, "prompts": [{"prompt": bad, "results": results}]})
     assert "<img" not in page
     assert page.count("</script>") == 1
     assert page.count("&lt;/script&gt;&lt;img src=x onerror=alert(1)&gt;&amp;") == 3
@@ -227,7 +227,7 @@ def test_the_page_escapes_all_text_and_shows_models_side_by_side():
 )
 def test_the_page_shows_any_text_and_stays_valid_utf_8(text):
     results = [{"sampling_config": "tuned/greedy", "sampling_params": {}, "outputs": [text]}]
-    page = draw_samples({"model_name": text, "args": {"a": text}, "prompts": [{"prompt": text, "results": results}]})
+    page = render_samples({"model_name": text, "args": {"a": text}, "prompts": [{"prompt": text, "results": results}]})
     assert page.encode().decode() == page
     assert not re.search("[\x00-\x08\x0b-\x1f\ud800-\udfff\u202a-\u202e\u2066-\u2069]", page)
     for character in set(text) & set("\ud83d\u202e\x1b\x00"):
