@@ -15,7 +15,7 @@ from ropeway.config.load_params import read_block
 from ropeway.config.params import Profile
 from ropeway.runtime import environment
 from ropeway.runtime.errors import RopewayError
-from tools.docs import diagrams, reference
+from tools.docs import check_links, diagrams, reference
 from tools.docs.blocks import DOCS, Block, find_blocks, find_faults, find_pages
 
 ROOT = Path(__file__).parents[2]
@@ -83,6 +83,35 @@ def test_commands_and_options_of_the_pages_exist():
             stated = {word.partition("=")[0] for word in words if word.startswith("--")}
             assert stated <= known, f"{block.place}: {' '.join(words)}"
     assert seen > 40
+
+
+@pytest.mark.parametrize(
+    ("element", "fault"),
+    [
+        ('<a href="other.html#there">', None),
+        ('<a href="https://example.org/">', None),
+        ('<a href="gone.html">', "no such file"),
+        ('<a href="other.html#gone">', "no such anchor"),
+        ('<a href="#gone">', "no such anchor"),
+        ('<img src="gone.svg">', "no such file"),
+        ('<script src="https://example.org/a.js">', "from the network"),
+    ],
+)
+def test_a_broken_link_or_a_load_from_the_network_is_found(tmp_path, element, fault):
+    (tmp_path / "index.html").write_text(element, encoding="utf-8")
+    (tmp_path / "other.html").write_text('<p id="there">', encoding="utf-8")
+    found = check_links.find_faults(tmp_path)
+    assert [fault in one for one in found] == ([True] if fault else [])
+
+
+def test_everything_that_is_generated_is_on_a_page():
+    text = "\n".join(path.read_text(encoding="utf-8") for path in (DOCS / "reference").glob("*.md"))
+    assert [name for name in reference.PAGES if f"<!-- generated: {name} -->" not in text] == []
+
+
+def test_a_marker_that_nothing_generates_is_an_error():
+    with pytest.raises(KeyError, match="parms"):
+        reference.fill("# Page\n\n<!-- generated: parms -->\n")
 
 
 def test_every_key_of_a_profile_has_a_description():
