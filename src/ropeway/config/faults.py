@@ -1,4 +1,4 @@
-"""A schema's faults in a reader's words: one line each, with the key, what was expected and what was found."""
+"""Validation errors of params.yaml as text: one line each, with the key, the expected and the found value."""
 
 import difflib
 import typing
@@ -40,7 +40,7 @@ def check_json(value: object, schema: type[T], *, where: Path, remedy: str) -> T
 
 
 def explain_faults(error: ValidationError, model: type[BaseModel]) -> list[str]:
-    """Return one indented line per fault, e.g. `  learning_rate: expected a number, found '1e-5x'`."""
+    """Return one indented line per error, e.g. `  learning_rate: expected a number, found '1e-5x'`."""
     return [f"  {_explain(fault, model)}" for fault in error.errors(include_url=False)]
 
 
@@ -49,10 +49,12 @@ def _explain(fault: ErrorDetails, model: type[BaseModel]) -> str:
     key, siblings = _locate(fault["loc"], model)
     context = fault.get("ctx", {})
     if kind in _EXPECTED:
-        return f"{key}: expected {_EXPECTED[kind].format(**context)}, found {_shown(fault['input'])}"
+        return f"{key or 'this profile'}: expected {_EXPECTED[kind].format(**context)}, found {_shown(fault['input'])}"
     if kind == "extra_forbidden":
         near = difflib.get_close_matches(str(fault["loc"][-1]), siblings, n=1)
-        return f"{key}: unknown key" + (f"; did you mean {near[0]}?" if near else f"; known are {', '.join(siblings)}")
+        return f"{key}: unknown key" + (
+            f"; did you mean {near[0]}?" if near else f"; known keys: {', '.join(siblings)}"
+        )
     if kind == "missing":
         return f"{key}: missing"
     if kind == "union_tag_invalid":
@@ -66,7 +68,7 @@ def _shown(value: object) -> str:
 
 
 def _locate(location: tuple[int | str, ...], model: type[BaseModel]) -> tuple[str, list[str]]:
-    """Return the dotted key as the file spells it, and the keys known where its last part stands."""
+    """Return the dotted key as the file spells it, and the known keys of the section that its last part is in."""
     here: object = model
     key: list[str] = []
     known: list[str] = []

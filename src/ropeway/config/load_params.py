@@ -1,4 +1,4 @@
-"""How params.yaml is read: as YAML 1.2, all its profiles checked, all faults named at once."""
+"""Read and validate params.yaml: YAML 1.2, every profile checked, all errors reported at once."""
 
 from copy import deepcopy
 from functools import lru_cache
@@ -6,25 +6,31 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.constructor import SafeConstructor
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
+from ruamel.yaml.nodes import Node
+from ruamel.yaml.reader import ReaderError
 
 from ropeway.config.faults import explain_faults
 from ropeway.config.params import PROFILE_NAME, Profile
 from ropeway.runtime.errors import ConfigError
 
+_MAX_DEPTH = 100  # of nested lists and mappings; a profile needs 5
+
 
 def load_profiles(path: Path, *, text: str | None = None) -> tuple[str, dict[str, Profile]]:
-    """Return the name of the chosen profile and every profile of a params file; `text` spares reading it again.
+    """Return the selected profile's name and all profiles of a params file; `text` is its content if already read.
 
     Raises:
-        ConfigError: The file is missing, is not YAML 1.2, or does not describe runs; all faults are listed at once.
+        ConfigError: The file is missing, is not YAML 1.2, or has invalid keys or values; all errors are listed at once.
     """
     tree = _read_yaml(path, text)
     if not isinstance(tree, dict) or not isinstance(tree.get("profile"), str):
-        raise ConfigError(f"{path}: expected a mapping with a key `profile` that names one of its runs")
+        raise ConfigError(f"{path}: expected a mapping with a key `profile` that names one of its profiles")
     chosen = tree.pop("profile")
     if chosen not in tree:
-        raise ConfigError(f"{path}: profile '{chosen}' does not exist; there are: {', '.join(tree)}")
+        raise ConfigError(f"{path}: profile '{chosen}' does not exist; available: {', '.join(map(str, tree))}")
     profiles, faults = {}, []
     for name, block in tree.items():
         if not (isinstance(name, str) and PROFILE_NAME.fullmatch(name)) or ".." in name:
@@ -42,20 +48,20 @@ def load_profiles(path: Path, *, text: str | None = None) -> tuple[str, dict[str
 
 
 def load_profile(path: Path, name: str | None = None, *, text: str | None = None) -> tuple[str, Profile]:
-    """Return (name, profile): the one asked for, else the file's chosen one.
+    """Return (name, profile) of the requested profile, or of the one that the file selects.
 
     Raises:
-        ConfigError: As in `load_profiles`, or the profile asked for does not exist.
+        ConfigError: As in `load_profiles`, or the requested profile does not exist.
     """
     chosen, profiles = load_profiles(path, text=text)
     name = name or chosen
     if name not in profiles:
-        raise ConfigError(f"{path}: profile '{name}' does not exist; there are: {', '.join(profiles)}")
+        raise ConfigError(f"{path}: profile '{name}' does not exist; available: {', '.join(profiles)}")
     return name, profiles[name]
 
 
 def read_block(path: Path, profile: str) -> dict[str, object]:
-    """Return a profile's keys and values as the file states them; ConfigError where there is no such profile."""
+    """Return a profile's keys and values as written in the file; raise ConfigError if the profile does not exist."""
     tree = _read_yaml(path)
     block = tree.get(profile) if isinstance(tree, dict) else None
     if not isinstance(block, dict):
@@ -67,24 +73,62 @@ def read_text(path: Path) -> str:
     """Return the text of a params file.
 
     Raises:
-        ConfigError: It is missing or not UTF-8.
+        ConfigError: The file is missing or is not UTF-8.
     """
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{path}: not found; run this inside a Ropeway workspace (a clone of the project)") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not readable as YAML 1.2: {error}") from None
+        raise ConfigError(f"{path}: not UTF-8 text: {error}. Save the file as UTF-8") from None
 
 
 def _read_yaml(path: Path, text: str | None = None) -> object:
     """Read YAML 1.2, as DVC does. PyYAML reads 1.1, where `1e-5` is text and `on` is true."""
+    text = read_text(path) if text is None else text
     try:
-        return deepcopy(_parse(read_text(path) if text is None else text))
+        return deepcopy(_parse(text))
+    except ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise ConfigError(
+            f"{path}:{line}: expected printable text, found {text[error.position]!r}; remove it"
+        ) from None
     except MarkedYAMLError as error:
-        raise ConfigError(f"{path}: not readable as YAML 1.2: {error}") from None
+        mark = error.problem_mark or error.context_mark
+        where = f"{path}:{mark.line + 1}" if mark else path
+        problem = " ".join(filter(None, (error.context, error.problem)))
+        raise ConfigError(f"{where}: not valid YAML 1.2: {problem}") from None
+    except YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML 1.2: {error}") from None
+    except RecursionError:
+        raise ConfigError(
+            f"{path}:{_find_deep_line(text)}: expected at most {_MAX_DEPTH} nested lists or mappings, found more; "
+            "remove the extra levels"
+        ) from None
+
+
+def _find_deep_line(text: str) -> int:
+    """Return the first line where lists and mappings are nested deeper than the limit."""
+    depth = 0
+    for event in YAML(typ="safe", pure=True).parse(text):
+        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+        if depth > _MAX_DEPTH:
+            return int(event.start_mark.line) + 1
+    return 1
+
+
+class _MarkingConstructor(SafeConstructor):
+    """Reports the line of a value that matches a type's pattern but is not valid, e.g. the date 2024-13-45."""
+
+    def construct_object(self, node: Node, deep: bool = False) -> object:  # noqa: FBT001, FBT002 - ruamel's signature
+        try:
+            return super().construct_object(node, deep=deep)
+        except (ValueError, TypeError) as error:
+            raise MarkedYAMLError(problem=f"{node.value!r}: {error}", problem_mark=node.start_mark) from None
 
 
 @lru_cache(maxsize=4)  # a command reads the file more than once, and pure Python takes 0.1 s for it
 def _parse(text: str) -> object:
-    return YAML(typ="safe", pure=True).load(text)
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Constructor = _MarkingConstructor
+    return yaml.load(text)

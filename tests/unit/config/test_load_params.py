@@ -1,0 +1,35 @@
+from pathlib import Path
+
+import pytest
+
+from ropeway.config.load_params import load_profiles
+from ropeway.runtime.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("value", "line", "found"),
+    [
+        ("\n  name: a\x01b", 3, r"'\\x01'"),
+        ("\n  since: 2024-13-45", 3, "2024-13-45"),
+        ("\n  since: 2024-01-01T99:00:00", 3, "99:00"),
+        ("\n  rows: !!int many", 3, "many"),
+        (" *missing", 2, "missing"),
+        (" " + "[" * 3000 + "]" * 3000, 2, "nested"),
+        ("\n" + "".join(f"{' ' * level}k:\n" for level in range(1, 3000)), 102, "nested"),
+    ],
+    ids=["control character", "date", "time", "integer", "alias", "3,000 levels in a line", "3,000 levels in lines"],
+)
+def test_invalid_yaml_is_a_config_error_with_file_and_line(value, line, found):
+    with pytest.raises(ConfigError, match=rf"^params\.yaml:{line}: .*{found}"):
+        load_profiles(Path("params.yaml"), text=f"profile: a\na:{value}\n")
+
+
+@pytest.mark.parametrize("key", ["1", "? [1]\n"])
+def test_profile_names_that_are_no_text_are_listed(key):
+    with pytest.raises(ConfigError, match="'a' does not exist"):
+        load_profiles(Path("params.yaml"), text=f"profile: a\n{key}: {{}}\n")
+
+
+def test_a_profile_that_is_no_mapping_is_named():
+    with pytest.raises(ConfigError, match=r"profile 'a'(?s:.*)expected a mapping, found list of 1"):
+        load_profiles(Path("params.yaml"), text="profile: a\na: [1]\n")
