@@ -157,6 +157,15 @@ def test_messages_of_the_failure_page_exist():
     assert [one for one in fragments if one not in said] == []
 
 
+def test_the_sections_of_a_review_are_those_of_its_template():
+    template = (ROOT / "src/ropeway/reporting/templates/review.md.jinja").read_text(encoding="utf-8")
+    page = (DOCS / "tasks" / "review-and-promote.md").read_text(encoding="utf-8")
+    rows = page.partition("| summary |")[2].partition("\n\n")[0]
+    sections = re.findall(r"(?m)^\| ([^|]+) \|", rows)
+    assert len(sections) > 4
+    assert [one for one in sections if f"## {one}" not in template] == []
+
+
 def find_texts(path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.JoinedStr | ast.Constant):
