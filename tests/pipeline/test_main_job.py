@@ -200,7 +200,7 @@ def test_code_edited_during_training_records_nothing_and_resumes_once_reverted(f
     process.stdout.close()
     assert process.wait() != 0
     assert json.loads((job.root / ".work" / "train.exit.json").read_text())["code"] == 65
-    assert "stage train: ropeway.stages.train.loss changed after the digests of this run were taken" in said
+    assert "stage train: ropeway.stages.train.loss changed after this run froze its inputs" in said
     assert "train:" not in (job.root / "dvc.lock").read_text().replace("train.json", "")
     assert lock != b""
     assert not (job.root / ".dvc" / "cache" / "runs").exists()

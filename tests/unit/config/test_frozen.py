@@ -132,10 +132,10 @@ def change_base(root, _):
         (
             change_code,
             "train",
-            r"ropeway.stages.train.loss changed after the digests .* with the old code back the run resumes",
+            r"ropeway\.stages\.train\.loss changed after this run froze its inputs.*revert the code",
         ),
-        (change_source, "fetch", "talks.jsonl changed after the digests"),
-        (change_base, "base", "config.json changed after the digests"),
+        (change_source, "fetch", "talks.jsonl changed after this run froze its inputs"),
+        (change_base, "base", "config.json changed after this run froze its inputs"),
     ],
 )
 def test_what_is_read_in_place_may_not_change_until_the_stage_ends(root, monkeypatch, change, stage, named):
@@ -158,7 +158,7 @@ def test_a_rank_that_imported_other_code_does_not_train_though_the_code_is_put_b
     before, kept = FrozenInputs.load(root).value("code-train"), root / "code.json"
     check_code(before, kept, "train")
     next(steps)
-    with pytest.raises(DataError, match=r"ropeway\.stages\.train\.loss changed after the digests"):
+    with pytest.raises(DataError, match=r"ropeway\.stages\.train\.loss changed"):
         check_code(before, kept, "train")
 
 
@@ -174,7 +174,9 @@ def test_a_file_that_is_swapped_and_put_back_while_it_is_read_is_found(root, mon
         path.with_name("aside").rename(path)
 
     monkeypatch.setattr(f"ropeway.stages.{stage}.stage.run", swap)
-    with pytest.raises(DataError, match=r"was replaced or written while it was read|changed after the digests"):
+    with pytest.raises(
+        DataError, match=r"was replaced or written while the stage read it|changed after this run froze its inputs"
+    ):
         execute_stage(root, stage)
 
 
@@ -235,7 +237,7 @@ def test_a_stage_whose_input_changes_while_it_runs_fails_at_its_end(root, monkey
     (root / "talks.jsonl").write_text(
         '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}\n'
     )
-    with pytest.raises(DataError, match=r"stage fetch: talks.jsonl changed after the digests"):
+    with pytest.raises(DataError, match=r"stage fetch: talks.jsonl changed after this run froze its inputs"):
         execute_stage(root, "fetch")  # before it begins
     write_identity(root)
     from ropeway.stages.fetch import stage as fetch
@@ -247,7 +249,7 @@ def test_a_stage_whose_input_changes_while_it_runs_fails_at_its_end(root, monkey
         (root / "talks.jsonl").write_text("{}")
 
     monkeypatch.setattr(fetch, "run", run)
-    with pytest.raises(DataError, match=r"stage fetch: talks.jsonl changed after the digests"):
+    with pytest.raises(DataError, match=r"stage fetch: talks.jsonl changed after this run froze its inputs"):
         execute_stage(root, "fetch")
 
 
@@ -302,7 +304,7 @@ def test_a_file_that_params_name_and_that_cannot_be_read_is_said_with_its_key(ro
 def test_a_stage_of_another_profile_than_the_digests_does_not_start(root):
     write_identity(root)
     with pytest.raises(
-        ConfigError, match=r"stage train of profile 'laptop': the digests .* are those of profile 'own'"
+        ConfigError, match=r"stage train of profile 'laptop': the frozen inputs .* are of profile 'own'"
     ):
         run_stage(root, "train", "laptop")
 
