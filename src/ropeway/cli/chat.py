@@ -55,12 +55,12 @@ class ChatAnswer:
 
 
 def locate_model(source: str, registry: str | None) -> Path:
-    """Return the folder that a path means, or a registry's version, pulled into the cache; what it holds is checked."""
+    """Return a model's folder, given as a path or as a registry version, which is pulled into the cache; check it."""
     folder = Path(source)
     if not folder.is_dir():
         if "@" not in source or "/" in source:
             raise ConfigError(
-                f"{source}: expected a model's folder (runs/PROFILE/package), or NAME@ALIAS of the registry"
+                f"{source}: expected an existing folder (e.g. runs/PROFILE/package) or a registry version (NAME@ALIAS)"
             )
         from ropeway.cli.registry_commands import open_registry, pull_cached
 
@@ -70,20 +70,22 @@ def locate_model(source: str, registry: str | None) -> Path:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise DataError unless a folder holds safetensors, no pickle, no code of its own, and what its manifest says."""
+    """Raise DataError unless a folder has safetensors, no pickle, no custom code, and the files of its manifest."""
     if (folder / MANIFEST).is_file():
         load_manifest(folder, remedy="Pull or package it again")
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     if pickles := [path for path in paths if path.suffix.lower() in _PICKLES]:
         raise DataError(
-            f"{pickles[0]}: may be a pickle, and loading one runs its code ({len(pickles)} such files). Convert the "
-            "model to safetensors, or take such files away"
+            f"{pickles[0]}: may be a pickle file, and loading one can run code ({len(pickles)} such files). Convert "
+            "the model to safetensors, or remove these files"
         )
     if not any(path.suffix == ".safetensors" for path in paths):
-        raise DataError(f"{folder}: no *.safetensors there; expected a model as `dvc repro package` leaves it")
+        raise DataError(f"{folder}: no *.safetensors file; expected a folder as `dvc repro package` writes it")
     for path in paths:
         if path.name in ("config.json", "tokenizer_config.json") and "auto_map" in json.loads(path.read_bytes()):
-            raise DataError(f"{path}: auto_map names code that comes with the model; it is not run here")
+            raise DataError(
+                f"{path}: auto_map names custom code, which is not run. Remove auto_map if the model needs none"
+            )
 
 
 def fit_turns(turns: Sequence[str], count: Callable[[Sequence[str]], int], limit: int) -> list[str]:
@@ -99,7 +101,7 @@ def fit_turns(turns: Sequence[str], count: Callable[[Sequence[str]], int], limit
     while (found := count(kept)) > limit:
         if not kept[2:]:  # the last question stands alone
             raise ConfigError(
-                f"the question has {found:,} tokens with its template; {limit:,} fit beside the answer. Shorten "
+                f"the question has {found:,} tokens with its template; {limit:,} fit with the answer. Shorten "
                 "it, or lower --max-new-tokens"
             )
         del kept[:2]
@@ -110,7 +112,7 @@ class ChatSession:
     """One conversation with one model."""
 
     def __init__(self, folder: Path, generation: GenerationSettings) -> None:
-        """Open the model; raise DataError when transformers cannot load it, or it has no chat template."""
+        """Open the model; raise DataError if transformers cannot load it or it has no chat template."""
         from ropeway.stages.evaluate.load_model import GENERATE_SINGLE_THREADED_BELOW, cpu_threads_for, open_model
 
         try:
@@ -118,7 +120,9 @@ class ChatSession:
         except Exception as error:
             raise DataError(f"{folder}: transformers cannot load it ({type(error).__name__}: {error})") from error
         if not self._tokenizer.chat_template:
-            raise DataError(f"{folder}: its tokenizer has no chat template, so nobody knows how to ask it")
+            raise DataError(
+                f"{folder}: its tokenizer has no chat template, so prompts cannot be formatted. Use a chat model"
+            )
         self._threads = lambda: cpu_threads_for(self._model, single_threaded_below=GENERATE_SINGLE_THREADED_BELOW)
         self.generation, self.turns = generation, list[str]()
         self._asked = 0

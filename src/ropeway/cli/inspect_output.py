@@ -45,9 +45,9 @@ def inspect(workspace: Workspace, profile: Profile, request: InspectRequest, *, 
         DataError: The data is not prepared, or not what it says it is.
     """
     if request.epoch is not None and request.row is None:
-        raise ConfigError("--epoch goes with --row: a sequence is shown as it is stored, whole")
+        raise ConfigError("--epoch needs --row: a stored sequence does not depend on the epoch")
     if request.source is not None and request.row is not None:
-        raise ConfigError("SOURCE and --row do not go together: a row holds what the epoch's plan puts there")
+        raise ConfigError("SOURCE and --row cannot be combined: a row can contain several sources")
     prepared = open_prepared(workspace, profile)
     found: Inspection | None
     if request.row is not None:

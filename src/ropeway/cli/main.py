@@ -262,7 +262,7 @@ def reproduce(
         typer.echo(f"{done.version}: {same if done.weights == 'same' else 'THE WEIGHTS DIFFER'} ({done.seconds:.0f} s)")
         for line in done.differences or ("nothing that is recorded differs",):
             typer.echo(f"  {line}")
-        typer.echo(f"the run made again: {done.folder}")
+        typer.echo(f"the reproduced run: {done.folder}")
     raise typer.Exit(0 if done.weights == "same" else 1)
 
 

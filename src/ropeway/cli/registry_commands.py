@@ -51,8 +51,8 @@ def user_name() -> str:
 
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name; OSError from Python 3.13 on
-        raise ConfigError("this user has no name here; say who does it with --by") from None
+    except (KeyError, OSError):  # a user without a name, as in some containers; OSError since Python 3.13
+        raise ConfigError("the current user has no name; pass --by NAME") from None
 
 
 def print_json(value: object) -> None:

@@ -56,7 +56,7 @@ def print_result(result: Result, page: str | None) -> None:
 
 
 def _next_action(result: Result) -> str:
-    """Return what a person does now: a review, a look at why the gate did not pass, or a question to the model."""
+    """Return the next command: a review, or a chat with the model."""
     published = result.publication
     if result.review:
         return f"answer the review at {result.review}"
@@ -69,7 +69,7 @@ def _note_edits(result: Result) -> str:
     if not result.edited:
         return ""
     return (
-        f"params.yaml was edited meanwhile ({', '.join(result.edited)}); this run used the values of its start. Run "
+        f"params.yaml was edited during the run ({', '.join(result.edited)}); it used the values of its start. Run "
         "again for the new ones"
     )
 

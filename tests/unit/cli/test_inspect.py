@@ -114,8 +114,8 @@ def test_colours_say_the_same_as_marks(made):
         (["--row", 9999], "epoch 0 has no row 9,999; .*0 to "),
         (["--row", -1], "epoch 0 has no row -1"),
         (["--row", 0, "--epoch", 1], "epoch 1 .*0 to 0 .*num_train_epochs: 1"),
-        (["talk", "--row", 0], "SOURCE and --row do not go together"),
-        (["talk", "--epoch", 0], "--epoch goes with --row"),
+        (["talk", "--row", 0], "SOURCE and --row"),
+        (["talk", "--epoch", 0], "--epoch needs --row"),
     ],
 )
 def test_what_does_not_exist_is_refused_in_words(ask, words, says):
