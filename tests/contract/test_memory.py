@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import LlamaConfig, LlamaForCausalLM, masking_utils
 
-from ropeway.config.zero import plan_zero
+from ropeway.config.zero import parse_zero_section
 from ropeway.planning.memory import CHUNK_POSITIONS, Load, Sizes, plan_activations, plan_host, plan_states
 from ropeway.stages.train import loss
 
@@ -32,7 +32,7 @@ def load_of(sizes, **fields):
             "adapters": 0,
             "trainable": sizes.parameters,
             "masked": False,
-            "zero": plan_zero({"stage": 2}),
+            "zero": parse_zero_section({"stage": 2}),
             **fields,
         },
     )
@@ -41,7 +41,7 @@ def load_of(sizes, **fields):
 @pytest.mark.parametrize("ranks", [1, 4, 8, 16])
 @pytest.mark.parametrize("offload", [False, True])
 def test_states_of_stage_2_are_those_of_deepspeeds_estimator(ranks, offload):
-    zero = replace(plan_zero({"stage": 2}), offload_optimizer=offload)
+    zero = replace(parse_zero_section({"stage": 2}), offload_optimizer=offload)
     load = load_of(PUBLISHED, ranks=ranks, zero=zero)
     count = PUBLISHED.parameters
     host, gpu = estimate_zero2_model_states_mem_needs(count, ranks, cpu_offload=offload, additional_buffer_factor=1)
@@ -54,7 +54,7 @@ def test_states_of_stage_2_are_those_of_deepspeeds_estimator(ranks, offload):
 @pytest.mark.parametrize("ranks", [4, 8])
 @pytest.mark.parametrize(("optimizer", "parameters"), [(False, False), (True, False), (True, True)])
 def test_states_of_stage_3_are_those_of_deepspeeds_estimator_but_for_what_is_gathered(ranks, optimizer, parameters):
-    zero = replace(plan_zero({"stage": 3}), offload_optimizer=optimizer, offload_parameters=parameters)
+    zero = replace(parse_zero_section({"stage": 3}), offload_optimizer=optimizer, offload_parameters=parameters)
     load = load_of(PUBLISHED, ranks=ranks, zero=zero)
     largest = PUBLISHED.layer_parameters
     _, gpu, gathered = estimate_zero3_model_states_mem_needs(

@@ -70,17 +70,17 @@ def make_prepared(root, *, talks=TALKS, texts=TEXTS, refused=(), **changes):
     return workspace, profile
 
 
-def reckon_learned(ids, *, what_counts="published", document=False):
-    """Say of each token of a whole sequence whether it is learned, from the roles alone and one token at a time."""
-    learned, turn = [False], 0
+def reckon_supervised(ids, *, what_counts="published", document=False):
+    """Say of each token of a whole sequence whether it is supervised, from the roles alone and one token at a time."""
+    supervised, turn = [False], 0
     for at, number in enumerate(ids[:-1]):
         turn += number in (2000, 2001)
         following = turn + (ids[at + 1] in (2000, 2001))
         answering = turn > 0 and turn % 2 == 0
         if document:
-            learned.append(True)
+            supervised.append(True)
         elif what_counts == "published":
-            learned.append(turn == 0 or answering)
+            supervised.append(turn == 0 or answering)
         else:  # the text of an answer and its end, asked of an answer's token that answers on
-            learned.append(answering and following == turn)
-    return learned
+            supervised.append(answering and following == turn)
+    return supervised

@@ -274,7 +274,7 @@ def make_data(workspace: Workspace, profile: Profile, conversations: list[Conver
 
 def encode_talk(tokenizer, conversation: Conversation):
     ids = tokenizer.encode("".join(OPEN_ASSISTANT.render_turns(conversation, end="</s>"))).ids
-    kinds, now = [], Kind.BEFORE
+    kinds, now = [], Kind.SYSTEM
     for number in ids:
         now = {2000: Kind.PROMPTER, 2001: Kind.ASSISTANT}.get(number, now)
         kinds.append(now)

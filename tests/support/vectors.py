@@ -78,7 +78,7 @@ class Bench:
         """(tokens, kinds, False) of a conversation of formatting.json, as prepare encodes it."""
         if not self.records[name].turns:  # prepare refuses it and counts it; the original reads a lone BOS
             tokens = np.asarray(self.tokenizer.encode("").ids)
-            return tokens, np.full(len(tokens), Kind.BEFORE, np.uint8), False
+            return tokens, np.full(len(tokens), Kind.SYSTEM, np.uint8), False
         (encoded,) = self.encoder.copy_without_counts().encode_batches([self.records[name]])
         return encoded.tokens, encoded.kinds, False
 

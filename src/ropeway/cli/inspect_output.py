@@ -23,7 +23,7 @@ from ropeway.reporting.token_view import DisplayToken, TextKind, next_token, spl
 from ropeway.runtime.errors import ConfigError
 from ropeway.runtime.workspace import Workspace
 
-_LEARNED, _READ, _OUTSIDE = "black on green", "dim", "dim italic"
+_SUPERVISED, _MASKED, _OUTSIDE = "black on green", "dim", "dim italic"
 _OPEN, _CLOSE, _BORDER = "⟦", "⟧", "│"  # where there are no colours
 
 
@@ -79,8 +79,10 @@ def print_inspection(inspection: Inspection, prepared: Prepared, console: Consol
 def draw_inspection(inspection: Inspection, prepared: Prepared, *, is_colourful: bool) -> Iterator[Text]:
     """Yield an inspection's lines: title, legend, then each piece."""
     readings = inspection.readings
-    tokens, learned = sum(len(one.tokens) for one in readings), sum(one.supervised for one in readings)
-    yield Text(f"{inspection.title}\n{tokens:,} tokens, {learned:,} supervised", style="bold" if is_colourful else "")
+    tokens, supervised = sum(len(one.tokens) for one in readings), sum(one.supervised for one in readings)
+    yield Text(
+        f"{inspection.title}\n{tokens:,} tokens, {supervised:,} supervised", style="bold" if is_colourful else ""
+    )
     yield _legend(is_colourful=is_colourful)
     for reading in readings:
         piece = reading.piece
@@ -92,27 +94,27 @@ def draw_inspection(inspection: Inspection, prepared: Prepared, *, is_colourful:
         else:
             yield Text("")
         line = draw_tokens(pair_tokens(reading, prepared), is_colourful=is_colourful)
-        behind = next_token(reading, prepared.shards, prepared.profile, prepared.vocabulary)
-        if behind is not None:
-            line.append(f" + {behind}, learned behind it", style=_OUTSIDE if is_colourful else "")
+        following = next_token(reading, prepared.shards, prepared.profile, prepared.vocabulary)
+        if following is not None:
+            line.append(f" + {following} (supervised)", style=_OUTSIDE if is_colourful else "")
         yield line
 
 
 def draw_tokens(pairs: Iterator[tuple[DisplayToken, bool]], *, is_colourful: bool) -> Text:
-    """Return tokens as a terminal shows them; without colours, learned stretches stand in ⟦ ⟧, borders are │."""
-    line, was_learned, begun = Text(), False, False
-    for shown, learned in pairs:
+    """Return tokens as a terminal shows them; without colours, supervised spans are marked ⟦ ⟧, borders │."""
+    line, was_supervised, begun = Text(), False, False
+    for shown, supervised in pairs:
         if not is_colourful:
-            turned = learned != was_learned
-            line.append((_CLOSE if was_learned else _OPEN) if turned else _BORDER if begun else "")
-        style = (_LEARNED if learned else _READ) if is_colourful else ""
+            turned = supervised != was_supervised
+            line.append((_CLOSE if was_supervised else _OPEN) if turned else _BORDER if begun else "")
+        style = (_SUPERVISED if supervised else _MASKED) if is_colourful else ""
         for sort, part in _parts(shown):
             text = f"{part}\n" if sort is TextKind.BREAK else f"<{part}>" if sort is TextKind.CODE else part
             line.append(text, style=f"{style} bold" if shown.is_special and style else style)
         if is_colourful:
             line.append(_BORDER, style="dim")
-        was_learned, begun = learned, True
-    if was_learned and not is_colourful:
+        was_supervised, begun = supervised, True
+    if was_supervised and not is_colourful:
         line.append(_CLOSE)
     return line
 
@@ -126,9 +128,9 @@ def _parts(shown: DisplayToken) -> list[tuple[TextKind, str]]:
 def _legend(*, is_colourful: bool) -> Text:
     words = Text()
     if is_colourful:
-        words.append("learned", style=_LEARNED).append(" ").append("read only", style=_READ)
+        words.append("supervised", style=_SUPERVISED).append(" ").append("masked", style=_MASKED)
     else:
-        words.append(f"{_OPEN}learned{_CLOSE} read only")
+        words.append(f"{_OPEN}supervised{_CLOSE} masked")
     return words.append(f"  {_BORDER} between tokens, · blank, ⏎ new line, <0A> byte; <|…|>, <s>, </s> special tokens")
 
 

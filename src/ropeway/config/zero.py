@@ -50,13 +50,13 @@ def read_zero(text: str, path: str) -> Zero:
         raise ConfigError(f"{path}: not JSON: {error}") from None
     if not isinstance(named, dict):
         raise ConfigError(f"{path}: expected a JSON object, found {type(named).__name__}")
-    return plan_zero(named.get("zero_optimization", {}))
+    return parse_zero_section(named.get("zero_optimization", {}))
 
 
-def plan_zero(section: ZeroSection) -> Zero:
+def parse_zero_section(section: ZeroSection) -> Zero:
     """Return a section `zero_optimization` as an object. Source of the defaults: deepspeed 0.19.8, zero/config.py.
 
-    >>> plan_zero({"stage": 3}).overlap, plan_zero({"stage": 2}).bucket_elements
+    >>> parse_zero_section({"stage": 3}).overlap, parse_zero_section({"stage": 2}).bucket_elements
     (True, 500000000)
     """
     stage = int(section.get("stage", 0))

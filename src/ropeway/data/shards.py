@@ -33,7 +33,7 @@ REMEDY = "Run `dvc checkout`, or `dvc repro prepare` to make it again"
 class Kind(IntEnum):
     """The speaker of a token; the loss mask depends on it."""
 
-    BEFORE = Speaker.NOBODY  # BOS and the system message
+    SYSTEM = Speaker.SYSTEM  # BOS and the system message
     PROMPTER = Speaker.USER
     ASSISTANT = Speaker.ASSISTANT
     DOCUMENT = 3

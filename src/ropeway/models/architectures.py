@@ -30,6 +30,6 @@ def class_name(model_type: object) -> str | None:
     return ACCEPTED[model_type][1] if isinstance(model_type, str) and model_type in ACCEPTED else None
 
 
-def is_table(name: str) -> bool:
+def is_embedding_or_head(name: str) -> bool:
     """Return whether a parameter belongs to the input embedding or the output head."""
     return EMBEDDING_LAYER in name or name.startswith(HEAD_LAYER)

@@ -25,7 +25,7 @@ _GENERATION = ("{%- generation -%}", "{%- endgeneration -%}")
 class Speaker(IntEnum):
     """Who said a token of a conversation."""
 
-    NOBODY = 0  # BOS and the system message
+    SYSTEM = 0  # BOS and the system message
     USER = 1
     ASSISTANT = 2
 
@@ -141,7 +141,7 @@ class OpenAssistantTemplate(ChatTemplate):
             earlier = np.concatenate(([np.int32(0)], turn))[ends - lengths]  # turns of the conversations before
             turn -= np.repeat(earlier, lengths)
         said = np.where(turn & 1, np.uint8(Speaker.USER), np.uint8(Speaker.ASSISTANT))
-        said[turn == 0] = Speaker.NOBODY
+        said[turn == 0] = Speaker.SYSTEM
         return said
 
 

@@ -3,7 +3,7 @@
 from torch import nn
 
 from ropeway.config.params import WeightParams
-from ropeway.models.architectures import is_table
+from ropeway.models.architectures import is_embedding_or_head
 from ropeway.runtime.errors import ConfigError
 
 
@@ -32,7 +32,7 @@ def add_adapters(model: nn.Module, profile: WeightParams) -> None:
         model,
     )
     for name, parameter in model.named_parameters():
-        parameter.requires_grad = "lora_" in name or (lora.train_embeddings and is_table(name))
+        parameter.requires_grad = "lora_" in name or (lora.train_embeddings and is_embedding_or_head(name))
 
 
 def merge_adapters(model: nn.Module) -> None:

@@ -218,7 +218,7 @@ class Llama3Rope(RopeScaling):
 
 
 @dataclass(frozen=True, slots=True)
-class KeptRope(RopeScaling):
+class BaseModelRope(RopeScaling):
     """A base's own scaling of any kind, untouched.
 
     Attributes:
@@ -317,7 +317,7 @@ def plan_scaling(profile: BaseParams, *, theta: float, original: int) -> RopeSca
     return build_scaling(kind, factor, theta, original, settings)
 
 
-def keep_scaling(stated: Mapping[str, Any], positions: int, frequencies: tuple[float, ...]) -> KeptRope:
+def keep_scaling(stated: Mapping[str, Any], positions: int, frequencies: tuple[float, ...]) -> BaseModelRope:
     """Return a base's own scaling, untouched.
 
     Args:
@@ -325,7 +325,7 @@ def keep_scaling(stated: Mapping[str, Any], positions: int, frequencies: tuple[f
         positions: Its `max_position_embeddings`.
         frequencies: See the class.
     """
-    return KeptRope(
+    return BaseModelRope(
         factor=float(stated.get("factor") or 1.0),
         theta=float(stated["rope_theta"]),
         original=int(stated.get("original_max_position_embeddings") or positions),
@@ -343,7 +343,7 @@ def scaling_from_json(stated: Mapping[str, Any]) -> RopeScaling:
     if not stated["kept"]:
         return build_scaling(stated["kind"], *scaling)
     kept = {"stated": stated["kept"], "positions": stated["positions"], "frequencies": tuple(stated["frequencies"])}
-    return KeptRope(*scaling, own_kind=stated["kind"], **kept)
+    return BaseModelRope(*scaling, own_kind=stated["kind"], **kept)
 
 
 def _legacy(parameters: Mapping[str, object]) -> dict[str, object]:

@@ -106,7 +106,7 @@ def plan_run(workspace: Workspace, profile: Profile, *, ranks: int, asked: PlanR
     asked = asked or PlanRequest()
     named = read_texts(workspace.root, [profile.deepspeed_config], key="deepspeed_config")
     load = Load.of(profile, read_zero(named[profile.deepspeed_config], profile.deepspeed_config), ranks=ranks)
-    counted = count_reading(workspace, profile)
+    counted = count_epoch_data(workspace, profile)
     disk, unknown = _plan_disk(workspace, profile, load)
     gpus = detect_gpus() if asked.gpu_memory_gib is None or asked.card is None else []
     memory = asked.gpu_memory_gib
@@ -183,7 +183,7 @@ def check_memory(profile: Profile, zero: Zero, *, ranks: int) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Counted:
+class EpochCounts:
     """What an epoch reads, and the tokens of all epochs."""
 
     rows_per_source: dict[str, int | None]
@@ -198,7 +198,7 @@ class Counted:
         return None if self.rows is None else self.rows // profile.global_batch_size * profile.num_train_epochs
 
 
-def count_reading(workspace: Workspace, profile: Profile) -> Counted:
+def count_epoch_data(workspace: Workspace, profile: Profile) -> EpochCounts:
     """Return what a run reads."""
     shards = open_shards(workspace.data, verify=False) if (workspace.data / NAME).is_file() else None
     sizes = {source.name: len(source.train) for source in shards.sources} if shards else _expected_sizes(profile)
@@ -213,7 +213,7 @@ def count_reading(workspace: Workspace, profile: Profile) -> Counted:
     if profile.layout == "packed":  # how many rows the sequences fill is known once they are counted
         total = plan_epoch(shards, profile, epoch=0).rows if shards else None
     epochs, read = profile.num_train_epochs, _sum(tokens)
-    return Counted(
+    return EpochCounts(
         rows_per_source=rows,
         tokens_per_source=tokens,
         rows=total,

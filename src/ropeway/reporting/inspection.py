@@ -110,15 +110,15 @@ def to_json(inspection: Inspection, prepared: Prepared) -> str:
             "end": reading.piece.end,
             "length": reading.length,
             "supervised": reading.supervised,
-            "learned_behind": next_token(reading, prepared.shards, prepared.profile, prepared.vocabulary),
+            "supervised_next": next_token(reading, prepared.shards, prepared.profile, prepared.vocabulary),
             "tokens": [
                 {
                     "id": shown.number,
                     "bytes" if shown.is_bytes else "text": shown.text,
-                    "learned": learned,
+                    "supervised": is_supervised,
                     "special": shown.is_special,
                 }
-                for shown, learned in pair_tokens(reading, prepared)
+                for shown, is_supervised in pair_tokens(reading, prepared)
             ],
         }
         for reading in inspection.readings
@@ -128,7 +128,7 @@ def to_json(inspection: Inspection, prepared: Prepared) -> str:
 
 def pair_tokens(reading: Reading, prepared: Prepared) -> Iterator[tuple[DisplayToken, bool]]:
     """Return each decoded token of a reading, and whether it is supervised."""
-    return zip(prepared.vocabulary.show(reading.tokens.tolist()), reading.learned.tolist(), strict=True)
+    return zip(prepared.vocabulary.show(reading.tokens.tolist()), reading.supervised_mask.tolist(), strict=True)
 
 
 def list_sources(prepared: Prepared) -> list[dict[str, str | int]]:

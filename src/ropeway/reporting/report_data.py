@@ -106,9 +106,9 @@ def choose_rows(plan: EpochPlan) -> Iterator[Sample]:
     fullest = max(range(len(plan.packed)), key=lambda index: len(plan.packed[index]) if plan.packed else 0)
     for title, index in {"First row": 0, "Row with the most pieces": fullest}.items():
         readings = tuple(read_piece(piece, plan.shards, plan.profile) for piece in plan.packed[index])
-        tokens, learned = sum(len(one.tokens) for one in readings), sum(one.supervised for one in readings)
+        tokens, supervised = sum(len(one.tokens) for one in readings), sum(one.supervised for one in readings)
         pieces = "1 piece" if len(readings) == 1 else f"{len(readings):,} pieces"
-        words = f"row {index:,} of epoch 0: {pieces}, {tokens:,} tokens, {learned:,} supervised"
+        words = f"row {index:,} of epoch 0: {pieces}, {tokens:,} tokens, {supervised:,} supervised"
         yield Sample(title, words, readings)
 
 
@@ -191,7 +191,7 @@ def _cut(page: Page, reading: Reading, limit: int) -> Mapping[str, object]:
 
     def shown(part: slice) -> list[tuple[DisplayToken, bool]]:
         tokens = page.vocabulary.show(reading.tokens[part].tolist())
-        return list(zip(tokens, reading.learned[part].tolist(), strict=True))
+        return list(zip(tokens, reading.supervised_mask[part].tolist(), strict=True))
 
     return {
         "reading": reading,

@@ -1,9 +1,9 @@
-"""Tokens for display: their text, whether they are supervised (`learned`), whether they are special.
+"""Tokens for display: their text, whether they are supervised, whether they are special.
 
-A loss mask belongs to positions: True where predicting the *next* token counts. Readers ask it of tokens, so token t is
-`learned` if the mask is True at t - 1 of the same piece. The first token of a piece never is: no position precedes it.
+A loss mask belongs to positions: True where predicting the *next* token counts. Displays need it per token: token t is
+supervised if the mask is True at t - 1 of the same piece. The first token of a piece never is: no position precedes it.
 If the mask is True at the last position, the token after the piece is supervised (`document_end`,
-`Reading.teaches_next`).
+`Reading.next_is_supervised`).
 """
 
 import json
@@ -102,21 +102,21 @@ class Reading:
     Attributes:
         length: Tokens of the whole sequence.
         tokens: `(T,)` ids of the piece.
-        learned: `(T,)` True where predicting *this* token counts.
-        teaches_next: The token after the piece is supervised too.
+        supervised_mask: `(T,)` True where predicting *this* token counts.
+        next_is_supervised: The token after the piece is supervised too.
     """
 
     piece: Piece
     source: str
     length: int
     tokens: NDArray[np.int64]
-    learned: NDArray[np.bool_]
-    teaches_next: bool
+    supervised_mask: NDArray[np.bool_]
+    next_is_supervised: bool
 
     @property
     def supervised(self) -> int:
         """Positions that count in the loss."""
-        return int(self.learned.sum()) + self.teaches_next
+        return int(self.supervised_mask.sum()) + self.next_is_supervised
 
 
 def read_piece(piece: Piece, shards: Shards, profile: RowParams) -> Reading:
@@ -125,9 +125,9 @@ def read_piece(piece: Piece, shards: Shards, profile: RowParams) -> Reading:
     tokens, kinds = source.read(piece.sequence)
     cut = slice(piece.begin, piece.end)
     mask = loss_mask(kinds[cut], profile)
-    learned = np.concatenate(([False], mask[:-1])) if len(mask) else mask
+    supervised_mask = np.concatenate(([False], mask[:-1])) if len(mask) else mask
     length = int(source.lengths[piece.sequence])
-    return Reading(piece, source.name, length, tokens[cut], learned, bool(mask[-1:].any()))
+    return Reading(piece, source.name, length, tokens[cut], supervised_mask, bool(mask[-1:].any()))
 
 
 def read_whole(source: int, sequence: int, shards: Shards, profile: RowParams) -> Reading:
@@ -143,7 +143,7 @@ def find_part(sequence: int, source: SourceShards) -> str | None:
 
 def next_token(reading: Reading, shards: Shards, profile: RowParams, vocabulary: Vocabulary) -> str | None:
     """Return the supervised token after the piece as text; None if there is none."""
-    if not reading.teaches_next:
+    if not reading.next_is_supervised:
         return None
     if profile.document_end == "eos":
         return next(vocabulary.show([shards.special["eos"]])).text

@@ -13,7 +13,7 @@ from ropeway.data.shards import open_shards
 from ropeway.models.conversation import Conversation
 from ropeway.reporting.inspection import inspect_sequence, open_prepared
 from ropeway.runtime.errors import ConfigError, DataError
-from tests.support.prepared_run import TALKS, make_prepared, reckon_learned
+from tests.support.prepared_run import TALKS, make_prepared, reckon_supervised
 
 TALK = Conversation(("Say \x1b[31m😀\u202e", "Yes\nno"), "Be kind.")
 
@@ -45,14 +45,14 @@ def test_without_a_source_it_lists_what_there_is(ask):
     assert [one["sequences"] for one in json.loads(ask("--json"))] == [21, 16]
 
 
-def test_marks_stand_where_colours_do_not_and_enclose_what_is_learned(ask):
+def test_marks_stand_where_colours_do_not_and_enclose_what_is_supervised(ask):
     words = ask("talk", 0)
     assert "talk, sequence 0 of 21 (conversation, " in words
     body = words.partition("special tokens\n\n")[2]
-    learned = re.findall("⟦([^⟧]*)⟧", body)
-    assert "│" in learned[-1]
-    assert learned[-1].replace("│", "") == "·Yes⏎\nno</s>"
-    assert learned[0].startswith("<|system|>")
+    supervised = re.findall("⟦([^⟧]*)⟧", body)
+    assert "│" in supervised[-1]
+    assert supervised[-1].replace("│", "") == "·Yes⏎\nno</s>"
+    assert supervised[0].startswith("<|system|>")
     assert body.startswith("<s>⟦")
 
 
@@ -68,8 +68,8 @@ def test_json_says_of_each_token_what_a_reckoning_from_roles_says(ask):
     for source, number in (("talk", 0), ("talk", 7), ("text", 2)):
         (piece,) = json.loads(ask(source, number, "--json"))["pieces"]
         ids = [token["id"] for token in piece["tokens"]]
-        expected = reckon_learned(ids, document=source == "text")
-        assert [token["learned"] for token in piece["tokens"]] == expected
+        expected = reckon_supervised(ids, document=source == "text")
+        assert [token["supervised"] for token in piece["tokens"]] == expected
         assert piece["supervised"] == sum(expected)
         assert all(token["special"] == (token["id"] in {1, 2, *range(2000, 2005)}) for token in piece["tokens"])
 
@@ -94,7 +94,7 @@ def test_an_end_that_is_taught_but_not_stored_is_named_and_so_is_a_row_that_is_l
     monkeypatch.chdir(tmp_path)
     assert "row 19 of epoch 0, step 5 of 5" in ask("--row", 19)
     assert "row 20 of epoch 0, left over, not trained" in ask("--row", 20)
-    assert ask("text", 0).rstrip().endswith("⟧ + </s>, learned behind it")
+    assert ask("text", 0).rstrip().endswith("⟧ + </s> (supervised)")
 
 
 def test_colours_say_the_same_as_marks(made):

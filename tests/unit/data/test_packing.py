@@ -85,7 +85,7 @@ def test_a_window_begins_and_ends_at_turns_and_fits(turns, draw, capacity):
 
 
 def test_borders_are_where_the_prompter_begins():
-    before, prompter, assistant = Kind.BEFORE, Kind.PROMPTER, Kind.ASSISTANT
+    before, prompter, assistant = Kind.SYSTEM, Kind.PROMPTER, Kind.ASSISTANT
     kinds = np.array([before, before, prompter, prompter, assistant, prompter, assistant, assistant], dtype=np.uint8)
     assert turn_starts(kinds) == [0, 5]
 

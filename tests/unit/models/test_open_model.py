@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import ropeway
-from ropeway.models.architectures import EMBEDDING, HEAD, check_architecture, class_name, is_table
+from ropeway.models.architectures import EMBEDDING, HEAD, check_architecture, class_name, is_embedding_or_head
 from ropeway.models.open_model import backbone, create_model, head_dim, measure_frequencies, output_head, rotary
 from ropeway.runtime.errors import ConfigError
 
@@ -42,7 +42,7 @@ def test_the_parts_are_those_of_the_model():
 
 def test_names_of_the_tables_are_those_in_a_file():
     names = set(LlamaForCausalLM(LlamaConfig(**SHAPE)).state_dict())
-    assert {name for name in names if is_table(name)} == {EMBEDDING, HEAD}
+    assert {name for name in names if is_embedding_or_head(name)} == {EMBEDDING, HEAD}
 
 
 def test_a_created_model_is_drawn_from_the_global_generator_alone():

@@ -12,10 +12,10 @@ import pytest
 
 from ropeway.config.load_params import load_profile
 from ropeway.config.params import Lora
-from ropeway.config.zero import plan_zero
+from ropeway.config.zero import parse_zero_section
 from ropeway.planning.budget import judge, plan_changes, plan_disk, plan_hours, plan_speed, token_flops
 from ropeway.planning.memory import GIB, Load, Sizes, certain_bytes, checkpoint_bytes, plan_gpu
-from ropeway.planning.plan import PlanRequest, check_memory, count_reading, plan_run
+from ropeway.planning.plan import PlanRequest, check_memory, count_epoch_data, plan_run
 from ropeway.planning.plan_text import describe_plan, outline_plan
 from ropeway.runtime.devices import detect_gpus
 from ropeway.runtime.errors import ConfigError
@@ -32,7 +32,7 @@ def published():
 
 
 def zero_of(profile):
-    return plan_zero(json.loads((ROOT / profile.deepspeed_config).read_text())["zero_optimization"])
+    return parse_zero_section(json.loads((ROOT / profile.deepspeed_config).read_text())["zero_optimization"])
 
 
 def load_of(profile, ranks=8, **fields):
@@ -86,7 +86,7 @@ def test_the_parts_of_a_card_add_up_to_its_total(published):
 )
 def test_each_zero_stage_spreads_one_thing_more(published, section, lower):
     alone, spread = (
-        plan_gpu(load_of(published, ranks=ranks, zero=plan_zero({**section, "sub_group_size": 2**40})))
+        plan_gpu(load_of(published, ranks=ranks, zero=parse_zero_section({**section, "sub_group_size": 2**40})))
         for ranks in (1, 8)
     )
     for part in ("optimizer", "gradients", "weights"):
@@ -97,14 +97,18 @@ def test_each_zero_stage_spreads_one_thing_more(published, section, lower):
 
 def test_a_second_bucket_is_counted_where_reduction_overlaps(published):
     one, two = (
-        plan_gpu(load_of(published, zero=plan_zero({"stage": 2, "reduce_bucket_size": 10**9, "overlap_comm": overlap})))
+        plan_gpu(
+            load_of(
+                published, zero=parse_zero_section({"stage": 2, "reduce_bucket_size": 10**9, "overlap_comm": overlap})
+            )
+        )
         for overlap in (False, True)
     )
     assert (one["buckets"], two["buckets"]) == (2 * 10**9, 4 * 10**9)
 
 
 def test_offload_moves_the_optimizer_to_the_host_and_leaves_weights(published):
-    zero = plan_zero({"stage": 2, "offload_optimizer": {"device": "cpu"}})
+    zero = parse_zero_section({"stage": 2, "offload_optimizer": {"device": "cpu"}})
     parts = plan_gpu(load_of(published, zero=zero))
     assert (parts["optimizer"], parts["gradients"]) == (0, 0)
     assert parts["weights"] == 2 * Sizes.of(published).parameters
@@ -114,7 +118,7 @@ def test_a_checkpoint_holds_14_bytes_a_weight_in_16_bit_16_in_fp32_and_12_at_sta
     weights = Sizes.of(published).parameters
     assert checkpoint_bytes(load_of(published)) == 14 * weights
     assert checkpoint_bytes(load_of(published, number_bytes=4)) == 16 * weights
-    assert checkpoint_bytes(load_of(published, zero=plan_zero({"stage": 3}))) == 12 * weights
+    assert checkpoint_bytes(load_of(published, zero=parse_zero_section({"stage": 3}))) == 12 * weights
 
 
 def test_lora_trains_and_keeps_states_of_its_own_weights_alone(published):
@@ -180,7 +184,7 @@ def with_json(profile):
 def test_tokens_come_from_the_data_where_it_is_prepared(tmp_path):
     workspace, profile = make_run(tmp_path)
     full = load_profile(tmp_path / "params.yaml")[1]
-    counted = count_reading(workspace, full)
+    counted = count_epoch_data(workspace, full)
     lengths = np.load(workspace.data / "talk" / "lengths.npy")[np.load(workspace.data / "talk" / "train.npy")]
     assert counted.tokens_per_source["talk"] == int(np.minimum(lengths, full.max_length).sum())
     assert counted.tokens == sum(counted.tokens_per_source.values())

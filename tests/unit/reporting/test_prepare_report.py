@@ -16,7 +16,7 @@ from ropeway.reporting.pictures import count_lengths, draw_lengths
 from ropeway.reporting.report_data import Page, choose_samples, find_overlong, render_report
 from ropeway.reporting.token_view import Vocabulary
 from ropeway.runtime.manifest import load_manifest
-from tests.support.prepared_run import TALKS, TEXTS, make_prepared, reckon_learned
+from tests.support.prepared_run import TALKS, TEXTS, make_prepared, reckon_supervised
 
 EVIL = "<script>alert('x')</script> & \"quoted\" \u202eabc\x00 😀"
 VOID = {"meta", "input", "img", "br", "hr", "source"}
@@ -80,7 +80,7 @@ def test_each_source_shows_samples_filled_where_a_reckoning_from_roles_says_lear
     assert any("ongest" in title for title in titles)
     found = tokens[titles[0]]
     ids = shards.sources[0].read(0)[0].tolist()
-    assert [learned for learned, *_ in found] == reckon_learned(ids)
+    assert [supervised for supervised, *_ in found] == reckon_supervised(ids)
     special = [text for _, kind, text in found if kind == "x"]
     assert special == ["<s>", *["<|prompter|>", "</s>", "<|assistant|>", "</s>"] * 2]
     text = "".join(text for *_, text in found).replace("·", " ")
@@ -88,7 +88,7 @@ def test_each_source_shows_samples_filled_where_a_reckoning_from_roles_says_lear
         "<|prompter|> Really?</s><|assistant|> No.</s>"
     )
     documents = next(found for title, found in tokens.items() if title.startswith("s1 First"))
-    assert [learned for learned, *_ in documents] == [False] + [True] * (len(documents) - 1)
+    assert [supervised for supervised, *_ in documents] == [False] + [True] * (len(documents) - 1)
 
 
 def test_an_overlong_sequence_is_shown_as_epoch_0_reads_it(tmp_path):

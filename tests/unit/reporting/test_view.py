@@ -6,7 +6,7 @@ from ropeway.data.batches import collate, plan_epoch
 from ropeway.data.shards import open_shards
 from ropeway.models.tokenizer import open_tokenizer
 from ropeway.reporting.token_view import TextKind, Vocabulary, next_token, read_piece, read_whole, split_visible
-from tests.support.prepared_run import make_prepared, reckon_learned
+from tests.support.prepared_run import make_prepared, reckon_supervised
 from tests.support.tiny_run import PARITY
 
 
@@ -58,8 +58,8 @@ def test_a_whole_sequence_is_learned_where_a_reckoning_from_roles_says_so(tmp_pa
     for number, source in enumerate(shards.sources):
         for sequence in range(len(source.lengths)):
             reading = read_whole(number, sequence, shards, profile)
-            expected = reckon_learned(reading.tokens.tolist(), what_counts=what_counts, document=source.is_document)
-            assert reading.learned.tolist() == expected
+            expected = reckon_supervised(reading.tokens.tolist(), what_counts=what_counts, document=source.is_document)
+            assert reading.supervised_mask.tolist() == expected
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
@@ -78,12 +78,12 @@ def test_what_is_shown_as_learned_is_what_training_counts(tmp_path, layout, docu
             reading = read_piece(piece, shards, profile)
             end = at + len(reading.tokens)
             assert np.array_equal(batch.input_ids[0, at:end], reading.tokens)
-            assert np.array_equal(batch.loss_mask[0, at : end - 1], reading.learned[1:])
-            assert not reading.learned[0]
-            assert reading.teaches_next == batch.loss_mask[0, end - 1]
+            assert np.array_equal(batch.loss_mask[0, at : end - 1], reading.supervised_mask[1:])
+            assert not reading.supervised_mask[0]
+            assert reading.next_is_supervised == batch.loss_mask[0, end - 1]
             shown = next_token(reading, shards, profile, vocabulary)
-            assert shown == ("</s>" if reading.teaches_next else None)
+            assert shown == ("</s>" if reading.next_is_supervised else None)
             assert reading.supervised == batch.loss_mask[0, at:end].sum()
-            behind += reading.teaches_next
+            behind += reading.next_is_supervised
             at = end
     assert (behind > 0) == (document_end == "eos")

@@ -255,7 +255,7 @@ def test_kinds_follow_role_tokens_and_what_stands_before_them_is_nobodys(tokeniz
     tokens = np.array(tokenizer.encode("<|system|>S</s><|prompter|>q</s><|assistant|>a</s>").ids)
     kinds = OPEN_ASSISTANT.speakers(tokens, ids=special)
     prompter, assistant = (tokens.tolist().index(special[role]) for role in (PROMPTER, ASSISTANT))
-    assert set(kinds[:prompter]) == {Kind.BEFORE}
+    assert set(kinds[:prompter]) == {Kind.SYSTEM}
     assert set(kinds[prompter:assistant]) == {Kind.PROMPTER}
     assert set(kinds[assistant:]) == {Kind.ASSISTANT}
 
