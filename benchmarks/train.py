@@ -143,13 +143,13 @@ def lay_workspace(root: Path) -> None:
 
 def launch(root: Path, folder: Path, rounds: int, steps: int) -> dict[str, Any]:
     """Start the ranks as a training starts them; return what rank 0 measured."""
-    from ropeway.runtime.launcher import RANK_MODULE, free_port, plan_command, plan_environment
+    from ropeway.runtime.launcher import RANK_MODULE, build_launch_command, free_port, rank_environment
 
     folder.mkdir()
     arguments = [str(root), str(rounds), str(steps), str(folder)]
-    command = plan_command({}, arguments, ranks=RANKS, port=free_port())
+    command = build_launch_command({}, arguments, ranks=RANKS, port=free_port())
     command = ["benchmarks.train_rank" if part == RANK_MODULE else part for part in command]
-    environment = plan_environment({**os.environ, "CUDA_VISIBLE_DEVICES": ""}, ranks=RANKS)
+    environment = rank_environment({**os.environ, "CUDA_VISIBLE_DEVICES": ""}, ranks=RANKS)
     subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=sys.stderr)
     measured: dict[str, Any] = json.loads((folder / "figures.json").read_text(encoding="utf-8"))
     return measured

@@ -270,7 +270,7 @@ def main(root: Path, rounds: int, steps: int, folder: Path) -> None:
     def ours(way: str, chosen: Profile) -> Callable[[], None]:
         def act() -> None:
             runs[way] = open_run(workspace, chosen, choose_attention(chosen, cuda=False), universal=False)
-            runs[way].heartbeat = watchdog.beat
+            runs[way].heartbeat = watchdog.heartbeat
             run_ours(runs[way], way, turns, folder)
 
         return act
@@ -290,7 +290,7 @@ def main(root: Path, rounds: int, steps: int, folder: Path) -> None:
     turns = Turns(*plan_turns(tuple(loops), rounds, steps))
     for thread in [in_thread(act, turns, way) for way, act in loops.items()]:
         thread.join()
-    watchdog.end()
+    watchdog.stop()
     if torch.distributed.get_rank() == 0:
         facts = {
             "turns": [asdict(turn) for turn in turns.done[len(loops) :]],

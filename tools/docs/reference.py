@@ -274,7 +274,7 @@ def render_stages() -> str:
     return "\n".join(_table(("stage", "reads, below runs/PROFILE", "writes, below runs/PROFILE"), rows))
 
 
-_PLACE = re.compile(r'^    \w+ = _Place\("(?P<path>[^"]+)"\)\s*(?:# (?P<text>.*))?$', re.MULTILINE)
+_PLACE = re.compile(r'^    \w+ = _WorkspacePath\("(?P<path>[^"]+)"\)\s*(?:# (?P<text>.*))?$', re.MULTILINE)
 
 
 def render_files() -> str:

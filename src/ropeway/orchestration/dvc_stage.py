@@ -17,7 +17,7 @@ from typing import TypeVar, cast
 
 from ropeway.orchestration import dvc_graph as graph
 from ropeway.runtime.errors import ConfigError, DataError, RopewayError, TemporaryError
-from ropeway.runtime.lock import Held
+from ropeway.runtime.lock import HeldLock
 from ropeway.runtime.supervise import GRACE_SECONDS, ExitRecord
 from ropeway.runtime.workspace import Workspace
 
@@ -47,7 +47,7 @@ class Site:
     """
 
     root: Path
-    held: Held
+    held: HeldLock
     pulls: bool = False
     definition: Mapping[str, str] | None = None
 

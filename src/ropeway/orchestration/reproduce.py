@@ -21,7 +21,7 @@ from ropeway.orchestration.revision import ask_git
 from ropeway.registry import Provenance, Version
 from ropeway.registry.version_manifest import build_version_manifest
 from ropeway.runtime.errors import ConfigError, DataError, RegistryError
-from ropeway.runtime.lock import Held, workspace_lock
+from ropeway.runtime.lock import HeldLock, workspace_lock
 from ropeway.runtime.manifest import Json, digest_of, load_manifest
 from ropeway.runtime.workspace import Workspace
 
@@ -99,7 +99,7 @@ def reproduce(root: Path, version: Version, *, target: Path | None, write_line: 
     choose_profile(site_root, version.name)
     write_lock(version, site_root)
     with workspace_lock(site_root, command=f"ropeway reproduce {label}", profile=version.name) as held:
-        site = Site(site_root, Held(held.handle, {**held.environment, **plan_environment(clone, then)}))
+        site = Site(site_root, HeldLock(held.handle, {**held.environment, **plan_environment(clone, then)}))
         run_stages(site, root, workspace, version.manifest.facts["digests"]["raw"], write_line)
     now = read_reproduced(workspace)
     changed, differences = tuple(other_weights(then, now)), tuple(describe_differences(then, now))

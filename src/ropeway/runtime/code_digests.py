@@ -20,9 +20,9 @@ PACKAGE = "ropeway"
 CODE = "code.json"  # in .work: what was parsed
 # What a stage's code consists of besides its own package. Whatever else it imports decides how a run is described,
 # started, logged or stored, not what it computes.
-COUNTED = ("data", "models")
+DIGESTED_PACKAGES = ("data", "models")
 # A call of one of these says something to a person; its text is no part of the result.
-SPEAKING = ("print", "debug", "info", "warning", "error", "exception")
+LOGGING_CALLS = ("print", "debug", "info", "warning", "error", "exception")
 
 
 class Scan(TypedDict):
@@ -50,7 +50,7 @@ class Digests:
         """Return the digest of every module that a stage's code consists of, by its name below the package."""
         found: dict[str, str] = {}
         own = _own(stage)
-        counted = (own, *COUNTED)
+        counted = (own, *DIGESTED_PACKAGES)
         waiting = _modules(self._source, own)
         while waiting:
             name = waiting.pop()
@@ -125,11 +125,11 @@ def module_digest(text: str) -> str:
     >>> module_digest("x = 1") == module_digest("x = 2")
     False
     """
-    tree = _Meaning().visit(ast.parse(text))
+    tree = _StripText().visit(ast.parse(text))
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
 
 
-class _Meaning(ast.NodeTransformer):
+class _StripText(ast.NodeTransformer):
     """Takes out of a tree what a person reads and a result does not depend on."""
 
     def generic_visit(self, node: ast.AST) -> ast.AST:
@@ -140,18 +140,18 @@ class _Meaning(ast.NodeTransformer):
         return node
 
     def visit_Raise(self, node: ast.Raise) -> ast.AST:
-        _Silence().visit(node)
+        _EmptyStrings().visit(node)
         return node
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", None)
-        if name in SPEAKING:
-            _Silence().visit(node)
+        if name in LOGGING_CALLS:
+            _EmptyStrings().visit(node)
             return node
         return self.generic_visit(node)
 
 
-class _Silence(ast.NodeTransformer):
+class _EmptyStrings(ast.NodeTransformer):
     """Empties every text below a node."""
 
     def visit_Constant(self, node: ast.Constant) -> ast.AST:

@@ -74,7 +74,7 @@ def detect_gpus(environment: dict[str, str] | None = None, *, devices: Path = Pa
     return [Gpu(name.strip(), int(mebibytes) * 2**20) for name, mebibytes in rows if mebibytes.strip().isdecimal()]
 
 
-def name_cpu(info: Path = Path("/proc/cpuinfo")) -> str:
+def cpu_model_name(info: Path = Path("/proc/cpuinfo")) -> str:
     """Return the CPU's model as Linux names it, else its architecture: other kinds round otherwise."""
     try:
         lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -103,7 +103,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
     return hosts
 
 
-def count_here(environment: Mapping[str, str], ranks: int) -> int:
+def count_local_ranks(environment: Mapping[str, str], ranks: int) -> int:
     """Return how many of the ranks share a machine, 1 at least: its cores are divided among them."""
     if in_slurm(environment):
         return max(1, ranks // int(environment.get("SLURM_JOB_NUM_NODES", "1")))

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
-from ropeway.runtime.devices import count_here, in_slurm, list_gpus, read_hostfile
+from ropeway.runtime.devices import count_local_ranks, in_slurm, list_gpus, read_hostfile
 from ropeway.runtime.errors import ConfigError
 
 LOOPBACK = "127.0.0.1"
@@ -23,7 +23,7 @@ RANK_MODULE = "ropeway.stages.train.rank"
 _TRAVELLING = ("DS_ACCELERATOR", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "PATH", "TOKENIZERS_PARALLELISM")
 
 
-def plan_command(environment: Mapping[str, str], arguments: list[str], *, ranks: int, port: int) -> list[str]:
+def build_launch_command(environment: Mapping[str, str], arguments: list[str], *, ranks: int, port: int) -> list[str]:
     """Return the command that starts every rank with these arguments; `port` is a free one on the machine of rank 0.
 
     Raises:
@@ -64,14 +64,16 @@ def _over_hosts(environment: Mapping[str, str], rank: list[str], *, ranks: int, 
     ]
 
 
-def plan_environment(environment: Mapping[str, str], *, ranks: int) -> dict[str, str]:
+def rank_environment(environment: Mapping[str, str], *, ranks: int) -> dict[str, str]:
     """Return the ranks' environment: device, threads, no network; raise ConfigError without GPU and C++ compiler."""
     planned = {**environment, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if not list_gpus(dict(environment)):
         check_compiler()
         planned["DS_ACCELERATOR"] = "cpu"
         # Ranks that fight for cores are slower, and another number of threads rounds differently: fixed and recorded.
-        planned.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count_here(environment, ranks))))
+        planned.setdefault(
+            "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count_local_ranks(environment, ranks)))
+        )
     return planned
 
 

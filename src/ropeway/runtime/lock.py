@@ -1,7 +1,7 @@
 """The workspace lock: one run at a time in a workspace, its holder named, nothing to clean up after a crash.
 
 It is a `flock` on `.work/lock`, so it dies with the last process that holds the file open. The flow hands its open
-file on to the supervisors of its stages (`Held.handle`), so the lock lasts until the last rank has ended even when
+file on to the supervisors of its stages (`HeldLock.handle`), so the lock lasts until the last rank has ended even when
 the flow itself was killed.
 """
 
@@ -24,7 +24,7 @@ _HELD = "ROPEWAY_LOCK_HELD"  # pid of the ancestor that holds the lock: its stag
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class HeldLock:
     """A lock that this process, or an ancestor of it, holds.
 
     Attributes:
@@ -37,7 +37,7 @@ class Held:
 
 
 @contextmanager
-def workspace_lock(root: Path, *, command: str, profile: str = "") -> Iterator[Held]:
+def workspace_lock(root: Path, *, command: str, profile: str = "") -> Iterator[HeldLock]:
     """Hold the workspace at `root`, or enter under an ancestor that holds it.
 
     `command` is what the holder is called when another process is turned away, e.g. "ropeway run".
@@ -51,7 +51,7 @@ def workspace_lock(root: Path, *, command: str, profile: str = "") -> Iterator[H
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         if above := _ancestor_holding(handle):
-            yield Held(None, {_HELD: str(above)})
+            yield HeldLock(None, {_HELD: str(above)})
             return
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -67,7 +67,7 @@ def workspace_lock(root: Path, *, command: str, profile: str = "") -> Iterator[H
         }
         os.ftruncate(handle, 0)
         os.pwrite(handle, json.dumps(holder).encode(), 0)
-        yield Held(handle, {_HELD: str(os.getpid())})
+        yield HeldLock(handle, {_HELD: str(os.getpid())})
     finally:
         os.close(handle)
 

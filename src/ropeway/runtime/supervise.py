@@ -31,12 +31,12 @@ from ropeway.runtime.manifest import write_json
 GRACE_SECONDS = 60.0  # `ROPEWAY_GRACE_SECONDS` sets another; a checkpoint must fit into it
 LEFTOVER_SECONDS = 5.0  # for what a command leaves behind when it ends by itself
 _POLL_SECONDS = 0.5  # only a fallback: signals and, on Linux, deaths of ancestors wake us at once
-_MARK = "ROPEWAY_SUPERVISED_BY"  # inherited, so it still says whose a process is after its parent died
+_SUPERVISOR_MARK = "ROPEWAY_SUPERVISED_BY"  # inherited, so it still says whose a process is after its parent died
 # Adjacent: the launcher's command line names the module too, but not after -m.
 _RANK = ("-m", "ropeway.stages.train.rank")
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # Source: prctl(2)
 _DVC_FAILED = 255  # dvc's code for any failure; not 256 - SIGHUP
-_ASKED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class ExitRecord(TypedDict):
@@ -85,12 +85,12 @@ def run(
     watched = _find_watched(leader)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # orphans of the tree become our children
-    with _Bell(watched or []) as bell:
+    with _SignalPipe(watched or []) as signals:
         if watched is None:
             why: str | None = "dvc or the flow ended before the command began"
             code = 128 + signal.SIGTERM
         else:
-            marked = {**(os.environ if env is None else env), _MARK: str(os.getpid())}
+            marked = {**(os.environ if env is None else env), _SUPERVISOR_MARK: str(os.getpid())}
             try:
                 child = subprocess.Popen(
                     command,
@@ -101,7 +101,7 @@ def run(
                 )
             except FileNotFoundError as error:
                 raise ConfigError(f"{error.filename}: not found; is the environment set up (`make setup`)?") from None
-            code, why = _see_through(child, watched, bell, grace_seconds)
+            code, why = _wait_for_exit(child, watched, signals, grace_seconds)
     stage, at = record.name.split(".")[0], datetime.now(UTC).isoformat(timespec="seconds")
     write_json(record, ExitRecord(stage=stage, code=code, signal=signal_of(code), why=why, at=at))
     return code
@@ -113,24 +113,26 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
-def _see_through(
-    child: subprocess.Popen[bytes], watched: list[psutil.Process], bell: "_Bell", grace_seconds: float
+def _wait_for_exit(
+    child: subprocess.Popen[bytes], watched: list[psutil.Process], signals: "_SignalPipe", grace_seconds: float
 ) -> tuple[int, str | None]:
     """Wait for the child or a reason to end it; return its code and that reason with nothing of the tree left."""
     why = None
     while why is None and _reap(child) is None:
-        bell.wait()
-        why = bell.heard() or next((f"pid {above.pid} above it is gone" for above in watched if _is_gone(above)), None)
+        signals.wait()
+        why = signals.stop_reason() or next(
+            (f"pid {above.pid} above it is gone" for above in watched if _is_gone(above)), None
+        )
     if why is not None:
         _say(f"{why}: stopping, within {grace_seconds:g} s")
-    _end_tree(child, bell, LEFTOVER_SECONDS if why is None else grace_seconds)
+    _end_tree(child, signals, LEFTOVER_SECONDS if why is None else grace_seconds)
     code = 128 - child.returncode if child.returncode < 0 else child.returncode
     if why is not None and code not in (0, 64, 65, 75):
-        code = 128 + (bell.signal or signal.SIGTERM)
+        code = 128 + (signals.signal or signal.SIGTERM)
     return code, why
 
 
-class _Bell:
+class _SignalPipe:
     """What wakes the supervisor: signals, and on Linux the death of a watched process, without polling."""
 
     def __init__(self, watched: Sequence[psutil.Process]) -> None:
@@ -141,47 +143,47 @@ class _Bell:
 
     def __enter__(self) -> Self:
         """Take the signals over."""
-        self._ear, mouth = os.pipe()
-        os.set_blocking(mouth, False)
-        self._undo.callback(os.close, self._ear)
-        self._undo.callback(os.close, mouth)
-        self._undo.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(mouth, warn_on_full_buffer=False))
-        for number in _ASKED:
+        self._wakeup_read, wakeup_write = os.pipe()
+        os.set_blocking(wakeup_write, False)
+        self._undo.callback(os.close, self._wakeup_read)
+        self._undo.callback(os.close, wakeup_write)
+        self._undo.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(wakeup_write, warn_on_full_buffer=False))
+        for number in _STOP_SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
-                self._undo.callback(signal.signal, number, signal.signal(number, self._ask))
+                self._undo.callback(signal.signal, number, signal.signal(number, self._record_signal))
         self._undo.callback(signal.signal, signal.SIGCHLD, signal.signal(signal.SIGCHLD, lambda *_: None))
-        self._ends = list(self._open_ends())
+        self._pidfds = list(self._open_pidfds())
         return self
 
-    def _open_ends(self) -> Iterator[int]:
+    def _open_pidfds(self) -> Iterator[int]:
         for process in self._watched if hasattr(os, "pidfd_open") else ():
             with suppress(OSError):  # gone already, or a kernel before 5.3: polling sees it
-                end = os.pidfd_open(process.pid)
-                self._undo.callback(os.close, end)
-                yield end
+                pidfd = os.pidfd_open(process.pid)
+                self._undo.callback(os.close, pidfd)
+                yield pidfd
 
     def __exit__(self, *_: object) -> None:
         """Give the signals back."""
         self._undo.close()
 
-    def _ask(self, number: int, _frame: object) -> None:
+    def _record_signal(self, number: int, _frame: object) -> None:
         self.signal = self.signal or number
 
-    def heard(self) -> str | None:
+    def stop_reason(self) -> str | None:
         """Return which signal asked for the end."""
         return f"asked by {signal.Signals(self.signal).name}" if self.signal else None
 
     def wait(self, seconds: float = _POLL_SECONDS) -> None:
         """Return after a signal, a death or `seconds`."""
-        ready, _, _ = select.select([self._ear, *self._ends], [], [], seconds)
-        for end in ready:
-            if end == self._ear:
-                os.read(self._ear, 512)
+        ready, _, _ = select.select([self._wakeup_read, *self._pidfds], [], [], seconds)
+        for descriptor in ready:
+            if descriptor == self._wakeup_read:
+                os.read(self._wakeup_read, 512)
             else:
-                self._ends.remove(end)  # it stays readable for ever
+                self._pidfds.remove(descriptor)  # it stays readable for ever
 
 
-def _end_tree(child: subprocess.Popen[bytes], bell: _Bell, grace_seconds: float) -> None:
+def _end_tree(child: subprocess.Popen[bytes], signals: _SignalPipe, grace_seconds: float) -> None:
     """Ask the tree to end, each process once, then kill it; return when nothing of it is left."""
     deadline, asked, had_ranks = time.monotonic() + grace_seconds, set[psutil.Process](), False
     # A leader whose other threads are still ending looks dead and cannot be reaped yet: its code is not known.
@@ -195,7 +197,7 @@ def _end_tree(child: subprocess.Popen[bytes], bell: _Bell, grace_seconds: float)
             now = {*(ranks if had_ranks else mine)} - asked
             _send(now, signal.SIGTERM)
             asked |= now
-        bell.wait(0.1)
+        signals.wait(0.1)
 
 
 def _tree(child: subprocess.Popen[bytes]) -> list[psutil.Process]:
@@ -241,7 +243,7 @@ def _is_rank(process: psutil.Process) -> bool:
 def _is_elsewhere(process: psutil.Process, tree: Sequence[psutil.Process]) -> bool:
     """Return whether another living supervisor of this tree looks after a process."""
     try:
-        by = int(process.environ().get(_MARK, os.getpid()))
+        by = int(process.environ().get(_SUPERVISOR_MARK, os.getpid()))
     except (psutil.Error, OSError, ValueError):
         return False
     return by != os.getpid() and any(other.pid == by for other in tree)

@@ -29,7 +29,7 @@ _INIT_SECONDS = 20.0  # of W&B's 90: measured with a key and no network, a raise
 _HOST = "https://api.wandb.ai"
 
 
-class Mirrored(TypedDict):
+class TrackingResult(TypedDict):
     """Where the steps of an attempt went, and what was lost on the way; part of its provenance."""
 
     mode: str
@@ -39,7 +39,7 @@ class Mirrored(TypedDict):
     trouble: list[str]
 
 
-class Mirror(Protocol):
+class TrackingClient(Protocol):
     """What of a W&B run is used."""
 
     url: str | None
@@ -53,7 +53,7 @@ class Mirror(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class About:
+class TrackedRun:
     """What the mirror is told about an attempt.
 
     Attributes:
@@ -89,11 +89,11 @@ def _has_key(environment: Mapping[str, str], home: Path) -> bool:
 class Tracker:
     """Lines go in and never wait; a thread opens the mirror and sends them."""
 
-    def __init__(self, start: Callable[[str], Mirror], modes: Sequence[str]) -> None:
+    def __init__(self, start: Callable[[str], TrackingClient], modes: Sequence[str]) -> None:
         """Begin to open the mirror in the first of the modes; on trouble the next, then none."""
         self._start, self._modes = start, modes
         self._lines: deque[Line] = deque(maxlen=_WAITING_LINES)
-        self._news = threading.Condition()
+        self._changed = threading.Condition()
         self._closing, self._off = False, not modes
         self._sent = self._dropped = 0
         self._trouble: list[str] = []
@@ -105,25 +105,25 @@ class Tracker:
 
     def log(self, line: Line) -> None:
         """Leave a line to be sent; the oldest is dropped where too many wait."""
-        with self._news:
+        with self._changed:
             if self._off or len(self._lines) == _WAITING_LINES:
                 self._dropped += 1
             if not self._off:
                 self._lines.append(dict(line))
-                self._news.notify()
+                self._changed.notify()
 
-    def finish(self, *, seconds: float = _FINISH_SECONDS) -> Mirrored:
+    def finish(self, *, seconds: float = _FINISH_SECONDS) -> TrackingResult:
         """Send what is left, for so long at most; return where it went and what was lost, for the provenance."""
-        with self._news:
+        with self._changed:
             self._closing = True
-            self._news.notify()
+            self._changed.notify()
         if self._thread.ident is not None:
             self._thread.join(seconds)
-        with self._news:
+        with self._changed:
             if self.is_stuck:
                 self._trouble.append(f"it did not finish within {seconds:g} s")
             lost = self._dropped + len(self._lines)
-            return Mirrored(
+            return TrackingResult(
                 mode=self._mode, link=self._link, sent=self._sent, dropped=lost, trouble=list(self._trouble)
             )
 
@@ -134,39 +134,39 @@ class Tracker:
 
     def _work(self) -> None:
         for mode in self._modes:
-            mirror: Mirror | None = None
-            with self._survived(mode):
-                mirror = self._start(mode)
-            if mirror is None:
+            client: TrackingClient | None = None
+            with self._errors_recorded(mode):
+                client = self._start(mode)
+            if client is None:
                 continue
-            with self._news:
+            with self._changed:
                 # Offline: the folder that `wandb sync` takes; to ask for its url makes W&B complain.
-                self._mode, self._link = mode, mirror.url if mode == "online" else str(Path(mirror.dir).parent)
-            if self._send_all(mirror, mode):
+                self._mode, self._link = mode, client.url if mode == "online" else str(Path(client.dir).parent)
+            if self._send_all(client, mode):
                 return
-        with self._news:
+        with self._changed:
             self._off = True
             self._dropped += len(self._lines)
             self._lines.clear()
 
-    def _send_all(self, mirror: Mirror, mode: str) -> bool:
+    def _send_all(self, client: TrackingClient, mode: str) -> bool:
         """Send lines until the end; return False when the breaker opened."""
         failures = 0
         while (line := self._next()) is not None:
             sent = self._sent
-            with self._survived(mode, told=failures + 1 == _FAILURES_IN_ROW):
-                mirror.log({key: value for key, value in line.items() if value is not None}, step=line["step"])
+            with self._errors_recorded(mode, told=failures + 1 == _FAILURES_IN_ROW):
+                client.log({key: value for key, value in line.items() if value is not None}, step=line["step"])
                 self._sent += 1
             failures = 0 if self._sent > sent else failures + 1
             self._dropped += failures > 0
             if failures == _FAILURES_IN_ROW:
                 return False
-        with self._survived(mode):
-            mirror.finish()
+        with self._errors_recorded(mode):
+            client.finish()
         return True
 
     @contextmanager
-    def _survived(self, mode: str, *, told: bool = True) -> Iterator[None]:
+    def _errors_recorded(self, mode: str, *, told: bool = True) -> Iterator[None]:
         """Go on without W&B whatever it raises; note what that was if it is to be told."""
         try:
             yield
@@ -175,16 +175,16 @@ class Tracker:
                 self._trouble.append(_tell(mode, error))
 
     def _next(self) -> Line | None:
-        with self._news:
+        with self._changed:
             while not self._lines and not self._closing:
-                self._news.wait()
+                self._changed.wait()
             return self._lines.popleft() if self._lines else None
 
 
-def describe_mirror(facts: Mirrored) -> str:
+def describe_tracking(facts: TrackingResult) -> str:
     """Return in one line where the steps went, and what was lost on the way.
 
-    >>> describe_mirror({"mode": "offline", "link": "/run", "sent": 9, "dropped": 1, "trouble": []})
+    >>> describe_tracking({"mode": "offline", "link": "/run", "sent": 9, "dropped": 1, "trouble": []})
     'W&B (offline): 9 steps in /run (`wandb sync` sends them), 1 not mirrored'
     """
     sync = " (`wandb sync` sends them)" if facts["mode"] == "offline" else ""
@@ -200,15 +200,15 @@ def _tell(mode: str, error: Exception) -> str:
     return text.replace(key, "***") if key else text
 
 
-def open_tracker(about: About) -> Tracker:
+def open_tracker(run: TrackedRun) -> Tracker:
     """Return the tracker of an attempt, as the environment asks."""
-    return Tracker(lambda mode: _start_wandb(about, mode), choose_modes(os.environ, home=Path.home()))
+    return Tracker(lambda mode: _start_wandb(run, mode), choose_modes(os.environ, home=Path.home()))
 
 
-def _start_wandb(about: About, mode: str) -> Mirror:
+def _start_wandb(run: TrackedRun, mode: str) -> TrackingClient:
     import wandb
 
-    folder = Path(os.environ.get("WANDB_DIR") or about.folder)
+    folder = Path(os.environ.get("WANDB_DIR") or run.folder)
     folder.mkdir(parents=True, exist_ok=True)
     settings = wandb.Settings(
         console="off",
@@ -220,14 +220,14 @@ def _start_wandb(about: About, mode: str) -> Mirror:
         x_disable_stats=True,  # a thread that samples the machine takes time from two cores
     )
     init: Any = wandb.init  # its type wants literals
-    mirror: Mirror = init(
+    client: TrackingClient = init(
         project=os.environ.get("WANDB_PROJECT", PROJECT),
-        name=about.name,
-        group=about.group,
+        name=run.name,
+        group=run.group,
         job_type="train",
-        config=about.config,
+        config=run.config,
         dir=str(folder),
         mode=mode,
         settings=settings,
     )
-    return mirror
+    return client

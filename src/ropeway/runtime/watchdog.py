@@ -34,19 +34,19 @@ class Watchdog:
         self._beats: deque[float] = deque(maxlen=_USUAL_OF)
         self._last = time.monotonic()
         self._limit = self._plain_limit()
-        self._news = threading.Event()
+        self._wakeup = threading.Event()
         self._done = False
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         self._arm_second()
 
-    def beat(self) -> None:
+    def heartbeat(self) -> None:
         """Say that this rank is alive."""
         now = time.monotonic()
         self._beats.append(now - self._last)
         self._set(now, self._plain_limit())
 
     @contextmanager
-    def slowly(self, handled_bytes: int) -> Iterator[None]:
+    def extended_deadline(self, handled_bytes: int) -> Iterator[None]:
         """Allow for as long as so many bytes take on a slow disk; that time is no measure of a beat."""
         self._set(time.monotonic(), self._plain_limit() + handled_bytes / SLOW_BYTES_PER_SECOND)
         try:
@@ -54,10 +54,10 @@ class Watchdog:
         finally:
             self._set(time.monotonic(), self._plain_limit())
 
-    def end(self) -> None:
+    def stop(self) -> None:
         """Stop watching."""
         self._done = True
-        self._news.set()
+        self._wakeup.set()
         faulthandler.cancel_dump_traceback_later()
 
     def _plain_limit(self) -> float:
@@ -69,7 +69,7 @@ class Watchdog:
         changed = limit != self._limit
         self._last, self._limit = now, limit
         if changed:
-            self._news.set()  # the thread sleeps by the old limit
+            self._wakeup.set()  # the thread sleeps by the old limit
         self._arm_second()
 
     def _arm_second(self) -> None:
@@ -80,8 +80,8 @@ class Watchdog:
             left = self._last + self._limit - time.monotonic()
             if left <= 0:
                 self._end_process()
-            self._news.wait(left)
-            self._news.clear()
+            self._wakeup.wait(left)
+            self._wakeup.clear()
 
     def _end_process(self) -> None:
         rank = os.environ.get("RANK", "0")

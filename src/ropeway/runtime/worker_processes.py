@@ -14,7 +14,7 @@ from ropeway.runtime.errors import ConfigError, TemporaryError
 CODE_CHECK = "ROPEWAY_CODE_CHECK"  # set by a stage for its workers: JSON of stage, digest of its code, cache file
 
 
-def count_asked(variable: str, environment: Mapping[str, str]) -> int | None:
+def read_process_count(variable: str, environment: Mapping[str, str]) -> int | None:
     """Return the number of processes a variable asks for, None where it is empty; raise ConfigError for no count."""
     asked = environment.get(variable, "")
     if not asked:
@@ -29,7 +29,7 @@ def count_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def begin_worker() -> None:
+def init_worker() -> None:
     """In a worker: end with the parent, leave ^C to it; raise DataError when it imported other code than recorded."""
     check_worker_code()
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
-class _Place:
+class _WorkspacePath:
     """A path in a workspace; `{profile}` in it stands for the workspace's profile."""
 
     def __init__(self, path: str) -> None:
@@ -24,29 +24,33 @@ class Workspace:
     profile: str
 
     # The outputs of the stages.
-    run = _Place("runs/{profile}")
-    raw = _Place("runs/{profile}/raw")  # one folder of parquet files per source, and a manifest
-    base = _Place("runs/{profile}/base")  # base model and tokenizer with the role tokens, vocabulary padded
-    tokens = _Place("runs/{profile}/tokens")  # every sequence as tokens, and what records are compared by
-    data = _Place("runs/{profile}/data")  # token shards and their manifest, nothing else
-    ledger = _Place("runs/{profile}/ledger.json")  # prepare's account of every record and token
-    report = _Place("runs/{profile}/report.html")  # the data for people: samples, lengths, ledger, refused records
-    model = _Place("runs/{profile}/model")  # train's export: weights, config and tokenizer as others load them
-    steps = _Place("runs/{profile}/steps.csv")  # one line per optimizer step, without what depends on the clock
-    train_metrics = _Place("runs/{profile}/train.json")  # train's figures that do not depend on the clock
-    timings = _Place("runs/{profile}/provenance.json")  # seconds, tokens/s, host, versions: no part of the model
-    evaluation = _Place("runs/{profile}/eval.json")  # metrics of base and tuned, per source
-    samples = _Place("runs/{profile}/samples.json")  # sample answers in the published family's JSON format
-    samples_page = _Place("runs/{profile}/samples.html")  # the same for people, base and tuned side by side
-    tables = _Place("runs/{profile}/tables")  # evaluate's CSV
-    plots = _Place("runs/{profile}/plots")  # pictures of the evaluation (PNG, SVG)
-    package = _Place("runs/{profile}/package")  # the model as others load it, its facts and its manifest
-    pages = _Place("runs/{profile}/pages")  # README.md and pages, with the manifest that covers them and the package
+    run = _WorkspacePath("runs/{profile}")
+    raw = _WorkspacePath("runs/{profile}/raw")  # one folder of parquet files per source, and a manifest
+    base = _WorkspacePath("runs/{profile}/base")  # base model and tokenizer with the role tokens, vocabulary padded
+    tokens = _WorkspacePath("runs/{profile}/tokens")  # every sequence as tokens, and what records are compared by
+    data = _WorkspacePath("runs/{profile}/data")  # token shards and their manifest, nothing else
+    ledger = _WorkspacePath("runs/{profile}/ledger.json")  # prepare's account of every record and token
+    report = _WorkspacePath("runs/{profile}/report.html")  # data report: samples, lengths, ledger, refused records
+    model = _WorkspacePath("runs/{profile}/model")  # train's export: weights, config and tokenizer as others load them
+    steps = _WorkspacePath("runs/{profile}/steps.csv")  # one line per optimizer step, without what depends on the clock
+    train_metrics = _WorkspacePath("runs/{profile}/train.json")  # train's figures that do not depend on the clock
+    timings = _WorkspacePath(
+        "runs/{profile}/provenance.json"
+    )  # seconds, tokens/s, host, versions: no part of the model
+    evaluation = _WorkspacePath("runs/{profile}/eval.json")  # metrics of base and tuned, per source
+    samples = _WorkspacePath("runs/{profile}/samples.json")  # sample answers in the published family's JSON format
+    samples_page = _WorkspacePath("runs/{profile}/samples.html")  # the same for people, base and tuned side by side
+    tables = _WorkspacePath("runs/{profile}/tables")  # evaluate's CSV
+    plots = _WorkspacePath("runs/{profile}/plots")  # pictures of the evaluation (PNG, SVG)
+    package = _WorkspacePath("runs/{profile}/package")  # the model as others load it, its facts and its manifest
+    pages = _WorkspacePath(
+        "runs/{profile}/pages"
+    )  # README.md and pages, with the manifest that covers them and the package
 
-    tasks = _Place("configs/tasks")  # the workspace's own tasks for lm-evaluation-harness, YAML and their data
-    identity = _Place(".identity")  # params, the files they name, digests of code, sources and base: frozen inputs
-    checkpoints = _Place(".checkpoints")  # resumable training state, one folder per fingerprint; never a DVC output
-    work = _Place(".work")  # unfinished work, exit records, logs and the workspace lock
+    tasks = _WorkspacePath("configs/tasks")  # the workspace's own tasks for lm-evaluation-harness, YAML and their data
+    identity = _WorkspacePath(".identity")  # frozen inputs: params, files they name, digests of code, sources, base
+    checkpoints = _WorkspacePath(".checkpoints")  # resumable training state, one folder per fingerprint; no DVC output
+    work = _WorkspacePath(".work")  # unfinished work, exit records, logs and the workspace lock
 
     def progress(self, stage: str) -> Path:
         """How far a stage has come: a JSON record per step (`ropeway.runtime.progress`), of its latest start alone."""

@@ -14,7 +14,7 @@ from ropeway.orchestration.reproduce import (
 )
 from ropeway.registry import Registry
 from ropeway.registry.layout import blob_key
-from ropeway.runtime.devices import name_cpu
+from ropeway.runtime.devices import cpu_model_name
 from ropeway.runtime.errors import ConfigError, DataError, RegistryError
 from ropeway.storage import open_store
 from tests.support.registry_world import flip, make_package, put
@@ -177,5 +177,5 @@ def test_a_lock_that_is_none_is_refused():
 
 def test_the_cpu_is_named_by_its_model(tmp_path):
     (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: AMD EPYC 7763\nprocessor\t: 1\n")
-    assert name_cpu(tmp_path / "cpuinfo") == "AMD EPYC 7763"
-    assert name_cpu(tmp_path / "none")
+    assert cpu_model_name(tmp_path / "cpuinfo") == "AMD EPYC 7763"
+    assert cpu_model_name(tmp_path / "none")

@@ -12,13 +12,13 @@ from ropeway.orchestration.dvc_stage import (
     find_outcome,
 )
 from ropeway.runtime.errors import ConfigError, DataError, RopewayError, TemporaryError
-from ropeway.runtime.lock import Held
+from ropeway.runtime.lock import HeldLock
 
 
 @pytest.fixture
 def site(tmp_path):
     (tmp_path / ".work").mkdir()
-    return Site(tmp_path, Held(None, {}))
+    return Site(tmp_path, HeldLock(None, {}))
 
 
 def record(site, kind, **facts):

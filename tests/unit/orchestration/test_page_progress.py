@@ -9,7 +9,7 @@ import pytest
 from ropeway.orchestration import run_page
 from ropeway.orchestration.dvc_stage import Site, progress_path, run_command
 from ropeway.orchestration.run_page import ProgressArtifact, read_progress
-from ropeway.runtime.lock import Held
+from ropeway.runtime.lock import HeldLock
 from ropeway.runtime.progress import Progress
 
 AWAY = "http://127.0.0.1:9/api"
@@ -99,7 +99,7 @@ def test_the_file_of_an_earlier_start_is_gone_before_a_stage_starts(path, stage)
     path = path.with_name(path.name.replace("train", stage))
     path.write_text(record(10))
     look = f"import pathlib, sys; sys.exit(pathlib.Path({str(path)!r}).exists())"
-    site = Site(path.parent.parent, Held(None, {}))
+    site = Site(path.parent.parent, HeldLock(None, {}))
     code, lines = run_command(site, stage, [sys.executable, "-c", look], lambda _line: None)
     assert (code, read_progress(path)) == (0, None), lines
 

@@ -10,7 +10,7 @@ import types
 import pytest
 
 from ropeway.runtime import tracking
-from ropeway.runtime.tracking import About, Tracker, choose_modes, open_tracker
+from ropeway.runtime.tracking import TrackedRun, Tracker, choose_modes, open_tracker
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 
@@ -55,7 +55,7 @@ def fake(monkeypatch):
 
 
 def opened(tmp_path):
-    return open_tracker(About(tmp_path / "work", "tiny-log-finetuned", "fingerprint", {"learning_rate": 1e-3}))
+    return open_tracker(TrackedRun(tmp_path / "work", "tiny-log-finetuned", "fingerprint", {"learning_rate": 1e-3}))
 
 
 def test_lines_arrive_in_order_in_a_run_of_the_fingerprints_group(fake, tmp_path, monkeypatch):
@@ -172,8 +172,8 @@ def test_the_real_thing_offline_survives_the_death_of_its_core(tmp_path):
         import json, sys, time
         from pathlib import Path
         import psutil
-        from ropeway.runtime.tracking import About, open_tracker
-        tracker = open_tracker(About(Path(sys.argv[1]), "tiny", "group", {"a": 1}))
+        from ropeway.runtime.tracking import TrackedRun, open_tracker
+        tracker = open_tracker(TrackedRun(Path(sys.argv[1]), "tiny", "group", {"a": 1}))
         tracker.log({"step": 1, "loss": 2.0})
         while not tracker._sent:
             time.sleep(0.01)

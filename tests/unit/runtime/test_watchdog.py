@@ -21,9 +21,9 @@ def test_a_hanging_rank_says_where_and_ends_with_75():
         def wait_for_a_rank_that_never_comes():
             threading.Event().wait()
         dog = Watchdog(limit_seconds=600)
-        dog.beat()
+        dog.heartbeat()
         dog._stated = 0.2
-        dog.beat()
+        dog.heartbeat()
         wait_for_a_rank_that_never_comes()
     """)
     assert done.returncode == 75
@@ -35,7 +35,7 @@ def test_a_rank_that_ends_is_not_held_up_and_not_ended():
     done = run("""
         from ropeway.runtime.watchdog import Watchdog
         dog = Watchdog(limit_seconds=0.2)
-        dog.end()
+        dog.stop()
         import time; time.sleep(0.5)
         print("worked on")
     """)
@@ -48,8 +48,8 @@ def test_the_limit_follows_the_usual_beat(beat_seconds, limit):
     try:
         dog._beats.extend([beat_seconds] * 9)
         assert dog._plain_limit() == limit
-        with dog.slowly(200 * 10**9):  # 200 GB at 20 MB/s are 10,000 s
+        with dog.extended_deadline(200 * 10**9):  # 200 GB at 20 MB/s are 10,000 s
             assert dog._limit == limit + 10_000
         assert dog._limit == limit
     finally:
-        dog.end()
+        dog.stop()

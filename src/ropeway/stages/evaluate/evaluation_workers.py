@@ -17,9 +17,9 @@ from typing import Generic, TypeVar
 import torch
 
 from ropeway.data.mixture import rank_order
-from ropeway.runtime.devices import count_here, count_ranks, list_gpus
+from ropeway.runtime.devices import count_local_ranks, count_ranks, list_gpus
 from ropeway.runtime.errors import RopewayError, TemporaryError
-from ropeway.runtime.worker_processes import begin_worker, count_asked
+from ropeway.runtime.worker_processes import init_worker, read_process_count
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -61,7 +61,7 @@ def plan_workers() -> GpuAssignment:
     """Return and print the processes that evaluate on this machine, from its environment and GPUs.
 
     Raises:
-        ConfigError: As in `count_asked` and `count_ranks`.
+        ConfigError: As in `read_process_count` and `count_ranks`.
     """
     has_gpus = torch.cuda.is_available()  # False in a torch without CUDA
     gpus = assign_gpus(os.environ, list_gpus() if has_gpus else [])
@@ -75,8 +75,8 @@ def assign_gpus(environment: Mapping[str, str], found: Sequence[str]) -> GpuAssi
     # Without CUDA_VISIBLE_DEVICES, CUDA numbers the GPUs from 0, whatever their device files are named.
     gpus = [gpu.strip() if "CUDA_VISIBLE_DEVICES" in environment else str(at) for at, gpu in enumerate(found)]
     visible = {**environment, "CUDA_VISIBLE_DEVICES": ",".join(gpus)}
-    default = min(count_here(visible, count_ranks(visible)), len(gpus)) if gpus else 1
-    count = count_asked(_WORKERS_VARIABLE, environment) or default
+    default = min(count_local_ranks(visible, count_ranks(visible)), len(gpus)) if gpus else 1
+    count = read_process_count(_WORKERS_VARIABLE, environment) or default
     return tuple(gpus[number % len(gpus)] if gpus else None for number in range(count))
 
 
@@ -157,7 +157,7 @@ def _run_worker(
     connection: Connection, function: Callable[..., object], arguments: Sequence[object], gpu: str | None, threads: int
 ) -> None:
     """Run one call in a worker process and send its result or its RopewayError."""
-    begin_worker()
+    init_worker()
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # read on the first use of CUDA, which is later
     torch.set_num_threads(threads)

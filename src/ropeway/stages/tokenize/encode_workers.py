@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ropeway.runtime.errors import ConfigError, TemporaryError
-from ropeway.runtime.worker_processes import begin_worker, count_asked, count_cores
+from ropeway.runtime.worker_processes import count_cores, init_worker, read_process_count
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -50,7 +50,7 @@ def count_workers(text_bytes: int) -> int:
     """
     if _RENAMED_VARIABLE in os.environ:
         raise ConfigError(f"{_RENAMED_VARIABLE} is set but no longer read; set ROPEWAY_TOKENIZE_WORKERS instead")
-    asked = count_asked("ROPEWAY_TOKENIZE_WORKERS", os.environ)
+    asked = read_process_count("ROPEWAY_TOKENIZE_WORKERS", os.environ)
     return min(count_cores(), text_bytes // _BYTES_PER_WORKER) if asked is None else asked
 
 
@@ -107,7 +107,7 @@ def open_pool(workers: int) -> Iterator[WorkerPool]:
 
 def _init_worker(threads: int) -> None:
     """Initialize a worker process; limit its tokenizer threads to its share of the cores."""
-    begin_worker()
+    init_worker()
     os.environ.setdefault("RAYON_NUM_THREADS", str(threads))
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
 

@@ -24,13 +24,13 @@ from ropeway.models.rope import scaling_from_json
 from ropeway.planning.budget import CARDS, name_card
 from ropeway.planning.memory import DTYPE_BYTES, stored_bytes
 from ropeway.runtime.code_digests import CODE, check_code
-from ropeway.runtime.devices import name_cpu
+from ropeway.runtime.devices import cpu_model_name
 from ropeway.runtime.errors import ConfigError, RopewayError, TemporaryError, TrainingError
 from ropeway.runtime.launcher import adopt_slurm
 from ropeway.runtime.manifest import digest_of, load_manifest
 from ropeway.runtime.op_build import init_distributed
 from ropeway.runtime.progress import Progress
-from ropeway.runtime.tracking import About, Tracker, describe_mirror, open_tracker
+from ropeway.runtime.tracking import TrackedRun, Tracker, describe_tracking, open_tracker
 from ropeway.runtime.watchdog import Watchdog
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.train import checkpoints, rewind, saving
@@ -90,8 +90,8 @@ def main(root: Path, name: str, fingerprint: str) -> None:
     universal = saving.needs_universal(checkpoint, ranks=torch.distributed.get_world_size())
     run = open_run(workspace, profile, attention, universal=universal)
     watchdog = Watchdog(limit_seconds=profile.stop.hang_seconds)
-    run.heartbeat = watchdog.beat
-    with watchdog.slowly(_state_bytes(run)):
+    run.heartbeat = watchdog.heartbeat
+    with watchdog.extended_deadline(_state_bytes(run)):
         rewind.load_rewinds(run, folder, checkpoint)
         check_continued(folder, checkpoint, total_steps=run.total_steps)
         log = saving.resume(run, checkpoint)
@@ -110,12 +110,12 @@ def main(root: Path, name: str, fingerprint: str) -> None:
         finished = _train(run, log, folder, stop=stop, progress=progress, watchdog=watchdog)
         ended = "finished" if finished else "stopped"
     finally:
-        watchdog.end()
+        watchdog.stop()
         if tracker:
             mirrored = tracker.finish()
             progress.write(ended=ended, more={"wandb": mirrored})
             if mirrored["mode"] != "off" or mirrored["trouble"]:
-                print(describe_mirror(mirrored), flush=True)
+                print(describe_tracking(mirrored), flush=True)
     if not finished:
         raise TrainingStoppedError(f"stopped after step {len(log)}. {checkpoints.describe_last_good(folder)}")
     export_model(run, workspace, fingerprint=fingerprint, log=log)
@@ -134,7 +134,7 @@ def _train(
 ) -> bool:
     def save(lines: list[Line]) -> None:
         began = time.perf_counter()
-        with watchdog.slowly(_state_bytes(run)):
+        with watchdog.extended_deadline(_state_bytes(run)):
             saving.save(run, folder, lines)
         if run.rank == 0:
             progress.saved(len(lines), time.perf_counter() - began)
@@ -148,7 +148,7 @@ def _train(
             with progress.printer:
                 return train(run, log, save=save, stop=stop, show=show)
         except FaultError as error:
-            with watchdog.slowly(_state_bytes(run)):
+            with watchdog.extended_deadline(_state_bytes(run)):
                 earlier = rewind.rewind_run(run, folder, error.fault)
             if earlier is None:
                 rewinds_left = rewind.describe_rewinds_left(error.fault, run.rewinds, allowed=run.profile.stop.rewinds)
@@ -195,7 +195,7 @@ def _open_tracker(run: Run, workspace: Workspace, fingerprint: str) -> Tracker |
     data = load_manifest(workspace.data, remedy=REMEDY, verify=False)
     digests = {"fingerprint": fingerprint, "data": digest_of(data), "ranks": run.world_size}
     name = f"{workspace.profile}-{run.profile.log_dir}-finetuned"  # as Open-Assistant's trainer names its runs
-    return open_tracker(About(workspace.work, name, fingerprint, {**config, **digests}))
+    return open_tracker(TrackedRun(workspace.work, name, fingerprint, {**config, **digests}))
 
 
 def _peak_flops(run: Run) -> float | None:
@@ -255,7 +255,7 @@ def _describe_attempt(run: Run, attention: Attention) -> dict[str, object]:
         "attention": attention.effective,
         "asked_flash_attention": attention.asked_flash,
         "host": platform.node(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else name_cpu(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_model_name(),
         "kernels": torch.backends.cpu.get_cpu_capability(),  # e.g. AVX512; sums round differently with another
         "python": platform.python_version(),
         "transformers": transformers.__version__,

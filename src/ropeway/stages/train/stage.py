@@ -13,7 +13,7 @@ from ropeway.config.params import TrainParams
 from ropeway.data.accumulation import accumulation_steps
 from ropeway.runtime.devices import count_ranks
 from ropeway.runtime.errors import ConfigError, DataError, TemporaryError
-from ropeway.runtime.launcher import free_port, plan_command, plan_environment
+from ropeway.runtime.launcher import build_launch_command, free_port, rank_environment
 from ropeway.runtime.manifest import load_manifest, write_atomic, write_json
 from ropeway.runtime.op_build import announce_build, clear_dead_locks, extensions_folder, unlink_buffers
 from ropeway.runtime.supervise import signal_of
@@ -52,8 +52,8 @@ def run(workspace: Workspace, profile: TrainParams) -> None:
     workspace.work.mkdir(exist_ok=True)
     workspace.progress("train").unlink(missing_ok=True)
     arguments = [str(workspace.root), workspace.profile, fingerprint.digest]
-    port, environment = free_port(), plan_environment(os.environ, ranks=ranks)
-    command = plan_command(os.environ, arguments, ranks=ranks, port=port)
+    port, environment = free_port(), rank_environment(os.environ, ranks=ranks)
+    command = build_launch_command(os.environ, arguments, ranks=ranks, port=port)
     clear_dead_locks(extensions_folder(environment))
     if environment.get("DS_ACCELERATOR") == "cpu":
         announce_build(extensions_folder(environment))
