@@ -91,7 +91,7 @@ def test_flow_pushes_and_a_second_clone_restores_everything_with_the_same_digest
 
     other = clone(shared, tmp_path / "somewhere" / "else")
     second = run(other)
-    assert "pull: Completed, pulled what the remote has" in capsys.readouterr().out
+    assert "pull: Completed, pulled from the remote" in capsys.readouterr().out
     assert other.calls() == []
     assert second.stages == dict.fromkeys(["identity", *STAGES], "Unchanged")
     assert second.publication.digest == first.publication.digest

@@ -131,7 +131,7 @@ def test_files_a_killed_dvc_truncated_are_rewritten_without_running_a_stage(
     whole = path.read_bytes()
     path.write_bytes(b"" if empty else cut_in_a_word(whole))
     result = run_retrain(made_workspace.root, use_prefect=mode == "prefect")
-    assert f"{path}: was cut off when a dvc was killed" in capsys.readouterr().out
+    assert f"{path}: a killed dvc truncated it" in capsys.readouterr().out
     assert made_workspace.calls() == []
     assert result.publication.version == "laptop@v1"
     assert name != "dvc.lock" or path.read_bytes() == whole

@@ -171,9 +171,7 @@ def test_flow_quotes_a_failed_stage_and_retries_only_temporary_errors(made_works
     with pytest.raises(error) as failure:
         plain(made_workspace)
     assert type(failure.value) is error
-    assert f"stage train failed with exit code {code}; its last lines:\n    shard 7: sha256 is 9f2c\n" in str(
-        failure.value
-    )
+    assert f"stage train failed with exit code {code}; last lines:\n    shard 7: sha256 is 9f2c\n" in str(failure.value)
     assert made_workspace.calls() == ["train"] * tries
     assert (made_workspace.root / ".work/logs/train.log").read_text().count("shard 7") == tries
 
@@ -193,7 +191,7 @@ def test_flow_on_prefect_retries_a_temporary_failure_and_shows_a_lasting_one(mad
     ("fault", "error", "said"),
     [
         ("signing key", ConfigError, "ROPEWAY_SIGNING_KEY: .* cannot be read"),
-        ("another format", RegistryError, "registry.json says .*, expected format"),
+        ("another format", RegistryError, "registry.json contains .*, expected format"),
         ("a name in another case", RegistryError, "Laptop exists and differs in case only"),
     ],
 )
@@ -312,7 +310,7 @@ def test_flow_publishes_what_the_gate_rejects_and_leaves_candidate_where_it_is(m
     assert registry.version("laptop@candidate").digest == first
     kept = registry.version("laptop@v2").describe()["provenance"]
     assert kept["verdict"]["passed"] is False
-    assert kept["verdict"]["lines"][1] == "docs: 5.500, laptop@v1 5.002: worse by 0.498 nats, 0.010 allowed"
+    assert kept["verdict"]["lines"][1] == "docs: 5.500, laptop@v1 5.002: +0.498 nats/token, allowed +0.010"
     again = plain(made_workspace)
     assert again.publication.state == "Unchanged"
     assert "the gate did not pass then" in again.publication.words

@@ -53,8 +53,8 @@ def test_another_rank_count_is_reported(published, tmp_path):
     done = reproduce(published, "--to", str(tmp_path / "again"), code=1)
     assert done["weights"] == "other"
     assert done["other_weights"] == ["model.safetensors"]
-    assert done["differences"][0] == "ranks: 2 then, 1 now"
+    assert done["differences"][0] == "ranks: published with 2, now 1"
     assert (tmp_path / "again" / ".work" / "logs" / "fetch.log").exists()
     assert any(
-        line.startswith("stage train: read the same and left another runs/tiny/model") for line in done["differences"]
+        line.startswith("stage train: equal inputs, different output runs/tiny/model") for line in done["differences"]
     )
