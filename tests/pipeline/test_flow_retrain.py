@@ -192,7 +192,7 @@ def test_flow_on_prefect_retries_a_temporary_failure_and_shows_a_lasting_one(mad
     [
         ("signing key", ConfigError, "ROPEWAY_SIGNING_KEY: .* cannot be read"),
         ("another format", RegistryError, "registry.json contains .*, expected format"),
-        ("a name in another case", RegistryError, "Laptop exists and differs in case only"),
+        ("a name in another case", RegistryError, "Laptop exists and differs only in case"),
     ],
 )
 def test_flow_checks_the_registry_before_the_first_stage(made_workspace, monkeypatch, fault, error, said):
