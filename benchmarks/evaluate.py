@@ -1,7 +1,7 @@
 """What measuring costs beyond the model's own forward pass, and whether its memory grows with the rows.
 
 One JSON line, 1 when a promise fails. A random Llama, documents of random tokens, all of them supervised (which asks
-most of the head). The forward pass it is held to computes all logits of the same batches, made beforehand, and drops
+most of the head). The forward pass it is compared with has all logits of the same batches, made before, and drops
 them; both take turns, and processor time is counted, so that a busy machine troubles neither. Peak memory is a fresh
 process's, over 50 rows and over 500.
 """
@@ -87,7 +87,7 @@ def _seconds(work) -> float:  # noqa: ANN001 - any callable
 
 
 def peak_bytes(rows: int) -> int:
-    """Return the peak memory of a fresh process that measures so many rows."""
+    """Return the peak memory of a fresh process that evaluates `rows` rows."""
     done = subprocess.run([sys.executable, __file__, str(rows)], check=True, capture_output=True, text=True)
     return int(done.stdout.split()[-1])
 
@@ -104,7 +104,7 @@ def main() -> int:
 
 
 def measure_rows(rows: int) -> None:
-    """Measure so many rows and print this process's peak memory in bytes."""
+    """Evaluate `rows` rows and print this process's peak memory in bytes."""
     with tempfile.TemporaryDirectory() as folder:
         measure(*make(Path(folder), rows))
     # Not getrusage: a child's peak there starts from its parent's (both came out equal, to the byte).

@@ -38,7 +38,7 @@ PROMISES = {"raw": {"chat": 0.85, "documents": 0.85}}
 # beside it (`trl_processes`): the tokenizer's own time sets them, and no code around it would reach these.
 ON_ALL_CORES = {"trl": {"chat": 5.0, "documents": 3.0}}
 AGAIN = 0.05  # preparing again with another layout takes at most such a share of tokenizing
-FLAT = 1.25  # peak memory at ten times the data may be so many times that at once: what varies from run to run
+FLAT = 1.25  # peak memory at ten times the data may be at most this many times that: what varies from run to run
 WORKERS = (1, 2)
 MAX_LENGTH = 8192  # as published
 OURS = [way for way in WAYS if way.startswith("ours")]
@@ -76,7 +76,7 @@ def lay_workspace(root: Path, tokenizer: Any, records: list[Record], *, times: i
 
 
 def measure(way: str, workspace: Workspace, workers: int, *, watch: bool = False) -> dict[str, Any]:
-    """Run one measurement on so many cores; with `watch`, sample the memory of its whole process tree."""
+    """Run one measurement on `workers` cores; with `watch`, sample the memory of its whole process tree."""
     cores = sorted(os.sched_getaffinity(0))[:workers]
     settings = {
         "ROPEWAY_TOKENIZE_WORKERS": str(workers),
@@ -115,7 +115,7 @@ def _peak_bytes(child: "subprocess.Popen[str]") -> dict[str, int]:
 
 
 def ways_of(workers: int, *, all_of_them: bool) -> list[str]:
-    """Return what is measured on so many cores: TRL, which takes longest, and what params may add only on all."""
+    """Return what is measured on `workers` cores: TRL, which takes longest, and what params may add only on all."""
     if workers > 1:
         return [way for way in WAYS if all_of_them or way != "trl_processes"]
     return list(WAYS) if all_of_them else ["ours", "raw", "raw_fast"]
@@ -176,7 +176,7 @@ def measure_memory(spaces: dict[str, tuple[Workspace, Workspace]]) -> dict[str, 
 
 
 def find_missed(speed: dict[str, Any], memory: dict[str, Any]) -> list[str]:
-    """Return the promises that these figures miss, in words."""
+    """Return the promises that these figures miss, as sentences."""
     missed = []
     for path, by_workers in speed.items():
         for workers, summary in by_workers.items():

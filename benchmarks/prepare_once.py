@@ -5,7 +5,7 @@
 Ways: `ours` (tokenize and prepare, as the stages run them, near duplicates and contamination not looked for),
 `ours_counting` (they are, as the published profile says), `raw` and `raw_fast` (the tokenizers library's
 `encode_batch` and `encode_batch_fast` on the stage's own texts, nothing kept), `trl` (what SFTTrainer does to a data
-set before it trains, as it comes), `trl_processes` (likewise, told to use as many processes as there are cores).
+set before it trains, as it comes), `trl_processes` (the same, told to use as many processes as there are cores).
 Imports, reading of the texts for `raw` and making of a model for `trl` are not timed; all that the stage does is.
 """
 
@@ -90,7 +90,7 @@ def ours(workspace: Workspace, profile: Profile, _: int, *, counting: bool = Fal
 
 
 def ours_counting(workspace: Workspace, profile: Profile, workers: int) -> Facts:
-    """Likewise, and count near duplicates and what training shares with validation."""
+    """The same, and count near duplicates and what training shares with validation."""
     return ours(workspace, profile, workers, counting=True)
 
 
@@ -119,7 +119,7 @@ def raw(workspace: Workspace, profile: Profile, _: int, *, fast: bool = False) -
 
 
 def raw_fast(workspace: Workspace, profile: Profile, workers: int) -> Facts:
-    """Likewise without offsets, as the stage does."""
+    """The same without offsets, as the stage does."""
     return raw(workspace, profile, workers, fast=True)
 
 

@@ -20,7 +20,7 @@ _ASK, _GO_ON, _CALL = "What does {name} do?", "Tell me more.", "How is it called
 
 
 def documents(megabytes: float) -> list[str]:
-    """Return documents of at least so many MB of UTF-8, or all there are."""
+    """Return documents of at least `megabytes` MB of UTF-8, or all there are."""
     site = Path(sysconfig.get_path("purelib"))
     prose = [
         path for pattern in ("*.dist-info/METADATA", "**/*.md", "**/*.rst", "**/*.txt") for path in site.glob(pattern)
@@ -30,7 +30,7 @@ def documents(megabytes: float) -> list[str]:
 
 
 def conversations(megabytes: float) -> list[Conversation]:
-    """Return conversations of at least so many MB of UTF-8, or all there are."""
+    """Return conversations of at least `megabytes` MB of UTF-8, or all there are."""
     return _take(_talks(), megabytes)
 
 

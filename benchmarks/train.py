@@ -57,7 +57,7 @@ def worst_difference(ours: Sequence[Turn], theirs: Sequence[Turn], key: str) -> 
 
 
 def find_missed(figures: Mapping[str, Any]) -> list[str]:
-    """Return the promises that these figures miss, in words; few rounds and other work are misses too."""
+    """Return the promises that these figures miss, as sentences; few rounds and other work are misses too."""
     missed = [
         f"{name} is {figures[name]}, promised {'at least' if name in AT_LEAST else 'at most'} {promise}"
         for name, promise in PROMISES.items()

@@ -3,7 +3,7 @@
     -m benchmarks.train_rank WORKSPACE ROUNDS STEPS FOLDER     (DeepSpeed's launcher starts it, as it starts a training)
 
 Each loop has a thread of its own and runs only while it has the turn, so all share the process, its memory allocator
-and whatever else the machine does in those seconds. A turn is so many optimizer steps between two barriers.
+and whatever else the machine does in those seconds. A turn is a fixed number of optimizer steps between two barriers.
 """
 
 import json

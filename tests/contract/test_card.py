@@ -220,7 +220,7 @@ def test_every_count_names_its_total():
     assert "13 consecutive words" in text
 
 
-def test_what_the_published_card_left_unsaid_is_said(written):
+def test_what_the_published_card_left_unsaid_is_reported(written):
     _, text = written
     assert "adds one BOS (id 1)" in text
     assert "`max_position_embeddings` stays 4,096" in text

@@ -1,4 +1,4 @@
-"""A package is what was trained, for whoever loads it, and the check before it counts finds where it is not."""
+"""A package is what was trained, for every loader, and the check finds where it is not."""
 
 import hashlib
 import json
@@ -383,7 +383,7 @@ def test_the_stage_fails_and_leaves_no_package_when_the_clean_process_finds_a_fa
     assert len(probe_row(probe)) == profile.max_length
 
 
-def test_a_folder_that_does_not_load_at_all_is_said_with_the_loaders_own_words(made, copy):
+def test_a_folder_that_does_not_load_at_all_is_reported_with_the_loaders_own_words(made, copy):
     (copy / "tokenizer.json").write_text("{}")
     probe = json.loads((copy / "probe.json").read_bytes())
     with pytest.raises(DataError, match=r"does not load in a fresh interpreter \(exit code 1\)"):

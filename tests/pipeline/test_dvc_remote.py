@@ -19,7 +19,7 @@ STAGES = ["fetch", "train", "evaluate", "package"]
 
 
 class Remote:
-    """Where DVC pushes to: its address, and its objects as somebody with write access sees them."""
+    """Where DVC pushes to: its address, and its objects as a user with write access sees them."""
 
     def __init__(self, url):
         self.url = url

@@ -95,7 +95,7 @@ SCALED = {
 
 
 def original(folder, rope=None):
-    """Save a Llama as somebody else left it."""
+    """Save a Llama as another program writes it."""
     torch.manual_seed(0)
     shape = {name: value for name, value in SHAPE.items() if name != "rope_theta"}
     rope = rope or {"rope_type": "default", "rope_theta": 10000.0}

@@ -105,7 +105,7 @@ def test_clean_removes_nothing_during_a_run_or_without_the_registry(three_runs):
     with pytest.raises(ConfigError, match=r"dvc\.lock"):
         clean.clean(workspace.root, keep=1, unsynced=False)
     (workspace.root / "dvc.lock").write_bytes(lock)
-    (workspace.root / "registry").rename(workspace.root / "aside")  # as if it stood elsewhere, and nobody said where
+    (workspace.root / "registry").rename(workspace.root / "aside")  # as if it were elsewhere and not configured
     with pytest.raises(RegistryError, match="Which data its versions need is not known"):
         clean.clean(workspace.root, keep=1, unsynced=False)
     (workspace.root / "aside").rename(workspace.root / "registry")

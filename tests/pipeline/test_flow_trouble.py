@@ -184,7 +184,7 @@ def test_a_run_survives_a_server_outage(start, own_prefect, open_api):
     await_training(own_prefect, lambda: end_of_process(flow))
     for process in (*psutil.Process(server.pid).children(recursive=True), psutil.Process(server.pid)):
         process.kill()
-    (own_prefect.root / "may-end").open("w").close()  # the stage ends while nobody can be told
+    (own_prefect.root / "may-end").open("w").close()  # the stage ends while no server answers
     time.sleep(OUTAGE_SECONDS)  # the outage itself
     assert flow.poll() is None
     serve()

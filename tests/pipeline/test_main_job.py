@@ -143,14 +143,14 @@ def test_a_killed_training_resumes_to_the_same_bytes_despite_edits(finished, unt
     said = read_until(process, "resuming after step")
     assert int(re.search(rf"resuming after step (\d+) of {STEPS}", said[-1])[1]) in range(4, STEPS, 4)
     edit_what_is_being_run(job)
-    job.commit("edited meanwhile")
+    job.commit("edited during the run")
     said += process.stdout.read()
     process.stdout.close()
     assert process.wait() == 0, "".join(said)
-    # All that the signed package holds is the same: a run that was resumed, or edited meanwhile, is the same version.
+    # The signed package holds the same bytes: a run that was resumed, or edited during the run, is the same version.
     check_it_is_the_same_run(job, finished)
     assert "tiny@v1" in "".join(said)
-    assert "params.yaml was edited meanwhile (learning_rate, evaluation)" in "".join(said)
+    assert "params.yaml was edited during the run (learning_rate, evaluation)" in "".join(said)
     version = json.loads(job.do("ropeway", "registry", "show", "tiny@v1", "--json"))
     assert version["provenance"]["git"] == before
     assert not version["provenance"]["dirty"]
@@ -165,7 +165,7 @@ def test_an_edit_committed_during_dvc_repro_reaches_only_the_next_run(finished, 
     said = read_until(process, "step 3/")
     edit_what_is_being_run(job)
     job.edit("params.yaml", "profile: tiny", "profile: laptop")  # DVC reads it once; a flow asks DVC for every stage
-    job.commit("edited meanwhile")
+    job.commit("edited during the run")
     said += process.stdout.read()
     process.stdout.close()
     assert process.wait() == 0, "".join(said)

@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 def _published(tmp_path_factory):
     job = make_main_job(tmp_path_factory.mktemp("reproduce") / "workspace")
     job.do("ropeway", "run", "--no-prefect")
-    # The workspace goes on: what is published was made from what git and dvc hold, not from what lies here now.
+    # The workspace changes: a version is reproduced from git and DVC, not from the current files.
     job.edit("params.yaml", "learning_rate: 2e-3", "learning_rate: 3e-3")
     job.do("git", "-c", "user.name=test", "-c", "user.email=test@localhost", "commit", "-qam", "another rate")
     shutil.rmtree(job.run)

@@ -1,4 +1,4 @@
-"""Tokenize in many processes: the same bytes whoever encodes, and what a kill costs."""
+"""Tokenize in many processes: the same bytes for any worker, and what a kill costs."""
 
 import importlib.util
 import os
@@ -80,7 +80,7 @@ class Run:
 
     @contextmanager
     def stopped(self, *, after, **environment):
-        """A tokenize that has made so many units and waits with the next ones; and the units made."""
+        """A tokenize that has made `after` units and waits before the next; and the units made."""
         os.mkfifo(self.gate)
         with self.start(**environment) as process:
             lines = []

@@ -41,7 +41,7 @@ while True:
 
 
 def await_deaths(processes, seconds=120):
-    """Return once all have died; each has so many seconds."""
+    """Return once all have ended; each may take `seconds`."""
     for process in processes:
         with suppress(ProcessLookupError):
             end = os.pidfd_open(process.pid)  # readable at its death, reaped or not
@@ -51,7 +51,7 @@ def await_deaths(processes, seconds=120):
 
 def check_it_saved(workspace):
     assert (workspace.root / "saved").read_text() == "checkpoint"
-    with workspace_lock(workspace.root, command="nobody holds it"):
+    with workspace_lock(workspace.root, command="a test"):
         pass
 
 
@@ -70,7 +70,7 @@ def free_port():
 
 
 def wait_for(what, seconds=300):
-    """Return the first true value of `what()`; a false one after so many seconds, which only a failure takes."""
+    """Return the first true value of `what()`; a false one after `seconds`, which only a failure takes."""
     deadline = time.monotonic() + seconds
     while not (found := what()) and time.monotonic() < deadline:
         time.sleep(0.2)  # the server's own loops take seconds

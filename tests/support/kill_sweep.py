@@ -1,7 +1,7 @@
 """`make chaos`: kill a training at random moments, saves included; whenever it ends, it ends with the same bytes.
 
-A round kills with SIGKILL either the whole tree, one rank, the supervisor, dvc, or the flow; whoever is left must end
-by itself. What remains must resume, and a training that reaches its end must leave the weights of one never stopped.
+A round kills with SIGKILL the whole tree, one rank, the supervisor, dvc, or the flow; the remaining processes must end
+by itself. A next start must resume, and a training that reaches its end must leave the weights of one never stopped.
 Runs on the tiny main job; the last line is JSON, the exit code 1 when a weight differs or a process survives.
 """
 
@@ -28,12 +28,12 @@ COMMANDS = {
 # What is killed, and which command it is killed under.
 KILLS = (("tree", "stage"), ("rank", "stage"), ("supervisor", "stage"), ("dvc", "dvc"), ("flow", "flow"))
 OFTEN = (3, 3, 2, 1, 1)  # a start under dvc or the flow costs twice as much
-# How a start may end that nobody struck: 75, the workspace is still held by what ends from the last strike (dvc says
-# 255 for that). With 1 it would end if it could not resume, and go on to do so for ever.
+# How a start without a kill may end: 75, the workspace is still held by what ends from the last strike (dvc says
+# 255 for that). With 1 it would end if it could not resume, in every later start.
 UNSTRUCK = {"stage": (75,), "dvc": (75, 255), "flow": (75,)}
 STRUCK = (-9, 1, 75, 255)
 MOST_FAULTS = 5  # then it gives up
-GONE_SECONDS = 120  # after a kill whoever is left saves and ends: the supervisor's grace here is 30 s
+GONE_SECONDS = 120  # after a kill the remaining processes save and end: the supervisor's grace here is 30 s
 
 
 class Sweep:

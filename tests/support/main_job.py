@@ -191,7 +191,7 @@ class MainJobs(NamedTuple):
 
 
 def share_main_jobs(tmp_path_factory):
-    """Return the session's MainJobs; a minute for whoever asks first."""
+    """Return the session's MainJobs; the first call takes a minute."""
 
     def build(folder):
         job = make_main_job(folder / "finished")

@@ -137,7 +137,7 @@ def read(store: Store, key: str) -> bytes:
 
 
 def replace(store: Store, key: str, data: bytes) -> None:
-    """Overwrite an object, as only somebody with the store's keys can."""
+    """Overwrite an object, as only a user with the store's keys can."""
     store.delete(key)
     store.put_if_absent(key, data)
 

@@ -128,7 +128,7 @@ def _spawn(binary: str, folder: Path, port: int, others: list[int]) -> subproces
 
 
 def _die_with_parent() -> None:
-    """In the child: should whoever started it be killed, the server ends too. Source: prctl(2), PR_SET_PDEATHSIG."""
+    """In the child: if its parent is killed, the server ends too. Source: prctl(2), PR_SET_PDEATHSIG."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)
 

@@ -6,7 +6,7 @@ import shutil
 
 
 def build_once(tmp_path_factory, name, build):
-    """Return a folder that `build(folder)` filled once in this session; whoever wants to change it copies it.
+    """Return a folder that `build(folder)` filled once in this session; copy it before changing it.
 
     Workers of pytest-xdist share the folder: the first to ask builds it, the others wait.
     """

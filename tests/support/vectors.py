@@ -83,7 +83,7 @@ class Bench:
         return encoded.tokens, encoded.kinds, False
 
     def text(self, text):
-        """(tokens, kinds, True) of a document's chunk, likewise."""
+        """(tokens, kinds, True) of a document's chunk."""
         (encoded,) = self.encoder.copy_without_counts().encode_batches([text])
         return encoded.tokens, encoded.kinds, True
 

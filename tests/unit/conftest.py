@@ -34,7 +34,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], tuple
 
 @pytest.fixture
 def fill(store: Store, published: Callable[[int], tuple[Store, list[str]]]) -> Callable[[int], list[str]]:
-    """Give the empty `store` so many versions; return their digests."""
+    """Publish `count` versions in the empty `store`; return their digests."""
 
     def fill(count: int) -> list[str]:
         source, digests = published(count)

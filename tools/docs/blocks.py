@@ -1,10 +1,10 @@
 """The code blocks of the documentation and how each one is checked; the convention is in the info string.
 
 ```` ```sh run ````              run by `make test-docs`, in the order of the site, in one workspace
-```` ```python run ````          likewise
+```` ```python run ````          the same
 ```` ```sh not-run ````          not run; its first line is a comment `# not run here…` that says why
 ```` ```yaml profile ````        keys of a profile: laid over the profile `laptop` and validated
-```` ```yaml profile apply ````  likewise, and in effect for the later blocks of the page
+```` ```yaml profile apply ````  the same, and in effect for the later blocks of the page
 ```` ```text ````, json, toml    output and formats, not run
 
 Any other block is a fault, also one made by indenting alone. Decisions, the lab log and the changelog are records of

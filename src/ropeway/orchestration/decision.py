@@ -128,7 +128,7 @@ def read_answer(*, approve: bool, reject: bool, reviewer: str | None, comment: s
             raise ConfigError("--reviewer and --comment go with --approve or --reject")
         return None
     if not (reviewer and reviewer.strip() and comment and comment.strip()):
-        raise ConfigError("an answer needs who and why: --reviewer NAME --comment WHY, both kept for ever")
+        raise ConfigError("an answer needs --reviewer NAME and --comment REASON; both are recorded permanently")
     return ReviewAnswer(
         "approve" if approve else "reject", reviewer.strip(), comment.strip(), f"terminal {uuid4().hex[:8]}"
     )

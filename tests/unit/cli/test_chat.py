@@ -84,7 +84,7 @@ def test_what_is_streamed_is_the_answer_and_it_comes_in_pieces(model):
     assert (answer.tokens, answer.ended) == (40, False)
 
 
-def test_an_answer_that_was_cut_is_said_to_be(model, capsys):
+def test_an_answer_that_was_cut_is_reported_as_such(model, capsys):
     text = through_pipe(model, "Hi\n", as_json=False)
     assert text.endswith("\n")
     assert "(cut at 6 tokens; --max-new-tokens allows more)" in capsys.readouterr().err

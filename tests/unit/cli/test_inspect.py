@@ -118,7 +118,7 @@ def test_colours_say_the_same_as_marks(made):
         (["talk", "--epoch", 0], "--epoch needs --row"),
     ],
 )
-def test_what_does_not_exist_is_refused_in_words(ask, words, says):
+def test_what_does_not_exist_is_refused(ask, words, says):
     with pytest.raises(ConfigError, match=says):
         ask(*words)
 

@@ -169,7 +169,7 @@ def test_a_batch_holds_its_rows_and_padding_on_the_right_and_nothing_else(wanted
         assert batch.loss_mask[number].tolist() == [*loss_mask(kinds, profile()), *[False] * (width - length)]
 
 
-def test_pieces_of_one_row_start_their_positions_anew_and_do_not_teach_each_other():
+def test_pieces_of_one_row_start_their_positions_again_and_do_not_teach_each_other():
     shards = shards_of([talk_of(12)], [text_of(4)])
     batch = collate([(Piece(1, 0, 0, 4), Piece(0, 0, 0, 12))], shards, profile())
     assert batch.position_ids[0].tolist() == [*range(4), *range(12)]

@@ -94,7 +94,7 @@ def test_too_little_disk_is_found(root, monkeypatch):
     assert (code, found["state"]) == (64, "wrong")
 
 
-def test_a_dvc_remote_that_is_believed_unseen_is_found_and_mended(root, tmp_path):
+def test_a_dvc_remote_that_is_not_verified_is_found_and_fixed(root, tmp_path):
     assert look("DVC remote")[1]["state"] == "note"
     with pytest.raises(ConfigError, match="name one"):
         doctor.fix_remote(root, None)
@@ -128,7 +128,7 @@ def test_a_store_in_which_two_writers_win_is_found(monkeypatch):
 @pytest.mark.usefixtures("root")
 def test_a_prefect_server_that_does_not_answer_is_found(monkeypatch):
     with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))  # nobody listens
+        taken.bind(("127.0.0.1", 0))  # no server listens
         monkeypatch.setenv("PREFECT_API_URL", f"http://127.0.0.1:{taken.getsockname()[1]}/api")
         code, found = look("Prefect")
     assert (code, found["state"]) == (64, "wrong")
@@ -136,7 +136,7 @@ def test_a_prefect_server_that_does_not_answer_is_found(monkeypatch):
 
 
 @pytest.mark.usefixtures("root")
-def test_a_taken_port_and_the_mode_of_wandb_are_said(monkeypatch):
+def test_a_taken_port_and_the_mode_of_wandb_are_reported(monkeypatch):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()

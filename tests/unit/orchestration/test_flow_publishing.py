@@ -41,11 +41,11 @@ def registry(workspace):
     return Registry.open(workspace.registry_url)
 
 
-def nobody(*_):
+def no_measurement(*_):
     raise AssertionError("no champion had to be measured")
 
 
-def make(workspace, loss, *, rows="rows", measure=nobody):
+def make(workspace, loss, *, rows="rows", measure=no_measurement):
     """Make a package whose bytes tell its loss, and publish it."""
     workspace.package.mkdir(parents=True, exist_ok=True)
     write_json(workspace.package / "weights.json", {"loss": loss})
@@ -64,10 +64,10 @@ def test_a_package_whose_card_is_rendered_again_is_the_version_that_it_was(works
     write_manifest(workspace.package, {})
     write_json(workspace.evaluation, metrics(5.0, "rows"))
     make_pages(workspace.package, workspace.pages, "# first words\n")
-    first = publish_package(workspace, Profile(), COMMIT, nobody)
+    first = publish_package(workspace, Profile(), COMMIT, no_measurement)
     assert "README.md" in registry.version("laptop@v1").describe()["files"]
     make_pages(workspace.package, workspace.pages, "# other words\n")
-    again = publish_package(workspace, Profile(), COMMIT, nobody)
+    again = publish_package(workspace, Profile(), COMMIT, no_measurement)
     assert (first.state, again.state) == ("Published", "Unchanged")
     assert again.digest == first.digest
     assert again.version == "laptop@v1"
@@ -81,7 +81,7 @@ def test_a_note_that_names_another_package_s_version_is_refused_and_nothing_is_c
         write_manifest(workspace.package, {})
         write_json(workspace.evaluation, metrics(loss))
         make_pages(workspace.package, workspace.pages, f"# {loss}\n")
-        last = publish_package(workspace, Profile(), COMMIT, nobody)
+        last = publish_package(workspace, Profile(), COMMIT, no_measurement)
     notes = sorted((workspace.root / "registry").glob("models/laptop/packages/*.json"))
     assert len(notes) == 2
     (own,) = (path for path in notes if json.loads(path.read_bytes())["digest"] == last.digest)
@@ -90,9 +90,9 @@ def test_a_note_that_names_another_package_s_version_is_refused_and_nothing_is_c
     own.unlink()
     own.write_bytes(data)
     with pytest.raises(DataError, match=own.name):
-        publish_package(workspace, Profile(), COMMIT, nobody)
+        publish_package(workspace, Profile(), COMMIT, no_measurement)
     own.unlink()
-    assert publish_package(workspace, Profile(), COMMIT, nobody).digest == last.digest
+    assert publish_package(workspace, Profile(), COMMIT, no_measurement).digest == last.digest
 
 
 def test_a_new_package_is_published_once_with_its_lineage_and_becomes_candidate(workspace, registry):
@@ -213,4 +213,4 @@ def test_metrics_that_are_no_mapping_are_refused(workspace):
     write_json(workspace.package / "weights.json", {"loss": 1})
     write_manifest(workspace.package, {})
     with pytest.raises(Exception, match=r"eval\.json: .*object, found list"):
-        publish_package(workspace, Profile(), COMMIT, nobody)
+        publish_package(workspace, Profile(), COMMIT, no_measurement)

@@ -121,7 +121,7 @@ def repository(tmp_path):
     return root, first
 
 
-def test_the_clone_stands_at_the_revision_and_is_gone_on_with(repository, tmp_path):
+def test_the_clone_stands_at_the_revision_and_is_continued(repository, tmp_path):
     root, first = repository
     said = []
     place = clone_revision(root, first, tmp_path / "clone", said.append)

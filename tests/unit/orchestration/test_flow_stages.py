@@ -44,7 +44,7 @@ def test_the_class_of_a_failure_says_what_can_be_done(site, own, kind, says):
 
 
 @pytest.mark.parametrize("dvc", [{"code": 137, "signal": "SIGKILL"}, {"code": 75, "why": "asked by SIGTERM"}])
-def test_a_dvc_that_was_ended_from_outside_is_not_tried_again(site, dvc):
+def test_a_dvc_that_was_ended_from_outside_is_not_retried(site, dvc):
     record(site, "exit", code=75)
     record(site, "dvc", **dvc)
     assert type(_explain_failure(site, "train", 137, {"ran": None}, deque())) is StageStoppedError
@@ -94,7 +94,7 @@ def test_colours_go_and_a_long_line_is_capped():
     [
         (True, {}, True, "ran"),  # whatever words DVC has for it
         (True, {"unchanged": None}, False, "ran"),
-        (False, {"ran": None}, True, "ran"),  # a stage of somebody's own, without a record
+        (False, {"ran": None}, True, "ran"),  # a user's own stage, without a record
         (False, {"restored": None}, False, "restored"),  # its files were missing
         (False, {}, True, "restored"),
         (False, {"unchanged": None}, False, "unchanged"),

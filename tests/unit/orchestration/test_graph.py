@@ -186,7 +186,7 @@ def test_a_remote_is_seen(fresh):
     assert graph.has_remote(fresh)
 
 
-def test_a_stage_is_made_anew_past_every_cache_and_pulled_only_where_asked():
+def test_a_stage_is_rebuilt_past_every_cache_and_pulled_only_where_asked():
     assert graph.reproduce_command("train", force=True, pull=True)[3:] == [
         "--force", "--no-commit", "--single-item", "train",
     ]  # fmt: skip

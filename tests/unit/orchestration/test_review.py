@@ -229,7 +229,7 @@ def test_no_line_of_a_review_is_longer_than_the_terminal(workspace, registry, wi
     ("given", "words"),
     [
         ({"approve": True, "reject": True, "reviewer": "a", "comment": "b"}, "choose one"),
-        ({"approve": True, "reject": False, "reviewer": "a", "comment": " "}, "needs who and why"),
+        ({"approve": True, "reject": False, "reviewer": "a", "comment": " "}, "--reviewer NAME"),
         ({"approve": False, "reject": False, "reviewer": "a", "comment": None}, "go with"),
     ],
 )

@@ -60,7 +60,7 @@ def scratch(tmp_path_factory):
 
 
 def original(folder, tokenizer="tokenizer_base", *, rows=2000, **changes):
-    """A Llama as somebody else left it, with the vectors' tokenizer."""
+    """A Llama as another program writes it, with the vectors' tokenizer."""
     torch.manual_seed(3)
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     shape = {name: SHAPE[name] for name in (*names, "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings")}
@@ -236,7 +236,7 @@ def test_how_far_a_kept_scaling_reaches_is_the_base_s_to_say(tmp_path):
         base.run(Workspace(tmp_path, "run"), of_folder("model-x", superhot=False, max_length=257))
 
 
-def test_a_missing_folder_is_said_with_what_to_do(tmp_path):
+def test_a_missing_folder_is_reported_with_what_to_do(tmp_path):
     with pytest.raises(ConfigError, match="nowhere is not a folder"):
         base.run(lay(tmp_path), of_folder("nowhere"))
     (tmp_path / "nowhere").mkdir()
@@ -388,7 +388,7 @@ def test_another_architecture_is_no_llama():
         check_shape(config, ModelShape(**SHAPE), where="x")
 
 
-def test_a_package_or_file_that_is_not_there_is_said(tmp_path):
+def test_a_package_or_file_that_is_not_there_is_reported(tmp_path):
     gguf = GgufBase(kind="gguf", package="no_such_package", file="x.gguf")
     with pytest.raises(ConfigError, match="no_such_package is not installed; run `make setup EXTRAS=smollm2`"):
         base.run(lay(tmp_path), profile(base=gguf))
@@ -398,7 +398,7 @@ def test_a_package_or_file_that_is_not_there_is_said(tmp_path):
 
 
 @pytest.mark.parametrize("fault", ["none", "yarn", "rope_freqs", "rope_freqs of ones"])
-def test_a_gguf_file_with_a_rope_scaling_is_refused_since_nobody_would_apply_it(tmp_path, fault):
+def test_a_gguf_file_with_a_rope_scaling_is_refused_since_it_would_not_be_applied(tmp_path, fault):
     path = tmp_path / "tiny.gguf"
     tiny_gguf.write_model(
         path,

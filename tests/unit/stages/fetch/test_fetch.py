@@ -224,7 +224,7 @@ def test_a_file_is_hashed_again_only_when_it_may_have_changed(tmp_path, monkeypa
         assert digest_files({"a": path}, cache)["a"] == file_sha256(path)
 
 
-def test_a_pattern_that_names_no_file_is_said(tmp_path):
+def test_a_pattern_that_names_no_file_is_reported(tmp_path):
     with pytest.raises(ConfigError, match=r"'new/.*jsonl' matches no file"):
         find_files(["new/*.jsonl"], tmp_path)
 

@@ -111,7 +111,7 @@ NAMES = ("train-00000.jsonl", "test-00000.jsonl", "validation.jsonl")
         (("train-1.jsonl", "more.jsonl"), [], False),
         (("talks.jsonl", "test.jsonl"), [], True),
         (("talks.jsonl", "test.jsonl"), ["test"], False),
-        (("test-1.jsonl", "test-2.jsonl"), [], False),  # whoever names the test split has said so
+        (("test-1.jsonl", "test-2.jsonl"), [], False),  # naming the test split is explicit
         (("a.jsonl", "latest.jsonl", "contest.jsonl"), [], False),
         (("train/a.jsonl", "dev/a.jsonl"), [], True),
     ],

@@ -129,7 +129,7 @@ def test_each_refusal_of_the_hub_says_what_to_do(hub, tmp_path, status, code, er
 
 
 @pytest.mark.usefixtures("hub")
-def test_a_token_that_the_hub_does_not_know_is_said(tmp_path, monkeypatch):
+def test_a_token_that_the_hub_does_not_know_is_reported(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "schlüssel")
     with pytest.raises((ConfigError, TemporaryError)) as caught:
         source_identity(source(), tmp_path)
@@ -138,13 +138,13 @@ def test_a_token_that_the_hub_does_not_know_is_said(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("repo", ["a/b/c", "-x/y", "x y"])
 @pytest.mark.usefixtures("hub")
-def test_a_name_that_no_repository_can_have_is_said(tmp_path, repo):
+def test_a_name_that_no_repository_can_have_is_reported(tmp_path, repo):
     with pytest.raises(ConfigError, match="owner/name"):
         source_identity(source(repo=repo), tmp_path)
 
 
 @pytest.mark.usefixtures("hub")
-def test_an_unknown_branch_is_said(tmp_path):
+def test_an_unknown_branch_is_reported(tmp_path):
     with pytest.raises(ConfigError, match=rf"{REPO} at 'v2': the revision does not exist"):
         source_identity(source(revision="v2"), tmp_path)
 
@@ -168,7 +168,7 @@ def test_a_pattern_that_matches_nothing_names_the_files_there_are(tmp_path):
         run(tmp_path, source("*.json", "*.parquet"))
 
 
-def test_a_matched_file_of_no_known_format_is_said_before_anything_is_downloaded(hub, tmp_path):
+def test_a_matched_file_of_no_known_format_is_reported_before_anything_is_downloaded(hub, tmp_path):
     with pytest.raises(ConfigError, match=r"README.md: expected a file name in"):
         run(tmp_path, source("*"))
     assert not [asked for asked in hub.asked if "/resolve/" in asked]
@@ -192,12 +192,12 @@ def test_offline_a_branch_is_what_the_cache_knows_and_its_files_are_read(tmp_pat
     ],
 )
 @pytest.mark.usefixtures("offline")
-def test_offline_what_the_cache_lacks_is_said(tmp_path, one, phrase):
+def test_offline_what_the_cache_lacks_is_reported(tmp_path, one, phrase):
     with pytest.raises(ConfigError, match=phrase):
         run(tmp_path, one)
 
 
-def test_offline_a_damaged_reference_is_said(offline, tmp_path):
+def test_offline_a_damaged_reference_is_reported(offline, tmp_path):
     (offline.parents[1] / "refs" / "main").write_text("")
     with pytest.raises(ConfigError, match="expected a commit of 40 hex digits"):
         source_identity(source(), tmp_path)

@@ -88,7 +88,7 @@ COUNTED = [
     ("list as text", "a.jsonl", GOOD + b'{"text": ["a"]}', 1, {"not text": 1}),
     ("NaN as text", "a.jsonl", GOOD + b'{"text": NaN}', 1, {"not text": 1}),
     ("-Infinity as text", "a.jsonl", GOOD + b'{"text": -Infinity}', 1, {"not text": 1}),
-    ("NaN in a column nobody reads", "a.jsonl", GOOD + b'{"text": "a", "score": NaN}', 2, {}),
+    ("NaN in a column that is not read", "a.jsonl", GOOD + b'{"text": "a", "score": NaN}', 2, {}),
     ("duplicate keys", "a.jsonl", GOOD + b'{"text": "a", "text": "b"}', 1, {"duplicate keys": 1}),
     ("duplicate keys deep inside", "a.jsonl", GOOD + b'{"text": "a", "m": {"k": 1, "k": 2}}', 1, {"duplicate keys": 1}),
     ("wrong column", "a.jsonl", GOOD + b'{"TEXT": "a"}', 1, {"missing column": 1}),
@@ -364,7 +364,7 @@ def test_a_file_that_may_not_be_read_is_an_error_about_permissions(tmp_path, mon
     fails(tmp_path, "a.jsonl", ConfigError, "cannot be read .Permission denied.")
 
 
-def test_a_disk_that_is_full_leaves_nothing_and_can_be_tried_again(tmp_path, monkeypatch):
+def test_a_disk_that_is_full_leaves_nothing_and_can_be_retried(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").write_bytes(GOOD)
 
     def full(*_, **__):
@@ -423,7 +423,7 @@ def test_two_different_system_messages_are_counted(tmp_path):
     assert (talk.system, facts["refused"]) == ("A", {"two system messages": 1})
 
 
-def test_a_column_that_the_kind_of_rows_does_not_have_is_said(tmp_path):
+def test_a_column_that_the_kind_of_rows_does_not_have_is_reported(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(GOOD)
     with pytest.raises(ConfigError, match=r"columns: \['txt'\] are not columns of rows: text; expected any of"):
         run(tmp_path, "a.jsonl", columns={"txt": "TEXT"})

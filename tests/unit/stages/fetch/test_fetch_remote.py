@@ -148,7 +148,7 @@ def test_the_identity_is_asked_by_head_and_follows_what_the_server_says(served, 
 
 
 @pytest.mark.parametrize("header", [{"ETag": '"one"'}, {"Last-Modified": "Thu, 26 Nov 2026 00:00:00 GMT"}])
-def test_a_download_that_was_cut_is_never_taken_for_whole_and_goes_on_where_it_was(served, tmp_path, header):
+def test_a_download_that_was_cut_is_never_taken_for_whole_and_resumes_where_it_stopped(served, tmp_path, header):
     served.headers, served.cut = header, 100_000
     with pytest.raises(TemporaryError, match=rf"ended after 100,000 of {len(DATA):,} bytes.*again.*resumes"):
         run(tmp_path, served.url)
@@ -159,7 +159,7 @@ def test_a_download_that_was_cut_is_never_taken_for_whole_and_goes_on_where_it_w
     assert served.asked[-1] == "GET 100000"
 
 
-def test_what_changed_in_between_is_fetched_anew(served, tmp_path):
+def test_what_changed_in_between_is_fetched_again(served, tmp_path):
     served.cut = 100_000
     with pytest.raises(TemporaryError):
         run(tmp_path, served.url)
@@ -229,7 +229,7 @@ def test_head_and_get_of_different_lengths_are_not_one_file(served, tmp_path):
         (503, TemporaryError, "responded 503; try again later"),
     ],
 )
-def test_what_a_server_refuses_is_said(served, tmp_path, status, error, phrase):
+def test_what_a_server_refuses_is_reported(served, tmp_path, status, error, phrase):
     served.status = status
     with pytest.raises(error, match=phrase):
         source_identity(source(served.url), tmp_path)
@@ -249,7 +249,7 @@ def test_a_file_sent_as_another_coding_is_refused_and_gz_stays_gz(served, tmp_pa
     assert run(tmp_path, served.url + ".gz")[1] == TEXTS
 
 
-def test_a_damaged_file_is_named_by_its_address_and_fetched_anew_next_time(served, tmp_path):
+def test_a_damaged_file_is_named_by_its_address_and_fetched_again_next_time(served, tmp_path):
     served.body = gz(DATA)[:-9]
     with pytest.raises(DataError, match=rf"^{served.url}.gz: reading failed after"):
         run(tmp_path, served.url + ".gz")
@@ -316,7 +316,7 @@ def test_what_stands_behind_the_question_mark_is_shown_nowhere(served, tmp_path,
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"hunter2" in path.read_bytes()]
 
 
-def test_no_server_is_said_at_once(tmp_path):
+def test_no_server_is_reported_at_once(tmp_path):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         with pytest.raises(TemporaryError, match=r"cannot be reached .ConnectionRefusedError."):
@@ -329,7 +329,9 @@ def full(handle):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_a_disk_that_fills_during_a_download_is_said_and_the_download_goes_on_later(served, tmp_path, monkeypatch):
+def test_a_disk_that_fills_during_a_download_is_reported_and_the_download_continues_later(
+    served, tmp_path, monkeypatch
+):
     with monkeypatch.context() as patch:
         patch.setattr("ropeway.stages.fetch.remote.os.fsync", full)
         with pytest.raises(TemporaryError, match=r"the disk is full.*kept in .*\.work/fetch/.*Free space and run"):
@@ -374,7 +376,7 @@ def test_a_new_object_and_a_changed_one_change_the_identity(objects, tmp_path):
     assert len({json.dumps(identity) for identity in (before, more, source_identity(one, tmp_path))}) == 3
 
 
-def test_a_download_from_s3_goes_on_where_it_was(objects, tmp_path, monkeypatch):
+def test_a_download_from_s3_resumes_where_it_stopped(objects, tmp_path, monkeypatch):
     url, put = objects
     put("a.jsonl", DATA)
     begun = []
@@ -407,7 +409,7 @@ def test_an_object_overwritten_while_it_is_fetched_is_not_mixed(objects, tmp_pat
         run(tmp_path, f"{url}/a.jsonl")
 
 
-def test_what_s3_does_not_hold_or_show_is_said(objects, s3_server: S3Server, tmp_path, monkeypatch):
+def test_what_s3_does_not_hold_or_show_is_reported(objects, s3_server: S3Server, tmp_path, monkeypatch):
     url, _ = objects
     for path, phrase in (
         (f"{url}/a.jsonl", "does not exist; upload it or correct `paths`"),

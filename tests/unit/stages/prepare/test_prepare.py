@@ -245,7 +245,7 @@ def test_changed_raw_bytes_are_found(tmp_path):
         tokenize_and_prepare(workspace, profile())
 
 
-def test_a_found_number_other_than_the_expected_one_is_said(tmp_path, capsys):
+def test_a_found_number_other_than_the_expected_one_is_reported(tmp_path, capsys):
     tokenize_and_prepare(write_raw(tmp_path), profile())
     assert "talk: expected_rows is 236,053, found 40 sequences" in capsys.readouterr().out
 

@@ -77,6 +77,6 @@ def test_prompts_are_lines_of_text_or_the_strings_in_lines_of_json():
     assert parse_prompts(lines, "b.jsonl") == ["One\u2028line", "Q", "A", "B"]
 
 
-def test_prompts_that_are_not_json_are_said():
+def test_prompts_that_are_not_json_are_reported():
     with pytest.raises(ConfigError, match=r"d.jsonl: expected one JSON value per line"):
         parse_prompts("{", "d.jsonl")

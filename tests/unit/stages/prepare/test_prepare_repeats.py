@@ -232,7 +232,7 @@ def test_neither_units_nor_who_makes_them_in_which_order_changes_a_byte(tmp_path
     assert digest(tmp_path / "d")[1] == digest(tmp_path / "a")[1]  # other units: other shards, the same ledger
 
 
-def test_only_the_split_and_what_repeats_is_made_again_under_another_rule(tmp_path, repeating):
+def test_only_the_split_and_what_repeats_is_rebuilt_under_another_rule(tmp_path, repeating):
     run(tmp_path / "a", **repeating)
     counted = {**repeating, "exact": "count", "near": "count", "contaminated": "count"}
     run(tmp_path / "b", **counted)

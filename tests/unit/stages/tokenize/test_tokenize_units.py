@@ -147,7 +147,7 @@ def test_params_that_tokenize_does_not_read_reuse_the_units(stopped, made):
 
 
 @pytest.mark.parametrize("part", ["tokens.npy", "keys.npy", "manifest.json"])
-def test_a_damaged_unit_is_made_again_and_no_other(stopped, made, part, capsys):
+def test_a_damaged_unit_is_rebuilt_and_no_other(stopped, made, part, capsys):
     (folder,) = stopped.work.glob("tokenize-run-*/text/00001")
     path = folder / part
     path.write_bytes(path.read_bytes()[:-1] + b"\xff")
@@ -157,7 +157,7 @@ def test_a_damaged_unit_is_made_again_and_no_other(stopped, made, part, capsys):
 
 
 @pytest.mark.parametrize("edit", ["no tokens", "no counts", "no file", "no sha256", "not a mapping"])
-def test_a_unit_whose_manifest_is_incomplete_is_made_again_and_no_other(stopped, made, edit, capsys):
+def test_a_unit_whose_manifest_is_incomplete_is_rebuilt_and_no_other(stopped, made, edit, capsys):
     (path,) = stopped.work.glob("tokenize-run-*/text/00001/manifest.json")
     manifest = json.loads(path.read_bytes())
     match edit:
@@ -180,7 +180,7 @@ def test_a_unit_whose_manifest_is_incomplete_is_made_again_and_no_other(stopped,
     assert "tokenized again" in printed
 
 
-def test_a_unit_that_is_damaged_before_it_is_placed_is_named_and_made_again_the_next_time(stopped, made, monkeypatch):
+def test_a_unit_that_is_damaged_before_it_is_placed_is_named_and_rebuilt_the_next_time(stopped, made, monkeypatch):
     (path,) = stopped.work.glob("tokenize-run-*/text/00001/tokens.npy")
     write_source = store.Units.write_source
 
