@@ -1,6 +1,7 @@
 """`ropeway …`: every command imports what it needs itself, so that `--help` answers at once."""
 
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ropeway.cli.registry_commands import registry_app
+from ropeway.runtime.environment import check_renamed
 from ropeway.runtime.errors import ConfigError, RopewayError
 from ropeway.runtime.workspace import Workspace, find_root
 
@@ -349,6 +351,7 @@ def serve(
 def main() -> None:
     """Run a command; our own errors print without a traceback and end with their code."""
     try:
+        check_renamed(os.environ)
         app()
     except RopewayError as error:
         print(f"ropeway: {error}", file=sys.stderr, flush=True)

@@ -3,7 +3,10 @@
 Environment is where, with which limits and as whom a run runs. What can change its result is in params.yaml.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from ropeway.runtime.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +36,7 @@ VARIABLES: dict[str, tuple[EnvironmentVariable, ...]] = {
         _V(
             "ROPEWAY_MEMORY_CHECK", "`off` starts training although the plan says that the GPUs cannot hold the states."
         ),
-        _V("ROPEWAY_UNTRIED", "`1` skips the checkpoint of step 0 and the warm-up step."),
+        _V("ROPEWAY_SKIP_WARM_UP", "`1` skips the checkpoint of step 0 and the warm-up step."),
         _V("ROPEWAY_OTHER_VERSIONS", "`1` resumes from a checkpoint that another torch or DeepSpeed version wrote."),
         _V("ROPEWAY_GRACE_SECONDS", "Seconds from TERM to KILL; a checkpoint must fit into them.", "60"),
         _V("ROPEWAY_RETRY_SECONDS", "Pause of the flow before it retries a stage, in seconds.", "5"),
@@ -85,4 +88,11 @@ VARIABLES: dict[str, tuple[EnvironmentVariable, ...]] = {
 }
 # Set by Ropeway for its own child processes.
 INTERNAL = ("ROPEWAY_CODE_CHECK", "ROPEWAY_LOCK_HELD", "ROPEWAY_SUPERVISED_BY")
-RENAMED = {"ROPEWAY_PREPARE_WORKERS": "ROPEWAY_TOKENIZE_WORKERS"}
+RENAMED = {"ROPEWAY_PREPARE_WORKERS": "ROPEWAY_TOKENIZE_WORKERS", "ROPEWAY_UNTRIED": "ROPEWAY_SKIP_WARM_UP"}
+
+
+def check_renamed(environment: Mapping[str, str]) -> None:
+    """Raise ConfigError if a variable is set under a name that is no longer read."""
+    for old, new in RENAMED.items():
+        if old in environment:
+            raise ConfigError(f"{old} is set but no longer read; set {new} instead")

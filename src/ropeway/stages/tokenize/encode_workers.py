@@ -15,13 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from ropeway.runtime.errors import ConfigError, TemporaryError
+from ropeway.runtime.environment import check_renamed
+from ropeway.runtime.errors import TemporaryError
 from ropeway.runtime.worker_processes import count_cores, init_worker, read_process_count
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
-_RENAMED_VARIABLE = "ROPEWAY_PREPARE_WORKERS"
 _BYTES_PER_WORKER = 1 << 22  # about one second on one core, as long as a process takes to start
 _HEALTH_CHECK_SECONDS = 2.0  # interval of the cluster's health checks
 
@@ -48,8 +48,7 @@ def count_workers(text_bytes: int) -> int:
     Raises:
         ConfigError: `ROPEWAY_TOKENIZE_WORKERS` is not a positive integer, or is set under its old name.
     """
-    if _RENAMED_VARIABLE in os.environ:
-        raise ConfigError(f"{_RENAMED_VARIABLE} is set but no longer read; set ROPEWAY_TOKENIZE_WORKERS instead")
+    check_renamed(os.environ)
     asked = read_process_count("ROPEWAY_TOKENIZE_WORKERS", os.environ)
     return min(count_cores(), text_bytes // _BYTES_PER_WORKER) if asked is None else asked
 

@@ -45,7 +45,7 @@ from ropeway.stages.train.stop import Line
 from ropeway.stages.train.training_run import Run
 from ropeway.stages.train.warm_up import check_isolation, run_worst_step
 
-SKIP_WARM_UP = "ROPEWAY_UNTRIED"  # 1: no warm-up step before step 1
+SKIP_WARM_UP = "ROPEWAY_SKIP_WARM_UP"  # 1: no warm-up step before step 1
 _PREFLIGHT = {"disk": "disk", "tried": "warm-up step"}  # key of an attempt's record -> printed name
 
 
