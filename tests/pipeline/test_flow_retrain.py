@@ -97,7 +97,11 @@ def check_what_prefect_shows(api, flow_run_id, dag):
     assert "loss 1.0" in lines
     assert "loss 2.0" not in lines
     artifacts = {found["key"]: found for found in ask(api, "artifacts", **chosen)}
-    assert json.loads(artifacts["laptop-plan"]["data"])[2] == {"stage": "train", "will run": "yes", "why": "never run"}
+    assert json.loads(artifacts["laptop-plan"]["data"])[2] == {
+        "stage": "train",
+        "will run": "yes",
+        "why": "it has not run before",
+    }
     assert "| docs | 8.000 → 5.002 |" in artifacts["laptop-result"]["data"]
     assert (artifacts["laptop-train-progress"]["type"], artifacts["laptop-train-progress"]["data"]) == ("progress", 100)
     steps = json.loads(artifacts["laptop-ledger"]["data"])

@@ -302,7 +302,7 @@ def _address(stage: "PipelineStage") -> str:
 def _explain(stage: "PipelineStage", status: Sequence[Any], root: Path) -> list[str]:
     """Return why a stage must run, from DVC's status."""
     if not any(item.hash_info for item in [*stage.deps, *stage.outs]):
-        return ["never run"]
+        return ["it has not run before"]
     if status and (other := _other_profile(stage, root)):
         return [f"the last run in this workspace was of profile '{other}'"]
     reasons: list[str] = []

@@ -121,7 +121,7 @@ def test_a_reason_names_what_the_stage_before_did(ran, ended, expected):
 
 
 def test_a_fresh_clone_without_lock_or_files_runs_everything(fresh):
-    assert reasons(fresh) == dict.fromkeys(["early", "side", "late"], ("never run",))
+    assert reasons(fresh) == dict.fromkeys(["early", "side", "late"], ("it has not run before",))
 
 
 def test_nothing_runs_where_nothing_changed_and_what_always_runs_is_no_change(ran):
