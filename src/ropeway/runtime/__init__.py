@@ -1,1 +1,1 @@
-"""What every process needs: errors, workspace paths, manifests, locks, supervision, devices."""
+"""Shared by all processes: errors, workspace paths, manifests, locks, supervision, devices."""

@@ -1,7 +1,7 @@
-"""Digests of code by meaning: comments, docstrings and the text of messages do not count, constants do.
+"""Digests of code that ignore comments, docstrings and message texts, but not constants.
 
-A stage depends on the digest of its package and of every module of `data` and `models` that it imports, so an edited
-comment never makes a trained model stale, and a changed constant always does.
+A stage depends on the digests of its own package and of every module of `data` and `models` that it imports. An edited
+comment therefore never invalidates a trained model, and a changed constant always does.
 """
 
 import ast
@@ -17,39 +17,39 @@ from ropeway.runtime.errors import DataError
 from ropeway.runtime.manifest import digest_of, file_sha256, write_json
 
 PACKAGE = "ropeway"
-CODE = "code.json"  # in .work: what was parsed
-# What a stage's code consists of besides its own package. Whatever else it imports decides how a run is described,
-# started, logged or stored, not what it computes.
+CODE = "code.json"  # in .work: cache of parsed modules
+# Packages that belong to a stage's code besides its own package. All other imports affect how a run is described,
+# started, logged or stored, not its result.
 DIGESTED_PACKAGES = ("data", "models")
-# A call of one of these says something to a person; its text is no part of the result.
+# Functions that print or log a message; the text does not affect the result.
 LOGGING_CALLS = ("print", "debug", "info", "warning", "error", "exception")
 
 
 class Scan(TypedDict):
-    """What is kept of a module: its digest, and the names below the package that it may import."""
+    """Cached result for one module: its digest and the names below the package that it may import."""
 
     digest: str
     names: list[str]
 
 
 class Digests:
-    """Digests of stages, each module parsed once; what was parsed is kept in a file by content, since a parse costs.
+    """Digests of stages. Each module is parsed once; a cache file keeps the results by content.
 
-    A file that is missing, damaged or another code's is as good as none: everything is parsed again.
+    If the cache file is missing, damaged or from other code, every module is parsed again.
     """
 
     def __init__(self, source: Path, kept: Path | None = None) -> None:
-        """Read what was kept; `source` is the folder `ropeway` with its modules."""
+        """Read the cache file `kept`; `source` is the folder `ropeway` with its modules."""
         self._source, self._file = source, kept
-        # Another Python dumps a tree otherwise, another version of this module otherwise again.
-        self._maker = f"{sys.version} {file_sha256(Path(__file__))}"
+        # The dump of a tree depends on the Python version and on the version of this module.
+        self._producer = f"{sys.version} {file_sha256(Path(__file__))}"
         self._kept: dict[str, Scan] = self._read()
         self._used: dict[str, Scan] = {}
 
     def modules(self, stage: str) -> dict[str, str]:
-        """Return the digest of every module that a stage's code consists of, by its name below the package."""
+        """Return the digest of every module of a stage's code: name below the package -> digest."""
         found: dict[str, str] = {}
-        own = _own(stage)
+        own = _stage_package(stage)
         counted = (own, *DIGESTED_PACKAGES)
         waiting = _modules(self._source, own)
         while waiting:
@@ -63,9 +63,9 @@ class Digests:
         return dict(sorted({**found, **_templates(self._source, own)}.items()))
 
     def keep(self) -> None:
-        """Write what was parsed, if it is not there already."""
+        """Write the cache file if it changed."""
         if self._file and self._used != self._kept:
-            write_json(self._file, {"maker": self._maker, "scans": self._used, "digest": digest_of(self._used)})
+            write_json(self._file, {"maker": self._producer, "scans": self._used, "digest": digest_of(self._used)})
 
     def _scan(self, name: str) -> Scan:
         data = _path(self._source, name).read_bytes()
@@ -77,34 +77,34 @@ class Digests:
     def _read(self) -> dict[str, Scan]:
         try:
             kept = json.loads(self._file.read_bytes()) if self._file else {}
-            whole = kept["maker"] == self._maker and kept["digest"] == digest_of(kept["scans"])
+            whole = kept["maker"] == self._producer and kept["digest"] == digest_of(kept["scans"])
         except (OSError, ValueError, KeyError, TypeError):
             return {}
         return kept["scans"] if whole else {}
 
 
 def name_changed_code(before: Mapping[str, str], kept: Path, stage: str) -> list[str]:
-    """Return the modules of a stage whose digest is not as `before` (`Digests.modules`), as Python names them."""
+    """Return a stage's modules whose digest differs from `before` (see `Digests.modules`), as dotted names."""
     now = Digests(Path(ropeway.__file__).parent, kept).modules(stage)
     return [f"{PACKAGE}.{name}" for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
 
 
 def check_code(before: Mapping[str, str], kept: Path, stage: str) -> None:
-    """Raise DataError when the code that a process imported is not what the digests are of; see `name_changed_code`."""
+    """Raise DataError if a stage's code changed after its digests were taken; see `name_changed_code`."""
     changed = name_changed_code(before, kept, stage)
     if changed:
         raise DataError(
-            f"{', '.join(changed)} changed after the digests of this run were taken, so it would compute by other code "
-            "than is recorded. Run `dvc repro` or `ropeway run`, which take new digests"
+            f"{', '.join(changed)}: code changed after this run recorded its digests. Run `dvc repro` or "
+            "`ropeway run`, which record new digests"
         )
 
 
 def check_code_digest(digest: str, kept: Path, stage: str) -> None:
-    """Raise DataError as `check_code`, where only the digest of all modules is at hand."""
+    """Raise DataError like `check_code`, given only the combined digest of all modules."""
     if digest_of(Digests(Path(ropeway.__file__).parent, kept).modules(stage)) != digest:
         raise DataError(
-            f"stage {stage}: a worker process imported other code than the digests of this run are of. Run `dvc repro` "
-            "or `ropeway run`, which take new digests"
+            f"stage {stage}: a worker process imported other code than this run recorded. Run `dvc repro` or "
+            "`ropeway run`, which record new digests"
         )
 
 
@@ -114,7 +114,7 @@ def stage_code_digest(source: Path, stage: str) -> str:
 
 
 def _scan(text: str) -> Scan:
-    return {"digest": module_digest(text), "names": sorted(set(_named(ast.parse(text))))}
+    return {"digest": module_digest(text), "names": sorted(set(_imported_names(ast.parse(text))))}
 
 
 def module_digest(text: str) -> str:
@@ -130,12 +130,12 @@ def module_digest(text: str) -> str:
 
 
 class _StripText(ast.NodeTransformer):
-    """Takes out of a tree what a person reads and a result does not depend on."""
+    """Removes docstrings and message texts, on which no result depends, from a syntax tree."""
 
     def generic_visit(self, node: ast.AST) -> ast.AST:
         super().generic_visit(node)
         body = getattr(node, "body", None)
-        if isinstance(body, list):  # strings standing alone: docstrings, also of attributes
+        if isinstance(body, list):  # bare strings: docstrings, including those of attributes
             node.body = [part for part in body if not _is_text(part)] or [ast.Pass()]  # type: ignore[attr-defined]
         return node
 
@@ -152,7 +152,7 @@ class _StripText(ast.NodeTransformer):
 
 
 class _EmptyStrings(ast.NodeTransformer):
-    """Empties every text below a node."""
+    """Replaces every string constant below a node by an empty string."""
 
     def visit_Constant(self, node: ast.Constant) -> ast.AST:
         return ast.Constant("") if isinstance(node.value, str) else node
@@ -162,26 +162,26 @@ def _is_text(node: ast.AST) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
-def _own(stage: str) -> str:
-    """Return a stage's own package, below ours: stages that only show are modules of `reporting`."""
+def _stage_package(stage: str) -> str:
+    """Return the package of a stage, relative to ours; report stages are modules of `reporting`."""
     return "reporting" if stage.startswith("report_") else f"stages.{stage}"
 
 
 def _modules(source: Path, package: str) -> set[str]:
-    """Return the dotted names (below ours) of a package's own modules."""
+    """Return the dotted names of the modules of a package, relative to our top package."""
     paths = source.joinpath(*package.split(".")).rglob("*.py")
     return {".".join(path.relative_to(source).with_suffix("").parts).removesuffix(".__init__") for path in paths}
 
 
 def _templates(source: Path, package: str) -> dict[str, str]:
-    """Return path -> sha256 of a package's files that are no Python, e.g. the templates of pages."""
+    """Return path -> sha256 of the files of a package that are not Python, e.g. page templates."""
     paths = source.joinpath(*package.split(".")).rglob("*")
     others = (path for path in paths if path.is_file() and path.suffix not in (".py", ".pyc"))
     return {path.relative_to(source).as_posix(): file_sha256(path) for path in others}
 
 
-def _named(tree: ast.AST) -> Iterator[str]:
-    """Yield what may be modules of ours that a module imports; `from ropeway.x import y` may name x or x.y."""
+def _imported_names(tree: ast.AST) -> Iterator[str]:
+    """Yield the names of our modules that a module may import; `from ropeway.x import y` may mean x or x.y."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == PACKAGE:
             inner = node.module.removeprefix(PACKAGE).removeprefix(".")

@@ -1,4 +1,4 @@
-"""What this machine trains on, found without loading torch."""
+"""Detects the hardware of this machine without loading torch."""
 
 import os
 import platform
@@ -12,24 +12,25 @@ from ropeway.runtime.errors import ConfigError
 
 CPU_RANKS = 2
 _SLOTS = re.compile(r"(\S+)\s+slots=(\d+)\s*(?:#.*)?")
-_ASK_SECONDS = 5  # nvidia-smi wakes a sleeping driver
+_NVIDIA_SMI_SECONDS = 5  # nvidia-smi may have to load the driver
 
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """A card as its driver names it."""
+    """A GPU as reported by its driver."""
 
     name: str
     memory_bytes: int
 
 
 def count_ranks(environment: dict[str, str] | None = None, *, devices: Path = Path("/dev")) -> int:
-    """Return how many ranks train.
+    """Return the number of training ranks.
 
-    `ROPEWAY_RANKS`, else a Slurm job's tasks, else the hostfile's slots, else this machine's NVIDIA cards, else 2.
+    `ROPEWAY_RANKS`, else the tasks of the Slurm job, else the slots of the hostfile, else the number of NVIDIA GPUs,
+    else 2.
 
     Raises:
-        ConfigError: `ROPEWAY_RANKS` is not a positive whole number, or `ROPEWAY_HOSTFILE` is no hostfile.
+        ConfigError: `ROPEWAY_RANKS` is not a positive whole number, or `ROPEWAY_HOSTFILE` is not a valid hostfile.
     """
     environment = dict(os.environ) if environment is None else environment
     stated = environment.get("ROPEWAY_RANKS")
@@ -45,13 +46,13 @@ def count_ranks(environment: dict[str, str] | None = None, *, devices: Path = Pa
 
 
 def in_slurm(environment: Mapping[str, str]) -> bool:
-    """Return whether this is a Slurm job with several tasks; one task alone is no wish to spread."""
+    """Return whether this is a Slurm job with several tasks; a job with one task runs like a plain machine."""
     tasks = environment.get("SLURM_NTASKS", "")
     return "SLURM_JOB_ID" in environment and tasks.isdecimal() and int(tasks) > 1
 
 
 def list_gpus(environment: dict[str, str] | None = None, *, devices: Path = Path("/dev")) -> list[str]:
-    """Return the NVIDIA cards this process may use, without loading torch."""
+    """Return the NVIDIA GPUs that this process may use, without loading torch."""
     environment = dict(os.environ) if environment is None else environment
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
@@ -60,22 +61,27 @@ def list_gpus(environment: dict[str, str] | None = None, *, devices: Path = Path
 
 
 def detect_gpus(environment: dict[str, str] | None = None, *, devices: Path = Path("/dev")) -> list[Gpu]:
-    """Return the cards this process may use, with their memory; none where there are none or the driver is silent."""
+    """Return the GPUs that this process may use, with their memory; empty without GPUs or if nvidia-smi fails."""
     cards = list_gpus(environment, devices=devices)
     if not cards:
         return []
-    chosen = ["-i", ",".join(card.removeprefix("nvidia") for card in cards)]  # numbers, or UUIDs as CUDA takes them
+    chosen = [
+        "-i",
+        ",".join(card.removeprefix("nvidia") for card in cards),
+    ]  # indices, or UUIDs as in CUDA_VISIBLE_DEVICES
     query = ["nvidia-smi", *chosen, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     try:
-        said = subprocess.run(query, capture_output=True, text=True, timeout=_ASK_SECONDS, check=True, env=environment)
+        done = subprocess.run(
+            query, capture_output=True, text=True, timeout=_NVIDIA_SMI_SECONDS, check=True, env=environment
+        )
     except (OSError, subprocess.SubprocessError):
         return []
-    rows = [line.rsplit(",", 1) for line in said.stdout.splitlines() if "," in line]
+    rows = [line.rsplit(",", 1) for line in done.stdout.splitlines() if "," in line]
     return [Gpu(name.strip(), int(mebibytes) * 2**20) for name, mebibytes in rows if mebibytes.strip().isdecimal()]
 
 
 def cpu_model_name(info: Path = Path("/proc/cpuinfo")) -> str:
-    """Return the CPU's model as Linux names it, else its architecture: other kinds round otherwise."""
+    """Return the CPU model as Linux reports it, else the architecture; rounding can differ between models."""
     try:
         lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -85,11 +91,11 @@ def cpu_model_name(info: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
-    """Return host -> slots of a hostfile as DeepSpeed and OpenMPI write it; raise ConfigError for anything else."""
+    """Return host -> slots of a hostfile in DeepSpeed's and OpenMPI's format; raise ConfigError if it is invalid."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise ConfigError(f"ROPEWAY_HOSTFILE: {path} cannot be read ({error.strerror})") from None
+        raise ConfigError(f"ROPEWAY_HOSTFILE: {path} cannot be read ({error.strerror}). Correct the path") from None
     hosts: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip() or line.lstrip().startswith("#"):
@@ -99,12 +105,12 @@ def read_hostfile(path: Path) -> dict[str, int]:
             raise ConfigError(f"{path}:{number}: expected `HOST slots=N`, each host once; found {line.strip()!r}")
         hosts[match[1]] = int(match[2])
     if not hosts:
-        raise ConfigError(f"{path}: no host in it; expected lines `HOST slots=N`")
+        raise ConfigError(f"{path}: expected at least one line `HOST slots=N`, found none")
     return hosts
 
 
 def count_local_ranks(environment: Mapping[str, str], ranks: int) -> int:
-    """Return how many of the ranks share a machine, 1 at least: its cores are divided among them."""
+    """Return how many ranks run on one machine (at least 1), which share its CPU cores."""
     if in_slurm(environment):
         return max(1, ranks // int(environment.get("SLURM_JOB_NUM_NODES", "1")))
     if "ROPEWAY_HOSTFILE" in environment:

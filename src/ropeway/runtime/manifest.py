@@ -1,6 +1,6 @@
-"""A folder's manifest: JSON that names every file with sha256, bytes and rows, written last.
+"""A folder's manifest: JSON that lists every file with sha256, bytes and rows, written last.
 
-Its presence means "whole". A reader verifies what it opens; a folder without a manifest is unfinished work.
+A folder with a manifest is complete; a folder without one is unfinished. Readers verify the files that they open.
 """
 
 import hashlib
@@ -13,20 +13,20 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NotRequired
 
-from typing_extensions import TypedDict  # pydantic checks typing's own only from Python 3.12 on
+from typing_extensions import TypedDict  # pydantic checks typing.TypedDict only from Python 3.12 on
 
 from ropeway.runtime.errors import DataError
 
 NAME = "manifest.json"
 _BLOCK_BYTES = 1 << 20
-_THREADS = 4  # that hash a folder's files
+_THREADS = 4  # for hashing the files of a folder
 
 
-Json = Mapping[str, Any]  # a mapping out of a JSON file, as it was read
+Json = Mapping[str, Any]  # a mapping read from a JSON file, not validated
 
 
 class FileFacts(TypedDict):
-    """What a manifest says of a file."""
+    """The entry of a file in a manifest."""
 
     bytes: int
     sha256: str
@@ -43,7 +43,7 @@ def canonical_json(value: object) -> bytes:
 
 
 def json_mapping(data: bytes) -> Json:
-    """Return the JSON mapping that bytes hold, empty for anything else."""
+    """Return the mapping in JSON bytes; empty if they are not a JSON mapping."""
     try:
         found = json.loads(data)
     except ValueError:
@@ -66,7 +66,7 @@ def file_sha256(path: Path) -> str:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that a reader sees the old bytes or the new ones, also after a power cut."""
+    """Write a file atomically: a reader sees the old or the new bytes, even after a power failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -82,7 +82,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def json_bytes(value: object) -> bytes:
-    """Return sorted, indented JSON for people; NaN is refused, since JSON has none."""
+    """Return sorted, indented JSON; raise ValueError for NaN, which JSON does not support."""
     return (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
@@ -92,7 +92,7 @@ def write_json(path: Path, value: object) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in a folder durable; where the platform cannot, do nothing."""
+    """Make renames in a folder durable (fsync); do nothing if the platform does not support it."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -102,7 +102,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def iterate_files(folder: Path) -> Iterator[Path]:
-    """Yield every file below `folder` but the manifest itself, sorted by relative path."""
+    """Yield every file below `folder` except the manifest, sorted by relative path."""
     for path in sorted(folder.rglob("*"), key=lambda path: path.relative_to(folder).as_posix()):
         if path.is_file() and path != folder / NAME:
             yield path
@@ -111,7 +111,7 @@ def iterate_files(folder: Path) -> Iterator[Path]:
 def write_manifest(
     folder: Path, facts: Mapping[str, object], *, rows: Mapping[str, int] | None = None
 ) -> dict[str, Any]:
-    """Write `folder/manifest.json`, last: `{"files": {name: {sha256, bytes, rows?}}, **facts}`; return it."""
+    """Write and return `folder/manifest.json`: `{"files": {name: {sha256, bytes, rows?}}, **facts}`; call it last."""
     files: dict[str, FileFacts] = {}
     paths = list(iterate_files(folder))
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -127,26 +127,29 @@ def write_manifest(
 
 
 def load_manifest(folder: Path, *, remedy: str, verify: bool = True) -> dict[str, Any]:
-    """Return a folder's manifest, its files hashed again, or with `verify` off their sizes compared.
+    """Return a folder's manifest after verifying its files.
 
-    `remedy` tells the reader what to do, e.g. "Run `dvc repro prepare`".
+    Args:
+        folder: The folder with the manifest.
+        remedy: Sentence of the error message that says what to do, e.g. "Run `dvc repro prepare`".
+        verify: Compare the sha256 of each file; if False, only its size.
 
     Raises:
-        DataError: No manifest (unfinished work), or a file missing, added, of another size or with other bytes.
+        DataError: No manifest (unfinished work), or a file is missing, unlisted or has another size or sha256.
     """
     try:
         manifest: dict[str, Any] = json.loads((folder / NAME).read_bytes())
         files = manifest["files"]
         _check_file_facts(files)
     except FileNotFoundError:
-        raise DataError(f"{folder}: no {NAME}, so what is there is missing or unfinished. {remedy}") from None
+        raise DataError(f"{folder}: no {NAME}, so the folder is missing or unfinished. {remedy}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder / NAME}: not a manifest ({error}). {remedy}") from None
-    there = {path.relative_to(folder).as_posix() for path in iterate_files(folder)}
-    if extra := sorted(there - set(files)):
-        raise DataError(f"{folder}: {extra[0]} is not in the manifest ({len(extra)} such files). {remedy}")
+    present = {path.relative_to(folder).as_posix() for path in iterate_files(folder)}
+    if extra := sorted(present - set(files)):
+        raise DataError(f"{folder}: {extra[0]} is not in the manifest ({len(extra)} unlisted files). {remedy}")
     named = sorted(files.items())
-    with ThreadPoolExecutor(_THREADS) as pool:  # hashing lets go of the interpreter; the first fault in order is raised
+    with ThreadPoolExecutor(_THREADS) as pool:  # hashing releases the GIL; map raises the first error in order of names
         list(pool.map(lambda one: check_file(folder / one[0], one[1], remedy=remedy, verify=verify), named))
     return manifest
 
@@ -164,13 +167,13 @@ def _check_file_facts(files: object) -> None:
 def check_listed(folder: Path, expected: Iterable[str], files: Mapping[str, FileFacts], *, remedy: str) -> None:
     """Raise DataError unless a folder's manifest lists every expected file."""
     if missing := sorted(set(expected) - files.keys()):
-        raise DataError(f"{folder / NAME}: lists no {missing[0]} ({len(missing)} such files). {remedy}")
+        raise DataError(f"{folder / NAME}: {missing[0]} is not listed ({len(missing)} missing entries). {remedy}")
 
 
 def check_file(path: Path, facts: FileFacts, *, remedy: str, verify: bool = True) -> None:
-    """Raise DataError unless `path` has the size and, with `verify`, the sha256 that its manifest promises."""
+    """Raise DataError unless `path` has the size and, with `verify`, the sha256 of its manifest entry."""
     if not path.is_file():
-        raise DataError(f"{path}: missing, though its manifest names it ({facts['bytes']:,} bytes). {remedy}")
+        raise DataError(f"{path}: missing, its manifest says {facts['bytes']:,} bytes. {remedy}")
     if (size := path.stat().st_size) != facts["bytes"]:
         raise DataError(f"{path}: {size:,} bytes, its manifest says {facts['bytes']:,}. {remedy}")
     if verify and (found := file_sha256(path)) != facts["sha256"]:
@@ -181,7 +184,7 @@ def check_file(path: Path, facts: FileFacts, *, remedy: str, verify: bool = True
 
 
 def link_file(path: Path, target: Path) -> None:
-    """Give a file a second name; where the disk knows no links, copy it."""
+    """Hard-link a file; copy it if the file system does not support hard links."""
     try:
         os.link(path, target)
     except OSError:
@@ -190,9 +193,9 @@ def link_file(path: Path, target: Path) -> None:
 
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `target`; on success it takes `target`'s place in one rename, else it goes.
+    """Yield an empty folder beside `target` that replaces it in one rename on success and is removed on failure.
 
-    Write the manifest inside, last.
+    Write the manifest inside it last.
     """
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

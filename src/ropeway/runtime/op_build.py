@@ -1,7 +1,7 @@
-"""DeepSpeed's shared-memory op for a CPU: `python -m ropeway.runtime.op_build` builds it, once, at set-up.
+"""DeepSpeed's shared-memory op for CPUs: `python -m ropeway.runtime.op_build` builds it once, during setup.
 
-DeepSpeed 0.19.8 guards the build with torch's lock file. A build that is killed leaves the file, and every later start
-waits for it without end. And each rank puts a buffer of 67 MB into /dev/shm, which is memory, and never removes it.
+DeepSpeed 0.19.8 guards the build with torch's lock file. If a build is killed, the file stays and every later start
+waits for it forever. Each rank also creates a buffer of 67 MB in /dev/shm, which is memory, and never removes it.
 """
 
 import os
@@ -21,9 +21,9 @@ _BUFFER = "deepspeed_allreduce_buffer"  # Source: SHM_BUFFER_NAME, deepspeed/ops
 
 
 def extensions_folder(environment: Mapping[str, str]) -> Path:
-    """Return where the op is built: `TORCH_EXTENSIONS_DIR`, else beside this Python.
+    """Return the build folder of the op: `TORCH_EXTENSIONS_DIR`, else a folder in this Python environment.
 
-    Two environments that share one place build the op again at every change from one to the other.
+    If two environments shared a folder, each switch between them would rebuild the op.
     """
     if stated := environment.get("TORCH_EXTENSIONS_DIR"):
         return Path(stated)
@@ -32,10 +32,10 @@ def extensions_folder(environment: Mapping[str, str]) -> Path:
 
 
 def clear_dead_locks(folder: Path) -> list[Path]:
-    """Remove the build locks under a folder that no living process of this machine holds; return them.
+    """Remove and return the build locks below a folder that no living process on this machine holds.
 
-    torch keeps the file open for as long as it holds the lock (FileBaton of 2.13.0), which tells a dead holder from a
-    slow one.
+    torch keeps the file open while it holds the lock (FileBaton of 2.13.0), so a lock that no process has open is
+    stale.
     """
     found = list(folder.glob("*/lock"))
     held = _open_paths() if found else set()
@@ -48,13 +48,13 @@ def clear_dead_locks(folder: Path) -> list[Path]:
 def _open_paths() -> set[str]:
     paths: set[str] = set()
     for process in psutil.process_iter():
-        with suppress(psutil.Error, OSError):  # another user's, or it ended a moment ago
+        with suppress(psutil.Error, OSError):  # process of another user, or just exited
             paths |= {opened.path for opened in process.open_files()}
     return paths
 
 
 def init_distributed() -> None:
-    """Let the ranks meet (DeepSpeed's `init_distributed`); on a CPU, leave no name of a buffer in /dev/shm."""
+    """Call DeepSpeed's `init_distributed`; on a CPU, then remove this rank's buffer from /dev/shm."""
     import deepspeed
     import torch
     from deepspeed.accelerator import get_accelerator
@@ -62,31 +62,31 @@ def init_distributed() -> None:
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(extensions_folder(os.environ)))
     deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False)
     if get_accelerator().device_name() == "cpu":
-        torch.distributed.barrier()  # every rank has mapped the others' buffers
+        torch.distributed.barrier()  # until every rank has mapped the buffers of the others
         unlink_buffers(int(os.environ["MASTER_PORT"]), rank=torch.distributed.get_rank())
 
 
 def unlink_buffers(port: int, *, rank: int | None = None) -> list[Path]:
-    """Remove the buffers of the run on this port, of one rank or of all, from /dev/shm; who has one mapped keeps it."""
-    named = f"{_BUFFER}_{os.getuid()}_*_{port}_{'*' if rank is None else rank}"
-    found = list(BUFFERS.glob(named))
+    """Remove the buffers of the run on `port` (one rank or all) from /dev/shm; processes that mapped one keep it."""
+    pattern = f"{_BUFFER}_{os.getuid()}_*_{port}_{'*' if rank is None else rank}"
+    found = list(BUFFERS.glob(pattern))
     for path in found:
         path.unlink(missing_ok=True)
     return found
 
 
 def announce_build(folder: Path) -> None:
-    """Print that the op will be compiled now, and for how long, if it is not built yet."""
+    """Print that the op is about to be compiled and how long it takes, if it is not built yet."""
     if not any(folder.glob(f"*/{_OP}*.so")):
         print(
-            f"building DeepSpeed's CPU communication op in {folder}, once per environment: 20 to 80 s without output",
+            f"building DeepSpeed's CPU communication op in {folder} (once per environment, 20 to 80 s without output)",
             file=sys.stderr,
             flush=True,
         )
 
 
 def main() -> None:
-    """Load the op, which compiles it when it is not there yet; nothing to do on a machine with GPUs."""
+    """Load the op, which compiles it if it is not built yet; do nothing on a machine with GPUs."""
     if list_gpus():
         return
     from ropeway.runtime.launcher import check_compiler

@@ -1,6 +1,6 @@
-"""Progress of one training attempt: lines for people, a JSON record per step for programs, a summary at the end.
+"""Progress of one training attempt: printed lines, a JSON record per step and a summary at the end.
 
-Everything here depends on the clock or the machine, so none of it is in steps.csv or in the signed package.
+All of it depends on the clock or the machine, so it is not part of steps.csv or the signed package.
 """
 
 import json
@@ -125,13 +125,13 @@ class Progress:
         self._marks.append(self.clock())
         full = {**line, **self._rates(line), "checkpoint_seconds": self.checkpoint_seconds}
         full["eta_seconds"] = self._eta(line)
-        with suppress(OSError):  # on a full disk the next save ends the run with a clear error; a lost line must not
+        with suppress(OSError):  # on a full disk, the next save raises the error; a lost line must not end the run
             self.printer.print_step(full)
             _append(self.lines, full)
         self.mirror(full)
 
     def saved(self, step: int, seconds: float) -> None:
-        """Record and print a checkpoint; training stood still for `seconds`."""
+        """Record and print a checkpoint; training paused for `seconds`."""
         self.checkpoints += 1
         self.checkpoint_seconds += seconds
         with suppress(OSError):
@@ -168,7 +168,7 @@ class Progress:
         }
 
     def _eta(self, line: Line) -> float:
-        """Return the seconds left at the pace of recent steps, evaluation and saving included."""
+        """Return the remaining seconds at the pace of recent steps, including evaluation and saving."""
         pace = (self._marks[-1] - self._marks[0]) / (len(self._marks) - 1)
         return float(pace * (line["total_steps"] - line["step"]))
 
@@ -179,7 +179,7 @@ def _append(path: Path, record: Line) -> None:
 
 
 def describe(line: Line) -> str:
-    """Return a step as one line: bar, step, time left, loss, learning rate, gradient norm, throughput and memory."""
+    """Return one line per step: bar, step, time left, loss, learning rate, gradient norm, throughput and memory."""
     done = line["step"] * _BAR_CELLS // line["total_steps"]
     bar = f"[{'=' * done}{' ' * (_BAR_CELLS - done)}] step {line['step']}/{line['total_steps']}"
     if line.get("left_out"):
@@ -205,14 +205,14 @@ def describe(line: Line) -> str:
 
 
 def _evaluated(line: Line) -> list[str]:
-    """Return the keys of a step's validation losses; empty where the step was not followed by an evaluation."""
+    """Return the keys of a step's validation losses; empty if no evaluation followed the step."""
     return [key for key in line if key.startswith("validation_")]
 
 
 def _validation(line: Line) -> list[str]:
     losses = ((key.removeprefix("validation_"), line[key]) for key in _evaluated(line))
-    told = ", ".join(f"{source} {loss:.3f}" for source, loss in losses if loss is not None)
-    return [f"validation loss: {told}"] if told else []
+    formatted = ", ".join(f"{source} {loss:.3f}" for source, loss in losses if loss is not None)
+    return [f"validation loss: {formatted}"] if formatted else []
 
 
 def format_seconds(seconds: float) -> str:

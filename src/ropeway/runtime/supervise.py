@@ -1,11 +1,11 @@
-"""Run a command so that nothing it started outlives it, whoever ordered it, or a signal.
+"""Run a command and end its whole process tree when it exits, when a signal arrives or when its parent dies.
 
-    flow ── supervise ── dvc ── sh ── ropeway stage train (supervises too) ── stage ── launcher ── ranks
+    flow ── supervise ── dvc ── sh ── ropeway stage train (also a supervisor) ── stage ── launcher ── ranks
 
-The tree is asked to end (TERM) when this process gets TERM, INT or HUP, or when an ancestor on whose behalf it works
-is gone; what is left after the grace is killed. DeepSpeed's launcher must not be asked: TERM to it leaves ranks
-running (tried with 0.19.8), so where there are ranks they alone are asked, save a checkpoint, and the rest ends after
-them. What another supervisor looks after is left to it.
+The tree receives SIGTERM when this process receives TERM, INT or HUP, or when the ancestor that started the work dies.
+Processes that are still alive after the grace period are killed. DeepSpeed's launcher must not receive TERM: it then
+leaves ranks running (verified with 0.19.8). If there are ranks, only they receive TERM; they save a checkpoint, and the
+other processes exit after them. Processes of another living supervisor receive no signal from this one.
 """
 
 import argparse
@@ -28,19 +28,19 @@ import psutil
 from ropeway.runtime.errors import ConfigError
 from ropeway.runtime.manifest import write_json
 
-GRACE_SECONDS = 60.0  # `ROPEWAY_GRACE_SECONDS` sets another; a checkpoint must fit into it
-LEFTOVER_SECONDS = 5.0  # for what a command leaves behind when it ends by itself
-_POLL_SECONDS = 0.5  # only a fallback: signals and, on Linux, deaths of ancestors wake us at once
-_SUPERVISOR_MARK = "ROPEWAY_SUPERVISED_BY"  # inherited, so it still says whose a process is after its parent died
-# Adjacent: the launcher's command line names the module too, but not after -m.
+GRACE_SECONDS = 60.0  # or `ROPEWAY_GRACE_SECONDS`; must be long enough to save a checkpoint
+LEFTOVER_SECONDS = 5.0  # grace period of leftover processes after the command has exited
+_POLL_SECONDS = 0.5  # fallback: signals and, on Linux, the death of an ancestor end the wait at once
+_SUPERVISOR_MARK = "ROPEWAY_SUPERVISED_BY"  # inherited, so it identifies the supervisor even after the parent died
+# As an adjacent pair: the launcher's command line also names the module, but not after -m.
 _RANK = ("-m", "ropeway.stages.train.rank")
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # Source: prctl(2)
-_DVC_FAILED = 255  # dvc's code for any failure; not 256 - SIGHUP
+_DVC_FAILED = 255  # dvc's exit code for any failure; not 256 - SIGHUP
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class ExitRecord(TypedDict):
-    """How a command ended: its exit code, the signal that the code tells of, and why it was asked to end."""
+    """How a command ended: its exit code, the signal that the code encodes, and why it was stopped."""
 
     stage: str
     code: int
@@ -58,36 +58,38 @@ def run(
     cwd: Path | None = None,
     leader: int | None = None,
 ) -> int:
-    """Return the command's exit code once it and everything it started have ended.
+    """Run a command and return its exit code after it and all its descendants have exited.
 
-    Call it in a process that has no other children and from its main thread: it takes over signals and reaps every
+    Call it from the main thread of a process without other children: it installs signal handlers and reaps every
     child. A signal that was ignored at the start (`nohup`, a background job) stays ignored.
 
     Args:
-        command: What to run, in a session of its own.
-        record: Where `{stage, code, signal, why, at}` is written, since DVC hides the exit codes of its stages.
-        grace_seconds: From TERM to KILL; default `ROPEWAY_GRACE_SECONDS`, else 60.
-        env: The command's environment; default this one's.
-        cwd: Its folder; default this one's.
-        leader: The ancestor whose death ends the tree. Default: dvc where DVC runs a stage, else nobody, so a
+        command: The command and its arguments; runs in a new session.
+        record: File for `{stage, code, signal, why, at}`, because DVC hides the exit codes of its stages.
+        grace_seconds: Time from TERM to KILL; default `ROPEWAY_GRACE_SECONDS`, else 60.
+        env: The command's environment; default: this process's.
+        cwd: The command's working directory; default: this process's.
+        leader: Pid of the ancestor whose death ends the tree. Default: dvc if DVC runs the stage, else none, so
             `nohup ropeway stage train` outlives its terminal.
 
     Returns:
-        The command's exit code. 128 + n when signal n ended it, or when it was asked to end and had nothing better to
-        say: 0, and the codes 64, 65 and 75 of errors.py, are passed on.
+        The command's exit code; 128 + n if signal n ended it. If the supervisor stopped it, 0 and the codes 64, 65
+        and 75 of errors.py are passed on, and every other code becomes 128 + n.
 
     Raises:
-        ConfigError: There is no such command.
+        ConfigError: The command does not exist; correct its name or set up the environment.
     """
     record.unlink(missing_ok=True)
     if grace_seconds is None:
         grace_seconds = float(os.environ.get("ROPEWAY_GRACE_SECONDS", GRACE_SECONDS))
     watched = _find_watched(leader)
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # orphans of the tree become our children
+        ctypes.CDLL(None).prctl(
+            _PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0
+        )  # orphans of the tree become children of this process
     with _SignalPipe(watched or []) as signals:
         if watched is None:
-            why: str | None = "dvc or the flow ended before the command began"
+            why: str | None = "dvc or the flow ended before the command started"
             code = 128 + signal.SIGTERM
         else:
             marked = {**(os.environ if env is None else env), _SUPERVISOR_MARK: str(os.getpid())}
@@ -100,7 +102,9 @@ def run(
                     preexec_fn=_die_with_parent,  # noqa: PLW1509 - this process has one thread
                 )
             except FileNotFoundError as error:
-                raise ConfigError(f"{error.filename}: not found; is the environment set up (`make setup`)?") from None
+                raise ConfigError(
+                    f"{error.filename}: command not found. Set up the environment with `make setup`"
+                ) from None
             code, why = _wait_for_exit(child, watched, signals, grace_seconds)
     stage, at = record.name.split(".")[0], datetime.now(UTC).isoformat(timespec="seconds")
     write_json(record, ExitRecord(stage=stage, code=code, signal=signal_of(code), why=why, at=at))
@@ -108,7 +112,7 @@ def run(
 
 
 def _die_with_parent() -> None:
-    """In the child, before its program: should this supervisor be killed, the command is asked to end."""
+    """Make the kernel send SIGTERM to the command if this supervisor is killed; runs in the child before exec."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
@@ -116,15 +120,15 @@ def _die_with_parent() -> None:
 def _wait_for_exit(
     child: subprocess.Popen[bytes], watched: list[psutil.Process], signals: "_SignalPipe", grace_seconds: float
 ) -> tuple[int, str | None]:
-    """Wait for the child or a reason to end it; return its code and that reason with nothing of the tree left."""
+    """Wait until the child exits or must be stopped, end the tree, and return the exit code and the stop reason."""
     why = None
     while why is None and _reap(child) is None:
         signals.wait()
         why = signals.stop_reason() or next(
-            (f"pid {above.pid} above it is gone" for above in watched if _is_gone(above)), None
+            (f"parent process {above.pid} died" for above in watched if _is_gone(above)), None
         )
     if why is not None:
-        _say(f"{why}: stopping, within {grace_seconds:g} s")
+        _print_message(f"{why}: stopping the command (grace period {grace_seconds:g} s)")
     _end_tree(child, signals, LEFTOVER_SECONDS if why is None else grace_seconds)
     code = 128 - child.returncode if child.returncode < 0 else child.returncode
     if why is not None and code not in (0, 64, 65, 75):
@@ -133,16 +137,16 @@ def _wait_for_exit(
 
 
 class _SignalPipe:
-    """What wakes the supervisor: signals, and on Linux the death of a watched process, without polling."""
+    """Wakes the supervisor without polling: on signals and, on Linux, on the death of a watched process."""
 
     def __init__(self, watched: Sequence[psutil.Process]) -> None:
-        """Keep whom to listen to; nothing is taken over before `with`."""
+        """Store the watched processes; `with` installs the signal handlers."""
         self.signal: int | None = None
         self._watched = watched
         self._undo = ExitStack()
 
     def __enter__(self) -> Self:
-        """Take the signals over."""
+        """Install the signal handlers and open the pipe and the pidfds."""
         self._wakeup_read, wakeup_write = os.pipe()
         os.set_blocking(wakeup_write, False)
         self._undo.callback(os.close, self._wakeup_read)
@@ -157,58 +161,58 @@ class _SignalPipe:
 
     def _open_pidfds(self) -> Iterator[int]:
         for process in self._watched if hasattr(os, "pidfd_open") else ():
-            with suppress(OSError):  # gone already, or a kernel before 5.3: polling sees it
+            with suppress(OSError):  # already dead, or a kernel before 5.3: polling detects it
                 pidfd = os.pidfd_open(process.pid)
                 self._undo.callback(os.close, pidfd)
                 yield pidfd
 
     def __exit__(self, *_: object) -> None:
-        """Give the signals back."""
+        """Restore the signal handlers and close the descriptors."""
         self._undo.close()
 
     def _record_signal(self, number: int, _frame: object) -> None:
         self.signal = self.signal or number
 
     def stop_reason(self) -> str | None:
-        """Return which signal asked for the end."""
-        return f"asked by {signal.Signals(self.signal).name}" if self.signal else None
+        """Return which stop signal this process received, or None."""
+        return f"received {signal.Signals(self.signal).name}" if self.signal else None
 
     def wait(self, seconds: float = _POLL_SECONDS) -> None:
-        """Return after a signal, a death or `seconds`."""
+        """Wait for a signal or the death of a watched process, at most `seconds`."""
         ready, _, _ = select.select([self._wakeup_read, *self._pidfds], [], [], seconds)
         for descriptor in ready:
             if descriptor == self._wakeup_read:
                 os.read(self._wakeup_read, 512)
             else:
-                self._pidfds.remove(descriptor)  # it stays readable for ever
+                self._pidfds.remove(descriptor)  # it stays readable
 
 
 def _end_tree(child: subprocess.Popen[bytes], signals: _SignalPipe, grace_seconds: float) -> None:
-    """Ask the tree to end, each process once, then kill it; return when nothing of it is left."""
-    deadline, asked, had_ranks = time.monotonic() + grace_seconds, set[psutil.Process](), False
-    # A leader whose other threads are still ending looks dead and cannot be reaped yet: its code is not known.
+    """Send TERM to each process of the tree once, KILL after the grace period; return when all have exited."""
+    deadline, signaled, had_ranks = time.monotonic() + grace_seconds, set[psutil.Process](), False
+    # A thread-group leader with running threads is a zombie that cannot be reaped yet: its exit code is unknown.
     while (tree := _tree(child)) or child.returncode is None:
         if time.monotonic() > deadline:
             _send(tree, signal.SIGKILL)
         else:
-            mine = [process for process in tree if not _is_elsewhere(process, tree)]
+            mine = [process for process in tree if not _has_other_supervisor(process, tree)]
             ranks = [process for process in mine if _is_rank(process)]
             had_ranks |= bool(ranks)
-            now = {*(ranks if had_ranks else mine)} - asked
+            now = {*(ranks if had_ranks else mine)} - signaled
             _send(now, signal.SIGTERM)
-            asked |= now
+            signaled |= now
         signals.wait(0.1)
 
 
 def _tree(child: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """Return every living process of ours, then reap: none left means the command's code is known."""
+    """Return all living descendants, then reap: once the list is empty, the command's exit code is known."""
     living = [process for process in psutil.Process().children(recursive=True) if not _is_gone(process)]
     _reap(child)
     return living
 
 
 def _reap(child: subprocess.Popen[bytes]) -> int | None:
-    """Reap every dead child, adopted ones too; return the command's code (negative: its signal) once it ended."""
+    """Reap every dead child, including adopted ones; return the command's exit code (negative: signal) or None."""
     with suppress(ChildProcessError):
         while (ended := os.waitpid(-1, os.WNOHANG))[0]:
             if ended[0] == child.pid:
@@ -220,7 +224,7 @@ def _send(processes: Sequence[psutil.Process] | set[psutil.Process], number: sig
     for process in processes:
         with suppress(psutil.NoSuchProcess):
             process.send_signal(number)
-            if sys.platform != "linux":  # no subreaper: an orphan can only be reached through its group
+            if sys.platform != "linux":  # no subreaper: an orphan is reachable only through its process group
                 with suppress(ProcessLookupError, PermissionError):
                     os.killpg(os.getpgid(process.pid), number)
 
@@ -240,26 +244,26 @@ def _is_rank(process: psutil.Process) -> bool:
     return _RANK in pairwise(words)
 
 
-def _is_elsewhere(process: psutil.Process, tree: Sequence[psutil.Process]) -> bool:
-    """Return whether another living supervisor of this tree looks after a process."""
+def _has_other_supervisor(process: psutil.Process, tree: Sequence[psutil.Process]) -> bool:
+    """Return whether a process belongs to another living supervisor in this tree."""
     try:
-        by = int(process.environ().get(_SUPERVISOR_MARK, os.getpid()))
+        supervisor = int(process.environ().get(_SUPERVISOR_MARK, os.getpid()))
     except (psutil.Error, OSError, ValueError):
         return False
-    return by != os.getpid() and any(other.pid == by for other in tree)
+    return supervisor != os.getpid() and any(other.pid == supervisor for other in tree)
 
 
 def _find_watched(leader: int | None) -> list[psutil.Process] | None:
-    """Return the ancestors without whom there is nobody to work for; None when one has died already."""
+    """Return the ancestors whose death ends the command; None if one has already died."""
     above: list[psutil.Process] = psutil.Process().parents()
     if leader is not None:
         return next(([process] for process in above if process.pid == leader), None)
     if "DVC_STAGE" not in os.environ:  # DVC 3 sets it for every command
         return []
-    for process in above:  # a shell stands between; dvc ends when that does
+    for process in above:  # dvc starts stages through a shell and ends when the shell does
         if _is_dvc(process):
             return [process]
-    # Another program runs DVC through its API: watch what started us, unless that has died.
+    # Another program runs DVC through its API: watch the direct parent, unless it has died.
     return above[:1] if above and above[0].pid != 1 else None
 
 
@@ -271,7 +275,7 @@ def _is_dvc(process: psutil.Process) -> bool:
 
 
 def signal_of(code: int) -> str | None:
-    """Return which signal an exit code tells of: 128 + n, or 256 - n as DeepSpeed's launcher (0.19.8) passes it on.
+    """Return the signal that an exit code encodes: 128 + n, or 256 - n as DeepSpeed's launcher (0.19.8) encodes it.
 
     >>> signal_of(143), signal_of(247), signal_of(1), signal_of(255)
     ('SIGTERM', 'SIGKILL', None, None)
@@ -280,23 +284,23 @@ def signal_of(code: int) -> str | None:
     return signal.Signals(number).name if number in set(signal.Signals) and code != _DVC_FAILED else None
 
 
-def _say(what: str) -> None:
-    with suppress(OSError):  # whoever read us may be gone; that is no reason to leave work unsaved
-        print(f"supervisor: {what}", flush=True)
+def _print_message(text: str) -> None:
+    with suppress(OSError):  # the reader of stdout may have exited; the ranks must still save
+        print(f"supervisor: {text}", flush=True)
 
 
 def main() -> None:
-    """`python -m ropeway.runtime.supervise --record FILE [--leader PID] [--grace S] -- COMMAND…`."""
+    """Run `python -m ropeway.runtime.supervise --record FILE [--leader PID] [--grace S] -- COMMAND…`."""
     parser = argparse.ArgumentParser(prog="ropeway.runtime.supervise")
     parser.add_argument("--record", type=Path, required=True)
     parser.add_argument("--leader", type=int)
     parser.add_argument("--grace", type=float)
     parser.add_argument("command", nargs="+")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     try:
-        sys.exit(run(asked.command, record=asked.record, grace_seconds=asked.grace, leader=asked.leader))
+        sys.exit(run(options.command, record=options.record, grace_seconds=options.grace, leader=options.leader))
     except ConfigError as error:
-        _say(str(error))
+        _print_message(str(error))
         sys.exit(error.exit_code)
 
 

@@ -1,11 +1,11 @@
-"""The mirror in Weights & Biases: steps go there from a thread, and nothing that happens there reaches training.
+"""Experiment tracking with Weights & Biases: a background thread logs the steps, and its errors never stop training.
 
-Our own steps.csv is the truth. wandb-core may die, the disk may fill, a network may be slow or gone: lines are then
-dropped and counted, never waited for. One W&B run per attempt, grouped by the run's fingerprint, since W&B does not
-stitch offline parts of one run together. Digests go there, never files: an artifact would copy the weights.
+steps.csv is authoritative. If wandb-core dies, the disk is full or the network is slow or down, steps are dropped and
+counted; training never waits. Each attempt is one W&B run, grouped by the fingerprint of the training run, because W&B
+cannot merge offline parts into one run. Digests are logged, files are not: an artifact would copy the weights.
 
-Who and where is environment, as W&B itself reads it: WANDB_MODE (disabled, offline, online), WANDB_API_KEY or
-~/.netrc, WANDB_PROJECT, WANDB_ENTITY, WANDB_BASE_URL, WANDB_DIR.
+The settings are W&B's own environment variables: WANDB_MODE (disabled, offline, online), WANDB_API_KEY or ~/.netrc,
+WANDB_PROJECT, WANDB_ENTITY, WANDB_BASE_URL, WANDB_DIR.
 """
 
 import netrc
@@ -21,16 +21,18 @@ from urllib.parse import urlparse
 
 from ropeway.runtime.progress import Line
 
-PROJECT = "supervised-finetuning"  # Source: Open-Assistant's trainer, where WANDB_PROJECT names no other
-_WAITING_LINES = 1000
-_FAILURES_IN_ROW = 3  # then the breaker opens
+PROJECT = "supervised-finetuning"  # default of WANDB_PROJECT. Source: Open-Assistant's trainer
+_QUEUE_LINES = 1000
+_FAILURES_IN_ROW = 3  # then the circuit breaker opens
 _FINISH_SECONDS = 15.0
-_INIT_SECONDS = 20.0  # of W&B's 90: measured with a key and no network, a raise after it (wandb issues 7671, 10669)
+_INIT_SECONDS = (
+    20.0  # W&B's default is 90; with a key and no network it raises after this time (wandb issues 7671, 10669)
+)
 _HOST = "https://api.wandb.ai"
 
 
 class TrackingResult(TypedDict):
-    """Where the steps of an attempt went, and what was lost on the way; part of its provenance."""
+    """Where the steps of an attempt were logged and how many were dropped; part of its provenance."""
 
     mode: str
     link: str | None
@@ -40,25 +42,25 @@ class TrackingResult(TypedDict):
 
 
 class TrackingClient(Protocol):
-    """What of a W&B run is used."""
+    """The part of the interface of a W&B run that is used here."""
 
     url: str | None
     dir: str
 
     def log(self, data: Mapping[str, object], *, step: int) -> None:
-        """Send one line."""
+        """Log one step."""
 
     def finish(self) -> None:
-        """Send what is left."""
+        """Send the remaining steps and close the run."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrackedRun:
-    """What the mirror is told about an attempt.
+    """An attempt as it is described to W&B.
 
     Attributes:
-        folder: Where offline files go, unless WANDB_DIR says otherwise.
-        group: The fingerprint: attempts of one training run stand together.
+        folder: Folder of offline files, unless WANDB_DIR is set.
+        group: Fingerprint of the training run; W&B groups its attempts by it.
     """
 
     folder: Path
@@ -68,11 +70,11 @@ class TrackedRun:
 
 
 def choose_modes(environment: Mapping[str, str], *, home: Path) -> tuple[str, ...]:
-    """Return the modes to try, in order: online only with a key, offline behind it, none where W&B is switched off."""
-    asked = environment.get("WANDB_MODE", "").lower()
-    if asked == "disabled" or environment.get("WANDB_DISABLED", "").lower() in ("true", "1"):
+    """Return the modes to try, in order: online (only with a key), then offline; empty if W&B is disabled."""
+    mode = environment.get("WANDB_MODE", "").lower()
+    if mode == "disabled" or environment.get("WANDB_DISABLED", "").lower() in ("true", "1"):
         return ()
-    if asked in ("offline", "dryrun"):
+    if mode in ("offline", "dryrun"):
         return ("offline",)
     return ("online", "offline") if _has_key(environment, home) else ("offline",)
 
@@ -87,12 +89,12 @@ def _has_key(environment: Mapping[str, str], home: Path) -> bool:
 
 
 class Tracker:
-    """Lines go in and never wait; a thread opens the mirror and sends them."""
+    """Queues steps without blocking; a background thread opens the W&B run and sends them."""
 
     def __init__(self, start: Callable[[str], TrackingClient], modes: Sequence[str]) -> None:
-        """Begin to open the mirror in the first of the modes; on trouble the next, then none."""
+        """Start the thread, which opens a run in the first mode that works; if no mode works, steps are dropped."""
         self._start, self._modes = start, modes
-        self._lines: deque[Line] = deque(maxlen=_WAITING_LINES)
+        self._lines: deque[Line] = deque(maxlen=_QUEUE_LINES)
         self._changed = threading.Condition()
         self._closing, self._off = False, not modes
         self._sent = self._dropped = 0
@@ -104,16 +106,16 @@ class Tracker:
             self._thread.start()
 
     def log(self, line: Line) -> None:
-        """Leave a line to be sent; the oldest is dropped where too many wait."""
+        """Queue a step; the oldest one is dropped if the queue is full."""
         with self._changed:
-            if self._off or len(self._lines) == _WAITING_LINES:
+            if self._off or len(self._lines) == _QUEUE_LINES:
                 self._dropped += 1
             if not self._off:
                 self._lines.append(dict(line))
                 self._changed.notify()
 
     def finish(self, *, seconds: float = _FINISH_SECONDS) -> TrackingResult:
-        """Send what is left, for so long at most; return where it went and what was lost, for the provenance."""
+        """Send the remaining steps for at most `seconds`; return what was sent and dropped, for the provenance."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -121,7 +123,7 @@ class Tracker:
             self._thread.join(seconds)
         with self._changed:
             if self.is_stuck:
-                self._trouble.append(f"it did not finish within {seconds:g} s")
+                self._trouble.append(f"W&B did not finish within {seconds:g} s")
             lost = self._dropped + len(self._lines)
             return TrackingResult(
                 mode=self._mode, link=self._link, sent=self._sent, dropped=lost, trouble=list(self._trouble)
@@ -129,7 +131,7 @@ class Tracker:
 
     @property
     def is_stuck(self) -> bool:
-        """Whether the thread hangs inside W&B; W&B's own exit hook would then hang too."""
+        """Whether the thread hangs inside W&B; W&B's exit hook would then also hang."""
         return self._thread.is_alive()
 
     def _work(self) -> None:
@@ -140,7 +142,7 @@ class Tracker:
             if client is None:
                 continue
             with self._changed:
-                # Offline: the folder that `wandb sync` takes; to ask for its url makes W&B complain.
+                # Offline: the folder for `wandb sync`; reading `url` makes W&B print a warning.
                 self._mode, self._link = mode, client.url if mode == "online" else str(Path(client.dir).parent)
             if self._send_all(client, mode):
                 return
@@ -150,11 +152,11 @@ class Tracker:
             self._lines.clear()
 
     def _send_all(self, client: TrackingClient, mode: str) -> bool:
-        """Send lines until the end; return False when the breaker opened."""
+        """Send steps until the queue is closed; return False if the circuit breaker opened."""
         failures = 0
         while (line := self._next()) is not None:
             sent = self._sent
-            with self._errors_recorded(mode, told=failures + 1 == _FAILURES_IN_ROW):
+            with self._errors_recorded(mode, reported=failures + 1 == _FAILURES_IN_ROW):
                 client.log({key: value for key, value in line.items() if value is not None}, step=line["step"])
                 self._sent += 1
             failures = 0 if self._sent > sent else failures + 1
@@ -166,13 +168,13 @@ class Tracker:
         return True
 
     @contextmanager
-    def _errors_recorded(self, mode: str, *, told: bool = True) -> Iterator[None]:
-        """Go on without W&B whatever it raises; note what that was if it is to be told."""
+    def _errors_recorded(self, mode: str, *, reported: bool = True) -> Iterator[None]:
+        """Suppress every error of W&B; record it if `reported`."""
         try:
             yield
-        except Exception as error:  # noqa: BLE001 - nothing that happens there reaches training
-            if told:
-                self._trouble.append(_tell(mode, error))
+        except Exception as error:  # noqa: BLE001 - an error of W&B must not stop training
+            if reported:
+                self._trouble.append(_one_line(mode, error))
 
     def _next(self) -> Line | None:
         with self._changed:
@@ -182,26 +184,26 @@ class Tracker:
 
 
 def describe_tracking(facts: TrackingResult) -> str:
-    """Return in one line where the steps went, and what was lost on the way.
+    """Return one line: where the steps were logged and how many were not.
 
     >>> describe_tracking({"mode": "offline", "link": "/run", "sent": 9, "dropped": 1, "trouble": []})
-    'W&B (offline): 9 steps in /run (`wandb sync` sends them), 1 not mirrored'
+    'W&B (offline): 9 steps in /run (send them with `wandb sync`), 1 dropped'
     """
-    sync = " (`wandb sync` sends them)" if facts["mode"] == "offline" else ""
-    lost = f", {facts['dropped']} not mirrored" if facts["dropped"] else ""
+    sync = " (send them with `wandb sync`)" if facts["mode"] == "offline" else ""
+    lost = f", {facts['dropped']} dropped" if facts["dropped"] else ""
     trouble = "".join(f"; {one}" for one in facts["trouble"])
     return f"W&B ({facts['mode']}): {facts['sent']} steps in {facts['link']}{sync}{lost}{trouble}"
 
 
-def _tell(mode: str, error: Exception) -> str:
-    """Return an error in one line, without the key: it goes into the provenance."""
+def _one_line(mode: str, error: Exception) -> str:
+    """Return an error as one line without the API key, because it is written to the provenance."""
     text = f"{mode}: {type(error).__name__}: {error}".splitlines()[0]
     key = os.environ.get("WANDB_API_KEY")
     return text.replace(key, "***") if key else text
 
 
 def open_tracker(run: TrackedRun) -> Tracker:
-    """Return the tracker of an attempt, as the environment asks."""
+    """Return the tracker of an attempt, configured by the environment."""
     return Tracker(lambda mode: _start_wandb(run, mode), choose_modes(os.environ, home=Path.home()))
 
 
@@ -216,10 +218,10 @@ def _start_wandb(run: TrackedRun, mode: str) -> TrackingClient:
         disable_code=True,
         disable_git=True,
         init_timeout=_INIT_SECONDS,
-        x_disable_meta=True,  # command line, user and host are nobody's business there
-        x_disable_stats=True,  # a thread that samples the machine takes time from two cores
+        x_disable_meta=True,  # do not upload the command line, user and host
+        x_disable_stats=True,  # its sampling thread costs CPU time on a two-core machine
     )
-    init: Any = wandb.init  # its type wants literals
+    init: Any = wandb.init  # its type accepts only literals
     client: TrackingClient = init(
         project=os.environ.get("WANDB_PROJECT", PROJECT),
         name=run.name,

@@ -1,4 +1,4 @@
-"""The watchdog: a rank that hangs says where, and ends with the code that means "start me again, I resume"."""
+"""Watchdog: a rank that hangs prints the stack of every thread and exits with 75, so that the same command resumes."""
 
 import faulthandler
 import os
@@ -14,66 +14,70 @@ from ropeway.runtime.errors import TemporaryError
 
 LEAST_SECONDS = 600.0
 TIMES_THE_USUAL = 20
-SLOW_BYTES_PER_SECOND = 20e6  # a save that is slower than this hangs; a spinning disk over a network does 50 MB/s
-_USUAL_OF = 50
-# A thread that holds the interpreter's lock while it hangs stops our own thread too; faulthandler's needs no lock. It
-# can only exit with 1, so it comes second.
-_SECOND_CHANCE_SECONDS = 60.0
+SLOW_BYTES_PER_SECOND = 20e6  # a save slower than this counts as hung; a network hard disk writes 50 MB/s
+_MEDIAN_WINDOW = 50  # heartbeats
+# A thread that hangs while it holds the GIL also blocks the watchdog's thread; faulthandler's thread needs no GIL. It
+# can exit only with 1, so it is the fallback.
+_FALLBACK_SECONDS = 60.0
 
 
 class Watchdog:
-    """Ends this process when no beat comes for too long.
+    """Ends this process when no heartbeat arrives before the deadline.
 
-    NCCL's and gloo's own limits (10 to 30 minutes, of one collective) say which collective waits, never for whom; the
-    stacks of every rank say it.
+    The timeouts of NCCL and gloo (10 to 30 minutes per collective) name the collective that waits, but not the rank
+    that it waits for. The stacks of all ranks show which rank hangs.
     """
 
     def __init__(self, *, limit_seconds: float | None) -> None:
-        """Start watching; `limit_seconds` None: 20 times the usual beat, at least 10 minutes."""
-        self._stated = limit_seconds
-        self._beats: deque[float] = deque(maxlen=_USUAL_OF)
+        """Start the watchdog.
+
+        Args:
+            limit_seconds: Longest time between heartbeats; None: 20 times the median interval, at least 600 s.
+        """
+        self._fixed_limit = limit_seconds
+        self._intervals: deque[float] = deque(maxlen=_MEDIAN_WINDOW)
         self._last = time.monotonic()
-        self._limit = self._plain_limit()
+        self._limit = self._base_limit()
         self._wakeup = threading.Event()
         self._done = False
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
-        self._arm_second()
+        self._arm_fallback()
 
     def heartbeat(self) -> None:
-        """Say that this rank is alive."""
+        """Record that this rank is alive and restart the timeout."""
         now = time.monotonic()
-        self._beats.append(now - self._last)
-        self._set(now, self._plain_limit())
+        self._intervals.append(now - self._last)
+        self._set(now, self._base_limit())
 
     @contextmanager
     def extended_deadline(self, handled_bytes: int) -> Iterator[None]:
-        """Allow for as long as so many bytes take on a slow disk; that time is no measure of a beat."""
-        self._set(time.monotonic(), self._plain_limit() + handled_bytes / SLOW_BYTES_PER_SECOND)
+        """Extend the deadline by a slow disk's time for `handled_bytes`; this time is not a heartbeat interval."""
+        self._set(time.monotonic(), self._base_limit() + handled_bytes / SLOW_BYTES_PER_SECOND)
         try:
             yield
         finally:
-            self._set(time.monotonic(), self._plain_limit())
+            self._set(time.monotonic(), self._base_limit())
 
     def stop(self) -> None:
-        """Stop watching."""
+        """Stop the watchdog."""
         self._done = True
         self._wakeup.set()
         faulthandler.cancel_dump_traceback_later()
 
-    def _plain_limit(self) -> float:
-        if self._stated is not None:
-            return self._stated
-        return max(LEAST_SECONDS, TIMES_THE_USUAL * median(self._beats)) if self._beats else LEAST_SECONDS
+    def _base_limit(self) -> float:
+        if self._fixed_limit is not None:
+            return self._fixed_limit
+        return max(LEAST_SECONDS, TIMES_THE_USUAL * median(self._intervals)) if self._intervals else LEAST_SECONDS
 
     def _set(self, now: float, limit: float) -> None:
         changed = limit != self._limit
         self._last, self._limit = now, limit
         if changed:
-            self._wakeup.set()  # the thread sleeps by the old limit
-        self._arm_second()
+            self._wakeup.set()  # the thread still waits by the old limit
+        self._arm_fallback()
 
-    def _arm_second(self) -> None:
-        faulthandler.dump_traceback_later(self._limit + _SECOND_CHANCE_SECONDS, exit=True)
+    def _arm_fallback(self) -> None:
+        faulthandler.dump_traceback_later(self._limit + _FALLBACK_SECONDS, exit=True)
 
     def _watch(self) -> None:
         while not self._done:
@@ -86,7 +90,7 @@ class Watchdog:
     def _end_process(self) -> None:
         rank = os.environ.get("RANK", "0")
         print(
-            f"rank {rank}: nothing happened for {self._limit:.0f} s (stop.hang_seconds); where it hangs:",
+            f"rank {rank}: no heartbeat for {self._limit:.0f} s (stop.hang_seconds); stacks of its threads:",
             file=sys.stderr,
             flush=True,
         )

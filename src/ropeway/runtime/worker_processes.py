@@ -1,4 +1,4 @@
-"""What stages that start worker processes on this machine share: how many were asked for, and how a worker begins."""
+"""Worker processes of a stage: their configured number and the initialization of each worker."""
 
 import json
 import multiprocessing
@@ -15,36 +15,36 @@ CODE_CHECK = "ROPEWAY_CODE_CHECK"  # set by a stage for its workers: JSON of sta
 
 
 def read_process_count(variable: str, environment: Mapping[str, str]) -> int | None:
-    """Return the number of processes a variable asks for, None where it is empty; raise ConfigError for no count."""
-    asked = environment.get(variable, "")
-    if not asked:
+    """Return the number of processes set by a variable, None if it is empty; ConfigError if it is not a count."""
+    stated = environment.get(variable, "")
+    if not stated:
         return None
-    if not asked.isdecimal() or int(asked) < 1:
-        raise ConfigError(f"{variable} is {asked!r}; expected a number of processes, 1 or more")
-    return int(asked)
+    if not stated.isdecimal() or int(stated) < 1:
+        raise ConfigError(f"{variable} is {stated!r}; expected a number of processes, 1 or more")
+    return int(stated)
 
 
 def count_cores() -> int:
-    """Return how many cores this process may use."""
+    """Return how many CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def init_worker() -> None:
-    """In a worker: end with the parent, leave ^C to it; raise DataError when it imported other code than recorded."""
+    """Initialize a worker: check its code (DataError), ignore SIGINT, exit when the parent exits."""
     check_worker_code()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
 def check_worker_code() -> None:
-    """Raise DataError when this worker imported other code than its stage's digests are of."""
-    if asked := os.environ.get(CODE_CHECK):
-        stage, digest, kept = json.loads(asked)
+    """Raise DataError if this worker imported other code than the digests of its stage describe."""
+    if stated := os.environ.get(CODE_CHECK):
+        stage, digest, kept = json.loads(stated)
         check_code_digest(digest, Path(kept), stage)
 
 
-def _end_with_parent() -> None:
+def _exit_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
-        parent.join()  # a killed parent says nothing, and its workers would work on, or wait for work for ever
+        parent.join()  # a killed parent cannot stop its workers; they would run or wait forever
         os._exit(TemporaryError.exit_code)

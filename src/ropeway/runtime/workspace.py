@@ -1,4 +1,4 @@
-"""Where things lie in a workspace: one object per run, so no stage spells a path twice."""
+"""Paths of a workspace, each defined once for all stages."""
 
 import os
 from contextlib import suppress
@@ -27,43 +27,47 @@ class Workspace:
     run = _WorkspacePath("runs/{profile}")
     raw = _WorkspacePath("runs/{profile}/raw")  # one folder of parquet files per source, and a manifest
     base = _WorkspacePath("runs/{profile}/base")  # base model and tokenizer with the role tokens, vocabulary padded
-    tokens = _WorkspacePath("runs/{profile}/tokens")  # every sequence as tokens, and what records are compared by
-    data = _WorkspacePath("runs/{profile}/data")  # token shards and their manifest, nothing else
-    ledger = _WorkspacePath("runs/{profile}/ledger.json")  # prepare's account of every record and token
+    tokens = _WorkspacePath("runs/{profile}/tokens")  # every sequence as tokens, and the keys that find duplicates
+    data = _WorkspacePath("runs/{profile}/data")  # token shards and their manifest
+    ledger = _WorkspacePath("runs/{profile}/ledger.json")  # counts of every record and token by outcome in prepare
     report = _WorkspacePath("runs/{profile}/report.html")  # data report: samples, lengths, ledger, refused records
-    model = _WorkspacePath("runs/{profile}/model")  # train's export: weights, config and tokenizer as others load them
-    steps = _WorkspacePath("runs/{profile}/steps.csv")  # one line per optimizer step, without what depends on the clock
-    train_metrics = _WorkspacePath("runs/{profile}/train.json")  # train's figures that do not depend on the clock
+    model = _WorkspacePath(
+        "runs/{profile}/model"
+    )  # train's export: weights, config and tokenizer in Hugging Face format
+    steps = _WorkspacePath(
+        "runs/{profile}/steps.csv"
+    )  # one row per optimizer step, without values that depend on the clock
+    train_metrics = _WorkspacePath("runs/{profile}/train.json")  # training metrics that do not depend on the clock
     timings = _WorkspacePath(
         "runs/{profile}/provenance.json"
-    )  # seconds, tokens/s, host, versions: no part of the model
+    )  # seconds, tokens/s, host, versions: not part of the model
     evaluation = _WorkspacePath("runs/{profile}/eval.json")  # metrics of base and tuned, per source
     samples = _WorkspacePath("runs/{profile}/samples.json")  # sample answers in the published family's JSON format
-    samples_page = _WorkspacePath("runs/{profile}/samples.html")  # the same for people, base and tuned side by side
-    tables = _WorkspacePath("runs/{profile}/tables")  # evaluate's CSV
-    plots = _WorkspacePath("runs/{profile}/plots")  # pictures of the evaluation (PNG, SVG)
-    package = _WorkspacePath("runs/{profile}/package")  # the model as others load it, its facts and its manifest
-    pages = _WorkspacePath(
-        "runs/{profile}/pages"
-    )  # README.md and pages, with the manifest that covers them and the package
+    samples_page = _WorkspacePath("runs/{profile}/samples.html")  # the same as a page, base and tuned side by side
+    tables = _WorkspacePath("runs/{profile}/tables")  # evaluate's tables as CSV
+    plots = _WorkspacePath("runs/{profile}/plots")  # plots of the evaluation (PNG, SVG)
+    package = _WorkspacePath(
+        "runs/{profile}/package"
+    )  # the model in Hugging Face format, its metadata and its manifest
+    pages = _WorkspacePath("runs/{profile}/pages")  # README.md and pages, with a manifest for them and the package
 
-    tasks = _WorkspacePath("configs/tasks")  # the workspace's own tasks for lm-evaluation-harness, YAML and their data
+    tasks = _WorkspacePath("configs/tasks")  # tasks of this workspace for lm-evaluation-harness (YAML and data)
     identity = _WorkspacePath(".identity")  # frozen inputs: params, files they name, digests of code, sources, base
     checkpoints = _WorkspacePath(".checkpoints")  # resumable training state, one folder per fingerprint; no DVC output
     work = _WorkspacePath(".work")  # unfinished work, exit records, logs and the workspace lock
 
     def progress(self, stage: str) -> Path:
-        """How far a stage has come: a JSON record per step (`ropeway.runtime.progress`), of its latest start alone."""
+        """Return the progress file of a stage: one JSON record per step of its latest attempt (`runtime.progress`)."""
         return self.work / f"{stage}.progress.jsonl"
 
     @property
     def registry_url(self) -> str:
-        """The store packages are published to: `ROPEWAY_REGISTRY`, else the folder `registry/` here."""
+        """The store that packages are published to: `ROPEWAY_REGISTRY`, else the workspace's folder `registry/`."""
         return os.environ.get("ROPEWAY_REGISTRY") or (self.root / "registry").as_uri()
 
 
 def count_bytes(path: Path) -> int:
-    """Return the bytes of all files below a path, links not followed."""
+    """Return the total bytes of all files below a path, without following links."""
     if path.is_file():
         return path.stat().st_size
     total = 0
@@ -74,6 +78,6 @@ def count_bytes(path: Path) -> int:
 
 
 def find_root(start: Path | None = None) -> Path:
-    """Return the nearest folder upward that holds params.yaml; `start` itself when none does."""
+    """Return the nearest folder at or above `start` that contains params.yaml; `start` itself if there is none."""
     here = (start or Path.cwd()).resolve()
     return next((folder for folder in (here, *here.parents) if (folder / "params.yaml").is_file()), here)

@@ -43,7 +43,7 @@ def test_the_class_of_a_failure_says_what_can_be_done(site, own, kind, says):
     assert f"stage train {says}; last lines:\n    one\n    two\n  full log: {site.log('train')}" in str(error)
 
 
-@pytest.mark.parametrize("dvc", [{"code": 137, "signal": "SIGKILL"}, {"code": 75, "why": "asked by SIGTERM"}])
+@pytest.mark.parametrize("dvc", [{"code": 137, "signal": "SIGKILL"}, {"code": 75, "why": "received SIGTERM"}])
 def test_a_dvc_that_was_ended_from_outside_is_not_retried(site, dvc):
     record(site, "exit", code=75)
     record(site, "dvc", **dvc)

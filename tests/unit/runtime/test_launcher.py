@@ -9,16 +9,16 @@ from ropeway.runtime.launcher import adopt_slurm, build_launch_command
 ARGUMENTS = ["/w", "tiny", "abc"]
 
 
-def test_one_machine_is_deepspeeds_own_launcher():
+def test_one_machine_uses_the_launcher_of_deepspeed():
     command = build_launch_command({}, ARGUMENTS, ranks=2, port=4711)
     assert command[:3] == [sys.executable, "-m", "deepspeed.launcher.launch"]
     assert command[-4:] == ["ropeway.stages.train.rank", *ARGUMENTS]
     assert "--master_port=4711" in command
 
 
-def test_a_hostfile_is_deepspeeds_runner_and_our_variables_travel(tmp_path):
+def test_a_hostfile_uses_the_runner_and_forwards_our_variables(tmp_path):
     hostfile = tmp_path / "hosts"
-    hostfile.write_text("# two of them\na slots=8\nb slots=8  # the new one\n\n")
+    hostfile.write_text("# two of them\na slots=8\nb slots=8  # new\n\n")
     environment = {"ROPEWAY_HOSTFILE": str(hostfile), "DS_ACCELERATOR": "cuda", "AWS_SECRET_ACCESS_KEY": "hidden"}
     command = build_launch_command(environment, ARGUMENTS, ranks=16, port=1)
     assert command[1:3] == ["-m", "deepspeed.launcher.runner"]
@@ -27,23 +27,23 @@ def test_a_hostfile_is_deepspeeds_runner_and_our_variables_travel(tmp_path):
         "env", "DS_ACCELERATOR=cuda", sys.executable, "-m", "ropeway.stages.train.rank", *ARGUMENTS,
     ]  # fmt: skip
     assert (count_ranks(environment), count_local_ranks(environment, 16)) == (16, 8)
-    with pytest.raises(ConfigError, match="add up to 16, the run has 8"):
+    with pytest.raises(ConfigError, match=rf"{hostfile}.*8 ranks.*16 slots.*ROPEWAY_RANKS"):
         build_launch_command(environment, ARGUMENTS, ranks=8, port=1)
 
 
-@pytest.mark.parametrize("text", ["a\n", "a slots=x\n", "a slots=1\na slots=1\n", "", "# nobody\n"])
-def test_a_hostfile_that_says_something_else_is_refused(tmp_path, text):
+@pytest.mark.parametrize("text", ["a\n", "a slots=x\n", "a slots=1\na slots=1\n", "", "# comment only\n"])
+def test_an_invalid_hostfile_is_a_config_error(tmp_path, text):
     (tmp_path / "hosts").write_text(text)
     with pytest.raises(ConfigError, match="slots=N"):
         read_hostfile(tmp_path / "hosts")
 
 
-def test_a_missing_hostfile_is_named(tmp_path):
+def test_the_message_names_a_missing_hostfile(tmp_path):
     with pytest.raises(ConfigError, match="none cannot be read"):
         read_hostfile(tmp_path / "none")
 
 
-def test_a_slurm_job_of_several_tasks_starts_them_through_srun():
+def test_a_slurm_job_with_several_tasks_uses_srun():
     environment = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "16"}
     assert count_ranks(environment) == 16
     command = build_launch_command(environment, ARGUMENTS, ranks=16, port=5)
@@ -55,7 +55,7 @@ def test_a_slurm_job_of_several_tasks_starts_them_through_srun():
     )
 
 
-def test_a_task_of_slurm_takes_its_place_and_a_launchers_rank_keeps_its_own():
+def test_slurm_sets_the_rank_only_where_no_launcher_has_set_it():
     task = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
     adopt_slurm(task)
     assert (task["RANK"], task["WORLD_SIZE"], task["LOCAL_RANK"]) == ("3", "4", "1")
@@ -64,6 +64,6 @@ def test_a_task_of_slurm_takes_its_place_and_a_launchers_rank_keeps_its_own():
     assert launched["RANK"] == "0"
 
 
-def test_a_stage_that_torchrun_multiplied_says_so():
+def test_a_stage_started_by_torchrun_is_a_config_error():
     with pytest.raises(ConfigError, match="torchrun"):
         build_launch_command({"TORCHELASTIC_RUN_ID": "none"}, ARGUMENTS, ranks=2, port=1)

@@ -1,4 +1,4 @@
-"""What DeepSpeed leaves on a CPU must neither stop a later start nor eat the memory."""
+"""Locks and buffers that DeepSpeed leaves on a CPU neither block a later start nor use up memory."""
 
 import inspect
 import os
@@ -12,7 +12,7 @@ from torch.utils.file_baton import FileBaton
 from ropeway.runtime import op_build as leftovers
 from ropeway.runtime.op_build import announce_build, clear_dead_locks, extensions_folder, unlink_buffers
 
-# torch's own module by its path: to import torch costs 2 s.
+# torch's module by its path: importing torch takes 2 s.
 HOLD = "import runpy, sys; runpy.run_path(sys.argv[2])['FileBaton'](sys.argv[1]).try_acquire(); {then}"
 BUILD = """
 import signal, sys
@@ -53,10 +53,10 @@ def test_the_lock_of_a_living_build_stays(lock, tmp_path):
         alive.communicate()
 
 
-def test_setup_that_was_killed_while_building_can_be_run_again(tmp_path):
+def test_setup_works_after_a_killed_build(tmp_path):
     environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", BUILD]
-    for _ in range(2):  # the second waits for ever where the first one's lock is left
+    for _ in range(2):  # the second waits forever if the lock of the first is left
         with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as building:
             try:
                 assert building.stdout.readline() == "building\n"
@@ -65,7 +65,7 @@ def test_setup_that_was_killed_while_building_can_be_run_again(tmp_path):
         assert list(tmp_path.glob("*/lock"))
 
 
-def test_a_build_is_announced_with_its_place_and_only_before_it_is_made(lock, tmp_path, capsys):
+def test_a_build_is_announced_with_its_folder_and_only_once(lock, tmp_path, capsys):
     announce_build(tmp_path)
     assert re.search(rf"building .* {re.escape(str(tmp_path))}.* s ", capsys.readouterr().err)
     lock.with_name("deepspeed_shm_comm.so").touch()
@@ -73,13 +73,13 @@ def test_a_build_is_announced_with_its_place_and_only_before_it_is_made(lock, tm
     assert capsys.readouterr().err == ""
 
 
-def test_each_environment_builds_beside_its_own_python(monkeypatch, tmp_path):
+def test_each_environment_has_its_own_build_folder(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
     assert extensions_folder({}) == tmp_path / "var" / "torch_extensions"
     assert str(extensions_folder({"TORCH_EXTENSIONS_DIR": "/elsewhere"})) == "/elsewhere"
 
 
-def test_only_the_buffers_of_this_run_go(monkeypatch, tmp_path):
+def test_only_the_buffers_of_this_run_are_removed(monkeypatch, tmp_path):
     monkeypatch.setattr(leftovers, "BUFFERS", tmp_path)
     here = f"deepspeed_allreduce_buffer_{os.getuid()}_127.0.0.1"
     for name in (f"{here}_4100_0", f"{here}_4100_1", f"{here}_41001_0", f"{here}_4200_0", "other_4100_0"):

@@ -1,4 +1,4 @@
-"""Real processes: what counts is that nothing is left, and who was asked to end."""
+"""Supervision of real processes: no process is left, and TERM reaches the right ones."""
 
 import json
 import os
@@ -16,12 +16,12 @@ import pytest
 from tests.support.processes import command_of
 
 PYTHON = sys.executable
-# Each fake says who it is on the tree's one stdout, so a test awaits it instead of sleeping.
+# Each fake process prints its role on the tree's shared stdout, so a test waits for it instead of sleeping.
 SAY = "import os, signal, subprocess, sys\ndef say(*words): os.write(1, (' '.join(map(str, words)) + '\\n').encode())\n"
 
 
 class Tree:
-    """A supervised process tree: its supervisor (or what started it), and what its members said."""
+    """A supervised process tree: its supervisor (or the parent of it) and the output of its members."""
 
     def __init__(self, command, **options):
         self.root = subprocess.Popen(
@@ -30,8 +30,8 @@ class Tree:
         self.lines = []
         self.members = {}
 
-    def hear(self, word, times=1):
-        """Read on until `word` was said so often; return the pids of those who said it."""
+    def wait_for(self, word, times=1):
+        """Read until `word` was printed `times` times; return the processes that printed it."""
         found = []
         while len(found) < times:
             line = self.root.stdout.readline()
@@ -42,7 +42,7 @@ class Tree:
         return found
 
     def finish(self):
-        """Return the code once every member has closed the tree's stdout."""
+        """Return the exit code after every member has closed the tree's stdout."""
         self.lines += self.root.stdout.read().splitlines()
         return self.root.wait(30)
 
@@ -105,13 +105,13 @@ FAMILY = """
 @pytest.mark.parametrize(
     ("code", "died_of"), [(0, None), (1, None), (64, None), (75, None), (255, None), (247, "SIGKILL")]
 )
-def test_the_code_of_the_command_is_passed_on_and_recorded(supervise, record, code, died_of):
+def test_the_exit_code_of_the_command_is_passed_on_and_recorded(supervise, record, code, died_of):
     assert supervise(PYTHON, "-c", f"raise SystemExit({code})").finish() == code
     found = record()
     assert (found["stage"], found["code"], found["signal"], found["why"]) == ("stage", code, died_of, None)
 
 
-def test_a_command_that_a_signal_ended_is_recorded_with_its_name(supervise, record):
+def test_a_command_killed_by_a_signal_is_recorded_with_the_signal(supervise, record):
     assert supervise(PYTHON, "-c", "import os; os.kill(os.getpid(), 9)").finish() == 137
     assert record()["signal"] == "SIGKILL"
 
@@ -119,32 +119,34 @@ def test_a_command_that_a_signal_ended_is_recorded_with_its_name(supervise, reco
 def test_a_command_that_does_not_exist_is_a_config_error(supervise):
     tree = supervise("no-such-command")
     assert tree.finish() == 64
-    assert "no-such-command: not found" in tree.lines[-1]
+    assert "no-such-command: command not found" in tree.lines[-1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_asked_to_end_it_ends_the_whole_tree_also_who_left_its_session(supervise, script, record, number):
+def test_a_stop_signal_ends_the_whole_tree_including_other_sessions(supervise, script, record, number):
     tree = supervise(PYTHON, script("family.py", FAMILY))
-    members = tree.hear("member", times=2)
+    members = tree.wait_for("member", times=2)
     tree.root.send_signal(number)
     assert tree.root.wait(20) == 128 + number
     assert not alive(members)
-    assert record()["why"] == f"asked by {number.name}"
+    assert record()["why"] == f"received {number.name}"
 
 
-def test_who_does_not_end_when_asked_is_killed_after_the_grace(supervise, script):
-    deaf = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nsay('member', os.getpid())\nwhile True: signal.pause()"
-    tree = supervise(PYTHON, script("deaf.py", deaf), grace=0.5)
-    members = tree.hear("member")
+def test_a_process_that_ignores_term_is_killed_after_the_grace_period(supervise, script):
+    ignores_term = (
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nsay('member', os.getpid())\nwhile True: signal.pause()"
+    )
+    tree = supervise(PYTHON, script("ignores_term.py", ignores_term), grace=0.5)
+    members = tree.wait_for("member")
     tree.root.terminate()
     assert tree.root.wait(20) == 143
     assert not alive(members)
 
 
-def test_what_a_command_leaves_behind_is_ended_when_it_ends(supervise, script, record):
-    leaver = FAMILY.replace("signal.pause()\n", "sys.exit(7)\n")
-    tree = supervise(PYTHON, script("leaver.py", leaver))
-    assert tree.finish() == 7  # stdout is closed: the grandchild, which held it, is gone
+def test_leftover_processes_are_ended_after_the_command_exits(supervise, script, record):
+    exits_first = FAMILY.replace("signal.pause()\n", "sys.exit(7)\n")
+    tree = supervise(PYTHON, script("exits_first.py", exits_first))
+    assert tree.finish() == 7  # stdout is closed: the grandchild, which held it open, has exited
     assert record()["code"] == 7
 
 
@@ -159,7 +161,7 @@ RANK = """
 """
 LAUNCHER = """
     def ask(*_):
-        say("launcher-was-asked", os.getpid())
+        say("launcher-received-term", os.getpid())
     signal.signal(signal.SIGTERM, ask)
     ranks = [subprocess.Popen([sys.executable, "-u", "-m", "ropeway.stages.train.rank", "/root"]) for _ in range(2)]
     say("launcher", os.getpid())
@@ -173,24 +175,24 @@ def launcher(script, tmp_path):
         script(f"fake/{part}", "")
     (tmp_path / "fake/ropeway/stages/train/rank.py").write_text(textwrap.dedent(RANK))
     path = script("launcher.py", f"os.chdir({str(tmp_path / 'fake')!r})\n" + textwrap.dedent(LAUNCHER))
-    # As DeepSpeed's launcher does, it names the ranks' module on its own command line.
+    # Like DeepSpeed's launcher, it has the module of the ranks on its command line.
     return [PYTHON, path, "--module", "ropeway.stages.train.rank"]
 
 
-def test_ranks_alone_are_asked_and_their_code_75_is_passed_on(supervise, launcher, record):
+def test_only_ranks_receive_term_and_their_code_75_is_passed_on(supervise, launcher, record):
     tree = supervise(*launcher)
-    ranks = tree.hear("rank", times=2)
+    ranks = tree.wait_for("rank", times=2)
     tree.root.terminate()
     assert tree.finish() == 75
     assert not alive(ranks)
     assert sum(line.startswith("saved") for line in tree.lines) == 2
-    assert not any(line.startswith("launcher-was-asked") for line in tree.lines)
+    assert not any(line.startswith("launcher-received-term") for line in tree.lines)
     assert record()["code"] == 75
 
 
 @pytest.fixture
 def fake_dvc(script):
-    """A program called `dvc` that runs a command through a shell which stays between, and tells the stage's name."""
+    """A program named `dvc` that runs a command through a shell and sets DVC_STAGE."""
     text = """
         os.environ["DVC_STAGE"] = "stage"
         shell = subprocess.Popen(["sh", "-c", sys.argv[1] + "; exit $?"], start_new_session=False)
@@ -201,12 +203,10 @@ def fake_dvc(script):
 
 
 @pytest.mark.parametrize("victim", ["dvc", "sh"])
-def test_when_dvc_or_its_shell_is_killed_the_ranks_save_and_nothing_is_left(
-    launcher, fake_dvc, tmp_path, record, victim
-):
+def test_after_dvc_or_its_shell_is_killed_the_ranks_save_and_exit(launcher, fake_dvc, tmp_path, record, victim):
     inner = f"{PYTHON} -m ropeway.runtime.supervise --record {tmp_path / 'stage.exit.json'} -- {' '.join(launcher)}"
     tree = Tree([PYTHON, fake_dvc, inner], cwd=tmp_path, env={**os.environ, "PYTHONUNBUFFERED": "1"})
-    ranks = tree.hear("rank", times=2)
+    ranks = tree.wait_for("rank", times=2)
     dvc = psutil.Process(tree.root.pid)
     everyone = dvc.children(recursive=True)
     (dvc if victim == "dvc" else dvc.children()[0]).kill()
@@ -215,29 +215,29 @@ def test_when_dvc_or_its_shell_is_killed_the_ranks_save_and_nothing_is_left(
     assert not alive(ranks)
     assert sum(line.startswith("saved") for line in tree.lines) == 2
     assert record()["code"] == 75
-    assert "is gone" in record()["why"]
+    assert "died" in record()["why"]
     tree.root.stdout.close()
 
 
-def test_of_two_nested_supervisors_the_inner_one_asks_the_ranks(supervise, launcher, fake_dvc, tmp_path):
+def test_of_two_nested_supervisors_the_inner_one_stops_the_ranks(supervise, launcher, fake_dvc, tmp_path):
     inner = f"{PYTHON} -m ropeway.runtime.supervise --record {tmp_path / 'inner.exit.json'} -- {' '.join(launcher)}"
     tree = supervise(PYTHON, fake_dvc, inner)
-    tree.hear("rank", times=2)
+    tree.wait_for("rank", times=2)
     everyone = psutil.Process(tree.root.pid).children(recursive=True)
     tree.root.terminate()
     assert tree.root.wait(20) == 143
     assert not alive(everyone)
     tree.finish()
     assert sum(line.startswith("saved") for line in tree.lines) == 2
-    assert not any(line.startswith("launcher-was-asked") for line in tree.lines)
+    assert not any(line.startswith("launcher-received-term") for line in tree.lines)
     assert json.loads((tmp_path / "inner.exit.json").read_text())["code"] == 75
 
 
-def test_a_killed_inner_supervisor_leaves_nothing_to_the_outer_one(supervise, script, fake_dvc, tmp_path):
+def test_after_the_inner_supervisor_is_killed_no_process_is_left(supervise, script, fake_dvc, tmp_path):
     family = script("family.py", FAMILY)
     inner = f"{PYTHON} -m ropeway.runtime.supervise --record {tmp_path / 'inner.exit.json'} -- {PYTHON} {family}"
     tree = supervise(PYTHON, fake_dvc, inner)
-    members = tree.hear("member", times=2)
+    members = tree.wait_for("member", times=2)
     dvc = psutil.Process(tree.root.pid).children()[0]
     next(p for p in dvc.children(recursive=True) if "ropeway.runtime.supervise" in command_of(p)).kill()
     assert tree.root.wait(20) == 137
@@ -245,9 +245,9 @@ def test_a_killed_inner_supervisor_leaves_nothing_to_the_outer_one(supervise, sc
     tree.finish()
 
 
-def test_a_killed_supervisor_takes_its_command_with_it(supervise, script):
+def test_the_command_ends_when_its_supervisor_is_killed(supervise, script):
     tree = supervise(PYTHON, script("one.py", "say('member', os.getpid())\nsignal.pause()"))
-    members = tree.hear("member")
+    members = tree.wait_for("member")
     tree.root.kill()
     await_end(members)
 
@@ -263,32 +263,32 @@ LEADER = """
 def test_the_death_of_the_leader_ends_the_tree(script, tmp_path):
     env = {**os.environ, "LEADS": "1"}
     tree = Tree([PYTHON, script("leader.py", LEADER), "--", PYTHON, script("f.py", FAMILY)], cwd=tmp_path, env=env)
-    members = tree.hear("member", times=2)
+    members = tree.wait_for("member", times=2)
     tree.root.kill()
     await_end(members)
     tree.finish()
     tree.root.stdout.close()
 
 
-def test_with_neither_leader_nor_dvc_it_outlives_its_parent(script, tmp_path):
+def test_without_leader_and_dvc_the_tree_outlives_its_parent(script, tmp_path):
     tree = Tree([PYTHON, script("leader.py", LEADER), "--", PYTHON, script("f.py", FAMILY)], cwd=tmp_path)
-    members = tree.hear("member", times=2)
+    members = tree.wait_for("member", times=2)
     supervisor = next(
         p for p in psutil.Process(tree.root.pid).children() if "ropeway.runtime.supervise" in command_of(p)
     )
     tree.root.kill()
     tree.root.wait()
     with pytest.raises(psutil.TimeoutExpired):
-        supervisor.wait(0.7)  # it looks every half second
+        supervisor.wait(0.7)  # it polls every 0.5 s
     assert len(alive(members)) == 2
     supervisor.terminate()
     await_end([supervisor, *members])
     tree.root.stdout.close()
 
 
-def test_nohup_stays_in_force(supervise, script):
+def test_under_nohup_sighup_is_ignored(supervise, script):
     tree = supervise(PYTHON, script("family.py", FAMILY), by=["nohup"])
-    members = tree.hear("member", times=2)
+    members = tree.wait_for("member", times=2)
     tree.root.send_signal(signal.SIGHUP)
     with pytest.raises(subprocess.TimeoutExpired):
         tree.root.wait(0.7)
@@ -298,14 +298,14 @@ def test_nohup_stays_in_force(supervise, script):
 
 
 @pytest.mark.parametrize("how", ["leader", "dvc"])
-def test_a_command_whose_orderer_died_first_is_never_started(supervise, record, tmp_path, how):
+def test_a_command_whose_leader_died_before_it_is_not_started(supervise, record, tmp_path, how):
     dead = subprocess.Popen(["true"])
     dead.wait()
     touch = f"open({str(tmp_path / 'ran')!r}, 'w')"
     if how == "leader":
         tree = supervise(PYTHON, "-c", touch, leader=dead.pid)
         assert tree.finish() == 143
-    else:  # an orphan that DVC's environment was set for: adopted by pid 1 before it looks up
+    else:  # an orphan with DVC's environment: adopted by pid 1 before it reads its ancestors
         code = f"import os, time, sys\nwhile os.getppid() != 1: time.sleep(0.01)\nos.execv({PYTHON!r}, sys.argv[1:])"
         arguments = [
             PYTHON,
@@ -327,27 +327,27 @@ def test_a_command_whose_orderer_died_first_is_never_started(supervise, record, 
     assert record()["code"] == 143
 
 
-def test_the_record_of_an_earlier_run_is_gone_before_the_command_begins(supervise, tmp_path):
+def test_an_earlier_exit_record_is_removed_before_the_command_starts(supervise, tmp_path):
     path = tmp_path / "stage.exit.json"
     path.write_text("{}")
     look = f"import pathlib, sys; sys.exit(pathlib.Path({str(path)!r}).exists())"
     assert supervise(PYTHON, "-c", look).finish() == 0
 
 
-def test_it_starts_fast_enough_to_stand_before_every_stage():
-    # Heavy imports would be paid per stage; 0.07 s measured in all.
+def test_the_supervisor_imports_no_heavy_package():
+    # Every stage pays for these imports; the supervisor's start takes 0.07 s in all.
     heavy = "{'torch', 'pydantic', 'prefect', 'dvc'}"
     code = f"import ropeway.runtime.supervise, sys; sys.exit(bool({heavy} & set(sys.modules)))"
     assert subprocess.run([PYTHON, "-c", code], check=False, cwd=Path(__file__).parent).returncode == 0
 
 
-def test_a_leader_that_looks_dead_but_cannot_be_reaped_yet_is_waited_for(monkeypatch):
+def test_a_zombie_leader_that_cannot_be_reaped_yet_is_waited_for(monkeypatch):
     from ropeway.runtime import supervise as module
 
     class Child:
         pid, returncode = 1, None
 
-    class Bell:
+    class FakePipe:
         waits = 0
 
         def wait(self, _seconds):
@@ -356,6 +356,6 @@ def test_a_leader_that_looks_dead_but_cannot_be_reaped_yet_is_waited_for(monkeyp
                 Child.returncode = -15
 
     monkeypatch.setattr(module, "_tree", lambda _child: [])
-    bell = Bell()
-    module._end_tree(Child, bell, 30)
-    assert (bell.waits, Child.returncode) == (2, -15)
+    pipe = FakePipe()
+    module._end_tree(Child, pipe, 30)
+    assert (pipe.waits, Child.returncode) == (2, -15)

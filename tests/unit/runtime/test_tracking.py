@@ -1,4 +1,4 @@
-"""Whatever W&B does, training neither waits nor fails; what was lost is counted and no key is written."""
+"""W&B never blocks or fails training; dropped steps are counted and the API key is never written."""
 
 import json
 import subprocess
@@ -16,14 +16,14 @@ KEY = "0123456789abcdef0123456789abcdef01234567"
 
 
 class FakeRun:
-    """A W&B run; `log_does` may raise or wait."""
+    """A W&B run; `on_log` may raise or block."""
 
-    def __init__(self, log_does=lambda: None):
+    def __init__(self, on_log=lambda: None):
         self.url, self.dir = "https://wandb.example/run/1", "/somewhere/offline-run-1/files"
-        self.lines, self.finished, self.log_does = [], False, log_does
+        self.lines, self.finished, self.on_log = [], False, on_log
 
     def log(self, data, *, step):
-        self.log_does()
+        self.on_log()
         self.lines.append((step, data))
 
     def finish(self):
@@ -36,12 +36,12 @@ def lines(count, begin=1):
 
 @pytest.fixture
 def fake(monkeypatch):
-    """Put a fake module in W&B's place; `fake.runs` are what `init` gives, an error among them is raised."""
+    """Replace wandb by a fake module whose `init` returns the next of `fake.runs`, or raises it if it is an error."""
     module = types.ModuleType("wandb")
-    module.runs, module.asked = [], []
+    module.runs, module.calls = [], []
 
     def init(**options):
-        module.asked.append(options)
+        module.calls.append(options)
         given = module.runs.pop(0)
         if isinstance(given, Exception):
             raise given
@@ -58,7 +58,7 @@ def opened(tmp_path):
     return open_tracker(TrackedRun(tmp_path / "work", "tiny-log-finetuned", "fingerprint", {"learning_rate": 1e-3}))
 
 
-def test_lines_arrive_in_order_in_a_run_of_the_fingerprints_group(fake, tmp_path, monkeypatch):
+def test_steps_are_logged_in_order_in_the_group_of_the_fingerprint(fake, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     run = FakeRun()
     fake.runs = [run]
@@ -68,12 +68,12 @@ def test_lines_arrive_in_order_in_a_run_of_the_fingerprints_group(fake, tmp_path
     assert tracker.finish() == {"mode": "online", "link": run.url, "sent": 3, "dropped": 0, "trouble": []}
     assert run.lines == [(step, {"step": step, "loss": 1 / step}) for step in (1, 2, 3)]
     assert run.finished
-    asked = fake.asked[0]
-    assert (asked["group"], asked["project"]) == ("fingerprint", "supervised-finetuning")
-    assert KEY not in json.dumps(asked)
+    options = fake.calls[0]
+    assert (options["group"], options["project"]) == ("fingerprint", "supervised-finetuning")
+    assert KEY not in json.dumps(options)
 
 
-def test_no_network_falls_back_to_offline_and_the_key_is_not_told(fake, tmp_path, monkeypatch):
+def test_without_network_it_falls_back_to_offline_and_masks_the_key(fake, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     run = FakeRun()
     fake.runs = [TimeoutError(f"no answer to {KEY} within 20 s"), run]
@@ -84,7 +84,7 @@ def test_no_network_falls_back_to_offline_and_the_key_is_not_told(fake, tmp_path
     assert facts["trouble"] == ["online: TimeoutError: no answer to *** within 20 s"]
 
 
-def test_a_core_that_died_opens_the_breaker_and_the_rest_is_counted(fake, tmp_path):
+def test_a_dead_wandb_core_opens_the_breaker_and_steps_are_counted(fake, tmp_path):
     def dead():
         raise ConnectionResetError("wandb-core is gone")
 
@@ -98,7 +98,7 @@ def test_a_core_that_died_opens_the_breaker_and_the_rest_is_counted(fake, tmp_pa
     tracker.log(lines(1, begin=11)[0])
 
 
-def test_a_disk_that_is_full_for_a_moment_loses_those_lines_only(fake, tmp_path):
+def test_a_briefly_full_disk_drops_only_the_steps_of_that_time(fake, tmp_path):
     count = iter(range(100))
 
     def full():
@@ -113,8 +113,8 @@ def test_a_disk_that_is_full_for_a_moment_loses_those_lines_only(fake, tmp_path)
     assert (facts["sent"], facts["dropped"], facts["trouble"]) == (4, 2, [])
 
 
-def test_calls_that_hang_are_not_waited_for_and_the_oldest_lines_give_way(fake, tmp_path, monkeypatch):
-    monkeypatch.setattr(tracking, "_WAITING_LINES", 5)
+def test_hanging_calls_do_not_block_and_the_oldest_steps_are_dropped(fake, tmp_path, monkeypatch):
+    monkeypatch.setattr(tracking, "_QUEUE_LINES", 5)
     release, inside = threading.Event(), threading.Event()
 
     def hang():
@@ -126,23 +126,23 @@ def test_calls_that_hang_are_not_waited_for_and_the_oldest_lines_give_way(fake, 
     tracker = opened(tmp_path)
     tracker.log(lines(1)[0])
     assert inside.wait(30)
-    for line in lines(8, begin=2):  # the thread holds line 1: five of these may wait
+    for line in lines(8, begin=2):  # the thread holds step 1: the queue keeps five of these
         tracker.log(line)
     facts = tracker.finish(seconds=0.01)
     assert tracker.is_stuck
     assert facts["dropped"] == 3 + 5
-    assert facts["trouble"] == ["it did not finish within 0.01 s"]
+    assert facts["trouble"] == ["W&B did not finish within 0.01 s"]
     release.set()
     tracker._thread.join(30)
     assert [step for step, _ in run.lines] == [1, 5, 6, 7, 8, 9]
 
 
-def test_nothing_is_started_where_it_is_switched_off(fake, tmp_path, monkeypatch):
+def test_wandb_mode_disabled_starts_no_run(fake, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     tracker = opened(tmp_path)
     tracker.log(lines(1)[0])
     assert tracker.finish() == {"mode": "off", "link": None, "sent": 0, "dropped": 1, "trouble": []}
-    assert fake.asked == []
+    assert fake.calls == []
 
 
 @pytest.mark.parametrize(
@@ -159,15 +159,15 @@ def test_it_goes_online_only_with_a_key(environment, modes, tmp_path):
     assert choose_modes(environment, home=tmp_path) == modes
 
 
-def test_a_key_in_netrc_is_a_key(tmp_path):
+def test_a_key_in_netrc_enables_online_mode(tmp_path):
     path = tmp_path / ".netrc"
     path.write_text(f"machine api.wandb.ai login user password {KEY}\n")
     path.chmod(0o600)
     assert choose_modes({}, home=tmp_path) == ("online", "offline")
 
 
-def test_the_real_thing_offline_survives_the_death_of_its_core(tmp_path):
-    """One real W&B run: lines are on the disk, its core is killed, and the caller only learns of it in the end."""
+def test_a_real_offline_run_survives_the_death_of_wandb_core(tmp_path):
+    """In a real W&B run whose core is killed, logged steps stay on disk and only the final result shows the loss."""
     script = """
         import json, sys, time
         from pathlib import Path
@@ -198,5 +198,5 @@ def test_the_real_thing_offline_survives_the_death_of_its_core(tmp_path):
     assert list((tmp_path / "work" / "wandb").glob("offline-run-*/run-*.wandb"))
 
 
-def test_a_tracker_without_modes_has_nothing_to_wait_for():
+def test_a_tracker_without_modes_is_not_stuck():
     assert not Tracker(lambda _: FakeRun(), ()).is_stuck
