@@ -132,7 +132,11 @@ def test_a_stage_cannot_read_a_key_it_does_not_list():
             "max_valset: 48",
             "datasets.0.docstrings.max_valset: unknown key; did you mean max_val_set?",
         ),
-        ("max_length: 512", "max_length: 1024", "reaches only 512; raise the scale or shorten max_length"),
+        (
+            "max_length: 512",
+            "max_length: 1024",
+            "max_position_embeddings 256 x superhot_config.scale 2 allows only 512 tokens",
+        ),
         ("max_length: 512", "max_length: 512.5", "max_length: expected a whole number, found 512.5"),
         ("kind: scratch", "kind: scrach", "base.kind: expected one of 'folder', 'hub', 'scratch', 'gguf'"),
         ("    - topics:\n        max_chunk", "    - topic:\n        max_chunk", "only one of them has topic, topics"),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ropeway.models.attention import VARLEN, register, varlen_kernel
+from ropeway.models.attention import VARLEN, register_attention, varlen_kernel
 from tests.support.small_llama import batch, small_llama
 
 pytestmark = pytest.mark.gpu
@@ -25,7 +25,7 @@ def losses(implementation, dtype, given):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("lengths", [(4000, 17, 4175), (2048,)], ids=["packed", "alone"])
 def test_flash_attention_gives_the_losses_of_eager_attention_per_sequence(dtype, lengths):
-    register(varlen_kernel(on_cuda=True))
+    register_attention(varlen_kernel(on_cuda=True))
     whole = batch(lengths)
     pieces = zip(*(part.split(lengths, dim=1) for part in whole.values()), strict=True)
     alone = torch.cat([losses("eager", dtype, dict(zip(whole, piece, strict=True))) for piece in pieces])

@@ -84,7 +84,7 @@ def test_one_more_epoch_is_trained_and_the_card_names_the_checkpoint(again, how)
     job.edit("params.yaml", "num_train_epochs: 1", "num_train_epochs: 2")
     if how == "the flag":
         said = job.do("ropeway", "run", "--no-prefect", "--resume-from", name)
-        assert f"params.yaml: resume_from of tiny is {name} now, and stays so" in said
+        assert f"params.yaml: set resume_from of profile tiny to {name}" in said
     else:
         job.edit("params.yaml", NULL, f'resume_from: "{name}"')
         shutil.rmtree(job.run / "package")

@@ -42,7 +42,7 @@ def main(root, *cases):
     workspace = Workspace(Path(root), "tiny")
     _, profile = load_profile(Path(root) / "params.yaml")
     named = json.loads((Path(__file__).parents[2] / "configs" / "zero2_cpu.json").read_text())
-    attention = Attention(asked_flash=False, effective="sdpa (cpu)")
+    attention = Attention(requested_flash=False, effective="sdpa (cpu)")
     for case in cases:
         power, max_skipped, floor = map(int, case.split(":"))
         rules = profile.stop.model_copy(update={"max_skipped_in_row": max_skipped})

@@ -33,7 +33,7 @@ def main(root, normalisation, *sizes):
     workspace = Workspace(Path(root), "tiny")
     _, profile = load_profile(Path(root) / "params.yaml")
     named = json.loads((Path(__file__).parents[2] / "configs" / "zero2_cpu.json").read_text())
-    attention = Attention(asked_flash=False, effective="sdpa (cpu)")
+    attention = Attention(requested_flash=False, effective="sdpa (cpu)")
     for size in map(int, sizes):
         accumulation = ROWS // size // ranks
         changed = {

@@ -89,8 +89,8 @@ def plan(
     from ropeway.planning.plan_text import describe_plan
     from ropeway.runtime.devices import count_ranks
 
-    asked = PlanRequest(gpu_memory_gib, card, mfu)
-    planned = plan_run(*_choose(profile), ranks=ranks or count_ranks(), asked=asked)
+    request = PlanRequest(gpu_memory_gib, card, mfu)
+    planned = plan_run(*_choose(profile), ranks=ranks or count_ranks(), request=request)
     typer.echo(planned.as_json() if as_json else describe_plan(planned))
 
 

@@ -1,7 +1,7 @@
-"""Web addresses as they may be shown and recorded: without what signs them.
+"""Remove signatures and credentials from URLs before they are displayed or recorded.
 
-A signed address names the same file with every signature, and whoever has the signature has the file: it is a secret,
-and no part of what a run is.
+A signature grants access to a file, so it is a secret. It does not identify the file: the same file can be signed again
+with another signature. So signatures are not part of a run's record.
 """
 
 import hashlib
@@ -9,8 +9,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from urllib.parse import parse_qsl, urlencode
 
-# Parameters of signed addresses. Source: Amazon S3 (signature versions 2 and 4) and CloudFront, Google Cloud Storage,
-# Azure Storage (shared access signatures), Alibaba's OSS, and what plain token checks call theirs.
+# Query parameters of signed URLs. Source: Amazon S3 (signature versions 2 and 4) and CloudFront, Google Cloud Storage,
+# Azure Storage (shared access signatures), Alibaba OSS, and common names of plain access tokens.
 _SIGNING = ("x-amz-", "x-goog-", "x-oss-")
 _SIGNATURES = frozenset((
     "awsaccesskeyid", "googleaccessid", "ossaccesskeyid", "signature", "expires", "key-pair-id", "policy", "sig",
@@ -25,11 +25,13 @@ _PARAMETER = re.compile(r"(?<=[?&;#])([\w.-]+)=[^\s&\"'\\<>,\[\]{}#]+")
 _USER = re.compile(r"://[^\s/@\"'<>]+@")
 
 
-def shown(address: str) -> str:
-    """Return an address without its signature, and with a digest for whatever else stands behind `?`.
+def strip_signature(address: str) -> str:
+    """Return a URL without its signature; the other query parameters are replaced by a digest of 8 hex digits.
 
-    >>> shown("https://host/a.jsonl?file=2&X-Amz-Signature=secret&X-Amz-Expires=60"), shown("https://host/a.jsonl?sig=1")
-    ('https://host/a.jsonl?77b583d4', 'https://host/a.jsonl')
+    >>> strip_signature("https://host/a.jsonl?file=2&X-Amz-Signature=secret&X-Amz-Expires=60")
+    'https://host/a.jsonl?77b583d4'
+    >>> strip_signature("https://host/a.jsonl?sig=1")
+    'https://host/a.jsonl'
     """
     plain, mark, query = address.partition("?")
     if "://" not in plain or not mark:
@@ -41,12 +43,12 @@ def shown(address: str) -> str:
 
 
 def _is_signature(name: str, *, azure: bool) -> bool:
-    """Return whether a parameter signs an address or limits how long it is valid, rather than naming a file."""
+    """Return whether a query parameter belongs to the signature or its expiry, and not to the file's name."""
     return name.startswith(_SIGNING) or name in _SIGNATURES or (azure and name in _AZURE)
 
 
 def without_signatures(text: str) -> str:
-    """Return a text without the values of signing parameters and without names and passwords of addresses in it.
+    """Return a text with the values of signature parameters, user names and passwords in URLs replaced by `-`.
 
     >>> without_signatures("# last week: https://host/a,b?files=[1]&sig=1, by https://me:pass@host/b?page=2")
     '# last week: https://host/a,b?files=[1]&sig=-, by https://-@host/b?page=2'
@@ -58,8 +60,8 @@ def without_signatures(text: str) -> str:
 
 
 def find_secrets(block: Mapping[str, object]) -> dict[str, str]:
-    """Return the addresses of a profile's sources that are not shown as they are: address -> as shown."""
-    return {path: shown(path) for path in _addresses(block) if shown(path) != path}
+    """Return the URLs of a profile's sources that contain a signature or query: URL -> URL without signature."""
+    return {path: strip_signature(path) for path in _addresses(block) if strip_signature(path) != path}
 
 
 def _addresses(block: Mapping[str, object]) -> Iterator[str]:
@@ -70,14 +72,14 @@ def _addresses(block: Mapping[str, object]) -> Iterator[str]:
 
 
 def without_secrets(block: Mapping[str, object]) -> dict[str, object]:
-    """Return a profile's block with the addresses of its sources as they are shown."""
+    """Return a profile's block with the signatures removed from the URLs of its sources."""
     if not find_secrets(block):
         return dict(block)
-    return {**block, "sources": map_addresses(block["sources"], shown)}
+    return {**block, "sources": map_addresses(block["sources"], strip_signature)}
 
 
 def map_addresses(sources: object, change: Callable[[str], str]) -> dict[str, object]:
-    """Return the sources of a profile with each of their addresses changed."""
+    """Return the sources of a profile with `change` applied to each of their paths and URLs."""
     return {
         name: {**one, "paths": [change(path) for path in one["paths"]]} if one.get("paths") else one
         for name, one in (sources.items() if isinstance(sources, Mapping) else ())

@@ -1,4 +1,4 @@
-"""params.yaml as text: one-line edits that a command makes for a person, and a run's block cut out as written."""
+"""Edit single lines of params.yaml for commands, and copy a profile's block out of it."""
 
 import os
 import re
@@ -16,19 +16,19 @@ _MERGE = "<<"
 
 
 def read_pairs(text: str) -> list[tuple[Node, Node]]:
-    """Return the (key, value) nodes of a file's first level; each knows where in the text it begins and ends.
+    """Return the (key, value) nodes of a file's top level, with their start and end positions in the text.
 
-    An alias is the very node of its anchor.
+    An alias is the same object as the node of its anchor.
     """
     tree: MappingNode = YAML(typ="rt", pure=True).compose(text)
     return list(tree.value)
 
 
 def choose_profile(root: Path, name: str) -> None:
-    """Make params.yaml name this profile: its line `profile:` alone is edited, and it stays so.
+    """Set `profile:` in params.yaml to this profile; only this line is edited.
 
     Raises:
-        ConfigError: The line is not where an edit of one line can reach it.
+        ConfigError: The value of `profile` is an alias, so its own line cannot be edited.
     """
     path = root / "params.yaml"
     text = path.read_text(encoding="utf-8")
@@ -36,17 +36,19 @@ def choose_profile(root: Path, name: str) -> None:
         return
     key, value = next(pair for pair in read_pairs(text) if pair[0].value == "profile")
     if value.start_mark.index < key.end_mark.index:
-        raise ConfigError(f"{path}: the value of `profile` is an alias; write the profile's name there")
+        raise ConfigError(
+            f"{path}: `profile`: expected a profile's name, found a YAML alias; replace the alias by the name"
+        )
     path.write_text(_replace(text, value, name), encoding="utf-8")
-    print(f"params.yaml: profile is {name} now, and stays so", flush=True)
+    print(f"params.yaml: set `profile: {name}`", flush=True)
 
 
 def resume_from(root: Path, profile: str | None, run: str) -> None:
-    """Write `resume_from` into a profile's block (that of the chosen profile if None); it stays there.
+    """Set `resume_from` in a profile's block of params.yaml; `profile` None means the selected profile.
 
     Raises:
-        ConfigError: Not of that form, or the block cannot be edited without changing another.
-        TemporaryError: A run holds the workspace.
+        ConfigError: `run` has an invalid format, or the edit would change other profiles too.
+        TemporaryError: A run holds the workspace lock.
     """
     path = root / "params.yaml"
     if not re.fullmatch(RUN, run):
@@ -55,26 +57,26 @@ def resume_from(root: Path, profile: str | None, run: str) -> None:
     if chosen.resume_from == run:
         return
     with workspace_lock(root, command="ropeway run --resume-from", profile=name):
-        tried = path.with_name(f".params.{os.getpid()}.partial")
+        draft = path.with_name(f".params.{os.getpid()}.partial")
         try:
-            tried.write_text(set_resume_from(path.read_text(encoding="utf-8"), name, run), encoding="utf-8")
-            old, new = (load_profiles(one)[1] for one in (path, tried))
+            draft.write_text(set_resume_from(path.read_text(encoding="utf-8"), name, run), encoding="utf-8")
+            old, new = (load_profiles(one)[1] for one in (path, draft))
             if new != old | {name: old[name].model_copy(update={"resume_from": run})}:
                 raise ConfigError(
-                    f"{path}: writing resume_from into '{name}' would change other profiles, which inherit it; give "
-                    "each a line `resume_from: null` of its own"
+                    f"{path}: setting resume_from in '{name}' would change other profiles, which inherit it; add "
+                    "`resume_from: null` to each of them"
                 )
-            tried.replace(path)
+            draft.replace(path)
         finally:
-            tried.unlink(missing_ok=True)
+            draft.unlink(missing_ok=True)
     print(
-        f"params.yaml: resume_from of {name} is {run} now, and stays so; null trains from the beginning again",
+        f"params.yaml: set resume_from of profile {name} to {run}; set it to null to train from the base again",
         flush=True,
     )
 
 
 def set_resume_from(text: str, profile: str, run: str) -> str:
-    r"""Return the text of params.yaml with the value of a block's `resume_from` replaced, or the line added.
+    r"""Return the text of params.yaml with `resume_from` of a profile set; the line is added if it is missing.
 
     >>> print(set_resume_from("a:\n  resume_from: null  # why\nb: 1\n", "a", "00ff@12"), end="")
     a:
@@ -90,8 +92,8 @@ def set_resume_from(text: str, profile: str, run: str) -> str:
     if stated is not None:
         return _replace(text, stated, f'"{run}"')  # quoted: digits alone would be a number
     first = block.value[0][0].start_mark
-    apart = ", " if isinstance(block, MappingNode) and block.flow_style else "\n" + " " * first.column
-    return f'{text[: first.index]}resume_from: "{run}"{apart}{text[first.index :]}'
+    separator = ", " if isinstance(block, MappingNode) and block.flow_style else "\n" + " " * first.column
+    return f'{text[: first.index]}resume_from: "{run}"{separator}{text[first.index :]}'
 
 
 def _replace(text: str, node: Node, value: str) -> str:
@@ -99,7 +101,7 @@ def _replace(text: str, node: Node, value: str) -> str:
 
 
 def cut_block(text: str, name: str) -> str:
-    r"""Return the lines of a top-level key, with the comment right above it.
+    r"""Return the lines of a top-level key and of the comment directly above it.
 
     >>> print(cut_block("a: 1\n\n# Why.\nb:   # it\n  c: 2\n\n# Next.\nd: 3\n", "b"), end="")
     # Why.
@@ -111,7 +113,7 @@ def cut_block(text: str, name: str) -> str:
     at = next(number for number, key in enumerate(keys) if key.value == name)
     begin = keys[at].start_mark.line
     end = keys[at + 1].start_mark.line if at + 1 < len(keys) else len(lines)
-    while end > begin + 1 and lines[end - 1][:1] in ("", "#"):  # they belong to what follows
+    while end > begin + 1 and lines[end - 1][:1] in ("", "#"):  # these lines belong to the next key
         end -= 1
     while begin and lines[begin - 1].startswith("#"):
         begin -= 1
@@ -119,7 +121,7 @@ def cut_block(text: str, name: str) -> str:
 
 
 def inherited_names(text: str, name: str) -> list[str]:
-    """Return the top-level keys whose values a block merges, those first that others merge."""
+    """Return the top-level keys that a block merges (`<<`), in dependency order."""
     blocks = {key.value: value for key, value in read_pairs(text)}
     names: list[str] = []
     merges = [value for key, value in blocks[name].value if key.value == _MERGE]
@@ -130,10 +132,10 @@ def inherited_names(text: str, name: str) -> list[str]:
 
 
 def write_blocks(params: Path, name: str, target: Path) -> None:
-    """Write a profile's block, after those it inherits from, as they stand in params.yaml; then read them back.
+    """Copy a profile's block and the blocks it inherits from params.yaml into a file, and verify the copy.
 
     Raises:
-        ConfigError: Cut out it means something else than in the file, e.g. by an alias below its first level.
+        ConfigError: The copy has other values than the original, e.g. because of an alias below the first level.
     """
     text = params.read_text(encoding="utf-8")
     target.write_text("\n".join(cut_block(text, one) for one in (*inherited_names(text, name), name)), encoding="utf-8")
@@ -143,6 +145,6 @@ def write_blocks(params: Path, name: str, target: Path) -> None:
         equal = False
     if not equal:
         raise ConfigError(
-            f"{params}: the block of '{name}' means something else when it is cut out; write it as one top-level "
-            "mapping that takes from others by `<<: *name` alone"
+            f"{params}, profile '{name}': a copy of its block has other values than the original; write the block as "
+            "one top-level mapping that uses other blocks only through `<<: *name`"
         )

@@ -68,14 +68,14 @@ def _shown(value: object) -> str:
 
 
 def _locate(location: tuple[int | str, ...], model: type[BaseModel]) -> tuple[str, list[str]]:
-    """Return the dotted key as the file spells it, and the known keys of the section that its last part is in."""
+    """Return the dotted key as written in the file, and the known keys of the section that contains it."""
     here: object = model
     key: list[str] = []
     known: list[str] = []
     for part in location:
         members = _members(here)
         tagged = [m for m in members if _is_model(m) and _tag(m) == part]
-        if tagged:  # pydantic puts the union's tag into the location; the file has no such key
+        if tagged:  # pydantic adds the union's tag to the location; the file has no such key
             here = tagged[0]
             continue
         key.append(str(part))
@@ -90,7 +90,7 @@ def _locate(location: tuple[int | str, ...], model: type[BaseModel]) -> tuple[st
 
 
 def _members(annotation: object) -> list[object]:
-    """Return the alternatives of a (possibly annotated) union, else the annotation alone."""
+    """Return the members of a (possibly annotated) union; for any other annotation, the annotation itself."""
     if typing.get_origin(annotation) is typing.Annotated:
         return _members(typing.get_args(annotation)[0])
     if _is_model(annotation) or typing.get_origin(annotation) in (list, dict, typing.Literal):

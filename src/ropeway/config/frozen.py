@@ -1,21 +1,21 @@
-"""The inputs of a run as they were when its digests were taken: what stages read, and what DVC records.
+"""Frozen inputs: copies of what a run reads, made at its start. Stages read them, and DVC records them.
 
-DVC records a stage's dependencies after its command has ended (3.67.1, `save_deps`): a file that is edited while the
-stage runs would be recorded as what the stage used, in dvc.lock and in the run-cache. So the stage `identity`, which
-always runs first, writes copies, and every other stage depends on these and reads only these:
+DVC records a stage's dependencies after its command has ended (3.67.1, `save_deps`). A file that is edited while the
+stage runs would be recorded in dvc.lock and the run cache as the file that the stage used. So the stage `identity`,
+which always runs first, writes copies. Every other stage depends on these copies and reads only them:
 
 .identity/params-<stage>.json                the values of the keys of params.yaml that the stage reads
 .identity/deepspeed.json, prompts.json,
           contamination.json                 the text of the files that params name
-.identity/sources.json, base.json, tasks.json  what is read in place: hashes, commits, versions
-.identity/code-<stage>.json                  digests of the stage's package and of what it imports of data and models
-.identity/settings.json, params.yaml         no stage's dependency: keys that change no result, and the file as it was
-.identity/addresses.json                     nor this: signed addresses, which are shown and recorded without signature
-.identity/manifest.json                      sha256 of each of them, written last
+.identity/sources.json, base.json, tasks.json  hashes, commits and versions of what is read in place
+.identity/code-<stage>.json                  digests of the stage's package and of its imports from data and models
+.identity/settings.json, params.yaml         not dependencies: keys that change no result, and a copy of the file
+.identity/addresses.json                     not a dependency: signed URLs; elsewhere their signatures are removed
+.identity/manifest.json                      sha256 of each file, written last
 
 What is read in place (code, local sources, the base) is compared again when a stage ends: `check_unchanged`.
-.work/inputs/<md5>.json keeps every version of a JSON file above under the hash that dvc.lock has of it, so that a plan
-can say which value changed.
+.work/inputs/<md5>.json keeps the last versions of these JSON files under the MD5 that dvc.lock records, so that
+Ropeway can report which value changed.
 """
 
 import hashlib
@@ -48,13 +48,13 @@ from ropeway.runtime.workspace import Workspace
 PARAMS_FILE = "params.yaml"
 _SETTINGS = "settings"
 _ADDRESSES = "addresses"
-_REMEDY = "Run `dvc repro` or `ropeway run`, which take the digests first"
-_KEPT_VERSIONS = 500  # of JSON files in .work/inputs; some 5 kB each
+_REMEDY = "Run `dvc repro` or `ropeway run`; both write the frozen inputs first"
+_KEPT_VERSIONS = 500  # files in .work/inputs, about 5 kB each
 
 
 @dataclass(frozen=True, slots=True)
 class FrozenInputs:
-    """What `freeze` wrote into the folder `.identity`, verified."""
+    """The verified contents of `.identity`, written by `freeze`."""
 
     folder: Path
     manifest: Mapping[str, Any]
@@ -64,26 +64,26 @@ class FrozenInputs:
         """Return the workspace's frozen inputs.
 
         Raises:
-            DataError: There are none, they are unfinished, or one was changed after it was written.
+            DataError: They are missing or incomplete, or a file was changed after it was written.
         """
         folder = Workspace(root, "").identity
         try:
             manifest = json.loads((folder / NAME).read_bytes())
             files = manifest["files"]
         except (OSError, ValueError, KeyError, TypeError):
-            raise DataError(f"{folder}: no digests of this run's inputs, or unfinished ones. {_REMEDY}") from None
+            raise DataError(f"{folder}: the frozen inputs are missing or incomplete. {_REMEDY}") from None
         for name, facts in files.items():
             check_file(folder / name, facts, remedy=_REMEDY)
         return cls(folder, manifest)
 
     @property
     def profile_name(self) -> str:
-        """The profile whose inputs these are."""
+        """Name of the profile."""
         return str(self.manifest["profile"])
 
     @property
     def params_file(self) -> Path:
-        """params.yaml as it was."""
+        """Path of the frozen copy of params.yaml."""
         return self.folder / PARAMS_FILE
 
     def digest(self, name: str) -> str:
@@ -91,23 +91,23 @@ class FrozenInputs:
         return self._read(name).digest
 
     def value(self, name: str) -> dict[str, Any]:
-        """Return what one of the JSON files holds, e.g. `sources`."""
+        """Return the content of one of the JSON files, e.g. `sources`."""
         return self._read(name).of
 
     def text(self, name: str, path: str) -> str:
-        """Return the text that a file named by params had, e.g. `text("deepspeed", profile.deepspeed_config)`.
+        """Return the frozen text of a file that params.yaml names, e.g. `text("deepspeed", profile.deepspeed_config)`.
 
         Raises:
-            DataError: Params named no such file when the digests were taken.
+            DataError: The frozen params.yaml does not name this file.
         """
         try:
             text: str = self.value(name)[path]
         except KeyError:
-            raise DataError(f"{self.folder / name}.json: holds no {path}. {_REMEDY}") from None
+            raise DataError(f"{self.folder / name}.json: {path} is missing. {_REMEDY}") from None
         return text
 
     def tokenize_params(self) -> TokenizeParams:
-        """Return what tokenize reads: parts of some keys, see `ropeway.config.tokenize_params`."""
+        """Return the params of tokenize, which are parts of keys: see `ropeway.config.tokenize_params`."""
         return TokenizeParams.model_validate(self.value("params-tokenize")["params"])
 
     @overload
@@ -125,58 +125,64 @@ class FrozenInputs:
     @overload
     def profile(self, stage: str) -> Section: ...
     def profile(self, stage: str) -> Section:
-        """Return a profile with the keys that the stage reads, train's with its settings, and no others."""
+        """Return a profile with only the keys that the stage reads; that of train also has `TrainSettings`."""
         params = dict(self.value(f"params-{stage}")["params"])
         if stage == "train":
             params |= self.value(_SETTINGS)["params"]
-        if stage == "fetch":  # the one that needs signatures
+        if stage == "fetch":  # the only stage that needs the signatures
             signed = self.value(_ADDRESSES)
             params["sources"] = map_addresses(params["sources"], lambda path: signed.get(path, path))
-        read = _model_of(tuple(params)).model_validate_json(json.dumps(params))
+        read = _create_section(tuple(params)).model_validate_json(json.dumps(params))
         return Profile.model_construct(**{name: getattr(read, name) for name in params})
 
-    def _read(self, name: str) -> "_Frozen":
-        return _Frozen(**json.loads((self.folder / f"{name}.json").read_bytes()))
+    def _read(self, name: str) -> "_FrozenValue":
+        return _FrozenValue(**json.loads((self.folder / f"{name}.json").read_bytes()))
 
 
 @dataclass(frozen=True, slots=True)
-class _Frozen:
-    """One of the JSON files: what it holds, and the digest of that."""
+class _FrozenValue:
+    """Content of one JSON file, and the digest of `of`."""
 
     digest: str
     of: dict[str, Any]
 
 
 def freeze(workspace: Workspace, profile: Profile, params_text: str, facts: Mapping[str, object]) -> None:
-    """Write the frozen inputs of a run; call it under the workspace lock.
+    """Write the frozen inputs of a run; the caller holds the workspace lock.
 
-    `facts` is what else is recorded, by file name: digests of code, sources and base, texts of files.
+    Args:
+        workspace: The workspace and profile name.
+        profile: The profile of the run.
+        params_text: Text of params.yaml.
+        facts: Other content by file name: digests of code, sources and base, texts of files.
 
     Raises:
-        ConfigError: A signed address is written in a way that hides it.
+        ConfigError: Two signed URLs differ only in their signatures, or one cannot be found in the text.
     """
     secrets = find_secrets(profile.model_dump(mode="json", include={"sources"}))
     if len(set(secrets.values())) < len(secrets):
-        twice = sorted({told for told in secrets.values() if list(secrets.values()).count(told) > 1})
+        equal = sorted({redacted for redacted in secrets.values() if list(secrets.values()).count(redacted) > 1})
         raise ConfigError(
-            f"params.yaml, sources: addresses differ only in parameters that sign them ({', '.join(twice)}), so "
-            "they would be read as one file. If they are different files, download them and name the files"
+            f"params.yaml, sources: URLs differ only in their signature parameters ({', '.join(equal)}) and would "
+            "count as one file; if they are different files, download them and list the local paths"
         )
-    params_text = _hide(params_text, workspace.profile, secrets)
-    facts = {**facts, _ADDRESSES: {told: address for address, told in secrets.items()}}
-    values = {f"params-{stage}": _dump(workspace.profile, profile, names) for stage, names in READS.items()}
+    params_text = _redact_params(params_text, workspace.profile, secrets)
+    facts = {**facts, _ADDRESSES: {redacted: address for address, redacted in secrets.items()}}
+    values = {f"params-{stage}": _dump_params(workspace.profile, profile, names) for stage, names in READS.items()}
     values["params-tokenize"]["params"] = TokenizeParams.of(profile).model_dump(mode="json")
-    write_values(workspace, params_text, {**values, _SETTINGS: _dump(workspace.profile, profile, UNHASHED), **facts})
+    write_values(
+        workspace, params_text, {**values, _SETTINGS: _dump_params(workspace.profile, profile, UNHASHED), **facts}
+    )
     kept = [path for path in workspace.identity.glob("*.json") if path.stem not in (_SETTINGS, _ADDRESSES)]
     _keep_versions(kept, _versions_folder(workspace.root))
 
 
 def write_values(workspace: Workspace, params_text: str, values: Mapping[str, object]) -> None:
-    """Write `.identity/<name>.json` for each value, params.yaml as it is, and the manifest last."""
+    """Write `.identity/<name>.json` for each value, the text of params.yaml, and the manifest last."""
     folder = workspace.identity
     (folder / NAME).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, value in values.items():  # not synced to the disk one by one: the manifest tells what is whole
+    for name, value in values.items():  # no fsync per file: the manifest detects incomplete files
         (folder / f"{name}.json").write_bytes(json_bytes({"digest": digest_of(value), "of": value}))
     (folder / PARAMS_FILE).write_text(params_text, encoding="utf-8")
     paths = [folder / PARAMS_FILE, *(folder / f"{name}.json" for name in sorted(values))]
@@ -185,10 +191,10 @@ def write_values(workspace: Workspace, params_text: str, values: Mapping[str, ob
 
 
 def read_texts(root: Path, paths: Iterable[str], *, key: str) -> dict[str, str]:
-    """Return the texts of files that params name, by the name they have there.
+    """Return the texts of files that params.yaml names, by path as written there.
 
     Raises:
-        ConfigError: One is not a file, or is not UTF-8.
+        ConfigError: A path is not a file, or the file is not UTF-8.
     """
     texts = {}
     for path in paths:
@@ -203,32 +209,32 @@ def read_texts(root: Path, paths: Iterable[str], *, key: str) -> dict[str, str]:
 
 
 def read_version(root: Path, md5: str) -> dict[str, Any] | None:
-    """Return what a frozen JSON file held when its bytes had this MD5; None when that version is not kept here."""
+    """Return the content of the frozen JSON file with this MD5; None if that version is not kept."""
     try:
-        return _Frozen(**json.loads((_versions_folder(root) / f"{md5}.json").read_bytes())).of
+        return _FrozenValue(**json.loads((_versions_folder(root) / f"{md5}.json").read_bytes())).of
     except (OSError, ValueError, TypeError):
         return None
 
 
-def _dump(profile_name: str, profile: Profile, names: Iterable[str]) -> dict[str, object]:
+def _dump_params(profile_name: str, profile: Profile, names: Iterable[str]) -> dict[str, object]:
     values = profile.model_dump(mode="json", include=set(names), exclude_unset=True)
     return {"profile": profile_name, "params": without_secrets(values)}
 
 
-def _hide(text: str, profile_name: str, secrets: Mapping[str, str]) -> str:
-    """Return the text of params.yaml with signed addresses as they are shown; it goes into packages and cards."""
-    for address, told in secrets.items():
+def _redact_params(text: str, profile_name: str, secrets: Mapping[str, str]) -> str:
+    """Return the text of params.yaml without signatures; packages and model cards contain it."""
+    for address, redacted in secrets.items():
         if address not in text:
             raise ConfigError(
-                f"params.yaml, profile '{profile_name}': the signed address {told} cannot be found in the text, so it "
-                "could not be kept out of packages. Write it as plain text in one line, without escapes"
+                f"params.yaml, profile '{profile_name}': the signed URL {redacted} was not found in the file's text, "
+                "so its signature cannot be removed from packages; write the URL on one line without YAML escapes"
             )
-        text = text.replace(address, told)
-    return without_signatures(text)  # those of other profiles, and of comments
+        text = text.replace(address, redacted)
+    return without_signatures(text)  # in other profiles and comments
 
 
 @cache
-def _model_of(names: tuple[str, ...]) -> type[Section]:
+def _create_section(names: tuple[str, ...]) -> type[Section]:
     fields: dict[str, Any] = {
         name: (Profile.model_fields[name].annotation, Profile.model_fields[name]) for name in names
     }

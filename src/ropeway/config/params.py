@@ -1,7 +1,7 @@
-"""params.yaml: what it may hold, as frozen, strict, closed models without defaults. `load_params` reads it.
+"""Schema of params.yaml: frozen, strict models that reject unknown keys. `load_params` reads the file.
 
-A run pinned by a file must not change its meaning when this module does. The few keys that the card itself leaves out
-of a data set's options are the exception, and `None` there means "not stated".
+Keys have no defaults: a pinned run must not change when this module changes. The exceptions are the dataset options
+that the published card omits (None: not stated) and two lists of a source that are empty by default.
 """
 
 import re
@@ -17,23 +17,19 @@ Scale = Annotated[float, Field(ge=1)]
 Dtype = Literal["fp16", "bf16", "fp32"]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Length = Annotated[int, Field(gt=1)]  # of a row, in tokens
-RUN = r"[0-9a-f]{16}(@[0-9]+)?"  # a training run's fingerprint, and which of its checkpoints
-# Also a model's name in the registry, part of paths and of S3 keys.
+RUN = r"[0-9a-f]{16}(@[0-9]+)?"  # fingerprint of a training run, optionally with @STEP of a checkpoint
+# Also the model's name in the registry, and part of paths and S3 keys.
 PROFILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}[A-Za-z0-9]|[A-Za-z0-9]")
 
 
 class Section(BaseModel):
-    """A closed part of params.yaml: no late writes, no silent casts, no unknown keys."""
+    """A section of params.yaml: read-only, without type coercion or unknown keys."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", protected_namespaces=())
 
 
 class RowsSource(Section):
-    """Files of rows: of which form they are, and which of their columns are read.
-
-    `ignored_keys` are fields, of records or of their turns, that may carry something and are left out all the same,
-    `*` any; a record with another one is refused. `splits` are those that one pattern may read together.
-    """
+    """Files of records: their layout and the columns that are read."""
 
     rows: Literal["orca_chat", "messages", "sharegpt", "alpaca", "text"]
     """Layout of a record; the reference of sources has the columns that each layout reads."""
@@ -41,17 +37,17 @@ class RowsSource(Section):
     """Name that the layout uses -> column of the file. A column that is not mapped has the layout's own name; `system`
     is read only if it is mapped (`orca_chat`: `instruction`)."""
     expected_rows: Positive | None
-    """Sequences this source is expected to give: `ropeway plan` uses it before the data exists, prepare reports a
-    difference. null: not known."""
+    """Expected number of sequences: `ropeway plan` uses it before the data exists; prepare reports a difference. null:
+    unknown."""
     ignored_keys: list[str] = Field(default_factory=list)
-    """Fields of a record or a turn that are dropped although they carry a value; `*` matches all. Any other unused
-    field refuses the record."""
+    """Fields of a record or turn that are dropped even if they have a value; `*` matches all. A record with any other
+    unused field is rejected."""
     splits: list[Literal["train", "validation", "test"]] = Field(default_factory=list)
     """Splits that one pattern may read together. Empty: a pattern over several splits is an error."""
 
 
 class HuggingfaceSource(RowsSource):
-    """Files of one data set repository at one revision."""
+    """Files of one dataset repository at one revision."""
 
     kind: Literal["huggingface"]
     repo: str
@@ -71,20 +67,20 @@ class FilesSource(RowsSource):
 
 
 class PythonDocsSource(Section):
-    """The documentation that comes with the running Python: `topics` are documents, `docstrings` conversations."""
+    """Documentation of the installed Python."""
 
     kind: Literal["python_docs"]
     part: Literal["topics", "docstrings"]
     """`topics` are documents, `docstrings` are conversations."""
     expected_rows: Positive | None
-    """As for files; null: it depends on the Python version."""
+    """Expected number of sequences, as for files. null: unknown; it depends on the Python version."""
 
 
 Source = Annotated[HuggingfaceSource | FilesSource | PythonDocsSource, Field(discriminator="kind")]
 
 
 class FolderBase(Section):
-    """`model_name` is a folder that transformers opens."""
+    """`model_name` is a folder that transformers can load."""
 
     kind: Literal["folder"]
 
@@ -98,13 +94,13 @@ class HubBase(Section):
 
 
 class ScratchBase(Section):
-    """Weights from the seed, in the shape of `expected_model`; the tokenizer is trained on the sources."""
+    """Random initial weights with the shape of `expected_model`; the tokenizer is trained on the sources."""
 
     kind: Literal["scratch"]
 
 
 class GgufBase(Section):
-    """A GGUF file that an installed Python package carries, opened de-quantised."""
+    """A GGUF file of an installed Python package, dequantized on load."""
 
     kind: Literal["gguf"]
     package: str
@@ -117,12 +113,12 @@ Base = Annotated[FolderBase | HubBase | ScratchBase | GgufBase, Field(discrimina
 
 
 class Duplicates(Section):
-    """Records that say what an earlier one said. What is removed is in neither train nor validation."""
+    """Deduplication of records. Removed records are in neither the training nor the validation split."""
 
     exact: Literal["count", "remove"]
-    """Equal records, within and across sources: count them, or remove all but the first."""
+    """Identical records, within and across sources: count them, or remove all but the first."""
     near: Literal["off", "count", "remove"]
-    """Records at or above `threshold`. `remove` needs `exact: remove`."""
+    """Records with a similarity of at least `threshold`. `remove` requires `exact: remove`."""
     threshold: Annotated[float, Field(gt=0, le=1)]
     """Jaccard similarity of the two sets of word n-grams, estimated with MinHash."""
     permutations: Annotated[int, Field(gt=0, le=1024)]
@@ -133,25 +129,23 @@ class Duplicates(Section):
     @model_validator(mode="after")
     def _near_is_removed_with_exact(self) -> Self:
         if self.near == "remove" and self.exact == "count":
-            raise ValueError(
-                "near is remove and exact count: copies would stay and what is only like them go; set exact to remove"
-            )
+            raise ValueError("near: remove requires exact: remove, found exact: count; set exact to remove")
         return self
 
 
 class Contamination(Section):
-    """Training sequences that share a run of `ngram` words with a validation sequence, or with a prompt in a file."""
+    """Training sequences that share `ngram` consecutive words with a validation sequence or an evaluation prompt."""
 
     ngram: Positive
-    """Length of the shared run in words. Source of 13: Brown et al. 2020, arXiv:2005.14165, appendix C."""
+    """Shared consecutive words. Source of 13: Brown et al. 2020, arXiv:2005.14165, appendix C."""
     action: Literal["off", "count", "remove"]
-    """What happens to a training sequence that is hit."""
+    """Whether contaminated training sequences are counted or removed; `off`: no check."""
     prompts: list[str]
     """JSON Lines files of evaluation prompts to compare with, besides the validation split."""
 
 
 class StretchScaling(Section):
-    """RoPE scaling in the published spelling; `ropeway.models.rope` turns it into the one object used everywhere."""
+    """RoPE scaling with the published keys; `ropeway.models.rope` converts it to `RopeScaling`."""
 
     type: Literal["linear", "dynamic"]
     """Position interpolation (`linear`) or NTK-aware scaling that grows with the sequence (`dynamic`)."""
@@ -166,9 +160,9 @@ class YarnScaling(Section):
     scale: Scale
     """Factor by which the context is extended."""
     beta_fast: Annotated[float, Field(gt=0)]
-    """Rotations above which a dimension is not scaled."""
+    """Dimensions with more rotations than this over the original context are not scaled."""
     beta_slow: Annotated[float, Field(gt=0)]
-    """Rotations below which a dimension is scaled fully."""
+    """Dimensions with fewer rotations than this over the original context are scaled fully."""
 
 
 class Llama3Scaling(Section):
@@ -178,9 +172,9 @@ class Llama3Scaling(Section):
     scale: Scale
     """Factor by which the context is extended."""
     low_freq_factor: Annotated[float, Field(gt=0)]
-    """Wavelengths longer than the old context divided by this are scaled fully."""
+    """Wavelengths longer than the original context divided by this are scaled fully."""
     high_freq_factor: Annotated[float, Field(gt=0)]
-    """Wavelengths shorter than the old context divided by this are not scaled."""
+    """Wavelengths shorter than the original context divided by this are not scaled."""
 
     @model_validator(mode="after")
     def _low_below_high(self) -> Self:
@@ -195,26 +189,26 @@ SuperhotConfig = Annotated[StretchScaling | YarnScaling | Llama3Scaling, Field(d
 
 
 class DatasetOptions(Section):
-    """How one source enters the mixture. Source: the keys of the card's `datasets`."""
+    """Sampling options of one source in the mixture. Source: the keys of the card's `datasets`."""
 
     max_val_set: Positive | None = None
-    """At most this many sequences of the validation split are evaluated. null: all."""
+    """Maximum number of validation sequences that are evaluated. null: all."""
     fraction: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Share of the training split that an epoch draws. null: all. Excludes `size`."""
+    """Fraction of the training split that an epoch samples. null: all. Not together with `size`."""
     size: Positive | None = None
-    """Number of training sequences that an epoch draws. Excludes `fraction`."""
+    """Number of training sequences that an epoch samples. Not together with `fraction`."""
     max_chunk_size: Positive | None = None
-    """Documents are cut into chunks of at most this many characters. null: not cut."""
+    """Maximum length of a document's chunks, in characters. null: documents are not split."""
 
     @model_validator(mode="after")
-    def _one_way_to_say_how_much(self) -> Self:
+    def _fraction_excludes_size(self) -> Self:
         if self.fraction is not None and self.size is not None:
-            raise ValueError("fraction and size are two ways to say one thing; keep one")
+            raise ValueError("fraction and size exclude each other; remove one")
         return self
 
 
 class ModelShape(Section):
-    """The base model's shape: enough to plan memory without opening it, and checked when it is opened."""
+    """Shape of the base model: `ropeway plan` uses it, and stage base compares it with the model."""
 
     hidden_size: Positive
     """Width of the residual stream."""
@@ -227,7 +221,7 @@ class ModelShape(Section):
     num_key_value_heads: Positive
     """Number of key and value heads."""
     vocab_size: Positive
-    """As in the base's config.json. `kind: scratch`: size of the tokenizer that is trained on the sources."""
+    """Tokens, as in the base's config.json. `kind: scratch`: size of the tokenizer that is trained on the sources."""
     max_position_embeddings: Positive
     """Context length of the base, in tokens."""
     rope_theta: Annotated[float, Field(gt=0)]
@@ -239,46 +233,43 @@ class ModelShape(Section):
 
 
 class Lora(Section):
-    """What `peft_model: true` trains. Source: Hu et al. 2021, arXiv:2106.09685.
-
-    `train_embeddings` also trains embedding and head, which the new role tokens need unless they are frozen noise.
-    """
+    """LoRA settings for `peft_model: true`. Source: Hu et al. 2021, arXiv:2106.09685."""
 
     rank: Positive
-    """Rank of the update."""
+    """Rank of the adapter matrices."""
     alpha: Positive
-    """Scale of the update is alpha / rank."""
+    """The adapter's output is multiplied by alpha / rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)]
-    """On the adapter's input, while training."""
+    """Dropout probability on the adapter's input during training."""
     target_modules: Annotated[list[str], Field(min_length=1)]
     """Names of the linear layers that get an adapter, e.g. q_proj."""
     train_embeddings: bool
-    """Also train embedding and head. The new role tokens need it: otherwise they stay at their initial values."""
+    """Also train embedding and head. Otherwise the embeddings of the added role tokens keep their initial values."""
 
 
 class StopRules(Section):
-    """When training stops by itself, or rewinds and leaves rows out.
+    """When training stops, or rewinds and skips rows.
 
-    No stage depends on it: a run that no rule stops is the same under all of them, and what was left out is recorded.
+    No stage depends on these keys: without a stop or rewind they do not change the result; a rewind is recorded.
     """
 
     max_skipped_in_row: Positive
     """Training stops after this many consecutive steps that fp16 overflow skipped."""
     spike_window_steps: Positive
-    """Number of recent non-spike losses that the median is taken over."""
+    """Number of recent steps whose losses, without spikes, give the median."""
     spike_ratio: Annotated[float, Field(gt=1)]
-    """A loss above this many times that median is a spike."""
+    """A loss above the median times this ratio is a spike."""
     max_spikes_in_row: Positive
     """Training stops after this many consecutive spikes."""
     rewinds: Annotated[int, Field(ge=0)]
-    """Instead of stopping, rewind to the last good checkpoint this many times and leave out the rows of the steps at
-    fault."""
+    """Maximum number of rewinds to the last good checkpoint before training stops; a rewind skips the rows of the
+    faulty steps."""
     hang_seconds: Annotated[float, Field(gt=0)] | None
-    """Timeout of one micro-batch, in seconds. null: 20 times the usual duration, at least 600."""
+    """Timeout of one micro-batch, in seconds. null: 20 times the usual duration, at least 600 seconds."""
 
 
 class Positions(Section):
-    """Loss by position: `rows` rows of `row_tokens` tokens, longer than max_length, in buckets of `bucket_tokens`."""
+    """Loss by position in long rows."""
 
     rows: Positive
     """Number of long rows."""
@@ -289,7 +280,7 @@ class Positions(Section):
 
 
 class Passkey(Section):
-    """Passkey retrieval at every length (tokens) x depth (0 in front, 1 behind), `repeats` keys each."""
+    """Passkey retrieval for each combination of length and depth."""
 
     lengths: Annotated[list[Positive], Field(min_length=1)]
     """Lengths of the text, in tokens."""
@@ -300,46 +291,46 @@ class Passkey(Section):
 
 
 class Evaluation(Section):
-    """What evaluate does beside losses; `sampling` names a file of generation configurations, `tasks` the harness's."""
+    """Evaluation besides the validation loss."""
 
     prompts: str
     """JSON Lines file of prompts for the sample answers."""
     sampling: str
     """JSON file of named generation configurations."""
     max_new_tokens: Positive
-    """Limit of one sample answer."""
+    """Maximum length of a sample answer, in tokens."""
     positions: Positions
     passkey: Passkey
     tasks: list[str]
-    """Tasks, groups or tags of lm-evaluation-harness (extra `eval`), or your own in configs/tasks. Empty: none are
-    run."""
+    """Tasks, groups or tags of lm-evaluation-harness (extra `eval`), or your own in configs/tasks. Empty: no
+    tasks."""
 
 
 class Gate(Section):
-    """When a new version may become `candidate`."""
+    """Conditions for the alias `candidate`."""
 
     max_loss_increase_nats: Annotated[float, Field(ge=0)]
-    """Allowed increase of validation loss per source over the champion, in nats/token."""
+    """Maximum increase of each source's validation loss over the champion, in nats/token."""
     min_gain_over_base_nats: float
-    """Required decrease of the mean validation loss compared with the base, in nats/token."""
+    """Minimum decrease of the mean validation loss compared with the base, in nats/token."""
 
 
 class Packaging(Section):
-    """How the package's weights are stored."""
+    """Storage of the package's weights."""
 
     dtype: Dtype
     """Data type of the published weights."""
     max_shard_bytes: Positive
-    """Upper limit of one safetensors file."""
+    """Maximum size of one safetensors file, in bytes."""
 
 
 class Card(Section):
-    """What no run can know of itself."""
+    """Model card facts that cannot be computed."""
 
     license: str
     """SPDX identifier or the Hub's name of the license."""
     license_name: str
-    """As the card shows it."""
+    """Display name of the license."""
     license_link: str
     """URL of the license text."""
     base_model: str | None
@@ -355,45 +346,46 @@ class Card(Section):
 
 
 class RowParams(Section):
-    """What a stage reads that makes rows of sequences, and masks what is not learned in them.
+    """Keys that determine rows and loss masks.
 
-    The classes from here to `Profile` are the keys that stages read: a stage gets a profile as its class, so that mypy
-    refuses any other key.
+    The classes from here to `Profile` contain the keys that a stage reads: a stage receives a profile typed as its
+    class, so mypy rejects every other key.
     """
 
     datasets: Annotated[list[dict[str, DatasetOptions]], Field(min_length=1)]
-    """The mixture: one entry per source, in the order the sampler draws in; the names are those of `sources`."""
+    """The mixture: one entry per source, in sampling order, with the names of `sources`."""
     document_end: Literal["masked", "eos", "published"]
-    """Loss on a document's last token: none (`masked`), at true ends of documents only (`eos`), or as the published
-    run did (`published`)."""
+    """Loss at a document's last position: masked (`masked`), supervised with EOS at the true end only (`eos`), or as in
+    the published run (`published`)."""
     label_masking: bool
-    """Leave tokens that `what_counts` does not name out of the loss. false: every token counts."""
+    """Mask tokens that `what_counts` excludes. false: every token is supervised."""
     max_length: Length
     """Length of a training row in tokens."""
     rng_seed: Seed
-    """Seed of the run. The train/validation split has a fixed seed of its own."""
+    """Random seed of the run. The train/validation split has a separate, fixed seed."""
     what_counts: Literal["published", "answers"]
-    """Tokens in the loss: all but the user's turns (`published`), or the assistant's answers and their end token
+    """Supervised tokens: all but the user's turns (`published`), or the assistant's answers and their end token
     (`answers`)."""
 
     @property
     def mixture(self) -> list[tuple[str, DatasetOptions]]:
-        """The sources with their options, in the order of the file (the order the sampler draws in)."""
+        """The sources with their options, in the order of the file, which is the sampling order."""
         return [next(iter(entry.items())) for entry in self.datasets]
 
 
 class EpochParams(RowParams):
-    """What decides the rows of every epoch."""
+    """Keys that determine the rows of every epoch."""
 
     global_batch_size: Positive
-    """Rows per optimizer step over all ranks. The accumulation follows from it, the micro-batch size and the number of
-    ranks."""
+    """Rows per optimizer step over all ranks. Gradient accumulation is derived from it, the micro-batch size and the
+    number of ranks."""
     layout: Literal["padded", "packed"]
-    """One sequence per row with padding, or several isolated sequences per row."""
+    """One sequence per row with padding (`padded`), or several isolated sequences per row (`packed`)."""
     num_train_epochs: Positive
-    """Passes over the mixture."""
+    """Number of epochs."""
     random_offset_probability: Fraction
-    """Probability that a conversation longer than `max_length` is windowed; otherwise it is cut at the end."""
+    """Probability that a conversation longer than `max_length` is cut to a random window; otherwise its end is
+    truncated."""
     sort_by_length: Literal[False]
     """Published key; only false is supported."""
     use_custom_sampler: Literal[True]
@@ -401,53 +393,52 @@ class EpochParams(RowParams):
 
 
 class FetchParams(Section):
-    """What fetch reads."""
+    """Params of the stage fetch."""
 
     max_refused_fraction: Fraction
-    """Share of a source's records that may be refused before the stage fails."""
+    """Maximum fraction of a source's records that may be rejected; above it, fetch fails."""
     sources: dict[str, Source]
-    """Name -> where its records come from."""
+    """The sources of records, by name."""
 
 
 class BaseParams(Section):
-    """What base reads."""
+    """Params of the stage base."""
 
     base: Base
-    """Kind of the base model; `model_name` says which."""
+    """Kind of the base model; `model_name` identifies it."""
     expected_model: ModelShape
-    """Shape of the base: the planner computes with it, stage base checks the model against it, `kind: scratch` creates
-    it."""
+    """Shape of the base: `ropeway plan` uses it, stage base compares the model with it, `kind: scratch` creates it."""
     max_length: Length
     model_name: str
-    """Folder or Hub repository of the base, by `base.kind`; otherwise only a label."""
+    """Folder (`base.kind: folder`) or Hub repository (`hub`) of the base; otherwise only a label."""
     new_rows: Literal["normal", "mean"]
-    """Initial values of added embedding rows: N(0, 0.02), or the mean of the old rows."""
+    """Initial values of added embedding rows: N(0, 0.02) (`normal`), or the mean of the existing rows (`mean`)."""
     pad_vocab_to_multiple_of: Positive
-    """The vocabulary is padded to a multiple of this."""
+    """The embedding's number of rows is padded to a multiple of this."""
     rng_seed: Seed
     superhot: bool
-    """Apply `superhot_config`. false: the base's own RoPE scaling is kept."""
+    """Apply `superhot_config`. false: the base keeps its own RoPE scaling."""
     superhot_config: SuperhotConfig
-    """RoPE scaling to train with and to export."""
+    """RoPE scaling for training and export."""
 
 
 class PrepareParams(EpochParams, FetchParams):
-    """What prepare reads."""
+    """Params of the stage prepare."""
 
     contamination: Contamination
     duplicates: Duplicates
     split: Literal["permutation", "by_hash"]
-    """Random permutation, or by hash of each sequence, where a new record does not move old ones."""
+    """Train/validation split by random permutation, or by hash of each sequence (new records do not move others)."""
     split_by: Literal["chunk", "document"]
     """Unit of the split: a chunk, or a whole document."""
     val_split: Annotated[float, Field(ge=0, lt=1)]
-    """Share of each source that is set aside for validation."""
+    """Fraction of each source that is held out for validation."""
     validation_with_replacement: bool
-    """Draw the `max_val_set` sequences with replacement, as the published run did."""
+    """Sample the `max_val_set` sequences with replacement, as in the published run."""
 
 
 class WeightParams(EpochParams):
-    """What decides trained weights."""
+    """Keys that determine the trained weights."""
 
     adam_beta1: Annotated[float, Field(ge=0, lt=1)]
     """Adam's decay of the first moment."""
@@ -456,14 +447,14 @@ class WeightParams(EpochParams):
     adam_epsilon: Annotated[float, Field(gt=0)]
     """Adam's epsilon."""
     deepspeed_config: str
-    """DeepSpeed JSON file: ZeRO stage, offloading, optimizer type. It must not state what the profile states, such as
+    """DeepSpeed JSON file: ZeRO stage, offloading, optimizer type. It must not contain settings of the profile, such as
     batch sizes, learning rate or bf16."""
     dtype: Dtype
     """Data type of training."""
     gradient_accumulation_steps: Positive
-    """Published key: the accumulation on 8 GPUs. The run derives its own from `global_batch_size`."""
+    """Published key: micro-batches per step on 8 GPUs. The run derives its own number from `global_batch_size`."""
     gradient_checkpointing: bool
-    """Recompute activations in the backward pass: less memory, more time."""
+    """Recompute activations in the backward pass: uses less memory and more time."""
     learning_rate: Annotated[float, Field(gt=0, le=1)]
     """Peak learning rate."""
     lora: Lora | None
@@ -471,9 +462,9 @@ class WeightParams(EpochParams):
     loss_normalisation: Literal["micro_batch", "token"]
     """Average over each micro-batch, as published, or over all supervised tokens of a step."""
     lr_schedule: Literal["constant", "cosine", "linear"]
-    """After linear warm-up."""
+    """Learning rate schedule after the linear warm-up."""
     max_grad_norm: Annotated[float, Field(gt=0)]
-    """Gradients are clipped to this L2 norm."""
+    """Maximum L2 norm of the gradient; larger gradients are clipped."""
     peft_model: bool
     """Train LoRA adapters instead of all weights. The export is merged."""
     per_device_eval_batch_size: Positive
@@ -483,41 +474,42 @@ class WeightParams(EpochParams):
     residual_dropout: Annotated[float, Field(ge=0, le=0)]
     """Published key; only 0 is supported."""
     resume_from: Annotated[str, Field(pattern=f"^{RUN}$")] | None
-    """Checkpoint of another run to continue from: FINGERPRINT or FINGERPRINT@STEP in .checkpoints. null: start from
-    the base."""
+    """Checkpoint of another run to continue from: FINGERPRINT or FINGERPRINT@STEP in .checkpoints. null: train
+    from the base."""
     use_flash_attention: bool
     """Use flash attention on a GPU; needs fp16 or bf16. A CPU always uses SDPA."""
     warmup_steps: Count
-    """Optimizer steps of linear warm-up."""
+    """Length of the linear warm-up, in optimizer steps."""
     weight_decay: Annotated[float, Field(ge=0)]
     """AdamW's weight decay."""
 
 
 class TrainSettings(Section):
-    """Cadence, tracking and when to give up: they change neither a weight nor a metric, so no stage depends on them.
+    """Evaluation and checkpoint intervals, tracking, stop rules. No stage depends on them: they change no result.
 
-    (What a rewind left out does; it is recorded, and no reason to make a finished run again: docs/decisions/0007.)
+    A rewind does change the weights. It is recorded and does not invalidate a finished run:
+    docs/decisions/0007-rewind.md.
     """
 
     eval_steps: Positive
-    """Validation loss is computed every this many steps."""
+    """Interval of validation, in optimizer steps."""
     log_dir: str
     """Part of the run's name in W&B."""
     output_dir: str
     """Published key; outputs are in runs/PROFILE."""
     save_steps: Positive
-    """A checkpoint is written every this many steps."""
+    """Interval of checkpoints, in optimizer steps."""
     save_total_limit: Positive
-    """Number of checkpoints of a run that are kept."""
+    """Number of checkpoints kept per run."""
     stop: StopRules
 
 
 class TrainParams(WeightParams, TrainSettings):
-    """What train reads."""
+    """Params of the stage train."""
 
 
 class EvaluateParams(RowParams):
-    """What evaluate reads."""
+    """Params of the stage evaluate."""
 
     evaluation: Evaluation
     per_device_eval_batch_size: Positive
@@ -525,17 +517,17 @@ class EvaluateParams(RowParams):
 
 
 class PackageParams(PrepareParams, WeightParams, EvaluateParams, BaseParams):
-    """What package reads: whatever determines the model, and how it is presented."""
+    """Params of the stage package: all keys that determine the model, its card and its files."""
 
     card: Card
     package: Packaging
     special_tokens_in_text: Literal["parse", "escape", "reject"]
-    """A special token's string inside a text becomes the token (`parse`), stays plain text (`escape`), or refuses the
-    record (`reject`)."""
+    """A special token's string inside a text becomes the token (`parse`), stays plain text (`escape`), or causes
+    the record to be rejected (`reject`)."""
 
 
 class Profile(PackageParams, TrainParams):
-    """One run. Equal profiles on equal data give equal shards and equal optimizer steps."""
+    """All params of one run. The same profile and data give the same shards and optimizer steps."""
 
     gate: Gate
 
@@ -543,29 +535,32 @@ class Profile(PackageParams, TrainParams):
     def _parts_agree(self) -> Self:
         scale = self.superhot_config.scale if self.superhot else 1
         reach = self.expected_model.max_position_embeddings * scale
-        # Without superhot a base's own scaling is kept, and how far that reaches is known when the base is opened.
+        # Without superhot the base keeps its own scaling; stage base checks max_length against it.
         if self.max_length > reach and (self.superhot or isinstance(self.base, ScratchBase)):
             raise ValueError(
                 f"max_length is {self.max_length} tokens, but expected_model.max_position_embeddings "
-                f"{self.expected_model.max_position_embeddings} x superhot_config.scale {scale:g} reaches only "
-                f"{reach:g}; raise the scale or shorten max_length"
+                f"{self.expected_model.max_position_embeddings} x superhot_config.scale {scale:g} allows only "
+                f"{reach:g} tokens; increase the scale or reduce max_length"
             )
         if self.layout == "packed" and self.document_end == "published":
             raise ValueError(
-                "layout is packed and document_end published: the token after a document is the next sequence's; set "
-                "document_end to masked or eos"
+                "layout: packed does not support document_end: published, because the token after a document belongs "
+                "to the next sequence; set document_end to masked or eos"
             )
         if self.peft_model and self.lora is None:
-            raise ValueError("peft_model is true, but lora says null; give rank, alpha, dropout, target_modules, …")
+            raise ValueError(
+                "peft_model is true, but lora is null; set lora to a mapping with rank, alpha, dropout, "
+                "target_modules and train_embeddings"
+            )
         if many := [entry for entry in self.datasets if len(entry) != 1]:
-            raise ValueError(f"datasets: every entry holds one name; found {list(many[0])}")
+            raise ValueError(f"datasets: expected one source per entry, found {list(many[0])}")
         names = [name for name, _ in self.mixture]
         if lost := sorted(set(names) ^ set(self.sources)):
-            raise ValueError(f"datasets and sources must name the same; only one of them has {', '.join(lost)}")
+            raise ValueError(f"datasets and sources must have the same names; only one of them has {', '.join(lost)}")
         if len(set(names)) != len(names):
-            raise ValueError(f"datasets names one source twice: {', '.join(names)}")
+            raise ValueError(f"datasets: expected each source once, found {', '.join(names)}")
         return self
 
     def reading(self, names: Iterable[str]) -> Self:
-        """Return this profile with only these keys: touching another one is an AttributeError."""
+        """Return this profile with only these keys; access to another key raises AttributeError."""
         return self.model_construct(**{name: getattr(self, name) for name in names})

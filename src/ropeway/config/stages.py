@@ -1,7 +1,8 @@
-"""The stages of a run, declared once: which keys of params.yaml, files and results of other stages each one reads.
+"""The stages of a run: the params.yaml keys, files and outputs of other stages that each one reads.
 
-dvc.yaml says the same to DVC, with descriptions and plots; a contract test compares the two. A stage is added here, in
-dvc.yaml, and as a package of `ropeway.stages` (or a module of `ropeway.reporting`) with `run(workspace, profile)`.
+dvc.yaml declares the same for DVC, with descriptions and plots; a contract test compares the two. To add a stage, add
+it here, to dvc.yaml, and as a package of `ropeway.stages` (or a module of `ropeway.reporting`) with
+`run(workspace, profile)`.
 """
 
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from ropeway.config.params import (
 )
 
 UNHASHED = tuple(TrainSettings.model_fields)
-# What the stage `identity` freezes beside each stage's code and params.
+# What the stage `identity` freezes besides each stage's code and params.
 FROZEN = ("sources", "base", "contamination", "deepspeed", "prompts", "tasks")
 
 
@@ -26,13 +27,13 @@ FROZEN = ("sources", "base", "contamination", "deepspeed", "prompts", "tasks")
 class StageSpec:
     """One stage of dvc.yaml."""
 
-    name: str  # also that of its package
+    name: str  # also the name of its package
     reads: tuple[str, ...]  # keys of params.yaml
-    inputs: tuple[str, ...] = ()  # what it reads of other stages, below runs/<profile>
-    outputs: tuple[str, ...] = ()  # what it writes there
-    metrics: tuple[str, ...] = ()  # JSON that `dvc metrics` shows
-    plots: tuple[str, ...] = ()  # CSV that `dvc plots` shows
-    frozen: tuple[str, ...] = ()  # which of `FROZEN` it reads
+    inputs: tuple[str, ...] = ()  # outputs of other stages, relative to runs/<profile>
+    outputs: tuple[str, ...] = ()  # relative to runs/<profile>
+    metrics: tuple[str, ...] = ()  # JSON files for `dvc metrics`
+    plots: tuple[str, ...] = ()  # CSV files for `dvc plots`
+    frozen: tuple[str, ...] = ()  # names from `FROZEN`
 
     @property
     def dependencies(self) -> list[str]:
@@ -42,7 +43,7 @@ class StageSpec:
 
 
 def frozen_path(name: str) -> str:
-    """Return where `identity` writes something frozen, as dvc.yaml names it."""
+    """Return the path of a frozen input, as written in dvc.yaml."""
     return f".identity/{name}.json"
 
 
@@ -63,7 +64,7 @@ STAGES = (
     ),
     StageSpec(
         "tokenize",
-        ("contamination", "datasets", "duplicates", "special_tokens_in_text"),  # in part: `tokenize_params`
+        ("contamination", "datasets", "duplicates", "special_tokens_in_text"),  # parts of these keys: `tokenize_params`
         inputs=("raw", "base/chat_template.jinja", *_TOKENIZER),
         outputs=("tokens",),
     ),

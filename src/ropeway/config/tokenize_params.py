@@ -1,4 +1,4 @@
-"""What tokenize reads of params.yaml: single values of some keys, so a changed fraction or threshold is none of its."""
+"""The values of params.yaml that tokenize reads: parts of keys, so that another `fraction` does not rerun it."""
 
 from typing import Literal, Self
 
@@ -6,42 +6,42 @@ from ropeway.config.params import Positive, PrepareParams, Profile, Section
 
 
 class Chunks(Section):
-    """Of one source's options."""
+    """The options of one source that tokenize reads."""
 
     max_chunk_size: Positive | None
 
 
 class Signatures(Section):
-    """What near duplicates are found by."""
+    """Settings of the MinHash signatures that detect near duplicates."""
 
     ngram: Positive
     permutations: Positive
 
 
 class WordRuns(Section):
-    """What contamination is found by."""
+    """Settings of the n-grams that detect contamination."""
 
     ngram: Positive
 
 
 class TokenizeParams(Section):
-    """The values, under the names that params.yaml gives them."""
+    """The values, named as in params.yaml."""
 
-    special_tokens_in_text: Literal["parse", "escape", "reject"]  # what becomes of a special token's string in a text
-    datasets: dict[str, Chunks]  # by source
-    duplicates: Signatures | None  # none where `duplicates.near` is off
-    contamination: WordRuns | None  # none where `contamination.action` is off
+    special_tokens_in_text: Literal["parse", "escape", "reject"]  # how a special token's string in a text is handled
+    datasets: dict[str, Chunks]  # source -> options
+    duplicates: Signatures | None  # None if `duplicates.near` is off
+    contamination: WordRuns | None  # None if `contamination.action` is off
 
     @classmethod
     def of(cls, profile: Profile) -> Self:
-        """Return what tokenize reads of a profile."""
+        """Return the values of a profile that tokenize reads."""
         return cls.model_validate(
             {"special_tokens_in_text": profile.special_tokens_in_text, **values_shared_with_prepare(profile)}
         )
 
 
 def values_shared_with_prepare(profile: PrepareParams) -> dict[str, object]:
-    """Return all values but the first: prepare compares them with what tokens were made by."""
+    """Return all values except `special_tokens_in_text`; prepare compares them with those the tokens were made with."""
     repeats, runs = profile.duplicates, profile.contamination
     near = {"ngram": repeats.ngram, "permutations": repeats.permutations}
     return {

@@ -1,24 +1,25 @@
-"""Which model architectures are accepted, and the names of their parts. Light: importing it opens no model.
+"""Supported model architectures and the names of their parameters. Importing this loads neither torch nor a model.
 
-The one decision "accepted or refused" is made here. `ropeway.models.open_model` holds what needs a live model.
+Only this module decides whether an architecture is supported. Code that needs a live model is in
+`ropeway.models.open_model`.
 """
 
 from ropeway.runtime.errors import ConfigError
 
-# model_type of config.json -> (noun for messages, class of transformers that holds the weights).
+# model_type of config.json -> (name for messages, model class of transformers).
 ACCEPTED = {"llama": ("Llama", "LlamaForCausalLM")}
-DEFAULT = "llama"  # what base.kind scratch creates
+DEFAULT = "llama"  # model_type of a base of kind scratch
 HEAD_LAYER, EMBEDDING_LAYER = "lm_head", "embed_tokens"
-# Names of their weights in a file of safetensors.
+# Parameter names in a safetensors file.
 HEAD, EMBEDDING = f"{HEAD_LAYER}.weight", f"model.{EMBEDDING_LAYER}.weight"
 
 
 def check_architecture(model_type: object, *, where: str) -> None:
-    """Raise ConfigError unless models of this `model_type` are accepted.
+    """Raise ConfigError unless this `model_type` is supported.
 
     Args:
         model_type: As config.json states it.
-        where: The model, for the message.
+        where: Name of the model for the message.
     """
     if class_name(model_type) is None:
         nouns = " or ".join(noun for noun, _ in ACCEPTED.values())
@@ -26,7 +27,7 @@ def check_architecture(model_type: object, *, where: str) -> None:
 
 
 def class_name(model_type: object) -> str | None:
-    """Return the class that config.json must name in `architectures`; None for a type that is not accepted."""
+    """Return the class name for `architectures` in config.json; None if the type is not supported."""
     return ACCEPTED[model_type][1] if isinstance(model_type, str) and model_type in ACCEPTED else None
 
 

@@ -1,9 +1,9 @@
-"""Which attention runs: SDPA on a CPU, variable-length flash kernels on a GPU, both told where sequences begin.
+"""Selection of the attention backend: SDPA on a CPU, variable-length flash kernels on a GPU.
 
-A row may hold several sequences (packed) or one and padding (padded): either way a sequence begins where `position_ids`
-is 0, and the kernel gets those borders as cu_seqlens, so no `(T, T)` mask is ever made.
+A row contains several sequences (packed), or one sequence and padding (padded). In both layouts a sequence begins where
+`position_ids` is 0. The kernel receives these boundaries as cu_seqlens, so no `(T, T)` mask is created.
 
-Shapes: B rows, T tokens a row, H heads, K key-value heads, D head size, S sequences in all rows.
+Shapes: B rows, T tokens/row, H heads, K key-value heads, D head size, S sequences in all rows.
 """
 
 import importlib.util
@@ -18,52 +18,61 @@ from torch import Tensor
 from ropeway.config.params import WeightParams
 from ropeway.runtime.errors import ConfigError
 
-VARLEN = "ropeway_varlen"  # our name in transformers' AttentionInterface
+VARLEN = "ropeway_varlen"  # name of this backend in transformers' AttentionInterface
 # (q, k, v, cu_seqlens, longest, scale) -> out; q `(B*T, H, D)`, k and v `(B*T, K, D)`, causal within each sequence.
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, int, float | None], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """What attention runs: asked in params, effective on this machine, its name in transformers, and where it runs."""
+    """The attention backend of a run.
 
-    asked_flash: bool
+    Attributes:
+        requested_flash: `use_flash_attention` of params.yaml.
+        effective: Backend and device that are used, for logs.
+        implementation: Name of the backend in transformers.
+        on_cuda: Whether a flash kernel runs on a GPU.
+    """
+
+    requested_flash: bool
     effective: str
     implementation: str = "sdpa"
     on_cuda: bool = False
 
 
 def choose_attention(profile: WeightParams, *, cuda: bool) -> Attention:
-    """Return the effective attention: PyTorch's SDPA on a CPU, a flash kernel (and no other) on a GPU when asked.
+    """Return the attention backend: SDPA on a CPU; on a GPU a flash kernel if `use_flash_attention` is set, else SDPA.
 
-    Packed rows on a CPU get SDPA on each sequence alone: with a mask over a whole row it computes what the mask throws
-    away, which made packing no faster than padding (docs/runs.md).
+    On a CPU, packed rows use SDPA per sequence. With a mask over the whole row, SDPA also computes the masked part,
+    which made packing no faster than padding (docs/runs.md).
 
     Raises:
-        ConfigError: A GPU was asked for flash attention in fp32, which no flash kernel computes.
+        ConfigError: Flash attention is requested on a GPU in fp32, which flash kernels do not support.
     """
     if not cuda and profile.layout == "packed":
         return Attention(profile.use_flash_attention, "sdpa sequence by sequence (cpu)", VARLEN)
     if not cuda:
         return Attention(profile.use_flash_attention, "sdpa (cpu)")
     if not profile.use_flash_attention:
-        return Attention(asked_flash=False, effective="sdpa (cuda)")
+        return Attention(requested_flash=False, effective="sdpa (cuda)")
     if profile.dtype == "fp32":
-        raise ConfigError("use_flash_attention: flash kernels need dtype fp16 or bf16, found fp32; change one of them")
+        raise ConfigError(
+            "use_flash_attention: expected dtype fp16 or bf16, found fp32; change dtype or set it to false"
+        )
     name = "flash-attn" if importlib.util.find_spec("flash_attn") else "PyTorch's varlen flash kernel"
-    return Attention(asked_flash=True, effective=f"{name} (cuda)", implementation=VARLEN, on_cuda=True)
+    return Attention(requested_flash=True, effective=f"{name} (cuda)", implementation=VARLEN, on_cuda=True)
 
 
-def register(kernel: Kernel) -> None:
-    """Give transformers this kernel under the name `VARLEN`; its masks are then never made."""
+def register_attention(kernel: Kernel) -> None:
+    """Register the kernel in transformers as `VARLEN`; transformers creates no masks for this name."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(VARLEN, partial(varlen_attention, kernel=kernel))
 
 
 def varlen_kernel(*, on_cuda: bool) -> Kernel:
-    """Return flash-attn's kernel where it is installed, else PyTorch's own, which needs no build; SDPA on a CPU."""
-    if not on_cuda:  # not whether there is a card: DS_ACCELERATOR=cpu leaves one unused
+    """Return the attention kernel: SDPA on a CPU; on a GPU flash-attn's if it is installed, else PyTorch's."""
+    if not on_cuda:  # torch.cuda.is_available is no test: DS_ACCELERATOR=cpu leaves a GPU unused
         return attend_each
     if importlib.util.find_spec("flash_attn"):
         from flash_attn import flash_attn_varlen_func
@@ -82,7 +91,7 @@ def varlen_kernel(*, on_cuda: bool) -> Kernel:
 
 
 def attend_each(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, _longest: int, scale: float | None) -> Tensor:
-    """Return what a flash kernel does, by SDPA on each sequence alone; flash kernels have no CPU."""
+    """Return the attention of each sequence, computed with SDPA: the CPU substitute of a flash kernel."""
     lengths = (cu[1:] - cu[:-1]).tolist()
     sequences = zip(*(part.transpose(0, 1)[None].split(lengths, dim=2) for part in (q, k, v)), strict=True)
     grouped = q.shape[1] != k.shape[1]
@@ -110,16 +119,18 @@ def varlen_attention(
     cu_seqlens: Tensor,
     longest: int,
     scaling: float | None = None,
-    **_: Any,  # noqa: ANN401 - what transformers passes to every kind of attention
+    **_: Any,  # noqa: ANN401 - other arguments that transformers passes to every backend
 ) -> tuple[Tensor, None]:
     """Return `(B, T, H, D)` attention of `(B, H, T, D)` queries, `(B, K, T, D)` keys and values.
 
     Raises:
-        ConfigError: A mask came along: the borders say everything, and a kernel would ignore it without a word.
+        ConfigError: `attention_mask` is not None; the kernel would silently ignore it.
     """
     *parts, attention_mask = given
     if attention_mask is not None:
-        raise ConfigError("attention: a mask was made beside cu_seqlens; pass rows without attention_mask")
+        raise ConfigError(
+            "attention: expected no attention_mask with cu_seqlens, found one; pass rows without attention_mask"
+        )
     batch, _heads, length, _size = parts[0].shape
     query, key, value = (part.transpose(1, 2).flatten(0, 1) for part in parts)
     out = kernel(query, key, value, cu_seqlens, longest, scaling)

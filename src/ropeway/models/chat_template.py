@@ -1,7 +1,7 @@
-"""Chat templates: one object each for rendering, loss masks, prompts and the exported tokenizer.
+"""Chat templates: rendering, loss masks, prompts and the exported tokenizer use the same object.
 
-A template is added by a subclass of `ChatTemplate` and its entry in `TEMPLATES`, both here. A model folder says by its
-own `chat_template.jinja` which one it was trained with: `open_template`.
+To add a template, add a subclass of `ChatTemplate` and an entry in `TEMPLATES` here. The `chat_template.jinja` of a
+model folder identifies the template that the model was trained with: `open_template`.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ _GENERATION = ("{%- generation -%}", "{%- endgeneration -%}")
 
 
 class Speaker(IntEnum):
-    """Who said a token of a conversation."""
+    """The speaker of a token in a conversation."""
 
     SYSTEM = 0  # BOS and the system message
     USER = 1
@@ -31,13 +31,13 @@ class Speaker(IntEnum):
 
 
 class ChatTemplate(ABC):
-    """How conversations become token sequences, in data, training, evaluation and the exported tokenizer.
+    """The text format of conversations in data, training, evaluation and the exported tokenizer.
 
     Attributes:
-        name: As params and reports name it.
-        jinja: What `apply_chat_template` renders; marks with `{% generation %}` what the assistant says.
-        added_tokens: Special tokens that the base's tokenizer gets, in the order of their ids.
-        generation_prompt: What opens the assistant's turn.
+        name: Name in messages and reports.
+        jinja: The template for `apply_chat_template`; `{% generation %}` encloses the assistant's text.
+        added_tokens: Special tokens that are added to the base's tokenizer, in the order of their ids.
+        generation_prompt: Prefix of the assistant's turn.
     """
 
     name: str
@@ -47,56 +47,56 @@ class ChatTemplate(ABC):
 
     @abstractmethod
     def render_turns(self, conversation: Conversation, *, end: str) -> list[str]:
-        """Return one string per turn, whose concatenation is tokenized; BOS comes from the tokenizer.
+        """Return one string per turn; their concatenation is tokenized. The tokenizer adds BOS.
 
         Args:
-            conversation: What is rendered.
-            end: The text of the tokenizer's end token.
+            conversation: The conversation to render.
+            end: Text of the tokenizer's EOS token.
         """
 
     @abstractmethod
     def speakers(
         self, tokens: NDArray[np.integer], lengths: NDArray[np.integer] | None, *, ids: Mapping[str, int]
     ) -> NDArray[np.uint8]:
-        """Return `(T,)` `Speaker` of each token: what the loss mask is decided by.
+        """Return the `(T,)` `Speaker` of each token; the loss mask depends on it.
 
         Args:
-            tokens: `(T,)`, rendered conversations one after another.
-            lengths: `(N,)` tokens of each conversation; None means one.
+            tokens: `(T,)`, concatenated rendered conversations.
+            lengths: `(N,)` tokens of each conversation; None means one conversation.
             ids: `added_tokens` -> id.
         """
 
     def render(self, conversation: Conversation, *, end: str) -> str:
-        """Return the whole conversation as the one string that is tokenized."""
+        """Return the conversation as one string, as it is tokenized."""
         return "".join(self.render_turns(conversation, end=end))
 
     def render_prompt(self, turns: Sequence[str], *, end: str, system: str = "") -> str:
-        """Return what a model is asked to continue: the turns so far and an open assistant turn."""
+        """Return a generation prompt: the given turns and the prefix of the assistant's turn."""
         return self.render(Conversation(tuple(turns), system), end=end) + self.generation_prompt
 
     @property
     def plain_jinja(self) -> str:
-        """`jinja` for readers that know no `{% generation %}`: transformers before 4.43, and most servers."""
+        """`jinja` without `{% generation %}`, for transformers before 4.43 and most inference servers."""
         begin, end = _GENERATION
         return self.jinja.replace(begin, "").replace(end, "")
 
     @property
     def digest(self) -> str:
-        """The sha256 of the template; data, model and evaluation must agree on it."""
+        """sha256 of the template; data, model and evaluation must have the same."""
         return hashlib.sha256("\n".join((self.jinja, *self.added_tokens)).encode()).hexdigest()
 
 
 class OpenAssistantTemplate(ChatTemplate):
-    """`<|system|>S</s><|prompter|>Q</s><|assistant|>A</s>...`, concatenated without blanks, one BOS in front.
+    """`<|system|>S</s><|prompter|>Q</s><|assistant|>A</s>...`, concatenated without spaces, after one BOS.
 
     Source: the model card, "Conversation Template", and Open-Assistant's formatting (July 2023).
     """
 
     name = "open_assistant"
     generation_prompt = "<|assistant|>"
-    # Fixed order, hence fixed ids: the original put them through a set, so ids changed from process to process.
+    # Fixed order and ids: the original iterated over a set, so the ids differed between processes.
     added_tokens = ("<|prompter|>", "<|assistant|>", "<|system|>", "<|prefix_begin|>", "<|prefix_end|>")
-    # `</s>` stands for the tokenizer's end token, whatever its name. Every turn ends with it.
+    # Every turn ends with the tokenizer's EOS token, here written as `</s>`.
     jinja = (
         "{%- if add_bos | default(true) -%}{{- bos_token or '' -}}{%- endif -%}"
         "{%- for message in messages -%}"
@@ -114,7 +114,7 @@ class OpenAssistantTemplate(ChatTemplate):
     def render_turns(self, conversation: Conversation, *, end: str) -> list[str]:
         """Return one string per turn; a non-empty system message is part of the first.
 
-        An empty system message is left out altogether; a conversation without turns is empty, as in the original.
+        An empty system message is omitted; a conversation without turns gives an empty list, as in the original.
 
         >>> OPEN_ASSISTANT.render_turns(Conversation(("Hi", "Hello"), system="Be kind."), end="</s>")
         ['<|system|>Be kind.</s><|prompter|>Hi</s>', '<|assistant|>Hello</s>']
@@ -128,21 +128,21 @@ class OpenAssistantTemplate(ChatTemplate):
     def speakers(
         self, tokens: NDArray[np.integer], lengths: NDArray[np.integer] | None = None, *, ids: Mapping[str, int]
     ) -> NDArray[np.uint8]:
-        """Return `(T,)` `Speaker` of each token, each conversation seen from its beginning.
+        """Return the `(T,)` `Speaker` of each token.
 
-        A turn begins with its role token. Turns are counted, not read: the first is the user's, the second the
-        assistant's and so on, whichever role token opens it; what stands before the first is nobody's. Source:
-        Open-Assistant's dialogue collator (July 2023), where a literal role token in a text begins a turn as well.
+        A turn begins with a role token. Speakers alternate by the number of the turn: the first turn is the user's, the
+        second the assistant's, whichever role token begins it. Tokens before the first turn are `SYSTEM`. Source:
+        Open-Assistant's dialogue collator (July 2023), where a literal role token in a text also begins a turn.
         """
         user, assistant = (ids[token] for token in self.added_tokens[:2])
         turn = np.cumsum((tokens == user) | (tokens == assistant), dtype=np.int32)
         if lengths is not None:
             ends = np.cumsum(lengths)
-            earlier = np.concatenate(([np.int32(0)], turn))[ends - lengths]  # turns of the conversations before
+            earlier = np.concatenate(([np.int32(0)], turn))[ends - lengths]  # turns in earlier conversations
             turn -= np.repeat(earlier, lengths)
-        said = np.where(turn & 1, np.uint8(Speaker.USER), np.uint8(Speaker.ASSISTANT))
-        said[turn == 0] = Speaker.SYSTEM
-        return said
+        found = np.where(turn & 1, np.uint8(Speaker.USER), np.uint8(Speaker.ASSISTANT))
+        found[turn == 0] = Speaker.SYSTEM
+        return found
 
 
 OPEN_ASSISTANT = OpenAssistantTemplate()
@@ -150,22 +150,22 @@ TEMPLATES: tuple[ChatTemplate, ...] = (OPEN_ASSISTANT,)
 
 
 def choose_template() -> ChatTemplate:
-    """Return the template that stage base gives every base, in place of the base's own: the published one.
+    """Return the template that stage base gives to every base instead of its own: the published one.
 
-    It is chosen here for all profiles; no key of params.yaml chooses another yet.
+    It is the same for all profiles; params.yaml has no key for it.
     """
     return OPEN_ASSISTANT
 
 
 def open_template(folder: Path, *, remedy: str = _REMEDY) -> ChatTemplate:
-    """Return the template of a model or tokenizer folder, by its `chat_template.jinja`, `{% generation %}` or not.
+    """Return the template of a model or tokenizer folder; its `chat_template.jinja` may lack `{% generation %}`.
 
     Raises:
-        DataError: The file is missing or holds another template than those this version renders.
+        DataError: The file is missing, or this version does not support its template.
     """
     path = folder / FILE
     if not path.is_file():
-        raise DataError(f"{path}: expected the template that the folder was made with, found no file. {remedy}")
+        raise DataError(f"{path}: expected the chat template of this folder, found no file. {remedy}")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:

@@ -1,22 +1,22 @@
-"""A conversation, as records hold it and templates render it."""
+"""The type of a conversation in records and templates."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A chat: user and assistant take turns, the user first.
+    """A chat in which user and assistant alternate, starting with the user.
 
     Attributes:
-        turns: Texts, even positions said by the user and odd ones by the assistant.
-        system: The system message; empty means none.
+        turns: Texts of the user (even positions) and the assistant (odd positions).
+        system: The system message; empty if there is none.
     """
 
     turns: tuple[str, ...]
     system: str = ""
 
     def to_messages(self) -> list[dict[str, str]]:
-        """Return the conversation as transformers' `apply_chat_template` takes it.
+        """Return the conversation in the format of transformers' `apply_chat_template`.
 
         >>> Conversation(("Hi",), system="Be kind.").to_messages()
         [{'role': 'system', 'content': 'Be kind.'}, {'role': 'user', 'content': 'Hi'}]

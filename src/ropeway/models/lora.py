@@ -1,4 +1,4 @@
-"""LoRA through peft: small matrices beside frozen ones, merged into the weights before anyone else sees the model."""
+"""LoRA adapters through peft: added before training, merged into the weights before export."""
 
 from torch import nn
 
@@ -8,13 +8,13 @@ from ropeway.runtime.errors import ConfigError
 
 
 def add_adapters(model: nn.Module, profile: WeightParams) -> None:
-    """Put LoRA layers into a model in place and freeze the rest, when `peft_model` asks for it.
+    """Add LoRA layers to a model in place and freeze the other weights, if `peft_model` is true.
 
-    Drawn from torch's global generator, which the caller has seeded: A is random, B zero, so the model is the base.
+    A is drawn from torch's global generator, which the caller seeds; B is zero, so the model equals the base at first.
     Source: Hu et al. 2021, arXiv:2106.09685.
 
     Raises:
-        ConfigError: A name in `lora.target_modules` is no linear layer of the model.
+        ConfigError: A name in `lora.target_modules` is not a linear layer of the model.
     """
     if not profile.peft_model or profile.lora is None:
         return
@@ -24,8 +24,8 @@ def add_adapters(model: nn.Module, profile: WeightParams) -> None:
     linear = {name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, nn.Linear)}
     if unknown := sorted(set(lora.target_modules) - linear):
         raise ConfigError(
-            f"lora.target_modules: {', '.join(unknown)} is no linear layer of this model; there are: "
-            f"{', '.join(sorted(linear))}"
+            f"lora.target_modules: {', '.join(unknown)} is not a linear layer of this model; its linear "
+            f"layers are {', '.join(sorted(linear))}"
         )
     inject_adapter_in_model(
         LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.target_modules),
@@ -36,7 +36,7 @@ def add_adapters(model: nn.Module, profile: WeightParams) -> None:
 
 
 def merge_adapters(model: nn.Module) -> None:
-    """Add every LoRA product to its frozen matrix and put the plain layer back: any loader reads the result.
+    """Merge every LoRA adapter into its weight and restore the plain layers, so that any loader can read the model.
 
     Raises:
         ConfigError: A merged weight is not finite.
@@ -47,6 +47,9 @@ def merge_adapters(model: nn.Module) -> None:
         try:
             layer.merge(safe_merge=True)
         except ValueError as error:
-            raise ConfigError(f"{name}: merging its adapter gives weights that are not finite; {error}") from None
+            raise ConfigError(
+                f"{name}: merging the LoRA adapter gives non-finite weights ({error}); check the loss or "
+                "lower learning_rate"
+            ) from None
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.get_base_layer())

@@ -1,7 +1,7 @@
-"""The one place that knows how a causal model of transformers is opened, created and built.
+"""Load and create causal models of transformers, and access their parts.
 
-Stages ask for the parts of a model here: its backbone, its output head, its rotary module. Which architectures are
-accepted is decided in `ropeway.models.architectures`.
+Stages get the backbone, the output head and the rotary module of a model from here. `ropeway.models.architectures`
+decides which architectures are supported.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -20,37 +20,37 @@ from ropeway.models.architectures import ACCEPTED, DEFAULT
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-LoadingInfo = Mapping[str, Collection[str]]  # of transformers: missing_keys, unexpected_keys
+LoadingInfo = Mapping[str, Collection[str]]  # transformers' missing_keys, unexpected_keys, …
 
 
 def read_config(folder: Path, options: Mapping[str, object]) -> PreTrainedConfig:
-    """Return the config of a folder; `options` as `open_checked` takes them."""
+    """Return the config of a folder; `options` are passed to transformers, e.g. `gguf_file`."""
     return AutoConfig.from_pretrained(folder, **options)
 
 
 def open_folder(folder: Path, dtype: torch.dtype, **options: str) -> PreTrainedModel:
-    """Return the model of a folder that a stage of this package wrote; `options` are those of `from_pretrained`."""
+    """Return the model of a folder that a stage wrote; `options` are passed to `from_pretrained`."""
     return AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, local_files_only=True, use_safetensors=True, **options
     )
 
 
-def open_reporting(folder: Path) -> tuple[PreTrainedModel, LoadingInfo]:
-    """Return (model, loading info of transformers) of a folder, as its own config says."""
+def load_with_info(folder: Path) -> tuple[PreTrainedModel, LoadingInfo]:
+    """Return (model, loading info of transformers) of a folder, loaded according to its config."""
     options = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
     opened: tuple[PreTrainedModel, LoadingInfo] = AutoModelForCausalLM.from_pretrained(folder, **options)
     return opened
 
 
-def open_original(
+def load_base_model(
     folder: Path, config: PreTrainedConfig, options: Mapping[str, object]
 ) -> tuple[PreTrainedModel, LoadingInfo]:
-    """Return (model in its stored dtype, loading info of transformers) of somebody else's model.
+    """Return (model in its stored dtype, loading info of transformers) of a base model.
 
     Args:
-        folder: Its files.
-        config: Its config, whose architecture is accepted.
-        options: `gguf_file`, or nothing.
+        folder: Folder of the model.
+        config: Its config, with a supported architecture.
+        options: `gguf_file`, or empty.
     """
     opened: tuple[PreTrainedModel, LoadingInfo] = model_class(config).from_pretrained(
         folder, config=config, dtype="auto", output_loading_info=True, use_safetensors=True, **options
@@ -59,19 +59,19 @@ def open_original(
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """Return the class of transformers that holds a config's weights; its architecture is accepted."""
+    """Return the model class of transformers for a config with a supported architecture."""
     named: type[PreTrainedModel] = getattr(transformers, ACCEPTED[config.model_type][1])
     return named
 
 
 def create_model(shape: Mapping[str, object]) -> PreTrainedModel:
-    """Return a model of this shape; its weights are drawn from torch's global generator."""
+    """Return a model of this shape with random weights from torch's global generator."""
     config = AutoConfig.for_model(DEFAULT, **shape)
     return model_class(config)(config)
 
 
 def plain_copy(opened: PreTrainedModel) -> PreTrainedModel:
-    """Return a model with the weights of a GGUF file: transformers 5.24 refuses to save or resize the one it opened."""
+    """Return a plain copy of a model loaded from GGUF; transformers 5.24 cannot save or resize the original."""
     stated = opened.config.to_dict()
     config = type(opened.config).from_dict(
         {key: value for key, value in stated.items() if key != "quantization_config" and key[0] != "_"}
@@ -82,19 +82,19 @@ def plain_copy(opened: PreTrainedModel) -> PreTrainedModel:
 
 
 def backbone(model: PreTrainedModel) -> nn.Module:
-    """Return the decoder without the output head: embedding, layers, last norm."""
+    """Return the decoder without the output head: embedding, layers, final norm."""
     decoder: nn.Module = getattr(model, model.base_model_prefix)
     return decoder
 
 
 def output_head(model: PreTrainedModel) -> nn.Linear:
-    """Return the layer that turns `(…, H)` states into `(…, V)` logits; with LoRA, what peft wraps around it."""
+    """Return the layer that maps `(…, H)` states to `(…, V)` logits; with LoRA, peft's wrapper of it."""
     head: nn.Linear = model.get_output_embeddings()
     return head
 
 
 class Rotary(Protocol):
-    """A live rotary module, of whatever class its architecture has.
+    """The rotary module of a loaded model, of any architecture.
 
     Attributes:
         inv_freq: `(D/2,)`.
@@ -106,7 +106,7 @@ class Rotary(Protocol):
 
 
 def rotary(model: PreTrainedModel) -> Rotary:
-    """Return the live rotary module."""
+    """Return the rotary module of a loaded model."""
     return cast("Rotary", backbone(model).rotary_emb)
 
 
@@ -116,16 +116,16 @@ def head_dim(config: PreTrainedConfig) -> int:
 
 
 def measure_frequencies(config: PreTrainedConfig) -> tuple[float, ...]:
-    """Return the attention factor and the fp32 frequencies that transformers computes from an untouched config."""
+    """Return the attention factor and the fp32 frequencies that transformers computes from an unmodified config."""
     module = LlamaRotaryEmbedding(config)
     return (float(module.attention_scaling), *(float(value) for value in module.inv_freq.float()))
 
 
 @contextmanager
 def rope_of(model: PreTrainedModel, parameters: Mapping[str, object] | None = None) -> Iterator[None]:
-    """Let a model read positions under these `rope_parameters` for a while, by default its own, computed again.
+    """Context manager: use these `rope_parameters` in a model; by default its own, recomputed.
 
-    The same as loading it with them in its config, without reading the weights again.
+    Equivalent to loading the model with them in its config, but without reading the weights again.
     """
     decoder = backbone(model)
     before = decoder.rotary_emb

@@ -1,7 +1,7 @@
-"""RoPE scaling: one class per kind. It opens the model, is compared with the live module, and writes the export.
+"""RoPE scaling: one class per kind, used to configure the model, to verify the loaded model and to write the export.
 
-A kind is added here, as a class in `_KINDS`, and in `SuperhotConfig` of `config/params.py`. No other module asks for a
-kind by its name.
+To add a kind, add a class to `_KINDS` here and a section to `SuperhotConfig` in `config/params.py`. No other module
+depends on the name of a kind.
 """
 
 import json
@@ -22,18 +22,18 @@ Settings = tuple[tuple[str, float], ...]
 
 @dataclass(frozen=True, slots=True)
 class RopeScaling(ABC):
-    """How positions are stretched.
+    """A RoPE scaling.
 
     Attributes:
-        factor: By how much the context grows; the divisor of every position under `linear`.
+        factor: Factor by which the context is extended; `linear` divides every position by it.
         theta: Base of the frequencies.
-        original: Positions the base model knows, in tokens.
-        settings: What the kind needs beside that, by transformers' names; sorted pairs.
+        original: Context length of the base model, in tokens.
+        settings: Other settings of the kind as sorted pairs, with transformers' names.
     """
 
     kind: ClassVar[str]
-    stretch: ClassVar[str]  # what it does, for the card
-    loader: ClassVar[str] = "4.43.0"  # the lowest transformers that has it. Source: its release notes
+    stretch: ClassVar[str]  # description for the model card
+    loader: ClassVar[str] = "4.43.0"  # minimum version of transformers. Source: its release notes
 
     factor: float
     theta: float
@@ -42,44 +42,44 @@ class RopeScaling(ABC):
 
     @property
     def is_scaled(self) -> bool:
-        """Whether positions are stretched at all."""
+        """Whether positions or frequencies are scaled."""
         return True
 
     @property
     def kept(self) -> str:
-        """The base's own `rope_parameters` as JSON where they are kept; empty where the run decides."""
+        """The base's `rope_parameters` as JSON if the base keeps its own scaling; otherwise empty."""
         return ""
 
     @property
     def reach(self) -> int:
-        """Positions the scaled model is made for, in tokens."""
+        """Context length with scaling, in tokens."""
         return int(self.original * self.factor)
 
     @property
     def stated_positions(self) -> int:
-        """What config.json says as `max_position_embeddings`: the base's own, which programs multiply by the factor."""
+        """`max_position_embeddings` of the exported config.json: the base's; readers multiply it by the factor."""
         return self.original
 
     @property
     def attention_factor(self) -> float:
-        """By how much sine and cosine are multiplied."""
+        """Multiplier of sine and cosine."""
         return 1.0
 
     @abstractmethod
     def inv_freq(self, head_dim: int) -> Frequencies:
-        """Return `(head_dim / 2,)` fp32 frequencies of the positions the base model knows."""
+        """Return the `(head_dim / 2,)` fp32 frequencies for positions within the base's context."""
 
     def to_config(self) -> dict[str, object]:
-        """Return the full `rope_parameters` that transformers 5 wants; a partial one loses theta there (5.24)."""
+        """Return the complete `rope_parameters` for transformers 5; it drops theta from incomplete ones (5.24)."""
         stated = {"rope_type": self.kind, "rope_theta": self.theta, "factor": self.factor}
         return {**stated, "original_max_position_embeddings": self.original, **dict(self.settings)}
 
     def to_legacy_config(self) -> dict[str, object] | None:
-        """Return `rope_scaling` as transformers 4 reads it."""
+        """Return `rope_scaling` in the format of transformers 4."""
         return _legacy(self.to_config())
 
     def to_json(self) -> dict[str, object]:
-        """Return what `scaling_from_json` reads."""
+        """Return the scaling in the format of `scaling_from_json`."""
         return {
             "kind": self.kind,
             "factor": self.factor,
@@ -94,7 +94,7 @@ class RopeScaling(ABC):
     def _powers(self, head_dim: int) -> Frequencies:
         """Return theta to the power of 2i / head_dim. Source: Su et al. 2021, arXiv:2104.09864."""
         exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-        # The power rounded once, as torch does: numpy's fp32 power is an ulp off, 1e-4 in the sine at position 8,191.
+        # Rounded once, as torch does: numpy's fp32 power differs by one ulp, 1e-4 in the sine at position 8,191.
         return np.power(np.float64(self.theta), exponents.astype(np.float64)).astype(np.float32)
 
     def _plain(self, head_dim: int) -> Frequencies:
@@ -110,7 +110,7 @@ class DefaultRope(RopeScaling):
 
     @property
     def is_scaled(self) -> bool:
-        """False."""
+        """Always False."""
         return False
 
     def inv_freq(self, head_dim: int) -> Frequencies:
@@ -118,15 +118,15 @@ class DefaultRope(RopeScaling):
         return self._plain(head_dim)
 
     def to_config(self) -> dict[str, object]:
-        """Return type and theta: there is no more."""
+        """Return type and theta."""
         return {"rope_type": self.kind, "rope_theta": self.theta}
 
     def to_legacy_config(self) -> None:
-        """Return None: transformers 4 states no scaling so."""
+        """Return None, the `rope_scaling` of transformers 4 without scaling."""
 
 
 class LinearRope(RopeScaling):
-    """Every position divided by the factor. Source: Chen et al. 2023, arXiv:2306.15595."""
+    """Position interpolation: every position is divided by the factor. Source: Chen et al. 2023, arXiv:2306.15595."""
 
     __slots__ = ()
     kind, stretch, loader = "linear", "every position is divided by the factor", "4.31.0"
@@ -140,12 +140,12 @@ class LinearRope(RopeScaling):
         return {"rope_type": self.kind, "rope_theta": self.theta, "factor": self.factor}
 
     def to_legacy_config(self) -> dict[str, object] | None:
-        """Return exactly type and a float factor, as 4.31 wants it, which refuses a factor of 1."""
+        """Return type and float factor, the only keys that 4.31 accepts; None for a factor of 1, which it rejects."""
         return None if self.factor == 1 else {"type": self.kind, "factor": self.factor}
 
 
 class DynamicRope(LinearRope):
-    """Frequencies as the base's until a sequence is longer than its context; then theta grows."""
+    """NTK-aware scaling: theta grows for sequences longer than the base's context; shorter ones are not scaled."""
 
     __slots__ = ()
     kind, stretch = "dynamic", "beyond the base's context theta grows"
@@ -156,9 +156,9 @@ class DynamicRope(LinearRope):
 
 
 class YarnRope(RopeScaling):
-    """What turns less than beta_slow times over the known context is stretched, more than beta_fast is kept.
+    """YaRN: frequencies below beta_slow rotations per original context are scaled, those above beta_fast are not.
 
-    Source: Peng et al. 2023, arXiv:2309.00071, section 3.2; the ramp's ends are whole as in their code.
+    Source: Peng et al. 2023, arXiv:2309.00071, section 3.2; the ends of the ramp are rounded as in their code.
     """
 
     __slots__ = ()
@@ -171,11 +171,11 @@ class YarnRope(RopeScaling):
         return 0.1 * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
 
     def to_config(self) -> dict[str, object]:
-        """Return everything with the attention factor stated."""
+        """Return the `rope_parameters` with the attention factor."""
         return {**RopeScaling.to_config(self), "attention_factor": self.attention_factor}
 
     def inv_freq(self, head_dim: int) -> Frequencies:
-        """Return stretched, blended and kept frequencies."""
+        """Return the frequencies: scaled, blended or unchanged."""
         powers, plain = self._powers(head_dim), self._plain(head_dim)
         settings = dict(self.settings)
 
@@ -193,7 +193,7 @@ class YarnRope(RopeScaling):
 
 
 class Llama3Rope(RopeScaling):
-    """Long wavelengths are stretched, short ones kept. Source: Llama 3.1's reference code (July 2024)."""
+    """Long wavelengths are scaled, short ones are not. Source: Llama 3.1's reference code (July 2024)."""
 
     __slots__ = ()
     kind = "llama3"
@@ -201,15 +201,15 @@ class Llama3Rope(RopeScaling):
 
     @property
     def stated_positions(self) -> int:
-        """The whole reach: programs do not multiply here (Llama 3.1 states 131,072 beside an original 8,192)."""
+        """The scaled context length; readers do not multiply it (Llama 3.1: 131,072, with an original 8,192)."""
         return self.reach
 
     def inv_freq(self, head_dim: int) -> Frequencies:
-        """Return stretched, blended and kept frequencies."""
+        """Return the frequencies: scaled, blended or unchanged."""
         plain = self._plain(head_dim)
         settings = dict(self.settings)
         low, high = np.float32(settings["low_freq_factor"]), np.float32(settings["high_freq_factor"])
-        turns = np.float32(self.original) / (np.float32(2 * math.pi) / plain)  # over the known context
+        turns = np.float32(self.original) / (np.float32(2 * math.pi) / plain)  # rotations over the original context
         stretched = plain / np.float32(self.factor)
         smooth = (turns - low) / (high - low)
         blended = (np.float32(1) - smooth) * stretched + smooth * plain
@@ -219,14 +219,14 @@ class Llama3Rope(RopeScaling):
 
 @dataclass(frozen=True, slots=True)
 class BaseModelRope(RopeScaling):
-    """A base's own scaling of any kind, untouched.
+    """The unmodified scaling of a base model, of any kind.
 
     Attributes:
-        own_kind: As the base's config has it.
+        own_kind: `rope_type` of the base's config.
         stated: The base's `rope_parameters` as JSON.
-        positions: Its `max_position_embeddings`.
-        frequencies: What transformers computes from its untouched config: attention factor, then `head_dim / 2` fp32
-            frequencies.
+        positions: The base's `max_position_embeddings`.
+        frequencies: Attention factor, then `head_dim / 2` fp32 frequencies, as transformers computes them from the
+            base's config.
     """
 
     stretch: ClassVar[str] = "positions are stretched as the base states it"
@@ -243,12 +243,12 @@ class BaseModelRope(RopeScaling):
 
     @property
     def is_scaled(self) -> bool:
-        """Whether the base's kind stretches positions."""
+        """Whether the base's kind scales positions."""
         return self.kind != DefaultRope.kind
 
     @property
     def loader(self) -> str:  # type: ignore[override]
-        """That of the kind; an unknown one counts as new."""
+        """Minimum version of transformers; unknown kinds get the default."""
         return _KINDS[self.kind].loader if self.kind in _KINDS else RopeScaling.loader
 
     @property
@@ -258,21 +258,21 @@ class BaseModelRope(RopeScaling):
 
     @property
     def reach(self) -> int:
-        """What the base states, by positions or by factor."""
+        """Context length of the base: its positions, or original x factor if that is larger."""
         return max(self.positions, int(self.original * self.factor))
 
     @property
     def stated_positions(self) -> int:
-        """The base's number."""
+        """The base's `max_position_embeddings`."""
         return self.positions
 
     @property
     def attention_factor(self) -> float:
-        """As transformers computed it."""
+        """The factor that transformers computed."""
         return self.frequencies[0]
 
-    def inv_freq(self, head_dim: int) -> Frequencies:  # noqa: ARG002 - they were computed for the base's
-        """Return what transformers computed."""
+    def inv_freq(self, head_dim: int) -> Frequencies:  # noqa: ARG002 - computed for the base's head size
+        """Return the frequencies that transformers computed."""
         return np.asarray(self.frequencies[1:], dtype=np.float32)
 
     def to_config(self) -> dict[str, object]:
@@ -281,13 +281,13 @@ class BaseModelRope(RopeScaling):
         return parameters
 
     def to_legacy_config(self) -> dict[str, object] | None:
-        """Return what transformers 4 reads of the kind."""
+        """Return `rope_scaling` in the format of transformers 4."""
         if self.kind in (DefaultRope.kind, LinearRope.kind, DynamicRope.kind):
             return build_scaling(self.kind, self.factor, self.theta, self.original).to_legacy_config()
         return _legacy(self.to_config())
 
     def to_json(self) -> dict[str, object]:
-        """Return what `scaling_from_json` reads."""
+        """Return the scaling in the format of `scaling_from_json`."""
         own = {"kept": self.stated, "positions": self.positions, "frequencies": list(self.frequencies)}
         return {**RopeScaling.to_json(self), **own}
 
@@ -298,17 +298,17 @@ _KINDS: dict[str, type[RopeScaling]] = {
 
 
 def build_scaling(kind: str, factor: float, theta: float, original: int, settings: Settings = ()) -> RopeScaling:
-    """Return the scaling of a kind that this package can compute; see the class for the rest."""
+    """Return a scaling of one of the `known_kinds`; the arguments are those of `RopeScaling`."""
     return _KINDS[kind](factor, theta, original, settings)
 
 
 def known_kinds() -> set[str]:
-    """Return the kinds that params may ask for, `default` among them."""
+    """Return the kinds that params.yaml accepts, and `default`."""
     return set(_KINDS)
 
 
 def plan_scaling(profile: BaseParams, *, theta: float, original: int) -> RopeScaling:
-    """Translate the published spelling, `superhot_config: {type, scale, …}`."""
+    """Return the scaling of `superhot_config: {type, scale, …}`; the default without `superhot`."""
     if not profile.superhot:
         return build_scaling(DefaultRope.kind, 1.0, theta, original)
     stated = profile.superhot_config.model_dump()
@@ -318,12 +318,12 @@ def plan_scaling(profile: BaseParams, *, theta: float, original: int) -> RopeSca
 
 
 def keep_scaling(stated: Mapping[str, Any], positions: int, frequencies: tuple[float, ...]) -> BaseModelRope:
-    """Return a base's own scaling, untouched.
+    """Return the unmodified scaling of a base model.
 
     Args:
-        stated: `rope_parameters` of its config, as transformers 5 reads it.
+        stated: `rope_parameters` of its config, as loaded by transformers 5.
         positions: Its `max_position_embeddings`.
-        frequencies: See the class.
+        frequencies: As in `BaseModelRope`.
     """
     return BaseModelRope(
         factor=float(stated.get("factor") or 1.0),
@@ -337,7 +337,7 @@ def keep_scaling(stated: Mapping[str, Any], positions: int, frequencies: tuple[f
 
 
 def scaling_from_json(stated: Mapping[str, Any]) -> RopeScaling:
-    """Return the object whose `to_json` went through JSON."""
+    """Return the scaling from the output of `to_json`."""
     settings = tuple((name, value) for name, value in stated["settings"])
     scaling = (float(stated["factor"]), float(stated["theta"]), int(stated["original"]), settings)
     if not stated["kept"]:
@@ -351,7 +351,9 @@ def _legacy(parameters: Mapping[str, object]) -> dict[str, object]:
 
 
 def longest_independent(parameters: Mapping[str, Any], positions: int) -> int | None:
-    """Return the longest row, in tokens, whose frequencies do not follow the longest row of its batch; None: all.
+    """Return the row length, in tokens, up to which frequencies do not depend on the batch; None: any length.
+
+    Longer rows get frequencies that depend on the longest row of their batch.
 
     Source: transformers 5.24, modeling_rope_utils.dynamic_rope_update.
 
@@ -361,6 +363,6 @@ def longest_independent(parameters: Mapping[str, Any], positions: int) -> int | 
     """
     if parameters["rope_type"] == DynamicRope.kind:
         return positions
-    if parameters["rope_type"] == "longrope":  # a base's own
+    if parameters["rope_type"] == "longrope":  # only as a base's own scaling
         return int(parameters.get("original_max_position_embeddings") or positions)
     return None

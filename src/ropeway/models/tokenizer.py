@@ -1,7 +1,7 @@
-"""The tokenizer folder as this package uses it: `tokenizer.json` run as it is, by the tokenizers library.
+"""Load, train and write tokenizers with the tokenizers library, which runs `tokenizer.json` unmodified.
 
-No class of transformers stands between: its `LlamaTokenizer` (5.24) rebuilds the pipeline and gives other ids for 246
-of 875 test texts; `PreTrainedTokenizerFast` gives the same ids as here. Opening takes milliseconds, not seconds.
+Transformers' classes are not used: its `LlamaTokenizer` (5.24) rebuilds the pipeline and gives other ids for 246 of 875
+test texts. `PreTrainedTokenizerFast` gives the same ids as here. Loading takes milliseconds instead of seconds.
 """
 
 import json
@@ -17,14 +17,16 @@ from ropeway.models.chat_template import ChatTemplate
 from ropeway.runtime.errors import ConfigError
 from ropeway.runtime.manifest import write_json
 
-BLANK = "▁"  # SentencePiece's sign for a blank
+BLANK = "▁"  # SentencePiece's symbol for a space
 LLAMA_SPECIAL = {"unk": "<unk>", "bos": "<s>", "eos": "</s>"}  # ids 0, 1, 2, as in Llama 2's tokenizer
-_CHARACTER_COVERAGE = 0.9995  # of the text; rarer characters are spelt in bytes. Source: SentencePiece's default
+_CHARACTER_COVERAGE = (
+    0.9995  # fraction of the text; rarer characters are encoded as bytes. Source: SentencePiece's default
+)
 _CONFIG_KEYS = {"unk": "unk_token", "bos": "bos_token", "eos": "eos_token", "pad": "pad_token"}
 
 
 def open_tokenizer(folder: Path) -> Tokenizer:
-    """Return the tokenizer of a folder, never cutting and never padding.
+    """Return the tokenizer of a folder, with truncation and padding disabled.
 
     Raises:
         ConfigError: The folder has no readable `tokenizer.json`.
@@ -32,12 +34,12 @@ def open_tokenizer(folder: Path) -> Tokenizer:
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise ConfigError(
-            f"{path}: not found; only fast tokenizers are run here. Convert the model's own with transformers "
-            "(AutoTokenizer.from_pretrained(…).save_pretrained(…)) and put its tokenizer.json there"
+            f"{path}: not found; only fast tokenizers are supported. Convert the model's tokenizer with transformers "
+            "(AutoTokenizer.from_pretrained(…).save_pretrained(…)) and copy its tokenizer.json there"
         )
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # noqa: BLE001 - the Rust side raises bare Exception
+    except Exception as error:  # noqa: BLE001 - the Rust library raises plain Exception
         raise ConfigError(f"{path}: the tokenizers library cannot read it: {error}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -45,10 +47,10 @@ def open_tokenizer(folder: Path) -> Tokenizer:
 
 
 def read_special_names(folder: Path) -> dict[str, str]:
-    """Return {unk, bos, eos, pad: the token's text}, as far as the folder's tokenizer_config.json names them.
+    """Return the texts of `unk`, `bos`, `eos` and `pad` that the folder's tokenizer_config.json defines.
 
     Raises:
-        ConfigError: There is no such JSON file.
+        ConfigError: The file is missing or is not valid JSON.
     """
     path = folder / "tokenizer_config.json"
     try:
@@ -60,7 +62,7 @@ def read_special_names(folder: Path) -> dict[str, str]:
 
 
 def read_special(folder: Path, tokenizer: Tokenizer, template: ChatTemplate) -> dict[str, int]:
-    """Return the ids of `bos`, `eos`, `pad` and of the template's tokens by their text: never assumed, always read.
+    """Return the ids of `bos`, `eos`, `pad` and of the template's added tokens, from the vocabulary.
 
     Raises:
         ConfigError: A token is not in the vocabulary.
@@ -87,17 +89,17 @@ def token_text(tokenizer: Tokenizer, number: int) -> str:
 
 
 def count_tokens(tokenizer: Tokenizer) -> int:
-    """Return how many rows the tokenizer's ids need: the highest id plus one."""
+    """Return the number of embedding rows that the tokenizer needs: the highest id plus one."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
-    """Return a tokenizer of Llama's type trained on texts: byte-fallback BPE, `<s>` in front, no end.
+    """Return a tokenizer of Llama's type trained on texts: byte-fallback BPE with BOS but without EOS.
 
-    Equal texts in equal order give an equal tokenizer.
+    The same texts in the same order give the same tokenizer.
 
     Raises:
-        ConfigError: The texts do not yield `vocab_size` tokens.
+        ConfigError: The texts give fewer than `vocab_size` tokens.
     """
     texts = list(texts)
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -106,44 +108,45 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
         vocab_size=vocab_size,
         special_tokens=[*LLAMA_SPECIAL.values(), *bytes_],
         initial_alphabet=alphabet,
-        limit_alphabet=len(alphabet),  # exactly these: by count alone, ties would fall as a hash map lies
+        limit_alphabet=len(alphabet),  # exactly this alphabet: a limit by count breaks ties in hash order
         show_progress=False,
     )
-    taught = Tokenizer(models.BPE(unk_token=LLAMA_SPECIAL["unk"], byte_fallback=True, fuse_unk=True))
-    taught.normalizer = _normalizer()
-    # Words only while learning: merges stay inside a word, and equal words are counted once.
-    taught.pre_tokenizer = pre_tokenizers.Split(Regex(f"{BLANK}*[^{BLANK}\n]+|{BLANK}+|\n+"), behavior="isolated")
-    taught.train_from_iterator(texts, trainer)
-    learned = json.loads(taught.to_str())["model"]
-    if (found := len(learned["vocab"])) != vocab_size:
+    trained = Tokenizer(models.BPE(unk_token=LLAMA_SPECIAL["unk"], byte_fallback=True, fuse_unk=True))
+    trained.normalizer = _normalizer()
+    # Split into words for training only: merges do not cross words, and each distinct word is processed once.
+    trained.pre_tokenizer = pre_tokenizers.Split(Regex(f"{BLANK}*[^{BLANK}\n]+|{BLANK}+|\n+"), behavior="isolated")
+    trained.train_from_iterator(texts, trainer)
+    model = json.loads(trained.to_str())["model"]
+    if (found := len(model["vocab"])) != vocab_size:
         raise ConfigError(
-            f"expected_model.vocab_size: asked for {vocab_size:,} tokens, the sources' {sum(map(len, texts)):,} "
-            f"characters yield {found:,}; lower it or add text"
+            f"expected_model.vocab_size: expected {vocab_size:,} tokens, but {sum(map(len, texts)):,} characters of "
+            f"the sources give {found:,}; lower vocab_size or add text"
         )
-    merges = [tuple(pair) for pair in learned["merges"]]
-    return llama_tokenizer(learned["vocab"], merges)
+    merges = [tuple(pair) for pair in model["merges"]]
+    return llama_tokenizer(model["vocab"], merges)
 
 
 def prepare_tokenizer(tokenizer: Tokenizer, names: dict[str, str], template: ChatTemplate) -> None:
-    """Add the template's tokens that are missing, in fixed order, and have `<s>` put in front of every text.
+    """Add the template's missing tokens in fixed order, and make the tokenizer prepend BOS to every text.
 
-    A tokenizer that puts no BOS in front (GPT-2's type) gets it: training, template and evaluation all count on it.
+    Training, template and evaluation require BOS, so it is also added to tokenizers without it (GPT-2's type).
 
     Raises:
-        ConfigError: The tokenizer names no BOS or no end token.
+        ConfigError: The tokenizer has no BOS or no EOS token.
     """
     bos, _ = (_require(tokenizer, names, name) for name in ("bos", "eos"))
     tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in template.added_tokens])
     if tokenizer.encode("a").ids[:1] != [bos]:
-        tokenizer.post_processor = _bos_in_front(names["bos"], bos)
+        tokenizer.post_processor = _prepend_bos(names["bos"], bos)
 
 
 def write_tokenizer(
     folder: Path, tokenizer: Tokenizer, names: dict[str, str], template: ChatTemplate, *, max_length: int
 ) -> None:
-    """Write the folder that `PreTrainedTokenizerFast` and `AutoTokenizer` open with the same ids as `open_tokenizer`.
+    """Write a folder that `PreTrainedTokenizerFast` and `AutoTokenizer` load with the same ids as `open_tokenizer`.
 
-    Padding is `eos`, on the right, as in the original; the template stands in both places where readers look.
+    Padding is `eos`, on the right, as in the original. The template is written to its own file and to
+    tokenizer_config.json, because readers use either.
     """
     tokenizer.save(str(folder / "tokenizer.json"))
     named = {_CONFIG_KEYS[short]: text for short, text in (names | {"pad": names["eos"]}).items()}
@@ -170,13 +173,13 @@ def _require(tokenizer: Tokenizer, names: dict[str, str], name: str) -> int:
     if number is None:
         raise ConfigError(
             f"the base model's tokenizer has no {name}_token in its vocabulary (tokenizer_config.json names "
-            f"{names.get(name)!r}); conversations need one in front and at the end of turns: name it there"
+            f"{names.get(name)!r}); conversations need BOS and EOS: set {name}_token there"
         )
     return int(number)
 
 
 def _alphabet(texts: list[str]) -> list[str]:
-    """Return the characters that make up nearly all of the text, sorted."""
+    """Return the sorted characters that cover `_CHARACTER_COVERAGE` of the text."""
     counts = Counter(BLANK)
     for text in texts:
         counts.update(text.replace(" ", BLANK))
@@ -194,16 +197,16 @@ def _normalizer() -> normalizers.Normalizer:
     return normalizers.Sequence([normalizers.Prepend(BLANK), normalizers.Replace(" ", BLANK)])
 
 
-def _bos_in_front(bos: str, number: int) -> processors.PostProcessor:
+def _prepend_bos(bos: str, number: int) -> processors.PostProcessor:
     return processors.TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, number)])
 
 
 def llama_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
-    """Return Llama 2's pipeline around this vocabulary. Source: its tokenizer.json, legacy SentencePiece behaviour."""
+    """Return Llama 2's pipeline around this vocabulary. Source: its tokenizer.json, legacy SentencePiece behavior."""
     model = models.BPE(vocab, merges, unk_token=LLAMA_SPECIAL["unk"], byte_fallback=True, fuse_unk=True)
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = _normalizer()
-    tokenizer.post_processor = _bos_in_front(LLAMA_SPECIAL["bos"], 1)
+    tokenizer.post_processor = _prepend_bos(LLAMA_SPECIAL["bos"], 1)
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(BLANK, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )

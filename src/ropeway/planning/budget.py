@@ -1,4 +1,4 @@
-"""What a run costs and whether it fits: a card's memory with remedies, disk, hours. Pure functions, no torch."""
+"""Estimates of GPU memory fit with remedies, disk space and hours of a run. Pure functions, without torch."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -13,18 +13,19 @@ from ropeway.runtime.errors import ConfigError
 # Dense peak with 16-bit inputs and fp32 accumulation, in TFLOPS. Source: NVIDIA's data sheets of each card.
 CARDS = {"a100": 312.0, "h100": 989.0, "h100-pcie": 756.0, "h200": 989.0, "l40s": 362.0, "v100": 125.0}
 ASSUMED_CARD = "a100"
-ASSUMED_MFU = 0.4  # an assumption: the 50 % that DESIGN.md hopes for has not been measured here
-_MOST_CHANGES = 3  # at once, where no two make a run fit
-COMMON_GIB = (40.0, 80.0)  # stated where no card is known: the two sizes of an A100
+ASSUMED_MFU = 0.4  # assumed, not measured here
+_MOST_CHANGES = 3  # in one remedy; three only if no two fit
+COMMON_GIB = (40.0, 80.0)  # used if no GPU is known: the two sizes of an A100
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryVerdict:
-    """Whether a run fits a card.
+    """Whether a run fits a GPU.
 
     Attributes:
-        needed_bytes: The plan's total.
-        remedies: Where it does not: changes that would make it fit, smallest sets first, each with its total.
+        memory_bytes: Memory of the GPU.
+        needed_bytes: Total of the plan.
+        remedies: If it does not fit: (changes that make it fit, their total in bytes), fewest changes first.
     """
 
     memory_bytes: int
@@ -33,12 +34,12 @@ class MemoryVerdict:
 
     @property
     def fits(self) -> bool:
-        """True when the plan's total is no more than the card has."""
+        """Whether the plan's total is at most the GPU's memory."""
         return self.needed_bytes <= self.memory_bytes
 
 
-def judge(load: Load, global_batch_size: int, memory_bytes: int) -> MemoryVerdict:
-    """Return whether a load fits a card, and what would make it fit, by planning again with each change."""
+def check_fit(load: Load, global_batch_size: int, memory_bytes: int) -> MemoryVerdict:
+    """Return whether a load fits a GPU, and which changes make it fit, by planning again with each change."""
     needed = plan_gpu(load)["total"]
     remedies: tuple[tuple[str, int], ...] = ()
     if needed > memory_bytes:
@@ -47,9 +48,9 @@ def judge(load: Load, global_batch_size: int, memory_bytes: int) -> MemoryVerdic
 
 
 def _find_remedies(load: Load, global_batch_size: int, memory_bytes: int) -> Iterator[tuple[str, int]]:
-    """Yield the sets of changes that fit, one or two at once, three where no two do; none holds another one.
+    """Yield the minimal sets of one or two changes that fit; of three only if there are no smaller ones.
 
-    Changes of one kind stand in order of their price, so the cheapest of them that fits is the one that is named.
+    Changes of one kind are ordered by cost, so only the cheapest one that fits is listed.
     """
     changes = plan_changes(load, global_batch_size)
     found: list[frozenset[str]] = []
@@ -64,14 +65,14 @@ def _find_remedies(load: Load, global_batch_size: int, memory_bytes: int) -> Ite
             for change in chosen:
                 changed = change.make(changed)
             total = plan_gpu(changed)["total"]
-            if total <= memory_bytes and _divides(changed, global_batch_size):
+            if total <= memory_bytes and _divides_batch(changed, global_batch_size):
                 found.append(kinds)
                 yield " + ".join(change.words for change in chosen), total
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One thing that could be changed in a load; of each kind only one is taken."""
+    """A possible change of a load; a remedy contains at most one of each kind."""
 
     kind: str
     words: str
@@ -79,7 +80,7 @@ class Change:
 
 
 def plan_changes(load: Load, global_batch_size: int) -> list[Change]:
-    """Return what could be changed in a load."""
+    """Return the possible changes of a load."""
     zero, changes = load.zero, []
     if not load.checkpointing:
         words = "gradient_checkpointing: true"
@@ -94,7 +95,7 @@ def plan_changes(load: Load, global_batch_size: int) -> list[Change]:
     changes += [
         Change("ranks", f"{ranks} ranks", partial(replace, ranks=ranks))
         for ranks in (load.ranks * factor for factor in (2, 4, 8, 16))
-        if _divides(replace(load, ranks=ranks, micro_batch_size=1), global_batch_size)
+        if _divides_batch(replace(load, ranks=ranks, micro_batch_size=1), global_batch_size)
     ]
     if not zero.offload_optimizer:
         words = "offload_optimizer to cpu"
@@ -113,15 +114,18 @@ def _with_stage(load: Load, *, stage: int) -> Load:
     return replace(load, zero=replace(load.zero, stage=stage))
 
 
-def _divides(load: Load, global_batch_size: int) -> bool:
+def _divides_batch(load: Load, global_batch_size: int) -> bool:
     return global_batch_size % (load.micro_batch_size * load.ranks) == 0
 
 
 def plan_disk(profile: Profile, load: Load, *, found: Mapping[str, int], local_registry: bool) -> dict[str, int]:
-    """Return bytes on disk by part: checkpoints and one being written, every stage's files, and what is kept twice.
+    """Return bytes on disk by part: checkpoints with the one being written, stage outputs and their copies.
 
-    `found` holds the bytes of the stages' folders that are there already; they replace estimates, and only `base` has
-    one.
+    Args:
+        profile: The profile of the run.
+        load: The load of one rank.
+        found: Bytes of existing stage folders; they replace estimates (only `base` has one).
+        local_registry: Whether the registry is on this disk.
     """
     weights = load.sizes.parameters
     stored = DTYPE_BYTES["fp32"] if isinstance(profile.base, ScratchBase) else 2  # published weights are 16-bit
@@ -134,19 +138,19 @@ def plan_disk(profile: Profile, load: Load, *, found: Mapping[str, int], local_r
         "model": weights * load.number_bytes,
         "package": weights * DTYPE_BYTES[profile.package.dtype],
     }
-    parts["dvc_cache"] = sum(parts.values()) - parts["checkpoints"]  # copies, unless the file system knows reflinks
+    parts["dvc_cache"] = sum(parts.values()) - parts["checkpoints"]  # copies, unless the file system has reflinks
     parts["registry"] = parts["package"] if local_registry else 0
     return parts
 
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """What hours are computed from: assumptions, both of them.
+    """Assumed training speed.
 
     Attributes:
-        card: Where the peak comes from.
-        peak_tflops: One card's peak; None where none is known for this dtype.
-        mfu: Fraction of it that ends in the model's own arithmetic; recomputed layers do not count.
+        card: Name of the GPU, or `stated`.
+        peak_tflops: Peak of one GPU; None if it is not known for this dtype.
+        mfu: Model FLOPs utilization, as a fraction of the peak; recomputed layers do not count.
     """
 
     card: str
@@ -155,10 +159,10 @@ class Speed:
 
 
 def plan_speed(card: str | None, mfu: float | None, *, dtype: str) -> Speed:
-    """Return the speed of a named card, or of so many TFLOPS; raise ConfigError for another card or a wrong MFU."""
+    """Return the speed of a known GPU or of a peak in TFLOPS; raise ConfigError for an unknown GPU or invalid MFU."""
     mfu = ASSUMED_MFU if mfu is None else mfu
     if not 0 < mfu <= 1:
-        raise ConfigError(f"--mfu: expected a fraction above 0, at most 1, found {mfu:g}")
+        raise ConfigError(f"--mfu: expected more than 0 and at most 1, found {mfu:g}")
     name = ASSUMED_CARD if card is None else card.lower()
     if name in CARDS:
         return Speed(name.upper(), CARDS[name] if dtype != "fp32" else None, mfu)
@@ -172,7 +176,7 @@ def plan_speed(card: str | None, mfu: float | None, *, dtype: str) -> Speed:
 
 
 def name_card(found: str) -> str | None:
-    """Return the entry of CARDS for a name as the driver says it.
+    """Return the key of `CARDS` for a GPU name of the driver; None if it is not listed.
 
     >>> name_card("NVIDIA H100 PCIe"), name_card("NVIDIA A100-SXM4-80GB"), name_card("NVIDIA T4")
     ('h100-pcie', 'a100', None)
@@ -183,10 +187,10 @@ def name_card(found: str) -> str | None:
 
 
 def token_flops(load: Load) -> float:
-    """Return floating-point operations of forward and backward for one token, nothing recomputed.
+    """Return the FLOPs of forward and backward for one token, without recomputation.
 
-    4 for each weight that multiplies (the input table only looks up), 2 more for each that is trained, and causal
-    attention: 6 L H T, half of the full square's 12. Source: Chowdhery et al. 2022, arXiv:2204.02311, appendix B.
+    4 per weight in a matrix product (the input embedding is a lookup), 2 more per trained weight, and 6 L H T for
+    causal attention, half of the 12 L H T of full attention. Source: Chowdhery et al. 2022, arXiv:2204.02311, app. B.
     """
     sizes, frozen = load.sizes, load.parameters - load.trainable
     multiplying = load.parameters - (0 if sizes.tied else sizes.embedding_parameters)
@@ -195,7 +199,7 @@ def token_flops(load: Load) -> float:
 
 
 def plan_hours(load: Load, speed: Speed, tokens: int | None) -> float | None:
-    """Return hours of training on `tokens`; None where tokens or peak are not known."""
+    """Return the hours of training on `tokens`; None if tokens or peak are not known."""
     if tokens is None or speed.peak_tflops is None:
         return None
     per_second = load.ranks * speed.peak_tflops * 1e12 * speed.mfu
@@ -203,7 +207,7 @@ def plan_hours(load: Load, speed: Speed, tokens: int | None) -> float | None:
 
 
 def gib(count: float) -> str:
-    """Return bytes in words.
+    """Return a number of bytes as text in GiB or MiB.
 
     >>> gib(3 * 2**29)
     '1.5 GiB'

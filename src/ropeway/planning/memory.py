@@ -1,11 +1,11 @@
-"""What a rank holds at its peak, in closed form: weights, gradients, optimizer, buckets, activations, logits.
+"""Estimate of a rank's peak memory: weights, gradients, optimizer, buckets, activations, logits.
 
 Shapes: P positions of a micro-batch (rows x tokens), H hidden, F intermediate, K key and value width, A heads,
-L layers, V vocabulary, N weights, R ranks, s bytes of a training number (2 in fp16 and bf16, 4 in fp32).
+L layers, V vocabulary, N weights, R ranks, s bytes per number in the training dtype (2 in fp16 and bf16, 4 in fp32).
 
-The states are those of DeepSpeed's own estimator; activations are counted tensor by tensor over transformers' Llama
-with a fused attention kernel, and held to the measured peak (tests/contract/test_memory.py). With LoRA they are still
-those of full training, which keeps more for frozen layers and less for adapters: not measured.
+Model states follow DeepSpeed's estimator. Activations are summed over the tensors of transformers' Llama with a fused
+attention kernel, and compared with the measured peak (tests/contract/test_memory.py). With LoRA they are estimated as
+in full training: too high for frozen layers, too low for adapters, not measured.
 """
 
 from dataclasses import dataclass
@@ -17,19 +17,19 @@ from ropeway.models.chat_template import choose_template
 
 DTYPE_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 FP32 = 4
-MOMENTS = 8  # Adam's two, fp32
-CHUNK_POSITIONS = 1024  # train/loss.py's; a test holds the two together
+MOMENTS = 8  # Adam's two moments in fp32
+CHUNK_POSITIONS = 1024  # equal to the value in train/loss.py; a test compares them
 GIB = 2**30
-# Assumed, not measured here: CUDA context and libraries 0.5 GiB, NCCL's buffers 0.5 GiB, and what the caching allocator
-# loses between blocks: 5 % of what comes and goes.
+# Assumed, not measured here: CUDA context and libraries 0.5 GiB, NCCL buffers 0.5 GiB, and fragmentation of the caching
+# allocator, 5 % of temporary memory.
 CONTEXT_BYTES = GIB
 FRAGMENTATION = 0.05
-PROCESS_BYTES = 2 * GIB  # assumed: Python, torch and CUDA's libraries in host memory, each rank
+PROCESS_BYTES = 2 * GIB  # assumed, per rank: Python, torch and CUDA libraries in host memory
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """A Llama's sizes; `vocabulary` counts the rows of the padded embedding."""
+    """Sizes of a Llama model; `vocabulary` is the number of rows of the padded embedding."""
 
     hidden: int
     intermediate: int
@@ -41,7 +41,7 @@ class Sizes:
 
     @classmethod
     def of(cls, profile: Profile) -> "Sizes":
-        """Return the sizes of `expected_model`, role tokens added and vocabulary padded."""
+        """Return the sizes of `expected_model` with added tokens and padded vocabulary."""
         shape, multiple = profile.expected_model, profile.pad_vocab_to_multiple_of
         return cls(
             hidden=shape.hidden_size,
@@ -55,12 +55,12 @@ class Sizes:
 
     @property
     def key_value(self) -> int:
-        """Width of keys, and of values."""
+        """Width of keys and of values."""
         return self.hidden * self.key_value_heads // self.heads
 
     @property
     def layer_parameters(self) -> int:
-        """Weights of one layer: four projections of attention, three of the MLP, two norms.
+        """Weights of one layer: four attention projections, three of the MLP, two norms.
 
         Source: Touvron et al. 2023, arXiv:2302.13971; grouped heads: Ainslie et al. 2023, arXiv:2305.13245.
         """
@@ -69,7 +69,7 @@ class Sizes:
 
     @property
     def embedding_parameters(self) -> int:
-        """Weights of one embedding table."""
+        """Weights of one embedding matrix."""
         return self.vocabulary * self.hidden
 
     @property
@@ -81,17 +81,17 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What one rank works on; `dataclasses.replace` one field to plan a remedy.
+    """The work of one rank; replace a field with `dataclasses.replace` to plan a remedy.
 
     Attributes:
-        number_bytes: s of the module's legend.
-        adapters: Weights that LoRA adds.
-        trainable: Weights with gradients and optimizer: all of them, or with LoRA adapters (and embeddings).
-        micro_batch_size: Rows of a forward pass; packed ones are joined into one.
-        row_tokens: Tokens of the longest possible row.
-        checkpointing: Layers keep their input alone and run again in backward.
-        masked: Attention reads a mask of (P x P): packed rows on a GPU without a flash kernel. On a CPU none does
-            (`attend_each` in train/attention.py), so there the plan of such rows is too high.
+        number_bytes: s in the docstring of this module.
+        adapters: Number of LoRA weights.
+        trainable: Number of weights that are trained: all, or with LoRA the adapters (and embeddings).
+        micro_batch_size: Rows per forward pass; packed rows are concatenated.
+        row_tokens: Maximum length of a row, in tokens.
+        checkpointing: Layers store only their input and are recomputed in backward.
+        masked: Attention uses a (P x P) mask: packed rows on a GPU without a flash kernel. On a CPU there is no mask
+            (`attend_each` in models/attention.py), so the estimate is too high there.
     """
 
     sizes: Sizes
@@ -107,7 +107,7 @@ class Load:
 
     @classmethod
     def of(cls, profile: Profile, zero: Zero, *, ranks: int) -> "Load":
-        """Return what a rank of a profile's run works on."""
+        """Return the work of one rank in a run of this profile."""
         sizes = Sizes.of(profile)
         adapters, tables = count_adapters(profile, sizes)
         return cls(
@@ -135,9 +135,9 @@ class Load:
 
 
 def count_adapters(profile: Profile, sizes: Sizes) -> tuple[int, int]:
-    """Return (weights of LoRA's matrices, weights of the tables trained with them); 0 and 0 without LoRA.
+    """Return (weights of the LoRA matrices, embedding weights trained with them); (0, 0) without LoRA.
 
-    Each target of width `in` to `out` gets rank x (in + out). Source: Hu et al. 2021, arXiv:2106.09685.
+    A target of `in` to `out` features has rank x (in + out) weights. Source: Hu et al. 2021, arXiv:2106.09685.
     """
     lora = profile.lora
     if not profile.peft_model or lora is None:
@@ -150,7 +150,7 @@ def count_adapters(profile: Profile, sizes: Sizes) -> tuple[int, int]:
         "o_proj": 2 * hidden,
         **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), hidden + intermediate),
     }
-    # A target that is none of these is training's to refuse; the head is the one other linear layer.
+    # Training rejects unknown targets; the head is the only other linear layer.
     adapters = sizes.layers * lora.rank * sum(sides.get(name, 0) for name in lora.target_modules)
     adapters += lora.rank * (hidden + sizes.vocabulary) * lora.target_modules.count(HEAD_LAYER)
     tables = sizes.embedding_parameters * (1 if sizes.tied else 2)
@@ -158,17 +158,17 @@ def count_adapters(profile: Profile, sizes: Sizes) -> tuple[int, int]:
 
 
 def plan_states(load: Load) -> dict[str, int]:
-    """Return bytes of weights, gradients and optimizer on one GPU.
+    """Return the bytes of weights, gradients and optimizer states on one GPU.
 
-    Gradients are counted twice, in training numbers and in fp32 for the step, as DeepSpeed does. Source: deepspeed
-    0.19.8, estimate_zero2_model_states_mem_needs: 2 N + 18 N / R in 16 bit, 2 N with offload. Its estimator of stage 3
-    counts 18 N / R and 4 bytes for each weight of the largest layer; the code has gradients of 2 N / R, fp32 ones for
-    one sub-group, and gathers weights up to the JSON's limits (`live_weights`), which is what is counted here.
+    Gradients count twice, in the training dtype and in fp32 for the step, as in DeepSpeed. Source: deepspeed 0.19.8,
+    estimate_zero2_model_states_mem_needs: 2 N + 18 N / R in 16 bit, 2 N with offload. For stage 3 its estimator counts
+    18 N / R and 4 bytes per weight of the largest layer. The code holds gradients of 2 N / R, fp32 gradients of one
+    sub-group, and gathered weights up to the limits of the JSON (`live_weights`); this function counts those.
     """
     zero, weights, width = load.zero, load.parameters, load.number_bytes
     live = min(weights, max(zero.live_elements, load.sizes.embedding_parameters) + zero.prefetch_elements)
     gradients = width * load.trainable // _ranks_from(2, load) + step_gradient_bytes(load)
-    if zero.offload_optimizer:  # at stage 1 they are whole until the step; above it they leave bucket by bucket
+    if zero.offload_optimizer:  # stage 1 keeps all until the step; higher stages move each bucket to the host
         gradients = width * load.trainable if zero.stage <= 1 else 0
     return {
         "weights": 0 if zero.offload_parameters else width * weights // _ranks_from(3, load),
@@ -179,7 +179,7 @@ def plan_states(load: Load) -> dict[str, int]:
 
 
 def step_gradient_bytes(load: Load) -> int:
-    """Return bytes of the fp32 gradients that a step makes and drops."""
+    """Return the bytes of the temporary fp32 gradients of an optimizer step."""
     share = load.trainable // _ranks_from(1, load)
     if load.zero.offload_optimizer:
         return 0
@@ -187,41 +187,41 @@ def step_gradient_bytes(load: Load) -> int:
 
 
 def _ranks_from(stage: int, load: Load) -> int:
-    """Return over how many ranks is spread what ZeRO partitions from `stage` on."""
+    """Return the number of ranks over which states are partitioned that ZeRO partitions from `stage` on."""
     return load.ranks if load.zero.stage >= stage else 1
 
 
 def layer_activation_bytes(load: Load) -> int:
-    """Return what one layer keeps for its backward pass.
+    """Return the bytes that one layer stores for its backward pass.
 
-    Two norms (input in fp32, normalised, its scaled output), q, k, v and the attention's output with a log-sum-exp for
-    each head, and four tensors of the MLP's width. A mask, where there is one, is kept by every layer as numbers.
+    Two norms (fp32 input, normalized input, scaled output), q, k, v and the attention output with a log-sum-exp per
+    head, and four tensors of the MLP's width. With a mask, every layer stores it in the training dtype.
     """
     sizes, width, positions = load.sizes, load.number_bytes, load.positions
     norm = positions * (sizes.hidden * (FP32 + 2 * width) + FP32)
-    key_value = sizes.hidden if load.masked else sizes.key_value  # with a mask, grouped heads are repeated
+    key_value = sizes.hidden if load.masked else sizes.key_value  # with a mask, key-value heads are repeated
     attention = positions * (width * (2 * sizes.hidden + 2 * key_value) + FP32 * sizes.heads)
     mask = width * positions**2 if load.masked else 0
     return 2 * norm + attention + mask + 4 * positions * width * sizes.intermediate
 
 
 def plan_activations(load: Load) -> dict[str, int]:
-    """Return bytes of activations and of logits at the peak of forward and backward.
+    """Return the bytes of activations and logits at the peak of forward and backward.
 
-    Three moments compete: the loss's chunk, the final norm's backward, the last layer's backward. `logits` is what the
-    first needs beyond the other two: 0 where those are higher.
+    The peak is the largest of three: a chunk of the loss, backward of the final norm, backward of the last layer.
+    `logits` is the excess of the first over the other two, at least 0.
     """
     sizes, width, positions = load.sizes, load.number_bytes, load.positions
     layer = layer_activation_bytes(load)
     state = width * positions * sizes.hidden
     kept = sizes.layers * (state if load.checkpointing else layer)
-    mask = positions**2 if load.masked else 0  # one of booleans, shared
-    # Final norm: fp32 input, normalised, gradient and the temporaries of its backward: 24 bytes in either precision.
+    mask = positions**2 if load.masked else 0  # one boolean mask, shared by all layers
+    # Final norm: fp32 input, normalized input, gradient and temporaries of backward: 24 bytes in each dtype.
     norm = 24 * positions * sizes.hidden
-    # Behind the last MLP: gradients of the state and of two tensors of its width.
+    # After the last MLP: gradients of the state and of two tensors of the MLP's width.
     backward = (layer if load.checkpointing else 0) + width * positions * (sizes.hidden + 2 * sizes.intermediate)
     chunk = min(CHUNK_POSITIONS, positions)
-    # Log-probabilities and two gradients of them in fp32; from the second chunk on the head's and the state's gradient.
+    # Log-probabilities and two of their gradients in fp32; from the second chunk on also gradients of head and state.
     loss = positions * sizes.hidden * (FP32 + 2 * width) + 3 * FP32 * chunk * sizes.vocabulary
     loss += width * sizes.embedding_parameters + state if positions > chunk else 0
     layers = max(norm, backward)
@@ -229,28 +229,29 @@ def plan_activations(load: Load) -> dict[str, int]:
 
 
 def plan_gpu(load: Load) -> dict[str, int]:
-    """Return the parts of one GPU's memory, and their `total`. On a CPU the same parts lie in host memory."""
+    """Return the bytes of one GPU by part, and their `total`. On a CPU the same parts are in host memory."""
     zero = load.zero
     buckets = zero.bucket_elements * load.number_bytes * (2 if zero.overlap else 1) if zero.stage else 0
-    # The all-gather after a step writes into the weights themselves: no bucket (deepspeed 0.19.8 on NCCL).
+    # The all-gather after a step writes into the weights, without a bucket (deepspeed 0.19.8 on NCCL).
     parts = {**plan_states(load), "buckets": buckets, **plan_activations(load)}
-    moving = sum(parts[name] for name in ("gradients", "buckets", "activations", "logits", "live_weights"))
-    parts["reserve"] = CONTEXT_BYTES + int(FRAGMENTATION * moving)
+    temporary = sum(parts[name] for name in ("gradients", "buckets", "activations", "logits", "live_weights"))
+    parts["reserve"] = CONTEXT_BYTES + int(FRAGMENTATION * temporary)
     return {**parts, "total": sum(parts.values())}
 
 
 def certain_bytes(load: Load) -> int:
-    """Return what a GPU holds whatever the rows are: states without fp32 gradients, and buckets. No guess in it."""
+    """Return the minimum bytes on a GPU for any rows: states without fp32 gradients, and buckets; no assumptions."""
     parts = plan_gpu(load)
     states = parts["weights"] + parts["optimizer"] + parts["gradients"] + parts["buckets"]
     return states - step_gradient_bytes(load)
 
 
 def plan_host(load: Load) -> dict[str, int]:
-    """Return the parts of host memory that all ranks of one machine take together, and their `total`.
+    """Return the host memory in bytes of all ranks on one machine by part, and their `total`.
 
-    Every rank opens the whole model before it is spread; what is offloaded comes after that, so the larger of the two
-    counts. Offload: fp32 weights, moments and gradients, 16 N. Source: as in `plan_states`, without its factor of 1.5.
+    Every rank loads the whole model before it is partitioned. Offloaded states are allocated later, so the larger of
+    the two counts. Offload: fp32 weights, moments and gradients, 16 N. Source: as in `plan_states`, without its factor
+    of 1.5.
     """
     weights, zero = load.parameters, load.zero
     opening = load.ranks * load.number_bytes * weights
@@ -261,18 +262,18 @@ def plan_host(load: Load) -> dict[str, int]:
 
 
 def checkpoint_bytes(load: Load) -> int:
-    """Return the size of one checkpoint of a planned run."""
+    """Return the size of one checkpoint in bytes."""
     return stored_bytes(load.parameters, load.trainable, number_bytes=load.number_bytes, stage=load.zero.stage)
 
 
-def stored_bytes(weights: int, learning: int, *, number_bytes: int, stage: int) -> int:
-    """Return the bytes of a checkpoint: fp32 masters and two moments of weights that learn, and all as trained.
+def stored_bytes(weights: int, trainable: int, *, number_bytes: int, stage: int) -> int:
+    """Return the bytes of a checkpoint: fp32 copies and two moments of trainable weights, and all weights.
 
-    The latter not at ZeRO's stage 3. Measured on deepspeed 0.19.8: 14 bytes a weight in bf16, 16 in fp32, 12 at
-    stage 3.
+    At ZeRO stage 3 the weights in the training dtype are not stored. Measured on deepspeed 0.19.8: 14 bytes/weight in
+    bf16, 16 in fp32, 12 at stage 3.
 
     >>> stored_bytes(1000, 1000, number_bytes=2, stage=2), stored_bytes(1000, 10, number_bytes=4, stage=2)
     (14000, 4120)
     """
     own = 0 if stage == PARTITIONED_STAGE else number_bytes
-    return learning * (FP32 + MOMENTS) + weights * own
+    return trainable * (FP32 + MOMENTS) + weights * own

@@ -1,4 +1,4 @@
-"""What a run will do and cost, before anything is spent: arithmetic over params, rows and ranks. No torch here."""
+"""Estimates of a run before it starts: steps, memory, disk and hours from params, rows and ranks; without torch."""
 
 import json
 import math
@@ -20,8 +20,8 @@ from ropeway.planning.budget import (
     COMMON_GIB,
     MemoryVerdict,
     Speed,
+    check_fit,
     gib,
-    judge,
     name_card,
     plan_disk,
     plan_hours,
@@ -33,13 +33,13 @@ from ropeway.runtime.errors import ConfigError
 from ropeway.runtime.manifest import NAME
 from ropeway.runtime.workspace import Workspace, count_bytes
 
-UNCHECKED = "ROPEWAY_MEMORY_CHECK"  # `off` lets a run start that the plan says cannot fit
+MEMORY_CHECK_VARIABLE = "ROPEWAY_MEMORY_CHECK"  # `off` disables `check_memory`
 OTHER_RANKS = (1, 2, 4, 8, 16)
 
 
 @dataclass(frozen=True, slots=True)
 class PlanRequest:
-    """What the caller states about the machine; None is found out or assumed."""
+    """The caller's description of the machine; None: detected or assumed."""
 
     gpu_memory_gib: float | None = None
     card: str | None = None
@@ -48,17 +48,18 @@ class PlanRequest:
 
 @dataclass(frozen=True, slots=True)
 class RunPlan:
-    """What a run will do.
+    """The estimates of a run.
 
     Attributes:
-        rows: Rows an epoch reads over all ranks; None where nothing states them yet.
+        rows: Rows per epoch over all ranks; None if not known yet.
         rows_per_source: The same by source; in the packed layout its sequences.
-        tokens_per_source: Tokens an epoch reads; a mean where it draws a part; None before prepare.
-        most_tokens: The same if every row were full.
-        other_ranks: Steps that other rank counts would make here, and would have made in the original.
-        disk_unknown: Parts of the disk's need that nothing states yet.
-        fits: Whether it fits the stated or found card; None where neither is known.
-        cards: For each memory in GiB: whether it fits, and what would make it fit with the bytes it then takes.
+        tokens_per_source: Tokens per epoch; an expected value if the epoch samples a part; None before prepare.
+        tokens: Tokens of all epochs, without padding.
+        most_tokens: Tokens of all epochs if every row were full.
+        other_ranks: Steps with other numbers of ranks, here and in the published code.
+        disk_unknown: Parts of the disk space that are not known yet.
+        fits: Whether it fits the stated or detected GPU; None if neither is known.
+        cards: By memory in GiB: whether it fits, and the changes that make it fit, with their bytes.
         hours: `expected` from tokens and `at_most` from full rows, at `speed`.
     """
 
@@ -90,34 +91,34 @@ class RunPlan:
     from_data: bool
 
     def as_json(self) -> str:
-        """Return the plan for programs."""
+        """Return the plan as JSON."""
         facts = asdict(self)
         for name, verdict in self.cards.items():
             facts["cards"][name]["fits"] = verdict.fits
         return json.dumps(facts, indent=1, sort_keys=True)
 
 
-def plan_run(workspace: Workspace, profile: Profile, *, ranks: int, asked: PlanRequest | None = None) -> RunPlan:
-    """Return the plan of a run: from the data where it is prepared, else from `expected_rows` of the sources.
+def plan_run(workspace: Workspace, profile: Profile, *, ranks: int, request: PlanRequest | None = None) -> RunPlan:
+    """Return the plan of a run, from the prepared data if it exists, else from `expected_rows` of the sources.
 
     Raises:
-        ConfigError: Ranks do not divide the batch, or the DeepSpeed JSON or a stated figure cannot be read.
+        ConfigError: The ranks do not divide the batch, or the DeepSpeed JSON, card or MFU is invalid.
     """
-    asked = asked or PlanRequest()
+    request = request or PlanRequest()
     named = read_texts(workspace.root, [profile.deepspeed_config], key="deepspeed_config")
     load = Load.of(profile, read_zero(named[profile.deepspeed_config], profile.deepspeed_config), ranks=ranks)
     counted = count_epoch_data(workspace, profile)
     disk, unknown = _plan_disk(workspace, profile, load)
-    gpus = detect_gpus() if asked.gpu_memory_gib is None or asked.card is None else []
-    memory = asked.gpu_memory_gib
+    gpus = detect_gpus() if request.gpu_memory_gib is None or request.card is None else []
+    memory = request.gpu_memory_gib
     if memory is None and gpus:
         memory = min(gpu.memory_bytes for gpu in gpus) / GIB
     cards = {
-        f"{size:.4g}": judge(load, profile.global_batch_size, int(size * GIB))
+        f"{size:.4g}": check_fit(load, profile.global_batch_size, int(size * GIB))
         for size in (COMMON_GIB if memory is None else (memory,))
     }
-    speed = plan_speed(asked.card or (name_card(gpus[0].name) if gpus else None), asked.mfu, dtype=profile.dtype)
-    reading = {"expected": counted.tokens, "at_most": counted.most_tokens}
+    speed = plan_speed(request.card or (name_card(gpus[0].name) if gpus else None), request.mfu, dtype=profile.dtype)
+    token_counts = {"expected": counted.tokens, "at_most": counted.most_tokens}
     return RunPlan(
         profile=workspace.profile,
         ranks=ranks,
@@ -130,7 +131,7 @@ def plan_run(workspace: Workspace, profile: Profile, *, ranks: int, asked: PlanR
         tokens=counted.tokens,
         most_tokens=counted.most_tokens,
         optimizer_steps=counted.steps(profile),
-        other_ranks=_plan_elsewhere(profile, counted.rows, ranks),
+        other_ranks=_plan_other_ranks(profile, counted.rows, ranks),
         parameters=load.sizes.parameters,
         trainable=load.trainable,
         checkpoint_bytes=checkpoint_bytes(load),
@@ -143,7 +144,7 @@ def plan_run(workspace: Workspace, profile: Profile, *, ranks: int, asked: PlanR
         fits=None if memory is None else next(iter(cards.values())).fits,
         cards=cards,
         speed=speed,
-        hours={name: plan_hours(load, speed, count) for name, count in reading.items()},
+        hours={name: plan_hours(load, speed, count) for name, count in token_counts.items()},
         from_data=counted.from_data,
     )
 
@@ -157,34 +158,39 @@ def _plan_disk(workspace: Workspace, profile: Profile, load: Load) -> tuple[dict
 
 
 def check_memory(profile: Profile, zero: Zero, *, ranks: int) -> None:
-    """Refuse to start ranks on cards that cannot hold the run's states, whatever its rows are; on a CPU nothing.
+    """Check that the GPUs can hold the model states; on a CPU this does nothing.
 
-    Activations and every assumption are left out of that figure, so that only what is certain is refused. A plan whose
-    total is above the card is said in one line.
+    The check counts neither activations nor assumptions, so a run that could fit always starts. If only the estimated
+    total is above the GPU's memory, one line is printed.
 
     Raises:
-        ConfigError: Weights, gradients, optimizer and buckets alone are more than the smallest card has.
+        ConfigError: Weights, gradients, optimizer and buckets alone exceed the memory of the smallest GPU.
     """
     gpus = detect_gpus()
-    if not gpus or os.environ.get(UNCHECKED) == "off":
+    if not gpus or os.environ.get(MEMORY_CHECK_VARIABLE) == "off":
         return
     load = Load.of(profile, zero, ranks=ranks)
     memory, certain = min(gpu.memory_bytes for gpu in gpus), certain_bytes(load)
-    verdict = judge(load, profile.global_batch_size, memory)
+    verdict = check_fit(load, profile.global_batch_size, memory)
     if verdict.fits:
         return
-    what = "; ".join(f"{words} ({gib(total)})" for words, total in verdict.remedies) or "a larger card"
+    what = "; ".join(f"{words} ({gib(total)})" for words, total in verdict.remedies) or "a larger GPU"
     if certain > memory:
         raise ConfigError(
-            f"a GPU has {gib(memory)}, but on {ranks} ranks weights, gradients, optimizer and buckets alone take "
-            f"{gib(certain)}. What would fit: {what}. `ropeway plan` shows the parts; {UNCHECKED}=off starts it anyway"
+            f"GPU memory is {gib(memory)}, but with {ranks} ranks weights, gradients, optimizer and buckets alone need "
+            f"{gib(certain)} per GPU. Changes that fit: {what}. `ropeway plan` shows the parts; "
+            f"{MEMORY_CHECK_VARIABLE}=off starts the run anyway"
         )
-    print(f"the plan asks for {gib(verdict.needed_bytes)} of a GPU's {gib(memory)}; what would fit: {what}", flush=True)
+    print(
+        f"the run may not fit: it needs about {gib(verdict.needed_bytes)}, a GPU has {gib(memory)}; "
+        f"changes that fit: {what}",
+        flush=True,
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class EpochCounts:
-    """What an epoch reads, and the tokens of all epochs."""
+    """Rows and tokens per epoch, and tokens of all epochs."""
 
     rows_per_source: dict[str, int | None]
     tokens_per_source: dict[str, int | None]
@@ -199,7 +205,7 @@ class EpochCounts:
 
 
 def count_epoch_data(workspace: Workspace, profile: Profile) -> EpochCounts:
-    """Return what a run reads."""
+    """Return the rows and tokens of a run, from the prepared data if it exists, else from `expected_rows`."""
     shards = open_shards(workspace.data, verify=False) if (workspace.data / NAME).is_file() else None
     sizes = {source.name: len(source.train) for source in shards.sources} if shards else _expected_sizes(profile)
     rows = {
@@ -208,9 +214,9 @@ def count_epoch_data(workspace: Workspace, profile: Profile) -> EpochCounts:
     }
     tokens: dict[str, int | None] = dict.fromkeys(rows)
     if shards:
-        tokens = {part.name: _tokens(part, rows[part.name] or 0, profile) for part in shards.sources}
+        tokens = {part.name: _count_tokens(part, rows[part.name] or 0, profile) for part in shards.sources}
     total = _sum(rows)
-    if profile.layout == "packed":  # how many rows the sequences fill is known once they are counted
+    if profile.layout == "packed":  # the number of packed rows depends on the sequences' lengths
         total = plan_epoch(shards, profile, epoch=0).rows if shards else None
     epochs, read = profile.num_train_epochs, _sum(tokens)
     return EpochCounts(
@@ -229,7 +235,7 @@ def _sum(counts: Mapping[str, int | None]) -> int | None:
 
 
 def _expected_sizes(profile: Profile) -> dict[str, int | None]:
-    """Return the training parts that the sources' `expected_rows` leave after the split."""
+    """Return the expected training sequences by source: `expected_rows` without the validation split."""
     split = profile.val_split
     return {
         name: None if source.expected_rows is None else source.expected_rows - math.ceil(split * source.expected_rows)
@@ -237,25 +243,32 @@ def _expected_sizes(profile: Profile) -> dict[str, int | None]:
     }
 
 
-def _tokens(source: SourceShards, rows: int, profile: Profile) -> int:
-    """Return the tokens an epoch reads of a source; packed documents are read whole, all else up to `max_length`."""
+def _count_tokens(source: SourceShards, rows: int, profile: Profile) -> int:
+    """Return a source's tokens per epoch; packed documents count in full, other sequences up to `max_length`."""
     lengths = source.lengths[source.train].astype(np.int64)
     if not (profile.layout == "packed" and source.is_document):
         lengths = np.minimum(lengths, profile.max_length)
     return round(float(lengths.mean()) * rows) if len(lengths) else 0
 
 
-def _plan_elsewhere(profile: Profile, rows: int | None, ranks: int) -> dict[int, dict[str, int | str]]:
-    """Return what other rank counts would do."""
-    return {} if rows is None else {count: _elsewhere(profile, rows, count) for count in OTHER_RANKS if count != ranks}
+def _plan_other_ranks(profile: Profile, rows: int | None, ranks: int) -> dict[int, dict[str, int | str]]:
+    """Return the steps with other numbers of ranks."""
+    return (
+        {}
+        if rows is None
+        else {count: _plan_rank_count(profile, rows, count) for count in OTHER_RANKS if count != ranks}
+    )
 
 
-def _elsewhere(profile: Profile, rows: int, ranks: int) -> dict[str, int | str]:
-    """Return what another rank count does here (equal steps), and did in the original (accumulation fixed)."""
+def _plan_rank_count(profile: Profile, rows: int, ranks: int) -> dict[str, int | str]:
+    """Return the steps with `ranks` ranks: here (same batch) and in the published code (fixed accumulation)."""
     rows_per_pass = profile.per_device_train_batch_size * ranks
     original = rows // (rows_per_pass * profile.gradient_accumulation_steps) * profile.num_train_epochs
     if profile.global_batch_size % rows_per_pass:
-        return {"refused": f"{profile.global_batch_size} rows do not divide by {rows_per_pass}", "original": original}
+        return {
+            "refused": f"{profile.global_batch_size} rows are not divisible by {rows_per_pass}",
+            "original": original,
+        }
     return {
         "accumulation_steps": profile.global_batch_size // rows_per_pass,
         "optimizer_steps": rows // profile.global_batch_size * profile.num_train_epochs,

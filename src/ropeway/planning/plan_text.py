@@ -12,33 +12,33 @@ from ropeway.runtime.terminal import AlignedTable, format_count, format_large, r
 UNKNOWN = "not known before prepare"
 _MOST_REMEDIES = 6
 _GPU_NOTES = {
-    "live_weights": "gathered at one time (the JSON's limit)",
-    "gradients": "in training numbers, and in fp32 for the step",
+    "live_weights": "gathered weights, up to the limit of the DeepSpeed JSON",
+    "gradients": "in the training dtype, and in fp32 for the step",
     "optimizer": "fp32 weights and Adam's two moments",
     "buckets": "gradients being reduced",
     "activations": "every row at full length",
-    "logits": f"chunks of {CHUNK_POSITIONS:,} positions, beyond what a layer's backward takes",
-    "reserve": f"assumed: {gib(CONTEXT_BYTES)} for CUDA and NCCL, {FRAGMENTATION:.0%} of what comes and goes",
+    "logits": f"chunks of {CHUNK_POSITIONS:,} positions, above the peak of a layer's backward",
+    "reserve": f"assumed: {gib(CONTEXT_BYTES)} for CUDA and NCCL, {FRAGMENTATION:.0%} fragmentation",
 }
 _HOST_NOTES = {
-    "opening": "every rank opens the whole model",
-    "offloaded": "after that, so the larger of the two counts",
-    "processes": f"assumed: {gib(PROCESS_BYTES)} each",
+    "opening": "every rank loads the whole model",
+    "offloaded": "allocated after loading, so the larger of the two counts",
+    "processes": f"assumed: {gib(PROCESS_BYTES)} per rank",
 }
 
 
 def describe_plan(plan: RunPlan) -> str:
-    """Return the whole plan, as wide as the terminal."""
+    """Return the full plan, formatted for the terminal's width."""
     parts = (_run_parts(plan), _memory_parts(plan), _disk_parts(plan), _time_lines(plan))
     return render(*(part for some in parts for part in ("", *some)))[1:]
 
 
 def outline_plan(plan: RunPlan) -> str:
-    """Return the plan in a few lines, for a run's log."""
+    """Return a summary of the plan for a run's log."""
     steps = "steps not known before prepare" if plan.optimizer_steps is None else _count_steps(plan)
     lines = [
         f"{_count_weights(plan)}, {steps}, {_batch(plan)}",
-        f"memory of each rank {gib(plan.gpu_bytes['total'])}, disk {_disk(plan)}",
+        f"memory per rank {gib(plan.gpu_bytes['total'])}, disk {_disk(plan)}",
         *(line.strip() for line in _verdict_lines(plan) if plan.fits is not None),
     ]
     return "\n".join(lines)
@@ -109,8 +109,8 @@ def _verdict_lines(plan: RunPlan) -> Iterator[str]:
         if verdict.fits:
             yield f"fits a GPU of {size} GiB"
             continue
-        yield f"DOES NOT FIT a GPU of {size} GiB; what would:" + (
-            "" if verdict.remedies else " no change that was tried"
+        yield f"DOES NOT FIT a GPU of {size} GiB; " + (
+            "changes that fit:" if verdict.remedies else "none of the considered changes fits"
         )
         for words, total in verdict.remedies[:_MOST_REMEDIES]:
             yield f"  {words}: {gib(total)}"
@@ -120,13 +120,13 @@ def _disk_parts(plan: RunPlan) -> Iterator[RenderableType]:
     fits = plan.disk_bytes <= plan.disk_free_bytes
     yield f"disk: {_disk(plan)}, {gib(plan.disk_free_bytes)} free"
     notes = {
-        "checkpoints": "save_total_limit and the one being written",
+        "checkpoints": "save_total_limit plus the one being written",
         "dvc_cache": "copies of the stages' files, unless the file system has reflinks",
         "registry": "the package, on this disk",
     }
     yield _draw_parts({name: size for name, size in plan.disk_parts.items() if name not in plan.disk_unknown}, notes)
     if not fits:
-        yield "DOES NOT FIT the free disk space; free some, or lower save_total_limit"
+        yield "DOES NOT FIT the free disk space; free space or lower save_total_limit"
     elif not plan.disk_unknown:
         yield "fits the free disk space"
 
@@ -139,7 +139,7 @@ def _disk(plan: RunPlan) -> str:
 def _time_lines(plan: RunPlan) -> Iterator[str]:
     speed = plan.speed
     if speed.peak_tflops is None:
-        yield "hours: not known, because no peak is listed for fp32; give one in TFLOPS with --card"
+        yield "hours: not known, because no peak is listed for fp32; set it in TFLOPS with --card"
         return
     ranks = format_count(plan.ranks, "rank")
     basis = f"assumed: MFU {speed.mfu:g} of {speed.peak_tflops:g} TFLOPS ({speed.card}) on {ranks}"

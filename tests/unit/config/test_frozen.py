@@ -193,7 +193,7 @@ def test_a_disk_that_fills_in_any_stage_is_said_and_may_be_retried(root, monkeyp
 def test_cards_that_cannot_hold_a_training_refuse_it_before_it_starts(root, monkeypatch):
     write_identity(root)
     monkeypatch.setattr("ropeway.planning.plan.detect_gpus", lambda: [Gpu("a small card", 2**30)])
-    with pytest.raises(ConfigError, match=r"a GPU has 1\.0 GiB, but on \d+ ranks weights"):
+    with pytest.raises(ConfigError, match=r"1\.0 GiB, .* \d+ ranks"):
         run_stage(root, "train")
 
 
@@ -211,7 +211,7 @@ def test_a_worker_that_imported_other_code_does_not_work(root, monkeypatch):
 
 def test_addresses_that_only_signatures_tell_apart_are_refused(root):
     edit(root / "params.yaml", "paths: [talks.jsonl]", 'paths: ["https://h/d?token=A", "https://h/d?token=B"]')
-    with pytest.raises(ConfigError, match=r"differ only in parameters that sign them \(https://h/d\)"):
+    with pytest.raises(ConfigError, match=r"params\.yaml, sources: .*\(https://h/d\)"):
         freeze_inputs(root, "own")
 
 
@@ -254,7 +254,7 @@ def test_a_stage_whose_input_changes_while_it_runs_fails_at_its_end(root, monkey
 
 
 def test_frozen_inputs_that_are_edited_missing_or_unfinished_are_refused(root):
-    with pytest.raises(DataError, match="no digests of this run's inputs"):
+    with pytest.raises(DataError, match=r"\.identity: .*missing or incomplete"):
         FrozenInputs.load(root)
     write_identity(root)
     frozen = FrozenInputs.load(root)
@@ -269,7 +269,7 @@ def test_frozen_inputs_that_are_edited_missing_or_unfinished_are_refused(root):
     path.write_text(text)
     assert FrozenInputs.load(root) == frozen
     (root / ".identity" / "manifest.json").unlink()
-    with pytest.raises(DataError, match="unfinished"):
+    with pytest.raises(DataError, match="missing or incomplete"):
         FrozenInputs.load(root)
 
 
@@ -359,7 +359,7 @@ def test_a_full_disk_while_digests_are_taken_is_said_and_leaves_nothing_whole(ro
         patch.setattr("ropeway.runtime.manifest.os.fsync", full)
         with pytest.raises(TemporaryError, match="the disk is full"):
             write_identity(root)
-    with pytest.raises(DataError, match="unfinished"):
+    with pytest.raises(DataError, match="missing or incomplete"):
         FrozenInputs.load(root)
     write_identity(root)
     assert FrozenInputs.load(root).profile_name == "own"

@@ -41,12 +41,12 @@ def test_training_twice_gives_the_same_tokenizer():
 
 
 def test_too_little_text_for_the_vocabulary_names_both_sizes():
-    with pytest.raises(ConfigError, match=r"asked for 4,000 tokens, the sources' 12 characters yield 2\d\d"):
+    with pytest.raises(ConfigError, match=r"expected_model\.vocab_size: .*4,000 tokens.* 12 characters .*2\d\d"):
         train_tokenizer(["only a lamp."], vocab_size=4000)
 
 
 @pytest.mark.parametrize("text", ["", " two  blanks ", "漢字 é 🙂\x00\n\ttab", "<s></s>", "▁marked", "lamp"])
-def test_any_text_comes_back_from_its_tokens(folder, text):
+def test_any_text_is_decoded_from_its_tokens(folder, text):
     tokenizer = open_tokenizer(folder)
     ids = tokenizer.encode(text).ids
     assert ids[0] == 1
@@ -76,7 +76,7 @@ def test_transformers_opens_the_folder_both_ways_with_the_same_ids(folder):
         assert said == [*ours.encode(" Yes. </s>").ids[1:], *ours.encode("é</s>").ids[1:]]
 
 
-def test_ids_are_read_from_the_folder_and_never_assumed(tmp_path):
+def test_special_token_ids_are_read_from_the_folder(tmp_path):
     tokenizer = train_tokenizer(TEXTS, vocab_size=400)
     tokenizer.add_special_tokens(
         list(reversed(OPEN_ASSISTANT.added_tokens))
@@ -88,7 +88,7 @@ def test_ids_are_read_from_the_folder_and_never_assumed(tmp_path):
     assert [special[name] for name in ("bos", "eos", "pad")] == [1, 2, 2]
 
 
-def test_a_tokenizer_that_puts_no_bos_in_front_gets_it(tmp_path):
+def test_a_tokenizer_without_bos_is_made_to_prepend_it(tmp_path):
     tokenizer = train_tokenizer(TEXTS, vocab_size=400)
     bare = json.loads(tokenizer.to_str())
     bare["post_processor"] = None
@@ -99,7 +99,7 @@ def test_a_tokenizer_that_puts_no_bos_in_front_gets_it(tmp_path):
     assert opened.encode("lamp").ids[0] == 1
 
 
-def test_an_own_limit_of_the_tokenizer_neither_cuts_nor_pads(folder, tmp_path):
+def test_truncation_and_padding_of_the_file_are_disabled(folder, tmp_path):
     tokenizer = open_tokenizer(folder)
     tokenizer.enable_truncation(5)
     tokenizer.enable_padding(length=50)
@@ -115,7 +115,7 @@ def test_a_tokenizer_without_an_end_token_is_refused_with_what_its_config_names(
         prepare_tokenizer(tokenizer, {"eos": "</s>"}, OPEN_ASSISTANT)
 
 
-def test_missing_and_broken_files_are_said(tmp_path):
+def test_missing_and_broken_files_are_reported(tmp_path):
     with pytest.raises(ConfigError, match="not found; only fast tokenizers"):
         open_tokenizer(tmp_path)
     with pytest.raises(ConfigError, match="expected the tokenizer's JSON config"):
@@ -125,7 +125,7 @@ def test_missing_and_broken_files_are_said(tmp_path):
         open_tokenizer(tmp_path)
 
 
-def test_a_tokenizer_without_role_tokens_is_not_trained_with(tmp_path):
+def test_a_tokenizer_without_role_tokens_is_rejected(tmp_path):
     tokenizer = train_tokenizer(TEXTS, vocab_size=400)
     write_tokenizer(tmp_path, tokenizer, LLAMA_SPECIAL, OPEN_ASSISTANT, max_length=512)
     with pytest.raises(ConfigError, match=r"no <\|prompter\|>, .*`dvc repro base` adds them"):

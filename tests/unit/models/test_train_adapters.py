@@ -39,7 +39,7 @@ def train_a_little(model):
         optimizer.zero_grad()
 
 
-def test_a_fresh_adapter_changes_nothing_and_only_it_learns():
+def test_a_new_adapter_does_not_change_the_logits_and_only_it_is_trained():
     model = small_llama()
     before, frozen = model(input_ids=IDS).logits, {name: part.clone() for name, part in model.named_parameters()}
     add_adapters(model, profile_with())
@@ -62,19 +62,19 @@ def test_the_merged_model_is_a_plain_llama_with_the_adapters_logits():
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_embeddings_learn_where_params_say_so(tied):
+def test_train_embeddings_trains_embedding_and_head(tied):
     model = small_llama(tied=tied)
     add_adapters(model, profile_with(train_embeddings=True))
     learns = {name for name, part in model.named_parameters() if part.requires_grad and "lora_" not in name}
     assert learns == {"model.embed_tokens.weight"} | (set() if tied else {"lm_head.weight"})
 
 
-def test_an_unknown_layer_is_named_with_those_there_are():
-    with pytest.raises(ConfigError, match=r"c_attn is no linear layer.*q_proj"):
+def test_an_unknown_layer_is_reported_with_the_existing_ones():
+    with pytest.raises(ConfigError, match=r"lora\.target_modules: c_attn .*q_proj"):
         add_adapters(small_llama(), profile_with(target_modules=["c_attn"]))
 
 
-def test_a_weight_that_merging_would_spoil_is_refused():
+def test_an_adapter_that_gives_non_finite_weights_is_rejected():
     model = small_llama()
     add_adapters(model, profile_with())
     with torch.no_grad():

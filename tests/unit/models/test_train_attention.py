@@ -9,7 +9,7 @@ from ropeway.models.attention import (
     attend_each,
     borders,
     choose_attention,
-    register,
+    register_attention,
     varlen_attention,
     varlen_kernel,
 )
@@ -19,7 +19,7 @@ from tests.support.tiny_run import ROOT
 
 
 class RecordingKernel:
-    """What a flash kernel computes, sequence by sequence on the CPU; keeps the borders it was given."""
+    """Computes a flash kernel's result on the CPU, sequence by sequence; records the boundaries it receives."""
 
     def __init__(self):
         self.calls = []
@@ -48,11 +48,9 @@ def compare(ours, reference, given):
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize(("lengths", "rows"), [((7, 1, 12), 1), ((9,), 3)], ids=["packed", "padded"])
-def test_the_kernel_gets_the_borders_of_every_sequence_and_gives_sdpas_losses_and_gradients(
-    lengths, rows, checkpointed
-):
+def test_the_kernel_gets_all_sequence_boundaries_and_matches_sdpa_losses_and_gradients(lengths, rows, checkpointed):
     kernel = RecordingKernel()
-    register(kernel)
+    register_attention(kernel)
     ours, reference = small_llama(VARLEN, checkpointed=checkpointed), small_llama("sdpa")
     given = batch(lengths, rows)
     compare(ours, reference, given)
@@ -61,32 +59,32 @@ def test_the_kernel_gets_the_borders_of_every_sequence_and_gives_sdpas_losses_an
     assert len(kernel.calls) == (4 if checkpointed else 2)
 
 
-def test_on_a_cpu_each_packed_sequence_attends_alone_and_gives_what_sdpa_gives():
-    register(attend_each)
+def test_on_a_cpu_packed_sequences_are_isolated_and_match_sdpa():
+    register_attention(attend_each)
     ours, reference = small_llama(VARLEN, checkpointed=True), small_llama("sdpa")
     given = batch((7, 1, 12))
     compare(ours, reference, given)
 
 
-def test_a_card_that_stays_unused_gives_a_run_on_the_cpu_no_kernel_of_its_own(monkeypatch):
+def test_an_unused_gpu_does_not_change_the_kernel_of_a_cpu_run(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert varlen_kernel(on_cuda=False) is attend_each
 
 
-def test_borders_are_where_positions_begin_anew():
+def test_a_sequence_begins_where_the_position_is_0():
     ends, longest = borders(torch.tensor([[0, 1, 2, 3], [0, 1, 0, 0]]))
     assert ends.tolist() == [0, 4, 6, 7, 8]
     assert longest == 4
 
 
-def test_a_mask_is_refused_rather_than_ignored():
+def test_an_attention_mask_is_rejected():
     with pytest.raises(ConfigError, match="mask"):
         varlen_attention(
             None, *[torch.zeros(1, 1, 2, 4)] * 3, torch.ones(1, 2), kernel=RecordingKernel(), cu_seqlens=None, longest=2
         )
 
 
-def test_flash_is_never_promised_where_it_cannot_run():
+def test_the_effective_attention_is_one_that_the_device_supports():
     profile = load_profile(ROOT / "params.yaml", "llama2_13b_orca_8k")[1]
     assert choose_attention(profile, cuda=False).effective == "sdpa (cpu)"
     packed = choose_attention(profile.model_copy(update={"layout": "packed"}), cuda=False)

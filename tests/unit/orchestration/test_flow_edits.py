@@ -31,7 +31,7 @@ def test_one_line_of_one_profile_changes(root, name, capsys):
     assert changed[1].startswith(f'+   resume_from: "{RUN}"')
     assert {one for one in old if new[one] != old[one]} == {name}
     assert new[name].resume_from == RUN
-    assert "stays so" in capsys.readouterr().out
+    assert f"resume_from of profile {name} to {RUN}" in capsys.readouterr().out
     edits.resume_from(root, name, f"{RUN}@40")
     assert load_profiles(root / "params.yaml")[1][name].resume_from == f"{RUN}@40"
 

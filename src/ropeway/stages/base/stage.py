@@ -20,8 +20,8 @@ from ropeway.models.architectures import check_architecture
 from ropeway.models.chat_template import choose_template
 from ropeway.models.open_model import (
     create_model,
+    load_base_model,
     measure_frequencies,
-    open_original,
     output_head,
     plain_copy,
     read_config,
@@ -129,7 +129,7 @@ def open_model(origin: Path, options: Mapping[str, str], profile: BaseParams) ->
     config.max_position_embeddings = rope.stated_positions
     config.rms_norm_eps = profile.expected_model.rms_norm_eps
     try:
-        model, found = open_original(origin, config, options)
+        model, found = load_base_model(origin, config, options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"{origin}: the weights cannot be loaded: {error}. Download the model again") from error
     _check_weights(origin, model, found)

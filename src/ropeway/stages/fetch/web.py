@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import IO
 from urllib.parse import SplitResult, urlsplit
 
-from ropeway.config.addresses import shown
+from ropeway.config.addresses import strip_signature
 from ropeway.runtime.errors import ConfigError, TemporaryError
 from ropeway.stages.fetch.remote import Readable, Remote
 from ropeway.storage.s3_client import is_loopback
@@ -27,7 +27,7 @@ def look_up(address: str) -> Remote:
         TemporaryError: The server does not respond.
     """
     _check_address(address)
-    name = shown(address)
+    name = strip_signature(address)
     headers, part = _request_headers(address)
     version = _version(headers)
     if not version:
@@ -115,9 +115,9 @@ def _check_address(address: str) -> SplitResult:
             "s3:// or the Hub, which read keys from the environment, or copy the file into the workspace"
         )
     if not parts.hostname or parts.scheme not in ("http", "https"):
-        raise ConfigError(f"sources: {shown(address)}: expected https://host/path")
+        raise ConfigError(f"sources: {strip_signature(address)}: expected https://host/path")
     if parts.scheme == "http" and not is_loopback(parts.hostname):
-        raise ConfigError(f"sources: {shown(address)}: http is not authenticated; use https")
+        raise ConfigError(f"sources: {strip_signature(address)}: http is not authenticated; use https")
     return parts
 
 
@@ -140,7 +140,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         """Return the redirected request, or None to let urllib raise its error."""
         new, old = _check_address(newurl), urlsplit(req.full_url)
         if new.scheme == "http" and old.scheme == "https":
-            raise ConfigError(f"sources: {shown(req.full_url)} redirects to http, which is not authenticated")
+            raise ConfigError(f"sources: {strip_signature(req.full_url)} redirects to http, which is not authenticated")
         request = super().redirect_request(req, fp, code, msg, headers, newurl)
         if request is not None:
             request.method = req.get_method()
@@ -150,7 +150,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 @contextmanager
 def _open_response(address: str, method: str, headers: dict[str, str]) -> Iterator[http.client.HTTPResponse]:
     """Yield the response; translate errors, also those while it is read, into ConfigError or TemporaryError."""
-    name = shown(address)
+    name = strip_signature(address)
     handlers: list[urllib.request.BaseHandler] = [_Redirects()]
     if is_loopback(urlsplit(address).hostname or ""):
         handlers.append(urllib.request.ProxyHandler({}))

@@ -25,7 +25,7 @@ from transformers import (
 from ropeway.models.architectures import class_name
 from ropeway.models.chat_template import FILE as TEMPLATE_FILE
 from ropeway.models.chat_template import TEMPLATES
-from ropeway.models.open_model import head_dim, open_reporting, output_head, rotary
+from ropeway.models.open_model import head_dim, load_with_info, output_head, rotary
 from ropeway.models.rope import scaling_from_json
 from ropeway.runtime.errors import DataError, RopewayError
 from ropeway.runtime.manifest import NAME as MANIFEST
@@ -58,7 +58,7 @@ def check_package(folder: Path, logits: Path | None = None) -> None:
     ]
     faults += [*weight_faults(folder, probe)]
     try:
-        model, found = open_reporting(folder)
+        model, found = load_with_info(folder)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise DataError("\n".join([f"{folder}: cannot be loaded: {error}", *faults])) from error
     model.eval()

@@ -17,7 +17,7 @@ from ropeway.stages.train.stop import Line
 from ropeway.stages.train.training_run import Run
 
 MAX_SHARD = "5GB"
-_EXPORT_ATTENTION = Attention(asked_flash=False, effective="none: gathered to be saved")
+_EXPORT_ATTENTION = Attention(requested_flash=False, effective="none: gathered to be saved")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 

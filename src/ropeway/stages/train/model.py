@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ropeway.config.params import TrainParams
 from ropeway.data.batches import Row
-from ropeway.models.attention import VARLEN, Attention, register, varlen_kernel
+from ropeway.models.attention import VARLEN, Attention, register_attention, varlen_kernel
 from ropeway.models.lora import add_adapters
 from ropeway.models.open_model import DTYPES, head_dim, open_folder, rotary
 from ropeway.models.rope import RopeScaling
@@ -20,7 +20,7 @@ from ropeway.runtime.errors import ConfigError
 def open_model(folder: Path, profile: TrainParams, attention: Attention) -> PreTrainedModel:
     """Return the base model of `folder` ready for training, with the RoPE scaling that its config states."""
     if attention.implementation == VARLEN:
-        register(varlen_kernel(on_cuda=attention.on_cuda))
+        register_attention(varlen_kernel(on_cuda=attention.on_cuda))
     model = open_folder(folder, DTYPES[profile.dtype], attn_implementation=attention.implementation)
     model.config.use_cache = False
     add_adapters(model, profile)

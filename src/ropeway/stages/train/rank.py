@@ -253,7 +253,7 @@ def _describe_attempt(run: Run, attention: Attention) -> dict[str, object]:
         "ranks": run.world_size,
         "threads_per_rank": torch.get_num_threads(),
         "attention": attention.effective,
-        "asked_flash_attention": attention.asked_flash,
+        "asked_flash_attention": attention.requested_flash,
         "host": platform.node(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_model_name(),
         "kernels": torch.backends.cpu.get_cpu_capability(),  # e.g. AVX512; sums round differently with another
