@@ -19,7 +19,7 @@ from ropeway.runtime.workspace import Workspace
 from ropeway.stages.package.card_facts import plan_card
 from ropeway.stages.package.facts import Facts
 from ropeway.stages.package.stage import write_card
-from ropeway.stages.package.weights import Written
+from ropeway.stages.package.weights import WrittenWeights
 from tests.support.tiny_run import ROOT
 
 PUBLISHED = (ROOT / "tests" / "contract" / "model-card.txt").read_text(encoding="utf-8")
@@ -148,7 +148,7 @@ def written(tmp_path):
     package = tmp_path / "package"
     package.mkdir()
     (package / "model.safetensors").write_bytes(b"weights")
-    write_card(facts, Workspace(tmp_path, NAME), package, Written(13015864320, 26031728640))
+    write_card(facts, Workspace(tmp_path, NAME), package, WrittenWeights(13015864320, 26031728640))
     card = json.loads((package / "card.json").read_bytes())
     return package, render_card(card, facts.ledger, facts.evaluation, facts.samples)
 

@@ -105,7 +105,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
             raise ConfigError(f"{path}:{number}: expected `HOST slots=N`, each host once; found {line.strip()!r}")
         hosts[match[1]] = int(match[2])
     if not hosts:
-        raise ConfigError(f"{path}: expected at least one line `HOST slots=N`, found none")
+        raise ConfigError(f"{path}: expected at least one line `HOST slots=N`, found 0")
     return hosts
 
 
