@@ -116,6 +116,7 @@ check: $(VENV)/.ready-test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python tools/check_words.py
 
 ui: $(VENV)/.ready-run
 	$(BIN)/ropeway server

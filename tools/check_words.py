@@ -27,6 +27,12 @@ WORDS = {
     r"\blooked at the world\b|\bthe world outside\b": "checked for changes",
     r"\b(came|comes) of it\b|\bwhat came of\b": "result",
     r"\b(leave|leaves|left) (the|their|its|no) (files?|table)\b": "write, produce",
+    r"\bnats an? (byte|token)\b": "nats/byte, nats/token",
+    r"\blikewise\b": "also, the same",
+    r"\bfor ever\b": "permanently, indefinitely",
+    r"\bwhoever\b": "the user, the reader, the caller",
+    r"\bturned out the same\b": "is unchanged",
+    r"\b(bring_up|patiently|outlast_outage|Workforce|lay_out)\b": "a name that says what it returns or does",
     r"\bmeet\(|\b_ear\b|\bfound_registry\b|\bvouch\w*\b": "a name that says what it returns or does",
 }
 # Where old words may stand: quoted output of earlier runs, released entries, and this list.

@@ -98,7 +98,7 @@ def _longest_word(cell: Text) -> int:
 
 
 def printable(words: object, style: str = "") -> Text:
-    """Return text without its power over a terminal: neither markup nor escape sequences act, whoever wrote it."""
+    """Return text without its power over a terminal: markup and escape sequences in it have no effect."""
     return Text("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in str(words)), style)
 
 
