@@ -144,7 +144,7 @@ def test_a_hanging_rank_is_detected_and_every_stack_is_printed(whole, job):
     process = train(job)
     read_until(process, "step 3/")
     stopped = ranks_of(process)[1]
-    stopped.send_signal(signal.SIGSTOP)  # its beats end, and rank 0 waits for it in a collective
+    stopped.send_signal(signal.SIGSTOP)  # its heartbeats end, and rank 0 waits for it in a collective
     said = "".join(read_until(process, "rank 0: ended; the same command resumes"))
     stopped.kill()  # the launcher would, after 30 s
     finish(process, 75)
