@@ -179,7 +179,9 @@ def pull(
     if as_json:
         print_json({**asdict(done), "folder": str(done.folder)})
     else:
-        typer.echo(f"{reference} is {done.digest}\n{'pulled to' if done.created else 'already whole in'} {done.folder}")
+        typer.echo(
+            f"{reference} is {done.digest}\n{'pulled to' if done.created else 'already complete in'} {done.folder}"
+        )
 
 
 @registry_app.command()
@@ -277,7 +279,7 @@ def _report_promotion(done: "Promotion", *, as_json: bool) -> None:
     if as_json:
         print_json(asdict(done))
         return
-    typer.echo(f"{done.name}@{done.alias} {'now points' if done.moved else 'pointed already'} to {done.digest}")
+    typer.echo(f"{done.name}@{done.alias} {'now points' if done.moved else 'already points'} to {done.digest}")
     if done.moved and done.prev:
         typer.echo(f"before: {done.prev}")
 

@@ -50,7 +50,7 @@ def measure(root: Path) -> list[DiskUsage]:
     """Return what a workspace's parts take, those that are there, largest first."""
     workspace = Workspace(root.resolve(), "")
     parts = (
-        ("runs", workspace.root / "runs", "the present results; `dvc checkout` brings them back from the cache"),
+        ("runs", workspace.root / "runs", "nothing to remove: current outputs"),
         ("DVC cache", workspace.root / ".dvc" / "cache", "`ropeway clean`"),
         ("checkpoints", workspace.checkpoints, "ROPEWAY_KEEP_RUNS runs of each profile stay, 3 by default"),
         ("registry", workspace.root / "registry", "`ropeway registry gc`"),
@@ -219,7 +219,7 @@ def print_cleanup(places: list[DiskUsage], removals: list[Removal], *, removed: 
     """Print what takes disk space, then what is or would be removed: a line per kind and reason, and the total."""
     show(
         AlignedTable(
-            ("part", "size", "what keeps it small"), [(place.name, gib(place.bytes), place.rule) for place in places]
+            ("part", "size", "how to reduce it"), [(place.name, gib(place.bytes), place.rule) for place in places]
         ),
         "",
     )

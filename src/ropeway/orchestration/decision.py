@@ -52,18 +52,27 @@ def decide(registry: Registry, case: ReviewCase, answer: ReviewAnswer) -> Outcom
         answer.decision,
         {"by": answer.by, "comment": answer.comment, "production": case.expect, "via": answer.via},
     )
+    alias = registry.artifact(case.name).alias(PRODUCTION)
     if answer.decision == "reject":
-        return Outcome("Rejected", f"{case.new.label} was rejected by {answer.by}; no alias moved")
+        words = f"{case.new.label} was rejected by {answer.by}; no alias moved"
+        if alias.digest == case.digest:
+            words += (
+                f". It is still production; `ropeway registry rollback {case.name}@{PRODUCTION}` moves the alias back"
+            )
+        return Outcome("Rejected", words)
     try:
         done = version.promote(PRODUCTION, expect=case.expect, by=answer.by, reason=answer.comment, review=kept)
     except RegistryError as error:
+        if alias.digest == case.digest:
+            words = f"{case.new.label} is already {case.name}@{PRODUCTION}; the approval is recorded and no alias moved"
+            return Outcome("Promoted", words)
         raise RegistryError(
             f"{case.new.label} was approved by {answer.by} but is NOT production: {error}. Run `ropeway review "
             f"{case.digest[:12]}` to compare it with the current production"
         ) from None
     was = f"; before it was {case.old.label}" if case.old else ""
     words = f"{case.new.label} is {case.name}@{PRODUCTION}{was}"
-    return Outcome("Promoted", words if done.moved else f"{words}, as it was already")
+    return Outcome("Promoted", words if done.moved else f"{words} (unchanged)")
 
 
 def review_here(

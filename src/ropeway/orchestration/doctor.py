@@ -74,7 +74,7 @@ def fix_remote(root: Path, remote: str | None) -> list[str]:
     if not remotes[name].get("verify"):
         # DVC does not hash what comes in unless it is told to (dvc 3.67.1).
         graph.configure_remote(root, "modify", name, "verify", "true")
-        done.append(f"DVC remote '{name}' verifies what it gives now; commit .dvc/config")
+        done.append(f"DVC remote '{name}' now verifies pulls; commit .dvc/config")
     return done
 
 
@@ -158,7 +158,7 @@ def _disk(root: Path) -> Iterator[Finding]:
     name, profile = load_profile(root / "params.yaml")
     free = shutil.disk_usage(root).free
     needed = plan_run(Workspace(root, name), profile, ranks=count_ranks()).disk_bytes
-    words = f"{free / _GIB:,.1f} GiB free, the whole run of {name} needs {needed / _GIB:,.1f}"
+    words = f"{free / _GIB:,.1f} GiB free; a complete run of {name} needs {needed / _GIB:,.1f} GiB"
     if free < needed:
         fix = "free some, or lower save_total_limit; `ropeway plan` has the parts"
         yield Finding("disk", "wrong", words, fix)
@@ -188,13 +188,13 @@ def _remote(root: Path) -> Iterator[Finding]:
     name, remotes = graph.read_remotes(root)
     if not name:
         fix = "`ropeway doctor --fix --remote s3://bucket/prefix` (or a folder elsewhere)"
-        yield Finding("DVC remote", "note", "none: what is made here can only be restored here", fix)
+        yield Finding("DVC remote", "note", "none: outputs exist only on this machine", fix)
         return
     url = str(remotes[name].get("url"))
     if fault := _overlap(url, Workspace(root, "").registry_url):
         yield Finding("DVC remote", "wrong", f"'{name}' {fault}", "give one of them a prefix of its own")
     if remotes[name].get("verify"):
-        yield Finding("DVC remote", "ok", f"'{name}' {url}, verifies what it gives")
+        yield Finding("DVC remote", "ok", f"'{name}' {url}, pulls are verified")
     else:
         fix = f"`ropeway doctor --fix`, or `dvc remote modify {name} verify true`"
         words = f"'{name}' {url} is not verified on pull (DVC's default): damage is not noticed"
@@ -216,10 +216,12 @@ def _registry(root: Path) -> Iterator[Finding]:
     else:
         works = _keeps_first(store)
     if works:
-        yield Finding("registry", "ok", f"{store.url}, keeps the first of two writers")
+        yield Finding("registry", "ok", f"{store.url}; of two simultaneous writes the first wins")
     else:
         fix = "use a store that honours If-None-Match, or a folder, file:///…"
-        yield Finding("registry", "wrong", f"{store.url} lets two writers win", fix)
+        yield Finding(
+            "registry", "wrong", f"{store.url}: two simultaneous writes both succeed, so one would be lost", fix
+        )
 
 
 def _keeps_first(store: Store) -> bool:

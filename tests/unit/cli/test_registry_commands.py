@@ -111,7 +111,7 @@ def test_pull_and_verify_from_the_command_line(world, tmp_path):
     _, digests = world
     done = ask_json("pull", "tiny@candidate")
     assert Path(done["folder"]) == tmp_path / f"tiny-{digests[0][:12]}"
-    assert "already whole in" in ask("pull", "tiny@v1")
+    assert "already complete" in ask("pull", "tiny@v1")
     assert "pulled to" in ask("pull", "tiny@v2", "--to", "there")
     assert ask_json("verify", "tiny@v2")["files"] == 4
     assert "all as published" in ask("verify", "tiny@v2", "--folder", "there")
@@ -124,7 +124,7 @@ def test_promote_rollback_and_history_from_the_command_line(world):
     assert ask_json("promote", "tiny@v1", "production", "--expect", "none", "--reason", "first")["moved"]
     said = ask("promote", "tiny@v2", "production", "--expect", "v1", "--reason", "better", "--by", "ana")
     assert said == f"tiny@production now points to {digests[1]}\nbefore: {digests[0]}\n"
-    assert "pointed already" in ask("promote", "tiny@v2", "production", "--reason", "again")
+    assert "already points" in ask("promote", "tiny@v2", "production", "--reason", "again")
     with pytest.raises(RegistryError, match=digests[1]):
         ask("promote", "tiny@v1", "production", "--expect", "none", "--reason", "stale")
     with pytest.raises(RegistryError, match=f"points to {digests[1]}, expected {digests[0]}"):

@@ -102,7 +102,7 @@ def test_a_dvc_remote_that_is_not_verified_is_found_and_fixed(root, tmp_path):
     code, found = look("DVC remote")
     assert (code, found["state"]) == (64, "wrong")
     assert "dvc remote modify mine verify true" in found["fix"]
-    assert doctor.fix_remote(root, None) == ["DVC remote 'mine' verifies what it gives now; commit .dvc/config"]
+    assert doctor.fix_remote(root, None) == ["DVC remote 'mine' now verifies pulls; commit .dvc/config"]
     code, found = look("DVC remote")
     assert (code, found["state"]) == (0, "ok")
     assert doctor.fix_remote(root, None) == []
@@ -122,7 +122,7 @@ def test_a_store_in_which_two_writers_win_is_found(monkeypatch):
     monkeypatch.setattr(FileStore, "get", lambda *_: b"[]")
     code, found = look("registry")
     assert (code, found["state"]) == (64, "wrong")
-    assert "two writers win" in found["words"]
+    assert "two simultaneous writes both succeed" in found["words"]
 
 
 @pytest.mark.usefixtures("root")

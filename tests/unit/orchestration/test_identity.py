@@ -56,7 +56,7 @@ def test_a_comment_a_docstring_and_a_message_do_not_count(source):
     before = stage_code_digest(source, "train")
     edit(source / "stages/train/loss.py", '"""The loss:', '"""The edited loss:')
     edit(source / "stages/train/loss.py", "import torch\n", "import torch  # a comment\n")
-    edit(source / "data/batches.py", "index lies", "the index lies")
+    edit(source / "data/batches.py", "index exceeds", "the index exceeds")
     edit(source / "stages/train/saving.py", "resuming after step", "going on after step")
     assert stage_code_digest(source, "train") == before
 
@@ -109,7 +109,7 @@ def test_an_edit_of_a_template_reruns_the_report_stages_alone(source, name_chang
     ("path", "reading"),
     [
         ("data/packing.py", {"prepare", "train", "evaluate", "report_data", "report_eval", "report_package"}),
-        ("data/raw_records.py", {"fetch", "base", "tokenize", "package"}),
+        ("data/raw_records.py", {"fetch", "base", "tokenize", "prepare", "package"}),
         ("data/words.py", {"tokenize", "prepare"}),
         ("models/lora.py", {"train"}),
         ("models/rope.py", {"base", "train", "evaluate", "package"}),

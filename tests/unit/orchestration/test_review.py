@@ -46,7 +46,7 @@ def test_a_review_that_approves_moves_production_and_keeps_who_and_why(workspace
     assert (event["by"], event["reason"], event["prev"]) == ("anna", "reads well", None)
     assert event["review"]["decision"] == "approve"
     assert event["review"]["production"] is None
-    assert decide(registry, open_case(registry, digest, expect=None), YES).words.endswith("as it was already")
+    assert decide(registry, open_case(registry, digest, expect=None), YES).words.endswith("(unchanged)")
     assert len(registry.artifact("laptop").alias("production").events) == 1
     assert len(registry.artifact("laptop").version(digest).reviews) == 1
 
