@@ -51,6 +51,17 @@ def test_a_review_that_approves_moves_production_and_keeps_who_and_why(workspace
     assert len(registry.artifact("laptop").version(digest).reviews) == 1
 
 
+def test_an_answer_on_what_is_production_already_moves_nothing_and_says_so(workspace, registry):
+    digest = make_version(workspace, 5.0)
+    decide(registry, open_case(registry, digest), YES)
+    late = ReviewAnswer("approve", "ben", "me too", "another terminal")
+    assert decide(registry, open_case(registry, digest, expect=None), late).state == "Promoted"
+    outcome = decide(registry, open_case(registry, digest), ReviewAnswer("reject", "ben", "no", "a third"))
+    assert outcome.state == "Rejected"
+    assert "registry rollback laptop@production" in outcome.words
+    assert len(registry.artifact("laptop").alias("production").events) == 1
+
+
 def test_a_review_that_rejects_moves_nothing_and_is_kept_and_shown_to_the_next_reviewer(workspace, registry):
     digest = make_version(workspace, 5.0)
     outcome = decide(registry, open_case(registry, digest), ReviewAnswer("reject", "ben", "it swears", "terminal"))
