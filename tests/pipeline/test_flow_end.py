@@ -73,7 +73,7 @@ def test_a_frozen_server_does_not_delay_the_result(own_prefect, when):
     assert time.monotonic() - began < 60
     assert "laptop: Published in" in text
     if when == "at the result":
-        assert "did not take the end of this run in time" in text
+        assert "did not record the end of this run" in text
     _, alive = psutil.wait_procs(servers, timeout=120)
     kill_all(alive)
     assert alive == []
@@ -93,7 +93,7 @@ def silent():
 def test_lines_no_server_accepts_are_counted_by_step_and_block_nothing(silent, monkeypatch, kind):
     from ropeway.orchestration.run_page import PageLog
 
-    monkeypatch.setattr("ropeway.orchestration.run_page._MOST_WAITING", 1000)
+    monkeypatch.setattr("ropeway.orchestration.run_page._MAX_QUEUED", 1000)
     log = PageLog(silent if kind == "silent" else "http://127.0.0.1:9/api")
     began = time.monotonic()
     for number in range(3000):

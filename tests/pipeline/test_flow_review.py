@@ -128,7 +128,7 @@ def test_review_does_not_promote_when_production_moved_after_its_report(reviews)
     reviews.execute(run)
     state = reviews.state(run)
     assert state.name == "Failed"
-    assert "laptop@v2 was approved by anna and is NOT production" in state.message
+    assert "laptop@v2 was approved by anna but is NOT production" in state.message
     assert third in state.message
     assert reviews.production() == third
 
@@ -151,7 +151,7 @@ def test_a_review_resumed_without_input_through_the_api_decides_nothing(reviews)
     reviews.execute(run)
     state = reviews.state(run)
     assert state.name == "Failed"
-    assert "set going without an answer; nothing was decided" in state.message
+    assert "resumed without an answer; nothing was decided" in state.message
     other = reviews.start()
     reviews.client.set_flow_run_state(other, Completed(name="Promoted"), force=True)
     assert reviews.production() == reviews.first

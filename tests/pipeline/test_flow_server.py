@@ -60,7 +60,7 @@ def test_the_server_shows_earlier_runs_and_later_runs_use_it(own_prefect, capsys
         assert way == f"http://127.0.0.1:{port}/runs/flow-run/{after}"
         assert list_runs(url) == {before, after}
         with pytest.raises(
-            ConfigError, match=rf"port {port} on .*this workspace's server is there: http://127.0.0.1:{port}\."
+            ConfigError, match=rf"port {port} on .*this workspace's server uses it: http://127.0.0.1:{port}\."
         ):
             serve_ui(own_prefect.root, port=port)
     finally:
@@ -75,7 +75,7 @@ def test_a_port_in_use_is_refused_with_its_number(tmp_path):
         other.listen()
         port = other.getsockname()[1]
         with pytest.raises(
-            ConfigError, match=rf"port {port} .*another program has it.*`ropeway server --port {port + 1}`"
+            ConfigError, match=rf"port {port} .*another program uses it.*`ropeway server --port {port + 1}`"
         ):
             serve_ui(tmp_path, port=port)
 
@@ -94,7 +94,8 @@ def test_a_slow_temporary_server_is_awaited_with_a_message_and_an_ended_one_is_n
     monkeypatch.setattr("ropeway.orchestration.prefect_server.is_answering", lambda _url: next(answers))
     await_server("http://127.0.0.1:9/api", tmp_path)
     assert (
-        f"is still starting; a busy machine takes minutes. Its log: {tmp_path}/server.log\n" in capsys.readouterr().out
+        f"is still starting; on a busy machine this takes minutes. Its log: {tmp_path}/server.log\n"
+        in capsys.readouterr().out
     )
     (tmp_path / "server.exit.json").touch()
     with pytest.raises(TemporaryError, match=r"no Prefect server answers at .*server\.log"):

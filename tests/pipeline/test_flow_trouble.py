@@ -163,7 +163,7 @@ def test_a_temporary_server_that_is_killed_is_started_again_and_the_run_is_publi
     (own_prefect.root / "may-end").open("w").close()
     said, _ = flow.communicate(timeout=500)
     assert flow.returncode == 0, said
-    assert said.count("the temporary Prefect server ended by itself; starting it again") == 1
+    assert said.count("the temporary Prefect server exited; restarting it") == 1
     assert "Published" in said
 
 
