@@ -33,7 +33,8 @@ def list_runs(url):
 def run_and_find_its_page(workspace, capsys):
     """Return the run's id, and what the last line says of the way to its page."""
     run_retrain(workspace.root)
-    found = re.search(r"^  the run +(.+/runs/flow-run/([0-9a-f-]{36}))$", capsys.readouterr().out, re.MULTILINE)
+    said = re.sub(r"\n {8,}", " ", capsys.readouterr().out)  # a long line goes on, indented
+    found = re.search(r"^  run page +(.+/runs/flow-run/([0-9a-f-]{36}))$", said, re.MULTILINE)
     return found[2], found[1]
 
 
