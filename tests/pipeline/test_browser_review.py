@@ -88,9 +88,9 @@ def test_a_review_in_the_browser_moves_the_production_alias(commands, tmp_path):
     api = wait_for(lambda: find_server(commands.root))
     commands.start("serve")
     wait_for(lambda: "being served" in commands.log.read_text())
-    said = commands.run()
-    run = re.search(r"the run +.*/runs/flow-run/([0-9a-f-]{36})", said)[1]
-    review = re.search(r"the form at http://[^/]+/runs/flow-run/([0-9a-f-]{36})", said)[1]
+    said = " ".join(commands.run().split())  # a long line is wrapped
+    run = re.search(r"run page http://[^/]+/runs/flow-run/([0-9a-f-]{36})", said)[1]
+    review = re.search(r"answer the review at http://[^/]+/runs/flow-run/([0-9a-f-]{36})", said)[1]
 
     url = api.removesuffix("/api")
     registry = Registry.open((commands.root / "registry").as_uri())
