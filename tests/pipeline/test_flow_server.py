@@ -193,3 +193,17 @@ def test_an_invalid_alert_url_is_refused(monkeypatch):
     monkeypatch.setenv("ROPEWAY_ALERT_URL", "slack")
     with pytest.raises(ConfigError, match="ROPEWAY_ALERT_URL"):
         apply_automations("http://127.0.0.1:1/api")
+
+
+@pytest.mark.usefixtures("prefect_api")
+def test_a_server_that_fails_is_temporary_and_names_its_folder(made_workspace, monkeypatch):
+    from ropeway.orchestration.prefect_adapter import run_flow
+
+    monkeypatch.setenv("PREFECT_HOME", str(made_workspace.root / "home"))
+    request = httpx.Request("POST", "http://127.0.0.1:9/api/flows/")
+
+    def fail(*_, **__):
+        raise httpx.HTTPStatusError("Server error '500'\nmore", request=request, response=httpx.Response(500))
+
+    with pytest.raises(TemporaryError, match=r"500.*/home.*--no-prefect"):
+        run_flow(fail, made_workspace.root, "laptop", "http://127.0.0.1:9/api", lambda *_: None)

@@ -193,6 +193,13 @@ def tiny_disk(tmp_path):
         yield folder
 
 
+def test_a_disk_too_small_for_checkpoints_is_refused_once_before_anything_is_saved(job):
+    with disk(job.root / ".checkpoints", "1m"):
+        said = job.stage("train", code=64)
+    assert said.count("not enough disk space for this run") == 1
+    assert "saving step" not in said
+
+
 def test_a_disk_that_fills_during_training_keeps_the_previous_checkpoint(whole, job, small_disk):
     process = train(job)
     read_until(process, "warm-up step: ")

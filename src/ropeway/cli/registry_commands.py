@@ -251,9 +251,11 @@ def rollback(
     from ropeway.registry.layout import read_reference
 
     opened, wanted = open_registry(registry), read_reference(reference)
+    if not wanted.alias:
+        raise ConfigError(f"{reference}: expected NAME@ALIAS, e.g. {wanted.name}@production")
     expected = _read_expect(opened, wanted.name, expect)
     artifact = opened.artifact(wanted.name)
-    done = artifact.rollback(wanted.alias or "", by=by or user_name(), reason=reason, expect=expected)
+    done = artifact.rollback(wanted.alias, by=by or user_name(), reason=reason, expect=expected)
     _report_promotion(done, as_json=as_json)
 
 

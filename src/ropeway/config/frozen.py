@@ -29,6 +29,7 @@ from typing import Any, Literal, overload
 from pydantic import create_model
 
 from ropeway.config.addresses import find_secrets, map_addresses, without_secrets, without_signatures
+from ropeway.config.load_params import read_block
 from ropeway.config.params import (
     BaseParams,
     EvaluateParams,
@@ -75,6 +76,17 @@ class FrozenInputs:
         for name, facts in files.items():
             check_file(folder / name, facts, remedy=_REMEDY)
         return cls(folder, manifest)
+
+    def edited_params(self, root: Path) -> tuple[str, ...]:
+        """Return the keys of this profile that changed in the workspace's params.yaml since the inputs were frozen."""
+        try:
+            now, then = (
+                without_secrets(read_block(path, self.profile_name))
+                for path in (root / "params.yaml", self.params_file)
+            )
+        except (ConfigError, KeyError):
+            return ("params.yaml",)
+        return tuple(key for key in dict.fromkeys([*then, *now]) if then.get(key) != now.get(key))
 
     @property
     def profile_name(self) -> str:

@@ -9,7 +9,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.constructor import SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
-from ruamel.yaml.nodes import Node
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode
 from ruamel.yaml.reader import ReaderError
 
 from ropeway.config.faults import explain_faults
@@ -118,7 +118,21 @@ def _find_deep_line(text: str) -> int:
 
 
 class _MarkingConstructor(SafeConstructor):
-    """Reports the line of a value that matches a type's pattern but is not valid, e.g. the date 2024-13-45."""
+    """Reports the line of a value that matches a type's pattern but is not valid, e.g. the date 2024-13-45.
+
+    It also refuses a key that a mapping with `<<:` has twice, which ruamel (0.18) accepts, the last one winning.
+    """
+
+    def flatten_mapping(self, node: MappingNode) -> object:
+        """Merge what `<<:` names into a mapping, which may override it but not repeat itself."""
+        first: dict[str, int] = {}
+        keys = [key for key, _ in node.value if isinstance(key, ScalarNode)]
+        for key in keys if getattr(node, "merge", None) is None else ():  # else merged before
+            line = key.start_mark.line + 1
+            if (known := first.setdefault(key.value, line)) != line:
+                problem = f"found the key {key.value!r} twice, first in line {known}; remove one"
+                raise MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+        return super().flatten_mapping(node)
 
     def construct_object(self, node: Node, deep: bool = False) -> object:  # noqa: FBT001, FBT002 - ruamel's signature
         try:

@@ -27,7 +27,7 @@ from ropeway.runtime.errors import DataError
 from ropeway.runtime.manifest import NAME, FileFacts, check_listed, digest_of, load_manifest
 
 FORMAT = 1
-REMEDY = "Run `dvc checkout`, or `dvc repro prepare` to make it again"
+REMEDY = "Run `dvc repro prepare` to restore it"
 
 
 class Kind(IntEnum):

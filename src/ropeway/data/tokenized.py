@@ -27,7 +27,7 @@ from ropeway.data.raw_records import RecordKind
 from ropeway.runtime.errors import DataError
 from ropeway.runtime.manifest import NAME, FileFacts, check_listed, load_manifest
 
-REMEDY = "Run `dvc checkout`, or `dvc repro tokenize` to make it again"
+REMEDY = "Run `dvc repro tokenize` to restore it"
 COLUMNS = ("lengths", "records", "keys", "record_keys", "exact", "gram_counts")  # one file per source
 SHARDS = ("tokens", "kinds", "signatures", "grams")
 

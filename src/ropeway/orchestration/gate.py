@@ -88,7 +88,7 @@ def describe_change(metrics: Mapping[str, object], champion: Mapping[str, object
         return f"not comparable with {who}: a mean loss is missing"
     change = round(ours - theirs, 3)
     verdict = "the same as" if not change else "better than" if change < 0 else "WORSE than"
-    return f"{verdict} {who}: mean loss {ours:.3f}, was {theirs:.3f} ({change:+.3f} nats/token)"
+    return f"{verdict} {who}: mean loss {ours:.3f}, was {theirs:.3f} ({_signed(change)} nats/token)"
 
 
 def _compare_with_base(metrics: Mapping[str, object], required: float) -> _MetricCheck:

@@ -28,11 +28,11 @@ from prefect.tasks import Task
 from ropeway.config.load_params import load_profile
 from ropeway.orchestration.display import RETRIES, RunDisplay, StepResult, may_retry, retry_seconds
 from ropeway.orchestration.dvc_stage import LineWriter, log_path, progress_path
-from ropeway.orchestration.prefect_server import await_recovery, page_address, persistent_server_url
+from ropeway.orchestration.prefect_server import await_recovery, page_address, persistent_server_url, prefect_home
 from ropeway.orchestration.run_page import PageLog, ProgressArtifact, stop_on_suspend
 from ropeway.orchestration.run_summary import Result
 from ropeway.orchestration.sequence import PipelineRun, describe_run
-from ropeway.runtime.errors import ConfigError
+from ropeway.runtime.errors import ConfigError, TemporaryError
 
 _FILES = {"rollback": "promote"}  # flow -> its file, if the names differ
 _FLUSH_SECONDS = 4.0  # for each of: our log lines, Prefect's log lines, events
@@ -61,8 +61,9 @@ def run_flow(flow: Flow[..., object], root: Path, profile: str, url: str, on_end
 
     Raises:
         RopewayError: What a step raised.
+        TemporaryError: The server failed.
     """
-    with temporary_settings({PREFECT_API_URL: url}), tags(*describe_run(root, profile)[1]):
+    with _server_failures(url, root), temporary_settings({PREFECT_API_URL: url}), tags(*describe_run(root, profile)[1]):
         token = _ON_END.set(on_end)
         try:
             state: State[Result] = flow(str(root), profile, return_state=True)  # type: ignore[assignment]
@@ -73,6 +74,18 @@ def run_flow(flow: Flow[..., object], root: Path, profile: str, url: str, on_end
             EventsWorker.drain_all(timeout=_FLUSH_SECONDS)
         result: Result = state.result()
         return result, f"/runs/flow-run/{state.state_details.flow_run_id}"
+
+
+@contextmanager
+def _server_failures(url: str, root: Path) -> Iterator[None]:
+    """Turn a server's failure to record the run into a TemporaryError; errors of the run itself are in its state."""
+    try:
+        yield
+    except httpx.HTTPError as error:
+        raise TemporaryError(
+            f"the Prefect server at {url} failed ({type(error).__name__}: {str(error).splitlines()[0]}). Check the "
+            f"free space of {prefect_home(root)}, or use `ropeway run --no-prefect`. The same command resumes"
+        ) from error
 
 
 def artifact_prefix(name: str) -> str:

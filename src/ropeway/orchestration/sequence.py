@@ -30,7 +30,7 @@ from ropeway.orchestration.run_summary import Result
 from ropeway.planning.plan import plan_run
 from ropeway.planning.plan_text import outline_plan
 from ropeway.runtime.devices import count_ranks
-from ropeway.runtime.errors import ConfigError, DataError, RopewayError
+from ropeway.runtime.errors import DataError, RopewayError
 from ropeway.runtime.lock import workspace_lock
 from ropeway.runtime.manifest import digest_of
 from ropeway.runtime.workspace import Workspace
@@ -205,7 +205,7 @@ class PipelineRun:
         return StepResult("Completed", failed if code else words)
 
     def _result(self) -> Result:
-        seconds, edits = time.monotonic() - self._began, find_edited_params(self.root, self._frozen)
+        seconds, edits = time.monotonic() - self._began, self._frozen.edited_params(self.root)
         return Result(self.workspace, self._ended, self._publication, seconds, None, edits)
 
 
@@ -263,18 +263,6 @@ def _freeze(display: RunDisplay, site: Site) -> Revision:
             f"the git revision changed from {before} to {after} while fingerprints were taken; taking them again",
             flush=True,
         )
-
-
-def find_edited_params(root: Path, frozen: FrozenInputs) -> tuple[str, ...]:
-    """Return the keys of this profile that changed in params.yaml since the run froze its inputs."""
-    try:
-        now, then = (
-            without_secrets(read_block(path, frozen.profile_name))
-            for path in (root / "params.yaml", frozen.params_file)
-        )
-    except (ConfigError, KeyError):
-        return ("params.yaml",)
-    return tuple(key for key in dict.fromkeys([*then, *now]) if then.get(key) != now.get(key))
 
 
 def _refresh(site: Site, stage: str, write_line: LineWriter) -> StepResult:
@@ -383,5 +371,8 @@ def _exit_on_sigterm() -> Iterator[None]:
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     try:
         yield
+    except SystemExit:
+        print("ended by SIGTERM; the same command resumes", flush=True)
+        raise
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

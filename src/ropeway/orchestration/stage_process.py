@@ -61,6 +61,12 @@ def run_stage(root: Path, name: str, profile: str | None = None) -> int:
                 f"stage {name} of profile '{profile}': the frozen inputs in {frozen.folder} are of profile "
                 f"'{frozen.profile_name}'. Run `dvc repro` or `ropeway run` to freeze them again"
             )
+        if edited := frozen.edited_params(root):
+            print(
+                f"stage {name}: params.yaml was edited after its inputs were frozen ({', '.join(edited)}); the "
+                "frozen values are used. `ropeway stage identity` freezes the new ones",
+                flush=True,
+            )
         if name == "train":  # here, not in the stage: a changed estimate must not invalidate a trained model
             _, params = load_profile(frozen.params_file, frozen.profile_name)  # memory also depends on keys of base
             zero = read_zero(frozen.text("deepspeed", params.deepspeed_config), params.deepspeed_config)

@@ -31,11 +31,11 @@ def blob_fault(store: Store, file: PackageFile, *, rehash: bool) -> str | None:
     key = blob_key(file.sha256)
     try:
         if (size := store.size(key)) != file.bytes:
-            return f"the blob of {file.path} has {size:,} bytes, expected {file.bytes:,}"
+            return f"{file.path}: {key} has {size:,} bytes, expected {file.bytes:,}"
         if rehash and (found := _hash_blob(store, key)) != file.sha256:
-            return f"the blob of {file.path} hashes to {found[:12]}…, expected {file.sha256[:12]}…"
+            return f"{file.path}: {key} hashes to {found[:12]}…, not to the digest in its name"
     except NotFoundError:
-        return f"the blob of {file.path} ({file.sha256[:12]}…) is missing"
+        return f"{file.path}: {key} is missing"
     return None
 
 
@@ -47,7 +47,8 @@ def read_blob(store: Store, file: PackageFile) -> bytes:
         raise DataError(f"{store.url}: the blob of {file.path} ({file.sha256[:12]}…) is missing") from None
     if hashlib.sha256(data).hexdigest() != file.sha256:
         raise DataError(
-            f"{store.url}: the blob of {file.path} does not match its sha256. Run `ropeway registry verify`"
+            f"{store.url}: the blob of {file.path} does not match its sha256. `ropeway registry verify "
+            "NAME@VERSION` lists the damaged blobs"
         )
     return data
 

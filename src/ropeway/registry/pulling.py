@@ -133,7 +133,7 @@ def fetch_file(store: Store, file: PackageFile, path: Path) -> None:
         if not matches:
             raise DataError(
                 f"{store.url}: the blob of {file.path} does not match its version (expected {file.bytes:,} bytes, "
-                f"sha256 {file.sha256[:12]}…); no file was kept. `ropeway registry verify` lists the damaged blobs"
+                f"sha256 {file.sha256[:12]}…); no file was kept. `ropeway registry verify NAME@VERSION` lists them"
             )
         local.flush()
         os.fsync(local.fileno())

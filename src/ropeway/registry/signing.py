@@ -142,10 +142,10 @@ def make_keys(path: Path) -> str:
         for place, data, mode in ((path, secret, 0o600), (path.with_name(f"{path.name}.pub"), public, 0o644)):
             with os.fdopen(os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
                 file.write(data)
+    except FileExistsError as error:
+        raise ConfigError(f"{error.filename} exists; a key is never overwritten. Choose another name") from None
     except OSError as error:
-        raise ConfigError(
-            f"{error.filename}: {error.strerror}; a key is never overwritten. Choose another name"
-        ) from None
+        raise ConfigError(f"{error.filename}: cannot write the key ({error.strerror}). Choose another folder") from None
     return _keyid(private.public_key())
 
 

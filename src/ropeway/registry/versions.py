@@ -186,15 +186,12 @@ class Version:
         attached = [file for event in versions if event["digest"] == self.digest for file in attached_files(event)]
         files = [*self.manifest.files, *attached]
         if faults := [f"  {fault}" for file in files if (fault := blob_fault(self.store, file, rehash=True))]:
-            raise DataError(
-                "\n".join(
-                    [
-                        f"{self.store.url}: {self.reference} ({self._short_digest}) is damaged; do not use it:",
-                        *faults,
-                        "Delete the damaged blobs from the store, then publish the same package again",
-                    ]
-                )
+            head = f"{self.store.url}: {self.reference} ({self._short_digest}) is damaged; do not use it:"
+            remedy = (
+                "Delete these blobs, then publish the same package again: `ropeway registry publish FOLDER --name "
+                f"{self.name}`"
             )
+            raise DataError("\n".join([head, *faults, remedy]))
         return VerifyResult(self.name, self.digest, len(files), sum(file.bytes for file in files))
 
     def verify_folder(self, folder: Path) -> VerifyResult:

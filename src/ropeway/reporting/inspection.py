@@ -67,7 +67,9 @@ def inspect_sequence(prepared: Prepared, name: str, number: int) -> Inspection:
     sources = prepared.shards.sources
     names = [source.name for source in sources]
     if name not in names:
-        raise ConfigError(f"source '{name}' does not exist; sources: {', '.join(names)}")
+        raise ConfigError(
+            f"source '{name}' is not in this profile's data; sources: {', '.join(names)}. `--profile` chooses another"
+        )
     at = names.index(name)
     count, longest = len(sources[at].lengths), prepared.profile.max_length
     if not 0 <= number < count:

@@ -59,7 +59,7 @@ class Sample:
 
 def run(workspace: Workspace, profile: Profile) -> None:
     """Write report.html of the prepared data, deterministically; raise DataError when a file of it was changed."""
-    raw = load_manifest(workspace.raw, remedy="Run `dvc checkout`, or `dvc repro fetch`", verify=False)["sources"]
+    raw = load_manifest(workspace.raw, remedy="Run `dvc repro fetch`", verify=False)["sources"]
     shards = open_shards(workspace.data)
     plan = plan_epoch(shards, profile, epoch=0)
     page = Page(

@@ -16,7 +16,7 @@ Table = Sequence[Json]
 
 def run(workspace: Workspace, profile: Profile) -> None:
     """Write samples.html and plots/; raise DataError when a table of the evaluation is missing or changed."""
-    load_manifest(workspace.tables, remedy="Run `dvc checkout`, or `dvc repro evaluate`")
+    load_manifest(workspace.tables, remedy="Run `dvc repro evaluate`")
     write_plots(workspace.plots, workspace.tables, workspace.steps, max_length=profile.max_length)
     write_atomic(workspace.samples_page, render_samples(json.loads(workspace.samples.read_bytes())).encode())
     print(f"sample answers: {workspace.samples_page}; plots: {workspace.plots}")

@@ -35,7 +35,7 @@ def run(workspace: Workspace, profile: Profile) -> None:  # noqa: ARG001 - card.
         shutil.copyfile(workspace.samples_page, folder / workspace.samples_page.name)
         (folder / workspace.plots.name).mkdir()
         for source, stage in ((workspace.tables, "evaluate"), (workspace.plots, "report_eval")):
-            for name in load_manifest(source, remedy=f"Run `dvc checkout`, or `dvc repro {stage}`")["files"]:
+            for name in load_manifest(source, remedy=f"Run `dvc repro {stage}`")["files"]:
                 shutil.copyfile(source / name, folder / workspace.plots.name / name)
         whole = read(NAME)
         pages = write_manifest(folder, {})["files"]

@@ -53,7 +53,7 @@ class TrainingError(RopewayError):
 
 @contextmanager
 def full_disk_explained(where: object, *, kept: str = "nothing was written under its final name") -> Iterator[None]:
-    """Raise TemporaryError if the block fails because the disk is full.
+    """Raise TemporaryError if the block fails because the disk is full, ConfigError if a file may not be that large.
 
     Args:
         where: The file or folder that the block writes.
@@ -62,6 +62,11 @@ def full_disk_explained(where: object, *, kept: str = "nothing was written under
     try:
         yield
     except OSError as error:
+        if error.errno == errno.EFBIG:
+            raise ConfigError(
+                f"{where}: a file would be larger than the shell's limit (`ulimit -f`) or the file system allows "
+                f"({error.strerror}); {kept}. Raise the limit and run the same command again"
+            ) from error
         if not is_disk_full(error):
             raise
         raise TemporaryError(

@@ -129,6 +129,8 @@ def test_promote_rollback_and_history_from_the_command_line(world):
         ask("promote", "tiny@v1", "production", "--expect", "none", "--reason", "stale")
     with pytest.raises(RegistryError, match=f"points to {digests[1]}, expected {digests[0]}"):
         ask("rollback", "tiny@production", "--expect", "v1", "--reason", "stale")
+    with pytest.raises(ConfigError, match="NAME@ALIAS"):
+        ask("rollback", "tiny@v1", "--reason", "not an alias")
     assert ask_json("rollback", "tiny@production", "--expect", "v2", "--reason", "worse")["digest"] == digests[0]
     events = ask_json("history", "tiny@production")
     assert [(event["version"], event["reason"]) for event in events] == [(1, "first"), (2, "better"), (1, "worse")]

@@ -309,6 +309,18 @@ def test_a_stage_of_another_profile_than_the_digests_does_not_start(root):
         run_stage(root, "train", "laptop")
 
 
+def test_a_stage_says_that_params_were_edited_after_they_were_frozen(root, monkeypatch, capsys):
+    monkeypatch.setattr("ropeway.runtime.supervise.run", lambda *_, **__: 0)
+    write_identity(root)
+    assert run_stage(root, "fetch") == 0
+    assert "edited" not in capsys.readouterr().out
+    edit(root / "params.yaml", "  learning_rate: 1e-5", "  learning_rate: 2e-5")
+    assert run_stage(root, "fetch") == 0
+    said = capsys.readouterr().out
+    assert "(learning_rate)" in said
+    assert "`ropeway stage identity`" in said
+
+
 def test_digests_are_not_taken_while_a_run_holds_the_workspace(root):
     write_identity(root)
     before = FrozenInputs.load(root)

@@ -33,3 +33,12 @@ def test_profile_names_that_are_no_text_are_listed(key):
 def test_a_profile_that_is_no_mapping_is_named():
     with pytest.raises(ConfigError, match=r"profile 'a'(?s:.*)expected a mapping, found list of 1"):
         load_profiles(Path("params.yaml"), text="profile: a\na: [1]\n")
+
+
+def test_a_key_given_twice_is_refused_also_in_a_profile_that_takes_from_another():
+    shipped = (Path(__file__).parents[3] / "params.yaml").read_text(encoding="utf-8")
+    text = f"{shipped}mine:\n  <<: *published\n  rng_seed: 7\n"
+    assert load_profiles(Path("params.yaml"), text=text)[1]["mine"].rng_seed == 7
+    last = text.count("\n")
+    with pytest.raises(ConfigError, match=rf"^params\.yaml:{last + 1}: .*'rng_seed' twice.*line {last}"):
+        load_profiles(Path("params.yaml"), text=f"{text}  rng_seed: 8\n")

@@ -198,11 +198,11 @@ def test_a_version_without_a_number_or_a_blob_cannot_be_promoted(store, three):
     key = blob_key(next(f.sha256 for f in load_version_manifest(store, "tiny", three[0]).files if "model" in f.path))
     truncated = store.get(key)[:-1]
     store.delete(key)
-    with pytest.raises(RegistryError, match=r"incomplete.*model\.safetensors .* is missing"):
+    with pytest.raises(RegistryError, match=r"incomplete.*model\.safetensors: .* is missing"):
         move(store, three[0])
     store.put_if_absent(key, truncated)
     sizes = f"{len(truncated)} bytes, expected {len(truncated) + 1}"
-    with pytest.raises(RegistryError, match=f"incomplete.*model.safetensors has {sizes}"):
+    with pytest.raises(RegistryError, match=rf"incomplete.*model\.safetensors: .* has {sizes}"):
         move(store, three[0])
 
 

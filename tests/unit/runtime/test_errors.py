@@ -3,7 +3,7 @@ import errno
 import numpy as np
 import pytest
 
-from ropeway.runtime.errors import TemporaryError, full_disk_explained, is_disk_full
+from ropeway.runtime.errors import ConfigError, TemporaryError, full_disk_explained, is_disk_full
 
 
 def test_a_short_write_of_numpy_without_errno_is_a_full_disk():
@@ -20,3 +20,8 @@ def test_other_errors_are_classified_by_errno(error, full):
 def test_the_message_says_what_is_kept(tmp_path):
     with pytest.raises(TemporaryError, match="units stay"), full_disk_explained(tmp_path, kept="units stay"):
         raise OSError("100 requested and 20 written")
+
+
+def test_a_file_beyond_the_shell_limit_is_a_configuration_error(tmp_path):
+    with pytest.raises(ConfigError, match=r"ulimit -f.*units stay"), full_disk_explained(tmp_path, kept="units stay"):
+        raise OSError(errno.EFBIG, "File too large")

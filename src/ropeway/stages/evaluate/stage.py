@@ -52,8 +52,7 @@ def run(workspace: Workspace, profile: EvaluateParams) -> None:
         ConfigError: A file or task in `evaluation` is missing or malformed, or a passkey length is too short.
         TemporaryError: A task's dataset could not be downloaded, or a worker was killed; nothing was written.
     """
-    load_manifest(workspace.base, remedy="Run `dvc checkout`, or `dvc repro base`")
-    load_manifest(workspace.model, remedy="Run `dvc checkout`, or `dvc repro train`")
+    _check_models(workspace)
     prompts, request = plan_request(workspace, profile)
     check_data(workspace.model, request.shards)
     found = measure_both(workspace, request)
@@ -217,8 +216,9 @@ def score_first_rows(workspace: Workspace, profile: EvaluateParams, *, limit: in
     """Return the scores of base and tuned model on the first `limit` validation rows of each source; write nothing.
 
     Raises:
-        DataError: As in `check_data` and `measure_folder`.
+        DataError: The model is not trained, or as in `check_data` and `measure_folder`.
     """
+    _check_models(workspace, verify=False)
     shards = first_rows(open_shards(workspace.data), limit)
     sizes = count_bytes(shards, profile, workspace.base)
     rows: list[dict[str, object]] = []
@@ -230,6 +230,12 @@ def score_first_rows(workspace: Workspace, profile: EvaluateParams, *, limit: in
         for source, score, size in zip(shards.sources, scores, sizes, strict=True):
             rows.append({"source": source.name, "model": name, **score.metrics(size)})
     return sorted(rows, key=lambda row: (str(row["source"]), str(row["model"])))
+
+
+def _check_models(workspace: Workspace, *, verify: bool = True) -> None:
+    """Raise DataError unless base and trained model are complete; `verify` hashes their files."""
+    load_manifest(workspace.base, remedy="Run `dvc repro base`", verify=verify)
+    load_manifest(workspace.model, remedy="Run `dvc repro train`", verify=verify)
 
 
 def first_rows(shards: Shards, limit: int) -> Shards:

@@ -77,7 +77,7 @@ def load_facts(workspace: Workspace, profile: PackageParams) -> Facts:
         DataError: A stage's files are missing, have changed, or are of another run than the others.
     """
     early = load_early_facts(workspace, profile, verify=True)
-    model = load_manifest(workspace.model, remedy="Run `dvc checkout`, or `dvc repro train`")
+    model = load_manifest(workspace.model, remedy="Run `dvc repro train`")
     config = json.loads((workspace.model / "config.json").read_bytes())
     check_one_run(workspace, early.data, early.rope, config)
     check_params(model.get("params"), profile, workspace.model)
@@ -99,7 +99,7 @@ def load_early_facts(workspace: Workspace, profile: PackageParams, *, verify: bo
         DataError: A manifest is missing or incomplete; with `verify`, a file changed after it was written.
     """
     raw, base, data = (
-        load_manifest(folder, remedy=f"Run `dvc checkout`, or `dvc repro {stage}`", verify=verify)
+        load_manifest(folder, remedy=f"Run `dvc repro {stage}`", verify=verify)
         for folder, stage in ((workspace.raw, "fetch"), (workspace.base, "base"), (workspace.data, "prepare"))
     )
     config = json.loads((workspace.base / "config.json").read_bytes())

@@ -51,7 +51,7 @@ def compute_fingerprint(workspace: Workspace, profile: TrainParams, frozen: Froz
     Raises:
         DataError: Base or data are incomplete, or changed after they were written.
     """
-    base = load_manifest(workspace.base, remedy="Run `dvc checkout`, or `dvc repro base`")
+    base = load_manifest(workspace.base, remedy="Run `dvc repro base`")
     data = load_manifest(workspace.data, remedy=REMEDY)
     dumped = profile.model_dump(mode="json", include=set(READS["train"]))
     parts = {

@@ -12,6 +12,10 @@ _RESERVE_BYTES = 64 << 20  # for logs, manifests and files of other programs
 _GIB = 2**30
 
 
+class DiskSpaceError(ConfigError):
+    """The disk is too small for the checkpoints of this run; rank 0 raises it, and every other rank with it."""
+
+
 def check_disk(
     folder: Path, *, checkpoint_bytes: int, keep: int, export_bytes: int, free_bytes: int | None = None
 ) -> str:
@@ -20,7 +24,7 @@ def check_disk(
     Rotation removes the oldest checkpoint only once the newest is complete, so `keep` + 1 exist for a moment.
 
     Raises:
-        ConfigError: There is not enough free space.
+        DiskSpaceError: There is not enough free space.
     """
     free = shutil.disk_usage(folder).free if free_bytes is None else free_bytes
     existing = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -30,7 +34,7 @@ def check_disk(
         f"and a model of {_format_bytes(export_bytes)}: {_format_bytes(needed)} needed, {_format_bytes(free)} free"
     )
     if needed > free:
-        raise ConfigError(
+        raise DiskSpaceError(
             f"{folder}: not enough disk space for this run. {summary}. Free {_format_bytes(needed - free)}, lower "
             "save_total_limit, or put .checkpoints on a larger disk (a symbolic link works)"
         )

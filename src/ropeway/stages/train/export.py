@@ -33,7 +33,7 @@ def export_model(run: Run, workspace: Workspace, *, fingerprint: str, log: list[
     if run.profile.peft_model:
         merge_adapters(model)
     model.config.use_cache = True  # off for gradient checkpointing only; the export must have it on
-    base = load_manifest(workspace.base, remedy="Run `dvc checkout`", verify=False)
+    base = load_manifest(workspace.base, remedy="Run `dvc repro base`", verify=False)
     with whole_folder(workspace.model) as folder:
         model.save_pretrained(folder, safe_serialization=True, max_shard_size=MAX_SHARD)
         for name in TOKENIZER_FILES:

@@ -36,7 +36,7 @@ from ropeway.runtime.workspace import Workspace
 from ropeway.stages.train import checkpoints, rewind, saving
 from ropeway.stages.train.continuing import check_continued
 from ropeway.stages.train.deepspeed_config import parse_deepspeed_json, plan_deepspeed
-from ropeway.stages.train.disk import check_disk
+from ropeway.stages.train.disk import DiskSpaceError, check_disk
 from ropeway.stages.train.export import export_model
 from ropeway.stages.train.loop import FaultError, train
 from ropeway.stages.train.loss import SupervisedLoss
@@ -162,19 +162,34 @@ def _train(
 def _run_preflight(run: Run, folder: Path, log: list[Line]) -> dict[str, object]:
     """Check disk, memory and weights before the first step; return the results for the attempt's record."""
     results: dict[str, object] = {}
+    disk = _check_disk(run, folder)
     if run.rank == 0:
-        results["disk"] = check_disk(
-            folder,
-            checkpoint_bytes=_state_bytes(run),
-            keep=run.profile.save_total_limit,
-            export_bytes=count_parameters(run.engine.module) * DTYPE_BYTES[run.profile.dtype],
-        )
+        results["disk"] = disk
     if not log and os.environ.get(SKIP_WARM_UP) != "1":
         results["tried"] = run_worst_step(run, lambda: saving.save(run, folder, []))
     if run.rank == 0:
         for name, text in results.items():
             print(f"{_PREFLIGHT[name]}: {text}", flush=True)
     return results
+
+
+def _check_disk(run: Run, folder: Path) -> str:
+    """Check the disk on rank 0; raise its DiskSpaceError on every rank, so that none starts to save."""
+    result: list[str | DiskSpaceError] = [""]
+    if run.rank == 0:
+        try:
+            result[0] = check_disk(
+                folder,
+                checkpoint_bytes=_state_bytes(run),
+                keep=run.profile.save_total_limit,
+                export_bytes=count_parameters(run.engine.module) * DTYPE_BYTES[run.profile.dtype],
+            )
+        except DiskSpaceError as error:
+            result[0] = error
+    torch.distributed.broadcast_object_list(result)
+    if isinstance(result[0], DiskSpaceError):
+        raise result[0]
+    return result[0]
 
 
 def _state_bytes(run: Run) -> int:
@@ -228,7 +243,7 @@ def open_run(workspace: Workspace, profile: TrainParams, attention: Attention, *
     if universal:
         config["checkpoint"] = {"load_universal": True}
     run.engine, *_ = deepspeed.initialize(model=model, model_parameters=trainable_parameters(model), config=config)
-    base = load_manifest(workspace.base, remedy="Run `dvc checkout`, or `dvc repro base`", verify=False)
+    base = load_manifest(workspace.base, remedy="Run `dvc repro base`", verify=False)
     check_rope(run.engine.module.model, scaling_from_json(base["rope"]))
     _check_same_plan(run)
     difference = check_isolation(run)
@@ -275,7 +290,7 @@ def _describe_attempt(run: Run, attention: Attention) -> dict[str, object]:
 def _fail(error: RopewayError) -> NoReturn:
     """Print the error and end this rank; the launcher ends ranks that wait for it in a collective."""
     # Every rank raises these; rank 0 prints them once.
-    is_shared = isinstance(error, TrainingError | TrainingStoppedError | rewind.RestartError)
+    is_shared = isinstance(error, TrainingError | TrainingStoppedError | DiskSpaceError | rewind.RestartError)
     if not is_shared or os.environ.get("RANK", "0") == "0":
         print(f"{error}", file=sys.stderr, flush=True)
     if is_shared:

@@ -222,3 +222,9 @@ def test_a_preview_scores_the_first_rows_and_writes_nothing(run):
     assert tuned["loss"] == pytest.approx(score.loss, abs=1e-4)
     assert tuned["tokens"] == score.tokens
     assert sorted(workspace.root.rglob("*")) == before
+
+
+def test_a_preview_of_a_model_that_is_not_trained_is_a_data_error(run, tmp_path):
+    workspace, profile, *_ = run
+    with pytest.raises(DataError, match="dvc repro base"):
+        score_first_rows(replace(workspace, root=tmp_path), profile, limit=2)
