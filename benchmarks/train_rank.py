@@ -26,7 +26,8 @@ from ropeway.config.load_params import load_profile
 from ropeway.config.params import Profile
 from ropeway.config.stages import READS, UNHASHED
 from ropeway.data.batches import PAD_MULTIPLE, Row, collate
-from ropeway.models.attention import choose_attention
+from ropeway.models.attention import Heads, choose_attention
+from ropeway.models.open_model import read_config
 from ropeway.runtime.op_build import init_distributed
 from ropeway.runtime.progress import Progress
 from ropeway.runtime.watchdog import Watchdog
@@ -266,10 +267,11 @@ def main(root: Path, rounds: int, steps: int, folder: Path) -> None:
     init_distributed()
     watchdog = Watchdog(limit_seconds=None)
     runs: dict[str, Run] = {}
+    heads, device = Heads.of(read_config(workspace.base, {})), torch.device("cpu")
 
     def ours(way: str, chosen: Profile) -> Callable[[], None]:
         def act() -> None:
-            runs[way] = open_run(workspace, chosen, choose_attention(chosen, cuda=False), universal=False)
+            runs[way] = open_run(workspace, chosen, choose_attention(chosen, heads, device), universal=False)
             runs[way].heartbeat = watchdog.heartbeat
             run_ours(runs[way], way, turns, folder)
 
@@ -277,7 +279,7 @@ def main(root: Path, rounds: int, steps: int, folder: Path) -> None:
 
     def theirs() -> None:
         place = (root / profile.deepspeed_config, folder)
-        attention = choose_attention(profile, cuda=False)
+        attention = choose_attention(profile, heads, device)
         run_trainer(runs["ours"], "trainer", turns, lambda: open_model(workspace.base, profile, attention), place)
 
     loops = {

@@ -75,7 +75,17 @@ def test_the_published_deepspeed_configuration_in_full(published):
             "min_loss_scale": 1,
         },
         "bf16": {"enabled": False},
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-5, "betas": [0.9, 0.95], "eps": 1e-12, "weight_decay": 0.0}},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {
+                "torch_adam": True,
+                "fused": True,
+                "lr": 1e-5,
+                "betas": [0.9, 0.95],
+                "eps": 1e-12,
+                "weight_decay": 0.0,
+            },
+        },
         "scheduler": {
             "type": "WarmupLR",
             "params": {

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from ropeway.models.attention import VARLEN, register_attention, varlen_kernel
+from ropeway.config.load_params import load_profile
+from ropeway.models.attention import VARLEN, Heads, choose_attention, register_attention
 from tests.support.small_llama import batch, small_llama
+from tests.support.tiny_run import ROOT
 
 pytestmark = pytest.mark.gpu
 
@@ -25,7 +27,9 @@ def losses(implementation, dtype, given):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("lengths", [(4000, 17, 4175), (2048,)], ids=["packed", "alone"])
 def test_flash_attention_gives_the_losses_of_eager_attention_per_sequence(dtype, lengths):
-    register_attention(varlen_kernel(on_cuda=True))
+    profile = load_profile(ROOT / "params.yaml", "llama2_13b_orca_8k")[1]
+    kernel = choose_attention(profile, Heads(8, 2, 64), torch.device("cuda")).kernel
+    register_attention(kernel)
     whole = batch(lengths)
     pieces = zip(*(part.split(lengths, dim=1) for part in whole.values()), strict=True)
     alone = torch.cat([losses("eager", dtype, dict(zip(whole, piece, strict=True))) for piece in pieces])

@@ -5,6 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ropeway.stages.train.loss import SupervisedLoss
+from ropeway.stages.train.model import enable_checkpointing
 
 
 def small_llama(implementation, *, checkpointed=False, dtype=torch.float32, **sizes):
@@ -15,7 +16,7 @@ def small_llama(implementation, *, checkpointed=False, dtype=torch.float32, **si
         LlamaConfig(**{**usual, **sizes}), dtype=dtype, attn_implementation=implementation
     )
     if checkpointed:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(model)
     return SupervisedLoss(model.train())
 
 

@@ -6,21 +6,25 @@ A row contains several sequences (packed), or one sequence and padding (padded).
 Shapes: B rows, T tokens/row, H heads, K key-value heads, D head size, S sequences in all rows.
 """
 
-import importlib.util
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from ropeway.config.params import WeightParams
+from ropeway.models.open_model import DTYPES, head_dim
 from ropeway.runtime.errors import ConfigError
 
 VARLEN = "ropeway_varlen"  # name of this backend in transformers' AttentionInterface
 # (q, k, v, cu_seqlens, longest, scale) -> out; q `(B*T, H, D)`, k and v `(B*T, K, D)`, causal within each sequence.
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, int, float | None], Tensor]
+PROBE_LENGTHS = (40, 1, 87)  # tokens of the sequences with which a flash kernel is checked
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,29 +33,49 @@ class Attention:
 
     Attributes:
         requested_flash: `use_flash_attention` of params.yaml.
-        effective: Backend and device that are used, for logs.
-        implementation: Name of the backend in transformers.
-        on_cuda: Whether a flash kernel runs on a GPU.
+        effective: Backend, its version and device, for logs.
+        kernel: The kernel that gets the sequence boundaries; None: transformers' SDPA.
+        rejected: Flash kernels that are installed but do not work here, each with the reason.
     """
 
     requested_flash: bool
     effective: str
-    implementation: str = "sdpa"
-    on_cuda: bool = False
+    kernel: Kernel | None = None
+    rejected: tuple[str, ...] = ()
+
+    @property
+    def implementation(self) -> str:
+        """Name of the backend in transformers."""
+        return "sdpa" if self.kernel is None else VARLEN
 
 
-def choose_attention(profile: WeightParams, *, cuda: bool) -> Attention:
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """The attention heads of a model: H query heads, K key-value heads, head size D."""
+
+    query: int
+    key_value: int
+    size: int
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig) -> "Heads":
+        """Return the heads that a model's config.json states."""
+        return cls(config.num_attention_heads, config.num_key_value_heads, head_dim(config))
+
+
+def choose_attention(profile: WeightParams, heads: Heads, device: torch.device) -> Attention:
     """Return the attention backend: SDPA on a CPU; on a GPU a flash kernel if `use_flash_attention` is set, else SDPA.
 
     On a CPU, packed rows use SDPA per sequence. With a mask over the whole row, SDPA also computes the masked part,
     which made packing no faster than padding (docs/runs.md).
 
     Raises:
-        ConfigError: Flash attention is requested on a GPU in fp32, which flash kernels do not support.
+        ConfigError: Flash attention is requested on a GPU in fp32, which flash kernels do not support, or no flash
+            kernel works with these heads on this GPU.
     """
-    if not cuda and profile.layout == "packed":
-        return Attention(profile.use_flash_attention, "sdpa sequence by sequence (cpu)", VARLEN)
-    if not cuda:
+    if device.type == "cpu":  # torch.cuda.is_available is no test: DS_ACCELERATOR=cpu leaves a GPU unused
+        if profile.layout == "packed":
+            return Attention(profile.use_flash_attention, "sdpa sequence by sequence (cpu)", attend_each)
         return Attention(profile.use_flash_attention, "sdpa (cpu)")
     if not profile.use_flash_attention:
         return Attention(requested_flash=False, effective="sdpa (cuda)")
@@ -59,8 +83,67 @@ def choose_attention(profile: WeightParams, *, cuda: bool) -> Attention:
         raise ConfigError(
             "use_flash_attention: expected dtype fp16 or bf16, found fp32; change dtype or set it to false"
         )
-    name = "flash-attn" if importlib.util.find_spec("flash_attn") else "PyTorch's varlen flash kernel"
-    return Attention(requested_flash=True, effective=f"{name} (cuda)", implementation=VARLEN, on_cuda=True)
+    rejected: list[str] = []
+    for name, load in FLASH_KERNELS:
+        try:
+            label, kernel = load()
+        except ModuleNotFoundError:
+            rejected.append(f"{name}: not installed")
+            continue
+        except ImportError as error:
+            rejected.append(f"{name}: cannot be imported ({error})")
+            continue
+        fault = kernel_fault(kernel, heads, DTYPES[profile.dtype], device)
+        if fault is None:
+            faulty = tuple(reason for reason in rejected if not reason.endswith("not installed"))
+            return Attention(requested_flash=True, effective=f"{label} (cuda)", kernel=kernel, rejected=faulty)
+        rejected.append(f"{label}: {fault}")
+    raise ConfigError(
+        f"use_flash_attention: no flash kernel works on this GPU with {heads.query} query heads, {heads.key_value} "
+        f"key-value heads of size {heads.size} in {profile.dtype}: {'; '.join(rejected)}. Install one that does, or "
+        "set use_flash_attention: false"
+    )
+
+
+def kernel_fault(kernel: Kernel, heads: Heads, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Return what is wrong with a kernel, None if it computes causal attention within each sequence.
+
+    Output and gradients of random inputs are compared with SDPA in fp32. The limit of each is a tenth of the
+    difference that ignored sequence boundaries make, so it needs no constant per dtype or card.
+    """
+    generator = torch.Generator().manual_seed(0)
+    tokens = sum(PROBE_LENGTHS)
+    counts = (heads.query, heads.key_value, heads.key_value, heads.query)
+    *inputs, weights = (torch.randn(tokens, count, heads.size, generator=generator) for count in counts)
+    rounded = [part.to(device, dtype) for part in inputs]
+    ends = torch.tensor([0, *PROBE_LENGTHS]).cumsum(0).to(device, torch.int32)
+    joined = torch.tensor([0, tokens], dtype=torch.int32, device=device)
+    try:
+        found = _output_and_gradients(kernel, rounded, weights.to(device, dtype), ends, max(PROBE_LENGTHS))
+    except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    exact = [part.float() for part in rounded]
+    upstream = weights.to(device, dtype).float()
+    expected = _output_and_gradients(attend_each, exact, upstream, ends, max(PROBE_LENGTHS))
+    mistaken = _output_and_gradients(attend_each, exact, upstream, joined, tokens)
+    for name, mine, right, wrong in zip(
+        ("output", *(f"gradient of {x}" for x in "qkv")), found, expected, mistaken, strict=True
+    ):
+        if mine.shape != right.shape:
+            return f"{name} has shape {tuple(mine.shape)}, expected {tuple(right.shape)}"
+        worst, allowed = float((mine.float() - right).abs().max()), float((wrong - right).abs().max()) / 10
+        if not worst <= allowed:
+            return f"{name} differs by {worst:.2g} from SDPA in fp32, expected at most {allowed:.2g}"
+    return None
+
+
+def _output_and_gradients(
+    kernel: Kernel, inputs: list[Tensor], weights: Tensor, ends: Tensor, longest: int
+) -> list[Tensor]:
+    """Return the output and the gradients of q, k and v, each detached; `weights` is the gradient of the output."""
+    query, key, value = leaves = [part.detach().requires_grad_() for part in inputs]
+    out = kernel(query, key, value, ends, longest, None)
+    return [out.detach(), *torch.autograd.grad(out, leaves, weights)]
 
 
 def register_attention(kernel: Kernel) -> None:
@@ -70,24 +153,66 @@ def register_attention(kernel: Kernel) -> None:
     AttentionInterface.register(VARLEN, partial(varlen_attention, kernel=kernel))
 
 
-def varlen_kernel(*, on_cuda: bool) -> Kernel:
-    """Return the attention kernel: SDPA on a CPU; on a GPU flash-attn's if it is installed, else PyTorch's."""
-    if not on_cuda:  # torch.cuda.is_available is no test: DS_ACCELERATOR=cpu leaves a GPU unused
-        return attend_each
-    if importlib.util.find_spec("flash_attn"):
-        from flash_attn import flash_attn_varlen_func
+def flash_attention_3() -> tuple[str, Kernel]:
+    """Return (name with version, kernel) of FlashAttention-3, which runs on Hopper GPUs (sm90)."""
+    from flash_attn_interface import flash_attn_varlen_func
 
-        return lambda q, k, v, cu, longest, scale: flash_attn_varlen_func(
-            q, k, v, cu, cu, longest, longest, softmax_scale=scale, causal=True
-        )
-    from torch.nn.attention.varlen import varlen_attn
+    return f"FlashAttention-3 {_version('flash_attn_3')}", _from_flash_attn(flash_attn_varlen_func)
 
+
+def flash_attention_2() -> tuple[str, Kernel]:
+    """Return (name with version, kernel) of flash-attn."""
+    from flash_attn import flash_attn_varlen_func
+
+    return f"flash-attn {_version('flash_attn')}", _from_flash_attn(flash_attn_varlen_func)
+
+
+def _from_flash_attn(function: Callable[..., Any]) -> Kernel:
     def attend(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float | None) -> Tensor:
-        grouped = q.shape[1] != k.shape[1]
-        out = varlen_attn(q, k, v, cu, cu, longest, longest, scale=scale, window_size=(-1, 0), enable_gqa=grouped)
-        return out if isinstance(out, Tensor) else out[0]
+        return _only_output(function(q, k, v, cu, cu, longest, longest, softmax_scale=scale, causal=True))
 
     return attend
+
+
+def torch_varlen() -> tuple[str, Kernel]:
+    """Return (name with version, kernel) of PyTorch's flash kernel for several sequences.
+
+    torch 2.11 has no `enable_gqa`; key-value heads are repeated there.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    grouping = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float | None) -> Tensor:
+        options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0)}
+        if (repeats := q.shape[1] // k.shape[1]) > 1:
+            if grouping:
+                options["enable_gqa"] = True
+            else:
+                k, v = (part.repeat_interleave(repeats, dim=1) for part in (k, v))
+        return _only_output(varlen_attn(q, k, v, cu, cu, longest, longest, **options))
+
+    return f"PyTorch {torch.__version__} varlen", attend
+
+
+def _only_output(result: Any) -> Tensor:  # noqa: ANN401 - some versions also return the log-sum-exp
+    out: Tensor = result if isinstance(result, Tensor) else result[0]
+    return out
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "of unknown version"
+
+
+# Best first.
+FLASH_KERNELS = (
+    ("FlashAttention-3", flash_attention_3),
+    ("flash-attn", flash_attention_2),
+    ("PyTorch's varlen", torch_varlen),
+)
 
 
 def attend_each(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, _longest: int, scale: float | None) -> Tensor:

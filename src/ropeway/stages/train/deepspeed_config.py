@@ -1,6 +1,7 @@
 """The DeepSpeed configuration: a pure function of params, number of ranks and the DeepSpeed JSON, without "auto"."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from typing import TypedDict
 
@@ -13,6 +14,9 @@ _OWNED = (
     "bf16", "scheduler", "fp16.enabled", "optimizer.params.lr", "optimizer.params.betas", "optimizer.params.eps",
     "optimizer.params.weight_decay", "checkpoint", "data_types",
 )  # fmt: skip
+
+
+_COMPILED = ("adam", "adamw", "lamb", "lion")
 
 
 class OptimizerJson(TypedDict, total=False):
@@ -50,6 +54,28 @@ def parse_deepspeed_json(text: str, path: str) -> DeepSpeedJson:
     if faults:
         raise ConfigError("\n".join(faults))
     return named
+
+
+def check_optimizer(named: DeepSpeedJson, path: str) -> None:
+    """Raise ConfigError if DeepSpeed would compile the optimizer for this GPU and there is no CUDA compiler.
+
+    DeepSpeed builds its own optimizers (FusedAdam, FusedLamb, FusedLion) at the first start with the nvcc of torch's
+    CUDA version; torch's fused AdamW needs none. With the optimizer offloaded a C++ compiler is enough.
+    Source: deepspeed 0.19.8, runtime/engine.py and ops/op_builder/builder.py.
+    """
+    optimizer = named.get("optimizer", OptimizerJson(type="AdamW"))
+    offloaded = _holds(named, "zero_optimization.offload_optimizer")
+    compiled = optimizer.get("type", "").lower() in _COMPILED and not optimizer.get("params", {}).get("torch_adam")
+    if not compiled or offloaded:
+        return
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if CUDA_HOME is None or shutil.which("nvcc", path=f"{CUDA_HOME}/bin") is None:
+        raise ConfigError(
+            f"{path}: DeepSpeed compiles optimizer {optimizer.get('type')} with nvcc, which was not found. Set "
+            '`"torch_adam": true, "fused": true` in optimizer.params to use torch\'s fused AdamW, or install the CUDA '
+            "toolkit and set CUDA_HOME"
+        )
 
 
 def _holds(tree: Mapping[str, object], dotted: str) -> bool:

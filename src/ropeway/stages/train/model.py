@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ropeway.config.params import TrainParams
 from ropeway.data.batches import Row
-from ropeway.models.attention import VARLEN, Attention, register_attention, varlen_kernel
+from ropeway.models.attention import Attention, register_attention
 from ropeway.models.lora import add_adapters
 from ropeway.models.open_model import DTYPES, head_dim, open_folder, rotary
 from ropeway.models.rope import RopeScaling
@@ -19,15 +19,24 @@ from ropeway.runtime.errors import ConfigError
 
 def open_model(folder: Path, profile: TrainParams, attention: Attention) -> PreTrainedModel:
     """Return the base model of `folder` ready for training, with the RoPE scaling that its config states."""
-    if attention.implementation == VARLEN:
-        register_attention(varlen_kernel(on_cuda=attention.on_cuda))
+    if attention.kernel is not None:
+        register_attention(attention.kernel)
     model = open_folder(folder, DTYPES[profile.dtype], attn_implementation=attention.implementation)
     model.config.use_cache = False
     add_adapters(model, profile)
     if profile.gradient_checkpointing:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(model)
     model.train()
     return model
+
+
+def enable_checkpointing(model: PreTrainedModel) -> None:
+    """Recompute each layer in the backward pass; transformers 5.17 and 5.20 have the older method only."""
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:

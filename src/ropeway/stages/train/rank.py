@@ -19,7 +19,8 @@ from ropeway.config.params import TrainParams
 from ropeway.config.stages import READS, UNHASHED
 from ropeway.data.accumulation import accumulation_steps
 from ropeway.data.shards import REMEDY, open_shards
-from ropeway.models.attention import Attention, choose_attention
+from ropeway.models.attention import Attention, Heads, choose_attention
+from ropeway.models.open_model import read_config
 from ropeway.models.rope import scaling_from_json
 from ropeway.planning.budget import CARDS, name_card
 from ropeway.planning.memory import DTYPE_BYTES, stored_bytes
@@ -35,7 +36,7 @@ from ropeway.runtime.watchdog import Watchdog
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.train import checkpoints, rewind, saving
 from ropeway.stages.train.continuing import check_continued
-from ropeway.stages.train.deepspeed_config import parse_deepspeed_json, plan_deepspeed
+from ropeway.stages.train.deepspeed_config import check_optimizer, parse_deepspeed_json, plan_deepspeed
 from ropeway.stages.train.disk import DiskSpaceError, check_disk
 from ropeway.stages.train.export import export_model
 from ropeway.stages.train.loop import FaultError, train
@@ -81,10 +82,10 @@ def main(root: Path, name: str, fingerprint: str) -> None:
     cuda = get_accelerator().device_name() == "cuda"
     if profile.dtype == "fp16" and not get_accelerator().is_fp16_supported():
         raise ConfigError("dtype: fp16 cannot be trained on a CPU; set bf16 or fp32, or run on GPUs")
-    attention = choose_attention(profile, cuda=cuda)
     init_distributed()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    attention = _choose_attention(workspace, profile, cuda=cuda)
     folder = workspace.checkpoints / fingerprint
     checkpoint = saving.find_checkpoint(folder, rank=torch.distributed.get_rank())
     universal = saving.needs_universal(checkpoint, ranks=torch.distributed.get_world_size())
@@ -239,6 +240,8 @@ def open_run(workspace: Workspace, profile: TrainParams, attention: Attention, *
     model = SupervisedLoss(open_model(workspace.base, profile, attention))
     text = FrozenInputs.load(workspace.root).text("deepspeed", profile.deepspeed_config)
     named = parse_deepspeed_json(text, profile.deepspeed_config)
+    if get_accelerator().device_name() == "cuda":
+        check_optimizer(named, profile.deepspeed_config)
     config = plan_deepspeed(profile, named, ranks=ranks, accumulation_steps=accumulation, total_steps=run.total_steps)
     if universal:
         config["checkpoint"] = {"load_universal": True}
@@ -246,20 +249,50 @@ def open_run(workspace: Workspace, profile: TrainParams, attention: Attention, *
     base = load_manifest(workspace.base, remedy="Run `dvc repro base`", verify=False)
     check_rope(run.engine.module.model, scaling_from_json(base["rope"]))
     _check_same_plan(run)
-    difference = check_isolation(run)
-    if difference is not None and run.rank == 0:
-        print(f"packed rows: each sequence's losses equal those without packing to {difference:.1e} nats", flush=True)
+    isolation = check_isolation(run)
+    if isolation is not None and run.rank == 0:
+        print(
+            f"packed rows: each sequence's losses equal those without packing to {isolation.packed:.1e} nats (ignored "
+            f"boundaries would differ by {isolation.joined:.1e})",
+            flush=True,
+        )
     return run
+
+
+def _choose_attention(workspace: Workspace, profile: TrainParams, *, cuda: bool) -> Attention:
+    """Return the attention backend, which must be the same on every rank; rank 0 prints the kernels that do not work.
+
+    Raises:
+        ConfigError: As `choose_attention`, or the ranks chose different kernels.
+    """
+    heads = Heads.of(read_config(workspace.base, {}))
+    attention = choose_attention(profile, heads, torch.device("cuda" if cuda else "cpu"))
+    chosen = _gather(attention.effective)
+    if len(set(chosen)) != 1:
+        raise ConfigError(
+            f"ranks use different attention kernels ({', '.join(sorted(set(chosen)))}); install the same versions on "
+            "all machines"
+        )
+    if torch.distributed.get_rank() == 0:
+        for reason in attention.rejected:
+            print(f"attention kernel not used: {reason}", flush=True)
+    return attention
 
 
 def _check_same_plan(run: Run) -> None:
     """Raise ConfigError unless all ranks have the same plan of the first epoch."""
-    digests: list[str | None] = [None] * run.world_size
-    torch.distributed.all_gather_object(digests, run.plan(0).digest)
+    digests = _gather(run.plan(0).digest)
     if len(set(digests)) != 1:
         raise ConfigError(
             f"ranks have different rows in epoch 0 (digests {digests}); give all ranks the same data and params"
         )
+
+
+def _gather(value: str) -> list[str]:
+    """Return the value of every rank."""
+    values: list[str | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return [value or "" for value in values]
 
 
 def _describe_attempt(run: Run, attention: Attention) -> dict[str, object]:
