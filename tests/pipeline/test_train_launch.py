@@ -8,10 +8,12 @@ import pytest
 from tests.support.training import train, zero
 
 PDSH = """#!{python}
-import subprocess, sys
+import os, subprocess, sys
 at = sys.argv.index("-w")
 hosts, command = sys.argv[at + 1].split(","), " ".join(sys.argv[at + 2 :])
-ranks = [subprocess.Popen(["bash", "-c", command.replace("%n", str(n))]) for n in range(len(hosts))]
+print("pdsh:", command, flush=True)
+login = dict(HOME=os.environ["HOME"], PATH="/usr/bin:/bin")  # a shell that ssh opens inherits nothing
+ranks = [subprocess.Popen(["bash", "-c", command.replace("%n", str(n))], env=login) for n in range(len(hosts))]
 sys.exit(max(rank.wait() for rank in ranks))
 """
 SRUN = """#!{python}
@@ -44,14 +46,20 @@ def test_two_hosts_of_a_hostfile_train_one_model(machines, monkeypatch):
     hostfile = machines.parent / "hosts"
     hostfile.write_text("localhost slots=1\n127.0.0.1 slots=1\n")
     monkeypatch.setenv("ROPEWAY_HOSTFILE", str(hostfile))
+    for name in ("OMP_NUM_THREADS", "HF_HUB_OFFLINE"):  # planned by the stage, not inherited
+        monkeypatch.delenv(name, raising=False)
     printed, workspace = train(machines, zero(2))
     assert "2 ranks x" in printed
+    sent = next(line for line in printed.splitlines() if line.startswith("pdsh:"))
+    assert " HF_HUB_OFFLINE=1 " in sent
+    assert " OMP_NUM_THREADS=" in sent
     assert (workspace.model / "model.safetensors").is_file()
 
 
 def test_two_tasks_of_slurm_train_one_model(machines, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "127.0.0.1")
     printed, workspace = train(machines, zero(2))
     assert "2 ranks x" in printed
     assert (workspace.model / "model.safetensors").is_file()

@@ -17,7 +17,7 @@ from ropeway.config.load_params import load_profile, read_text
 from ropeway.config.params import BaseParams, EvaluateParams, FilesSource, FolderBase, GgufBase, HubBase, Profile
 from ropeway.config.stages import READS
 from ropeway.runtime.code_digests import CODE, Digests, name_changed_code
-from ropeway.runtime.devices import count_ranks, list_gpus
+from ropeway.runtime.devices import count_ranks, list_gpus, spans_machines
 from ropeway.runtime.errors import ConfigError, DataError, full_disk_explained
 from ropeway.runtime.lock import workspace_lock
 from ropeway.runtime.manifest import digest_of, file_sha256
@@ -73,7 +73,8 @@ def run_stage(root: Path, name: str, profile: str | None = None) -> int:
             check_memory(params, zero, ranks=count_ranks())
         command = [sys.executable, "-m", "ropeway.cli.main", "execute-stage", name]
         record = root / ".work" / f"{name}.exit.json"
-        device = {} if list_gpus() else {"DS_ACCELERATOR": "cpu"}  # otherwise deepspeed warns on every import
+        # Otherwise deepspeed warns on every import. Ranks on other machines choose their device there.
+        device = {} if list_gpus() or (name == "train" and spans_machines(os.environ)) else {"DS_ACCELERATOR": "cpu"}
         return supervise.run(command, record=record, env={**os.environ, **device, **held.environment}, cwd=root)
 
 

@@ -4,7 +4,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,8 @@ from ropeway.runtime.errors import ConfigError
 
 CPU_RANKS = 2
 _SLOTS = re.compile(r"(\S+)\s+slots=(\d+)\s*(?:#.*)?")
+_BRACKETS = re.compile(r"([^\[\]]*)\[([^\[\]]+)\](.*)")
+_NUMBERS = re.compile(r"(\d+)(?:-(\d+))?")
 _NVIDIA_SMI_SECONDS = 5  # nvidia-smi may have to load the driver
 
 
@@ -49,6 +51,84 @@ def in_slurm(environment: Mapping[str, str]) -> bool:
     """Return whether this is a Slurm job with several tasks; a job with one task runs like a plain machine."""
     tasks = environment.get("SLURM_NTASKS", "")
     return "SLURM_JOB_ID" in environment and tasks.isdecimal() and int(tasks) > 1
+
+
+def first_slurm_host(environment: Mapping[str, str]) -> str:
+    """Return the first host of the Slurm job, which runs its first task and so rank 0.
+
+    Raises:
+        ConfigError: Slurm's list of hosts is missing or cannot be read.
+    """
+    for name in ("SLURM_JOB_NODELIST", "SLURM_NODELIST"):
+        if name in environment:
+            return expand_host_list(environment[name])[0]
+    raise ConfigError(
+        "SLURM_JOB_ID is set, but neither SLURM_JOB_NODELIST nor SLURM_NODELIST is. Start the run inside a Slurm job, "
+        "or unset SLURM_JOB_ID and SLURM_NTASKS"
+    )
+
+
+def expand_host_list(text: str) -> list[str]:
+    """Return the hosts of a Slurm host list, in its order. Source: scontrol(1), `show hostnames`.
+
+    >>> expand_host_list("node[08-10,7],gpu-a")
+    ['node08', 'node09', 'node10', 'node7', 'gpu-a']
+
+    Raises:
+        ConfigError: It is not a host list.
+    """
+    hosts = [host for part in re.split(r",(?![^\[]*\])", text) for host in _expand_brackets(part, text)]
+    if not all(hosts):
+        raise _invalid_host_list(text)
+    return hosts
+
+
+def _expand_brackets(part: str, text: str) -> list[str]:
+    """Return the hosts of a part without commas outside of brackets."""
+    found = _BRACKETS.fullmatch(part)
+    if found is None:
+        if "[" in part or "]" in part:
+            raise _invalid_host_list(text)
+        return [part]
+    before, numbers, after = found.groups()
+    endings = _expand_brackets(after, text)
+    return [f"{before}{number}{end}" for number in _expand_numbers(numbers, text) for end in endings]
+
+
+def _expand_numbers(numbers: str, text: str) -> Iterator[str]:
+    for part in numbers.split(","):
+        found = _NUMBERS.fullmatch(part)
+        if found is None or (found[2] and int(found[2]) < int(found[1])):
+            raise _invalid_host_list(text)
+        for number in range(int(found[1]), int(found[2] or found[1]) + 1):
+            yield f"{number:0{len(found[1])}}"
+
+
+def _invalid_host_list(text: str) -> ConfigError:
+    return ConfigError(f"SLURM_JOB_NODELIST: expected hosts such as node[01-03,7],gpu-a; found {text!r}")
+
+
+def spans_machines(environment: Mapping[str, str]) -> bool:
+    """Return whether ranks may run on other machines than this one, which may then have other hardware."""
+    return in_slurm(environment) or "ROPEWAY_HOSTFILE" in environment
+
+
+def device_index(local_rank: int, visible: int) -> int:
+    """Return the index of the GPU that a rank uses, out of the `visible` ones of its process.
+
+    A scheduler that gives each task its own GPU makes only that one visible, as device 0.
+
+    Raises:
+        ConfigError: Several GPUs are visible, but fewer than there are ranks on this machine.
+    """
+    if visible == 1:
+        return 0
+    if local_rank < visible:
+        return local_rank
+    raise ConfigError(
+        f"rank {local_rank} of {platform.node()} (counted from 0) has no GPU: {visible} are visible to it. Start at "
+        "most one rank per GPU (ROPEWAY_RANKS, slots of the hostfile, or Slurm's --ntasks-per-node)"
+    )
 
 
 def list_gpus(environment: dict[str, str] | None = None, *, devices: Path = Path("/dev")) -> list[str]:

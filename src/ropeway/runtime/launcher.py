@@ -14,20 +14,39 @@ import sys
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
-from ropeway.runtime.devices import count_local_ranks, in_slurm, list_gpus, read_hostfile
+from ropeway.runtime.devices import (
+    count_local_ranks,
+    device_index,
+    first_slurm_host,
+    in_slurm,
+    list_gpus,
+    read_hostfile,
+    spans_machines,
+)
 from ropeway.runtime.errors import ConfigError
 
 LOOPBACK = "127.0.0.1"
 RANK_MODULE = "ropeway.stages.train.rank"
-# Variables that the ranks on other machines need.
-_FORWARDED_VARIABLES = ("DS_ACCELERATOR", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "PATH", "TOKENIZERS_PARALLELISM")
+# Variables that the ranks on other machines need, and prefixes of others.
+_FORWARDED_VARIABLES = (
+    "CXX", "DS_ACCELERATOR", "HF_HUB_OFFLINE", "LD_LIBRARY_PATH", "OMP_NUM_THREADS", "PATH", "ROPEWAY_GRACE_SECONDS",
+    "ROPEWAY_OTHER_VERSIONS", "ROPEWAY_SKIP_WARM_UP", "TOKENIZERS_PARALLELISM", "TORCH_EXTENSIONS_DIR",
+)  # fmt: skip
+_FORWARDED_PREFIXES = ("GLOO_", "NCCL_", "PYTORCH_")
 
 
 def build_launch_command(environment: Mapping[str, str], arguments: list[str], *, ranks: int, port: int) -> list[str]:
-    """Return the command that starts all ranks with these arguments; `port` must be free on the machine of rank 0.
+    """Return the command that starts all ranks with these arguments.
+
+    Args:
+        environment: That of the ranks (`rank_environment`); what it sets reaches the other machines.
+        arguments: Those of the rank's module.
+        ranks: Number of ranks.
+        port: Must be free on the machine of rank 0.
 
     Raises:
-        ConfigError: torchrun started this process, the hostfile is invalid, or its slots do not add up to `ranks`.
+        ConfigError: torchrun started this process, the hostfile is invalid, its slots do not add up to `ranks`, or
+            Slurm's list of hosts cannot be read.
     """
     if "TORCHELASTIC_RUN_ID" in environment:
         raise ConfigError(
@@ -36,14 +55,22 @@ def build_launch_command(environment: Mapping[str, str], arguments: list[str], *
         )
     rank = [sys.executable, "-m", RANK_MODULE, *arguments]
     if in_slurm(environment):
-        where = f"--export=ALL,MASTER_ADDR={socket.gethostname()},MASTER_PORT={port}"
+        where = f"--export=ALL,MASTER_ADDR={first_slurm_host(environment)},MASTER_PORT={port}"
         return ["srun", f"--ntasks={ranks}", "--kill-on-bad-exit=1", where, *rank]
     if "ROPEWAY_HOSTFILE" in environment:
         return _multi_node_command(environment, rank, ranks=ranks, port=port)
-    world = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(ranks))}).encode()).decode()
+    devices = _local_devices(environment, ranks=ranks)
+    world = base64.urlsafe_b64encode(json.dumps({"localhost": devices}).encode()).decode()
     launcher = [sys.executable, "-m", "deepspeed.launcher.launch", f"--world_info={world}", "--node_rank=0"]
     options = [f"--master_addr={LOOPBACK}", f"--master_port={port}", "--module", "--no_local_rank"]
     return [*launcher, *options, "--log_level=warning", RANK_MODULE, *arguments]
+
+
+def _local_devices(environment: Mapping[str, str], *, ranks: int) -> list[str] | list[int]:
+    """Return one GPU per rank: DeepSpeed's launcher sets CUDA_VISIBLE_DEVICES to them, whatever it was before."""
+    if "CUDA_VISIBLE_DEVICES" in environment and len(visible := list_gpus(dict(environment))) >= ranks:
+        return visible[:ranks]
+    return list(range(ranks))
 
 
 def _multi_node_command(environment: Mapping[str, str], rank: list[str], *, ranks: int, port: int) -> list[str]:
@@ -54,8 +81,8 @@ def _multi_node_command(environment: Mapping[str, str], rank: list[str], *, rank
             f"{hostfile}: expected slots for {ranks} ranks, found {sum(hosts.values())} slots. Correct the file or "
             "unset ROPEWAY_RANKS"
         )
-    # DeepSpeed's runner forwards only the variables of NCCL and Python; `env` sets the others for the ranks.
-    passed = [f"{name}={value}" for name, value in sorted(environment.items()) if name in _FORWARDED_VARIABLES]
+    # DeepSpeed's runner forwards few variables, and those of NCCL only from a machine with GPUs; `env` sets the others.
+    passed = [f"{name}={value}" for name, value in sorted(environment.items()) if _is_forwarded(name)]
     return [
         *(sys.executable, "-m", "deepspeed.launcher.runner", f"--hostfile={hostfile}", "--force_multi"),
         *(f"--launcher={environment.get('ROPEWAY_LAUNCHER', 'pdsh')}", "--no_ssh_check", "--no_python"),
@@ -64,12 +91,24 @@ def _multi_node_command(environment: Mapping[str, str], rank: list[str], *, rank
     ]
 
 
+def _is_forwarded(name: str) -> bool:
+    return name in _FORWARDED_VARIABLES or name.startswith(_FORWARDED_PREFIXES)
+
+
 def rank_environment(environment: Mapping[str, str], *, ranks: int) -> dict[str, str]:
-    """Return the environment of the ranks: device, threads, offline mode; ConfigError without GPU and compiler."""
+    """Return the environment of the ranks: device, threads, offline mode.
+
+    Ranks on other machines choose their device there (DeepSpeed does, where DS_ACCELERATOR is not set): this machine
+    may be a login node without a GPU.
+
+    Raises:
+        ConfigError: The ranks run on this machine, and it has neither a GPU nor a compiler.
+    """
     planned = {**environment, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if not list_gpus(dict(environment)):
-        check_compiler()
-        planned["DS_ACCELERATOR"] = "cpu"
+        if not spans_machines(environment):
+            check_compiler()
+            planned["DS_ACCELERATOR"] = "cpu"
         # Oversubscribed cores are slower, and the thread count changes rounding: the count is fixed and recorded.
         planned.setdefault(
             "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count_local_ranks(environment, ranks)))
@@ -93,6 +132,17 @@ def adopt_slurm(environment: MutableMapping[str, str]) -> None:
         return
     names = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
     environment.update({ours: environment[theirs] for ours, theirs in names.items()})
+
+
+def adopt_device(environment: MutableMapping[str, str], *, visible: int) -> int:
+    """Set LOCAL_RANK, from which DeepSpeed takes the device, to the index of this rank's GPU, and return it.
+
+    Raises:
+        ConfigError: No GPU is left for this rank.
+    """
+    index = device_index(int(environment["LOCAL_RANK"]), visible)
+    environment["LOCAL_RANK"] = str(index)
+    return index
 
 
 def free_port() -> int:

@@ -27,7 +27,7 @@ from ropeway.planning.memory import DTYPE_BYTES, stored_bytes
 from ropeway.runtime.code_digests import CODE, check_code
 from ropeway.runtime.devices import cpu_model_name
 from ropeway.runtime.errors import ConfigError, RopewayError, TemporaryError, TrainingError
-from ropeway.runtime.launcher import adopt_slurm
+from ropeway.runtime.launcher import adopt_device, adopt_slurm
 from ropeway.runtime.manifest import digest_of, load_manifest
 from ropeway.runtime.op_build import init_distributed
 from ropeway.runtime.progress import Progress
@@ -42,6 +42,7 @@ from ropeway.stages.train.export import export_model
 from ropeway.stages.train.loop import FaultError, train
 from ropeway.stages.train.loss import SupervisedLoss
 from ropeway.stages.train.model import check_rope, count_parameters, open_model, trainable_parameters
+from ropeway.stages.train.rank_check import check_ranks
 from ropeway.stages.train.stop import Line
 from ropeway.stages.train.training_run import Run
 from ropeway.stages.train.warm_up import check_isolation, run_worst_step
@@ -79,12 +80,10 @@ def main(root: Path, name: str, fingerprint: str) -> None:
     transformers.utils.logging.disable_progress_bar()
     deepspeed.utils.logger.setLevel("ERROR")  # 0.19.8 warns about its own scheduler's first call
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # deepspeed 0.19.8 on torch 2.13
-    cuda = get_accelerator().device_name() == "cuda"
+    cuda = _join_ranks(workspace)
     if profile.dtype == "fp16" and not get_accelerator().is_fp16_supported():
         raise ConfigError("dtype: fp16 cannot be trained on a CPU; set bf16 or fp32, or run on GPUs")
     init_distributed()
-    if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     attention = _choose_attention(workspace, profile, cuda=cuda)
     folder = workspace.checkpoints / fingerprint
     checkpoint = saving.find_checkpoint(folder, rank=torch.distributed.get_rank())
@@ -124,6 +123,15 @@ def main(root: Path, name: str, fingerprint: str) -> None:
     if tracker and tracker.is_stuck:
         sys.stdout.flush()
         os._exit(0)  # W&B's exit hook would wait for the thread that hangs
+
+
+def _join_ranks(workspace: Workspace) -> bool:
+    """Choose this rank's device and compare it with those of the other ranks; return whether it is a GPU."""
+    accelerator = get_accelerator().device_name()
+    if accelerator == "cuda":
+        torch.cuda.set_device(adopt_device(os.environ, visible=torch.cuda.device_count()))
+    check_ranks(workspace.work, accelerator, os.environ)
+    return bool(accelerator == "cuda")
 
 
 class TrainingStoppedError(TemporaryError):

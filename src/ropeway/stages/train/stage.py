@@ -53,7 +53,7 @@ def run(workspace: Workspace, profile: TrainParams) -> None:
     workspace.progress("train").unlink(missing_ok=True)
     arguments = [str(workspace.root), workspace.profile, fingerprint.digest]
     port, environment = free_port(), rank_environment(os.environ, ranks=ranks)
-    command = build_launch_command(os.environ, arguments, ranks=ranks, port=port)
+    command = build_launch_command(environment, arguments, ranks=ranks, port=port)
     clear_dead_locks(extensions_folder(environment))
     if environment.get("DS_ACCELERATOR") == "cpu":
         announce_build(extensions_folder(environment))
