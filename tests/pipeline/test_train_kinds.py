@@ -91,3 +91,35 @@ def test_another_rank_count_resumes_with_the_same_rows_in_order(tmp_path, zero2)
     found = weights(workspace.model)
     for name, part in zero2.items():
         assert torch.allclose(found[name], part, atol=1e-5), name
+
+
+def checkpoint_files(workspace):
+    """Return the files of each checkpoint of the run, with their sha256."""
+    manifests = sorted(workspace.checkpoints.glob("*/step-*/manifest.json"))
+    return {path.parent.name: json.loads(path.read_text())["files"] for path in manifests}
+
+
+KINDS = {
+    "zero2": (zero(2),),
+    "zero0": (zero(0),),
+    "all offloaded": (zero(3, offload_optimizer=CPU, offload_param=CPU),),
+    "optimizer offloaded": (zero(2, offload_optimizer=CPU),),
+    "lora": (zero(2), LORA),
+}
+FAST = ("zero2",)
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(one, marks=[] if one in FAST else pytest.mark.slow, id=one) for one in KINDS]
+)
+def test_checkpoints_written_in_the_background_have_the_same_bytes(tmp_path, kind):
+    found = []
+    for flag in ("false", "true"):
+        said, workspace = train(tmp_path / flag, *KINDS[kind], f"async_save: {flag}")
+        found.append((checkpoint_files(workspace), (workspace.model / "model.safetensors").read_bytes()))
+        assert ("of which training waited" in said) == (flag == "true")
+    assert list(found[0][0]) == ["step-000001", "step-000002", "step-000003"]
+    assert found[0] == found[1]
+    forget(workspace, 1)
+    assert "resuming after step 2" in start(workspace)
+    assert checkpoint_files(workspace) == found[0][0]

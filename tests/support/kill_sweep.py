@@ -5,6 +5,7 @@ by itself. A next start must resume, and a training that reaches its end must le
 Runs on the tiny main job; the last line is JSON, the exit code 1 when a weight differs or a process survives.
 """
 
+import argparse
 import hashlib
 import json
 import random
@@ -176,10 +177,22 @@ def sweep(job, kills, *, seed=0):
     }
 
 
+def save_in_background(job):
+    """Make a prepared workspace write its checkpoints in the background."""
+    job.edit("params.yaml", "async_save: false", "async_save: true")
+    job.commit("saves in the background")
+
+
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("kills", type=int)
+    parser.add_argument("--async-save", action="store_true", help="write checkpoints in the background")
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         tiny = make_main_job(Path(folder) / "workspace")
+        if options.async_save:
+            save_in_background(tiny)
         tiny.do("dvc", "repro", "prepare")
-        found = sweep(tiny, int(sys.argv[1]))
+        found = sweep(tiny, options.kills) | {"async_save": options.async_save}
     print(json.dumps(found))
     sys.exit(not found["promise_kept"])

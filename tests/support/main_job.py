@@ -28,6 +28,7 @@ tiny:
   eval_steps: 8
   save_steps: 4
   save_total_limit: 2
+  async_save: false
   num_train_epochs: 1
   global_batch_size: 4
   superhot_config: {type: linear, scale: 2}

@@ -491,6 +491,9 @@ class TrainSettings(Section):
     docs/decisions/0007-rewind.md.
     """
 
+    async_save: bool
+    """Write checkpoints in the background: weights and optimizer state are copied to host memory, and training goes on
+    while they are written. Needs host memory for one more copy. false: training waits."""
     eval_steps: Positive
     """Interval of validation, in optimizer steps."""
     log_dir: str

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -91,6 +91,12 @@ def write_json(path: Path, value: object) -> None:
     write_atomic(path, json_bytes(value))
 
 
+def sync_file(path: Path) -> None:
+    """Flush a file to disk (fsync)."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames in a folder durable (fsync); do nothing if the platform does not support it."""
     with suppress(OSError):
@@ -112,18 +118,29 @@ def write_manifest(
     folder: Path, facts: Mapping[str, object], *, rows: Mapping[str, int] | None = None
 ) -> dict[str, Any]:
     """Write and return `folder/manifest.json`: `{"files": {name: {sha256, bytes, rows?}}, **facts}`; call it last."""
-    files: dict[str, FileFacts] = {}
-    paths = list(iterate_files(folder))
-    with ThreadPoolExecutor(_THREADS) as pool:
-        digests = list(pool.map(file_sha256, paths))
-    for path, digest in zip(paths, digests, strict=True):
-        name = path.relative_to(folder).as_posix()
-        files[name] = {"sha256": digest, "bytes": path.stat().st_size}
-        if rows and name in rows:
-            files[name]["rows"] = rows[name]
+    files = describe_files(folder, [path.relative_to(folder).as_posix() for path in iterate_files(folder)])
+    for name, count in (rows or {}).items():
+        if name in files:
+            files[name]["rows"] = count
     manifest = {**facts, "files": files}
     write_json(folder / NAME, manifest)
     return manifest
+
+
+def describe_files(folder: Path, names: Sequence[str], *, sync: bool = False) -> dict[str, FileFacts]:
+    """Return the manifest's entry of each of these files of a folder, hashed in parallel.
+
+    With `sync` each file is also flushed to disk (fsync) while others are hashed. Both release the GIL.
+    """
+    with ThreadPoolExecutor(_THREADS) as pool:
+        synced = [pool.submit(sync_file, folder / name) for name in names] if sync else []
+        digests = list(pool.map(lambda name: file_sha256(folder / name), names))
+        for one in synced:
+            one.result()
+    return {
+        name: {"sha256": digest, "bytes": (folder / name).stat().st_size}
+        for name, digest in zip(names, digests, strict=True)
+    }
 
 
 def load_manifest(folder: Path, *, remedy: str, verify: bool = True) -> dict[str, Any]:

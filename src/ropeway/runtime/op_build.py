@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 
 import psutil
@@ -15,6 +16,9 @@ import psutil
 from ropeway.runtime.devices import list_gpus
 from ropeway.runtime.errors import RopewayError
 
+# The longest that ranks wait for one: it reads a checkpoint of the published run (182 GB, before a rewind) from a disk
+# of 20 MB/s, the slowest that the watchdog allows: 2.5 h. `stop.hang_seconds` detects a rank that hangs much earlier.
+COLLECTIVE_TIMEOUT = timedelta(hours=3)
 BUFFERS = Path("/dev/shm")  # noqa: S108 - where Linux keeps POSIX shared memory
 _OP = "deepspeed_shm_comm"  # Source: ShareMemCommBuilder.NAME, deepspeed/ops/op_builder/cpu/comm.py
 _BUFFER = "deepspeed_allreduce_buffer"  # Source: SHM_BUFFER_NAME, deepspeed/ops/csrc/cpu/comm/shm.cpp
@@ -54,13 +58,18 @@ def _open_paths() -> set[str]:
 
 
 def init_distributed() -> None:
-    """Call DeepSpeed's `init_distributed`; on a CPU, then remove this rank's buffer from /dev/shm."""
+    """Call DeepSpeed's `init_distributed`; on a CPU, then remove this rank's buffer from /dev/shm.
+
+    Its own timeout of 10 minutes ends runs in which one rank reads or writes a large file while the others wait.
+    """
     import deepspeed
     import torch
     from deepspeed.accelerator import get_accelerator
 
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(extensions_folder(os.environ)))
-    deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False)
+    stated = os.environ.get("DEEPSPEED_TIMEOUT")  # minutes; Source: deepspeed 0.19.8, constants.py
+    timeout = timedelta(minutes=int(stated)) if stated else COLLECTIVE_TIMEOUT
+    deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False, timeout=timeout)
     if get_accelerator().device_name() == "cpu":
         torch.distributed.barrier()  # until every rank has mapped the buffers of the others
         unlink_buffers(int(os.environ["MASTER_PORT"]), rank=torch.distributed.get_rank())

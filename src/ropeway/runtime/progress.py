@@ -130,12 +130,21 @@ class Progress:
             _append(self.lines, full)
         self.mirror(full)
 
-    def saved(self, step: int, seconds: float) -> None:
-        """Record and print a checkpoint; training paused for `seconds`."""
+    def saved(self, step: int, waited: float, background: float | None = None) -> None:
+        """Record and print a checkpoint; training waited for `waited` seconds.
+
+        Args:
+            step: The step of the checkpoint.
+            waited: Seconds that training waited.
+            background: Seconds from beginning to end of a save in the background.
+        """
         self.checkpoints += 1
-        self.checkpoint_seconds += seconds
+        self.checkpoint_seconds += waited
+        text = f"checkpoint of step {step} saved in {waited if background is None else background:.1f} s"
+        if background is not None:
+            text += f", of which training waited {waited:.1f} s"
         with suppress(OSError):
-            self.printer.print_event(f"checkpoint of step {step} saved in {seconds:.1f} s")
+            self.printer.print_event(text)
 
     def write(self, *, ended: str, more: Mapping[str, object]) -> None:
         """Append the summary of this attempt to `attempts`."""

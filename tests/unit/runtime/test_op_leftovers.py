@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from datetime import timedelta
 
 import pytest
 from torch.utils.file_baton import FileBaton
@@ -88,3 +89,18 @@ def test_only_the_buffers_of_this_run_are_removed(monkeypatch, tmp_path):
     assert not (tmp_path / f"{here}_4100_1").exists()
     unlink_buffers(4100)
     assert {path.name for path in tmp_path.iterdir()} == {f"{here}_41001_0", f"{here}_4200_0", "other_4100_0"}
+
+
+@pytest.mark.parametrize(("stated", "minutes"), [(None, 180), ("7", 7)])
+def test_collectives_wait_for_a_rank_that_reads_a_large_checkpoint(monkeypatch, stated, minutes):
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    given = {}
+    monkeypatch.setattr(deepspeed, "init_distributed", lambda *_, **options: given.update(options))
+    monkeypatch.setattr(get_accelerator(), "device_name", lambda: "cuda", raising=False)
+    monkeypatch.delenv("DEEPSPEED_TIMEOUT", raising=False)
+    if stated:
+        monkeypatch.setenv("DEEPSPEED_TIMEOUT", stated)
+    leftovers.init_distributed()
+    assert given["timeout"] == timedelta(minutes=minutes)

@@ -20,7 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from ropeway.runtime.errors import ConfigError, DataError
-from ropeway.runtime.manifest import NAME, load_manifest, sync_folder, write_json, write_manifest
+from ropeway.runtime.manifest import (
+    NAME,
+    FileFacts,
+    iterate_files,
+    load_manifest,
+    sync_file,
+    sync_folder,
+    write_json,
+)
 from ropeway.stages.train.stop import Line
 
 _STEP_FOLDER = re.compile(r"step-(\d{6,})")
@@ -62,6 +70,14 @@ def list_steps(root: Path) -> list[tuple[int, Path]]:
     return sorted((int(match.group(1)), path) for match, path in found if match)
 
 
+def clear_unfinished(root: Path) -> None:
+    """Create the folder of a run, or remove from it what an interrupted attempt has not finished."""
+    root.mkdir(parents=True, exist_ok=True)
+    clear_partial(root)
+    if (step_0 := step_folder(root, 0)).exists():
+        remove(step_0)  # left by an attempt that was interrupted in its warm-up step
+
+
 def newest_valid(root: Path) -> Checkpoint | None:
     """Return the newest checkpoint that matches its manifest byte by byte; print which ones do not."""
     for step, folder in reversed(list_steps(root)):
@@ -70,11 +86,29 @@ def newest_valid(root: Path) -> Checkpoint | None:
             _check_identity(folder, step, facts)
         except DataError as error:
             print(f"checkpoint of step {step} is damaged: {error}", flush=True)
-            _VERIFIED[folder] = _file_stats(folder), False
+            mark_verified(folder, valid=False)
             continue
-        _VERIFIED[folder] = _file_stats(folder), True
+        mark_verified(folder)
         return Checkpoint(folder, step, facts)
     return None
+
+
+def open_verified(root: Path, step: int) -> Checkpoint:
+    """Return the checkpoint of a step that another process of this start has verified; check only file sizes.
+
+    Checkpoints of later steps are recorded as damaged: the other process chose this one as the newest valid.
+
+    Raises:
+        DataError: The checkpoint changed since, or this host does not see it.
+    """
+    folder = step_folder(root, step)
+    facts = load_manifest(folder, remedy="It was verified before the ranks started; run the same command", verify=False)
+    _check_identity(folder, step, facts)
+    mark_verified(folder)
+    for other, place in list_steps(root):
+        if other > step:
+            mark_verified(place, valid=False)
+    return Checkpoint(folder, step, facts)
 
 
 def _check_identity(folder: Path, step: int, facts: Mapping[str, object]) -> None:
@@ -87,7 +121,8 @@ def _check_identity(folder: Path, step: int, facts: Mapping[str, object]) -> Non
         )
 
 
-# Checkpoints that this process has written or fully verified: folder -> (stats of its files, whether it is valid).
+# Checkpoints that the processes of this start have written or fully verified: folder -> (stats of its files, whether it
+# is valid).
 _VERIFIED: dict[Path, tuple[tuple[tuple[str, int, int, int], ...], bool]] = {}
 
 
@@ -113,14 +148,6 @@ def _file_stats(folder: Path) -> tuple[tuple[str, int, int, int], ...]:
     return tuple((str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino) for path, stat in stats)
 
 
-def read_ranks(folder: Path) -> int | None:
-    """Return how many ranks wrote a checkpoint, from its manifest alone; None where that cannot be read."""
-    try:
-        return int(json.loads((folder / NAME).read_bytes())["ranks"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
 def universal_folder(checkpoint: Checkpoint) -> Path:
     """Return the folder of a checkpoint in DeepSpeed's universal format, which any number of ranks can load."""
     return checkpoint.folder.parent / f".universal-step-{checkpoint.step:06d}"
@@ -143,21 +170,17 @@ def check_resumable(checkpoint: Checkpoint, *, ranks: int, now: dict[str, str]) 
         )
 
 
-def convert_for_ranks(folder: Path, *, ranks: int) -> None:
-    """Convert the newest valid checkpoint to DeepSpeed's universal format if another number of ranks wrote it.
+def convert_for_ranks(checkpoint: Checkpoint | None, *, ranks: int) -> None:
+    """Convert a checkpoint to DeepSpeed's universal format if another number of ranks wrote it.
 
     The ranks resume with the same rows in the same order, since positions are counted in steps of `global_batch_size`
     rows; weights may differ in the last bits, since sums over ranks round differently. The original is kept.
 
-    This runs before any rank starts: for a large model it takes longer than the timeout of a collective.
+    This runs before any rank starts: for a large model it takes minutes.
 
     Raises:
         ConfigError: DeepSpeed could not convert it.
     """
-    # All, not only the newest: if that one is damaged, an older one resumes.
-    if all(read_ranks(step) == ranks for _, step in list_steps(folder)):
-        return
-    checkpoint = newest_valid(folder)
     if checkpoint is None or checkpoint.facts["ranks"] == ranks:
         return
     target = universal_folder(checkpoint)
@@ -168,7 +191,7 @@ def convert_for_ranks(folder: Path, *, ranks: int) -> None:
         "rows in the same order; sums over ranks round differently)",
         flush=True,
     )
-    partial = folder / f".partial-universal-{checkpoint.step:06d}"
+    partial = checkpoint.folder.parent / f".partial-universal-{checkpoint.step:06d}"
     shutil.rmtree(partial, ignore_errors=True)
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
     paths = [
@@ -196,30 +219,64 @@ def describe_last_good(folder: Path) -> str:
     return "No checkpoint was saved before; the same command trains from the beginning"
 
 
-def commit(root: Path, step: int, log: Sequence[Line], facts: Mapping[str, object]) -> Path:
-    """Publish the partial folder as the checkpoint of `step`; call on one rank, after all ranks have written.
+def write_log(root: Path, step: int, log: Sequence[Line]) -> None:
+    """Write the log into the partial folder of `step`; call on one rank."""
+    text = "".join(json.dumps(line) + "\n" for line in log)
+    (partial_folder(root, step) / LOG).write_text(text, encoding="utf-8")
+
+
+def assign_files(partial: Path, written: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Return for each rank the files of a partial folder that it hashes and flushes to disk.
+
+    A rank has the files that it wrote: their pages are in its host's memory, and another host of a shared file system
+    could not flush them. Files that no rank reported (the log, what DeepSpeed copies) are rank 0's.
+
+    Args:
+        partial: The folder, as rank 0 sees it.
+        written: For each rank, the names of the files that it wrote, relative to the folder.
+    """
+    reported = {name for names in written for name in names}
+    present = [path.relative_to(partial).as_posix() for path in iterate_files(partial)]
+    first, *others = written
+    return [[*first, *(name for name in present if name not in reported)], *(list(names) for names in others)]
+
+
+def publish(root: Path, step: int, facts: Mapping[str, object], files: Mapping[str, FileFacts]) -> Path:
+    """Write the manifest of a partial folder and rename it to the checkpoint of `step`; call on one rank, last.
 
     An existing checkpoint of the same step (an invalid one that was skipped on resume) is replaced.
+
+    Args:
+        root: The folder of the run.
+        step: The step after which it was saved.
+        facts: Facts for the manifest.
+        files: Entry of every file, which its rank has flushed to disk.
+
+    Raises:
+        DataError: The folder holds other files than `files` names.
     """
     partial = partial_folder(root, step)
-    (partial / LOG).write_text("".join(json.dumps(line) + "\n" for line in log), encoding="utf-8")
-    for path in sorted(partial.rglob("*")):
-        if path.is_file():
-            sync_file(path)
-    write_manifest(partial, {"fingerprint": root.name, **facts, "step": step})
+    present = {path.relative_to(partial).as_posix() for path in iterate_files(partial)}
+    if present != set(files):
+        one = min(present ^ set(files))
+        raise DataError(
+            f"{partial}: {one} was {'not hashed by any rank' if one in present else 'hashed and then removed'}; run "
+            "the same command again, it resumes from the last checkpoint"
+        )
+    for folder in {(partial / name).parent for name in files}:
+        sync_folder(folder)
+    write_json(partial / NAME, {"fingerprint": root.name, **facts, "step": step, "files": dict(files)})
     target = step_folder(root, step)
     if target.exists():
         shutil.rmtree(target)
     partial.rename(target)
     sync_folder(root)
-    _VERIFIED[target] = _file_stats(target), True  # just hashed and synced
     return target
 
 
-def sync_file(path: Path) -> None:
-    """Flush a file to disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+def mark_verified(folder: Path, *, valid: bool = True) -> None:
+    """Record that a checkpoint's files, as they are now, are valid or damaged, so that `is_valid` reads none again."""
+    _VERIFIED[folder] = _file_stats(folder), valid
 
 
 def rotate(root: Path, *, keep: int, saved: int) -> None:

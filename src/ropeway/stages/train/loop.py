@@ -47,12 +47,14 @@ def train(
     log: list[Line],
     *,
     save: Callable[[list[Line]], None],
+    poll_save: Callable[[], None] = lambda: None,
     stop: Callable[[], bool],
     show: Callable[[Line], None],
 ) -> bool:
     """Train from the step after the last line of `log` to the last step; return False when stopped by a signal.
 
     A save that is due during a loss spike waits until the spike is over, so no checkpoint but the last holds one.
+    `poll_save` is called after each step and completes a save in the background.
 
     Raises:
         FaultError: A stop rule found a fault (`ropeway.stages.train.stop`); `log` ends with the step that has it.
@@ -73,6 +75,7 @@ def train(
             fault := find_fault(log, run.profile.stop, fp16=fp16, min_loss_scale=_min_loss_scale(run))
         ):
             raise FaultError(fault)
+        poll_save()
         seconds = time.perf_counter() - began
         if last or step % run.profile.eval_steps == 0:
             line |= {f"validation_{name}": loss for name, loss in validate(run).items()}

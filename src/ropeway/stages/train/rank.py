@@ -1,10 +1,12 @@
-"""One rank of a training run. The launcher starts it with `-m ropeway.stages.train.rank ROOT PROFILE FINGERPRINT`."""
+"""One rank of a training run: `-m ropeway.stages.train.rank ROOT PROFILE FINGERPRINT [STEP]`, started by the launcher.
+
+STEP is the checkpoint that the stage has verified, 0 for none; without it, rank 0 looks for the newest valid one.
+"""
 
 import os
 import platform
 import signal
 import sys
-import time
 import warnings
 from pathlib import Path
 from typing import NoReturn
@@ -35,6 +37,7 @@ from ropeway.runtime.tracking import TrackedRun, Tracker, describe_tracking, ope
 from ropeway.runtime.watchdog import Watchdog
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.train import checkpoints, rewind, saving
+from ropeway.stages.train.checkpoint_writer import CheckpointWriter
 from ropeway.stages.train.continuing import check_continued
 from ropeway.stages.train.deepspeed_config import check_optimizer, parse_deepspeed_json, plan_deepspeed
 from ropeway.stages.train.disk import DiskSpaceError, check_disk
@@ -68,7 +71,7 @@ class StopRequest:
         return self.is_requested
 
 
-def main(root: Path, name: str, fingerprint: str) -> None:
+def main(root: Path, name: str, fingerprint: str, verified: int | None) -> None:
     """Train, save checkpoints and export the model. Exit code 75 means that the same command resumes."""
     adopt_slurm(os.environ)
     workspace = Workspace(root, name)
@@ -86,7 +89,7 @@ def main(root: Path, name: str, fingerprint: str) -> None:
     init_distributed()
     attention = _choose_attention(workspace, profile, cuda=cuda)
     folder = workspace.checkpoints / fingerprint
-    checkpoint = saving.find_checkpoint(folder, rank=torch.distributed.get_rank())
+    checkpoint = saving.find_checkpoint(folder, rank=torch.distributed.get_rank(), verified=verified)
     universal = saving.needs_universal(checkpoint, ranks=torch.distributed.get_world_size())
     run = open_run(workspace, profile, attention, universal=universal)
     watchdog = Watchdog(limit_seconds=profile.stop.hang_seconds)
@@ -141,12 +144,9 @@ class TrainingStoppedError(TemporaryError):
 def _train(
     run: Run, log: list[Line], folder: Path, *, stop: StopRequest, progress: Progress, watchdog: Watchdog
 ) -> bool:
-    def save(lines: list[Line]) -> None:
-        began = time.perf_counter()
-        with watchdog.extended_deadline(_state_bytes(run)):
-            saving.save(run, folder, lines)
-        if run.rank == 0:
-            progress.saved(len(lines), time.perf_counter() - began)
+    saver = saving.Saver(
+        run, folder, report=progress.saved, deadline=lambda: watchdog.extended_deadline(_state_bytes(run))
+    )
 
     def show(line: Line) -> None:
         if run.rank == 0:
@@ -155,8 +155,11 @@ def _train(
     while True:
         try:
             with progress.printer:
-                return train(run, log, save=save, stop=stop, show=show)
+                finished = train(run, log, save=saver.save, poll_save=saver.poll, stop=stop, show=show)
+                saver.wait()
+                return finished
         except FaultError as error:
+            saver.wait()
             with watchdog.extended_deadline(_state_bytes(run)):
                 earlier = rewind.rewind_run(run, folder, error.fault)
             if earlier is None:
@@ -165,6 +168,7 @@ def _train(
             log[:] = earlier
             progress.rewinds += 1
         except TrainingError as error:
+            saver.wait()
             raise TrainingError(f"{error}.\n{checkpoints.describe_last_good(folder)}") from None
 
 
@@ -254,6 +258,7 @@ def open_run(workspace: Workspace, profile: TrainParams, attention: Attention, *
     if universal:
         config["checkpoint"] = {"load_universal": True}
     run.engine, *_ = deepspeed.initialize(model=model, model_parameters=trainable_parameters(model), config=config)
+    run.engine.checkpoint_engine = CheckpointWriter(run.engine.checkpoint_engine)
     base = load_manifest(workspace.base, remedy="Run `dvc repro base`", verify=False)
     check_rope(run.engine.module.model, scaling_from_json(base["rope"]))
     _check_same_plan(run)
@@ -331,7 +336,8 @@ def _describe_attempt(run: Run, attention: Attention) -> dict[str, object]:
 def _fail(error: RopewayError) -> NoReturn:
     """Print the error and end this rank; the launcher ends ranks that wait for it in a collective."""
     # Every rank raises these; rank 0 prints them once.
-    is_shared = isinstance(error, TrainingError | TrainingStoppedError | DiskSpaceError | rewind.RestartError)
+    shared = TrainingError | TrainingStoppedError | DiskSpaceError | rewind.RestartError | saving.CheckpointViewError
+    is_shared = isinstance(error, shared)
     if not is_shared or os.environ.get("RANK", "0") == "0":
         print(f"{error}", file=sys.stderr, flush=True)
     if is_shared:
@@ -341,6 +347,6 @@ def _fail(error: RopewayError) -> NoReturn:
 
 if __name__ == "__main__":
     try:
-        main(Path(sys.argv[1]), sys.argv[2], sys.argv[3])
+        main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]) if sys.argv[4:] else None)
     except RopewayError as error:
         _fail(error)

@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from secrets import token_hex
-from typing import NoReturn
 
 import torch
 from torch._C._distributed_c10d import PrefixStore, Store
@@ -26,7 +25,7 @@ from ropeway.runtime.errors import ConfigError
 from ropeway.runtime.launcher import check_compiler
 
 NONCE = "train.nonce"  # in .work
-_PRINT_SECONDS = timedelta(seconds=10)  # for the other ranks to receive the message of rank 0
+_READ_SECONDS = timedelta(seconds=60)  # for the other ranks to receive the result; then they end themselves
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +71,10 @@ def check_ranks(work: Path, accelerator: str, environment: Mapping[str, str]) ->
         if faults:
             print("\n".join(faults), file=sys.stderr, flush=True)
         store.set("faults", str(len(faults)))
-    if int(store.get("faults")):
-        _end(store, rank, ranks)
+    count = int(store.get("faults"))
+    _await_readers(store, rank, ranks)
+    if count:
+        os._exit(ConfigError.exit_code)
 
 
 def find_faults(reports: Sequence[RankReport], *, nonce: str, path: Path) -> list[str]:
@@ -137,10 +138,9 @@ def _find_problem(accelerator: str, environment: dict[str, str]) -> str | None:
     return None
 
 
-def _end(store: Store, rank: int, ranks: int) -> NoReturn:
-    """End this rank; rank 0, whose process serves the store, waits until the others have received the result."""
-    store.set(f"ended-{rank}", "")
+def _await_readers(store: Store, rank: int, ranks: int) -> None:
+    """On rank 0, whose process serves the store, wait until the other ranks have received the result."""
+    store.set(f"read-{rank}", "")
     if rank == 0:
         with suppress(RuntimeError):  # one of them has already ended
-            store.wait([f"ended-{one}" for one in range(ranks)], _PRINT_SECONDS)
-    os._exit(ConfigError.exit_code)
+            store.wait([f"read-{one}" for one in range(ranks)], _READ_SECONDS)

@@ -48,10 +48,13 @@ def run(workspace: Workspace, profile: TrainParams) -> None:
         folder, {"profile": workspace.profile, "parts": fingerprint.parts, "params": fingerprint.params}
     )
     continuing.continue_run(workspace, profile, fingerprint)
-    checkpoints.convert_for_ranks(folder, ranks=ranks)
+    # Before the ranks start: the others would wait for the one that hashes, 4 minutes for the published run.
+    checkpoints.clear_unfinished(folder)
+    checkpoint = checkpoints.newest_valid(folder)
+    checkpoints.convert_for_ranks(checkpoint, ranks=ranks)
     workspace.work.mkdir(exist_ok=True)
     workspace.progress("train").unlink(missing_ok=True)
-    arguments = [str(workspace.root), workspace.profile, fingerprint.digest]
+    arguments = [str(workspace.root), workspace.profile, fingerprint.digest, str(checkpoint.step if checkpoint else 0)]
     port, environment = free_port(), rank_environment(os.environ, ranks=ranks)
     command = build_launch_command(environment, arguments, ranks=ranks, port=port)
     clear_dead_locks(extensions_folder(environment))

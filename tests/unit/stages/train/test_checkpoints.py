@@ -6,16 +6,18 @@ import subprocess
 
 import pytest
 
+from ropeway.runtime import manifest
 from ropeway.runtime.errors import ConfigError
 from ropeway.stages.train import checkpoints
 from ropeway.stages.train.checkpoints import convert_for_ranks
+from tests.support.committed import commit
 
 
 def write(root, step, *, keep=None, ranks=2):
     partial = checkpoints.partial_folder(root, step)
     (partial / checkpoints.STATE).mkdir(parents=True)
     (partial / checkpoints.STATE / "weights.pt").write_bytes(bytes(range(step)) * 10)
-    folder = checkpoints.commit(root, step, [{"step": n + 1, "applied": 1} for n in range(step)], {"ranks": ranks})
+    folder = commit(root, step, [{"step": n + 1, "applied": 1} for n in range(step)], {"ranks": ranks})
     if keep:
         checkpoints.rotate(root, keep=keep, saved=step)
     return folder
@@ -141,7 +143,7 @@ def test_a_failed_save_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
     def full(*_args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "sync_file", full)
+    monkeypatch.setattr(manifest, "sync_file", full)
     with pytest.raises(OSError, match="No space left"):
         write(tmp_path, 10)
     assert checkpoints.newest_valid(tmp_path).step == 5
@@ -194,10 +196,10 @@ def test_if_the_newest_checkpoint_is_damaged_an_older_one_of_other_ranks_is_conv
     monkeypatch.setattr(subprocess, "run", convert)
     write(tmp_path, 5, ranks=1)
     newest = write(tmp_path, 10)
-    convert_for_ranks(tmp_path, ranks=2)
+    convert_for_ranks(checkpoints.newest_valid(tmp_path), ranks=2)
     assert not commands
     (newest / checkpoints.LOG).write_text("damaged")
-    convert_for_ranks(tmp_path, ranks=2)
+    convert_for_ranks(checkpoints.newest_valid(tmp_path), ranks=2)
     assert f"--input_folder={tmp_path / 'step-000005' / 'state'}" in commands[0]
     checkpoints.check_resumable(checkpoints.newest_valid(tmp_path), ranks=2, now={})
 

@@ -80,3 +80,29 @@ def test_ranks_without_a_shared_file_system_end_with_one_message(tmp_path):
     assert done.returncode == 64
     assert done.stdout.count("cannot be read on") == 1
     assert "compared" not in done.stdout
+
+
+class FakeStore:
+    """A store that rank 0 serves; notes for which keys a rank waits."""
+
+    def __init__(self, **values):
+        self.values, self.awaited = values, []
+
+    def set(self, key, value):
+        self.values[key] = value
+
+    def get(self, key):
+        return self.values[key]
+
+    def wait(self, keys, _timeout):
+        self.awaited += keys
+
+
+def test_rank_0_serves_the_store_until_all_have_read_the_result(tmp_path, monkeypatch):
+    other = ranks("a", "a", card=["", ""], accelerator=["cpu", "cpu"])[1]
+    store = FakeStore(**{"rank-1": json.dumps(rank_check.asdict(other))})
+    monkeypatch.setattr(rank_check, "rendezvous", lambda _: iter([(store, 0, 2)]))
+    monkeypatch.setattr(rank_check, "PrefixStore", lambda _, served: served)
+    monkeypatch.setattr(rank_check, "token_hex", lambda: "right")
+    rank_check.check_ranks(tmp_path, "cpu", {"RANK": "0"})
+    assert store.awaited == ["read-0", "read-1"]

@@ -10,6 +10,7 @@ from ropeway.runtime.errors import ConfigError, DataError
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.train import checkpoints, continuing
 from ropeway.stages.train.continuing import Fingerprint
+from tests.support.committed import commit
 
 A, B, C = "a" * 16, "b" * 16, "c" * 16
 PARTS = {"params": "1", "base": "2", "data": "3", "deepspeed": "4", "code": "5"}
@@ -43,7 +44,7 @@ def save(root, step):
     state.mkdir(parents=True)
     (state / "weights.pt").write_bytes(bytes([step]) * 100)
     log = [{"step": n + 1, "applied": 1} for n in range(step)]
-    return checkpoints.commit(root, step, log, {"ranks": 2, "rewinds": []})
+    return commit(root, step, log, {"ranks": 2, "rewinds": []})
 
 
 def continue_from(workspace, resume_from, name=B, **changed):

@@ -8,6 +8,7 @@ from ropeway.planning.memory import stored_bytes
 from ropeway.runtime.errors import ConfigError, TemporaryError
 from ropeway.stages.train import checkpoints
 from ropeway.stages.train.disk import check_disk, explain_failed_save
+from tests.support.committed import commit
 
 GIB = 2**30
 
@@ -38,7 +39,7 @@ def test_existing_checkpoints_are_not_counted_twice(tmp_path):
 
 def save(root, step):
     (checkpoints.partial_folder(root, step) / checkpoints.STATE).mkdir(parents=True)
-    return checkpoints.commit(root, step, [], {"ranks": 2})
+    return commit(root, step, [], {"ranks": 2})
 
 
 def test_a_full_disk_is_temporary_and_names_the_intact_checkpoint(tmp_path):
