@@ -42,7 +42,11 @@ def main() -> None:
             more = split(resolve(options.uv, ["--extra", extra], everything))
             write(
                 extra,
-                [entry for entry in more if entry not in run and _is_wanted(entry, DATA_EXTRAS.get(extra))],
+                [
+                    entry
+                    for entry in more
+                    if entry not in run and not OWN_STEP.match(entry) and _is_wanted(entry, DATA_EXTRAS.get(extra))
+                ],
             )
 
 

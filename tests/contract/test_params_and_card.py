@@ -181,7 +181,7 @@ def test_a_missing_profile_names_those_that_exist(tmp_path):
 def test_a_duplicate_key_is_an_error_and_not_the_last_one(tmp_path):
     path = tmp_path / "params.yaml"
     path.write_text("profile: a\na: {}\na: {}\n")
-    with pytest.raises(ConfigError, match="duplicate key"):
+    with pytest.raises(ConfigError, match="'a' twice, first in line 2"):
         load_profile(path)
 
 

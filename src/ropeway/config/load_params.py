@@ -125,12 +125,11 @@ class _MarkingConstructor(SafeConstructor):
 
     def flatten_mapping(self, node: MappingNode) -> object:
         """Merge what `<<:` names into a mapping, which may override it but not repeat itself."""
-        first: dict[str, int] = {}
+        first: dict[str, Node] = {}
         keys = [key for key, _ in node.value if isinstance(key, ScalarNode)]
         for key in keys if getattr(node, "merge", None) is None else ():  # else merged before
-            line = key.start_mark.line + 1
-            if (known := first.setdefault(key.value, line)) != line:
-                problem = f"found the key {key.value!r} twice, first in line {known}; remove one"
+            if (known := first.setdefault(key.value, key)) is not key:
+                problem = f"found the key {key.value!r} twice, first in line {known.start_mark.line + 1}; remove one"
                 raise MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
         return super().flatten_mapping(node)
 

@@ -449,8 +449,13 @@ class WeightParams(EpochParams):
     deepspeed_config: str
     """DeepSpeed JSON file: ZeRO stage, offloading, optimizer type. It must not contain settings of the profile, such as
     batch sizes, learning rate or bf16."""
+    deterministic: bool
+    """Train with deterministic GPU kernels, so that the same GPUs, versions and ranks give the same bytes. Slower. On a
+    CPU runs are deterministic either way."""
     dtype: Dtype
     """Data type of training."""
+    fused_kernels: bool
+    """Use Liger's fused kernels for RMSNorm, RoPE and the MLP (`make setup EXTRAS=gpu`). Refused on a CPU."""
     gradient_accumulation_steps: Positive
     """Published key: micro-batches per step on 8 GPUs. The run derives its own number from `global_batch_size`."""
     gradient_checkpointing: bool

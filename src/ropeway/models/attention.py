@@ -86,7 +86,7 @@ def choose_attention(profile: WeightParams, heads: Heads, device: torch.device) 
     rejected: list[str] = []
     for name, load in FLASH_KERNELS:
         try:
-            label, kernel = load()
+            label, kernel = load(deterministic=profile.deterministic)
         except ModuleNotFoundError:
             rejected.append(f"{name}: not installed")
             continue
@@ -153,31 +153,36 @@ def register_attention(kernel: Kernel) -> None:
     AttentionInterface.register(VARLEN, partial(varlen_attention, kernel=kernel))
 
 
-def flash_attention_3() -> tuple[str, Kernel]:
+def flash_attention_3(*, deterministic: bool) -> tuple[str, Kernel]:
     """Return (name with version, kernel) of FlashAttention-3, which runs on Hopper GPUs (sm90)."""
     from flash_attn_interface import flash_attn_varlen_func
 
-    return f"FlashAttention-3 {_version('flash_attn_3')}", _from_flash_attn(flash_attn_varlen_func)
+    return f"FlashAttention-3 {_version('flash_attn_3')}", _from_flash_attn(
+        flash_attn_varlen_func, deterministic=deterministic
+    )
 
 
-def flash_attention_2() -> tuple[str, Kernel]:
+def flash_attention_2(*, deterministic: bool) -> tuple[str, Kernel]:
     """Return (name with version, kernel) of flash-attn."""
     from flash_attn import flash_attn_varlen_func
 
-    return f"flash-attn {_version('flash_attn')}", _from_flash_attn(flash_attn_varlen_func)
+    return f"flash-attn {_version('flash_attn')}", _from_flash_attn(flash_attn_varlen_func, deterministic=deterministic)
 
 
-def _from_flash_attn(function: Callable[..., Any]) -> Kernel:
+def _from_flash_attn(function: Callable[..., Any], *, deterministic: bool) -> Kernel:
+    options: dict[str, Any] = {"causal": True, "deterministic": deterministic}
+
     def attend(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float | None) -> Tensor:
-        return _only_output(function(q, k, v, cu, cu, longest, longest, softmax_scale=scale, causal=True))
+        return _only_output(function(q, k, v, cu, cu, longest, longest, softmax_scale=scale, **options))
 
     return attend
 
 
-def torch_varlen() -> tuple[str, Kernel]:
+def torch_varlen(**_: bool) -> tuple[str, Kernel]:
     """Return (name with version, kernel) of PyTorch's flash kernel for several sequences.
 
-    torch 2.11 has no `enable_gqa`; key-value heads are repeated there.
+    torch 2.11 has no `enable_gqa`; key-value heads are repeated there. Its backward pass is deterministic if
+    `torch.use_deterministic_algorithms` is set.
     """
     from torch.nn.attention.varlen import varlen_attn
 
@@ -208,7 +213,7 @@ def _version(package: str) -> str:
 
 
 # Best first.
-FLASH_KERNELS = (
+FLASH_KERNELS: tuple[tuple[str, Callable[..., tuple[str, Kernel]]], ...] = (
     ("FlashAttention-3", flash_attention_3),
     ("flash-attn", flash_attention_2),
     ("PyTorch's varlen", torch_varlen),

@@ -112,7 +112,7 @@ def kernels(monkeypatch, *found):
     """Make these the installed flash kernels: (name, kernel or the error of its import)."""
 
     def load(name, kernel):
-        def act():
+        def act(**_):
             if isinstance(kernel, Exception):
                 raise kernel
             return name, kernel
@@ -195,13 +195,13 @@ def test_torchs_kernel_gets_only_the_arguments_that_its_version_has(monkeypatch,
     ("module", "load"), [("flash_attn", flash_attention_2), ("flash_attn_interface", flash_attention_3)]
 )
 def test_flash_attn_of_either_generation_gets_boundaries_scale_and_causality(monkeypatch, module, load):
-    def flash_attn_varlen_func(*parts, softmax_scale=None, causal=False):
+    def flash_attn_varlen_func(*parts, softmax_scale=None, causal=False, deterministic=False):
         query, key, value, ends, _, longest, _ = parts
-        assert causal
+        assert (causal, deterministic) == (True, True)
         return attend_each(query, key, value, ends, longest, softmax_scale), None
 
     fake = SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func)
     monkeypatch.setitem(sys.modules, module, fake)
-    name, kernel = load()
+    name, kernel = load(deterministic=True)
     assert "unknown version" in name
     assert kernel_fault(kernel, HEADS, torch.bfloat16, CPU) is None

@@ -27,8 +27,8 @@ from ropeway.stages.train import checkpoints
 RECORD = "continued.json"
 # More epochs continue where the others ended; the others change how a step is computed, not which rows it reads.
 MAY_CHANGE = frozenset((
-    "adam_beta1", "adam_beta2", "adam_epsilon", "gradient_accumulation_steps", "gradient_checkpointing",
-    "learning_rate", "loss_normalisation", "lr_schedule", "max_grad_norm", "num_train_epochs",
+    "adam_beta1", "adam_beta2", "adam_epsilon", "deterministic", "fused_kernels", "gradient_accumulation_steps",
+    "gradient_checkpointing", "learning_rate", "loss_normalisation", "lr_schedule", "max_grad_norm", "num_train_epochs",
     "per_device_eval_batch_size", "per_device_train_batch_size", "resume_from", "use_flash_attention", "warmup_steps",
     "weight_decay",
 ))  # fmt: skip

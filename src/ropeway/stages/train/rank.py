@@ -22,7 +22,8 @@ from ropeway.config.stages import READS, UNHASHED
 from ropeway.data.accumulation import accumulation_steps
 from ropeway.data.shards import REMEDY, open_shards
 from ropeway.models.attention import Attention, Heads, choose_attention
-from ropeway.models.open_model import read_config
+from ropeway.models.fused import apply_liger, check_fused, liger_version
+from ropeway.models.open_model import DTYPES, read_config
 from ropeway.models.rope import scaling_from_json
 from ropeway.planning.budget import CARDS, name_card
 from ropeway.planning.memory import DTYPE_BYTES, stored_bytes
@@ -83,11 +84,8 @@ def main(root: Path, name: str, fingerprint: str, verified: int | None) -> None:
     transformers.utils.logging.disable_progress_bar()
     deepspeed.utils.logger.setLevel("ERROR")  # 0.19.8 warns about its own scheduler's first call
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # deepspeed 0.19.8 on torch 2.13
-    cuda = _join_ranks(workspace)
-    if profile.dtype == "fp16" and not get_accelerator().is_fp16_supported():
-        raise ConfigError("dtype: fp16 cannot be trained on a CPU; set bf16 or fp32, or run on GPUs")
-    init_distributed()
-    attention = _choose_attention(workspace, profile, cuda=cuda)
+    device = _init_device(workspace, profile)
+    attention = _choose_attention(workspace, profile, device)
     folder = workspace.checkpoints / fingerprint
     checkpoint = saving.find_checkpoint(folder, rank=torch.distributed.get_rank(), verified=verified)
     universal = saving.needs_universal(checkpoint, ranks=torch.distributed.get_world_size())
@@ -128,13 +126,26 @@ def main(root: Path, name: str, fingerprint: str, verified: int | None) -> None:
         os._exit(0)  # W&B's exit hook would wait for the thread that hangs
 
 
-def _join_ranks(workspace: Workspace) -> bool:
-    """Choose this rank's device and compare it with those of the other ranks; return whether it is a GPU."""
+def _init_device(workspace: Workspace, profile: TrainParams) -> torch.device:
+    """Compare the ranks' devices, initialize their communication and the kernels of `deterministic`; return the device.
+
+    Raises:
+        ConfigError: A setting needs a GPU, or the ranks' machines differ.
+    """
     accelerator = get_accelerator().device_name()
-    if accelerator == "cuda":
+    cuda = bool(accelerator == "cuda")
+    if cuda:
         torch.cuda.set_device(adopt_device(os.environ, visible=torch.cuda.device_count()))
     check_ranks(workspace.work, accelerator, os.environ)
-    return bool(accelerator == "cuda")
+    if profile.dtype == "fp16" and not get_accelerator().is_fp16_supported():
+        raise ConfigError("dtype: fp16 cannot be trained on a CPU; set bf16 or fp32, or run on GPUs")
+    if profile.fused_kernels and not cuda:
+        raise ConfigError("fused_kernels: Liger's kernels need a GPU; set it to false, or run on GPUs")
+    if profile.deterministic and cuda:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # Source: cuBLAS, "Results reproducibility"
+        torch.use_deterministic_algorithms(mode=True)
+    init_distributed()
+    return torch.device("cuda" if cuda else "cpu")
 
 
 class TrainingStoppedError(TemporaryError):
@@ -249,7 +260,11 @@ def open_run(workspace: Workspace, profile: TrainParams, attention: Attention, *
             f"an epoch has {run.plan(0).rows} rows, fewer than global_batch_size {profile.global_batch_size}: the run "
             "would have 0 steps; lower global_batch_size or add data"
         )
-    model = SupervisedLoss(open_model(workspace.base, profile, attention))
+    model = open_model(workspace.base, profile, attention)
+    if profile.fused_kernels:
+        check_fused(model.config, DTYPES[profile.dtype], torch.device("cuda"))
+        apply_liger(model)
+    model = SupervisedLoss(model)
     text = FrozenInputs.load(workspace.root).text("deepspeed", profile.deepspeed_config)
     named = parse_deepspeed_json(text, profile.deepspeed_config)
     if get_accelerator().device_name() == "cuda":
@@ -272,14 +287,14 @@ def open_run(workspace: Workspace, profile: TrainParams, attention: Attention, *
     return run
 
 
-def _choose_attention(workspace: Workspace, profile: TrainParams, *, cuda: bool) -> Attention:
+def _choose_attention(workspace: Workspace, profile: TrainParams, device: torch.device) -> Attention:
     """Return the attention backend, which must be the same on every rank; rank 0 prints the kernels that do not work.
 
     Raises:
         ConfigError: As `choose_attention`, or the ranks chose different kernels.
     """
     heads = Heads.of(read_config(workspace.base, {}))
-    attention = choose_attention(profile, heads, torch.device("cuda" if cuda else "cpu"))
+    attention = choose_attention(profile, heads, device)
     chosen = _gather(attention.effective)
     if len(set(chosen)) != 1:
         raise ConfigError(
@@ -315,6 +330,8 @@ def _describe_attempt(run: Run, attention: Attention) -> dict[str, object]:
         "threads_per_rank": torch.get_num_threads(),
         "attention": attention.effective,
         "asked_flash_attention": attention.requested_flash,
+        "fused_kernels": f"Liger {liger_version()}" if run.profile.fused_kernels else None,
+        "deterministic": run.profile.deterministic or run.device.type == "cpu",
         "host": platform.node(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_model_name(),
         "kernels": torch.backends.cpu.get_cpu_capability(),  # e.g. AVX512; sums round differently with another
