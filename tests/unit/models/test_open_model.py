@@ -5,11 +5,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import ropeway
 from ropeway.models.architectures import EMBEDDING, HEAD, check_architecture, class_name, is_embedding_or_head
-from ropeway.models.open_model import backbone, create_model, head_dim, measure_frequencies, output_head, rotary
+from ropeway.models.open_model import (
+    backbone,
+    create_model,
+    head_dim,
+    measure_frequencies,
+    open_folder,
+    output_head,
+    rotary,
+)
 from ropeway.runtime.errors import ConfigError
 
 SHAPE = {
@@ -66,3 +74,40 @@ def test_a_model_type_that_is_not_accepted_is_refused_by_name(model_type):
 def test_a_llama_is_accepted():
     check_architecture("llama", where="x")
     assert class_name("llama") == "LlamaForCausalLM"
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """Return the folder of a model stored in bf16."""
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**SHAPE)).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def mapped(folder):
+    return str(folder / "model.safetensors") in Path("/proc/self/maps").read_text()
+
+
+def test_weights_of_the_stored_dtype_stay_mapped_so_that_ranks_share_their_pages(stored):
+    model = open_folder(stored, torch.bfloat16)
+    assert mapped(stored)
+    del model
+    assert not mapped(stored)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_weights_opened_on_a_device_are_those_opened_in_host_memory(stored, dtype, monkeypatch):
+    expected, given = open_folder(stored, dtype), {}
+    load = AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(
+        AutoModelForCausalLM,
+        "from_pretrained",
+        lambda *args, **options: given.update(options) or load(*args, **options),
+    )
+    opened = open_folder(stored, dtype, device="cpu:0")  # any device but "cpu" takes the way of a GPU
+    assert given["device_map"] == {"": "cpu:0"}
+    for kind in ("named_parameters", "named_buffers"):
+        found = dict(getattr(opened, kind)())
+        for name, part in getattr(expected, kind)():
+            assert found[name].dtype == part.dtype
+            assert torch.equal(found[name], part), name

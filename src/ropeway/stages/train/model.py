@@ -17,11 +17,11 @@ from ropeway.models.rope import RopeScaling
 from ropeway.runtime.errors import ConfigError
 
 
-def open_model(folder: Path, profile: TrainParams, attention: Attention) -> PreTrainedModel:
+def open_model(folder: Path, profile: TrainParams, attention: Attention, *, device: str = "cpu") -> PreTrainedModel:
     """Return the base model of `folder` ready for training, with the RoPE scaling that its config states."""
     if attention.kernel is not None:
         register_attention(attention.kernel)
-    model = open_folder(folder, DTYPES[profile.dtype], attn_implementation=attention.implementation)
+    model = open_folder(folder, DTYPES[profile.dtype], device=device, attn_implementation=attention.implementation)
     model.config.use_cache = False
     add_adapters(model, profile)
     if profile.gradient_checkpointing:

@@ -19,6 +19,7 @@ from deepspeed.accelerator import get_accelerator
 from ropeway.config.frozen import FrozenInputs
 from ropeway.config.params import TrainParams
 from ropeway.config.stages import READS, UNHASHED
+from ropeway.config.zero import PARTITIONED_STAGE, read_zero
 from ropeway.data.accumulation import accumulation_steps
 from ropeway.data.shards import REMEDY, open_shards
 from ropeway.models.attention import Attention, Heads, choose_attention
@@ -260,13 +261,14 @@ def open_run(workspace: Workspace, profile: TrainParams, attention: Attention, *
             f"an epoch has {run.plan(0).rows} rows, fewer than global_batch_size {profile.global_batch_size}: the run "
             "would have 0 steps; lower global_batch_size or add data"
         )
-    model = open_model(workspace.base, profile, attention)
+    text = FrozenInputs.load(workspace.root).text("deepspeed", profile.deepspeed_config)
+    named = parse_deepspeed_json(text, profile.deepspeed_config)
+    device = _opening_device(read_zero(text, profile.deepspeed_config).stage)
+    model = open_model(workspace.base, profile, attention, device=device)
     if profile.fused_kernels:
         check_fused(model.config, DTYPES[profile.dtype], torch.device("cuda"))
         apply_liger(model)
     model = SupervisedLoss(model)
-    text = FrozenInputs.load(workspace.root).text("deepspeed", profile.deepspeed_config)
-    named = parse_deepspeed_json(text, profile.deepspeed_config)
     if get_accelerator().device_name() == "cuda":
         check_optimizer(named, profile.deepspeed_config)
     config = plan_deepspeed(profile, named, ranks=ranks, accumulation_steps=accumulation, total_steps=run.total_steps)
@@ -285,6 +287,16 @@ def open_run(workspace: Workspace, profile: TrainParams, attention: Attention, *
             flush=True,
         )
     return run
+
+
+def _opening_device(zero_stage: int) -> str:
+    """Return where weights are opened: on the card if it holds all of them anyway, else in host memory.
+
+    With ZeRO-3 a card holds a part: DeepSpeed copies weight by weight from the mapped files.
+    """
+    if get_accelerator().device_name() != "cuda" or zero_stage >= PARTITIONED_STAGE:
+        return "cpu"
+    return f"cuda:{torch.cuda.current_device()}"
 
 
 def _choose_attention(workspace: Workspace, profile: TrainParams, device: torch.device) -> Attention:
