@@ -62,7 +62,7 @@ def run(
 
 
 @app.command()
-def plan(
+def plan(  # noqa: PLR0913 - a command's options
     *,
     profile: ProfileOption = None,
     ranks: Annotated[
@@ -82,16 +82,41 @@ def plan(
         float | None,
         typer.Option(help="Model FLOPS utilization for the estimate of hours, above 0 to 1. Default: 0.4."),
     ] = None,
+    save_gbps: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="Bandwidth of checkpoints in GB/s, for hours. Default: measured on this disk."),
+    ] = None,
+    rehearse: Annotated[
+        bool,
+        typer.Option(
+            help="Also run two steps of the first and the last rank in DeepSpeed's engine on tensors without "
+            "memory, and compare their peaks with the plan. Minutes of CPU for 40 layers."
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Estimate a run without starting it: rows, steps, memory, disk, hours, and whether it fits."""
-    from ropeway.planning.plan import PlanRequest, plan_run
+    from ropeway.planning.plan import PlanRequest, measure_disk, plan_run
     from ropeway.planning.plan_text import describe_plan
     from ropeway.runtime.devices import count_ranks
 
-    request = PlanRequest(gpu_memory_gib, card, mfu)
-    planned = plan_run(*_choose(profile), ranks=ranks or count_ranks(), request=request)
-    typer.echo(planned.as_json() if as_json else describe_plan(planned))
+    workspace, chosen = _choose(profile)
+    bandwidth = measure_disk(workspace.root) if save_gbps is None else save_gbps
+    request = PlanRequest(gpu_memory_gib, card, mfu, bandwidth, save_measured=save_gbps is None)
+    ranks = ranks or count_ranks()
+    planned = plan_run(workspace, chosen, ranks=ranks, request=request)
+    if not rehearse:
+        typer.echo(planned.as_json() if as_json else describe_plan(planned))
+        return
+    from ropeway.rehearsal.compare import describe_rehearsal, read_and_rehearse
+
+    results = read_and_rehearse(workspace.root, chosen, ranks=ranks)
+    if as_json:
+        facts = {**json.loads(planned.as_json()), "rehearsal": [asdict(result) for result in results]}
+        typer.echo(json.dumps(facts, indent=1, sort_keys=True))
+        return
+    typer.echo(describe_plan(planned))
+    typer.echo("\n" + describe_rehearsal(results))
 
 
 @app.command()

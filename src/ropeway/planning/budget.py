@@ -7,7 +7,8 @@ from itertools import combinations
 
 from ropeway.config.params import Profile, ScratchBase
 from ropeway.config.zero import PARTITIONED_STAGE
-from ropeway.planning.memory import DTYPE_BYTES, GIB, Load, checkpoint_bytes, plan_gpu
+from ropeway.planning.memory import DTYPE_BYTES, GIB, Load, checkpoint_bytes
+from ropeway.planning.phases import plan_gpu
 from ropeway.runtime.errors import ConfigError
 
 # Dense peak with 16-bit inputs and fp32 accumulation, in TFLOPS. Source: NVIDIA's data sheets of each card.
@@ -40,7 +41,7 @@ class MemoryVerdict:
 
 def check_fit(load: Load, global_batch_size: int, memory_bytes: int) -> MemoryVerdict:
     """Return whether a load fits a GPU, and which changes make it fit, by planning again with each change."""
-    needed = plan_gpu(load)["total"]
+    needed = plan_gpu(load, memory_bytes=memory_bytes)["total"]
     remedies: tuple[tuple[str, int], ...] = ()
     if needed > memory_bytes:
         remedies = tuple(_find_remedies(load, global_batch_size, memory_bytes))
@@ -64,7 +65,7 @@ def _find_remedies(load: Load, global_batch_size: int, memory_bytes: int) -> Ite
             changed = load
             for change in chosen:
                 changed = change.make(changed)
-            total = plan_gpu(changed)["total"]
+            total = plan_gpu(changed, memory_bytes=memory_bytes)["total"]
             if total <= memory_bytes and _divides_batch(changed, global_batch_size):
                 found.append(kinds)
                 yield " + ".join(change.words for change in chosen), total
@@ -204,6 +205,36 @@ def plan_hours(load: Load, speed: Speed, tokens: int | None) -> float | None:
         return None
     per_second = load.ranks * speed.peak_tflops * 1e12 * speed.mfu
     return tokens * token_flops(load) / per_second / 3600
+
+
+def plan_validation_hours(load: Load, speed: Speed, tokens: int | None) -> float | None:
+    """Return the hours of forward passes over `tokens` of validation rows; None if tokens or peak are not known.
+
+    A forward pass has 2 FLOPs per weight in a matrix product and 2 L H T for causal attention: a third of `token_flops`
+    if all weights are trained.
+    """
+    if tokens is None or speed.peak_tflops is None:
+        return None
+    sizes = load.sizes
+    multiplying = load.parameters - (0 if sizes.tied else sizes.embedding_parameters)
+    per_token = 2.0 * multiplying + 2.0 * sizes.layers * sizes.hidden * load.row_tokens
+    return tokens * per_token / (load.ranks * speed.peak_tflops * 1e12 * speed.mfu) / 3600
+
+
+def count_events(steps: int, every: int) -> int:
+    """Return how often something happens every `every` steps and after the last one.
+
+    >>> count_events(3319, 200), count_events(400, 200)
+    (17, 2)
+    """
+    return -(-steps // every)
+
+
+def plan_save_hours(load: Load, saves: int, gigabytes_per_second: float | None) -> float | None:
+    """Return the hours in which training waits for checkpoints to be written; None if the bandwidth is not known."""
+    if gigabytes_per_second is None:
+        return None
+    return saves * checkpoint_bytes(load) / (gigabytes_per_second * 1e9) / 3600
 
 
 def gib(count: float) -> str:

@@ -3,9 +3,8 @@
 Shapes: P positions of a micro-batch (rows x tokens), H hidden, F intermediate, K key and value width, A heads,
 L layers, V vocabulary, N weights, R ranks, s bytes per number in the training dtype (2 in fp16 and bf16, 4 in fp32).
 
-Model states follow DeepSpeed's estimator. Activations are summed over the tensors of transformers' Llama with a fused
-attention kernel, and compared with the measured peak (tests/contract/test_memory.py). With LoRA they are estimated as
-in full training: too high for frozen layers, too low for adapters, not measured.
+Activations are summed over the tensors of transformers' Llama with a fused attention kernel, and compared with the
+measured peak (tests/contract/test_memory.py). `phases` adds what DeepSpeed allocates and gives the peak of each phase.
 """
 
 from dataclasses import dataclass
@@ -59,13 +58,21 @@ class Sizes:
         return self.hidden * self.key_value_heads // self.heads
 
     @property
-    def layer_parameters(self) -> int:
-        """Weights of one layer: four attention projections, three of the MLP, two norms.
+    def layer_weights(self) -> tuple[int, ...]:
+        """Elements of each weight of a layer, in the order of transformers' Llama.
+
+        q, k, v, o, gate, up, down, and the norms before attention and MLP.
 
         Source: Touvron et al. 2023, arXiv:2302.13971; grouped heads: Ainslie et al. 2023, arXiv:2305.13245.
         """
         hidden = self.hidden
-        return 2 * hidden * hidden + 2 * hidden * self.key_value + 3 * hidden * self.intermediate + 2 * hidden
+        attention = (hidden * hidden, hidden * self.key_value, hidden * self.key_value, hidden * hidden)
+        return (*attention, *(hidden * self.intermediate,) * 3, hidden, hidden)
+
+    @property
+    def layer_parameters(self) -> int:
+        """Weights of one layer."""
+        return sum(self.layer_weights)
 
     @property
     def embedding_parameters(self) -> int:
@@ -87,9 +94,11 @@ class Load:
         number_bytes: s in the docstring of this module.
         adapters: Number of LoRA weights.
         trainable: Number of weights that are trained: all, or with LoRA the adapters (and embeddings).
+        global_batch_size: Rows per optimizer step over all ranks.
         micro_batch_size: Rows per forward pass; packed rows are concatenated.
         row_tokens: Maximum length of a row, in tokens.
         checkpointing: Layers store only their input and are recomputed in backward.
+        trains_down: Whether down_proj is trained or has an adapter; else its input is not kept for backward.
         masked: Attention uses a (P x P) mask: packed rows on a GPU without a flash kernel. On a CPU there is no mask
             (`attend_each` in models/attention.py), so the estimate is too high there.
     """
@@ -99,9 +108,11 @@ class Load:
     adapters: int
     trainable: int
     ranks: int
+    global_batch_size: int
     micro_batch_size: int
     row_tokens: int
     checkpointing: bool
+    trains_down: bool
     masked: bool
     zero: Zero
 
@@ -116,9 +127,12 @@ class Load:
             trainable=adapters + tables if profile.peft_model else sizes.parameters,
             number_bytes=DTYPE_BYTES[profile.dtype],
             ranks=ranks,
+            global_batch_size=profile.global_batch_size,
             micro_batch_size=profile.per_device_train_batch_size,
             row_tokens=profile.max_length,
             checkpointing=profile.gradient_checkpointing,
+            trains_down=not profile.peft_model
+            or (profile.lora is not None and "down_proj" in profile.lora.target_modules),
             masked=profile.layout == "packed" and not profile.use_flash_attention,
             zero=zero,
         )
@@ -132,6 +146,21 @@ class Load:
     def positions(self) -> int:
         """P: positions of a micro-batch."""
         return self.micro_batch_size * self.row_tokens
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-batches of a rank per optimizer step."""
+        return max(1, self.global_batch_size // (self.micro_batch_size * self.ranks))
+
+
+def trained_weights(load: Load) -> list[int]:
+    """Return the elements of each trained weight in the model's order; a layer's LoRA adapters count as one."""
+    sizes = load.sizes
+    tables = [sizes.embedding_parameters] * (1 if sizes.tied else 2)
+    if load.adapters:
+        layers = [load.adapters // sizes.layers] * sizes.layers
+        return layers if load.trainable == load.adapters else [tables[0], *layers, *tables[1:]]
+    return [tables[0], *sizes.layer_weights * sizes.layers, sizes.hidden, *tables[1:]]
 
 
 def count_adapters(profile: Profile, sizes: Sizes) -> tuple[int, int]:
@@ -157,52 +186,21 @@ def count_adapters(profile: Profile, sizes: Sizes) -> tuple[int, int]:
     return adapters, tables if lora.train_embeddings else 0
 
 
-def plan_states(load: Load) -> dict[str, int]:
-    """Return the bytes of weights, gradients and optimizer states on one GPU.
-
-    Gradients count twice, in the training dtype and in fp32 for the step, as in DeepSpeed. Source: deepspeed 0.19.8,
-    estimate_zero2_model_states_mem_needs: 2 N + 18 N / R in 16 bit, 2 N with offload. For stage 3 its estimator counts
-    18 N / R and 4 bytes per weight of the largest layer. The code holds gradients of 2 N / R, fp32 gradients of one
-    sub-group, and gathered weights up to the limits of the JSON (`live_weights`); this function counts those.
-    """
-    zero, weights, width = load.zero, load.parameters, load.number_bytes
-    live = min(weights, max(zero.live_elements, load.sizes.embedding_parameters) + zero.prefetch_elements)
-    gradients = width * load.trainable // _ranks_from(2, load) + step_gradient_bytes(load)
-    if zero.offload_optimizer:  # stage 1 keeps all until the step; higher stages move each bucket to the host
-        gradients = width * load.trainable if zero.stage <= 1 else 0
-    return {
-        "weights": 0 if zero.offload_parameters else width * weights // _ranks_from(3, load),
-        "live_weights": width * live if _ranks_from(3, load) > 1 or zero.offload_parameters else 0,
-        "gradients": gradients,
-        "optimizer": 0 if zero.offload_optimizer else (FP32 + MOMENTS) * load.trainable // _ranks_from(1, load),
-    }
-
-
-def step_gradient_bytes(load: Load) -> int:
-    """Return the bytes of the temporary fp32 gradients of an optimizer step."""
-    share = load.trainable // _ranks_from(1, load)
-    if load.zero.offload_optimizer:
-        return 0
-    return FP32 * (min(share, load.zero.sub_group_elements) if load.zero.stage == PARTITIONED_STAGE else share)
-
-
-def _ranks_from(stage: int, load: Load) -> int:
-    """Return the number of ranks over which states are partitioned that ZeRO partitions from `stage` on."""
-    return load.ranks if load.zero.stage >= stage else 1
-
-
 def layer_activation_bytes(load: Load) -> int:
     """Return the bytes that one layer stores for its backward pass.
 
     Two norms (fp32 input, normalized input, scaled output), q, k, v and the attention output with a log-sum-exp per
-    head, and four tensors of the MLP's width. With a mask, every layer stores it in the training dtype.
+    head, and four tensors of the MLP's width. With a mask, every layer stores it in the training dtype. Frozen layers
+    do not keep the normalized input of a norm and, without an adapter on down_proj, its input.
     """
     sizes, width, positions = load.sizes, load.number_bytes, load.positions
     norm = positions * (sizes.hidden * (FP32 + 2 * width) + FP32)
     key_value = sizes.hidden if load.masked else sizes.key_value  # with a mask, key-value heads are repeated
     attention = positions * (width * (2 * sizes.hidden + 2 * key_value) + FP32 * sizes.heads)
     mask = width * positions**2 if load.masked else 0
-    return 2 * norm + attention + mask + 4 * positions * width * sizes.intermediate
+    frozen = positions * width * sizes.hidden if load.adapters else 0
+    mlp = (4 if load.trains_down else 3) * positions * width * sizes.intermediate
+    return 2 * norm + attention + mask + mlp - frozen
 
 
 def plan_activations(load: Load) -> dict[str, int]:
@@ -228,37 +226,19 @@ def plan_activations(load: Load) -> dict[str, int]:
     return {"activations": kept + mask + layers, "logits": max(0, loss - layers)}
 
 
-def plan_gpu(load: Load) -> dict[str, int]:
-    """Return the bytes of one GPU by part, and their `total`. On a CPU the same parts are in host memory."""
-    zero = load.zero
-    buckets = zero.bucket_elements * load.number_bytes * (2 if zero.overlap else 1) if zero.stage else 0
-    # The all-gather after a step writes into the weights, without a bucket (deepspeed 0.19.8 on NCCL).
-    parts = {**plan_states(load), "buckets": buckets, **plan_activations(load)}
-    temporary = sum(parts[name] for name in ("gradients", "buckets", "activations", "logits", "live_weights"))
-    parts["reserve"] = CONTEXT_BYTES + int(FRAGMENTATION * temporary)
-    return {**parts, "total": sum(parts.values())}
+def plan_forward(load: Load) -> int:
+    """Return the bytes of activations at the peak of forward.
 
-
-def certain_bytes(load: Load) -> int:
-    """Return the minimum bytes on a GPU for any rows: states without fp32 gradients, and buckets; no assumptions."""
-    parts = plan_gpu(load)
-    states = parts["weights"] + parts["optimizer"] + parts["gradients"] + parts["buckets"]
-    return states - step_gradient_bytes(load)
-
-
-def plan_host(load: Load) -> dict[str, int]:
-    """Return the host memory in bytes of all ranks on one machine by part, and their `total`.
-
-    Every rank loads the whole model before it is partitioned. Offloaded states are allocated later, so the larger of
-    the two counts. Offload: fp32 weights, moments and gradients, 16 N. Source: as in `plan_states`, without its factor
-    of 1.5.
+    What the layers keep, and in the last layer two states and three tensors of the MLP's width. Source: transformers'
+    Llama, rehearsed.
     """
-    weights, zero = load.parameters, load.zero
-    opening = load.ranks * load.number_bytes * weights
-    kept = (FP32 + MOMENTS + FP32) * load.trainable if zero.offload_optimizer else 0
-    kept += load.number_bytes * weights if zero.offload_parameters else 0
-    parts = {"opening": opening, "offloaded": kept, "processes": load.ranks * PROCESS_BYTES}
-    return {**parts, "total": max(opening, kept) + parts["processes"]}
+    sizes, width, positions = load.sizes, load.number_bytes, load.positions
+    state = width * positions * sizes.hidden
+    layer = layer_activation_bytes(load)
+    inside = 2 * state + 3 * width * positions * sizes.intermediate
+    if load.checkpointing:
+        return sizes.layers * state + inside
+    return sizes.layers * layer + 2 * state
 
 
 def checkpoint_bytes(load: Load) -> int:

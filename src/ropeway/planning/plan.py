@@ -4,8 +4,11 @@ import json
 import math
 import os
 import shutil
+import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -15,19 +18,23 @@ from ropeway.config.zero import Zero, read_zero
 from ropeway.data.accumulation import accumulation_steps
 from ropeway.data.batches import plan_epoch
 from ropeway.data.mixture import epoch_count
-from ropeway.data.shards import SourceShards, open_shards
+from ropeway.data.shards import Shards, SourceShards, open_shards
 from ropeway.planning.budget import (
     COMMON_GIB,
     MemoryVerdict,
     Speed,
     check_fit,
+    count_events,
     gib,
     name_card,
     plan_disk,
     plan_hours,
+    plan_save_hours,
     plan_speed,
+    plan_validation_hours,
 )
-from ropeway.planning.memory import GIB, Load, certain_bytes, checkpoint_bytes, plan_gpu, plan_host
+from ropeway.planning.memory import GIB, Load, checkpoint_bytes
+from ropeway.planning.phases import certain_bytes, plan_gpu, plan_host, worst_phase
 from ropeway.runtime.devices import detect_gpus
 from ropeway.runtime.errors import ConfigError
 from ropeway.runtime.manifest import NAME
@@ -35,15 +42,23 @@ from ropeway.runtime.workspace import Workspace, count_bytes
 
 MEMORY_CHECK_VARIABLE = "ROPEWAY_MEMORY_CHECK"  # `off` disables `check_memory`
 OTHER_RANKS = (1, 2, 4, 8, 16)
+_MEASURED_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class PlanRequest:
-    """The caller's description of the machine; None: detected or assumed."""
+    """The caller's description of the machine; None: detected or assumed.
+
+    Attributes:
+        save_gbps: Bandwidth at which checkpoints are written, in GB/s; None: waiting for saves is not counted.
+        save_measured: Whether `save_gbps` is of `measure_disk`, else stated.
+    """
 
     gpu_memory_gib: float | None = None
     card: str | None = None
     mfu: float | None = None
+    save_gbps: float | None = None
+    save_measured: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +72,14 @@ class RunPlan:
         tokens: Tokens of all epochs, without padding.
         most_tokens: Tokens of all epochs if every row were full.
         other_ranks: Steps with other numbers of ranks, here and in the published code.
+        gpu_bytes: Parts of the highest peak of the first and the last rank, in the phase that `gpu_peak` names.
         disk_unknown: Parts of the disk space that are not known yet.
         fits: Whether it fits the stated or detected GPU; None if neither is known.
         cards: By memory in GiB: whether it fits, and the changes that make it fit, with their bytes.
-        hours: `expected` from tokens and `at_most` from full rows, at `speed`.
+        hours: At `speed`: `expected` from tokens and `at_most` from full rows, each with all of `validation` (rows of
+            full length) and `saves` that are known.
+        validation_passes: Validations during the run.
+        saves: Checkpoints during the run.
     """
 
     profile: str
@@ -79,6 +98,7 @@ class RunPlan:
     trainable: int
     checkpoint_bytes: int
     gpu_bytes: dict[str, int]
+    gpu_peak: str
     host_bytes: dict[str, int]
     disk_bytes: int
     disk_parts: dict[str, int]
@@ -88,6 +108,10 @@ class RunPlan:
     cards: dict[str, MemoryVerdict]
     speed: Speed
     hours: dict[str, float | None]
+    validation_passes: int | None
+    saves: int | None
+    save_gbps: float | None
+    save_measured: bool
     from_data: bool
 
     def as_json(self) -> str:
@@ -113,12 +137,16 @@ def plan_run(workspace: Workspace, profile: Profile, *, ranks: int, request: Pla
     memory = request.gpu_memory_gib
     if memory is None and gpus:
         memory = min(gpu.memory_bytes for gpu in gpus) / GIB
+    memory_bytes = None if memory is None else int(memory * GIB)
+    rank, phase, _ = worst_phase(load, memory_bytes=memory_bytes)
     cards = {
         f"{size:.4g}": check_fit(load, profile.global_batch_size, int(size * GIB))
         for size in (COMMON_GIB if memory is None else (memory,))
     }
     speed = plan_speed(request.card or (name_card(gpus[0].name) if gpus else None), request.mfu, dtype=profile.dtype)
-    token_counts = {"expected": counted.tokens, "at_most": counted.most_tokens}
+    steps = counted.steps(profile)
+    passes = None if steps is None else count_events(steps, profile.eval_steps)
+    saves = None if steps is None else count_events(steps, profile.save_steps)
     return RunPlan(
         profile=workspace.profile,
         ranks=ranks,
@@ -130,12 +158,13 @@ def plan_run(workspace: Workspace, profile: Profile, *, ranks: int, request: Pla
         rows=counted.rows,
         tokens=counted.tokens,
         most_tokens=counted.most_tokens,
-        optimizer_steps=counted.steps(profile),
+        optimizer_steps=steps,
         other_ranks=_plan_other_ranks(profile, counted.rows, ranks),
         parameters=load.sizes.parameters,
         trainable=load.trainable,
         checkpoint_bytes=checkpoint_bytes(load),
-        gpu_bytes=plan_gpu(load),
+        gpu_bytes=plan_gpu(load, memory_bytes=memory_bytes),
+        gpu_peak=f"{phase.replace('_', ' ')} of rank {rank}",
         host_bytes=plan_host(load),
         disk_bytes=sum(disk.values()),
         disk_parts=disk,
@@ -144,9 +173,42 @@ def plan_run(workspace: Workspace, profile: Profile, *, ranks: int, request: Pla
         fits=None if memory is None else next(iter(cards.values())).fits,
         cards=cards,
         speed=speed,
-        hours={name: plan_hours(load, speed, count) for name, count in token_counts.items()},
+        hours=_plan_hours(profile, load, speed, counted, request.save_gbps),
+        validation_passes=passes,
+        saves=saves,
+        save_gbps=request.save_gbps,
+        save_measured=request.save_measured,
         from_data=counted.from_data,
     )
+
+
+def _plan_hours(
+    profile: Profile, load: Load, speed: Speed, counted: "EpochCounts", save_gbps: float | None
+) -> dict[str, float | None]:
+    """Return the hours by name; see `RunPlan.hours`. Background saves are not waited for."""
+    steps, rows = counted.steps(profile), counted.validation_rows
+    validation = saves = None
+    if steps is not None:
+        tokens = None if rows is None else count_events(steps, profile.eval_steps) * rows * profile.max_length
+        validation = plan_validation_hours(load, speed, tokens)
+        saves = plan_save_hours(load, 0 if profile.async_save else count_events(steps, profile.save_steps), save_gbps)
+    pauses = (validation or 0.0) + (saves or 0.0)
+    hours: dict[str, float | None] = {"validation": validation, "saves": saves}
+    for name, count in {"expected": counted.tokens, "at_most": counted.most_tokens}.items():
+        training = plan_hours(load, speed, count)
+        hours[name] = None if training is None else training + pauses
+    return hours
+
+
+def measure_disk(folder: Path) -> float:
+    """Return the bandwidth of a folder's disk in GB/s: one file of 32 MiB, written and synced."""
+    data = os.urandom(_MEASURED_BYTES)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        began = time.perf_counter()
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+        return _MEASURED_BYTES / (time.perf_counter() - began) / 1e9
 
 
 def _plan_disk(workspace: Workspace, profile: Profile, load: Load) -> tuple[dict[str, int], list[str]]:
@@ -197,6 +259,7 @@ class EpochCounts:
     rows: int | None
     tokens: int | None
     most_tokens: int | None
+    validation_rows: int | None
     from_data: bool
 
     def steps(self, profile: Profile) -> int | None:
@@ -225,6 +288,7 @@ def count_epoch_data(workspace: Workspace, profile: Profile) -> EpochCounts:
         rows=total,
         tokens=None if read is None else read * epochs,
         most_tokens=None if total is None else total * profile.max_length * epochs,
+        validation_rows=_count_validation(profile, shards),
         from_data=shards is not None,
     )
 
@@ -241,6 +305,21 @@ def _expected_sizes(profile: Profile) -> dict[str, int | None]:
         name: None if source.expected_rows is None else source.expected_rows - math.ceil(split * source.expected_rows)
         for name, source in profile.sources.items()
     }
+
+
+def _count_validation(profile: Profile, shards: Shards | None) -> int | None:
+    """Return the validation rows of all sources: of the prepared data, else expected ones."""
+    if shards:
+        return sum(len(source.validation) for source in shards.sources)
+    most = {name: options.max_val_set for name, options in profile.mixture}
+    return _sum(
+        {
+            name: None
+            if source.expected_rows is None
+            else min(math.ceil(profile.val_split * source.expected_rows), most.get(name) or source.expected_rows)
+            for name, source in profile.sources.items()
+        }
+    )
 
 
 def _count_tokens(source: SourceShards, rows: int, profile: Profile) -> int:

@@ -13,16 +13,19 @@ UNKNOWN = "not known before prepare"
 _MOST_REMEDIES = 6
 _GPU_NOTES = {
     "live_weights": "gathered weights, up to the limit of the DeepSpeed JSON",
-    "gradients": "in the training dtype, and in fp32 for the step",
-    "optimizer": "fp32 weights and Adam's two moments",
+    "gradients": "in the training dtype: accumulated ones, and those of this micro-batch",
+    "optimizer": "fp32 weights and Adam's two moments; with offload a buffer for the largest gradient",
     "buckets": "gradients being reduced",
-    "activations": "every row at full length",
-    "logits": f"chunks of {CHUNK_POSITIONS:,} positions, above the peak of a layer's backward",
+    "reduction": "copy of a full bucket",
+    "activations": f"every row at full length, logits in chunks of {CHUNK_POSITIONS:,} positions",
+    "start": "a flat copy of the trained weights while the engine starts",
+    "step": "gradients in fp32",
     "reserve": f"assumed: {gib(CONTEXT_BYTES)} for CUDA and NCCL, {FRAGMENTATION:.0%} fragmentation",
 }
 _HOST_NOTES = {
-    "opening": "every rank loads the whole model",
-    "offloaded": "allocated after loading, so the larger of the two counts",
+    "opening": "the base model's files, mapped by all ranks",
+    "offloaded": "allocated after opening, so the larger of the two counts",
+    "export": "on rank 0, beside what is offloaded",
     "processes": f"assumed: {gib(PROCESS_BYTES)} per rank",
 }
 
@@ -96,7 +99,7 @@ def _batch(plan: RunPlan) -> str:
 
 
 def _memory_parts(plan: RunPlan) -> Iterator[RenderableType]:
-    yield f"memory of one GPU (on a CPU, of one rank): {gib(plan.gpu_bytes['total'])}"
+    yield f"memory of one GPU (on a CPU, of one rank): {gib(plan.gpu_bytes['total'])}, in {plan.gpu_peak}"
     yield _draw_parts(plan.gpu_bytes, _GPU_NOTES)
     yield from _verdict_lines(plan)
     yield ""
@@ -149,6 +152,20 @@ def _time_lines(plan: RunPlan) -> Iterator[str]:
         return
     shown = f"{expected:,.1f} on {plan.tokens:,} tokens without padding, " if expected is not None else ""
     yield f"hours: {shown}at most {most:,.1f} with every row full ({basis})"
+    yield f"  {_describe_pauses(plan)}"
+
+
+def _describe_pauses(plan: RunPlan) -> str:
+    """Return what the hours contain besides training."""
+    passes, saves = format_count(plan.validation_passes or 0, "validation"), format_count(plan.saves or 0, "checkpoint")
+    validation = plan.hours["validation"]
+    shown = f"{passes} {UNKNOWN}" if validation is None else f"{passes} with full rows {validation:,.1f}"
+    waiting = plan.hours["saves"]
+    if waiting is None:
+        return f"of these: {shown}; {saves} not counted, state --save-gbps"
+    basis = "measured on this disk" if plan.save_measured else "stated"
+    where = f"{waiting:,.1f} at {plan.save_gbps:.2g} GB/s ({basis})"
+    return f"of these: {shown}; {saves} of {gib(plan.checkpoint_bytes)} {where}"
 
 
 def _draw_parts(parts: Mapping[str, int], notes: Mapping[str, str]) -> AlignedTable:

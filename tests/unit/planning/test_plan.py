@@ -14,8 +14,9 @@ from ropeway.config.load_params import load_profile
 from ropeway.config.params import Lora
 from ropeway.config.zero import parse_zero_section
 from ropeway.planning.budget import check_fit, plan_changes, plan_disk, plan_hours, plan_speed, token_flops
-from ropeway.planning.memory import GIB, Load, Sizes, certain_bytes, checkpoint_bytes, plan_gpu
-from ropeway.planning.plan import PlanRequest, check_memory, count_epoch_data, plan_run
+from ropeway.planning.memory import GIB, Load, Sizes, checkpoint_bytes
+from ropeway.planning.phases import certain_bytes, plan_gpu, plan_phases
+from ropeway.planning.plan import PlanRequest, check_memory, count_epoch_data, measure_disk, plan_run
 from ropeway.planning.plan_text import describe_plan, outline_plan
 from ropeway.runtime.devices import detect_gpus
 from ropeway.runtime.errors import ConfigError
@@ -56,7 +57,7 @@ def test_every_remedy_fits_and_none_contains_a_smaller_one(published):
         changed = load_of(published)
         for part in parts:
             changed = by_words[part](changed)
-        assert plan_gpu(changed)["total"] == total, words
+        assert plan_gpu(changed, memory_bytes=40 * GIB)["total"] == total, words
 
 
 def test_only_the_smallest_number_of_ranks_that_fits_is_proposed(published):
@@ -86,12 +87,12 @@ def test_the_parts_of_gpu_memory_add_up_to_the_total(published):
 )
 def test_each_zero_stage_partitions_one_more_state(published, section, lower):
     alone, spread = (
-        plan_gpu(load_of(published, ranks=ranks, zero=parse_zero_section({**section, "sub_group_size": 2**40})))
+        plan_phases(load_of(published, ranks=ranks, zero=parse_zero_section(section)), rank=0)["optimizer_step"]
         for ranks in (1, 8)
     )
     for part in ("optimizer", "gradients", "weights"):
         if part in lower:
-            assert spread[part] == pytest.approx(alone[part] / 8, rel=1e-6)
+            assert spread[part] == pytest.approx(alone[part] / 8, rel=0.04)  # gradients: of whole weights
     assert (spread["weights"] == alone["weights"]) == ("weights" not in lower)
 
 
@@ -110,8 +111,31 @@ def test_overlapping_reduction_counts_a_second_bucket(published):
 def test_optimizer_offload_leaves_only_the_weights_on_the_gpu(published):
     zero = parse_zero_section({"stage": 2, "offload_optimizer": {"device": "cpu"}})
     parts = plan_gpu(load_of(published, zero=zero))
-    assert (parts["optimizer"], parts["gradients"]) == (0, 0)
-    assert parts["weights"] == 2 * Sizes.of(published).parameters
+    sizes = Sizes.of(published)
+    assert parts["weights"] == 2 * sizes.parameters
+    phases = plan_phases(load_of(published, zero=zero), rank=0)
+    assert all(phase.get("gradients", 0) == 0 for phase in phases.values())
+    assert phases["forward"]["optimizer"] == 2 * sizes.embedding_parameters  # a buffer for the largest gradient
+
+
+def test_weights_are_flattened_on_the_host_if_the_gpu_cannot_hold_them_twice(published):
+    load = load_of(published, zero=parse_zero_section({"stage": 2, "offload_optimizer": {"device": "cpu"}}))
+    weights = 2 * load.parameters
+    on_card, on_host = (
+        sum(plan_phases(load, rank=0, memory_bytes=memory)["engine_start"].values()) for memory in (80 * GIB, 40 * GIB)
+    )
+    assert (on_card, on_host) == (2 * weights, weights)
+
+
+def test_the_last_rank_needs_most_since_its_gradients_come_first(published):
+    load = load_of(published)
+    first, last = (sum(plan_phases(load, rank=rank)["backward"].values()) for rank in (0, 7))
+    assert first < last == plan_gpu(load)["total"] - plan_gpu(load)["reserve"]
+
+
+def test_without_accumulation_there_are_no_gradients_in_forward(published):
+    several, single = (plan_phases(load_of(published, global_batch_size=rows), rank=0) for rows in (128, 16))
+    assert several["forward"]["gradients"] > 0 == single["forward"]["gradients"]
 
 
 def test_a_checkpoint_holds_14_bytes_a_weight_in_16_bit_16_in_fp32_and_12_at_stage_3(published):
@@ -153,6 +177,36 @@ def test_hours_follow_from_tokens_peak_and_mfu(published):
 def test_unknown_cards_and_impossible_fractions_are_refused(card, mfu):
     with pytest.raises(ConfigError, match=r"--card|--mfu"):
         plan_speed(card, mfu, dtype="fp16")
+
+
+def test_hours_count_17_validations_of_7000_rows_and_4_checkpoints(published):
+    request = PlanRequest(gpu_memory_gib=80, card="312", mfu=0.5, save_gbps=0.78)
+    plan = plan_run(Workspace(ROOT, NAME), published, ranks=8, request=request)
+    assert (plan.validation_passes, plan.saves) == (17, 4)  # every 200 and 1,000 of 3,319 steps, and after the last
+    # The audit's estimate: 7,000 rows of 8,192 tokens, 17 times, at half an A100's peak: about 6 hours.
+    assert plan.hours["validation"] == pytest.approx(6, rel=0.1)
+    assert plan.hours["saves"] == pytest.approx(4 * 182.2e9 / 0.78e9 / 3600, rel=1e-3)
+    training = plan_hours(load_of(published), plan.speed, plan.most_tokens)
+    assert plan.hours["at_most"] == pytest.approx(training + plan.hours["validation"] + plan.hours["saves"])
+    assert "17 validations" in describe_plan(plan)
+    assert "4 checkpoints of 169.7 GiB 0.3 at 0.78 GB/s (stated)" in re.sub(r"\s+", " ", describe_plan(plan))
+
+
+def test_background_saves_are_not_waited_for(published):
+    request = PlanRequest(gpu_memory_gib=80, save_gbps=0.78)
+    background = published.model_copy(update={"async_save": True})
+    assert plan_run(Workspace(ROOT, NAME), background, ranks=8, request=request).hours["saves"] == 0
+
+
+def test_without_a_bandwidth_saves_are_not_in_the_hours(published):
+    plan = plan_run(Workspace(ROOT, NAME), published, ranks=8, request=PlanRequest(gpu_memory_gib=80))
+    assert plan.hours["saves"] is None
+    assert "4 checkpoints not counted" in re.sub(r"\s+", " ", describe_plan(plan))
+
+
+def test_the_disks_bandwidth_is_measured_without_leaving_a_file(tmp_path):
+    assert measure_disk(tmp_path) > 0
+    assert not list(tmp_path.iterdir())
 
 
 def test_hours_for_fp32_need_a_stated_peak():
@@ -216,7 +270,7 @@ def test_training_is_rejected_if_the_states_exceed_gpu_memory(published, tmp_pat
     monkeypatch.setenv("PATH", str(fake_smi(tmp_path / "bin", gib=40)))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     with pytest.raises(
-        ConfigError, match=r"40\.0 GiB.* 8 ranks .*47\.3 GiB.*offload_optimizer to cpu.*ROPEWAY_MEMORY_CHECK=off"
+        ConfigError, match=r"40\.0 GiB.* 8 ranks .*47\.4 GiB.*offload_optimizer to cpu.*ROPEWAY_MEMORY_CHECK=off"
     ):
         check_memory(published, zero_of(published), ranks=8)
     monkeypatch.setenv("ROPEWAY_MEMORY_CHECK", "off")
@@ -228,7 +282,7 @@ def test_a_run_that_may_not_fit_prints_a_warning_and_starts(published, tmp_path,
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     assert certain_bytes(load_of(published)) < 60 * GIB
     check_memory(published, zero_of(published), ranks=8)
-    assert re.search(r"66\.3 GiB.*60\.0 GiB", capsys.readouterr().out)
+    assert re.search(r"63\.3 GiB.*60\.0 GiB", capsys.readouterr().out)
 
 
 def test_the_memory_check_ignores_cpu_runs(published, monkeypatch):
@@ -240,7 +294,7 @@ def test_the_summary_has_steps_memory_and_remedies(published):
     text = outline_plan(plan_run(Workspace(ROOT, NAME), published, ranks=4, request=PlanRequest(gpu_memory_gib=80)))
     assert "3,319 steps, 4 ranks x 2 rows x accumulation 16" in text
     assert "DOES NOT FIT a GPU of 80 GiB; changes that fit:" in text
-    assert "8 ranks: 66.3 GiB" in text
+    assert "8 ranks: 63.3 GiB" in text
 
 
 def test_plan_answers_without_loading_torch():
