@@ -1,10 +1,15 @@
 """Several machines, played by this one: pdsh and srun are scripts that start here what they would start there."""
 
 import os
+import signal
+import socketserver
+import subprocess
 import sys
+import threading
 
 import pytest
 
+from tests.support.processes import read_until
 from tests.support.training import train, zero
 
 PDSH = """#!{python}
@@ -63,3 +68,63 @@ def test_two_tasks_of_slurm_train_one_model(machines, monkeypatch):
     printed, workspace = train(machines, zero(2))
     assert "2 ranks x" in printed
     assert (workspace.model / "model.safetensors").is_file()
+
+
+REMOTE_PDSH = """#!{python}
+import socket, sys
+at = sys.argv.index("-w")
+hosts, command = sys.argv[at + 1].split(","), " ".join(sys.argv[at + 2 :])
+remotes = [socket.create_connection(("127.0.0.1", {port})).makefile("rw") for _ in hosts]
+for number, remote in enumerate(remotes):
+    print(command.replace("%n", str(number)), file=remote, flush=True)
+codes = [0]
+for remote in remotes:
+    for line in remote:
+        codes.append(int(line.split()[1])) if line.startswith("exit ") else print(line, end="", flush=True)
+sys.exit(max(codes))
+"""
+
+
+class Sshd(socketserver.StreamRequestHandler):
+    """Runs one command outside of the caller's process tree, as the ssh server of another machine does."""
+
+    def handle(self):
+        command = self.rfile.readline().decode()
+        self.server.commands.append(command)
+        login = {"HOME": os.environ["HOME"], "PATH": "/usr/bin:/bin"}
+        out = self.connection.fileno()
+        code = subprocess.run(["bash", "-c", command], env=login, stdout=out, stderr=out, check=False).returncode
+        self.wfile.write(f"\nexit {code}\n".encode())
+
+
+@pytest.fixture
+def sshd():
+    """Return a server that runs commands; `commands` has those that it received."""
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Sshd) as server:
+        server.daemon_threads, server.commands = True, []
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def test_ranks_of_other_machines_save_when_the_run_is_stopped(main_jobs, sshd, tmp_path):
+    job = main_jobs.prepared.copy(tmp_path / "workspace")
+    hostfile, pdsh = tmp_path / "hosts", tmp_path / "bin" / "pdsh"
+    hostfile.write_text("localhost slots=1\n127.0.0.1 slots=1\n")
+    pdsh.parent.mkdir()
+    pdsh.write_text(REMOTE_PDSH.format(python=sys.executable, port=sshd.server_address[1]))
+    pdsh.chmod(0o755)
+    environment = dict(job.environment)
+    del job.environment["ROPEWAY_GRACE_SECONDS"]
+    job.environment |= {"ROPEWAY_HOSTFILE": str(hostfile), "PATH": f"{pdsh.parent}{os.pathsep}{environment['PATH']}"}
+    process = job.start("ropeway", "stage", "train")
+    read_until(process, "step 5/")
+    process.send_signal(signal.SIGTERM)
+    printed = process.stdout.read()
+    process.stdout.close()
+    assert process.wait(60) == 75, printed
+    assert "stopped after step" in printed
+    assert len(sshd.commands) == 2, "DeepSpeed's runner has ended the launchers by name"
+    job.environment = environment
+    assert "resuming after step" in job.stage("train")
+    assert job.weights() == main_jobs.finished.weights()

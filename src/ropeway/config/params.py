@@ -505,6 +505,8 @@ class TrainSettings(Section):
     """Part of the run's name in W&B."""
     output_dir: str
     """Published key; outputs are in runs/PROFILE."""
+    save_minutes: Annotated[float, Field(gt=0)] | None
+    """Longest time between two checkpoints, in minutes, besides `save_steps`. null: no limit."""
     save_steps: Positive
     """Interval of checkpoints, in optimizer steps."""
     save_total_limit: Positive

@@ -17,8 +17,9 @@ from typing import TypeVar, cast
 
 from ropeway.orchestration import dvc_graph as graph
 from ropeway.runtime.errors import ConfigError, DataError, RopewayError, TemporaryError
+from ropeway.runtime.grace import grace_seconds
 from ropeway.runtime.lock import HeldLock
-from ropeway.runtime.supervise import GRACE_SECONDS, ExitRecord
+from ropeway.runtime.supervise import ExitRecord, stop_files
 from ropeway.runtime.workspace import Workspace
 
 LineWriter = Callable[[str], None]
@@ -168,7 +169,7 @@ def _run(
                     lines.append(line)
                 write_line(line)
         finally:
-            _end(child)
+            _end(child, site.record(name, "dvc"))
     return child.returncode, events, lines
 
 
@@ -182,7 +183,7 @@ def _start(site: Site, name: str, command: list[str], output: int) -> subprocess
         "DVC_NO_ANALYTICS": "1",
     }
     supervisor = [sys.executable, "-m", "ropeway.runtime.supervise", "--record", str(site.record(name, "dvc"))]
-    supervisor += ["--leader", str(os.getpid()), "--grace", str(_grace_seconds()), "--", *command]
+    supervisor += ["--leader", str(os.getpid()), "--margin", str(_MARGIN_SECONDS), "--", *command]
     return subprocess.Popen(
         supervisor,
         cwd=site.root,
@@ -213,19 +214,16 @@ def _follow(log: Path, start: int, child: subprocess.Popen[bytes]) -> Iterator[s
     yield from fold.feed(b"", last=True)
 
 
-def _end(child: subprocess.Popen[bytes]) -> None:
+def _end(child: subprocess.Popen[bytes], record: Path) -> None:
     """End the supervisor, which ends its process tree."""
     if child.poll() is None:
+        seconds = grace_seconds(stop_files(record)) + 2 * _MARGIN_SECONDS
         child.terminate()
         try:
-            child.wait(_grace_seconds() + _MARGIN_SECONDS)
+            child.wait(seconds)
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
-
-
-def _grace_seconds() -> float:
-    return float(os.environ.get("ROPEWAY_GRACE_SECONDS", GRACE_SECONDS)) + _MARGIN_SECONDS
 
 
 def _explain_failure(

@@ -38,7 +38,11 @@ VARIABLES: dict[str, tuple[EnvironmentVariable, ...]] = {
         ),
         _V("ROPEWAY_SKIP_WARM_UP", "`1` skips the checkpoint of step 0 and the warm-up step."),
         _V("ROPEWAY_OTHER_VERSIONS", "`1` resumes from a checkpoint that another torch or DeepSpeed version wrote."),
-        _V("ROPEWAY_GRACE_SECONDS", "Seconds from TERM to KILL; a checkpoint must fit into them.", "60"),
+        _V(
+            "ROPEWAY_GRACE_SECONDS",
+            "Seconds from TERM to KILL; a checkpoint must fit into them.",
+            "what this attempt's steps and checkpoints need, at least 60",
+        ),
         _V("ROPEWAY_RETRY_SECONDS", "Pause of the flow before it retries a stage, in seconds.", "5"),
     ),
     "Registry": (

@@ -5,7 +5,9 @@
 The tree receives SIGTERM when this process receives TERM, INT or HUP, or when the ancestor that started the work dies.
 Processes that are still alive after the grace period are killed. DeepSpeed's launcher must not receive TERM: it then
 leaves ranks running (verified with 0.19.8). If there are ranks, only they receive TERM; they save a checkpoint, and the
-other processes exit after them. Processes of another living supervisor receive no signal from this one.
+other processes exit after them. Ranks on other machines are asked through a file (`ropeway.runtime.grace`); the
+launcher that waits for them receives TERM only after the grace period: DeepSpeed's then ends the launchers on all
+machines by name. Processes of another living supervisor receive no signal from this one.
 """
 
 import argparse
@@ -18,22 +20,21 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import pairwise
 from pathlib import Path
 from typing import Self, TypedDict
 
 import psutil
 
 from ropeway.runtime.errors import ConfigError
+from ropeway.runtime.grace import StopFiles, grace_seconds, stated_seconds
 from ropeway.runtime.manifest import write_json
 
-GRACE_SECONDS = 60.0  # or `ROPEWAY_GRACE_SECONDS`; must be long enough to save a checkpoint
 LEFTOVER_SECONDS = 5.0  # grace period of leftover processes after the command has exited
 _POLL_SECONDS = 0.5  # fallback: signals and, on Linux, the death of an ancestor end the wait at once
 _SUPERVISOR_MARK = "ROPEWAY_SUPERVISED_BY"  # inherited, so it identifies the supervisor even after the parent died
-# As an adjacent pair: the launcher's command line also names the module, but not after -m.
-_RANK = ("-m", "ropeway.stages.train.rank")
+_RANK = "ropeway.stages.train.rank"
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # Source: prctl(2)
 _DVC_FAILED = 255  # dvc's exit code for any failure; not 256 - SIGHUP
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -49,11 +50,28 @@ class ExitRecord(TypedDict):
     at: str
 
 
+@dataclass(frozen=True, slots=True)
+class StopOptions:
+    """How long a stop may take.
+
+    Attributes:
+        grace: Seconds from TERM to KILL; None: `ropeway.runtime.grace.grace_seconds` at the time of the stop.
+        margin: Seconds that are added where `grace` is None: an outer supervisor waits longer than the inner one.
+    """
+
+    grace: float | None = None
+    margin: float = 0.0
+
+    def seconds(self, files: StopFiles) -> float:
+        """Return the grace period of a stop that begins now."""
+        return grace_seconds(files) + self.margin if self.grace is None else self.grace
+
+
 def run(
     command: Sequence[str],
     *,
     record: Path,
-    grace_seconds: float | None = None,
+    stop: StopOptions | None = None,
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
     leader: int | None = None,
@@ -66,7 +84,7 @@ def run(
     Args:
         command: The command and its arguments; runs in a new session.
         record: File for `{stage, code, signal, why, at}`, because DVC hides the exit codes of its stages.
-        grace_seconds: Time from TERM to KILL; default `ROPEWAY_GRACE_SECONDS`, else 60.
+        stop: How long a stop may take; default: `ROPEWAY_GRACE_SECONDS`, else what the ranks need to save, else 60 s.
         env: The command's environment; default: this process's.
         cwd: The command's working directory; default: this process's.
         leader: Pid of the ancestor whose death ends the tree. Default: dvc if DVC runs the stage, else none, so
@@ -77,11 +95,13 @@ def run(
         and 75 of errors.py are passed on, and every other code becomes 128 + n.
 
     Raises:
-        ConfigError: The command does not exist; correct its name or set up the environment.
+        ConfigError: The command does not exist, or `ROPEWAY_GRACE_SECONDS` is not a number; correct it or set up the
+            environment.
     """
+    stated_seconds()
     record.unlink(missing_ok=True)
-    if grace_seconds is None:
-        grace_seconds = float(os.environ.get("ROPEWAY_GRACE_SECONDS", GRACE_SECONDS))
+    files = stop_files(record)
+    files.remove()
     watched = _find_watched(leader)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(
@@ -105,10 +125,15 @@ def run(
                 raise ConfigError(
                     f"{error.filename}: command not found. Set up the environment with `make setup`"
                 ) from None
-            code, why = _wait_for_exit(child, watched, signals, grace_seconds)
+            code, why = _wait_for_exit(child, watched, signals, files, stop or StopOptions())
     stage, at = record.name.split(".")[0], datetime.now(UTC).isoformat(timespec="seconds")
     write_json(record, ExitRecord(stage=stage, code=code, signal=signal_of(code), why=why, at=at))
     return code
+
+
+def stop_files(record: Path) -> StopFiles:
+    """Return the files through which the ranks of the stage with this exit record are asked to stop."""
+    return StopFiles(record.parent, record.name.split(".")[0])
 
 
 def _die_with_parent() -> None:
@@ -118,7 +143,11 @@ def _die_with_parent() -> None:
 
 
 def _wait_for_exit(
-    child: subprocess.Popen[bytes], watched: list[psutil.Process], signals: "_SignalPipe", grace_seconds: float
+    child: subprocess.Popen[bytes],
+    watched: list[psutil.Process],
+    signals: "_SignalPipe",
+    files: StopFiles,
+    stop: StopOptions,
 ) -> tuple[int, str | None]:
     """Wait until the child exits or must be stopped, end the tree, and return the exit code and the stop reason."""
     why = None
@@ -127,9 +156,12 @@ def _wait_for_exit(
         why = signals.stop_reason() or next(
             (f"parent process {above.pid} died" for above in watched if _is_gone(above)), None
         )
-    if why is not None:
-        _print_message(f"{why}: stopping the command (grace period {grace_seconds:g} s)")
-    _end_tree(child, signals, LEFTOVER_SECONDS if why is None else grace_seconds)
+    if why is None:
+        _end_tree(child, signals, LEFTOVER_SECONDS)
+    else:
+        seconds = stop.seconds(files)
+        _print_message(f"{why}: stopping the command (grace period {seconds:.0f} s)")
+        _end_tree(child, signals, seconds, files)
     code = 128 - child.returncode if child.returncode < 0 else child.returncode
     if why is not None and code not in (0, 64, 65, 75):
         code = 128 + (signals.signal or signal.SIGTERM)
@@ -187,18 +219,30 @@ class _SignalPipe:
                 self._pidfds.remove(descriptor)  # it stays readable
 
 
-def _end_tree(child: subprocess.Popen[bytes], signals: _SignalPipe, grace_seconds: float) -> None:
-    """Send TERM to each process of the tree once, KILL after the grace period; return when all have exited."""
-    deadline, signaled, had_ranks = time.monotonic() + grace_seconds, set[psutil.Process](), False
+def _end_tree(
+    child: subprocess.Popen[bytes], signals: _SignalPipe, seconds: float, files: StopFiles | None = None
+) -> None:
+    """Send TERM to each process of the tree once, KILL after the grace period; return when all have exited.
+
+    With `files`, ranks on other machines are asked through them, and TERM to what waits for those ranks is sent only
+    after the grace period.
+    """
+    deadline, signaled, had_ranks = time.monotonic() + seconds, set[psutil.Process](), False
+    tree = _tree(child)
+    is_asked = (
+        files is not None and not any(_has_other_supervisor(each, tree) for each in tree) and files.request_stop()
+    )
     # A thread-group leader with running threads is a zombie that cannot be reaped yet: its exit code is unknown.
     while (tree := _tree(child)) or child.returncode is None:
-        if time.monotonic() > deadline:
+        late = time.monotonic() - deadline
+        if late > (LEFTOVER_SECONDS if is_asked and not had_ranks else 0):
             _send(tree, signal.SIGKILL)
         else:
             mine = [process for process in tree if not _has_other_supervisor(process, tree)]
             ranks = [process for process in mine if _is_rank(process)]
             had_ranks |= bool(ranks)
-            now = {*(ranks if had_ranks else mine)} - signaled
+            others_wait = had_ranks or (is_asked and late <= 0)
+            now = {*(ranks if others_wait else mine)} - signaled
             _send(now, signal.SIGTERM)
             signaled |= now
         signals.wait(0.1)
@@ -241,7 +285,19 @@ def _is_rank(process: psutil.Process) -> bool:
         words = process.cmdline()
     except psutil.Error:
         return False
-    return _RANK in pairwise(words)
+    return runs_rank(words)
+
+
+def runs_rank(words: Sequence[str]) -> bool:
+    """Return whether a command line is that of a rank, not of a launcher that has a rank's as its arguments.
+
+    >>> runs_rank(["python", "-u", "-m", "ropeway.stages.train.rank", "/w"])
+    True
+    >>> runs_rank(["srun", "--ntasks=16", "python", "-m", "ropeway.stages.train.rank", "/w"])
+    False
+    """
+    module = next((place for place, word in enumerate(words) if word == "-m"), len(words))
+    return list(words[module + 1 : module + 2]) == [_RANK] and all(word.startswith("-") for word in words[1:module])
 
 
 def _has_other_supervisor(process: psutil.Process, tree: Sequence[psutil.Process]) -> bool:
@@ -290,15 +346,17 @@ def _print_message(text: str) -> None:
 
 
 def main() -> None:
-    """Run `python -m ropeway.runtime.supervise --record FILE [--leader PID] [--grace S] -- COMMAND…`."""
+    """Run `python -m ropeway.runtime.supervise --record FILE [--leader PID] [--grace S | --margin S] -- COMMAND…`."""
     parser = argparse.ArgumentParser(prog="ropeway.runtime.supervise")
     parser.add_argument("--record", type=Path, required=True)
     parser.add_argument("--leader", type=int)
     parser.add_argument("--grace", type=float)
+    parser.add_argument("--margin", type=float, default=0.0)
     parser.add_argument("command", nargs="+")
     options = parser.parse_args()
     try:
-        sys.exit(run(options.command, record=options.record, grace_seconds=options.grace, leader=options.leader))
+        stop = StopOptions(options.grace, options.margin)
+        sys.exit(run(options.command, record=options.record, stop=stop, leader=options.leader))
     except ConfigError as error:
         _print_message(str(error))
         sys.exit(error.exit_code)

@@ -63,7 +63,8 @@ def supervise(tmp_path):
     trees = []
 
     def start(*command, grace=30, leader=None, by=(), **options):
-        arguments = ["--record", str(tmp_path / "stage.exit.json"), "--grace", str(grace)]
+        arguments = ["--record", str(tmp_path / "stage.exit.json")]
+        arguments += [] if grace is None else ["--grace", str(grace)]
         arguments += ["--leader", str(leader)] if leader else []
         env = {**os.environ, "PYTHONUNBUFFERED": "1", **options.pop("env", {})}
         full = [*by, PYTHON, "-m", "ropeway.runtime.supervise", *arguments, "--", *map(str, command)]
@@ -188,6 +189,78 @@ def test_only_ranks_receive_term_and_their_code_75_is_passed_on(supervise, launc
     assert sum(line.startswith("saved") for line in tree.lines) == 2
     assert not any(line.startswith("launcher-received-term") for line in tree.lines)
     assert record()["code"] == 75
+
+
+REMOTE = """
+    import time
+    from pathlib import Path
+    from ropeway.runtime.grace import StopFiles
+    signal.signal(signal.SIGTERM, lambda *_: (say("launcher-received-term", os.getpid()), os._exit(1)))
+    files = StopFiles(Path(), "stage")
+    files.open()
+    files.write_seconds(float(sys.argv[1]))
+    say("launcher", os.getpid())
+    while sys.argv[2] == "hangs" or not files.is_stop_requested():
+        time.sleep(0.02)
+    sys.exit(75)
+"""
+
+
+def test_ranks_of_other_machines_are_asked_through_the_file_and_their_launcher_is_not(supervise, script, record):
+    # Like DeepSpeed's runner and srun, it has the command line of a rank as its arguments.
+    rank = [PYTHON, "-m", "ropeway.stages.train.rank", "/root"]
+    tree = supervise(PYTHON, script("remote.py", REMOTE), 513, "saves", "env", *rank, grace=None)
+    tree.wait_for("launcher")
+    tree.root.terminate()
+    assert tree.finish() == 75
+    assert not any(line.startswith("launcher-received-term") for line in tree.lines)
+    assert any("grace period 513 s" in line for line in tree.lines)
+    assert (record()["code"], record()["why"]) == (75, "received SIGTERM")
+
+
+def test_a_launcher_whose_remote_ranks_do_not_end_receives_term_after_the_grace_period(supervise, script):
+    tree = supervise(PYTHON, script("remote.py", REMOTE), 60, "hangs", grace=0.5)
+    tree.wait_for("launcher")
+    tree.root.terminate()
+    assert tree.finish() == 143
+    assert any(line.startswith("launcher-received-term") for line in tree.lines)
+
+
+def test_what_an_earlier_attempt_recorded_does_not_count(supervise, script, tmp_path):
+    (tmp_path / "stage.grace.json").write_text('{"seconds": 513}')
+    (tmp_path / "stage.stop").write_text("")
+    tree = supervise(PYTHON, script("family.py", FAMILY), grace=None, env={"ROPEWAY_GRACE_SECONDS": "33"})
+    members = tree.wait_for("member", times=2)
+    assert not (tmp_path / "stage.stop").exists()
+    tree.root.terminate()
+    assert tree.finish() == 143
+    assert any("grace period 33 s" in line for line in tree.lines)
+    assert not alive(members)
+
+
+def test_a_grace_period_that_is_no_number_ends_before_the_command_starts(supervise):
+    tree = supervise(PYTHON, "-c", "print('started')", grace=None, env={"ROPEWAY_GRACE_SECONDS": "a minute"})
+    assert tree.finish() == 64
+    assert "ROPEWAY_GRACE_SECONDS" in tree.lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("line", "is_rank"),
+    [
+        ("/e/bin/python -m ropeway.stages.train.rank /w tiny abc 0", True),
+        ("/e/bin/python -u -m ropeway.stages.train.rank /w tiny abc 0", True),
+        ("/e/bin/python -m deepspeed.launcher.launch --module ropeway.stages.train.rank /w", False),
+        ("/e/bin/python -m deepspeed.launcher.runner env /e/bin/python -m ropeway.stages.train.rank /w", False),
+        ("pdsh -S -w a,b /e/bin/python -u -m deepspeed.launcher.launch env python -m ropeway.stages.train.rank", False),
+        ("srun --ntasks=16 --export=ALL /e/bin/python -m ropeway.stages.train.rank /w", False),
+        ("/e/bin/python", False),
+        ("", False),
+    ],
+)
+def test_a_launcher_that_has_a_rank_s_command_line_as_argument_is_no_rank(line, is_rank):
+    from ropeway.runtime.supervise import runs_rank
+
+    assert runs_rank(line.split()) == is_rank
 
 
 @pytest.fixture

@@ -5,9 +5,10 @@ STEP is the checkpoint that the stage has verified, 0 for none; without it, rank
 
 import os
 import platform
-import signal
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -31,6 +32,7 @@ from ropeway.planning.memory import DTYPE_BYTES, stored_bytes
 from ropeway.runtime.code_digests import CODE, check_code
 from ropeway.runtime.devices import cpu_model_name
 from ropeway.runtime.errors import ConfigError, RopewayError, TemporaryError, TrainingError
+from ropeway.runtime.grace import StopFiles, StopTimes, stated_seconds
 from ropeway.runtime.launcher import adopt_device, adopt_slurm
 from ropeway.runtime.manifest import digest_of, load_manifest
 from ropeway.runtime.op_build import init_distributed
@@ -49,28 +51,12 @@ from ropeway.stages.train.loss import SupervisedLoss
 from ropeway.stages.train.model import check_rope, count_parameters, open_model, trainable_parameters
 from ropeway.stages.train.rank_check import check_ranks
 from ropeway.stages.train.stop import Line
+from ropeway.stages.train.stop_request import StopRequest
 from ropeway.stages.train.training_run import Run
 from ropeway.stages.train.warm_up import check_isolation, run_worst_step
 
 SKIP_WARM_UP = "ROPEWAY_SKIP_WARM_UP"  # 1: no warm-up step before step 1
 _PREFLIGHT = {"disk": "disk", "tried": "warm-up step"}  # key of an attempt's record -> printed name
-
-
-class StopRequest:
-    """Whether this rank has received SIGTERM or SIGINT; the training loop shares it with all ranks after each step."""
-
-    def __init__(self) -> None:
-        """Install the signal handlers; the supervisor signals every rank."""
-        self.is_requested = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._handle)
-
-    def _handle(self, *_: object) -> None:
-        self.is_requested = True
-
-    def __call__(self) -> bool:
-        """Return whether this rank should stop."""
-        return self.is_requested
 
 
 def main(root: Path, name: str, fingerprint: str, verified: int | None) -> None:
@@ -93,12 +79,18 @@ def main(root: Path, name: str, fingerprint: str, verified: int | None) -> None:
     run = open_run(workspace, profile, attention, universal=universal)
     watchdog = Watchdog(limit_seconds=profile.stop.hang_seconds)
     run.heartbeat = watchdog.heartbeat
+    times = StopTimes.estimate(_state_bytes(run), saves=2 if profile.async_save else 1)
     with watchdog.extended_deadline(_state_bytes(run)):
         rewind.load_rewinds(run, folder, checkpoint)
         check_continued(folder, checkpoint, total_steps=run.total_steps)
         log = saving.resume(run, checkpoint)
-        facts = {"resumed_from_step": len(log), **_run_preflight(run, folder, log), **_describe_attempt(run, attention)}
-    stop = StopRequest()  # not earlier: with nothing to save, SIGTERM ends the rank at once
+        facts = {
+            "resumed_from_step": len(log),
+            **_run_preflight(run, folder, log, times),
+            **_describe_attempt(run, attention),
+        }
+    # Not earlier: with nothing to save, SIGTERM ends the rank at once.
+    stop = StopRequest(times, StopFiles(workspace.work, "train") if run.rank == 0 else None, stated=stated_seconds())
     tracker = _open_tracker(run, workspace, fingerprint)
     progress = Progress(
         facts,
@@ -156,9 +148,16 @@ class TrainingStoppedError(TemporaryError):
 def _train(
     run: Run, log: list[Line], folder: Path, *, stop: StopRequest, progress: Progress, watchdog: Watchdog
 ) -> bool:
-    saver = saving.Saver(
-        run, folder, report=progress.saved, deadline=lambda: watchdog.extended_deadline(_state_bytes(run))
-    )
+    @contextmanager
+    def wait() -> Iterator[None]:
+        with watchdog.extended_deadline(_state_bytes(run)), stop.waiting():
+            yield
+
+    def report(step: int, waited: float, background: float | None) -> None:
+        stop.saved(waited if background is None else background)
+        progress.saved(step, waited, background)
+
+    saver = saving.Saver(run, folder, report=report, deadline=wait)
 
     def show(line: Line) -> None:
         if run.rank == 0:
@@ -184,14 +183,19 @@ def _train(
             raise TrainingError(f"{error}.\n{checkpoints.describe_last_good(folder)}") from None
 
 
-def _run_preflight(run: Run, folder: Path, log: list[Line]) -> dict[str, object]:
+def _run_preflight(run: Run, folder: Path, log: list[Line], times: StopTimes) -> dict[str, object]:
     """Check disk, memory and weights before the first step; return the results for the attempt's record."""
     results: dict[str, object] = {}
     disk = _check_disk(run, folder)
     if run.rank == 0:
         results["disk"] = disk
     if not log and os.environ.get(SKIP_WARM_UP) != "1":
-        results["tried"] = run_worst_step(run, lambda: saving.save(run, folder, []))
+
+        def save() -> Path:
+            with times.measure_save():
+                return saving.save(run, folder, [])
+
+        results["tried"] = run_worst_step(run, save)
     if run.rank == 0:
         for name, text in results.items():
             print(f"{_PREFLIGHT[name]}: {text}", flush=True)

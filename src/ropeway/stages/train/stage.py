@@ -13,8 +13,9 @@ from ropeway.config.params import TrainParams
 from ropeway.data.accumulation import accumulation_steps
 from ropeway.runtime.devices import count_ranks
 from ropeway.runtime.errors import ConfigError, DataError, TemporaryError
+from ropeway.runtime.grace import StopFiles
 from ropeway.runtime.launcher import build_launch_command, free_port, rank_environment
-from ropeway.runtime.manifest import load_manifest, write_atomic, write_json
+from ropeway.runtime.manifest import NAME, load_manifest, write_atomic, write_json
 from ropeway.runtime.op_build import announce_build, clear_dead_locks, extensions_folder, unlink_buffers
 from ropeway.runtime.supervise import signal_of
 from ropeway.runtime.workspace import Workspace
@@ -54,6 +55,8 @@ def run(workspace: Workspace, profile: TrainParams) -> None:
     checkpoints.convert_for_ranks(checkpoint, ranks=ranks)
     workspace.work.mkdir(exist_ok=True)
     workspace.progress("train").unlink(missing_ok=True)
+    files = StopFiles(workspace.work, "train")
+    files.remove()  # of an attempt that was killed
     arguments = [str(workspace.root), workspace.profile, fingerprint.digest, str(checkpoint.step if checkpoint else 0)]
     port, environment = free_port(), rank_environment(os.environ, ranks=ranks)
     command = build_launch_command(environment, arguments, ranks=ranks, port=port)
@@ -63,6 +66,7 @@ def run(workspace: Workspace, profile: TrainParams) -> None:
     try:
         code = subprocess.run(command, env=environment, check=False).returncode
     finally:
+        files.remove()
         unlink_buffers(port)  # those of ranks that ended without removing them
     code = code if code >= 0 else 128 - code
     if signal_name := signal_of(code):
@@ -72,6 +76,8 @@ def run(workspace: Workspace, profile: TrainParams) -> None:
         )
     if code:
         raise SystemExit(code)
+    if not (workspace.model / NAME).is_file():  # DeepSpeed's runner ends with 0 where its pdsh was killed (0.19.8)
+        raise TemporaryError("the ranks ended without a model; run the same command again, it resumes")
     _write_files(workspace, profile, fingerprint)
     _prune(workspace, fingerprint, keep)
 
