@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ropeway.runtime.errors import ConfigError, NotFoundError
+from ropeway.runtime.errors import ConfigError, NotFoundError, RegistryError
 from ropeway.runtime.workspace import Workspace, find_root
 from ropeway.storage import Store
 
@@ -262,9 +262,12 @@ def rollback(
 def _read_expect(registry: "Registry", name: str, expect: str) -> "str | AnyDigest | None":
     from ropeway.registry import ANY
 
-    return (
-        {"any": ANY, "none": None}[expect] if expect in ("any", "none") else registry.version(f"{name}@{expect}").digest
-    )
+    if expect in ("any", "none"):
+        return {"any": ANY, "none": None}[expect]
+    try:
+        return registry.version(f"{name}@{expect}").digest
+    except RegistryError as error:
+        raise type(error)(f"--expect {expect}: {error}") from None
 
 
 def _read_facts(path: Path) -> dict[str, object]:

@@ -279,7 +279,12 @@ def await_server(url: str, root: Path) -> None:
         )
         is_up = await_answer(url, START_SECONDS, has_ended)
     if not is_up:
+        if "PREFECT_API_URL" in os.environ:
+            raise TemporaryError(
+                f"no Prefect server answers at {url} (PREFECT_API_URL). Start that server, unset PREFECT_API_URL, or "
+                "use `ropeway run --no-prefect`"
+            )
         raise TemporaryError(
-            f"no Prefect server answers at {url}. Start one with `ropeway server`, unset PREFECT_API_URL, or use "
-            f"`ropeway run --no-prefect`. Log of a temporary server: {log}"
+            f"no Prefect server answers at {url}; log of the temporary server: {log}. Run the same command again, or "
+            "use `ropeway run --no-prefect`"
         )

@@ -98,7 +98,8 @@ def plan_promotion(events: Sequence[Event], event: Event, expect: str | AnyDiges
     if expect is not ANY and expect != current:
         raise RegistryError(
             f"{where} points to {current or 'no version'}, expected {expect or 'no version'}; it was not moved. "
-            "Check the current version, then promote with its digest as the expected one"
+            f"`ropeway registry history {where}` shows its moves. To move it from there, expect "
+            f"{f'{current[:12]}' if current else 'none'} (--expect)"
         )
     return {**event, "prev": current}
 

@@ -150,8 +150,9 @@ class Artifact:
         current = events[-1]["digest"]
         if expect not in (ANY, current):
             raise RegistryError(
-                f"{pointer} points to {current}, expected {expect}; it was not moved. Check the current version, then "
-                "roll back with its digest as the expected one"
+                f"{pointer} points to {current}, expected {expect or 'no version'}; it was not moved. `ropeway "
+                f"registry history {pointer}` shows its moves. To roll back from there, expect "
+                f"{current[:12]} (--expect)"
             )
         return Version(self.store, self.name, target).promote(alias, expect=current, by=by, reason=reason)
 

@@ -101,7 +101,7 @@ def _partial_folder(target: Path, manifest: VersionManifest) -> Iterator[Path]:
                 partial.rmdir()  # succeeds only if nothing was fetched
             os.close(lock)
     except OSError as error:
-        raise ConfigError(f"{target}: {error.strerror} ({error.filename}). Fix it and pull again") from None
+        raise ConfigError(f"{error.filename or target}: {error.strerror}. Correct the cause and pull again") from None
 
 
 def _lock_folder(folder: Path) -> int:
@@ -133,7 +133,8 @@ def fetch_file(store: Store, file: PackageFile, path: Path) -> None:
         if not matches:
             raise DataError(
                 f"{store.url}: the blob of {file.path} does not match its version (expected {file.bytes:,} bytes, "
-                f"sha256 {file.sha256[:12]}…); no file was kept. `ropeway registry verify NAME@VERSION` lists them"
+                f"sha256 {file.sha256[:12]}…), so it was not used. `ropeway registry verify NAME@VERSION` lists the "
+                "damaged blobs and how to repair them"
             )
         local.flush()
         os.fsync(local.fileno())

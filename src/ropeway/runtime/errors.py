@@ -11,6 +11,7 @@ RopewayError            exit 1    any other expected error; the message says wha
 """
 
 import errno
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -61,21 +62,32 @@ def full_disk_explained(where: object, *, kept: str = "nothing was written under
     """
     try:
         yield
-    except OSError as error:
-        if error.errno == errno.EFBIG:
+    except RopewayError:
+        raise
+    except Exception as error:
+        if _error_number(error) == errno.EFBIG:
             raise ConfigError(
                 f"{where}: a file would be larger than the shell's limit (`ulimit -f`) or the file system allows "
-                f"({error.strerror}); {kept}. Raise the limit and run the same command again"
+                f"({error}); {kept}. Raise the limit and run the same command again"
             ) from error
         if not is_disk_full(error):
             raise
         raise TemporaryError(
-            f"{where}: the disk is full ({error.strerror}); {kept}. Free space and run the same command again"
+            f"{where}: the disk is full ({error}); {kept}. Free space and run the same command again"
         ) from error
 
 
-def is_disk_full(error: OSError) -> bool:
+def is_disk_full(error: Exception) -> bool:
     """Return whether an error means that the disk or the user's quota is full."""
-    if error.errno is None:  # numpy 2 reports a short write as "N requested and M written", without errno
-        return "requested and" in str(error) and str(error).endswith("written")
-    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if _error_number(error) in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    # numpy 2 reports a short write as "N requested and M written", without a number
+    return isinstance(error, OSError) and "requested and" in str(error) and str(error).endswith("written")
+
+
+def _error_number(error: Exception) -> int | None:
+    """Return the operating system's number of an error; safetensors, written in Rust, has it in its text alone."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None

@@ -98,5 +98,5 @@ def _describe(holder: Json) -> str:
     run = f" of profile {holder['profile']}" if holder.get("profile") else ""
     who = f"pid {pid}, `{command}`{run}, since {since[11:16]}"
     if isinstance(pid, int) and not psutil.pid_exists(pid):
-        return f"the workspace was held by {who}; it was killed and its stages are still saving. Wait a minute"
-    return f"the workspace is held by {who}. Wait for it or stop it"
+        return f"the workspace was held by {who}; it was killed and its stages are still saving. Run again in a minute"
+    return f"the workspace is held by {who}. Wait for it or stop it, then run again"

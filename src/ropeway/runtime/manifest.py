@@ -196,7 +196,7 @@ def check_file(path: Path, facts: FileFacts, *, remedy: str, verify: bool = True
     if verify and (found := file_sha256(path)) != facts["sha256"]:
         raise DataError(
             f"{path}: sha256 is {found[:12]}…, its manifest says {facts['sha256'][:12]}…; "
-            f"the file changed after it was written. {remedy}"
+            f"the file changed after it was written. Remove the file, then: {remedy}"
         )
 
 

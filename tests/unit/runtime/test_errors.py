@@ -2,6 +2,7 @@ import errno
 
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 
 from ropeway.runtime.errors import ConfigError, TemporaryError, full_disk_explained, is_disk_full
 
@@ -25,3 +26,12 @@ def test_the_message_says_what_is_kept(tmp_path):
 def test_a_file_beyond_the_shell_limit_is_a_configuration_error(tmp_path):
     with pytest.raises(ConfigError, match=r"ulimit -f.*units stay"), full_disk_explained(tmp_path, kept="units stay"):
         raise OSError(errno.EFBIG, "File too large")
+
+
+@pytest.mark.parametrize(("number", "expected"), [(28, TemporaryError), (27, ConfigError)])
+def test_an_error_of_the_system_that_only_stands_in_a_text_is_recognized(tmp_path, number, expected):
+    """safetensors raises its own class, with the number in the text."""
+    with pytest.raises(expected, match=f"os error {number}"), full_disk_explained(tmp_path):
+        raise SafetensorError(f"Error while serializing: I/O error: x (os error {number})")
+    with pytest.raises(SafetensorError), full_disk_explained(tmp_path):
+        raise SafetensorError("header too large")

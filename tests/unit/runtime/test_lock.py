@@ -87,7 +87,7 @@ def test_the_lock_of_a_killed_holder_lasts_until_its_stages_exit(tmp_path):
         (stage,) = psutil.Process(process.pid).children()
         process.kill()
         process.wait()
-        with pytest.raises(TemporaryError, match=f"pid {process.pid}.*killed.*Wait"):
+        with pytest.raises(TemporaryError, match=f"pid {process.pid}.*killed.*Run again"):
             acquire(tmp_path)
         end = os.pidfd_open(stage.pid)
         process.stdin.close()  # `cat` ends

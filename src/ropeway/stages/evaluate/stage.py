@@ -218,7 +218,7 @@ def score_first_rows(workspace: Workspace, profile: EvaluateParams, *, limit: in
     Raises:
         DataError: The model is not trained, or as in `check_data` and `measure_folder`.
     """
-    _check_models(workspace, verify=False)
+    _check_models(workspace)
     shards = first_rows(open_shards(workspace.data), limit)
     sizes = count_bytes(shards, profile, workspace.base)
     rows: list[dict[str, object]] = []
@@ -232,10 +232,10 @@ def score_first_rows(workspace: Workspace, profile: EvaluateParams, *, limit: in
     return sorted(rows, key=lambda row: (str(row["source"]), str(row["model"])))
 
 
-def _check_models(workspace: Workspace, *, verify: bool = True) -> None:
-    """Raise DataError unless base and trained model are complete; `verify` hashes their files."""
-    load_manifest(workspace.base, remedy="Run `dvc repro base`", verify=verify)
-    load_manifest(workspace.model, remedy="Run `dvc repro train`", verify=verify)
+def _check_models(workspace: Workspace) -> None:
+    """Raise DataError unless base and trained model are complete and unchanged."""
+    load_manifest(workspace.base, remedy="Run `dvc repro base`")
+    load_manifest(workspace.model, remedy="Run `dvc repro train`")
 
 
 def first_rows(shards: Shards, limit: int) -> Shards:

@@ -187,7 +187,7 @@ def _field(value: object, name: str) -> object:
     if not isinstance(value, dict):
         raise UnreadableError("not an object")
     if name not in value:
-        raise UnreadableError("missing column")
+        raise UnreadableError(f"missing column {name!r}")
     return value[name]
 
 

@@ -55,11 +55,18 @@ def run(workspace: Workspace, profile: FetchParams) -> None:
 def _check_refused(name: str, facts: FetchedFacts, limit: float) -> None:
     refused = sum(facts["refused"].values())
     if refused > limit * facts["read"]:
-        first = facts["first_refused"][0]
+        first = {entry["reason"]: entry["where"] for entry in reversed(facts["first_refused"])}
+        reasons = [
+            f"  {reason}: {count:,} record{'s' if count != 1 else ''}"
+            + (f", first {first[reason]}" if reason in first else "")
+            for reason, count in facts["refused"].items()
+        ]
+        unused = any(reason.startswith("unused field") for reason in facts["refused"])
         raise DataError(
-            f"source {name}: {refused:,} of {facts['read']:,} records refused ({facts['refused']}), more than "
-            f"max_refused_fraction {limit:g} allows; the first: {first['where']}: {first['reason']}. Correct the "
-            "records, `rows` or `columns`, or raise max_refused_fraction"
+            f"source {name}: {refused:,} of {facts['read']:,} records refused, more than max_refused_fraction "
+            f"{limit:g} allows. Correct the records, `rows` or `columns`"
+            f"{', list unused fields in `ignored_keys`' if unused else ''}, or raise max_refused_fraction:\n"
+            + "\n".join(reasons)
         )
 
 

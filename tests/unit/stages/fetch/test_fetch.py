@@ -144,7 +144,7 @@ def test_more_refused_records_than_allowed_end_the_fetch_and_leave_no_table(tmp_
     monkeypatch.setattr(fetch, "open_source", lambda *_: iter(records))
     workspace = Workspace(tmp_path, "laptop")
     with pytest.raises(
-        DataError, match=r"source docstrings: 3 of 4 records refused .*'not JSON': 3.* first: x.jsonl:0"
+        DataError, match=r"(?s)source docstrings: 3 of 4 records refused.*not JSON: 3 records, first x.jsonl:0"
     ):
         run_fetch(workspace, profile(docstrings=DOCSTRINGS))
     assert not workspace.raw.exists()

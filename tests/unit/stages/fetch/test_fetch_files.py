@@ -38,7 +38,7 @@ def test_records_of_every_json_shape_are_read(tmp_path, name):
     [
         (b"{", "bad JSON"),
         (b'"x"', "not an object"),
-        (b"{}", "missing column"),
+        (b"{}", "missing column 'text'"),
         (b'{"text": null}', "null text"),
         (b'{"text": 3}', "not text"),
         (b'{"text": "\xff"}', "bad UTF-8"),
@@ -142,6 +142,6 @@ def test_the_files_that_were_read_are_told_with_their_records_and_stand_in_the_m
     facts = load_manifest(workspace.raw, remedy="")["sources"]["s"]
     assert facts["files"] == {f"part-{number:02d}.jsonl": number + 2 for number in range(12)}
     printed = capsys.readouterr().out
-    assert "s: 90 records read, 78 documents kept, 12 refused (missing column: 12)" in printed
+    assert "s: 90 records read, 78 documents kept, 12 refused (missing column 'text': 12)" in printed
     assert "s: part-00.jsonl: 2 records" in printed
     assert "s: 2 more files; ledger.json lists them" in printed

@@ -79,8 +79,10 @@ def test_a_branch_becomes_a_commit_and_a_commit_asks_nobody(hub, tmp_path):
 def test_only_the_matching_files_are_downloaded_and_every_record_counted(hub, tmp_path):
     facts, records = run(tmp_path, source())
     assert records == [Conversation(("q", "a"), "s")] * 2
-    assert (facts["read"], facts["kept"], facts["refused"]) == (3, 2, {"missing column": 1})
-    assert facts["first_refused"] == [{"where": "orca-chat-gpt4.json: record 2", "reason": "missing column"}]
+    assert (facts["read"], facts["kept"], facts["refused"]) == (3, 2, {"missing column 'conversation'": 1})
+    assert facts["first_refused"] == [
+        {"where": "orca-chat-gpt4.json: record 2", "reason": "missing column 'conversation'"}
+    ]
     assert facts["identity"]["commit"] == COMMIT
     assert {asked.split("/")[-1] for asked in hub.asked if "/resolve/" in asked} == {"orca-chat-gpt4.json"}
 

@@ -67,7 +67,7 @@ def test_a_record_of_each_kind_is_read(rows, value, columns, record):
         ("messages", {"messages": [{"role": "system", "content": "S"}]}, "no turns"),
         ("messages", {"messages": "Q"}, "turns are not a list"),
         ("alpaca", {"instruction": "Q", "input": "", "output": " "}, "empty turn"),
-        ("alpaca", {"instruction": "Q", "input": ""}, "missing column"),
+        ("alpaca", {"instruction": "Q", "input": ""}, "missing column 'output'"),
         ("text", {"text": 7}, "not text"),
         ("text", {"text": "a\0b"}, "NUL"),
         ("text", {"text": "\ud800"}, "lone surrogate"),
