@@ -366,7 +366,16 @@ def engine(scale: Scale) -> Facts:
 
 def published_rank(scale: Scale) -> Facts:
     """The last of 8 ranks of the published run on this card: memory by phase, time of a step, MFU; with Liger too."""
-    return {"ways": _ways("published_way", scale)}
+    from ropeway.config.load_params import load_profile
+    from ropeway.config.zero import read_zero
+    from ropeway.planning.memory import Load
+    from ropeway.planning.phases import plan_phases
+
+    profile = load_profile(ROOT / "params.yaml", PUBLISHED)[1].model_copy(update={"layout": "packed"})
+    zero = read_zero((ROOT / profile.deepspeed_config).read_text(), profile.deepspeed_config)
+    phases = plan_phases(Load.of(profile, zero, ranks=8), rank=7)
+    planned = {f"{phase}_gib": round(sum(parts.values()) / 2**30, 2) for phase, parts in phases.items()}
+    return {"ways": _ways("published_way", scale), "planned": planned}
 
 
 def speed(scale: Scale) -> Facts:
