@@ -229,16 +229,18 @@ def plan_activations(load: Load) -> dict[str, int]:
 def plan_forward(load: Load) -> int:
     """Return the bytes of activations at the peak of forward.
 
-    What the layers keep, and in the last layer two states and three tensors of the MLP's width. Source: transformers'
-    Llama, rehearsed.
+    What the layers keep, and the larger of two: in the last layer, if it is recomputed later, two states and three
+    tensors of the MLP's width; after it the final norm (fp32 input, two states), the input and the supervised states,
+    and a chunk's logits in the training dtype and twice in fp32.
     """
     sizes, width, positions = load.sizes, load.number_bytes, load.positions
     state = width * positions * sizes.hidden
     layer = layer_activation_bytes(load)
-    inside = 2 * state + 3 * width * positions * sizes.intermediate
+    logits = min(CHUNK_POSITIONS, positions) * sizes.vocabulary * (width + 2 * FP32)
+    last = 4 * state + FP32 * positions * sizes.hidden + logits
     if load.checkpointing:
-        return sizes.layers * state + inside
-    return sizes.layers * layer + 2 * state
+        return sizes.layers * state + max(last, 2 * state + 3 * width * positions * sizes.intermediate)
+    return sizes.layers * layer + last
 
 
 def checkpoint_bytes(load: Load) -> int:

@@ -95,7 +95,7 @@ def _plan_replicated(load: Load, *, rank: int, memory_bytes: int | None) -> dict
         },
         "forward": {**states, **between, "activations": plan_forward(load)},
         "backward": {**states, **_plan_backward(load, rank=rank, kept=between["gradients"], bucket=bucket)},
-        "optimizer_step": {**states, **_plan_step(load, own=own, between=between, bucket=bucket)},
+        "optimizer_step": {**states, **_plan_step(load, own=own, between=between)},
     }
 
 
@@ -106,7 +106,7 @@ def _bucket_bytes(load: Load) -> int:
     return load.number_bytes * zero.bucket_elements * buffers if zero.stage else 0
 
 
-def _plan_step(load: Load, *, own: int, between: Parts, bucket: int) -> Parts:
+def _plan_step(load: Load, *, own: int, between: Parts) -> Parts:
     """Return the parts of an optimizer step beside the states.
 
     The norm of each owned gradient is taken in fp64 (line 2683); then the 16-bit gradients are copied into one flat
@@ -115,12 +115,11 @@ def _plan_step(load: Load, *, own: int, between: Parts, bucket: int) -> Parts:
     if load.zero.offload_optimizer:
         return between
     share, width = _share(load), load.number_bytes
-    held = own + (bucket if load.zero.stage < 2 else 0)  # noqa: PLR2004 - stage 1: gradients are views of the bucket
     largest = min(share, max(trained_weights(load)))
     copies = max(_NORM * largest, (width + FP32) * share)
-    if held + copies < sum(between.values()):
+    if own + copies < sum(between.values()):
         return between
-    return {"gradients": held, "step": copies}
+    return {"gradients": own, "step": copies}
 
 
 def _own_gradient_bytes(load: Load, *, rank: int) -> int:
