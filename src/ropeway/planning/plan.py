@@ -146,7 +146,7 @@ def plan_run(workspace: Workspace, profile: Profile, *, ranks: int, request: Pla
     speed = plan_speed(request.card or (name_card(gpus[0].name) if gpus else None), request.mfu, dtype=profile.dtype)
     steps = counted.steps(profile)
     passes = None if steps is None else count_events(steps, profile.eval_steps)
-    saves = None if steps is None else count_events(steps, profile.save_steps)
+    saves = _count_saves(profile, steps, plan_hours(load, speed, counted.most_tokens))
     return RunPlan(
         profile=workspace.profile,
         ranks=ranks,
@@ -173,7 +173,7 @@ def plan_run(workspace: Workspace, profile: Profile, *, ranks: int, request: Pla
         fits=None if memory is None else next(iter(cards.values())).fits,
         cards=cards,
         speed=speed,
-        hours=_plan_hours(profile, load, speed, counted, request.save_gbps),
+        hours=_plan_hours(profile, load, speed, counted, 0 if profile.async_save else saves, request.save_gbps),
         validation_passes=passes,
         saves=saves,
         save_gbps=request.save_gbps,
@@ -182,16 +182,26 @@ def plan_run(workspace: Workspace, profile: Profile, *, ranks: int, request: Pla
     )
 
 
+def _count_saves(profile: Profile, steps: int | None, hours: float | None) -> int | None:
+    """Return the checkpoints of a run: by steps or, if more, by `save_minutes` in at most `hours` of training."""
+    if steps is None:
+        return None
+    by_steps = count_events(steps, profile.save_steps)
+    if profile.save_minutes is None or hours is None:
+        return by_steps
+    return max(by_steps, math.ceil(hours * 60 / profile.save_minutes))
+
+
 def _plan_hours(
-    profile: Profile, load: Load, speed: Speed, counted: "EpochCounts", save_gbps: float | None
+    profile: Profile, load: Load, speed: Speed, counted: "EpochCounts", waits: int | None, save_gbps: float | None
 ) -> dict[str, float | None]:
-    """Return the hours by name; see `RunPlan.hours`. Background saves are not waited for."""
+    """Return the hours by name; see `RunPlan.hours`. `waits`: checkpoints that are not saved in the background."""
     steps, rows = counted.steps(profile), counted.validation_rows
-    validation = saves = None
-    if steps is not None:
-        tokens = None if rows is None else count_events(steps, profile.eval_steps) * rows * profile.max_length
-        validation = plan_validation_hours(load, speed, tokens)
-        saves = plan_save_hours(load, 0 if profile.async_save else count_events(steps, profile.save_steps), save_gbps)
+    tokens = None
+    if steps is not None and rows is not None:
+        tokens = count_events(steps, profile.eval_steps) * rows * profile.max_length
+    validation = plan_validation_hours(load, speed, tokens)
+    saves = None if waits is None else plan_save_hours(load, waits, save_gbps)
     pauses = (validation or 0.0) + (saves or 0.0)
     hours: dict[str, float | None] = {"validation": validation, "saves": saves}
     for name, count in {"expected": counted.tokens, "at_most": counted.most_tokens}.items():

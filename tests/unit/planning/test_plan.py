@@ -1,6 +1,7 @@
 """The planner: memory fit and remedies, disk, hours, GPUs, rejected options; without loading torch."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -196,6 +197,14 @@ def test_background_saves_are_not_waited_for(published):
     request = PlanRequest(gpu_memory_gib=80, save_gbps=0.78)
     background = published.model_copy(update={"async_save": True})
     assert plan_run(Workspace(ROOT, NAME), background, ranks=8, request=request).hours["saves"] == 0
+
+
+def test_save_minutes_adds_checkpoints_to_those_by_steps(published):
+    request = PlanRequest(gpu_memory_gib=80, card="312", mfu=0.4, save_gbps=0.78)
+    often = published.model_copy(update={"save_minutes": 60.0})
+    plan = plan_run(Workspace(ROOT, NAME), often, ranks=8, request=request)
+    training = plan_hours(load_of(published), plan.speed, plan.most_tokens)
+    assert plan.saves == math.ceil(training) > 4
 
 
 def test_without_a_bandwidth_saves_are_not_in_the_hours(published):
