@@ -122,11 +122,15 @@ def _report(rank: int, accelerator: str, path: Path) -> RankReport:
     return RankReport(rank, platform.node(), accelerator, card, nonce, _find_problem(accelerator, environment))
 
 
-def _find_problem(accelerator: str, environment: dict[str, str]) -> str | None:
-    """Return why this machine cannot run a rank on the device that DeepSpeed chose."""
+def _find_problem(accelerator: str, environment: dict[str, str], *, devices: Path = Path("/dev")) -> str | None:
+    """Return why this machine cannot run a rank on the device that DeepSpeed chose.
+
+    DeepSpeed's launcher sets CUDA_VISIBLE_DEVICES on machines without a GPU too, so a GPU must also be in `devices`.
+    """
     if accelerator != "cpu":
         return None
-    if "DS_ACCELERATOR" not in environment and (gpus := list_gpus(environment)):
+    gpus = list_gpus(environment) if list_gpus({}, devices=devices) else []
+    if "DS_ACCELERATOR" not in environment and gpus:
         return (
             f"has GPUs ({', '.join(gpus)}), but torch {torch.__version__} cannot use them. Check the driver and the "
             "build of torch, or set DS_ACCELERATOR=cpu to train on the CPU"

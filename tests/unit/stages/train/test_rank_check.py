@@ -3,6 +3,7 @@
 import base64
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -57,12 +58,17 @@ def test_what_differs_is_named_with_its_host(reports, words):
     assert all(word in fault for word in words)
 
 
-def test_a_gpu_that_torch_cannot_use_is_not_replaced_by_the_cpu(monkeypatch):
-    assert "has GPUs (0)" in rank_check._find_problem("cpu", {"CUDA_VISIBLE_DEVICES": "0"})
-    assert rank_check._find_problem("cpu", {"CUDA_VISIBLE_DEVICES": "0", "DS_ACCELERATOR": "cpu"}) is None
-    assert rank_check._find_problem("cuda", {"CUDA_VISIBLE_DEVICES": "0"}) is None
+def test_a_gpu_that_torch_cannot_use_is_not_replaced_by_the_cpu(monkeypatch, tmp_path):
+    visible = {"CUDA_VISIBLE_DEVICES": "0"}
+    problem = partial(rank_check._find_problem, devices=tmp_path)
+    assert problem("cpu", visible) is None  # no GPU: DeepSpeed's launcher has set the variable
+    (tmp_path / "nvidia0").touch()
+    assert "has GPUs (0)" in problem("cpu", visible)
+    assert problem("cpu", {"CUDA_VISIBLE_DEVICES": ""}) is None
+    assert problem("cpu", {**visible, "DS_ACCELERATOR": "cpu"}) is None
+    assert problem("cuda", visible) is None
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert "no-such-compiler" in rank_check._find_problem("cpu", {"CUDA_VISIBLE_DEVICES": ""})
+    assert "no-such-compiler" in problem("cpu", {"CUDA_VISIBLE_DEVICES": ""})
 
 
 def start_ranks(*folders):
