@@ -267,14 +267,14 @@ def open_run(workspace: Workspace, profile: TrainParams, attention: Attention, *
         )
     text = FrozenInputs.load(workspace.root).text("deepspeed", profile.deepspeed_config)
     named = parse_deepspeed_json(text, profile.deepspeed_config)
+    if get_accelerator().device_name() == "cuda":
+        check_optimizer(named, profile.deepspeed_config)
     device = _opening_device(read_zero(text, profile.deepspeed_config).stage)
     model = open_model(workspace.base, profile, attention, device=device)
     if profile.fused_kernels:
         check_fused(model.config, DTYPES[profile.dtype], torch.device("cuda"))
         apply_liger(model)
     model = SupervisedLoss(model)
-    if get_accelerator().device_name() == "cuda":
-        check_optimizer(named, profile.deepspeed_config)
     config = plan_deepspeed(profile, named, ranks=ranks, accumulation_steps=accumulation, total_steps=run.total_steps)
     if universal:
         config["checkpoint"] = {"load_universal": True}
@@ -296,7 +296,8 @@ def open_run(workspace: Workspace, profile: TrainParams, attention: Attention, *
 def _opening_device(zero_stage: int) -> str:
     """Return where weights are opened: on the card if it holds all of them anyway, else in host memory.
 
-    With ZeRO-3 a card holds a part: DeepSpeed copies weight by weight from the mapped files.
+    With ZeRO-3 a card holds a part in the end, but DeepSpeed 0.19.8 moves the whole model to the card before it
+    partitions it, so the model must fit a card without optimizer states.
     """
     if get_accelerator().device_name() != "cuda" or zero_stage >= PARTITIONED_STAGE:
         return "cpu"
