@@ -3,8 +3,9 @@
     python -m benchmarks.gpu [--rehearse] [--folder build/bench-gpu] [--only PART …] [--again] [--minutes 12]
 
 Each part (`gpu_parts.py`) runs in a process of its own and writes its result at once; the same command continues with
-the parts that have none. It needs no network, no DVC and no CUDA compiler. `--rehearse` runs the same lines on the CPU
-with small shapes, so that none of them runs for the first time on the GPU; its figures mean nothing.
+the parts that have none. It needs no network, no DVC and no CUDA compiler. `--rehearse` runs every part on the CPU
+with small shapes; only flash kernels, Liger and CUDA's own figures then run for the first time on the GPU. Its figures
+mean nothing.
 """
 
 import argparse

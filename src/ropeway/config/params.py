@@ -450,7 +450,7 @@ class WeightParams(EpochParams):
     """DeepSpeed JSON file: ZeRO stage, offloading, optimizer type. It must not contain settings of the profile, such as
     batch sizes, learning rate or bf16."""
     deterministic: bool
-    """Train with deterministic GPU kernels, so that the same GPUs, versions and ranks give the same bytes. Slower. On a
+    """Train with deterministic GPU kernels, so that the same GPUs, versions and ranks give the same bytes. On a
     CPU runs are deterministic either way."""
     dtype: Dtype
     """Data type of training."""
