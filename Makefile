@@ -162,7 +162,7 @@ bench-checkpoint: $(VENV)/.ready-run
 bench-opening: $(VENV)/.ready-run
 	$(BIN)/python -m benchmarks.opening $(ARGUMENTS)
 
-# ARGUMENTS=--rehearse runs the same lines on a CPU.
+# ARGUMENTS=--rehearse runs every part on a CPU, without flash and Liger kernels.
 bench-gpu: $(VENV)/.ready-run
 	$(BIN)/python -m benchmarks.gpu $(ARGUMENTS)
 

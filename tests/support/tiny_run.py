@@ -93,6 +93,13 @@ tiny:
     thanks: null
 """
 
+# The same with packed rows of twice the length.
+PACKED_BLOCK = (
+    BLOCK.replace("  global_batch_size: 4", "  global_batch_size: 4\n  layout: packed")
+    .replace("max_length: 96", "max_length: 192")
+    .replace("max_position_embeddings: 48", "max_position_embeddings: 96")
+)
+
 
 def make_run(
     root: Path, stage: str = "evaluate", *, block: str = BLOCK, configs: Mapping[str, str] | None = None

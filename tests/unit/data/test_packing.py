@@ -12,7 +12,7 @@ from ropeway.data.packing import plan_packing, split_document, turn_starts, wind
 from ropeway.data.shards import Kind, open_shards
 from ropeway.runtime.errors import DataError
 from ropeway.stages.train.loss import SupervisedLoss
-from tests.support.tiny_run import BLOCK, make_run
+from tests.support.tiny_run import PACKED_BLOCK, make_run
 
 
 @pytest.fixture(scope="module")
@@ -21,11 +21,7 @@ def tiny_packed(tmp_path_factory):
     from transformers import AutoModelForCausalLM
 
     root = tmp_path_factory.mktemp("packed")
-    block = BLOCK.replace("  global_batch_size: 4", "  global_batch_size: 4\n  layout: packed")
-    block = block.replace("max_length: 96", "max_length: 192").replace(
-        "max_position_embeddings: 48", "max_position_embeddings: 96"
-    )
-    workspace, _ = make_run(root, block=block)
+    workspace, _ = make_run(root, block=PACKED_BLOCK)
     _, profile = load_profile(root / "params.yaml")
     shards = open_shards(workspace.data)
     model = SupervisedLoss(AutoModelForCausalLM.from_pretrained(workspace.base).eval())

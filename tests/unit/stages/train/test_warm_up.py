@@ -15,7 +15,7 @@ from ropeway.stages.train import warm_up
 from ropeway.stages.train.loss import SupervisedLoss
 from ropeway.stages.train.training_run import Run
 from ropeway.stages.train.warm_up import NOT_APPLIED, check_isolation, run_worst_step
-from tests.support.tiny_run import BLOCK, make_run
+from tests.support.tiny_run import PACKED_BLOCK, make_run
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -24,11 +24,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def packed(tmp_path_factory):
     """Return (workspace, profile, shards) of the tiny run with packed rows."""
     root = tmp_path_factory.mktemp("packed")
-    block = BLOCK.replace("  global_batch_size: 4", "  global_batch_size: 4\n  layout: packed")
-    block = block.replace("max_length: 96", "max_length: 192").replace(
-        "max_position_embeddings: 48", "max_position_embeddings: 96"
-    )
-    workspace, _ = make_run(root, block=block)
+    workspace, _ = make_run(root, block=PACKED_BLOCK)
     return workspace, load_profile(root / "params.yaml")[1], open_shards(workspace.data)
 
 
