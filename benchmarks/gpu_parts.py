@@ -414,6 +414,7 @@ def _measure_way(scale: Scale, shape: Facts, *, ranks: int, rank: int) -> Facts:
     start_gib = round(torch.cuda.max_memory_allocated() / 2**30, 2) if scale.device.type == "cuda" else None
     steps = two_steps(started, given, scale)
     return {
+        "liger": liger,
         "attention": attention,
         "engine_start_gib": start_gib,
         **steps,
