@@ -1,4 +1,4 @@
-"""Planned against rehearsed GPU memory in six configurations of the published run: one JSON line, 1 if one is off.
+"""Planned against rehearsed GPU memory in seven configurations of the published run: one JSON line, 1 if one is off.
 
 `python -m benchmarks.rehearsal [--layers N] [--only NAME]`. With the published 40 layers about two minutes of one core
 per configuration and rank; both ranks run at the same time.
@@ -23,8 +23,8 @@ PROMISED = 0.05  # planned over rehearsed peak
 Configuration = tuple[Profile, str]  # profile, text of its DeepSpeed JSON
 
 
-def six_configurations(layers: int = LAYERS) -> dict[str, Configuration]:
-    """Return the published run with another number of layers: ZeRO 1 to 3, offloaded, packed, and LoRA."""
+def all_configurations(layers: int = LAYERS) -> dict[str, Configuration]:
+    """Return the published run with another number of layers: ZeRO 1 to 3, offloaded, packed, LoRA, shared rows."""
     _, profile = load_profile(ROOT / "params.yaml", NAME)
     profile = profile.model_copy(
         update={"expected_model": profile.expected_model.model_copy(update={"num_hidden_layers": layers})}
@@ -38,6 +38,13 @@ def six_configurations(layers: int = LAYERS) -> dict[str, Configuration]:
     packed = profile.model_copy(update={"layout": "packed"})
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
     lora = Lora(rank=16, alpha=32, dropout=0.0, target_modules=targets, train_embeddings=False)
+    stretched = profile.superhot_config.model_copy(update={"scale": 32})
+    long = {
+        "max_length": 131072,
+        "per_device_train_batch_size": 1,
+        "sequence_parallel": 4,
+        "superhot_config": stretched,
+    }
     adapted = profile.model_copy(update={"peft_model": True, "lora": lora})
     return {
         "ZeRO-2 (published)": (profile, stage(2)),
@@ -45,6 +52,7 @@ def six_configurations(layers: int = LAYERS) -> dict[str, Configuration]:
         "ZeRO-2, packed, optimizer offloaded": (packed, stage(2, **offload)),
         "ZeRO-1": (profile, stage(1)),
         "ZeRO-2, LoRA": (adapted, stage(2)),
+        "ZeRO-2, rows of 131,072 shared by 4 ranks": (packed.model_copy(update=long), stage(2)),
         "ZeRO-3, optimizer offloaded": (profile, stage(3, **offload)),
     }
 
@@ -80,7 +88,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--only", help="name of one configuration")
     options = parser.parse_args()
-    chosen = six_configurations(options.layers)
+    chosen = all_configurations(options.layers)
     if options.only:
         chosen = {options.only: chosen[options.only]}
     ranks = (0, RANKS - 1)

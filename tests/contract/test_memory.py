@@ -27,7 +27,14 @@ DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
 
 def load_of(sizes, **fields):
-    usual = {"number_bytes": 2, "ranks": 1, "micro_batch_size": 2, "row_tokens": 576, "checkpointing": True}
+    usual = {
+        "number_bytes": 2,
+        "ranks": 1,
+        "micro_batch_size": 2,
+        "row_tokens": 576,
+        "checkpointing": True,
+        "sequence_parallel": 1,
+    }
     return Load(
         sizes,
         **{

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from benchmarks.rehearsal import PROMISED, RANKS, load_of, planned, six_configurations
+from benchmarks.rehearsal import PROMISED, RANKS, all_configurations, load_of, planned
 from ropeway.planning.phases import PHASES, offloaded_bytes
 from ropeway.rehearsal import compare
 from ropeway.rehearsal.compare import RankResult, check_rehearsable, describe_rehearsal, run_rank
@@ -18,7 +18,7 @@ LAST = RANKS - 1
 @pytest.fixture(scope="module")
 def small():
     """Return configuration -> peaks of the last rank; one process rehearses all of them."""
-    configurations = six_configurations(SMALL)
+    configurations = all_configurations(SMALL)
     peaks = run_rank(list(configurations.values()), rank=LAST, ranks=RANKS)
     return dict(zip(configurations, peaks, strict=True))
 
@@ -30,14 +30,14 @@ def assert_planned(configuration, peaks, rank):
         assert expected[phase] == pytest.approx(found[phase], rel=PROMISED), phase
 
 
-@pytest.mark.parametrize("name", six_configurations(SMALL))
+@pytest.mark.parametrize("name", all_configurations(SMALL))
 def test_every_phase_at_two_layers_is_planned_within_5_percent(small, name):
-    assert_planned(six_configurations(SMALL)[name], small[name], LAST)
+    assert_planned(all_configurations(SMALL)[name], small[name], LAST)
 
 
 def test_offloaded_states_are_counted_on_the_host_and_not_on_the_card(small):
     name = "ZeRO-2, packed, optimizer offloaded"
-    profile, _ = six_configurations(SMALL)[name]
+    profile, _ = all_configurations(SMALL)[name]
     peaks, plain = small[name], small["ZeRO-2 (published)"]
     assert plain["host"]["optimizer_step"] < 1024  # counters of steps
     weights = 962_257_920  # 2 layers of 317,204,480, two tables of 32,016 x 5,120, one norm
@@ -48,7 +48,7 @@ def test_offloaded_states_are_counted_on_the_host_and_not_on_the_card(small):
 
 def test_offloaded_states_on_the_host_are_planned_within_5_percent(small):
     for name in ("ZeRO-2, packed, optimizer offloaded", "ZeRO-3, optimizer offloaded"):
-        load = load_of(six_configurations(SMALL)[name])
+        load = load_of(all_configurations(SMALL)[name])
         found = small[name]["host"]["forward"]
         assert offloaded_bytes(load, rank=LAST) == pytest.approx(found, rel=PROMISED), name
 
@@ -62,9 +62,9 @@ def test_adams_moments_are_in_the_second_forward_and_not_in_the_start(small):
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-@pytest.mark.parametrize("name", six_configurations())
+@pytest.mark.parametrize("name", all_configurations())
 def test_the_published_40_layers_are_planned_within_5_percent(name):
-    configuration = six_configurations()[name]
+    configuration = all_configurations()[name]
     with ThreadPoolExecutor(2) as pool:
         starts = {rank: pool.submit(run_rank, [configuration], rank=rank, ranks=RANKS) for rank in (0, LAST)}
     for rank, started in starts.items():
@@ -72,7 +72,7 @@ def test_the_published_40_layers_are_planned_within_5_percent(name):
 
 
 def test_a_run_without_a_flash_kernel_is_refused():
-    profile, _ = six_configurations(SMALL)["ZeRO-2 (published)"]
+    profile, _ = all_configurations(SMALL)["ZeRO-2 (published)"]
     with pytest.raises(ConfigError, match="use_flash_attention"):
         check_rehearsable(profile.model_copy(update={"use_flash_attention": False}), ranks=8)
     with pytest.raises(ConfigError, match="multiple of"):
@@ -80,7 +80,7 @@ def test_a_run_without_a_flash_kernel_is_refused():
 
 
 def test_a_faulty_deepspeed_json_is_reported_as_in_training():
-    profile, _ = six_configurations(SMALL)["ZeRO-2 (published)"]
+    profile, _ = all_configurations(SMALL)["ZeRO-2 (published)"]
     with pytest.raises(ConfigError, match="unknown key"):
         run_rank([(profile, json.dumps({"autotuning": {}}))], rank=0, ranks=RANKS)
 

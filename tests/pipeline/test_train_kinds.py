@@ -1,13 +1,12 @@
 """Each kind of training that params can ask for, on two real DeepSpeed ranks, from base and data to an export."""
 
 import json
-import shutil
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.support.training import start, train, zero
+from tests.support.training import forget, start, train, zero
 
 LORA = (
     "peft_model: true\n"
@@ -67,15 +66,6 @@ def test_lora_under_zero3_and_yarn_exports_merged_weights(tmp_path):
     base, found = weights(workspace.base), weights(workspace.model)
     changed = {name for name, part in base.items() if not torch.equal(found[name], part)}
     assert changed == {f"model.layers.{layer}.self_attn.{part}_proj.weight" for layer in (0, 1) for part in "qv"}
-
-
-def forget(workspace, count):
-    """Remove the last checkpoints; return the log that the run ended with."""
-    folders = sorted(workspace.checkpoints.glob("*/step-*"))
-    log = (folders[-1] / "steps.jsonl").read_text().splitlines()
-    for folder in folders[-count:]:
-        shutil.rmtree(folder)
-    return [json.loads(line) for line in log]
 
 
 def test_another_rank_count_resumes_with_the_same_rows_in_order(tmp_path, zero2):

@@ -5,8 +5,9 @@ import os
 import shutil
 import sys
 
+from ropeway.config.load_params import load_profile
 from tests.support import forked
-from tests.support.tiny_run import BLOCK, make_run
+from tests.support.tiny_run import BLOCK, make_data, make_run, talks, texts
 
 EDITS = """
   deepspeed_config: configs/ds.json
@@ -27,11 +28,29 @@ def zero(stage, **more):
     }
 
 
-def train(root, named, *lines):
+def train(root, named, *lines, ranks=2):
     """Return (what the stage printed, workspace) of a training of the tiny run with these keys."""
     block = BLOCK + EDITS + "".join(f"  {line}\n" for line in lines)
     workspace, _ = make_run(root, block=block, configs={"ds.json": json.dumps(named)})
-    return start(workspace), workspace
+    return start(workspace, ranks=ranks), workspace
+
+
+def forget(workspace, count):
+    """Remove the last checkpoints; return the log that the run ended with."""
+    folders = sorted(workspace.checkpoints.glob("*/step-*"))
+    log = (folders[-1] / "steps.jsonl").read_text().splitlines()
+    for folder in folders[-count:]:
+        shutil.rmtree(folder)
+    return [json.loads(line) for line in log]
+
+
+def make_many_rows(root, block):
+    """Return the root of a workspace ready to train, with more than 32 rows an epoch."""
+    workspace, _ = make_run(root, "train", block=block.replace("fraction: 0.5", "fraction: 1.0"))
+    shutil.rmtree(workspace.data)
+    workspace.data.mkdir()
+    make_data(workspace, load_profile(root / "params.yaml")[1], talks() * 3, texts() * 2)
+    return root
 
 
 def start(workspace, *, ranks=2):

@@ -199,11 +199,13 @@ def publish(
     as_json: Json = False,
 ) -> None:
     """Publish a package and its pages as a version. No alias moves; equal bytes are one version."""
+    from ropeway.runtime.terminal import format_count
+
     facts = _read_facts(provenance) if provenance else {}
     attachments = {path.name: path for path in attach or []}
     artifact = open_registry(registry).artifact(name)
     pages = folder.resolve().with_name("pages")  # as report_package leaves them; of another package they are refused
-    if not pages.is_dir():
+    if not pages.is_dir() and not (folder / "README.md").is_file():  # a pulled copy has its pages inside
         typer.echo(f"no {pages}: the version has no README.md. `dvc repro report_package` makes it", err=True)
     files = [*folder.rglob("*"), *pages.rglob("*"), *attachments.values()]
     with progress_bar(
@@ -215,7 +217,8 @@ def publish(
     if as_json:
         print_json(asdict(done))
     else:
-        typer.echo(f"{done} {'published' if done.created else 'was published before'}: {done.digest}")
+        missing = "" if done.created or not done.blobs else f"; {format_count(done.blobs, 'missing blob')} stored again"
+        typer.echo(f"{done} {'published' if done.created else 'was published before'}: {done.digest}{missing}")
 
 
 @registry_app.command()

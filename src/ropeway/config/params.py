@@ -481,6 +481,9 @@ class WeightParams(EpochParams):
     resume_from: Annotated[str, Field(pattern=f"^{RUN}$")] | None
     """Checkpoint of another run to continue from: FINGERPRINT or FINGERPRINT@STEP in .checkpoints. null: train
     from the base."""
+    sequence_parallel: Positive
+    """Ranks that share each row (Ulysses): each has a slice of the row's tokens, and in attention a slice of the heads.
+    For rows that do not fit one GPU. 1: every rank has rows of its own."""
     use_flash_attention: bool
     """Use flash attention on a GPU; needs fp16 or bf16. A CPU always uses SDPA."""
     warmup_steps: Count

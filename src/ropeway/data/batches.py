@@ -117,6 +117,15 @@ def collate(
     return batch
 
 
+def slice_tokens(batch: Batch, index: int, count: int) -> Batch:
+    """Return the `index`-th of `count` equal slices of every row's tokens: `(B, T / count)`."""
+    width = batch.input_ids.shape[1] // count
+    here = (slice(None), slice(index * width, (index + 1) * width))
+    return Batch(
+        batch.input_ids[here], batch.position_ids[here], batch.targets[here], batch.loss_mask[here], batch.sources[here]
+    )
+
+
 @dataclass(frozen=True)
 class EpochPlan:
     """The rows of one epoch, in the order they are read; equal on every rank.

@@ -14,6 +14,25 @@ HEAD_LAYER, EMBEDDING_LAYER = "lm_head", "embed_tokens"
 HEAD, EMBEDDING = f"{HEAD_LAYER}.weight", f"model.{EMBEDDING_LAYER}.weight"
 
 
+def can_split_heads(query: int, key_value: int, ranks: int) -> bool:
+    """Return whether ranks that share rows can have equal parts of the heads; fewer key-value heads are repeated.
+
+    >>> can_split_heads(32, 8, 16), can_split_heads(32, 8, 3), can_split_heads(12, 8, 12)
+    (True, False, False)
+    """
+    return query % ranks == 0 and (key_value % ranks == 0 or ranks % key_value == 0)
+
+
+def check_heads(query: int, key_value: int, ranks: int) -> None:
+    """Raise ConfigError unless `sequence_parallel` ranks can split a model's heads."""
+    if not can_split_heads(query, key_value, ranks):
+        possible = [str(some) for some in range(1, query + 1) if can_split_heads(query, key_value, some)]
+        raise ConfigError(
+            f"sequence_parallel is {ranks}, over which {query} query heads and {key_value} key-value heads cannot be "
+            f"split; possible are {', '.join(possible)}"
+        )
+
+
 def check_architecture(model_type: object, *, where: str) -> None:
     """Raise ConfigError unless this `model_type` is supported.
 

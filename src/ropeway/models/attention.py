@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig
 
 from ropeway.config.params import WeightParams
 from ropeway.models.open_model import DTYPES, head_dim
+from ropeway.models.sequence_parallel import SequenceGroup
 from ropeway.runtime.errors import ConfigError
 
 VARLEN = "ropeway_varlen"  # name of this backend in transformers' AttentionInterface
@@ -74,10 +75,12 @@ def choose_attention(profile: WeightParams, heads: Heads, device: torch.device) 
             kernel works with these heads on this GPU.
     """
     if device.type == "cpu":  # torch.cuda.is_available is no test: DS_ACCELERATOR=cpu leaves a GPU unused
-        if profile.layout == "packed":
+        if profile.layout == "packed" or profile.sequence_parallel > 1:
             return Attention(profile.use_flash_attention, "sdpa sequence by sequence (cpu)", attend_each)
         return Attention(profile.use_flash_attention, "sdpa (cpu)")
     if not profile.use_flash_attention:
+        if profile.sequence_parallel > 1:
+            return Attention(requested_flash=False, effective="sdpa sequence by sequence (cuda)", kernel=attend_each)
         return Attention(requested_flash=False, effective="sdpa (cuda)")
     if profile.dtype == "fp32":
         raise ConfigError(
@@ -146,11 +149,11 @@ def _output_and_gradients(
     return [out.detach(), *torch.autograd.grad(out, leaves, weights)]
 
 
-def register_attention(kernel: Kernel) -> None:
+def register_attention(kernel: Kernel, sequence: SequenceGroup | None = None) -> None:
     """Register the kernel in transformers as `VARLEN`; transformers creates no masks for this name."""
     from transformers import AttentionInterface
 
-    AttentionInterface.register(VARLEN, partial(varlen_attention, kernel=kernel))
+    AttentionInterface.register(VARLEN, partial(varlen_attention, kernel=kernel, sequence=sequence))
 
 
 def flash_attention_3(*, deterministic: bool) -> tuple[str, Kernel]:
@@ -249,9 +252,12 @@ def varlen_attention(
     cu_seqlens: Tensor,
     longest: int,
     scaling: float | None = None,
+    sequence: SequenceGroup | None = None,
     **_: Any,  # noqa: ANN401 - other arguments that transformers passes to every backend
 ) -> tuple[Tensor, None]:
     """Return `(B, T, H, D)` attention of `(B, H, T, D)` queries, `(B, K, T, D)` keys and values.
+
+    With `sequence`, T are this rank's tokens of rows that the group shares; `cu_seqlens` are of whole rows.
 
     Raises:
         ConfigError: `attention_mask` is not None; the kernel would silently ignore it.
@@ -261,7 +267,10 @@ def varlen_attention(
         raise ConfigError(
             "attention: expected no attention_mask with cu_seqlens, found one; pass rows without attention_mask"
         )
-    batch, _heads, length, _size = parts[0].shape
-    query, key, value = (part.transpose(1, 2).flatten(0, 1) for part in parts)
-    out = kernel(query, key, value, cu_seqlens, longest, scaling)
-    return out.unflatten(0, (batch, length)), None
+    by_token = [part.transpose(1, 2) for part in parts]
+    if sequence is not None:
+        by_token = sequence.to_heads(by_token)
+    batch, length, _heads, _size = by_token[0].shape
+    query, key, value = (part.flatten(0, 1) for part in by_token)
+    out = kernel(query, key, value, cu_seqlens, longest, scaling).unflatten(0, (batch, length))
+    return out if sequence is None else sequence.to_tokens(out), None

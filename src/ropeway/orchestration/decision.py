@@ -42,8 +42,9 @@ def decide(registry: Registry, case: ReviewCase, answer: ReviewAnswer) -> Outcom
     It may be repeated.
 
     Raises:
-        RegistryError: Production moved after the report was made, the version is from a dirty tree or incomplete, or a
-            part of the answer is empty. The answer is recorded all the same, unless it is empty.
+        ConfigError: A part of the answer is empty; nothing is recorded.
+        RegistryError: Production moved after the report was made, or the version is from a dirty tree or incomplete.
+            The answer is recorded all the same.
     """
     check_text("reviewer", answer.by)
     check_text("comment", answer.comment)
@@ -67,8 +68,8 @@ def decide(registry: Registry, case: ReviewCase, answer: ReviewAnswer) -> Outcom
             words = f"{case.new.label} is already {case.name}@{PRODUCTION}; the approval is recorded and no alias moved"
             return Outcome("Promoted", words)
         raise RegistryError(
-            f"{case.new.label} was approved by {answer.by} but is NOT production: {error}. Run `ropeway review "
-            f"{case.digest[:12]}` to compare it with the current production"
+            f"{case.new.label} was approved by {answer.by} but is NOT production: {error}. The approval is recorded. "
+            f"Run `ropeway review {case.digest[:12]}` to compare it with the current production"
         ) from None
     was = f"; before it was {case.old.label}" if case.old else ""
     words = f"{case.new.label} is {case.name}@{PRODUCTION}{was}"

@@ -304,6 +304,8 @@ def _show_plan(display: RunDisplay, plans: list[graph.StagePlan]) -> None:
         for plan in plans
     ]
     print(summary.draw_table(rows), flush=True)
+    if any(plan.will_run for plan in plans):
+        print("(a stage that will run is restored instead if DVC's cache has its result)", flush=True)
     display.table("plan", "Stages of this run", rows)
 
 

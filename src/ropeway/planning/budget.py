@@ -7,6 +7,7 @@ from itertools import combinations
 
 from ropeway.config.params import Profile, ScratchBase
 from ropeway.config.zero import PARTITIONED_STAGE
+from ropeway.models.architectures import can_split_heads
 from ropeway.planning.memory import DTYPE_BYTES, GIB, Load, checkpoint_bytes
 from ropeway.planning.phases import plan_gpu
 from ropeway.runtime.errors import ConfigError
@@ -98,6 +99,11 @@ def plan_changes(load: Load, global_batch_size: int) -> list[Change]:
         for ranks in (load.ranks * factor for factor in (2, 4, 8, 16))
         if _divides_batch(replace(load, ranks=ranks, micro_batch_size=1), global_batch_size)
     ]
+    changes += [
+        Change("sequence", f"sequence_parallel: {shared}", partial(replace, sequence_parallel=shared))
+        for shared in range(load.sequence_parallel + 1, load.ranks + 1)
+        if load.ranks % shared == 0 and can_split_heads(load.sizes.heads, load.sizes.key_value_heads, shared)
+    ]
     if not zero.offload_optimizer:
         words = "offload_optimizer to cpu"
         changes.append(
@@ -116,7 +122,8 @@ def _with_stage(load: Load, *, stage: int) -> Load:
 
 
 def _divides_batch(load: Load, global_batch_size: int) -> bool:
-    return global_batch_size % (load.micro_batch_size * load.ranks) == 0
+    groups, alone = divmod(load.ranks, load.sequence_parallel)
+    return not alone and global_batch_size % (load.micro_batch_size * groups) == 0
 
 
 def plan_disk(profile: Profile, load: Load, *, found: Mapping[str, int], local_registry: bool) -> dict[str, int]:

@@ -1,6 +1,6 @@
 """Estimate of a rank's peak memory: weights, gradients, optimizer, buckets, activations, logits.
 
-Shapes: P positions of a micro-batch (rows x tokens), H hidden, F intermediate, K key and value width, A heads,
+Shapes: P positions of a rank's micro-batch (rows x tokens), H hidden, F intermediate, K key and value width, A heads,
 L layers, V vocabulary, N weights, R ranks, s bytes per number in the training dtype (2 in fp16 and bf16, 4 in fp32).
 
 Activations are summed over the tensors of transformers' Llama with a fused attention kernel, and compared with the
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ropeway.config.params import Profile
 from ropeway.config.zero import PARTITIONED_STAGE, Zero
-from ropeway.models.architectures import HEAD_LAYER
+from ropeway.models.architectures import HEAD_LAYER, check_heads
 from ropeway.models.chat_template import choose_template
 
 DTYPE_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
@@ -97,6 +97,7 @@ class Load:
         global_batch_size: Rows per optimizer step over all ranks.
         micro_batch_size: Rows per forward pass; packed rows are concatenated.
         row_tokens: Maximum length of a row, in tokens.
+        sequence_parallel: Ranks that share each row.
         checkpointing: Layers store only their input and are recomputed in backward.
         trains_down: Whether down_proj is trained or has an adapter; else its input is not kept for backward.
         masked: Attention uses a (P x P) mask: packed rows on a GPU without a flash kernel. On a CPU there is no mask
@@ -111,6 +112,7 @@ class Load:
     global_batch_size: int
     micro_batch_size: int
     row_tokens: int
+    sequence_parallel: int
     checkpointing: bool
     trains_down: bool
     masked: bool
@@ -118,8 +120,9 @@ class Load:
 
     @classmethod
     def of(cls, profile: Profile, zero: Zero, *, ranks: int) -> "Load":
-        """Return the work of one rank in a run of this profile."""
+        """Return the work of one rank in a run of this profile; raise ConfigError if ranks cannot share its rows."""
         sizes = Sizes.of(profile)
+        check_heads(sizes.heads, sizes.key_value_heads, profile.sequence_parallel)
         adapters, tables = count_adapters(profile, sizes)
         return cls(
             sizes=sizes,
@@ -130,10 +133,11 @@ class Load:
             global_batch_size=profile.global_batch_size,
             micro_batch_size=profile.per_device_train_batch_size,
             row_tokens=profile.max_length,
+            sequence_parallel=profile.sequence_parallel,
             checkpointing=profile.gradient_checkpointing,
             trains_down=not profile.peft_model
             or (profile.lora is not None and "down_proj" in profile.lora.target_modules),
-            masked=profile.layout == "packed" and not profile.use_flash_attention,
+            masked=profile.layout == "packed" and not profile.use_flash_attention and profile.sequence_parallel == 1,
             zero=zero,
         )
 
@@ -144,13 +148,13 @@ class Load:
 
     @property
     def positions(self) -> int:
-        """P: positions of a micro-batch."""
-        return self.micro_batch_size * self.row_tokens
+        """P: positions of a micro-batch on this rank."""
+        return -(-self.micro_batch_size * self.row_tokens // self.sequence_parallel)
 
     @property
     def accumulation_steps(self) -> int:
         """Micro-batches of a rank per optimizer step."""
-        return max(1, self.global_batch_size // (self.micro_batch_size * self.ranks))
+        return max(1, self.global_batch_size * self.sequence_parallel // (self.micro_batch_size * self.ranks))
 
 
 def trained_weights(load: Load) -> list[int]:
@@ -195,12 +199,18 @@ def layer_activation_bytes(load: Load) -> int:
     """
     sizes, width, positions = load.sizes, load.number_bytes, load.positions
     norm = positions * (sizes.hidden * (FP32 + 2 * width) + FP32)
-    key_value = sizes.hidden if load.masked else sizes.key_value  # with a mask, key-value heads are repeated
-    attention = positions * (width * (2 * sizes.hidden + 2 * key_value) + FP32 * sizes.heads)
+    key_value = sizes.hidden if load.masked else _key_value_width(load)  # with a mask, key-value heads are repeated
+    outputs = 1 if load.sequence_parallel == 1 else 2  # before and after it is sent back to the tokens' ranks
+    attention = positions * (width * ((1 + outputs) * sizes.hidden + 2 * key_value) + FP32 * sizes.heads)
     mask = width * positions**2 if load.masked else 0
     frozen = positions * width * sizes.hidden if load.adapters else 0
     mlp = (4 if load.trains_down else 3) * positions * width * sizes.intermediate
     return 2 * norm + attention + mask + mlp - frozen
+
+
+def _key_value_width(load: Load) -> int:
+    """Return the width of keys and of values in attention; ranks that share rows repeat heads if there are too few."""
+    return load.sizes.key_value * max(1, load.sequence_parallel // load.sizes.key_value_heads)
 
 
 def plan_activations(load: Load) -> dict[str, int]:
@@ -230,8 +240,9 @@ def plan_forward(load: Load) -> int:
     """Return the bytes of activations at the peak of forward.
 
     What the layers keep, and the larger of two: in the last layer, if it is recomputed later, two states and three
-    tensors of the MLP's width; after it the final norm (fp32 input, two states), the input and the supervised states,
-    and a chunk's logits in the training dtype and twice in fp32.
+    tensors of the MLP's width, or if ranks share rows the exchange (queries, keys and values before, sent and received,
+    and four states); after it the final norm (fp32 input, two states), the input and the supervised states, and a
+    chunk's logits in the training dtype and twice in fp32.
     """
     sizes, width, positions = load.sizes, load.number_bytes, load.positions
     state = width * positions * sizes.hidden
@@ -239,7 +250,10 @@ def plan_forward(load: Load) -> int:
     logits = min(CHUNK_POSITIONS, positions) * sizes.vocabulary * (width + 2 * FP32)
     last = 4 * state + FP32 * positions * sizes.hidden + logits
     if load.checkpointing:
-        return sizes.layers * state + max(last, 2 * state + 3 * width * positions * sizes.intermediate)
+        mlp = 2 * state + 3 * width * positions * sizes.intermediate
+        exchange = 4 * state + 3 * width * positions * (sizes.hidden + 2 * _key_value_width(load))
+        within = max(mlp, exchange) if load.sequence_parallel > 1 else mlp
+        return sizes.layers * state + max(last, within)
     return sizes.layers * layer + last
 
 

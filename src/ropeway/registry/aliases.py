@@ -7,7 +7,7 @@ from typing import Final
 
 from ropeway.registry.layout import Log, alias_log, aliases_folder, check_alias
 from ropeway.registry.log import Event, Events, read_events
-from ropeway.runtime.errors import RegistryError
+from ropeway.runtime.errors import ConfigError, NotFoundError, RegistryError
 from ropeway.storage import Store
 
 _MAX_TEXT_CHARACTERS = 2000
@@ -50,7 +50,7 @@ class Alias:
     name: str
 
     def __post_init__(self) -> None:
-        """Raise RegistryError unless `name` is a valid alias name."""
+        """Raise ConfigError unless `name` is a valid alias name."""
         check_alias(self.name)
 
     def __str__(self) -> str:
@@ -113,8 +113,13 @@ def plan_rollback(digests: Sequence[str], *, where: str) -> str:
         where: The alias, for the message.
 
     Raises:
+        NotFoundError: The alias does not exist.
         RegistryError: The alias has no earlier version.
     """
+    if not digests:
+        raise NotFoundError(
+            f"{where}: no such alias. `ropeway registry list {where.partition('@')[0]}` shows the aliases"
+        )
     trail: list[str] = []
     for digest in digests:
         if len(trail) > 1 and trail[-2] == digest:
@@ -127,8 +132,8 @@ def plan_rollback(digests: Sequence[str], *, where: str) -> str:
 
 
 def check_text(what: str, text: str) -> None:
-    """Raise RegistryError unless a name or reason is printable: it is stored permanently and shown in terminals."""
+    """Raise ConfigError unless a name or reason is printable: it is stored permanently and shown in terminals."""
     if not text.strip() or len(text) > _MAX_TEXT_CHARACTERS or not text.replace("\n", " ").isprintable():
-        raise RegistryError(
+        raise ConfigError(
             f"registry: {what} is {text[:60]!r}, expected 1 to {_MAX_TEXT_CHARACTERS:,} printable characters"
         )

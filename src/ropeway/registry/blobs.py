@@ -10,8 +10,8 @@ from ropeway.runtime.errors import DataError, NotFoundError
 from ropeway.storage import TRANSFER_BYTES, Store
 
 
-def put_blobs(store: Store, files: Sequence[tuple[Path, PackageFile]]) -> None:
-    """Store each file as a blob, then check each blob in the store.
+def put_blobs(store: Store, files: Sequence[tuple[Path, PackageFile]]) -> int:
+    """Store each file as a blob, then check each blob in the store; return how many the store did not have.
 
     Raises:
         DataError: A file changed during the upload, or a blob that already existed does not match its sha256.
@@ -24,6 +24,7 @@ def put_blobs(store: Store, files: Sequence[tuple[Path, PackageFile]]) -> None:
                 f"{store.url}: {fault}. Nothing was published. Delete {blob_key(file.sha256)} from the store, then "
                 "publish again"
             )
+    return sum(created)
 
 
 def blob_fault(store: Store, file: PackageFile, *, rehash: bool) -> str | None:

@@ -43,7 +43,7 @@ class Artifact:
     name: str
 
     def __post_init__(self) -> None:
-        """Raise RegistryError unless `name` is a valid model name."""
+        """Raise ConfigError unless `name` is a valid model name."""
         check_name(self.name)
 
     def publish(
@@ -66,7 +66,7 @@ class Artifact:
 
         Raises:
             DataError: The package, or a blob of it in the registry, does not match its manifest or breaks a rule.
-            RegistryError: The name is not valid.
+            RegistryError: A model's name differs from this one only in case.
             TemporaryError: The store is unavailable, or garbage collection is running.
             ConfigError: ROPEWAY_SIGNING_KEY is not a usable private key.
         """
@@ -76,7 +76,7 @@ class Artifact:
         """Preflight check of a publish, independent of the package; writes registry.json if it is missing.
 
         Raises:
-            RegistryError: The name is not valid, or the store has a registry of another format.
+            RegistryError: The store has a registry of another format, or a name that differs only in case.
             ConfigError: The store is not writable or ignores preconditions, or ROPEWAY_SIGNING_KEY is not usable.
             TemporaryError: The store is unavailable.
         """
@@ -141,6 +141,7 @@ class Artifact:
         """Move an alias to the version before its current one; writes a promotion event.
 
         Raises:
+            NotFoundError: There is no such alias.
             RegistryError: There is no earlier version, it is withdrawn, or another process moved the alias.
         """
         pointer = self.alias(alias)
@@ -228,6 +229,7 @@ class Registry:
         An alias is resolved once: the returned version does not change when the alias moves.
 
         Raises:
+            ConfigError: The reference is malformed.
             RegistryError: No version or more than one version matches.
         """
         wanted = read_reference(reference)

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ropeway.config.params import PROFILE_NAME
-from ropeway.runtime.errors import NotFoundError, RegistryError
+from ropeway.runtime.errors import ConfigError, NotFoundError, RegistryError
 from ropeway.runtime.manifest import canonical_json
 from ropeway.storage import Store
 
@@ -95,7 +95,7 @@ class Log:
 
 
 def read_reference(text: str) -> Reference:
-    """Parse NAME@ALIAS, NAME@v3, NAME@3 or NAME@DIGEST (8 digits or more); raise RegistryError if it is malformed.
+    """Parse NAME@ALIAS, NAME@v3, NAME@3 or NAME@DIGEST (8 digits or more); raise ConfigError if it is malformed.
 
     >>> read_reference("laptop@v3").number
     3
@@ -108,22 +108,22 @@ def read_reference(text: str) -> Reference:
             return Reference(name, prefix=selector)
         if _ALIAS.fullmatch(selector):
             return Reference(name, alias=selector)
-    raise RegistryError(
+    raise ConfigError(
         f"{text[:120]!r}: expected NAME@ALIAS, NAME@v3 or NAME@DIGEST (its first 8 digits or more), "
         "e.g. laptop@candidate. `ropeway registry list` shows the models"
     )
 
 
 def check_name(name: str) -> None:
-    """Raise RegistryError unless `name` is a valid model name."""
+    """Raise ConfigError unless `name` is a valid model name."""
     if not PROFILE_NAME.fullmatch(name) or ".." in name:
-        raise RegistryError(f"model name {name[:80]!r}: expected 1 to 64 characters of A-Z a-z 0-9 . _ -, e.g. laptop")
+        raise ConfigError(f"model name {name[:80]!r}: expected 1 to 64 characters of A-Z a-z 0-9 . _ -, e.g. laptop")
 
 
 def check_alias(alias: str) -> None:
-    """Raise RegistryError unless `alias` is a valid alias: neither a version number nor a digest."""
+    """Raise ConfigError unless `alias` is a valid alias: neither a version number nor a digest."""
     if alias in ("none", "any") or not _ALIAS.fullmatch(alias) or _NUMBER.fullmatch(alias) or _PREFIX.fullmatch(alias):
-        raise RegistryError(
+        raise ConfigError(
             f"alias {alias[:80]!r}: expected 2 to 50 characters of a-z 0-9 -, starting with a letter, not a version "
             "number, a digest, `none` or `any`; e.g. candidate, production"
         )
@@ -135,9 +135,9 @@ def is_digest(value: object) -> bool:
 
 
 def check_digest(digest: str) -> None:
-    """Raise RegistryError unless `digest` is a full sha256 digest."""
+    """Raise ConfigError unless `digest` is a full sha256 digest."""
     if not is_digest(digest):
-        raise RegistryError(f"digest {digest[:80]!r}: expected 64 lowercase hex digits")
+        raise ConfigError(f"digest {digest[:80]!r}: expected 64 lowercase hex digits")
 
 
 def blob_key(sha256: str) -> str:
@@ -248,7 +248,7 @@ def list_models(store: Store) -> list[str]:
 
 
 def check_name_case(store: Store, name: str) -> None:
-    """Raise RegistryError if a model name differs only in case: some file systems are not case-sensitive."""
+    """Raise RegistryError if a model name differs only in case: some file systems ignore it; ConfigError if invalid."""
     check_name(name)
     clash = [other for other in list_models(store) if other != name and other.casefold() == name.casefold()]
     if clash:

@@ -42,12 +42,14 @@ class PublishResult:
     Attributes:
         number: 1, 2, 3 … in the order of publishing.
         created: Whether this call created the version; False if it existed.
+        blobs: Blobs that this call stored; the store had the others.
     """
 
     name: str
     digest: str
     number: int
     created: bool
+    blobs: int
 
     def __str__(self) -> str:
         """Return e.g. `laptop@v3`."""
@@ -80,7 +82,7 @@ def publish_package(
     if find_number(versions, manifest.digest) is None:
         files += attached
     with _publish_intent(store, manifest, [file for _, file in files]):
-        put_blobs(store, files)
+        blobs = put_blobs(store, files)
         store.put_if_absent(manifest_key(name, manifest.digest), manifest.document, sha256=manifest.digest)
         load_version_manifest(store, name, manifest.digest)  # an existing manifest can be corrupt
         if signer:
@@ -93,7 +95,7 @@ def publish_package(
         if pages:  # last: without it the version is still found by its own digest
             package = package_digest(package_folder, name)
             store.put_if_absent(package_key(name, package), canonical_json({"digest": manifest.digest}))
-    return PublishResult(name, manifest.digest, numbered.number, created=numbered.created)
+    return PublishResult(name, manifest.digest, numbered.number, created=numbered.created, blobs=blobs)
 
 
 def find_number(versions: Events, digest: str) -> int | None:

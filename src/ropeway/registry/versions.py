@@ -188,8 +188,8 @@ class Version:
         if faults := [f"  {fault}" for file in files if (fault := blob_fault(self.store, file, rehash=True))]:
             head = f"{self.store.url}: {self.reference} ({self._short_digest}) is damaged; do not use it:"
             remedy = (
-                "Delete these blobs, then publish the same package again: `ropeway registry publish FOLDER --name "
-                f"{self.name}`"
+                "Delete those of these blobs that exist, then publish the same package again: `ropeway registry "
+                f"publish FOLDER --name {self.name}`"
             )
             raise DataError("\n".join([head, *faults, remedy]))
         return VerifyResult(self.name, self.digest, len(files), sum(file.bytes for file in files))

@@ -14,14 +14,17 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig, PreTrainedModel
 
 from ropeway.config.params import Profile
+from ropeway.data.accumulation import accumulation_steps
 from ropeway.models.architectures import DEFAULT
 from ropeway.models.attention import VARLEN, register_attention, torch_varlen
 from ropeway.models.lora import add_adapters
 from ropeway.models.open_model import DTYPES, model_class
+from ropeway.models.sequence_parallel import SequenceGroup, join_sequence_group
 from ropeway.planning.memory import Sizes
 from ropeway.rehearsal.counting import StorageCounter
 from ropeway.rehearsal.fake_gpu import CARD, HOST, KeepDevice, KeepDeviceOfCopies, install
 from ropeway.rehearsal.stated_values import AnswerValues
+from ropeway.runtime.op_build import collective_timeout
 from ropeway.stages.train.deepspeed_config import parse_deepspeed_json, plan_deepspeed
 from ropeway.stages.train.loss import SupervisedLoss, micro_batch_loss
 from ropeway.stages.train.model import enable_checkpointing, trainable_parameters
@@ -98,17 +101,18 @@ def _start_engine(case: Case, *, ranks: int) -> Any:  # noqa: ANN401 - DeepSpeed
     """Return the engine around the model, with the configuration of the run but fewer micro-batches per step."""
     profile = case.profile
     named = parse_deepspeed_json(case.deepspeed, profile.deepspeed_config)
-    accumulation = min(MOST_MICRO_BATCHES, profile.global_batch_size // (profile.per_device_train_batch_size * ranks))
+    sequence = join_sequence_group(profile.sequence_parallel, timeout=collective_timeout())
+    accumulation = min(MOST_MICRO_BATCHES, accumulation_steps(profile, ranks))
     config = plan_deepspeed(profile, named, ranks=ranks, accumulation_steps=accumulation, total_steps=_TOTAL_STEPS)
-    model = _LossOnCard(_create_model(profile))
+    model = _LossOnCard(_create_model(profile, sequence), sequence)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=trainable_parameters(model), config=config)
     return engine
 
 
-def _create_model(profile: Profile) -> PreTrainedModel:
+def _create_model(profile: Profile, sequence: SequenceGroup | None) -> PreTrainedModel:
     """Return the profile's model on the card, prepared for training as `open_model` of stage train prepares it."""
     _, kernel = torch_varlen()
-    register_attention(kernel)
+    register_attention(kernel, sequence)
     shape = {**profile.expected_model.model_dump(), "vocab_size": Sizes.of(profile).vocabulary}
     config = AutoConfig.for_model(DEFAULT, **shape, attn_implementation=VARLEN)
     usual = torch.get_default_dtype()
@@ -139,8 +143,8 @@ def _place_on_card(model: nn.Module) -> None:
 
 
 def _full_rows(profile: Profile) -> Mapping[str, Tensor]:
-    """Return the inputs of `SupervisedLoss`: `(B, T)`, packed `(1, B * T)`."""
-    rows, tokens = profile.per_device_train_batch_size, profile.max_length
+    """Return the inputs of `SupervisedLoss`: `(B, T)`, packed `(1, B * T)`; with T over the ranks that share rows."""
+    rows, tokens = profile.per_device_train_batch_size, profile.max_length // profile.sequence_parallel
     shape = (1, rows * tokens) if profile.layout == "packed" else (rows, tokens)
     ids = torch.zeros(shape, dtype=torch.long, device=CARD)
     mask = torch.ones(shape, dtype=torch.bool, device=CARD)

@@ -67,12 +67,17 @@ def init_distributed() -> None:
     from deepspeed.accelerator import get_accelerator
 
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(extensions_folder(os.environ)))
-    stated = os.environ.get("DEEPSPEED_TIMEOUT")  # minutes; Source: deepspeed 0.19.8, constants.py
-    timeout = timedelta(minutes=int(stated)) if stated else COLLECTIVE_TIMEOUT
-    deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False, timeout=timeout)
+    backend = get_accelerator().communication_backend_name()
+    deepspeed.init_distributed(backend, verbose=False, timeout=collective_timeout())
     if get_accelerator().device_name() == "cpu":
         torch.distributed.barrier()  # until every rank has mapped the buffers of the others
         unlink_buffers(int(os.environ["MASTER_PORT"]), rank=torch.distributed.get_rank())
+
+
+def collective_timeout() -> timedelta:
+    """Return how long a collective waits for the other ranks: `DEEPSPEED_TIMEOUT` in minutes, else 3 hours."""
+    stated = os.environ.get("DEEPSPEED_TIMEOUT")  # Source of the unit: deepspeed 0.19.8, constants.py
+    return timedelta(minutes=int(stated)) if stated else COLLECTIVE_TIMEOUT
 
 
 def unlink_buffers(port: int, *, rank: int | None = None) -> list[Path]:

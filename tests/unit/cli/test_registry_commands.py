@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from ropeway.cli import registry_commands as options
 from ropeway.cli.registry_commands import registry_app
 from ropeway.registry import Registry
-from ropeway.registry.layout import tombstone_key
+from ropeway.registry.layout import blob_key, tombstone_key
 from ropeway.runtime.errors import ConfigError, DataError, RegistryError
 from ropeway.storage import open_store
 from tests.support.registry_world import make_package, make_pages, move, put
@@ -158,6 +158,43 @@ def test_publish_from_the_command_line_keeps_what_is_attached(tmp_path):
         (tmp_path / "facts.json").write_text(content)
         with pytest.raises(ConfigError, match="expected a JSON"):
             ask(*arguments)
+
+
+def test_a_missing_blob_is_stored_again_by_publishing_a_pulled_copy(world, tmp_path):
+    store, _ = world
+    (tmp_path / "elsewhere").mkdir()
+    url, copy = store.url, tmp_path / "elsewhere" / "copy"
+    package = make_package(tmp_path / "with pages", b"9", steps=9)
+    make_pages(package, tmp_path / "pages", "# the card\n")
+    ask("publish", str(package), "--name", "paged", "--registry", url)
+    ask("pull", "paged@v1", "--to", str(copy), "--registry", url)
+    (file,) = [file for file in Registry(store).version("paged@v1").manifest.files if file.path == "model.safetensors"]
+    store.delete(blob_key(file.sha256))
+    with pytest.raises(DataError, match=r"model\.safetensors: .* is missing"):
+        ask("verify", "paged@v1", "--registry", url)
+    again = CliRunner().invoke(registry_app, ["publish", str(copy), "--name", "paged", "--registry", url])
+    assert (again.exit_code, again.stderr) == (0, "")
+    assert "paged@v1 was published before" in again.stdout
+    assert "1 missing blob" in again.stdout
+    assert ask_json("publish", str(copy), "--name", "paged", "--registry", url)["blobs"] == 0
+    ask("verify", "paged@v1", "--registry", url)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("show", "tiny"),
+        ("history", "tiny@v1"),
+        ("rollback", "tiny@v1", "--reason", "worse"),
+        ("promote", "tiny@v1", "V1", "--reason", "better"),
+        ("promote", "tiny@v1", "production", "--reason", " "),
+    ],
+)
+@pytest.mark.usefixtures("world")
+def test_an_argument_that_can_never_be_right_ends_with_the_code_of_a_wrong_configuration(words):
+    with pytest.raises(ConfigError) as caught:
+        ask(*words)
+    assert caught.value.exit_code == 64
 
 
 def test_withdraw_diff_and_gc_from_the_command_line(world):

@@ -83,7 +83,7 @@ def test_a_review_moves_nothing_when_production_moved_after_the_report(workspace
 @pytest.mark.parametrize("answer", [ReviewAnswer("approve", " ", "why", "x"), ReviewAnswer("approve", "anna", "", "x")])
 def test_an_empty_answer_to_a_review_is_none(workspace, registry, answer):
     digest = make_version(workspace, 5.0)
-    with pytest.raises(RegistryError, match="expected 1 to"):
+    with pytest.raises(ConfigError, match="expected 1 to"):
         decide(registry, open_case(registry, digest), answer)
     assert production(registry) is None
     assert registry.artifact("laptop").version(digest).reviews == []

@@ -14,6 +14,7 @@ import pytest
 from ropeway.config.load_params import load_profile
 from ropeway.config.params import Lora
 from ropeway.config.zero import parse_zero_section
+from ropeway.data.accumulation import accumulation_steps
 from ropeway.planning.budget import check_fit, plan_changes, plan_disk, plan_hours, plan_speed, token_flops
 from ropeway.planning.memory import GIB, Load, Sizes, checkpoint_bytes
 from ropeway.planning.phases import certain_bytes, plan_gpu, plan_phases
@@ -45,6 +46,26 @@ def test_the_published_run_fits_80_gib_on_8_ranks_and_not_40(published):
     load = load_of(published)
     assert check_fit(load, 128, 80 * GIB).fits
     assert not check_fit(load, 128, 40 * GIB).fits
+
+
+def test_long_rows_fit_when_ranks_share_them_and_the_plan_says_so(published):
+    long = load_of(published, row_tokens=131072, micro_batch_size=1)
+    verdict = check_fit(long, 128, 80 * GIB)
+    assert not verdict.fits
+    words = [words for words, _ in verdict.remedies]
+    assert "sequence_parallel: 4" in words  # 2 do not suffice, 40 heads cannot be split over 3, 6 or 7
+    assert check_fit(replace(long, sequence_parallel=4), 128, 80 * GIB).fits
+    assert not check_fit(replace(long, sequence_parallel=2), 128, 80 * GIB).fits
+
+
+def test_ranks_that_share_rows_count_as_one_in_the_accumulation(published):
+    shared = published.model_copy(update={"sequence_parallel": 4, "gradient_accumulation_steps": 32})
+    assert accumulation_steps(published, 8) == load_of(published).accumulation_steps == 8
+    assert accumulation_steps(shared, 8) == load_of(shared).accumulation_steps == 32
+    with pytest.raises(ConfigError, match="sequence_parallel is 4, which does not divide 6 ranks"):
+        accumulation_steps(shared, 6)
+    with pytest.raises(ConfigError, match="sequence_parallel is 3, over which 40 query heads .* possible are 1, 2, 4"):
+        load_of(published.model_copy(update={"sequence_parallel": 3}))
 
 
 def test_every_remedy_fits_and_none_contains_a_smaller_one(published):

@@ -6,7 +6,7 @@ from ropeway.registry import ANY, Registry
 from ropeway.registry.aliases import plan_promotion, plan_rollback
 from ropeway.registry.layout import blob_key, manifest_key, tombstone_key
 from ropeway.registry.version_manifest import load_version_manifest, package_digest
-from ropeway.runtime.errors import DataError, RegistryError
+from ropeway.runtime.errors import ConfigError, DataError, NotFoundError, RegistryError
 from ropeway.runtime.manifest import canonical_json
 from tests.support.registry_world import flip, is_untouched, make_package, move, put, tiny
 
@@ -94,13 +94,13 @@ def test_an_unknown_reference_lists_what_exists(store, reference):
 
 @pytest.mark.parametrize("reference", ["tiny", "@v1", "tiny@", "tiny@../x", "a/b@v1", "tiny@V1", "tiny@abcdefABCDEF"])
 def test_a_malformed_reference_is_rejected_with_an_example(store, reference):
-    with pytest.raises(RegistryError, match="laptop@candidate"):
+    with pytest.raises(ConfigError, match="laptop@candidate"):
         Registry(store).version(reference)
 
 
 @pytest.mark.parametrize("name", ["", "../x", "a/b", ".x", "x.", "a..b", "a b", "x" * 65, "a\0"])
 def test_an_invalid_model_name_is_rejected_before_any_write(store, package, name):
-    with pytest.raises(RegistryError, match="model name"):
+    with pytest.raises(ConfigError, match="model name"):
         put(store, package, name)
     assert is_untouched(store)
 
@@ -227,13 +227,13 @@ def test_a_promotion_that_loses_a_race_fails_or_is_planned_again(store, three, m
 
 @pytest.mark.parametrize("alias", ["", "v3", "3", "Production", "a", "../x", "deadbeef", "x" * 51, "a b"])
 def test_an_ambiguous_alias_name_is_rejected(store, three, alias):
-    with pytest.raises(RegistryError, match="alias"):
+    with pytest.raises(ConfigError, match="alias"):
         move(store, three[0], alias=alias)
 
 
 @pytest.mark.parametrize("text", ["", "  ", "\x1b[2J", "x" * 2001])
 def test_a_promotion_needs_a_printable_name_and_reason(store, three, text):
-    with pytest.raises(RegistryError, match="reason is"):
+    with pytest.raises(ConfigError, match="reason is"):
         tiny(store).version(three[0]).promote("candidate", expect=ANY, by="a test", reason=text)
 
 
@@ -249,7 +249,7 @@ def test_a_second_rollback_goes_one_version_further_back(store, three):
 
 
 def test_a_rollback_with_a_stale_digest_or_no_alias_is_rejected(store, three):
-    with pytest.raises(RegistryError, match="no earlier version"):
+    with pytest.raises(NotFoundError, match="no such alias"):
         tiny(store).rollback("candidate", by="a test", reason="x")
     for digest in three:
         move(store, digest)

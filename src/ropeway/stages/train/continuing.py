@@ -29,8 +29,8 @@ RECORD = "continued.json"
 MAY_CHANGE = frozenset((
     "adam_beta1", "adam_beta2", "adam_epsilon", "deterministic", "fused_kernels", "gradient_accumulation_steps",
     "gradient_checkpointing", "learning_rate", "loss_normalisation", "lr_schedule", "max_grad_norm", "num_train_epochs",
-    "per_device_eval_batch_size", "per_device_train_batch_size", "resume_from", "use_flash_attention", "warmup_steps",
-    "weight_decay",
+    "per_device_eval_batch_size", "per_device_train_batch_size", "resume_from", "sequence_parallel",
+    "use_flash_attention", "warmup_steps", "weight_decay",
 ))  # fmt: skip
 _MUST_EQUAL = ("base", "data", "deepspeed")
 _REMEDY = "set resume_from to null to train from the beginning"

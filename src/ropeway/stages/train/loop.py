@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ropeway.data.batches import Batch, collate, validation_rows
-from ropeway.data.mixture import rank_order
+from ropeway.data.batches import Batch, validation_rows
 from ropeway.runtime.errors import TrainingError
 from ropeway.stages.train.loss import micro_batch_loss, token_loss
 from ropeway.stages.train.model import step_flops
@@ -213,7 +212,7 @@ def train_step(
         sums[1] += float((batch.sources >= 0).sum())
         sums[_HEAD : _HEAD + 2 * count] += _per_source(losses, batch, count)
     sums[2] = float(stop())
-    sums[3] = step_flops(run.token_flops, run.engine.module.model.config, rows)
+    sums[3] = step_flops(run.token_flops, run.engine.module.model.config, rows) / run.sharing_ranks
     if run.rank == 0:
         sums[4] = float(timer is not None and timer.is_due())
         sums[5] = time.perf_counter() - began
@@ -234,11 +233,14 @@ def leave_out_step(run: Run, step: int, log: Sequence[Line], *, stop: Callable[[
 
 def forward_backward(run: Run, batches: Sequence[Batch]) -> Iterator[tuple[Batch, float, Tensor]]:
     """Yield (batch, loss, `(N,)` losses) of each micro-batch after its backward pass; the caller steps the engine."""
-    total = int(_sum_over_ranks(run, torch.tensor([float(sum(batch.loss_mask.sum() for batch in batches))]))[0])
-    for batch in batches:
+    counts = torch.tensor([int(batch.loss_mask.sum()) for batch in batches])
+    total = int(_sum_over_ranks(run, counts.sum()[None])[0])
+    if run.sequence:
+        counts = run.sequence.sum(counts.to(run.device)).cpu()
+    for batch, count in zip(batches, counts.tolist(), strict=True):
         run.heartbeat()
         losses = run.engine(**to_tensors(batch, run.device))
-        loss = micro_batch_loss(losses)
+        loss = micro_batch_loss(losses, total=count, sharing_ranks=run.sharing_ranks)
         if run.profile.loss_normalisation == "token":
             loss = token_loss(losses, total=total, micro_batches=run.accumulation_steps * run.world_size)
         run.engine.backward(loss)
@@ -340,10 +342,11 @@ def _validation_batches(run: Run) -> Iterator[tuple[Batch, bool]]:
     """Yield this rank's validation batches, as many as on every rank, and whether each is counted."""
     size = run.profile.per_device_eval_batch_size
     for _, rows in validation_rows(run.shards, run.profile):
-        for begin in range(0, len(rows), size * run.world_size):
-            together = rows[begin : begin + size * run.world_size]
-            mine = rank_order(together, rank=run.rank, world_size=run.world_size)
-            yield collate(mine or rows[:1], run.shards, run.profile), bool(mine)
+        size_of_all = size * run.world_size // run.sharing_ranks
+        for begin in range(0, len(rows), size_of_all):
+            together = rows[begin : begin + size_of_all]
+            mine = run.own_part(together)
+            yield run.collate(mine or rows[:1]), bool(mine)
 
 
 def _per_source(losses: Tensor, batch: Batch, count: int) -> Tensor:

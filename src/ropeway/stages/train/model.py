@@ -14,13 +14,21 @@ from ropeway.models.attention import Attention, register_attention
 from ropeway.models.lora import add_adapters
 from ropeway.models.open_model import DTYPES, head_dim, open_folder, rotary
 from ropeway.models.rope import RopeScaling
+from ropeway.models.sequence_parallel import SequenceGroup
 from ropeway.runtime.errors import ConfigError
 
 
-def open_model(folder: Path, profile: TrainParams, attention: Attention, *, device: str = "cpu") -> PreTrainedModel:
+def open_model(
+    folder: Path,
+    profile: TrainParams,
+    attention: Attention,
+    *,
+    device: str = "cpu",
+    sequence: SequenceGroup | None = None,
+) -> PreTrainedModel:
     """Return the base model of `folder` ready for training, with the RoPE scaling that its config states."""
     if attention.kernel is not None:
-        register_attention(attention.kernel)
+        register_attention(attention.kernel, sequence)
     model = open_folder(folder, DTYPES[profile.dtype], device=device, attn_implementation=attention.implementation)
     model.config.use_cache = False
     add_adapters(model, profile)

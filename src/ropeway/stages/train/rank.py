@@ -27,6 +27,7 @@ from ropeway.models.attention import Attention, Heads, choose_attention
 from ropeway.models.fused import apply_liger, check_fused, liger_version
 from ropeway.models.open_model import DTYPES, read_config
 from ropeway.models.rope import scaling_from_json
+from ropeway.models.sequence_parallel import check_shareable, join_sequence_group
 from ropeway.planning.budget import CARDS, name_card
 from ropeway.planning.memory import DTYPE_BYTES, stored_bytes
 from ropeway.runtime.code_digests import CODE, check_code
@@ -35,7 +36,7 @@ from ropeway.runtime.errors import ConfigError, RopewayError, TemporaryError, Tr
 from ropeway.runtime.grace import StopFiles, StopTimes, stated_seconds
 from ropeway.runtime.launcher import adopt_device, adopt_slurm
 from ropeway.runtime.manifest import digest_of, load_manifest
-from ropeway.runtime.op_build import init_distributed
+from ropeway.runtime.op_build import collective_timeout, init_distributed
 from ropeway.runtime.progress import Progress
 from ropeway.runtime.tracking import TrackedRun, Tracker, describe_tracking, open_tracker
 from ropeway.runtime.watchdog import Watchdog
@@ -257,9 +258,9 @@ def open_run(workspace: Workspace, profile: TrainParams, attention: Attention, *
     ranks = torch.distributed.get_world_size()
     accumulation = accumulation_steps(profile, ranks)
     torch.manual_seed(profile.rng_seed)
-    run = Run(
-        profile, open_shards(workspace.data, verify=False), None, torch.distributed.get_rank(), ranks, accumulation
-    )
+    sequence = join_sequence_group(profile.sequence_parallel, timeout=collective_timeout())
+    shards = open_shards(workspace.data, verify=False)
+    run = Run(profile, shards, None, torch.distributed.get_rank(), ranks, accumulation, sequence=sequence)
     if not run.total_steps:
         raise ConfigError(
             f"an epoch has {run.plan(0).rows} rows, fewer than global_batch_size {profile.global_batch_size}: the run "
@@ -269,12 +270,13 @@ def open_run(workspace: Workspace, profile: TrainParams, attention: Attention, *
     named = parse_deepspeed_json(text, profile.deepspeed_config)
     if get_accelerator().device_name() == "cuda":
         check_optimizer(named, profile.deepspeed_config)
-    device = _opening_device(read_zero(text, profile.deepspeed_config).stage)
-    model = open_model(workspace.base, profile, attention, device=device)
+    stage = read_zero(text, profile.deepspeed_config).stage
+    device = _opening_device(stage)
+    model = open_model(workspace.base, profile, attention, device=device, sequence=sequence)
     if profile.fused_kernels:
         check_fused(model.config, DTYPES[profile.dtype], torch.device("cuda"))
         apply_liger(model)
-    model = SupervisedLoss(model)
+    model = SupervisedLoss(model, sequence, equal_chunks=stage == PARTITIONED_STAGE)
     config = plan_deepspeed(profile, named, ranks=ranks, accumulation_steps=accumulation, total_steps=run.total_steps)
     if universal:
         config["checkpoint"] = {"load_universal": True}
@@ -310,7 +312,9 @@ def _choose_attention(workspace: Workspace, profile: TrainParams, device: torch.
     Raises:
         ConfigError: As `choose_attention`, or the ranks chose different kernels.
     """
-    heads = Heads.of(read_config(workspace.base, {}))
+    config = read_config(workspace.base, {})
+    heads = Heads.of(config)
+    check_shareable(config, profile)
     attention = choose_attention(profile, heads, device)
     chosen = _gather(attention.effective)
     if len(set(chosen)) != 1:
@@ -348,6 +352,7 @@ def _describe_attempt(run: Run, attention: Attention) -> dict[str, object]:
         "attention": attention.effective,
         "asked_flash_attention": attention.requested_flash,
         "fused_kernels": f"Liger {liger_version()}" if run.profile.fused_kernels else None,
+        "sequence_parallel": run.sharing_ranks,
         "deterministic": run.profile.deterministic or run.device.type == "cpu",
         "host": platform.node(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_model_name(),
@@ -361,7 +366,8 @@ def _describe_attempt(run: Run, attention: Attention) -> dict[str, object]:
         print(
             f"{parameters:,} parameters, {run.total_steps} steps of {run.profile.global_batch_size} rows, "
             f"{run.world_size} ranks x {run.accumulation_steps} micro-batches of "
-            f"{run.profile.per_device_train_batch_size}, {run.profile.dtype}, attention: {attention.effective}",
+            f"{run.profile.per_device_train_batch_size}, {run.profile.dtype}, attention: {attention.effective}"
+            f"{f', {run.sharing_ranks} ranks share each row' if run.sequence else ''}",
             flush=True,
         )
     return facts

@@ -9,9 +9,20 @@ from typing import Any
 import torch
 
 from ropeway.config.params import TrainParams
-from ropeway.data.batches import Batch, EpochPlan, Row, collate, join_rows, locate, plan_epoch
-from ropeway.data.mixture import rank_order
+from ropeway.data.batches import (
+    PAD_MULTIPLE,
+    Batch,
+    EpochPlan,
+    Row,
+    collate,
+    join_rows,
+    locate,
+    plan_epoch,
+    slice_tokens,
+)
+from ropeway.data.mixture import Item, rank_order
 from ropeway.data.shards import Shards
+from ropeway.models.sequence_parallel import SequenceGroup
 from ropeway.stages.train.model import token_flops
 
 
@@ -32,7 +43,9 @@ class Run:
     """A training run on one rank.
 
     Attributes:
+        accumulation_steps: Micro-batches per rank and optimizer step.
         heartbeat: Called before every forward pass, as a heartbeat for the watchdog.
+        sequence: The ranks that share this rank's rows; None if it has rows of its own.
     """
 
     profile: TrainParams
@@ -40,10 +53,11 @@ class Run:
     engine: Any  # the DeepSpeed engine around `SupervisedLoss`
     rank: int
     world_size: int
-    accumulation_steps: int  # micro-batches per rank per optimizer step
+    accumulation_steps: int
     plans: dict[int, EpochPlan] = field(default_factory=dict)
     heartbeat: Callable[[], None] = lambda: None
     rewinds: tuple[Rewind, ...] = ()  # rewinds so far; the same on every rank
+    sequence: SequenceGroup | None = None
 
     @property
     def device(self) -> torch.device:
@@ -55,6 +69,26 @@ class Run:
     def source_names(self) -> list[str]:
         """The names of the sources, in the order of the shards."""
         return [source.name for source in self.shards.sources]
+
+    @property
+    def sharing_ranks(self) -> int:
+        """Number of ranks that share this rank's rows, itself included."""
+        return self.sequence.size if self.sequence else 1
+
+    @property
+    def pad_multiple(self) -> int:
+        """Rows are padded to a multiple of this many tokens, which the ranks that share them divide."""
+        return math.lcm(PAD_MULTIPLE, self.sharing_ranks)
+
+    def own_part(self, items: Sequence[Item]) -> Sequence[Item]:
+        """Return this rank's items, such as rows, out of those of all ranks; ranks that share rows have the same."""
+        shared = self.sharing_ranks
+        return rank_order(items, rank=self.rank // shared, world_size=self.world_size // shared)
+
+    def collate(self, rows: Sequence[Row]) -> Batch:
+        """Return the batch of these rows; if ranks share them, this rank's slice of their tokens."""
+        batch = collate(rows, self.shards, self.profile, pad_to_multiple_of=self.pad_multiple)
+        return slice_tokens(batch, self.sequence.index, self.sequence.size) if self.sequence else batch
 
     def plan(self, epoch: int) -> EpochPlan:
         """Return the plan of an epoch; the last one is cached."""
@@ -98,7 +132,7 @@ class Run:
         """Return this rank's rows of a step: every `world_size`-th, as Open-Assistant's sampler assigns them."""
         epoch, positions = self.rows(step)
         plan = self.plan(epoch)
-        return [plan.row(position) for position in rank_order(positions, rank=self.rank, world_size=self.world_size)]
+        return [plan.row(position) for position in self.own_part(positions)]
 
     def batches(self, rows: Sequence[Row]) -> Iterator[Batch]:
         """Yield the micro-batches of this rank's rows."""
@@ -106,7 +140,7 @@ class Run:
         for begin in range(0, len(rows), size):
             cut = rows[begin : begin + size]
             packed = self.profile.layout == "packed"
-            yield collate([join_rows(cut)] if packed else cut, self.shards, self.profile)
+            yield self.collate([join_rows(cut)] if packed else cut)
 
 
 def learning_rate(profile: TrainParams, applied: int, *, total_steps: int) -> float:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ropeway.data.batches import Batch, Piece, Row, collate
+from ropeway.data.batches import Batch, Piece, Row, collate, slice_tokens
 from ropeway.runtime.errors import ConfigError, TrainingError
 from ropeway.stages.train import checkpoints
 from ropeway.stages.train.loop import forward_backward, to_tensors
@@ -85,7 +85,7 @@ def measure_isolation(run: Run, row: Row) -> Isolation:
 
 def _next_token_losses(run: Run, row: Row, *, joined: bool = False) -> Tensor:
     """Return the losses of all next tokens within the pieces of a row, supervised or not; `joined`: as one sequence."""
-    batch = collate([row], run.shards, run.profile)
+    batch = collate([row], run.shards, run.profile, pad_to_multiple_of=run.pad_multiple)
     inside = np.zeros_like(batch.loss_mask)
     at = 0
     for piece in row:
@@ -93,9 +93,10 @@ def _next_token_losses(run: Run, row: Row, *, joined: bool = False) -> Tensor:
         inside[0, at : at + length - 1] = True
         at += length
     positions = np.arange(batch.position_ids.size)[None] if joined else batch.position_ids
-    given = to_tensors(replace(batch, loss_mask=inside, position_ids=positions), run.device)
-    losses: Tensor = run.engine.module(**given)
-    return losses.float().cpu()
+    whole = replace(batch, loss_mask=inside, position_ids=positions)
+    mine = slice_tokens(whole, run.sequence.index, run.sequence.size) if run.sequence else whole
+    losses: Tensor = run.engine.module(**to_tensors(mine, run.device)).float().cpu()
+    return run.sequence.join(losses) if run.sequence else losses
 
 
 def _first_half(piece: Piece) -> Piece:
@@ -134,7 +135,7 @@ def run_worst_step(run: Run, save: Callable[[], Path]) -> str:
     saved = save()
     worst = longest_rows(run, run.profile.per_device_train_batch_size)
     batches = list(run.batches(worst)) * run.accumulation_steps
-    width = batches[0].input_ids.shape[1]
+    width = batches[0].input_ids.shape[1] * run.sharing_ranks
     try:
         loss, applied, skipped = _run_steps(run, batches)
     except torch.OutOfMemoryError as error:
