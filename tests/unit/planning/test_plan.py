@@ -64,7 +64,7 @@ def test_ranks_that_share_rows_count_as_one_in_the_accumulation(published):
     assert accumulation_steps(shared, 8) == load_of(shared).accumulation_steps == 32
     with pytest.raises(ConfigError, match="sequence_parallel is 4, which does not divide 6 ranks"):
         accumulation_steps(shared, 6)
-    with pytest.raises(ConfigError, match="sequence_parallel is 3, over which 40 query heads .* possible are 1, 2, 4"):
+    with pytest.raises(ConfigError, match=r"sequence_parallel is 3, over which 40 query heads .* possible are 1, 2, 4"):
         load_of(published.model_copy(update={"sequence_parallel": 3}))
 
 
