@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # uv installs no bytecode files. The first import of a module writes them, so later processes do not compile it again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup lock run test test-unit test-slow test-loaders test-lm-eval test-floors test-browser test-docs check docs ui chaos bench bench-packing bench-plan bench-prepare bench-evaluate bench-registry bench-rehearsal bench-train bench-checkpoint bench-opening bench-gpu test-gpu chaos-registry clean
+.PHONY: help setup lock run test test-unit test-slow test-loaders test-lm-eval test-families test-floors test-browser test-docs check docs ui chaos bench bench-packing bench-plan bench-prepare bench-evaluate bench-registry bench-rehearsal bench-train bench-checkpoint bench-opening bench-gpu test-gpu chaos-registry clean
 .DEFAULT_GOAL := help
 
 help:
@@ -18,6 +18,7 @@ help:
 	@echo "make test-slow  tests that need whole runs: reproduction, ten kills, edits during dvc repro, all ZeRO stages"
 	@echo "make test-loaders  load the package in transformers 4.31 and 4.46 (installs them)"
 	@echo "make test-floors  run the tests of training with the lowest versions that pyproject.toml allows (installs 4.7 GB)"
+	@echo "make test-families  train, resume, evaluate and package tiny models of many families"
 	@echo "make test-lm-eval  run tasks of lm-evaluation-harness offline (installs it, 190 MB)"
 	@echo "make ui      start the Prefect UI for the runs of this workspace on http://127.0.0.1:4200"
 	@echo "make test-browser  review a version in a real browser (installs Playwright and, if missing, chromium)"
@@ -106,6 +107,10 @@ test-unit: $(VENV)/.ready-test
 
 test-slow: $(VENV)/.ready-test
 	$(BIN)/pytest -q -m slow tests
+
+# Whole runs of tiny models of many families; the table goes to docs/measured/families.json.
+test-families: $(VENV)/.ready-test
+	ROPEWAY_FAMILIES_TABLE=1 $(BIN)/pytest -q -m "families or not families" tests/pipeline/test_families.py
 
 test-browser: $(VENV)/.ready-browser
 	$(BIN)/pytest -q -m browser tests/pipeline/test_browser_review.py

@@ -252,8 +252,8 @@ def start_engine(scale: Scale, shape: Facts, *, ranks: int = 1, rank: int = 0, l
     from ropeway.config.load_params import load_profile
     from ropeway.models.attention import Heads, choose_attention, register_attention
     from ropeway.models.fused import apply_liger
+    from ropeway.models.supervised_loss import SupervisedLoss
     from ropeway.stages.train.deepspeed_config import check_optimizer, parse_deepspeed_json, plan_deepspeed
-    from ropeway.stages.train.loss import SupervisedLoss
     from ropeway.stages.train.model import enable_checkpointing, trainable_parameters
 
     join_group(rank, ranks, scale)
@@ -527,8 +527,8 @@ def isolation(scale: Scale) -> Facts:
     from ropeway.config.load_params import load_profile
     from ropeway.data.shards import open_shards
     from ropeway.models.attention import Heads, choose_attention, register_attention
+    from ropeway.models.supervised_loss import SupervisedLoss
     from ropeway.runtime.workspace import Workspace
-    from ropeway.stages.train.loss import SupervisedLoss
     from ropeway.stages.train.training_run import Run
     from ropeway.stages.train.warm_up import measure_isolation
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ropeway.stages.train.loss import CHUNK_POSITIONS, chunked_losses
+from ropeway.models.supervised_loss import CHUNK_POSITIONS, chunked_losses
 
 POSITIONS, HIDDEN, VOCABULARY = 4096, 192, 32_016  # 4,096 x 32,016 logits in fp32 are 500 MiB
 

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, masking_utils
 from transformers.utils.hub import convert_file_size_to_int
 
 from ropeway.config.zero import parse_zero_section
+from ropeway.models import supervised_loss
 from ropeway.planning.memory import CHUNK_POSITIONS, Load, Sizes, plan_activations
 from ropeway.planning.phases import EXPORT_FILE_BYTES, live_weight_bytes, plan_host, plan_phases
 from ropeway.stages.train import loss
@@ -75,7 +76,7 @@ def test_states_of_stage_2_are_those_of_deepspeeds_estimator(ranks, offload):
 def test_states_of_stage_3_are_those_of_deepspeeds_estimator_but_for_what_is_gathered(ranks, optimizer, parameters):
     zero = replace(parse_zero_section({"stage": 3}), offload_optimizer=optimizer, offload_parameters=parameters)
     load = load_of(PUBLISHED, ranks=ranks, zero=zero)
-    largest = PUBLISHED.layer_parameters
+    largest = sum(PUBLISHED.layer_weights)
     _, gpu, gathered = estimate_zero3_model_states_mem_needs(
         PUBLISHED.parameters, largest, ranks, cpu_offload=optimizer, cpu_offload_params=parameters
     )
@@ -94,7 +95,7 @@ def test_the_export_writes_files_of_the_size_that_is_planned():
 
 
 def test_the_loss_works_in_chunks_of_the_size_that_is_planned():
-    assert loss.CHUNK_POSITIONS == CHUNK_POSITIONS
+    assert supervised_loss.CHUNK_POSITIONS == CHUNK_POSITIONS
 
 
 @pytest.mark.parametrize("sizes", [PUBLISHED, SMALL, GROUPED], ids=["published", "small", "grouped"])
@@ -178,7 +179,7 @@ def measure_peak(load):
         ids, positions = ids.reshape(1, -1), positions.reshape(1, -1)
     # Every position counts; by number, since tensors without values cannot say how many a mask of booleans picks.
     mask = (torch.arange(len(ids)).repeat_interleave(ids.shape[1]), torch.arange(ids.shape[1]).repeat(len(ids)))
-    wrapped = loss.SupervisedLoss(model)
+    wrapped = supervised_loss.SupervisedLoss(model)
     with Peak([*model.parameters(), *model.buffers(), ids, positions, *mask]) as peak:
         losses = wrapped(input_ids=ids, position_ids=positions, targets=ids, loss_mask=mask)
         loss.micro_batch_loss(losses).backward()

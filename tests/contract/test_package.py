@@ -210,7 +210,7 @@ def test_a_dropped_factor_is_found(copy, made):
     with pytest.raises(DataError) as caught:
         check_package(copy, made[2])
     assert "config.json, rope_scaling: expected {'type': 'linear', 'factor': 2.0}, found None" in str(caught.value)
-    assert "RoPE frequencies of the loaded model: expected [0.5, 0.05" in str(caught.value)
+    assert "RoPE frequencies (inv_freq): expected [0.5, 0.05" in str(caught.value)
     assert re.search(r"logit of token \d+ at position \d+ of the probe: expected -?[\d.]+, found", str(caught.value))
 
 

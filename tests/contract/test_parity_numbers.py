@@ -8,9 +8,10 @@ import torch
 
 from ropeway.data.batches import Batch
 from ropeway.models.rope import build_scaling
+from ropeway.models.supervised_loss import chunked_losses
 from ropeway.stages.base.stage import plan_vocabulary
 from ropeway.stages.evaluate.token_scores import Score, sum_batch
-from ropeway.stages.train.loss import chunked_losses, micro_batch_loss, token_loss
+from ropeway.stages.train.loss import micro_batch_loss, token_loss
 from ropeway.stages.train.training_run import learning_rate
 from tests.support.vectors import cases, compared, published, same, vectors
 
@@ -70,17 +71,19 @@ def test_every_step_has_the_learning_rate_that_deepspeed_0_19_gives_it(name, cas
     close("lr", found, expected, 1e-12)
 
 
-class Oracle:
+class Oracle(torch.nn.Module):
     """A model that is sure of the predictions it was given, in the shape of transformers'."""
 
     base_model_prefix, device = "model", "cpu"
 
     def __init__(self, predictions):
+        super().__init__()
+        self.model = torch.nn.Module()
         states = torch.nn.functional.one_hot(torch.tensor(predictions)).float()
-        self.model = lambda **_: SimpleNamespace(last_hidden_state=states)
+        self.model.forward = lambda **_: SimpleNamespace(last_hidden_state=states)
 
-    def get_output_embeddings(self):
-        return torch.nn.Identity()
+    def forward(self, **_):
+        return SimpleNamespace(logits=self.model().last_hidden_state)
 
 
 @pytest.mark.parametrize(("name", "case"), cases("metric"))

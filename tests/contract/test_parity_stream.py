@@ -19,12 +19,13 @@ from ropeway.data.raw_records import RawWriter
 from ropeway.data.shards import open_shards
 from ropeway.models.chat_template import OPEN_ASSISTANT
 from ropeway.models.rope import build_scaling
+from ropeway.models.supervised_loss import SupervisedLoss
 from ropeway.models.tokenizer import count_tokens, open_tokenizer
 from ropeway.runtime.manifest import write_manifest
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.base.stage import plan_vocabulary
 from ropeway.stages.evaluate.token_scores import sum_batch
-from ropeway.stages.train.loss import SupervisedLoss, micro_batch_loss
+from ropeway.stages.train.loss import micro_batch_loss
 from tests.support.tokenizing import tokenize_and_prepare
 from tests.support.vectors import TOKENIZER, bits, compared, conversation, published, same, sha256, vectors
 

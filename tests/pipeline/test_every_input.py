@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,74 +9,30 @@ from ruamel.yaml import YAML
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from ropeway.config.load_params import load_profile
-from ropeway.orchestration.publish import publish_package
-from ropeway.orchestration.revision import Revision
-from ropeway.orchestration.stage_process import STAGE_NAMES, execute_stage, write_identity
+from ropeway.orchestration.stage_process import execute_stage, write_identity
 from ropeway.registry import Registry
 from ropeway.reporting.evidence import open_case
 from ropeway.reporting.review_report import render_review
 from ropeway.runtime.errors import ConfigError, DataError
-from ropeway.runtime.workspace import Workspace
 from ropeway.storage.s3_client import make_client, split_url
-from tests.support import forked, tiny_gguf
+from tests.support import tiny_gguf
 from tests.support.archives import gz
 from tests.support.hub_world import COMMIT, REPO, Hub, point_at, serve_hub
-from tests.support.main_job import make_main_job
 from tests.support.tiny_run import PARITY
 from tests.support.web import serve_files
-
-WORDS = [
-    "the",
-    "sun",
-    "is",
-    "hot",
-    "and",
-    "the",
-    "sea",
-    "is",
-    "wide,",
-    "so",
-    "we",
-    "sail",
-    "in",
-    "the",
-    "morning",
-    "when",
-    "it",
-    "is",
-    "calm",
-]
-SHAPE = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "vocab_size": 2000,
-    "max_position_embeddings": 64,
-    "rope_theta": 10000.0,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-}
-
-
-def say(number, count):
-    return " ".join(WORDS[(number * 7 + at * (number % 5 + 1)) % len(WORDS)] for at in range(count))
-
-
-def jsonl(rows):
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
-
+from tests.support.whole_run import (
+    CHAT,
+    CHATS,
+    SHAPE,
+    TEXT,
+    TEXTS,
+    jsonl,
+    make_workspace,
+    rewrite,
+    run_all,
+)
 
 SECRET = "hunter2hunter2"  # noqa: S105 - of a fake server
-CHATS = [
-    {"messages": [{"role": "user", "content": f"{n}? {say(n, 5)}"}, {"role": "assistant", "content": say(n + 50, 8)}]}
-    for n in range(40)
-]
-TEXTS = [{"text": f"Part {n}. " + say(n, 60)} for n in range(30)]
-CHAT = {"rows": "messages", "columns": {}, "expected_rows": None}
-TEXT = {"rows": "text", "columns": {}, "expected_rows": None}
 
 
 def scratch(_folder, _monkeypatch):
@@ -125,28 +80,6 @@ def in_package(root, monkeypatch):
     base = {"kind": "gguf", "package": tiny_gguf.PACKAGE, "file": tiny_gguf.FILE}
     told = f"{tiny_gguf.FILE} in the Python package {tiny_gguf.PACKAGE} (version {tiny_gguf.VERSION})"
     return {"base": base, "model_name": "tiny", "expected_model": tiny_gguf.SHAPE}, told
-
-
-def make_workspace(root, sources, changes):
-    """Return a workspace of one profile with these sources, each in the mixture, and other values."""
-    job = make_main_job(root)
-    yaml = YAML(typ="safe", pure=True)
-    path = job.root / "params.yaml"
-    block = dict(yaml.load(path.read_text())["tiny"])
-    block |= {
-        "max_length": 96,
-        **changes,
-        "sources": sources,
-        "datasets": [{name: {"max_val_set": 4}} for name in sources],
-        "evaluation": {**block["evaluation"], "passkey": {"lengths": [768], "depths": [0.5], "repeats": 1}},
-        "num_train_epochs": 1,
-        "global_batch_size": 16,
-        "per_device_train_batch_size": 4,
-        "contamination": {**block["contamination"], "prompts": []},
-    }  # fmt: skip
-    with path.open("w") as file:
-        YAML().dump({"profile": "tiny", "tiny": block}, file)
-    return Workspace(job.root, "tiny")
 
 
 @pytest.mark.parametrize(
@@ -223,29 +156,6 @@ def plain(text):
     for mark in "\\`*":
         text = text.replace(mark, "")
     return text
-
-
-def rewrite(workspace, changes):
-    yaml = YAML()
-    path = workspace.root / "params.yaml"
-    tree = yaml.load(path.read_text())
-    tree["tiny"].update(changes)
-    with path.open("w") as file:
-        yaml.dump(tree, file)
-    return workspace
-
-
-def run_all(workspace, monkeypatch):
-    monkeypatch.setenv("ROPEWAY_RANKS", "1")
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    monkeypatch.delenv("ROPEWAY_REGISTRY", raising=False)
-    for module in ("train.stage", "package.stage"):
-        monkeypatch.setattr(f"ropeway.stages.{module}.subprocess", SimpleNamespace(run=forked.run))
-    write_identity(workspace.root)
-    for stage in STAGE_NAMES:
-        execute_stage(workspace.root, stage)
-    _, profile = load_profile(workspace.root / "params.yaml")
-    return publish_package(workspace, profile, Revision("0" * 40, ()), lambda *_: None)
 
 
 @pytest.fixture

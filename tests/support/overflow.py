@@ -28,12 +28,12 @@ def main(root, *cases):
     from ropeway.config.load_params import load_profile
     from ropeway.data.shards import open_shards
     from ropeway.models.attention import Attention
+    from ropeway.models.supervised_loss import SupervisedLoss
     from ropeway.runtime.errors import TrainingError
     from ropeway.runtime.op_build import init_distributed
     from ropeway.runtime.workspace import Workspace
     from ropeway.stages.train.deepspeed_config import plan_deepspeed
     from ropeway.stages.train.loop import train
-    from ropeway.stages.train.loss import SupervisedLoss
     from ropeway.stages.train.model import open_model
     from ropeway.stages.train.training_run import Run
 

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ropeway.stages.train.loss import SupervisedLoss
+from ropeway.models.supervised_loss import SupervisedLoss
 from ropeway.stages.train.model import enable_checkpointing
 
 

@@ -19,15 +19,15 @@ def main(root, changes, *sizes):
 
     from ropeway.config.load_params import load_profile
     from ropeway.data.shards import open_shards
+    from ropeway.models import supervised_loss
     from ropeway.models.attention import Heads, choose_attention
     from ropeway.models.open_model import read_config
     from ropeway.models.sequence_parallel import join_sequence_group
+    from ropeway.models.supervised_loss import SupervisedLoss
     from ropeway.runtime.op_build import collective_timeout, init_distributed
     from ropeway.runtime.workspace import Workspace
-    from ropeway.stages.train import loss
     from ropeway.stages.train.deepspeed_config import plan_deepspeed
     from ropeway.stages.train.loop import train_step
-    from ropeway.stages.train.loss import SupervisedLoss
     from ropeway.stages.train.model import open_model
     from ropeway.stages.train.training_run import Run
 
@@ -42,7 +42,7 @@ def main(root, changes, *sizes):
     if stage := changes.pop("zero", None):
         named["zero_optimization"] = {"stage": stage, "stage3_param_persistence_threshold": 0}
     if chunk := changes.pop("chunk", None):
-        loss.chunked_losses.__kwdefaults__["chunk"] = chunk
+        supervised_loss.chunked_losses.__kwdefaults__["chunk"] = chunk
     sequence = join_sequence_group(changes.get("sequence_parallel", 1), timeout=collective_timeout())
     groups = ranks // changes.get("sequence_parallel", 1)
     for size in map(int, sizes):

@@ -7,6 +7,7 @@ cannot be older than the code. Nothing here imports Sphinx: the tests read the s
 import ast
 import importlib
 import inspect
+import json
 import re
 import types
 import typing
@@ -359,6 +360,18 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return lines + [f"| {' | '.join(str(cell).replace(chr(10), ' ') for cell in row)} |" for row in rows]
 
 
+def render_families() -> str:
+    """Return the table of model families that `make test-families` ran, from the file that it writes."""
+    rows = json.loads((ROOT / "docs" / "measured" / "families.json").read_text(encoding="utf-8"))
+    lines = ["| `model_type` | special | SDPA | our kernels | packed | layout trained | loss, first to last step |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for row in rows.values():
+        proofs = " | ".join(row["proofs"][way] for way in ("sdpa", "variable length", "packed"))
+        losses = f"{row['first_loss']:.2f} to {row['last_loss']:.2f}"
+        lines.append(f"| `{row['model_type']}` | {row['special']} | {proofs} | {row['layout']} | {losses} |")
+    return "\n".join(lines)
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "params": render_params,
     "commands": render_commands,
@@ -367,6 +380,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "stages": render_stages,
     "files": render_files,
     "formats": render_formats,
+    "families": render_families,
 }
 _MARKER = re.compile(r"(?m)^<!-- generated: ([a-z-]+) -->$")
 

@@ -4,6 +4,7 @@ Keys have no defaults: a pinned run must not change when this module changes. Th
 that the published card omits (None: not stated) and two lists of a source that are empty by default.
 """
 
+import math
 import re
 from collections.abc import Iterable
 from typing import Annotated, Literal, Self
@@ -185,7 +186,17 @@ class Llama3Scaling(Section):
         return self
 
 
-SuperhotConfig = Annotated[StretchScaling | YarnScaling | Llama3Scaling, Field(discriminator="type")]
+class ThetaScaling(Section):
+    """A larger theta instead of scaled positions. Source: Xiong et al. 2023, arXiv:2309.16039."""
+
+    type: Literal["theta"]
+    scale: Scale
+    """Factor by which the context is extended: the export states that many times the base's positions."""
+    rope_theta: Annotated[float, Field(gt=1)]
+    """The theta of training and export, e.g. 500000 for a base with 10000. Must be larger than the base's."""
+
+
+SuperhotConfig = Annotated[StretchScaling | YarnScaling | Llama3Scaling | ThetaScaling, Field(discriminator="type")]
 
 
 class DatasetOptions(Section):
@@ -230,6 +241,8 @@ class ModelShape(Section):
     """Epsilon of RMSNorm."""
     tie_word_embeddings: bool
     """Whether input embedding and output head share weights."""
+    head_dim: Positive | None = None
+    """Size of an attention head. null: `hidden_size` / `num_attention_heads`."""
 
 
 class Lora(Section):
@@ -406,8 +419,9 @@ class BaseParams(Section):
 
     base: Base
     """Kind of the base model; `model_name` identifies it."""
-    expected_model: ModelShape
-    """Shape of the base: `ropeway plan` uses it, stage base compares the model with it, `kind: scratch` creates it."""
+    expected_model: ModelShape | None
+    """Shape of the base: `ropeway plan` uses it, stage base compares the model with it, `kind: scratch` creates it.
+    null: the shape in the base's own config.json."""
     max_length: Length
     model_name: str
     """Folder (`base.kind: folder`) or Hub repository (`hub`) of the base; otherwise only a label."""
@@ -547,12 +561,15 @@ class Profile(PackageParams, TrainParams):
     @model_validator(mode="after")
     def _parts_agree(self) -> Self:
         scale = self.superhot_config.scale if self.superhot else 1
-        reach = self.expected_model.max_position_embeddings * scale
-        # Without superhot the base keeps its own scaling; stage base checks max_length against it.
-        if self.max_length > reach and (self.superhot or isinstance(self.base, ScratchBase)):
+        shape = self.expected_model
+        if shape is None and isinstance(self.base, ScratchBase):
+            raise ValueError("expected_model is null, but base.kind scratch creates a model of its shape; state it")
+        reach = shape.max_position_embeddings * scale if shape else math.inf
+        # Without superhot or shape stage base checks max_length against the base's own config.
+        if shape and self.max_length > reach and (self.superhot or isinstance(self.base, ScratchBase)):
             raise ValueError(
                 f"max_length is {self.max_length} tokens, but expected_model.max_position_embeddings "
-                f"{self.expected_model.max_position_embeddings} x superhot_config.scale {scale:g} allows only "
+                f"{shape.max_position_embeddings} x superhot_config.scale {scale:g} allows only "
                 f"{reach:g} tokens; increase the scale or reduce max_length"
             )
         if self.layout == "packed" and self.document_end == "published":

@@ -1,13 +1,13 @@
-"""Supported model architectures and the names of their parameters. Importing this loads neither torch nor a model.
+"""What config.json says about an architecture, and names of parameters. Importing this loads neither torch nor a model.
 
-Only this module decides whether an architecture is supported. Code that needs a live model is in
-`ropeway.models.open_model`.
+Any dense decoder may be trained; `ropeway.models.proofs` accepts or refuses the live model. Here only those are refused
+whose config says that they are something else.
 """
+
+from collections.abc import Mapping
 
 from ropeway.runtime.errors import ConfigError
 
-# model_type of config.json -> (name for messages, model class of transformers).
-ACCEPTED = {"llama": ("Llama", "LlamaForCausalLM")}
 DEFAULT = "llama"  # model_type of a base of kind scratch
 HEAD_LAYER, EMBEDDING_LAYER = "lm_head", "embed_tokens"
 # Parameter names in a safetensors file.
@@ -33,23 +33,29 @@ def check_heads(query: int, key_value: int, ranks: int) -> None:
         )
 
 
-def check_architecture(model_type: object, *, where: str) -> None:
-    """Raise ConfigError unless this `model_type` is supported.
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
+_OTHER_INPUTS = ("vision_config", "audio_config", "speech_config", "image_token_id", "audio_token_id")
+
+
+def check_architecture(config: Mapping[str, object], *, where: str) -> None:
+    """Raise ConfigError if a config.json describes a model that is not a dense decoder of text.
 
     Args:
-        model_type: As config.json states it.
+        config: The parsed config.json.
         where: Name of the model for the message.
     """
-    if class_name(model_type) is None:
-        nouns = " or ".join(noun for noun, _ in ACCEPTED.values())
-        raise ConfigError(f"{where}: expected a {nouns}, found model_type {model_type!r}")
-
-
-def class_name(model_type: object) -> str | None:
-    """Return the class name for `architectures` in config.json; None if the type is not supported."""
-    return ACCEPTED[model_type][1] if isinstance(model_type, str) and model_type in ACCEPTED else None
-
-
-def is_embedding_or_head(name: str) -> bool:
-    """Return whether a parameter belongs to the input embedding or the output head."""
-    return EMBEDDING_LAYER in name or name.startswith(HEAD_LAYER)
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or not kind:
+        raise ConfigError(f"{where}: expected a model_type, found {kind!r}; it is not a config.json of transformers")
+    if config.get("is_encoder_decoder"):
+        raise ConfigError(f"{where}: {kind} is an encoder-decoder; only decoder-only language models can be trained")
+    if experts := [name for name in _EXPERTS if isinstance(count := config.get(name), int) and count > 1]:
+        raise ConfigError(
+            f"{where}: {kind} is a mixture of experts ({experts[0]}: {config[experts[0]]}); only dense models can be "
+            "trained"
+        )
+    if inputs := [name for name in _OTHER_INPUTS if config.get(name) is not None]:
+        raise ConfigError(
+            f"{where}: {kind} is multimodal ({inputs[0]}); only language models of text can be trained. If its text "
+            "model is published alone, use that"
+        )

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,9 +23,44 @@ from ropeway.models.sequence_parallel import SequenceGroup
 from ropeway.runtime.errors import ConfigError
 
 VARLEN = "ropeway_varlen"  # name of this backend in transformers' AttentionInterface
-# (q, k, v, cu_seqlens, longest, scale) -> out; q `(B*T, H, D)`, k and v `(B*T, K, D)`, causal within each sequence.
-Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, int, float | None], Tensor]
+# Arguments of transformers' attention interface that do not change the result of causal attention without a mask.
+_WITHOUT_EFFECT = frozenset((
+    "position_ids", "use_cache", "cache_position", "past_key_value", "past_key_values", "output_attentions",
+    "output_hidden_states", "return_dict", "output_router_logits", "num_items_in_batch", "position_embeddings",
+))  # fmt: skip
+
+
+class Kernel(Protocol):
+    """Causal attention within each sequence."""
+
+    def __call__(  # noqa: PLR0913 - the arguments of variable-length kernels
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu: Tensor,
+        longest: int,
+        scale: float | None,
+        *,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """Return `(B*T, H, D)` attention of `(B*T, H, D)` queries, `(B*T, K, D)` keys and values.
+
+        Args:
+            q: Queries.
+            k: Keys.
+            v: Values.
+            cu: `(S + 1,)` int32, where each sequence begins, and the end.
+            longest: Tokens of the longest sequence.
+            scale: Factor of the scores; None: 1 / sqrt(D).
+            window: Positions that a query sees, itself included; None: all before it.
+            softcap: Scores s become softcap x tanh(s / softcap); None: they stay.
+        """
+
+
 PROBE_LENGTHS = (40, 1, 87)  # tokens of the sequences with which a flash kernel is checked
+PROBE_WINDOW = 16  # window of that check, for models with sliding windows
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,16 +87,29 @@ class Attention:
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """The attention heads of a model: H query heads, K key-value heads, head size D."""
+    """The attention heads of a model: H query heads, K key-value heads, head size D.
+
+    Attributes:
+        has_window: Whether some layers see a window of positions only.
+        softcap: The cap of the scores; None: none.
+    """
 
     query: int
     key_value: int
     size: int
+    has_window: bool = False
+    softcap: float | None = None
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> "Heads":
         """Return the heads that a model's config.json states."""
-        return cls(config.num_attention_heads, config.num_key_value_heads, head_dim(config))
+        return cls(
+            query=config.num_attention_heads,
+            key_value=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+            size=head_dim(config),
+            has_window=bool(getattr(config, "sliding_window", None)),
+            softcap=getattr(config, "attn_logit_softcapping", None),
+        )
 
 
 def choose_attention(profile: WeightParams, heads: Heads, device: torch.device) -> Attention:
@@ -75,11 +123,11 @@ def choose_attention(profile: WeightParams, heads: Heads, device: torch.device) 
             kernel works with these heads on this GPU.
     """
     if device.type == "cpu":  # torch.cuda.is_available is no test: DS_ACCELERATOR=cpu leaves a GPU unused
-        if profile.layout == "packed" or profile.sequence_parallel > 1:
+        if profile.layout == "packed" or profile.sequence_parallel > 1 or heads.softcap is not None:
             return Attention(profile.use_flash_attention, "sdpa sequence by sequence (cpu)", attend_each)
         return Attention(profile.use_flash_attention, "sdpa (cpu)")
     if not profile.use_flash_attention:
-        if profile.sequence_parallel > 1:
+        if profile.sequence_parallel > 1 or heads.softcap is not None:  # transformers' SDPA has no soft cap
             return Attention(requested_flash=False, effective="sdpa sequence by sequence (cuda)", kernel=attend_each)
         return Attention(requested_flash=False, effective="sdpa (cuda)")
     if profile.dtype == "fp32":
@@ -121,14 +169,18 @@ def kernel_fault(kernel: Kernel, heads: Heads, dtype: torch.dtype, device: torch
     rounded = [part.to(device, dtype) for part in inputs]
     ends = torch.tensor([0, *PROBE_LENGTHS]).cumsum(0).to(device, torch.int32)
     joined = torch.tensor([0, tokens], dtype=torch.int32, device=device)
+    options: dict[str, Any] = {"window": PROBE_WINDOW} if heads.has_window else {}
+    if heads.softcap is not None:
+        options["softcap"] = heads.softcap
+    probed, exactly = partial(kernel, **options), partial(attend_each, **options)
     try:
-        found = _output_and_gradients(kernel, rounded, weights.to(device, dtype), ends, max(PROBE_LENGTHS))
+        found = _output_and_gradients(probed, rounded, weights.to(device, dtype), ends, max(PROBE_LENGTHS))
     except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
         return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     exact = [part.float() for part in rounded]
     upstream = weights.to(device, dtype).float()
-    expected = _output_and_gradients(attend_each, exact, upstream, ends, max(PROBE_LENGTHS))
-    mistaken = _output_and_gradients(attend_each, exact, upstream, joined, tokens)
+    expected = _output_and_gradients(exactly, exact, upstream, ends, max(PROBE_LENGTHS))
+    mistaken = _output_and_gradients(exactly, exact, upstream, joined, tokens)
     for name, mine, right, wrong in zip(
         ("output", *(f"gradient of {x}" for x in "qkv")), found, expected, mistaken, strict=True
     ):
@@ -141,7 +193,7 @@ def kernel_fault(kernel: Kernel, heads: Heads, dtype: torch.dtype, device: torch
 
 
 def _output_and_gradients(
-    kernel: Kernel, inputs: list[Tensor], weights: Tensor, ends: Tensor, longest: int
+    kernel: Callable[..., Tensor], inputs: list[Tensor], weights: Tensor, ends: Tensor, longest: int
 ) -> list[Tensor]:
     """Return the output and the gradients of q, k and v, each detached; `weights` is the gradient of the output."""
     query, key, value = leaves = [part.detach().requires_grad_() for part in inputs]
@@ -175,8 +227,21 @@ def flash_attention_2(*, deterministic: bool) -> tuple[str, Kernel]:
 def _from_flash_attn(function: Callable[..., Any], *, deterministic: bool) -> Kernel:
     options: dict[str, Any] = {"causal": True, "deterministic": deterministic}
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float | None) -> Tensor:
-        return _only_output(function(q, k, v, cu, cu, longest, longest, softmax_scale=scale, **options))
+    def attend(  # noqa: PLR0913 - as `Kernel`
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu: Tensor,
+        longest: int,
+        scale: float | None,
+        *,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        more: dict[str, Any] = {} if softcap is None else {"softcap": softcap}
+        if window is not None:
+            more["window_size"] = (window - 1, 0)
+        return _only_output(function(q, k, v, cu, cu, longest, longest, softmax_scale=scale, **options, **more))
 
     return attend
 
@@ -191,8 +256,20 @@ def torch_varlen(**_: bool) -> tuple[str, Kernel]:
 
     grouping = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float | None) -> Tensor:
-        options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0)}
+    def attend(  # noqa: PLR0913 - as `Kernel`
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu: Tensor,
+        longest: int,
+        scale: float | None,
+        *,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        if softcap is not None:
+            raise NotImplementedError("it has no soft cap of scores")
+        options: dict[str, Any] = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
         if (repeats := q.shape[1] // k.shape[1]) > 1:
             if grouping:
                 options["enable_gqa"] = True
@@ -223,14 +300,42 @@ FLASH_KERNELS: tuple[tuple[str, Callable[..., tuple[str, Kernel]]], ...] = (
 )
 
 
-def attend_each(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, _longest: int, scale: float | None) -> Tensor:
+def attend_each(  # noqa: PLR0913 - as `Kernel`
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu: Tensor,
+    longest: int,  # noqa: ARG001 - of flash kernels
+    scale: float | None,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
     """Return the attention of each sequence, computed with SDPA: the CPU substitute of a flash kernel."""
     lengths = (cu[1:] - cu[:-1]).tolist()
     sequences = zip(*(part.transpose(0, 1)[None].split(lengths, dim=2) for part in (q, k, v)), strict=True)
-    grouped = q.shape[1] != k.shape[1]
-    sdpa = torch.nn.functional.scaled_dot_product_attention
-    outs = [sdpa(a, b, c, is_causal=True, scale=scale, enable_gqa=grouped) for a, b, c in sequences]
+    outs = [_attend(*parts, scale=scale, window=window, softcap=softcap) for parts in sequences]
     return torch.cat(outs, dim=2)[0].transpose(0, 1)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, window: int | None, softcap: float | None
+) -> Tensor:
+    """Return the causal attention of one sequence: `(1, H, T, D)` queries, `(1, K, T, D)` keys and values."""
+    length, grouped = q.shape[2], q.shape[1] != k.shape[1]
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    if softcap is None and (window is None or length <= window):
+        return sdpa(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+    at = torch.arange(length, device=q.device)
+    distance = at[:, None] - at
+    seen = (distance >= 0) & (distance < (window or length))
+    if softcap is None:
+        return sdpa(q, k, v, attn_mask=seen, scale=scale, enable_gqa=grouped)
+    repeats = q.shape[1] // k.shape[1]
+    k, v = (part.repeat_interleave(repeats, dim=1) for part in (k, v))
+    scores = q @ k.transpose(2, 3) * (q.shape[3] ** -0.5 if scale is None else scale)
+    capped = (softcap * torch.tanh(scores / softcap)).masked_fill(~seen, -torch.inf)
+    return torch.softmax(capped, dim=-1, dtype=torch.float32).to(q.dtype) @ v
 
 
 def borders(position_ids: Tensor) -> tuple[Tensor, int]:
@@ -245,32 +350,47 @@ def borders(position_ids: Tensor) -> tuple[Tensor, int]:
     return ends, int((ends[1:] - ends[:-1]).max())
 
 
-def varlen_attention(
+def varlen_attention(  # noqa: PLR0913 - the arguments of transformers' interface
     _module: torch.nn.Module,
     *given: Any,  # noqa: ANN401 - query, key, value, attention_mask, as transformers passes them
     kernel: Kernel,
-    cu_seqlens: Tensor,
-    longest: int,
+    cu_seqlens: Tensor | None = None,
+    longest: int = 0,
     scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = True,
     sequence: SequenceGroup | None = None,
-    **_: Any,  # noqa: ANN401 - other arguments that transformers passes to every backend
+    **others: Any,  # noqa: ANN401 - what transformers passes to every backend, and what a family adds
 ) -> tuple[Tensor, None]:
     """Return `(B, T, H, D)` attention of `(B, H, T, D)` queries, `(B, K, T, D)` keys and values.
 
     With `sequence`, T are this rank's tokens of rows that the group shares; `cu_seqlens` are of whole rows.
 
     Raises:
-        ConfigError: `attention_mask` is not None; the kernel would silently ignore it.
+        ConfigError: A mask, dropout or an argument of a family's own that the kernel would silently ignore.
     """
     *parts, attention_mask = given
     if attention_mask is not None:
         raise ConfigError(
             "attention: expected no attention_mask with cu_seqlens, found one; pass rows without attention_mask"
         )
+    if cu_seqlens is None:
+        raise ConfigError("attention: the model's code does not pass the boundaries of sequences on to its attention")
+    unknown = [name for name, value in others.items() if value is not None and name not in _WITHOUT_EFFECT]
+    unknown += [f"dropout {dropout:g}"] if dropout else []
+    unknown += ["no causal order"] if is_causal is False else []
+    if unknown:
+        raise ConfigError(
+            f"attention: this model's attention has {', '.join(unknown)}, which the kernels of this project do not have"
+        )
     by_token = [part.transpose(1, 2) for part in parts]
     if sequence is not None:
         by_token = sequence.to_heads(by_token)
     batch, length, _heads, _size = by_token[0].shape
     query, key, value = (part.flatten(0, 1) for part in by_token)
-    out = kernel(query, key, value, cu_seqlens, longest, scaling).unflatten(0, (batch, length))
+    stated = {"window": sliding_window, "softcap": softcap}
+    options: dict[str, Any] = {name: value for name, value in stated.items() if value is not None}
+    out = kernel(query, key, value, cu_seqlens, longest, scaling, **options).unflatten(0, (batch, length))
     return out if sequence is None else sequence.to_tokens(out), None

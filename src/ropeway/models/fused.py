@@ -1,6 +1,6 @@
 """Liger's fused GPU kernels for RMSNorm, RoPE and the gated MLP, checked against the model's own layers before use.
 
-Logits and loss stay this project's own (`stages/train/loss.py`).
+Logits and loss stay this project's own (`models/supervised_loss.py`).
 """
 
 import copy

@@ -1,13 +1,13 @@
 """LoRA adapters through peft: added before training, merged into the weights before export."""
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from ropeway.config.params import WeightParams
-from ropeway.models.architectures import is_embedding_or_head
 from ropeway.runtime.errors import ConfigError
 
 
-def add_adapters(model: nn.Module, profile: WeightParams) -> None:
+def add_adapters(model: PreTrainedModel, profile: WeightParams) -> None:
     """Add LoRA layers to a model in place and freeze the other weights, if `peft_model` is true.
 
     A is drawn from torch's global generator, which the caller seeds; B is zero, so the model equals the base at first.
@@ -31,8 +31,10 @@ def add_adapters(model: nn.Module, profile: WeightParams) -> None:
         LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.target_modules),
         model,
     )
+    tables = (model.get_input_embeddings(), model.get_output_embeddings()) if lora.train_embeddings else ()
+    trained = {id(parameter) for table in tables for parameter in table.parameters()}
     for name, parameter in model.named_parameters():
-        parameter.requires_grad = "lora_" in name or (lora.train_embeddings and is_embedding_or_head(name))
+        parameter.requires_grad = "lora_" in name or id(parameter) in trained
 
 
 def merge_adapters(model: nn.Module) -> None:

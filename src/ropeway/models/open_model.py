@@ -1,21 +1,24 @@
 """Load and create causal models of transformers, and access their parts.
 
-Stages get the backbone, the output head and the rotary module of a model from here. `ropeway.models.architectures`
-decides which architectures are supported.
+Stages get the backbone, the logits and the RoPE frequencies of a model from here. `ropeway.models.proofs` decides
+whether a model can be trained.
 """
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from ropeway.models.architectures import ACCEPTED, DEFAULT
+from ropeway.models.architectures import DEFAULT, check_architecture
+from ropeway.models.rope import OwnFrequencies, main_parameters
+from ropeway.runtime.errors import ConfigError
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -24,8 +27,19 @@ LoadingInfo = Mapping[str, Collection[str]]  # transformers' missing_keys, unexp
 
 
 def read_config(folder: Path, options: Mapping[str, object]) -> PreTrainedConfig:
-    """Return the config of a folder; `options` are passed to transformers, e.g. `gguf_file`."""
-    return AutoConfig.from_pretrained(folder, **options)
+    """Return the config of a folder; `options` are passed to transformers, e.g. `gguf_file`.
+
+    Raises:
+        ConfigError: This version of transformers cannot read it.
+    """
+    try:
+        return AutoConfig.from_pretrained(folder, **options)
+    except (KeyError, ValueError, TypeError) as error:
+        reason = str(error).strip().partition(". ")[0]
+        raise ConfigError(
+            f"{folder}: transformers {transformers.__version__} cannot read its config.json: {reason}. Models that "
+            "bring code of their own are not supported; for a newer architecture upgrade transformers"
+        ) from error
 
 
 def open_folder(folder: Path, dtype: torch.dtype, *, device: str = "cpu", **options: str) -> PreTrainedModel:
@@ -71,8 +85,17 @@ def load_base_model(
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """Return the model class of transformers for a config with a supported architecture."""
-    named: type[PreTrainedModel] = getattr(transformers, ACCEPTED[config.model_type][1])
+    """Return transformers' causal language model for a config.
+
+    Raises:
+        ConfigError: transformers has none, or the architecture is one that this project cannot train.
+    """
+    check_architecture(config.to_dict(), where=f"model_type {config.model_type}")
+    named: type[PreTrainedModel] | None = AutoModelForCausalLM._model_mapping.get(type(config), None)  # noqa: SLF001
+    if named is None:
+        raise ConfigError(
+            f"model_type {config.model_type}: this version of transformers has no causal language model for it"
+        )
     return named
 
 
@@ -105,21 +128,55 @@ def output_head(model: PreTrainedModel) -> nn.Linear:
     return head
 
 
-class Rotary(Protocol):
-    """The rotary module of a loaded model, of any architecture.
+def compute_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Return `(N, V)` logits of `(N, H)` states of the decoder, as the model's own forward computes them.
 
-    Attributes:
-        inv_freq: `(D/2,)`.
-        attention_scaling: The attention factor.
+    Some families scale or cap what the head returns. Their forward runs here with the given states in place of the
+    decoder's output, so no family has to be known.
     """
+    prefix = model.base_model_prefix
+    decoder = model._modules[prefix]  # noqa: SLF001 - `setattr` would do the same and more slowly
+    model._modules[prefix] = _GivenStates(hidden[None])  # noqa: SLF001
+    try:
+        logits: Tensor = model.forward(inputs_embeds=hidden[None], use_cache=False).logits
+    finally:
+        model._modules[prefix] = decoder  # noqa: SLF001
+    return logits[0]
 
-    inv_freq: torch.Tensor
-    attention_scaling: float
+
+class _GivenStates(nn.Module):
+    """Stands for the decoder of a model and returns these last states."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.output = BaseModelOutputWithPast(last_hidden_state=hidden)
+
+    def forward(self, *_: object, **__: object) -> BaseModelOutputWithPast:
+        return self.output
 
 
-def rotary(model: PreTrainedModel) -> Rotary:
-    """Return the rotary module of a loaded model."""
-    return cast("Rotary", backbone(model).rotary_emb)
+def rotary(model: PreTrainedModel) -> Any:  # noqa: ANN401 - each family has a class of its own
+    """Return the rotary module of a loaded model; raise ConfigError if it has none."""
+    module = getattr(backbone(model), "rotary_emb", None)
+    if module is None:
+        raise ConfigError(
+            f"model_type {model.config.model_type}: the decoder has no rotary embedding (RoPE); models with learned or "
+            "no positions cannot be trained with this project"
+        )
+    return module
+
+
+def live_frequencies(module: nn.Module) -> OwnFrequencies:
+    """Return what a rotary module computes: buffer -> (attention factor, fp32 frequencies).
+
+    Families with another RoPE per layer type have several buffers, e.g. `sliding_attention_inv_freq`.
+    """
+    found = {}
+    for name, buffer in module.named_buffers():
+        if name.endswith("inv_freq") and "original" not in name:
+            factor = getattr(module, name.removesuffix("inv_freq") + "attention_scaling")
+            found[name] = (float(factor), *(float(value) for value in buffer.detach().float().cpu()))
+    return found
 
 
 def head_dim(config: PreTrainedConfig) -> int:
@@ -127,10 +184,41 @@ def head_dim(config: PreTrainedConfig) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def measure_frequencies(config: PreTrainedConfig) -> tuple[float, ...]:
-    """Return the attention factor and the fp32 frequencies that transformers computes from an unmodified config."""
-    module = LlamaRotaryEmbedding(config)
-    return (float(module.attention_scaling), *(float(value) for value in module.inv_freq.float()))
+_EPSILONS = ("rms_norm_eps", "layer_norm_eps", "norm_epsilon", "layer_norm_epsilon", "norm_eps")
+
+
+def read_shape(config: PreTrainedConfig) -> dict[str, object]:
+    """Return a model's shape under the names of `expected_model`; None for what its config does not state."""
+    stated = config.to_dict()
+    names = (
+        "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+        "vocab_size", "max_position_embeddings", "tie_word_embeddings",
+    )  # fmt: skip
+    shape: dict[str, object] = {name: stated.get(name) for name in names}
+    shape["num_key_value_heads"] = shape["num_key_value_heads"] or shape["num_attention_heads"]
+    shape["head_dim"] = head_dim(config)
+    shape["rope_theta"] = main_parameters(config.rope_parameters or {}).get("rope_theta")
+    shape["rms_norm_eps"] = next((stated[name] for name in _EPSILONS if name in stated), None)
+    return shape
+
+
+def layer_weights(model: PreTrainedModel) -> list[list[int]]:
+    """Return the elements of each weight of each layer, in the model's order."""
+    layers = next(part for part in backbone(model).children() if isinstance(part, nn.ModuleList))
+    return [[weight.numel() for weight in layer.parameters()] for layer in layers]
+
+
+def rotary_dim(config: PreTrainedConfig) -> int:
+    """Return how many dimensions of a head RoPE turns: all, or the `partial_rotary_factor` of some families."""
+    stated = (config.rope_parameters or {}).get("partial_rotary_factor")
+    return head_dim(config) if stated is None else int(head_dim(config) * stated)
+
+
+def measure_frequencies(config: PreTrainedConfig) -> OwnFrequencies:
+    """Return the frequencies that transformers computes from an unmodified config, by name of the buffer."""
+    with torch.device("meta"):
+        module = rotary(model_class(config)(deepcopy(config)))
+    return live_frequencies(type(module)(config))
 
 
 @contextmanager

@@ -7,7 +7,7 @@ depends on the name of a kind.
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from ropeway.config.params import BaseParams
 
 Frequencies = NDArray[np.float32]
+OwnFrequencies = Mapping[str, tuple[float, ...]]  # name of a buffer -> (attention factor, frequencies)
+_ONE = "inv_freq"  # name of the buffer of families with one RoPE for all layers
 Settings = tuple[tuple[str, float], ...]
 
 
@@ -69,6 +71,10 @@ class RopeScaling(ABC):
     def inv_freq(self, head_dim: int) -> Frequencies:
         """Return the `(head_dim / 2,)` fp32 frequencies for positions within the base's context."""
 
+    def expected(self, dim: int) -> dict[str, tuple[float, Frequencies]]:
+        """Return (attention factor, frequencies) of each buffer of a model that turns `dim` dimensions of a head."""
+        return {_ONE: (self.attention_factor, self.inv_freq(dim))}
+
     def to_config(self) -> dict[str, object]:
         """Return the complete `rope_parameters` for transformers 5; it drops theta from incomplete ones (5.24)."""
         stated = {"rope_type": self.kind, "rope_theta": self.theta, "factor": self.factor}
@@ -88,7 +94,7 @@ class RopeScaling(ABC):
             "settings": [list(pair) for pair in self.settings],
             "kept": "",
             "positions": 0,
-            "frequencies": [],
+            "frequencies": {},
         }
 
     def _powers(self, head_dim: int) -> Frequencies:
@@ -123,6 +129,22 @@ class DefaultRope(RopeScaling):
 
     def to_legacy_config(self) -> None:
         """Return None, the `rope_scaling` of transformers 4 without scaling."""
+
+
+class ThetaRope(DefaultRope):
+    """A larger theta: all frequencies but the first are lower. Source: Xiong et al. 2023, arXiv:2309.16039."""
+
+    __slots__ = ()
+    kind, stretch, loader = "theta", "theta is larger than the base's, which lowers the frequencies", "4.33.0"
+
+    @property
+    def stated_positions(self) -> int:
+        """The extended context length; readers multiply nothing."""
+        return self.reach
+
+    def to_config(self) -> dict[str, object]:
+        """Return type `default` and the larger theta."""
+        return {"rope_type": DefaultRope.kind, "rope_theta": self.theta}
 
 
 class LinearRope(RopeScaling):
@@ -225,8 +247,8 @@ class BaseModelRope(RopeScaling):
         own_kind: `rope_type` of the base's config.
         stated: The base's `rope_parameters` as JSON.
         positions: The base's `max_position_embeddings`.
-        frequencies: Attention factor, then `head_dim / 2` fp32 frequencies, as transformers computes them from the
-            base's config.
+        frequencies: Buffer -> (attention factor, then its fp32 frequencies), as transformers computes them from the
+            base's config; several where layer types have their own.
     """
 
     stretch: ClassVar[str] = "positions are stretched as the base states it"
@@ -234,7 +256,7 @@ class BaseModelRope(RopeScaling):
     own_kind: str = ""
     stated: str = ""
     positions: int = 0
-    frequencies: tuple[float, ...] = ()
+    frequencies: tuple[tuple[str, tuple[float, ...]], ...] = ()
 
     @property
     def kind(self) -> str:  # type: ignore[override]
@@ -268,12 +290,16 @@ class BaseModelRope(RopeScaling):
 
     @property
     def attention_factor(self) -> float:
-        """The factor that transformers computed."""
-        return self.frequencies[0]
+        """The factor that transformers computed; of the first buffer if there are several."""
+        return self.frequencies[0][1][0]
 
     def inv_freq(self, head_dim: int) -> Frequencies:  # noqa: ARG002 - computed for the base's head size
-        """Return the frequencies that transformers computed."""
-        return np.asarray(self.frequencies[1:], dtype=np.float32)
+        """Return the frequencies that transformers computed; of the first buffer if there are several."""
+        return np.asarray(self.frequencies[0][1][1:], dtype=np.float32)
+
+    def expected(self, dim: int) -> dict[str, tuple[float, Frequencies]]:  # noqa: ARG002 - computed for the base
+        """Return what transformers computed from the base's config."""
+        return {name: (own[0], np.asarray(own[1:], dtype=np.float32)) for name, own in self.frequencies}
 
     def to_config(self) -> dict[str, object]:
         """Return the base's `rope_parameters`."""
@@ -281,19 +307,21 @@ class BaseModelRope(RopeScaling):
         return parameters
 
     def to_legacy_config(self) -> dict[str, object] | None:
-        """Return `rope_scaling` in the format of transformers 4."""
+        """Return `rope_scaling` in the format of transformers 4, which has none for RoPE per layer type."""
+        if has_layer_types(self.to_config()):
+            return None
         if self.kind in (DefaultRope.kind, LinearRope.kind, DynamicRope.kind):
             return build_scaling(self.kind, self.factor, self.theta, self.original).to_legacy_config()
         return _legacy(self.to_config())
 
     def to_json(self) -> dict[str, object]:
         """Return the scaling in the format of `scaling_from_json`."""
-        own = {"kept": self.stated, "positions": self.positions, "frequencies": list(self.frequencies)}
+        own = {"kept": self.stated, "positions": self.positions, "frequencies": dict(self.frequencies)}
         return {**RopeScaling.to_json(self), **own}
 
 
 _KINDS: dict[str, type[RopeScaling]] = {
-    one.kind: one for one in (DefaultRope, LinearRope, DynamicRope, YarnRope, Llama3Rope)
+    one.kind: one for one in (DefaultRope, ThetaRope, LinearRope, DynamicRope, YarnRope, Llama3Rope)
 }
 
 
@@ -313,27 +341,43 @@ def plan_scaling(profile: BaseParams, *, theta: float, original: int) -> RopeSca
         return build_scaling(DefaultRope.kind, 1.0, theta, original)
     stated = profile.superhot_config.model_dump()
     kind, factor = stated.pop("type"), float(stated.pop("scale"))
+    theta = float(stated.pop("rope_theta", theta))
     settings = tuple(sorted((name, float(value)) for name, value in stated.items()))
     return build_scaling(kind, factor, theta, original, settings)
 
 
-def keep_scaling(stated: Mapping[str, Any], positions: int, frequencies: tuple[float, ...]) -> BaseModelRope:
+def keep_scaling(stated: Mapping[str, Any], positions: int, frequencies: OwnFrequencies) -> BaseModelRope:
     """Return the unmodified scaling of a base model.
 
     Args:
-        stated: `rope_parameters` of its config, as loaded by transformers 5.
+        stated: `rope_parameters` of its config, as loaded by transformers 5: one mapping, or one per layer type, of
+            which those of full attention describe the reach.
         positions: Its `max_position_embeddings`.
         frequencies: As in `BaseModelRope`.
     """
+    main = main_parameters(stated)
     return BaseModelRope(
-        factor=float(stated.get("factor") or 1.0),
-        theta=float(stated["rope_theta"]),
-        original=int(stated.get("original_max_position_embeddings") or positions),
-        own_kind=str(stated.get("rope_type", DefaultRope.kind)),
+        factor=float(main.get("factor") or 1.0),
+        theta=float(main["rope_theta"]),
+        original=int(main.get("original_max_position_embeddings") or positions),
+        own_kind=str(main.get("rope_type", DefaultRope.kind)),
         stated=json.dumps(dict(stated), sort_keys=True),
         positions=positions,
-        frequencies=frequencies,
+        frequencies=tuple(frequencies.items()),
     )
+
+
+def has_layer_types(stated: Mapping[str, Any]) -> bool:
+    """Return whether `rope_parameters` are one mapping per layer type."""
+    return "rope_type" not in stated and any(isinstance(value, Mapping) for value in stated.values())
+
+
+def main_parameters(stated: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the `rope_parameters` of all layers, or of those with full attention if layer types differ."""
+    if not has_layer_types(stated):
+        return stated
+    full: Mapping[str, Any] = stated.get("full_attention") or next(iter(stated.values()))
+    return full
 
 
 def scaling_from_json(stated: Mapping[str, Any]) -> RopeScaling:
@@ -342,12 +386,29 @@ def scaling_from_json(stated: Mapping[str, Any]) -> RopeScaling:
     scaling = (float(stated["factor"]), float(stated["theta"]), int(stated["original"]), settings)
     if not stated["kept"]:
         return build_scaling(stated["kind"], *scaling)
-    kept = {"stated": stated["kept"], "positions": stated["positions"], "frequencies": tuple(stated["frequencies"])}
+    own = stated["frequencies"]
+    named = {_ONE: own} if isinstance(own, list) else own  # a list in files written before 2026-12
+    frequencies = tuple((name, tuple(values)) for name, values in named.items())
+    kept = {"stated": stated["kept"], "positions": stated["positions"], "frequencies": frequencies}
     return BaseModelRope(*scaling, own_kind=stated["kind"], **kept)
 
 
 def _legacy(parameters: Mapping[str, object]) -> dict[str, object]:
     return {name: value for name, value in parameters.items() if name not in ("rope_theta", "type")}
+
+
+def frequency_faults(live: OwnFrequencies, expected: Mapping[str, tuple[float, Frequencies]]) -> Iterator[str]:
+    """Yield each buffer whose attention factor or frequencies are not the expected ones."""
+    if live.keys() != expected.keys():
+        yield f"  RoPE buffers: expected {', '.join(sorted(expected))}, found {', '.join(sorted(live))}"
+        return
+    for name, (factor, wanted) in expected.items():
+        found_factor, *values = live[name]
+        found = np.asarray(values, dtype=np.float32)
+        if not math.isclose(factor, found_factor, rel_tol=1e-6):
+            yield f"  RoPE attention factor ({name}): expected {factor:g}, found {found_factor:g}"
+        if found.shape != wanted.shape or not np.allclose(found, wanted, rtol=1e-6, atol=0):
+            yield f"  RoPE frequencies ({name}): expected {wanted[:4].tolist()}…, found {found[:4].tolist()}…"
 
 
 def longest_independent(parameters: Mapping[str, Any], positions: int) -> int | None:
@@ -361,8 +422,9 @@ def longest_independent(parameters: Mapping[str, Any], positions: int) -> int | 
         parameters: `rope_parameters` of a config.
         positions: Its `max_position_embeddings`.
     """
-    if parameters["rope_type"] == DynamicRope.kind:
+    main = main_parameters(parameters)
+    if main["rope_type"] == DynamicRope.kind:
         return positions
-    if parameters["rope_type"] == "longrope":  # only as a base's own scaling
-        return int(parameters.get("original_max_position_embeddings") or positions)
+    if main["rope_type"] == "longrope":  # only as a base's own scaling
+        return int(main.get("original_max_position_embeddings") or positions)
     return None

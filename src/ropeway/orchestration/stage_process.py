@@ -70,7 +70,7 @@ def run_stage(root: Path, name: str, profile: str | None = None) -> int:
         if name == "train":  # here, not in the stage: a changed estimate must not invalidate a trained model
             _, params = load_profile(frozen.params_file, frozen.profile_name)  # memory also depends on keys of base
             zero = read_zero(frozen.text("deepspeed", params.deepspeed_config), params.deepspeed_config)
-            check_memory(params, zero, ranks=count_ranks())
+            check_memory(Workspace(root, frozen.profile_name), params, zero, ranks=count_ranks())
         command = [sys.executable, "-m", "ropeway.cli.main", "execute-stage", name]
         record = root / ".work" / f"{name}.exit.json"
         # Otherwise deepspeed warns on every import. Ranks on other machines choose their device there.

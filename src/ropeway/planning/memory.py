@@ -13,11 +13,13 @@ from ropeway.config.params import Profile
 from ropeway.config.zero import PARTITIONED_STAGE, Zero
 from ropeway.models.architectures import HEAD_LAYER, check_heads
 from ropeway.models.chat_template import choose_template
+from ropeway.planning.shape import MeasuredWeights
+from ropeway.runtime.errors import ConfigError
 
 DTYPE_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 FP32 = 4
 MOMENTS = 8  # Adam's two moments in fp32
-CHUNK_POSITIONS = 1024  # equal to the value in train/loss.py; a test compares them
+CHUNK_POSITIONS = 1024  # equal to the value in models/supervised_loss.py; a test compares them
 GIB = 2**30
 # Assumed, not measured here: CUDA context and libraries 0.5 GiB, NCCL buffers 0.5 GiB, and fragmentation of the caching
 # allocator, 5 % of temporary memory.
@@ -28,7 +30,13 @@ PROCESS_BYTES = 2 * GIB  # assumed, per rank: Python, torch and CUDA libraries i
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Sizes of a Llama model; `vocabulary` is the number of rows of the padded embedding."""
+    """Sizes of a dense decoder.
+
+    Attributes:
+        vocabulary: Rows of the padded embedding.
+        head_dim: Size of a head; 0: `hidden` / `heads`.
+        measured: Weights of the base itself; None: those of a Llama with these sizes.
+    """
 
     hidden: int
     intermediate: int
@@ -37,42 +45,58 @@ class Sizes:
     key_value_heads: int
     vocabulary: int
     tied: bool
+    head_dim: int = 0
+    measured: MeasuredWeights | None = None
 
     @classmethod
-    def of(cls, profile: Profile) -> "Sizes":
-        """Return the sizes of `expected_model` with added tokens and padded vocabulary."""
+    def of(cls, profile: Profile, measured: MeasuredWeights | None = None) -> "Sizes":
+        """Return the sizes of `expected_model` with added tokens and padded vocabulary.
+
+        Raises:
+            ConfigError: `expected_model` is null; see `with_shape`.
+        """
         shape, multiple = profile.expected_model, profile.pad_vocab_to_multiple_of
+        if shape is None:
+            raise ConfigError("expected_model is null; state the shape of the base")
+        rows = -(-(shape.vocab_size + len(choose_template().added_tokens)) // multiple) * multiple
         return cls(
+            head_dim=shape.head_dim or 0,
+            measured=measured,
             hidden=shape.hidden_size,
             intermediate=shape.intermediate_size,
             layers=shape.num_hidden_layers,
             heads=shape.num_attention_heads,
             key_value_heads=shape.num_key_value_heads,
-            vocabulary=-(-(shape.vocab_size + len(choose_template().added_tokens)) // multiple) * multiple,
+            vocabulary=measured.rows if measured else max(shape.vocab_size, rows),
             tied=shape.tie_word_embeddings,
         )
 
     @property
     def key_value(self) -> int:
         """Width of keys and of values."""
-        return self.hidden * self.key_value_heads // self.heads
+        return self.query * self.key_value_heads // self.heads
+
+    @property
+    def query(self) -> int:
+        """Width of queries and of the attention's output."""
+        return self.head_dim * self.heads or self.hidden
 
     @property
     def layer_weights(self) -> tuple[int, ...]:
-        """Elements of each weight of a layer, in the order of transformers' Llama.
+        """Elements of each weight of a layer of a Llama, in the order of transformers.
 
         q, k, v, o, gate, up, down, and the norms before attention and MLP.
 
         Source: Touvron et al. 2023, arXiv:2302.13971; grouped heads: Ainslie et al. 2023, arXiv:2305.13245.
         """
         hidden = self.hidden
-        attention = (hidden * hidden, hidden * self.key_value, hidden * self.key_value, hidden * hidden)
+        attention = (hidden * self.query, hidden * self.key_value, hidden * self.key_value, hidden * self.query)
         return (*attention, *(hidden * self.intermediate,) * 3, hidden, hidden)
 
     @property
-    def layer_parameters(self) -> int:
-        """Weights of one layer."""
-        return sum(self.layer_weights)
+    def all_layer_weights(self) -> tuple[int, ...]:
+        """Elements of each weight of all layers, in the model's order."""
+        return self.measured.layers if self.measured else self.layer_weights * self.layers
 
     @property
     def embedding_parameters(self) -> int:
@@ -82,8 +106,10 @@ class Sizes:
     @property
     def parameters(self) -> int:
         """All weights."""
+        if self.measured:
+            return self.measured.parameters
         tables = self.embedding_parameters * (1 if self.tied else 2)
-        return tables + self.layers * self.layer_parameters + self.hidden
+        return tables + sum(self.all_layer_weights) + self.hidden
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,9 +145,9 @@ class Load:
     zero: Zero
 
     @classmethod
-    def of(cls, profile: Profile, zero: Zero, *, ranks: int) -> "Load":
+    def of(cls, profile: Profile, zero: Zero, *, ranks: int, measured: MeasuredWeights | None = None) -> "Load":
         """Return the work of one rank in a run of this profile; raise ConfigError if ranks cannot share its rows."""
-        sizes = Sizes.of(profile)
+        sizes = Sizes.of(profile, measured)
         check_heads(sizes.heads, sizes.key_value_heads, profile.sequence_parallel)
         adapters, tables = count_adapters(profile, sizes)
         return cls(
@@ -164,7 +190,8 @@ def trained_weights(load: Load) -> list[int]:
     if load.adapters:
         layers = [load.adapters // sizes.layers] * sizes.layers
         return layers if load.trainable == load.adapters else [tables[0], *layers, *tables[1:]]
-    return [tables[0], *sizes.layer_weights * sizes.layers, sizes.hidden, *tables[1:]]
+    others = sizes.parameters - sum(tables) - sum(sizes.all_layer_weights)  # the final norm, and biases of the head
+    return [tables[0], *sizes.all_layer_weights, others, *tables[1:]]
 
 
 def count_adapters(profile: Profile, sizes: Sizes) -> tuple[int, int]:
@@ -177,11 +204,13 @@ def count_adapters(profile: Profile, sizes: Sizes) -> tuple[int, int]:
         return 0, 0
     hidden, key_value, intermediate = sizes.hidden, sizes.key_value, sizes.intermediate
     sides = {
-        "q_proj": 2 * hidden,
+        "q_proj": hidden + sizes.query,
         "k_proj": hidden + key_value,
         "v_proj": hidden + key_value,
-        "o_proj": 2 * hidden,
-        **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), hidden + intermediate),
+        "o_proj": hidden + sizes.query,
+        **dict.fromkeys(("gate_proj", "up_proj", "down_proj", "c_fc", "c_proj"), hidden + intermediate),
+        "qkv_proj": hidden + sizes.query + 2 * key_value,  # fused in some families
+        "gate_up_proj": hidden + 2 * intermediate,
     }
     # Training rejects unknown targets; the head is the only other linear layer.
     adapters = sizes.layers * lora.rank * sum(sides.get(name, 0) for name in lora.target_modules)
@@ -199,9 +228,9 @@ def layer_activation_bytes(load: Load) -> int:
     """
     sizes, width, positions = load.sizes, load.number_bytes, load.positions
     norm = positions * (sizes.hidden * (FP32 + 2 * width) + FP32)
-    key_value = sizes.hidden if load.masked else _key_value_width(load)  # with a mask, key-value heads are repeated
+    key_value = sizes.query if load.masked else _key_value_width(load)  # with a mask, key-value heads are repeated
     outputs = 1 if load.sequence_parallel == 1 else 2  # before and after it is sent back to the tokens' ranks
-    attention = positions * (width * ((1 + outputs) * sizes.hidden + 2 * key_value) + FP32 * sizes.heads)
+    attention = positions * (width * ((1 + outputs) * sizes.query + 2 * key_value) + FP32 * sizes.heads)
     mask = width * positions**2 if load.masked else 0
     frozen = positions * width * sizes.hidden if load.adapters else 0
     mlp = (4 if load.trains_down else 3) * positions * width * sizes.intermediate
@@ -251,7 +280,7 @@ def plan_forward(load: Load) -> int:
     last = 4 * state + FP32 * positions * sizes.hidden + logits
     if load.checkpointing:
         mlp = 2 * state + 3 * width * positions * sizes.intermediate
-        exchange = 4 * state + 3 * width * positions * (sizes.hidden + 2 * _key_value_width(load))
+        exchange = 4 * state + 3 * width * positions * (sizes.query + 2 * _key_value_width(load))
         within = max(mlp, exchange) if load.sequence_parallel > 1 else mlp
         return sizes.layers * state + max(last, within)
     return sizes.layers * layer + last

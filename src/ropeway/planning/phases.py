@@ -244,13 +244,15 @@ def _position(load: Load, index: int) -> tuple[int, int]:
     """
     if load.adapters:  # too small to fill a bucket within the layers
         return load.sizes.layers, 0
-    layers, per_layer = load.sizes.layers, len(load.sizes.layer_weights)
+    layers = load.sizes.layers
+    per_layer = len(load.sizes.all_layer_weights) // layers
     within = index - 1  # the embedding comes first
     if within < 0:
         return layers, 0
     if within >= layers * per_layer:  # final norm or head
         return 0, 0
-    return layers - 1 - within // per_layer, _RELEASED[within % per_layer]
+    released = _RELEASED[within % per_layer] if per_layer == len(_RELEASED) else max(_RELEASED)
+    return layers - 1 - within // per_layer, released
 
 
 _RELEASED = (4, 4, 4, 4, 2, 2, 1, 4, 1)  # q, k, v, o, gate, up, down, norms before attention and MLP

@@ -35,6 +35,7 @@ from ropeway.planning.budget import (
 )
 from ropeway.planning.memory import GIB, Load, checkpoint_bytes
 from ropeway.planning.phases import certain_bytes, plan_gpu, plan_host, worst_phase
+from ropeway.planning.shape import measured_weights, with_shape
 from ropeway.runtime.devices import detect_gpus
 from ropeway.runtime.errors import ConfigError
 from ropeway.runtime.manifest import NAME
@@ -128,9 +129,10 @@ def plan_run(workspace: Workspace, profile: Profile, *, ranks: int, request: Pla
     Raises:
         ConfigError: The ranks do not divide the batch, or the DeepSpeed JSON, card or MFU is invalid.
     """
-    request = request or PlanRequest()
+    request, profile = request or PlanRequest(), with_shape(workspace, profile)
     named = read_texts(workspace.root, [profile.deepspeed_config], key="deepspeed_config")
-    load = Load.of(profile, read_zero(named[profile.deepspeed_config], profile.deepspeed_config), ranks=ranks)
+    zero = read_zero(named[profile.deepspeed_config], profile.deepspeed_config)
+    load = Load.of(profile, zero, ranks=ranks, measured=measured_weights(workspace, profile.expected_model))
     counted = count_epoch_data(workspace, profile)
     disk, unknown = _plan_disk(workspace, profile, load)
     gpus = detect_gpus() if request.gpu_memory_gib is None or request.card is None else []
@@ -229,7 +231,7 @@ def _plan_disk(workspace: Workspace, profile: Profile, load: Load) -> tuple[dict
     return plan_disk(profile, load, found=found, local_registry=local), unknown
 
 
-def check_memory(profile: Profile, zero: Zero, *, ranks: int) -> None:
+def check_memory(workspace: Workspace, profile: Profile, zero: Zero, *, ranks: int) -> None:
     """Check that the GPUs can hold the model states; on a CPU this does nothing.
 
     The check counts neither activations nor assumptions, so a run that could fit always starts. If only the estimated
@@ -241,7 +243,8 @@ def check_memory(profile: Profile, zero: Zero, *, ranks: int) -> None:
     gpus = detect_gpus()
     if not gpus or os.environ.get(MEMORY_CHECK_VARIABLE) == "off":
         return
-    load = Load.of(profile, zero, ranks=ranks)
+    profile = with_shape(workspace, profile)
+    load = Load.of(profile, zero, ranks=ranks, measured=measured_weights(workspace, profile.expected_model))
     memory, certain = min(gpu.memory_bytes for gpu in gpus), certain_bytes(load)
     verdict = check_fit(load, profile.global_batch_size, memory)
     if verdict.fits:
@@ -351,8 +354,12 @@ def _plan_other_ranks(profile: Profile, rows: int | None, ranks: int) -> dict[in
 
 def _plan_rank_count(profile: Profile, rows: int, ranks: int) -> dict[str, int | str]:
     """Return the steps with `ranks` ranks: here (same batch) and in the published code (fixed accumulation)."""
-    rows_per_pass = profile.per_device_train_batch_size * ranks
-    original = rows // (rows_per_pass * profile.gradient_accumulation_steps) * profile.num_train_epochs
+    original = rows // (profile.per_device_train_batch_size * ranks * profile.gradient_accumulation_steps)
+    original *= profile.num_train_epochs
+    groups, alone = divmod(ranks, profile.sequence_parallel)
+    if alone:
+        return {"refused": f"{ranks} is no multiple of sequence_parallel", "original": original}
+    rows_per_pass = profile.per_device_train_batch_size * groups
     if profile.global_batch_size % rows_per_pass:
         return {
             "refused": f"{profile.global_batch_size} rows are not divisible by {rows_per_pass}",

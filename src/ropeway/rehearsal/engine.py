@@ -20,13 +20,14 @@ from ropeway.models.attention import VARLEN, register_attention, torch_varlen
 from ropeway.models.lora import add_adapters
 from ropeway.models.open_model import DTYPES, model_class
 from ropeway.models.sequence_parallel import SequenceGroup, join_sequence_group
+from ropeway.models.supervised_loss import SupervisedLoss
 from ropeway.planning.memory import Sizes
 from ropeway.rehearsal.counting import StorageCounter
 from ropeway.rehearsal.fake_gpu import CARD, HOST, KeepDevice, KeepDeviceOfCopies, install
 from ropeway.rehearsal.stated_values import AnswerValues
 from ropeway.runtime.op_build import collective_timeout
 from ropeway.stages.train.deepspeed_config import parse_deepspeed_json, plan_deepspeed
-from ropeway.stages.train.loss import SupervisedLoss, micro_batch_loss
+from ropeway.stages.train.loss import micro_batch_loss
 from ropeway.stages.train.model import enable_checkpointing, trainable_parameters
 
 STEPS = 2  # Adam's moments exist from the end of the first on
@@ -113,7 +114,8 @@ def _create_model(profile: Profile, sequence: SequenceGroup | None) -> PreTraine
     """Return the profile's model on the card, prepared for training as `open_model` of stage train prepares it."""
     _, kernel = torch_varlen()
     register_attention(kernel, sequence)
-    shape = {**profile.expected_model.model_dump(), "vocab_size": Sizes.of(profile).vocabulary}
+    sizes, expected = Sizes.of(profile), profile.expected_model  # raises where it is null
+    shape = {**(expected.model_dump() if expected else {}), "vocab_size": sizes.vocabulary}
     config = AutoConfig.for_model(DEFAULT, **shape, attn_implementation=VARLEN)
     usual = torch.get_default_dtype()
     torch.set_default_dtype(DTYPES[profile.dtype])

@@ -10,8 +10,8 @@ from ropeway.config.load_params import load_profile
 from ropeway.data.batches import collate, plan_epoch
 from ropeway.data.packing import plan_packing, split_document, turn_starts, window_at_turns
 from ropeway.data.shards import Kind, open_shards
+from ropeway.models.supervised_loss import SupervisedLoss
 from ropeway.runtime.errors import DataError
-from ropeway.stages.train.loss import SupervisedLoss
 from tests.support.tiny_run import PACKED_BLOCK, make_run
 
 

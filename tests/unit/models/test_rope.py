@@ -8,7 +8,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ropeway.config.load_params import load_profile
-from ropeway.config.params import Llama3Scaling, StretchScaling, SuperhotConfig, YarnScaling
+from ropeway.config.params import Llama3Scaling, StretchScaling, SuperhotConfig, ThetaScaling, YarnScaling
 from ropeway.models.rope import build_scaling, known_kinds, longest_independent, plan_scaling, scaling_from_json
 from tests.support.tiny_run import ROOT
 
@@ -18,6 +18,7 @@ KINDS = [
     YarnScaling(type="yarn", scale=4.0, beta_fast=32.0, beta_slow=1.0),
     YarnScaling(type="yarn", scale=16.0, beta_fast=20.0, beta_slow=2.0),
     Llama3Scaling(type="llama3", scale=8.0, low_freq_factor=1.0, high_freq_factor=4.0),
+    ThetaScaling(type="theta", scale=4.0, rope_theta=1e6),
 ]
 
 
@@ -41,8 +42,8 @@ def test_frequencies_are_those_of_a_live_transformers_llama(stated, head_dim, th
     assert live.attention_scaling == pytest.approx(scaling.attention_factor, rel=1e-9)
 
 
-def test_only_llama3_states_the_whole_reach_as_its_positions():
-    assert [scaling_of(stated).stated_positions for stated in KINDS] == [4096, 4096, 4096, 4096, 4096 * 8]
+def test_llama3_and_theta_state_the_whole_reach_as_their_positions():
+    assert [scaling_of(stated).stated_positions for stated in KINDS] == [4096, 4096, 4096, 4096, 4096 * 8, 4096 * 4]
     assert scaling_of(KINDS[0]).reach == 8192
 
 

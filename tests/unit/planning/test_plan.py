@@ -302,22 +302,22 @@ def test_training_is_rejected_if_the_states_exceed_gpu_memory(published, tmp_pat
     with pytest.raises(
         ConfigError, match=r"40\.0 GiB.* 8 ranks .*47\.4 GiB.*offload_optimizer to cpu.*ROPEWAY_MEMORY_CHECK=off"
     ):
-        check_memory(published, zero_of(published), ranks=8)
+        check_memory(Workspace(Path(), "none"), published, zero_of(published), ranks=8)
     monkeypatch.setenv("ROPEWAY_MEMORY_CHECK", "off")
-    check_memory(published, zero_of(published), ranks=8)
+    check_memory(Workspace(Path(), "none"), published, zero_of(published), ranks=8)
 
 
 def test_a_run_that_may_not_fit_prints_a_warning_and_starts(published, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(fake_smi(tmp_path / "bin", gib=60)))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     assert certain_bytes(load_of(published)) < 60 * GIB
-    check_memory(published, zero_of(published), ranks=8)
+    check_memory(Workspace(Path(), "none"), published, zero_of(published), ranks=8)
     assert re.search(r"63\.3 GiB.*60\.0 GiB", capsys.readouterr().out)
 
 
 def test_the_memory_check_ignores_cpu_runs(published, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    check_memory(published, zero_of(published), ranks=8)
+    check_memory(Workspace(Path(), "none"), published, zero_of(published), ranks=8)
 
 
 def test_the_summary_has_steps_memory_and_remedies(published):

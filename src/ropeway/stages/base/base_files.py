@@ -67,7 +67,7 @@ def check_names(names: Iterable[str], *, where: str) -> None:
         )
     if CONFIG not in there:
         raise ConfigError(
-            f"{where}: has no {CONFIG}, so it contains no model. Put a Llama there ({CONFIG}, *.safetensors, "
+            f"{where}: has no {CONFIG}, so it contains no model. Put one there ({CONFIG}, *.safetensors, "
             "tokenizer.json), or set base: {kind: hub, revision: COMMIT} and model_name to its repository, e.g. "
             "meta-llama/Llama-2-13b-hf"
         )
@@ -81,8 +81,8 @@ def check_names(names: Iterable[str], *, where: str) -> None:
 
 
 def check_config(config: Mapping[str, object], *, where: str) -> None:
-    """Raise ConfigError unless a model's config is that of a Llama with unquantized weights."""
-    check_architecture(config.get("model_type"), where=where)
+    """Raise ConfigError unless a model's config is that of a dense decoder with unquantized weights."""
+    check_architecture(config, where=where)
     quantization = config.get("quantization_config")
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization

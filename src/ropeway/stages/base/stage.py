@@ -16,17 +16,20 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreT
 from ropeway.config.frozen import FrozenInputs
 from ropeway.config.params import BaseParams, GgufBase, HubBase, ModelShape, ScratchBase
 from ropeway.data.raw_records import iterate_records, iterate_texts, load_raw_manifest
-from ropeway.models.architectures import check_architecture
 from ropeway.models.chat_template import choose_template
 from ropeway.models.open_model import (
     create_model,
+    layer_weights,
     load_base_model,
     measure_frequencies,
+    model_class,
     output_head,
     plain_copy,
     read_config,
+    read_shape,
 )
-from ropeway.models.rope import RopeScaling, keep_scaling, plan_scaling
+from ropeway.models.proofs import prove_model
+from ropeway.models.rope import RopeScaling, has_layer_types, keep_scaling, plan_scaling
 from ropeway.models.tokenizer import (
     LLAMA_SPECIAL,
     count_tokens,
@@ -45,13 +48,23 @@ from ropeway.storage import hub
 
 NEW_ROW_STD = 0.02  # Source: Llama's initializer_range, which resizing drew from in transformers 4.31
 SHARD_BYTES = 5_000_000_000
+_TEXTS = (
+    "Hello",
+    " Hello",
+    "  two blanks",
+    "a\tb\n\nc ",
+    "na\u00efve \u2014 \u6f22\u5b57 \U0001f642",
+    "1234567890",
+    "def f(x):\n    return x",
+)
 
 
 def run(workspace: Workspace, profile: BaseParams) -> None:
     """Write `base/`: weights, config, tokenizer with the role tokens and the template, manifest.
 
     Raises:
-        ConfigError: The model is missing, is not a Llama, or has another shape than `expected_model`.
+        ConfigError: The model is missing, is no dense decoder, has another shape than `expected_model`, or its own code
+            computes something else than this project's.
         DataError: raw/ is incomplete or has changed; only for `base.kind: scratch`, which trains a tokenizer.
         TemporaryError: The Hub does not respond.
     """
@@ -66,14 +79,19 @@ def run(workspace: Workspace, profile: BaseParams) -> None:
             model, rope = make_model(profile, rows=rows)
         else:
             model, rope = open_model(origin, options, profile)
+            rows = max(
+                rows, model.get_input_embeddings().weight.shape[0]
+            )  # rows that the base has beyond its tokens stay
             resize(model, rows=rows, new_rows=profile.new_rows, seed=profile.rng_seed)
         special = read_special(folder, tokenizer, template)
+        proofs = prove_model(model)
         _save(model, folder, special)
+        check_reload(folder, tokenizer, where=profile.model_name)
         parameters = sum(part.numel() for part in model.parameters())
         stated = {
             "name": profile.model_name,
             "kind": profile.base.kind,
-            **profile.expected_model.model_dump(),
+            **read_shape(model.config),
             "embedding_rows": rows,
             "rope_parameters": rope.to_config(),
             **_describe_origin(workspace.root, profile),
@@ -85,9 +103,31 @@ def run(workspace: Workspace, profile: BaseParams) -> None:
             "template": template.digest,
             "special": special,
             "parameters": parameters,
+            "layer_weights": layer_weights(model),
+            "proofs": proofs,
         }
         write_manifest(folder, facts)
     print(f"{profile.model_name}: {parameters:,} parameters, {rows:,} rows, special tokens {special}")
+    for name, fault in proofs.items():
+        print(f"attention `{name}`: {fault or 'loss and gradients of the first layers equal those of transformers'}")
+
+
+def check_reload(folder: Path, tokenizer: Tokenizer, *, where: str) -> None:
+    """Raise ConfigError if transformers loads the written tokenizer as another one.
+
+    transformers 5 builds the tokenizers of some model types again from their vocabulary (`qwen2`: byte level, its own
+    rules), whatever tokenizer.json says. A package with such a tokenizer would read other tokens than training did.
+    """
+    loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    for text in _TEXTS:
+        mine = tokenizer.encode(text, add_special_tokens=False).ids
+        found = loaded(text, add_special_tokens=False)["input_ids"]
+        if found != mine:
+            raise ConfigError(
+                f"{where}: transformers loads its tokenizer as {type(loaded).__name__}, which gives {text!r} the ids "
+                f"{found}, tokenizer.json the ids {mine}. Users of the model would get other tokens than it is trained "
+                "with; use the tokenizer that this model type has"
+            )
 
 
 def _describe_origin(root: Path, profile: BaseParams) -> dict[str, dict[str, object]]:
@@ -109,7 +149,11 @@ def plan_vocabulary(tokens: int, multiple: int) -> int:
 
 def make_model(profile: BaseParams, *, rows: int) -> tuple[PreTrainedModel, RopeScaling]:
     """Return a Llama of `expected_model`'s shape with random fp32 weights that depend on the run's seed only."""
-    shape, rope = profile.expected_model.model_dump(exclude={"vocab_size", "rope_theta"}), _rope(profile)
+    expected = profile.expected_model
+    if expected is None:
+        raise ConfigError("expected_model is null, but base.kind scratch creates a model of its shape; state the shape")
+    shape = expected.model_dump(exclude={"vocab_size", "rope_theta"}, exclude_none=True)
+    rope = plan_scaling(profile, theta=expected.rope_theta, original=expected.max_position_embeddings)
     shape |= {"vocab_size": rows, "max_position_embeddings": rope.stated_positions}
     with torch.random.fork_rng(devices=[]):  # transformers draws from the global generator only
         torch.manual_seed(profile.rng_seed)
@@ -117,17 +161,20 @@ def make_model(profile: BaseParams, *, rows: int) -> tuple[PreTrainedModel, Rope
 
 
 def open_model(origin: Path, options: Mapping[str, str], profile: BaseParams) -> tuple[PreTrainedModel, RopeScaling]:
-    """Return the Llama of a folder in its stored dtype, and its RoPE scaling as params.yaml sets it.
+    """Return the model of a folder in its stored dtype, and its RoPE scaling as params.yaml sets it.
 
     Raises:
-        ConfigError: It is not a Llama, has another shape than `expected_model`, or lacks weights.
+        ConfigError: It is no dense decoder, has another shape than `expected_model`, or lacks weights.
     """
     config = read_config(origin, options)
-    check_shape(config, profile.expected_model, where=f"model_name {profile.model_name}")
+    model_class(config)
+    if profile.expected_model is not None:
+        check_shape(config, profile.expected_model, where=f"model_name {profile.model_name}")
     rope = plan_rope(config, profile)
     config.rope_parameters = rope.to_config()  # the whole dict: a partial one loses theta (5.24)
     config.max_position_embeddings = rope.stated_positions
-    config.rms_norm_eps = profile.expected_model.rms_norm_eps
+    if profile.expected_model is not None and "gguf_file" in options:
+        config.rms_norm_eps = profile.expected_model.rms_norm_eps  # GGUF stores 1e-5 as 9.999999747378752e-06
     try:
         model, found = load_base_model(origin, config, options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -144,8 +191,8 @@ def _check_weights(origin: Path, model: PreTrainedModel, found: Mapping[str, Col
         )
     if unexpected := sorted(found["unexpected_keys"]):
         raise ConfigError(
-            f"{origin}: {len(unexpected)} weights do not belong to a Llama of this config and would be dropped, first "
-            f"{unexpected[0]}; use a plain Llama, or correct config.json"
+            f"{origin}: {len(unexpected)} weights do not belong to a {type(model).__name__} of this config and would "
+            f"be dropped, first {unexpected[0]}; use a plain model, or correct config.json"
         )
     for name, weight in model.state_dict().items():
         if not bool(torch.isfinite(weight).all()):
@@ -157,8 +204,11 @@ def plan_rope(config: PreTrainedConfig, profile: BaseParams) -> RopeScaling:
     """Return the run's RoPE scaling: the base model's own, unchanged, unless `superhot` is true.
 
     Raises:
-        ConfigError: `superhot` would replace the base model's scaling, or `max_length` exceeds its context length.
+        ConfigError: `superhot` would replace the base model's scaling by another kind or a shorter one, or `max_length`
+            exceeds its context length.
     """
+    if not config.rope_parameters:
+        raise ConfigError(f"model_type {config.model_type}: the config has no rope_parameters; only RoPE is supported")
     own = keep_scaling(config.rope_parameters, config.max_position_embeddings, measure_frequencies(config))
     if not profile.superhot:
         if profile.max_length > own.reach:
@@ -168,23 +218,42 @@ def plan_rope(config: PreTrainedConfig, profile: BaseParams) -> RopeScaling:
                 "set superhot: true to extend the context"
             )
         return own
-    rope = _rope(profile)
-    if own.is_scaled:
+    rope = plan_scaling(profile, theta=own.theta, original=own.original)  # of a scaled base: from its original context
+    partial = config.rope_parameters.get("partial_rotary_factor", 1.0)
+    if has_layer_types(config.rope_parameters) or partial != 1.0:
+        what = f"turns {partial:.0%} of each head" if partial != 1.0 else "has another RoPE for each layer type"
+        raise ConfigError(
+            f"superhot: true sets {rope.kind} RoPE scaling for all layers and dimensions, but the base model {what}. "
+            "Set superhot: false to keep its own"
+        )
+    if own.is_scaled and (rope.kind != own.kind or rope.reach < own.reach):
+        shorter = "" if rope.kind != own.kind else f", which reaches {own.reach:,} tokens and not {rope.reach:,}"
         raise ConfigError(
             f"superhot: true sets {rope.kind} RoPE scaling by {rope.factor:g}, but the base model already has "
-            f"{own.kept}. Set superhot: false to keep that scaling"
+            f"{own.kept}{shorter}. Set superhot: false to keep that scaling, or extend it: the same type, with a scale "
+            f"that counts from {own.original:,} tokens"
         )
+    if rope.reach < profile.max_length:
+        raise ConfigError(
+            f"max_length is {profile.max_length} tokens, but the base's {rope.original} x superhot_config.scale "
+            f"{rope.factor:g} allows only {rope.reach}; increase the scale or reduce max_length"
+        )
+    if rope.theta < own.theta:
+        raise ConfigError(f"superhot_config.rope_theta: {rope.theta:g} is below the base's {own.theta:g}")
+    print(
+        f"RoPE: the base has {own.kept}, for {own.reach:,} tokens; trained and exported with {rope.to_config()}, for "
+        f"{rope.reach:,}"
+    )
     return rope
 
 
 def check_shape(config: PreTrainedConfig, expected: ModelShape, *, where: str) -> None:
     """Raise ConfigError unless a model's config has the expected shape; the message lists every difference."""
-    check_architecture(config.model_type, where=where)
-    stated = {**config.to_dict(), "rope_theta": (config.rope_parameters or {}).get("rope_theta")}
+    stated = read_shape(config)
     faults = [
         f"  {name}: expected_model has {value!r}, the model's config {stated.get(name)!r}"
         for name, value in expected.model_dump().items()
-        if not _equal(value, stated.get(name))
+        if value is not None and not _equal(value, stated.get(name))
     ]
     if faults:
         raise ConfigError("\n".join([f"{where}: not the model that params.yaml expects", *faults]))
@@ -210,11 +279,6 @@ def resize(model: PreTrainedModel, *, rows: int, new_rows: str, seed: int) -> No
             weight[old:] = weight[:old].float().mean(dim=0).to(weight.dtype)
         else:
             weight[old:] = (torch.randn(weight[old:].shape, generator=generator) * NEW_ROW_STD).to(weight.dtype)
-
-
-def _rope(profile: BaseParams) -> RopeScaling:
-    shape = profile.expected_model
-    return plan_scaling(profile, theta=shape.rope_theta, original=shape.max_position_embeddings)
 
 
 def _locate_origin(root: Path, profile: BaseParams) -> tuple[Path | None, dict[str, str]]:
@@ -280,7 +344,8 @@ def _open_or_train_tokenizer(
         names = sorted(load_raw_manifest(workspace.raw)["sources"])
         records = (record for name in names for record in iterate_records(workspace.raw / name))
         texts = (text for record in records for text in iterate_texts(record))
-        return train_tokenizer(texts, vocab_size=profile.expected_model.vocab_size), dict(LLAMA_SPECIAL)
+        vocabulary = profile.expected_model.vocab_size if profile.expected_model else 0
+        return train_tokenizer(texts, vocab_size=vocabulary), dict(LLAMA_SPECIAL)
     if "gguf_file" not in options:
         return open_tokenizer(origin), {k: v for k, v in read_special_names(origin).items() if k != "pad"}
     opened = AutoTokenizer.from_pretrained(origin, **options)

@@ -16,6 +16,7 @@ from ropeway.data.batches import Batch
 from ropeway.data.loss_mask import loss_mask
 from ropeway.data.shards import Shards
 from ropeway.models.open_model import rope_of
+from ropeway.models.rope import has_layer_types
 from ropeway.runtime.errors import DataError
 from ropeway.stages.evaluate.evaluation_workers import Share
 from ropeway.stages.evaluate.token_scores import Score, Sums, add_sums, sum_batch
@@ -86,12 +87,15 @@ def sum_positions(
 ) -> list[tuple[str, Sums]]:
     """Return (kind, sums by bucket of positions) of each long row in a share.
 
-    The kind is `""` with the model's own scaling and `_unscaled` without; a model without scaling has only the first.
+    The kind is `""` with the model's own scaling and `_unscaled` without; a model without scaling, or with another RoPE
+    for each layer type, has only the first.
     Rows run one at a time, to bound memory. The rows of both kinds are divided among the shares.
     """
     own = dict(model.config.rope_parameters)
-    plain = {"rope_type": "default", "rope_theta": own["rope_theta"]}
-    kinds = {"": own} if own["rope_type"] == "default" else {"": own, UNSCALED: plain}
+    kinds = {"": own}
+    if not has_layer_types(own) and own["rope_type"] != "default":
+        kept = ("rope_theta", "partial_rotary_factor")
+        kinds[UNSCALED] = {"rope_type": "default", **{name: own[name] for name in kept if name in own}}
     buckets = -(-wanted.row_tokens // wanted.bucket_tokens)
     sums = []
     for kind, row in share.of([(kind, row) for kind in kinds for row in rows]):

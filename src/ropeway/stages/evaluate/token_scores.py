@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ropeway.config.params import EvaluateParams
 from ropeway.data.batches import Batch, Row, collate, validation_rows
 from ropeway.data.shards import Shards
-from ropeway.models.open_model import backbone, output_head
+from ropeway.models.open_model import backbone, compute_logits
 from ropeway.models.rope import longest_independent
 from ropeway.runtime.errors import DataError
 from ropeway.stages.evaluate.evaluation_workers import Share
@@ -146,7 +146,6 @@ def sum_batch(model: PreTrainedModel, batch: Batch, *, groups: int) -> Sums:
     with either of them transformers 5 does not separate packed sequences. Only supervised positions go through the
     head, in chunks, to bound the memory of the logits.
     """
-    head = output_head(model)
     mask = torch.from_numpy(batch.loss_mask)
     hidden = backbone(model)(
         input_ids=torch.from_numpy(batch.input_ids).to(model.device), use_cache=False
@@ -155,7 +154,7 @@ def sum_batch(model: PreTrainedModel, batch: Batch, *, groups: int) -> Sums:
     targets = torch.from_numpy(batch.targets)[mask].to(model.device)
     losses, hits = [], []
     for states, wanted in zip(hidden.split(HEAD_POSITIONS), targets.split(HEAD_POSITIONS), strict=True):
-        logits = head(states).float()  # (HEAD_POSITIONS, V)
+        logits = compute_logits(model, states).float()  # (HEAD_POSITIONS, V)
         losses.append(cross_entropy(logits, wanted, reduction="none"))
         hits.append(_is_correct(logits, wanted))
     sources = batch.sources[batch.loss_mask]

@@ -22,11 +22,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ropeway.models.architectures import class_name
 from ropeway.models.chat_template import FILE as TEMPLATE_FILE
 from ropeway.models.chat_template import TEMPLATES
-from ropeway.models.open_model import head_dim, load_with_info, output_head, rotary
-from ropeway.models.rope import scaling_from_json
+from ropeway.models.open_model import live_frequencies, load_with_info, output_head, rotary, rotary_dim
+from ropeway.models.rope import frequency_faults, scaling_from_json
 from ropeway.runtime.errors import DataError, RopewayError
 from ropeway.runtime.manifest import NAME as MANIFEST
 from ropeway.runtime.manifest import load_manifest
@@ -85,7 +84,6 @@ def config_faults(config: Mapping[str, object], probe: Probe) -> Iterator[str]:
         "bos_token_id": probe["special"]["bos"],
         "eos_token_id": probe["special"]["eos"],
         "pad_token_id": probe["special"]["pad"],
-        "architectures": [class_name(config.get("model_type"))],
     }
     for key, value in wanted.items():
         yield from _compare(f"config.json, {key}", value, config.get(key))
@@ -145,14 +143,9 @@ def model_faults(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pro
     """Yield differences of the loaded model from the trained one: dtype, RoPE frequencies, vocabulary size."""
     config = model.config
     yield from _compare("dtype of the loaded model", f"torch.{TORCH_NAMES[probe['dtype']]}", str(model.dtype))
-    live = rotary(model).inv_freq.float().numpy()
     rope = scaling_from_json(probe["rope"])
-    wanted = rope.inv_freq(head_dim(config))
-    yield from _compare(
-        "RoPE attention factor", round(rope.attention_factor, 6), round(rotary(model).attention_scaling, 6)
-    )
-    if live.shape != wanted.shape or not np.allclose(live, wanted, rtol=1e-6, atol=0):
-        yield f"  RoPE frequencies of the loaded model: expected {wanted[:4].tolist()}…, found {live[:4].tolist()}…"
+    yield from frequency_faults(live_frequencies(rotary(model)), rope.expected(rotary_dim(config)))
+    yield from _compare("config.json, architectures", [type(model).__name__], config.architectures)
     rows = model.get_input_embeddings().weight.shape[0]
     yield from _compare("rows of the embedding and config's vocab_size", rows, config.vocab_size)
     yield from _compare("rows of the head and of the embedding", rows, output_head(model).weight.shape[0])

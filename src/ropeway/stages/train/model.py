@@ -1,6 +1,5 @@
 """Opens the base model for training and checks that precision, attention and RoPE scaling are as params set them."""
 
-import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,8 +11,8 @@ from ropeway.config.params import TrainParams
 from ropeway.data.batches import Row
 from ropeway.models.attention import Attention, register_attention
 from ropeway.models.lora import add_adapters
-from ropeway.models.open_model import DTYPES, head_dim, open_folder, rotary
-from ropeway.models.rope import RopeScaling
+from ropeway.models.open_model import DTYPES, live_frequencies, open_folder, rotary, rotary_dim
+from ropeway.models.rope import RopeScaling, frequency_faults
 from ropeway.models.sequence_parallel import SequenceGroup
 from ropeway.runtime.errors import ConfigError
 
@@ -64,23 +63,15 @@ def check_rope(model: PreTrainedModel, scaling: RopeScaling) -> None:
     Raises:
         ConfigError: They differ, or the engine cast them to 16 bit (DeepSpeed before 0.19.2 did; field report #8066).
     """
-    live = rotary(model).inv_freq.detach().cpu()
-    if live.dtype != torch.float32:
-        raise ConfigError(
-            f"RoPE frequencies are {live.dtype} after the engine started, expected torch.float32: at position "
-            "8,191 the angle would be off by radians. Use deepspeed >= 0.19.2"
-        )
-    expected = torch.from_numpy(scaling.inv_freq(head_dim(model.config)))
-    if not torch.allclose(live, expected, rtol=1e-6, atol=0):
-        raise ConfigError(
-            f"RoPE frequencies of the model: expected {expected[:3].tolist()}…, found {live[:3].tolist()}…: "
-            f"{scaling.kind} scaling did not reach the model"
-        )
-    if not math.isclose(factor := rotary(model).attention_scaling, scaling.attention_factor, rel_tol=1e-6):
-        raise ConfigError(
-            f"RoPE attention factor of the model: expected {scaling.attention_factor:g}, found {factor:g}: "
-            f"{scaling.kind} scaling did not reach the model"
-        )
+    module = rotary(model)
+    for name, buffer in module.named_buffers():
+        if buffer.dtype != torch.float32:
+            raise ConfigError(
+                f"RoPE frequencies ({name}) are {buffer.dtype} after the engine started, expected torch.float32: at "
+                "position 8,191 the angle would be off by radians. Use deepspeed >= 0.19.2"
+            )
+    if faults := list(frequency_faults(live_frequencies(module), scaling.expected(rotary_dim(model.config)))):
+        raise ConfigError("\n".join([f"{scaling.kind} scaling did not reach the model:", *faults]))
 
 
 def token_flops(model: PreTrainedModel) -> float:

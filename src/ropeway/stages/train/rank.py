@@ -26,8 +26,10 @@ from ropeway.data.shards import REMEDY, open_shards
 from ropeway.models.attention import Attention, Heads, choose_attention
 from ropeway.models.fused import apply_liger, check_fused, liger_version
 from ropeway.models.open_model import DTYPES, read_config
+from ropeway.models.proofs import PACKED, SDPA, VARIABLE_LENGTH, check_proof
 from ropeway.models.rope import scaling_from_json
 from ropeway.models.sequence_parallel import check_shareable, join_sequence_group
+from ropeway.models.supervised_loss import SupervisedLoss
 from ropeway.planning.budget import CARDS, name_card
 from ropeway.planning.memory import DTYPE_BYTES, stored_bytes
 from ropeway.runtime.code_digests import CODE, check_code
@@ -48,7 +50,6 @@ from ropeway.stages.train.deepspeed_config import check_optimizer, parse_deepspe
 from ropeway.stages.train.disk import DiskSpaceError, check_disk
 from ropeway.stages.train.export import export_model
 from ropeway.stages.train.loop import FaultError, train
-from ropeway.stages.train.loss import SupervisedLoss
 from ropeway.stages.train.model import check_rope, count_parameters, open_model, trainable_parameters
 from ropeway.stages.train.rank_check import check_ranks
 from ropeway.stages.train.stop import Line
@@ -283,6 +284,8 @@ def open_run(workspace: Workspace, profile: TrainParams, attention: Attention, *
     run.engine, *_ = deepspeed.initialize(model=model, model_parameters=trainable_parameters(model), config=config)
     run.engine.checkpoint_engine = CheckpointWriter(run.engine.checkpoint_engine)
     base = load_manifest(workspace.base, remedy="Run `dvc repro base`", verify=False)
+    padded = SDPA if attention.kernel is None else VARIABLE_LENGTH
+    check_proof(base["proofs"], PACKED if profile.layout == "packed" else padded, where=base["model"]["name"])
     check_rope(run.engine.module.model, scaling_from_json(base["rope"]))
     _check_same_plan(run)
     isolation = check_isolation(run)

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ropeway.config.load_params import load_profile
-from ropeway.config.params import FolderBase, GgufBase, ModelShape, ScratchBase
+from ropeway.config.params import FolderBase, GgufBase, Llama3Scaling, ModelShape, ScratchBase, ThetaScaling
 from ropeway.config.stages import READS
 from ropeway.data.raw_records import RawWriter
 from ropeway.models.chat_template import OPEN_ASSISTANT
@@ -18,7 +18,7 @@ from ropeway.runtime.errors import ConfigError
 from ropeway.runtime.manifest import file_sha256, load_manifest, write_manifest
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.base import stage as base
-from ropeway.stages.base.stage import check_gguf_rope, check_shape, plan_vocabulary, resize
+from ropeway.stages.base.stage import check_gguf_rope, plan_vocabulary, resize
 from tests.support import tiny_gguf
 from tests.support.tiny_run import PARITY, ROOT
 
@@ -229,6 +229,46 @@ def test_a_base_s_own_scaling_is_kept_exactly_and_never_replaced(tmp_path, kind)
         base.run(workspace, of_folder("model-x"))
 
 
+def test_a_scaling_of_the_same_kind_is_extended_from_the_original_context(tmp_path):
+    llama3 = {"type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    stated = {"rope_type": "llama3", "rope_theta": 10000.0, **OWN["llama3"]}  # 8 tokens by 8: 64
+    original(tmp_path / "model-x", rope_parameters=stated)
+    workspace = Workspace(tmp_path, "run")
+    longer = of_folder("model-x", superhot_config=Llama3Scaling(**llama3, scale=16.0), max_length=128)
+    base.run(workspace, longer)
+    config = json.loads((workspace.base / "config.json").read_bytes())
+    assert config["rope_parameters"] == stated | {"factor": 16.0}
+    assert config["max_position_embeddings"] == 128
+    shorter = of_folder("model-x", superhot_config=Llama3Scaling(**llama3, scale=4.0), max_length=32)
+    with pytest.raises(ConfigError, match="which reaches 64 tokens and not 32"):
+        base.run(workspace, shorter)
+
+
+def test_our_own_export_as_the_next_base_is_not_scaled_twice(tmp_path):
+    original(tmp_path / "model-x")
+    first, second = Workspace(tmp_path, "run"), Workspace(tmp_path / "next", "run")
+    base.run(first, of_folder("model-x"))
+    base.run(second, of_folder(str(first.base), rows=2016))
+    configs = [json.loads((workspace.base / "config.json").read_bytes()) for workspace in (first, second)]
+    assert configs[0]["rope_parameters"]["factor"] == 2.0
+    for key in ("rope_parameters", "max_position_embeddings", "vocab_size"):
+        assert configs[0][key] == configs[1][key], key
+
+
+def test_a_larger_theta_is_trained_and_exported(tmp_path, capsys):
+    original(tmp_path / "model-x")
+    workspace = Workspace(tmp_path, "run")
+    stated = ThetaScaling(type="theta", scale=4.0, rope_theta=1e6)
+    base.run(workspace, of_folder("model-x", superhot_config=stated, max_length=256))
+    config = json.loads((workspace.base / "config.json").read_bytes())
+    assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": 1e6}
+    assert config["max_position_embeddings"] == 256
+    assert "RoPE: the base has" in capsys.readouterr().out
+    lower = ThetaScaling(type="theta", scale=4.0, rope_theta=100.0)
+    with pytest.raises(ConfigError, match="below the base's 10000"):
+        base.run(workspace, of_folder("model-x", superhot_config=lower, max_length=256))
+
+
 def test_how_far_a_kept_scaling_reaches_is_the_base_s_to_say(tmp_path):
     original(tmp_path / "model-x", rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0})
     base.run(Workspace(tmp_path, "run"), of_folder("model-x", superhot=False, max_length=256))
@@ -240,7 +280,7 @@ def test_a_missing_folder_is_reported_with_what_to_do(tmp_path):
     with pytest.raises(ConfigError, match="nowhere is not a folder"):
         base.run(lay(tmp_path), of_folder("nowhere"))
     (tmp_path / "nowhere").mkdir()
-    with pytest.raises(ConfigError, match=r"nowhere: has no config.json.*Put a Llama there .*base: \{kind: hub"):
+    with pytest.raises(ConfigError, match=r"nowhere: has no config.json.*Put one there .*base: \{kind: hub"):
         base.run(lay(tmp_path / "b"), of_folder(str(tmp_path / "nowhere")))
     assert not (tmp_path / "runs" / "run" / "base").exists()
 
@@ -352,7 +392,7 @@ FAULTY = {
         r"quantized \(bitsandbytes\)",
     ),
     "gptq": (reconfigured(quantization_config={"quant_method": "gptq", "bits": 4}), r"quantized \(gptq\)"),
-    "unknown architecture": (reconfigured(model_type="of_2031"), "'of_2031'"),
+    "unknown architecture": (reconfigured(model_type="of_2031"), "model type `of_2031`"),
     "no architecture": (reconfigured(model_type=None), "None"),
     "config cut": (not_json, r"config\.json"),
     "NaN": (with_weights(**{UP: one_value(float("nan"))}), r"1 values of model\.layers\.1\.mlp\.up_proj\.weight"),
@@ -379,13 +419,6 @@ def test_a_folder_that_is_no_plain_whole_llama_is_refused_in_one_sentence(tmp_pa
     with pytest.raises(ConfigError, match=words):
         base.run(lay(tmp_path), of_folder("model-x"))
     assert not (tmp_path / "runs" / "run" / "base").exists()
-
-
-def test_another_architecture_is_no_llama():
-    config = LlamaConfig()
-    config.model_type = "mistral"
-    with pytest.raises(ConfigError, match="expected a Llama, found model_type 'mistral'"):
-        check_shape(config, ModelShape(**SHAPE), where="x")
 
 
 def test_a_package_or_file_that_is_not_there_is_reported(tmp_path):

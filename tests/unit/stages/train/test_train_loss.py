@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from ropeway.stages.train.loss import chunked_losses, micro_batch_loss, token_loss
+from ropeway.models.supervised_loss import chunked_losses
+from ropeway.stages.train.loss import micro_batch_loss, token_loss
 
 
 def plain(hidden, head, targets):

@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 from ropeway.config.load_params import load_profile
 from ropeway.data.shards import open_shards
 from ropeway.models.attention import VARLEN, attend_each, register_attention
+from ropeway.models.supervised_loss import SupervisedLoss
 from ropeway.runtime.errors import ConfigError
 from ropeway.stages.train import warm_up
-from ropeway.stages.train.loss import SupervisedLoss
 from ropeway.stages.train.training_run import Run
 from ropeway.stages.train.warm_up import NOT_APPLIED, check_isolation, run_worst_step
 from tests.support.tiny_run import PACKED_BLOCK, make_run

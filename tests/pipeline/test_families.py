@@ -1,0 +1,114 @@
+"""Tiny models of many families: trained on two ranks, resumed to the same bytes, evaluated, packaged, loaded plainly.
+
+`make test-families` runs all of them and writes docs/measured/families.json, the table of the documentation.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ropeway.config.load_params import load_profile
+from ropeway.planning.memory import Sizes
+from ropeway.planning.shape import measured_weights, with_shape
+from ropeway.runtime.errors import ConfigError
+from tests.support.families import FAMILIES, FAST, save_family
+from tests.support.training import forget, start
+from tests.support.whole_run import CHAT, CHATS, jsonl, make_workspace, run_all
+
+TABLE = Path(__file__).parents[2] / "docs" / "measured" / "families.json"
+CASES = [pytest.param(name, marks=[] if name in FAST else pytest.mark.families) for name in FAMILIES]
+
+
+def lay(root, name):
+    """Return a workspace whose base is a model of this family, and that model."""
+    family = FAMILIES[name]
+    base = save_family(family, root / "base")
+    changes = {
+        "base": {"kind": "folder"},
+        "model_name": str(root / "base"),
+        "expected_model": None,
+        "superhot": False,
+        "layout": family.layout,
+        "per_device_train_batch_size": 1,
+        "global_batch_size": 4,
+        "gradient_checkpointing": True,
+        "save_steps": 1,
+        "learning_rate": 1e-2,
+        "warmup_steps": 1,
+        "num_train_epochs": 3,
+        "datasets": [{"talk": {"max_val_set": 8}}],
+    }
+    sources = {"talk": {"kind": "files", "paths": ["talk.jsonl"], **CHAT}}
+    workspace = make_workspace(root / "workspace", sources, changes)
+    (workspace.root / "talk.jsonl").write_bytes(jsonl(CHATS))
+    return workspace, base
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_family_is_trained_resumed_evaluated_and_packaged(tmp_path, monkeypatch, name):
+    workspace, base = lay(tmp_path, name)
+    publication = run_all(workspace, monkeypatch, ranks=2)
+    trained = (workspace.model / "model.safetensors").read_bytes()
+    log = forget(workspace, 1)
+    assert "resuming after step" in start(workspace)
+    assert (workspace.model / "model.safetensors").read_bytes() == trained
+
+    loaded = AutoModelForCausalLM.from_pretrained(workspace.package, dtype=torch.float32)
+    assert type(loaded) is type(base)
+    assert loaded.config.rope_parameters == base.config.rope_parameters
+    changed = [
+        part for key, part in base.state_dict().items() if not torch.equal(loaded.state_dict()[key][: len(part)], part)
+    ]
+    assert changed
+    profile = with_shape(workspace, load_profile(workspace.root / "params.yaml")[1])
+    stored = AutoModelForCausalLM.from_pretrained(workspace.base)
+    planned = Sizes.of(profile, measured_weights(workspace, profile.expected_model))
+    assert planned.parameters == sum(part.numel() for part in stored.parameters())
+    proofs = json.loads((workspace.base / "manifest.json").read_bytes())["proofs"]
+    losses = [line["loss"] for line in log]
+    assert losses[-1] < losses[0]
+    note(name, proofs, losses, publication)
+
+
+def note(name, proofs, losses, publication):
+    """Add a row to the table of the documentation, where the run is for that."""
+    if "ROPEWAY_FAMILIES_TABLE" not in os.environ:
+        return
+    table = json.loads(TABLE.read_text()) if TABLE.is_file() else {}
+    row = {
+        "model_type": FAMILIES[name].model_type,
+        "special": FAMILIES[name].special,
+        "layout": FAMILIES[name].layout,
+        "proofs": {way: fault or "equal" for way, fault in proofs.items()},
+        "first_loss": round(losses[0], 3),
+        "last_loss": round(losses[-1], 3),
+        "version": publication.version,
+    }
+    table[name] = row
+    TABLE.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+
+
+def test_a_layout_that_a_family_cannot_have_is_refused_before_training_with_what_works(tmp_path, monkeypatch, capfd):
+    workspace, _ = lay(tmp_path, "stablelm")
+    path = workspace.root / "params.yaml"
+    path.write_text(path.read_text().replace("layout: padded", "layout: packed"))
+    with pytest.raises(SystemExit) as caught:
+        run_all(workspace, monkeypatch)
+    assert caught.value.code == ConfigError.exit_code
+    said = capfd.readouterr().out
+    assert "does not pass the boundaries of sequences on" in said
+    assert "What works: layout: padded with use_flash_attention: false" in said
+
+
+def test_the_shape_is_read_from_the_bases_config_before_and_after_it_is_written(tmp_path):
+    workspace, base = lay(tmp_path, "qwen3")
+    profile = load_profile(workspace.root / "params.yaml")[1]
+    assert profile.expected_model is None
+    shape = with_shape(workspace, profile).expected_model
+    config = AutoConfig.from_pretrained(tmp_path / "base")
+    assert (shape.head_dim, shape.num_key_value_heads, shape.vocab_size) == (16, 2, config.vocab_size)
+    assert shape.hidden_size == base.config.hidden_size
