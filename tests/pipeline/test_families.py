@@ -66,7 +66,7 @@ def test_a_family_is_trained_resumed_evaluated_and_packaged(tmp_path, monkeypatc
     assert changed
     profile = with_shape(workspace, load_profile(workspace.root / "params.yaml")[1])
     stored = AutoModelForCausalLM.from_pretrained(workspace.base)
-    planned = Sizes.of(profile, measured_weights(workspace, profile.expected_model))
+    planned = Sizes.of(profile, measured_weights(workspace, profile))
     assert planned.parameters == sum(part.numel() for part in stored.parameters())
     proofs = json.loads((workspace.base / "manifest.json").read_bytes())["proofs"]
     losses = [line["loss"] for line in log]
@@ -92,16 +92,30 @@ def note(name, proofs, losses, publication):
     TABLE.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
 
 
-def test_a_layout_that_a_family_cannot_have_is_refused_before_training_with_what_works(tmp_path, monkeypatch, capfd):
+def test_a_layout_that_a_family_cannot_have_is_refused_before_training_with_what_works(tmp_path, monkeypatch):
     workspace, _ = lay(tmp_path, "stablelm")
     path = workspace.root / "params.yaml"
     path.write_text(path.read_text().replace("layout: padded", "layout: packed"))
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(ConfigError, match=r"does not pass the boundaries .* What works: layout: padded with use_flash"):
         run_all(workspace, monkeypatch)
-    assert caught.value.code == ConfigError.exit_code
-    said = capfd.readouterr().out
-    assert "does not pass the boundaries of sequences on" in said
-    assert "What works: layout: padded with use_flash_attention: false" in said
+    assert not list(workspace.checkpoints.glob("*/step-*"))
+
+
+def test_a_plan_is_of_the_base_that_params_name_now(tmp_path):
+    workspace, _ = lay(tmp_path, "qwen3")
+    profile = load_profile(workspace.root / "params.yaml")[1]
+    shape = with_shape(workspace, profile).expected_model.model_dump(exclude_none=True)
+    workspace.base.mkdir(parents=True)
+    other = {"name": "another base", "kind": "folder", "embedding_rows": 8, **shape}
+    facts = {"model": other, "layer_weights": [[1]], "parameters": 9}
+    (workspace.base / "manifest.json").write_text(json.dumps(facts))
+    known = with_shape(workspace, profile)
+    assert measured_weights(workspace, known) is None
+    (workspace.base / "manifest.json").write_text(json.dumps(facts | {"model": other | {"name": profile.model_name}}))
+    assert measured_weights(workspace, known).parameters == 9
+    away = profile.model_copy(update={"model_name": "nowhere"})
+    with pytest.raises(ConfigError, match=r"nowhere has no config\.json"):
+        with_shape(workspace, away)
 
 
 def test_the_shape_is_read_from_the_bases_config_before_and_after_it_is_written(tmp_path):

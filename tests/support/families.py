@@ -48,6 +48,12 @@ class Family:
     special: str
     layout: str = "packed"
     more: dict = field(default_factory=dict)
+    lacks: tuple[str, ...] = ()
+
+    @property
+    def sizes(self):
+        """What its config states."""
+        return {name: value for name, value in {**SIZES, **self.more}.items() if name not in self.lacks}
 
 
 FAMILIES = {
@@ -85,6 +91,7 @@ FAMILIES = {
     "glm4": Family("glm4", "RoPE on half of each head", more={"head_dim": 8}),
     "ernie4_5": Family("ernie4_5", "interleaved RoPE", more={"head_dim": 8}),
     "exaone4": Family("exaone4", "RoPE in layers with windows only", more=WINDOW),
+    "gpt_neox": Family("gpt_neox", "no key-value heads in its config, parallel blocks", lacks=("num_key_value_heads",)),
     "stablelm": Family("stablelm", "no boundaries of sequences in its attention", layout="padded"),
 }
 FAST = ("llama", "qwen3", "gemma2")
@@ -93,7 +100,7 @@ FAST = ("llama", "qwen3", "gemma2")
 def save_family(family, folder):
     """Save a random model of a family and a tokenizer; return its config."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family.model_type, **{**SIZES, **family.more})
+    config = AutoConfig.for_model(family.model_type, **family.sizes)
     model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(folder)
     if family.model_type == "qwen2":  # transformers builds its tokenizer again, so it must be one of its kind

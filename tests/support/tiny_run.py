@@ -28,6 +28,7 @@ from ropeway.data.raw_records import RawWriter
 from ropeway.data.shards import FORMAT, Kind, Shards, write_shard
 from ropeway.models.chat_template import OPEN_ASSISTANT
 from ropeway.models.conversation import Conversation
+from ropeway.models.proofs import prove_model
 from ropeway.models.rope import plan_scaling
 from ropeway.models.tokenizer import open_tokenizer, read_special
 from ropeway.reporting import report_eval, report_package
@@ -201,7 +202,8 @@ def make_model(folder: Path, profile: Profile, *, seed: int, steps: int) -> None
         pad_token_id=2,
         initializer_range=0.2,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
     facts = {"tokenizer": file_sha256(folder / "tokenizer.json"), "template": OPEN_ASSISTANT.digest}
     if steps:
         facts |= {"fingerprint": "0123456789abcdef", "steps": steps, "applied_steps": steps, "dtype": profile.dtype}
@@ -209,6 +211,7 @@ def make_model(folder: Path, profile: Profile, *, seed: int, steps: int) -> None
     else:
         facts |= {"special": read_special(folder, open_tokenizer(folder), OPEN_ASSISTANT)}
         facts |= {"model": {"kind": profile.base.kind, "name": profile.model_name}, "rope": rope.to_json()}
+        facts["proofs"] = prove_model(model)
     write_manifest(folder, facts)
 
 

@@ -9,6 +9,9 @@ from collections.abc import Mapping
 from ropeway.runtime.errors import ConfigError
 
 DEFAULT = "llama"  # model_type of a base of kind scratch
+# Ways in which attention is computed, each proved on the base's first layers: `ropeway.models.proofs`.
+SDPA, VARIABLE_LENGTH, PACKED = "sdpa", "variable length", "packed"
+Proofs = Mapping[str, str]  # way -> what differs from the model's own code, empty if nothing does
 HEAD_LAYER, EMBEDDING_LAYER = "lm_head", "embed_tokens"
 # Parameter names in a safetensors file.
 HEAD, EMBEDDING = f"{HEAD_LAYER}.weight", f"model.{EMBEDDING_LAYER}.weight"
@@ -48,14 +51,30 @@ def check_architecture(config: Mapping[str, object], *, where: str) -> None:
     if not isinstance(kind, str) or not kind:
         raise ConfigError(f"{where}: expected a model_type, found {kind!r}; it is not a config.json of transformers")
     if config.get("is_encoder_decoder"):
-        raise ConfigError(f"{where}: {kind} is an encoder-decoder; only decoder-only language models can be trained")
+        raise ConfigError(f"{where}: {kind} is an encoder-decoder; choose a dense decoder-only language model")
     if experts := [name for name in _EXPERTS if isinstance(count := config.get(name), int) and count > 1]:
         raise ConfigError(
-            f"{where}: {kind} is a mixture of experts ({experts[0]}: {config[experts[0]]}); only dense models can be "
-            "trained"
+            f"{where}: {kind} is a mixture of experts ({experts[0]}: {config[experts[0]]}); choose a dense decoder"
         )
     if inputs := [name for name in _OTHER_INPUTS if config.get(name) is not None]:
         raise ConfigError(
-            f"{where}: {kind} is multimodal ({inputs[0]}); only language models of text can be trained. If its text "
-            "model is published alone, use that"
+            f"{where}: {kind} is multimodal ({inputs[0]}); choose a language model of text, such as its text model "
+            "if that is published alone"
         )
+
+
+def check_proof(proofs: Proofs, needed: str, *, where: str) -> None:
+    """Raise ConfigError if what a run needs differs from the model's own code; the message says what would work."""
+    fault = proofs[needed]
+    if not fault:
+        return
+    working = [name for name, found in proofs.items() if not found]
+    remedies = {
+        SDPA: "layout: padded with use_flash_attention: false",
+        VARIABLE_LENGTH: "layout: padded",
+        PACKED: "layout: packed",
+    }
+    advice = f"What works: {'; '.join(remedies[name] for name in working)}" if working else "Nothing else works either"
+    raise ConfigError(
+        f"{where}: with attention `{needed}` the model does not compute what it should: {fault}. {advice}"
+    )

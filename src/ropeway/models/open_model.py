@@ -197,7 +197,7 @@ def read_shape(config: PreTrainedConfig) -> dict[str, object]:
     shape: dict[str, object] = {name: stated.get(name) for name in names}
     shape["num_key_value_heads"] = shape["num_key_value_heads"] or shape["num_attention_heads"]
     shape["head_dim"] = head_dim(config)
-    shape["rope_theta"] = main_parameters(config.rope_parameters or {}).get("rope_theta")
+    shape["rope_theta"] = main_parameters(getattr(config, "rope_parameters", None) or {}).get("rope_theta")
     shape["rms_norm_eps"] = next((stated[name] for name in _EPSILONS if name in stated), None)
     return shape
 

@@ -93,9 +93,12 @@ class _Exchange(torch.autograd.Function):
 def check_shareable(config: PreTrainedConfig, profile: WeightParams) -> None:
     """Raise ConfigError unless this model's rows can be shared by `sequence_parallel` ranks."""
     ranks = profile.sequence_parallel
-    check_heads(config.num_attention_heads, config.num_key_value_heads, ranks)
+    if ranks == 1:
+        return
+    query = config.num_attention_heads
+    check_heads(query, getattr(config, "num_key_value_heads", None) or query, ranks)
     longest = longest_independent(config.rope_parameters, config.max_position_embeddings)
-    if ranks > 1 and longest is not None and profile.max_length > longest:
+    if longest is not None and profile.max_length > longest:
         raise ConfigError(
             f"sequence_parallel: RoPE scaling {config.rope_parameters['rope_type']} depends on the longest row of a "
             f"batch beyond {longest:,} tokens, and ranks that share a row see a part of it; set sequence_parallel: 1, "

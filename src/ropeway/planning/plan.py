@@ -73,6 +73,8 @@ class RunPlan:
         tokens: Tokens of all epochs, without padding.
         most_tokens: Tokens of all epochs if every row were full.
         other_ranks: Steps with other numbers of ranks, here and in the published code.
+        counted: Whether the weights are those of the stated shape or were counted by stage base; else they are those of
+            a Llama with the sizes in the base's config.json.
         gpu_bytes: Parts of the highest peak of the first and the last rank, in the phase that `gpu_peak` names.
         disk_unknown: Parts of the disk space that are not known yet.
         fits: Whether it fits the stated or detected GPU; None if neither is known.
@@ -96,6 +98,7 @@ class RunPlan:
     optimizer_steps: int | None
     other_ranks: dict[int, dict[str, int | str]]
     parameters: int
+    counted: bool
     trainable: int
     checkpoint_bytes: int
     gpu_bytes: dict[str, int]
@@ -129,10 +132,11 @@ def plan_run(workspace: Workspace, profile: Profile, *, ranks: int, request: Pla
     Raises:
         ConfigError: The ranks do not divide the batch, or the DeepSpeed JSON, card or MFU is invalid.
     """
-    request, profile = request or PlanRequest(), with_shape(workspace, profile)
+    request, stated = request or PlanRequest(), profile.expected_model is not None
+    profile = with_shape(workspace, profile)
     named = read_texts(workspace.root, [profile.deepspeed_config], key="deepspeed_config")
     zero = read_zero(named[profile.deepspeed_config], profile.deepspeed_config)
-    load = Load.of(profile, zero, ranks=ranks, measured=measured_weights(workspace, profile.expected_model))
+    load = Load.of(profile, zero, ranks=ranks, measured=measured_weights(workspace, profile))
     counted = count_epoch_data(workspace, profile)
     disk, unknown = _plan_disk(workspace, profile, load)
     gpus = detect_gpus() if request.gpu_memory_gib is None or request.card is None else []
@@ -163,6 +167,7 @@ def plan_run(workspace: Workspace, profile: Profile, *, ranks: int, request: Pla
         optimizer_steps=steps,
         other_ranks=_plan_other_ranks(profile, counted.rows, ranks),
         parameters=load.sizes.parameters,
+        counted=stated or load.sizes.measured is not None,
         trainable=load.trainable,
         checkpoint_bytes=checkpoint_bytes(load),
         gpu_bytes=plan_gpu(load, memory_bytes=memory_bytes),
@@ -244,7 +249,7 @@ def check_memory(workspace: Workspace, profile: Profile, zero: Zero, *, ranks: i
     if not gpus or os.environ.get(MEMORY_CHECK_VARIABLE) == "off":
         return
     profile = with_shape(workspace, profile)
-    load = Load.of(profile, zero, ranks=ranks, measured=measured_weights(workspace, profile.expected_model))
+    load = Load.of(profile, zero, ranks=ranks, measured=measured_weights(workspace, profile))
     memory, certain = min(gpu.memory_bytes for gpu in gpus), certain_bytes(load)
     verdict = check_fit(load, profile.global_batch_size, memory)
     if verdict.fits:

@@ -84,7 +84,8 @@ def _known(count: int | str | None) -> str:
 
 
 def _count_weights(plan: RunPlan) -> str:
-    return f"{format_large(plan.parameters)} weights"
+    about = "" if plan.counted else "about "  # of a Llama with the base's sizes, until stage base has counted
+    return f"{about}{format_large(plan.parameters)} weights"
 
 
 def _count_steps(plan: RunPlan) -> str:

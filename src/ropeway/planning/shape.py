@@ -32,30 +32,37 @@ class MeasuredWeights:
 
 
 def with_shape(workspace: Workspace, profile: AnyProfile) -> AnyProfile:
-    """Return the profile with `expected_model` stated: its own, else that of the written base, else of its folder.
+    """Return the profile with `expected_model` stated: its own, else that of its base's folder or of the written base.
 
     Raises:
-        ConfigError: It is null, and the base is neither written nor a folder.
+        ConfigError: It is null, and there is neither; or the base in the folder cannot be trained.
     """
     if profile.expected_model is not None:
         return profile
+    if isinstance(profile.base, FolderBase):  # what is there now, not what an earlier run had
+        folder = workspace.root / profile.model_name
+        config = _read(folder / "config.json")
+        if config is None:
+            raise ConfigError(f"expected_model is null, and {folder} has no config.json; put the base there")
+        check_architecture(config, where=profile.model_name)
+        return _stated(profile, config)
     facts = _read(workspace.base / NAME)
-    if facts is not None:
+    if facts is not None and (facts["model"]["name"], facts["model"]["kind"]) == (
+        profile.model_name,
+        profile.base.kind,
+    ):
         return _stated(profile, facts["model"])
-    if isinstance(profile.base, FolderBase):
-        config = _read(workspace.root / profile.model_name / "config.json")
-        if config is not None:
-            check_architecture(config, where=profile.model_name)
-            return _stated(profile, config)
     raise ConfigError(
         "expected_model is null, and the base's shape is not known yet: run `dvc repro base` first, or state the shape"
     )
 
 
-def measured_weights(workspace: Workspace, shape: ModelShape | None) -> MeasuredWeights | None:
-    """Return the weights of the written base; None before stage base has run, or if its base had another shape."""
-    facts = _read(workspace.base / NAME)
+def measured_weights(workspace: Workspace, profile: Profile) -> MeasuredWeights | None:
+    """Return the weights of the written base; None before stage base has run, or if that was another base."""
+    facts, shape = _read(workspace.base / NAME), profile.expected_model
     if facts is None or shape is None or "layer_weights" not in facts:
+        return None
+    if (facts["model"]["name"], facts["model"]["kind"]) != (profile.model_name, profile.base.kind):
         return None
     stated = shape.model_dump(exclude_none=True, exclude={"rope_theta", "rms_norm_eps", "max_position_embeddings"})
     if any(facts["model"].get(name) != value for name, value in stated.items()):

@@ -5,8 +5,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ropeway.models import attention, proofs, supervised_loss
+from ropeway.models.architectures import PACKED, SDPA, VARIABLE_LENGTH, check_proof
 from ropeway.models.open_model import compute_logits, measure_frequencies, model_class, output_head
-from ropeway.models.proofs import PACKED, SDPA, VARIABLE_LENGTH, check_proof, prove_model, shorten
+from ropeway.models.proofs import prove_model, shorten
 from ropeway.runtime.errors import ConfigError
 from tests.support.families import FAMILIES, SIZES
 
@@ -16,7 +17,7 @@ EQUAL = {SDPA: "", VARIABLE_LENGTH: "", PACKED: ""}
 def make(name, **more):
     family = FAMILIES[name]
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family.model_type, **{**SIZES, **family.more, **more})
+    config = AutoConfig.for_model(family.model_type, **family.sizes, **more)
     return AutoModelForCausalLM.from_config(config)
 
 
@@ -31,6 +32,15 @@ def test_a_family_has_the_loss_and_gradients_of_its_own_code(name):
         assert all("does not pass the boundaries" in fault for fault in found.values())
     else:
         assert found == EQUAL
+
+
+def test_a_family_that_does_not_call_the_kernels_is_found():
+    config = AutoConfig.for_model("falcon", **SIZES, new_decoder_architecture=False, multi_query=False)
+    torch.manual_seed(0)
+    found = prove_model(AutoModelForCausalLM.from_config(config))
+    assert found[SDPA] == ""
+    assert found[VARIABLE_LENGTH]
+    assert found[PACKED] == found[VARIABLE_LENGTH]
 
 
 def without(option):

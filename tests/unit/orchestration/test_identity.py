@@ -54,8 +54,8 @@ def edit(path, old, new):
 
 def test_a_comment_a_docstring_and_a_message_do_not_count(source):
     before = stage_code_digest(source, "train")
-    edit(source / "stages/train/loss.py", '"""The loss:', '"""The edited loss:')
-    edit(source / "stages/train/loss.py", "import torch\n", "import torch  # a comment\n")
+    edit(source / "stages/train/loss.py", '"""The two', '"""The edited two')
+    edit(source / "stages/train/loss.py", "from torch import Tensor\n", "from torch import Tensor  # a comment\n")
     edit(source / "data/batches.py", "index exceeds", "the index exceeds")
     edit(source / "stages/train/saving.py", "resuming after step", "going on after step")
     assert stage_code_digest(source, "train") == before

@@ -76,9 +76,9 @@ def run(workspace: Workspace, profile: BaseParams) -> None:
         write_tokenizer(folder, tokenizer, names, template, max_length=profile.max_length)
         rows = plan_vocabulary(count_tokens(tokenizer), profile.pad_vocab_to_multiple_of)
         if origin is None:
-            model, rope = make_model(profile, rows=rows)
+            model, rope, shape = make_model(profile, rows=rows)
         else:
-            model, rope = open_model(origin, options, profile)
+            model, rope, shape = open_model(origin, options, profile)
             rows = max(
                 rows, model.get_input_embeddings().weight.shape[0]
             )  # rows that the base has beyond its tokens stay
@@ -91,7 +91,8 @@ def run(workspace: Workspace, profile: BaseParams) -> None:
         stated = {
             "name": profile.model_name,
             "kind": profile.base.kind,
-            **read_shape(model.config),
+            "model_type": model.config.model_type,
+            **shape,
             "embedding_rows": rows,
             "rope_parameters": rope.to_config(),
             **_describe_origin(workspace.root, profile),
@@ -147,7 +148,10 @@ def plan_vocabulary(tokens: int, multiple: int) -> int:
     return -(-tokens // multiple) * multiple
 
 
-def make_model(profile: BaseParams, *, rows: int) -> tuple[PreTrainedModel, RopeScaling]:
+Opened = tuple[PreTrainedModel, RopeScaling, dict[str, object]]  # with the shape before rows are added
+
+
+def make_model(profile: BaseParams, *, rows: int) -> Opened:
     """Return a Llama of `expected_model`'s shape with random fp32 weights that depend on the run's seed only."""
     expected = profile.expected_model
     if expected is None:
@@ -157,10 +161,11 @@ def make_model(profile: BaseParams, *, rows: int) -> tuple[PreTrainedModel, Rope
     shape |= {"vocab_size": rows, "max_position_embeddings": rope.stated_positions}
     with torch.random.fork_rng(devices=[]):  # transformers draws from the global generator only
         torch.manual_seed(profile.rng_seed)
-        return create_model({**shape, "rope_parameters": rope.to_config()}).to(torch.float32), rope
+        model = create_model({**shape, "rope_parameters": rope.to_config()}).to(torch.float32)
+    return model, rope, read_shape(model.config) | expected.model_dump(exclude_none=True)
 
 
-def open_model(origin: Path, options: Mapping[str, str], profile: BaseParams) -> tuple[PreTrainedModel, RopeScaling]:
+def open_model(origin: Path, options: Mapping[str, str], profile: BaseParams) -> Opened:
     """Return the model of a folder in its stored dtype, and its RoPE scaling as params.yaml sets it.
 
     Raises:
@@ -170,7 +175,7 @@ def open_model(origin: Path, options: Mapping[str, str], profile: BaseParams) ->
     model_class(config)
     if profile.expected_model is not None:
         check_shape(config, profile.expected_model, where=f"model_name {profile.model_name}")
-    rope = plan_rope(config, profile)
+    rope, shape = plan_rope(config, profile), read_shape(config)
     config.rope_parameters = rope.to_config()  # the whole dict: a partial one loses theta (5.24)
     config.max_position_embeddings = rope.stated_positions
     if profile.expected_model is not None and "gguf_file" in options:
@@ -180,7 +185,7 @@ def open_model(origin: Path, options: Mapping[str, str], profile: BaseParams) ->
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"{origin}: the weights cannot be loaded: {error}. Download the model again") from error
     _check_weights(origin, model, found)
-    return (plain_copy(model) if "gguf_file" in options else model), rope
+    return (plain_copy(model) if "gguf_file" in options else model), rope, shape
 
 
 def _check_weights(origin: Path, model: PreTrainedModel, found: Mapping[str, Collection[str]]) -> None:
@@ -207,8 +212,11 @@ def plan_rope(config: PreTrainedConfig, profile: BaseParams) -> RopeScaling:
         ConfigError: `superhot` would replace the base model's scaling by another kind or a shorter one, or `max_length`
             exceeds its context length.
     """
-    if not config.rope_parameters:
-        raise ConfigError(f"model_type {config.model_type}: the config has no rope_parameters; only RoPE is supported")
+    if not getattr(config, "rope_parameters", None):
+        raise ConfigError(
+            f"model_type {config.model_type}: config.json states no rotary embedding (no rope_parameters); bases "
+            "without it cannot be trained. Choose a decoder with RoPE, e.g. a Llama, Mistral, Qwen or Gemma"
+        )
     own = keep_scaling(config.rope_parameters, config.max_position_embeddings, measure_frequencies(config))
     if not profile.superhot:
         if profile.max_length > own.reach:

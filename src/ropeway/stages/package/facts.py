@@ -9,6 +9,7 @@ from typing import Any
 
 from ropeway.config.params import PackageParams
 from ropeway.data.raw_records import iterate_records
+from ropeway.models.architectures import DEFAULT
 from ropeway.models.chat_template import ChatTemplate, open_template
 from ropeway.models.conversation import Conversation
 from ropeway.models.rope import RopeScaling, scaling_from_json
@@ -57,7 +58,7 @@ class Facts:
     @property
     def loader(self) -> str:
         """The lowest version of transformers that loads the package."""
-        return lowest_loader(self.rope, self.tokenizer)
+        return lowest_loader(self.rope, self.tokenizer, self.base["model"].get("model_type", DEFAULT))
 
     @property
     def title(self) -> str:

@@ -7,10 +7,12 @@ silently uses unscaled RoPE in fp32. 4.31 requires `rope_scaling` to be exactly 
 from collections.abc import Mapping
 from typing import NotRequired, TypedDict, TypeGuard
 
+from ropeway.models.architectures import DEFAULT
 from ropeway.models.chat_template import ChatTemplate
 from ropeway.models.rope import RopeScaling
 
 TORCH_NAMES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+TESTED_LOADER = "5.17.0"  # the lowest that pyproject.toml allows
 LLAMA_THETA = 10000.0  # the only value that transformers before 4.33 supports
 
 # The keys of a tokenizer config to keep: loaders disagree on the rest (5.24 writes `extra_special_tokens` as a list,
@@ -99,13 +101,17 @@ def _all_pairs(merges: object) -> TypeGuard[list[list[str]]]:
     return isinstance(merges, list) and bool(merges) and all(isinstance(pair, list) for pair in merges)
 
 
-def lowest_loader(rope: RopeScaling, tokenizer: TokenizerJson) -> str:
+def lowest_loader(rope: RopeScaling, tokenizer: TokenizerJson, model_type: str) -> str:
     """Return the lowest version of transformers that loads the model correctly.
+
+    For other families than Llama it is the lowest that this project is tested with.
 
     Source: transformers' release notes: linear and dynamic scaling since 4.31.0; `rope_theta` since 4.33.0 (before it
     every Llama has 10,000); yarn and llama3 since 4.43.0. Its setup.py: tokenizers 0.19 (`ignore_merges`) since 4.40.0,
     0.20 (merges as pairs) since 4.45.0.
     """
+    if model_type != DEFAULT:
+        return TESTED_LOADER
     model = tokenizer["model"]
     needed = {
         "4.33.0": rope.theta != LLAMA_THETA,

