@@ -110,7 +110,7 @@ test-slow: $(VENV)/.ready-test
 
 # Whole runs of tiny models of many families; the table goes to docs/measured/families.json.
 test-families: $(VENV)/.ready-test
-	ROPEWAY_FAMILIES_TABLE=1 $(BIN)/pytest -q -m "families or not families" tests/pipeline/test_families.py
+	FAMILIES_TABLE=1 $(BIN)/pytest -q -m "families or not families" tests/pipeline/test_families.py
 
 test-browser: $(VENV)/.ready-browser
 	$(BIN)/pytest -q -m browser tests/pipeline/test_browser_review.py

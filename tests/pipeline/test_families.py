@@ -76,7 +76,7 @@ def test_a_family_is_trained_resumed_evaluated_and_packaged(tmp_path, monkeypatc
 
 def note(name, proofs, losses, publication):
     """Add a row to the table of the documentation, where the run is for that."""
-    if "ROPEWAY_FAMILIES_TABLE" not in os.environ:
+    if "FAMILIES_TABLE" not in os.environ:
         return
     table = json.loads(TABLE.read_text()) if TABLE.is_file() else {}
     row = {
