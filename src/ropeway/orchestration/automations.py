@@ -5,6 +5,7 @@ They are created over plain HTTP, so that `ropeway server` need not import Prefe
 
 import os
 import ssl
+import time
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,6 +17,8 @@ from ropeway.runtime.errors import ConfigError, TemporaryError
 CRASHED, ALERT = "ropeway: crashed hosts", "ropeway: alert"
 _BLOCK = "ropeway-alert"
 _SILENT_SECONDS = 90  # three heartbeats
+# After an outage the runs that waited write at once, and the server's SQLite is locked for a while (measured).
+_BUSY, _BUSY_SECONDS, _PAUSE_SECONDS = (429, 503), 60.0, 1.0
 # Suspended: a review waits for days without heartbeats; without this entry it would be marked crashed (measured).
 # Prefect names a run's event after the state's name, not its type, so the final states of our flows are listed too.
 # Without them the automation fires for completed runs, which Prefect refuses to mark as crashed (measured).
@@ -37,7 +40,7 @@ def apply_automations(url: str) -> list[str]:
 
     Raises:
         ConfigError: ROPEWAY_ALERT_URL is not an http(s) URL.
-        TemporaryError: The server refused a request.
+        TemporaryError: The server refused a request, or was busy for a minute.
     """
     hook = os.environ.get("ROPEWAY_ALERT_URL")
     if hook and (urlsplit(hook).scheme not in ("http", "https") or not urlsplit(hook).hostname):
@@ -129,14 +132,19 @@ def _ask(url: str, method: str, path: str, body: Mapping[str, object] | None = N
         os.environ.get("PREFECT_API_AUTH_STRING") or os.environ.get("PREFECT_SERVER_API_AUTH_STRING") or ""
     ).partition(":")
     auth = (user, password) if user else None
-    try:
-        # No proxy from the environment, but this machine's certificates.
-        certificates = ssl.create_default_context()
-        answer = httpx.request(
-            method, url + path, json=body, auth=auth, timeout=30, trust_env=False, verify=certificates
-        )
-    except httpx.HTTPError as error:
-        raise TemporaryError(f"the Prefect server at {url} does not answer ({error})") from None
+    until = time.monotonic() + _BUSY_SECONDS
+    while True:
+        try:
+            # No proxy from the environment, but this machine's certificates.
+            certificates = ssl.create_default_context()
+            answer = httpx.request(
+                method, url + path, json=body, auth=auth, timeout=30, trust_env=False, verify=certificates
+            )
+        except httpx.HTTPError as error:
+            raise TemporaryError(f"the Prefect server at {url} does not answer ({error})") from None
+        if answer.status_code not in _BUSY or time.monotonic() > until:
+            break
+        time.sleep(_PAUSE_SECONDS)
     if answer.is_error:
         raise TemporaryError(
             f"the Prefect server refused {method} {path}: {answer.status_code} {answer.content[:300]!r}"

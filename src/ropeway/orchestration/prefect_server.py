@@ -58,8 +58,13 @@ def serve_ui(root: Path, *, port: int = DEFAULT_PORT, host: str = LOOPBACK) -> N
         if not await_answer(url, START_SECONDS, lambda: server.poll() is not None):
             raise TemporaryError(f"the Prefect server did not start at {url}; its output is above")
         print(f"Prefect UI: {page_address(url)}  (Ctrl-C stops it)", flush=True)
-        for words in apply_automations(url):
-            print(f"automation: {words}", flush=True)
+        try:
+            for words in apply_automations(url):
+                print(f"automation: {words}", flush=True)
+        except TemporaryError as error:  # runs that wait for the server need it more than its automations
+            print(
+                f"the server runs, but its automations were not updated: {error}. Restart it to try again", flush=True
+            )
         if server.wait():
             raise TemporaryError("the Prefect server exited; its output is above. Start it again")
     except KeyboardInterrupt:
