@@ -22,6 +22,7 @@ from ropeway.runtime.errors import ConfigError
 
 _ROWS, _TOKENS = 2, 48
 _WINDOW = 12  # sliding windows become as short, so that the rows are longer
+_SOFTCAP = 0.5  # soft caps become as low, so that they matter
 _VOCABULARY = 512
 _MAX_LAYERS = 8
 _TOLERANCE = 1e-3  # of losses and of gradients, relative
@@ -110,6 +111,9 @@ def shorten(config: PreTrainedConfig) -> PreTrainedConfig:
         setattr(short, name, value[: short.num_hidden_layers])
     if getattr(short, "sliding_window", None):
         short.sliding_window = min(short.sliding_window, _WINDOW)
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if getattr(short, name, None):
+            setattr(short, name, min(getattr(short, name), _SOFTCAP))
     short.vocab_size = min(config.vocab_size, _VOCABULARY)
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(short, name, None)

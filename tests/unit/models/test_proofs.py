@@ -25,7 +25,7 @@ def make(name, **more):
 def test_a_family_has_the_loss_and_gradients_of_its_own_code(name):
     found = prove_model(make(name))
     if name == "gemma2":  # transformers' SDPA has no soft cap
-        assert "does not support" in found.pop(SDPA)
+        assert found.pop(SDPA)
         assert found == {VARIABLE_LENGTH: "", PACKED: ""}
     elif name == "stablelm":
         assert found.pop(SDPA) == ""

@@ -32,7 +32,7 @@ def launch(workspace, monkeypatch):
     }
     for name, fake in fakes.items():
         monkeypatch.setattr(stage, name, fake)
-    profile = SimpleNamespace(deepspeed_config="ds.json", resume_from=None)
+    profile = SimpleNamespace(deepspeed_config="ds.json", resume_from=None, layout="padded")
     with pytest.raises(LaunchedError):
         stage.run(workspace, profile)
     return given
