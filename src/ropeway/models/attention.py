@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -30,20 +30,23 @@ _WITHOUT_EFFECT = frozenset((
 ))  # fmt: skip
 
 
+class Seen(TypedDict, total=False):
+    """What a query of some families sees beside the causal order.
+
+    Attributes:
+        window: Positions that it sees, itself included; without it all before it.
+        softcap: Scores s become softcap x tanh(s / softcap); without it they stay.
+    """
+
+    window: int
+    softcap: float
+
+
 class Kernel(Protocol):
     """Causal attention within each sequence."""
 
-    def __call__(  # noqa: PLR0913 - the arguments of variable-length kernels
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu: Tensor,
-        longest: int,
-        scale: float | None,
-        *,
-        window: int | None = None,
-        softcap: float | None = None,
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float | None, /, **seen: Unpack[Seen]
     ) -> Tensor:
         """Return `(B*T, H, D)` attention of `(B*T, H, D)` queries, `(B*T, K, D)` keys and values.
 
@@ -54,8 +57,7 @@ class Kernel(Protocol):
             cu: `(S + 1,)` int32, where each sequence begins, and the end.
             longest: Tokens of the longest sequence.
             scale: Factor of the scores; None: 1 / sqrt(D).
-            window: Positions that a query sees, itself included; None: all before it.
-            softcap: Scores s become softcap x tanh(s / softcap); None: they stay.
+            seen: What a query sees beside the causal order.
         """
 
 
@@ -227,20 +229,12 @@ def flash_attention_2(*, deterministic: bool) -> tuple[str, Kernel]:
 def _from_flash_attn(function: Callable[..., Any], *, deterministic: bool) -> Kernel:
     options: dict[str, Any] = {"causal": True, "deterministic": deterministic}
 
-    def attend(  # noqa: PLR0913 - as `Kernel`
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu: Tensor,
-        longest: int,
-        scale: float | None,
-        *,
-        window: int | None = None,
-        softcap: float | None = None,
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float | None, **seen: Unpack[Seen]
     ) -> Tensor:
-        more: dict[str, Any] = {} if softcap is None else {"softcap": softcap}
-        if window is not None:
-            more["window_size"] = (window - 1, 0)
+        more: dict[str, Any] = {"softcap": seen["softcap"]} if "softcap" in seen else {}
+        if "window" in seen:
+            more["window_size"] = (seen["window"] - 1, 0)
         return _only_output(function(q, k, v, cu, cu, longest, longest, softmax_scale=scale, **options, **more))
 
     return attend
@@ -256,20 +250,12 @@ def torch_varlen(**_: bool) -> tuple[str, Kernel]:
 
     grouping = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
-    def attend(  # noqa: PLR0913 - as `Kernel`
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu: Tensor,
-        longest: int,
-        scale: float | None,
-        *,
-        window: int | None = None,
-        softcap: float | None = None,
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float | None, **seen: Unpack[Seen]
     ) -> Tensor:
-        if softcap is not None:
+        if "softcap" in seen:
             raise NotImplementedError("it has no soft cap of scores")
-        options: dict[str, Any] = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
+        options: dict[str, Any] = {"scale": scale, "window_size": (seen.get("window", 0) - 1, 0)}  # -1: no window
         if (repeats := q.shape[1] // k.shape[1]) > 1:
             if grouping:
                 options["enable_gqa"] = True
@@ -300,21 +286,19 @@ FLASH_KERNELS: tuple[tuple[str, Callable[..., tuple[str, Kernel]]], ...] = (
 )
 
 
-def attend_each(  # noqa: PLR0913 - as `Kernel`
+def attend_each(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     cu: Tensor,
-    longest: int,  # noqa: ARG001 - of flash kernels
+    _longest: int,
     scale: float | None,
-    *,
-    window: int | None = None,
-    softcap: float | None = None,
+    **seen: Unpack[Seen],
 ) -> Tensor:
     """Return the attention of each sequence, computed with SDPA: the CPU substitute of a flash kernel."""
     lengths = (cu[1:] - cu[:-1]).tolist()
     sequences = zip(*(part.transpose(0, 1)[None].split(lengths, dim=2) for part in (q, k, v)), strict=True)
-    outs = [_attend(*parts, scale=scale, window=window, softcap=softcap) for parts in sequences]
+    outs = [_attend(*parts, scale=scale, window=seen.get("window"), softcap=seen.get("softcap")) for parts in sequences]
     return torch.cat(outs, dim=2)[0].transpose(0, 1)
 
 

@@ -24,7 +24,6 @@ _ROWS, _TOKENS = 2, 48
 _WINDOW = 12  # sliding windows become as short, so that the rows are longer
 _SOFTCAP = 0.5  # soft caps become as low, so that they matter
 _VOCABULARY = 512
-_MAX_LAYERS = 8
 _TOLERANCE = 1e-3  # of losses and of gradients, relative
 _ROUNDING = 1e-5  # of losses in fp32, relative
 
@@ -44,7 +43,8 @@ def prove_model(model: PreTrainedModel) -> Proofs:
         SDPA: _tried(lambda: _difference(_our_loss(first_layers(model, "sdpa"), ids), expected)),
         VARIABLE_LENGTH: _tried(lambda: _kernel_difference(model, ids, expected)),
     }
-    proofs[PACKED] = proofs[VARIABLE_LENGTH] or _packed_difference(first_layers(model, VARLEN), ids)
+    packed = _tried(lambda: _packed_difference(first_layers(model, VARLEN), ids))
+    proofs[PACKED] = proofs[VARIABLE_LENGTH] or packed
     return proofs
 
 
@@ -106,7 +106,7 @@ def shorten(config: PreTrainedConfig) -> PreTrainedConfig:
     }
     kinds = list(zip(*(map(str, value) for value in by_layer.values()), strict=True)) or [()] * layers
     count = next(number for number in range(1, layers + 1) if set(kinds[:number]) == set(kinds))
-    short.num_hidden_layers = min(layers, _MAX_LAYERS, max(2, count))
+    short.num_hidden_layers = min(layers, max(2, count))
     for name, value in by_layer.items():
         setattr(short, name, value[: short.num_hidden_layers])
     if getattr(short, "sliding_window", None):

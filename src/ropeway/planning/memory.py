@@ -212,8 +212,10 @@ def count_adapters(profile: Profile, sizes: Sizes) -> tuple[int, int]:
         "qkv_proj": hidden + sizes.query + 2 * key_value,  # fused in some families
         "gate_up_proj": hidden + 2 * intermediate,
     }
-    # Training rejects unknown targets; the head is the only other linear layer.
-    adapters = sizes.layers * lora.rank * sum(sides.get(name, 0) for name in lora.target_modules)
+    # Training rejects targets that the model does not have. Names of other families count as its widest layer, so that
+    # the plan is not too low; the head exists once.
+    inner = [name for name in lora.target_modules if name != HEAD_LAYER]
+    adapters = sizes.layers * lora.rank * sum(sides.get(name, hidden + intermediate) for name in inner)
     adapters += lora.rank * (hidden + sizes.vocabulary) * lora.target_modules.count(HEAD_LAYER)
     tables = sizes.embedding_parameters * (1 if sizes.tied else 2)
     return adapters, tables if lora.train_embeddings else 0

@@ -8,7 +8,7 @@ from typing import TypeVar
 from ropeway.config.params import FolderBase, ModelShape, Profile
 from ropeway.models.architectures import check_architecture
 from ropeway.runtime.errors import ConfigError
-from ropeway.runtime.manifest import NAME
+from ropeway.runtime.manifest import NAME, Json
 from ropeway.runtime.workspace import Workspace
 
 _ROPE_THETA = 10000.0  # of configs that state none; memory and time do not depend on it
@@ -71,11 +71,11 @@ def measured_weights(workspace: Workspace, profile: Profile) -> MeasuredWeights 
     return MeasuredWeights(layers, facts["parameters"], facts["model"]["embedding_rows"])
 
 
-def _read(path: Path):  # type: ignore[no-untyped-def] # noqa: ANN202 - JSON
+def _read(path: Path) -> Json | None:
     return json.loads(path.read_bytes()) if path.is_file() else None
 
 
-def _stated(profile: AnyProfile, config: dict[str, object]) -> AnyProfile:
+def _stated(profile: AnyProfile, config: Json) -> AnyProfile:
     names = ModelShape.model_fields
     found = {name: config[name] for name in names if config.get(name) is not None}
     found.setdefault("num_key_value_heads", found.get("num_attention_heads"))
