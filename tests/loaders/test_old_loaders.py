@@ -67,9 +67,9 @@ def packages(tmp_path_factory):
             write_model(facts, workspace, folder)
             probe = plan_probe(
                 workspace.model,
-                facts.template,
                 rope=facts.rope,
                 special=facts.special,
+                stops=facts.base["stops"],
                 dtype=dtype,
                 max_length=profile.max_length,
             )

@@ -212,6 +212,7 @@ def make_model(folder: Path, profile: Profile, *, seed: int, steps: int) -> None
         facts |= {"special": read_special(folder, open_tokenizer(folder), OPEN_ASSISTANT)}
         facts |= {"model": {"kind": profile.base.kind, "name": profile.model_name}, "rope": rope.to_json()}
         facts["proofs"] = prove_model(model)
+        facts["stops"] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
     write_manifest(folder, facts)
 
 

@@ -6,7 +6,7 @@ which always runs first, writes copies. Every other stage depends on these copie
 
 .identity/params-<stage>.json                the values of the keys of params.yaml that the stage reads
 .identity/deepspeed.json, prompts.json,
-          contamination.json                 the text of the files that params name
+          contamination.json, template.json  the text of the files that params name
 .identity/sources.json, base.json, tasks.json  hashes, commits and versions of what is read in place
 .identity/code-<stage>.json                  digests of the stage's package and of its imports from data and models
 .identity/settings.json, params.yaml         not dependencies: keys that change no result, and a copy of the file

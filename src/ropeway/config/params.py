@@ -19,6 +19,8 @@ Dtype = Literal["fp16", "bf16", "fp32"]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Length = Annotated[int, Field(gt=1)]  # of a row, in tokens
 RUN = r"[0-9a-f]{16}(@[0-9]+)?"  # fingerprint of a training run, optionally with @STEP of a checkpoint
+PUBLISHED_TEMPLATE = "open_assistant"
+TEMPLATE = rf"^({PUBLISHED_TEMPLATE}|base|[^\x00]+\.jinja)$"
 # Also the model's name in the registry, and part of paths and S3 keys.
 PROFILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}[A-Za-z0-9]|[A-Za-z0-9]")
 
@@ -430,6 +432,9 @@ class BaseParams(Section):
     pad_vocab_to_multiple_of: Positive
     """The embedding's number of rows is padded to a multiple of this."""
     rng_seed: Seed
+    template: Annotated[str, Field(pattern=TEMPLATE)]
+    """Chat template of data, prompts and package: the published run's (`open_assistant`), the base model's own
+    (`base`), or a Jinja file of the workspace (`PATH.jinja`)."""
     superhot: bool
     """Apply `superhot_config`. false: the base keeps its own RoPE scaling."""
     superhot_config: SuperhotConfig
@@ -547,6 +552,9 @@ class PackageParams(PrepareParams, WeightParams, EvaluateParams, BaseParams):
     """Params of the stage package: all keys that determine the model, its card and its files."""
 
     card: Card
+    history: Literal["refuse", "per_turn"]
+    """Conversations whose earlier turns the template renders differently once later ones follow, e.g. without their
+    reasoning: reject them (`refuse`), or train each answer as a sequence of its own (`per_turn`)."""
     package: Packaging
     special_tokens_in_text: Literal["parse", "escape", "reject"]
     """A special token's string inside a text becomes the token (`parse`), stays plain text (`escape`), or causes
@@ -577,6 +585,13 @@ class Profile(PackageParams, TrainParams):
                 "layout: packed does not support document_end: published, because the token after a document belongs "
                 "to the next sequence; set document_end to masked or eos"
             )
+        if self.template != PUBLISHED_TEMPLATE and self.what_counts == "published":
+            raise ValueError(
+                f"what_counts: published belongs to template: open_assistant; with template: {self.template} set "
+                "what_counts: answers (each answer and its end token, and nothing else)"
+            )
+        if self.template == "base" and isinstance(self.base, ScratchBase):
+            raise ValueError("template: base, but base.kind scratch has none; set open_assistant or a Jinja file")
         if self.peft_model and self.lora is None:
             raise ValueError(
                 "peft_model is true, but lora is null; set lora to a mapping with rank, alpha, dropout, "

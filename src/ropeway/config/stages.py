@@ -20,7 +20,7 @@ from ropeway.config.params import (
 
 UNHASHED = tuple(TrainSettings.model_fields)
 # What the stage `identity` freezes besides each stage's code and params.
-FROZEN = ("sources", "base", "contamination", "deepspeed", "prompts", "tasks")
+FROZEN = ("sources", "base", "contamination", "deepspeed", "prompts", "tasks", "template")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +58,14 @@ STAGES = (
     StageSpec(
         "base",
         _keys(BaseParams),
-        frozen=("base",),
+        frozen=("base", "template"),
         inputs=("raw",),
         outputs=("base",),
     ),
     StageSpec(
         "tokenize",
-        ("contamination", "datasets", "duplicates", "special_tokens_in_text"),  # parts of these keys: `tokenize_params`
+        # Parts of these keys: `tokenize_params`.
+        ("contamination", "datasets", "duplicates", "history", "special_tokens_in_text"),
         inputs=("raw", "base/chat_template.jinja", *_TOKENIZER),
         outputs=("tokens",),
     ),

@@ -28,6 +28,7 @@ class TokenizeParams(Section):
     """The values, named as in params.yaml."""
 
     special_tokens_in_text: Literal["parse", "escape", "reject"]  # how a special token's string in a text is handled
+    history: Literal["refuse", "per_turn"]  # conversations whose earlier turns the template rewrites
     datasets: dict[str, Chunks]  # source -> options
     duplicates: Signatures | None  # None if `duplicates.near` is off
     contamination: WordRuns | None  # None if `contamination.action` is off
@@ -36,12 +37,16 @@ class TokenizeParams(Section):
     def of(cls, profile: Profile) -> Self:
         """Return the values of a profile that tokenize reads."""
         return cls.model_validate(
-            {"special_tokens_in_text": profile.special_tokens_in_text, **values_shared_with_prepare(profile)}
+            {
+                "special_tokens_in_text": profile.special_tokens_in_text,
+                "history": profile.history,
+                **values_shared_with_prepare(profile),
+            }
         )
 
 
 def values_shared_with_prepare(profile: PrepareParams) -> dict[str, object]:
-    """Return all values except `special_tokens_in_text`; prepare compares them with those the tokens were made with."""
+    """Return all values except how texts are encoded; prepare compares them with those the tokens were made with."""
     repeats, runs = profile.duplicates, profile.contamination
     near = {"ngram": repeats.ngram, "permutations": repeats.permutations}
     return {

@@ -23,19 +23,21 @@ def loss_masks(kinds: NDArray[np.uint8], lengths: NDArray[np.integer], profile: 
 
     - `label_masking: false`: every position.
     - `what_counts: published`: all but the prompter's turns, so BOS and the system message count too.
-    - `what_counts: answers`: positions that predict an answer's text or its end token.
+    - `what_counts: answers`: positions that predict an answer's text or its end token. Under a Jinja template this is
+      exactly what the model would generate.
 
     The last position of a sequence has no next token. For the end of a document, `document_end` decides whether it
     counts; any other last position does not count.
     """
-    documents = kinds >= Kind.DOCUMENT  # includes DOCUMENT_END
+    documents = (kinds == Kind.DOCUMENT) | (kinds == Kind.DOCUMENT_END)
     if not profile.label_masking:
         mask = np.ones(len(kinds), dtype=np.bool_)
     elif profile.what_counts == "published":
         mask = kinds != Kind.PROMPTER
     else:
         following = np.append(kinds[1:], np.uint8(Kind.PROMPTER))
-        mask = documents | ((kinds == Kind.ASSISTANT) & (following == Kind.ASSISTANT))
+        answers = (kinds == Kind.ASSISTANT) & (following == Kind.ASSISTANT)
+        mask = documents | answers | (following == Kind.ANSWER)
     last = np.cumsum(lengths)[np.asarray(lengths) > 0] - 1
     ends = {"masked": False, "eos": kinds[last] == Kind.DOCUMENT_END, "published": True}
     mask[last] = documents[last] & ends[profile.document_end]

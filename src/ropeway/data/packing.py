@@ -64,8 +64,11 @@ def split_document(length: int, *, capacity: int) -> list[tuple[int, int]]:
 
 
 def turn_starts(kinds: NDArray[np.uint8]) -> list[int]:
-    """Return where the prompter's turns begin; the first start is 0, which includes the system message."""
-    prompter = kinds == Kind.PROMPTER
+    """Return where the prompter's turns begin; the first start is 0, which includes the system message.
+
+    Under a Jinja template a start is the token after an answer.
+    """
+    prompter = (kinds == Kind.PROMPTER) | (kinds == Kind.CONTEXT)
     begins = np.flatnonzero(prompter & ~np.concatenate(([False], prompter[:-1])))
     return [0, *(int(begin) for begin in begins[1:])]
 

@@ -15,7 +15,7 @@ from functools import cached_property
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,13 +31,15 @@ REMEDY = "Run `dvc repro prepare` to restore it"
 
 
 class Kind(IntEnum):
-    """The speaker of a token; the loss mask depends on it."""
+    """The speaker of a token, or in a Jinja template whether the model generates it; the loss mask depends on it."""
 
     SYSTEM = Speaker.SYSTEM  # BOS and the system message
     PROMPTER = Speaker.USER
     ASSISTANT = Speaker.ASSISTANT
     DOCUMENT = 3
     DOCUMENT_END = 4  # the last token of a document's last chunk
+    CONTEXT = 5  # of a conversation in a Jinja template: not supervised, whoever speaks
+    ANSWER = 6  # of a conversation in a Jinja template: content or end token of an answer
 
 
 @dataclass(frozen=True)
@@ -124,9 +126,9 @@ def open_shards(folder: Path, *, verify: bool = True) -> Shards:
 
 
 class SpecialIds(TypedDict):
-    """Ids that the collator needs; the manifest also holds those of the role tokens."""
+    """Ids that the collator needs; the manifest also holds those of the template's tokens."""
 
-    bos: int
+    bos: NotRequired[int]  # some tokenizers have none
     eos: int
     pad: int
 

@@ -1,23 +1,23 @@
 """Chat templates: rendering, loss masks, prompts and the exported tokenizer use the same object.
 
-To add a template, add a subclass of `ChatTemplate` and an entry in `TEMPLATES` here. The `chat_template.jinja` of a
-model folder identifies the template that the model was trained with: `open_template`.
+The `chat_template.jinja` of a model folder identifies the template that the model was trained with: `open_template`.
+It is either the published run's, whose masks come from role tokens as in the original, or any other Jinja template,
+whose masks come from character offsets (`ropeway.models.jinja_template`).
 """
 
 import hashlib
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
-from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ropeway.models.conversation import Conversation
-from ropeway.runtime.errors import DataError
+from ropeway.models.jinja_template import FILE, JinjaTemplate, Rendered, UnusableConversationError
+from ropeway.models.tokenizer import read_special_names, read_special_texts
+from ropeway.runtime.errors import ConfigError, DataError
 
-FILE = "chat_template.jinja"
 _REMEDY = "Run `dvc repro`, so that base, data and model come from one run"
 _GENERATION = ("{%- generation -%}", "{%- endgeneration -%}")
 
@@ -30,69 +30,21 @@ class Speaker(IntEnum):
     ASSISTANT = 2
 
 
-class ChatTemplate(ABC):
-    """The text format of conversations in data, training, evaluation and the exported tokenizer.
-
-    Attributes:
-        name: Name in messages and reports.
-        jinja: The template for `apply_chat_template`; `{% generation %}` encloses the assistant's text.
-        added_tokens: Special tokens that are added to the base's tokenizer, in the order of their ids.
-        generation_prompt: Prefix of the assistant's turn.
-    """
-
-    name: str
-    jinja: str
-    added_tokens: tuple[str, ...]
-    generation_prompt: str
-
-    @abstractmethod
-    def render_turns(self, conversation: Conversation, *, end: str) -> list[str]:
-        """Return one string per turn; their concatenation is tokenized. The tokenizer adds BOS.
-
-        Args:
-            conversation: The conversation to render.
-            end: Text of the tokenizer's EOS token.
-        """
-
-    @abstractmethod
-    def speakers(
-        self, tokens: NDArray[np.integer], lengths: NDArray[np.integer] | None, *, ids: Mapping[str, int]
-    ) -> NDArray[np.uint8]:
-        """Return the `(T,)` `Speaker` of each token; the loss mask depends on it.
-
-        Args:
-            tokens: `(T,)`, concatenated rendered conversations.
-            lengths: `(N,)` tokens of each conversation; None means one conversation.
-            ids: `added_tokens` -> id.
-        """
-
-    def render(self, conversation: Conversation, *, end: str) -> str:
-        """Return the conversation as one string, as it is tokenized."""
-        return "".join(self.render_turns(conversation, end=end))
-
-    def render_prompt(self, turns: Sequence[str], *, end: str, system: str = "") -> str:
-        """Return a generation prompt: the given turns and the prefix of the assistant's turn."""
-        return self.render(Conversation(tuple(turns), system), end=end) + self.generation_prompt
-
-    @property
-    def plain_jinja(self) -> str:
-        """`jinja` without `{% generation %}`, for transformers before 4.43 and most inference servers."""
-        begin, end = _GENERATION
-        return self.jinja.replace(begin, "").replace(end, "")
-
-    @property
-    def digest(self) -> str:
-        """sha256 of the template; data, model and evaluation must have the same."""
-        return hashlib.sha256("\n".join((self.jinja, *self.added_tokens)).encode()).hexdigest()
-
-
-class OpenAssistantTemplate(ChatTemplate):
+class OpenAssistantTemplate:
     """`<|system|>S</s><|prompter|>Q</s><|assistant|>A</s>...`, concatenated without spaces, after one BOS.
 
     Source: the model card, "Conversation Template", and Open-Assistant's formatting (July 2023).
+
+    Attributes:
+        name: Name in params.yaml, messages and reports.
+        jinja: The template for `apply_chat_template`; `{% generation %}` encloses the assistant's text.
+        added_tokens: Special tokens that are added to the base's tokenizer, in the order of their ids.
+        generation_prompt: Prefix of the assistant's turn.
+        tokenizer_adds_bos: Whether BOS comes from the tokenizer, not from the template.
     """
 
     name = "open_assistant"
+    tokenizer_adds_bos = True
     generation_prompt = "<|assistant|>"
     # Fixed order and ids: the original iterated over a set, so the ids differed between processes.
     added_tokens = ("<|prompter|>", "<|assistant|>", "<|system|>", "<|prefix_begin|>", "<|prefix_end|>")
@@ -125,6 +77,39 @@ class OpenAssistantTemplate(ChatTemplate):
             parts[0] = f"{system}{conversation.system}{end}{parts[0]}"
         return parts
 
+    @property
+    def plain_jinja(self) -> str:
+        """`jinja` without `{% generation %}`, for transformers before 4.43 and most inference servers."""
+        begin, end = _GENERATION
+        return self.jinja.replace(begin, "").replace(end, "")
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the template; data, model and evaluation must have the same."""
+        return hashlib.sha256("\n".join((self.jinja, *self.added_tokens)).encode()).hexdigest()
+
+    def render(self, conversation: Conversation, *, end: str) -> str:
+        """Return the conversation as one string, as it is tokenized. The tokenizer adds BOS."""
+        return "".join(self.render_turns(conversation, end=end))
+
+    def render_prompt(self, turns: Sequence[str], *, end: str, system: str = "") -> str:
+        """Return a generation prompt: the given turns and the prefix of the assistant's turn."""
+        return self.render(Conversation(tuple(turns), system), end=end) + self.generation_prompt
+
+    def control_tokens(self) -> tuple[str, ...]:
+        """Return the special tokens that the template writes, besides BOS and EOS."""
+        return self.added_tokens
+
+    def sequences(self, conversation: Conversation, *, end: str) -> list[Rendered]:
+        """Return the one sequence of a conversation; `speakers` gives its masks.
+
+        Raises:
+            UnusableConversationError: It has other roles, tools, reasoning or weights, which the template cannot write.
+        """
+        if conversation.form:
+            raise UnusableConversationError("template open_assistant has only alternating texts of user and assistant")
+        return [Rendered(self.render(conversation, end=end), ())]
+
     def speakers(
         self, tokens: NDArray[np.integer], lengths: NDArray[np.integer] | None = None, *, ids: Mapping[str, int]
     ) -> NDArray[np.uint8]:
@@ -146,22 +131,14 @@ class OpenAssistantTemplate(ChatTemplate):
 
 
 OPEN_ASSISTANT = OpenAssistantTemplate()
-TEMPLATES: tuple[ChatTemplate, ...] = (OPEN_ASSISTANT,)
-
-
-def choose_template() -> ChatTemplate:
-    """Return the template that stage base gives to every base instead of its own: the published one.
-
-    It is the same for all profiles; params.yaml has no key for it.
-    """
-    return OPEN_ASSISTANT
+ChatTemplate = OpenAssistantTemplate | JinjaTemplate
 
 
 def open_template(folder: Path, *, remedy: str = _REMEDY) -> ChatTemplate:
     """Return the template of a model or tokenizer folder; its `chat_template.jinja` may lack `{% generation %}`.
 
     Raises:
-        DataError: The file is missing, or this version does not support its template.
+        DataError: The file is missing or cannot be read.
     """
     path = folder / FILE
     if not path.is_file():
@@ -170,16 +147,9 @@ def open_template(folder: Path, *, remedy: str = _REMEDY) -> ChatTemplate:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read as UTF-8 text ({error}). {remedy}") from None
-    for template in TEMPLATES:
-        if text in (template.jinja, template.plain_jinja):
-            return template
-    known = max(TEMPLATES, key=lambda one: _first_difference(text, one.jinja))
-    place = _first_difference(text, known.jinja)
-    raise DataError(
-        f"{path}: differs from template {known.name} at character {place}: expected "
-        f"{known.jinja[place : place + 30]!r}, found {text[place : place + 30]!r}. {remedy}"
-    )
-
-
-def _first_difference(one: str, other: str) -> int:
-    return next(at for at, pair in enumerate(zip_longest(one, other)) if pair[0] != pair[1])
+    if text in (OPEN_ASSISTANT.jinja, OPEN_ASSISTANT.plain_jinja):
+        return OPEN_ASSISTANT
+    try:
+        return JinjaTemplate(text, read_special_names(folder), read_special_texts(folder))
+    except (OSError, ValueError, KeyError, ConfigError) as error:
+        raise DataError(f"{folder}: its tokenizer's special tokens cannot be read ({error}). {remedy}") from None

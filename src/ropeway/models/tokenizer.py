@@ -6,16 +6,19 @@ test texts. `PreTrainedTokenizerFast` gives the same ids as here. Loading takes 
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from ropeway.models.chat_template import FILE as TEMPLATE_FILE
-from ropeway.models.chat_template import ChatTemplate
+from ropeway.models.jinja_template import FILE as TEMPLATE_FILE
+from ropeway.models.jinja_template import JinjaTemplate
 from ropeway.runtime.errors import ConfigError
 from ropeway.runtime.manifest import write_json
+
+if TYPE_CHECKING:
+    from ropeway.models.chat_template import ChatTemplate
 
 BLANK = "▁"  # SentencePiece's symbol for a space
 LLAMA_SPECIAL = {"unk": "<unk>", "bos": "<s>", "eos": "</s>"}  # ids 0, 1, 2, as in Llama 2's tokenizer
@@ -61,17 +64,34 @@ def read_special_names(folder: Path) -> dict[str, str]:
     return {short: text["content"] if isinstance(text, dict) else text for short, text in named.items() if text}
 
 
-def read_special(folder: Path, tokenizer: Tokenizer, template: ChatTemplate) -> dict[str, int]:
-    """Return the ids of `bos`, `eos`, `pad` and of the template's added tokens, from the vocabulary.
+def read_additional(folder: Path) -> tuple[str, ...]:
+    """Return the further special tokens that the folder's tokenizer_config.json lists."""
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    listed = config.get("additional_special_tokens") or config.get("extra_special_tokens") or ()
+    texts = (text["content"] if isinstance(text, dict) else text for text in listed)
+    return tuple(texts) if isinstance(listed, list) else ()
+
+
+def read_special_texts(folder: Path) -> list[str]:
+    """Return the texts of all special tokens of the folder's tokenizer.json, which is not opened as a tokenizer."""
+    stated = json.loads((folder / "tokenizer.json").read_bytes())
+    return [token["content"] for token in stated["added_tokens"] if token["special"]]
+
+
+def read_special(folder: Path, tokenizer: Tokenizer, template: "ChatTemplate") -> dict[str, int]:
+    """Return the ids of `bos`, `eos`, `pad` and of the tokens that the template writes, from the vocabulary.
+
+    A base whose own template is kept may have no `bos`.
 
     Raises:
         ConfigError: A token is not in the vocabulary.
     """
     names = {short: text for short, text in read_special_names(folder).items() if short != "unk"}
-    ids = {
-        short: tokenizer.token_to_id(text) for short, text in (names | {t: t for t in template.added_tokens}).items()
-    }
-    if missing := [name for name in ("bos", "eos", "pad", *template.added_tokens) if ids.get(name) is None]:
+    is_own = isinstance(template, JinjaTemplate)
+    written = tuple(text for text in template.control_tokens() if text not in names.values())
+    ids = {short: tokenizer.token_to_id(text) for short, text in (names | {t: t for t in written}).items()}
+    needed = ("eos", "pad") if is_own else ("bos", "eos", "pad")
+    if missing := [name for name in (*needed, *written) if ids.get(name) is None]:
         raise ConfigError(f"{folder}: its tokenizer has no {', '.join(missing)}; `dvc repro base` adds them")
     return {short: number for short, number in ids.items() if number is not None}
 
@@ -126,14 +146,18 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
     return llama_tokenizer(model["vocab"], merges)
 
 
-def prepare_tokenizer(tokenizer: Tokenizer, names: dict[str, str], template: ChatTemplate) -> None:
+def prepare_tokenizer(tokenizer: Tokenizer, names: dict[str, str], template: "ChatTemplate") -> None:
     """Add the template's missing tokens in fixed order, and make the tokenizer prepend BOS to every text.
 
-    Training, template and evaluation require BOS, so it is also added to tokenizers without it (GPT-2's type).
+    The published template, its training and evaluation require BOS, so it is also added to tokenizers without it
+    (GPT-2's type). A tokenizer whose template is kept or comes from a file is not changed.
 
     Raises:
-        ConfigError: The tokenizer has no BOS or no EOS token.
+        ConfigError: The tokenizer has no EOS token, or no BOS for the published template.
     """
+    if isinstance(template, JinjaTemplate):
+        _require(tokenizer, names, "eos")
+        return
     bos, _ = (_require(tokenizer, names, name) for name in ("bos", "eos"))
     tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in template.added_tokens])
     if tokenizer.encode("a").ids[:1] != [bos]:
@@ -141,19 +165,26 @@ def prepare_tokenizer(tokenizer: Tokenizer, names: dict[str, str], template: Cha
 
 
 def write_tokenizer(
-    folder: Path, tokenizer: Tokenizer, names: dict[str, str], template: ChatTemplate, *, max_length: int
+    folder: Path,
+    tokenizer: Tokenizer,
+    names: dict[str, str],
+    template: "ChatTemplate",
+    *,
+    max_length: int,
+    additional: Sequence[str] = (),
 ) -> None:
     """Write a folder that `PreTrainedTokenizerFast` and `AutoTokenizer` load with the same ids as `open_tokenizer`.
 
-    Padding is `eos`, on the right, as in the original. The template is written to its own file and to
-    tokenizer_config.json, because readers use either.
+    Padding is on the right, as in the original, with `eos` unless `names` has another `pad`. The template is written to
+    its own file and to tokenizer_config.json, because readers use either. `additional`: the base's further special
+    tokens, which a template other than the published one keeps.
     """
     tokenizer.save(str(folder / "tokenizer.json"))
-    named = {_CONFIG_KEYS[short]: text for short, text in (names | {"pad": names["eos"]}).items()}
+    named = {_CONFIG_KEYS[short]: text for short, text in ({"pad": names["eos"]} | names).items()}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **named,
-        "additional_special_tokens": list(template.added_tokens),
+        "additional_special_tokens": [*template.added_tokens, *additional],
         "chat_template": template.jinja,
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],

@@ -38,6 +38,7 @@ _WORDS = {
     "deepspeed": "the DeepSpeed JSON differs",
     "prompts": "the prompts differ",
     "contamination": "the evaluation prompts differ",
+    "template": "the chat template differs",
 }
 
 

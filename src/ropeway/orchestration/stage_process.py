@@ -176,11 +176,17 @@ def write_identity(root: Path, name: str | None = None) -> None:
         },
         "sources": {name: source_identity(one, root) for name, one in sorted(profile.sources.items())},
         "tasks": _tasks_identity(profile, workspace.tasks),
+        "template": read_texts(root, template_files(profile), key="template"),
         **{f"code-{stage}": code.modules(stage) for stage in STAGE_NAMES},
     }
     with full_disk_explained(workspace.identity):
         code.keep()
         freeze(workspace, profile, text, facts)
+
+
+def template_files(profile: Profile) -> list[str]:
+    """Return the file that `template` names, if it names one."""
+    return [profile.template] if profile.template.endswith(".jinja") else []
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +206,8 @@ def name_files(root: Path, profile: Profile) -> NamedFiles:
     """Return the files that a profile names, without missing ones, which their reader reports."""
     evaluation = profile.evaluation
     named = [root / PARAMS_FILE, root / "dvc.yaml", root / profile.deepspeed_config]
-    named += [root / name for name in (*profile.contamination.prompts, evaluation.prompts, evaluation.sampling)]
+    texts = (*profile.contamination.prompts, evaluation.prompts, evaluation.sampling, *template_files(profile))
+    named += [root / name for name in texts]
     if evaluation.tasks:
         named += _task_files(Workspace(root, "").tasks)
     package = Path(ropeway.__file__).parent

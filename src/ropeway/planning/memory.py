@@ -9,10 +9,10 @@ measured peak (tests/contract/test_memory.py). `phases` adds what DeepSpeed allo
 
 from dataclasses import dataclass
 
-from ropeway.config.params import Profile
+from ropeway.config.params import PUBLISHED_TEMPLATE, Profile
 from ropeway.config.zero import PARTITIONED_STAGE, Zero
 from ropeway.models.architectures import HEAD_LAYER, check_heads
-from ropeway.models.chat_template import choose_template
+from ropeway.models.chat_template import OPEN_ASSISTANT
 from ropeway.planning.shape import MeasuredWeights
 from ropeway.runtime.errors import ConfigError
 
@@ -58,7 +58,8 @@ class Sizes:
         shape, multiple = profile.expected_model, profile.pad_vocab_to_multiple_of
         if shape is None:
             raise ConfigError("expected_model is null; state the shape of the base")
-        rows = -(-(shape.vocab_size + len(choose_template().added_tokens)) // multiple) * multiple
+        added = len(OPEN_ASSISTANT.added_tokens) if profile.template == PUBLISHED_TEMPLATE else 0
+        rows = -(-(shape.vocab_size + added) // multiple) * multiple
         return cls(
             head_dim=shape.head_dim or 0,
             measured=measured,

@@ -1,24 +1,11 @@
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
 
-from ropeway.models import chat_template
-from ropeway.models.chat_template import OPEN_ASSISTANT, ChatTemplate, Speaker, open_template
+from ropeway.models.chat_template import OPEN_ASSISTANT, open_template
 from ropeway.models.conversation import Conversation
-from ropeway.models.tokenizer import (
-    open_tokenizer,
-    prepare_tokenizer,
-    read_special,
-    read_special_names,
-    write_tokenizer,
-)
 from ropeway.runtime.errors import DataError
-from ropeway.stages.evaluate.samples import encode_prompt
-from ropeway.stages.package.model_config import plan_tokenizer_config
-from ropeway.stages.tokenize.encode import Encoder
-from tests.support.raw_records import TOKENIZER
+from tests.support.tiny_run import copy_tokenizer
 
 PROMPTER, ASSISTANT, SYSTEM = "<|prompter|>", "<|assistant|>", "<|system|>"
 
@@ -114,55 +101,13 @@ def test_the_digest_is_that_of_the_template_everyone_has():
     assert OPEN_ASSISTANT.digest == "5d528d31ba713351f7a4b69866922597af3165cafdcd82ce0309a19009eb2c00"
 
 
-class Lines(ChatTemplate):
-    """A template of one line per message, in which only the assistant's tokens follow its mark."""
-
-    name = "lines"
-    generation_prompt = "<|say|>"
-    added_tokens = ("<|ask|>", "<|say|>")
-    jinja = (
-        "{%- for message in messages -%}{%- if message['role'] == 'user' -%}{{- '<|ask|>' + message['content'] -}}"
-        "{%- else -%}{{- '<|say|>' -}}{%- generation -%}{{- message['content'] + eos_token -}}{%- endgeneration -%}"
-        "{%- endif -%}{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|say|>' -}}{%- endif -%}"
-    )
-
-    def render_turns(self, conversation, *, end):
-        return [f"<|say|>{text}{end}" if at % 2 else f"<|ask|>{text}" for at, text in enumerate(conversation.turns)]
-
-    def speakers(self, tokens, lengths=None, *, ids):
-        assert lengths is None or len(lengths) == 1
-        said = np.cumsum(tokens == ids["<|say|>"]) >= np.cumsum(tokens == ids["<|ask|>"])
-        return np.where(said, Speaker.ASSISTANT, Speaker.USER).astype(np.uint8)
-
-
-def test_a_template_of_its_own_class_decides_tokens_masks_prompts_and_the_export(tmp_path, monkeypatch):
-    monkeypatch.setattr(chat_template, "TEMPLATES", (OPEN_ASSISTANT, lines := Lines()))
-    tokenizer, names = open_tokenizer(TOKENIZER), read_special_names(TOKENIZER)
-    prepare_tokenizer(tokenizer, names, lines)
-    write_tokenizer(tmp_path, tokenizer, names, lines, max_length=64)
-    assert open_template(tmp_path) is lines
-    special = read_special(tmp_path, tokenizer, lines)
-    talk = Conversation(("Hi", "Hello"))
-    (encoded,) = Encoder(tokenizer, special, lines, None, "parse").encode_batches([talk])
-    assert encoded.tokens.tolist() == tokenizer.encode("<|ask|>Hi<|say|>Hello</s>").ids
-    begins = encoded.tokens.tolist().index(special["<|say|>"])
-    assert encoded.kinds[begins:].tolist() == [Speaker.ASSISTANT] * (len(encoded.tokens) - begins)
-    others = AutoTokenizer.from_pretrained(tmp_path)
-    assert encode_prompt(others, lines, "Hi") == tokenizer.encode("<|ask|>Hi<|say|>").ids
-    config = plan_tokenizer_config({"bos_token": "<s>"}, lines, max_length=64)
-    assert config["additional_special_tokens"] == ["<|ask|>", "<|say|>"]
-    assert "generation -" not in config["chat_template"]
-    told = others.apply_chat_template(talk.to_messages(), tokenize=False, chat_template=config["chat_template"])
-    assert told == "<|ask|>Hi<|say|>Hello</s>"
-
-
-def test_a_folder_with_no_template_or_an_unknown_one_is_refused(tmp_path):
+def test_a_folder_without_a_readable_template_is_refused_and_another_one_is_not_the_published_one(tmp_path):
     with pytest.raises(DataError, match=r"chat_template\.jinja: .*found no file"):
         open_template(tmp_path)
+    copy_tokenizer(tmp_path)
     for changed in (OPEN_ASSISTANT.jinja + " ", OPEN_ASSISTANT.jinja[:-1], ""):
         (tmp_path / "chat_template.jinja").write_text(changed)
-        with pytest.raises(DataError, match=r"differs from template open_assistant at character"):
-            open_template(tmp_path)
+        assert open_template(tmp_path).digest != OPEN_ASSISTANT.digest
     (tmp_path / "chat_template.jinja").write_bytes("{{ 'é' }}".encode("latin-1"))
     with pytest.raises(DataError, match=r"chat_template\.jinja: cannot be read"):
         open_template(tmp_path)

@@ -16,7 +16,8 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreT
 from ropeway.config.frozen import FrozenInputs
 from ropeway.config.params import BaseParams, GgufBase, HubBase, ModelShape, ScratchBase
 from ropeway.data.raw_records import iterate_records, iterate_texts, load_raw_manifest
-from ropeway.models.chat_template import choose_template
+from ropeway.models.chat_template import OPEN_ASSISTANT, ChatTemplate
+from ropeway.models.jinja_template import find_own_template
 from ropeway.models.open_model import (
     create_model,
     layer_weights,
@@ -35,6 +36,7 @@ from ropeway.models.tokenizer import (
     count_tokens,
     open_tokenizer,
     prepare_tokenizer,
+    read_additional,
     read_special,
     read_special_names,
     train_tokenizer,
@@ -44,6 +46,7 @@ from ropeway.runtime.errors import ConfigError
 from ropeway.runtime.manifest import file_sha256, whole_folder, write_manifest
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.base.base_files import check_folder, check_names
+from ropeway.stages.base.base_template import BaseTokenizer, choose_template, describe_template, prove_template
 from ropeway.storage import hub
 
 NEW_ROW_STD = 0.02  # Source: Llama's initializer_range, which resizing drew from in transformers 4.31
@@ -70,10 +73,10 @@ def run(workspace: Workspace, profile: BaseParams) -> None:
     """
     with whole_folder(workspace.base) as folder:
         origin, options = _locate_origin(workspace.root, profile)
-        tokenizer, names = _open_or_train_tokenizer(workspace, profile, origin, options)
-        template = choose_template()
-        prepare_tokenizer(tokenizer, names, template)
-        write_tokenizer(folder, tokenizer, names, template, max_length=profile.max_length)
+        opened = _open_or_train_tokenizer(workspace, profile, origin, options)
+        template, tokenizer = choose_template(profile, workspace.root, opened), opened.tokenizer
+        chat = prove_template(template, opened, name=profile.template)
+        _write_tokenizer(folder, opened, template, max_length=profile.max_length)
         rows = plan_vocabulary(count_tokens(tokenizer), profile.pad_vocab_to_multiple_of)
         if origin is None:
             model, rope, shape = make_model(profile, rows=rows)
@@ -85,7 +88,8 @@ def run(workspace: Workspace, profile: BaseParams) -> None:
             resize(model, rows=rows, new_rows=profile.new_rows, seed=profile.rng_seed)
         special = read_special(folder, tokenizer, template)
         proofs = prove_model(model)
-        _save(model, folder, special)
+        stops = _stop_ids(model, special, None if template is OPEN_ASSISTANT else tokenizer.token_to_id(chat["end"]))
+        _save(model, folder, stops, keep_settings=template is not OPEN_ASSISTANT)
         check_reload(folder, tokenizer, where=profile.model_name)
         parameters = sum(part.numel() for part in model.parameters())
         stated = {
@@ -102,13 +106,16 @@ def run(workspace: Workspace, profile: BaseParams) -> None:
             "rope": rope.to_json(),
             "tokenizer": file_sha256(folder / "tokenizer.json"),
             "template": template.digest,
+            "chat": chat,
             "special": special,
+            "stops": stops,
             "parameters": parameters,
             "layer_weights": layer_weights(model),
             "proofs": proofs,
         }
         write_manifest(folder, facts)
     print(f"{profile.model_name}: {parameters:,} parameters, {rows:,} rows, special tokens {special}")
+    print(describe_template(chat))
     for name, fault in proofs.items():
         print(f"attention `{name}`: {fault or 'loss and gradients of the first layers equal those of transformers'}")
 
@@ -338,7 +345,7 @@ def _download(repo: str, commit: str, revision: str) -> Path:
     """Return the local snapshot of a Hub repository at a commit; missing files are downloaded."""
     there = hub.list_files(repo, commit, kind="model")
     check_names(there, where=f"{repo} at {commit}")
-    names = [name for name in there if name.endswith((".json", ".safetensors"))]
+    names = [name for name in there if name.endswith((".json", ".jinja", ".safetensors"))]
     folder = hub.download_files(repo, commit, names, kind="model", revision=revision)
     check_folder(folder)
     return folder
@@ -346,25 +353,69 @@ def _download(repo: str, commit: str, revision: str) -> Path:
 
 def _open_or_train_tokenizer(
     workspace: Workspace, profile: BaseParams, origin: Path | None, options: Mapping[str, str]
-) -> tuple[Tokenizer, dict[str, str]]:
-    """Return (tokenizer, {unk, bos, eos: text})."""
+) -> BaseTokenizer:
+    """Return the base's tokenizer; one that is trained on the sources for `base.kind: scratch`."""
     if origin is None:
-        names = sorted(load_raw_manifest(workspace.raw)["sources"])
-        records = (record for name in names for record in iterate_records(workspace.raw / name))
+        sources = sorted(load_raw_manifest(workspace.raw)["sources"])
+        records = (record for name in sources for record in iterate_records(workspace.raw / name))
         texts = (text for record in records for text in iterate_texts(record))
         vocabulary = profile.expected_model.vocab_size if profile.expected_model else 0
-        return train_tokenizer(texts, vocab_size=vocabulary), dict(LLAMA_SPECIAL)
+        return BaseTokenizer(train_tokenizer(texts, vocab_size=vocabulary), LLAMA_SPECIAL)
     if "gguf_file" not in options:
-        return open_tokenizer(origin), {k: v for k, v in read_special_names(origin).items() if k != "pad"}
+        names, additional = read_special_names(origin), read_additional(origin)
+        return BaseTokenizer(open_tokenizer(origin), names, additional, find_own_template(origin))
     opened = AutoTokenizer.from_pretrained(origin, **options)
-    named = {"unk": opened.unk_token, "bos": opened.bos_token, "eos": opened.eos_token}
-    return Tokenizer.from_str(opened.backend_tokenizer.to_str()), {k: v for k, v in named.items() if v}
+    named = {"unk": opened.unk_token, "bos": opened.bos_token, "eos": opened.eos_token, "pad": opened.pad_token}
+    found = {short: text for short, text in named.items() if text}
+    tokenizer = Tokenizer.from_str(opened.backend_tokenizer.to_str())
+    return BaseTokenizer(tokenizer, found, template=opened.chat_template)
 
 
-def _save(model: PreTrainedModel, folder: Path, special: dict[str, int]) -> None:
-    """Save weights, config and a generation config with the training tokens only; the original's other settings go."""
-    stops = {f"{short}_token_id": special[short] for short in ("bos", "eos", "pad")}
+def _write_tokenizer(folder: Path, opened: BaseTokenizer, template: ChatTemplate, *, max_length: int) -> None:
+    """Write the tokenizer; the published template replaces padding and further special tokens, others keep them."""
+    names, additional = dict(opened.names), opened.additional
+    if template is OPEN_ASSISTANT:
+        names.pop("pad", None)
+        additional = ()
+    prepare_tokenizer(opened.tokenizer, names, template)
+    write_tokenizer(folder, opened.tokenizer, names, template, max_length=max_length, additional=additional)
+
+
+def _stop_ids(model: PreTrainedModel, special: Mapping[str, int], end: int | None) -> dict[str, int | list[int]]:
+    """Return the ids of BOS, padding and of all tokens that end generation.
+
+    Args:
+        model: The base; its own ids are kept where the template is kept.
+        special: Ids of the tokenizer.
+        end: What ends an answer in a Jinja template; None: the published template, whose stops are the tokenizer's.
+    """
+    if end is None:
+        return {f"{short}_token_id": special[short] for short in ("bos", "eos", "pad")}
+    stated: list[int] = []
+    for one in (model.generation_config.eos_token_id, model.config.eos_token_id, special["eos"]):
+        stated += one if isinstance(one, list) else [] if one is None else [one]
+    ends = list(dict.fromkeys([*stated, end]))
+    if end not in stated:
+        print(f"the base stops at {sorted(set(stated))}, but its template ends answers with token {end}: added")
+    bos = special.get("bos", model.config.bos_token_id)
+    known: dict[str, int | list[int]] = {} if bos is None else {"bos_token_id": bos}
+    return known | {"eos_token_id": ends if len(ends) > 1 else ends[0], "pad_token_id": special["pad"]}
+
+
+def _save(model: PreTrainedModel, folder: Path, stops: Mapping[str, int | list[int]], *, keep_settings: bool) -> None:
+    """Save weights, config and a generation config with these ids.
+
+    `keep_settings`: whether the base's other generation settings, e.g. its temperature, are kept; they are dropped
+    where transformers refuses to save them.
+    """
+    settings = model.generation_config if keep_settings else GenerationConfig()
     for name, number in stops.items():
         setattr(model.config, name, number)
-    model.generation_config = GenerationConfig(**stops)
+        setattr(settings, name, number)
+    try:
+        settings.validate(strict=True)
+    except ValueError as error:
+        print(f"the base's generation settings are invalid and dropped: {error}")
+        settings = GenerationConfig(**stops)
+    model.generation_config = settings
     model.save_pretrained(folder, max_shard_size=SHARD_BYTES)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ropeway.config.params import Passkey
 from ropeway.models.chat_template import ChatTemplate
 from ropeway.runtime.errors import ConfigError
-from ropeway.stages.evaluate.samples import generate_answer
+from ropeway.stages.evaluate.samples import encode_text, generate_answer
 
 _INTRODUCTION = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I will quiz you "
@@ -108,8 +108,7 @@ def encode_passkey_question(
         before = round(question.depth * fillers)
         body = _FILLER * before + _KEY.format(key=question.key) + _FILLER * (fillers - before)
         prompt = template.render_prompt([_INTRODUCTION + body + _QUESTION], end=tokenizer.eos_token) + _OPENING
-        ids: list[int] = tokenizer(prompt, verbose=False)["input_ids"]  # may exceed max_length
-        return ids
+        return encode_text(tokenizer, template, prompt)  # may exceed max_length
 
     limit = question.length - _MAX_ANSWER_TOKENS
     if (least := len(encode(0))) > limit:

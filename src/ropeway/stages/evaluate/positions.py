@@ -47,7 +47,7 @@ def plan_long_rows(shards: Shards, profile: EvaluateParams) -> list[LongRow]:
     masks: list[NDArray[np.bool_]] = []
     total = 0
     for tokens, mask in _read_longest(shards, profile):
-        skip = int(bool(ids) and tokens[0] == shards.special["bos"])
+        skip = int(bool(ids) and tokens[0] == shards.special.get("bos"))
         ids.append(tokens[skip:])
         masks.append(mask[skip:])
         total += len(tokens)

@@ -80,19 +80,32 @@ def parse_generation_configs(text: str, path: str) -> GenerationConfigs:
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, prompt: str) -> list[int]:
-    """Return the token ids of a prompt: one BOS, the user's turn, the start of the assistant's turn.
+    """Return the token ids of a prompt: the user's turn and the start of the assistant's turn, as in training.
 
     Raises:
-        DataError: The tokenizer has a BOS but does not add exactly one at the start, as in training.
+        DataError: Under the published template the ids do not begin with exactly one BOS.
     """
-    ids: list[int] = tokenizer(template.render_prompt([prompt], end=tokenizer.eos_token))["input_ids"]
+    ids = encode_text(tokenizer, template, template.render_prompt([prompt], end=tokenizer.eos_token))
     bos = tokenizer.bos_token_id
-    if bos is not None and (ids[0] != bos or ids.count(bos) != 1):
+    if template.tokenizer_adds_bos and bos is not None and (ids[0] != bos or ids.count(bos) != 1):
         raise DataError(
             f"{tokenizer.name_or_path}: expected one BOS (id {bos}) at the start of a prompt, found {ids.count(bos)} "
             f"in ids {ids[:4]}…. Run `dvc repro base`"
         )
     return ids
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, text: str) -> list[int]:
+    """Return the token ids of a rendered text, as in training: some templates write BOS themselves."""
+    ids: list[int] = tokenizer(text, add_special_tokens=template.tokenizer_adds_bos, verbose=False)["input_ids"]
+    return ids
+
+
+def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the ids of all tokens that end an answer: the model's own and the tokenizer's."""
+    stated = model.config.eos_token_id
+    ends = stated if isinstance(stated, list) else [] if stated is None else [stated]
+    return list(dict.fromkeys([*ends, tokenizer.eos_token_id]))
 
 
 def generate_answer(
@@ -103,7 +116,7 @@ def generate_answer(
     *,
     seed: int,
 ) -> str:
-    """Return the text that the model generates after `ids`, up to its end token.
+    """Return the text that the model generates after `ids`, up to any of its end tokens.
 
     transformers samples only from torch's global random generator, whose state is restored afterwards.
     """
@@ -113,7 +126,7 @@ def generate_answer(
     settings = GenerationConfig(
         **params,
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=stop_ids(model, tokenizer),
         pad_token_id=tokenizer.pad_token_id,
     )
     # rope_of: under dynamic scaling an earlier, longer text has changed the frequencies.

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ropeway.models.open_model import rope_of
 from ropeway.models.rope import longest_independent
 from ropeway.runtime.errors import ConfigError, DataError, TemporaryError
+from ropeway.stages.evaluate.samples import stop_ids
 
 _KEY = "params.yaml: evaluation.tasks"
 
@@ -175,7 +176,9 @@ def wrap_for_harness(
 
     # Otherwise transformers takes settings that a task does not have from the folder's generation_config.json.
     model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=stop_ids(model, tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
     )
     return HFLM(
         pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length, add_bos_token=False

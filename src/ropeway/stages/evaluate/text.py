@@ -123,11 +123,15 @@ def _encoder(
         return f"{hit[0][:1]}{_NO_CHARACTER}{hit[0][1:]}"
 
     def encode(row: Sequence[Segment]) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
-        body = [one for one in row[row[0].name == "bos" :] if one.name or one.text]
+        has_bos = row[0].name == "bos"
+        body = [one for one in row[has_bos:] if one.name or one.text]
         text = "".join(texts[one.name] if one.name else special_text.sub(separate, one.text) for one in body)
         ids = np.asarray(tokenizer.encode(text).ids, dtype=np.int64)
-        if ids[0] == special["bos"]:  # added by the tokenizer's post-processor
+        if ids[0] == special.get("bos"):  # added by the tokenizer's post-processor
             body.insert(0, replace(row[0], name="bos"))
+        elif has_bos and "bos" in special:
+            ids = np.insert(ids, 0, special["bos"])
+            body.insert(0, row[0])
         # Every special token is a segment by itself; all tokens get the kind of their segment.
         is_special = np.isin(ids, numbers)
         turn = np.cumsum(is_special | np.append(True, is_special[:-1])) - 1

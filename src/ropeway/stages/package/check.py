@@ -22,8 +22,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ropeway.models.chat_template import FILE as TEMPLATE_FILE
-from ropeway.models.chat_template import TEMPLATES
+from ropeway.models.chat_template import open_template
+from ropeway.models.jinja_template import FILE as TEMPLATE_FILE
+from ropeway.models.jinja_template import pin_date
 from ropeway.models.open_model import live_frequencies, load_with_info, output_head, rotary, rotary_dim
 from ropeway.models.rope import frequency_faults, scaling_from_json
 from ropeway.runtime.errors import DataError, RopewayError
@@ -81,9 +82,7 @@ def config_faults(config: Mapping[str, object], probe: Probe) -> Iterator[str]:
         "dtype": TORCH_NAMES[probe["dtype"]],
         "torch_dtype": TORCH_NAMES[probe["dtype"]],
         "use_cache": True,
-        "bos_token_id": probe["special"]["bos"],
-        "eos_token_id": probe["special"]["eos"],
-        "pad_token_id": probe["special"]["pad"],
+        **probe["stops"],
     }
     for key, value in wanted.items():
         yield from _compare(f"config.json, {key}", value, config.get(key))
@@ -94,7 +93,11 @@ def config_faults(config: Mapping[str, object], probe: Probe) -> Iterator[str]:
 def token_faults(tokenizer: PreTrainedTokenizerBase, probe: Probe) -> Iterator[str]:
     """Yield special tokens with other ids, and texts with other token ids."""
     special = probe["special"]
-    found = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    written = set(open_template(Path(tokenizer.name_or_path)).control_tokens())
+    for token in sorted(written - set(special) - set(tokenizer.special_tokens_map.values())):
+        yield f"  probe.json, special: expected the id of {token}, which the chat template writes, found none"
+    short = [name for name in ("bos", "eos", "pad") if name in special]
+    found: dict[str, int] = {name: getattr(tokenizer, f"{name}_token_id") for name in short}
     found |= {token: tokenizer.convert_tokens_to_ids(token) for token in special if token not in found}
     for name, number in found.items():
         yield from _compare(f"id of {name}", special[name], number)
@@ -108,23 +111,17 @@ def template_faults(folder: Path, tokenizer: PreTrainedTokenizerBase, probe: Pro
     """Yield conversations that the template, in its file or in the config, renders differently from training."""
     key = json.loads((folder / "tokenizer_config.json").read_bytes()).get("chat_template")
     places = {TEMPLATE_FILE: (folder / TEMPLATE_FILE).read_text(encoding="utf-8"), "tokenizer_config": key}
-    special = probe["special"]
-    trained_with = next((one for one in TEMPLATES if special.keys() >= set(one.added_tokens)), None)
-    if trained_with is None:
-        known = ", ".join(one.name for one in TEMPLATES)
-        yield f"  probe.json, special: expected the special tokens of a template ({known}), found {', '.join(special)}"
-    prompt = trained_with.generation_prompt if trained_with else ""
-    prompt_ids = [special[prompt]] if prompt in special else tokenizer(prompt, add_special_tokens=False)["input_ids"]
     for place, template in places.items():
         if not template:
             yield f"  {place}: the chat template is missing"
+        if template:
+            pin_date(template)
         for case in probe["conversations"] if template else []:
-            asks = case["messages"][-1]["role"] == "user" and bool(prompt)
-            options = {"chat_template": template, "add_generation_prompt": asks}
+            options = {"chat_template": template, "add_generation_prompt": bool(case["prompt"])}
             text = tokenizer.apply_chat_template(case["messages"], tokenize=False, **options)
-            yield from _compare(f"{place}, conversation as text", case["text"] + prompt * asks, text)
+            yield from _compare(f"{place}, conversation as text", case["text"] + case["prompt"], text)
             told = tokenizer.apply_chat_template(case["messages"], tokenize=True, return_dict=True, **options)
-            yield from _compare(f"{place}, conversation as ids", case["ids"] + prompt_ids * asks, told["input_ids"])
+            yield from _compare(f"{place}, conversation as ids", case["ids"] + case["prompt_ids"], told["input_ids"])
 
 
 def weight_faults(folder: Path, probe: Probe) -> Iterator[str]:
@@ -160,21 +157,23 @@ def stop_faults(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prob
         settings.validate(strict=True)  # save_pretrained fails on what is invalid here
     except ValueError as error:
         yield f"  generation_config.json: invalid settings: {error}"
-    end = probe["special"]["eos"]
-    before = max(set(probe["special"].values()) - {end})
+    stated = probe["stops"]["eos_token_id"]
+    ends = stated if isinstance(stated, list) else [stated]
+    before = next(number for number in probe["conversations"][0]["ids"][::-1] if number not in ends)
     prompt = torch.tensor([probe["conversations"][0]["ids"]])
-    processors = LogitsProcessorList([_ForceTokens(prompt.shape[1], [before, end])])
-    with torch.inference_mode():
-        out = model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=4,
-            do_sample=False,
-            logits_processor=processors,
+    for end in ends:
+        processors = LogitsProcessorList([_ForceTokens(prompt.shape[1], [before, end])])
+        with torch.inference_mode():
+            out = model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=4,
+                do_sample=False,
+                logits_processor=processors,
+            )
+        yield from _compare(
+            f"tokens generated when the second is end token {end}", [before, end], out[0, prompt.shape[1] :].tolist()
         )
-    yield from _compare(
-        "tokens generated when the second is the end token", [before, end], out[0, prompt.shape[1] :].tolist()
-    )
 
 
 def logits_faults(model: PreTrainedModel, expected: NDArray[np.float32], probe: Probe) -> Iterator[str]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import NotRequired, TypedDict, TypeGuard
 
 from ropeway.models.architectures import DEFAULT
-from ropeway.models.chat_template import ChatTemplate
+from ropeway.models.chat_template import OPEN_ASSISTANT, ChatTemplate
 from ropeway.models.rope import RopeScaling
 
 TORCH_NAMES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
@@ -34,7 +34,7 @@ class TokenizerJson(TypedDict):
 
 
 def plan_config(
-    trained: Mapping[str, object], *, rope: RopeScaling, dtype: str, special: Mapping[str, int]
+    trained: Mapping[str, object], *, rope: RopeScaling, dtype: str, stops: Mapping[str, object]
 ) -> dict[str, object]:
     """Return config.json of the package from that of the exported model."""
     dropped = ("transformers_version", "_name_or_path", "rope_type")
@@ -46,7 +46,7 @@ def plan_config(
         "rope_scaling": rope.to_legacy_config(),
         "rope_theta": rope.theta,
         "use_cache": True,  # off in training
-        **{f"{name}_token_id": special[name] for name in ("bos", "eos", "pad")},
+        **stops,
     }
 
 
@@ -62,7 +62,7 @@ def plan_tokenizer_config(
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **named,
-        "additional_special_tokens": list(template.added_tokens),
+        "additional_special_tokens": trained["additional_special_tokens"],
         "padding_side": "right",
         "truncation_side": "right",
         "clean_up_tokenization_spaces": False,
@@ -79,9 +79,18 @@ def plan_special_tokens_map(tokenizer_config: Mapping[str, object]) -> dict[str,
     }
 
 
-def plan_generation_config(special: Mapping[str, int]) -> dict[str, int]:
-    """Return generation_config.json: it stops at the end token and leaves sampling settings to the user."""
-    return {f"{name}_token_id": special[name] for name in ("bos", "eos", "pad")}
+def plan_generation_config(
+    trained: Mapping[str, object], template: ChatTemplate, stops: Mapping[str, object]
+) -> dict[str, object]:
+    """Return generation_config.json: it stops at the end tokens.
+
+    Under the published template sampling settings are left to the user; where the base's template is kept, so are its
+    generation settings.
+    """
+    if template is OPEN_ASSISTANT:
+        return dict(stops)
+    own = ("transformers_version", "_from_model_config")
+    return {**{key: value for key, value in trained.items() if key not in own}, **stops}
 
 
 def plan_tokenizer(trained: TokenizerJson) -> TokenizerJson:

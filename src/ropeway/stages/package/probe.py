@@ -4,18 +4,20 @@ Token ids come from the tokenizers library, texts from the chat template, freque
 from the transformers classes that `check` compares with them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TypedDict
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from ropeway.models.chat_template import ChatTemplate
+from ropeway.models.chat_template import ChatTemplate, open_template
 from ropeway.models.conversation import Conversation
+from ropeway.models.jinja_template import UnusableConversationError
 from ropeway.models.open_model import DTYPES, open_folder
 from ropeway.models.rope import RopeScaling
 from ropeway.models.tokenizer import open_tokenizer, read_special_names
@@ -43,8 +45,10 @@ class TextCase(TypedDict):
 
 
 class ConversationCase(TextCase):
-    """A conversation, its text and its token ids."""
+    """A conversation, its text and its token ids, and those of the generation prompt after a user's turn."""
 
+    prompt: str
+    prompt_ids: list[int]
     messages: list[dict[str, str]]
 
 
@@ -55,6 +59,7 @@ class Probe(TypedDict):
     dtype: str
     rope: dict[str, object]
     special: dict[str, int]
+    stops: dict[str, int | list[int]]
     max_length: int
     texts: list[TextCase]
     conversations: list[ConversationCase]
@@ -62,15 +67,15 @@ class Probe(TypedDict):
 
 def plan_probe(
     tokenizer_folder: Path,
-    template: ChatTemplate,
     *,
     rope: RopeScaling,
     special: Mapping[str, int],
+    stops: Mapping[str, int | list[int]],
     dtype: str,
     max_length: int,
 ) -> Probe:
-    """Return the probe of a run; `tokenizer_folder` has its tokenizer."""
-    tokenizer = open_tokenizer(tokenizer_folder)
+    """Return the probe of a run; `tokenizer_folder` has its tokenizer and template."""
+    tokenizer, template = open_tokenizer(tokenizer_folder), open_template(tokenizer_folder)
     names = read_special_names(tokenizer_folder)
     texts = (*TEXTS, *(f"{role}{text}" for role in template.added_tokens for text in ("text", " text")))
     return {
@@ -78,17 +83,34 @@ def plan_probe(
         "dtype": dtype,
         "rope": rope.to_json(),
         "special": dict(special),
+        "stops": dict(stops),
         "max_length": max_length,
         "texts": [{"text": text, "ids": tokenizer.encode(text).ids} for text in texts],
-        "conversations": [
-            {
-                "messages": conversation.to_messages(),
-                "text": names["bos"] + (text := template.render(conversation, end=names["eos"])),
-                "ids": tokenizer.encode(text).ids,
-            }
-            for conversation in CONVERSATIONS
-        ],
+        "conversations": [*_plan_conversations(tokenizer, names, template)],
     }
+
+
+def _plan_conversations(
+    tokenizer: Tokenizer, names: Mapping[str, str], template: ChatTemplate
+) -> Iterator[ConversationCase]:
+    """Yield the conversations that the template accepts; some accept no system message."""
+    adds_bos = template.tokenizer_adds_bos
+    for conversation in CONVERSATIONS:
+        try:
+            text, prompt = template.render(conversation, end=names["eos"]), ""
+            if len(conversation.turns) % 2:
+                prompt = template.render_prompt(conversation.turns, end=names["eos"], system=conversation.system)
+        except UnusableConversationError:
+            continue
+        ids = tokenizer.encode(text, add_special_tokens=adds_bos).ids
+        asked = tokenizer.encode(prompt, add_special_tokens=adds_bos).ids if prompt else ids
+        yield {
+            "messages": conversation.to_messages(),
+            "text": names["bos"] * adds_bos + text,
+            "ids": ids,
+            "prompt": prompt[len(text) :],
+            "prompt_ids": asked[len(ids) :],
+        }
 
 
 def probe_row(probe: Probe) -> list[int]:

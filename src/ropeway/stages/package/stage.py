@@ -25,7 +25,7 @@ import numpy as np
 from ropeway.config.edit import write_blocks
 from ropeway.config.frozen import FrozenInputs
 from ropeway.config.params import PackageParams
-from ropeway.models.chat_template import FILE as TEMPLATE_FILE
+from ropeway.models.jinja_template import FILE as TEMPLATE_FILE
 from ropeway.runtime.errors import DataError
 from ropeway.runtime.manifest import digest_of, file_sha256, whole_folder, write_json, write_manifest
 from ropeway.runtime.workspace import Workspace
@@ -89,9 +89,9 @@ def _plan_probe(facts: Facts, tokenizer_folder: Path) -> Probe:
     profile = facts.profile
     return plan_probe(
         tokenizer_folder,
-        facts.template,
         rope=facts.rope,
         special=facts.special,
+        stops=facts.base["stops"],
         dtype=profile.package.dtype,
         max_length=profile.max_length,
     )
@@ -108,11 +108,14 @@ def write_model(facts: Facts, workspace: Workspace, folder: Path) -> WrittenWeig
         max_shard_bytes=profile.package.max_shard_bytes,
         tied=bool(trained.get("tie_word_embeddings")),
     )
-    config = plan_config(trained, rope=facts.rope, dtype=profile.package.dtype, special=facts.special)
+    config = plan_config(trained, rope=facts.rope, dtype=profile.package.dtype, stops=facts.base["stops"])
+    generation = json.loads((source / "generation_config.json").read_bytes())
     tokenizer = json.loads((source / "tokenizer_config.json").read_bytes())
     tokenizer = plan_tokenizer_config(tokenizer, facts.template, max_length=profile.max_length)
     write_json(folder / "config.json", config)
-    write_json(folder / "generation_config.json", plan_generation_config(facts.special))
+    write_json(
+        folder / "generation_config.json", plan_generation_config(generation, facts.template, facts.base["stops"])
+    )
     write_json(folder / "tokenizer_config.json", tokenizer)
     write_json(folder / "special_tokens_map.json", plan_special_tokens_map(tokenizer))
     # Not write_json, which sorts keys: a vocabulary is expected in the order of its ids.

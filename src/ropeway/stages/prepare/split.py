@@ -30,7 +30,7 @@ class Split:
 
 
 def plan_split(
-    records: NDArray[np.int64],
+    units: NDArray[np.int64],
     keys: NDArray[np.uint64],
     profile: PrepareParams,
     *,
@@ -41,18 +41,17 @@ def plan_split(
     """Return the split of one source.
 
     Args:
-        records: `(N,)` number of the record that each sequence comes from, ascending.
-        keys: `(N,)` hash of each sequence, or of its record when `split_by` is `document`.
-        profile: The params; `split`, `split_by`, `val_split` and `validation_with_replacement` are read.
+        units: `(N,)` number of the unit of each sequence, ascending; a unit is a record, or one sequence.
+        keys: `(N,)` hash of each sequence's unit.
+        profile: The params; `split`, `val_split` and `validation_with_replacement` are read.
         max_val_set: Maximum number of validation sequences; the rest of the validation part is unused.
         generator: Shared by all sources in order, as in the original.
         removed: `(N,)` True for the sequences of records removed by dedup; they do not influence the split.
     """
-    removed = np.zeros(len(records), np.bool_) if removed is None else removed
-    stay, gone = np.flatnonzero(~removed), records[removed]
-    gone = gone[np.diff(gone, prepend=-1) > 0]  # records are ascending: keep each once
-    records, keys = records[stay] - np.searchsorted(gone, records[stay]), keys[stay]
-    units = records if profile.split_by == "document" else np.arange(len(records))
+    removed = np.zeros(len(units), np.bool_) if removed is None else removed
+    stay, gone = np.flatnonzero(~removed), units[removed]
+    gone = gone[np.diff(gone, prepend=-1) > 0]  # units are ascending: keep each once
+    units, keys = units[stay] - np.searchsorted(gone, units[stay]), keys[stay]
     if profile.split == "by_hash":
         chosen = keys < np.uint64(int(profile.val_split * 2**64))
         train, part = np.flatnonzero(~chosen), np.flatnonzero(chosen)

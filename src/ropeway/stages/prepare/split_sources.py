@@ -41,10 +41,15 @@ def split_sources(
     generator = np.random.RandomState(profile.rng_seed)  # shared by all sources in order, as in the original
     duplicates = find_duplicates(sources, profile.duplicates, work=work)
     records = {name: source.column("records") for name, source in sources.items()}
+    # Several sequences of one conversation stay together: each repeats the beginning of the next.
+    by_record = {
+        name: profile.split_by == "document" or source.facts["kind"] == "conversation"
+        for name, source in sources.items()
+    }
     splits = {
         name: plan_split(
-            records[name],
-            sources[name].column("record_keys" if profile.split_by == "document" else "keys"),
+            records[name] if by_record[name] else np.arange(len(records[name])),
+            sources[name].column("record_keys" if by_record[name] else "keys"),
             profile,
             max_val_set=options.max_val_set,
             generator=generator,

@@ -6,8 +6,9 @@ from typing import NotRequired, TypedDict
 
 from tokenizers import Tokenizer
 
-from ropeway.models.chat_template import ChatTemplate
+from ropeway.models.chat_template import OPEN_ASSISTANT
 from ropeway.models.conversation import Conversation
+from ropeway.models.jinja_template import Rendered
 from ropeway.runtime.errors import ConfigError
 
 # Noncharacters around the id: Unicode reserves them for internal use, so text meant for interchange has none.
@@ -28,13 +29,12 @@ class Escape:
         tokenizer: The copy with renamed special tokens.
     """
 
-    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         """Copy the tokenizer and rename its special tokens.
 
         Raises:
             ConfigError: In the copy, a special token's id does not come from exactly its new name.
         """
-        self._template = template
         state = json.loads(tokenizer.to_str())
         special = [token for token in state["added_tokens"] if token["special"]]
         self._names = {str(token["content"]): f"\ufdd0{token['id']}\ufdd1" for token in special}
@@ -46,6 +46,7 @@ class Escape:
             self._check_name(old, new, tokenizer.token_to_id(old))
         alternatives = "|".join(map(re.escape, sorted(self._names, key=len, reverse=True)))
         self._frame = re.compile(f"{_SLOT}|({alternatives})")
+        self._special = re.compile(alternatives or r"(?!)")
 
     def _check_name(self, old: str, new: str, number: int | None) -> None:
         """Raise ConfigError unless only the new name encodes to the id; a normalizer may strip the noncharacters."""
@@ -57,13 +58,35 @@ class Escape:
             )
 
     def render(self, conversation: Conversation, *, end: str) -> str:
-        """Return the rendered conversation with the template's special tokens renamed and the texts unchanged."""
+        """Return a conversation in the published template with its special tokens renamed and the texts unchanged."""
         texts = (*conversation.turns, conversation.system)
         slots = [f"\x00{number}\x00" for number in range(len(texts))]
-        frame = self._template.render(
+        frame = OPEN_ASSISTANT.render(
             Conversation(tuple(slots[:-1]), slots[-1] if conversation.system else ""), end=end
         )
         return self._frame.sub(lambda hit: texts[int(hit[1])] if hit[1] else self._names[hit[2]], frame)
+
+    def rename(self, rendered: Rendered) -> Rendered:
+        """Return a rendered conversation with the special tokens outside of its slots renamed."""
+        text, slots = rendered.text, rendered.slots or ()
+        parts: list[str] = []
+        moved: list[tuple[int, int]] = []  # (where a renamed token ends, characters added so far)
+        done = added = 0
+        for begin, end in zip(
+            (0, *(slot[1] for slot in slots)), (*(slot[0] for slot in slots), len(text)), strict=True
+        ):
+            for hit in self._special.finditer(text, begin, end):
+                new = self._names[hit[0]]
+                parts += [text[done : hit.start()], new]
+                done, added = hit.end(), added + len(new) - len(hit[0])
+                moved.append((done, added))
+
+        def move(place: int) -> int:
+            return place + next((by for at, by in reversed(moved) if at <= place), 0)
+
+        return Rendered(
+            "".join([*parts, text[done:]]), tuple((move(begin), move(end)) for begin, end in rendered.answers)
+        )
 
 
 class _Model(TypedDict):

@@ -30,8 +30,8 @@ from ropeway.data.raw_records import Record, RowGroup, iterate_groups
 from ropeway.data.shards import sequence_digest, token_dtype
 from ropeway.data.text_batches import BATCH_CHARACTERS, count_characters, iterate_batches
 from ropeway.data.tokenized import COLUMNS, SHARDS, RecordCounts
-from ropeway.models.chat_template import FILE as TEMPLATE_FILE
 from ropeway.models.chat_template import open_template
+from ropeway.models.jinja_template import FILE as TEMPLATE_FILE
 from ropeway.models.tokenizer import count_tokens, open_tokenizer, read_special
 from ropeway.runtime.code_digests import stage_code_digest
 from ropeway.runtime.errors import DataError
@@ -70,6 +70,7 @@ class Recipe:
 
     max_chunk_size: int | None
     special_tokens_in_text: Literal["parse", "escape", "reject"]
+    history: Literal["refuse", "per_turn"] = "refuse"
     signature: tuple[int, int] | None = None
     contamination_ngram: int | None = None
 
@@ -98,7 +99,9 @@ def plan_recipes(params: TokenizeParams) -> dict[str, Recipe]:
     signature = None if near is None else (near.ngram, near.permutations)
     contamination_ngram = None if runs is None else runs.ngram
     return {
-        name: Recipe(options.max_chunk_size, params.special_tokens_in_text, signature, contamination_ngram)
+        name: Recipe(
+            options.max_chunk_size, params.special_tokens_in_text, params.history, signature, contamination_ngram
+        )
         for name, options in params.datasets.items()
     }
 
@@ -227,7 +230,7 @@ def write_unit(folder: Path) -> Iterator[Path]:
 def _open_encoder(base: Path, digests: tuple[str, ...], recipe: Recipe) -> Encoder:  # noqa: ARG001 - part of the cache key
     tokenizer, template = open_tokenizer(base), open_template(base)
     special = read_special(base, tokenizer, template)
-    return Encoder(tokenizer, special, template, recipe.max_chunk_size, recipe.special_tokens_in_text)
+    return Encoder(tokenizer, special, template, recipe.max_chunk_size, recipe.special_tokens_in_text, recipe.history)
 
 
 def _write_fingerprints(folder: Path, records: Sequence[Record], recipe: Recipe) -> None:

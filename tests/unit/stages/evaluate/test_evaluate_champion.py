@@ -31,6 +31,6 @@ def test_a_champion_with_another_template_is_refused(run, tmp_path):
     shutil.copytree(workspace.model, tmp_path / "other")
     path = tmp_path / "other" / "chat_template.jinja"
     path.write_text(path.read_text() + "\n")
-    with pytest.raises(DataError, match="differs from template open_assistant"):
+    with pytest.raises(DataError, match="is not that of the data"):
         measure_champion(workspace, profile, tmp_path / "other", tmp_path / "champion.json")
     assert not (tmp_path / "champion.json").exists()

@@ -31,7 +31,7 @@ from ropeway.stages.package.weights import (
 )
 from tests.support.tiny_run import ROOT
 
-SPECIAL = {"bos": 1, "eos": 2, "pad": 2}
+STOPS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
 TRAINED = {
     "architectures": ["LlamaForCausalLM"], "hidden_size": 32, "max_position_embeddings": 4096, "use_cache": False,
     "dtype": "float32", "transformers_version": "5.24.0", "_name_or_path": "/home/me/base",
@@ -101,7 +101,7 @@ def test_a_tied_head_is_not_stored_and_must_equal_the_embedding(export):
 
 
 def test_the_config_has_scaling_dtype_and_cache_under_old_and_new_keys():
-    config = plan_config(TRAINED, rope=build_scaling("linear", 2.0, 10000.0, 4096), dtype="bf16", special=SPECIAL)
+    config = plan_config(TRAINED, rope=build_scaling("linear", 2.0, 10000.0, 4096), dtype="bf16", stops=STOPS)
     assert config["rope_scaling"] == {"type": "linear", "factor": 2.0}
     assert config["rope_parameters"] == {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
     assert config["dtype"] == config["torch_dtype"] == "bfloat16"
@@ -111,7 +111,7 @@ def test_the_config_has_scaling_dtype_and_cache_under_old_and_new_keys():
 
 
 def test_the_config_has_no_path_and_no_library_version():
-    config = plan_config(TRAINED, rope=build_scaling("linear", 2.0, 10000.0, 4096), dtype="bf16", special=SPECIAL)
+    config = plan_config(TRAINED, rope=build_scaling("linear", 2.0, 10000.0, 4096), dtype="bf16", stops=STOPS)
     assert not {"transformers_version", "_name_or_path"} & set(config)
 
 
@@ -119,7 +119,7 @@ def test_the_config_has_no_path_and_no_library_version():
     "rope", [build_scaling("default", 1.0, 10000.0, 4096), build_scaling("linear", 1.0, 10000.0, 4096)]
 )
 def test_a_model_without_scaling_has_no_rope_scaling_for_old_loaders_to_refuse(rope):
-    config = plan_config(TRAINED, rope=rope, dtype="fp16", special=SPECIAL)
+    config = plan_config(TRAINED, rope=rope, dtype="fp16", stops=STOPS)
     assert config["rope_scaling"] is None
     assert config["rope_parameters"]["rope_theta"] == 10000.0
 
@@ -151,6 +151,7 @@ def test_the_tokenizer_config_drops_keys_that_only_some_loaders_read():
         "tokenizer_class": "TokenizersBackend", "backend": "tokenizers", "is_local": True, "model_max_length": 10**30,
         "extra_special_tokens": ["<|system|>"], "bos_token": {"content": "<s>", "lstrip": False}, "eos_token": "</s>",
         "pad_token": "</s>", "padding_side": "left", "mask_token": None,
+        "additional_special_tokens": [*OPEN_ASSISTANT.added_tokens],
     }  # fmt: skip
     config = plan_tokenizer_config(trained, OPEN_ASSISTANT, max_length=8192)
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"

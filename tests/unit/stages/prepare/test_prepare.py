@@ -290,7 +290,7 @@ def split_of(texts, *, per=1, limit=None, **changes):
     by_document = options["split_by"] == "document"
     keys = [text_key(text if by_document else f"{text}/{at}") for text in texts for at in range(per)]
     return plan_split(
-        records,
+        records if by_document else np.arange(len(records)),
         np.array(keys, np.uint64),
         profile(**options),
         max_val_set=limit,

@@ -125,7 +125,7 @@ def byte_level(**flags):
 @pytest.mark.parametrize("flags", [{}, {"rstrip": True}, {"lstrip": True}, {"metaspace": True}])
 def test_other_tokenizers_keep_their_ways_around_special_tokens(flags):
     tokenizer = byte_level(**flags)
-    escape = Escape(tokenizer, OPEN_ASSISTANT)
+    escape = Escape(tokenizer)
     talk = Conversation(("ab  b", " ba", "a "), "b a")
     expected = tokenizer.encode(OPEN_ASSISTANT.render(talk, end="</s>")).ids
     assert escape.tokenizer.encode(escape.render(talk, end="</s>")).ids == expected
@@ -137,7 +137,7 @@ def test_other_tokenizers_keep_their_ways_around_special_tokens(flags):
 def test_a_tokenizer_that_cannot_be_renamed_is_refused_with_a_way_out():
     tokenizer = byte_level()
     tokenizer.normalizer = normalizers.Replace(Regex("[\ufdd0\ufdd1]"), "")  # the marks
-    Escape(tokenizer, OPEN_ASSISTANT)
+    Escape(tokenizer)
     tokenizer.add_special_tokens([AddedToken("<end>", special=True, normalized=True)])
     with pytest.raises(ConfigError, match="cannot distinguish '<end>' from text; use reject or parse"):
-        Escape(tokenizer, OPEN_ASSISTANT)
+        Escape(tokenizer)

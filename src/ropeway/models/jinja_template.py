@@ -1,0 +1,339 @@
+"""Chat templates in Jinja, a base model's own or a file: rendering by transformers, loss mask from character offsets.
+
+Whatever a template does, a conversation is accepted only if what is supervised is what the model would generate: for
+each assistant turn the text before it equals the generation prompt of the history, and the text up to and including
+the end token is supervised, and nothing else.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from os.path import commonprefix
+from pathlib import Path
+from typing import Any
+
+from ropeway.models.conversation import Conversation, Message
+from ropeway.runtime.errors import ConfigError
+
+FILE = "chat_template.jinja"
+# Some templates write today's date (`strftime_now`). Data must not depend on the day on which they are made.
+DATE = datetime(2024, 7, 26, tzinfo=UTC)
+_SLOT = re.compile("\x00([0-9]+)\x00")
+_SHOWN = 80  # characters of a template's own message in a reason
+_UNKNOWN_DATE = datetime(2001, 2, 3, tzinfo=UTC)
+
+Span = tuple[int, int]  # characters of the rendered text, begin and end
+
+
+class UnusableConversationError(ValueError):
+    """A template cannot render a conversation as inference would; records are counted by the message."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """One sequence: a rendered conversation, or its beginning up to one answer.
+
+    Attributes:
+        text: What is tokenized, including BOS where the template writes it.
+        answers: What is supervised: content and end token of each answer, as characters of `text`.
+        slots: Where the messages' contents are in `text`, which is the template's own elsewhere; None: not known.
+    """
+
+    text: str
+    answers: tuple[Span, ...]
+    slots: tuple[Span, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """A conversation of one form, rendered with slots instead of texts.
+
+    Attributes:
+        literals: The template's own text before, between and after the slots.
+        order: Number of the message in each slot.
+        answers: For each answer: (its slot, characters of the template's own text before and after it that the model
+            generates too, e.g. the end token).
+    """
+
+    literals: tuple[str, ...]
+    order: tuple[int, ...]
+    answers: tuple[tuple[int, int, int], ...]
+
+
+class JinjaTemplate:
+    """A chat template in Jinja, rendered by transformers' sandboxed engine as `apply_chat_template` does.
+
+    Attributes:
+        name: `base`, or the file's name.
+        jinja: The template.
+        added_tokens: Always empty: the base's tokenizer has what its template writes.
+        tokenizer_adds_bos: False: BOS is in the text where the template writes it, as with `apply_chat_template`.
+    """
+
+    added_tokens: tuple[str, ...] = ()
+    tokenizer_adds_bos = False
+
+    def __init__(self, jinja: str, names: Mapping[str, str], special: Iterable[str], *, name: str = "base") -> None:
+        """Keep the template.
+
+        Args:
+            jinja: The template.
+            names: `bos`, `eos`, `unk`, `pad` -> text, as far as the tokenizer has them.
+            special: Texts of all special tokens of the tokenizer.
+            name: For messages.
+        """
+        self.jinja, self.name, self._names = jinja, name, dict(names)
+        self._special = frozenset(special)
+        longest_first = sorted(self._special, key=lambda text: (-len(text), text))
+        self._special_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self._frames: dict[tuple[bool, int], _Frame | str] = {}
+        self._date = DATE
+
+    @property
+    def plain_jinja(self) -> str:
+        """The template as it is in the package: unchanged."""
+        return self.jinja
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the template; data, model and evaluation must have the same."""
+        return hashlib.sha256(self.jinja.encode()).hexdigest()
+
+    def render_messages(
+        self, messages: Sequence[Message], tools: Sequence[Message] = (), *, add_generation_prompt: bool = False
+    ) -> str:
+        """Return the rendered text; a date in it is always `DATE`.
+
+        Raises:
+            UnusableConversationError: The template refuses the messages, or fails on them.
+        """
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        names = {f"{short}_token": text for short, text in self._names.items()}
+        try:
+            pin_date(self.jinja, self._date)
+            (text,), _ = render_jinja_template(
+                conversations=[list(messages)],
+                tools=list(tools) or None,
+                chat_template=self.jinja,
+                add_generation_prompt=add_generation_prompt,
+                **names,
+            )
+        except Exception as error:  # noqa: BLE001 - a template may raise anything
+            raise UnusableConversationError(f"the template refuses it: {str(error)[:_SHOWN]}") from None
+        return str(text)
+
+    def render(self, conversation: Conversation, *, end: str) -> str:  # noqa: ARG002 - the template knows its end
+        """Return the conversation as one string, as it is tokenized."""
+        return self.render_messages(conversation.to_messages(), conversation.read_form().get("tools", ()))
+
+    def render_prompt(self, turns: Sequence[str], *, end: str, system: str = "") -> str:  # noqa: ARG002
+        """Return a generation prompt: the given turns and the prefix of the assistant's turn."""
+        messages = Conversation(tuple(turns), system).to_messages()
+        return self.render_messages(messages, add_generation_prompt=True)
+
+    def sequences(self, conversation: Conversation, *, per_turn: bool) -> list[Rendered]:
+        """Return the sequences to train on: one, or one per answer where the template rewrites earlier turns.
+
+        Args:
+            conversation: The conversation.
+            per_turn: Accept a conversation whose earlier turns the template renders differently once later ones
+                follow (e.g. without their reasoning), as one sequence per answer.
+
+        Raises:
+            UnusableConversationError: The message is the reason.
+        """
+        if not conversation.form and (found := self._fill_frame(conversation)):
+            return [found]
+        return self._render_each_answer(conversation, per_turn=per_turn)
+
+    def _fill_frame(self, conversation: Conversation) -> Rendered | None:
+        """Return a plain conversation by one rendering; None if the template does more than to insert the texts."""
+        frame = self._frame(len(conversation.turns), has_system=bool(conversation.system))
+        if isinstance(frame, str):
+            return None
+        messages = conversation.to_messages()
+        text = self.render_messages(messages)
+        contents = [message["content"] for message in messages]
+        for change in (str, str.strip):  # some templates strip the texts
+            parts = [change(contents[at]) for at in frame.order]
+            slots, at = [], 0
+            for literal, part in zip(frame.literals, parts, strict=False):
+                at += len(literal)
+                slots.append((at, at + len(part)))
+                at += len(part)
+            if at + len(frame.literals[-1]) == len(text) and text == "".join(
+                piece for pair in zip(frame.literals, [*parts, ""], strict=True) for piece in pair
+            ):
+                answers = tuple((slots[at][0] - before, slots[at][1] + after) for at, before, after in frame.answers)
+                return Rendered(text, answers, tuple(slots))
+        return None
+
+    def _frame(self, turns: int, *, has_system: bool) -> _Frame | str:
+        key = (has_system, turns)
+        if key not in self._frames:
+            slots = [f"\x00{number}\x00" for number in range(turns + has_system)]
+            conversation = Conversation(tuple(slots[has_system:]), slots[0] if has_system else "")
+            try:
+                (rendered,) = self._render_each_answer(conversation, per_turn=False)
+                self._frames[key] = _to_frame(rendered)
+            except UnusableConversationError as error:
+                self._frames[key] = str(error)
+        return self._frames[key]
+
+    def _render_each_answer(self, conversation: Conversation, *, per_turn: bool) -> list[Rendered]:
+        messages, tools = conversation.to_messages(), conversation.read_form().get("tools", ())
+        wanted = conversation.supervised_messages()
+        if not wanted:
+            raise UnusableConversationError("no answer counts")
+        whole = self.render_messages(messages, tools)
+        _check_nothing_lost(whole, [one for one in messages if one["role"] != "assistant"], tools)
+        answers, each = [], []
+        is_stable = all(_has_text(whole, one) for one in messages)
+        for at in wanted:
+            prompt = self.render_messages(messages[:at], tools, add_generation_prompt=True)
+            answered = self.render_messages(messages[: at + 1], tools)
+            if not answered.startswith(prompt):
+                raise UnusableConversationError("an answer does not begin as the template's generation prompt ends")
+            span = (len(prompt), self._find_end(answered, len(prompt)))
+            _check_nothing_lost(answered[: span[1]], [messages[at]], tools)
+            answers.append(span)
+            each.append(Rendered(answered, (span,)))
+            is_stable &= whole.startswith(answered[: span[1]])
+        if is_stable:
+            return [Rendered(whole, tuple(answers))]
+        if not per_turn:
+            raise UnusableConversationError("the template rewrites earlier turns (history: per_turn trains each)")
+        return each
+
+    def _find_end(self, answered: str, begin: int) -> int:
+        """Return where the end token ends, after which the template may write e.g. a line break."""
+        end = len(answered) - self._trailing
+        for length in {len(text) for text in self._special}:
+            if end - length >= begin and answered[end - length : end] in self._special:
+                return end
+        raise UnusableConversationError("the template ends an answer without a special token")
+
+    @cached_property
+    def _trailing(self) -> int:
+        """Number of characters that the template writes after the end token of a last answer.
+
+        What it writes there only because nothing follows (e.g. EOS after the whole conversation) is not the answer's.
+        """
+        messages = Conversation(("Hi", "\x000\x00", "Why?")).to_messages()
+        answered, continued = self.render_messages(messages[:2]), self.render_messages(messages)
+        common = commonprefix([answered, continued])  # noqa: RUF071 - of texts, not of paths
+        ends = [hit.end() for hit in self._special_pattern.finditer(common, common.find("\x000\x00") + 1)]
+        return len(answered) - max(ends) if "\x000\x00" in common and ends else len(answered) - len(answered.rstrip())
+
+    @cached_property
+    def depends_on_date(self) -> bool:
+        """Whether the template writes today's date."""
+        messages = Conversation(("Hi",)).to_messages()
+        today = self.render_messages(messages)
+        self._date = _UNKNOWN_DATE
+        try:
+            return self.render_messages(messages) != today
+        finally:
+            self._date = DATE
+
+    @cached_property
+    def generation_prompt(self) -> str:
+        """Prefix of the assistant's turn after a user's turn."""
+        messages = Conversation(("Hi",)).to_messages()
+        asked = self.render_messages(messages, add_generation_prompt=True)
+        return asked.removeprefix(self.render_messages(messages))
+
+    def control_tokens(self) -> tuple[str, ...]:
+        """Return the special tokens that the template writes around a short conversation, in order."""
+        found = list(self._special_pattern.findall(self.render_messages(Conversation(("Hi", "Hello")).to_messages())))
+        found += self._special_pattern.findall(self.generation_prompt)
+        return tuple(dict.fromkeys(found))
+
+    def end_token(self) -> str:
+        """Return the special token that ends an answer.
+
+        Raises:
+            UnusableConversationError: The template cannot render a question and an answer as inference would.
+        """
+        (rendered,) = self._render_each_answer(Conversation(("Hi", "Hello")), per_turn=True)
+        begin, end = rendered.answers[0]
+        return str(self._special_pattern.findall(rendered.text[begin:end])[-1])
+
+
+def pin_date(jinja: str, date: datetime = DATE) -> None:
+    """Make a template, when transformers renders it in this process, write this date instead of today's.
+
+    transformers makes strings of what it is given for a template, so that a function cannot be handed over.
+    """
+    from transformers.utils.chat_template_utils import _compile_jinja_template  # it keeps what it compiled
+
+    _compile_jinja_template(jinja).globals["strftime_now"] = date.strftime
+
+
+def _to_frame(rendered: Rendered) -> _Frame:
+    literals = _SLOT.split(rendered.text)
+    order = tuple(map(int, literals[1::2]))
+    places = [hit.span() for hit in _SLOT.finditer(rendered.text)]
+    begins = [begin for begin, _ in places]
+    answers = []
+    for begin, end in rendered.answers:
+        slot = next(at for at, there in enumerate(begins) if there >= begin)
+        answers.append((slot, begins[slot] - begin, end - places[slot][1]))
+    return _Frame(tuple(literals[::2]), order, tuple(answers))
+
+
+def _check_nothing_lost(text: str, messages: Sequence[Message], tools: Sequence[Message]) -> None:
+    """Raise UnusableConversationError if a message's text, reasoning or call, or a tool is not in the rendered text."""
+    for message in messages:
+        if not _has_text(text, message):
+            raise UnusableConversationError(f"the template drops or changes a text of role {message['role']}")
+        if (reasoning := message.get("reasoning_content")) and reasoning.strip() not in text:
+            raise UnusableConversationError("the template has no place for reasoning")
+        for call in message.get("tool_calls") or ():
+            if (call.get("function") or call).get("name", "") not in text:
+                raise UnusableConversationError("the template has no place for tool calls")
+    for tool in tools:
+        if (tool.get("function") or tool).get("name", "") not in text:
+            raise UnusableConversationError("the template has no place for tools")
+
+
+def _has_text(text: str, message: Message) -> bool:
+    """Return whether a message's content is in the rendered text; templates may write a tool's result as JSON."""
+    content = (message.get("content") or "").strip()
+    as_json = (json.dumps(content, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True))
+    return content in text or (message["role"] == "tool" and any(one in text for one in as_json))
+
+
+def read_template(path: Path) -> str:
+    """Return a template's text.
+
+    Raises:
+        ConfigError: The file is missing or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"template: {path}: expected a Jinja template, found: {error}") from None
+
+
+def find_own_template(folder: Path) -> str | None:
+    """Return the chat template of a model folder: chat_template.jinja, else the key of tokenizer_config.json.
+
+    Of several named templates it is `default`. None: the folder has none.
+    """
+    if (path := folder / FILE).is_file():
+        return read_template(path)
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        if (path := folder / name).is_file():
+            found: Any = json.loads(path.read_text(encoding="utf-8")).get("chat_template")
+            if isinstance(found, list):
+                named = {one["name"]: one["template"] for one in found}
+                found = named.get("default")
+            if isinstance(found, str):
+                return found
+    return None

@@ -1,0 +1,118 @@
+"""Choose the chat template of a run, and prove on the base's tokenizer that it can be trained with."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tokenizers import Tokenizer
+from typing_extensions import TypedDict
+
+from ropeway.config.frozen import FrozenInputs
+from ropeway.config.params import PUBLISHED_TEMPLATE, BaseParams
+from ropeway.models.chat_template import OPEN_ASSISTANT, ChatTemplate
+from ropeway.models.conversation import Conversation
+from ropeway.models.jinja_template import DATE, JinjaTemplate, UnusableConversationError
+from ropeway.runtime.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class BaseTokenizer:
+    """The base's tokenizer and what its files say about it.
+
+    Attributes:
+        names: `unk`, `bos`, `eos`, `pad` -> text, as far as it has them.
+        additional: Its further special tokens.
+        template: Its own chat template; None if it has none.
+    """
+
+    tokenizer: Tokenizer
+    names: Mapping[str, str]
+    additional: tuple[str, ...] = field(default=())
+    template: str | None = None
+
+
+class TemplateFacts(TypedDict):
+    """What the base's manifest says about the template."""
+
+    name: str  # as in params.yaml
+    replaces_own: bool  # the base's own template is not used
+    generation_prompt: str
+    end: str  # the special token that ends an answer
+    rewrites_history: bool  # earlier turns are rendered differently once later ones follow
+    date: str | None  # written instead of today's date; None: the template writes no date
+
+
+def choose_template(profile: BaseParams, root: Path, opened: BaseTokenizer) -> ChatTemplate:
+    """Return the template that `template` of params.yaml names.
+
+    Raises:
+        ConfigError: The base has no template of its own.
+    """
+    if profile.template == PUBLISHED_TEMPLATE:
+        return OPEN_ASSISTANT
+    text = opened.template
+    if profile.template != "base":
+        text = FrozenInputs.load(root).text("template", profile.template)
+    if text is None:
+        raise ConfigError(
+            f"template: base, but {profile.model_name} has no chat template (chat_template.jinja, or chat_template in "
+            "tokenizer_config.json); set template: open_assistant, or name a Jinja file of your own"
+        )
+    if text in (OPEN_ASSISTANT.jinja, OPEN_ASSISTANT.plain_jinja):
+        return OPEN_ASSISTANT
+    special = [token.content for token in opened.tokenizer.get_added_tokens_decoder().values() if token.special]
+    return JinjaTemplate(
+        text, {"pad": opened.names.get("eos", "")} | dict(opened.names), special, name=profile.template
+    )
+
+
+def prove_template(template: ChatTemplate, opened: BaseTokenizer, *, name: str) -> TemplateFacts:
+    """Return what is known about a template after it rendered short conversations as inference would.
+
+    Raises:
+        ConfigError: It cannot render a question and an answer, its generation prompt is not what its answers begin
+            with, it ends an answer without a special token, or it writes BOS twice.
+    """
+    end, rewrites, date = opened.names.get("eos", ""), False, None
+    if isinstance(template, JinjaTemplate):
+        try:
+            rendered = template.sequences(Conversation(("Hi", "Hello")), per_turn=True)
+            end = template.end_token()
+        except UnusableConversationError as error:
+            raise ConfigError(
+                f"template: {name}: it cannot be trained with: {error}. Set template: open_assistant, or name a Jinja "
+                "file in which every answer follows the generation prompt and ends with a special token"
+            ) from None
+        bos = opened.names.get("bos")
+        if bos and rendered[0].text.count(bos) > 1:
+            raise ConfigError(f"template: {name}: it writes {bos} {rendered[0].text.count(bos)} times; correct it")
+        date = DATE.date().isoformat() if template.depends_on_date else None
+        rewrites = _rewrites_history(template)
+    return {
+        "name": name,
+        "replaces_own": opened.template is not None and opened.template != template.jinja,
+        "generation_prompt": template.generation_prompt,
+        "end": end,
+        "rewrites_history": rewrites,
+        "date": date,
+    }
+
+
+def _rewrites_history(template: JinjaTemplate) -> bool:
+    try:
+        template.sequences(Conversation(("Hi", "Hello", "Why?", "So.")), per_turn=False)
+    except UnusableConversationError:
+        return True
+    return False
+
+
+def describe_template(facts: TemplateFacts) -> str:
+    """Return the log lines about the template."""
+    lines = [f"template {facts['name']}: answers follow {facts['generation_prompt']!r} and end with {facts['end']!r}"]
+    if facts["replaces_own"]:
+        lines.append("the base's own chat template is replaced; `template: base` keeps it")
+    if facts["rewrites_history"]:
+        lines.append("the template renders earlier turns differently once later ones follow; see `history`")
+    if facts["date"]:
+        lines.append(f"the template writes today's date; data and prompts have {facts['date']}")
+    return "\n".join(lines)

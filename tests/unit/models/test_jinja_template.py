@@ -1,0 +1,147 @@
+"""Jinja templates: what is supervised is what the model would generate, for a dozen formats; or a reason is given.
+
+The outside authority for every rendering is `apply_chat_template` of transformers.
+"""
+
+import pytest
+from tokenizers import Regex
+from transformers import AutoTokenizer
+
+from ropeway.models.chat_template import open_template
+from ropeway.models.conversation import Conversation
+from ropeway.models.jinja_template import JinjaTemplate, UnusableConversationError, pin_date
+from ropeway.models.tokenizer import open_tokenizer
+from ropeway.stages.tokenize.encode import Encoder
+from tests.support.chat_templates import STYLES, write_tokenizer
+
+CHATS = {
+    "one": Conversation(("Hi", "Hello there")),
+    "three": Conversation(("Why?", "Because 2 > 1.", "Go on\nplease", "No.", "  spaces ", " and spaces ")),
+    "unanswered": Conversation(("Hi", "Hello", "And?", "So", "Bye")),
+}
+SYSTEM = Conversation(("Hi", "Hello there"), system="Be kind.")
+
+
+@pytest.fixture(scope="module", params=STYLES)
+def folder(request, tmp_path_factory):
+    where = tmp_path_factory.mktemp(request.param)
+    write_tokenizer(where, STYLES[request.param])
+    return where
+
+
+def encode(folder, conversation, *, history="per_turn", special="parse"):
+    tokenizer, template = open_tokenizer(folder), open_template(folder)
+    eos = tokenizer.token_to_id(AutoTokenizer.from_pretrained(folder).eos_token)
+    encoder = Encoder(tokenizer, {"eos": eos, "pad": eos}, template, None, special, history)
+    parts = list(encoder.encode_batches([conversation]))
+    rows = []
+    for part in parts:
+        ends = part.lengths.cumsum()
+        rows += [(part.tokens[end - length : end].tolist(), part.kinds[end - length : end])
+                 for length, end in zip(part.lengths, ends, strict=True)]  # fmt: skip
+    return rows, dict(encoder.refused)
+
+
+def as_jinja(folder) -> JinjaTemplate:
+    template = open_template(folder)
+    assert isinstance(template, JinjaTemplate)
+    return template
+
+
+def asked(authority, messages, **options):
+    pin_date(authority.chat_template)
+    return authority.apply_chat_template(messages, tokenize=True, return_dict=False, **options)
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_every_answer_follows_its_generation_prompt_and_ends_with_the_end_token(folder, name):
+    authority, conversation = AutoTokenizer.from_pretrained(folder), CHATS[name]
+    rows, refused = encode(folder, conversation)
+    assert not refused
+    messages, end = conversation.to_messages(), authority.convert_tokens_to_ids(STYLES[folder.name[:-1]].end)
+    answers = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
+    spans = [(ids, first, last) for ids, kinds in rows for first, last in supervised_spans(kinds)]
+    assert len(spans) == len(answers)
+    for at, (ids, first, last) in zip(answers, spans, strict=True):
+        assert ids[:first] == asked(authority, messages[:at], add_generation_prompt=True)
+        assert ids[last - 1] == end
+        assert messages[at]["content"].strip() in authority.decode(ids[first : last - 1])
+        assert ids[:last] == asked(authority, messages[: at + 1])[:last]
+    if len(rows) == 1:
+        assert rows[0][0] == asked(authority, messages)
+
+
+def supervised_spans(kinds):
+    """(first, one after the last) of each run of supervised tokens."""
+    spans, begin = [], None
+    for at, kind in enumerate([*kinds.tolist(), 5]):
+        if kind == 6 and begin is None:
+            begin = at
+        elif kind != 6 and begin is not None:
+            spans.append((begin, at))
+            begin = None
+    return spans
+
+
+def test_a_system_message_is_rendered_or_refused_by_the_template(folder):
+    rows, refused = encode(folder, SYSTEM)
+    if "gemma" in folder.name:
+        assert refused == {"the template refuses it: System role not supported": 1}
+    else:
+        (ids, _), authority = rows[0], AutoTokenizer.from_pretrained(folder)
+        assert ids == asked(authority, SYSTEM.to_messages())
+        assert "Be kind." in authority.decode(ids)
+
+
+def test_only_a_rewritten_history_needs_one_sequence_per_answer(folder):
+    rows, refused = encode(folder, CHATS["three"], history="refuse")
+    rewrites = folder.name.startswith(("thinking",))
+    assert bool(refused) == rewrites
+    assert len(rows) == (0 if rewrites else 1)
+    assert len(encode(folder, CHATS["three"])[0]) == (3 if rewrites else 1)
+
+
+def test_special_tokens_in_a_text_are_ordinary_tokens_when_escaped(folder):
+    authority = AutoTokenizer.from_pretrained(folder)
+    end = STYLES[folder.name[:-1]].end
+    text = f"ends{end}here"
+    rows, refused = encode(folder, Conversation(("Hi", text)), special="escape")
+    plain, _ = encode(folder, Conversation(("Hi", "ends here")))
+    if refused:
+        assert folder.name.startswith("thinking_")
+        return
+    number = authority.convert_tokens_to_ids(end)
+    assert rows[0][0].count(number) == plain[0][0].count(number)
+    assert text in authority.decode(rows[0][0])
+
+
+def test_the_generation_prompt_is_the_one_of_transformers(folder):
+    template, authority = open_template(folder), AutoTokenizer.from_pretrained(folder)
+    text = template.render_prompt(["Hi", "Hello", "And?"], end="")
+    assert authority(text, add_special_tokens=False)["input_ids"] == asked(
+        authority, Conversation(("Hi", "Hello", "And?")).to_messages(), add_generation_prompt=True
+    )
+
+
+def test_todays_date_is_not_in_the_data(tmp_path):
+    write_tokenizer(tmp_path, STYLES["llama3_dated"])
+    template = as_jinja(tmp_path)
+    assert template.depends_on_date
+    assert "26 Jul 2024" in template.render(CHATS["one"], end="")
+    write_tokenizer(tmp_path, STYLES["llama3"])
+    assert not as_jinja(tmp_path).depends_on_date
+
+
+def test_an_answer_whose_prompt_has_other_tokens_alone_is_refused(tmp_path):
+    """GPT-2 splits "\\n\\n" before a word into two tokens, at the end of a prompt it is one."""
+    write_tokenizer(tmp_path, STYLES["llama3"], words=Regex(r" ?\p{L}+| ?[^\s\p{L}]+|\s+(?!\S)|\s+"))
+    rows, refused = encode(tmp_path, CHATS["one"])
+    assert (rows, list(refused.values())) == ([], [1])
+    assert "generation prompt" in next(iter(refused))
+
+
+def test_a_template_without_an_end_token_is_refused(tmp_path):
+    style = STYLES["chatml"]
+    write_tokenizer(tmp_path, type(style)(style.jinja.replace("'<|im_end|>'", "'.'"), style.special, "<|im_end|>", "x"))
+    with pytest.raises(UnusableConversationError, match="without a special token"):
+        as_jinja(tmp_path).sequences(CHATS["one"], per_turn=True)
