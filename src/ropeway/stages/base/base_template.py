@@ -84,8 +84,8 @@ def prove_template(template: ChatTemplate, opened: BaseTokenizer, *, name: str) 
                 "file in which every answer follows the generation prompt and ends with a special token"
             ) from None
         bos = opened.names.get("bos")
-        if bos and rendered[0].text.count(bos) > 1:
-            raise ConfigError(f"template: {name}: it writes {bos} {rendered[0].text.count(bos)} times; correct it")
+        if bos and rendered[0].text.startswith(bos * 2):
+            raise ConfigError(f"template: {name}: it begins a conversation with two {bos}; remove one")
         date = DATE.date().isoformat() if template.depends_on_date else None
         rewrites = _rewrites_history(template)
     return {
