@@ -348,9 +348,7 @@ def test_one_altered_weight_is_found_by_the_logits(copy, made):
 
 def test_an_end_token_that_does_not_stop_is_found(copy):
     edit(copy / "generation_config.json", lambda settings: settings.update(eos_token_id=5))
-    with pytest.raises(
-        DataError, match=r"tokens generated when the second is end token 2: expected \[329, 2\], found"
-    ):
+    with pytest.raises(DataError, match=r"tokens generated when the second is end token 2: expected \[329, 2\], found"):
         check_package(copy)
 
 

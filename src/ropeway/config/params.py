@@ -34,7 +34,7 @@ class Section(BaseModel):
 class RowsSource(Section):
     """Files of records: their layout and the columns that are read."""
 
-    rows: Literal["orca_chat", "messages", "sharegpt", "alpaca", "text"]
+    rows: Literal["orca_chat", "messages", "sharegpt", "prompt_completion", "alpaca", "text"]
     """Layout of a record; the reference of sources has the columns that each layout reads."""
     columns: dict[str, str]
     """Name that the layout uses -> column of the file. A column that is not mapped has the layout's own name; `system`
@@ -43,8 +43,9 @@ class RowsSource(Section):
     """Expected number of sequences: `ropeway plan` uses it before the data exists; prepare reports a difference. null:
     unknown."""
     ignored_keys: list[str] = Field(default_factory=list)
-    """Fields of a record or turn that are dropped even if they have a value; `*` matches all. A record with any other
-    unused field is rejected."""
+    """Fields of a record or turn that are dropped even if they have a value; `*` matches all that the layout does not
+    read. A record with any other unused field is rejected. A field that the layout reads, e.g. `tool_calls`, is dropped
+    only if it is named."""
     splits: list[Literal["train", "validation", "test"]] = Field(default_factory=list)
     """Splits that one pattern may read together. Empty: a pattern over several splits is an error."""
 

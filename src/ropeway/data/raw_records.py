@@ -1,7 +1,7 @@
 """Raw records, written by fetch and read by base and tokenize: parquet parts per source, records numbered in order.
 
 raw/manifest.json                   written last; `sources` has each source's kind, identity and counts
-raw/<source>/part-00000.parquet     conversations: index int64, system string, turns list<string>
+raw/<source>/part-00000.parquet     conversations: index int64, system string, turns list<string>, form string
                                     documents: index int64, text string
 """
 
@@ -91,7 +91,7 @@ class RawWriter:
         columns += (
             [("text", pa.string())]
             if kind == "document"
-            else [("system", pa.string()), ("turns", pa.list_(pa.string()))]
+            else [("system", pa.string()), ("turns", pa.list_(pa.string())), ("form", pa.string())]
         )
         self._schema = pa.schema(columns)
         self._folder = folder
@@ -117,7 +117,7 @@ class RawWriter:
         """Append one record."""
         row: dict[str, Any] = {"index": self.records}
         if isinstance(record, Conversation):
-            row |= {"system": record.system, "turns": list(record.turns)}
+            row |= {"system": record.system, "turns": list(record.turns), "form": record.form}
         else:
             row |= {"text": record}
         self._rows.append(row)
@@ -178,11 +178,13 @@ def _records(table: Any) -> Iterator[Record]:  # noqa: ANN401 - pyarrow has no t
     if "text" in table.column_names:
         yield from table.column("text").to_pylist()
     else:
-        columns = (table.column(name).to_pylist() for name in ("turns", "system"))
-        for turns, system in zip(*columns, strict=True):
-            yield Conversation(tuple(turns), system)
+        columns = (table.column(name).to_pylist() for name in ("turns", "system", "form"))
+        for turns, system, form in zip(*columns, strict=True):
+            yield Conversation(tuple(turns), system, form)
 
 
 def iterate_texts(record: Record) -> Iterable[str]:
-    """Return a record's texts: the document, or the conversation's system message and turns."""
-    return (record.system, *record.turns) if isinstance(record, Conversation) else (record,)
+    """Return a record's texts: the document, or the conversation's system message, turns and, as JSON, the rest."""
+    if not isinstance(record, Conversation):
+        return (record,)
+    return (record.system, *record.turns, record.form) if record.form else (record.system, *record.turns)

@@ -107,7 +107,7 @@ class OpenAssistantTemplate:
             UnusableConversationError: It has other roles, tools, reasoning or weights, which the template cannot write.
         """
         if conversation.form:
-            raise UnusableConversationError("template open_assistant has only alternating texts of user and assistant")
+            raise UnusableConversationError(_find_unsupported(conversation))
         return [Rendered(self.render(conversation, end=end), ())]
 
     def speakers(
@@ -128,6 +128,19 @@ class OpenAssistantTemplate:
         found = np.where(turn & 1, np.uint8(Speaker.USER), np.uint8(Speaker.ASSISTANT))
         found[turn == 0] = Speaker.SYSTEM
         return found
+
+
+def _find_unsupported(conversation: Conversation) -> str:
+    """Return what of a conversation the published template cannot write."""
+    form = conversation.read_form()
+    if form.get("tools"):
+        return "template open_assistant has no tools"
+    for role in form["roles"]:
+        if role not in ("user", "assistant"):
+            return "system message not first" if role == "system" else f"template open_assistant has no role {role!r}"
+    if fields := {name for each in form["fields"] for name in each}:
+        return f"template open_assistant has no {', '.join(sorted(fields))}"
+    return "roles out of order"
 
 
 OPEN_ASSISTANT = OpenAssistantTemplate()

@@ -294,6 +294,8 @@ def _check_nothing_lost(text: str, messages: Sequence[Message], tools: Sequence[
             raise UnusableConversationError(f"the template drops or changes a text of role {message['role']}")
         if (reasoning := message.get("reasoning_content")) and reasoning.strip() not in text:
             raise UnusableConversationError("the template has no place for reasoning")
+        if message["role"] != "tool" and str(message.get("name", "")) not in text:
+            raise UnusableConversationError("the template has no place for names")
         for call in message.get("tool_calls") or ():
             if (call.get("function") or call).get("name", "") not in text:
                 raise UnusableConversationError("the template has no place for tool calls")

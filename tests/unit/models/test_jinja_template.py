@@ -115,6 +115,79 @@ def test_special_tokens_in_a_text_are_ordinary_tokens_when_escaped(folder):
     assert text in authority.decode(rows[0][0])
 
 
+USER, ANSWER = {"role": "user", "content": "Rain?"}, {"role": "assistant", "content": "Yes."}
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Bern"}}}
+CALLED = {"role": "assistant", "content": None, "reasoning_content": "Look it up.", "tool_calls": [CALL]}
+RESULT = {"role": "tool", "content": "rain"}
+
+
+@pytest.fixture
+def thinking(tmp_path):
+    write_tokenizer(tmp_path, STYLES["thinking"])
+    return tmp_path
+
+
+def decoded_answers(folder, rows):
+    authority = AutoTokenizer.from_pretrained(folder)
+    return [authority.decode(ids[first:last]) for ids, kinds in rows for first, last in supervised_spans(kinds)]
+
+
+def test_tools_calls_results_and_reasoning_are_rendered_and_the_calls_are_supervised(thinking):
+    messages = [USER, CALLED, RESULT, ANSWER]
+    rows, refused = encode(thinking, Conversation.from_messages(messages, [TOOL]))
+    assert not refused
+    assert rows[0][0] == asked(AutoTokenizer.from_pretrained(thinking), messages, tools=[TOOL])
+    call, answer = decoded_answers(thinking, rows)
+    assert call.startswith("<think>\nLook it up.\n</think>")
+    assert '"name": "weather"' in call
+    assert call.endswith("</tool_call><|im_end|>")
+    assert answer.endswith("Yes.<|im_end|>")
+
+
+def test_an_answer_of_weight_0_is_context(thinking):
+    messages = [USER, {**ANSWER, "weight": 0}, USER, ANSWER]
+    rows, _ = encode(thinking, Conversation.from_messages(messages))
+    assert len(rows) == 1
+    assert len(decoded_answers(thinking, rows)) == 1
+    rows, refused = encode(thinking, Conversation.from_messages(messages[:2]))
+    assert (rows, refused) == ([], {"no answer counts": 1})
+
+
+def test_reasoning_of_an_earlier_turn_makes_one_sequence_per_answer_each_as_inference_would(thinking):
+    reasoned = {**ANSWER, "reasoning_content": "Clouds."}
+    chat = Conversation.from_messages([USER, reasoned, USER, reasoned])
+    rows, _ = encode(thinking, chat)
+    assert len(rows) == 2
+    assert all("Clouds." in answer for answer in decoded_answers(thinking, rows))
+    authority = AutoTokenizer.from_pretrained(thinking)
+    assert authority.decode(rows[1][0]).count("Clouds.") == 1
+    _, refused = encode(thinking, chat, history="refuse")
+    assert list(refused.values()) == [1]
+
+
+@pytest.mark.parametrize(
+    ("style", "messages", "tools", "reason"),
+    [
+        ("chatml", [USER, ANSWER], [TOOL], "no place for tools"),
+        ("chatml", [USER, {**ANSWER, "reasoning_content": "Clouds."}], [], "no place for reasoning"),
+        ("zephyr", [USER, {**ANSWER, "tool_calls": [CALL]}], [], "no place for tool calls"),
+        ("granite", [{**USER, "name": "Ann"}, ANSWER], [], "no place for names"),
+        (
+            "deepseek",
+            [USER, {**ANSWER, "content": "<think>hm</think>Yes."}],
+            [],
+            "drops or changes a text of role assis",
+        ),
+    ],
+)
+def test_what_a_template_would_drop_is_refused_by_name(tmp_path, style, messages, tools, reason):
+    write_tokenizer(tmp_path, STYLES[style])
+    rows, refused = encode(tmp_path, Conversation.from_messages(messages, tools))
+    assert rows == []
+    assert reason in next(iter(refused))
+
+
 def test_the_generation_prompt_is_the_one_of_transformers(folder):
     template, authority = open_template(folder), AutoTokenizer.from_pretrained(folder)
     text = template.render_prompt(["Hi", "Hello", "And?"], end="")

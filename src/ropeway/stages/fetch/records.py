@@ -4,23 +4,23 @@ import math
 import re
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 from ropeway.data.raw_records import Record, RecordKind
-from ropeway.models.conversation import Conversation
+from ropeway.models.conversation import Conversation, Message
 from ropeway.runtime.errors import ConfigError
+from ropeway.stages.fetch.messages import OPTIONAL_FIELDS, check_order, read_message, read_tools
+from ropeway.stages.fetch.texts import SHOWN_NAME, read_text
 from ropeway.stages.fetch.values import UnreadableError
 
-_ROLES = {"user": 0, "human": 0, "assistant": 1, "gpt": 1}
-_SHOWN_NAME = 40  # characters of a name in a reason
 _MAX_NAME = 100  # characters; a longer name is truncated
 _ID = re.compile(r"(?i)(\w+_)?(id|uuid|guid|idx)|index|__index_level_\d+__")  # the last one is written by pandas
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def check_columns(rows: str, columns: dict[str, str]) -> None:
     """Raise ConfigError unless `columns` maps only names that rows of this kind have."""
     kind = ROW_KINDS[rows]
-    known = [*kind.required, *kind.optional, *kind.turn_fields]
+    known = [*kind.required, *kind.optional, *kind.turn_fields, *kind.optional_turn_fields]
     if unknown := sorted(set(columns) - set(known)):
         raise ConfigError(f"sources: columns: {unknown} are not columns of rows: {rows}; expected any of {known}")
 
@@ -30,19 +30,20 @@ def required_columns(rows: str, columns: dict[str, str]) -> list[str]:
     return [columns.get(name, name) for name in ROW_KINDS[rows].required]
 
 
-def find_unused(value: object, rows: str, columns: dict[str, str]) -> dict[str, bool]:
+def find_unused(value: object, rows: str, columns: dict[str, str], ignored: Container[str] = ()) -> dict[str, bool]:
     """Return the fields of a readable record that have a value and are not read: name -> whether it is of a turn.
 
-    Null and empty fields, ids and `weight: 1` are not returned.
+    Null and empty fields, ids and `weight: 1` are not returned. `ignored`: names that are not read either.
     """
     kind = ROW_KINDS[rows]
-    row = _Row(value, kind, columns)
+    row = _Row(value, kind, columns, ignored)
     asked = {row.column(name) for name in kind.required}
     asked |= {column for name in kind.optional if (column := row.optional_column(name))}
     found = dict.fromkeys(_iterate_unread_fields(value, asked), False)
     if kind.turn_fields and isinstance(value, dict):
-        read = {row.column(name) for name in kind.turn_fields}
-        for turn in value[row.column(kind.required[0])]:
+        read = {row.column(name) for name in kind.turn_fields} | set(row.optional_turn_fields())
+        lists = (value[row.column(name)] for name in kind.required)
+        for turn in chain.from_iterable(one for one in lists if isinstance(one, list)):
             found |= dict.fromkeys(_iterate_unread_fields(turn, read), True)
     return found
 
@@ -53,7 +54,7 @@ def check_ignored(unused: dict[str, bool], ignored: list[str]) -> None:
         return
     for name, in_turn in unused.items():
         if name not in ignored:
-            raise UnreadableError(f"unused field {name[:_SHOWN_NAME]!r}" + (" of a turn" if in_turn else ""))
+            raise UnreadableError(f"unused field {name[:SHOWN_NAME]!r}" + (" of a turn" if in_turn else ""))
 
 
 def _iterate_unread_fields(fields: object, read: Container[str]) -> Iterator[str]:
@@ -76,14 +77,14 @@ def _plain_name(name: str) -> str:
     return plain if len(plain) <= _MAX_NAME else f"{plain[:_MAX_NAME]}…"
 
 
-def to_record(value: object, rows: str, columns: dict[str, str]) -> Record:
-    """Return the record of an object.
+def to_record(value: object, rows: str, columns: dict[str, str], ignored: Container[str] = ()) -> Record:
+    """Return the record of an object; optional fields in `ignored` are not read.
 
     Raises:
         UnreadableError: The object does not fit the schema; the message is the reason.
     """
     kind = ROW_KINDS[rows]
-    return kind.read(_Row(value, kind, columns))
+    return kind.read(_Row(value, kind, columns, ignored))
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +94,7 @@ class _Row:
     value: object
     kind: "RowKind"
     columns: dict[str, str]
+    ignored: Container[str] = ()
 
     def column(self, name: str) -> str:
         """Return the file's name of a column or field."""
@@ -100,7 +102,38 @@ class _Row:
 
     def optional_column(self, name: str) -> str | None:
         """Return the file's name of an optional column; None if it is read only when params.yaml maps it."""
+        if name in self.ignored:
+            return None
         return self.columns.get(name, self.kind.system if name == "system" else name)
+
+    def optional_turn_fields(self) -> dict[str, str]:
+        """Return the file's name -> name of the further fields that a turn may have."""
+        return {
+            column: name for name in self.kind.optional_turn_fields if (column := self.column(name)) not in self.ignored
+        }
+
+    def message(self, turn: object) -> list[Message]:
+        """Return the messages of one turn with a role."""
+        role, content = (_field(turn, self.column(name)) for name in ("role", "content"))
+        return self._read_message(turn, role, content)
+
+    def _read_message(self, turn: object, role: object, content: object) -> list[Message]:
+        fields = turn if isinstance(turn, dict) else {}
+        further = {name: fields.get(column) for column, name in self.optional_turn_fields().items()}
+        return read_message(further, role, content)
+
+    def conversation(self, messages: list[Message]) -> Conversation:
+        """Return the conversation of these messages, with the row's system message and tools."""
+        system = self.optional("system") if "system" in self.kind.optional else ""
+        if messages and messages[0]["role"] == "system" and set(messages[0]) == {"role", "content"}:
+            if system and messages[0]["content"] != system:
+                raise UnreadableError("two system messages")
+            system = messages.pop(0)["content"]
+        check_order(messages)
+        first: list[Message] = [{"role": "system", "content": system}] if system else []
+        column = self.optional_column("tools") if "tools" in self.kind.optional else None
+        tools = self.value.get(column) if isinstance(self.value, dict) and column else None
+        return Conversation.from_messages([*first, *messages], read_tools(tools))
 
     def required(self) -> list[object]:
         """Return the values of the required columns."""
@@ -110,37 +143,53 @@ class _Row:
         """Return an optional column's text; empty if the column is missing or null."""
         column = self.optional_column(name)
         found = self.value.get(column) if isinstance(self.value, dict) and column else None
-        return "" if found is None else _text(found)
+        return "" if found is None else read_text(found)
 
-    def turns(self) -> tuple[str, Iterator[Iterator[object]]]:
-        """Return (system message, the fields of each turn)."""
+    def turns(self) -> Iterator[tuple[object, list[object]]]:
+        """Yield (turn, its required fields)."""
         (turns,) = self.required()
-        system = self.optional("system")
         if not isinstance(turns, list):
             raise UnreadableError("turns are not a list")
         names = [self.column(name) for name in self.kind.turn_fields]
-        return system, ((_field(turn, name) for name in names) for turn in turns)
+        yield from ((turn, [_field(turn, name) for name in names]) for turn in turns)
+
+    def read_messages(self) -> list[Message]:
+        """Return the messages of all turns, which have a role and a content as their required fields."""
+        return [one for turn, (role, content) in self.turns() for one in self._read_message(turn, role, content)]
 
 
 def _read_text(row: _Row) -> str:
-    return _text(*row.required())
+    return read_text(*row.required())
 
 
 def _read_alpaca(row: _Row) -> Conversation:
     parts, system = row.required(), row.optional("system")
-    instruction, output = map(_text, parts)
+    instruction, output = map(read_text, parts)
     given = row.optional("input")
     return _make_conversation([f"{instruction}\n\n{given}" if given else instruction, output], system)
 
 
 def _read_pairs(row: _Row) -> Conversation:
-    system, pairs = row.turns()
-    return _make_conversation([_text(part) for pair in pairs for part in pair], system)
+    texts = [read_text(part) for _, pair in row.turns() for part in pair]
+    return _make_conversation(texts, row.optional("system"))
 
 
 def _read_roles(row: _Row) -> Conversation:
-    system, turns = row.turns()
-    return _conversation_from_roles([(role, _text(said)) for role, said in turns], system)
+    return row.conversation(row.read_messages())
+
+
+def _read_prompt(row: _Row) -> Conversation:
+    """Read prompt and completion: two texts, or two lists of messages, of which the completion is supervised."""
+    prompt, completion = row.required()
+    if isinstance(prompt, str) or not isinstance(completion, list):
+        return _make_conversation([read_text(prompt), read_text(completion)], row.optional("system"))
+    if not isinstance(prompt, list):
+        raise UnreadableError("prompt is neither text nor a list")
+    given = [one for turn in prompt for one in row.message(turn)]
+    for message in given:
+        if message["role"] == "assistant":
+            message["weight"] = 0
+    return row.conversation([*given, *(one for turn in completion for one in row.message(turn))])
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +199,8 @@ class RowKind:
     read: Callable[[_Row], Record]  # returns the record, or raises UnreadableError
     required: tuple[str, ...]  # columns that every record has
     optional: tuple[str, ...] = ("system",)  # columns that may be missing or null
-    turn_fields: tuple[str, ...] = ()  # fields of one turn; the first required column is then the list of turns
+    turn_fields: tuple[str, ...] = ()  # fields of one turn; the required columns are then lists of turns
+    optional_turn_fields: tuple[str, ...] = ()  # further fields of one turn
     system: str | None = None  # the column read as `system` where `columns` names none
     record_kind: RecordKind = "conversation"  # what the records are
 
@@ -158,29 +208,14 @@ class RowKind:
 # `rows` of a source in params.yaml. Add a kind here and in the schema (`ropeway.config.params`).
 ROW_KINDS = {
     "orca_chat": RowKind(_read_pairs, ("conversation",), turn_fields=("input", "output"), system="instruction"),
-    "messages": RowKind(_read_roles, ("messages",), turn_fields=("role", "content")),
-    "sharegpt": RowKind(_read_roles, ("conversations",), turn_fields=("from", "value")),
+    "messages": RowKind(_read_roles, ("messages",), ("system", "tools"), ("role", "content"), OPTIONAL_FIELDS),
+    "sharegpt": RowKind(_read_roles, ("conversations",), ("system", "tools"), ("from", "value"), OPTIONAL_FIELDS),
+    "prompt_completion": RowKind(
+        _read_prompt, ("prompt", "completion"), ("system", "tools"), ("role", "content"), OPTIONAL_FIELDS
+    ),
     "alpaca": RowKind(_read_alpaca, ("instruction", "output"), ("input", "system")),
     "text": RowKind(_read_text, ("text",), (), record_kind="document"),
 }
-
-
-def _conversation_from_roles(said: list[tuple[object, str]], system: str) -> Conversation:
-    """Return the conversation of these (role, text) pairs; the first may be the system message."""
-    if said and said[0][0] == "system":
-        first = said.pop(0)[1]
-        if system and first != system:
-            raise UnreadableError("two system messages")
-        system = first
-    for at, (who, _) in enumerate(said):
-        if not isinstance(who, str):
-            raise UnreadableError("role is not text")
-        if who not in _ROLES:  # e.g. `developer`, `tool` or `User`, which the template does not have
-            told = "system message not first" if who == "system" else f"unknown role {who[:_SHOWN_NAME]!r}"
-            raise UnreadableError(told)
-        if _ROLES[who] != at % 2:
-            raise UnreadableError("roles out of order")
-    return _make_conversation([text for _, text in said], system)
 
 
 def _field(value: object, name: str) -> object:
@@ -189,18 +224,6 @@ def _field(value: object, name: str) -> object:
     if name not in value:
         raise UnreadableError(f"missing column {name!r}")
     return value[name]
-
-
-def _text(value: object) -> str:
-    if value is None:
-        raise UnreadableError("null text")
-    if not isinstance(value, str):
-        raise UnreadableError("not text")
-    if "\0" in value:
-        raise UnreadableError("NUL")
-    if not value.isascii() and _SURROGATE.search(value):
-        raise UnreadableError("lone surrogate")
-    return value
 
 
 def _make_conversation(turns: list[str], system: str) -> Conversation:

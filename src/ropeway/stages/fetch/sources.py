@@ -298,8 +298,8 @@ def _iterate_files(
             try:
                 if isinstance(value, UnreadableError):
                     raise value
-                record = to_record(value, source.rows, source.columns)
-                unused = find_unused(value, source.rows, source.columns)
+                record = to_record(value, source.rows, source.columns, source.ignored_keys)
+                unused = find_unused(value, source.rows, source.columns, source.ignored_keys)
                 check_ignored(unused, source.ignored_keys)
             except UnreadableError as error:
                 yield RefusedRecord(where.replace(str(path), name, 1), str(error))

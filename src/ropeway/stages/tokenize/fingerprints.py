@@ -24,6 +24,11 @@ def compared_texts(record: Record) -> tuple[str, ...]:
     return record.turns if isinstance(record, Conversation) else (record,)
 
 
+def identity_texts(record: Record) -> tuple[str, ...]:
+    """Return what makes a record equal to another: its compared texts, and a conversation's roles, calls and tools."""
+    return (*record.turns, record.form) if isinstance(record, Conversation) and record.form else compared_texts(record)
+
+
 def sequence_texts(record: Record, max_chunk_size: int | None) -> list[tuple[str, ...]]:
     """Return the fingerprinted texts of each sequence of a record: the turns, or one chunk of a document."""
     if isinstance(record, Conversation):

@@ -26,7 +26,7 @@ from typing_extensions import TypedDict
 import ropeway
 from ropeway.config.faults import check_json
 from ropeway.config.tokenize_params import TokenizeParams
-from ropeway.data.raw_records import Record, RowGroup, iterate_groups
+from ropeway.data.raw_records import Record, RowGroup, iterate_groups, iterate_texts
 from ropeway.data.shards import sequence_digest, token_dtype
 from ropeway.data.text_batches import BATCH_CHARACTERS, count_characters, iterate_batches
 from ropeway.data.tokenized import COLUMNS, SHARDS, RecordCounts
@@ -49,6 +49,7 @@ from ropeway.stages.tokenize.fingerprints import (
     compared_texts,
     exact_keys,
     hash_sequence_grams,
+    identity_texts,
     minhash_signatures,
     sequence_texts,
 )
@@ -238,14 +239,15 @@ def _write_fingerprints(folder: Path, records: Sequence[Record], recipe: Recipe)
     exact = [np.empty((0, 2), np.uint64)]
     signatures = [np.empty((0, recipe.signature[1] if recipe.signature else 0), np.uint32)]
     grams, counts = [np.empty(0, np.uint64)], [np.empty(0, np.int32)]
-    for texts in iterate_batches(map(compared_texts, records), count_characters, BATCH_CHARACTERS):
-        exact.append(exact_keys(texts))
+    for batch in iterate_batches(records, lambda one: count_characters(iterate_texts(one)), BATCH_CHARACTERS):
+        exact.append(exact_keys([*map(identity_texts, batch)]))
         if recipe.signature:
             ngram, permutations = recipe.signature
+            texts = [*map(compared_texts, batch)]
             signatures.append(minhash_signatures(texts, ngram=ngram, permutations=permutations))
     sequences = chain.from_iterable(sequence_texts(record, recipe.max_chunk_size) for record in records)
-    for texts in iterate_batches(sequences if recipe.contamination_ngram else (), count_characters, BATCH_CHARACTERS):
-        found, each = hash_sequence_grams(texts, recipe.contamination_ngram or 0)
+    for parts in iterate_batches(sequences if recipe.contamination_ngram else (), count_characters, BATCH_CHARACTERS):
+        found, each = hash_sequence_grams(parts, recipe.contamination_ngram or 0)
         grams.append(found)
         counts.append(each)
     np.save(folder / "exact.npy", np.concatenate(exact), allow_pickle=False)

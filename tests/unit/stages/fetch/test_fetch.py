@@ -73,6 +73,7 @@ def test_the_columns_are_those_that_others_read(fetched):
         "index": "int64",
         "system": "string",
         "turns": "list<element: string>",
+        "form": "string",
     }
     schema = parquet.read_schema(fetched.raw / "topics" / "part-00000.parquet")
     assert {name: str(schema.field(name).type) for name in schema.names} == {"index": "int64", "text": "string"}

@@ -53,7 +53,7 @@ def test_a_bad_line_is_refused_with_its_reason_and_place(tmp_path, line, reason)
 
 @pytest.mark.parametrize(
     ("turns", "reason"),
-    [([], "no turns"), ([("gpt", "a")], "roles out of order"), ([("human", " ")], "empty turn")],
+    [([], "no turns"), ([("gpt", "a"), ("human", "q")], "turn without an answer"), ([("human", " ")], "empty turn")],
 )
 def test_a_bad_conversation_is_refused(turns, reason):
     value = {"conversations": [{"from": who, "value": text} for who, text in turns]}

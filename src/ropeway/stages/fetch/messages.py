@@ -1,0 +1,188 @@
+"""Read the messages of a chat: OpenAI's fields and roles, ShareGPT's roles, content blocks as Anthropic has them.
+
+Everything that a message has is kept for the template, or refused by name; nothing is dropped.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ropeway.models.conversation import Message
+from ropeway.stages.fetch.texts import SHOWN_NAME, read_text
+from ropeway.stages.fetch.values import UnreadableError
+
+OPTIONAL_FIELDS = ("tool_calls", "tool_call_id", "name", "weight", "reasoning_content", "thinking", "reasoning")
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+_ROLES = {
+    "system": "system", "developer": "developer", "user": "user", "human": "user", "assistant": "assistant",
+    "gpt": "assistant", "tool": "tool", "observation": "tool", "function_response": "tool",
+    "function_call": "assistant",
+}  # fmt: skip
+_PART_FIELDS = {
+    "text": {"text"},
+    "thinking": {"thinking", "signature"},
+    "tool_use": {"id", "name", "input"},
+    "tool_result": {"tool_use_id", "content"},
+}
+
+
+def read_message(turn: Mapping[str, object], role: object, content: object) -> list[Message]:
+    """Return the messages of one turn: one, or one per result of a tool and the rest.
+
+    Args:
+        turn: `OPTIONAL_FIELDS` -> value, where the turn has one.
+        role: Its role, in any of the known spellings.
+        content: Text, null beside tool calls, or a list of content blocks.
+
+    Raises:
+        UnreadableError: Something in it is not known, and would be lost.
+    """
+    if not isinstance(role, str):
+        raise UnreadableError("role is not text")
+    if role not in _ROLES:
+        raise UnreadableError(f"unknown role {role[:SHOWN_NAME]!r}")
+    message: Message = {"role": _ROLES[role], "content": None}
+    if role == "function_call":
+        message["tool_calls"] = [_read_call(_parse(content, "function call"))]
+        results: list[Message] = []
+    else:
+        results = _read_content(message, content)
+    _read_fields(message, turn)
+    if results and message["content"] is None and set(message) == {"role", "content"}:
+        return results
+    _check_not_empty(message)
+    return [*results, message]
+
+
+def _read_content(message: Message, content: object) -> list[Message]:
+    """Put text, reasoning and calls into the message; return the results of tools, which come before it."""
+    if not isinstance(content, list):
+        if content is not None:
+            message["content"] = read_text(content)
+        return []
+    texts, results = [], []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in _PART_FIELDS:
+            shown = str(kind)[:SHOWN_NAME]
+            raise UnreadableError(
+                "content part is not an object" if kind is None else f"content part of type {shown!r}"
+            )
+        if unknown := sorted(key for key in set(part) - _PART_FIELDS[kind] - {"type"} if part[key] is not None):
+            raise UnreadableError(f"unused field {str(unknown[0])[:SHOWN_NAME]!r} of a content part")
+        if kind == "text":
+            texts.append(read_text(part.get("text")))
+        elif kind == "thinking":
+            message["reasoning_content"] = message.get("reasoning_content", "") + read_text(part.get("thinking"))
+        elif kind == "tool_use":
+            call = {"name": part.get("name"), "arguments": part.get("input")}
+            message.setdefault("tool_calls", []).append(_read_call({"id": part.get("id"), "function": call}))
+        else:
+            results.append(_read_result(part))
+    if texts:
+        message["content"] = "".join(texts)
+    return results
+
+
+def _read_result(part: Mapping[str, Any]) -> Message:
+    content = part.get("content")
+    if isinstance(content, list):
+        if any(not isinstance(one, dict) or one.get("type") != "text" for one in content):
+            raise UnreadableError("a tool result that is not text")
+        content = "".join(read_text(one.get("text")) for one in content)
+    result: Message = {"role": "tool", "content": read_text("" if content is None else content)}
+    return result | ({"tool_call_id": part["tool_use_id"]} if part.get("tool_use_id") else {})
+
+
+def _read_fields(message: Message, turn: Mapping[str, object]) -> None:
+    """Put the further fields of a turn into its message."""
+    for name in _REASONING:
+        if (reasoning := turn.get(name)) not in (None, ""):
+            message["reasoning_content"] = read_text(reasoning)
+    _read_calls(message, turn.get("tool_calls"))
+    for name in ("name", "tool_call_id"):
+        if turn.get(name) not in (None, ""):
+            message[name] = read_text(turn[name])
+    weight = turn.get("weight")
+    if weight is not None and (isinstance(weight, str) or weight not in (0, 1)):
+        raise UnreadableError("weight is neither 0 nor 1")
+    if weight == 0 and message["role"] == "assistant":
+        message["weight"] = 0
+
+
+def _read_calls(message: Message, calls: object) -> None:
+    if calls not in (None, []):
+        if not isinstance(calls, list):
+            raise UnreadableError("tool calls are not a list")
+        message["tool_calls"] = [_read_call(call) for call in calls]
+    for name, what in (("tool_calls", "tool calls"), ("reasoning_content", "reasoning")):
+        if message.get(name) and message["role"] != "assistant":
+            raise UnreadableError(f"{what} of role {message['role']!r}")
+
+
+def _check_not_empty(message: Message) -> None:
+    if message["content"] is None and not message.get("tool_calls"):
+        raise UnreadableError("null text")
+    needs_text = message["role"] in ("user", "assistant") and not message.get("tool_calls")
+    if needs_text and not message["content"].strip():
+        raise UnreadableError("empty turn")
+
+
+def _read_call(call: object) -> Message:
+    """Return a tool call as `apply_chat_template` expects it, with the arguments as an object."""
+    if not isinstance(call, dict):
+        raise UnreadableError("a tool call that is not an object")
+    function = call.get("function", call)
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+        raise UnreadableError("a tool call without a name")
+    arguments = function.get("arguments", {})
+    if not isinstance(arguments, dict):
+        arguments = _parse(arguments, "tool call's arguments")
+    made: Message = {"type": "function", "function": {"name": read_text(function["name"]), "arguments": arguments}}
+    return made | ({"id": call["id"]} if isinstance(call.get("id"), str) else {})
+
+
+def read_tools(tools: object) -> list[Message]:
+    """Return the functions that the assistant may call, as `apply_chat_template` expects them.
+
+    Raises:
+        UnreadableError: They are not a list of functions with names.
+    """
+    if tools in (None, "", [], {}):
+        return []
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except ValueError:
+            raise UnreadableError("tools are not JSON") from None
+    if not isinstance(tools, list):
+        raise UnreadableError("tools are not a list")
+    return [_read_tool(tool) for tool in tools]
+
+
+def _read_tool(tool: object) -> Message:
+    function = tool.get("function", tool) if isinstance(tool, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise UnreadableError("a tool without a name")
+    if "input_schema" in function:
+        function = {**function, "parameters": function["input_schema"]}
+        del function["input_schema"]
+    return {"type": "function", "function": function}
+
+
+def check_order(messages: Sequence[Message]) -> None:
+    """Raise UnreadableError unless there is a turn, and the last is the assistant's."""
+    if not any(message["role"] not in ("system", "developer") for message in messages):
+        raise UnreadableError("no turns")
+    if messages[-1]["role"] != "assistant":
+        raise UnreadableError("turn without an answer")
+
+
+def _parse(value: object, what: str) -> dict[str, Any]:
+    try:
+        found = json.loads(read_text(value))
+    except ValueError:
+        raise UnreadableError(f"{what}: not a JSON object") from None
+    if not isinstance(found, dict):
+        raise UnreadableError(f"{what}: not a JSON object")
+    return found

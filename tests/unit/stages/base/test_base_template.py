@@ -1,0 +1,68 @@
+"""The template of a run: chosen by params, proved on the base's tokenizer before anything is tokenized."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from ropeway.models.chat_template import OPEN_ASSISTANT
+from ropeway.models.jinja_template import JinjaTemplate, find_own_template
+from ropeway.models.tokenizer import open_tokenizer, read_special_names
+from ropeway.runtime.errors import ConfigError
+from ropeway.stages.base.base_template import BaseTokenizer, choose_template, describe_template, prove_template
+from tests.support.chat_templates import STYLES, write_tokenizer
+
+
+def opened_from(folder, style):
+    write_tokenizer(folder, style)
+    return BaseTokenizer(open_tokenizer(folder), read_special_names(folder), template=find_own_template(folder))
+
+
+def wanted(template):
+    return SimpleNamespace(template=template, model_name="some/model")
+
+
+@pytest.mark.parametrize("name", STYLES)
+def test_a_bases_own_template_is_kept_and_its_end_token_found(tmp_path, name):
+    opened = opened_from(tmp_path, STYLES[name])
+    template = choose_template(wanted("base"), tmp_path, opened)
+    assert (template.jinja, template.added_tokens) == (STYLES[name].jinja, ())
+    facts = prove_template(template, opened, name="base")
+    assert facts["end"] == STYLES[name].end
+    assert facts["rewrites_history"] == (name == "thinking")
+    assert (facts["date"] is not None) == (name == "llama3_dated")
+    assert facts["replaces_own"] is False
+
+
+def test_the_published_template_replaces_the_bases_own_and_says_so(tmp_path):
+    opened = opened_from(tmp_path, STYLES["chatml"])
+    template = choose_template(wanted("open_assistant"), tmp_path, opened)
+    assert template is OPEN_ASSISTANT
+    facts = prove_template(template, opened, name="open_assistant")
+    assert facts["replaces_own"]
+    assert "own chat template is replaced" in describe_template(facts)
+
+
+def test_a_base_without_a_template_cannot_keep_it(tmp_path):
+    opened = opened_from(tmp_path, STYLES["chatml"])
+    with pytest.raises(ConfigError, match="template: base, but some/model has no chat template"):
+        choose_template(wanted("base"), tmp_path, BaseTokenizer(opened.tokenizer, opened.names))
+
+
+@pytest.mark.parametrize(
+    ("jinja", "reason"),
+    [
+        ("{{ bos_token }}" + STYLES["llama3"].jinja, "two <|begin_of_text|>"),
+        (STYLES["llama3"].jinja.replace("+ '<|eot_id|>'", ""), "without a special token"),
+        (STYLES["llama3"].jinja.replace("assistant<|end_header_id|>", "model<|end_header_id|>"), "does not begin as"),
+        ("{{ nothing.at.all }}", "the template refuses it"),
+        ("{% for", "the template refuses it"),
+    ],
+)
+def test_a_template_that_cannot_be_trained_with_is_refused_by_name(tmp_path, jinja, reason):
+    opened = opened_from(tmp_path, STYLES["llama3"])
+    special = [token.content for token in opened.tokenizer.get_added_tokens_decoder().values()]
+    template = JinjaTemplate(jinja, opened.names, special)
+    with pytest.raises(ConfigError) as caught:
+        prove_template(template, opened, name="my.jinja")
+    assert reason in str(caught.value)
+    assert "my.jinja" in str(caught.value)
