@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
+from itertools import accumulate
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any
@@ -41,27 +42,35 @@ class Rendered:
         text: What is tokenized, including BOS where the template writes it.
         answers: What is supervised: content and end token of each answer, as characters of `text`.
         slots: Where the messages' contents are in `text`, which is the template's own elsewhere; None: not known.
+        frame: What is the same in all conversations of this form; None: not known.
     """
 
     text: str
     answers: tuple[Span, ...]
     slots: tuple[Span, ...] | None = None
+    frame: "Frame | None" = None
 
 
 @dataclass(frozen=True, slots=True)
-class _Frame:
+class Frame:
     """A conversation of one form, rendered with slots instead of texts.
 
     Attributes:
-        literals: The template's own text before, between and after the slots.
+        literals: The template's own text before, between and after the slots, each slot an empty string.
         order: Number of the message in each slot.
         answers: For each answer: (its slot, characters of the template's own text before and after it that the model
             generates too, e.g. the end token).
+        marks: For each answer: (number of the last special token before it, the text from that token to the answer,
+            number of the special token that ends it). Empty if there is no special token between an answer and the
+            text before it.
+        special_tokens: Number of special tokens in `literals`.
     """
 
     literals: tuple[str, ...]
     order: tuple[int, ...]
     answers: tuple[tuple[int, int, int], ...]
+    marks: tuple[tuple[int, str, int], ...]
+    special_tokens: int
 
 
 class JinjaTemplate:
@@ -90,7 +99,7 @@ class JinjaTemplate:
         self._special = frozenset(special)
         longest_first = sorted(self._special, key=lambda text: (-len(text), text))
         self._special_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-        self._frames: dict[tuple[bool, int], _Frame | str] = {}
+        self._frames: dict[tuple[bool, int], Frame | str] = {}
         self._date = DATE
 
     @property
@@ -156,31 +165,40 @@ class JinjaTemplate:
         frame = self._frame(len(conversation.turns), has_system=bool(conversation.system))
         if isinstance(frame, str):
             return None
-        messages = conversation.to_messages()
-        text = self.render_messages(messages)
-        contents = [message["content"] for message in messages]
-        for change in (str, str.strip):  # some templates strip the texts
-            parts = [change(contents[at]) for at in frame.order]
-            slots, at = [], 0
-            for literal, part in zip(frame.literals, parts, strict=False):
-                at += len(literal)
-                slots.append((at, at + len(part)))
-                at += len(part)
-            if at + len(frame.literals[-1]) == len(text) and text == "".join(
-                piece for pair in zip(frame.literals, [*parts, ""], strict=True) for piece in pair
-            ):
+        try:
+            text = self._render_plain(conversation.to_messages())
+        except Exception:  # noqa: BLE001 - a template may raise anything; `render_messages` says what
+            return None
+        contents = (conversation.system, *conversation.turns) if conversation.system else conversation.turns
+        for change in (None, str.strip):  # some templates strip the texts
+            pieces = list(frame.literals)
+            parts = [contents[at] if change is None else change(contents[at]) for at in frame.order]
+            pieces[1::2] = parts
+            if "".join(pieces) == text:
+                ends = list(accumulate(map(len, pieces)))
+                slots = tuple(zip(ends[::2], ends[1::2], strict=False))
                 answers = tuple((slots[at][0] - before, slots[at][1] + after) for at, before, after in frame.answers)
-                return Rendered(text, answers, tuple(slots))
+                return Rendered(text, answers, slots, frame)
         return None
 
-    def _frame(self, turns: int, *, has_system: bool) -> _Frame | str:
+    def _render_plain(self, messages: Sequence[Message]) -> str:
+        """Render messages of role and text without the checks and copies that transformers makes for others."""
+        pin_date(self.jinja, self._date)
+        names = {f"{short}_token": text for short, text in self._names.items()}
+        return str(
+            _compile(self.jinja).render(
+                messages=messages, tools=None, documents=None, add_generation_prompt=False, **names
+            )
+        )
+
+    def _frame(self, turns: int, *, has_system: bool) -> Frame | str:
         key = (has_system, turns)
         if key not in self._frames:
             slots = [f"\x00{number}\x00" for number in range(turns + has_system)]
             conversation = Conversation(tuple(slots[has_system:]), slots[0] if has_system else "")
             try:
                 (rendered,) = self._render_each_answer(conversation, per_turn=False)
-                self._frames[key] = _to_frame(rendered)
+                self._frames[key] = _to_frame(rendered, self._special_pattern)
             except UnusableConversationError as error:
                 self._frames[key] = str(error)
         return self._frames[key]
@@ -270,21 +288,34 @@ def pin_date(jinja: str, date: datetime = DATE) -> None:
 
     transformers makes strings of what it is given for a template, so that a function cannot be handed over.
     """
+    _compile(jinja).globals["strftime_now"] = date.strftime
+
+
+def _compile(jinja: str) -> Any:  # noqa: ANN401 - Jinja's class, which only reporting may import
     from transformers.utils.chat_template_utils import _compile_jinja_template  # it keeps what it compiled
 
-    _compile_jinja_template(jinja).globals["strftime_now"] = date.strftime
+    return _compile_jinja_template(jinja)
 
 
-def _to_frame(rendered: Rendered) -> _Frame:
+def _to_frame(rendered: Rendered, special: re.Pattern[str]) -> Frame:
     literals = _SLOT.split(rendered.text)
     order = tuple(map(int, literals[1::2]))
+    literals[1::2] = [""] * len(order)
     places = [hit.span() for hit in _SLOT.finditer(rendered.text)]
-    begins = [begin for begin, _ in places]
     answers = []
     for begin, end in rendered.answers:
-        slot = next(at for at, there in enumerate(begins) if there >= begin)
-        answers.append((slot, begins[slot] - begin, end - places[slot][1]))
-    return _Frame(tuple(literals[::2]), order, tuple(answers))
+        slot = next(at for at, (there, _) in enumerate(places) if there >= begin)
+        answers.append((slot, places[slot][0] - begin, end - places[slot][1]))
+    hits = [hit.span() for hit in special.finditer(rendered.text)]
+    marks = []
+    for begin, end in rendered.answers:
+        before = [number for number, (_, there) in enumerate(hits) if there <= begin]
+        at = next(number for number, (_, there) in enumerate(hits) if there == end)
+        header = rendered.text[hits[before[-1]][0] : begin] if before else ""
+        if header and not _SLOT.search(header):
+            marks.append((before[-1], header, at))
+    complete = tuple(marks) if len(marks) == len(answers) else ()
+    return Frame(tuple(literals), order, tuple(answers), complete, len(hits))
 
 
 def _check_nothing_lost(text: str, messages: Sequence[Message], tools: Sequence[Message]) -> None:

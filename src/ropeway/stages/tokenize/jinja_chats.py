@@ -6,6 +6,7 @@ A sequence is accepted only if its tokens before an answer are those of the gene
 import json
 import re
 from collections.abc import Sequence
+from itertools import chain, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +14,14 @@ from tokenizers import Encoding, Tokenizer
 
 from ropeway.data.shards import Kind
 from ropeway.models.jinja_template import Rendered, Span, UnusableConversationError
+from ropeway.models.tokenizer import count_tokens
 
 _CACHED = 4096  # headers of answers, e.g. "<|im_start|>assistant\n"; there are few different ones
+
+
+_OTHER_PROMPT = "the tokens before an answer are not those of the generation prompt"
+_ANSWER = bytes([Kind.ANSWER])
+Marked = tuple[list[int], NDArray[np.uint8]]
 
 
 class JinjaChats:
@@ -26,15 +33,47 @@ class JinjaChats:
         state["post_processor"] = None
         self._tokenizer = Tokenizer.from_str(json.dumps(state))
         special = sorted((token["content"] for token in state["added_tokens"] if token["special"]), key=len)
+        self._is_special = np.zeros(count_tokens(tokenizer), np.bool_)
+        self._is_special[[token["id"] for token in state["added_tokens"] if token["special"]]] = True
         self._special = re.compile("|".join(map(re.escape, reversed(special))) or r"(?!)")
         self._headers: dict[str, list[int]] = {}
 
-    def encode(self, rendered: Sequence[Rendered]) -> list[tuple[list[int], NDArray[np.uint8]] | str]:
-        """Return (token ids, `(T,)` kinds) of each sequence, or why it cannot be used."""
-        found = self._tokenizer.encode_batch([one.text for one in rendered])
-        return [self._mark(encoding, one) for encoding, one in zip(found, rendered, strict=True)]
+    def encode(self, rendered: Sequence[Rendered]) -> list[Marked | str]:
+        """Return (token ids, `(T,)` kinds) of each sequence, or why it cannot be used.
 
-    def _mark(self, encoding: Encoding, rendered: Rendered) -> tuple[list[int], NDArray[np.uint8]] | str:
+        Offsets cost a fifth of the tokenization. Where a template only inserts texts without special tokens, the
+        special tokens among the ids are those of the template, in order, and say the same.
+        """
+        if any(one.frame is None or not one.frame.marks for one in rendered):
+            found = self._tokenizer.encode_batch([one.text for one in rendered])
+            return [self._mark(encoding, one) for encoding, one in zip(found, rendered, strict=True)]
+        fast = [encoding.ids for encoding in self._tokenizer.encode_batch_fast([one.text for one in rendered])]
+        lengths = np.fromiter(map(len, fast), np.int64, len(fast))
+        special = np.flatnonzero(self._is_special[np.fromiter(chain.from_iterable(fast), np.int64, int(lengths.sum()))])
+        ends = np.cumsum(lengths)
+        borders = [0, *np.searchsorted(special, ends).tolist()]
+        places = (special - np.repeat(ends - lengths, np.diff(borders))).tolist()
+        return [
+            self._mark_by_frame(ids, one, places[begin:end])
+            for ids, one, (begin, end) in zip(fast, rendered, pairwise(borders), strict=True)
+        ]
+
+    def _mark_by_frame(self, ids: list[int], rendered: Rendered, special: list[int]) -> Marked | str:
+        """Mark the answers between the template's special tokens, which are at these places."""
+        frame = rendered.frame
+        if frame is None or len(special) != frame.special_tokens:  # e.g. a text with a special token's string
+            return self._mark(self._tokenizer.encode(rendered.text), rendered)
+        kinds = bytearray([Kind.CONTEXT]) * len(ids)
+        for before, header, end in frame.marks:
+            first, last = special[before], special[end]
+            expected = self._header(header)
+            begin = first + len(expected)
+            if ids[first:begin] != expected:
+                return _OTHER_PROMPT
+            kinds[begin : last + 1] = _ANSWER * (last + 1 - begin)
+        return ids, np.frombuffer(kinds, np.uint8)
+
+    def _mark(self, encoding: Encoding, rendered: Rendered) -> Marked | str:
         ids: list[int] = encoding.ids
         kinds = np.full(len(ids), Kind.CONTEXT, np.uint8)
         try:
@@ -66,10 +105,15 @@ class JinjaChats:
         Special tokens split a text before it is tokenized, so only what follows the last one can differ.
         """
         header = text[max((hit.start() for hit in self._special.finditer(text, 0, begin)), default=0) : begin]
-        expected = self._headers.get(header)
-        if expected is None:
-            expected = self._tokenizer.encode(header).ids
-            if len(self._headers) < _CACHED:
-                self._headers[header] = expected
+        expected = self._header(header)
         if ids[first - len(expected) : first] != expected:
-            raise UnusableConversationError("the tokens before an answer are not those of the generation prompt")
+            raise UnusableConversationError(_OTHER_PROMPT)
+
+    def _header(self, text: str) -> list[int]:
+        """Return the token ids of a text from a special token to an answer."""
+        expected = self._headers.get(text)
+        if expected is None:
+            expected = self._tokenizer.encode(text).ids
+            if len(self._headers) < _CACHED:
+                self._headers[text] = expected
+        return expected
