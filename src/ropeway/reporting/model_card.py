@@ -190,7 +190,7 @@ def _scores(report: Json) -> Rows:
 def _positions(found: Json, max_length: int) -> Rows:
     parts = {f"{name} {max_length:,} tokens": found[key] for key, name in _PARTS.items() if key in found}
     rows = []
-    for curve in next(iter(parts.values())):
+    for curve in next(iter(parts.values()), {}):  # none: no token of the long rows is supervised
         model, _, unscaled = curve.partition("_")
         name = f"{model}, RoPE not scaled" if unscaled else model
         rows.append({"model": plain(name), **{head: format_number(losses[curve]) for head, losses in parts.items()}})

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from ropeway.config.edit import cut_block, inherited_names
 from ropeway.config.params import HuggingfaceSource
+from ropeway.models.jinja_template import UnusableConversationError
 from ropeway.stages.package.facts import Facts
 from ropeway.stages.package.model_config import TORCH_NAMES
 
@@ -49,6 +50,7 @@ def plan_card(facts: Facts, params_text: str, *, parameters: int, weights: Mappi
         },
         "max_positions": facts.max_positions,
         "end": facts.end,
+        "prompts": _render_prompts(facts),
         "special": dict(facts.special),
         "conversations": facts.systems.total(),
         "systems": [list(one) for one in spoken],
@@ -64,3 +66,14 @@ def plan_card(facts: Facts, params_text: str, *, parameters: int, weights: Mappi
         ],
         "train": {key: facts.train[key] for key in ("rows_left_out", "rewinds", "continued_from")},
     }
+
+
+def _render_prompts(facts: Facts) -> list[str]:
+    """Return two prompts in the model's template, of one and two questions, without a system message if it has none."""
+    prompts = []
+    for turns in (("user prompt",), ("Q1", "A1", "Q2")):
+        try:
+            prompts.append(facts.template.render_prompt(turns, end=facts.end, system="system message"))
+        except UnusableConversationError:
+            prompts.append(facts.template.render_prompt(turns, end=facts.end))
+    return prompts

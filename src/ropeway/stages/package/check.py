@@ -119,9 +119,9 @@ def template_faults(folder: Path, tokenizer: PreTrainedTokenizerBase, probe: Pro
         for case in probe["conversations"] if template else []:
             options = {"chat_template": template, "add_generation_prompt": bool(case["prompt"])}
             text = tokenizer.apply_chat_template(case["messages"], tokenize=False, **options)
-            yield from _compare(f"{place}, conversation as text", case["text"] + case["prompt"], text)
+            yield from _compare(f"{place}, conversation as text", case["prompt"] or case["text"], text)
             told = tokenizer.apply_chat_template(case["messages"], tokenize=True, return_dict=True, **options)
-            yield from _compare(f"{place}, conversation as ids", case["ids"] + case["prompt_ids"], told["input_ids"])
+            yield from _compare(f"{place}, conversation as ids", case["prompt_ids"] or case["ids"], told["input_ids"])
 
 
 def weight_faults(folder: Path, probe: Probe) -> Iterator[str]:

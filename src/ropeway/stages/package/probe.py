@@ -45,7 +45,7 @@ class TextCase(TypedDict):
 
 
 class ConversationCase(TextCase):
-    """A conversation, its text and its token ids, and those of the generation prompt after a user's turn."""
+    """A conversation, its text and token ids, and both with the generation prompt where it ends with a question."""
 
     prompt: str
     prompt_ids: list[int]
@@ -95,6 +95,7 @@ def _plan_conversations(
 ) -> Iterator[ConversationCase]:
     """Yield the conversations that the template accepts; some accept no system message."""
     adds_bos = template.tokenizer_adds_bos
+    bos = names["bos"] if adds_bos else ""
     for conversation in CONVERSATIONS:
         try:
             text, prompt = template.render(conversation, end=names["eos"]), ""
@@ -102,14 +103,12 @@ def _plan_conversations(
                 prompt = template.render_prompt(conversation.turns, end=names["eos"], system=conversation.system)
         except UnusableConversationError:
             continue
-        ids = tokenizer.encode(text, add_special_tokens=adds_bos).ids
-        asked = tokenizer.encode(prompt, add_special_tokens=adds_bos).ids if prompt else ids
         yield {
             "messages": conversation.to_messages(),
-            "text": names["bos"] * adds_bos + text,
-            "ids": ids,
-            "prompt": prompt[len(text) :],
-            "prompt_ids": asked[len(ids) :],
+            "text": bos + text,
+            "ids": tokenizer.encode(text, add_special_tokens=adds_bos).ids,
+            "prompt": bos + prompt if prompt else "",
+            "prompt_ids": tokenizer.encode(prompt, add_special_tokens=adds_bos).ids if prompt else [],
         }
 
 
