@@ -2,6 +2,7 @@
 
 import os
 import re
+from functools import lru_cache
 from pathlib import Path
 
 from ruamel.yaml import YAML
@@ -15,13 +16,14 @@ from ropeway.runtime.lock import workspace_lock
 _MERGE = "<<"
 
 
-def read_pairs(text: str) -> list[tuple[Node, Node]]:
+@lru_cache(maxsize=4)  # a copied block asks several times, and pure Python takes 0.1 s for it
+def read_pairs(text: str) -> tuple[tuple[Node, Node], ...]:
     """Return the (key, value) nodes of a file's top level, with their start and end positions in the text.
 
     An alias is the same object as the node of its anchor.
     """
     tree: MappingNode = YAML(typ="rt", pure=True).compose(text)
-    return list(tree.value)
+    return tuple(tree.value)
 
 
 def choose_profile(root: Path, name: str) -> None:

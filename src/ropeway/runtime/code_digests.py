@@ -9,6 +9,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import TypedDict
 
@@ -113,6 +114,7 @@ def stage_code_digest(source: Path, stage: str) -> str:
     return digest_of(Digests(source).modules(stage))
 
 
+@lru_cache(maxsize=256)  # stages share most modules, and parsing the package takes 1 s
 def _scan(text: str) -> Scan:
     return {"digest": module_digest(text), "names": sorted(set(_imported_names(ast.parse(text))))}
 

@@ -8,6 +8,7 @@ import pytest
 
 import ropeway
 from ropeway.orchestration.stage_process import STAGE_NAMES
+from ropeway.runtime import code_digests
 from ropeway.runtime.code_digests import Digests, module_digest, stage_code_digest
 from ropeway.runtime.manifest import digest_of
 
@@ -133,6 +134,7 @@ def test_what_was_parsed_is_kept_and_an_edit_still_counts(source, unedited, tmp_
     before, record = unedited
     kept = shutil.copy(record, tmp_path / "code.json")
     assert before == {stage: stage_code_digest(source, stage) for stage in STAGE_NAMES}
+    code_digests._scan.cache_clear()  # what is not parsed again was in the record
     parsed = []
     monkeypatch.setattr(
         "ropeway.runtime.code_digests.module_digest", lambda text: parsed.append(text) or module_digest(text)
