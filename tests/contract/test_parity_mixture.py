@@ -40,10 +40,11 @@ def test_the_validation_subset_has_the_originals_entries(name, case):
 
 
 def options_of(datasets):
-    """Options as the case states them; our own params refuse a fraction above 1, the arithmetic need not."""
+    """Options that ask for what the original does: it reads a fraction above 1 as 1, here it repeats sequences."""
     entries = [entry if isinstance(entry, dict) else {entry: {}} for entry in datasets]
-    bare = dict.fromkeys(DatasetOptions.model_fields)
-    return [(name, DatasetOptions.model_construct(**(bare | values))) for e in entries for name, values in e.items()]
+    pairs = [pair for entry in entries for pair in entry.items()]
+    capped = {"fraction": lambda value: min(1.0, value)}
+    return [(n, DatasetOptions(**{k: capped.get(k, int)(v) for k, v in values.items()})) for n, values in pairs]
 
 
 def counts_of(case):

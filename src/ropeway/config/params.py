@@ -207,10 +207,11 @@ class DatasetOptions(Section):
 
     max_val_set: Positive | None = None
     """Maximum number of validation sequences that are evaluated. null: all."""
-    fraction: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Fraction of the training split that an epoch samples. null: all. Not together with `size`."""
+    fraction: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Fraction of the training split that an epoch samples. Above 1, sequences repeat: 2.5 is all of them twice and a
+    random half once more. null: all. Not together with `size`."""
     size: Positive | None = None
-    """Number of training sequences that an epoch samples. Not together with `fraction`."""
+    """Number of training sequences that an epoch samples, at most all of them. Not together with `fraction`."""
     max_chunk_size: Positive | None = None
     """Maximum length of a document's chunks, in characters. null: documents are not split."""
 

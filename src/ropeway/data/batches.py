@@ -7,6 +7,7 @@ used, so read order, number of workers and resuming never change a row.
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from ropeway.config.params import EpochParams, RowParams
 from ropeway.data.loss_mask import loss_mask
-from ropeway.data.mixture import epoch_count, plan_order
+from ropeway.data.mixture import count_earlier, epoch_count, plan_order
 from ropeway.data.packing import plan_packing, split_document, turn_starts, window_at_turns
 from ropeway.data.shards import Kind, Shards
 from ropeway.runtime.manifest import digest_of
@@ -173,7 +174,7 @@ class EpochPlan:
             int(part.lengths[sequence]),
             max_length=self.profile.max_length,
             probability=self.profile.random_offset_probability,
-            generator=window_generator(self.profile.rng_seed, self.epoch, part.name, sequence),
+            generator=window_generator(self.profile.rng_seed, self.epoch, part.name, sequence, self.repeat(index)),
             is_document=part.is_document,
         )
         return (Piece(source, sequence, begin, end),)
@@ -182,6 +183,14 @@ class EpochPlan:
         """Return (source, sequence) at a position of the epoch's order."""
         source, position = locate([len(part.train) for part in self.shards.sources], int(self.order[index]))
         return source, int(self.shards.sources[source].train[position])
+
+    def repeat(self, index: int) -> int:
+        """Return how often the epoch draws the sequence of this position before it; 0 unless `fraction` is above 1."""
+        return int(self._repeats[index])
+
+    @cached_property
+    def _repeats(self) -> NDArray[np.int64]:
+        return count_earlier(self.order)
 
     def drawn_sequences(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return `drawn_sequence` of all positions: `(N,)` sources and `(N,)` sequences."""
@@ -206,22 +215,23 @@ def plan_epoch(shards: Shards, profile: EpochParams, *, epoch: int) -> EpochPlan
 
 def _pack(plan: EpochPlan) -> tuple[Row, ...]:
     """Return an epoch's packed rows, shuffled, because packing puts long pieces first."""
-    pieces = [piece for index in range(len(plan.order)) for piece in _plan_pieces(plan, *plan.drawn_sequence(index))]
+    pieces = [piece for index in range(len(plan.order)) for piece in _plan_pieces(plan, index)]
     rows = plan_packing([piece.end - piece.begin for piece in pieces], capacity=plan.profile.max_length)
     generator = random.Random(f"{plan.profile.rng_seed}/packing/{plan.epoch}")
     generator.shuffle(rows)
     return tuple(tuple(pieces[index] for index in row) for row in rows)
 
 
-def _plan_pieces(plan: EpochPlan, source: int, sequence: int) -> list[Piece]:
-    """Return the pieces of a sequence: all of a document; complete turns of an over-long conversation."""
+def _plan_pieces(plan: EpochPlan, index: int) -> list[Piece]:
+    """Return the pieces of a drawn sequence: all of a document; complete turns of an over-long conversation."""
+    source, sequence = plan.drawn_sequence(index)
     part, capacity = plan.shards.sources[source], plan.profile.max_length
     length = int(part.lengths[sequence])
     if length <= capacity:
         return [Piece(source, sequence, 0, length)]
     if part.is_document:
         return [Piece(source, sequence, *span) for span in split_document(length, capacity=capacity)]
-    generator = window_generator(plan.profile.rng_seed, plan.epoch, part.name, sequence)
+    generator = window_generator(plan.profile.rng_seed, plan.epoch, part.name, sequence, plan.repeat(index))
     windowed = generator.random() < plan.profile.random_offset_probability
     draw = generator.random() if windowed else 0.0
     starts = turn_starts(part.read(sequence)[1])
@@ -247,9 +257,12 @@ def validation_rows(shards: Shards, profile: RowParams) -> list[tuple[str, list[
     ]
 
 
-def window_generator(seed: int, epoch: int, source: str, sequence: int) -> random.Random:
-    """Return the random generator of one sequence's window in one epoch, independent of read order."""
-    return random.Random(f"{seed}/window/{epoch}/{source}/{sequence}")
+def window_generator(seed: int, epoch: int, source: str, sequence: int, repeat: int = 0) -> random.Random:
+    """Return the random generator of one sequence's window in one epoch, independent of read order.
+
+    Repeats of a sequence in the epoch have windows of their own.
+    """
+    return random.Random(f"{seed}/window/{epoch}/{source}/{sequence}" + (f"/{repeat}" if repeat else ""))
 
 
 def locate(sizes: Sequence[int], index: int) -> tuple[int, int]:

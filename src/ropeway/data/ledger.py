@@ -3,6 +3,7 @@
 read = refused + kept; kept -> sequences (a document: its chunks)
 sequences and their tokens = removed as duplicate + as contaminated + train + validation + unused
 removed as duplicate = exact + near duplicates, if params remove them; if only counted, they are in the other parts
+each epoch: train + repeats = drawn + not drawn
 each epoch: drawn tokens = tokens in rows + lost to windows + lost to cuts; cells of rows = tokens + padding
 all sources' rows = steps x global batch + left over
 """
@@ -13,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from ropeway.runtime.errors import DataError
 
 _Sum = tuple[str, int, tuple[int, ...]]  # description, total, parts
+_REPEATS = ("repeated", "repeated_tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +100,7 @@ class SourceEpoch:
 
     Attributes:
         not_drawn: Training sequences that are not in this epoch, because of `fraction` or `size`.
-        drawn: Sequences read.
+        drawn: Sequences read, including repeats.
         drawn_tokens: Tokens of the complete sequences.
         windowed: Over-long conversations read from a later offset; `windowed_tokens` before and after are not read.
         cut: Over-long sequences read from their beginning; `cut_tokens` at their end are not read.
@@ -107,6 +109,8 @@ class SourceEpoch:
         padding: Cells without a token.
         row_tokens: Tokens read.
         supervised: Tokens read that count in the loss.
+        repeated: Draws of a sequence that the epoch has drawn before, because `fraction` is above 1.
+        repeated_tokens: Tokens of the complete sequences of these draws.
     """
 
     epoch: int
@@ -121,6 +125,8 @@ class SourceEpoch:
     padding: int
     row_tokens: int
     supervised: int
+    repeated: int = 0
+    repeated_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,8 +167,12 @@ class Ledger:
     epochs: tuple[EpochTotals, ...]
 
     def to_json(self) -> dict[str, object]:
-        """Return the content of ledger.json."""
-        return asdict(self)
+        """Return the content of ledger.json; an epoch without repeats lacks their keys, as in older ledgers."""
+        return asdict(self, dict_factory=_without_repeats)
+
+
+def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    return {key: value for key, value in pairs if value or key not in _REPEATS}
 
 
 def check_ledger(ledger: Ledger) -> None:
@@ -223,7 +233,11 @@ def _iterate_split_sums(where: str, account: SourceLedger, unit: str, parts: Spl
 
 
 def _iterate_epoch_sums(where: str, account: SourceLedger, part: SourceEpoch) -> Iterator[_Sum]:
-    yield f"{where}, training sequences = drawn + not drawn", account.sequences.train, (part.drawn, part.not_drawn)
+    train = (account.sequences.train + part.repeated, account.tokens.train + part.repeated_tokens)
+    yield f"{where}, training sequences + repeats = drawn + not drawn", train[0], (part.drawn, part.not_drawn)
+    not_drawn = train[1] - part.drawn_tokens if part.not_drawn else 0
+    yield f"{where}, training tokens + repeated = drawn + not drawn", train[1], (part.drawn_tokens, not_drawn)
+    yield f"{where}, repeated tokens without repeats", 0 if part.repeated else part.repeated_tokens, (0,)
     lost = (part.windowed_tokens, part.cut_tokens)
     yield f"{where}, tokens drawn = in rows + lost to windows + to cuts", part.drawn_tokens, (part.row_tokens, *lost)
     yield f"{where}, cells = tokens in rows + padding", part.cells, (part.row_tokens, part.padding)

@@ -51,7 +51,7 @@ def draw_validation(
 
 
 def epoch_count(size: int, options: DatasetOptions, *, name: str) -> int:
-    """Return how many of `size` training sequences an epoch reads.
+    """Return how many of `size` training sequences an epoch reads; a `fraction` above 1 counts repeats.
 
     Raises:
         DataError: `options.size` exceeds the number of sequences.
@@ -59,16 +59,17 @@ def epoch_count(size: int, options: DatasetOptions, *, name: str) -> int:
     if options.size is not None and options.size > size:
         raise DataError(
             f"source {name}: size is {options.size:,} sequences per epoch, but its training part has {size:,}; reduce "
-            "`size` in params.yaml"
+            "`size` in params.yaml, or replace it by a `fraction` above 1 to repeat sequences"
         )
     fraction = options.fraction if options.size is None else options.size / size
-    return int(size * min(1, 1 if fraction is None else fraction))
+    return int(size * (1 if fraction is None else fraction))
 
 
 def plan_order(sizes: Sequence[int], counts: Sequence[int], *, seed: int, epoch: int) -> list[int]:
     """Return an epoch's order: indices into the concatenated training parts of the sources.
 
-    One generator seeded with seed + epoch draws `counts[i]` of source i without replacement, then shuffles all.
+    One generator seeded with seed + epoch draws `counts[i]` of source i, then shuffles all. A count above the size
+    takes every sequence as often as it fits, and draws the rest without replacement.
     """
     return draw_order(sizes, counts, generator=random.Random(epoch + seed))
 
@@ -78,10 +79,26 @@ def draw_order(sizes: Sequence[int], counts: Sequence[int], *, generator: random
     order: list[int] = []
     begin = 0
     for size, count in zip(sizes, counts, strict=True):
-        order += generator.sample(range(begin, begin + size), count)
+        everything = range(begin, begin + size)
+        # A count up to the size is one draw, as in the original, so its generator is in the original's state.
+        whole, rest = divmod(count, size) if count > size else (0, count)
+        order += [*everything] * whole + generator.sample(everything, rest)
         begin += size
     generator.shuffle(order)
     return order
+
+
+def count_earlier(order: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return `(N,)`: how often each item of an order is in the order before this position.
+
+    >>> count_earlier(np.array([7, 5, 7, 7, 5])).tolist()
+    [0, 0, 1, 2, 1]
+    """
+    sorted_at = np.argsort(order, kind="stable")
+    ordered = order[sorted_at]
+    earlier = np.empty_like(order)
+    earlier[sorted_at] = np.arange(len(order)) - np.searchsorted(ordered, ordered)
+    return earlier
 
 
 def rank_order(order: Sequence[Item], *, rank: int, world_size: int) -> Sequence[Item]:

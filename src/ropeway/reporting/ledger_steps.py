@@ -20,14 +20,14 @@ class Step:
     """One step of a source's ledger.
 
     Attributes:
-        sign: `=` is what remains, `-` is removed, `+` is added (padding).
+        sign: `=` is what remains, `-` is removed, `+` is added (repeats, padding), `of` is a part of what remains.
         count: Records or sequences (`unit`), None where only tokens are counted.
         tokens: None before tokenization.
         epoch: None for steps before the first epoch.
     """
 
     name: str
-    sign: Literal["=", "-", "+"]
+    sign: Literal["=", "-", "+", "of"]
     count: int | None
     unit: str
     tokens: int | None
@@ -43,6 +43,8 @@ def list_steps(account: Json) -> list[Step]:
         for stage in ("fetch", "tokenize")
     ]
     steps.append(Step("kept", "=", records["kept"], "records", None))
+    ignored = records.get("ignored_keys", {})
+    steps += [Step(f"ignored keys: {key}", "of", count, "records", None) for key, count in ignored.items()]
     if records["without_tokens"]:
         steps.append(Step("empty", "-", records["without_tokens"], "records", None))
     steps.append(Step("stored", "=", sequences["all"], "sequences", tokens["all"]))
@@ -56,8 +58,11 @@ def list_steps(account: Json) -> list[Step]:
 
 
 def _epoch_steps(epoch: Json, train_tokens: int) -> Iterator[Step]:
-    at, rows = epoch["epoch"], epoch["row_tokens"]
-    yield Step("not drawn", "-", epoch["not_drawn"], "sequences", train_tokens - epoch["drawn_tokens"], at)
+    at, rows, repeated_tokens = epoch["epoch"], epoch["row_tokens"], epoch.get("repeated_tokens", 0)
+    not_drawn = train_tokens + repeated_tokens - epoch["drawn_tokens"]
+    yield Step("not drawn", "-", epoch["not_drawn"], "sequences", not_drawn, at)
+    if "repeated" in epoch:
+        yield Step("repeats", "+", epoch["repeated"], "sequences", repeated_tokens, at)
     yield Step("drawn", "=", epoch["drawn"], "sequences", epoch["drawn_tokens"], at)
     yield Step("outside the sampled window", "-", epoch["windowed"], "sequences", epoch["windowed_tokens"], at)
     yield Step("truncated", "-", epoch["cut"], "sequences", epoch["cut_tokens"], at)
@@ -68,13 +73,16 @@ def _epoch_steps(epoch: Json, train_tokens: int) -> Iterator[Step]:
 
 
 def split_tokens(account: Json) -> dict[str, int]:
-    """Return the stored tokens of a source by their use in epoch 0; the parts add up to `tokens.all`."""
+    """Return the stored tokens of a source by their use in epoch 0.
+
+    The parts add up to `tokens.all` and the tokens of repeats, which are used several times.
+    """
     tokens, first = account["tokens"], account["epochs"][0]
     return {
         "supervised": first["supervised"],
         "context, not supervised": first["row_tokens"] - first["supervised"],
         "outside windows or truncated": first["windowed_tokens"] + first["cut_tokens"],
-        "not drawn": tokens["train"] - first["drawn_tokens"],
+        "not drawn": tokens["train"] + first.get("repeated_tokens", 0) - first["drawn_tokens"],
         "validation": tokens["validation"],
         "unused": tokens["unused"],
         "duplicates, contaminated": tokens.get("duplicate", 0) + tokens.get("contaminated", 0),

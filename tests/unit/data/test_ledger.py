@@ -39,10 +39,10 @@ EVEN = Ledger(
             findings=Findings(
                 FindingCounts("count", 2, 3, 30), FindingCounts("off", 0, 0, 0), FindingCounts("count", 1, 2, 9), 1
             ),
-            epochs=(SourceEpoch(0, 0, 4, 44, 0, 0, 1, 4, 64, 24, 40, 39),),
+            epochs=(SourceEpoch(0, 0, 5, 60, 0, 0, 1, 4, 64, 8, 56, 55, repeated=1, repeated_tokens=16),),
         ),
     ),
-    epochs=(EpochTotals(0, 9, 9, 4, 2, 1),),
+    epochs=(EpochTotals(0, 10, 9, 4, 2, 1),),
 )
 IN_NO_SUM = {"with_special_tokens", "without_tokens", "windowed", "cut", "epoch", "name", "kind"}
 
@@ -109,6 +109,12 @@ def test_one_record_row_or_token_too_many_anywhere_is_found(path, ledger):
     assert path
 
 
+def test_only_an_epoch_with_repeats_states_them():
+    without, with_repeats = (account["epochs"][0] for account in EVEN.to_json()["sources"])
+    assert (with_repeats["repeated"], with_repeats["repeated_tokens"]) == (1, 16)
+    assert not {"repeated", "repeated_tokens"} & without.keys()
+
+
 def test_an_uneven_sum_names_all_its_numbers():
     uneven = changed(EVEN, 0, tokens=SplitTotals(130, 70, 20, 9, 25, 5))
     says = r"talk, tokens = removed as duplicate .* \+ unused: 130 is not 25 \+ 5 \+ 70 \+ 20 \+ 9 = 129"
@@ -132,7 +138,8 @@ def test_a_source_that_teaches_nothing_is_refused_with_its_counts():
 def test_any_even_split_passes(train, validation, unused):
     even = SplitTotals(train + validation + unused, train, validation, unused, 0, 0)
     epoch = replace(EVEN.sources[1].epochs[0], not_drawn=train - 4)
-    ledger = changed(EVEN, 1, sequences=even, epochs=(epoch,))
+    tokens = SplitTotals(51 + train, 40 + train, 11, 0, 0, 0)
+    ledger = changed(EVEN, 1, sequences=even, tokens=tokens, epochs=(epoch,))
     if train >= 4:
         check_ledger(ledger)
     else:

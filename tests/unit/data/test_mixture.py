@@ -7,7 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ropeway.config.params import DatasetOptions
-from ropeway.data.mixture import draw_validation, epoch_count, plan_chunks, plan_order, rank_order, split_positions
+from ropeway.data.mixture import (
+    count_earlier,
+    draw_validation,
+    epoch_count,
+    plan_chunks,
+    plan_order,
+    rank_order,
+    split_positions,
+)
 from ropeway.runtime.errors import DataError
 
 sizes_and_counts = st.lists(
@@ -56,8 +64,43 @@ def test_an_epoch_reads_the_stated_fraction_or_size():
 
 
 def test_more_entries_than_there_are_name_both_numbers():
-    with pytest.raises(DataError, match=r"size is 11 sequences per epoch, .* has 10"):
+    with pytest.raises(DataError, match=r"size is 11 sequences per epoch, .* has 10.* `fraction` above 1"):
         epoch_count(10, DatasetOptions(size=11), name="x")
+
+
+def test_a_fraction_above_one_counts_whole_passes_and_a_part():
+    assert epoch_count(10, DatasetOptions(fraction=2.0), name="x") == 20
+    assert epoch_count(10, DatasetOptions(fraction=2.3), name="x") == 23
+    assert epoch_count(0, DatasetOptions(fraction=2.3), name="x") == 0
+
+
+@pytest.mark.parametrize("fraction", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_fraction_is_finite_and_above_zero(fraction):
+    with pytest.raises(ValueError, match="fraction"):
+        DatasetOptions(fraction=fraction)
+
+
+@given(st.integers(1, 30), st.integers(0, 100), st.integers(0, 9))
+def test_repeats_are_whole_passes_and_a_part_without_repeats(size, more, seed):
+    count = size + more
+    order = plan_order([4, size], [4, count], seed=seed, epoch=0)
+    found = Counter(index for index in order if index >= 4)
+    whole, rest = divmod(count, size)
+    assert found.keys() == set(range(4, 4 + size))
+    assert sorted(found.values()) == [whole] * (size - rest) + [whole + 1] * rest
+    assert sorted(index for index in order if index < 4) == [0, 1, 2, 3]
+
+
+def test_the_repeated_part_differs_between_epochs():
+    parts = [{i for i, n in Counter(plan_order([99], [150], seed=7, epoch=e)).items() if n == 2} for e in range(3)]
+    assert len(set(map(frozenset, parts))) == 3
+
+
+@given(st.lists(st.integers(0, 5)))
+def test_earlier_draws_are_counted_as_a_walk_counts_them(order):
+    seen = Counter()
+    expected = [(seen[item], seen.update([item]))[0] for item in order]
+    assert count_earlier(np.array(order, np.int64)).tolist() == expected
 
 
 @given(sizes_and_counts, st.integers(0, 2**32 - 1), st.integers(0, 3))

@@ -220,6 +220,24 @@ def test_a_window_depends_on_its_sequence_and_epoch_and_on_nothing_before_it():
     assert window_generator(7, 1, "talk", 3).random() == draws[1, 3]
     assert window_generator(8, 1, "talk", 3).random() != draws[1, 3]
     assert window_generator(7, 1, "text", 3).random() != draws[1, 3]
+    assert window_generator(7, 1, "talk", 3, 0).random() == draws[1, 3]
+    assert window_generator(7, 1, "talk", 3, 1).random() not in draws.values()
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_repeats_of_an_over_long_conversation_have_windows_of_their_own(layout):
+    talk = [np.tile(part, 9) for part in talk_of(12)]
+    shards = shards_of([talk] * 10)
+    options = [{"talk": DatasetOptions(fraction=3.0)}, OPTIONS[1]]
+    chosen = profile(layout=layout, datasets=options, random_offset_probability=1.0, document_end="masked")
+    plan, again = (plan_epoch(shards, chosen, epoch=0) for _ in range(2))
+    begins = {}
+    for row in map(plan.row, range(plan.rows)):
+        for piece in row:
+            begins.setdefault(piece.sequence, []).append(piece.begin)
+    assert {sequence: len(found) for sequence, found in begins.items()} == dict.fromkeys(range(10), 3)
+    assert sum(len(set(found)) for found in begins.values()) > 20
+    assert [again.row(at) for at in reversed(range(plan.rows))] == [plan.row(at) for at in reversed(range(plan.rows))]
 
 
 def test_rows_of_a_plan_are_the_same_in_any_order_and_on_a_second_asking():

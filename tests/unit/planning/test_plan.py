@@ -15,6 +15,8 @@ from ropeway.config.load_params import load_profile
 from ropeway.config.params import Lora
 from ropeway.config.zero import parse_zero_section
 from ropeway.data.accumulation import accumulation_steps
+from ropeway.data.batches import plan_epoch
+from ropeway.data.shards import open_shards
 from ropeway.planning.budget import check_fit, plan_changes, plan_disk, plan_hours, plan_speed, token_flops
 from ropeway.planning.memory import GIB, Load, Sizes, checkpoint_bytes
 from ropeway.planning.phases import certain_bytes, plan_gpu, plan_phases
@@ -23,7 +25,7 @@ from ropeway.planning.plan_text import describe_plan, outline_plan
 from ropeway.runtime.devices import detect_gpus
 from ropeway.runtime.errors import ConfigError
 from ropeway.runtime.workspace import Workspace
-from tests.support.tiny_run import make_run
+from tests.support.tiny_run import BLOCK, PACKED_BLOCK, make_run
 
 ROOT = Path(__file__).parents[3]
 NAME = "llama2_13b_orca_8k"
@@ -274,6 +276,18 @@ def test_tokens_come_from_the_data_where_it_is_prepared(tmp_path):
     assert counted.tokens == sum(counted.tokens_per_source.values())
     assert counted.most_tokens == counted.rows * full.max_length
     assert profile.max_length == full.max_length
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_a_plan_counts_repeats_as_the_epoch_has_them(tmp_path, layout):
+    block = (PACKED_BLOCK if layout == "packed" else BLOCK).replace(", fraction: 0.5", ", fraction: 2.5")
+    workspace, _ = make_run(tmp_path, block=block)
+    full = load_profile(tmp_path / "params.yaml")[1]
+    counted, plan = count_epoch_data(workspace, full), plan_epoch(open_shards(workspace.data), full, epoch=0)
+    train = len(np.load(workspace.data / "text" / "train.npy"))
+    assert counted.rows_per_source["text"] == int(2.5 * train) > 2 * train
+    assert counted.rows == plan.rows
+    assert counted.steps(full) == plan.steps * full.num_train_epochs
 
 
 def fake_smi(folder, *, gib, name="NVIDIA A100-SXM4-40GB"):

@@ -11,7 +11,7 @@ from ropeway.data.batches import plan_epoch
 from ropeway.data.shards import Shards, SourceShards, open_shards
 from ropeway.models.conversation import Conversation
 from ropeway.models.tokenizer import open_tokenizer
-from ropeway.reporting.ledger_steps import list_steps, split_tokens
+from ropeway.reporting.ledger_steps import ledger_rows, list_steps, split_tokens
 from ropeway.reporting.pictures import count_lengths, draw_lengths
 from ropeway.reporting.report_data import Page, choose_samples, find_overlong, render_report
 from ropeway.reporting.token_view import Vocabulary
@@ -283,26 +283,46 @@ def test_equal_lengths_give_an_equal_picture():
     assert draw_lengths(lengths, 512) == draw_lengths(lengths, 512)
 
 
-@pytest.mark.parametrize("layout", ["padded", "packed"])
-def test_the_steps_of_the_ledger_add_up_from_each_equal_sign_to_the_next(tmp_path, layout):
+@pytest.mark.parametrize(("layout", "fraction"), [("padded", 0.5), ("packed", 0.5), ("packed", 2.5)])
+def test_the_steps_of_the_ledger_add_up_from_each_equal_sign_to_the_next(tmp_path, layout, fraction):
     workspace, _ = make_prepared(
-        tmp_path, layout=layout, refused=[{"where": "a:1", "reason": "no text"}], max_refused_fraction=0.5
+        tmp_path,
+        layout=layout,
+        fraction=fraction,
+        refused=[{"where": "a:1", "reason": "no text"}],
+        max_refused_fraction=0.5,
     )
     for account in json.loads(workspace.ledger.read_bytes())["sources"]:
-        assert sum(split_tokens(account).values()) == account["tokens"]["all"]
+        repeated = account["epochs"][0].get("repeated_tokens", 0)
+        assert (repeated > 0) == (account["name"] == "text" and fraction > 1)
+        assert sum(split_tokens(account).values()) == account["tokens"]["all"] + repeated
         steps = list_steps(account)
         for measure in ("count", "tokens"):
             left, unit = None, ""
             for step in steps:
                 value = getattr(step, measure)
-                if value is None or step.sign == "+":
+                if value is None or step.name == "padding":
                     continue
                 if measure == "count" and step.name in ("outside the sampled window", "truncated"):
                     continue  # these sequences are read, in part
-                if step.sign == "-":
-                    left -= value
+                if step.sign in ("-", "+"):
+                    left += value if step.sign == "+" else -value
                 elif left is None or (step.unit != unit and measure == "count"):
                     left, unit = value, step.unit
                 else:
                     assert left == value, step
                     left = value
+
+
+def test_the_ledger_has_a_row_for_each_ignored_key_with_its_records(tmp_path):
+    workspace, _ = make_prepared(tmp_path, ignored={"meta": 7, "<b>tag": 1})
+    talk, text = json.loads(workspace.ledger.read_bytes())["sources"]
+    shown = [(step.name, step.sign, step.count, step.unit) for step in list_steps(talk) if "ignored" in step.name]
+    assert shown == [("ignored keys: <b>tag", "of", 1, "records"), ("ignored keys: meta", "of", 7, "records")]
+    assert not [step for step in list_steps(text) if step.sign == "of"]
+    page = re.sub(r"</?small>|</?span[^>]*>", "", workspace.report.read_text())
+    assert "of which ignored keys: meta</th>" in page
+    assert "ignored keys: &lt;b&gt;tag</th>" in page
+    assert {"step": "ignored keys: meta", "count": "7 records"}.items() <= {
+        key: value for row in ledger_rows({"sources": [talk]}) if "meta" in row["step"] for key, value in row.items()
+    }.items()

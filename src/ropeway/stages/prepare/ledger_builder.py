@@ -62,19 +62,23 @@ def _count_epoch(plan: EpochPlan) -> list[SourceEpoch]:
     accounts = []
     for number, source in enumerate(plan.shards.sources):
         drawn, own = sequences[owners == number], pieces.source == number
+        distinct = np.unique(drawn)
+        drawn_tokens = int(source.lengths[drawn].sum(dtype=np.int64))
         counts = _count_lost_tokens(source, pieces.select(own), plan)
         row_tokens, padded = int(tokens[own].sum()), int(padding[pieces.source[first] == number].sum())
         accounts.append(
             SourceEpoch(
                 epoch=plan.epoch,
-                not_drawn=len(source.train) - len(drawn),
+                not_drawn=len(source.train) - len(distinct),
                 drawn=len(drawn),
-                drawn_tokens=int(source.lengths[drawn].sum(dtype=np.int64)),
+                drawn_tokens=drawn_tokens,
                 **counts,
                 cells=row_tokens + padded,
                 padding=padded,
                 row_tokens=row_tokens,
                 supervised=_count_supervised(source, pieces.select(own), plan.profile),
+                repeated=len(drawn) - len(distinct),
+                repeated_tokens=drawn_tokens - int(source.lengths[distinct].sum(dtype=np.int64)),
             )
         )
     return accounts

@@ -192,11 +192,12 @@ def describe(ledger: Ledger, profile: PrepareParams, special: str) -> list[str]:
     for account in ledger.sources:
         first = account.epochs[0]
         share = first.supervised / max(first.row_tokens, 1)
+        repeats = f" ({first.repeated:,} repeats)" if first.repeated else ""
         lines.append(
             f"{account.name}: {account.records.kept:,} of {account.records.read:,} records, {account.sequences.all:,} "
             f"sequences, {account.tokens.all:,} tokens; train {account.sequences.train:,}, validation "
             f"{account.sequences.validation:,}, unused {account.sequences.unused:,}; epoch 0 reads {first.drawn:,} "
-            f"rows, {first.row_tokens:,} tokens, {share:.1%} supervised, loses "
+            f"rows{repeats}, {first.row_tokens:,} tokens, {share:.1%} supervised, loses "
             f"{first.windowed_tokens + first.cut_tokens:,}"
         )
         if account.records.with_special_tokens:

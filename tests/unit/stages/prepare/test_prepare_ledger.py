@@ -1,7 +1,7 @@
 """The ledger's epochs, counted in columns, against the walk that collates every row as training does."""
 
 from collections import Counter
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ropeway.config.params import DatasetOptions
 from ropeway.data.batches import collate, plan_epoch
-from ropeway.data.ledger import FindingCounts, Findings, RecordTotals, SourceEpoch
+from ropeway.data.ledger import FindingCounts, Findings, RecordTotals, SourceEpoch, check_ledger
 from ropeway.data.shards import FORMAT, open_shards, write_shard
 from ropeway.models.chat_template import OPEN_ASSISTANT
 from ropeway.runtime.manifest import write_manifest
@@ -29,10 +29,14 @@ ROLE_IDS = dict(zip(OPEN_ASSISTANT.added_tokens, (PROMPTER, ASSISTANT), strict=F
 def walk(plan):
     """What is read of each source in an epoch, counted row by row: the reference."""
     sources = plan.shards.sources
-    counts = [Counter() for _ in sources]
+    counts, seen = [Counter() for _ in sources], set()
     for index in range(len(plan.order)):
         source, sequence = plan.drawn_sequence(index)
-        counts[source] += Counter(drawn=1, drawn_tokens=int(sources[source].lengths[sequence]))
+        tokens = int(sources[source].lengths[sequence])
+        counts[source] += Counter(drawn=1, drawn_tokens=tokens)
+        if (source, sequence) in seen:
+            counts[source] += Counter(repeated=1, repeated_tokens=tokens)
+        seen.add((source, sequence))
     for index in range(plan.rows):
         row = plan.row(index)
         batch = collate([row], plan.shards, plan.profile)
@@ -44,10 +48,11 @@ def walk(plan):
             counts[source] += Counter(cells=tokens, row_tokens=tokens, supervised=int((batch.loss_mask & here).sum()))
         for piece in row:
             counts[piece.source] += lost(piece, plan)
+    different = Counter(source for source, _ in seen)
     names = [field.name for field in fields(SourceEpoch) if field.name not in ("epoch", "not_drawn")]
     return [
-        {"epoch": plan.epoch, "not_drawn": len(source.train) - count["drawn"], **{name: count[name] for name in names}}
-        for source, count in zip(sources, counts, strict=True)
+        {"epoch": plan.epoch, "not_drawn": len(source.train) - different[at], **{name: count[name] for name in names}}
+        for at, (source, count) in enumerate(zip(sources, counts, strict=True))
     ]
 
 
@@ -95,7 +100,7 @@ def shards_of(sequences):
     what_counts=st.sampled_from(["published", "answers"]),
     document_end=st.sampled_from(["masked", "eos", "published"]),
     label_masking=st.booleans(),
-    fraction=st.sampled_from([0.3, 1.0]),
+    fraction=st.sampled_from([0.3, 1.0, 2.0, 2.6]),
     probability=st.sampled_from([0.0, 0.6, 1.0]),
 )
 @pytest.mark.parametrize("layout", ["padded", "packed"])
@@ -108,7 +113,11 @@ def test_the_account_is_what_a_walk_over_all_rows_counts(tmp_path_factory, layou
     folder = tmp_path_factory.mktemp("account") / "data"
     shards = write(folder, {"talk": ("conversation", talks), "text": ("document", texts)})
     splits = {s.name: Split(s.train, s.validation, np.empty(0, np.int64)) for s in shards.sources}
-    ledger = build_ledger(shards, dict.fromkeys(splits, NO_RECORDS), splits, dict.fromkeys(splits, NO_FINDINGS), chosen)
+    sizes = {s.name: len(s.lengths) for s in shards.sources}
+    records = {name: replace(NO_RECORDS, read=size, kept=size) for name, size in sizes.items()}
+    ledger = build_ledger(shards, records, splits, dict.fromkeys(splits, NO_FINDINGS), chosen)
+    if all(any(epoch.supervised for epoch in account.epochs) for account in ledger.sources):
+        check_ledger(ledger)
     for epoch in range(2):
         expected = walk(plan_epoch(shards, chosen, epoch=epoch))
         assert [asdict(account.epochs[epoch]) for account in ledger.sources] == expected
