@@ -137,13 +137,18 @@ def _legend(*, is_colourful: bool) -> Text:
 def print_sources(prepared: Prepared) -> None:
     """Print what can be looked at, and how."""
     rows = list_sources(prepared)
+    ignored = [(row["source"], row.pop("ignored_keys")) for row in rows]
     table = Table(box=None, pad_edge=False, header_style="bold")
     for head in rows[0] if rows else ():
         table.add_column(head, justify="left" if head in ("source", "kind") else "right")
     for row in rows:
-        table.add_row(*(f"{value:,}" if isinstance(value, int) else value for value in row.values()))
+        table.add_row(*(f"{value:,}" if isinstance(value, int) else str(value) for value in row.values()))
     console = Console(highlight=False)
     console.print(table)
+    for name, keys in ignored:
+        if isinstance(keys, dict) and keys:
+            listed = ", ".join(f"{key} in {count:,} records" for key, count in keys.items())
+            console.print(Text(f"{name}: ignored keys: {listed}"), soft_wrap=True)
     console.print(
         "\nropeway inspect SOURCE NUMBER shows a sequence, ropeway inspect --row N [--epoch E] a row", soft_wrap=True
     )

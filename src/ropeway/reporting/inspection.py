@@ -1,8 +1,8 @@
 """Data of `ropeway inspect`: one sequence, or one row of an epoch, token by token with its loss mask."""
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 from ropeway.config.params import Profile
 from ropeway.data.batches import EpochPlan, plan_epoch
@@ -35,11 +35,16 @@ class Inspection:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Prepared data with its profile and vocabulary."""
+    """Prepared data with its profile and vocabulary.
+
+    Attributes:
+        ignored_keys: Source -> field in `ignored_keys` -> kept records in which it had a value.
+    """
 
     shards: Shards
     profile: Profile
     vocabulary: Vocabulary
+    ignored_keys: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 def open_prepared(workspace: Workspace, profile: Profile) -> Prepared:
@@ -59,7 +64,9 @@ def open_prepared(workspace: Workspace, profile: Profile) -> Prepared:
             f"{path}: sha256 is {found[:12]}…, the data was prepared with {shards.manifest['tokenizer'][:12]}…; "
             "run `dvc repro prepare`"
         )
-    return Prepared(shards, profile, Vocabulary(open_tokenizer(workspace.base)))
+    ledger = json.loads(workspace.ledger.read_bytes()) if workspace.ledger.is_file() else {}
+    ignored = {account["name"]: account["records"].get("ignored_keys", {}) for account in ledger.get("sources", ())}
+    return Prepared(shards, profile, Vocabulary(open_tokenizer(workspace.base)), ignored)
 
 
 def inspect_sequence(prepared: Prepared, name: str, number: int) -> Inspection:
@@ -133,7 +140,7 @@ def pair_tokens(reading: Reading, prepared: Prepared) -> Iterator[tuple[DisplayT
     return zip(prepared.vocabulary.show(reading.tokens.tolist()), reading.supervised_mask.tolist(), strict=True)
 
 
-def list_sources(prepared: Prepared) -> list[dict[str, str | int]]:
+def list_sources(prepared: Prepared) -> list[dict[str, object]]:
     """Return the sources with their counts."""
     return [
         {
@@ -144,6 +151,7 @@ def list_sources(prepared: Prepared) -> list[dict[str, str | int]]:
             "longest": int(source.lengths.max(initial=0)),
             "train": len(source.train),
             "validation": len(source.validation),
+            "ignored_keys": dict(prepared.ignored_keys.get(source.name, {})),
         }
         for source in prepared.shards.sources
     ]

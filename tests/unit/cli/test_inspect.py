@@ -20,7 +20,8 @@ TALK = Conversation(("Say \x1b[31m😀\u202e", "Yes\nno"), "Be kind.")
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    return make_prepared(tmp_path_factory.mktemp("inspect"), talks=[TALK, *TALKS], layout="packed")
+    ignored = {"meta": 21, "[red]tag": 3}
+    return make_prepared(tmp_path_factory.mktemp("inspect"), talks=[TALK, *TALKS], layout="packed", ignored=ignored)
 
 
 @pytest.fixture
@@ -43,6 +44,9 @@ def test_without_a_source_it_lists_what_there_is(ask):
     assert re.search(r"talk +conversation +21 ", words)
     assert re.search(r"text +document +16 ", words)
     assert [one["sequences"] for one in json.loads(ask("--json"))] == [21, 16]
+    assert "talk: ignored keys: [red]tag in 3 records, meta in 21 records\n" in words
+    assert "text: ignored" not in words
+    assert [one["ignored_keys"] for one in json.loads(ask("--json"))] == [{"meta": 21, "[red]tag": 3}, {}]
 
 
 def test_marks_stand_where_colours_do_not_and_enclose_what_is_supervised(ask):
