@@ -43,10 +43,10 @@ def encode_each(encoder, records):
     return found
 
 
-def make_prepared(root, *, talks=TALKS, texts=TEXTS, refused=(), ignored=None, fraction=0.5, **changes):
+def make_prepared(root, *, talks=TALKS, texts=TEXTS, refused=(), counted=None, fraction=0.5, **changes):
     """Return (workspace, profile as prepare reads it); `changes` are scalars of the profile `tiny`.
 
-    `ignored` are the counts of ignored keys of `talk`, `fraction` is that of `text`.
+    `counted` are more entries of `talk` in the raw manifest, `fraction` is that of `text`.
     """
     values = {"max_length": 32, **changes}
     block = BLOCK.replace("  max_length: 96\n", "".join(f"  {key}: {value}\n" for key, value in values.items()))
@@ -65,7 +65,7 @@ def make_prepared(root, *, talks=TALKS, texts=TEXTS, refused=(), ignored=None, f
         counts[one["reason"]] = counts.get(one["reason"], 0) + 1
         facts["talk"] |= {"read": facts["talk"]["read"] + 1}
         facts["talk"]["first_refused"].append(one)
-    facts["talk"] |= {"ignored_keys": ignored} if ignored else {}
+    facts["talk"] |= counted or {}
     write_manifest(workspace.raw, {"sources": facts})
     shutil.copytree(PARITY / "tokenizer", workspace.base)
     (workspace.base / "chat_template.jinja").write_text(OPEN_ASSISTANT.jinja)

@@ -59,15 +59,16 @@ class HuggingfaceSource(RowsSource):
     revision: str
     """Branch, tag or commit. A branch is resolved to a commit before the run and recorded."""
     files: list[str]
-    """Paths or globs inside the repository."""
+    """Paths or globs inside the repository, also of members of an archive or of a folder that `datasets` saved."""
 
 
 class FilesSource(RowsSource):
-    """json, jsonl or parquet files, also compressed."""
+    """Files of records or documents, archives of them, and folders that `datasets` saved."""
 
     kind: Literal["files"]
     paths: list[str]
-    """Paths or globs, relative to the workspace or absolute; also `https://` and `s3://` addresses."""
+    """Paths or globs, relative to the workspace or absolute, also of members of an archive (`a.zip/train/*.jsonl`); or
+    `https://` and `s3://` addresses."""
 
 
 class PythonDocsSource(Section):

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from ropeway.runtime.errors import DataError
 
 _Sum = tuple[str, int, tuple[int, ...]]  # description, total, parts
-_REPEATS = ("repeated", "repeated_tokens")
+_OPTIONAL = ("repeated", "repeated_tokens", "skipped_members")  # keys that a ledger lacks where they are empty
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,7 @@ class RecordTotals:
         without_tokens: Kept documents that are empty, so have no chunk.
         files: File -> records read from it; empty if the source is not files.
         ignored_keys: Field in `ignored_keys` -> kept records in which it had a value.
+        skipped_members: Reason -> members of archives that are not read.
     """
 
     read: int
@@ -40,6 +41,7 @@ class RecordTotals:
     without_tokens: int
     files: dict[str, int] = field(default_factory=dict)
     ignored_keys: dict[str, int] = field(default_factory=dict)
+    skipped_members: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,12 +169,12 @@ class Ledger:
     epochs: tuple[EpochTotals, ...]
 
     def to_json(self) -> dict[str, object]:
-        """Return the content of ledger.json; an epoch without repeats lacks their keys, as in older ledgers."""
-        return asdict(self, dict_factory=_without_repeats)
+        """Return the content of ledger.json; keys that older ledgers do not have are left out where they are empty."""
+        return asdict(self, dict_factory=_without_empty)
 
 
-def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    return {key: value for key, value in pairs if value or key not in _REPEATS}
+def _without_empty(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    return {key: value for key, value in pairs if value or key not in _OPTIONAL}
 
 
 def check_ledger(ledger: Ledger) -> None:

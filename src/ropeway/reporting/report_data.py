@@ -167,6 +167,7 @@ def _plan_source(
         "account": account,
         "refused": sum(sum(account["records"][f"refused_by_{stage}"].values()) for stage in ("fetch", "tokenize")),
         "first_refused": page.raw[account["name"]].get("first_refused", []),
+        "first_skipped": page.raw[account["name"]].get("first_skipped", []),
         "sequences": len(source.lengths),
         "over": int((source.lengths > page.profile.max_length).sum()),
         "parts": split_tokens(account),

@@ -20,8 +20,8 @@ TALK = Conversation(("Say \x1b[31m😀\u202e", "Yes\nno"), "Be kind.")
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    ignored = {"meta": 21, "[red]tag": 3}
-    return make_prepared(tmp_path_factory.mktemp("inspect"), talks=[TALK, *TALKS], layout="packed", ignored=ignored)
+    counted = {"ignored_keys": {"meta": 21, "[red]tag": 3}}
+    return make_prepared(tmp_path_factory.mktemp("inspect"), talks=[TALK, *TALKS], layout="packed", counted=counted)
 
 
 @pytest.fixture

@@ -315,7 +315,7 @@ def test_the_steps_of_the_ledger_add_up_from_each_equal_sign_to_the_next(tmp_pat
 
 
 def test_the_ledger_has_a_row_for_each_ignored_key_with_its_records(tmp_path):
-    workspace, _ = make_prepared(tmp_path, ignored={"meta": 7, "<b>tag": 1})
+    workspace, _ = make_prepared(tmp_path, counted={"ignored_keys": {"meta": 7, "<b>tag": 1}})
     talk, text = json.loads(workspace.ledger.read_bytes())["sources"]
     shown = [(step.name, step.sign, step.count, step.unit) for step in list_steps(talk) if "ignored" in step.name]
     assert shown == [("ignored keys: <b>tag", "of", 1, "records"), ("ignored keys: meta", "of", 7, "records")]
@@ -326,3 +326,17 @@ def test_the_ledger_has_a_row_for_each_ignored_key_with_its_records(tmp_path):
     assert {"step": "ignored keys: meta", "count": "7 records"}.items() <= {
         key: value for row in ledger_rows({"sources": [talk]}) if "meta" in row["step"] for key, value in row.items()
     }.items()
+
+
+def test_members_of_archives_that_were_skipped_are_in_the_ledger_and_named_on_the_page(tmp_path):
+    skipped = [{"where": f"a.zip/<{n}>\u202e.png", "reason": "no supported format"} for n in range(3)]
+    workspace, _ = make_prepared(
+        tmp_path, counted={"skipped_members": {"no supported format": 3}, "first_skipped": skipped}
+    )
+    talk, text = json.loads(workspace.ledger.read_bytes())["sources"]
+    assert talk["records"]["skipped_members"] == {"no supported format": 3}
+    assert "skipped_members" not in text["records"]
+    page = workspace.report.read_text()
+    assert page.count("3 members of archives skipped") == 1
+    assert "a.zip/&lt;2&gt;" in page
+    assert "\u202e" not in page

@@ -1,15 +1,21 @@
 """Stream a file's decompressed bytes; a truncated or damaged file raises an error."""
 
+import bz2
 import gzip
 import io
-from pathlib import Path
-from typing import IO, Any, cast
+import lzma
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, Self, cast
 
 from typing_extensions import Buffer  # collections.abc has it from Python 3.12 on
 
 from ropeway.runtime.errors import ConfigError, DataError
 
-COMPRESSED = (".gz", ".zst")
 # Compressed bytes per read, adapted so that each read yields about 256 KiB. 4 bytes can decompress to 128 KiB
 # (a block of RFC 8878, RLE), so 4 KiB of any file yield at most 128 MiB.
 _INPUT_BYTES = range(16, 1 << 12)
@@ -20,28 +26,73 @@ _OTHER_FORMATS = {
     b"\xfe\xff": "UTF-16; convert it (iconv -f UTF-16 -t UTF-8)",
     b"\x1f\x8b": "gzip data; rename it to end in .gz",
     b"\x28\xb5\x2f\xfd": "zstd data; rename it to end in .zst",
+    b"BZh91AY&SY": "bzip2 data; rename it to end in .bz2",
+    b"\xfd7zXZ\x00": "xz data; rename it to end in .xz",
     b"PAR1": "parquet data; rename it to end in .parquet",
+    b"ARROW1\x00\x00": "arrow data; rename it to end in .arrow",
+    b"PK\x03\x04": "zip data; rename it to end in .zip",
 }
+_OPENERS: dict[str, Callable[..., object]] = {
+    ".bz2": bz2.open,
+    ".gz": gzip.open,
+    ".tgz": gzip.open,
+    ".xz": lzma.open,
+}
+# What reading a truncated or damaged file or archive raises, besides the errors of pyarrow. NotImplementedError: a way
+# of compression that zipfile does not have.
+UNREADABLE = (
+    OSError,
+    EOFError,
+    zlib.error,
+    lzma.LZMAError,
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    NotImplementedError,
+)
 
 
-def open_decompressed(path: Path) -> IO[bytes]:
+@dataclass(frozen=True, slots=True)
+class InputFile:
+    """A file, or a member of an archive.
+
+    Attributes:
+        label: Where it is, for messages; its suffixes are its format.
+        source: Its path, or what returns a new stream of a member's stored bytes; a member of a tar is read only once.
+    """
+
+    label: str
+    source: Path | Callable[[], IO[bytes]]
+
+    @classmethod
+    def of(cls, path: Path) -> Self:
+        """Return the file at a path."""
+        return cls(str(path), path)
+
+    def __str__(self) -> str:
+        """Return the label."""
+        return self.label
+
+
+def open_decompressed(file: InputFile) -> IO[bytes]:
     """Return an open stream of the file's decompressed bytes.
 
-    Reading it raises EOFError, OSError or zlib.error where the file is truncated or damaged.
+    Reading it raises one of `UNREADABLE` where the file is truncated or damaged.
 
     Raises:
         ConfigError: This user has no permission to read the file.
     """
+    suffix = PurePosixPath(file.label).suffix
     try:
-        if path.suffix == ".gz":
-            return cast("IO[bytes]", gzip.open(path, "rb"))
-        file = path.open("rb")
+        source = file.source if isinstance(file.source, Path) else file.source()
+        if opener := _OPENERS.get(suffix):
+            return cast("IO[bytes]", opener(source, "rb"))  # closes a file that it opened by its path
+        stored = source.open("rb") if isinstance(source, Path) else source
     except PermissionError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); grant read permission") from None
-    return io.BufferedReader(_ZstdReader(file), 1 << 18) if path.suffix == ".zst" else file
+        raise ConfigError(f"{file}: cannot be read ({error.strerror}); grant read permission") from None
+    return io.BufferedReader(_ZstdReader(stored), 1 << 18) if suffix == ".zst" else stored
 
 
-def strip_byte_order_mark(head: bytes, path: Path) -> bytes:
+def strip_byte_order_mark(head: bytes, file: InputFile) -> bytes:
     """Return a file's first bytes without the UTF-8 byte order mark.
 
     Raises:
@@ -49,7 +100,7 @@ def strip_byte_order_mark(head: bytes, path: Path) -> bytes:
     """
     for prefix, found in _OTHER_FORMATS.items():
         if head.startswith(prefix):
-            raise DataError(f"{path}: expected UTF-8 text, found {found}")
+            raise DataError(f"{file}: expected UTF-8 text, found {found}")
     return head.removeprefix(b"\xef\xbb\xbf")
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from ropeway.runtime.errors import ConfigError
 from ropeway.runtime.manifest import file_sha256, write_json
-from ropeway.stages.fetch.decompress import COMPRESSED
-from ropeway.stages.fetch.files import READERS, check_format
+from ropeway.stages.fetch.formats import COMPRESSED, FORMATS, check_format, is_archive, split_members
 from ropeway.stages.fetch.patterns import check_splits, is_glob
+from ropeway.stages.fetch.saved_folders import add_states, find_saved
 
 _ENTRY_ITEMS = 2  # of the digest cache: size, times and inode; sha256
 _TICK_NS = 2_000_000_000  # coarsest timestamp resolution of a file system in use: FAT
@@ -20,6 +20,8 @@ _TICK_NS = 2_000_000_000  # coarsest timestamp resolution of a file system in us
 
 def find_files(patterns: list[str], root: Path, splits: Sequence[str] = ()) -> dict[str, Path]:
     """Return the files that these paths or globs match: path relative to `root` -> file, sorted.
+
+    A folder that `datasets` saved stands for its files. Of a pattern of an archive's members, this is the archive.
 
     A pattern may name a folder outside the workspace (an absolute path, or `..`). A symbolic link is followed if its
     target is in the workspace or in the outside folder that the pattern names. Any other link is refused, because the
@@ -31,18 +33,66 @@ def find_files(patterns: list[str], root: Path, splits: Sequence[str] = ()) -> d
     """
     found: dict[str, Path] = {}
     for pattern in patterns:
-        names = sorted(glob.glob(pattern, root_dir=root, recursive=True))  # noqa: PTH207 - absolute patterns too
-        allowed = _allowed_folders(pattern, root)
-        files = {
-            os.path.normpath(name): root / name for name in names if _is_regular_file(root / name, pattern, allowed)
-        }
+        outer, _ = _split_pattern(pattern, root)
+        allowed = _allowed_folders(outer, root)
+        files: dict[str, Path] = {}
+        for name in _match(outer, root):
+            files |= _list_files(name, root, outer, allowed)
         if not files:
             raise ConfigError(f"sources: '{pattern}' matches no file in {root}; add the file or correct `paths`")
         for name in files:
             check_format(name)
         check_splits(pattern, files, splits)
         found |= files
-    return dict(sorted(found.items()))
+    return dict(sorted(add_states(found).items()))
+
+
+def find_members(patterns: list[str], root: Path) -> dict[str, list[str] | None]:
+    """Return which members to read of the archives that patterns match: path -> patterns of members, None for all."""
+    found: dict[str, list[str] | None] = {}
+    for pattern in patterns:
+        outer, inner = _split_pattern(pattern, root)
+        for name in _match(outer, root):
+            add_members(found, os.path.normpath(name), inner)
+    return found
+
+
+def add_members(found: dict[str, list[str] | None], name: str, inner: str | None) -> None:
+    """Add a pattern of an archive's members, or None for all of them, to those of `find_members`."""
+    known = found.get(name, [])
+    if is_archive(name):
+        found[name] = None if inner is None or known is None else [*known, inner]
+
+
+def _split_pattern(pattern: str, root: Path) -> tuple[str, str | None]:
+    """Return (pattern of files, pattern of members); a folder may have the name of an archive."""
+    outer, inner = split_members(pattern)
+    return (pattern, None) if (root / outer).is_dir() else (outer, inner)
+
+
+def _match(pattern: str, root: Path) -> list[str]:
+    return sorted(glob.glob(pattern, root_dir=root, recursive=True))  # noqa: PTH207 - absolute patterns too
+
+
+def _list_files(name: str, root: Path, pattern: str, allowed: tuple[Path, ...]) -> dict[str, Path]:
+    """Return the files that a matched name stands for: itself, the files of a saved folder, or none.
+
+    Raises:
+        ConfigError: It is another folder that the pattern names, or no regular file.
+    """
+    path = root / name
+    if _is_regular_file(path, allowed):
+        return {os.path.normpath(name): path}
+    if saved := find_saved(path):
+        for file in saved:
+            _is_regular_file(file, allowed)
+        return {os.path.normpath(name / file.relative_to(path)): file for file in saved}
+    if path.suffix in (*FORMATS, *COMPRESSED) or not is_glob(pattern):
+        raise ConfigError(
+            f"sources: {path} is a folder; name its files, e.g. {pattern.rstrip('/')}/*.jsonl (it is not one that "
+            "`datasets` saved, which has a state.json or dataset_dict.json)"
+        )
+    return {}
 
 
 def digest_files(files: dict[str, Path], cache: Path) -> dict[str, str]:
@@ -87,8 +137,8 @@ def _digest_file(path: Path) -> str:
         ) from None
 
 
-def _is_regular_file(path: Path, pattern: str, allowed: tuple[Path, ...]) -> bool:
-    """Return whether a path is a regular file; False for a folder that a glob also matches.
+def _is_regular_file(path: Path, allowed: tuple[Path, ...]) -> bool:
+    """Return whether a path is a regular file; False for a folder.
 
     Raises:
         ConfigError: It is anything else, or a link to a file outside the allowed folders.
@@ -99,8 +149,6 @@ def _is_regular_file(path: Path, pattern: str, allowed: tuple[Path, ...]) -> boo
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
         raise ConfigError(f"sources: {path} is a broken link ({error}); correct or remove it") from None
     if stat.S_ISDIR(mode):
-        if path.suffix in (*READERS, *COMPRESSED) or not is_glob(pattern):
-            raise ConfigError(f"sources: {path} is a folder; name its files, e.g. {pattern.rstrip('/')}/*.jsonl")
         return False
     if not stat.S_ISREG(mode):
         raise ConfigError(

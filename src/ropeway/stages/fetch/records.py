@@ -11,7 +11,7 @@ from ropeway.models.conversation import Conversation, Message
 from ropeway.runtime.errors import ConfigError
 from ropeway.stages.fetch.messages import OPTIONAL_FIELDS, check_order, read_message, read_tools
 from ropeway.stages.fetch.texts import SHOWN_NAME, read_text
-from ropeway.stages.fetch.values import UnreadableError
+from ropeway.stages.fetch.values import UnreadableError, make_printable
 
 _MAX_NAME = 100  # characters; a longer name is truncated
 _ID = re.compile(r"(?i)(\w+_)?(id|uuid|guid|idx)|index|__index_level_\d+__")  # the last one is written by pandas
@@ -73,7 +73,7 @@ def _plain_name(name: str) -> str:
     >>> _plain_name("tags")
     'tags'
     """
-    plain = name if name.isprintable() else name.encode("unicode_escape", "backslashreplace").decode()
+    plain = make_printable(name)
     return plain if len(plain) <= _MAX_NAME else f"{plain[:_MAX_NAME]}…"
 
 

@@ -17,9 +17,13 @@ from ropeway.data.raw_records import Record, RecordKind
 from ropeway.runtime.errors import ConfigError, DataError, TemporaryError
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.fetch import objects, web
-from ropeway.stages.fetch.files import check_format, iterate_objects
-from ropeway.stages.fetch.local import digest_files, find_files
-from ropeway.stages.fetch.patterns import check_splits, match_names
+from ropeway.stages.fetch.archives import Archive, SkippedMember, iterate_members
+from ropeway.stages.fetch.decompress import InputFile
+from ropeway.stages.fetch.files import iterate_objects
+from ropeway.stages.fetch.formats import check_document, check_format, is_archive
+from ropeway.stages.fetch.hub_files import download_matching
+from ropeway.stages.fetch.local import digest_files, find_files, find_members
+from ropeway.stages.fetch.patterns import check_splits
 from ropeway.stages.fetch.python_docs import iterate_docstrings, iterate_topics
 from ropeway.stages.fetch.records import (
     ROW_KINDS,
@@ -30,12 +34,12 @@ from ropeway.stages.fetch.records import (
     to_record,
 )
 from ropeway.stages.fetch.remote import Remote, download
+from ropeway.stages.fetch.saved_folders import is_metadata
 from ropeway.stages.fetch.values import UnreadableError
 from ropeway.storage import hub
 
 _MAX_NAMES = 1000  # distinct refusal reasons and ignored keys that are counted by name: files contain arbitrary names
 _OTHER = "others"
-_SHOWN = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +56,8 @@ class SourceCounts:
 
     files: Counter[str] = field(default_factory=Counter)  # name -> records read from it, including refused ones
     ignored: Counter[str] = field(default_factory=Counter)  # ignored key -> kept records in which it had a value
+    skipped: Counter[str] = field(default_factory=Counter)  # reason -> members of archives that are not read
+    first_skipped: list[SkippedMember] = field(default_factory=list)
 
 
 class DocsIdentity(TypedDict):
@@ -133,6 +139,8 @@ class Files(SourceKind[FilesSource, FilesIdentity]):
         """Return the sha256 of local files, and what servers state about theirs."""
         check_columns(source.rows, source.columns)
         found = resolve_paths(source.paths, root, source.splits)
+        for name in found:
+            check_document(name.partition("?")[0] if "://" in name else name, source.rows)
         here = {name: one for name, one in found.items() if isinstance(one, Path)}
         there = {name: one.facts for name, one in found.items() if not isinstance(one, Path)}
         return {"files": {**_digest(here, root), **there}}
@@ -141,16 +149,17 @@ class Files(SourceKind[FilesSource, FilesIdentity]):
         self, source: FilesSource, workspace: Workspace, identity: FilesIdentity, seen: SourceCounts
     ) -> RecordStream:
         """Yield the records of local and remote files; remote files are downloaded one at a time."""
-        known = identity["files"]
+        known, scratch = identity["files"], download_folder(workspace)
+        members = find_members([path for path in source.paths if "://" not in path], workspace.root)
         for name, place in resolve_paths(source.paths, workspace.root, source.splits).items():
             if isinstance(place, Path):
-                yield from _iterate_files({name: place}, source, seen)
+                yield from _iterate_files({name: place}, source, seen, scratch, members)
                 continue
             if place.facts != known.get(name):
                 raise TemporaryError(f"sources: {name} changed during the download; run the same command again")
-            path = download(place, download_folder(workspace))
+            path = download(place, scratch)
             try:
-                yield from _iterate_files({name: path}, source, seen)
+                yield from _iterate_files({name: path}, source, seen, scratch)
             except DataError as error:
                 path.unlink()  # the next run must download it again
                 raise DataError(str(error).replace(str(path), name, 1)) from error
@@ -180,10 +189,11 @@ class HubFiles(SourceKind[HuggingfaceSource, HubIdentity]):
         return {"repo": source.repo, "commit": commit, "files": source.files}
 
     def records(
-        self, source: HuggingfaceSource, _workspace: Workspace, identity: HubIdentity, seen: SourceCounts
+        self, source: HuggingfaceSource, workspace: Workspace, identity: HubIdentity, seen: SourceCounts
     ) -> RecordStream:
         """Return the records of the commit's files."""
-        return _iterate_files(download_matching(source, identity["commit"]), source, seen)
+        files, members = download_matching(source, identity["commit"])
+        return _iterate_files(files, source, seen, download_folder(workspace), members)
 
     def record_kind(self, source: HuggingfaceSource) -> RecordKind:
         """Return the record kind of its rows."""
@@ -252,35 +262,13 @@ def resolve_paths(paths: list[str], root: Path, splits: Sequence[str] = ()) -> d
         remotes = objects.look_up(address) if scheme == "s3" else [web.look_up(address)]
         check_splits(address, [remote.name.partition("?")[0] for remote in remotes], splits)
         for remote in remotes:
-            check_format(remote.name.partition("?")[0])
+            if check_format(remote.name.partition("?")[0]) == ".arrow":
+                raise ConfigError(
+                    f"sources: {remote.name}: the state.json of a saved folder is not read from addresses; upload the "
+                    "folder as a .tar or .zip, or as parquet"
+                )
             found[remote.name] = remote
     return dict(sorted(found.items()))
-
-
-def download_matching(source: HuggingfaceSource, commit: str) -> dict[str, Path]:
-    """Download a commit's matching files into the Hub's cache; return them by their names in the repository, sorted.
-
-    Raises:
-        ConfigError: A pattern matches nothing, files of several splits or of no supported format, or the Hub denies
-            access to the repository.
-        TemporaryError: The Hub does not respond.
-    """
-    there = hub.list_files(source.repo, commit, kind="dataset")
-    matched = match_names(source.files, there)
-    if lost := [pattern for pattern in source.files if not matched[pattern]]:
-        place = "in the cache (HF_HUB_OFFLINE is set)" if hub.is_offline() else "in the repository"
-        more = f" and {len(there) - _SHOWN:,} more" if len(there) > _SHOWN else ""
-        raise ConfigError(
-            f"sources: {source.repo} at {commit[:12]}: '{lost[0]}' matches none of the {len(there):,} files {place}: "
-            f"{', '.join(there[:_SHOWN]) or 'none'}{more}; correct `files`"
-        )
-    for pattern in source.files:
-        check_splits(pattern, matched[pattern], source.splits)
-    names = sorted({name for some in matched.values() for name in some})
-    for name in names:
-        check_format(name)
-    folder = hub.download_files(source.repo, commit, names, kind="dataset", revision=source.revision)
-    return {name: folder / name for name in names}
 
 
 def limit_names(counts: Counter[str], name: str) -> str:
@@ -289,24 +277,45 @@ def limit_names(counts: Counter[str], name: str) -> str:
 
 
 def _iterate_files(
-    files: Mapping[str, Path], source: RowsSource, seen: SourceCounts
+    files: Mapping[str, Path],
+    source: RowsSource,
+    seen: SourceCounts,
+    scratch: Path,
+    members: Mapping[str, list[str] | None] | None = None,
 ) -> Iterator[Record | RefusedRecord]:
-    required = required_columns(source.rows, source.columns)
+    """Yield the records of files and of members of archives; `members` are patterns, by archive."""
+    documents = ROW_KINDS[source.rows].record_kind == "document"
     for name, path in files.items():
-        for where, value in iterate_objects(path, required):
-            seen.files[name] += 1
-            try:
-                if isinstance(value, UnreadableError):
-                    raise value
-                record = to_record(value, source.rows, source.columns, source.ignored_keys)
-                unused = find_unused(value, source.rows, source.columns, source.ignored_keys)
-                check_ignored(unused, source.ignored_keys)
-            except UnreadableError as error:
-                yield RefusedRecord(where.replace(str(path), name, 1), str(error))
-            else:
-                for key in unused:
-                    seen.ignored[limit_names(seen.ignored, key)] += 1
-                yield record
+        if is_archive(path.name):
+            patterns = (members or {}).get(name)
+            for found in iterate_members(Archive(name, path, patterns, list(source.splits), documents, scratch)):
+                if isinstance(found, SkippedMember):
+                    seen.skipped[found.reason] += 1
+                    seen.first_skipped.extend([found] * (len(seen.first_skipped) < _MAX_NAMES))
+                else:
+                    member, file = found
+                    yield from _iterate_records(member, limit_names(seen.files, member), file, source, seen)
+        elif not is_metadata(path):
+            yield from _iterate_records(name, name, InputFile.of(path), source, seen)
+
+
+def _iterate_records(
+    name: str, counted_as: str, file: InputFile, source: RowsSource, seen: SourceCounts
+) -> Iterator[Record | RefusedRecord]:
+    for where, value in iterate_objects(file, required_columns(source.rows, source.columns)):
+        seen.files[counted_as] += 1
+        try:
+            if isinstance(value, UnreadableError):
+                raise value
+            record = to_record(value, source.rows, source.columns, source.ignored_keys)
+            unused = find_unused(value, source.rows, source.columns, source.ignored_keys)
+            check_ignored(unused, source.ignored_keys)
+        except UnreadableError as error:
+            yield RefusedRecord(where.replace(file.label, name, 1), str(error))
+        else:
+            for key in unused:
+                seen.ignored[limit_names(seen.ignored, key)] += 1
+            yield record
 
 
 def _digest(files: dict[str, Path], root: Path) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import shutil
 from collections import Counter
+from typing import NotRequired
 
 from ropeway.config.frozen import FrozenInputs
 from ropeway.config.params import FetchParams, Source
@@ -26,6 +27,7 @@ class FetchedFacts(RawSource):
     """A source's entry in raw/manifest.json, as fetch writes it."""
 
     first_refused: list[dict[str, str]]  # the first refused records: where, and why
+    first_skipped: NotRequired[list[dict[str, str]]]  # the first skipped members of archives: where, and why
     identity: dict[str, object]  # which version of the source was read
 
 
@@ -88,7 +90,16 @@ def describe(name: str, facts: FetchedFacts) -> list[str]:
         lines.append(
             f"{name}: ignored keys: {', '.join(f'{key} in {count:,} records' for key, count in ignored.items())}"
         )
-    return lines
+    return lines + _describe_skipped(name, facts)
+
+
+def _describe_skipped(name: str, facts: FetchedFacts) -> list[str]:
+    count = sum(facts.get("skipped_members", {}).values())
+    if not count:
+        return []
+    shown = [f"{one['where']} ({one['reason']})" for one in facts.get("first_skipped", [])[:_SHOWN_FILES]]
+    more = f"; and {count - len(shown):,} more, in raw/manifest.json" if count > len(shown) else ""
+    return [f"{name}: {count:,} members of archives skipped: {'; '.join(shown)}{more}"]
 
 
 def _write(source: Source, workspace: Workspace, identity: dict[str, object], writer: RawWriter) -> FetchedFacts:
@@ -101,7 +112,7 @@ def _write(source: Source, workspace: Workspace, identity: dict[str, object], wr
             shown += [{"where": record.where, "reason": record.reason}] * (len(shown) < _SHOWN_REFUSALS)
         else:
             writer.add(record)
-    return {
+    facts: FetchedFacts = {
         "kind": record_kind(source),
         "read": writer.records + reasons.total(),
         "kept": writer.records,
@@ -111,3 +122,7 @@ def _write(source: Source, workspace: Workspace, identity: dict[str, object], wr
         "ignored_keys": dict(sorted(seen.ignored.items())),
         "identity": identity,
     }
+    if seen.skipped:
+        facts["skipped_members"] = dict(sorted(seen.skipped.items()))
+        facts["first_skipped"] = [{"where": one.where, "reason": one.reason} for one in seen.first_skipped]
+    return facts

@@ -8,11 +8,10 @@ import codecs
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import IO
 
 from ropeway.runtime.errors import DataError
-from ropeway.stages.fetch.decompress import open_decompressed, strip_byte_order_mark
+from ropeway.stages.fetch.decompress import InputFile, open_decompressed, strip_byte_order_mark
 
 CHUNK_BYTES = 1 << 20
 MAX_RECORD_SIZE = 1 << 26  # bytes or characters of one record; a longer one means a broken file
@@ -20,7 +19,7 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 _BARE = re.compile(r'[^\s,\[\]{}"]+')
 _STRING_OR_BRACKET = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{}"]', re.DOTALL)
 _PAIRS = {"[": "]", "{": "}"}
-_ESCAPED = re.compile("[\udc80-\udcff]")  # what surrogateescape makes of a byte that is not UTF-8
+ESCAPED = re.compile("[\udc80-\udcff]")  # what surrogateescape makes of a byte that is not UTF-8
 
 
 class UnreadableError(ValueError):
@@ -35,7 +34,16 @@ def unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return found
 
 
-def iterate_values(path: Path, *, in_list: bool) -> Iterator[tuple[str, object]]:
+def make_printable(name: str) -> str:
+    """Return a name that a file chooses on one line, without control characters and lone surrogates.
+
+    >>> make_printable("tags"), len(make_printable(chr(10)))
+    ('tags', 2)
+    """
+    return name if name.isprintable() else name.encode("unicode_escape", "backslashreplace").decode()
+
+
+def iterate_values(file: InputFile, *, in_list: bool) -> Iterator[tuple[str, object]]:
     """Yield (location, value) for each value of a file that is one list, or values separated by white space.
 
     A broken value is yielded as an `UnreadableError` if its end can be found.
@@ -43,8 +51,8 @@ def iterate_values(path: Path, *, in_list: bool) -> Iterator[tuple[str, object]]
     Raises:
         DataError: The file ends inside the list or a value, or has something else between or after the values.
     """
-    with open_decompressed(path) as file:
-        buffer = _JsonBuffer(file, path)
+    with open_decompressed(file) as stream:
+        buffer = _JsonBuffer(stream, file)
         if in_list:
             buffer.next_character()
             buffer.at += 1
@@ -56,7 +64,7 @@ def iterate_values(path: Path, *, in_list: bool) -> Iterator[tuple[str, object]]
                 buffer.at += 1
                 buffer.next_character()
             number += 1
-            yield f"{path}: record {number}", buffer.read_value(number)
+            yield f"{file}: record {number}", buffer.read_value(number)
         buffer.at += len(end)
         if character := buffer.next_character():
             raise buffer.make_error("after the end of the list", f"expected end of file, found '{character}'")
@@ -65,12 +73,12 @@ def iterate_values(path: Path, *, in_list: bool) -> Iterator[tuple[str, object]]
 class _JsonBuffer:
     """The part of a file's text in memory: one record and a chunk."""
 
-    def __init__(self, file: IO[bytes], path: Path) -> None:
-        self._file, self._path = file, path
+    def __init__(self, stream: IO[bytes], file: InputFile) -> None:
+        self._stream, self._file = stream, file
         self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
         self._scanner = json.JSONDecoder(object_pairs_hook=unique_keys)
         self._text, self.at, self._ended = "", 0, False
-        self._append(strip_byte_order_mark(file.read(CHUNK_BYTES), path))
+        self._append(strip_byte_order_mark(stream.read(CHUNK_BYTES), file))
 
     def next_character(self) -> str:
         """Skip white space; return the next character without consuming it, or '' at the end of the file."""
@@ -78,14 +86,14 @@ class _JsonBuffer:
             self.at = _SPACE.match(self._text, self.at).end()  # type: ignore[union-attr]  # it always matches
             if self.at < len(self._text) or self._ended:
                 return self._text[self.at : self.at + 1]
-            self._append(self._file.read(CHUNK_BYTES))
+            self._append(self._stream.read(CHUNK_BYTES))
 
     def read_value(self, number: int) -> object:
         """Return the value that begins here and advance past it."""
         while True:
             value, end = self._decode(number)
             if end is not None and (end < len(self._text) or self._ended):
-                dirty = _ESCAPED.search(self._text, self.at, end)
+                dirty = ESCAPED.search(self._text, self.at, end)
                 self.at = end
                 return UnreadableError("bad UTF-8") if dirty else value
             if self._ended:
@@ -95,11 +103,11 @@ class _JsonBuffer:
                 )
             if len(self._text) - self.at > MAX_RECORD_SIZE:
                 raise self.make_error(f"record {number:,}", f"bad JSON, or longer than {MAX_RECORD_SIZE:,} characters")
-            self._append(self._file.read(max(CHUNK_BYTES, len(self._text) - self.at)))
+            self._append(self._stream.read(max(CHUNK_BYTES, len(self._text) - self.at)))
 
     def make_error(self, where: str, what: str) -> DataError:
         """Return the DataError for a fault of the file."""
-        return DataError(f"{self._path}: {where}: {what}; correct the file, or fetch it again")
+        return DataError(f"{self._file}: {where}: {what}; correct the file, or fetch it again")
 
     def _append(self, chunk: bytes) -> None:
         self._ended = not chunk

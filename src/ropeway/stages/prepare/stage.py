@@ -138,6 +138,7 @@ def _records(name: str, raw: RawSource, source: TokenizedSource, profile: Prepar
         without_tokens=counts["without_tokens"],
         files=raw.get("files", {}),
         ignored_keys=raw.get("ignored_keys", {}),
+        skipped_members=raw.get("skipped_members", {}),
     )
 
 

@@ -16,7 +16,8 @@ from ropeway.runtime.manifest import file_sha256, load_manifest
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.fetch import local
 from ropeway.stages.fetch import stage as fetch
-from ropeway.stages.fetch.files import READERS, check_format
+from ropeway.stages.fetch.files import READERS
+from ropeway.stages.fetch.formats import check_format
 from ropeway.stages.fetch.local import digest_files, find_files
 from ropeway.stages.fetch.python_docs import (
     MODULES,

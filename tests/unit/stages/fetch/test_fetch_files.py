@@ -7,7 +7,7 @@ from ropeway.config.params import FilesSource
 from ropeway.runtime.errors import ConfigError, DataError
 from ropeway.runtime.manifest import load_manifest
 from ropeway.runtime.workspace import Workspace
-from ropeway.stages.fetch.files import check_format
+from ropeway.stages.fetch.formats import check_format
 from ropeway.stages.fetch.records import to_record
 from ropeway.stages.fetch.sources import RefusedRecord, open_source, source_identity
 from ropeway.stages.fetch.values import UnreadableError
@@ -79,15 +79,16 @@ def test_a_broken_file_is_an_error_that_names_it(tmp_path, name, data):
 @pytest.mark.parametrize(
     ("name", "advice"),
     [
-        ("a.csv", "convert it"),
-        ("a.csv.gz", "convert it"),
-        ("a.txt", '{"text": "…"}'),
-        ("a.zip", "extract it"),
-        ("a.jsonl.zip", "extract it"),
-        ("a.tar.gz", "extract it"),
-        ("data-00000.arrow", "write it as parquet"),
+        ("a.xlsx", "export its table"),
+        ("a.xlsx.gz", "export its table"),
+        ("a.feather", "write it as parquet"),
+        ("a.7z", "extract it"),
+        ("a.jsonl.rar", "extract it"),
         ("a.JSONL", "rename the suffix to lower case"),
+        ("a.ZIP", "rename the suffix to lower case"),
         ("a.parquet.gz", "decompress the file"),
+        ("data-00000.arrow.zst", "decompress the file"),
+        ("a.zip.gz", "decompress the file"),
         ("a.dat", "if it has one of these formats, rename it"),
     ],
 )

@@ -171,8 +171,11 @@ def test_a_pattern_that_matches_nothing_names_the_files_there_are(tmp_path):
 
 
 def test_a_matched_file_of_no_known_format_is_reported_before_anything_is_downloaded(hub, tmp_path):
-    with pytest.raises(ConfigError, match=r"README.md: expected a file name in"):
-        run(tmp_path, source("*"))
+    hub.files |= {"logo.png": b"png"}
+    with pytest.raises(ConfigError, match=r"README.md: a .txt or .md file is one document, .* rows: orca_chat"):
+        run(tmp_path, source("*.md"))
+    with pytest.raises(ConfigError, match=r"logo.png: expected a file name in"):
+        run(tmp_path, source("*.png"))
     assert not [asked for asked in hub.asked if "/resolve/" in asked]
 
 

@@ -1,8 +1,10 @@
 """Malformed input, one row each: what is counted under which reason, or which error says what. Nothing is lost."""
 
+import bz2
 import errno
 import io
 import json
+import lzma
 import os
 import random
 import tracemalloc
@@ -18,6 +20,7 @@ from ropeway.data.raw_records import iterate_records
 from ropeway.runtime.errors import ConfigError, DataError, TemporaryError
 from ropeway.runtime.manifest import load_manifest
 from ropeway.runtime.workspace import Workspace
+from ropeway.stages.fetch.decompress import InputFile
 from ropeway.stages.fetch.files import iterate_objects
 from tests.support.archives import gz
 from tests.support.freezing import run_fetch
@@ -121,6 +124,8 @@ COUNTED = [
     ("records of other kinds in a list", "a.json", b'[1234, "a", null, ' + GOOD + b"]", 1, {"not an object": 3}),
     ("several gzip members", "a.jsonl.gz", gz(GOOD) * 3, 3, {}),
     ("zeros after gzip", "a.jsonl.gz", gz(GOOD) + bytes(512), 1, {}),
+    ("several bzip2 streams", "a.jsonl.bz2", bz2.compress(GOOD) * 3, 3, {}),
+    ("several xz streams", "a.json.xz", lzma.compress(b"[") + lzma.compress(GOOD + b"]"), 1, {}),
     ("several zstd frames", "a.jsonl.zst", zst(GOOD) + zst(b"") + zst(GOOD * 2), 3, {}),
     ("parquet: null", "a.parquet", packed(pa.table({"text": ["a", None]})), 1, {"null text": 1}),
     ("parquet: numbers", "a.parquet", packed(pa.table({"text": [1, 2]})), 0, {"not text": 2}),
@@ -216,6 +221,12 @@ BROKEN = [
     ("zstd: second frame cut", "a.jsonl.zst", (zst(GOOD) * 2)[:-3], DataError, "after 1 records .*zstd frame"),
     ("zstd: damaged", "a.jsonl.zst", b"\0".join((zst(GOOD)[:6], zst(GOOD)[7:])), DataError, "zstd"),
     ("zstd by name only", "a.jsonl.zst", GOOD, DataError, "zstd"),
+    ("bzip2 cut", "a.jsonl.bz2", bz2.compress(GOOD * 99)[:-9], DataError, "reading failed after"),
+    ("bzip2 by name only", "a.jsonl.bz2", GOOD, DataError, "reading failed after 0 records"),
+    ("xz cut", "a.jsonl.xz", lzma.compress(GOOD * 99)[:-9], DataError, "reading failed after"),
+    ("xz by name only", "a.jsonl.xz", GOOD, DataError, "reading failed after 0 records"),
+    ("xz under the name of lines", "a.jsonl", lzma.compress(GOOD), DataError, r"found xz data; .*\.xz"),
+    ("bzip2 under the name of lines", "a.jsonl", bz2.compress(GOOD), DataError, r"found bzip2 data; .*\.bz2"),
     ("gzip under the name of a list", "a.json", gz(LIST), DataError, r"found gzip data; .*\.gz"),
     ("zstd under the name of lines", "a.jsonl", zst(GOOD), DataError, r"found zstd data; .*\.zst"),
     ("parquet under the name of lines", "a.jsonl", TABLE, DataError, r"found parquet data; .*\.parquet"),
@@ -271,7 +282,7 @@ BROKEN = [
     ),
     ("two lists", "a.json", LIST * 2, DataError, "after the end of the list"),
     ("object cut", "a.json", b'{\n "text": "a"\n', DataError, "the file ends early"),
-    ("name without a format", "a.txt", GOOD, ConfigError, "expected a file name in .json or .jsonl"),
+    ("name without a format", "a.dat", GOOD, ConfigError, "expected a file name in .json, .jsonl"),
     ("parquet in gzip", "a.parquet.gz", gz(TABLE), ConfigError, "expected a file name in"),
 ]
 
@@ -465,7 +476,7 @@ def test_ten_times_the_file_is_read_in_the_same_memory(tmp_path, monkeypatch, na
         (tmp_path / name).write_bytes(wrap(data))
         del data, lines
         tracemalloc.start()
-        assert sum(1 for _ in iterate_objects(tmp_path / name, ["text"])) == times
+        assert sum(1 for _ in iterate_objects(InputFile.of(tmp_path / name), ["text"])) == times
         try:
             return tracemalloc.get_traced_memory()[1]
         finally:

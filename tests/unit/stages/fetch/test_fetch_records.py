@@ -10,6 +10,7 @@ from ropeway.config.params import FilesSource
 from ropeway.models.conversation import Conversation
 from ropeway.runtime.errors import DataError
 from ropeway.runtime.workspace import Workspace
+from ropeway.stages.fetch.decompress import InputFile
 from ropeway.stages.fetch.files import iterate_objects
 from ropeway.stages.fetch.records import find_unused, required_columns, to_record
 from ropeway.stages.fetch.sources import RefusedRecord, SourceCounts, open_source
@@ -76,12 +77,12 @@ def test_what_does_not_fit_is_refused_with_its_reason(rows, value, reason):
 def test_parquet_gives_whole_rows_and_names_a_column_that_is_missing(tmp_path):
     path = tmp_path / "a.parquet"
     parquet.write_table(pa.table({"TEXT": ["one", "two"], "other": [1, 2]}), path)
-    assert list(iterate_objects(path, required_columns("text", {"text": "TEXT"}))) == [
+    assert list(iterate_objects(InputFile.of(path), required_columns("text", {"text": "TEXT"}))) == [
         (f"{path}: row 1", {"TEXT": "one", "other": 1}),
         (f"{path}: row 2", {"TEXT": "two", "other": 2}),
     ]
     with pytest.raises(DataError, match=r"no column \['text'\]; found \['TEXT', 'other'\]"):
-        list(iterate_objects(path, ["text"]))
+        list(iterate_objects(InputFile.of(path), ["text"]))
 
 
 def test_a_list_of_records_is_read_over_chunk_borders_and_a_cut_one_is_an_error(tmp_path, monkeypatch):
@@ -91,10 +92,10 @@ def test_a_list_of_records_is_read_over_chunk_borders_and_a_cut_one_is_an_error(
     path = tmp_path / "a.json"
     records = [{"text": f"ü {number}" * number} for number in range(20)]
     path.write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
-    assert [value for _, value in iterate_objects(path, ["text"])] == records
+    assert [value for _, value in iterate_objects(InputFile.of(path), ["text"])] == records
     path.write_text(json.dumps(records, ensure_ascii=False)[:-1], encoding="utf-8")
     with pytest.raises(DataError, match="after record 20: the file ends early"):
-        list(iterate_objects(path, ["text"]))
+        list(iterate_objects(InputFile.of(path), ["text"]))
 
 
 QA = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]

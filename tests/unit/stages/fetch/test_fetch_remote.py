@@ -21,7 +21,7 @@ from ropeway.runtime.workspace import Workspace
 from ropeway.stages.fetch import stage as fetch
 from ropeway.stages.fetch import web
 from ropeway.stages.fetch.sources import source_identity
-from tests.support.archives import gz
+from tests.support.archives import gz, make_tar, make_zip
 from tests.support.freezing import run_fetch
 from tests.support.s3_server import SECRET, S3Server
 from tests.support.tiny_run import ROOT
@@ -133,6 +133,20 @@ def test_a_file_behind_an_address_is_read_and_its_download_goes_when_the_table_i
     assert records == TEXTS
     assert facts["identity"] == {"kind": "files", "files": {served.url: {"etag": '"one"', "bytes": len(DATA)}}}
     assert partials(tmp_path) == []
+
+
+@pytest.mark.parametrize(("name", "pack"), [("a.zip", make_zip), ("a.tar.gz", lambda members: gz(make_tar(members)))])
+def test_the_members_of_an_archive_behind_an_address_are_read(served, tmp_path, name, pack):
+    served.body = pack({"train/a.jsonl": DATA, "train/b.csv": b"text\nlast\n", "c.png": b""})
+    address = served.url.replace("a.jsonl", name)
+    facts, records = run(tmp_path, address)
+    assert records == [*TEXTS, "last"]
+    assert facts["files"] == {f"{address}/train/a.jsonl": len(TEXTS), f"{address}/train/b.csv": 1}
+    assert facts["first_skipped"] == [{"where": f"{address}/c.png", "reason": "no supported format"}]
+    served.body, served.headers = pack({"a.jsonl": DATA + b"{"})[:-9], {"ETag": '"cut"'}
+    with pytest.raises(DataError, match=re.escape(f"{address}: reading failed")):
+        run(tmp_path, address)
+    assert partials(tmp_path) == []  # the next run downloads it again
 
 
 def test_the_identity_is_asked_by_head_and_follows_what_the_server_says(served, tmp_path):

@@ -1,0 +1,273 @@
+"""Read the members of zip and tar archives like files, in the order of the archive; nothing is extracted.
+
+A member is streamed. Only one whose format is read from several places (json, parquet, arrow) is first copied to a
+temporary file, one at a time.
+"""
+
+import io
+import shutil
+import stat
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, Self, cast
+
+from ropeway.runtime.errors import ConfigError, DataError, full_disk_explained
+from ropeway.stages.fetch.decompress import UNREADABLE, InputFile, open_decompressed
+from ropeway.stages.fetch.formats import ARCHIVES, DOCUMENTS, find_format
+from ropeway.stages.fetch.patterns import check_splits, match_names, split_of
+from ropeway.stages.fetch.saved_folders import INFO, SPLITS, STATE, check_listed, read_state
+from ropeway.stages.fetch.values import make_printable
+
+_COPIED = (".arrow", ".json", ".parquet")  # formats that are read from several places of the file
+_MAX_NAME = 500  # characters; of a longer name of a member, the end is shown, which has its suffix
+_ENCRYPTED = 0x1  # bit of a zip member's flags. Source: APPNOTE.TXT 4.4.4
+_UNIX = 16  # bits to shift a zip member's external attributes to get its Unix mode
+_NOT_REGULAR = "a link or a special file"
+_SHOWN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class SkippedMember:
+    """A member that is not read."""
+
+    where: str
+    reason: str  # one of a few fixed texts
+
+
+@dataclass(frozen=True, slots=True)
+class Archive:
+    """An archive to read.
+
+    Attributes:
+        name: Its name in manifests.
+        patterns: Patterns of the members to read; None: all.
+        splits: Splits that may be read together.
+        documents: Whether the source has documents, so a text file is a record.
+        scratch: Folder for temporary files.
+    """
+
+    name: str
+    path: Path
+    patterns: list[str] | None
+    splits: list[str]
+    documents: bool
+    scratch: Path
+
+
+@dataclass(frozen=True, slots=True)
+class _Member:
+    """A member that is a file.
+
+    Attributes:
+        refusal: Why it cannot be read; empty if it can.
+        open: Returns a stream of its stored bytes.
+    """
+
+    name: str
+    refusal: str
+    open: Callable[[], IO[bytes]]
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What has been read of an archive so far."""
+
+    names: set[str] = field(default_factory=set)
+    first_of_split: dict[str | None, str] = field(default_factory=dict)
+    skipped: list[str] = field(default_factory=list)
+    states: dict[str, list[str]] = field(default_factory=dict)  # folder -> arrow files that its state.json lists
+    faults: dict[str, ConfigError] = field(default_factory=dict)  # folder -> why its arrow files cannot be read
+    arrow: dict[str, set[str]] = field(default_factory=dict)  # folder -> arrow files that were read
+
+
+def iterate_members(archive: Archive) -> Iterator[tuple[str, InputFile] | SkippedMember]:
+    """Yield (name, file) of each member to read, and each one that is skipped; a file is valid until the next one.
+
+    Raises:
+        ConfigError: No member can be read, or members of several splits would be.
+        DataError: The archive is damaged or truncated, has a name twice, or a member to read is encrypted.
+    """
+    seen = _Seen()
+    members = _iterate_zip if find_format(archive.path.name) == ".zip" else _iterate_tar
+    try:
+        for member in members(archive.path):
+            if archive.patterns and not any(match_names(archive.patterns, [member.name]).values()):
+                _note_state(archive, member, seen)
+                continue
+            if member.name in seen.names:
+                raise DataError(f"{archive.path}: has two members {_show(member.name)}; pack it again")
+            seen.names.add(member.name)
+            yield from _offer(archive, member, seen)
+    except UNREADABLE as error:
+        raise DataError(
+            f"{archive.path}: reading failed after {len(seen.names):,} members ({error}); fetch it again"
+        ) from error
+    _check_end(archive, seen)
+
+
+def _offer(archive: Archive, member: _Member, seen: _Seen) -> Iterator[tuple[str, InputFile] | SkippedMember]:
+    name = f"{archive.name}/{_show(member.name)}"
+    label = f"{archive.path}/{_show(member.name)}"
+    form = find_format(label)
+    reason = _explain_skip(archive, member, form)
+    if not reason and member.refusal:
+        raise DataError(f"{label}: {member.refusal}")
+    if reason:
+        seen.skipped.append(f"{name}: {reason}")
+        yield SkippedMember(name, reason)
+        return
+    with _readable(label, member.open, archive.scratch if form in _COPIED else None) as file:
+        folder, own = str(PurePosixPath(member.name).parent), PurePosixPath(member.name).name
+        if own == STATE and (listed := read_state(file)) is not None:
+            seen.states[folder] = listed
+            yield SkippedMember(name, "metadata of a saved folder")
+            return
+        if form == ".arrow":
+            seen.arrow.setdefault(folder, set()).add(own)
+        if (split := split_of(name)) not in seen.first_of_split:
+            seen.first_of_split[split] = name
+            check_splits(archive.name, seen.first_of_split.values(), archive.splits)
+        yield name, file
+
+
+def _note_state(archive: Archive, member: _Member, seen: _Seen) -> None:
+    """Read a state.json that no pattern selects: it tells which arrow files beside it have rows."""
+    place = PurePosixPath(member.name)
+    if place.name != STATE or member.refusal:
+        return
+    with _readable(f"{archive.path}/{_show(member.name)}", member.open, archive.scratch) as file:
+        try:
+            if (listed := read_state(file)) is not None:
+                seen.states[str(place.parent)] = listed
+        except ConfigError as error:
+            seen.faults[str(place.parent)] = error
+
+
+def _show(name: str) -> str:
+    shown = make_printable(name)
+    return shown if len(shown) <= _MAX_NAME else f"…{shown[-_MAX_NAME:]}"
+
+
+def _explain_skip(archive: Archive, member: _Member, form: str | None) -> str:
+    """Return why a member is no file of records; empty if it is one."""
+    parts = PurePosixPath(member.name).parts
+    own = PurePosixPath(member.name).name
+    if "__MACOSX" in parts or own.startswith("._"):
+        return "metadata of macOS"
+    if own in (INFO, SPLITS):
+        return "metadata of a saved folder"
+    if form is None:
+        return "no supported format"
+    if form in ARCHIVES:
+        return "an archive in an archive"
+    if form in DOCUMENTS and not archive.documents:
+        return "a document, the source has other rows"
+    return member.refusal if member.refusal == _NOT_REGULAR else ""
+
+
+def _check_end(archive: Archive, seen: _Seen) -> None:
+    """Check what is known only after the last member.
+
+    Raises:
+        ConfigError: No member was read, or an arrow file is not one of its saved folder.
+    """
+    for fault in (fault for folder, fault in seen.faults.items() if folder in seen.arrow):
+        raise fault
+    for folder, listed in seen.states.items():
+        found = seen.arrow.get(folder, set())
+        check_listed(f"{archive.name}/{folder}/{STATE}", listed, found)
+        if (lost := set(listed) - found) and not archive.patterns:
+            raise ConfigError(f"sources: {archive.name}/{folder}/{STATE} lists {min(lost)}, which the archive lacks")
+    if not seen.first_of_split:
+        more = len(seen.skipped) - _SHOWN
+        shown = "; ".join(seen.skipped[:_SHOWN]) + (f"; and {more:,} more" if more > 0 else "")
+        wanted = f" that matches {archive.patterns}" if archive.patterns else ""
+        raise ConfigError(f"sources: {archive.name} has no member{wanted} of a supported format ({shown or 'empty'})")
+
+
+@contextmanager
+def _readable(label: str, open_member: Callable[[], IO[bytes]], scratch: Path | None) -> Iterator[InputFile]:
+    """Return a member as a file: streamed, or copied to a temporary file in `scratch`."""
+    if scratch is None:
+        yield InputFile(label, open_member)
+        return
+    scratch.mkdir(parents=True, exist_ok=True)
+    with open_member() as stream, tempfile.NamedTemporaryFile(dir=scratch, prefix="member-") as copy:
+        with full_disk_explained(f"sources: {label}", kept="the copy of this member was removed"):
+            shutil.copyfileobj(stream, copy, 1 << 20)
+            copy.flush()
+        yield InputFile(label, Path(copy.name))
+
+
+def _iterate_zip(path: Path) -> Iterator[_Member]:
+    with open_decompressed(InputFile.of(path)) as file, zipfile.ZipFile(file) as opened:
+        for info in opened.infolist():
+            mode = info.external_attr >> _UNIX
+            if info.is_dir():
+                continue
+            refusal = "is encrypted; pack it without a password" if info.flag_bits & _ENCRYPTED else ""
+            if stat.S_IFMT(mode) not in (0, stat.S_IFREG):
+                refusal = _NOT_REGULAR
+            yield _Member(info.filename, refusal, partial(opened.open, info))
+
+
+def _iterate_tar(path: Path) -> Iterator[_Member]:
+    with open_decompressed(InputFile.of(path)) as file:
+        reader = _ForwardReader(file)
+        with tarfile.TarFile(fileobj=reader, mode="r", tarinfo=_StrictTarInfo) as opened:
+            while (info := opened.next()) is not None:
+                cast("Any", opened).members.clear()  # headers that would be kept in memory until the end
+                if not info.isdir():
+                    refusal = "" if info.isreg() else _NOT_REGULAR
+                    yield _Member(info.name, refusal, partial(_open_tar_member, opened, info))
+        while block := reader.read(1 << 20):
+            if block.strip(b"\0"):
+                raise tarfile.ReadError("more data after the end marker, as of a second archive")
+
+
+def _open_tar_member(opened: tarfile.TarFile, info: tarfile.TarInfo) -> IO[bytes]:
+    stream = opened.extractfile(info)
+    if stream is None:
+        raise tarfile.ReadError(f"{_show(info.name)} is no regular file")
+    return stream
+
+
+class _StrictTarInfo(tarfile.TarInfo):
+    """Reads a member's header; unlike tarfile's own, a damaged or missing one is never taken for the end."""
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> Self:
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # not documented: the end marker was read
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"a damaged header, or no end marker: {error}") from None
+
+
+class _ForwardReader(io.RawIOBase):
+    """A stream that is read from its beginning to its end; tarfile seeks forward only."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream, self._at = stream, 0
+
+    def read(self, size: int = -1, /) -> bytes:
+        data = self._stream.read(size)
+        self._at += len(data)
+        return data
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, _whence: int = 0, /) -> int:
+        if offset < self._at:
+            raise tarfile.ReadError("a member was read twice")
+        while self._at < offset and self.read(min(offset - self._at, 1 << 20)):
+            pass
+        return self._at

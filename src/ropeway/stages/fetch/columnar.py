@@ -1,0 +1,121 @@
+"""Read records from parquet and arrow files, a few rows at a time."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from ropeway.runtime.errors import DataError
+from ropeway.stages.fetch.decompress import InputFile, open_decompressed
+from ropeway.stages.fetch.values import UnreadableError
+
+_BATCH_ROWS = 256
+_BATCH_BYTES = 32 << 20  # uncompressed
+_BUFFER_BYTES = 1 << 20
+# Source: the Arrow columnar format, "IPC streaming format" and "IPC file format". Before version 0.15, a message began
+# with its length, and a stream ended with a length of 0.
+_FILE_MAGIC = b"ARROW1"
+_CONTINUATION = b"\xff\xff\xff\xff"
+_LENGTH_0 = b"\x00\x00\x00\x00"
+
+
+def read_parquet(file: InputFile, required: list[str]) -> Iterator[tuple[str, object]]:
+    """Yield (location, record) for each row of a parquet file.
+
+    Raises:
+        DataError: A required column is missing.
+    """
+    from pyarrow import parquet
+
+    # With a buffer, the pages of a row group are read one by one. Without it, a row group of 200 MB is held in memory
+    # (measured: 207 MB resident instead of 115, pyarrow 26), and pre_buffer would hold it twice.
+    with (
+        open_decompressed(file) as handle,
+        parquet.ParquetFile(handle, pre_buffer=False, buffer_size=_BUFFER_BYTES) as opened,
+    ):
+        _check_columns(file, opened.schema_arrow.names, required)
+        # Read all columns: an unused one with values refuses the record.
+        groups = (opened.metadata.row_group(group) for group in range(opened.metadata.num_row_groups))
+        widths = (group.total_byte_size // max(group.num_rows, 1) for group in groups)
+        yield from _locate(file, opened.iter_batches(batch_size=_choose_batch_rows(widths)))
+
+
+def read_arrow(file: InputFile, required: list[str]) -> Iterator[tuple[str, object]]:
+    """Yield (location, record) for each row of an arrow file in the streaming or the file format, memory-mapped.
+
+    Raises:
+        DataError: A required column is missing, or the file is truncated.
+    """
+    import pyarrow as pa
+
+    if not isinstance(file.source, Path):  # members of archives are copied to a file first
+        raise TypeError(f"{file}: expected a path")
+    with open_decompressed(file) as handle:
+        head = handle.read(len(_FILE_MAGIC))
+    with pa.memory_map(str(file.source)) as mapped:
+        if head == _FILE_MAGIC:
+            opened = pa.ipc.open_file(mapped)
+            batches = (opened.get_batch(number) for number in range(opened.num_record_batches))
+        else:
+            _check_stream_end(file, head, file.source)
+            batches = opened = pa.ipc.open_stream(mapped)
+        _check_columns(file, opened.schema.names, required)
+        yield from _locate(file, (part for batch in batches for part in _split_batch(batch)))
+
+
+def _check_stream_end(file: InputFile, head: bytes, path: Path) -> None:
+    """Raise DataError if a stream lacks its end marker; pyarrow takes one cut between two batches for whole."""
+    end = _CONTINUATION + _LENGTH_0 if head.startswith(_CONTINUATION) else _LENGTH_0
+    with path.open("rb") as handle:
+        handle.seek(max(path.stat().st_size - len(end), 0))
+        if handle.read() != end:
+            raise DataError(f"{file}: no arrow data, or truncated: the end marker of an arrow stream is missing")
+
+
+def _split_batch(batch: Any) -> Iterator[Any]:  # noqa: ANN401 - pyarrow has no types
+    """Yield slices of a record batch that are few enough rows to hold in memory as Python objects."""
+    batch.validate()  # a damaged batch could make pyarrow read outside the file
+    step = _choose_batch_rows([batch.nbytes // max(batch.num_rows, 1)])
+    for begin in range(0, batch.num_rows, step):
+        yield batch.slice(begin, step)
+
+
+def _check_columns(file: InputFile, found: list[str], required: list[str]) -> None:
+    if missing := sorted(set(required) - set(found)):
+        raise DataError(f"{file}: no column {missing}; found {found}; correct `columns`")
+    if repeated := sorted(name for name, count in Counter(found).items() if count > 1):
+        raise DataError(f"{file}: has the columns {repeated} more than once; give each column a name of its own")
+
+
+def _choose_batch_rows(widths: Iterable[int]) -> int:
+    """Return how many rows to read at a time: fewer if rows are wide, such as text with images."""
+    return max(1, min(_BATCH_ROWS, _BATCH_BYTES // max([1, *widths])))
+
+
+class _Batch(Protocol):
+    """The methods used of pyarrow's RecordBatch, which has no type hints."""
+
+    num_rows: int
+
+    def to_pylist(self) -> list[object]: ...
+
+    def slice(self, offset: int, length: int) -> "_Batch": ...
+
+
+def _locate(file: InputFile, batches: Iterable[_Batch]) -> Iterator[tuple[str, object]]:
+    number = 0
+    for batch in batches:
+        for row in _iterate_rows(batch):
+            number += 1
+            yield f"{file}: row {number}", row
+
+
+def _iterate_rows(batch: _Batch) -> Iterator[object]:
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:  # pyarrow does not validate UTF-8 on reading; find the row
+        for at in range(batch.num_rows):
+            try:
+                yield batch.slice(at, 1).to_pylist()[0]
+            except UnicodeDecodeError:
+                yield UnreadableError("bad UTF-8")
