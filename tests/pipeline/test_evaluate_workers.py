@@ -68,7 +68,7 @@ def test_one_process_and_two_write_equal_files(tmp_path, monkeypatch, measuring_
     assert len(lines[0]) == 6
     assert lines[0] == lines[1]
     monkeypatch.setenv("ROPEWAY_EVALUATE_WORKERS", measuring_champion)
-    measure_champion(workspace, profile, workspace.model, tmp_path / "champion.json")
+    measure_champion(workspace, profile, workspace.model, tmp_path / "champion.json", ["losses"])
     own, champion = (json.loads((tmp_path / name).read_text())["sources"] for name in ("eval.json", "champion.json"))
     assert [one["tuned"] for one in champion.values()] == [one["tuned"] for one in own.values()]
 

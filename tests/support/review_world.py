@@ -2,7 +2,6 @@
 
 import json
 
-from ropeway.config.params import Gate
 from ropeway.data.ledger import (
     EpochTotals,
     FindingCounts,
@@ -16,6 +15,7 @@ from ropeway.data.ledger import (
 from ropeway.orchestration.publish import publish_package
 from ropeway.orchestration.revision import Revision
 from ropeway.runtime.manifest import digest_of, write_json, write_manifest
+from tests.support.gate_limits import make_limits
 
 COMMIT = Revision("a" * 40, ())
 DIRTY = Revision("b" * 40, ("src/ropeway/models/rope.py",))
@@ -23,7 +23,8 @@ PROMPT = "What is a list? | <b>bold</b>"
 
 
 class Profile:
-    gate = Gate(max_loss_increase_nats=0.01, min_gain_over_base_nats=1.0)
+    gate = make_limits()
+    max_length = 512
 
 
 def make_version(  # noqa: PLR0913 - what versions differ by

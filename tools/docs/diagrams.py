@@ -263,7 +263,7 @@ def draw_registry() -> str:
     """Return the way of a package to production."""
     package = Box(20, 100, 140, 52, "package/", ("and pages/",))
     version = Box(190, 100, 170, 52, "version laptop@v3", ("immutable, by digest",), GREEN)
-    gate = Box(390, 100, 120, 52, "gate", ("losses compared",), GRAY)
+    gate = Box(390, 100, 120, 52, "gate", ("metrics compared",), GRAY)
     candidate = Box(560, 40, 180, 52, "alias candidate", ("passed",), GREEN)
     rejected = Box(560, 160, 180, 52, "no alias moves", ("not passed",), AMBER)
     review = Box(560, 240, 180, 52, "review", ("a person, --approve",), GRAY)

@@ -331,6 +331,19 @@ class Gate(Section):
     """Maximum increase of each source's validation loss over the champion, in nats/token."""
     min_gain_over_base_nats: float
     """Minimum decrease of the mean validation loss compared with the base, in nats/token."""
+    max_accuracy_decrease: Fraction | None
+    """Maximum decrease of each source's token accuracy below the champion's, 0 to 1. null: not checked."""
+    max_position_loss_increase_nats: Annotated[float, Field(ge=0)] | None
+    """Maximum increase of the loss by position beyond `max_length` over the champion's, or over the base's where there
+    is no champion, in nats/token. null: not checked."""
+    max_passkey_decrease: Fraction | None
+    """Maximum decrease of the share of passkeys found below the champion's, or below the base's where there is no
+    champion, at each length up to `max_length`. null: not checked."""
+    min_passkey_accuracy: Fraction | None
+    """Minimum share of passkeys found at each length up to `max_length`. null: not checked."""
+    max_task_decrease_errors: Annotated[float, Field(ge=0)] | None
+    """Maximum decrease of each task's metrics below the champion's, in combined standard errors of both; a metric
+    without standard error may not decrease. null: not checked."""
 
 
 class Packaging(Section):

@@ -14,12 +14,21 @@ def name_metrics(figures: Iterable[str]) -> list[str]:
     return [name for name in figures if _ERROR not in name]
 
 
+def standard_error(metric: str) -> str:
+    """Return the name of a metric's standard error.
+
+    >>> standard_error("acc,none"), standard_error("acc")
+    ('acc_stderr,none', 'acc_stderr')
+    """
+    name, comma, kind = metric.partition(",")
+    return f"{name}{_ERROR}{comma}{kind}"
+
+
 def show_score(figures: Mapping[str, float], metric: str) -> str:
     """Return a metric's value, with its standard error if it has one.
 
     >>> show_score({"acc,none": 0.25, "acc_stderr,none": 0.0903}, "acc,none")
     '0.25 ± 0.09'
     """
-    name, comma, kind = metric.partition(",")
-    error = figures.get(f"{name}{_ERROR}{comma}{kind}")
+    error = figures.get(standard_error(metric))
     return f"{figures[metric]:.4g}" + (f" ± {error:.2g}" if error is not None else "")

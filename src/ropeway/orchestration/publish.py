@@ -7,20 +7,21 @@ import getpass
 import json
 import shutil
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ropeway.config.params import Profile
+from ropeway.config.params import Gate, Profile
 from ropeway.orchestration.dvc_stage import LineWriter, Site, run_command
-from ropeway.orchestration.gate import GateVerdict, describe_change, gate
+from ropeway.orchestration.gate import GateVerdict, describe_change, gate, sections_to_measure
 from ropeway.orchestration.revision import Revision
 from ropeway.registry import PRODUCTION, Artifact, Registry, Version
 from ropeway.runtime.errors import DataError, TemporaryError
+from ropeway.runtime.manifest import digest_of
 from ropeway.runtime.workspace import Workspace
 
 CANDIDATE = "candidate"
-Measure = Callable[[Version, str], Mapping[str, object] | None]
+Measure = Callable[[Version, Mapping[str, str]], Mapping[str, object] | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +56,8 @@ def check_publishing(workspace: Workspace) -> None:
 def publish_package(workspace: Workspace, profile: Profile, revision: Revision, measure: Measure) -> Publication:
     """Publish `runs/<profile>/package` unless the registry has it, and move `candidate` if the gate passes.
 
-    `measure` returns the metrics of a champion on the validation rows with a given digest, for a champion that was
-    evaluated on other rows; None if that fails.
+    `measure` returns sections of a champion's metrics, which are named as by `sections_to_measure`, for a champion that
+    was evaluated on other rows or questions; None if that fails.
 
     Raises:
         DataError: The package or eval.json is invalid.
@@ -73,10 +74,10 @@ def publish_package(workspace: Workspace, profile: Profile, revision: Revision, 
         return Publication("Unchanged", str(known), known.digest, None, settled, comparison, reviewable=reviewable)
     metrics = _read_metrics(workspace.evaluation)
     expected, champion = _find_champion(artifact)
-    opponent = _find_metrics(champion, metrics, measure) if champion else None
+    opponent = _find_metrics(champion, metrics, profile.gate, measure) if champion else None
     label = str(champion) if champion else None
     comparison = describe_change(metrics, opponent, _name_champion(artifact, champion))
-    verdict = gate(metrics, opponent, profile.gate, champion_name=label or "no champion")
+    verdict = gate(metrics, opponent, profile.gate, max_length=profile.max_length, champion_name=label or "no champion")
     done = artifact.publish(
         workspace.package,
         provenance=_provenance(revision, metrics, verdict, label) | {"opponent": dict(opponent or {})},
@@ -144,16 +145,21 @@ def _describe_known(artifact: Artifact, version: Version) -> str:
     return describe_change(facts.get("evaluation") or {}, opponent, against or f"earlier version of {artifact.name}")
 
 
-def _find_metrics(champion: Version, ours: Mapping[str, object], measure: Measure) -> Mapping[str, object]:
-    """Return a champion's metrics on this run's rows: the recorded ones, or measured now, or else on its own rows.
+def _find_metrics(
+    champion: Version, ours: Mapping[str, object], limits: Gate, measure: Measure
+) -> Mapping[str, object]:
+    """Return a champion's metrics on this run's rows and questions: recorded, measured now, or else as recorded.
 
-    Only the first two can pass the gate, which compares the digests of the rows.
+    Only the first two can pass the gate, which compares what was measured.
     """
     kept: Mapping[str, object] = champion.record["provenance"].get("evaluation", {})
-    rows = ours.get("validation")
-    if not isinstance(rows, str) or kept.get("validation") == rows:
+    needed = sections_to_measure(ours, kept, limits)
+    found = measure(champion, needed) if needed else None
+    if found is None:
         return kept
-    return measure(champion, rows) or kept
+    identities = [side.get("identities", {}) for side in (kept, found)]
+    merged = {name: value for one in identities if isinstance(one, Mapping) for name, value in one.items()}
+    return {**kept, **found, "identities": merged}
 
 
 def _provenance(
@@ -164,7 +170,12 @@ def _provenance(
         "dirty": bool(revision.dirty),
         "dirty_files": list(revision.dirty),
         "evaluation": dict(metrics),
-        "verdict": {"passed": verdict.passed, "against": champion, "lines": list(verdict.lines)},
+        "verdict": {
+            "passed": verdict.passed,
+            "against": champion,
+            "lines": list(verdict.lines),
+            "checks": [asdict(check) for check in verdict.checks],
+        },
     }
 
 
@@ -186,29 +197,32 @@ def _user() -> str:
 
 
 def measure_champion(
-    site: Site, workspace: Workspace, champion: Version, rows: str, write_line: LineWriter
+    site: Site, workspace: Workspace, champion: Version, sections: Mapping[str, str], write_line: LineWriter
 ) -> Mapping[str, object] | None:
-    """Return the champion's metrics on the rows with digest `rows`, or print why that failed and return None.
+    """Return these sections of the champion's metrics, or print why they cannot be measured and return None.
 
-    The champion's package is pulled, verified, and removed afterwards.
+    `sections` is as `sections_to_measure` returns it. The champion's package is pulled, verified, and removed
+    afterwards.
     """
-    place = site.root / ".work" / "champion" / f"{champion.digest[:12]}-{rows[:12]}"
+    key = digest_of(sorted(sections.items()))
+    place = site.root / ".work" / "champion" / f"{champion.digest[:12]}-{key[:12]}"
     out = place.with_suffix(".json")  # kept, since the same champion and rows may be needed again
     if not out.exists():
-        write_line(f"{champion} was evaluated on other validation rows; evaluating it on these")
+        what = ", ".join(sections)
+        write_line(f"{champion} was evaluated on other rows, questions or tasks; evaluating it on these ({what})")
         champion.pull(place)
         try:
-            code, _ = run_command(site, "champion", command(workspace, place, out), write_line)
+            code, _ = run_command(site, "champion", command(workspace, place, out, sections), write_line)
         finally:
             shutil.rmtree(place)
         if code:
-            write_line(f"{champion} cannot be evaluated on these rows, so the two models cannot be compared")
+            write_line(f"{champion} cannot be evaluated on these ({what}), so the two models cannot be compared")
             return None
     metrics: Mapping[str, object] = json.loads(out.read_bytes())
     return metrics
 
 
-def command(workspace: Workspace, folder: Path, out: Path) -> list[str]:
-    """Return the command that evaluates a package on a workspace's validation rows."""
+def command(workspace: Workspace, folder: Path, out: Path, sections: Iterable[str]) -> list[str]:
+    """Return the command that evaluates sections of a package on a workspace's rows and questions."""
     program = [sys.executable, "-m", "ropeway.stages.evaluate.champion"]
-    return [*program, str(workspace.root), workspace.profile, str(folder), str(out)]
+    return [*program, str(workspace.root), workspace.profile, str(folder), str(out), *sections]

@@ -1,15 +1,17 @@
 """The result of a run: the last lines in the terminal and the report in the Prefect UI."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ropeway.orchestration.cleanup import format_sizes
+from ropeway.orchestration.gate import GateVerdict
 from ropeway.orchestration.publish import Publication
 from ropeway.reporting.ledger_steps import ledger_rows
 from ropeway.reporting.markdown import plain, table
+from ropeway.reporting.verdict import split_verdict
 from ropeway.runtime.manifest import Json, json_mapping
-from ropeway.runtime.terminal import SHORT_DIGITS, AlignedTable, Paragraph, render, show
+from ropeway.runtime.terminal import SHORT_DIGITS, AlignedTable, Paragraph, format_count, render, show
 from ropeway.runtime.workspace import Workspace
 
 
@@ -42,7 +44,7 @@ def print_result(result: Result, page: str | None) -> None:
     facts += [
         ("version", f"{published.version} ({published.digest[:SHORT_DIGITS]}): {published.words}"),
         ("compared", published.comparison),
-        ("gate", "" if published.verdict is None else "passed" if published.verdict.passed else "NOT PASSED"),
+        *_describe_verdict(published.verdict),
         ("package", str(result.workspace.package)),
         ("details", f"ropeway registry show {published.version}"),
         ("run page", page or "none: this run did not use Prefect"),
@@ -53,6 +55,15 @@ def print_result(result: Result, page: str | None) -> None:
     width = max(len(name) for name, _ in facts)
     lines = [Paragraph(f"  {name:<{width}}  {words}", indent=width + 2) for name, words in facts if words]
     show("", f"{result.workspace.profile}: {published.state} in {result.seconds:.0f} s", *lines)
+
+
+def _describe_verdict(verdict: GateVerdict | None) -> list[tuple[str, str]]:
+    """Return the gate's result, and each comparison that failed, as (fact, words)."""
+    if verdict is None:
+        return []
+    failed, count = verdict.failed, format_count(len(verdict.checks), "comparison")
+    words = "passed" if verdict.passed else f"NOT PASSED, {len(failed)} of {count} failed"
+    return [("gate", words), *(("", line) for line in failed)]
 
 
 def _next_action(result: Result) -> str:
@@ -87,13 +98,14 @@ def read_ledger(workspace: Workspace) -> list[dict[str, str]]:
 def draw_report(result: Result) -> str:
     """Return the run's report in markdown."""
     published, name = result.publication, result.workspace.profile
-    verdict = [f"- {plain(line)}" for line in published.verdict.lines] if published.verdict else []
+    notes, checks = split_verdict(asdict(published.verdict)) if published.verdict else ([], [])
+    verdict = "\n\n".join(filter(None, ["\n".join(f"- {note}" for note in notes), table(checks)]))
     stages = [{"stage": plain(stage), "state": state} for stage, state in result.stages.items()]
     parts = [
         f"# {published.version}: {published.state}",
         published.words,
         *([plain(_note_edits(result))] if result.edited else []),
-        *(["## Gate", "\n".join(verdict)] if verdict else []),
+        *(["## Gate", verdict] if verdict else []),
         "## Validation",
         table(_evaluation_rows(result.workspace)) or "No metrics.",
         "## Training",

@@ -78,11 +78,15 @@ def draw_version(version: Facts) -> RenderableType:
 
 
 def _describe_verdict(verdict: object) -> dict[str, str]:
-    """Return the verdict of the gate as a fact; an empty mapping if there was no gate."""
+    """Return the verdict of the gate and its failed comparisons as facts; an empty mapping if there was no gate."""
     if not isinstance(verdict, Mapping):
         return {}
     against = verdict.get("against") or "its base model alone"
-    return {"gate": f"{'passed' if verdict.get('passed') else 'not passed'}, compared with {against}"}
+    failed = [check["words"] for check in verdict.get("checks", ()) if not check["passed"]]
+    return {
+        "gate": f"{'passed' if verdict.get('passed') else 'not passed'}, compared with {against}",
+        **{f"gate, failed {number}": words for number, words in enumerate(failed, 1)},
+    }
 
 
 def _score_rows(evaluation: object) -> Iterator[tuple[str, ...]]:

@@ -12,6 +12,7 @@ from ropeway.reporting.ledger_steps import ledger_rows
 from ropeway.reporting.loss_curves import Curve, loss_curves
 from ropeway.reporting.markdown import code, plain
 from ropeway.reporting.render import collapse, render
+from ropeway.reporting.verdict import split_verdict
 from ropeway.runtime.manifest import Json
 from ropeway.runtime.terminal import format_moment
 
@@ -34,12 +35,16 @@ def render_review(case: ReviewCase, *, with_pictures: bool = True) -> str:
     curves = _plan_curves(case) if with_pictures else []
     made = [step for step in case.new.steps if not step.get("left_out")]
     params, data = (_changes(case, prefixes) for prefixes in ((_PARAMS,), _DATA))
+    verdict = case.new.facts["provenance"].get("verdict")
+    notes, checks = split_verdict(verdict) if verdict else ([], [])
     return _render(
         case,
         only_summary=False,
         heading="#",
         losses=_losses(case),
-        verdict=case.new.facts["provenance"].get("verdict"),
+        verdict=verdict,
+        gate_notes=notes,
+        gate_checks=checks,
         tasks=_tasks(case),
         picture=_draw_curves(curves),
         curves=_curve_rows(curves),
@@ -123,7 +128,7 @@ def _tasks(case: ReviewCase) -> list[dict[str, str]]:
         for metric in name_metrics(task["tuned"]):
             row = {"task": plain(name), "metric": plain(metric), "base": _format_score(task["base"], metric)}
             if case.old:
-                theirs = _comparable_scores(case.old.metrics, name, task)
+                theirs = _comparable_scores(_production_metrics(case), name, task)
                 row[f"production ({plain(case.old.label)})"] = _format_score(theirs, metric)
             rows.append({**row, f"**{plain(case.new.label)}**": f"**{_format_score(task['tuned'], metric)}**"})
     return rows

@@ -3,7 +3,6 @@ import sys
 
 import pytest
 
-from ropeway.config.params import Gate
 from ropeway.orchestration import publish as champion
 from ropeway.orchestration.dvc_stage import Site
 from ropeway.orchestration.publish import publish_package
@@ -13,13 +12,19 @@ from ropeway.runtime.errors import DataError, RegistryError
 from ropeway.runtime.lock import workspace_lock
 from ropeway.runtime.manifest import write_json, write_manifest
 from ropeway.runtime.workspace import Workspace
+from tests.support.gate_limits import make_limits
 from tests.support.registry_world import make_pages
 
 COMMIT = Revision("a" * 40, ())
 
 
 class Profile:
-    gate = Gate(max_loss_increase_nats=0.01, min_gain_over_base_nats=1.0)
+    gate = make_limits()
+    max_length = 512
+
+
+class SkillProfile(Profile):
+    gate = make_limits(max_passkey_decrease=0.1, max_task_decrease_errors=2.0)
 
 
 def metrics(loss, rows="rows"):
@@ -28,6 +33,12 @@ def metrics(loss, rows="rows"):
         "mean": {"base": 8.0, "tuned": loss},
         "validation": rows,
     }
+
+
+def skills(passkeys=1.0, quiz=0.6):
+    keys = {model: {"by_length": {"256": 1.0, "512": value}} for model, value in (("base", 0.0), ("tuned", passkeys))}
+    task = {"version": "1", "shots": 0, "n": 100, "lower_is_better": [], "tuned": {"acc": quiz, "acc_stderr": 0.03}}
+    return {"passkey": keys, "tasks": {"quiz": task}, "identities": {"passkey": "k", "tasks": "t"}}
 
 
 @pytest.fixture
@@ -45,13 +56,13 @@ def no_measurement(*_):
     raise AssertionError("no champion had to be measured")
 
 
-def make(workspace, loss, *, rows="rows", measure=no_measurement):
-    """Make a package whose bytes tell its loss, and publish it."""
+def make(workspace, loss, *, rows="rows", also=None, measure=no_measurement):
+    """Make a package whose bytes tell its loss, and publish it; with `also`, skills, under a gate that sees them."""
     workspace.package.mkdir(parents=True, exist_ok=True)
     write_json(workspace.package / "weights.json", {"loss": loss})
     write_manifest(workspace.package, {})
-    write_json(workspace.evaluation, metrics(loss, rows))
-    return publish_package(workspace, Profile(), COMMIT, measure)
+    write_json(workspace.evaluation, metrics(loss, rows) | (also or {}))
+    return publish_package(workspace, SkillProfile() if also else Profile(), COMMIT, measure)
 
 
 def candidate(registry):
@@ -117,6 +128,50 @@ def test_what_the_gate_rejects_is_published_and_moves_nothing(workspace, registr
     assert candidate(registry) == first.digest
 
 
+@pytest.mark.parametrize(
+    ("lost", "line"),
+    [
+        ({"passkeys": 0.0}, "passkeys at 512 tokens: 0.000, laptop@v1 1.000"),
+        ({"quiz": 0.4}, "quiz, acc: 0.400, laptop@v1 0.600"),
+    ],
+    ids=["long context", "task"],
+)
+def test_a_run_with_a_lower_loss_that_lost_a_skill_does_not_become_candidate(workspace, registry, lost, line):
+    first = make(workspace, 5.0, also=skills())
+    second = make(workspace, 4.0, also=skills(**lost))
+    assert (second.state, candidate(registry)) == ("Rejected", first.digest)
+    assert second.comparison.startswith("better than")
+    (failed,) = second.verdict.failed
+    assert failed.startswith(line)
+    kept = registry.version("laptop@v2").describe()["provenance"]["verdict"]
+    assert [check["words"] for check in kept["checks"] if not check["passed"]] == [failed]
+    assert make(workspace, 3.0, also=skills()).state == "Published"
+
+
+def test_an_older_champion_is_measured_on_what_it_lacks_and_then_compared(workspace, registry):
+    make(workspace, 5.0)
+    asked = []
+
+    def measure(version, sections):
+        asked.append((str(version), set(sections)))
+        return skills(passkeys=0.9)
+
+    second = make(workspace, 4.9, also=skills(passkeys=0.85), measure=measure)
+    assert asked == [("laptop@v1", {"passkey", "tasks"})]
+    assert second.state == "Published"
+    assert "docs: 4.900, laptop@v1 5.000: -0.100 nats/token, allowed +0.010" in second.verdict.lines
+    assert "passkeys at 512 tokens: 0.850, laptop@v1 0.900: -0.050, allowed -0.100" in second.verdict.lines
+    assert registry.version("laptop@v2").describe()["provenance"]["opponent"]["validation"] == "rows"
+
+
+def test_an_older_champion_that_cannot_be_measured_is_not_beaten_and_the_metrics_are_named(workspace):
+    make(workspace, 5.0)
+    second = make(workspace, 4.0, also=skills(), measure=lambda *_: None)
+    assert second.state == "Rejected"
+    assert [line.split(":")[0] for line in second.verdict.failed] == ["passkeys", "task quiz"]
+    assert all("laptop@v1 was not evaluated on" in line for line in second.verdict.failed)
+
+
 def test_a_run_that_died_between_publishing_and_promoting_is_finished_by_the_next(workspace, registry, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Version, "promote", lambda *_, **__: sys.exit("killed"))
@@ -165,12 +220,12 @@ def test_on_other_rows_the_champion_is_measured_before_they_are_compared(workspa
     make(workspace, 5.0)
     asked = []
 
-    def measure(version, rows):
-        asked.append((str(version), rows))
+    def measure(version, sections):
+        asked.append((str(version), sections))
         return metrics(6.0, "others")
 
     second = make(workspace, 5.9, rows="others", measure=measure)
-    assert asked == [("laptop@v1", "others")]
+    assert asked == [("laptop@v1", {"losses": "others"})]
     assert second.state == "Published"
     assert "docs: 5.900, laptop@v1 6.000: -0.100 nats/token, allowed +0.010" in second.verdict.lines
 
@@ -190,7 +245,8 @@ def test_the_champion_is_pulled_verified_measured_once_and_removed(workspace, re
     program += "out.write_text(json.dumps([json.loads((folder / 'weights.json').read_text())['loss']]))"
     calls, said = [], []
 
-    def command(_workspace, folder, out):
+    def command(_workspace, folder, out, sections):
+        assert list(sections) == ["losses", "passkey"]
         calls.append(folder)
         return [sys.executable, "-c", program, str(folder), str(out)]
 
@@ -198,7 +254,11 @@ def test_the_champion_is_pulled_verified_measured_once_and_removed(workspace, re
     with workspace_lock(workspace.root, command="test") as held:
         for _ in range(2):
             found = champion.measure_champion(
-                Site(workspace.root, held), workspace, registry.version("laptop@v1"), "b" * 64, said.append
+                Site(workspace.root, held),
+                workspace,
+                registry.version("laptop@v1"),
+                {"losses": "b" * 64, "passkey": "c" * 64},
+                said.append,
             )
             assert found == (None if code else [5.0])
     assert len(calls) == (2 if code else 1)

@@ -1,12 +1,15 @@
 import copy
+import functools
 import math
 
 import pytest
 
-from ropeway.config.params import Gate
-from ropeway.orchestration.gate import describe_change, gate
+from ropeway.orchestration import gate as module
+from ropeway.orchestration.gate import describe_change
+from tests.support.gate_limits import make_limits
 
-LIMITS = Gate(max_loss_increase_nats=0.01, min_gain_over_base_nats=1.0)
+LIMITS = make_limits()
+gate = functools.partial(module.gate, max_length=512)
 
 
 def measured(chat=1.4, docs=2.0, *, base=4.0, validation="rows"):
@@ -39,7 +42,7 @@ def test_a_gain_on_one_source_does_not_pay_for_a_loss_on_another():
     verdict = gate(measured(chat=0.5, docs=2.1), measured(), LIMITS, champion_name="laptop@v7")
     assert not verdict.passed
     assert "docs: 2.100, laptop@v7 2.000: +0.100 nats/token, allowed +0.010" in verdict.lines
-    assert str(verdict).startswith("gate: not passed\n  mean loss")
+    assert str(verdict).startswith("gate: not passed\n  passed  mean loss")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, None, "1.0", True])
@@ -119,7 +122,7 @@ TABLE = [
 
 @pytest.mark.parametrize(("ours", "theirs", "allowed", "asked", "passes", "says"), TABLE)
 def test_the_gate_s_table(ours, theirs, allowed, asked, passes, says):
-    limits = Gate(max_loss_increase_nats=allowed, min_gain_over_base_nats=asked)
+    limits = make_limits(max_loss_increase_nats=allowed, min_gain_over_base_nats=asked)
     verdict = gate(ours, theirs, limits, champion_name="v7")
     assert verdict.passed is passes, verdict
     assert any(says in line for line in verdict.lines), verdict

@@ -133,7 +133,7 @@ def test_the_report_of_a_review_has_all_that_a_decision_needs(workspace, registr
     assert "# Promote laptop@v2 to production?" in report
     assert "| docs | loss, nats/token | 8.000 | 5.000 | **4.500** | -0.500 (better) |" in report
     assert "| docs | accuracy | 0.100 | 0.200 | **0.222** | +0.022 (better) |" in report
-    assert "- docs: 4.500, laptop@v1 5.000: -0.500 nats/token" in report
+    assert "| docs | 4.500 | 5.000 (laptop@v1) | -0.500 nats/token | +0.010 | passed |" in report
     assert "| `learning_rate` | 0.002 | 0.003 |" in report
     assert re.search(r"\| `ledger\.sources\.0\.records\.read` \| 8 \| 9 \|", report)
     assert "| docs | epoch 0: supervised | = |  | 30 |" in report
@@ -142,6 +142,26 @@ def test_the_report_of_a_review_has_all_that_a_decision_needs(workspace, registr
     assert "f" * 64 in report
     prompt = r"What is a list? \| &lt;b&gt;bold&lt;/b&gt;"
     assert rf"| {prompt} | An answer at 5.0. ⏎  ⏎ \| with a table \| | An answer at 4.5." in report
+
+
+def test_a_review_shows_failed_comparisons_first(workspace, registry):
+    decide(registry, open_case(registry, make_version(workspace, 5.0)), YES)
+    lost = open_case(registry, make_version(workspace, 5.5))
+    report = render_review(lost)
+    (table,) = re.findall(r"\| check .*?\n\n", report, re.DOTALL)
+    rows = table.strip().splitlines()[2:]
+    assert rows == [
+        "| docs | 5.500 | 5.000 (laptop@v1) | +0.500 nats/token | +0.010 | **not passed** |",
+        "| mean loss over sources | 5.500 | 8.000 (the base) | -2.500 nats/token | -1.000 | passed |",
+    ]
+    assert "- passed: no champion to compare with" in render_review(open_case(registry, "laptop@v1"))
+
+
+def test_a_review_of_a_version_without_a_table_of_comparisons_shows_its_sentences(workspace, registry):
+    case = open_case(registry, make_version(workspace, 5.0))
+    del case.new.facts["provenance"]["verdict"]["checks"]
+    report = render_review(case)
+    assert "- mean loss over sources: base 8.000, tuned 5.000: gain +3.000 nats/token, required 1.000" in report
 
 
 def test_the_curves_of_a_review_are_a_picture_inside_the_page(workspace, registry):

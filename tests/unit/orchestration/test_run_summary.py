@@ -1,8 +1,10 @@
 """The last lines of a run: what it produced, whether that is better than production, what to do next."""
 
+from dataclasses import replace
+
 import pytest
 
-from ropeway.orchestration.gate import GateVerdict
+from ropeway.orchestration.gate import GateCheck, GateVerdict
 from ropeway.orchestration.publish import Publication
 from ropeway.orchestration.run_summary import Result, draw_table, print_result
 from ropeway.runtime.manifest import write_json
@@ -35,6 +37,15 @@ def test_a_run_ends_with_its_version_the_comparison_and_the_next_command(tmp_pat
     whole = (page, str(tmp_path))
     assert all(len(line) <= width for line in out.splitlines() if not any(word in line for word in whole))
     assert page in words
+
+
+def test_a_rejected_run_ends_with_the_comparisons_that_failed(tmp_path, capsys):
+    result = make_result(tmp_path, "Rejected")
+    checks = tuple(GateCheck(passed=not number, words=f"check {number}: worse") for number in range(3))
+    verdict = GateVerdict(passed=False, checks=checks)
+    print_result(replace(result, publication=replace(result.publication, verdict=verdict)), None)
+    words = " ".join(capsys.readouterr().out.split())
+    assert "gate NOT PASSED, 2 of 3 comparisons failed check 1: worse check 2: worse package" in words
 
 
 @pytest.mark.parametrize(

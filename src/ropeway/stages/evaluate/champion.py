@@ -1,54 +1,62 @@
-"""Scores another model on this run's validation rows, so that the gate compares both models on the same data.
+"""Evaluates another model on this run's rows and questions, so that the gate compares both models on the same.
 
-`python -m ropeway.stages.evaluate.champion ROOT PROFILE FOLDER OUT`, started where the validation data has changed.
+`python -m ropeway.stages.evaluate.champion ROOT PROFILE FOLDER OUT SECTION...`, started where the recorded evaluation
+of the champion is of other rows or questions, or lacks a section that the gate compares.
 """
 
 import sys
 import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ropeway.config.frozen import FrozenInputs
 from ropeway.config.params import EvaluateParams
-from ropeway.data.shards import open_shards
 from ropeway.runtime.errors import RopewayError
 from ropeway.runtime.manifest import file_sha256, write_json
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.evaluate.evaluation_workers import plan_workers
 from ropeway.stages.evaluate.load_model import check_template
-from ropeway.stages.evaluate.measuring import EvalRequest, measure_folder
-from ropeway.stages.evaluate.stage import report_scores
+from ropeway.stages.evaluate.measuring import measure_folder
+from ropeway.stages.evaluate.stage import identify_sections, plan_measurements, report_scores, report_skills
 from ropeway.stages.evaluate.text import retokenize
 
 _REMEDY = "It cannot be compared on this run's data. Choose another champion: `ropeway registry promote` or `rollback`"
 
 
-def measure_champion(workspace: Workspace, profile: EvaluateParams, folder: Path, out: Path) -> None:
-    """Write to `out` the scores that eval.json would have with `folder`, a pulled package, as the tuned model.
+def measure_champion(
+    workspace: Workspace, profile: EvaluateParams, folder: Path, out: Path, sections: Sequence[str]
+) -> None:
+    """Write to `out` what eval.json would have in `sections` with `folder`, a pulled package, as the tuned model.
 
     A model with another tokenizer than the run's is scored on the same texts in its own tokens. The report then has
-    that tokenizer's digest, and only its nats/byte can be compared.
+    that tokenizer's digest; of its losses only nats/byte can be compared, and losses by position are left out.
 
     Raises:
         DataError: Its chat template is not the one of the validation rows.
-        ConfigError: Its tokenizer lacks a special token of the template.
+        ConfigError: Its tokenizer lacks a special token of the template, or the harness is not installed.
         TemporaryError: As in `measure_folder`.
     """
-    shards = open_shards(workspace.data)
+    request = plan_measurements(workspace, profile, sections)
+    shards, identities = request.shards, identify_sections(workspace, request)
     check_template(folder, shards, remedy=_REMEDY)
     tokenizer = file_sha256(folder / "tokenizer.json")
     with tempfile.TemporaryDirectory() as scratch:
-        request = EvalRequest(shards, profile)
         if tokenizer != shards.manifest["tokenizer"]:
-            request = EvalRequest(*retokenize(shards, profile, workspace.base, folder, Path(scratch)))
+            rows, reading = retokenize(shards, profile, workspace.base, folder, Path(scratch))
+            request = replace(request, shards=rows, profile=reading, long_rows=())
         result = measure_folder(folder, folder, request, gpus=plan_workers(), name="champion")
-    report = report_scores(shards, profile, {"tuned": result.scores}, tokenizer_folder=workspace.base)
+    report = report_skills(request, {"tuned": result}, identities)
+    if request.losses:
+        report |= report_scores(shards, profile, {"tuned": result.scores}, tokenizer_folder=workspace.base)
     write_json(out, {**report, "tokenizer": tokenizer})
 
 
 if __name__ == "__main__":
     try:
-        at, name, package, report = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4])
-        measure_champion(Workspace(at, name), FrozenInputs.load(at).profile("evaluate"), package, report)
+        at, name, package, report, *wanted = sys.argv[1:]
+        inputs = FrozenInputs.load(Path(at)).profile("evaluate")
+        measure_champion(Workspace(Path(at), name), inputs, Path(package), Path(report), wanted)
     except RopewayError as error:
         print(error, flush=True)
         sys.exit(error.exit_code)

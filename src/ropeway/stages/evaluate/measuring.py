@@ -29,6 +29,7 @@ class EvalRequest:
 
     shards: Shards  # the validation rows to score
     profile: EvaluateParams  # the params that evaluate reads
+    losses: bool = True  # whether the validation rows are scored
     long_rows: Sequence[LongRow] = ()  # for losses by position; empty: not measured
     questions: Sequence[PasskeyQuestion] = ()  # passkey retrieval; empty: not measured
     samples: Sequence[tuple[str, str]] = ()  # (prompt, configuration) of each sample answer; empty: not generated
@@ -55,7 +56,7 @@ class ModelResult:
         curves: `""` and, where the model has a RoPE scaling, `_unscaled` -> one score per bucket of positions.
     """
 
-    scores: list[Score]  # one per source
+    scores: list[Score]  # one per source; empty if not requested
     curves: dict[str, list[Score]]
     passkeys: list[PasskeyAnswer]  # one per passkey question
     answers: list[str]  # one per sample
@@ -75,7 +76,7 @@ def measure_folder(folder: Path, like: Path, request: EvalRequest, *, gpus: GpuA
     parts = run_shares(measure_share, (folder, like, _without_memory_maps(request)), gpus)
     sums = merge_shares([part.batches for part in parts])
     return ModelResult(
-        scores=score_sources(sums, request.shards, name=name),
+        scores=score_sources(sums, request.shards, name=name) if request.losses else [],
         curves=score_positions(merge_shares([part.positions for part in parts])),
         passkeys=merge_shares([part.passkeys for part in parts]),
         answers=merge_shares([part.answers for part in parts]),
@@ -89,7 +90,7 @@ def measure_share(folder: Path, like: Path, request: EvalRequest, share: Share) 
     template = open_template(folder)
     wanted, seed = request.profile.evaluation, request.profile.rng_seed
     with cpu_threads_for(model, single_threaded_below=SCORE_SINGLE_THREADED_BELOW):
-        batches = sum_batches(model, request.shards, request.profile, share=share)
+        batches = sum_batches(model, request.shards, request.profile, share=share) if request.losses else []
         positions = sum_positions(model, request.long_rows, wanted.positions, share=share)
     with cpu_threads_for(model, single_threaded_below=GENERATE_SINGLE_THREADED_BELOW):
         passkeys = answer_questions(model, tokenizer, template, share.of(request.questions), seed=seed)

@@ -9,13 +9,14 @@ Source of the text: Mohtashami and Jaggi 2023, "Landmark Attention", arXiv:2305.
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ropeway.config.params import Passkey
 from ropeway.models.chat_template import ChatTemplate
 from ropeway.runtime.errors import ConfigError
+from ropeway.runtime.manifest import digest_of
 from ropeway.stages.evaluate.samples import encode_text, generate_answer
 
 _INTRODUCTION = (
@@ -134,10 +135,21 @@ def _largest_fitting(fits: Callable[[int], bool]) -> int:
     return low
 
 
-def report_passkey(answers: Mapping[str, Sequence[PasskeyAnswer]]) -> dict[str, dict[str, float]]:
-    """Return the passkey section of eval.json: how many keys each model found."""
+def identify_questions(questions: Sequence[PasskeyQuestion]) -> str:
+    """Return a digest of the questions and their wording: reports with equal digests are comparable."""
+    return digest_of([[asdict(one) for one in questions], _INTRODUCTION, _FILLER, _KEY, _QUESTION, _OPENING])
+
+
+def report_passkey(answers: Mapping[str, Sequence[PasskeyAnswer]]) -> dict[str, dict[str, object]]:
+    """Return the passkey section of eval.json: how many keys each model found, in all and by length."""
+    lengths = table_lengths(answers)
     return {
-        name: {"asked": len(found), "right": sum(one.is_correct for one in found), "accuracy": round(_share(found), 6)}
+        name: {
+            "asked": len(found),
+            "right": sum(one.is_correct for one in found),
+            "accuracy": round(_share(found), 6),
+            "by_length": {str(line["length"]): line[name] for line in lengths},
+        }
         for name, found in answers.items()
     }
 

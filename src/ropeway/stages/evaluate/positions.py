@@ -4,6 +4,7 @@ The rows are longer than the training context, so validation texts are concatena
 measured on the same rows. Shapes: T tokens, K buckets.
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from ropeway.data.shards import Shards
 from ropeway.models.open_model import rope_of
 from ropeway.models.rope import has_layer_types
 from ropeway.runtime.errors import DataError
+from ropeway.runtime.manifest import digest_of
 from ropeway.stages.evaluate.evaluation_workers import Share
 from ropeway.stages.evaluate.token_scores import Score, Sums, add_sums, sum_batch
 
@@ -120,6 +122,12 @@ def _batch(row: LongRow, bucket_tokens: int) -> Batch:
         loss_mask=row.mask[None],
         sources=(positions // bucket_tokens).astype(np.int16)[None],
     )
+
+
+def identify_rows(rows: Sequence[LongRow], wanted: Positions, max_length: int) -> str:
+    """Return a digest of rows, buckets and `max_length`: reports with equal digests are comparable."""
+    parts = [[hashlib.sha256(part.astype("<i8").tobytes()).hexdigest() for part in (row.ids, row.mask)] for row in rows]
+    return digest_of([parts, wanted.bucket_tokens, max_length])
 
 
 def report_positions(curves: Mapping[str, Sequence[Score]], wanted: Positions, max_length: int) -> dict[str, object]:

@@ -10,7 +10,7 @@ tables/*.csv               scores, positions, passkey (share by length), passkey
 
 import csv
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypedDict
@@ -41,6 +41,7 @@ from ropeway.stages.evaluate.text import count_bytes
 from ropeway.stages.evaluate.token_scores import Score, all_rows, check_supervised
 
 Table = Sequence[Mapping[str, object]]
+SECTIONS = ("losses", "positions", "passkey", "tasks")  # of eval.json, as the gate names them
 
 
 def run(workspace: Workspace, profile: EvaluateParams) -> None:
@@ -57,21 +58,12 @@ def run(workspace: Workspace, profile: EvaluateParams) -> None:
     check_data(workspace.model, request.shards)
     found = measure_both(workspace, request)
     scores = {name: one.scores for name, one in found.items()}
-    curves = {f"{name}{kind}": curve for name, one in found.items() for kind, curve in one.curves.items()}
-    keys = {name: one.passkeys for name, one in found.items()}
-    wanted = profile.evaluation.positions
     measured = report_scores(request.shards, profile, scores, tokenizer_folder=workspace.base)
-    report: dict[str, object] = {
-        **measured,
-        "positions": positions.report_positions(curves, wanted, profile.max_length),
-        "passkey": passkey.report_passkey(keys),
-    }
-    if request.tasks:
-        report["tasks"] = report_tasks({name: one.tasks for name, one in found.items()})
-        report["harness"] = f"lm_eval {harness_version(request.tasks.names)}"
+    report = {**measured, **report_skills(request, found, identify_sections(workspace, request))}
     write_json(workspace.evaluation, report)
     _write_samples(workspace, request, prompts, {name: one.answers for name, one in found.items()})
-    tables = plan_tables(measured["sources"], positions.table_positions(curves, wanted), keys)
+    lines = positions.table_positions(_name_curves(found), profile.evaluation.positions)
+    tables = plan_tables(measured["sources"], lines, {name: one.passkeys for name, one in found.items()})
     write_tables(workspace.tables, tables)
     print(f"{len(request.samples)} sample answers per model in {workspace.samples}; tables in {workspace.tables}")
 
@@ -86,16 +78,25 @@ def plan_request(workspace: Workspace, profile: EvaluateParams) -> tuple[list[st
             frozen.text("prompts", wanted.sampling), wanted.sampling
         ).items()
     }
-    shards = open_shards(workspace.data)
-    check_data(workspace.base, shards)
-    return prompts, EvalRequest(
+    request = plan_measurements(workspace, profile)
+    check_data(workspace.base, request.shards)
+    return prompts, replace(request, samples=plan_samples(prompts, configurations), configurations=configurations)
+
+
+def plan_measurements(
+    workspace: Workspace, profile: EvaluateParams, sections: Collection[str] = SECTIONS
+) -> EvalRequest:
+    """Return the request for sections of eval.json, without sample answers."""
+    shards, wanted = open_shards(workspace.data), profile.evaluation
+    return EvalRequest(
         shards=shards,
         profile=profile,
-        long_rows=positions.plan_long_rows(shards, profile),
-        questions=passkey.plan_passkey_questions(wanted.passkey, seed=profile.rng_seed),
-        samples=plan_samples(prompts, configurations),
-        configurations=configurations,
-        tasks=open_tasks(wanted.tasks, workspace.root, workspace.tasks),
+        losses="losses" in sections,
+        long_rows=positions.plan_long_rows(shards, profile) if "positions" in sections else (),
+        questions=passkey.plan_passkey_questions(wanted.passkey, seed=profile.rng_seed)
+        if "passkey" in sections
+        else (),
+        tasks=open_tasks(wanted.tasks, workspace.root, workspace.tasks) if "tasks" in sections else None,
     )
 
 
@@ -141,6 +142,36 @@ def _write_samples(
     name = f"{workspace.profile}-{trained['steps']}"
     report = report_samples(name, prompts, request.configurations, answers, args)
     write_json(workspace.samples, report)
+
+
+def identify_sections(workspace: Workspace, request: EvalRequest) -> dict[str, str]:
+    """Return section of eval.json -> digest of what it measures; two models can be compared where it is equal."""
+    profile, tasks = request.profile, FrozenInputs.load(workspace.root).value("tasks")
+    identities = {
+        "positions": positions.identify_rows(request.long_rows, profile.evaluation.positions, profile.max_length),
+        "passkey": passkey.identify_questions(request.questions),
+    }
+    return identities | ({"tasks": digest_of(tasks)} if request.tasks else {})
+
+
+def report_skills(
+    request: EvalRequest, found: Mapping[str, ModelResult], identities: Mapping[str, str]
+) -> dict[str, object]:
+    """Return the other sections of eval.json, as far as they were requested: positions, passkeys, tasks."""
+    report: dict[str, object] = {}
+    if request.long_rows:
+        wanted, border = request.profile.evaluation.positions, request.profile.max_length
+        report["positions"] = positions.report_positions(_name_curves(found), wanted, border)
+    if request.questions:
+        report["passkey"] = passkey.report_passkey({name: one.passkeys for name, one in found.items()})
+    if request.tasks:
+        report["tasks"] = report_tasks({name: one.tasks for name, one in found.items()})
+        report["harness"] = f"lm_eval {harness_version(request.tasks.names)}"
+    return {**report, "identities": {name: one for name, one in identities.items() if name in report}}
+
+
+def _name_curves(found: Mapping[str, ModelResult]) -> dict[str, list[Score]]:
+    return {f"{name}{kind}": curve for name, one in found.items() for kind, curve in one.curves.items()}
 
 
 class ScoreReport(TypedDict):

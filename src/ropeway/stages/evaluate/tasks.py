@@ -52,6 +52,7 @@ class TaskScore:
     shots: int  # few-shot examples per question
     n: int  # number of questions
     metrics: Mapping[str, float]  # e.g. `acc`, and `<metric>_stderr` where the harness computes it
+    lower_is_better: tuple[str, ...] = ()  # metrics such as perplexities, without the name of a filter
 
 
 def harness_version(names: Sequence[str]) -> str:
@@ -158,6 +159,9 @@ def run_tasks(
             shots=int(found["n-shot"].get(name, 0)),
             n=int(line["sample_len"]),
             metrics=read_metrics(name, line),
+            lower_is_better=tuple(
+                sorted(metric for metric, higher in found["higher_is_better"].get(name, {}).items() if higher is False)
+            ),
         )
         for name, line in sorted(found["results"].items())
     }
@@ -209,13 +213,14 @@ def read_metrics(task: str, line: Mapping[str, object]) -> dict[str, float]:
 
 
 def report_tasks(found: Mapping[str, Mapping[str, TaskScore]]) -> dict[str, object]:
-    """Return the tasks section of eval.json: task -> version, shots, n, and the metrics of each model."""
+    """Return the tasks section of eval.json: task -> version, shots, n, directions, and the metrics of each model."""
     first = next(iter(found.values()))
     return {
         name: {
             "version": one.version,
             "shots": one.shots,
             "n": one.n,
+            "lower_is_better": list(one.lower_is_better),
             **{model: dict(scores[name].metrics) for model, scores in found.items()},
         }
         for name, one in first.items()

@@ -196,7 +196,7 @@ def test_two_evaluations_of_one_run_give_the_same_bytes(tmp_path):
         seen.append((workspace.evaluation.read_bytes(), workspace.samples.read_bytes(), shown))
     assert seen[0] == seen[1]
     report = json.loads(seen[0][0])
-    assert set(report) == {"sources", "mean", "validation", "tokenizer", "rows", "positions", "passkey"}
+    assert set(report) == {"sources", "mean", "validation", "tokenizer", "rows", "positions", "passkey", "identities"}
     assert list(report["sources"]) == ["talk", "text"]
     assert report["rows"] == 14
     means = [report["sources"][name]["tuned"]["loss"] for name in ("talk", "text")]

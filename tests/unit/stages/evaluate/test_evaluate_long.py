@@ -199,7 +199,12 @@ def test_a_lookup_table_finds_every_key_and_a_constant_model_none(run):
         seed=7,
     )
     assert [one.question for one in found] == questions
-    assert passkey.report_passkey({"tuned": found})["tuned"] == {"asked": 12, "right": 12, "accuracy": 1.0}
+    assert passkey.report_passkey({"tuned": found})["tuned"] == {
+        "asked": 12,
+        "right": 12,
+        "accuracy": 1.0,
+        "by_length": {"192": 1.0, "256": 1.0},
+    }
     constant = tokenizer("7", add_special_tokens=False)["input_ids"][-1]
     wrong = answer_questions(
         speaker(model, lambda *_: constant), tokenizer, OPEN_ASSISTANT, plan_passkey_questions(KEYS, seed=7), seed=7

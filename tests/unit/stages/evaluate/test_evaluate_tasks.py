@@ -61,12 +61,13 @@ def test_without_tasks_neither_the_harness_nor_the_task_folder_is_needed(tmp_pat
 
 
 def test_the_report_has_the_scores_of_base_and_tuned_model():
-    base, tuned = (TaskScore("1.0", 2, 24, {"acc": value, "acc_stderr": 0.1}) for value in (0.25, 0.5))
+    base, tuned = (TaskScore("1.0", 2, 24, {"acc": value, "acc_stderr": 0.1}, ("perplexity",)) for value in (0.25, 0.5))
     assert report_tasks({"base": {"t": base}, "tuned": {"t": tuned}}) == {
         "t": {
             "version": "1.0",
             "shots": 2,
             "n": 24,
+            "lower_is_better": ["perplexity"],
             "base": {"acc": 0.25, "acc_stderr": 0.1},
             "tuned": {"acc": 0.5, "acc_stderr": 0.1},
         }

@@ -122,7 +122,7 @@ def test_a_champion_with_another_tokenizer_is_scored_in_nats_per_byte(run, tmp_p
     torch.nn.init.zeros_(model.lm_head.weight)  # each token costs ln V: the sums are known
     model.save_pretrained(other)
     write_manifest(other, {"steps": 3})
-    measure_champion(workspace, profile, other, tmp_path / "champion.json")
+    measure_champion(workspace, profile, other, tmp_path / "champion.json", ["losses"])
     found = json.loads((tmp_path / "champion.json").read_text())
     assert found["tokenizer"] != shards.manifest["tokenizer"]
     sizes = count_bytes(shards, profile, workspace.base)
