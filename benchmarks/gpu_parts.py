@@ -461,10 +461,11 @@ gpu_bench:
     max_new_tokens: 4
     positions: {{rows: 2, row_tokens: 96, bucket_tokens: 32}}
     passkey: {{lengths: [384], depths: [0.5], repeats: 1}}
+    long_context: null
     tasks: []
   gate: {{max_loss_increase_nats: 0.01, min_gain_over_base_nats: 0.1,
     max_accuracy_decrease: null, max_position_loss_increase_nats: null, max_passkey_decrease: null,
-    min_passkey_accuracy: null, max_task_decrease_errors: null}}
+    min_passkey_accuracy: null, max_long_context_decrease: null, max_task_decrease_errors: null}}
   package: {{dtype: fp32, max_shard_bytes: 5000000000}}
   card: {{license: apache-2.0, license_name: Apache License 2.0, license_link: "https://www.apache.org/licenses/",
     base_model: null, upstream_datasets: [], developers: [], sponsored_by: null, thanks: null}}

@@ -290,6 +290,20 @@ def test_the_card_compares_scaled_and_unscaled_rope_in_a_table_and_plots(written
     }
 
 
+def test_long_context_scores_are_in_the_card_by_kind_and_length_if_there_are_any():
+    facts = facts_of()
+    assert "### Long context" not in draw(facts)
+    scores = {
+        model: {"asked": 40, "score": share, "by_kind": {"multi_key": {"1024": share, "8192": share / 2}}}
+        for model, share in (("base", 0.1), ("tuned", 0.9))
+    }
+    text = draw(replace(facts, evaluation={**facts.evaluation, "long_context": scores}))
+    assert "| kind | tokens | base | tuned |" in text
+    assert "| multi key | 1,024 | 0.10 | 0.90 |\n| multi key | 8,192 | 0.05 | 0.45 |" in text
+    assert "10 questions per kind and length" in text
+    assert "plots/long_context.png" in text
+
+
 def test_task_scores_are_in_the_card_with_their_errors_if_there_are_any():
     facts = facts_of()
     assert "### Tasks" not in draw(facts)

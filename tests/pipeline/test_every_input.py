@@ -173,7 +173,13 @@ def ready(tmp_path, monkeypatch):
     return workspace
 
 
-EVALUATION = {"prompts": "configs/prompts.jsonl", "sampling": "configs/sampling.json", "max_new_tokens": 4, "tasks": []}
+EVALUATION = {
+    "prompts": "configs/prompts.jsonl",
+    "sampling": "configs/sampling.json",
+    "max_new_tokens": 4,
+    "tasks": [],
+    "long_context": None,
+}
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,7 @@ tiny:
     max_new_tokens: 8
     positions: {rows: 2, row_tokens: 128, bucket_tokens: 32}
     passkey: {lengths: [192, 256], depths: [0.0, 1.0], repeats: 1}
+    long_context: null
     tasks: []
   package: {dtype: bf16, max_shard_bytes: 200000}
   card:   # what no run knows

@@ -308,6 +308,23 @@ class Passkey(Section):
     """Number of keys per length and depth."""
 
 
+class LongContext(Section):
+    """Questions on long texts that need more than one passkey.
+
+    Source of the kinds: Hsieh et al. 2024, arXiv:2404.06654.
+    """
+
+    kinds: Annotated[
+        list[Literal["multi_key", "multi_value", "variable_tracking", "common_words"]], Field(min_length=1)
+    ]
+    """One of several keys (`multi_key`), all values of one key (`multi_value`), all variables with one value
+    (`variable_tracking`), the most frequent words (`common_words`)."""
+    lengths: Annotated[list[Positive], Field(min_length=1)]
+    """Lengths of the text, in tokens."""
+    repeats: Positive
+    """Number of questions per kind and length."""
+
+
 class Evaluation(Section):
     """Evaluation besides the validation loss."""
 
@@ -319,6 +336,8 @@ class Evaluation(Section):
     """Maximum length of a sample answer, in tokens."""
     positions: Positions
     passkey: Passkey
+    long_context: LongContext | None
+    """Questions on long texts. null: none."""
     tasks: list[str]
     """Tasks, groups or tags of lm-evaluation-harness (extra `eval`), or your own in configs/tasks. Empty: no
     tasks."""
@@ -341,6 +360,9 @@ class Gate(Section):
     champion, at each length up to `max_length`. null: not checked."""
     min_passkey_accuracy: Fraction | None
     """Minimum share of passkeys found at each length up to `max_length`. null: not checked."""
+    max_long_context_decrease: Fraction | None
+    """Maximum decrease of the score in `evaluation.long_context` below the champion's, or below the base's where there
+    is no champion, for each kind at each length up to `max_length`. null: not checked."""
     max_task_decrease_errors: Annotated[float, Field(ge=0)] | None
     """Maximum decrease of each task's metrics below the champion's, in combined standard errors of both; a metric
     without standard error may not decrease. null: not checked."""

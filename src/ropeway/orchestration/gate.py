@@ -375,6 +375,16 @@ def _read_passkeys(metrics: Metrics, model: str, max_length: int) -> Scores:
     }
 
 
+def _read_long_context(metrics: Metrics, model: str, max_length: int) -> Scores:
+    kinds = _mapping(metrics, "long_context", model, "by_kind")
+    return {
+        f"{kind} at {int(length):,} tokens": _number(kinds, kind, length)
+        for kind in kinds
+        for length in _mapping(kinds, kind)
+        if length.isdigit() and int(length) <= max_length
+    }
+
+
 _SKILLS = (
     _Skill(
         "positions",
@@ -386,6 +396,7 @@ _SKILLS = (
         of_tokens=True,
     ),
     _Skill("passkey", "passkeys", _read_passkeys, "max_passkey_decrease", better="higher"),
+    _Skill("long_context", "long context", _read_long_context, "max_long_context_decrease", better="higher"),
 )
 
 

@@ -46,6 +46,7 @@ def render_card(card: Json, ledger: Json, evaluation: Json, samples: Json) -> st
         findings=[_findings(account) for account in accounts],
         scores=_scores(evaluation),
         positions=_positions(evaluation["positions"], params["max_length"]),
+        long_context=_long_context(evaluation.get("long_context", {})),
         tasks=_tasks(evaluation.get("tasks", {})),
         shown_config=shown,
         max_new_tokens=samples["args"]["max_new_tokens"],
@@ -209,6 +210,17 @@ def _tasks(tasks: Json) -> Rows:
         }
         for name, task in tasks.items()
         for metric in name_metrics(task["tuned"])
+    ]
+
+
+def _long_context(found: Json) -> Rows:
+    """Return one row per kind and length with the score of each model."""
+    first: Json = next(iter(found.values()), {"by_kind": {}})
+    return [
+        {"kind": plain(kind.replace("_", " ")), "tokens": f"{int(length):,}"}
+        | {model: f"{one['by_kind'][kind][length]:.2f}" for model, one in found.items()}
+        for kind, lengths in first["by_kind"].items()
+        for length in sorted(lengths, key=int)
     ]
 
 

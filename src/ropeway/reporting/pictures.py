@@ -47,6 +47,7 @@ _ABOVE: Any = {
 }  # fmt: skip
 Rows = Sequence[Mapping[str, Any]]
 Grid = tuple[Sequence[int], Sequence[float], Sequence[Sequence[float]]]  # lengths, depths, share by depth and length
+KindGrid = tuple[Sequence[int], Sequence[str], Sequence[Sequence[float]]]  # lengths, kinds, score by kind and length
 
 
 @contextmanager
@@ -206,12 +207,31 @@ def draw_positions(folder: Path, table: Rows, *, max_length: int) -> None:
 
 def draw_passkey(folder: Path, grids: Mapping[str, Grid]) -> None:
     """Draw one heat map per model: share of keys found by length and depth, also beyond `max_length`."""
-    with _styled_figure("passkey", (8.0, 3.6)) as figure:
+    named = {
+        f"Passkey, {name}: {_mean(shares):.0%} found": (lengths, [f"{depth:.0%}" for depth in depths], shares)
+        for name, (lengths, depths, shares) in grids.items()
+    }
+    _draw_heat_maps(folder, "passkey", named, "depth of the key")
+
+
+def draw_long_context(folder: Path, grids: Mapping[str, KindGrid]) -> None:
+    """Draw one heat map per model: score by length and kind of question."""
+    named = {f"Long context, {name}: {_mean(grid[2]):.0%}": grid for name, grid in grids.items()}
+    _draw_heat_maps(folder, "long_context", named, "")
+
+
+def _mean(shares: Sequence[Sequence[float]]) -> float:
+    return sum(map(sum, shares)) / sum(map(len, shares))
+
+
+def _draw_heat_maps(folder: Path, name: str, grids: Mapping[str, KindGrid], rows: str) -> None:
+    """Draw grids side by side, by title: columns are lengths; `rows` labels the other axis."""
+    with _styled_figure(name, (8.0, 3.6)) as figure:
         panels = figure.subplots(1, len(grids), squeeze=False)[0]
-        for axes, (name, (lengths, depths, shares)) in zip(panels, grids.items(), strict=True):
+        for axes, (title, (lengths, labels, shares)) in zip(panels, grids.items(), strict=True):
             image = axes.imshow(shares, cmap=colors.HEAT, vmin=0, vmax=1, aspect="auto")
             axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
-            axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+            axes.set_yticks(range(len(labels)), labels)
             for row, line in enumerate(shares):
                 for column, share in enumerate(line):
                     color = colors.LIGHT_PLOT.background if share > colors.HEAT_DARK else colors.LIGHT_PLOT.ink
@@ -219,11 +239,10 @@ def draw_passkey(folder: Path, grids: Mapping[str, Grid]) -> None:
             axes.grid(visible=False)
             axes.spines[:].set_visible(False)
             axes.tick_params(length=0)
-            found = sum(map(sum, shares)) / sum(map(len, shares))
-            _label_axes(axes, f"Passkey, {name}: {found:.0%} found", "length in tokens", "depth of the key")
+            _label_axes(axes, title, "length in tokens", rows)
         bar = figure.colorbar(image, ax=list(panels), format=FuncFormatter(lambda value, _: f"{value:.0%}"))
         bar.outline.set_visible(False)  # type: ignore[operator]
-        _save(figure, folder, "passkey")
+        _save(figure, folder, name)
 
 
 def draw_sources(folder: Path, table: Rows) -> None:

@@ -52,7 +52,21 @@ def write_plots(target: Path, tables: Path, steps: Path, *, max_length: int) -> 
         pictures.draw_sources(folder, read_table(tables / "scores.csv"))
         pictures.draw_positions(folder, read_table(tables / "positions.csv"), max_length=max_length)
         pictures.draw_passkey(folder, passkey_grids(read_table(tables / "passkey_answers.csv")))
+        if (scores := tables / "long_context.csv").is_file():
+            pictures.draw_long_context(folder, long_context_grids(read_table(scores)))
         write_manifest(folder, {})
+
+
+def long_context_grids(table: Table) -> dict[str, pictures.KindGrid]:
+    """Return model -> (lengths, kinds, score by kind and length) from rows of long_context.csv."""
+    lengths = sorted({int(line["length"]) for line in table})
+    kinds = list(dict.fromkeys(line["kind"].replace("_", " ") for line in table))
+    places = {(line["kind"].replace("_", " "), int(line["length"])): line for line in table}
+    return {
+        model: (lengths, kinds, [[float(places[kind, length][model]) for length in lengths] for kind in kinds])
+        for model in table[0]
+        if model not in ("kind", "length")
+    }
 
 
 def passkey_grids(answers: Table) -> dict[str, pictures.Grid]:

@@ -9,10 +9,12 @@ from ropeway.orchestration.gate import gate, sections_to_measure
 from tests.support.gate_limits import make_limits
 
 NAN = math.nan
+SECTIONS = ("positions", "passkey", "long_context", "tasks")
 SKILLS = {
     "max_accuracy_decrease": 0.01,
     "max_position_loss_increase_nats": 0.05,
     "max_passkey_decrease": 0.1,
+    "max_long_context_decrease": 0.2,
     "max_task_decrease_errors": 2.0,
 }
 # Key of the gate -> where eval.json has the value of the tuned model, and a part of its name in the verdict.
@@ -20,6 +22,7 @@ PLACES = {
     "max_accuracy_decrease": (("sources", "docs", "tuned", "accuracy"), "docs, accuracy"),
     "max_position_loss_increase_nats": (("positions", "beyond", "tuned"), "loss beyond max_length"),
     "max_passkey_decrease": (("passkey", "tuned", "by_length", "512"), "passkeys at 512 tokens"),
+    "max_long_context_decrease": (("long_context", "tuned", "by_kind", "multi_key", "512"), "multi_key at 512 tokens"),
     "max_task_decrease_errors": (("tasks", "quiz", "tuned", "acc"), "quiz, acc"),
 }
 
@@ -36,6 +39,10 @@ def evaluated(**changes):
             "base": {"by_length": {"128": 0.5, "512": 0.5, "768": 0.0}},
             "tuned": {"by_length": {"128": 1.0, "512": 1.0, "768": 0.5}},
         },
+        "long_context": {
+            model: {"by_kind": {kind: {"128": share, "512": share} for kind in ("multi_key", "common_words")}}
+            for model, share in (("base", 0.1), ("tuned", 0.8))
+        },
         "tasks": {
             "quiz": {
                 "version": "1.0",
@@ -46,7 +53,7 @@ def evaluated(**changes):
                 "tuned": {"acc": 0.6, "acc_stderr": 0.03, "bits": 0.8},
             }
         },
-        "identities": {"positions": "p", "passkey": "k", "tasks": "t"},
+        "identities": {"positions": "p", "passkey": "k", "long_context": "l", "tasks": "t"},
     }
     for path, value in changes.items():
         put(report, path.split("."), value)
@@ -76,6 +83,8 @@ def test_a_run_that_lost_nothing_passes_and_every_metric_is_named_with_its_limit
         "loss beyond max_length: 3.000, v7 3.000: +0.000 nats/token, allowed +0.050",
         "passkeys at 128 tokens: 1.000, v7 1.000: +0.000, allowed -0.100",
         "passkeys at 512 tokens: 1.000, v7 1.000: +0.000, allowed -0.100",
+        "multi_key at 128 tokens: 0.800, v7 0.800: +0.000, allowed -0.200",
+        "common_words at 512 tokens: 0.800, v7 0.800: +0.000, allowed -0.200",
         "quiz, acc: 0.600, v7 0.600: +0.000, allowed -0.085 (2 standard errors of 0.042)",
         "quiz, bits: 0.800, v7 0.800: +0.000, allowed +0.000 (no standard error)",
     ):
@@ -118,6 +127,8 @@ EDGES = [
     ("max_position_loss_increase_nats", 0.0, 2.9, True),
     ("max_passkey_decrease", 0.3, 0.7, True),
     ("max_passkey_decrease", 0.3, 0.65, False),
+    ("max_long_context_decrease", 0.2, 0.6, True),
+    ("max_long_context_decrease", 0.2, 0.59, False),
     ("max_task_decrease_errors", 2.0, 0.6 - 2 * ERROR, True),
     ("max_task_decrease_errors", 2.0, 0.6 - 2 * ERROR - 1e-4, False),
     ("max_task_decrease_errors", 0.0, 0.6, True),
@@ -159,7 +170,7 @@ def test_a_value_that_only_one_of_them_has_fails(key, whose):
     assert "unknown" in line
 
 
-@pytest.mark.parametrize("section", ["positions", "passkey", "tasks"])
+@pytest.mark.parametrize("section", SECTIONS)
 def test_an_older_champion_without_a_section_fails_with_what_to_do(section):
     champion = evaluated(**{section: None, f"identities.{section}": None})
     (line,) = judge(evaluated(), champion, **SKILLS).failed
@@ -167,7 +178,7 @@ def test_an_older_champion_without_a_section_fails_with_what_to_do(section):
         assert words in line
 
 
-@pytest.mark.parametrize("section", ["positions", "passkey", "tasks"])
+@pytest.mark.parametrize("section", SECTIONS)
 def test_a_section_of_other_questions_is_not_compared(section):
     champion = evaluated(**{f"identities.{section}": "others"})
     (line,) = judge(evaluated(), champion, **SKILLS).failed
@@ -175,7 +186,7 @@ def test_a_section_of_other_questions_is_not_compared(section):
     assert sections_to_measure(evaluated(), champion, make_limits(**SKILLS)).keys() == {section}
 
 
-@pytest.mark.parametrize("section", ["positions", "passkey", "tasks"])
+@pytest.mark.parametrize("section", SECTIONS)
 def test_a_model_that_no_longer_measures_what_its_champion_has_fails(section):
     ours = evaluated(**{section: None, f"identities.{section}": None})
     verdict = judge(ours, evaluated(), **SKILLS)
@@ -186,13 +197,10 @@ def test_a_model_that_no_longer_measures_what_its_champion_has_fails(section):
 
 
 def test_what_neither_of_them_measured_is_named_and_does_not_fail():
-    sides = [
-        evaluated(**{name: None for one in ("positions", "passkey", "tasks") for name in (one, f"identities.{one}")})
-        for _ in range(2)
-    ]
+    sides = [evaluated(**{name: None for one in SECTIONS for name in (one, f"identities.{one}")}) for _ in range(2)]
     verdict = judge(*sides, **SKILLS)
     assert verdict.passed
-    assert sum("compares nothing" in line for line in verdict.lines) == 3
+    assert sum("compares nothing" in line for line in verdict.lines) == 4
 
 
 def test_without_a_champion_the_base_stands_in_for_passkeys_and_long_range_only():
@@ -254,12 +262,12 @@ def test_a_filter_s_metric_has_its_own_standard_error():
 
 
 def test_only_what_a_limit_compares_is_measured_again():
-    old = {name: value for name, value in evaluated().items() if name not in ("identities", "tasks", "passkey")}
+    old = {name: value for name, value in evaluated().items() if name not in ("identities", *SECTIONS)}
     for keys, needed in [
         ((), set()),
         (("max_passkey_decrease",), {"passkey"}),
         (("max_task_decrease_errors",), {"tasks"}),
-        (tuple(SKILLS), {"positions", "passkey", "tasks"}),
+        (tuple(SKILLS), set(SECTIONS)),
     ]:
         limits = make_limits(**{key: SKILLS[key] for key in keys})
         assert sections_to_measure(evaluated(), old, limits).keys() == needed
@@ -271,5 +279,10 @@ def test_only_what_a_limit_compares_is_measured_again():
 def test_two_evaluations_that_do_not_say_what_they_measured_are_not_compared():
     ours, theirs = (evaluated(identities=None) for _ in range(2))
     failed = judge(ours, theirs, **SKILLS).failed
-    assert [line.split(":")[0] for line in failed] == ["loss beyond max_length", "passkeys", "task quiz"]
-    assert all("dvc repro evaluate" in line for line in failed[:2])
+    assert [line.split(":")[0] for line in failed] == [
+        "loss beyond max_length",
+        "passkeys",
+        "long context",
+        "task quiz",
+    ]
+    assert all("dvc repro evaluate" in line for line in failed[:3])

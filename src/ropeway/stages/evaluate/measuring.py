@@ -16,6 +16,7 @@ from ropeway.stages.evaluate.load_model import (
     cpu_threads_for,
     open_model,
 )
+from ropeway.stages.evaluate.long_context import LongContextAnswer, LongContextQuestion, answer_long_context
 from ropeway.stages.evaluate.passkey import PasskeyAnswer, PasskeyQuestion, answer_questions
 from ropeway.stages.evaluate.positions import LongRow, score_positions, sum_positions
 from ropeway.stages.evaluate.samples import GenerationConfigs, generate_samples
@@ -32,6 +33,7 @@ class EvalRequest:
     losses: bool = True  # whether the validation rows are scored
     long_rows: Sequence[LongRow] = ()  # for losses by position; empty: not measured
     questions: Sequence[PasskeyQuestion] = ()  # passkey retrieval; empty: not measured
+    long_context: Sequence[LongContextQuestion] = ()  # questions on long texts; empty: not measured
     samples: Sequence[tuple[str, str]] = ()  # (prompt, configuration) of each sample answer; empty: not generated
     configurations: GenerationConfigs = field(default_factory=dict)  # name -> arguments of `generate`
     tasks: Tasks | None = None  # of lm-evaluation-harness; None: not measured
@@ -44,6 +46,7 @@ class ShareResult:
     batches: list[Sums]
     positions: list[tuple[str, Sums]]
     passkeys: list[PasskeyAnswer]
+    long_context: list[LongContextAnswer]
     answers: list[str]
     tasks: list[dict[str, TaskScore]]
 
@@ -59,6 +62,7 @@ class ModelResult:
     scores: list[Score]  # one per source; empty if not requested
     curves: dict[str, list[Score]]
     passkeys: list[PasskeyAnswer]  # one per passkey question
+    long_context: list[LongContextAnswer]  # one per question on a long text
     answers: list[str]  # one per sample
     tasks: dict[str, TaskScore]  # one per task of the harness; empty where params name none
 
@@ -70,7 +74,7 @@ def measure_folder(folder: Path, like: Path, request: EvalRequest, *, gpus: GpuA
 
     Raises:
         DataError: A source has no supervised validation token, or its loss is not finite.
-        ConfigError: A passkey length is shorter than the question alone.
+        ConfigError: A length of passkeys or long context is shorter than the question alone.
         TemporaryError: A worker process was killed.
     """
     parts = run_shares(measure_share, (folder, like, _without_memory_maps(request)), gpus)
@@ -79,6 +83,7 @@ def measure_folder(folder: Path, like: Path, request: EvalRequest, *, gpus: GpuA
         scores=score_sources(sums, request.shards, name=name) if request.losses else [],
         curves=score_positions(merge_shares([part.positions for part in parts])),
         passkeys=merge_shares([part.passkeys for part in parts]),
+        long_context=merge_shares([part.long_context for part in parts]),
         answers=merge_shares([part.answers for part in parts]),
         tasks=dict(sorted(item for one in merge_shares([part.tasks for part in parts]) for item in one.items())),
     )
@@ -94,11 +99,12 @@ def measure_share(folder: Path, like: Path, request: EvalRequest, share: Share) 
         positions = sum_positions(model, request.long_rows, wanted.positions, share=share)
     with cpu_threads_for(model, single_threaded_below=GENERATE_SINGLE_THREADED_BELOW):
         passkeys = answer_questions(model, tokenizer, template, share.of(request.questions), seed=seed)
+        long_context = answer_long_context(model, tokenizer, template, share.of(request.long_context), seed=seed)
         answers = generate_samples(
             model, tokenizer, template, share.of(request.samples), request.configurations, seed=seed
         )
         tasks = run_harness_tasks(model, tokenizer, request, share)
-    return ShareResult(batches, positions, passkeys, answers, tasks)
+    return ShareResult(batches, positions, passkeys, long_context, answers, tasks)
 
 
 def run_harness_tasks(

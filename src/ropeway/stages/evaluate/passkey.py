@@ -105,17 +105,56 @@ def encode_passkey_question(
         ConfigError: The length is shorter than the question alone.
     """
 
-    def encode(fillers: int) -> list[int]:
+    def write(fillers: int) -> str:
         before = round(question.depth * fillers)
         body = _FILLER * before + _KEY.format(key=question.key) + _FILLER * (fillers - before)
-        prompt = template.render_prompt([_INTRODUCTION + body + _QUESTION], end=tokenizer.eos_token) + _OPENING
+        return _INTRODUCTION + body + _QUESTION
+
+    return fit_prompt(
+        tokenizer,
+        template,
+        write,
+        _OPENING,
+        length=question.length,
+        answer_tokens=_MAX_ANSWER_TOKENS,
+        key="evaluation.passkey.lengths",
+    )
+
+
+def fit_prompt(  # noqa: PLR0913 - a prompt, its start of the answer, and its limits
+    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate,
+    write: Callable[[int], str],
+    opening: str,
+    *,
+    length: int,
+    answer_tokens: int,
+    key: str,
+) -> list[int]:
+    """Return the token ids of a prompt with as much filler as fits, and the opening of its answer.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        template: The model's chat template.
+        write: From a number of units of filler to the user's text; more units, more tokens.
+        opening: The start of the answer, which the model continues.
+        length: The tokens of prompt and answer, at most.
+        answer_tokens: The tokens of these that are for the answer.
+        key: What the length is in params.yaml, for an error.
+
+    Raises:
+        ConfigError: The length is shorter than the question alone.
+    """
+
+    def encode(fillers: int) -> list[int]:
+        prompt = template.render_prompt([write(fillers)], end=tokenizer.eos_token) + opening
         return encode_text(tokenizer, template, prompt)  # may exceed max_length
 
-    limit = question.length - _MAX_ANSWER_TOKENS
+    limit = length - answer_tokens
     if (least := len(encode(0))) > limit:
         raise ConfigError(
-            f"evaluation.passkey.lengths: {question.length} tokens are too few: the question alone has {least}, the "
-            f"answer up to {_MAX_ANSWER_TOKENS}. Set lengths of {least + _MAX_ANSWER_TOKENS} or more"
+            f"{key}: {length} tokens are too few: the question alone has {least}, the answer up to {answer_tokens}. "
+            f"Set lengths of {least + answer_tokens} or more"
         )
     return encode(_largest_fitting(lambda fillers: len(encode(fillers)) <= limit))
 

@@ -3,9 +3,10 @@
 It imports nothing of ropeway.stages.train: it measures the model that is shipped.
 
 eval.json                  loss, perplexity, accuracy, nats/byte per source and model; positions, a summary of passkey
-                           retrieval; tasks of lm-evaluation-harness
+                           retrieval; long context by kind and length; tasks of lm-evaluation-harness
 samples.json               answers of base and tuned model, in the JSON of Open-Assistant's sampling reports
-tables/*.csv               scores, positions, passkey (share by length), passkey_answers (every answer)
+tables/*.csv               scores, positions, passkey (share by length), passkey_answers (every answer), and where
+                           params ask for it long_context (score by kind and length), long_context_answers
 """
 
 import csv
@@ -24,7 +25,7 @@ from ropeway.data.shards import Shards, open_shards
 from ropeway.models.chat_template import open_template
 from ropeway.runtime.manifest import digest_of, load_manifest, whole_folder, write_json, write_manifest
 from ropeway.runtime.workspace import Workspace
-from ropeway.stages.evaluate import passkey, positions
+from ropeway.stages.evaluate import long_context, passkey, positions
 from ropeway.stages.evaluate.evaluation_workers import SINGLE_PROCESS, plan_workers
 from ropeway.stages.evaluate.load_model import check_data, open_tokenizer
 from ropeway.stages.evaluate.measuring import EvalRequest, ModelResult, measure_folder
@@ -41,7 +42,7 @@ from ropeway.stages.evaluate.text import count_bytes
 from ropeway.stages.evaluate.token_scores import Score, all_rows, check_supervised
 
 Table = Sequence[Mapping[str, object]]
-SECTIONS = ("losses", "positions", "passkey", "tasks")  # of eval.json, as the gate names them
+SECTIONS = ("losses", "positions", "passkey", "long_context", "tasks")  # of eval.json, as the gate names them
 
 
 def run(workspace: Workspace, profile: EvaluateParams) -> None:
@@ -50,7 +51,8 @@ def run(workspace: Workspace, profile: EvaluateParams) -> None:
     Raises:
         DataError: Data, base and model are not of one run, a source has no supervised validation token, or a loss is
             not finite.
-        ConfigError: A file or task in `evaluation` is missing or malformed, or a passkey length is too short.
+        ConfigError: A file or task in `evaluation` is missing or malformed, or a length of passkeys or long context is
+            too short.
         TemporaryError: A task's dataset could not be downloaded, or a worker was killed; nothing was written.
     """
     _check_models(workspace)
@@ -64,6 +66,10 @@ def run(workspace: Workspace, profile: EvaluateParams) -> None:
     _write_samples(workspace, request, prompts, {name: one.answers for name, one in found.items()})
     lines = positions.table_positions(_name_curves(found), profile.evaluation.positions)
     tables = plan_tables(measured["sources"], lines, {name: one.passkeys for name, one in found.items()})
+    if request.long_context:
+        answers = {name: one.long_context for name, one in found.items()}
+        tables["long_context"] = long_context.table_long_context(answers)
+        tables["long_context_answers"] = list(long_context.table_long_answers(answers))
     write_tables(workspace.tables, tables)
     print(f"{len(request.samples)} sample answers per model in {workspace.samples}; tables in {workspace.tables}")
 
@@ -96,6 +102,9 @@ def plan_measurements(
         questions=passkey.plan_passkey_questions(wanted.passkey, seed=profile.rng_seed)
         if "passkey" in sections
         else (),
+        long_context=long_context.plan_long_context(wanted.long_context, seed=profile.rng_seed)
+        if "long_context" in sections
+        else (),
         tasks=open_tasks(wanted.tasks, workspace.root, workspace.tasks) if "tasks" in sections else None,
     )
 
@@ -108,6 +117,9 @@ def check_request(workspace: Workspace, profile: EvaluateParams) -> None:
     encode_prompt(tokenizer, template, prompts[0])
     for question in request.questions[:1]:  # the shortest
         passkey.encode_passkey_question(tokenizer, template, question)
+    for puzzle in request.long_context:
+        if puzzle.length == request.long_context[0].length:  # the shortest
+            long_context.encode_long_context(tokenizer, template, puzzle)
 
 
 def measure_both(workspace: Workspace, request: EvalRequest) -> dict[str, ModelResult]:
@@ -121,6 +133,9 @@ def measure_both(workspace: Workspace, request: EvalRequest) -> dict[str, ModelR
         print(
             f"{name:>5} passkey retrieval: {sum(key.is_correct for key in one.passkeys)} of {len(one.passkeys)} correct"
         )
+        if one.long_context:
+            mean = sum(answer.score for answer in one.long_context) / len(one.long_context)
+            print(f"{name:>5} on long context: score {mean:.3f} of 1 in {len(one.long_context)} questions")
         for task, result in one.tasks.items():
             print(
                 f"{name:>5} on task {task}: {', '.join(f'{key} {value:.4f}' for key, value in result.metrics.items())}"
@@ -150,6 +165,7 @@ def identify_sections(workspace: Workspace, request: EvalRequest) -> dict[str, s
     identities = {
         "positions": positions.identify_rows(request.long_rows, profile.evaluation.positions, profile.max_length),
         "passkey": passkey.identify_questions(request.questions),
+        "long_context": long_context.identify_long_context(request.long_context),
     }
     return identities | ({"tasks": digest_of(tasks)} if request.tasks else {})
 
@@ -157,13 +173,15 @@ def identify_sections(workspace: Workspace, request: EvalRequest) -> dict[str, s
 def report_skills(
     request: EvalRequest, found: Mapping[str, ModelResult], identities: Mapping[str, str]
 ) -> dict[str, object]:
-    """Return the other sections of eval.json, as far as they were requested: positions, passkeys, tasks."""
+    """Return the other sections of eval.json, as far as they were requested."""
     report: dict[str, object] = {}
     if request.long_rows:
         wanted, border = request.profile.evaluation.positions, request.profile.max_length
         report["positions"] = positions.report_positions(_name_curves(found), wanted, border)
     if request.questions:
         report["passkey"] = passkey.report_passkey({name: one.passkeys for name, one in found.items()})
+    if request.long_context:
+        report["long_context"] = long_context.report_long_context({n: one.long_context for n, one in found.items()})
     if request.tasks:
         report["tasks"] = report_tasks({name: one.tasks for name, one in found.items()})
         report["harness"] = f"lm_eval {harness_version(request.tasks.names)}"

@@ -8,6 +8,7 @@ from ropeway.orchestration.gate import gate
 from ropeway.runtime.errors import DataError
 from ropeway.stages.evaluate import stage as evaluate
 from ropeway.stages.evaluate.champion import measure_champion
+from ropeway.stages.evaluate.long_context import LongContextQuestion
 from ropeway.stages.evaluate.stage import identify_sections, plan_measurements
 from tests.support.gate_limits import make_limits
 from tests.support.tiny_run import make_run
@@ -55,12 +56,14 @@ def test_identities_differ_where_questions_or_rows_do(run):
     for changed in (
         replace(request, questions=request.questions[1:]),
         replace(request, questions=[replace(one, key="11111") for one in request.questions]),
+        replace(request, long_context=[LongContextQuestion("multi_key", 256, 0, "seed")]),
         replace(request, long_rows=[replace(row, ids=row.ids + 1) for row in request.long_rows]),
         replace(request, long_rows=[replace(row, mask=~row.mask) for row in request.long_rows]),
     ):
         for section, one in identify_sections(workspace, changed).items():
             seen[section].add(one)
-    assert {section: len(found) for section, found in seen.items()} == {"passkey": 3, "positions": 3}
+    counts = {section: len(found) for section, found in seen.items()}
+    assert counts == {"passkey": 3, "long_context": 2, "positions": 3}
 
 
 def test_a_champion_with_another_template_is_refused(run, tmp_path):

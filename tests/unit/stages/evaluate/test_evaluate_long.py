@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, LlamaForCausalLM
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ropeway.config.params import Passkey, Positions
 from ropeway.config.stages import READS
@@ -35,6 +34,7 @@ from ropeway.stages.evaluate.positions import (
     table_positions,
 )
 from ropeway.stages.evaluate.stage import plan_tables, write_tables
+from tests.support.speaking_model import speaker
 from tests.support.tiny_run import make_run, measure
 
 ROWS = Positions(rows=2, row_tokens=128, bucket_tokens=32)
@@ -165,23 +165,6 @@ def test_the_report_has_the_mean_loss_up_to_max_length_and_beyond(run):
     assert report["beyond"]["tuned"] == pytest.approx(curves[""][3].loss, abs=1e-6)
     assert set(report_positions({"tuned": curves[""]}, ROWS, 128)) == {"up_to_max_length"}
     assert [line["position"] for line in table_positions({"tuned": curves[""]}, ROWS)] == [16, 48, 80, 112]
-
-
-def speaker(model, say):
-    """Return a model whose next token is `say(prompt ids, number of generated tokens)`."""
-    copy = LlamaForCausalLM(model.config).eval()
-    seen = []
-
-    def forward(input_ids=None, **_):
-        if input_ids.shape[1] > 1:
-            seen[:] = [input_ids[0].tolist(), 0]
-        logits = torch.zeros(1, 1, model.config.vocab_size)
-        logits[0, 0, say(*seen)] = 99.0
-        seen[1] += 1
-        return CausalLMOutputWithPast(logits=logits)
-
-    copy.forward = forward
-    return copy
 
 
 def test_a_lookup_table_finds_every_key_and_a_constant_model_none(run):

@@ -9,12 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
+from ropeway.config.params import LongContext
 from ropeway.data.shards import open_shards
 from ropeway.models.chat_template import OPEN_ASSISTANT
 from ropeway.runtime.errors import ConfigError
 from ropeway.stages.evaluate import measuring
 from ropeway.stages.evaluate.evaluation_workers import Share, assign_gpus, merge_shares
 from ropeway.stages.evaluate.load_model import open_model
+from ropeway.stages.evaluate.long_context import plan_long_context
 from ropeway.stages.evaluate.measuring import EvalRequest, ShareResult, measure_folder
 from ropeway.stages.evaluate.passkey import answer_questions, plan_passkey_questions
 from ropeway.stages.evaluate.positions import plan_long_rows
@@ -23,6 +25,7 @@ from ropeway.stages.evaluate.token_scores import score_sources, sum_batches
 from tests.support.tiny_run import make_run
 
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+LONG = LongContext(kinds=["common_words", "multi_key", "multi_value"], lengths=[256], repeats=1)
 GPUS = ["nvidia0", "nvidia1", "nvidia2", "nvidia3"]
 
 
@@ -63,6 +66,7 @@ def test_all_results_from_shares_are_bit_identical_to_those_of_one_process(run, 
         profile=profile,
         long_rows=plan_long_rows(shards, profile) * 3,
         questions=plan_passkey_questions(profile.evaluation.passkey, seed=3),
+        long_context=plan_long_context(LONG, seed=3),
         samples=plan_samples(["Hi", "Why?"], ways),
         configurations=ways,
     )
@@ -77,6 +81,7 @@ def test_all_results_from_shares_are_bit_identical_to_those_of_one_process(run, 
     assert seen[0] == seen[1]
     assert set(seen[0].curves) == {"", "_unscaled"}
     assert [key.question for key in seen[0].passkeys] == request.questions
+    assert [one.question for one in seen[0].long_context] == request.long_context
     assert len(set(seen[0].answers)) > 1
 
 
@@ -86,7 +91,7 @@ def test_sums_are_added_in_the_order_of_the_batches(run, monkeypatch, count):
     losses = [1e16, 1.0, 1.0, -1e16, 3.0, 0.1]
     batches = [np.array([[loss] * 2, [1.0] * 2, [1.0] * 2]) for loss in losses]
     parts = [
-        ShareResult(list(share.of(batches)), list(share.of([("", one) for one in batches])), [], [], [])
+        ShareResult(list(share.of(batches)), list(share.of([("", one) for one in batches])), [], [], [], [])
         for share in shares(count)
     ]
     monkeypatch.setattr(measuring, "run_shares", lambda *_: parts)
