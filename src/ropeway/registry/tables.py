@@ -82,7 +82,9 @@ def _describe_verdict(verdict: object) -> dict[str, str]:
     if not isinstance(verdict, Mapping):
         return {}
     against = verdict.get("against") or "its base model alone"
-    failed = [check["words"] for check in verdict.get("checks", ()) if not check["passed"]]
+    checks = verdict.get("checks")  # versions of before the table of comparisons have none
+    listed = [one for one in checks if isinstance(one, Mapping)] if isinstance(checks, list) else []
+    failed = [str(one.get("words")) for one in listed if not one.get("passed")]
     return {
         "gate": f"{'passed' if verdict.get('passed') else 'not passed'}, compared with {against}",
         **{f"gate, failed {number}": words for number, words in enumerate(failed, 1)},

@@ -107,6 +107,31 @@ def test_show_has_lineage_files_and_how_to_fetch_it(world):
         assert part in words
 
 
+@pytest.mark.parametrize(
+    ("checks", "shown"),
+    [
+        (
+            [
+                {"passed": True, "words": "docs: 2.000, tiny@v1 2.000: +0.000"},
+                {"passed": False, "words": "quiz, acc: 0.4, tiny@v1 0.6"},
+            ],
+            ["gate, failed 1 quiz, acc: 0.4, tiny@v1 0.6"],
+        ),
+        (None, []),
+        ([3], []),
+    ],
+    ids=["two comparisons", "an older version", "not a comparison"],
+)
+def test_show_names_the_comparisons_of_the_gate_that_failed(world, tmp_path, checks, shown):
+    store, _ = world
+    verdict = {"passed": False, "against": "tiny@v1", "lines": [], "checks": checks}
+    package = make_package(tmp_path / "rejected", b"rejected")
+    Registry(store).artifact("tiny").publish(package, provenance={"verdict": verdict}, attachments={})
+    lines = [" ".join(line.split()) for line in ask("show", "tiny@v3").splitlines()]
+    assert "gate not passed, compared with tiny@v1" in lines
+    assert [line for line in lines if line.startswith("gate, failed")] == shown
+
+
 def test_pull_and_verify_from_the_command_line(world, tmp_path):
     _, digests = world
     done = ask_json("pull", "tiny@candidate")

@@ -6,7 +6,7 @@ import pytest
 
 from ropeway.orchestration.gate import GateCheck, GateVerdict
 from ropeway.orchestration.publish import Publication
-from ropeway.orchestration.run_summary import Result, draw_table, print_result
+from ropeway.orchestration.run_summary import Result, draw_report, draw_table, print_result
 from ropeway.runtime.manifest import write_json
 from ropeway.runtime.workspace import Workspace
 
@@ -46,6 +46,26 @@ def test_a_rejected_run_ends_with_the_comparisons_that_failed(tmp_path, capsys):
     print_result(replace(result, publication=replace(result.publication, verdict=verdict)), None)
     words = " ".join(capsys.readouterr().out.split())
     assert "gate NOT PASSED, 2 of 3 comparisons failed check 1: worse check 2: worse package" in words
+
+
+def test_the_page_of_a_run_has_the_comparisons_as_a_table_and_failed_ones_first(tmp_path):
+    result = make_result(tmp_path, "Rejected")
+    good, bad = (
+        GateCheck(passed, f"{name}: …", name, "1.000", "2.000", "laptop@v1", "-1.000", "-0.100")
+        for passed, name in ((True, "docs, accuracy"), (False, "quiz, acc"))
+    )
+    verdict = GateVerdict(passed=False, checks=(good, GateCheck(passed=True, words="tasks: none"), bad))
+    report = draw_report(replace(result, publication=replace(result.publication, verdict=verdict)))
+    _, _, gate = report.partition("## Gate\n\n")
+    assert gate.splitlines()[:6] == [
+        "- passed: tasks: none",
+        "",
+        "| check | this version | compared with | change | allowed | result |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| quiz, acc | 1.000 | 2.000 (laptop@v1) | -1.000 | -0.100 | **not passed** |",
+        "| docs, accuracy | 1.000 | 2.000 (laptop@v1) | -1.000 | -0.100 | passed |",
+    ]
+    assert "## Gate" not in draw_report(make_result(tmp_path, "Unchanged"))
 
 
 @pytest.mark.parametrize(
