@@ -13,12 +13,15 @@ import torch
 
 from ropeway.config.load_params import load_profile
 from ropeway.models.chat_template import OPEN_ASSISTANT
+from ropeway.orchestration.gate import gate, sections_to_measure
 from ropeway.orchestration.stage_process import write_identity
 from ropeway.runtime.errors import ConfigError, DataError
 from ropeway.stages.evaluate import stage as evaluate
 from ropeway.stages.evaluate import tasks as harness
+from ropeway.stages.evaluate.champion import measure_champion
 from ropeway.stages.evaluate.load_model import open_model
 from ropeway.stages.evaluate.samples import encode_prompt
+from tests.support.gate_limits import make_limits
 from tests.support.tiny_run import BLOCK, ROOT, make_run
 
 pytestmark = [
@@ -150,6 +153,37 @@ def test_a_group_and_its_tasks_have_separate_scores(opened_run):
     assert set(scores) == {"few", "few_choice", "few_say"}
     assert scores["few"].metrics["acc"] == scores["few_choice"].metrics["acc"]
     assert scores["few_say"].n == 3
+
+
+def test_metrics_that_should_fall_are_named(opened_run):
+    assert run_tasks(opened_run, "few_roll")["few_roll"].lower_is_better == ("word_perplexity",)
+    assert {name: one.lower_is_better for name, one in run_tasks(opened_run, "few").items()} == {
+        "few": (),
+        "few_choice": (),
+        "few_say": (),
+    }
+
+
+def test_the_gate_compares_the_harness_s_scores_with_their_errors(tmp_path):
+    workspace, profile = make_workspace(tmp_path, ("python_basics", "few_roll"))
+    evaluate.run(workspace, profile)
+    report = json.loads(workspace.evaluation.read_bytes())
+    measure_champion(workspace, profile, workspace.model, tmp_path / "champion.json", ["tasks"])
+    champion = {**report, **json.loads((tmp_path / "champion.json").read_bytes())}
+    assert champion["tasks"].keys() == report["tasks"].keys()
+    limits = make_limits(min_gain_over_base_nats=-9.0, max_task_decrease_errors=2.0)
+    assert sections_to_measure(report, champion, limits) == {}
+    verdict = gate(report, champion, limits, max_length=96)
+    assert verdict.passed, verdict
+    assert [line.split(":")[0] for line in verdict.lines if "standard error" in line] == [
+        "few_roll, word_perplexity",
+        "python_basics, acc",
+        "python_basics, acc_norm",
+    ]
+    worse = report["tasks"]["few_roll"]["tuned"]
+    worse["word_perplexity"] += 0.001
+    (failed,) = gate(report, champion, limits, max_length=96).failed
+    assert failed.startswith("few_roll, word_perplexity: ")
 
 
 def test_the_report_of_one_process_and_of_two_is_the_same(tmp_path, monkeypatch):

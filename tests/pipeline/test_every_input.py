@@ -191,10 +191,15 @@ EVALUATION = {
             r"positions\.row_tokens: 1,000,000 tokens",
         ),
         ({"passkey": {"lengths": [64], "depths": [0.5], "repeats": 1}}, ConfigError, r"passkey\.lengths: 64 tokens"),
+        (
+            {"long_context": {"kinds": ["multi_key"], "lengths": [64], "repeats": 1}},
+            ConfigError,
+            r"long_context\.lengths, kind multi_key: 64 tokens",
+        ),
         ({"prompts": "configs/sampling.json"}, ConfigError, r"sampling\.json:1: expected a JSON string"),
         ({"sampling": "configs/zero2_cpu.json"}, ConfigError, "expected {default"),
     ],
-    ids=["long rows", "passkeys", "prompts", "sampling"],
+    ids=["long rows", "passkeys", "long context", "prompts", "sampling"],
 )
 def test_what_would_fail_evaluate_fails_before_training(ready, change, error, said):
     block = YAML(typ="safe", pure=True).load((ready.root / "params.yaml").read_text())["tiny"]
