@@ -25,6 +25,7 @@ from ropeway.stages.evaluate.long_context import (
     plan_long_context,
     report_long_context,
     table_long_answers,
+    table_long_context,
 )
 from tests.support.speaking_model import speaker
 from tests.support.tiny_run import BLOCK, make_run
@@ -81,6 +82,19 @@ def test_a_model_that_says_the_same_to_everything_scores_0_in_every_kind(opened,
     lines = list(table_long_answers({"tuned": found}))
     assert len(lines) == 16
     assert all(line["answer"].strip() == words.strip() and line["score"] == 0 for line in lines)
+
+
+def test_a_score_is_of_its_kind_and_length_alone():
+    questions = plan_long_context(WANTED, seed=7)
+    known = [one for one in questions if one.length == 256 and one.kind != "multi_key"]
+    found = [LongContextAnswer(one, 9, expect(one) if one in known else "") for one in questions]
+    lines = table_long_context({"base": [replace(one, text="") for one in found], "tuned": found})
+    assert lines == [
+        {"kind": kind, "length": length, "base": 0.0, "tuned": float(length == 256 and kind != "multi_key")}
+        for kind in sorted(KINDS)
+        for length in (256, 384)
+    ]
+    assert report_long_context({"tuned": found})["tuned"]["score"] == 6 / 16
 
 
 def items_of(puzzle, units=8):
