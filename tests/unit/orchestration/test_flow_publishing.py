@@ -164,6 +164,18 @@ def test_an_older_champion_is_measured_on_what_it_lacks_and_then_compared(worksp
     assert registry.version("laptop@v2").describe()["provenance"]["opponent"]["validation"] == "rows"
 
 
+def test_what_a_champion_was_measured_on_before_stays_comparable(workspace):
+    known = {name: value for name, value in skills().items() if name != "tasks"}
+    make(workspace, 5.0, also={**known, "identities": {"passkey": "k"}})
+
+    def measure(_version, sections):
+        assert set(sections) == {"tasks"}
+        return {"tasks": skills()["tasks"], "identities": {"tasks": "t"}}
+
+    second = make(workspace, 4.9, also=skills(), measure=measure)
+    assert second.state == "Published", second.verdict
+
+
 def test_an_older_champion_that_cannot_be_measured_is_not_beaten_and_the_metrics_are_named(workspace):
     make(workspace, 5.0)
     second = make(workspace, 4.0, also=skills(), measure=lambda *_: None)

@@ -31,10 +31,11 @@ def test_a_champion_gets_the_scores_that_this_run_computes_for_its_model(run, tm
     }
 
 
-def test_a_champion_is_measured_only_on_the_sections_that_are_asked(run, tmp_path):
+def test_a_champion_is_measured_only_on_the_sections_that_are_asked(run, tmp_path, monkeypatch):
     workspace, profile = run
     evaluate.run(workspace, profile)
     own = json.loads(workspace.evaluation.read_text())
+    monkeypatch.setattr("ropeway.stages.evaluate.measuring.sum_batches", lambda *_, **__: pytest.fail("scored rows"))
     measure_champion(workspace, profile, workspace.model, tmp_path / "champion.json", ["passkey", "positions"])
     found = json.loads((tmp_path / "champion.json").read_text())
     assert found.keys() == {"passkey", "positions", "identities", "tokenizer"}
