@@ -31,14 +31,14 @@ REMEDY = "Run `dvc repro prepare` to restore it"
 
 
 class Kind(IntEnum):
-    """The speaker of a token, or in a Jinja template whether the model generates it; the loss mask depends on it."""
+    """The speaker of a token, or in a Jinja template whether the model generates it. The loss mask depends on it."""
 
     SYSTEM = Speaker.SYSTEM  # BOS and the system message
     PROMPTER = Speaker.USER
     ASSISTANT = Speaker.ASSISTANT
     DOCUMENT = 3
     DOCUMENT_END = 4  # the last token of a document's last chunk
-    CONTEXT = 5  # of a conversation in a Jinja template: not supervised, whoever speaks
+    CONTEXT = 5  # of a conversation in a Jinja template: not supervised, of any speaker
     ANSWER = 6  # of a conversation in a Jinja template: content or end token of an answer
 
 
