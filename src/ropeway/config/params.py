@@ -20,7 +20,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Length = Annotated[int, Field(gt=1)]  # of a row, in tokens
 RUN = r"[0-9a-f]{16}(@[0-9]+)?"  # fingerprint of a training run, optionally with @STEP of a checkpoint
 PUBLISHED_TEMPLATE = "open_assistant"
-TEMPLATE = rf"^({PUBLISHED_TEMPLATE}|base|[^\x00]+\.jinja)$"
+TEMPLATE = rf"^({PUBLISHED_TEMPLATE}|base|.+\.jinja)$"
 # Also the model's name in the registry, and part of paths and S3 keys.
 PROFILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}[A-Za-z0-9]|[A-Za-z0-9]")
 
