@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ropeway.models.conversation import Conversation
-from ropeway.models.jinja_template import FILE, JinjaTemplate, Rendered, UnusableConversationError
+from ropeway.models.jinja_template import FILE, OWN_FILE, JinjaTemplate, Rendered, UnusableConversationError
 from ropeway.models.tokenizer import read_special_names, read_special_texts
 from ropeway.runtime.errors import ConfigError, DataError
 
@@ -166,3 +166,16 @@ def open_template(folder: Path, *, remedy: str = _REMEDY) -> ChatTemplate:
         return JinjaTemplate(text, read_special_names(folder), read_special_texts(folder))
     except (OSError, ValueError, KeyError, ConfigError) as error:
         raise DataError(f"{folder}: its tokenizer's special tokens cannot be read ({error}). {remedy}") from None
+
+
+def open_prompt_template(folder: Path) -> ChatTemplate:
+    """Return the template that the model of a folder knows: a base's own where the run has another one.
+
+    Raises:
+        DataError: As in `open_template`.
+    """
+    own = folder / OWN_FILE
+    if not own.is_file():
+        return open_template(folder)
+    text = own.read_text(encoding="utf-8")
+    return JinjaTemplate(text, read_special_names(folder), read_special_texts(folder), name="its own")

@@ -21,6 +21,7 @@ from ropeway.models.conversation import Conversation, Message
 from ropeway.runtime.errors import ConfigError
 
 FILE = "chat_template.jinja"
+OWN_FILE = "own_chat_template.jinja"  # of a base whose template the run replaces: evaluation asks the base in it
 # Some templates write today's date (`strftime_now`). Data must not depend on the day on which they are made.
 DATE = datetime(2024, 7, 26, tzinfo=UTC)
 _SLOT = re.compile("\x00([0-9]+)\x00")

@@ -98,6 +98,20 @@ def prove_template(template: ChatTemplate, opened: BaseTokenizer, *, name: str) 
     }
 
 
+def find_replaced_template(template: ChatTemplate, opened: BaseTokenizer) -> str | None:
+    """Return the base's own template if the run replaces it and it can ask questions. Evaluation then asks in it."""
+    if opened.template is None or opened.template == template.jinja:
+        return None
+    special = [token.content for token in opened.tokenizer.get_added_tokens_decoder().values() if token.special]
+    own = JinjaTemplate(opened.template, opened.names, special)
+    try:
+        own.end_token()
+    except UnusableConversationError as error:
+        print(f"the base's own chat template cannot ask it ({error}); evaluation asks it in the run's template")
+        return None
+    return opened.template
+
+
 def _rewrites_history(template: JinjaTemplate) -> bool:
     try:
         template.sequences(Conversation(("Hi", "Hello", "Why?", "So.")), per_turn=False)

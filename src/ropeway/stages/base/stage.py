@@ -17,7 +17,7 @@ from ropeway.config.frozen import FrozenInputs
 from ropeway.config.params import BaseParams, GgufBase, HubBase, ModelShape, ScratchBase
 from ropeway.data.raw_records import iterate_records, iterate_texts, load_raw_manifest
 from ropeway.models.chat_template import OPEN_ASSISTANT, ChatTemplate
-from ropeway.models.jinja_template import find_own_template
+from ropeway.models.jinja_template import OWN_FILE, find_own_template
 from ropeway.models.open_model import (
     create_model,
     layer_weights,
@@ -46,7 +46,13 @@ from ropeway.runtime.errors import ConfigError
 from ropeway.runtime.manifest import file_sha256, whole_folder, write_manifest
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.base.base_files import check_folder, check_names
-from ropeway.stages.base.base_template import BaseTokenizer, choose_template, describe_template, prove_template
+from ropeway.stages.base.base_template import (
+    BaseTokenizer,
+    choose_template,
+    describe_template,
+    find_replaced_template,
+    prove_template,
+)
 from ropeway.storage import hub
 
 NEW_ROW_STD = 0.02  # Source: Llama's initializer_range, which resizing drew from in transformers 4.31
@@ -86,6 +92,8 @@ def run(workspace: Workspace, profile: BaseParams) -> None:
                 rows, model.get_input_embeddings().weight.shape[0]
             )  # rows that the base has beyond its tokens stay
             resize(model, rows=rows, new_rows=profile.new_rows, seed=profile.rng_seed)
+        if own := find_replaced_template(template, opened):
+            (folder / OWN_FILE).write_text(own, encoding="utf-8")
         special = read_special(folder, tokenizer, template)
         proofs = prove_model(model)
         stops = _stop_ids(model, special, None if template is OPEN_ASSISTANT else tokenizer.token_to_id(chat["end"]))

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from ropeway.config.frozen import FrozenInputs
 from ropeway.config.params import EvaluateParams
-from ropeway.runtime.errors import RopewayError
+from ropeway.models.chat_template import OPEN_ASSISTANT, open_template
+from ropeway.runtime.errors import DataError, RopewayError
 from ropeway.runtime.manifest import file_sha256, write_json
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.evaluate.evaluation_workers import plan_workers
@@ -43,6 +44,11 @@ def measure_champion(
     tokenizer = file_sha256(folder / "tokenizer.json")
     with tempfile.TemporaryDirectory() as scratch:
         if tokenizer != shards.manifest["tokenizer"]:
+            if open_template(folder) is not OPEN_ASSISTANT:
+                raise DataError(
+                    f"{folder}: its tokenizer is not the run's, and rows are converted between tokenizers only "
+                    f"under template open_assistant. {_REMEDY}"
+                )
             rows, reading = retokenize(shards, profile, workspace.base, folder, Path(scratch))
             request = replace(request, shards=rows, profile=reading, long_rows=())
         result = measure_folder(folder, folder, request, gpus=plan_workers(), name="champion")

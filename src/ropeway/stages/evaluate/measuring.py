@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ropeway.config.params import EvaluateParams
 from ropeway.data.shards import Shards
-from ropeway.models.chat_template import open_template
+from ropeway.models.chat_template import open_prompt_template
 from ropeway.stages.evaluate.evaluation_workers import GpuAssignment, Share, merge_shares, run_shares
 from ropeway.stages.evaluate.load_model import (
     GENERATE_SINGLE_THREADED_BELOW,
@@ -19,7 +19,7 @@ from ropeway.stages.evaluate.load_model import (
 from ropeway.stages.evaluate.long_context import LongContextAnswer, LongContextQuestion, answer_long_context
 from ropeway.stages.evaluate.passkey import PasskeyAnswer, PasskeyQuestion, answer_questions
 from ropeway.stages.evaluate.positions import LongRow, score_positions, sum_positions
-from ropeway.stages.evaluate.samples import GenerationConfigs, generate_samples
+from ropeway.stages.evaluate.samples import GenerationConfigs, generate_samples, stop_ids
 from ropeway.stages.evaluate.tasks import Tasks, TaskScore, run_tasks
 from ropeway.stages.evaluate.token_scores import Score, Sums, score_sources, sum_batches
 
@@ -92,7 +92,8 @@ def measure_folder(folder: Path, like: Path, request: EvalRequest, *, gpus: GpuA
 def measure_share(folder: Path, like: Path, request: EvalRequest, share: Share) -> ShareResult:
     """Open a model and measure one share of the request."""
     model, tokenizer = open_model(folder, like=like)
-    template = open_template(folder)
+    template = open_prompt_template(folder)
+    model.config.eos_token_id = stop_ids(model, tokenizer, template)
     wanted, seed = request.profile.evaluation, request.profile.rng_seed
     with cpu_threads_for(model, single_threaded_below=SCORE_SINGLE_THREADED_BELOW):
         batches = sum_batches(model, request.shards, request.profile, share=share) if request.losses else []
@@ -103,6 +104,7 @@ def measure_share(folder: Path, like: Path, request: EvalRequest, share: Share) 
         answers = generate_samples(
             model, tokenizer, template, share.of(request.samples), request.configurations, seed=seed
         )
+        tokenizer.chat_template = template.jinja  # the harness asks in it, too
         tasks = run_harness_tasks(model, tokenizer, request, share)
     return ShareResult(batches, positions, passkeys, long_context, answers, tasks)
 

@@ -17,6 +17,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ropeway.models.chat_template import ChatTemplate
+from ropeway.models.jinja_template import JinjaTemplate
 from ropeway.models.open_model import rope_of
 from ropeway.runtime.errors import ConfigError, DataError
 
@@ -101,10 +102,14 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, text
     return ids
 
 
-def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids of all tokens that end an answer: the model's own and the tokenizer's."""
+def stop_ids(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate | None = None
+) -> list[int]:
+    """Return the ids of all tokens that end an answer: the model's own, the tokenizer's and the template's."""
     stated = model.config.eos_token_id
     ends = stated if isinstance(stated, list) else [] if stated is None else [stated]
+    if isinstance(template, JinjaTemplate):
+        ends = [*ends, tokenizer.convert_tokens_to_ids(template.end_token())]
     return list(dict.fromkeys([*ends, tokenizer.eos_token_id]))
 
 

@@ -22,7 +22,7 @@ from ropeway.config.frozen import FrozenInputs
 from ropeway.config.params import EvaluateParams
 from ropeway.data.batches import collate
 from ropeway.data.shards import Shards, open_shards
-from ropeway.models.chat_template import open_template
+from ropeway.models.chat_template import open_prompt_template, open_template
 from ropeway.runtime.manifest import digest_of, load_manifest, whole_folder, write_json, write_manifest
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.evaluate import long_context, passkey, positions
@@ -61,7 +61,9 @@ def run(workspace: Workspace, profile: EvaluateParams) -> None:
     found = measure_both(workspace, request)
     scores = {name: one.scores for name, one in found.items()}
     measured = report_scores(request.shards, profile, scores, tokenizer_folder=workspace.base)
-    report = {**measured, **report_skills(request, found, identify_sections(workspace, request))}
+    asked_in = {name: open_prompt_template(folder).name for name, folder in _folders(workspace)}
+    differing = {"asked_in": asked_in} if len(set(asked_in.values())) > 1 else {}
+    report = {**measured, **differing, **report_skills(request, found, identify_sections(workspace, request))}
     write_json(workspace.evaluation, report)
     _write_samples(workspace, request, prompts, {name: one.answers for name, one in found.items()})
     lines = positions.table_positions(_name_curves(found), profile.evaluation.positions)
@@ -126,7 +128,7 @@ def measure_both(workspace: Workspace, request: EvalRequest) -> dict[str, ModelR
     """Return the results of base and tuned model, measured one after the other."""
     gpus = plan_workers()
     found = {}
-    for name, folder in (("base", workspace.base), ("tuned", workspace.model)):
+    for name, folder in _folders(workspace):
         found[name] = one = measure_folder(folder, workspace.model, request, gpus=gpus, name=name)
         for source, score in zip(request.shards.sources, one.scores, strict=True):
             print(f"{name:>5} on {source.name}: {score.loss:.4f} nats/token over {score.tokens:,} tokens")
@@ -255,7 +257,8 @@ def write_tables(target: Path, tables: Mapping[str, Table]) -> None:
     with whole_folder(target) as folder:
         for name, lines in tables.items():
             with (folder / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
-                writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
+                names = dict.fromkeys(name for line in lines for name in line)  # no nats/byte without supervised text
+                writer = csv.DictWriter(file, list(names), lineterminator="\n")
                 writer.writeheader()
                 writer.writerows(lines)
         write_manifest(folder, {})
@@ -271,7 +274,7 @@ def score_first_rows(workspace: Workspace, profile: EvaluateParams, *, limit: in
     shards = first_rows(open_shards(workspace.data), limit)
     sizes = count_bytes(shards, profile, workspace.base)
     rows: list[dict[str, object]] = []
-    for name, folder in (("base", workspace.base), ("tuned", workspace.model)):
+    for name, folder in _folders(workspace):
         check_data(folder, shards)
         scores = measure_folder(
             folder, workspace.model, EvalRequest(shards, profile), gpus=SINGLE_PROCESS, name=name
@@ -279,6 +282,10 @@ def score_first_rows(workspace: Workspace, profile: EvaluateParams, *, limit: in
         for source, score, size in zip(shards.sources, scores, sizes, strict=True):
             rows.append({"source": source.name, "model": name, **score.metrics(size)})
     return sorted(rows, key=lambda row: (str(row["source"]), str(row["model"])))
+
+
+def _folders(workspace: Workspace) -> tuple[tuple[str, Path], ...]:
+    return ("base", workspace.base), ("tuned", workspace.model)
 
 
 def _check_models(workspace: Workspace) -> None:

@@ -28,7 +28,7 @@ _NO_CHARACTER = "\u200b"  # zero-width space: keeps a tokenizer from parsing a s
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A special token, or the text between two of them."""
+    """A special token, or a part of the text between two of them that is supervised as a whole or not at all."""
 
     text: str  # decoded
     kind: int  # a `Kind`: whose turn it is
@@ -49,7 +49,9 @@ def read_segments(
     """
     is_supervised = np.append(loss_mask(kinds, profile)[:-1], False)
     is_special = np.isin(ids, list(special))
-    borders = np.flatnonzero(is_special | np.append(True, is_special[:-1]))
+    is_target = np.append(is_supervised[:1], is_supervised[:-1])
+    changes = np.append(False, is_target[1:] != is_target[:-1])  # a Jinja template's header before an answer
+    borders = np.flatnonzero(is_special | np.append(True, is_special[:-1]) | changes)
     for begin, end in zip(borders, [*borders[1:], len(ids)], strict=True):
         number = int(ids[begin])
         text = tokenizer.decode(ids[begin:end].tolist(), skip_special_tokens=False)

@@ -8,7 +8,13 @@ from ropeway.models.chat_template import OPEN_ASSISTANT
 from ropeway.models.jinja_template import JinjaTemplate, find_own_template
 from ropeway.models.tokenizer import open_tokenizer, read_special_names
 from ropeway.runtime.errors import ConfigError
-from ropeway.stages.base.base_template import BaseTokenizer, choose_template, describe_template, prove_template
+from ropeway.stages.base.base_template import (
+    BaseTokenizer,
+    choose_template,
+    describe_template,
+    find_replaced_template,
+    prove_template,
+)
 from tests.support.chat_templates import STYLES, write_tokenizer
 
 
@@ -66,3 +72,13 @@ def test_a_template_that_cannot_be_trained_with_is_refused_by_name(tmp_path, jin
         prove_template(template, opened, name="my.jinja")
     assert reason in str(caught.value)
     assert "my.jinja" in str(caught.value)
+
+
+def test_a_replaced_template_that_can_ask_is_kept_for_the_evaluation_of_the_base(tmp_path, capsys):
+    opened = opened_from(tmp_path, STYLES["chatml"])
+    assert find_replaced_template(OPEN_ASSISTANT, opened) == STYLES["chatml"].jinja
+    own = choose_template(wanted("base"), tmp_path, opened)
+    assert find_replaced_template(own, opened) is None
+    broken = BaseTokenizer(opened.tokenizer, opened.names, template="{{ nothing.at.all }}")
+    assert find_replaced_template(OPEN_ASSISTANT, broken) is None
+    assert "evaluation asks it in the run's template" in capsys.readouterr().out
