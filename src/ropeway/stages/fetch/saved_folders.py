@@ -14,7 +14,7 @@ from ropeway.stages.fetch.decompress import InputFile, open_decompressed
 
 STATE, INFO, SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
 METADATA = (STATE, INFO, SPLITS)
-_MAX_BYTES = 16 << 20  # of a metadata file; one of a million arrow files would have about 50 MB
+_MAX_BYTES = 64 << 20  # of a metadata file; one that lists a million arrow files has about 50 MB
 
 
 def find_saved(folder: Path) -> list[Path] | None:
@@ -50,8 +50,10 @@ def add_states(files: Mapping[str, Path]) -> dict[str, Path]:
         ConfigError: The folder has an indices mapping, or an arrow file is not one of its data files.
     """
     found = dict(files)
-    for name, path in files.items():
-        if path.suffix == ".arrow" and (names := _read_names(path.parent)) is not None:
+    arrow = {name: path for name, path in files.items() if path.suffix == ".arrow"}
+    listed = {folder: _read_names(folder) for folder in {path.parent for path in arrow.values()}}
+    for name, path in arrow.items():
+        if (names := listed[path.parent]) is not None:
             check_listed(path.parent / STATE, names, [path.name])
             found[os.path.join(os.path.dirname(name), STATE)] = path.parent / STATE  # noqa: PTH118, PTH120 - a name
     return found

@@ -311,11 +311,18 @@ def test_saved_folders_and_archives_of_the_hub_are_read(tmp_path, pattern, expec
 
 
 @pytest.mark.parametrize("pattern", ["talks", "talks.zip", "talks/**"])
-def test_several_splits_of_the_hub_obey_the_rule_of_patterns(hub, tmp_path, pattern):
+@pytest.mark.usefixtures("hub")
+def test_several_splits_of_the_hub_obey_the_rule_of_patterns(tmp_path, pattern):
     with pytest.raises(ConfigError, match="files of several splits"):
         fetch_source(tmp_path, hub_source(pattern))
     assert numbers(fetch_source(tmp_path, hub_source(pattern, splits=["train", "test"]))[1]) == TEST + TRAIN
-    del hub.files["talks/train/data-00000-of-00002.arrow"]
+
+
+def test_an_arrow_file_of_the_hub_that_a_saved_folder_does_not_list_has_no_rows(hub, tmp_path):
+    hub.files["talks/train/cache-1.arrow"] = hub.files["talks/test/data-00000-of-00001.arrow"]
+    with pytest.raises(ConfigError, match=r"cache-1.arrow is not one of the data files"):
+        fetch_source(tmp_path, hub_source("talks/train/*.arrow"))  # before state.json is in the cache
+    assert numbers(fetch_source(tmp_path, hub_source("talks/train"))[1]) == TRAIN
 
 
 def test_a_shard_that_the_repository_lacks_is_reported(hub, tmp_path):
