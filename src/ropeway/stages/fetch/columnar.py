@@ -37,7 +37,8 @@ def read_parquet(file: InputFile, required: list[str]) -> Iterator[tuple[str, ob
         # Read all columns: an unused one with values refuses the record.
         groups = (opened.metadata.row_group(group) for group in range(opened.metadata.num_row_groups))
         widths = (group.total_byte_size // max(group.num_rows, 1) for group in groups)
-        yield from _locate(file, opened.iter_batches(batch_size=_choose_batch_rows(widths)))
+        batches = opened.iter_batches(batch_size=_choose_batch_rows(widths))
+        yield from _locate(file, (row for batch in batches for row in _iterate_rows(batch)))
 
 
 def read_arrow(file: InputFile, required: list[str]) -> Iterator[tuple[str, object]]:
@@ -60,7 +61,7 @@ def read_arrow(file: InputFile, required: list[str]) -> Iterator[tuple[str, obje
             _check_stream_end(file, head, file.source)
             batches = opened = pa.ipc.open_stream(mapped)
         _check_columns(file, opened.schema.names, required)
-        yield from _locate(file, (part for batch in batches for part in _split_batch(batch)))
+        yield from _locate(file, (row for batch in batches for row in _iterate_mapped_rows(batch)))
 
 
 def _check_stream_end(file: InputFile, head: bytes, path: Path) -> None:
@@ -72,12 +73,29 @@ def _check_stream_end(file: InputFile, head: bytes, path: Path) -> None:
             raise DataError(f"{file}: no arrow data, or truncated: the end marker of an arrow stream is missing")
 
 
-def _split_batch(batch: Any) -> Iterator[Any]:  # noqa: ANN401 - pyarrow has no types
-    """Yield slices of a record batch that are few enough rows to hold in memory as Python objects."""
-    batch.validate()  # a damaged batch could make pyarrow read outside the file
-    step = _choose_batch_rows([batch.nbytes // max(batch.num_rows, 1)])
+def _iterate_mapped_rows(batch: Any) -> Iterator[object]:  # noqa: ANN401 - pyarrow has no types
+    """Yield the rows of a memory-mapped batch, checked first: pyarrow follows damaged offsets out of it and crashes.
+
+    Raises:
+        ArrowInvalid: A row has anything but a text that is not UTF-8.
+    """
+    from pyarrow import ArrowInvalid
+
+    try:
+        batch.validate(full=True)
+        step = _choose_batch_rows([batch.nbytes // max(batch.num_rows, 1)])
+    except ArrowInvalid:
+        step = 1
     for begin in range(0, batch.num_rows, step):
-        yield batch.slice(begin, step)
+        part = batch.slice(begin, step)
+        try:
+            part.validate(full=step == 1)
+        except ArrowInvalid as error:
+            if "UTF8" not in str(error):
+                raise
+            yield UnreadableError("bad UTF-8")
+        else:
+            yield from part.to_pylist()
 
 
 def _check_columns(file: InputFile, found: list[str], required: list[str]) -> None:
@@ -102,12 +120,8 @@ class _Batch(Protocol):
     def slice(self, offset: int, length: int) -> "_Batch": ...
 
 
-def _locate(file: InputFile, batches: Iterable[_Batch]) -> Iterator[tuple[str, object]]:
-    number = 0
-    for batch in batches:
-        for row in _iterate_rows(batch):
-            number += 1
-            yield f"{file}: row {number}", row
+def _locate(file: InputFile, rows: Iterable[object]) -> Iterator[tuple[str, object]]:
+    return ((f"{file}: row {number}", row) for number, row in enumerate(rows, start=1))
 
 
 def _iterate_rows(batch: _Batch) -> Iterator[object]:

@@ -29,7 +29,7 @@ def iterate_objects(file: InputFile, required: list[str]) -> Iterator[Item]:
         for item in READERS[form](file, required):
             count += 1
             yield item
-    except (*UNREADABLE, ArrowException) as error:
+    except (*UNREADABLE, ArrowException, UnicodeDecodeError) as error:  # the last one: of a column's name
         raise DataError(f"{file}: reading failed after {count:,} records ({error}); fetch it again") from error
     if not count:
         raise DataError(f"{file}: contains 0 records; fetch it again or remove it from `paths`")

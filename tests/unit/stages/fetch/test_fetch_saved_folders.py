@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import struct
 import zipfile
 from pathlib import Path
 
@@ -246,6 +247,19 @@ def test_a_broken_arrow_file_is_an_error_that_names_it(tmp_path, data, phrase):
     (tmp_path / "a.arrow").write_bytes(data)
     with pytest.raises(DataError, match=phrase):
         fetch_source(tmp_path, files_source("a.arrow"), limit=0.0)
+
+
+def test_damaged_offsets_and_names_in_an_arrow_file_are_errors_and_never_followed(tmp_path):
+    """pyarrow would read outside of the mapped file: this process would end."""
+    offsets = WHOLE.index(struct.pack("<3i", 0, 100, 200))
+    for begin, data, phrase in (
+        (offsets + 4, struct.pack("<i", 1 << 30), "reading failed after 0 records"),
+        (offsets + 8, struct.pack("<i", -5), "reading failed after 1 records"),
+        (WHOLE.index(b"text"), b"te\xfft", "reading failed after 0 records"),
+    ):
+        (tmp_path / "a.arrow").write_bytes(WHOLE[:begin] + data + WHOLE[begin + len(data) :])
+        with pytest.raises(DataError, match=phrase):
+            fetch(tmp_path, "a.arrow")
 
 
 def test_two_columns_of_one_name_are_an_error(tmp_path):
