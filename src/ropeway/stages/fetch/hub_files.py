@@ -7,7 +7,7 @@ from ropeway.runtime.errors import ConfigError
 from ropeway.stages.fetch.formats import check_document, check_format, split_members
 from ropeway.stages.fetch.local import add_members
 from ropeway.stages.fetch.patterns import check_splits, match_names
-from ropeway.stages.fetch.saved_folders import SPLITS, STATE, add_states, find_saved
+from ropeway.stages.fetch.saved_folders import SPLITS, STATE, add_states, find_saved, without_splits_file
 from ropeway.storage import hub
 
 _SHOWN = 20
@@ -31,7 +31,7 @@ def download_matching(source: HuggingfaceSource, commit: str) -> tuple[dict[str,
         matched, inner = _match_pattern(pattern, there)
         if not matched:
             raise _make_match_error(source, commit, pattern, there)
-        check_splits(pattern, matched, source.splits)
+        check_splits(pattern, without_splits_file(matched), source.splits)
         for name in matched:
             check_format(name)
             check_document(name, source.rows)
@@ -52,13 +52,17 @@ def _match_pattern(pattern: str, there: list[str]) -> tuple[list[str], str | Non
     outer, inner = split_members(pattern)
     if inner is not None:
         return match_names([outer], there)[outer], inner
-    place, known = PurePosixPath(pattern), set(there)
-    folders = {PurePosixPath(name).parent for name in there if PurePosixPath(name).name == STATE}
-    is_several = str(place / SPLITS) in known
-    folders = {one for one in folders if one == place or (is_several and one.parent == place)}
-    return [name for name in there if PurePosixPath(name).parent in folders and name.endswith((STATE, ".arrow"))] + (
-        [str(place / SPLITS)] if is_several else []
-    ), None
+    return _list_saved(PurePosixPath(pattern), there), None
+
+
+def _list_saved(place: PurePosixPath, there: list[str]) -> list[str]:
+    """Return the metadata and arrow files of a saved folder, also of one with several splits; none if it is not one."""
+    paths = [PurePosixPath(name) for name in there]
+    has_splits = place / SPLITS in paths
+    folders = {path.parent for path in paths if path.name == STATE}
+    wanted = {folder for folder in folders if place == folder or (has_splits and place == folder.parent)}
+    files = [path for path in paths if path.parent in wanted and (path.name == STATE or path.suffix == ".arrow")]
+    return [str(path) for path in (*files, *[place / SPLITS] * has_splits)]
 
 
 def _list_states(names: list[str], there: list[str]) -> set[str]:

@@ -12,7 +12,7 @@ from ropeway.runtime.errors import ConfigError
 from ropeway.runtime.manifest import file_sha256, write_json
 from ropeway.stages.fetch.formats import COMPRESSED, FORMATS, check_format, is_archive, split_members
 from ropeway.stages.fetch.patterns import check_splits, is_glob
-from ropeway.stages.fetch.saved_folders import add_states, find_saved
+from ropeway.stages.fetch.saved_folders import add_states, find_saved, without_splits_file
 
 _ENTRY_ITEMS = 2  # of the digest cache: size, times and inode; sha256
 _TICK_NS = 2_000_000_000  # coarsest timestamp resolution of a file system in use: FAT
@@ -42,7 +42,7 @@ def find_files(patterns: list[str], root: Path, splits: Sequence[str] = ()) -> d
             raise ConfigError(f"sources: '{pattern}' matches no file in {root}; add the file or correct `paths`")
         for name in files:
             check_format(name)
-        check_splits(pattern, files, splits)
+        check_splits(pattern, without_splits_file(files), splits)
         found |= files
     return dict(sorted(add_states(found).items()))
 

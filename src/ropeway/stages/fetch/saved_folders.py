@@ -43,6 +43,11 @@ def is_metadata(path: Path) -> bool:
     return path.name in METADATA and _read_names(path.parent) is not None
 
 
+def without_splits_file(names: Iterable[str]) -> list[str]:
+    """Return these names without those of dataset_dict.json, which belongs to no split."""
+    return [name for name in names if PurePosixPath(name).name != SPLITS]
+
+
 def add_states(files: Mapping[str, Path]) -> dict[str, Path]:
     """Return these files, by name, and the state.json of every saved folder from which one of them is.
 

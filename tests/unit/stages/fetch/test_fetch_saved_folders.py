@@ -78,6 +78,19 @@ def test_a_folder_of_several_splits_obeys_the_rule_of_patterns(saved):
         chats(saved, "talks")
 
 
+@pytest.mark.parametrize("way", ["folder", "hub"])
+def test_a_folder_of_one_split_is_read_whichever_it_is(saved, monkeypatch, way):
+    shutil.rmtree(saved / "talks" / "train")
+    (saved / "talks" / "dataset_dict.json").write_text('{"splits": ["test"]}')
+    if way == "folder":
+        assert numbers(chats(saved, "talks")[1]) == TEST
+        return
+    files = {path.relative_to(saved).as_posix(): path.read_bytes() for path in saved.rglob("*") if path.is_file()}
+    with serve_hub(Hub(files)) as served:
+        point_at(monkeypatch, saved / "cache", url=served.url)
+        assert numbers(fetch_source(saved, hub_source("talks"))[1]) == TEST
+
+
 def test_globs_read_saved_folders_and_their_files_once(saved):
     (saved / "talks" / "train" / "cache-1.arrow").write_bytes(stream(texts("cached")))
     assert numbers(chats(saved, "talks/tr*")[1]) == TRAIN
