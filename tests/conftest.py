@@ -1,8 +1,8 @@
 """What every test may rely on, however the tests were started."""
 
 import functools
-import gc
 import os
+import runpy
 import signal
 import sys
 import uuid
@@ -21,10 +21,14 @@ os.environ["WANDB_MODE"] = "disabled"  # the tests of tracking say otherwise
 # Tests start hundreds of Python processes. Without bytecode files each compiles torch and transformers again (6 s).
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
-# A full collection walks all that torch, DVC and Prefect imported (0.2 s); by default there are hundreds.
-gc.set_threshold(20_000, 20, 20)
+# For all processes that tests start, those of pytest-xdist among them; this one has started.
+STARTUP = str(Path(__file__).parent / "support" / "startup")
+if STARTUP not in sys.path:
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (STARTUP, os.environ.get("PYTHONPATH"))))
+    runpy.run_path(f"{STARTUP}/sitecustomize.py")
 # torch's threads spin while they wait for each other; beside other work that takes three times the processor time.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # models of two layers: a second thread only costs
 
 # A job in the background (`make test &`, nohup, some CI runners) starts with signals ignored, and its children inherit
 # that: the tests that send them would wait for nothing. What a shell in the foreground gives is restored.

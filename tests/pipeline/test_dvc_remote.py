@@ -48,12 +48,15 @@ class Remote:
 
 
 # What DVC does with a remote is the same code for both: S3 is seen to work here, the rest of it in `make test-slow`.
+ON_S3_SLOW_IN_A_FOLDER = pytest.mark.parametrize(
+    "remote", [pytest.param("folder", marks=pytest.mark.slow), "s3"], indirect=True
+)
 EACH_SLOW_ON_S3 = pytest.mark.parametrize(
     "remote", ["folder", pytest.param("s3", marks=pytest.mark.slow)], indirect=True
 )
 
 
-@pytest.fixture(params=["folder", "s3"])
+@pytest.fixture
 def remote(request, tmp_path, monkeypatch):
     if request.param == "folder":
         return Remote(str(tmp_path / "remote"))
@@ -83,6 +86,7 @@ def clone(workspace, target):
     return type(workspace)(target)
 
 
+@ON_S3_SLOW_IN_A_FOLDER
 def test_flow_pushes_and_a_second_clone_restores_everything_with_the_same_digest(shared, remote, tmp_path, capsys):
     first = run(shared)
     assert "push: Completed, outputs and run-cache are on the remote" in capsys.readouterr().out

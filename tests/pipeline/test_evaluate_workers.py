@@ -14,7 +14,7 @@ from ropeway.stages.evaluate import stage as evaluation
 from ropeway.stages.evaluate.champion import measure_champion
 from ropeway.stages.evaluate.evaluation_workers import run_shares
 from tests.support import forked
-from tests.support.processes import command_of
+from tests.support.processes import command_of, count_threads
 from tests.support.tiny_run import BLOCK, ROOT, make_run
 
 PAIR = (None, None)
@@ -114,10 +114,6 @@ def test_each_process_sees_its_own_card(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert run_shares(os.getenv, ("CUDA_VISIBLE_DEVICES",), ("4", "7")) == ["4", "7"]
     assert "CUDA_VISIBLE_DEVICES" not in os.environ
-
-
-def count_threads(_share):
-    return torch.get_num_threads()
 
 
 def test_each_process_has_as_many_threads_as_one_alone():

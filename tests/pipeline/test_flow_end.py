@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings(
     # dvc 3.67.1 (repo/trie.py, repo/graph.py) on pygtrie 2.6
     "ignore:_NoneStep.value will soon raise:DeprecationWarning"
 )
-LINES = 20_000
+LINES = 5_000
 CHATTY = f"for n in range({LINES}): print(f'line {{n}} of a chatty stage')"
 
 

@@ -139,6 +139,7 @@ def test_a_signal_during_a_save_leaves_a_complete_checkpoint(whole, job):
     assert job.weights() == whole.weights()
 
 
+@pytest.mark.slow  # in every run: the watchdog in a process that hangs (test_watchdog) and a rank that is killed, above
 def test_a_hanging_rank_is_detected_and_every_stack_is_printed(whole, job):
     job.edit("params.yaml", "hang_seconds: null", "hang_seconds: 15")
     process = train(job)
@@ -200,6 +201,7 @@ def test_a_disk_too_small_for_checkpoints_is_refused_once_before_anything_is_sav
     assert "saving step" not in said
 
 
+@pytest.mark.slow  # in every run: a save on a full disk (test_train_disk) and a disk that is too small, above
 def test_a_disk_that_fills_during_training_keeps_the_previous_checkpoint(whole, job, small_disk):
     process = train(job)
     read_until(process, "warm-up step: ")

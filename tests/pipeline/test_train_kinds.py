@@ -32,7 +32,7 @@ STATES = {
     "optimizer offloaded": zero(2, offload_optimizer=CPU),
     "all offloaded": zero(3, offload_optimizer=CPU, offload_param=CPU),
 }
-SLOW = ("zero1", "optimizer offloaded")  # each a part of what "zero3" and "all offloaded" do
+SLOW = ("zero1", "zero3", "optimizer offloaded")  # each a part of what "all offloaded" does
 NAMED = [pytest.param(one, id=name, marks=[pytest.mark.slow] * (name in SLOW)) for name, one in STATES.items()]
 
 

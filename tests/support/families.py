@@ -94,7 +94,7 @@ FAMILIES = {
     "gpt_neox": Family("gpt_neox", "no key-value heads in its config, parallel blocks", lacks=("num_key_value_heads",)),
     "stablelm": Family("stablelm", "no boundaries of sequences in its attention", layout="padded"),
 }
-FAST = ("llama", "qwen3", "gemma2")
+FAST = ("gemma2",)
 
 
 def save_family(family, folder):

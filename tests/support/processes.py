@@ -27,3 +27,10 @@ def read_until(process, text):
         if text in line:
             return seen
     raise AssertionError(f"{text!r} was not said:\n{''.join(seen)}")
+
+
+def count_threads(_share):
+    """Return torch's threads in this process. Here: a process that calls it imports the module of the function."""
+    import torch
+
+    return torch.get_num_threads()

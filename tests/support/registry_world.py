@@ -23,7 +23,7 @@ from ropeway.runtime.errors import RegistryError
 from ropeway.runtime.manifest import canonical_json, file_sha256, write_json, write_manifest
 from ropeway.storage import FileStore, Store, open_store
 
-PROMOTIONS = 10
+PROMOTIONS = 5
 # What changes a disk, as the interpreter announces it just before it does it.
 CHANGES = {"os.link", "os.remove", "os.rename", "os.mkdir", "os.rmdir"}
 
