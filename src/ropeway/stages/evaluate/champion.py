@@ -13,6 +13,7 @@ from pathlib import Path
 from ropeway.config.frozen import FrozenInputs
 from ropeway.config.params import EvaluateParams
 from ropeway.models.chat_template import OPEN_ASSISTANT, open_template
+from ropeway.models.tokenizer import open_tokenizer
 from ropeway.runtime.errors import DataError, RopewayError
 from ropeway.runtime.manifest import file_sha256, write_json
 from ropeway.runtime.workspace import Workspace
@@ -41,7 +42,7 @@ def measure_champion(
     request = plan_measurements(workspace, profile, sections)
     shards, identities = request.shards, identify_sections(workspace, request)
     check_template(folder, shards, remedy=_REMEDY)
-    tokenizer = file_sha256(folder / "tokenizer.json")
+    tokenizer = _identify_tokenizer(folder, workspace.base, str(shards.manifest["tokenizer"]))
     with tempfile.TemporaryDirectory() as scratch:
         if tokenizer != shards.manifest["tokenizer"]:
             if open_template(folder) is not OPEN_ASSISTANT:
@@ -56,6 +57,15 @@ def measure_champion(
     if request.losses:
         report |= report_scores(shards, profile, {"tuned": result.scores}, tokenizer_folder=workspace.base)
     write_json(out, {**report, "tokenizer": tokenizer})
+
+
+def _identify_tokenizer(folder: Path, base: Path, digest: str) -> str:
+    """Return `digest`, that of the run's tokenizer in `base`, if the folder has the same one; else its file's digest.
+
+    A package has merges in the form that older versions of tokenizers read, so the bytes of the same tokenizer differ.
+    """
+    same = open_tokenizer(folder).to_str() == open_tokenizer(base).to_str()
+    return digest if same else file_sha256(folder / "tokenizer.json")
 
 
 if __name__ == "__main__":

@@ -50,6 +50,24 @@ def test_a_champion_is_measured_only_on_the_sections_that_are_asked(run, tmp_pat
     assert sum(line.startswith(("passkeys at", "loss beyond")) for line in verdict.lines) == 3
 
 
+def test_a_package_has_the_tokenizer_of_its_run_though_its_file_differs(run, tmp_path):
+    workspace, profile = run
+    evaluate.run(workspace, profile)
+    own = json.loads(workspace.evaluation.read_text())
+    shutil.copytree(workspace.model, tmp_path / "package")
+    path = tmp_path / "package" / "tokenizer.json"
+    stored = json.loads(path.read_bytes())
+    stored["model"]["merges"] = [one.split(" ") for one in stored["model"]["merges"]]  # the other of the two forms
+    path.write_text(json.dumps(stored))
+    measure_champion(workspace, profile, tmp_path / "package", tmp_path / "champion.json", ["losses", "positions"])
+    found = json.loads((tmp_path / "champion.json").read_text())
+    assert found["tokenizer"] == own["tokenizer"]
+    assert found["positions"]["beyond"]["tuned"] == own["positions"]["beyond"]["tuned"]
+    assert {name: source["tuned"] for name, source in found["sources"].items()} == {
+        name: source["tuned"] for name, source in own["sources"].items()
+    }
+
+
 def test_identities_differ_where_questions_or_rows_do(run):
     workspace, profile = run
     request = plan_measurements(workspace, profile)
