@@ -17,8 +17,11 @@ pytestmark = pytest.mark.filterwarnings(
     # dvc 3.67.1 (repo/trie.py, repo/graph.py) on pygtrie 2.6
     "ignore:_NoneStep.value will soon raise:DeprecationWarning"
 )
-LINES = 5_000
-CHATTY = f"for n in range({LINES}): print(f'line {{n}} of a chatty stage')"
+LINES = 20_000  # of which Prefect's own worker had thousands in its queue at the end
+
+
+def chatty(lines):
+    return f"for n in range({lines}): print(f'line {{n}} of a chatty stage')"
 
 
 def run_command(workspace):
@@ -29,7 +32,7 @@ def run_command(workspace):
 
 def test_a_chatty_stages_lines_are_on_its_page_or_said_to_be_missing(own_prefect):
     own_prefect.edit("params.yaml", "learning_rate: 2e-3", "learning_rate: 3e-3")
-    own_prefect.trouble("train", CHATTY)
+    own_prefect.trouble("train", chatty(LINES))
     with run_command(own_prefect) as process:
         said = "".join(read_until(process, "laptop: Published in"))
         began = time.monotonic()
@@ -52,7 +55,7 @@ def test_a_chatty_stages_lines_are_on_its_page_or_said_to_be_missing(own_prefect
 @pytest.mark.parametrize("when", ["while lines come", "at the result"])
 def test_a_frozen_server_does_not_delay_the_result(own_prefect, when):
     own_prefect.edit("params.yaml", "learning_rate: 2e-3", "learning_rate: 3e-3")
-    own_prefect.trouble("package", CHATTY if when == "while lines come" else "")
+    own_prefect.trouble("package", chatty(5_000) if when == "while lines come" else "")
     with run_command(own_prefect) as process:
         said = read_until(process, "line 10 of a" if when == "while lines come" else "publish: Published")
         below = psutil.Process(process.pid).children(recursive=True)
