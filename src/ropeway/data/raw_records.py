@@ -185,7 +185,7 @@ def _records(table: Any) -> Iterator[Record]:  # noqa: ANN401 - pyarrow has no t
 
 
 def iterate_texts(record: Record) -> Iterable[str]:
-    """Return a record's texts: the document, or the conversation's system message, turns and, as JSON, the rest."""
+    """Return a record's texts: the document, or a conversation's system message, turns and what else it states."""
     if not isinstance(record, Conversation):
         return (record,)
-    return (record.system, *record.turns, record.form) if record.form else (record.system, *record.turns)
+    return (record.system, *record.turns, *record.further_texts())

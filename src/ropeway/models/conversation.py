@@ -1,7 +1,7 @@
 """The type of a conversation in records and templates."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NotRequired, TypedDict
 
@@ -75,6 +75,10 @@ class Conversation:
         form: Form = json.loads(self.form)
         return form
 
+    def further_texts(self) -> list[str]:
+        """Return all strings of the form: reasoning, names, calls with their arguments, tools."""
+        return list(_strings(json.loads(self.form))) if self.form else []
+
     def supervised_messages(self) -> list[int]:
         """Return which items of `to_messages` are the assistant's and have no weight of 0."""
         first = int(bool(self.system))
@@ -83,6 +87,18 @@ class Conversation:
         form = self.read_form()
         each = enumerate(zip(form["roles"], form["fields"], strict=True), start=first)
         return [at for at, (role, fields) in each if role == "assistant" and fields.get("weight", 1) != 0]
+
+
+def _strings(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            yield key
+            yield from _strings(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _strings(part)
 
 
 def _further(message: Mapping[str, Any]) -> Message:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ropeway.models.conversation import Conversation, Message
+from ropeway.models.watched_text import WatchedText, mark_parts, mark_tools
 from ropeway.runtime.errors import ConfigError
 
 FILE = "chat_template.jinja"
@@ -25,6 +27,7 @@ OWN_FILE = "own_chat_template.jinja"  # of a base whose template the run replace
 # Some templates write today's date (`strftime_now`). Data must not depend on the day on which they are made.
 DATE = datetime(2024, 7, 26, tzinfo=UTC)
 _SLOT = re.compile("\x00([0-9]+)\x00")
+_DROPS = "the template drops or changes"
 _SHOWN = 80  # characters of a template's own message in a reason
 _UNKNOWN_DATE = datetime(2001, 2, 3, tzinfo=UTC)
 
@@ -64,14 +67,14 @@ class Frame:
         marks: For each answer: (number of the last special token before it, the text from that token to the answer,
             number of the special token that ends it). Empty if there is no special token between an answer and the
             text before it.
-        special_tokens: Number of special tokens in `literals`.
+        special_tokens: Special tokens in `literals`, in order.
     """
 
     literals: tuple[str, ...]
     order: tuple[int, ...]
     answers: tuple[tuple[int, int, int], ...]
     marks: tuple[tuple[int, str, int], ...]
-    special_tokens: int
+    special_tokens: tuple[str, ...]
 
 
 class JinjaTemplate:
@@ -127,7 +130,8 @@ class JinjaTemplate:
         try:
             pin_date(self.jinja, self._date)
             (text,), _ = render_jinja_template(
-                conversations=[list(messages)],
+                # As apply_chat_template does: a template must not see a content of null.
+                conversations=[[{key: part for key, part in one.items() if part is not None} for one in messages]],
                 tools=list(tools) or None,
                 chat_template=self.jinja,
                 add_generation_prompt=add_generation_prompt,
@@ -157,14 +161,19 @@ class JinjaTemplate:
         Raises:
             UnusableConversationError: The message is the reason.
         """
-        if not conversation.form and (found := self._fill_frame(conversation)):
-            return [found]
+        if not conversation.form:
+            frame = self._frame(len(conversation.turns), has_system=bool(conversation.system))
+            if isinstance(frame, str) and frame.startswith(_DROPS):
+                raise UnusableConversationError(frame)
+            if isinstance(frame, Frame) and (found := self._fill_frame(conversation, frame)):
+                return [found]
+        else:
+            self._prove_nothing_is_lost(conversation)
         return self._render_each_answer(conversation, per_turn=per_turn)
 
-    def _fill_frame(self, conversation: Conversation) -> Rendered | None:
+    def _fill_frame(self, conversation: Conversation, frame: Frame) -> Rendered | None:
         """Return a plain conversation by one rendering; None if the template does more than to insert the texts."""
-        frame = self._frame(len(conversation.turns), has_system=bool(conversation.system))
-        if isinstance(frame, str):
+        if self._looks_at_texts:
             return None
         try:
             text = self._render_plain(conversation.to_messages())
@@ -182,13 +191,29 @@ class JinjaTemplate:
                 return Rendered(text, answers, slots, frame)
         return None
 
-    def _render_plain(self, messages: Sequence[Message]) -> str:
+    @cached_property
+    def _looks_at_texts(self) -> bool:
+        """Whether what the template writes may depend on a text, e.g. `'/no_think' in content`.
+
+        Then each prompt has to be rendered. Joining and stripping texts, and asking if there is one, do not count.
+        """
+        seen: list[str] = []
+        for system in ("s", ""):
+            texts = [WatchedText(text, seen) for text in ("q", "a", "r", "b")]
+            messages = Conversation(tuple(texts), system and WatchedText(system, seen)).to_messages()
+            for count in range(1, len(messages) + 1):
+                for asks in (False, True):
+                    with suppress(Exception):  # `render_messages` says what
+                        self._render_plain(messages[:count], add_generation_prompt=asks)
+        return bool(seen)
+
+    def _render_plain(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         """Render messages of role and text without the checks and copies that transformers makes for others."""
         pin_date(self.jinja, self._date)
         names = {f"{short}_token": text for short, text in self._names.items()}
         return str(
             _compile(self.jinja).render(
-                messages=messages, tools=None, documents=None, add_generation_prompt=False, **names
+                messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **names
             )
         )
 
@@ -206,11 +231,13 @@ class JinjaTemplate:
 
     def _render_each_answer(self, conversation: Conversation, *, per_turn: bool) -> list[Rendered]:
         messages, tools = conversation.to_messages(), conversation.read_form().get("tools", ())
-        wanted = conversation.supervised_messages()
+        wanted = [at for at in conversation.supervised_messages() if at > 0]  # no prompt comes before the first message
         if not wanted:
             raise UnusableConversationError("no answer counts")
         whole = self.render_messages(messages, tools)
-        _check_nothing_lost(whole, [one for one in messages if one["role"] != "assistant"], tools)
+        for one in messages:
+            if one["role"] != "assistant" and not _has_text(whole, one):
+                raise UnusableConversationError(f"{_DROPS} a text of role {one['role']}")
         answers, each = [], []
         is_stable = all(_has_text(whole, one) for one in messages)
         for at in wanted:
@@ -219,7 +246,8 @@ class JinjaTemplate:
             if not answered.startswith(prompt):
                 raise UnusableConversationError("an answer does not begin as the template's generation prompt ends")
             span = (len(prompt), self._find_end(answered, len(prompt)))
-            _check_nothing_lost(answered[: span[1]], [messages[at]], tools)
+            if not _has_text(answered[slice(*span)], messages[at]):
+                raise UnusableConversationError(f"{_DROPS} a text of role assistant")
             answers.append(span)
             each.append(Rendered(answered, (span,)))
             is_stable &= whole.startswith(answered[: span[1]])
@@ -228,6 +256,25 @@ class JinjaTemplate:
         if not per_turn:
             raise UnusableConversationError("the template rewrites earlier turns (history: per_turn trains each)")
         return each
+
+    def _prove_nothing_is_lost(self, conversation: Conversation) -> None:
+        """Raise UnusableConversationError if a part of the conversation has no place in the rendered text.
+
+        The parts are replaced by unique words, because a part may also be found elsewhere. Ids are not looked for, nor
+        the name of a tool beside its result.
+        """
+        messages, words = mark_parts(conversation.to_messages())
+        tools, tool_words = mark_tools(conversation.read_form().get("tools", ()))
+        whole = self.render_messages(messages, tools)
+        if missing := [what for word, what in tool_words.items() if word not in whole]:
+            raise UnusableConversationError(f"the template has no place for {missing[0]}")
+        for at, (message, own) in enumerate(zip(messages, words, strict=True)):
+            text = whole
+            if message["role"] == "assistant":  # earlier answers may lose their reasoning: a rewritten history
+                text = self.render_messages(messages[: at + 1], tools)
+            for word, what in own.items():
+                if word not in text:
+                    raise UnusableConversationError(f"the template has no place for {what}")
 
     def _find_end(self, answered: str, begin: int) -> int:
         """Return where the end token ends, after which the template may write e.g. a line break."""
@@ -253,10 +300,10 @@ class JinjaTemplate:
     def depends_on_date(self) -> bool:
         """Whether the template writes today's date."""
         messages = Conversation(("Hi",)).to_messages()
-        today = self.render_messages(messages)
+        today = self.render_messages(messages, add_generation_prompt=True)
         self._date = _UNKNOWN_DATE
         try:
-            return self.render_messages(messages) != today
+            return self.render_messages(messages, add_generation_prompt=True) != today
         finally:
             self._date = DATE
 
@@ -265,7 +312,14 @@ class JinjaTemplate:
         """Prefix of the assistant's turn after a user's turn."""
         messages = Conversation(("Hi",)).to_messages()
         asked = self.render_messages(messages, add_generation_prompt=True)
-        return asked.removeprefix(self.render_messages(messages))
+        try:
+            done = self.render_messages(messages)
+        except UnusableConversationError:  # it renders no question alone
+            done = asked[: asked.rfind("Hi") + 2]
+        # What a template writes at the end of a conversation, e.g. EOS, is not in the prompt.
+        common = commonprefix([asked, done])  # noqa: RUF071 - of texts, not of paths
+        inside = [hit.start() for hit in self._special_pattern.finditer(asked) if hit.start() < len(common) < hit.end()]
+        return asked[inside[0] if inside else len(common) :]
 
     def control_tokens(self) -> tuple[str, ...]:
         """Return the special tokens that the template writes around a short conversation, in order."""
@@ -307,33 +361,17 @@ def _to_frame(rendered: Rendered, special: re.Pattern[str]) -> Frame:
     for begin, end in rendered.answers:
         slot = next(at for at, (there, _) in enumerate(places) if there >= begin)
         answers.append((slot, places[slot][0] - begin, end - places[slot][1]))
-    hits = [hit.span() for hit in special.finditer(rendered.text)]
+    found = [*special.finditer(rendered.text)]
+    hits = [hit.span() for hit in found]
     marks = []
     for begin, end in rendered.answers:
         before = [number for number, (_, there) in enumerate(hits) if there <= begin]
-        at = next(number for number, (_, there) in enumerate(hits) if there == end)
+        at = next((number for number, (_, there) in enumerate(hits) if there == end), None)
         header = rendered.text[hits[before[-1]][0] : begin] if before else ""
-        if header and not _SLOT.search(header):
+        if header and at is not None and not _SLOT.search(header):
             marks.append((before[-1], header, at))
     complete = tuple(marks) if len(marks) == len(answers) else ()
-    return Frame(tuple(literals), order, tuple(answers), complete, len(hits))
-
-
-def _check_nothing_lost(text: str, messages: Sequence[Message], tools: Sequence[Message]) -> None:
-    """Raise UnusableConversationError if a message's text, reasoning or call, or a tool is not in the rendered text."""
-    for message in messages:
-        if not _has_text(text, message):
-            raise UnusableConversationError(f"the template drops or changes a text of role {message['role']}")
-        if (reasoning := message.get("reasoning_content")) and reasoning.strip() not in text:
-            raise UnusableConversationError("the template has no place for reasoning")
-        if message["role"] != "tool" and str(message.get("name", "")) not in text:
-            raise UnusableConversationError("the template has no place for names")
-        for call in message.get("tool_calls") or ():
-            if (call.get("function") or call).get("name", "") not in text:
-                raise UnusableConversationError("the template has no place for tool calls")
-    for tool in tools:
-        if (tool.get("function") or tool).get("name", "") not in text:
-            raise UnusableConversationError("the template has no place for tools")
+    return Frame(tuple(literals), order, tuple(answers), complete, tuple(hit[0] for hit in found))
 
 
 def _has_text(text: str, message: Message) -> bool:

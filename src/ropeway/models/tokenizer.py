@@ -72,6 +72,14 @@ def read_additional(folder: Path) -> tuple[str, ...]:
     return tuple(texts) if isinstance(listed, list) else ()
 
 
+def read_other_names(folder: Path) -> frozenset[str]:
+    """Return the names of tokens in the folder's tokenizer_config.json besides `bos`, `eos`, `unk` and `pad`."""
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    extra = config.get("extra_special_tokens")
+    named = {key for key, value in config.items() if key.endswith("_token") and isinstance(value, str | dict)}
+    return frozenset(named - set(_CONFIG_KEYS.values())) | frozenset(extra if isinstance(extra, dict) else ())
+
+
 def read_special_texts(folder: Path) -> list[str]:
     """Return the texts of all special tokens of the folder's tokenizer.json, which is not opened as a tokenizer."""
     stated = json.loads((folder / "tokenizer.json").read_bytes())

@@ -3,6 +3,8 @@
 The outside authority for every rendering is `apply_chat_template` of transformers.
 """
 
+from dataclasses import replace
+
 import pytest
 from tokenizers import Regex
 from transformers import AutoTokenizer
@@ -108,7 +110,7 @@ def test_special_tokens_in_a_text_are_ordinary_tokens_when_escaped(folder):
     rows, refused = encode(folder, Conversation(("Hi", text)), special="escape")
     plain, _ = encode(folder, Conversation(("Hi", "ends here")))
     if refused:
-        assert folder.name.startswith("thinking_")
+        assert folder.name.startswith("deepseek")  # it splits answers at </think>, so it does more than insert them
         return
     number = authority.convert_tokens_to_ids(end)
     assert rows[0][0].count(number) == plain[0][0].count(number)
@@ -186,6 +188,100 @@ def test_what_a_template_would_drop_is_refused_by_name(tmp_path, style, messages
     rows, refused = encode(tmp_path, Conversation.from_messages(messages, tools))
     assert rows == []
     assert reason in next(iter(refused))
+
+
+CHATML = STYLES["chatml"].jinja
+CONTENT = "message['content']"
+
+
+def changed(folder, jinja, style="chatml"):
+    write_tokenizer(folder, replace(STYLES[style], jinja=jinja))
+    return folder
+
+
+def test_a_call_without_text_is_rendered_as_transformers_does(tmp_path):
+    calls = "message['content'] | trim + (message.tool_calls | tojson if message.tool_calls else '')"
+    folder = changed(tmp_path, CHATML.replace(CONTENT, calls))
+    messages = [USER, {"role": "assistant", "content": None, "tool_calls": [CALL]}]
+    rows, refused = encode(folder, Conversation.from_messages(messages))
+    assert not refused
+    assert rows[0][0] == asked(AutoTokenizer.from_pretrained(folder), messages)
+    assert "None" not in decoded_answers(folder, rows)[0]
+
+
+@pytest.mark.parametrize("test", ["'/no_think' in messages[-1]['content']", "messages[-1]['content'] | length > 3"])
+def test_a_prompt_that_depends_on_a_text_is_rendered_for_each_conversation(tmp_path, test):
+    prompt = "<|im_start|>assistant\\n"
+    assert CHATML.count(prompt) == 1
+    thinks = f"{prompt}' -}}}}{{%- if {test} -%}}{{{{- '<think></think>"
+    folder = changed(tmp_path, CHATML.replace(prompt, f"{thinks}' -}}}}{{%- endif -%}}{{{{- '"))
+    rows, refused = encode(folder, Conversation(("Hi /no_think", "Hello")))
+    assert (rows, sum(refused.values())) == ([], 1)
+    rows, refused = encode(folder, Conversation(("Hi", "Hello")))
+    assert (len(rows), refused) == (1, {})
+
+
+def test_an_answer_that_the_template_changes_is_refused_also_if_its_text_is_in_the_question(tmp_path):
+    write_tokenizer(tmp_path, STYLES["deepseek"])
+    rows, refused = encode(tmp_path, Conversation(("I wrote '</think>4'. Ok?", "</think>4")))
+    assert (rows, sum(refused.values())) == ([], 1)
+
+
+def test_a_greeting_before_the_first_question_is_context(tmp_path):
+    write_tokenizer(tmp_path, STYLES["chatml"])
+    rows, refused = encode(tmp_path, Conversation.from_messages([ANSWER, USER, {**ANSWER, "content": "ok"}]))
+    assert not refused
+    assert decoded_answers(tmp_path, rows) == ["ok<|im_end|>"]
+
+
+def test_an_end_token_that_the_tokenizer_reads_as_several_is_refused(tmp_path):
+    write_tokenizer(tmp_path, STYLES["chatml"])
+    path = tmp_path / "tokenizer.json"
+    path.write_text(path.read_text().replace('"single_word": false', '"single_word": true'))
+    rows, refused = encode(tmp_path, Conversation(("q", "q")))
+    assert (rows, sum(refused.values())) == ([], 1)
+
+
+def test_a_token_that_swallows_white_space_after_it_still_ends_an_answer(tmp_path):
+    write_tokenizer(tmp_path, STYLES["phi"])
+    path = tmp_path / "tokenizer.json"
+    path.write_text(path.read_text().replace('"rstrip": false', '"rstrip": true'))
+    rows, refused = encode(tmp_path, Conversation.from_messages([USER, USER, ANSWER]))
+    assert not refused
+    assert decoded_answers(tmp_path, rows) == ["Yes.<|end|>"]
+
+
+LOST = [
+    ("calls beside tools", CHATML + "{{ tools }}", [USER, {**ANSWER, "tool_calls": [CALL]}, USER, ANSWER], [TOOL]),
+    ("arguments", CHATML.replace(CONTENT, "(message.content or message.tool_calls[0].function.name)"),
+     [USER, {**CALLED, "reasoning_content": None}, RESULT, ANSWER], []),
+    ("the second call",
+     CHATML.replace(CONTENT, "(message.content or '') + (message.tool_calls or [])[:1] | tojson"),
+     [USER, {**ANSWER, "tool_calls": [CALL, CALL]}], []),
+    ("a result", CHATML.replace("for message in messages", "for message in messages if message['role'] != 'tool'"),
+     [USER, ANSWER, {"role": "tool", "content": "18"}, {**ANSWER, "content": "18 degrees"}], []),
+    ("a system message",
+     CHATML.replace("for message in messages", "for message in messages if message.role != 'system'"),
+     [{"role": "system", "content": "Yes"}, USER, ANSWER], []),
+    ("reasoning that is said, too", CHATML, [USER, {**ANSWER, "reasoning_content": "Yes."}], []),
+    ("a name that is said, too", CHATML, [{**USER, "name": "Rain"}, ANSWER], []),
+    ("calls of a context", CHATML, [USER, {**ANSWER, "weight": 0, "tool_calls": [CALL]}, USER, ANSWER], []),
+    ("descriptions", "{%- if tools -%}{{ tools[0].function.name }}{%- endif -%}" + CHATML, [USER, ANSWER],
+     [{"type": "function", "function": {"name": "f", "description": "It rains."}}]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("jinja", "messages", "tools"), [row[1:] for row in LOST], ids=[row[0] for row in LOST])
+def test_what_is_lost_is_found_also_where_its_text_stands_elsewhere(tmp_path, jinja, messages, tools):
+    folder = changed(tmp_path, jinja)
+    rows, refused = encode(folder, Conversation.from_messages(messages, tools))
+    assert (rows, sum(refused.values())) == ([], 1)
+
+
+def test_special_tokens_in_reasoning_and_arguments_are_found(tmp_path):
+    write_tokenizer(tmp_path, replace(STYLES["thinking"], special=(*STYLES["thinking"].special, '<|"|>')))
+    chat = Conversation.from_messages([USER, {**ANSWER, "reasoning_content": 'x <|"|> y'}])
+    assert encode(tmp_path, chat, special="reject")[1] == {"special token in text": 1}
 
 
 def test_the_generation_prompt_is_the_one_of_transformers(folder):

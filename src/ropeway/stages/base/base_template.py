@@ -1,5 +1,6 @@
 """Choose the chat template of a run, and prove on the base's tokenizer that it can be trained with."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,8 @@ from ropeway.models.conversation import Conversation
 from ropeway.models.jinja_template import DATE, JinjaTemplate, UnusableConversationError
 from ropeway.runtime.errors import ConfigError
 
+_NAME = re.compile(r"\w+_token\b")
+
 
 @dataclass(frozen=True, slots=True)
 class BaseTokenizer:
@@ -23,12 +26,14 @@ class BaseTokenizer:
         names: `unk`, `bos`, `eos`, `pad` -> text, as far as it has them.
         additional: Its further special tokens.
         template: Its own chat template; None if it has none.
+        other_names: Names of tokens that its files define besides these, e.g. `sep_token`.
     """
 
     tokenizer: Tokenizer
     names: Mapping[str, str]
     additional: tuple[str, ...] = field(default=())
     template: str | None = None
+    other_names: frozenset[str] = frozenset()
 
 
 class TemplateFacts(TypedDict):
@@ -74,10 +79,14 @@ def prove_template(template: ChatTemplate, opened: BaseTokenizer, *, name: str) 
             with, it ends an answer without a special token, or it writes BOS twice.
     """
     end, rewrites, date = opened.names.get("eos", ""), False, None
-    if isinstance(template, JinjaTemplate):
+    if not isinstance(template, JinjaTemplate):
+        prompt = template.generation_prompt
+    else:
         try:
             rendered = template.sequences(Conversation(("Hi", "Hello")), per_turn=True)
             end = template.end_token()
+            prompt = template.generation_prompt
+            date = DATE.date().isoformat() if template.depends_on_date else None
         except UnusableConversationError as error:
             raise ConfigError(
                 f"template: {name}: it cannot be trained with: {error}. Set template: open_assistant, or name a Jinja "
@@ -86,12 +95,23 @@ def prove_template(template: ChatTemplate, opened: BaseTokenizer, *, name: str) 
         bos = opened.names.get("bos")
         if bos and rendered[0].text.startswith(bos * 2):
             raise ConfigError(f"template: {name}: it begins a conversation with two {bos}; remove one")
-        date = DATE.date().isoformat() if template.depends_on_date else None
+        if (
+            opened.tokenizer.token_to_id(end)
+            not in opened.tokenizer.encode(rendered[0].text, add_special_tokens=False).ids
+        ):
+            raise ConfigError(
+                f"template: {name}: the tokenizer does not read {end}, which ends an answer, as one token"
+            )
+        if lost := sorted(opened.other_names & set(_NAME.findall(template.jinja))):
+            raise ConfigError(
+                f"template: {name}: it writes {', '.join(lost)}, a token that is not kept by that name; write the "
+                "token itself in a Jinja file of your own"
+            )
         rewrites = _rewrites_history(template)
     return {
         "name": name,
         "replaces_own": opened.template is not None and opened.template != template.jinja,
-        "generation_prompt": template.generation_prompt,
+        "generation_prompt": prompt,
         "end": end,
         "rewrites_history": rewrites,
         "date": date,

@@ -37,6 +37,7 @@ from ropeway.models.tokenizer import (
     open_tokenizer,
     prepare_tokenizer,
     read_additional,
+    read_other_names,
     read_special,
     read_special_names,
     train_tokenizer,
@@ -371,7 +372,8 @@ def _open_or_train_tokenizer(
         return BaseTokenizer(train_tokenizer(texts, vocab_size=vocabulary), LLAMA_SPECIAL)
     if "gguf_file" not in options:
         names, additional = read_special_names(origin), read_additional(origin)
-        return BaseTokenizer(open_tokenizer(origin), names, additional, find_own_template(origin))
+        other = read_other_names(origin)
+        return BaseTokenizer(open_tokenizer(origin), names, additional, find_own_template(origin), other)
     opened = AutoTokenizer.from_pretrained(origin, **options)
     named = {"unk": opened.unk_token, "bos": opened.bos_token, "eos": opened.eos_token, "pad": opened.pad_token}
     found = {short: text for short, text in named.items() if text}

@@ -25,6 +25,7 @@ from ropeway.models.tokenizer import token_text
 from ropeway.stages.tokenize.escape import ESCAPE_MARKER, Escape
 from ropeway.stages.tokenize.jinja_chats import JinjaChats
 
+_MAX_REASONS = 30
 Sequence = tuple[list[int], NDArray[np.uint8] | None]  # token ids and kinds; no kinds: made for the whole batch
 
 
@@ -184,7 +185,8 @@ class Encoder:
         return _Plan(at, record, texts, is_escaped)
 
     def _refuse(self, reason: str, at: int) -> None:
-        self.refused[reason] += 1
+        known = reason in self.refused or len(self.refused) < _MAX_REASONS  # a template's message may quote the record
+        self.refused[reason if known else "another reason"] += 1
         self.refused_at.append(at)
 
     def _encode(self, batch: list[_Plan]) -> list[list[Sequence] | str]:

@@ -37,6 +37,7 @@ class JinjaChats:
         self._is_special[[token["id"] for token in state["added_tokens"] if token["special"]]] = True
         self._special = re.compile("|".join(map(re.escape, reversed(special))) or r"(?!)")
         self._headers: dict[str, list[int]] = {}
+        self._orders: dict[tuple[str, ...], list[int | None]] = {}
 
     def encode(self, rendered: Sequence[Rendered]) -> list[Marked | str]:
         """Return (token ids, `(T,)` kinds) of each sequence, or why it cannot be used.
@@ -61,7 +62,7 @@ class JinjaChats:
     def _mark_by_frame(self, ids: list[int], rendered: Rendered, special: list[int]) -> Marked | str:
         """Mark the answers between the template's special tokens, which are at these places."""
         frame = rendered.frame
-        if frame is None or len(special) != frame.special_tokens:  # e.g. a text with a special token's string
+        if frame is None or [ids[at] for at in special] != self._ids_of(frame.special_tokens):  # e.g. in a text
             return self._mark(self._tokenizer.encode(rendered.text), rendered)
         kinds = bytearray([Kind.CONTEXT]) * len(ids)
         for before, header, end in frame.marks:
@@ -87,16 +88,18 @@ class JinjaChats:
             return "an answer without a token before it"
         return ids, kinds
 
-    @staticmethod
-    def _locate(encoding: Encoding, span: Span) -> tuple[int, int]:
+    def _locate(self, encoding: Encoding, span: Span) -> tuple[int, int]:
         """Return the first token of a span of characters and the one after its last."""
         first = next((at for at in map(encoding.char_to_token, range(*span)) if at is not None), None)
         last = encoding.char_to_token(span[1] - 1)
         if first is None or last is None:
             raise UnusableConversationError("an answer without tokens")
         chars = (*(encoding.token_to_chars(first) or ()), *(encoding.token_to_chars(last) or ()))
-        if chars[0] < span[0] or chars[-1] > span[1]:
+        is_end = self._is_special[encoding.ids[last]]  # it may swallow white space after it (`rstrip`)
+        if chars[0] < span[0] or (chars[-1] > span[1] and not is_end):
             raise UnusableConversationError("a token crosses the beginning or end of an answer")
+        if not is_end:
+            raise UnusableConversationError("the tokenizer does not read the end token of an answer as one token")
         return first, last + 1
 
     def _check_prompt(self, ids: list[int], first: int, text: str, begin: int) -> None:
@@ -108,6 +111,12 @@ class JinjaChats:
         expected = self._header(header)
         if ids[first - len(expected) : first] != expected:
             raise UnusableConversationError(_OTHER_PROMPT)
+
+    def _ids_of(self, tokens: tuple[str, ...]) -> list[int | None]:
+        """Return the ids of these special tokens."""
+        if tokens not in self._orders:
+            self._orders[tokens] = [self._tokenizer.token_to_id(text) for text in tokens]
+        return self._orders[tokens]
 
     def _header(self, text: str) -> list[int]:
         """Return the token ids of a text from a special token to an answer."""

@@ -117,3 +117,40 @@ def test_an_unknown_field_of_a_turn_is_found_in_prompt_and_completion():
 def test_only_the_assistant_reasons_and_calls(field):
     with pytest.raises(UnreadableError, match="of role 'user'"):
         to_record({"messages": [{**Q, **field}, A]}, "messages", {})
+
+
+def called(**call):
+    return {"messages": [Q, {"role": "assistant", "content": None, "tool_calls": [call]}, A]}
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (called(name="f"), "without arguments"),
+        (called(name="f", arguments={}, parameters={}), "two kinds"),
+        (called(name="f", arguments={}, note="n"), "unused field 'note' of a tool call"),
+        (called(name="f", arguments={}, type="custom"), "of type 'custom'"),
+        (called(name="f", arguments='{"a": 1, "a": 2}'), "duplicate keys"),
+        (called(name="f", arguments='{"a":' * 200_000), "not a JSON object"),
+        (called(name="f", arguments={"a": "\ud800"}), "lone surrogate"),
+        (called(name="f", arguments={"a": "b\0"}), "NUL"),
+        ({"messages": [Q, {**A, "thinking": "a", "reasoning": "b"}]}, "two different reasonings"),
+        ({"messages": [Q, {**A, "content": [{"type": ["x"]}]}]}, "content part of type"),
+        ({"messages": [Q, {**A, "content": [{"type": "tool_result", "content": "r"}]}]}, "tool result of role"),
+        ({"messages": [Q, {**A, "content": [{"type": "tool_use", "name": "f", "input": {}},
+                                            {"type": "text", "text": "b"}]}]}, "order would be lost"),
+        ({"messages": [Q, A], "tools": "[" * 200_000}, "tools are not JSON"),
+        ({"messages": [Q, A], "tools": [{"name": ""}]}, "a tool without a name"),
+        ({"messages": [Q, A], "tools": [{"name": "f", "parameters": {}, "input_schema": {}}]}, "two kinds"),
+        ({"messages": [Q, A], "tools": [{"type": "custom", "function": {"name": "f"}}]}, "a tool that is no function"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_kept_whole_is_refused_by_name(value, reason):
+    with pytest.raises(UnreadableError, match=reason):
+        to_record(value, "messages", {})
+
+
+def test_llama_3s_spelling_of_arguments_is_read():
+    record = to_record(called(name="f", parameters={"city": "Bern"}), "messages", {})
+    (call,) = record.to_messages()[1]["tool_calls"]
+    assert call["function"]["arguments"] == {"city": "Bern"}
