@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # uv installs no bytecode files. The first import of a module writes them, so later processes do not compile it again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup lock run test test-unit test-slow test-loaders test-lm-eval test-families test-floors test-browser test-docs check docs ui chaos bench bench-packing bench-plan bench-prepare bench-evaluate bench-registry bench-rehearsal bench-train bench-checkpoint bench-opening bench-gpu test-gpu chaos-registry clean
+.PHONY: help setup lock run test test-unit test-slow test-loaders test-lm-eval test-families test-floors test-browser test-docs check docs ui chaos bench bench-packing bench-plan bench-prepare bench-evaluate bench-registry bench-rehearsal bench-train bench-checkpoint bench-opening bench-templates bench-gpu test-gpu chaos-registry clean
 .DEFAULT_GOAL := help
 
 help:
@@ -164,6 +164,10 @@ bench-checkpoint: $(VENV)/.ready-run
 	$(BIN)/python -m benchmarks.checkpoint $(ARGUMENTS)
 
 # A model of 1.0 B parameters, 2 GB on disk; ARGUMENTS='--dtype fp32' needs 16 GB of memory for its parameters.
+# Needs a folder with a tokenizer and a chat template: make bench-templates ARGUMENTS=runs/smollm2/base
+bench-templates: $(VENV)/.ready-run
+	$(BIN)/python -m benchmarks.templates $(ARGUMENTS)
+
 bench-opening: $(VENV)/.ready-run
 	$(BIN)/python -m benchmarks.opening $(ARGUMENTS)
 
