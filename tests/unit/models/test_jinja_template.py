@@ -205,7 +205,9 @@ def test_a_call_without_text_is_rendered_as_transformers_does(tmp_path):
     messages = [USER, {"role": "assistant", "content": None, "tool_calls": [CALL]}]
     rows, refused = encode(folder, Conversation.from_messages(messages))
     assert not refused
-    assert rows[0][0] == asked(AutoTokenizer.from_pretrained(folder), messages)
+    # transformers drops a content of null itself, but not in its lowest version here.
+    told = [USER, {key: part for key, part in messages[1].items() if part is not None}]
+    assert rows[0][0] == asked(AutoTokenizer.from_pretrained(folder), told)
     assert "None" not in decoded_answers(folder, rows)[0]
 
 
