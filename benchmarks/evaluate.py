@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ropeway.config.params import DatasetOptions, Profile
+from ropeway.config.params import Profile
+from ropeway.config.sections import DatasetOptions
 from ropeway.data.batches import collate
 from ropeway.data.shards import Kind, Shards, SourceShards, write_shard
 from ropeway.stages.evaluate.evaluation_workers import Share

@@ -12,7 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ropeway.config.load_params import load_profile
-from ropeway.config.params import Lora, Profile
+from ropeway.config.params import Profile
+from ropeway.config.sections import Lora
 from ropeway.config.zero import read_zero
 from ropeway.planning.memory import Load
 from ropeway.rehearsal.compare import planned_peaks, run_rank

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from ropeway.config.params import DatasetOptions
+from ropeway.config.sections import DatasetOptions
 from ropeway.data.batches import EpochPlan
 from ropeway.data.mixture import draw_order, draw_validation, epoch_count, plan_order, rank_order, split_positions
 from tests.support.vectors import cases, published, same, sha256, vectors

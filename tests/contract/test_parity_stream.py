@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ropeway.config.params import DatasetOptions
+from ropeway.config.sections import DatasetOptions
 from ropeway.data.batches import Piece, collate, locate, plan_window
 from ropeway.data.mixture import draw_order, epoch_count, rank_order
 from ropeway.data.raw_records import RawWriter

@@ -1,7 +1,7 @@
 """Fetch files as the stage does: the facts of the source, and its records."""
 
 from ropeway.config.load_params import load_profile
-from ropeway.config.params import FilesSource
+from ropeway.config.sections import FilesSource
 from ropeway.data.raw_records import iterate_records
 from ropeway.runtime.manifest import load_manifest
 from ropeway.runtime.workspace import Workspace

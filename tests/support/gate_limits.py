@@ -1,6 +1,6 @@
 """Limits of the gate for tests: every limit besides the two of the loss is off unless a test states it."""
 
-from ropeway.config.params import Gate
+from ropeway.config.sections import Gate
 
 
 def make_limits(**stated):

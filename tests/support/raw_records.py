@@ -3,7 +3,7 @@
 import shutil
 
 from ropeway.config.load_params import load_profile
-from ropeway.config.params import DatasetOptions
+from ropeway.config.sections import DatasetOptions
 from ropeway.data.raw_records import RawWriter
 from ropeway.models.chat_template import OPEN_ASSISTANT
 from ropeway.models.conversation import Conversation

@@ -12,6 +12,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import typer
@@ -19,6 +20,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from ropeway.config import params as schema
+from ropeway.config import sections as values_schema
 from ropeway.config.load_params import read_block
 from ropeway.config.stages import READS, STAGES
 
@@ -98,7 +100,7 @@ def describe_field(model: type[BaseModel], name: str) -> tuple[str, str]:
 
 
 def field_text(model: type[BaseModel], name: str) -> str:
-    """Return the text below a key in params.py, of the class that declares it; empty if there is none."""
+    """Return the text below a key in the schema, of the class that declares it; empty if there is none."""
     return next((text for one in model.__mro__ if (text := _FIELD_TEXTS.get((one.__name__, name)))), "")
 
 
@@ -112,7 +114,8 @@ def _target_text(annotation: object) -> str:
 
 def _read_field_texts() -> dict[tuple[str, str], str]:
     texts = {}
-    for node in ast.parse(Path(schema.__file__).read_text(encoding="utf-8")).body:
+    files = [Path(str(one.__file__)) for one in (schema, values_schema)]
+    for node in chain.from_iterable(ast.parse(path.read_text(encoding="utf-8")).body for path in files):
         if isinstance(node, ast.ClassDef):
             for field, text in zip(node.body, node.body[1:], strict=False):
                 if (
@@ -132,9 +135,9 @@ _NAMES = {int: "whole number", float: "number", str: "text", bool: "true or fals
 def describe_type(annotation: object) -> str:  # noqa: PLR0911 - one return per kind of type
     """Return a type as a reader of params.yaml knows it, with its range.
 
-    >>> describe_type(schema.Fraction), describe_type(schema.Dtype)
+    >>> describe_type(values_schema.Fraction), describe_type(values_schema.Dtype)
     ('number, 0 to 1', '`fp16`, `bf16` or `fp32`')
-    >>> describe_type(schema.Positive | None)
+    >>> describe_type(values_schema.Positive | None)
     'whole number, more than 0; or null'
     """
     if isinstance(annotation, type) and annotation in _NAMES:

@@ -9,7 +9,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
 from ropeway.config.load_params import load_profile, load_profiles, read_block
-from ropeway.config.params import RUN
+from ropeway.config.sections import RUN
 from ropeway.runtime.errors import ConfigError
 from ropeway.runtime.lock import workspace_lock
 

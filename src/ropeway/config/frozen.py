@@ -37,9 +37,9 @@ from ropeway.config.params import (
     PackageParams,
     PrepareParams,
     Profile,
-    Section,
     TrainParams,
 )
+from ropeway.config.sections import Section
 from ropeway.config.stages import READS, UNHASHED
 from ropeway.config.tokenize_params import TokenizeParams
 from ropeway.runtime.errors import ConfigError, DataError

@@ -13,7 +13,8 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode
 from ruamel.yaml.reader import ReaderError
 
 from ropeway.config.faults import explain_faults
-from ropeway.config.params import PROFILE_NAME, Profile
+from ropeway.config.params import Profile
+from ropeway.config.sections import PROFILE_NAME
 from ropeway.runtime.errors import ConfigError
 
 _MAX_DEPTH = 100  # of nested lists and mappings; a profile needs 5

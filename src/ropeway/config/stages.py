@@ -13,10 +13,10 @@ from ropeway.config.params import (
     FetchParams,
     PackageParams,
     PrepareParams,
-    Section,
     TrainSettings,
     WeightParams,
 )
+from ropeway.config.sections import Section
 
 UNHASHED = tuple(TrainSettings.model_fields)
 # What the stage `identity` freezes besides each stage's code and params.

@@ -2,7 +2,8 @@
 
 from typing import Literal, Self
 
-from ropeway.config.params import Positive, PrepareParams, Profile, Section
+from ropeway.config.params import PrepareParams, Profile
+from ropeway.config.sections import Positive, Section
 
 
 class Chunks(Section):

@@ -12,7 +12,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ropeway.config.params import DatasetOptions
+from ropeway.config.sections import DatasetOptions
 from ropeway.runtime.errors import DataError
 
 Item = TypeVar("Item")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ropeway.models.conversation import Conversation, Message
-from ropeway.models.watched_text import WatchedText, mark_parts, mark_tools
+from ropeway.models.template_probes import WatchedText, mark_parts, mark_tools
 from ropeway.runtime.errors import ConfigError
 
 FILE = "chat_template.jinja"
@@ -27,7 +27,6 @@ OWN_FILE = "own_chat_template.jinja"  # of a base whose template the run replace
 # Some templates write today's date (`strftime_now`). Data must not depend on the day on which they are made.
 DATE = datetime(2024, 7, 26, tzinfo=UTC)
 _SLOT = re.compile("\x00([0-9]+)\x00")
-_DROPS = "the template drops or changes"
 _SHOWN = 80  # characters of a template's own message in a reason
 _UNKNOWN_DATE = datetime(2001, 2, 3, tzinfo=UTC)
 
@@ -36,6 +35,15 @@ Span = tuple[int, int]  # characters of the rendered text, begin and end
 
 class UnusableConversationError(ValueError):
     """A template cannot render a conversation as inference would; records are counted by the message."""
+
+
+class LostTextError(UnusableConversationError):
+    """A template drops or changes a text."""
+
+    def __init__(self, role: str) -> None:
+        """Keep the role of the text's message."""
+        super().__init__(f"the template drops or changes a text of role {role}")
+        self.role = role
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,11 +107,12 @@ class JinjaTemplate:
             special: Texts of all special tokens of the tokenizer.
             name: For messages.
         """
-        self.jinja, self.name, self._names = jinja, name, dict(names)
+        self.jinja, self.name = jinja, name
+        self._names = {f"{short}_token": text for short, text in names.items()}
         self._special = frozenset(special)
         longest_first = sorted(self._special, key=lambda text: (-len(text), text))
         self._special_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-        self._frames: dict[tuple[bool, int], Frame | str] = {}
+        self._frames: dict[tuple[bool, int], Frame | UnusableConversationError] = {}
         self._date = DATE
 
     @property
@@ -126,7 +135,6 @@ class JinjaTemplate:
         """
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        names = {f"{short}_token": text for short, text in self._names.items()}
         try:
             pin_date(self.jinja, self._date)
             (text,), _ = render_jinja_template(
@@ -135,7 +143,7 @@ class JinjaTemplate:
                 tools=list(tools) or None,
                 chat_template=self.jinja,
                 add_generation_prompt=add_generation_prompt,
-                **names,
+                **self._names,
             )
         except Exception as error:  # noqa: BLE001 - a template may raise anything
             raise UnusableConversationError(f"the template refuses it: {str(error)[:_SHOWN]}") from None
@@ -163,8 +171,8 @@ class JinjaTemplate:
         """
         if not conversation.form:
             frame = self._frame(len(conversation.turns), has_system=bool(conversation.system))
-            if isinstance(frame, str) and frame.startswith(_DROPS):
-                raise UnusableConversationError(frame)
+            if isinstance(frame, LostTextError):
+                raise LostTextError(frame.role)
             if isinstance(frame, Frame) and (found := self._fill_frame(conversation, frame)):
                 return [found]
         else:
@@ -210,14 +218,10 @@ class JinjaTemplate:
     def _render_plain(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         """Render messages of role and text without the checks and copies that transformers makes for others."""
         pin_date(self.jinja, self._date)
-        names = {f"{short}_token": text for short, text in self._names.items()}
-        return str(
-            _compile(self.jinja).render(
-                messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **names
-            )
-        )
+        options = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
+        return str(_compile(self.jinja).render(messages=messages, **options, **self._names))
 
-    def _frame(self, turns: int, *, has_system: bool) -> Frame | str:
+    def _frame(self, turns: int, *, has_system: bool) -> Frame | UnusableConversationError:
         key = (has_system, turns)
         if key not in self._frames:
             slots = [f"\x00{number}\x00" for number in range(turns + has_system)]
@@ -226,7 +230,7 @@ class JinjaTemplate:
                 (rendered,) = self._render_each_answer(conversation, per_turn=False)
                 self._frames[key] = _to_frame(rendered, self._special_pattern)
             except UnusableConversationError as error:
-                self._frames[key] = str(error)
+                self._frames[key] = error
         return self._frames[key]
 
     def _render_each_answer(self, conversation: Conversation, *, per_turn: bool) -> list[Rendered]:
@@ -237,7 +241,7 @@ class JinjaTemplate:
         whole = self.render_messages(messages, tools)
         for one in messages:
             if one["role"] != "assistant" and not _has_text(whole, one):
-                raise UnusableConversationError(f"{_DROPS} a text of role {one['role']}")
+                raise LostTextError(one["role"])
         answers, each = [], []
         is_stable = all(_has_text(whole, one) for one in messages)
         for at in wanted:
@@ -247,7 +251,7 @@ class JinjaTemplate:
                 raise UnusableConversationError("an answer does not begin as the template's generation prompt ends")
             span = (len(prompt), self._find_end(answered, len(prompt)))
             if not _has_text(answered[slice(*span)], messages[at]):
-                raise UnusableConversationError(f"{_DROPS} a text of role assistant")
+                raise LostTextError("assistant")
             answers.append(span)
             each.append(Rendered(answered, (span,)))
             is_stable &= whole.startswith(answered[: span[1]])
@@ -381,31 +385,24 @@ def _has_text(text: str, message: Message) -> bool:
     return content in text or (message["role"] == "tool" and any(one in text for one in as_json))
 
 
-def read_template(path: Path) -> str:
-    """Return a template's text.
+def find_own_templates(folder: Path) -> dict[str, str]:
+    """Return the chat templates of a model folder by name; one without a name is `default`.
+
+    They are in chat_template.jinja and additional_chat_templates/, else in tokenizer_config.json or chat_template.json.
 
     Raises:
-        ConfigError: The file is missing or is not UTF-8.
+        ConfigError: A file cannot be read as UTF-8.
     """
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"template: {path}: expected a Jinja template, found: {error}") from None
-
-
-def find_own_template(folder: Path) -> str | None:
-    """Return the chat template of a model folder: chat_template.jinja, else the key of tokenizer_config.json.
-
-    Of several named templates it is `default`. None: the folder has none.
-    """
-    if (path := folder / FILE).is_file():
-        return read_template(path)
-    for name in ("tokenizer_config.json", "chat_template.json"):
-        if (path := folder / name).is_file():
-            found: Any = json.loads(path.read_text(encoding="utf-8")).get("chat_template")
-            if isinstance(found, list):
-                named = {one["name"]: one["template"] for one in found}
-                found = named.get("default")
-            if isinstance(found, str):
-                return found
-    return None
+        more = {path.stem: path.read_text("utf-8") for path in sorted(folder.glob("additional_chat_templates/*.jinja"))}
+        if (path := folder / FILE).is_file():
+            return {"default": path.read_text("utf-8"), **more}
+        for name in ("tokenizer_config.json", "chat_template.json"):
+            if (path := folder / name).is_file() and (
+                found := json.loads(path.read_text("utf-8")).get("chat_template")
+            ):
+                named = found if isinstance(found, list) else [{"name": "default", "template": found}]
+                return {str(one["name"]): str(one["template"]) for one in named} | more
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{folder}: its chat template cannot be read: {error}") from None
+    return more

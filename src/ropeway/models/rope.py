@@ -1,6 +1,6 @@
 """RoPE scaling: one class per kind, used to configure the model, to verify the loaded model and to write the export.
 
-To add a kind, add a class to `_KINDS` here and a section to `SuperhotConfig` in `config/params.py`. No other module
+To add a kind, add a class to `_KINDS` here and a section to `SuperhotConfig` in `config/sections.py`. No other module
 depends on the name of a kind.
 """
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from ropeway.config.params import Gate
+from ropeway.config.sections import Gate
 from ropeway.data.task_scores import name_metrics, standard_error
 
 Metrics = Mapping[str, object]  # eval.json

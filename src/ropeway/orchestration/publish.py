@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ropeway.config.params import Gate, Profile
+from ropeway.config.params import Profile
+from ropeway.config.sections import Gate
 from ropeway.orchestration.dvc_stage import LineWriter, Site, run_command
 from ropeway.orchestration.gate import GateVerdict, describe_change, gate, sections_to_measure
 from ropeway.orchestration.revision import Revision

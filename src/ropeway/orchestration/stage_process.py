@@ -14,7 +14,13 @@ from types import ModuleType
 import ropeway
 from ropeway.config.frozen import PARAMS_FILE, FrozenInputs, freeze, read_texts
 from ropeway.config.load_params import load_profile, read_text
-from ropeway.config.params import BaseParams, EvaluateParams, FilesSource, FolderBase, GgufBase, HubBase, Profile
+from ropeway.config.params import BaseParams, EvaluateParams, Profile
+from ropeway.config.sections import (
+    FilesSource,
+    FolderBase,
+    GgufBase,
+    HubBase,
+)
 from ropeway.config.stages import READS
 from ropeway.runtime.code_digests import CODE, Digests, name_changed_code
 from ropeway.runtime.devices import count_ranks, list_gpus, spans_machines

@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
 
-from ropeway.config.params import Profile, ScratchBase
+from ropeway.config.params import Profile
+from ropeway.config.sections import ScratchBase
 from ropeway.config.zero import PARTITIONED_STAGE
 from ropeway.models.architectures import can_split_heads
 from ropeway.planning.memory import DTYPE_BYTES, GIB, Load, checkpoint_bytes

@@ -9,7 +9,8 @@ measured peak (tests/contract/test_memory.py). `phases` adds what DeepSpeed allo
 
 from dataclasses import dataclass
 
-from ropeway.config.params import PUBLISHED_TEMPLATE, Profile
+from ropeway.config.params import Profile
+from ropeway.config.sections import PUBLISHED_TEMPLATE
 from ropeway.config.zero import PARTITIONED_STAGE, Zero
 from ropeway.models.architectures import HEAD_LAYER, check_heads
 from ropeway.models.chat_template import OPEN_ASSISTANT

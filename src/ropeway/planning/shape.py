@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from ropeway.config.params import FolderBase, ModelShape, Profile
+from ropeway.config.params import Profile
+from ropeway.config.sections import FolderBase, ModelShape
 from ropeway.models.architectures import check_architecture
 from ropeway.runtime.errors import ConfigError
 from ropeway.runtime.manifest import NAME, Json

@@ -19,7 +19,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ropeway.config.params import PROFILE_NAME
+from ropeway.config.sections import PROFILE_NAME
 from ropeway.runtime.errors import ConfigError, NotFoundError, RegistryError
 from ropeway.runtime.manifest import canonical_json
 from ropeway.storage import Store

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ropeway.config.load_params import load_profile
-from ropeway.config.params import DatasetOptions
+from ropeway.config.sections import DatasetOptions
 from ropeway.data.batches import Piece, collate, locate, plan_epoch, plan_window, validation_rows, window_generator
 from ropeway.data.loss_mask import loss_mask, loss_masks
 from ropeway.data.shards import FORMAT, Kind, Shards, SourceShards

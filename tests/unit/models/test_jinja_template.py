@@ -211,7 +211,14 @@ def test_a_call_without_text_is_rendered_as_transformers_does(tmp_path):
     assert "None" not in decoded_answers(folder, rows)[0]
 
 
-@pytest.mark.parametrize("test", ["'/no_think' in messages[-1]['content']", "messages[-1]['content'] | length > 3"])
+@pytest.mark.parametrize(
+    "test",
+    [
+        "'/no_think' in messages[-1]['content']",
+        "messages[-1]['content'] | length > 3",
+        "'/no_think' in ('' ~ messages[-1]['content'])",
+    ],
+)
 def test_a_prompt_that_depends_on_a_text_is_rendered_for_each_conversation(tmp_path, test):
     prompt = "<|im_start|>assistant\\n"
     assert CHATML.count(prompt) == 1

@@ -8,7 +8,13 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ropeway.config.load_params import load_profile
-from ropeway.config.params import Llama3Scaling, StretchScaling, SuperhotConfig, ThetaScaling, YarnScaling
+from ropeway.config.sections import (
+    Llama3Scaling,
+    StretchScaling,
+    SuperhotConfig,
+    ThetaScaling,
+    YarnScaling,
+)
 from ropeway.models.rope import build_scaling, known_kinds, longest_independent, plan_scaling, scaling_from_json
 from tests.support.tiny_run import ROOT
 

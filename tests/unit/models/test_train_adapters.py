@@ -3,7 +3,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ropeway.config.load_params import load_profile
-from ropeway.config.params import Lora
+from ropeway.config.sections import Lora
 from ropeway.models.lora import add_adapters, merge_adapters
 from ropeway.runtime.errors import ConfigError
 from tests.support.tiny_run import ROOT

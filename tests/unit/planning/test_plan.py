@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from ropeway.config.load_params import load_profile
-from ropeway.config.params import Lora
+from ropeway.config.sections import Lora
 from ropeway.config.zero import parse_zero_section
 from ropeway.data.accumulation import accumulation_steps
 from ropeway.data.batches import plan_epoch

@@ -9,7 +9,8 @@ from tokenizers import Tokenizer
 from typing_extensions import TypedDict
 
 from ropeway.config.frozen import FrozenInputs
-from ropeway.config.params import PUBLISHED_TEMPLATE, BaseParams
+from ropeway.config.params import BaseParams
+from ropeway.config.sections import PUBLISHED_TEMPLATE
 from ropeway.models.chat_template import OPEN_ASSISTANT, ChatTemplate
 from ropeway.models.conversation import Conversation
 from ropeway.models.jinja_template import DATE, JinjaTemplate, UnusableConversationError
@@ -25,15 +26,26 @@ class BaseTokenizer:
     Attributes:
         names: `unk`, `bos`, `eos`, `pad` -> text, as far as it has them.
         additional: Its further special tokens.
-        template: Its own chat template; None if it has none.
+        templates: Its own chat templates by name.
         other_names: Names of tokens that its files define besides these, e.g. `sep_token`.
     """
 
     tokenizer: Tokenizer
     names: Mapping[str, str]
     additional: tuple[str, ...] = field(default=())
-    template: str | None = None
+    templates: Mapping[str, str] = field(default_factory=dict)
     other_names: frozenset[str] = frozenset()
+
+    @property
+    def template(self) -> str | None:
+        """The chat template for every conversation: `default`, or the only one; None if it has none."""
+        only = next(iter(self.templates.values())) if len(self.templates) == 1 else None
+        return self.templates.get("default", only)
+
+    def in_jinja(self, text: str, *, name: str) -> JinjaTemplate:
+        """Return a template that this tokenizer is used with; padding is EOS where it has none of its own."""
+        special = [token.content for token in self.tokenizer.get_added_tokens_decoder().values() if token.special]
+        return JinjaTemplate(text, {"pad": self.names.get("eos", "")} | dict(self.names), special, name=name)
 
 
 class TemplateFacts(TypedDict):
@@ -41,6 +53,7 @@ class TemplateFacts(TypedDict):
 
     name: str  # as in params.yaml
     replaces_own: bool  # the base's own template is not used
+    not_kept: list[str]  # names of other templates of the base, e.g. `tool_use`
     generation_prompt: str
     end: str  # the special token that ends an answer
     rewrites_history: bool  # earlier turns are rendered differently once later ones follow
@@ -59,16 +72,14 @@ def choose_template(profile: BaseParams, root: Path, opened: BaseTokenizer) -> C
     if profile.template != "base":
         text = FrozenInputs.load(root).text("template", profile.template)
     if text is None:
+        named = f"several and none named default ({', '.join(opened.templates)})" if opened.templates else "none"
         raise ConfigError(
-            f"template: base, but {profile.model_name} has no chat template (chat_template.jinja, or chat_template in "
-            "tokenizer_config.json); set template: open_assistant, or name a Jinja file of your own"
+            f"template: base: expected a chat template of {profile.model_name} (chat_template.jinja, or the key in "
+            f"tokenizer_config.json), found {named}; set template: open_assistant, or name a Jinja file of your own"
         )
     if text in (OPEN_ASSISTANT.jinja, OPEN_ASSISTANT.plain_jinja):
         return OPEN_ASSISTANT
-    special = [token.content for token in opened.tokenizer.get_added_tokens_decoder().values() if token.special]
-    return JinjaTemplate(
-        text, {"pad": opened.names.get("eos", "")} | dict(opened.names), special, name=profile.template
-    )
+    return opened.in_jinja(text, name=profile.template)
 
 
 def prove_template(template: ChatTemplate, opened: BaseTokenizer, *, name: str) -> TemplateFacts:
@@ -110,7 +121,10 @@ def prove_template(template: ChatTemplate, opened: BaseTokenizer, *, name: str) 
         rewrites = _rewrites_history(template)
     return {
         "name": name,
-        "replaces_own": opened.template is not None and opened.template != template.jinja,
+        "replaces_own": opened.template not in (None, template.jinja, template.plain_jinja),
+        "not_kept": sorted(
+            one for one, text in opened.templates.items() if text not in (template.jinja, opened.template)
+        ),
         "generation_prompt": prompt,
         "end": end,
         "rewrites_history": rewrites,
@@ -120,12 +134,10 @@ def prove_template(template: ChatTemplate, opened: BaseTokenizer, *, name: str) 
 
 def find_replaced_template(template: ChatTemplate, opened: BaseTokenizer) -> str | None:
     """Return the base's own template if the run replaces it and it can ask questions. Evaluation then asks in it."""
-    if opened.template is None or opened.template == template.jinja:
+    if opened.template is None or opened.template in (template.jinja, template.plain_jinja):
         return None
-    special = [token.content for token in opened.tokenizer.get_added_tokens_decoder().values() if token.special]
-    own = JinjaTemplate(opened.template, opened.names, special)
     try:
-        own.end_token()
+        opened.in_jinja(opened.template, name="its own").end_token()
     except UnusableConversationError as error:
         print(f"the base's own chat template cannot ask it ({error}); evaluation asks it in the run's template")
         return None
@@ -145,6 +157,8 @@ def describe_template(facts: TemplateFacts) -> str:
     lines = [f"template {facts['name']}: answers follow {facts['generation_prompt']!r} and end with {facts['end']!r}"]
     if facts["replaces_own"]:
         lines.append("the base's own chat template is replaced; `template: base` keeps it")
+    if facts["not_kept"]:
+        lines.append(f"the base's other chat templates are not kept: {', '.join(facts['not_kept'])}")
     if facts["rewrites_history"]:
         lines.append("the template renders earlier turns differently once later ones follow; see `history`")
     if facts["date"]:

@@ -1,6 +1,7 @@
 """Stage base: write the model and tokenizer that training starts from.
 
-Role tokens are added, the vocabulary is padded, and RoPE scaling is written to the config.
+The chat template is chosen and proved, role tokens are added if it is the published one, the vocabulary is padded, and
+RoPE scaling is written to the config.
 """
 
 import importlib.util
@@ -14,10 +15,16 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from ropeway.config.frozen import FrozenInputs
-from ropeway.config.params import BaseParams, GgufBase, HubBase, ModelShape, ScratchBase
+from ropeway.config.params import BaseParams
+from ropeway.config.sections import (
+    GgufBase,
+    HubBase,
+    ModelShape,
+    ScratchBase,
+)
 from ropeway.data.raw_records import iterate_records, iterate_texts, load_raw_manifest
 from ropeway.models.chat_template import OPEN_ASSISTANT, ChatTemplate
-from ropeway.models.jinja_template import OWN_FILE, find_own_template
+from ropeway.models.jinja_template import OWN_FILE, find_own_templates
 from ropeway.models.open_model import (
     create_model,
     layer_weights,
@@ -373,12 +380,13 @@ def _open_or_train_tokenizer(
     if "gguf_file" not in options:
         names, additional = read_special_names(origin), read_additional(origin)
         other = read_other_names(origin)
-        return BaseTokenizer(open_tokenizer(origin), names, additional, find_own_template(origin), other)
+        return BaseTokenizer(open_tokenizer(origin), names, additional, find_own_templates(origin), other)
     opened = AutoTokenizer.from_pretrained(origin, **options)
     named = {"unk": opened.unk_token, "bos": opened.bos_token, "eos": opened.eos_token, "pad": opened.pad_token}
     found = {short: text for short, text in named.items() if text}
     tokenizer = Tokenizer.from_str(opened.backend_tokenizer.to_str())
-    return BaseTokenizer(tokenizer, found, template=opened.chat_template)
+    own = opened.chat_template
+    return BaseTokenizer(tokenizer, found, templates=own if isinstance(own, dict) else {"default": own} if own else {})
 
 
 def _write_tokenizer(folder: Path, opened: BaseTokenizer, template: ChatTemplate, *, max_length: int) -> None:
@@ -419,6 +427,9 @@ def _save(model: PreTrainedModel, folder: Path, stops: Mapping[str, int | list[i
     where transformers refuses to save them.
     """
     settings = model.generation_config if keep_settings else GenerationConfig()
+    own = set(model.generation_config.to_diff_dict()) - {*stops, "transformers_version", "_from_model_config"}
+    if own and not keep_settings:
+        print(f"the base's generation settings are not kept with template open_assistant: {', '.join(sorted(own))}")
     for name, number in stops.items():
         setattr(model.config, name, number)
         setattr(settings, name, number)

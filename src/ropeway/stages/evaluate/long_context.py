@@ -21,14 +21,15 @@ from random import Random
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ropeway.config.params import LongContext
+from ropeway.config.sections import LongContext
 from ropeway.models.chat_template import ChatTemplate
 from ropeway.runtime.manifest import digest_of
 from ropeway.stages.evaluate.passkey import fit_prompt
-from ropeway.stages.evaluate.samples import generate_answer
+from ropeway.stages.evaluate.samples import answer_greedily
 
 KEY = "evaluation.long_context.lengths"
 _HIDDEN_KEYS, _VALUES, _CHAIN = 4, 3, 4  # things with a code; codes of one thing; variables that share a value
+_CODES = "The following text contains access codes among other sentences. Remember all of them."
 _COMMON, _RARE_PER_BLOCK, _LEAST_BLOCKS = 3, 6, 2
 _VOCABULARY = """
 amber azure black bronze copper coral crimson golden green ivory olive purple scarlet silver white
@@ -156,8 +157,8 @@ def answer_long_context(
     answers = []
     for question in questions:
         ids = encode_long_context(tokenizer, template, question)
-        greedy = {"do_sample": False, "num_beams": 1, "max_new_tokens": compose(question).answer_tokens}
-        answers.append(LongContextAnswer(question, len(ids), generate_answer(model, tokenizer, ids, greedy, seed=seed)))
+        text = answer_greedily(model, tokenizer, ids, tokens=compose(question).answer_tokens, seed=seed)
+        answers.append(LongContextAnswer(question, len(ids), text))
     return answers
 
 
@@ -226,7 +227,7 @@ def _multi_key(random: Random) -> Puzzle:
     asked = random.randrange(_HIDDEN_KEYS)
     statements = [f"The access code of the {name} is {code}." for name, code in zip(names, codes, strict=True)]
     return Puzzle(
-        introduction="The following text contains access codes among other sentences. Remember all of them.",
+        introduction=_CODES,
         write=_hide(list(zip(places, statements, strict=True)), random.random()),
         question=f"What is the access code of the {names[asked]}?",
         opening=f"The access code of the {names[asked]} is",
@@ -241,13 +242,14 @@ def _multi_value(random: Random) -> Puzzle:
     owners = names * _VALUES  # as many codes of another thing, which are wrong answers
     random.shuffle(owners)
     places = _draw_places(random, len(owners))
-    statements = [f"One access code of the {name} is {code}." for name, code in zip(owners, codes, strict=True)]
+    pairs = list(zip(owners, codes, strict=True))
+    statements = [f"One access code of the {name} is {code}." for name, code in pairs]
     return Puzzle(
-        introduction="The following text contains access codes among other sentences. Remember all of them.",
+        introduction=_CODES,
         write=_hide(list(zip(places, statements, strict=True)), random.random()),
         question=f"What are the {_VALUES} access codes of the {names[0]}?",
         opening=f"The {_VALUES} access codes of the {names[0]} are",
-        expected=tuple(code for name, code in zip(owners, codes, strict=True) if name == names[0]),
+        expected=tuple(code for name, code in pairs if name == names[0]),
         item=r"\d+",
         answer_tokens=40,
     )

@@ -13,11 +13,11 @@ from dataclasses import asdict, dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ropeway.config.params import Passkey
+from ropeway.config.sections import Passkey
 from ropeway.models.chat_template import ChatTemplate
 from ropeway.runtime.errors import ConfigError
 from ropeway.runtime.manifest import digest_of
-from ropeway.stages.evaluate.samples import encode_text, generate_answer
+from ropeway.stages.evaluate.samples import answer_greedily, encode_text
 
 _INTRODUCTION = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I will quiz you "
@@ -28,7 +28,6 @@ _KEY = "The pass key is {key}. Remember it. {key} is the pass key. "
 _QUESTION = "What is the pass key?"
 _OPENING = "The pass key is"
 _MAX_ANSWER_TOKENS = 12  # five digits, one token each, a space, and words before them
-_GREEDY = {"do_sample": False, "num_beams": 1, "max_new_tokens": _MAX_ANSWER_TOKENS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +91,8 @@ def answer_questions(
     answers = []
     for question in questions:
         ids = encode_passkey_question(tokenizer, template, question)
-        answers.append(PasskeyAnswer(question, len(ids), generate_answer(model, tokenizer, ids, _GREEDY, seed=seed)))
+        text = answer_greedily(model, tokenizer, ids, tokens=_MAX_ANSWER_TOKENS, seed=seed)
+        answers.append(PasskeyAnswer(question, len(ids), text))
     return answers
 
 

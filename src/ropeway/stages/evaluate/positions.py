@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from ropeway.config.params import EvaluateParams, Positions
+from ropeway.config.params import EvaluateParams
+from ropeway.config.sections import Positions
 from ropeway.data.batches import Batch
 from ropeway.data.loss_mask import loss_mask
 from ropeway.data.shards import Shards

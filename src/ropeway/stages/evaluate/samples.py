@@ -143,6 +143,14 @@ def generate_answer(
     return text
 
 
+def answer_greedily(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, tokens: int, seed: int
+) -> str:
+    """Return the most probable answer after `ids`, of at most `tokens` tokens."""
+    greedy = {"do_sample": False, "num_beams": 1, "max_new_tokens": tokens}
+    return generate_answer(model, tokenizer, ids, greedy, seed=seed)
+
+
 def plan_samples(prompts: Sequence[str], configurations: GenerationConfigs) -> list[tuple[str, str]]:
     """Return (prompt, configuration) of every sample, prompt by prompt."""
     return [(prompt, name) for prompt in prompts for name in configurations]

@@ -63,6 +63,8 @@ def run(workspace: Workspace, profile: EvaluateParams) -> None:
     measured = report_scores(request.shards, profile, scores, tokenizer_folder=workspace.base)
     asked_in = {name: open_prompt_template(folder).name for name, folder in _folders(workspace)}
     differing = {"asked_in": asked_in} if len(set(asked_in.values())) > 1 else {}
+    if differing:
+        print(f"questions and prompts: the base was asked in {asked_in['base']} template, tuned in {asked_in['tuned']}")
     report = {**measured, **differing, **report_skills(request, found, identify_sections(workspace, request))}
     write_json(workspace.evaluation, report)
     _write_samples(workspace, request, prompts, {name: one.answers for name, one in found.items()})
@@ -115,13 +117,14 @@ def check_request(workspace: Workspace, profile: EvaluateParams) -> None:
     """Check params, prompts, tasks, tokenizer and data before training, with the errors that `run` would raise."""
     prompts, request = plan_request(workspace, profile)
     check_supervised(request.shards, profile)
-    tokenizer, template = open_tokenizer(workspace.base), open_template(workspace.base)
-    encode_prompt(tokenizer, template, prompts[0])
-    for question in request.questions[:1]:  # the shortest
-        passkey.encode_passkey_question(tokenizer, template, question)
-    for puzzle in request.long_context:
-        if puzzle.length == request.long_context[0].length:  # the shortest
-            long_context.encode_long_context(tokenizer, template, puzzle)
+    tokenizer = open_tokenizer(workspace.base)
+    for template in (open_template(workspace.base), open_prompt_template(workspace.base)):  # of tuned model and base
+        encode_prompt(tokenizer, template, prompts[0])
+        for question in request.questions[:1]:  # the shortest
+            passkey.encode_passkey_question(tokenizer, template, question)
+        for puzzle in request.long_context:
+            if puzzle.length == request.long_context[0].length:  # the shortest
+                long_context.encode_long_context(tokenizer, template, puzzle)
 
 
 def measure_both(workspace: Workspace, request: EvalRequest) -> dict[str, ModelResult]:

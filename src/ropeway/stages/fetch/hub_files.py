@@ -2,7 +2,7 @@
 
 from pathlib import Path, PurePosixPath
 
-from ropeway.config.params import HuggingfaceSource
+from ropeway.config.sections import HuggingfaceSource
 from ropeway.runtime.errors import ConfigError
 from ropeway.stages.fetch.formats import check_document, check_format, split_members
 from ropeway.stages.fetch.local import add_members

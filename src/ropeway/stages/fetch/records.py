@@ -205,7 +205,7 @@ class RowKind:
     record_kind: RecordKind = "conversation"  # what the records are
 
 
-# `rows` of a source in params.yaml. Add a kind here and in the schema (`ropeway.config.params`).
+# `rows` of a source in params.yaml. Add a kind here and in the schema (`ropeway.config.sections`).
 ROW_KINDS = {
     "orca_chat": RowKind(_read_pairs, ("conversation",), turn_fields=("input", "output"), system="instruction"),
     "messages": RowKind(_read_roles, ("messages",), ("system", "tools"), ("role", "content"), OPTIONAL_FIELDS),

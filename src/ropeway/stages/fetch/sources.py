@@ -1,6 +1,6 @@
 """The kinds of sources that `sources` of params.yaml may name: their current identity, and their records.
 
-Add a kind here, as a class in `KINDS`, and in the schema (`ropeway.config.params`). Identities are computed before
+Add a kind here, as a class in `KINDS`, and in the schema (`ropeway.config.sections`). Identities are computed before
 every run, so this module has no heavy imports.
 """
 
@@ -12,7 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypedDict, TypeVar
 
-from ropeway.config.params import FilesSource, HuggingfaceSource, PythonDocsSource, RowsSource, Source
+from ropeway.config.sections import (
+    FilesSource,
+    HuggingfaceSource,
+    PythonDocsSource,
+    RowsSource,
+    Source,
+)
 from ropeway.data.raw_records import Record, RecordKind
 from ropeway.runtime.errors import ConfigError, DataError, TemporaryError
 from ropeway.runtime.workspace import Workspace

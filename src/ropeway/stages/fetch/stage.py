@@ -5,7 +5,8 @@ from collections import Counter
 from typing import NotRequired
 
 from ropeway.config.frozen import FrozenInputs
-from ropeway.config.params import FetchParams, Source
+from ropeway.config.params import FetchParams
+from ropeway.config.sections import Source
 from ropeway.data.raw_records import RawSource, RawWriter
 from ropeway.runtime.errors import DataError, full_disk_explained
 from ropeway.runtime.manifest import whole_folder, write_manifest

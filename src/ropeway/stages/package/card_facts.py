@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from ropeway.config.edit import cut_block, inherited_names
-from ropeway.config.params import HuggingfaceSource
+from ropeway.config.sections import HuggingfaceSource
 from ropeway.models.jinja_template import UnusableConversationError
 from ropeway.stages.package.facts import Facts
 from ropeway.stages.package.model_config import TORCH_NAMES

@@ -17,7 +17,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from ropeway.config.params import Contamination
+from ropeway.config.sections import Contamination
 from ropeway.data.tokenized import TokenizedSource
 from ropeway.data.words import hash_grams, is_short
 from ropeway.runtime.errors import ConfigError

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ropeway.config.params import Duplicates
+from ropeway.config.sections import Duplicates
 from ropeway.data.tokenized import TokenizedSource
 from ropeway.data.words import mix_bits, position_weights
 

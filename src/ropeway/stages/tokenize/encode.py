@@ -1,4 +1,4 @@
-"""Encode records as complete token sequences, with the speaker of every token."""
+"""Encode records as complete token sequences, with the kind of every token: who speaks, or what is supervised."""
 
 import re
 from array import array
@@ -25,8 +25,8 @@ from ropeway.models.tokenizer import token_text
 from ropeway.stages.tokenize.escape import ESCAPE_MARKER, Escape
 from ropeway.stages.tokenize.jinja_chats import JinjaChats
 
-_MAX_REASONS = 30
-Sequence = tuple[list[int], NDArray[np.uint8] | None]  # token ids and kinds; no kinds: made for the whole batch
+_MAX_REASONS = 30  # counted by name; a template's own message may quote the record
+Tokens = tuple[list[int], NDArray[np.uint8] | None]  # token ids and kinds; no kinds: made for the whole batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Encoded:
     """N concatenated sequences (conversations, documents or chunks of documents) with T tokens in total.
 
     Attributes:
-        tokens: `(T,)`, each sequence begins with BOS.
+        tokens: `(T,)`; each sequence begins with BOS where tokenizer or template writes one.
         kinds: `(T,)`, see `ropeway.data.shards.Kind`.
         lengths: `(N,)` tokens of each sequence.
         records: `(N,)` number of the kept record that each sequence comes from.
@@ -124,7 +124,7 @@ class Encoder:
                     self._refuse(found, plan.at)
             yield self._join([plan for plan, _ in usable], [found for _, found in usable])
 
-    def _join(self, batch: list[_Plan], found: list[list[Sequence]]) -> Encoded:
+    def _join(self, batch: list[_Plan], found: list[list[Tokens]]) -> Encoded:
         """Return the sequences of these records, concatenated, and count the records."""
         ids, lengths = array("I"), array("i")
         for own, _ in chain.from_iterable(found):
@@ -185,11 +185,11 @@ class Encoder:
         return _Plan(at, record, texts, is_escaped)
 
     def _refuse(self, reason: str, at: int) -> None:
-        known = reason in self.refused or len(self.refused) < _MAX_REASONS  # a template's message may quote the record
+        known = reason in self.refused or len(self.refused) < _MAX_REASONS
         self.refused[reason if known else "another reason"] += 1
         self.refused_at.append(at)
 
-    def _encode(self, batch: list[_Plan]) -> list[list[Sequence] | str]:
+    def _encode(self, batch: list[_Plan]) -> list[list[Tokens] | str]:
         """Return the sequences of each record, or why it is refused."""
         if self._chats and isinstance(batch[0].record, Conversation):
             return self._encode_chats(batch)
@@ -199,7 +199,7 @@ class Encoder:
             found = self._escape.tokenizer.encode_batch_fast(
                 [text for plan in batch for text in self._escaped_texts(plan)]
             )
-        ids: Iterator[Sequence] = ((encoding.ids, None) for encoding in found)
+        ids: Iterator[Tokens] = ((encoding.ids, None) for encoding in found)
         return [list(islice(ids, len(plan.texts))) for plan in batch]
 
     def _escaped_texts(self, plan: _Plan) -> list[str]:
@@ -207,14 +207,14 @@ class Encoder:
             return [self._escape.render(plan.record, end=self.end)]
         return [one.text for one in plan.texts]
 
-    def _encode_chats(self, batch: list[_Plan]) -> list[list[Sequence] | str]:
+    def _encode_chats(self, batch: list[_Plan]) -> list[list[Tokens] | str]:
         sequences: dict[bool, Iterator[tuple[list[int], NDArray[np.uint8]] | str]] = {}
         for is_escaped, chats in ((False, self._chats), (True, self._escaped_chats)):
             texts = [one for plan in batch if plan.is_escaped == is_escaped for one in plan.texts]
             if chats and texts:
                 renamed = [self._escape.rename(one) for one in texts] if is_escaped and self._escape else texts
                 sequences[is_escaped] = iter(chats.encode(renamed))
-        found: list[list[Sequence] | str] = []
+        found: list[list[Tokens] | str] = []
         for plan in batch:
             own = list(islice(sequences[plan.is_escaped], len(plan.texts)))
             faults = [one for one in own if isinstance(one, str)]
@@ -224,7 +224,7 @@ class Encoder:
     def _kinds(
         self,
         batch: list[_Plan],
-        found: list[list[Sequence]],
+        found: list[list[Tokens]],
         tokens: NDArray[np.uint32],
         lengths: NDArray[np.int32],
     ) -> NDArray[np.uint8]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from ropeway.config.params import StopRules
+from ropeway.config.sections import StopRules
 
 Line = dict[str, Any]
 

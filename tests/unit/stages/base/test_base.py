@@ -8,7 +8,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ropeway.config.load_params import load_profile
-from ropeway.config.params import FolderBase, GgufBase, Llama3Scaling, ModelShape, ScratchBase, ThetaScaling
+from ropeway.config.sections import (
+    FolderBase,
+    GgufBase,
+    Llama3Scaling,
+    ModelShape,
+    ScratchBase,
+    ThetaScaling,
+)
 from ropeway.config.stages import READS
 from ropeway.data.raw_records import RawWriter
 from ropeway.models.chat_template import OPEN_ASSISTANT

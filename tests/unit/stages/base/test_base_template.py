@@ -1,11 +1,13 @@
 """The template of a run: chosen by params, proved on the base's tokenizer before anything is tokenized."""
 
+import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
 from ropeway.models.chat_template import OPEN_ASSISTANT
-from ropeway.models.jinja_template import JinjaTemplate, find_own_template
+from ropeway.models.jinja_template import JinjaTemplate, find_own_templates
 from ropeway.models.tokenizer import open_tokenizer, read_special_names
 from ropeway.runtime.errors import ConfigError
 from ropeway.stages.base.base_template import (
@@ -20,7 +22,7 @@ from tests.support.chat_templates import STYLES, write_tokenizer
 
 def opened_from(folder, style):
     write_tokenizer(folder, style)
-    return BaseTokenizer(open_tokenizer(folder), read_special_names(folder), template=find_own_template(folder))
+    return BaseTokenizer(open_tokenizer(folder), read_special_names(folder), templates=find_own_templates(folder))
 
 
 def wanted(template):
@@ -50,7 +52,7 @@ def test_the_published_template_replaces_the_bases_own_and_says_so(tmp_path):
 
 def test_a_base_without_a_template_cannot_keep_it(tmp_path):
     opened = opened_from(tmp_path, STYLES["chatml"])
-    with pytest.raises(ConfigError, match="template: base, but some/model has no chat template"):
+    with pytest.raises(ConfigError, match=r"expected a chat template of some/model .* found none"):
         choose_template(wanted("base"), tmp_path, BaseTokenizer(opened.tokenizer, opened.names))
 
 
@@ -79,6 +81,26 @@ def test_a_replaced_template_that_can_ask_is_kept_for_the_evaluation_of_the_base
     assert find_replaced_template(OPEN_ASSISTANT, opened) == STYLES["chatml"].jinja
     own = choose_template(wanted("base"), tmp_path, opened)
     assert find_replaced_template(own, opened) is None
-    broken = BaseTokenizer(opened.tokenizer, opened.names, template="{{ nothing.at.all }}")
+    broken = BaseTokenizer(opened.tokenizer, opened.names, templates={"default": "{{ nothing.at.all }}"})
     assert find_replaced_template(OPEN_ASSISTANT, broken) is None
     assert "evaluation asks it in the run's template" in capsys.readouterr().out
+
+
+def test_of_several_templates_the_default_is_taken_and_the_others_are_named(tmp_path):
+    write_tokenizer(tmp_path, STYLES["chatml"])
+    (tmp_path / "chat_template.jinja").unlink()
+    path = tmp_path / "tokenizer_config.json"
+    chatml, other = STYLES["chatml"].jinja, STYLES["smol"].jinja
+    listed = [{"name": "tool_use", "template": other}, {"name": "default", "template": chatml}]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": listed}))
+    opened = BaseTokenizer(
+        open_tokenizer(tmp_path), read_special_names(tmp_path), templates=find_own_templates(tmp_path)
+    )
+    template = choose_template(wanted("base"), tmp_path, opened)
+    assert template.jinja == chatml
+    facts = prove_template(template, opened, name="base")
+    assert facts["not_kept"] == ["tool_use"]
+    assert "tool_use" in describe_template(facts)
+    unnamed = replace(opened, templates={"rag": other, "tool_use": other})
+    with pytest.raises(ConfigError, match=r"found several and none named default \(rag, tool_use\)"):
+        choose_template(wanted("base"), tmp_path, unnamed)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, LlamaForCausalLM
 
-from ropeway.config.params import Passkey, Positions
+from ropeway.config.sections import Passkey, Positions
 from ropeway.config.stages import READS
 from ropeway.data.shards import open_shards
 from ropeway.models.chat_template import OPEN_ASSISTANT

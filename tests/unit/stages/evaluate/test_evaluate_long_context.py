@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from ropeway.config.params import LongContext
+from ropeway.config.sections import LongContext
 from ropeway.models.chat_template import OPEN_ASSISTANT
 from ropeway.reporting import report_eval
 from ropeway.reporting.report_eval import long_context_grids, read_table

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
-from ropeway.config.params import LongContext
+from ropeway.config.sections import LongContext
 from ropeway.data.shards import open_shards
 from ropeway.models.chat_template import OPEN_ASSISTANT
 from ropeway.runtime.errors import ConfigError

@@ -7,7 +7,12 @@ from typing import get_args
 import pytest
 
 from ropeway.config.load_params import load_profile
-from ropeway.config.params import FilesSource, HuggingfaceSource, PythonDocsSource, RowsSource
+from ropeway.config.sections import (
+    FilesSource,
+    HuggingfaceSource,
+    PythonDocsSource,
+    RowsSource,
+)
 from ropeway.config.stages import READS
 from ropeway.data.raw_records import RawWriter, iterate_records
 from ropeway.models.conversation import Conversation

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from ropeway.config.load_params import load_profile
-from ropeway.config.params import FilesSource
+from ropeway.config.sections import FilesSource
 from ropeway.runtime.errors import ConfigError, DataError
 from ropeway.runtime.manifest import load_manifest
 from ropeway.runtime.workspace import Workspace

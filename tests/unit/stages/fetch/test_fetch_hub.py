@@ -9,7 +9,7 @@ import time
 import pytest
 
 from ropeway.config.load_params import load_profile
-from ropeway.config.params import HuggingfaceSource
+from ropeway.config.sections import HuggingfaceSource
 from ropeway.data.raw_records import iterate_records
 from ropeway.models.conversation import Conversation
 from ropeway.runtime.errors import ConfigError, TemporaryError

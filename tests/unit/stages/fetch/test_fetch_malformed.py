@@ -15,7 +15,7 @@ import zstandard
 from pyarrow import parquet
 
 from ropeway.config.load_params import load_profile
-from ropeway.config.params import FilesSource
+from ropeway.config.sections import FilesSource
 from ropeway.data.raw_records import iterate_records
 from ropeway.runtime.errors import ConfigError, DataError, TemporaryError
 from ropeway.runtime.manifest import load_manifest

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from ropeway.config.params import FilesSource
+from ropeway.config.sections import FilesSource
 from ropeway.models.conversation import Conversation
 from ropeway.runtime.errors import DataError
 from ropeway.runtime.workspace import Workspace

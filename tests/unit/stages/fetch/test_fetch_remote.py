@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from ropeway.config.load_params import load_profile
-from ropeway.config.params import FilesSource
+from ropeway.config.sections import FilesSource
 from ropeway.data.raw_records import iterate_records
 from ropeway.runtime.errors import ConfigError, DataError, TemporaryError
 from ropeway.runtime.manifest import load_manifest

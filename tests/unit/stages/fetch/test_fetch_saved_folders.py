@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from ropeway.config.params import HuggingfaceSource
+from ropeway.config.sections import HuggingfaceSource
 from ropeway.runtime.errors import ConfigError, DataError
 from ropeway.stages.fetch.sources import find_changes, local_files, source_identity
 from tests.support.archives import gz, make_tar, make_zip

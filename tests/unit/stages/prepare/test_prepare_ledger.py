@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ropeway.config.params import DatasetOptions
+from ropeway.config.sections import DatasetOptions
 from ropeway.data.batches import collate, plan_epoch
 from ropeway.data.ledger import FindingCounts, Findings, RecordTotals, SourceEpoch, check_ledger
 from ropeway.data.shards import FORMAT, open_shards, write_shard

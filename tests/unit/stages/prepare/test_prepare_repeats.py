@@ -7,7 +7,7 @@ import random
 import pytest
 
 from ropeway.config.frozen import write_values
-from ropeway.config.params import DatasetOptions
+from ropeway.config.sections import DatasetOptions
 from ropeway.data.shards import open_shards
 from ropeway.models.chat_template import OPEN_ASSISTANT
 from ropeway.models.conversation import Conversation

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ropeway.config.params import DatasetOptions
+from ropeway.config.sections import DatasetOptions
 from ropeway.config.stages import READS
 from ropeway.config.tokenize_params import TokenizeParams
 from ropeway.data.raw_records import RowGroup, iterate_groups, iterate_records, list_groups

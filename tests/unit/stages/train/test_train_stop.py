@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from ropeway.config.params import StopRules
+from ropeway.config.sections import StopRules
 from ropeway.stages.train.stop import count_spikes, find_fault
 
 RULES = StopRules(

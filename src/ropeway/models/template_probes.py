@@ -1,11 +1,13 @@
 """Probes of a chat template: texts that notice what is done with them, and conversations of unique words."""
 
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 from ropeway.models.conversation import Message
 
+_JOINS = ("str_join", "markup_join")  # jinja2.runtime
 _NOTICED = (
     "__contains__", "__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__len__", "__getitem__", "__iter__",
     "__mod__", "__mul__", "capitalize", "casefold", "count", "encode", "endswith", "find", "format", "index", "isalpha",
@@ -17,7 +19,8 @@ _NOTICED = (
 class WatchedText(str):
     """A text that notes every operation by which what a template writes could depend on it.
 
-    Inserting it, joining it with `+`, stripping it on both sides and asking whether it is empty are not noted.
+    Inserting it, joining it with `+`, stripping it on both sides and asking whether it is empty are not noted. What
+    Jinja's `~` joins is a text that is not watched, so joining with it is noted.
     """
 
     __slots__ = ("seen",)
@@ -34,7 +37,9 @@ class WatchedText(str):
         return True
 
     def __str__(self) -> str:
-        """Return itself, so that `string` filters keep it."""
+        """Return itself; note that `~` of Jinja asks."""
+        if sys._getframe(1).f_code.co_name in _JOINS:  # noqa: SLF001 - the only way to know who asks
+            self.seen.append("~")
         return self
 
     def __hash__(self) -> int:
