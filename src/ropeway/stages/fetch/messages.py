@@ -1,6 +1,6 @@
 """Read the messages of a chat: OpenAI's fields and roles, ShareGPT's roles, content blocks as Anthropic has them.
 
-Everything that a message has is kept for the template, or refused by name; nothing is dropped.
+Everything that a message says is kept for the template, or refused by name.
 """
 
 import json
@@ -20,7 +20,7 @@ _ROLES = {
 }  # fmt: skip
 _PART_FIELDS = {
     "text": {"text"},
-    "thinking": {"thinking", "signature"},
+    "thinking": {"thinking", "signature"},  # the provider's signature is no text of the chat
     "tool_use": {"id", "name", "input"},
     "tool_result": {"tool_use_id", "content"},
 }
