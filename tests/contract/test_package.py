@@ -260,6 +260,16 @@ def test_a_template_that_renders_the_same_is_none_the_worse_for_a_comment(copy):
     check_package(copy)
 
 
+def test_a_package_of_an_earlier_version_is_checked_with_what_its_probe_has(copy):
+    def as_before(probe):
+        del probe["stops"]
+        for case in probe["conversations"]:
+            del case["prompt"], case["prompt_ids"]
+
+    edit(copy / "probe.json", as_before)
+    check_package(copy)
+
+
 def test_a_probe_without_the_templates_tokens_is_found(copy):
     edit(copy / "probe.json", lambda probe: probe["special"].pop("<|assistant|>"))
     with pytest.raises(DataError, match=r"probe\.json, special: expected the id of <\|assistant\|>"):

@@ -48,7 +48,7 @@ def check_package(folder: Path, logits: Path | None = None) -> None:
     """
     if (folder / MANIFEST).exists():
         load_manifest(folder, remedy="Pull or package it again")
-    probe = json.loads((folder / "probe.json").read_bytes())
+    probe = read_probe(folder)
     config = json.loads((folder / "config.json").read_bytes())
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     faults = [
@@ -70,6 +70,16 @@ def check_package(folder: Path, logits: Path | None = None) -> None:
         faults += logits_faults(model, np.load(logits, allow_pickle=False), probe)
     if faults:
         raise DataError("\n".join([f"{folder}: the reloaded package differs from the trained model:", *faults]))
+
+
+def read_probe(folder: Path) -> Probe:
+    """Return a package's probe; that of an earlier version has one end token and no prompts."""
+    probe: Probe = json.loads((folder / "probe.json").read_bytes())
+    if "stops" not in probe:
+        probe["stops"] = {f"{short}_token_id": probe["special"][short] for short in ("bos", "eos", "pad")}
+        for case in probe["conversations"]:
+            case["prompt"], case["prompt_ids"] = "", []
+    return probe
 
 
 def config_faults(config: Mapping[str, object], probe: Probe) -> Iterator[str]:
