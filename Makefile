@@ -108,9 +108,10 @@ test-unit: $(VENV)/.ready-test
 test-slow: $(VENV)/.ready-test
 	$(BIN)/pytest -q -m slow tests
 
-# Whole runs of tiny models of many families; the table goes to docs/measured/families.json.
+# Whole runs of tiny models of many families, the table goes to docs/measured/families.json; and their planned memory.
 test-families: $(VENV)/.ready-test
 	FAMILIES_TABLE=1 $(BIN)/pytest -q -m "families or not families" tests/pipeline/test_families.py
+	$(BIN)/pytest -q -m families tests/contract/test_memory.py
 
 test-browser: $(VENV)/.ready-browser
 	$(BIN)/pytest -q -m browser tests/pipeline/test_browser_review.py

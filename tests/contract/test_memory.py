@@ -2,6 +2,7 @@
 
 import weakref
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -10,15 +11,20 @@ from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from transformers import LlamaConfig, LlamaForCausalLM, masking_utils
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, masking_utils
 from transformers.utils.hub import convert_file_size_to_int
 
 from ropeway.config.zero import parse_zero_section
 from ropeway.models import supervised_loss
-from ropeway.planning.memory import CHUNK_POSITIONS, Load, Sizes, plan_activations
+from ropeway.models.activations import count_activations
+from ropeway.models.architectures import LayerBytes
+from ropeway.models.attention import VARLEN, attend_each, register_attention
+from ropeway.planning.memory import CHUNK_POSITIONS, Load, Sizes, plan_activations, plan_forward
 from ropeway.planning.phases import EXPORT_FILE_BYTES, live_weight_bytes, plan_host, plan_phases
+from ropeway.planning.shape import MeasuredWeights
 from ropeway.stages.train import loss
 from ropeway.stages.train.export import MAX_SHARD
+from tests.support.families import FAMILIES, LONGROPE
 
 PUBLISHED = Sizes(5120, 13824, 40, 40, 40, 32016, tied=False)
 SMALL = Sizes(128, 344, 3, 4, 4, 64, tied=False)
@@ -160,14 +166,15 @@ def config_of(sizes, tokens):
     )
 
 
-def measure_peak(load):
+def model_of(config, number_bytes):
+    register_attention(attend_each)
+    name = "sdpa" if config.model_type in ("llama", "stablelm", "gpt_neox") else VARLEN
+    return AutoModelForCausalLM.from_config(config, attn_implementation=name, dtype=DTYPES[number_bytes])
+
+
+def measure_peak(load, model=None):
     """Run a micro-batch forward and backward; a gradient leaves at once, as DeepSpeed takes it into its bucket."""
-    usual = torch.get_default_dtype()
-    torch.set_default_dtype(DTYPES[load.number_bytes])
-    try:
-        model = LlamaForCausalLM(config_of(load.sizes, load.row_tokens))
-    finally:
-        torch.set_default_dtype(usual)
+    model = model or model_of(config_of(load.sizes, load.row_tokens), load.number_bytes)
     if load.checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     model.train()
@@ -184,3 +191,52 @@ def measure_peak(load):
         losses = wrapped(input_ids=ids, position_ids=positions, targets=ids, loss_mask=mask)
         loss.micro_batch_loss(losses).backward()
     return peak.peak
+
+
+@pytest.mark.parametrize("number_bytes", [2, 4])
+def test_counted_layers_of_a_llama_are_those_of_the_formula(number_bytes):
+    plain = load_of(GROUPED, number_bytes=number_bytes)
+    counted = count_activations(model_of(config_of(GROUPED, 576), 2))[str(number_bytes)]
+    measured = MeasuredWeights((), 0, GROUPED.vocabulary, {number_bytes: LayerBytes(**counted)})
+    loads = [replace(plain, sizes=replace(GROUPED, measured=one)) for one in (measured, None)]
+    assert plan_activations(loads[0]) == plan_activations(loads[1])
+    assert plan_forward(loads[0]) == plan_forward(loads[1])
+    changed = [replace(one, sequence_parallel=2, adapters=100, trains_down=False) for one in loads]
+    assert plan_activations(changed[0]) == plan_activations(changed[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "checkpointing"),
+    [
+        pytest.param(
+            *case, marks=[] if case in (("gemma3_text", True), ("starcoder2", False)) else pytest.mark.families
+        )
+        for case in product(sorted(FAMILIES), (False, True))
+    ],
+)
+def test_activations_of_any_family_are_those_of_its_own_layers(name, checkpointing):
+    config = roomy(FAMILIES[name])
+    counted = {int(width): LayerBytes(**one) for width, one in count_activations(model_of(config, 2)).items()}
+    measured = MeasuredWeights((), 0, config.vocab_size, counted)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    sizes = Sizes(
+        config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.num_attention_heads, heads,
+        config.vocab_size, tied=True, head_dim=getattr(config, "head_dim", None) or 0, measured=measured,
+    )  # fmt: skip
+    load = load_of(sizes, checkpointing=checkpointing)
+    peak = measure_peak(load, model_of(config, 2))
+    assert sum(plan_activations(load).values()) == pytest.approx(peak, rel=0.15)
+
+
+def roomy(family):
+    """Return a config of a family whose activations outweigh what belongs to no layer.
+
+    Windows reach over all rows, and there is no soft cap: SDPA would store masks and scores, unlike flash kernels.
+    """
+    more = {"hidden_size": 128, "intermediate_size": 344, "vocab_size": 64, "max_position_embeddings": 1024}
+    more |= {"sliding_window": 1024} if "sliding_window" in family.sizes else {}
+    more |= {"attn_logit_softcapping": None} if family.model_type == "gemma2" else {}
+    more |= {"head_dim": 64 if family.model_type == "qwen3" else 32} if "head_dim" in family.sizes else {}
+    if factors := family.sizes.get("rope_parameters", {}).get("short_factor"):
+        more["rope_parameters"] = {**LONGROPE, "short_factor": factors * 4, "long_factor": factors * 4}
+    return AutoConfig.for_model(family.model_type, **{**family.sizes, **more})

@@ -5,6 +5,7 @@ whose config says that they are something else.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from ropeway.runtime.errors import ConfigError
 
@@ -15,6 +16,21 @@ Proofs = Mapping[str, str]  # way -> what differs from the model's own code, emp
 HEAD_LAYER, EMBEDDING_LAYER = "lm_head", "embed_tokens"
 # Parameter names in a safetensors file.
 HEAD, EMBEDDING = f"{HEAD_LAYER}.weight", f"model.{EMBEDDING_LAYER}.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerBytes:
+    """Bytes per position of the layer that needs most; `ropeway.models.activations` counts them on the live model.
+
+    Attributes:
+        kept: Stored for backward.
+        forward: Peak of a forward pass that stores nothing, above its input.
+        backward: Peak of the backward pass above `kept`.
+    """
+
+    kept: int
+    forward: int
+    backward: int
 
 
 def can_split_heads(query: int, key_value: int, ranks: int) -> bool:

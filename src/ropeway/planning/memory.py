@@ -3,16 +3,17 @@
 Shapes: P positions of a rank's micro-batch (rows x tokens), H hidden, F intermediate, K key and value width, A heads,
 L layers, V vocabulary, N weights, R ranks, s bytes per number in the training dtype (2 in fp16 and bf16, 4 in fp32).
 
-Activations are summed over the tensors of transformers' Llama with a fused attention kernel, and compared with the
-measured peak (tests/contract/test_memory.py). `phases` adds what DeepSpeed allocates and gives the peak of each phase.
+Activations are those that stage base counted on the base's own layers; until it has run, those of transformers' Llama.
+Attention is a fused kernel. They are compared with the measured peak (tests/contract/test_memory.py). `phases` adds
+what DeepSpeed allocates and gives the peak of each phase.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ropeway.config.params import Profile
 from ropeway.config.sections import PUBLISHED_TEMPLATE
 from ropeway.config.zero import PARTITIONED_STAGE, Zero
-from ropeway.models.architectures import HEAD_LAYER, check_heads
+from ropeway.models.architectures import HEAD_LAYER, LayerBytes, check_heads
 from ropeway.models.chat_template import OPEN_ASSISTANT
 from ropeway.planning.shape import MeasuredWeights
 from ropeway.runtime.errors import ConfigError
@@ -36,7 +37,7 @@ class Sizes:
     Attributes:
         vocabulary: Rows of the padded embedding.
         head_dim: Size of a head; 0: `hidden` / `heads`.
-        measured: Weights of the base itself; None: those of a Llama with these sizes.
+        measured: Weights and activations of the base itself; None: those of a Llama with these sizes.
     """
 
     hidden: int
@@ -180,6 +181,12 @@ class Load:
         return -(-self.micro_batch_size * self.row_tokens // self.sequence_parallel)
 
     @property
+    def counted_layer(self) -> LayerBytes | None:
+        """Activations of the base's own layers; None: not counted."""
+        measured = self.sizes.measured
+        return measured.activations.get(self.number_bytes) if measured else None
+
+    @property
     def accumulation_steps(self) -> int:
         """Micro-batches of a rank per optimizer step."""
         return max(1, self.global_batch_size * self.sequence_parallel // (self.micro_batch_size * self.ranks))
@@ -226,6 +233,21 @@ def count_adapters(profile: Profile, sizes: Sizes) -> tuple[int, int]:
 def layer_activation_bytes(load: Load) -> int:
     """Return the bytes that one layer stores for its backward pass.
 
+    Masks, adapters and shared rows change a counted layer by what they change a Llama's.
+    """
+    counted = load.counted_layer
+    if counted is None:
+        return _llama_layer_bytes(load)
+    plain = replace(
+        load, masked=False, adapters=0, trains_down=True, sequence_parallel=1, micro_batch_size=1,
+        row_tokens=load.positions,
+    )  # fmt: skip
+    return counted.kept * load.positions + _llama_layer_bytes(load) - _llama_layer_bytes(plain)
+
+
+def _llama_layer_bytes(load: Load) -> int:
+    """Return the bytes that a layer of a Llama stores.
+
     Two norms (fp32 input, normalized input, scaled output), q, k, v and the attention output with a log-sum-exp per
     head, and four tensors of the MLP's width. With a mask, every layer stores it in the training dtype. Frozen layers
     do not keep the normalized input of a norm and, without an adapter on down_proj, its input.
@@ -260,7 +282,8 @@ def plan_activations(load: Load) -> dict[str, int]:
     # Final norm: fp32 input, normalized input, gradient and temporaries of backward: 24 bytes in each dtype.
     norm = 24 * positions * sizes.hidden
     # After the last MLP: gradients of the state and of two tensors of the MLP's width.
-    backward = (layer if load.checkpointing else 0) + width * positions * (sizes.hidden + 2 * sizes.intermediate)
+    counted, llama = load.counted_layer, width * (sizes.hidden + 2 * sizes.intermediate)
+    backward = (layer if load.checkpointing else 0) + positions * (counted.backward if counted else llama)
     chunk = min(CHUNK_POSITIONS, positions)
     # Log-probabilities and two of their gradients in fp32; from the second chunk on also gradients of head and state.
     loss = positions * sizes.hidden * (FP32 + 2 * width) + 3 * FP32 * chunk * sizes.vocabulary
@@ -283,7 +306,8 @@ def plan_forward(load: Load) -> int:
     logits = min(CHUNK_POSITIONS, positions) * sizes.vocabulary * (width + 2 * FP32)
     last = 4 * state + FP32 * positions * sizes.hidden + logits
     if load.checkpointing:
-        mlp = 2 * state + 3 * width * positions * sizes.intermediate
+        counted, llama = load.counted_layer, width * (2 * sizes.hidden + 3 * sizes.intermediate)
+        mlp = positions * (counted.forward if counted else llama)
         exchange = 4 * state + 3 * width * positions * (sizes.query + 2 * _key_value_width(load))
         within = max(mlp, exchange) if load.sequence_parallel > 1 else mlp
         return sizes.layers * state + max(last, within)

@@ -1,13 +1,14 @@
 """The shape and the number of weights of a run's base model, from params or from the base itself; without torch."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 from ropeway.config.params import Profile
 from ropeway.config.sections import FolderBase, ModelShape
-from ropeway.models.architectures import check_architecture
+from ropeway.models.architectures import LayerBytes, check_architecture
 from ropeway.runtime.errors import ConfigError
 from ropeway.runtime.manifest import NAME, Json
 from ropeway.runtime.workspace import Workspace
@@ -25,11 +26,13 @@ class MeasuredWeights:
         layers: Elements of each weight of all layers.
         parameters: Elements of all weights.
         rows: Rows of the embedding.
+        activations: Bytes per number -> activations of a layer; empty: not counted.
     """
 
     layers: tuple[int, ...]
     parameters: int
     rows: int
+    activations: Mapping[int, LayerBytes] = field(default_factory=dict)
 
 
 def with_shape(workspace: Workspace, profile: AnyProfile) -> AnyProfile:
@@ -69,7 +72,8 @@ def measured_weights(workspace: Workspace, profile: Profile) -> MeasuredWeights 
     if any(facts["model"].get(name) != value for name, value in stated.items()):
         return None
     layers = tuple(size for layer in facts["layer_weights"] for size in layer)
-    return MeasuredWeights(layers, facts["parameters"], facts["model"]["embedding_rows"])
+    counted = {int(width): LayerBytes(**one) for width, one in facts.get("layer_activations", {}).items()}
+    return MeasuredWeights(layers, facts["parameters"], facts["model"]["embedding_rows"], counted)
 
 
 def _read(path: Path) -> Json | None:

@@ -23,6 +23,7 @@ from ropeway.config.sections import (
     ScratchBase,
 )
 from ropeway.data.raw_records import iterate_records, iterate_texts, load_raw_manifest
+from ropeway.models.activations import count_activations
 from ropeway.models.chat_template import OPEN_ASSISTANT, ChatTemplate
 from ropeway.models.jinja_template import OWN_FILE, find_own_templates
 from ropeway.models.open_model import (
@@ -127,6 +128,7 @@ def run(workspace: Workspace, profile: BaseParams) -> None:
             "stops": stops,
             "parameters": parameters,
             "layer_weights": layer_weights(model),
+            "layer_activations": count_activations(model),
             "proofs": proofs,
         }
         write_manifest(folder, facts)
