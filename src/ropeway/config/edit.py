@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
 from ropeway.config.load_params import load_profile, load_profiles, read_block
+from ropeway.config.presets import KEY, SECTION
 from ropeway.config.sections import RUN
 from ropeway.runtime.errors import ConfigError
 from ropeway.runtime.lock import workspace_lock
@@ -123,14 +125,34 @@ def cut_block(text: str, name: str) -> str:
 
 
 def inherited_names(text: str, name: str) -> list[str]:
-    """Return the top-level keys that a block merges (`<<`), in dependency order."""
+    """Return the top-level keys that a block needs, in the order in which they can be written.
+
+    They are what it merges (`<<`), the profile that is its `preset`, and `presets` with all that these need.
+    """
     blocks = {key.value: value for key, value in read_pairs(text)}
-    names: list[str] = []
-    merges = [value for key, value in blocks[name].value if key.value == _MERGE]
-    for merged in (one for value in merges for one in (value.value if isinstance(value, SequenceNode) else [value])):
-        for owner in (one for one, block in blocks.items() if block is merged):
-            names += [*inherited_names(text, owner), owner]
-    return list(dict.fromkeys(names))
+    needed: list[str] = []
+    seen = {name}
+
+    def add(owner: str) -> None:
+        seen.add(owner)
+        parts = [value for _, value in blocks[owner].value] if owner == SECTION else [blocks[owner]]
+        for key, value in (pair for part in parts for pair in part.value):
+            for other in _named(key.value, value, blocks):
+                if other not in seen:
+                    add(other)
+                    needed.append(other)
+
+    add(name)
+    return needed
+
+
+def _named(key: str, value: Node, blocks: Mapping[str, Node]) -> list[str]:
+    """Return the top-level keys that one key of a block stands for."""
+    if key == KEY:
+        presets = {name.value for name, _ in blocks[SECTION].value} if SECTION in blocks else set()
+        return [SECTION] if value.value in presets else [value.value] if value.value in blocks else []
+    merged = value.value if isinstance(value, SequenceNode) else [value]
+    return [owner for owner, block in blocks.items() if key == _MERGE and any(block is one for one in merged)]
 
 
 def write_blocks(params: Path, name: str, target: Path) -> None:
@@ -148,5 +170,5 @@ def write_blocks(params: Path, name: str, target: Path) -> None:
     if not equal:
         raise ConfigError(
             f"{params}, profile '{name}': a copy of its block has other values than the original; write the block as "
-            "one top-level mapping that uses other blocks only through `<<: *name`"
+            f"one top-level mapping that uses other blocks only through `{KEY}: NAME` or `<<: *name`"
         )

@@ -14,6 +14,7 @@ from ruamel.yaml.reader import ReaderError
 
 from ropeway.config.faults import explain_faults
 from ropeway.config.params import Profile
+from ropeway.config.presets import KEY, PresetError, resolve_block, split_presets
 from ropeway.config.sections import PROFILE_NAME
 from ropeway.runtime.errors import ConfigError
 
@@ -29,20 +30,25 @@ def load_profiles(path: Path, *, text: str | None = None) -> tuple[str, dict[str
     tree = _read_yaml(path, text)
     if not isinstance(tree, dict) or not isinstance(tree.get("profile"), str):
         raise ConfigError(f"{path}: expected a mapping with a key `profile` that names one of its profiles")
-    chosen = tree.pop("profile")
-    if chosen not in tree:
-        raise ConfigError(f"{path}: profile '{chosen}' does not exist; available: {', '.join(map(str, tree))}")
+    chosen = tree["profile"]
+    blocks, presets = _split(path, tree)
+    if chosen not in blocks:
+        raise ConfigError(f"{path}: profile '{chosen}' does not exist; available: {', '.join(map(str, blocks))}")
     profiles, faults = {}, []
-    for name, block in tree.items():
+    for name, block in blocks.items():
         if not (isinstance(name, str) and PROFILE_NAME.fullmatch(name)) or ".." in name:
             faults.append(
                 f"{path}: profile name {str(name)[:80]!r}: expected 1 to 64 of A-Z a-z 0-9 . _ -, e.g. laptop"
             )
             continue
         try:
-            profiles[name] = TypeAdapter(Profile).validate_python(block)
+            profiles[name] = TypeAdapter(Profile).validate_python(resolve_block(name, blocks, presets))
+        except PresetError as error:
+            faults += [f"{path}, profile '{name}':", f"  {error}"]
         except ValidationError as error:
-            faults += [f"{path}, profile '{name}':", *explain_faults(error, Profile)]
+            base = block.get(KEY) if isinstance(block, dict) else None
+            hint = f" (with the values of its {KEY} {base})" if base else ""
+            faults += [f"{path}, profile '{name}'{hint}:", *explain_faults(error, Profile)]
     if faults:
         raise ConfigError("\n".join(faults))
     return chosen, profiles
@@ -62,12 +68,27 @@ def load_profile(path: Path, name: str | None = None, *, text: str | None = None
 
 
 def read_block(path: Path, profile: str) -> dict[str, object]:
-    """Return a profile's keys and values as written in the file; raise ConfigError if the profile does not exist."""
+    """Return a profile's keys and values as written in the file, with those of its presets.
+
+    Raises:
+        ConfigError: The profile or its preset does not exist.
+    """
     tree = _read_yaml(path)
-    block = tree.get(profile) if isinstance(tree, dict) else None
+    blocks, presets = _split(path, tree if isinstance(tree, dict) else {})
+    try:
+        block = resolve_block(profile, blocks, presets) if profile in blocks else None
+    except PresetError as error:
+        raise ConfigError(f"{path}, profile '{profile}': {error}") from None
     if not isinstance(block, dict):
         raise ConfigError(f"{path}: profile '{profile}' does not exist")
     return block
+
+
+def _split(path: Path, tree: dict[str, object]) -> tuple[dict[str, object], dict[str, object]]:
+    try:
+        return split_presets(tree)
+    except PresetError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def read_text(path: Path) -> str:

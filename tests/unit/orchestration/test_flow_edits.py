@@ -27,8 +27,8 @@ def test_one_line_of_one_profile_changes(root, name, capsys):
     edits.resume_from(root, name, RUN)
     after, new = (root / "params.yaml").read_text(), load_profiles(root / "params.yaml")[1]
     changed = [line for line in difflib.ndiff(before.splitlines(), after.splitlines()) if line[:1] in "+-"]
-    assert len(changed) == 2
-    assert changed[1].startswith(f'+   resume_from: "{RUN}"')
+    assert len(changed) == (2 if name == "llama2_13b_orca_8k" else 1)  # else a line is added
+    assert changed[-1].startswith(f'+   resume_from: "{RUN}"')
     assert {one for one in old if new[one] != old[one]} == {name}
     assert new[name].resume_from == RUN
     assert f"resume_from of profile {name} to {RUN}" in capsys.readouterr().out
@@ -46,7 +46,7 @@ def test_the_chosen_profile_is_the_default_and_writing_it_twice_changes_nothing(
 
 def test_a_block_that_others_inherit_from_is_left_alone(root):
     path = root / "params.yaml"
-    path.write_text(path.read_text().replace("  learning_rate: 2e-3\n  resume_from: null\n", "  learning_rate: 2e-3\n"))
+    path.write_text(path.read_text() + "mine:\n  <<: *published\n  rng_seed: 7\n")
     text = path.read_text()
     with pytest.raises(ConfigError, match="would change other profiles"):
         edits.resume_from(root, "llama2_13b_orca_8k", RUN)
