@@ -9,18 +9,15 @@ import importlib
 import inspect
 import json
 import re
-import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
 from pathlib import Path
 
 import typer
 from pydantic import BaseModel
-from pydantic_core import PydanticUndefined
 
 from ropeway.config import params as schema
-from ropeway.config import sections as values_schema
+from ropeway.config.describe import describe_field, first_paragraph, literal, sections
 from ropeway.config.load_params import read_block
 from ropeway.config.stages import READS, STAGES
 
@@ -53,133 +50,19 @@ def render_params() -> str:
         rows = []
         for name in names:
             stages = ", ".join(stage for stage, keys in READS.items() if name in keys)
-            rows.append((_anchored(name), *describe_field(model, name), _literal(values[name]), stages or "none"))
+            rows.append((_anchored(name), *describe_field(model, name), literal(values[name]), stages or "none"))
         head = ("key", "type", "meaning", "in profile `laptop`", "read by stages")
         lines += [*_table(head, rows), ""]
     lines += ["## Sections", "", "The keys inside the values above.", ""]
     for section in sections():
-        lines += [f"### {section.__name__}", "", _first_paragraph(section), ""]
+        lines += [f"### {section.__name__}", "", first_paragraph(section), ""]
         rows = [(f"`{name}`", *describe_field(section, name)) for name in section.model_fields]
         lines += [*_table(("key", "type", "meaning"), rows), ""] if rows else []
     return "\n".join(lines)
 
 
-def sections() -> list[type[BaseModel]]:
-    """Return every model that a value of a profile can be, in order of appearance."""
-    found: dict[type[BaseModel], None] = {}
-
-    def visit(annotation: object) -> None:
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel) and annotation not in found:
-            found[annotation] = None
-            for field in annotation.model_fields.values():
-                visit(field.annotation)
-        for part in typing.get_args(annotation):
-            visit(part)
-
-    for field in schema.Profile.model_fields.values():
-        visit(field.annotation)
-    return list(found)
-
-
 def _own_fields(model: type[BaseModel]) -> list[str]:
     return [name for name in model.__annotations__ if name in model.model_fields]
-
-
-def describe_field(model: type[BaseModel], name: str) -> tuple[str, str]:
-    """Return (type with range, meaning) of a key."""
-    field = model.model_fields[name]
-    hints = typing.get_type_hints(
-        next(one for one in model.__mro__ if name in vars(one).get("__annotations__", {})), include_extras=True
-    )
-    kind = describe_type(hints[name])
-    if field.default is not PydanticUndefined:
-        kind += f"; default `{_literal_text(field.default)}`"
-    elif field.default_factory is not None:
-        kind += "; default empty"
-    return kind, field_text(model, name) or _target_text(hints[name])
-
-
-def field_text(model: type[BaseModel], name: str) -> str:
-    """Return the text below a key in the schema, of the class that declares it; empty if there is none."""
-    return next((text for one in model.__mro__ if (text := _FIELD_TEXTS.get((one.__name__, name)))), "")
-
-
-def _target_text(annotation: object) -> str:
-    """Return the first sentence of the section that a key holds."""
-    for part in (annotation, *typing.get_args(annotation)):
-        if isinstance(part, type) and issubclass(part, BaseModel):
-            return f"{_first_paragraph(part)} See [{part.__name__}](#{part.__name__.lower()})."
-    return ""
-
-
-def _read_field_texts() -> dict[tuple[str, str], str]:
-    texts = {}
-    files = [Path(str(one.__file__)) for one in (schema, values_schema)]
-    for node in chain.from_iterable(ast.parse(path.read_text(encoding="utf-8")).body for path in files):
-        if isinstance(node, ast.ClassDef):
-            for field, text in zip(node.body, node.body[1:], strict=False):
-                if (
-                    isinstance(field, ast.AnnAssign)
-                    and isinstance(field.target, ast.Name)
-                    and isinstance(text, ast.Expr)
-                    and isinstance(text.value, ast.Constant)
-                ):
-                    texts[node.name, field.target.id] = " ".join(str(text.value.value).split())
-    return texts
-
-
-_FIELD_TEXTS = _read_field_texts()
-_NAMES = {int: "whole number", float: "number", str: "text", bool: "true or false", type(None): "null"}
-
-
-def describe_type(annotation: object) -> str:  # noqa: PLR0911 - one return per kind of type
-    """Return a type as a reader of params.yaml knows it, with its range.
-
-    >>> describe_type(values_schema.Fraction), describe_type(values_schema.Dtype)
-    ('number, 0 to 1', '`fp16`, `bf16` or `fp32`')
-    >>> describe_type(values_schema.Positive | None)
-    'whole number, more than 0; or null'
-    """
-    if isinstance(annotation, type) and annotation in _NAMES:
-        return _NAMES[annotation]
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return f"mapping: [{annotation.__name__}](#{annotation.__name__.lower()})"
-    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is typing.Annotated:
-        return _describe_range(parts[0], parts[1:])
-    if origin is typing.Literal:
-        *first, last = (_literal(part) for part in parts)
-        return f"{', '.join(first)} or {last}" if first else str(last)
-    if origin is list:
-        return f"list of {describe_type(parts[0])}"
-    if origin is dict:
-        return f"mapping, name → {describe_type(parts[1])}"
-    if origin in (typing.Union, types.UnionType):
-        described = [describe_type(part) for part in parts]
-        if all(text.startswith("mapping: ") for text in described):
-            return "mapping: " + " or ".join(text.removeprefix("mapping: ") for text in described)
-        return "; or ".join(described)
-    raise TypeError(f"no description of {annotation}")
-
-
-def _describe_range(annotation: object, metadata: Sequence[object]) -> str:
-    limits: dict[str, object] = {}
-    for one in metadata:
-        for constraint in getattr(one, "metadata", ()):
-            for name in ("ge", "gt", "le", "lt", "min_length", "pattern"):
-                value = getattr(constraint, name, None)
-                if value is not None:
-                    limits[name] = value
-    text = describe_type(annotation)
-    if "pattern" in limits:
-        return f"{text} that matches `{limits['pattern']}`"
-    if "min_length" in limits:
-        return f"{text}, not empty"
-    if {"ge", "le"} <= limits.keys():
-        return f"{text}, {limits['ge']}" + (f" to {limits['le']}" if limits["le"] != limits["ge"] else "")
-    words = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
-    said = [f"{words[name]} {limits[name]}" for name in ("gt", "ge", "le", "lt") if name in limits]
-    return ", ".join([text, *said])
 
 
 def render_commands() -> str:
@@ -261,7 +144,7 @@ def render_exit_codes() -> str:
     rows = []
     for _name, error in inspect.getmembers(table, inspect.isclass):
         if issubclass(error, errors.RopewayError):
-            rows.append((error.exit_code, error.__name__, _first_paragraph(error)))
+            rows.append((error.exit_code, error.__name__, first_paragraph(error)))
     rows.sort(key=lambda row: (row[0], row[1]))
     return "\n".join(
         _table(("code", "error", "meaning"), [(f"`{code}`", f"`{name}`", text) for code, name, text in rows])
@@ -328,11 +211,6 @@ def render_formats() -> str:
     return "\n".join(lines)
 
 
-def _first_paragraph(thing: type) -> str:
-    text = (inspect.getdoc(thing) or "").partition("\n\n")[0]
-    return " ".join(text.split())
-
-
 def _anchored(name: str) -> str:
     """Return a key in code, with the anchor `param-NAME`."""
     return f"[`{name}`]{{#param-{name}}}"
@@ -340,18 +218,6 @@ def _anchored(name: str) -> str:
 
 def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:]
-
-
-def _literal_text(value: object) -> str:
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return str(value)
-
-
-def _literal(value: object) -> str:
-    if isinstance(value, dict | list):
-        return "…" if value else f"`{value}`"
-    return f"`{_literal_text(value)}`"
 
 
 def _escape(text: str) -> str:

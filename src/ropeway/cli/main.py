@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ropeway.cli.params_commands import params_app
 from ropeway.cli.registry_commands import registry_app
 from ropeway.runtime.environment import check_renamed
 from ropeway.runtime.errors import ConfigError, RopewayError
@@ -24,6 +25,7 @@ app = typer.Typer(
     help="Train, evaluate, publish and review a long-context chat model, as params.yaml describes it.",
 )
 app.add_typer(registry_app, name="registry")
+app.add_typer(params_app, name="params")
 
 ProfileOption = Annotated[str | None, typer.Option(help="Profile in params.yaml. Default: its `profile:` line.")]
 RegistryOption = Annotated[

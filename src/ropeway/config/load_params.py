@@ -14,7 +14,7 @@ from ruamel.yaml.reader import ReaderError
 
 from ropeway.config.faults import explain_faults
 from ropeway.config.params import Profile
-from ropeway.config.presets import KEY, PresetError, resolve_block, split_presets
+from ropeway.config.presets import KEY, PresetError, find_origins, resolve_block, split_presets
 from ropeway.config.sections import PROFILE_NAME
 from ropeway.runtime.errors import ConfigError
 
@@ -82,6 +82,13 @@ def read_block(path: Path, profile: str) -> dict[str, object]:
     if not isinstance(block, dict):
         raise ConfigError(f"{path}: profile '{profile}' does not exist")
     return block
+
+
+def read_origins(path: Path, profile: str) -> dict[str, str]:
+    """Return key -> the profile or preset that states its value; see `ropeway.config.presets.find_origins`."""
+    read_block(path, profile)  # it exists, and so do its presets
+    tree = _read_yaml(path)
+    return find_origins(profile, *_split(path, tree if isinstance(tree, dict) else {}))
 
 
 def _split(path: Path, tree: dict[str, object]) -> tuple[dict[str, object], dict[str, object]]:

@@ -71,6 +71,22 @@ def iterate_presets(
         yield base, block
 
 
+def find_origins(name: str, profiles: Mapping[str, object], presets: Mapping[str, object]) -> dict[str, str]:
+    """Return key -> the profile or preset that states it, of sections that are merged `section.key` -> the same."""
+    own = profiles[name]
+    chain = [(name, own if isinstance(own, Mapping) else {}), *iterate_presets(name, profiles, presets)]
+    origins: dict[str, str] = {}
+    for owner, block in reversed(chain):
+        for key, value in block.items():
+            if key in MERGED_SECTIONS and isinstance(value, Mapping):
+                origins |= {f"{key}.{inner}": owner for inner in value}
+            elif key != KEY:
+                origins[key] = owner
+    if KEY in chain[0][1]:
+        origins[OWN_KEY] = name
+    return origins
+
+
 def merge_blocks(lower: Block, upper: Block) -> dict[str, object]:
     """Return the keys of both; those of `upper` win, in `MERGED_SECTIONS` key by key.
 

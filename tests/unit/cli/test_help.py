@@ -6,7 +6,7 @@ import typer
 from ropeway.cli.main import app
 
 # They run other programs, whose output is not theirs: `run` and `stage` print DVC's and the stages' lines.
-WITHOUT_JSON = {"run", "stage", "server", "serve"}
+WITHOUT_JSON = {"params schema", "run", "stage", "server", "serve"}
 
 
 def list_commands(command, path=()):
