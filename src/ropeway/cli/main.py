@@ -64,6 +64,48 @@ def run(
 
 
 @app.command()
+def init(  # noqa: PLR0913 - a command's options
+    name: Annotated[str, typer.Argument(help="Name of the new profile, and of the model in the registry.")],
+    *,
+    data: Annotated[
+        list[str],
+        typer.Option(prompt="Data (file, folder or pattern)", help="File, folder, archive or pattern; several."),
+    ],
+    base: Annotated[
+        str,
+        typer.Option(
+            prompt="Base (folder, owner/name, profile or scratch)",
+            help="A model's folder, owner/name on the Hub, a profile whose base is taken, or `scratch`.",
+        ),
+    ],
+    context: Annotated[
+        int | None, typer.Option(min=64, help="Length of a row in tokens. Default: what the data needs.")
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(min=0, help="GPUs of the run. Default: those of this machine.")] = None,
+    gpu_memory_gib: Annotated[
+        float | None, typer.Option(min=0.1, help="Memory of one GPU in GiB. Default: this machine's.")
+    ] = None,
+    lora: Annotated[bool, typer.Option("--lora", help="Train adapters instead of all weights.")] = False,
+    license_id: Annotated[
+        str | None, typer.Option("--license", help="SPDX identifier for the card. Default: that of the base's README.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Look at data, base and machine, and add a profile to params.yaml in which every derived value says why."""
+    from ropeway.cli.init_output import init as run_init
+    from ropeway.onboarding.derive import Machine
+    from ropeway.onboarding.start import InitRequest
+    from ropeway.runtime.devices import CPU_RANKS, detect_gpus
+
+    here = detect_gpus() if gpus is None or gpu_memory_gib is None else []
+    count = len(here) if gpus is None else gpus
+    memory = gpu_memory_gib or (min(gpu.memory_bytes for gpu in here) / 2**30 if here else None)
+    machine = Machine(count, count or CPU_RANKS, memory if count else None)
+    request = InitRequest(name, base, data, machine, context, lora, license_id)
+    run_init(find_root(), request, as_json=as_json)
+
+
+@app.command()
 def plan(  # noqa: PLR0913 - a command's options
     *,
     profile: ProfileOption = None,

@@ -84,6 +84,17 @@ def read_block(path: Path, profile: str) -> dict[str, object]:
     return block
 
 
+def resolve_preset(path: Path, preset: str) -> dict[str, object]:
+    """Return the keys and values of a preset, with those of its own presets; empty if there is none."""
+    tree = _read_yaml(path)
+    blocks, presets = _split(path, tree if isinstance(tree, dict) else {})
+    try:
+        found = resolve_block("", {**blocks, "": {KEY: preset}}, presets)
+    except PresetError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return dict(found) if isinstance(found, dict) else {}
+
+
 def read_origins(path: Path, profile: str) -> dict[str, str]:
     """Return key -> the profile or preset that states its value; see `ropeway.config.presets.find_origins`."""
     read_block(path, profile)  # it exists, and so do its presets

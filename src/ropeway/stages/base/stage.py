@@ -87,11 +87,11 @@ def run(workspace: Workspace, profile: BaseParams) -> None:
         TemporaryError: The Hub does not respond.
     """
     with whole_folder(workspace.base) as folder:
-        origin, options = _locate_origin(workspace.root, profile)
-        opened = _open_or_train_tokenizer(workspace, profile, origin, options)
+        origin, options = locate_origin(workspace.root, profile)
+        opened = _train_tokenizer(workspace, profile) if origin is None else open_base_tokenizer(origin, options)
         template, tokenizer = choose_template(profile, workspace.root, opened), opened.tokenizer
         chat = prove_template(template, opened, name=profile.template)
-        _write_tokenizer(folder, opened, template, max_length=profile.max_length)
+        write_base_tokenizer(folder, opened, template, max_length=profile.max_length)
         rows = plan_vocabulary(count_tokens(tokenizer), profile.pad_vocab_to_multiple_of)
         if origin is None:
             model, rope, shape = make_model(profile, rows=rows)
@@ -314,7 +314,7 @@ def resize(model: PreTrainedModel, *, rows: int, new_rows: str, seed: int) -> No
             weight[old:] = (torch.randn(weight[old:].shape, generator=generator) * NEW_ROW_STD).to(weight.dtype)
 
 
-def _locate_origin(root: Path, profile: BaseParams) -> tuple[Path | None, dict[str, str]]:
+def locate_origin(root: Path, profile: BaseParams) -> tuple[Path | None, dict[str, str]]:
     """Return (folder of the original model, options for loading it); the folder is None for `base.kind: scratch`."""
     base = profile.base
     if isinstance(base, ScratchBase):
@@ -369,16 +369,17 @@ def _download(repo: str, commit: str, revision: str) -> Path:
     return folder
 
 
-def _open_or_train_tokenizer(
-    workspace: Workspace, profile: BaseParams, origin: Path | None, options: Mapping[str, str]
-) -> BaseTokenizer:
-    """Return the base's tokenizer; one that is trained on the sources for `base.kind: scratch`."""
-    if origin is None:
-        sources = sorted(load_raw_manifest(workspace.raw)["sources"])
-        records = (record for name in sources for record in iterate_records(workspace.raw / name))
-        texts = (text for record in records for text in iterate_texts(record))
-        vocabulary = profile.expected_model.vocab_size if profile.expected_model else 0
-        return BaseTokenizer(train_tokenizer(texts, vocab_size=vocabulary), LLAMA_SPECIAL)
+def _train_tokenizer(workspace: Workspace, profile: BaseParams) -> BaseTokenizer:
+    """Return a tokenizer that is trained on the sources, for `base.kind: scratch`."""
+    sources = sorted(load_raw_manifest(workspace.raw)["sources"])
+    records = (record for name in sources for record in iterate_records(workspace.raw / name))
+    texts = (text for record in records for text in iterate_texts(record))
+    vocabulary = profile.expected_model.vocab_size if profile.expected_model else 0
+    return BaseTokenizer(train_tokenizer(texts, vocab_size=vocabulary), LLAMA_SPECIAL)
+
+
+def open_base_tokenizer(origin: Path, options: Mapping[str, str]) -> BaseTokenizer:
+    """Return the base's tokenizer; the arguments are what `locate_origin` returns."""
     if "gguf_file" not in options:
         names, additional = read_special_names(origin), read_additional(origin)
         other = read_other_names(origin)
@@ -391,7 +392,7 @@ def _open_or_train_tokenizer(
     return BaseTokenizer(tokenizer, found, templates=own if isinstance(own, dict) else {"default": own} if own else {})
 
 
-def _write_tokenizer(folder: Path, opened: BaseTokenizer, template: ChatTemplate, *, max_length: int) -> None:
+def write_base_tokenizer(folder: Path, opened: BaseTokenizer, template: ChatTemplate, *, max_length: int) -> None:
     """Write the tokenizer; the published template replaces padding and further special tokens, others keep them."""
     names, additional = dict(opened.names), opened.additional
     if template is OPEN_ASSISTANT:

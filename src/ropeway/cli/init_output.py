@@ -1,0 +1,67 @@
+"""`ropeway init` in the terminal: what was found, the plan, a sample with its loss mask, the next command."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from rich.text import Text
+
+from ropeway.cli.inspect_output import draw_tokens
+from ropeway.config.load_params import load_profile
+from ropeway.onboarding.start import InitRequest, Started, start_profile
+from ropeway.planning.plan import PlanRequest, plan_run
+from ropeway.planning.plan_text import describe_plan
+from ropeway.reporting.token_view import Vocabulary
+from ropeway.runtime.terminal import AlignedTable, Command, format_number, show
+from ropeway.runtime.workspace import Workspace
+
+_SHOWN_TOKENS = 120
+
+
+def init(root: Path, request: InitRequest, *, as_json: bool) -> None:
+    """Write the profile and print what it was derived from."""
+    started = start_profile(root, request)
+    _, profile = load_profile(root / "params.yaml", request.name)
+    machine = request.machine
+    plan_request = PlanRequest(gpu_memory_gib=machine.gpu_memory_gib)
+    planned = plan_run(Workspace(root, request.name), profile, ranks=machine.ranks, request=plan_request)
+    if as_json:
+        facts = {
+            "profile": request.name,
+            "sources": {one.name: _describe_source(started, number) for number, one in enumerate(started.data)},
+            "base": {"family": started.base.family, "context": started.base.context, "rope": started.base.rope},
+            "block": started.block,
+            "to_check": list(started.open_points),
+            "plan": json.loads(planned.as_json()),
+        }
+        print(json.dumps(facts, indent=1, ensure_ascii=False))
+        return
+    heads = ("source", "layout", "records", "refused", "tokens, median", "longest", "contains")
+    rows = [
+        [format_number(value) for value in _describe_source(started, at).values()] for at in range(len(started.data))
+    ]
+    show(AlignedTable(heads, rows), "")
+    print(started.block)
+    show(describe_plan(planned), "")
+    ids, supervised = started.sample
+    pairs = zip(Vocabulary(started.encoder.tokenizer).show(ids[:_SHOWN_TOKENS]), supervised, strict=False)
+    more = f" (the first {_SHOWN_TOKENS} of {len(ids):,} tokens)" if len(ids) > _SHOWN_TOKENS else ""
+    show(f"The first sequence{more}; ⟦supervised⟧, │ between tokens:", draw_tokens(pairs, is_colourful=False), "")
+    if started.open_points:
+        show(Text("To check", style="bold"), *(f"- {one}" for one in started.open_points), "")
+    show(f"params.yaml: profile {request.name} added and selected.", Command("ropeway run", "next:"))
+
+
+def _describe_source(started: Started, number: int) -> dict[str, object]:
+    data = started.data[number]
+    tokens = started.lengths[data.name].tokens
+    contains = [*data.roles, *(["tools"] if data.has_tools else []), *(["reasoning"] if data.has_reasoning else [])]
+    return {
+        "name": data.name,
+        "rows": data.source["rows"],
+        "records": f"{data.read:,}{'' if data.is_complete else '+'}",
+        "refused": sum(data.refused.values()),
+        "median_tokens": int(np.median(tokens)),
+        "longest_tokens": int(tokens.max()),
+        "contains": ", ".join(contains) or "text",
+    }

@@ -1,0 +1,194 @@
+"""Derive a profile from what was found: pure functions; every value says where it comes from."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ropeway.config.sections import PUBLISHED_TEMPLATE
+from ropeway.onboarding.examine_base import BaseFindings
+from ropeway.onboarding.examine_data import DataFindings
+
+_ROUNDED = 64  # tokens; lengths are multiples of it
+_SHORTEST = 128
+_DOCUMENT_ROW = 2048  # tokens of a row of documents, where nothing else says how long
+_CPU_ROW = 512  # longest row on a CPU, where nothing else says how long
+_FEWEST_STEPS = 40  # per run, where the data allows it
+_MOST_EPOCHS = 3
+_SMALL_MODEL = 500_000_000  # weights
+_TOKEN_CHARACTERS = 3  # characters of a chunk per token of a row, so that a chunk is about a row
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Where the run trains.
+
+    Attributes:
+        gpus: Number of GPUs; 0: a CPU with `ranks` processes.
+        gpu_memory_gib: Memory of one; None: not known.
+    """
+
+    gpus: int
+    ranks: int
+    gpu_memory_gib: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A key of the profile with its value, and why; an empty reason needs none."""
+
+    key: str
+    value: object
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Tokens of the sequences of a source.
+
+    Attributes:
+        tokens: `(N,)`, one per sequence.
+        is_complete: Whether these are all of the source's sequences.
+    """
+
+    tokens: NDArray[np.int64]
+    is_complete: bool
+
+
+def choose_preset(data: Sequence[DataFindings], *, is_scratch: bool, lora: bool) -> str:
+    """Return the name of the preset: the base decides, then whether there are conversations."""
+    if is_scratch:
+        return "scratch"
+    if lora:
+        return "lora"
+    return "finetune" if any(one.kind == "conversation" for one in data) else "continue"
+
+
+def derive_length(
+    lengths: Mapping[str, Lengths], kinds: Mapping[str, str], base: BaseFindings, machine: Machine, context: int | None
+) -> Entry:
+    """Return `max_length`: what nearly all conversations need, within what base and machine allow."""
+    if context is not None:
+        return Entry("max_length", context, "--context")
+    chats = [lengths[name].tokens for name, kind in kinds.items() if kind == "conversation"]
+    limit = min(base.context or _CPU_ROW, _DOCUMENT_ROW * 4 if machine.gpus else _CPU_ROW * 2)
+    if not chats or not any(len(one) for one in chats):
+        most = min(limit, _DOCUMENT_ROW if machine.gpus else _CPU_ROW)
+        return Entry("max_length", most, "documents are cut into chunks of about this length")
+    tokens = np.concatenate(chats)
+    needed = int(np.quantile(tokens, 0.99))
+    length = min(limit, max(_SHORTEST, math.ceil(needed / _ROUNDED) * _ROUNDED))
+    middle, longest = int(np.median(tokens)), int(tokens.max())
+    cut = float((tokens > length).mean())
+    return Entry(
+        "max_length",
+        length,
+        f"conversations: median {middle:,}, 99 % up to {needed:,}, longest {longest:,} tokens; {cut:.1%} are cut",
+    )
+
+
+def derive_rope(length: int, base: BaseFindings) -> list[Entry]:
+    """Return the RoPE keys: none if the base reaches `max_length`, else position interpolation."""
+    if base.context is None or length <= base.context:
+        return []
+    scale = math.ceil(length / base.context)
+    return [
+        Entry("superhot", True, f"the base reaches {base.context:,} tokens"),  # noqa: FBT003 - a value of params.yaml
+        Entry("superhot_config", {"type": "linear", "scale": scale}, "as published; others: docs/tasks/long-sequences"),
+    ]
+
+
+def derive_template(base: BaseFindings, *, is_scratch: bool) -> list[Entry]:
+    """Return the template keys where the preset's do not fit."""
+    if is_scratch or base.has_template:
+        return []
+    return [
+        Entry("template", PUBLISHED_TEMPLATE, "the base has no chat template of its own"),
+        Entry("pad_vocab_to_multiple_of", 16, "its role tokens are added to the vocabulary"),
+    ]
+
+
+def derive_rate(base: BaseFindings, *, preset: str) -> list[Entry]:
+    """Return the learning rate where the preset's is for larger models."""
+    if preset != "finetune" or base.parameters is None or base.parameters >= _SMALL_MODEL:
+        return []
+    return [Entry("learning_rate", 1e-4, "measured with SmolLM2-135M: docs/runs.md; the preset's is for 7 B and more")]
+
+
+def count_rows(lengths: Mapping[str, Lengths], length: int, *, packed: bool, share: float) -> int | None:
+    """Return the training rows of an epoch; None if there are more records than were read."""
+    if not all(one.is_complete for one in lengths.values()):
+        return None
+    clipped = [np.minimum(one.tokens, length) for one in lengths.values()]
+    rows = sum(int(one.sum()) for one in clipped) / length if packed else sum(len(one) for one in clipped)
+    return max(1, int(rows * (1 - share)))
+
+
+def derive_batch(rows: int | None, machine: Machine, micro_batch: int) -> list[Entry]:
+    """Return batch, epochs, warm-up and how often is validated and saved."""
+    smallest = micro_batch * machine.ranks
+    sizes = [size for size in (128, 64, 32, 16, 8, 4) if size % smallest == 0 and size >= smallest] or [smallest]
+    if rows is None:
+        size = sizes[0]
+        return [
+            Entry("global_batch_size", size, "more records than were read here; `ropeway plan` has the steps later"),
+            Entry("warmup_steps", 100, "as published"),
+        ]
+    size = next((one for one in sizes if rows // one >= _FEWEST_STEPS), sizes[-1])
+    epochs = min(_MOST_EPOCHS, max(1, math.ceil(_FEWEST_STEPS / max(1, rows // size))))
+    steps = max(1, rows // size) * epochs
+    often = max(1, steps // 4)
+    return [
+        Entry("global_batch_size", size, f"about {steps:,} steps of {rows:,} rows"),
+        Entry("num_train_epochs", epochs, "" if epochs == 1 else "the data is small"),
+        Entry("warmup_steps", max(1, round(0.03 * steps)), "3 % of the steps, as the published run's 100 of 3,319"),
+        Entry("eval_steps", often, "4 times a run"),
+        Entry("save_steps", often),
+    ]
+
+
+def derive_evaluation(length: int, base: BaseFindings, machine: Machine) -> Entry:
+    """Return the evaluation: lengths around `max_length`."""
+    beyond = 2 * length
+    repeats = 4 if machine.gpus else 1
+    return Entry(
+        "evaluation",
+        {
+            "max_new_tokens": 128 if machine.gpus else 48,
+            "positions": {"rows": 8 if machine.gpus else 4, "row_tokens": beyond, "bucket_tokens": beyond // 8},
+            "passkey": {
+                "lengths": sorted({max(_SHORTEST, length // 2), length, beyond}),
+                "depths": [0.0, 0.5, 1.0],
+                "repeats": repeats,
+            },
+            "long_context": {
+                "kinds": ["multi_key", "multi_value", "variable_tracking", "common_words"],
+                "lengths": [max(_SHORTEST * 3, length)],
+                "repeats": repeats,
+            },
+        },
+        "up to twice max_length" + (f"; the base reaches {base.context:,}" if base.context else ""),
+    )
+
+
+def derive_sources(
+    data: Sequence[DataFindings], lengths: Mapping[str, Lengths], length: int, share: float
+) -> list[Entry]:
+    """Return the mixture and its sources; `lengths` is empty until they are known."""
+    datasets = []
+    for one in data:
+        options: dict[str, object] = {"max_val_set": max(1, min(200, int(len(one.records) * share)))}
+        if one.kind == "document":
+            options["max_chunk_size"] = length * _TOKEN_CHARACTERS
+        datasets.append({one.name: options})
+    known = {name: len(one.tokens) for name, one in lengths.items() if one.is_complete}
+    sources = {one.name: {**one.source, "expected_rows": known.get(one.name)} for one in data}
+    notes = "; ".join(f"{one.name}: {len(one.records):,} {one.kind}s" for one in data)
+    partial = any(not one.is_complete for one in data)
+    return [
+        Entry("val_split", share, "of the sequences"),
+        Entry("datasets", datasets, notes + (" or more" if partial else "")),
+        Entry("sources", sources, "expected_rows: counted here; prepare reports a difference" if known else ""),
+    ]

@@ -1,0 +1,228 @@
+"""Find out what files hold: the layout of records, their columns, what would be refused or dropped. Reads a sample."""
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from ropeway.config.sections import FilesSource
+from ropeway.data.raw_records import Record, RecordKind
+from ropeway.models.conversation import Conversation
+from ropeway.runtime.errors import ConfigError, DataError
+from ropeway.runtime.workspace import Workspace
+from ropeway.stages.fetch.decompress import InputFile
+from ropeway.stages.fetch.files import iterate_objects
+from ropeway.stages.fetch.formats import DOCUMENTS, find_format, is_archive
+from ropeway.stages.fetch.local import find_files
+from ropeway.stages.fetch.records import ROW_KINDS
+from ropeway.stages.fetch.saved_folders import find_saved
+from ropeway.stages.fetch.sources import RefusedRecord, SourceCounts, open_source, record_kind, source_identity
+
+MOST_RECORDS = 2000  # of a source that are read
+_TRIED = 50  # records with which a layout is tried
+_TEXT_NAMES = ("text", "content", "body", "document", "article", "story", "markdown")
+_PAIRS = (
+    ("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("query", "response"),
+    ("instruction", "response"), ("input", "output"), ("source", "target"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class DataFindings:
+    """What a path holds.
+
+    Attributes:
+        name: Name of the source.
+        source: Its section of params.yaml.
+        read: Records that were read: all, or the first `MOST_RECORDS`.
+        is_complete: Whether these are all.
+        refused: Reason -> records.
+        ignored: Field that the layout does not read -> records in which it has a value.
+        records: The records that are used.
+        not_read: Suffix -> files of a folder that are of another kind than most.
+    """
+
+    name: str
+    source: dict[str, object]
+    kind: RecordKind
+    read: int
+    is_complete: bool
+    refused: Mapping[str, int]
+    ignored: Mapping[str, int]
+    records: tuple[Record, ...]
+    not_read: Mapping[str, int]
+
+    @property
+    def roles(self) -> dict[str, int]:
+        """Role -> messages of the records."""
+        chats = [one for one in self.records if isinstance(one, Conversation)]
+        return dict(Counter(str(message["role"]) for chat in chats for message in chat.to_messages()))
+
+    @property
+    def has_tools(self) -> bool:
+        """Whether a record offers or calls tools."""
+        return any(isinstance(one, Conversation) and '"tool' in one.form for one in self.records)
+
+    @property
+    def has_reasoning(self) -> bool:
+        """Whether an answer has reasoning of its own."""
+        return any(isinstance(one, Conversation) and "reasoning_content" in one.form for one in self.records)
+
+
+def examine_data(path: str, root: Path, taken: frozenset[str] = frozenset()) -> DataFindings:
+    """Return what a file, folder, archive or pattern holds.
+
+    Args:
+        path: The path, relative to the working directory or absolute; or a pattern.
+        root: The workspace; paths in it are written relative to it.
+        taken: Names of sources that are in use.
+
+    Raises:
+        ConfigError: Nothing is there, or no known layout reads the records; the message names their fields.
+    """
+    patterns, not_read = _find_patterns(path, root)
+    candidates = list(_iterate_candidates(patterns, root))
+    tried = [(_read(source, root, _TRIED), source) for source in candidates]
+    best, source = max(tried, key=lambda pair: pair[0].used, default=(_Sample(), None))
+    if source is None or not best.records:
+        reasons = Counter(reason for sample, _ in tried for reason in sample.refused)
+        shown = "; ".join(reason for reason, _ in reasons.most_common(3))
+        fields = ", ".join(_first_object(patterns, root)) or "no fields"
+        raise ConfigError(
+            f"--data {path}: no layout of records fits: the first record has {fields} ({shown or 'no records'}). Known "
+            f"are {', '.join(ROW_KINDS)} (docs/sources.md); rename fields, or write the source with `columns` yourself"
+        )
+    whole = _read(source, root, MOST_RECORDS)
+    stated = source.model_dump() | {"ignored_keys": sorted(whole.ignored)}
+    names = ("kind", "paths", "rows", "columns", "expected_rows", *(["ignored_keys"] if whole.ignored else []))
+    facts = {name: stated[name] for name in names}
+    return DataFindings(
+        name=_name(path, taken),
+        source=facts,
+        kind=record_kind(source),
+        read=whole.read,
+        is_complete=whole.read < MOST_RECORDS,
+        refused=whole.refused,
+        ignored=whole.ignored,
+        records=tuple(whole.records),
+        not_read=not_read,
+    )
+
+
+def _find_patterns(path: str, root: Path) -> tuple[list[str], dict[str, int]]:
+    """Return the patterns for `paths`, and suffix -> files of a folder that they leave out.
+
+    A folder with more documents than files of records stands for its documents, else for the records.
+    """
+    if "://" in path:
+        raise ConfigError(
+            f"--data {path}: addresses are not looked at; download a file of it, and write its source later"
+        )
+    place = Path(path).expanduser()
+    place = place if place.is_absolute() else Path.cwd() / place
+    where = os.path.normpath(place)
+    shown = os.path.relpath(where, root) if Path(where).is_relative_to(root) else where
+    if not place.is_dir() or find_saved(place):
+        return [shown], {}
+    files = (one.relative_to(place) for one in place.rglob("*") if one.is_file() and not one.name.startswith("."))
+    forms = Counter("".join(one.suffixes[-2:] if is_compressed(one.name) else one.suffixes[-1:]) for one in files)
+    known = sorted((form for form in forms if find_format(f"x{form}")), key=lambda one: (-forms[one], one in DOCUMENTS))
+    if not known:
+        found = ", ".join(sorted(filter(None, forms))) or "no files"
+        raise ConfigError(f"--data {path}: a folder without records or documents (found {found}); see docs/sources.md")
+    documents = [form for form in known if form in DOCUMENTS]
+    chosen = documents if known[0] in DOCUMENTS else [form for form in known if form not in DOCUMENTS]
+    left = {form or "no suffix": count for form, count in forms.items() if form not in chosen}
+    return [f"{shown}/**/*{form}" for form in chosen], left
+
+
+def is_compressed(name: str) -> bool:
+    """Return whether a name has two suffixes that matter, e.g. `.jsonl.gz`."""
+    return name.endswith((".gz", ".zst", ".bz2", ".xz"))
+
+
+def _name(path: str, taken: frozenset[str]) -> str:
+    stem = Path(path.rstrip("/")).name.split(".")[0].split("*")[0]
+    plain = "".join(character if character.isalnum() or character in "_-" else "_" for character in stem) or "data"
+    return next(name for name in (plain, *(f"{plain}_{at}" for at in range(2, 1000))) if name not in taken)
+
+
+def _iterate_candidates(patterns: list[str], root: Path) -> Iterator[FilesSource]:
+    """Yield the sources that may fit, what the first record looks like first."""
+    common = {"kind": "files", "paths": patterns, "expected_rows": None, "ignored_keys": ["*"]}
+    if find_format(next(iter(find_files(patterns, root)))) in DOCUMENTS:
+        yield FilesSource.model_validate({**common, "rows": "text", "columns": {}})
+        return
+    for rows, columns in _guess(_first_object(patterns, root)):
+        yield FilesSource.model_validate({**common, "rows": rows, "columns": columns})
+    for rows in ROW_KINDS:
+        yield FilesSource.model_validate({**common, "rows": rows, "columns": {}})
+
+
+def _first_object(patterns: list[str], root: Path) -> Mapping[str, object]:
+    """Return the first readable object of the first file; empty for archives and documents."""
+    name, path = next(iter(find_files(patterns, root).items()))
+    if is_archive(name) or find_format(name) in DOCUMENTS:
+        return {}
+    return next((one for _, one in iterate_objects(InputFile.of(path), []) if isinstance(one, dict)), {})
+
+
+def _guess(value: Mapping[str, object]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield (layout, columns) that a record may have, by its fields.
+
+    >>> list(_guess({"chat": [{"from": "human", "value": "Hi"}]}))
+    [('sharegpt', {'conversations': 'chat'})]
+    >>> list(_guess({"question": "1+1?", "answer": "2"}))
+    [('prompt_completion', {'prompt': 'question', 'completion': 'answer'})]
+    """
+    for name, turns in value.items():
+        fields = set(turns[0]) if isinstance(turns, list) and turns and isinstance(turns[0], dict) else set()
+        for rows in ("messages", "sharegpt", "orca_chat"):
+            (column,), wanted = ROW_KINDS[rows].required, ROW_KINDS[rows].turn_fields
+            if fields >= set(wanted):
+                yield rows, {} if name == column else {column: name}
+    names = {name.lower(): name for name, text in value.items() if isinstance(text, str)}
+    if {"instruction", "output"} <= set(names):
+        yield "alpaca", {own: names[own] for own in ("instruction", "output", "input") if names.get(own, own) != own}
+    for prompt, completion in _PAIRS:
+        if {prompt, completion} <= set(names):
+            mapped = {"prompt": names[prompt], "completion": names[completion]}
+            yield "prompt_completion", {own: column for own, column in mapped.items() if own != column}
+    texts = [names[name] for name in _TEXT_NAMES if name in names] or (list(names.values()) if len(names) == 1 else [])
+    for column in texts:
+        yield "text", {} if column == "text" else {"text": column}
+
+
+class _Sample:
+    """Records of a source with what was counted."""
+
+    def __init__(self) -> None:
+        self.records: list[Record] = []
+        self.refused: Counter[str] = Counter()
+        self.ignored: Mapping[str, int] = {}
+
+    @property
+    def read(self) -> int:
+        return len(self.records) + self.refused.total()
+
+    @property
+    def used(self) -> tuple[int, int]:
+        """The more records and the fewer dropped fields the better."""
+        return len(self.records), -len(self.ignored)
+
+
+def _read(source: FilesSource, root: Path, most: int) -> _Sample:
+    sample, seen = _Sample(), SourceCounts()
+    try:
+        found = open_source(source, Workspace(root, ""), source_identity(source, root), seen)
+        for record in islice(found, most):
+            if isinstance(record, RefusedRecord):
+                sample.refused[record.reason] += 1
+            else:
+                sample.records.append(record)
+    except DataError as error:  # e.g. a table without the layout's columns
+        sample.refused[str(error)] += 1
+    sample.ignored = dict(sorted(seen.ignored.items()))
+    return sample

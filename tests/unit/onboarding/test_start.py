@@ -1,0 +1,129 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from ropeway.cli.main import app
+from ropeway.config.load_params import load_profile, load_profiles
+from ropeway.onboarding.derive import Entry, Machine
+from ropeway.onboarding.start import InitRequest, start_profile
+from ropeway.onboarding.write_profile import add_profile, render_profile
+from ropeway.runtime.errors import ConfigError
+from tests.support.families import FAMILIES, save_family
+
+ROOT = Path(__file__).parents[3]
+CPU = Machine(0, 2, None)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    save_family(FAMILIES["qwen2"], folder)
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    asks = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    (folder / "chat_template.jinja").write_text(template + asks)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
+    return folder
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    chats = [
+        {"messages": [{"role": "user", "content": f"What is {n} + 1?"}, {"role": "assistant", "content": f"{n + 1}."}]}
+        for n in range(60)
+    ]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(one) + "\n" for one in chats))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_profile_is_added_and_selected_and_nothing_else_changes(root, model):
+    before = (root / "params.yaml").read_text()
+    started = start_profile(root, InitRequest("mine", str(model), ["chats.jsonl"], CPU))
+    after = (root / "params.yaml").read_text()
+    assert after == before.replace("\nprofile: laptop\n", "\nprofile: mine\n") + "\n" + started.block
+    name, profile = load_profile(root / "params.yaml")
+    assert (name, profile.model_name, profile.base.kind) == ("mine", str(model), "folder")
+    assert (profile.template, profile.what_counts, profile.superhot) == ("base", "answers", False)
+    assert profile.max_length == 128
+    assert profile.card.license == "mit"
+    assert profile.datasets[0]["chats"].max_val_set == 6
+    assert profile.sources["chats"].expected_rows == 60
+
+
+def test_the_sample_shows_what_is_supervised(root, model):
+    started = start_profile(root, InitRequest("mine", str(model), ["chats.jsonl"], CPU))
+    ids, supervised = started.sample
+    shown = [number for number, counts in zip(ids, supervised, strict=True) if counts]
+    assert started.encoder.tokenizer.decode(shown, skip_special_tokens=False) == "1.<|im_end|>"
+
+
+def test_a_usual_profile_has_at_most_forty_lines_of_which_a_person_chose_three(root, model):
+    started = start_profile(root, InitRequest("mine", str(model), ["chats.jsonl"], CPU))
+    assert len(started.block.splitlines()) <= 40
+
+
+def test_from_scratch_the_vocabulary_is_what_the_text_gives(root):
+    started = start_profile(root, InitRequest("mine", "scratch", ["chats.jsonl"], CPU, license="mit"))
+    profile = load_profile(root / "params.yaml")[1]
+    assert profile.expected_model.vocab_size == started.base.vocabulary == 300
+    assert profile.expected_model.max_position_embeddings == profile.max_length
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"name": "laptop"}, "there is a profile 'laptop'"),
+        ({"name": "a/b"}, "expected a profile name"),
+        ({"base": "nowhere"}, "--base nowhere: expected a folder"),
+        ({"data": ["nothing.jsonl"]}, "matches no file"),
+        ({"machine": Machine(2, 2, 0.6)}, "does not fit 2 GPUs"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_and_nothing_is_written(root, model, change, says):
+    before = (root / "params.yaml").read_bytes()
+    request = {"name": "mine", "base": str(model), "data": ["chats.jsonl"], "machine": CPU, **change}
+    with pytest.raises(ConfigError, match=says):
+        start_profile(root, InitRequest(**request))
+    assert (root / "params.yaml").read_bytes() == before
+
+
+def test_the_largest_batch_that_fits_the_gpus_is_chosen(root, model):
+    start_profile(root, InitRequest("mine", str(model), ["chats.jsonl"], Machine(2, 2, 40.0)))
+    profile = load_profile(root / "params.yaml")[1]
+    assert (profile.per_device_train_batch_size, profile.deepspeed_config) == (8, "configs/zero_config_pretrain.json")
+    assert profile.use_flash_attention
+
+
+def test_the_command_prints_what_it_found_as_json(root, model):
+    words = ["init", "mine", "--base", str(model), "--data", "chats.jsonl", "--gpus", "0", "--lora", "--json"]
+    result = CliRunner().invoke(app, words, catch_exceptions=False)
+    found = json.loads(result.stdout[result.stdout.index("{\n") :])
+    assert found["sources"]["chats"]["records"] == "60"
+    assert found["plan"]["rows"] is not None or found["plan"]["rows_per_source"]["chats"] == 54
+    assert load_profile(root / "params.yaml")[1].peft_model
+
+
+def test_a_block_is_yaml_with_its_reasons_and_reads_back(root):
+    block = render_profile("mine", "head", [Entry("preset", "scratch"), Entry("max_length", 128, "because " * 20)])
+    assert block.splitlines()[:2] == ["# head", "mine:"]
+    assert "  # because" in block
+    entries = [Entry("preset", "laptop"), Entry("rng_seed", 7, "a seed"), Entry("save_minutes", None)]
+    add_profile(root / "params.yaml", "mine", render_profile("mine", "head", entries))
+    _, profiles = load_profiles(root / "params.yaml")
+    assert profiles["mine"] == profiles["laptop"].model_copy(update={"rng_seed": 7})
+
+
+def test_an_invalid_profile_is_not_written(root):
+    before = (root / "params.yaml").read_bytes()
+    with pytest.raises(ConfigError, match="rng_seed"):
+        add_profile(
+            root / "params.yaml",
+            "mine",
+            render_profile("mine", "head", [Entry("preset", "laptop"), Entry("rng_seed", -1)]),
+        )
+    assert (root / "params.yaml").read_bytes() == before
