@@ -28,6 +28,7 @@ from ropeway.models.chat_template import OPEN_ASSISTANT, ChatTemplate
 from ropeway.models.jinja_template import OWN_FILE, find_own_templates
 from ropeway.models.open_model import (
     create_model,
+    is_finite,
     layer_weights,
     load_base_model,
     measure_frequencies,
@@ -225,7 +226,7 @@ def _check_weights(origin: Path, model: PreTrainedModel, found: Mapping[str, Col
             f"be dropped, first {unexpected[0]}; use a plain model, or correct config.json"
         )
     for name, weight in model.state_dict().items():
-        if not bool(torch.isfinite(weight).all()):
+        if not is_finite(weight):
             count = int((~torch.isfinite(weight)).sum())
             raise ConfigError(f"{origin}: {count:,} values of {name} are NaN or infinite; download the model again")
 

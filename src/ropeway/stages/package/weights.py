@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ropeway.models.architectures import EMBEDDING, HEAD
-from ropeway.models.open_model import DTYPES
+from ropeway.models.open_model import DTYPES, is_finite
 from ropeway.runtime.errors import DataError
 from ropeway.runtime.manifest import write_json
 
@@ -121,7 +121,7 @@ def _count(path: Path, name: str) -> int:
 def _cast(path: Path, name: str, dtype: str) -> torch.Tensor:
     tensor = read_tensor(path, name)
     cast: torch.Tensor = tensor.to(DTYPES[dtype]).contiguous()
-    if not bool(torch.isfinite(cast).all()):
+    if not is_finite(cast):
         worst = tensor.abs().max().item()
         raise DataError(
             f"{path}: {name} has values up to {worst:g}, the maximum of {dtype} is "
