@@ -13,7 +13,8 @@ from ropeway.config.frozen import write_values
 from ropeway.config.load_params import load_profile, read_block
 from ropeway.config.stages import READS
 from ropeway.models.chat_template import OPEN_ASSISTANT
-from ropeway.models.rope import build_scaling, plan_scaling
+from ropeway.models.rope import build_scaling
+from ropeway.models.rope_plan import plan_scaling
 from ropeway.reporting.model_card import describe_steps, render_card
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.package.card_facts import plan_card

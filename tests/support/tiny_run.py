@@ -29,7 +29,7 @@ from ropeway.data.shards import FORMAT, Kind, Shards, write_shard
 from ropeway.models.chat_template import OPEN_ASSISTANT
 from ropeway.models.conversation import Conversation
 from ropeway.models.proofs import prove_model
-from ropeway.models.rope import plan_scaling
+from ropeway.models.rope_plan import plan_scaling
 from ropeway.models.tokenizer import open_tokenizer, read_special
 from ropeway.reporting import report_eval, report_package
 from ropeway.runtime.manifest import file_sha256, write_json, write_manifest

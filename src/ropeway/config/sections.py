@@ -199,7 +199,22 @@ class ThetaScaling(Section):
     """The theta of training and export, e.g. 500000 for a base with 10000. Must be larger than the base's."""
 
 
-SuperhotConfig = Annotated[StretchScaling | YarnScaling | Llama3Scaling | ThetaScaling, Field(discriminator="type")]
+class LongropeScaling(Section):
+    """LongRoPE, with the same factors for texts of every length. Source: Ding et al. 2024, arXiv:2402.13753."""
+
+    type: Literal["longrope"]
+    scale: Scale
+    """Factor by which the context is extended."""
+    long_factor: list[Annotated[float, Field(gt=0)]] | None
+    """Divisor of each frequency: one number for each pair of dimensions of a head that RoPE turns, fastest first.
+    Exported as `long_factor` and `short_factor`. null: the `long_factor` of the base, if it has longrope."""
+    attention_factor: Annotated[float, Field(gt=0)] | None
+    """Multiplier of sine and cosine. null: sqrt(1 + ln(scale) / ln(original context))."""
+
+
+SuperhotConfig = Annotated[
+    StretchScaling | YarnScaling | Llama3Scaling | ThetaScaling | LongropeScaling, Field(discriminator="type")
+]
 
 
 class DatasetOptions(Section):

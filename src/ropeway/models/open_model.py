@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError  # of configs of transformers; not a ValueError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ropeway.models.architectures import DEFAULT, check_architecture
-from ropeway.models.rope import OwnFrequencies, main_parameters
+from ropeway.models.rope import FULL, OwnFrequencies, RopeScaling, frequency_faults, has_layer_types, main_parameters
 from ropeway.runtime.errors import ConfigError
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -34,7 +35,7 @@ def read_config(folder: Path, options: Mapping[str, object]) -> PreTrainedConfig
     """
     try:
         return AutoConfig.from_pretrained(folder, **options)
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, StrictDataclassError) as error:
         reason = str(error).strip().partition(". ")[0]
         raise ConfigError(
             f"{folder}: transformers {transformers.__version__} cannot read its config.json: {reason}. Models that "
@@ -219,7 +220,7 @@ def layer_weights(model: PreTrainedModel) -> list[list[int]]:
 
 def rotary_dim(config: PreTrainedConfig) -> int:
     """Return how many dimensions of a head RoPE turns: all, or the `partial_rotary_factor` of some families."""
-    stated = (config.rope_parameters or {}).get("partial_rotary_factor")
+    stated = main_parameters(config.rope_parameters or {}).get("partial_rotary_factor")
     return head_dim(config) if stated is None else int(head_dim(config) * stated)
 
 
@@ -228,6 +229,53 @@ def measure_frequencies(config: PreTrainedConfig) -> OwnFrequencies:
     with torch.device("meta"):
         module = rotary(model_class(config)(deepcopy(config)))
     return live_frequencies(type(module)(config))
+
+
+def reads_flat_scaling(config: PreTrainedConfig) -> bool:
+    """Return whether a family applies a `rope_scaling` without layer types to its layers with full attention.
+
+    Gemma 3 does, whose config.json for transformers 4 states it so; other families lose the layer types.
+    """
+    if not has_layer_types(config.rope_parameters):
+        return False
+    flat = {"rope_type": "linear", "factor": 2.0, "rope_theta": 12345.0}  # unlike any family's own
+    try:
+        read = type(config).from_dict({**deepcopy(config.to_dict()), "rope_scaling": flat}).rope_parameters
+    except (KeyError, ValueError, TypeError, AttributeError, StrictDataclassError):
+        return False
+    return bool({**config.rope_parameters, FULL: flat} == read)
+
+
+def set_rope(config: PreTrainedConfig, rope: RopeScaling) -> PreTrainedConfig:
+    """Return the config with a RoPE scaling.
+
+    Raises:
+        ConfigError: transformers computes something else from it, read as the exported config.json states it.
+    """
+    stated = {**deepcopy(config.to_dict()), "max_position_embeddings": rope.stated_positions}
+    if "original_max_position_embeddings" in stated and not rope.kept:
+        stated["original_max_position_embeddings"] = rope.original  # of Phi-3, which prefers it to rope_parameters
+    where = f"model_type {config.model_type}: {rope.kind} RoPE scaling"
+    try:
+        exported = type(config).from_dict(stated | deepcopy(rope.to_config_keys()))
+        faults = list(frequency_faults(measure_frequencies(exported), rope.expected(rotary_dim(config))))
+    except (KeyError, ValueError, TypeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{where} is refused by transformers {transformers.__version__}: {reason}") from error
+    if _without_type(exported.rope_parameters) != _without_type(rope.to_config()):
+        faults.append(f"  rope_parameters: expected {rope.to_config()}, found {exported.rope_parameters}")
+    if faults:
+        raise ConfigError("\n".join([f"{where}: transformers {transformers.__version__} reads it otherwise:", *faults]))
+    return type(config).from_dict(stated | {"rope_parameters": rope.to_config()})
+
+
+def _without_type(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `rope_parameters` without `type`, the name of `rope_type` in transformers before 4.43."""
+    return {
+        name: _without_type(value) if isinstance(value, Mapping) else value
+        for name, value in parameters.items()
+        if name != "type"
+    }
 
 
 @contextmanager

@@ -14,11 +14,11 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ropeway.config.params import BaseParams
-
 Frequencies = NDArray[np.float32]
 OwnFrequencies = Mapping[str, tuple[float, ...]]  # name of a buffer -> (attention factor, frequencies)
-_ONE = "inv_freq"  # name of the buffer of families with one RoPE for all layers
+ONE = "inv_freq"  # name of the buffer of families with one RoPE for all layers
+FULL = "full_attention"  # the layer type that is scaled where layer types have their own RoPE, as Gemma 3 does
+_PARTIAL = "partial_rotary_factor"
 Settings = tuple[tuple[str, float], ...]
 
 
@@ -31,6 +31,12 @@ class RopeScaling(ABC):
         theta: Base of the frequencies.
         original: Context length of the base model, in tokens.
         settings: Other settings of the kind as sorted pairs, with transformers' names.
+        factors: Divisor of each frequency; only of `longrope`.
+        stated: The base's `rope_parameters` as JSON; empty for a model from scratch. Its `partial_rotary_factor` and
+            its layer types without full attention are kept.
+        frequencies: Buffer -> (attention factor, then its fp32 frequencies) of the layer types that are kept, as
+            transformers computes them from the base's config.
+        is_flat: Whether the family applies a `rope_scaling` without layer types to its layers with full attention.
     """
 
     kind: ClassVar[str]
@@ -41,6 +47,10 @@ class RopeScaling(ABC):
     theta: float
     original: int
     settings: Settings = ()
+    factors: tuple[float, ...] = ()
+    stated: str = ""
+    frequencies: tuple[tuple[str, tuple[float, ...]], ...] = ()
+    is_flat: bool = False
 
     @property
     def is_scaled(self) -> bool:
@@ -71,18 +81,84 @@ class RopeScaling(ABC):
     def inv_freq(self, head_dim: int) -> Frequencies:
         """Return the `(head_dim / 2,)` fp32 frequencies for positions within the base's context."""
 
+    @property
+    def replaced(self) -> Mapping[str, Any]:
+        """The base's `rope_parameters`; empty for a model from scratch."""
+        parameters: Mapping[str, Any] = json.loads(self.stated or "{}")
+        return parameters
+
+    @property
+    def card_settings(self) -> list[tuple[str, object]]:
+        """What `superhot_config` states besides type and scale, for the model card."""
+        return [*self.settings, *([("long_factor", list(self.factors))] if self.factors else [])]
+
+    @property
+    def legacy_key(self) -> str:
+        """The key of config.json from which transformers 4 reads the scaling; empty if it has none."""
+        if self.to_legacy_config() is not None:
+            return "rope_scaling"
+        stated = self.to_config()
+        is_plain = main_parameters(stated)["rope_type"] == DefaultRope.kind
+        return "rope_theta" if is_plain and (self.is_flat or not has_layer_types(stated)) else ""
+
+    @property
+    def kept_layers(self) -> list[str]:
+        """Layer types that keep the base's RoPE."""
+        return sorted(set(self.replaced) - {FULL}) if has_layer_types(self.replaced) else []
+
+    @property
+    def share(self) -> float:
+        """Share of each head that RoPE turns."""
+        return float(main_parameters(self.replaced).get(_PARTIAL) or 1.0) if self.stated else 1.0
+
     def expected(self, dim: int) -> dict[str, tuple[float, Frequencies]]:
         """Return (attention factor, frequencies) of each buffer of a model that turns `dim` dimensions of a head."""
-        return {_ONE: (self.attention_factor, self.inv_freq(dim))}
+        name = f"{FULL}_{ONE}" if has_layer_types(self.replaced) else ONE
+        kept = {name: (own[0], np.asarray(own[1:], dtype=np.float32)) for name, own in self.frequencies}
+        return {name: (self.attention_factor, self.inv_freq(dim)), **kept}
 
-    def to_config(self) -> dict[str, object]:
-        """Return the complete `rope_parameters` for transformers 5; it drops theta from incomplete ones (5.24)."""
+    def faults(self, dim: int) -> Iterator[str]:  # noqa: ARG002 - for kinds with a setting per frequency
+        """Yield what is wrong with the settings for a model that turns `dim` dimensions of a head."""
+        yield from ()
+
+    def parameters(self) -> dict[str, object]:
+        """Return the `rope_parameters` of the scaled layers, without what is kept of the base."""
         stated = {"rope_type": self.kind, "rope_theta": self.theta, "factor": self.factor}
         return {**stated, "original_max_position_embeddings": self.original, **dict(self.settings)}
 
+    def to_config(self) -> dict[str, object]:
+        """Return the complete `rope_parameters` for transformers 5; it drops theta from incomplete ones (5.24)."""
+        main = main_parameters(self.replaced) if self.stated else {}
+        scaled = {**self.parameters(), **{name: main[name] for name in (_PARTIAL,) if name in main}}
+        return {**self.replaced, FULL: scaled} if has_layer_types(self.replaced) else scaled
+
     def to_legacy_config(self) -> dict[str, object] | None:
-        """Return `rope_scaling` in the format of transformers 4."""
-        return _legacy(self.to_config())
+        """Return `rope_scaling` in the format of transformers 4; None where it has none.
+
+        transformers 5 prefers it to `rope_parameters`. Some families (`gpt_neox`) then find theta and
+        `partial_rotary_factor` nowhere else, so it has them where a part of each head is turned.
+        """
+        stated = self.to_config()
+        main, is_layered = main_parameters(stated), has_layer_types(stated)
+        kind, is_partial = main["rope_type"], _PARTIAL in main
+        if kind == DefaultRope.kind or (is_layered and not self.is_flat):
+            return None
+        if kind in (LinearRope.kind, DynamicRope.kind) and not is_layered and not is_partial:
+            # The only keys that 4.31 accepts, with a float factor; it rejects a factor of 1.
+            return None if self.factor == 1 else {"type": kind, "factor": self.factor}
+        dropped = ("type",) if is_partial and not is_layered else ("type", "rope_theta")
+        return {name: value for name, value in main.items() if name not in dropped}
+
+    def to_config_keys(self) -> dict[str, object]:
+        """Return all keys of RoPE in the exported config.json, for transformers 4 and 5."""
+        stated = self.to_config()
+        share = None if has_layer_types(stated) else stated.get(_PARTIAL)
+        return {
+            "rope_parameters": stated,
+            "rope_scaling": self.to_legacy_config(),
+            "rope_theta": self.theta,
+            **({} if share in (None, 1.0) else {_PARTIAL: share}),
+        }
 
     def to_json(self) -> dict[str, object]:
         """Return the scaling in the format of `scaling_from_json`."""
@@ -92,9 +168,12 @@ class RopeScaling(ABC):
             "theta": self.theta,
             "original": self.original,
             "settings": [list(pair) for pair in self.settings],
+            "factors": list(self.factors),
             "kept": "",
+            "replaced": self.stated,
             "positions": 0,
-            "frequencies": {},
+            "frequencies": dict(self.frequencies),
+            "is_flat": self.is_flat,
         }
 
     def _powers(self, head_dim: int) -> Frequencies:
@@ -123,12 +202,9 @@ class DefaultRope(RopeScaling):
         """Return the base's frequencies."""
         return self._plain(head_dim)
 
-    def to_config(self) -> dict[str, object]:
+    def parameters(self) -> dict[str, object]:
         """Return type and theta."""
-        return {"rope_type": self.kind, "rope_theta": self.theta}
-
-    def to_legacy_config(self) -> None:
-        """Return None, the `rope_scaling` of transformers 4 without scaling."""
+        return {"rope_type": DefaultRope.kind, "rope_theta": self.theta}
 
 
 class ThetaRope(DefaultRope):
@@ -138,13 +214,19 @@ class ThetaRope(DefaultRope):
     kind, stretch, loader = "theta", "theta is larger than the base's, which lowers the frequencies", "4.33.0"
 
     @property
+    def is_scaled(self) -> bool:
+        """Always True."""
+        return True
+
+    @property
+    def card_settings(self) -> list[tuple[str, object]]:
+        """The larger theta."""
+        return [("rope_theta", self.theta)]
+
+    @property
     def stated_positions(self) -> int:
         """The extended context length; readers multiply nothing."""
         return self.reach
-
-    def to_config(self) -> dict[str, object]:
-        """Return type `default` and the larger theta."""
-        return {"rope_type": DefaultRope.kind, "rope_theta": self.theta}
 
 
 class LinearRope(RopeScaling):
@@ -157,13 +239,9 @@ class LinearRope(RopeScaling):
         """Return the base's frequencies divided by the factor."""
         return self._plain(head_dim) / np.float32(self.factor)
 
-    def to_config(self) -> dict[str, object]:
+    def parameters(self) -> dict[str, object]:
         """Return type, theta and factor."""
         return {"rope_type": self.kind, "rope_theta": self.theta, "factor": self.factor}
-
-    def to_legacy_config(self) -> dict[str, object] | None:
-        """Return type and float factor, the only keys that 4.31 accepts; None for a factor of 1, which it rejects."""
-        return None if self.factor == 1 else {"type": self.kind, "factor": self.factor}
 
 
 class DynamicRope(LinearRope):
@@ -192,9 +270,9 @@ class YarnRope(RopeScaling):
         """Source: arXiv:2309.00071, equation 22."""
         return 0.1 * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
 
-    def to_config(self) -> dict[str, object]:
+    def parameters(self) -> dict[str, object]:
         """Return the `rope_parameters` with the attention factor."""
-        return {**RopeScaling.to_config(self), "attention_factor": self.attention_factor}
+        return {**RopeScaling.parameters(self), "attention_factor": self.attention_factor}
 
     def inv_freq(self, head_dim: int) -> Frequencies:
         """Return the frequencies: scaled, blended or unchanged."""
@@ -239,24 +317,71 @@ class Llama3Rope(RopeScaling):
         return found
 
 
+class LongRope(RopeScaling):
+    """Each frequency is divided by a factor of its own, the same for texts of every length.
+
+    transformers has one list of factors for batches whose longest text fits the original context and one for longer
+    ones. Both are the same here, so frequencies do not depend on other rows, and a cache stays valid.
+
+    Source: Ding et al. 2024, arXiv:2402.13753; decision 0021.
+    """
+
+    __slots__ = ()
+    kind = "longrope"
+    stretch = "each frequency is divided by a factor of its own, the same for texts of every length (arXiv:2402.13753)"
+
+    @property
+    def stated_positions(self) -> int:
+        """The scaled context length; readers do not multiply it (Phi-3: 131,072, with an original 4,096)."""
+        return self.reach
+
+    @property
+    def attention_factor(self) -> float:
+        """The stated one, or sqrt(1 + ln(factor) / ln(original)). Source: Ding et al. 2024, as transformers 5.24."""
+        own = dict(self.settings).get("attention_factor")
+        if own is not None:
+            return own
+        return math.sqrt(1 + math.log(self.factor) / math.log(self.original)) if self.factor > 1 else 1.0
+
+    def faults(self, dim: int) -> Iterator[str]:
+        """Yield a fault if there is not one factor for each frequency."""
+        if not self.factors:
+            yield (
+                "superhot_config.long_factor is null, which takes the base's own, but the base has none; state "
+                f"{dim // 2} numbers"
+            )
+        elif len(self.factors) != dim // 2:
+            yield (
+                f"superhot_config.long_factor: expected {dim // 2} numbers, one for each pair of the {dim} dimensions "
+                f"of a head that RoPE turns, found {len(self.factors)}"
+            )
+
+    def parameters(self) -> dict[str, object]:
+        """Return the `rope_parameters` with the same factors twice and the attention factor."""
+        lists = {"short_factor": list(self.factors), "long_factor": list(self.factors)}
+        return {**RopeScaling.parameters(self), **lists, "attention_factor": self.attention_factor}
+
+    def inv_freq(self, head_dim: int) -> Frequencies:
+        """Return the base's frequencies, each divided by its factor."""
+        divided: Frequencies = np.float32(1.0) / (np.asarray(self.factors, dtype=np.float32) * self._powers(head_dim))
+        return divided
+
+
 @dataclass(frozen=True, slots=True)
 class BaseModelRope(RopeScaling):
     """The unmodified scaling of a base model, of any kind.
 
+    `stated` are its `rope_parameters`, `frequencies` those of all its buffers.
+
     Attributes:
         own_kind: `rope_type` of the base's config.
-        stated: The base's `rope_parameters` as JSON.
         positions: The base's `max_position_embeddings`.
-        frequencies: Buffer -> (attention factor, then its fp32 frequencies), as transformers computes them from the
-            base's config; several where layer types have their own.
     """
 
     stretch: ClassVar[str] = "positions are stretched as the base states it"
 
     own_kind: str = ""
-    stated: str = ""
     positions: int = 0
-    frequencies: tuple[tuple[str, tuple[float, ...]], ...] = ()
 
     @property
     def kind(self) -> str:  # type: ignore[override]
@@ -303,25 +428,15 @@ class BaseModelRope(RopeScaling):
 
     def to_config(self) -> dict[str, object]:
         """Return the base's `rope_parameters`."""
-        parameters: dict[str, object] = json.loads(self.stated)
-        return parameters
-
-    def to_legacy_config(self) -> dict[str, object] | None:
-        """Return `rope_scaling` in the format of transformers 4, which has none for RoPE per layer type."""
-        if has_layer_types(self.to_config()):
-            return None
-        if self.kind in (DefaultRope.kind, LinearRope.kind, DynamicRope.kind):
-            return build_scaling(self.kind, self.factor, self.theta, self.original).to_legacy_config()
-        return _legacy(self.to_config())
+        return dict(self.replaced)
 
     def to_json(self) -> dict[str, object]:
         """Return the scaling in the format of `scaling_from_json`."""
-        own = {"kept": self.stated, "positions": self.positions, "frequencies": dict(self.frequencies)}
-        return {**RopeScaling.to_json(self), **own}
+        return {**RopeScaling.to_json(self), "kept": self.stated, "replaced": "", "positions": self.positions}
 
 
 _KINDS: dict[str, type[RopeScaling]] = {
-    one.kind: one for one in (DefaultRope, ThetaRope, LinearRope, DynamicRope, YarnRope, Llama3Rope)
+    one.kind: one for one in (DefaultRope, ThetaRope, LinearRope, DynamicRope, YarnRope, Llama3Rope, LongRope)
 }
 
 
@@ -335,38 +450,6 @@ def known_kinds() -> set[str]:
     return set(_KINDS)
 
 
-def plan_scaling(profile: BaseParams, *, theta: float, original: int) -> RopeScaling:
-    """Return the scaling of `superhot_config: {type, scale, …}`; the default without `superhot`."""
-    if not profile.superhot:
-        return build_scaling(DefaultRope.kind, 1.0, theta, original)
-    stated = profile.superhot_config.model_dump()
-    kind, factor = stated.pop("type"), float(stated.pop("scale"))
-    theta = float(stated.pop("rope_theta", theta))
-    settings = tuple(sorted((name, float(value)) for name, value in stated.items()))
-    return build_scaling(kind, factor, theta, original, settings)
-
-
-def keep_scaling(stated: Mapping[str, Any], positions: int, frequencies: OwnFrequencies) -> BaseModelRope:
-    """Return the unmodified scaling of a base model.
-
-    Args:
-        stated: `rope_parameters` of its config, as loaded by transformers 5: one mapping, or one per layer type, of
-            which those of full attention describe the reach.
-        positions: Its `max_position_embeddings`.
-        frequencies: As in `BaseModelRope`.
-    """
-    main = main_parameters(stated)
-    return BaseModelRope(
-        factor=float(main.get("factor") or 1.0),
-        theta=float(main["rope_theta"]),
-        original=int(main.get("original_max_position_embeddings") or positions),
-        own_kind=str(main.get("rope_type", DefaultRope.kind)),
-        stated=json.dumps(dict(stated), sort_keys=True),
-        positions=positions,
-        frequencies=tuple(frequencies.items()),
-    )
-
-
 def has_layer_types(stated: Mapping[str, Any]) -> bool:
     """Return whether `rope_parameters` are one mapping per layer type."""
     return "rope_type" not in stated and any(isinstance(value, Mapping) for value in stated.values())
@@ -376,25 +459,27 @@ def main_parameters(stated: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the `rope_parameters` of all layers, or of those with full attention if layer types differ."""
     if not has_layer_types(stated):
         return stated
-    full: Mapping[str, Any] = stated.get("full_attention") or next(iter(stated.values()))
+    full: Mapping[str, Any] = stated.get(FULL) or next(iter(stated.values()))
     return full
 
 
 def scaling_from_json(stated: Mapping[str, Any]) -> RopeScaling:
-    """Return the scaling from the output of `to_json`."""
-    settings = tuple((name, value) for name, value in stated["settings"])
-    scaling = (float(stated["factor"]), float(stated["theta"]), int(stated["original"]), settings)
+    """Return the scaling from the output of `to_json`; keys that earlier versions did not write have defaults."""
+    own = stated["frequencies"] or {}
+    named = {ONE: own} if isinstance(own, list) else own  # a list in files written before 2026-12
+    values = {
+        "factor": float(stated["factor"]),
+        "theta": float(stated["theta"]),
+        "original": int(stated["original"]),
+        "settings": tuple((name, value) for name, value in stated["settings"]),
+        "factors": tuple(stated.get("factors", ())),
+        "stated": stated["kept"] or stated.get("replaced", ""),
+        "frequencies": tuple((name, tuple(numbers)) for name, numbers in named.items()),
+        "is_flat": stated.get("is_flat", False),
+    }
     if not stated["kept"]:
-        return build_scaling(stated["kind"], *scaling)
-    own = stated["frequencies"]
-    named = {_ONE: own} if isinstance(own, list) else own  # a list in files written before 2026-12
-    frequencies = tuple((name, tuple(values)) for name, values in named.items())
-    kept = {"stated": stated["kept"], "positions": stated["positions"], "frequencies": frequencies}
-    return BaseModelRope(*scaling, own_kind=stated["kind"], **kept)
-
-
-def _legacy(parameters: Mapping[str, object]) -> dict[str, object]:
-    return {name: value for name, value in parameters.items() if name not in ("rope_theta", "type")}
+        return _KINDS[stated["kind"]](**values)
+    return BaseModelRope(**values, own_kind=stated["kind"], positions=stated["positions"])
 
 
 def frequency_faults(live: OwnFrequencies, expected: Mapping[str, tuple[float, Frequencies]]) -> Iterator[str]:
@@ -425,6 +510,6 @@ def longest_independent(parameters: Mapping[str, Any], positions: int) -> int | 
     main = main_parameters(parameters)
     if main["rope_type"] == DynamicRope.kind:
         return positions
-    if main["rope_type"] == "longrope":  # only as a base's own scaling
+    if main["rope_type"] == LongRope.kind and main.get("short_factor") != main.get("long_factor"):
         return int(main.get("original_max_position_embeddings") or positions)
     return None

@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 
 from ropeway.config.params import WeightParams
 from ropeway.models.architectures import check_heads
-from ropeway.models.rope import longest_independent
+from ropeway.models.rope import longest_independent, main_parameters
 from ropeway.runtime.errors import ConfigError
 
 
@@ -99,8 +99,9 @@ def check_shareable(config: PreTrainedConfig, profile: WeightParams) -> None:
     check_heads(query, getattr(config, "num_key_value_heads", None) or query, ranks)
     longest = longest_independent(config.rope_parameters, config.max_position_embeddings)
     if longest is not None and profile.max_length > longest:
+        kind = main_parameters(config.rope_parameters)["rope_type"]
         raise ConfigError(
-            f"sequence_parallel: RoPE scaling {config.rope_parameters['rope_type']} depends on the longest row of a "
+            f"sequence_parallel: RoPE scaling {kind} depends on the longest row of a "
             f"batch beyond {longest:,} tokens, and ranks that share a row see a part of it; set sequence_parallel: 1, "
             "another superhot_config.type, or a shorter max_length"
         )

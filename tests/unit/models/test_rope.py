@@ -15,7 +15,8 @@ from ropeway.config.sections import (
     ThetaScaling,
     YarnScaling,
 )
-from ropeway.models.rope import build_scaling, known_kinds, longest_independent, plan_scaling, scaling_from_json
+from ropeway.models.rope import build_scaling, known_kinds, longest_independent, scaling_from_json
+from ropeway.models.rope_plan import plan_scaling
 from tests.support.tiny_run import ROOT
 
 KINDS = [
@@ -90,7 +91,24 @@ def test_every_kind_that_params_may_name_can_be_computed_and_described():
         ({"rope_type": "default"}, None),
         ({"rope_type": "linear", "factor": 2.0}, None),
         ({"rope_type": "dynamic", "factor": 2.0}, 4096),
-        ({"rope_type": "longrope", "original_max_position_embeddings": 2048}, 2048),
+        (
+            {
+                "rope_type": "longrope",
+                "original_max_position_embeddings": 2048,
+                "short_factor": [1],
+                "long_factor": [2],
+            },
+            2048,
+        ),
+        (
+            {
+                "rope_type": "longrope",
+                "original_max_position_embeddings": 2048,
+                "short_factor": [2],
+                "long_factor": [2],
+            },
+            None,
+        ),
     ],
 )
 def test_only_frequencies_that_follow_the_batchs_longest_row_depend_on_it(stated, longest):

@@ -37,9 +37,13 @@ from ropeway.models.open_model import (
     plain_copy,
     read_config,
     read_shape,
+    reads_flat_scaling,
+    rotary_dim,
+    set_rope,
 )
 from ropeway.models.proofs import prove_model
-from ropeway.models.rope import RopeScaling, has_layer_types, keep_scaling, plan_scaling
+from ropeway.models.rope import RopeScaling
+from ropeway.models.rope_plan import change_faults, describe_change, keep_scaling, plan_scaling
 from ropeway.models.tokenizer import (
     LLAMA_SPECIAL,
     count_tokens,
@@ -184,6 +188,9 @@ def make_model(profile: BaseParams, *, rows: int) -> Opened:
         raise ConfigError("expected_model is null, but base.kind scratch creates a model of its shape; state the shape")
     shape = expected.model_dump(exclude={"vocab_size", "rope_theta"}, exclude_none=True)
     rope = plan_scaling(profile, theta=expected.rope_theta, original=expected.max_position_embeddings)
+    size = expected.head_dim or expected.hidden_size // expected.num_attention_heads
+    if faults := list(rope.faults(size)):
+        raise ConfigError("\n".join(faults))
     shape |= {"vocab_size": rows, "max_position_embeddings": rope.stated_positions}
     with torch.random.fork_rng(devices=[]):  # transformers draws from the global generator only
         torch.manual_seed(profile.rng_seed)
@@ -202,8 +209,7 @@ def open_model(origin: Path, options: Mapping[str, str], profile: BaseParams) ->
     if profile.expected_model is not None:
         check_shape(config, profile.expected_model, where=f"model_name {profile.model_name}")
     rope, shape = plan_rope(config, profile), read_shape(config)
-    config.rope_parameters = rope.to_config()  # the whole dict: a partial one loses theta (5.24)
-    config.max_position_embeddings = rope.stated_positions
+    config = set_rope(config, rope)
     if profile.expected_model is not None and "gguf_file" in options:
         config.rms_norm_eps = profile.expected_model.rms_norm_eps  # GGUF stores 1e-5 as 9.999999747378752e-06
     try:
@@ -235,15 +241,20 @@ def plan_rope(config: PreTrainedConfig, profile: BaseParams) -> RopeScaling:
     """Return the run's RoPE scaling: the base model's own, unchanged, unless `superhot` is true.
 
     Raises:
-        ConfigError: `superhot` would replace the base model's scaling by another kind or a shorter one, or `max_length`
-            exceeds its context length.
+        ConfigError: `superhot` would replace the base model's scaling by another kind or a shorter one, its settings do
+            not fit the base, or `max_length` exceeds its context length. The message has every reason.
     """
     if not getattr(config, "rope_parameters", None):
         raise ConfigError(
             f"model_type {config.model_type}: config.json states no rotary embedding (no rope_parameters); bases "
             "without it cannot be trained. Choose a decoder with RoPE, e.g. a Llama, Mistral, Qwen or Gemma"
         )
-    own = keep_scaling(config.rope_parameters, config.max_position_embeddings, measure_frequencies(config))
+    own = keep_scaling(
+        config.rope_parameters,
+        config.max_position_embeddings,
+        measure_frequencies(config),
+        is_flat=reads_flat_scaling(config),
+    )
     if not profile.superhot:
         if profile.max_length > own.reach:
             raise ConfigError(
@@ -252,32 +263,11 @@ def plan_rope(config: PreTrainedConfig, profile: BaseParams) -> RopeScaling:
                 "set superhot: true to extend the context"
             )
         return own
-    rope = plan_scaling(profile, theta=own.theta, original=own.original)  # of a scaled base: from its original context
-    partial = config.rope_parameters.get("partial_rotary_factor", 1.0)
-    if has_layer_types(config.rope_parameters) or partial != 1.0:
-        what = f"turns {partial:.0%} of each head" if partial != 1.0 else "has another RoPE for each layer type"
-        raise ConfigError(
-            f"superhot: true sets {rope.kind} RoPE scaling for all layers and dimensions, but the base model {what}. "
-            "Set superhot: false to keep its own"
-        )
-    if own.is_scaled and (rope.kind != own.kind or rope.reach < own.reach):
-        shorter = "" if rope.kind != own.kind else f", which reaches {own.reach:,} tokens and not {rope.reach:,}"
-        raise ConfigError(
-            f"superhot: true sets {rope.kind} RoPE scaling by {rope.factor:g}, but the base model already has "
-            f"{own.kept}{shorter}. Set superhot: false to keep that scaling, or extend it: the same type, with a scale "
-            f"that counts from {own.original:,} tokens"
-        )
-    if rope.reach < profile.max_length:
-        raise ConfigError(
-            f"max_length is {profile.max_length} tokens, but the base's {rope.original} x superhot_config.scale "
-            f"{rope.factor:g} allows only {rope.reach}; increase the scale or reduce max_length"
-        )
-    if rope.theta < own.theta:
-        raise ConfigError(f"superhot_config.rope_theta: {rope.theta:g} is below the base's {own.theta:g}")
-    print(
-        f"RoPE: the base has {own.kept}, for {own.reach:,} tokens; trained and exported with {rope.to_config()}, for "
-        f"{rope.reach:,}"
-    )
+    # A scaled base is extended from its original context, so that factors do not multiply.
+    rope = plan_scaling(profile, theta=own.theta, original=own.original, base=own)
+    if faults := list(change_faults(rope, own, max_length=profile.max_length, dim=rotary_dim(config))):
+        raise ConfigError("\n".join(faults))
+    print(describe_change(rope, own))
     return rope
 
 

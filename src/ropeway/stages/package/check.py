@@ -85,10 +85,12 @@ def read_probe(folder: Path) -> Probe:
 def config_faults(config: Mapping[str, object], probe: Probe) -> Iterator[str]:
     """Yield each value of config.json that transformers 4.31 to 5 would read differently from the trained model."""
     rope = scaling_from_json(probe["rope"])
+    keys = rope.to_config_keys()
+    if "is_flat" not in probe["rope"] and rope.stated and "partial_rotary_factor" in rope.to_config():
+        # Written before 2026-12, when such a base had other keys for transformers 4.
+        keys = {name: keys[name] for name in ("rope_parameters", "rope_theta")}
     wanted = {
-        "rope_parameters": rope.to_config(),
-        "rope_scaling": rope.to_legacy_config(),
-        "rope_theta": rope.theta,
+        **keys,
         "dtype": TORCH_NAMES[probe["dtype"]],
         "torch_dtype": TORCH_NAMES[probe["dtype"]],
         "use_cache": True,

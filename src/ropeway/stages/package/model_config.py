@@ -42,9 +42,7 @@ def plan_config(
         **{key: value for key, value in trained.items() if key not in dropped},
         "dtype": TORCH_NAMES[dtype],
         "torch_dtype": TORCH_NAMES[dtype],
-        "rope_parameters": rope.to_config(),
-        "rope_scaling": rope.to_legacy_config(),
-        "rope_theta": rope.theta,
+        **rope.to_config_keys(),
         "use_cache": True,  # off in training
         **stops,
     }

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ropeway.config.params import TrainParams
+from ropeway.config.params import TrainParams, WeightParams
 from ropeway.data.batches import Row
 from ropeway.models.attention import Attention, register_attention
 from ropeway.models.lora import add_adapters
 from ropeway.models.open_model import DTYPES, live_frequencies, open_folder, rotary, rotary_dim
-from ropeway.models.rope import RopeScaling, frequency_faults
+from ropeway.models.rope import LongRope, RopeScaling, frequency_faults, longest_independent, main_parameters
 from ropeway.models.sequence_parallel import SequenceGroup
 from ropeway.runtime.errors import ConfigError
 
@@ -72,6 +72,25 @@ def check_rope(model: PreTrainedModel, scaling: RopeScaling) -> None:
             )
     if faults := list(frequency_faults(live_frequencies(module), scaling.expected(rotary_dim(model.config)))):
         raise ConfigError("\n".join([f"{scaling.kind} scaling did not reach the model:", *faults]))
+
+
+def check_rows(config: PreTrainedConfig, profile: WeightParams) -> None:
+    """Raise ConfigError where a base's longrope would give short texts the factors of long ones beside them.
+
+    transformers takes `long_factor` for all texts of a batch if the longest exceeds the original context, else
+    `short_factor`. A reader of the model gives each text the factors of its own length.
+    """
+    longest = longest_independent(config.rope_parameters, config.max_position_embeddings)
+    is_longrope = main_parameters(config.rope_parameters)["rope_type"] == LongRope.kind
+    if not is_longrope or longest is None or profile.max_length <= longest:
+        return
+    if profile.layout == "packed" or profile.per_device_train_batch_size > 1:
+        raise ConfigError(
+            f"max_length is {profile.max_length} tokens, but the base's longrope has short_factor up to {longest:,} "
+            "tokens and long_factor beyond, and transformers takes one of them for all texts of a micro-batch. Set "
+            "layout: padded and per_device_train_batch_size: 1, a shorter max_length, or superhot: true with "
+            "superhot_config: {type: longrope, long_factor: null, …}, which uses the base's long_factor for all texts"
+        )
 
 
 def token_flops(model: PreTrainedModel) -> float:

@@ -50,7 +50,7 @@ from ropeway.stages.train.deepspeed_config import check_optimizer, parse_deepspe
 from ropeway.stages.train.disk import DiskSpaceError, check_disk
 from ropeway.stages.train.export import export_model
 from ropeway.stages.train.loop import FaultError, train
-from ropeway.stages.train.model import check_rope, count_parameters, open_model, trainable_parameters
+from ropeway.stages.train.model import check_rope, check_rows, count_parameters, open_model, trainable_parameters
 from ropeway.stages.train.rank_check import check_ranks
 from ropeway.stages.train.stop import Line
 from ropeway.stages.train.stop_request import StopRequest
@@ -317,6 +317,7 @@ def _choose_attention(workspace: Workspace, profile: TrainParams, device: torch.
     config = read_config(workspace.base, {})
     heads = Heads.of(config)
     check_shareable(config, profile)
+    check_rows(config, profile)
     attention = choose_attention(profile, heads, device)
     chosen = _gather(attention.effective)
     if len(set(chosen)) != 1:

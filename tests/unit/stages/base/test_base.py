@@ -272,7 +272,7 @@ def test_a_larger_theta_is_trained_and_exported(tmp_path, capsys):
     assert config["max_position_embeddings"] == 256
     assert "RoPE: the base has" in capsys.readouterr().out
     lower = ThetaScaling(type="theta", scale=4.0, rope_theta=100.0)
-    with pytest.raises(ConfigError, match="below the base's 10000"):
+    with pytest.raises(ConfigError, match="not above the base's 10000"):
         base.run(workspace, of_folder("model-x", superhot_config=lower, max_length=256))
 
 
