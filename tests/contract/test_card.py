@@ -338,6 +338,22 @@ def test_a_run_without_scaling_promises_none():
     assert "transformers 4.33.0 is required" in draw(facts)
 
 
+def test_every_setting_of_a_scaling_and_what_it_replaces_are_stated():
+    factors = (1.5, 3.0)
+    text = draw(facts_of(rope=replace(build_scaling("longrope", 2.0, 1e4, 4096), factors=factors)))
+    assert "`superhot_config: {type: longrope, scale: 2, long_factor: [1.5, 3.0], attention_factor: null}`" in text
+    assert "It replaces" not in text
+    stated = '{"partial_rotary_factor": 0.4, "rope_theta": 10000.0, "rope_type": "default"}'
+    text = draw(facts_of(rope=replace(build_scaling("theta", 2.0, 1e6, 4096), stated=stated)))
+    assert "`superhot_config: {type: theta, scale: 2, rope_theta: 1e+06}`" in text
+    assert f"It replaces what the base states: `{stated}`. RoPE turns 40% of each head, as in the base." in text
+    assert "states the scaling as `rope_theta` and as `rope_parameters`, for transformers 4 and 5" in text
+    layers = json.dumps({name: {"rope_type": "default"} for name in ("full_attention", "sliding_attention")})
+    text = draw(facts_of(rope=replace(build_scaling("linear", 2.0, 1e4, 4096), stated=layers)))
+    assert "Only the layers with full attention are scaled; layers of type `sliding_attention` keep the RoPE" in text
+    assert "as `rope_parameters`, for transformers 5; transformers 4 has no key for it." in text
+
+
 def test_files_and_python_are_named_with_their_revision():
     served = {"etag": '"a1"', "modified": "Sat, 28 Nov 2026 10:00:00 GMT", "bytes": 1234}
     files = {"data/_one_.jsonl": "9f" * 32, "https://host/two.jsonl": served, "s3://bucket/three.jsonl": {"etag": "b2"}}

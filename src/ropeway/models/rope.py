@@ -90,7 +90,7 @@ class RopeScaling(ABC):
     @property
     def card_settings(self) -> list[tuple[str, object]]:
         """What `superhot_config` states besides type and scale, for the model card."""
-        return [*self.settings, *([("long_factor", list(self.factors))] if self.factors else [])]
+        return [*self.settings]
 
     @property
     def legacy_key(self) -> str:
@@ -336,10 +336,18 @@ class LongRope(RopeScaling):
         return self.reach
 
     @property
+    def card_settings(self) -> list[tuple[str, object]]:
+        """The factors and the attention factor; null: computed."""
+        return [("long_factor", list(self.factors)), ("attention_factor", self._own_attention)]
+
+    @property
+    def _own_attention(self) -> float | None:
+        return dict(self.settings).get("attention_factor")
+
+    @property
     def attention_factor(self) -> float:
         """The stated one, or sqrt(1 + ln(factor) / ln(original)). Source: Ding et al. 2024, as transformers 5.24."""
-        own = dict(self.settings).get("attention_factor")
-        if own is not None:
+        if (own := self._own_attention) is not None:
             return own
         return math.sqrt(1 + math.log(self.factor) / math.log(self.original)) if self.factor > 1 else 1.0
 
