@@ -151,11 +151,13 @@ class RopeScaling(ABC):
 
     def to_config_keys(self) -> dict[str, object]:
         """Return all keys of RoPE in the exported config.json, for transformers 4 and 5."""
-        stated = self.to_config()
-        share = None if has_layer_types(stated) else stated.get(_PARTIAL)
+        stated, legacy = self.to_config(), self.to_legacy_config()
+        is_layered = has_layer_types(stated)
+        share = None if is_layered else stated.get(_PARTIAL)
         return {
             "rope_parameters": stated,
-            "rope_scaling": self.to_legacy_config(),
+            # Gemma 4 reads a null as no RoPE at all (5.24).
+            **({} if is_layered and legacy is None else {"rope_scaling": legacy}),
             "rope_theta": self.theta,
             **({} if share in (None, 1.0) else {_PARTIAL: share}),
         }

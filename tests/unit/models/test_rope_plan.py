@@ -283,3 +283,16 @@ def test_a_package_of_an_earlier_version_is_checked_with_the_keys_that_it_has():
     assert len(list(config_faults(old, probe))) == 2
     earlier = {name: value for name, value in own.to_json().items() if name not in ("is_flat", "factors", "replaced")}
     assert not list(config_faults(old, {**probe, "rope": earlier}))
+
+
+def test_a_kept_scaling_per_layer_type_is_stated_as_the_family_reads_it():
+    full = {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0}  # as Gemma 3 4B
+    config = config_of("gemma3_text", rope_parameters={"full_attention": full, "sliding_attention": SLIDING})
+    own = own_of(config)
+    keys = own.to_config_keys()
+    assert keys["rope_scaling"] == {"rope_type": "linear", "factor": 8.0}
+    old = {key: value for key, value in (config.to_dict() | keys).items() if key != "rope_parameters"}
+    assert measure_frequencies(type(config).from_dict(old)) == measure_frequencies(config)
+    assert set_rope(config, own).to_dict() == config.to_dict()
+    unread = keep_scaling(config.rope_parameters, 128, measure_frequencies(config), is_flat=False)
+    assert "rope_scaling" not in unread.to_config_keys()  # a null would be read as no RoPE by Gemma 4
