@@ -96,6 +96,16 @@ class OpenAssistantTemplate:
         """Return a generation prompt: the given turns and the prefix of the assistant's turn."""
         return self.render(Conversation(tuple(turns), system), end=end) + self.generation_prompt
 
+    def render_question(self, conversation: Conversation, *, end: str) -> str:
+        """Return the generation prompt after a conversation.
+
+        Raises:
+            UnusableConversationError: It has other roles, tools or reasoning, which the template cannot write.
+        """
+        if conversation.form:
+            raise UnusableConversationError(_find_unsupported(conversation))
+        return self.render_prompt(conversation.turns, end=end, system=conversation.system)
+
     def control_tokens(self) -> tuple[str, ...]:
         """Return the special tokens that the template writes, besides BOS and EOS."""
         return self.added_tokens

@@ -158,6 +158,17 @@ class JinjaTemplate:
         messages = Conversation(tuple(turns), system).to_messages()
         return self.render_messages(messages, add_generation_prompt=True)
 
+    def render_question(self, conversation: Conversation, *, end: str) -> str:  # noqa: ARG002
+        """Return the generation prompt after a conversation of any form.
+
+        Raises:
+            UnusableConversationError: The template refuses the conversation, or has no place for a part of it.
+        """
+        self._prove_nothing_is_lost(conversation)
+        return self.render_messages(
+            conversation.to_messages(), conversation.read_form().get("tools", ()), add_generation_prompt=True
+        )
+
     def sequences(self, conversation: Conversation, *, per_turn: bool) -> list[Rendered]:
         """Return the sequences to train on: one, or one per answer where the template rewrites earlier turns.
 

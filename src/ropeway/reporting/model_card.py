@@ -8,6 +8,7 @@ from ropeway.data.lineage import Origin, describe_base, describe_source
 from ropeway.data.task_scores import name_metrics, show_score
 from ropeway.reporting.markdown import escape, plain
 from ropeway.reporting.render import collapse, render, trusted
+from ropeway.reporting.shown_parts import show_answers
 from ropeway.runtime.manifest import Json
 
 SHOWN_SYSTEMS = 50
@@ -224,6 +225,9 @@ def _long_context(found: Json) -> Rows:
     ]
 
 
-def _answers(one: Json, config: str) -> dict[str, str]:
-    outputs = {result["sampling_config"]: result["outputs"][0] for result in one["results"]}
-    return {"prompt": one["prompt"], **{model: outputs[f"{model}/{config}"] for model in ("base", "tuned")}}
+def _answers(one: Json, config: str) -> dict[str, object]:
+    results = {result["sampling_config"]: result for result in one["results"]}
+    return {
+        "prompt": one["prompt"],
+        **{model: show_answers(results[f"{model}/{config}"])[0] for model in ("base", "tuned")},
+    }

@@ -8,6 +8,7 @@ from pathlib import Path
 from ropeway.config.params import Profile
 from ropeway.reporting import pictures
 from ropeway.reporting.render import render
+from ropeway.reporting.shown_parts import ShownPart, show_answers
 from ropeway.runtime.manifest import Json, load_manifest, whole_folder, write_atomic, write_manifest
 from ropeway.runtime.workspace import Workspace
 
@@ -29,9 +30,9 @@ def render_samples(report: Json) -> str:
     sampling = {config: result["sampling_params"] for (_, config), result in zip(pairs, first, strict=True)}
     models = list(dict.fromkeys(model for model, _ in pairs))
 
-    def results_of(prompt: Json, config: str) -> list[Json]:
+    def answers_of(prompt: Json, config: str) -> list[list[list[ShownPart]]]:
         found = {result["sampling_config"]: result for result in prompt["results"]}
-        return [found[f"{model}/{config}"] for model in models]
+        return [show_answers(found[f"{model}/{config}"]) for model in models]
 
     return render(
         "samples.html.jinja",
@@ -41,7 +42,7 @@ def render_samples(report: Json) -> str:
         configs=list(sampling),
         sampling=sampling,
         settings=sorted({name for values in sampling.values() for name in values}),
-        results_of=results_of,
+        answers_of=answers_of,
     )
 
 

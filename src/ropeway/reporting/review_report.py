@@ -12,6 +12,7 @@ from ropeway.reporting.ledger_steps import ledger_rows
 from ropeway.reporting.loss_curves import Curve, loss_curves
 from ropeway.reporting.markdown import code, plain
 from ropeway.reporting.render import collapse, render
+from ropeway.reporting.shown_parts import join_shown, show_answers
 from ropeway.reporting.verdict import split_verdict
 from ropeway.runtime.manifest import Json
 from ropeway.runtime.terminal import format_moment
@@ -224,9 +225,10 @@ def _answers(version: VersionEvidence, model: str) -> dict[str, str]:
     """Return prompt -> greedy answer."""
     found = {}
     for one in version.samples.get("prompts", ()):
-        outputs = {result.get("sampling_config"): result.get("outputs") for result in one.get("results", ())}
-        if answers := outputs.get(f"{model}/greedy"):
-            found[str(one["prompt"])] = str(answers[0]).strip() or "(empty answer)"
+        results = {result.get("sampling_config"): result for result in one.get("results", ())}
+        greedy = results.get(f"{model}/greedy", {})
+        if greedy.get("outputs"):
+            found[str(one["prompt"])] = join_shown(show_answers(greedy)[0])
     return found
 
 

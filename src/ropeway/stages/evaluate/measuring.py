@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ropeway.config.params import EvaluateParams
 from ropeway.data.shards import Shards
+from ropeway.models.answer_parts import ParsedAnswer
 from ropeway.models.chat_template import open_prompt_template
 from ropeway.stages.evaluate.evaluation_workers import GpuAssignment, Share, merge_shares, run_shares
 from ropeway.stages.evaluate.load_model import (
@@ -19,7 +20,7 @@ from ropeway.stages.evaluate.load_model import (
 from ropeway.stages.evaluate.long_context import LongContextAnswer, LongContextQuestion, answer_long_context
 from ropeway.stages.evaluate.passkey import PasskeyAnswer, PasskeyQuestion, answer_questions
 from ropeway.stages.evaluate.positions import LongRow, score_positions, sum_positions
-from ropeway.stages.evaluate.samples import GenerationConfigs, generate_samples, stop_ids
+from ropeway.stages.evaluate.samples import GenerationConfigs, Prompt, generate_samples, stop_ids
 from ropeway.stages.evaluate.tasks import Tasks, TaskScore, run_tasks
 from ropeway.stages.evaluate.token_scores import Score, Sums, score_sources, sum_batches
 
@@ -34,7 +35,7 @@ class EvalRequest:
     long_rows: Sequence[LongRow] = ()  # for losses by position; empty: not measured
     questions: Sequence[PasskeyQuestion] = ()  # passkey retrieval; empty: not measured
     long_context: Sequence[LongContextQuestion] = ()  # questions on long texts; empty: not measured
-    samples: Sequence[tuple[str, str]] = ()  # (prompt, configuration) of each sample answer; empty: not generated
+    samples: Sequence[tuple[Prompt, str]] = ()  # (prompt, configuration) of each sample answer; empty: not generated
     configurations: GenerationConfigs = field(default_factory=dict)  # name -> arguments of `generate`
     tasks: Tasks | None = None  # of lm-evaluation-harness; None: not measured
 
@@ -47,7 +48,7 @@ class ShareResult:
     positions: list[tuple[str, Sums]]
     passkeys: list[PasskeyAnswer]
     long_context: list[LongContextAnswer]
-    answers: list[str]
+    answers: list[ParsedAnswer]
     tasks: list[dict[str, TaskScore]]
 
 
@@ -63,7 +64,7 @@ class ModelResult:
     curves: dict[str, list[Score]]
     passkeys: list[PasskeyAnswer]  # one per passkey question
     long_context: list[LongContextAnswer]  # one per question on a long text
-    answers: list[str]  # one per sample
+    answers: list[ParsedAnswer]  # one per sample
     tasks: dict[str, TaskScore]  # one per task of the harness; empty where params name none
 
 

@@ -3,6 +3,7 @@
 Source: Open-Assistant's model_eval/manual (sampling_report.py and config/default.json, July 2023):
 `{model_name, date, args, prompts: [{prompt, results: [{sampling_config, sampling_params, outputs}]}]}`.
 The prompts use the model's own chat template; Open-Assistant's put the system message after the prompter's turn.
+A result whose answers have reasoning or tool calls also has `parts`, one list per output; `outputs` are always whole.
 
 Generation configurations are in the format of their config/default.json: `{default: {generate_args}, configurations:
 [{name, generate_args}]}`, each overriding the default. Unlike the original's default, ours has no `min_new_tokens: 5`,
@@ -16,35 +17,103 @@ from collections.abc import Mapping, Sequence
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ropeway.models.answer_parts import ParsedAnswer, parse_answer, to_records
 from ropeway.models.chat_template import ChatTemplate
-from ropeway.models.jinja_template import JinjaTemplate
+from ropeway.models.conversation import Conversation
+from ropeway.models.jinja_template import JinjaTemplate, UnusableConversationError
 from ropeway.models.open_model import rope_of
 from ropeway.runtime.errors import ConfigError, DataError
 
 _RESERVED = ("max_new_tokens", "max_length", "bos_token_id", "eos_token_id", "pad_token_id", "num_return_sequences")
 GenerationConfigs = Mapping[str, Mapping[str, object]]
+Prompt = str | Conversation
+_EXPECTED = 'expected a JSON string, or {"messages": […], "tools": […]}'
+_FIELDS = {
+    "system": {"role", "content"},
+    "user": {"role", "content", "name"},
+    "assistant": {"role", "content", "reasoning_content", "tool_calls"},
+    "tool": {"role", "content", "name", "tool_call_id"},
+}
 
 
-def parse_prompts(text: str, path: str) -> list[str]:
-    """Return the prompts of a file with one JSON string per line; error messages name it `path`.
+def parse_prompts(text: str, path: str) -> list[Prompt]:
+    """Return the prompts of a file with one JSON value per line; error messages name it `path`.
+
+    A prompt is a string, or an object of `messages` and optionally `tools` in the format of `apply_chat_template`.
 
     Raises:
-        ConfigError: A line is not a JSON string, or the file has no prompt.
+        ConfigError: A line is no prompt, or has a key that would be lost, or the file has no prompt.
     """
-    prompts: list[str] = []
+    prompts: list[Prompt] = []
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue
         try:
-            prompt = json.loads(line)
-        except ValueError:
-            prompt = None
-        if not isinstance(prompt, str):
-            raise ConfigError(f"{path}:{number}: expected a JSON string, found {line[:60]}")
-        prompts.append(prompt)
+            prompts.append(_read_prompt(json.loads(line)))
+        except ValueError as error:  # JSON's own is one, too
+            reason = _EXPECTED if isinstance(error, json.JSONDecodeError) else error
+            raise ConfigError(f"{path}:{number}: {reason}, found {line[:60]}") from None
     if not prompts:
         raise ConfigError(f"{path}: no prompts; write one JSON string per line")
     return prompts
+
+
+def _read_prompt(value: object) -> Prompt:
+    """Return a prompt; raise ValueError if it is none, or if something in it would be lost."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, dict) or not isinstance(value.get("messages"), list) or not value["messages"]:
+        raise ValueError(_EXPECTED)
+    if unknown := sorted(set(value) - {"messages", "tools"}):
+        raise ValueError(f"unused key {unknown[0]!r} of a prompt")
+    for message in value["messages"]:
+        _check_message(message)
+    if value["messages"][-1]["role"] not in ("user", "tool"):
+        raise ValueError("the last message of a prompt is of role user or tool")
+    tools = value.get("tools", [])
+    if not isinstance(tools, list) or not all(_is_function(tool) for tool in tools):
+        raise ValueError('tools are a list of {"type": "function", "function": {"name": …}}')
+    return Conversation.from_messages(value["messages"], tools)
+
+
+def _check_message(message: object) -> None:
+    role = message.get("role") if isinstance(message, dict) else None
+    if not isinstance(message, dict) or not isinstance(role, str) or role not in _FIELDS:
+        raise ValueError(f"a message of a prompt has one of the roles {', '.join(_FIELDS)}")
+    if unknown := sorted(set(message) - _FIELDS[role]):
+        raise ValueError(f"unused key {unknown[0]!r} of a message of role {role}")
+    content, calls = message.get("content"), message.get("tool_calls", [])
+    others = [value for key, value in message.items() if key not in ("content", "tool_calls")]
+    if not all(isinstance(one, str) for one in others) or not (isinstance(content, str) or (content is None and calls)):
+        raise ValueError(f"a message of role {role} has texts")
+    if not isinstance(calls, list) or not all(
+        _is_function(call) and isinstance(call["function"].get("arguments"), dict) for call in calls
+    ):
+        raise ValueError('tool_calls are a list of {"type": "function", "function": {"name": …, "arguments": {…}}}')
+
+
+def _is_function(one: object) -> bool:
+    function = one.get("function") if isinstance(one, dict) else None
+    return isinstance(function, dict) and isinstance(function.get("name"), str) and bool(function["name"])
+
+
+def describe_prompt(prompt: Prompt) -> str:
+    r"""Return a prompt as pages show it, and by which its answers are found.
+
+    >>> describe_prompt(Conversation(("Hi", "Hello", "Why?"), "Be kind."))
+    'system: Be kind.\nuser: Hi\nassistant: Hello\nuser: Why?'
+    """
+    if isinstance(prompt, str):
+        return prompt
+    tools = [tool["function"]["name"] for tool in prompt.read_form().get("tools", ())]
+    lines = [f"tools: {', '.join(tools)}"] if tools else []
+    for message in prompt.to_messages():
+        calls = [
+            f"{call['function']['name']}({json.dumps(call['function']['arguments'], ensure_ascii=False)})"
+            for call in message.get("tool_calls", ())
+        ]
+        lines.append(f"{message['role']}: {' '.join(filter(None, (message.get('content'), *calls)))}")
+    return "\n".join(lines)
 
 
 def parse_generation_configs(text: str, path: str) -> GenerationConfigs:
@@ -80,13 +149,24 @@ def parse_generation_configs(text: str, path: str) -> GenerationConfigs:
     return dict(named)
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, prompt: str) -> list[int]:
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, prompt: Prompt) -> list[int]:
     """Return the token ids of a prompt: the user's turn and the start of the assistant's turn, as in training.
 
     Raises:
+        ConfigError: The template has no place for a part of the prompt.
         DataError: Under the published template the ids do not begin with exactly one BOS.
     """
-    ids = encode_text(tokenizer, template, template.render_prompt([prompt], end=tokenizer.eos_token))
+    end = tokenizer.eos_token
+    try:
+        asked = (
+            template.render_prompt([prompt], end=end)
+            if isinstance(prompt, str)
+            else template.render_question(prompt, end=end)
+        )
+    except UnusableConversationError as error:
+        shown = describe_prompt(prompt)[:60]
+        raise ConfigError(f"the prompt {shown!r} cannot be asked in template {template.name}: {error}") from None
+    ids = encode_text(tokenizer, template, asked)
     bos = tokenizer.bos_token_id
     if template.tokenizer_adds_bos and bos is not None and (ids[0] != bos or ids.count(bos) != 1):
         raise DataError(
@@ -121,7 +201,20 @@ def generate_answer(
     *,
     seed: int,
 ) -> str:
-    """Return the text that the model generates after `ids`, up to any of its end tokens.
+    """Return the text that the model generates after `ids`, up to any of its end tokens, without special tokens."""
+    text: str = tokenizer.decode(generate_ids(model, tokenizer, ids, params, seed=seed), skip_special_tokens=True)
+    return text
+
+
+def generate_ids(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Sequence[int],
+    params: Mapping[str, object],
+    *,
+    seed: int,
+) -> list[int]:
+    """Return the tokens that the model generates after `ids`, up to and including any of its end tokens.
 
     transformers samples only from torch's global random generator, whose state is restored afterwards.
     """
@@ -139,8 +232,8 @@ def generate_answer(
         torch.manual_seed(seed)
         # Without a mask transformers would infer padding from the pad id, which may be that of eos.
         out = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=settings)
-    text: str = tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
-    return text
+    said: list[int] = out[0, len(ids) :].tolist()
+    return said
 
 
 def answer_greedily(
@@ -151,7 +244,7 @@ def answer_greedily(
     return generate_answer(model, tokenizer, ids, greedy, seed=seed)
 
 
-def plan_samples(prompts: Sequence[str], configurations: GenerationConfigs) -> list[tuple[str, str]]:
+def plan_samples(prompts: Sequence[Prompt], configurations: GenerationConfigs) -> list[tuple[Prompt, str]]:
     """Return (prompt, configuration) of every sample, prompt by prompt."""
     return [(prompt, name) for prompt in prompts for name in configurations]
 
@@ -160,26 +253,24 @@ def generate_samples(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     template: ChatTemplate,
-    samples: Sequence[tuple[str, str]],
+    samples: Sequence[tuple[Prompt, str]],
     configurations: GenerationConfigs,
     *,
     seed: int,
-) -> list[str]:
+) -> list[ParsedAnswer]:
     """Return an answer for each (prompt, configuration).
 
     Prompts are not batched: that would need left padding, which training does not have. Each answer has its own seed,
     so that a new prompt or configuration changes no other answer, and base and tuned model use the same seeds.
     """
-    return [
-        generate_answer(
-            model,
-            tokenizer,
-            encode_prompt(tokenizer, template, prompt),
-            configurations[name],
-            seed=derive_seed(seed, name, prompt),
-        )
-        for prompt, name in samples
-    ]
+    ends, answers = stop_ids(model, tokenizer), []
+    for prompt, name in samples:
+        ids = encode_prompt(tokenizer, template, prompt)
+        own_seed = derive_seed(seed, name, describe_prompt(prompt))
+        said = generate_ids(model, tokenizer, ids, configurations[name], seed=own_seed)
+        asked = str(tokenizer.decode(ids, skip_special_tokens=False))
+        answers.append(parse_answer(tokenizer, said, prompt=asked, ends=ends))
+    return answers
 
 
 def derive_seed(seed: int, *names: str) -> int:
@@ -190,9 +281,9 @@ def derive_seed(seed: int, *names: str) -> int:
 
 def report_samples(
     name: str,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     configurations: GenerationConfigs,
-    answers: Mapping[str, Sequence[str]],
+    answers: Mapping[str, Sequence[ParsedAnswer]],
     args: Mapping[str, object],
 ) -> dict[str, object]:
     """Return samples.json: one report in which each model x configuration is a `sampling_config`.
@@ -207,7 +298,7 @@ def report_samples(
             {
                 "sampling_config": f"{model}/{config}",
                 "sampling_params": dict(params),
-                "outputs": [answers[model][number * size + at]],
+                **_report_answer(answers[model][number * size + at]),
             }
             for model in answers
             for at, (config, params) in enumerate(configurations.items())
@@ -218,5 +309,13 @@ def report_samples(
         "model_name": name,
         "date": "",
         "args": dict(args),
-        "prompts": [{"prompt": prompt, "results": found} for prompt, found in zip(prompts, results, strict=True)],
+        "prompts": [
+            {"prompt": describe_prompt(prompt), "results": found}
+            for prompt, found in zip(prompts, results, strict=True)
+        ],
     }
+
+
+def _report_answer(answer: ParsedAnswer) -> dict[str, object]:
+    """Return the keys of a result that hold its answer; `parts` only if there is something besides text."""
+    return {"outputs": [answer.text]} | ({"parts": [to_records(answer.parts)]} if answer.has_parts else {})

@@ -22,6 +22,7 @@ from ropeway.config.frozen import FrozenInputs
 from ropeway.config.params import EvaluateParams
 from ropeway.data.batches import collate
 from ropeway.data.shards import Shards, open_shards
+from ropeway.models.answer_parts import ParsedAnswer
 from ropeway.models.chat_template import open_prompt_template, open_template
 from ropeway.runtime.manifest import digest_of, load_manifest, whole_folder, write_json, write_manifest
 from ropeway.runtime.workspace import Workspace
@@ -31,6 +32,7 @@ from ropeway.stages.evaluate.load_model import check_data, open_tokenizer
 from ropeway.stages.evaluate.measuring import EvalRequest, ModelResult, measure_folder
 from ropeway.stages.evaluate.passkey import PasskeyAnswer
 from ropeway.stages.evaluate.samples import (
+    Prompt,
     encode_prompt,
     parse_generation_configs,
     parse_prompts,
@@ -78,7 +80,7 @@ def run(workspace: Workspace, profile: EvaluateParams) -> None:
     print(f"{len(request.samples)} sample answers per model in {workspace.samples}; tables in {workspace.tables}")
 
 
-def plan_request(workspace: Workspace, profile: EvaluateParams) -> tuple[list[str], EvalRequest]:
+def plan_request(workspace: Workspace, profile: EvaluateParams) -> tuple[list[Prompt], EvalRequest]:
     """Return the prompts and the request: all of this stage that needs no trained model."""
     frozen, wanted = FrozenInputs.load(workspace.root), profile.evaluation
     prompts = parse_prompts(frozen.text("prompts", wanted.prompts), wanted.prompts)
@@ -119,7 +121,8 @@ def check_request(workspace: Workspace, profile: EvaluateParams) -> None:
     check_supervised(request.shards, profile)
     tokenizer = open_tokenizer(workspace.base)
     for template in (open_template(workspace.base), open_prompt_template(workspace.base)):  # of tuned model and base
-        encode_prompt(tokenizer, template, prompts[0])
+        for prompt in prompts:
+            encode_prompt(tokenizer, template, prompt)
         for question in request.questions[:1]:  # the shortest
             passkey.encode_passkey_question(tokenizer, template, question)
         for puzzle in request.long_context:
@@ -149,7 +152,7 @@ def measure_both(workspace: Workspace, request: EvalRequest) -> dict[str, ModelR
 
 
 def _write_samples(
-    workspace: Workspace, request: EvalRequest, prompts: Sequence[str], answers: Mapping[str, Sequence[str]]
+    workspace: Workspace, request: EvalRequest, prompts: Sequence[Prompt], answers: Mapping[str, Sequence[ParsedAnswer]]
 ) -> None:
     trained = load_manifest(workspace.model, remedy="Run `dvc repro train`", verify=False)
     args = {

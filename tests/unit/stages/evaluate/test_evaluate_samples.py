@@ -7,20 +7,25 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from ropeway.models.chat_template import OPEN_ASSISTANT
+from ropeway.models.answer_parts import ParsedAnswer, split_answer
+from ropeway.models.chat_template import OPEN_ASSISTANT, open_template
+from ropeway.models.conversation import Conversation
 from ropeway.reporting.report_eval import render_samples
 from ropeway.runtime.errors import ConfigError, DataError
 from ropeway.stages.evaluate import stage as evaluate
 from ropeway.stages.evaluate.load_model import open_model
 from ropeway.stages.evaluate.samples import (
     derive_seed,
+    describe_prompt,
     encode_prompt,
     generate_answer,
     generate_samples,
     parse_generation_configs,
     parse_prompts,
     plan_samples,
+    report_samples,
 )
+from tests.support.chat_templates import STYLES, write_tokenizer
 from tests.support.tiny_run import make_run
 
 ROOT = Path(__file__).parents[4]
@@ -239,7 +244,7 @@ def test_the_page_shows_any_text_and_stays_valid_utf_8(text):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ('"a"\nb\n', "prompts.jsonl:2: expected a JSON string, found b"),
+        ('"a"\nb\n', "prompts.jsonl:2: expected a JSON string, .*, found b"),
         ("{}\n", "prompts.jsonl:1: expected a JSON"),
         ("\n", "no prompts"),
     ],
@@ -247,3 +252,83 @@ def test_the_page_shows_any_text_and_stays_valid_utf_8(text):
 def test_an_invalid_prompts_file_is_an_error_with_the_line_number(text, said):
     with pytest.raises(ConfigError, match=said):
         parse_prompts(text, "prompts.jsonl")
+
+
+CALL = {"type": "function", "function": {"name": "look_up", "arguments": {"word": "rope"}}}
+TOOL = {"type": "function", "function": {"name": "look_up", "parameters": {"type": "object", "properties": {}}}}
+QUESTION = {
+    "tools": [TOOL],
+    "messages": [
+        {"role": "user", "content": "What is a rope?"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "name": "look_up", "content": "A line."},
+    ],
+}
+
+
+def test_a_prompt_may_have_several_messages_and_tools():
+    plain, many, asked = parse_prompts(
+        "\n".join(json.dumps(one) for one in ("Hi", {"messages": QUESTION["messages"][:1]}, QUESTION)), "p.jsonl"
+    )
+    assert plain == "Hi"
+    assert many == Conversation(("What is a rope?",))
+    assert asked.read_form()["tools"] == [TOOL]
+    assert describe_prompt(asked).splitlines() == [
+        "tools: look_up",
+        "user: What is a rope?",
+        'assistant: look_up({"word": "rope"})',
+        "tool: A line.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"metadata": 1}, "'metadata'"),
+        ({"messages": [{"role": "user", "content": "Hi", "weight": 0}]}, "'weight'"),
+        ({"messages": [{"role": "robot", "content": "Hi"}]}, "one of the roles"),
+        ({"messages": [{"role": "user", "content": 3}]}, "has texts"),
+        ({"messages": [{"role": "user"}]}, "has texts"),
+        ({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hi"}]}, "the last message"),
+        ({"messages": []}, "expected"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}]},
+            "calls",
+        ),
+        ({"tools": {"name": "f"}}, "tools are a list"),
+    ],
+)
+def test_what_a_prompt_would_lose_is_refused(change, named):
+    with pytest.raises(ConfigError, match=rf"p\.jsonl:1: .*{named}"):
+        parse_prompts(json.dumps({**QUESTION, **change}), "p.jsonl")
+
+
+def test_a_prompt_that_the_template_cannot_write_is_refused_by_its_part(opened, tmp_path):
+    _, _, _, tokenizer = opened
+    (asked,) = parse_prompts(json.dumps(QUESTION), "p.jsonl")
+    with pytest.raises(ConfigError, match="template open_assistant has no tools"):
+        encode_prompt(tokenizer, OPEN_ASSISTANT, asked)
+    assert encode_prompt(tokenizer, OPEN_ASSISTANT, Conversation(("Hi",))) == encode_prompt(
+        tokenizer, OPEN_ASSISTANT, "Hi"
+    )
+    found = {}
+    for name in ("thinking", "chatml"):
+        (tmp_path / name).mkdir()
+        write_tokenizer(tmp_path / name, STYLES[name])
+        found[name] = (AutoTokenizer.from_pretrained(tmp_path / name), open_template(tmp_path / name))
+    ids = encode_prompt(*found["thinking"], asked)
+    text = found["thinking"][0].decode(ids)
+    assert text.startswith("<|im_start|>system\n# Tools")
+    assert text.endswith("A line.\n</tool_response><|im_end|>\n<|im_start|>assistant\n")
+    with pytest.raises(ConfigError, match=r"place for tools|refuses it"):
+        encode_prompt(*found["chatml"], asked)
+
+
+def test_an_answer_with_parts_has_them_beside_its_whole_text():
+    texts = {"tuned": "<think>Hm</think>Yes", "base": "Yes"}
+    answers = {name: [ParsedAnswer(text, split_answer(text))] for name, text in texts.items()}
+    report = report_samples("m", ["Hi"], {"greedy": {}}, answers, {})
+    tuned, base = report["prompts"][0]["results"]
+    assert (tuned["outputs"], base["outputs"]) == ([texts["tuned"]], [texts["base"]])
+    assert [part["kind"] for part in tuned["parts"][0]] == ["reasoning", "text"]
+    assert "parts" not in base
