@@ -1,5 +1,7 @@
 """`ropeway chat`: a conversation with a model in the terminal, or line by line through a pipe.
 
+An answer's reasoning and tool calls are shown apart and kept in the conversation as the model's template has them.
+
 What is opened are safetensors and JSON, with the folder's own template, and nothing that could run code.
 """
 
@@ -9,22 +11,31 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from ropeway.models.conversation import Conversation
+from ropeway.cli.answer_display import AnswerDisplay, is_colorful
+from ropeway.models.answer_parts import MARKERS, STATED, AnswerPart, parse_answer, to_message, to_records
+from ropeway.models.conversation import Message
+from ropeway.models.template_probes import mark_tools
 from ropeway.runtime.errors import ConfigError, DataError
 from ropeway.runtime.manifest import NAME as MANIFEST
 from ropeway.runtime.manifest import digest_of, load_manifest
 
-if TYPE_CHECKING:  # a slow import
+if TYPE_CHECKING:  # slow imports
+    import torch
     from transformers import PreTrainedTokenizerBase, TextStreamer
 
 # What torch, keras, flax and numpy load by running it, or may. Source: the suffixes that picklescan looks into.
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill", ".npy", ".npz", ".h5", ".msgpack"}
 _NO_LIMIT = 10**9  # transformers' stand-in for "no model_max_length" is 1e30
-_COMMANDS = "/new starts a new conversation, /system TEXT sets the system message and starts a new conversation"
+_COMMANDS = (
+    "/new starts a new conversation, /system TEXT sets the system message and starts a new conversation, "
+    "/tool NAME RESULT answers a tool call"
+)
 _HELP = f"Ctrl-D ends the chat, Ctrl-C stops an answer, {_COMMANDS}"
+_PROBE = "qzprobe"  # a word that no template writes by itself
 Write = Callable[[str], object]
 
 
@@ -45,13 +56,15 @@ class ChatAnswer:
 
     Attributes:
         ended: It said its end token; else `max_new_tokens` cut it.
-        forgotten: Turns that no longer fitted into the context.
+        forgotten: Messages that no longer fitted into the context.
+        parts: Its reasoning, tool calls and text; `text` is the whole.
     """
 
     text: str
     tokens: int
     ended: bool
     forgotten: int
+    parts: tuple[AnswerPart, ...]
 
 
 def locate_model(source: str, registry: str | None) -> Path:
@@ -88,31 +101,52 @@ def check_folder(folder: Path) -> None:
             )
 
 
-def fit_turns(turns: Sequence[str], count: Callable[[Sequence[str]], int], limit: int) -> list[str]:
-    """Return the latest turns that fit: the oldest question is dropped with its answer until the prompt fits.
-
-    >>> fit_turns(["a" * 5, "b" * 5, "c" * 5], lambda turns: sum(map(len, turns)), 9)
-    ['ccccc']
+def fit_messages(messages: Sequence[Message], count: Callable[[Sequence[Message]], int], limit: int) -> list[Message]:
+    """Return the latest messages that fit: the oldest question is dropped with all up to the next one.
 
     Raises:
         ConfigError: The last question alone does not fit.
     """
-    kept = list(turns)
+    kept = list(messages)
     while (found := count(kept)) > limit:
-        if not kept[2:]:  # the last question stands alone
+        later = [at for at, message in enumerate(kept) if at and message["role"] == "user"]
+        if not later:  # the last question stands alone
             raise ConfigError(
                 f"the question has {found:,} tokens with its template; {limit:,} fit with the answer. Shorten "
                 "it, or lower --max-new-tokens"
             )
-        del kept[:2]
+        del kept[: later[0]]
     return kept
+
+
+def load_tools(path: Path) -> list[Message]:
+    """Return the tools of a JSON file: a list of functions with JSON schemas, as OpenAI's API has them.
+
+    Raises:
+        ConfigError: The file cannot be read, or is no such list.
+    """
+    from ropeway.stages.fetch.messages import read_tools
+    from ropeway.stages.fetch.values import UnreadableError
+
+    try:
+        tools = read_tools(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError, UnreadableError) as error:
+        raise ConfigError(f"{path}: expected a JSON list of tools: {error}") from None
+    if not tools:
+        raise ConfigError(f"{path}: no tools; expected a JSON list of functions")
+    return tools
 
 
 class ChatSession:
     """One conversation with one model."""
 
-    def __init__(self, folder: Path, generation: GenerationSettings) -> None:
-        """Open the model; raise DataError if transformers cannot load it or it has no chat template."""
+    def __init__(self, folder: Path, generation: GenerationSettings, tools: Sequence[Message] = ()) -> None:
+        """Open the model.
+
+        Raises:
+            DataError: transformers cannot load it, or it has no chat template.
+            ConfigError: Its template has no place for a part of the tools.
+        """
         from ropeway.stages.evaluate.load_model import GENERATE_SINGLE_THREADED_BELOW, cpu_threads_for, open_model
 
         try:
@@ -124,8 +158,12 @@ class ChatSession:
                 f"{folder}: its tokenizer has no chat template, so prompts cannot be formatted. Use a chat model"
             )
         self._threads = lambda: cpu_threads_for(self._model, single_threaded_below=GENERATE_SINGLE_THREADED_BELOW)
-        self.generation, self.turns = generation, list[str]()
-        self._asked = 0
+        self.generation, self.tools = generation, list(tools)
+        self.messages: list[Message] = []
+        self._asked = self._called = 0
+        self._pending: list[Message] = []
+        self._has_place = self._probe_template()
+        self._check_tools(folder)
 
     @property
     def context_tokens(self) -> int:
@@ -135,29 +173,116 @@ class ChatSession:
 
     def begin(self, system: str | None = None) -> None:
         """Forget what was said; set the system message if one is given."""
-        self.turns, self._asked = [], 0
+        self.messages, self._pending, self._asked = [], [], 0
         if system is not None:
             self.generation = replace(self.generation, system=system)
 
+    @property
+    def pending_calls(self) -> list[str]:
+        """Names of the functions that the last answer calls and that have no result yet."""
+        return [call["function"]["name"] for call in self._pending]
+
+    @property
+    def states_parts(self) -> bool:
+        """Whether the tokenizer itself states how answers are parsed; their parts are known once they are complete."""
+        return bool(getattr(self._tokenizer, STATED, None))
+
     def ask(self, question: str, write: Write) -> ChatAnswer:
         """Return the answer, which `write` gets piece by piece as it comes; question and answer are remembered."""
-        asked = [*self.turns, question]
-        kept = fit_turns(
-            asked, lambda turns: len(self._encode(turns)), self.context_tokens - self.generation.max_new_tokens
-        )
+        answer = self._answer([*self.messages, {"role": "user", "content": question}], write)
+        self._asked += 1
+        return answer
+
+    def give_result(self, name: str, result: str, write: Write) -> ChatAnswer | None:
+        """Take the result of a tool call; return the answer once all calls have one, else None.
+
+        Raises:
+            ConfigError: The last answer does not call this function.
+        """
+        if name not in self.pending_calls:
+            waiting = ", ".join(self.pending_calls) or "none"
+            raise ConfigError(f"/tool {name}: no call waits for its result; calls without a result: {waiting}")
+        call = self._pending.pop(self.pending_calls.index(name))
+        self.messages.append({"role": "tool", "name": name, "tool_call_id": call["id"], "content": result})
+        if self._pending:
+            return None
+        answer = self._answer(self.messages, write)
+        self._asked += 1
+        return answer
+
+    @cached_property
+    def opening(self) -> str:
+        """A generation prompt, which may end inside the reasoning."""
+        with suppress(ConfigError):
+            return str(self._tokenizer.decode(self._encode([{"role": "user", "content": "Hi"}])))
+        return ""
+
+    def _answer(self, asked: Sequence[Message], write: Write) -> ChatAnswer:
+        limit = self.context_tokens - self.generation.max_new_tokens
+        kept = fit_messages(asked, lambda messages: len(self._encode(messages)), limit)
         ids = self._encode(kept)
         said = self._generate(ids, write)
         ended = bool(said) and said[-1] in self._ends()
-        text = self._tokenizer.decode(said, skip_special_tokens=True)
-        self.turns, self._asked = [*kept, text], self._asked + 1
-        return ChatAnswer(text, len(said), ended, len(asked) - len(kept))
+        prompt = self._tokenizer.decode(ids, skip_special_tokens=False)
+        answer = parse_answer(self._tokenizer, said, prompt=prompt, ends=self._ends())
+        message = to_message(answer, **self._has_place, make_id=self._make_call_id)
+        self.messages = [*kept, message]
+        self._pending = list(message.get("tool_calls", ()))
+        return ChatAnswer(answer.text, len(said), ended, len(asked) - len(kept), answer.parts)
 
-    def _encode(self, turns: Sequence[str]) -> list[int]:
-        messages = Conversation(tuple(turns), self.generation.system).to_messages()
-        ids: list[int] = self._tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=False
-        )
+    def _make_call_id(self) -> str:
+        self._called += 1
+        return f"call{self._called:05d}"  # Mistral's templates want nine letters and digits
+
+    def _encode(self, messages: Sequence[Message]) -> list[int]:
+        try:
+            ids: list[int] = self._tokenizer.apply_chat_template(
+                self._with_system(messages),
+                tools=self.tools or None,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=False,
+            )
+        except Exception as error:
+            raise ConfigError(
+                f"the model's chat template refuses the conversation: {error}. /new starts over"
+            ) from error
         return ids
+
+    def _with_system(self, messages: Sequence[Message]) -> list[Message]:
+        system = self.generation.system
+        return [*([{"role": "system", "content": system}] if system else []), *messages]
+
+    def _render(self, messages: Sequence[Message], tools: Sequence[Message] = ()) -> str:
+        """Return rendered messages; empty if the template refuses them."""
+        with suppress(Exception):  # a template may raise anything
+            return str(self._tokenizer.apply_chat_template(list(messages), tools=list(tools) or None, tokenize=False))
+        return ""
+
+    def _probe_template(self) -> dict[str, bool]:
+        """Return whether the template writes an answer's reasoning, and its tool calls with their results."""
+        question: Message = {"role": "user", "content": "Hi"}
+        call = {
+            "id": "call00000",
+            "type": "function",
+            "function": {"name": f"{_PROBE}1", "arguments": {"x": f"{_PROBE}2"}},
+        }
+        thought = {"role": "assistant", "content": "Hello", "reasoning_content": _PROBE}
+        called = {"role": "assistant", "content": "", "tool_calls": [call]}
+        result = {"role": "tool", "name": f"{_PROBE}1", "tool_call_id": "call00000", "content": f"{_PROBE}3"}
+        used = self._render([question, called, result])
+        return {
+            "has_reasoning": _PROBE in self._render([question, thought]),
+            "has_calls": all(f"{_PROBE}{number}" in used for number in (1, 2, 3)),
+        }
+
+    def _check_tools(self, folder: Path) -> None:
+        marked, words = mark_tools(self.tools)
+        text = self._render([{"role": "user", "content": "Hi"}], marked) if marked else ""
+        if missing := [what for word, what in words.items() if word not in text]:
+            raise ConfigError(f"{folder}: its chat template has no place for {missing[0]}. Leave out --tools")
+        if self.tools and not self._has_place["has_calls"]:
+            raise ConfigError(f"{folder}: its chat template has no place for tool calls and results. Leave out --tools")
 
     def _ends(self) -> list[int]:
         ends = self._model.generation_config.eos_token_id
@@ -178,7 +303,7 @@ class ChatSession:
                 prompt,
                 attention_mask=torch.ones_like(prompt),
                 max_new_tokens=generation.max_new_tokens,
-                streamer=_stream(self._tokenizer, write),
+                streamer=_stream(self._tokenizer, write, self._ends()),
                 **settings,
             )
         said: list[int] = out[0, len(ids) :].tolist()
@@ -196,12 +321,31 @@ def chat(session: ChatSession, source: TextIO, out: TextIO, *, as_json: bool) ->
     for line in source:
         if not (question := line.rstrip("\r\n")).strip():
             continue
-        if as_json:
-            answer = session.ask(question, lambda _piece: None)
-            facts = {"prompt": question, "answer": answer.text, "tokens": answer.tokens, "ended": answer.ended}
-            print(json.dumps({**facts, "forgotten": answer.forgotten}, ensure_ascii=False), file=out, flush=True)
+        command, _, result = question.partition(" ")
+        if command == "/tool" and session.tools:
+            _give_result(session, result, out, as_json=as_json)
+        elif as_json:
+            _print_json(question, session.ask(question, lambda _piece: None), out)
         else:
-            _print_answer(session, question, out)
+            _print_answer(session, partial(session.ask, question), out)
+
+
+def _print_json(question: str, answer: ChatAnswer, out: TextIO) -> None:
+    facts = {"prompt": question, "answer": answer.text, "tokens": answer.tokens, "ended": answer.ended}
+    parts = {"parts": to_records(answer.parts)} if any(part.kind != "text" for part in answer.parts) else {}
+    print(json.dumps({**facts, "forgotten": answer.forgotten, **parts}, ensure_ascii=False), file=out, flush=True)
+
+
+def _give_result(session: ChatSession, words: str, out: TextIO, *, as_json: bool = False) -> None:
+    """Give a result, `NAME RESULT`, to the model; print its answer once all calls have one."""
+    name, _, result = words.strip().partition(" ")
+    if as_json:
+        if answer := session.give_result(name, result, lambda _piece: None):
+            _print_json(f"/tool {words}", answer, out)
+    else:
+        _print_answer(session, partial(session.give_result, name, result), out)
+    if session.pending_calls:
+        print(f"(calls without a result: {', '.join(session.pending_calls)})", file=sys.stderr)
 
 
 def _converse(session: ChatSession, lines: Iterator[str], out: TextIO) -> None:
@@ -211,11 +355,14 @@ def _converse(session: ChatSession, lines: Iterator[str], out: TextIO) -> None:
             session.begin()
         elif command == "/system":
             session.begin(text.strip())
-        elif command.startswith("/") and "/" not in command[1:]:  # a path may begin a question
+        elif command.startswith("/") and "/" not in command[1:] and command != "/tool":  # a path may begin a question
             print(f"{command}: no such command. {_COMMANDS}", file=sys.stderr)
         elif line:
             try:
-                _print_answer(session, line, out)
+                if command == "/tool":
+                    _give_result(session, text, out)
+                else:
+                    _print_answer(session, partial(session.ask, line), out)
             except ConfigError as error:
                 print(error, file=sys.stderr)
             except KeyboardInterrupt:
@@ -231,28 +378,40 @@ def _read_lines() -> Iterator[str]:
             return
 
 
-def _print_answer(session: ChatSession, question: str, out: TextIO) -> None:
-    def write(piece: str) -> None:
-        out.write(piece)
-        out.flush()
-
-    answer = session.ask(question, write)
-    write("\n")
+def _print_answer(session: ChatSession, ask: Callable[[Write], ChatAnswer | None], out: TextIO) -> None:
+    display = AnswerDisplay(out, prompt=session.opening, is_held=session.states_parts, is_colorful=is_colorful(out))
+    answer = ask(display.feed)
+    if answer is None:
+        return
+    display.finish(answer.parts)
     if not answer.text.strip():
         print("(empty answer: the model generated no visible text)", file=sys.stderr)
+    if any(part.kind == "reasoning" and not part.is_finished for part in answer.parts):
+        print("(the answer ended inside its reasoning)", file=sys.stderr)
     if not answer.ended:
         print(f"(cut at {answer.tokens:,} tokens; --max-new-tokens allows more)", file=sys.stderr)
     if answer.forgotten:
         print(f"(the oldest {answer.forgotten} turns exceeded the context and were dropped)", file=sys.stderr)
+    if session.pending_calls:
+        print(f"(/tool {session.pending_calls[0]} RESULT gives the model a result)", file=sys.stderr)
 
 
-def _stream(tokenizer: "PreTrainedTokenizerBase", write: Write) -> "TextStreamer":
+def _stream(tokenizer: "PreTrainedTokenizerBase", write: Write, ends: Sequence[int]) -> "TextStreamer":
     from transformers import TextStreamer
+
+    # Special tokens are dropped, as in the answer, but for those by which its parts are found.
+    dropped = {*tokenizer.all_special_ids, *ends}
+    if not getattr(tokenizer, STATED, None):
+        dropped -= {*(number for number in dropped if tokenizer.convert_ids_to_tokens(number) in MARKERS)} - {*ends}
 
     class Stream(TextStreamer):  # type: ignore[misc]
         """Hands on text as soon as it is whole: no half word, no half character."""
 
+        def put(self, value: "torch.Tensor") -> None:
+            if self.next_tokens_are_prompt or int(value.reshape(-1)[0]) not in dropped:
+                super().put(value)
+
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:  # noqa: FBT001, FBT002, ARG002
             write(text)
 
-    return Stream(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    return Stream(tokenizer, skip_prompt=True, skip_special_tokens=False)

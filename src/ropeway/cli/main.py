@@ -200,15 +200,20 @@ def chat(  # noqa: PLR0913 - a command's options
     seed: Annotated[
         int, typer.Option(help="Seed of the sampling; the same seed and questions give the same answers.")
     ] = 0,
+    tools: Annotated[
+        Path | None, typer.Option(help="JSON file: a list of functions that the model may call, with JSON schemas.")
+    ] = None,
     registry: RegistryOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Chat with a model. From a pipe: one question per line."""
-    from ropeway.cli.chat import ChatSession, GenerationSettings, locate_model
+    """Chat with a model. From a pipe: one question per line. With --tools `/tool NAME RESULT` answers a tool call."""
+    from ropeway.cli.chat import ChatSession, GenerationSettings, load_tools, locate_model
     from ropeway.cli.chat import chat as run_chat
 
     generation = GenerationSettings(system, max_new_tokens, temperature, top_p, seed)
-    run_chat(ChatSession(locate_model(model, registry), generation), sys.stdin, sys.stdout, as_json=as_json)
+    offered = load_tools(tools) if tools else ()
+    session = ChatSession(locate_model(model, registry), generation, offered)
+    run_chat(session, sys.stdin, sys.stdout, as_json=as_json)
 
 
 @app.command("push-hub")

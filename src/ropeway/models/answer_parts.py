@@ -42,7 +42,7 @@ CALLS = (
     Markers("[TOOL_CALLS]"),  # Mistral
     Markers("<|python_tag|>"),  # Llama 3.1
 )
-_CHANNEL, _CALL_END = "<|channel|>", "<|call|>"  # gpt-oss
+CHANNEL, _CALL_END = "<|channel|>", "<|call|>"  # gpt-oss
 _CHANNEL_MESSAGE = re.compile(
     r"(?:<\|start\|>assistant)?<\|channel\|>(?P<head>[^<]*)(?:<\|constrain\|>[^<]*)?<\|message\|>"
     r"(?P<text>.*?)(?P<end><\|end\|>|<\|return\|>|<\|call\|>|\Z)",
@@ -53,8 +53,9 @@ _RECIPIENT = re.compile(r"to=(?:functions\.)?(\S+)")
 _TAGGED_CALL = re.compile(r"\s*<function=([^>\n]+)>(.*)</function>\s*", re.DOTALL)
 _TAGGED_ARGUMENT = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
 _NAMED_CALL = re.compile(r"\s*([\w.-]+)\[ARGS\](.*)", re.DOTALL)  # Mistral since 2025
+_CHANNEL_TOKENS = ("<|start|>", "<|message|>", "<|constrain|>", "<|end|>")
 _CALL_BEGINS = ("{", "[", "<function=")
-_MARKERS = (_CHANNEL, *(mark for one in (*REASONING, *CALLS) for mark in one if mark))
+MARKERS = (CHANNEL, *_CHANNEL_TOKENS, *(mark for one in (*REASONING, *CALLS) for mark in one if mark))
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +173,7 @@ def split_answer(text: str, *, prompt: str = "") -> tuple[AnswerPart, ...]:
     >>> [part.kind for part in split_answer("Write <think> first.")]
     ['text']
     """
-    if text.lstrip().startswith((_CHANNEL, "<|start|>assistant" + _CHANNEL)):
+    if text.lstrip().startswith((CHANNEL, "<|start|>assistant" + CHANNEL)):
         return tuple(_split_channels(text))
     found, rest = [], text
     for opening in REASONING:
@@ -228,7 +229,7 @@ def _split_channels(text: str) -> Iterator[AnswerPart]:
         done = hit.end()
         head, said = hit["head"].strip(), hit["text"]
         channel = head.split(maxsplit=1)[0] if head else ""
-        marker = _CHANNEL + channel
+        marker = CHANNEL + channel
         if recipient := _RECIPIENT.search(head):
             arguments = _load(said)
             name = "" if arguments is None else recipient[1]
@@ -296,7 +297,9 @@ def parse_answer(
         if any(part.kind != "text" for part in parts):
             return ParsedAnswer(raw, parts)
     # Special tokens are shown only where they are markers.
-    text = raw if any(raw.count(mark) != plain.count(mark) for mark in _MARKERS) else plain
+    text = (
+        raw if any(raw.count(mark) != plain.count(mark) for mark in MARKERS if mark not in _CHANNEL_TOKENS) else plain
+    )
     return ParsedAnswer(text, split_answer(text, prompt=prompt))
 
 

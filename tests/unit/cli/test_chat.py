@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-from ropeway.cli.chat import ChatSession, GenerationSettings, chat, check_folder, fit_turns, locate_model
+from ropeway.cli.chat import ChatSession, GenerationSettings, chat, check_folder, fit_messages, locate_model
 from ropeway.cli.main import app
 from ropeway.config.load_params import load_profile
 from ropeway.models.chat_template import OPEN_ASSISTANT
@@ -142,13 +142,25 @@ def test_what_no_longer_fits_is_forgotten_from_the_oldest_and_said(model, capsys
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=9).filter(lambda sizes: len(sizes) % 2), st.integers(9, 30))
 def test_turns_go_in_pairs_and_no_more_than_needed(sizes, limit):
-    turns = ["x" * size for size in sizes]
-    kept = fit_turns(turns, lambda some: sum(map(len, some)), limit)
+    turns = [{"role": ("user", "assistant")[at % 2], "content": "x" * size} for at, size in enumerate(sizes)]
+    kept = fit_messages(turns, count_characters, limit)
     assert turns[len(turns) - len(kept) :] == kept
     assert len(kept) % 2 == 1
-    assert sum(map(len, kept)) <= limit
+    assert count_characters(kept) <= limit
     if len(kept) < len(turns):
-        assert sum(map(len, turns[len(turns) - len(kept) - 2 :])) > limit
+        assert count_characters(turns[len(turns) - len(kept) - 2 :]) > limit
+
+
+def count_characters(messages):
+    return sum(len(one["content"]) for one in messages)
+
+
+def test_a_question_is_dropped_with_the_calls_and_results_that_follow_it():
+    roles = ["user", "assistant", "tool", "assistant", "user", "assistant", "tool"]
+    messages = [{"role": role, "content": "xx"} for role in roles]
+    assert fit_messages(messages, count_characters, 8) == messages[4:]
+    with pytest.raises(ConfigError, match="question has 6 tokens"):
+        fit_messages(messages, count_characters, 5)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "optimizer.pt", "data/weights.NPZ"])
