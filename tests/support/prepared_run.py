@@ -1,5 +1,6 @@
 """Prepared data small enough for a test, made by the real prepare stage from records that a test writes down."""
 
+import json
 import shutil
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from ropeway.models.conversation import Conversation
 from ropeway.reporting import report_data
 from ropeway.runtime.manifest import write_manifest
 from ropeway.runtime.workspace import Workspace
+from tests.support.chat_templates import write_tokenizer
 from tests.support.tiny_run import BLOCK, PARITY, ROOT
 from tests.support.tokenizing import tokenize_and_prepare
 
@@ -43,10 +45,13 @@ def encode_each(encoder, records):
     return found
 
 
-def make_prepared(root, *, talks=TALKS, texts=TEXTS, refused=(), counted=None, fraction=0.5, **changes):
+def make_prepared(  # noqa: PLR0913 - builders of tests have many defaults
+    root, *, talks=TALKS, texts=TEXTS, refused=(), counted=None, fraction=0.5, style=None, **changes
+):
     """Return (workspace, profile as prepare reads it); `changes` are scalars of the profile `tiny`.
 
-    `counted` are more entries of `talk` in the raw manifest, `fraction` is that of `text`.
+    `counted` are more entries of `talk` in the raw manifest, `fraction` is that of `text`, `style` is a Jinja template
+    with its tokenizer in place of the published one.
     """
     values = {"max_length": 32, **changes}
     block = BLOCK.replace("  max_length: 96\n", "".join(f"  {key}: {value}\n" for key, value in values.items()))
@@ -67,8 +72,14 @@ def make_prepared(root, *, talks=TALKS, texts=TEXTS, refused=(), counted=None, f
         facts["talk"]["first_refused"].append(one)
     facts["talk"] |= counted or {}
     write_manifest(workspace.raw, {"sources": facts})
-    shutil.copytree(PARITY / "tokenizer", workspace.base)
-    (workspace.base / "chat_template.jinja").write_text(OPEN_ASSISTANT.jinja)
+    if style:
+        workspace.base.mkdir(parents=True)
+        write_tokenizer(workspace.base, style)
+        path = workspace.base / "tokenizer_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_bytes()), "pad_token": style.eos}))
+    else:
+        shutil.copytree(PARITY / "tokenizer", workspace.base)
+        (workspace.base / "chat_template.jinja").write_text(OPEN_ASSISTANT.jinja)
     tokenize_and_prepare(workspace, profile)
     profile = profile.reading(READS["prepare"])
     report_data.run(workspace, profile)

@@ -1,6 +1,7 @@
 """The ledger: counts of every record and token of every source. It is written only if all its sums are correct.
 
 read = refused + kept; kept -> sequences (a document: its chunks)
+conversations: kept + further answers of rewritten histories (`history: per_turn`) = sequences
 sequences and their tokens = removed as duplicate + as contaminated + train + validation + unused
 removed as duplicate = exact + near duplicates, if params remove them; if only counted, they are in the other parts
 each epoch: train + repeats = drawn + not drawn
@@ -14,7 +15,12 @@ from dataclasses import asdict, dataclass, field
 from ropeway.runtime.errors import DataError
 
 _Sum = tuple[str, int, tuple[int, ...]]  # description, total, parts
-_OPTIONAL = ("repeated", "repeated_tokens", "skipped_members")  # keys that a ledger lacks where they are empty
+_OPTIONAL = (
+    "further_answers",
+    "repeated",
+    "repeated_tokens",
+    "skipped_members",
+)  # keys that a ledger lacks where they are empty
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +36,7 @@ class RecordTotals:
         files: File -> records read from it; empty if the source is not files.
         ignored_keys: Field in `ignored_keys` -> kept records in which it had a value.
         skipped_members: Reason -> members of archives that are not read.
+        further_answers: Sequences of conversations beyond their first, because each answer is one (`per_turn`).
     """
 
     read: int
@@ -42,6 +49,7 @@ class RecordTotals:
     files: dict[str, int] = field(default_factory=dict)
     ignored_keys: dict[str, int] = field(default_factory=dict)
     skipped_members: dict[str, int] = field(default_factory=dict)
+    further_answers: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +217,10 @@ def _iterate_sums(ledger: Ledger) -> Iterator[_Sum]:
         refused = (sum(records.refused_by_fetch.values()), sum(records.refused_by_tokenize.values()))
         yield f"{name}, records read = refused by fetch + by tokenize + kept", records.read, (*refused, records.kept)
         if account.kind == "conversation":
-            yield f"{name}, records kept = sequences", records.kept, (account.sequences.all,)
+            sums = (records.kept, records.further_answers)
+            yield f"{name}, sequences = records kept + further answers", account.sequences.all, sums
+        else:
+            yield f"{name}, further answers of documents", records.further_answers, (0,)
         for unit, parts in (("sequences", account.sequences), ("tokens", account.tokens)):
             yield from _iterate_split_sums(f"{name}, {unit}", account, unit, parts)
         for part in account.epochs:

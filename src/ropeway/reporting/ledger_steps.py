@@ -47,6 +47,8 @@ def list_steps(account: Json) -> list[Step]:
     steps += [Step(f"ignored keys: {key}", "of", count, "records", None) for key, count in ignored.items()]
     if records["without_tokens"]:
         steps.append(Step("empty", "-", records["without_tokens"], "records", None))
+    if further := records.get("further_answers"):
+        steps.append(Step("further answers, each a sequence", "+", further, "sequences", None))
     steps.append(Step("stored", "=", sequences["all"], "sequences", tokens["all"]))
     steps += [
         Step(name, "-", sequences.get(part, 0), "sequences", tokens.get(part, 0)) for name, part in _SET_ASIDE.items()

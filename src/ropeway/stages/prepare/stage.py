@@ -139,7 +139,16 @@ def _records(name: str, raw: RawSource, source: TokenizedSource, profile: Prepar
         files=raw.get("files", {}),
         ignored_keys=raw.get("ignored_keys", {}),
         skipped_members=raw.get("skipped_members", {}),
+        further_answers=_count_further_answers(source),
     )
+
+
+def _count_further_answers(source: TokenizedSource) -> int:
+    """Return the sequences of conversations beyond the first of each."""
+    if source.facts["kind"] == "document":
+        return 0
+    records = source.column("records")
+    return len(records) - len(np.unique(records))
 
 
 def write_source(folder: Path, source: TokenizedSource, split: Split) -> None:

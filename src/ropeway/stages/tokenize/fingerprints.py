@@ -29,11 +29,17 @@ def identity_texts(record: Record) -> tuple[str, ...]:
     return (*record.turns, record.form) if isinstance(record, Conversation) and record.form else compared_texts(record)
 
 
-def sequence_texts(record: Record, max_chunk_size: int | None) -> list[tuple[str, ...]]:
-    """Return the fingerprinted texts of each sequence of a record: the turns, or one chunk of a document."""
-    if isinstance(record, Conversation):
+def sequence_texts(record: Record, max_chunk_size: int | None, sequences: int = 1) -> list[tuple[str, ...]]:
+    """Return the fingerprinted texts of each sequence of a record: the turns, or one chunk of a document.
+
+    A conversation of several `sequences` has one for each answer, with the turns up to it.
+    """
+    if not isinstance(record, Conversation):
+        return [(record[begin:end],) for begin, end in plan_chunks(len(record), max_chunk_size)]
+    if sequences == 1:
         return [record.turns]
-    return [(record[begin:end],) for begin, end in plan_chunks(len(record), max_chunk_size)]
+    first = int(bool(record.system))
+    return [record.turns[: at + 1 - first] for at in record.supervised_messages() if at > 0]
 
 
 def exact_key(texts: Sequence[str]) -> bytes:

@@ -207,7 +207,10 @@ def tokenize_unit(unit: Unit) -> Path:
     kept = [record for at, record in enumerate(records) if at not in refused]
     with write_unit(unit.folder) as partial:
         facts = _write_columns(partial, parts, token_dtype(count_tokens(encoder.tokenizer)))
-        _write_fingerprints(partial, kept, unit.recipe)
+        sequences = np.bincount(
+            np.concatenate([part.records for part in parts] or [np.empty(0, np.int64)]), minlength=len(kept)
+        )
+        _write_fingerprints(partial, kept, sequences.tolist(), unit.recipe)
         write_manifest(partial, {**facts, "records": _counts(encoder)})
     return unit.folder
 
@@ -234,8 +237,11 @@ def _open_encoder(base: Path, digests: tuple[str, ...], recipe: Recipe) -> Encod
     return Encoder(tokenizer, special, template, recipe.max_chunk_size, recipe.special_tokens_in_text, recipe.history)
 
 
-def _write_fingerprints(folder: Path, records: Sequence[Record], recipe: Recipe) -> None:
-    """Write the fingerprints of these records; signatures and n-grams are empty columns if they are not needed."""
+def _write_fingerprints(folder: Path, records: Sequence[Record], sequences: Sequence[int], recipe: Recipe) -> None:
+    """Write the fingerprints of these records; signatures and n-grams are empty columns if they are not needed.
+
+    `sequences` is the number of sequences of each record: n-grams are kept per sequence.
+    """
     exact = [np.empty((0, 2), np.uint64)]
     signatures = [np.empty((0, recipe.signature[1] if recipe.signature else 0), np.uint32)]
     grams, counts = [np.empty(0, np.uint64)], [np.empty(0, np.int32)]
@@ -245,8 +251,12 @@ def _write_fingerprints(folder: Path, records: Sequence[Record], recipe: Recipe)
             ngram, permutations = recipe.signature
             texts = [*map(compared_texts, batch)]
             signatures.append(minhash_signatures(texts, ngram=ngram, permutations=permutations))
-    sequences = chain.from_iterable(sequence_texts(record, recipe.max_chunk_size) for record in records)
-    for parts in iterate_batches(sequences if recipe.contamination_ngram else (), count_characters, BATCH_CHARACTERS):
+    texts_of_sequences = chain.from_iterable(
+        sequence_texts(record, recipe.max_chunk_size, count) for record, count in zip(records, sequences, strict=True)
+    )
+    for parts in iterate_batches(
+        texts_of_sequences if recipe.contamination_ngram else (), count_characters, BATCH_CHARACTERS
+    ):
         found, each = hash_sequence_grams(parts, recipe.contamination_ngram or 0)
         grams.append(found)
         counts.append(each)

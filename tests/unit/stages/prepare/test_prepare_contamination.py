@@ -3,6 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ropeway.data.tokenized import open_tokenized
 from ropeway.data.words import hash_grams, is_short
 from ropeway.models.conversation import Conversation
 from ropeway.runtime.errors import ConfigError
@@ -14,6 +15,8 @@ from ropeway.stages.prepare.contamination import (
     parse_prompts,
 )
 from ropeway.stages.tokenize.fingerprints import hash_sequence_grams, sequence_texts
+from tests.support.chat_templates import STYLES
+from tests.support.prepared_run import TALKS, make_prepared
 
 WORDS = [f"w{n}" for n in range(60)]
 RUN = " ".join(WORDS[:13])
@@ -61,6 +64,7 @@ def test_sequences_are_compared_as_they_are_stored_and_without_system_message():
     assert sequence_texts("abcde", 2) == [("ab",), ("cd",), ("e",)]
     assert sequence_texts("", 2) == []
     assert sequence_texts(Conversation(("q", "a"), "Be kind."), 2) == [("q", "a")]
+    assert sequence_texts(Conversation(("q", "a", "r", "b"), "Be kind."), 2, 2) == [("q", "a"), ("q", "a", "r", "b")]
 
 
 @given(st.lists(st.integers(0, 2**64 - 1)), st.lists(st.integers(0, 2**64 - 1)))
@@ -80,3 +84,13 @@ def test_prompts_are_lines_of_text_or_the_strings_in_lines_of_json():
 def test_prompts_that_are_not_json_are_reported():
     with pytest.raises(ConfigError, match=r"d.jsonl: expected one JSON value per line"):
         parse_prompts("{", "d.jsonl")
+
+
+def test_each_answer_of_a_rewritten_history_has_the_words_up_to_it(tmp_path):
+    style = STYLES["thinking"]
+    workspace, _ = make_prepared(tmp_path, style=style, history="per_turn", what_counts="answers")
+    source = open_tokenized(workspace.tokens)[0]["talk"]
+    counts = source.column("gram_counts")
+    assert len(counts) == len(source.column("lengths")) == 2 * len(TALKS)
+    assert counts.sum() == len(source.shard("grams", 0))
+    assert (counts[1::2] > counts[::2]).all()
