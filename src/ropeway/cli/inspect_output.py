@@ -20,9 +20,11 @@ from ropeway.reporting.inspection import (
     to_json,
 )
 from ropeway.reporting.token_view import DisplayToken, TextKind, next_token, split_visible
+from ropeway.reporting.turns import Cut, Turns, show_turn
 from ropeway.runtime.errors import ConfigError
 from ropeway.runtime.workspace import Workspace
 
+_SHOWN_CHARACTERS = 2_000  # of a value in a conversation; --json has all
 _SUPERVISED, _MASKED, _OUTSIDE = "black on green", "dim", "dim italic"
 _OPEN, _CLOSE, _BORDER = "⟦", "⟧", "│"  # where there are no colours
 
@@ -98,6 +100,45 @@ def draw_inspection(inspection: Inspection, prepared: Prepared, *, is_colourful:
         if following is not None:
             line.append(f" + {following} (supervised)", style=_OUTSIDE if is_colourful else "")
         yield line
+    if inspection.turns:
+        yield from draw_turns(inspection.turns, is_colourful=is_colourful)
+
+
+def draw_turns(turns: Turns, *, is_colourful: bool) -> Iterator[Text]:
+    """Yield a conversation's lines: the tools offered, then each message with its use."""
+    bold, dim = ("bold", _MASKED) if is_colourful else ("", "")
+    yield Text(f"\n── {turns.title}", style=bold)
+    if turns.tools:
+        yield Text("tools offered:")
+    for name, description in turns.list_tools(_SHOWN_CHARACTERS):
+        yield Text(f"  {show_plainly(name)}: {_say(description)}" if description.text else f"  {show_plainly(name)}")
+    for turn in turns.turns:
+        shown = show_turn(turn, _SHOWN_CHARACTERS)
+        style = _SUPERVISED if is_colourful and shown.is_trained else dim
+        yield Text.assemble("\n", (show_plainly(shown.heading), bold), "  ", (f"({shown.use})", style))
+        if shown.reasoning.text:
+            yield Text(_indent(f"[{shown.reasoning_title}] {_say(shown.reasoning)}"), style=dim)
+        if shown.text.text or not (shown.reasoning.text or shown.calls):
+            yield Text(_indent(_say(shown.text) or "(empty)"))
+        for name, arguments in shown.calls:
+            yield Text(f"  [tool call: {show_plainly(name)}]\n{_indent(_indent(_say(arguments)))}")
+
+
+def show_plainly(text: str) -> str:
+    """Return text with its spaces and line breaks; other invisible characters are shown by their code points."""
+    plain = {TextKind.SPACE: " ", TextKind.BREAK: "\n", TextKind.TAB: "    "}
+    return "".join(
+        plain.get(sort, f"<{part}>" if sort is TextKind.CODE else part) for sort, part in split_visible(text)
+    )
+
+
+def _say(cut: Cut) -> str:
+    more = f" … ({cut.left_out:,} more characters; --json has all)" if cut.left_out else ""
+    return show_plainly(cut.text) + more
+
+
+def _indent(text: str) -> str:
+    return "\n".join(f"  {line}" if line else "" for line in text.split("\n"))
 
 
 def draw_tokens(pairs: Iterator[tuple[DisplayToken, bool]], *, is_colourful: bool) -> Text:

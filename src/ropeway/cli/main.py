@@ -201,7 +201,8 @@ def chat(  # noqa: PLR0913 - a command's options
         int, typer.Option(help="Seed of the sampling; the same seed and questions give the same answers.")
     ] = 0,
     tools: Annotated[
-        Path | None, typer.Option(help="JSON file: a list of functions that the model may call, with JSON schemas.")
+        Path | None,
+        typer.Option(help="JSON file: functions that the model may call, with JSON schemas. Default: none."),
     ] = None,
     registry: RegistryOption = None,
     as_json: JsonOption = False,

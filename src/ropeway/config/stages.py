@@ -80,7 +80,7 @@ STAGES = (
     StageSpec(
         "report_data",
         _keys(PrepareParams),
-        inputs=("raw/manifest.json", *_TOKENIZER, "data", "ledger.json"),
+        inputs=("raw", "base/chat_template.jinja", *_TOKENIZER, "tokens", "data", "ledger.json"),
         outputs=("report.html",),
     ),
     StageSpec(

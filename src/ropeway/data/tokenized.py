@@ -14,6 +14,7 @@ tokens/<source>/exact.npy                           uint64 `(R, 2)`: hash of eac
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from hashlib import blake2b
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 from typing_extensions import TypedDict
 
 from ropeway.config.faults import check_json
+from ropeway.data.mixture import SPLIT_SEED
 from ropeway.data.raw_records import RecordKind
 from ropeway.runtime.errors import DataError
 from ropeway.runtime.manifest import NAME, FileFacts, check_listed, load_manifest
@@ -128,3 +130,9 @@ def open_tokenized(folder: Path, *, verify: bool = True) -> tuple[dict[str, Toke
 def shard_path(folder: Path, name: str, number: int) -> Path:
     """Return the path of a shard's array in a source's folder."""
     return folder / f"{name}-{number:05d}.npy"
+
+
+def text_key(text: str) -> int:
+    """Return a 64-bit hash of a text, keyed with the split's fixed seed; equal on every machine."""
+    seed = SPLIT_SEED.to_bytes(8)
+    return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8, key=seed).digest())

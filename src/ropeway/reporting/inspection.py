@@ -17,8 +17,9 @@ from ropeway.reporting.token_view import (
     read_piece,
     read_whole,
 )
+from ropeway.reporting.turns import ConversationFinder, Turns
 from ropeway.runtime.errors import ConfigError, DataError
-from ropeway.runtime.manifest import file_sha256
+from ropeway.runtime.manifest import NAME, file_sha256
 from ropeway.runtime.workspace import Workspace
 
 _REMEDY = "run `ropeway run`, or `dvc repro prepare`"
@@ -26,11 +27,16 @@ _REMEDY = "run `ropeway run`, or `dvc repro prepare`"
 
 @dataclass(frozen=True)
 class Inspection:
-    """A sequence, or the pieces of a row; `facts` identifies it in the JSON output."""
+    """A sequence, or the pieces of a row; `facts` identifies it in the JSON output.
+
+    Attributes:
+        turns: The conversation of a sequence; None for a row, a document, or if its record cannot be found.
+    """
 
     title: str
     readings: tuple[Reading, ...]
     facts: dict[str, str | int | None]
+    turns: Turns | None = None
 
 
 @dataclass(frozen=True)
@@ -38,12 +44,14 @@ class Prepared:
     """Prepared data with its profile and vocabulary.
 
     Attributes:
+        conversations: Finds the conversations of sequences; None where raw/ or tokens/ are not there.
         ignored_keys: Source -> field in `ignored_keys` -> kept records in which it had a value.
     """
 
     shards: Shards
     profile: Profile
     vocabulary: Vocabulary
+    conversations: ConversationFinder | None = None
     ignored_keys: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
@@ -66,7 +74,15 @@ def open_prepared(workspace: Workspace, profile: Profile) -> Prepared:
         )
     ledger = json.loads(workspace.ledger.read_bytes()) if workspace.ledger.is_file() else {}
     ignored = {account["name"]: account["records"].get("ignored_keys", {}) for account in ledger.get("sources", ())}
-    return Prepared(shards, profile, Vocabulary(open_tokenizer(workspace.base)), ignored)
+    conversations = _open_conversations(workspace, profile)
+    return Prepared(shards, profile, Vocabulary(open_tokenizer(workspace.base)), conversations, ignored)
+
+
+def _open_conversations(workspace: Workspace, profile: Profile) -> ConversationFinder | None:
+    """Return what finds conversations; None where raw/ or tokens/ were removed, which only the turns need."""
+    if not (workspace.tokens / NAME).is_file() or not (workspace.raw / NAME).is_file():
+        return None
+    return ConversationFinder(workspace, profile)
 
 
 def inspect_sequence(prepared: Prepared, name: str, number: int) -> Inspection:
@@ -87,7 +103,8 @@ def inspect_sequence(prepared: Prepared, name: str, number: int) -> Inspection:
     title = f"{name}, sequence {number:,} of {count:,} ({sources[at].kind}, {part or 'neither train nor validation'})"
     if reading.length > longest:
         title += f": {reading.length - longest:,} tokens longer than max_length ({longest:,} tokens)"
-    return Inspection(title, (reading,), {"source": name, "sequence": number, "part": part})
+    turns = prepared.conversations.find(name, number) if prepared.conversations else None
+    return Inspection(title, (reading,), {"source": name, "sequence": number, "part": part}, turns)
 
 
 def inspect_row(prepared: Prepared, number: int, *, epoch: int) -> Inspection:
@@ -132,7 +149,8 @@ def to_json(inspection: Inspection, prepared: Prepared) -> str:
         }
         for reading in inspection.readings
     ]
-    return json.dumps({**inspection.facts, "pieces": pieces}, ensure_ascii=False)
+    turns = {"conversation": inspection.turns.to_json()} if inspection.turns else {}
+    return json.dumps({**inspection.facts, "pieces": pieces, **turns}, ensure_ascii=False)
 
 
 def pair_tokens(reading: Reading, prepared: Prepared) -> Iterator[tuple[DisplayToken, bool]]:

@@ -23,11 +23,13 @@ from ropeway.reporting.token_view import (
     read_piece,
     read_whole,
 )
+from ropeway.reporting.turns import ConversationFinder, show_turn
 from ropeway.runtime.manifest import Json, load_manifest, write_atomic
 from ropeway.runtime.workspace import Workspace
 
 _OPEN_SOURCES = 5  # with more, sections start collapsed
 _SHOWN_TOKENS = 900  # per sample; `ropeway inspect` prints all
+_SHOWN_CHARACTERS = 1_200  # of a value in a conversation; `ropeway inspect --json` has all
 _MIN_TOKENS = 24  # per piece of a packed row
 _TAIL_SHARE = 4  # 1/4 of the shown tokens of a shortened sequence are its last ones
 
@@ -38,6 +40,7 @@ class Page:
 
     Attributes:
         raw: Source name -> its entry in the raw manifest.
+        conversations: Finds the conversations of sequences; None: they are not shown.
     """
 
     profile: Profile
@@ -46,6 +49,7 @@ class Page:
     ledger: Json
     raw: Json
     vocabulary: Vocabulary
+    conversations: ConversationFinder | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ def run(workspace: Workspace, profile: Profile) -> None:
         ledger=json.loads(workspace.ledger.read_bytes()),
         raw=raw,
         vocabulary=Vocabulary(open_tokenizer(workspace.base)),
+        conversations=ConversationFinder(workspace, profile),
     )
     overlong = find_overlong(plan)
     samples = (choose_samples(number, shards, profile, overlong.get(number)) for number in range(len(shards.sources)))
@@ -181,7 +186,20 @@ def _show(page: Page, sample: Sample) -> Mapping[str, object]:
     """Return a sample's template values, with decoded tokens."""
     limit = max(_SHOWN_TOKENS // max(len(sample.readings), 1), _MIN_TOKENS)
     excerpts = [_cut(page, reading, limit) for reading in sample.readings]
-    return {"title": sample.title, "words": sample.words, "excerpts": excerpts, "is_row": len(excerpts) > 1}
+    first, is_row = sample.readings[0], len(excerpts) > 1
+    is_whole = not is_row and len(first.tokens) == first.length  # of a cut sequence some turns would not be trained on
+    turns = (
+        None if not is_whole or not page.conversations else page.conversations.find(first.source, first.piece.sequence)
+    )
+    return {
+        "title": sample.title,
+        "words": sample.words,
+        "excerpts": excerpts,
+        "is_row": is_row,
+        "turns": turns,
+        "tools": list(turns.list_tools(_SHOWN_CHARACTERS)) if turns else [],
+        "shown_turns": [show_turn(turn, _SHOWN_CHARACTERS) for turn in turns.turns] if turns else [],
+    }
 
 
 def _cut(page: Page, reading: Reading, limit: int) -> Mapping[str, object]:

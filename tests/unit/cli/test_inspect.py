@@ -103,7 +103,8 @@ def test_an_end_that_is_taught_but_not_stored_is_named_and_so_is_a_row_that_is_l
 
 def test_colours_say_the_same_as_marks(made):
     prepared = open_prepared(*made)
-    *_, line = draw_inspection(inspect_sequence(prepared, "talk", 0), prepared, is_colourful=True)
+    lines = draw_inspection(inspect_sequence(prepared, "talk", 0), prepared, is_colourful=True)
+    line = next(line for line in lines if "│" in line.plain and "between" not in line.plain)
     filled = [line.plain[span.start : span.end] for span in line.spans if "on green" in str(span.style)]
     assert "⟦" not in line.plain
     assert "".join(filled).endswith("·Yes⏎\nno</s>")

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from copy import copy
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from itertools import chain, groupby, islice
 from typing import Literal, Self
 
@@ -14,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from ropeway.data.mixture import SPLIT_SEED, plan_chunks
+from ropeway.data.mixture import plan_chunks
 from ropeway.data.raw_records import Record, iterate_texts
 from ropeway.data.shards import Kind
 from ropeway.data.text_batches import BATCH_CHARACTERS, count_characters, iterate_batches
+from ropeway.data.tokenized import text_key
 from ropeway.models.chat_template import ChatTemplate, OpenAssistantTemplate
 from ropeway.models.conversation import Conversation
 from ropeway.models.jinja_template import JinjaTemplate, Rendered, UnusableConversationError
@@ -259,9 +259,3 @@ def document_kinds(length: int | NDArray[np.integer], *, is_last: bool | NDArray
     kinds = np.full(int(lengths.sum()), Kind.DOCUMENT, dtype=np.uint8)
     kinds[np.cumsum(lengths)[last & (lengths > 0)] - 1] = Kind.DOCUMENT_END
     return kinds
-
-
-def text_key(text: str) -> int:
-    """Return a 64-bit hash of a text, keyed with the split's fixed seed; equal on every machine."""
-    seed = SPLIT_SEED.to_bytes(8)
-    return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8, key=seed).digest())

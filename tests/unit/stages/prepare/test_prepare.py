@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from ropeway.data.batches import collate, plan_epoch
 from ropeway.data.shards import Kind, Shards, open_shards, sequence_digest
+from ropeway.data.tokenized import text_key
 from ropeway.models.chat_template import OPEN_ASSISTANT
 from ropeway.models.conversation import Conversation
 from ropeway.models.tokenizer import open_tokenizer, read_special
@@ -15,7 +16,7 @@ from ropeway.runtime.errors import DataError
 from ropeway.runtime.manifest import file_sha256, load_manifest, write_manifest
 from ropeway.stages.prepare.split import plan_split
 from ropeway.stages.prepare.stage import check_readback
-from ropeway.stages.tokenize.encode import Encoder, document_kinds, text_key
+from ropeway.stages.tokenize.encode import Encoder, document_kinds
 from tests.support.prepared_run import encode_each
 from tests.support.raw_records import TALKS, TEXTS, TOKENIZER, profile, write_raw
 from tests.support.tokenizing import tokenize_and_prepare
@@ -311,7 +312,7 @@ def test_a_split_by_hash_depends_on_the_splits_seed_and_not_on_the_runs(monkeypa
     texts = [f"record {n}" for n in range(500)]
     before = split_of(texts).validation.tolist()
     assert split_of(texts, rng_seed=12).validation.tolist() == before
-    monkeypatch.setattr("ropeway.stages.tokenize.encode.SPLIT_SEED", 667)
+    monkeypatch.setattr("ropeway.data.tokenized.SPLIT_SEED", 667)
     assert split_of(texts).validation.tolist() != before
 
 
