@@ -6,7 +6,7 @@ test texts. `PreTrainedTokenizerFast` gives the same ids as here. Loading takes 
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -170,6 +170,18 @@ def prepare_tokenizer(tokenizer: Tokenizer, names: dict[str, str], template: "Ch
     tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in template.added_tokens])
     if tokenizer.encode("a").ids[:1] != [bos]:
         tokenizer.post_processor = _prepend_bos(names["bos"], bos)
+
+
+def read_response_template(folder: Path) -> dict[str, Any] | None:
+    """Return how the folder's tokenizer_config.json says that answers are parsed; None if it does not."""
+    found = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("response_template")
+    return found if isinstance(found, dict) else None
+
+
+def state_response_template(folder: Path, stated: Mapping[str, Any]) -> None:
+    """Say in the folder's tokenizer_config.json how answers are parsed."""
+    path = folder / "tokenizer_config.json"
+    write_json(path, {**json.loads(path.read_bytes()), "response_template": stated})
 
 
 def write_tokenizer(

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 from typing_extensions import TypedDict
@@ -28,6 +29,7 @@ class BaseTokenizer:
         additional: Its further special tokens.
         templates: Its own chat templates by name.
         other_names: Names of tokens that its files define besides these, e.g. `sep_token`.
+        response_template: How transformers parses its answers, if it states that.
     """
 
     tokenizer: Tokenizer
@@ -35,6 +37,7 @@ class BaseTokenizer:
     additional: tuple[str, ...] = field(default=())
     templates: Mapping[str, str] = field(default_factory=dict)
     other_names: frozenset[str] = frozenset()
+    response_template: Mapping[str, Any] | None = None
 
     @property
     def template(self) -> str | None:

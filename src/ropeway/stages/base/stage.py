@@ -51,8 +51,10 @@ from ropeway.models.tokenizer import (
     prepare_tokenizer,
     read_additional,
     read_other_names,
+    read_response_template,
     read_special,
     read_special_names,
+    state_response_template,
     train_tokenizer,
     write_tokenizer,
 )
@@ -374,7 +376,8 @@ def open_base_tokenizer(origin: Path, options: Mapping[str, str]) -> BaseTokeniz
     if "gguf_file" not in options:
         names, additional = read_special_names(origin), read_additional(origin)
         other = read_other_names(origin)
-        return BaseTokenizer(open_tokenizer(origin), names, additional, find_own_templates(origin), other)
+        stated = read_response_template(origin)
+        return BaseTokenizer(open_tokenizer(origin), names, additional, find_own_templates(origin), other, stated)
     opened = AutoTokenizer.from_pretrained(origin, **options)
     named = {"unk": opened.unk_token, "bos": opened.bos_token, "eos": opened.eos_token, "pad": opened.pad_token}
     found = {short: text for short, text in named.items() if text}
@@ -391,6 +394,8 @@ def write_base_tokenizer(folder: Path, opened: BaseTokenizer, template: ChatTemp
         additional = ()
     prepare_tokenizer(opened.tokenizer, names, template)
     write_tokenizer(folder, opened.tokenizer, names, template, max_length=max_length, additional=additional)
+    if opened.response_template and template.jinja == opened.template:
+        state_response_template(folder, opened.response_template)
 
 
 def _stop_ids(model: PreTrainedModel, special: Mapping[str, int], end: int | None) -> dict[str, int | list[int]]:

@@ -67,6 +67,7 @@ def plan_tokenizer_config(
         "model_max_length": max_length,
         "model_input_names": ["input_ids", "attention_mask"],
         "chat_template": template.plain_jinja,
+        **({"response_template": trained["response_template"]} if trained.get("response_template") else {}),
     }
 
 

@@ -5,10 +5,11 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from transformers import AutoTokenizer
 
 from ropeway.models.chat_template import OPEN_ASSISTANT
 from ropeway.models.jinja_template import JinjaTemplate, find_own_templates
-from ropeway.models.tokenizer import open_tokenizer, read_special_names
+from ropeway.models.tokenizer import open_tokenizer, read_response_template, read_special_names
 from ropeway.runtime.errors import ConfigError
 from ropeway.stages.base.base_template import (
     BaseTokenizer,
@@ -17,6 +18,8 @@ from ropeway.stages.base.base_template import (
     find_replaced_template,
     prove_template,
 )
+from ropeway.stages.base.stage import _write_tokenizer
+from ropeway.stages.package.model_config import plan_tokenizer_config
 from tests.support.chat_templates import STYLES, write_tokenizer
 
 
@@ -39,6 +42,34 @@ def test_a_bases_own_template_is_kept_and_its_end_token_found(tmp_path, name):
     assert facts["rewrites_history"] == (name == "thinking")
     assert (facts["date"] is not None) == (name == "llama3_dated")
     assert facts["replaces_own"] is False
+
+
+RESPONSE = {
+    "start_anchor": "<|im_start|>assistant\n",
+    "fields": {"content": {"close": "<|im_end|>", "content": "text"}},
+}
+
+
+def test_how_a_base_says_its_answers_are_parsed_goes_to_the_package_with_its_own_template_only(tmp_path):
+    folder = tmp_path / "origin"
+    folder.mkdir()
+    opened = opened_from(folder, STYLES["chatml"])
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_bytes()), "response_template": RESPONSE}))
+    opened = replace(opened, response_template=read_response_template(folder))
+    own = choose_template(wanted("base"), tmp_path, opened)
+    for name, template, stays in (
+        ("own", own, True),
+        ("other", opened.in_jinja(STYLES["smol"].jinja, name="f"), False),
+    ):
+        (tmp_path / name).mkdir()
+        _write_tokenizer(tmp_path / name, opened, template, max_length=99)
+        written = json.loads((tmp_path / name / "tokenizer_config.json").read_bytes())
+        packaged = plan_tokenizer_config(written, template, max_length=99)
+        assert (written.get("response_template"), packaged.get("response_template")) == (
+            RESPONSE if stays else None,
+        ) * 2
+    assert AutoTokenizer.from_pretrained(tmp_path / "own").response_template == RESPONSE
 
 
 def test_the_published_template_replaces_the_bases_own_and_says_so(tmp_path):
