@@ -320,8 +320,9 @@ def test_a_prompt_that_the_template_cannot_write_is_refused_by_its_part(opened, 
     text = found["thinking"][0].decode(ids)
     assert text.startswith("<|im_start|>system\n# Tools")
     assert text.endswith("A line.\n</tool_response><|im_end|>\n<|im_start|>assistant\n")
-    with pytest.raises(ConfigError, match=r"place for tools|refuses it"):
-        encode_prompt(*found["chatml"], asked)
+    (offered,) = parse_prompts(json.dumps({**QUESTION, "messages": QUESTION["messages"][:1]}), "p.jsonl")
+    with pytest.raises(ConfigError, match="no place for tools"):
+        encode_prompt(*found["chatml"], offered)
 
 
 def test_an_answer_with_parts_has_them_beside_its_whole_text():
