@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from ropeway.config.sections import PUBLISHED_TEMPLATE
 from ropeway.onboarding.examine_base import BaseFindings
 from ropeway.onboarding.examine_data import DataFindings
+from ropeway.runtime.errors import ConfigError
 
 _ROUNDED = 64  # tokens; lengths are multiples of it
 _SHORTEST = 128
@@ -90,9 +91,18 @@ def derive_length(
 
 
 def derive_rope(length: int, base: BaseFindings) -> list[Entry]:
-    """Return the RoPE keys: none if the base reaches `max_length`, else position interpolation."""
+    """Return the RoPE keys: none if the base reaches `max_length`, else position interpolation.
+
+    Raises:
+        ConfigError: The base has a scaling, which has to be extended by its own kind.
+    """
     if base.context is None or length <= base.context:
         return []
+    if base.is_scaled:
+        raise ConfigError(
+            f"--context {length}: the base reaches {base.context:,} tokens with {base.rope}; leave --context out, and "
+            "extend it in the profile: docs/tasks/long-sequences.md"
+        )
     scale = math.ceil(length / base.context)
     return [
         Entry("superhot", True, f"the base reaches {base.context:,} tokens"),  # noqa: FBT003 - a value of params.yaml

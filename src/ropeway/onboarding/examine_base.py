@@ -12,7 +12,7 @@ from ropeway.config.params import Profile
 from ropeway.config.sections import HubBase, ScratchBase
 from ropeway.models.chat_template import OPEN_ASSISTANT, open_template
 from ropeway.models.open_model import measure_frequencies, model_class, read_config
-from ropeway.models.rope import keep_scaling
+from ropeway.models.rope_plan import keep_scaling
 from ropeway.models.tokenizer import LLAMA_SPECIAL, open_tokenizer, read_special, train_tokenizer
 from ropeway.runtime.errors import ConfigError
 from ropeway.stages.base.base_template import BaseTokenizer, choose_template
@@ -31,6 +31,7 @@ class BaseFindings:
         family: Its `model_type`.
         context: Tokens that it reaches with its own RoPE; None: a model that is made.
         rope: Its own RoPE in words.
+        is_scaled: Whether it has a RoPE scaling.
         parameters: Number of weights; None: not known.
         has_template: Whether it has a chat template of its own.
         vocabulary: Tokens of the tokenizer.
@@ -46,6 +47,7 @@ class BaseFindings:
     vocabulary: int
     license: str | None
     tokenizer: BaseTokenizer
+    is_scaled: bool = False
 
 
 def examine_base(root: Path, profile: Profile, texts: Iterable[str]) -> BaseFindings:
@@ -75,6 +77,7 @@ def examine_base(root: Path, profile: Profile, texts: Iterable[str]) -> BaseFind
         vocabulary=opened.tokenizer.get_vocab_size(),
         license=_read_license(origin),
         tokenizer=opened,
+        is_scaled=own.is_scaled,
     )
 
 

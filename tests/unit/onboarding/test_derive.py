@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -13,6 +15,7 @@ from ropeway.onboarding.derive import (
     derive_template,
 )
 from ropeway.onboarding.examine_base import BaseFindings
+from ropeway.runtime.errors import ConfigError
 
 CPU, GPUS = Machine(0, 2, None), Machine(8, 8, 80.0)
 
@@ -48,6 +51,13 @@ def test_rope_is_scaled_only_where_the_base_does_not_reach():
     assert derive_rope(4096, base()) == []
     scaled = {one.key: one.value for one in derive_rope(10_000, base())}
     assert scaled == {"superhot": True, "superhot_config": {"type": "linear", "scale": 3}}
+
+
+def test_a_scaled_base_is_not_scaled_by_another_kind():
+    scaled = replace(base(), is_scaled=True)
+    assert derive_rope(4096, scaled) == []
+    with pytest.raises(ConfigError, match="--context 5000"):
+        derive_rope(5000, scaled)
 
 
 def test_a_base_without_a_template_gets_the_published_one():
