@@ -23,7 +23,8 @@ def chats(style):
             called = {"role": "assistant", "content": None, "tool_calls": [call], "reasoning_content": say(number, 3)}
             yield {"messages": [ask, called, {"role": "tool", "content": say(number, 2)}, answer], "tools": [TOOL]}
         else:
-            yield {"messages": [ask, {**answer, "weight": 0}, ask, answer] if style == "thinking" else [ask, answer]}
+            first = {**answer, "weight": 0} if number % 4 else answer  # two trained answers are two sequences
+            yield {"messages": [ask, first, ask, answer] if style == "thinking" else [ask, answer]}
 
 
 def save_base(folder, style):
@@ -68,6 +69,9 @@ def test_a_bases_template_tokens_and_settings_go_through_to_the_package(tmp_path
         answers = ids[kinds == Kind.ANSWER]
         assert answers[-1] == end
         assert ids[0] != ids[1]
+    (account,) = json.loads(workspace.ledger.read_bytes())["sources"]
+    assert account["records"].get("further_answers", 0) == (10 if style == "thinking" else 0)
+    assert ("up to answer 2" in workspace.report.read_text()) == (style == "thinking")
     package = workspace.package
     assert (package / "chat_template.jinja").read_text() == STYLES[style].jinja
     loaded = AutoTokenizer.from_pretrained(package)
