@@ -110,7 +110,10 @@ def test_an_edit_of_a_template_reruns_the_report_stages_alone(source, name_chang
     ("path", "reading"),
     [
         ("data/packing.py", {"prepare", "train", "evaluate", "report_data", "report_eval", "report_package"}),
-        ("data/raw_records.py", {"fetch", "base", "tokenize", "prepare", "package"}),
+        (
+            "data/raw_records.py",  # pages show records turn by turn
+            {"fetch", "base", "tokenize", "prepare", "package", "report_data", "report_eval", "report_package"},
+        ),
         ("data/words.py", {"tokenize", "prepare"}),
         ("models/lora.py", {"train"}),
         ("models/rope.py", {"base", "train", "evaluate", "package"}),
