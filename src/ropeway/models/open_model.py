@@ -234,7 +234,7 @@ def measure_frequencies(config: PreTrainedConfig) -> OwnFrequencies:
 def reads_flat_scaling(config: PreTrainedConfig) -> bool:
     """Return whether a family applies a `rope_scaling` without layer types to its layers with full attention.
 
-    Gemma 3 does, whose config.json for transformers 4 states it so; other families lose the layer types.
+    Gemma 3 and OLMo 3 do, whose config.json for transformers 4 states it so; other families lose the layer types.
     """
     if not has_layer_types(config.rope_parameters):
         return False

@@ -12,6 +12,7 @@ from ropeway.config.sections import (
     FolderBase,
     GgufBase,
     Llama3Scaling,
+    LongropeScaling,
     ModelShape,
     ScratchBase,
     ThetaScaling,
@@ -276,6 +277,46 @@ def test_a_larger_theta_is_trained_and_exported(tmp_path, capsys):
         base.run(workspace, of_folder("model-x", superhot_config=lower, max_length=256))
 
 
+def longrope(*, scale=2.0, long_factor=(1.0, 1.5, 2.0, 4.0)):
+    return LongropeScaling(
+        type="longrope", scale=scale, long_factor=long_factor and [*long_factor], attention_factor=None
+    )
+
+
+def test_longrope_is_recorded_with_what_it_replaces_and_is_no_scaling_twice(tmp_path):
+    stated = {"rope_type": "longrope", "rope_theta": 10000.0, **OWN["longrope"]}  # 16 tokens, extended to 64
+    original(tmp_path / "model-x", rope_parameters=stated)
+    first, second = Workspace(tmp_path, "run"), Workspace(tmp_path / "next", "run")
+    longer = {"superhot_config": longrope(scale=16.0, long_factor=None), "max_length": 256}
+    base.run(first, of_folder("model-x", **longer))
+    rope = load_manifest(first.base, remedy="")["rope"]
+    assert json.loads(rope["replaced"]) == stated
+    assert (rope["original"], rope["factors"]) == (16, stated["long_factor"])
+    base.run(second, of_folder(str(first.base), **longer).model_copy(update={"expected_model": None}))
+    configs = [json.loads((workspace.base / "config.json").read_bytes()) for workspace in (first, second)]
+    assert configs[0]["rope_parameters"] == configs[1]["rope_parameters"]
+    assert [config["max_position_embeddings"] for config in configs] == [256, 256]
+
+
+def test_every_fault_of_a_scaling_is_named_at_once(tmp_path):
+    config = AutoConfig.from_pretrained(original(tmp_path / "model-x"))
+    params = of_folder("model-x", superhot_config=longrope(long_factor=[2.0]), max_length=256)
+    with pytest.raises(
+        ConfigError, match=r"(?s)max_length is 256 tokens.*allows only 128.*expected 4 numbers.*found 1"
+    ):
+        base.plan_rope(config, params)
+
+
+def test_a_model_from_scratch_needs_its_own_factors(tmp_path):
+    workspace = lay(tmp_path)
+    base.run(workspace, profile(superhot_config=longrope()))
+    config = json.loads((workspace.base / "config.json").read_bytes())
+    assert config["rope_parameters"]["short_factor"] == [1.0, 1.5, 2.0, 4.0]
+    assert config["max_position_embeddings"] == 128
+    with pytest.raises(ConfigError, match=r"long_factor is null, .* state 4 numbers"):
+        base.run(lay(tmp_path / "b"), profile(superhot_config=longrope(long_factor=None)))
+
+
 def test_how_far_a_kept_scaling_reaches_is_the_base_s_to_say(tmp_path):
     original(tmp_path / "model-x", rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0})
     base.run(Workspace(tmp_path, "run"), of_folder("model-x", superhot=False, max_length=256))
@@ -315,7 +356,7 @@ def adapter(folder):
 
 def pickled(folder):
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").write_bytes(b"no weights")
 
 
 def reconfigured(**changes):
@@ -367,7 +408,7 @@ def two_sets(folder):
 
 def a_tensor_twice(folder):
     held = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").write_bytes(b"no weights")
     one, two = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
     first, *_, last = sorted(held)
     save_file(held, folder / one)
