@@ -18,7 +18,7 @@ from ropeway.stages.base.base_template import (
     find_replaced_template,
     prove_template,
 )
-from ropeway.stages.base.stage import _write_tokenizer
+from ropeway.stages.base.stage import write_base_tokenizer
 from ropeway.stages.package.model_config import plan_tokenizer_config
 from tests.support.chat_templates import STYLES, write_tokenizer
 
@@ -63,7 +63,7 @@ def test_how_a_base_says_its_answers_are_parsed_goes_to_the_package_with_its_own
         ("other", opened.in_jinja(STYLES["smol"].jinja, name="f"), False),
     ):
         (tmp_path / name).mkdir()
-        _write_tokenizer(tmp_path / name, opened, template, max_length=99)
+        write_base_tokenizer(tmp_path / name, opened, template, max_length=99)
         written = json.loads((tmp_path / name / "tokenizer_config.json").read_bytes())
         packaged = plan_tokenizer_config(written, template, max_length=99)
         assert (written.get("response_template"), packaged.get("response_template")) == (
