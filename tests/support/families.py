@@ -92,6 +92,20 @@ FAMILIES = {
     "ernie4_5": Family("ernie4_5", "interleaved RoPE", more={"head_dim": 8}),
     "exaone4": Family("exaone4", "RoPE in layers with windows only", more=WINDOW),
     "gpt_neox": Family("gpt_neox", "no key-value heads in its config, parallel blocks", lacks=("num_key_value_heads",)),
+    "seed_oss": Family("seed_oss", "dropout in its config, off in training", more={"head_dim": 8}),
+    "granitemoehybrid": Family(
+        "granitemoehybrid",
+        "Granite 4, dense: attention layers, experts configured to 0",
+        more={
+            "layer_types": ["attention"] * 4,
+            "num_local_experts": 0,
+            "num_experts_per_tok": 0,
+            "mamba_n_heads": 4,
+            "mamba_d_head": 16,
+            "shared_intermediate_size": 64,
+            "position_embedding_type": "rope",
+        },
+    ),
     "stablelm": Family("stablelm", "no boundaries of sequences in its attention", layout="padded"),
 }
 FAST = ("gemma2",)

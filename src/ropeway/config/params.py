@@ -173,7 +173,8 @@ class WeightParams(EpochParams):
     per_device_train_batch_size: Positive
     """Rows per rank and micro-batch."""
     residual_dropout: Annotated[float, Field(ge=0, le=0)]
-    """Published key; only 0 is supported."""
+    """Published key; only 0 is supported. Dropout that a base's config states is off in training, which stage base
+    prints, and stays in config.json."""
     resume_from: Annotated[str, Field(pattern=f"^{RUN}$")] | None
     """Checkpoint of another run to continue from: FINGERPRINT or FINGERPRINT@STEP in .checkpoints. null: train
     from the base."""

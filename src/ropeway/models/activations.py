@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_iter
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ropeway.models.architectures import LayerBytes
-from ropeway.models.open_model import backbone
+from ropeway.models.open_model import backbone, decoder_layers
 from ropeway.models.proofs import shorten
 
 POSITIONS = 1009
@@ -35,7 +35,7 @@ def count_activations(model: PreTrainedModel) -> dict[str, dict[str, int]]:
     AttentionInterface.register(_COUNTED, _fused_attention)
     try:
         return {str(width): asdict(_count_layers(model.config, dtype)) for width, dtype in _DTYPES.items()}
-    except (RuntimeError, TypeError, ValueError, KeyError, NotImplementedError) as error:
+    except Exception as error:  # noqa: BLE001 - a family's own code may raise anything, and the plan does without
         reason = str(error).strip().partition("\n")[0]
         print(f"activations of a layer cannot be counted ({reason}); `ropeway plan` counts those of a Llama")
         return {}
@@ -46,7 +46,7 @@ def _count_layers(config: PreTrainedConfig, dtype: torch.dtype) -> LayerBytes:
         model = AutoModelForCausalLM.from_config(shorten(config), attn_implementation=_COUNTED, dtype=dtype).train()
         for weight in model.parameters():
             weight.register_post_accumulate_grad_hook(_drop_gradient)
-        layers = next(part for part in backbone(model).children() if isinstance(part, nn.ModuleList))
+        layers = decoder_layers(model)
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         hooks = [
             layer.register_forward_pre_hook(lambda _, given, named: calls.append((given, named)), with_kwargs=True)

@@ -52,7 +52,7 @@ def check_heads(query: int, key_value: int, ranks: int) -> None:
         )
 
 
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _OTHER_INPUTS = ("vision_config", "audio_config", "speech_config", "image_token_id", "audio_token_id")
 
 
@@ -68,10 +68,12 @@ def check_architecture(config: Mapping[str, object], *, where: str) -> None:
         raise ConfigError(f"{where}: expected a model_type, found {kind!r}; it is not a config.json of transformers")
     if config.get("is_encoder_decoder"):
         raise ConfigError(f"{where}: {kind} is an encoder-decoder; choose a dense decoder-only language model")
-    if experts := [name for name in _EXPERTS if isinstance(count := config.get(name), int) and count > 1]:
-        raise ConfigError(
-            f"{where}: {kind} is a mixture of experts ({experts[0]}: {config[experts[0]]}); choose a dense decoder"
-        )
+    parts = [config, *(part for part in config.values() if isinstance(part, Mapping))]
+    counts = {name: part[name] for part in parts for name in _EXPERTS if name in part}
+    experts = {name: count for name, count in counts.items() if isinstance(count, int) and count > 1}
+    if experts and config.get("is_moe") is not False:  # some families state a number that a dense model does not use
+        name, count = next(iter(experts.items()))
+        raise ConfigError(f"{where}: {kind} is a mixture of experts ({name}: {count}); choose a dense decoder")
     if inputs := [name for name in _OTHER_INPUTS if config.get(name) is not None]:
         raise ConfigError(
             f"{where}: {kind} is multimodal ({inputs[0]}); choose a language model of text, such as its text model "

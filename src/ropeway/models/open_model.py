@@ -4,6 +4,7 @@ Stages get the backbone, the logits and the RoPE frequencies of a model from her
 whether a model can be trained.
 """
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
@@ -19,8 +20,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ropeway.models.architectures import DEFAULT, check_architecture
 from ropeway.models.rope import FULL, OwnFrequencies, RopeScaling, frequency_faults, has_layer_types, main_parameters
-from ropeway.runtime.errors import ConfigError
+from ropeway.runtime.errors import ConfigError, RopewayError
 
+_DROPOUT = re.compile(r"dropout|pdrop|drop_prob")  # names of probabilities
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -146,7 +148,7 @@ def compute_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """
     prefix = model.base_model_prefix
     decoder = model._modules[prefix]  # noqa: SLF001 - `setattr` would do the same and more slowly
-    model._modules[prefix] = _GivenStates(hidden[None])  # noqa: SLF001
+    model._modules[prefix] = _GivenStates(hidden[None], decoder)  # noqa: SLF001
     try:
         logits: Tensor = model.forward(inputs_embeds=hidden[None], use_cache=False).logits
     finally:
@@ -154,15 +156,45 @@ def compute_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     return logits[0]
 
 
-class _GivenStates(nn.Module):
-    """Stands for the decoder of a model and returns these last states."""
+class _Output(BaseModelOutputWithPast):
+    """A decoder's output; what a family adds to it, e.g. the scores of a router, is None."""
 
-    def __init__(self, hidden: Tensor) -> None:
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+class _GivenStates(nn.Module):
+    """Stands for the decoder of a model and returns these last states; settings are those of the decoder."""
+
+    def __init__(self, hidden: Tensor, decoder: nn.Module | None) -> None:
         super().__init__()
-        self.output = BaseModelOutputWithPast(last_hidden_state=hidden)
+        self.output = _Output(last_hidden_state=hidden)
+        self._settings = vars(decoder) if decoder is not None else {}
 
     def forward(self, *_: object, **__: object) -> BaseModelOutputWithPast:
         return self.output
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever a family's decoder has
+        settings = self.__dict__.get("_settings", {})
+        return settings[name] if name in settings else super().__getattr__(name)
+
+
+def disable_dropout(model: nn.Module) -> dict[str, float]:
+    """Turn off the dropout that a base's config states; return what was turned off: name -> probability.
+
+    `residual_dropout: 0.0` of params.yaml is for all of it: a resumed run draws nothing, and packed rows are exact. The
+    config is not changed, so that the export states what the base does.
+    """
+    found: dict[str, float] = {}
+    for module in model.modules():
+        if isinstance(module, nn.Dropout) and module.p:
+            found["dropout"], module.p = float(module.p), 0.0
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and value and _DROPOUT.search(name):
+                found[name] = value
+                setattr(module, name, 0.0)
+    return dict(sorted(found.items()))
 
 
 def rotary(model: PreTrainedModel) -> Any:  # noqa: ANN401 - each family has a class of its own
@@ -170,8 +202,8 @@ def rotary(model: PreTrainedModel) -> Any:  # noqa: ANN401 - each family has a c
     module = getattr(backbone(model), "rotary_emb", None)
     if module is None:
         raise ConfigError(
-            f"model_type {model.config.model_type}: the decoder has no rotary embedding (RoPE); models with learned or "
-            "no positions cannot be trained with this project"
+            f"model_type {model.config.model_type}: the decoder has no module `rotary_emb` that all layers share, on "
+            "which RoPE could be checked. Models with RoPE elsewhere, or with other or no positions, cannot be trained"
         )
     return module
 
@@ -214,8 +246,39 @@ def read_shape(config: PreTrainedConfig) -> dict[str, object]:
 
 def layer_weights(model: PreTrainedModel) -> list[list[int]]:
     """Return the elements of each weight of each layer, in the model's order."""
-    layers = next(part for part in backbone(model).children() if isinstance(part, nn.ModuleList))
-    return [[weight.numel() for weight in layer.parameters()] for layer in layers]
+    return [[weight.numel() for weight in layer.parameters()] for layer in decoder_layers(model)]
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """Return the layers of the decoder; raise ConfigError if it has no list of layers."""
+    layers = next((part for part in backbone(model).children() if isinstance(part, nn.ModuleList)), None)
+    if layers is None:
+        raise ConfigError(f"model_type {model.config.model_type}: the decoder has no list of layers")
+    return layers
+
+
+def check_dense(model: PreTrainedModel) -> None:
+    """Raise ConfigError if a live model routes tokens to experts, whatever its config says."""
+    routers = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in ("experts", "router")]
+    if routers:
+        raise ConfigError(
+            f"model_type {model.config.model_type} is a mixture of experts ({routers[0]}); choose a dense decoder"
+        )
+
+
+@contextmanager
+def refused_by_name(what: str) -> Iterator[None]:
+    """Context manager: an error of a family's own code, or of a proof that does not fit, refuses the model by name."""
+    try:
+        yield
+    except (RopewayError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0][:200]
+        raise ConfigError(
+            f"{what}: it cannot be proved that this project computes what the model's own code does: "
+            f"{type(error).__name__}: {reason}. Choose another base, or report this family"
+        ) from error
 
 
 def rotary_dim(config: PreTrainedConfig) -> int:

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ropeway.models.architectures import PACKED, SDPA, VARIABLE_LENGTH, Proofs
 from ropeway.models.attention import VARLEN, attend_each, register_attention
+from ropeway.models.open_model import disable_dropout
 from ropeway.models.supervised_loss import SupervisedLoss
 from ropeway.runtime.errors import ConfigError
 
@@ -24,6 +25,7 @@ _ROWS, _TOKENS = 2, 48
 _WINDOW = 12  # sliding windows become as short, so that the rows are longer
 _SOFTCAP = 0.5  # soft caps become as low, so that they matter
 _VOCABULARY = 512
+_OWN = "eager"  # attention of the authority, which is in evaluation mode; the others are as in training
 _TOLERANCE = 1e-3  # of losses and of gradients, relative
 _ROUNDING = 1e-5  # of losses in fp32, relative
 
@@ -35,7 +37,7 @@ def prove_model(model: PreTrainedModel) -> Proofs:
     sequences. `packed`: the same with several sequences in a row, compared with each of them alone.
     """
     generator = torch.Generator().manual_seed(0)
-    own = first_layers(model, "eager")
+    own = first_layers(model, _OWN)
     rows = own.get_input_embeddings().weight.shape[0]
     ids = torch.randint(0, rows, (_ROWS, _TOKENS), generator=generator)
     expected = _own_loss(own, ids)
@@ -54,7 +56,7 @@ def _tried(prove: Callable[[], str]) -> str:
         return prove()
     except KeyError as error:
         return f"the model's code has a list of its own of attention kernels, without {error}"
-    except (ConfigError, NotImplementedError, ValueError, TypeError, RuntimeError) as error:
+    except (ConfigError, NotImplementedError, ValueError, TypeError, RuntimeError, AttributeError) as error:
         return re.split(r"[.\n] ?", str(error).strip())[0] or type(error).__name__
 
 
@@ -91,9 +93,15 @@ def first_layers(model: PreTrainedModel, implementation: str) -> PreTrainedModel
     for name, part in small.state_dict().items():
         stored = given.get(name)
         if stored is None or stored.dim() != part.dim():
-            raise ConfigError(f"model_type {config.model_type}: {name} of a shorter model is not a weight of the model")
+            raise ConfigError(
+                f"model_type {config.model_type}: its layers differ in their weights ({name}), so that what the first "
+                "ones compute says nothing about the others; choose another base"
+            )
         own[name] = stored[tuple(slice(size) for size in part.shape)].float()
     small.load_state_dict(own)
+    if implementation != _OWN:
+        disable_dropout(small)  # as training does
+        small.train()
     return small
 
 
@@ -115,8 +123,11 @@ def shorten(config: PreTrainedConfig) -> PreTrainedConfig:
         if getattr(short, name, None):
             setattr(short, name, min(getattr(short, name), _SOFTCAP))
     short.vocab_size = min(config.vocab_size, _VOCABULARY)
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        setattr(short, name, None)
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):  # they may exceed the short vocabulary
+        try:
+            setattr(short, name, None)
+        except Exception:  # noqa: BLE001 - some families require a number, each with an error of its own
+            setattr(short, name, 0)
     short.use_cache = False
     return short
 

@@ -5,8 +5,16 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ropeway.models import attention, proofs, supervised_loss
-from ropeway.models.architectures import PACKED, SDPA, VARIABLE_LENGTH, check_proof
-from ropeway.models.open_model import compute_logits, measure_frequencies, model_class, output_head
+from ropeway.models.architectures import PACKED, SDPA, VARIABLE_LENGTH, check_architecture, check_proof
+from ropeway.models.open_model import (
+    check_dense,
+    compute_logits,
+    disable_dropout,
+    measure_frequencies,
+    model_class,
+    output_head,
+    refused_by_name,
+)
 from ropeway.models.proofs import prove_model, shorten
 from ropeway.runtime.errors import ConfigError
 from tests.support.families import FAMILIES, SIZES
@@ -32,6 +40,53 @@ def test_a_family_has_the_loss_and_gradients_of_its_own_code(name):
         assert all("does not pass the boundaries" in fault for fault in found.values())
     else:
         assert found == EQUAL
+
+
+def test_dropout_of_a_base_is_off_in_training_and_stays_in_its_config():
+    model = make("seed_oss").train()
+    ids = torch.arange(40)[None]
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+    assert disable_dropout(model) == {"attention_dropout": 0.1, "residual_dropout": 0.1}
+    trained = model(ids).logits
+    assert torch.equal(trained, model.eval()(ids).logits)
+    assert (model.config.attention_dropout, model.config.residual_dropout) == (0.1, 0.1)
+    assert disable_dropout(model) == {}
+
+
+def test_dropout_that_stays_on_is_found(monkeypatch):
+    monkeypatch.setattr(proofs, "disable_dropout", lambda _: {})
+    found = prove_model(make("seed_oss"))
+    assert all(found.values())
+
+
+def test_experts_are_found_in_the_live_model_and_in_parts_of_a_config():
+    mixtral = AutoConfig.for_model("mixtral", **SIZES, num_local_experts=2)
+    with torch.device("meta"), pytest.raises(ConfigError, match=r"mixture of experts .*experts"):
+        check_dense(AutoModelForCausalLM.from_config(mixtral))
+    check_dense(make("granitemoehybrid"))
+    stated = {"model_type": "dbrx", "ffn_config": {"moe_num_experts": 4}}
+    with pytest.raises(ConfigError, match="moe_num_experts: 4"):
+        check_architecture(stated, where="x")
+    check_architecture({"model_type": "doge", "is_moe": False, "num_experts": 9}, where="x")
+    check_architecture({"model_type": "granitemoehybrid", "num_local_experts": 0, "num_experts_per_tok": 2}, where="x")
+
+
+def test_an_error_of_a_family_s_own_code_refuses_it_by_name():
+    with (
+        pytest.raises(ConfigError, match=r"my-model \(odd\): it cannot be proved .* StopIteration"),
+        refused_by_name("my-model (odd)"),
+    ):
+        next(iter(()))
+    with pytest.raises(ConfigError, match="own words"), refused_by_name("my-model"):
+        raise ConfigError("own words")
+    with pytest.raises(OSError, match="disk"), refused_by_name("my-model"):
+        raise OSError("disk")
+
+
+@pytest.mark.parametrize("name", ["cwm", "modernbert-decoder"])
+def test_a_config_that_requires_token_ids_can_be_shortened(name):
+    config = AutoConfig.for_model(name, vocab_size=2000, num_hidden_layers=4)
+    assert shorten(config).vocab_size == 512
 
 
 def test_a_family_that_does_not_call_the_kernels_is_found():
@@ -114,7 +169,7 @@ def test_frequencies_of_every_buffer_are_measured_with_the_familys_own_class():
 
 @pytest.mark.parametrize(
     ("model_type", "more", "words"),
-    [("gpt2", {}, "no rotary embedding"), ("mixtral", {}, "mixture of experts"), ("t5", {}, "encoder-decoder")],
+    [("gpt2", {}, "no module `rotary_emb`"), ("mixtral", {}, "mixture of experts"), ("t5", {}, "encoder-decoder")],
 )
 def test_what_cannot_be_trained_is_refused_by_name(model_type, more, words):
     with pytest.raises(ConfigError, match=words):

@@ -27,7 +27,9 @@ from ropeway.models.activations import count_activations
 from ropeway.models.chat_template import OPEN_ASSISTANT, ChatTemplate
 from ropeway.models.jinja_template import OWN_FILE, find_own_templates
 from ropeway.models.open_model import (
+    check_dense,
     create_model,
+    disable_dropout,
     is_finite,
     layer_weights,
     load_base_model,
@@ -38,6 +40,7 @@ from ropeway.models.open_model import (
     read_config,
     read_shape,
     reads_flat_scaling,
+    refused_by_name,
     rotary_dim,
     set_rope,
 )
@@ -71,6 +74,9 @@ from ropeway.stages.base.base_template import (
 )
 from ropeway.storage import hub
 
+_NO_SETTINGS = (  # of a generation config: nothing that a base states about its answers
+    "transformers_version", "_from_model_config", "output_attentions", "output_hidden_states", "use_cache",
+)  # fmt: skip
 NEW_ROW_STD = 0.02  # Source: Llama's initializer_range, which resizing drew from in transformers 4.31
 SHARD_BYTES = 5_000_000_000
 _TEXTS = (
@@ -111,7 +117,10 @@ def run(workspace: Workspace, profile: BaseParams) -> None:
         if own := find_replaced_template(template, opened):
             (folder / OWN_FILE).write_text(own, encoding="utf-8")
         special = read_special(folder, tokenizer, template)
-        proofs = prove_model(model)
+        with refused_by_name(f"{profile.model_name} ({model.config.model_type})"):
+            check_dense(model)
+            proofs = prove_model(model)
+            layers, dropout = layer_weights(model), disable_dropout(model)
         stops = _stop_ids(model, special, None if template is OPEN_ASSISTANT else tokenizer.token_to_id(chat["end"]))
         _save(model, folder, stops, keep_settings=template is not OPEN_ASSISTANT)
         check_reload(folder, tokenizer, where=profile.model_name)
@@ -134,13 +143,16 @@ def run(workspace: Workspace, profile: BaseParams) -> None:
             "special": special,
             "stops": stops,
             "parameters": parameters,
-            "layer_weights": layer_weights(model),
+            "layer_weights": layers,
             "layer_activations": count_activations(model),
             "proofs": proofs,
         }
         write_manifest(folder, facts)
     print(f"{profile.model_name}: {parameters:,} parameters, {rows:,} rows, special tokens {special}")
     print(describe_template(chat))
+    if dropout:
+        named = ", ".join(f"{name} {value:g}" for name, value in dropout.items())
+        print(f"dropout of the base's config ({named}) is off in training: residual_dropout is 0")
     for name, fault in proofs.items():
         print(f"attention `{name}`: {fault or 'loss and gradients of the first layers equal those of transformers'}")
 
@@ -210,8 +222,9 @@ def open_model(origin: Path, options: Mapping[str, str], profile: BaseParams) ->
     model_class(config)
     if profile.expected_model is not None:
         check_shape(config, profile.expected_model, where=f"model_name {profile.model_name}")
-    rope, shape = plan_rope(config, profile), read_shape(config)
-    config = set_rope(config, rope)
+    with refused_by_name(f"{profile.model_name} ({config.model_type})"):
+        rope, shape = plan_rope(config, profile), read_shape(config)
+        config = set_rope(config, rope)
     if profile.expected_model is not None and "gguf_file" in options:
         config.rms_norm_eps = profile.expected_model.rms_norm_eps  # GGUF stores 1e-5 as 9.999999747378752e-06
     try:
@@ -248,8 +261,9 @@ def plan_rope(config: PreTrainedConfig, profile: BaseParams) -> RopeScaling:
     """
     if not getattr(config, "rope_parameters", None):
         raise ConfigError(
-            f"model_type {config.model_type}: config.json states no rotary embedding (no rope_parameters); bases "
-            "without it cannot be trained. Choose a decoder with RoPE, e.g. a Llama, Mistral, Qwen or Gemma"
+            f"model_type {config.model_type}: transformers has no rope_parameters for it, by which this project plans "
+            "and proves RoPE; bases with learned positions, ALiBi, no attention, or RoPE of their own code cannot be "
+            "trained. Choose a decoder such as a Llama, Mistral, Qwen or Gemma"
         )
     own = keep_scaling(
         config.rope_parameters,
@@ -426,7 +440,7 @@ def _save(model: PreTrainedModel, folder: Path, stops: Mapping[str, int | list[i
     where transformers refuses to save them.
     """
     settings = model.generation_config if keep_settings else GenerationConfig()
-    own = set(model.generation_config.to_diff_dict()) - {*stops, "transformers_version", "_from_model_config"}
+    own = set(model.generation_config.to_diff_dict()) - {*stops, *_NO_SETTINGS}
     if own and not keep_settings:
         print(f"the base's generation settings are not kept with template open_assistant: {', '.join(sorted(own))}")
     for name, number in stops.items():

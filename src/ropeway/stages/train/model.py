@@ -11,7 +11,7 @@ from ropeway.config.params import TrainParams, WeightParams
 from ropeway.data.batches import Row
 from ropeway.models.attention import Attention, register_attention
 from ropeway.models.lora import add_adapters
-from ropeway.models.open_model import DTYPES, live_frequencies, open_folder, rotary, rotary_dim
+from ropeway.models.open_model import DTYPES, disable_dropout, live_frequencies, open_folder, rotary, rotary_dim
 from ropeway.models.rope import LongRope, RopeScaling, frequency_faults, longest_independent, main_parameters
 from ropeway.models.sequence_parallel import SequenceGroup
 from ropeway.runtime.errors import ConfigError
@@ -30,6 +30,7 @@ def open_model(
         register_attention(attention.kernel, sequence)
     model = open_folder(folder, DTYPES[profile.dtype], device=device, attn_implementation=attention.implementation)
     model.config.use_cache = False
+    disable_dropout(model)
     add_adapters(model, profile)
     if profile.gradient_checkpointing:
         enable_checkpointing(model)
