@@ -470,7 +470,7 @@ def test_a_folder_that_is_no_plain_whole_llama_is_refused_in_one_sentence(tmp_pa
 
 
 def test_a_base_without_rope_is_refused_in_one_sentence():
-    with pytest.raises(ConfigError, match="gpt2: transformers has no rope_parameters .* Choose a decoder"):
+    with pytest.raises(ConfigError, match=r"gpt2: transformers has no rope_parameters .* Choose a decoder"):
         base.plan_rope(AutoConfig.for_model("gpt2"), profile())
 
 
