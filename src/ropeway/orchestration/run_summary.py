@@ -9,10 +9,14 @@ from ropeway.orchestration.gate import GateVerdict
 from ropeway.orchestration.publish import Publication
 from ropeway.reporting.ledger_steps import ledger_rows
 from ropeway.reporting.markdown import plain, table
+from ropeway.reporting.shown_parts import greedy_answers
 from ropeway.reporting.verdict import split_verdict
 from ropeway.runtime.manifest import Json, json_mapping
 from ropeway.runtime.terminal import SHORT_DIGITS, AlignedTable, Paragraph, format_count, render, show
 from ropeway.runtime.workspace import Workspace
+
+_SHOWN_PROMPTS = 2
+_SHOWN_CHARACTERS = 150  # of a question or an answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,7 @@ def print_result(result: Result, page: str | None) -> None:
     published = result.publication
     facts = [("steps", _count_steps(result.workspace))]
     facts += [("validation loss" if not number else "", line) for number, line in enumerate(_losses(result.workspace))]
+    facts += _answers(result.workspace)
     facts += [
         ("version", f"{published.version} ({published.digest[:SHORT_DIGITS]}): {published.words}"),
         ("compared", published.comparison),
@@ -137,6 +142,23 @@ def _losses(workspace: Workspace) -> list[str]:
         pairs.append(("mean", mean["base"], mean["tuned"]))
     width = max((len(name) for name, *_ in pairs), default=0)
     return [f"{name:<{width}}  {base:.3f} -> {tuned:.3f} nats/token" for name, base, tuned in pairs]
+
+
+def _answers(workspace: Workspace) -> list[tuple[str, str]]:
+    """Return the first prompts with the greedy answers of base and tuned, cut to a line or two."""
+    samples = _read(workspace.samples)
+    base, tuned = (greedy_answers(samples, model) for model in ("base", "tuned"))
+    found = []
+    for prompt in list(tuned)[:_SHOWN_PROMPTS]:
+        words = [("base ", base.get(prompt, "")), ("tuned", tuned[prompt])]
+        found += [("asked", _in_a_line(prompt))]
+        found += [("", f"  {model}: {_in_a_line(answer) or '(no text)'}") for model, answer in words]
+    return found
+
+
+def _in_a_line(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _SHOWN_CHARACTERS else f"{line[:_SHOWN_CHARACTERS]}…"
 
 
 def _evaluation_rows(workspace: Workspace) -> list[dict[str, str]]:

@@ -12,7 +12,7 @@ from ropeway.reporting.ledger_steps import ledger_rows
 from ropeway.reporting.loss_curves import Curve, loss_curves
 from ropeway.reporting.markdown import code, plain
 from ropeway.reporting.render import collapse, render
-from ropeway.reporting.shown_parts import join_shown, show_answers
+from ropeway.reporting.shown_parts import greedy_answers
 from ropeway.reporting.verdict import split_verdict
 from ropeway.runtime.manifest import Json
 from ropeway.runtime.terminal import format_moment
@@ -210,8 +210,8 @@ def _changes(case: ReviewCase, prefixes: Sequence[str]) -> list[dict[str, str]]:
 
 
 def _samples(case: ReviewCase) -> list[dict[str, str]]:
-    theirs = _answers(case.old, "tuned") if case.old else {}
-    ours, base = _answers(case.new, "tuned"), _answers(case.new, "base")
+    theirs = greedy_answers(case.old.samples, "tuned") if case.old else {}
+    ours, base = greedy_answers(case.new.samples, "tuned"), greedy_answers(case.new.samples, "base")
     rows = []
     for prompt, answer in ours.items():
         row = {"prompt": plain(prompt)}
@@ -219,17 +219,6 @@ def _samples(case: ReviewCase) -> list[dict[str, str]]:
         row |= {"base": plain(base[prompt])} if not case.old and prompt in base else {}
         rows.append({**row, "**this version**": plain(answer)})
     return rows
-
-
-def _answers(version: VersionEvidence, model: str) -> dict[str, str]:
-    """Return prompt -> greedy answer."""
-    found = {}
-    for one in version.samples.get("prompts", ()):
-        results = {result.get("sampling_config"): result for result in one.get("results", ())}
-        greedy = results.get(f"{model}/greedy", {})
-        if greedy.get("outputs"):
-            found[str(one["prompt"])] = join_shown(show_answers(greedy)[0])
-    return found
 
 
 def _files(new: VersionEvidence) -> list[dict[str, str]]:

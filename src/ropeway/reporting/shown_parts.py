@@ -92,3 +92,14 @@ def cut_text(text: str, limit: int) -> tuple[str, int]:
 def shown_calls(calls: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     """Return (function, arguments) of the tool calls of a message."""
     return [(call["function"]["name"], indent_json(call["function"]["arguments"])) for call in calls]
+
+
+def greedy_answers(samples: Mapping[str, Any], model: str) -> dict[str, str]:
+    """Return prompt -> greedy answer of `base` or `tuned`, its parts in order; empty where there are no samples."""
+    found = {}
+    for one in samples.get("prompts", ()):
+        results = {result.get("sampling_config"): result for result in one.get("results", ())}
+        greedy = results.get(f"{model}/greedy", {})
+        if greedy.get("outputs"):
+            found[str(one["prompt"])] = join_shown(show_answers(greedy)[0])
+    return found

@@ -39,6 +39,29 @@ def test_a_run_ends_with_its_version_the_comparison_and_the_next_command(tmp_pat
     assert page in words
 
 
+def test_the_first_questions_are_shown_with_the_answers_of_base_and_tuned(tmp_path, capsys):
+    result = make_result(tmp_path, "Published")
+    prompts = [
+        {
+            "prompt": f"Question {number}?",
+            "results": [
+                {"sampling_config": f"{model}/{config}", "outputs": [f"{model}\n {config} {number} {'long ' * 40}"]}
+                for model in ("base", "tuned")
+                for config in ("greedy", "k50")
+            ],
+        }
+        for number in range(3)
+    ]
+    write_json(result.workspace.samples, {"prompts": prompts})
+    print_result(result, None)
+    words = " ".join(capsys.readouterr().out.split())
+    assert "asked Question 0? base : base greedy 0 long" in words
+    assert "tuned: tuned greedy 1 long" in words
+    assert "…" in words
+    assert "Question 2" not in words
+    assert "k50" not in words
+
+
 def test_a_rejected_run_ends_with_the_comparisons_that_failed(tmp_path, capsys):
     result = make_result(tmp_path, "Rejected")
     checks = tuple(GateCheck(passed=not number, words=f"check {number}: worse") for number in range(3))
