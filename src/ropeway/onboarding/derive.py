@@ -46,7 +46,7 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class Lengths:
+class TokenLengths:
     """Tokens of the sequences of a source.
 
     Attributes:
@@ -68,7 +68,11 @@ def choose_preset(data: Sequence[DataFindings], *, is_scratch: bool, lora: bool)
 
 
 def derive_length(
-    lengths: Mapping[str, Lengths], kinds: Mapping[str, str], base: BaseFindings, machine: Machine, context: int | None
+    lengths: Mapping[str, TokenLengths],
+    kinds: Mapping[str, str],
+    base: BaseFindings,
+    machine: Machine,
+    context: int | None,
 ) -> Entry:
     """Return `max_length`: what nearly all conversations need, within what base and machine allow."""
     if context is not None:
@@ -127,7 +131,7 @@ def derive_rate(base: BaseFindings, *, preset: str) -> list[Entry]:
     return [Entry("learning_rate", 1e-4, "measured with SmolLM2-135M: docs/runs.md; the preset's is for 7 B and more")]
 
 
-def count_rows(lengths: Mapping[str, Lengths], length: int, *, packed: bool, share: float) -> int | None:
+def count_rows(lengths: Mapping[str, TokenLengths], length: int, *, packed: bool, share: float) -> int | None:
     """Return the training rows of an epoch; None if there are more records than were read."""
     if not all(one.is_complete for one in lengths.values()):
         return None
@@ -184,7 +188,7 @@ def derive_evaluation(length: int, base: BaseFindings, machine: Machine) -> Entr
 
 
 def derive_sources(
-    data: Sequence[DataFindings], lengths: Mapping[str, Lengths], length: int, share: float
+    data: Sequence[DataFindings], lengths: Mapping[str, TokenLengths], length: int, share: float
 ) -> list[Entry]:
     """Return the mixture and its sources; `lengths` is empty until they are known."""
     datasets = []

@@ -15,8 +15,8 @@ from ropeway.data.loss_mask import loss_masks
 from ropeway.data.raw_records import iterate_texts
 from ropeway.onboarding.derive import (
     Entry,
-    Lengths,
     Machine,
+    TokenLengths,
     choose_preset,
     count_rows,
     derive_batch,
@@ -77,7 +77,7 @@ class Started:
 
     data: Sequence[DataFindings]
     base: BaseFindings
-    lengths: Mapping[str, Lengths]
+    lengths: Mapping[str, TokenLengths]
     block: str
     encoder: Encoder
     sample: tuple[list[int], list[bool]]
@@ -185,7 +185,7 @@ def _validated(path: Path, name: str, entries: Sequence[Entry]) -> Profile:
 
 def _measure(
     encoder: Encoder, data: Sequence[DataFindings], profile: Profile
-) -> tuple[dict[str, Lengths], tuple[list[int], list[bool]]]:
+) -> tuple[dict[str, TokenLengths], tuple[list[int], list[bool]]]:
     lengths, sample = {}, None
     for one in data:
         tokens: list[int] = []
@@ -196,7 +196,7 @@ def _measure(
                 mask = loss_masks(batch.kinds, batch.lengths, profile)[:count]
                 supervised = [False, *mask[:-1].tolist()]  # of each token, not of the position before it
                 sample = (batch.tokens[:count].tolist(), supervised)
-        lengths[one.name] = Lengths(np.array(tokens, np.int64), one.is_complete)
+        lengths[one.name] = TokenLengths(np.array(tokens, np.int64), one.is_complete)
         if not tokens:
             raise ConfigError(
                 f"--data: no record of {one.name} can be written in the template "

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from ropeway.onboarding.derive import (
-    Lengths,
     Machine,
+    TokenLengths,
     count_rows,
     derive_batch,
     derive_evaluation,
@@ -25,7 +25,7 @@ def base(context=4096, parameters=7e9, *, has_template=True):
 
 
 def lengths(*tokens, complete=True):
-    return {"chats": Lengths(np.array(tokens), complete)}
+    return {"chats": TokenLengths(np.array(tokens), complete)}
 
 
 def length_of(tokens, kind="conversation", machine=GPUS, context=None, reach=4096):
