@@ -17,6 +17,7 @@ from ropeway.stages.train.training_run import Run
 
 _APPLIED = 2
 NOT_APPLIED = 12  # optimizer steps that the warm-up tries, when fp16 overflows
+_MOST_ROWS = 1000  # of which the one with the most tokens after its first sequence is taken
 _MIN_PIECE = 16  # tokens; a shorter prefix says little about rounding
 
 
@@ -27,7 +28,8 @@ class Isolation:
     Attributes:
         packed: Packed against alone: 99th percentile.
         joined: The same row as one sequence against alone, which is what ignored boundaries would give: median.
-        rounding: The first half of each sequence alone against the whole one: 99th percentile.
+        rounding: The first sequence packed against alone, which no border concerns, and the first half of each other
+            sequence against the whole one: 99th percentile.
     """
 
     packed: float
@@ -50,7 +52,8 @@ def check_isolation(run: Run) -> Isolation | None:
     Raises:
         ConfigError: Sequences of a packed row attend to each other.
     """
-    row = next((row for row in run.plan(0).packed or () if len(row) > 1), None)
+    rows = [row for row in (run.plan(0).packed or ())[:_MOST_ROWS] if len(row) > 1]
+    row = max(rows, key=_count_later_tokens, default=None)
     if row is None:
         return None
     run.engine.eval()
@@ -69,16 +72,16 @@ def measure_isolation(run: Run, row: Row) -> Isolation:
     """Return the differences of a packed row of two or more sequences."""
     first, *later = row
     alone = [_next_token_losses(run, (piece,)) for piece in later]
+    together, joined = (_next_token_losses(run, row, joined=joined) for joined in (False, True))
+    skipped, expected = first.end - first.begin - 1, torch.cat(alone)
     long = [(piece, losses) for piece, losses in zip(later, alone, strict=True) if len(losses) >= _MIN_PIECE]
-    rounding = [torch.zeros(1)]
+    rounding = [(together[:skipped] - _next_token_losses(run, (first,))).abs()]
     for piece, losses in long:
         half = _next_token_losses(run, (_first_half(piece),))
         rounding.append((half - losses[: len(half)]).abs())
-    skipped, expected = first.end - first.begin - 1, torch.cat(alone)
-    packed, joined = (_next_token_losses(run, row, joined=joined)[skipped:] for joined in (False, True))
     return Isolation(
-        packed=_quantile((packed - expected).abs(), 0.99),
-        joined=_quantile((joined - expected).abs(), 0.5),
+        packed=_quantile((together[skipped:] - expected).abs(), 0.99),
+        joined=_quantile((joined[skipped:] - expected).abs(), 0.5),
         rounding=_quantile(torch.cat(rounding), 0.99),
     )
 
@@ -97,6 +100,12 @@ def _next_token_losses(run: Run, row: Row, *, joined: bool = False) -> Tensor:
     mine = slice_tokens(whole, run.sequence.index, run.sequence.size) if run.sequence else whole
     losses: Tensor = run.engine.module(**to_tensors(mine, run.device)).float().cpu()
     return run.sequence.join(losses) if run.sequence else losses
+
+
+def _count_later_tokens(row: Row) -> int:
+    """Return the tokens of the sequences after the first that are long enough to say something."""
+    lengths = [piece.end - piece.begin for piece in row[1:]]
+    return sum(length for length in lengths if length >= _MIN_PIECE)
 
 
 def _first_half(piece: Piece) -> Piece:

@@ -14,7 +14,7 @@ from ropeway.models.supervised_loss import SupervisedLoss
 from ropeway.runtime.errors import ConfigError
 from ropeway.stages.train import warm_up
 from ropeway.stages.train.training_run import Run
-from ropeway.stages.train.warm_up import NOT_APPLIED, check_isolation, run_worst_step
+from ropeway.stages.train.warm_up import NOT_APPLIED, check_isolation, measure_isolation, run_worst_step
 from tests.support.tiny_run import PACKED_BLOCK, make_run
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -88,6 +88,18 @@ def test_isolated_rows_pass_in_every_dtype_without_a_constant(packed, dtype):
 def test_sequences_that_attend_to_each_other_are_refused_in_every_dtype(packed, kernel, dtype):
     with pytest.raises(ConfigError, match="attend to each other"):
         check_isolation(open_run(packed, kernel, dtype))
+
+
+def test_rounding_is_measured_where_all_later_sequences_are_short(packed):
+    def rounded(q, k, v, cu, longest, scale):  # kernels round differently for other numbers of tokens
+        return attend_each(q, k, v, cu, longest, scale) * (1 + 0.001 * (len(q) % 7))
+
+    run = open_run(packed, rounded)
+    first, second = next(row for row in run.plan(0).packed if len(row) > 1)[:2]
+    row = (first, replace(second, begin=0, end=8))
+    found = measure_isolation(run, row)
+    assert 0 < found.rounding < found.joined
+    assert found.packed <= found.allowed
 
 
 def test_padded_rows_need_no_isolation(packed):
