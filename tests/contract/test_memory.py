@@ -19,6 +19,7 @@ from ropeway.models import supervised_loss
 from ropeway.models.activations import count_activations
 from ropeway.models.architectures import LayerBytes
 from ropeway.models.attention import VARLEN, attend_each, register_attention
+from ropeway.models.open_model import disable_dropout
 from ropeway.planning.memory import CHUNK_POSITIONS, Load, Sizes, plan_activations, plan_forward
 from ropeway.planning.phases import EXPORT_FILE_BYTES, live_weight_bytes, plan_host, plan_phases
 from ropeway.planning.shape import MeasuredWeights
@@ -178,6 +179,7 @@ def measure_peak(load, model=None):
     if load.checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     model.train()
+    disable_dropout(model)
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
     rows, tokens = load.micro_batch_size, load.row_tokens
@@ -236,6 +238,7 @@ def roomy(family):
     more = {"hidden_size": 128, "intermediate_size": 344, "vocab_size": 64, "max_position_embeddings": 1024}
     more |= {"sliding_window": 1024} if "sliding_window" in family.sizes else {}
     more |= {"attn_logit_softcapping": None} if family.model_type == "gemma2" else {}
+    more |= {"mamba_d_head": 64} if family.model_type == "granitemoehybrid" else {}
     more |= {"head_dim": 64 if family.model_type == "qwen3" else 32} if "head_dim" in family.sizes else {}
     if factors := family.sizes.get("rope_parameters", {}).get("short_factor"):
         more["rope_parameters"] = {**LONGROPE, "short_factor": factors * 4, "long_factor": factors * 4}

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_iter
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ropeway.models.architectures import LayerBytes
-from ropeway.models.open_model import backbone, decoder_layers
+from ropeway.models.open_model import backbone, decoder_layers, disable_dropout
 from ropeway.models.proofs import shorten
 
 POSITIONS = 1009
@@ -44,6 +44,7 @@ def count_activations(model: PreTrainedModel) -> dict[str, dict[str, int]]:
 def _count_layers(config: PreTrainedConfig, dtype: torch.dtype) -> LayerBytes:
     with FakeTensorMode(), torch.random.fork_rng(devices=[]):  # new models draw their weights from the global generator
         model = AutoModelForCausalLM.from_config(shorten(config), attn_implementation=_COUNTED, dtype=dtype).train()
+        disable_dropout(model)  # as training does
         for weight in model.parameters():
             weight.register_post_accumulate_grad_hook(_drop_gradient)
         layers = decoder_layers(model)
