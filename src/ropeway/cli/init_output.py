@@ -7,13 +7,10 @@ import numpy as np
 from rich.text import Text
 
 from ropeway.cli.inspect_output import draw_tokens
-from ropeway.config.load_params import load_profile
 from ropeway.onboarding.start import InitRequest, Started, start_profile
-from ropeway.planning.plan import PlanRequest, plan_run
 from ropeway.planning.plan_text import describe_plan
 from ropeway.reporting.token_view import Vocabulary
 from ropeway.runtime.terminal import AlignedTable, Command, format_number, show
-from ropeway.runtime.workspace import Workspace
 
 _SHOWN_TOKENS = 120
 
@@ -21,10 +18,7 @@ _SHOWN_TOKENS = 120
 def init(root: Path, request: InitRequest, *, as_json: bool) -> None:
     """Write the profile and print what it was derived from."""
     started = start_profile(root, request)
-    _, profile = load_profile(root / "params.yaml", request.name)
-    machine = request.machine
-    plan_request = PlanRequest(gpu_memory_gib=machine.gpu_memory_gib)
-    planned = plan_run(Workspace(root, request.name), profile, ranks=machine.ranks, request=plan_request)
+    planned = started.plan
     if as_json:
         facts = {
             "profile": request.name,
@@ -43,13 +37,18 @@ def init(root: Path, request: InitRequest, *, as_json: bool) -> None:
     show(AlignedTable(heads, rows), "")
     print(started.block)
     show(describe_plan(planned), "")
-    ids, supervised = started.sample
-    pairs = zip(Vocabulary(started.encoder.tokenizer).show(ids[:_SHOWN_TOKENS]), supervised, strict=False)
+    ids, _ = started.sample
     more = f" (the first {_SHOWN_TOKENS} of {len(ids):,} tokens)" if len(ids) > _SHOWN_TOKENS else ""
-    show(f"The first sequence{more}; ⟦supervised⟧, │ between tokens:", draw_tokens(pairs, is_colourful=False), "")
+    show(f"The first sequence{more}; ⟦supervised⟧, │ between tokens:", _draw_sample(started), "")
     if started.open_points:
         show(Text("To check", style="bold"), *(f"- {one}" for one in started.open_points), "")
     show(f"params.yaml: profile {request.name} added and selected.", Command("ropeway run", "next:"))
+
+
+def _draw_sample(started: Started) -> Text:
+    ids, supervised = started.sample
+    pairs = zip(Vocabulary(started.encoder.tokenizer).show(ids[:_SHOWN_TOKENS]), supervised, strict=False)
+    return draw_tokens(pairs, is_colourful=False).append(" …" if len(ids) > _SHOWN_TOKENS else "")
 
 
 def _describe_source(started: Started, number: int) -> dict[str, object]:

@@ -83,7 +83,7 @@ def init(  # noqa: PLR0913 - a command's options
     ] = None,
     gpus: Annotated[int | None, typer.Option(min=0, help="GPUs of the run. Default: those of this machine.")] = None,
     gpu_memory_gib: Annotated[
-        float | None, typer.Option(min=0.1, help="Memory of one GPU in GiB. Default: this machine's.")
+        float | None, typer.Option(min=0.1, max=10_000, help="Memory of one GPU in GiB. Default: this machine's.")
     ] = None,
     lora: Annotated[bool, typer.Option("--lora", help="Train adapters instead of all weights.")] = False,
     license_id: Annotated[
@@ -100,6 +100,8 @@ def init(  # noqa: PLR0913 - a command's options
     here = detect_gpus() if gpus is None or gpu_memory_gib is None else []
     count = len(here) if gpus is None else gpus
     memory = gpu_memory_gib or (min(gpu.memory_bytes for gpu in here) / 2**30 if here else None)
+    if (count > 0) != (memory is not None):
+        raise ConfigError("--gpus and --gpu-memory-gib belong together on a machine without GPUs; state both or none")
     machine = Machine(count, count or CPU_RANKS, memory if count else None)
     request = InitRequest(name, base, data, machine, context, lora, license_id)
     run_init(find_root(), request, as_json=as_json)

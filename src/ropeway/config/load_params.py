@@ -84,6 +84,12 @@ def read_block(path: Path, profile: str) -> dict[str, object]:
     return block
 
 
+def list_presets(path: Path) -> list[str]:
+    """Return the names of the presets in a params file."""
+    tree = _read_yaml(path)
+    return list(_split(path, tree if isinstance(tree, dict) else {})[1])
+
+
 def resolve_preset(path: Path, preset: str) -> dict[str, object]:
     """Return the keys and values of a preset, with those of its own presets; empty if there is none."""
     tree = _read_yaml(path)
@@ -119,6 +125,8 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{path}: not found; run this inside a Ropeway workspace (a clone of the project)") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: a folder, expected a params file") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text: {error}. Save the file as UTF-8") from None
 

@@ -18,6 +18,8 @@ _DOCUMENT_ROW = 2048  # tokens of a row of documents, where nothing else says ho
 _CPU_ROW = 512  # longest row on a CPU, where nothing else says how long
 _FEWEST_STEPS = 40  # per run, where the data allows it
 _MOST_EPOCHS = 3
+_QUESTION = 512  # tokens; a passkey's question alone needs up to half of them with a small vocabulary
+_LONG_QUESTION = 1024  # the same of questions on long texts
 _SMALL_MODEL = 500_000_000  # weights
 _TOKEN_CHARACTERS = 3  # characters of a chunk per token of a row, so that a chunk is about a row
 
@@ -131,31 +133,35 @@ def derive_rate(base: BaseFindings, *, preset: str) -> list[Entry]:
     return [Entry("learning_rate", 1e-4, "measured with SmolLM2-135M: docs/runs.md; the preset's is for 7 B and more")]
 
 
-def count_rows(lengths: Mapping[str, TokenLengths], length: int, *, packed: bool, share: float) -> int | None:
-    """Return the training rows of an epoch; None if there are more records than were read."""
-    if not all(one.is_complete for one in lengths.values()):
-        return None
+def count_rows(lengths: Mapping[str, TokenLengths], length: int, *, packed: bool, share: float) -> int:
+    """Return the training rows of an epoch of what was read; there are more if a source was read in part."""
     clipped = [np.minimum(one.tokens, length) for one in lengths.values()]
     rows = sum(int(one.sum()) for one in clipped) / length if packed else sum(len(one) for one in clipped)
-    return max(1, int(rows * (1 - share)))
+    return int(rows * (1 - share))
 
 
-def derive_batch(rows: int | None, machine: Machine, micro_batch: int) -> list[Entry]:
-    """Return batch, epochs, warm-up and how often is validated and saved."""
+def derive_batch(rows: int, machine: Machine, micro_batch: int, *, is_complete: bool) -> list[Entry]:
+    """Return batch, epochs, warm-up and how often is validated and saved.
+
+    Raises:
+        ConfigError: There are fewer rows than the ranks need for one step.
+    """
     smallest = micro_batch * machine.ranks
-    sizes = [size for size in (128, 64, 32, 16, 8, 4) if size % smallest == 0 and size >= smallest] or [smallest]
-    if rows is None:
-        size = sizes[0]
-        return [
-            Entry("global_batch_size", size, "more records than were read here; `ropeway plan` has the steps later"),
-            Entry("warmup_steps", 100, "as published"),
-        ]
+    if rows < smallest:
+        raise ConfigError(
+            f"about {rows:,} training rows do not fill one step of {machine.ranks} ranks x {micro_batch}; name fewer "
+            "GPUs with --gpus, or add data"
+        )
+    sizes = [size for size in (128, 64, 32, 16, 8, 4) if size % smallest == 0] or [smallest]
     size = next((one for one in sizes if rows // one >= _FEWEST_STEPS), sizes[-1])
-    epochs = min(_MOST_EPOCHS, max(1, math.ceil(_FEWEST_STEPS / max(1, rows // size))))
-    steps = max(1, rows // size) * epochs
+    size = size if size <= rows else smallest
+    epochs = min(_MOST_EPOCHS, max(1, math.ceil(_FEWEST_STEPS / (rows // size))))
+    steps = rows // size * epochs
     often = max(1, steps // 4)
+    about = "about" if is_complete else "at least"
     return [
-        Entry("global_batch_size", size, f"about {steps:,} steps of {rows:,} rows"),
+        Entry("global_batch_size", size, f"{about} {steps:,} steps; `ropeway plan` counts them after prepare"),
+        Entry("gradient_accumulation_steps", size // smallest),
         Entry("num_train_epochs", epochs, "" if epochs == 1 else "the data is small"),
         Entry("warmup_steps", max(1, round(0.03 * steps)), "3 % of the steps, as the published run's 100 of 3,319"),
         Entry("eval_steps", often, "4 times a run"),
@@ -163,28 +169,45 @@ def derive_batch(rows: int | None, machine: Machine, micro_batch: int) -> list[E
     ]
 
 
-def derive_evaluation(length: int, base: BaseFindings, machine: Machine) -> Entry:
-    """Return the evaluation: lengths around `max_length`."""
+def derive_evaluation(length: int, held_out: int, base: BaseFindings, machine: Machine) -> Entry:
+    """Return the evaluation: lengths around `max_length`, and within what is held out.
+
+    Args:
+        length: `max_length`.
+        held_out: Tokens of all validation texts, about.
+        base: The base.
+        machine: The machine.
+    """
     beyond = 2 * length
     repeats = 4 if machine.gpus else 1
+    row = max(2, min(beyond, held_out // 4))
+    long_context = {
+        "kinds": ["multi_key", "multi_value", "variable_tracking", "common_words"],
+        "lengths": [length],
+        "repeats": repeats,
+    }
     return Entry(
         "evaluation",
         {
             "max_new_tokens": 128 if machine.gpus else 48,
-            "positions": {"rows": 8 if machine.gpus else 4, "row_tokens": beyond, "bucket_tokens": beyond // 8},
+            "positions": {"rows": 8 if machine.gpus else 4, "row_tokens": row, "bucket_tokens": max(1, row // 8)},
             "passkey": {
-                "lengths": sorted({max(_SHORTEST, length // 2), length, beyond}),
+                "lengths": sorted({max(_QUESTION, length // 2), max(_QUESTION, length), max(_QUESTION, beyond)}),
                 "depths": [0.0, 0.5, 1.0],
                 "repeats": repeats,
             },
-            "long_context": {
-                "kinds": ["multi_key", "multi_value", "variable_tracking", "common_words"],
-                "lengths": [max(_SHORTEST * 3, length)],
-                "repeats": repeats,
-            },
+            "long_context": long_context if length >= _LONG_QUESTION else None,
         },
         "up to twice max_length" + (f"; the base reaches {base.context:,}" if base.context else ""),
     )
+
+
+def derive_gate(machine: Machine) -> list[Entry]:
+    """Return the gate where the evaluation asks too little for the preset's limits."""
+    if machine.gpus:
+        return []
+    limits = {"max_passkey_decrease": None, "max_long_context_decrease": None}
+    return [Entry("gate", limits, "one question of each kind says too little")]
 
 
 def derive_sources(

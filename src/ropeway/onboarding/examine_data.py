@@ -21,6 +21,7 @@ from ropeway.stages.fetch.saved_folders import find_saved
 from ropeway.stages.fetch.sources import RefusedRecord, SourceCounts, open_source, record_kind, source_identity
 
 MOST_RECORDS = 2000  # of a source that are read
+_LOOKED_AT = 20  # of which the fields are taken together
 _TRIED = 50  # records with which a layout is tried
 _TEXT_NAMES = ("text", "content", "body", "document", "article", "story", "markdown")
 _PAIRS = (
@@ -94,7 +95,7 @@ def examine_data(path: str, root: Path, taken: frozenset[str] = frozenset()) -> 
             f"--data {path}: no layout of records fits: the first record has {fields} ({shown or 'no records'}). Known "
             f"are {', '.join(ROW_KINDS)} (docs/sources.md); rename fields, or write the source with `columns` yourself"
         )
-    whole = _read(source, root, MOST_RECORDS)
+    whole = _read(source, root, MOST_RECORDS, raises=True)
     stated = source.model_dump() | {"ignored_keys": sorted(whole.ignored)}
     names = ("kind", "paths", "rows", "columns", "expected_rows", *(["ignored_keys"] if whole.ignored else []))
     facts = {name: stated[name] for name in names}
@@ -155,18 +156,31 @@ def _iterate_candidates(patterns: list[str], root: Path) -> Iterator[FilesSource
     if find_format(next(iter(find_files(patterns, root)))) in DOCUMENTS:
         yield FilesSource.model_validate({**common, "rows": "text", "columns": {}})
         return
-    for rows, columns in _guess(_first_object(patterns, root)):
+    fields = _first_object(patterns, root)
+    if {"chosen", "rejected"} <= set(fields):
+        raise ConfigError(
+            f"--data {', '.join(patterns)}: preferences (chosen, rejected) are not trained on; write the chosen "
+            "answers to a file of their own"
+        )
+    for rows, columns in _guess(fields):
         yield FilesSource.model_validate({**common, "rows": rows, "columns": columns})
     for rows in ROW_KINDS:
         yield FilesSource.model_validate({**common, "rows": rows, "columns": {}})
 
 
 def _first_object(patterns: list[str], root: Path) -> Mapping[str, object]:
-    """Return the first readable object of the first file; empty for archives and documents."""
+    """Return the fields of the first objects of the first file; empty for archives and documents.
+
+    Raises:
+        ConfigError: They are preferences, of which one answer is not to be learned.
+    """
     name, path = next(iter(find_files(patterns, root).items()))
     if is_archive(name) or find_format(name) in DOCUMENTS:
         return {}
-    return next((one for _, one in iterate_objects(InputFile.of(path), []) if isinstance(one, dict)), {})
+    merged: dict[str, object] = {}
+    for _, one in islice(iterate_objects(InputFile.of(path), []), _LOOKED_AT):
+        merged |= {key: part for key, part in one.items() if merged.get(key) is None} if isinstance(one, dict) else {}
+    return merged
 
 
 def _guess(value: Mapping[str, object]) -> Iterator[tuple[str, dict[str, str]]]:
@@ -190,7 +204,9 @@ def _guess(value: Mapping[str, object]) -> Iterator[tuple[str, dict[str, str]]]:
         if {prompt, completion} <= set(names):
             mapped = {"prompt": names[prompt], "completion": names[completion]}
             yield "prompt_completion", {own: column for own, column in mapped.items() if own != column}
-    texts = [names[name] for name in _TEXT_NAMES if name in names] or (list(names.values()) if len(names) == 1 else [])
+    texts = [names[name] for name in _TEXT_NAMES if name in names]
+    if not texts and len(value) == len(names) == 1 and not set(next(iter(value))) & set(";\t"):
+        texts = list(names.values())  # a table of one column
     for column in texts:
         yield "text", {} if column == "text" else {"text": column}
 
@@ -213,7 +229,8 @@ class _Sample:
         return len(self.records), -len(self.ignored)
 
 
-def _read(source: FilesSource, root: Path, most: int) -> _Sample:
+def _read(source: FilesSource, root: Path, most: int, *, raises: bool = False) -> _Sample:
+    """Return the first records; `raises`: a file that cannot be read is an error, else only no evidence."""
     sample, seen = _Sample(), SourceCounts()
     try:
         found = open_source(source, Workspace(root, ""), source_identity(source, root), seen)
@@ -223,6 +240,8 @@ def _read(source: FilesSource, root: Path, most: int) -> _Sample:
             else:
                 sample.records.append(record)
     except DataError as error:  # e.g. a table without the layout's columns
+        if raises:
+            raise
         sample.refused[str(error)] += 1
     sample.ignored = dict(sorted(seen.ignored.items()))
     return sample

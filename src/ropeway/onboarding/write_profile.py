@@ -8,6 +8,7 @@ from pathlib import Path
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
+from ropeway.config.edit import read_pairs
 from ropeway.config.load_params import load_profiles, read_text
 from ropeway.onboarding.derive import Entry
 from ropeway.runtime.errors import ConfigError
@@ -64,13 +65,14 @@ def add_profile(path: Path, name: str, block: str) -> None:
         ConfigError: The name is in use, or the profile is not valid.
     """
     text = read_text(path)
-    chosen, profiles = load_profiles(path, text=text)
+    _, profiles = load_profiles(path, text=text)
     if name in profiles:
         raise ConfigError(f"{path}: there is a profile '{name}'; choose another name, or remove its block")
-    old = f"profile: {chosen}"
-    if text.count(f"\n{old}\n") != 1:
-        raise ConfigError(f"{path}: expected one line `{old}`; write it so, without comment or quotes")
-    changed = text.replace(f"\n{old}\n", f"\nprofile: {name}\n").rstrip("\n") + "\n\n" + block
+    key, value = next(pair for pair in read_pairs(text) if pair[0].value == "profile")
+    if value.start_mark.index < key.end_mark.index:
+        raise ConfigError(f"{path}: `profile` is a YAML alias; replace it by the name")
+    selected = f"{text[: value.start_mark.index]}{name}{text[value.end_mark.index :]}"
+    changed = selected.rstrip("\n") + "\n\n" + block
     _, now = load_profiles(path, text=changed)
     if {other: now[other] for other in profiles} != profiles:
         raise ConfigError(f"{path}: adding '{name}' would change another profile; nothing was written")

@@ -9,6 +9,7 @@ from ropeway.onboarding.derive import (
     count_rows,
     derive_batch,
     derive_evaluation,
+    derive_gate,
     derive_length,
     derive_rate,
     derive_rope,
@@ -72,11 +73,11 @@ def test_a_small_base_gets_the_measured_rate():
     assert derive_rate(base(parameters=135e6), preset="lora") == []
 
 
-def test_rows_are_packed_or_one_per_sequence_and_unknown_of_a_part():
+def test_rows_are_packed_or_one_per_sequence_and_at_least_those_of_a_part():
     assert count_rows(lengths(500, 500, 5000), 1000, packed=True, share=0.0) == 2
     assert count_rows(lengths(500, 500, 5000), 1000, packed=False, share=0.0) == 3
     assert count_rows(lengths(*[10] * 100), 1000, packed=False, share=0.1) == 90
-    assert count_rows(lengths(500, complete=False), 1000, packed=True, share=0.1) is None
+    assert count_rows(lengths(500, 600, complete=False), 1000, packed=True, share=0.0) == 1
 
 
 @pytest.mark.parametrize(
@@ -86,21 +87,34 @@ def test_rows_are_packed_or_one_per_sequence_and_unknown_of_a_part():
         (1_000, GPUS, 2, 16, 1),
         (100, GPUS, 1, 8, 3),
         (212, CPU, 1, 4, 1),
-        (1, CPU, 1, 4, 3),
-        (None, GPUS, 4, 128, None),
+        (3, CPU, 1, 2, 3),
         (5_000, Machine(3, 3, 80.0), 4, 12, 1),
     ],
 )
 def test_a_batch_is_divided_by_the_ranks_and_gives_enough_steps(rows, machine, micro, size, epochs):
-    found = {one.key: one.value for one in derive_batch(rows, machine, micro)}
+    found = {one.key: one.value for one in derive_batch(rows, machine, micro, is_complete=True)}
     assert found["global_batch_size"] == size
     assert size % (micro * machine.ranks) == 0
     assert found.get("num_train_epochs") == epochs
     assert found["warmup_steps"] >= 1
 
 
-def test_evaluation_asks_within_and_beyond_the_row():
-    found = derive_evaluation(1024, base(), CPU).value
+def test_fewer_rows_than_ranks_are_refused():
+    with pytest.raises(ConfigError, match="do not fill one step of 8 ranks"):
+        derive_batch(7, GPUS, 1, is_complete=True)
+
+
+def test_evaluation_asks_within_and_beyond_the_row_and_within_what_is_held_out():
+    found = derive_evaluation(1024, 100_000, base(), CPU).value
     assert found["passkey"]["lengths"] == [512, 1024, 2048]
     assert found["positions"]["row_tokens"] == 2048
-    assert derive_evaluation(128, base(), CPU).value["passkey"]["lengths"] == [128, 256]
+    assert found["long_context"]["lengths"] == [1024]
+    small = derive_evaluation(128, 93, base(), CPU).value
+    assert small["passkey"]["lengths"] == [512]
+    assert small["long_context"] is None
+    assert (small["positions"]["row_tokens"], small["positions"]["bucket_tokens"]) == (23, 2)
+
+
+def test_on_a_cpu_the_gate_does_not_judge_by_one_question():
+    assert derive_gate(CPU)[0].value == {"max_passkey_decrease": None, "max_long_context_decrease": None}
+    assert derive_gate(GPUS) == []

@@ -116,6 +116,13 @@ def test_names_of_sources_differ(write, tmp_path):
     ("make", "says"),
     [
         (lambda write, _: write("a.jsonl", {"a": 1, "b": [2]}), "the first record has a, b"),
+        (
+            lambda write, _: write("a.jsonl", {"messages": [{"role": "User", "content": "Hi"}], "ticket": "T1"}),
+            "'User'",
+        ),
+        (lambda write, _: write("a.jsonl", {"foo": 1, "bar": "x"}), "the first record has foo, bar"),
+        (lambda write, _: write("a.jsonl", {"chosen": [HI, HELLO], "rejected": [HI, HELLO]}), "preferences"),
+        (lambda _, root: (root / "a.csv").write_text("prompt;completion\na;b\n") and "a.csv", "no layout"),
         (lambda _, root: (root / "empty").mkdir() or "empty", "found no files"),
         (lambda _, __: "nothing.jsonl", "matches no file"),
         (lambda _, __: "https://example.org/a.jsonl", "addresses are not looked at"),
@@ -126,3 +133,18 @@ def test_names_of_sources_differ(write, tmp_path):
 def test_what_cannot_be_read_is_refused_by_name(write, tmp_path, make, says):
     with pytest.raises(RopewayError, match=says):
         examine_data(make(write, tmp_path), tmp_path)
+
+
+def test_a_first_record_that_lacks_a_value_does_not_choose_the_layout(write, tmp_path):
+    good = [{"question": f"{number}?", "answer": "Yes."} for number in range(20)]
+    found = examine_data(write("a.jsonl", {"question": None, "answer": "x"}, *good), tmp_path)
+    assert found.source["rows"] == "prompt_completion"
+    assert (len(found.records), sum(found.refused.values())) == (20, 1)
+
+
+def test_a_file_of_another_kind_in_a_folder_is_no_silent_end(write, tmp_path):
+    write("d/0.jsonl", {"messages": [HI, HELLO]})
+    (tmp_path / "d" / "1.csv").write_text("id,label\n1,x\n")
+    write("d/2.jsonl", {"messages": [HI, HELLO]})
+    with pytest.raises(RopewayError, match=r"1\.csv"):
+        examine_data("d", tmp_path)

@@ -79,6 +79,11 @@ def test_from_scratch_the_vocabulary_is_what_the_text_gives(root):
     [
         ({"name": "laptop"}, "there is a profile 'laptop'"),
         ({"name": "a/b"}, "expected a profile name"),
+        ({"name": "finetune"}, "the name of a preset"),
+        ({"name": "presets"}, "choose another name"),
+        ({"name": "1e5"}, "choose another name"),
+        ({"base": "scratch", "lora": True}, "--lora"),
+        ({"machine": Machine(64, 64, 80.0)}, "do not fill one step of 64 ranks"),
         ({"base": "nowhere"}, "--base nowhere: expected a folder"),
         ({"data": ["nothing.jsonl"]}, "matches no file"),
         ({"machine": Machine(2, 2, 0.6)}, "does not fit 2 GPUs"),
@@ -95,7 +100,8 @@ def test_what_cannot_be_done_is_refused_and_nothing_is_written(root, model, chan
 def test_the_largest_batch_that_fits_the_gpus_is_chosen(root, model):
     start_profile(root, InitRequest("mine", str(model), ["chats.jsonl"], Machine(2, 2, 40.0)))
     profile = load_profile(root / "params.yaml")[1]
-    assert (profile.per_device_train_batch_size, profile.deepspeed_config) == (8, "configs/zero_config_pretrain.json")
+    assert (profile.per_device_train_batch_size, profile.deepspeed_config) == (1, "configs/zero_config_pretrain.json")
+    assert profile.gradient_accumulation_steps * 2 == profile.global_batch_size
     assert profile.use_flash_attention
 
 
@@ -127,3 +133,30 @@ def test_an_invalid_profile_is_not_written(root):
             render_profile("mine", "head", [Entry("preset", "laptop"), Entry("rng_seed", -1)]),
         )
     assert (root / "params.yaml").read_bytes() == before
+
+
+def test_what_a_template_cannot_write_is_counted_and_said(root, model):
+    system = {"role": "system", "content": "Be kind.", "name": "boss"}
+    chats = (root / "chats.jsonl").read_text().splitlines()
+    odd = [json.dumps({"messages": [system, *json.loads(one)["messages"]]}) for one in chats[:30]]
+    (root / "chats.jsonl").write_text("\n".join([*odd, *chats[30:]]) + "\n")
+    points = " ".join(start_profile(root, InitRequest("mine", str(model), ["chats.jsonl"], CPU)).open_points)
+    assert "30 of 60 records that the template cannot write" in points
+    assert "THE RUN WILL STOP" in points
+
+
+@pytest.mark.parametrize("line", ['profile: "laptop"', "profile: laptop   # mine", "profile:   laptop"])
+def test_the_selected_profile_may_be_written_in_any_way(root, line):
+    path = root / "params.yaml"
+    path.write_text(path.read_text().replace("profile: laptop", line, 1))
+    add_profile(path, "mine", render_profile("mine", "head", [Entry("preset", "laptop")]))
+    assert load_profiles(path)[0] == "mine"
+
+
+def test_the_license_of_a_profile_goes_with_its_base(root):
+    block = (root / "params.yaml").read_text().replace("  scratch:\n", "  scratch:\n", 1)
+    (root / "params.yaml").write_text(block)
+    assert load_profiles(root / "params.yaml")[1]["smollm2"].card.license == "apache-2.0"
+    started = start_profile(root, InitRequest("mine", "laptop", ["chats.jsonl"], CPU))
+    assert load_profile(root / "params.yaml")[1].base.kind == "scratch"
+    assert any("card.license" in point for point in started.open_points)
