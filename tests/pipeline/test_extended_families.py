@@ -15,9 +15,9 @@ from ropeway.config.stages import READS
 from ropeway.reporting.model_card import render_card
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.base import stage as base
-from tests.support.families import FAMILIES, LONGROPE, save_family
+from tests.support.families import FAMILIES, LONGROPE, make_family_workspace, save_family
 from tests.support.training import forget
-from tests.support.whole_run import CHAT, CHATS, jsonl, make_workspace, rewrite, run_all
+from tests.support.whole_run import rewrite, run_all
 
 PHI3 = {"rope_parameters": LONGROPE | {"original_max_position_embeddings": 32}, "original_max_position_embeddings": 32}
 LOCAL = {"rope_type": "default", "rope_theta": 10000.0}
@@ -63,26 +63,8 @@ def lay(root, name):
     model_type, more, stated, _ = CASES[name]
     family = FAMILIES[model_type]
     save_family(replace(family, more={**family.more, **more}), root / "base")
-    changes = {
-        "base": {"kind": "folder"},
-        "model_name": str(root / "base"),
-        "expected_model": None,
-        "max_length": 192,
-        "superhot": True,
-        "superhot_config": stated,
-        "layout": family.layout,
-        "per_device_train_batch_size": 1,
-        "global_batch_size": 4,
-        "save_steps": 1,
-        "learning_rate": 1e-2,
-        "warmup_steps": 1,
-        "num_train_epochs": 3,
-        "datasets": [{"talk": {"max_val_set": 8}}],
-    }
-    sources = {"talk": {"kind": "files", "paths": ["talk.jsonl"], **CHAT}}
-    workspace = make_workspace(root / "workspace", sources, changes)
-    (workspace.root / "talk.jsonl").write_bytes(jsonl(CHATS))
-    return workspace
+    changes = {"max_length": 192, "superhot": True, "superhot_config": stated}
+    return make_family_workspace(root, family.layout, changes)
 
 
 def stated_rope(folder):

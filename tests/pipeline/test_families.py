@@ -15,9 +15,9 @@ from ropeway.config.load_params import load_profile
 from ropeway.planning.memory import Sizes
 from ropeway.planning.shape import measured_weights, with_shape
 from ropeway.runtime.errors import ConfigError
-from tests.support.families import FAMILIES, FAST, save_family
+from tests.support.families import FAMILIES, FAST, make_family_workspace, save_family
 from tests.support.training import forget, start
-from tests.support.whole_run import CHAT, CHATS, jsonl, make_workspace, run_all
+from tests.support.whole_run import run_all
 
 TABLE = Path(__file__).parents[2] / "docs" / "measured" / "families.json"
 CASES = [pytest.param(name, marks=[] if name in FAST else pytest.mark.families) for name in FAMILIES]
@@ -27,25 +27,8 @@ def lay(root, name):
     """Return a workspace whose base is a model of this family, and that model."""
     family = FAMILIES[name]
     base = save_family(family, root / "base")
-    changes = {
-        "base": {"kind": "folder"},
-        "model_name": str(root / "base"),
-        "expected_model": None,
-        "superhot": False,
-        "layout": family.layout,
-        "per_device_train_batch_size": 1,
-        "global_batch_size": 4,
-        "gradient_checkpointing": True,
-        "save_steps": 1,
-        "learning_rate": 1e-2,
-        "warmup_steps": 1,
-        "num_train_epochs": 3,
-        "datasets": [{"talk": {"max_val_set": 8}}],
-    }
-    sources = {"talk": {"kind": "files", "paths": ["talk.jsonl"], **CHAT}}
-    workspace = make_workspace(root / "workspace", sources, changes)
-    (workspace.root / "talk.jsonl").write_bytes(jsonl(CHATS))
-    return workspace, base
+    changes = {"superhot": False, "gradient_checkpointing": True}
+    return make_family_workspace(root, family.layout, changes), base
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Tokenizer
 
 from tests.support.tiny_run import PARITY
-from tests.support.whole_run import CHATS
+from tests.support.whole_run import CHAT, CHATS, jsonl, make_workspace
 
 SIZES = {
     "hidden_size": 32,
@@ -132,3 +132,24 @@ def write_qwen2_tokenizer(folder):
     tokenizer = Qwen2Tokenizer().train_new_from_iterator(texts, vocab_size=400, new_special_tokens=markers)
     tokenizer.bos_token, tokenizer.eos_token = markers
     tokenizer.save_pretrained(folder)
+
+
+def make_family_workspace(root, layout, changes):
+    """Return a workspace whose base is the model in `root/base`, for a run of few steps."""
+    small = {
+        "base": {"kind": "folder"},
+        "model_name": str(root / "base"),
+        "expected_model": None,
+        "layout": layout,
+        "per_device_train_batch_size": 1,
+        "global_batch_size": 4,
+        "save_steps": 1,
+        "learning_rate": 1e-2,
+        "warmup_steps": 1,
+        "num_train_epochs": 3,
+        "datasets": [{"talk": {"max_val_set": 8}}],
+    }
+    sources = {"talk": {"kind": "files", "paths": ["talk.jsonl"], **CHAT}}
+    workspace = make_workspace(root / "workspace", sources, small | changes)
+    (workspace.root / "talk.jsonl").write_bytes(jsonl(CHATS))
+    return workspace

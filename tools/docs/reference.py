@@ -50,15 +50,27 @@ def render_params() -> str:
         rows = []
         for name in names:
             stages = ", ".join(stage for stage, keys in READS.items() if name in keys)
-            rows.append((_anchored(name), *describe_field(model, name), literal(values[name]), stages or "none"))
+            rows.append((_anchored(name), *_describe_linked(model, name), literal(values[name]), stages or "none"))
         head = ("key", "type", "meaning", "in profile `laptop`", "read by stages")
         lines += [*_table(head, rows), ""]
     lines += ["## Sections", "", "The keys inside the values above.", ""]
     for section in sections():
         lines += [f"### {section.__name__}", "", first_paragraph(section), ""]
-        rows = [(f"`{name}`", *describe_field(section, name)) for name in section.model_fields]
+        rows = [(f"`{name}`", *_describe_linked(section, name)) for name in section.model_fields]
         lines += [*_table(("key", "type", "meaning"), rows), ""] if rows else []
     return "\n".join(lines)
+
+
+def _describe_linked(model: type[BaseModel], name: str) -> tuple[str, str]:
+    """Return (type, meaning) of a key, with links to the sections that they name."""
+    kind, meaning = describe_field(model, name)
+    return re.sub(r"(?<=mapping: )\w+(?: or \w+)*", _link_sections, kind), re.sub(
+        r"(?<= See )\w+(?=\.$)", _link_sections, meaning
+    )
+
+
+def _link_sections(names: re.Match[str]) -> str:
+    return " or ".join(f"[{name}](#{name.lower()})" for name in names[0].split(" or "))
 
 
 def _own_fields(model: type[BaseModel]) -> list[str]:

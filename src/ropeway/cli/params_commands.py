@@ -1,7 +1,6 @@
 """`ropeway params …`: what params.yaml says, where each value comes from, and what a key means."""
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated
@@ -51,14 +50,14 @@ def explain_param(
     for name in load_profiles(path)[1] if path.is_file() else ():
         here: object = read_block(path, name)
         for part in key.split("."):
-            here = here.get(part) if isinstance(here, dict) else None
+            here = here.get(part, _ABSENT) if isinstance(here, dict) else _ABSENT
         values[name] = here
     if as_json:
         described = [{"type": one.kind, "meaning": one.meaning, "keys": one.keys} for one in found]
         typer.echo(json.dumps({"key": key, "described": described, "values": values}, indent=1, default=str))
         return
     for one in found:
-        show(f"{key}: {plain(one.kind)}", plain(one.meaning), *([f"keys: {', '.join(one.keys)}"] if one.keys else []))
+        show(f"{key}: {one.kind}", one.meaning, *([f"keys: {', '.join(one.keys)}"] if one.keys else []))
     show("", AlignedTable(("profile", "value"), [(name, _shown(value)) for name, value in values.items()]))
 
 
@@ -123,12 +122,3 @@ def _shown(value: object) -> str:
     """Return a value in a line; `--json` has all of it."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= _WIDEST else f"{text[: _WIDEST - 1]}…"
-
-
-def plain(markdown: str) -> str:
-    """Return the text of a description without its links.
-
-    >>> plain("mapping: [Gate](#gate)")
-    'mapping: Gate'
-    """
-    return re.sub(r"\[([^]]+)\]\([^)]*\)", r"\1", markdown)

@@ -63,7 +63,7 @@ def _target_text(annotation: object) -> str:
     """Return the first sentence of the section that a key holds."""
     for part in (annotation, *typing.get_args(annotation)):
         if isinstance(part, type) and issubclass(part, BaseModel):
-            return f"{first_paragraph(part)} See [{part.__name__}](#{part.__name__.lower()})."
+            return f"{first_paragraph(part)} See {part.__name__}."
     return ""
 
 
@@ -98,7 +98,7 @@ def describe_type(annotation: object) -> str:  # noqa: PLR0911 - one return per 
     if isinstance(annotation, type) and annotation in _NAMES:
         return _NAMES[annotation]
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return f"mapping: [{annotation.__name__}](#{annotation.__name__.lower()})"
+        return f"mapping: {annotation.__name__}"
     origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         return _describe_range(parts[0], parts[1:])

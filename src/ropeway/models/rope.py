@@ -1,7 +1,7 @@
 """RoPE scaling: one class per kind, used to configure the model, to verify the loaded model and to write the export.
 
-To add a kind, add a class to `_KINDS` here and a section to `SuperhotConfig` in `config/sections.py`. No other module
-depends on the name of a kind.
+To add a kind, add a class to `KINDS` here and a section to `SuperhotConfig` in `config/sections.py`. No other module
+depends on the name of a kind. A base's own scaling that is kept is in `base_rope`.
 """
 
 import json
@@ -377,87 +377,19 @@ class LongRope(RopeScaling):
         return divided
 
 
-@dataclass(frozen=True, slots=True)
-class BaseModelRope(RopeScaling):
-    """The unmodified scaling of a base model, of any kind.
-
-    `stated` are its `rope_parameters`, `frequencies` those of all its buffers.
-
-    Attributes:
-        own_kind: `rope_type` of the base's config.
-        positions: The base's `max_position_embeddings`.
-    """
-
-    stretch: ClassVar[str] = "positions are stretched as the base states it"
-
-    own_kind: str = ""
-    positions: int = 0
-
-    @property
-    def kind(self) -> str:  # type: ignore[override]
-        """The base's kind."""
-        return self.own_kind
-
-    @property
-    def is_scaled(self) -> bool:
-        """Whether the base's kind scales positions."""
-        return self.kind != DefaultRope.kind
-
-    @property
-    def loader(self) -> str:  # type: ignore[override]
-        """Minimum version of transformers; unknown kinds get the default."""
-        return _KINDS[self.kind].loader if self.kind in _KINDS else RopeScaling.loader
-
-    @property
-    def kept(self) -> str:
-        """The base's `rope_parameters`."""
-        return self.stated
-
-    @property
-    def reach(self) -> int:
-        """Context length of the base: its positions, or original x factor if that is larger."""
-        return max(self.positions, int(self.original * self.factor))
-
-    @property
-    def stated_positions(self) -> int:
-        """The base's `max_position_embeddings`."""
-        return self.positions
-
-    @property
-    def attention_factor(self) -> float:
-        """The factor that transformers computed; of the first buffer if there are several."""
-        return self.frequencies[0][1][0]
-
-    def inv_freq(self, head_dim: int) -> Frequencies:  # noqa: ARG002 - computed for the base's head size
-        """Return the frequencies that transformers computed; of the first buffer if there are several."""
-        return np.asarray(self.frequencies[0][1][1:], dtype=np.float32)
-
-    def expected(self, dim: int) -> dict[str, tuple[float, Frequencies]]:  # noqa: ARG002 - computed for the base
-        """Return what transformers computed from the base's config."""
-        return {name: (own[0], np.asarray(own[1:], dtype=np.float32)) for name, own in self.frequencies}
-
-    def to_config(self) -> dict[str, object]:
-        """Return the base's `rope_parameters`."""
-        return dict(self.replaced)
-
-    def to_json(self) -> dict[str, object]:
-        """Return the scaling in the format of `scaling_from_json`."""
-        return {**RopeScaling.to_json(self), "kept": self.stated, "replaced": "", "positions": self.positions}
-
-
-_KINDS: dict[str, type[RopeScaling]] = {
+KINDS: dict[str, type[RopeScaling]] = {
     one.kind: one for one in (DefaultRope, ThetaRope, LinearRope, DynamicRope, YarnRope, Llama3Rope, LongRope)
 }
 
 
 def build_scaling(kind: str, factor: float, theta: float, original: int, settings: Settings = ()) -> RopeScaling:
     """Return a scaling of one of the `known_kinds`; the arguments are those of `RopeScaling`."""
-    return _KINDS[kind](factor, theta, original, settings)
+    return KINDS[kind](factor, theta, original, settings)
 
 
 def known_kinds() -> set[str]:
     """Return the kinds that params.yaml accepts, and `default`."""
-    return set(_KINDS)
+    return set(KINDS)
 
 
 def has_layer_types(stated: Mapping[str, Any]) -> bool:
@@ -471,25 +403,6 @@ def main_parameters(stated: Mapping[str, Any]) -> Mapping[str, Any]:
         return stated
     full: Mapping[str, Any] = stated.get(FULL) or next(iter(stated.values()))
     return full
-
-
-def scaling_from_json(stated: Mapping[str, Any]) -> RopeScaling:
-    """Return the scaling from the output of `to_json`; keys that earlier versions did not write have defaults."""
-    own = stated["frequencies"] or {}
-    named = {ONE: own} if isinstance(own, list) else own  # a list in files written before 2026-12
-    values = {
-        "factor": float(stated["factor"]),
-        "theta": float(stated["theta"]),
-        "original": int(stated["original"]),
-        "settings": tuple((name, value) for name, value in stated["settings"]),
-        "factors": tuple(stated.get("factors", ())),
-        "stated": stated["kept"] or stated.get("replaced", ""),
-        "frequencies": tuple((name, tuple(numbers)) for name, numbers in named.items()),
-        "is_flat": stated.get("is_flat", False),
-    }
-    if not stated["kept"]:
-        return _KINDS[stated["kind"]](**values)
-    return BaseModelRope(**values, own_kind=stated["kind"], positions=stated["positions"])
 
 
 def frequency_faults(live: OwnFrequencies, expected: Mapping[str, tuple[float, Frequencies]]) -> Iterator[str]:

@@ -6,13 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 from ropeway.config.params import BaseParams
+from ropeway.models.base_rope import BaseModelRope
 from ropeway.models.rope import (
     FULL,
     ONE,
-    BaseModelRope,
     DefaultRope,
     LongRope,
-    OwnFrequencies,
     RopeScaling,
     ThetaRope,
     build_scaling,
@@ -44,31 +43,6 @@ def plan_scaling(profile: BaseParams, *, theta: float, original: int, base: Base
     others = tuple((name, own) for name, own in base.frequencies if name not in (ONE, f"{FULL}_{ONE}"))
     factors = tuple(map(float, factors))
     return replace(plain, factors=factors, stated=base.stated, frequencies=others, is_flat=base.is_flat)
-
-
-def keep_scaling(
-    stated: Mapping[str, Any], positions: int, frequencies: OwnFrequencies, *, is_flat: bool = False
-) -> BaseModelRope:
-    """Return the unmodified scaling of a base model.
-
-    Args:
-        stated: `rope_parameters` of its config, as loaded by transformers 5: one mapping, or one per layer type, of
-            which those of full attention describe the reach.
-        positions: Its `max_position_embeddings`.
-        frequencies: As in `BaseModelRope`.
-        is_flat: As in `RopeScaling`.
-    """
-    main = main_parameters(stated)
-    return BaseModelRope(
-        factor=float(main.get("factor") or 1.0),
-        theta=float(main["rope_theta"]),
-        original=int(main.get("original_max_position_embeddings") or positions),
-        own_kind=str(main.get("rope_type", DefaultRope.kind)),
-        stated=json.dumps(dict(stated), sort_keys=True),
-        positions=positions,
-        frequencies=tuple(frequencies.items()),
-        is_flat=is_flat,
-    )
 
 
 def change_faults(rope: RopeScaling, own: BaseModelRope, *, max_length: int, dim: int) -> Iterator[str]:

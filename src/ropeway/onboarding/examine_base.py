@@ -10,9 +10,9 @@ import torch
 
 from ropeway.config.params import Profile
 from ropeway.config.sections import HubBase, ScratchBase
+from ropeway.models.base_rope import keep_scaling
 from ropeway.models.chat_template import OPEN_ASSISTANT, open_template
 from ropeway.models.open_model import measure_frequencies, model_class, read_config
-from ropeway.models.rope_plan import keep_scaling
 from ropeway.models.tokenizer import LLAMA_SPECIAL, open_tokenizer, read_special, train_tokenizer
 from ropeway.runtime.errors import ConfigError
 from ropeway.stages.base.base_template import BaseTokenizer, choose_template

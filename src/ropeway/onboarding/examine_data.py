@@ -9,12 +9,12 @@ from pathlib import Path
 
 from ropeway.config.sections import FilesSource
 from ropeway.data.raw_records import Record, RecordKind
-from ropeway.models.conversation import Conversation
+from ropeway.models.conversation import Conversation, Form
 from ropeway.runtime.errors import ConfigError, DataError
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.fetch.decompress import InputFile
 from ropeway.stages.fetch.files import iterate_objects
-from ropeway.stages.fetch.formats import DOCUMENTS, find_format, is_archive
+from ropeway.stages.fetch.formats import COMPRESSED, DOCUMENTS, find_format, is_archive
 from ropeway.stages.fetch.local import find_files
 from ropeway.stages.fetch.records import ROW_KINDS
 from ropeway.stages.fetch.saved_folders import find_saved
@@ -64,12 +64,20 @@ class DataFindings:
     @property
     def has_tools(self) -> bool:
         """Whether a record offers or calls tools."""
-        return any(isinstance(one, Conversation) and '"tool' in one.form for one in self.records)
+        return any(form.get("tools") or self._has_field(form, "tool_calls") for form in self._forms)
 
     @property
     def has_reasoning(self) -> bool:
         """Whether an answer has reasoning of its own."""
-        return any(isinstance(one, Conversation) and "reasoning_content" in one.form for one in self.records)
+        return any(self._has_field(form, "reasoning_content") for form in self._forms)
+
+    @property
+    def _forms(self) -> list[Form]:
+        return [one.read_form() for one in self.records if isinstance(one, Conversation) and one.form]
+
+    @staticmethod
+    def _has_field(form: Form, name: str) -> bool:
+        return any(name in fields for fields in form["fields"])
 
 
 def examine_data(path: str, root: Path, taken: frozenset[str] = frozenset()) -> DataFindings:
@@ -128,7 +136,7 @@ def _find_patterns(path: str, root: Path) -> tuple[list[str], dict[str, int]]:
     if not place.is_dir() or find_saved(place):
         return [shown], {}
     files = (one.relative_to(place) for one in place.rglob("*") if one.is_file() and not one.name.startswith("."))
-    forms = Counter("".join(one.suffixes[-2:] if is_compressed(one.name) else one.suffixes[-1:]) for one in files)
+    forms = Counter("".join(one.suffixes[-2:] if one.name.endswith(COMPRESSED) else one.suffixes[-1:]) for one in files)
     known = sorted((form for form in forms if find_format(f"x{form}")), key=lambda one: (-forms[one], one in DOCUMENTS))
     if not known:
         found = ", ".join(sorted(filter(None, forms))) or "no files"
@@ -139,11 +147,6 @@ def _find_patterns(path: str, root: Path) -> tuple[list[str], dict[str, int]]:
     return [f"{shown}/**/*{form}" for form in chosen], left
 
 
-def is_compressed(name: str) -> bool:
-    """Return whether a name has two suffixes that matter, e.g. `.jsonl.gz`."""
-    return name.endswith((".gz", ".zst", ".bz2", ".xz"))
-
-
 def _name(path: str, taken: frozenset[str]) -> str:
     stem = Path(path.rstrip("/")).name.split(".")[0].split("*")[0]
     plain = "".join(character if character.isalnum() or character in "_-" else "_" for character in stem) or "data"
@@ -151,7 +154,11 @@ def _name(path: str, taken: frozenset[str]) -> str:
 
 
 def _iterate_candidates(patterns: list[str], root: Path) -> Iterator[FilesSource]:
-    """Yield the sources that may fit, what the first record looks like first."""
+    """Yield the sources that may fit, what the first records look like first.
+
+    Raises:
+        ConfigError: They are preferences, of which one answer is not to be learned.
+    """
     common = {"kind": "files", "paths": patterns, "expected_rows": None, "ignored_keys": ["*"]}
     if find_format(next(iter(find_files(patterns, root)))) in DOCUMENTS:
         yield FilesSource.model_validate({**common, "rows": "text", "columns": {}})
@@ -169,11 +176,7 @@ def _iterate_candidates(patterns: list[str], root: Path) -> Iterator[FilesSource
 
 
 def _first_object(patterns: list[str], root: Path) -> Mapping[str, object]:
-    """Return the fields of the first objects of the first file; empty for archives and documents.
-
-    Raises:
-        ConfigError: They are preferences, of which one answer is not to be learned.
-    """
+    """Return the fields of the first objects of the first file, with their first values; empty for archives."""
     name, path = next(iter(find_files(patterns, root).items()))
     if is_archive(name) or find_format(name) in DOCUMENTS:
         return {}
@@ -239,7 +242,7 @@ def _read(source: FilesSource, root: Path, most: int, *, raises: bool = False) -
                 sample.refused[record.reason] += 1
             else:
                 sample.records.append(record)
-    except DataError as error:  # e.g. a table without the layout's columns
+    except (DataError, ConfigError) as error:  # e.g. a table without the layout's columns, documents in an archive
         if raises:
             raise
         sample.refused[str(error)] += 1

@@ -15,7 +15,8 @@ from ropeway.config.sections import (
     ThetaScaling,
     YarnScaling,
 )
-from ropeway.models.rope import build_scaling, known_kinds, longest_independent, scaling_from_json
+from ropeway.models.base_rope import scaling_from_json
+from ropeway.models.rope import build_scaling, known_kinds, longest_independent
 from ropeway.models.rope_plan import plan_scaling
 from tests.support.tiny_run import ROOT
 

@@ -11,9 +11,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ropeway.config.load_params import load_profile
 from ropeway.config.sections import Llama3Scaling, LongropeScaling, StretchScaling, ThetaScaling, YarnScaling
+from ropeway.models.base_rope import keep_scaling, scaling_from_json
 from ropeway.models.open_model import measure_frequencies, model_class, reads_flat_scaling, rotary_dim, set_rope
-from ropeway.models.rope import build_scaling, longest_independent, scaling_from_json
-from ropeway.models.rope_plan import change_faults, describe_change, keep_scaling, plan_scaling
+from ropeway.models.rope import build_scaling, longest_independent
+from ropeway.models.rope_plan import change_faults, describe_change, plan_scaling
 from ropeway.runtime.errors import ConfigError
 from ropeway.stages.package.check import config_faults
 from ropeway.stages.package.model_config import plan_config

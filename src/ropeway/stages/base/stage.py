@@ -24,6 +24,7 @@ from ropeway.config.sections import (
 )
 from ropeway.data.raw_records import iterate_records, iterate_texts, load_raw_manifest
 from ropeway.models.activations import count_activations
+from ropeway.models.base_rope import keep_scaling
 from ropeway.models.chat_template import OPEN_ASSISTANT, ChatTemplate
 from ropeway.models.jinja_template import OWN_FILE, find_own_templates
 from ropeway.models.open_model import (
@@ -46,7 +47,7 @@ from ropeway.models.open_model import (
 )
 from ropeway.models.proofs import prove_model
 from ropeway.models.rope import RopeScaling
-from ropeway.models.rope_plan import change_faults, describe_change, keep_scaling, plan_scaling
+from ropeway.models.rope_plan import change_faults, describe_change, plan_scaling
 from ropeway.models.tokenizer import (
     LLAMA_SPECIAL,
     count_tokens,
@@ -146,6 +147,7 @@ def run(workspace: Workspace, profile: BaseParams) -> None:
             "layer_weights": layers,
             "layer_activations": count_activations(model),
             "proofs": proofs,
+            "dropout_off": dropout,
         }
         write_manifest(folder, facts)
     print(f"{profile.model_name}: {parameters:,} parameters, {rows:,} rows, special tokens {special}")

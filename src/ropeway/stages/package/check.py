@@ -22,11 +22,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ropeway.models.base_rope import scaling_from_json
 from ropeway.models.chat_template import open_template
 from ropeway.models.jinja_template import FILE as TEMPLATE_FILE
 from ropeway.models.jinja_template import pin_date
 from ropeway.models.open_model import live_frequencies, load_with_info, output_head, rotary, rotary_dim
-from ropeway.models.rope import frequency_faults, scaling_from_json
+from ropeway.models.rope import frequency_faults
 from ropeway.runtime.errors import DataError, RopewayError
 from ropeway.runtime.manifest import NAME as MANIFEST
 from ropeway.runtime.manifest import load_manifest

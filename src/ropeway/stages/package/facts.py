@@ -10,9 +10,10 @@ from typing import Any
 from ropeway.config.params import PackageParams
 from ropeway.data.raw_records import iterate_records
 from ropeway.models.architectures import DEFAULT
+from ropeway.models.base_rope import scaling_from_json
 from ropeway.models.chat_template import ChatTemplate, open_template
 from ropeway.models.conversation import Conversation
-from ropeway.models.rope import RopeScaling, scaling_from_json
+from ropeway.models.rope import RopeScaling
 from ropeway.models.tokenizer import read_special_names
 from ropeway.runtime.errors import DataError
 from ropeway.runtime.manifest import file_sha256, load_manifest

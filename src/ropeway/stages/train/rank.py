@@ -25,9 +25,9 @@ from ropeway.data.accumulation import accumulation_steps
 from ropeway.data.shards import REMEDY, open_shards
 from ropeway.models.architectures import SDPA, VARIABLE_LENGTH, check_proof
 from ropeway.models.attention import Attention, Heads, choose_attention
+from ropeway.models.base_rope import scaling_from_json
 from ropeway.models.fused import apply_liger, check_fused, liger_version
 from ropeway.models.open_model import DTYPES, read_config
-from ropeway.models.rope import scaling_from_json
 from ropeway.models.sequence_parallel import check_shareable, join_sequence_group
 from ropeway.models.supervised_loss import SupervisedLoss
 from ropeway.planning.budget import CARDS, name_card

@@ -19,8 +19,8 @@ from ropeway.config.sections import (
 )
 from ropeway.config.stages import READS
 from ropeway.data.raw_records import RawWriter
+from ropeway.models.base_rope import scaling_from_json
 from ropeway.models.chat_template import OPEN_ASSISTANT
-from ropeway.models.rope import scaling_from_json
 from ropeway.models.tokenizer import open_tokenizer
 from ropeway.runtime.errors import ConfigError
 from ropeway.runtime.manifest import file_sha256, load_manifest, write_manifest
