@@ -18,12 +18,12 @@ _SHOWN_TOKENS = 120
 def init(root: Path, request: InitRequest, *, as_json: bool) -> None:
     """Write the profile and print what it was derived from."""
     started = start_profile(root, request)
-    planned = started.plan
+    planned, base = started.plan, started.measured.base
     if as_json:
         facts = {
             "profile": request.name,
             "sources": {one.name: _describe_source(started, number) for number, one in enumerate(started.data)},
-            "base": {"family": started.base.family, "context": started.base.context, "rope": started.base.rope},
+            "base": {"family": base.family, "context": base.context, "rope": base.rope},
             "block": started.block,
             "to_check": list(started.open_points),
             "plan": json.loads(planned.as_json()),
@@ -37,7 +37,7 @@ def init(root: Path, request: InitRequest, *, as_json: bool) -> None:
     show(AlignedTable(heads, rows), "")
     print(started.block)
     show(describe_plan(planned), "")
-    ids, _ = started.sample
+    ids, _ = started.measured.sample
     more = f" (the first {_SHOWN_TOKENS} of {len(ids):,} tokens)" if len(ids) > _SHOWN_TOKENS else ""
     show(f"The first sequence{more}; ⟦supervised⟧, │ between tokens:", _draw_sample(started), "")
     if started.open_points:
@@ -46,14 +46,14 @@ def init(root: Path, request: InitRequest, *, as_json: bool) -> None:
 
 
 def _draw_sample(started: Started) -> Text:
-    ids, supervised = started.sample
-    pairs = zip(Vocabulary(started.encoder.tokenizer).show(ids[:_SHOWN_TOKENS]), supervised, strict=False)
+    ids, supervised = started.measured.sample
+    pairs = zip(Vocabulary(started.measured.encoder.tokenizer).show(ids[:_SHOWN_TOKENS]), supervised, strict=False)
     return draw_tokens(pairs, is_colourful=False).append(" …" if len(ids) > _SHOWN_TOKENS else "")
 
 
 def _describe_source(started: Started, number: int) -> dict[str, object]:
     data = started.data[number]
-    tokens = started.lengths[data.name].tokens
+    tokens = started.measured.lengths[data.name].tokens
     contains = [*data.roles, *(["tools"] if data.has_tools else []), *(["reasoning"] if data.has_reasoning else [])]
     return {
         "name": data.name,

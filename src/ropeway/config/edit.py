@@ -14,6 +14,7 @@ from ropeway.config.presets import KEY, SECTION
 from ropeway.config.sections import RUN
 from ropeway.runtime.errors import ConfigError
 from ropeway.runtime.lock import workspace_lock
+from ropeway.runtime.manifest import write_atomic
 
 _MERGE = "<<"
 
@@ -35,16 +36,34 @@ def choose_profile(root: Path, name: str) -> None:
         ConfigError: The value of `profile` is an alias, so its own line cannot be edited.
     """
     path = root / "params.yaml"
-    text = path.read_text(encoding="utf-8")
     if load_profile(path)[0] == name:
         return
+    write_exact(path, select_profile(path, read_exact(path), name))
+    print(f"params.yaml: set `profile: {name}`", flush=True)
+
+
+def select_profile(path: Path, text: str, name: str) -> str:
+    """Return the text of params.yaml with this profile selected.
+
+    Raises:
+        ConfigError: The value of `profile` is an alias, so its own line cannot be edited.
+    """
     key, value = next(pair for pair in read_pairs(text) if pair[0].value == "profile")
     if value.start_mark.index < key.end_mark.index:
         raise ConfigError(
             f"{path}: `profile`: expected a profile's name, found a YAML alias; replace the alias by the name"
         )
-    path.write_text(_replace(text, value, name), encoding="utf-8")
-    print(f"params.yaml: set `profile: {name}`", flush=True)
+    return _replace(text, value, name)
+
+
+def read_exact(path: Path) -> str:
+    """Return a file's text with its own line ends."""
+    return path.read_bytes().decode()
+
+
+def write_exact(path: Path, text: str) -> None:
+    """Replace a file by this text; a link stays a link."""
+    write_atomic(path.resolve(), text.encode())
 
 
 def resume_from(root: Path, profile: str | None, run: str) -> None:
@@ -63,7 +82,7 @@ def resume_from(root: Path, profile: str | None, run: str) -> None:
     with workspace_lock(root, command="ropeway run --resume-from", profile=name):
         draft = path.with_name(f".params.{os.getpid()}.partial")
         try:
-            draft.write_text(set_resume_from(path.read_text(encoding="utf-8"), name, run), encoding="utf-8")
+            draft.write_bytes(set_resume_from(read_exact(path), name, run).encode())
             old, new = (load_profiles(one)[1] for one in (path, draft))
             if new != old | {name: old[name].model_copy(update={"resume_from": run})}:
                 raise ConfigError(

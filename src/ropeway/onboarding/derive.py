@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ropeway.config.sections import PUBLISHED_TEMPLATE
+from ropeway.data.packing import plan_packing, split_document
 from ropeway.onboarding.examine_base import BaseFindings
 from ropeway.onboarding.examine_data import DataFindings
 from ropeway.runtime.errors import ConfigError
@@ -20,6 +21,7 @@ _FEWEST_STEPS = 40  # per run, where the data allows it
 _MOST_EPOCHS = 3
 _QUESTION = 512  # tokens; a passkey's question alone needs up to half of them with a small vocabulary
 _LONG_QUESTION = 1024  # the same of questions on long texts
+_FEW_DOCUMENTS = 20  # fewer may all fall on one side of the split
 _SMALL_MODEL = 500_000_000  # weights
 _TOKEN_CHARACTERS = 3  # characters of a chunk per token of a row, so that a chunk is about a row
 
@@ -75,22 +77,21 @@ def derive_length(
     base: BaseFindings,
     machine: Machine,
     context: int | None,
-) -> Entry:
-    """Return `max_length`: what nearly all conversations need, within what base and machine allow."""
+) -> tuple[int, str]:
+    """Return `max_length` and why: what nearly all conversations need, within what base and machine allow."""
     if context is not None:
-        return Entry("max_length", context, "--context")
+        return context, "--context"
     chats = [lengths[name].tokens for name, kind in kinds.items() if kind == "conversation"]
     limit = min(base.context or _CPU_ROW, _DOCUMENT_ROW * 4 if machine.gpus else _CPU_ROW * 2)
     if not chats or not any(len(one) for one in chats):
         most = min(limit, _DOCUMENT_ROW if machine.gpus else _CPU_ROW)
-        return Entry("max_length", most, "documents are cut into chunks of about this length")
+        return most, "documents are cut into chunks of about this length"
     tokens = np.concatenate(chats)
     needed = int(np.quantile(tokens, 0.99))
     length = min(limit, max(_SHORTEST, math.ceil(needed / _ROUNDED) * _ROUNDED))
     middle, longest = int(np.median(tokens)), int(tokens.max())
     cut = float((tokens > length).mean())
-    return Entry(
-        "max_length",
+    return (
         length,
         f"conversations: median {middle:,}, 99 % up to {needed:,}, longest {longest:,} tokens; {cut:.1%} are cut",
     )
@@ -133,10 +134,25 @@ def derive_rate(base: BaseFindings, *, preset: str) -> list[Entry]:
     return [Entry("learning_rate", 1e-4, "measured with SmolLM2-135M: docs/runs.md; the preset's is for 7 B and more")]
 
 
-def count_rows(lengths: Mapping[str, TokenLengths], length: int, *, packed: bool, share: float) -> int:
-    """Return the training rows of an epoch of what was read; there are more if a source was read in part."""
-    clipped = [np.minimum(one.tokens, length) for one in lengths.values()]
-    rows = sum(int(one.sum()) for one in clipped) / length if packed else sum(len(one) for one in clipped)
+def count_rows(
+    lengths: Mapping[str, TokenLengths], kinds: Mapping[str, str], length: int, *, packed: bool, share: float
+) -> int:
+    """Return the training rows of an epoch of what was read; there are more if a source was read in part.
+
+    Args:
+        lengths: Tokens of each sequence, by source.
+        kinds: `conversation` or `document`, by source; packed rows cut conversations and split documents.
+        length: `max_length`.
+        packed: Whether rows hold several sequences.
+        share: Of the sequences, that is held out.
+    """
+    pieces: list[int] = []
+    for name, one in lengths.items():
+        if packed and kinds[name] == "document":
+            pieces += [end - begin for tokens in one.tokens for begin, end in split_document(tokens, capacity=length)]
+        else:
+            pieces += np.minimum(one.tokens, length).tolist()
+    rows = len(plan_packing(pieces, capacity=length)) if packed else len(pieces)
     return int(rows * (1 - share))
 
 
@@ -214,18 +230,24 @@ def derive_sources(
     data: Sequence[DataFindings], lengths: Mapping[str, TokenLengths], length: int, share: float
 ) -> list[Entry]:
     """Return the mixture and its sources; `lengths` is empty until they are known."""
-    datasets = []
+    datasets: list[dict[str, object]] = []
     for one in data:
-        options: dict[str, object] = {"max_val_set": max(1, min(200, int(len(one.records) * share)))}
-        if one.kind == "document":
-            options["max_chunk_size"] = length * _TOKEN_CHARACTERS
-        datasets.append({one.name: options})
+        sequences = len(lengths[one.name].tokens) if one.name in lengths else len(one.records)
+        chunks = {"max_chunk_size": chunk_size(length)} if one.kind == "document" else {}
+        datasets.append({one.name: {"max_val_set": max(1, min(200, int(sequences * share))), **chunks}})
     known = {name: len(one.tokens) for name, one in lengths.items() if one.is_complete}
     sources = {one.name: {**one.source, "expected_rows": known.get(one.name)} for one in data}
     notes = "; ".join(f"{one.name}: {len(one.records):,} {one.kind}s" for one in data)
     partial = any(not one.is_complete for one in data)
+    few = [one.name for one in data if one.kind == "document" and len(one.records) < _FEW_DOCUMENTS]
     return [
-        Entry("val_split", share, "of the sequences"),
+        Entry("val_split", share, "held out; the published run's 0.2 is of 1.2 million sequences"),
+        *([Entry("split_by", "chunk", f"{', '.join(few)}: so few documents, one side could get none")] if few else []),
         Entry("datasets", datasets, notes + (" or more" if partial else "")),
         Entry("sources", sources, "expected_rows: counted here; prepare reports a difference" if known else ""),
     ]
+
+
+def chunk_size(length: int) -> int:
+    """Return the characters of a document's chunk, which is about a row of this many tokens."""
+    return length * _TOKEN_CHARACTERS

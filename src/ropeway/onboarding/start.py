@@ -22,6 +22,7 @@ from ropeway.onboarding.derive import (
     Machine,
     TokenLengths,
     choose_preset,
+    chunk_size,
     count_rows,
     derive_batch,
     derive_evaluation,
@@ -46,7 +47,16 @@ from ropeway.stages.tokenize.encode import Encoder
 
 _GPU_JSON, _CPU_JSON = "configs/zero_config_pretrain.json", "configs/zero2_cpu.json"
 _PARTITIONED_JSON = "configs/zero3.json"
-_STEPS_WORTH = 10
+_STEPS_WORTH = 10  # fewest steps for which a micro-batch of several rows is taken
+_DRAFT_LENGTH = 512  # `max_length` with which the data is looked at first
+_LEAST_VOCABULARY = 300  # of a draft from scratch
+_HELD_OUT = 0.1  # `val_split`
+UNKNOWN = "unknown"
+_LICENSE_KEYS = ("license", "license_name", "license_link")
+_SPDX = (  # identifiers as the addresses of spdx.org have them; the Hub writes them in lower case
+    "Apache-2.0", "MIT", "BSD-2-Clause", "BSD-3-Clause", "CC0-1.0", "CC-BY-4.0", "CC-BY-SA-4.0", "CC-BY-NC-4.0",
+    "GPL-3.0-only", "LGPL-3.0-only", "MPL-2.0",
+)  # fmt: skip
 _MICRO_BATCHES = (8, 4, 2, 1)
 _SCRATCH_SHAPE = {
     "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6,
@@ -72,6 +82,36 @@ class InitRequest:
     lora: bool = False
     license: str | None = None
 
+    @property
+    def is_scratch(self) -> bool:
+        """Whether the base is made with random weights."""
+        return self.base == "scratch"
+
+
+Sample = tuple[list[int], list[bool]]
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The base, and the data in its tokens.
+
+    Attributes:
+        template: Keys of the template, where the preset's do not fit.
+        sample: Token ids of the first sequence, and which of them are supervised.
+        unwritable: By source: reason -> records that the template cannot write.
+        length: `max_length`.
+        why: Where it comes from.
+    """
+
+    base: BaseFindings
+    template: Sequence[Entry]
+    encoder: Encoder
+    lengths: Mapping[str, TokenLengths]
+    sample: Sample
+    unwritable: Mapping[str, Mapping[str, int]]
+    length: int
+    why: str
+
 
 @dataclass(frozen=True, slots=True)
 class Started:
@@ -79,17 +119,13 @@ class Started:
 
     Attributes:
         block: The profile's text in params.yaml.
-        sample: Token ids of the first sequence, and which of them are supervised.
         open_points: What a person has to state or look at.
         plan: The plan of the run.
     """
 
     data: Sequence[DataFindings]
-    base: BaseFindings
-    lengths: Mapping[str, TokenLengths]
+    measured: Measured
     block: str
-    encoder: Encoder
-    sample: tuple[list[int], list[bool]]
     open_points: Sequence[str]
     plan: RunPlan
 
@@ -105,54 +141,77 @@ def start_profile(root: Path, request: InitRequest) -> Started:
     data: list[DataFindings] = []
     for one in request.data:
         data.append(examine_data(one, root, frozenset(known.name for known in data)))
-    is_scratch = request.base == "scratch"
-    preset = choose_preset(data, is_scratch=is_scratch, lora=request.lora)
-    share = 0.1
-    fixed = [Entry("preset", preset), *_base_entries(root, request)]
-    entries = [*fixed, Entry("max_length", request.context or 512), *derive_sources(data, {}, 512, share)]
-    entries += _machine_entries(request.machine)
-    if is_scratch:
-        entries.append(Entry("expected_model", _scratch_shape(1000, request.context or 512)))
-    draft = _validated(path, request.name, [*entries, *_license_entries(request, None)])
-    texts = (text for one in data for record in one.records for text in iterate_texts(record))
-    base = examine_base(root, draft, texts)
-    template = derive_template(base, is_scratch=is_scratch)
-    draft = _validated(path, request.name, [*entries, *template, *_license_entries(request, None)])
-    try:
-        encoder = open_encoder(root, draft, base.tokenizer, draft.max_length * 3)
-    except UnusableConversationError as error:
-        raise ConfigError(f"--base {request.base}: its chat template cannot be used: {error}") from None
-    lengths, sample, unwritable = _measure(encoder, data, draft)
-    entries = [*fixed, *template]
-    length = derive_length(lengths, {one.name: one.kind for one in data}, base, request.machine, request.context)
-    tokens = int(str(length.value))
-    entries += [length, *derive_rope(tokens, base), *derive_rate(base, preset=preset)]
-    if is_scratch:
-        entries.append(Entry("expected_model", _scratch_shape(base.vocabulary, tokens), "3 M weights; make it larger"))
-    entries += [*_machine_entries(request.machine), *derive_sources(data, lengths, tokens, share)]
-    packed = _validated(path, request.name, [*entries, *_license_entries(request, base)]).layout == "packed"
-    rows = count_rows(lengths, tokens, packed=packed, share=share)
-    micro = _choose_micro_batch(root, path, request, [*entries, *_license_entries(request, base)], rows)
-    entries = _replaced(entries, micro)
-    is_complete = all(one.is_complete for one in data)
-    entries += derive_batch(rows, request.machine, int(str(micro[0].value)), is_complete=is_complete)
-    held_out = int(sum(int(one.tokens.sum()) for one in lengths.values()) * share)
-    entries += [derive_evaluation(tokens, held_out, base, request.machine), *derive_gate(request.machine)]
-    entries += _license_entries(request, base, _read_card(path, request.base))
-    known = resolve_preset(path, preset)
-    stated = [one for one in entries if one.key not in known or known[one.key] != one.value]
-    block = render_profile(request.name, f"Written by `ropeway init`: {_describe(base)}.", stated)
+    measured = _measure(root, request, data)
+    entries = _derive(root, request, data, measured)
+    preset = resolve_preset(path, str(entries[0].value))
+    stated = [one for one in entries if one.key not in preset or preset[one.key] != one.value]
+    block = render_profile(request.name, f"Written by `ropeway init`: {_describe(measured.base)}.", stated)
     profile = _validated(path, request.name, stated)
-    planned = plan_run(
-        Workspace(root, request.name),
-        profile,
-        ranks=request.machine.ranks,
-        request=PlanRequest(gpu_memory_gib=request.machine.gpu_memory_gib),
-    )
+    machine = request.machine
+    asked = PlanRequest(gpu_memory_gib=machine.gpu_memory_gib)
+    planned = plan_run(Workspace(root, request.name), profile, ranks=machine.ranks, request=asked)
+    points = _open_points(profile, data, measured)
     with workspace_lock(root, command="ropeway init", profile=request.name):
         add_profile(path, request.name, block)
-    points = _open_points(path, data, base, request, unwritable, profile.max_refused_fraction)
-    return Started(data, base, lengths, block, encoder, sample, points, planned)
+    return Started(data, measured, block, points, planned)
+
+
+def _measure(root: Path, request: InitRequest, data: Sequence[DataFindings]) -> Measured:
+    """Return what the base is, and the tokens of the data in its template, with `max_length` from them."""
+    path = root / "params.yaml"
+    length, why = request.context or _DRAFT_LENGTH, ""
+    draft = _validated(path, request.name, _draft(root, request, data, length))
+    texts = (text for one in data for record in one.records for text in iterate_texts(record))
+    base = examine_base(root, draft, texts)
+    template = derive_template(base, is_scratch=request.is_scratch)
+    kinds = {one.name: one.kind for one in data}
+    for is_final in (False, True):  # documents are cut into chunks whose size follows from max_length
+        draft = _validated(path, request.name, [*_draft(root, request, data, length), *template])
+        try:
+            encoder = open_encoder(root, draft, base.tokenizer, chunk_size(length))
+        except UnusableConversationError as error:
+            raise ConfigError(f"--base {request.base}: its chat template cannot be used: {error}") from None
+        lengths, sample, unwritable = _encode(encoder, data, draft)
+        if not is_final:
+            length, why = derive_length(lengths, kinds, base, request.machine, request.context)
+        if "document" not in kinds.values():
+            break
+    return Measured(base, template, encoder, lengths, sample, unwritable, length, why)
+
+
+def _draft(root: Path, request: InitRequest, data: Sequence[DataFindings], length: int) -> list[Entry]:
+    """Return a valid profile before anything is known of the base."""
+    shape = [Entry("expected_model", _scratch_shape(_LEAST_VOCABULARY, length))] if request.is_scratch else []
+    return [
+        *_base_entries(root, request, data),
+        Entry("max_length", length),
+        *derive_sources(data, {}, length, _HELD_OUT),
+        *_machine_entries(request.machine),
+        *shape,
+    ]
+
+
+def _derive(root: Path, request: InitRequest, data: Sequence[DataFindings], measured: Measured) -> list[Entry]:
+    """Return the keys of the profile, the preset first."""
+    path, base, length = root / "params.yaml", measured.base, measured.length
+    entries = _base_entries(root, request, data)
+    preset = str(entries[0].value)
+    entries += [*measured.template, Entry("max_length", length, measured.why), *derive_rope(length, base)]
+    entries += derive_rate(base, preset=preset)
+    if request.is_scratch:
+        shape = _scratch_shape(base.vocabulary, length)
+        entries.append(Entry("expected_model", shape, "a small Llama; vocab_size is what the text gives"))
+    entries += derive_sources(data, measured.lengths, length, _HELD_OUT)
+    kinds = {one.name: one.kind for one in data}
+    packed = resolve_preset(path, preset)["layout"] == "packed"
+    rows = count_rows(measured.lengths, kinds, length, packed=packed, share=_HELD_OUT)
+    card = _card_entry(path, request, base)
+    micro_batch, machine = _choose_micro_batch(root, request, [*entries, card], rows)
+    is_complete = all(one.is_complete for one in data)
+    entries += [*machine, *derive_batch(rows, request.machine, micro_batch, is_complete=is_complete)]
+    held_out = int(sum(int(one.tokens.sum()) for one in measured.lengths.values()) * _HELD_OUT)
+    entries += [derive_evaluation(length, held_out, base, request.machine), *derive_gate(request.machine), card]
+    return entries
 
 
 def _check_request(path: Path, request: InitRequest) -> InitRequest:
@@ -172,14 +231,19 @@ def _check_request(path: Path, request: InitRequest) -> InitRequest:
         raise ConfigError(f"{path}: there is a profile '{request.name}'; choose another name, or remove its block")
     if request.base in profiles and isinstance(profiles[request.base].base, ScratchBase):
         request = replace(request, base="scratch")
-    if request.base == "scratch" and request.lora:
+    if request.is_scratch and request.lora:
         raise ConfigError("--lora: adapters need a base that is trained; leave --lora or `--base scratch` out")
     return request
 
 
-def _base_entries(root: Path, request: InitRequest) -> list[Entry]:
-    """Return the keys that name the base."""
-    if request.base == "scratch":
+def _base_entries(root: Path, request: InitRequest, data: Sequence[DataFindings]) -> list[Entry]:
+    """Return the preset and the keys that name the base."""
+    preset = Entry("preset", choose_preset(data, is_scratch=request.is_scratch, lora=request.lora))
+    return [preset, *_name_base(root, request)]
+
+
+def _name_base(root: Path, request: InitRequest) -> list[Entry]:
+    if request.is_scratch:
         return []
     path = root / "params.yaml"
     if request.base in load_profiles(path)[1]:
@@ -199,11 +263,12 @@ def _base_entries(root: Path, request: InitRequest) -> list[Entry]:
     )
 
 
-def _machine_entries(machine: Machine) -> list[Entry]:
+def _machine_entries(machine: Machine, rows: int = 1, config: str = _GPU_JSON, why: str = "") -> list[Entry]:
+    """Return micro-batch, DeepSpeed JSON and attention."""
     if machine.gpus:
-        return [Entry("per_device_train_batch_size", 1), Entry("deepspeed_config", _GPU_JSON)]
+        return [Entry("per_device_train_batch_size", rows, why), Entry("deepspeed_config", config)]
     return [
-        Entry("per_device_train_batch_size", 1),
+        Entry("per_device_train_batch_size", 1, "on a CPU"),
         Entry("deepspeed_config", _CPU_JSON, "no GPU"),
         Entry("use_flash_attention", False),  # noqa: FBT003 - a value of params.yaml
     ]
@@ -213,25 +278,20 @@ def _scratch_shape(vocabulary: int, length: int) -> dict[str, object]:
     return {**_SCRATCH_SHAPE, "vocab_size": vocabulary, "max_position_embeddings": length}
 
 
-def _read_card(path: Path, profile: str) -> dict[str, object]:
-    """Return what the card of the profile whose base is taken says of it; empty for other bases."""
-    if profile not in load_profiles(path)[1]:
-        return {}
-    card = read_block(path, profile)["card"]
-    names = ("license", "license_name", "license_link", "base_model")
-    return {name: card[name] for name in names} if isinstance(card, dict) else {}
-
-
-def _license_entries(
-    request: InitRequest, base: BaseFindings | None, card: Mapping[str, object] | None = None
-) -> list[Entry]:
-    if card and not request.license:
-        return [Entry("card", dict(card), f"of profile {request.base}; the data may have other terms")]
-    stated = request.license or (base.license if base else None)
-    name = stated or "unknown"
-    card = {"license": name, "license_name": name, "license_link": f"https://spdx.org/licenses/{name}.html"}
-    why = "--license" if request.license else "of the base" if stated else "state the license of base and data"
-    return [Entry("card", card if stated else {**card, "license_link": "unknown"}, why)]
+def _card_entry(path: Path, request: InitRequest, base: BaseFindings) -> Entry:
+    """Return the license: stated, of the profile whose base is taken, or of the base's README."""
+    if request.license is None and request.base in load_profiles(path)[1]:
+        card = read_block(path, request.base)["card"]
+        names = ("license", "license_name", "license_link", "base_model")
+        known = {name: card[name] for name in names} if isinstance(card, dict) else {}
+        return Entry("card", known, f"of profile {request.base}; the data may have other terms")
+    stated = request.license or base.license
+    if stated is None:
+        return Entry("card", dict.fromkeys(_LICENSE_KEYS, UNKNOWN), "state the license of base and data")
+    identifier = next((one for one in _SPDX if one.lower() == stated.lower()), None)
+    link = f"https://spdx.org/licenses/{identifier}.html" if identifier else UNKNOWN
+    why = "--license" if request.license else "of the base's README; the data may have other terms"
+    return Entry("card", dict(zip(_LICENSE_KEYS, (stated, identifier or stated, link), strict=True)), why)
 
 
 def _validated(path: Path, name: str, entries: Sequence[Entry]) -> Profile:
@@ -240,9 +300,9 @@ def _validated(path: Path, name: str, entries: Sequence[Entry]) -> Profile:
     return load_profiles(path, text=text)[1][name]
 
 
-def _measure(
+def _encode(
     encoder: Encoder, data: Sequence[DataFindings], profile: Profile
-) -> tuple[dict[str, TokenLengths], tuple[list[int], list[bool]], dict[str, Counter[str]]]:
+) -> tuple[dict[str, TokenLengths], Sample, dict[str, Counter[str]]]:
     """Return lengths by source, a sample, and by source reason -> records that the template cannot write."""
     lengths, sample, refused = {}, None, {}
     for one in data:
@@ -270,12 +330,16 @@ def _list_reasons(refused: Mapping[str, int]) -> str:
 
 
 def _choose_micro_batch(
-    root: Path, path: Path, request: InitRequest, entries: Sequence[Entry], training_rows: int
-) -> list[Entry]:
-    """Return micro-batch and DeepSpeed configuration: the largest that fits the GPU, else the smallest with a note."""
+    root: Path, request: InitRequest, entries: Sequence[Entry], training_rows: int
+) -> tuple[int, list[Entry]]:
+    """Return the micro-batch, and the keys of the machine: the largest batch that fits its GPUs.
+
+    Raises:
+        ConfigError: One row does not fit.
+    """
     machine = request.machine
     if not machine.gpus or machine.gpu_memory_gib is None:
-        return [Entry("per_device_train_batch_size", 1, "" if machine.gpus else "on a CPU")]
+        return 1, _machine_entries(machine)
     memory = int(machine.gpu_memory_gib * GIB)
     for name in (_GPU_JSON, _PARTITIONED_JSON):
         zero = read_zero(read_texts(root, [name], key="deepspeed_config")[name], name)
@@ -283,15 +347,14 @@ def _choose_micro_batch(
             size = rows * machine.ranks
             if rows > 1 and size * _STEPS_WORTH > training_rows:
                 continue  # so few steps would teach little
-            changed = _replaced(
-                [*entries, Entry("global_batch_size", size), Entry("gradient_accumulation_steps", 1)],
-                [Entry("per_device_train_batch_size", rows), Entry("deepspeed_config", name)],
-            )
-            profile = with_shape(Workspace(root, request.name), _validated(path, request.name, changed))
+            batch = [Entry("global_batch_size", size), Entry("gradient_accumulation_steps", 1)]
+            changed = [*entries, *batch, *_machine_entries(machine, rows, name)]
+            valid = _validated(root / "params.yaml", request.name, changed)
+            profile = with_shape(Workspace(root, request.name), valid)
             verdict = check_fit(Load.of(profile, zero, ranks=machine.ranks), size, memory)
             if verdict.fits:
                 why = f"planned: {verdict.needed_bytes / GIB:.1f} of {machine.gpu_memory_gib:g} GiB per GPU"
-                return [Entry("per_device_train_batch_size", rows, why), Entry("deepspeed_config", name)]
+                return rows, _machine_entries(machine, rows, name, why)
     remedies = "; ".join(words for words, _ in verdict.remedies[:3]) or "larger GPUs"
     raise ConfigError(
         f"one row of {profile.max_length:,} tokens does not fit {machine.ranks} GPUs of {machine.gpu_memory_gib:g} GiB "
@@ -299,45 +362,33 @@ def _choose_micro_batch(
     )
 
 
-def _replaced(entries: Sequence[Entry], new: Sequence[Entry]) -> list[Entry]:
-    """Return the entries with those of the same keys replaced."""
-    by_key = {one.key: one for one in new}
-    return [by_key.get(one.key, one) for one in entries]
-
-
 def _describe(base: BaseFindings) -> str:
     weights = f", {base.parameters / 1e6:,.0f} M weights" if base.parameters else ""
     return f"{base.family}{weights}, RoPE {base.rope}"
 
 
-def _open_points(
-    path: Path,
-    data: Sequence[DataFindings],
-    base: BaseFindings,
-    request: InitRequest,
-    unwritable: Mapping[str, Mapping[str, int]],
-    limit: float,
-) -> list[str]:
+def _open_points(profile: Profile, data: Sequence[DataFindings], measured: Measured) -> list[str]:
     """Return what was decided for a person, or could not be known."""
     points = ["evaluation.prompts: the shipped questions are about Python; name a file with questions of your own"]
-    if not request.license and not base.license and request.base not in load_profiles(path)[1]:
-        points.append("card.license: state the license of base and data")
+    if UNKNOWN in (profile.card.license, profile.card.license_link):
+        points.append("card: state license, license_name and license_link of base and data")
     for one in data:
+        where = f"source {one.name}"
         if one.ignored:
             listed = ", ".join(f"{key} ({count:,})" for key, count in one.ignored.items())
             points.append(f"sources.{one.name}.ignored_keys: these fields are not read: {listed}")
         if one.not_read:
             listed = ", ".join(f"{count:,} with {suffix}" for suffix, count in one.not_read.items())
-            points.append(f"source {one.name}: files of the folder that are not read: {listed}")
-        refused = {"refused": one.refused, "that the template cannot write": unwritable[one.name]}
-        for words, reasons in refused.items():
+            points.append(f"{where}: files of the folder that are not read: {listed}")
+        for words, reasons in (
+            ("are refused", one.refused),
+            ("cannot be written in the template", measured.unwritable[one.name]),
+        ):
             if count := sum(reasons.values()):
-                stops = count > limit * one.read
-                advice = f"; more than max_refused_fraction {limit:g}, so THE RUN WILL STOP: correct them, or raise it"
-                points.append(
-                    f"source {one.name}: {count:,} of {one.read:,} records {words} ({_list_reasons(reasons)})"
-                    + (advice if stops else "")
-                )
+                points.append(f"{where}: {count:,} of {one.read:,} records {words} ({_list_reasons(reasons)})")
+                if count > profile.max_refused_fraction * one.read:
+                    limit = f"max_refused_fraction {profile.max_refused_fraction:g}"
+                    points.append(f"{where}: that is more than {limit}: the run will stop; correct them, or raise it")
         if not one.is_complete:
-            points.append(f"source {one.name}: only the first {one.read:,} records were read here")
+            points.append(f"{where}: only the first {one.read:,} records were read here")
     return points

@@ -8,11 +8,10 @@ from pathlib import Path
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
-from ropeway.config.edit import read_pairs
-from ropeway.config.load_params import load_profiles, read_text
+from ropeway.config.edit import read_exact, select_profile, write_exact
+from ropeway.config.load_params import load_profiles
 from ropeway.onboarding.derive import Entry
 from ropeway.runtime.errors import ConfigError
-from ropeway.runtime.manifest import write_atomic
 
 _NULL = "tag:yaml.org,2002:null"
 _WIDEST = 100  # characters of a mapping in one line
@@ -64,16 +63,13 @@ def add_profile(path: Path, name: str, block: str) -> None:
     Raises:
         ConfigError: The name is in use, or the profile is not valid.
     """
-    text = read_text(path)
+    text = read_exact(path)
     _, profiles = load_profiles(path, text=text)
     if name in profiles:
         raise ConfigError(f"{path}: there is a profile '{name}'; choose another name, or remove its block")
-    key, value = next(pair for pair in read_pairs(text) if pair[0].value == "profile")
-    if value.start_mark.index < key.end_mark.index:
-        raise ConfigError(f"{path}: `profile` is a YAML alias; replace it by the name")
-    selected = f"{text[: value.start_mark.index]}{name}{text[value.end_mark.index :]}"
-    changed = selected.rstrip("\n") + "\n\n" + block
+    end = "\r\n" if "\r\n" in text else "\n"
+    changed = select_profile(path, text, name).rstrip("\r\n") + end * 2 + block.replace("\n", end)
     _, now = load_profiles(path, text=changed)
     if {other: now[other] for other in profiles} != profiles:
         raise ConfigError(f"{path}: adding '{name}' would change another profile; nothing was written")
-    write_atomic(path, changed.encode())
+    write_exact(path, changed)

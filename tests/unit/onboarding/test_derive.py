@@ -30,7 +30,7 @@ def lengths(*tokens, complete=True):
 
 
 def length_of(tokens, kind="conversation", machine=GPUS, context=None, reach=4096):
-    return derive_length(lengths(*tokens), {"chats": kind}, base(reach), machine, context).value
+    return derive_length(lengths(*tokens), {"chats": kind}, base(reach), machine, context)[0]
 
 
 def test_a_row_holds_nearly_all_conversations_within_what_base_and_machine_allow():
@@ -45,7 +45,7 @@ def test_a_row_holds_nearly_all_conversations_within_what_base_and_machine_allow
 
 
 def test_what_is_cut_is_said():
-    assert "50.0% are cut" in derive_length(lengths(100, 9000), {"chats": "conversation"}, base(), GPUS, None).why
+    assert "50.0% are cut" in derive_length(lengths(100, 9000), {"chats": "conversation"}, base(), GPUS, None)[1]
 
 
 def test_rope_is_scaled_only_where_the_base_does_not_reach():
@@ -73,11 +73,16 @@ def test_a_small_base_gets_the_measured_rate():
     assert derive_rate(base(parameters=135e6), preset="lora") == []
 
 
-def test_rows_are_packed_or_one_per_sequence_and_at_least_those_of_a_part():
-    assert count_rows(lengths(500, 500, 5000), 1000, packed=True, share=0.0) == 2
-    assert count_rows(lengths(500, 500, 5000), 1000, packed=False, share=0.0) == 3
-    assert count_rows(lengths(*[10] * 100), 1000, packed=False, share=0.1) == 90
-    assert count_rows(lengths(500, 600, complete=False), 1000, packed=True, share=0.0) == 1
+def rows_of(tokens, kind="conversation", *, packed=True, share=0.0):
+    return count_rows(lengths(*tokens), {"chats": kind}, 1000, packed=packed, share=share)
+
+
+def test_rows_are_those_of_packing_or_one_per_sequence():
+    assert rows_of([500, 500, 5000]) == 2
+    assert rows_of([600] * 10) == 10  # no two of them fit into one row
+    assert rows_of([600, 2500], "document") == 4  # 1000, 1000, 500 and 600
+    assert rows_of([500, 500, 5000], packed=False) == 3
+    assert rows_of([10] * 100, packed=False, share=0.1) == 90
 
 
 @pytest.mark.parametrize(

@@ -57,9 +57,9 @@ def test_a_profile_is_added_and_selected_and_nothing_else_changes(root, model):
 
 def test_the_sample_shows_what_is_supervised(root, model):
     started = start_profile(root, InitRequest("mine", str(model), ["chats.jsonl"], CPU))
-    ids, supervised = started.sample
+    ids, supervised = started.measured.sample
     shown = [number for number, counts in zip(ids, supervised, strict=True) if counts]
-    assert started.encoder.tokenizer.decode(shown, skip_special_tokens=False) == "1.<|im_end|>"
+    assert started.measured.encoder.tokenizer.decode(shown, skip_special_tokens=False) == "1.<|im_end|>"
 
 
 def test_a_usual_profile_has_at_most_forty_lines_of_which_a_person_chose_three(root, model):
@@ -70,7 +70,7 @@ def test_a_usual_profile_has_at_most_forty_lines_of_which_a_person_chose_three(r
 def test_from_scratch_the_vocabulary_is_what_the_text_gives(root):
     started = start_profile(root, InitRequest("mine", "scratch", ["chats.jsonl"], CPU, license="mit"))
     profile = load_profile(root / "params.yaml")[1]
-    assert profile.expected_model.vocab_size == started.base.vocabulary == 300
+    assert profile.expected_model.vocab_size == started.measured.base.vocabulary == 300
     assert profile.expected_model.max_position_embeddings == profile.max_length
 
 
@@ -141,8 +141,8 @@ def test_what_a_template_cannot_write_is_counted_and_said(root, model):
     odd = [json.dumps({"messages": [system, *json.loads(one)["messages"]]}) for one in chats[:30]]
     (root / "chats.jsonl").write_text("\n".join([*odd, *chats[30:]]) + "\n")
     points = " ".join(start_profile(root, InitRequest("mine", str(model), ["chats.jsonl"], CPU)).open_points)
-    assert "30 of 60 records that the template cannot write" in points
-    assert "THE RUN WILL STOP" in points
+    assert "30 of 60 records cannot be written in the template" in points
+    assert "the run will stop" in points
 
 
 @pytest.mark.parametrize("line", ['profile: "laptop"', "profile: laptop   # mine", "profile:   laptop"])
@@ -153,10 +153,54 @@ def test_the_selected_profile_may_be_written_in_any_way(root, line):
     assert load_profiles(path)[0] == "mine"
 
 
-def test_the_license_of_a_profile_goes_with_its_base(root):
-    block = (root / "params.yaml").read_text().replace("  scratch:\n", "  scratch:\n", 1)
-    (root / "params.yaml").write_text(block)
-    assert load_profiles(root / "params.yaml")[1]["smollm2"].card.license == "apache-2.0"
+def test_a_profile_from_scratch_as_base_is_scratch(root):
     started = start_profile(root, InitRequest("mine", "laptop", ["chats.jsonl"], CPU))
     assert load_profile(root / "params.yaml")[1].base.kind == "scratch"
-    assert any("card.license" in point for point in started.open_points)
+    assert any("card" in point for point in started.open_points)
+
+
+def test_line_ends_and_links_of_the_file_stay(root):
+    path, real = root / "params.yaml", root / "real.yaml"
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    path.rename(real)
+    path.symlink_to(real.name)
+    before = real.read_bytes()
+    add_profile(path, "mine", render_profile("mine", "head", [Entry("preset", "laptop")]))
+    assert path.is_symlink()
+    after = real.read_bytes()
+    assert after.count(b"\n") == after.count(b"\r\n") == before.count(b"\n") + 4
+    assert after.startswith(before[: before.index(b"profile: laptop")])
+
+
+@pytest.mark.parametrize(
+    ("stated", "link"),
+    [("cc0-1.0", "https://spdx.org/licenses/CC0-1.0.html"), ("house rules", "unknown")],
+)
+def test_a_license_link_is_only_made_of_a_known_identifier(root, stated, link):
+    start_profile(root, InitRequest("mine", "scratch", ["chats.jsonl"], CPU, license=stated))
+    card = load_profile(root / "params.yaml")[1].card
+    assert (card.license, card.license_link) == (stated, link)
+
+
+def test_documents_are_counted_in_the_chunks_of_the_final_length(root, model):
+    (root / "book.txt").write_text("A sentence of the book that goes on and on. " * 2000)
+    started = start_profile(root, InitRequest("mine", str(model), ["book.txt"], CPU, context=128))
+    profile = load_profile(root / "params.yaml")[1]
+    options = profile.datasets[0]["book"]
+    count = len(started.measured.lengths["book"].tokens)
+    assert options.max_chunk_size == 3 * 128
+    assert count == -(-len((root / "book.txt").read_text()) // options.max_chunk_size)
+    assert options.max_val_set == count // 10
+    assert profile.split_by == "chunk"
+
+
+def test_the_license_of_a_profile_goes_with_its_base(root, model):
+    path = root / "params.yaml"
+    card = "  card: {license: mit, license_name: MIT, license_link: x, base_model: owner/name}\n"
+    path.write_text(
+        f"{path.read_text()}first:\n  preset: finetune\n  model_name: {model}\n"
+        f"  datasets: [c: {{}}]\n  sources: {{c: {{kind: python_docs, part: topics, expected_rows: null}}}}\n{card}"
+    )
+    start_profile(root, InitRequest("mine", "first", ["chats.jsonl"], CPU))
+    found = load_profile(path)[1].card
+    assert (found.license, found.license_name, found.base_model) == ("mit", "MIT", "owner/name")
