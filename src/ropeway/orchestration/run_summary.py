@@ -16,6 +16,7 @@ from ropeway.runtime.terminal import SHORT_DIGITS, AlignedTable, Paragraph, form
 from ropeway.runtime.workspace import Workspace
 
 _SHOWN_PROMPTS = 2
+_LONGEST_WORD = 40  # characters; a longer one is of a model that repeats itself
 _SHOWN_CHARACTERS = 150  # of a question or an answer
 
 
@@ -150,14 +151,14 @@ def _answers(workspace: Workspace) -> list[tuple[str, str]]:
     base, tuned = (greedy_answers(samples, model) for model in ("base", "tuned"))
     found = []
     for prompt in list(tuned)[:_SHOWN_PROMPTS]:
-        words = [("base ", base.get(prompt, "")), ("tuned", tuned[prompt])]
+        answers = {"  base": base.get(prompt, ""), "  tuned": tuned[prompt]}
         found += [("asked", _in_a_line(prompt))]
-        found += [("", f"  {model}: {_in_a_line(answer) or '(no text)'}") for model, answer in words]
+        found += [(model, _in_a_line(answer) or "(no text)") for model, answer in answers.items()]
     return found
 
 
 def _in_a_line(text: str) -> str:
-    line = " ".join(text.split())
+    line = " ".join(word if len(word) <= _LONGEST_WORD else f"{word[:_LONGEST_WORD]}…" for word in text.split())
     return line if len(line) <= _SHOWN_CHARACTERS else f"{line[:_SHOWN_CHARACTERS]}…"
 
 

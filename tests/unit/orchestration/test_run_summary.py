@@ -55,8 +55,8 @@ def test_the_first_questions_are_shown_with_the_answers_of_base_and_tuned(tmp_pa
     write_json(result.workspace.samples, {"prompts": prompts})
     print_result(result, None)
     words = " ".join(capsys.readouterr().out.split())
-    assert "asked Question 0? base : base greedy 0 long" in words
-    assert "tuned: tuned greedy 1 long" in words
+    assert "asked Question 0? base base greedy 0 long" in words
+    assert "tuned tuned greedy 1 long" in words
     assert "…" in words
     assert "Question 2" not in words
     assert "k50" not in words
