@@ -100,6 +100,8 @@ def draw_inspection(inspection: Inspection, prepared: Prepared, *, is_colourful:
         if following is not None:
             line.append(f" + {following} (supervised)", style=_OUTSIDE if is_colourful else "")
         yield line
+    if inspection.note:
+        yield Text(f"\n{inspection.note}")
     if inspection.turns:
         yield from draw_turns(inspection.turns, is_colourful=is_colourful)
 

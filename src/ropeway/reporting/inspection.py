@@ -31,12 +31,14 @@ class Inspection:
 
     Attributes:
         turns: The conversation of a sequence; None for a row, a document, or if its record cannot be found.
+        note: Why the conversation of a sequence is not shown; else empty.
     """
 
     title: str
     readings: tuple[Reading, ...]
     facts: dict[str, str | int | None]
     turns: Turns | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,15 @@ def inspect_sequence(prepared: Prepared, name: str, number: int) -> Inspection:
     if reading.length > longest:
         title += f": {reading.length - longest:,} tokens longer than max_length ({longest:,} tokens)"
     turns = prepared.conversations.find(name, number) if prepared.conversations else None
-    return Inspection(title, (reading,), {"source": name, "sequence": number, "part": part}, turns)
+    note = "" if turns or sources[at].kind == "document" else _say_why_not(prepared)
+    return Inspection(title, (reading,), {"source": name, "sequence": number, "part": part}, turns, note)
+
+
+def _say_why_not(prepared: Prepared) -> str:
+    """Return why a conversation is not shown turn by turn."""
+    if prepared.conversations is None:
+        return "not shown turn by turn: raw/ or tokens/ were removed; `dvc repro tokenize` writes them again"
+    return "not shown turn by turn: its record was not found near its place in raw/, where many records were refused"
 
 
 def inspect_row(prepared: Prepared, number: int, *, epoch: int) -> Inspection:
@@ -149,8 +159,9 @@ def to_json(inspection: Inspection, prepared: Prepared) -> str:
         }
         for reading in inspection.readings
     ]
-    turns = {"conversation": inspection.turns.to_json()} if inspection.turns else {}
-    return json.dumps({**inspection.facts, "pieces": pieces, **turns}, ensure_ascii=False)
+    more: dict[str, object] = {"conversation": inspection.turns.to_json()} if inspection.turns else {}
+    more |= {"note": inspection.note} if inspection.note else {}
+    return json.dumps({**inspection.facts, "pieces": pieces, **more}, ensure_ascii=False)
 
 
 def pair_tokens(reading: Reading, prepared: Prepared) -> Iterator[tuple[DisplayToken, bool]]:

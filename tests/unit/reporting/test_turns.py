@@ -2,18 +2,19 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from ropeway.cli.inspect_output import draw_turns
+from ropeway.cli.inspect_output import draw_inspection, draw_turns
 from ropeway.cli.main import app
-from ropeway.data.find_record import _MOST_RENDERED, RecordFinder
+from ropeway.data.find_record import RecordFinder
 from ropeway.data.tokenized import open_tokenized
 from ropeway.models.chat_template import open_template
 from ropeway.models.conversation import Conversation
-from ropeway.reporting.inspection import open_prepared
+from ropeway.reporting.inspection import inspect_sequence, open_prepared, to_json
 from ropeway.reporting.turns import ConversationFinder, Turns, show_turn
 from tests.support.chat_templates import STYLES
 from tests.support.prepared_run import TALKS, make_prepared
@@ -109,7 +110,20 @@ def test_a_record_is_only_found_by_the_hash_of_its_text(made):
     object.__setattr__(finder, "_keys", keys)
     assert finder.find(5) is None
     assert finder.find(6) is not None
-    assert _MOST_RENDERED > 1000
+
+
+def test_it_is_said_why_a_conversation_is_not_shown(made, monkeypatch):
+    workspace, profile = made
+    prepared = open_prepared(workspace, profile)
+    assert inspect_sequence(prepared, "talk", 1).note == ""
+    assert inspect_sequence(prepared, "text", 0).note == ""
+    monkeypatch.setattr("ropeway.data.find_record._MOST_RENDERED", 0)
+    lost = inspect_sequence(prepared, "talk", 1)
+    assert lost.turns is None
+    assert "was not found" in lost.note
+    assert any(lost.note in line.plain for line in draw_inspection(lost, prepared, is_colourful=False))
+    assert json.loads(to_json(lost, prepared))["note"] == lost.note
+    assert "were removed" in inspect_sequence(replace(prepared, conversations=None), "talk", 1).note
 
 
 def test_no_part_is_missing_in_the_terminal_and_long_values_say_what_is_left_out(finder):
@@ -175,7 +189,7 @@ def test_the_page_shows_the_turns_and_nothing_of_them_is_markup(made):
     assert "tool call: look_up" in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
     assert re.search(r"&hellip; [\d,]+ more characters", page)
-    assert "A lineU+001B[31m." in page or "up to answer 2" not in page
+    assert "A lineU+001B[31m." in page
 
 
 def test_the_published_template_supervises_all_but_the_users_turns(tmp_path):
