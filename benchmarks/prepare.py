@@ -24,6 +24,7 @@ import texts
 import vocabulary
 from prepare_once import OTHER_LAYOUT, SOURCE, WAYS, texts_of, write_for_trl
 
+from ropeway.config.edit import select_profile
 from ropeway.config.frozen import read_texts, write_values
 from ropeway.config.load_params import load_profile
 from ropeway.data.raw_records import RawWriter, Record
@@ -55,7 +56,8 @@ bench:
 
 def lay_workspace(root: Path, tokenizer: Any, records: list[Record], *, times: int) -> Workspace:  # noqa: ANN401
     """Lay the tables that prepare reads: params, raw parquet with the records `times` over, the tokenizer."""
-    text = (ROOT / "params.yaml").read_text(encoding="utf-8").replace("\nprofile: laptop", "\nprofile: bench")
+    shipped = ROOT / "params.yaml"
+    text = select_profile(shipped, shipped.read_text(encoding="utf-8"), "bench")
     kind = "conversation" if isinstance(records[0], Conversation) else "document"
     chunk = "null" if kind == "conversation" else 65535
     root.mkdir()

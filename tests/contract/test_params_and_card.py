@@ -12,6 +12,7 @@ from ropeway.config.load_params import load_profile, load_profiles
 from ropeway.config.params import Profile
 from ropeway.config.stages import FROZEN, READS, STAGES, UNHASHED, frozen_path
 from ropeway.runtime.errors import ConfigError
+from tests.support.shipped_params import read_shipped_params
 
 ROOT = Path(__file__).parents[2]
 CARD = (ROOT / "tests/contract/model-card.txt").read_text(encoding="utf-8")
@@ -115,7 +116,7 @@ def test_no_key_that_changes_no_result_is_a_reason_to_run_a_stage():
 
 
 def test_a_stage_cannot_read_a_key_it_does_not_list():
-    _, profile = load_profile(ROOT / "params.yaml")
+    _, profile = load_profile(ROOT / "params.yaml", "laptop")
     fetch = profile.reading(READS["fetch"])
     assert fetch.sources == profile.sources
     with pytest.raises(AttributeError):
@@ -150,7 +151,7 @@ def test_a_stage_cannot_read_a_key_it_does_not_list():
     ],
 )
 def test_a_wrong_file_is_refused_with_its_key(tmp_path, old, new, says):
-    text = (ROOT / "params.yaml").read_text(encoding="utf-8")
+    text = read_shipped_params()
     at = text.rindex(old)  # in laptop, or in a preset
     path = tmp_path / "params.yaml"
     path.write_text(text[:at] + text[at:].replace(old, new, 1), encoding="utf-8")
@@ -174,7 +175,7 @@ def test_all_faults_are_reported_at_once(tmp_path):
 
 def test_a_missing_profile_names_those_that_exist(tmp_path):
     path = tmp_path / "params.yaml"
-    path.write_text((ROOT / "params.yaml").read_text(encoding="utf-8").replace("profile: laptop", "profile: labtop"))
+    path.write_text(read_shipped_params("labtop"), encoding="utf-8")
     with pytest.raises(ConfigError, match=r"'labtop' does not exist.*llama2_13b_orca_8k, smollm2, laptop"):
         load_profile(path)
 
@@ -192,9 +193,8 @@ def test_every_profile_is_a_profile_with_no_default_at_its_top():
 
 @pytest.mark.parametrize("name", ["a b", "../x", "a/b", "", "x" * 65, "a..b", "ä", "'; rm -rf'"])
 def test_a_profile_s_name_can_be_a_folder_and_a_model_s_name_or_is_refused(tmp_path, name):
-    text = (ROOT / "params.yaml").read_text(encoding="utf-8")
     (tmp_path / "params.yaml").write_text(
-        text.replace("profile: laptop", "profile: smollm2").replace("\nlaptop:\n", f"\n{json.dumps(name)}:\n"),
+        read_shipped_params("smollm2").replace("\nlaptop:\n", f"\n{json.dumps(name)}:\n"),
         encoding="utf-8",
     )
     with pytest.raises(ConfigError, match=r"profile name .*: expected 1 to 64 of A-Z a-z 0-9"):

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import pytest
 
 from tests.support.main_job import share_main_jobs
+from tests.support.shipped_params import read_shipped_params
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -62,7 +63,7 @@ class FlowWorkspace:
 
 def make_workspace(root):
     root.mkdir()
-    shutil.copy(ROOT / "params.yaml", root)
+    (root / "params.yaml").write_text(read_shipped_params(), encoding="utf-8")
     for folder in ("configs", "flows"):
         shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(HERE / "flow_workspace" / "dvc.yaml", root)

@@ -11,6 +11,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from tests.support.main_job import BLOCK, ROOT, MainJob, make_main_job
+from tests.support.shipped_params import read_shipped_params
 from tools.docs.blocks import APPLY, RUN, find_blocks, find_pages
 
 pytestmark = [pytest.mark.docs, pytest.mark.timeout(1800)]
@@ -21,7 +22,7 @@ PRELUDE = 'set -euo pipefail\nmake() { command make -o .venv/.ready-run "$@"; }\
 def make_workspace(root):
     """Return a workspace whose profile `laptop` is the tests' small run."""
     job = make_main_job(root)
-    params = (ROOT / "params.yaml").read_text(encoding="utf-8")
+    params = read_shipped_params()
     published = params[: params.index("\nlaptop:\n")]
     (root / "params.yaml").write_text(published + BLOCK.replace("\ntiny:", "\nlaptop:"), encoding="utf-8")
     shutil.copy(ROOT / "Makefile", root)

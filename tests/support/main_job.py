@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from tests.support import forked
 from tests.support.shared import build_once
+from tests.support.shipped_params import read_shipped_params
 
 ROOT = Path(__file__).parents[2]
 BLOCK = """
@@ -172,8 +173,7 @@ def make_main_job(root):
         shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
     (root / ".dvc").mkdir()
     shutil.copy(ROOT / ".dvc" / "config", root / ".dvc")
-    params = (ROOT / "params.yaml").read_text(encoding="utf-8")
-    (root / "params.yaml").write_text(params.replace("profile: laptop", "profile: tiny") + BLOCK, encoding="utf-8")
+    (root / "params.yaml").write_text(read_shipped_params("tiny") + BLOCK, encoding="utf-8")
     job = MainJob(root)
     job.do("git", "init", "-q")
     job.commit("a workspace")

@@ -15,7 +15,8 @@ from ropeway.reporting import report_data
 from ropeway.runtime.manifest import write_manifest
 from ropeway.runtime.workspace import Workspace
 from tests.support.chat_templates import write_tokenizer
-from tests.support.tiny_run import BLOCK, PARITY, ROOT
+from tests.support.shipped_params import read_shipped_params
+from tests.support.tiny_run import BLOCK, PARITY
 from tests.support.tokenizing import tokenize_and_prepare
 
 TALKS = [
@@ -56,8 +57,7 @@ def make_prepared(  # noqa: PLR0913 - builders of tests have many defaults
     values = {"max_length": 32, **changes}
     block = BLOCK.replace("  max_length: 96\n", "".join(f"  {key}: {value}\n" for key, value in values.items()))
     block = block.replace(", fraction: 0.5", f", fraction: {fraction}")
-    text = (ROOT / "params.yaml").read_text(encoding="utf-8")
-    (root / "params.yaml").write_text(text.replace("\nprofile: laptop", "\nprofile: tiny") + "\n" + block)
+    (root / "params.yaml").write_text(read_shipped_params("tiny") + "\n" + block)
     workspace, (_, profile) = Workspace(root, "tiny"), load_profile(root / "params.yaml")
     facts = {}
     for name, kind, records in (("talk", "conversation", talks), ("text", "document", texts)):

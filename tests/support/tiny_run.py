@@ -39,6 +39,7 @@ from ropeway.stages.evaluate.evaluation_workers import Share
 from ropeway.stages.evaluate.token_scores import Score, score_sources, sum_batches
 from ropeway.stages.package import stage as package
 from tests.support.freezing import code_digests, freeze_inputs
+from tests.support.shipped_params import read_shipped_params
 
 ROOT = Path(__file__).parents[2]
 PARITY = ROOT / "tests" / "contract" / "parity"
@@ -121,8 +122,7 @@ def _make_once(finished: bool, block: str, configs: tuple[tuple[str, str], ...])
     folder = tempfile.TemporaryDirectory(prefix="tiny-run-")
     atexit.register(folder.cleanup)
     root = Path(folder.name)
-    text = (ROOT / "params.yaml").read_text(encoding="utf-8")
-    (root / "params.yaml").write_text(text.replace("\nprofile: laptop", "\nprofile: tiny") + "\n" + block)
+    (root / "params.yaml").write_text(read_shipped_params("tiny") + "\n" + block)
     (root / "configs").mkdir()
     (root / "configs" / "prompts.jsonl").write_text('"What is a list?"\n"How are you?"\n')
     for name in ("sampling.json", "zero_config_pretrain.json"):

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from ropeway.cli.inspect_output import draw_tokens
 from ropeway.onboarding.start import InitRequest, Started, start_profile
-from ropeway.planning.plan_text import describe_plan
+from ropeway.planning.plan_text import summarize_plan
 from ropeway.reporting.token_view import Vocabulary
 from ropeway.runtime.terminal import AlignedTable, Command, format_number, show
 
@@ -36,7 +36,7 @@ def init(root: Path, request: InitRequest, *, as_json: bool) -> None:
     ]
     show(AlignedTable(heads, rows), "")
     print(started.block)
-    show(describe_plan(planned), "")
+    show(Text("Plan", style="bold"), summarize_plan(planned), Command("ropeway plan", "all of it:"), "")
     ids, _ = started.measured.sample
     more = f" (the first {_SHOWN_TOKENS} of {len(ids):,} tokens)" if len(ids) > _SHOWN_TOKENS else ""
     show(f"The first sequence{more}; ⟦supervised⟧, │ between tokens:", _draw_sample(started), "")

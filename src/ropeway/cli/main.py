@@ -121,12 +121,15 @@ def plan(  # noqa: PLR0913 - a command's options
     card: Annotated[
         str | None,
         typer.Option(
-            help="For hours: a100, h100, h100-pcie, h200, l40s, v100, or a peak in TFLOPS. Default: this GPU or a100."
+            help="For hours: a100, h100, h100-pcie, h200, l40s, v100, cpu (this one), or a peak in TFLOPS. "
+            "Default: this GPU; without one cpu if use_flash_attention is false, else a100."
         ),
     ] = None,
     mfu: Annotated[
         float | None,
-        typer.Option(help="Model FLOPS utilization for the estimate of hours, above 0 to 1. Default: 0.4."),
+        typer.Option(
+            help="Model FLOPS utilization for the estimate of hours, above 0 to 1. Default: 0.4, on a CPU 0.5."
+        ),
     ] = None,
     save_gbps: Annotated[
         float | None,
@@ -142,14 +145,19 @@ def plan(  # noqa: PLR0913 - a command's options
     as_json: JsonOption = False,
 ) -> None:
     """Estimate a run without starting it: rows, steps, memory, disk, hours, and whether it fits."""
-    from ropeway.planning.plan import PlanRequest, measure_disk, plan_run
+    from ropeway.planning.budget import CPU
+    from ropeway.planning.measure import measure_cpu, measure_disk
+    from ropeway.planning.plan import PlanRequest, plan_run
     from ropeway.planning.plan_text import describe_plan
-    from ropeway.runtime.devices import count_ranks
+    from ropeway.runtime.devices import count_ranks, list_gpus
 
     workspace, chosen = _choose(profile)
-    bandwidth = measure_disk(workspace.root) if save_gbps is None else save_gbps
-    request = PlanRequest(gpu_memory_gib, card, mfu, bandwidth, save_measured=save_gbps is None)
     ranks = ranks or count_ranks()
+    if card is None and not list_gpus() and not chosen.use_flash_attention:
+        card = CPU  # the profile is for a CPU
+    speed = measure_cpu(chosen.dtype, ranks) if card == CPU else None
+    bandwidth = measure_disk(workspace.root) if save_gbps is None else save_gbps
+    request = PlanRequest(gpu_memory_gib, card, mfu, bandwidth, save_measured=save_gbps is None, cpu_tflops=speed)
     planned = plan_run(workspace, chosen, ranks=ranks, request=request)
     if not rehearse:
         typer.echo(planned.as_json() if as_json else describe_plan(planned))

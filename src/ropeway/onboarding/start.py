@@ -37,8 +37,9 @@ from ropeway.onboarding.examine_base import BaseFindings, examine_base, open_enc
 from ropeway.onboarding.examine_data import DataFindings, examine_data
 from ropeway.onboarding.write_profile import add_profile, render_profile
 from ropeway.planning.budget import check_fit
+from ropeway.planning.measure import measure_cpu, measure_disk
 from ropeway.planning.memory import GIB, Load
-from ropeway.planning.plan import PlanRequest, RunPlan, plan_run
+from ropeway.planning.plan import EpochCounts, PlanRequest, RunPlan, plan_run
 from ropeway.planning.shape import with_shape
 from ropeway.runtime.errors import ConfigError
 from ropeway.runtime.lock import workspace_lock
@@ -148,8 +149,12 @@ def start_profile(root: Path, request: InitRequest) -> Started:
     block = render_profile(request.name, f"Written by `ropeway init`: {_describe(measured.base)}.", stated)
     profile = _validated(path, request.name, stated)
     machine = request.machine
-    asked = PlanRequest(gpu_memory_gib=machine.gpu_memory_gib)
-    planned = plan_run(Workspace(root, request.name), profile, ranks=machine.ranks, request=asked)
+    speed = None if machine.gpus else measure_cpu(profile.dtype, machine.ranks)
+    asked = PlanRequest(
+        gpu_memory_gib=machine.gpu_memory_gib, cpu_tflops=speed, save_gbps=measure_disk(root), save_measured=True
+    )
+    counted = _count_data(profile, data, measured)
+    planned = plan_run(Workspace(root, request.name), profile, ranks=machine.ranks, request=asked, counted=counted)
     points = _open_points(profile, data, measured)
     with workspace_lock(root, command="ropeway init", profile=request.name):
         add_profile(path, request.name, block)
@@ -212,6 +217,32 @@ def _derive(root: Path, request: InitRequest, data: Sequence[DataFindings], meas
     held_out = int(sum(int(one.tokens.sum()) for one in measured.lengths.values()) * _HELD_OUT)
     entries += [derive_evaluation(length, held_out, base, request.machine), *derive_gate(request.machine), card]
     return entries
+
+
+def _count_data(profile: Profile, data: Sequence[DataFindings], measured: Measured) -> EpochCounts | None:
+    """Return rows and tokens of the run, estimated from what was read; None if a source was read in part."""
+    if not all(one.is_complete for one in data):
+        return None
+    kinds, length, packed = {one.name: one.kind for one in data}, profile.max_length, profile.layout == "packed"
+    sequences = {name: len(one.tokens) for name, one in measured.lengths.items()}
+    tokens = {
+        name: int((one.tokens if packed and kinds[name] == "document" else np.minimum(one.tokens, length)).sum())
+        for name, one in measured.lengths.items()
+    }
+    trained = 1 - profile.val_split
+    rows = count_rows(measured.lengths, kinds, length, packed=packed, share=profile.val_split)
+    epochs = profile.num_train_epochs
+    held_out = {name: int(count * profile.val_split) for name, count in sequences.items()}
+    limits = {name: options.max_val_set for name, options in profile.mixture}
+    return EpochCounts(
+        rows_per_source={name: count - held_out[name] for name, count in sequences.items()},
+        tokens_per_source={name: int(count * trained) for name, count in tokens.items()},
+        rows=rows,
+        tokens=int(sum(tokens.values()) * trained) * epochs,
+        most_tokens=rows * length * epochs,
+        validation_rows=sum(min(count, limits[name] or count) for name, count in held_out.items()),
+        from_data=False,
+    )
 
 
 def _check_request(path: Path, request: InitRequest) -> InitRequest:

@@ -1,12 +1,10 @@
 """Write a derived profile into params.yaml: the block is added at the end, nothing else is changed but `profile:`."""
 
-import json
 from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
 
 from ruamel.yaml import YAML
-from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
 from ropeway.config.edit import read_exact, select_profile, write_exact
 from ropeway.config.load_params import load_profiles
@@ -14,47 +12,53 @@ from ropeway.onboarding.derive import Entry
 from ropeway.runtime.errors import ConfigError
 
 _NULL = "tag:yaml.org,2002:null"
-_WIDEST = 100  # characters of a mapping in one line
-_WIDEST_LINE = 116  # with its comment, which else is on a line above
+_WIDEST = 260  # characters of a mapping in flow style, which takes up to three lines
+_WIDEST_LINE = 116
 
 
 def render_profile(name: str, head: str, entries: Sequence[Entry]) -> str:
     """Return the block of a profile as YAML with the reasons as comments."""
-    block = CommentedMap()
+    lines = [f"# {head}", f"{name}:"]
     for entry in entries:
-        block[entry.key] = _to_yaml(entry.value)
+        first, *more = _render_key(entry.key, entry.value, "  ")
+        beside = f"{first:<34}  # {entry.why}"
+        if entry.why and (more or len(beside) > _WIDEST_LINE):
+            lines += [f"  # {entry.why}", first]
+        else:
+            lines.append(beside if entry.why else first)
+        lines += more
+    return "\n".join(lines) + "\n"
+
+
+def _render_key(key: str, value: object, indent: str) -> list[str]:
+    """Return the lines of a key: in flow style if that is short, else with a line per key of its mapping."""
+    start, flow = f"{indent}{_flow(key)}: ", _flow(value)
+    if len(start + flow) <= _WIDEST_LINE or not isinstance(value, dict):
+        return [start + flow]
+    if len(flow) > _WIDEST:
+        nested = [line for name, part in value.items() for line in _render_key(name, part, indent + "  ")]
+        return [start.rstrip(), *nested]
+    lines = [start + "{"]
+    for at, (name, part) in enumerate(value.items()):
+        item = f"{_flow(name)}: {_flow(part)}" + ("," if at + 1 < len(value) else "}")
+        if lines[-1].endswith(("{", "  ")):
+            lines[-1] += item
+        elif len(lines[-1]) + 1 + len(item) <= _WIDEST_LINE:
+            lines[-1] += f" {item}"
+        else:
+            lines.append(f"{indent}  {item}")
+    return lines
+
+
+def _flow(value: object) -> str:
+    """Return a value as YAML in one line."""
     yaml = YAML()
     yaml.width = 4096  # no line is broken
-    yaml.indent(mapping=2, sequence=4, offset=2)
+    yaml.default_flow_style = True
     yaml.representer.add_representer(type(None), lambda representer, _: representer.represent_scalar(_NULL, "null"))
     out = StringIO()
-    yaml.dump({name: block}, out)
-    lines = [f"# {head}", *out.getvalue().splitlines()]
-    reasons = {f"  {entry.key}:": entry.why for entry in entries if entry.why}
-    return "\n".join(_comment(line, reasons) for line in lines) + "\n"
-
-
-def _comment(line: str, reasons: dict[str, str]) -> str:
-    key = line.partition(":")[0] + ":"
-    why = reasons.pop(key, "") if line.startswith("  ") and line[2:3].strip() else ""
-    beside = f"{line:<34}  # {why}"
-    return beside if why and len(beside) <= _WIDEST_LINE else f"  # {why}\n{line}" if why else line.rstrip()
-
-
-def _to_yaml(value: object) -> object:
-    """Return a value whose short parts are written in one line."""
-    is_short = len(json.dumps(value)) <= _WIDEST
-    if isinstance(value, dict):
-        mapping = CommentedMap({key: _to_yaml(one) for key, one in value.items()})
-        if is_short:
-            mapping.fa.set_flow_style()
-        return mapping
-    if isinstance(value, list):
-        sequence = CommentedSeq([_to_yaml(one) for one in value])
-        if is_short:
-            sequence.fa.set_flow_style()
-        return sequence
-    return value
+    yaml.dump({"k": value}, out)  # in a list, a mapping of one key would have no braces
+    return out.getvalue().strip().removeprefix("{k: ").removesuffix("}")
 
 
 def add_profile(path: Path, name: str, block: str) -> None:

@@ -17,6 +17,8 @@ from ropeway.runtime.errors import ConfigError
 CARDS = {"a100": 312.0, "h100": 989.0, "h100-pcie": 756.0, "h200": 989.0, "l40s": 362.0, "v100": 125.0}
 ASSUMED_CARD = "a100"
 ASSUMED_MFU = 0.4  # assumed, not measured here
+CPU = "cpu"  # `card` of a run that trains on this machine's CPU
+ASSUMED_CPU_MFU = 0.5  # assumed; 0.6 of SmolLM2-135M's training here: docs/runs.md
 _MOST_CHANGES = 3  # in one remedy; three only if no two fit
 COMMON_GIB = (40.0, 80.0)  # used if no GPU is known: the two sizes of an A100
 
@@ -157,8 +159,8 @@ class Speed:
     """Assumed training speed.
 
     Attributes:
-        card: Name of the GPU, or `stated`.
-        peak_tflops: Peak of one GPU; None if it is not known for this dtype.
+        card: Name of the GPU, `stated`, or `cpu`.
+        peak_tflops: Peak of one GPU, or of one rank's part of a CPU; None if it is not known for this dtype.
         mfu: Model FLOPs utilization, as a fraction of the peak; recomputed layers do not count.
     """
 
@@ -169,9 +171,7 @@ class Speed:
 
 def plan_speed(card: str | None, mfu: float | None, *, dtype: str) -> Speed:
     """Return the speed of a known GPU or of a peak in TFLOPS; raise ConfigError for an unknown GPU or invalid MFU."""
-    mfu = ASSUMED_MFU if mfu is None else mfu
-    if not 0 < mfu <= 1:
-        raise ConfigError(f"--mfu: expected more than 0 and at most 1, found {mfu:g}")
+    mfu = _check_mfu(mfu, ASSUMED_MFU)
     name = ASSUMED_CARD if card is None else card.lower()
     if name in CARDS:
         return Speed(name.upper(), CARDS[name] if dtype != "fp32" else None, mfu)
@@ -180,8 +180,21 @@ def plan_speed(card: str | None, mfu: float | None, *, dtype: str) -> Speed:
     except ValueError:
         peak = 0.0
     if not 0 < peak < float("inf"):
-        raise ConfigError(f"--card: expected {', '.join(CARDS)}, or a peak in TFLOPS; found {card!r}")
+        raise ConfigError(f"--card: expected {', '.join(CARDS)}, {CPU}, or a peak in TFLOPS; found {card!r}")
     return Speed("stated", peak, mfu)
+
+
+def plan_cpu_speed(tflops: float, mfu: float | None) -> Speed:
+    """Return the speed of a CPU of which one rank has these measured TFLOPS; raise ConfigError for an invalid MFU."""
+    return Speed(CPU, tflops, _check_mfu(mfu, ASSUMED_CPU_MFU))
+
+
+def _check_mfu(mfu: float | None, assumed: float) -> float:
+    if mfu is None:
+        return assumed
+    if not 0 < mfu <= 1:
+        raise ConfigError(f"--mfu: expected more than 0 and at most 1, found {mfu:g}")
+    return mfu
 
 
 def name_card(found: str) -> str | None:

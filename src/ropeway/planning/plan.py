@@ -4,11 +4,8 @@ import json
 import math
 import os
 import shutil
-import tempfile
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -27,6 +24,7 @@ from ropeway.planning.budget import (
     count_events,
     gib,
     name_card,
+    plan_cpu_speed,
     plan_disk,
     plan_hours,
     plan_save_hours,
@@ -43,7 +41,6 @@ from ropeway.runtime.workspace import Workspace, count_bytes
 
 MEMORY_CHECK_VARIABLE = "ROPEWAY_MEMORY_CHECK"  # `off` disables `check_memory`
 OTHER_RANKS = (1, 2, 4, 8, 16)
-_MEASURED_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +50,7 @@ class PlanRequest:
     Attributes:
         save_gbps: Bandwidth at which checkpoints are written, in GB/s; None: waiting for saves is not counted.
         save_measured: Whether `save_gbps` is of `measure_disk`, else stated.
+        cpu_tflops: Of one rank, of `measure_cpu`; for hours where the run trains on a CPU.
     """
 
     gpu_memory_gib: float | None = None
@@ -60,6 +58,7 @@ class PlanRequest:
     mfu: float | None = None
     save_gbps: float | None = None
     save_measured: bool = False
+    cpu_tflops: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +125,17 @@ class RunPlan:
         return json.dumps(facts, indent=1, sort_keys=True)
 
 
-def plan_run(workspace: Workspace, profile: Profile, *, ranks: int, request: PlanRequest | None = None) -> RunPlan:
+def plan_run(
+    workspace: Workspace,
+    profile: Profile,
+    *,
+    ranks: int,
+    request: PlanRequest | None = None,
+    counted: "EpochCounts | None" = None,
+) -> RunPlan:
     """Return the plan of a run, from the prepared data if it exists, else from `expected_rows` of the sources.
+
+    `counted` replaces what is known of the data.
 
     Raises:
         ConfigError: The ranks do not divide the batch, or the DeepSpeed JSON, card or MFU is invalid.
@@ -137,7 +145,7 @@ def plan_run(workspace: Workspace, profile: Profile, *, ranks: int, request: Pla
     named = read_texts(workspace.root, [profile.deepspeed_config], key="deepspeed_config")
     zero = read_zero(named[profile.deepspeed_config], profile.deepspeed_config)
     load = Load.of(profile, zero, ranks=ranks, measured=measured_weights(workspace, profile))
-    counted = count_epoch_data(workspace, profile)
+    counted = counted or count_epoch_data(workspace, profile)
     disk, unknown = _plan_disk(workspace, profile, load)
     gpus = detect_gpus() if request.gpu_memory_gib is None or request.card is None else []
     memory = request.gpu_memory_gib
@@ -149,7 +157,11 @@ def plan_run(workspace: Workspace, profile: Profile, *, ranks: int, request: Pla
         f"{size:.4g}": check_fit(load, profile.global_batch_size, int(size * GIB))
         for size in (COMMON_GIB if memory is None else (memory,))
     }
-    speed = plan_speed(request.card or (name_card(gpus[0].name) if gpus else None), request.mfu, dtype=profile.dtype)
+    card = request.card or (name_card(gpus[0].name) if gpus else None)
+    if request.cpu_tflops is None:
+        speed = plan_speed(card, request.mfu, dtype=profile.dtype)
+    else:
+        speed = plan_cpu_speed(request.cpu_tflops, request.mfu)
     steps = counted.steps(profile)
     passes = None if steps is None else count_events(steps, profile.eval_steps)
     saves = _count_saves(profile, steps, plan_hours(load, speed, counted.most_tokens))
@@ -215,17 +227,6 @@ def _plan_hours(
         training = plan_hours(load, speed, count)
         hours[name] = None if training is None else training + pauses
     return hours
-
-
-def measure_disk(folder: Path) -> float:
-    """Return the bandwidth of a folder's disk in GB/s: one file of 32 MiB, written and synced."""
-    data = os.urandom(_MEASURED_BYTES)
-    with tempfile.TemporaryFile(dir=folder) as file:
-        began = time.perf_counter()
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-        return _MEASURED_BYTES / (time.perf_counter() - began) / 1e9
 
 
 def _plan_disk(workspace: Workspace, profile: Profile, load: Load) -> tuple[dict[str, int], list[str]]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 
 from rich.console import RenderableType
 
-from ropeway.planning.budget import gib
+from ropeway.planning.budget import CPU, gib
 from ropeway.planning.memory import CHUNK_POSITIONS, CONTEXT_BYTES, FRAGMENTATION, PROCESS_BYTES
 from ropeway.planning.plan import RunPlan
 from ropeway.runtime.terminal import AlignedTable, format_count, format_large, render
@@ -47,10 +47,16 @@ def outline_plan(plan: RunPlan) -> str:
     return "\n".join(lines)
 
 
+def summarize_plan(plan: RunPlan) -> str:
+    """Return the outline with rows and the time of training."""
+    rows = "rows not known before prepare" if plan.rows is None else f"{format_count(plan.rows, 'row')} per epoch"
+    return "\n".join([rows, outline_plan(plan), *_time_lines(plan)])
+
+
 def _run_parts(plan: RunPlan) -> Iterator[RenderableType]:
     yield f"profile {plan.profile}: {_count_weights(plan)}, one checkpoint {gib(plan.checkpoint_bytes)}"
     yield ""
-    yield f"one epoch ({'counted in the prepared data' if plan.from_data else 'from expected_rows'}):"
+    yield f"one epoch ({'counted in the prepared data' if plan.from_data else 'estimated before prepare'}):"
     yield AlignedTable(
         ("source", "rows", "tokens"),
         [
@@ -146,26 +152,42 @@ def _time_lines(plan: RunPlan) -> Iterator[str]:
         yield "hours: not known, because no peak is listed for fp32; set it in TFLOPS with --card"
         return
     ranks = format_count(plan.ranks, "rank")
-    basis = f"assumed: MFU {speed.mfu:g} of {speed.peak_tflops:g} TFLOPS ({speed.card}) on {ranks}"
+    peak = (
+        f"{speed.peak_tflops:.2g} TFLOPS measured on this CPU"
+        if speed.card == CPU
+        else (f"{speed.peak_tflops:g} TFLOPS ({speed.card})")
+    )
+    basis = f"assumed: MFU {speed.mfu:g} of {peak}, on {ranks}"
     expected, most = plan.hours["expected"], plan.hours["at_most"]
     if most is None:
         yield f"hours: {UNKNOWN}"
         return
-    shown = f"{expected:,.1f} on {plan.tokens:,} tokens without padding, " if expected is not None else ""
-    yield f"hours: {shown}at most {most:,.1f} with every row full ({basis})"
+    shown = f"{_hours(expected)} on {plan.tokens:,} tokens without padding, " if expected is not None else ""
+    yield f"training: {shown}at most {_hours(most)} with every row full ({basis})"
     yield f"  {_describe_pauses(plan)}"
+
+
+def _hours(hours: float) -> str:
+    """Return a time in hours, or a shorter one in minutes or seconds.
+
+    >>> _hours(182.04), _hours(0.4), _hours(0.0021)
+    ('182.0 hours', '24 min', '8 s')
+    """
+    if hours >= 1:
+        return f"{hours:,.1f} hours"
+    return f"{hours * 60:.0f} min" if hours * 60 >= 1 else f"{hours * 3600:.0f} s"
 
 
 def _describe_pauses(plan: RunPlan) -> str:
     """Return what the hours contain besides training."""
     passes, saves = format_count(plan.validation_passes or 0, "validation"), format_count(plan.saves or 0, "checkpoint")
     validation = plan.hours["validation"]
-    shown = f"{passes} {UNKNOWN}" if validation is None else f"{passes} with full rows {validation:,.1f}"
+    shown = f"{passes} {UNKNOWN}" if validation is None else f"{passes} with full rows {_hours(validation)}"
     waiting = plan.hours["saves"]
     if waiting is None:
         return f"of these: {shown}; {saves} not counted, state --save-gbps"
     basis = "measured on this disk" if plan.save_measured else "stated"
-    where = f"{waiting:,.1f} at {plan.save_gbps:.2g} GB/s ({basis})"
+    where = f"{_hours(waiting)} at {plan.save_gbps:.2g} GB/s ({basis})"
     return f"of these: {shown}; {saves} of {gib(plan.checkpoint_bytes)} {where}"
 
 

@@ -23,6 +23,7 @@ from ropeway.runtime.manifest import digest_of
 from ropeway.runtime.worker_processes import CODE_CHECK, check_worker_code
 from ropeway.runtime.workspace import Workspace
 from tests.support.freezing import freeze_inputs
+from tests.support.shipped_params import read_shipped_params
 
 ROOT = Path(__file__).parents[3]
 BASE_CONFIG = '{"model_type": "llama"}'
@@ -49,9 +50,8 @@ def root(tmp_path, parsed):
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text(BASE_CONFIG)
     (tmp_path / "base" / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
-    text = (ROOT / "params.yaml").read_text(encoding="utf-8")
     source = "{kind: files, paths: [talks.jsonl], rows: messages, columns: {}, expected_rows: null}"
-    text = text.replace("profile: laptop", "profile: own") + (
+    text = read_shipped_params("own") + (
         "own:\n  <<: *published\n  model_name: base\n  datasets: [{talks: {size: 9}}]\n  base: {kind: folder}\n"
         f"  sources: {{talks: {source}}}\n"
     )
@@ -68,7 +68,7 @@ def edit(path, old, new):
 @pytest.mark.parametrize("name", ["llama2_13b_orca_8k", "smollm2", "laptop"])
 def test_a_stage_reads_the_very_values_of_the_file_and_no_others(tmp_path, name):
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
-    shutil.copy(ROOT / "params.yaml", tmp_path)
+    (tmp_path / "params.yaml").write_text(read_shipped_params(), encoding="utf-8")
     freeze_inputs(tmp_path, name)
     frozen, (_, profiles) = FrozenInputs.load(tmp_path), load_profiles(tmp_path / "params.yaml")
     assert frozen.profile_name == name

@@ -12,6 +12,7 @@ from ropeway.onboarding.start import InitRequest, start_profile
 from ropeway.onboarding.write_profile import add_profile, render_profile
 from ropeway.runtime.errors import ConfigError
 from tests.support.families import FAMILIES, save_family
+from tests.support.shipped_params import read_shipped_params
 
 ROOT = Path(__file__).parents[3]
 CPU = Machine(0, 2, None)
@@ -30,7 +31,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    shutil.copy(ROOT / "params.yaml", tmp_path)
+    (tmp_path / "params.yaml").write_text(read_shipped_params(), encoding="utf-8")
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     chats = [
         {"messages": [{"role": "user", "content": f"What is {n} + 1?"}, {"role": "assistant", "content": f"{n + 1}."}]}
@@ -62,9 +63,9 @@ def test_the_sample_shows_what_is_supervised(root, model):
     assert started.measured.encoder.tokenizer.decode(shown, skip_special_tokens=False) == "1.<|im_end|>"
 
 
-def test_a_usual_profile_has_at_most_forty_lines_of_which_a_person_chose_three(root, model):
+def test_a_usual_profile_has_at_most_25_lines_of_which_a_person_chose_three(root, model):
     started = start_profile(root, InitRequest("mine", str(model), ["chats.jsonl"], CPU))
-    assert len(started.block.splitlines()) <= 40
+    assert len(started.block.splitlines()) <= 25
 
 
 def test_from_scratch_the_vocabulary_is_what_the_text_gives(root):
@@ -204,3 +205,22 @@ def test_the_license_of_a_profile_goes_with_its_base(root, model):
     start_profile(root, InitRequest("mine", "first", ["chats.jsonl"], CPU))
     found = load_profile(path)[1].card
     assert (found.license, found.license_name, found.base_model) == ("mit", "MIT", "owner/name")
+
+
+def test_a_long_path_is_wrapped_and_read_back(root, model):
+    folder = root / ("a folder of chats with  two blanks: and a # sign " * 3).strip()
+    folder.mkdir()
+    (root / "chats.jsonl").rename(folder / "chats, as they were exported from the tool.jsonl")
+    started = start_profile(root, InitRequest("mine", str(model), [str(folder)], CPU))
+    source = load_profile(root / "params.yaml")[1].sources[started.data[0].name]
+    assert list(source.paths) == [f"{folder.name}/**/*.jsonl"]
+    assert max(map(len, started.block.splitlines())) <= 240
+
+
+def test_the_plan_knows_rows_and_hours_before_prepare(root, model):
+    plan = start_profile(root, InitRequest("mine", str(model), ["chats.jsonl"], CPU)).plan
+    profile = load_profile(root / "params.yaml")[1]
+    assert profile.layout == "packed"
+    assert plan.optimizer_steps == plan.rows // profile.global_batch_size * profile.num_train_epochs > 0
+    assert plan.speed.card == "cpu"
+    assert 0 < plan.hours["expected"] <= plan.hours["at_most"]

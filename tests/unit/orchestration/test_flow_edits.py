@@ -1,7 +1,6 @@
 """`--resume-from` edits one line of params.yaml, the one of its profile, and nothing else."""
 
 import difflib
-import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ from ropeway.config import edit as edits
 from ropeway.config.load_params import load_profiles
 from ropeway.runtime.errors import ConfigError, TemporaryError
 from ropeway.runtime.lock import workspace_lock
+from tests.support.shipped_params import read_shipped_params
 
 ROOT = Path(__file__).parents[3]
 RUN = "0123456789012345"  # digits alone: unquoted YAML would make a number of it
@@ -17,7 +17,7 @@ RUN = "0123456789012345"  # digits alone: unquoted YAML would make a number of i
 
 @pytest.fixture
 def root(tmp_path):
-    shutil.copy(ROOT / "params.yaml", tmp_path)
+    (tmp_path / "params.yaml").write_text(read_shipped_params(), encoding="utf-8")
     return tmp_path
 
 

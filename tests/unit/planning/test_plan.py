@@ -18,9 +18,10 @@ from ropeway.data.accumulation import accumulation_steps
 from ropeway.data.batches import plan_epoch
 from ropeway.data.shards import open_shards
 from ropeway.planning.budget import check_fit, plan_changes, plan_disk, plan_hours, plan_speed, token_flops
+from ropeway.planning.measure import measure_cpu, measure_disk
 from ropeway.planning.memory import GIB, Load, Sizes, checkpoint_bytes
 from ropeway.planning.phases import certain_bytes, plan_gpu, plan_phases
-from ropeway.planning.plan import PlanRequest, check_memory, count_epoch_data, measure_disk, plan_run
+from ropeway.planning.plan import EpochCounts, PlanRequest, check_memory, count_epoch_data, plan_run
 from ropeway.planning.plan_text import describe_plan, outline_plan
 from ropeway.runtime.devices import detect_gpus
 from ropeway.runtime.errors import ConfigError
@@ -213,7 +214,7 @@ def test_hours_count_17_validations_of_7000_rows_and_4_checkpoints(published):
     training = plan_hours(load_of(published), plan.speed, plan.most_tokens)
     assert plan.hours["at_most"] == pytest.approx(training + plan.hours["validation"] + plan.hours["saves"])
     assert "17 validations" in describe_plan(plan)
-    assert "4 checkpoints of 169.7 GiB 0.3 at 0.78 GB/s (stated)" in re.sub(r"\s+", " ", describe_plan(plan))
+    assert "4 checkpoints of 169.7 GiB 16 min at 0.78 GB/s (stated)" in re.sub(r"\s+", " ", describe_plan(plan))
 
 
 def test_background_saves_are_not_waited_for(published):
@@ -239,6 +240,24 @@ def test_without_a_bandwidth_saves_are_not_in_the_hours(published):
 def test_the_disks_bandwidth_is_measured_without_leaving_a_file(tmp_path):
     assert measure_disk(tmp_path) > 0
     assert not list(tmp_path.iterdir())
+
+
+def test_a_cpu_s_hours_come_from_its_measured_speed():
+    assert measure_cpu("fp32", 1) > measure_cpu("fp32", 64) > 0
+    profile = with_json(load_profile(ROOT / "params.yaml", "laptop")[1])
+    counted = EpochCounts({"docstrings": 800}, {"docstrings": None}, 800, None, 800 * 512, 48, from_data=False)
+
+    def plan(tflops, mfu=None):
+        request = PlanRequest(cpu_tflops=tflops, mfu=mfu)
+        return plan_run(Workspace(ROOT, "laptop"), profile, ranks=2, request=request, counted=counted)
+
+    slow, fast = plan(0.1), plan(0.2)
+    assert slow.hours["at_most"] == pytest.approx(2 * fast.hours["at_most"])
+    assert slow.hours["validation"] == pytest.approx(2 * fast.hours["validation"])
+    assert plan(0.1, mfu=1).hours["at_most"] == pytest.approx(slow.hours["at_most"] * slow.speed.mfu)
+    assert slow.optimizer_steps == 800 // profile.global_batch_size * profile.num_train_epochs
+    with pytest.raises(ConfigError):
+        plan(0.1, mfu=1.5)
 
 
 def test_hours_for_fp32_need_a_stated_peak():
