@@ -17,6 +17,7 @@ from ropeway.stages.train.training_run import Run
 
 _APPLIED = 2
 NOT_APPLIED = 12  # optimizer steps that the warm-up tries, when fp16 overflows
+_MICRO_BATCHES = 2  # of a step: the second one has accumulated gradients beside its own; more need no more memory
 _MOST_ROWS = 1000  # of which the one with the most tokens after its first sequence is taken
 _MIN_PIECE = 16  # tokens; a shorter prefix says little about rounding
 
@@ -143,7 +144,7 @@ def run_worst_step(run: Run, save: Callable[[], Path]) -> str:
     """
     saved = save()
     worst = longest_rows(run, run.profile.per_device_train_batch_size)
-    batches = list(run.batches(worst)) * run.accumulation_steps
+    batches = list(run.batches(worst)) * min(run.accumulation_steps, _MICRO_BATCHES)
     width = batches[0].input_ids.shape[1] * run.sharing_ranks
     try:
         loss, applied, skipped = _run_steps(run, batches)
@@ -171,12 +172,17 @@ def _run_steps(run: Run, batches: Sequence[Batch]) -> tuple[float, int, int]:
     """Run optimizer steps of these micro-batches until two are applied; return (first loss, applied, skipped)."""
     losses: list[float] = []
     applied = skipped = 0
+    shortened = len(batches) < run.accumulation_steps
     with torch.random.fork_rng():  # for LoRA dropout
         while applied < _APPLIED and skipped < NOT_APPLIED:
             total = 0.0
-            for _, loss, _ in forward_backward(run, batches):
+            if shortened:
+                run.engine.set_gradient_accumulation_boundary(len(batches) == 1)
+            for number, (_, loss, _) in enumerate(forward_backward(run, batches), start=1):
                 run.engine.step()
                 total += loss / len(batches)
+                if shortened:  # before the next micro-batch, which DeepSpeed would else count as one of many
+                    run.engine.set_gradient_accumulation_boundary(number + 1 == len(batches))
             losses.append(total)
             if not math.isfinite(total):
                 break
@@ -184,4 +190,7 @@ def _run_steps(run: Run, batches: Sequence[Batch]) -> tuple[float, int, int]:
                 applied += 1
             else:
                 skipped += 1
+    if shortened:
+        run.engine.set_gradient_accumulation_boundary(None)
+        run.engine.micro_steps = 0  # a checkpoint does not contain it; the next step begins with its first micro-batch
     return losses[0], applied, skipped

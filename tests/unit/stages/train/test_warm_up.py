@@ -46,6 +46,9 @@ class Engine:
         self.steps += 1
         self.applied = next(self.outcomes)
 
+    def set_gradient_accumulation_boundary(self, value):
+        self.boundaries = [*getattr(self, "boundaries", []), value]
+
     def was_step_applied(self):
         return self.applied
 
@@ -127,3 +130,17 @@ def test_the_warm_up_runs_until_two_steps_are_applied(packed, monkeypatch, tmp_p
     assert said in run_worst_step(run, lambda: tmp_path)
     assert run.engine.steps == steps
     assert run.engine.loaded[0] == str(tmp_path)
+
+
+def test_a_step_of_the_warm_up_has_two_micro_batches_and_the_next_step_all(packed, monkeypatch, tmp_path):
+    run = replace(open_run(packed, attend_each), accumulation_steps=8)
+    run.engine.outcomes, run.engine.micro_steps = iter((0, 1, 0, 1)), 0
+    monkeypatch.setattr(warm_up, "forward_backward", lambda _run, batches: ((one, 1.5, None) for one in batches))
+    monkeypatch.setattr(warm_up.torch, "distributed", SimpleNamespace(barrier=lambda: None))
+    monkeypatch.setattr(warm_up.checkpoints, "remove", lambda _: None)
+    step = run.engine.step
+    run.engine.step = lambda: (step(), setattr(run.engine, "micro_steps", run.engine.micro_steps + 1))
+    run_worst_step(run, lambda: tmp_path)
+    assert run.engine.steps == 4
+    assert run.engine.boundaries == [False, True, False, False, True, False, None]
+    assert run.engine.micro_steps == 0
