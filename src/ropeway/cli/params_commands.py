@@ -15,22 +15,25 @@ _Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 @params_app.command("show")
 def show_params(
-    profile: Annotated[str | None, typer.Argument(help="Default: the profile that params.yaml selects.")] = None,
+    profile: Annotated[
+        str | None, typer.Argument(help="A profile or a preset. Default: the profile that params.yaml selects.")
+    ] = None,
     *,
     as_json: _Json = False,
 ) -> None:
-    """Show every value of a profile, and whether the profile or a preset states it."""
-    from ropeway.config.load_params import load_profile, read_block, read_origins
+    """Show every value of a profile or a preset, and which of its presets states it."""
+    from ropeway.config.load_params import list_presets, load_profile, read_stated
     from ropeway.runtime.terminal import AlignedTable, show
 
     path = find_root() / "params.yaml"
-    name, _ = load_profile(path, profile)
-    block, origins = read_block(path, name), read_origins(path, name)
+    is_preset = profile in list_presets(path)
+    name = profile if profile and is_preset else load_profile(path, profile)[0]
+    block, origins = read_stated(path, name)
     if as_json:
         typer.echo(json.dumps({"profile": name, "values": block, "stated_by": origins}, indent=1, default=str))
         return
     rows = [(key, _shown(value), _origin(origins, key)) for key, value in flatten(block)]
-    show(AlignedTable(("key", "value", "stated by"), rows, title=f"profile {name}"))
+    show(AlignedTable(("key", "value", "stated by"), rows, title=f"{'preset' if is_preset else 'profile'} {name}"))
 
 
 @params_app.command("explain")
@@ -39,16 +42,16 @@ def explain_param(
     *,
     as_json: _Json = False,
 ) -> None:
-    """Say what a key means, its type and range, and its value in each profile."""
+    """Say what a key means, its type and range, and its value in each profile and preset."""
     from ropeway.config.describe import explain_key
-    from ropeway.config.load_params import load_profiles, read_block
+    from ropeway.config.load_params import list_presets, load_profiles, read_stated
     from ropeway.runtime.terminal import AlignedTable, show
 
     found = explain_key(key)
     path = find_root() / "params.yaml"
     values = {}
-    for name in load_profiles(path)[1] if path.is_file() else ():
-        here: object = read_block(path, name)
+    for name in [*load_profiles(path)[1], *list_presets(path)] if path.is_file() else ():
+        here: object = read_stated(path, name)[0]
         for part in key.split("."):
             here = here.get(part, _ABSENT) if isinstance(here, dict) else _ABSENT
         values[name] = here
@@ -58,21 +61,23 @@ def explain_param(
         return
     for one in found:
         show(f"{key}: {one.kind}", one.meaning, *([f"keys: {', '.join(one.keys)}"] if one.keys else []))
-    show("", AlignedTable(("profile", "value"), [(name, _shown(value)) for name, value in values.items()]))
+    show("", AlignedTable(("profile or preset", "value"), [(name, _shown(value)) for name, value in values.items()]))
 
 
 @params_app.command("diff")
 def diff_params(
-    first: Annotated[str, typer.Argument(help="A profile, or FILE:PROFILE, e.g. another version of params.yaml.")],
+    first: Annotated[
+        str, typer.Argument(help="A profile or preset, or FILE:NAME, e.g. in another version of params.yaml.")
+    ],
     second: Annotated[str, typer.Argument(help="The same.")],
     *,
     as_json: _Json = False,
 ) -> None:
-    """Compare two profiles value by value, presets included."""
-    from ropeway.config.load_params import read_block
+    """Compare two profiles or presets value by value, with the values of their presets."""
+    from ropeway.config.load_params import read_stated
     from ropeway.runtime.terminal import AlignedTable, show
 
-    one, other = (dict(flatten(read_block(*_locate(name)))) for name in (first, second))
+    one, other = (dict(flatten(read_stated(*_locate(name))[0])) for name in (first, second))
     keys = [key for key in dict.fromkeys([*one, *other]) if one.get(key, _ABSENT) != other.get(key, _ABSENT)]
     if as_json:
         found = {key: {first: one.get(key), second: other.get(key)} for key in keys}

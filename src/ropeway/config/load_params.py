@@ -101,11 +101,24 @@ def resolve_preset(path: Path, preset: str) -> dict[str, object]:
     return dict(found) if isinstance(found, dict) else {}
 
 
-def read_origins(path: Path, profile: str) -> dict[str, str]:
-    """Return key -> the profile or preset that states its value; see `ropeway.config.presets.find_origins`."""
-    read_block(path, profile)  # it exists, and so do its presets
+def read_stated(path: Path, name: str) -> tuple[dict[str, object], dict[str, str]]:
+    """Return (values, origins) of a profile or a preset, with those of its own presets.
+
+    Origins are as in `ropeway.config.presets.find_origins`. The values of a preset alone need not be complete.
+
+    Raises:
+        ConfigError: There is neither a profile nor a preset of this name.
+    """
+    if name not in list_presets(path):
+        read_block(path, name)  # it exists, and so do its presets
     tree = _read_yaml(path)
-    return find_origins(profile, *_split(path, tree if isinstance(tree, dict) else {}))
+    profiles, presets = _split(path, tree if isinstance(tree, dict) else {})
+    named = {**presets, **profiles}
+    try:
+        found, origins = resolve_block(name, named, {}), find_origins(name, named, {})
+    except PresetError as error:
+        raise ConfigError(f"{path}, '{name}': {error}") from None
+    return (dict(found) if isinstance(found, dict) else {}), origins
 
 
 def _split(path: Path, tree: dict[str, object]) -> tuple[dict[str, object], dict[str, object]]:

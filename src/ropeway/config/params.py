@@ -184,7 +184,9 @@ class WeightParams(EpochParams):
     use_flash_attention: bool
     """Use flash attention on a GPU; needs fp16 or bf16. A CPU always uses SDPA."""
     warmup_steps: Count
-    """Length of the linear warm-up, in optimizer steps."""
+    """Length of the linear warm-up, in optimizer steps. As in the published run, DeepSpeed's schedule has rate 0 at
+    steps 1 and 2 and the full rate from step `warmup_steps` + 2, 4 at the earliest. 0 with `lr_schedule: constant`: the
+    full rate at every step."""
     weight_decay: Annotated[float, Field(ge=0)]
     """AdamW's weight decay."""
 

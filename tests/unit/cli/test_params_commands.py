@@ -35,6 +35,19 @@ def test_a_profile_is_shown_with_all_values_and_who_states_each(ask):
     assert stated["resume_from"] == "laptop"
 
 
+def test_a_preset_is_shown_explained_and_compared_like_a_profile(ask):
+    shown = ask("show", "lora")
+    assert (shown["values"]["peft_model"], shown["stated_by"]["peft_model"]) == (True, "lora")
+    assert (shown["values"]["layout"], shown["stated_by"]["layout"]) == ("packed", "finetune")
+    assert "preset" not in shown["values"]
+    assert "model_name" in shown["values"]
+    values = ask("explain", "learning_rate")["values"]
+    assert (values["continue"], values["laptop"]) == (2e-5, 2e-3)
+    assert set(ask("diff", "finetune", "continue")) == {"learning_rate", "warmup_steps"}
+    with pytest.raises(ConfigError, match="nothing"):
+        ask("show", "nothing")
+
+
 def test_a_key_is_explained_with_its_values(ask):
     found = ask("explain", "evaluation.passkey.lengths")
     assert found["values"]["laptop"] == [128, 256, 512, 768]

@@ -114,6 +114,9 @@ def plan_deepspeed(
 
 
 def _scheduler(profile: TrainParams, total_steps: int) -> dict[str, object]:
+    if not profile.warmup_steps and profile.lr_schedule == "constant":
+        rate = profile.learning_rate  # the lowest rate of the warm-up, which DeepSpeed always has
+        return {"type": "WarmupLR", "params": {"warmup_min_lr": rate, "warmup_max_lr": rate}}
     warmup = {"warmup_num_steps": max(profile.warmup_steps, 1), "warmup_type": "linear"}
     if profile.lr_schedule == "cosine":
         return {"type": "WarmupCosineLR", "params": {"total_num_steps": total_steps, "cos_min_ratio": 0.0, **warmup}}

@@ -150,7 +150,10 @@ def learning_rate(profile: TrainParams, applied: int, *, total_steps: int) -> fl
 
     DeepSpeed runs one step at rate 0 before its scheduler starts counting, and again at count 0: steps 1 and 2 have
     rate 0, and the full rate is reached at step warm-up + 2. Source: deepspeed 0.19.8, runtime/lr_schedules.py.
+    Without warm-up a constant schedule has the full rate at every step.
     """
+    if not profile.warmup_steps and profile.lr_schedule == "constant":
+        return profile.learning_rate
     count = max(applied - 1, 0)
     warmup = max(profile.warmup_steps, 2)
     if count < warmup:

@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.runtime import lr_schedules
 from torch.utils import cpp_extension
 
+from ropeway.config.load_params import load_profile
 from ropeway.runtime.errors import ConfigError
-from ropeway.stages.train.deepspeed_config import check_optimizer, parse_deepspeed_json
+from ropeway.stages.train.deepspeed_config import check_optimizer, parse_deepspeed_json, plan_deepspeed
+from ropeway.stages.train.training_run import learning_rate
 
 CONFIGS = Path(__file__).parents[4] / "configs"
 
@@ -56,3 +59,19 @@ def test_the_published_optimizer_makes_the_steps_of_plain_adamw():
             optimizer.step()
         results.append(weight.detach())
     torch.testing.assert_close(*results, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("warmup", [0, 1, 3, 6])
+def test_deepspeed_s_schedule_has_the_rates_that_are_checked_at_every_step(schedule, warmup):
+    profile = load_profile(CONFIGS.parent / "params.yaml", "laptop")[1]
+    changed = profile.model_copy(update={"lr_schedule": schedule, "warmup_steps": warmup, "learning_rate": 0.5})
+    stated = plan_deepspeed(changed, {}, ranks=1, accumulation_steps=1, total_steps=12)["scheduler"]
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+    scheduler = getattr(lr_schedules, stated["type"])(optimizer, **stated["params"])
+    for applied in range(12):
+        rate = optimizer.param_groups[0]["lr"]
+        assert rate == pytest.approx(learning_rate(changed, applied, total_steps=12), abs=1e-12), applied
+        if schedule == "constant" and not warmup:
+            assert rate == 0.5
+        scheduler.step()
