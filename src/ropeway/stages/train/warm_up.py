@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ropeway.data.batches import Batch, Piece, Row, collate, slice_tokens
+from ropeway.data.batches import Batch, Row, collate, slice_tokens
 from ropeway.runtime.errors import ConfigError, TrainingError
 from ropeway.stages.train import checkpoints
 from ropeway.stages.train.loop import forward_backward, to_tensors
@@ -19,7 +19,8 @@ _APPLIED = 2
 NOT_APPLIED = 12  # optimizer steps that the warm-up tries, when fp16 overflows
 _MICRO_BATCHES = 2  # of a step: the second one has accumulated gradients beside its own; more need no more memory
 _MOST_ROWS = 1000  # of which the one with the most tokens after its first sequence is taken
-_MIN_PIECE = 16  # tokens; a shorter prefix says little about rounding
+_MIN_PIECE = 16  # tokens; a shorter sequence says little
+_CONTROLS = 4  # later sequences whose rounding is measured, from the shortest to the longest
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +30,9 @@ class Isolation:
     Attributes:
         packed: Packed against alone: 99th percentile.
         joined: The same row as one sequence against alone, which is what ignored boundaries would give: median.
-        rounding: The first sequence packed against alone, which no border concerns, and the first half of each other
-            sequence against the whole one: 99th percentile.
+        rounding: The first sequence of a row of the same sequences, which no border concerns, against alone: 99th
+            percentile over the first one and some others that are moved there. Kernels round differently for other
+            numbers of tokens, so no shorter row would show it.
     """
 
     packed: float
@@ -75,11 +77,10 @@ def measure_isolation(run: Run, row: Row) -> Isolation:
     alone = [_next_token_losses(run, (piece,)) for piece in later]
     together, joined = (_next_token_losses(run, row, joined=joined) for joined in (False, True))
     skipped, expected = first.end - first.begin - 1, torch.cat(alone)
-    long = [(piece, losses) for piece, losses in zip(later, alone, strict=True) if len(losses) >= _MIN_PIECE]
     rounding = [(together[:skipped] - _next_token_losses(run, (first,))).abs()]
-    for piece, losses in long:
-        half = _next_token_losses(run, (_first_half(piece),))
-        rounding.append((half - losses[: len(half)]).abs())
+    for at in _spread([len(losses) for losses in alone], _CONTROLS):
+        moved = _next_token_losses(run, (later[at], first, *later[:at], *later[at + 1 :]))
+        rounding.append((moved[: len(alone[at])] - alone[at]).abs())
     return Isolation(
         packed=_quantile((together[skipped:] - expected).abs(), 0.99),
         joined=_quantile((joined[skipped:] - expected).abs(), 0.5),
@@ -109,8 +110,15 @@ def _count_later_tokens(row: Row) -> int:
     return sum(length for length in lengths if length >= _MIN_PIECE)
 
 
-def _first_half(piece: Piece) -> Piece:
-    return replace(piece, end=piece.begin + (piece.end - piece.begin) // 2)
+def _spread(sizes: Sequence[int], count: int) -> list[int]:
+    """Return the indices of at most `count` sizes above 0, from the smallest to the largest in equal steps.
+
+    >>> _spread([5, 0, 9, 1, 7, 3], 3)
+    [3, 0, 2]
+    """
+    ordered = sorted((at for at, size in enumerate(sizes) if size), key=lambda at: sizes[at])
+    steps = min(count, len(ordered))
+    return [ordered[round(step * (len(ordered) - 1) / max(1, steps - 1))] for step in range(steps)]
 
 
 def _quantile(values: Tensor, fraction: float) -> float:

@@ -106,6 +106,19 @@ def test_rounding_is_measured_where_all_later_sequences_are_short(packed):
     assert found.packed <= found.allowed
 
 
+def test_rounding_of_rows_of_another_size_refuses_no_sound_run(packed):
+    def rounded(q, k, v, cu, longest, scale):  # other kernels for many tokens than for few, as BLAS libraries have
+        return attend_each(q, k, v, cu, longest, scale) * (1.1 if len(q) >= len_of_first else 1)
+
+    run = open_run(packed, rounded)
+    first, second = next(row for row in run.plan(0).packed if len(row) > 1)[:2]
+    row = (first, replace(second, begin=0, end=(first.end - first.begin) // 2))
+    len_of_first = first.end - first.begin
+    with torch.no_grad():
+        found = measure_isolation(run, row)
+    assert 0 < found.packed <= 3 * found.rounding
+
+
 def test_padded_rows_need_no_isolation(packed):
     run = open_run(packed, attend_each)
     assert check_isolation(replace(run, profile=run.profile.model_copy(update={"layout": "padded"}), plans={})) is None
