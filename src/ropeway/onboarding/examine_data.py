@@ -1,5 +1,6 @@
 """Find out what files hold: the layout of records, their columns, what would be refused or dropped. Reads a sample."""
 
+import glob
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -133,6 +134,8 @@ def _find_patterns(path: str, root: Path) -> tuple[list[str], dict[str, int]]:
     place = place if place.is_absolute() else Path.cwd() / place
     where = os.path.normpath(place)
     shown = os.path.relpath(where, root) if Path(where).is_relative_to(root) else where
+    if place.exists():  # else it is a pattern
+        shown = glob.escape(shown)  # brackets and stars in names are no pattern
     if not place.is_dir() or find_saved(place):
         return [shown], {}
     files = (one.relative_to(place) for one in place.rglob("*") if one.is_file() and not one.name.startswith("."))

@@ -101,6 +101,17 @@ def test_compressed_files_archives_and_tables(tmp_path, monkeypatch):
     assert table.source["ignored_keys"] == ["notes"]
 
 
+def test_brackets_and_stars_in_names_are_no_pattern(tmp_path):
+    folder = tmp_path / "a [draft]"
+    folder.mkdir()
+    path = folder / "c[1]*.jsonl"
+    path.write_text(json.dumps({"text": "A text."}) + "\n")
+    (folder / "c1.jsonl").write_text(json.dumps({"text": "Another."}) + "\n")
+    assert examine_data(str(path), tmp_path, frozenset()).read == 1
+    assert examine_data(str(folder), tmp_path, frozenset()).read == 2
+    assert examine_data(str(folder)[:-8] + "*/c[12].jsonl", tmp_path, frozenset()).read == 1
+
+
 def test_of_a_large_file_the_first_records_are_read(write, tmp_path):
     path = write("a.jsonl", *[{"text": f"Text {number}."} for number in range(MOST_RECORDS + 1)])
     found = examine_data(path, tmp_path)
