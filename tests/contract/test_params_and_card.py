@@ -33,7 +33,7 @@ def test_the_published_block_holds_every_key_and_value_of_the_card():
 
 def test_the_three_profiles_ship_and_are_whole():
     chosen, profiles = load_profiles(ROOT / "params.yaml")
-    assert chosen == "laptop"
+    assert chosen == "smollm2"
     assert list(profiles) == ["llama2_13b_orca_8k", "smollm2", "laptop"]
 
 

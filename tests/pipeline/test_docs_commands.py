@@ -20,14 +20,14 @@ PRELUDE = 'set -euo pipefail\nmake() { command make -o .venv/.ready-run "$@"; }\
 
 
 def make_workspace(root):
-    """Return a workspace whose profile `laptop` is the tests' small run."""
+    """Return a workspace whose profile `smollm2` is the tests' small run."""
     job = make_main_job(root)
-    params = read_shipped_params()
-    published = params[: params.index("\nlaptop:\n")]
-    (root / "params.yaml").write_text(published + BLOCK.replace("\ntiny:", "\nlaptop:"), encoding="utf-8")
+    params = read_shipped_params("smollm2")
+    published = params[: params.index("\nsmollm2:\n")]
+    (root / "params.yaml").write_text(published + BLOCK.replace("\ntiny:", "\nsmollm2:"), encoding="utf-8")
     shutil.copy(ROOT / "Makefile", root)
     (root / ".venv").symlink_to(sys.prefix)
-    job.commit("the small run is called laptop")
+    job.commit("the small run is called smollm2")
     return MainJob(root)
 
 
@@ -35,7 +35,7 @@ def apply_fragment(path, fragment):
     """Lay the keys of a fragment over the last profile of params.yaml."""
     yaml = YAML()
     tree = yaml.load(path.read_text(encoding="utf-8"))
-    tree["laptop"].update(YAML(typ="safe", pure=True).load(fragment))
+    tree["smollm2"].update(YAML(typ="safe", pure=True).load(fragment))
     with path.open("w", encoding="utf-8") as file:
         yaml.dump(tree, file)
 

