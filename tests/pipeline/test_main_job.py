@@ -51,10 +51,14 @@ def test_dvc_repro_alone_writes_every_file_and_a_second_run_does_nothing(finishe
 
 def test_an_edit_reruns_what_it_changes_and_nothing_else(finished):
     from ropeway.orchestration import dvc_graph as graph
+    from ropeway.orchestration.forecast import forecast_run
 
     def will_run():
+        expected = {stage.name: stage.reasons for stage in forecast_run(finished.root, "tiny").stages if stage.will_run}
         finished.do("ropeway", "stage", "identity")
-        return [plan.name for plan in graph.plan(finished.root) if plan.will_run]
+        plans = {plan.name: plan.reasons for plan in graph.plan(finished.root) if plan.will_run}
+        assert expected == plans  # computed before anything was refreshed
+        return list(plans)
 
     assert will_run() == []
     finished.edit("params.yaml", "save_steps: 4", "save_steps: 5")

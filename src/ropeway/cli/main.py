@@ -64,6 +64,20 @@ def run(
 
 
 @app.command()
+def status(*, profile: ProfileOption = None, as_json: JsonOption = False) -> None:
+    """Show what runs, what ran, what a run would do and why, candidate and production, server, schedule and disk."""
+    from ropeway.cli.status_output import describe_status, status_json
+    from ropeway.orchestration.status import read_status
+    from ropeway.runtime.terminal import show
+
+    found = read_status(find_root(), profile)
+    if as_json:
+        typer.echo(json.dumps(status_json(found), indent=1, ensure_ascii=False))
+    else:
+        show(*describe_status(found))
+
+
+@app.command()
 def init(  # noqa: PLR0913 - a command's options
     name: Annotated[str, typer.Argument(help="Name of the new profile, and of the model in the registry.")],
     *,

@@ -160,7 +160,17 @@ class _FrozenValue:
 
 
 def freeze(workspace: Workspace, profile: Profile, params_text: str, facts: Mapping[str, object]) -> None:
-    """Write the frozen inputs of a run; the caller holds the workspace lock.
+    """Write the frozen inputs of a run; the caller holds the workspace lock. Arguments as in `build_values`."""
+    text, values = build_values(workspace, profile, params_text, facts)
+    write_values(workspace, text, values)
+    kept = [path for path in workspace.identity.glob("*.json") if path.stem not in (_SETTINGS, _ADDRESSES)]
+    _keep_versions(kept, _versions_folder(workspace.root))
+
+
+def build_values(
+    workspace: Workspace, profile: Profile, params_text: str, facts: Mapping[str, object]
+) -> tuple[str, dict[str, object]]:
+    """Return the text of params.yaml without signatures, and the content of each JSON file by name; write nothing.
 
     Args:
         workspace: The workspace and profile name.
@@ -182,11 +192,12 @@ def freeze(workspace: Workspace, profile: Profile, params_text: str, facts: Mapp
     facts = {**facts, _ADDRESSES: {redacted: address for address, redacted in secrets.items()}}
     values = {f"params-{stage}": _dump_params(workspace.profile, profile, names) for stage, names in READS.items()}
     values["params-tokenize"]["params"] = TokenizeParams.of(profile).model_dump(mode="json")
-    write_values(
-        workspace, params_text, {**values, _SETTINGS: _dump_params(workspace.profile, profile, UNHASHED), **facts}
-    )
-    kept = [path for path in workspace.identity.glob("*.json") if path.stem not in (_SETTINGS, _ADDRESSES)]
-    _keep_versions(kept, _versions_folder(workspace.root))
+    return params_text, {**values, _SETTINGS: _dump_params(workspace.profile, profile, UNHASHED), **facts}
+
+
+def encode_value(value: object) -> bytes:
+    """Return the bytes of one JSON file of `.identity`."""
+    return json_bytes({"digest": digest_of(value), "of": value})
 
 
 def write_values(workspace: Workspace, params_text: str, values: Mapping[str, object]) -> None:
@@ -195,7 +206,7 @@ def write_values(workspace: Workspace, params_text: str, values: Mapping[str, ob
     (folder / NAME).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     for name, value in values.items():  # no fsync per file: the manifest detects incomplete files
-        (folder / f"{name}.json").write_bytes(json_bytes({"digest": digest_of(value), "of": value}))
+        (folder / f"{name}.json").write_bytes(encode_value(value))
     (folder / PARAMS_FILE).write_text(params_text, encoding="utf-8")
     paths = [folder / PARAMS_FILE, *(folder / f"{name}.json" for name in sorted(values))]
     files = {path.name: {"sha256": file_sha256(path), "bytes": path.stat().st_size} for path in paths}

@@ -355,7 +355,7 @@ def describe_change(name: str, old: Json, new: Json) -> list[str]:
     ['code of train.loss changed']
     """
     if name.startswith("params-"):
-        return list(_changed_leaves(old["params"], new["params"]))
+        return list(changed_leaves(old["params"], new["params"]))
     keys = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
     what = "code of " if name.startswith("code-") else {"sources": "source ", "base": "base: "}.get(name, "")
     return [f"{what}{key} changed" for key in keys]
@@ -365,10 +365,11 @@ def _explain_params(stage: "PipelineStage", path: str, changes: Mapping[str, str
     """Yield `key: old -> new` for each changed parameter; nested ones by their changed leaves."""
     dep = next(dep for dep in stage.deps if hasattr(dep, "read_params") and str(dep) == path)
     before, after = dep.hash_info.value or {}, dep.read_params()
-    yield from _changed_leaves(*({key: side.get(key) for key in changes} for side in (before, after)))
+    yield from changed_leaves(*({key: side.get(key) for key in changes} for side in (before, after)))
 
 
-def _changed_leaves(old: Mapping[str, object], new: Mapping[str, object]) -> Iterator[str]:
+def changed_leaves(old: Mapping[str, object], new: Mapping[str, object]) -> Iterator[str]:
+    """Yield `key: old -> new` for each leaf that differs."""
     before, after = (dict(leaf for key in side for leaf in _leaves(key, side[key])) for side in (old, new))
     for leaf in dict.fromkeys([*before, *after]):
         if before.get(leaf) != after.get(leaf):

@@ -6,7 +6,6 @@ Prefect's own worker (3.9.1) drains its queue at exit without a time limit, and 
 request for minutes: after a stage that printed 20,000 lines `ropeway run` did not end for more than 480 s.
 """
 
-import json
 import os
 import queue
 import signal
@@ -29,6 +28,7 @@ from prefect.exceptions import Pause, PrefectException
 from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from ropeway.orchestration.prefect_server import is_answering
+from ropeway.runtime.progress import read_last_record
 
 Entry = dict[str, Any]  # a line in the shape of the API
 _MAX_QUEUED = 30_000  # lines; about 10 MB
@@ -38,7 +38,6 @@ _RETRY_SECONDS = 1.0  # after a request without an answer
 _ANSWER_SECONDS = 10.0
 _INFO = 20
 _BAR_SECONDS = 5.0
-_TAIL_BYTES = 1 << 16  # a record is about 1 kB
 _POLL_SECONDS = 2.0
 
 
@@ -115,26 +114,6 @@ def _post(client: SyncPrefectClient, entries: list[Entry]) -> bool:
     return True
 
 
-def read_progress(path: Path) -> tuple[int, int] | None:
-    """Return (step, total steps) from a progress file's last complete record, or None if there is none.
-
-    A record without its newline is still being written.
-    """
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
-            *lines, _ = file.read().split(b"\n")
-    except OSError:
-        return None
-    for line in reversed(lines):
-        with suppress(ValueError, KeyError, TypeError):
-            record = json.loads(line)
-            step, steps = int(record["step"]), int(record["total_steps"])
-            if 0 <= step <= steps and steps:
-                return step, steps
-    return None
-
-
 class ProgressArtifact:
     """The progress bar of one stage on its page, updated at most every five seconds.
 
@@ -154,7 +133,8 @@ class ProgressArtifact:
         if not last and now - self._refreshed_at < _BAR_SECONDS:
             return
         self._refreshed_at = now
-        found = read_progress(self._path)
+        record = read_last_record(self._path)
+        found = (int(record["step"]), int(record["total_steps"])) if record else None
         if found is None or found == self._shown or not is_answering(self._url):
             return
         (step, steps), self._shown = found, found

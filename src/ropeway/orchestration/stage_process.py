@@ -5,7 +5,7 @@ import importlib.metadata
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from ropeway.config.sections import (
     FolderBase,
     GgufBase,
     HubBase,
+    Source,
 )
 from ropeway.config.stages import READS
 from ropeway.runtime.code_digests import CODE, Digests, name_changed_code
@@ -145,7 +146,7 @@ def check_unchanged(root: Path, frozen: FrozenInputs, stage: str) -> None:
         sources = frozen.profile("fetch").sources
         changed += [one for name, source in sources.items() for one in find_changes(source, known[name], root)]
     if stage == "base" and not isinstance((profile := frozen.profile("base")).base, HubBase):  # a commit is immutable
-        changed += _differing(frozen.value("base"), _base_identity(profile, root))
+        changed += _differing(frozen.value("base"), base_identity(profile, root))
     if stage == "evaluate":
         now = _tasks_identity(frozen.profile("evaluate"), Workspace(root, "").tasks)
         changed += _differing(frozen.value("tasks"), now)
@@ -168,26 +169,61 @@ def write_identity(root: Path, name: str | None = None) -> None:
         ConfigError: A source, base folder or file named in params.yaml is missing.
         TemporaryError: The disk is full, or a server does not answer.
     """
+    inputs = collect_inputs(root, name)
+    with full_disk_explained(inputs.workspace.identity):
+        inputs.code.keep()
+        freeze(inputs.workspace, inputs.profile, inputs.params_text, inputs.facts)
+
+
+@dataclass(frozen=True, slots=True)
+class CollectedInputs:
+    """What `write_identity` freezes: arguments of `ropeway.config.frozen.freeze`, and the code that was parsed."""
+
+    workspace: Workspace
+    profile: Profile
+    params_text: str
+    facts: dict[str, object]
+    code: Digests
+
+
+def collect_inputs(
+    root: Path,
+    name: str | None = None,
+    *,
+    identify_base: Callable[[Profile, Path], object] | None = None,
+    identify_source: Callable[[Source, Path], object] = source_identity,
+) -> CollectedInputs:
+    """Return the inputs of a run as they are now; write nothing but the digest cache of local sources.
+
+    Args:
+        root: The workspace.
+        name: The profile; default: the one that params.yaml names.
+        identify_base: Returns the identity of a base. The default asks the Hub for the commit of a branch.
+        identify_source: Returns the identity of a source. The default asks servers, hashes local files and keeps their
+            digests in `.work`.
+
+    Raises:
+        ConfigError: As `write_identity`.
+        TemporaryError: A server does not answer.
+    """
     text = read_text(root / PARAMS_FILE)
     chosen, profile = load_profile(root / PARAMS_FILE, name, text=text)
     workspace, evaluation = Workspace(root, chosen), profile.evaluation
     code = Digests(Path(ropeway.__file__).parent, workspace.work / CODE)
     facts: dict[str, object] = {
-        "base": _base_identity(profile, root),
+        "base": (identify_base or base_identity)(profile, root),
         "contamination": read_texts(root, profile.contamination.prompts, key="contamination.prompts"),
         "deepspeed": read_texts(root, [profile.deepspeed_config], key="deepspeed_config"),
         "prompts": {
             **read_texts(root, [evaluation.prompts], key="evaluation.prompts"),
             **read_texts(root, [evaluation.sampling], key="evaluation.sampling"),
         },
-        "sources": {name: source_identity(one, root) for name, one in sorted(profile.sources.items())},
+        "sources": {name: identify_source(one, root) for name, one in sorted(profile.sources.items())},
         "tasks": _tasks_identity(profile, workspace.tasks),
         "template": read_texts(root, template_files(profile), key="template"),
         **{f"code-{stage}": code.modules(stage) for stage in STAGE_NAMES},
     }
-    with full_disk_explained(workspace.identity):
-        code.keep()
-        freeze(workspace, profile, text, facts)
+    return CollectedInputs(workspace, profile, text, facts, code)
 
 
 def template_files(profile: Profile) -> list[str]:
@@ -252,7 +288,7 @@ def _task_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc")
 
 
-def _base_identity(profile: BaseParams, root: Path) -> dict[str, object]:
+def base_identity(profile: BaseParams, root: Path) -> dict[str, object]:
     """Return sizes and times of a base folder's files; hashing 26 GB before every run would take 15 s."""
     base = profile.base
     if isinstance(base, FolderBase):

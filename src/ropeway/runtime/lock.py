@@ -19,6 +19,7 @@ import psutil
 
 from ropeway.runtime.errors import ConfigError, TemporaryError
 from ropeway.runtime.manifest import Json, json_mapping
+from ropeway.runtime.workspace import Workspace
 
 _HELD = "ROPEWAY_LOCK_HELD"  # pid of the ancestor that holds the lock; its stages do not acquire it again
 
@@ -49,7 +50,7 @@ def workspace_lock(root: Path, *, command: str, profile: str = "") -> Iterator[H
         TemporaryError: Another process, named in the message, holds it; wait for it or stop it.
         ConfigError: The file system does not support locks; move the workspace to a local disk.
     """
-    path = root / ".work" / "lock"
+    path = _lock_path(root)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -75,6 +76,53 @@ def workspace_lock(root: Path, *, command: str, profile: str = "") -> Iterator[H
         yield HeldLock(handle, {_HELD: str(os.getpid())})
     finally:
         os.close(handle)
+
+
+@dataclass(frozen=True, slots=True)
+class LockHolder:
+    """The process that acquired a workspace lock last.
+
+    Attributes:
+        command: What it runs, e.g. "ropeway run".
+        profile: Profile of the run; empty if the command has none.
+        since: ISO time at which it acquired the lock.
+        holds: Whether it still holds the lock. If not, it released the lock or was killed; after a kill, processes that
+            it started may hold the lock until they have saved.
+    """
+
+    pid: int
+    command: str
+    profile: str
+    since: str
+    holds: bool
+
+
+def read_last_holder(root: Path) -> LockHolder | None:
+    """Return who acquired the workspace lock last, None if nobody did; touches no lock and writes nothing."""
+    path = _lock_path(root)
+    try:
+        record = json_mapping(path.read_bytes())
+    except OSError:
+        return None
+    pid = record.get("pid")
+    if not isinstance(pid, int):
+        return None
+    command, profile, since = (str(record.get(key) or "") for key in ("command", "profile", "since"))
+    return LockHolder(pid, command, profile, since, holds=_has_open(pid, path))
+
+
+def _has_open(pid: int, path: Path) -> bool:
+    """Return whether a process has the lock file open, which is so only while it holds or acquires the lock."""
+    try:
+        return any(Path(file.path) == path.resolve() for file in psutil.Process(pid).open_files())
+    except psutil.AccessDenied:  # another user's process
+        return bool(psutil.pid_exists(pid))
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _lock_path(root: Path) -> Path:
+    return Workspace(root, "").work / "lock"
 
 
 def _ancestor_holding(handle: int) -> int | None:

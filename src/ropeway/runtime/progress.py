@@ -182,6 +182,28 @@ class Progress:
         return float(pace * (line["total_steps"] - line["step"]))
 
 
+_TAIL_BYTES = 1 << 16  # a record is about 1 kB
+
+
+def read_last_record(path: Path) -> Line | None:
+    """Return the last complete record of a progress file, with valid `step` and `total_steps`; None if there is none.
+
+    A record without its newline is still being written.
+    """
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            *lines, _ = file.read().split(b"\n")
+    except OSError:
+        return None
+    for line in reversed(lines):
+        with suppress(ValueError, KeyError, TypeError):
+            record: Line = json.loads(line)
+            if 0 <= int(record["step"]) <= int(record["total_steps"]) and int(record["total_steps"]):
+                return record
+    return None
+
+
 def _append(path: Path, record: Line) -> None:
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")

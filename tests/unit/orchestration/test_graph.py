@@ -8,6 +8,7 @@ import pytest
 
 from ropeway.orchestration import dvc_graph as graph
 from ropeway.orchestration import sequence
+from ropeway.orchestration.forecast import forecast_run
 from ropeway.runtime.errors import ConfigError
 
 pytestmark = pytest.mark.filterwarnings(
@@ -207,3 +208,91 @@ def test_a_stage_is_rebuilt_past_every_cache_and_pulled_only_where_asked():
 )
 def test_what_dvc_says_of_a_stage_is_understood(line, event):
     assert graph.read_event(line) == event
+
+
+def nothing(_root):
+    pass
+
+
+def edit_params(root):
+    edit(root, "params.yaml", "rate: 1e-5", "rate: 2e-5")
+
+
+def edit_nested_params(root):
+    edit(root, "params.yaml", "names: [a, b]", "names: [a, c]")
+
+
+def edit_command(root):
+    edit(root, "dvc.yaml", "echo side", "echo other")
+
+
+def add_dependency(root):
+    edit(
+        root,
+        "dvc.yaml",
+        "    cmd: cp look.txt early.txt\n    deps:",
+        "    cmd: cp look.txt early.txt\n    deps:\n      - more",
+    )
+    (root / "more").mkdir()
+    (root / "more" / "file.txt").write_text("more")
+
+
+def remove_output(root):
+    (root / "side.txt").unlink()
+
+
+def change_output(root):
+    (root / "early.txt").unlink()
+    (root / "early.txt").write_text("World\n")  # of equal size
+
+
+def freeze_stage(root):
+    edit(root, "dvc.yaml", "  side:\n", "  side:\n    frozen: true\n")
+    remove_output(root)
+
+
+CHANGES = [nothing, edit_params, edit_nested_params, edit_command, add_dependency, remove_output, change_output]
+
+
+@pytest.mark.parametrize("change", [*CHANGES, freeze_stage])
+def test_the_forecast_without_dvc_is_dvcs_own_plan(ran, change):
+    change(ran)
+    expected = {plan.name: (plan.will_run, plan.reasons) for plan in graph.plan(ran) if not plan.refreshes}
+    found = {stage.name: (stage.will_run, stage.reasons) for stage in forecast_run(ran, "tiny").stages}
+    assert found == expected
+    assert list(found) == list(expected)
+
+
+def test_the_forecast_of_a_workspace_where_nothing_ran_is_dvcs_own_plan(fresh):
+    expected = {plan.name: (plan.will_run, plan.reasons) for plan in graph.plan(fresh) if not plan.refreshes}
+    assert {stage.name: (stage.will_run, stage.reasons) for stage in forecast_run(fresh, "tiny").stages} == expected
+
+
+def test_the_forecast_of_a_folder_compares_the_files_in_it(ran):
+    edit(
+        ran,
+        "dvc.yaml",
+        "cmd: echo side > side.txt\n    outs:\n      - side.txt",
+        "cmd: mkdir -p side/b && echo a > side/a && echo b > side/b/c\n    outs:\n      - side",
+    )
+    edit(ran, "dvc.yaml", "      - early.txt\n      - side.txt", "      - early.txt\n      - side")
+    subprocess.run([sys.executable, "-m", "dvc", "repro", "-q"], cwd=ran, check=True)
+    assert [stage.will_run for stage in forecast_run(ran, "tiny").stages] == [False] * 3
+    (ran / "side" / "a").chmod(0o644)
+    (ran / "side" / "a").write_text("z\n")
+    reasons_of = {stage.name: stage.reasons for stage in forecast_run(ran, "tiny").stages}
+    assert reasons_of["side"] == ("its output side changed",)
+
+
+def test_what_the_forecast_does_not_evaluate_is_not_known_rather_than_unchanged(ran):
+    edit(ran, "dvc.yaml", "  side:\n    cmd: echo side", "  side:\n    wdir: .\n    cmd: echo side")
+    found = {stage.name: stage.will_run for stage in forecast_run(ran, "tiny").stages}
+    assert found["side"] is None
+
+
+def test_a_forecast_of_large_files_compares_sizes_and_says_so(ran, monkeypatch):
+    monkeypatch.setattr("ropeway.orchestration.forecast._HASHED_BYTES", 0)
+    change_output(ran)
+    found = forecast_run(ran, "tiny")
+    assert not any(stage.will_run for stage in found.stages)
+    assert any("compared by size" in note for note in found.notes)

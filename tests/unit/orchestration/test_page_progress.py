@@ -8,15 +8,20 @@ import pytest
 
 from ropeway.orchestration import run_page
 from ropeway.orchestration.dvc_stage import Site, progress_path, run_command
-from ropeway.orchestration.run_page import ProgressArtifact, read_progress
+from ropeway.orchestration.run_page import ProgressArtifact
 from ropeway.runtime.lock import HeldLock
-from ropeway.runtime.progress import Progress
+from ropeway.runtime.progress import Progress, read_last_record
 
 AWAY = "http://127.0.0.1:9/api"
 
 
 def record(step, steps=10):
     return json.dumps({"step": step, "total_steps": steps, "loss": 1.0}) + "\n"
+
+
+def read_progress(path):
+    found = read_last_record(path)
+    return (found["step"], found["total_steps"]) if found else None
 
 
 @pytest.fixture

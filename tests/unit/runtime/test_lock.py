@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from ropeway.runtime.errors import TemporaryError
-from ropeway.runtime.lock import workspace_lock
+from ropeway.runtime.lock import read_last_holder, workspace_lock
 
 HOLD = """
 import os, subprocess, sys
@@ -101,3 +101,18 @@ def test_a_holder_without_a_record_yet_still_keeps_the_lock(tmp_path):
         (tmp_path / ".work" / "lock").write_text("")
         with pytest.raises(TemporaryError, match="another process"):
             acquire(tmp_path)
+
+
+def test_the_holder_is_read_without_touching_the_lock(tmp_path):
+    assert read_last_holder(tmp_path) is None
+    with holder(tmp_path) as process:
+        found = read_last_holder(tmp_path)
+        assert (found.pid, found.command, found.profile, found.holds) == (process.pid, "ropeway run", "laptop", True)
+    assert not read_last_holder(tmp_path).holds
+
+
+def test_a_process_that_released_the_lock_and_still_runs_does_not_hold_it(tmp_path):
+    with workspace_lock(tmp_path, command="ropeway run"):
+        assert read_last_holder(tmp_path).holds
+    assert read_last_holder(tmp_path).pid == os.getpid()
+    assert not read_last_holder(tmp_path).holds
