@@ -78,6 +78,45 @@ def status(*, profile: ProfileOption = None, as_json: JsonOption = False) -> Non
 
 
 @app.command()
+def logs(
+    stage: Annotated[
+        str | None, typer.Argument(help="A stage. Default: the running one, else the one that ran last.")
+    ] = None,
+    *,
+    follow: Annotated[
+        bool,
+        typer.Option(
+            "-f", "--follow", help="Also show new lines until the stage ends; without STAGE until the run ends."
+        ),
+    ] = False,
+    lines: Annotated[int, typer.Option("-n", "--lines", min=0, help="Number of last lines to show.")] = 40,
+    profile: Annotated[
+        str | None, typer.Option(help="Refuse a log of another profile. Default: that of the last run.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per line of the log.")] = False,
+) -> None:
+    """Show the last lines of a stage's log in .work/logs. Lines of ranks other than 0 start with [rank N]."""
+    from ropeway.orchestration import log_reader
+
+    root = find_root().resolve()
+    chosen = log_reader.choose_stage(root, stage, profile)
+    found = (
+        log_reader.follow(root, stage, first=chosen, lines=lines)
+        if follow
+        else log_reader.read_tail(root, chosen, lines)
+    )
+    shown = None
+    for one in found:
+        if as_json:
+            typer.echo(json.dumps(asdict(one), ensure_ascii=False))
+            continue
+        if follow and stage is None and one.stage != shown:
+            typer.echo(f"-- {one.stage} --")
+        shown = one.stage
+        typer.echo(one.line if one.rank is None else f"[rank {one.rank}] {one.line}")
+
+
+@app.command()
 def init(  # noqa: PLR0913 - a command's options
     name: Annotated[str, typer.Argument(help="Name of the new profile, and of the model in the registry.")],
     *,

@@ -19,6 +19,7 @@ from ropeway.orchestration import dvc_graph as graph
 from ropeway.runtime.errors import ConfigError, DataError, RopewayError, TemporaryError
 from ropeway.runtime.grace import grace_seconds
 from ropeway.runtime.lock import HeldLock
+from ropeway.runtime.stage_log import file_name, log_path, open_log
 from ropeway.runtime.supervise import ExitRecord, stop_files
 from ropeway.runtime.workspace import Workspace
 
@@ -54,21 +55,16 @@ class Site:
 
     def record(self, name: str, kind: str) -> Path:
         """Return the path of a supervisor's exit record: kind `exit` of the stage, kind `dvc` of its dvc."""
-        return self.root / ".work" / f"{_file_name(name)}.{kind}.json"
+        return self.root / ".work" / f"{file_name(name)}.{kind}.json"
 
     def log(self, name: str) -> Path:
         """Return the path of a stage's full log."""
         return log_path(self.root, name)
 
 
-def log_path(root: Path, name: str) -> Path:
-    """Return the path of a stage's full log."""
-    return root / ".work" / "logs" / f"{_file_name(name)}.log"
-
-
 def progress_path(root: Path, name: str) -> Path:
     """Return the path of a stage's progress file; not every stage writes one."""
-    return Workspace(root, "").progress(_file_name(name))
+    return Workspace(root, "").progress(file_name(name))
 
 
 def update_stage(site: Site, name: str, write_line: LineWriter, *, force: bool = False) -> str:
@@ -151,10 +147,9 @@ def _run(
     events: dict[str, int | None] = {}
     lines: deque[str] = deque(maxlen=_QUOTED_LINES)
     log = site.log(name)
-    log.parent.mkdir(parents=True, exist_ok=True)
     # The child writes to the file, not to a pipe to this process: it can still print and save after this process dies.
-    with log.open("ab" if resumes else "wb") as file:
-        start = file.tell()
+    with open_log(log, resumes=resumes) as file:
+        start = log.stat().st_size
         child = _start(site, name, command, file.fileno())
         try:
             for line in _follow(log, start, child):
@@ -253,11 +248,6 @@ def _read_record(path: Path) -> ExitRecord | None:
         if isinstance(record, dict) and {"code", "signal", "why"} <= record.keys():
             return cast("ExitRecord", record)
     return None
-
-
-def _file_name(stage: str) -> str:
-    """Return a stage's name without `/` and `:`, which names of stages in other folders contain."""
-    return stage.replace("/", "-").replace(":", "-")
 
 
 @dataclass

@@ -27,12 +27,13 @@ from prefect.tasks import Task
 
 from ropeway.config.load_params import load_profile
 from ropeway.orchestration.display import RETRIES, RunDisplay, StepResult, may_retry, retry_seconds
-from ropeway.orchestration.dvc_stage import LineWriter, log_path, progress_path
+from ropeway.orchestration.dvc_stage import LineWriter, progress_path
 from ropeway.orchestration.prefect_server import await_recovery, page_address, persistent_server_url, prefect_home
 from ropeway.orchestration.run_page import PageLog, ProgressArtifact, stop_on_suspend
 from ropeway.orchestration.run_summary import Result
 from ropeway.orchestration.sequence import PipelineRun, describe_run
 from ropeway.runtime.errors import ConfigError, TemporaryError
+from ropeway.runtime.stage_log import log_path
 
 _FILES = {"rollback": "promote"}  # flow -> its file, if the names differ
 _FLUSH_SECONDS = 4.0  # for each of: our log lines, Prefect's log lines, events

@@ -25,9 +25,10 @@ from ropeway.config.sections import (
 from ropeway.config.stages import READS
 from ropeway.runtime.code_digests import CODE, Digests, name_changed_code
 from ropeway.runtime.devices import count_ranks, list_gpus, spans_machines
-from ropeway.runtime.errors import ConfigError, DataError, full_disk_explained
+from ropeway.runtime.errors import ConfigError, DataError, TemporaryError, full_disk_explained
 from ropeway.runtime.lock import workspace_lock
-from ropeway.runtime.manifest import digest_of, file_sha256
+from ropeway.runtime.manifest import digest_of, file_sha256, json_mapping
+from ropeway.runtime.stage_log import log_path, open_log, writes_to
 from ropeway.runtime.worker_processes import CODE_CHECK
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.base.base_files import check_folder
@@ -82,7 +83,21 @@ def run_stage(root: Path, name: str, profile: str | None = None) -> int:
         record = root / ".work" / f"{name}.exit.json"
         # Otherwise deepspeed warns on every import. Ranks on other machines choose their device there.
         device = {} if list_gpus() or (name == "train" and spans_machines(os.environ)) else {"DS_ACCELERATOR": "cpu"}
-        return supervise.run(command, record=record, env={**os.environ, **device, **held.environment}, cwd=root)
+        environment = {**os.environ, **device, **held.environment}
+        return supervise.run(command, record=record, env=environment, cwd=root, log=_own_log(root, name, record))
+
+
+def _own_log(root: Path, name: str, record: Path) -> Path | None:
+    """Return the log that this stage must write itself; None if its output goes there or to a terminal already.
+
+    On a terminal the stage keeps the line that it updates in place.
+    """
+    path = log_path(root, name)
+    if writes_to(sys.stdout, path) or sys.stdout.isatty():
+        return None
+    earlier = json_mapping(record.read_bytes()) if record.is_file() else {}
+    open_log(path, resumes=earlier.get("code") == TemporaryError.exit_code).close()
+    return path
 
 
 def execute_stage(root: Path, name: str) -> None:

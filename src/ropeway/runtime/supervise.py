@@ -30,6 +30,7 @@ import psutil
 from ropeway.runtime.errors import ConfigError
 from ropeway.runtime.grace import StopFiles, grace_seconds, stated_seconds
 from ropeway.runtime.manifest import write_json
+from ropeway.runtime.stage_log import LogMirror
 
 LEFTOVER_SECONDS = 5.0  # grace period of leftover processes after the command has exited
 _POLL_SECONDS = 0.5  # fallback: signals and, on Linux, the death of an ancestor end the wait at once
@@ -67,7 +68,7 @@ class StopOptions:
         return grace_seconds(files) + self.margin if self.grace is None else self.grace
 
 
-def run(
+def run(  # noqa: PLR0913 - what a process is started with
     command: Sequence[str],
     *,
     record: Path,
@@ -75,6 +76,7 @@ def run(
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
     leader: int | None = None,
+    log: Path | None = None,
 ) -> int:
     """Run a command and return its exit code after it and all its descendants have exited.
 
@@ -89,6 +91,7 @@ def run(
         cwd: The command's working directory; default: this process's.
         leader: Pid of the ancestor whose death ends the tree. Default: dvc if DVC runs the stage, else none, so
             `nohup ropeway stage train` outlives its terminal.
+        log: File that the command's output is appended to; this process copies it to its own standard output.
 
     Returns:
         The command's exit code; 128 + n if signal n ended it. If the supervisor stopped it, 0 and the codes 64, 65
@@ -113,19 +116,26 @@ def run(
             code = 128 + signal.SIGTERM
         else:
             marked = {**(os.environ if env is None else env), _SUPERVISOR_MARK: str(os.getpid())}
-            try:
-                child = subprocess.Popen(
-                    command,
-                    env=marked,
-                    cwd=cwd,
-                    start_new_session=True,
-                    preexec_fn=_die_with_parent,  # noqa: PLW1509 - this process has one thread
-                )
-            except FileNotFoundError as error:
-                raise ConfigError(
-                    f"{error.filename}: command not found. Set up the environment with `make setup`"
-                ) from None
-            code, why = _wait_for_exit(child, watched, signals, files, stop or StopOptions())
+            with ExitStack() as opened:
+                output = opened.enter_context(log.open("ab")) if log else None
+                if log:  # before the command writes
+                    signals.mirror = LogMirror(log)
+                    opened.callback(signals.mirror.close)
+                try:
+                    child = subprocess.Popen(
+                        command,
+                        env=marked,
+                        cwd=cwd,
+                        start_new_session=True,
+                        preexec_fn=_die_with_parent,  # noqa: PLW1509 - this process has one thread
+                        stdout=output,
+                        stderr=output,
+                    )
+                except FileNotFoundError as error:
+                    raise ConfigError(
+                        f"{error.filename}: command not found. Set up the environment with `make setup`"
+                    ) from None
+                code, why = _wait_for_exit(child, watched, signals, files, stop or StopOptions())
     stage, at = record.name.split(".")[0], datetime.now(UTC).isoformat(timespec="seconds")
     write_json(record, ExitRecord(stage=stage, code=code, signal=signal_of(code), why=why, at=at))
     return code
@@ -174,6 +184,7 @@ class _SignalPipe:
     def __init__(self, watched: Sequence[psutil.Process]) -> None:
         """Store the watched processes; `with` installs the signal handlers."""
         self.signal: int | None = None
+        self.mirror: LogMirror | None = None  # copied whenever this pipe waits
         self._watched = watched
         self._undo = ExitStack()
 
@@ -211,6 +222,8 @@ class _SignalPipe:
 
     def wait(self, seconds: float = _POLL_SECONDS) -> None:
         """Wait for a signal or the death of a watched process, at most `seconds`."""
+        if self.mirror:
+            self.mirror.copy()
         ready, _, _ = select.select([self._wakeup_read, *self._pidfds], [], [], seconds)
         for descriptor in ready:
             if descriptor == self._wakeup_read:

@@ -40,6 +40,7 @@ from ropeway.runtime.launcher import adopt_device, adopt_slurm
 from ropeway.runtime.manifest import digest_of, load_manifest
 from ropeway.runtime.op_build import collective_timeout, init_distributed
 from ropeway.runtime.progress import Progress
+from ropeway.runtime.stage_log import label_rank_output
 from ropeway.runtime.tracking import TrackedRun, Tracker, describe_tracking, open_tracker
 from ropeway.runtime.watchdog import Watchdog
 from ropeway.runtime.workspace import Workspace
@@ -64,6 +65,7 @@ _PREFLIGHT = {"disk": "disk", "tried": "warm-up step"}  # key of an attempt's re
 def main(root: Path, name: str, fingerprint: str, verified: int | None) -> None:
     """Train, save checkpoints and export the model. Exit code 75 means that the same command resumes."""
     adopt_slurm(os.environ)
+    label_rank_output(int(os.environ.get("RANK", "0")))
     workspace = Workspace(root, name)
     frozen = FrozenInputs.load(root)
     # Here too, not only at the end of the stage: an edit that is reverted before then would go unnoticed.
