@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ropeway.cli.completion import complete_profile, complete_split_words, complete_stage, complete_version
 from ropeway.cli.params_commands import params_app
 from ropeway.cli.registry_commands import registry_app
 from ropeway.runtime.environment import check_renamed
@@ -20,14 +21,20 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Train, evaluate, publish and review a long-context chat model, as params.yaml describes it.",
 )
 app.add_typer(registry_app, name="registry")
 app.add_typer(params_app, name="params")
 
-ProfileOption = Annotated[str | None, typer.Option(help="Profile in params.yaml. Default: its `profile:` line.")]
+ProfileOption = Annotated[
+    str | None,
+    typer.Option(help="Profile in params.yaml. Default: its `profile:` line.", autocompletion=complete_profile),
+]
+VersionArgument = Annotated[
+    str,
+    typer.Argument(help="NAME@v3, NAME@ALIAS or NAME@DIGEST (8 digits or more).", autocompletion=complete_version),
+]
 RegistryOption = Annotated[
     str | None, typer.Option(help="URL of the registry. Default: ROPEWAY_REGISTRY, else ./registry.")
 ]
@@ -80,7 +87,10 @@ def status(*, profile: ProfileOption = None, as_json: JsonOption = False) -> Non
 @app.command()
 def logs(
     stage: Annotated[
-        str | None, typer.Argument(help="A stage. Default: the running one, else the one that ran last.")
+        str | None,
+        typer.Argument(
+            help="A stage. Default: the running one, else the one that ran last.", autocompletion=complete_stage
+        ),
     ] = None,
     *,
     follow: Annotated[
@@ -91,7 +101,10 @@ def logs(
     ] = False,
     lines: Annotated[int, typer.Option("-n", "--lines", min=0, help="Number of last lines to show.")] = 40,
     profile: Annotated[
-        str | None, typer.Option(help="Refuse a log of another profile. Default: that of the last run.")
+        str | None,
+        typer.Option(
+            help="Refuse a log of another profile. Default: that of the last run.", autocompletion=complete_profile
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per line of the log.")] = False,
 ) -> None:
@@ -250,7 +263,11 @@ def inspect(
 @app.command()
 def chat(  # noqa: PLR0913 - a command's options
     model: Annotated[
-        str, typer.Argument(help="A model's folder, or a version: NAME@ALIAS, NAME@v3 (pulled into ROPEWAY_CACHE).")
+        str,
+        typer.Argument(
+            help="A model's folder, or a version: NAME@ALIAS, NAME@v3 (pulled into ROPEWAY_CACHE).",
+            autocompletion=complete_version,
+        ),
     ],
     *,
     system: Annotated[str, typer.Option(help="System message. Default: none.")] = "",
@@ -282,7 +299,7 @@ def chat(  # noqa: PLR0913 - a command's options
 
 @app.command("push-hub")
 def push_hub(
-    version: Annotated[str, typer.Argument(help="NAME@v3, NAME@ALIAS or NAME@DIGEST (8 digits or more).")],
+    version: VersionArgument,
     repo: Annotated[
         str, typer.Argument(help="owner/name on the Hugging Face Hub. Needs an HF_TOKEN with write access.")
     ],
@@ -337,8 +354,11 @@ def evaluate(
 
 @app.command()
 def stage(
-    name: Annotated[str, typer.Argument(help="Name of a stage in dvc.yaml.")],
-    profile: Annotated[str | None, typer.Argument(help="Profile. Default: that of the last `identity` stage.")] = None,
+    name: Annotated[str, typer.Argument(help="Name of a stage in dvc.yaml.", autocompletion=complete_stage)],
+    profile: Annotated[
+        str | None,
+        typer.Argument(help="Profile. Default: that of the last `identity` stage.", autocompletion=complete_profile),
+    ] = None,
 ) -> None:
     """Run one stage; dvc.yaml calls this."""
     from ropeway.orchestration.stage_process import run_stage
@@ -356,7 +376,10 @@ def execute_stage_command(name: str) -> None:
 
 @app.command()
 def review(  # noqa: PLR0913 - a command's options
-    version: Annotated[str, typer.Argument(help="NAME@v3, NAME@ALIAS, or a digest (8 digits or more).")],
+    version: Annotated[
+        str,
+        typer.Argument(help="NAME@v3, NAME@ALIAS, or a digest (8 digits or more).", autocompletion=complete_version),
+    ],
     *,
     approve: Annotated[bool, typer.Option("--approve", help="Approve: move `production` to this version.")] = False,
     reject: Annotated[bool, typer.Option("--reject", help="Reject: `production` does not move.")] = False,
@@ -381,7 +404,7 @@ def review(  # noqa: PLR0913 - a command's options
 
 @app.command()
 def reproduce(
-    version: Annotated[str, typer.Argument(help="NAME@v3, NAME@ALIAS or NAME@DIGEST (8 digits or more).")],
+    version: VersionArgument,
     *,
     to: Annotated[Path | None, typer.Option(help="Folder to clone into. Default: .work/reproduce/NAME-DIGEST.")] = None,
     registry: RegistryOption = None,
@@ -489,6 +512,8 @@ def serve(
 def main() -> None:
     """Run a command; our own errors print without a traceback and end with their code."""
     try:
+        if complete_split_words(os.environ, app):
+            return
         check_renamed(os.environ)
         app()
     except RopewayError as error:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ropeway.cli.completion import complete_profile
 from ropeway.runtime.workspace import find_root
 
 params_app = typer.Typer(no_args_is_help=True, help="Show, explain and compare the profiles of params.yaml.")
@@ -16,7 +17,11 @@ _Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 @params_app.command("show")
 def show_params(
     profile: Annotated[
-        str | None, typer.Argument(help="A profile or a preset. Default: the profile that params.yaml selects.")
+        str | None,
+        typer.Argument(
+            help="A profile or a preset. Default: the profile that params.yaml selects.",
+            autocompletion=complete_profile,
+        ),
     ] = None,
     *,
     as_json: _Json = False,
@@ -67,9 +72,13 @@ def explain_param(
 @params_app.command("diff")
 def diff_params(
     first: Annotated[
-        str, typer.Argument(help="A profile or preset, or FILE:NAME, e.g. in another version of params.yaml.")
+        str,
+        typer.Argument(
+            help="A profile or preset, or FILE:NAME, e.g. in another version of params.yaml.",
+            autocompletion=complete_profile,
+        ),
     ],
-    second: Annotated[str, typer.Argument(help="The same.")],
+    second: Annotated[str, typer.Argument(help="The same.", autocompletion=complete_profile)],
     *,
     as_json: _Json = False,
 ) -> None:

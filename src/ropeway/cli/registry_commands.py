@@ -14,16 +14,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ropeway.cli.completion import complete_alias, complete_model, complete_version
 from ropeway.runtime.errors import ConfigError, NotFoundError, RegistryError
 from ropeway.runtime.workspace import Workspace, find_root
-from ropeway.storage import Store
 
 if TYPE_CHECKING:
     from ropeway.registry import AnyDigest, Promotion, PullResult, Registry, Version
+    from ropeway.storage import Store
 
 registry_app = typer.Typer(no_args_is_help=True, help="List, verify, pull, promote and withdraw published versions.")
 
-Reference = Annotated[str, typer.Argument(help="NAME@ALIAS, NAME@v3 or NAME@DIGEST (8 digits or more)")]
+Reference = Annotated[
+    str,
+    typer.Argument(help="NAME@ALIAS, NAME@v3 or NAME@DIGEST (8 digits or more)", autocompletion=complete_version),
+]
+AliasReference = Annotated[str, typer.Argument(help="NAME@ALIAS", autocompletion=complete_alias)]
 Url = Annotated[
     str | None,
     typer.Option("--registry", help="file:///path or s3://bucket/prefix. Default: ROPEWAY_REGISTRY, else ./registry."),
@@ -61,7 +66,7 @@ def print_json(value: object) -> None:
 
 
 @contextmanager
-def progress_bar(store: Store, what: str, total_bytes: int) -> Iterator[None]:
+def progress_bar(store: "Store", what: str, total_bytes: int) -> Iterator[None]:
     """Show on a terminal's stderr how far a long transfer is; elsewhere, and for short ones, say nothing."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -80,13 +85,11 @@ def progress_bar(store: Store, what: str, total_bytes: int) -> Iterator[None]:
             del store.on_bytes
 
 
-if TYPE_CHECKING:
-    from ropeway.registry import AnyDigest, Registry
-
-
 @registry_app.command("list")
 def list_command(
-    name: Annotated[str | None, typer.Argument(help="A model. Default: list the models.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="A model. Default: list the models.", autocompletion=complete_model)
+    ] = None,
     *,
     registry: Url = None,
     as_json: Json = False,
@@ -120,9 +123,7 @@ def show(reference: Reference, *, registry: Url = None, as_json: Json = False) -
 
 
 @registry_app.command()
-def history(
-    reference: Annotated[str, typer.Argument(help="NAME@ALIAS")], *, registry: Url = None, as_json: Json = False
-) -> None:
+def history(reference: AliasReference, *, registry: Url = None, as_json: Json = False) -> None:
     """Show every move of an alias: when, to which version, by whom and why."""
     from ropeway.registry import tables
     from ropeway.registry.layout import read_reference
@@ -242,7 +243,7 @@ def promote(  # noqa: PLR0913 - a command's options
 
 @registry_app.command()
 def rollback(
-    reference: Annotated[str, typer.Argument(help="NAME@ALIAS")],
+    reference: AliasReference,
     *,
     reason: Reason,
     expect: Expect = "any",
