@@ -10,7 +10,7 @@ from ropeway.orchestration.forecast import Forecast
 from ropeway.orchestration.status import ALIASES, Problem, RunningWork, StageEnd, WorkspaceStatus
 from ropeway.planning.budget import gib
 from ropeway.runtime.manifest import Json
-from ropeway.runtime.progress import format_seconds
+from ropeway.runtime.progress import describe_count, format_seconds
 from ropeway.runtime.terminal import SHORT_DIGITS, AlignedTable, Paragraph, format_moment, printable
 
 _MIB = 2**20
@@ -95,7 +95,7 @@ def _running_words(running: RunningWork) -> str:
     if running.stage:
         words += f"; stage {running.stage} for {format_seconds(running.stage_seconds or 0)}"
     if running.step is not None:
-        words += f", step {running.step:,} of {running.total_steps:,}"
+        words += f", {describe_count(asdict(running))}"
     if running.eta_seconds is not None:
         words += f", {format_seconds(running.eta_seconds)} left"
     return words

@@ -19,6 +19,7 @@ from ropeway.orchestration import dvc_graph as graph
 from ropeway.runtime.errors import ConfigError, DataError, RopewayError, TemporaryError
 from ropeway.runtime.grace import grace_seconds
 from ropeway.runtime.lock import HeldLock
+from ropeway.runtime.progress import LiveLine
 from ropeway.runtime.stage_log import file_name, log_path, open_log
 from ropeway.runtime.supervise import ExitRecord, stop_files
 from ropeway.runtime.workspace import Workspace
@@ -151,8 +152,10 @@ def _run(
     with open_log(log, resumes=resumes) as file:
         start = log.stat().st_size
         child = _start(site, name, command, file.fileno())
+        live = LiveLine(progress_path(site.root, name))
         try:
-            for line in _follow(log, start, child):
+            for line in _follow(log, start, child, live.draw):
+                live.erase()
                 event = graph.read_event(line)
                 if event:
                     events[event[0]] = event[1]
@@ -164,6 +167,7 @@ def _run(
                     lines.append(line)
                 write_line(line)
         finally:
+            live.erase()
             _end(child, site.record(name, "dvc"))
     return child.returncode, events, lines
 
@@ -193,8 +197,8 @@ def _start(site: Site, name: str, command: list[str], output: int) -> subprocess
     )
 
 
-def _follow(log: Path, start: int, child: subprocess.Popen[bytes]) -> Iterator[str]:
-    """Yield a growing file's lines until the child has ended and everything is read."""
+def _follow(log: Path, start: int, child: subprocess.Popen[bytes], on_wait: Callable[[], None]) -> Iterator[str]:
+    """Yield a growing file's lines until the child has ended and everything is read; call `on_wait` at each wait."""
     fold = LineCollapser()
     with log.open("rb") as file:
         file.seek(start)
@@ -204,6 +208,7 @@ def _follow(log: Path, start: int, child: subprocess.Popen[bytes]) -> Iterator[s
             while data := file.read(1 << 16):
                 yield from fold.feed(data)
             if not ended:
+                on_wait()
                 with suppress(subprocess.TimeoutExpired):
                     child.wait(_POLL_SECONDS)
     yield from fold.feed(b"", last=True)

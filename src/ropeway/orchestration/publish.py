@@ -7,7 +7,8 @@ import getpass
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from ropeway.orchestration.revision import Revision
 from ropeway.registry import PRODUCTION, Artifact, Registry, Version
 from ropeway.runtime.errors import DataError, TemporaryError
 from ropeway.runtime.manifest import digest_of
-from ropeway.runtime.workspace import Workspace
+from ropeway.runtime.progress import StageProgress
+from ropeway.runtime.workspace import Workspace, count_bytes
 
 CANDIDATE = "candidate"
 Measure = Callable[[Version, Mapping[str, str]], Mapping[str, object] | None]
@@ -44,6 +46,20 @@ class Publication:
     words: str
     comparison: str = ""
     reviewable: bool = False
+
+
+@contextmanager
+def _upload_progress(artifact: Artifact, workspace: Workspace) -> Iterator[None]:
+    """Show how many bytes the store received while the block publishes a package."""
+    path = workspace.progress("publish")
+    path.unlink(missing_ok=True)
+    total = count_bytes(workspace.package) + (count_bytes(workspace.pages) if workspace.pages.is_dir() else 0)
+    with StageProgress("bytes", total, path=path) as progress:
+        artifact.store.on_bytes = progress.advance
+        try:
+            yield
+        finally:
+            del artifact.store.on_bytes
 
 
 def check_publishing(workspace: Workspace) -> None:
@@ -79,13 +95,16 @@ def publish_package(workspace: Workspace, profile: Profile, revision: Revision, 
     label = str(champion) if champion else None
     comparison = describe_change(metrics, opponent, _name_champion(artifact, champion))
     verdict = gate(metrics, opponent, profile.gate, max_length=profile.max_length, champion_name=label or "no champion")
-    done = artifact.publish(
-        workspace.package,
-        provenance=_provenance(revision, metrics, verdict, label) | {"opponent": dict(opponent or {})},
-        # needed to reproduce it, and the training's timings
-        attachments={path.name: path for path in (workspace.root / "dvc.lock", workspace.timings) if path.is_file()},
-        pages=workspace.pages if workspace.pages.is_dir() else None,
-    )
+    with _upload_progress(artifact, workspace):
+        done = artifact.publish(
+            workspace.package,
+            provenance=_provenance(revision, metrics, verdict, label) | {"opponent": dict(opponent or {})},
+            # needed to reproduce it, and the training's timings
+            attachments={
+                path.name: path for path in (workspace.root / "dvc.lock", workspace.timings) if path.is_file()
+            },
+            pages=workspace.pages if workspace.pages.is_dir() else None,
+        )
     digest = done.digest
     if not verdict.passed:
         words = f"registered {done}; the gate did not pass, so '{CANDIDATE}' was not moved"

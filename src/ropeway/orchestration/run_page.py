@@ -134,7 +134,7 @@ class ProgressArtifact:
             return
         self._refreshed_at = now
         record = read_last_record(self._path)
-        found = (int(record["step"]), int(record["total_steps"])) if record else None
+        found = (int(record["step"]), int(record["total_steps"])) if record and record["total_steps"] else None
         if found is None or found == self._shown or not is_answering(self._url):
             return
         (step, steps), self._shown = found, found

@@ -28,6 +28,7 @@ from ropeway.runtime.devices import count_ranks, list_gpus, spans_machines
 from ropeway.runtime.errors import ConfigError, DataError, TemporaryError, full_disk_explained
 from ropeway.runtime.lock import workspace_lock
 from ropeway.runtime.manifest import digest_of, file_sha256, json_mapping
+from ropeway.runtime.progress import PROGRESS_FILE
 from ropeway.runtime.stage_log import log_path, open_log, writes_to
 from ropeway.runtime.worker_processes import CODE_CHECK
 from ropeway.runtime.workspace import Workspace
@@ -84,6 +85,7 @@ def run_stage(root: Path, name: str, profile: str | None = None) -> int:
         # Otherwise deepspeed warns on every import. Ranks on other machines choose their device there.
         device = {} if list_gpus() or (name == "train" and spans_machines(os.environ)) else {"DS_ACCELERATOR": "cpu"}
         environment = {**os.environ, **device, **held.environment}
+        Workspace(root, "").progress(name).unlink(missing_ok=True)  # that of an earlier start
         return supervise.run(command, record=record, env=environment, cwd=root, log=_own_log(root, name, record))
 
 
@@ -118,11 +120,12 @@ def execute_stage(root: Path, name: str) -> None:
     code = [name, digest_of(frozen.value(f"code-{name}")), str(workspace.work / CODE)]
     before = _stat_inputs(root, frozen, name)
     os.environ[CODE_CHECK] = json.dumps(code)  # worker processes compare the code they import with it
+    os.environ[PROGRESS_FILE] = str(workspace.progress(name))
     try:
         with full_disk_explained(workspace.run):  # a stage that keeps partial output says so itself
             _module(name).run(workspace, params)
     finally:
-        del os.environ[CODE_CHECK]
+        del os.environ[CODE_CHECK], os.environ[PROGRESS_FILE]
     check_unchanged(root, frozen, name)
     if changed := _differing(before, _stat_inputs(root, frozen, name)):
         raise DataError(

@@ -54,7 +54,8 @@ class RunningWork:
 
     Attributes:
         holds: Whether the process `pid` lives; if not, it was killed and its stages are still saving.
-        step: Steps done by the stage in its latest progress record; None if it wrote none yet.
+        step: What the stage has done, from its latest progress record; None if it wrote none yet.
+        unit: What `step` and `total_steps` count; None: optimizer steps.
         eta_seconds: Remaining seconds of the stage, from that record.
     """
 
@@ -67,6 +68,7 @@ class RunningWork:
     stage_seconds: float | None = None
     step: int | None = None
     total_steps: int | None = None
+    unit: str | None = None
     eta_seconds: float | None = None
 
 
@@ -252,7 +254,8 @@ def _read_progress(root: Path, stage: str, began: float, now: float) -> dict[str
         if record and written >= began:  # else of an earlier start
             eta = record.get("eta_seconds")
             left = None if eta is None else max(0.0, eta - (now - written))
-            return {"step": record["step"], "total_steps": record["total_steps"], "eta_seconds": left}
+            counts = {key: record.get(key) for key in ("step", "total_steps", "unit")}
+            return {**counts, "eta_seconds": left}
     return {}
 
 

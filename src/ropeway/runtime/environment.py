@@ -91,7 +91,7 @@ VARIABLES: dict[str, tuple[EnvironmentVariable, ...]] = {
     "Tests": (_V("ROPEWAY_CHROMIUM", "Browser of `make test-browser`.", "`chromium` on PATH"),),
 }
 # Set by Ropeway for its own child processes.
-INTERNAL = ("ROPEWAY_CODE_CHECK", "ROPEWAY_LOCK_HELD", "ROPEWAY_SUPERVISED_BY")
+INTERNAL = ("ROPEWAY_CODE_CHECK", "ROPEWAY_LOCK_HELD", "ROPEWAY_PROGRESS_FILE", "ROPEWAY_SUPERVISED_BY")
 RENAMED = {"ROPEWAY_PREPARE_WORKERS": "ROPEWAY_TOKENIZE_WORKERS", "ROPEWAY_UNTRIED": "ROPEWAY_SKIP_WARM_UP"}
 
 

@@ -1,4 +1,4 @@
-"""Progress of one training attempt: printed lines, a JSON record per step and a summary at the end.
+"""Progress of a training attempt: printed lines, a JSON record per step, a summary at the end; and of other stages.
 
 All of it depends on the clock or the machine, so it is not part of steps.csv or the signed package.
 """
@@ -9,12 +9,13 @@ import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
+T = TypeVar("T")
 Line = dict[str, Any]  # one step of the log, with its throughput and memory
 _RECENT_STEPS = 20
 _BAR_CELLS = 20
@@ -43,9 +44,19 @@ class StepPrinter:
         if is_kept or (not _is_terminal() and completes_tenth(line)):
             self.print_event(describe(line))
         elif _is_terminal():
-            columns = shutil.get_terminal_size().columns
-            print(_ERASE_LINE + describe(line)[: columns - 1], end="", flush=True)
-            self._is_line_open = True
+            self.update(describe(line))
+
+    def update(self, text: str) -> None:
+        """Print a line that the next one replaces, cut to the terminal's width."""
+        columns = shutil.get_terminal_size().columns
+        print(_ERASE_LINE + text[: columns - 1], end="", flush=True)
+        self._is_line_open = True
+
+    def erase(self) -> None:
+        """Erase the line that is updated in place."""
+        if self._is_line_open:
+            print(_ERASE_LINE, end="", flush=True)
+            self._is_line_open = False
 
     def print_event(self, text: str) -> None:
         """Print a line that stays."""
@@ -182,13 +193,138 @@ class Progress:
         return float(pace * (line["total_steps"] - line["step"]))
 
 
+PROGRESS_FILE = "ROPEWAY_PROGRESS_FILE"  # path of the stage's progress file, set for its process
 _TAIL_BYTES = 1 << 16  # a record is about 1 kB
+_RECORD_SECONDS = 1.0  # between records of a stage that does not train
+_LINE_SECONDS = 15.0  # between its lines in a log
+_MIB = 2**20
+
+
+class StageProgress:
+    """Progress of a stage that does not train: how much is done, of how much, and the time left.
+
+    Writes a record per second into the stage's progress file and prints a line every 15 s, on a terminal one line
+    that is updated in place. Does nothing where the environment names no file, e.g. in a second worker process.
+    """
+
+    def __init__(
+        self, unit: str, total: int | None, *, path: Path | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Start the clock.
+
+        Args:
+            unit: What is counted, in the plural, e.g. "batches"; "bytes" are shown in MiB.
+            total: How much there is; None where it is not known, which leaves no time to estimate.
+            path: The progress file; default: that of the stage that this process runs.
+            clock: Returns seconds.
+        """
+        named = os.environ.get(PROGRESS_FILE)
+        self._path = path or (Path(named) if named else None)
+        self._unit, self._total, self._clock = unit, total, clock
+        self._done = self._skipped = 0
+        self._began = self._recorded_at = self._printed_at = clock()
+        self._printer = StepPrinter()
+
+    def skip(self, count: int) -> None:
+        """Count what an earlier attempt has done; it does not enter the estimate of the time left."""
+        self._done += count
+        self._skipped += count
+
+    def advance(self, count: int = 1) -> None:
+        """Count what was done since the last call."""
+        self._done += count
+        now = self._clock()
+        if self._path is None or now - self._recorded_at < _RECORD_SECONDS:
+            return
+        self._recorded_at = now
+        total = self._total if self._total and self._done <= self._total else None  # it was an expectation
+        record: Line = {"step": self._done, "total_steps": total, "unit": self._unit, "eta_seconds": None}
+        if total and (done := self._done - self._skipped):
+            record["eta_seconds"] = (now - self._began) / done * (total - self._done)
+        with suppress(OSError):  # a full disk is reported by what the stage writes
+            _append(self._path, record)
+            if _is_terminal():
+                self._printer.update(describe_record(record))
+            elif now - self._printed_at >= _LINE_SECONDS:
+                self._printed_at = now
+                print(describe_record(record), flush=True)
+
+    def __enter__(self) -> Self:
+        """Return this."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Erase the line that is updated in place."""
+        self._printer.erase()
+
+
+def track(items: Sequence[T], unit: str) -> Iterator[T]:
+    """Yield items and report each as done once the next one is requested; see `StageProgress`."""
+    with StageProgress(unit, len(items)) as progress:
+        for item in items:
+            yield item
+            progress.advance()
+
+
+def describe_record(record: Line) -> str:
+    """Return a record of any stage's progress file in one line.
+
+    >>> describe_record({"step": 5, "total_steps": 10, "unit": "batches", "eta_seconds": 61})
+    '[==========          ] 5 of 10 batches  1 min 1 s left'
+    >>> describe_record({"step": 3 * 2**20, "total_steps": None, "unit": "bytes", "eta_seconds": None})
+    '3 MiB so far'
+    """
+    if "loss" in record:
+        return describe(record)
+    count = describe_count(record)
+    if not record.get("total_steps"):
+        return f"{count} so far"
+    bar = "=" * (record["step"] * _BAR_CELLS // record["total_steps"])
+    left = record.get("eta_seconds")
+    return f"[{bar:<{_BAR_CELLS}}] {count}" + (f"  {format_seconds(left)} left" if left is not None else "")
+
+
+def describe_count(record: Line) -> str:
+    """Return how much is done.
+
+    >>> describe_count({"step": 5, "total_steps": 1000})
+    'step 5 of 1,000'
+    """
+    done, total, unit = record["step"], record.get("total_steps"), record.get("unit")
+    if unit == "bytes":
+        done, total, unit = done // _MIB, total and -(-total // _MIB), "MiB"
+    counted = f"{done:,} of {total:,}" if total else f"{done:,}"
+    return f"{counted} {unit}" if unit else f"step {counted}"
+
+
+class LiveLine:
+    """The last line of a terminal, which shows another process's progress file; nothing on what is no terminal."""
+
+    def __init__(self, path: Path) -> None:
+        """Show the last record of a progress file."""
+        self._path, self._printer, self._shown = path, StepPrinter(), ""
+        self._is_terminal = _is_terminal()
+
+    def draw(self) -> None:
+        """Draw the line if the record changed."""
+        if self._is_terminal and (record := read_last_record(self._path)):
+            text = describe_record(record)
+            if text != self._shown:
+                self._printer.update(f"  {text}")
+                self._shown = text
+
+    def erase(self) -> None:
+        """Erase the line, so that another one can be printed."""
+        if self._is_terminal:
+            self._printer.erase()
+            self._shown = ""
 
 
 def read_last_record(path: Path) -> Line | None:
-    """Return the last complete record of a progress file, with valid `step` and `total_steps`; None if there is none.
+    """Return the last complete record of a progress file; None if there is none.
 
-    A record without its newline is still being written.
+    It has a valid `step`, and `total_steps` unless that is not known (None). A record without its newline is still
+    being written.
     """
     try:
         with path.open("rb") as file:
@@ -199,7 +335,8 @@ def read_last_record(path: Path) -> Line | None:
     for line in reversed(lines):
         with suppress(ValueError, KeyError, TypeError):
             record: Line = json.loads(line)
-            if 0 <= int(record["step"]) <= int(record["total_steps"]) and int(record["total_steps"]):
+            step, total = int(record["step"]), record["total_steps"]
+            if step >= 0 and (total is None or 0 < int(total) >= step):
                 return record
     return None
 

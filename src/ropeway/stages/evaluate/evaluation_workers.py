@@ -19,6 +19,7 @@ import torch
 from ropeway.data.mixture import rank_order
 from ropeway.runtime.devices import count_local_ranks, count_ranks, list_gpus
 from ropeway.runtime.errors import RopewayError, TemporaryError
+from ropeway.runtime.progress import PROGRESS_FILE
 from ropeway.runtime.worker_processes import init_worker, read_process_count
 
 Item = TypeVar("Item")
@@ -113,7 +114,7 @@ class _Worker(Generic[Result]):
         context = multiprocessing.get_context("spawn")
         self.share = share
         self.connection, theirs = context.Pipe(duplex=False)
-        call = (theirs, function, (*arguments, share), gpu, torch.get_num_threads())
+        call = (theirs, function, (*arguments, share), share, gpu, torch.get_num_threads())
         self._process = context.Process(target=_run_worker, args=call, daemon=True)
         with suppress(BrokenPipeError):  # killed while it started: `receive` reports it
             self._process.start()
@@ -154,10 +155,17 @@ def _as_completed(workers: Sequence[_Worker[Result]]) -> Iterator[_Worker[Result
 
 
 def _run_worker(
-    connection: Connection, function: Callable[..., object], arguments: Sequence[object], gpu: str | None, threads: int
+    connection: Connection,
+    function: Callable[..., object],
+    arguments: Sequence[object],
+    share: Share,
+    gpu: str | None,
+    threads: int,
 ) -> None:
     """Run one call in a worker process and send its result or its RopewayError."""
     init_worker()
+    if share.number:  # the first share stands for all
+        os.environ.pop(PROGRESS_FILE, None)
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # read on the first use of CUDA, which is later
     torch.set_num_threads(threads)

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ropeway.config.sections import LongContext
 from ropeway.models.chat_template import ChatTemplate
 from ropeway.runtime.manifest import digest_of
+from ropeway.runtime.progress import track
 from ropeway.stages.evaluate.passkey import fit_prompt
 from ropeway.stages.evaluate.samples import answer_greedily
 
@@ -155,7 +156,7 @@ def answer_long_context(
         ConfigError: A length is shorter than the question alone.
     """
     answers = []
-    for question in questions:
+    for question in track(questions, "long-context questions"):
         ids = encode_long_context(tokenizer, template, question)
         text = answer_greedily(model, tokenizer, ids, tokens=compose(question).answer_tokens, seed=seed)
         answers.append(LongContextAnswer(question, len(ids), text))

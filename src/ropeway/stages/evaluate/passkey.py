@@ -17,6 +17,7 @@ from ropeway.config.sections import Passkey
 from ropeway.models.chat_template import ChatTemplate
 from ropeway.runtime.errors import ConfigError
 from ropeway.runtime.manifest import digest_of
+from ropeway.runtime.progress import track
 from ropeway.stages.evaluate.samples import answer_greedily, encode_text
 
 _INTRODUCTION = (
@@ -89,7 +90,7 @@ def answer_questions(
         ConfigError: A length is shorter than the question alone.
     """
     answers = []
-    for question in questions:
+    for question in track(questions, "passkey questions"):
         ids = encode_passkey_question(tokenizer, template, question)
         text = answer_greedily(model, tokenizer, ids, tokens=_MAX_ANSWER_TOKENS, seed=seed)
         answers.append(PasskeyAnswer(question, len(ids), text))

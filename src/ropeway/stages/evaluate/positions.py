@@ -21,6 +21,7 @@ from ropeway.models.open_model import rope_of
 from ropeway.models.rope import has_layer_types
 from ropeway.runtime.errors import DataError
 from ropeway.runtime.manifest import digest_of
+from ropeway.runtime.progress import track
 from ropeway.stages.evaluate.evaluation_workers import Share
 from ropeway.stages.evaluate.token_scores import Score, Sums, add_sums, sum_batch
 
@@ -101,7 +102,7 @@ def sum_positions(
         kinds[UNSCALED] = {"rope_type": "default", **{name: own[name] for name in kept if name in own}}
     buckets = -(-wanted.row_tokens // wanted.bucket_tokens)
     sums = []
-    for kind, row in share.of([(kind, row) for kind in kinds for row in rows]):
+    for kind, row in track(share.of([(kind, row) for kind in kinds for row in rows]), "long rows"):
         with rope_of(model, kinds[kind]):
             sums.append((kind, sum_batch(model, _batch(row, wanted.bucket_tokens), groups=buckets)))
     return sums

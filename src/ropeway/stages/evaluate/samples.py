@@ -23,6 +23,7 @@ from ropeway.models.conversation import Conversation
 from ropeway.models.jinja_template import JinjaTemplate, UnusableConversationError
 from ropeway.models.open_model import rope_of
 from ropeway.runtime.errors import ConfigError, DataError
+from ropeway.runtime.progress import track
 
 _RESERVED = ("max_new_tokens", "max_length", "bos_token_id", "eos_token_id", "pad_token_id", "num_return_sequences")
 GenerationConfigs = Mapping[str, Mapping[str, object]]
@@ -264,7 +265,7 @@ def generate_samples(
     so that a new prompt or configuration changes no other answer, and base and tuned model use the same seeds.
     """
     ends, answers = stop_ids(model, tokenizer), []
-    for prompt, name in samples:
+    for prompt, name in track(samples, "sample answers"):
         ids = encode_prompt(tokenizer, template, prompt)
         own_seed = derive_seed(seed, name, describe_prompt(prompt))
         said = generate_ids(model, tokenizer, ids, configurations[name], seed=own_seed)

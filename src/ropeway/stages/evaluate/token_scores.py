@@ -20,6 +20,7 @@ from ropeway.data.shards import Shards
 from ropeway.models.open_model import backbone, compute_logits
 from ropeway.models.rope import longest_independent
 from ropeway.runtime.errors import DataError
+from ropeway.runtime.progress import track
 from ropeway.stages.evaluate.evaluation_workers import Share
 
 Sums = NDArray[np.float64]  # (3, groups): loss in nats, correct positions, positions
@@ -115,7 +116,7 @@ def sum_batches(model: PreTrainedModel, shards: Shards, profile: EvaluateParams,
     mine = share.of(batches)
     # Allocated once: small arrays allocated between batches fragment the heap.
     sums = np.empty((len(mine), 3, len(shards.sources)))
-    for number, batch in enumerate(mine):
+    for number, batch in enumerate(track(mine, "validation batches")):
         inputs = collate([rows[row] for row in batch], shards, profile, pad_to_multiple_of=None)
         sums[number] = sum_batch(model, inputs, groups=len(shards.sources))
     return list(sums)

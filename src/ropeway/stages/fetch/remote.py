@@ -9,6 +9,7 @@ from typing import Protocol
 
 from ropeway.runtime.errors import TemporaryError, full_disk_explained
 from ropeway.runtime.manifest import digest_of
+from ropeway.runtime.progress import StageProgress
 
 _BLOCK_BYTES = 1 << 20
 
@@ -63,14 +64,17 @@ def _download_from(remote: Remote, partial: Path, start: int) -> None:
     # Translate disk errors here: `open_from` translates any other OSError into a broken connection.
     mode = "r+b" if partial.is_file() else "wb"
     with (
+        StageProgress("bytes", remote.size_bytes) as progress,
         remote.open_from(start) as (stream, begin),
         full_disk_explained(f"sources: {remote.name}", kept=f"the partial download is kept in {partial.parent}"),
         partial.open(mode) as file,
     ):
         file.truncate(begin)
         file.seek(begin)
+        progress.skip(begin)
         for block in _read_blocks(stream, None if remote.size_bytes is None else remote.size_bytes - begin):
             file.write(block)
+            progress.advance(len(block))
         file.flush()
         os.fsync(file.fileno())  # after a power cut the file must not have its full length but zeros
 

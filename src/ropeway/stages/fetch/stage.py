@@ -10,6 +10,7 @@ from ropeway.config.sections import Source
 from ropeway.data.raw_records import RawSource, RawWriter
 from ropeway.runtime.errors import DataError, full_disk_explained
 from ropeway.runtime.manifest import whole_folder, write_manifest
+from ropeway.runtime.progress import StageProgress
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.fetch.sources import (
     RefusedRecord,
@@ -107,12 +108,15 @@ def _write(source: Source, workspace: Workspace, identity: dict[str, object], wr
     """Write one source's records; return its manifest entry."""
     seen, reasons = SourceCounts(), Counter[str]()
     shown: list[dict[str, str]] = []
-    for record in open_source(source, workspace, identity, seen):
-        if isinstance(record, RefusedRecord):
-            reasons[limit_names(reasons, record.reason)] += 1
-            shown += [{"where": record.where, "reason": record.reason}] * (len(shown) < _SHOWN_REFUSALS)
-        else:
-            writer.add(record)
+    expected = source.expected_rows if record_kind(source) == "conversation" else None  # of documents it counts chunks
+    with StageProgress("records", expected) as progress:
+        for record in open_source(source, workspace, identity, seen):
+            if isinstance(record, RefusedRecord):
+                reasons[limit_names(reasons, record.reason)] += 1
+                shown += [{"where": record.where, "reason": record.reason}] * (len(shown) < _SHOWN_REFUSALS)
+            else:
+                writer.add(record)
+            progress.advance()
     facts: FetchedFacts = {
         "kind": record_kind(source),
         "read": writer.records + reasons.total(),

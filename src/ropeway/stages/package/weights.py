@@ -13,6 +13,7 @@ from ropeway.models.architectures import EMBEDDING, HEAD
 from ropeway.models.open_model import DTYPES, is_finite
 from ropeway.runtime.errors import DataError
 from ropeway.runtime.manifest import write_json
+from ropeway.runtime.progress import track
 
 # dtype -> its name in safetensors. Source: its format's README, v0.5.
 STORED = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
@@ -66,7 +67,7 @@ def write_weights(source: Path, target: Path, *, dtype: str, max_shard_bytes: in
     width = DTYPES[dtype].itemsize
     shards = plan_shards({name: count * width for name, count in counts.items()}, max_shard_bytes)
     weight_map: dict[str, str] = {}
-    for file, names in zip(name_shards(len(shards)), shards, strict=True):
+    for file, names in track(list(zip(name_shards(len(shards)), shards, strict=True)), "files of weights"):
         save_file({name: _cast(files[name], name, dtype) for name in names}, target / file, metadata={"format": "pt"})
         (target / file).chmod(0o644)  # safetensors 0.8 leaves it to its owner alone
         weight_map |= dict.fromkeys(names, file)

@@ -14,6 +14,7 @@ from ropeway.data.raw_records import RecordKind
 from ropeway.data.tokenized import COLUMNS, SHARDS, TokenizedFacts, shard_path
 from ropeway.runtime.errors import DataError
 from ropeway.runtime.manifest import FileFacts, link_file
+from ropeway.runtime.progress import StageProgress
 from ropeway.stages.tokenize import encode_workers as workers
 from ropeway.stages.tokenize.units import Unit, UnitFacts, load_unit, read_unit, tokenize_unit
 
@@ -93,8 +94,10 @@ def make_units(planned: Mapping[str, Sequence[Unit]], *, work: Path) -> dict[str
         print(f"tokenize: {len(all_units) - len(missing)} of {len(all_units)} units are complete already", flush=True)
     text_bytes = sum(group.text_bytes for unit in missing for group in unit.groups)
     made = workers.run_jobs(tokenize_unit, missing, text_bytes=text_bytes, work=work)
-    for number, folder in enumerate(made, start=1):
-        print(f"tokenize: {folder.parent.name} {folder.name} made, {number} of {len(missing)}", flush=True)
+    with StageProgress("units", len(missing)) as progress:
+        for number, folder in enumerate(made, start=1):
+            print(f"tokenize: {folder.parent.name} {folder.name} made, {number} of {len(missing)}", flush=True)
+            progress.advance()
     return {name: _read_units(units) for name, units in planned.items()}
 
 
