@@ -9,7 +9,9 @@ from pathlib import Path
 
 import networkx as nx
 import pytest
+from typer.testing import CliRunner
 
+from ropeway.cli.main import app
 from ropeway.orchestration.sequence import STEPS, run_retrain
 from ropeway.registry import Registry
 from ropeway.runtime.errors import ConfigError, DataError, RegistryError, TemporaryError
@@ -334,3 +336,13 @@ def test_flow_changes_one_line_for_another_profile_and_the_tree_counts_as_clean(
     assert kept["provenance"]["git"] == flow_workspace.git("rev-parse", "HEAD").strip()
     assert kept["provenance"]["dirty"] is False
     assert "dvc.lock" in kept["attachments"]
+
+
+def test_the_result_of_a_run_is_one_json_object_on_stdout(made_workspace, monkeypatch):
+    monkeypatch.chdir(made_workspace.root)
+    done = CliRunner().invoke(app, ["run", "--no-prefect", "--json"])
+    assert done.exit_code == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert (result["state"], result["version"]) == ("Unchanged", "laptop@v1")
+    assert set(result["stages"].values()) == {"Unchanged"}
+    assert "publish: Unchanged" in done.stderr

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,6 +19,7 @@ from ropeway.runtime.workspace import Workspace, find_root
 
 if TYPE_CHECKING:
     from ropeway.config.params import Profile
+    from ropeway.orchestration.run_summary import Result
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -60,14 +62,25 @@ def run(
             help="FINGERPRINT[@STEP] in .checkpoints: continue that run; written to params.yaml. Default: none."
         ),
     ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result as one JSON object to stdout, all other lines to stderr.")
+    ] = False,
 ) -> None:
     """Run every stage that is not up to date, publish the model, and move `candidate` to it if the gate passes."""
     from ropeway.config import edit as edits
+    from ropeway.orchestration.run_summary import print_result, result_json
     from ropeway.orchestration.sequence import ExitDeadline, run_retrain
 
     if resume_from is not None:
         edits.resume_from(find_root(), profile, resume_from)
-    run_retrain(find_root(), profile, use_prefect=prefect, ending=ExitDeadline(exits=True))
+    output = sys.stdout
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+
+        def show_json(result: "Result", page: str | None) -> None:
+            print(json.dumps(result_json(result, page), indent=1, ensure_ascii=False), file=output, flush=True)
+
+        ending = ExitDeadline(exits=True, show_result=show_json if as_json else print_result)
+        run_retrain(find_root(), profile, use_prefect=prefect, ending=ending)
 
 
 @app.command()

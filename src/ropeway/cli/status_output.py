@@ -1,6 +1,6 @@
 """The output of `ropeway status`: facts line by line; a line about a problem ends with the command that fixes it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 
@@ -9,13 +9,15 @@ from rich.console import RenderableType
 from ropeway.orchestration.forecast import Forecast
 from ropeway.orchestration.status import ALIASES, Problem, RunningWork, StageEnd, WorkspaceStatus
 from ropeway.planning.budget import gib
+from ropeway.runtime.errors import ConfigError, TemporaryError
 from ropeway.runtime.manifest import Json
 from ropeway.runtime.progress import describe_count, format_seconds
 from ropeway.runtime.terminal import SHORT_DIGITS, AlignedTable, Paragraph, format_moment, printable
 
 _MIB = 2**20
 _MAX_COMMENT = 60  # characters of a promotion's reason
-_EXIT_FIX = {64: "ropeway doctor", 75: "ropeway run"}  # else the log says it
+_MAX_REASONS = 3  # of a stage; `--json` has all
+_EXIT_FIX = {ConfigError.exit_code: "ropeway doctor", TemporaryError.exit_code: "ropeway run"}  # else the log says it
 
 
 def describe_status(status: WorkspaceStatus) -> list[RenderableType]:
@@ -50,6 +52,8 @@ def _end_words(end: StageEnd) -> str:
     at = format_moment(end.at)
     if end.code is None:
         return f"{end.stage} was killed or lost its machine, its log ends at {at}; a run resumes"
+    if end.code == TemporaryError.exit_code and not end.signal:
+        return f"{end.stage} stopped at {at} ({end.why or 'a temporary failure'}); a run resumes"
     how = f"was ended by {end.signal}" if end.signal else f"failed with exit code {end.code}"
     return f"{end.stage} {how} at {at}; `ropeway logs {end.stage}` has its lines"
 
@@ -158,6 +162,11 @@ def _disk_words(status: WorkspaceStatus) -> str:
     return f"{', '.join(parts) or 'less than 1 MiB'}; {gib(status.free_bytes)} free. To see what can go: ropeway clean"
 
 
+def _shorten(reasons: Sequence[str]) -> str:
+    more = len(reasons) - _MAX_REASONS
+    return "; ".join([*reasons[:_MAX_REASONS], *([f"and {more} more"] if more > 0 else [])])
+
+
 def _plan_rows(status: WorkspaceStatus) -> list[tuple[str, str, str]]:
     running = status.running.stage if status.running else None
     words = {True: "yes", False: "no", None: "?"}
@@ -165,7 +174,7 @@ def _plan_rows(status: WorkspaceStatus) -> list[tuple[str, str, str]]:
         (
             stage.name,
             "running" if stage.name == running else words[stage.will_run],
-            printable("; ".join(stage.reasons)).plain,
+            printable(_shorten(stage.reasons)).plain,
         )
         for stage in (status.forecast.stages if status.forecast else ())
     ]

@@ -63,6 +63,33 @@ def print_result(result: Result, page: str | None) -> None:
     show("", f"{result.workspace.profile}: {published.state} in {result.seconds:.0f} s", *lines)
 
 
+def result_json(result: Result, page: str | None) -> Json:
+    """Return a run's result for programs; `page` says where the run is shown."""
+    published, metrics = result.publication, _read(result.workspace.evaluation)
+    verdict = published.verdict
+    return {
+        "profile": result.workspace.profile,
+        "state": published.state,
+        "seconds": result.seconds,
+        "stages": result.stages,
+        "version": published.version,
+        "digest": published.digest,
+        "words": published.words,
+        "compared": published.comparison,
+        "gate": None if verdict is None else {"passed": verdict.passed, "failed": list(verdict.failed)},
+        "steps": _read(result.workspace.train_metrics).get("steps"),
+        "losses": {
+            name: {model: found[model]["loss"] for model in ("base", "tuned")}
+            for name, found in metrics.get("sources", {}).items()
+        },
+        "package": str(result.workspace.package),
+        "page": page,
+        "review": result.review,
+        "edited": list(result.edited),
+        "next": _next_action(result),
+    }
+
+
 def _describe_verdict(verdict: GateVerdict | None) -> list[tuple[str, str]]:
     """Return the gate's result, and each comparison that failed, as (fact, words)."""
     if verdict is None:

@@ -43,8 +43,14 @@ STEPS = ("pull", "freeze_inputs", "make_plan", "run_stages", "publish", "push", 
 class ExitDeadline:
     """Limits how long this process may take to exit once the run's result, or the error that ended it, is known."""
 
-    def __init__(self, *, exits: bool = False) -> None:
-        """Set a deadline only if `exits`: this process then belongs to the command and may be ended."""
+    def __init__(
+        self, *, exits: bool = False, show_result: Callable[[Result, str | None], None] = summary.print_result
+    ) -> None:
+        """Set a deadline only if `exits`: this process then belongs to the command and may be ended.
+
+        `show_result` prints a run's result and where its page is, once.
+        """
+        self.show_result = show_result
         self._exits = exits
         self._printing = threading.Lock()
         self._printed = self._started = False
@@ -99,7 +105,7 @@ def run_retrain(
             return _run_on_prefect(root, name, ending)
         print("running without Prefect: tasks that you added to flows/retrain.py do not run", flush=True)
         result = run_sequence(root, name, RunDisplay())
-        summary.print_result(result, None)
+        ending.show_result(result, None)
         return result
 
 
@@ -341,7 +347,7 @@ def _run_on_prefect(root: Path, profile: str, ending: ExitDeadline) -> Result:
         flow = prefect_adapter.load_flow(root, "retrain")
         await_server(url, root)
         result, page = prefect_adapter.run_flow(flow, root, profile, url, partial(_arm_deadline, root, ending))
-        ending.show_once(partial(_print_result, root, result, page))
+        ending.show_once(partial(_show_result, root, result, page, ending))
     return result
 
 
@@ -352,15 +358,15 @@ def _arm_deadline(root: Path, deadline: ExitDeadline, result: Result | BaseExcep
         code = stated if isinstance(stated, int) else 1
         deadline.start(code, partial(print, f"ropeway: {result}", file=sys.stderr, flush=True))
     else:
-        deadline.start(0, partial(_print_result, root, result, page))
+        deadline.start(0, partial(_show_result, root, result, page, deadline))
 
 
-def _print_result(root: Path, result: Result, page: str) -> None:
+def _show_result(root: Path, result: Result, page: str, ending: ExitDeadline) -> None:
     from ropeway.orchestration.prefect_server import DEFAULT_URL, page_address, persistent_server_url
 
     there = persistent_server_url(root)  # it may have started or stopped during the run
     address = page_address(there, page) if there else f"make ui, then open {page_address(DEFAULT_URL, page)}"
-    summary.print_result(result, address)
+    ending.show_result(result, address)
 
 
 @contextmanager

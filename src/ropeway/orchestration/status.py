@@ -74,12 +74,13 @@ class RunningWork:
 
 @dataclass(frozen=True, slots=True)
 class StageEnd:
-    """How the stage that ran last ended: its exit code and signal; both None if it was killed without a record."""
+    """How the stage that ran last ended: exit code, signal, why it was stopped; all None after a kill."""
 
     stage: str
     code: int | None
     signal: str | None
     at: str
+    why: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,7 +285,7 @@ def read_last_end(root: Path) -> StageEnd | None:
         return None
     record = json_mapping(records[-1].read_bytes())
     code, signal = record.get("code"), record.get("signal")
-    return StageEnd(records[-1].name.split(".")[0], code, signal, str(record.get("at") or ""))
+    return StageEnd(records[-1].name.split(".")[0], code, signal, str(record.get("at") or ""), record.get("why"))
 
 
 def _read_runs(root: Path) -> list[PastRun]:

@@ -1,12 +1,58 @@
 """Every command explains itself: help with defaults for each argument and option, JSON wherever facts are printed."""
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from ropeway.cli.main import app
+from ropeway.storage import open_store
+from tests.support.registry_world import make_package, put
 
-# They run other programs, whose output is not theirs: `run` and `stage` print DVC's and the stages' lines.
-WITHOUT_JSON = {"params schema", "run", "stage", "server", "serve"}
+WITHOUT_JSON = {
+    "params schema": "prints JSON",
+    "stage": "is called by dvc.yaml and prints the stage's lines; `status --json` and `logs --json` have its state",
+    "server": "runs until it is stopped; `status --json` has its address",
+    "serve": "runs until it is stopped; `status --json` has the deployments and schedules",
+}
+# Commands that need a model, a run or a terminal: the module whose tests parse their output.
+PARSED_ELSEWHERE = {
+    "run": "tests/pipeline/test_flow_retrain.py",
+    "init": "tests/unit/onboarding/test_start.py",
+    "plan": "tests/unit/planning/test_plan.py",
+    "inspect": "tests/unit/cli/test_inspect.py",
+    "chat": "tests/unit/cli/test_chat.py",
+    "push-hub": "tests/unit/cli/test_sharing.py",
+    "evaluate": "tests/pipeline/test_main_job.py",
+    "review": "tests/unit/orchestration/test_review.py",
+    "reproduce": "tests/pipeline/test_reproduce.py",
+    "doctor": "tests/unit/orchestration/test_doctor.py",
+    "clean": "tests/pipeline/test_flow_clean.py",
+    "logs": "tests/unit/orchestration/test_logs.py",
+}
+# The others, in this order, over a registry with one version.
+EXAMPLES = {
+    "status": [],
+    "registry list": [],
+    "registry show": ["tiny@v1"],
+    "registry verify": ["tiny@v1"],
+    "registry pull": ["tiny@v1", "--to", "pulled"],
+    "registry publish": ["package", "--name", "other"],
+    "registry promote": ["tiny@v1", "candidate", "--reason", "first"],
+    "registry history": ["tiny@candidate"],
+    "registry diff": ["tiny@v1", "other@v1"],
+    "registry withdraw": ["other@v1", "--reason", "a copy"],
+    "registry gc": [],
+    "registry keygen": ["key"],
+    "registry sign": ["tiny@v1"],
+    "params show": [],
+    "params explain": ["learning_rate"],
+    "params diff": ["laptop", "smollm2"],
+}
+NEEDS_TWO_VERSIONS = {"registry rollback": "tests/unit/cli/test_registry_commands.py"}
 
 
 def list_commands(command, path=()):
@@ -17,6 +63,7 @@ def list_commands(command, path=()):
             yield " ".join((*path, name)), child
 
 
+ROOT = Path(__file__).parents[3]
 COMMANDS = dict(list_commands(typer.main.get_command(app)))
 
 
@@ -34,3 +81,27 @@ def test_every_argument_and_option_is_explained_with_its_default(name):
         assert parameter.help, parameter.name
         if parameter.default is None and not parameter.required and parameter.name != "help":
             assert any(word in parameter.help for word in ("Default:", "with --", "With --", "Without")), parameter.name
+
+
+def test_every_command_with_json_is_parsed_by_a_test():
+    elsewhere = PARSED_ELSEWHERE | NEEDS_TWO_VERSIONS
+    assert {*EXAMPLES, *elsewhere, *WITHOUT_JSON} == set(COMMANDS)
+    for name, module in elsewhere.items():
+        text = (ROOT / module).read_text(encoding="utf-8")
+        assert '"--json"' in text or "as_json=True" in text, (name, module)
+
+
+def test_stdout_of_a_command_with_json_is_json(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ROPEWAY_REGISTRY", (tmp_path / "registry").as_uri())
+    for name in ("ROPEWAY_TRUSTED_KEYS", "ROPEWAY_SIGNING_KEY", "PREFECT_API_URL"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copy(ROOT / name, tmp_path)
+    put(open_store((tmp_path / "registry").as_uri()), make_package(tmp_path / "package"), name="tiny")
+    for name, arguments in EXAMPLES.items():
+        if name == "registry sign":
+            monkeypatch.setenv("ROPEWAY_SIGNING_KEY", str(tmp_path / "key"))
+        done = CliRunner().invoke(app, [*name.split(), *arguments, "--json"])
+        assert done.exit_code == 0, (name, done.output)
+        json.loads(done.stdout)
