@@ -101,8 +101,11 @@ def list_command(
     opened = open_registry(registry)
     found = opened.artifact(name).describe_versions() if name else opened.describe()
     if name and not found:
+        from ropeway.config.suggestion import did_you_mean
+
+        near = did_you_mean(name, [one.name for one in opened.artifacts()])
         raise NotFoundError(
-            f"{opened.url}: no version of {name} was published there. `ropeway registry list` lists all"
+            f"{opened.url}: no version of {name} was published there{near or '.'} `ropeway registry list` lists all"
         )
     if as_json:
         print_json(found)
@@ -137,8 +140,10 @@ def history(reference: AliasReference, *, registry: Url = None, as_json: Json = 
     artifact = opened.artifact(wanted.name)
     events = artifact.describe_history(wanted.alias)
     if not events:
-        there = ", ".join(artifact.aliases()) or "none"
-        raise NotFoundError(f"{reference}: {opened.url} has no such alias; aliases of {wanted.name}: {there}")
+        from ropeway.config.suggestion import unknown_name
+
+        there = unknown_name(wanted.alias, artifact.aliases(), listed=f"aliases of {wanted.name}")
+        raise NotFoundError(f"{reference}: the alias {there}. `ropeway registry list` shows the models")
     print_json(events) if as_json else terminal.show(tables.draw_history(wanted.name, wanted.alias, events))
 
 

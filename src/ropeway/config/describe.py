@@ -4,7 +4,6 @@ The texts are those below each key in `params` and `sections`; they are read fro
 """
 
 import ast
-import difflib
 import inspect
 import types
 import typing
@@ -20,6 +19,7 @@ from pydantic_core import PydanticUndefined
 from ropeway.config import params as schema
 from ropeway.config import sections as values_schema
 from ropeway.config.presets import KEY, MERGED_SECTIONS, SECTION
+from ropeway.config.suggestion import did_you_mean
 from ropeway.runtime.errors import ConfigError
 
 
@@ -257,8 +257,9 @@ def explain_key(key: str) -> list[Described]:
             found.append(Described(key, kind, meaning, tuple(inner)))
     if not found:
         every = [".".join(one) for one in _iterate_keys(schema.Profile)]
-        near = [one for one in every if one.endswith(f".{key}")] or difflib.get_close_matches(key, every, n=3)
-        raise ConfigError(f"{key}: no key of params.yaml" + (f"; did you mean {', '.join(near)}?" if near else ""))
+        inner_keys = [one for one in every if one.endswith(f".{key}")]
+        near = f"; did you mean {', '.join(inner_keys)}?" if inner_keys else did_you_mean(key, every, count=3)
+        raise ConfigError(f"{key}: no key of params.yaml{near or '. `ropeway params show` lists the keys'}")
     return list(dict.fromkeys(found))
 
 

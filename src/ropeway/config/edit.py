@@ -75,7 +75,10 @@ def resume_from(root: Path, profile: str | None, run: str) -> None:
     """
     path = root / "params.yaml"
     if not re.fullmatch(RUN, run):
-        raise ConfigError(f"--resume-from: expected FINGERPRINT or FINGERPRINT@STEP, 16 hex digits, found {run!r}")
+        raise ConfigError(
+            f"--resume-from: expected FINGERPRINT or FINGERPRINT@STEP, 16 hex digits, found {run!r}. `ls .checkpoints` "
+            "shows them"
+        )
     name, chosen = load_profile(path, profile)
     if chosen.resume_from == run:
         return

@@ -1,6 +1,5 @@
 """Validation errors of params.yaml as text: one line each, with the key, the expected and the found value."""
 
-import difflib
 import typing
 from pathlib import Path
 from typing import TypeGuard, TypeVar, cast
@@ -8,6 +7,7 @@ from typing import TypeGuard, TypeVar, cast
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
+from ropeway.config.suggestion import did_you_mean
 from ropeway.runtime.errors import DataError
 
 T = TypeVar("T")
@@ -51,10 +51,8 @@ def _explain(fault: ErrorDetails, model: type[BaseModel]) -> str:
     if kind in _EXPECTED:
         return f"{key or 'this profile'}: expected {_EXPECTED[kind].format(**context)}, found {_shown(fault['input'])}"
     if kind == "extra_forbidden":
-        near = difflib.get_close_matches(str(fault["loc"][-1]), siblings, n=1)
-        return f"{key}: unknown key" + (
-            f"; did you mean {near[0]}?" if near else f"; known keys: {', '.join(siblings)}"
-        )
+        near = did_you_mean(str(fault["loc"][-1]), siblings)
+        return f"{key}: unknown key" + (near or f"; known keys: {', '.join(siblings)}")
     if kind == "missing":
         return f"{key}: missing"
     if kind == "union_tag_invalid":

@@ -224,10 +224,12 @@ def read_texts(root: Path, paths: Iterable[str], *, key: str) -> dict[str, str]:
         try:
             texts[path] = (root / path).read_bytes().decode()
         except UnicodeDecodeError as error:
-            raise ConfigError(f"params.yaml: {key} names {path}, which is not UTF-8 text: {error}") from None
+            raise ConfigError(
+                f"params.yaml: {key} names {path}, which is not UTF-8 text: {error}. Save it as UTF-8"
+            ) from None
         except OSError as error:
             why = f"which is not a file below {root}" if not (root / path).is_file() else f"{error.strerror}"
-            raise ConfigError(f"params.yaml: {key} names {path}, {why}") from None
+            raise ConfigError(f"params.yaml: {key} names {path}, {why}. Create the file or correct the path") from None
     return texts
 
 

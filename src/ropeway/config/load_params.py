@@ -16,6 +16,7 @@ from ropeway.config.faults import explain_faults
 from ropeway.config.params import Profile
 from ropeway.config.presets import KEY, PresetError, find_origins, resolve_block, split_presets
 from ropeway.config.sections import PROFILE_NAME
+from ropeway.config.suggestion import unknown_name
 from ropeway.runtime.errors import ConfigError
 
 _MAX_DEPTH = 100  # of nested lists and mappings; a profile needs 5
@@ -33,7 +34,7 @@ def load_profiles(path: Path, *, text: str | None = None) -> tuple[str, dict[str
     chosen = tree["profile"]
     blocks, presets = _split(path, tree)
     if chosen not in blocks:
-        raise ConfigError(f"{path}: profile '{chosen}' does not exist; available: {', '.join(map(str, blocks))}")
+        raise ConfigError(f"{path}: profile '{chosen}' {unknown_name(chosen, blocks)}")
     profiles, faults = {}, []
     for name, block in blocks.items():
         if not (isinstance(name, str) and PROFILE_NAME.fullmatch(name)) or ".." in name:
@@ -63,7 +64,7 @@ def load_profile(path: Path, name: str | None = None, *, text: str | None = None
     chosen, profiles = load_profiles(path, text=text)
     name = name or chosen
     if name not in profiles:
-        raise ConfigError(f"{path}: profile '{name}' does not exist; available: {', '.join(profiles)}")
+        raise ConfigError(f"{path}: profile '{name}' {unknown_name(name, profiles)}")
     return name, profiles[name]
 
 
@@ -80,7 +81,7 @@ def read_block(path: Path, profile: str) -> dict[str, object]:
     except PresetError as error:
         raise ConfigError(f"{path}, profile '{profile}': {error}") from None
     if not isinstance(block, dict):
-        raise ConfigError(f"{path}: profile '{profile}' does not exist")
+        raise ConfigError(f"{path}: profile '{profile}' {unknown_name(profile, blocks)}")
     return block
 
 
@@ -158,7 +159,7 @@ def _read_yaml(path: Path, text: str | None = None) -> object:
         mark = error.problem_mark or error.context_mark
         where = f"{path}:{mark.line + 1}" if mark else path
         problem = " ".join(filter(None, (error.context, error.problem)))
-        raise ConfigError(f"{where}: not valid YAML 1.2: {problem}") from None
+        raise ConfigError(f"{where}: not valid YAML 1.2: {problem}. Correct that line") from None
     except YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML 1.2: {error}") from None
     except RecursionError:

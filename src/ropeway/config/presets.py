@@ -8,6 +8,8 @@ profile does not change another.
 
 from collections.abc import Iterator, Mapping
 
+from ropeway.config.suggestion import unknown_name
+
 KEY, SECTION = "preset", "presets"
 OWN_KEY = "resume_from"  # of a profile: what another run continues from is nothing to inherit
 MERGED_SECTIONS = ("stop", "duplicates", "contamination", "evaluation", "gate", "package", "card")
@@ -60,8 +62,9 @@ def iterate_presets(
     while isinstance(block, Mapping) and block.get(KEY) is not None:
         base = block[KEY]
         if not isinstance(base, str) or base not in known:
-            names = ", ".join(map(str, [*presets, *(one for one in profiles if one != name)]))
-            raise PresetError(f"{KEY}: {base!r} does not exist; available: {names}")
+            raise PresetError(
+                f"{KEY}: {base!r} {unknown_name(str(base), [*presets, *(one for one in profiles if one != name)])}"
+            )
         if base in seen:
             raise PresetError(f"{KEY}: {' -> '.join([*seen, base])} is a circle; remove one of these")
         block = known[base]

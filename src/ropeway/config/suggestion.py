@@ -1,22 +1,30 @@
-"""The nearest known name for an error message about an unknown one."""
+"""The nearest known name, for an error message about an unknown one."""
 
 import difflib
 from collections.abc import Iterable
 
-_MAX_LISTED = 12
+_CUTOFF = 0.7  # similarity of a suggestion; at difflib's 0.6 `nowhere` suggests `other`
 
 
-def suggest(name: str, known: Iterable[str]) -> str:
-    """Return the end of a message about an unknown name: the nearest known one, and all if they are few.
+def did_you_mean(name: str, known: Iterable[str], *, count: int = 1) -> str:
+    """Return the part of a message that names the nearest known names; empty if none is near.
 
-    >>> suggest("laptpo", ["laptop", "smollm2"])
-    '; did you mean laptop? Known: laptop, smollm2'
-    >>> suggest("x", [])
-    '; none is known'
+    >>> did_you_mean("laptpo", ["laptop", "smollm2"]), did_you_mean("x", ["laptop"])
+    ('; did you mean laptop?', '')
     """
-    names = list(dict.fromkeys(known))
-    near = difflib.get_close_matches(name, names, n=1)
-    listed = f"Known: {', '.join(names[:_MAX_LISTED])}" + (", …" if len(names) > _MAX_LISTED else "")
-    if near:
-        return f"; did you mean {near[0]}? {listed}"
-    return f". {listed}" if names else "; none is known"
+    near = difflib.get_close_matches(name, list(dict.fromkeys(map(str, known))), n=count, cutoff=_CUTOFF)
+    return f"; did you mean {', '.join(near)}?" if near else ""
+
+
+def unknown_name(name: str, known: Iterable[str], *, listed: str = "available") -> str:
+    """Return the end of a message about a name that does not exist: the nearest known one, then all of them.
+
+    >>> unknown_name("laptpo", ["laptop", "smollm2"])
+    'does not exist; did you mean laptop? Available: laptop, smollm2'
+    >>> unknown_name("x", ["laptop"]), unknown_name("x", [])
+    ('does not exist; available: laptop', 'does not exist; available: none')
+    """
+    names = list(dict.fromkeys(map(str, known)))
+    near = did_you_mean(name, names)
+    label = f" {listed.capitalize()}" if near else f"; {listed}"
+    return f"does not exist{near}{label}: {', '.join(names) or 'none'}"

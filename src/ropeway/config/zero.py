@@ -47,9 +47,9 @@ def read_zero(text: str, path: str) -> Zero:
     try:
         named = json.loads(text)
     except ValueError as error:
-        raise ConfigError(f"{path}: not valid JSON: {error}") from None
+        raise ConfigError(f"{path}: not valid JSON: {error}. Correct the file") from None
     if not isinstance(named, dict):
-        raise ConfigError(f"{path}: expected a JSON object, found {type(named).__name__}")
+        raise ConfigError(f"{path}: expected a JSON object, found {type(named).__name__}. Correct the file")
     return parse_zero_section(named.get("zero_optimization", {}))
 
 

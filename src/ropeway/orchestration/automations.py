@@ -141,7 +141,7 @@ def _ask(url: str, method: str, path: str, body: Mapping[str, object] | None = N
                 method, url + path, json=body, auth=auth, timeout=30, trust_env=False, verify=certificates
             )
         except httpx.HTTPError as error:
-            raise TemporaryError(f"the Prefect server at {url} does not answer ({error})") from None
+            raise TemporaryError(f"the Prefect server at {url} does not answer ({error}). Start it again") from None
         if answer.status_code not in _BUSY or time.monotonic() > until:
             break
         time.sleep(_PAUSE_SECONDS)

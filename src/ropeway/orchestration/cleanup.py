@@ -200,7 +200,10 @@ def clean(root: Path, *, keep: int, unsynced: bool, without_registry: bool = Fal
                 else:
                     removal.path.unlink(missing_ok=True)
             except OSError as error:
-                raise TemporaryError(f"{removal.path}: cannot be removed ({error.strerror})") from None
+                raise TemporaryError(
+                    f"{removal.path}: cannot be removed ({error.strerror}). Give this user write access, "
+                    "then run the same command again"
+                ) from None
     return removals
 
 

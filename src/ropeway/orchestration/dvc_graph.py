@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # DVC takes a second to import
     from dvc.stage import PipelineStage
 
 _SHOWN_CHARACTERS = 60
+_LOCK_REMEDY = "Restore it with `git checkout dvc.lock`, or remove it: the run-cache restores its entries"
 _EVENTS = (
     (re.compile(r"Running stage '.+':"), "ran"),
     (re.compile(r"Stage '.+' is cached - skipping run, checking out outputs"), "restored"),
@@ -208,9 +209,11 @@ def parse_lock(data: bytes) -> Lock:
     try:
         lock: Lock = parse_yaml(data.decode(), "dvc.lock")
     except Exception as error:  # noqa: BLE001 - DVC and ruamel raise many classes
-        raise ConfigError(f"dvc.lock: cannot be read ({type(error).__name__})") from None
+        raise ConfigError(f"dvc.lock: cannot be read ({type(error).__name__}). {_LOCK_REMEDY}") from None
     if lock and not isinstance(lock, dict):
-        raise ConfigError(f"dvc.lock: cannot be read (expected a mapping, found a {type(lock).__name__})")
+        raise ConfigError(
+            f"dvc.lock: cannot be read (expected a mapping, found a {type(lock).__name__}). {_LOCK_REMEDY}"
+        )
     return lock or {}
 
 

@@ -269,7 +269,7 @@ def _load_yaml(path: Path) -> dict[str, Any]:
     except YAMLError as error:
         raise ConfigError(f"{path}: cannot be read: {str(error).splitlines()[0]}. `ropeway run` reports more") from None
     if not isinstance(found, dict):
-        raise ConfigError(f"{path}: expected a mapping, found a {type(found).__name__}")
+        raise ConfigError(f"{path}: expected a mapping, found a {type(found).__name__}. `git checkout {path.name}`")
     return found
 
 
@@ -282,7 +282,7 @@ def _load_stages(root: Path, values: Mapping[str, Any]) -> list[_Stage]:
         done = {stage.name for stage in ordered}
         ready = next((stage for stage in waiting if set(stage.deps_on(waiting)) <= done), None)
         if ready is None:
-            raise ConfigError(f"{root / 'dvc.yaml'}: stages depend on each other in a circle")
+            raise ConfigError(f"{root / 'dvc.yaml'}: stages depend on each other in a circle. `dvc dag` names them")
         ordered.append(ready)
         waiting.remove(ready)
     return ordered

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ropeway.config.suggestion import suggest
+from ropeway.config.suggestion import unknown_name
 from ropeway.orchestration.dvc_graph import is_hint
 from ropeway.orchestration.dvc_stage import LineCollapser
 from ropeway.orchestration.status import read_running
@@ -41,7 +41,7 @@ def choose_stage(root: Path, stage: str | None, profile: str | None) -> str:
     running = read_running(root)
     chosen = stage or (running.stage if running and running.stage in names else names[-1])
     if chosen is None or file_name(chosen) not in names:
-        raise ConfigError(f"there is no log of stage '{chosen}'{suggest(str(chosen), names)}")
+        raise ConfigError(f"the log of stage '{chosen}' {unknown_name(str(chosen), names)}")
     if profile and (other := _profile_of(log_path(root, chosen))) not in (None, profile):
         raise ConfigError(
             f"the log of {chosen} is of profile '{other}'; a log is that of the last run. "

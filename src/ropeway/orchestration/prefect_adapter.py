@@ -51,7 +51,9 @@ def load_flow(root: Path, name: str) -> Flow[..., object]:
     try:
         return load_flow_from_entrypoint(f"{path}:{name}", use_placeholder_flow=False)
     except Exception as error:
-        raise ConfigError(f"{path} cannot be loaded: {type(error).__name__}: {error}") from error
+        raise ConfigError(
+            f"{path} cannot be loaded: {type(error).__name__}: {error}. Correct it, or `git checkout flows`"
+        ) from error
 
 
 def run_flow(flow: Flow[..., object], root: Path, profile: str, url: str, on_end: OnEnd) -> tuple[Result, str]:

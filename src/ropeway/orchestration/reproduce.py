@@ -151,7 +151,7 @@ def clone_revision(root: Path, commit: str, clone: Path, write_line: LineWriter)
     ):
         done = subprocess.run(["git", *command], capture_output=True, text=True, check=False)
         if done.returncode:
-            raise ConfigError(f"{clone}: git {command[0]} failed: {done.stderr.strip()}")
+            raise ConfigError(f"{clone}: git {command[0]} failed: {done.stderr.strip()}. Remove {clone} and try again")
     return clone / prefix
 
 

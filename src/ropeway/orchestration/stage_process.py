@@ -23,6 +23,7 @@ from ropeway.config.sections import (
     Source,
 )
 from ropeway.config.stages import READS
+from ropeway.config.suggestion import unknown_name
 from ropeway.runtime.code_digests import CODE, Digests, name_changed_code
 from ropeway.runtime.devices import count_ranks, list_gpus, spans_machines
 from ropeway.runtime.errors import ConfigError, DataError, TemporaryError, full_disk_explained
@@ -55,7 +56,7 @@ def run_stage(root: Path, name: str, profile: str | None = None) -> int:
         TemporaryError: Another run holds the workspace lock.
     """
     if name not in ("identity", *STAGE_NAMES):
-        raise ConfigError(f"stage '{name}' does not exist; there are: identity, {', '.join(STAGE_NAMES)}")
+        raise ConfigError(f"stage '{name}' {unknown_name(name, ['identity', *STAGE_NAMES])}")
     with workspace_lock(root, command=f"ropeway stage {name}", profile=profile or "") as held:
         if name == "identity":
             write_identity(root, profile)

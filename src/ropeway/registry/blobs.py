@@ -45,7 +45,10 @@ def read_blob(store: Store, file: PackageFile) -> bytes:
     try:
         data = store.get(blob_key(file.sha256))
     except NotFoundError:
-        raise DataError(f"{store.url}: the blob of {file.path} ({file.sha256[:12]}…) is missing") from None
+        raise DataError(
+            f"{store.url}: the blob of {file.path} ({file.sha256[:12]}…) is missing. Publish the package "
+            "again, which stores it"
+        ) from None
     if hashlib.sha256(data).hexdigest() != file.sha256:
         raise DataError(
             f"{store.url}: the blob of {file.path} does not match its sha256. `ropeway registry verify "

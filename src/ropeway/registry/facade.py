@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+from ropeway.config.suggestion import did_you_mean
 from ropeway.registry import garbage_collection
 from ropeway.registry.aliases import ANY, Alias, AnyDigest, Promotion, list_aliases, plan_rollback
 from ropeway.registry.layout import (
@@ -236,7 +237,7 @@ class Registry:
         self.check()
         found = self._find(wanted, reference)
         if not found:
-            raise RegistryError(f"{reference}: no such version in {self.url}. {self._describe_available(wanted.name)}")
+            raise RegistryError(f"{reference}: no such version in {self.url}{self._describe_available(wanted)}")
         if len(found) > 1:
             raise RegistryError(f"{reference}: the prefix matches {len(found)} versions; give more digits")
         return found[0]
@@ -255,7 +256,9 @@ class Registry:
         if len(found) == 1:
             return found[0]
         many = f"the prefix matches {len(found)} versions; give more digits, or NAME@DIGEST"
-        none = f"no such version in {self.url}; expected a digest (8 digits or more) or NAME@v3"
+        none = (
+            f"no such version in {self.url}; expected a digest (8 digits or more) or NAME@v3. `ropeway registry list`"
+        )
         raise RegistryError(f"{wanted}: {many if found else none}")
 
     def find_garbage(self, *, grace: timedelta, withdrawn: bool) -> garbage_collection.Garbage:
@@ -285,10 +288,13 @@ class Registry:
         digests = [digest for digest in versions.digests if digest.startswith(prefix)]
         return [Version(self.store, name, digest, reference=reference, versions=versions) for digest in digests]
 
-    def _describe_available(self, name: str) -> str:
-        artifact = self.artifact(name)
+    def _describe_available(self, wanted: Reference) -> str:
+        name, artifact = wanted.name, self.artifact(wanted.name)
         count = len(read_events(self.store, versions_log(name)))
         if not count:
-            return f"The registry has no version of {name}"
-        versions = "v1" if count == 1 else f"v1 to v{count}"
-        return f"Versions of {name}: {versions}; aliases: {', '.join(artifact.aliases()) or 'none'}"
+            models = list_models(self.store)
+            near = did_you_mean(name, models)
+            return f"{near or '.'} The registry has no version of {name}; models: {', '.join(models) or 'none'}"
+        versions, aliases = "v1" if count == 1 else f"v1 to v{count}", artifact.aliases()
+        near = did_you_mean(wanted.alias, aliases) if wanted.alias else ""
+        return f"{near or '.'} Versions of {name}: {versions}; aliases: {', '.join(aliases) or 'none'}"

@@ -68,7 +68,10 @@ def _check_same(manifest: VersionManifest, target: Path) -> None:
 def check_folder(manifest: VersionManifest, folder: Path) -> None:
     """Raise DataError unless a folder contains exactly the files of a version."""
     if extra := sorted(set(scan_folder(folder)) - {file.path for file in manifest.files}):
-        raise DataError(f"{folder}: {extra[0]} is not in the version ({len(extra)} extra files)")
+        raise DataError(
+            f"{folder}: {extra[0]} is not in the version ({len(extra)} extra files). Remove them, or "
+            "pull into another folder"
+        )
     for file in manifest.files:
         facts = FileFacts(sha256=file.sha256, bytes=file.bytes)
         check_file(folder / file.path, facts, remedy="Pull the version again into another folder")
@@ -152,7 +155,10 @@ def _fetch_rest(store: Store, file: PackageFile, local: BinaryIO, digest: "hashl
                     store.on_bytes(len(block))
                     missing_bytes -= len(block)
         except NotFoundError:
-            raise DataError(f"{store.url}: the blob of {file.path} ({file.sha256[:12]}…) is missing") from None
+            raise DataError(
+                f"{store.url}: the blob of {file.path} ({file.sha256[:12]}…) is missing. Publish the package "
+                "again, which stores it"
+            ) from None
     return missing_bytes == 0 and digest.hexdigest() == file.sha256
 
 
