@@ -323,7 +323,7 @@ def push_hub(
     as_json: JsonOption = False,
 ) -> None:
     """Verify a published version and upload it to the Hugging Face Hub."""
-    from ropeway.cli.registry_commands import open_registry, print_json, upload_version
+    from ropeway.cli.registry_commands import open_registry, print_json, print_words, upload_version
 
     done = upload_version(open_registry(registry).version(version), repo, private=private, dry_run=dry_run)
     if as_json:
@@ -333,7 +333,7 @@ def push_hub(
         typer.echo(f"{size:>16,}  {path}")
     total = f"{len(done.files)} files, {sum(done.files.values()):,} bytes of {done.version} ({done.digest[:12]}…)"
     where = f"are https://huggingface.co/{repo}/tree/{done.commit}" if done.commit else f"would go to {repo}"
-    typer.echo(f"{total} {where}")
+    print_words(f"{total} {where}")
 
 
 @app.command()
@@ -424,7 +424,7 @@ def reproduce(
     as_json: JsonOption = False,
 ) -> None:
     """Rerun a version from its recorded commit, params and data, and compare the weights byte by byte."""
-    from ropeway.cli.registry_commands import open_registry, print_json
+    from ropeway.cli.registry_commands import open_registry, print_json, print_words
     from ropeway.orchestration.reproduce import reproduce as make_again
 
     def say(line: str) -> None:
@@ -435,10 +435,12 @@ def reproduce(
         print_json(asdict(done))
     else:
         same = "the weights are the same, byte by byte"
-        typer.echo(f"{done.version}: {same if done.weights == 'same' else 'THE WEIGHTS DIFFER'} ({done.seconds:.0f} s)")
+        print_words(
+            f"{done.version}: {same if done.weights == 'same' else 'THE WEIGHTS DIFFER'} ({done.seconds:.0f} s)"
+        )
         for line in done.differences or ("nothing that is recorded differs",):
-            typer.echo(f"  {line}")
-        typer.echo(f"the reproduced run: {done.folder}")
+            print_words(f"  {line}")
+        print_words(f"the reproduced run: {done.folder}")
     raise typer.Exit(0 if done.weights == "same" else 1)
 
 

@@ -5,6 +5,7 @@ Importing this loads typer and nothing heavier.
 
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -65,14 +66,23 @@ def print_json(value: object) -> None:
     typer.echo(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False))
 
 
+def print_words(*lines: str) -> None:
+    """Print lines for a person, wrapped to the terminal."""
+    from ropeway.runtime.terminal import show
+
+    show(*lines)
+
+
 @contextmanager
 def progress_bar(store: "Store", what: str, total_bytes: int) -> Iterator[None]:
     """Show on a terminal's stderr how far a long transfer is; elsewhere, and for short ones, say nothing."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+    from ropeway.runtime.progress import is_live_terminal
+
     console = Console(stderr=True)
-    if total_bytes < _LONG_BYTES or not console.is_terminal:
+    if total_bytes < _LONG_BYTES or not is_live_terminal(sys.stderr):
         yield
         return
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
@@ -110,7 +120,7 @@ def list_command(
     if as_json:
         print_json(found)
     elif not found:
-        typer.echo(f"{opened.url}: no version was published there yet")
+        print_words(f"{opened.url}: no version was published there yet")
     else:
         show(tables.draw_versions(name, found) if name else tables.draw_models(found))
 
@@ -167,7 +177,7 @@ def verify(
     if as_json:
         print_json(asdict(done))
     else:
-        typer.echo(f"{reference}: {done.files} files, {done.bytes:,} bytes, all as published ({done.digest[:12]})")
+        print_words(f"{reference}: {done.files} files, {done.bytes:,} bytes, all as published ({done.digest[:12]})")
 
 
 @registry_app.command()
@@ -185,7 +195,7 @@ def pull(
     if as_json:
         print_json({**asdict(done), "folder": str(done.folder)})
     else:
-        typer.echo(
+        print_words(
             f"{reference} is {done.digest}\n{'pulled to' if done.created else 'already complete in'} {done.folder}"
         )
 
@@ -224,7 +234,7 @@ def publish(
         print_json(asdict(done))
     else:
         missing = "" if done.created or not done.blobs else f"; {format_count(done.blobs, 'missing blob')} stored again"
-        typer.echo(f"{done} {'published' if done.created else 'was published before'}: {done.digest}{missing}")
+        print_words(f"{done} {'published' if done.created else 'was published before'}: {done.digest}{missing}")
 
 
 @registry_app.command()
@@ -293,9 +303,9 @@ def _report_promotion(done: "Promotion", *, as_json: bool) -> None:
     if as_json:
         print_json(asdict(done))
         return
-    typer.echo(f"{done.name}@{done.alias} {'now points' if done.moved else 'already points'} to {done.digest}")
+    print_words(f"{done.name}@{done.alias} {'now points' if done.moved else 'already points'} to {done.digest}")
     if done.moved and done.prev:
-        typer.echo(f"before: {done.prev}")
+        print_words(f"before: {done.prev}")
 
 
 def cache_folder() -> Path:
@@ -378,7 +388,7 @@ def withdraw(
     if as_json:
         print_json({"name": version.name, "digest": version.digest, "created": created})
     else:
-        typer.echo(f"{version.name} {version.digest} {'is withdrawn' if created else 'was withdrawn before'}")
+        print_words(f"{version.name} {version.digest} {'is withdrawn' if created else 'was withdrawn before'}")
 
 
 @registry_app.command()
@@ -412,9 +422,9 @@ def gc(
         )
         return
     for entry in found.entries:
-        typer.echo(f"{entry.key}  {entry.bytes:,} bytes  {entry.modified_at:%Y-%m-%d %H:%M}")
+        print_words(f"{entry.key}  {entry.bytes:,} bytes  {entry.modified_at:%Y-%m-%d %H:%M}")
     for upload in found.incomplete_uploads:
-        typer.echo(f"{upload.name}  incomplete upload  {upload.started_at:%Y-%m-%d %H:%M}")
+        print_words(f"{upload.name}  incomplete upload  {upload.started_at:%Y-%m-%d %H:%M}")
     verb = "removed" if apply else "would be removed (--apply removes them)"
     garbage = f"{format_count(len(found.entries), 'file')} ({found.bytes:,} bytes)"
     incomplete = format_count(len(found.incomplete_uploads), "incomplete upload")
@@ -435,7 +445,7 @@ def sign(reference: Reference, *, registry: Url = None, as_json: Json = False) -
         facts = {"name": version.name, "digest": version.digest}
         print_json({**facts, "keyid": signer.keyid, "created": created})
     else:
-        typer.echo(
+        print_words(
             f"{version.name} {version.digest[:12]} {'signed' if created else 'was signed before'} by {signer.keyid}"
         )
 
@@ -455,6 +465,6 @@ def keygen(
     if as_json:
         print_json({"keyid": keyid, "private": str(path), "public": f"{path}.pub"})
         return
-    typer.echo(
+    print_words(
         f"key {keyid}\nprivate key, for ROPEWAY_SIGNING_KEY: {path}\npublic key, for ROPEWAY_TRUSTED_KEYS: {path}.pub"
     )

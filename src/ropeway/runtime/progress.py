@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TextIO, TypeVar
 
 T = TypeVar("T")
 Line = dict[str, Any]  # one step of the log, with its throughput and memory
@@ -74,8 +74,13 @@ class StepPrinter:
             self._is_line_open = False
 
 
+def is_live_terminal(stream: TextIO) -> bool:
+    """Return whether a line can be updated in place: at a terminal that moves its cursor."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
 def _is_terminal() -> bool:
-    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    return is_live_terminal(sys.stdout)
 
 
 def is_milestone(line: Line) -> bool:

@@ -91,7 +91,9 @@ def test_every_command_with_json_is_parsed_by_a_test():
         assert '"--json"' in text or "as_json=True" in text, (name, module)
 
 
-def test_stdout_of_a_command_with_json_is_json(tmp_path, monkeypatch):
+@pytest.fixture
+def run_examples(tmp_path, monkeypatch):
+    """Return a function that runs every example with more options and returns what each printed to stdout."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ROPEWAY_REGISTRY", (tmp_path / "registry").as_uri())
     for name in ("ROPEWAY_TRUSTED_KEYS", "ROPEWAY_SIGNING_KEY", "PREFECT_API_URL"):
@@ -99,9 +101,33 @@ def test_stdout_of_a_command_with_json_is_json(tmp_path, monkeypatch):
     for name in ("params.yaml", "dvc.yaml"):
         shutil.copy(ROOT / name, tmp_path)
     put(open_store((tmp_path / "registry").as_uri()), make_package(tmp_path / "package"), name="tiny")
-    for name, arguments in EXAMPLES.items():
-        if name == "registry sign":
-            monkeypatch.setenv("ROPEWAY_SIGNING_KEY", str(tmp_path / "key"))
-        done = CliRunner().invoke(app, [*name.split(), *arguments, "--json"])
-        assert done.exit_code == 0, (name, done.output)
-        json.loads(done.stdout)
+
+    def run(*options):
+        printed = {}
+        for name, arguments in EXAMPLES.items():
+            if name == "registry sign":
+                monkeypatch.setenv("ROPEWAY_SIGNING_KEY", str(tmp_path / "key"))
+            done = CliRunner().invoke(app, [*name.split(), *arguments, *options])
+            assert done.exit_code == 0, (name, done.output)
+            printed[name] = done.stdout
+        return printed
+
+    return run
+
+
+def test_stdout_of_a_command_with_json_is_json(run_examples):
+    for text in run_examples("--json").values():
+        json.loads(text)
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_lines_fit_the_terminal_and_have_no_control_bytes(run_examples, monkeypatch, columns):
+    """A line that is longer has a word that does not fit, e.g. a path, or is a command to copy."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("FORCE_COLOR", "")
+    for name, text in run_examples().items():
+        assert all(character.isprintable() or character == "\n" for character in text), name
+        for line in text.splitlines():
+            words = line.split()
+            longest = max(map(len, words), default=0)
+            assert len(line) <= columns or longest + len(line) - len(line.lstrip()) > columns - 20, (name, line)

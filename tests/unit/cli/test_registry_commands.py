@@ -253,7 +253,7 @@ def test_signing_from_the_command_line(tmp_path, monkeypatch):
 def test_a_long_transfer_is_counted_and_the_count_ends_with_it(world, monkeypatch):
     store, _ = world
     monkeypatch.setattr(options, "_LONG_BYTES", 1)
-    monkeypatch.setattr("rich.console.Console.is_terminal", True)
+    monkeypatch.setattr("ropeway.runtime.progress.is_live_terminal", lambda _stream: True)
     counted = []
     monkeypatch.setattr("rich.progress.Progress.advance", lambda _self, _task, count: counted.append(count))
     with options.progress_bar(store, "verify", 100):

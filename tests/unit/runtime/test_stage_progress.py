@@ -80,6 +80,15 @@ def test_a_terminal_gets_one_line_in_place_that_is_erased_at_the_end(path, clock
     assert written.endswith("\r\x1b[2K")
 
 
+@pytest.mark.parametrize("term", ["dumb", "xterm"])
+def test_a_line_is_updated_in_place_where_the_cursor_can_move(path, clock, monkeypatch, term):
+    monkeypatch.setattr("sys.stdout", Terminal())
+    monkeypatch.setenv("TERM", term)
+    advance(StageProgress("batches", 100, path=path, clock=clock), clock, *[1] * 16)
+    assert ("\x1b" in progress.sys.stdout.getvalue()) == (term != "dumb")
+    assert ("\n" in progress.sys.stdout.getvalue()) == (term == "dumb")
+
+
 def test_without_a_file_nothing_is_written_or_printed(clock, capsys, monkeypatch):
     monkeypatch.delenv(PROGRESS_FILE, raising=False)
     monkeypatch.setattr(progress.time, "monotonic", clock)

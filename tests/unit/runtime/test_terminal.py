@@ -1,10 +1,13 @@
+import io
+import re
 import shlex
+import sys
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ropeway.runtime.terminal import AlignedTable, Command, Paragraph, TerminalMarkdown, render
+from ropeway.runtime.terminal import AlignedTable, Command, Paragraph, TerminalMarkdown, render, show
 
 DIGEST = "5f3e32449fdc"
 words = st.text("abc.de", min_size=1, max_size=20)
@@ -65,3 +68,26 @@ def test_tables_of_markdown_fit_and_keep_their_keys(width):
     assert "a.key.of.some.length" in text
     assert f"ropeway registry pull laptop@{DIGEST}" in text
     assert "…" not in text
+
+
+class AlwaysTerminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"TERM": "xterm-256color"}, {"\x1b[1m", "\x1b[31m", "\x1b[0m"}),
+        ({"TERM": "xterm-256color", "NO_COLOR": "1"}, {"\x1b[1m", "\x1b[0m"}),
+        ({"TERM": "dumb"}, set()),
+    ],
+)
+def test_a_terminal_gets_the_styles_that_it_and_no_color_allow(monkeypatch, environment, expected):
+    for name in ("NO_COLOR", "FORCE_COLOR", "COLORTERM"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.stdout", AlwaysTerminal())
+    show(AlignedTable(("a",), [("b",)], title="bold"), Paragraph("red", style="red"))
+    assert set(re.findall(r"\x1b\[[0-9;]*[A-Za-z]", sys.stdout.getvalue())) == expected
