@@ -242,7 +242,7 @@ def forward_backward(run: Run, batches: Sequence[Batch]) -> Iterator[tuple[Batch
         losses = run.engine(**to_tensors(batch, run.device))
         loss = micro_batch_loss(losses, total=count, sharing_ranks=run.sharing_ranks)
         if run.profile.loss_normalisation == "token":
-            loss = token_loss(losses, total=total, micro_batches=run.accumulation_steps * run.world_size)
+            loss = token_loss(losses, total=total, micro_batches=len(batches) * run.world_size)
         run.engine.backward(loss)
         yield batch, float(loss.detach()), losses.detach()
 
