@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from platform import machine
 from typing import NoReturn
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
@@ -30,6 +31,8 @@ from urllib.request import url2pathname
 HERE = Path(__file__).resolve().parent
 PROJECT = HERE.parent
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+# Names of wheels for this Python and machine: their Python tag and the end of their platform tag.
+TAGS = f"*cp{sys.version_info.major}{sys.version_info.minor}-*_{machine()}"
 # pip's setting -> uv's option. Source: pip 26 `pip config`, uv 0.13 `uv pip install --help`.
 OPTIONS = {
     "index-url": "--default-index",
@@ -48,6 +51,7 @@ def main() -> None:
     parser.add_argument("--venv", type=Path, default=PROJECT / ".venv")
     parser.add_argument("--torch", choices=("auto", "cpu", "cuda", "index"), default="auto")
     parser.add_argument("--pip", action="store_true", help="install with pip even if uv is available")
+    parser.add_argument("--dependencies", action="store_true", help="install everything but this project")
     parser.add_argument(
         "--only", type=Path, metavar="FILE", help="install this lock file and nothing else, without pip"
     )
@@ -68,7 +72,8 @@ def main() -> None:
     locked = [word for path in files for word in ("-r", str(path))]
     installer.install("--no-deps", "--require-hashes", *locked)
     install_torch(installer, options.torch)
-    install_project(installer)
+    if not options.dependencies:
+        install_project(installer)
     print(f"environment: {options.venv}, {installer.name}, {time.monotonic() - began:.0f} s", flush=True)
 
 
@@ -211,11 +216,11 @@ def changes_build(have: str, choice: str) -> bool:
     return (choice == "cuda" and have.endswith("+cpu")) or (choice == "cpu" and not have.endswith("+cpu"))
 
 
-def find_wheel(settings: dict[str, list[str]], version: str) -> Path | None:
-    """Return the wheel of torch in a folder of pip's find-links, or None."""
+def find_wheel(settings: dict[str, list[str]], version: str, tags: str = TAGS) -> Path | None:
+    """Return the wheel of torch for this Python and machine in a folder of pip's find-links, or None."""
     for location in settings.get("find-links", []):
         folder = Path(url2pathname(urlsplit(location).path) if location.startswith("file:") else location)
-        for path in sorted(folder.glob(f"torch-{version}[+-]*.whl")) if folder.is_dir() else []:
+        for path in sorted(folder.glob(f"torch-{version}[+-]{tags}.whl")) if folder.is_dir() else []:
             return path
     return None
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from platform import machine
 
 import pytest
 
@@ -44,9 +45,14 @@ def test_no_lock_file_holds_torch_or_what_its_gpu_build_brings():
 
 
 def test_an_index_wins_over_the_cpu_index_and_a_wheel_at_hand_over_both(tmp_path):
-    wheel = tmp_path / "torch-2.13.0+cpu-cp311-cp311-linux_x86_64.whl"
+    ours = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    wheel = tmp_path / f"torch-2.13.0+cpu-{ours}-{ours}-manylinux_2_28_{machine()}.whl"
+    # Of another version, Python and machine; both latter sort before the right one.
+    others = (f"2.13.1-{ours}-{ours}-linux_{machine()}", f"2.13.0+a-cp39-cp39-linux_{machine()}")
+    for name in (*others, f"2.13.0+a-{ours}-{ours}-linux_other"):
+        (tmp_path / f"torch-{name}.whl").touch()
+    assert install.find_wheel({"find-links": [str(tmp_path)]}, "2.13.0") is None
     wheel.touch()
-    (tmp_path / "torch-2.13.1-cp311-cp311-linux_x86_64.whl").touch()
     for place in (str(tmp_path), tmp_path.as_uri()):
         assert install.find_wheel({"find-links": ["https://elsewhere/links", place]}, "2.13.0") == wheel
     assert install.find_wheel({}, "2.13.0") is None
