@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # uv installs no bytecode files. The first import of a module writes them, so later processes do not compile it again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup lock run test test-unit test-slow test-loaders test-lm-eval test-families test-floors test-browser test-docs check docs ui chaos bench bench-packing bench-plan bench-prepare bench-evaluate bench-registry bench-rehearsal bench-train bench-checkpoint bench-opening bench-templates bench-gpu test-gpu chaos-registry clean
+.PHONY: help setup lock run test test-unit test-slow test-loaders test-lm-eval test-families test-floors test-browser test-docs test-fresh test-image check docs ui chaos bench bench-packing bench-plan bench-prepare bench-evaluate bench-registry bench-rehearsal bench-train bench-checkpoint bench-opening bench-templates bench-gpu test-gpu chaos-registry clean
 .DEFAULT_GOAL := help
 
 help:
@@ -24,6 +24,8 @@ help:
 	@echo "make test-browser  review a version in a real browser (installs Playwright and, if missing, chromium)"
 	@echo "make docs    build the documentation in build/docs and check every link (installs Sphinx)"
 	@echo "make test-docs  run the commands of the documentation in a new workspace"
+	@echo "make test-fresh [SUITE=trixie] [FULL=1]  make run and the unit tests on a bare Debian (root, mmdebstrap, bubblewrap)"
+	@echo "make test-image  build the Dockerfile with buildah and run it (root, mmdebstrap, bubblewrap, buildah)"
 	@echo "make check   run ruff, mypy and the import contracts"
 	@echo "make bench   run the benchmarks, one JSON line each (bench-train and bench-prepare take minutes)"
 	@echo "make chaos KILLS=100 [ASYNC_SAVE=1]   kill a training at random times and compare the final bytes"
@@ -119,6 +121,14 @@ test-browser: $(VENV)/.ready-browser
 # The commands in docs/, in one new workspace with a small run.
 test-docs: $(VENV)/.ready-test
 	$(BIN)/pytest -q -m docs tests/pipeline/test_docs_commands.py
+
+# A bare Debian with README's packages and nothing else, from the committed tree; about 3.5 GB in TMPDIR, removed at the
+# end. Python 3.13 of trixie: add TORCH=index if download.pytorch.org cannot be reached.
+test-fresh:
+	$(PYTHON) -m tools.fresh_machine --suite $(or $(SUITE),bookworm) $(if $(FULL),--full)
+
+test-image:
+	$(PYTHON) -m tools.fresh_image
 
 $(VENV)/.ready-docs: $(VENV)/.ready-run
 	$(INSTALL) docs
