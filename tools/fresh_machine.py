@@ -29,7 +29,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 MIRROR = "http://deb.debian.org/debian"
 PROGRAMS = {"mmdebstrap": "mmdebstrap", "bwrap": "bubblewrap", "git": "git"}  # program -> Debian package
 FREE_BYTES = 12 << 30  # measured: 3.4 GiB with torch's CPU build, 11 GiB with its CUDA build
-USER, HOME = "newcomer", "/home/newcomer"
+USER, HOME, HOST = "newcomer", "/home/newcomer", "fresh"
 SHARED = "/handed-over"  # in the root, above what pip's settings name on this machine
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -109,7 +109,9 @@ class Machine:
         variables = {"PATH": SYSTEM_PATH, "HOME": home, "USER": USER if user else "root", **self.environment}
         return [
             *("bwrap", "--bind", str(self.root), "/", "--dev", "/dev", "--proc", "/proc", *binds),
-            *("--unshare-pid", "--unshare-ipc", "--unshare-uts", "--die-with-parent", "--new-session"),
+            *("--perms", "1777", "--tmpfs", "/dev/shm"),  # noqa: S108 - as on a machine; bubblewrap's own is root's
+            *("--unshare-pid", "--unshare-ipc", "--unshare-uts", "--hostname", HOST),
+            *("--die-with-parent", "--new-session"),
             *("--cap-add", "ALL", "--clearenv"),
             *(word for name, value in variables.items() for word in ("--setenv", name, value)),
             *("--chdir", f"{HOME}/ropeway" if user else "/"),
@@ -143,6 +145,9 @@ def install_root(machine: Machine, suite: str, mirror: str) -> None:
     kept = re.findall(r"(?mi)^(Acquire::(?:https?::Proxy|Check-)[^;]*;)", dump)
     options = [f"--aptopt={line}" for line in kept]
     machine.step("root", ["mmdebstrap", "--quiet", "--variant=minbase", *options, suite, str(machine.root), mirror])
+    (machine.root / "etc" / "hosts").write_text(
+        f"127.0.0.1 localhost {HOST}\n", encoding="utf-8"
+    )  # as an installer does
     for here, there in machine.shared.items():  # bubblewrap would create the folders above them for root alone
         target = machine.root / there.lstrip("/")
         (target if here.is_dir() else target.parent).mkdir(parents=True, exist_ok=True)

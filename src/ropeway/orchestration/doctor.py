@@ -20,6 +20,7 @@ from ropeway.planning.plan import plan_run
 from ropeway.runtime.devices import count_ranks, detect_gpus, list_gpus
 from ropeway.runtime.errors import ConfigError, RopewayError
 from ropeway.runtime.launcher import LOOPBACK
+from ropeway.runtime.op_build import BUFFERS, check_shared_memory
 from ropeway.runtime.terminal import Paragraph, format_count, show
 from ropeway.runtime.tracking import choose_modes
 from ropeway.runtime.workspace import Workspace
@@ -48,7 +49,7 @@ class Finding:
 
 def run_checks(root: Path) -> list[Finding]:
     """Return every finding, in the order in which a run would meet it."""
-    machine = (_python, _compiler, _libraries, _gpus)
+    machine = (_python, _compiler, _shared_memory, _libraries, _gpus)
     looks = (*machine, _params, _disk, _use, _git, _remote, _registry, _prefect, _port, _wandb)
     return [finding for look in looks for finding in _safely(look, root.resolve())]
 
@@ -96,7 +97,7 @@ def _safely(look: Callable[[Path], Iterator[Finding]], root: Path) -> Iterator[F
     try:
         yield from look(root)
     except RopewayError as error:
-        yield Finding(look.__name__.strip("_"), "wrong", str(error), "as it says")
+        yield Finding(look.__name__.strip("_").replace("_", " "), "wrong", str(error), "as it says")
 
 
 def _python(_root: Path) -> Iterator[Finding]:
@@ -114,6 +115,12 @@ def _compiler(_root: Path) -> Iterator[Finding]:
     else:
         fix = "Debian: `apt-get install g++`; Fedora: `dnf install gcc-c++`; or set CXX"
         yield Finding("compiler", "note" if list_gpus() else "wrong", f"no `{name}` on PATH", fix)
+
+
+def _shared_memory(_root: Path) -> Iterator[Finding]:
+    if not list_gpus():
+        check_shared_memory(count_ranks())
+        yield Finding("shared memory", "ok", f"{shutil.disk_usage(BUFFERS).free / _GIB:,.1f} GiB free in {BUFFERS}")
 
 
 def _libraries(root: Path) -> Iterator[Finding]:

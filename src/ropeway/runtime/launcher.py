@@ -24,6 +24,7 @@ from ropeway.runtime.devices import (
     spans_machines,
 )
 from ropeway.runtime.errors import ConfigError
+from ropeway.runtime.op_build import check_shared_memory
 
 LOOPBACK = "127.0.0.1"
 RANK_MODULE = "ropeway.stages.train.rank"
@@ -102,12 +103,13 @@ def rank_environment(environment: Mapping[str, str], *, ranks: int) -> dict[str,
     may be a login node without a GPU.
 
     Raises:
-        ConfigError: The ranks run on this machine, and it has neither a GPU nor a compiler.
+        ConfigError: The ranks run on this machine without a GPU, and it has no compiler or too little /dev/shm.
     """
     planned = {**environment, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if not list_gpus(dict(environment)):
         if not spans_machines(environment):
             check_compiler()
+            check_shared_memory(count_local_ranks(environment, ranks))
             planned["DS_ACCELERATOR"] = "cpu"
         # Oversubscribed cores are slower, and the thread count changes rounding: the count is fixed and recorded.
         planned.setdefault(

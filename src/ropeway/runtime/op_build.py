@@ -1,10 +1,11 @@
 """DeepSpeed's shared-memory op for CPUs: `python -m ropeway.runtime.op_build` builds it once, during setup.
 
 DeepSpeed 0.19.8 guards the build with torch's lock file. If a build is killed, the file stays and every later start
-waits for it forever. Each rank also creates a buffer of 67 MB in /dev/shm, which is memory, and never removes it.
+waits for it forever. Each rank also creates a buffer of 69 MB in /dev/shm, which is memory, and never removes it.
 """
 
 import os
+import shutil
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
@@ -14,13 +15,15 @@ from pathlib import Path
 import psutil
 
 from ropeway.runtime.devices import list_gpus
-from ropeway.runtime.errors import RopewayError
+from ropeway.runtime.errors import ConfigError, RopewayError
 
 # The longest that ranks wait for one: it reads a checkpoint of the published run (182 GB, before a rewind) from a disk
 # of 20 MB/s, the slowest that the watchdog allows: 2.5 h. `stop.hang_seconds` detects a rank that hangs much earlier.
 COLLECTIVE_TIMEOUT = timedelta(hours=3)
 BUFFERS = Path("/dev/shm")  # noqa: S108 - where Linux keeps POSIX shared memory
 _OP = "deepspeed_shm_comm"  # Source: ShareMemCommBuilder.NAME, deepspeed/ops/op_builder/cpu/comm.py
+# Source: struct allreduce_workspace, shm.cpp of DeepSpeed 0.19.8, with a page for its state.
+BUFFER_BYTES = 2 * (1 << 20) + 2 * (32 << 20) + 4096
 _BUFFER = "deepspeed_allreduce_buffer"  # Source: SHM_BUFFER_NAME, deepspeed/ops/csrc/cpu/comm/shm.cpp
 
 
@@ -89,6 +92,25 @@ def unlink_buffers(port: int, *, rank: int | None = None) -> list[Path]:
     return found
 
 
+def check_shared_memory(ranks: int, folder: Path = BUFFERS) -> None:
+    """Raise ConfigError unless `ranks` processes on a CPU can create their buffers in `folder`.
+
+    DeepSpeed's op (0.19.8) does not check it: where a buffer could not be created, the ranks wait forever; where
+    there was no space for it, they end by SIGSEGV, and the run asks to be resumed.
+    """
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"{folder} is not writable for this user. Ranks on a CPU exchange gradients there; run "
+            f"`chmod 1777 {folder}` as root"
+        )
+    free, needed = shutil.disk_usage(folder).free, ranks * BUFFER_BYTES
+    if free < needed:
+        raise ConfigError(
+            f"{folder}: expected {needed / 1e6:.0f} MB free for {ranks} ranks on a CPU, found {free / 1e6:.0f} MB. "
+            f"In a container, start it with `--shm-size 1g`; elsewhere run `mount -o remount,size=1G {folder}` as root"
+        )
+
+
 def announce_build(folder: Path) -> None:
     """Print that the op is about to be compiled and how long it takes, if it is not built yet."""
     if not any(folder.glob(f"*/{_OP}*.so")):
@@ -107,6 +129,8 @@ def main() -> None:
 
     check_compiler()
     os.environ["DS_ACCELERATOR"] = "cpu"
+    # torch looks for ninja on PATH; it is in this environment, which need not be active.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     folder = extensions_folder(os.environ)
     clear_dead_locks(folder)
     announce_build(folder)

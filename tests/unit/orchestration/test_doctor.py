@@ -63,6 +63,17 @@ def test_no_compiler_is_found(monkeypatch):
     assert "apt-get install g++" in found["fix"]
 
 
+@pytest.mark.usefixtures("root")
+def test_too_little_shared_memory_is_found(monkeypatch):
+    def refuse(ranks):
+        raise ConfigError(f"no shared memory for {ranks} ranks")
+
+    monkeypatch.setattr(doctor, "list_gpus", list)
+    monkeypatch.setattr(doctor, "check_shared_memory", refuse)
+    code, found = look("shared memory")
+    assert (code, found["state"], found["words"]) == (64, "wrong", "no shared memory for 2 ranks")
+
+
 def test_a_version_that_is_not_the_locked_one_is_a_note(root):
     lock = root / "requirements" / "run.txt"
     lock.write_text(re.sub("(?m)^deepspeed==[^ ]+", "deepspeed==0.0.1", lock.read_text()))

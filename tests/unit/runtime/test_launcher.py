@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+from ropeway.runtime import launcher
 from ropeway.runtime.devices import count_local_ranks, count_ranks, device_index, expand_host_list, read_hostfile
 from ropeway.runtime.errors import ConfigError
 from ropeway.runtime.launcher import adopt_device, adopt_slurm, build_launch_command, rank_environment
@@ -149,6 +150,14 @@ def test_the_compiler_of_a_head_node_matters_only_if_ranks_run_there(monkeypatch
     assert "DS_ACCELERATOR" not in rank_environment({**SLURM, "CUDA_VISIBLE_DEVICES": ""}, ranks=4)
     with pytest.raises(ConfigError, match="no C\\+\\+ compiler"):
         rank_environment({"CUDA_VISIBLE_DEVICES": ""}, ranks=4)
+
+
+def test_shared_memory_is_checked_for_the_ranks_of_this_machine(monkeypatch):
+    checked = []
+    monkeypatch.setattr(launcher, "check_shared_memory", checked.append)
+    rank_environment({"CUDA_VISIBLE_DEVICES": ""}, ranks=4)
+    rank_environment({**SLURM, "CUDA_VISIBLE_DEVICES": ""}, ranks=4)
+    assert checked == [4]
 
 
 def test_threads_and_offline_mode_reach_the_ranks_of_a_hostfile(tmp_path):

@@ -1,17 +1,28 @@
 """Locks and buffers that DeepSpeed leaves on a CPU neither block a later start nor use up memory."""
 
 import inspect
+import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from torch.utils.file_baton import FileBaton
 
 from ropeway.runtime import op_build as leftovers
-from ropeway.runtime.op_build import announce_build, clear_dead_locks, extensions_folder, unlink_buffers
+from ropeway.runtime.errors import ConfigError
+from ropeway.runtime.op_build import (
+    announce_build,
+    check_shared_memory,
+    clear_dead_locks,
+    extensions_folder,
+    unlink_buffers,
+)
 
 # torch's module by its path: importing torch takes 2 s.
 HOLD = "import runpy, sys; runpy.run_path(sys.argv[2])['FileBaton'](sys.argv[1]).try_acquire(); {then}"
@@ -56,6 +67,8 @@ def test_the_lock_of_a_living_build_stays(lock, tmp_path):
 
 def test_setup_works_after_a_killed_build(tmp_path):
     environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    # As in a Dockerfile: the environment, which has ninja, is not on PATH.
+    environment |= {"CXX": shutil.which(os.environ.get("CXX", "c++")), "PATH": str(tmp_path)}
     command = [sys.executable, "-c", BUILD]
     for _ in range(2):  # the second waits forever if the lock of the first is left
         with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as building:
@@ -64,6 +77,29 @@ def test_setup_works_after_a_killed_build(tmp_path):
             finally:
                 building.kill()
         assert list(tmp_path.glob("*/lock"))
+
+
+def test_a_buffer_has_the_size_of_deepspeeds():
+    import deepspeed
+
+    source = (Path(deepspeed.__file__).parent / "ops" / "csrc" / "cpu" / "comm" / "shm.cpp").read_text()
+    naive, largest = (
+        math.prod(map(int, re.search(rf"#define {name} ([0-9 *]+)\n", source)[1].split(" * ")))
+        for name in ("NAIVE_ALLREDUCE_THRESHOLD", "MAX_BUF_SIZE")
+    )
+    assert "char buffer[2 * NAIVE_ALLREDUCE_THRESHOLD + 2 * MAX_BUF_SIZE];" in source
+    assert 0 < leftovers.BUFFER_BYTES - 2 * (naive + largest) <= 4096
+
+
+def test_ranks_without_shared_memory_do_not_start(monkeypatch, tmp_path):
+    free = [2 * leftovers.BUFFER_BYTES]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free[0]))
+    check_shared_memory(2, tmp_path)
+    with pytest.raises(ConfigError, match="not writable"):
+        check_shared_memory(2, tmp_path / "gone")
+    free[0] = 64 << 20  # Docker's default
+    with pytest.raises(ConfigError, match="--shm-size"):
+        check_shared_memory(2, tmp_path)
 
 
 def test_a_build_is_announced_with_its_folder_and_only_once(lock, tmp_path, capsys):
