@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # uv installs no bytecode files. The first import of a module writes them, so later processes do not compile it again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup lock run test test-unit test-slow test-loaders test-lm-eval test-families test-floors test-browser test-docs test-fresh test-image check docs ui chaos bench bench-packing bench-plan bench-prepare bench-evaluate bench-registry bench-rehearsal bench-train bench-checkpoint bench-opening bench-templates bench-gpu test-gpu chaos-registry clean
+.PHONY: help setup lock run test test-unit test-slow test-loaders test-lm-eval test-families test-floors test-browser test-docs test-fresh test-image check docs ui chaos bench bench-packing bench-plan bench-prepare bench-evaluate bench-registry bench-engine bench-train bench-checkpoint bench-opening bench-templates bench-gpu test-gpu chaos-registry clean
 .DEFAULT_GOAL := help
 
 help:
@@ -157,8 +157,8 @@ bench-packing: $(VENV)/.ready-run
 	$(BIN)/python benchmarks/packing.py
 
 # Two ranks; 40 layers take about 15 minutes on two idle cores. ARGUMENTS="--layers 2" takes one.
-bench-rehearsal: $(VENV)/.ready-run
-	$(BIN)/python -m benchmarks.rehearsal $(ARGUMENTS)
+bench-engine: $(VENV)/.ready-run
+	$(BIN)/python -m benchmarks.engine_rehearsal $(ARGUMENTS)
 
 bench-plan: $(VENV)/.ready-run
 	$(BIN)/python benchmarks/plan.py

@@ -71,7 +71,7 @@ def test_states_of_stage_2_are_those_of_deepspeeds_estimator(ranks, offload):
     )
     if offload:
         # Theirs: 4 bytes per weight and rank to open, or 16 per weight. Ours opens once, and counts the copies of
-        # gradients and weights in 16 bit that the engine has beside: test_rehearsal.py holds them to it.
+        # gradients and weights in 16 bit that the engine has beside: test_engine_rehearsal.py holds them to it.
         parts = plan_host(load)
         assert parts["opening"] == 2 * count
         assert max(4 * count * ranks, 16 * count) == host

@@ -214,7 +214,7 @@ def plan(  # noqa: PLR0913 - a command's options
         float | None,
         typer.Option(min=0.001, help="Bandwidth of checkpoints in GB/s, for hours. Default: measured on this disk."),
     ] = None,
-    rehearse: Annotated[
+    engine: Annotated[
         bool,
         typer.Option(
             help="Also run two steps of the first and the last rank in DeepSpeed's engine on tensors without "
@@ -238,14 +238,14 @@ def plan(  # noqa: PLR0913 - a command's options
     bandwidth = measure_disk(workspace.root) if save_gbps is None else save_gbps
     request = PlanRequest(gpu_memory_gib, card, mfu, bandwidth, save_measured=save_gbps is None, cpu_tflops=speed)
     planned = plan_run(workspace, chosen, ranks=ranks, request=request)
-    if not rehearse:
+    if not engine:
         typer.echo(planned.as_json() if as_json else describe_plan(planned))
         return
-    from ropeway.rehearsal.compare import describe_rehearsal, read_and_rehearse
+    from ropeway.engine_rehearsal.compare import describe_rehearsal, read_and_rehearse
 
     results = read_and_rehearse(workspace.root, chosen, ranks=ranks)
     if as_json:
-        facts = {**json.loads(planned.as_json()), "rehearsal": [asdict(result) for result in results]}
+        facts = {**json.loads(planned.as_json()), "engine": [asdict(result) for result in results]}
         typer.echo(json.dumps(facts, indent=1, sort_keys=True))
         return
     typer.echo(describe_plan(planned))

@@ -1,7 +1,7 @@
 """Peak of allocated GPU memory in each phase of a rank's step, as DeepSpeed allocates it.
 
 Sources are lines of deepspeed 0.19.8: `runtime/zero/stage_1_and_2.py` (stages 1 and 2), `stage3.py` (stage 3).
-`ropeway plan --rehearse` runs that code and compares; tests hold the two together within 5 %.
+`ropeway plan --engine` runs that code and compares; tests hold the two together within 5 %.
 
 Shapes and symbols: as in `memory`. A *bucket* is the buffer in which gradients are reduced. Ranks differ: rank r owns
 the r-th part of all weights in the model's order, and backward produces gradients in the opposite order.

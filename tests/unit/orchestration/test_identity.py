@@ -77,7 +77,17 @@ def test_a_constant_in_shared_code_counts_for_every_stage_that_uses_it(source):
     assert stage_code_digest(source, "fetch") == before["fetch"]
 
 
-OUTSIDE = ["cli", "config", "orchestration", "planning", "registry", "rehearsal", "reporting", "runtime", "storage"]
+OUTSIDE = [
+    "cli",
+    "config",
+    "orchestration",
+    "planning",
+    "registry",
+    "engine_rehearsal",
+    "reporting",
+    "runtime",
+    "storage",
+]
 
 
 @pytest.mark.parametrize("package", OUTSIDE)

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.rehearsal import PROMISED, RANKS, all_configurations, load_of, planned
+from benchmarks.engine_rehearsal import PROMISED, RANKS, all_configurations, load_of, planned
+from ropeway.engine_rehearsal import compare
+from ropeway.engine_rehearsal.compare import RankResult, check_rehearsable, describe_rehearsal, run_rank
 from ropeway.planning.phases import PHASES, offloaded_bytes
-from ropeway.rehearsal import compare
-from ropeway.rehearsal.compare import RankResult, check_rehearsable, describe_rehearsal, run_rank
 from ropeway.runtime.errors import ConfigError, RopewayError
 from tests.support import forked
 

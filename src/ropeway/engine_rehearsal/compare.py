@@ -21,7 +21,7 @@ from ropeway.planning.phases import PHASES, plan_phases
 from ropeway.runtime.errors import ConfigError, RopewayError
 from ropeway.runtime.terminal import AlignedTable, render
 
-MODULE = "ropeway.rehearsal"
+MODULE = "ropeway.engine_rehearsal"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ def check_rehearsable(profile: Profile, *, ranks: int) -> None:
     accumulation_steps(profile, ranks)
     if not profile.use_flash_attention or profile.dtype == "fp32":
         raise ConfigError(
-            f"--rehearse: expected use_flash_attention true and dtype fp16 or bf16, found "
+            f"--engine: expected use_flash_attention true and dtype fp16 or bf16, found "
             f"{profile.use_flash_attention} and {profile.dtype}; other attention on a GPU cannot be rehearsed"
         )
 

@@ -1,7 +1,7 @@
 """Planned against rehearsed GPU memory in seven configurations of the published run: one JSON line, 1 if one is off.
 
-`python -m benchmarks.rehearsal [--layers N] [--only NAME]`. With the published 40 layers about two minutes of one core
-per configuration and rank; both ranks run at the same time.
+`python -m benchmarks.engine_rehearsal [--layers N] [--only NAME]`. With the published 40 layers about two minutes
+of one core per configuration and rank; both ranks run at the same time.
 """
 
 import argparse
@@ -15,8 +15,8 @@ from ropeway.config.load_params import load_profile
 from ropeway.config.params import Profile
 from ropeway.config.sections import Lora
 from ropeway.config.zero import read_zero
+from ropeway.engine_rehearsal.compare import planned_peaks, run_rank
 from ropeway.planning.memory import Load
-from ropeway.rehearsal.compare import planned_peaks, run_rank
 
 ROOT = Path(__file__).parents[1]
 NAME, RANKS, LAYERS = "llama2_13b_orca_8k", 8, 40
@@ -96,7 +96,7 @@ def main() -> int:
     with ThreadPoolExecutor(len(ranks)) as pool:
         results = dict(zip(ranks, pool.map(lambda rank: compare(chosen, rank), ranks), strict=True))
     kept = all(abs(float(str(one["difference"]))) <= PROMISED for found in results.values() for one in found.values())
-    facts = {"bench": "rehearsal", "profile": NAME, "layers": options.layers, "ranks": RANKS}
+    facts = {"bench": "engine_rehearsal", "profile": NAME, "layers": options.layers, "ranks": RANKS}
     print(json.dumps({**facts, "bytes": results, "promise_kept": kept}))
     return 0 if kept else 1
 

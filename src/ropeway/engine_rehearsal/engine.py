@@ -15,6 +15,9 @@ from transformers import AutoConfig, PreTrainedModel
 
 from ropeway.config.params import Profile
 from ropeway.data.accumulation import accumulation_steps
+from ropeway.engine_rehearsal.counting import StorageCounter
+from ropeway.engine_rehearsal.fake_gpu import CARD, HOST, KeepDevice, KeepDeviceOfCopies, install
+from ropeway.engine_rehearsal.stated_values import AnswerValues
 from ropeway.models.architectures import DEFAULT
 from ropeway.models.attention import VARLEN, register_attention, torch_varlen
 from ropeway.models.lora import add_adapters
@@ -22,9 +25,6 @@ from ropeway.models.open_model import DTYPES, model_class
 from ropeway.models.sequence_parallel import SequenceGroup, join_sequence_group
 from ropeway.models.supervised_loss import SupervisedLoss
 from ropeway.planning.memory import Sizes
-from ropeway.rehearsal.counting import StorageCounter
-from ropeway.rehearsal.fake_gpu import CARD, HOST, KeepDevice, KeepDeviceOfCopies, install
-from ropeway.rehearsal.stated_values import AnswerValues
 from ropeway.runtime.op_build import collective_timeout
 from ropeway.stages.train.deepspeed_config import parse_deepspeed_json, plan_deepspeed
 from ropeway.stages.train.loss import micro_batch_loss

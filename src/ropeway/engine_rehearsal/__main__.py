@@ -12,7 +12,7 @@ import deepspeed
 import transformers
 
 from ropeway.config.params import Profile
-from ropeway.rehearsal.engine import Case, join_group, rehearse_rank
+from ropeway.engine_rehearsal.engine import Case, join_group, rehearse_rank
 from ropeway.runtime.errors import RopewayError
 
 
