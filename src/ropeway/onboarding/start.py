@@ -280,7 +280,8 @@ def _name_base(root: Path, request: InitRequest) -> list[Entry]:
     if request.base in load_profiles(path)[1]:
         block = read_block(path, request.base)
         keys = ("model_name", "base", "expected_model")
-        return [Entry(key, block[key], f"of profile {request.base}") for key in keys]
+        first, *others = (Entry(key, block[key]) for key in keys)
+        return [replace(first, why=f"this and the next keys are those of profile {request.base}"), *others]
     folder = Path(request.base).expanduser()
     folder = folder if folder.is_absolute() else Path.cwd() / folder
     if folder.is_dir():
