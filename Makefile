@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # uv installs no bytecode files. The first import of a module writes them, so later processes do not compile it again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup lock run test test-unit test-slow test-loaders test-lm-eval test-families test-floors test-browser test-docs test-fresh test-image check docs ui chaos bench bench-packing bench-plan bench-prepare bench-evaluate bench-registry bench-engine bench-train bench-checkpoint bench-opening bench-templates bench-gpu test-gpu chaos-registry clean
+.PHONY: help setup lock run test test-unit test-slow test-loaders test-lm-eval test-families test-floors test-browser test-docs test-fresh test-image check docs ui chaos bench bench-packing bench-plan bench-start bench-prepare bench-evaluate bench-registry bench-engine bench-train bench-checkpoint bench-opening bench-templates bench-gpu test-gpu chaos-registry clean
 .DEFAULT_GOAL := help
 
 help:
@@ -162,6 +162,9 @@ bench-engine: $(VENV)/.ready-run
 
 bench-plan: $(VENV)/.ready-run
 	$(BIN)/python benchmarks/plan.py
+
+bench-start: $(VENV)/.ready-run
+	$(BIN)/python benchmarks/start.py
 
 bench-prepare: $(VENV)/.ready-bench
 	$(BIN)/python benchmarks/prepare.py

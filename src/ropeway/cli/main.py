@@ -67,14 +67,19 @@ def run(
     ] = False,
 ) -> None:
     """Run every stage that is not up to date, publish the model, and move `candidate` to it if the gate passes."""
-    from ropeway.config import edit as edits
-    from ropeway.orchestration.run_summary import print_result, result_json
-    from ropeway.orchestration.sequence import ExitDeadline, run_retrain
+    from ropeway.config.load_params import load_profile
 
-    if resume_from is not None:
-        edits.resume_from(find_root(), profile, resume_from)
     output = sys.stdout
     with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        name = load_profile(find_root() / "params.yaml", profile)[0]
+        print(f"{name}: starting. From another terminal: `ropeway status`, `ropeway logs -f`", flush=True)
+        # After the first line: these imports take half a second, those of Prefect and DVC seconds.
+        from ropeway.config import edit as edits
+        from ropeway.orchestration.run_summary import print_result, result_json
+        from ropeway.orchestration.sequence import ExitDeadline, run_retrain
+
+        if resume_from is not None:
+            edits.resume_from(find_root(), profile, resume_from)
 
         def show_json(result: "Result", page: str | None) -> None:
             print(json.dumps(result_json(result, page), indent=1, ensure_ascii=False), file=output, flush=True)

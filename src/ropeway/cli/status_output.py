@@ -8,11 +8,11 @@ from rich.console import RenderableType
 
 from ropeway.orchestration.forecast import Forecast
 from ropeway.orchestration.status import ALIASES, Problem, RunningWork, StageEnd, WorkspaceStatus
-from ropeway.planning.budget import gib
 from ropeway.runtime.errors import ConfigError, TemporaryError
 from ropeway.runtime.manifest import Json
 from ropeway.runtime.progress import describe_count, format_seconds
 from ropeway.runtime.terminal import SHORT_DIGITS, AlignedTable, Paragraph, format_moment, printable
+from ropeway.runtime.workspace import format_bytes
 
 _MIB = 2**20
 _MAX_COMMENT = 60  # characters of a promotion's reason
@@ -110,7 +110,7 @@ def _next_words(forecast: Forecast | None, is_running: bool) -> str:  # noqa: FB
         return "not known while params.yaml is invalid"
     count = sum(stage.will_run is not False for stage in forecast.stages)
     if not count:
-        return "no stage: everything is up to date"
+        return "no stage: everything is up to date" if not forecast.notes else "no stage, as far as this shows:"
     words = f"{count} of {len(forecast.stages)} stages, if DVC's cache does not have their results"
     return f"as of now, {words}" if is_running else f"{words}. To run them: ropeway run"
 
@@ -158,8 +158,9 @@ def _to_minute(at: str) -> str:
 
 
 def _disk_words(status: WorkspaceStatus) -> str:
-    parts = [f"{part.name} {gib(part.bytes)}" for part in status.disk or () if part.bytes >= _MIB]
-    return f"{', '.join(parts) or 'less than 1 MiB'}; {gib(status.free_bytes)} free. To see what can go: ropeway clean"
+    parts = [f"{part.name} {format_bytes(part.bytes)}" for part in status.disk or () if part.bytes >= _MIB]
+    free = format_bytes(status.free_bytes)
+    return f"{', '.join(parts) or 'less than 1 MiB'}; {free} free. To see what can go: ropeway clean"
 
 
 def _shorten(reasons: Sequence[str]) -> str:

@@ -15,11 +15,11 @@ from ropeway.config.frozen import read_texts
 from ropeway.config.params import Profile
 from ropeway.config.zero import read_zero
 from ropeway.data.accumulation import accumulation_steps
-from ropeway.planning.budget import gib
 from ropeway.planning.memory import Load
 from ropeway.planning.phases import PHASES, plan_phases
 from ropeway.runtime.errors import ConfigError, RopewayError
 from ropeway.runtime.terminal import AlignedTable, render
+from ropeway.runtime.workspace import format_bytes
 
 MODULE = "ropeway.engine_rehearsal"
 
@@ -123,4 +123,4 @@ def _rehearsal_parts(results: Sequence[RankResult]) -> "list[RenderableType]":
 
 
 def _row(first: str, second: str, planned: int, found: int) -> tuple[str, ...]:
-    return (first, second, gib(planned), gib(found), f"{planned / found - 1:+.1%}")
+    return (first, second, format_bytes(planned), format_bytes(found), f"{planned / found - 1:+.1%}")

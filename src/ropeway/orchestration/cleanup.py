@@ -15,12 +15,11 @@ from pathlib import Path
 
 from ropeway.config.load_params import load_profiles
 from ropeway.orchestration import dvc_graph as graph
-from ropeway.planning.budget import gib
 from ropeway.registry import Registry
 from ropeway.runtime.errors import ConfigError, RegistryError, TemporaryError
 from ropeway.runtime.lock import workspace_lock
 from ropeway.runtime.terminal import AlignedTable, show
-from ropeway.runtime.workspace import Workspace, count_bytes
+from ropeway.runtime.workspace import Workspace, count_bytes, format_bytes
 
 _FETCH = "fetch"  # the stage whose output is a version's data
 _MIB = 2**20
@@ -67,7 +66,7 @@ def measure(root: Path) -> list[DiskUsage]:
 
 def format_sizes(root: Path) -> str:
     """Return a workspace's parts in one line, those below a MiB left out."""
-    parts = [f"{place.name} {gib(place.bytes)}" for place in measure(root) if place.bytes >= _MIB]
+    parts = [f"{place.name} {format_bytes(place.bytes)}" for place in measure(root) if place.bytes >= _MIB]
     return ", ".join(parts) or "less than 1 MiB"
 
 
@@ -222,15 +221,19 @@ def print_cleanup(places: list[DiskUsage], removals: list[Removal], *, removed: 
     """Print what takes disk space, then what is or would be removed: a line per kind and reason, and the total."""
     show(
         AlignedTable(
-            ("part", "size", "how to reduce it"), [(place.name, gib(place.bytes), place.rule) for place in places]
+            ("part", "size", "how to reduce it"),
+            [(place.name, format_bytes(place.bytes), place.rule) for place in places],
         ),
         "",
     )
     groups: dict[tuple[str, str], list[Removal]] = {}
     for removal in removals:
         groups.setdefault((removal.kind, removal.why), []).append(removal)
-    rows = [(kind, f"{len(some):,}", gib(sum(one.bytes for one in some)), why) for (kind, why), some in groups.items()]
-    total = gib(sum(removal.bytes for removal in removals))
+    rows = [
+        (kind, f"{len(some):,}", format_bytes(sum(one.bytes for one in some)), why)
+        for (kind, why), some in groups.items()
+    ]
+    total = format_bytes(sum(removal.bytes for removal in removals))
     if not rows:
         show("nothing was removed: everything is needed" if removed else "nothing to remove: everything is needed")
         return

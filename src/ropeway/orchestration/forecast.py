@@ -21,7 +21,7 @@ from ropeway.config.frozen import build_values, encode_value, read_version
 from ropeway.config.params import Profile
 from ropeway.config.sections import FilesSource, HubBase, HuggingfaceSource, Source
 from ropeway.orchestration.dvc_graph import changed_leaves, describe_change
-from ropeway.orchestration.stage_process import base_identity, collect_inputs
+from ropeway.orchestration.stage_process import STAGE_NAMES, base_identity, collect_inputs
 from ropeway.runtime.errors import ConfigError
 from ropeway.runtime.manifest import file_sha256, json_mapping
 from ropeway.stages.fetch.local import find_files
@@ -159,11 +159,18 @@ class _Comparison:
             return
         offline = _OfflineIdentity(self.root)
         inputs = collect_inputs(
-            self.root, self.profile, identify_base=offline.identify_base, identify_source=offline.identify_source
+            self.root,
+            self.profile,
+            identify_base=offline.identify_base,
+            identify_source=offline.identify_source,
+            parses_all=False,
         )
         _, values = build_values(inputs.workspace, inputs.profile, inputs.params_text, inputs.facts)
         self._inputs = {f".identity/{name}.json": value for name, value in values.items()}
         self._unknown = {f".identity/{name}.json" for name in offline.notes}
+        if "code-fetch" not in inputs.facts:
+            self._unknown |= {f".identity/code-{stage}.json" for stage in STAGE_NAMES}
+            self.notes.append("code was not compared: Python or Ropeway changed since the last run; a run compares it")
         self.notes += offline.notes.values()
 
     def explain_dep(self, path: str, known: Mapping[str, Any] | None) -> list[str]:

@@ -18,7 +18,6 @@ from typing import BinaryIO
 
 import psutil
 
-from ropeway.orchestration.automations import apply_automations
 from ropeway.runtime.errors import ConfigError, TemporaryError
 from ropeway.runtime.launcher import LOOPBACK, free_port
 from ropeway.runtime.manifest import write_json
@@ -41,6 +40,8 @@ def serve_ui(root: Path, *, port: int = DEFAULT_PORT, host: str = LOOPBACK) -> N
         ConfigError: The port is in use, or the host is reachable from the network without a password.
         TemporaryError: The server did not start, or exited.
     """
+    from ropeway.orchestration.automations import apply_automations  # httpx takes 0.1 s
+
     root = root.resolve()
     if host not in (LOOPBACK, "localhost") and not os.environ.get("PREFECT_SERVER_API_AUTH_STRING"):
         raise ConfigError(

@@ -211,6 +211,7 @@ def collect_inputs(
     *,
     identify_base: Callable[[Profile, Path], object] | None = None,
     identify_source: Callable[[Source, Path], object] = source_identity,
+    parses_all: bool = True,
 ) -> CollectedInputs:
     """Return the inputs of a run as they are now; write nothing but the digest cache of local sources.
 
@@ -220,6 +221,7 @@ def collect_inputs(
         identify_base: Returns the identity of a base. The default asks the Hub for the commit of a branch.
         identify_source: Returns the identity of a source. The default asks servers, hashes local files and keeps their
             digests in `.work`.
+        parses_all: Parse the code even if no module of it was parsed before; else the digests of the code are left out.
 
     Raises:
         ConfigError: As `write_identity`.
@@ -240,7 +242,7 @@ def collect_inputs(
         "sources": {name: identify_source(one, root) for name, one in sorted(profile.sources.items())},
         "tasks": _tasks_identity(profile, workspace.tasks),
         "template": read_texts(root, template_files(profile), key="template"),
-        **{f"code-{stage}": code.modules(stage) for stage in STAGE_NAMES},
+        **({f"code-{stage}": code.modules(stage) for stage in STAGE_NAMES} if parses_all or not code.is_cold else {}),
     }
     return CollectedInputs(workspace, profile, text, facts, code)
 

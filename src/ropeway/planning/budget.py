@@ -9,7 +9,7 @@ from ropeway.config.params import Profile
 from ropeway.config.sections import ScratchBase
 from ropeway.config.zero import PARTITIONED_STAGE
 from ropeway.models.architectures import can_split_heads
-from ropeway.planning.memory import DTYPE_BYTES, GIB, Load, checkpoint_bytes
+from ropeway.planning.memory import DTYPE_BYTES, Load, checkpoint_bytes
 from ropeway.planning.phases import plan_gpu
 from ropeway.runtime.errors import ConfigError
 
@@ -256,12 +256,3 @@ def plan_save_hours(load: Load, saves: int, gigabytes_per_second: float | None) 
     if gigabytes_per_second is None:
         return None
     return saves * checkpoint_bytes(load) / (gigabytes_per_second * 1e9) / 3600
-
-
-def gib(count: float) -> str:
-    """Return a number of bytes as text in GiB or MiB.
-
-    >>> gib(3 * 2**29)
-    '1.5 GiB'
-    """
-    return f"{count / GIB:,.1f} GiB" if count >= GIB / 10 else f"{count / 2**20:,.1f} MiB"

@@ -22,7 +22,6 @@ from ropeway.planning.budget import (
     Speed,
     check_fit,
     count_events,
-    gib,
     name_card,
     plan_cpu_speed,
     plan_disk,
@@ -37,7 +36,7 @@ from ropeway.planning.shape import measured_weights, with_shape
 from ropeway.runtime.devices import detect_gpus
 from ropeway.runtime.errors import ConfigError
 from ropeway.runtime.manifest import NAME
-from ropeway.runtime.workspace import Workspace, count_bytes
+from ropeway.runtime.workspace import Workspace, count_bytes, format_bytes
 
 MEMORY_CHECK_VARIABLE = "ROPEWAY_MEMORY_CHECK"  # `off` disables `check_memory`
 OTHER_RANKS = (1, 2, 4, 8, 16)
@@ -255,15 +254,15 @@ def check_memory(workspace: Workspace, profile: Profile, zero: Zero, *, ranks: i
     verdict = check_fit(load, profile.global_batch_size, memory)
     if verdict.fits:
         return
-    what = "; ".join(f"{words} ({gib(total)})" for words, total in verdict.remedies) or "a larger GPU"
+    what = "; ".join(f"{words} ({format_bytes(total)})" for words, total in verdict.remedies) or "a larger GPU"
     if certain > memory:
         raise ConfigError(
-            f"GPU memory is {gib(memory)}, but with {ranks} ranks weights, gradients, optimizer and buckets alone need "
-            f"{gib(certain)} per GPU. Changes that fit: {what}. `ropeway plan` shows the parts; "
+            f"GPU memory is {format_bytes(memory)}, but with {ranks} ranks weights, gradients, optimizer and buckets "
+            f"alone need {format_bytes(certain)} per GPU. Changes that fit: {what}. `ropeway plan` shows the parts; "
             f"{MEMORY_CHECK_VARIABLE}=off starts the run anyway"
         )
     print(
-        f"the run may not fit: it needs about {gib(verdict.needed_bytes)}, a GPU has {gib(memory)}; "
+        f"the run may not fit: it needs about {format_bytes(verdict.needed_bytes)}, a GPU has {format_bytes(memory)}; "
         f"changes that fit: {what}",
         flush=True,
     )

@@ -4,10 +4,11 @@ from collections.abc import Iterator, Mapping
 
 from rich.console import RenderableType
 
-from ropeway.planning.budget import CPU, gib
+from ropeway.planning.budget import CPU
 from ropeway.planning.memory import CHUNK_POSITIONS, CONTEXT_BYTES, FRAGMENTATION, PROCESS_BYTES
 from ropeway.planning.plan import RunPlan
 from ropeway.runtime.terminal import AlignedTable, format_count, format_large, render
+from ropeway.runtime.workspace import format_bytes
 
 UNKNOWN = "not known before prepare"
 _MOST_REMEDIES = 6
@@ -20,13 +21,13 @@ _GPU_NOTES = {
     "activations": f"every row at full length, logits in chunks of {CHUNK_POSITIONS:,} positions",
     "start": "a flat copy of the trained weights while the engine starts",
     "step": "gradients in fp32",
-    "reserve": f"assumed: {gib(CONTEXT_BYTES)} for CUDA and NCCL, {FRAGMENTATION:.0%} fragmentation",
+    "reserve": f"assumed: {format_bytes(CONTEXT_BYTES)} for CUDA and NCCL, {FRAGMENTATION:.0%} fragmentation",
 }
 _HOST_NOTES = {
     "opening": "the base model's files, mapped by all ranks",
     "offloaded": "allocated after opening, so the larger of the two counts",
     "export": "on rank 0, beside what is offloaded",
-    "processes": f"assumed: {gib(PROCESS_BYTES)} per rank",
+    "processes": f"assumed: {format_bytes(PROCESS_BYTES)} per rank",
 }
 
 
@@ -41,7 +42,7 @@ def outline_plan(plan: RunPlan) -> str:
     steps = "steps not known before prepare" if plan.optimizer_steps is None else _count_steps(plan)
     lines = [
         f"{_count_weights(plan)}, {steps}, {_batch(plan)}",
-        f"memory per rank {gib(plan.gpu_bytes['total'])}, disk {_disk(plan)}",
+        f"memory per rank {format_bytes(plan.gpu_bytes['total'])}, disk {_disk(plan)}",
         *(line.strip() for line in _verdict_lines(plan) if plan.fits is not None),
     ]
     return "\n".join(lines)
@@ -54,7 +55,7 @@ def summarize_plan(plan: RunPlan) -> str:
 
 
 def _run_parts(plan: RunPlan) -> Iterator[RenderableType]:
-    yield f"profile {plan.profile}: {_count_weights(plan)}, one checkpoint {gib(plan.checkpoint_bytes)}"
+    yield f"profile {plan.profile}: {_count_weights(plan)}, one checkpoint {format_bytes(plan.checkpoint_bytes)}"
     yield ""
     yield f"one epoch ({'counted in the prepared data' if plan.from_data else 'estimated before prepare'}):"
     yield AlignedTable(
@@ -106,11 +107,12 @@ def _batch(plan: RunPlan) -> str:
 
 
 def _memory_parts(plan: RunPlan) -> Iterator[RenderableType]:
-    yield f"memory of one GPU (on a CPU, of one rank): {gib(plan.gpu_bytes['total'])}, in {plan.gpu_peak}"
+    yield f"memory of one GPU (on a CPU, of one rank): {format_bytes(plan.gpu_bytes['total'])}, in {plan.gpu_peak}"
     yield _draw_parts(plan.gpu_bytes, _GPU_NOTES)
     yield from _verdict_lines(plan)
     yield ""
-    yield f"host memory of one machine with {format_count(plan.ranks, 'rank')}: {gib(plan.host_bytes['total'])}"
+    total = format_bytes(plan.host_bytes["total"])
+    yield f"host memory of one machine with {format_count(plan.ranks, 'rank')}: {total}"
     yield _draw_parts(plan.host_bytes, _HOST_NOTES)
 
 
@@ -123,12 +125,12 @@ def _verdict_lines(plan: RunPlan) -> Iterator[str]:
             "changes that fit:" if verdict.remedies else "none of the considered changes fits"
         )
         for words, total in verdict.remedies[:_MOST_REMEDIES]:
-            yield f"  {words}: {gib(total)}"
+            yield f"  {words}: {format_bytes(total)}"
 
 
 def _disk_parts(plan: RunPlan) -> Iterator[RenderableType]:
     fits = plan.disk_bytes <= plan.disk_free_bytes
-    yield f"disk: {_disk(plan)}, {gib(plan.disk_free_bytes)} free"
+    yield f"disk: {_disk(plan)}, {format_bytes(plan.disk_free_bytes)} free"
     notes = {
         "checkpoints": "save_total_limit plus the one being written",
         "dvc_cache": "copies of the stages' files, unless the file system has reflinks",
@@ -143,7 +145,7 @@ def _disk_parts(plan: RunPlan) -> Iterator[RenderableType]:
 
 def _disk(plan: RunPlan) -> str:
     unknown = f" without {' and '.join(plan.disk_unknown)} ({UNKNOWN})" if plan.disk_unknown else ""
-    return gib(plan.disk_bytes) + unknown
+    return format_bytes(plan.disk_bytes) + unknown
 
 
 def _time_lines(plan: RunPlan) -> Iterator[str]:
@@ -188,12 +190,12 @@ def _describe_pauses(plan: RunPlan) -> str:
         return f"of these: {shown}; {saves} not counted, state --save-gbps"
     basis = "measured on this disk" if plan.save_measured else "stated"
     where = f"{_hours(waiting)} at {plan.save_gbps:.2g} GB/s ({basis})"
-    return f"of these: {shown}; {saves} of {gib(plan.checkpoint_bytes)} {where}"
+    return f"of these: {shown}; {saves} of {format_bytes(plan.checkpoint_bytes)} {where}"
 
 
 def _draw_parts(parts: Mapping[str, int], notes: Mapping[str, str]) -> AlignedTable:
     rows = [
-        (f"  {name.replace('_', ' ')}", gib(size), notes.get(name, ""))
+        (f"  {name.replace('_', ' ')}", format_bytes(size), notes.get(name, ""))
         for name, size in parts.items()
         if name != "total" and size
     ]

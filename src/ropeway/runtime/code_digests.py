@@ -46,6 +46,12 @@ class Digests:
         self._producer = f"{sys.version} {file_sha256(Path(__file__))}"
         self._kept: dict[str, Scan] = self._read()
         self._used: dict[str, Scan] = {}
+        self._known: dict[str, bool] = {}
+
+    @property
+    def is_cold(self) -> bool:
+        """Whether the cache file has nothing to use, so that every module must be parsed, which takes 1 s."""
+        return not self._kept
 
     def modules(self, stage: str) -> dict[str, str]:
         """Return the digest of every module of a stage's code: name below the package -> digest."""
@@ -57,7 +63,7 @@ class Digests:
             name = waiting.pop()
             scan = self._scan(name)
             found[name] = scan["digest"]
-            ours = {other for other in scan["names"] if _path(self._source, other).is_file()}
+            ours = {other for other in scan["names"] if self._is_module(other)}
             waiting |= {other for other in ours if f"{other}.".startswith(tuple(f"{one}." for one in counted))} - set(
                 found
             )
@@ -67,6 +73,12 @@ class Digests:
         """Write the cache file if it changed."""
         if self._file and self._used != self._kept:
             write_json(self._file, {"maker": self._producer, "scans": self._used, "digest": digest_of(self._used)})
+
+    def _is_module(self, name: str) -> bool:
+        """Return whether a name is a module; stages import mostly the same names, and each look is a system call."""
+        if name not in self._known:
+            self._known[name] = _path(self._source, name).is_file()
+        return self._known[name]
 
     def _scan(self, name: str) -> Scan:
         data = _path(self._source, name).read_bytes()

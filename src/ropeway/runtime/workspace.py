@@ -77,6 +77,15 @@ def count_bytes(path: Path) -> int:
     return total
 
 
+def format_bytes(count: float) -> str:
+    """Return a number of bytes as text in GiB or MiB.
+
+    >>> format_bytes(3 * 2**29)
+    '1.5 GiB'
+    """
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:,.1f} MiB"
+
+
 def find_root(start: Path | None = None) -> Path:
     """Return the nearest folder at or above `start` that contains params.yaml; `start` itself if there is none."""
     here = (start or Path.cwd()).resolve()

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -131,3 +133,22 @@ def test_lines_fit_the_terminal_and_have_no_control_bytes(run_examples, monkeypa
             words = line.split()
             longest = max(map(len, words), default=0)
             assert len(line) <= columns or longest + len(line) - len(line.lstrip()) > columns - 20, (name, line)
+
+
+FIRST_LINE = """
+import builtins, os, sys
+from ropeway.cli import main
+said = print
+def say(*words, **_):
+    said(*words, sorted({"dvc", "prefect", "numpy", "ropeway.orchestration.sequence"} & sys.modules.keys()), flush=True)
+    os._exit(0)
+builtins.print = say
+sys.argv = ["ropeway", "run"]
+main.main()
+"""
+
+
+def test_run_prints_its_first_line_before_it_imports_what_takes_long():
+    done = subprocess.run([sys.executable, "-c", FIRST_LINE], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("laptop: starting.")
+    assert done.stdout.endswith(" []\n")
