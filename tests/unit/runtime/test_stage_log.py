@@ -10,15 +10,28 @@ from ropeway.runtime import stage_log, supervise
 from ropeway.runtime.stage_log import LogMirror, RankLines, log_path, open_log, split_rank, writes_to
 
 
+class Writes(io.StringIO):
+    """A stream that keeps each call of `write`."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def write(self, text):
+        self.calls.append(text)
+        return len(text)
+
+
 def test_lines_of_two_ranks_written_in_pieces_stay_whole():
-    shared = io.StringIO()
+    shared = Writes()
     one, two = RankLines(shared, 1), RankLines(shared, 2)
-    for part in ("loss ", "3.1", "\nnext"):
+    for part in ("loss ", "3.1", "\nnext\nlast"):
         one.write(part)
         two.write(part)
     one.close()
-    assert shared.getvalue() == "[rank 1] loss 3.1\n[rank 2] loss 3.1\n[rank 1] next\n"
-    assert [split_rank(line) for line in shared.getvalue().splitlines()][1] == (2, "loss 3.1")
+    lines = [f"[rank {rank}] {line}\n" for rank, line in ((1, "loss 3.1"), (1, "next"), (2, "loss 3.1"), (2, "next"))]
+    assert shared.calls == ["".join(lines[:2]), "".join(lines[2:]), "[rank 1] last\n"]
+    assert split_rank(lines[2].strip()) == (2, "loss 3.1")
 
 
 @pytest.mark.parametrize("line", ["[rank x] a", "[rank 3 a", "rank 3] a", "[rank ] a"])
