@@ -21,7 +21,10 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
+from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from platform import machine
 from typing import NoReturn
@@ -66,6 +69,7 @@ def main() -> None:
         if not path.is_file():
             known = sorted(one.stem for one in HERE.glob("*.txt") if one.stem not in ("run", "torch", "uv"))
             stop(f"no extra '{path.stem}'; choose from: {', '.join(known)}")
+    check_machine()
     began = time.monotonic()
     python = make_venv(options.venv)
     installer = find_installer(python, python, use_pip=options.pip)
@@ -92,6 +96,9 @@ class Installer:
         self._program = [str(uv)] if uv else [str(host), "-m", "pip", "--python", str(python)]
         version = subprocess.run([*self._program, "--version"], check=True, stdout=subprocess.PIPE, text=True).stdout
         self.name = " ".join(version.split()[:2])
+        self._caches = can_write(cache := find_cache(os.environ))
+        if uv and not self._caches:
+            print(f"{cache} is not writable for this user: downloaded packages are not kept", flush=True)
 
     def install(self, *arguments: str, index: str | None = None) -> None:
         """Install packages; `index` replaces the indexes of pip's settings."""
@@ -102,23 +109,78 @@ class Installer:
             command += ["--index-strategy", "unsafe-best-match"]
             command += ["--default-index", index] if index else as_options(self.settings)
             environment["VIRTUAL_ENV"] = str(self.python.parent.parent)
+            if not self._caches:
+                environment["UV_NO_CACHE"] = "1"
             if certificate := self.settings.get("cert"):
                 environment.setdefault("SSL_CERT_FILE", certificate[0])
         else:
             command = [*self._program, "install", "--quiet", "--disable-pip-version-check"]
             command += ["--index-url", index] if index else []
         if subprocess.run([*command, *arguments], env=environment, check=False).returncode:
-            stop(f"{self.name} could not install {' '.join(arguments)}; its error is above")
+            stop(
+                f"{self.name} could not install {' '.join(arguments)}; its error is above. Packages come from "
+                f"{index or name_index(self.settings)}; PIP_INDEX_URL and PIP_FIND_LINKS set a mirror or a folder"
+            )
+
+
+def find_cache(environment: Mapping[str, str]) -> Path:
+    """Return uv's cache folder. Source: uv 0.13.9, `uv cache dir`.
+
+    >>> str(find_cache({"XDG_CACHE_HOME": "/c"})), str(find_cache({"UV_CACHE_DIR": "/u"}))
+    ('/c/uv', '/u')
+    """
+    above = environment.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(environment.get("UV_CACHE_DIR") or Path(above) / "uv")
+
+
+def can_write(folder: Path) -> bool:
+    """Return whether this user can write a folder, or create it."""
+    return os.access(next(one for one in (folder, *folder.absolute().parents) if one.exists()), os.W_OK | os.X_OK)
+
+
+def check_machine() -> None:
+    """Exit with 64 if set-up lacks something of this machine; name everything at once, with the command that helps."""
+    if missing := find_missing(compiles=not find_device()):
+        whats = ", ".join(what for what, _, _ in missing)
+        debian, fedora = (" ".join(one[place] for one in missing) for place in (1, 2))
+        stop(
+            f"not found: {whats}. On Debian, run `apt-get install {debian}` as root; on Fedora, `dnf install {fedora}`"
+        )
+
+
+def find_missing(*, compiles: bool) -> list[tuple[str, str, str]]:
+    """Return (what is missing, Debian's package, Fedora's package).
+
+    `compiles`: DeepSpeed will compile its op for CPUs, as on every machine without a GPU.
+    """
+    compiler, headers = os.environ.get("CXX", "c++"), Path(str(sysconfig.get_config_var("INCLUDEPY")))
+    needs = [
+        (find_spec("ensurepip") is not None, ("Python's modules venv and ensurepip", "python3-venv", "python3-pip")),
+        (shutil.which("git") is not None, ("git", "git", "git")),
+    ]
+    if compiles:
+        needs += [
+            ((headers / "Python.h").is_file(), (f"{headers}/Python.h", "python3-dev", "python3-devel")),
+            (shutil.which(compiler) is not None, (f"a C++ compiler (`{compiler}`)", "g++", "gcc-c++")),
+        ]
+    return [words for is_there, words in needs if not is_there]
+
+
+def find_device() -> bool:
+    """Return whether this machine has an NVIDIA device."""
+    return any(Path("/dev").glob("nvidia[0-9]*"))
 
 
 def make_venv(folder: Path, *, with_pip: bool = True) -> Path:
-    """Return the interpreter of the environment; create the environment if it does not exist."""
+    """Return the interpreter of the environment; create it if it does not exist, again if it is not complete."""
     python = folder / "bin" / "python"
-    if not python.exists():
+    if not (python.exists() and (not with_pip or any(folder.glob("lib/python*/site-packages/pip")))):
         print(f"creating {folder} with Python {sys.version.split()[0]}", flush=True)
         options = [] if with_pip else ["--without-pip"]
+        # An interrupted call, or a removed Python, leaves a folder without pip or interpreter.
+        options += ["--clear"] if (folder / "pyvenv.cfg").exists() else []
         if subprocess.run([sys.executable, "-m", "venv", *options, str(folder)], check=False).returncode:
-            stop("could not create the environment with Python's venv. On Debian, run `apt-get install python3-venv`")
+            stop(f"Python's venv could not create {folder}; its error is above")
     return python
 
 
@@ -176,7 +238,7 @@ def install_torch(installer: Installer, choice: str) -> None:
     have = find_version(installer.python, "torch")
     if have and have.partition("+")[0] == pinned and not changes_build(have, choice):
         return
-    has_device = any(Path("/dev").glob("nvidia[0-9]*"))
+    has_device = find_device()
     wheel = find_wheel(installer.settings, pinned)
     source, index = choose_build(choice, installer.settings, wheel, has_device=has_device)
     why = (
@@ -204,7 +266,16 @@ def choose_build(
     is_plain_cpu = platform == "linux" and not has_device and "index-url" not in settings
     if choice == "cpu" or (choice == "auto" and is_plain_cpu):
         return f"the CPU build of {CPU_INDEX}", CPU_INDEX
-    return f"the build of pip's index {settings.get('index-url', ['https://pypi.org/simple'])[-1]}", None
+    return f"the build of pip's index {name_index(settings)}", None
+
+
+def name_index(settings: dict[str, list[str]]) -> str:
+    """Return the index of pip's settings without its user and password, for messages.
+
+    >>> name_index({}), name_index({"index-url": ["https://me:secret@mirror/simple"]})
+    ('https://pypi.org/simple', 'https://mirror/simple')
+    """
+    return re.sub(r"//[^/]*@", "//", settings.get("index-url", ["https://pypi.org/simple"])[-1])
 
 
 def changes_build(have: str, choice: str) -> bool:

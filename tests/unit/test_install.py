@@ -7,6 +7,7 @@ import sys
 import tomllib
 from pathlib import Path
 from platform import machine
+from types import SimpleNamespace
 
 import pytest
 
@@ -89,3 +90,90 @@ def test_an_unknown_extra_is_named_and_nothing_is_made(tmp_path):
     assert done.returncode == 64
     assert "no extra 'smolm2'" in done.stderr
     assert not (tmp_path / "v").exists()
+
+
+def test_everything_that_is_missing_is_named_at_once_with_the_packages_that_hold_it(monkeypatch, tmp_path, capsys):
+    assert install.find_missing(compiles=True) == []
+    monkeypatch.setattr(install, "find_spec", lambda _: None)
+    monkeypatch.setattr(install.sysconfig, "get_config_var", lambda _: str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    readme = re.search("`apt-get install ([^`]+)`", (ROOT / "README.md").read_text(encoding="utf-8"))[1].split()
+    assert {debian for _, debian, _ in install.find_missing(compiles=True)} == {*readme} - {"make"}
+    assert [debian for _, debian, _ in install.find_missing(compiles=False)] == ["python3-venv", "git"]
+    monkeypatch.setattr(install, "find_device", lambda: False)
+    with pytest.raises(SystemExit) as end:
+        install.check_machine()
+    assert end.value.code == 64
+    assert "`apt-get install python3-venv git python3-dev g++`" in capsys.readouterr().err
+
+
+def make_calls(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        install.subprocess, "run", lambda command, **_: calls.append(command) or SimpleNamespace(returncode=0)
+    )
+    return calls
+
+
+@pytest.mark.parametrize("state", ["no pip", "no python", "complete"])
+def test_an_environment_that_was_not_completed_is_created_again(monkeypatch, tmp_path, state):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "pyvenv.cfg").touch()
+    if state != "no python":  # its target was removed, e.g. by an upgrade of Debian
+        (tmp_path / "bin" / "python").touch()
+    if state != "no pip":  # ensurepip was not installed, or the call was interrupted
+        (tmp_path / "lib" / "python3.11" / "site-packages" / "pip").mkdir(parents=True)
+    calls = make_calls(monkeypatch)
+    assert install.make_venv(tmp_path) == tmp_path / "bin" / "python"
+    assert calls == ([] if state == "complete" else [[sys.executable, "-m", "venv", "--clear", str(tmp_path)]])
+
+
+def test_a_folder_that_is_no_environment_is_never_emptied(monkeypatch, tmp_path):
+    (tmp_path / "thesis.md").touch()
+    calls = make_calls(monkeypatch)
+    install.make_venv(tmp_path)
+    assert "--clear" not in calls[0]
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_uv_works_without_its_cache_where_that_cannot_be_written(monkeypatch, tmp_path, writable):
+    given = []
+
+    def run(_, **options):
+        given.append(options.get("env", {}))
+        return SimpleNamespace(returncode=0, stdout="uv 0.13.9 (linux)")
+
+    monkeypatch.setattr(install.subprocess, "run", run)
+    monkeypatch.setattr(install, "read_settings", lambda _: {})
+    monkeypatch.setattr(install.os, "access", lambda path, _: writable and path == tmp_path)
+    monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path / "a" / "b"))
+    monkeypatch.delenv("UV_NO_CACHE", raising=False)
+    install.Installer(Path("/v/bin/python"), Path(sys.executable), "uv").install("a")
+    assert given[-1].get("UV_NO_CACHE") == (None if writable else "1")
+
+
+def test_a_failed_installation_names_its_index_without_a_password(monkeypatch, capsys):
+    answer = SimpleNamespace(returncode=1, stdout="uv 0.13.9 (linux)")
+    monkeypatch.setattr(install.subprocess, "run", lambda *_, **__: answer)
+    monkeypatch.setattr(install, "read_settings", lambda _: {"index-url": ["https://me:canary@mirror/simple"]})
+    with pytest.raises(SystemExit) as end:
+        install.Installer(Path("/v/bin/python"), Path(sys.executable), "uv").install("a")
+    assert end.value.code == 64
+    said = capsys.readouterr().err
+    assert "https://mirror/simple" in said
+    assert "canary" not in said
+
+
+@pytest.mark.parametrize("option", [(), ("--dependencies",)])
+def test_the_dependencies_can_be_installed_without_the_project(monkeypatch, tmp_path, option):
+    done = []
+    installer = SimpleNamespace(name="uv", install=lambda *_, **__: done.append("locked"))
+    monkeypatch.setattr(install, "check_machine", lambda: None)
+    monkeypatch.setattr(install, "make_venv", lambda folder: folder / "bin" / "python")
+    monkeypatch.setattr(install, "find_installer", lambda *_, **__: installer)
+    monkeypatch.setattr(install, "install_torch", lambda *_: done.append("torch"))
+    monkeypatch.setattr(install, "install_project", lambda _: done.append("project"))
+    monkeypatch.setattr(sys, "argv", ["install.py", "--venv", str(tmp_path), *option])
+    install.main()
+    assert done == ["locked", "torch", *([] if option else ["project"])]
