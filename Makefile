@@ -122,7 +122,7 @@ test-browser: $(VENV)/.ready-browser
 test-docs: $(VENV)/.ready-test
 	$(BIN)/pytest -q -m docs tests/pipeline/test_docs_commands.py
 
-# A bare Debian with README's packages and nothing else, from the committed tree; about 3.5 GB in TMPDIR, removed at the
+# A bare Debian with README's packages and nothing else, from the committed tree; about 3 GB in TMPDIR, removed at the
 # end. Python 3.13 of trixie: add TORCH=index if download.pytorch.org cannot be reached.
 test-fresh:
 	$(PYTHON) -m tools.fresh_machine --suite $(or $(SUITE),bookworm) $(if $(FULL),--full)

@@ -21,6 +21,7 @@ from pathlib import Path
 from tools import fresh_machine
 from tools.fresh_machine import PROJECT, Machine
 
+FREE_GIB = 16  # the image's files three times: while it is built, stored, and run
 IMAGE = "localhost/ropeway:test"
 
 
@@ -74,7 +75,7 @@ def build(machine: Machine, folder: Path) -> None:
 
 def main() -> None:
     """Build and run; remove images, containers and the root at every end."""
-    fresh_machine.check_host({**fresh_machine.PROGRAMS, "buildah": "buildah"})
+    fresh_machine.check_host({**fresh_machine.PROGRAMS, "buildah": "buildah"}, FREE_GIB)
     commit = fresh_machine.read_commit()
     with tempfile.TemporaryDirectory(prefix="ropeway-image-") as folder:
         machine = Machine(Path(folder) / "root", *fresh_machine.package_settings())
@@ -82,6 +83,7 @@ def main() -> None:
         result: dict[str, object] = {"ok": False, "commit": commit}
         try:
             build(machine, Path(folder))
+            result["debian"] = machine.read("cat /etc/debian_version")
             result["ok"] = True
         except subprocess.CalledProcessError:
             result["failed"] = list(machine.seconds)[-1]

@@ -140,6 +140,6 @@ def test_pips_settings_and_the_files_that_they_name_reach_the_bare_machine(tmp_p
 
 def test_missing_programs_of_the_bare_machine_are_named_with_the_command_that_installs_them(capsys):
     with pytest.raises(SystemExit) as end:
-        fresh_machine.check_host({"no-such-program": "its-package", "git": "git"})
+        fresh_machine.check_host({"no-such-program": "its-package", "git": "git"}, 0)
     assert end.value.code == 64
     assert "apt-get install its-package`" in capsys.readouterr().err
