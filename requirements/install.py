@@ -16,6 +16,7 @@ from __future__ import annotations  # an older Python must be able to print that
 
 import argparse
 import ast
+import locale
 import os
 import re
 import shutil
@@ -70,6 +71,7 @@ def main() -> None:
             known = sorted(one.stem for one in HERE.glob("*.txt") if one.stem not in ("run", "torch", "uv"))
             stop(f"no extra '{path.stem}'; choose from: {', '.join(known)}")
     check_machine()
+    check_path(options.venv.absolute(), locale.getencoding(), compiles=not find_device())
     began = time.monotonic()
     python = make_venv(options.venv)
     installer = find_installer(python, python, use_pip=options.pip)
@@ -146,6 +148,19 @@ def check_machine() -> None:
         stop(
             f"not found: {whats}. On Debian, run `apt-get install {debian}` as root; on Fedora, `dnf install {fedora}`"
         )
+
+
+def check_path(folder: Path, encoding: str, *, compiles: bool) -> None:
+    """Exit with 64 if an environment in this folder would not work: Python reads its path in the locale's encoding.
+
+    torch (2.13.0, cpp_extension.py) does not quote the path for the linker of the op that is compiled without a GPU.
+    """
+    try:
+        str(folder).encode(encoding)
+    except UnicodeEncodeError:
+        stop(f"{str(folder)!a}: the encoding of this locale, {encoding}, lacks letters. Run `export LC_ALL=C.UTF-8`")
+    if compiles and re.search(r"\s", str(folder)):
+        stop(f"'{folder}': torch cannot compile DeepSpeed's op below a path with spaces. Move the checkout elsewhere")
 
 
 def find_missing(*, compiles: bool) -> list[tuple[str, str, str]]:

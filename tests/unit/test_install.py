@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from contextlib import suppress
 from pathlib import Path
 from platform import machine
 from types import SimpleNamespace
@@ -106,6 +107,22 @@ def test_everything_that_is_missing_is_named_at_once_with_the_packages_that_hold
         install.check_machine()
     assert end.value.code == 64
     assert "`apt-get install python3-venv git python3-dev g++`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("path", "encoding", "compiles", "remedy"),
+    [
+        ("/home/é/ropeway", "utf-8", True, None),
+        ("/home/é/ropeway", "ascii", False, "LC_ALL=C.UTF-8"),
+        ("/home/a b/ropeway", "ascii", False, None),
+        ("/home/a b/ropeway", "utf-8", True, "Move"),  # the linker is given the path without quotes
+    ],
+)
+def test_a_path_in_which_no_environment_works_is_refused(capsys, path, encoding, compiles, remedy):
+    with suppress(SystemExit) if remedy is None else pytest.raises(SystemExit, match="64"):
+        install.check_path(Path(path), encoding, compiles=compiles)
+    said = capsys.readouterr().err
+    assert remedy in said if remedy else said == ""
 
 
 def make_calls(monkeypatch):
