@@ -58,7 +58,7 @@ def test_flow_deployments_of_prefect_yaml_and_of_serve_agree_and_the_schedule_is
     with temporary_settings({PREFECT_API_URL: on_prefect}), get_client(sync_client=True) as client:
         pooled = {name: facts(name) for name in FLOWS}
         assert pooled["retrain"][0] == {
-            "parameters": {"root": str(deployed)},
+            "parameters": {"root": str(deployed), "rehearse": False},
             "schedules": [("0 3 * * *", "UTC", False)],
             "concurrency": (1, "ENQUEUE"),
             "tags": ["ropeway"],

@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ropeway.cli.main import app
+from ropeway.orchestration import sequence
 from ropeway.orchestration.sequence import STEPS, run_retrain
 from ropeway.registry import Registry
 from ropeway.runtime.errors import ConfigError, DataError, RegistryError, TemporaryError
@@ -256,7 +257,8 @@ def test_flow_reads_a_failure_of_a_stage_without_a_record_from_dvc(made_workspac
 def test_the_flow_calls_the_steps_of_the_sequence_in_their_order():
     tree = ast.parse((ROOT / "flows" / "retrain.py").read_text(encoding="utf-8"))
     called = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
-    assert [node.func.attr for node in called if ast.unparse(node.func.value) == "run"] == list(STEPS)
+    steps = [node for node in called if ast.unparse(node.func.value) == "run"]
+    assert [node.func.attr for node in sorted(steps, key=lambda node: node.lineno)] == list(STEPS)
 
 
 def test_a_task_that_a_user_adds_to_the_flow_appears_in_the_run(flow_workspace, on_prefect, capsys):
@@ -346,3 +348,25 @@ def test_the_result_of_a_run_is_one_json_object_on_stdout(made_workspace, monkey
     assert (result["state"], result["version"]) == ("Unchanged", "laptop@v1")
     assert set(result["stages"].values()) == {"Unchanged"}
     assert "publish: Unchanged" in done.stderr
+
+
+def test_a_rehearsal_that_fails_ends_the_run_before_a_stage_starts_and_none_runs_if_nothing_changed(
+    flow_workspace, monkeypatch
+):
+    asked = []
+
+    def fail(_site, name, command, _write_line):
+        asked.append((name, command[-3:]))
+        return 65, ["stage fetch would fail"]
+
+    monkeypatch.setattr(sequence, "run_command", fail)
+    with pytest.raises(DataError, match="stage fetch would fail"):
+        run_retrain(flow_workspace.root, use_prefect=False, rehearse=True)
+    assert asked == [("rehearse", ["rehearse", "--profile", "laptop"])]
+    assert flow_workspace.calls() == []
+    monkeypatch.setattr(sequence, "run_command", lambda *_: (0, []))
+    run_retrain(flow_workspace.root, use_prefect=False, rehearse=True)
+    assert flow_workspace.calls() == STAGES
+    monkeypatch.setattr(sequence, "run_command", fail)
+    run_retrain(flow_workspace.root, use_prefect=False, rehearse=True)
+    assert len(asked) == 1

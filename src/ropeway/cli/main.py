@@ -56,6 +56,9 @@ def run(
     *,
     profile: ProfileOption = None,
     prefect: Annotated[bool, typer.Option(help="Record the run in Prefect, for its UI.")] = True,
+    rehearse: Annotated[
+        bool, typer.Option("--rehearse", help="Run the pipeline on a few records first; end if that fails.")
+    ] = False,
     resume_from: Annotated[
         str | None,
         typer.Option(
@@ -85,7 +88,7 @@ def run(
             print(json.dumps(result_json(result, page), indent=1, ensure_ascii=False), file=output, flush=True)
 
         ending = ExitDeadline(exits=True, show_result=show_json if as_json else print_result)
-        run_retrain(find_root(), profile, use_prefect=prefect, ending=ending)
+        run_retrain(find_root(), profile, use_prefect=prefect, rehearse=rehearse, ending=ending)
 
 
 @app.command()
@@ -255,6 +258,42 @@ def plan(  # noqa: PLR0913 - a command's options
         return
     typer.echo(describe_plan(planned))
     typer.echo("\n" + describe_rehearsal(results))
+
+
+@app.command("rehearse")
+def rehearse_command(
+    *,
+    profile: ProfileOption = None,
+    ranks: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Ranks of the real run, for its plan. Default: this machine's, or those that the batch states."
+        ),
+    ] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the folder. Default: only after a failure.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Run the whole pipeline on a few records and steps in a folder of its own, and say where a real run would fail."""
+    from ropeway.cli.rehearse_output import describe_rehearsed
+    from ropeway.rehearse.rehearsal import rehearse as run_small
+
+    def say(line: str) -> None:
+        typer.echo(line, err=as_json)
+
+    result = run_small(find_root(), profile, planned_ranks=ranks, keep=keep, write_line=say)
+    typer.echo(json.dumps(result.to_json(), indent=1) if as_json else describe_rehearsed(result))
+    if result.failure is not None:
+        raise result.failure
+
+
+@app.command("execute-rehearsal", hidden=True)
+def execute_rehearsal_command(folder: Path) -> None:
+    """Rehearse in a folder that `rehearse` made; it supervises this."""
+    from ropeway.cli.rehearse_output import ask_version
+    from ropeway.rehearse.rehearsal import read_request
+    from ropeway.rehearse.rehearse_steps import run_rehearsal
+
+    raise typer.Exit(run_rehearsal(read_request(folder), folder, ask_version))
 
 
 @app.command()
@@ -522,11 +561,14 @@ def serve(
     cron: Annotated[
         str | None, typer.Option(help="Schedule in UTC for runs, e.g. '0 3 * * *'. Default: no schedule.")
     ] = None,
+    rehearse: Annotated[
+        bool, typer.Option("--rehearse", help="Every run runs the pipeline on a few records first.")
+    ] = False,
 ) -> None:
     """Serve the flows, to start them from the Prefect UI or on a schedule; needs a running `ropeway server`."""
     from ropeway.orchestration.deployments import serve_flows
 
-    serve_flows(find_root(), cron=cron)
+    serve_flows(find_root(), cron=cron, rehearse=rehearse)
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from ropeway.config.load_params import load_profiles
 from ropeway.orchestration import dvc_graph as graph
 from ropeway.registry import Registry
 from ropeway.runtime.errors import ConfigError, RegistryError, TemporaryError
-from ropeway.runtime.lock import workspace_lock
+from ropeway.runtime.lock import is_held, workspace_lock
 from ropeway.runtime.terminal import AlignedTable, show
 from ropeway.runtime.workspace import Workspace, count_bytes, format_bytes
 
@@ -171,6 +171,9 @@ def plan_work(workspace: Workspace, profiles: set[str]) -> Iterator[Removal]:
     """Yield what earlier commands left in `.work`: clones of `ropeway reproduce`, units of profiles that are gone."""
     for path in sorted((workspace.work / "reproduce").glob("*")):
         yield Removal("reproduced run", path, count_bytes(path), "`ropeway reproduce` makes it again")
+    for path in sorted((workspace.work / "rehearse").glob("*/workspace")):
+        if not is_held(path.parent):
+            yield Removal("rehearsal", path, count_bytes(path), "kept by a rehearsal that failed, or by --keep")
     for path in sorted(workspace.work.glob("tokenize-*")):
         if path.is_dir() and path.name.removeprefix("tokenize-").rpartition("-")[0] not in profiles:
             yield Removal("units of tokens", path, count_bytes(path), "of a profile that params.yaml does not have")

@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 CRON = "0 3 * * *"
 
 
-def serve_flows(root: Path, *, cron: str | None = None) -> None:
+def serve_flows(root: Path, *, cron: str | None = None, rehearse: bool = False) -> None:
     """Serve the flows until this process is stopped; needs a running server.
 
-    `cron` is the schedule of retraining, in UTC; with None the nightly schedule exists but is inactive.
+    `cron` is the schedule of retraining, in UTC; with None the nightly schedule exists but is inactive. `rehearse`:
+    every run first runs the pipeline on a few records.
 
     Raises:
         ConfigError: `cron` is not a cron expression.
@@ -44,7 +45,7 @@ def serve_flows(root: Path, *, cron: str | None = None) -> None:
 
     print(f"serving retrain, review, promote and rollback at {page_address(url, '/deployments')}", flush=True)
     print(at, flush=True)
-    deployments = build_deployments(root, cron=cron)
+    deployments = build_deployments(root, cron=cron, rehearse=rehearse)
     adopt_deployments(deployments)
     serve(*deployments)
 
@@ -79,7 +80,7 @@ def next_start(cron: str) -> str:
     return f"{moment:%Y-%m-%d %H:%M} UTC{there}"
 
 
-def build_deployments(root: Path, *, cron: str | None = None) -> list[Any]:
+def build_deployments(root: Path, *, cron: str | None = None, rehearse: bool = False) -> list[Any]:
     """Return the deployments; only one retraining runs at a time, a second one waits."""
     from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
     from prefect.schedules import Cron
@@ -89,7 +90,8 @@ def build_deployments(root: Path, *, cron: str | None = None) -> list[Any]:
     one = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.ENQUEUE)
     schedule = Cron(cron or CRON, timezone="UTC", active=cron is not None)
     common: dict[str, Any] = {"parameters": {"root": str(root)}, "tags": ["ropeway"], "paused": False}
+    asked = common | {"parameters": {"root": str(root), "rehearse": rehearse}}
     return [
-        load_flow(root, "retrain").to_deployment("retrain", schedules=[schedule], concurrency_limit=one, **common),
+        load_flow(root, "retrain").to_deployment("retrain", schedules=[schedule], concurrency_limit=one, **asked),
         *(load_flow(root, name).to_deployment(name, **common) for name in ("review", "promote", "rollback")),
     ]

@@ -209,26 +209,35 @@ def _remote(root: Path) -> Iterator[Finding]:
 
 
 def _registry(root: Path) -> Iterator[Finding]:
-    """Write one key twice: of two writers only one may win."""
-    url = Workspace(root, "").registry_url
+    yield check_store(Workspace(root, "").registry_url)
+
+
+def check_store(url: str) -> Finding:
+    """Write one key of a registry's store twice and delete it: of two writers only one may win.
+
+    Args:
+        url: The registry. A folder that does not exist is not created; the check is made in the folder above.
+
+    Raises:
+        ConfigError: The store is not writable, or the URL is invalid.
+        TemporaryError: The store does not answer.
+    """
     store = open_store(url)
-    if isinstance(store, FileStore) and not store.root.exists():
-        above = next(folder for folder in store.root.parents if folder.exists())
-        if not os.access(above, os.W_OK):
-            words = f"{above} cannot be written to"
-            yield Finding("registry", "wrong", words, "correct ROPEWAY_REGISTRY or the rights")
-            return
-        with tempfile.TemporaryDirectory(dir=above) as scratch:
+    if isinstance(store, FileStore):
+        above = next(folder for folder in (store.root, *store.root.parents) if folder.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            return Finding(
+                "registry", "wrong", f"{above} cannot be written to", "correct ROPEWAY_REGISTRY or the rights"
+            )
+        # A folder of its own, removed as a whole: a store keeps the folders of keys that were deleted.
+        with tempfile.TemporaryDirectory(dir=above, prefix=".doctor-") as scratch:
             works = _keeps_first(FileStore(Path(scratch)))
     else:
         works = _keeps_first(store)
     if works:
-        yield Finding("registry", "ok", f"{store.url}; of two simultaneous writes the first wins")
-    else:
-        fix = "use a store that honours If-None-Match, or a folder, file:///…"
-        yield Finding(
-            "registry", "wrong", f"{store.url}: two simultaneous writes both succeed, so one would be lost", fix
-        )
+        return Finding("registry", "ok", f"{store.url}; of two simultaneous writes the first wins")
+    fix = "use a store that honours If-None-Match, or a folder, file:///…"
+    return Finding("registry", "wrong", f"{store.url}: two simultaneous writes both succeed, so one would be lost", fix)
 
 
 def _keeps_first(store: Store) -> bool:

@@ -56,7 +56,9 @@ def load_flow(root: Path, name: str) -> Flow[..., object]:
         ) from error
 
 
-def run_flow(flow: Flow[..., object], root: Path, profile: str, url: str, on_end: OnEnd) -> tuple[Result, str]:
+def run_flow(
+    flow: Flow[..., object], root: Path, profile: str, url: str, on_end: OnEnd, *, rehearse: bool = False
+) -> tuple[Result, str]:
     """Run a flow against the server at `url`; return its result and the path of its page.
 
     `on_end` receives the result, or the error that ended the run, and the path of its page as soon as they are known,
@@ -69,7 +71,8 @@ def run_flow(flow: Flow[..., object], root: Path, profile: str, url: str, on_end
     with _server_failures(url, root), temporary_settings({PREFECT_API_URL: url}), tags(*describe_run(root, profile)[1]):
         token = _ON_END.set(on_end)
         try:
-            state: State[Result] = flow(str(root), profile, return_state=True)  # type: ignore[assignment]
+            given = {"rehearse": True} if rehearse else {}  # a flow of an older clone has no such parameter
+            state: State[Result] = flow(str(root), profile, **given, return_state=True)  # type: ignore[assignment]
         finally:
             _ON_END.reset(token)
             # A temporary server ends next: flush what is still queued here.

@@ -30,14 +30,15 @@ from ropeway.orchestration.run_summary import Result
 from ropeway.planning.plan import plan_run
 from ropeway.planning.plan_text import outline_plan
 from ropeway.runtime.devices import count_ranks
-from ropeway.runtime.errors import DataError, RopewayError
+from ropeway.runtime.errors import ConfigError, DataError, RopewayError, TemporaryError
 from ropeway.runtime.lock import workspace_lock
 from ropeway.runtime.manifest import digest_of
 from ropeway.runtime.workspace import Workspace
 
 EXIT_SECONDS = 15.0
 _STATES = {"ran": "Completed", "restored": "Restored", "unchanged": "Unchanged"}
-STEPS = ("pull", "freeze_inputs", "make_plan", "run_stages", "publish", "push", "ask_review")
+STEPS = ("pull", "freeze_inputs", "make_plan", "rehearse", "run_stages", "publish", "push", "ask_review")
+ASKED = ("rehearse",)  # steps that a run has only if it was asked for them
 
 
 class ExitDeadline:
@@ -88,11 +89,17 @@ class ExitDeadline:
 
 
 def run_retrain(
-    root: Path, profile: str | None = None, *, use_prefect: bool = True, ending: ExitDeadline | None = None
+    root: Path,
+    profile: str | None = None,
+    *,
+    use_prefect: bool = True,
+    rehearse: bool = False,
+    ending: ExitDeadline | None = None,
 ) -> Result:
     """Run the stages that are out of date, publish a new package, and print the result.
 
-    The default profile is the one in the line `profile:` of params.yaml; another profile is written there.
+    The default profile is the one in the line `profile:` of params.yaml; another profile is written there. `rehearse`:
+    run the pipeline on a few records first, and end if that fails.
 
     Raises:
         RopewayError: See its subclasses. Fix the cause and run again: completed stages do not run again.
@@ -102,9 +109,9 @@ def run_retrain(
     name, _ = load_profile(root / "params.yaml", profile)  # fail at once, not after an hour
     with _exit_on_sigterm():
         if use_prefect:
-            return _run_on_prefect(root, name, ending)
+            return _run_on_prefect(root, name, ending, rehearse=rehearse)
         print("running without Prefect: tasks that you added to flows/retrain.py do not run", flush=True)
-        result = run_sequence(root, name, RunDisplay())
+        result = run_sequence(root, name, RunDisplay(), rehearse=rehearse)
         ending.show_result(result, None)
         return result
 
@@ -152,6 +159,15 @@ class PipelineRun:
             check_publishing(self.workspace)
             _show_budget(self.display, self.workspace, self._params)
 
+    def rehearse(self) -> None:
+        """Run the pipeline on a few records first, if a stage that takes long will run.
+
+        Raises:
+            RopewayError: What the real run would have ended with; its class is that of the rehearsal's failure.
+        """
+        if any(plan.will_run for plan in self._plans if not plan.refreshes):
+            _step(self.display, "rehearse", self._rehearse)
+
     def run_stages(self) -> None:
         """Update each stage of dvc.yaml, in the graph's order."""
         ledger = before = summary.read_ledger(self.workspace)
@@ -195,6 +211,15 @@ class PipelineRun:
             else "pulled from the remote",
         )
 
+    def _rehearse(self, write_line: LineWriter) -> StepResult:
+        command = [sys.executable, "-m", "ropeway.cli.main", "rehearse", "--profile", self.name]
+        code, lines = run_command(self._site, "rehearse", command, write_line)
+        if code:
+            quote = "\n".join(f"    {line}" for line in lines)
+            kind = {64: ConfigError, 65: DataError, 75: TemporaryError}.get(code, RopewayError)
+            raise kind(f"the rehearsal failed with exit code {code}, so no stage was started; last lines:\n{quote}")
+        return StepResult("Completed", "every stage ended on a few records")
+
     def _publish(self, write_line: LineWriter) -> StepResult:
         measure = partial(measure_champion, self._site, self.workspace, write_line=write_line)
         done = self._publication = publish_package(self.workspace, self._params, self._revision, measure)
@@ -215,12 +240,13 @@ class PipelineRun:
         return Result(self.workspace, self._ended, self._publication, seconds, None, edits)
 
 
-def run_sequence(root: Path, profile: str, display: RunDisplay) -> Result:
+def run_sequence(root: Path, profile: str, display: RunDisplay, *, rehearse: bool = False) -> Result:
     """Run every step without Prefect."""
     run = PipelineRun(root, profile, display)
     with run.lock():
         for step in STEPS:
-            getattr(run, step)()
+            if rehearse or step not in ASKED:
+                getattr(run, step)()
     return run.result
 
 
@@ -333,7 +359,7 @@ def _show_budget(display: RunDisplay, workspace: Workspace, params: Profile) -> 
     display.report("needs", text)
 
 
-def _run_on_prefect(root: Path, profile: str, ending: ExitDeadline) -> Result:
+def _run_on_prefect(root: Path, profile: str, ending: ExitDeadline, *, rehearse: bool) -> Result:
     """Return the result, printed."""
     from ropeway.orchestration.prefect_server import apply_settings, await_server, open_server
 
@@ -346,7 +372,8 @@ def _run_on_prefect(root: Path, profile: str, ending: ExitDeadline) -> Result:
         graph.load_graph(root)
         flow = prefect_adapter.load_flow(root, "retrain")
         await_server(url, root)
-        result, page = prefect_adapter.run_flow(flow, root, profile, url, partial(_arm_deadline, root, ending))
+        on_end = partial(_arm_deadline, root, ending)
+        result, page = prefect_adapter.run_flow(flow, root, profile, url, on_end, rehearse=rehearse)
         ending.show_once(partial(_show_result, root, result, page, ending))
     return result
 

@@ -125,6 +125,21 @@ def _lock_path(root: Path) -> Path:
     return Workspace(root, "").work / "lock"
 
 
+def is_held(root: Path) -> bool:
+    """Return whether a process holds the lock of the workspace at `root`."""
+    try:
+        handle = os.open(root / ".work" / "lock", os.O_RDWR)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(handle)
+    return False
+
+
 def _ancestor_holding(handle: int) -> int | None:
     """Return the pid in the environment if it is a living ancestor and matches the pid in the lock file."""
     with suppress(ValueError):

@@ -56,6 +56,19 @@ def list_files(repo: str, commit: str, *, kind: Kind) -> list[str]:
     return sorted(one.rfilename for one in _request_repo_info(repo, commit, kind).siblings or [])
 
 
+def find_cached(repo: str, revision: str, *, kind: Kind) -> Path | None:
+    """Return the cache's folder of a branch, tag or commit, with the files that were downloaded; None if it has none.
+
+    No request is made.
+    """
+    try:
+        commit = revision if COMMIT.fullmatch(revision) else _cached_commit(repo, revision, kind)
+    except ConfigError:
+        return None
+    folder = _cache_folder(repo, kind) / "snapshots" / commit
+    return folder if folder.is_dir() else None
+
+
 def download_files(repo: str, commit: str, names: list[str], *, kind: Kind, revision: str) -> Path:
     """Download the missing files of a commit into the cache; return the folder of the snapshot.
 

@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from ropeway.runtime.errors import TemporaryError
-from ropeway.runtime.lock import read_last_holder, workspace_lock
+from ropeway.runtime.lock import is_held, read_last_holder, workspace_lock
 
 HOLD = """
 import os, subprocess, sys
@@ -116,3 +116,10 @@ def test_a_process_that_released_the_lock_and_still_runs_does_not_hold_it(tmp_pa
         assert read_last_holder(tmp_path).holds
     assert read_last_holder(tmp_path).pid == os.getpid()
     assert not read_last_holder(tmp_path).holds
+
+
+def test_whether_a_lock_is_held_can_be_asked_without_taking_it(tmp_path):
+    assert not is_held(tmp_path)
+    with workspace_lock(tmp_path, command="c"):
+        assert is_held(tmp_path)
+    assert not is_held(tmp_path)
