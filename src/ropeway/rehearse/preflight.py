@@ -12,14 +12,13 @@ from ropeway.config.frozen import read_texts
 from ropeway.config.params import Profile
 from ropeway.orchestration.doctor import check_store
 from ropeway.orchestration.stage_process import template_files
-from ropeway.planning.budget import gib
 from ropeway.planning.plan import RunPlan, plan_run
 from ropeway.registry.signing import load_signer
 from ropeway.rehearse.shrink import OFFLOADS
 from ropeway.runtime.devices import count_ranks, detect_gpus, list_gpus
 from ropeway.runtime.errors import ConfigError
 from ropeway.runtime.terminal import format_count, format_large
-from ropeway.runtime.workspace import Workspace
+from ropeway.runtime.workspace import Workspace, format_bytes
 from ropeway.stages.evaluate.samples import parse_generation_configs, parse_prompts
 from ropeway.stages.evaluate.tasks import open_tasks
 from ropeway.stages.train.deepspeed_config import parse_deepspeed_json
@@ -107,8 +106,8 @@ def _check_plan(root: Path, name: str, profile: Profile, ranks: int) -> tuple[st
     steps = "" if plan.optimizer_steps is None else f", {plan.optimizer_steps:,} steps"
     parts = [
         f"{format_count(ranks, 'rank')}, {format_large(plan.parameters)} weights{steps}",
-        f"{gib(plan.gpu_bytes['total'])} per rank",
-        f"disk {gib(plan.disk_bytes)} of {gib(plan.disk_free_bytes)} free here",
+        f"{format_bytes(plan.gpu_bytes['total'])} per rank",
+        f"disk {format_bytes(plan.disk_bytes)} of {format_bytes(plan.disk_free_bytes)} free here",
     ]
     return "; ".join(parts), tuple(_check_fit(plan, elsewhere=is_for_other_machine(profile)))
 
@@ -119,16 +118,18 @@ def _check_fit(plan: RunPlan, *, elsewhere: bool) -> list[str]:
     short = plan.disk_bytes - plan.disk_free_bytes
     if short > 0:
         words = (
-            f"the real run needs {gib(plan.disk_bytes)} of disk, {gib(plan.disk_free_bytes)} are free here; `ropeway "
+            f"the real run needs {format_bytes(plan.disk_bytes)} of disk, {format_bytes(plan.disk_free_bytes)} are free here; `ropeway "
             "plan` has the parts"
         )
         if not elsewhere:
-            raise ConfigError(f"{words}. Free {gib(short)}, or lower save_total_limit")
+            raise ConfigError(f"{words}. Free {format_bytes(short)}, or lower save_total_limit")
         warnings.append(f"disk: {words} (it needs GPUs, so it is for another machine)")
     if plan.fits is False:
         needed = next(iter(plan.cards.values())).needed_bytes
         memory = min(gpu.memory_bytes for gpu in detect_gpus())
-        warnings.append(f"memory: the plan needs {gib(needed)} per GPU, the smallest here has {gib(memory)}")
+        warnings.append(
+            f"memory: the plan needs {format_bytes(needed)} per GPU, the smallest here has {format_bytes(memory)}"
+        )
     return warnings
 
 
