@@ -118,8 +118,8 @@ def _check_fit(plan: RunPlan, *, elsewhere: bool) -> list[str]:
     short = plan.disk_bytes - plan.disk_free_bytes
     if short > 0:
         words = (
-            f"the real run needs {format_bytes(plan.disk_bytes)} of disk, {format_bytes(plan.disk_free_bytes)} are free here; `ropeway "
-            "plan` has the parts"
+            f"the real run needs {format_bytes(plan.disk_bytes)} of disk, {format_bytes(plan.disk_free_bytes)} are "
+            "free here; `ropeway plan` has the parts"
         )
         if not elsewhere:
             raise ConfigError(f"{words}. Free {format_bytes(short)}, or lower save_total_limit")
