@@ -24,7 +24,11 @@ def describe_status(status: WorkspaceStatus) -> list[RenderableType]:
     """Return the parts to show."""
     facts = [*_facts(status)]
     width = max(len(name) for name, _ in facts)
-    lines = [Paragraph(f"{name:<{width}}  {words}", indent=width + 2) for name, words in facts]
+    lines = [
+        Paragraph(f"{'' if number else name:<{width}}  {line}", indent=width + 2 if name and not number else 0)
+        for name, words in facts
+        for number, line in enumerate(words.splitlines())
+    ]
     plan = [AlignedTable(("stage", "will run", "why"), _plan_rows(status))] if status.forecast else []
     return [*lines, *([""] if plan else []), *plan]
 
@@ -48,6 +52,10 @@ def list_problems(status: WorkspaceStatus) -> list[Problem]:
     return found
 
 
+def _with_fix(problem: Problem) -> str:
+    return f"{problem.words}{'' if problem.words.endswith(('.', '?')) else '.'} Fix: {problem.fix}"
+
+
 def _end_words(end: StageEnd) -> str:
     at = format_moment(end.at)
     if end.code is None:
@@ -64,7 +72,7 @@ def _facts(status: WorkspaceStatus) -> Iterator[tuple[str, str]]:
 
     def part(name: str, words: str, about: str = "") -> tuple[str, str]:
         problem = problems.get(about or name)
-        return name, f"{problem.words}. Fix: {problem.fix}" if problem else words
+        return name, _with_fix(problem) if problem else words
 
     yield "profile", status.profile or "not known"
     if "params" in problems:
@@ -117,7 +125,7 @@ def _next_words(forecast: Forecast | None, is_running: bool) -> str:  # noqa: FB
 
 def _version_facts(status: WorkspaceStatus, problem: Problem | None) -> Iterator[tuple[str, str]]:
     if problem or status.versions is None:
-        yield "registry", f"{problem.words}. Fix: {problem.fix}" if problem else "not known without a profile"
+        yield "registry", _with_fix(problem) if problem else "not known without a profile"
         return
     by_alias = {target.alias: target for target in status.versions}
     for alias in ALIASES:
@@ -135,7 +143,7 @@ def _version_facts(status: WorkspaceStatus, problem: Problem | None) -> Iterator
 def _server_facts(status: WorkspaceStatus, problem: Problem | None) -> Iterator[tuple[str, str]]:
     view = status.prefect
     if problem:
-        yield "server", f"{problem.words}. Fix: {problem.fix}"
+        yield "server", _with_fix(problem)
     elif view is None:
         yield "server", "none; a run starts a temporary one. To start it: ropeway server"
     if view is None:

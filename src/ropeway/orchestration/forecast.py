@@ -111,10 +111,10 @@ def _forecast_stage(
 ) -> tuple[bool | None, list[str]]:
     if stage.frozen:
         return False, ["frozen in dvc.yaml"]
+    if stage.unread:  # first: dvc.lock has the stages of `foreach` under other names
+        return None, [f"not known: it uses {', '.join(stage.unread)} of dvc.yaml. `dvc status {stage.name}` tells"]
     if not known:
         return True, ["it has not run before"]
-    if stage.unread:
-        return None, [f"not known: it uses {', '.join(stage.unread)} of dvc.yaml. `dvc status {stage.name}` tells"]
     deps, outs = (_entries(known.get(kind)) for kind in ("deps", "outs"))
     reasons = ["runs always"] if stage.always else []
     if known.get("cmd") != stage.cmd:

@@ -284,8 +284,9 @@ def test_the_forecast_of_a_folder_compares_the_files_in_it(ran):
     assert reasons_of["side"] == ("its output side changed",)
 
 
-def test_what_the_forecast_does_not_evaluate_is_not_known_rather_than_unchanged(ran):
-    edit(ran, "dvc.yaml", "  side:\n    cmd: echo side", "  side:\n    wdir: .\n    cmd: echo side")
+@pytest.mark.parametrize("body", ["wdir: .\n    cmd: echo side", "cmd: echo ${own}"])
+def test_what_the_forecast_does_not_evaluate_is_not_known_rather_than_unchanged(ran, body):
+    edit(ran, "dvc.yaml", "  side:\n    cmd: echo side", f"  side:\n    {body}")
     found = {stage.name: stage.will_run for stage in forecast_run(ran, "tiny").stages}
     assert found["side"] is None
 
@@ -296,3 +297,10 @@ def test_a_forecast_of_large_files_compares_sizes_and_says_so(ran, monkeypatch):
     found = forecast_run(ran, "tiny")
     assert not any(stage.will_run for stage in found.stages)
     assert any("compared by size" in note for note in found.notes)
+
+
+def test_the_forecast_does_not_take_stages_of_foreach_for_new_ones(ran):
+    with (ran / "dvc.yaml").open("a") as file:
+        file.write("  many:\n    foreach: [a, b]\n    do:\n      cmd: echo ${item}\n")
+    found = {stage.name: stage.will_run for stage in forecast_run(ran, "tiny").stages}
+    assert found["many"] is None
