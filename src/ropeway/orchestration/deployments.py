@@ -31,15 +31,16 @@ def serve_flows(root: Path, *, cron: str | None = None, rehearse: bool = False) 
     """
     root = root.resolve()
     apply_settings(root)
+    url = persistent_server_url(root)
+    if url:  # Prefect reads it when it is imported, which `next_start` does
+        os.environ["PREFECT_API_URL"] = url
     at = (
         f"schedule: '{cron}' (UTC), next start {next_start(cron)}" if cron else "no schedule; set one with --cron (UTC)"
     )
-    url = persistent_server_url(root)
     if not url:
         raise TemporaryError(
             "no Prefect server is running for this workspace; start `ropeway server` in another terminal"
         )
-    os.environ["PREFECT_API_URL"] = url
     os.chdir(root)  # flow processes start in this folder
     from prefect import serve
 

@@ -334,7 +334,9 @@ def _ask_prefect(root: Path) -> PrefectView | None:
     url = persistent_server_url(root)
     if not url:
         return None
-    runs = _post(url, "flow_runs/filter", {"limit": _MAX_RUNS, "sort": "EXPECTED_START_TIME_DESC"})
+    begun = {"state": {"type": {"not_any_": ["SCHEDULED"]}}}  # a schedule has a hundred future runs
+    wanted = {"flow_runs": begun, "limit": _MAX_RUNS, "sort": "EXPECTED_START_TIME_DESC"}
+    runs = _post(url, "flow_runs/filter", wanted)
     deployments = _post(url, "deployments/filter", {"limit": 50})
     return PrefectView(
         url,
