@@ -201,12 +201,13 @@ def stop(message: str) -> None:
     sys.exit(64)
 
 
+def git(*words: str) -> str:
+    """Return what git prints in this checkout."""
+    return subprocess.run(["git", *words], cwd=PROJECT, check=True, capture_output=True, text=True).stdout.strip()
+
+
 def read_commit() -> str:
     """Return the commit of HEAD; print that uncommitted changes are not tested."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=PROJECT, check=True, capture_output=True, text=True).stdout.strip()
-
     if changes := git("status", "--porcelain").splitlines():
         print(f"fresh: not tested: {len(changes)} uncommitted changes", flush=True)
     return git("rev-parse", "HEAD")
@@ -223,7 +224,7 @@ def main() -> None:
     check_host(PROGRAMS, FREE_GIB)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     commit = read_commit()
-    packages = readme_packages((PROJECT / "README.md").read_text(encoding="utf-8"))
+    packages = readme_packages(git("show", f"{commit}:README.md"))
     with tempfile.TemporaryDirectory(prefix="ropeway-fresh-") as parent:
         machine = Machine(Path(parent) / "root", *package_settings())
         result = {"ok": False, "commit": commit, "suite": options.suite, "packages": packages}
