@@ -30,7 +30,7 @@ def init(root: Path, request: InitRequest, *, as_json: bool) -> None:
         }
         print(json.dumps(facts, indent=1, ensure_ascii=False))
         return
-    heads = ("source", "layout", "records", "refused", "tokens, median", "longest", "contains")
+    heads = ("source", "layout", "records", "refused", "median length", "longest", "contains")
     rows = [
         [format_number(value) for value in _describe_source(started, at).values()] for at in range(len(started.data))
     ]

@@ -39,7 +39,7 @@ def choose_profile(root: Path, name: str) -> None:
     if load_profile(path)[0] == name:
         return
     write_exact(path, select_profile(path, read_exact(path), name))
-    print(f"params.yaml: set `profile: {name}`", flush=True)
+    print(f"params.yaml: set `profile: {name}`; later commands use it, too", flush=True)
 
 
 def select_profile(path: Path, text: str, name: str) -> str:

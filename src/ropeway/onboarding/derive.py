@@ -156,7 +156,7 @@ def count_rows(
     return int(rows * (1 - share))
 
 
-def derive_batch(rows: int, machine: Machine, micro_batch: int, *, is_complete: bool) -> list[Entry]:
+def derive_batch(rows: int, machine: Machine, micro_batch: int, *, length: int, is_complete: bool) -> list[Entry]:
     """Return batch, epochs, warm-up and how often is validated and saved.
 
     Raises:
@@ -165,8 +165,8 @@ def derive_batch(rows: int, machine: Machine, micro_batch: int, *, is_complete: 
     smallest = micro_batch * machine.ranks
     if rows < smallest:
         raise ConfigError(
-            f"about {rows:,} training rows do not fill one step of {machine.ranks} ranks x {micro_batch}; name fewer "
-            "GPUs with --gpus, or add data"
+            f"about {rows:,} training rows of {length:,} tokens do not fill one step of {machine.ranks} ranks x "
+            f"{micro_batch}; add data, choose a smaller --context{', or fewer --gpus' if machine.gpus else ''}"
         )
     sizes = [size for size in (128, 64, 32, 16, 8, 4) if size % smallest == 0] or [smallest]
     size = next((one for one in sizes if rows // one >= _FEWEST_STEPS), sizes[-1])
@@ -214,7 +214,8 @@ def derive_evaluation(length: int, held_out: int, base: BaseFindings, machine: M
             },
             "long_context": long_context if length >= _LONG_QUESTION else None,
         },
-        "up to twice max_length" + (f"; the base reaches {base.context:,}" if base.context else ""),
+        f"up to twice max_length; a passkey's question needs {_QUESTION}"
+        + (f"; the base reaches {base.context:,}" if base.context else ""),
     )
 
 

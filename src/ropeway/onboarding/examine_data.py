@@ -1,9 +1,10 @@
 """Find out what files hold: the layout of records, their columns, what would be refused or dropped. Reads a sample."""
 
 import glob
+import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -97,13 +98,7 @@ def examine_data(path: str, root: Path, taken: frozenset[str] = frozenset()) -> 
     tried = [(_read(source, root, _TRIED), source) for source in candidates]
     best, source = max(tried, key=lambda pair: pair[0].used, default=(_Sample(), None))
     if source is None or not best.records:
-        reasons = Counter(reason for sample, _ in tried for reason in sample.refused)
-        shown = "; ".join(reason for reason, _ in reasons.most_common(3))
-        fields = ", ".join(_first_object(patterns, root)) or "no fields"
-        raise ConfigError(
-            f"--data {path}: no layout of records fits: the first record has {fields} ({shown or 'no records'}). Known "
-            f"are {', '.join(ROW_KINDS)} (docs/sources.md); rename fields, or write the source with `columns` yourself"
-        )
+        raise _no_layout(path, _first_object(patterns, root), [dict(sample.refused) for sample, _ in tried])
     whole = _read(source, root, MOST_RECORDS, raises=True)
     stated = source.model_dump() | {"ignored_keys": sorted(whole.ignored)}
     names = ("kind", "paths", "rows", "columns", "expected_rows", *(["ignored_keys"] if whole.ignored else []))
@@ -121,6 +116,29 @@ def examine_data(path: str, root: Path, taken: frozenset[str] = frozenset()) -> 
     )
 
 
+def _no_layout(path: str, fields: Mapping[str, object], refused: Sequence[Mapping[str, int]]) -> ConfigError:
+    """Return the error of a file that no layout reads.
+
+    Args:
+        path: The file or folder.
+        fields: Fields of its first records.
+        refused: Reason -> records of each layout that was tried; those that look likely first.
+    """
+    likely = [reasons for reasons in refused[: len(refused) - len(ROW_KINDS)] if reasons]
+    common = [reason for reason in refused[0] if all(reason in reasons for reasons in refused)] if refused else []
+    reasons = "; ".join([*likely[0]] if likely else common) or "none has the fields that one needs"
+    texts = [name for name, value in fields.items() if isinstance(value, str)]
+    columns = dict(zip(("prompt", "completion"), texts, strict=False)) if len(texts) > 1 else {"text": "a field"}
+    rows = "prompt_completion" if len(texts) > 1 else "text"
+    shown = ", ".join(json.dumps(name, ensure_ascii=False) for name in fields) or "no fields"
+    return ConfigError(
+        f"--data {path}: no layout of records fits ({reasons}). The first records have the fields {shown}; known are "
+        "messages or conversations, question or prompt with answer or completion, instruction with output, and text. "
+        f"Rename the fields, or write the source yourself, e.g. with `rows: {rows}` and `columns: "
+        f"{json.dumps(columns, ensure_ascii=False)}`: docs/sources.md"
+    )
+
+
 def _find_patterns(path: str, root: Path) -> tuple[list[str], dict[str, int]]:
     """Return the patterns for `paths`, and suffix -> files of a folder that they leave out.
 
@@ -132,6 +150,8 @@ def _find_patterns(path: str, root: Path) -> tuple[list[str], dict[str, int]]:
         )
     place = Path(path).expanduser()
     place = place if place.is_absolute() else Path.cwd() / place
+    if not place.exists() and not glob.glob(str(place), recursive=True):  # noqa: PTH207 - patterns of any kind
+        raise ConfigError(f"--data {path}: no such file or folder, and no file matches it as a pattern")
     where = os.path.normpath(place)
     shown = os.path.relpath(where, root) if Path(where).is_relative_to(root) else where
     if place.exists():  # else it is a pattern

@@ -213,7 +213,7 @@ def _derive(root: Path, request: InitRequest, data: Sequence[DataFindings], meas
     card = _card_entry(path, request, base)
     micro_batch, machine = _choose_micro_batch(root, request, [*entries, card], rows)
     is_complete = all(one.is_complete for one in data)
-    entries += [*machine, *derive_batch(rows, request.machine, micro_batch, is_complete=is_complete)]
+    entries += [*machine, *derive_batch(rows, request.machine, micro_batch, length=length, is_complete=is_complete)]
     held_out = int(sum(int(one.tokens.sum()) for one in measured.lengths.values()) * _HELD_OUT)
     entries += [derive_evaluation(length, held_out, base, request.machine), *derive_gate(request.machine), card]
     return entries
@@ -411,7 +411,10 @@ def _open_points(profile: Profile, data: Sequence[DataFindings], measured: Measu
             points.append(f"sources.{one.name}.ignored_keys: these fields are not read: {listed}")
         if one.not_read:
             listed = ", ".join(f"{count:,} with {suffix}" for suffix, count in one.not_read.items())
-            points.append(f"{where}: files of the folder that are not read: {listed}")
+            points.append(
+                f"{where}: files of the folder that are not read: {listed}; a source has files of one kind, so name "
+                "others that you want with another --data"
+            )
         for words, reasons in (
             ("are refused", one.refused),
             ("cannot be written in the template", measured.unwritable[one.name]),

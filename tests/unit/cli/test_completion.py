@@ -11,6 +11,7 @@ import pytest
 from ropeway.cli import completion
 from ropeway.config.load_params import load_profiles
 from ropeway.config.stages import STAGES
+from tests.support.shipped_params import read_shipped_params
 
 ROOT = Path(__file__).parents[3]
 COMPLETERS = [getattr(completion, name) for name in vars(completion) if name.startswith("complete_")]
@@ -21,8 +22,8 @@ COMPLETERS.remove(completion.complete_split_words)
 def root(tmp_path, monkeypatch):
     """A workspace with one version and one alias, as files alone."""
     monkeypatch.delenv("ROPEWAY_REGISTRY", raising=False)
-    for name in ("params.yaml", "dvc.yaml"):
-        shutil.copy(ROOT / name, tmp_path)
+    shutil.copy(ROOT / "dvc.yaml", tmp_path)
+    (tmp_path / "params.yaml").write_text(read_shipped_params(), encoding="utf-8")
     model = tmp_path / "registry" / "models" / "laptop"
     for name in ("versions/00000012.json", "aliases/candidate/00000001.json"):
         (model / name).parent.mkdir(parents=True)

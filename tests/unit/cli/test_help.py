@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from ropeway.cli.main import app
 from ropeway.storage import open_store
 from tests.support.registry_world import make_package, put
+from tests.support.shipped_params import read_shipped_params
 
 WITHOUT_JSON = {
     "params schema": "prints JSON",
@@ -22,6 +23,7 @@ WITHOUT_JSON = {
 }
 # Commands that need a model, a run or a terminal: the module whose tests parse their output.
 PARSED_ELSEWHERE = {
+    "rehearse": "tests/pipeline/test_rehearse.py",
     "run": "tests/pipeline/test_flow_retrain.py",
     "init": "tests/unit/onboarding/test_start.py",
     "plan": "tests/unit/planning/test_plan.py",
@@ -100,8 +102,8 @@ def run_examples(tmp_path, monkeypatch):
     monkeypatch.setenv("ROPEWAY_REGISTRY", (tmp_path / "registry").as_uri())
     for name in ("ROPEWAY_TRUSTED_KEYS", "ROPEWAY_SIGNING_KEY", "PREFECT_API_URL"):
         monkeypatch.delenv(name, raising=False)
-    for name in ("params.yaml", "dvc.yaml"):
-        shutil.copy(ROOT / name, tmp_path)
+    shutil.copy(ROOT / "dvc.yaml", tmp_path)
+    (tmp_path / "params.yaml").write_text(read_shipped_params(), encoding="utf-8")
     put(open_store((tmp_path / "registry").as_uri()), make_package(tmp_path / "package"), name="tiny")
 
     def run(*options):
@@ -150,5 +152,5 @@ main.main()
 
 def test_run_prints_its_first_line_before_it_imports_what_takes_long():
     done = subprocess.run([sys.executable, "-c", FIRST_LINE], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("laptop: starting.")
+    assert done.stdout.startswith("smollm2: starting.")
     assert done.stdout.endswith(" []\n")

@@ -71,7 +71,7 @@ def test_an_unknown_key_is_refused_with_those_that_are_like_it(key, near):
 
 def test_two_profiles_are_compared_value_by_value(ask):
     found = ask("diff", "laptop", "smollm2")
-    assert found["learning_rate"] == {"laptop": 2e-3, "smollm2": 1e-4}
+    assert found["learning_rate"] == {"laptop": 2e-3, "smollm2": 1e-3}
     assert found["package.dtype"] == {"laptop": "fp32", "smollm2": "bf16"}
     assert "package.max_shard_bytes" not in found
     assert ask("diff", "laptop", f"{ROOT}/params.yaml:laptop") == {}

@@ -11,6 +11,7 @@ from ropeway.config.load_params import load_profiles
 from ropeway.runtime.errors import ConfigError, NotFoundError, RegistryError
 from ropeway.storage import open_store
 from tests.support.registry_world import make_package, move, put
+from tests.support.shipped_params import read_shipped_params
 
 ROOT = Path(__file__).parents[3]
 
@@ -19,8 +20,8 @@ ROOT = Path(__file__).parents[3]
 def workspace(tmp_path_factory):
     """A workspace with one version, which is a candidate; only read."""
     root = tmp_path_factory.mktemp("workspace")
-    for name in ("params.yaml", "dvc.yaml"):
-        shutil.copy(ROOT / name, root)
+    shutil.copy(ROOT / "dvc.yaml", root)
+    (root / "params.yaml").write_text(read_shipped_params(), encoding="utf-8")
     store = open_store((root / "registry").as_uri())
     move(store, put(store, make_package(root / "package")).digest)
     return root

@@ -97,7 +97,7 @@ def test_rows_are_those_of_packing_or_one_per_sequence():
     ],
 )
 def test_a_batch_is_divided_by_the_ranks_and_gives_enough_steps(rows, machine, micro, size, epochs):
-    found = {one.key: one.value for one in derive_batch(rows, machine, micro, is_complete=True)}
+    found = {one.key: one.value for one in derive_batch(rows, machine, micro, length=512, is_complete=True)}
     assert found["global_batch_size"] == size
     assert size % (micro * machine.ranks) == 0
     assert found.get("num_train_epochs") == epochs
@@ -106,7 +106,7 @@ def test_a_batch_is_divided_by_the_ranks_and_gives_enough_steps(rows, machine, m
 
 def test_fewer_rows_than_ranks_are_refused():
     with pytest.raises(ConfigError, match="do not fill one step of 8 ranks"):
-        derive_batch(7, GPUS, 1, is_complete=True)
+        derive_batch(7, GPUS, 1, length=512, is_complete=True)
 
 
 def test_evaluation_asks_within_and_beyond_the_row_and_within_what_is_held_out():

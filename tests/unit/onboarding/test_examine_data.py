@@ -126,16 +126,16 @@ def test_names_of_sources_differ(write, tmp_path):
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda write, _: write("a.jsonl", {"a": 1, "b": [2]}), "the first record has a, b"),
+        (lambda write, _: write("a.jsonl", {"a": 1, "b": [2]}), 'the fields "a", "b"'),
         (
             lambda write, _: write("a.jsonl", {"messages": [{"role": "User", "content": "Hi"}], "ticket": "T1"}),
             "'User'",
         ),
-        (lambda write, _: write("a.jsonl", {"foo": 1, "bar": "x"}), "the first record has foo, bar"),
+        (lambda write, _: write("a.jsonl", {"foo": 1, "bar": "x"}), 'the fields "foo", "bar"'),
         (lambda write, _: write("a.jsonl", {"chosen": [HI, HELLO], "rejected": [HI, HELLO]}), "preferences"),
         (lambda _, root: (root / "a.csv").write_text("prompt;completion\na;b\n") and "a.csv", "no layout"),
         (lambda _, root: (root / "empty").mkdir() or "empty", "found no files"),
-        (lambda _, __: "nothing.jsonl", "matches no file"),
+        (lambda _, __: "nothing.jsonl", "no such file or folder"),
         (lambda _, __: "https://example.org/a.jsonl", "addresses are not looked at"),
         (lambda write, _: write("a.xlsx", {"text": "x"}), "export its table"),
         (lambda write, _: write("a.jsonl"), "0 records"),

@@ -86,7 +86,7 @@ def test_from_scratch_the_vocabulary_is_what_the_text_gives(root):
         ({"base": "scratch", "lora": True}, "--lora"),
         ({"machine": Machine(64, 64, 80.0)}, "do not fill one step of 64 ranks"),
         ({"base": "nowhere"}, "--base nowhere: expected a folder"),
-        ({"data": ["nothing.jsonl"]}, "matches no file"),
+        ({"data": ["nothing.jsonl"]}, "no such file or folder"),
         ({"machine": Machine(2, 2, 0.6)}, "does not fit 2 GPUs"),
     ],
 )

@@ -22,6 +22,7 @@ from ropeway.runtime.lock import workspace_lock
 from ropeway.runtime.manifest import write_json
 from ropeway.runtime.workspace import Workspace
 from tests.support.registry_world import make_package
+from tests.support.shipped_params import read_shipped_params
 
 ROOT = Path(__file__).parents[3]
 
@@ -33,8 +34,8 @@ def root(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     root = tmp_path / "workspace"
     root.mkdir()
-    for name in ("params.yaml", "dvc.yaml"):
-        shutil.copy(ROOT / name, root)
+    shutil.copy(ROOT / "dvc.yaml", root)
+    (root / "params.yaml").write_text(read_shipped_params(), encoding="utf-8")
     shutil.copytree(ROOT / "configs", root / "configs")
     monkeypatch.chdir(root)
     return root
