@@ -42,7 +42,11 @@ def init(root: Path, request: InitRequest, *, as_json: bool) -> None:
     show(f"The first sequence{more}; ⟦supervised⟧, │ between tokens:", _draw_sample(started), "")
     if started.open_points:
         show(Text("To check", style="bold"), *(f"- {one}" for one in started.open_points), "")
-    show(f"params.yaml: profile {request.name} added and selected.", Command("ropeway run", "next:"))
+    show(
+        f"params.yaml: profile {request.name} added and selected.",
+        Command(f'git commit -m "Profile {request.name}" params.yaml', "next:"),
+        Command("ropeway run", "then:"),
+    )
 
 
 def _draw_sample(started: Started) -> Text:

@@ -508,6 +508,7 @@ def server(
 @app.command()
 def doctor(
     *,
+    profile: ProfileOption = None,
     as_json: JsonOption = False,
     fix: Annotated[bool, typer.Option("--fix", help="Create the DVC remote and turn on its verification.")] = False,
     remote: Annotated[str | None, typer.Option(help="With --fix: URL or folder of the DVC remote to create.")] = None,
@@ -518,7 +519,7 @@ def doctor(
     root = find_root()
     for words in fix_remote(root, remote) if fix else ():
         typer.echo(words, err=True)
-    findings = run_checks(root)
+    findings = run_checks(root, profile)
     if as_json:
         typer.echo(json.dumps([asdict(finding) for finding in findings], indent=1))
     else:

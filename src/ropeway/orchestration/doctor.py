@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Literal
 
 from ropeway.config.load_params import load_profile
+from ropeway.config.stages import READS
 from ropeway.orchestration import dvc_graph as graph
 from ropeway.orchestration.cleanup import format_sizes
 from ropeway.orchestration.prefect_server import DEFAULT_PORT, find_server, is_answering, is_free
+from ropeway.orchestration.stage_process import base_identity
 from ropeway.planning.plan import plan_run
 from ropeway.runtime.devices import count_ranks, detect_gpus, list_gpus
 from ropeway.runtime.errors import ConfigError, RopewayError
@@ -47,11 +49,15 @@ class Finding:
     fix: str = ""
 
 
-def run_checks(root: Path) -> list[Finding]:
-    """Return every finding, in the order in which a run would meet it."""
+def run_checks(root: Path, profile: str | None = None) -> list[Finding]:
+    """Return every finding, in the order in which a run of a profile (None: the selected one) would meet it."""
+    root = root.resolve()
     machine = (_python, _compiler, _shared_memory, _libraries, _gpus)
-    looks = (*machine, _params, _disk, _use, _git, _remote, _registry, _prefect, _port, _wandb)
-    return [finding for look in looks for finding in _safely(look, root.resolve())]
+    of_profile = (_params, _precision, _base, _disk)
+    findings = [finding for look in machine for finding in _safely(look, root)]
+    findings += [finding for look in of_profile for finding in _safely(look, root, profile)]
+    looks = (_use, _git, _remote, _registry, _prefect, _port, _wandb)
+    return findings + [finding for look in looks for finding in _safely(look, root)]
 
 
 def fix_remote(root: Path, remote: str | None) -> list[str]:
@@ -92,12 +98,12 @@ def print_findings(findings: list[Finding]) -> None:
     show("", f"{format_count(wrong, 'thing')} to fix before a run" if wrong else "nothing to fix before a run")
 
 
-def _safely(look: Callable[[Path], Iterator[Finding]], root: Path) -> Iterator[Finding]:
+def _safely(look: Callable[..., Iterator[Finding]], root: Path, *more: str | None) -> Iterator[Finding]:
     """Yield a look's findings; an error of ours is a finding too, and its message holds the remedy."""
     try:
-        yield from look(root)
+        yield from look(root, *more)
     except RopewayError as error:
-        yield Finding(look.__name__.strip("_").replace("_", " "), "wrong", str(error), "as it says")
+        yield Finding(look.__name__.strip("_").replace("_", " "), "wrong", str(error))
 
 
 def _python(_root: Path) -> Iterator[Finding]:
@@ -156,15 +162,31 @@ def _gpus(_root: Path) -> Iterator[Finding]:
         yield Finding("GPUs", "ok", f"none: training uses {format_count(count_ranks(), 'rank')} on the CPU")
 
 
-def _params(root: Path) -> Iterator[Finding]:
-    name, _ = load_profile(root / "params.yaml")
+def _params(root: Path, profile: str | None) -> Iterator[Finding]:
+    name, _ = load_profile(root / "params.yaml", profile)
     yield Finding("params", "ok", f"profile {name}")
 
 
-def _disk(root: Path) -> Iterator[Finding]:
-    name, profile = load_profile(root / "params.yaml")
+def _precision(root: Path, profile: str | None) -> Iterator[Finding]:
+    _, chosen = load_profile(root / "params.yaml", profile)
+    if chosen.dtype == "fp16" and not list_gpus():
+        fix = "run it on a machine with GPUs, or set dtype: bf16; `ropeway rehearse` tries its stages here"
+        yield Finding("precision", "wrong", "the profile trains in fp16, which a CPU cannot", fix)
+    else:
+        yield Finding("precision", "ok", chosen.dtype)
+
+
+def _base(root: Path, profile: str | None) -> Iterator[Finding]:
+    _, chosen = load_profile(root / "params.yaml", profile)
+    base_identity(chosen.reading(READS["base"]), root)
+    name = "a new model" if chosen.base.kind == "scratch" else chosen.model_name
+    yield Finding("base", "ok", f"{name} ({chosen.base.kind})")
+
+
+def _disk(root: Path, profile: str | None) -> Iterator[Finding]:
+    name, chosen = load_profile(root / "params.yaml", profile)
     free = shutil.disk_usage(root).free
-    needed = plan_run(Workspace(root, name), profile, ranks=count_ranks()).disk_bytes
+    needed = plan_run(Workspace(root, name), chosen, ranks=count_ranks()).disk_bytes
     words = f"{free / _GIB:,.1f} GiB free; a complete run of {name} needs {needed / _GIB:,.1f} GiB"
     if free < needed:
         fix = "free some, or lower save_total_limit; `ropeway plan` has the parts"

@@ -36,6 +36,7 @@ from ropeway.runtime.manifest import digest_of
 from ropeway.runtime.workspace import Workspace
 
 EXIT_SECONDS = 15.0
+_SHOWN = 5  # files in a message
 _STATES = {"ran": "Completed", "restored": "Restored", "unchanged": "Unchanged"}
 STEPS = ("pull", "freeze_inputs", "make_plan", "rehearse", "run_stages", "publish", "push", "ask_review")
 ASKED = ("rehearse",)  # steps that a run has only if it was asked for them
@@ -158,6 +159,12 @@ class PipelineRun:
         if any(plan.will_run for plan in self._plans if not plan.refreshes):
             check_publishing(self.workspace)
             _show_budget(self.display, self.workspace, self._params)
+            if self._revision.dirty:
+                print(
+                    f"uncommitted: {', '.join(self._revision.dirty[:_SHOWN])}; the version can be registered, but not "
+                    "approved for production. Commit before a run that is to be approved",
+                    flush=True,
+                )
 
     def rehearse(self) -> None:
         """Run the pipeline on a few records first, if a stage that takes long will run.

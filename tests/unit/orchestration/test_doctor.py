@@ -156,3 +156,14 @@ def test_a_taken_port_and_the_mode_of_wandb_are_reported(monkeypatch):
         code, found = look("ports")
     assert (code, found["state"]) == (0, "note")
     assert look("W&B")[1]["words"].startswith("off")
+
+
+@pytest.mark.usefixtures("root")
+def test_what_stops_the_published_run_here_is_found_before_it_is_selected(monkeypatch):
+    monkeypatch.setattr("ropeway.orchestration.doctor.list_gpus", list)
+    done = CliRunner().invoke(app, ["doctor", "--profile", "llama2_13b_orca_8k", "--json"])
+    found = {one["about"]: one for one in json.loads(done.stdout)}
+    assert done.exit_code == ConfigError.exit_code
+    assert (found["precision"]["state"], found["base"]["state"]) == ("wrong", "wrong")
+    assert "model_name /mnt/data/llama2/Llama-2-13b-hf/ is not a folder" in found["base"]["words"]
+    assert "llama2_13b_orca_8k" in found["params"]["words"]
