@@ -179,6 +179,9 @@ def init(  # noqa: PLR0913 - a command's options
     as_json: JsonOption = False,
 ) -> None:
     """Look at data, base and machine, and add a profile to params.yaml in which every derived value says why."""
+    from ropeway.onboarding.profile_name import check_profile_name
+
+    check_profile_name(find_root() / "params.yaml", name)  # before the imports, which take seconds
     from ropeway.cli.init_output import init as run_init
     from ropeway.onboarding.derive import Machine
     from ropeway.onboarding.start import InitRequest
@@ -251,12 +254,14 @@ def plan(  # noqa: PLR0913 - a command's options
         return
     from ropeway.engine_rehearsal.compare import describe_rehearsal, read_and_rehearse
 
+    if not as_json:
+        typer.echo(describe_plan(planned))
+        typer.echo("\nthe engine rehearses two steps of the first and the last rank: minutes for 40 layers", err=True)
     results = read_and_rehearse(workspace.root, chosen, ranks=ranks)
     if as_json:
         facts = {**json.loads(planned.as_json()), "engine": [asdict(result) for result in results]}
         typer.echo(json.dumps(facts, indent=1, sort_keys=True))
         return
-    typer.echo(describe_plan(planned))
     typer.echo("\n" + describe_rehearsal(results))
 
 

@@ -6,13 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from ruamel.yaml import YAML
 
 from ropeway.config.frozen import read_texts
-from ropeway.config.load_params import list_presets, load_profiles, read_block, resolve_preset
+from ropeway.config.load_params import load_profiles, read_block, resolve_preset
 from ropeway.config.params import Profile
-from ropeway.config.presets import SECTION
-from ropeway.config.sections import PROFILE_NAME, ScratchBase
+from ropeway.config.sections import ScratchBase
 from ropeway.config.zero import read_zero
 from ropeway.data.loss_mask import loss_masks
 from ropeway.data.raw_records import iterate_texts
@@ -35,6 +33,7 @@ from ropeway.onboarding.derive import (
 )
 from ropeway.onboarding.examine_base import BaseFindings, examine_base, open_encoder
 from ropeway.onboarding.examine_data import DataFindings, examine_data
+from ropeway.onboarding.profile_name import check_profile_name
 from ropeway.onboarding.write_profile import add_profile, render_profile
 from ropeway.planning.budget import check_fit
 from ropeway.planning.measure import measure_cpu, measure_disk
@@ -251,15 +250,8 @@ def _check_request(path: Path, request: InitRequest) -> InitRequest:
     Raises:
         ConfigError: The name cannot be a profile's or is in use, or options exclude each other.
     """
-    if not PROFILE_NAME.fullmatch(request.name):
-        raise ConfigError(f"{request.name!r}: expected a profile name of A-Z a-z 0-9 . _ -, e.g. my_model")
-    if request.name in ("profile", SECTION) or not isinstance(YAML(typ="safe", pure=True).load(request.name), str):
-        raise ConfigError(f"{request.name!r}: YAML or params.yaml reads this as something else; choose another name")
+    check_profile_name(path, request.name)
     profiles = load_profiles(path)[1]
-    if request.name in list_presets(path):
-        raise ConfigError(f"{request.name!r} is the name of a preset; choose another name")
-    if request.name in profiles:
-        raise ConfigError(f"{path}: there is a profile '{request.name}'; choose another name, or remove its block")
     if request.base in profiles and isinstance(profiles[request.base].base, ScratchBase):
         request = replace(request, base="scratch")
     if request.is_scratch and request.lora:
