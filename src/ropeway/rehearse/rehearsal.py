@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ropeway.config.load_params import load_profile
-from ropeway.orchestration.dvc_stage import Site, run_command
+from ropeway.orchestration.dvc_stage import Site, log_path, run_command
 from ropeway.rehearse.rehearse_steps import (
     MARK,
     STATE,
@@ -105,7 +105,7 @@ def rehearse(
         write_json(folder / ".work" / REQUEST, asdict(request))
         code, lines = _run(folder, held, write_line)
         state = read_state(folder / ".work" / STATE)
-        failure = _explain(state, code, lines) if code else None
+        failure = _explain(state, code, lines, log_path(folder, _STEP)) if code else None
         kept = keep or failure is not None
         if not kept:
             shutil.rmtree(folder)
@@ -138,9 +138,12 @@ def _run(folder: Path, held: HeldLock, write_line: Callable[[str], None]) -> tup
     return run_command(site, _STEP, command, show)
 
 
-def _explain(state: RehearsalState, code: int, lines: list[str]) -> RopewayError:
+def _explain(state: RehearsalState, code: int, lines: list[str], log: Path) -> RopewayError:
     """Return the error that a real run would have ended with."""
     error = state.error or {"kind": "", "code": code, "message": ""}
     kind = _NAMED.get(str(error["kind"])) or _CLASSES.get(int(error["code"]), RopewayError)
-    message = str(error["message"]) or f"ended with exit code {error['code']}; last lines:\n{last_lines(lines)}"
-    return kind(message)
+    where = f"stage {state.stage} of a real run" if state.stage else "the rehearsal"
+    if error["message"]:
+        return kind(f"{where} would fail: {error['message']}\n  full log: {log}")
+    how = f"{where} would end with exit code {error['code']}"
+    return kind(f"{how}; last lines:\n{last_lines(lines)}\n  full log: {log}")

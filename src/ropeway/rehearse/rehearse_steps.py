@@ -23,7 +23,7 @@ from ropeway.config.params import Profile
 from ropeway.config.stages import READS
 from ropeway.config.zero import read_zero
 from ropeway.orchestration.publish import publish_package
-from ropeway.orchestration.revision import read_revision
+from ropeway.orchestration.revision import Revision
 from ropeway.orchestration.stage_process import execute_stage, template_files, write_identity
 from ropeway.planning.plan import check_memory
 from ropeway.rehearse.preflight import is_for_other_machine, list_checks, plan_ranks
@@ -320,7 +320,6 @@ def _isolate_environment(run: _Rehearsal) -> None:
         "ROPEWAY_REGISTRY": (run.folder / "registry").as_uri(),
         "ROPEWAY_CACHE": str(run.folder / "cache"),
         "WANDB_MODE": "disabled",
-        "GIT_OPTIONAL_LOCKS": "0",  # `git diff` would write the index of the real workspace
         "ROPEWAY_TOKENIZE_WORKERS": "1",
     }
     os.chdir(run.folder)
@@ -362,9 +361,9 @@ def _describe(run: _Rehearsal, name: str) -> str:
 
 
 def _publish(run: _Rehearsal) -> str:
-    """Publish to the rehearsal's own registry."""
+    """Publish to the rehearsal's registry, without a revision: `git diff` would write the real workspace's index."""
     profile = load_profile(run.folder / "params.yaml")[1]
-    done = publish_package(run.workspace, profile, read_revision(run.root), lambda _champion, _sections: None)
+    done = publish_package(run.workspace, profile, Revision(None, ()), lambda _champion, _sections: None)
     run.recorder.state.version = done.version
     return f"{done.version} in a registry of its own"
 
@@ -384,6 +383,10 @@ def read_state(path: Path) -> RehearsalState:
 
 
 def last_lines(lines: Sequence[str]) -> str:
-    """Return the end of a log, indented, without the rehearsal's own lines."""
-    kept = [line for line in lines if not line.startswith(MARK)]
-    return "\n".join(f"    {line}" for line in kept)
+    r"""Return the end of a log, indented, from the rehearsal's own last line on.
+
+    >>> last_lines(["old", f"{MARK}prepare 0.1 s", "epoch 0", "rank 0: no"])
+    '    epoch 0\n    rank 0: no'
+    """
+    own = [at for at, line in enumerate(lines) if line.startswith(MARK)]
+    return "\n".join(f"    {line}" for line in lines[own[-1] + 1 if own else 0 :])
