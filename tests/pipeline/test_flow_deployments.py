@@ -84,6 +84,11 @@ def test_serve_enables_the_schedule_only_with_cron():
     assert [(each.schedule.cron, each.active) for each in schedules] == [("0 3 * * *", False), ("0 5 * * 1", True)]
 
 
+def test_served_runs_rehearse_first_if_asked():
+    asked = [build_deployments(ROOT, rehearse=rehearse)[0].parameters["rehearse"] for rehearse in (False, True)]
+    assert asked == [False, True]
+
+
 def test_the_next_start_is_printed_in_utc_and_local_time_and_a_bad_cron_is_refused(monkeypatch):
     monkeypatch.setenv("TZ", "Asia/Kolkata")
     time.tzset()
