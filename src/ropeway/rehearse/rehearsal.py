@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ropeway.config.load_params import load_profile
-from ropeway.orchestration.dvc_stage import Site, log_path, run_command
+from ropeway.orchestration.dvc_stage import Site, run_command
 from ropeway.rehearse.rehearse_steps import (
     MARK,
     STATE,
@@ -24,6 +24,7 @@ from ropeway.runtime.devices import CPU_RANKS, count_local_ranks, count_ranks, l
 from ropeway.runtime.errors import ConfigError, DataError, RopewayError, TemporaryError, TrainingError
 from ropeway.runtime.lock import HeldLock, workspace_lock
 from ropeway.runtime.manifest import write_json
+from ropeway.runtime.stage_log import log_path
 from ropeway.runtime.workspace import Workspace
 
 REQUEST = "rehearsal-request.json"
