@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # uv installs no bytecode files. The first import of a module writes them, so later processes do not compile it again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup lock run test test-unit test-slow test-loaders test-lm-eval test-families test-floors test-browser test-docs test-fresh test-image check docs ui chaos bench bench-packing bench-plan bench-start bench-prepare bench-evaluate bench-registry bench-engine bench-train bench-checkpoint bench-opening bench-templates bench-gpu test-gpu chaos-registry clean
+.PHONY: help setup lock run test test-unit test-slow test-loaders test-lm-eval test-families test-floors test-browser test-docs test-fresh test-image check docs ui chaos bench bench-packing bench-plan bench-start bench-prepare bench-evaluate bench-registry bench-engine bench-train bench-checkpoint bench-opening bench-templates bench-gpu bench-gpu-dry test-gpu chaos-registry clean
 .DEFAULT_GOAL := help
 
 help:
@@ -29,7 +29,7 @@ help:
 	@echo "make check   run ruff, mypy and the import contracts"
 	@echo "make bench   run the benchmarks, one JSON line each (bench-train and bench-prepare take minutes)"
 	@echo "make chaos KILLS=100 [ASYNC_SAVE=1]   kill a training at random times and compare the final bytes"
-	@echo "make bench-gpu   the first half hour with a GPU: one JSON and one page (ARGUMENTS=--rehearse runs it on a CPU)"
+	@echo "make bench-gpu   the first half hour with a GPU: one JSON and one page (make bench-gpu-dry runs it on a CPU)"
 	@echo "make test-gpu    the tests that need a GPU"
 	@echo "make bench-registry, make chaos-registry KILLS=30   test the registry on S3 (starts a server on loopback)"
 	@echo "make setup   install the environment (EXTRAS=eval adds lm-evaluation-harness)"
@@ -185,9 +185,12 @@ bench-templates: $(VENV)/.ready-run
 bench-opening: $(VENV)/.ready-run
 	$(BIN)/python -m benchmarks.opening $(ARGUMENTS)
 
-# ARGUMENTS=--rehearse runs every part on a CPU, without flash and Liger kernels.
+# bench-gpu-dry runs every part on a CPU, without flash and Liger kernels.
 bench-gpu: $(VENV)/.ready-run
 	$(BIN)/python -m benchmarks.gpu $(ARGUMENTS)
+
+bench-gpu-dry: $(VENV)/.ready-run
+	$(BIN)/python -m benchmarks.gpu --dry $(ARGUMENTS)
 
 test-gpu: $(VENV)/.ready-test
 	$(BIN)/pytest -q -m gpu tests/gpu

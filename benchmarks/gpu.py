@@ -1,9 +1,9 @@
 """The first half hour with a GPU, in one command: kernels, engine, training, memory and speed; one JSON and one page.
 
-    python -m benchmarks.gpu [--rehearse] [--folder build/bench-gpu] [--only PART …] [--again] [--minutes 12]
+    python -m benchmarks.gpu [--dry] [--folder build/bench-gpu] [--only PART …] [--again] [--minutes 12]
 
 Each part (`gpu_parts.py`) runs in a process of its own and writes its result at once; the same command continues with
-the parts that have none. It needs no network, no DVC and no CUDA compiler. `--rehearse` runs every part on the CPU
+the parts that have none. It needs no network, no DVC and no CUDA compiler. `--dry` runs every part on the CPU
 with small shapes; only flash kernels, Liger and CUDA's own figures then run for the first time on the GPU. Its figures
 mean nothing.
 """
@@ -34,13 +34,13 @@ PARTS = {
 Result = dict[str, Any]
 
 
-def run_part(name: str, folder: Path, *, rehearse: bool, seconds: float) -> Result:
+def run_part(name: str, folder: Path, *, is_dry: bool, seconds: float) -> Result:
     """Run one part in its own process; return its result, which is also written to `folder`."""
     target = folder / f"{name}.json"
-    scale = "small" if rehearse else "full"
+    scale = "small" if is_dry else "full"
     command = [sys.executable, "-m", "benchmarks.gpu_parts", name, scale, str(target)]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}", "HF_HUB_OFFLINE": "1"}
-    if rehearse:
+    if is_dry:
         environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     began = time.monotonic()
     with (folder / f"{name}.log").open("wb") as log:
@@ -65,9 +65,9 @@ def load_results(folder: Path) -> dict[str, Result]:
     return {name: result for name, result in found.items() if "failed" not in result and "skipped" not in result}
 
 
-def describe(results: Mapping[str, Result], *, rehearse: bool) -> str:
+def describe(results: Mapping[str, Result], *, is_dry: bool) -> str:
     """Return the results as Markdown."""
-    lines = ["# GPU bench" + (" (rehearsal on a CPU: the figures mean nothing)" if rehearse else "")]
+    lines = ["# GPU bench" + (" (dry run on a CPU: the figures mean nothing)" if is_dry else "")]
     for name, result in results.items():
         lines += ["", f"## {name.replace('_', ' ')} ({result.get('seconds', 0)} s)", ""]
         if "failed" in result:
@@ -104,13 +104,13 @@ def _text(value: object) -> str:
     return "" if value is None else str(value)
 
 
-def write(folder: Path, results: Mapping[str, Result], *, rehearse: bool) -> None:
+def write(folder: Path, results: Mapping[str, Result], *, is_dry: bool) -> None:
     """Write gpu.json and gpu.md."""
     ordered = {name: results[name] for name in PARTS if name in results}
-    document = {"bench": "gpu", "rehearsal": rehearse, "parts": ordered}
+    document = {"bench": "gpu", "dry": is_dry, "parts": ordered}
     for name, text in (
         ("gpu.json", json.dumps(document, indent=1) + "\n"),
-        ("gpu.md", describe(ordered, rehearse=rehearse)),
+        ("gpu.md", describe(ordered, is_dry=is_dry)),
     ):
         draft = folder / f".{name}"
         draft.write_text(text)
@@ -120,13 +120,13 @@ def write(folder: Path, results: Mapping[str, Result], *, rehearse: bool) -> Non
 def main() -> int:
     """Run the parts without a result; return 1 if one failed or had no time."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rehearse", action="store_true", help="run every part on the CPU with small shapes")
-    parser.add_argument("--folder", type=Path, help="default: build/bench-gpu, or build/bench-gpu-rehearsal")
+    parser.add_argument("--dry", action="store_true", help="run every part on the CPU with small shapes")
+    parser.add_argument("--folder", type=Path, help="default: build/bench-gpu, or build/bench-gpu-dry")
     parser.add_argument("--only", nargs="*", choices=PARTS, default=list(PARTS))
     parser.add_argument("--again", action="store_true", help="also run parts that have a result")
     parser.add_argument("--minutes", type=float, default=12, help="no part starts that could end later")
     options = parser.parse_args()
-    folder: Path = options.folder or ROOT / "build" / ("bench-gpu-rehearsal" if options.rehearse else "bench-gpu")
+    folder: Path = options.folder or ROOT / "build" / ("bench-gpu-dry" if options.dry else "bench-gpu")
     folder.mkdir(parents=True, exist_ok=True)
     results = {} if options.again else load_results(folder)
     deadline = time.monotonic() + 60 * options.minutes
@@ -134,20 +134,18 @@ def main() -> int:
         if name not in options.only or name in results:
             continue
         left = deadline - time.monotonic()
-        limit = most * (10 if options.rehearse else 1)
-        if not options.rehearse and left < limit / 2:
+        limit = most * (10 if options.dry else 1)
+        if not options.dry and left < limit / 2:
             results[name] = {"part": name, "skipped": f"{left:.0f} s left; the same command runs it"}
         else:
-            seconds = limit if options.rehearse else min(limit, left)
-            results[name] = run_part(name, folder, rehearse=options.rehearse, seconds=seconds)
+            seconds = limit if options.dry else min(limit, left)
+            results[name] = run_part(name, folder, is_dry=options.dry, seconds=seconds)
         outcome = results[name].get("failed") or results[name].get("skipped") or "done"
         print(f"{name}: {outcome} ({results[name].get('seconds', 0)} s)", file=sys.stderr, flush=True)
-        write(folder, results, rehearse=options.rehearse)
-    write(folder, results, rehearse=options.rehearse)
+        write(folder, results, is_dry=options.dry)
+    write(folder, results, is_dry=options.dry)
     missing = [name for name in options.only if "failed" in results[name] or "skipped" in results[name]]
-    print(
-        json.dumps({"bench": "gpu", "rehearsal": options.rehearse, "page": str(folder / "gpu.md"), "missing": missing})
-    )
+    print(json.dumps({"bench": "gpu", "dry": options.dry, "page": str(folder / "gpu.md"), "missing": missing}))
     return 1 if missing else 0
 
 

@@ -1,6 +1,6 @@
 """The parts of `make bench-gpu`, one per process: `-m benchmarks.gpu_parts PART small|full FILE` writes a JSON file.
 
-`small` is the rehearsal: the same lines on the CPU. A figure that only a GPU has is null there.
+`small` is the dry run: the same lines on the CPU. A figure that only a GPU has is null there.
 """
 
 import copy

@@ -13,7 +13,7 @@ def part(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench-gpu")
 
     def run(name):
-        result = run_part(name, folder, rehearse=False, seconds=600)
+        result = run_part(name, folder, is_dry=False, seconds=600)
         assert "failed" not in result, result
         return result
 
@@ -57,23 +57,23 @@ def test_the_same_command_continues_with_the_parts_that_failed_or_had_no_time(tm
         "kernels": {"part": "kernels", "failed": "ended with exit code 1", "last_lines": ["x"], "seconds": 2.0},
         "shard": {"part": "shard", "skipped": "3 s left"},
     }
-    write(tmp_path, results, rehearse=False)
+    write(tmp_path, results, is_dry=False)
     assert list(load_results(tmp_path)) == ["versions"]
-    page = describe(results, rehearse=False)
+    page = describe(results, is_dry=False)
     assert "ended with exit code 1" in page
     assert "Not run: 3 s left" in page
 
 
 def test_a_part_that_fails_or_exceeds_its_limit_is_a_result_with_its_last_lines(tmp_path, monkeypatch):
     monkeypatch.setitem(PARTS, "absent", 60)
-    failed = run_part("absent", tmp_path, rehearse=True, seconds=60)
+    failed = run_part("absent", tmp_path, is_dry=True, seconds=60)
     assert "KeyError: 'absent'" in failed["last_lines"][-1]
-    late = run_part("versions", tmp_path, rehearse=True, seconds=0.01)
+    late = run_part("versions", tmp_path, is_dry=True, seconds=0.01)
     assert late["failed"] == "ended after its limit of 0 s"
 
 
-def test_a_rehearsed_part_writes_its_result_and_says_that_its_figures_mean_nothing(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["gpu", "--rehearse", "--only", "shard", "--folder", str(tmp_path)])
+def test_a_dry_part_writes_its_result_and_says_that_its_figures_mean_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["gpu", "--dry", "--only", "shard", "--folder", str(tmp_path)])
     assert gpu.main() == 0
     assert json.loads(capsys.readouterr().out)["missing"] == []
     assert json.loads((tmp_path / "gpu.json").read_text())["parts"]["shard"]["gigabytes"] == 0.004

@@ -30,7 +30,7 @@ def init(root: Path, request: InitRequest, *, as_json: bool) -> None:
         }
         print(json.dumps(facts, indent=1, ensure_ascii=False))
         return
-    heads = ("source", "layout", "records", "refused", "median length", "longest", "contains")
+    heads = ("source", "layout", "records", "refused", "sequences", "median tokens", "longest", "contains")
     rows = [
         [format_number(value) for value in _describe_source(started, at).values()] for at in range(len(started.data))
     ]
@@ -64,6 +64,7 @@ def _describe_source(started: Started, number: int) -> dict[str, object]:
         "rows": data.source["rows"],
         "records": f"{data.read:,}{'' if data.is_complete else '+'}",
         "refused": sum(data.refused.values()),
+        "sequences": len(tokens),  # conversations, or chunks of documents
         "median_tokens": int(np.median(tokens)),
         "longest_tokens": int(tokens.max()),
         "contains": ", ".join(contains) or "text",

@@ -51,7 +51,8 @@ def outline_plan(plan: RunPlan) -> str:
 def summarize_plan(plan: RunPlan) -> str:
     """Return the outline with rows and the time of training."""
     rows = "rows not known before prepare" if plan.rows is None else f"{format_count(plan.rows, 'row')} per epoch"
-    return "\n".join([rows, outline_plan(plan), *_time_lines(plan)])
+    others = "not in it: the stages before and after training"
+    return "\n".join([rows, outline_plan(plan), *_time_lines(plan), f"  {others}"])
 
 
 def _run_parts(plan: RunPlan) -> Iterator[RenderableType]:
