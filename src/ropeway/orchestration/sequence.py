@@ -27,6 +27,7 @@ from ropeway.orchestration.dvc_stage import LineWriter, Site, retry_while_busy, 
 from ropeway.orchestration.publish import check_publishing, measure_champion, publish_package
 from ropeway.orchestration.revision import Revision, read_revision
 from ropeway.orchestration.run_summary import Result
+from ropeway.orchestration.stage_process import check_local_base
 from ropeway.planning.plan import plan_run
 from ropeway.planning.plan_text import outline_plan
 from ropeway.runtime.devices import count_ranks
@@ -107,7 +108,8 @@ def run_retrain(
         SystemExit: 143, after SIGTERM, once every process of the run has ended.
     """
     root, ending = root.resolve(), ending or ExitDeadline()
-    name, _ = load_profile(root / "params.yaml", profile)  # fail at once, not after an hour
+    name, chosen = load_profile(root / "params.yaml", profile)  # fail at once, not after an hour
+    check_local_base(root, chosen)  # before Prefect's server starts
     with _exit_on_sigterm():
         if use_prefect:
             return _run_on_prefect(root, name, ending, rehearse=rehearse)

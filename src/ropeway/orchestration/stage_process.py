@@ -309,6 +309,12 @@ def _task_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc")
 
 
+def check_local_base(root: Path, profile: Profile) -> None:
+    """Raise ConfigError if a base that is to be on this machine is missing or incomplete; does not ask the Hub."""
+    if not isinstance(profile.base, HubBase):
+        base_identity(profile.reading(READS["base"]), root)
+
+
 def base_identity(profile: BaseParams, root: Path) -> dict[str, object]:
     """Return sizes and times of a base folder's files; hashing 26 GB before every run would take 15 s."""
     base = profile.base
