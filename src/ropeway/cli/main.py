@@ -217,9 +217,7 @@ def plan(  # noqa: PLR0913 - a command's options
     ] = None,
     mfu: Annotated[
         float | None,
-        typer.Option(
-            help="Model FLOPS utilization for the estimate of hours, above 0 to 1. Default: 0.4, on a CPU 0.5."
-        ),
+        typer.Option(help="Model FLOPS utilization for the estimate of hours, above 0 to 1. Default: 0.4."),
     ] = None,
     save_gbps: Annotated[
         float | None,

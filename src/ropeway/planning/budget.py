@@ -16,9 +16,8 @@ from ropeway.runtime.errors import ConfigError
 # Dense peak with 16-bit inputs and fp32 accumulation, in TFLOPS. Source: NVIDIA's data sheets of each card.
 CARDS = {"a100": 312.0, "h100": 989.0, "h100-pcie": 756.0, "h200": 989.0, "l40s": 362.0, "v100": 125.0}
 ASSUMED_CARD = "a100"
-ASSUMED_MFU = 0.4  # assumed, not measured here
+ASSUMED_MFU = 0.4  # of GPUs not measured here; SmolLM2-135M on a CPU, all weights: 0.38 (docs/runs.md)
 CPU = "cpu"  # `card` of a run that trains on this machine's CPU
-ASSUMED_CPU_MFU = 0.5  # assumed; 0.6 of SmolLM2-135M's training here: docs/runs.md
 _MOST_CHANGES = 3  # in one remedy; three only if no two fit
 COMMON_GIB = (40.0, 80.0)  # used if no GPU is known: the two sizes of an A100
 
@@ -171,7 +170,7 @@ class Speed:
 
 def plan_speed(card: str | None, mfu: float | None, *, dtype: str) -> Speed:
     """Return the speed of a known GPU or of a peak in TFLOPS; raise ConfigError for an unknown GPU or invalid MFU."""
-    mfu = _check_mfu(mfu, ASSUMED_MFU)
+    mfu = _check_mfu(mfu)
     name = ASSUMED_CARD if card is None else card.lower()
     if name in CARDS:
         return Speed(name.upper(), CARDS[name] if dtype != "fp32" else None, mfu)
@@ -186,12 +185,12 @@ def plan_speed(card: str | None, mfu: float | None, *, dtype: str) -> Speed:
 
 def plan_cpu_speed(tflops: float, mfu: float | None) -> Speed:
     """Return the speed of a CPU of which one rank has these measured TFLOPS; raise ConfigError for an invalid MFU."""
-    return Speed(CPU, tflops, _check_mfu(mfu, ASSUMED_CPU_MFU))
+    return Speed(CPU, tflops, _check_mfu(mfu))
 
 
-def _check_mfu(mfu: float | None, assumed: float) -> float:
+def _check_mfu(mfu: float | None) -> float:
     if mfu is None:
-        return assumed
+        return ASSUMED_MFU
     if not 0 < mfu <= 1:
         raise ConfigError(f"--mfu: expected more than 0 and at most 1, found {mfu:g}")
     return mfu
