@@ -23,6 +23,11 @@ def complete_profile(incomplete: str) -> list[str]:
     return _matching(_profiles, incomplete)
 
 
+def complete_block(incomplete: str) -> list[str]:
+    """Return the profiles and presets of params.yaml that begin so."""
+    return sorted({*_matching(_profiles, incomplete), *_matching(_presets, incomplete)})
+
+
 def complete_stage(incomplete: str) -> list[str]:
     """Return the stages of dvc.yaml that begin so."""
     return _matching(_stages, incomplete)
@@ -53,6 +58,12 @@ def _matching(list_names: Callable[[Path], Iterator[str]], incomplete: str) -> l
 def _profiles(root: Path) -> Iterator[str]:
     keys = _TOP_KEY.findall((root / "params.yaml").read_text(encoding="utf-8"))
     yield from (key for key in keys if key not in _NO_PROFILES)
+
+
+def _presets(root: Path) -> Iterator[str]:
+    _, _, body = (root / "params.yaml").read_text(encoding="utf-8").partition("\npresets:\n")
+    end = re.search(r"(?m)^[A-Za-z]", body)
+    yield from _STAGE_KEY.findall(body[: end.start()] if end else body)
 
 
 def _stages(root: Path) -> Iterator[str]:

@@ -129,7 +129,7 @@ def logs(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per line of the log.")] = False,
 ) -> None:
-    """Show the last lines of a stage's log in .work/logs. Lines of ranks other than 0 start with [rank N]."""
+    """Show the last lines of a stage's log in .work/logs. Lines of ranks other than 0 start with their rank."""
     from ropeway.orchestration import log_reader
 
     root = find_root().resolve()
@@ -166,7 +166,7 @@ def init(  # noqa: PLR0913 - a command's options
         ),
     ],
     context: Annotated[
-        int | None, typer.Option(min=64, help="Length of a row in tokens. Default: what the data needs.")
+        int | None, typer.Option(min=64, max=1 << 24, help="Length of a row in tokens. Default: what the data needs.")
     ] = None,
     gpus: Annotated[int | None, typer.Option(min=0, help="GPUs of the run. Default: those of this machine.")] = None,
     gpu_memory_gib: Annotated[

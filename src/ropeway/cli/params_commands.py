@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ropeway.cli.completion import complete_profile
+from ropeway.cli.completion import complete_block
 from ropeway.runtime.workspace import find_root
 
 params_app = typer.Typer(no_args_is_help=True, help="Show, explain and compare the profiles of params.yaml.")
@@ -20,7 +20,7 @@ def show_params(
         str | None,
         typer.Argument(
             help="A profile or a preset. Default: the profile that params.yaml selects.",
-            autocompletion=complete_profile,
+            autocompletion=complete_block,
         ),
     ] = None,
     *,
@@ -75,10 +75,10 @@ def diff_params(
         str,
         typer.Argument(
             help="A profile or preset, or FILE:NAME, e.g. in another version of params.yaml.",
-            autocompletion=complete_profile,
+            autocompletion=complete_block,
         ),
     ],
-    second: Annotated[str, typer.Argument(help="The same.", autocompletion=complete_profile)],
+    second: Annotated[str, typer.Argument(help="The same.", autocompletion=complete_block)],
     *,
     as_json: _Json = False,
 ) -> None:

@@ -14,7 +14,8 @@ def describe_rehearsed(result: RehearsalResult) -> str:
     if result.failure is None:
         head = f"{result.profile}: rehearsed in {total}; every stage ended, {result.state.version} was pulled and asked"
     else:
-        head = f"{result.profile}: a real run would fail in stage {result.stage} (found in {total})"
+        where = f"a real run would fail in stage {result.stage}" if result.stage else "the rehearsal itself failed"
+        head = f"{result.profile}: {where} (found in {total})"
     return render("", Paragraph(head), AlignedTable(("", ""), rows))
 
 

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from ropeway.config.sections import (
     PUBLISHED_TEMPLATE,
     RUN,
+    SOURCE_NAME,
     TEMPLATE,
     Base,
     Card,
@@ -277,9 +278,18 @@ class Profile(PackageParams, TrainParams):
                 "peft_model is true, but lora is null; set lora to a mapping with rank, alpha, dropout, "
                 "target_modules and train_embeddings"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _names_agree(self) -> Self:
         if many := [entry for entry in self.datasets if len(entry) != 1]:
             raise ValueError(f"datasets: expected one source per entry, found {list(many[0])}")
         names = [name for name, _ in self.mixture]
+        if odd := [name for name in self.sources if not SOURCE_NAME.fullmatch(name)]:
+            raise ValueError(
+                f"sources: {odd[0]!r} cannot be a source's name, which is also that of a folder; expected 1 to 80 "
+                "characters without / and \\ and control characters, not beginning with a dot"
+            )
         if lost := sorted(set(names) ^ set(self.sources)):
             raise ValueError(f"datasets and sources must have the same names; only one of them has {', '.join(lost)}")
         if len(set(names)) != len(names):

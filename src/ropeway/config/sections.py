@@ -21,6 +21,7 @@ RUN = r"[0-9a-f]{16}(@[0-9]+)?"  # fingerprint of a training run, optionally wit
 PUBLISHED_TEMPLATE = "open_assistant"
 TEMPLATE = rf"^({PUBLISHED_TEMPLATE}|base|.+\.jinja)$"
 # Also the model's name in the registry, and part of paths and S3 keys.
+SOURCE_NAME = re.compile(r"(?!\.)[^/\\\x00-\x1f\x7f]{1,80}")
 PROFILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}[A-Za-z0-9]|[A-Za-z0-9]")
 
 

@@ -65,7 +65,7 @@ def forecast_run(root: Path, profile: str) -> Forecast:
     root = root.resolve()
     values = {**_load_yaml(root / "params.yaml"), "profile": profile}
     stages = _load_stages(root, values)
-    lock = _load_yaml(root / "dvc.lock").get("stages") or {} if (root / "dvc.lock").is_file() else {}
+    lock = _load_stage_bodies(root / "dvc.lock") if (root / "dvc.lock").is_file() else {}
     compared = _Comparison(root, profile)
     if lock:  # else every stage is new, whatever its inputs are
         refreshing = [stage.cmd for stage in stages if stage.refreshes]
@@ -280,10 +280,19 @@ def _load_yaml(path: Path) -> dict[str, Any]:
     return found
 
 
+def _load_stage_bodies(path: Path) -> dict[str, dict[str, Any]]:
+    """Return name -> body of the stages in dvc.yaml or dvc.lock."""
+    stages = _load_yaml(path).get("stages") or {}
+    bodies = {name: body or {} for name, body in stages.items()} if isinstance(stages, dict) else None
+    if bodies is None or not all(isinstance(body, dict) for body in bodies.values()):
+        raise ConfigError(f"{path}: `stages` is no mapping of mappings. `dvc status` reports more")
+    return bodies
+
+
 def _load_stages(root: Path, values: Mapping[str, Any]) -> list[_Stage]:
     """Return the stages of dvc.yaml, each after those whose outputs it reads, otherwise in the file's order."""
-    defined = _load_yaml(root / "dvc.yaml").get("stages") or {}
-    waiting = [_read_stage(name, body or {}, values) for name, body in defined.items()]
+    defined = _load_stage_bodies(root / "dvc.yaml")
+    waiting = [_read_stage(name, body, values) for name, body in defined.items()]
     ordered: list[_Stage] = []
     while waiting:
         done = {stage.name for stage in ordered}

@@ -1,11 +1,13 @@
 """`ropeway logs`: the lines of a stage, those of a running one as they come, stage after stage of a run."""
 
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 from ropeway.config.suggestion import unknown_name
 from ropeway.orchestration.dvc_graph import is_hint
@@ -13,8 +15,11 @@ from ropeway.orchestration.dvc_stage import LineCollapser
 from ropeway.orchestration.status import read_running
 from ropeway.runtime.errors import ConfigError, DataError
 from ropeway.runtime.stage_log import file_name, log_path, split_rank
+from ropeway.runtime.workspace import list_by_time
 
 _POLL_SECONDS = 0.2
+_TAIL_BYTES = 1 << 20  # that are read at least
+_LINE_BYTES = 1 << 10  # of a line, about
 _CHECK_SECONDS = 1.0  # how often the process table is searched for the stage
 
 
@@ -34,7 +39,7 @@ def choose_stage(root: Path, stage: str | None, profile: str | None) -> str:
         ConfigError: There is no log of that stage, or it is of another profile.
         DataError: No stage has run here.
     """
-    logs = sorted((log_path(root, "x").parent).glob("*.log"), key=lambda path: path.stat().st_mtime)
+    logs = list_by_time(log_path(root, "x").parent, "*.log")
     names = [path.stem for path in logs]
     if not logs:
         raise DataError(f"{root}: there is no log, since no stage has run here. `ropeway run` writes them")
@@ -64,9 +69,19 @@ def _profile_of(path: Path) -> str | None:
 def read_tail(root: Path, stage: str, lines: int) -> list[LogLine]:
     """Return the last lines of a stage's log."""
     with log_path(root, stage).open("rb") as file:
+        _skip_to_tail(file, lines)
         return list(
             deque(_parse(stage, LineCollapser(), iter(lambda: file.read(1 << 16), b""), last=True), maxlen=lines)
         )
+
+
+def _skip_to_tail(file: BinaryIO, lines: int) -> None:
+    """Go to the beginning of a line near the end: a log is read in full only if it is small."""
+    size = file.seek(0, os.SEEK_END)
+    start = max(0, size - max(_TAIL_BYTES, lines * _LINE_BYTES))
+    file.seek(start)
+    if start:
+        file.readline(_TAIL_BYTES)
 
 
 def follow(root: Path, stage: str | None, *, first: str, lines: int) -> Iterator[LogLine]:
@@ -96,6 +111,8 @@ def follow_stage(root: Path, stage: str, lines: int | None, is_running: Callable
     """Yield the last `lines` of a log (None: all), then what is appended until the stage has ended."""
     collapser = LineCollapser()
     with log_path(root, stage).open("rb") as file:
+        if lines is not None:
+            _skip_to_tail(file, lines)
         known = list(_parse(stage, collapser, iter(lambda: file.read(1 << 16), b"")))
         yield from known if lines is None else known[len(known) - min(lines, len(known)) :]
         checked, ended = time.monotonic(), not is_running()

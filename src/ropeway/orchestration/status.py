@@ -30,7 +30,7 @@ from ropeway.runtime.errors import RopewayError
 from ropeway.runtime.lock import read_last_holder
 from ropeway.runtime.manifest import Json, json_mapping
 from ropeway.runtime.progress import read_last_record
-from ropeway.runtime.workspace import Workspace
+from ropeway.runtime.workspace import Workspace, list_by_time
 
 ALIASES = ("candidate", "production")
 ANSWER_SECONDS = 1.0  # for all servers together: registry on S3, Prefect
@@ -193,6 +193,8 @@ def _choose_profile(root: Path, profile: str | None, problems: list[Problem]) ->
         return load_profile(root / "params.yaml", profile)[0]
     except RopewayError as error:
         fix = "git diff params.yaml" if (root / "params.yaml").is_file() else "cd CLONE"
+        if profile is not None:
+            fix = "ropeway status"
         problems.append(Problem("params", str(error), fix))
     with suppress(RopewayError):
         found = re.search(r"(?m)^profile:\s*([A-Za-z0-9._-]+)", read_text(root / "params.yaml"))
@@ -234,7 +236,7 @@ def read_running(root: Path) -> RunningWork | None:
     stages = find_stages(root)
     if not holder.holds and not stages:
         return None
-    now = time.time()
+    now, seconds = time.time(), 0.0
     with suppress(ValueError):
         seconds = now - datetime.fromisoformat(holder.since).timestamp()
     facts: dict[str, Any] = {}
@@ -276,8 +278,8 @@ def find_stages(root: Path) -> dict[str, float]:
 def read_last_end(root: Path) -> StageEnd | None:
     """Return how the stage that ran last ended; a log without an exit record is that of a killed stage."""
     work = Workspace(root, "").work
-    logs = sorted((work / "logs").glob("*.log"), key=lambda path: path.stat().st_mtime)
-    records = sorted(work.glob("*.exit.json"), key=lambda path: path.stat().st_mtime)
+    logs = list_by_time(work / "logs", "*.log")
+    records = list_by_time(work, "*.exit.json")
     if logs and not (work / f"{logs[-1].stem}.dvc.json").is_file():
         at = datetime.fromtimestamp(logs[-1].stat().st_mtime, UTC).isoformat(timespec="seconds")
         return StageEnd(logs[-1].stem, None, None, at)
@@ -285,7 +287,9 @@ def read_last_end(root: Path) -> StageEnd | None:
         return None
     record = json_mapping(records[-1].read_bytes())
     code, signal = record.get("code"), record.get("signal")
-    return StageEnd(records[-1].name.split(".")[0], code, signal, str(record.get("at") or ""), record.get("why"))
+    written = datetime.fromtimestamp(records[-1].stat().st_mtime, UTC).isoformat(timespec="seconds")
+    at, stated = str(record.get("at") or written), code if isinstance(code, int) else None
+    return StageEnd(records[-1].name.split(".")[0], stated, signal, at, record.get("why"))
 
 
 def _read_runs(root: Path) -> list[PastRun]:

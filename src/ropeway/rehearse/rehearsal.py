@@ -90,7 +90,7 @@ def rehearse(
         write_line: Receives each line for the terminal.
 
     Raises:
-        ConfigError: params.yaml is invalid.
+        ConfigError: params.yaml is invalid, or the folder cannot be written.
         TemporaryError: A rehearsal of this profile runs already.
     """
     began = time.monotonic()
@@ -100,8 +100,7 @@ def rehearse(
     outer = rehearsal_folder(root, name)
     folder = outer / "workspace"
     with workspace_lock(outer, command="ropeway rehearse", profile=name) as held:
-        shutil.rmtree(folder, ignore_errors=True)
-        (folder / ".work").mkdir(parents=True)
+        _make_empty(folder)
         request = RehearsalRequest(str(root), name, Workspace(root, name).registry_url, ranks, planned_ranks)
         write_json(folder / ".work" / REQUEST, asdict(request))
         code, lines = _run(folder, held, write_line)
@@ -112,6 +111,19 @@ def rehearse(
             shutil.rmtree(folder)
     place = str(folder) if kept else None
     return RehearsalResult(name, ranks, time.monotonic() - began, state, failure, state.stage, place)
+
+
+def _make_empty(folder: Path) -> None:
+    """Make an empty workspace; raise ConfigError if a left one cannot be removed, or a new one not be written."""
+    try:
+        if folder.exists():
+            shutil.rmtree(folder)
+        (folder / ".work").mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(
+            f"{folder}: the rehearsal's workspace cannot be made ({error.strerror}: {error.filename}). Remove the "
+            "folder, or make it writable for this user"
+        ) from error
 
 
 def count_rehearsal_ranks() -> int:

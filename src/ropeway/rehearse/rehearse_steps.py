@@ -291,6 +291,8 @@ def _list_omitted(run: _Rehearsal, profile: Profile, base: RehearsedBase, small:
     omitted = [] if base.is_real else [f"the weights of {profile.model_name}"]
     if not base.has_own_tokenizer:
         omitted.append("the real tokenizer")
+    if not base.has_own_tokenizer:
+        omitted.append("whether the shortest passkey and long-context questions fit: that depends on the tokenizer")
     if small["max_length"] < profile.max_length:
         omitted.append(f"rows of {profile.max_length:,} tokens, and the memory that they need")
     if not run.machine.has_gpu:

@@ -34,6 +34,7 @@ from ropeway.stages.fetch.saved_folders import is_metadata
 from ropeway.stages.fetch.values import UnreadableError
 from ropeway.storage import hub
 
+FOLDER = "rehearsed-samples"  # no name that a profile's own files have
 _FILES = 4  # of a source that are read
 _LOOKED_AT = 8  # records that are looked at for each one that is taken
 _TEXT_CHARACTERS = 8_000  # of a document; longer ones are cut
@@ -44,7 +45,7 @@ Values = list[object]
 def sample_source(
     name: str, source: Source, root: Path, folder: Path, *, count: int, may_generate: bool
 ) -> SourceSample:
-    """Write `count` records of a source below `folder`/samples and return what they are.
+    """Write `count` records of a source below `folder`/rehearsed-samples and return what they are.
 
     Args:
         name: Name of the source.
@@ -144,7 +145,7 @@ def _cut(value: object, source: RowsSource) -> bool:
 
 def _write(folder: Path, name: str, values: Values) -> str:
     """Write objects as JSON lines, or as parquet if JSON has no form for a value; an unreadable one is a bad line."""
-    path = folder / "samples" / f"{name}.jsonl"
+    path = folder / FOLDER / f"{name}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         lines = ["{" if isinstance(one, UnreadableError) else json.dumps(one, ensure_ascii=False) for one in values]
@@ -204,7 +205,7 @@ def _generate(name: str, source: FilesSource | HuggingfaceSource, folder: Path, 
     patterns = source.paths if isinstance(source, FilesSource) else source.files
     form = next((found for pattern in patterns if (found := find_format(pattern))), ".jsonl")
     values = list(islice(_generate_values(source), count))
-    path = folder / "samples" / f"{name}{form if form in _WRITERS else '.jsonl'}"
+    path = folder / FOLDER / f"{name}{form if form in _WRITERS else '.jsonl'}"
     path.parent.mkdir(parents=True, exist_ok=True)
     _WRITERS.get(form, _write_lines)(path, values)
     origin = f"sample generated, not your data: {format_count(len(values), 'record')} as {path.suffix}"

@@ -32,7 +32,18 @@ from ropeway.stages.base.base_files import CONFIG, check_folder
 FOLDER = "stand-in"
 MOST_WEIGHTS = {False: 200_000_000, True: 500_000_000}  # of a real base that is rehearsed with: without GPU, with one
 _SCRATCH_WEIGHTS = 20_000_000
-_VOCABULARIES = (4000, 2000, 1000, 500, 400, 300)  # of a tokenizer that is trained on the sample, the largest possible
+_VOCABULARIES = (
+    4000,
+    2000,
+    1000,
+    500,
+    400,
+    300,
+    280,
+    270,
+    265,
+    262,
+)  # of a tokenizer that is trained on the sample, the largest possible
 _LAYERS, _MOST_KEY_VALUE_HEADS, _MOST_GROUP = 2, 2, 4
 # A template in the form of ChatML, for a stand-in whose base is not here: nothing is known of its own.
 _MARKS = ("<|im_start|>", "<|im_end|>")

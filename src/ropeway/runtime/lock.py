@@ -105,7 +105,7 @@ def read_last_holder(root: Path) -> LockHolder | None:
     except OSError:
         return None
     pid = record.get("pid")
-    if not isinstance(pid, int):
+    if not isinstance(pid, int) or pid <= 0:
         return None
     command, profile, since = (str(record.get(key) or "") for key in ("command", "profile", "since"))
     return LockHolder(pid, command, profile, since, holds=_has_open(pid, path))

@@ -110,6 +110,6 @@ def split_rank(line: str) -> tuple[int | None, str]:
     ((3, 'out of memory'), (None, 'training run 81aa'))
     """
     number, closed, rest = line.removeprefix(_RANK_MARK).partition("] ")
-    if line.startswith(_RANK_MARK) and closed and number.isdigit():
+    if line.startswith(_RANK_MARK) and closed and number.isascii() and number.isdigit():
         return int(number), rest
     return None, line

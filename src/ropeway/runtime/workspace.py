@@ -1,6 +1,7 @@
 """Paths of a workspace, each defined once for all stages."""
 
 import os
+import stat
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +85,17 @@ def format_bytes(count: float) -> str:
     '1.5 GiB'
     """
     return f"{count / 2**30:,.1f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:,.1f} MiB"
+
+
+def list_by_time(folder: Path, pattern: str) -> list[Path]:
+    """Return the files of a folder that match, the one written last at the end; a link to nothing is no file."""
+    found = []
+    for path in folder.glob(pattern):
+        with suppress(OSError):  # removed meanwhile
+            state = path.stat()
+            if stat.S_ISREG(state.st_mode):
+                found.append((state.st_mtime_ns, path))
+    return [path for _, path in sorted(found)]
 
 
 def find_root(start: Path | None = None) -> Path:

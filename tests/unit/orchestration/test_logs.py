@@ -92,3 +92,18 @@ def test_json_is_one_object_per_line():
         {"stage": "train", "rank": 1, "line": "ready"},
         {"stage": "train", "rank": None, "line": "step 2"},
     ]
+
+
+def test_a_rank_is_a_number_of_plain_digits(root):
+    write(root, "train", "[rank ²] x\n")
+    assert texts(read_tail(root, "train", 9)) == [(None, "[rank ²] x")]
+
+
+def test_of_a_long_log_the_end_is_read_from_the_beginning_of_a_line(root, monkeypatch):
+    monkeypatch.setattr(log_reader, "_TAIL_BYTES", 40)
+    monkeypatch.setattr(log_reader, "_LINE_BYTES", 1)
+    write(root, "train", "".join(f"step {number}\n" for number in range(1000)))
+    found = [line for _, line in texts(read_tail(root, "train", 3))]
+    assert found == ["step 997", "step 998", "step 999"]
+    followed = [line for _, line in texts(follow_stage(root, "train", 3, lambda: False))]
+    assert followed == found

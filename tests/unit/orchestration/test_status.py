@@ -236,3 +236,34 @@ def test_its_lines_fit_the_terminal_and_its_json_parses(monkeypatch, columns):
     facts = json.loads(CliRunner().invoke(app, ["status", "--json"]).stdout)
     assert facts["profile"] == "laptop"
     assert len(facts["forecast"]["stages"]) == 10
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        (".work/lock", '{"pid": 1, "since": "yesterday"}'),
+        (".work/lock", '{"pid": -5}'),
+        (".work/train.exit.json", "xx"),
+        (".work/train.exit.json", '{"code": "a"}'),
+        ("dvc.lock", "stages: 3\n"),
+        ("dvc.lock", "stages: {fetch: 3}\n"),
+        ("dvc.yaml", "stages: 3\n"),
+        ("dvc.yaml", "stages: {fetch: [1]}\n"),
+    ],
+)
+def test_a_damaged_file_leaves_the_rest_of_the_status(root, name, content):
+    (root / ".work").mkdir()
+    (root / name).write_text(content)
+    done = CliRunner().invoke(app, ["status", "--json"], catch_exceptions=False)
+    found = json.loads(done.stdout)
+    assert found["profile"] == "laptop"
+    if name.startswith("dvc"):
+        assert "stages" in next(one["words"] for one in found["problems"] if one["about"] == "next run")
+
+
+def test_links_to_nothing_and_folders_are_no_logs(root):
+    record_end(root, "train", code=0)
+    (root / ".work" / "logs" / "x.log").symlink_to("nothing")
+    (root / ".work" / "logs" / "dir.log").mkdir()
+    assert read_last_end(root).stage == "train"
+    assert CliRunner().invoke(app, ["logs"], catch_exceptions=False).exit_code == 0

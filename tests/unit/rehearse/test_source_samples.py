@@ -61,7 +61,7 @@ def test_a_record_that_fetch_refuses_is_refused_in_the_rehearsal_too(tmp_path, r
 def test_values_that_json_does_not_have_are_kept_as_parquet(tmp_path):
     parquet.write_table(pa.Table.from_pylist([{"text": "a", "raw": b"\0"}]), tmp_path / "a.parquet")
     sample = take(tmp_path, source(paths=["a.parquet"], ignored_keys=["raw"]))
-    assert sample.block["paths"] == ["samples/s.parquet"]
+    assert sample.block["paths"] == ["rehearsed-samples/s.parquet"]
     assert fetched(tmp_path, sample) == (["a"], [])
 
 

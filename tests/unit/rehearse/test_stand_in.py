@@ -8,8 +8,18 @@ from transformers import AutoConfig
 
 from ropeway.config.load_params import load_profile
 from ropeway.models.open_model import head_dim, model_class, read_config
+from ropeway.models.tokenizer import train_tokenizer
 from ropeway.rehearse import stand_in
-from ropeway.rehearse.stand_in import BaseChoice, choose_base, count_weights, make_base, shrink_config, shrink_shape
+from ropeway.rehearse.rehearsal import _make_empty
+from ropeway.rehearse.stand_in import (
+    BaseChoice,
+    choose_base,
+    count_weights,
+    fit_vocabulary,
+    make_base,
+    shrink_config,
+    shrink_shape,
+)
 from ropeway.runtime.errors import ConfigError
 from tests.support.families import FAMILIES
 from tests.support.rehearsing import SMALL, make_chats
@@ -107,3 +117,19 @@ def test_a_base_that_is_here_and_cannot_be_trained_is_refused(tmp_path):
     (tmp_path / "base" / "adapter_config.json").write_text("{}")
     with pytest.raises(ConfigError, match="adapter"):
         choose_base(workspace.root, load(workspace), has_gpu=False)
+
+
+def test_a_tokenizer_of_a_poor_sample_has_the_tokens_that_it_gives():
+    with pytest.raises(ConfigError):
+        train_tokenizer(["ab ab ab ab"], vocab_size=300)
+    assert fit_vocabulary(["ab ab ab ab"], 320).get_vocab_size() < 300
+
+
+def test_a_workspace_that_cannot_be_made_is_refused_with_its_path(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="file/workspace: the rehearsal's workspace cannot be made"):
+        _make_empty(tmp_path / "file" / "workspace")
+    _make_empty(tmp_path / "workspace")
+    (tmp_path / "workspace" / "left").write_text("")
+    _make_empty(tmp_path / "workspace")
+    assert [path.name for path in (tmp_path / "workspace").iterdir()] == [".work"]
