@@ -24,6 +24,7 @@ from ropeway.stages.fetch.sources import RefusedRecord, SourceCounts, open_sourc
 
 MOST_RECORDS = 2000  # of a source that are read
 _LOOKED_AT = 20  # of which the fields are taken together
+_LONGEST_NAME = 60  # characters of a source's name
 _TRIED = 50  # records with which a layout is tried
 _TEXT_NAMES = ("text", "content", "body", "document", "article", "story", "markdown")
 _PAIRS = (
@@ -172,7 +173,10 @@ def _find_patterns(path: str, root: Path) -> tuple[list[str], dict[str, int]]:
 
 def _name(path: str, taken: frozenset[str]) -> str:
     stem = Path(path.rstrip("/")).name.split(".")[0].split("*")[0]
-    plain = "".join(character if character.isalnum() or character in "_-" else "_" for character in stem) or "data"
+    plain = "".join(character if character.isalnum() or character in "_-" else "_" for character in stem)[
+        :_LONGEST_NAME
+    ]
+    plain = plain or "data"
     return next(name for name in (plain, *(f"{plain}_{at}" for at in range(2, 1000))) if name not in taken)
 
 

@@ -121,6 +121,8 @@ def test_of_a_large_file_the_first_records_are_read(write, tmp_path):
 def test_names_of_sources_differ(write, tmp_path):
     path = write("x/a.jsonl", {"text": "A text."})
     assert examine_data(path, tmp_path, frozenset({"a", "a_2"})).name == "a_3"
+    long = examine_data(write(f"{'b' * 100}.jsonl", {"text": "A text."}), tmp_path, frozenset({"b" * 60})).name
+    assert long == "b" * 60 + "_2"
 
 
 @pytest.mark.parametrize(
