@@ -20,10 +20,10 @@ WORKDIR /workspace
 ARG TORCH=auto
 COPY --chown=ropeway:ropeway requirements requirements
 RUN UV_NO_CACHE=1 PIP_NO_CACHE_DIR=1 \
-    python3 requirements/install.py --venv /opt/venv --torch "$TORCH" --dependencies
+    python3 requirements/install.py --venv /opt/venv --torch "$TORCH" --dependencies smollm2
 
 COPY --chown=ropeway:ropeway . .
-RUN UV_NO_CACHE=1 PIP_NO_CACHE_DIR=1 python3 requirements/install.py --venv /opt/venv --torch "$TORCH" \
+RUN UV_NO_CACHE=1 PIP_NO_CACHE_DIR=1 python3 requirements/install.py --venv /opt/venv --torch "$TORCH" smollm2 \
     && /opt/venv/bin/python -m ropeway.runtime.op_build
 
 ENV PATH=/opt/venv/bin:$PATH

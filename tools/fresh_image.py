@@ -10,11 +10,9 @@ Debian's packages alone. The last line is JSON; the exit code is 1 if a step fai
 """
 
 import ast
-import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -80,16 +78,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="ropeway-image-") as folder:
         machine = Machine(Path(folder) / "root", *fresh_machine.package_settings())
         os.environ["BUILDAH_ISOLATION"] = "chroot"
-        result: dict[str, object] = {"ok": False, "commit": commit}
-        try:
+        with fresh_machine.reported(machine, {"commit": commit}) as facts:
             build(machine, Path(folder))
-            result["debian"] = machine.read("cat /etc/debian_version")
-            result["ok"] = True
-        except subprocess.CalledProcessError:
-            result["failed"] = list(machine.seconds)[-1]
-        finally:
-            print(json.dumps({**result, "seconds": machine.seconds}), flush=True)
-    sys.exit(0 if result["ok"] else 1)
+            facts["debian"] = machine.read("cat /etc/debian_version")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote
@@ -227,11 +229,10 @@ def main() -> None:
     packages = readme_packages(git("show", f"{commit}:README.md"))
     with tempfile.TemporaryDirectory(prefix="ropeway-fresh-") as parent:
         machine = Machine(Path(parent) / "root", *package_settings())
-        result = {"ok": False, "commit": commit, "suite": options.suite, "packages": packages}
-        try:
+        with reported(machine, {"commit": commit, "suite": options.suite, "packages": packages}) as facts:
             install_root(machine, options.suite, options.mirror)
             install_packages(machine, packages)
-            result |= {"debian": machine.read("cat /etc/debian_version"), "python": machine.read("python3 --version")}
+            facts |= {"debian": machine.read("cat /etc/debian_version"), "python": machine.read("python3 --version")}
             clone(machine, commit)
             if options.run:
                 machine.step("program", options.run, user=True)
@@ -239,12 +240,21 @@ def main() -> None:
                 machine.step("make run", "make run", user=True)
                 second = "make test" if options.full else "make test-unit"
                 machine.step(second, second, user=True)
-            result["ok"] = True
-        except subprocess.CalledProcessError:
-            result["failed"] = list(machine.seconds)[-1]
-        finally:
-            print(json.dumps({**result, "seconds": machine.seconds}), flush=True)
-    sys.exit(0 if result["ok"] else 1)
+
+
+@contextmanager
+def reported(machine: Machine, facts: dict[str, object]) -> Iterator[dict[str, object]]:
+    """Context manager: print facts and the seconds of each step as JSON at the end; exit with 1 if a step failed."""
+    result: dict[str, object] = {"ok": False, **facts}
+    try:
+        yield result
+        result["ok"] = True
+    except subprocess.CalledProcessError:
+        result["failed"] = list(machine.seconds)[-1]
+    finally:
+        print(json.dumps({**result, "seconds": machine.seconds}), flush=True)
+    if not result["ok"]:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,15 @@ def test_every_list_of_debian_packages_is_that_of_readme():
     assert [installed.split(), started.split(), stated.split()] == [packages] * 3
 
 
+def test_the_image_has_what_set_up_installs_for_the_default_profile():
+    (set_up,) = re.findall(r"/\.ready-run: .*\n\t\$\(INSTALL\) (.+)\n", (ROOT / "Makefile").read_text(encoding="utf-8"))
+    calls = [line for line in instructions("RUN") if "requirements/install.py" in line]
+    assert len(calls) == 2
+    for call in calls:
+        words = shlex.split(call[call.index("requirements/install.py") :].split("&&")[0])
+        assert words[-len(set_up.split()) :] == set_up.split() == ["smollm2"]
+
+
 def test_every_path_that_the_image_copies_is_committed():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     sources = [word for line in instructions("COPY") for word in shlex.split(line)[:-1] if not word.startswith("--")]
