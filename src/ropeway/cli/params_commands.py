@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 
 from ropeway.cli.completion import complete_block
+from ropeway.cli.options import JsonOption
 from ropeway.runtime.workspace import find_root
 
 params_app = typer.Typer(no_args_is_help=True, help="Show, explain and compare the profiles of params.yaml.")
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @params_app.command("show")
@@ -24,7 +24,7 @@ def show_params(
         ),
     ] = None,
     *,
-    as_json: _Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Show every value of a profile or a preset, and which of its presets states it."""
     from ropeway.config.load_params import list_presets, load_profile, read_stated
@@ -45,7 +45,7 @@ def show_params(
 def explain_param(
     key: Annotated[str, typer.Argument(help="A key, e.g. learning_rate or evaluation.passkey.lengths.")],
     *,
-    as_json: _Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Say what a key means, its type and range, and its value in each profile and preset."""
     from ropeway.config.describe import explain_key
@@ -80,7 +80,7 @@ def diff_params(
     ],
     second: Annotated[str, typer.Argument(help="The same.", autocompletion=complete_block)],
     *,
-    as_json: _Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Compare two profiles or presets value by value, with the values of their presets."""
     from ropeway.config.load_params import read_stated

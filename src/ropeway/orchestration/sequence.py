@@ -162,8 +162,10 @@ class PipelineRun:
             check_publishing(self.workspace)
             _show_budget(self.display, self.workspace, self._params)
             if self._revision.dirty:
+                more = len(self._revision.dirty) - _SHOWN
                 print(
-                    f"uncommitted: {', '.join(self._revision.dirty[:_SHOWN])}; the version can be registered, but not "
+                    f"uncommitted: {', '.join(self._revision.dirty[:_SHOWN])}"
+                    f"{f' and {more} more' if more > 0 else ''}; the version can be registered, but not "
                     "approved for production. Commit before a run that is to be approved",
                     flush=True,
                 )
