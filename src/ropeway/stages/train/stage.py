@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from ropeway.config.frozen import FrozenInputs
@@ -13,14 +14,15 @@ from ropeway.config.params import TrainParams
 from ropeway.data.accumulation import accumulation_steps
 from ropeway.models.architectures import PACKED, check_proof
 from ropeway.runtime.devices import count_ranks
-from ropeway.runtime.errors import ConfigError, DataError, TemporaryError
+from ropeway.runtime.errors import ConfigError, DataError, RopewayError, TemporaryError
 from ropeway.runtime.grace import StopFiles
 from ropeway.runtime.launcher import build_launch_command, free_port, rank_environment
 from ropeway.runtime.manifest import NAME, load_manifest, write_atomic, write_json
 from ropeway.runtime.op_build import announce_build, clear_dead_locks, extensions_folder, unlink_buffers
 from ropeway.runtime.supervise import signal_of
 from ropeway.runtime.workspace import Workspace
-from ropeway.stages.train import checkpoints, continuing
+from ropeway.stages.train import checkpoint_store, checkpoints, continuing
+from ropeway.stages.train.checkpoint_store import StoredRun, Uploader, remove_old_runs
 from ropeway.stages.train.continuing import Fingerprint, compute_fingerprint
 from ropeway.stages.train.deepspeed_config import parse_deepspeed_json
 from ropeway.stages.train.stop import Line, attempted_steps
@@ -56,6 +58,11 @@ def run(workspace: Workspace, profile: TrainParams) -> None:
     # Before the ranks start: the others would wait for the one that hashes, 4 minutes for the published run.
     checkpoints.clear_unfinished(folder)
     checkpoint = checkpoints.newest_valid(folder)
+    stored, fetched = _open_store(os.environ, workspace, fingerprint), set[int]()
+    if stored and (step := stored.download_newest(folder, above=checkpoint.step if checkpoint else 0)):
+        print(f"checkpoint of step {step} was fetched from {stored.store.url}", flush=True)
+        fetched.add(step)
+        checkpoint = checkpoints.newest_valid(folder)
     checkpoints.convert_for_ranks(checkpoint, ranks=ranks)
     workspace.work.mkdir(exist_ok=True)
     workspace.progress("train").unlink(missing_ok=True)
@@ -68,7 +75,8 @@ def run(workspace: Workspace, profile: TrainParams) -> None:
     if environment.get("DS_ACCELERATOR") == "cpu":
         announce_build(extensions_folder(environment))
     try:
-        code = subprocess.run(command, env=environment, check=False).returncode
+        with Uploader(stored, folder, fetched).running() if stored else nullcontext():
+            code = subprocess.run(command, env=environment, check=False).returncode
     finally:
         files.remove()
         unlink_buffers(port)  # those of ranks that ended without removing them
@@ -84,6 +92,25 @@ def run(workspace: Workspace, profile: TrainParams) -> None:
         raise TemporaryError("the ranks ended without a model; run the same command again, it resumes")
     _write_files(workspace, profile, fingerprint)
     _prune(workspace, fingerprint, keep)
+    if stored:
+        _prune_store(stored, workspace, fingerprint, keep)
+
+
+def _open_store(environment: Mapping[str, str], workspace: Workspace, fingerprint: Fingerprint) -> StoredRun | None:
+    """Return where this run's checkpoints are stored besides this machine; None if nowhere."""
+    url = environment.get(checkpoint_store.VARIABLE)
+    return StoredRun.open(url, workspace.profile, fingerprint.digest) if url else None
+
+
+def _prune_store(stored: StoredRun, workspace: Workspace, fingerprint: Fingerprint, keep: int) -> None:
+    """Remove older runs from the store; a failure is printed."""
+    try:
+        removed = remove_old_runs(stored.store, workspace.profile, current=fingerprint.digest, keep=keep)
+    except RopewayError as error:
+        print(f"older runs could not be removed from {stored.store.url}: {error}", flush=True)
+        return
+    if removed:
+        print(f"removed from {stored.store.url}: runs {', '.join(removed)} (ROPEWAY_KEEP_RUNS)", flush=True)
 
 
 def _prune(workspace: Workspace, fingerprint: Fingerprint, keep: int) -> None:

@@ -1,0 +1,215 @@
+"""Checkpoints in a store (`ROPEWAY_CHECKPOINT_STORE`), for a run that resumes on another machine.
+
+A thread of the process that started the ranks uploads each checkpoint after it is complete; training does not wait.
+Files are stored under their sha256, the manifest last, so a checkpoint whose upload was cut short is not found.
+
+<profile>/<fingerprint>/blobs/<sha256>
+<profile>/<fingerprint>/steps/000200-<digest of the manifest>.json
+"""
+
+import json
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ropeway.runtime.errors import DataError, NotFoundError, RopewayError
+from ropeway.runtime.manifest import (
+    NAME,
+    Json,
+    check_file,
+    digest_of,
+    load_manifest,
+    sync_file,
+    sync_folder,
+    write_json,
+)
+from ropeway.runtime.workspace import format_bytes
+from ropeway.stages.train import checkpoints
+from ropeway.storage import TRANSFER_BYTES, Store, open_store
+
+VARIABLE = "ROPEWAY_CHECKPOINT_STORE"
+_KEPT_STEPS = 2  # of each run: the newest, and the one before it in case that is damaged
+_LOOK_SECONDS = 1.0
+_RETRY_SECONDS = 30.0
+_STEP = re.compile(r".*/steps/(\d{6,})-[0-9a-f]{12}\.json")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRun:
+    """The checkpoints of one run in a store.
+
+    Attributes:
+        store: The store.
+        prefix: The run's folder in it, ending in `/`.
+    """
+
+    store: Store
+    prefix: str
+
+    @classmethod
+    def open(cls, url: str, profile: str, fingerprint: str) -> "StoredRun":
+        """Return the checkpoints of a run; raise ConfigError for a URL that is no store."""
+        return cls(open_store(url), f"{profile}/{fingerprint}/")
+
+    def steps(self) -> list[tuple[int, str]]:
+        """Return (step, key of the manifest) of every complete checkpoint, by step."""
+        found = ((_STEP.fullmatch(key), key) for key in self.store.list_keys(f"{self.prefix}steps/"))
+        return sorted((int(match.group(1)), key) for match, key in found if match)
+
+    def upload(self, folder: Path, step: int) -> int:
+        """Upload a checkpoint and remove older ones; return the bytes that its files have.
+
+        Raises:
+            DataError: The checkpoint was removed or changed meanwhile.
+            RopewayError: The store does not take it.
+        """
+        manifest = load_manifest(folder, remedy="It is skipped", verify=False)
+        for name, facts in manifest["files"].items():
+            self.store.put_if_absent(f"{self.prefix}blobs/{facts['sha256']}", folder / name, sha256=facts["sha256"])
+        key = f"{self.prefix}steps/{step:06d}-{digest_of(manifest)[:12]}.json"
+        self.store.put_if_absent(key, json.dumps(manifest).encode())
+        self._rotate(step)
+        return sum(int(facts["bytes"]) for facts in manifest["files"].values())
+
+    def download_newest(self, root: Path, *, above: int) -> int | None:
+        """Put the newest checkpoint after step `above` into a run's folder, verified; return its step.
+
+        Damaged or incomplete ones are printed and skipped; None if no other is left.
+        """
+        for step, key in reversed(self.steps()):
+            if step <= above:
+                return None
+            try:
+                self._download(root, step, json.loads(self.store.get(key)))
+            except (DataError, NotFoundError, ValueError) as error:
+                print(f"checkpoint of step {step} in {self.store.url} cannot be used: {error}", flush=True)
+                continue
+            return step
+        return None
+
+    def _download(self, root: Path, step: int, manifest: Json) -> None:
+        partial = checkpoints.partial_folder(root, step)
+        shutil.rmtree(partial, ignore_errors=True)
+        for name, facts in manifest["files"].items():
+            target = partial / name
+            if not target.resolve().is_relative_to(partial.resolve()):
+                raise DataError(f"its manifest names {name!r}, a path outside the checkpoint")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with self.store.open_stream(f"{self.prefix}blobs/{facts['sha256']}") as source, target.open("wb") as file:
+                shutil.copyfileobj(source, file, TRANSFER_BYTES)
+            sync_file(target)
+            check_file(target, facts, remedy="It is skipped")
+        write_json(partial / NAME, manifest)
+        place = checkpoints.step_folder(root, step)
+        shutil.rmtree(place, ignore_errors=True)  # a damaged one; the caller asks for steps above the newest valid one
+        partial.rename(place)
+        sync_folder(root)
+
+    def _rotate(self, uploaded: int) -> None:
+        """Remove all but the newest checkpoints of this run, their manifests first.
+
+        Steps after the one just uploaded are from before a rewind.
+        """
+        steps = self.steps()
+        for step, key in steps:
+            if step > uploaded:
+                self.store.delete(key)
+        steps = [one for one in steps if one[0] <= uploaded]
+        kept = [json.loads(self.store.get(key)) for _, key in steps[-_KEPT_STEPS:]]
+        for _, key in steps[:-_KEPT_STEPS]:
+            self.store.delete(key)
+        needed = {facts["sha256"] for manifest in kept for facts in manifest["files"].values()}
+        for key in self.store.list_keys(f"{self.prefix}blobs/"):
+            if key.rpartition("/")[2] not in needed:
+                self.store.delete(key)
+
+
+def remove_old_runs(store: Store, profile: str, *, current: str, keep: int) -> list[str]:
+    """Remove a profile's runs from a store except the `keep` written last; return the fingerprints removed."""
+    entries = {run: store.list_entries(f"{profile}/{run}/") for run in store.list_folders(f"{profile}/")}
+    written = {run: max(each.modified_at for each in found) for run, found in entries.items() if found}
+    order = sorted(written, key=lambda run: (run == current, written[run]))
+    old = order[: max(0, len(order) - keep)]
+    for run in old:
+        for key in [*store.list_keys(f"{profile}/{run}/steps/"), *store.list_keys(f"{profile}/{run}/")]:
+            store.delete(key)
+    return old
+
+
+@dataclass
+class Uploader:
+    """Uploads the checkpoints of a run, one at a time and the newest first, while the ranks train.
+
+    A store that fails is printed and tried again; it does not end the training.
+
+    Attributes:
+        seconds: Time spent on uploads that reached the store.
+        bytes: Their bytes.
+    """
+
+    run: StoredRun
+    folder: Path
+    uploaded: set[int] = field(default_factory=set)
+    seconds: float = 0.0
+    bytes: int = 0
+    clock: Callable[[], float] = time.monotonic
+    _done: threading.Event = field(default_factory=threading.Event)
+    _failed: str = ""
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Upload while the block runs; then wait until the newest checkpoint is in the store, or say that it is not."""
+        thread = threading.Thread(target=self._upload_all, name="checkpoint-upload", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._done.set()
+            thread.join()
+            if self._failed:
+                print(f"{self._failed}; the newest checkpoint is on this machine only", flush=True)
+
+    def _upload_all(self) -> None:
+        while True:
+            ends = self._done.is_set()  # read first: what was saved before it is uploaded
+            newest = max(checkpoints.list_steps(self.folder), key=_written_at, default=None)
+            if newest is not None and newest[0] not in self.uploaded and newest[0] > 0:
+                self._upload(*newest)
+            if ends:
+                return
+            self._done.wait(_RETRY_SECONDS if self._failed else _LOOK_SECONDS)
+
+    def _upload(self, step: int, folder: Path) -> None:
+        began = self.clock()
+        try:
+            size = self.run.upload(folder, step)
+        except (DataError, OSError) as error:
+            gone = not (folder / NAME).is_file()
+            why = "it was replaced by a newer one during the upload" if gone else str(error)
+            print(f"checkpoint of step {step} was not uploaded: {why}", flush=True)
+            self.uploaded.add(step)
+            return
+        except RopewayError as error:
+            text = f"checkpoint of step {step} was not uploaded: {error}"
+            if text != self._failed:
+                print(text, flush=True)
+            self._failed = text
+            return
+        self._failed = ""
+        self.uploaded.add(step)
+        self.seconds += self.clock() - began
+        self.bytes += size
+        how = f"{format_bytes(size)} in {self.run.store.url} after {self.clock() - began:.1f} s"
+        print(f"checkpoint of step {step}: {how}", flush=True)
+
+
+def _written_at(saved: tuple[int, Path]) -> int:
+    """Return when a checkpoint was completed: after a rewind the newest one is not that of the highest step."""
+    with suppress(OSError):  # removed meanwhile
+        return (saved[1] / NAME).stat().st_mtime_ns
+    return 0

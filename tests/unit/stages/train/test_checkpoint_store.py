@@ -1,0 +1,150 @@
+"""Checkpoints in a store: uploaded while training goes on, fetched verified, the newest valid one first."""
+
+import threading
+
+import pytest
+
+from ropeway.runtime.errors import TemporaryError
+from ropeway.runtime.manifest import NAME, describe_files, load_manifest
+from ropeway.stages.train import checkpoints
+from ropeway.stages.train.checkpoint_store import StoredRun, Uploader, remove_old_runs
+from ropeway.storage import FileStore
+
+RUN = "0" * 64
+
+
+def save(root, step, content=b""):
+    partial = checkpoints.partial_folder(root, step)
+    (partial / checkpoints.STATE).mkdir(parents=True)
+    (partial / checkpoints.STATE / "weights.pt").write_bytes(content or b"weights of step %d" % step)
+    checkpoints.write_log(root, step, [{"step": one} for one in range(1, step + 1)])
+    names = [f"{checkpoints.STATE}/weights.pt", checkpoints.LOG]
+    return checkpoints.publish(root, step, {"ranks": 2}, describe_files(partial, names))
+
+
+@pytest.fixture
+def here(tmp_path):
+    return tmp_path / "here" / RUN
+
+
+@pytest.fixture
+def there(tmp_path):
+    root = tmp_path / "there" / RUN
+    root.mkdir(parents=True)
+    return root
+
+
+@pytest.fixture
+def stored(tmp_path):
+    return StoredRun(FileStore(tmp_path / "store"), f"tiny/{RUN}/")
+
+
+def files(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_newest_checkpoint_arrives_byte_for_byte_and_two_are_kept(here, there, stored):
+    for step in (4, 8, 12):
+        stored.upload(save(here, step), step)
+    assert [step for step, _ in stored.steps()] == [8, 12]
+    assert len(stored.store.list_keys(f"{stored.prefix}blobs/")) == 4  # a state and a log of each
+    assert stored.download_newest(there, above=0) == 12
+    assert files(checkpoints.step_folder(there, 12)) == files(checkpoints.step_folder(here, 12))
+    assert checkpoints.newest_valid(there).step == 12
+    assert stored.download_newest(there, above=12) is None
+
+
+def test_an_upload_that_was_cut_short_is_not_found(here, there, stored, monkeypatch):
+    stored.upload(save(here, 4), 4)
+    put, seen = stored.store.put_if_absent, []
+
+    def fail(key, data, **more):
+        seen.append(key)
+        if "/steps/" in key:
+            raise TemporaryError("the store is full")
+        return put(key, data, **more)
+
+    monkeypatch.setattr(stored.store, "put_if_absent", fail)
+    with pytest.raises(TemporaryError):
+        stored.upload(save(here, 8), 8)
+    assert "/steps/" in seen[-1]  # the manifest goes last
+    assert stored.download_newest(there, above=0) == 4
+
+
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before_it(here, there, stored, capsys):
+    for step in (4, 8):
+        stored.upload(save(here, step), step)
+    facts = load_manifest(checkpoints.step_folder(here, 8), remedy="-")["files"]["state/weights.pt"]
+    place = stored.store.root / stored.prefix / "blobs" / facts["sha256"]
+    place.chmod(0o644)
+    place.write_bytes(b"x" * facts["bytes"])
+    assert stored.download_newest(there, above=0) == 4
+    assert "checkpoint of step 8" in capsys.readouterr().out
+    assert checkpoints.newest_valid(there).step == 4
+
+
+def test_a_manifest_cannot_write_outside_the_checkpoint(here, there, stored):
+    folder = save(here, 4)
+    manifest = (folder / NAME).read_text().replace("state/weights.pt", "../../evil")
+    stored.store.put_if_absent(f"{stored.prefix}steps/000004-{'0' * 12}.json", manifest.encode())
+    assert stored.download_newest(there, above=0) is None
+    assert not (there.parent / "evil").exists()
+
+
+def test_a_rewind_makes_later_steps_of_the_store_old(here, there, stored):
+    for step in (4, 8, 12):
+        stored.upload(save(here, step), step)
+    checkpoints.remove(checkpoints.step_folder(here, 8))
+    stored.upload(save(here, 8, b"other weights"), 8)
+    assert [step for step, _ in stored.steps()] == [8, 8]
+    assert stored.download_newest(there, above=0) == 8
+
+
+def test_the_uploader_uploads_the_newest_before_it_ends_and_survives_a_store_that_fails(here, stored, capsys):
+    uploader = Uploader(stored, here)
+    save(here, 4)
+    with uploader.running():
+        save(here, 8)
+    assert [step for step, _ in stored.steps()][-1] == 8
+    assert 8 in uploader.uploaded
+    assert uploader.bytes > 0
+
+    class Full(FileStore):
+        def put_if_absent(self, *_arguments, **_more):
+            raise TemporaryError("the store is full")
+
+    broken = Uploader(StoredRun(Full(stored.store.root), stored.prefix), here)
+    with broken.running():
+        pass
+    assert broken.uploaded == set()
+    assert "on this machine only" in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_is_rotated_away_during_its_upload_is_left(here, stored, capsys):
+    begun, go = threading.Event(), threading.Event()
+
+    class Slow(FileStore):
+        def put_if_absent(self, key, data, **more):
+            begun.set()
+            go.wait(60)
+            return super().put_if_absent(key, data, **more)
+
+    uploader = Uploader(StoredRun(Slow(stored.store.root), stored.prefix), here)
+    folder = save(here, 4)
+    with uploader.running():
+        begun.wait(60)
+        checkpoints.remove(folder)
+        save(here, 8)
+        go.set()
+    assert "checkpoint of step 4 was not uploaded" in capsys.readouterr().out
+    assert [step for step, _ in stored.steps()] == [8]
+
+
+def test_older_runs_of_a_profile_leave_the_store(here, stored):
+    folder = save(here, 4)
+    for run in ("a", "b", "c"):
+        StoredRun(stored.store, f"tiny/{run}/").upload(folder, 4)
+    StoredRun(stored.store, "other/d/").upload(folder, 4)
+    assert remove_old_runs(stored.store, "tiny", current="a", keep=2) == ["b"]
+    assert {key.split("/")[1] for key in stored.store.list_keys("")} == {"a", "c", "d"}
+    assert remove_old_runs(stored.store, "tiny", current="a", keep=2) == []  # a folder store keeps empty folders
