@@ -48,7 +48,7 @@ from ropeway.runtime.workspace import Workspace
 
 PARAMS_FILE = "params.yaml"
 _SETTINGS = "settings"
-_ADDRESSES = "addresses"
+ADDRESSES = "addresses"  # signed URLs
 _REMEDY = "Run `dvc repro` or `ropeway run`; both write the frozen inputs first"
 _KEPT_VERSIONS = 500  # files in .work/inputs, about 5 kB each
 
@@ -142,7 +142,7 @@ class FrozenInputs:
         if stage == "train":
             params |= self.value(_SETTINGS)["params"]
         if stage == "fetch":  # the only stage that needs the signatures
-            signed = self.value(_ADDRESSES)
+            signed = self.value(ADDRESSES)
             params["sources"] = map_addresses(params["sources"], lambda path: signed.get(path, path))
         read = _create_section(tuple(params)).model_validate_json(json.dumps(params))
         return Profile.model_construct(**{name: getattr(read, name) for name in params})
@@ -163,7 +163,7 @@ def freeze(workspace: Workspace, profile: Profile, params_text: str, facts: Mapp
     """Write the frozen inputs of a run; the caller holds the workspace lock. Arguments as in `build_values`."""
     text, values = build_values(workspace, profile, params_text, facts)
     write_values(workspace, text, values)
-    kept = [path for path in workspace.identity.glob("*.json") if path.stem not in (_SETTINGS, _ADDRESSES)]
+    kept = [path for path in workspace.identity.glob("*.json") if path.stem not in (_SETTINGS, ADDRESSES)]
     _keep_versions(kept, _versions_folder(workspace.root))
 
 
@@ -189,7 +189,7 @@ def build_values(
             "count as one file; if they are different files, download them and list the local paths"
         )
     params_text = _redact_params(params_text, workspace.profile, secrets)
-    facts = {**facts, _ADDRESSES: {redacted: address for address, redacted in secrets.items()}}
+    facts = {**facts, ADDRESSES: {redacted: address for address, redacted in secrets.items()}}
     values = {f"params-{stage}": _dump_params(workspace.profile, profile, names) for stage, names in READS.items()}
     values["params-tokenize"]["params"] = TokenizeParams.of(profile).model_dump(mode="json")
     return params_text, {**values, _SETTINGS: _dump_params(workspace.profile, profile, UNHASHED), **facts}

@@ -55,7 +55,11 @@ def measure(root: Path) -> list[DiskUsage]:
         ("registry", workspace.root / "registry", "`ropeway registry gc`"),
         ("W&B runs", workspace.work / "wandb", "`wandb sync` sends them, `ropeway clean` removes what was sent"),
         ("work files", workspace.work, "`ropeway clean`"),
-        ("Prefect database", workspace.root / ".prefect", "delete it while no server runs: the runs' pages go with it"),
+        (
+            "Prefect database",
+            workspace.root / ".prefect",
+            "runs that ended 90 days ago leave it (PREFECT_SERVER_SERVICES_DB_VACUUM_RETENTION_PERIOD)",
+        ),
     )
     sizes = {name: count_bytes(path) for name, path, _ in parts if path.exists()}
     if "work files" in sizes:

@@ -5,12 +5,16 @@ A display shows each step, table and report of `sequence.py`, and retries a step
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ropeway.orchestration.dvc_stage import LineWriter, StageStoppedError
 from ropeway.orchestration.run_summary import Result
-from ropeway.runtime.errors import TemporaryError
+from ropeway.runtime.errors import ConfigError, TemporaryError
+
+if TYPE_CHECKING:  # it imports Prefect
+    from ropeway.orchestration.remote.pool_caller import PoolCaller
 
 RETRIES = 2
 
@@ -53,6 +57,17 @@ class RunDisplay:
 
     def finish(self, result: Result) -> None:
         """Record the run's result; anything shown after this may be cut short."""
+
+    def open_pools(self, pools: Collection[str]) -> "PoolCaller":
+        """Return what calls stages in these work pools.
+
+        Raises:
+            ConfigError: A pool does not exist, or there is no Prefect server that workers can reach.
+        """
+        raise ConfigError(
+            f"stages are placed in work pools ({', '.join(sorted(pools))}), which need a Prefect server: start "
+            "`ropeway server` and run without --no-prefect, or unset ROPEWAY_POOL_*"
+        )
 
     def ask_review(self, digest: str) -> str | None:  # noqa: ARG002 - no server here
         """Start the review of a version if reviews are served; return the URL of its page, or None."""

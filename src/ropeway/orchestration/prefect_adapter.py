@@ -4,7 +4,7 @@ Tasks are called directly, not submitted: cancelling then takes 0.5 s instead of
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -29,6 +29,7 @@ from ropeway.config.load_params import load_profile
 from ropeway.orchestration.display import RETRIES, RunDisplay, StepResult, may_retry, retry_seconds
 from ropeway.orchestration.dvc_stage import LineWriter, progress_path
 from ropeway.orchestration.prefect_server import await_recovery, page_address, persistent_server_url, prefect_home
+from ropeway.orchestration.remote.pool_caller import PoolCaller
 from ropeway.orchestration.run_page import PageLog, ProgressArtifact, stop_on_suspend
 from ropeway.orchestration.run_summary import Result
 from ropeway.orchestration.sequence import PipelineRun, describe_run
@@ -185,6 +186,8 @@ class PrefectDisplay(RunDisplay):
                     bar.refresh(last=True)
             except BaseException as error:
                 if may_retry(error):
+                    print(f"{name}: {error}", flush=True)
+                    self.log.add(name, str(error), flow_run=flow_run, task_run=task_run)
                     await_recovery(_api())
                 else:  # this ends the run, which does not wait for the server
                     _ON_END.get()(error, _page())
@@ -217,6 +220,12 @@ class PrefectDisplay(RunDisplay):
             await_recovery(_api())
         with _shown_if_possible(key):
             create_markdown_artifact(key=f"{self.prefix}-{key}", markdown=text)
+
+    def open_pools(self, pools: Collection[str]) -> PoolCaller:
+        """Return what calls stages in these work pools, which exist on a server that outlives this run."""
+        if not persistent_server_url(self.root):
+            return super().open_pools(pools)
+        return PoolCaller.open(self.root, pools)
 
     def ask_review(self, digest: str) -> str | None:
         """Start a flow run of the review deployment if it is served; return the URL of its page."""

@@ -213,6 +213,9 @@ def prefect_settings(root: Path) -> dict[str, str]:
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # seconds; a host counts as dead after three missed heartbeats
         "PREFECT_CLIENT_MAX_RETRIES": "20",  # the server may be unreachable for minutes while a stage ends
         "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
+        # Pages of runs that ended 90 days ago are removed: otherwise the database grows forever. Records of versions
+        # are in the registry.
+        "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",
         # A run prints its own lines; Prefect would print each again with a prefix, and tracebacks.
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
     }

@@ -19,7 +19,7 @@ from ropeway.orchestration.gate import GateVerdict, describe_change, gate, secti
 from ropeway.orchestration.revision import Revision
 from ropeway.registry import PRODUCTION, Artifact, Registry, Version
 from ropeway.runtime.errors import DataError, TemporaryError
-from ropeway.runtime.manifest import digest_of
+from ropeway.runtime.manifest import Json, digest_of
 from ropeway.runtime.progress import StageProgress
 from ropeway.runtime.workspace import Workspace, count_bytes
 
@@ -46,6 +46,16 @@ class Publication:
     words: str
     comparison: str = ""
     reviewable: bool = False
+
+    def to_json(self) -> Json:
+        """Return the publication as JSON, for the run that asked a worker to publish."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, facts: Json) -> "Publication":
+        """Return a publication that `to_json` wrote."""
+        verdict = facts["verdict"]
+        return cls(**{**facts, "verdict": None if verdict is None else GateVerdict.from_json(verdict)})
 
 
 @contextmanager

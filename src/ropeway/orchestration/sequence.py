@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,12 +24,15 @@ from ropeway.orchestration import dvc_graph as graph
 from ropeway.orchestration import run_summary as summary
 from ropeway.orchestration.display import RunDisplay, StepResult
 from ropeway.orchestration.dvc_stage import LineWriter, Site, retry_while_busy, run_command, update_stage
-from ropeway.orchestration.publish import check_publishing, measure_champion, publish_package
+from ropeway.orchestration.publish import Publication, check_publishing, measure_champion, publish_package
+from ropeway.orchestration.remote.placement import Placement
+from ropeway.orchestration.remote.request import PUBLISH, read_pools
 from ropeway.orchestration.revision import Revision, read_revision
 from ropeway.orchestration.run_summary import Result
 from ropeway.orchestration.stage_process import check_local_base
 from ropeway.planning.plan import plan_run
 from ropeway.planning.plan_text import outline_plan
+from ropeway.registry import Version
 from ropeway.runtime.devices import count_ranks
 from ropeway.runtime.errors import ConfigError, DataError, RopewayError, TemporaryError
 from ropeway.runtime.lock import workspace_lock
@@ -141,7 +144,18 @@ class PipelineRun:
             _repair(self.root)
             self._shared = graph.has_remote(self.root)
             self._site = Site(self.root, held, definition=graph.read_definition(self.root))
+            self._placement = self._place()
             yield
+
+    def _place(self) -> Placement | None:
+        """Return which stages are in work pools; None if all run here."""
+        names = [stage.name for stage in graph.load_graph(self.root) if not stage.refreshes]
+        if not (pools := read_pools(os.environ, names)):
+            return None
+        caller = self.display.open_pools(pools.values())
+        placement = Placement.check(pools, self._site, self.name, caller, read_revision(self.root, self.name))
+        print(f"in work pools: {', '.join(f'{step} in {pool}' for step, pool in pools.items())}", flush=True)
+        return placement
 
     def pull(self) -> None:
         """Pull outputs and run-cache from the DVC remote, if one is configured."""
@@ -156,10 +170,12 @@ class PipelineRun:
 
     def make_plan(self) -> None:
         """Ask DVC which stages must run, and show what they will need."""
-        self._plans = retry_while_busy(partial(graph.plan, self.root), print)
+        elsewhere = self._placement.pools if self._placement else {}
+        self._plans = retry_while_busy(partial(graph.plan, self.root, elsewhere=elsewhere), print)
         _show_plan(self.display, self._plans)
         if any(plan.will_run for plan in self._plans if not plan.refreshes):
-            check_publishing(self.workspace)
+            if PUBLISH not in elsewhere:
+                check_publishing(self.workspace)
             _show_budget(self.display, self.workspace, self._params)
             if self._revision.dirty:
                 more = len(self._revision.dirty) - _SHOWN
@@ -186,7 +202,8 @@ class PipelineRun:
             if plan.refreshes:
                 self._ended[plan.name] = "Unchanged"
             else:
-                work = partial(_update if plan.will_run else _skip, self._site, plan, dict(self._ended))
+                update = partial(_update, self._placement) if plan.will_run else _skip
+                work = partial(update, self._site, plan, dict(self._ended))
                 self._ended[plan.name] = _step(self.display, plan.name, work, after=plan.parents).state
                 ledger = _show_ledger(self.display, self.workspace, known=ledger)
         if ledger == before:
@@ -213,7 +230,11 @@ class PipelineRun:
 
     def _pull(self, write_line: LineWriter) -> StepResult:
         # A missing output is produced here, so an incomplete or unreachable remote does not stop the run.
-        code, _ = run_command(self._site, "pull", ["dvc", "pull", "--run-cache", "--allow-missing"], write_line)
+        only = self._placement.small_outputs() if self._placement else []  # folders when a stage here reads them
+        if self._placement and not only:
+            self._site = replace(self._site, pulls=True)
+            return StepResult("Completed", "dvc.lock names nothing to pull")
+        code, _ = run_command(self._site, "pull", ["dvc", "pull", "--run-cache", "--allow-missing", *only], write_line)
         self._site = replace(self._site, pulls=not code)
         return StepResult(
             "Completed",
@@ -232,13 +253,32 @@ class PipelineRun:
         return StepResult("Completed", "every stage ended on a few records")
 
     def _publish(self, write_line: LineWriter) -> StepResult:
-        measure = partial(measure_champion, self._site, self.workspace, write_line=write_line)
-        done = self._publication = publish_package(self.workspace, self._params, self._revision, measure)
-        for line in str(done.verdict).splitlines() if done.verdict else ():
-            write_line(line)
+        done = self._publication = self._publish_where_placed(write_line)
         if not self._shared:  # no later step can fail
             self.display.finish(self._result())
         return StepResult(done.state, done.words)
+
+    def _publish_where_placed(self, write_line: LineWriter) -> Publication:
+        parts = (self.workspace.package, self.workspace.pages)
+        paths = [path.relative_to(self.root).as_posix() for path in parts]
+        if self._placement:
+            made = {path for outs in graph.outputs(self.root).values() for path in outs}
+            paths = [path for path in paths if path in made]
+            if PUBLISH in self._placement.pools:
+                return self._placement.publish(paths, write_line)
+            self._placement.fetch_inputs(paths, write_line)
+        measure = partial(self._measure_champion, write_line=write_line)
+        done = publish_package(self.workspace, self._params, self._revision, measure)
+        for line in str(done.verdict).splitlines() if done.verdict else ():
+            write_line(line)
+        return done
+
+    def _measure_champion(
+        self, champion: Version, sections: Mapping[str, str], write_line: LineWriter
+    ) -> Mapping[str, object] | None:
+        if self._placement:
+            self._placement.fetch_inputs(graph.inputs(self.root, "evaluate"), write_line)
+        return measure_champion(self._site, self.workspace, champion, sections, write_line)
 
     def _push(self, write_line: LineWriter) -> StepResult:
         code, _ = run_command(self._site, "push", ["dvc", "push", "--run-cache"], write_line)
@@ -313,10 +353,16 @@ def _refresh(site: Site, stage: str, write_line: LineWriter) -> StepResult:
     return StepResult("Unchanged", "froze params; refreshed fingerprints of code, sources and base")
 
 
-def _update(site: Site, plan: graph.StagePlan, ended: Mapping[str, str], write_line: LineWriter) -> StepResult:
+def _update(
+    placement: Placement | None, site: Site, plan: graph.StagePlan, ended: Mapping[str, str], write_line: LineWriter
+) -> StepResult:
     why = "; ".join(_past_reasons(plan, ended))
     print(f"{plan.name}: {why or 'no stage before it ran; DVC checks its inputs'}", flush=True)
-    outcome = update_stage(site, plan.name, write_line)
+    if placement and plan.name in placement.pools:
+        outcome = placement.run_stage(plan.name, write_line)
+    else:
+        with placement.inputs_here(plan.name, write_line) if placement else nullcontext():
+            outcome = update_stage(site, plan.name, write_line)
     words = {
         "ran": f"ran because {why or 'DVC found its inputs changed'}",
         "restored": "its outputs were in DVC's cache",

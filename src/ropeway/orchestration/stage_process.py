@@ -40,6 +40,7 @@ from ropeway.storage import hub
 
 _SHOWN = 5  # changed things in a message
 STAGE_NAMES = tuple(READS)
+CHECKED_BEFORE_TRAINING = ("evaluate", "package")  # train reports what would make them fail
 _REPORTS = "report_"  # stages that only show: ropeway.reporting, one module each
 
 
@@ -116,7 +117,7 @@ def execute_stage(root: Path, name: str) -> None:
     workspace = Workspace(root, frozen.profile_name)
     params = frozen.tokenize_params() if name == "tokenize" else frozen.profile(name)
     if name == "train":
-        for later in ("evaluate", "package"):  # report before training what would make them fail
+        for later in CHECKED_BEFORE_TRAINING:
             _module(later).check_request(workspace, frozen.profile(later))
     code = [name, digest_of(frozen.value(f"code-{name}")), str(workspace.work / CODE)]
     before = _stat_inputs(root, frozen, name)

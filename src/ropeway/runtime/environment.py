@@ -36,6 +36,7 @@ VARIABLES: dict[str, tuple[EnvironmentVariable, ...]] = {
         _V(
             "ROPEWAY_MEMORY_CHECK", "`off` starts training although the plan says that the GPUs cannot hold the states."
         ),
+        _V("ROPEWAY_CHECKPOINT_STORE", "Store to which each checkpoint is uploaded: `s3://bucket/prefix`.", "none"),
         _V("ROPEWAY_SKIP_WARM_UP", "`1` skips the checkpoint of step 0 and the warm-up step."),
         _V("ROPEWAY_OTHER_VERSIONS", "`1` resumes from a checkpoint that another torch or DeepSpeed version wrote."),
         _V(
@@ -77,6 +78,14 @@ VARIABLES: dict[str, tuple[EnvironmentVariable, ...]] = {
         _V("PREFECT_API_AUTH_STRING", "`user:password` for that server."),
         _V("PREFECT_SERVER_API_AUTH_STRING", "`user:password` of `ropeway server`; needed with `--host`."),
         _V("PREFECT_HOME", "Folder of Prefect's database.", "`.prefect` in the workspace"),
+        _V(
+            "ROPEWAY_POOL_<STAGE>",
+            "Prefect work pool that runs a stage, or `publish`: `ROPEWAY_POOL_TRAIN=gpu`.",
+            "here",
+        ),
+        _V("ROPEWAY_GIT_URL", "Repository that workers of these pools clone.", "the git remote `origin`"),
+        _V("ROPEWAY_WORKER_HOME", "Folder of a worker's clones and DVC cache.", "`$XDG_CACHE_HOME/ropeway/worker`"),
+        _V("ROPEWAY_WORKER_SILENCE_SECONDS", "Seconds after which a worker without a sign of life is given up.", "90"),
         _V("ROPEWAY_ALERT_URL", "`https://…` to which `ropeway server` posts runs that fail or wait for a review."),
     ),
     "Weights & Biases": (

@@ -9,7 +9,7 @@ import pytest
 from ropeway.orchestration import dvc_graph as graph
 from ropeway.orchestration import sequence
 from ropeway.orchestration.forecast import forecast_run
-from ropeway.runtime.errors import ConfigError
+from ropeway.runtime.errors import ConfigError, TemporaryError
 
 pytestmark = pytest.mark.filterwarnings(
     # dvc 3.67.1 (repo/trie.py, repo/graph.py) on pygtrie 2.6
@@ -304,3 +304,75 @@ def test_the_forecast_does_not_take_stages_of_foreach_for_new_ones(ran):
         file.write("  many:\n    foreach: [a, b]\n    do:\n      cmd: echo ${item}\n")
     found = {stage.name: stage.will_run for stage in forecast_run(ran, "tiny").stages}
     assert found["many"] is None
+
+
+def test_an_output_made_elsewhere_may_be_absent_here_but_neither_edited_nor_of_another_digest(ran):
+    def will_run():
+        return {plan.name: plan.reasons for plan in graph.plan(ran, elsewhere={"early"}) if plan.will_run}
+
+    (ran / "early.txt").unlink()
+    assert will_run() == {}
+    assert "early" in reasons(ran)
+    (ran / "late.txt").unlink()  # of a stage that runs here
+    assert will_run() == {"late": ("its output late.txt is missing",)}
+    entry = dict(graph.read_lock_entry(ran, "early"))
+    entry["outs"] = [{**entry["outs"][0], "md5": "0" * 32}]
+    graph.write_lock_entry(ran, "early", entry)
+    assert "early.txt is missing" in will_run()["late"]
+    (ran / "early.txt").write_text("edited")
+    assert "early" in will_run()
+
+
+def test_inputs_are_what_other_stages_write_and_a_lone_manifest_stands_for_its_folder(fresh):
+    edit(
+        fresh,
+        "dvc.yaml",
+        "  side:",
+        """  folder:
+    cmd: mkdir made
+    deps: [early.txt]
+    outs: [made]
+  whole:
+    cmd: ls made > whole.txt
+    deps: [made/manifest.json, params.yaml]
+    outs: [whole.txt]
+  part:
+    cmd: ls made > part.txt
+    deps: [made/manifest.json, made/card.json]
+    outs: [part.txt]
+  side:""",
+    )
+    assert graph.inputs(fresh, "whole") == ("made",)
+    assert graph.inputs(fresh, "part") == ("made/manifest.json", "made/card.json")
+    assert graph.inputs(fresh, "late") == ("early.txt", "side.txt")
+    assert graph.inputs(fresh, "folder", of_others=("late", "whole")) == ("early.txt",)  # not what comes after it
+    assert graph.outputs(fresh)["folder"] == ("made",)
+
+
+def test_a_lock_entry_of_a_worker_is_recorded_as_dvc_records_its_own(ran):
+    text = (ran / "dvc.lock").read_text()
+    entry = graph.read_lock_entry(ran, "early")
+    assert graph.read_lock_entry(ran, "nothing") is None
+    graph.write_lock_entry(ran, "early", entry)
+    assert graph.parse_lock((ran / "dvc.lock").read_bytes()) == graph.parse_lock(text.encode())
+    (ran / "dvc.lock").unlink()
+    graph.write_lock_entry(ran, "early", entry)
+    assert graph.read_lock_entry(ran, "early") == entry
+
+
+def test_a_document_reaches_another_clone_through_the_remote_and_a_damaged_one_does_not(ran, tmp_path):
+    other = shutil.copytree(ran, tmp_path / "other")
+    for root in (ran, other):
+        graph.configure_remote(root, "add", "--default", "store", str(tmp_path / "remote"))
+        graph.configure_remote(root, "modify", "store", "verify", "true")
+    digest = graph.push_document(ran, b"hand-over")
+    assert graph.push_document(ran, b"hand-over") == digest
+    assert graph.pull_document(other, digest) == b"hand-over"
+    shutil.rmtree(other / ".dvc" / "cache")
+    (place,) = (path for path in (tmp_path / "remote").rglob("*") if path.is_file())
+    place.chmod(0o644)
+    place.write_bytes(b"hand-0ver")
+    with pytest.raises(TemporaryError):
+        graph.pull_document(other, digest)
+    with pytest.raises(TemporaryError):
+        graph.pull_document(other, "0" * 32)

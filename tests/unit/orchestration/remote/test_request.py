@@ -1,0 +1,83 @@
+"""What may be placed in a work pool, and what is refused before anything runs."""
+
+import subprocess
+
+import pytest
+
+from ropeway.orchestration.remote.request import StageRequest, check_committed_remote, find_repository, read_pools
+from ropeway.orchestration.revision import Revision
+from ropeway.runtime.errors import ConfigError
+
+STAGES = ("fetch", "train", "evaluate")
+CLEAN = Revision("a" * 40, ())
+
+
+def test_pools_are_read_by_stage_and_publishing_is_a_step_too():
+    environment = {"ROPEWAY_POOL_TRAIN": "gpu", "ROPEWAY_POOL_PUBLISH": " cpu ", "ROPEWAY_RANKS": "2"}
+    assert read_pools(environment, STAGES) == {"publish": "cpu", "train": "gpu"}
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [("ROPEWAY_POOL_TRIAN", "gpu", "did you mean train"), ("ROPEWAY_POOL_TRAIN", " ", "is empty")],
+)
+def test_a_pool_for_no_stage_and_a_stage_without_pool_are_refused(variable, value, said):
+    with pytest.raises(ConfigError, match=said):
+        read_pools({variable: value}, STAGES)
+
+
+def test_a_request_survives_json_and_its_key_depends_on_every_field():
+    request = StageRequest("train", "tiny", "/origin.git", "a" * 40, "", "b" * 32)
+    assert StageRequest.from_json(request.to_json()) == request
+    others = [StageRequest("train", "tiny", "/origin.git", "a" * 40, "", each * 32) for each in "bc"]
+    assert [each.key == request.key for each in others] == [True, False]
+    with pytest.raises(ConfigError, match="format 2"):
+        StageRequest.from_json(request.to_json().replace('"format": 1', '"format": 2'))
+
+
+def git(root, *arguments):
+    subprocess.run(["git", "-C", root, *arguments], check=True, capture_output=True)
+
+
+@pytest.fixture
+def root(tmp_path):
+    git(tmp_path, "init", "-q")
+    return tmp_path
+
+
+def test_workers_clone_origin_unless_another_address_is_stated(root):
+    with pytest.raises(ConfigError, match="no remote `origin`"):
+        find_repository(root, CLEAN, (), {})
+    git(root, "remote", "add", "origin", "git@example.org:team/project.git")
+    assert find_repository(root, CLEAN, (), {}) == "git@example.org:team/project.git"
+    assert find_repository(root, CLEAN, (), {"ROPEWAY_GIT_URL": "https://h/p.git"}) == "https://h/p.git"
+    (root / "origin.git").mkdir()
+    assert find_repository(root, CLEAN, (), {"ROPEWAY_GIT_URL": "origin.git"}) == str(root / "origin.git")
+
+
+def test_an_address_with_a_password_is_refused_because_prefect_would_show_it(root):
+    with pytest.raises(ConfigError, match="password or token") as raised:
+        find_repository(root, CLEAN, (), {"ROPEWAY_GIT_URL": "https://me:canary-1f@example.org/p.git"})
+    assert "canary" not in str(raised.value)
+
+
+def test_uncommitted_code_is_refused_and_local_data_is_not(root):
+    git(root, "remote", "add", "origin", "git@example.org:team/project.git")
+    dirty = Revision("a" * 40, ("data/chats.jsonl", "src/ropeway/x.py"))
+    with pytest.raises(ConfigError, match=r"uncommitted: src/ropeway/x\.py\. "):
+        find_repository(root, dirty, ("data/chats.jsonl",), {})
+    assert find_repository(root, dirty, dirty.dirty, {})
+    with pytest.raises(ConfigError, match="Commit this workspace"):
+        find_repository(root, Revision(None, ()), (), {})
+
+
+def test_the_dvc_remote_must_be_in_the_commit(root):
+    (root / ".dvc").mkdir()
+    (root / ".dvc" / "config").write_text("[core]\n    remote = store\n['remote \"store\"']\n    url = /tmp/x\n")
+    with pytest.raises(ConfigError, match="no DVC remote"):
+        check_committed_remote(root, None)
+    with pytest.raises(ConfigError, match=r"not in the committed \.dvc/config"):
+        check_committed_remote(root, "store")
+    git(root, "add", ".dvc/config")
+    git(root, "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "-q", "-m", "a remote")
+    check_committed_remote(root, "store")
