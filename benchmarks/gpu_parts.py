@@ -465,7 +465,7 @@ gpu_bench:
     tasks: []
   gate: {{max_loss_increase_nats: 0.01, min_gain_over_base_nats: 0.1,
     max_accuracy_decrease: null, max_position_loss_increase_nats: null, max_passkey_decrease: null,
-    min_passkey_accuracy: null, max_long_context_decrease: null, max_task_decrease_errors: null}}
+    min_passkey_accuracy: null, max_long_context_decrease: null, max_task_decrease_errors: null, drift: null}}
   package: {{dtype: fp32, max_shard_bytes: 5000000000}}
   card: {{license: apache-2.0, license_name: Apache License 2.0, license_link: "https://www.apache.org/licenses/",
     base_model: null, upstream_datasets: [], developers: [], sponsored_by: null, thanks: null}}

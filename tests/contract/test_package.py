@@ -98,7 +98,7 @@ def test_the_registry_takes_the_package(made):
     workspace, *_ = made
     assert len(build_package_manifest(workspace.package, "tiny", verify=True).files) == 18
     manifest, paths = build_version_manifest(workspace.package, workspace.pages, "tiny")
-    assert len(manifest.files) == 18 + 14
+    assert len(manifest.files) == 18 + 15
     assert paths["README.md"] == workspace.pages / "README.md"
     assert paths["config.json"] == workspace.package / "config.json"
     assert manifest.digest != package_digest(workspace.package, "tiny")

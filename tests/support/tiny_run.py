@@ -38,6 +38,7 @@ from ropeway.stages.evaluate import stage as evaluate
 from ropeway.stages.evaluate.evaluation_workers import Share
 from ropeway.stages.evaluate.token_scores import Score, score_sources, sum_batches
 from ropeway.stages.package import stage as package
+from tests.support.data_profiles import profile_texts
 from tests.support.freezing import code_digests, freeze_inputs
 from tests.support.shipped_params import read_shipped_params
 
@@ -144,7 +145,8 @@ def _make_once(finished: bool, block: str, configs: tuple[tuple[str, str], ...])
 
 
 def finish_run(workspace: Workspace, profile: Profile) -> None:
-    """Lay what train and evaluate leave beside the model."""
+    """Lay what train, evaluate and report_data leave beside the model."""
+    write_json(workspace.data_profile, profile_texts(texts()))
     evaluate.run(workspace, profile.reading(READS["evaluate"]))
     report_eval.run(workspace, profile.reading(READS["report_eval"]))
     write_json(

@@ -358,6 +358,30 @@ class Evaluation(Section):
     tasks."""
 
 
+class DriftLimits(Section):
+    """Limits of data drift. Above one, the verdict of the gate names it as a reason for a person to look at the data.
+
+    A distribution counts as drifted only if its PSI or divergence is also above what sampling alone explains.
+    """
+
+    max_psi: Annotated[float, Field(gt=0)] | None
+    """Maximum population stability index of a distribution: tokens per source, lengths, turns, scripts, roles, system
+    messages, tokens. Common practice: 0.1 is a small shift, 0.25 a large one. null: not limited."""
+    max_js_divergence: Annotated[float, Field(gt=0, le=1)] | None
+    """Maximum Jensen-Shannon divergence of the same distributions, in bits: 0 is equal, 1 is disjoint. null: not
+    limited."""
+    max_share_change: Fraction | None
+    """Maximum change of a share, 0 to 1: duplicates, rejected records, conversations with a system message, with tools,
+    answers with tool calls, with reasoning. null: not limited."""
+    max_size_ratio: Annotated[float, Field(gt=1)] | None
+    """Maximum ratio of records, or of tokens, of the larger to the smaller version. null: not limited."""
+    min_seen_share: Fraction | None
+    """Minimum share of record texts that the earlier version had too, 0 to 1. null: not limited."""
+    window: Positive
+    """A new version is compared with the one before, the champion, and the oldest of this many versions before it: a
+    slow shift can be small from one version to the next."""
+
+
 class Gate(Section):
     """Conditions for the alias `candidate`."""
 
@@ -381,6 +405,8 @@ class Gate(Section):
     max_task_decrease_errors: Annotated[float, Field(ge=0)] | None
     """Maximum decrease of each task's metrics below the champion's, in combined standard errors of both; a metric
     without standard error may not decrease. null: not checked."""
+    drift: DriftLimits | None
+    """Limits of data drift between versions. null: drift is measured and shown, without limits."""
 
 
 class Packaging(Section):

@@ -81,7 +81,7 @@ STAGES = (
         "report_data",
         _keys(PrepareParams),
         inputs=("raw", "base/chat_template.jinja", *_TOKENIZER, "tokens", "data", "ledger.json"),
-        outputs=("report.html",),
+        outputs=("report.html", "data_profile.json"),
     ),
     StageSpec(
         "train",
@@ -116,8 +116,8 @@ STAGES = (
     StageSpec(
         "report_package",
         (),
-        inputs=("plots", "samples.html", "tables", "package/card.json", "package/eval.json", "package/ledger.json",
-                "package/manifest.json", "package/samples.json"),
+        inputs=("plots", "samples.html", "tables", "data_profile.json", "package/card.json", "package/eval.json",
+                "package/ledger.json", "package/manifest.json", "package/samples.json"),
         outputs=("pages",),
     ),
 )  # fmt: skip

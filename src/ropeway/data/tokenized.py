@@ -1,6 +1,7 @@
 """Tokens, written by tokenize and read by prepare: every sequence of every source, and the fingerprints of records.
 
 tokens/manifest.json                                written last; see `ropeway.runtime.manifest`
+tokens/profile.json                                 counts and sketches of each source; see `ropeway.data.data_profile`
 tokens/<source>/tokens-00000.npy, kinds-00000.npy   a shard, as `ropeway.data.shards` has it
 tokens/<source>/signatures-00000.npy                uint32 `(r, permutations)`: MinHash signatures of its records, 512
                                                     bytes each at 128; empty if near-duplicate detection is off
@@ -32,6 +33,7 @@ from ropeway.runtime.manifest import NAME, FileFacts, check_listed, load_manifes
 REMEDY = "Run `dvc repro tokenize` to restore it"
 COLUMNS = ("lengths", "records", "keys", "record_keys", "exact", "gram_counts")  # one file per source
 SHARDS = ("tokens", "kinds", "signatures", "grams")
+PROFILE = "profile.json"  # also in each unit
 
 
 class RecordCounts(TypedDict):
@@ -114,6 +116,7 @@ def open_tokenized(folder: Path, *, verify: bool = True) -> tuple[dict[str, Toke
     manifest = check_json(
         load_manifest(folder, remedy=REMEDY, verify=verify), TokensManifest, where=folder / NAME, remedy=REMEDY
     )
+    check_listed(folder, [PROFILE], manifest["files"], remedy=REMEDY)
     for facts in manifest["sources"]:
         name, shards = facts["name"], len(facts["shard_sequences"])
         if not shards == len(facts["shard_records"]) == len(facts["ends"]):

@@ -1,4 +1,7 @@
-"""Stage report_data: report.html shows each source's ledger and a few sequences token by token, to check masks."""
+"""Stage report_data: report.html shows each source's ledger and a few sequences token by token, to check masks.
+
+It also writes data_profile.json: what later versions of the model are compared with, to see whether the data drifts.
+"""
 
 import json
 import random
@@ -9,7 +12,9 @@ import numpy as np
 
 from ropeway.config.params import Profile
 from ropeway.data.batches import EpochPlan, Piece, plan_epoch
+from ropeway.data.data_profile import build_data_profile
 from ropeway.data.shards import Shards, SourceShards, open_shards
+from ropeway.data.tokenized import PROFILE
 from ropeway.models.tokenizer import open_tokenizer
 from ropeway.reporting.ledger_steps import list_steps, split_tokens
 from ropeway.reporting.pictures import draw_lengths
@@ -24,7 +29,7 @@ from ropeway.reporting.token_view import (
     read_whole,
 )
 from ropeway.reporting.turns import ConversationFinder, show_turn
-from ropeway.runtime.manifest import Json, load_manifest, write_atomic
+from ropeway.runtime.manifest import Json, canonical_json, load_manifest, write_atomic
 from ropeway.runtime.workspace import Workspace
 
 _OPEN_SOURCES = 5  # with more, sections start collapsed
@@ -62,7 +67,7 @@ class Sample:
 
 
 def run(workspace: Workspace, profile: Profile) -> None:
-    """Write report.html of the prepared data, deterministically; raise DataError when a file of it was changed."""
+    """Write report.html and data_profile.json, deterministically; raise DataError when a file was changed."""
     raw = load_manifest(workspace.raw, remedy="Run `dvc repro fetch`", verify=False)["sources"]
     shards = open_shards(workspace.data)
     plan = plan_epoch(shards, profile, epoch=0)
@@ -78,7 +83,9 @@ def run(workspace: Workspace, profile: Profile) -> None:
     overlong = find_overlong(plan)
     samples = (choose_samples(number, shards, profile, overlong.get(number)) for number in range(len(shards.sources)))
     write_atomic(workspace.report, render_report(page, samples, choose_rows(plan)).encode())
-    print(f"data report: {workspace.report}")
+    tokenized = json.loads((workspace.tokens / PROFILE).read_bytes())
+    write_atomic(workspace.data_profile, canonical_json(build_data_profile(tokenized, page.ledger)))
+    print(f"data report: {workspace.report}; data profile: {workspace.data_profile}")
 
 
 def choose_samples(number: int, shards: Shards, profile: Profile, overlong: Piece | None) -> Iterator[Sample]:

@@ -22,7 +22,7 @@ from ropeway.runtime.workspace import Workspace
 
 
 def run(workspace: Workspace, profile: Profile) -> None:  # noqa: ARG001 - card.json has every value
-    """Write `pages/`: README.md, samples.html, plots/, and manifest.json of the whole version."""
+    """Write `pages/`: README.md, samples.html, data_profile.json, plots/, and manifest.json of the whole version."""
     package = workspace.package
 
     def read(name: str) -> Json:
@@ -32,7 +32,8 @@ def run(workspace: Workspace, profile: Profile) -> None:  # noqa: ARG001 - card.
     card = render_card(*(read(f"{name}.json") for name in ("card", "ledger", "eval", "samples")))
     with whole_folder(workspace.pages) as folder:
         write_atomic(folder / "README.md", card.encode())
-        shutil.copyfile(workspace.samples_page, folder / workspace.samples_page.name)
+        for path in (workspace.samples_page, workspace.data_profile):
+            shutil.copyfile(path, folder / path.name)
         (folder / workspace.plots.name).mkdir()
         for source, stage in ((workspace.tables, "evaluate"), (workspace.plots, "report_eval")):
             for name in load_manifest(source, remedy=f"Run `dvc repro {stage}`")["files"]:

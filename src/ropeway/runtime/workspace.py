@@ -32,6 +32,7 @@ class Workspace:
     data = _WorkspacePath("runs/{profile}/data")  # token shards and their manifest
     ledger = _WorkspacePath("runs/{profile}/ledger.json")  # counts of every record and token by outcome in prepare
     report = _WorkspacePath("runs/{profile}/report.html")  # data report: samples, lengths, ledger, refused records
+    data_profile = _WorkspacePath("runs/{profile}/data_profile.json")  # counts and sketches of the data, for drift
     model = _WorkspacePath(
         "runs/{profile}/model"
     )  # train's export: weights, config and tokenizer in Hugging Face format

@@ -124,7 +124,7 @@ def test_an_edit_of_a_template_reruns_the_report_stages_alone(source, name_chang
             "data/raw_records.py",  # pages show records turn by turn
             {"fetch", "base", "tokenize", "prepare", "package", "report_data", "report_eval", "report_package"},
         ),
-        ("data/words.py", {"tokenize", "prepare"}),
+        ("data/words.py", {"tokenize", "prepare", "report_data", "report_eval", "report_package"}),
         ("models/lora.py", {"train"}),
         ("models/rope.py", {"base", "train", "evaluate", "package"}),
         ("stages/train/loss.py", {"train"}),

@@ -11,10 +11,11 @@ from pathlib import Path
 from ropeway.config.tokenize_params import TokenizeParams
 from ropeway.data.raw_records import check_sources, list_groups, load_raw_manifest
 from ropeway.data.shards import FORMAT
+from ropeway.data.tokenized import PROFILE
 from ropeway.models.chat_template import open_template
 from ropeway.models.tokenizer import count_tokens, open_tokenizer, read_special
 from ropeway.runtime.errors import full_disk_explained
-from ropeway.runtime.manifest import file_sha256, whole_folder, write_manifest
+from ropeway.runtime.manifest import canonical_json, file_sha256, whole_folder, write_manifest
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.tokenize.store import make_units
 from ropeway.stages.tokenize.units import (
@@ -46,9 +47,13 @@ def run(workspace: Workspace, params: TokenizeParams) -> None:
         with whole_folder(workspace.tokens) as folder:
             for name, units in made.items():
                 units.write_source(folder / name)
+            tokenizer = _describe_tokenizer(workspace)
+            profiles = {name: units.sum_profiles().to_json() for name, units in made.items()}
+            profile = {"tokenizer": tokenizer["tokenizer"], "sources": profiles}
+            (folder / PROFILE).write_bytes(canonical_json(profile))
             sources = [units.describe(name, raw["sources"][name]["kind"]) for name, units in made.items()]
             facts = {"params": params.model_dump(mode="json"), "sources": sources}
-            manifest = write_manifest(folder, {**_describe_tokenizer(workspace), **facts})
+            manifest = write_manifest(folder, {**tokenizer, **facts})
             for name, units in made.items():
                 units.verify_source(name, manifest["files"])
     for source in sources:

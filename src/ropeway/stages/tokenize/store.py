@@ -1,5 +1,6 @@
 """Make missing units, and write the units of each source to its folder in tokens/."""
 
+import json
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -10,8 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ropeway.data.data_profile import DataProfile
 from ropeway.data.raw_records import RecordKind
-from ropeway.data.tokenized import COLUMNS, SHARDS, TokenizedFacts, shard_path
+from ropeway.data.tokenized import COLUMNS, PROFILE, SHARDS, TokenizedFacts, shard_path
 from ropeway.runtime.errors import DataError
 from ropeway.runtime.manifest import FileFacts, link_file
 from ropeway.runtime.progress import StageProgress
@@ -48,6 +50,13 @@ class Units:
                 "special_token_hits": dict(sum((Counter(count["special_token_hits"]) for count in counts), Counter())),
             },
         }
+
+    def sum_profiles(self) -> DataProfile:
+        """Return the data profile of the source; one unit's is in memory at a time."""
+        total = DataProfile()
+        for folder in self.folders:
+            total.add(DataProfile.from_json(json.loads((folder / PROFILE).read_bytes())))
+        return total
 
     def write_source(self, folder: Path) -> None:
         """Write shards and columns to a source's folder; the units are kept, so a later failure loses no work."""

@@ -3,6 +3,7 @@
 .work/tokenize-<profile>-<fingerprint>/<source>/00000/   one unit; it is complete if it has a manifest, written last
     <name>.npy                                           `ropeway.data.tokenized.COLUMNS` and SHARDS of its records;
                                                          record numbers start at 0 in each unit
+    profile.json                                         counts of its records, see `ropeway.data.data_profile`
     manifest.json                                        sha256 of each file, counts, digests of first and last sequence
 
 The fingerprint covers all that a unit depends on: raw bytes, tokenizer, recipe and code. So the next run can reuse the
@@ -21,6 +22,7 @@ from uuid import uuid4
 
 import numpy as np
 import tokenizers
+from numpy.typing import NDArray
 from typing_extensions import TypedDict
 
 import ropeway
@@ -29,7 +31,7 @@ from ropeway.config.tokenize_params import TokenizeParams
 from ropeway.data.raw_records import Record, RowGroup, iterate_groups, iterate_texts
 from ropeway.data.shards import sequence_digest, token_dtype
 from ropeway.data.text_batches import BATCH_CHARACTERS, count_characters, iterate_batches
-from ropeway.data.tokenized import COLUMNS, SHARDS, RecordCounts
+from ropeway.data.tokenized import COLUMNS, PROFILE, SHARDS, RecordCounts
 from ropeway.models.chat_template import open_template
 from ropeway.models.jinja_template import FILE as TEMPLATE_FILE
 from ropeway.models.tokenizer import count_tokens, open_tokenizer, read_special
@@ -38,6 +40,7 @@ from ropeway.runtime.errors import DataError
 from ropeway.runtime.manifest import (
     NAME,
     FileFacts,
+    canonical_json,
     check_listed,
     digest_of,
     file_sha256,
@@ -53,6 +56,7 @@ from ropeway.stages.tokenize.fingerprints import (
     minhash_signatures,
     sequence_texts,
 )
+from ropeway.stages.tokenize.profile_unit import profile_unit
 
 # About 4 s on one core: an interrupted run loses little work, and 100 GB of text are about 6,000 shards.
 UNIT_BYTES = 1 << 24
@@ -182,7 +186,7 @@ def read_unit(folder: Path, *, remedy: str, verify: bool = True) -> UnitFacts:
     facts = check_json(
         load_manifest(folder, remedy=remedy, verify=verify), UnitFacts, where=folder / NAME, remedy=remedy
     )
-    check_listed(folder, (f"{name}.npy" for name in (*COLUMNS, *SHARDS)), facts["files"], remedy=remedy)
+    check_listed(folder, [PROFILE, *(f"{name}.npy" for name in (*COLUMNS, *SHARDS))], facts["files"], remedy=remedy)
     return facts
 
 
@@ -210,7 +214,9 @@ def tokenize_unit(unit: Unit) -> Path:
         sequences = np.bincount(
             np.concatenate([part.records for part in parts] or [np.empty(0, np.int64)]), minlength=len(kept)
         )
-        _write_fingerprints(partial, kept, sequences.tolist(), unit.recipe)
+        exact = _write_fingerprints(partial, kept, sequences.tolist(), unit.recipe)
+        profile = profile_unit(kept, parts, exact)
+        (partial / PROFILE).write_bytes(canonical_json(profile.to_json()))
         write_manifest(partial, {**facts, "records": _counts(encoder)})
     return unit.folder
 
@@ -237,8 +243,13 @@ def _open_encoder(base: Path, digests: tuple[str, ...], recipe: Recipe) -> Encod
     return Encoder(tokenizer, special, template, recipe.max_chunk_size, recipe.special_tokens_in_text, recipe.history)
 
 
-def _write_fingerprints(folder: Path, records: Sequence[Record], sequences: Sequence[int], recipe: Recipe) -> None:
+def _write_fingerprints(
+    folder: Path, records: Sequence[Record], sequences: Sequence[int], recipe: Recipe
+) -> NDArray[np.uint64]:
     """Write the fingerprints of these records; signatures and n-grams are empty columns if they are not needed.
+
+    Returns:
+        `(R, 2)` exact keys.
 
     `sequences` is the number of sequences of each record: n-grams are kept per sequence.
     """
@@ -260,10 +271,12 @@ def _write_fingerprints(folder: Path, records: Sequence[Record], sequences: Sequ
         found, each = hash_sequence_grams(parts, recipe.contamination_ngram or 0)
         grams.append(found)
         counts.append(each)
-    np.save(folder / "exact.npy", np.concatenate(exact), allow_pickle=False)
+    all_exact = np.concatenate(exact)
+    np.save(folder / "exact.npy", all_exact, allow_pickle=False)
     np.save(folder / "signatures.npy", np.concatenate(signatures), allow_pickle=False)
     np.save(folder / "grams.npy", np.concatenate(grams), allow_pickle=False)
     np.save(folder / "gram_counts.npy", np.concatenate(counts), allow_pickle=False)
+    return all_exact
 
 
 def _write_columns(folder: Path, parts: Sequence[Encoded], dtype: type[np.uint16 | np.uint32]) -> dict[str, object]:
