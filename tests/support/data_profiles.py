@@ -1,9 +1,10 @@
 """Data profiles of records that a test writes down, without tokenizing: a token is the hash of a word."""
 
+from hashlib import blake2b
+
 import numpy as np
 
-from ropeway.data.data_profile import MAX_HASHES, DataProfile, build_data_profile, count_scripts, histogram
-from ropeway.data.words import mix_bits
+from ropeway.data.data_profile import DataProfile, build_data_profile, count_scripts, histogram, smallest
 
 TOKENIZER = "t" * 64
 
@@ -19,8 +20,8 @@ def profile_texts(texts, *, tokenizer=TOKENIZER, turns=(), roles=(), duplicates=
         profile.scripts.update(count_scripts(text))
     profile.turns += histogram(list(turns))
     profile.roles.update(dict(roles))
-    keys = np.asarray([int.from_bytes(text.encode()[:64].ljust(64), "big") % (1 << 64) for text in texts], np.uint64)
-    profile.hashes = np.unique(mix_bits(keys))[:MAX_HASHES]
+    keys = [int.from_bytes(blake2b(text.encode(), digest_size=8).digest()) for text in texts]
+    profile.hashes = smallest(np.asarray(keys, np.uint64))
     for name, count in counts.items():
         setattr(profile, name, count)
     tokenized = {"tokenizer": tokenizer, "sources": {source: profile.to_json()}}

@@ -14,6 +14,7 @@ from ropeway.cli.options import JsonOption, ProfileOption, RegistryOption, Versi
 from ropeway.cli.params_commands import params_app
 from ropeway.cli.registry_commands import registry_app
 from ropeway.cli.run_commands import run_app
+from ropeway.cli.version_commands import version_app
 from ropeway.runtime.environment import check_renamed
 from ropeway.runtime.errors import ConfigError, RopewayError
 from ropeway.runtime.workspace import Workspace, find_root
@@ -24,6 +25,7 @@ app = typer.Typer(
     help="Train, evaluate, publish and review a long-context chat model, as params.yaml describes it.",
 )
 app.add_typer(run_app)
+app.add_typer(version_app)
 app.add_typer(registry_app, name="registry")
 app.add_typer(params_app, name="params")
 

@@ -8,7 +8,6 @@ Records are counted as they are stored, before duplicates, split and `fraction`;
 epoch reads of each source.
 """
 
-import re
 import string
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -64,7 +63,7 @@ _SCRIPTS: Mapping[str, tuple[tuple[int, int], ...]] = {
 }  # fmt: skip
 _SCRIPT_NAMES = ("common", *_SCRIPTS)
 _ASCII_OTHERS = bytes(byte for byte in range(256) if chr(byte) not in string.ascii_letters)
-_NOT_ASCII = re.compile("[^\x00-\x7f]+")
+_LAST_ASCII = 0x7F
 Json = Mapping[str, Any]
 
 
@@ -253,9 +252,9 @@ def count_scripts(text: str) -> Counter[str]:
     ascii_text = text.encode("ascii", "ignore")
     letters = len(ascii_text.translate(None, _ASCII_OTHERS))
     found = Counter({"common": len(ascii_text) - letters, "latin": letters})
-    if others := "".join(_NOT_ASCII.findall(text)):
-        points = np.frombuffer(others.encode("utf-32-le", "surrogatepass"), np.uint32)
-        counts = np.bincount(_script_table()[points], minlength=len(_SCRIPT_NAMES)).tolist()
+    if len(ascii_text) < len(text):
+        points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+        counts = np.bincount(_script_table()[points[points > _LAST_ASCII]], minlength=len(_SCRIPT_NAMES)).tolist()
         found.update(dict(zip(_SCRIPT_NAMES, counts, strict=True)))
     return Counter({name: count for name, count in found.items() if count})
 

@@ -69,14 +69,70 @@ class DriftMeasure:
     note: str = ""
     exceeds: tuple[str, ...] = ()
 
-    @property
-    def words(self) -> str:
-        """One sentence for a measure above a limit."""
-        return f"{self.name}: {'; '.join(self.exceeds)}" if self.exceeds else self.name
-
     def to_json(self) -> dict[str, Any]:
         """Return JSON values."""
         return {**asdict(self), "largest": [list(one) for one in self.largest], "exceeds": list(self.exceeds)}
+
+
+@dataclass(frozen=True, slots=True)
+class DriftReference:
+    """The comparison of a version's data with that of an earlier version.
+
+    Attributes:
+        version: E.g. `laptop@v3`.
+        why: Why it is compared with this one: `the version before`, `production`, `candidate`, `oldest of the last 5`.
+        note: Why there are no measures; empty if there are.
+    """
+
+    version: str
+    digest: str
+    why: tuple[str, ...]
+    measures: tuple[DriftMeasure, ...] = ()
+    note: str = ""
+
+    @property
+    def flagged(self) -> tuple[DriftMeasure, ...]:
+        """The measures above a limit."""
+        return tuple(one for one in self.measures if one.exceeds)
+
+
+@dataclass(frozen=True, slots=True)
+class DriftEvidence:
+    """All comparisons of a new version's data, as its publication records them.
+
+    Attributes:
+        limits: `gate.drift` of params.yaml; None if it was null.
+        note: Why there are no comparisons; empty if there are.
+    """
+
+    limits: DriftLimits | None
+    references: tuple[DriftReference, ...] = ()
+    note: str = ""
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """A sentence per earlier version from which a measure is above a limit: why a person must look at the data."""
+        return tuple(
+            f"data drift from {one.version} ({', '.join(one.why)}) above a limit: "
+            + ", ".join(measure.name for measure in one.flagged)
+            for one in self.references
+            if one.flagged
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return {
+            "limits": self.limits.model_dump(mode="json") if self.limits else None,
+            "note": self.note,
+            "references": [
+                {
+                    **{key: getattr(one, key) for key in ("version", "digest", "note")},
+                    "why": list(one.why),
+                    "measures": [measure.to_json() for measure in one.measures],
+                }
+                for one in self.references
+            ],
+        }
 
 
 def compare_profiles(old: Json, new: Json, limits: DriftLimits | None) -> list[DriftMeasure]:
@@ -102,18 +158,18 @@ def flag(measure: DriftMeasure, limits: DriftLimits) -> DriftMeasure:
         ("JS", measure.js, limits.max_js_divergence, measure.noise * _JS_PER_PSI, " bits"),
     ):
         if value is not None and limit is not None and value > max(limit, noise):
-            exceeds.append(f"{title} {value:.3f}{unit}, limit {limit:g}")
+            exceeds.append(f"{title} above {limit:g}{unit}")
     if measure.kind == "share" and measure.old is not None and measure.new is not None:
         change = abs(measure.new - measure.old)
         if limits.max_share_change is not None and round(change - limits.max_share_change, 9) > 0:
-            exceeds.append(f"{measure.old:.1%} -> {measure.new:.1%}, limit {limits.max_share_change:.1%}")
+            exceeds.append(f"changed by more than {limits.max_share_change:.1%}")
     if measure.kind == "size" and limits.max_size_ratio is not None:
         small, large = sorted((measure.old or 0.0, measure.new or 0.0))
         if large > limits.max_size_ratio * small:
-            exceeds.append(f"{measure.old:,.0f} -> {measure.new:,.0f}, limit a factor of {limits.max_size_ratio:g}")
+            exceeds.append(f"ratio above {limits.max_size_ratio:g}")
     seen = measure.new if measure.kind == "seen" else None
     if seen is not None and limits.min_seen_share is not None and seen < limits.min_seen_share:
-        exceeds.append(f"{seen:.1%}, at least {limits.min_seen_share:.1%}")
+        exceeds.append(f"below {limits.min_seen_share:.1%}")
     return replace(measure, exceeds=tuple(exceeds))
 
 

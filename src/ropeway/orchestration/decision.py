@@ -111,6 +111,7 @@ def describe_case(case: ReviewCase) -> Json:
         "is_production": case.expect == case.digest,
         "refused_because": case.dirty_reason,
         "gate": provenance.get("verdict"),
+        "drift": provenance.get("drift"),
         "metrics": case.new.metrics,
         "production_metrics": case.old.metrics if case.old else None,
         "steps": len(case.new.steps),

@@ -41,6 +41,7 @@ class GateVerdict:
 
     passed: bool
     checks: tuple[GateCheck, ...]
+    needs_person: tuple[str, ...] = ()  # reasons for a person to look at it although it passed, e.g. data drift
 
     @property
     def lines(self) -> tuple[str, ...]:
@@ -60,7 +61,8 @@ class GateVerdict:
     def __str__(self) -> str:
         """Return the verdict as text, a comparison per line."""
         lines = (f"  {'passed' if check.passed else 'FAILED'}  {check.words}" for check in self.checks)
-        return "\n".join([f"gate: {'passed' if self.passed else 'not passed'}", *lines])
+        asks = (f"  PERSON  {reason}" for reason in self.needs_person)
+        return "\n".join([f"gate: {'passed' if self.passed else 'not passed'}", *lines, *asks])
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,14 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from ropeway.config.params import Profile
 from ropeway.config.sections import Gate
+from ropeway.data.data_profile import FILE
+from ropeway.data.drift import DriftEvidence
+from ropeway.orchestration.drift_evidence import compare_with_earlier
 from ropeway.orchestration.dvc_stage import LineWriter, Site, run_command
 from ropeway.orchestration.gate import GateVerdict, describe_change, gate, sections_to_measure
 from ropeway.orchestration.revision import Revision
@@ -37,6 +40,7 @@ class Publication:
         verdict: The gate's verdict, None if the gate did not run.
         comparison: One sentence: whether it is better than production, or than the candidate where there is none.
         reviewable: Whether it is `candidate` and not `production`, so a review is due.
+        drift: The comparison of its data with that of earlier versions; None if the gate did not run.
     """
 
     state: str
@@ -46,6 +50,7 @@ class Publication:
     words: str
     comparison: str = ""
     reviewable: bool = False
+    drift: DriftEvidence | None = None
 
     def to_json(self) -> Json:
         """Return the publication as JSON, for the run that asked a worker to publish."""
@@ -105,10 +110,20 @@ def publish_package(workspace: Workspace, profile: Profile, revision: Revision, 
     label = str(champion) if champion else None
     comparison = describe_change(metrics, opponent, _name_champion(artifact, champion))
     verdict = gate(metrics, opponent, profile.gate, max_length=profile.max_length, champion_name=label or "no champion")
+    named = (
+        {PRODUCTION if artifact.alias(PRODUCTION).digest == champion.digest else CANDIDATE: champion}
+        if champion
+        else {}
+    )
+    drift = compare_with_earlier(
+        artifact, workspace.pages / FILE, named, profile.gate.drift, own=known.digest if known else None
+    )
+    verdict = replace(verdict, needs_person=drift.reasons)
     with _upload_progress(artifact, workspace):
         done = artifact.publish(
             workspace.package,
-            provenance=_provenance(revision, metrics, verdict, label) | {"opponent": dict(opponent or {})},
+            provenance=_provenance(revision, metrics, verdict, label)
+            | {"opponent": dict(opponent or {}), "drift": drift.to_json()},
             # needed to reproduce it, and the training's timings
             attachments={
                 path.name: path for path in (workspace.root / "dvc.lock", workspace.timings) if path.is_file()
@@ -118,11 +133,20 @@ def publish_package(workspace: Workspace, profile: Profile, revision: Revision, 
     digest = done.digest
     if not verdict.passed:
         words = f"registered {done}; the gate did not pass, so '{CANDIDATE}' was not moved"
-        return Publication("Rejected", str(done), digest, verdict, words, comparison)
+        return Publication("Rejected", str(done), digest, verdict, words + _ask_person(drift), comparison, drift=drift)
     artifact.version(digest).promote(CANDIDATE, expect=expected, by=_user(), reason="passed the gate of ropeway run")
     words = f"registered {done} and moved {artifact.alias(CANDIDATE)} to it"
     reviewable = _is_open(artifact, digest)
-    return Publication("Published", str(done), digest, verdict, words, comparison, reviewable=reviewable)
+    words += _ask_person(drift)
+    return Publication("Published", str(done), digest, verdict, words, comparison, reviewable=reviewable, drift=drift)
+
+
+def _ask_person(drift: DriftEvidence) -> str:
+    """Return what a publication's sentence says about drift above a limit; empty if there is none."""
+    if not drift.reasons:
+        return ""
+    more = len(drift.reasons) - 1
+    return f"; a person must look at its data: {drift.reasons[0]}" + (f", and {more} more" if more else "")
 
 
 def _artifact(workspace: Workspace) -> Artifact:
@@ -204,6 +228,7 @@ def _provenance(
             "passed": verdict.passed,
             "against": champion,
             "lines": list(verdict.lines),
+            "needs_person": list(verdict.needs_person),
             "checks": [asdict(check) for check in verdict.checks],
         },
     }

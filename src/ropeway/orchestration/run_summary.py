@@ -4,9 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ropeway.data.drift import DriftEvidence
 from ropeway.orchestration.cleanup import format_sizes
 from ropeway.orchestration.gate import GateVerdict
 from ropeway.orchestration.publish import Publication
+from ropeway.reporting.drift_tables import drift_markdown_rows, name_reference, summarize
 from ropeway.reporting.ledger_steps import ledger_rows
 from ropeway.reporting.markdown import plain, table
 from ropeway.reporting.shown_parts import greedy_answers
@@ -51,6 +53,7 @@ def print_result(result: Result, page: str | None) -> None:
         ("version", f"{published.version} ({published.digest[:SHORT_DIGITS]}): {published.words}"),
         ("compared", published.comparison),
         *_describe_verdict(published.verdict),
+        *_describe_drift(published.drift),
         ("package", str(result.workspace.package)),
         ("details", f"ropeway registry show {published.version}"),
         ("run page", page or "none: this run did not use Prefect"),
@@ -76,7 +79,10 @@ def result_json(result: Result, page: str | None) -> Json:
         "digest": published.digest,
         "words": published.words,
         "compared": published.comparison,
-        "gate": None if verdict is None else {"passed": verdict.passed, "failed": list(verdict.failed)},
+        "gate": None
+        if verdict is None
+        else {"passed": verdict.passed, "failed": list(verdict.failed), "needs_person": list(verdict.needs_person)},
+        "drift": published.drift.to_json() if published.drift else None,
         "steps": _read(result.workspace.train_metrics).get("steps"),
         "losses": {
             name: {model: found[model]["loss"] for model in ("base", "tuned")}
@@ -97,6 +103,13 @@ def _describe_verdict(verdict: GateVerdict | None) -> list[tuple[str, str]]:
     failed, count = verdict.failed, format_count(len(verdict.checks), "comparison")
     words = "passed" if verdict.passed else f"NOT PASSED, {len(failed)} of {count} failed"
     return [("gate", words), *(("", line) for line in failed)]
+
+
+def _describe_drift(drift: DriftEvidence | None) -> list[tuple[str, str]]:
+    """Return what the data was compared with, and each measure above a limit, as (fact, words)."""
+    if drift is None:
+        return []
+    return [("data drift", summarize(drift.to_json())), *(("", reason) for reason in drift.reasons)]
 
 
 def _next_action(result: Result) -> str:
@@ -139,6 +152,7 @@ def draw_report(result: Result) -> str:
         published.words,
         *([plain(_note_edits(result))] if result.edited else []),
         *(["## Gate", verdict] if verdict else []),
+        *_draw_drift(published.drift),
         "## Validation",
         table(_evaluation_rows(result.workspace)) or "No metrics.",
         "## Training",
@@ -150,6 +164,16 @@ def draw_report(result: Result) -> str:
         f"```\nropeway registry pull {name}@{published.digest[:12]}\n```",
     ]
     return "\n\n".join(parts)
+
+
+def _draw_drift(drift: DriftEvidence | None) -> list[str]:
+    if drift is None:
+        return []
+    found = drift.to_json()
+    parts = ["## Data drift", f"{plain(summarize(found))}."]
+    for one in found["references"]:
+        parts += [f"Compared with {plain(name_reference(one))}", table(drift_markdown_rows(one)) or plain(one["note"])]
+    return parts
 
 
 def _count_steps(workspace: Workspace) -> str:

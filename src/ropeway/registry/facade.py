@@ -130,6 +130,15 @@ class Artifact:
         for number, event in enumerate(versions, 1):
             yield Version(self.store, self.name, event["digest"], reference=f"{self.name}@v{number}", versions=versions)
 
+    def latest(self, count: int) -> list[Version]:
+        """Return up to `count` versions, newest first; their events are read on access, so this is a few requests."""
+        versions = read_events(self.store, versions_log(self.name))
+        numbered = list(enumerate(versions.digests, 1))[-count:]
+        return [
+            Version(self.store, self.name, digest, reference=f"{self.name}@v{number}", versions=versions)
+            for number, digest in reversed(numbered)
+        ]
+
     def alias(self, name: str) -> Alias:
         """Return an alias, which does not have to exist yet."""
         return Alias(self.store, self.name, name)

@@ -57,7 +57,9 @@ class Events(Sequence[Event]):
     def __getitem__(self, index: int | slice) -> Event | list[Event]:
         """Return one event, or a list for a slice."""
         if isinstance(index, slice):
-            return [self[n] for n in range(*index.indices(self._count))]
+            numbers = range(*index.indices(self._count))
+            self._fetch([number + 1 for number in numbers])
+            return [self[number] for number in numbers]
         number = range(1, self._count + 1)[index]
         self._fetch([number])
         return _without_head(self._read[number])

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ropeway.data.data_profile import FILE
 from ropeway.registry import ANY, PRODUCTION, AnyDigest, Registry, Version
 from ropeway.runtime.errors import RegistryError
 from ropeway.runtime.manifest import Json, json_mapping
@@ -22,6 +23,7 @@ class VersionEvidence:
         facts: The result of `Version.describe`.
         steps: Its steps.csv, one mapping per optimizer step.
         history: Its provenance.json: one record per start of its training.
+        data_profile: Counts and sketches of its data.
     """
 
     facts: Json
@@ -31,6 +33,7 @@ class VersionEvidence:
     steps: tuple[Mapping[str, str], ...]
     history: Json
     run: Json
+    data_profile: Json
 
     @property
     def label(self) -> str:
@@ -110,4 +113,5 @@ def gather_evidence(version: Version) -> VersionEvidence:
         steps=tuple(rows),
         history=read("provenance.json", "attachments"),
         run=read("run.json"),
+        data_profile=read(FILE),
     )

@@ -4,9 +4,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 
+from ropeway.config.sections import DriftLimits
+from ropeway.data.drift import DriftReference, compare_profiles
 from ropeway.data.lineage import describe_base, describe_source
 from ropeway.data.task_scores import name_metrics, show_score
 from ropeway.reporting import colors
+from ropeway.reporting.drift_tables import as_json, drift_markdown_rows, name_reference, summarize
 from ropeway.reporting.evidence import ReviewCase, VersionEvidence
 from ropeway.reporting.ledger_steps import ledger_rows
 from ropeway.reporting.loss_curves import Curve, loss_curves
@@ -54,6 +57,11 @@ def render_review(case: ReviewCase, *, with_pictures: bool = True) -> str:
         last_loss=_step_loss(made[-1:]),
         left_out=len(case.new.steps) - len(made),
         attempts=_attempts(case.new),
+        drift_note=summarize(_drift(case)),
+        drift=[
+            {"name": plain(name_reference(one)), "note": plain(one["note"]), "rows": drift_markdown_rows(one)}
+            for one in (_drift(case) or {}).get("references", ())
+        ],
         samples=_samples(case),
         changed_params=params,
         changed_data=data,
@@ -77,6 +85,7 @@ def _render(case: ReviewCase, **values: object) -> str:
         ("digest", code(f"{case.digest[:_SHORT]}…")),
         ("mean loss over sources", _mean_loss(case)),
         ("gate", "passed" if passed else "**not passed**" if passed is False else "not evaluated"),
+        ("data drift", plain(summarize(_drift(case)))),
         ("made by", plain(_revision(case, digits=_SHORT))),  # in full under Lineage
         ("published", plain(format_moment(new.facts["published_at"]))),
         ("size", f"{new.facts['bytes'] / 1e6:,.1f} MB in {len(new.facts['files'])} files"),
@@ -86,6 +95,7 @@ def _render(case: ReviewCase, **values: object) -> str:
         case=case,
         new=new,
         passed=passed,
+        needs_person=(verdict or {}).get("needs_person", ()),
         same_rows=not case.old or _production_metrics(case).get("validation") == new.metrics.get("validation"),
         facts=[{"field": name, "value": words} for name, words in facts],
         pull=f"ropeway registry pull {case.name}@{case.digest} --registry {case.url}",
@@ -183,6 +193,25 @@ def _curve_rows(curves: Sequence[Curve]) -> list[dict[str, str]]:
         }
         for curve in curves
     ]
+
+
+def _drift(case: ReviewCase) -> Json | None:
+    """Return the recorded comparisons of the data, and one with production if the publication did not make it."""
+    recorded: Json | None = case.new.facts["provenance"].get("drift")
+    if not (case.old and case.old.data_profile and case.new.data_profile):
+        return recorded
+    references = list((recorded or {}).get("references", ()))
+    if any(one["digest"] == case.expect for one in references):
+        return recorded
+    limits = (recorded or {}).get("limits")
+    stated = DriftLimits.model_validate(limits) if limits else None
+    reference = DriftReference(case.old.label, str(case.expect), ("production now",))
+    try:
+        measures = compare_profiles(case.old.data_profile, case.new.data_profile, stated)
+        reference = replace(reference, measures=tuple(measures))
+    except ValueError as error:
+        reference = replace(reference, note=str(error))
+    return {"limits": limits, "note": "", "references": [as_json(reference), *references]}
 
 
 def _attempts(new: VersionEvidence) -> list[dict[str, str]]:

@@ -55,7 +55,8 @@ def _count_conversation(profile: DataProfile, talk: Conversation) -> list[str]:
     systems = [talk.system] if talk.system else []
     if not talk.form:
         users = (len(talk.turns) + 1) // 2
-        profile.roles.update({"user": users, "assistant": len(talk.turns) - users})
+        profile.roles["user"] += users
+        profile.roles["assistant"] += len(talk.turns) - users
         profile.with_reasoning += sum(_THINK in text for text in talk.turns[1::2])
     else:
         form = talk.read_form()
