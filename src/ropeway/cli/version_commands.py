@@ -1,12 +1,18 @@
 """`ropeway drift` and `ropeway history`: versions of a model compared with each other, from the registry alone."""
 
-from typing import Annotated
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ropeway.cli.completion import complete_version
+from ropeway.cli.completion import complete_model, complete_version
 from ropeway.cli.options import JsonOption, RegistryOption
-from ropeway.runtime.errors import DataError
+from ropeway.runtime.errors import DataError, NotFoundError
+
+if TYPE_CHECKING:
+    from ropeway.registry import Registry
+    from ropeway.reporting.history import History
 
 version_app = typer.Typer()
 
@@ -51,3 +57,55 @@ def drift(
         return
     words = f"{above} of {len(measures)} above a limit" if limits else f"no limits: {after} was published without any"
     show(AlignedTable(DRIFT_HEADS, drift_rows(found), title=f"data of {before} → {after}"), "", words)
+
+
+@version_app.command()
+def history(
+    name: Annotated[str, typer.Argument(help="A model.", autocompletion=complete_model)],
+    *,
+    last: Annotated[int, typer.Option(min=1, max=1000, help="Number of versions, the newest ones.")] = 30,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page with charts to this file. Default: a table here.")
+    ] = None,
+    registry: RegistryOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the versions of a model over time: scores, drift, gate, review, time, cost. Regressions are flagged."""
+    from ropeway.cli.registry_commands import open_registry, print_json, print_words
+    from ropeway.reporting.history_page import describe_last, describe_rule, history_table, render_history
+    from ropeway.runtime.manifest import write_atomic
+    from ropeway.runtime.terminal import AlignedTable, Paragraph, show
+
+    found = read_history(open_registry(registry), name, last)
+    if html:
+        write_atomic(html.absolute(), render_history(found).encode())
+    if as_json:
+        print_json(found.to_json())
+        return
+    if html:
+        print_words(f"history of {len(found.versions)} versions: {html.absolute()}")
+    else:
+        heads, rows = history_table(found, found.versions)
+        show(AlignedTable(heads, rows), "", Paragraph(describe_rule()), "")
+    show(*(Paragraph(words, style="bold red" if is_bad else "") for is_bad, words in describe_last(found)))
+
+
+def read_history(registry: "Registry", name: str, last: int) -> "History":
+    """Return the history of a model's newest versions.
+
+    Raises:
+        NotFoundError: The model has no version.
+        ConfigError: The price of a GPU-hour in the environment is not a number.
+    """
+    from ropeway.reporting.history import WINDOW, build_history, read_price
+
+    price = read_price(os.environ)
+    total, recent = registry.artifact(name).describe_recent(last + WINDOW)
+    if not recent:
+        from ropeway.config.suggestion import did_you_mean
+
+        near = did_you_mean(name, [one.name for one in registry.artifacts()])
+        raise NotFoundError(
+            f"{registry.url}: no version of {name} was published there{near or '.'} `ropeway registry list` lists all"
+        )
+    return build_history(name, registry.url, total, recent, price=price, shown=last)

@@ -22,7 +22,7 @@ from ropeway.orchestration.gate import GateVerdict, describe_change, gate, secti
 from ropeway.orchestration.revision import Revision
 from ropeway.registry import PRODUCTION, Artifact, Registry, Version
 from ropeway.runtime.errors import DataError, TemporaryError
-from ropeway.runtime.manifest import Json, digest_of
+from ropeway.runtime.manifest import Json, digest_of, json_mapping
 from ropeway.runtime.progress import StageProgress
 from ropeway.runtime.workspace import Workspace, count_bytes
 
@@ -85,8 +85,12 @@ def check_publishing(workspace: Workspace) -> None:
         print(f"the registry cannot be reached now; the run continues and needs it at the end: {error}", flush=True)
 
 
-def publish_package(workspace: Workspace, profile: Profile, revision: Revision, measure: Measure) -> Publication:
+def publish_package(
+    workspace: Workspace, profile: Profile, revision: Revision, measure: Measure, *, run_seconds: float | None = None
+) -> Publication:
     """Publish `runs/<profile>/package` unless the registry has it, and move `candidate` if the gate passes.
+
+    `run_seconds` is how long the run took so far; it is recorded.
 
     `measure` returns sections of a champion's metrics, which are named as by `sections_to_measure`, for a champion that
     was evaluated on other rows or questions; None if that fails.
@@ -123,7 +127,11 @@ def publish_package(workspace: Workspace, profile: Profile, revision: Revision, 
         done = artifact.publish(
             workspace.package,
             provenance=_provenance(revision, metrics, verdict, label)
-            | {"opponent": dict(opponent or {}), "drift": drift.to_json()},
+            | {
+                "opponent": dict(opponent or {}),
+                "drift": drift.to_json(),
+                "run": _describe_run(workspace.timings, run_seconds),
+            },
             # needed to reproduce it, and the training's timings
             attachments={
                 path.name: path for path in (workspace.root / "dvc.lock", workspace.timings) if path.is_file()
@@ -231,6 +239,24 @@ def _provenance(
             "needs_person": list(verdict.needs_person),
             "checks": [asdict(check) for check in verdict.checks],
         },
+    }
+
+
+def _describe_run(timings: Path, run_seconds: float | None) -> dict[str, object]:
+    """Return what the history shows of a training: time, speed, GPUs, W&B; what was not recorded is None."""
+    attempts = json_mapping(timings.read_bytes()).get("attempts") if timings.is_file() else None
+    listed = [one for one in attempts if isinstance(one, dict)] if isinstance(attempts, list) else []
+    last = listed[-1] if listed else {}
+    totals = {key: sum(one.get(key) or 0 for one in listed) for key in ("seconds", "tokens")}
+    kind, link = last.get("accelerator"), (last.get("wandb") or {}).get("link")
+    return {
+        "run_seconds": run_seconds,
+        "train_seconds": totals["seconds"] if listed else None,
+        "tokens_per_second": totals["tokens"] / totals["seconds"] if totals["seconds"] and totals["tokens"] else None,
+        "ranks": last.get("ranks"),
+        "gpus": None if kind is None else last.get("ranks") if kind == "cuda" else 0,
+        "device": last.get("device"),
+        "wandb": link if isinstance(link, str) and link.startswith(("https://", "http://")) else None,
     }
 
 

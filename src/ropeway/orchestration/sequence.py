@@ -259,16 +259,17 @@ class PipelineRun:
         return StepResult(done.state, done.words)
 
     def _publish_where_placed(self, write_line: LineWriter) -> Publication:
+        seconds = time.monotonic() - self._began
         parts = (self.workspace.package, self.workspace.pages)
         paths = [path.relative_to(self.root).as_posix() for path in parts]
         if self._placement:
             made = {path for outs in graph.outputs(self.root).values() for path in outs}
             paths = [path for path in paths if path in made]
             if PUBLISH in self._placement.pools:
-                return self._placement.publish(paths, write_line)
+                return self._placement.publish(paths, seconds, write_line)
             self._placement.fetch_inputs(paths, write_line)
         measure = partial(self._measure_champion, write_line=write_line)
-        done = publish_package(self.workspace, self._params, self._revision, measure)
+        done = publish_package(self.workspace, self._params, self._revision, measure, run_seconds=seconds)
         for line in str(done.verdict).splitlines() if done.verdict else ():
             write_line(line)
         return done

@@ -21,6 +21,7 @@ from ropeway.registry.layout import (
     manifest_key,
     package_key,
     read_reference,
+    reviews_log,
     tombstone_key,
     tombstones_folder,
     versions_log,
@@ -29,7 +30,7 @@ from ropeway.registry.log import read_event, read_events
 from ropeway.registry.publishing import PublishResult, find_number, publish_package
 from ropeway.registry.signing import load_signer
 from ropeway.registry.version_manifest import Facts, build_package_manifest
-from ropeway.registry.versions import Version
+from ropeway.registry.versions import PRODUCTION, Version
 from ropeway.runtime.errors import DataError, NotFoundError, RegistryError
 from ropeway.storage import Store, open_store
 
@@ -193,6 +194,32 @@ class Artifact:
                 "git": event["provenance"].get("git"),
             }
             for number, event in enumerate(read_events(self.store, versions_log(self.name)), 1)
+        ]
+
+    def describe_recent(self, count: int) -> tuple[int, list[Facts]]:
+        """Return (number of versions, the newest `count` of them), oldest first, with what the logs say about each.
+
+        Reads `count` events of the versions, the reviews and moves of `production` that are about them, and no file.
+        """
+        versions = read_events(self.store, versions_log(self.name))
+        first = max(len(versions) - count, 0)
+        recent = versions[first:]
+        shown = {event["digest"] for event in recent}
+        moves = self.alias(PRODUCTION).events.about(shown)
+        reviews = read_events(self.store, reviews_log(self.name)).about(shown)
+        aliases, withdrawn = self.aliases(), set(self.store.list_keys(tombstones_folder(self.name)))
+        return len(versions), [
+            {
+                "number": number,
+                "digest": event["digest"],
+                "published_at": event["published_at"],
+                "provenance": event["provenance"],
+                "aliases": sorted(alias for alias, digest in aliases.items() if digest == event["digest"]),
+                "withdrawn": tombstone_key(self.name, event["digest"]) in withdrawn,
+                "promotions": [move for move in moves if move["digest"] == event["digest"]],
+                "reviews": [review for review in reviews if review["digest"] == event["digest"]],
+            }
+            for number, event in enumerate(recent, first + 1)
         ]
 
     def describe_history(self, alias: str) -> list[Facts]:

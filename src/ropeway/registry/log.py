@@ -12,7 +12,7 @@ sha256 is the one in that event. Otherwise the log is listed and read. See docs/
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, overload
@@ -68,6 +68,12 @@ class Events(Sequence[Event]):
         """Iterate over all events, oldest first."""
         self._fetch(range(1, self._count + 1))
         return (_without_head(self._read[number]) for number in range(1, self._count + 1))
+
+    def about(self, digests: Collection[str]) -> list[Event]:
+        """Return the events of these digests, oldest first; with a head no other event is read."""
+        numbers = [number for number, digest in enumerate(self.digests, 1) if digest in digests]
+        self._fetch(numbers)
+        return [_without_head(self._read[number]) for number in numbers]
 
     @property
     def digests(self) -> list[str]:

@@ -160,6 +160,80 @@ def draw_curves(curves: Sequence[Curve]) -> str:
         return _to_uri(figure)
 
 
+@dataclass(frozen=True, slots=True)
+class HistoryLine:
+    """A number by version.
+
+    Attributes:
+        points: (version number, value).
+        bad: Version numbers at which it is a regression.
+    """
+
+    name: str
+    points: Sequence[tuple[int, float]]
+    color: str
+    bad: tuple[int, ...] = ()
+    is_dashed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryPanel:
+    """One chart of a history.
+
+    Attributes:
+        limit: Value of a horizontal line; None for none.
+        failed: Version numbers that the gate did not pass.
+        promoted: Version numbers that a person promoted to production.
+    """
+
+    title: str
+    lines: Sequence[HistoryLine]
+    limit: float | None = None
+    failed: tuple[int, ...] = ()
+    promoted: tuple[int, ...] = ()
+
+
+def draw_history(panels: Sequence[HistoryPanel], theme: colors.PlotTheme) -> str:
+    """Return charts of a model's versions, two side by side, as a data URI."""
+    rows = math.ceil(len(panels) / 2)
+    with _styled_figure("history", (11.0, 2.6 * rows), theme) as figure:
+        figure.get_layout_engine().set(hspace=0.08)  # type: ignore[union-attr, call-arg]
+        grid = figure.subplots(rows, 2, squeeze=False, sharex=True)
+        for axes, panel in zip(grid.flat, panels, strict=False):
+            _draw_panel(axes, panel, theme)
+        for axes in grid[-1]:
+            axes.set_xlabel("version")
+        return _to_uri(figure)
+
+
+def _draw_panel(axes: Axes, panel: HistoryPanel, theme: colors.PlotTheme) -> None:
+    for line in panel.lines:
+        if not line.points:
+            continue
+        at, values = zip(*line.points, strict=True)
+        style, label = "--" if line.is_dashed else "-", line.name or "_"
+        axes.plot(at, values, style, marker=".", color=line.color, label=label, linewidth=1.6, markersize=5)
+        by_version = dict(line.points)
+        marks = [("o", line.bad, "regression", theme.limit), ("X", panel.failed, "gate not passed", theme.over)]
+        marks += [("^", panel.promoted, "promoted", theme.ink)]
+        for marker, versions, name, color in marks:
+            shown = [version for version in versions if version in by_version]
+            face = "none" if marker == "o" else color
+            size: Any = {"markersize": 12 if marker == "o" else 7, "markeredgewidth": 2 if marker == "o" else 0}
+            if shown:
+                heights = [by_version[version] for version in shown]
+                axes.plot(shown, heights, marker, color=color, markerfacecolor=face, label=name, **size)
+    if panel.limit is not None:
+        axes.axhline(panel.limit, color=theme.limit, linewidth=1.2, linestyle=":", label=f"limit {panel.limit:g}")
+    if not any(line.points for line in panel.lines):
+        axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", va="center", color=theme.dim)
+    axes.set_title(panel.title, fontsize=11)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(fontsize=8.5, labelcolor=theme.ink, loc="best")
+
+
 def draw_losses(folder: Path, steps: Rows) -> None:
     """Draw training loss per step and validation losses from the rows of steps.csv."""
     with _styled_figure("loss") as figure:

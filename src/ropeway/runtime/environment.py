@@ -66,6 +66,7 @@ VARIABLES: dict[str, tuple[EnvironmentVariable, ...]] = {
         _V("AWS_REQUEST_CHECKSUM_CALCULATION", "`when_required` for servers without boto3's default checksums."),
         _V("AWS_RESPONSE_CHECKSUM_VALIDATION", "`when_required` for servers without boto3's default checksums."),
     ),
+    "History": (_V("ROPEWAY_GPU_HOUR_PRICE", "Price of a GPU-hour, in a currency of your own.", "no cost is shown"),),
     "Hugging Face Hub": (
         _V("HF_TOKEN", "Token for gated models and datasets, and for `push-hub`."),
         _V("HF_HUB_OFFLINE", "`1` uses the Hub's cache only. Ranks and the package check always run with it."),

@@ -33,6 +33,7 @@ PARSED_ELSEWHERE = {
     "evaluate": "tests/pipeline/test_main_job.py",
     "review": "tests/unit/orchestration/test_review.py",
     "drift": "tests/unit/cli/test_version_commands.py",
+    "history": "tests/unit/cli/test_version_commands.py",
     "reproduce": "tests/pipeline/test_reproduce.py",
     "doctor": "tests/unit/orchestration/test_doctor.py",
     "clean": "tests/pipeline/test_flow_clean.py",

@@ -85,9 +85,10 @@ class Placement:
         self._take_over(name, result["lock"], write_line)
         return str(result["outcome"])
 
-    def publish(self, paths: Iterable[str], write_line: LineWriter) -> Publication:
+    def publish(self, paths: Iterable[str], run_seconds: float, write_line: LineWriter) -> Publication:
         """Publish in a pool; `paths` are the outputs that a version consists of."""
-        return Publication.from_json(self._call(PUBLISH, tuple(paths), write_line)["publication"])
+        found = self._call(PUBLISH, tuple(paths), write_line, run_seconds=run_seconds)
+        return Publication.from_json(found["publication"])
 
     @contextmanager
     def inputs_here(self, name: str, write_line: LineWriter) -> Iterator[None]:
@@ -128,7 +129,9 @@ class Placement:
         entries = [graph.read_lock_entry(root, name) for name in graph.outputs(root)]
         return [path for entry in entries if entry for path in _files(entry)]
 
-    def _call(self, step: str, inputs: tuple[str, ...], write_line: LineWriter) -> Json:
+    def _call(
+        self, step: str, inputs: tuple[str, ...], write_line: LineWriter, *, run_seconds: float | None = None
+    ) -> Json:
         self._push(inputs, write_line)
         request = StageRequest(
             step=step,
@@ -138,6 +141,7 @@ class Placement:
             folder=ask_git(self.site.root, "rev-parse", "--show-prefix") or "",
             handover=Handover.collect(self.site.root, step).send(self.site.root),
             registry=_registry(),
+            run_seconds=run_seconds,
         )
         return self.caller.call(self.pools[step], request, write_line)
 

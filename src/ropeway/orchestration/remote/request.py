@@ -35,6 +35,7 @@ class StageRequest:
         folder: The workspace's folder in the repository; empty for its top.
         handover: The MD5 of the hand-over (`handover.py`) in the DVC remote.
         registry: The registry's URL, if the caller's environment names one.
+        run_seconds: How long the run took before it publishes; recorded with the version.
     """
 
     step: str
@@ -44,11 +45,12 @@ class StageRequest:
     folder: str
     handover: str
     registry: str = ""
+    run_seconds: float | None = None
 
     @property
     def key(self) -> str:
         """A digest of the request: a run that was killed finds by it what it asked for."""
-        return digest_of({"format": _FORMAT, **asdict(self)})
+        return digest_of({"format": _FORMAT, **asdict(self), "run_seconds": None})
 
     def to_json(self) -> str:
         """Return the request as JSON."""

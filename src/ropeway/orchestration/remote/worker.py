@@ -46,14 +46,14 @@ def execute(root: Path, request: StageRequest) -> Json:
         site = Site(root, held, pulls=True)
         workspace = Workspace(root, request.profile)
         if request.step == PUBLISH:
-            return {"publication": _publish(site, workspace).to_json()}
+            return {"publication": _publish(site, workspace, request.run_seconds).to_json()}
         _pull(site, inputs_of(root, request.step))
         outcome = update_stage(site, request.step, _say)
         _push(site, request.step)
         return {"outcome": outcome, "lock": graph.read_lock_entry(root, request.step)}
 
 
-def _publish(site: Site, workspace: Workspace) -> Publication:
+def _publish(site: Site, workspace: Workspace, run_seconds: float | None) -> Publication:
     params = load_profile(FrozenInputs.load(site.root).params_file, workspace.profile)[1]
     wanted = (workspace.package, workspace.pages, workspace.evaluation, workspace.timings)
     made = {path for paths in graph.outputs(site.root).values() for path in paths}
@@ -63,7 +63,9 @@ def _publish(site: Site, workspace: Workspace) -> Publication:
         _pull(site, graph.inputs(site.root, "evaluate"))
         return measure_champion(site, workspace, champion, sections, _say)
 
-    done = publish_package(workspace, params, read_revision(site.root, workspace.profile), measure)
+    done = publish_package(
+        workspace, params, read_revision(site.root, workspace.profile), measure, run_seconds=run_seconds
+    )
     for line in str(done.verdict).splitlines() if done.verdict else ():
         _say(line)
     return done

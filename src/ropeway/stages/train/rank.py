@@ -360,6 +360,7 @@ def _describe_attempt(run: Run, attention: Attention) -> dict[str, object]:
         "sequence_parallel": run.sharing_ranks,
         "deterministic": run.profile.deterministic or run.device.type == "cpu",
         "host": platform.node(),
+        "accelerator": run.device.type,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_model_name(),
         "kernels": torch.backends.cpu.get_cpu_capability(),  # e.g. AVX512; sums round differently with another
         "python": platform.python_version(),
