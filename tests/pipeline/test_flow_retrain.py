@@ -48,7 +48,9 @@ def test_flow_runs_each_stage_once_and_then_none_and_prefect_shows_both(flow_wor
     assert flow_workspace.calls() == STAGES
     assert first.stages == {"identity": "Unchanged", **dict.fromkeys(STAGES, "Completed")}
     assert (first.publication.state, first.publication.version) == ("Published", "laptop@v1")
+    assert b"laptop@v1" in (flow_workspace.root / "runs" / "laptop" / "history.html").read_bytes()
     words = capsys.readouterr().out
+    assert re.search(r"  history\s+/\S*/runs/laptop/history\.html\n", words)
     assert "validation loss  docs  8.000 -> 5.002 nats/token" in words
     assert re.search(r"steps +66, 64 of them applied", words)
     assert re.search(r"details +ropeway registry show laptop@v1\n", words)
@@ -106,6 +108,7 @@ def check_what_prefect_shows(api, flow_run_id, dag):
         "why": "it has not run before",
     }
     assert "| docs | 8.000 → 5.002 |" in artifacts["laptop-result"]["data"]
+    assert "| laptop@v1 |" in artifacts["laptop-history"]["data"]
     assert (artifacts["laptop-train-progress"]["type"], artifacts["laptop-train-progress"]["data"]) == ("progress", 100)
     steps = json.loads(artifacts["laptop-ledger"]["data"])
     assert steps[0] == {"source": "docs", "step": "read", "sign": "=", "count": "8 records", "tokens": ""}

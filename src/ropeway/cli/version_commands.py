@@ -1,18 +1,13 @@
 """`ropeway drift` and `ropeway history`: versions of a model compared with each other, from the registry alone."""
 
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from ropeway.cli.completion import complete_model, complete_version
 from ropeway.cli.options import JsonOption, RegistryOption
-from ropeway.runtime.errors import DataError, NotFoundError
-
-if TYPE_CHECKING:
-    from ropeway.registry import Registry
-    from ropeway.reporting.history import History
+from ropeway.runtime.errors import DataError
 
 version_app = typer.Typer()
 
@@ -72,6 +67,7 @@ def history(
 ) -> None:
     """Show the versions of a model over time: scores, drift, gate, review, time, cost. Regressions are flagged."""
     from ropeway.cli.registry_commands import open_registry, print_json, print_words
+    from ropeway.reporting.history import read_history
     from ropeway.reporting.history_page import describe_last, describe_rule, history_table, render_history
     from ropeway.runtime.manifest import write_atomic
     from ropeway.runtime.terminal import AlignedTable, Paragraph, show
@@ -88,24 +84,3 @@ def history(
         heads, rows = history_table(found, found.versions)
         show(AlignedTable(heads, rows), "", Paragraph(describe_rule()), "")
     show(*(Paragraph(words, style="bold red" if is_bad else "") for is_bad, words in describe_last(found)))
-
-
-def read_history(registry: "Registry", name: str, last: int) -> "History":
-    """Return the history of a model's newest versions.
-
-    Raises:
-        NotFoundError: The model has no version.
-        ConfigError: The price of a GPU-hour in the environment is not a number.
-    """
-    from ropeway.reporting.history import WINDOW, build_history, read_price
-
-    price = read_price(os.environ)
-    total, recent = registry.artifact(name).describe_recent(last + WINDOW)
-    if not recent:
-        from ropeway.config.suggestion import did_you_mean
-
-        near = did_you_mean(name, [one.name for one in registry.artifacts()])
-        raise NotFoundError(
-            f"{registry.url}: no version of {name} was published there{near or '.'} `ropeway registry list` lists all"
-        )
-    return build_history(name, registry.url, total, recent, price=price, shown=last)

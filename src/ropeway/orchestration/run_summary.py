@@ -8,16 +8,19 @@ from ropeway.data.drift import DriftEvidence
 from ropeway.orchestration.cleanup import format_sizes
 from ropeway.orchestration.gate import GateVerdict
 from ropeway.orchestration.publish import Publication
+from ropeway.registry import Registry
 from ropeway.reporting.drift_tables import drift_markdown_rows, name_reference, summarize
 from ropeway.reporting.ledger_steps import ledger_rows
 from ropeway.reporting.markdown import plain, table
 from ropeway.reporting.shown_parts import greedy_answers
 from ropeway.reporting.verdict import split_verdict
-from ropeway.runtime.manifest import Json, json_mapping
+from ropeway.runtime.errors import RopewayError
+from ropeway.runtime.manifest import Json, json_mapping, write_atomic
 from ropeway.runtime.terminal import SHORT_DIGITS, AlignedTable, Paragraph, format_count, render, show
 from ropeway.runtime.workspace import Workspace
 
 _SHOWN_PROMPTS = 2
+HISTORY_VERSIONS = 30  # of the page that a run writes
 _LONGEST_WORD = 40  # characters; a longer one is of a model that repeats itself
 _SHOWN_CHARACTERS = 150  # of a question or an answer
 
@@ -55,6 +58,7 @@ def print_result(result: Result, page: str | None) -> None:
         *_describe_verdict(published.verdict),
         *_describe_drift(published.drift),
         ("package", str(result.workspace.package)),
+        ("history", str(result.workspace.history) if result.workspace.history.is_file() else ""),
         ("details", f"ropeway registry show {published.version}"),
         ("run page", page or "none: this run did not use Prefect"),
         ("note", _note_edits(result)),
@@ -174,6 +178,23 @@ def _draw_drift(drift: DriftEvidence | None) -> list[str]:
     for one in found["references"]:
         parts += [f"Compared with {plain(name_reference(one))}", table(drift_markdown_rows(one)) or plain(one["note"])]
     return parts
+
+
+def write_history(workspace: Workspace) -> str:
+    """Write the history of the model to runs/<profile>/history.html; return a short one in markdown.
+
+    An error of the registry is printed and the text is empty: the run has published what it made.
+    """
+    from ropeway.reporting.history import read_history
+    from ropeway.reporting.history_page import render_history, render_history_markdown
+
+    try:
+        found = read_history(Registry.open(workspace.registry_url), workspace.profile, HISTORY_VERSIONS)
+    except RopewayError as error:
+        print(f"history: not written, {error}", flush=True)
+        return ""
+    write_atomic(workspace.history, render_history(found).encode())
+    return render_history_markdown(found)
 
 
 def _count_steps(workspace: Workspace) -> str:

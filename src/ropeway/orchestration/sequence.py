@@ -227,6 +227,9 @@ class PipelineRun:
         review = self.display.ask_review(self._publication.digest) if published else None
         self.result = replace(self._result(), review=review)
         self.display.report("result", summary.draw_report(self.result))
+        is_new = self._publication.state != "Unchanged" or not self.workspace.history.is_file()
+        if is_new and (text := summary.write_history(self.workspace)):
+            self.display.report("history", text)
 
     def _pull(self, write_line: LineWriter) -> StepResult:
         # A missing output is produced here, so an incomplete or unreachable remote does not stop the run.

@@ -6,13 +6,16 @@ values), and by more than the metric's smallest relative change. Losses on other
 too few versions have the same rows.
 """
 
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from ropeway.config.suggestion import did_you_mean
+from ropeway.registry import Registry
 from ropeway.reporting.drift_tables import list_flagged
-from ropeway.runtime.errors import ConfigError
+from ropeway.runtime.errors import ConfigError, NotFoundError
 from ropeway.runtime.manifest import Json
 
 PRICE = "ROPEWAY_GPU_HOUR_PRICE"
@@ -170,6 +173,23 @@ def read_price(environment: Mapping[str, str]) -> float | None:
     if not 0 <= price < float("inf"):
         raise ConfigError(f"{PRICE}: expected a number of 0 or more, e.g. 2.5, found {stated!r}")
     return price
+
+
+def read_history(registry: Registry, name: str, last: int) -> History:
+    """Return the history of a model's newest versions.
+
+    Raises:
+        NotFoundError: The model has no version.
+        ConfigError: The price of a GPU-hour in the environment is not a number.
+    """
+    price = read_price(os.environ)
+    total, recent = registry.artifact(name).describe_recent(last + WINDOW)
+    if not recent:
+        near = did_you_mean(name, [one.name for one in registry.artifacts()])
+        raise NotFoundError(
+            f"{registry.url}: no version of {name} was published there{near or '.'} `ropeway registry list` lists all"
+        )
+    return build_history(name, registry.url, total, recent, price=price, shown=last)
 
 
 def build_history(

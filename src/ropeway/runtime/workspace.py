@@ -51,6 +51,7 @@ class Workspace:
     package = _WorkspacePath(
         "runs/{profile}/package"
     )  # the model in Hugging Face format, its metadata and its manifest
+    history = _WorkspacePath("runs/{profile}/history.html")  # all versions over time, written at the end of a run
     pages = _WorkspacePath("runs/{profile}/pages")  # README.md and pages, with a manifest for them and the package
 
     tasks = _WorkspacePath("configs/tasks")  # tasks of this workspace for lm-evaluation-harness (YAML and data)

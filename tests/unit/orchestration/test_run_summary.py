@@ -6,7 +6,7 @@ import pytest
 
 from ropeway.orchestration.gate import GateCheck, GateVerdict
 from ropeway.orchestration.publish import Publication
-from ropeway.orchestration.run_summary import Result, draw_report, draw_table, print_result
+from ropeway.orchestration.run_summary import Result, draw_report, draw_table, print_result, write_history
 from ropeway.runtime.manifest import write_json
 from ropeway.runtime.workspace import Workspace
 
@@ -109,3 +109,15 @@ def test_the_plan_of_the_stages_is_a_table_that_fits(monkeypatch):
     rows = [{"stage": "train", "will run": "yes", "why": "params.yaml changed: learning_rate; " * 3}] * 2
     assert all(len(line) <= 60 for line in draw_table(rows).splitlines())
     assert draw_table([]) == ""
+
+
+def test_a_registry_that_cannot_be_read_leaves_a_run_without_history_and_not_without_its_end(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("ROPEWAY_REGISTRY", (tmp_path / "none").as_uri())
+    workspace = Workspace(tmp_path, "laptop")
+    assert write_history(workspace) == ""
+    assert not workspace.history.exists()
+    assert capsys.readouterr().out.startswith("history: not written")
+    monkeypatch.setenv("ROPEWAY_GPU_HOUR_PRICE", "cheap")
+    assert write_history(workspace) == ""
