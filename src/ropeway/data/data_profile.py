@@ -225,8 +225,17 @@ def _ceil_sqrt(value: int) -> int:
 
 
 def bin_names(bins: int = LENGTH_BINS) -> list[str]:
-    """Return the name of each bin of `histogram`: its smallest number."""
-    return [f"{edge:,}" for edge in _edges()[:bins].tolist()]
+    """Return the name of each bin of `histogram`: its smallest and largest number.
+
+    >>> bin_names(6)
+    ['1', '2', '2', '3', '4 to 5', '6 to 7']
+    """
+    edges = _edges().tolist()
+    ends = [*(edge - 1 for edge in edges[1:]), None]
+    return [
+        f"{first:,} or more" if last is None else f"{first:,} to {last:,}" if last > first else f"{first:,}"
+        for first, last in zip(edges[:bins], ends[:bins], strict=True)
+    ]
 
 
 def bucket(values: NDArray[np.integer], count: int) -> NDArray[np.int64]:

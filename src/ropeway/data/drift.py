@@ -285,15 +285,13 @@ def _compare(
         noise=sampling_noise(sizes[0], sizes[1], used),
         largest=()
         if are_hashes
-        else tuple(
-            (parts[at].lstrip(), float(before[at]), float(after[at])) for at in moved if before[at] != after[at]
-        ),
+        else tuple((parts[at], float(before[at]), float(after[at])) for at in moved if before[at] != after[at]),
     )
 
 
 def _binned(key: str, *sides: Json) -> list[dict[str, float]]:
-    """Return the counts of a histogram by the smallest number of each bin; names are padded, so they sort by size."""
-    names = [f"{name:>12}" for name in bin_names()]
+    """Return the counts of a histogram by the name of each bin."""
+    names = bin_names()
     found: list[dict[str, float]] = []
     for side in sides:
         counts: dict[str, float] = dict.fromkeys(names, 0)

@@ -9,7 +9,7 @@ from ropeway.orchestration.cleanup import format_sizes
 from ropeway.orchestration.gate import GateVerdict
 from ropeway.orchestration.publish import Publication
 from ropeway.registry import Registry
-from ropeway.reporting.drift_tables import drift_markdown_rows, name_reference, summarize
+from ropeway.reporting.drift_tables import drift_matrix, list_uncompared, summarize
 from ropeway.reporting.ledger_steps import ledger_rows
 from ropeway.reporting.markdown import plain, table
 from ropeway.reporting.shown_parts import greedy_answers
@@ -174,10 +174,10 @@ def _draw_drift(drift: DriftEvidence | None) -> list[str]:
     if drift is None:
         return []
     found = drift.to_json()
-    parts = ["## Data drift", f"{plain(summarize(found))}."]
-    for one in found["references"]:
-        parts += [f"Compared with {plain(name_reference(one))}", table(drift_markdown_rows(one)) or plain(one["note"])]
-    return parts
+    notes = [f"- not compared with {plain(words)}" for words in list_uncompared(found)]
+    return list(
+        filter(None, ["## Data drift", f"{plain(summarize(found))}.", table(drift_matrix(found)), "\n".join(notes)])
+    )
 
 
 def write_history(workspace: Workspace) -> str:

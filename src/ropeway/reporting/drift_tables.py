@@ -55,19 +55,51 @@ def drift_rows(reference: Json) -> list[tuple[str, ...]]:
     return [_row(one) for one in sorted(shown, key=lambda one: not one["exceeds"])]
 
 
-def drift_markdown_rows(reference: Json) -> list[dict[str, str]]:
-    """Return the same rows as cells of a Markdown table; what is above a limit is bold."""
-    return [
-        {
-            head: f"**{plain(cell)}**" if head == DRIFT_HEADS[-1] and cell not in ("", "ok") else plain(cell)
-            for head, cell in zip(DRIFT_HEADS, row, strict=True)
-        }
-        for row in drift_rows(reference)
-    ]
+def drift_matrix(drift: Json | None) -> list[dict[str, str]]:
+    """Return the comparisons with all earlier versions as one Markdown table, rows above a limit first and bold."""
+    compared = [one for one in (drift or {}).get("references", ()) if not one["note"]]
+    names = [one["name"] for one in compared[0]["measures"]] if compared else []
+    found: list[tuple[bool, dict[str, str]]] = []
+    for at, name in enumerate(names):
+        measures = [one["measures"][at] for one in compared]
+        if not any(map(_is_shown, measures)):
+            continue
+        row = {"data": plain(name)}
+        for reference, measure in zip(compared, measures, strict=True):
+            cell = plain(_cell(measure))
+            row[f"from {plain(name_reference(reference))}"] = f"**{cell}**" if measure["exceeds"] else cell
+        found.append((any(measure["exceeds"] for measure in measures), row))
+    return [row for _, row in sorted(found, key=lambda one: not one[0])]
+
+
+def list_uncompared(drift: Json | None) -> list[str]:
+    """Return why an earlier version could not be compared, one sentence each."""
+    return [f"{name_reference(one)}: {one['note']}" for one in (drift or {}).get("references", ()) if one["note"]]
+
+
+def describe_limits(drift: Json | None) -> str:
+    """Return the limits in one line; empty if there were none."""
+    stated = (drift or {}).get("limits") or {}
+    words = {
+        "max_psi": "PSI {:g}",
+        "max_js_divergence": "JS {:g} bits",
+        "max_share_change": "change of a share {:.0%}",
+        "max_size_ratio": "ratio of sizes {:g}",
+        "min_seen_share": "texts seen before at least {:.0%}",
+    }
+    return ", ".join(text.format(stated[key]) for key, text in words.items() if stated.get(key) is not None)
+
+
+def _cell(measure: Json) -> str:
+    if measure["js"] is None:
+        return _values(measure)
+    parts = f": {_largest(measure['largest'][:1])}" if measure["exceeds"] and measure["largest"] else ""
+    psi = "" if measure["psi"] is None else f"PSI {measure['psi']:.3f}, "
+    return f"{psi}JS {measure['js']:.3f}{parts}"
 
 
 def _is_shown(measure: Json) -> bool:
-    return bool(measure["exceeds"] or measure["note"] or measure["js"] is not None or measure["old"] or measure["new"])
+    return bool(measure["exceeds"] or measure["js"] is not None or measure["old"] or measure["new"])
 
 
 def _row(measure: Json) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from ropeway.data.drift import DriftReference, compare_profiles
 from ropeway.data.lineage import describe_base, describe_source
 from ropeway.data.task_scores import name_metrics, show_score
 from ropeway.reporting import colors
-from ropeway.reporting.drift_tables import as_json, drift_markdown_rows, name_reference, summarize
+from ropeway.reporting.drift_tables import as_json, describe_limits, drift_matrix, list_uncompared, summarize
 from ropeway.reporting.evidence import ReviewCase, VersionEvidence
 from ropeway.reporting.ledger_steps import ledger_rows
 from ropeway.reporting.loss_curves import Curve, loss_curves
@@ -58,10 +58,9 @@ def render_review(case: ReviewCase, *, with_pictures: bool = True) -> str:
         left_out=len(case.new.steps) - len(made),
         attempts=_attempts(case.new),
         drift_note=summarize(_drift(case)),
-        drift=[
-            {"name": plain(name_reference(one)), "note": plain(one["note"]), "rows": drift_markdown_rows(one)}
-            for one in (_drift(case) or {}).get("references", ())
-        ],
+        drift=drift_matrix(_drift(case)),
+        uncompared=list_uncompared(_drift(case)),
+        drift_limits=describe_limits(_drift(case)),
         samples=_samples(case),
         changed_params=params,
         changed_data=data,
