@@ -11,13 +11,19 @@ from ropeway.orchestration.prefect_adapter import end_state, name_run, open_run
 
 
 @flow(name="retrain", flow_run_name=name_run, validate_parameters=False)
-def retrain(root: str = ".", profile: str | None = None, rehearse: bool = False) -> State[object]:  # noqa: FBT001, FBT002
+def retrain(
+    root: str = ".",
+    profile: str | None = None,
+    rehearse: bool = False,  # noqa: FBT001, FBT002
+    trigger: str = "",  # noqa: ARG001 - `open_run` shows it
+) -> State[object]:
     """Train and register the model that params.yaml describes, if anything it depends on changed.
 
     Args:
         root: The workspace.
         profile: The profile of params.yaml; default: the one that its line `profile:` names.
         rehearse: Run the pipeline on a few records first; if that fails, no stage starts.
+        trigger: Why this run was started, e.g. which source changed; shown in its log and on its page.
     """
     with open_run(root, profile) as run:
         run.pull()

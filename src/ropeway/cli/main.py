@@ -16,7 +16,7 @@ from ropeway.cli.registry_commands import registry_app
 from ropeway.cli.run_commands import run_app
 from ropeway.cli.version_commands import version_app
 from ropeway.runtime.environment import check_renamed
-from ropeway.runtime.errors import ConfigError, RopewayError
+from ropeway.runtime.errors import ConfigError, RopewayError, TemporaryError
 from ropeway.runtime.workspace import Workspace, find_root
 
 app = typer.Typer(
@@ -343,6 +343,13 @@ def serve(
     cron: Annotated[
         str | None, typer.Option(help="Schedule in UTC for runs, e.g. '0 3 * * *'. Default: no schedule.")
     ] = None,
+    watch: Annotated[
+        str | None,
+        typer.Option(
+            help="Look at the sources this often, e.g. 10m, and start a run if one changed; `notified`: only after "
+            "`ropeway notify-data`. Default: no."
+        ),
+    ] = None,
     rehearse: Annotated[
         bool, typer.Option("--rehearse", help="Every run runs the pipeline on a few records first.")
     ] = False,
@@ -350,7 +357,30 @@ def serve(
     """Serve the flows, to start them from the Prefect UI or on a schedule; needs a running `ropeway server`."""
     from ropeway.orchestration.deployments import serve_flows
 
-    serve_flows(find_root(), cron=cron, rehearse=rehearse)
+    serve_flows(find_root(), cron=cron, watch=watch, rehearse=rehearse)
+
+
+@app.command("notify-data")
+def notify_data_command(
+    *,
+    source: Annotated[str, typer.Option(help="The source that changed, for the event. Default: not stated.")] = "",
+    note: Annotated[str, typer.Option(help="Text for the event, e.g. the name of a job.")] = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Tell `ropeway serve --watch` to look at the sources now; returns once the Prefect server has stored it."""
+    from ropeway.orchestration.prefect_server import persistent_server_url
+    from ropeway.orchestration.source_watcher import EVENT, notify_data
+
+    url = persistent_server_url(find_root())
+    if not url:
+        raise TemporaryError(
+            "no Prefect server runs for this workspace; start `ropeway server`, or set PREFECT_API_URL"
+        )
+    event = notify_data(url, source, note)
+    if as_json:
+        typer.echo(json.dumps({"event": EVENT, "id": event}))
+    else:
+        typer.echo(f"{EVENT} is stored on {url}; `ropeway serve --watch` looks at the sources within 10 s")
 
 
 def main() -> None:

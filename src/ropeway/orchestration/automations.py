@@ -4,21 +4,15 @@ They are created over plain HTTP, so that `ropeway server` need not import Prefe
 """
 
 import os
-import ssl
-import time
-from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpx
-
-from ropeway.runtime.errors import ConfigError, TemporaryError
+from ropeway.orchestration.prefect_requests import ask
+from ropeway.runtime.errors import ConfigError
 
 CRASHED, ALERT = "ropeway: crashed hosts", "ropeway: alert"
 _BLOCK = "ropeway-alert"
 _SILENT_SECONDS = 90  # three heartbeats
-# After an outage the runs that waited write at once, and the server's SQLite is locked for a while (measured).
-_BUSY, _BUSY_SECONDS, _PAUSE_SECONDS = (429, 503), 60.0, 1.0
 # Suspended: a review waits for days without heartbeats; without this entry it would be marked crashed (measured).
 # Prefect names a run's event after the state's name, not its type, so the final states of our flows are listed too.
 # Without them the automation fires for completed runs, which Prefect refuses to mark as crashed (measured).
@@ -54,11 +48,11 @@ def apply_automations(url: str) -> list[str]:
     for automation in wanted:
         old = there.get(automation["name"])
         if old:
-            _ask(url, "PUT", f"/automations/{old['id']}", {**automation, "enabled": old["enabled"]})
+            ask(url, "PUT", f"/automations/{old['id']}", {**automation, "enabled": old["enabled"]})
         else:
-            _ask(url, "POST", "/automations/", automation)
+            ask(url, "POST", "/automations/", automation)
     if not hook and ALERT in there:
-        _ask(url, "DELETE", f"/automations/{there[ALERT]['id']}")
+        ask(url, "DELETE", f"/automations/{there[ALERT]['id']}")
     return watched
 
 
@@ -110,43 +104,18 @@ def alert_automation(block_id: str) -> _Json:
 def find_automations(url: str) -> list[_Json]:
     """Return our automations as the server has them."""
     chosen = {"automations": {"name": {"any_": [CRASHED, ALERT]}}}
-    found: list[_Json] = _ask(url, "POST", "/automations/filter", chosen)
+    found: list[_Json] = ask(url, "POST", "/automations/filter", chosen)
     return found
 
 
 def _save_hook(url: str, hook: str) -> str:
     """Store the URL in a webhook block of the server, encrypted; return the block's id."""
-    kind = _ask(url, "GET", "/block_types/slug/webhook")
-    schemas = _ask(url, "POST", "/block_schemas/filter", {"block_schemas": {"block_type_id": {"any_": [kind["id"]]}}})
+    kind = ask(url, "GET", "/block_types/slug/webhook")
+    schemas = ask(url, "POST", "/block_schemas/filter", {"block_schemas": {"block_type_id": {"any_": [kind["id"]]}}})
     data = {"method": "POST", "url": hook}
-    for found in _ask(url, "POST", "/block_documents/filter", {"block_documents": {"name": {"any_": [_BLOCK]}}}):
+    for found in ask(url, "POST", "/block_documents/filter", {"block_documents": {"name": {"any_": [_BLOCK]}}}):
         if found["block_type_id"] == kind["id"]:
-            _ask(url, "PATCH", f"/block_documents/{found['id']}", {"data": data})
+            ask(url, "PATCH", f"/block_documents/{found['id']}", {"data": data})
             return str(found["id"])
     block = {"name": _BLOCK, "data": data, "block_type_id": kind["id"], "block_schema_id": schemas[0]["id"]}
-    return str(_ask(url, "POST", "/block_documents/", block)["id"])
-
-
-def _ask(url: str, method: str, path: str, body: Mapping[str, object] | None = None) -> Any:  # noqa: ANN401 - the server's JSON
-    user, _, password = (
-        os.environ.get("PREFECT_API_AUTH_STRING") or os.environ.get("PREFECT_SERVER_API_AUTH_STRING") or ""
-    ).partition(":")
-    auth = (user, password) if user else None
-    until = time.monotonic() + _BUSY_SECONDS
-    while True:
-        try:
-            # No proxy from the environment, but this machine's certificates.
-            certificates = ssl.create_default_context()
-            answer = httpx.request(
-                method, url + path, json=body, auth=auth, timeout=30, trust_env=False, verify=certificates
-            )
-        except httpx.HTTPError as error:
-            raise TemporaryError(f"the Prefect server at {url} does not answer ({error}). Start it again") from None
-        if answer.status_code not in _BUSY or time.monotonic() > until:
-            break
-        time.sleep(_PAUSE_SECONDS)
-    if answer.is_error:
-        raise TemporaryError(
-            f"the Prefect server refused {method} {path}: {answer.status_code} {answer.content[:300]!r}"
-        )
-    return answer.json() if answer.content else None
+    return str(ask(url, "POST", "/block_documents/", block)["id"])

@@ -10,7 +10,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ropeway.config.load_params import load_profile
 from ropeway.orchestration.prefect_server import apply_settings, page_address, persistent_server_url
+from ropeway.orchestration.source_watch import parse_interval
+from ropeway.orchestration.source_watcher import SourceWatcher
 from ropeway.runtime.errors import ConfigError, TemporaryError
 
 if TYPE_CHECKING:
@@ -19,17 +22,19 @@ if TYPE_CHECKING:
 CRON = "0 3 * * *"
 
 
-def serve_flows(root: Path, *, cron: str | None = None, rehearse: bool = False) -> None:
+def serve_flows(root: Path, *, cron: str | None = None, watch: str | None = None, rehearse: bool = False) -> None:
     """Serve the flows until this process is stopped; needs a running server.
 
-    `cron` is the schedule of retraining, in UTC; with None the nightly schedule exists but is inactive. `rehearse`:
-    every run first runs the pipeline on a few records.
+    `cron` is the schedule of retraining, in UTC; with None the nightly schedule exists but is inactive. `watch`: how
+    often to look at the sources, e.g. `10m`; a changed one starts a run. `rehearse`: every run first runs the pipeline
+    on a few records.
 
     Raises:
-        ConfigError: `cron` is not a cron expression.
+        ConfigError: `cron` is not a cron expression, or `watch` no interval.
         TemporaryError: No server answers.
     """
     root = root.resolve()
+    interval = parse_interval(watch) if watch else None
     apply_settings(root)
     url = persistent_server_url(root)
     if url:  # Prefect reads it when it is imported, which `next_start` does
@@ -48,6 +53,11 @@ def serve_flows(root: Path, *, cron: str | None = None, rehearse: bool = False) 
     print(at, flush=True)
     deployments = build_deployments(root, cron=cron, rehearse=rehearse)
     adopt_deployments(deployments)
+    if watch:
+        profile = load_profile(root / "params.yaml")[0]
+        print(f"watch: looks at the sources of {profile}: {watch}; a changed one starts a run", flush=True)
+        watcher = SourceWatcher(root, url, [profile], interval, rehearse=rehearse)
+        watcher.start()
     serve(*deployments)
 
 

@@ -33,6 +33,8 @@ from ropeway.orchestration.remote.pool_caller import PoolCaller
 from ropeway.orchestration.run_page import PageLog, ProgressArtifact, stop_on_suspend
 from ropeway.orchestration.run_summary import Result
 from ropeway.orchestration.sequence import PipelineRun, describe_run
+from ropeway.orchestration.source_watcher import CHANGED
+from ropeway.reporting.markdown import plain
 from ropeway.runtime.errors import ConfigError, TemporaryError
 from ropeway.runtime.stage_log import log_path
 
@@ -101,10 +103,12 @@ def artifact_prefix(name: str) -> str:
 
 
 def name_run() -> str:
-    """Return the flow run's name: profile, digest of its params, git revision."""
+    """Return the flow run's name: profile, digest of its params, git revision, and which sources started it."""
     given = runtime.flow_run.parameters
     root = Path(given["root"]).resolve()
-    return describe_run(root, load_profile(root / "params.yaml", given["profile"])[0])[0]
+    name = describe_run(root, load_profile(root / "params.yaml", given["profile"])[0])[0]
+    changed = [tag.removeprefix(CHANGED) for tag in runtime.flow_run.tags or () if tag.startswith(CHANGED)]
+    return f"{name} ({', '.join(changed)} changed)" if changed else name
 
 
 @contextmanager
@@ -115,7 +119,9 @@ def open_run(root: str, profile: str | None) -> Iterator[PipelineRun]:
     name, _ = load_profile(folder / "params.yaml", profile)
     log = PageLog(_api())
     try:
-        run = PipelineRun(folder, name, PrefectDisplay(artifact_prefix(name), folder, log))
+        display = PrefectDisplay(artifact_prefix(name), folder, log)
+        _show_trigger(display, str(runtime.flow_run.parameters.get("trigger") or ""))
+        run = PipelineRun(folder, name, display)
         with stop_on_suspend(), run.lock():
             yield run
     except BaseException as error:
@@ -123,6 +129,14 @@ def open_run(root: str, profile: str | None) -> Iterator[PipelineRun]:
         raise
     finally:
         _tell_missing(log.close(_FLUSH_SECONDS), folder)
+
+
+def _show_trigger(display: "PrefectDisplay", trigger: str) -> None:
+    """Print why the run was started, and show it in the log and as an artifact of its page."""
+    if trigger:
+        print(f"started because {trigger}", flush=True)
+        display.log.add("trigger", f"started because {trigger}", flow_run=str(runtime.flow_run.id), task_run=None)
+        display.report("trigger", "\n".join(f"- {plain(one)}" for one in trigger.split("; ")))
 
 
 def end_state(result: Result) -> State[object]:

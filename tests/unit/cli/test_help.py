@@ -38,6 +38,7 @@ PARSED_ELSEWHERE = {
     "doctor": "tests/unit/orchestration/test_doctor.py",
     "clean": "tests/pipeline/test_flow_clean.py",
     "logs": "tests/unit/orchestration/test_logs.py",
+    "notify-data": "tests/unit/orchestration/test_source_watch.py",
 }
 # The others, in this order, over a registry with one version.
 EXAMPLES = {

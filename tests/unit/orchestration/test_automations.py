@@ -6,7 +6,7 @@ from threading import Thread
 
 import pytest
 
-from ropeway.orchestration import automations
+from ropeway.orchestration import prefect_requests
 from ropeway.orchestration.automations import CRASHED, apply_automations
 from ropeway.runtime.errors import TemporaryError
 
@@ -14,7 +14,7 @@ from ropeway.runtime.errors import TemporaryError
 @pytest.fixture
 def server(monkeypatch):
     """Return (address, answers to give to the next PUTs, methods asked); one automation exists."""
-    monkeypatch.setattr(automations, "_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(prefect_requests, "_PAUSE_SECONDS", 0.0)
     codes, asked = [], []
 
     class Handler(BaseHTTPRequestHandler):
@@ -49,7 +49,7 @@ def test_a_busy_database_is_asked_again(server):
 
 def test_a_database_that_stays_busy_and_a_refusal_are_reported(server, monkeypatch):
     url, codes, asked = server
-    monkeypatch.setattr(automations, "_BUSY_SECONDS", -1.0)
+    monkeypatch.setattr(prefect_requests, "_BUSY_SECONDS", -1.0)
     codes += [503, 503]
     with pytest.raises(TemporaryError, match=r"refused PUT .* 503"):
         apply_automations(url)
