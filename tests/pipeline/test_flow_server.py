@@ -8,11 +8,14 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
 import pytest
 
+from ropeway.orchestration.alert_sender import AlertSender
+from ropeway.orchestration.alerts import AlertLimits, report_drift
 from ropeway.orchestration.automations import ALERT, CRASHED, apply_automations, crashed_automation, find_automations
 from ropeway.orchestration.prefect_server import await_server, find_server, prefect_settings, serve_ui
 from ropeway.orchestration.sequence import run_retrain
@@ -154,7 +157,7 @@ def test_flow_runs_of_a_silent_host_are_crashed_and_neither_ended_nor_waiting_on
         assert [api.state(run) for run in (published, waiting)] == ["Published", "Suspended"]
 
 
-def test_an_alert_is_posted_when_a_run_fails_or_waits_for_review(api, monkeypatch):
+def test_an_alert_is_posted_once_when_a_run_fails_and_an_older_servers_secret_is_removed(api, monkeypatch, tmp_path):
     heard = []
 
     class Hook(BaseHTTPRequestHandler):
@@ -166,33 +169,51 @@ def test_an_alert_is_posted_when_a_run_fails_or_waits_for_review(api, monkeypatc
         def log_message(self, *_):
             pass
 
+    kind = api.ask("GET", "/block_types/slug/webhook")["id"]
+    (schema, *_) = api.ask("POST", "/block_schemas/filter", {"block_schemas": {"block_type_id": {"any_": [kind]}}})
+    block = {"name": "ropeway-alert", "data": {"url": "http://secret"}, "block_type_id": kind}
+    stored = api.ask("POST", "/block_documents/", {**block, "block_schema_id": schema["id"]})
+    action = {"type": "call-webhook", "block_document_id": stored["id"], "payload": "{}"}
+    api.ask("POST", "/automations/", {**crashed_automation(silent_seconds=10), "name": ALERT, "actions": [action]})
+    for _ in range(2):  # a second start of the server changes nothing
+        apply_automations(api.url)
+        assert [each["name"] for each in find_automations(api.url)] == [CRASHED]
+    chosen = {"block_documents": {"name": {"any_": ["ropeway-alert"]}}}
+    assert api.ask("POST", "/block_documents/filter", chosen) == []
+
     with ThreadingHTTPServer(("127.0.0.1", 0), Hook) as hook:
         threading.Thread(target=hook.serve_forever, daemon=True).start()
-        monkeypatch.setenv("ROPEWAY_ALERT_URL", f"http://127.0.0.1:{hook.server_port}/hook")
-        apply_automations(api.url)
-        apply_automations(api.url)  # a second start of the server changes nothing
-        assert sorted(each["name"] for each in find_automations(api.url)) == [ALERT, CRASHED]
-        failed = []
+        monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
 
-        def fail_one():  # the server's triggers learn of an automation some time after its API does
-            failed.append(api.start())
-            api.set_state(failed[-1], "FAILED", "Failed")
-            time.sleep(0.5)
-            return heard
+        def start():
+            hook_url = f"http://127.0.0.1:{hook.server_port}/hook"
+            return AlertSender(tmp_path, api.url, hook_url, AlertLimits(review_hours=24, late_minutes=30))
 
-        assert wait_for(fail_one)
+        start()  # what was before counts as known
+        failed, late = api.start(), api.start()
+        api.set_state(failed, "FAILED", "Failed")
+        missed = {
+            "type": "SCHEDULED",
+            "name": "Late",
+            "state_details": {"scheduled_time": datetime.now(UTC).isoformat()},
+        }
+        api.ask("POST", f"/flow_runs/{late}/set_state", {"state": missed, "force": True})
+        report_drift(api.url, version="m@v1", digest="ab", words="PSI 0.3")
+
+        def hear_all():  # the server stores events in batches
+            sender = start()
+            sender.find(datetime.now(UTC) + timedelta(hours=1))
+            sender.deliver(0.0)
+            return len(heard) > 2
+
+        assert wait_for(hear_all)
+        hear_all()
         hook.shutdown()
-    assert re.fullmatch(r"automations [a-z-]+: Failed ", heard[0]["text"])
-    assert any(run in heard[0]["page"] for run in failed)
-    monkeypatch.delenv("ROPEWAY_ALERT_URL")
-    apply_automations(api.url)
-    assert [each["name"] for each in find_automations(api.url)] == [CRASHED]
-
-
-def test_an_invalid_alert_url_is_refused(monkeypatch):
-    monkeypatch.setenv("ROPEWAY_ALERT_URL", "slack")
-    with pytest.raises(ConfigError, match="ROPEWAY_ALERT_URL"):
-        apply_automations("http://127.0.0.1:1/api")
+    ours = [body for body in heard if body["id"].split()[0] in (failed, late, "ropeway.version.ab")]
+    assert sorted(body["reason"] for body in ours) == ["drift", "failed", "schedule_missed"]
+    (body,) = [one for one in ours if one["reason"] == "failed"]
+    assert re.fullmatch(r"automations [a-z-]+: Failed", body["text"])
+    assert failed in body["page"]
 
 
 @pytest.mark.usefixtures("prefect_api")

@@ -280,7 +280,7 @@ def server(
         ),
     ] = "127.0.0.1",
 ) -> None:
-    """Start the Prefect server and UI for this workspace; failed runs are posted to ROPEWAY_ALERT_URL."""
+    """Start the Prefect server and UI for this workspace; alerts are posted to ROPEWAY_ALERT_URL."""
     from ropeway.orchestration.prefect_server import serve_ui
 
     serve_ui(find_root(), port=port, host=host)

@@ -58,7 +58,8 @@ def serve_flows(root: Path, *, cron: str | None = None, watch: str | None = None
         print(f"watch: looks at the sources of {profile}: {watch}; a changed one starts a run", flush=True)
         watcher = SourceWatcher(root, url, [profile], interval, rehearse=rehearse)
         watcher.start()
-    serve(*deployments)
+    # Else Prefect pauses the schedule when this process is stopped, and nobody is told of the nights that follow.
+    serve(*deployments, pause_on_shutdown=False)
 
 
 def adopt_deployments(deployments: "list[RunnerDeployment]") -> None:

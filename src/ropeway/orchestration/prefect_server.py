@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
+from urllib.parse import urlsplit
 
 import psutil
 
@@ -37,10 +38,12 @@ def serve_ui(root: Path, *, port: int = DEFAULT_PORT, host: str = LOOPBACK) -> N
     """Run the Prefect server of this workspace until it is stopped; its UI shows every run of the workspace.
 
     Raises:
-        ConfigError: The port is in use, or the host is reachable from the network without a password.
+        ConfigError: The port is in use, the host is reachable from the network without a password, or a variable of
+            alerts is invalid.
         TemporaryError: The server did not start, or exited.
     """
-    from ropeway.orchestration.automations import apply_automations  # httpx takes 0.1 s
+    from ropeway.orchestration import alert_sender as alerts  # httpx takes 0.1 s
+    from ropeway.orchestration.automations import apply_automations
 
     root = root.resolve()
     if host not in (LOOPBACK, "localhost") and not os.environ.get("PREFECT_SERVER_API_AUTH_STRING"):
@@ -48,6 +51,7 @@ def serve_ui(root: Path, *, port: int = DEFAULT_PORT, host: str = LOOPBACK) -> N
             f"--host {host} makes the server reachable from the network; its users can run code on this machine. Set "
             "PREFECT_SERVER_API_AUTH_STRING=user:password, or use --host 127.0.0.1"
         )
+    hook, limits = alerts.read_hook(), alerts.read_limits()
     _check_free(root, host, port)
     apply_settings(root)
     url = f"http://{LOOPBACK if host == '0.0.0.0' else host}:{port}/api"  # noqa: S104 - compared, not bound
@@ -66,6 +70,9 @@ def serve_ui(root: Path, *, port: int = DEFAULT_PORT, host: str = LOOPBACK) -> N
             print(
                 f"the server runs, but its automations were not updated: {error}. Restart it to try again", flush=True
             )
+        if hook:
+            print(f"alerts: posted to {urlsplit(hook).hostname}, once per run and reason", flush=True)
+            alerts.AlertSender(root, url, hook, limits).start()
         if server.wait():
             raise TemporaryError("the Prefect server exited; its output is above. Start it again")
     except KeyboardInterrupt:

@@ -87,7 +87,13 @@ VARIABLES: dict[str, tuple[EnvironmentVariable, ...]] = {
         _V("ROPEWAY_GIT_URL", "Repository that workers of these pools clone.", "the git remote `origin`"),
         _V("ROPEWAY_WORKER_HOME", "Folder of a worker's clones and DVC cache.", "`$XDG_CACHE_HOME/ropeway/worker`"),
         _V("ROPEWAY_WORKER_SILENCE_SECONDS", "Seconds after which a worker without a sign of life is given up.", "90"),
-        _V("ROPEWAY_ALERT_URL", "`https://…` to which `ropeway server` posts runs that fail or wait for a review."),
+        _V(
+            "ROPEWAY_ALERT_URL",
+            "`https://…` to which `ropeway server` posts alerts as JSON, e.g. a Slack webhook.",
+            "none",
+        ),
+        _V("ROPEWAY_ALERT_REVIEW_HOURS", "Hours after which a review that nobody answered is alerted again.", "24"),
+        _V("ROPEWAY_ALERT_LATE_MINUTES", "Minutes after which a due run that has not started is alerted.", "30"),
     ),
     "Weights & Biases": (
         _V("WANDB_MODE", "`disabled`, `offline` or `online`.", "online with a key, else offline"),
