@@ -10,6 +10,7 @@ from prefect.states import Completed
 from ropeway.orchestration.decision import read_expect
 from ropeway.orchestration.prefect_adapter import artifact_prefix
 from ropeway.registry import Artifact, Promotion, Registry
+from ropeway.registry.aliases import name_author
 from ropeway.reporting.markdown import code, table
 from ropeway.runtime.workspace import Workspace
 
@@ -62,7 +63,7 @@ def _show(artifact: Artifact, done: Promotion) -> State[object]:
         {
             "at": event["at"],
             "digest": code(event["digest"][:12]),
-            "by": code(event["by"]),
+            "by": code(name_author(event)),
             "reason": code(event["reason"]),
         }
         for event in reversed(artifact.describe_history(done.alias))

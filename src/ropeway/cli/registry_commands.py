@@ -17,6 +17,7 @@ import typer
 
 from ropeway.cli.completion import complete_alias, complete_model, complete_version
 from ropeway.runtime.errors import ConfigError, NotFoundError, RegistryError
+from ropeway.runtime.login import identity_of
 from ropeway.runtime.workspace import Workspace, find_root
 
 if TYPE_CHECKING:
@@ -252,7 +253,8 @@ def promote(  # noqa: PLR0913 - a command's options
     opened = open_registry(registry)
     version = opened.version(reference)
     expected = _read_expect(opened, version.name, expect)
-    done = version.promote(alias, expect=expected, by=by or user_name(), reason=reason)
+    who = by or user_name()
+    done = version.promote(alias, expect=expected, by=who, identity=identity_of(who), reason=reason)
     _report_promotion(done, as_json=as_json)
 
 
@@ -274,7 +276,8 @@ def rollback(
         raise ConfigError(f"{reference}: expected NAME@ALIAS, e.g. {wanted.name}@production")
     expected = _read_expect(opened, wanted.name, expect)
     artifact = opened.artifact(wanted.name)
-    done = artifact.rollback(wanted.alias, by=by or user_name(), reason=reason, expect=expected)
+    who = by or user_name()
+    done = artifact.rollback(wanted.alias, by=who, identity=identity_of(who), reason=reason, expect=expected)
     _report_promotion(done, as_json=as_json)
 
 

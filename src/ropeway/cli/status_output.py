@@ -8,6 +8,7 @@ from rich.console import RenderableType
 
 from ropeway.orchestration.forecast import Forecast
 from ropeway.orchestration.status import ALIASES, Problem, RunningWork, StageEnd, WorkspaceStatus
+from ropeway.registry.aliases import name_author
 from ropeway.runtime.errors import ConfigError, TemporaryError
 from ropeway.runtime.manifest import Json
 from ropeway.runtime.progress import describe_count, format_seconds
@@ -131,7 +132,8 @@ def _version_facts(status: WorkspaceStatus, problem: Problem | None) -> Iterator
     for alias in ALIASES:
         if target := by_alias.get(alias):
             reason = target.reason if len(target.reason) <= _MAX_COMMENT else f"{target.reason[:_MAX_COMMENT]}…"
-            words = f"{target.version} ({target.digest[:SHORT_DIGITS]}), {format_moment(target.at)}, by {target.by}"
+            who = name_author(asdict(target))
+            words = f"{target.version} ({target.digest[:SHORT_DIGITS]}), {format_moment(target.at)}, by {who}"
             yield alias, f"{words}: {' '.join(reason.split())}"
         else:
             words = f"none in {status.registry}"

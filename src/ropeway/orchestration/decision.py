@@ -10,6 +10,7 @@ from ropeway.registry.aliases import check_text
 from ropeway.reporting.evidence import ReviewCase, open_case
 from ropeway.reporting.review_report import render_review
 from ropeway.runtime.errors import ConfigError, RegistryError
+from ropeway.runtime.login import Identity, identity_of
 from ropeway.runtime.manifest import Json
 from ropeway.runtime.workspace import Workspace
 
@@ -20,12 +21,15 @@ class ReviewAnswer:
 
     Attributes:
         via: Where it was given: a flow run or one command in a terminal. Each place's answer is recorded once.
+        identity: Whether `by` was authenticated. Prefect 3.9.1 knows no users (docs/decisions/0025), so a name in its
+            form is claimed.
     """
 
     decision: Decision
     by: str
     comment: str
     via: str
+    identity: Identity = "claimed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +55,13 @@ def decide(registry: Registry, case: ReviewCase, answer: ReviewAnswer) -> Outcom
     version = registry.version(f"{case.name}@{case.digest}")
     kept = version.review(
         answer.decision,
-        {"by": answer.by, "comment": answer.comment, "production": case.expect, "via": answer.via},
+        {
+            "by": answer.by,
+            "identity": answer.identity,
+            "comment": answer.comment,
+            "production": case.expect,
+            "via": answer.via,
+        },
     )
     alias = registry.artifact(case.name).alias(PRODUCTION)
     if answer.decision == "reject":
@@ -62,7 +72,14 @@ def decide(registry: Registry, case: ReviewCase, answer: ReviewAnswer) -> Outcom
             )
         return Outcome("Rejected", words)
     try:
-        done = version.promote(PRODUCTION, expect=case.expect, by=answer.by, reason=answer.comment, review=kept)
+        done = version.promote(
+            PRODUCTION,
+            expect=case.expect,
+            by=answer.by,
+            identity=answer.identity,
+            reason=answer.comment,
+            review=kept,
+        )
     except RegistryError as error:
         if alias.digest == case.digest:
             words = f"{case.new.label} is already {case.name}@{PRODUCTION}; the approval is recorded and no alias moved"
@@ -140,9 +157,9 @@ def read_answer(*, approve: bool, reject: bool, reviewer: str | None, comment: s
         return None
     if not (reviewer and reviewer.strip() and comment and comment.strip()):
         raise ConfigError("an answer needs --reviewer NAME and --comment REASON; both are recorded permanently")
-    return ReviewAnswer(
-        "approve" if approve else "reject", reviewer.strip(), comment.strip(), f"terminal {uuid4().hex[:8]}"
-    )
+    decision: Decision = "approve" if approve else "reject"
+    who = reviewer.strip()
+    return ReviewAnswer(decision, who, comment.strip(), f"terminal {uuid4().hex[:8]}", identity_of(who))
 
 
 def read_expect(registry: Registry, wanted: str, expect: str | None) -> str | AnyDigest | None:

@@ -105,6 +105,7 @@ class AliasTarget:
     at: str
     by: str
     reason: str
+    identity: str = "claimed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,7 +326,8 @@ def _read_versions(url: str, model: str) -> tuple[AliasTarget, ...]:
             last = events[-1]
             number = f"v{last['version']}" if last["version"] else last["digest"][:12]
             version = f"{model}@{number}"
-            found.append(AliasTarget(alias, version, last["digest"], last["at"], last["by"], last["reason"]))
+            identity = str(last.get("identity") or "claimed")  # older events have none
+            found.append(AliasTarget(alias, version, last["digest"], last["at"], last["by"], last["reason"], identity))
     return tuple(found)
 
 

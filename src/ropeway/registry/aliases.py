@@ -64,7 +64,7 @@ class Alias:
 
     @property
     def events(self) -> Events:
-        """The events of the alias, oldest first: `{digest, prev, by, reason, review, at}`."""
+        """The events of the alias, oldest first: `{digest, prev, by, reason, review, at}`, newer ones `identity`."""
         return read_events(self.store, self.log)
 
     @property
@@ -129,6 +129,15 @@ def plan_rollback(digests: Sequence[str], *, where: str) -> str:
     if not trail[1:]:
         raise RegistryError(f"{where}: no earlier version to roll back to. Promote a version by its number")
     return trail[-2]
+
+
+def name_author(event: Event) -> str:
+    """Return who caused an event; a name that nobody authenticated is said to be claimed, as in all older events.
+
+    >>> name_author({"by": "maria"}), name_author({"by": "maria", "identity": "authenticated"})
+    ('maria (claimed)', 'maria')
+    """
+    return str(event["by"]) if event.get("identity") == "authenticated" else f"{event['by']} (claimed)"
 
 
 def check_text(what: str, text: str) -> None:

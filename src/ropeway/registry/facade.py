@@ -32,6 +32,7 @@ from ropeway.registry.signing import load_signer
 from ropeway.registry.version_manifest import Facts, build_package_manifest
 from ropeway.registry.versions import PRODUCTION, Version
 from ropeway.runtime.errors import DataError, NotFoundError, RegistryError
+from ropeway.runtime.login import Identity
 from ropeway.storage import Store, open_store
 
 _MIN_DIGITS = 8  # of a digest prefix
@@ -148,7 +149,15 @@ class Artifact:
         """Return the digest that each alias points to."""
         return list_aliases(self.store, self.name)
 
-    def rollback(self, alias: str, *, by: str, reason: str, expect: str | AnyDigest | None = ANY) -> Promotion:
+    def rollback(
+        self,
+        alias: str,
+        *,
+        by: str,
+        reason: str,
+        identity: Identity = "claimed",
+        expect: str | AnyDigest | None = ANY,
+    ) -> Promotion:
         """Move an alias to the version before its current one; writes a promotion event.
 
         Raises:
@@ -166,7 +175,8 @@ class Artifact:
                 f"registry history {pointer}` shows its moves. To roll back from there, expect "
                 f"{current[:12]} (--expect)"
             )
-        return Version(self.store, self.name, target).promote(alias, expect=current, by=by, reason=reason)
+        target_version = Version(self.store, self.name, target)
+        return target_version.promote(alias, expect=current, by=by, reason=reason, identity=identity)
 
     def describe(self) -> Facts | None:
         """Return name, versions, latest, published_at and aliases; None if there is no version."""

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 
 from rich.console import Group, RenderableType
 
+from ropeway.registry.aliases import name_author
 from ropeway.registry.version_manifest import Facts
 from ropeway.runtime.terminal import (
     SHORT_DIGITS,
@@ -60,6 +61,10 @@ def draw_version(version: Facts) -> RenderableType:
         "published": format_moment(version["published_at"]),
         "size": f"{version['bytes']:,} bytes in {format_count(len(version['files']), 'file')}",
         **_describe_verdict(provenance.get("verdict")),
+        **{
+            f"review {number}": f"{review['decision']} by {name_author(review)}, {format_moment(review['at'])}"
+            for number, review in enumerate(version.get("reviews", ()), 1)
+        },
         **{key: format_number(value) for key, value in (_flatten(others) | _flatten(version["facts"])).items()},
     }
     attachments = {f"{name} (attachment)": entry for name, entry in version["attachments"].items()}
@@ -111,7 +116,7 @@ def draw_history(name: str, alias: str, events: list[Facts]) -> RenderableType:
             f"v{event['version']}" if event["version"] else "?",
             _short(event["digest"]),
             _short(event["prev"] or "none"),
-            event["by"],
+            name_author(event),
             event["reason"],
         )
         for number, event in enumerate(events, 1)

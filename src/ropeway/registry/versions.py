@@ -17,6 +17,7 @@ from ropeway.registry.rules import PackageFile
 from ropeway.registry.signing import Signer, check_policy, list_signatures, sign
 from ropeway.registry.version_manifest import Facts, VersionManifest, load_version_manifest
 from ropeway.runtime.errors import DataError, NotFoundError, RegistryError
+from ropeway.runtime.login import Identity
 from ropeway.runtime.manifest import canonical_json
 from ropeway.storage import Store
 
@@ -144,6 +145,7 @@ class Version:
             "published_at": self.record["published_at"],
             "provenance": self.record["provenance"],
             "clean_commit": self.clean_commit,
+            "reviews": [dict(review) for review in self.reviews],
             "attachments": {file.path: {"sha256": file.sha256, "bytes": file.bytes} for file in self.attachments},
         }
 
@@ -217,12 +219,13 @@ class Version:
         expect: str | AnyDigest | None,
         by: str,
         reason: str,
+        identity: Identity = "claimed",
         review: Event | None = None,
     ) -> Promotion:
         """Move an alias to this version; if several processes expect the same digest, exactly one succeeds.
 
         `expect` is the digest that the alias must point to, None if it must not exist, or `ANY`; `review` is the review
-        that is stored with the event.
+        that is stored with the event. `identity` states whether `by` was authenticated or is only claimed.
 
         Raises:
             RegistryError: The version is not published, withdrawn or incomplete, is from a dirty tree and the alias is
@@ -241,6 +244,7 @@ class Version:
         promotion = {
             "digest": self.digest,
             "by": by,
+            "identity": identity,
             "reason": reason,
             "review": None if review is None else dict(review),
             "at": _now(),
@@ -261,7 +265,8 @@ class Version:
 
         A review moves no alias: an approval can fail to promote if `production` moved since the report.
 
-        `answer` has `by`, `comment`, `production` (its digest when the report was made) and `via` (the run or command).
+        `answer` has `by`, `identity`, `comment`, `production` (its digest when the report was made) and `via` (the run
+        or command).
         """
         review = {"digest": self.digest, "decision": decision, **answer}
 

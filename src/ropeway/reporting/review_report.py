@@ -8,6 +8,7 @@ from ropeway.config.sections import DriftLimits
 from ropeway.data.drift import DriftReference, compare_profiles
 from ropeway.data.lineage import describe_base, describe_source
 from ropeway.data.task_scores import name_metrics, show_score
+from ropeway.registry.aliases import name_author
 from ropeway.reporting import colors
 from ropeway.reporting.drift_tables import as_json, describe_limits, drift_matrix, list_uncompared, summarize
 from ropeway.reporting.evidence import ReviewCase, VersionEvidence
@@ -25,6 +26,7 @@ _PARAMS, _DATA = (
     ("run.json: sources.", "run.json: base.", "run.json: digests.", "run.json: ledger."),
 )
 _MOST_CHANGES = 60
+_REVIEW_COLUMNS = ("at", "decision", "by", "comment")
 _SHORT = 12
 # Key in eval.json, the better direction, and the name shown.
 _METRICS = (
@@ -68,7 +70,10 @@ def render_review(case: ReviewCase, *, with_pictures: bool = True) -> str:
         ledger=[{head: plain(cell) for head, cell in row.items()} for row in ledger_rows(case.new.ledger)],
         files=_files(case.new),
         lineage=_lineage(case),
-        earlier=[{key: plain(review[key]) for key in ("at", "decision", "by", "comment")} for review in case.reviews],
+        earlier=[
+            {key: plain(name_author(review) if key == "by" else review[key]) for key in _REVIEW_COLUMNS}
+            for review in case.reviews
+        ],
     )
 
 

@@ -56,6 +56,22 @@ def test_list_shows_models_and_versions(world):
     assert "candidate, withdrawn" in ask("list", "tiny")
 
 
+def test_history_and_show_say_claimed_where_nobody_authenticated_the_name(world, monkeypatch):
+    store, digests = world
+    monkeypatch.setattr(options, "identity_of", lambda name: "authenticated" if name == "anna" else "claimed")
+    ask("promote", "tiny@v2", "candidate", "--by", "anna", "--reason", "a test")
+    ask("promote", "tiny@v2", "other", "--by", "ben", "--reason", "a test")
+    moved = [ask_json("history", f"tiny@{alias}")[-1]["identity"] for alias in ("candidate", "other")]
+    assert moved == ["authenticated", "claimed"]
+    assert [row for row in ask("history", "tiny@candidate").splitlines() if "anna" in row and "claimed" not in row]
+    assert "ben (claimed)" in ask("history", "tiny@other")
+    ask("rollback", "tiny@candidate", "--by", "anna", "--reason", "back")
+    assert ask_json("history", "tiny@candidate")[-1]["identity"] == "authenticated"
+    answer = {"by": "eve", "comment": "no", "production": None, "via": "an older Ropeway"}
+    Registry(store).artifact("tiny").version(digests[0]).review("reject", answer)
+    assert "reject by eve (claimed)" in ask("show", "tiny@v1")
+
+
 @pytest.mark.usefixtures("world")
 def test_an_empty_registry_says_so(tmp_path):
     url = (tmp_path / "none").as_uri()

@@ -12,6 +12,7 @@ from ropeway.cli.main import app
 from ropeway.orchestration.decision import ReviewAnswer, decide, read_answer
 from ropeway.orchestration.reproduce import check_revision
 from ropeway.registry import Registry
+from ropeway.registry.aliases import name_author
 from ropeway.reporting.evidence import open_case
 from ropeway.reporting.review_report import render_review, render_summary
 from ropeway.runtime.errors import ConfigError, RegistryError
@@ -62,11 +63,28 @@ def test_an_answer_on_what_is_production_already_moves_nothing_and_says_so(works
     assert len(registry.artifact("laptop").alias("production").events) == 1
 
 
+def test_a_name_in_a_form_is_claimed_and_an_authenticated_one_is_recorded_as_such(workspace, registry):
+    form = decide(registry, open_case(registry, make_version(workspace, 5.0)), YES)
+    shell = ReviewAnswer("approve", "anna", "better", "a terminal", "authenticated")
+    assert form.state == decide(registry, open_case(registry, make_version(workspace, 4.0)), shell).state == "Promoted"
+    events = registry.artifact("laptop").alias("production").events
+    assert [event["identity"] for event in events] == ["claimed", "authenticated"]
+    assert [event["review"]["identity"] for event in events] == ["claimed", "authenticated"]
+    assert [name_author(event) for event in events] == ["anna (claimed)", "anna"]
+    assert "| anna (claimed) |" in render_review(open_case(registry, "laptop@v1"))
+
+
+def test_a_reviewer_in_a_terminal_is_authenticated_as_the_account_alone(monkeypatch):
+    monkeypatch.setattr("ropeway.orchestration.decision.identity_of", {"anna": "authenticated"}.get)
+    found = [read_answer(approve=True, reject=False, reviewer=name, comment="x") for name in (" anna ", "ben")]
+    assert [answer.identity for answer in found] == ["authenticated", None]
+
+
 def test_a_review_that_rejects_moves_nothing_and_is_kept_and_shown_to_the_next_reviewer(workspace, registry):
     digest = make_version(workspace, 5.0)
     outcome = decide(registry, open_case(registry, digest), ReviewAnswer("reject", "ben", "it swears", "terminal"))
     assert (outcome.state, production(registry)) == ("Rejected", None)
-    assert "| reject | ben | it swears |" in render_review(open_case(registry, digest))
+    assert "| reject | ben (claimed) | it swears |" in render_review(open_case(registry, digest))
 
 
 def test_a_review_moves_nothing_when_production_moved_after_the_report(workspace, registry):

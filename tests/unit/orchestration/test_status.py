@@ -163,7 +163,7 @@ def test_candidate_and_production_are_shown_with_who_moved_them(root, tmp_path):
     artifact.version(done.digest).promote("candidate", expect=None, by="ana", reason="better")
     (target,) = read_status(root).versions
     assert (target.alias, target.version, target.digest) == ("candidate", "laptop@v1", done.digest)
-    assert (target.by, target.reason) == ("ana", "better")
+    assert (target.by, target.reason, target.identity) == ("ana", "better", "claimed")
 
 
 def test_a_registry_that_does_not_answer_in_time_costs_a_second_and_is_a_problem(root, monkeypatch):

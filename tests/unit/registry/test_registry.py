@@ -153,7 +153,7 @@ def test_an_alias_log_records_digest_author_and_reason(store, three):
     history = tiny(store).alias("candidate").events
     assert [event["digest"] for event in history] == three
     assert [event["prev"] for event in history] == [None, *three[:2]]
-    assert all(set(event) == {"digest", "prev", "by", "reason", "review", "at"} for event in history)
+    assert all(set(event) == {"digest", "prev", "by", "identity", "reason", "review", "at"} for event in history)
     assert tiny(store).aliases() == {"candidate": three[2]}
 
 
