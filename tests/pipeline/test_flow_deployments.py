@@ -80,7 +80,7 @@ def test_flow_deployments_of_prefect_yaml_and_of_serve_agree_and_the_schedule_is
 
 
 def test_serve_enables_the_schedule_only_with_cron():
-    schedules = [build_deployments(ROOT, cron=cron)[0].schedules[0] for cron in (None, "0 5 * * 1")]
+    schedules = [build_deployments(ROOT, found)[0].schedules[0] for found in ([], [("", "0 5 * * 1")])]
     assert [(each.schedule.cron, each.active) for each in schedules] == [("0 3 * * *", False), ("0 5 * * 1", True)]
 
 

@@ -1,13 +1,16 @@
 """A watch of sources on the real Prefect server: what it asks for, and what the run's page shows of it."""
 
 import json
+import os
+import threading
 from uuid import UUID
 
 import pytest
 
 from ropeway.orchestration.source_watch import WatchState
 from ropeway.orchestration.source_watcher import CHANGED, SourceWatcher, notify_data
-from tests.support.flow_processes import Api
+from ropeway.runtime.lock import workspace_lock
+from tests.support.flow_processes import Api, wait_for
 
 pytestmark = pytest.mark.filterwarnings(
     # dvc 3.67.1 (repo/trie.py, repo/graph.py) on pygtrie 2.6
@@ -52,4 +55,44 @@ def test_a_changed_source_starts_one_run_whose_page_names_it(made_workspace, on_
     (page,) = api.ask("POST", "/artifacts/filter", chosen)
     assert "2.7.0" in json.dumps(page["data"])
     api.ask("DELETE", f"/flow_runs/{run['id']}")
+    api.client.close()
+
+
+def test_schedules_of_profiles_are_replaced_and_a_served_run_says_whom_it_waits_for(
+    made_workspace, on_prefect, monkeypatch
+):
+    from ropeway.orchestration import prefect_adapter
+    from ropeway.orchestration.deployments import adopt_deployments, build_deployments
+
+    api, root = Api(on_prefect), made_workspace.root
+    for schedules in ([("laptop", "0 3 * * *"), ("smollm2", "0 5 * * *")], [("smollm2", "0 6 * * *")]):
+        served = build_deployments(root, schedules)
+        adopt_deployments(served)
+        served[0].apply()
+        there = api.ask("GET", "/deployments/name/retrain/retrain")["schedules"]
+        found = sorted((each["parameters"]["profile"], each["schedule"]["cron"]) for each in there if each["active"])
+        assert found == schedules
+
+    monkeypatch.setattr(prefect_adapter, "_FREE_SECONDS", 0.2)
+    monkeypatch.setenv("PREFECT__RUNTIME__DEPLOYMENT__ID", "served")
+    before, taken, seen = (root / "params.yaml").read_bytes(), threading.Event(), []
+
+    def hold():
+        with workspace_lock(root, command="ropeway run", profile="smollm2"):
+            taken.set()
+            waiting = {"flow_runs": {"state": {"name": {"any_": ["Waiting"]}}}}
+            seen.append(wait_for(lambda: api.ask("POST", "/flow_runs/filter", waiting), seconds=60))
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert taken.wait(60)
+    flow = prefect_adapter.load_flow(root, "retrain")
+    state = flow(str(root), "llama2_13b_orca_8k", return_state=True)
+    holder.join()
+    ((run,),) = seen
+    assert run["id"] == str(state.state_details.flow_run_id)
+    assert f"`ropeway run` of profile smollm2 (pid {os.getpid()})" in run["state"]["message"]
+    assert api.ask("GET", f"/flow_runs/{run['id']}")["state"]["name"] == state.name
+    assert (root / "params.yaml").read_bytes() == before
+    assert (root / "runs" / "llama2_13b_orca_8k").is_dir()
     api.client.close()

@@ -340,8 +340,18 @@ def clean(
 @app.command()
 def serve(
     *,
+    profile: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Profile that is scheduled and watched; several. Default: the `profile:` line of params.yaml.",
+            autocompletion=complete_profile,
+        ),
+    ] = None,
     cron: Annotated[
-        str | None, typer.Option(help="Schedule in UTC for runs, e.g. '0 3 * * *'. Default: no schedule.")
+        list[str] | None,
+        typer.Option(
+            help="Schedule in UTC for runs, e.g. '0 3 * * *'; of one profile: 'NAME=0 3 * * *'. Default: no schedule."
+        ),
     ] = None,
     watch: Annotated[
         str | None,
@@ -357,7 +367,7 @@ def serve(
     """Serve the flows, to start them from the Prefect UI or on a schedule; needs a running `ropeway server`."""
     from ropeway.orchestration.deployments import serve_flows
 
-    serve_flows(find_root(), cron=cron, watch=watch, rehearse=rehearse)
+    serve_flows(find_root(), crons=cron or (), profiles=profile or (), watch=watch, rehearse=rehearse)
 
 
 @app.command("notify-data")

@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from ropeway.config.presets import KEY, SECTION
 from ropeway.config.sections import RUN
 from ropeway.runtime.errors import ConfigError
 from ropeway.runtime.lock import workspace_lock
-from ropeway.runtime.manifest import write_atomic
+from ropeway.runtime.manifest import json_mapping, write_atomic, write_json
+from ropeway.runtime.workspace import Workspace
 
 _MERGE = "<<"
 
@@ -35,11 +37,59 @@ def choose_profile(root: Path, name: str) -> None:
     Raises:
         ConfigError: The value of `profile` is an alias, so its own line cannot be edited.
     """
+    _profile_note(root).unlink(missing_ok=True)  # of a served run that was killed: a person chooses now
+    if _write_profile(root, name) != name:
+        print(f"params.yaml: set `profile: {name}`; later commands use it, too", flush=True)
+
+
+@contextmanager
+def borrow_profile(root: Path, name: str) -> Iterator[None]:
+    """Set `profile:` in params.yaml to this profile for the block, and put the person's choice back afterwards.
+
+    DVC reads the profile of a run from that line, so a run must write it. The caller holds the workspace lock. The
+    choice is kept in `.work` meanwhile, so that the next run puts it back after a kill. A choice that a person makes
+    during the block stays.
+
+    Raises:
+        ConfigError: As in `choose_profile`.
+    """
+    note = _profile_note(root)
+    known = json_mapping(note.read_bytes()) if note.is_file() else {}
     path = root / "params.yaml"
-    if load_profile(path)[0] == name:
-        return
-    write_exact(path, select_profile(path, read_exact(path), name))
-    print(f"params.yaml: set `profile: {name}`; later commands use it, too", flush=True)
+    now, before = load_profile(path)[0], read_exact(path)
+    own = str(known["own"]) if known.get("own") and known.get("set") == now else now
+    if own != name:
+        write_json(note, {"own": own, "set": name})
+    try:
+        _write_profile(root, name)
+        borrowed = read_exact(path)
+        yield
+    finally:
+        with suppress(ConfigError):  # params.yaml is being edited: the next run puts the line back
+            if own == now and read_exact(path) == borrowed:
+                if before != borrowed:
+                    write_exact(path, before)  # also its quotes
+            elif load_profile(path)[0] == name:
+                _write_profile(root, own)
+            note.unlink(missing_ok=True)
+
+
+def _profile_note(root: Path) -> Path:
+    return Workspace(root, "").work / "profile.json"
+
+
+def _write_profile(root: Path, name: str) -> str:
+    """Set the line `profile:`; return what it was. A file that is saved by an editor meanwhile is read again."""
+    path = root / "params.yaml"
+    while True:
+        text = read_exact(path)
+        was = load_profile(path, text=text)[0]
+        if was == name:
+            return was
+        changed = select_profile(path, text, name)
+        if read_exact(path) == text:
+            write_exact(path, changed)
+            return was
 
 
 def select_profile(path: Path, text: str, name: str) -> str:

@@ -5,6 +5,7 @@
 
 import asyncio
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ropeway.config.load_params import load_profile
 from ropeway.orchestration.prefect_server import apply_settings, page_address, persistent_server_url
+from ropeway.orchestration.run_queue import QueueKeeper
 from ropeway.orchestration.source_watch import parse_interval
 from ropeway.orchestration.source_watcher import SourceWatcher
 from ropeway.runtime.errors import ConfigError, TemporaryError
@@ -22,26 +24,41 @@ if TYPE_CHECKING:
 CRON = "0 3 * * *"
 
 
-def serve_flows(root: Path, *, cron: str | None = None, watch: str | None = None, rehearse: bool = False) -> None:
+def serve_flows(
+    root: Path,
+    *,
+    crons: Sequence[str] = (),
+    profiles: Sequence[str] = (),
+    watch: str | None = None,
+    rehearse: bool = False,
+) -> None:
     """Serve the flows until this process is stopped; needs a running server.
 
-    `cron` is the schedule of retraining, in UTC; with None the nightly schedule exists but is inactive. `watch`: how
-    often to look at the sources, e.g. `10m`; a changed one starts a run. `rehearse`: every run first runs the pipeline
-    on a few records.
+    Args:
+        root: The workspace.
+        crons: Schedules of retraining, in UTC: of every profile, or `PROFILE=EXPRESSION` of one. Without any the
+            nightly schedule exists but is inactive.
+        profiles: Profiles that are scheduled and watched. Default: the one that params.yaml names when a run starts.
+        watch: How often to look at the sources, e.g. `10m`; a changed one starts a run.
+        rehearse: Every run first runs the pipeline on a few records.
 
     Raises:
-        ConfigError: `cron` is not a cron expression, or `watch` no interval.
+        ConfigError: A cron expression or interval is invalid, or params.yaml does not have a profile.
         TemporaryError: No server answers.
     """
     root = root.resolve()
     interval = parse_interval(watch) if watch else None
+    schedules = read_schedules(crons, profiles)
+    for name in profiles:
+        load_profile(root / "params.yaml", name)
     apply_settings(root)
     url = persistent_server_url(root)
     if url:  # Prefect reads it when it is imported, which `next_start` does
         os.environ["PREFECT_API_URL"] = url
-    at = (
-        f"schedule: '{cron}' (UTC), next start {next_start(cron)}" if cron else "no schedule; set one with --cron (UTC)"
-    )
+    at = [
+        f"schedule{f' of {name}' if name else ''}: '{cron}' (UTC), next start {next_start(cron)}"
+        for name, cron in schedules
+    ]
     if not url:
         raise TemporaryError(
             "no Prefect server is running for this workspace; start `ropeway server` in another terminal"
@@ -50,14 +67,15 @@ def serve_flows(root: Path, *, cron: str | None = None, watch: str | None = None
     from prefect import serve
 
     print(f"serving retrain, review, promote and rollback at {page_address(url, '/deployments')}", flush=True)
-    print(at, flush=True)
-    deployments = build_deployments(root, cron=cron, rehearse=rehearse)
+    print("\n".join(at or ["no schedule; set one with --cron (UTC)"]), flush=True)
+    deployments = build_deployments(root, schedules, rehearse=rehearse)
     adopt_deployments(deployments)
+    default = load_profile(root / "params.yaml")[0]
     if watch:
-        profile = load_profile(root / "params.yaml")[0]
-        print(f"watch: looks at the sources of {profile}: {watch}; a changed one starts a run", flush=True)
-        watcher = SourceWatcher(root, url, [profile], interval, rehearse=rehearse)
-        watcher.start()
+        watched = profiles or [default]
+        print(f"watch: looks at the sources of {', '.join(watched)}: {watch}; a changed one starts a run", flush=True)
+        SourceWatcher(root, url, watched, interval, rehearse=rehearse).start()
+    QueueKeeper(url, default).start()
     # Else Prefect pauses the schedule when this process is stopped, and nobody is told of the nights that follow.
     serve(*deployments, pause_on_shutdown=False)
 
@@ -92,18 +110,52 @@ def next_start(cron: str) -> str:
     return f"{moment:%Y-%m-%d %H:%M} UTC{there}"
 
 
-def build_deployments(root: Path, *, cron: str | None = None, rehearse: bool = False) -> list[Any]:
-    """Return the deployments; only one retraining runs at a time, a second one waits."""
+def read_schedules(crons: Sequence[str], profiles: Sequence[str]) -> list[tuple[str, str]]:
+    """Return (profile, cron expression) of each schedule; an empty profile is the one that params.yaml names.
+
+    >>> read_schedules(["0 3 * * *", "b=0 5 * * *"], ["a", "b", "c"])
+    [('a', '0 3 * * *'), ('b', '0 5 * * *'), ('c', '0 3 * * *')]
+    >>> read_schedules(["0 3 * * *"], []), read_schedules([], ["a"])
+    ([('', '0 3 * * *')], [])
+
+    Raises:
+        ConfigError: A profile has two schedules, or is none of `profiles`.
+    """
+    own: dict[str, str] = {}
+    for text in crons:
+        name, sign, expression = text.partition("=")
+        key, cron = (name.strip(), expression.strip()) if sign else ("", text.strip())
+        if not cron:
+            raise ConfigError(f"--cron '{text}': expected a cron expression, e.g. '0 3 * * *' for 03:00 UTC")
+        if key and key not in profiles:
+            raise ConfigError(f"--cron '{text}': {key} is no served profile; add --profile {key}")
+        if key in own:
+            raise ConfigError(f"--cron '{text}': {key or 'every profile'} has a schedule already: '{own[key]}'")
+        own[key] = cron
+    common = own.pop("", "")
+    if not profiles:
+        return [("", common)] if common else []
+    return [(name, cron) for name in profiles if (cron := own.get(name, common))]
+
+
+def build_deployments(root: Path, schedules: Sequence[tuple[str, str]] = (), *, rehearse: bool = False) -> list[Any]:
+    """Return the deployments; only one retraining runs at a time, a second one waits.
+
+    `schedules` are as `read_schedules` returns them; without any the nightly one exists, but is off.
+    """
     from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
     from prefect.schedules import Cron
 
     from ropeway.orchestration.prefect_adapter import load_flow
 
     one = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.ENQUEUE)
-    schedule = Cron(cron or CRON, timezone="UTC", active=cron is not None)
+    # No slugs: Prefect (3.9.1) keeps schedules with slugs that a later start no longer names, and refuses some.
+    timed = [Cron(cron, timezone="UTC", parameters={"profile": name} if name else {}) for name, cron in schedules] or [
+        Cron(CRON, timezone="UTC", active=False)
+    ]
     common: dict[str, Any] = {"parameters": {"root": str(root)}, "tags": ["ropeway"], "paused": False}
     asked = common | {"parameters": {"root": str(root), "rehearse": rehearse}}
     return [
-        load_flow(root, "retrain").to_deployment("retrain", schedules=[schedule], concurrency_limit=one, **asked),
+        load_flow(root, "retrain").to_deployment("retrain", schedules=timed, concurrency_limit=one, **asked),
         *(load_flow(root, name).to_deployment(name, **common) for name in ("review", "promote", "rollback")),
     ]

@@ -4,11 +4,13 @@ Tasks are called directly, not submitted: cancelling then takes 0.5 s instead of
 """
 
 import re
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
+from uuid import UUID
 
 import httpx
 from prefect import Flow, runtime, tags, task
@@ -22,7 +24,7 @@ from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.flows import load_flow_from_entrypoint
 from prefect.logging.handlers import APILogWorker
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.states import Completed
+from prefect.states import Completed, Running
 from prefect.tasks import Task
 
 from ropeway.config.load_params import load_profile
@@ -36,9 +38,11 @@ from ropeway.orchestration.sequence import PipelineRun, describe_run
 from ropeway.orchestration.source_watcher import CHANGED
 from ropeway.reporting.markdown import plain
 from ropeway.runtime.errors import ConfigError, TemporaryError
+from ropeway.runtime.lock import is_held, read_last_holder
 from ropeway.runtime.stage_log import log_path
 
 _FILES = {"rollback": "promote"}  # flow -> its file, if the names differ
+_FREE_SECONDS = 5.0  # between looks at a workspace that another command holds
 _FLUSH_SECONDS = 4.0  # for each of: our log lines, Prefect's log lines, events
 
 
@@ -121,14 +125,48 @@ def open_run(root: str, profile: str | None) -> Iterator[PipelineRun]:
     try:
         display = PrefectDisplay(artifact_prefix(name), folder, log)
         _show_trigger(display, str(runtime.flow_run.parameters.get("trigger") or ""))
-        run = PipelineRun(folder, name, display)
-        with stop_on_suspend(), run.lock():
+        served = bool(runtime.deployment.id)
+        run = PipelineRun(folder, name, display, served=served)
+        with stop_on_suspend(), _lock_when_free(run, log) if served else run.lock():
             yield run
     except BaseException as error:
         _ON_END.get()(error, _page())
         raise
     finally:
         _tell_missing(log.close(_FLUSH_SECONDS), folder)
+
+
+@contextmanager
+def _lock_when_free(run: PipelineRun, log: PageLog) -> Iterator[None]:
+    """Hold the run's lock; while another command holds the workspace, show in the run's state whom it waits for."""
+    told = ""
+    with ExitStack() as held:
+        while True:
+            try:
+                held.enter_context(run.lock())
+                break
+            except TemporaryError:
+                holder = read_last_holder(run.root)
+                if holder is None or not is_held(run.root):
+                    raise
+            words = (
+                f"waits for `{holder.command}` of profile {holder.profile or '-'} (pid {holder.pid}), began at "
+                f"{holder.since[:16].replace('T', ' ')}"
+            )
+            if words != told:
+                print(words, flush=True)
+                log.add("queue", words, flow_run=str(runtime.flow_run.id), task_run=None)
+                _show_state(Running(name="Waiting", message=words))
+                told = words
+            time.sleep(_FREE_SECONDS)
+        if told:
+            _show_state(Running())
+        yield
+
+
+def _show_state(state: State[object]) -> None:
+    with _shown_if_possible("the run's state"), get_client(sync_client=True) as client:
+        client.set_flow_run_state(UUID(str(runtime.flow_run.id)), state, force=True)
 
 
 def _show_trigger(display: "PrefectDisplay", trigger: str) -> None:

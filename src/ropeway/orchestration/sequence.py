@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from ropeway.config.addresses import without_secrets
-from ropeway.config.edit import choose_profile
+from ropeway.config.edit import borrow_profile, choose_profile
 from ropeway.config.frozen import FrozenInputs
 from ropeway.config.load_params import load_profile, read_block
 from ropeway.config.params import Profile
@@ -128,19 +128,22 @@ class PipelineRun:
     flows/retrain.py calls them under Prefect, `run_sequence` without.
     """
 
-    def __init__(self, root: Path, profile: str | None, display: RunDisplay) -> None:
-        """Prepare the run; hold `lock` from `pull` to the end."""
+    def __init__(self, root: Path, profile: str | None, display: RunDisplay, *, served: bool = False) -> None:
+        """Prepare the run; hold `lock` from `pull` to the end. `served`: `profile:` of params.yaml is put back then."""
         self.name, _ = load_profile(root / "params.yaml", profile)
         self.root, self.display = root, display
         self.workspace = Workspace(root, self.name)
+        self._select = borrow_profile if served else _select_profile
         self._began = time.monotonic()
         self._ended: dict[str, str] = {}
 
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the workspace lock."""
-        with workspace_lock(self.root, command="ropeway run", profile=self.name) as held:
-            choose_profile(self.root, self.name)
+        with (
+            workspace_lock(self.root, command="ropeway run", profile=self.name) as held,
+            self._select(self.root, self.name),
+        ):
             _repair(self.root)
             self._shared = graph.has_remote(self.root)
             self._site = Site(self.root, held, definition=graph.read_definition(self.root))
@@ -293,6 +296,12 @@ class PipelineRun:
     def _result(self) -> Result:
         seconds, edits = time.monotonic() - self._began, self._frozen.edited_params(self.root)
         return Result(self.workspace, self._ended, self._publication, seconds, None, edits)
+
+
+@contextmanager
+def _select_profile(root: Path, name: str) -> Iterator[None]:
+    choose_profile(root, name)
+    yield
 
 
 def run_sequence(root: Path, profile: str, display: RunDisplay, *, rehearse: bool = False) -> Result:

@@ -1,12 +1,13 @@
 """`--resume-from` edits one line of params.yaml, the one of its profile, and nothing else."""
 
 import difflib
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from ropeway.config import edit as edits
-from ropeway.config.load_params import load_profiles
+from ropeway.config.load_params import load_profile, load_profiles
 from ropeway.runtime.errors import ConfigError, TemporaryError
 from ropeway.runtime.lock import workspace_lock
 from tests.support.shipped_params import read_shipped_params
@@ -92,3 +93,69 @@ def test_the_chosen_profile_is_replaced_however_it_is_written(root, written, com
     path.write_text(text.replace("profile: laptop", f"profile: {written}{comment}"))
     edits.choose_profile(root, "smollm2")
     assert path.read_text() == text.replace("profile: laptop", f"profile: smollm2{comment}")
+
+
+@pytest.mark.parametrize("written", ["laptop", '"laptop"  # mine'])
+def test_a_served_run_puts_the_persons_profile_back_byte_by_byte(root, written):
+    path = root / "params.yaml"
+    path.write_text(path.read_text().replace("profile: laptop", f"profile: {written}"))
+    before = path.read_bytes()
+    for name in ("smollm2", "laptop", "smollm2"):
+        with suppress(TemporaryError), edits.borrow_profile(root, name):
+            assert load_profile(path)[0] == name
+            raise TemporaryError
+        assert path.read_bytes() == before
+
+
+def test_what_a_person_edits_or_chooses_during_a_served_run_stays(root):
+    path = root / "params.yaml"
+    before = path.read_text()
+    with edits.borrow_profile(root, "smollm2"):
+        path.write_text(path.read_text() + "# a comment\n")
+    assert path.read_text() == before + "# a comment\n"
+    with edits.borrow_profile(root, "smollm2"):
+        edits.choose_profile(root, "llama2_13b_orca_8k")
+    assert load_profile(path)[0] == "llama2_13b_orca_8k"
+
+
+def kill_while_borrowed(root, name):
+    """Leave what a served run leaves that is killed."""
+    borrowed = edits.borrow_profile(root, name)
+    borrowed.__enter__()
+    text, note = (root / "params.yaml").read_bytes(), (root / ".work" / "profile.json").read_bytes()
+    borrowed.__exit__(None, None, None)
+    (root / "params.yaml").write_bytes(text)
+    (root / ".work" / "profile.json").write_bytes(note)
+
+
+@pytest.mark.parametrize("name", ["laptop", "smollm2", "llama2_13b_orca_8k"])
+def test_after_a_kill_the_next_served_run_puts_the_persons_profile_back(root, name):
+    before = (root / "params.yaml").read_bytes()
+    kill_while_borrowed(root, "smollm2")
+    assert load_profile(root / "params.yaml")[0] == "smollm2"
+    with edits.borrow_profile(root, name):
+        assert load_profile(root / "params.yaml")[0] == name
+    assert (root / "params.yaml").read_bytes() == before
+
+
+def test_a_person_who_chooses_after_a_kill_keeps_the_choice(root):
+    kill_while_borrowed(root, "smollm2")
+    edits.choose_profile(root, "smollm2")
+    with edits.borrow_profile(root, "laptop"):
+        pass
+    assert load_profile(root / "params.yaml")[0] == "smollm2"
+
+
+def test_an_edit_that_is_saved_while_the_line_is_written_is_not_lost(root, monkeypatch):
+    path = root / "params.yaml"
+    select = edits.select_profile
+
+    def save_meanwhile(*arguments):
+        if "# saved" not in path.read_text():
+            path.write_text(path.read_text() + "# saved\n")
+        return select(*arguments)
+
+    monkeypatch.setattr(edits, "select_profile", save_meanwhile)
+    edits.choose_profile(root, "smollm2")
+    assert path.read_text().endswith("# saved\n")
+    assert load_profile(path)[0] == "smollm2"

@@ -20,5 +20,5 @@ def test_the_server_is_set_before_a_schedule_imports_prefect(tmp_path, monkeypat
 
     monkeypatch.setattr(deployments, "next_start", refuse)
     with pytest.raises(ConfigError):
-        deployments.serve_flows(tmp_path, cron="x")
+        deployments.serve_flows(tmp_path, crons=["x"])
     assert seen == [url]
