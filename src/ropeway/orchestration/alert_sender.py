@@ -104,8 +104,8 @@ class AlertRecord:
         """Queue the alerts that are neither sent nor queued; return whether there are any."""
         known = {*self.sent, *(Alert(**one["alert"]).key for one in self.waiting)}
         new = {alert.key: alert for alert in reversed(alerts) if alert.key not in known}  # of equal keys the first
-        room = _MAX_WAITING - len(self.waiting)
-        self.waiting += [{"alert": asdict(alert), "attempts": 0} for alert in list(reversed(new.values()))[:room]]
+        free = _MAX_WAITING - len(self.waiting)
+        self.waiting += [{"alert": asdict(alert), "attempts": 0} for alert in list(reversed(new.values()))[:free]]
         return bool(new)
 
     def end(self, entry: dict[str, Any], now: datetime) -> None:

@@ -35,6 +35,7 @@ from ropeway.runtime.workspace import Workspace, list_by_time
 ALIASES = ("candidate", "production")
 ANSWER_SECONDS = 1.0  # for all servers together: registry on S3, Prefect
 _MAX_RUNS = 5
+_DUE = ("AwaitingConcurrencySlot", "Late")
 _STAGE_RECORD = re.compile(r"(.+)\.(?:dvc|exit)\.json")
 T = TypeVar("T")
 
@@ -340,7 +341,8 @@ def _ask_prefect(root: Path) -> PrefectView | None:
     url = persistent_server_url(root)
     if not url:
         return None
-    begun = {"state": {"type": {"not_any_": ["SCHEDULED"]}}}  # a schedule has a hundred future runs
+    # A schedule has a hundred future runs; those that wait for another run, or are late, count.
+    begun = {"state": {"operator": "or_", "type": {"not_any_": ["SCHEDULED"]}, "name": {"any_": list(_DUE)}}}
     wanted = {"flow_runs": begun, "limit": _MAX_RUNS, "sort": "EXPECTED_START_TIME_DESC"}
     runs = _post(url, "flow_runs/filter", wanted)
     deployments = _post(url, "deployments/filter", {"limit": 50})
