@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # uv installs no bytecode files. The first import of a module writes them, so later processes do not compile it again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup lock run test test-unit test-slow test-loaders test-lm-eval test-families test-floors test-browser test-docs test-fresh test-image check docs ui chaos bench bench-packing bench-plan bench-start bench-prepare bench-evaluate bench-registry bench-engine bench-train bench-checkpoint bench-opening bench-templates bench-gpu bench-gpu-dry test-gpu chaos-registry clean
+.PHONY: help setup lock run test test-unit test-slow test-loaders test-lm-eval test-families test-floors test-browser test-docs test-fresh test-image check docs ui chaos bench bench-packing bench-plan bench-start bench-prepare bench-evaluate bench-registry bench-engine bench-train bench-checkpoint bench-opening bench-templates bench-gpu bench-gpu-dry test-gpu chaos-registry soak clean
 .DEFAULT_GOAL := help
 
 help:
@@ -32,6 +32,7 @@ help:
 	@echo "make bench-gpu   the first half hour with a GPU: one JSON and one page (make bench-gpu-dry runs it on a CPU)"
 	@echo "make test-gpu    the tests that need a GPU"
 	@echo "make bench-registry, make chaos-registry KILLS=30   test the registry on S3 (starts a server on loopback)"
+	@echo "make soak RUNS=200   retrain again and again while data changes, processes are killed and the store fails"
 	@echo "make setup   install the environment (EXTRAS=eval adds lm-evaluation-harness)"
 
 # The docstring of requirements/install.py describes what is installed, from where, and which build of torch.
@@ -202,6 +203,10 @@ bench-registry: $(VENV)/.ready-test
 # A release needs KILLS=100; one kill takes about 10 s on two idle cores. ASYNC_SAVE=1 writes checkpoints in the background.
 chaos: $(VENV)/.ready-test
 	$(BIN)/python -m tests.support.kill_sweep $(or $(KILLS),100) $(if $(ASYNC_SAVE),--async-save)
+
+# 200 rounds take about three hours on two cores; MINUTES=60 ends it earlier.
+soak: $(VENV)/.ready-test
+	$(BIN)/python -m tests.support.soak $(or $(RUNS),200) $(if $(MINUTES),--minutes $(MINUTES))
 
 chaos-registry: $(VENV)/.ready-test
 	$(BIN)/python -m tests.support.registry_chaos $(or $(KILLS),30)

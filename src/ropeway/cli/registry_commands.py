@@ -395,6 +395,33 @@ def withdraw(
 
 
 @registry_app.command()
+def retire(
+    model: Annotated[str, typer.Argument(help="The model.", autocompletion=complete_model)],
+    *,
+    keep: Annotated[int, typer.Option(min=1, help="How many of the newest versions stay.")] = 50,
+    apply: Annotated[bool, typer.Option("--apply", help="Withdraw them. Default: only list them.")] = False,
+    by: By = None,
+    registry: Url = None,
+    as_json: Json = False,
+) -> None:
+    """Withdraw old versions that no alias points to and that were never production.
+
+    `ropeway registry gc --withdrawn --apply` then removes their files; their records stay.
+    """
+    found = open_registry(registry).artifact(model).retirable(keep)
+    if apply:
+        for version in found:
+            version.withdraw(by=by or user_name(), reason=f"retired: older than the newest {keep} versions")
+    if as_json:
+        print_json({"applied": apply, "keep": keep, "digests": [version.digest for version in found]})
+        return
+    for version in found:
+        print_words(f"{version} {version.digest}")
+    done = "withdrawn" if apply else "would be withdrawn; to do it: --apply"
+    print_words(f"{len(found)} versions {done}")
+
+
+@registry_app.command()
 def gc(
     *,
     apply: Annotated[bool, typer.Option("--apply", help="Remove the files. Default: only list them.")] = False,

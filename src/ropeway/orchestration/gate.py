@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from ropeway.config.sections import Gate
 from ropeway.data.task_scores import name_metrics, standard_error
@@ -52,11 +52,6 @@ class GateVerdict:
     def failed(self) -> tuple[str, ...]:
         """A sentence for every comparison that did not pass."""
         return tuple(check.words for check in self.checks if not check.passed)
-
-    @classmethod
-    def from_json(cls, facts: Mapping[str, Any]) -> "GateVerdict":
-        """Return a verdict from the JSON of its fields."""
-        return cls(**{**facts, "checks": tuple(GateCheck(**check) for check in facts["checks"])})
 
     def __str__(self) -> str:
         """Return the verdict as text, a comparison per line."""

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
 from ropeway.config.params import Profile
 from ropeway.config.sections import Gate
 from ropeway.data.data_profile import FILE
@@ -54,13 +56,13 @@ class Publication:
 
     def to_json(self) -> Json:
         """Return the publication as JSON, for the run that asked a worker to publish."""
-        return asdict(self)
+        facts: Json = TypeAdapter(Publication).dump_python(self, mode="json")
+        return facts
 
-    @classmethod
-    def from_json(cls, facts: Json) -> "Publication":
+    @staticmethod
+    def from_json(facts: Json) -> "Publication":
         """Return a publication that `to_json` wrote."""
-        verdict = facts["verdict"]
-        return cls(**{**facts, "verdict": None if verdict is None else GateVerdict.from_json(verdict)})
+        return TypeAdapter(Publication).validate_python(facts)
 
 
 @contextmanager

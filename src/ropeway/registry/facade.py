@@ -141,6 +141,16 @@ class Artifact:
             for number, digest in reversed(numbered)
         ]
 
+    def retirable(self, keep: int) -> list[Version]:
+        """Return the versions that a retention of `keep` would withdraw, oldest first.
+
+        Kept are the newest `keep`, every version that an alias points to, and every version that was ever production,
+        which a rollback may need.
+        """
+        versions = [version for version in self.versions() if not version.is_withdrawn]
+        kept = {*self.aliases().values(), *self.alias(PRODUCTION).events.digests}
+        return [version for version in versions[: max(0, len(versions) - keep)] if version.digest not in kept]
+
     def alias(self, name: str) -> Alias:
         """Return an alias, which does not have to exist yet."""
         return Alias(self.store, self.name, name)

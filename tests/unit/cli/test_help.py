@@ -53,6 +53,7 @@ EXAMPLES = {
     "registry diff": ["tiny@v1", "other@v1"],
     "registry withdraw": ["other@v1", "--reason", "a copy"],
     "registry gc": [],
+    "registry retire": ["other"],
     "registry keygen": ["key"],
     "registry sign": ["tiny@v1"],
     "params show": [],

@@ -254,6 +254,17 @@ def test_withdraw_diff_and_gc_from_the_command_line(world):
     assert ask_json("verify", "tiny@v1")["files"] == 4
 
 
+def test_retire_lists_and_withdraws_from_the_command_line(world):
+    _, digests = world
+    found = {"applied": False, "keep": 1, "digests": []}
+    assert ask_json("retire", "tiny", "--keep", "1") == found  # v1 is the candidate
+    ask("promote", "tiny@v2", "candidate", "--reason", "better")
+    assert ask_json("retire", "tiny", "--keep", "1")["digests"] == [digests[0]]
+    assert "1 versions would be withdrawn" in ask("retire", "tiny", "--keep", "1")
+    assert "1 versions withdrawn" in ask("retire", "tiny", "--keep", "1", "--apply", "--by", "ana")
+    assert ask_json("retire", "tiny", "--keep", "1")["digests"] == []
+
+
 @pytest.mark.usefixtures("world")
 def test_signing_from_the_command_line(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="not set"):

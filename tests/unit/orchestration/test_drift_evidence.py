@@ -7,7 +7,7 @@ import pytest
 from ropeway.data.data_profile import FILE
 from ropeway.orchestration.decision import ReviewAnswer, decide, describe_case
 from ropeway.orchestration.drift_evidence import compare_with_earlier
-from ropeway.orchestration.publish import publish_package
+from ropeway.orchestration.publish import Publication, publish_package
 from ropeway.orchestration.run_summary import Result, draw_report, result_json
 from ropeway.registry import Registry
 from ropeway.registry.layout import blob_key
@@ -40,6 +40,12 @@ def test_the_first_version_is_compared_with_nothing_and_its_profile_is_part_of_i
     assert FILE in {file.path for file in registry.version("laptop@v1").manifest.files}
     assert recorded(registry, "laptop@v1")["drift"]["note"] == "there is no earlier version"
     assert "data drift | not compared: there is no earlier version" in render_summary(open_case(registry, done.digest))
+
+
+def test_a_publication_by_a_worker_reaches_the_calling_run_whole(workspace):
+    for number, texts in enumerate((ENGLISH, RUSSIAN, RUSSIAN), 1):
+        done = make_drifting(workspace, number, texts)
+        assert Publication.from_json(json.loads(json.dumps(done.to_json()))) == done
 
 
 def test_the_same_data_again_has_no_drift(workspace, registry):

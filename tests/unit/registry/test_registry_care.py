@@ -48,6 +48,19 @@ def test_pull_verify_and_promote_reject_a_withdrawn_version(store, two, tmp_path
         move(store, two[0])
 
 
+def test_retirement_keeps_the_newest_the_aliases_and_what_was_ever_production(store, tmp_path):
+    digests = [put(store, make_package(tmp_path / str(number), b"%d" % number)).digest for number in range(6)]
+    move(store, digests[0], alias="production")
+    move(store, digests[1], alias="production")
+    move(store, digests[2])
+    tiny(store).version(digests[3]).withdraw(by="ana", reason="leaks")
+    assert [version.digest for version in tiny(store).retirable(1)] == [digests[4]]
+    assert tiny(store).retirable(5) == tiny(store).retirable(100) == []
+    for version in tiny(store).retirable(1):
+        version.withdraw(by="ana", reason="old")
+    assert tiny(store).retirable(1) == []
+
+
 def test_a_version_with_an_alias_cannot_be_withdrawn(store, two):
     move(store, two[0])
     with pytest.raises(RegistryError, match=r"tiny@candidate.*not withdrawn"):
