@@ -54,6 +54,7 @@ class Soak:
     def __init__(self, folder, *, seed):
         self.draw = random.Random(seed)
         self.s3 = start_server()
+        os.environ.update(self.s3.environment)  # this process looks at the store directly, the workspace by the proxy
         self.bucket = self.s3.make_bucket("soak")
         self.proxy = FaultProxy(self.s3.endpoint)
         threading.Thread(target=self.proxy.serve_forever, daemon=True).start()
