@@ -74,6 +74,12 @@ class Regression:
     same_rows: bool
     words: str
 
+    @property
+    def brief(self) -> str:
+        """The metric and its relative change."""
+        title = next(one.title for one in METRICS if one.key == self.metric)
+        return f"{title} {(self.value - self.median) / self.median:+.1%}"
+
 
 @dataclass(frozen=True, slots=True)
 class HistoryVersion:

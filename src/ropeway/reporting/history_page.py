@@ -35,7 +35,10 @@ def render_history_markdown(history: History) -> str:
     """Return a short text for a run's page: the state of the last version, a picture, a table of the newest ones."""
     shown = history.versions[-MARKDOWN_VERSIONS:]
     heads, rows = history_table(history, shown)
-    cells = [{head: plain(cell) for head, cell in zip(heads, row, strict=True)} for row in reversed(rows)]
+    cells = [
+        {head: plain(cell) for head, cell in zip(heads, row, strict=True) if head not in ("published", "trained")}
+        for row in reversed(rows)
+    ]
     states = [f"- **{plain(words)}**" if is_bad else f"- {plain(words)}" for is_bad, words in describe_last(history)]
     picture = draw_history(_panels(history, colors.LIGHT_PLOT), colors.LIGHT_PLOT) if len(history.versions) > 1 else ""
     parts = [
@@ -83,7 +86,7 @@ def history_table(
         cells += [_signed(one.change), _number(one.accuracy, 3), _number(one.drift_before, 3), one.gate or "none"]
         cells += [_decided(one), _seconds(one.train_seconds), _number(one.tokens_per_second, 0)]
         cells += [_cost(one.cost)] if history.price is not None else []
-        rows.append((*cells, "; ".join([*one.aliases, *_notes(one)])))
+        rows.append((*cells, "; ".join([*one.aliases, *_notes(one, is_brief=True)])))
     return tuple(heads), rows
 
 
@@ -118,8 +121,8 @@ def _above(value: float | None, one: HistoryVersion) -> bool:
     return value is not None and one.drift_limit is not None and value > one.drift_limit
 
 
-def _notes(one: HistoryVersion) -> list[str]:
-    found = [f"REGRESSION: {regression.words}" for regression in one.regressions]
+def _notes(one: HistoryVersion, *, is_brief: bool = False) -> list[str]:
+    found = [f"REGRESSION: {found.brief if is_brief else found.words}" for found in one.regressions]
     found += [f"drift: {', '.join(one.drifted)}"] if one.drifted else []
     found += [f"gate not passed: {', '.join(one.failed)}"] if one.failed else []
     return [*found, *(["withdrawn"] if one.withdrawn else [])]
