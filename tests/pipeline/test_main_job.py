@@ -31,7 +31,9 @@ def untrained(main_jobs, tmp_path):
 
 def test_dvc_repro_alone_writes_every_file_and_a_second_run_does_nothing(finished):
     left = {path.name for path in finished.run.iterdir() if not path.name.startswith(".")}
-    assert left >= {"raw", "base", "data", "ledger.json", "report.html"}
+    assert left >= {"raw", "base", "data", "ledger.json", "report.html", "data_profile.json"}
+    profile = (finished.run / "data_profile.json").read_bytes()
+    assert (finished.run / "pages" / "data_profile.json").read_bytes() == profile
     assert left >= {"model", "steps.csv", "train.json", "eval.json", "package"}
     with (finished.run / "steps.csv").open() as file:
         steps = list(csv.DictReader(file))

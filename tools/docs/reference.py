@@ -204,6 +204,8 @@ FORMATS = {
     "Tokens": "ropeway.data.tokenized",
     "Shards": "ropeway.data.shards",
     "Ledger": "ropeway.data.ledger",
+    "Data profile": "ropeway.data.data_profile",
+    "Drift": "ropeway.data.drift",
     "Checkpoints": "ropeway.stages.train.checkpoints",
     "Evaluation": "ropeway.stages.evaluate.stage",
     "Sample answers": "ropeway.stages.evaluate.samples",
