@@ -153,10 +153,8 @@ def publish_package(
 
 def _ask_person(drift: DriftEvidence) -> str:
     """Return what a publication's sentence says about drift above a limit; empty if there is none."""
-    if not drift.reasons:
-        return ""
-    more = len(drift.reasons) - 1
-    return f"; a person must look at its data: {drift.reasons[0]}" + (f", and {more} more" if more else "")
+    drifted = [one.version for one in drift.references if one.flagged]
+    return f"; a person must look at its data: drift above a limit from {', '.join(drifted)}" if drifted else ""
 
 
 def _artifact(workspace: Workspace) -> Artifact:

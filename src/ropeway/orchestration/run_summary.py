@@ -113,7 +113,8 @@ def _describe_drift(drift: DriftEvidence | None) -> list[tuple[str, str]]:
     """Return what the data was compared with, and each measure above a limit, as (fact, words)."""
     if drift is None:
         return []
-    return [("data drift", summarize(drift.to_json())), *(("", reason) for reason in drift.reasons)]
+    lines = drift.reasons or (summarize(drift.to_json()),)
+    return [("" if number else "data drift", line) for number, line in enumerate(lines)]
 
 
 def _next_action(result: Result) -> str:

@@ -71,7 +71,9 @@ def describe_last(history: History) -> list[tuple[bool, str]]:
         found.append((True, f"{last.version}: the gate did not pass: {', '.join(last.failed)}"))
     if last.drifted:
         found.append((True, f"{last.version}: DATA DRIFT above a limit: {', '.join(last.drifted)}"))
-    return found or [(False, f"{last.version}: no regression, {_describe_gate(last)}, no drift above a limit")]
+    is_enough = history.total > LEAST
+    state = "no regression" if is_enough else f"too few versions to see a regression ({LEAST + 1} are needed)"
+    return found or [(False, f"{last.version}: {state}, {_describe_gate(last)}, {_describe_drift(last)}")]
 
 
 def history_table(
@@ -130,6 +132,10 @@ def _notes(one: HistoryVersion, *, is_brief: bool = False) -> list[str]:
 
 def _describe_gate(one: HistoryVersion) -> str:
     return "published without a gate" if one.gate is None else f"gate {one.gate}"
+
+
+def _describe_drift(one: HistoryVersion) -> str:
+    return "drift not compared" if one.drift_before is None else "no drift above a limit"
 
 
 def _decided(one: HistoryVersion) -> str:

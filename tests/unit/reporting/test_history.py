@@ -74,6 +74,8 @@ def test_a_slower_training_is_a_regression_from_a_tenth_on():
 def test_the_newest_version_is_described_and_an_empty_history_is_a_page():
     assert [is_bad for is_bad, _ in describe_last(history([2.0] * 6 + [3.0]))] == [True]
     assert [is_bad for is_bad, _ in describe_last(history([2.0] * 6))] == [False]
+    assert "no regression" in describe_last(history([2.0] * 6))[0][1]
+    assert "too few versions" in describe_last(history([2.0] * 4))[0][1]
     assert "no version" in render_history(history([]))
     assert "no version" in render_history_markdown(history([]))
 
