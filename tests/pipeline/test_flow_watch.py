@@ -18,6 +18,17 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
+@pytest.fixture
+def api(on_prefect):
+    """Yield the server's API, with Prefect's own client set to it, whatever it was imported with."""
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    found = Api(on_prefect)
+    with temporary_settings({PREFECT_API_URL: on_prefect}):
+        yield found
+    found.client.close()
+
+
 def change_the_record(root, python):
     """Let the last run have read another Python's documentation."""
     state = WatchState()
@@ -25,7 +36,7 @@ def change_the_record(root, python):
     state.save(root, "laptop")
 
 
-def test_a_changed_source_starts_one_run_whose_page_names_it(made_workspace, on_prefect, monkeypatch):
+def test_a_changed_source_starts_one_run_whose_page_names_it(made_workspace, api, monkeypatch):
     from prefect import tags
 
     from ropeway.orchestration.deployments import adopt_deployments, build_deployments
@@ -36,16 +47,15 @@ def test_a_changed_source_starts_one_run_whose_page_names_it(made_workspace, on_
     adopt_deployments(served)
     served[0].apply()
     change_the_record(made_workspace.root, "2.7.0")
-    watcher = SourceWatcher(made_workspace.root, on_prefect, ["laptop"], None)
+    watcher = SourceWatcher(made_workspace.root, api.url, ["laptop"], None)
     assert [watcher.look_once("laptop").action for _ in range(3)] == ["settle", "run", "nothing"]
     change_the_record(made_workspace.root, "3.0.0")  # changed again before that run has started
     assert [watcher.look_once("laptop").action for _ in range(2)] == ["settle", "wait"]
-    api = Api(on_prefect)
     runs = api.ask("POST", "/flow_runs/filter", {"flow_runs": {"tags": {"all_": [f"{CHANGED}docstrings"]}}})
     (run,) = [one for one in runs if one["parameters"]["root"] == str(made_workspace.root)]
     assert "python 2.7.0 -> 3." in run["state"]["message"]
     assert run["parameters"]["trigger"] == run["state"]["message"]
-    assert notify_data(on_prefect, "docstrings", "a test")
+    assert notify_data(api.url, "docstrings", "a test")
 
     with tags(*run["tags"]):  # as the runner starts it
         state = load_flow(made_workspace.root, "retrain")(**run["parameters"], return_state=True)
@@ -55,16 +65,13 @@ def test_a_changed_source_starts_one_run_whose_page_names_it(made_workspace, on_
     (page,) = api.ask("POST", "/artifacts/filter", chosen)
     assert "2.7.0" in json.dumps(page["data"])
     api.ask("DELETE", f"/flow_runs/{run['id']}")
-    api.client.close()
 
 
-def test_schedules_of_profiles_are_replaced_and_a_served_run_says_whom_it_waits_for(
-    made_workspace, on_prefect, monkeypatch
-):
+def test_schedules_of_profiles_are_replaced_and_a_served_run_says_whom_it_waits_for(made_workspace, api, monkeypatch):
     from ropeway.orchestration import prefect_adapter
     from ropeway.orchestration.deployments import adopt_deployments, build_deployments
 
-    api, root = Api(on_prefect), made_workspace.root
+    root = made_workspace.root
     for schedules in ([("laptop", "0 3 * * *"), ("smollm2", "0 5 * * *")], [("smollm2", "0 6 * * *")]):
         served = build_deployments(root, schedules)
         adopt_deployments(served)
@@ -95,4 +102,3 @@ def test_schedules_of_profiles_are_replaced_and_a_served_run_says_whom_it_waits_
     assert api.ask("GET", f"/flow_runs/{run['id']}")["state"]["name"] == state.name
     assert (root / "params.yaml").read_bytes() == before
     assert (root / "runs" / "llama2_13b_orca_8k").is_dir()
-    api.client.close()

@@ -223,6 +223,9 @@ def prefect_settings(root: Path) -> dict[str, str]:
         # Pages of runs that ended 90 days ago are removed: otherwise the database grows forever. Records of versions
         # are in the registry.
         "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",
+        # By default a server forgets the slots of running deployments when it is restarted, and Prefect ends their runs
+        # at the next renewal, within 4 minutes (measured).
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         # A run prints its own lines; Prefect would print each again with a prefix, and tracebacks.
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
     }

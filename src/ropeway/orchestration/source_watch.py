@@ -84,12 +84,16 @@ class WatchState:
         handled_at: When, ISO.
         seen: Digest of changed identities at the previous look; they count as settled once two looks agree.
         run: Id of the flow run that was asked for last.
+        words: What that run was told to be started by.
+        crashes: How often a run for these identities was asked for again, because the one before crashed.
     """
 
     handled: dict[str, Any] | None = None
     handled_at: str = ""
     seen: str | None = None
     run: str | None = None
+    words: str = ""
+    crashes: int = 0
 
     @classmethod
     def load(cls, root: Path, profile: str) -> "WatchState":
@@ -107,12 +111,12 @@ class WatchState:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, asdict(self))
 
-    def handle(self, identities: Identities, *, run: str | None = None) -> None:
+    def handle(self, identities: Identities, *, run: str | None = None, words: str = "") -> None:
         """Record that a run uses these identities; sources that are not among them keep theirs."""
         self.handled = {**(self.handled or {}), **identities}
         self.handled_at = datetime.now(UTC).isoformat()
         self.seen = None
-        self.run = run or self.run
+        self.run, self.words, self.crashes = run, words, 0
 
 
 def state_path(root: Path, profile: str) -> Path:
@@ -226,6 +230,15 @@ def find_baseline(root: Path, profile: str, state: WatchState) -> Identities | N
     if state.handled is not None and (not recorded or datetime.fromisoformat(state.handled_at).timestamp() >= at):
         return state.handled
     return recorded or _last_published(workspace)
+
+
+def has_recorded_since(root: Path, profile: str, state: WatchState) -> bool:
+    """Return whether a run has completed since the watch asked for one."""
+    path = Workspace(root, profile).package / _RUN
+    try:
+        return path.stat().st_mtime > datetime.fromisoformat(state.handled_at).timestamp()
+    except (OSError, ValueError):
+        return False
 
 
 def _last_published(workspace: Workspace) -> Identities | None:

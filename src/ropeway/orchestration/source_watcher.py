@@ -16,6 +16,7 @@ from ropeway.orchestration.source_watch import (
     LookResult,
     WatchState,
     find_baseline,
+    has_recorded_since,
     judge_look,
     look_at_sources,
     used_by_active_run,
@@ -32,6 +33,8 @@ _MEMORY = timedelta(hours=1)  # events older than this are not looked for: clock
 _STORED_SECONDS = 60.0  # the server stores events in batches, every 5 s (measured)
 _QUEUED_AHEAD = timedelta(minutes=2)
 _PARAMETER = "trigger"
+_DEPLOYMENT = "/deployments/name/retrain/retrain"
+_MAX_CRASHES = 3
 
 
 class SourceWatcher:
@@ -96,43 +99,61 @@ class SourceWatcher:
         """
         state = WatchState.load(self.root, profile)
         look = look_at_sources(self.root, profile)
-        result = judge_look(
-            state, look, find_baseline(self.root, profile, state), used_by_active_run(self.root, profile)
-        )
+        used = used_by_active_run(self.root, profile)
+        result = judge_look(state, look, find_baseline(self.root, profile, state), used)
+        over = used is not None or has_recorded_since(self.root, profile, state)
+        if result.action == "nothing" and not over and self._has_crashed(state):
+            run = self._ask_for_run(profile, state, look.identities, state.words)
+            state.run, state.crashes = run["id"], state.crashes + 1
+            words = f"the run that it asked for crashed; asked for run {run['id']}, which resumes"
+            result = LookResult("nothing", result.changed, (*result.words, words))
         if result.action == "run":
-            deployment = ask(self.url, "GET", "/deployments/name/retrain/retrain")
+            deployment = ask(self.url, "GET", _DEPLOYMENT)
             waiting = find_waiting(self.url, deployment["id"], profile, str(deployment["parameters"].get("profile")))
             if waiting:
                 words = f"run {waiting} waits to start and will read this; no second one is asked for"
                 result = LookResult("wait", result.changed, (*result.words, words))
             else:
-                run = self._ask_for_run(deployment, profile, state, look.identities, result.changed)
-                state.handle(look.identities, run=run["id"])
+                told = "; ".join(f"source {name} changed: {what}" for name, what in result.changed.items())
+                run = self._ask_for_run(profile, state, look.identities, told, changed=result.changed)
+                state.handle(look.identities, run=run["id"], words=told)
                 result = LookResult("run", result.changed, (*result.words, f"asked for run {run['id']}"))
         state.save(self.root, profile)
         return result
 
+    def _has_crashed(self, state: WatchState) -> bool:
+        """Return whether the run that was asked for last was lost with its host or process, and may be asked for again.
+
+        One that failed is not: what failed once fails again until a person acts.
+        """
+        if state.run is None or state.crashes >= _MAX_CRASHES:
+            return False
+        found = ask(self.url, "POST", "/flow_runs/filter", {"flow_runs": {"id": {"any_": [state.run]}}})
+        return bool(found) and (found[0].get("state") or {}).get("type") == "CRASHED"
+
     def _ask_for_run(
         self,
-        deployment: Mapping[str, Any],
         profile: str,
         state: WatchState,
         now: Mapping[str, object],
-        changed: Mapping[str, str],
+        words: str,
+        *,
+        changed: Mapping[str, str] | None = None,
     ) -> dict[str, Any]:
-        words = "; ".join(f"source {name} changed: {what}" for name, what in changed.items())
+        deployment = ask(self.url, "GET", _DEPLOYMENT)
         parameters: dict[str, object] = {**deployment["parameters"], "profile": profile, "rehearse": self.rehearse}
         known = (deployment.get("parameter_openapi_schema") or {}).get("properties") or {}
         if _PARAMETER in known:  # flows/retrain.py of an older clone has no such parameter
             parameters[_PARAMETER] = words
+        names = list(changed or ())
         run: dict[str, Any] = ask(
             self.url,
             "POST",
             f"/deployments/{deployment['id']}/create_flow_run",
             {
                 "parameters": parameters,
-                "tags": ["ropeway", "trigger:data", *(f"{CHANGED}{name}" for name in changed)],
-                "name": f"{profile}: {', '.join(changed)} changed",
+                "tags": ["ropeway", "trigger:data", *(f"{CHANGED}{name}" for name in names)],
+                "name": f"{profile}: {', '.join(names)} changed" if names else f"{profile}: again after a crash",
                 "state": {"type": "SCHEDULED", "name": "Scheduled", "message": words[:1000]},
                 # A watch that is killed before it stores its state asks again for the same run.
                 "idempotency_key": f"data-{digest_of([profile, state.handled_at, state.run, now])}",

@@ -146,6 +146,15 @@ def test_a_person_who_chooses_after_a_kill_keeps_the_choice(root):
     assert load_profile(root / "params.yaml")[0] == "smollm2"
 
 
+def test_a_line_that_a_person_edits_after_a_kill_stays(root):
+    path = root / "params.yaml"
+    kill_while_borrowed(root, "smollm2")
+    path.write_text(path.read_text().replace("profile: smollm2", "profile: llama2_13b_orca_8k"))
+    with edits.borrow_profile(root, "laptop"):
+        pass
+    assert load_profile(path)[0] == "llama2_13b_orca_8k"
+
+
 def test_an_edit_that_is_saved_while_the_line_is_written_is_not_lost(root, monkeypatch):
     path = root / "params.yaml"
     select = edits.select_profile

@@ -277,6 +277,32 @@ def test_no_second_run_is_queued_for_a_profile(workspace, run, waits):
         assert len(made) == 1
 
 
+@pytest.mark.parametrize(("kind", "asked"), [("CRASHED", 4), ("FAILED", 1), ("COMPLETED", 1), ("RUNNING", 1)])
+def test_a_run_that_crashed_is_asked_for_again_three_times_and_one_that_failed_is_not(workspace, kind, asked):
+    with prefect() as (url, made, runs, _):
+        watcher = SourceWatcher(workspace, url, ["p"], 600.0)
+        append(workspace)
+        for _ in range(2):
+            watcher.look_once("p")
+        runs.append({"id": "run-1", "state": {"type": kind}})
+        record = workspace / "runs" / "p" / "package" / "run.json"
+        record.write_text(json.dumps({"sources": look_at_sources(workspace, "p").identities}))
+        os.utime(record, (2e9, 2e9))  # a person's run completed meanwhile
+        assert watcher.look_once("p").action == "nothing"
+        assert len(made) == 1
+        os.utime(record, (1, 1))
+        for _ in range(6):
+            SourceWatcher(workspace, url, ["p"], 600.0).look_once("p")
+        assert len(made) == asked
+        assert len({run["idempotency_key"] for run in made}) == asked
+        assert {run["parameters"]["trigger"] for run in made} == {made[0]["parameters"]["trigger"]}
+        runs.clear()
+        append(workspace)  # a later change counts anew
+        for _ in range(2):
+            watcher.look_once("p")
+        assert len(made) == asked + 1
+
+
 def test_an_older_flow_without_the_parameter_is_not_given_it(workspace):
     with prefect(parameters=("profile",)) as (url, made, _, _):
         watcher = SourceWatcher(workspace, url, ["p"], 600.0)
