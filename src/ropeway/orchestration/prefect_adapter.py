@@ -33,6 +33,7 @@ from ropeway.orchestration.dvc_stage import LineWriter, progress_path
 from ropeway.orchestration.prefect_server import await_recovery, page_address, persistent_server_url, prefect_home
 from ropeway.orchestration.remote.pool_caller import PoolCaller
 from ropeway.orchestration.run_page import PageLog, ProgressArtifact, stop_on_suspend
+from ropeway.orchestration.run_queue import WAITING
 from ropeway.orchestration.run_summary import Result
 from ropeway.orchestration.sequence import PipelineRun, describe_run
 from ropeway.orchestration.source_watcher import CHANGED
@@ -156,7 +157,7 @@ def _lock_when_free(run: PipelineRun, log: PageLog) -> Iterator[None]:
             if words != told:
                 print(words, flush=True)
                 log.add("queue", words, flow_run=str(runtime.flow_run.id), task_run=None)
-                _show_state(Running(name="Waiting", message=words))
+                _show_state(Running(name=WAITING, message=words))
                 told = words
             time.sleep(_FREE_SECONDS)
         if told:

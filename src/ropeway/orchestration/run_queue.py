@@ -13,6 +13,7 @@ from typing import Any
 from ropeway.orchestration.prefect_requests import ask, now_text
 from ropeway.runtime.errors import TemporaryError
 
+WAITING = "Waiting"  # state of a run that has its slot, but not the workspace
 _POLL_SECONDS = 10.0
 _QUEUED_AHEAD = timedelta(minutes=2)  # future runs of a schedule are created days ahead
 _WAITING = ("AwaitingConcurrencySlot", "Late")

@@ -11,7 +11,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from ropeway.config.load_params import load_profile
 from ropeway.orchestration.prefect_requests import ask, post_event, read_events
+from ropeway.orchestration.run_queue import WAITING, read_queue
 from ropeway.orchestration.source_watch import (
     LookResult,
     WatchState,
@@ -31,7 +33,7 @@ _SETTLE_SECONDS = 30.0  # between two looks that must agree
 _AGAIN_SECONDS = 300.0  # after a look that could not read something, also where only notifications start looks
 _MEMORY = timedelta(hours=1)  # events older than this are not looked for: clocks of senders may differ
 _STORED_SECONDS = 60.0  # the server stores events in batches, every 5 s (measured)
-_QUEUED_AHEAD = timedelta(minutes=2)
+_BEFORE_INPUTS = ("Scheduled", "Late", "Pending", "AwaitingConcurrencySlot", WAITING)  # names of states
 _PARAMETER = "trigger"
 _DEPLOYMENT = "/deployments/name/retrain/retrain"
 _MAX_CRASHES = 3
@@ -108,8 +110,7 @@ class SourceWatcher:
             words = f"the run that it asked for crashed; asked for run {run['id']}, which resumes"
             result = LookResult("nothing", result.changed, (*result.words, words))
         if result.action == "run":
-            deployment = ask(self.url, "GET", _DEPLOYMENT)
-            waiting = find_waiting(self.url, deployment["id"], profile, str(deployment["parameters"].get("profile")))
+            waiting = find_waiting(self.url, profile, load_profile(self.root / "params.yaml")[0])
             if waiting:
                 words = f"run {waiting} waits to start and will read this; no second one is asked for"
                 result = LookResult("wait", result.changed, (*result.words, words))
@@ -175,32 +176,17 @@ class SourceWatcher:
         self._said[about] = words
 
 
-def find_waiting(url: str, deployment: str, profile: str, default: str) -> str | None:
-    """Return the name of a run of a profile that is due or queued and has not started; None if there is none.
+def find_waiting(url: str, profile: str, default: str) -> str | None:
+    """Return the name of a run of a profile that is due and has not frozen its inputs; None if there is none.
 
     `default` is the profile of runs that state none.
 
     Raises:
         TemporaryError: The server does not answer.
     """
-    wanted = {
-        "deployments": {"id": {"any_": [deployment]}},
-        "flow_runs": {
-            "state": {"type": {"any_": ["SCHEDULED", "PENDING"]}},
-            # Future runs of a schedule are created days ahead and do not count.
-            "expected_start_time": {"before_": (datetime.now(UTC) + _QUEUED_AHEAD).isoformat()},
-        },
-        "limit": 200,
-    }
-    for run in ask(url, "POST", "/flow_runs/filter", wanted):
-        if (run["parameters"].get("profile") or default) == profile and _has_not_begun(run):
-            return str(run["name"])
-    return None
-
-
-def _has_not_begun(run: Mapping[str, Any]) -> bool:
-    # A run that waits for its retry or was resumed has begun, and may have read the sources before they changed.
-    return (run.get("state") or {}).get("name") in ("Scheduled", "Late", "Pending", "AwaitingConcurrencySlot")
+    # A run that waits for its retry or was resumed may have frozen the sources before they changed.
+    waiting = (run for run in read_queue(url, default) if run.profile == profile and run.state in _BEFORE_INPUTS)
+    return next((run.name for run in waiting), None)
 
 
 def notify_data(url: str, source: str, note: str) -> str:

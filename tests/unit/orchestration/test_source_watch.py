@@ -22,7 +22,7 @@ from ropeway.orchestration.source_watch import (
     state_path,
     used_by_active_run,
 )
-from ropeway.orchestration.source_watcher import EVENT, SourceWatcher, find_waiting, notify_data
+from ropeway.orchestration.source_watcher import EVENT, SourceWatcher, notify_data
 from ropeway.runtime.errors import ConfigError, TemporaryError
 from ropeway.runtime.lock import workspace_lock
 from tests.support.shipped_params import read_shipped_params
@@ -254,20 +254,21 @@ def test_a_watch_killed_before_it_stored_its_state_asks_for_the_same_run(workspa
 
 
 @pytest.mark.parametrize(
-    ("run", "waits"),
+    ("profile", "state", "waits"),
     [
-        ({"profile": "p", "state": "AwaitingConcurrencySlot"}, True),
-        ({"profile": None, "state": "Late"}, True),  # the deployment's own profile
-        ({"profile": "other", "state": "AwaitingConcurrencySlot"}, False),
-        ({"profile": "p", "state": "AwaitingRetry"}, False),  # it has begun, with what it froze then
+        ("p", "AwaitingConcurrencySlot", True),
+        ("p", "Waiting", True),  # for a workspace that a terminal holds
+        (None, "Late", True),  # of the profile that params.yaml names
+        ("laptop", "AwaitingConcurrencySlot", False),
+        ("p", "AwaitingRetry", False),  # it has begun, with what it froze then
+        ("p", "Running", False),
     ],
 )
-def test_no_second_run_is_queued_for_a_profile(workspace, run, waits):
-    found = {"name": "first", "parameters": {"profile": run["profile"]}, "state": {"name": run["state"]}}
+def test_no_second_run_is_queued_for_a_profile(workspace, profile, state, waits):
+    params = workspace / "params.yaml"
+    params.write_text(params.read_text().replace("profile: laptop", "profile: p"))
+    found = {"id": "1", "name": "first", "parameters": {"profile": profile}, "state": {"name": state}}
     with prefect([found]) as (url, made, runs, _):
-        assert find_waiting(url, "d", "p", "p") == ("first" if waits else None)
-        if run["profile"] is None:
-            return
         watcher = SourceWatcher(workspace, url, ["p"], 600.0)
         append(workspace)
         actions = [watcher.look_once("p").action for _ in range(3)]
@@ -284,7 +285,7 @@ def test_a_run_that_crashed_is_asked_for_again_three_times_and_one_that_failed_i
         append(workspace)
         for _ in range(2):
             watcher.look_once("p")
-        runs.append({"id": "run-1", "state": {"type": kind}})
+        runs.append({"id": "run-1", "name": "x", "parameters": {}, "state": {"type": kind}})
         record = workspace / "runs" / "p" / "package" / "run.json"
         record.write_text(json.dumps({"sources": look_at_sources(workspace, "p").identities}))
         os.utime(record, (2e9, 2e9))  # a person's run completed meanwhile
@@ -297,7 +298,7 @@ def test_a_run_that_crashed_is_asked_for_again_three_times_and_one_that_failed_i
         assert len({run["idempotency_key"] for run in made}) == asked
         assert {run["parameters"]["trigger"] for run in made} == {made[0]["parameters"]["trigger"]}
         runs.clear()
-        append(workspace)  # a later change counts anew
+        append(workspace)  # a later change counts by itself
         for _ in range(2):
             watcher.look_once("p")
         assert len(made) == asked + 1
