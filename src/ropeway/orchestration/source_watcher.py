@@ -37,6 +37,7 @@ _BEFORE_INPUTS = ("Scheduled", "Late", "Pending", "AwaitingConcurrencySlot", WAI
 _PARAMETER = "trigger"
 _DEPLOYMENT = "/deployments/name/retrain/retrain"
 _MAX_CRASHES = 3
+_SHUT_DOWN = "Runner is shutting down"  # message of runs that end with `ropeway serve`; a person's cancel has another
 
 
 class SourceWatcher:
@@ -123,14 +124,16 @@ class SourceWatcher:
         return result
 
     def _has_crashed(self, state: WatchState) -> bool:
-        """Return whether the run that was asked for last was lost with its host or process, and may be asked for again.
+        """Return whether the run that was asked for last ended with its host or with serve, and may be repeated.
 
         One that failed is not: what failed once fails again until a person acts.
         """
         if state.run is None or state.crashes >= _MAX_CRASHES:
             return False
         found = ask(self.url, "POST", "/flow_runs/filter", {"flow_runs": {"id": {"any_": [state.run]}}})
-        return bool(found) and (found[0].get("state") or {}).get("type") == "CRASHED"
+        state_now = (found[0].get("state") or {}) if found else {}
+        shut_down = state_now.get("type") == "CANCELLED" and str(state_now.get("message")).startswith(_SHUT_DOWN)
+        return shut_down or state_now.get("type") == "CRASHED"
 
     def _ask_for_run(
         self,

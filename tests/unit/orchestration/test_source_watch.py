@@ -278,14 +278,24 @@ def test_no_second_run_is_queued_for_a_profile(workspace, profile, state, waits)
         assert len(made) == 1
 
 
-@pytest.mark.parametrize(("kind", "asked"), [("CRASHED", 4), ("FAILED", 1), ("COMPLETED", 1), ("RUNNING", 1)])
-def test_a_run_that_crashed_is_asked_for_again_three_times_and_one_that_failed_is_not(workspace, kind, asked):
+@pytest.mark.parametrize(
+    ("kind", "message", "asked"),
+    [
+        ("CRASHED", "no heartbeat", 4),
+        ("CANCELLED", "Runner is shutting down.", 4),  # prefect 3.9.1, when serve is stopped
+        ("CANCELLED", "", 1),  # by a person
+        ("FAILED", "", 1),
+        ("COMPLETED", "", 1),
+        ("RUNNING", "", 1),
+    ],
+)
+def test_a_run_that_crashed_is_asked_for_again_three_times_and_one_that_failed_is_not(workspace, kind, message, asked):
     with prefect() as (url, made, runs, _):
         watcher = SourceWatcher(workspace, url, ["p"], 600.0)
         append(workspace)
         for _ in range(2):
             watcher.look_once("p")
-        runs.append({"id": "run-1", "name": "x", "parameters": {}, "state": {"type": kind}})
+        runs.append({"id": "run-1", "name": "x", "parameters": {}, "state": {"type": kind, "message": message}})
         record = workspace / "runs" / "p" / "package" / "run.json"
         record.write_text(json.dumps({"sources": look_at_sources(workspace, "p").identities}))
         os.utime(record, (2e9, 2e9))  # a person's run completed meanwhile
