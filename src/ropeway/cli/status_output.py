@@ -79,6 +79,8 @@ def _facts(status: WorkspaceStatus) -> Iterator[tuple[str, str]]:
     if "params" in problems:
         yield part("params", "")
     yield "running", _running_words(status.running) if status.running else "nothing"
+    if status.slurm or "slurm" in problems:
+        yield part("slurm", _slurm_words(status) if status.slurm else "")
     if "last stage" in problems:
         yield part("last stage", "")
     for number, run in enumerate(status.runs):
@@ -112,6 +114,17 @@ def _running_words(running: RunningWork) -> str:
     if running.eta_seconds is not None:
         words += f", {format_seconds(running.eta_seconds)} left"
     return words
+
+
+def _slurm_words(status: WorkspaceStatus) -> str:
+    job = status.slurm
+    if job is None:
+        return ""
+    words = f"job {job.job or 'being submitted'} ({job.name}), {job.ranks} ranks, {job.state}"
+    words += f" on {job.nodes}" if job.nodes else f", reason {job.reason}" if job.reason else ""
+    if status.running is None:
+        words += ", when its run was killed. To wait for it: ropeway run"
+    return f"{words}, submitted {format_moment(job.since)}"
 
 
 def _next_words(forecast: Forecast | None, is_running: bool) -> str:  # noqa: FBT001 - a private function

@@ -30,6 +30,7 @@ from ropeway.runtime.errors import RopewayError
 from ropeway.runtime.lock import read_last_holder
 from ropeway.runtime.manifest import Json, json_mapping
 from ropeway.runtime.progress import read_last_record
+from ropeway.runtime.slurm import JobRecord
 from ropeway.runtime.workspace import Workspace, list_by_time
 
 ALIASES = ("candidate", "production")
@@ -139,11 +140,16 @@ class PrefectView:
 
 @dataclass(frozen=True, slots=True)
 class WorkspaceStatus:
-    """Everything that `ropeway status` shows. A part that could not be read is None, with a problem that says why."""
+    """Everything that `ropeway status` shows. A part that could not be read is None, with a problem that says why.
+
+    Attributes:
+        slurm: The Slurm job that stage `train` submitted, as its start last saw it; None if there is none.
+    """
 
     root: str
     profile: str | None
     running: RunningWork | None
+    slurm: JobRecord | None
     last_end: StageEnd | None
     runs: tuple[PastRun, ...]
     forecast: Forecast | None
@@ -177,6 +183,7 @@ def read_status(root: Path, profile: str | None = None) -> WorkspaceStatus:
         root=str(root),
         profile=name,
         running=running,
+        slurm=_read_slurm_job(root, problems),
         last_end=None if running else read_last_end(root),
         runs=tuple(_read_runs(root)),
         forecast=forecast,
@@ -187,6 +194,14 @@ def read_status(root: Path, profile: str | None = None) -> WorkspaceStatus:
         free_bytes=shutil.disk_usage(root).free,
         problems=tuple(problems),
     )
+
+
+def _read_slurm_job(root: Path, problems: list[Problem]) -> JobRecord | None:
+    try:
+        return JobRecord.read(root)
+    except RopewayError as error:
+        problems.append(Problem("slurm", str(error), "squeue --me"))
+        return None
 
 
 def _choose_profile(root: Path, profile: str | None, problems: list[Problem]) -> str | None:

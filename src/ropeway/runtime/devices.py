@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ropeway.runtime.errors import ConfigError
+from ropeway.runtime.slurm import count_job_tasks, submits_jobs
 
 CPU_RANKS = 2
 _SLOTS = re.compile(r"(\S+)\s+slots=(\d+)\s*(?:#.*)?")
@@ -28,11 +29,12 @@ class Gpu:
 def count_ranks(environment: dict[str, str] | None = None, *, devices: Path = Path("/dev")) -> int:
     """Return the number of training ranks.
 
-    `ROPEWAY_RANKS`, else the tasks of the Slurm job, else the slots of the hostfile, else the number of NVIDIA GPUs,
-    else 2.
+    `ROPEWAY_RANKS`, else the tasks of the Slurm job that this runs in or will submit, else the slots of the hostfile,
+    else the number of NVIDIA GPUs, else 2.
 
     Raises:
-        ConfigError: `ROPEWAY_RANKS` is not a positive whole number, or `ROPEWAY_HOSTFILE` is not a valid hostfile.
+        ConfigError: `ROPEWAY_RANKS` is not a positive whole number, `ROPEWAY_HOSTFILE` is not a valid hostfile, or
+            `ROPEWAY_SLURM_ARGS` states no number of tasks.
     """
     environment = dict(os.environ) if environment is None else environment
     stated = environment.get("ROPEWAY_RANKS")
@@ -42,6 +44,8 @@ def count_ranks(environment: dict[str, str] | None = None, *, devices: Path = Pa
         return int(stated)
     if in_slurm(environment):
         return int(environment["SLURM_NTASKS"])
+    if submits_jobs(environment):
+        return count_job_tasks(environment)
     if "ROPEWAY_HOSTFILE" in environment:
         return sum(read_hostfile(Path(environment["ROPEWAY_HOSTFILE"])).values())
     return len(list_gpus(environment, devices=devices)) or CPU_RANKS
@@ -110,7 +114,7 @@ def _invalid_host_list(text: str) -> ConfigError:
 
 def spans_machines(environment: Mapping[str, str]) -> bool:
     """Return whether ranks may run on other machines than this one, which may then have other hardware."""
-    return in_slurm(environment) or "ROPEWAY_HOSTFILE" in environment
+    return in_slurm(environment) or submits_jobs(environment) or "ROPEWAY_HOSTFILE" in environment
 
 
 def device_index(local_rank: int, visible: int) -> int:

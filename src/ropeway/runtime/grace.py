@@ -35,6 +35,7 @@ class StopFiles:
     def __init__(self, work: Path, stage: str) -> None:
         """Name the files of a stage in the folder `.work`."""
         self._stop, self._grace = work / f"{stage}.stop", work / f"{stage}.grace.json"
+        self._job = work / f"{stage}.slurm.json"  # `ropeway.runtime.slurm`: a job whose ranks may still train
 
     def open(self) -> None:
         """Create the stop file; from now on the supervisor asks through it. Rank 0 calls this before step 1."""
@@ -42,9 +43,15 @@ class StopFiles:
         self._stop.write_bytes(b"")
 
     def remove(self) -> None:
-        """Remove both: no ranks train."""
+        """Remove both: no ranks train. They are kept for a Slurm job that outlived its start."""
+        if self._job.exists():
+            return
         self._stop.unlink(missing_ok=True)
         self._grace.unlink(missing_ok=True)
+
+    def exists(self) -> bool:
+        """Return whether there is a stop file."""
+        return self._stop.exists()
 
     def request_stop(self) -> bool:
         """Ask the ranks to save and end; return whether there are ranks that will see it."""
@@ -157,13 +164,22 @@ def stated_seconds(environment: Mapping[str, str] | None = None) -> float | None
     Raises:
         ConfigError: `ROPEWAY_GRACE_SECONDS` is not a positive number.
     """
-    stated = (os.environ if environment is None else environment).get(GRACE_VARIABLE)
+    return read_seconds(os.environ if environment is None else environment, GRACE_VARIABLE)
+
+
+def read_seconds(environment: Mapping[str, str], name: str) -> float | None:
+    """Return the seconds that a variable states; None if it is not set.
+
+    Raises:
+        ConfigError: It is not a positive number.
+    """
+    stated = environment.get(name)
     if stated is None:
         return None
     with suppress(ValueError):
         if 0 < float(stated) < float("inf"):
             return float(stated)
-    raise ConfigError(f"{GRACE_VARIABLE}: expected a positive number of seconds, found {stated!r}")
+    raise ConfigError(f"{name}: expected a positive number of seconds, found {stated!r}")
 
 
 def grace_seconds(files: StopFiles) -> float:

@@ -1,8 +1,8 @@
-"""Builds the command that starts the ranks: DeepSpeed's launcher, its multi-node runner with a hostfile, or srun.
+"""Builds the command that starts the ranks: DeepSpeed's launcher, its multi-node runner, srun or a Slurm job.
 
 Where a run executes is set by the environment, not by params: `ROPEWAY_RANKS`; `ROPEWAY_HOSTFILE` (lines
 `host slots=8`; every machine has this workspace under the same path) with `ROPEWAY_LAUNCHER` (default pdsh); in a Slurm
-job with several tasks, Slurm's variables.
+job with several tasks, Slurm's variables; elsewhere `ROPEWAY_SLURM=1` submits a job (`ropeway.runtime.slurm_job`).
 """
 
 import base64
@@ -25,9 +25,22 @@ from ropeway.runtime.devices import (
 )
 from ropeway.runtime.errors import ConfigError
 from ropeway.runtime.op_build import check_shared_memory
+from ropeway.runtime.slurm import find_node_address, submits_jobs
 
 LOOPBACK = "127.0.0.1"
 RANK_MODULE = "ropeway.stages.train.rank"
+_TASK_CORES = "SLURM_CPUS_PER_TASK"
+# Where a rank fails and Slurm then ends the others, srun ends with 143, not with that rank's code (22.05). So the first
+# task that fails writes its code into a file, and that code is returned. TERM, which Slurm sends to every process of a
+# task, must not end the shell before the rank has saved.
+_RUN_TASK = (
+    'code_file=$1; shift; trap : TERM INT; "$@"; code=$?; '
+    'test $code -eq 0 || (set -C; echo $code > "$code_file") 2> /dev/null; exit $code'
+)
+_RUN_TASKS = (
+    'code_file=$1; shift; rm -f "$code_file"; "$@"; code=$?; '
+    'test $code -eq 0 || ! test -s "$code_file" || code=$(cat "$code_file"); rm -f "$code_file"; exit $code'
+)
 # Variables that the ranks on other machines need, and prefixes of others.
 _FORWARDED_VARIABLES = (
     "CXX", "DS_ACCELERATOR", "HF_HUB_OFFLINE", "LD_LIBRARY_PATH", "OMP_NUM_THREADS", "PATH", "ROPEWAY_GRACE_SECONDS",
@@ -56,8 +69,14 @@ def build_launch_command(environment: Mapping[str, str], arguments: list[str], *
         )
     rank = [sys.executable, "-m", RANK_MODULE, *arguments]
     if in_slurm(environment):
-        where = f"--export=ALL,MASTER_ADDR={first_slurm_host(environment)},MASTER_PORT={port}"
-        return ["srun", f"--ntasks={ranks}", "--kill-on-bad-exit=1", where, *rank]
+        where = f"--export=ALL,MASTER_ADDR={_find_address(first_slurm_host(environment))},MASTER_PORT={port}"
+        # Since 22.05 srun does not take it over from the job.
+        cores = [f"--cpus-per-task={environment[_TASK_CORES]}"] if _TASK_CORES in environment else []
+        srun = ["srun", f"--ntasks={ranks}", *cores, "--kill-on-bad-exit=1", where]
+        code = str(Path(arguments[0], ".work", "train.srun-code"))
+        return ["sh", "-c", _RUN_TASKS, "sh", code, *srun, "sh", "-c", _RUN_TASK, "sh", code, *rank]
+    if submits_jobs(environment):
+        return [sys.executable, "-m", "ropeway.runtime.slurm_job", str(ranks), *arguments]
     if "ROPEWAY_HOSTFILE" in environment:
         return _multi_node_command(environment, rank, ranks=ranks, port=port)
     devices = _local_devices(environment, ranks=ranks)
@@ -65,6 +84,15 @@ def build_launch_command(environment: Mapping[str, str], arguments: list[str], *
     launcher = [sys.executable, "-m", "deepspeed.launcher.launch", f"--world_info={world}", "--node_rank=0"]
     options = [f"--master_addr={LOOPBACK}", f"--master_port={port}", "--module", "--no_local_rank"]
     return [*launcher, *options, "--log_level=warning", RANK_MODULE, *arguments]
+
+
+def _find_address(host: str) -> str:
+    """Return a Slurm host, or the address that Slurm has for it where its name cannot be resolved."""
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        return find_node_address(host) or host
+    return host
 
 
 def _local_devices(environment: Mapping[str, str], *, ranks: int) -> list[str] | list[int]:
@@ -112,9 +140,10 @@ def rank_environment(environment: Mapping[str, str], *, ranks: int) -> dict[str,
             check_shared_memory(count_local_ranks(environment, ranks))
             planned["DS_ACCELERATOR"] = "cpu"
         # Oversubscribed cores are slower, and the thread count changes rounding: the count is fixed and recorded.
-        planned.setdefault(
-            "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count_local_ranks(environment, ranks)))
-        )
+        # A job that will be submitted counts them on its own machines.
+        if not submits_jobs(environment):
+            shared = max(1, (os.cpu_count() or 1) // count_local_ranks(environment, ranks))
+            planned.setdefault("OMP_NUM_THREADS", environment.get(_TASK_CORES, str(shared)))
     return planned
 
 

@@ -51,10 +51,11 @@ def writes_to(stream: TextIO, path: Path) -> bool:
 class LogMirror:
     """Copies what is appended to a log to this process's standard output."""
 
-    def __init__(self, path: Path) -> None:
-        """Begin at the end of the log."""
+    def __init__(self, path: Path, *, from_start: bool = False) -> None:
+        """Begin at the end of the log, or at its start."""
         self._file = path.open("rb")
-        self._file.seek(0, os.SEEK_END)
+        if not from_start:
+            self._file.seek(0, os.SEEK_END)
 
     def copy(self) -> None:
         """Copy what was appended since the last call. A reader that is gone is no error: the log has everything."""

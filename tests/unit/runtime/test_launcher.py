@@ -1,5 +1,7 @@
 import base64
 import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -46,12 +48,45 @@ def test_the_message_names_a_missing_hostfile(tmp_path):
         read_hostfile(tmp_path / "none")
 
 
+@pytest.fixture
+def _names_resolve(monkeypatch):
+    monkeypatch.setattr("ropeway.runtime.launcher.socket.getaddrinfo", lambda *_: [])
+
+
+def srun_options(environment, *, ranks):
+    command = build_launch_command(environment, ARGUMENTS, ranks=ranks, port=5)
+    return command[command.index("srun") + 1 :]
+
+
+FAKE_SRUN = """#!/bin/sh
+while test "${1#--}" != "$1"; do shift; done
+"$@"
+exit 143
+"""
+
+
+@pytest.mark.usefixtures("_names_resolve")
+@pytest.mark.parametrize(("ends", "code"), [(64, 64), (0, 143)])
+def test_the_code_of_the_rank_that_failed_first_is_that_of_the_ranks(tmp_path, monkeypatch, ends, code):
+    (tmp_path / ".work").mkdir()
+    (tmp_path / "srun").write_text(FAKE_SRUN)
+    (tmp_path / "srun").chmod(0o755)
+    monkeypatch.setattr("ropeway.runtime.launcher.sys.executable", "sh")
+    command = build_launch_command({**JOB, "SLURM_NODELIST": "a"}, [str(tmp_path)], ranks=4, port=5)
+    rank = command.index("-m")
+    command[rank - 1 :] = ["sh", "-c", f"exit {ends}"]
+    done = subprocess.run(command, env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}, check=False)
+    assert done.returncode == code
+    assert list((tmp_path / ".work").iterdir()) == []
+
+
+@pytest.mark.usefixtures("_names_resolve")
 def test_a_slurm_job_with_several_tasks_uses_srun():
     environment = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "16", "SLURM_JOB_NODELIST": "a,b"}
     assert count_ranks(environment) == 16
-    command = build_launch_command(environment, ARGUMENTS, ranks=16, port=5)
-    assert command[:3] == ["srun", "--ntasks=16", "--kill-on-bad-exit=1"]
-    assert "MASTER_PORT=5" in command[3]
+    command = srun_options(environment, ranks=16)
+    assert command[:2] == ["--ntasks=16", "--kill-on-bad-exit=1"]
+    assert "MASTER_PORT=5" in command[2]
     assert (
         build_launch_command({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "1"}, ARGUMENTS, ranks=2, port=5)[0]
         == sys.executable
@@ -70,9 +105,9 @@ JOB = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"}
         ({"SLURM_JOB_NODELIST": "first", "SLURM_NODELIST": "second"}, "first"),
     ],
 )
+@pytest.mark.usefixtures("_names_resolve")
 def test_under_slurm_rank_0_is_reached_on_the_first_host_of_the_job(hosts, master):
-    command = build_launch_command({**JOB, **hosts}, ARGUMENTS, ranks=4, port=5)
-    assert command[3] == f"--export=ALL,MASTER_ADDR={master},MASTER_PORT=5"
+    assert srun_options({**JOB, **hosts}, ranks=4)[2] == f"--export=ALL,MASTER_ADDR={master},MASTER_PORT=5"
 
 
 def test_a_slurm_job_without_a_list_of_hosts_is_a_config_error():

@@ -19,6 +19,8 @@ from ropeway.runtime.grace import StopFiles
 from ropeway.runtime.launcher import build_launch_command, free_port, rank_environment
 from ropeway.runtime.manifest import NAME, load_manifest, write_atomic, write_json
 from ropeway.runtime.op_build import announce_build, clear_dead_locks, extensions_folder, unlink_buffers
+from ropeway.runtime.slurm import job_name
+from ropeway.runtime.slurm_job import settle_earlier_job
 from ropeway.runtime.supervise import signal_of
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.train import checkpoint_store, checkpoints, continuing
@@ -54,21 +56,23 @@ def run(workspace: Workspace, profile: TrainParams) -> None:
     checkpoints.write_run_info(
         folder, {"profile": workspace.profile, "parts": fingerprint.parts, "params": fingerprint.params}
     )
-    continuing.continue_run(workspace, profile, fingerprint)
-    # Before the ranks start: the others would wait for the one that hashes, 4 minutes for the published run.
-    checkpoints.clear_unfinished(folder)
-    checkpoint = checkpoints.newest_valid(folder)
     stored, fetched = _open_store(os.environ, workspace, fingerprint), set[int]()
-    if stored and (step := stored.download_newest(folder, above=checkpoint.step if checkpoint else 0)):
-        print(f"checkpoint of step {step} was fetched from {stored.store.url}", flush=True)
-        fetched.add(step)
+    arguments = [str(workspace.root), workspace.profile, fingerprint.digest]
+    if not settle_earlier_job(workspace.root, job_name(workspace.profile, fingerprint.digest), ranks, os.environ):
+        continuing.continue_run(workspace, profile, fingerprint)
+        # Before the ranks start: the others would wait for the one that hashes, 4 minutes for the published run.
+        checkpoints.clear_unfinished(folder)
         checkpoint = checkpoints.newest_valid(folder)
-    checkpoints.convert_for_ranks(checkpoint, ranks=ranks)
+        if stored and (step := stored.download_newest(folder, above=checkpoint.step if checkpoint else 0)):
+            print(f"checkpoint of step {step} was fetched from {stored.store.url}", flush=True)
+            fetched.add(step)
+            checkpoint = checkpoints.newest_valid(folder)
+        checkpoints.convert_for_ranks(checkpoint, ranks=ranks)
+        arguments.append(str(checkpoint.step if checkpoint else 0))
+        workspace.progress("train").unlink(missing_ok=True)
     workspace.work.mkdir(exist_ok=True)
-    workspace.progress("train").unlink(missing_ok=True)
     files = StopFiles(workspace.work, "train")
     files.remove()  # of an attempt that was killed
-    arguments = [str(workspace.root), workspace.profile, fingerprint.digest, str(checkpoint.step if checkpoint else 0)]
     port, environment = free_port(), rank_environment(os.environ, ranks=ranks)
     command = build_launch_command(environment, arguments, ranks=ranks, port=port)
     clear_dead_locks(extensions_folder(environment))
