@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # uv installs no bytecode files. The first import of a module writes them, so later processes do not compile it again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup lock run test test-unit test-slow test-loaders test-lm-eval test-families test-slurm test-floors test-browser test-docs test-fresh test-image check docs ui chaos bench bench-packing bench-plan bench-start bench-prepare bench-evaluate bench-registry bench-engine bench-train bench-checkpoint bench-opening bench-templates bench-gpu bench-gpu-dry test-gpu chaos-registry soak clean
+.PHONY: help setup lock run test test-unit test-slow test-loaders test-lm-eval test-families test-slurm test-pools test-floors test-browser test-docs test-fresh test-image check docs ui chaos bench bench-packing bench-plan bench-start bench-prepare bench-evaluate bench-registry bench-engine bench-train bench-checkpoint bench-opening bench-templates bench-gpu bench-gpu-dry test-gpu chaos-registry soak clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo "make test-floors  run the tests of training with the lowest versions that pyproject.toml allows (installs 4.7 GB)"
 	@echo "make test-families  train, resume, evaluate and package tiny models of many families"
 	@echo "make test-slurm  train in a real Slurm of two nodes on this machine (root, Debian's slurmctld, slurmd, slurm-client, munge)"
+	@echo "make test-pools  render and validate the job templates for Kubernetes and Docker (installs Prefect's workers)"
 	@echo "make test-lm-eval  run tasks of lm-evaluation-harness offline (installs it, 190 MB)"
 	@echo "make ui      start the Prefect UI for the runs of this workspace on http://127.0.0.1:4200"
 	@echo "make test-browser  review a version in a real browser (installs Playwright and, if missing, chromium)"
@@ -120,6 +121,13 @@ test-families: $(VENV)/.ready-test
 # Two slurmd on loopback; the daemons are in a temporary folder and end with the tests.
 test-slurm: $(VENV)/.ready-test
 	$(BIN)/pytest -q -m slurm tests/slurm
+
+$(VENV)/.ready-pools: $(VENV)/.ready-test
+	$(INSTALL) dev pools
+	@touch $@
+
+test-pools: $(VENV)/.ready-pools
+	$(BIN)/pytest -q -m pools tests/pools
 
 test-browser: $(VENV)/.ready-browser
 	$(BIN)/pytest -q -m browser tests/pipeline/test_browser_review.py
