@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from ropeway.runtime import launcher
+from ropeway.runtime.lock import is_held
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
 
 ROOT = Path(__file__).parents[2]
@@ -34,10 +35,12 @@ def test_a_run_without_an_allocation_trains_on_both_nodes_and_publishes(slurm_jo
     assert not list((slurm_job.root / ".work").glob("*slurm*"))
 
 
-def test_a_stopped_run_saves_cancels_its_job_and_resumes_to_the_same_bytes(slurm_job, long_job):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
+def test_a_stopped_or_killed_run_saves_ends_its_job_and_resumes_to_the_same_bytes(slurm_job, long_job, number, code):
     process = slurm_job.start_until("step 96/", "ropeway", "run", "--no-prefect")
-    process.send_signal(signal.SIGINT)  # Ctrl-C
-    slurm_job.finish(process, code=130)
+    process.send_signal(number)
+    slurm_job.finish(process, code=code)
+    slurm_job.wait_until(lambda: not is_held(slurm_job.root))  # the stages of a killed run save
     assert "stopped after step" in (slurm_job.root / ".work" / "logs" / "train.log").read_text()
     assert slurm_job.steps()[-1] % 40  # saved because of the stop
     assert (slurm_job.ranks(), slurm_job.jobs()) == ([], [])
