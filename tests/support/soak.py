@@ -69,7 +69,9 @@ class Soak:
 
     def _make(self, folder):
         root = folder / "workspace"
-        workspace = make_workspace(root, {"chats": SHARED}, {"model_name": "scratch", "expected_model": {**SHAPE, "vocab_size": 320}})
+        workspace = make_workspace(
+            root, {"chats": SHARED}, {"model_name": "scratch", "expected_model": {**SHAPE, "vocab_size": 320}}
+        )
         job = MainJob(root)
         job.environment |= self.s3.environment
         job.environment |= {

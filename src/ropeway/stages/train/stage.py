@@ -56,19 +56,11 @@ def run(workspace: Workspace, profile: TrainParams) -> None:
     checkpoints.write_run_info(
         folder, {"profile": workspace.profile, "parts": fingerprint.parts, "params": fingerprint.params}
     )
-    stored, fetched = _open_store(os.environ, workspace, fingerprint), set[int]()
+    stored = _open_store(os.environ, workspace, fingerprint)
     arguments = [str(workspace.root), workspace.profile, fingerprint.digest]
     if not settle_earlier_job(workspace.root, job_name(workspace.profile, fingerprint.digest), ranks, os.environ):
         continuing.continue_run(workspace, profile, fingerprint)
-        # Before the ranks start: the others would wait for the one that hashes, 4 minutes for the published run.
-        checkpoints.clear_unfinished(folder)
-        checkpoint = checkpoints.newest_valid(folder)
-        if stored and (step := stored.download_newest(folder, above=checkpoint.step if checkpoint else 0)):
-            print(f"checkpoint of step {step} was fetched from {stored.store.url}", flush=True)
-            fetched.add(step)
-            checkpoint = checkpoints.newest_valid(folder)
-        checkpoints.convert_for_ranks(checkpoint, ranks=ranks)
-        arguments.append(str(checkpoint.step if checkpoint else 0))
+        arguments.append(str(_prepare_checkpoint(folder, stored, ranks=ranks)))
         workspace.progress("train").unlink(missing_ok=True)
     workspace.work.mkdir(exist_ok=True)
     files = StopFiles(workspace.work, "train")
@@ -79,7 +71,7 @@ def run(workspace: Workspace, profile: TrainParams) -> None:
     if environment.get("DS_ACCELERATOR") == "cpu":
         announce_build(extensions_folder(environment))
     try:
-        with Uploader(stored, folder, fetched).running() if stored else nullcontext():
+        with Uploader(stored, folder).running() if stored else nullcontext():
             code = subprocess.run(command, env=environment, check=False).returncode
     finally:
         files.remove()
@@ -104,6 +96,20 @@ def _open_store(environment: Mapping[str, str], workspace: Workspace, fingerprin
     """Return where this run's checkpoints are stored besides this machine; None if nowhere."""
     url = environment.get(checkpoint_store.VARIABLE)
     return StoredRun.open(url, workspace.profile, fingerprint.digest) if url else None
+
+
+def _prepare_checkpoint(folder: Path, stored: StoredRun | None, *, ranks: int) -> int:
+    """Return the step of the checkpoint to resume from, verified and for this number of ranks; 0 if there is none.
+
+    Before the ranks start: the others would wait for the one that hashes, 4 minutes for the published run.
+    """
+    checkpoints.clear_unfinished(folder)
+    checkpoint = checkpoints.newest_valid(folder)
+    if stored and (step := stored.download_newest(folder, above=checkpoint.step if checkpoint else 0)):
+        print(f"checkpoint of step {step} was fetched from {stored.store.url}", flush=True)
+        checkpoint = checkpoints.newest_valid(folder)
+    checkpoints.convert_for_ranks(checkpoint, ranks=ranks)
+    return checkpoint.step if checkpoint else 0
 
 
 def _prune_store(stored: StoredRun, workspace: Workspace, fingerprint: Fingerprint, keep: int) -> None:
