@@ -58,6 +58,9 @@ class RunDisplay:
     def finish(self, result: Result) -> None:
         """Record the run's result; anything shown after this may be cut short."""
 
+    def report_drift(self, version: str, digest: str, words: str) -> None:
+        """Record that a version's data drifted above its limit, so that it is alerted once."""
+
     def open_pools(self, pools: Collection[str]) -> "PoolCaller":
         """Return what calls stages in these work pools.
 

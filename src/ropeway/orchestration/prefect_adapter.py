@@ -28,6 +28,7 @@ from prefect.states import Completed, Running
 from prefect.tasks import Task
 
 from ropeway.config.load_params import load_profile
+from ropeway.orchestration.alerts import report_drift
 from ropeway.orchestration.display import RETRIES, RunDisplay, StepResult, may_retry, retry_seconds
 from ropeway.orchestration.dvc_stage import LineWriter, progress_path
 from ropeway.orchestration.prefect_server import await_recovery, page_address, persistent_server_url, prefect_home
@@ -273,6 +274,13 @@ class PrefectDisplay(RunDisplay):
             await_recovery(_api())
         with _shown_if_possible(key):
             create_markdown_artifact(key=f"{self.prefix}-{key}", markdown=text)
+
+    def report_drift(self, version: str, digest: str, words: str) -> None:
+        """Record an event, which `ropeway server` posts as an alert."""
+        try:
+            report_drift(_api(), version=version, digest=digest, words=words, page=page_address(_api(), _page()))
+        except TemporaryError as error:
+            print(f"the drift of {version} could not be recorded for alerts: {error}", flush=True)
 
     def open_pools(self, pools: Collection[str]) -> PoolCaller:
         """Return what calls stages in these work pools, which exist on a server that outlives this run."""

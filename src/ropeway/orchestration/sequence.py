@@ -227,6 +227,10 @@ class PipelineRun:
     def ask_review(self) -> None:
         """Start the review of a published version, if the review deployment is served."""
         published = self._publication.state == "Published"
+        verdict = self._publication.verdict
+        if verdict and verdict.needs_person:
+            words = "; ".join(verdict.needs_person)
+            self.display.report_drift(self._publication.version, self._publication.digest, words)
         review = self.display.ask_review(self._publication.digest) if published else None
         self.result = replace(self._result(), review=review)
         self.display.report("result", summary.draw_report(self.result))

@@ -6,9 +6,11 @@ import pytest
 
 from ropeway.data.data_profile import FILE
 from ropeway.orchestration.decision import ReviewAnswer, decide, describe_case
+from ropeway.orchestration.display import RunDisplay
 from ropeway.orchestration.drift_evidence import compare_with_earlier
 from ropeway.orchestration.publish import Publication, publish_package
 from ropeway.orchestration.run_summary import Result, draw_report, result_json
+from ropeway.orchestration.sequence import PipelineRun
 from ropeway.registry import Registry
 from ropeway.registry.layout import blob_key
 from ropeway.reporting.evidence import open_case
@@ -46,6 +48,23 @@ def test_a_publication_by_a_worker_reaches_the_calling_run_whole(workspace):
     for number, texts in enumerate((ENGLISH, RUSSIAN, RUSSIAN), 1):
         done = make_drifting(workspace, number, texts)
         assert Publication.from_json(json.loads(json.dumps(done.to_json()))) == done
+
+
+@pytest.mark.parametrize("texts", [ENGLISH, RUSSIAN], ids=["same", "other"])
+def test_a_run_reports_drift_above_a_limit_once_and_no_other(workspace, monkeypatch, texts):
+    reported = []
+
+    class Display(RunDisplay):
+        def report_drift(self, version, digest, words):
+            reported.append((version, digest, words))
+
+    make_drifting(workspace, 1, ENGLISH)
+    run = PipelineRun.__new__(PipelineRun)
+    run.workspace, run.display, run._publication = workspace, Display(), make_drifting(workspace, 2, texts)
+    monkeypatch.setattr(PipelineRun, "_result", lambda _run: Result(workspace, {}, run._publication, 1.0, None, ()))
+    run.ask_review()
+    expected = [("laptop@v2", run._publication.digest, "; ".join(run._publication.verdict.needs_person))]
+    assert reported == (expected if texts is RUSSIAN else [])
 
 
 def test_the_same_data_again_has_no_drift(workspace, registry):
