@@ -251,7 +251,7 @@ def _describe_run(timings: Path, run_seconds: float | None) -> dict[str, object]
     kind, link = last.get("accelerator"), (last.get("wandb") or {}).get("link")
     return {
         "run_seconds": run_seconds,
-        "train_seconds": totals["seconds"] if listed else None,
+        "train_seconds": sum(one.get("wall_seconds") or one.get("seconds") or 0 for one in listed) if listed else None,
         "tokens_per_second": totals["tokens"] / totals["seconds"] if totals["seconds"] and totals["tokens"] else None,
         "ranks": last.get("ranks"),
         "gpus": None if kind is None else last.get("ranks") if kind == "cuda" else 0,

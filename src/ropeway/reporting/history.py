@@ -98,7 +98,7 @@ class HistoryVersion:
         drifted: Quantities above a limit.
         decision, reviewer: Of its last review, or of its last promotion to production without a review.
         run_seconds: From the start of the run to the publication.
-        train_seconds: Of all optimizer steps.
+        train_seconds: Of all attempts, with evaluation and saving; of older versions the steps alone.
         gpu_hours: GPUs times training time; 0 on a CPU.
         cost: `gpu_hours` times the price of now.
         wandb: Link of its W&B run.

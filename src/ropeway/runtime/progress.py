@@ -168,7 +168,7 @@ class Progress:
         record = {
             **self.facts,
             "began": self.began,
-            "seconds": time.time() - self.began,
+            "wall_seconds": elapsed,  # with evaluation and saving; `seconds` are those of the steps alone
             **self.totals,
             **self._rates(self.totals),
             "peak_memory_bytes": self.peak_memory_bytes,

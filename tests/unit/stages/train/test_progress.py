@@ -160,6 +160,7 @@ def test_the_record_of_an_attempt_sums_it_up(progress):
     assert record["tokens_per_second"] == 500
     assert record["mfu"] == pytest.approx(0.25)
     assert record["checkpoint_stall_fraction"] == pytest.approx(2 / 12)
+    assert (record["seconds"], record["wall_seconds"]) == (4, 12)  # of the steps; with saving
     assert record["wandb"] == {"mode": "off"}
 
 
