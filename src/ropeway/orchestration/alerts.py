@@ -74,7 +74,9 @@ def find_alerts(
                 message = f"nobody has answered for {(now - since) / timedelta(hours=1):.0f} h"
         if name == "Late" and now - expected > timedelta(minutes=limits.late_minutes):
             reasons = ["schedule_missed"]
-            message = f"due at {expected:%Y-%m-%d %H:%M} UTC, not started: is `ropeway serve` running?"
+            profile = (run.get("parameters") or {}).get("profile")
+            whose = f"run of profile {profile}, " if profile else ""
+            message = f"{whose}due at {expected:%Y-%m-%d %H:%M} UTC, not started: is `ropeway serve` running?"
         text = f"{flow} {run['name']}: {name} {message}"
         page = page_address(url, f"/runs/flow-run/{run['id']}")
         found += [Alert(str(run["id"]), reason, text, page, since.isoformat()) for reason in reasons]

@@ -83,6 +83,12 @@ def test_the_body_has_the_fields_of_before_a_severity_and_what_slack_reads():
     assert all(alert_body(Alert("r", reason, "x", "", ""))["severity"] for reason in SEVERITIES)
 
 
+def test_a_missed_run_names_its_profile():
+    late = run("Late", hours=1) | {"parameters": {"profile": "laptop"}}
+    (alert,) = find_alerts([late], FLOWS, LIMITS, NOW, URL)
+    assert "laptop" in alert.text
+
+
 @contextmanager
 def serving(respond):
     """Serve POSTs with `respond(path, body) -> (status, JSON)`; yield the address."""
