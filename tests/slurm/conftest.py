@@ -11,7 +11,7 @@ import pytest
 
 from ropeway.runtime.supervise import runs_rank
 from tests.support.main_job import MainJob, make_main_job
-from tests.support.processes import kill_all
+from tests.support.processes import kill_all, read_until
 from tools.slurm_cluster import SlurmCluster, missing_programs
 
 OPTIONS = "--nodes=2 --ntasks-per-node=1 --partition=gpu"
@@ -66,12 +66,12 @@ class SlurmJob(MainJob):
     def start_until(self, text, *command):
         """Start a command, `ropeway stage train` by default, and return it when it has printed a line with `text`."""
         process = self.start(*(command or ("ropeway", "stage", "train")))
-        self.seen = []
-        for line in process.stdout:
-            self.seen.append(line)
-            if text in line:
-                return process
-        raise AssertionError("".join(self.seen))
+        self.seen = read_until(process, text)
+        return process
+
+    def follow_until(self, process, text):
+        """Read on until a process has printed a line with `text`."""
+        self.seen += read_until(process, text)
 
     def start(self, *command):
         process = super().start(*command)

@@ -50,9 +50,12 @@ def test_a_stopped_or_killed_run_saves_ends_its_job_and_resumes_to_the_same_byte
 
 def test_a_preempted_job_saves_and_another_one_resumes_to_the_same_bytes(slurm_job, long_job):
     process = slurm_job.start_until("step 96/")
-    slurm_job.cluster.command("sbatch", "--partition=urgent", "--nodes=2", "--output=/dev/null", "--wrap=sleep 1")
+    until = slurm_job.root / ".work" / "urgent-may-end"
+    urgent = ["--partition=urgent", "--nodes=2", "--output=/dev/null"]
+    slurm_job.cluster.command("sbatch", *urgent, f"--wrap=until test -e {until}; do sleep 0.1; done")
+    slurm_job.follow_until(process, "PENDING, reason Resources")
+    until.touch()
     printed = slurm_job.finish(process)
-    assert "PENDING, reason Resources" in printed
     assert "resuming after step" in printed
     assert printed.count("ranks; sbatch") == 2
     assert slurm_job.weights() == long_job.weights

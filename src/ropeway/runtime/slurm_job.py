@@ -119,7 +119,9 @@ def settle_earlier_job(root: Path, name: str, ranks: int, environment: Mapping[s
     except SlurmSilentError as error:
         raise SlurmSilentError(f"{_may_run(root, record)}: {error}. Run the same command again later") from None
     except ConfigError as error:
-        raise ConfigError(f"{_may_run(root, record)}: {error}. Run it where Slurm's commands are") from None
+        raise ConfigError(
+            f"{_may_run(root, record)}: {error}. Run it where they are, or remove the file if the job has ended"
+        ) from None
     files = StopFiles(record_path(root).parent, "train")
     if now is None or now.is_final:
         record.remove(root)
