@@ -1,10 +1,9 @@
-"""The stage graph of dvc.yaml and DVC's status of it: the only module that imports DVC.
+"""The stage graph of dvc.yaml and DVC's status of it. Only this module and `dvc_exchange.py` import DVC.
 
 This process only queries DVC; stages run in their own processes (`dvc_stage.py`), which can be terminated.
 Source of DVC's messages and shapes: dvc 3.67.1.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -23,8 +22,7 @@ from ruamel.yaml.error import YAMLError
 from ropeway.config.frozen import read_version
 from ropeway.config.load_params import load_profile
 from ropeway.runtime.errors import ConfigError, TemporaryError
-from ropeway.runtime.manifest import NAME as MANIFEST
-from ropeway.runtime.manifest import Json, file_sha256, write_atomic
+from ropeway.runtime.manifest import Json, file_sha256
 
 if TYPE_CHECKING:  # DVC takes a second to import
     from dvc.repo import Repo
@@ -116,8 +114,8 @@ def load_graph(root: Path) -> list[Stage]:
     Raises:
         ConfigError: Not a DVC workspace, or dvc.yaml cannot be read.
     """
-    with _open_repo(root) as repo:
-        return [stage for stage, _ in _ordered(repo)]
+    with open_repo(root) as repo:
+        return [stage for stage, _ in ordered(repo)]
 
 
 def plan(root: Path, *, elsewhere: Collection[str] = ()) -> list[StagePlan]:
@@ -130,9 +128,9 @@ def plan(root: Path, *, elsewhere: Collection[str] = ()) -> list[StagePlan]:
         ConfigError: As in `load_graph`.
         BusyError: Another dvc process is writing in the workspace.
     """
-    with _open_repo(root) as repo:
+    with open_repo(root) as repo:
         status, plans = repo.status(), dict[str, StagePlan]()
-        for stage, own in _ordered(repo):
+        for stage, own in ordered(repo):
             if stage.refreshes:
                 will_run, reasons = False, ["refreshes fingerprints at every start"]
             elif own.frozen:
@@ -175,135 +173,6 @@ def _without_absent(
     return kept
 
 
-def outputs(root: Path) -> dict[str, tuple[str, ...]]:
-    """Return the paths of each stage's outputs, relative to the root; those of a stage that refreshes are left out."""
-    with _open_repo(root) as repo:
-        return {
-            stage.name: tuple(_relative(str(out.fs_path), root) for out in own.outs)
-            for stage, own in _ordered(repo)
-            if not stage.refreshes
-        }
-
-
-def inputs(root: Path, name: str, *, of_others: Collection[str] = ()) -> tuple[str, ...]:
-    """Return the paths that a stage reads and that another stage writes, relative to the root.
-
-    With them what stages in `of_others` read of the stages that are before this one.
-    """
-    with _open_repo(root) as repo:
-        found = {stage.name: (stage, own) for stage, own in _ordered(repo) if not stage.refreshes}
-        above = [name]
-        for each in above:  # grows: ancestors
-            above += [dep for dep in found[each][0].deps if dep in found and dep not in above]
-        made = [str(out.fs_path) for each in above[1:] for out in found[each][1].outs]
-        read = [
-            path
-            for each in (name, *of_others)
-            if each in found
-            for path in _whole_folders([str(dep.fs_path) for dep in found[each][1].deps], made)
-        ]
-        return tuple(_relative(path, root) for path in dict.fromkeys(read) if _is_within(path, made))
-
-
-def _whole_folders(paths: Sequence[str], made: Sequence[str]) -> list[str]:
-    """Return what a stage reads, from its dependencies.
-
-    A stage that depends on the manifest of an output and on no other file of it reads the whole output: the manifest
-    stands for it, so that DVC need not hash it again.
-    """
-    found = []
-    for path in paths:
-        folder = str(Path(path).parent)
-        alone = folder in made and sum(Path(each).is_relative_to(folder) for each in paths) == 1
-        found.append(folder if alone and Path(path).name == MANIFEST else path)
-    return found
-
-
-def _is_within(path: str, folders: Sequence[str]) -> bool:
-    return any(Path(path).is_relative_to(folder) for folder in folders)
-
-
-def _relative(path: str, root: Path) -> str:
-    return Path(path).relative_to(root).as_posix()
-
-
-def push_document(root: Path, data: bytes) -> str:
-    """Store bytes in the DVC cache and the DVC remote; return their MD5.
-
-    Raises:
-        TemporaryError: The remote does not take them.
-    """
-    from dvc_data.hashfile.hash_info import HashInfo
-
-    digest = hashlib.md5(data, usedforsecurity=False).hexdigest()
-    with _open_repo(root) as repo:
-        cache = repo.cache.local
-        if not cache.exists(digest):
-            staged = root / ".work" / f"handover-{digest}"
-            staged.parent.mkdir(exist_ok=True)
-            staged.write_bytes(data)
-            cache.add(str(staged), cache.fs, digest)
-            staged.unlink(missing_ok=True)
-        with _remote_failures("stored"):
-            done = repo.cloud.push([HashInfo("md5", digest)])
-        if done.failed:
-            raise TemporaryError("the DVC remote did not take the hand-over of a stage. Run the same command again")
-    return digest
-
-
-def pull_document(root: Path, digest: str) -> bytes:
-    """Return the bytes of this MD5 from the DVC cache or the DVC remote.
-
-    Raises:
-        TemporaryError: The remote does not have them, or has other bytes.
-    """
-    from dvc_data.hashfile.hash_info import HashInfo
-
-    with _open_repo(root) as repo:
-        cache = repo.cache.local
-        if not cache.exists(digest):
-            with _remote_failures("fetched"):
-                repo.cloud.pull([HashInfo("md5", digest)])
-        try:
-            data = Path(cache.oid_to_path(digest)).read_bytes()
-        except OSError:
-            data = b""
-    if hashlib.md5(data, usedforsecurity=False).hexdigest() != digest:
-        raise TemporaryError(f"the DVC remote does not return the hand-over {digest[:12]}. Run the same command again")
-    return data
-
-
-@contextmanager
-def _remote_failures(what: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # noqa: BLE001 - fsspec and the clients of stores raise many classes
-        raise TemporaryError(f"the hand-over could not be {what}: {type(error).__name__}: {error}") from None
-
-
-def read_lock_entry(root: Path, name: str) -> Json | None:
-    """Return a stage's entry of dvc.lock; None if there is none."""
-    path = root / "dvc.lock"
-    stages = parse_lock(path.read_bytes()).get("stages", {}) if path.is_file() else {}
-    entry = stages.get(name)
-    return None if entry is None else json.loads(json.dumps(entry))
-
-
-def write_lock_entry(root: Path, name: str, entry: Json) -> None:
-    """Put a stage's entry, which a worker recorded, into dvc.lock.
-
-    Raises:
-        BusyError: Another dvc process is writing it.
-    """
-    from dvc.utils.serialize import dumps_yaml
-
-    path = root / "dvc.lock"
-    with exclusive(root):
-        known = parse_lock(path.read_bytes()) if path.is_file() else {}
-        lock = {"schema": "2.0", **known, "stages": {**known.get("stages", {}), name: entry}}
-        write_atomic(path, dumps_yaml(lock).encode())
-
-
 def has_remote(root: Path) -> bool:
     """Return whether a DVC remote is configured, to pull from before a run and push to after it.
 
@@ -321,7 +190,7 @@ def has_remote(root: Path) -> bool:
 
 def read_remotes(root: Path) -> tuple[str | None, dict[str, dict[str, object]]]:
     """Return the default remote's name (None if there is none) and the settings of each remote."""
-    with _open_repo(root) as repo:
+    with open_repo(root) as repo:
         return repo.config["core"].get("remote"), {name: dict(facts) for name, facts in repo.config["remote"].items()}
 
 
@@ -335,7 +204,7 @@ def configure_remote(root: Path, *arguments: str) -> None:
 
 def read_definition(root: Path) -> dict[str, str]:
     """Return what determines the graph: the sha256 of every dvc.yaml, and the chosen profile."""
-    with _open_repo(root) as repo:
+    with open_repo(root) as repo:
         files = sorted({root / own.path_in_repo for own in repo.index.stages if own.path_in_repo.endswith("dvc.yaml")})
     return {**{str(path): file_sha256(path) for path in files}, "profile": load_profile(root / "params.yaml")[0]}
 
@@ -382,7 +251,7 @@ def parse_lock(data: bytes) -> Lock:
 
 def cache_folder(root: Path) -> Path:
     """Return the folder of a workspace's DVC cache."""
-    with _open_repo(root) as repo:
+    with open_repo(root) as repo:
         return Path(repo.cache.local_cache_dir).resolve()
 
 
@@ -391,7 +260,7 @@ def exclusive(root: Path, *, guard: str = "lock") -> Iterator[None]:
     """Hold one of DVC's locks, so that no other dvc process uses the cache; raise BusyError if one holds it."""
     from dvc.lock import make_lock
 
-    with _open_repo(root) as repo:
+    with open_repo(root) as repo:
         hard = bool(repo.config["core"].get("hardlink_lock", False))
         with make_lock(str(Path(repo.tmp_dir) / guard), tmp_dir=repo.tmp_dir, hardlink_lock=hard):
             yield
@@ -402,9 +271,9 @@ def share_cache(root: Path, clone: Path) -> None:
     private = root / ".dvc" / "config.local"
     if private.is_file():
         shutil.copyfile(private, clone / ".dvc" / private.name)
-    with _open_repo(root) as repo:
+    with open_repo(root) as repo:
         cache = str(repo.cache.local_cache_dir)
-    with _open_repo(clone) as repo, repo.config.edit("local") as settings:
+    with open_repo(clone) as repo, repo.config.edit("local") as settings:
         settings.setdefault("cache", {})["dir"] = cache
 
 
@@ -427,7 +296,8 @@ def is_hint(line: str) -> bool:
 
 
 @contextmanager
-def _open_repo(root: Path) -> "Iterator[Repo]":
+def open_repo(root: Path) -> "Iterator[Repo]":
+    """Open a workspace's DVC repository; raise BusyError or ConfigError if that is not possible."""
     from dvc.exceptions import DvcException
     from dvc.lock import LockError
     from dvc.repo import Repo
@@ -444,7 +314,8 @@ def _open_repo(root: Path) -> "Iterator[Repo]":
         raise ConfigError(f"{root}: DVC cannot read this workspace: {error}{remedy}") from None
 
 
-def _ordered(repo: "Repo") -> "Iterator[tuple[Stage, PipelineStage]]":
+def ordered(repo: "Repo") -> "Iterator[tuple[Stage, PipelineStage]]":
+    """Yield each stage with DVC's own object, in the graph's order."""
     import networkx as nx
 
     graph = repo.index.graph  # an edge goes from a consumer to its producer

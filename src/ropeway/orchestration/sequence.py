@@ -20,6 +20,7 @@ from ropeway.config.edit import borrow_profile, choose_profile
 from ropeway.config.frozen import FrozenInputs
 from ropeway.config.load_params import load_profile, read_block
 from ropeway.config.params import Profile
+from ropeway.orchestration import dvc_exchange as exchange
 from ropeway.orchestration import dvc_graph as graph
 from ropeway.orchestration import run_summary as summary
 from ropeway.orchestration.display import RunDisplay, StepResult
@@ -273,7 +274,7 @@ class PipelineRun:
         parts = (self.workspace.package, self.workspace.pages)
         paths = [path.relative_to(self.root).as_posix() for path in parts]
         if self._placement:
-            made = {path for outs in graph.outputs(self.root).values() for path in outs}
+            made = {path for outs in exchange.outputs(self.root).values() for path in outs}
             paths = [path for path in paths if path in made]
             if PUBLISH in self._placement.pools:
                 return self._placement.publish(paths, seconds, write_line)
@@ -288,7 +289,7 @@ class PipelineRun:
         self, champion: Version, sections: Mapping[str, str], write_line: LineWriter
     ) -> Mapping[str, object] | None:
         if self._placement:
-            self._placement.fetch_inputs(graph.inputs(self.root, "evaluate"), write_line)
+            self._placement.fetch_inputs(exchange.inputs(self.root, "evaluate"), write_line)
         return measure_champion(self._site, self.workspace, champion, sections, write_line)
 
     def _push(self, write_line: LineWriter) -> StepResult:

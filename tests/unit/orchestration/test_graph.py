@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from ropeway.orchestration import dvc_exchange as exchange
 from ropeway.orchestration import dvc_graph as graph
 from ropeway.orchestration import sequence
 from ropeway.orchestration.forecast import forecast_run
@@ -315,9 +316,9 @@ def test_an_output_made_elsewhere_may_be_absent_here_but_neither_edited_nor_of_a
     assert "early" in reasons(ran)
     (ran / "late.txt").unlink()  # of a stage that runs here
     assert will_run() == {"late": ("its output late.txt is missing",)}
-    entry = dict(graph.read_lock_entry(ran, "early"))
+    entry = dict(exchange.read_lock_entry(ran, "early"))
     entry["outs"] = [{**entry["outs"][0], "md5": "0" * 32}]
-    graph.write_lock_entry(ran, "early", entry)
+    exchange.write_lock_entry(ran, "early", entry)
     assert "early.txt is missing" in will_run()["late"]
     (ran / "early.txt").write_text("edited")
     assert "early" in will_run()
@@ -342,22 +343,22 @@ def test_inputs_are_what_other_stages_write_and_a_lone_manifest_stands_for_its_f
     outs: [part.txt]
   side:""",
     )
-    assert graph.inputs(fresh, "whole") == ("made",)
-    assert graph.inputs(fresh, "part") == ("made/manifest.json", "made/card.json")
-    assert graph.inputs(fresh, "late") == ("early.txt", "side.txt")
-    assert graph.inputs(fresh, "folder", of_others=("late", "whole")) == ("early.txt",)  # not what comes after it
-    assert graph.outputs(fresh)["folder"] == ("made",)
+    assert exchange.inputs(fresh, "whole") == ("made",)
+    assert exchange.inputs(fresh, "part") == ("made/manifest.json", "made/card.json")
+    assert exchange.inputs(fresh, "late") == ("early.txt", "side.txt")
+    assert exchange.inputs(fresh, "folder", of_others=("late", "whole")) == ("early.txt",)  # not what comes after it
+    assert exchange.outputs(fresh)["folder"] == ("made",)
 
 
 def test_a_lock_entry_of_a_worker_is_recorded_as_dvc_records_its_own(ran):
     text = (ran / "dvc.lock").read_text()
-    entry = graph.read_lock_entry(ran, "early")
-    assert graph.read_lock_entry(ran, "nothing") is None
-    graph.write_lock_entry(ran, "early", entry)
+    entry = exchange.read_lock_entry(ran, "early")
+    assert exchange.read_lock_entry(ran, "nothing") is None
+    exchange.write_lock_entry(ran, "early", entry)
     assert graph.parse_lock((ran / "dvc.lock").read_bytes()) == graph.parse_lock(text.encode())
     (ran / "dvc.lock").unlink()
-    graph.write_lock_entry(ran, "early", entry)
-    assert graph.read_lock_entry(ran, "early") == entry
+    exchange.write_lock_entry(ran, "early", entry)
+    assert exchange.read_lock_entry(ran, "early") == entry
 
 
 def test_a_document_reaches_another_clone_through_the_remote_and_a_damaged_one_does_not(ran, tmp_path):
@@ -365,14 +366,14 @@ def test_a_document_reaches_another_clone_through_the_remote_and_a_damaged_one_d
     for root in (ran, other):
         graph.configure_remote(root, "add", "--default", "store", str(tmp_path / "remote"))
         graph.configure_remote(root, "modify", "store", "verify", "true")
-    digest = graph.push_document(ran, b"hand-over")
-    assert graph.push_document(ran, b"hand-over") == digest
-    assert graph.pull_document(other, digest) == b"hand-over"
+    digest = exchange.push_document(ran, b"hand-over")
+    assert exchange.push_document(ran, b"hand-over") == digest
+    assert exchange.pull_document(other, digest) == b"hand-over"
     shutil.rmtree(other / ".dvc" / "cache")
     (place,) = (path for path in (tmp_path / "remote").rglob("*") if path.is_file())
     place.chmod(0o644)
     place.write_bytes(b"hand-0ver")
     with pytest.raises(TemporaryError):
-        graph.pull_document(other, digest)
+        exchange.pull_document(other, digest)
     with pytest.raises(TemporaryError):
-        graph.pull_document(other, "0" * 32)
+        exchange.pull_document(other, "0" * 32)

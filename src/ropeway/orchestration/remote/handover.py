@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ropeway.config.frozen import ADDRESSES, FrozenInputs, encode_value
-from ropeway.orchestration import dvc_graph as graph
+from ropeway.orchestration import dvc_exchange as exchange
 from ropeway.orchestration.stage_process import CHECKED_BEFORE_TRAINING
 from ropeway.runtime.errors import ConfigError, DataError
 from ropeway.runtime.manifest import NAME, FileFacts, Json, json_bytes, write_atomic
@@ -67,7 +67,7 @@ class Handover:
 
     def send(self, root: Path) -> str:
         """Store the hand-over in the DVC remote; return its MD5. Equal hand-overs have equal digests."""
-        return graph.push_document(root, json_bytes({"format": _FORMAT, **self._facts()}))
+        return exchange.push_document(root, json_bytes({"format": _FORMAT, **self._facts()}))
 
     @classmethod
     def receive(cls, root: Path, digest: str) -> "Handover":
@@ -77,7 +77,7 @@ class Handover:
             ConfigError: It has another format, or this machine has another Python than the caller.
             TemporaryError: The remote does not have it.
         """
-        facts: dict[str, Any] = json.loads(graph.pull_document(root, digest))
+        facts: dict[str, Any] = json.loads(exchange.pull_document(root, digest))
         if facts.pop("format", None) != _FORMAT:
             raise ConfigError("the hand-over has another format. Use the same version of Ropeway on both machines")
         found = cls(**facts)
@@ -122,7 +122,7 @@ class Handover:
 
 def inputs_of(root: Path, step: str) -> tuple[str, ...]:
     """Return the outputs of other stages that a worker needs for a stage."""
-    return graph.inputs(root, step, of_others=CHECKED_BEFORE_TRAINING if step == "train" else ())
+    return exchange.inputs(root, step, of_others=CHECKED_BEFORE_TRAINING if step == "train" else ())
 
 
 def _facts_of(data: bytes) -> FileFacts:

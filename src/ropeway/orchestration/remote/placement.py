@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ropeway.config.load_params import load_profile
+from ropeway.orchestration import dvc_exchange as exchange
 from ropeway.orchestration import dvc_graph as graph
 from ropeway.orchestration.dvc_stage import LineWriter, Site, retry_while_busy, run_command
 from ropeway.orchestration.publish import Publication
@@ -98,8 +99,8 @@ class Placement:
             DataError: The remote does not return them.
         """
         root = self.site.root
-        wanted = graph.inputs(root, name)
-        folders = {path for paths in graph.outputs(root).values() for path in paths} - {*wanted}
+        wanted = exchange.inputs(root, name)
+        folders = {path for paths in exchange.outputs(root).values() for path in paths} - {*wanted}
         partly = [each for each in folders if not (root / each).exists() and _has_part(each, wanted)]
         self.fetch_inputs(wanted, write_line)
         try:
@@ -126,7 +127,7 @@ class Placement:
     def small_outputs(self) -> list[str]:
         """Return the outputs that are single files, of every stage."""
         root = self.site.root
-        entries = [graph.read_lock_entry(root, name) for name in graph.outputs(root)]
+        entries = [exchange.read_lock_entry(root, name) for name in exchange.outputs(root)]
         return [path for entry in entries if entry for path in _files(entry)]
 
     def _call(
@@ -156,9 +157,9 @@ class Placement:
     def _take_over(self, name: str, entry: Json, write_line: LineWriter) -> None:
         """Record a worker's result in dvc.lock; pull its single files, remove what is here of an earlier result."""
         root = self.site.root
-        before = graph.read_lock_entry(root, name)
-        retry_while_busy(partial(graph.write_lock_entry, root, name, entry), write_line)
-        paths = graph.outputs(root)[name]
+        before = exchange.read_lock_entry(root, name)
+        retry_while_busy(partial(exchange.write_lock_entry, root, name, entry), write_line)
+        paths = exchange.outputs(root)[name]
         if before != entry:
             for path in paths:  # of an earlier result, as DVC itself removes outputs before a stage
                 place = root / path

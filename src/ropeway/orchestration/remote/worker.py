@@ -16,6 +16,7 @@ from pathlib import Path
 from ropeway.config.edit import choose_profile
 from ropeway.config.frozen import FrozenInputs
 from ropeway.config.load_params import load_profile
+from ropeway.orchestration import dvc_exchange as exchange
 from ropeway.orchestration import dvc_graph as graph
 from ropeway.orchestration.dvc_stage import Site, retry_while_busy, run_command, update_stage
 from ropeway.orchestration.publish import Publication, measure_champion, publish_package
@@ -50,17 +51,17 @@ def execute(root: Path, request: StageRequest) -> Json:
         _pull(site, inputs_of(root, request.step))
         outcome = update_stage(site, request.step, _say)
         _push(site, request.step)
-        return {"outcome": outcome, "lock": graph.read_lock_entry(root, request.step)}
+        return {"outcome": outcome, "lock": exchange.read_lock_entry(root, request.step)}
 
 
 def _publish(site: Site, workspace: Workspace, run_seconds: float | None) -> Publication:
     params = load_profile(FrozenInputs.load(site.root).params_file, workspace.profile)[1]
     wanted = (workspace.package, workspace.pages, workspace.evaluation, workspace.timings)
-    made = {path for paths in graph.outputs(site.root).values() for path in paths}
+    made = {path for paths in exchange.outputs(site.root).values() for path in paths}
     _pull(site, [path for path in (each.relative_to(site.root).as_posix() for each in wanted) if path in made])
 
     def measure(champion: Version, sections: Mapping[str, str]) -> Mapping[str, object] | None:
-        _pull(site, graph.inputs(site.root, "evaluate"))
+        _pull(site, exchange.inputs(site.root, "evaluate"))
         return measure_champion(site, workspace, champion, sections, _say)
 
     done = publish_package(
