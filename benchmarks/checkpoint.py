@@ -1,4 +1,6 @@
-"""How long training waits for a checkpoint hashed by rank 0, by all ranks, or written in the background; one JSON line.
+"""How long training waits for a checkpoint hashed by rank 0, by all ranks, written in the background, or uploaded.
+
+One JSON line. `uploaded` is `all_ranks` while the launching process uploads the checkpoint to a store in a folder.
 
 Two ranks on a CPU (`checkpoint_rank.py`). The share of time at the published cadence is these seconds, scaled from this
 checkpoint to the size of the published one, against its steps as `ropeway plan` estimates them: an extrapolation from
@@ -14,13 +16,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RANKS = 2
-WAYS = ("rank_0", "all_ranks", "background")
+WAYS = ("rank_0", "all_ranks", "background", "uploaded")
 # Source: `ropeway plan --profile llama2_13b_orca_8k --ranks 8 --gpu-memory-gib 80 --card a100`, 13B under ZeRO-2.
 PUBLISHED_BYTES, PUBLISHED_STEP_SECONDS, PUBLISHED_SAVE_STEPS = 182e9, 92.0, 1000
 Save = Mapping[str, Any]
@@ -58,7 +61,13 @@ def launch(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     command = build_launch_command({}, arguments, ranks=RANKS, port=free_port())
     command = ["benchmarks.checkpoint_rank" if part == RANK_MODULE else part for part in command]
     environment = rank_environment({**os.environ, "CUDA_VISIBLE_DEVICES": ""}, ranks=RANKS)
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=sys.stderr)
+    from benchmarks.checkpoint_rank import PREFIX, STORE, UPLOADED
+    from ropeway.stages.train.checkpoint_store import StoredRun, Uploader
+    from ropeway.storage import FileStore
+
+    stored = StoredRun(FileStore(folder / STORE), PREFIX)
+    with redirect_stdout(sys.stderr), Uploader(stored, folder / UPLOADED).running():  # as the stage does
+        subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=sys.stderr)
     measured: dict[str, Any] = json.loads((folder / "figures.json").read_text(encoding="utf-8"))
     return measured
 

@@ -23,11 +23,15 @@ from ropeway.models.open_model import create_model
 from ropeway.runtime.manifest import NAME, sync_file, write_manifest
 from ropeway.runtime.op_build import init_distributed
 from ropeway.stages.train import checkpoints
+from ropeway.stages.train.checkpoint_store import StoredRun
 from ropeway.stages.train.checkpoint_writer import CheckpointWriter
 from ropeway.stages.train.saving import Saver
+from ropeway.storage import FileStore
 
 LAYERS, VOCABULARY, TOKENS = 8, 16_000, 128
 WARM_STEPS = 4
+UPLOADED, STORE, PREFIX = "uploaded", "store", "bench/run/"  # folders of the way that uploads, and of its store
+_POLL_SECONDS = 0.05
 
 
 def open_engine(hidden: int) -> Any:  # noqa: ANN401 - DeepSpeed's engine has no types
@@ -104,7 +108,9 @@ class Bench:
             waited, complete = seconds, seconds if whole is None else whole
 
         self.run.profile.async_save = way == "background"
-        saver = Saver(self.run, self.folder, report=report, deadline=nullcontext)
+        folder = self.folder / UPLOADED if way == UPLOADED else self.folder  # the launching process watches that one
+        folder.mkdir(exist_ok=True)
+        saver = Saver(self.run, folder, report=report, deadline=nullcontext)
         torch.distributed.barrier()
         began = time.perf_counter()
         if way == "rank_0":
@@ -115,9 +121,14 @@ class Bench:
         self.train(self.steps, saver.poll)
         saver.wait()
         lost = time.perf_counter() - began - self.steps * self.step_seconds
+        if way == UPLOADED:
+            stored = StoredRun(FileStore(self.folder / STORE), PREFIX)
+            while self.run.rank == 0 and step not in dict(stored.steps()):
+                time.sleep(_POLL_SECONDS)
+            complete = time.perf_counter() - began
         self.saves.append({"way": way, "waited": waited, "lost": lost, "complete": complete})
         torch.distributed.barrier()
-        return self._take(checkpoints.step_folder(self.folder, step))
+        return self._take(checkpoints.step_folder(folder, step))
 
     def _take(self, saved: Path) -> str:
         """Return the digests of a checkpoint's state and remove it."""
@@ -135,7 +146,7 @@ def main(folder: Path, rounds: int, steps: int, hidden: int) -> None:
     init_distributed()
     deepspeed.utils.logger.setLevel("ERROR")
     bench = Bench(folder, steps, hidden)
-    ways = ("rank_0", "all_ranks", "background")
+    ways = ("rank_0", "all_ranks", "background", UPLOADED)
     for number in range(rounds):
         for way in ways if number % 2 == 0 else reversed(ways):
             bench.save(way)

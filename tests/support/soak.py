@@ -268,8 +268,8 @@ class Soak:
             "prefect": count_bytes(root / ".prefect"),
             "checkpoints": count_bytes(root / ".checkpoints"),
             "work": count_bytes(root / ".work"),
-            "shm_files": sum(1 for _ in Path("/dev/shm").iterdir())  # noqa: S108,
-            ** {f"{name}_rss": _memory(process) for name, process in trees.items()},
+            "shm_files": sum(1 for _ in Path("/dev/shm").iterdir()),  # noqa: S108
+            **{f"{name}_rss": _memory(process) for name, process in trees.items()},
             **{f"{name}_files": _files(process) for name, process in trees.items()},
         }
 
