@@ -1,9 +1,9 @@
 """`make soak RUNS=200`: a workspace that is retrained again and again while its data changes and everything fails.
 
-Each round asks the served deployment for a retraining, as a schedule does. During it, with a chance of 35 %, one fault, and then,
-or with a chance of 60 %, the data changed before it: a rank, the run, `ropeway serve` or the Prefect server is killed, or
-the store refuses, resets or freezes. A run that did not end well is asked for again, as on the next night. Every
-ten rounds the retention rules run: `ropeway clean`, `registry retire`, `registry gc`, and Prefect's own.
+Each round asks the served deployment for a retraining, as a schedule does. The data was changed before most rounds.
+During every third round one fault: a rank, the run, `ropeway serve` or the Prefect server is killed, or the store
+refuses, resets or freezes. A run that did not end well is asked for again, as on the next night. Every ten rounds the
+retention rules run: `ropeway clean`, `registry retire`, `registry gc`; Prefect's own run all the time.
 
 The last line is JSON: how runs ended, what was injected, sizes and memory per round and their medians in the first and
 last third. The exit code is 1 if a run was lost, a version does not verify, or something grows without bound.
