@@ -23,6 +23,9 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:_NoneStep.value will soon raise:DeprecationWarning"
 )
 
+# Each starts Prefect processes that take 25 s of a core. `make test` has one run through pools, one stop, the refusals.
+SLOW = pytest.mark.slow
+
 
 @pytest.fixture
 def worker(on_prefect, tmp_path):
@@ -72,6 +75,7 @@ def start_run(workspace):
     return subprocess.Popen(command, cwd=workspace.root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+@SLOW
 def test_a_stage_runs_on_the_worker_and_its_result_is_taken_over(calling, worker, capsys):
     result = run_retrain(calling.root)
     said = capsys.readouterr().out
@@ -131,6 +135,7 @@ def worker_on_s3(s3_server, on_prefect, tmp_path, monkeypatch):
     started.stop()
 
 
+@SLOW
 def test_an_error_of_the_stage_comes_back_with_its_class_and_is_not_retried(calling, worker):
     trouble_everywhere(calling, "train", "print('row 7 is empty'); sys.exit(65)")
     with pytest.raises(DataError, match="row 7 is empty"):
@@ -153,6 +158,7 @@ def test_a_stopped_run_stops_the_stage_on_the_worker_which_saves_and_leaves_no_p
     check_it_saved(clone)
 
 
+@SLOW
 def test_a_killed_runs_stage_goes_on_and_the_next_run_takes_it_over(calling, worker, tmp_path):
     go = tmp_path / "go"
     os.mkfifo(go)
@@ -168,6 +174,7 @@ def test_a_killed_runs_stage_goes_on_and_the_next_run_takes_it_over(calling, wor
     assert (worker.clone() / "calls").read_text().split() == ["train"]
 
 
+@SLOW
 def test_a_silent_worker_is_given_up_and_another_one_resumes(calling, worker, on_prefect, tmp_path, monkeypatch):
     monkeypatch.setenv("ROPEWAY_WORKER_SILENCE_SECONDS", "12")
     once = tmp_path / "once"
@@ -203,7 +210,7 @@ def test_pools_are_refused_before_anything_runs_where_workers_could_not_follow(c
     assert calling.calls() == []
 
 
-@pytest.mark.slow  # two real trainings beside the session's one; what it covers step by step is tested above
+@SLOW  # two real trainings beside the session's one; what it covers step by step is tested above
 def test_a_real_training_killed_on_one_machine_ends_on_another_with_the_version_of_one_machine(
     main_jobs, s3_server, s3_bucket, on_prefect, tmp_path, monkeypatch
 ):
