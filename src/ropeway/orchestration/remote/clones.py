@@ -49,7 +49,7 @@ def _home() -> Path:
 
 def _check_out(clone: Path, cache: Path, request: StageRequest) -> Path:
     if not (clone / ".git" / "HEAD").is_file():
-        run_git("clone", "--quiet", "--no-checkout", request.repository, str(clone))
+        run_git("clone", "--quiet", "--no-checkout", "--", request.repository, str(clone))
     if ask_git(clone, "cat-file", "-e", f"{request.commit}^{{commit}}") is None:
         run_git("fetch", "--quiet", "--tags", "origin", cwd=clone)
     if ask_git(clone, "cat-file", "-e", f"{request.commit}^{{commit}}") is None:

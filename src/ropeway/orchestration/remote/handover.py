@@ -7,12 +7,15 @@ them as given; the stage itself compares its code with the recorded digests. Sig
 import hashlib
 import importlib.metadata
 import json
+import re
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from ropeway.config.frozen import ADDRESSES, FrozenInputs, encode_value
 from ropeway.orchestration import dvc_exchange as exchange
@@ -23,6 +26,7 @@ from ropeway.runtime.workspace import Workspace
 
 _FORMAT = 1
 _LOCK = "dvc.lock"
+_FILE = re.compile(r"[A-Za-z0-9_][\w.-]*")
 # Libraries whose version can change a stage's bytes.
 _LIBRARIES = ("torch", "deepspeed", "transformers", "tokenizers", "peft", "numpy", "pyarrow", "polars", "liger-kernel")
 _READS_ADDRESSES = "fetch"
@@ -77,10 +81,16 @@ class Handover:
             ConfigError: It has another format, or this machine has another Python than the caller.
             TemporaryError: The remote does not have it.
         """
-        facts: dict[str, Any] = json.loads(exchange.pull_document(root, digest))
-        if facts.pop("format", None) != _FORMAT:
+        try:
+            facts: dict[str, Any] = json.loads(exchange.pull_document(root, digest))
+            version = facts.pop("format", None)
+            found = TypeAdapter(cls).validate_python(facts)
+        except (ValueError, AttributeError) as error:
+            raise DataError(f"hand-over {digest}: it was not written by Ropeway ({type(error).__name__})") from None
+        if version != _FORMAT:
             raise ConfigError("the hand-over has another format. Use the same version of Ropeway on both machines")
-        found = cls(**facts)
+        if wrong := [name for name in found.identity if not _FILE.fullmatch(name)]:
+            raise DataError(f"hand-over {digest}: it names {wrong[0]!r}, which is no file of .identity")
         if found.python != python_version():
             raise ConfigError(
                 f"this worker has Python {python_version()}, the calling run Python {found.python}, and the digests of "
@@ -94,8 +104,6 @@ class Handover:
         folder.mkdir(exist_ok=True)
         for name in {path.name for path in folder.iterdir()} - {*self.identity}:
             (folder / name).unlink()
-        if any("/" in name or name.startswith(".") for name in self.identity):
-            raise DataError("the hand-over names a file outside .identity; it was not written by Ropeway")
         for name in sorted(self.identity, key=lambda each: each == NAME):  # the manifest last
             write_atomic(folder / name, self.identity[name].encode())
         write_atomic(root / _LOCK, self.lock.encode()) if self.lock else (root / _LOCK).unlink(missing_ok=True)

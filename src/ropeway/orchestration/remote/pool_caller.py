@@ -1,6 +1,7 @@
 """Calls a stage in a Prefect work pool: starts its flow run, passes its lines on, cancels it, returns its result."""
 
 import json
+import math
 import os
 import time
 from collections.abc import Collection, Iterator
@@ -255,7 +256,7 @@ def _silent_seconds() -> float:
         seconds = float(stated)
     except ValueError:
         seconds = 0.0
-    if seconds <= 0:
+    if not (math.isfinite(seconds) and seconds > 0):
         raise ConfigError(f"{SILENCE}: expected a number of seconds above 0, found {stated!r}")
     return seconds
 

@@ -4,9 +4,10 @@
 """
 
 import json
+import re
 import subprocess
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,6 +22,16 @@ PUBLISH = "publish"
 GIT_URL = "ROPEWAY_GIT_URL"
 _FORMAT = 1
 _SHOWN = 5  # files in a message
+# Prefect passes a request on as text; a git option or a path that leaves the clone must not come in with it.
+_VALID = {
+    "step": re.compile(r"[\w./:@-]+"),
+    "profile": re.compile(r"[^/\x00]+"),
+    "repository": re.compile(r"[^-].*"),
+    "commit": re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}"),
+    "folder": re.compile(r"(?:(?!\.\.?/)[^/\x00]+/)*"),
+    "handover": re.compile(r"[0-9a-f]{32}"),
+    "registry": re.compile(r"(?:s3://.+)?"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +76,15 @@ class StageRequest:
                 f"the calling run sends requests of format {found}, this worker's code reads format {_FORMAT}. Use the "
                 "same version of Ropeway on both machines"
             )
+        known = {one.name for one in fields(cls)}
+        if not isinstance(facts.get("run_seconds"), int | float | None) or facts.keys() - known or known - facts.keys():
+            raise ConfigError(
+                "a request with other fields than this worker's code knows. Use the same version of Ropeway"
+            )
+        if wrong := [
+            name for name in _VALID if not isinstance(facts[name], str) or not _VALID[name].fullmatch(facts[name])
+        ]:
+            raise ConfigError(f"a request whose {wrong[0]} is not valid; it was not written by Ropeway")
         return cls(**facts)
 
 

@@ -1,5 +1,6 @@
 """What may be placed in a work pool, and what is refused before anything runs."""
 
+import json
 import subprocess
 
 import pytest
@@ -33,6 +34,27 @@ def test_a_request_survives_json_and_its_key_depends_on_every_field():
     assert [each.key == request.key for each in others] == [True, False]
     with pytest.raises(ConfigError, match="format 2"):
         StageRequest.from_json(request.to_json().replace('"format": 1', '"format": 2'))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("repository", "--upload-pack=touch x"),
+        ("commit", "--help"),
+        ("commit", "main"),
+        ("folder", "../"),
+        ("folder", "a/../../"),
+        ("folder", "/etc/"),
+        ("handover", "../../x"),
+        ("registry", "file:///etc"),
+        ("profile", None),
+        ("extra", "x"),
+    ],
+)
+def test_a_request_that_ropeway_did_not_write_is_refused(field, value):
+    request = json.loads(StageRequest("train", "tiny", "/origin.git", "a" * 40, "sub/", "b" * 32).to_json())
+    with pytest.raises(ConfigError):
+        StageRequest.from_json(json.dumps({**request, field: value}))
 
 
 def git(root, *arguments):
