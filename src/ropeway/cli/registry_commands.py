@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ropeway.cli.completion import complete_alias, complete_model, complete_version
+from ropeway.config.suggestion import unknown_name
 from ropeway.runtime.errors import ConfigError, NotFoundError, RegistryError
 from ropeway.runtime.login import identity_of
 from ropeway.runtime.workspace import Workspace, find_root
@@ -408,7 +409,11 @@ def retire(
 
     `ropeway registry gc --withdrawn --apply` then removes their files; their records stay.
     """
-    found = open_registry(registry).artifact(model).retirable(keep)
+    opened = open_registry(registry)
+    names = [one.name for one in opened.artifacts()]
+    if model not in names:
+        raise NotFoundError(f"model '{model}' {unknown_name(model, names)}")
+    found = opened.artifact(model).retirable(keep)
     if apply:
         for version in found:
             version.withdraw(by=by or user_name(), reason=f"retired: older than the newest {keep} versions")

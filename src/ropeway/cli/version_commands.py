@@ -7,7 +7,7 @@ import typer
 
 from ropeway.cli.completion import complete_model, complete_version
 from ropeway.cli.options import JsonOption, RegistryOption
-from ropeway.runtime.errors import DataError
+from ropeway.runtime.errors import ConfigError, DataError
 
 version_app = typer.Typer()
 
@@ -74,7 +74,10 @@ def history(
 
     found = read_history(open_registry(registry), name, last)
     if html:
-        write_atomic(html.absolute(), render_history(found).encode())
+        try:
+            write_atomic(html.absolute(), render_history(found).encode())
+        except OSError as error:
+            raise ConfigError(f"--html {html}: cannot be written ({error.strerror}). Name another file") from None
     if as_json:
         print_json(found.to_json())
         return

@@ -28,6 +28,7 @@ _FLOOR = 1e-4  # common practice
 _QUANTILE = 2.326  # of the normal distribution at 99 %
 _JS_PER_PSI = 1 / (8 * math.log(2))  # of close distributions
 _MAX_NOISE = 0.5 / _JS_PER_PSI
+_MAX_COUNT = 2**64  # hashes of texts are below it, counts far below
 _LARGEST = 3  # parts of a distribution that are named
 Json = Mapping[str, Any]
 Kind = Literal["distribution", "share", "size", "seen"]
@@ -141,13 +142,29 @@ def compare_profiles(old: Json, new: Json, limits: DriftLimits | None) -> list[D
     Raises:
         ValueError: A profile is of another format, or lacks a key.
     """
-    if {old.get("format"), new.get("format")} != {FORMAT}:
+    if any(not isinstance(one, Mapping) for one in (old, new)):
+        raise ValueError("data profile: expected a mapping")
+    if [old.get("format"), new.get("format")] != [FORMAT, FORMAT]:
         raise ValueError(f"data profile: expected format {FORMAT}, found {old.get('format')} and {new.get('format')}")
     try:
+        _check_numbers(old)
+        _check_numbers(new)
         found = list(_iterate_measures(old, new))
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"data profile: {type(error).__name__}: {error}") from None
     return [flag(one, limits) if limits else one for one in found]
+
+
+def _check_numbers(value: object) -> None:
+    """Raise ValueError for a number that is no count: NaN would compare as no drift."""
+    if isinstance(value, Mapping):
+        for one in value.values():
+            _check_numbers(one)
+    elif isinstance(value, list):
+        for one in value:
+            _check_numbers(one)
+    elif isinstance(value, int | float) and not 0 <= value <= _MAX_COUNT:
+        raise ValueError(f"data profile: {str(value)[:40]} is not a count")
 
 
 def flag(measure: DriftMeasure, limits: DriftLimits) -> DriftMeasure:

@@ -48,6 +48,7 @@ def serve_flows(
     """
     root = root.resolve()
     interval = parse_interval(watch) if watch else None
+    profiles = list(dict.fromkeys(profiles))  # one that is stated twice would be scheduled twice
     schedules = read_schedules(crons, profiles)
     for name in profiles:
         load_profile(root / "params.yaml", name)

@@ -101,9 +101,12 @@ class WatchState:
         try:
             found = json_mapping(state_path(root, profile).read_bytes())
             state = cls(**found)
-        except (OSError, TypeError):
+            if state.handled is not None:
+                datetime.fromisoformat(state.handled_at)
+        except (OSError, TypeError, ValueError):
             return cls()
-        return state if state.handled is None or isinstance(state.handled, dict) else cls()
+        handled = state.handled or {}
+        return state if isinstance(handled, dict) and all(isinstance(one, dict) for one in handled.values()) else cls()
 
     def save(self, root: Path, profile: str) -> None:
         """Store the state."""

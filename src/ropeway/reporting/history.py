@@ -274,7 +274,7 @@ def _read_version(name: str, facts: Json, price: float | None) -> HistoryVersion
         tokens_per_second=run.get("tokens_per_second"),
         gpu_hours=gpu_hours,
         cost=None if price is None or not gpu_hours else price * gpu_hours,
-        wandb=run.get("wandb"),
+        wandb=link if isinstance(link := run.get("wandb"), str) and link.startswith(("https://", "http://")) else None,
     )
 
 

@@ -157,7 +157,7 @@ def load_manifest(folder: Path, *, remedy: str, verify: bool = True) -> dict[str
     try:
         manifest: dict[str, Any] = json.loads((folder / NAME).read_bytes())
         files = manifest["files"]
-        _check_file_facts(files)
+        check_file_facts(files)
     except FileNotFoundError:
         raise DataError(f"{folder}: no {NAME}, so the folder is missing or unfinished. {remedy}") from None
     except (ValueError, KeyError, TypeError) as error:
@@ -171,7 +171,7 @@ def load_manifest(folder: Path, *, remedy: str, verify: bool = True) -> dict[str
     return manifest
 
 
-def _check_file_facts(files: object) -> None:
+def check_file_facts(files: object) -> None:
     """Raise TypeError unless a manifest's `files` maps each name to `bytes` and `sha256`."""
     if not isinstance(files, dict):
         raise TypeError(f"files: expected a mapping, found {type(files).__name__}")

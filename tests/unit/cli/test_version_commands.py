@@ -91,6 +91,8 @@ def test_history_is_a_table_json_and_a_page_that_flag_the_same_versions(workspac
     assert page.count("REGRESSION in") == 2
     assert "cost" not in page.partition("</thead>")[0]
     assert 'href="https://wandb.ai/team/runs/29"' in page
+    with pytest.raises(ConfigError, match="cannot be written"):
+        ask("history", "nightly", "--html", str(workspace.root))
     again = workspace.root / "again.html"
     ask("history", "nightly", "--html", str(again))
     assert again.read_bytes() == (workspace.root / "page.html").read_bytes()

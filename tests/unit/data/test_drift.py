@@ -1,5 +1,6 @@
 """Drift: measures with values that were computed by hand, and what is flagged."""
 
+import copy
 import math
 import random
 from itertools import pairwise
@@ -141,6 +142,18 @@ def test_a_profile_of_another_format_or_without_a_key_is_refused():
         compare_profiles({**good, "format": 2}, good, LIMITS)
     with pytest.raises(ValueError, match="KeyError"):
         compare_profiles({**good, "all": {}}, good, LIMITS)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -1, 10**400])
+def test_a_number_that_is_no_count_is_refused_and_not_taken_for_no_drift(wrong):
+    good = profile_texts(["one text", "another text"])
+    bad = copy.deepcopy(good)
+    place = bad["all"]
+    key = next(key for key, value in place.items() if isinstance(value, int) and key != "format")
+    place[key] = wrong
+    for old, new in ((good, bad), (bad, good)):
+        with pytest.raises(ValueError, match="is not a count"):
+            measured(old, new)
 
 
 def test_a_slow_shift_is_below_the_limit_from_one_version_to_the_next_and_above_it_from_first_to_last():

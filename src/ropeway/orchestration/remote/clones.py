@@ -6,6 +6,7 @@
 import fcntl
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -48,8 +49,11 @@ def _home() -> Path:
 
 
 def _check_out(clone: Path, cache: Path, request: StageRequest) -> Path:
-    if not (clone / ".git" / "HEAD").is_file():
-        run_git("clone", "--quiet", "--no-checkout", "--", request.repository, str(clone))
+    if not clone.is_dir():
+        partial = clone.with_name(f"{clone.name}.partial")  # a clone that was killed must not be taken for a whole one
+        shutil.rmtree(partial, ignore_errors=True)
+        run_git("clone", "--quiet", "--no-checkout", "--", request.repository, str(partial))
+        partial.rename(clone)
     if ask_git(clone, "cat-file", "-e", f"{request.commit}^{{commit}}") is None:
         run_git("fetch", "--quiet", "--tags", "origin", cwd=clone)
     if ask_git(clone, "cat-file", "-e", f"{request.commit}^{{commit}}") is None:
@@ -64,8 +68,8 @@ def _check_out(clone: Path, cache: Path, request: StageRequest) -> Path:
         "clean", "--quiet", "--force", "-d", "--exclude=dvc.lock", cwd=clone
     )  # what git ignores stays: runs, checkpoints
     root = clone / request.folder
-    if not (root / "params.yaml").is_file():
-        raise ConfigError(f"{request.repository} at {request.commit[:12]} has no {request.folder}params.yaml")
+    if not ((root / "params.yaml").is_file() and (root / ".dvc").is_dir()):
+        raise ConfigError(f"{request.repository} at {request.commit[:12]} has no {request.folder}params.yaml with .dvc")
     private = root / ".dvc" / "config.local"
     if not private.exists():  # a person may have put a remote's credentials there
         private.write_text(_CONFIG.format(cache=cache), encoding="utf-8")

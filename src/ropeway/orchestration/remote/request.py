@@ -136,8 +136,16 @@ def find_repository(root: Path, revision: Revision, data: Collection[str], envir
         raise ConfigError(
             f"{root}: this clone has no remote `origin` that a worker could clone. Add one, or set {GIT_URL}"
         )
-    parts = urlsplit(url)
-    if parts.scheme in ("http", "https") and (parts.username or parts.password):
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        raise ConfigError(f"{GIT_URL}, or the git remote `origin`: not an address that git can clone") from None
+    if url.startswith("-") or "::" in url.partition("/")[0]:
+        raise ConfigError(
+            f"{GIT_URL}, or the git remote `origin`: {url[:40]!r} is not an address that workers may clone"
+        )
+    is_token = parts.scheme in ("http", "https") and parts.username
+    if "://" in url and (parts.password or is_token or parts.query):
         raise ConfigError(
             "the address of the git remote contains a password or token, which everyone who can open the Prefect UI "
             f"could read. Use a credential helper on the workers, or set {GIT_URL} to an address without it"

@@ -3,8 +3,10 @@
 A thread of the process that started the ranks uploads each checkpoint after it is complete; training does not wait.
 Files are stored under their sha256, the manifest last, so a checkpoint whose upload was cut short is not found.
 
-<profile>/<fingerprint>/blobs/<sha256>
-<profile>/<fingerprint>/steps/000200-<digest of the manifest>.json
+checkpoints/<profile>/<fingerprint>/blobs/<sha256>
+checkpoints/<profile>/<fingerprint>/steps/000200-<digest of the manifest>.json
+
+Two projects with a profile of one name need a prefix each: the retention counts runs by profile.
 """
 
 import json
@@ -16,12 +18,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from ropeway.runtime.errors import DataError, NotFoundError, RopewayError
+from ropeway.runtime.errors import DataError, NotFoundError
 from ropeway.runtime.manifest import (
     NAME,
     Json,
     check_file,
+    check_file_facts,
     digest_of,
     load_manifest,
     sync_file,
@@ -33,6 +37,7 @@ from ropeway.stages.train import checkpoints
 from ropeway.storage import TRANSFER_BYTES, Store, open_store
 
 VARIABLE = "ROPEWAY_CHECKPOINT_STORE"
+_FOLDER = "checkpoints/"  # nothing else of a store, such as a registry, is read or removed
 _KEPT_STEPS = 2  # of each run: the newest, and the one before it in case that is damaged
 _LOOK_SECONDS = 1.0
 _RETRY_SECONDS = 30.0
@@ -54,7 +59,7 @@ class StoredRun:
     @classmethod
     def open(cls, url: str, profile: str, fingerprint: str) -> "StoredRun":
         """Return the checkpoints of a run; raise ConfigError for a URL that is no store."""
-        return cls(open_store(url), f"{profile}/{fingerprint}/")
+        return cls(open_store(url), f"{_FOLDER}{profile}/{fingerprint}/")
 
     def steps(self) -> list[tuple[int, str]]:
         """Return (step, key of the manifest) of every complete checkpoint, by step."""
@@ -85,12 +90,25 @@ class StoredRun:
             if step <= above:
                 return None
             try:
-                self._download(root, step, json.loads(self.store.get(key)))
-            except (DataError, NotFoundError, ValueError) as error:
+                self._download(root, step, self._read(key))
+            except (DataError, NotFoundError, OSError) as error:
                 print(f"checkpoint of step {step} in {self.store.url} cannot be used: {error}", flush=True)
                 continue
             return step
         return None
+
+    def _read(self, key: str) -> dict[str, Any]:
+        """Return a manifest; raise DataError if it is none of a checkpoint."""
+        try:
+            manifest = json.loads(self.store.get(key))
+            check_file_facts(manifest["files"])
+            complete = bool(manifest["files"]) and isinstance(manifest["ranks"], int)
+            same = manifest["step"] == int(key.rpartition("/")[2].partition("-")[0])
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise DataError(f"its manifest is damaged ({type(error).__name__})") from None
+        if not (complete and same):
+            raise DataError("its manifest is incomplete or of another step")
+        return dict(manifest)
 
     def _download(self, root: Path, step: int, manifest: Json) -> None:
         partial = checkpoints.partial_folder(root, step)
@@ -120,7 +138,13 @@ class StoredRun:
             if step > uploaded:
                 self.store.delete(key)
         steps = [one for one in steps if one[0] <= uploaded]
-        kept = [json.loads(self.store.get(key)) for _, key in steps[-_KEPT_STEPS:]]
+        kept = []
+        for step, key in steps[-_KEPT_STEPS:]:
+            try:
+                kept.append(self._read(key))
+            except DataError as error:
+                print(f"checkpoint of step {step} in {self.store.url} was removed: {error}", flush=True)
+                self.store.delete(key)
         for _, key in steps[:-_KEPT_STEPS]:
             self.store.delete(key)
         needed = {facts["sha256"] for manifest in kept for facts in manifest["files"].values()}
@@ -131,12 +155,13 @@ class StoredRun:
 
 def remove_old_runs(store: Store, profile: str, *, current: str, keep: int) -> list[str]:
     """Remove a profile's runs from a store except the `keep` written last; return the fingerprints removed."""
-    entries = {run: store.list_entries(f"{profile}/{run}/") for run in store.list_folders(f"{profile}/")}
+    root = f"{_FOLDER}{profile}/"
+    entries = {run: store.list_entries(f"{root}{run}/") for run in store.list_folders(root)}
     written = {run: max(each.modified_at for each in found) for run, found in entries.items() if found}
     order = sorted(written, key=lambda run: (run == current, written[run]))
     old = order[: max(0, len(order) - keep)]
     for run in old:
-        for key in [*store.list_keys(f"{profile}/{run}/steps/"), *store.list_keys(f"{profile}/{run}/")]:
+        for key in [*store.list_keys(f"{root}{run}/steps/"), *store.list_keys(f"{root}{run}/")]:
             store.delete(key)
     return old
 
@@ -194,8 +219,8 @@ class Uploader:
             print(f"checkpoint of step {step} was not uploaded: {why}", flush=True)
             self.uploaded.add(step)
             return
-        except RopewayError as error:
-            text = f"checkpoint of step {step} was not uploaded: {error}"
+        except Exception as error:  # noqa: BLE001 - said here, since this thread must not end silently
+            text = f"checkpoint of step {step} was not uploaded: {error or type(error).__name__}"
             if text != self._failed:
                 print(text, flush=True)
             self._failed = text

@@ -58,6 +58,16 @@ def test_a_clone_is_kept_and_moved_to_the_commit_that_is_asked_for(origin):
         assert (back / "params.yaml").read_text() == "profile: a\n"
 
 
+def test_a_clone_that_was_killed_is_made_again(origin):
+    first = git(origin, "rev-parse", "HEAD")
+    with open_clone(request(origin, first)) as root:
+        clone = root.parent
+    clone.rename(clone.with_name("clone-0.partial"))
+    (clone.with_name("clone-0.partial") / ".git" / "HEAD").unlink()
+    with open_clone(request(origin, first)) as again:
+        assert again == root
+
+
 def test_two_requests_at_once_have_a_clone_each_and_share_the_cache(origin):
     first = git(origin, "rev-parse", "HEAD")
     with open_clone(request(origin, first)) as one, open_clone(request(origin, first)) as two:

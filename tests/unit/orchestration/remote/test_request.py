@@ -83,6 +83,21 @@ def test_an_address_with_a_password_is_refused_because_prefect_would_show_it(roo
     assert "canary" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "ssh://me:canary@h/p.git",
+        "https://h/p.git?access_token=canary",
+        "http://[::1",
+        "--upload-pack=canary",
+        "ext::sh -c",
+    ],
+)
+def test_other_addresses_that_workers_must_not_get_are_refused(root, url):
+    with pytest.raises(ConfigError):
+        find_repository(root, CLEAN, (), {"ROPEWAY_GIT_URL": url})
+
+
 def test_uncommitted_code_is_refused_and_local_data_is_not(root):
     git(root, "remote", "add", "origin", "git@example.org:team/project.git")
     dirty = Revision("a" * 40, ("data/chats.jsonl", "src/ropeway/x.py"))

@@ -91,6 +91,27 @@ def test_a_manifest_cannot_write_outside_the_checkpoint(here, there, stored):
     assert not (there.parent / "evil").exists()
 
 
+@pytest.mark.parametrize(
+    "manifest",
+    ["", "{", "{}", "null", "[1]", '{"files": []}', '{"files": {}, "step": 8, "ranks": 2}', "[" * 5000],
+)
+def test_a_damaged_manifest_neither_hides_an_older_checkpoint_nor_stops_uploads(here, there, stored, manifest, capsys):
+    stored.upload(save(here, 4), 4)
+    stored.store.put_if_absent(f"{stored.prefix}steps/000008-{'0' * 12}.json", manifest.encode())
+    assert stored.download_newest(there, above=0) == 4
+    stored.upload(save(here, 12), 12)
+    assert [step for step, _ in stored.steps()][-1] == 12
+    assert "checkpoint of step 8" in capsys.readouterr().out
+
+
+def test_an_upload_that_fails_in_any_way_is_said(here, stored, monkeypatch, capsys):
+    monkeypatch.setattr(StoredRun, "upload", lambda *_: {}["missing"])
+    save(here, 4)
+    with Uploader(stored, here).running():
+        pass
+    assert "on this machine only" in capsys.readouterr().out
+
+
 def test_a_rewind_makes_later_steps_of_the_store_old(here, there, stored):
     for step in (4, 8, 12):
         stored.upload(save(here, step), step)
@@ -142,9 +163,11 @@ def test_a_checkpoint_that_is_rotated_away_during_its_upload_is_left(here, store
 
 def test_older_runs_of_a_profile_leave_the_store(here, stored):
     folder = save(here, 4)
+    stored.store.put_if_absent("tiny/registry.json", b"{}")  # of somebody else
     for run in ("a", "b", "c"):
-        StoredRun(stored.store, f"tiny/{run}/").upload(folder, 4)
-    StoredRun(stored.store, "other/d/").upload(folder, 4)
+        StoredRun(stored.store, f"checkpoints/tiny/{run}/").upload(folder, 4)
+    StoredRun(stored.store, "checkpoints/other/d/").upload(folder, 4)
     assert remove_old_runs(stored.store, "tiny", current="a", keep=2) == ["b"]
-    assert {key.split("/")[1] for key in stored.store.list_keys("")} == {"a", "c", "d"}
+    assert {key.split("/")[2] for key in stored.store.list_keys("checkpoints/")} == {"a", "c", "d"}
+    assert stored.store.exists("tiny/registry.json")
     assert remove_old_runs(stored.store, "tiny", current="a", keep=2) == []  # a folder store keeps empty folders
