@@ -125,7 +125,17 @@ def test_the_later_of_a_run_and_the_watch_is_the_baseline(tmp_path, monkeypatch)
     assert find_baseline(tmp_path, "p", state) == NEW
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"other": 1}', '{"handled": 3}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"other": 1}',
+        '{"handled": 3}',
+        '{"handled": {"a": 1}, "handled_at": "2026-01-01"}',
+        '{"handled": {}}',
+    ],
+)
 def test_a_damaged_state_is_as_good_as_none(tmp_path, text):
     path = state_path(tmp_path, "p")
     path.parent.mkdir(parents=True)
