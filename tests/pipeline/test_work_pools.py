@@ -12,6 +12,7 @@ import uuid
 import pytest
 
 from ropeway.orchestration.sequence import run_retrain
+from ropeway.orchestration.status import read_last_end
 from ropeway.registry import Registry
 from ropeway.runtime.errors import ConfigError, DataError
 from tests.support.flow_processes import FLOW, TRAINING, await_deaths, check_it_saved, wait_for
@@ -50,6 +51,7 @@ def publish_repository(workspace, remote, origin):
     workspace.git("commit", "-q", "-am", "a remote")
     subprocess.run(["git", "clone", "-q", "--bare", workspace.root, origin], check=True)
     workspace.git("remote", "add", "origin", str(origin))
+    workspace.git("push", "-q", "origin", "HEAD")
 
 
 def trouble_everywhere(workspace, stage, code):
@@ -166,12 +168,15 @@ def test_a_killed_runs_stage_goes_on_and_the_next_run_takes_it_over(calling, wor
     with start_run(calling) as process:
         read_until(process, "waiting to go")
         process.kill()
+    left = read_last_end(calling.root)
+    assert (left.stage, left.code, left.pool) == ("train", None, POOL)
     with start_run(calling) as process:
         read_until(process, "continuing train-laptop")
         go.write_text("go")
         said = process.stdout.read()
     assert process.returncode == 0, said
     assert (worker.clone() / "calls").read_text().split() == ["train"]
+    assert read_last_end(calling.root).pool is None
 
 
 @SLOW
@@ -232,6 +237,7 @@ def test_a_real_training_killed_on_one_machine_ends_on_another_with_the_version_
     job.commit("a remote")
     job.do("git", "clone", "-q", "--bare", str(job.root), str(tmp_path / "origin.git"))
     job.do("git", "remote", "add", "origin", str(tmp_path / "origin.git"))
+    job.do("git", "push", "-q", "origin", "HEAD")
 
     create_pool(on_prefect)
     stated = {"ROPEWAY_RANKS": "2", "ROPEWAY_CHECKPOINT_STORE": f"{prefix}/checkpoints", "DS_ACCELERATOR": "cpu"}

@@ -45,7 +45,10 @@ def list_problems(status: WorkspaceStatus) -> list[Problem]:
     found = list(status.problems)
     if end := status.last_end:
         profile = f" --profile {status.profile}" if status.profile else ""
-        if end.code is None:
+        if end.pool:
+            fix = f"ROPEWAY_POOL_{end.stage.upper()}={end.pool} ropeway run{profile}"
+            found.append(Problem("last stage", _end_words(end), fix))
+        elif end.code is None:
             found.append(Problem("last stage", _end_words(end), f"ropeway run{profile}"))
         elif end.code:
             fix = "ropeway run" if end.signal else _EXIT_FIX.get(end.code, f"ropeway logs {end.stage}")
@@ -59,6 +62,8 @@ def _with_fix(problem: Problem) -> str:
 
 def _end_words(end: StageEnd) -> str:
     at = format_moment(end.at)
+    if end.pool:
+        return f"{end.stage} was called in work pool {end.pool} at {at} and may still run there; a run follows it"
     if end.code is None:
         return f"{end.stage} was killed or lost its machine, its log ends at {at}; a run resumes"
     if end.code == TemporaryError.exit_code and not end.signal:

@@ -83,6 +83,7 @@ class StageEnd:
     signal: str | None
     at: str
     why: str | None = None
+    pool: str | None = None  # the work pool in which it may still run, since the run that called it was killed
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,6 +261,9 @@ def read_running(root: Path) -> RunningWork | None:
     name = next(
         iter(stages), holder.command.removeprefix("ropeway stage ") if "ropeway stage" in holder.command else None
     )
+    if not name and (called := list_by_time(Workspace(root, "").work, "*.pool.json")):  # it runs in a work pool
+        name = called[-1].name.split(".")[0]
+        stages = {name: called[-1].stat().st_mtime}
     if name:
         began = stages.get(name, now - seconds)
         facts = {"stage": name, "stage_seconds": now - began, **_read_progress(root, name, began, now)}
@@ -297,6 +301,10 @@ def read_last_end(root: Path) -> StageEnd | None:
     work = Workspace(root, "").work
     logs = list_by_time(work / "logs", "*.log")
     records = list_by_time(work, "*.exit.json")
+    if called := list_by_time(work, "*.pool.json"):
+        at = datetime.fromtimestamp(called[-1].stat().st_mtime, UTC).isoformat(timespec="seconds")
+        pool = str(json_mapping(called[-1].read_bytes()).get("pool"))
+        return StageEnd(called[-1].name.split(".")[0], None, None, at, pool=pool)
     if logs and not (work / f"{logs[-1].stem}.dvc.json").is_file():
         at = datetime.fromtimestamp(logs[-1].stat().st_mtime, UTC).isoformat(timespec="seconds")
         return StageEnd(logs[-1].stem, None, None, at)

@@ -267,3 +267,14 @@ def test_links_to_nothing_and_folders_are_no_logs(root):
     (root / ".work" / "logs" / "dir.log").mkdir()
     assert read_last_end(root).stage == "train"
     assert CliRunner().invoke(app, ["logs"], catch_exceptions=False).exit_code == 0
+
+
+def test_a_stage_whose_caller_was_killed_may_still_run_in_its_pool(tmp_path):
+    work = tmp_path / ".work"
+    (work / "logs").mkdir(parents=True)
+    (work / "logs" / "train.log").touch()
+    (work / "train.pool.json").write_text('{"pool": "gpu", "flow_run": "1"}')
+    end = read_last_end(tmp_path)
+    assert (end.stage, end.code, end.pool) == ("train", None, "gpu")
+    (work / "train.pool.json").unlink()
+    assert read_last_end(tmp_path).pool is None

@@ -35,9 +35,10 @@ from ropeway.orchestration.remote.pool_flow import ENTRYPOINT, FLOW, RESULT, SIG
 from ropeway.orchestration.remote.request import StageRequest
 from ropeway.runtime.errors import ConfigError, DataError, RopewayError, TemporaryError
 from ropeway.runtime.grace import LEAST_SECONDS
-from ropeway.runtime.manifest import Json
+from ropeway.runtime.manifest import Json, write_json
 from ropeway.runtime.progress import LiveLine
-from ropeway.runtime.stage_log import log_path, open_log
+from ropeway.runtime.stage_log import file_name, log_path, open_log
+from ropeway.runtime.workspace import Workspace
 
 SILENCE = "ROPEWAY_WORKER_SILENCE_SECONDS"
 _SILENT_SECONDS = 90.0  # 30 signs of life
@@ -84,6 +85,10 @@ class PoolCaller:
             run, attempt = _start(client, pool, request)
             how = "started" if run.state is None or run.state.type == StateType.SCHEDULED else "continuing"
             write_line(f"{how} {run.name or FLOW} in work pool {pool}: flow run {run.id}")
+            work = Workspace(self.root, "").work
+            called, ended = (work / f"{file_name(request.step)}.{kind}.json" for kind in ("pool", "dvc"))
+            ended.unlink(missing_ok=True)
+            write_json(called, {"pool": pool, "flow_run": str(run.id)})  # for `ropeway status`
             follower = _Follower(client, self.root, pool, request.step, run.id, write_line, is_retry=attempt > 0)
             try:
                 with follower.opened(), temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
@@ -91,6 +96,9 @@ class PoolCaller:
             except BaseException:
                 _cancel(client, run.id, write_line)
                 raise
+            finally:
+                called.unlink(missing_ok=True)
+                write_json(ended, {"pool": pool, "flow_run": str(run.id)})
             return _read_result(client, run.id, final, request, follower.last_lines)
 
 

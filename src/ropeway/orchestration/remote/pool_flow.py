@@ -139,7 +139,7 @@ def _execute(request: StageRequest, life: SignOfLife, say: LineWriter) -> Json:
         say(f"{request.step} at {request.commit[:12]} in {root}")
         source, target = Path(folder, "request.json"), Path(folder, "result.json")
         source.write_text(request.to_json(), encoding="utf-8")
-        record = root / ".work" / f"{request.step}.pool.json"
+        record = root / ".work" / f"{request.step}.worker.json"
         record.parent.mkdir(exist_ok=True)
         supervisor = [sys.executable, "-m", "ropeway.runtime.supervise", "--record", str(record)]
         supervisor += ["--leader", str(os.getpid()), "--margin", str(2 * _MARGIN_SECONDS), "--"]

@@ -150,6 +150,12 @@ def find_repository(root: Path, revision: Revision, data: Collection[str], envir
             "the address of the git remote contains a password or token, which everyone who can open the Prefect UI "
             f"could read. Use a credential helper on the workers, or set {GIT_URL} to an address without it"
         )
+    branches = ask_git(root, "branch", "--remotes", "--contains", revision.commit)
+    if not environment.get(GIT_URL) and not branches:
+        raise ConfigError(
+            f"{root}: commit {revision.commit[:12]} was not pushed to the git remote `origin`, which workers clone. "
+            "Run `git push`"
+        )
     local = root / url
     return str(local.resolve()) if "://" not in url and local.exists() else url
 

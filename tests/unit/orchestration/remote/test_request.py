@@ -6,7 +6,7 @@ import subprocess
 import pytest
 
 from ropeway.orchestration.remote.request import StageRequest, check_committed_remote, find_repository, read_pools
-from ropeway.orchestration.revision import Revision
+from ropeway.orchestration.revision import Revision, read_revision
 from ropeway.runtime.errors import ConfigError
 
 STAGES = ("fetch", "train", "evaluate")
@@ -61,6 +61,11 @@ def git(root, *arguments):
     subprocess.run(["git", "-C", root, *arguments], check=True, capture_output=True)
 
 
+def commit(root):
+    git(root, "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "-q", "--allow-empty", "-m", "a commit")
+    return read_revision(root)
+
+
 @pytest.fixture
 def root(tmp_path):
     git(tmp_path, "init", "-q")
@@ -70,8 +75,12 @@ def root(tmp_path):
 def test_workers_clone_origin_unless_another_address_is_stated(root):
     with pytest.raises(ConfigError, match="no remote `origin`"):
         find_repository(root, CLEAN, (), {})
+    head = commit(root)
     git(root, "remote", "add", "origin", "git@example.org:team/project.git")
-    assert find_repository(root, CLEAN, (), {}) == "git@example.org:team/project.git"
+    with pytest.raises(ConfigError, match="Run `git push`"):
+        find_repository(root, head, (), {})
+    git(root, "update-ref", "refs/remotes/origin/main", "HEAD")
+    assert find_repository(root, head, (), {}) == "git@example.org:team/project.git"
     assert find_repository(root, CLEAN, (), {"ROPEWAY_GIT_URL": "https://h/p.git"}) == "https://h/p.git"
     (root / "origin.git").mkdir()
     assert find_repository(root, CLEAN, (), {"ROPEWAY_GIT_URL": "origin.git"}) == str(root / "origin.git")
@@ -100,7 +109,9 @@ def test_other_addresses_that_workers_must_not_get_are_refused(root, url):
 
 def test_uncommitted_code_is_refused_and_local_data_is_not(root):
     git(root, "remote", "add", "origin", "git@example.org:team/project.git")
-    dirty = Revision("a" * 40, ("data/chats.jsonl", "src/ropeway/x.py"))
+    head = commit(root)
+    git(root, "update-ref", "refs/remotes/origin/main", "HEAD")
+    dirty = Revision(head.commit, ("data/chats.jsonl", "src/ropeway/x.py"))
     with pytest.raises(ConfigError, match=r"uncommitted: src/ropeway/x\.py\. "):
         find_repository(root, dirty, ("data/chats.jsonl",), {})
     assert find_repository(root, dirty, dirty.dirty, {})
