@@ -261,9 +261,6 @@ def read_running(root: Path) -> RunningWork | None:
     name = next(
         iter(stages), holder.command.removeprefix("ropeway stage ") if "ropeway stage" in holder.command else None
     )
-    if not name and (called := list_by_time(Workspace(root, "").work, "*.pool.json")):  # it runs in a work pool
-        name = called[-1].name.split(".")[0]
-        stages = {name: called[-1].stat().st_mtime}
     if name:
         began = stages.get(name, now - seconds)
         facts = {"stage": name, "stage_seconds": now - began, **_read_progress(root, name, began, now)}
@@ -284,7 +281,7 @@ def _read_progress(root: Path, stage: str, began: float, now: float) -> dict[str
 
 
 def find_stages(root: Path) -> dict[str, float]:
-    """Return the stages that run under a supervisor in this workspace, with the time at which each began."""
+    """Return the stages that run here under a supervisor, or that a run here follows in a work pool, and since when."""
     work = Workspace(root, "").work
     found: dict[str, float] = {}
     for process in psutil.process_iter(["cmdline", "create_time"]):
@@ -293,6 +290,9 @@ def find_stages(root: Path) -> dict[str, float]:
             record = Path(words[words.index("--record") + 1])
             if record.parent == work and (match := _STAGE_RECORD.fullmatch(record.name)):
                 found[match[1]] = process.info["create_time"]
+    holder = read_last_holder(root)
+    for path in list_by_time(work, "*.pool.json") if holder and holder.holds else ():
+        found[path.name.split(".")[0]] = path.stat().st_mtime
     return found
 
 

@@ -276,5 +276,9 @@ def test_a_stage_whose_caller_was_killed_may_still_run_in_its_pool(tmp_path):
     (work / "train.pool.json").write_text('{"pool": "gpu", "flow_run": "1"}')
     end = read_last_end(tmp_path)
     assert (end.stage, end.code, end.pool) == ("train", None, "gpu")
+    assert find_stages(tmp_path) == {}  # no run follows it
+    with workspace_lock(tmp_path, command="ropeway run", profile="laptop"):
+        assert list(find_stages(tmp_path)) == ["train"]
+        assert read_running(tmp_path).stage == "train"
     (work / "train.pool.json").unlink()
     assert read_last_end(tmp_path).pool is None

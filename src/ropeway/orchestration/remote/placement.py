@@ -127,8 +127,10 @@ class Placement:
     def small_outputs(self) -> list[str]:
         """Return the outputs that are single files, of every stage."""
         root = self.site.root
-        entries = [exchange.read_lock_entry(root, name) for name in exchange.outputs(root)]
-        return [path for entry in entries if entry for path in _files(entry)]
+        outputs = exchange.outputs(root)
+        entries = [exchange.read_lock_entry(root, name) for name in outputs]
+        known = {path for paths in outputs.values() for path in paths}  # dvc.lock may still name another profile's
+        return [path for entry in entries if entry for path in _files(entry) if path in known]
 
     def _call(
         self, step: str, inputs: tuple[str, ...], write_line: LineWriter, *, run_seconds: float | None = None
