@@ -21,6 +21,7 @@ import httpx
 from ropeway.orchestration.alerts import (
     DRIFT_EVENT,
     ENDED,
+    SEVERITIES,
     WAITING,
     Alert,
     AlertLimits,
@@ -40,6 +41,9 @@ _TIMEOUT_SECONDS = 10.0
 _ATTEMPTS, _PAUSE_SECONDS, _MAX_PAUSE_SECONDS = 10, 10.0, 600.0  # an outage of about 40 minutes is bridged
 _WINDOW, _KEPT = timedelta(days=7), timedelta(days=60)
 _MAX_WAITING = 1000
+_MAX_LIMIT = 1e6  # hours or minutes
+_SHOWN = 200  # characters
+_TEMPORARY = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS)
 _PAGE = 200  # runs in one answer of the API
 
 
@@ -50,7 +54,13 @@ def read_hook() -> str | None:
         ConfigError: It is not an http(s) URL.
     """
     hook = os.environ.get("ROPEWAY_ALERT_URL")
-    if hook and (urlsplit(hook).scheme not in ("http", "https") or not urlsplit(hook).hostname):
+    try:
+        parts = urlsplit(hook or "https://none")
+        valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0  # reading it checks the port
+        valid = valid and (":" in str(parts.hostname) or str(parts.hostname).encode("idna"))
+    except ValueError:  # UnicodeError, too
+        valid = False
+    if not valid:
         raise ConfigError("ROPEWAY_ALERT_URL: expected an https:// URL, to which alerts are posted as JSON")
     return hook or None
 
@@ -68,7 +78,7 @@ def read_limits() -> AlertLimits:
             value = float(text)
         except ValueError:
             value = 0.0
-        if not 0 < value < float("inf"):
+        if not 0 < value <= _MAX_LIMIT:
             raise ConfigError(f"{name}={text!r}: expected a number above 0, e.g. {default}")
         found.append(value)
     return AlertLimits(*found)
@@ -93,10 +103,12 @@ class AlertRecord:
         """Return the stored record; a new one if there is none or it is damaged."""
         try:
             found = cls(**json_mapping(path.read_bytes()))
-            read_time(found.since)
+            for at in (found.since, *found.sent.values()):
+                read_time(at)
             for one in found.waiting:
-                Alert(**one["alert"])
-        except (OSError, TypeError, ValueError, KeyError):
+                if Alert(**one["alert"]).reason not in SEVERITIES or not isinstance(one["attempts"], int):
+                    raise ValueError  # noqa: TRY301 - handled as any damage
+        except (OSError, TypeError, ValueError, KeyError, AttributeError, RecursionError):
             return cls(now.isoformat())
         return found
 
@@ -180,34 +192,49 @@ class AlertSender:
             alert = Alert(**entry["alert"])
             fault = self._post(alert)
             entry["attempts"] += 1
-            if not fault or entry["attempts"] >= _ATTEMPTS:
-                if fault:
+            given_up = fault.is_final or entry["attempts"] >= _ATTEMPTS
+            if not fault.words or given_up:
+                if fault.words:
+                    count = entry["attempts"]
                     print(
-                        f"alerts: {self._host} {fault}; given up after {_ATTEMPTS} attempts: {alert.reason} of "
-                        f"{alert.text}",
+                        f"alerts: {self._host} {fault.words}; given up after {count} attempts: {alert.reason} of "
+                        f"{alert.text[:_SHOWN]}",
                         flush=True,
                     )
                 self._record.end(entry, datetime.now(UTC))
             write_json(self._path, asdict(self._record))
-            if fault:
+            if fault.words and not fault.is_final:
                 pause = min(_MAX_PAUSE_SECONDS, _PAUSE_SECONDS * 2 ** (entry["attempts"] - 1))
                 self._try_at = now + pause
-                print(f"alerts: {self._host} {fault}; {len(self._record.waiting)} wait for {pause:.0f} s", flush=True)
+                print(
+                    f"alerts: {self._host} {fault.words}; {len(self._record.waiting)} wait for {pause:.0f} s",
+                    flush=True,
+                )
                 return
 
-    def _post(self, alert: Alert) -> str:
-        """Post one alert; return what is wrong, empty if it was received."""
+    def _post(self, alert: Alert) -> "_Fault":
+        """Post one alert; return what is wrong, without words if it was received."""
         try:
             with httpx.Client(timeout=_TIMEOUT_SECONDS, verify=ssl.create_default_context()) as client:
                 answer = client.post(self._hook, json=alert_body(alert))
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:  # whose text has the address
-            return f"cannot be reached ({type(error).__name__})"
-        return "" if answer.is_success else f"answered {answer.status_code} {_phrase(answer.status_code)}"
+            return _Fault(f"cannot be reached ({type(error).__name__})")
+        code = answer.status_code
+        refused = HTTPStatus.BAD_REQUEST <= code < HTTPStatus.INTERNAL_SERVER_ERROR and code not in _TEMPORARY
+        return _Fault("" if answer.is_success else f"answered {code} {_phrase(code)}", is_final=refused)
 
     def _note(self, words: str) -> None:
         if words and words != self._failing:
             print(f"alerts: {words}", flush=True)
         self._failing = words
+
+
+@dataclass(frozen=True, slots=True)
+class _Fault:
+    """Why an alert was not received, in words; `is_final`: the receiver refuses this alert, whenever it is posted."""
+
+    words: str
+    is_final: bool = False
 
 
 def _phrase(code: int) -> str:

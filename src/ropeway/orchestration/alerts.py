@@ -118,17 +118,17 @@ def alert_body(alert: Alert) -> dict[str, Any]:
     text = alert.text.strip()[:_MAX_CHARACTERS].replace("<", "&lt;")  # else Slack reads <!channel> in an error message
     return {
         "text": text,
-        "page": alert.page,
+        "page": alert.page[:_MAX_CHARACTERS],
         "severity": severity,
         "reason": alert.reason,
         "at": alert.at,
-        "id": alert.key,  # the same if it is posted twice
+        "id": alert.key[:_MAX_CHARACTERS],  # the same if it is posted twice
         "attachments": [
             {
                 "color": _COLORS[severity],
                 "fallback": text,
                 "title": f"{severity}: {alert.reason.replace('_', ' ')}",
-                **({"title_link": alert.page} if alert.page else {}),
+                **({"title_link": alert.page[:_MAX_CHARACTERS]} if alert.page else {}),
                 "fields": [
                     {"title": "severity", "value": severity, "short": True},
                     {"title": "reason", "value": alert.reason, "short": True},

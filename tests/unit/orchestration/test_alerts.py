@@ -195,6 +195,18 @@ def test_a_receiver_that_fails_is_asked_again_with_pauses_and_given_up_and_its_p
     assert len(world.heard) == 11
 
 
+def test_an_alert_that_the_receiver_refuses_does_not_hold_up_the_next_one(world, capsys):
+    sender = world.start()
+    world.status, world.ended = 400, [run("Failed"), run("Failed", number="second")]
+    sender.find(NOW)
+    sender.deliver(0.0)
+    assert [body["id"] for body in world.heard] == ["r failed", "second failed"]
+    assert capsys.readouterr().out.count("given up after 1 attempts") == 2
+    sender.find(NOW)
+    sender.deliver(1e6)
+    assert len(world.heard) == 2
+
+
 def test_a_receiver_that_is_down_or_slow_is_named_without_its_path_and_the_alert_is_kept(world, monkeypatch, capsys):
     monkeypatch.setattr(alert_sender, "_TIMEOUT_SECONDS", 0.2)
     release = threading.Event()
@@ -226,7 +238,23 @@ def test_what_happened_before_the_first_start_is_not_looked_for(world, tmp_path)
     assert [one.get("end_time", one.get("expected_start_time"))["after_"] for one in chosen] == [since, since]
 
 
-@pytest.mark.parametrize("text", ["", "[1]", '{"since": "x"}', '{"since": "2026-01-01", "waiting": [{"alert": {}}]}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[1]",
+        '{"since": "x"}',
+        '{"since": "2026-01-01", "waiting": [{"alert": {}}]}',
+        '{"since": "2026-01-01", "sent": []}',
+        '{"since": "2026-01-01", "sent": {"a": "x"}}',
+        '{"since": "2026-01-01", "waiting": {}, "sent": {"a": 1}}',
+        (
+            '{"since": "2026-01-01", "waiting": [{"attempts": 0, "alert": {"subject": "a", "reason": "other", "text": "", '
+            '"page": "", "at": ""}}]}'
+        ),
+        '{"since": ' + "[" * 5000,
+    ],
+)
 def test_a_damaged_record_begins_a_new_one(tmp_path, text):
     path = tmp_path / "record.json"
     path.write_text(text)
@@ -246,7 +274,9 @@ def test_a_server_that_does_not_answer_ends_nothing_and_is_said_once(tmp_path, m
     assert capsys.readouterr().out.count("does not answer") == 1
 
 
-@pytest.mark.parametrize("text", ["slack", "ftp://host/x", "https://"])
+@pytest.mark.parametrize(
+    "text", ["slack", "ftp://host/x", "https://", "https://[::1", "https://h:abc", "https://h:99999", "https://.."]
+)
 def test_an_invalid_address_is_refused_without_being_shown(monkeypatch, text):
     monkeypatch.setenv("ROPEWAY_ALERT_URL", text)
     with pytest.raises(ConfigError, match="ROPEWAY_ALERT_URL") as caught:
@@ -259,7 +289,7 @@ def test_limits_are_of_the_environment(monkeypatch):
     monkeypatch.setenv("ROPEWAY_ALERT_REVIEW_HOURS", "0.5")
     monkeypatch.setenv("ROPEWAY_ALERT_LATE_MINUTES", "5")
     assert read_limits() == AlertLimits(0.5, 5)
-    for wrong in ("", "0", "-1", "soon", "nan", "inf"):
+    for wrong in ("", "0", "-1", "soon", "nan", "inf", "1e308"):
         monkeypatch.setenv("ROPEWAY_ALERT_LATE_MINUTES", wrong)
         with pytest.raises(ConfigError, match="ROPEWAY_ALERT_LATE_MINUTES"):
             read_limits()
