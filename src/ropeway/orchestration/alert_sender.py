@@ -56,8 +56,9 @@ def read_hook() -> str | None:
     hook = os.environ.get("ROPEWAY_ALERT_URL")
     try:
         parts = urlsplit(hook or "https://none")
-        valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0  # reading it checks the port
-        valid = valid and (":" in str(parts.hostname) or str(parts.hostname).encode("idna"))
+        host = parts.hostname or ""
+        name = host if ":" in host else host.encode("idna")
+        valid = parts.scheme in ("http", "https") and bool(name) and parts.port != 0  # reading it checks the port
     except ValueError:  # UnicodeError, too
         valid = False
     if not valid:

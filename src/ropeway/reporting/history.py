@@ -23,6 +23,7 @@ WINDOW = 10  # versions before that a value is compared with
 LEAST = 4  # of them, else nothing is flagged
 SPREADS = 4.0
 _MAD_TO_DEVIATION = 1.4826  # of normal values
+_MAX_NUMBER = 1e15
 _SECONDS_PER_HOUR = 3600
 _BEFORE, _OLDEST = (
     "the version before",
@@ -231,12 +232,31 @@ def _find_regression(metric: HistoryMetric, one: HistoryVersion, before: Sequenc
     rows = "" if same_rows else ", on other validation rows"
     words = (
         f"{metric.title} {value:,.{metric.digits}f} {metric.unit}".rstrip()
-        + f", median of the {len(chosen)} before{rows} {median:,.{metric.digits}f} ({(value - median) / median:+.1%})"
+        + f", median of the {len(chosen)} before{rows} {median:,.{metric.digits}f}"
+        + (f" ({(value - median) / median:+.1%})" if median else "")
     )
     return Regression(metric.key, value, median, spread, len(chosen), same_rows, words)
 
 
 def _read_version(name: str, facts: Json, price: float | None) -> HistoryVersion:
+    """Return a version's row; one whose record cannot be read, which Ropeway did not write, is shown without values."""
+    try:
+        return _read_provenance(name, {**facts, "provenance": _without_infinities(facts["provenance"])}, price)
+    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        empty = _read_provenance(name, {**facts, "provenance": {}}, price)
+        return replace(empty, gate="not known", failed=(f"its record is damaged ({type(error).__name__})",))
+
+
+def _without_infinities(value: object) -> Any:  # noqa: ANN401 - JSON
+    """Return JSON without numbers that cannot be drawn: NaN, infinities and those above 1e15 in magnitude are None."""
+    if isinstance(value, Mapping):
+        return {key: _without_infinities(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_without_infinities(one) for one in value]
+    return None if isinstance(value, int | float) and not abs(value) <= _MAX_NUMBER else value
+
+
+def _read_provenance(name: str, facts: Json, price: float | None) -> HistoryVersion:
     provenance = facts["provenance"]
     metrics, verdict = provenance.get("evaluation") or {}, provenance.get("verdict")
     drift, run = provenance.get("drift"), provenance.get("run") or {}
@@ -269,9 +289,9 @@ def _read_version(name: str, facts: Json, price: float | None) -> HistoryVersion
         drifted=tuple(list_flagged(drift)),
         decision=decision,
         reviewer=reviewer,
-        run_seconds=run.get("run_seconds"),
-        train_seconds=run.get("train_seconds"),
-        tokens_per_second=run.get("tokens_per_second"),
+        run_seconds=_number(run, "run_seconds"),
+        train_seconds=_number(run, "train_seconds"),
+        tokens_per_second=_number(run, "tokens_per_second"),
         gpu_hours=gpu_hours,
         cost=None if price is None or not gpu_hours else price * gpu_hours,
         wandb=link if isinstance(link := run.get("wandb"), str) and link.startswith(("https://", "http://")) else None,

@@ -238,6 +238,9 @@ def test_what_happened_before_the_first_start_is_not_looked_for(world, tmp_path)
     assert [one.get("end_time", one.get("expected_start_time"))["after_"] for one in chosen] == [since, since]
 
 
+ALERT = {"subject": "a", "reason": "failed", "text": "", "page": "", "at": ""}
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -248,10 +251,7 @@ def test_what_happened_before_the_first_start_is_not_looked_for(world, tmp_path)
         '{"since": "2026-01-01", "sent": []}',
         '{"since": "2026-01-01", "sent": {"a": "x"}}',
         '{"since": "2026-01-01", "waiting": {}, "sent": {"a": 1}}',
-        (
-            '{"since": "2026-01-01", "waiting": [{"attempts": 0, "alert": {"subject": "a", "reason": "other", "text": "", '
-            '"page": "", "at": ""}}]}'
-        ),
+        json.dumps({"since": "2026-01-01", "waiting": [{"attempts": 0, "alert": {**ALERT, "reason": "other"}}]}),
         '{"since": ' + "[" * 5000,
     ],
 )

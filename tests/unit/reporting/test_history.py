@@ -1,5 +1,8 @@
 """The rule of regressions, on values that are written down, and what a history reads of a publication."""
 
+import json
+from dataclasses import asdict
+
 import pytest
 
 from ropeway.reporting.history import build_history
@@ -87,3 +90,31 @@ def test_text_of_a_publication_is_escaped_in_page_and_markdown():
     assert "<script>alert" not in render_history(made)
     assert "<script>" not in render_history_markdown(made)
     assert "\\|x" in render_history_markdown(made)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"verdict": {}},
+        {"verdict": {"passed": True, "checks": [{"passed": False}]}},
+        {"evaluation": [1]},
+        {"run": {"train_seconds": "x", "gpus": 8}},
+        {"evaluation": {"mean": {"tuned": float("nan")}}},
+        {"evaluation": {"mean": {"tuned": 10**400}}},
+        {"drift": {"references": [{"why": []}]}},
+        {"run": {"wandb": "javascript:alert(1)"}},
+    ],
+)
+def test_a_record_that_ropeway_did_not_write_neither_ends_the_history_nor_acts_in_its_page(damage):
+    found = versions([2.0] * 6)
+    found[-1]["provenance"] = {**found[-1]["provenance"], **damage}
+    made = build_history("model", "file:///registry", len(found), found, price=1.0)
+    assert "javascript:" not in render_history(made)
+    assert "nan" not in render_history_markdown(made)
+    json.dumps(asdict(made), allow_nan=False)
+    assert [one.loss for one in made.versions[:-1]] == [2.0] * 5
+
+
+def test_a_median_of_zero_has_no_percentage():
+    (regression,) = history([0.0] * 8 + [5.0]).versions[-1].regressions
+    assert "%" not in regression.words
