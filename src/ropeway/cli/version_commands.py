@@ -34,8 +34,8 @@ def drift(
     opened = open_registry(registry)
     before, after = opened.version(old), opened.version(new)
     stated = (after.record["provenance"].get("drift") or {}).get("limits")
-    limits = DriftLimits.model_validate(stated) if stated else None
     try:
+        limits = DriftLimits.model_validate(stated) if stated else None  # a ValidationError is a ValueError
         measures = compare_profiles(read_data_profile(before), read_data_profile(after), limits)
     except ValueError as error:
         raise DataError(

@@ -282,9 +282,14 @@ def _prefect(root: Path) -> Iterator[Finding]:
 
 
 def _port(root: Path) -> Iterator[Finding]:
-    ours = find_server(root)
+    stated = os.environ.get("PREFECT_API_URL", "")
+    ours = find_server(root) or (stated if f":{DEFAULT_PORT}/" in stated else None)
     if ours or is_free(LOOPBACK, DEFAULT_PORT):
-        yield Finding("ports", "ok", f"{ours} is this workspace's" if ours else f"{DEFAULT_PORT} is free for the UI")
+        yield Finding(
+            "ports",
+            "ok",
+            f"{ours} is the server that this workspace uses" if ours else f"{DEFAULT_PORT} is free for the UI",
+        )
     else:
         fix = f"`ropeway server --port {DEFAULT_PORT + 1}`"
         yield Finding("ports", "note", f"another program has {DEFAULT_PORT}", fix)

@@ -158,7 +158,9 @@ def judge_look(state: WatchState, look: SourceLook, baseline: Identities | None,
     if baseline is None:
         if not look.unreadable:
             state.handle(look.identities)
-            said.append("no run is recorded yet; changes count from now on. Start the first run")
+            said.append(
+                "no complete run is recorded yet; changes count from now on. Start the first run, unless one is running"
+            )
         return LookResult("wait" if look.unreadable else "nothing", words=tuple(said))
     said += [
         f"source {name} is new in params.yaml; the next run reads it, the watch starts none for it"

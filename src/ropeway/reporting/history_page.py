@@ -57,7 +57,8 @@ def describe_rule() -> str:
     return (
         f"A value is a regression if it is worse than the median of up to {WINDOW} versions before it by more than "
         f"{SPREADS:g} times their spread (1.4826 x median absolute deviation) and by at least: {least}. At least "
-        f"{LEAST} versions are needed; scores are compared on equal validation rows where enough versions have them."
+        f"{LEAST} versions before it are needed; scores are compared on equal validation rows where enough versions "
+        "have them."
     )
 
 
@@ -72,7 +73,7 @@ def describe_last(history: History) -> list[tuple[bool, str]]:
     if last.drifted:
         found.append((True, f"{last.version}: DATA DRIFT above a limit: {', '.join(last.drifted)}"))
     is_enough = history.total > LEAST
-    state = "no regression" if is_enough else f"too few versions to see a regression ({LEAST + 1} are needed)"
+    state = "no regression" if is_enough else f"too few versions to see a regression ({LEAST} before it are needed)"
     return found or [(False, f"{last.version}: {state}, {_describe_gate(last)}, {_describe_drift(last)}")]
 
 
