@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 
-if os.environ["SLURM_PROCID"] == sys.argv[2]:
-    os._exit(64)
-signal.pause()
+if __name__ == "__main__":
+    if os.environ["SLURM_PROCID"] == sys.argv[2]:
+        os._exit(64)
+    signal.pause()
