@@ -176,7 +176,7 @@ def test_a_killed_runs_stage_goes_on_and_the_next_run_takes_it_over(calling, wor
         said = process.stdout.read()
     assert process.returncode == 0, said
     assert (worker.clone() / "calls").read_text().split() == ["train"]
-    assert read_last_end(calling.root).pool is None
+    assert not list((calling.root / ".work").glob("*.pool.json"))
 
 
 @SLOW
@@ -220,11 +220,15 @@ def test_a_real_training_killed_on_one_machine_ends_on_another_with_the_version_
     main_jobs, s3_server, s3_bucket, on_prefect, tmp_path, monkeypatch
 ):
     prefix = f"s3://{s3_bucket}/{uuid.uuid4().hex[:12]}"
-    alone = main_jobs.finished.copy(tmp_path / "alone")
+    alone = main_jobs.prepared.copy(tmp_path / "alone")
+    longer = ("params.yaml", "num_train_epochs: 1", "num_train_epochs: 10")  # else it ends before it is killed
+    alone.edit(*longer)
+    alone.commit("longer")
     alone.do("ropeway", "run", "--no-prefect")
     published = Registry.open((alone.root / "registry").as_uri()).artifact("tiny").alias("candidate").digest
 
     job = main_jobs.prepared.copy(tmp_path / "caller")
+    job.edit(*longer)
     shutil.rmtree(job.root / ".dvc" / "cache" / "runs")
     for name, value in s3_server.environment.items():
         monkeypatch.setenv(name, value)
@@ -244,7 +248,7 @@ def test_a_real_training_killed_on_one_machine_ends_on_another_with_the_version_
     workers = [PoolWorker(on_prefect, tmp_path / "first", **stated)]
     try:
         with job.start("ropeway", "run") as process:
-            read_until(process, "checkpoint of step 8: ")
+            read_until(process, f" MiB in {prefix}/checkpoints after ")
             workers[0].kill()
             workers.append(PoolWorker(on_prefect, tmp_path / "second", **stated))
             said = process.stdout.read()
