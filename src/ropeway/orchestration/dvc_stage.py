@@ -8,15 +8,15 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from ropeway.orchestration import dvc_graph as graph
-from ropeway.runtime.errors import ConfigError, DataError, RopewayError, TemporaryError
+from ropeway.runtime.errors import ConfigError, RopewayError, TemporaryError, error_class
 from ropeway.runtime.grace import grace_seconds
 from ropeway.runtime.lock import HeldLock
 from ropeway.runtime.progress import LiveLine
@@ -27,7 +27,7 @@ from ropeway.runtime.workspace import Workspace
 LineWriter = Callable[[str], None]
 T = TypeVar("T")
 _BUSY_TRIES, _BUSY_SECONDS = 20, 3.0  # another dvc hashes its outputs under its lock; a 26 GB model takes 35 s
-_MARGIN_SECONDS = 15.0  # the outer supervisor waits longer than the inner one needs to kill
+MARGIN_SECONDS = 15.0  # the outer supervisor waits longer than the inner one needs to kill
 _QUOTED_LINES = 15
 _POLL_SECONDS = 0.1
 _MAX_CHARACTERS = 2000  # Prefect truncates a line at 1 MB (3.9.1); a page is slow long before that
@@ -126,6 +126,11 @@ def run_command(site: Site, name: str, command: list[str], write_line: LineWrite
     return code, list(lines)
 
 
+def quote_lines(lines: Iterable[str]) -> str:
+    """Return the last lines of a process, indented, as an error message shows them."""
+    return "\n".join(f"    {line}" for line in lines)
+
+
 def _reproduce(site: Site, name: str, write_line: LineWriter, *, force: bool) -> dict[str, int | None]:
     """Run `dvc repro` of one stage; return the events read from its output."""
     code, events, lines = _run(site, name, graph.reproduce_command(name, force=force, pull=site.pulls), write_line)
@@ -168,7 +173,7 @@ def _run(
                 write_line(line)
         finally:
             live.erase()
-            _end(child, site.record(name, "dvc"))
+            end_supervised(child, site.record(name, "dvc"))
     return child.returncode, events, lines
 
 
@@ -182,7 +187,7 @@ def _start(site: Site, name: str, command: list[str], output: int) -> subprocess
         "DVC_NO_ANALYTICS": "1",
     }
     supervisor = [sys.executable, "-m", "ropeway.runtime.supervise", "--record", str(site.record(name, "dvc"))]
-    supervisor += ["--leader", str(os.getpid()), "--margin", str(_MARGIN_SECONDS), "--", *command]
+    supervisor += ["--leader", str(os.getpid()), "--margin", str(MARGIN_SECONDS), "--", *command]
     return subprocess.Popen(
         supervisor,
         cwd=site.root,
@@ -214,10 +219,10 @@ def _follow(log: Path, start: int, child: subprocess.Popen[bytes], on_wait: Call
     yield from fold.feed(b"", last=True)
 
 
-def _end(child: subprocess.Popen[bytes], record: Path) -> None:
-    """End the supervisor, which ends its process tree."""
+def end_supervised(child: subprocess.Popen[Any], record: Path, *, margins: int = 2) -> None:
+    """End a supervisor, which ends its process tree; `margins`: one more than there are supervisors below it."""
     if child.poll() is None:
-        seconds = grace_seconds(stop_files(record)) + 2 * _MARGIN_SECONDS
+        seconds = grace_seconds(stop_files(record)) + margins * MARGIN_SECONDS
         child.terminate()
         try:
             child.wait(seconds)
@@ -240,9 +245,8 @@ def _explain_failure(
     stage_code = own["code"] if own else events.get("failed") or code
     ended_by = own["signal"] if own else f"signal {-stage_code}" if stage_code < 0 else None
     what = f"was ended by {ended_by}" if ended_by else f"failed with exit code {stage_code}"
-    quote = "\n".join(f"    {line}" for line in lines)
-    kinds = {64: ConfigError, 65: DataError, 75: TemporaryError}
-    kind: type[RopewayError] = TemporaryError if ended_by else kinds.get(stage_code, RopewayError)
+    quote = quote_lines(lines)
+    kind = TemporaryError if ended_by else error_class(stage_code)
     return kind(f"stage {name} {what}; last lines:\n{quote}\n  full log: {site.log(name)}")
 
 

@@ -17,7 +17,7 @@ from ropeway.config.edit import choose_profile
 from ropeway.config.load_params import read_block
 from ropeway.orchestration import dvc_graph as graph
 from ropeway.orchestration.dvc_stage import LineWriter, Site, run_command, update_stage
-from ropeway.orchestration.revision import ask_git
+from ropeway.orchestration.revision import ask_git, code_environment
 from ropeway.registry import Provenance, Version
 from ropeway.registry.version_manifest import build_version_manifest
 from ropeway.runtime.errors import ConfigError, DataError, RegistryError
@@ -202,10 +202,7 @@ def write_lock(version: Version, site_root: Path) -> None:
 
 def plan_environment(clone: Path, then: RunRecord) -> dict[str, str]:
     """Return the environment of the stages: the revision's own code and the published run's rank count."""
-    planned: dict[str, str] = {}
-    if (clone / "src" / "ropeway").is_dir():
-        ours = [str(clone / "src"), str(clone), os.environ.get("PYTHONPATH", "")]
-        planned["PYTHONPATH"] = os.pathsep.join(filter(None, ours))
+    planned = code_environment(clone)
     ranks = [attempt.get("ranks") for attempt in then.timings.get("attempts", [])]
     if ranks and ranks[-1] and "ROPEWAY_RANKS" not in os.environ:
         planned["ROPEWAY_RANKS"] = str(ranks[-1])

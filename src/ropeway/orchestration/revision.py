@@ -1,5 +1,6 @@
 """The git revision of a workspace, and whether files that a run reads differ from it."""
 
+import os
 import subprocess
 from contextlib import suppress
 from dataclasses import dataclass
@@ -65,6 +66,14 @@ def _counts(root: Path, name: str) -> bool:
         edits = [line[1:] for line in lines if line[:1] in ("+", "-") and line[:3] not in ("+++", "---")]
         return not all(edit.startswith("profile:") for edit in edits)
     return name != "dvc.lock"
+
+
+def code_environment(clone: Path) -> dict[str, str]:
+    """Return the environment in which Python runs a clone's own code; empty if the clone has none."""
+    if not (clone / "src" / "ropeway").is_dir():
+        return {}
+    ours = [str(clone / "src"), str(clone), os.environ.get("PYTHONPATH", "")]
+    return {"PYTHONPATH": os.pathsep.join(filter(None, ours))}
 
 
 def ask_git(root: Path, *arguments: str) -> str | None:

@@ -24,7 +24,7 @@ from ropeway.orchestration import dvc_exchange as exchange
 from ropeway.orchestration import dvc_graph as graph
 from ropeway.orchestration import run_summary as summary
 from ropeway.orchestration.display import RunDisplay, StepResult
-from ropeway.orchestration.dvc_stage import LineWriter, Site, retry_while_busy, run_command, update_stage
+from ropeway.orchestration.dvc_stage import LineWriter, Site, quote_lines, retry_while_busy, run_command, update_stage
 from ropeway.orchestration.publish import Publication, check_publishing, measure_champion, publish_package
 from ropeway.orchestration.remote.placement import Placement
 from ropeway.orchestration.remote.request import PUBLISH, read_pools
@@ -35,7 +35,7 @@ from ropeway.planning.plan import plan_run
 from ropeway.planning.plan_text import outline_plan
 from ropeway.registry import Version
 from ropeway.runtime.devices import count_ranks
-from ropeway.runtime.errors import ConfigError, DataError, RopewayError, TemporaryError
+from ropeway.runtime.errors import DataError, RopewayError, error_class
 from ropeway.runtime.lock import workspace_lock
 from ropeway.runtime.manifest import digest_of
 from ropeway.runtime.workspace import Workspace
@@ -258,9 +258,10 @@ class PipelineRun:
         command = [sys.executable, "-m", "ropeway.cli.main", "rehearse", "--profile", self.name]
         code, lines = run_command(self._site, "rehearse", command, write_line)
         if code:
-            quote = "\n".join(f"    {line}" for line in lines)
-            kind = {64: ConfigError, 65: DataError, 75: TemporaryError}.get(code, RopewayError)
-            raise kind(f"the rehearsal failed with exit code {code}, so no stage was started; last lines:\n{quote}")
+            quote = quote_lines(lines)
+            raise error_class(code)(
+                f"the rehearsal failed with exit code {code}, so no stage was started; last lines:\n{quote}"
+            )
         return StepResult("Completed", "every stage ended on a few records")
 
     def _publish(self, write_line: LineWriter) -> StepResult:

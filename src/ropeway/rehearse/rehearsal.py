@@ -21,7 +21,7 @@ from ropeway.rehearse.rehearse_steps import (
     read_state,
 )
 from ropeway.runtime.devices import CPU_RANKS, count_local_ranks, count_ranks, list_gpus
-from ropeway.runtime.errors import ConfigError, DataError, RopewayError, TemporaryError, TrainingError
+from ropeway.runtime.errors import ConfigError, DataError, RopewayError, TemporaryError, TrainingError, error_class
 from ropeway.runtime.lock import HeldLock, workspace_lock
 from ropeway.runtime.manifest import write_json
 from ropeway.runtime.stage_log import log_path
@@ -29,7 +29,6 @@ from ropeway.runtime.workspace import Workspace
 
 REQUEST = "rehearsal-request.json"
 _STEP = "rehearsal"  # name of its log and exit record
-_CLASSES = {64: ConfigError, 65: DataError, 75: TemporaryError}
 _NAMED = {one.__name__: one for one in (ConfigError, DataError, TemporaryError, TrainingError)}
 
 
@@ -154,7 +153,7 @@ def _run(folder: Path, held: HeldLock, write_line: Callable[[str], None]) -> tup
 def _explain(state: RehearsalState, code: int, lines: list[str], log: Path) -> RopewayError:
     """Return the error that a real run would have ended with."""
     error = state.error or {"kind": "", "code": code, "message": ""}
-    kind = _NAMED.get(str(error["kind"])) or _CLASSES.get(int(error["code"]), RopewayError)
+    kind = _NAMED.get(str(error["kind"])) or error_class(int(error["code"]))
     where = f"stage {state.stage} of a real run" if state.stage else "the rehearsal"
     if error["message"]:
         return kind(f"{where} would fail: {error['message']}\n  full log: {log}")

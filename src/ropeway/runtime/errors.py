@@ -44,6 +44,16 @@ class RegistryError(RopewayError):
     """The registry refused a change or has no such entry."""
 
 
+def error_class(exit_code: int) -> type[RopewayError]:
+    """Return the class of the error that a process with this exit code ended with.
+
+    >>> error_class(65).__name__, error_class(1).__name__
+    ('DataError', 'RopewayError')
+    """
+    classes: tuple[type[RopewayError], ...] = (ConfigError, DataError, TemporaryError)
+    return next((one for one in classes if one.exit_code == exit_code), RopewayError)
+
+
 class NotFoundError(RegistryError):
     """The registry or its store has no entry with this name."""
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from ropeway.config.load_params import load_profile
 from ropeway.orchestration import dvc_exchange as exchange
 from ropeway.orchestration import dvc_graph as graph
-from ropeway.orchestration.dvc_stage import LineWriter, Site, retry_while_busy, run_command
+from ropeway.orchestration.dvc_stage import LineWriter, Site, quote_lines, retry_while_busy, run_command
 from ropeway.orchestration.publish import Publication
 from ropeway.orchestration.remote.handover import Handover, inputs_of
 from ropeway.orchestration.remote.request import (
@@ -121,7 +121,7 @@ class Placement:
         write_line(f"pulling {', '.join(missing)}, made in a work pool")
         code, lines = run_command(self.site, "pull", ["dvc", "pull", *missing], write_line)
         if code:
-            quote = "\n".join(f"    {line}" for line in lines)
+            quote = quote_lines(lines)
             raise DataError(f"the DVC remote does not return {', '.join(missing)}; last lines:\n{quote}")
 
     def small_outputs(self) -> list[str]:
@@ -153,7 +153,7 @@ class Placement:
         if here := [path for path in paths if (self.site.root / path).exists()]:
             code, lines = run_command(self.site, "push", ["dvc", "push", *here], write_line)
             if code:
-                quote = "\n".join(f"    {line}" for line in lines)
+                quote = quote_lines(lines)
                 raise TemporaryError(f"the inputs {', '.join(here)} did not reach the DVC remote; last lines:\n{quote}")
 
     def _take_over(self, name: str, entry: Json, write_line: LineWriter) -> None:

@@ -30,10 +30,10 @@ from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import Cancelling, Crashed
 
-from ropeway.orchestration.dvc_stage import LineWriter, StageStoppedError, progress_path
+from ropeway.orchestration.dvc_stage import LineWriter, StageStoppedError, progress_path, quote_lines
 from ropeway.orchestration.remote.pool_flow import ENTRYPOINT, FLOW, RESULT, SIGN_OF_LIFE
 from ropeway.orchestration.remote.request import StageRequest
-from ropeway.runtime.errors import ConfigError, DataError, RopewayError, TemporaryError
+from ropeway.runtime.errors import ConfigError, TemporaryError, error_class
 from ropeway.runtime.grace import LEAST_SECONDS
 from ropeway.runtime.manifest import Json, write_json
 from ropeway.runtime.progress import LiveLine
@@ -48,7 +48,6 @@ _CANCEL_SECONDS = LEAST_SECONDS + 60.0
 _LINES = 200  # of one request; the server's limit
 _OVERLAP = timedelta(seconds=5)  # lines of one flow run can arrive out of order
 _HEARTBEAT = {"env": {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30", "DO_NOT_TRACK": "1"}}
-_KINDS = {64: ConfigError, 65: DataError, 75: TemporaryError}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +98,10 @@ class PoolCaller:
             finally:
                 called.unlink(missing_ok=True)
                 write_json(ended, {"pool": pool, "flow_run": str(run.id)})
-            return _read_result(client, run.id, final, request, follower.last_lines)
+            result = _read_result(client, run.id, final, request, follower.last_lines)
+            if lost := result.get("lost_lines"):
+                write_line(f"{lost:,} lines of the worker did not reach the Prefect server; its own log has them")
+            return result
 
 
 def _start(client: SyncPrefectClient, pool: str, request: StageRequest) -> tuple[FlowRun, int]:
@@ -324,12 +326,11 @@ def _read_result(
             f"stage {request.step}: its flow run {flow_run} was cancelled. Run the same command again; it resumes"
         )
     if result is None:
-        quote = "\n".join(f"    {line}" for line in lines)
+        quote = quote_lines(lines)
         raise TemporaryError(
             f"stage {request.step}: flow run {flow_run} ended as {final.name} without a result ({final.message}); last "
             f"lines:\n{quote}"
         )
     if error := result.get("error"):
-        kind = _KINDS.get(error["exit_code"], RopewayError)
-        raise kind(f"on worker {result.get('host', 'of the pool')}: {error['message']}")
+        raise error_class(error["exit_code"])(f"on worker {result.get('host', 'of the pool')}: {error['message']}")
     return result

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 import httpx
@@ -25,15 +26,14 @@ from prefect.exceptions import PrefectException
 from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import Cancelled, Completed, Failed
 
-from ropeway.orchestration.dvc_stage import LineWriter, progress_path
+from ropeway.orchestration.dvc_stage import MARGIN_SECONDS, LineWriter, end_supervised, progress_path
 from ropeway.orchestration.remote.clones import open_clone
 from ropeway.orchestration.remote.request import StageRequest
+from ropeway.orchestration.revision import ask_git, code_environment
 from ropeway.orchestration.run_page import PageLog
 from ropeway.runtime.errors import RopewayError
-from ropeway.runtime.grace import grace_seconds
 from ropeway.runtime.manifest import Json
 from ropeway.runtime.progress import read_last_record
-from ropeway.runtime.supervise import stop_files
 
 FLOW = "stage"
 ENTRYPOINT = f"{__name__}.run_in_pool"
@@ -41,7 +41,6 @@ RESULT = "result"
 SIGN_OF_LIFE = "ropeway-stage"
 _BEAT_SECONDS = 3.0
 _FLUSH_SECONDS = 20.0
-_MARGIN_SECONDS = 15.0
 
 
 @flow(name=FLOW, validate_parameters=False, persist_result=False)
@@ -63,12 +62,13 @@ def run_in_pool(step: str, profile: str, request: str) -> State[object]:
     life = SignOfLife(UUID(flow_run))
     try:
         with life.shown():
-            result = _execute(StageRequest.from_json(request), life, say)
+            result: dict[str, Any] = dict(_execute(StageRequest.from_json(request), life, say))
     except RopewayError as error:  # the clone, or a request of another version
         say(str(error))
         result = {"error": {"exit_code": error.exit_code, "message": str(error)}}
     finally:
-        log.close(_FLUSH_SECONDS)
+        lost = log.close(_FLUSH_SECONDS).get(step, 0)
+    result["lost_lines"] = lost
     with get_client(sync_client=True) as client:
         client.create_flow_run_input(UUID(flow_run), RESULT, json.dumps(result))
     if life.is_cancelled:
@@ -142,7 +142,7 @@ def _execute(request: StageRequest, life: SignOfLife, say: LineWriter) -> Json:
         record = root / ".work" / f"{request.step}.worker.json"
         record.parent.mkdir(exist_ok=True)
         supervisor = [sys.executable, "-m", "ropeway.runtime.supervise", "--record", str(record)]
-        supervisor += ["--leader", str(os.getpid()), "--margin", str(2 * _MARGIN_SECONDS), "--"]
+        supervisor += ["--leader", str(os.getpid()), "--margin", str(2 * MARGIN_SECONDS), "--"]
         command = [*supervisor, sys.executable, "-m", "ropeway.orchestration.remote.worker", str(source), str(target)]
         child = subprocess.Popen(
             command,
@@ -160,7 +160,7 @@ def _execute(request: StageRequest, life: SignOfLife, say: LineWriter) -> Json:
             for line in child.stdout or ():
                 say(line.rstrip("\n"))
         finally:
-            _end(child, record)
+            end_supervised(child, record, margins=3)  # the stage saves a checkpoint
         if target.is_file():
             result: Json = json.loads(target.read_text(encoding="utf-8"))
             return result
@@ -168,22 +168,10 @@ def _execute(request: StageRequest, life: SignOfLife, say: LineWriter) -> Json:
         return {"error": {"exit_code": 75, "message": f"{request.step} was ended on the worker ({how}); it resumes"}}
 
 
-def _end(child: "subprocess.Popen[str]", record: Path) -> None:
-    """End the supervisor and with it the stage, which saves a checkpoint."""
-    if child.poll() is None:
-        child.terminate()
-        try:
-            child.wait(grace_seconds(stop_files(record)) + 3 * _MARGIN_SECONDS)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
-
-
 def _environment(root: Path, request: StageRequest) -> Mapping[str, str]:
     """Return this process's environment with the clone's code first, and the caller's registry if it named one."""
     found = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT__")}
-    code = [str(root / "src"), str(root)] if (root / "src" / "ropeway").is_dir() else []
-    found["PYTHONPATH"] = os.pathsep.join(filter(None, [*code, found.get("PYTHONPATH", "")]))
+    found |= code_environment(Path(ask_git(root, "rev-parse", "--show-toplevel") or root))
     found["PYTHONUNBUFFERED"] = "1"
     if request.registry:
         found["ROPEWAY_REGISTRY"] = request.registry

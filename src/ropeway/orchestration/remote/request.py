@@ -70,7 +70,10 @@ class StageRequest:
     @classmethod
     def from_json(cls, text: str) -> "StageRequest":
         """Return a request that `to_json` wrote; raise ConfigError for another format."""
-        facts: dict[str, Any] = json.loads(text)
+        try:
+            facts = dict[str, Any](json.loads(text))
+        except (ValueError, TypeError):
+            raise ConfigError("a request that is no JSON object; it was not written by Ropeway") from None
         if (found := facts.pop("format", None)) != _FORMAT:
             raise ConfigError(
                 f"the calling run sends requests of format {found}, this worker's code reads format {_FORMAT}. Use the "

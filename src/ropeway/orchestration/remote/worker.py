@@ -18,7 +18,7 @@ from ropeway.config.frozen import FrozenInputs
 from ropeway.config.load_params import load_profile
 from ropeway.orchestration import dvc_exchange as exchange
 from ropeway.orchestration import dvc_graph as graph
-from ropeway.orchestration.dvc_stage import Site, retry_while_busy, run_command, update_stage
+from ropeway.orchestration.dvc_stage import Site, quote_lines, retry_while_busy, run_command, update_stage
 from ropeway.orchestration.publish import Publication, measure_champion, publish_package
 from ropeway.orchestration.remote.handover import Handover, inputs_of
 from ropeway.orchestration.remote.request import PREFIX, PUBLISH, StageRequest
@@ -78,7 +78,7 @@ def _pull(site: Site, paths: "tuple[str, ...] | list[str]") -> None:
         return
     code, lines = run_command(site, "pull", ["dvc", "pull", "--force", "--run-cache", *paths], _say)
     if code:
-        quote = "\n".join(f"    {line}" for line in lines)
+        quote = quote_lines(lines)
         raise DataError(
             f"the DVC remote does not return the inputs {', '.join(paths)}. Run `dvc push` on the machine that made "
             f"them, or unset {PREFIX}* of the stages that make them; last lines:\n{quote}"
@@ -88,7 +88,7 @@ def _pull(site: Site, paths: "tuple[str, ...] | list[str]") -> None:
 def _push(site: Site, stage: str) -> None:
     code, lines = run_command(site, "push", ["dvc", "push", "--run-cache", stage], _say)
     if code:
-        quote = "\n".join(f"    {line}" for line in lines)
+        quote = quote_lines(lines)
         raise TemporaryError(
             f"stage {stage} ended here, but its outputs did not reach the DVC remote; a retry pushes them again "
             f"without running it:\n{quote}"

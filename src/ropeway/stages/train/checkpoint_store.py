@@ -14,7 +14,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -171,18 +171,11 @@ class Uploader:
     """Uploads the checkpoints of a run, one at a time and the newest first, while the ranks train.
 
     A store that fails is printed and tried again; it does not end the training.
-
-    Attributes:
-        seconds: Time spent on uploads that reached the store.
-        bytes: Their bytes.
     """
 
     run: StoredRun
     folder: Path
     uploaded: set[int] = field(default_factory=set)
-    seconds: float = 0.0
-    bytes: int = 0
-    clock: Callable[[], float] = time.monotonic
     _done: threading.Event = field(default_factory=threading.Event)
     _failed: str = ""
 
@@ -210,7 +203,7 @@ class Uploader:
             self._done.wait(_RETRY_SECONDS if self._failed else _LOOK_SECONDS)
 
     def _upload(self, step: int, folder: Path) -> None:
-        began = self.clock()
+        began = time.monotonic()
         try:
             size = self.run.upload(folder, step)
         except (DataError, OSError) as error:
@@ -227,9 +220,7 @@ class Uploader:
             return
         self._failed = ""
         self.uploaded.add(step)
-        self.seconds += self.clock() - began
-        self.bytes += size
-        how = f"{format_bytes(size)} in {self.run.store.url} after {self.clock() - began:.1f} s"
+        how = f"{format_bytes(size)} in {self.run.store.url} after {time.monotonic() - began:.1f} s"
         print(f"checkpoint of step {step}: {how}", flush=True)
 
 

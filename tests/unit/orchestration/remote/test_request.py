@@ -57,6 +57,12 @@ def test_a_request_that_ropeway_did_not_write_is_refused(field, value):
         StageRequest.from_json(json.dumps({**request, field: value}))
 
 
+@pytest.mark.parametrize("text", ["", "[1]", "3", "null"])
+def test_a_request_that_is_no_object_is_refused(text):
+    with pytest.raises(ConfigError):
+        StageRequest.from_json(text)
+
+
 def git(root, *arguments):
     subprocess.run(["git", "-C", root, *arguments], check=True, capture_output=True)
 
