@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from ropeway.cli import attestation_commands  # noqa: F401 - adds its command
 from ropeway.cli.completion import complete_profile, complete_split_words, complete_stage, complete_version
 from ropeway.cli.options import JsonOption, ProfileOption, RegistryOption, VersionArgument, open_profile
 from ropeway.cli.params_commands import params_app

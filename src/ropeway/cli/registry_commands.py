@@ -493,8 +493,8 @@ def keygen(
     *,
     as_json: Json = False,
 ) -> None:
-    """Create an Ed25519 key pair for signing versions."""
-    from ropeway.registry.signing import make_keys
+    """Create a key pair (ECDSA, P-256) for signing versions."""
+    from ropeway.registry.signing_keys import make_keys
 
     keyid = make_keys(path)
     if as_json:

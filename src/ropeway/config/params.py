@@ -292,6 +292,8 @@ class Profile(PackageParams, TrainParams):
             )
         if lost := sorted(set(names) ^ set(self.sources)):
             raise ValueError(f"datasets and sources must have the same names; only one of them has {', '.join(lost)}")
+        if unknown := sorted(set(self.card.dataset_licenses) - set(self.sources)):
+            raise ValueError(f"card.dataset_licenses: {unknown[0]} is not a source; sources: {', '.join(self.sources)}")
         if len(set(names)) != len(names):
             raise ValueError(f"datasets: expected each source once, found {', '.join(names)}")
         return self

@@ -431,6 +431,8 @@ class Card(Section):
     """Name of the base on the Hub. null: none."""
     upstream_datasets: list[str]
     """Datasets that the sources derive from."""
+    dataset_licenses: dict[str, str] = Field(default_factory=dict)
+    """License of each source, for the ML-BOM. A source without one is listed as not recorded."""
     developers: list[str]
     """Names on the card."""
     sponsored_by: str | None

@@ -21,6 +21,7 @@ from ropeway.data.drift import DriftEvidence
 from ropeway.orchestration.drift_evidence import compare_with_earlier
 from ropeway.orchestration.dvc_stage import LineWriter, Site, run_command
 from ropeway.orchestration.gate import GateVerdict, describe_change, gate, sections_to_measure
+from ropeway.orchestration.provenance_statement import write_statements
 from ropeway.orchestration.revision import Revision
 from ropeway.registry import PRODUCTION, Artifact, Registry, Version
 from ropeway.runtime.errors import DataError, TemporaryError
@@ -135,9 +136,8 @@ def publish_package(
                 "run": _describe_run(workspace.timings, run_seconds),
             },
             # needed to reproduce it, and the training's timings
-            attachments={
-                path.name: path for path in (workspace.root / "dvc.lock", workspace.timings) if path.is_file()
-            },
+            attachments={path.name: path for path in (workspace.root / "dvc.lock", workspace.timings) if path.is_file()}
+            | write_statements(workspace, revision),
             pages=workspace.pages if workspace.pages.is_dir() else None,
         )
     digest = done.digest

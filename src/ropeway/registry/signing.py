@@ -1,92 +1,114 @@
-"""Signatures of versions: Ed25519 over the version manifest, stored beside it, one file per key.
+"""Signatures of versions in the format of OpenSSF model signing: a Sigstore bundle beside the manifest, one per key.
 
-ROPEWAY_SIGNING_KEY    path of a private key (PEM); `publish` and `sign` sign with it
-ROPEWAY_TRUSTED_KEYS   folder of public keys (*.pub, PEM). If it is set, promote, pull and verify refuse every version
-                       without a signature by one of these keys. This is the signature policy
+The bundle signs the path and sha256 of every file, so the `model_signing` command verifies a pulled folder without
+Ropeway. Versions signed before 2026-12 have an Ed25519 signature of the version manifest instead; it still counts.
 
-To rotate keys: add the new public key to the folder, sign the trusted versions again with `ropeway registry sign` and
-the new private key, then remove the old public key. Source: RFC 8032 (Ed25519), RFC 8410 (encodings).
+ROPEWAY_SIGNING_KEY           path of an elliptic curve private key (PEM); `publish` and `sign` sign with it
+ROPEWAY_SIGNING_CERTIFICATE   its certificate and the intermediate ones (PEM), if users trust an authority, not the key
+ROPEWAY_TRUSTED_KEYS          folder of public keys (*.pub), root certificates (*.crt) and `revoked.txt` (key ids). If
+                              it is set, promote, pull and verify refuse every version without a signature by one of
+                              these keys or by a certificate of one of these roots. This is the signature policy
+
+Source: model-signing 1.1 (predicate https://model_signing/signature/v1.0), in-toto Statement v1, DSSE 1.0, RFC 8032.
+See docs/decisions/0027.
 """
 
 import hashlib
+import json
 import os
+import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ropeway.registry.layout import signature_key, signatures_prefix
+from ropeway.registry.signing_keys import Trust, keyid_of, load_private, load_trusted, public_pem
 from ropeway.registry.version_manifest import VersionManifest
 from ropeway.runtime.errors import ConfigError, DataError, NotFoundError
 from ropeway.storage import Store
 
-if TYPE_CHECKING:  # only a registry with keys needs the library
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+if TYPE_CHECKING:  # only a registry with keys needs the libraries, which take seconds to import
+    from cryptography.x509 import Certificate
+    from model_signing.hashing import Config
+
+    from ropeway.registry.signing_keys import PublicKey
+
+_ED25519_BYTES = 64
+IN_TOTO = "application/vnd.in-toto+json"
 
 
 @dataclass(frozen=True, slots=True)
 class Signer:
-    """A private key and the id of its public key."""
+    """A private key, its certificates (leaf first, none without an authority), and the id of its public key."""
 
     keyid: str
-    private: "Ed25519PrivateKey"
+    key: Path
+    certificates: tuple["Certificate", ...] = ()
 
     def sign(self, manifest: VersionManifest) -> bytes:
-        """Return the signature of a version."""
-        return self.private.sign(manifest.document)
+        """Return the Sigstore bundle that signs the files of a version."""
+        from model_signing import signing
+
+        with tempfile.TemporaryDirectory(prefix="ropeway-sign-") as folder:
+            config = signing.Config().set_hashing_config(_listed_files(manifest))
+            if self.certificates:
+                leaf, *chain = (_write_certificate(Path(folder), one) for one in self.certificates)
+                # The library cannot read an empty chain; the leaf again changes nothing.
+                config.use_certificate_signer(
+                    private_key=self.key, signing_certificate=leaf, certificate_chain=chain or [leaf]
+                )
+            else:
+                config.use_elliptic_key_signer(private_key=self.key)
+            bundle = Path(folder) / "bundle.json"
+            config.sign(manifest.name, bundle)
+            return bundle.read_bytes()
+
+    def sign_statement(self, statement: Mapping[str, object]) -> bytes:
+        """Return a DSSE envelope of an in-toto statement."""
+        from securesystemslib.dsse import Envelope
+        from securesystemslib.signer import CryptoSigner, SSlibKey  # type: ignore[attr-defined]
+
+        private = load_private(self.key)
+        public = SSlibKey.from_crypto(private.public_key(), self.keyid)
+        envelope = Envelope(json.dumps(statement, sort_keys=True).encode(), IN_TOTO, {})
+        envelope.sign(CryptoSigner(private, public))
+        return json.dumps(envelope.to_dict()).encode()
 
 
 def load_signer() -> Signer | None:
     """Return the signer of ROPEWAY_SIGNING_KEY, or None; raise ConfigError if it is invalid or readable by others."""
-    name = os.environ.get("ROPEWAY_SIGNING_KEY")
+    name, certificate = os.environ.get("ROPEWAY_SIGNING_KEY"), os.environ.get("ROPEWAY_SIGNING_CERTIFICATE")
     if not name:
+        if certificate:
+            raise ConfigError("ROPEWAY_SIGNING_CERTIFICATE: set without ROPEWAY_SIGNING_KEY. Set both, or neither")
         return None
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-    from cryptography.hazmat.primitives.serialization import load_pem_private_key
-
     path = Path(name)
+    public = load_private(path).public_key()
+    if not certificate:
+        return Signer(keyid_of(public), path)
+    from cryptography.x509 import load_pem_x509_certificates
+
     try:
-        if path.stat().st_mode & 0o077:
-            raise ConfigError(
-                f"ROPEWAY_SIGNING_KEY: {path} can be read by other users. Run `chmod 600` on it, or create a new key"
-            )
-        private = load_pem_private_key(path.read_bytes(), password=None)
-    except (OSError, ValueError, TypeError) as error:
+        chain = tuple(load_pem_x509_certificates(Path(certificate).read_bytes()))
+    except (OSError, ValueError) as error:
         raise ConfigError(
-            f"ROPEWAY_SIGNING_KEY: {path} cannot be read as a private key without a passphrase "
-            f"({type(error).__name__}). `ropeway registry keygen` creates one"
+            f"ROPEWAY_SIGNING_CERTIFICATE: {certificate} has no certificate in PEM ({type(error).__name__}). Expected "
+            "the certificate of the signing key, then the intermediate ones"
         ) from None
-    if not isinstance(private, Ed25519PrivateKey):
-        raise ConfigError(f"ROPEWAY_SIGNING_KEY: {path} is not an Ed25519 key. `ropeway registry keygen` creates one")
-    return Signer(_keyid(private.public_key()), private)
-
-
-def load_trusted() -> "dict[str, Ed25519PublicKey] | None":
-    """Return the trusted public keys by key id, None without a policy; raise ConfigError if the folder has no keys."""
-    name = os.environ.get("ROPEWAY_TRUSTED_KEYS")
-    if not name:
-        return None
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-    from cryptography.hazmat.primitives.serialization import load_pem_public_key
-
-    trusted = {}
-    for path in sorted(Path(name).glob("*.pub")):
-        try:
-            public = load_pem_public_key(path.read_bytes())
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"ROPEWAY_TRUSTED_KEYS: {path} is not a public key ({type(error).__name__}). Replace or remove it"
-            ) from None
-        if not isinstance(public, Ed25519PublicKey):
-            raise ConfigError(f"ROPEWAY_TRUSTED_KEYS: {path} is not an Ed25519 key. Replace or remove it")
-        trusted[_keyid(public)] = public
-    if not trusted:
-        raise ConfigError(f"ROPEWAY_TRUSTED_KEYS: {name} has no *.pub file. Add a public key, or unset the variable")
-    return trusted
+    if chain[0].public_key() != public:
+        raise ConfigError(
+            f"ROPEWAY_SIGNING_CERTIFICATE: the first certificate in {certificate} is of another key than {path}"
+        )
+    return Signer(keyid_of(public), path, chain)
 
 
 def sign(store: Store, manifest: VersionManifest, signer: Signer) -> bool:
     """Store a signature of a version; return False if this key already signed it."""
-    return store.put_if_absent(signature_key(manifest.name, manifest.digest, signer.keyid), signer.sign(manifest))
+    key = signature_key(manifest.name, manifest.digest, signer.keyid)
+    if store.exists(key):
+        return False
+    return store.put_if_absent(key, signer.sign(manifest))
 
 
 def list_signatures(store: Store, name: str, digest: str) -> list[str]:
@@ -97,58 +119,151 @@ def list_signatures(store: Store, name: str, digest: str) -> list[str]:
     return sorted(name[len(start) : -len(".sig")] for name in names if name.startswith(start) and name.endswith(".sig"))
 
 
+def read_bundles(store: Store, name: str, digest: str) -> dict[str, bytes]:
+    """Return the Sigstore bundles of a version by key id; an Ed25519 signature is not one."""
+    signatures = {
+        keyid: store.get(signature_key(name, digest, keyid)) for keyid in list_signatures(store, name, digest)
+    }
+    return {keyid: data for keyid, data in signatures.items() if len(data) != _ED25519_BYTES}
+
+
 def check_policy(store: Store, manifest: VersionManifest) -> None:
     """Raise DataError unless there is no signature policy or a trusted key signed this version.
 
     An invalid signature of a trusted key is an error even if another trusted key signed the version: it was changed.
     """
-    trusted = load_trusted()
-    if trusted is None:
+    trust = load_trusted()
+    if trust is None:
         return
-    good = [keyid for keyid, public in trusted.items() if _has_signed(store, manifest, keyid, public)]
-    if not good:
+    good = [keyid for keyid, public in trust.keys.items() if _has_signed(store, manifest, keyid, public)]
+    if not good and not (trust.roots and _has_certified(store, manifest, trust)):
+        authorities = [path.name for path in trust.roots]
         raise DataError(
             f"{store.url}: {manifest.name} {manifest.digest[:12]}… has no signature of a trusted key "
-            f"({', '.join(trusted)}). Do not use it, or sign it with a trusted key: `ropeway registry sign`"
+            f"({', '.join([*trust.keys, *authorities])}). Do not use it, or sign it with a trusted key: `ropeway "
+            "registry sign`"
         )
 
 
-def _has_signed(store: Store, manifest: VersionManifest, keyid: str, public: "Ed25519PublicKey") -> bool:
-    from cryptography.exceptions import InvalidSignature
-
+def _has_signed(store: Store, manifest: VersionManifest, keyid: str, public: "PublicKey") -> bool:
     key = signature_key(manifest.name, manifest.digest, keyid)
     try:
         signature = store.get(key)
     except NotFoundError:
         return False
-    try:
-        public.verify(signature, manifest.document)
-    except InvalidSignature:
-        raise DataError(
-            f"{store.url}: {key} is not a valid signature of this version. Do not use the version"
-        ) from None
+    if not _is_valid(signature, manifest, public):
+        raise DataError(f"{store.url}: {key} is not a valid signature of this version. Do not use the version")
     return True
 
 
-def make_keys(path: Path) -> str:
-    """Write a new private key and its public key (`.pub`); return the key id. Raise ConfigError if a file exists."""
-    from cryptography.hazmat.primitives import serialization as forms
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+def _is_valid(signature: bytes, manifest: VersionManifest, public: "PublicKey") -> bool:
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-    private = Ed25519PrivateKey.generate()
-    secret = private.private_bytes(forms.Encoding.PEM, forms.PrivateFormat.PKCS8, forms.NoEncryption())
-    public = private.public_key().public_bytes(forms.Encoding.PEM, forms.PublicFormat.SubjectPublicKeyInfo)
+    if not isinstance(public, Ed25519PublicKey):
+        return _is_valid_bundle(signature, manifest, public=public)
     try:
-        for place, data, mode in ((path, secret, 0o600), (path.with_name(f"{path.name}.pub"), public, 0o644)):
-            with os.fdopen(os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
-                file.write(data)
-    except FileExistsError as error:
-        raise ConfigError(f"{error.filename} exists; a key is never overwritten. Choose another name") from None
-    except OSError as error:
-        raise ConfigError(f"{error.filename}: cannot write the key ({error.strerror}). Choose another folder") from None
-    return _keyid(private.public_key())
+        public.verify(signature, manifest.document)
+    except InvalidSignature:
+        return False
+    return True
 
 
-def _keyid(public: "Ed25519PublicKey") -> str:
-    """Return the first 16 hex digits of the sha256 of a public key's 32 bytes."""
-    return hashlib.sha256(public.public_bytes_raw()).hexdigest()[:16]
+def _has_certified(store: Store, manifest: VersionManifest, trust: Trust) -> bool:
+    """Return whether a key with a certificate of a trusted root signed a version and is not revoked."""
+    for keyid, bundle in read_bundles(store, manifest.name, manifest.digest).items():
+        own = _certified_keyid(bundle)
+        if own == keyid and own not in trust.revoked and _is_valid_bundle(bundle, manifest, roots=trust.roots):
+            return True
+    return False
+
+
+def _is_valid_bundle(
+    bundle: bytes, manifest: VersionManifest, *, public: "PublicKey | None" = None, roots: tuple[Path, ...] = ()
+) -> bool:
+    """Return whether a bundle is a signature of exactly the files and the name of a version."""
+    from model_signing import verifying
+
+    with tempfile.TemporaryDirectory(prefix="ropeway-verify-") as folder:
+        config = verifying.Config().set_hashing_config(_listed_files(manifest))
+        path = Path(folder) / "bundle.json"
+        path.write_bytes(bundle)
+        if public is not None:
+            own = Path(folder) / "key.pub"
+            own.write_bytes(public_pem(public))
+            config.use_elliptic_key_verifier(public_key=own)
+        else:
+            config.use_certificate_verifier(certificate_chain=list(roots))
+        try:
+            config.verify(manifest.name, path)
+            return bool(_signed_statement(bundle)["subject"][0]["name"] == manifest.name)
+        except Exception:  # noqa: BLE001 - bytes of the store: the library raises whatever they lead to
+            return False
+
+
+def _signed_statement(bundle: bytes) -> Any:  # noqa: ANN401 - JSON
+    from base64 import b64decode
+
+    return json.loads(b64decode(json.loads(bundle)["dsseEnvelope"]["payload"]))
+
+
+def _certified_keyid(bundle: bytes) -> str | None:
+    """Return the key id of the leaf certificate in a bundle; None if it has none."""
+    from base64 import b64decode
+
+    from cryptography.x509 import load_der_x509_certificate
+
+    try:
+        chain = json.loads(bundle)["verificationMaterial"]["x509CertificateChain"]["certificates"]
+        return keyid_of(load_der_x509_certificate(b64decode(chain[0]["rawBytes"])).public_key())
+    except Exception:  # noqa: BLE001 - as above
+        return None
+
+
+def check_statement(envelope: bytes, manifest: VersionManifest, trust: Trust) -> str | None:
+    """Return why an envelope is not a trusted statement about exactly the files of a version; None if it is.
+
+    Statements are signed by keys; one whose key is trusted only through a certificate is not checked here.
+    """
+    from securesystemslib.dsse import Envelope
+    from securesystemslib.signer import Key, SSlibKey  # type: ignore[attr-defined]
+
+    keys: list[Key] = [SSlibKey.from_crypto(public, keyid) for keyid, public in trust.keys.items()]
+    try:
+        opened = Envelope.from_dict(json.loads(envelope))
+        opened.verify(keys, 1)
+        subjects = json.loads(opened.payload)["subject"]
+        stated = {subject["name"]: subject["digest"]["sha256"] for subject in subjects}
+    except Exception as error:  # noqa: BLE001 - as above
+        return f"no trusted key signed it ({type(error).__name__})"
+    return None if stated == {file.path: file.sha256 for file in manifest.files} else "it is about other files"
+
+
+def _listed_files(manifest: VersionManifest) -> "Config":
+    """Return a hashing configuration that takes files and digests from a version manifest and reads nothing."""
+    from model_signing import hashing
+    from model_signing import manifest as manifests
+    from model_signing._hashing.hashing import Digest
+
+    kind = manifests.SerializationType.from_args(
+        {"method": "files", "hash_type": "sha256", "allow_symlinks": False, "ignore_paths": []}
+    )
+    items = [kind.new_item(file.path, Digest("sha256", bytes.fromhex(file.sha256))) for file in manifest.files]
+
+    class Listed(hashing.Config):
+        def hash(self, model_path: object, *, files_to_hash: object = None) -> manifests.Manifest:  # noqa: ARG002
+            return manifests.Manifest(manifest.name, items, kind)
+
+        def add_ignored_paths(self, *, model_path: object, paths: object) -> None:
+            """Ignore nothing: a signature that leaves files out is of other files."""
+
+    return Listed()
+
+
+def _write_certificate(folder: Path, certificate: "Certificate") -> Path:
+    from cryptography.hazmat.primitives.serialization import Encoding
+
+    data = certificate.public_bytes(Encoding.PEM)
+    path = folder / f"{hashlib.sha256(data).hexdigest()[:16]}.pem"
+    path.write_bytes(data)
+    return path

@@ -14,7 +14,8 @@ from ropeway.registry.log import Event, Events, append_event, event_document, re
 from ropeway.registry.publishing import attached_files, find_number
 from ropeway.registry.pulling import PullResult, VerifyResult, check_folder, fetch_package
 from ropeway.registry.rules import PackageFile
-from ropeway.registry.signing import Signer, check_policy, list_signatures, sign
+from ropeway.registry.signing import Signer, check_policy, check_statement, list_signatures, read_bundles, sign
+from ropeway.registry.signing_keys import load_trusted
 from ropeway.registry.version_manifest import Facts, VersionManifest, load_version_manifest
 from ropeway.runtime.errors import DataError, NotFoundError, RegistryError
 from ropeway.runtime.login import Identity
@@ -22,6 +23,8 @@ from ropeway.runtime.manifest import canonical_json
 from ropeway.storage import Store
 
 PRODUCTION = "production"
+STATEMENT = "provenance.intoto.json"  # attachments that other tools read
+ML_BOM = "mlbom.cdx.json"
 Decision = Literal["approve", "reject"]
 _SHOWN_FILES = 3
 # run.json has parameters, metrics and ledger. Tokenizer files are excluded: they would add 100,000 lines.
@@ -187,7 +190,13 @@ class Version:
         versions, *_ = [verify_log(self.store, log) for log in model_logs(self.store, self.name)]
         attached = [file for event in versions if event["digest"] == self.digest for file in attached_files(event)]
         files = [*self.manifest.files, *attached]
-        if faults := [f"  {fault}" for file in files if (fault := blob_fault(self.store, file, rehash=True))]:
+        faults = [f"  {fault}" for file in files if (fault := blob_fault(self.store, file, rehash=True))]
+        if not faults and (fault := self._statement_fault()):
+            raise DataError(
+                f"{self.store.url}: {self.reference} ({self._short_digest}): {STATEMENT} is not trusted: {fault}. The "
+                "model's files are intact; do not rely on its provenance"
+            )
+        if faults:
             head = f"{self.store.url}: {self.reference} ({self._short_digest}) is damaged; do not use it:"
             remedy = (
                 "Delete those of these blobs that exist, then publish the same package again: `ropeway registry "
@@ -285,6 +294,16 @@ class Version:
         """Store a signature; return False if this key already signed the version."""
         return sign(self.store, self.manifest, signer)
 
+    def attestations(self) -> dict[str, bytes]:
+        """Return the files by which other tools check the version, by name: signatures, provenance, ML-BOM.
+
+        A signature is a Sigstore bundle named `<key id>.sigstore.json`. The files that the version has not are absent.
+        """
+        bundles = read_bundles(self.store, self.name, self.digest)
+        found = {f"{keyid}.sigstore.json": data for keyid, data in bundles.items()}
+        attached = [file for file in self.attachments if file.path in (STATEMENT, ML_BOM)]
+        return found | {file.path: read_blob(self.store, file) for file in attached}
+
     def withdraw(self, *, by: str, reason: str) -> bool:
         """Withdraw the version permanently by a tombstone; return False if it was withdrawn before.
 
@@ -327,6 +346,12 @@ class Version:
                 f"{tombstone_key(self.name, self.digest)}. Choose another version"
             )
         check_policy(self.store, manifest)
+
+    def _statement_fault(self) -> str | None:
+        """Return why the provenance statement is not trusted; None without one, without a policy, or if it is."""
+        trust = load_trusted()
+        file = next((file for file in self.attachments if file.path == STATEMENT), None) if trust else None
+        return check_statement(read_blob(self.store, file), self.manifest, trust) if trust and file else None
 
     def _check_promotable(self) -> None:
         """Raise RegistryError unless the version is published and the blob of every file exists with its size."""

@@ -54,7 +54,12 @@ VARIABLES: dict[str, tuple[EnvironmentVariable, ...]] = {
         _V("ROPEWAY_CACHE", "Folder for versions that `chat` and `push-hub` pull.", "`$XDG_CACHE_HOME/ropeway`"),
         _V("XDG_CACHE_HOME", "Cache folder of the user.", "`~/.cache`"),
         _V("ROPEWAY_SIGNING_KEY", "File of the private key that signs what is published.", "not signed"),
-        _V("ROPEWAY_TRUSTED_KEYS", "Folder of `.pub` files. Versions that none of them signed are refused.", "all"),
+        _V("ROPEWAY_SIGNING_CERTIFICATE", "Its certificate and the intermediate ones, if users trust an authority."),
+        _V(
+            "ROPEWAY_TRUSTED_KEYS",
+            "Folder of `.pub`, `.crt` and `revoked.txt`. Versions that none of these keys signed are refused.",
+            "all",
+        ),
         _V("ROPEWAY_S3_TIMEOUT_SECONDS", "Timeout of a silent S3 connection, in seconds.", "60"),
         _V("ROPEWAY_S3_ALLOW_HTTP", "`1` allows plain HTTP to an S3 server on another machine.", "refused"),
         _V("AWS_PROFILE", "Section of the AWS configuration files."),

@@ -56,6 +56,7 @@ EXAMPLES = {
     "registry retire": ["other"],
     "registry keygen": ["key"],
     "registry sign": ["tiny@v1"],
+    "registry attestations": ["tiny@v1", "--to", "attestations"],
     "params show": [],
     "params explain": ["learning_rate"],
     "params diff": ["laptop", "smollm2"],

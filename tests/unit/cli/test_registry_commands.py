@@ -275,6 +275,11 @@ def test_signing_from_the_command_line(tmp_path, monkeypatch):
     assert "was signed before" in ask("sign", "tiny@v1")
     assert ask_json("show", "tiny@v1")["signed_by"] == [keyid]
     assert keyid in ask("show", "tiny@v1")
+    written = ask_json("attestations", "tiny@v1", "--to", str(tmp_path / "attestations"))
+    assert written["files"] == [f"{keyid}.sigstore.json"]
+    assert [path.name for path in (tmp_path / "attestations").iterdir()] == written["files"]
+    with pytest.raises(ConfigError, match="empty folder"):
+        ask("attestations", "tiny@v1", "--to", str(tmp_path / "attestations"))
 
 
 def test_a_long_transfer_is_counted_and_the_count_ends_with_it(world, monkeypatch):
