@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ropeway.models.conversation import Conversation, Message
+from ropeway.models.template_limits import check_limits
 from ropeway.models.template_probes import WatchedText, mark_parts, mark_tools
 from ropeway.runtime.errors import ConfigError
 
@@ -135,6 +136,7 @@ class JinjaTemplate:
         """
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        self._check_limits()
         try:
             pin_date(self.jinja, self._date)
             (text,), _ = render_jinja_template(
@@ -228,9 +230,17 @@ class JinjaTemplate:
 
     def _render_plain(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         """Render messages of role and text without the checks and copies that transformers makes for others."""
+        self._check_limits()
         pin_date(self.jinja, self._date)
         options = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
         return str(_compile(self.jinja).render(messages=messages, **options, **self._names))
+
+    def _check_limits(self) -> None:
+        messages = Conversation(("Hello.", "Hi.", "Bye."), "Be kind.").to_messages()
+        options = {"tools": None, "documents": None, "add_generation_prompt": True}
+        check_limits(
+            self.jinja, self.name, lambda: _compile(self.jinja).render(messages=messages, **options, **self._names)
+        )
 
     def _frame(self, turns: int, *, has_system: bool) -> Frame | UnusableConversationError:
         key = (has_system, turns)

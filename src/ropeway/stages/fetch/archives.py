@@ -104,7 +104,7 @@ def iterate_members(archive: Archive) -> Iterator[tuple[str, InputFile] | Skippe
                 raise DataError(f"{archive.path}: has two members {_show(member.name)}; pack it again")
             seen.names.add(member.name)
             yield from _offer(archive, member, seen)
-    except UNREADABLE as error:
+    except (*UNREADABLE, UnicodeDecodeError) as error:  # the last one: of a member's name
         raise DataError(
             f"{archive.path}: reading failed after {len(seen.names):,} members ({error}); fetch it again"
         ) from error

@@ -81,15 +81,37 @@ def locate_tensors(folder: Path) -> dict[str, Path]:
     """Return tensor name -> its file in a folder.
 
     Raises:
-        DataError: The folder has no safetensors.
+        DataError: The folder has no safetensors, or its index is not one of files in the folder.
     """
     index = folder / INDEX
     if index.is_file():
-        return {name: folder / file for name, file in json.loads(index.read_bytes())["weight_map"].items()}
+        return {name: folder / file for name, file in _read_weight_map(index).items()}
     if not (folder / SINGLE).is_file():
         raise DataError(f"{folder}: expected {SINGLE} or {INDEX}, found neither. Run `dvc repro train`")
-    with safe_open(folder / SINGLE, framework="pt") as tensors:
-        return dict.fromkeys(tensors.keys(), folder / SINGLE)
+    try:
+        with safe_open(folder / SINGLE, framework="pt") as tensors:
+            return dict.fromkeys(tensors.keys(), folder / SINGLE)
+    except SafetensorError as error:
+        raise _unreadable(folder / SINGLE, error) from None
+
+
+def _read_weight_map(index: Path) -> dict[str, str]:
+    try:
+        found = json.loads(index.read_bytes())["weight_map"]
+        if isinstance(found, dict) and all(
+            isinstance(file, str) and file.endswith(".safetensors") and "/" not in file for file in found.values()
+        ):
+            return found
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise DataError(
+        f"{index}: expected JSON with a weight_map of tensor names to .safetensors files in the same folder; pull or "
+        "package it again"
+    )
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    return DataError(f"{path}: not a valid safetensors file ({error}); pull or package it again")
 
 
 def read_dtypes(path: Path) -> Iterator[tuple[str, str]]:
@@ -103,7 +125,7 @@ def read_dtypes(path: Path) -> Iterator[tuple[str, str]]:
             for name in sorted(tensors.keys()):
                 yield name, tensors.get_slice(name).get_dtype()
     except SafetensorError as error:
-        raise DataError(f"{path}: not a valid safetensors file ({error}); pull or package it again") from None
+        raise _unreadable(path, error) from None
 
 
 def read_tensor(path: Path, name: str) -> torch.Tensor:

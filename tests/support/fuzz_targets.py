@@ -1,0 +1,253 @@
+"""What `make fuzz` feeds with arbitrary bytes: every parser of bytes that Ropeway did not write itself.
+
+A target takes bytes. It may return or raise a RopewayError, which names the fault to the user. Whatever else it raises
+is a finding, and so is a target that needs more than a second or a gigabyte.
+"""
+
+import gzip
+import io
+import json
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+from ropeway.config.load_params import load_profiles
+from ropeway.data.data_profile import DataProfile
+from ropeway.data.drift import compare_profiles
+from ropeway.models.conversation import Conversation
+from ropeway.models.jinja_template import JinjaTemplate, UnusableConversationError
+from ropeway.orchestration.remote.request import StageRequest
+from ropeway.registry.layout import read_reference, reviews_log, versions_log
+from ropeway.registry.log import read_event
+from ropeway.registry.rules import PackageFile, check_content, check_files
+from ropeway.registry.signing import _certified_keyid, check_statement
+from ropeway.registry.signing_keys import Trust
+from ropeway.registry.version_manifest import VersionManifest, load_version_manifest
+from ropeway.reporting.markdown import escape
+from ropeway.runtime.errors import RopewayError
+from ropeway.stages.fetch.archives import Archive, SkippedMember, iterate_members
+from ropeway.stages.fetch.decompress import InputFile
+from ropeway.stages.fetch.files import iterate_objects
+from ropeway.stages.fetch.records import find_unused, required_columns, to_record
+from ropeway.stages.fetch.values import UnreadableError
+from ropeway.stages.package.weights import locate_tensors, read_dtypes
+
+ROWS = ("messages", "sharegpt", "alpaca", "text")
+FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow", ".jsonl.gz", ".jsonl.zst", ".json.bz2")
+MOST_ITEMS = 2000
+ROOT = Path(__file__).parents[2]
+FILE = PackageFile("config.json", "0" * 64, 2)
+
+
+class OneObject:
+    """A store in which every key has the same bytes."""
+
+    url = "file:///fuzz"
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+    def get(self, _key):
+        return self.data
+
+
+@cache
+def _folder() -> Path:
+    return Path(tempfile.mkdtemp(prefix="ropeway-fuzz-", dir="/dev/shm"))
+
+
+def _file(name: str, data: bytes) -> Path:
+    path = _folder() / name
+    path.write_bytes(data)
+    return path
+
+
+def manifest(data):
+    import hashlib
+
+    load_version_manifest(OneObject(data), "tiny", hashlib.sha256(data).hexdigest())
+
+
+def event(data):
+    for log in (versions_log("tiny"), reviews_log("tiny")):
+        read_event(OneObject(data), log, 1)
+
+
+def reference(data):
+    read_reference(data.decode(errors="surrogateescape"))
+
+
+def package_path(data):
+    text = data.decode(errors="surrogateescape")
+    check_files([PackageFile(text, "0" * 64, 2), FILE])
+
+
+def package_content(data):
+    name = ("a.json", "a.safetensors", "a.model", "a.png", "a.html")[len(data) % 5]
+    check_content(_file("content", data), name)
+
+
+def signature(data):
+    _certified_keyid(data)
+    assert check_statement(data, VersionManifest("tiny", (FILE,), {}), Trust({}))
+
+
+def params(data):
+    load_profiles(ROOT / "params.yaml", text=data.decode(errors="surrogateescape"))
+
+
+def rows(data):
+    """A file of records in any format and kind of rows, chosen by its first two bytes."""
+    if len(data) < 2:
+        return
+    kind, form = ROWS[data[0] % len(ROWS)], FORMATS[data[1] % len(FORMATS)]
+    form = ".txt" if kind == "text" and data[1] % 3 == 0 else form
+    _read_rows(InputFile.of(_file(f"rows{form}", data[2:])), kind)
+
+
+def _read_rows(file: InputFile, kind: str) -> None:
+    for count, (_, value) in enumerate(iterate_objects(file, required_columns(kind, {}))):
+        if not isinstance(value, UnreadableError):
+            try:
+                to_record(value, kind, {})
+                find_unused(value, kind, {})
+            except UnreadableError:
+                pass
+        if count > MOST_ITEMS:
+            break
+
+
+def archive(data):
+    if not data:
+        return
+    name = ("rows.zip", "rows.tar", "rows.tgz", "rows.tar.zst")[data[0] % 4]
+    path = _file(name, data[1:])
+    found = Archive(name, path, None, [], documents=bool(data[0] & 128), scratch=_folder() / "scratch")
+    (_folder() / "scratch").mkdir(exist_ok=True)
+    for count, one in enumerate(iterate_members(found)):
+        if not isinstance(one, SkippedMember):
+            _read_rows(one[1], "text" if found.documents else "messages")
+        if count > MOST_ITEMS:
+            break
+
+
+def record(data):
+    """A JSON value as a record of each kind of rows."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return
+    for kind in ROWS:
+        try:
+            to_record(value, kind, {})
+            find_unused(value, kind, {})
+        except UnreadableError:
+            pass
+
+
+def template(data):
+    chat = JinjaTemplate(data.decode(errors="surrogateescape"), {"bos": "<s>", "eos": "</s>"}, ["<s>", "</s>"])
+    with suppress(UnusableConversationError):
+        chat.render(Conversation("be kind", ("hello", "yes")), end="</s>")
+
+
+def request(data):
+    StageRequest.from_json(data.decode(errors="surrogateescape"))
+
+
+def data_profile(data):
+    try:
+        values = json.loads(data)
+    except (ValueError, RecursionError):
+        return
+    if isinstance(values, dict):
+        try:
+            compare_profiles(values, values, None)
+            DataProfile.from_json(values)
+        except (KeyError, TypeError, ValueError):  # its readers make these a DataError
+            pass
+
+
+def weights(data):
+    folder = _folder() / "weights"
+    folder.mkdir(exist_ok=True)
+    index = folder / "model.safetensors.index.json"
+    if data[:1] == b"{":
+        index.write_bytes(data)
+        assert all(path.parent == folder for path in locate_tensors(folder).values())
+        return
+    index.unlink(missing_ok=True)
+    path = folder / "model.safetensors"
+    path.write_bytes(data)
+    list(read_dtypes(path))
+    locate_tensors(folder)
+
+
+def markdown(data):
+    """Text of a record in a page: no tag of it may survive."""
+    text = escape(data.decode(errors="replace"))
+    assert "<" not in text.replace("\\<", "").replace("&lt;", ""), text
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    one.__name__: one
+    for one in (
+        manifest, event, reference, package_path, package_content, signature, params, rows, archive, record, template,
+        request, data_profile, weights, markdown,
+    )
+}  # fmt: skip
+ALLOWED = RopewayError
+
+
+def seeds() -> dict[str, list[bytes]]:
+    """Return valid inputs per target, from which mutations start."""
+    chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    tools = {"messages": [*chat["messages"], {"role": "tool", "content": [{"type": "text", "text": "x"}]}], "tools": []}
+    other = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "system": "s"}
+    told = {"instruction": "a", "input": "", "output": "b"}
+    jsons = [json.dumps(one).encode() for one in (chat, tools, other, told, {"text": "a b"}, [chat])]
+    lines = b"\n".join(jsons)
+    table = b'instruction,output\n"a","b ""c"""\n'
+    document = VersionManifest("tiny", (FILE,), {"dtype": "fp32"}).document
+    event_fields = {"digest": "0" * 64, "published_at": "x", "provenance": {}, "attachments": {}}
+    zipped, tarred = io.BytesIO(), io.BytesIO()
+    with zipfile.ZipFile(zipped, "w", zipfile.ZIP_DEFLATED) as made:
+        made.writestr("a.jsonl", lines)
+        made.writestr("b/c.txt", "words")
+    with tarfile.open(fileobj=tarred, mode="w") as made:
+        info = tarfile.TarInfo("a.jsonl")
+        info.size = len(lines)
+        made.addfile(info, io.BytesIO(lines))
+    header = json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    tensors = len(header).to_bytes(8, "little") + header + b"\0\0\0\0"
+    chatml = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>{% endfor %}"
+    bundle = {
+        "verificationMaterial": {"x509CertificateChain": {"certificates": [{"rawBytes": "AAAA"}]}},
+        "dsseEnvelope": {"payload": "e30=", "payloadType": "x", "signatures": [{"sig": "AA==", "keyid": ""}]},
+    }
+    signed = [json.dumps(one).encode() for one in (bundle, bundle["dsseEnvelope"])]
+    asked = StageRequest("train", "tiny", "/srv/x.git", "0" * 40, "", "0" * 32).to_json().encode()
+    histogram = {"lengths": [1] * 60, "turns": [1] * 8, "records": 3, "scripts": {"latin": 3}, "roles": {}}
+    return {
+        "manifest": [document],
+        "event": [json.dumps(event_fields).encode()],
+        "reference": [b"laptop@candidate", b"laptop@v3", b"x@0123abcd"],
+        "package_path": [b"a/b.json", b"../x.json", b"con.txt"],
+        "package_content": [tensors, b"{}", b"\x89PNG\r\n\x1a\nx"],
+        "signature": signed,
+        "params": [b"profile: a\na: {rng_seed: 1}\n", b"profile: a\nx: &x {a: 1}\na: {<<: *x}\n"],
+        "rows": [bytes([kind, form]) + body for kind in range(4) for form, body in enumerate(
+            (lines, jsons[5], table, table.replace(b",", b"\t"), b"words", b"PAR1PAR1", b"ARROW1\0\0",
+             gzip.compress(lines), b"\x28\xb5\x2f\xfd", b"BZh9"))],
+        "archive": [b"\0" + zipped.getvalue(), b"\1" + tarred.getvalue(), b"\2" + gzip.compress(tarred.getvalue())],
+        "record": jsons,
+        "template": [chatml.encode(), b"{% set x = namespace(a=1) %}{% if x.a %}y{% endif %}"],
+        "request": [asked],
+        "data_profile": [json.dumps(histogram).encode()],
+        "weights": [tensors, json.dumps({"weight_map": {"w": "model-00001.safetensors"}}).encode()],
+        "markdown": [b"<script>alert(1)</script>", b"[a](javascript:x) `<b>`", b"&lt;&#60;"],
+    }  # fmt: skip
