@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # uv installs no bytecode files. The first import of a module writes them, so later processes do not compile it again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup lock run test test-unit test-slow test-loaders test-lm-eval test-families test-slurm test-pools test-floors test-browser test-docs test-fresh test-image check docs ui chaos bench bench-packing bench-plan bench-start bench-prepare bench-evaluate bench-registry bench-engine bench-train bench-checkpoint bench-opening bench-templates bench-gpu bench-gpu-dry test-gpu chaos-registry soak clean
+.PHONY: help setup lock run test test-unit test-slow test-loaders test-lm-eval test-families test-slurm test-pools test-floors test-browser test-docs test-fresh test-image check docs ui chaos bench bench-packing bench-plan bench-start bench-prepare bench-evaluate bench-registry bench-engine bench-train bench-checkpoint bench-opening bench-templates bench-gpu bench-gpu-dry test-gpu chaos-registry soak fuzz clean
 .DEFAULT_GOAL := help
 
 help:
@@ -34,6 +34,7 @@ help:
 	@echo "make bench-gpu   the first half hour with a GPU: one JSON and one page (make bench-gpu-dry runs it on a CPU)"
 	@echo "make test-gpu    the tests that need a GPU"
 	@echo "make bench-registry, make chaos-registry KILLS=30   test the registry on S3 (starts a server on loopback)"
+	@echo "make fuzz RUNS=100000   feed arbitrary bytes to every parser of files from outside (installs Atheris)"
 	@echo "make soak RUNS=200   retrain again and again while data changes, processes are killed and the store fails"
 	@echo "make setup   install the environment (EXTRAS=eval adds lm-evaluation-harness)"
 
@@ -61,6 +62,10 @@ $(VENV)/.ready-eval: $(VENV)/.ready-test
 $(VENV)/.ready-browser: $(VENV)/.ready-test
 	$(INSTALL) dev browser
 	@test -n "$$ROPEWAY_CHROMIUM" || command -v chromium > /dev/null || $(BIN)/playwright install --with-deps chromium
+	@touch $@
+
+$(VENV)/.ready-fuzz: $(VENV)/.ready-test
+	$(INSTALL) dev fuzz
 	@touch $@
 
 $(VENV)/.ready-bench: $(VENV)/.ready-run
@@ -130,7 +135,7 @@ test-pools: $(VENV)/.ready-pools
 	$(BIN)/pytest -q -m pools tests/pools
 
 test-browser: $(VENV)/.ready-browser
-	$(BIN)/pytest -q -m browser tests/pipeline/test_browser_review.py
+	$(BIN)/pytest -q -m browser tests/pipeline/test_browser_review.py tests/pipeline/test_browser_pages.py
 
 # The commands in docs/, in one new workspace with a small run.
 test-docs: $(VENV)/.ready-test
@@ -218,6 +223,11 @@ chaos: $(VENV)/.ready-test
 	$(BIN)/python -m tests.support.kill_sweep $(or $(KILLS),100) $(if $(ASYNC_SAVE),--async-save)
 
 # 200 rounds take about three hours on two cores; MINUTES=60 ends it earlier.
+# Arbitrary bytes for every parser of bytes from outside; inputs that led to a finding are in .work/fuzz.
+fuzz: $(VENV)/.ready-fuzz
+	@mkdir -p build
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.support.fuzz $(or $(RUNS),100000) $(if $(MINUTES),--minutes $(MINUTES)) 2> build/fuzz.log || (grep -v "^INFO" build/fuzz.log; exit 1)
+
 soak: $(VENV)/.ready-test
 	$(BIN)/python -m tests.support.soak $(or $(RUNS),200) $(if $(MINUTES),--minutes $(MINUTES))
 

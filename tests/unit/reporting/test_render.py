@@ -8,6 +8,7 @@ import pytest
 from ropeway.reporting import markdown
 from ropeway.reporting.colors import DARK, LIGHT
 from ropeway.reporting.render import render
+from tests.support.pages import assert_only_its_own_script
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -46,6 +47,7 @@ def test_html_shows_hostile_text_and_runs_none_of_it(text):
     page = render("page.html.jinja", title=text)
     assert page.encode().decode() == page
     assert page.count("<script>") == 1
+    assert_only_its_own_script(page)
     assert not {"\u202e", "\u2066", "\x1b", "\x00", "\ud83d"} & set(page)
     assert page == render("page.html.jinja", title=text)
 

@@ -17,6 +17,7 @@ from ropeway.models.conversation import Conversation
 from ropeway.reporting.inspection import inspect_sequence, open_prepared, to_json
 from ropeway.reporting.turns import ConversationFinder, Turns, show_turn
 from tests.support.chat_templates import STYLES
+from tests.support.pages import assert_only_its_own_script
 from tests.support.prepared_run import TALKS, make_prepared
 
 EVIL = "<script>alert(1)</script>"
@@ -184,6 +185,7 @@ def test_tokens_are_shown_where_raw_data_were_removed(made, tmp_path):
 def test_the_page_shows_the_turns_and_nothing_of_them_is_markup(made):
     page = made[0].report.read_text(encoding="utf-8")
     assert page.count("<script>") == 1
+    assert_only_its_own_script(page)
     assert "Conversation of record 7, up to answer 1: 3 messages" in page
     assert '<div class="turn trained"><p class="who">assistant <small>trained</small></p>' in page
     assert "tool call: look_up" in page

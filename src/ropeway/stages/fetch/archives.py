@@ -209,6 +209,8 @@ def _iterate_zip(path: Path) -> Iterator[_Member]:
     with open_decompressed(InputFile.of(path)) as file, zipfile.ZipFile(file) as opened:
         for info in opened.infolist():
             mode = info.external_attr >> _UNIX
+            if not info.filename:
+                raise zipfile.BadZipFile("a member has no name")
             if info.is_dir():
                 continue
             refusal = "is encrypted; pack it without a password" if info.flag_bits & _ENCRYPTED else ""

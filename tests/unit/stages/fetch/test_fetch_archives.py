@@ -230,6 +230,14 @@ def twice(way):
         return way([("a.jsonl", line("a")), ("a.jsonl", line("b"))])
 
 
+def nameless():
+    """A zip whose only member has an empty name: the length of its name is moved to its extra field."""
+    data = bytearray(make_zip({"q": b""}))
+    lengths = data.index(b"PK\x01\x02") + 28
+    data[lengths : lengths + 4] = bytes([0, 0, 1, 0])
+    return bytes(data)
+
+
 GOOD = {"a.jsonl": line("a" * 900), "b.jsonl": line("b" * 900)}
 TAR, ZIP = make_tar(GOOD), make_zip(GOOD, method=zipfile.ZIP_STORED)
 HEADER_OF_B = TAR.index(b"b.jsonl")
@@ -252,6 +260,14 @@ BROKEN = [
     ),
     ("unknown compression", "a.zip", other_method({"a.jsonl": line("a")}), DataError, "a.jsonl: reading failed.*compr"),
     ("an empty member", "a.zip", make_zip({"a.jsonl": b""}), DataError, "a.zip/a.jsonl: contains 0 records"),
+    (
+        "zip: a name that is not UTF-8",
+        "a.zip",
+        make_zip({"é": b""}).replace("é".encode(), b"\xff\xfe"),
+        DataError,
+        "utf-8",
+    ),
+    ("zip: no name", "a.zip", nameless(), DataError, "a member has no name"),
     ("zip cut", "a.zip", ZIP[:-10], DataError, "a.zip: reading failed"),
     ("zip: other bytes", "a.zip", ZIP.replace(b"aaaa", b"aaab", 1), DataError, "a.jsonl: reading failed.*CRC"),
     ("zip: a name twice", "a.zip", twice(make_zip), DataError, "a.zip: has two members a.jsonl"),

@@ -24,6 +24,7 @@ from ropeway.stages.package.weights import (
     HEAD,
     INDEX,
     SINGLE,
+    locate_tensors,
     name_shards,
     plan_shards,
     read_dtypes,
@@ -217,3 +218,13 @@ def test_a_block_that_changes_when_cut_out_is_refused(tmp_path):
     params.write_text("shared: &it {x: 1}\na:\n  x: 0\n  nested: *it\n")
     with pytest.raises(ConfigError, match=r"profile 'a': .*`<<: \*name`"):
         write_blocks(params, "a", tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize(
+    "index", [b"{", b"[]", b"{}", b'{"weight_map": 1}', b'{"weight_map": {"w": 1}}',
+              b'{"weight_map": {"w": "../../secret.safetensors"}}', b'{"weight_map": {"w": "x.bin"}}', b"[" * 100_000],
+)  # fmt: skip
+def test_an_index_of_weights_names_files_of_its_own_folder(tmp_path, index):
+    (tmp_path / INDEX).write_bytes(index)
+    with pytest.raises(DataError, match="weight_map"):
+        locate_tensors(tmp_path)
