@@ -75,7 +75,8 @@ def locate_model(source: str, registry: str | None) -> Path:
             raise ConfigError(
                 f"{source}: expected an existing folder (e.g. runs/PROFILE/package) or a registry version (NAME@ALIAS)"
             )
-        from ropeway.cli.registry_commands import open_registry, pull_cached
+        from ropeway.cli.registry_commands import pull_cached
+        from ropeway.cli.registry_options import open_registry
 
         folder = pull_cached(open_registry(registry).version(source)).folder
     check_folder(folder)

@@ -9,7 +9,6 @@ from typing import Annotated
 
 import typer
 
-from ropeway.cli import attestation_commands  # noqa: F401 - adds its command
 from ropeway.cli.completion import complete_profile, complete_split_words, complete_stage, complete_version
 from ropeway.cli.options import JsonOption, ProfileOption, RegistryOption, VersionArgument, open_profile
 from ropeway.cli.params_commands import params_app
@@ -149,7 +148,8 @@ def push_hub(
     as_json: JsonOption = False,
 ) -> None:
     """Verify a published version and upload it to the Hugging Face Hub."""
-    from ropeway.cli.registry_commands import open_registry, print_json, print_words, upload_version
+    from ropeway.cli.registry_commands import upload_version
+    from ropeway.cli.registry_options import open_registry, print_json, print_words
 
     done = upload_version(open_registry(registry).version(version), repo, private=private, dry_run=dry_run)
     if as_json:
@@ -250,7 +250,7 @@ def reproduce(
     as_json: JsonOption = False,
 ) -> None:
     """Rerun a version from its recorded commit, params and data, and compare the weights byte by byte."""
-    from ropeway.cli.registry_commands import open_registry, print_json, print_words
+    from ropeway.cli.registry_options import open_registry, print_json, print_words
     from ropeway.orchestration.reproduce import reproduce as make_again
 
     def say(line: str) -> None:

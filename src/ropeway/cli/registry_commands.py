@@ -1,4 +1,4 @@
-"""`ropeway registry …`: what the flows do, without Prefect, and what keeps a registry in order.
+"""`ropeway registry …`: what the flows do, without Prefect; what keeps a registry in order is in `upkeep_commands`.
 
 Importing this loads typer and nothing heavier.
 """
@@ -9,70 +9,42 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ropeway.cli.completion import complete_alias, complete_model, complete_version
-from ropeway.config.suggestion import unknown_name
+from ropeway.cli.completion import complete_model
+from ropeway.cli.registry_options import (
+    AliasReference,
+    By,
+    Json,
+    Reason,
+    Reference,
+    Url,
+    open_registry,
+    print_json,
+    print_words,
+    user_name,
+)
+from ropeway.cli.upkeep_commands import upkeep_app
 from ropeway.runtime.errors import ConfigError, NotFoundError, RegistryError
 from ropeway.runtime.login import identity_of
-from ropeway.runtime.workspace import Workspace, find_root
 
 if TYPE_CHECKING:
     from ropeway.registry import AnyDigest, Promotion, PullResult, Registry, Version
     from ropeway.storage import Store
 
 registry_app = typer.Typer(no_args_is_help=True, help="List, verify, pull, promote and withdraw published versions.")
+registry_app.add_typer(upkeep_app)
 
-Reference = Annotated[
-    str,
-    typer.Argument(help="NAME@ALIAS, NAME@v3 or NAME@DIGEST (8 digits or more)", autocompletion=complete_version),
-]
-AliasReference = Annotated[str, typer.Argument(help="NAME@ALIAS", autocompletion=complete_alias)]
-Url = Annotated[
-    str | None,
-    typer.Option("--registry", help="file:///path or s3://bucket/prefix. Default: ROPEWAY_REGISTRY, else ./registry."),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, with full digests and unrounded numbers.")]
-By = Annotated[str | None, typer.Option(help="Who does it, recorded permanently. Default: the user name.")]
-Reason = Annotated[str, typer.Option(help="The reason, recorded permanently.")]
-_LONG_BYTES = 64 << 20  # about a second on a fast network
 Alias = Annotated[str, typer.Argument(help="The alias to move, e.g. production.")]
 Expect = Annotated[
     str, typer.Option(help="Refuse unless the alias points to this now: v3, a digest, an alias, `none` or `any`.")
 ]
 
 
-def open_registry(url: str | None) -> "Registry":
-    """Return the registry of `--registry`, else the workspace's."""
-    from ropeway.registry import Registry
-
-    return Registry.open(url or Workspace(find_root(), "").registry_url)
-
-
-def user_name() -> str:
-    """Return who runs this; raise ConfigError when the system does not know."""
-    import getpass
-
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a user without a name, as in some containers; OSError since Python 3.13
-        raise ConfigError("the current user has no name; pass --by NAME") from None
-
-
-def print_json(value: object) -> None:
-    """Print a value for programs."""
-    typer.echo(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False))
-
-
-def print_words(*lines: str) -> None:
-    """Print lines for a person, wrapped to the terminal."""
-    from ropeway.runtime.terminal import show
-
-    show(*lines)
+_LONG_BYTES = 64 << 20  # about a second on a fast network
 
 
 @contextmanager
@@ -380,126 +352,3 @@ def diff(
     versions = open_registry(registry)
     found = versions.version(old).compare(versions.version(new))
     print_json(found) if as_json else terminal.show(tables.draw_comparison(found))
-
-
-@registry_app.command()
-def withdraw(
-    reference: Reference, *, reason: Reason, by: By = None, registry: Url = None, as_json: Json = False
-) -> None:
-    """Record permanently that a version must not be used; refused while an alias points to it."""
-    version = open_registry(registry).version(reference)
-    created = version.withdraw(by=by or user_name(), reason=reason)
-    if as_json:
-        print_json({"name": version.name, "digest": version.digest, "created": created})
-    else:
-        print_words(f"{version.name} {version.digest} {'is withdrawn' if created else 'was withdrawn before'}")
-
-
-@registry_app.command()
-def retire(
-    model: Annotated[str, typer.Argument(help="The model.", autocompletion=complete_model)],
-    *,
-    keep: Annotated[int, typer.Option(min=1, help="How many of the newest versions stay.")] = 50,
-    apply: Annotated[bool, typer.Option("--apply", help="Withdraw them. Default: only list them.")] = False,
-    by: By = None,
-    registry: Url = None,
-    as_json: Json = False,
-) -> None:
-    """Withdraw old versions that no alias points to and that were never production.
-
-    `ropeway registry gc --withdrawn --apply` then removes their files; their records stay.
-    """
-    opened = open_registry(registry)
-    names = [one.name for one in opened.artifacts()]
-    if model not in names:
-        raise NotFoundError(f"model '{model}' {unknown_name(model, names)}")
-    found = opened.artifact(model).retirable(keep)
-    if apply:
-        for version in found:
-            version.withdraw(by=by or user_name(), reason=f"retired: older than the newest {keep} versions")
-    if as_json:
-        print_json({"applied": apply, "keep": keep, "digests": [version.digest for version in found]})
-        return
-    for version in found:
-        print_words(f"{version} {version.digest}")
-    done = "withdrawn" if apply else "would be withdrawn; to do it: --apply"
-    print_words(f"{len(found)} versions {done}")
-
-
-@registry_app.command()
-def gc(
-    *,
-    apply: Annotated[bool, typer.Option("--apply", help="Remove the files. Default: only list them.")] = False,
-    grace_hours: Annotated[float, typer.Option(min=0, help="Keep files younger than this.")] = 24,
-    withdrawn: Annotated[
-        bool, typer.Option("--withdrawn", help="Also remove files that only withdrawn versions need.")
-    ] = False,
-    registry: Url = None,
-    as_json: Json = False,
-) -> None:
-    """List files that no version and no running publish needs; --apply removes them."""
-    from ropeway.runtime.terminal import format_count, show
-
-    opened = open_registry(registry)
-    act = opened.collect if apply else opened.find_garbage
-    found = act(grace=timedelta(hours=grace_hours), withdrawn=withdrawn)
-    if as_json:
-        keys = [entry.key for entry in found.entries]
-        uploads = [upload.name for upload in found.incomplete_uploads]
-        print_json(
-            {
-                "applied": apply,
-                "bytes": found.bytes,
-                "keys": keys,
-                "incomplete_uploads": uploads,
-                "in_grace_period": found.in_grace_period,
-            }
-        )
-        return
-    for entry in found.entries:
-        print_words(f"{entry.key}  {entry.bytes:,} bytes  {entry.modified_at:%Y-%m-%d %H:%M}")
-    for upload in found.incomplete_uploads:
-        print_words(f"{upload.name}  incomplete upload  {upload.started_at:%Y-%m-%d %H:%M}")
-    verb = "removed" if apply else "would be removed (--apply removes them)"
-    garbage = f"{format_count(len(found.entries), 'file')} ({found.bytes:,} bytes)"
-    incomplete = format_count(len(found.incomplete_uploads), "incomplete upload")
-    show(f"{garbage} and {incomplete} {verb}; {found.in_grace_period:,} more kept, younger than {grace_hours:g} hours")
-
-
-@registry_app.command()
-def sign(reference: Reference, *, registry: Url = None, as_json: Json = False) -> None:
-    """Sign a version with the key in ROPEWAY_SIGNING_KEY; earlier signatures stay."""
-    from ropeway.registry.signing import load_signer
-
-    opened, signer = open_registry(registry), load_signer()
-    if signer is None:
-        raise ConfigError("ROPEWAY_SIGNING_KEY: not set; expected a private key's file. `ropeway registry keygen`")
-    version = opened.version(reference)
-    created = version.sign(signer)
-    if as_json:
-        facts = {"name": version.name, "digest": version.digest}
-        print_json({**facts, "keyid": signer.keyid, "created": created})
-    else:
-        print_words(
-            f"{version.name} {version.digest[:12]} {'signed' if created else 'was signed before'} by {signer.keyid}"
-        )
-
-
-@registry_app.command()
-def keygen(
-    path: Annotated[
-        Path, typer.Argument(help="File of the private key to create; the public key is written to PATH.pub.")
-    ],
-    *,
-    as_json: Json = False,
-) -> None:
-    """Create a key pair (ECDSA, P-256) for signing versions."""
-    from ropeway.registry.signing_keys import make_keys
-
-    keyid = make_keys(path)
-    if as_json:
-        print_json({"keyid": keyid, "private": str(path), "public": f"{path}.pub"})
-        return
-    print_words(
-        f"key {keyid}\nprivate key, for ROPEWAY_SIGNING_KEY: {path}\npublic key, for ROPEWAY_TRUSTED_KEYS: {path}.pub"
-    )
