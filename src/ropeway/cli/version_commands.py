@@ -23,7 +23,7 @@ def drift(
     as_json: JsonOption = False,
 ) -> None:
     """Compare the data of two versions. Limits are those that the later version was published with."""
-    from ropeway.cli.registry_commands import open_registry, print_json
+    from ropeway.cli.registry_options import open_registry, print_json
     from ropeway.config.sections import DriftLimits
     from ropeway.data.drift import DriftReference, compare_profiles
     from ropeway.orchestration.drift_evidence import read_data_profile
@@ -66,7 +66,7 @@ def history(
     as_json: JsonOption = False,
 ) -> None:
     """Show the versions of a model over time: scores, drift, gate, review, time, cost. Regressions are flagged."""
-    from ropeway.cli.registry_commands import open_registry, print_json, print_words
+    from ropeway.cli.registry_options import open_registry, print_json, print_words
     from ropeway.reporting.history import read_history
     from ropeway.reporting.history_page import describe_last, describe_rule, history_table, render_history
     from ropeway.runtime.manifest import write_atomic
@@ -85,5 +85,7 @@ def history(
         print_words(f"history of {len(found.versions)} versions: {html.absolute()}")
     else:
         heads, rows = history_table(found, found.versions)
-        show(AlignedTable(heads, rows), "", Paragraph(describe_rule()), "")
+        show(AlignedTable(heads, rows), "")
+        if rule := describe_rule(found):
+            show(Paragraph(rule), "")
     show(*(Paragraph(words, style="bold red" if is_bad else "") for is_bad, words in describe_last(found)))

@@ -195,6 +195,22 @@ def _describe_source(values: Json, account: Json) -> dict[str, Any]:
     }
 
 
+def check_lists(profile: Json) -> None:
+    """Raise ValueError unless every list of a data_profile.json of this format has the length that it must have."""
+    parts = [("all", profile.get("all"), _LISTS)]
+    sources = profile.get("sources")
+    if isinstance(sources, Mapping):
+        kept = {key: length for key, length in _LISTS.items() if key not in _OF_ALL}
+        parts += [(f"sources.{name}", source, kept) for name, source in sources.items()]
+    for place, part, lists in parts:
+        for key, length in lists.items():
+            found = part.get(key) if isinstance(part, Mapping) else None
+            if not isinstance(found, list) or len(found) != length:
+                count = f"{len(found)} values" if isinstance(found, list) else "no list"
+                raise ValueError(f"{place}.{key}: expected {length} values, found {count}")
+
+
+_LISTS = {"lengths": LENGTH_BINS, "turns": LENGTH_BINS, "systems": SYSTEM_BUCKETS, "tokens_by_bucket": TOKEN_BUCKETS}
 _OF_ALL = ("systems", "tokens_by_bucket", "top_tokens", "hashes")
 
 

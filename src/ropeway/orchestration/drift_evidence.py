@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ropeway.config.sections import DriftLimits
-from ropeway.data.data_profile import FILE
+from ropeway.data.data_profile import FILE, FORMAT, check_lists
 from ropeway.data.drift import DriftEvidence, DriftReference, compare_profiles
 from ropeway.registry import Artifact, Version
 from ropeway.runtime.errors import DataError, NotFoundError, RegistryError
@@ -62,7 +62,7 @@ def read_data_profile(version: Version) -> Json:
 
     Raises:
         NotFoundError: It has none: an older Ropeway published it.
-        DataError: The stored file is damaged.
+        DataError: The stored file is no JSON, or a list of it has another length than its format states.
     """
     data = version.read_file(FILE)
     if data is None:
@@ -71,7 +71,14 @@ def read_data_profile(version: Version) -> Json:
         found = json.loads(data)
     except ValueError as error:
         raise DataError(f"{version}: {FILE} is not JSON ({error})") from None
-    return found if isinstance(found, dict) else {}
+    if not isinstance(found, dict):
+        return {}
+    if found.get("format") == FORMAT:
+        try:
+            check_lists(found)
+        except ValueError as error:
+            raise DataError(f"{version}: {FILE}: {error}. Another Ropeway, or none, wrote it") from None
+    return found
 
 
 def _choose_references(

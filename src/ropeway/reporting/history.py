@@ -103,6 +103,7 @@ class HistoryVersion:
         gpu_hours: GPUs times training time; 0 on a CPU.
         cost: `gpu_hours` times the price of now.
         wandb: Link of its W&B run.
+        compared: Keys of the metrics that enough versions before it have, so that the rule of regressions applies.
     """
 
     number: int
@@ -134,6 +135,7 @@ class HistoryVersion:
     cost: float | None
     wandb: str | None
     regressions: tuple[Regression, ...] = ()
+    compared: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +152,11 @@ class History:
     total: int
     versions: tuple[HistoryVersion, ...]
     price: float | None
+
+    @property
+    def is_compared(self) -> bool:
+        """Whether the rule of regressions applies to any of the versions."""
+        return any(one.compared for one in self.versions)
 
     @property
     def last_regressions(self) -> tuple[Regression, ...]:
@@ -209,21 +216,26 @@ def build_history(
     found: list[HistoryVersion] = []
     for facts in recent:
         one = _read_version(name, facts, price)
-        worse = [regression for metric in METRICS if (regression := _find_regression(metric, one, found))]
+        compared = [metric for metric in METRICS if _is_comparable(metric, one, found)]
+        worse = [regression for metric in compared if (regression := _find_regression(metric, one, found))]
         if any(regression.metric == "loss" for regression in worse):  # the same, by the byte
             worse = [regression for regression in worse if regression.metric != "nats_per_byte"]
-        found.append(replace(one, regressions=tuple(worse)))
+        found.append(replace(one, regressions=tuple(worse), compared=tuple(metric.key for metric in compared)))
     return History(name, url, total, tuple(found[-shown:] if shown else found), price)
 
 
+def _is_comparable(metric: HistoryMetric, one: HistoryVersion, before: Sequence[HistoryVersion]) -> bool:
+    values = [getattr(other, metric.key) for other in (one, *before)]
+    return values[0] is not None and sum(value is not None for value in values[1:]) >= LEAST
+
+
 def _find_regression(metric: HistoryMetric, one: HistoryVersion, before: Sequence[HistoryVersion]) -> Regression | None:
+    """Return how a comparable value is worse than those before; None if it is not."""
     value = getattr(one, metric.key)
     earlier = [other for other in before if getattr(other, metric.key) is not None]
     alike = [other for other in earlier if other.rows == one.rows]
     same_rows = not metric.by_rows or len(alike) >= LEAST
     chosen = [getattr(other, metric.key) for other in (alike if metric.by_rows and same_rows else earlier)][-WINDOW:]
-    if value is None or len(chosen) < LEAST:
-        return None
     median = statistics.median(chosen)
     spread = _MAD_TO_DEVIATION * statistics.median(abs(other - median) for other in chosen)
     worse = value - median if metric.better == "lower" else median - value

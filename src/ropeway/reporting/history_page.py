@@ -22,7 +22,7 @@ def render_history(history: History) -> str:
         title=f"{history.name}: history",
         history=history,
         status=describe_last(history),
-        rule=describe_rule(),
+        rule=describe_rule(history),
         uri=light,
         dark_uri=dark,
         alt=f"Mean loss, data drift, accuracy and training speed of {len(history.versions)} versions",
@@ -46,13 +46,15 @@ def render_history_markdown(history: History) -> str:
         "\n".join(states),
         f"![Mean loss, drift, accuracy and training speed by version]({picture})" if picture else "",
         table(cells),
-        plain(describe_rule()),
+        plain(describe_rule(history)),
     ]
     return "\n\n".join(filter(None, parts))
 
 
-def describe_rule() -> str:
-    """Return the rule of regressions in one sentence."""
+def describe_rule(history: History) -> str:
+    """Return the rule of regressions in one sentence; empty while no version has enough versions before it."""
+    if not history.is_compared:
+        return ""
     least = ", ".join(f"{metric.title} {metric.least:.0%}" for metric in METRICS)
     return (
         f"A value is a regression if it is worse than the median of up to {WINDOW} versions before it by more than "
@@ -72,9 +74,8 @@ def describe_last(history: History) -> list[tuple[bool, str]]:
         found.append((True, f"{last.version}: the gate did not pass: {', '.join(last.failed)}"))
     if last.drifted:
         found.append((True, f"{last.version}: DATA DRIFT above a limit: {', '.join(last.drifted)}"))
-    is_enough = history.total > LEAST
-    state = "no regression" if is_enough else f"too few versions to see a regression ({LEAST} before it are needed)"
-    return found or [(False, f"{last.version}: {state}, {_describe_gate(last)}, {_describe_drift(last)}")]
+    state = ["no regression"] if last.compared else []
+    return found or [(False, f"{last.version}: {', '.join([*state, _describe_gate(last), _describe_drift(last)])}")]
 
 
 def history_table(

@@ -6,12 +6,14 @@ import pytest
 from typer.testing import CliRunner
 
 from ropeway.cli.main import app
+from ropeway.data.data_profile import FILE
 from ropeway.registry import Registry
-from ropeway.runtime.errors import ConfigError, NotFoundError, RegistryError
+from ropeway.runtime.errors import ConfigError, DataError, NotFoundError, RegistryError
 from ropeway.runtime.workspace import Workspace
+from tests.support.data_profiles import profile_texts
 from tests.support.drift_world import ENGLISH, RUSSIAN, make_drifting
 from tests.support.history_world import make_history
-from tests.support.registry_world import count_requests
+from tests.support.registry_world import count_requests, make_pages
 
 
 @pytest.fixture
@@ -62,6 +64,36 @@ def test_drift_of_a_version_without_a_profile_is_an_error_of_one_sentence(worksp
         ask("drift", "laptop@v1", "laptop@v2")
     with pytest.raises(RegistryError, match="no such version"):
         ask("drift", "laptop@v1", "laptop@v9")
+
+
+def publish_profile(workspace, profile):
+    """Publish a version with this data profile, as another program could."""
+    make_drifting(workspace, 1, ENGLISH)
+    (workspace.pages / FILE).write_text(json.dumps(profile), encoding="ascii")
+    make_pages(workspace.package, workspace.pages, "# 2\n")
+    artifact = Registry.open(workspace.registry_url).artifact("laptop")
+    return artifact.publish(workspace.package, provenance={}, attachments={}, pages=workspace.pages)
+
+
+def test_a_source_name_that_utf_8_cannot_encode_is_an_escape_in_json(workspace):
+    publish_profile(workspace, profile_texts(ENGLISH, source="chats\ud800"))
+    found = ask_json("drift", "laptop@v1", "laptop@v2")
+    parts = {name for one in found["measures"] for name, *_ in one["largest"]}
+    assert {"docs", "chats\ud800"} <= parts
+
+
+@pytest.mark.parametrize(
+    ("place", "expected"), [("all", 64), ("sources.docs", 48)], ids=["of all sources", "of one source"]
+)
+def test_a_stored_profile_with_a_list_of_another_length_is_refused_by_name(workspace, place, expected):
+    profile = profile_texts(ENGLISH)
+    part = profile["all"] if place == "all" else profile["sources"]["docs"]
+    key = "systems" if place == "all" else "turns"
+    part[key] = part[key][:5]
+    publish_profile(workspace, profile)
+    words = rf"laptop@v2: data_profile\.json: {place}\.{key}: expected {expected} values, found 5"
+    with pytest.raises(DataError, match=words):
+        ask("drift", "laptop@v1", "laptop@v2")
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from dataclasses import asdict
 import pytest
 
 from ropeway.reporting.history import build_history
-from ropeway.reporting.history_page import describe_last, render_history, render_history_markdown
+from ropeway.reporting.history_page import describe_last, describe_rule, render_history, render_history_markdown
 
 
 def versions(losses, *, rows=None, speeds=None):
@@ -78,9 +78,24 @@ def test_the_newest_version_is_described_and_an_empty_history_is_a_page():
     assert [is_bad for is_bad, _ in describe_last(history([2.0] * 6 + [3.0]))] == [True]
     assert [is_bad for is_bad, _ in describe_last(history([2.0] * 6))] == [False]
     assert "no regression" in describe_last(history([2.0] * 6))[0][1]
-    assert "too few versions" in describe_last(history([2.0] * 4))[0][1]
     assert "no version" in render_history(history([]))
     assert "no version" in render_history_markdown(history([]))
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_too_few_versions_make_no_statement_about_regressions(count):
+    made = history([2.0] * count)
+    assert not made.is_compared
+    assert describe_rule(made) == ""
+    for text in (describe_last(made)[0][1], render_history(made), render_history_markdown(made)):
+        assert "regression" not in text.lower()
+    assert ("<img" in render_history(made)) == (count > 1)
+
+
+def test_a_metric_that_few_versions_have_is_not_compared():
+    made = history([2.0] * 6, speeds=[None, None, None, 100, 100, 50])
+    assert [one.compared for one in made.versions] == [()] * 4 + [("loss",)] * 2
+    assert describe_rule(made)
 
 
 def test_text_of_a_publication_is_escaped_in_page_and_markdown():
