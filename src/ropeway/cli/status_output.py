@@ -114,10 +114,15 @@ def _running_words(running: RunningWork) -> str:
     words = f"{who} (pid {running.pid}) for {format_seconds(running.seconds)}"
     if running.stage:
         words += f"; stage {running.stage} for {format_seconds(running.stage_seconds or 0)}"
+    if running.pool:
+        words += f" in work pool {running.pool}, "
+        words += f"on worker {running.worker}" if running.worker else "waiting for a worker"
     if running.step is not None:
         words += f", {describe_count(asdict(running))}"
     if running.eta_seconds is not None:
         words += f", {format_seconds(running.eta_seconds)} left"
+    if running.sign_seconds is not None:
+        words += f"; last sign of life {format_seconds(running.sign_seconds)} ago"
     return words
 
 

@@ -59,6 +59,9 @@ class RunningWork:
         step: What the stage has done, from its latest progress record; None if it wrote none yet.
         unit: What `step` and `total_steps` count; None: optimizer steps.
         eta_seconds: Remaining seconds of the stage, from that record.
+        pool: The work pool in which the stage runs; None: here.
+        worker: The host of its worker; None if no worker has begun.
+        sign_seconds: Since the worker's last sign of life that the run saw.
     """
 
     pid: int
@@ -72,6 +75,9 @@ class RunningWork:
     total_steps: int | None = None
     unit: str | None = None
     eta_seconds: float | None = None
+    pool: str | None = None
+    worker: str | None = None
+    sign_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +270,24 @@ def read_running(root: Path) -> RunningWork | None:
     if name:
         began = stages.get(name, now - seconds)
         facts = {"stage": name, "stage_seconds": now - began, **_read_progress(root, name, began, now)}
+        facts |= _read_call(root, name, now)
     return RunningWork(holder.pid, holder.command, holder.profile, seconds, holder.holds, **facts)
+
+
+def _read_call(root: Path, stage: str, now: float) -> dict[str, Any]:
+    """Return pool, worker and age of its last sign of life of a stage that a run follows in a work pool."""
+    called = _read(Workspace(root, "").work / f"{stage}.pool.json")
+    if not called:
+        return {}
+    at = _timestamp(called.get("sign_at"))
+    seconds = None if at is None else max(0.0, now - at)
+    return {"pool": called.get("pool"), "worker": called.get("worker"), "sign_seconds": seconds}
+
+
+def _timestamp(text: object) -> float | None:
+    with suppress(ValueError):
+        return datetime.fromisoformat(text).timestamp() if isinstance(text, str) else None
+    return None
 
 
 def _read_progress(root: Path, stage: str, began: float, now: float) -> dict[str, Any]:
@@ -292,8 +315,14 @@ def find_stages(root: Path) -> dict[str, float]:
                 found[match[1]] = process.info["create_time"]
     holder = read_last_holder(root)
     for path in list_by_time(work, "*.pool.json") if holder and holder.holds else ():
-        found[path.name.split(".")[0]] = path.stat().st_mtime
+        found[path.name.split(".")[0]] = _called_at(path)
     return found
+
+
+def _called_at(path: Path) -> float:
+    """Return when a stage was called in a work pool; the file is written again while the stage runs."""
+    since = _timestamp(_read(path).get("since"))
+    return path.stat().st_mtime if since is None else since
 
 
 def read_last_end(root: Path) -> StageEnd | None:
@@ -302,9 +331,8 @@ def read_last_end(root: Path) -> StageEnd | None:
     logs = list_by_time(work / "logs", "*.log")
     records = list_by_time(work, "*.exit.json")
     if called := list_by_time(work, "*.pool.json"):
-        at = datetime.fromtimestamp(called[-1].stat().st_mtime, UTC).isoformat(timespec="seconds")
-        pool = str(json_mapping(called[-1].read_bytes()).get("pool"))
-        return StageEnd(called[-1].name.split(".")[0], None, None, at, pool=pool)
+        at = datetime.fromtimestamp(_called_at(called[-1]), UTC).isoformat(timespec="seconds")
+        return StageEnd(called[-1].name.split(".")[0], None, None, at, pool=str(_read(called[-1]).get("pool")))
     if logs and not (work / f"{logs[-1].stem}.dvc.json").is_file():
         at = datetime.fromtimestamp(logs[-1].stat().st_mtime, UTC).isoformat(timespec="seconds")
         return StageEnd(logs[-1].stem, None, None, at)

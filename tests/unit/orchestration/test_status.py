@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -282,3 +283,33 @@ def test_a_stage_whose_caller_was_killed_may_still_run_in_its_pool(tmp_path):
         assert read_running(tmp_path).stage == "train"
     (work / "train.pool.json").unlink()
     assert read_last_end(tmp_path).pool is None
+
+
+def call_in_pool(root, **facts):
+    since = datetime.now(UTC) - timedelta(hours=1)
+    stated = {"pool": "gpu", "flow_run": "1", "since": since.isoformat()}
+    write_json(root / ".work" / "train.pool.json", {**stated, "worker": None, "sign_at": None, **facts})
+
+
+def test_a_stage_in_a_work_pool_is_shown_with_pool_worker_and_last_progress(root):
+    with workspace_lock(root, command="ropeway run", profile="laptop"):
+        call_in_pool(root)
+        waiting = read_running(root)
+        assert (waiting.stage, waiting.pool, waiting.worker, waiting.sign_seconds) == ("train", "gpu", None, None)
+        assert "waiting for a worker" in show_status()
+        at = datetime.now(UTC) - timedelta(seconds=30)
+        call_in_pool(root, worker="node7", sign_at=at.isoformat())
+        write_progress(root, 5)
+        found = read_running(root)
+        assert (found.worker, found.step) == ("node7", 5)
+        assert found.sign_seconds == pytest.approx(30, abs=20)
+        assert found.stage_seconds == pytest.approx(3600, abs=20), (
+            "since it was called, not since its last sign of life"
+        )
+        words = show_status()
+        assert "work pool gpu" in words
+        assert "node7" in words
+
+
+def show_status():
+    return " ".join(CliRunner().invoke(app, ["status"], catch_exceptions=False).stdout.split())

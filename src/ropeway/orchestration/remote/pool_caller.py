@@ -7,7 +7,7 @@ import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -85,10 +85,10 @@ class PoolCaller:
             how = "started" if run.state is None or run.state.type == StateType.SCHEDULED else "continuing"
             write_line(f"{how} {run.name or FLOW} in work pool {pool}: flow run {run.id}")
             work = Workspace(self.root, "").work
-            called, ended = (work / f"{file_name(request.step)}.{kind}.json" for kind in ("pool", "dvc"))
+            called, ended = call_record(self.root, request.step), work / f"{file_name(request.step)}.dvc.json"
             ended.unlink(missing_ok=True)
-            write_json(called, {"pool": pool, "flow_run": str(run.id)})  # for `ropeway status`
             follower = _Follower(client, self.root, pool, request.step, run.id, write_line, is_retry=attempt > 0)
+            follower.record_call()
             try:
                 with follower.opened(), temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
                     final = follower.follow()
@@ -132,6 +132,11 @@ def _start(client: SyncPrefectClient, pool: str, request: StageRequest) -> tuple
     raise AssertionError  # `count` does not end
 
 
+def call_record(root: Path, step: str) -> Path:
+    """Return the file that exists while a run of this workspace follows a stage in a work pool."""
+    return Workspace(root, "").work / f"{file_name(step)}.pool.json"
+
+
 @dataclass
 class _Follower:
     """Passes on what a flow run prints and how far it is, until it has ended."""
@@ -151,6 +156,12 @@ class _Follower:
     _is_down: bool = False
     _log: Any = None
     _live: LiveLine | None = None
+    _since: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+
+    def record_call(self, worker: str | None = None, sign_at: str | None = None) -> None:
+        """Write where the stage is, for `ropeway status`: its worker once that gave a sign of life, and when."""
+        facts = {"pool": self.pool, "flow_run": str(self.flow_run), "since": self._since}
+        write_json(call_record(self.root, self.step), {**facts, "worker": worker, "sign_at": sign_at})
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -226,8 +237,9 @@ class _Follower:
             return
         self._sign, self._sign_at = sign, time.monotonic()
         with suppress(ValueError, AttributeError):
-            record = json.loads((sign or "").strip("`")).get("progress")
-            if record:
+            facts = json.loads((sign or "").strip("`"))
+            self.record_call(facts.get("host"), facts.get("at"))
+            if record := facts.get("progress"):
                 with progress_path(self.root, self.step).open("a", encoding="utf-8") as file:
                     file.write(json.dumps(record) + "\n")
 

@@ -6,6 +6,7 @@ looks for, and carries the stage's progress. The result is a flow-run input name
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -113,7 +114,8 @@ class SignOfLife:
         with temporary_settings(settings), get_client(sync_client=True) as client:
             while True:
                 with suppress(httpx.HTTPError, PrefectException):
-                    text = json.dumps({"at": datetime.now(UTC).isoformat(timespec="seconds"), **self._progress()})
+                    now = datetime.now(UTC).isoformat(timespec="seconds")
+                    text = json.dumps({"at": now, "host": socket.gethostname(), **self._progress()})
                     if self._artifact is None:
                         wanted = ArtifactCreate(
                             key=SIGN_OF_LIFE, type="markdown", data=f"`{text}`", flow_run_id=self._flow_run

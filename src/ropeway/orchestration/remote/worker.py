@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
+from ropeway.config.addresses import without_signatures
 from ropeway.config.edit import choose_profile
 from ropeway.config.frozen import FrozenInputs
 from ropeway.config.load_params import load_profile
@@ -28,6 +29,9 @@ from ropeway.runtime.errors import DataError, RopewayError, TemporaryError
 from ropeway.runtime.lock import workspace_lock
 from ropeway.runtime.manifest import Json, write_json
 from ropeway.runtime.workspace import Workspace
+
+CHECKPOINT_STORE = "ROPEWAY_CHECKPOINT_STORE"  # read by stage train; importing that would load torch
+_WITH_CHECKPOINTS = "train"
 
 
 def execute(root: Path, request: StageRequest) -> Json:
@@ -49,9 +53,21 @@ def execute(root: Path, request: StageRequest) -> Json:
         if request.step == PUBLISH:
             return {"publication": _publish(site, workspace, request.run_seconds).to_json()}
         _pull(site, inputs_of(root, request.step))
+        if request.step == _WITH_CHECKPOINTS:
+            _say(describe_store(os.environ))
         outcome = update_stage(site, request.step, _say)
         _push(site, request.step)
         return {"outcome": outcome, "lock": exchange.read_lock_entry(root, request.step)}
+
+
+def describe_store(environment: Mapping[str, str]) -> str:
+    """Return where a stage's checkpoints are once this worker is lost, and what to do if they are lost with it."""
+    if url := environment.get(CHECKPOINT_STORE):
+        return f"checkpoints are uploaded to {without_signatures(url)}; after a loss of this worker another one resumes"
+    return (
+        f"checkpoints stay on this worker, since its {CHECKPOINT_STORE} is not set: if its machine is lost, another "
+        "worker trains from the first step. To keep them, set it for every worker of the pool, e.g. s3://bucket/prefix"
+    )
 
 
 def _publish(site: Site, workspace: Workspace, run_seconds: float | None) -> Publication:
