@@ -122,10 +122,6 @@ def test_no_telemetry_is_sent_and_all_state_stays_in_the_workspace(tmp_path):
     assert settings["DO_NOT_TRACK"] == "1"
 
 
-def test_the_slot_of_a_run_outlives_a_restart_of_the_server(tmp_path):
-    assert prefect_settings(tmp_path)["PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE"].endswith(".filesystem")
-
-
 @pytest.fixture
 def api(prefect_api):
     with_api = Api(prefect_api.url)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ropeway.config.load_params import load_profile
-from ropeway.orchestration.prefect_server import apply_settings, page_address, persistent_server_url
+from ropeway.orchestration.prefect_server import apply_settings, await_own_server, page_address
 from ropeway.orchestration.run_queue import QueueKeeper
 from ropeway.orchestration.source_watch import parse_interval
 from ropeway.orchestration.source_watcher import SourceWatcher
@@ -53,7 +53,7 @@ def serve_flows(
     for name in profiles:
         load_profile(root / "params.yaml", name)
     apply_settings(root)
-    url = persistent_server_url(root)
+    url = await_own_server(root)
     if url:  # Prefect reads it when it is imported, which `next_start` does
         os.environ["PREFECT_API_URL"] = url
     at = [

@@ -30,6 +30,7 @@ _OUTAGE_SECONDS = 1800.0  # after that, Prefect's own retries apply
 _NOTE, _UI_EXIT = "ropeway-server.json", "ui.exit.json"
 _NO_PROXY = "127.0.0.1,localhost"
 _GIVEN_SECONDS = 10.0  # for a running server; after that a temporary one is reported as slow
+_OWN_SECONDS = 60.0  # for a `ropeway server` that does not answer; then a run starts a temporary one
 _EXIT = "server.exit.json"
 _RESTARTS = 5  # of a server that had answered and then ended, e.g. killed for lack of memory
 
@@ -99,12 +100,30 @@ def await_recovery(url: str) -> None:
 
 
 def find_server(root: Path) -> str | None:
-    """Return the URL of this workspace's running `ropeway server`, or None."""
+    """Return the URL of this workspace's running `ropeway server` if it answers, or None."""
+    url = read_server_note(root)
+    return url if url and is_answering(url) else None
+
+
+def read_server_note(root: Path) -> str | None:
+    """Return the URL of this workspace's `ropeway server` while its process lives; it may not answer yet."""
     with suppress(OSError, ValueError, KeyError, psutil.NoSuchProcess):
         note = json.loads(_note(root).read_bytes())
         psutil.Process(note["pid"])
-        return str(note["url"]) if is_answering(note["url"]) else None
+        return str(note["url"])
     return None
+
+
+def await_own_server(root: Path, seconds: float = START_SECONDS) -> str | None:
+    """Return the URL of a server that outlives runs, or None; a `ropeway server` that is starting is waited for."""
+    if url := os.environ.get("PREFECT_API_URL"):
+        return url
+    url = read_server_note(root)
+    if not url or is_answering(url):
+        return url
+    print(f"the Prefect server at {page_address(url)} is starting, or busy; waiting for it", flush=True)
+    is_up = await_answer(url, seconds, lambda: read_server_note(root) != url, pause_seconds=0.5)
+    return url if is_up else None
 
 
 def persistent_server_url(root: Path) -> str | None:
@@ -223,9 +242,9 @@ def prefect_settings(root: Path) -> dict[str, str]:
         # Pages of runs that ended 90 days ago are removed: otherwise the database grows forever. Records of versions
         # are in the registry.
         "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",
-        # By default a server forgets the slots of running deployments when it is restarted, and Prefect ends their runs
-        # at the next renewal, within 4 minutes (measured).
-        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+        # By default a server forgets the slots of running deployments when it is restarted, and revokes those that no
+        # run could renew while it was away. Prefect ends their runs at the next renewal, within 4 minutes (measured).
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "ropeway.orchestration.lease_storage",
         # A run prints its own lines; Prefect would print each again with a prefix, and tracebacks.
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
     }
@@ -238,7 +257,7 @@ def open_server(root: Path) -> Iterator[str]:
     The temporary one starts in the background and ends with the block; wait for it with `await_server`. It runs under
     a supervisor, so it also ends when this process is killed. If it exits by itself, it is restarted.
     """
-    if url := persistent_server_url(root):
+    if url := await_own_server(root, _OWN_SECONDS):
         yield url
         return
     port, home = free_port(), prefect_home(root)
