@@ -1,6 +1,8 @@
 """`ropeway init` in the terminal: what was found, the plan, a sample with its loss mask, the next command."""
 
 import json
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,7 @@ def init(root: Path, request: InitRequest, *, as_json: bool) -> None:
             "base": {"family": base.family, "context": base.context, "rope": base.rope},
             "block": started.block,
             "to_check": list(started.open_points),
+            "ignored": [{"file": file, "line": line} for file, line in started.ignored.lines],
             "plan": json.loads(planned.as_json()),
         }
         print(json.dumps(facts, indent=1, ensure_ascii=False))
@@ -42,11 +45,23 @@ def init(root: Path, request: InitRequest, *, as_json: bool) -> None:
     show(f"The first sequence{more}; ⟦supervised⟧, │ between tokens:", _draw_sample(started), "")
     if started.open_points:
         show(Text("To check", style="bold"), *(f"- {one}" for one in started.open_points), "")
+    written = started.ignored.files
     show(
         f"params.yaml: profile {request.name} added and selected.",
-        Command(f'git commit -m "Profile {request.name}" params.yaml', "next:"),
+        *(
+            f"{file}: {line} added, so git ignores the data; DVC records it by digest."
+            for file, line in started.ignored.lines
+        ),
+        Command(_commit_command(request.name, written), "next:"),
         Command("ropeway run", "then:"),
     )
+
+
+def _commit_command(name: str, ignoring: Sequence[str]) -> str:
+    """Return the command that commits a profile and the .gitignore files that were written for it."""
+    files = " ".join(shlex.quote(file) for file in ignoring)
+    commit = f'git commit -m "Profile {name}" params.yaml'
+    return f"git add {files} && {commit} {files}" if files else commit
 
 
 def _draw_sample(started: Started) -> Text:

@@ -10,7 +10,7 @@ import numpy as np
 from ropeway.config.frozen import read_texts
 from ropeway.config.load_params import load_profiles, read_block, resolve_preset
 from ropeway.config.params import Profile
-from ropeway.config.sections import ScratchBase
+from ropeway.config.sections import FilesSource, FolderBase, ScratchBase
 from ropeway.config.zero import read_zero
 from ropeway.data.loss_mask import loss_masks
 from ropeway.data.raw_records import iterate_texts
@@ -33,6 +33,7 @@ from ropeway.onboarding.derive import (
 )
 from ropeway.onboarding.examine_base import BaseFindings, examine_base, open_encoder
 from ropeway.onboarding.examine_data import DataFindings, examine_data
+from ropeway.onboarding.ignore_data import IgnoredData, ignore_data
 from ropeway.onboarding.profile_name import check_profile_name
 from ropeway.onboarding.write_profile import add_profile, render_profile
 from ropeway.planning.budget import check_fit
@@ -43,6 +44,7 @@ from ropeway.planning.shape import with_shape
 from ropeway.runtime.errors import ConfigError
 from ropeway.runtime.lock import workspace_lock
 from ropeway.runtime.workspace import Workspace
+from ropeway.stages.fetch.formats import split_members
 from ropeway.stages.tokenize.encode import Encoder
 
 _GPU_JSON, _CPU_JSON = "configs/zero_config_pretrain.json", "configs/zero2_cpu.json"
@@ -121,6 +123,7 @@ class Started:
         block: The profile's text in params.yaml.
         open_points: What a person has to state or look at.
         plan: The plan of the run.
+        ignored: What git ignores from now on.
     """
 
     data: Sequence[DataFindings]
@@ -128,10 +131,11 @@ class Started:
     block: str
     open_points: Sequence[str]
     plan: RunPlan
+    ignored: IgnoredData
 
 
 def start_profile(root: Path, request: InitRequest) -> Started:
-    """Examine data and base, derive a profile and add it to params.yaml.
+    """Examine data and base, derive a profile, add it to params.yaml and its data to .gitignore.
 
     Raises:
         ConfigError: Data or base cannot be used, the name is in use, or no batch fits the stated GPU.
@@ -157,7 +161,19 @@ def start_profile(root: Path, request: InitRequest) -> Started:
     points = _open_points(profile, data, measured)
     with workspace_lock(root, command="ropeway init", profile=request.name):
         add_profile(path, request.name, block)
-    return Started(data, measured, block, points, planned)
+        ignored = ignore_data(root, _local_paths(profile))
+    points += [
+        f"{one}: git has it, so a change of it counts as uncommitted; DVC records data anyway: git rm --cached -r {one}"
+        for one in ignored.tracked
+    ]
+    return Started(data, measured, block, points, planned, ignored)
+
+
+def _local_paths(profile: Profile) -> list[str]:
+    """Return the files, folders and patterns of data and base that a profile names; of an archive's members, it."""
+    files = [source for source in profile.sources.values() if isinstance(source, FilesSource)]
+    base = [profile.model_name] if isinstance(profile.base, FolderBase) else []
+    return [*(split_members(path)[0] for source in files for path in source.paths), *base]
 
 
 def _measure(root: Path, request: InitRequest, data: Sequence[DataFindings]) -> Measured:

@@ -1,5 +1,6 @@
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -224,3 +225,16 @@ def test_the_plan_knows_rows_and_hours_before_prepare(root, model):
     assert plan.optimizer_steps == plan.rows // profile.global_batch_size * profile.num_train_epochs > 0
     assert plan.speed.card == "cpu"
     assert 0 < plan.hours["expected"] <= plan.hours["at_most"]
+
+
+def test_data_and_base_in_the_workspace_are_ignored_by_git_and_the_commit_has_the_file(root, model):
+    subprocess.run(["git", "init", "-q"], cwd=root, check=True)
+    shutil.copytree(model, root / "models" / "base")
+    (root / "data").mkdir()
+    shutil.move(root / "chats.jsonl", root / "data" / "chats.jsonl")
+    arguments = ["init", "mine", "--base", "models/base", "--data", "data/chats.jsonl"]
+    done = CliRunner().invoke(app, arguments, catch_exceptions=False, env={"COLUMNS": "200"})
+    assert (root / "data" / ".gitignore").read_text() == "/chats.jsonl\n"
+    assert (root / "models" / ".gitignore").read_text() == "/base\n"
+    (command,) = (line for line in done.stdout.splitlines() if "git commit" in line)
+    assert command.count("data/.gitignore") == command.count("models/.gitignore") == 2
