@@ -35,7 +35,7 @@ from ropeway.orchestration.prefect_server import await_recovery, page_address, p
 from ropeway.orchestration.remote.pool_caller import PoolCaller
 from ropeway.orchestration.run_page import PageLog, ProgressArtifact, stop_on_suspend
 from ropeway.orchestration.run_queue import WAITING
-from ropeway.orchestration.run_summary import Result
+from ropeway.orchestration.run_summary import Result, print_result
 from ropeway.orchestration.sequence import PipelineRun, describe_run
 from ropeway.orchestration.source_watcher import CHANGED
 from ropeway.reporting.markdown import plain
@@ -119,7 +119,10 @@ def name_run() -> str:
 
 @contextmanager
 def open_run(root: str, profile: str | None) -> Iterator[PipelineRun]:
-    """Open a run for the flow run that calls this; the workspace lock is held inside."""
+    """Open a run for the flow run that calls this; the workspace lock is held inside.
+
+    A served run prints its result at its end; `ropeway run` prints it itself.
+    """
     print(f"Prefect UI of this run: {_run_address(runtime.flow_run.id)}", flush=True)
     folder = Path(root).resolve()
     name, _ = load_profile(folder / "params.yaml", profile)
@@ -131,6 +134,8 @@ def open_run(root: str, profile: str | None) -> Iterator[PipelineRun]:
         run = PipelineRun(folder, name, display, served=served)
         with stop_on_suspend(), _lock_when_free(run, log) if served else run.lock():
             yield run
+        if served and (result := getattr(run, "result", None)):  # a user's flow may have no last step
+            print_result(result, _run_address(runtime.flow_run.id))
     except BaseException as error:
         _ON_END.get()(error, _page())
         raise

@@ -140,9 +140,15 @@ def start_process(
     root: Path, arguments: list[str], url: str, *, record: str, output: BinaryIO | None
 ) -> "subprocess.Popen[bytes]":
     """Start a server under a supervisor, which ends it when this process ends, even if killed."""
+    from ropeway.orchestration.automations import await_heartbeats  # httpx takes 0.1 s
+
     home = prefect_home(root)
     home.mkdir(parents=True, exist_ok=True)
     (home / record).unlink(missing_ok=True)
+    try:
+        await_heartbeats(home)
+    except OSError as error:
+        print(f"runs that the server knows may be marked as crashed when it starts: {error}", flush=True)
     supervisor = [sys.executable, "-m", "ropeway.runtime.supervise", "--record", str(home / record)]
     supervisor += ["--leader", str(os.getpid()), "--grace", "5", "--", sys.executable]
     return subprocess.Popen(
