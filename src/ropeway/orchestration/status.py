@@ -24,7 +24,7 @@ import psutil
 from ropeway.config.load_params import load_profile, read_text
 from ropeway.orchestration.cleanup import DiskUsage, measure
 from ropeway.orchestration.forecast import Forecast, forecast_run
-from ropeway.orchestration.prefect_server import page_address, persistent_server_url
+from ropeway.orchestration.prefect_server import page_address, persistent_server_url, read_server_note
 from ropeway.registry import Registry
 from ropeway.runtime.errors import RopewayError
 from ropeway.runtime.lock import read_last_holder
@@ -390,6 +390,8 @@ def _ask_prefect(root: Path) -> PrefectView | None:
         OSError: It does not answer, or refuses.
     """
     url = persistent_server_url(root)
+    if not url and (noted := read_server_note(root)):
+        raise ConnectionError(f"{page_address(noted)} does not answer: `ropeway server` is starting, or busy")
     if not url:
         return None
     # A schedule has a hundred future runs; those that wait for another run, or are late, count.

@@ -285,6 +285,16 @@ def test_a_stage_whose_caller_was_killed_may_still_run_in_its_pool(tmp_path):
     assert read_last_end(tmp_path).pool is None
 
 
+def test_a_server_that_is_starting_is_not_said_to_be_none(root):
+    (root / ".prefect").mkdir()
+    write_json(root / ".prefect" / "ropeway-server.json", {"url": "http://127.0.0.1:9/api", "pid": os.getpid()})
+    found = read_status(root)
+    assert found.prefect is None
+    assert "http://127.0.0.1:9 " in next(one.words for one in found.problems if one.about == "server")
+    (root / ".prefect" / "ropeway-server.json").unlink()
+    assert not [one for one in read_status(root).problems if one.about == "server"]
+
+
 def call_in_pool(root, **facts):
     since = datetime.now(UTC) - timedelta(hours=1)
     stated = {"pool": "gpu", "flow_run": "1", "since": since.isoformat()}
