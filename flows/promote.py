@@ -14,6 +14,8 @@ from ropeway.registry.aliases import name_author
 from ropeway.reporting.markdown import code, table
 from ropeway.runtime.workspace import Workspace
 
+_SHOWN_MOVES = 50
+
 
 @flow(name="promote")
 def promote(
@@ -58,7 +60,8 @@ def _open(root: str) -> Registry:
 
 
 def _show(artifact: Artifact, done: Promotion) -> State[object]:
-    """Publish the alias's history and return the final state, which names its version."""
+    """Publish the newest moves of the alias and return the final state, which names its version."""
+    page = artifact.describe_history(done.alias, limit=_SHOWN_MOVES)
     rows = [
         {
             "at": event["at"],
@@ -66,10 +69,11 @@ def _show(artifact: Artifact, done: Promotion) -> State[object]:
             "by": code(name_author(event)),
             "reason": code(event["reason"]),
         }
-        for event in reversed(artifact.describe_history(done.alias))
+        for event in reversed(page.events)
     ]
     create_markdown_artifact(
-        key=f"{artifact_prefix(done.name)}-{done.alias}", markdown=f"# {done.name}@{done.alias}\n\n{table(rows)}"
+        key=f"{artifact_prefix(done.name)}-{done.alias}",
+        markdown=f"# {done.name}@{done.alias}\n\nThe newest {len(rows)} of {page.total} moves.\n\n{table(rows)}",
     )
     words = f"{done.name}@{done.alias} is v{artifact.version(done.digest).number} ({done.digest[:12]}…)" + (
         "" if done.moved else " (unchanged)"

@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from ropeway.registry.version_manifest import load_version_manifest
 from ropeway.runtime.errors import RegistryError
 from ropeway.runtime.manifest import canonical_json, file_sha256, write_json, write_manifest
 from ropeway.storage import FileStore, Store, open_store
+from tests.support.memory_store import MemoryStore
 
 PROMOTIONS = 5
 # What changes a disk, as the interpreter announces it just before it does it.
@@ -89,16 +91,24 @@ def grow(store: Store, count: int) -> None:
 
 @contextmanager
 def count_requests(store: Store) -> Iterator[Counter[str]]:
-    """Count what is asked of a store, by kind: requests on the wire of S3, operations of a folder."""
+    """Count what is asked of a store, by kind: requests on the wire of S3, operations of a folder or of memory."""
     counted: Counter[str] = Counter()
-    if not isinstance(store, FileStore):
-        events = store.client.meta.events
+    if not isinstance(store, FileStore | MemoryStore):
+        events, lock, reader = store.client.meta.events, threading.Lock(), store._documents
 
         def count(model, **_: object) -> None:
-            counted[model.name] += 1
+            with lock:
+                counted[model.name] += 1
+
+        def read_counted(path: str, *, max_bytes: int) -> bytes | None:
+            with lock:
+                counted["GetObject"] += reader._is_usable
+            return type(reader).read(reader, path, max_bytes=max_bytes)
 
         events.register("before-call.s3", count)
+        reader.read = read_counted
         yield counted
+        del reader.read
         events.unregister("before-call.s3", count)
         return
     within = 0
@@ -116,7 +126,7 @@ def count_requests(store: Store) -> Iterator[Counter[str]]:
         return call
 
     names = {"put_if_absent", "get", "open_stream", "exists", "size", "list_keys", "list_entries", "list_folders"}
-    names |= {"first_key", "delete"}
+    names |= {"first_key", "delete", "list_names"}
     for name in names:
         setattr(store, name, counting(name, getattr(store, name)))
     yield counted

@@ -32,12 +32,20 @@ from ropeway.runtime.errors import ConfigError, NotFoundError, RegistryError
 from ropeway.runtime.login import identity_of
 
 if TYPE_CHECKING:
-    from ropeway.registry import AnyDigest, Promotion, PullResult, Registry, Version
+    from ropeway.registry import AnyDigest, LogPage, Promotion, PullResult, Registry, Version
     from ropeway.storage import Store
 
 registry_app = typer.Typer(no_args_is_help=True, help="List, verify, pull, promote and withdraw published versions.")
 registry_app.add_typer(upkeep_app)
 
+Limit = Annotated[
+    int | None, typer.Option(min=1, help="How many of the newest to show. Default: 20; with --json: all.")
+]
+Before = Annotated[
+    int | None, typer.Option(min=1, help="Show only those with a smaller number, e.g. the page before. Default: all.")
+]
+All = Annotated[bool, typer.Option("--all", help="Show all of them.")]
+_PAGE = 20  # entries; about a screen
 Alias = Annotated[str, typer.Argument(help="The alias to move, e.g. production.")]
 Expect = Annotated[
     str, typer.Option(help="Refuse unless the alias points to this now: v3, a digest, an alias, `none` or `any`.")
@@ -75,16 +83,30 @@ def list_command(
         str | None, typer.Argument(help="A model. Default: list the models.", autocompletion=complete_model)
     ] = None,
     *,
+    limit: Limit = None,
+    before: Before = None,
+    everything: All = False,
     registry: Url = None,
     as_json: Json = False,
 ) -> None:
-    """List the models, or the versions of one model."""
+    """List the models, or the newest versions of one model."""
     from ropeway.registry import tables
     from ropeway.runtime.terminal import show
 
     opened = open_registry(registry)
-    found = opened.artifact(name).describe_versions() if name else opened.describe()
-    if name and not found:
+    if name is None:
+        if limit or before or everything:
+            raise ConfigError("--limit, --before and --all: they select versions of a model; name it")
+        models = opened.describe()
+        if as_json:
+            print_json(models)
+        elif models:
+            show(tables.draw_models(models))
+        else:
+            print_words(f"{opened.url}: no version was published there yet")
+        return
+    page = opened.artifact(name).describe_versions(_page_size(limit, everything=everything, as_json=as_json), before)
+    if not page.total:
         from ropeway.config.suggestion import did_you_mean
 
         near = did_you_mean(name, [one.name for one in opened.artifacts()])
@@ -92,11 +114,10 @@ def list_command(
             f"{opened.url}: no version of {name} was published there{near or '.'} `ropeway registry list` lists all"
         )
     if as_json:
-        print_json(found)
-    elif not found:
-        print_words(f"{opened.url}: no version was published there yet")
+        print_json(page.events)
     else:
-        show(tables.draw_versions(name, found) if name else tables.draw_models(found))
+        show(tables.draw_versions(name, page.events))
+    _report_rest(page, "version")
 
 
 @registry_app.command()
@@ -110,8 +131,16 @@ def show(reference: Reference, *, registry: Url = None, as_json: Json = False) -
 
 
 @registry_app.command()
-def history(reference: AliasReference, *, registry: Url = None, as_json: Json = False) -> None:
-    """Show every move of an alias: when, to which version, by whom and why."""
+def history(
+    reference: AliasReference,
+    *,
+    limit: Limit = None,
+    before: Before = None,
+    everything: All = False,
+    registry: Url = None,
+    as_json: Json = False,
+) -> None:
+    """Show the newest moves of an alias: when, to which version, by whom and why."""
     from ropeway.registry import tables
     from ropeway.registry.layout import read_reference
     from ropeway.runtime import terminal
@@ -122,13 +151,36 @@ def history(reference: AliasReference, *, registry: Url = None, as_json: Json = 
     opened = open_registry(registry)
     opened.check()
     artifact = opened.artifact(wanted.name)
-    events = artifact.describe_history(wanted.alias)
-    if not events:
+    size = _page_size(limit, everything=everything, as_json=as_json)
+    page = artifact.describe_history(wanted.alias, size, before)
+    if not page.total:
         from ropeway.config.suggestion import unknown_name
 
         there = unknown_name(wanted.alias, artifact.aliases(), listed=f"aliases of {wanted.name}")
         raise NotFoundError(f"{reference}: the alias {there}. `ropeway registry list` shows the models")
-    print_json(events) if as_json else terminal.show(tables.draw_history(wanted.name, wanted.alias, events))
+    if as_json:
+        print_json(page.events)
+    else:
+        terminal.show(tables.draw_history(wanted.name, wanted.alias, page))
+    _report_rest(page, "move")
+
+
+def _page_size(limit: int | None, *, everything: bool, as_json: bool) -> int | None:
+    """Return how many entries a list shows; None for all: JSON is complete unless a limit is given."""
+    if everything and limit:
+        raise ConfigError("--all and --limit exclude each other; give one of them")
+    return None if everything or (as_json and not limit) else limit or _PAGE
+
+
+def _report_rest(page: "LogPage", what: str) -> None:
+    """State on stderr how many earlier entries are not shown and which option shows them."""
+    from ropeway.runtime.terminal import format_count
+
+    if earlier := page.first - 1:
+        words = (
+            f"{format_count(earlier, f'earlier {what}')} of {page.total:,} not shown: --before {page.first}, or --all"
+        )
+        typer.echo(words, err=True)
 
 
 @registry_app.command()

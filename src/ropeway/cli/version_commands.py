@@ -10,6 +10,7 @@ from ropeway.cli.options import JsonOption, RegistryOption
 from ropeway.runtime.errors import ConfigError, DataError
 
 version_app = typer.Typer()
+_MAX_VERSIONS = 1000  # of a history: about two requests each, if each was promoted and reviewed
 
 
 @version_app.command()
@@ -58,7 +59,7 @@ def drift(
 def history(
     name: Annotated[str, typer.Argument(help="A model.", autocompletion=complete_model)],
     *,
-    last: Annotated[int, typer.Option(min=1, max=1000, help="Number of versions, the newest ones.")] = 30,
+    last: Annotated[int, typer.Option(min=1, max=_MAX_VERSIONS, help="Number of versions, the newest ones.")] = 30,
     html: Annotated[
         Path | None, typer.Option(help="Write a page with charts to this file. Default: a table here.")
     ] = None,
@@ -70,9 +71,12 @@ def history(
     from ropeway.reporting.history import read_history
     from ropeway.reporting.history_page import describe_last, describe_rule, history_table, render_history
     from ropeway.runtime.manifest import write_atomic
-    from ropeway.runtime.terminal import AlignedTable, Paragraph, show
+    from ropeway.runtime.terminal import AlignedTable, Paragraph, format_count, show
 
     found = read_history(open_registry(registry), name, last)
+    if earlier := found.total - len(found.versions):
+        most = min(found.total, _MAX_VERSIONS)
+        typer.echo(f"{format_count(earlier, 'earlier version')} of {found.total:,} not shown: --last {most}", err=True)
     if html:
         try:
             write_atomic(html.absolute(), render_history(found).encode())

@@ -148,8 +148,8 @@ def _outs(lock: graph.Lock, *, of: str | None = None) -> Iterator[str]:
 def _data_of_versions(registry: Registry) -> Iterator[str]:
     """Yield the digests of every version's data, withdrawn ones too, as its dvc.lock names them."""
     for artifact in registry.artifacts():
-        for version in artifact.versions():
-            lock = version.read_file("dvc.lock")
+        locks = registry.store.run_each(lambda version: version.read_file("dvc.lock"), list(artifact.versions()))
+        for lock in locks:
             if lock is not None:
                 yield from _outs(graph.parse_lock(lock), of=_FETCH)
 

@@ -373,9 +373,7 @@ def _read_versions(url: str, model: str) -> tuple[AliasTarget, ...]:
     artifact = Registry.open(url).artifact(model)
     found = []
     for alias in ALIASES:
-        events = artifact.describe_history(alias)
-        if events:
-            last = events[-1]
+        for last in artifact.describe_history(alias, limit=1).events:
             number = f"v{last['version']}" if last["version"] else last["digest"][:12]
             version = f"{model}@{number}"
             identity = str(last.get("identity") or "claimed")  # older events have none

@@ -6,6 +6,7 @@ Callers use `Registry`. `layout.py` defines the keys in the store, `rules.py` wh
 
 from ropeway.registry.aliases import ANY, AnyDigest, Promotion
 from ropeway.registry.facade import Artifact, Registry
+from ropeway.registry.log import LogPage
 from ropeway.registry.pulling import PullResult
 from ropeway.registry.versions import PRODUCTION, Decision, Provenance, Version
 
@@ -15,6 +16,7 @@ __all__ = [
     "AnyDigest",
     "Artifact",
     "Decision",
+    "LogPage",
     "Promotion",
     "Provenance",
     "PullResult",

@@ -22,11 +22,10 @@ from ropeway.registry.layout import (
     package_key,
     read_reference,
     reviews_log,
-    tombstone_key,
     tombstones_folder,
     versions_log,
 )
-from ropeway.registry.log import read_event, read_events
+from ropeway.registry.log import Event, Events, LogPage, read_event, read_events
 from ropeway.registry.publishing import PublishResult, find_number, publish_package
 from ropeway.registry.signing import load_signer
 from ropeway.registry.version_manifest import Facts, build_package_manifest
@@ -127,19 +126,16 @@ class Artifact:
         return Version(self.store, self.name, digest)
 
     def versions(self) -> Iterator[Version]:
-        """Yield every version, oldest first."""
+        """Yield every version, oldest first; their events are read on access."""
         versions = read_events(self.store, versions_log(self.name))
-        for number, event in enumerate(versions, 1):
-            yield Version(self.store, self.name, event["digest"], reference=f"{self.name}@v{number}", versions=versions)
+        for number, digest in enumerate(versions.digests, 1):
+            yield self._numbered(versions, number, digest)
 
     def latest(self, count: int) -> list[Version]:
         """Return up to `count` versions, newest first; their events are read on access, so this is a few requests."""
         versions = read_events(self.store, versions_log(self.name))
         numbered = list(enumerate(versions.digests, 1))[-count:]
-        return [
-            Version(self.store, self.name, digest, reference=f"{self.name}@v{number}", versions=versions)
-            for number, digest in reversed(numbered)
-        ]
+        return [self._numbered(versions, number, digest) for number, digest in reversed(numbered)]
 
     def retirable(self, keep: int) -> list[Version]:
         """Return the versions that a retention of `keep` would withdraw, oldest first.
@@ -147,7 +143,8 @@ class Artifact:
         Kept are the newest `keep`, every version that an alias points to, and every version that was ever production,
         which a rollback may need.
         """
-        versions = [version for version in self.versions() if not version.is_withdrawn]
+        withdrawn = self._withdrawn()
+        versions = [version for version in self.versions() if version.digest not in withdrawn]
         kept = {*self.aliases().values(), *self.alias(PRODUCTION).events.digests}
         return [version for version in versions[: max(0, len(versions) - keep)] if version.digest not in kept]
 
@@ -201,20 +198,26 @@ class Artifact:
             "aliases": self.aliases(),
         }
 
-    def describe_versions(self) -> list[Facts]:
-        """Return the facts of each version, oldest first."""
-        aliases, withdrawn = self.aliases(), set(self.store.list_keys(tombstones_folder(self.name)))
-        return [
+    def describe_versions(self, limit: int | None = None, before: int | None = None) -> LogPage:
+        """Return the facts of the newest `limit` versions below number `before`; by default of all versions.
+
+        Reads the events of these versions only.
+        """
+        versions = read_events(self.store, versions_log(self.name))
+        first, events = _read_page(versions, limit, before)
+        aliases, withdrawn = self.aliases(), self._withdrawn()
+        facts = [
             {
                 "number": number,
                 "digest": event["digest"],
                 "published_at": event["published_at"],
                 "aliases": sorted(alias for alias, digest in aliases.items() if digest == event["digest"]),
-                "withdrawn": tombstone_key(self.name, event["digest"]) in withdrawn,
+                "withdrawn": event["digest"] in withdrawn,
                 "git": event["provenance"].get("git"),
             }
-            for number, event in enumerate(read_events(self.store, versions_log(self.name)), 1)
+            for number, event in enumerate(events, first)
         ]
+        return LogPage(len(versions), first, facts)
 
     def describe_recent(self, count: int) -> tuple[int, list[Facts]]:
         """Return (number of versions, the newest `count` of them), oldest first, with what the logs say about each.
@@ -227,7 +230,7 @@ class Artifact:
         shown = {event["digest"] for event in recent}
         moves = self.alias(PRODUCTION).events.about(shown)
         reviews = read_events(self.store, reviews_log(self.name)).about(shown)
-        aliases, withdrawn = self.aliases(), set(self.store.list_keys(tombstones_folder(self.name)))
+        aliases, withdrawn = self.aliases(), self._withdrawn()
         return len(versions), [
             {
                 "number": number,
@@ -235,18 +238,39 @@ class Artifact:
                 "published_at": event["published_at"],
                 "provenance": event["provenance"],
                 "aliases": sorted(alias for alias, digest in aliases.items() if digest == event["digest"]),
-                "withdrawn": tombstone_key(self.name, event["digest"]) in withdrawn,
+                "withdrawn": event["digest"] in withdrawn,
                 "promotions": [move for move in moves if move["digest"] == event["digest"]],
                 "reviews": [review for review in reviews if review["digest"] == event["digest"]],
             }
             for number, event in enumerate(recent, first + 1)
         ]
 
-    def describe_history(self, alias: str) -> list[Facts]:
-        """Return the events of an alias, oldest first, each with the number of its version."""
-        digests = read_events(self.store, versions_log(self.name)).digests
+    def describe_history(self, alias: str, limit: int | None = None, before: int | None = None) -> LogPage:
+        """Return the newest `limit` events of an alias below number `before`, each with the number of its version.
+
+        By default all events. Reads the events of the page only.
+        """
+        moves = self.alias(alias).events
+        first, events = _read_page(moves, limit, before)
+        digests = read_events(self.store, versions_log(self.name)).digests if events else []
         numbers = {digest: number for number, digest in enumerate(digests, 1)}
-        return [{**event, "version": numbers.get(event["digest"])} for event in self.alias(alias).events]
+        return LogPage(len(moves), first, [{**event, "version": numbers.get(event["digest"])} for event in events])
+
+    def _withdrawn(self) -> set[str]:
+        """Return the digests of the withdrawn versions: one request per 1,000 of them."""
+        return {name.removesuffix(".json") for name in self.store.list_names(tombstones_folder(self.name), "")}
+
+    def _numbered(self, versions: Events, number: int, digest: str) -> Version:
+        version = Version(self.store, self.name, digest, reference=f"{self.name}@v{number}", versions=versions)
+        version.number = number
+        return version
+
+
+def _read_page(log: Events, limit: int | None, before: int | None) -> tuple[int, list[Event]]:
+    """Return the number of the first event of a page, and its events."""
+    end = len(log) if before is None else max(0, min(len(log), before - 1))
+    start = 0 if limit is None else max(0, end - limit)
+    return start + 1, log[start:end]
 
 
 class Registry:
@@ -278,7 +302,7 @@ class Registry:
         artifacts = self.artifacts()
         if artifacts:
             self.check()
-        return [facts for artifact in artifacts if (facts := artifact.describe())]
+        return [facts for facts in self.store.run_each(Artifact.describe, artifacts) if facts]
 
     def version(self, reference: str) -> Version:
         """Return the version of `laptop@candidate`, `laptop@v3`, `laptop@3` or `laptop@<digest prefix>`.

@@ -22,11 +22,11 @@ from ropeway.registry.layout import (
     list_models,
     manifest_key,
     model_logs,
-    tombstone_key,
+    tombstones_folder,
 )
 from ropeway.registry.log import find_head, verify_log
 from ropeway.registry.publishing import COLLECTION_TTL, attached_files
-from ropeway.registry.version_manifest import load_version_manifest
+from ropeway.registry.version_manifest import load_version_manifests
 from ropeway.runtime.errors import NotFoundError, TemporaryError
 from ropeway.runtime.manifest import canonical_json
 from ropeway.storage import IncompleteUpload, Store, StoredObject
@@ -122,13 +122,12 @@ def _referenced_by_versions(store: Store, *, withdrawn: bool) -> set[str]:
     for name in list_models(store):
         versions, *others = (verify_log(store, log) for log in model_logs(store, name))
         referenced |= {key for events in (versions, *others) if (key := find_head(store, events))}
-        for event in versions:
-            digest = str(event["digest"])
-            referenced.add(manifest_key(name, digest))
-            if withdrawn and store.exists(tombstone_key(name, digest)):
-                continue
-            files = [*load_version_manifest(store, name, digest).files, *attached_files(event)]
-            referenced |= {blob_key(file.sha256) for file in files}
+        referenced |= {manifest_key(name, digest) for digest in versions.digests}
+        tombstones = set(store.list_names(tombstones_folder(name), "")) if withdrawn else set[str]()
+        kept = [event for event in versions if f"{event['digest']}.json" not in tombstones]
+        manifests = load_version_manifests(store, name, [event["digest"] for event in kept])
+        for event, manifest in zip(kept, manifests, strict=True):
+            referenced |= {blob_key(file.sha256) for file in (*manifest.files, *attached_files(event))}
     return referenced
 
 

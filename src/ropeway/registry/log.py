@@ -37,6 +37,21 @@ class AppendResult:
     created: bool
 
 
+@dataclass(frozen=True, slots=True)
+class LogPage:
+    """A part of a log, oldest first.
+
+    Attributes:
+        total: Number of events in the whole log.
+        first: Number of the first event of the page; also the value of `before` for the page before this one.
+        events: The facts of each event of the page.
+    """
+
+    total: int
+    first: int
+    events: list[dict[str, Any]]
+
+
 class Events(Sequence[Event]):
     """The events of a log, read lazily: each on first access, all missing ones at once on iteration."""
 

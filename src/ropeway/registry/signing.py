@@ -115,8 +115,8 @@ def list_signatures(store: Store, name: str, digest: str) -> list[str]:
     """Return the ids of the keys with a signature of a version; the signatures are not verified."""
     prefix = signatures_prefix(name, digest)
     folder, _, start = prefix.rpartition("/")
-    names = (key.rpartition("/")[2] for key in store.list_keys(f"{folder}/"))
-    return sorted(name[len(start) : -len(".sig")] for name in names if name.startswith(start) and name.endswith(".sig"))
+    names = store.list_names(f"{folder}/", start)
+    return sorted(name[len(start) : -len(".sig")] for name in names if name.endswith(".sig"))
 
 
 def read_bundles(store: Store, name: str, digest: str) -> dict[str, bytes]:

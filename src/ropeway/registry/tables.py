@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from rich.console import Group, RenderableType
 
 from ropeway.registry.aliases import name_author
+from ropeway.registry.log import LogPage
 from ropeway.registry.version_manifest import Facts
 from ropeway.runtime.terminal import (
     SHORT_DIGITS,
@@ -107,7 +108,7 @@ def _score_rows(evaluation: object) -> Iterator[tuple[str, ...]]:
                 yield source, unit, *(f"{value:.3f}" for value in pair)
 
 
-def draw_history(name: str, alias: str, events: list[Facts]) -> RenderableType:
+def draw_history(name: str, alias: str, page: LogPage) -> RenderableType:
     """Return the table of `ropeway registry history`."""
     rows = [
         (
@@ -119,7 +120,7 @@ def draw_history(name: str, alias: str, events: list[Facts]) -> RenderableType:
             name_author(event),
             event["reason"],
         )
-        for number, event in enumerate(events, 1)
+        for number, event in enumerate(page.events, page.first)
     ]
     return AlignedTable(("#", "moved", "to", "digest", "from", "by", "reason"), rows, title=f"{name}@{alias}")
 

@@ -6,7 +6,7 @@ version's event (`publishing.py`).
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from ropeway.storage import MAX_DOCUMENT_BYTES, Store
 
 Facts = dict[str, Any]
 FORMAT = "ropeway-version/1"
+_BATCH = 1000  # manifests in memory at once, about 10 kB each
 _REMEDY = "Run `dvc repro package`"
 _PAGES_REMEDY = "Run `dvc repro report_package`"
 
@@ -154,13 +155,34 @@ def load_version_manifest(store: Store, name: str, digest: str) -> VersionManife
     """
     check_name(name)
     check_digest(digest)
-    key = manifest_key(name, digest)
     try:
-        document = store.get(key)
+        document = store.get(manifest_key(name, digest))
     except NotFoundError:
         raise RegistryError(
             f"{store.url}: no version {digest[:12]}… of {name}. `ropeway registry list {name}` shows the versions"
         ) from None
+    return _check_manifest(document, store, name, digest)
+
+
+def load_version_manifests(store: Store, name: str, digests: Sequence[str]) -> Iterator[VersionManifest]:
+    """Yield `load_version_manifest` of each digest, in their order; read in batches, which are parallel on S3.
+
+    Raises:
+        RegistryError, DataError: As `load_version_manifest`, for the first version that has a fault.
+    """
+    for start in range(0, len(digests), _BATCH):
+        batch = digests[start : start + _BATCH]
+        try:
+            documents = store.get_many([manifest_key(name, digest) for digest in batch])
+        except NotFoundError:  # which one it was is found by reading them one by one
+            yield from (load_version_manifest(store, name, digest) for digest in batch)
+            continue
+        for digest, document in zip(batch, documents, strict=True):
+            yield _check_manifest(document, store, name, digest)
+
+
+def _check_manifest(document: bytes, store: Store, name: str, digest: str) -> VersionManifest:
+    key = manifest_key(name, digest)
     if (found := hashlib.sha256(document).hexdigest()) != digest:
         raise DataError(
             f"{store.url}: {key} hashes to {found[:12]}…, expected {digest[:12]}…; it was changed after it was "

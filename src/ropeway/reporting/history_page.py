@@ -1,12 +1,10 @@
-"""The history of a model as a page, as Markdown, and as a table for the terminal."""
+"""The history of a model as a page, as Markdown, and as a table for the terminal, which loads no drawing library."""
 
 from collections.abc import Sequence
 
 from ropeway.reporting import colors
 from ropeway.reporting.history import LEAST, METRICS, SPREADS, WINDOW, History, HistoryVersion
 from ropeway.reporting.markdown import plain, table
-from ropeway.reporting.pictures import HistoryLine, HistoryPanel, draw_history
-from ropeway.reporting.render import render
 from ropeway.runtime.progress import format_seconds
 from ropeway.runtime.terminal import format_moment
 
@@ -16,7 +14,9 @@ _HUGE = 100_000  # a cost without decimals
 
 def render_history(history: History) -> str:
     """Return the HTML page; equal histories give equal bytes."""
-    light, dark = (draw_history(_panels(history, theme), theme) for theme in (colors.LIGHT_PLOT, colors.DARK_PLOT))
+    from ropeway.reporting.render import render
+
+    light, dark = (_draw(history, theme) for theme in (colors.LIGHT_PLOT, colors.DARK_PLOT))
     return render(
         "history.html.jinja",
         title=f"{history.name}: history",
@@ -40,7 +40,7 @@ def render_history_markdown(history: History) -> str:
         for row in reversed(rows)
     ]
     states = [f"- **{plain(words)}**" if is_bad else f"- {plain(words)}" for is_bad, words in describe_last(history)]
-    picture = draw_history(_panels(history, colors.LIGHT_PLOT), colors.LIGHT_PLOT) if len(history.versions) > 1 else ""
+    picture = _draw(history, colors.LIGHT_PLOT) if len(history.versions) > 1 else ""
     parts = [
         f"# {plain(history.name)}: history",
         "\n".join(states),
@@ -144,7 +144,9 @@ def _decided(one: HistoryVersion) -> str:
     return f"{one.decision}: {one.reviewer}" if one.decision else ""
 
 
-def _panels(history: History, theme: colors.PlotTheme) -> list[HistoryPanel]:
+def _draw(history: History, theme: colors.PlotTheme) -> str:
+    from ropeway.reporting.pictures import HistoryLine, HistoryPanel, draw_history
+
     versions = history.versions
     limits = [one.drift_limit for one in versions if one.drift_limit is not None]
 
@@ -159,12 +161,13 @@ def _panels(history: History, theme: colors.PlotTheme) -> list[HistoryPanel]:
         line("from the version before", "drift_before", theme.in_row),
         line("from the oldest of the window", "drift_oldest", theme.dim, is_dashed=True),
     ]
-    return [
+    panels = [
         HistoryPanel("Mean loss, nats/token", [line("", "loss", theme.in_row)], failed=failed, promoted=promoted),
         HistoryPanel("Data drift, JS in bits", drift, limit=limits[-1] if limits else None),
         HistoryPanel("Mean accuracy", [line("", "accuracy", theme.in_row)]),
         HistoryPanel("Training, tokens/s", [line("", "tokens_per_second", theme.in_row)]),
     ]
+    return draw_history(panels, theme)
 
 
 def _number(value: float | None, digits: int) -> str:

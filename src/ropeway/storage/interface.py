@@ -6,13 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from ropeway.runtime.errors import DataError
 
 BLOCK_BYTES = 1 << 20
 TRANSFER_BYTES = 8 << 20  # of streams: fewer switches between the hashing thread and the read-ahead threads
 MAX_DOCUMENT_BYTES = 16 << 20  # limit of `get`, for JSON documents; weights are read by `open_stream`
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 MAX_KEY_BYTES = 240  # some S3 servers reject more than 255 (SeaweedFS 4.48), which includes the prefix
 # ASCII only, no part starts with a dot: excludes `..`, NUL, backslash and hidden files.
 _KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
@@ -68,7 +70,11 @@ class Store(ABC):
 
     def get_many(self, keys: Sequence[str]) -> list[bytes]:
         """Return several documents, in the order of the keys."""
-        return [self.get(key) for key in keys]
+        return self.run_each(self.get, keys)
+
+    def run_each(self, act: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+        """Return `act` of each item, in their order; in parallel where each is a round trip. Calls must not nest."""
+        return [act(item) for item in items]
 
     @abstractmethod
     def open_stream(self, key: str, *, start_byte: int = 0) -> BinaryIO:
@@ -89,6 +95,10 @@ class Store(ABC):
     def list_keys(self, prefix: str) -> list[str]:
         """Return the keys of all objects under `prefix`, sorted."""
         return [entry.key for entry in self.list_entries(prefix)]
+
+    @abstractmethod
+    def list_names(self, prefix: str, start: str) -> list[str]:
+        """Return the names directly in the folder `prefix` that begin with `start`, sorted; no other key is listed."""
 
     def first_key(self, prefix: str) -> str | None:
         """Return the first key under the folder `prefix` in sort order, or None; one request for any number of keys."""

@@ -6,7 +6,7 @@ Objects up to 16 MiB are one put with `If-None-Match: *` and SHA-256; larger one
 import base64
 import hashlib
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
@@ -25,6 +25,8 @@ from ropeway.storage.conditional_requests import (
 from ropeway.storage.interface import (
     MAX_DOCUMENT_BYTES,
     IncompleteUpload,
+    Item,
+    Result,
     Store,
     StoredObject,
     check_key,
@@ -33,10 +35,12 @@ from ropeway.storage.interface import (
 )
 from ropeway.storage.multipart import WRITE_ID_KEY, Destination, find_write_id, put_file
 from ropeway.storage.s3_client import make_client, split_url, translate_errors
+from ropeway.storage.s3_documents import DocumentReader
 from ropeway.storage.s3_stream import open_object, read_whole
 
 ONE_PUT_BYTES = 16 << 20
 _READERS = 8
+_MANY = 16  # documents from which a second way to read them is worth its start
 
 
 class S3Store(Store):
@@ -53,6 +57,10 @@ class S3Store(Store):
     def client(self) -> BaseClient:
         """The boto3 client, shared by all threads."""
         return make_client()
+
+    @cached_property
+    def _documents(self) -> DocumentReader:
+        return DocumentReader(self.client, self._bucket)
 
     def put_if_absent(self, key: str, data: bytes | Path, *, sha256: str | None = None) -> bool:
         """Probe the store once, then put. A kill at any time leaves at most an incomplete upload."""
@@ -83,9 +91,15 @@ class S3Store(Store):
         return data
 
     def get_many(self, keys: Sequence[str]) -> list[bytes]:
-        """Read several documents in parallel: each is a round trip."""
+        """Read several documents in parallel; many of them without boto3's cost per request (`s3_documents.py`)."""
+        return self.run_each(self._get_document if len(keys) >= _MANY else self.get, keys)
+
+    def run_each(self, act: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+        """Run in `_READERS` threads."""
+        if len(items) <= 1:
+            return [act(item) for item in items]
         with ThreadPoolExecutor(_READERS) as pool:
-            return list(pool.map(self.get, keys))
+            return list(pool.map(act, items))
 
     def open_stream(self, key: str, *, start_byte: int = 0) -> BinaryIO:
         """Open a stream that reads ahead in parallel ranges; a range is retried if its connection breaks."""
@@ -113,6 +127,13 @@ class S3Store(Store):
             for item in page.get("Contents", [])
         ]
         return sorted((entry for entry in found if _is_key(entry.key)), key=lambda entry: entry.key)
+
+    def list_names(self, prefix: str, start: str) -> list[str]:
+        """List the keys that begin with `prefix` and `start`, grouped by folder."""
+        check_prefix(prefix)
+        pages = self._pages("list_objects_v2", prefix, start, Delimiter="/")
+        keys = (self._key(item["Key"]) for page in pages for item in page.get("Contents", []))
+        return sorted(key.removeprefix(prefix) for key in keys if _is_key(key))
 
     def first_key(self, prefix: str) -> str | None:
         """List with `MaxKeys=1`."""
@@ -183,11 +204,15 @@ class S3Store(Store):
             check(self.client, self._bucket, f"{self._root}.probe", self.url)
             self._probed.add(operation)
 
-    def _pages(self, operation: str, prefix: str, **options: str) -> Iterator[dict[str, Any]]:
+    def _get_document(self, key: str) -> bytes:
+        data = self._documents.read(self._path(key), max_bytes=MAX_DOCUMENT_BYTES)
+        return self.get(key) if data is None else data
+
+    def _pages(self, operation: str, prefix: str, start: str = "", **options: str) -> Iterator[dict[str, Any]]:
         check_prefix(prefix)
         with self._translate_errors(prefix or "keys"):
             pages = self.client.get_paginator(operation)
-            yield from pages.paginate(Bucket=self._bucket, Prefix=self._root + prefix, **options)
+            yield from pages.paginate(Bucket=self._bucket, Prefix=self._root + prefix + start, **options)
 
     def _place(self, key: str) -> tuple[str, str]:
         return self._bucket, self._path(key)

@@ -56,6 +56,31 @@ def test_list_shows_models_and_versions(world):
     assert "candidate, withdrawn" in ask("list", "tiny")
 
 
+def test_lists_show_the_newest_and_say_how_to_see_the_rest(world, monkeypatch):
+    _, digests = world
+    ask("promote", "tiny@v2", "candidate", "--reason", "newer")
+    monkeypatch.setattr(options, "_PAGE", 1)
+    for words, all_numbers in ((("list", "tiny"), [1, 2]), (("history", "tiny@candidate"), [1, 2])):
+        result = CliRunner().invoke(registry_app, list(words), env={"COLUMNS": "200"})
+        assert (digests[0][:12] in result.stdout.partition("from")[0], digests[1][:12] in result.stdout) == (
+            False,
+            True,
+        )
+        assert all(part in result.stderr for part in ("1 earlier", "of 2", "--before 2", "--all"))
+        shown = CliRunner().invoke(registry_app, [*words, "--all"], env={"COLUMNS": "200"})
+        assert shown.stderr == ""
+        assert all(digest[:12] in shown.stdout for digest in digests)
+        assert [one.get("number", one.get("version")) for one in ask_json(*words)] == all_numbers
+        assert [one["digest"] for one in ask_json(*words, "--limit", "1")] == [digests[1]]
+        assert [one["digest"] for one in ask_json(*words, "--limit", "1", "--before", "2")] == [digests[0]]
+        with pytest.raises(ConfigError, match="--limit"):
+            ask(*words, "--limit", "1", "--all")
+    assert "1 " in ask("history", "tiny@candidate", "--before", "2")
+    for selected in (("--limit", "1"), ("--before", "2"), ("--all",)):
+        with pytest.raises(ConfigError, match="name it"):
+            ask("list", *selected)
+
+
 def test_history_and_show_say_claimed_where_nobody_authenticated_the_name(world, monkeypatch):
     store, digests = world
     monkeypatch.setattr(options, "identity_of", lambda name: "authenticated" if name == "anna" else "claimed")

@@ -1,6 +1,8 @@
 """`ropeway drift` and `ropeway history`: text and JSON over a registry of versions with stated data."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -158,6 +160,13 @@ def test_the_cost_is_that_of_the_price_in_the_environment(monkeypatch):
 
 
 @pytest.mark.usefixtures("nightly")
+def test_history_says_how_many_versions_are_not_shown():
+    asked = CliRunner().invoke(app, ["history", "nightly", "--last", "7"])
+    assert all(part in asked.stderr for part in ("23 earlier", "of 30", "--last 30"))
+    assert CliRunner().invoke(app, ["history", "nightly", "--last", "30"]).stderr == ""
+
+
+@pytest.mark.usefixtures("nightly")
 def test_history_of_an_unknown_model_names_the_nearest_one():
     with pytest.raises(NotFoundError, match="nightly"):
         ask("history", "nightli")
@@ -173,6 +182,13 @@ def test_history_of_the_newest_versions_needs_no_more_requests_among_many(worksp
         counted.append(dict(requests))
     assert abs(sum(counted[0].values()) - sum(counted[1].values())) <= 1  # the review of v12 is among the newest of 30
     assert sum(counted[0].values()) < 45  # 20 versions, 3 reviews and 3 moves of production, 3 logs and their heads
+
+
+def test_the_history_as_a_table_loads_no_drawing_library():
+    code = (
+        "import sys, ropeway.reporting.history_page; print([m for m in ('matplotlib', 'jinja2') if m in sys.modules])"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
 def test_versions_of_before_are_shown_with_what_they_have(workspace):
