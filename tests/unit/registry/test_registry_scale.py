@@ -111,7 +111,7 @@ def test_gc_asks_for_two_documents_per_version_and_for_nothing_else(tmp_path):
     for number in (2, 12):
         store = MemoryStore()
         for each in range(number):
-            put(store, make_package(tmp_path / f"{number}-{each}", b"%d" % each))
+            move(store, put(store, make_package(tmp_path / f"{number}-{each}", b"%d" % each)).digest)
             store.put_if_absent(tombstone_key("tiny", tiny(store).latest(1)[0].digest), b"{}") if each % 2 else None
         counted[number] = count(store, lambda registry: registry.find_garbage(grace=PAST, withdrawn=False))
         with count_requests(store) as requests:
