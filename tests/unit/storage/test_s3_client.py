@@ -1,9 +1,26 @@
+from datetime import UTC, datetime
+
 import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError, SSLError
+from botocore.utils import parse_timestamp
 
 from ropeway.runtime.errors import ConfigError, NotFoundError, TemporaryError
-from ropeway.storage.s3_client import S3Location, make_client, split_url, translate_errors
+from ropeway.storage.s3_client import S3Location, make_client, parse_time, split_url, translate_errors
 from tests.support.s3_server import SECRET
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "2026-11-30T18:49:50.000Z",
+        "2026-11-30T18:49:50+00:00",
+        "Mon, 30 Nov 2026 18:49:50 GMT",
+        "1796064590",
+        "20261130T184950Z",
+    ],
+)
+def test_the_time_of_a_response_is_that_of_botocore(text):
+    assert parse_time(text) == parse_timestamp(text) == datetime(2026, 11, 30, 18, 49, 50, tzinfo=UTC)
 
 
 @pytest.fixture
