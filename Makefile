@@ -33,7 +33,6 @@ help:
 	@echo "make chaos KILLS=100 [ASYNC_SAVE=1]   kill a training at random times and compare the final bytes"
 	@echo "make bench-gpu   the first half hour with a GPU: one JSON and one page (make bench-gpu-dry runs it on a CPU)"
 	@echo "make test-gpu    the tests that need a GPU"
-	@echo "make bench-registry, make chaos-registry KILLS=30   test the registry on S3 (starts a server on loopback)"
 	@echo "make fuzz RUNS=100000   feed arbitrary bytes to every parser of files from outside (installs Atheris)"
 	@echo "make bench-registry, make bench-registry-scale, make chaos-registry KILLS=30   test the registry on S3 (starts a server on loopback)"
 	@echo "make soak RUNS=200   retrain again and again while data changes, processes are killed and the store fails"
@@ -226,12 +225,12 @@ bench-registry-scale: $(VENV)/.ready-test
 chaos: $(VENV)/.ready-test
 	$(BIN)/python -m tests.support.kill_sweep $(or $(KILLS),100) $(if $(ASYNC_SAVE),--async-save)
 
-# 200 rounds take about three hours on two cores; MINUTES=60 ends it earlier.
 # Arbitrary bytes for every parser of bytes from outside; inputs that led to a finding are in .work/fuzz.
 fuzz: $(VENV)/.ready-fuzz
 	@mkdir -p build
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.support.fuzz $(or $(RUNS),100000) $(if $(MINUTES),--minutes $(MINUTES)) 2> build/fuzz.log || (grep -v "^INFO" build/fuzz.log; exit 1)
 
+# 200 rounds take about three hours on two cores; MINUTES=60 ends it earlier.
 soak: $(VENV)/.ready-test
 	$(BIN)/python -m tests.support.soak $(or $(RUNS),200) $(if $(MINUTES),--minutes $(MINUTES))
 
