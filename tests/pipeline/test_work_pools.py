@@ -5,14 +5,16 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import uuid
 
 import pytest
 
+from ropeway.orchestration.remote.worker import CHECKPOINT_STORE
 from ropeway.orchestration.sequence import run_retrain
-from ropeway.orchestration.status import read_last_end
+from ropeway.orchestration.status import read_last_end, read_running
 from ropeway.registry import Registry
 from ropeway.runtime.errors import ConfigError, DataError
 from tests.support.flow_processes import FLOW, TRAINING, await_deaths, check_it_saved, wait_for
@@ -86,6 +88,7 @@ def test_a_stage_runs_on_the_worker_and_its_result_is_taken_over(calling, worker
     assert calling.calls() == ["fetch", "evaluate", "package"]
     assert (worker.clone() / "calls").read_text().split() == ["train"]
     assert "  learning rate 0.002" in said.splitlines()
+    assert CHECKPOINT_STORE in said, "where checkpoints are, at the start of train"
     assert "learning rate 0.002" in (calling.root / ".work" / "logs" / "train.log").read_text()
 
     again = run_retrain(calling.root)
@@ -167,6 +170,8 @@ def test_a_killed_runs_stage_goes_on_and_the_next_run_takes_it_over(calling, wor
     trouble_everywhere(calling, "train", f"print('waiting to go'); open({str(go)!r}).read()")
     with start_run(calling) as process:
         read_until(process, "waiting to go")
+        shown = wait_for(lambda: (found := read_running(calling.root)) and found.worker and found)
+        assert (shown.stage, shown.pool, shown.worker) == ("train", POOL, socket.gethostname())
         process.kill()
     left = read_last_end(calling.root)
     assert (left.stage, left.code, left.pool) == ("train", None, POOL)
