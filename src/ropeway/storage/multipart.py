@@ -24,8 +24,8 @@ from ropeway.storage.conditional_requests import PreconditionFailedError, send_c
 from ropeway.storage.interface import hash_mismatch_error
 from ropeway.storage.s3_client import error_code
 
-PART_BYTES = 8 << 20  # times 10,000 parts, the S3 limit, is 78 GiB; registry/rules.py allows 64 GiB per file
-WORKERS = 8  # the server hashes each part too, so that more and smaller parts keep all cores busy until the end
+PART_BYTES = 16 << 20  # times 10,000 parts, the S3 limit, is 156 GiB; registry/rules.py allows 64 GiB per file
+WORKERS = 4
 WRITE_ID_KEY = (
     "ropeway-write"  # object metadata: the id of the write, to recognize our own object after a lost response
 )
@@ -114,7 +114,7 @@ def _send_parts(to: Destination, upload: str, file: Path, on_bytes: Callable[[in
                 pending.append(pool.submit(_send_part, to, upload, number, body, uploaded.get(number)))
                 whole.update(body)  # parallel to the uploads: hashing releases the GIL
                 on_bytes(len(body))
-                if len(pending) > WORKERS:  # limits memory to ten parts
+                if len(pending) > WORKERS:  # limits memory to six parts
                     parts.append(pending.popleft().result())
         parts += [future.result() for future in pending]
     finally:
