@@ -1,5 +1,6 @@
 """Processes of a run that is being tested."""
 
+import os
 from contextlib import suppress
 
 import psutil
@@ -29,8 +30,18 @@ def read_until(process, text):
     raise AssertionError(f"{text!r} was not said:\n{''.join(seen)}")
 
 
-def count_threads(_share):
-    """Return torch's threads in this process. Here: a process that calls it imports the module of the function."""
+def describe_worker(_share):
+    """Return the card of this process and torch's threads in it.
+
+    Here: a process that calls it imports the module of the function.
+    """
     import torch
 
-    return torch.get_num_threads()
+    return os.environ.get("CUDA_VISIBLE_DEVICES"), torch.get_num_threads()
+
+
+def raise_config_error(message, _share):
+    """Fail as a share of an evaluation does whose params are wrong."""
+    from ropeway.runtime.errors import ConfigError
+
+    raise ConfigError(message)
