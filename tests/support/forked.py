@@ -33,6 +33,9 @@ from tests.support.processes import kill_all
 LAUNCHER = "deepspeed.launcher.launch"
 TERM_SECONDS = 30  # what is left of the other ranks is killed then, as DeepSpeed's launcher does
 HEAVY = ("ropeway.stages.train.rank", "ropeway.orchestration.stage_process", "ropeway.cli.main")
+AT_START = (  # what deepspeed.initialize imports
+    "deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.module_inject", "setuptools", "torch.utils.cpp_extension",
+)  # fmt: skip
 _run = subprocess.run
 _nursery = None
 
@@ -110,6 +113,11 @@ def _serve():
     _ = transformers.LlamaForCausalLM, transformers.AutoModelForCausalLM, transformers.AutoTokenizer
     for name in HEAVY:
         importlib.import_module(name)
+    from ropeway.stages.train.deepspeed_config import without_compiler
+
+    with without_compiler({}):
+        for name in AT_START:
+            importlib.import_module(name)
     gc.freeze()  # no forked process walks what was imported
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

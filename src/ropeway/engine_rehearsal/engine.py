@@ -26,7 +26,7 @@ from ropeway.models.sequence_parallel import SequenceGroup, join_sequence_group
 from ropeway.models.supervised_loss import SupervisedLoss
 from ropeway.planning.memory import Sizes
 from ropeway.runtime.op_build import collective_timeout
-from ropeway.stages.train.deepspeed_config import parse_deepspeed_json, plan_deepspeed
+from ropeway.stages.train.deepspeed_config import parse_deepspeed_json, plan_deepspeed, without_compiler
 from ropeway.stages.train.loss import micro_batch_loss
 from ropeway.stages.train.model import enable_checkpointing, trainable_parameters
 
@@ -106,7 +106,8 @@ def _start_engine(case: Case, *, ranks: int) -> Any:  # noqa: ANN401 - DeepSpeed
     accumulation = min(MOST_MICRO_BATCHES, accumulation_steps(profile, ranks))
     config = plan_deepspeed(profile, named, ranks=ranks, accumulation_steps=accumulation, total_steps=_TOTAL_STEPS)
     model = _LossOnCard(_create_model(profile, sequence), sequence)
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=trainable_parameters(model), config=config)
+    with without_compiler(named):
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=trainable_parameters(model), config=config)
     return engine
 
 

@@ -1,8 +1,10 @@
 """The DeepSpeed configuration: a pure function of params, number of ranks and the DeepSpeed JSON, without "auto"."""
 
 import json
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TypedDict
 
 from ropeway.config.params import TrainParams
@@ -17,6 +19,7 @@ _OWNED = (
 
 
 _COMPILED = ("adam", "adamw", "lamb", "lion")
+_NO_COMPILER = "TORCHDYNAMO_DISABLE"  # of torch, read at each torch.compile
 
 
 class OptimizerJson(TypedDict, total=False):
@@ -76,6 +79,23 @@ def check_optimizer(named: DeepSpeedJson, path: str) -> None:
             '`"torch_adam": true, "fused": true` in optimizer.params to use torch\'s fused AdamW, or install the CUDA '
             "toolkit and set CUDA_HOME"
         )
+
+
+@contextmanager
+def without_compiler(named: DeepSpeedJson) -> Iterator[None]:
+    """Turn torch.compile off during `deepspeed.initialize`, unless the optimizer is Muon or the variable is set.
+
+    DeepSpeed imports Muon to check any optimizer, and Muon's decorators import torch's compiler: 1 to 2 s of processor
+    time at each start of each rank. Source: deepspeed 0.19.8, runtime/zero/utils.py, `is_zero_supported_optimizer`.
+    """
+    if _NO_COMPILER in os.environ or "muon" in named.get("optimizer", OptimizerJson()).get("type", "").lower():
+        yield
+        return
+    os.environ[_NO_COMPILER] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[_NO_COMPILER]
 
 
 def _holds(tree: Mapping[str, object], dotted: str) -> bool:

@@ -47,7 +47,12 @@ from ropeway.runtime.workspace import Workspace
 from ropeway.stages.train import checkpoints, rewind, saving
 from ropeway.stages.train.checkpoint_writer import CheckpointWriter
 from ropeway.stages.train.continuing import check_continued
-from ropeway.stages.train.deepspeed_config import check_optimizer, parse_deepspeed_json, plan_deepspeed
+from ropeway.stages.train.deepspeed_config import (
+    check_optimizer,
+    parse_deepspeed_json,
+    plan_deepspeed,
+    without_compiler,
+)
 from ropeway.stages.train.disk import DiskSpaceError, check_disk
 from ropeway.stages.train.export import export_model
 from ropeway.stages.train.loop import FaultError, train
@@ -283,7 +288,8 @@ def open_run(workspace: Workspace, profile: TrainParams, attention: Attention, *
     config = plan_deepspeed(profile, named, ranks=ranks, accumulation_steps=accumulation, total_steps=run.total_steps)
     if universal:
         config["checkpoint"] = {"load_universal": True}
-    run.engine, *_ = deepspeed.initialize(model=model, model_parameters=trainable_parameters(model), config=config)
+    with without_compiler(named):
+        run.engine, *_ = deepspeed.initialize(model=model, model_parameters=trainable_parameters(model), config=config)
     run.engine.checkpoint_engine = CheckpointWriter(run.engine.checkpoint_engine)
     base = load_manifest(workspace.base, remedy="Run `dvc repro base`", verify=False)
     check_proof(base["proofs"], SDPA if attention.kernel is None else VARIABLE_LENGTH, where=base["model"]["name"])

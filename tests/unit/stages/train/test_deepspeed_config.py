@@ -1,6 +1,7 @@
 """The optimizer of a DeepSpeed JSON runs without a compiler on a GPU, or is refused."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,12 @@ from torch.utils import cpp_extension
 
 from ropeway.config.load_params import load_profile
 from ropeway.runtime.errors import ConfigError
-from ropeway.stages.train.deepspeed_config import check_optimizer, parse_deepspeed_json, plan_deepspeed
+from ropeway.stages.train.deepspeed_config import (
+    check_optimizer,
+    parse_deepspeed_json,
+    plan_deepspeed,
+    without_compiler,
+)
 from ropeway.stages.train.training_run import learning_rate
 
 CONFIGS = Path(__file__).parents[4] / "configs"
@@ -75,3 +81,24 @@ def test_deepspeed_s_schedule_has_the_rates_that_are_checked_at_every_step(sched
         if schedule == "constant" and not warmup:
             assert rate == 0.5
         scheduler.step()
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "stated", "found"),
+    [("AdamW", None, "1"), (None, None, "1"), ("Muon", None, None), ("AdamW", "0", "0"), ("Muon", "1", "1")],
+)
+def test_deepspeed_starts_without_torchs_compiler_unless_its_optimizer_needs_it(monkeypatch, optimizer, stated, found):
+    name = "TORCHDYNAMO_DISABLE"
+    monkeypatch.delenv(name, raising=False)
+    if stated is not None:
+        monkeypatch.setenv(name, stated)
+    named = {"optimizer": {"type": optimizer}} if optimizer else {}
+
+    def start():
+        with without_compiler(named):
+            assert os.environ.get(name) == found
+            raise ConfigError("a start that fails")
+
+    with pytest.raises(ConfigError):
+        start()
+    assert os.environ.get(name) == stated
