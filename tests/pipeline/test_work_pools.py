@@ -97,6 +97,46 @@ def test_a_stage_runs_on_the_worker_and_its_result_is_taken_over(calling, worker
     assert (worker.clone() / "calls").read_text().split() == ["train"]
 
 
+PACKAGE = """\
+  package:
+    cmd: python fake_stage.py evaluate ${profile} && python fake_stage.py package ${profile}
+    deps:
+      - runs/${profile}/model
+    metrics:
+      - runs/${profile}/eval.json
+    outs:
+      - runs/${profile}/package
+"""
+
+
+def test_a_run_is_published_by_a_worker_and_its_weights_stay_away_from_the_caller(
+    flow_workspace, tmp_path, worker_on_s3, monkeypatch, s3_bucket, capsys
+):
+    graph = (flow_workspace.root / "dvc.yaml").read_text()
+    (flow_workspace.root / "dvc.yaml").write_text(graph[: graph.index("  evaluate:\n")] + PACKAGE)
+    publish_repository(flow_workspace, str(tmp_path / "remote"), tmp_path / "origin.git")
+    monkeypatch.setenv("ROPEWAY_REGISTRY", f"s3://{s3_bucket}/{uuid.uuid4().hex[:12]}")
+    for step in ("TRAIN", "PACKAGE", "PUBLISH"):
+        monkeypatch.setenv(f"ROPEWAY_POOL_{step}", POOL)
+    result = run_retrain(flow_workspace.root)
+    assert result.publication.state == "Published", capsys.readouterr().out
+    assert flow_workspace.calls() == ["fetch"]
+    check_weights_are_there_only(flow_workspace, worker_on_s3)
+
+
+def check_weights_are_there_only(workspace, worker):
+    """Return the digests of the weights that only the worker has."""
+    run, there = workspace.root / "runs" / "laptop", worker.clone() / "runs" / "laptop"
+    assert not (run / "model").exists()
+    assert not (run / "package").exists()
+    weights = md5s(there / "model") | md5s(there / "package")
+    assert weights
+    assert not weights & cached(workspace.root)
+    assert (run / "eval.json").read_bytes() == (there / "eval.json").read_bytes()  # a single file comes back
+    return weights
+
+
+@SLOW
 def test_weights_stay_away_from_a_caller_whose_later_stages_are_elsewhere(
     flow_workspace, tmp_path, worker_on_s3, monkeypatch, s3_bucket, capsys
 ):
@@ -109,13 +149,7 @@ def test_weights_stay_away_from_a_caller_whose_later_stages_are_elsewhere(
     said = capsys.readouterr().out
     assert result.publication.state == "Published", said
     assert flow_workspace.calls() == ["fetch"]
-    run, there = flow_workspace.root / "runs" / "laptop", worker_on_s3.clone() / "runs" / "laptop"
-    assert not (run / "model").exists()
-    assert not (run / "package").exists()
-    weights = md5s(there / "model") | md5s(there / "package")
-    assert weights
-    assert not weights & cached(flow_workspace.root)
-    assert (run / "eval.json").read_bytes() == (there / "eval.json").read_bytes()  # a single file comes back
+    weights = check_weights_are_there_only(flow_workspace, worker_on_s3)
 
     again = run_retrain(flow_workspace.root)
     assert again.stages == dict.fromkeys(result.stages, "Unchanged")

@@ -1,5 +1,6 @@
 """Prefect workers with a home of their own, as on other machines, for tests of stages in work pools."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -64,8 +65,9 @@ class PoolWorker:
         self.log.close()
 
 
+@functools.cache
 def create_pool(api, name=POOL):
-    """Create a process pool as a person does."""
+    """Create a process pool on this server as a person does, once: the command takes 3 s."""
     done = subprocess.run(
         [sys.executable, "-m", "prefect", "work-pool", "create", name, "--type", "process", "--overwrite"],
         env={**os.environ, "PREFECT_API_URL": api},
