@@ -4,12 +4,14 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 from tests.support.main_job import share_main_jobs
+from tests.support.shared import build_once
 from tests.support.shipped_params import read_shipped_params
 
 HERE = Path(__file__).parent
@@ -104,12 +106,14 @@ def made_once(tmp_path_factory):
     """Return a workspace whose run is complete and published, not to be changed."""
     from ropeway.orchestration.sequence import run_retrain
 
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        set_environment(monkeypatch)
-        workspace = make_workspace(tmp_path_factory.mktemp("made") / "workspace")
-        run_retrain(workspace.root, use_prefect=False)
-    workspace.calls()
-    return workspace
+    def build(folder):
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            set_environment(monkeypatch)
+            workspace = make_workspace(folder / "workspace")
+            run_retrain(workspace.root, use_prefect=False)
+        workspace.calls()
+
+    return FlowWorkspace(build_once(tmp_path_factory, "made-workspace", build) / "workspace")
 
 
 @pytest.fixture
@@ -136,10 +140,22 @@ def prefect_api(tmp_path_factory):
     for name in [name for name in os.environ if name.startswith("PREFECT_")]:
         del os.environ[name]
     apply_settings(home)
-    with open_server(home) as url:
-        await_server(url, home)
-        shutil.copytree(home / ".prefect", home / "migrated")
-        yield PrefectApi(url, home / "migrated")
+    with ExitStack() as running:
+        urls = []
+
+        def start():
+            urls.append(running.enter_context(open_server(home)))
+            await_server(urls[0], home)
+
+        def build(folder):
+            start()
+            shutil.copytree(home / ".prefect", folder / "migrated")
+
+        migrated = build_once(tmp_path_factory, "prefect-home", build) / "migrated"
+        if not urls:  # the other process of `make test` has made the tables
+            shutil.copytree(migrated, home / ".prefect")
+            start()
+        yield PrefectApi(urls[0], migrated)
     os.environ.clear()
     os.environ.update(before)
 

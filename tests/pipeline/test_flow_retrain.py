@@ -2,9 +2,9 @@
 
 import ast
 import json
+import os
 import re
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
 import networkx as nx
@@ -264,46 +264,41 @@ def test_the_flow_calls_the_steps_of_the_sequence_in_their_order():
     assert [node.func.attr for node in sorted(steps, key=lambda node: node.lineno)] == list(STEPS)
 
 
-def test_a_task_that_a_user_adds_to_the_flow_appears_in_the_run(flow_workspace, on_prefect, capsys):
-    flow_workspace.edit("flows/retrain.py", "from prefect import flow\n", "from prefect import flow, task\n")
-    flow_workspace.edit(
+def test_a_task_that_a_user_adds_to_the_flow_appears_in_the_run(made_workspace, on_prefect, capsys):
+    made_workspace.edit("flows/retrain.py", "from prefect import flow\n", "from prefect import flow, task\n")
+    made_workspace.edit(
         "flows/retrain.py",
         "\n\n@flow(",
         "\n\n@task(name='tell', task_run_name='tell the team')\ndef tell(name):\n    return name\n\n\n@flow(",
     )
-    flow_workspace.edit(
+    made_workspace.edit(
         "flows/retrain.py", "        run.publish()\n", "        tell(run.name)\n        run.publish()\n"
     )
-    run_retrain(flow_workspace.root)
+    run_retrain(made_workspace.root)
     page = re.search(r"/runs/flow-run/([0-9a-f-]{36})\n", capsys.readouterr().out)[1]
     names = {one["name"] for one in ask(on_prefect, "task_runs", flow_runs={"id": {"any_": [page]}})}
     assert names >= {"tell the team", "publish", *STAGES}
 
 
 @pytest.mark.usefixtures("on_prefect")
-def test_a_workspace_without_a_flow_that_loads_is_refused_by_name(flow_workspace):
-    path = flow_workspace.root / "flows" / "retrain.py"
+def test_a_workspace_without_a_flow_that_loads_is_refused_by_name(made_workspace):
+    path = made_workspace.root / "flows" / "retrain.py"
     path.write_text("retrain = ")
     with pytest.raises(ConfigError, match=r"flows/retrain\.py"):
-        run_retrain(flow_workspace.root)
+        run_retrain(made_workspace.root)
     path.unlink()
     with pytest.raises(ConfigError, match=r"flows/retrain\.py"):
-        run_retrain(flow_workspace.root)
-    assert flow_workspace.calls() == []
-    run_retrain(flow_workspace.root, use_prefect=False)
-    assert flow_workspace.calls() == STAGES
+        run_retrain(made_workspace.root)
+    assert run_retrain(made_workspace.root, use_prefect=False).publication.version == "laptop@v1"
 
 
 def test_flow_refuses_a_locked_workspace(flow_workspace):
-    code = (
-        "import sys; from pathlib import Path; from ropeway.orchestration.sequence import run_retrain\n"
-        "run_retrain(Path(sys.argv[1]), use_prefect=False)"
-    )
-    with workspace_lock(flow_workspace.root, command="ropeway run", profile="laptop"):
-        done = subprocess.run(
-            [sys.executable, "-c", code, str(flow_workspace.root)], capture_output=True, text=True, check=False
-        )
-    assert re.search(r"TemporaryError: .*held by pid \d+, `ropeway run` of profile laptop, since", done.stderr)
+    said = rf"held by pid {os.getpid()}, `ropeway run` of profile laptop, since"
+    with (
+        workspace_lock(flow_workspace.root, command="ropeway run", profile="laptop"),
+        pytest.raises(TemporaryError, match=said),
+    ):
+        plain(flow_workspace)
     assert flow_workspace.calls() == []
 
 
@@ -354,9 +349,10 @@ def test_the_result_of_a_run_is_one_json_object_on_stdout(made_workspace, monkey
 
 
 def test_a_rehearsal_that_fails_ends_the_run_before_a_stage_starts_and_none_runs_if_nothing_changed(
-    flow_workspace, monkeypatch
+    made_workspace, monkeypatch
 ):
-    asked = []
+    asked, package = [], made_workspace.root / "runs" / "laptop" / "package"
+    shutil.rmtree(package)  # DVC's cache has it
 
     def fail(_site, name, command, _write_line):
         asked.append((name, command[-3:]))
@@ -364,12 +360,12 @@ def test_a_rehearsal_that_fails_ends_the_run_before_a_stage_starts_and_none_runs
 
     monkeypatch.setattr(sequence, "run_command", fail)
     with pytest.raises(DataError, match="stage fetch would fail"):
-        run_retrain(flow_workspace.root, use_prefect=False, rehearse=True)
+        run_retrain(made_workspace.root, use_prefect=False, rehearse=True)
     assert asked == [("rehearse", ["rehearse", "--profile", "laptop"])]
-    assert flow_workspace.calls() == []
+    assert not package.exists()
     monkeypatch.setattr(sequence, "run_command", lambda *_: (0, []))
-    run_retrain(flow_workspace.root, use_prefect=False, rehearse=True)
-    assert flow_workspace.calls() == STAGES
+    done = run_retrain(made_workspace.root, use_prefect=False, rehearse=True)
+    assert done.stages["package"] == "Restored"
     monkeypatch.setattr(sequence, "run_command", fail)
-    run_retrain(flow_workspace.root, use_prefect=False, rehearse=True)
+    run_retrain(made_workspace.root, use_prefect=False, rehearse=True)
     assert len(asked) == 1
