@@ -239,7 +239,7 @@ def test_a_terminated_run_saves_reports_it_and_leaves_no_process(finished, untra
 
 def test_without_a_compiler_training_says_what_is_missing(finished):
     finished.environment["CXX"] = "no-such-compiler"
-    said = finished.do("ropeway", "stage", "train", code=64)
+    said = finished.stage("train", code=64)
     assert re.search(r"no C\+\+ compiler: `no-such-compiler`", said)
 
 
