@@ -10,7 +10,9 @@ import signal
 import psutil
 import pytest
 
-from ropeway.runtime.manifest import load_manifest
+from ropeway.data.raw_records import iterate_records
+from ropeway.data.record_identity import record_digest
+from ropeway.runtime.manifest import file_sha256, load_manifest
 from tests.support.main_job import ROOT, STEPS
 from tests.support.processes import command_of, kill_all, read_until
 
@@ -31,9 +33,10 @@ def untrained(main_jobs, tmp_path):
 
 def test_dvc_repro_alone_writes_every_file_and_a_second_run_does_nothing(finished):
     left = {path.name for path in finished.run.iterdir() if not path.name.startswith(".")}
-    assert left >= {"raw", "base", "data", "ledger.json", "report.html", "data_profile.json"}
+    assert left >= {"raw", "base", "data", "ledger.json", "report.html", "data_profile.json", "records.index"}
     profile = (finished.run / "data_profile.json").read_bytes()
     assert (finished.run / "pages" / "data_profile.json").read_bytes() == profile
+    assert json.loads(profile)["record_index"]["sha256"] == file_sha256(finished.run / "records.index")
     assert left >= {"model", "steps.csv", "train.json", "eval.json", "package"}
     with (finished.run / "steps.csv").open() as file:
         steps = list(csv.DictReader(file))
@@ -133,6 +136,18 @@ def check_it_is_the_same_run(job, finished):
     assert "learning_rate: 2e-3" in (job.run / "package" / "run.yaml").read_text().partition("\ntiny:")[2]
 
 
+def check_its_records_are_known(job):
+    """The registry alone answers for every record: the index has the roles that the ledger counts."""
+    raw = {name: list(iterate_records(job.run / "raw" / name)) for name in ("docstrings", "topics")}
+    digests = {record_digest(record).hex(): name for name, records in raw.items() for record in records}
+    (job.root / "records.txt").write_text("\n".join(digests))
+    version = json.loads(job.do("ropeway", "contains", "records.txt", "--json"))["versions"][0]
+    assert version["indexed"] == len(digests)
+    assert version["absent"] == 0
+    assert min(version["trained"], version["validation"], *version["dropped"].values()) > 0
+    (job.root / "records.txt").unlink()
+
+
 def test_a_killed_training_resumes_to_the_same_bytes_despite_edits(finished, untrained):
     job, before = untrained, untrained.revision()
     process = job.start("ropeway", "run", "--no-prefect")
@@ -160,6 +175,7 @@ def test_a_killed_training_resumes_to_the_same_bytes_despite_edits(finished, unt
     assert "params.yaml was edited during the run (learning_rate, evaluation)" in words
     version = json.loads(job.do("ropeway", "registry", "show", "tiny@v1", "--json"))
     assert version["provenance"]["git"] == before
+    check_its_records_are_known(job)
     assert not version["provenance"]["dirty"]
 
 

@@ -205,6 +205,8 @@ FORMATS = {
     "Shards": "ropeway.data.shards",
     "Ledger": "ropeway.data.ledger",
     "Data profile": "ropeway.data.data_profile",
+    "Records": "ropeway.data.record_index",
+    "Digests of records": "ropeway.data.record_identity",
     "Drift": "ropeway.data.drift",
     "Checkpoints": "ropeway.stages.train.checkpoints",
     "Evaluation": "ropeway.stages.evaluate.stage",

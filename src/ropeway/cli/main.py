@@ -12,6 +12,7 @@ import typer
 from ropeway.cli.completion import complete_profile, complete_split_words, complete_stage, complete_version
 from ropeway.cli.options import JsonOption, ProfileOption, RegistryOption, VersionArgument, open_profile
 from ropeway.cli.params_commands import params_app
+from ropeway.cli.record_commands import record_app
 from ropeway.cli.registry_commands import registry_app
 from ropeway.cli.run_commands import run_app
 from ropeway.cli.version_commands import version_app
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 app.add_typer(run_app)
 app.add_typer(version_app)
+app.add_typer(record_app)
 app.add_typer(registry_app, name="registry")
 app.add_typer(params_app, name="params")
 

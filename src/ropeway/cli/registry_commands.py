@@ -244,7 +244,8 @@ def publish(
     from ropeway.runtime.terminal import format_count
 
     facts = _read_facts(provenance) if provenance else {}
-    attachments = {path.name: path for path in attach or []}
+    index = folder.resolve().with_name("records.index")  # as prepare leaves it
+    attachments = {path.name: path for path in [*([index] if index.is_file() else []), *(attach or [])]}
     artifact = open_registry(registry).artifact(name)
     pages = folder.resolve().with_name("pages")  # as report_package leaves them; of another package they are refused
     if not pages.is_dir() and not (folder / "README.md").is_file():  # a pulled copy has its pages inside

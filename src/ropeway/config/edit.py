@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -170,6 +170,90 @@ def set_resume_from(text: str, profile: str, run: str) -> str:
     first = block.value[0][0].start_mark
     separator = ", " if isinstance(block, MappingNode) and block.flow_style else "\n" + " " * first.column
     return f'{text[: first.index]}resume_from: "{run}"{separator}{text[first.index :]}'
+
+
+def add_forgotten(root: Path, profile: str | None, digests: Sequence[str], reason: str = "") -> tuple[str, list[str]]:
+    """Add digests to `forget` of a profile in params.yaml; None means the selected profile.
+
+    Profiles that take their `forget` from this one get them, too. `reason` becomes a comment beside each.
+
+    Returns:
+        The profile's name, and the digests that were not listed before.
+
+    Raises:
+        ConfigError: The value of `forget` is an alias, or the edit would change another key.
+        TemporaryError: A run holds the workspace lock.
+    """
+    path = root / "params.yaml"
+    name, chosen = load_profile(path, profile)
+    new = [digest for digest in dict.fromkeys(digests) if digest not in chosen.forget]
+    if not new:
+        return name, new
+    with workspace_lock(root, command="ropeway forget", profile=name):
+        draft = path.with_name(f".params.{os.getpid()}.partial")
+        try:
+            draft.write_bytes(set_forgotten(read_exact(path), name, [*chosen.forget, *new], new, reason).encode())
+            old, edited = (load_profiles(one)[1] for one in (path, draft))
+            kept = {one: block.model_copy(update={"forget": edited[one].forget}) for one, block in old.items()}
+            if edited != kept or edited[name].forget != [*chosen.forget, *new]:
+                raise ConfigError(f"{path}: `forget` of '{name}' cannot be edited there; write it as a list of its own")
+            draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)
+    return name, new
+
+
+def set_forgotten(text: str, profile: str, every: Sequence[str], new: Sequence[str], reason: str = "") -> str:
+    r"""Return the text of params.yaml with the digests `new` in `forget` of a profile, where `every` lists all.
+
+    >>> print(set_forgotten("a:\n  forget: []  # none\nb: 1\n", "a", ["00ff"], ["00ff"], "asked"), end="")
+    a:
+      forget:  # none
+        - "00ff"  # asked
+    b: 1
+    >>> print(set_forgotten("a:\n  forget:\n  - 'aa'  # old\n  b: 1\n", "a", ["aa", "00"], ["00"]), end="")
+    a:
+      forget:
+      - 'aa'  # old
+      - "00"
+      b: 1
+    >>> print(set_forgotten("a: &x\n  b: 1\n", "a", ["00ff"], ["00ff"]), end="")
+    a: &x
+      forget:
+        - "00ff"
+      b: 1
+    """
+    block = {key.value: value for key, value in read_pairs(text)}[profile]
+    stated = next(((key, value) for key, value in block.value if key.value == "forget"), None)
+    first = block.value[0][0].start_mark
+    comment = f"  # {' '.join(reason.split())}" if reason.strip() else ""
+    if isinstance(block, MappingNode) and block.flow_style:  # all on few lines, without room for comments
+        listed = "[" + ", ".join(f'"{one}"' for one in every) + "]"
+        added = f"{text[: first.index]}forget: {listed}, {text[first.index :]}"
+        return _replace(text, stated[1], listed) if stated else added
+    if stated is None:
+        lines = _list_items(every, new, comment, first.column + 2)
+        return f"{text[: first.index]}forget:{lines}\n{' ' * first.column}{text[first.index :]}"
+    key, value = stated
+    if value.start_mark.index < key.end_mark.index or not isinstance(value, SequenceNode):
+        raise ConfigError("params.yaml: `forget`: expected a list of digests, found a YAML alias; write the list there")
+    if value.flow_style:
+        colon = text.index(":", key.end_mark.index) + 1
+        end = _line_end(text, value.end_mark.index)
+        rest = text[value.end_mark.index : end].rstrip()
+        return text[:colon] + rest + _list_items(every, new, comment, key.start_mark.column + 2) + text[end:]
+    end = _line_end(text, value.value[-1].end_mark.index)
+    return text[:end] + _list_items(new, new, comment, value.start_mark.column) + text[end:]
+
+
+def _list_items(digests: Sequence[str], new: Sequence[str], comment: str, column: int) -> str:
+    """Return the lines of a list, each after a line break; quoted, since digits alone would be a number."""
+    return "".join(f'\n{" " * column}- "{one}"{comment if one in new else ""}' for one in digests)
+
+
+def _line_end(text: str, index: int) -> int:
+    found = text.find("\n", index)
+    return len(text) if found < 0 else found
 
 
 def _replace(text: str, node: Node, value: str) -> str:

@@ -22,8 +22,8 @@ _EXPECTED = {
 }  # fmt: skip
 
 
-def check_json(value: object, schema: type[T], *, where: Path, remedy: str) -> T:
-    """Return `value`, read from the JSON file `where`, as the TypedDict `schema`; keys outside the schema are ignored.
+def check_json(value: object, schema: type[T], *, where: Path | str, remedy: str) -> T:
+    """Return `value`, read from the JSON at `where`, as the TypedDict `schema`; keys outside the schema are ignored.
 
     Raises:
         DataError: A key is missing or its value has another type. The message names file, key and `remedy`.

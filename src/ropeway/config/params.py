@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from ropeway.config.sections import (
     PUBLISHED_TEMPLATE,
+    RECORD_DIGEST,
     RUN,
     SOURCE_NAME,
     TEMPLATE,
@@ -88,6 +89,10 @@ class EpochParams(RowParams):
 class FetchParams(Section):
     """Params of the stage fetch."""
 
+    forget: list[Annotated[str, Field(pattern=RECORD_DIGEST)]]
+    """Digests of records that no run reads, 32 hex digits each, quoted: `ropeway forget RECORD` adds them, `ropeway
+    contains RECORD --json` prints them. Stage fetch drops these records; the ledger counts them, and the digests that
+    match none."""
     max_refused_fraction: Fraction
     """Maximum fraction of a source's records that may be rejected; above it, fetch fails."""
     sources: dict[str, Source]

@@ -18,6 +18,7 @@ Dtype = Literal["fp16", "bf16", "fp32"]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Length = Annotated[int, Field(gt=1)]  # of a row, in tokens
 RUN = r"[0-9a-f]{16}(@[0-9]+)?"  # fingerprint of a training run, optionally with @STEP of a checkpoint
+RECORD_DIGEST = r"^[0-9a-f]{32}$"  # of a record's text: `ropeway.data.record_identity`
 PUBLISHED_TEMPLATE = "open_assistant"
 TEMPLATE = rf"^({PUBLISHED_TEMPLATE}|base|.+\.jinja)$"
 # Also the model's name in the registry, and part of paths and S3 keys.

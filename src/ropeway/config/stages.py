@@ -74,13 +74,13 @@ STAGES = (
         _keys(PrepareParams),
         frozen=("contamination",),
         inputs=("raw/manifest.json", "tokens"),
-        outputs=("data",),
+        outputs=("data", "records.index"),
         metrics=("ledger.json",),
     ),
     StageSpec(
         "report_data",
         _keys(PrepareParams),
-        inputs=("raw", "base/chat_template.jinja", *_TOKENIZER, "tokens", "data", "ledger.json"),
+        inputs=("raw", "base/chat_template.jinja", *_TOKENIZER, "tokens", "data", "ledger.json", "records.index"),
         outputs=("report.html", "data_profile.json"),
     ),
     StageSpec(

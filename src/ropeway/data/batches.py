@@ -199,6 +199,16 @@ class EpochPlan:
         trained = np.concatenate([np.empty(0, np.int64), *(part.train for part in self.shards.sources)])
         return sources.astype(np.int64), trained[self.order]
 
+    def trained_sequences(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return (sources, sequences), `(n,)` each, of the rows that a step reads: all but those left over."""
+        rows = self.steps * self.profile.global_batch_size
+        if self.packed is None:
+            sources, sequences = self.drawn_sequences()
+            return sources[:rows], sequences[:rows]
+        pieces = [(piece.source, piece.sequence) for row in self.packed[:rows] for piece in row]
+        both = np.asarray(pieces, np.int64).reshape(-1, 2)
+        return both[:, 0], both[:, 1]
+
 
 def plan_epoch(shards: Shards, profile: EpochParams, *, epoch: int) -> EpochPlan:
     """Return the plan of one epoch."""

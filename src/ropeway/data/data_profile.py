@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ropeway.data.words import mix_bits
+from ropeway.runtime.manifest import FileFacts
 
 FORMAT = 1
 FILE = "data_profile.json"  # in a version
@@ -155,8 +156,10 @@ class DataProfile:
         )
 
 
-def build_data_profile(tokenized: Json, ledger: Json) -> dict[str, object]:
+def build_data_profile(tokenized: Json, ledger: Json, *, record_index: FileFacts | None = None) -> dict[str, object]:
     """Return the content of data_profile.json from that of tokens/profile.json and ledger.json.
+
+    `record_index` describes records.index, which is attached to a version: so the version's digest covers it.
 
     Sketches (token buckets, text hashes, system messages) are of all sources together, so that the size is bounded: 25
     kB and 1 kB per source.
@@ -170,6 +173,7 @@ def build_data_profile(tokenized: Json, ledger: Json) -> dict[str, object]:
     totals = ("read", "refused", "exact_duplicates", "near_duplicates", "trained_tokens")
     return {
         "format": FORMAT,
+        **({"record_index": record_index} if record_index else {}),
         "tokenizer": tokenized["tokenizer"],
         "sources": sources,
         "all": {

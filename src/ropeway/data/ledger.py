@@ -1,6 +1,6 @@
 """The ledger: counts of every record and token of every source. It is written only if all its sums are correct.
 
-read = refused + kept; kept -> sequences (a document: its chunks)
+read = forgotten + refused + kept; kept -> sequences (a document: its chunks)
 conversations: kept + further answers of rewritten histories (`history: per_turn`) = sequences
 sequences and their tokens = removed as duplicate + as contaminated + train + validation + unused
 removed as duplicate = exact + near duplicates, if params remove them; if only counted, they are in the other parts
@@ -16,6 +16,8 @@ from ropeway.runtime.errors import DataError
 
 _Sum = tuple[str, int, tuple[int, ...]]  # description, total, parts
 _OPTIONAL = (
+    "forget",
+    "forgotten",
     "further_answers",
     "repeated",
     "repeated_tokens",
@@ -36,6 +38,7 @@ class RecordTotals:
         files: File -> records read from it; empty if the source is not files.
         ignored_keys: Field in `ignored_keys` -> kept records in which it had a value.
         skipped_members: Reason -> members of archives that are not read.
+        forgotten: Records that `forget` names; they are in no file of the run.
         further_answers: Sequences of conversations beyond their first, because each answer is one (`per_turn`).
     """
 
@@ -50,6 +53,7 @@ class RecordTotals:
     ignored_keys: dict[str, int] = field(default_factory=dict)
     skipped_members: dict[str, int] = field(default_factory=dict)
     further_answers: int = 0
+    forgotten: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,11 +174,27 @@ class EpochTotals:
 
 
 @dataclass(frozen=True, slots=True)
+class ForgetTotals:
+    """The digests in `forget` of params.yaml.
+
+    Attributes:
+        listed: Distinct digests.
+        matched: Those of a record of any source.
+        unmatched: The others.
+    """
+
+    listed: int
+    matched: int
+    unmatched: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Ledger:
-    """The counts of all sources, in the order of params, and of all epochs."""
+    """The counts of all sources, in the order of params, and of all epochs; `forget` is None if params name none."""
 
     sources: tuple[SourceLedger, ...]
     epochs: tuple[EpochTotals, ...]
+    forget: ForgetTotals | None = None
 
     def to_json(self) -> dict[str, object]:
         """Return the content of ledger.json; keys that older ledgers do not have are left out where they are empty."""
@@ -212,10 +232,13 @@ def check_ledger(ledger: Ledger) -> None:
 
 def _iterate_sums(ledger: Ledger) -> Iterator[_Sum]:
     """Yield (description, total, parts) of every sum to check."""
+    if forget := ledger.forget:
+        yield "forget, digests = matched + not matched", forget.listed, (forget.matched, len(forget.unmatched))
     for account in ledger.sources:
         name, records = account.name, account.records
         refused = (sum(records.refused_by_fetch.values()), sum(records.refused_by_tokenize.values()))
-        yield f"{name}, records read = refused by fetch + by tokenize + kept", records.read, (*refused, records.kept)
+        found = (records.forgotten, *refused, records.kept)
+        yield f"{name}, records read = forgotten + refused by fetch + by tokenize + kept", records.read, found
         if account.kind == "conversation":
             sums = (records.kept, records.further_answers)
             yield f"{name}, sequences = records kept + further answers", account.sequences.all, sums

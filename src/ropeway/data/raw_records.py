@@ -38,6 +38,7 @@ class RawSource(TypedDict):
     refused: dict[str, int]  # reason -> records
     files: NotRequired[dict[str, int]]  # name -> records read from it, including refused ones
     ignored_keys: NotRequired[dict[str, int]]  # key -> kept records in which it had a value
+    forgotten: NotRequired[dict[str, int]]  # digest in `forget` -> records with it, which are in no file
     skipped_members: NotRequired[dict[str, int]]  # reason -> members of archives that are not read
 
 

@@ -10,7 +10,11 @@ tokens/<source>/grams-00000.npy                     uint64 `(g,)`: word n-gram h
 tokens/<source>/lengths.npy, gram_counts.npy        int32 `(N,)`: tokens and n-grams of each sequence
 tokens/<source>/records.npy                         int64 `(N,)`: the kept record that each sequence comes from
 tokens/<source>/keys.npy, record_keys.npy           uint64 `(N,)`: hashes of each sequence's text and of its record's
-tokens/<source>/exact.npy                           uint64 `(R, 2)`: hash of each kept record's compared texts
+tokens/<source>/exact.npy                           uint64 `(R, 2)`: digest of each kept record, as
+                                                    `ropeway.data.record_identity` has it
+tokens/<source>/refused_exact.npy                   uint64 `(r, 2)`: digest of each record that tokenize refused
+tokens/<source>/refused_reasons.npy                 uint16 `(r,)`: why, as a position in the sorted keys of
+                                                    `records.refused` in the manifest
 """
 
 from collections.abc import Iterator
@@ -31,7 +35,8 @@ from ropeway.runtime.errors import DataError
 from ropeway.runtime.manifest import NAME, FileFacts, check_listed, load_manifest
 
 REMEDY = "Run `dvc repro tokenize` to restore it"
-COLUMNS = ("lengths", "records", "keys", "record_keys", "exact", "gram_counts")  # one file per source
+# One file per source.
+COLUMNS = ("lengths", "records", "keys", "record_keys", "exact", "gram_counts", "refused_exact", "refused_reasons")
 SHARDS = ("tokens", "kinds", "signatures", "grams")
 PROFILE = "profile.json"  # also in each unit
 

@@ -135,8 +135,12 @@ def publish_package(
                 "drift": drift.to_json(),
                 "run": _describe_run(workspace.timings, run_seconds),
             },
-            # needed to reproduce it, and the training's timings
-            attachments={path.name: path for path in (workspace.root / "dvc.lock", workspace.timings) if path.is_file()}
+            # needed to reproduce it, the training's timings, the digests of its records, and statements for other tools
+            attachments={
+                path.name: path
+                for path in (workspace.root / "dvc.lock", workspace.timings, workspace.record_index)
+                if path.is_file()
+            }
             | write_statements(workspace, revision),
             pages=workspace.pages if workspace.pages.is_dir() else None,
         )

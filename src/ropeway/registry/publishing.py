@@ -120,9 +120,9 @@ def _plan_attachments(attachments: Mapping[str, Path]) -> list[tuple[Path, Packa
             raise DataError(f"attachment {name!r}: expected a name without / and a regular file, found {path}")
         files.append((path, PackageFile(name, file_sha256(path), path.stat().st_size)))
     if files:
-        check_files([file for _, file in files])
+        check_files([file for _, file in files], attached=True)
     for path, file in files:
-        check_content(path, file.path)
+        check_content(path, file.path, attached=True)
     return files
 
 

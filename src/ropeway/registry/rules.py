@@ -8,7 +8,7 @@ import codecs
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +17,12 @@ from ropeway.runtime.errors import DataError
 MAX_FILES = 4096
 MAX_PATH_CHARACTERS = 200
 MAX_DEPTH = 8
-MAX_WEIGHTS_BYTES = 64 << 30  # per shard; Ropeway writes shards of 5 GB at most
+MAX_WEIGHTS_BYTES = 64 << 30  # per shard; Ropeway writes shards of 5 GB at most. Also of an index of records
 MAX_OTHER_BYTES = 512 << 20  # tokenizer.json of a 128k vocabulary is 17 MB
 MAX_PACKAGE_BYTES = 4 << 40  # 405 billion bf16 parameters are 0.8 TB
 _HEAD_BYTES = 4096
+INDEX_SUFFIX = ".index"
+_HeadCheck = Callable[[bytes, int], bool]
 _PNG = b"\x89PNG\r\n\x1a\n"
 # One path component: ASCII, no dot at either end. Excludes `..`, drive letters, streams, hidden files, NUL, homoglyphs.
 _PART = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_-])?")
@@ -37,14 +39,17 @@ class PackageFile:
     bytes: int
 
 
-def check_files(files: Iterable[PackageFile]) -> None:
-    """Raise DataError unless every path, suffix and size is allowed and no two paths conflict."""
+def check_files(files: Iterable[PackageFile], *, attached: bool = False) -> None:
+    """Raise DataError unless every path, suffix and size is allowed and no two paths conflict.
+
+    `attached`: of attachments, which may also have the suffix of an index of records; a package may not.
+    """
     files = tuple(files)
     if not 0 < len(files) <= MAX_FILES:
         raise DataError(f"package: {len(files):,} files, expected 1 to {MAX_FILES:,}")
     for file in files:
-        check_path(file.path)
-        most = MAX_WEIGHTS_BYTES if file.path.endswith(".safetensors") else MAX_OTHER_BYTES
+        check_path(file.path, ATTACHED_SUFFIXES if attached else SUFFIXES)
+        most = MAX_WEIGHTS_BYTES if file.path.endswith((".safetensors", INDEX_SUFFIX)) else MAX_OTHER_BYTES
         if not 0 <= file.bytes <= most:
             raise DataError(f"package: {file.path} has {file.bytes:,} bytes, expected {most:,} at most")
     if (total := sum(file.bytes for file in files)) > MAX_PACKAGE_BYTES:
@@ -52,8 +57,9 @@ def check_files(files: Iterable[PackageFile]) -> None:
     _check_conflicts([file.path for file in files])
 
 
-def check_path(path: str) -> None:
-    """Raise DataError unless a path is relative, normalized, plain and has an allowed suffix."""
+def check_path(path: str, suffixes: Mapping[str, _HeadCheck] | None = None) -> None:
+    """Raise DataError unless a path is relative, normalized, plain and has an allowed suffix; default: of a package."""
+    allowed = SUFFIXES if suffixes is None else suffixes
     parts = path.split("/")
     if len(path) > MAX_PATH_CHARACTERS or len(parts) > MAX_DEPTH:
         raise DataError(
@@ -66,10 +72,8 @@ def check_path(path: str) -> None:
                 f"package path {path!r}: the part {part!r} is not allowed; expected a relative path of "
                 "A-Z a-z 0-9 . _ -, no part starting or ending with a dot"
             )
-    if _suffix(path) not in SUFFIXES:
-        raise DataError(
-            f"package path {path!r}: suffix {_suffix(path)!r}, expected one of {' '.join(sorted(SUFFIXES))}"
-        )
+    if _suffix(path) not in allowed:
+        raise DataError(f"package path {path!r}: suffix {_suffix(path)!r}, expected one of {' '.join(sorted(allowed))}")
 
 
 def _suffix(path: str) -> str:
@@ -115,11 +119,12 @@ def scan_folder(folder: Path) -> list[str]:
     return sorted(found)
 
 
-def check_content(path: Path, name: str) -> None:
+def check_content(path: Path, name: str, *, attached: bool = False) -> None:
     """Raise DataError unless the first bytes of a file match the suffix of `name`; rejects a renamed pickle."""
+    checks = ATTACHED_SUFFIXES if attached else SUFFIXES
     with path.open("rb") as file:
         head = file.read(_HEAD_BYTES)
-    if not SUFFIXES[_suffix(name)](head, path.stat().st_size):
+    if not checks[_suffix(name)](head, path.stat().st_size):
         raise DataError(
             f"{path}: the first bytes {head[:8]!r} are not those of a {_suffix(name)} file; a package has only "
             "safetensors, JSON, text and image files"
@@ -148,10 +153,17 @@ def _is_png(head: bytes, size: int) -> bool:
     return size > len(_PNG) and head.startswith(_PNG)
 
 
+def _is_record_index(head: bytes, _size: int) -> bool:
+    from ropeway.data.record_index import MAGIC  # with numpy, which few commands need
+
+    return head.startswith(MAGIC)
+
+
 # The allowed suffixes, and the check of the first bytes for each.
-SUFFIXES: dict[str, Callable[[bytes, int], bool]] = {
+SUFFIXES: dict[str, _HeadCheck] = {
     ".safetensors": _is_safetensors,
     ".model": _is_sentencepiece,
     ".png": _is_png,
     **dict.fromkeys((".json", ".txt", ".md", ".jinja", ".svg", ".html", ".yaml", ".csv", ".lock"), _is_text),
 }
+ATTACHED_SUFFIXES: dict[str, _HeadCheck] = {**SUFFIXES, INDEX_SUFFIX: _is_record_index}

@@ -38,6 +38,8 @@ def list_steps(account: Json) -> list[Step]:
     """Return the steps of one source, in order; `account` is its entry in ledger.json."""
     records, sequences, tokens = account["records"], account["sequences"], account["tokens"]
     steps = [Step("read", "=", records["read"], "records", None)]
+    if forgotten := records.get("forgotten"):
+        steps.append(Step("forgotten", "-", forgotten, "records", None))
     steps += [
         Step(f"refused by {stage}", "-", sum(records[f"refused_by_{stage}"].values()), "records", None)
         for stage in ("fetch", "tokenize")

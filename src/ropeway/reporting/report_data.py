@@ -29,7 +29,7 @@ from ropeway.reporting.token_view import (
     read_whole,
 )
 from ropeway.reporting.turns import ConversationFinder, show_turn
-from ropeway.runtime.manifest import Json, canonical_json, load_manifest, write_atomic
+from ropeway.runtime.manifest import Json, canonical_json, describe_files, load_manifest, write_atomic
 from ropeway.runtime.workspace import Workspace
 
 _OPEN_SOURCES = 5  # with more, sections start collapsed
@@ -84,7 +84,8 @@ def run(workspace: Workspace, profile: Profile) -> None:
     samples = (choose_samples(number, shards, profile, overlong.get(number)) for number in range(len(shards.sources)))
     write_atomic(workspace.report, render_report(page, samples, choose_rows(plan)).encode())
     tokenized = json.loads((workspace.tokens / PROFILE).read_bytes())
-    write_atomic(workspace.data_profile, canonical_json(build_data_profile(tokenized, page.ledger)))
+    index = describe_files(workspace.run, [workspace.record_index.name])[workspace.record_index.name]
+    write_atomic(workspace.data_profile, canonical_json(build_data_profile(tokenized, page.ledger, record_index=index)))
     print(f"data report: {workspace.report}; data profile: {workspace.data_profile}")
 
 

@@ -31,6 +31,7 @@ class Workspace:
     tokens = _WorkspacePath("runs/{profile}/tokens")  # every sequence as tokens, and the keys that find duplicates
     data = _WorkspacePath("runs/{profile}/data")  # token shards and their manifest
     ledger = _WorkspacePath("runs/{profile}/ledger.json")  # counts of every record and token by outcome in prepare
+    record_index = _WorkspacePath("runs/{profile}/records.index")  # digest of every record, and what became of it
     report = _WorkspacePath("runs/{profile}/report.html")  # data report: samples, lengths, ledger, refused records
     data_profile = _WorkspacePath("runs/{profile}/data_profile.json")  # counts and sketches of the data, for drift
     model = _WorkspacePath(

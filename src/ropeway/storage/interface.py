@@ -80,6 +80,11 @@ class Store(ABC):
     def open_stream(self, key: str, *, start_byte: int = 0) -> BinaryIO:
         """Return a stream of an object from `start_byte`; raise NotFoundError if it does not exist."""
 
+    def read_range(self, key: str, start_byte: int, count: int) -> bytes:
+        """Return `count` bytes of an object from `start_byte`, fewer at its end; NotFoundError if it does not exist."""
+        with self.open_stream(key, start_byte=start_byte) as stream:
+            return stream.read(count)
+
     @abstractmethod
     def exists(self, key: str) -> bool:
         """Return whether an object exists."""

@@ -36,7 +36,7 @@ from ropeway.storage.interface import (
 from ropeway.storage.multipart import WRITE_ID_KEY, Destination, find_write_id, put_file
 from ropeway.storage.s3_client import MAX_CONNECTIONS, make_client, split_url, translate_errors
 from ropeway.storage.s3_documents import DocumentReader
-from ropeway.storage.s3_stream import open_object, read_whole
+from ropeway.storage.s3_stream import open_object, read_span, read_whole
 
 ONE_PUT_BYTES = 16 << 20
 _READERS = MAX_CONNECTIONS  # each mostly waits for the server
@@ -105,6 +105,13 @@ class S3Store(Store):
         """Open a stream that reads ahead in parallel ranges; a range is retried if its connection breaks."""
         with self._translate_errors(key):
             return cast("BinaryIO", open_object(self.client, self._bucket, self._path(key), start_byte, self.url))
+
+    def read_range(self, key: str, start_byte: int, count: int) -> bytes:
+        """Send GetObject with a range, one request; the stream would read ahead."""
+        if count <= 0:
+            return b""
+        with self._translate_errors(key):
+            return read_span(self.client, self._bucket, self._path(key), start_byte, count)
 
     def exists(self, key: str) -> bool:
         """Send HeadObject."""

@@ -36,6 +36,13 @@ def open_object(client: BaseClient, bucket: str, path: str, start_byte: int, url
     return S3Stream(client, bucket, path, range(start_byte, size), url)
 
 
+def read_span(client: BaseClient, bucket: str, path: str, start_byte: int, count: int) -> bytes:
+    """Return `count` bytes from `start_byte`, fewer at the end of the object."""
+    response = client.get_object(Bucket=bucket, Key=path, Range=f"bytes={start_byte}-{start_byte + count - 1}")
+    length = int(response["ContentLength"])
+    return b"".join(_read_range(client, bucket, path, range(start_byte, start_byte + length), response))
+
+
 class S3Stream(io.RawIOBase):
     """A readable stream that prefetches ranges, so that hashing and downloads overlap."""
 

@@ -221,6 +221,7 @@ def test_attachments_follow_the_package_rules(store, package, tmp_path):
     pickle = tmp_path / "pickle"
     pickle.write_bytes(b"\x80\x04")
     cases = [("a/b.json", good), ("../x.json", good), ("x.bin", good), ("x.json", link), ("x.json", pickle)]
+    cases += [("records.index", good), ("records.index", pickle)]
     for name, path in [*cases, ("x.json", tmp_path / "none")]:
         with pytest.raises(DataError):
             tiny(store).publish(package, provenance={}, attachments={name: path})

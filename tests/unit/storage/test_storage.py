@@ -24,6 +24,7 @@ def test_a_stored_object_can_be_read_streamed_and_listed(store, tmp_path):
     assert store.size("a/b/blob") == 10
     with store.open_stream("a/b/blob", start_byte=7) as stream:
         assert stream.read() == b"789"
+    assert [store.read_range("a/b/blob", *span) for span in ((0, 3), (7, 9), (2, 0))] == [b"012", b"789", b""]
     assert store.list_keys("") == ["a/b.json", "a/b/blob"]
     assert store.list_keys("a/b/") == ["a/b/blob"]
     assert store.list_folders("a/") == ["b"]

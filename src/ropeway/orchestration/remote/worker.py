@@ -72,7 +72,7 @@ def describe_store(environment: Mapping[str, str]) -> str:
 
 def _publish(site: Site, workspace: Workspace, run_seconds: float | None) -> Publication:
     params = load_profile(FrozenInputs.load(site.root).params_file, workspace.profile)[1]
-    wanted = (workspace.package, workspace.pages, workspace.evaluation, workspace.timings)
+    wanted = (workspace.package, workspace.pages, workspace.evaluation, workspace.timings, workspace.record_index)
     made = {path for paths in exchange.outputs(site.root).values() for path in paths}
     _pull(site, [path for path in (each.relative_to(site.root).as_posix() for each in wanted) if path in made])
 

@@ -8,6 +8,7 @@ from ropeway.config.frozen import FrozenInputs
 from ropeway.config.params import FetchParams
 from ropeway.config.sections import Source
 from ropeway.data.raw_records import RawSource, RawWriter
+from ropeway.data.record_identity import record_digest
 from ropeway.runtime.errors import DataError, full_disk_explained
 from ropeway.runtime.manifest import whole_folder, write_manifest
 from ropeway.runtime.progress import StageProgress
@@ -47,7 +48,7 @@ def run(workspace: Workspace, profile: FetchParams) -> None:
     with full_disk_explained(workspace.raw), whole_folder(workspace.raw) as folder:
         for name, source in profile.sources.items():
             with RawWriter(folder / name, record_kind(source)) as writer:
-                facts = _write(source, workspace, identities[name], writer)
+                facts = _write(source, workspace, identities[name], writer, frozenset(profile.forget))
             _check_refused(name, facts, profile.max_refused_fraction)
             sources[name] = facts
             rows |= {f"{name}/{part}": count for part, count in writer.parts.items()}
@@ -83,7 +84,9 @@ def describe(name: str, facts: FetchedFacts) -> list[str]:
     refused = facts["refused"]
     reasons = "; ".join(f"{reason}: {count:,}" for reason, count in sorted(refused.items(), key=lambda pair: -pair[1]))
     total = f"{sum(refused.values()):,} refused" + (f" ({reasons})" if reasons else "")
-    lines = [f"{name}: {facts['read']:,} records read, {facts['kept']:,} {facts['kind']}s kept, {total}"]
+    forgotten = sum(facts.get("forgotten", {}).values())
+    dropped = f", {forgotten:,} forgotten (forget)" if forgotten else ""
+    lines = [f"{name}: {facts['read']:,} records read, {facts['kept']:,} {facts['kind']}s kept, {total}{dropped}"]
     files = facts.get("files", {})
     lines += [f"{name}: {file}: {count:,} records" for file, count in list(files.items())[:_SHOWN_FILES]]
     if len(files) > _SHOWN_FILES:
@@ -104,9 +107,15 @@ def _describe_skipped(name: str, facts: FetchedFacts) -> list[str]:
     return [f"{name}: {count:,} members of archives skipped: {'; '.join(shown)}{more}"]
 
 
-def _write(source: Source, workspace: Workspace, identity: dict[str, object], writer: RawWriter) -> FetchedFacts:
-    """Write one source's records; return its manifest entry."""
-    seen, reasons = SourceCounts(), Counter[str]()
+def _write(
+    source: Source,
+    workspace: Workspace,
+    identity: dict[str, object],
+    writer: RawWriter,
+    forget: frozenset[str] = frozenset(),
+) -> FetchedFacts:
+    """Write one source's records, but none whose digest is in `forget`; return its manifest entry."""
+    seen, reasons, forgotten = SourceCounts(), Counter[str](), Counter[str]()
     shown: list[dict[str, str]] = []
     expected = source.expected_rows if record_kind(source) == "conversation" else None  # of documents it counts chunks
     with StageProgress("records", expected) as progress:
@@ -114,12 +123,14 @@ def _write(source: Source, workspace: Workspace, identity: dict[str, object], wr
             if isinstance(record, RefusedRecord):
                 reasons[limit_names(reasons, record.reason)] += 1
                 shown += [{"where": record.where, "reason": record.reason}] * (len(shown) < _SHOWN_REFUSALS)
+            elif forget and (digest := record_digest(record).hex()) in forget:
+                forgotten[digest] += 1
             else:
                 writer.add(record)
             progress.advance()
     facts: FetchedFacts = {
         "kind": record_kind(source),
-        "read": writer.records + reasons.total(),
+        "read": writer.records + reasons.total() + forgotten.total(),
         "kept": writer.records,
         "refused": dict(sorted(reasons.items())),
         "first_refused": shown,
@@ -127,6 +138,8 @@ def _write(source: Source, workspace: Workspace, identity: dict[str, object], wr
         "ignored_keys": dict(sorted(seen.ignored.items())),
         "identity": identity,
     }
+    if forgotten:
+        facts["forgotten"] = dict(sorted(forgotten.items()))
     if seen.skipped:
         facts["skipped_members"] = dict(sorted(seen.skipped.items()))
         facts["first_skipped"] = [{"where": one.where, "reason": one.reason} for one in seen.first_skipped]

@@ -12,21 +12,37 @@ from numpy.typing import NDArray
 
 from ropeway.config.params import PrepareParams, RowParams
 from ropeway.data.batches import PAD_MULTIPLE, EpochPlan, plan_epoch
-from ropeway.data.ledger import EpochTotals, Findings, Ledger, RecordTotals, SourceEpoch, SourceLedger, SplitTotals
+from ropeway.data.ledger import (
+    EpochTotals,
+    Findings,
+    ForgetTotals,
+    Ledger,
+    RecordTotals,
+    SourceEpoch,
+    SourceLedger,
+    SplitTotals,
+)
 from ropeway.data.loss_mask import loss_mask, loss_masks
 from ropeway.data.shards import Kind, Shards, SourceShards
 from ropeway.stages.prepare.split import Split
 
 
+def plan_epochs(shards: Shards, profile: PrepareParams) -> list[EpochPlan]:
+    """Return the plan of every epoch."""
+    return [plan_epoch(shards, profile, epoch=epoch) for epoch in range(profile.num_train_epochs)]
+
+
 def build_ledger(
-    shards: Shards,
+    plans: list[EpochPlan],
     records: dict[str, RecordTotals],
     splits: dict[str, Split],
     findings: dict[str, Findings],
     profile: PrepareParams,
+    *,
+    forget: ForgetTotals | None = None,
 ) -> Ledger:
-    """Return the ledger of these shards; it counts every row of every epoch as training will read it."""
-    plans = [plan_epoch(shards, profile, epoch=epoch) for epoch in range(profile.num_train_epochs)]
+    """Return the ledger of these plans; it counts every row of every epoch as training will read it."""
+    shards = plans[0].shards
     counted = [_count_epoch(plan) for plan in plans]
     sources = tuple(
         SourceLedger(
@@ -42,7 +58,7 @@ def build_ledger(
     )
     size = profile.global_batch_size
     epochs = tuple(EpochTotals(p.epoch, len(p.order), p.rows, size, p.steps, p.rows - p.steps * size) for p in plans)
-    return Ledger(sources, epochs)
+    return Ledger(sources, epochs, forget)
 
 
 def _count_parts(source: SourceShards, split: Split, *, of_tokens: bool) -> SplitTotals:

@@ -21,10 +21,11 @@ from ropeway.stages.prepare.split import Split, plan_split
 
 @dataclass(frozen=True, slots=True)
 class SplitSource:
-    """One source's split, and its duplicates and contamination."""
+    """One source's split, the counts of its duplicates and contamination, and which records are duplicates."""
 
     split: Split
     findings: Findings
+    duplicates: DuplicateMasks
 
 
 def split_sources(
@@ -62,7 +63,11 @@ def split_sources(
         splits = {name: split.without_contaminated(hits[name] > 0) for name, split in splits.items()}
     lengths = {name: source.column("lengths") for name, source in sources.items()}
     return {
-        name: SplitSource(split, _count_findings(records[name], lengths[name], duplicates[name], hits[name], profile))
+        name: SplitSource(
+            split,
+            _count_findings(records[name], lengths[name], duplicates[name], hits[name], profile),
+            duplicates[name],
+        )
         for name, split in splits.items()
     }
 

@@ -1,8 +1,11 @@
-"""Stage prepare: dedup, split and decontaminate the tokens, and write the ledger. It does not tokenize."""
+"""Stage prepare: dedup, split and decontaminate the tokens, and write the ledger and the digests of the records.
+
+It does not tokenize.
+"""
 
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,18 +13,22 @@ import numpy as np
 from ropeway.config.frozen import FrozenInputs
 from ropeway.config.params import PrepareParams
 from ropeway.config.tokenize_params import values_shared_with_prepare
-from ropeway.data.ledger import Findings, Ledger, RecordTotals, check_ledger
+from ropeway.data.batches import EpochPlan
+from ropeway.data.ledger import Findings, ForgetTotals, Ledger, RecordTotals, check_ledger
 from ropeway.data.raw_records import RawSource, check_sources, load_raw_manifest
+from ropeway.data.record_index import build_record_index
 from ropeway.data.shards import Shards, SourceShards, open_shards, sequence_digest
 from ropeway.data.tokenized import REMEDY, TokenizedSource, TokensManifest, open_tokenized, shard_path
 from ropeway.runtime.errors import DataError, full_disk_explained
-from ropeway.runtime.manifest import NAME, link_file, whole_folder, write_json, write_manifest
+from ropeway.runtime.manifest import NAME, link_file, whole_folder, write_atomic, write_json, write_manifest
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.prepare.contamination import parse_prompts
-from ropeway.stages.prepare.ledger_builder import build_ledger
+from ropeway.stages.prepare.ledger_builder import build_ledger, plan_epochs
+from ropeway.stages.prepare.record_outcomes import find_trained, group_records
 from ropeway.stages.prepare.split import Split
-from ropeway.stages.prepare.split_sources import split_sources
+from ropeway.stages.prepare.split_sources import SplitSource, split_sources
 
+_SHOWN_DIGESTS = 5
 _HANDLING = {
     "parse": "it is parsed as the token",
     "escape": "it is encoded as ordinary text",
@@ -30,7 +37,7 @@ _HANDLING = {
 
 
 def run(workspace: Workspace, profile: PrepareParams) -> None:
-    """Write `data/` (shards, manifest) and `ledger.json`.
+    """Write `data/` (shards, manifest), `ledger.json` and `records.index`.
 
     Raises:
         ConfigError: A file in `contamination.prompts` cannot be parsed.
@@ -60,19 +67,44 @@ def run(workspace: Workspace, profile: PrepareParams) -> None:
                 write_manifest(folder, _describe_data(tokens, sources.values()))
                 shards = open_shards(folder, verify=False)  # write_manifest has just hashed it
                 check_readback(shards, {name: source.facts["ends"] for name, source in sources.items()})
+                plans = plan_epochs(shards, profile)
                 ledger = build_ledger(
-                    shards,
+                    plans,
                     records,
                     {name: part.split for name, part in parts.items()},
                     {name: part.findings for name, part in parts.items()},
                     profile,
+                    forget=_count_forgotten(raw["sources"], profile),
                 )
                 check_ledger(ledger)
+            forgotten = {name: list(raw["sources"][name].get("forgotten", {})) for name in names}
+            write_record_index(workspace.record_index, sources, parts, plans, profile, forgotten)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     write_json(workspace.ledger, ledger.to_json())
     for line in describe(ledger, profile, tokens["params"]["special_tokens_in_text"]):
         print(line)
+
+
+def write_record_index(
+    path: Path,
+    sources: Mapping[str, TokenizedSource],
+    parts: Mapping[str, SplitSource],
+    plans: Sequence[EpochPlan],
+    profile: PrepareParams,
+    forgotten: Mapping[str, Sequence[str]],
+) -> None:
+    """Write the digest of every record and what became of it; see `ropeway.data.record_index`.
+
+    `forgotten` has the digests of the records that fetch dropped, by source.
+    """
+    trained = find_trained(plans)
+    groups = [
+        group
+        for name, source in sources.items()
+        for group in group_records(source, parts[name], trained[name], profile, forgotten[name])
+    ]
+    write_atomic(path, build_record_index(groups))
 
 
 def _check_params(workspace: Workspace, profile: PrepareParams, made: Mapping[str, object]) -> None:
@@ -140,7 +172,17 @@ def _records(name: str, raw: RawSource, source: TokenizedSource, profile: Prepar
         ignored_keys=raw.get("ignored_keys", {}),
         skipped_members=raw.get("skipped_members", {}),
         further_answers=_count_further_answers(source),
+        forgotten=sum(raw.get("forgotten", {}).values()),
     )
+
+
+def _count_forgotten(raw: Mapping[str, RawSource], profile: PrepareParams) -> ForgetTotals | None:
+    """Return how many digests of `forget` a record of the run's sources has; None if params list none."""
+    listed = set(profile.forget)
+    if not listed:
+        return None
+    matched = listed & {digest for source in raw.values() for digest in source.get("forgotten", {})}
+    return ForgetTotals(len(listed), len(matched), tuple(sorted(listed - matched)))
 
 
 def _count_further_answers(source: TokenizedSource) -> int:
@@ -223,12 +265,28 @@ def describe(ledger: Ledger, profile: PrepareParams, special: str) -> list[str]:
         expected = profile.sources[account.name].expected_rows
         if expected is not None and expected != account.sequences.all:
             lines.append(f"{account.name}: expected_rows is {expected:,}, found {account.sequences.all:,} sequences")
+    if ledger.forget:
+        lines.append(describe_forgotten(ledger.forget, sum(one.records.forgotten for one in ledger.sources)))
     lines += [
         f"epoch {epoch.epoch}: {epoch.rows:,} rows = {epoch.steps:,} steps x {epoch.global_batch_size} + "
         f"{epoch.left_over} left over"
         for epoch in ledger.epochs
     ]
     return lines
+
+
+def describe_forgotten(forget: ForgetTotals, records: int) -> str:
+    """Return the log line of `forget`.
+
+    >>> describe_forgotten(ForgetTotals(2, 1, ("0" * 32,)), 3)
+    'forget: 2 digests; 1 matched 3 records, which were dropped; 1 matched none: 00000000000000000000000000000000'
+    """
+    line = f"forget: {forget.listed:,} digests; {forget.matched:,} matched {records:,} records, which were dropped"
+    if not forget.unmatched:
+        return line
+    shown = ", ".join(forget.unmatched[:_SHOWN_DIGESTS])
+    more = "; ledger.json lists all" if len(forget.unmatched) > _SHOWN_DIGESTS else ""
+    return f"{line}; {len(forget.unmatched):,} matched none: {shown}{more}"
 
 
 def _describe_findings(name: str, findings: Findings, profile: PrepareParams) -> list[str]:

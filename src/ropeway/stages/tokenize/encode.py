@@ -78,7 +78,7 @@ class Encoder:
             per answer.
         kept: Records that were not refused.
         refused: Reason -> records.
-        refused_at: Positions of the refused records in the input, from 0.
+        refused_at: Position of each refused record in the input, from 0 -> the reason that it is counted under.
         with_special_tokens: Records with a special token's string in their text, kept or refused.
         special_token_hits: Special token's string -> occurrences in texts.
     """
@@ -93,7 +93,7 @@ class Encoder:
     with_special_tokens: int = 0
     without_tokens: int = 0
     refused: Counter[str] = field(default_factory=Counter)
-    refused_at: list[int] = field(default_factory=list)
+    refused_at: dict[int, str] = field(default_factory=dict)
     special_token_hits: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
@@ -111,7 +111,7 @@ class Encoder:
         """Return a copy with all counts at 0; the tokenizers, which are slow to build, are shared."""
         other = copy(self)
         other.kept = other.with_special_tokens = other.without_tokens = 0
-        other.refused, other.refused_at, other.special_token_hits = Counter(), [], Counter()
+        other.refused, other.refused_at, other.special_token_hits = Counter(), {}, Counter()
         return other
 
     def encode_batches(self, records: Iterable[Record]) -> Iterator[Encoded]:
@@ -186,8 +186,9 @@ class Encoder:
 
     def _refuse(self, reason: str, at: int) -> None:
         known = reason in self.refused or len(self.refused) < _MAX_REASONS
-        self.refused[reason if known else "another reason"] += 1
-        self.refused_at.append(at)
+        counted_as = reason if known else "another reason"
+        self.refused[counted_as] += 1
+        self.refused_at[at] = counted_as
 
     def _encode(self, batch: list[_Plan]) -> list[list[Tokens] | str]:
         """Return the sequences of each record, or why it is refused."""

@@ -1,12 +1,9 @@
-"""Fingerprints for dedup and decontamination: exact-duplicate hashes, MinHash signatures and word n-gram hashes.
+"""Fingerprints for dedup and decontamination: MinHash signatures and word n-gram hashes.
 
-A document is compared as a whole, a conversation by its turns. System messages are not compared, because thousands of
-different conversations share one. `docs/decisions/0005-duplicates.md` defines equality.
+`ropeway.data.record_identity` has the digests of exact duplicates, `docs/decisions/0005-duplicates.md` the definitions.
 """
 
-import unicodedata
 from collections.abc import Sequence
-from hashlib import blake2b
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,16 +14,6 @@ from ropeway.data.words import hash_grams
 from ropeway.models.conversation import Conversation
 
 _SEED = 0x5EED  # of the permutations; constant, so that signatures of different runs can be compared
-
-
-def compared_texts(record: Record) -> tuple[str, ...]:
-    """Return the texts of a record that are fingerprinted: a document, or a conversation's turns."""
-    return record.turns if isinstance(record, Conversation) else (record,)
-
-
-def identity_texts(record: Record) -> tuple[str, ...]:
-    """Return what makes a record equal to another: its compared texts, and a conversation's roles, calls and tools."""
-    return (*record.turns, record.form) if isinstance(record, Conversation) and record.form else compared_texts(record)
 
 
 def sequence_texts(record: Record, max_chunk_size: int | None, sequences: int = 1) -> list[tuple[str, ...]]:
@@ -40,24 +27,6 @@ def sequence_texts(record: Record, max_chunk_size: int | None, sequences: int = 
         return [record.turns]
     first = int(bool(record.system))
     return [record.turns[: at + 1 - first] for at in record.supervised_messages() if at > 0]
-
-
-def exact_key(texts: Sequence[str]) -> bytes:
-    r"""Return a 16-byte hash of texts that ignores white space and Unicode normal form; zeros for no text.
-
-    >>> exact_key(["a  b\n"]) == exact_key([" a b"]), exact_key(["a", "b"]) == exact_key(["a b"])
-    (True, False)
-    """
-    folded = [" ".join(unicodedata.normalize("NFC", text).split()) for text in texts]
-    if not any(folded):
-        return bytes(16)
-    # `split` treats U+001E as white space, so no folded text contains it.
-    return blake2b("\x1e".join(folded).encode("utf-8", "surrogatepass"), digest_size=16).digest()
-
-
-def exact_keys(records: Sequence[Sequence[str]]) -> NDArray[np.uint64]:
-    """Return the `(n, 2)` exact-duplicate keys of records."""
-    return np.frombuffer(b"".join(map(exact_key, records)), "<u8").reshape(-1, 2)
 
 
 def minhash_signatures(records: Sequence[Sequence[str]], *, ngram: int, permutations: int) -> NDArray[np.uint32]:

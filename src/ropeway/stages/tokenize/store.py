@@ -80,11 +80,18 @@ class Units:
                     )
 
     def _column(self, name: str) -> NDArray[Any]:
-        """Return a column of all units; record numbers, which restart in each unit, are made continuous."""
+        """Return a column of all units; numbers of records and reasons, which are a unit's own, become the source's."""
         parts = [np.load(folder / f"{name}.npy", allow_pickle=False) for folder in self.folders]
         if name == "records":
             kept = [facts["records"]["kept"] for facts in self.facts]
             parts = [part + first for part, first in zip(parts, np.cumsum([0, *kept[:-1]]), strict=True)]
+        if name == "refused_reasons":
+            of_units = [sorted(facts["records"]["refused"]) for facts in self.facts]
+            whole = sorted({reason for reasons in of_units for reason in reasons})
+            parts = [
+                np.asarray([whole.index(reason) for reason in reasons], np.uint16)[part]
+                for reasons, part in zip(of_units, parts, strict=True)
+            ]
         return np.concatenate(parts)
 
 

@@ -29,6 +29,7 @@ import ropeway
 from ropeway.config.faults import check_json
 from ropeway.config.tokenize_params import TokenizeParams
 from ropeway.data.raw_records import Record, RowGroup, iterate_groups, iterate_texts
+from ropeway.data.record_identity import compared_texts, exact_keys, identity_texts
 from ropeway.data.shards import sequence_digest, token_dtype
 from ropeway.data.text_batches import BATCH_CHARACTERS, count_characters, iterate_batches
 from ropeway.data.tokenized import COLUMNS, PROFILE, SHARDS, RecordCounts
@@ -49,10 +50,7 @@ from ropeway.runtime.manifest import (
 )
 from ropeway.stages.tokenize.encode import Encoded, Encoder
 from ropeway.stages.tokenize.fingerprints import (
-    compared_texts,
-    exact_keys,
     hash_sequence_grams,
-    identity_texts,
     minhash_signatures,
     sequence_texts,
 )
@@ -207,14 +205,14 @@ def tokenize_unit(unit: Unit) -> Path:
     encoder = _open_encoder(unit.base, _tokenizer_digests(unit.base), unit.recipe).copy_without_counts()
     records = list(iterate_groups(unit.raw, unit.groups))
     parts = list(encoder.encode_batches(records))
-    refused = set(encoder.refused_at)
-    kept = [record for at, record in enumerate(records) if at not in refused]
+    kept = [record for at, record in enumerate(records) if at not in encoder.refused_at]
     with write_unit(unit.folder) as partial:
         facts = _write_columns(partial, parts, token_dtype(count_tokens(encoder.tokenizer)))
         sequences = np.bincount(
             np.concatenate([part.records for part in parts] or [np.empty(0, np.int64)]), minlength=len(kept)
         )
         exact = _write_fingerprints(partial, kept, sequences.tolist(), unit.recipe)
+        _write_refused(partial, records, encoder)
         profile = profile_unit(kept, parts, exact)
         (partial / PROFILE).write_bytes(canonical_json(profile.to_json()))
         write_manifest(partial, {**facts, "records": _counts(encoder)})
@@ -277,6 +275,15 @@ def _write_fingerprints(
     np.save(folder / "grams.npy", np.concatenate(grams), allow_pickle=False)
     np.save(folder / "gram_counts.npy", np.concatenate(counts), allow_pickle=False)
     return all_exact
+
+
+def _write_refused(folder: Path, records: Sequence[Record], encoder: Encoder) -> None:
+    """Write the keys of the refused records, and the reason of each as its position among the sorted reasons."""
+    reasons = sorted(encoder.refused)
+    keys = exact_keys([identity_texts(records[at]) for at in encoder.refused_at])
+    numbers = [reasons.index(reason) for reason in encoder.refused_at.values()]
+    np.save(folder / "refused_exact.npy", keys, allow_pickle=False)
+    np.save(folder / "refused_reasons.npy", np.asarray(numbers, np.uint16), allow_pickle=False)
 
 
 def _write_columns(folder: Path, parts: Sequence[Encoded], dtype: type[np.uint16 | np.uint32]) -> dict[str, object]:

@@ -7,6 +7,7 @@ from datasketch import MinHash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ropeway.data.record_identity import compared_texts, exact_keys
 from ropeway.models.conversation import Conversation
 from ropeway.stages.prepare.duplicates import (
     band_keys,
@@ -15,7 +16,7 @@ from ropeway.stages.prepare.duplicates import (
     has_grams,
     plan_bands,
 )
-from ropeway.stages.tokenize.fingerprints import compared_texts, exact_keys, minhash_signatures
+from ropeway.stages.tokenize.fingerprints import minhash_signatures
 
 VOCABULARY = [f"word{n}" for n in range(3000)]
 

@@ -14,7 +14,7 @@ from ropeway.data.ledger import FindingCounts, Findings, RecordTotals, SourceEpo
 from ropeway.data.shards import FORMAT, open_shards, write_shard
 from ropeway.models.chat_template import OPEN_ASSISTANT
 from ropeway.runtime.manifest import write_manifest
-from ropeway.stages.prepare.ledger_builder import build_ledger
+from ropeway.stages.prepare.ledger_builder import build_ledger, plan_epochs
 from ropeway.stages.prepare.split import Split
 from ropeway.stages.tokenize.encode import document_kinds
 from tests.support.raw_records import profile
@@ -115,7 +115,7 @@ def test_the_account_is_what_a_walk_over_all_rows_counts(tmp_path_factory, layou
     splits = {s.name: Split(s.train, s.validation, np.empty(0, np.int64)) for s in shards.sources}
     sizes = {s.name: len(s.lengths) for s in shards.sources}
     records = {name: replace(NO_RECORDS, read=size, kept=size) for name, size in sizes.items()}
-    ledger = build_ledger(shards, records, splits, dict.fromkeys(splits, NO_FINDINGS), chosen)
+    ledger = build_ledger(plan_epochs(shards, chosen), records, splits, dict.fromkeys(splits, NO_FINDINGS), chosen)
     if all(any(epoch.supervised for epoch in account.epochs) for account in ledger.sources):
         check_ledger(ledger)
     for epoch in range(2):

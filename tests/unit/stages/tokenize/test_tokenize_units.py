@@ -221,7 +221,7 @@ def test_the_fingerprint_changes_with_whatever_a_units_bytes_depend_on(tmp_path,
 
 
 def test_a_full_disk_leaves_no_table_and_keeps_what_is_whole(many, made, monkeypatch):
-    save, remaining = np.save, [32]
+    save, remaining = np.save, [38]
 
     def save_until_full(path, *args, **more):
         remaining[0] -= 1
@@ -233,7 +233,7 @@ def test_a_full_disk_leaves_no_table_and_keeps_what_is_whole(many, made, monkeyp
         patch.setattr("numpy.save", save_until_full)
         with pytest.raises(TemporaryError, match=r"the disk is full.*completed units are kept"):
             run_tokenize(many, profile())
-    assert len(made) == 4  # ten arrays each: three whole units, two arrays of the fourth
+    assert len(made) == 4  # twelve arrays each: three whole units, two arrays of the fourth
     assert whole_units(many) == set(made[:3])
     assert not many.tokens.exists()
     assert not [path for path in many.root.rglob("*") if path.name.endswith(".partial")]
