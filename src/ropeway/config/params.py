@@ -29,6 +29,7 @@ from ropeway.config.sections import (
     Lora,
     ModelShape,
     Packaging,
+    PersonalData,
     Positive,
     ScratchBase,
     Section,
@@ -242,6 +243,7 @@ class PackageParams(PrepareParams, WeightParams, EvaluateParams, BaseParams):
     """Conversations whose earlier turns the template renders differently once later ones follow, e.g. without their
     reasoning: reject them (`refuse`), or train each answer as a sequence of its own (`per_turn`)."""
     package: Packaging
+    personal_data: PersonalData
     special_tokens_in_text: Literal["parse", "escape", "reject"]
     """A special token's string inside a text becomes the token (`parse`), stays plain text (`escape`), or causes
     the record to be rejected (`reject`)."""

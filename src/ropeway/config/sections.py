@@ -150,6 +150,21 @@ class Contamination(Section):
     """JSON Lines files of evaluation prompts to compare with, besides the validation split."""
 
 
+PersonalKind = Literal["email", "phone", "credit_card", "iban", "ip_address", "private_key", "token"]
+
+
+class PersonalData(Section):
+    """Personal data and secrets in texts, found by form and checksum. Names and postal addresses are not found."""
+
+    action: Literal["off", "count", "mask", "refuse"]
+    """`off`: not looked for, and the ledger says so. `count`: counted by kind. `mask`: also replaced, before
+    tokenizing, by a placeholder such as `[EMAIL]`. `refuse`: a record with any is rejected; more than
+    `max_refused_fraction` of them stop the run."""
+    kinds: list[PersonalKind]
+    """Kinds to look for: addresses of mail, telephone numbers in international form, credit cards (Luhn), IBANs
+    (check digits), public IPv4 addresses, private keys (PEM, PGP), tokens of services (AWS, GitHub, Slack, JWT)."""
+
+
 class StretchScaling(Section):
     """RoPE scaling with the published keys; `ropeway.models.rope` converts it to `RopeScaling`."""
 

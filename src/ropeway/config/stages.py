@@ -65,7 +65,7 @@ STAGES = (
     StageSpec(
         "tokenize",
         # Parts of these keys: `tokenize_params`.
-        ("contamination", "datasets", "duplicates", "history", "special_tokens_in_text"),
+        ("contamination", "datasets", "duplicates", "history", "personal_data", "special_tokens_in_text"),
         inputs=("raw", "base/chat_template.jinja", *_TOKENIZER),
         outputs=("tokens",),
     ),

@@ -3,7 +3,7 @@
 from typing import Literal, Self
 
 from ropeway.config.params import PrepareParams, Profile
-from ropeway.config.sections import Positive, Section
+from ropeway.config.sections import PersonalKind, Positive, Section
 
 
 class Chunks(Section):
@@ -25,11 +25,19 @@ class WordRuns(Section):
     ngram: Positive
 
 
+class PersonalSearch(Section):
+    """Which personal data is looked for, and what is done with it."""
+
+    action: Literal["count", "mask", "refuse"]
+    kinds: list[PersonalKind]
+
+
 class TokenizeParams(Section):
     """The values, named as in params.yaml."""
 
     special_tokens_in_text: Literal["parse", "escape", "reject"]  # how a special token's string in a text is handled
     history: Literal["refuse", "per_turn"]  # conversations whose earlier turns the template rewrites
+    personal_data: PersonalSearch | None  # None if `personal_data.action` is off
     datasets: dict[str, Chunks]  # source -> options
     duplicates: Signatures | None  # None if `duplicates.near` is off
     contamination: WordRuns | None  # None if `contamination.action` is off
@@ -37,10 +45,12 @@ class TokenizeParams(Section):
     @classmethod
     def of(cls, profile: Profile) -> Self:
         """Return the values of a profile that tokenize reads."""
+        personal = profile.personal_data
         return cls.model_validate(
             {
                 "special_tokens_in_text": profile.special_tokens_in_text,
                 "history": profile.history,
+                "personal_data": None if personal.action == "off" else personal.model_dump(),
                 **values_shared_with_prepare(profile),
             }
         )

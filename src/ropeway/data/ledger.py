@@ -39,6 +39,7 @@ class RecordTotals:
         ignored_keys: Field in `ignored_keys` -> kept records in which it had a value.
         skipped_members: Reason -> members of archives that are not read.
         forgotten: Records that `forget` names; they are in no file of the run.
+        personal_data: Personal data and secrets in the records that tokenize read, kept or refused.
         further_answers: Sequences of conversations beyond their first, because each answer is one (`per_turn`).
     """
 
@@ -54,6 +55,22 @@ class RecordTotals:
     skipped_members: dict[str, int] = field(default_factory=dict)
     further_answers: int = 0
     forgotten: int = 0
+    personal_data: "PersonalTotals" = field(default_factory=lambda: PersonalTotals("off", 0, {}))
+
+
+@dataclass(frozen=True, slots=True)
+class PersonalTotals:
+    """Personal data and secrets in the records of a source.
+
+    Attributes:
+        action: `off`: not looked for, so nothing is known. `count`, `mask` or `refuse`: what was done.
+        records: Records with any.
+        found: Kind -> occurrences.
+    """
+
+    action: str
+    records: int
+    found: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,6 +48,8 @@ class RecordCounts(TypedDict):
     without_tokens: int
     refused: dict[str, int]
     special_token_hits: dict[str, int]
+    personal_data: dict[str, int]  # kind -> occurrences in all records, kept or refused; empty if not looked for
+    with_personal_data: int  # records with any
 
 
 class TokenizedFacts(TypedDict):

@@ -47,6 +47,7 @@ def list_steps(account: Json) -> list[Step]:
     steps.append(Step("kept", "=", records["kept"], "records", None))
     ignored = records.get("ignored_keys", {})
     steps += [Step(f"ignored keys: {key}", "of", count, "records", None) for key, count in ignored.items()]
+    steps += _personal_steps(records.get("personal_data"))
     if records["without_tokens"]:
         steps.append(Step("empty", "-", records["without_tokens"], "records", None))
     if further := records.get("further_answers"):
@@ -59,6 +60,17 @@ def list_steps(account: Json) -> list[Step]:
     for epoch in account["epochs"]:
         steps += _epoch_steps(epoch, tokens["train"])
     return steps
+
+
+def _personal_steps(found: Json | None) -> Iterator[Step]:
+    """Yield what was found of personal data; ledgers of older versions have no such key."""
+    if found is None or found["action"] == "off":
+        yield Step("personal data: not looked for", "of", None, "", None)
+        return
+    done = {"count": "kept", "mask": "masked", "refuse": "refused"}[found["action"]]
+    yield Step(f"with personal data, {done}", "of", found["records"], "records", None)
+    for kind, count in found["found"].items():
+        yield Step(f"personal data: {kind}", "of", count, "occurrences", None)
 
 
 def _epoch_steps(epoch: Json, train_tokens: int) -> Iterator[Step]:

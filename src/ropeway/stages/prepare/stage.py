@@ -14,7 +14,7 @@ from ropeway.config.frozen import FrozenInputs
 from ropeway.config.params import PrepareParams
 from ropeway.config.tokenize_params import values_shared_with_prepare
 from ropeway.data.batches import EpochPlan
-from ropeway.data.ledger import Findings, ForgetTotals, Ledger, RecordTotals, check_ledger
+from ropeway.data.ledger import Findings, ForgetTotals, Ledger, PersonalTotals, RecordTotals, check_ledger
 from ropeway.data.raw_records import RawSource, check_sources, load_raw_manifest
 from ropeway.data.record_index import build_record_index
 from ropeway.data.shards import Shards, SourceShards, open_shards, sequence_digest
@@ -29,6 +29,7 @@ from ropeway.stages.prepare.split import Split
 from ropeway.stages.prepare.split_sources import SplitSource, split_sources
 
 _SHOWN_DIGESTS = 5
+_PERSONAL = {"count": "kept", "mask": "replaced by placeholders", "refuse": "these records are refused"}
 _HANDLING = {
     "parse": "it is parsed as the token",
     "escape": "it is encoded as ordinary text",
@@ -54,7 +55,10 @@ def run(workspace: Workspace, profile: PrepareParams) -> None:
         raise DataError(f"{workspace.tokens / NAME}: no source {', '.join(missing)}. {REMEDY}")
     sources = {name: found[name] for name in names}
     prompts = _read_prompts(workspace, profile)
-    records = {name: _records(name, raw["sources"][name], source, profile) for name, source in sources.items()}
+    personal = (tokens["params"].get("personal_data") or {}).get("action", "off")
+    records = {
+        name: _records(name, raw["sources"][name], source, profile, personal) for name, source in sources.items()
+    }
     work = workspace.work / f"prepare-{workspace.profile}"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
@@ -147,8 +151,8 @@ def _entry(source: TokenizedSource) -> dict[str, object]:
     }
 
 
-def _records(name: str, raw: RawSource, source: TokenizedSource, profile: PrepareParams) -> RecordTotals:
-    """Return the record counts of a source for the ledger.
+def _records(name: str, raw: RawSource, source: TokenizedSource, profile: PrepareParams, personal: str) -> RecordTotals:
+    """Return the record counts of a source for the ledger; `personal` is the action of `personal_data`.
 
     Raises:
         DataError: Fetch and tokenize together refused more than `max_refused_fraction` of its records.
@@ -173,6 +177,7 @@ def _records(name: str, raw: RawSource, source: TokenizedSource, profile: Prepar
         skipped_members=raw.get("skipped_members", {}),
         further_answers=_count_further_answers(source),
         forgotten=sum(raw.get("forgotten", {}).values()),
+        personal_data=PersonalTotals(personal, counts["with_personal_data"], counts["personal_data"]),
     )
 
 
@@ -261,6 +266,12 @@ def describe(ledger: Ledger, profile: PrepareParams, special: str) -> list[str]:
         if account.records.ignored_keys:
             listed = ", ".join(f"{key} in {count:,} records" for key, count in account.records.ignored_keys.items())
             lines.append(f"{account.name}: ignored keys: {listed}")
+        if (personal := account.records.personal_data).found:
+            listed = ", ".join(f"{kind}: {count:,}" for kind, count in personal.found.items())
+            lines.append(
+                f"{account.name}: personal data in {personal.records:,} records ({listed}); "
+                f"{_PERSONAL[personal.action]} (personal_data.action: {personal.action})"
+            )
         lines += _describe_findings(account.name, account.findings, profile)
         expected = profile.sources[account.name].expected_rows
         if expected is not None and expected != account.sequences.all:

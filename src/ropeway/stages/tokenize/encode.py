@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from ropeway.config.sections import PersonalKind
 from ropeway.data.mixture import plan_chunks
 from ropeway.data.raw_records import Record, iterate_texts
 from ropeway.data.shards import Kind
@@ -24,6 +25,7 @@ from ropeway.models.jinja_template import JinjaTemplate, Rendered, UnusableConve
 from ropeway.models.tokenizer import token_text
 from ropeway.stages.tokenize.escape import ESCAPE_MARKER, Escape
 from ropeway.stages.tokenize.jinja_chats import JinjaChats
+from ropeway.stages.tokenize.personal_data import find_personal_data
 
 _MAX_REASONS = 30  # counted by name; a template's own message may quote the record
 Tokens = tuple[list[int], NDArray[np.uint8] | None]  # token ids and kinds; no kinds: made for the whole batch
@@ -76,6 +78,7 @@ class Encoder:
             (`parse`, as published), as ordinary tokens (`escape`), or the record is refused (`reject`).
         history: Whether conversations whose earlier turns a Jinja template rewrites are refused, or become one sequence
             per answer.
+        refused_kinds: Records with personal data of these kinds are refused.
         kept: Records that were not refused.
         refused: Reason -> records.
         refused_at: Position of each refused record in the input, from 0 -> the reason that it is counted under.
@@ -89,6 +92,7 @@ class Encoder:
     max_chunk_size: int | None
     special_tokens_in_text: Literal["parse", "escape", "reject"]
     history: Literal["refuse", "per_turn"] = "refuse"
+    refused_kinds: tuple[PersonalKind, ...] = ()
     kept: int = 0
     with_special_tokens: int = 0
     without_tokens: int = 0
@@ -171,6 +175,8 @@ class Encoder:
             raise UnusableConversationError("conversation without turns")
         if has_hits and self.special_tokens_in_text == "reject":
             raise UnusableConversationError("special token in text")
+        if self.refused_kinds:
+            self._check_personal(record)
         if self._escape and any(map(ESCAPE_MARKER.search, iterate_texts(record))):
             raise UnusableConversationError("text contains the escape marker (U+FDD0, digits, U+FDD1)")
         if isinstance(record, str):
@@ -183,6 +189,12 @@ class Encoder:
         if is_escaped and any(one.slots is None for one in texts):
             raise UnusableConversationError("special token in a text that the template does not only insert")
         return _Plan(at, record, texts, is_escaped)
+
+    def _check_personal(self, record: Record) -> None:
+        """Raise UnusableConversationError if a text of the record has personal data that is refused."""
+        for text in iterate_texts(record):
+            if found := find_personal_data(text, self.refused_kinds):
+                raise UnusableConversationError(f"personal data: {found[0].kind}")
 
     def _refuse(self, reason: str, at: int) -> None:
         known = reason in self.refused or len(self.refused) < _MAX_REASONS

@@ -48,6 +48,8 @@ class Units:
                 "without_tokens": sum(count["without_tokens"] for count in counts),
                 "refused": dict(sum((Counter(count["refused"]) for count in counts), Counter())),
                 "special_token_hits": dict(sum((Counter(count["special_token_hits"]) for count in counts), Counter())),
+                "personal_data": dict(sum((Counter(count["personal_data"]) for count in counts), Counter())),
+                "with_personal_data": sum(count["with_personal_data"] for count in counts),
             },
         }
 

@@ -27,6 +27,7 @@ from typing_extensions import TypedDict
 
 import ropeway
 from ropeway.config.faults import check_json
+from ropeway.config.sections import PersonalKind
 from ropeway.config.tokenize_params import TokenizeParams
 from ropeway.data.raw_records import Record, RowGroup, iterate_groups, iterate_texts
 from ropeway.data.record_identity import compared_texts, exact_keys, identity_texts
@@ -54,6 +55,7 @@ from ropeway.stages.tokenize.fingerprints import (
     minhash_signatures,
     sequence_texts,
 )
+from ropeway.stages.tokenize.personal_data import count_personal_data, mask_record
 from ropeway.stages.tokenize.profile_unit import profile_unit
 
 # About 4 s on one core: an interrupted run loses little work, and 100 GB of text are about 6,000 shards.
@@ -69,6 +71,7 @@ class Recipe:
     Attributes:
         signature: (words per n-gram, permutations) of the MinHash; None if near-duplicate detection is off.
         contamination_ngram: Words per n-gram; None if contamination detection is off.
+        personal_action: What is done with personal data of `personal_kinds`.
     """
 
     max_chunk_size: int | None
@@ -76,6 +79,8 @@ class Recipe:
     history: Literal["refuse", "per_turn"] = "refuse"
     signature: tuple[int, int] | None = None
     contamination_ngram: int | None = None
+    personal_action: Literal["off", "count", "mask", "refuse"] = "off"
+    personal_kinds: tuple[PersonalKind, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +106,16 @@ def plan_recipes(params: TokenizeParams) -> dict[str, Recipe]:
     near, runs = params.duplicates, params.contamination
     signature = None if near is None else (near.ngram, near.permutations)
     contamination_ngram = None if runs is None else runs.ngram
+    personal = params.personal_data
     return {
         name: Recipe(
-            options.max_chunk_size, params.special_tokens_in_text, params.history, signature, contamination_ngram
+            options.max_chunk_size,
+            params.special_tokens_in_text,
+            params.history,
+            signature,
+            contamination_ngram,
+            personal.action if personal else "off",
+            tuple(personal.kinds) if personal else (),
         )
         for name, options in params.datasets.items()
     }
@@ -204,18 +216,23 @@ def tokenize_unit(unit: Unit) -> Path:
     """Make one unit and return its folder. A worker runs this. The folder appears only when the unit is complete."""
     encoder = _open_encoder(unit.base, _tokenizer_digests(unit.base), unit.recipe).copy_without_counts()
     records = list(iterate_groups(unit.raw, unit.groups))
-    parts = list(encoder.encode_batches(records))
-    kept = [record for at, record in enumerate(records) if at not in encoder.refused_at]
+    kinds, action = unit.recipe.personal_kinds, unit.recipe.personal_action
+    found, affected = count_personal_data(records, kinds)
+    encoded = [mask_record(record, kinds) for record in records] if action == "mask" and affected else records
+    parts = list(encoder.encode_batches(encoded))
+    kept, used = (
+        [record for at, record in enumerate(some) if at not in encoder.refused_at] for some in (records, encoded)
+    )
     with write_unit(unit.folder) as partial:
         facts = _write_columns(partial, parts, token_dtype(count_tokens(encoder.tokenizer)))
         sequences = np.bincount(
             np.concatenate([part.records for part in parts] or [np.empty(0, np.int64)]), minlength=len(kept)
         )
-        exact = _write_fingerprints(partial, kept, sequences.tolist(), unit.recipe)
+        exact = _write_fingerprints(partial, kept, used, sequences.tolist(), unit.recipe)
         _write_refused(partial, records, encoder)
-        profile = profile_unit(kept, parts, exact)
+        profile = profile_unit(used, parts, exact)
         (partial / PROFILE).write_bytes(canonical_json(profile.to_json()))
-        write_manifest(partial, {**facts, "records": _counts(encoder)})
+        write_manifest(partial, {**facts, "records": _counts(encoder, found, affected)})
     return unit.folder
 
 
@@ -238,30 +255,45 @@ def write_unit(folder: Path) -> Iterator[Path]:
 def _open_encoder(base: Path, digests: tuple[str, ...], recipe: Recipe) -> Encoder:  # noqa: ARG001 - part of the cache key
     tokenizer, template = open_tokenizer(base), open_template(base)
     special = read_special(base, tokenizer, template)
-    return Encoder(tokenizer, special, template, recipe.max_chunk_size, recipe.special_tokens_in_text, recipe.history)
+    return Encoder(
+        tokenizer,
+        special,
+        template,
+        recipe.max_chunk_size,
+        recipe.special_tokens_in_text,
+        recipe.history,
+        recipe.personal_kinds if recipe.personal_action == "refuse" else (),
+    )
 
 
 def _write_fingerprints(
-    folder: Path, records: Sequence[Record], sequences: Sequence[int], recipe: Recipe
+    folder: Path, records: Sequence[Record], used: Sequence[Record], sequences: Sequence[int], recipe: Recipe
 ) -> NDArray[np.uint64]:
     """Write the fingerprints of these records; signatures and n-grams are empty columns if they are not needed.
+
+    Exact keys are of the records as they were read, the rest of the texts that are tokenized (`used`): masked or not.
 
     Returns:
         `(R, 2)` exact keys.
 
     `sequences` is the number of sequences of each record: n-grams are kept per sequence.
     """
-    exact = [np.empty((0, 2), np.uint64)]
+    exact: list[NDArray[np.uint64]] = [
+        np.empty((0, 2), np.uint64),
+        *(
+            exact_keys([*map(identity_texts, batch)])
+            for batch in iterate_batches(records, lambda one: count_characters(iterate_texts(one)), BATCH_CHARACTERS)
+        ),
+    ]
     signatures = [np.empty((0, recipe.signature[1] if recipe.signature else 0), np.uint32)]
     grams, counts = [np.empty(0, np.uint64)], [np.empty(0, np.int32)]
-    for batch in iterate_batches(records, lambda one: count_characters(iterate_texts(one)), BATCH_CHARACTERS):
-        exact.append(exact_keys([*map(identity_texts, batch)]))
-        if recipe.signature:
-            ngram, permutations = recipe.signature
+    if recipe.signature:
+        ngram, permutations = recipe.signature
+        for batch in iterate_batches(used, lambda one: count_characters(iterate_texts(one)), BATCH_CHARACTERS):
             texts = [*map(compared_texts, batch)]
             signatures.append(minhash_signatures(texts, ngram=ngram, permutations=permutations))
     texts_of_sequences = chain.from_iterable(
-        sequence_texts(record, recipe.max_chunk_size, count) for record, count in zip(records, sequences, strict=True)
+        sequence_texts(record, recipe.max_chunk_size, count) for record, count in zip(used, sequences, strict=True)
     )
     for parts in iterate_batches(
         texts_of_sequences if recipe.contamination_ngram else (), count_characters, BATCH_CHARACTERS
@@ -303,13 +335,15 @@ def _write_columns(folder: Path, parts: Sequence[Encoded], dtype: type[np.uint16
     return {"sequences": len(lengths), "tokens": len(tokens), "ends": ends}
 
 
-def _counts(encoder: Encoder) -> UnitCounts:
+def _counts(encoder: Encoder, personal_data: Mapping[str, int], with_personal_data: int) -> UnitCounts:
     return {
         "kept": encoder.kept,
         "without_tokens": encoder.without_tokens,
         "with_special_tokens": encoder.with_special_tokens,
         "refused": dict(encoder.refused),
         "special_token_hits": dict(encoder.special_token_hits),
+        "personal_data": dict(sorted(personal_data.items())),
+        "with_personal_data": with_personal_data,
     }
 
 
