@@ -31,7 +31,7 @@ def contains(
 ) -> None:
     """Say which versions were trained on a record, only validated on it, or dropped it and why."""
     from ropeway.cli.record_output import describe_answer
-    from ropeway.cli.registry_commands import open_registry, print_json
+    from ropeway.cli.registry_options import open_registry, print_json
     from ropeway.orchestration.record_search import search_records
     from ropeway.runtime.terminal import show
 
@@ -59,7 +59,7 @@ def forget(
     """Add records to `forget` in params.yaml, so that no later run reads them; list the versions that hold them."""
     from ropeway.cli.options import open_profile
     from ropeway.cli.record_output import describe_forgotten, forgotten_json
-    from ropeway.cli.registry_commands import open_registry, print_json
+    from ropeway.cli.registry_options import open_registry, print_json
     from ropeway.config.edit import add_forgotten
     from ropeway.orchestration.record_search import find_holders, full_digests, read_layouts, read_sought
     from ropeway.runtime.terminal import show

@@ -25,7 +25,7 @@ BUILD_TYPE = "urn:ropeway:run:1"
 _NEEDED = ("card.json", "eval.json", "run.json")
 _TYPE = "https://in-toto.io/Statement/v1"
 _PREDICATE = "https://slsa.dev/provenance/v1"
-_BUILDER = "urn:ropeway:builder:own-machine"  # nobody but the operator of this machine vouches for it: SLSA level 1
+_BUILDER = "urn:ropeway:builder:own-machine"  # SLSA level 1: the operator of the machine states it
 
 
 def write_statements(workspace: Workspace, revision: Revision) -> dict[str, Path]:

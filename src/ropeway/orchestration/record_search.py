@@ -175,7 +175,7 @@ def _iterate_versions(registry: Registry, name: str | None) -> Iterator[tuple[Ve
     if artifacts:
         registry.check()
     for artifact in artifacts:
-        facts = artifact.describe_versions()
+        facts = artifact.describe_versions().events
         if name and not facts:
             raise NotFoundError(f"{registry.url}: no version of {name} was published there. `ropeway registry list`")
         yield from zip(artifact.versions(), facts, strict=False)
