@@ -18,6 +18,7 @@ _Sum = tuple[str, int, tuple[int, ...]]  # description, total, parts
 _OPTIONAL = (
     "forget",
     "forgotten",
+    "personal_data",
     "further_answers",
     "repeated",
     "repeated_tokens",
@@ -39,7 +40,8 @@ class RecordTotals:
         ignored_keys: Field in `ignored_keys` -> kept records in which it had a value.
         skipped_members: Reason -> members of archives that are not read.
         forgotten: Records that `forget` names; they are in no file of the run.
-        personal_data: Personal data and secrets in the records that tokenize read, kept or refused.
+        personal_data: Personal data and secrets in the records that tokenize read, kept or refused; None:
+            not looked for.
         further_answers: Sequences of conversations beyond their first, because each answer is one (`per_turn`).
     """
 
@@ -55,7 +57,7 @@ class RecordTotals:
     skipped_members: dict[str, int] = field(default_factory=dict)
     further_answers: int = 0
     forgotten: int = 0
-    personal_data: "PersonalTotals" = field(default_factory=lambda: PersonalTotals("off", 0, {}))
+    personal_data: "PersonalTotals | None" = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,7 @@ class PersonalTotals:
     """Personal data and secrets in the records of a source.
 
     Attributes:
-        action: `off`: not looked for, so nothing is known. `count`, `mask` or `refuse`: what was done.
+        action: What was done: `count`, `mask` or `refuse`.
         records: Records with any.
         found: Kind -> occurrences.
     """

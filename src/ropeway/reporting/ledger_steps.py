@@ -63,8 +63,8 @@ def list_steps(account: Json) -> list[Step]:
 
 
 def _personal_steps(found: Json | None) -> Iterator[Step]:
-    """Yield what was found of personal data; ledgers of older versions have no such key."""
-    if found is None or found["action"] == "off":
+    """Yield what was found of personal data; a ledger lacks the key if nothing was looked for."""
+    if found is None:
         yield Step("personal data: not looked for", "of", None, "", None)
         return
     done = {"count": "kept", "mask": "masked", "refuse": "refused"}[found["action"]]

@@ -177,7 +177,9 @@ def _records(name: str, raw: RawSource, source: TokenizedSource, profile: Prepar
         skipped_members=raw.get("skipped_members", {}),
         further_answers=_count_further_answers(source),
         forgotten=sum(raw.get("forgotten", {}).values()),
-        personal_data=PersonalTotals(personal, counts["with_personal_data"], counts["personal_data"]),
+        personal_data=None
+        if personal == "off"
+        else PersonalTotals(personal, counts["with_personal_data"], counts["personal_data"]),
     )
 
 
@@ -266,7 +268,7 @@ def describe(ledger: Ledger, profile: PrepareParams, special: str) -> list[str]:
         if account.records.ignored_keys:
             listed = ", ".join(f"{key} in {count:,} records" for key, count in account.records.ignored_keys.items())
             lines.append(f"{account.name}: ignored keys: {listed}")
-        if (personal := account.records.personal_data).found:
+        if (personal := account.records.personal_data) and personal.found:
             listed = ", ".join(f"{kind}: {count:,}" for kind, count in personal.found.items())
             lines.append(
                 f"{account.name}: personal data in {personal.records:,} records ({listed}); "

@@ -111,7 +111,7 @@ def test_counting_changes_no_token_and_off_says_that_nothing_is_known(tmp_path):
         {"action": "count", "records": 1, "found": {"email": 1}},
         {"action": "count", "records": 1, "found": {"email": 1, "ip_address": 1}},
     ]
-    assert none[0]["records"]["personal_data"] == {"action": "off", "records": 0, "found": {}}
+    assert "personal_data" not in none[0]["records"]
     for name in ("talk", "text"):
         tokens = [each.data / name / "tokens-00000.npy" for each in (off, counted)]
         assert tokens[0].read_bytes() == tokens[1].read_bytes()
