@@ -14,12 +14,27 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import get_args
+
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from ropeway.config.load_params import load_profiles
+from ropeway.config.sections import PersonalKind
 from ropeway.data.data_profile import DataProfile
 from ropeway.data.drift import compare_profiles
+from ropeway.data.record_identity import exact_keys
+from ropeway.data.record_index import RecordGroup, RecordIndex, RecordOutcome, build_record_index
 from ropeway.models.conversation import Conversation
-from ropeway.models.jinja_template import JinjaTemplate, UnusableConversationError
+from ropeway.models.jinja_template import JinjaTemplate, UnusableConversationError, find_own_templates
+from ropeway.models.tokenizer import (
+    open_tokenizer,
+    read_additional,
+    read_other_names,
+    read_response_template,
+    read_special_names,
+    read_special_texts,
+)
 from ropeway.orchestration.remote.request import StageRequest
 from ropeway.registry.layout import read_reference, reviews_log, versions_log
 from ropeway.registry.log import read_event
@@ -35,11 +50,14 @@ from ropeway.stages.fetch.files import iterate_objects
 from ropeway.stages.fetch.records import find_unused, required_columns, to_record
 from ropeway.stages.fetch.values import UnreadableError
 from ropeway.stages.package.weights import locate_tensors, read_dtypes
+from ropeway.stages.tokenize.personal_data import find_personal_data
 
 ROWS = ("messages", "sharegpt", "alpaca", "text")
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow", ".jsonl.gz", ".jsonl.zst", ".json.bz2")
 MOST_ITEMS = 2000
 ROOT = Path(__file__).parents[2]
+KINDS = get_args(PersonalKind)
+TOKENIZER = Tokenizer(WordLevel({"a": 0, "</s>": 1}, unk_token="a")).to_str().encode()  # noqa: S106
 FILE = PackageFile("config.json", "0" * 64, 2)
 
 
@@ -172,6 +190,35 @@ def data_profile(data):
             pass
 
 
+def record_index(data):
+    """An index of records, and digests that it has or has not."""
+    index = RecordIndex.open(lambda at, count: data[at : at + count], len(data), "records.index")
+    for asked in ([data[-11:-2].ljust(9, b"\0"), b"\xff" * 9], [bytes([one] * 9) for one in range(100)]):
+        assert len(index.find(asked)) == len(asked)
+
+
+def personal_data(data):
+    """Text in which personal data is looked for: what is found lies in the text, in order."""
+    text, end = data.decode(errors="replace"), 0
+    for found in find_personal_data(text, KINDS):
+        assert end <= found.begin < found.end <= len(text)
+        end = found.end
+
+
+def tokenizer(data):
+    folder = _folder() / "tokenizer"
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.json").write_bytes(TOKENIZER if data[:1] == b"#" else data)
+    (folder / "tokenizer_config.json").write_bytes(data[1:] if data[:1] == b"#" else b"{}")
+    open_tokenizer(folder)
+    read_special_names(folder)
+    read_special_texts(folder)
+    read_additional(folder)
+    read_other_names(folder)
+    read_response_template(folder)
+    find_own_templates(folder)
+
+
 def weights(data):
     folder = _folder() / "weights"
     folder.mkdir(exist_ok=True)
@@ -197,7 +244,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     one.__name__: one
     for one in (
         manifest, event, reference, package_path, package_content, signature, params, rows, archive, record, template,
-        request, data_profile, weights, markdown,
+        request, data_profile, record_index, personal_data, tokenizer, weights, markdown,
     )
 }  # fmt: skip
 ALLOWED = RopewayError
@@ -232,6 +279,8 @@ def seeds() -> dict[str, list[bytes]]:
     signed = [json.dumps(one).encode() for one in (bundle, bundle["dsseEnvelope"])]
     asked = StageRequest("train", "tiny", "/srv/x.git", "0" * 40, "", "0" * 32).to_json().encode()
     histogram = {"lengths": [1] * 60, "turns": [1] * 8, "records": 3, "scripts": {"latin": 3}, "roles": {}}
+    group = RecordGroup(RecordOutcome("a", "trained"), exact_keys([("a",), ("b",), ("c",)]))
+    built = build_record_index([group])
     return {
         "manifest": [document],
         "event": [json.dumps(event_fields).encode()],
@@ -248,6 +297,9 @@ def seeds() -> dict[str, list[bytes]]:
         "template": [chatml.encode(), b"{% set x = namespace(a=1) %}{% if x.a %}y{% endif %}"],
         "request": [asked],
         "data_profile": [json.dumps(histogram).encode()],
+        "record_index": [built],
+        "personal_data": [b"ana@example.org +49 30 123456 4111 1111 1111 1111 DE89370400440532013000 8.8.8.8"],
+        "tokenizer": [TOKENIZER, b'#{"eos_token": "</s>", "chat_template": [{"name": "a", "template": "x"}]}'],
         "weights": [tensors, json.dumps({"weight_map": {"w": "model-00001.safetensors"}}).encode()],
         "markdown": [b"<script>alert(1)</script>", b"[a](javascript:x) `<b>`", b"&lt;&#60;"],
     }  # fmt: skip

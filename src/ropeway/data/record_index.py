@@ -219,8 +219,15 @@ class RecordIndex:
             while at < len(entries) and int(high[at]) == wanted and int(entries["low"][at]) < low:
                 at += 1
             same = at < len(entries) and (int(high[at]), int(entries["low"][at])) == (wanted, low)
-            found.append(self.outcomes[int(entries["outcome"][at])] if same else None)
+            found.append(self._outcome(int(entries["outcome"][at])) if same else None)
         return found
+
+    def _outcome(self, number: int) -> RecordOutcome:
+        if number >= len(self.outcomes):
+            raise DataError(
+                f"{self.where}: an entry has outcome {number}, expected {len(self.outcomes)} at most. {_REMEDY}"
+            )
+        return self.outcomes[number]
 
     def _entries(self, first: int, last: int) -> NDArray[np.void]:
         data = self.read(self.begin + first * ENTRY_BYTES, (last - first) * ENTRY_BYTES)

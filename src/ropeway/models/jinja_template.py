@@ -424,6 +424,6 @@ def find_own_templates(folder: Path) -> dict[str, str]:
             ):
                 named = found if isinstance(found, list) else [{"name": "default", "template": found}]
                 return {str(one["name"]): str(one["template"]) for one in named} | more
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{folder}: its chat template cannot be read: {error}") from None
     return more

@@ -53,28 +53,43 @@ def read_special_names(folder: Path) -> dict[str, str]:
     """Return the texts of `unk`, `bos`, `eos` and `pad` that the folder's tokenizer_config.json defines.
 
     Raises:
-        ConfigError: The file is missing or is not valid JSON.
+        ConfigError: The file is missing, is not a JSON mapping, or a token has no text.
     """
+    config = _read_config(folder)
+    named = {short: config.get(key) for short, key in _CONFIG_KEYS.items()}
+    return {short: _read_text(folder, _CONFIG_KEYS[short], text) for short, text in named.items() if text}
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "tokenizer_config.json"
     try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError) as error:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: expected the tokenizer's JSON config, found: {error}") from None
-    named = {short: config.get(key) for short, key in _CONFIG_KEYS.items()}
-    return {short: text["content"] if isinstance(text, dict) else text for short, text in named.items() if text}
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path}: expected a JSON mapping, found {type(config).__name__}")
+    return config
+
+
+def _read_text(folder: Path, key: str, token: object) -> str:
+    """Return the text of a token as a config states it: a string, or a mapping with `content`."""
+    text = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(text, str):
+        raise ConfigError(f"{folder / 'tokenizer_config.json'}: {key}: expected a token's text, found {token!r:.80}")
+    return text
 
 
 def read_additional(folder: Path) -> tuple[str, ...]:
     """Return the further special tokens that the folder's tokenizer_config.json lists."""
-    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    listed = config.get("additional_special_tokens") or config.get("extra_special_tokens") or ()
-    texts = (text["content"] if isinstance(text, dict) else text for text in listed)
-    return tuple(texts) if isinstance(listed, list) else ()
+    config = _read_config(folder)
+    key = "additional_special_tokens" if config.get("additional_special_tokens") else "extra_special_tokens"
+    listed = config.get(key)
+    return tuple(_read_text(folder, key, token) for token in listed) if isinstance(listed, list) else ()
 
 
 def read_other_names(folder: Path) -> frozenset[str]:
     """Return the names of tokens in the folder's tokenizer_config.json besides `bos`, `eos`, `unk` and `pad`."""
-    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config = _read_config(folder)
     extra = config.get("extra_special_tokens")
     named = {key for key, value in config.items() if key.endswith("_token") and isinstance(value, str | dict)}
     return frozenset(named - set(_CONFIG_KEYS.values())) | frozenset(extra if isinstance(extra, dict) else ())
@@ -82,8 +97,14 @@ def read_other_names(folder: Path) -> frozenset[str]:
 
 def read_special_texts(folder: Path) -> list[str]:
     """Return the texts of all special tokens of the folder's tokenizer.json, which is not opened as a tokenizer."""
-    stated = json.loads((folder / "tokenizer.json").read_bytes())
-    return [token["content"] for token in stated["added_tokens"] if token["special"]]
+    path = folder / "tokenizer.json"
+    try:
+        stated = json.loads(path.read_bytes())
+        return [str(token["content"]) for token in stated["added_tokens"] if token["special"]]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigError(
+            f"{path}: expected the JSON of a fast tokenizer with its added tokens ({type(error).__name__})"
+        ) from None
 
 
 def read_special(folder: Path, tokenizer: Tokenizer, template: "ChatTemplate") -> dict[str, int]:
@@ -174,7 +195,7 @@ def prepare_tokenizer(tokenizer: Tokenizer, names: dict[str, str], template: "Ch
 
 def read_response_template(folder: Path) -> dict[str, Any] | None:
     """Return how the folder's tokenizer_config.json says that answers are parsed; None if it does not."""
-    found = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("response_template")
+    found = _read_config(folder).get("response_template")
     return found if isinstance(found, dict) else None
 
 

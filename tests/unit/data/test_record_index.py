@@ -120,3 +120,10 @@ def test_a_damaged_or_newer_index_is_refused(at, new, why):
         opened(data[:at] + new + data[at + 1 :])
     with pytest.raises(DataError, match="bytes, expected"):
         opened(data[:-1])
+
+
+def test_an_entry_with_an_outcome_that_the_index_does_not_name_is_refused():
+    key = exact_key(["a"])
+    data = build_record_index([RecordGroup(TRAINED, exact_keys([("a",)]))])
+    with pytest.raises(DataError, match="outcome 65535"):
+        opened(data[:-2] + b"\xff\xff")[0].find([key])
