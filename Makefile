@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # uv installs no bytecode files. The first import of a module writes them, so later processes do not compile it again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup lock run test test-unit test-slow test-loaders test-lm-eval test-families test-slurm test-pools test-floors test-browser test-docs test-fresh test-image check docs ui chaos bench bench-packing bench-plan bench-start bench-prepare bench-evaluate bench-registry bench-engine bench-train bench-checkpoint bench-opening bench-templates bench-gpu bench-gpu-dry test-gpu chaos-registry soak fuzz bench-registry-scale bench-contains clean
+.PHONY: help setup lock run test test-unit test-slow test-loaders test-lm-eval test-families test-slurm test-pools test-serve test-floors test-browser test-docs test-fresh test-image check docs ui chaos bench bench-packing bench-plan bench-start bench-prepare bench-evaluate bench-registry bench-engine bench-train bench-checkpoint bench-opening bench-templates bench-gpu bench-gpu-dry test-gpu chaos-registry soak fuzz bench-registry-scale bench-contains clean
 .DEFAULT_GOAL := help
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make test-families  train, resume, evaluate and package tiny models of many families"
 	@echo "make test-slurm  train in a real Slurm of two nodes on this machine (root, Debian's slurmctld, slurmd, slurm-client, munge)"
 	@echo "make test-pools  render and validate the job templates for Kubernetes and Docker (installs Prefect's workers)"
+	@echo "make test-serve  compare the answers of the server of transformers with the package that it serves"
 	@echo "make test-lm-eval  run tasks of lm-evaluation-harness offline (installs it, 190 MB)"
 	@echo "make ui      start the Prefect UI for the runs of this workspace on http://127.0.0.1:4200"
 	@echo "make test-browser  review a version in a real browser (installs Playwright and, if missing, chromium)"
@@ -62,6 +63,10 @@ $(VENV)/.ready-eval: $(VENV)/.ready-test
 $(VENV)/.ready-browser: $(VENV)/.ready-test
 	$(INSTALL) dev browser
 	@test -n "$$ROPEWAY_CHROMIUM" || command -v chromium > /dev/null || $(BIN)/playwright install --with-deps chromium
+	@touch $@
+
+$(VENV)/.ready-serving: $(VENV)/.ready-test
+	$(INSTALL) dev serving
 	@touch $@
 
 $(VENV)/.ready-fuzz: $(VENV)/.ready-test
@@ -111,6 +116,9 @@ test-floors: .venv-floors/.ready
 # Every request to the Hub fails immediately.
 test-lm-eval: $(VENV)/.ready-eval
 	HF_HUB_OFFLINE=1 $(BIN)/pytest -q -m harness tests/harness
+
+test-serve: $(VENV)/.ready-serving
+	$(BIN)/pytest -q -m serve tests/serving
 
 test-unit: $(VENV)/.ready-test
 	$(BIN)/pytest -q -n $(or $(TEST_PROCESSES),2) --dist loadfile --no-loadscope-reorder tests/unit tests/contract

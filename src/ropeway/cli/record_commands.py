@@ -45,7 +45,10 @@ def contains(
 @record_app.command()
 def forget(
     record: Annotated[
-        str | None, typer.Argument(help="A record as JSON, the digest of one, or a file of records or digests.")
+        str | None,
+        typer.Argument(
+            help="A record as JSON, the digest of one, or a file of records or digests. Without it: --list."
+        ),
     ] = None,
     *,
     show_list: Annotated[

@@ -28,11 +28,12 @@ from ropeway.cli.registry_options import (
     user_name,
 )
 from ropeway.cli.upkeep_commands import upkeep_app
-from ropeway.runtime.errors import ConfigError, NotFoundError, RegistryError
+from ropeway.runtime.errors import ConfigError, DataError, NotFoundError, RegistryError
 from ropeway.runtime.login import identity_of
 
 if TYPE_CHECKING:
     from ropeway.registry import AnyDigest, LogPage, Promotion, PullResult, Registry, Version
+    from ropeway.stages.package.serving import ServingCheck
     from ropeway.storage import Store
 
 registry_app = typer.Typer(no_args_is_help=True, help="List, verify, pull, promote and withdraw published versions.")
@@ -190,20 +191,40 @@ def verify(
     folder: Annotated[
         Path | None, typer.Option(help="Verify this pulled folder. Default: the registry's copy.")
     ] = None,
+    serve: Annotated[
+        str | None,
+        typer.Option(help="Also compare the answers of the server at this URL. Default: no server is asked."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="With --serve: the server's name of the model. Default: its only one.")
+    ] = None,
     registry: Url = None,
     as_json: Json = False,
 ) -> None:
-    """Hash every file of a version and compare with its manifest."""
+    """Hash every file of a version and compare with its manifest; with --serve also what a serving engine answers."""
     version = open_registry(registry).version(reference)
     if folder:
         done = version.verify_folder(folder)
     else:
         with progress_bar(version.store, f"verify {reference}", version.manifest.total_bytes):
             done = version.verify()
+    checks = _check_serving(version, folder, serve, model) if serve else []
     if as_json:
-        print_json(asdict(done))
+        print_json(asdict(done) | ({"serving": [asdict(one) for one in checks]} if serve else {}))
     else:
+        for one in checks:
+            print_words(f"{one.outcome}  {one.name}{': ' if one.detail else ''}{one.detail}")
         print_words(f"{reference}: {done.files} files, {done.bytes:,} bytes, all as published ({done.digest[:12]})")
+
+
+def _check_serving(version: "Version", folder: Path | None, url: str, model: str | None) -> "list[ServingCheck]":
+    """Return the comparisons with a server; raise DataError with those that failed."""
+    from ropeway.stages.package.serving import check_server, expected_answers
+
+    checks = check_server(url, expected_answers(folder or pull_cached(version).folder), model=model)
+    if failed := [f"  {one.name}: {one.detail}" for one in checks if one.outcome == "failed"]:
+        raise DataError("\n".join([f"{url}: its answers are not those of {version}:", *failed]))
+    return checks
 
 
 @registry_app.command()

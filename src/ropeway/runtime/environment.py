@@ -77,6 +77,7 @@ VARIABLES: dict[str, tuple[EnvironmentVariable, ...]] = {
     "History": (_V("ROPEWAY_GPU_HOUR_PRICE", "Price of a GPU-hour, in a currency of your own.", "no cost is shown"),),
     "Hugging Face Hub": (
         _V("HF_TOKEN", "Token for gated models and datasets, and for `push-hub`."),
+        _V("OPENAI_API_KEY", "Key for the server of `ropeway registry verify --serve`."),
         _V("HF_HUB_OFFLINE", "`1` uses the Hub's cache only. Ranks and the package check always run with it."),
         _V("HF_HUB_CACHE", "Cache of the Hub.", "`$HF_HOME/hub`"),
         _V("HF_HOME", "Folder of the Hub's client.", "`~/.cache/huggingface`"),

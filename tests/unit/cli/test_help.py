@@ -34,6 +34,8 @@ PARSED_ELSEWHERE = {
     "review": "tests/unit/orchestration/test_review.py",
     "drift": "tests/unit/cli/test_version_commands.py",
     "history": "tests/unit/cli/test_version_commands.py",
+    "contains": "tests/unit/cli/test_record_commands.py",
+    "forget": "tests/unit/cli/test_record_commands.py",
     "reproduce": "tests/pipeline/test_reproduce.py",
     "doctor": "tests/unit/orchestration/test_doctor.py",
     "clean": "tests/pipeline/test_flow_clean.py",
