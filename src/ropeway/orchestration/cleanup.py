@@ -15,8 +15,8 @@ from pathlib import Path
 
 from ropeway.config.load_params import load_profiles
 from ropeway.orchestration import dvc_graph as graph
-from ropeway.registry import Registry
-from ropeway.runtime.errors import ConfigError, RegistryError, TemporaryError
+from ropeway.registry import Registry, Version
+from ropeway.runtime.errors import ConfigError, DataError, RegistryError, TemporaryError
 from ropeway.runtime.lock import is_held, workspace_lock
 from ropeway.runtime.terminal import AlignedTable, show
 from ropeway.runtime.workspace import Workspace, count_bytes, format_bytes
@@ -145,10 +145,20 @@ def _outs(lock: graph.Lock, *, of: str | None = None) -> Iterator[str]:
             yield from (str(out["md5"]) for out in stage.get("outs", []) if out.get("md5"))
 
 
+def _read_version_lock(version: Version) -> bytes | None:
+    """Return a version's dvc.lock; None if it has none, or is withdrawn and its files were collected."""
+    try:
+        return version.read_file("dvc.lock")
+    except DataError:
+        if version.is_withdrawn:
+            return None
+        raise
+
+
 def _data_of_versions(registry: Registry) -> Iterator[str]:
     """Yield the digests of every version's data, withdrawn ones too, as its dvc.lock names them."""
     for artifact in registry.artifacts():
-        locks = registry.store.run_each(lambda version: version.read_file("dvc.lock"), list(artifact.versions()))
+        locks = registry.store.run_each(_read_version_lock, list(artifact.versions()))
         for lock in locks:
             if lock is not None:
                 yield from _outs(graph.parse_lock(lock), of=_FETCH)
