@@ -90,7 +90,7 @@ class Soak:
             "AWS_MAX_ATTEMPTS": "4",
             "PREFECT_SERVER_SERVICES_DB_VACUUM_RETENTION_PERIOD": "3660",  # seconds; the least that Prefect takes
             "PREFECT_SERVER_SERVICES_DB_VACUUM_LOOP_SECONDS": "120",
-            "PREFECT_SERVER_EVENTS_RETENTION_PERIOD": "3660",
+            "PREFECT_SERVER_EVENTS_RETENTION_PERIOD": "01:01:00",
             "PREFECT_RUNNER_POLL_FREQUENCY": "2",
         }
         (root / "data").mkdir()
