@@ -111,7 +111,7 @@ def package_content(data):
 
 def signature(data):
     _certified_keyid(data)
-    assert check_statement(data, VersionManifest("tiny", (FILE,), {}), Trust({}))
+    assert not check_statement(data, VersionManifest("tiny", (FILE,), {}), Trust({}))
 
 
 def params(data):

@@ -202,6 +202,10 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Hash every file of a version and compare with its manifest; with --serve also what a serving engine answers."""
+    from ropeway.registry.versions import STATEMENT
+
+    if model and not serve:
+        raise ConfigError("--model names the model of a server; give its URL with --serve")
     version = open_registry(registry).version(reference)
     if folder:
         done = version.verify_folder(folder)
@@ -215,6 +219,8 @@ def verify(
         for one in checks:
             print_words(f"{one.outcome}  {one.name}{': ' if one.detail else ''}{one.detail}")
         print_words(f"{reference}: {done.files} files, {done.bytes:,} bytes, all as published ({done.digest[:12]})")
+        if done.provenance == "not trusted":
+            print_words(f"{STATEMENT}: no trusted key signed it, so do not rely on it; the files are as published")
 
 
 def _check_serving(version: "Version", folder: Path | None, url: str, model: str | None) -> "list[ServingCheck]":

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 from ropeway.registry.layout import blob_key
 from ropeway.registry.rules import PackageFile, check_content, scan_folder
@@ -16,6 +16,8 @@ from ropeway.registry.version_manifest import VersionManifest
 from ropeway.runtime.errors import ConfigError, DataError, NotFoundError, RegistryError, TemporaryError
 from ropeway.runtime.manifest import FileFacts, check_file, sync_folder
 from ropeway.storage import BLOCK_BYTES, TRANSFER_BYTES, Store
+
+StatementTrust = Literal["trusted", "not trusted", "not checked", "none"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +32,18 @@ class PullResult:
 
 @dataclass(frozen=True, slots=True)
 class VerifyResult:
-    """The files and bytes of a version that were hashed and verified, including attachments."""
+    """The files and bytes of a version that were hashed and verified, including attachments.
+
+    Attributes:
+        provenance: Whether a trusted key signed the provenance statement; `not checked` without a signature policy or
+            for a pulled folder, `none` if the version has no statement.
+    """
 
     name: str
     digest: str
     files: int
     bytes: int
+    provenance: StatementTrust = "not checked"
 
 
 def fetch_package(store: Store, manifest: VersionManifest, target: Path) -> PullResult:

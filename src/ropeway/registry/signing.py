@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import tempfile
+from base64 import b64decode
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,15 +203,11 @@ def _is_valid_bundle(
 
 
 def _signed_statement(bundle: bytes) -> Any:  # noqa: ANN401 - JSON
-    from base64 import b64decode
-
     return json.loads(b64decode(json.loads(bundle)["dsseEnvelope"]["payload"]))
 
 
 def _certified_keyid(bundle: bytes) -> str | None:
     """Return the key id of the leaf certificate in a bundle; None if it has none."""
-    from base64 import b64decode
-
     from cryptography.x509 import load_der_x509_certificate
 
     try:
@@ -220,10 +217,14 @@ def _certified_keyid(bundle: bytes) -> str | None:
         return None
 
 
-def check_statement(envelope: bytes, manifest: VersionManifest, trust: Trust) -> str | None:
-    """Return why an envelope is not a trusted statement about exactly the files of a version; None if it is.
+def check_statement(envelope: bytes, manifest: VersionManifest, trust: Trust) -> bool:
+    """Return whether a trusted key signed a statement about exactly the files of a version.
 
-    Statements are signed by keys; one whose key is trusted only through a certificate is not checked here.
+    False for one that is not signed, or signed by another key: a key that was trusted earlier, or one that only a
+    certificate makes trusted. Signing a version later does not sign its statement.
+
+    Raises:
+        DataError: A trusted key signed it, but it is about other files.
     """
     from securesystemslib.dsse import Envelope
     from securesystemslib.signer import Key, SSlibKey  # type: ignore[attr-defined]
@@ -234,9 +235,14 @@ def check_statement(envelope: bytes, manifest: VersionManifest, trust: Trust) ->
         opened.verify(keys, 1)
         subjects = json.loads(opened.payload)["subject"]
         stated = {subject["name"]: subject["digest"]["sha256"] for subject in subjects}
-    except Exception as error:  # noqa: BLE001 - as above
-        return f"no trusted key signed it ({type(error).__name__})"
-    return None if stated == {file.path: file.sha256 for file in manifest.files} else "it is about other files"
+    except Exception:  # noqa: BLE001 - as above
+        return False
+    if stated != {file.path: file.sha256 for file in manifest.files}:
+        raise DataError(
+            f"{manifest.name} {manifest.digest[:12]}…: its provenance statement is about other files. The model's "
+            "files are intact; do not rely on its provenance"
+        )
+    return True
 
 
 def _listed_files(manifest: VersionManifest) -> "Config":

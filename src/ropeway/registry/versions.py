@@ -12,7 +12,7 @@ from ropeway.registry.blobs import blob_fault, read_blob
 from ropeway.registry.layout import clean_key, model_logs, reviews_log, tombstone_key, versions_log
 from ropeway.registry.log import Event, Events, append_event, event_document, read_events, verify_log
 from ropeway.registry.publishing import attached_files, find_number
-from ropeway.registry.pulling import PullResult, VerifyResult, check_folder, fetch_package
+from ropeway.registry.pulling import PullResult, StatementTrust, VerifyResult, check_folder, fetch_package
 from ropeway.registry.rules import PackageFile
 from ropeway.registry.signing import Signer, check_policy, check_statement, list_signatures, read_bundles, sign
 from ropeway.registry.signing_keys import load_trusted
@@ -184,26 +184,22 @@ class Version:
 
         Raises:
             RegistryError: The version is withdrawn.
-            DataError: A log is damaged, or blobs are: all faults, one per line.
+            DataError: A log is damaged, or blobs are: all faults, one per line; or a trusted key signed a provenance
+                statement about other files.
         """
         self._check_usable()
         versions, *_ = [verify_log(self.store, log) for log in model_logs(self.store, self.name)]
         attached = [file for event in versions if event["digest"] == self.digest for file in attached_files(event)]
         files = [*self.manifest.files, *attached]
-        faults = [f"  {fault}" for file in files if (fault := blob_fault(self.store, file, rehash=True))]
-        if not faults and (fault := self._statement_fault()):
-            raise DataError(
-                f"{self.store.url}: {self.reference} ({self._short_digest}): {STATEMENT} is not trusted: {fault}. The "
-                "model's files are intact; do not rely on its provenance"
-            )
-        if faults:
+        if faults := [f"  {fault}" for file in files if (fault := blob_fault(self.store, file, rehash=True))]:
             head = f"{self.store.url}: {self.reference} ({self._short_digest}) is damaged; do not use it:"
             remedy = (
                 "Delete those of these blobs that exist, then publish the same package again: `ropeway registry "
                 f"publish FOLDER --name {self.name}`"
             )
             raise DataError("\n".join([head, *faults, remedy]))
-        return VerifyResult(self.name, self.digest, len(files), sum(file.bytes for file in files))
+        total = sum(file.bytes for file in files)
+        return VerifyResult(self.name, self.digest, len(files), total, provenance=self._check_statement(attached))
 
     def verify_folder(self, folder: Path) -> VerifyResult:
         """Verify a pulled folder against the manifest; no file may be missing, added, changed or a link.
@@ -347,11 +343,13 @@ class Version:
             )
         check_policy(self.store, manifest)
 
-    def _statement_fault(self) -> str | None:
-        """Return why the provenance statement is not trusted; None without one, without a policy, or if it is."""
-        trust = load_trusted()
-        file = next((file for file in self.attachments if file.path == STATEMENT), None) if trust else None
-        return check_statement(read_blob(self.store, file), self.manifest, trust) if trust and file else None
+    def _check_statement(self, attached: list[PackageFile]) -> StatementTrust:
+        file = next((file for file in attached if file.path == STATEMENT), None)
+        if file is None:
+            return "none"
+        if (trust := load_trusted()) is None:
+            return "not checked"
+        return "trusted" if check_statement(read_blob(self.store, file), self.manifest, trust) else "not trusted"
 
     def _check_promotable(self) -> None:
         """Raise RegistryError unless the version is published and the blob of every file exists with its size."""

@@ -16,6 +16,7 @@ from securesystemslib.signer import SSlibKey
 from ropeway.orchestration.provenance_statement import write_statements
 from ropeway.orchestration.revision import Revision
 from ropeway.registry import Registry
+from ropeway.registry.signing import load_signer
 from ropeway.registry.signing_keys import load_trusted, make_keys
 from ropeway.runtime.errors import DataError
 from ropeway.runtime.manifest import write_json, write_manifest
@@ -120,15 +121,38 @@ def test_a_signed_statement_is_verified_by_another_library_and_guarded_by_verify
     artifact = Registry.open(workspace.registry_url).artifact("tiny")
     done = artifact.publish(workspace.package, provenance={}, attachments=written)
     version = artifact.version(done.digest)
-    version.verify()
+    assert version.verify().provenance == "trusted"
     assert set(version.attestations()) == {f"{keyid}.sigstore.json", *written}
+    make_keys(tmp_path / "new")  # the key is rotated: the version stays valid, its statement is not trusted any more
+    (tmp_path / "new.pub").rename(tmp_path / "trusted" / "key.pub")
+    monkeypatch.setenv("ROPEWAY_SIGNING_KEY", str(tmp_path / "new"))
+    assert version.sign(load_signer())
+    assert version.verify().provenance == "not trusted"
+    monkeypatch.delenv("ROPEWAY_TRUSTED_KEYS")
+    assert version.verify().provenance == "not checked"
 
-    artifact = Registry.open((tmp_path / "other").as_uri()).artifact("tiny")  # somebody's own statement
-    forged = tmp_path / "provenance.intoto.json"
-    forged.write_text(json.dumps({**envelope.to_dict(), "payload": "e30="}))
-    done = artifact.publish(workspace.package, provenance={}, attachments={forged.name: forged})
-    with pytest.raises(DataError, match="not trusted"):
-        artifact.version(done.digest).verify()
+
+@pytest.mark.parametrize("forged", ["payload", "unsigned", "other files"])
+def test_a_statement_that_somebody_replaced_is_not_trusted(workspace, tmp_path, monkeypatch, forged):
+    (tmp_path / "trusted").mkdir()
+    make_keys(tmp_path / "key")
+    (tmp_path / "key.pub").rename(tmp_path / "trusted" / "key.pub")
+    monkeypatch.setenv("ROPEWAY_SIGNING_KEY", str(tmp_path / "key"))
+    monkeypatch.setenv("ROPEWAY_TRUSTED_KEYS", str(tmp_path / "trusted"))
+    path = write_statements(workspace, Revision(COMMIT, ()))["provenance.intoto.json"]
+    if forged == "payload":
+        path.write_text(json.dumps({**statement_of(path), "payload": "e30="}))
+    elif forged == "unsigned":
+        path.write_text(json.dumps({"_type": "https://in-toto.io/Statement/v1", "subject": []}))
+    else:
+        path.write_bytes(load_signer().sign_statement({"subject": [{"name": "x", "digest": {"sha256": "0" * 64}}]}))
+    artifact = Registry.open(workspace.registry_url).artifact("tiny")
+    done = artifact.publish(workspace.package, provenance={}, attachments={path.name: path})
+    if forged == "other files":
+        with pytest.raises(DataError, match="other files"):
+            artifact.version(done.digest).verify()
+    else:
+        assert artifact.version(done.digest).verify().provenance == "not trusted"
 
 
 def test_a_package_without_a_card_has_no_statements_and_says_so(workspace, capsys):
