@@ -5,12 +5,12 @@ approved.
 """
 
 import re
-import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ropeway.config.edit import read_exact, write_exact
+from ropeway.runtime.git import ask_git
 
 _MAGIC = re.compile(r"[*?[]")
 
@@ -44,7 +44,7 @@ def ignore_data(root: Path, paths: Iterable[str]) -> IgnoredData:
         place = PurePosixPath(path)
         if "://" in path or place.is_absolute() or ".." in place.parts or path in ("", ".") or not _in_git(root):
             continue
-        if _ask_git(root, "ls-files", "--", path):
+        if ask_git(root, "ls-files", "--", path):
             tracked.append(path)
         elif not _is_ignored(root, path):
             lines.append(_add_line(root, place))
@@ -52,13 +52,13 @@ def ignore_data(root: Path, paths: Iterable[str]) -> IgnoredData:
 
 
 def _in_git(root: Path) -> bool:
-    return _ask_git(root, "rev-parse", "--is-inside-work-tree") == "true"
+    return ask_git(root, "rev-parse", "--is-inside-work-tree") == "true"
 
 
 def _is_ignored(root: Path, path: str) -> bool:
     """Return whether git ignores everything at a path or pattern."""
     found = [one.relative_to(root).as_posix() for one in root.glob(path)] if _MAGIC.search(path) else [path]
-    ignored = (_ask_git(root, "check-ignore", "--", *found) or "").splitlines()
+    ignored = (ask_git(root, "check-ignore", "--", *found) or "").splitlines()
     return bool(found) and len(ignored) == len(found)
 
 
@@ -74,14 +74,3 @@ def _add_line(root: Path, place: PurePosixPath) -> tuple[str, str]:
     end = "" if not text or text.endswith("\n") else "\n"
     write_exact(path, f"{text}{end}{line}\n")
     return file.as_posix(), line
-
-
-def _ask_git(root: Path, *arguments: str) -> str | None:
-    """Return git's output without the last newline; None if git is missing or fails."""
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False, encoding="utf-8"
-        )
-    except FileNotFoundError:
-        return None
-    return done.stdout.rstrip("\n") if done.returncode == 0 else None

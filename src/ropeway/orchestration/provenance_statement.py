@@ -12,17 +12,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ropeway.config.addresses import strip_signature
-from ropeway.orchestration.revision import Revision, ask_git
+from ropeway.orchestration.revision import Revision
 from ropeway.registry.signing import load_signer
 from ropeway.registry.versions import ML_BOM, STATEMENT
 from ropeway.reporting.ml_bom import build_ml_bom
 from ropeway.runtime.errors import DataError
+from ropeway.runtime.git import ask_git
 from ropeway.runtime.manifest import NAME as MANIFEST
 from ropeway.runtime.manifest import Json, canonical_json, file_sha256, json_mapping, write_atomic
 from ropeway.runtime.workspace import Workspace
 
 BUILD_TYPE = "urn:ropeway:run:1"
-_NEEDED = ("card.json", "eval.json", "run.json")
+_NEEDED = ("card.json", "config.json", "eval.json", "run.json")
 _TYPE = "https://in-toto.io/Statement/v1"
 _PREDICATE = "https://slsa.dev/provenance/v1"
 _BUILDER = "urn:ropeway:builder:own-machine"  # SLSA level 1: the operator of the machine states it
@@ -48,6 +49,7 @@ def write_statements(workspace: Workspace, revision: Revision) -> dict[str, Path
         build_ml_bom(
             {**manifest, "files": {path: {"sha256": digest} for path, digest in files.items()}},
             _read(workspace.package / "card.json"),
+            _read(workspace.package / "config.json"),
             _read(workspace.package / "eval.json"),
             timings,
             version=version,

@@ -17,10 +17,11 @@ from ropeway.config.edit import choose_profile
 from ropeway.config.load_params import read_block
 from ropeway.orchestration import dvc_graph as graph
 from ropeway.orchestration.dvc_stage import LineWriter, Site, run_command, update_stage
-from ropeway.orchestration.revision import ask_git, code_environment
+from ropeway.orchestration.revision import code_environment
 from ropeway.registry import Provenance, Version
 from ropeway.registry.version_manifest import build_version_manifest
 from ropeway.runtime.errors import ConfigError, DataError, RegistryError
+from ropeway.runtime.git import ask_git
 from ropeway.runtime.lock import HeldLock, workspace_lock
 from ropeway.runtime.manifest import Json, digest_of, load_manifest
 from ropeway.runtime.workspace import Workspace

@@ -1,7 +1,6 @@
 """The git revision of a workspace, and whether files that a run reads differ from it."""
 
 import os
-import subprocess
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 from ropeway.config.load_params import load_profile
 from ropeway.orchestration.stage_process import name_files
 from ropeway.runtime.errors import ConfigError
+from ropeway.runtime.git import ask_git
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +74,3 @@ def code_environment(clone: Path) -> dict[str, str]:
         return {}
     ours = [str(clone / "src"), str(clone), os.environ.get("PYTHONPATH", "")]
     return {"PYTHONPATH": os.pathsep.join(filter(None, ours))}
-
-
-def ask_git(root: Path, *arguments: str) -> str | None:
-    """Return git's output without the last newline; None if git is missing or fails."""
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False, encoding="utf-8"
-        )
-    except FileNotFoundError:
-        return None
-    return done.stdout.rstrip("\n") if done.returncode == 0 else None

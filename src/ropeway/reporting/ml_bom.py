@@ -17,12 +17,15 @@ _MODEL = "model"
 _UNKNOWN = "not recorded"
 
 
-def build_ml_bom(manifest: Json, card: Json, evaluation: Json, provenance: Json, *, version: str) -> dict[str, object]:
+def build_ml_bom(
+    manifest: Json, card: Json, config: Json, evaluation: Json, provenance: Json, *, version: str
+) -> dict[str, object]:
     """Return the bill of materials of a version.
 
     Args:
         manifest: manifest.json of the version.
         card: Its card.json.
+        config: Its config.json, which names the architecture.
         evaluation: Its eval.json.
         provenance: provenance.json of the training; its last attempt names the libraries.
         version: The installed version of Ropeway.
@@ -30,18 +33,19 @@ def build_ml_bom(manifest: Json, card: Json, evaluation: Json, provenance: Json,
     datasets = list(_list_datasets(card))
     base = _describe_base(card, manifest["digests"]["base"])
     libraries = list(_list_libraries(provenance))
+    learns_answers = any(source["kind"] == "conversation" for source in card["sources"])
     model = {
         "type": "machine-learning-model",
         "bom-ref": _MODEL,
         "name": card["name"],
-        "version": str(manifest["digests"]["data"])[:12],
+        "version": str(card["fingerprint"]),
         "licenses": [_license(card["params"]["card"]["license"], card["params"]["card"]["license_link"])],
         "modelCard": {
             "modelParameters": {
-                "approach": {"type": "self-supervised"},
+                "approach": {"type": "supervised" if learns_answers else "self-supervised"},
                 "task": "text generation",
                 "architectureFamily": "transformer decoder",
-                "modelArchitecture": str(card["base"]["name"]),
+                "modelArchitecture": ", ".join(config.get("architectures") or [_UNKNOWN]),
                 "datasets": [{"ref": one["bom-ref"]} for one in datasets],
                 "inputs": [{"format": "text"}],
                 "outputs": [{"format": "text"}],
@@ -55,7 +59,6 @@ def build_ml_bom(manifest: Json, card: Json, evaluation: Json, provenance: Json,
         "properties": [
             _property("ropeway:parameters", card["parameters"]),
             _property("ropeway:steps", card["applied_steps"]),
-            _property("ropeway:fingerprint", card["fingerprint"]),
         ],
     }
     parts = [*datasets, base, *libraries]

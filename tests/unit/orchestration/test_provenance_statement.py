@@ -47,6 +47,7 @@ def workspace(tmp_path, monkeypatch):
         },
     )  # fmt: skip
     write_json(found.package / "eval.json", {"mean": {"tuned": 2.5}, "sources": {"hub": {"tuned": {"loss": 2.5}}}})
+    write_json(found.package / "config.json", {"architectures": ["LlamaForCausalLM"]})
     run = {"name": "tiny", "params": params, "digests": digests, "fingerprint": "f" * 16}
     write_json(found.package / "run.json", run | {"sources": {"hub": HUB, "own": FILES}})
     write_manifest(found.package, {"digests": digests})
@@ -97,6 +98,9 @@ def test_the_bill_of_materials_names_data_with_licenses_base_and_libraries(works
     assert {"name": "ropeway:sha256:data/a.jsonl", "value": "1" * 64} in parts["data:own"]["properties"]
     assert parts["torch"]["purl"] == "pkg:pypi/torch@2.13.0%2Bcpu"
     model = bom["metadata"]["component"]
+    assert model["version"] == "f" * 16
+    parameters = model["modelCard"]["modelParameters"]
+    assert (parameters["approach"], parameters["modelArchitecture"]) == ({"type": "supervised"}, "LlamaForCausalLM")
     assert model["modelCard"]["quantitativeAnalysis"]["performanceMetrics"][0]["value"] == "2.5"
 
 

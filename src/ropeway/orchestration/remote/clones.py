@@ -13,8 +13,8 @@ from itertools import count
 from pathlib import Path
 
 from ropeway.orchestration.remote.request import StageRequest, run_git
-from ropeway.orchestration.revision import ask_git
 from ropeway.runtime.errors import ConfigError
+from ropeway.runtime.git import ask_git
 
 HOME = "ROPEWAY_WORKER_HOME"
 _CONFIG = """[cache]

@@ -24,9 +24,10 @@ from ropeway.orchestration.remote.request import (
     check_committed_remote,
     find_repository,
 )
-from ropeway.orchestration.revision import Revision, ask_git
+from ropeway.orchestration.revision import Revision
 from ropeway.orchestration.stage_process import name_files
 from ropeway.runtime.errors import ConfigError, DataError, TemporaryError
+from ropeway.runtime.git import ask_git
 from ropeway.runtime.manifest import Json
 
 if TYPE_CHECKING:

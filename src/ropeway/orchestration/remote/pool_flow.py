@@ -30,9 +30,10 @@ from prefect.states import Cancelled, Completed, Failed
 from ropeway.orchestration.dvc_stage import MARGIN_SECONDS, LineWriter, end_supervised, progress_path
 from ropeway.orchestration.remote.clones import open_clone
 from ropeway.orchestration.remote.request import StageRequest
-from ropeway.orchestration.revision import ask_git, code_environment
+from ropeway.orchestration.revision import code_environment
 from ropeway.orchestration.run_page import PageLog
 from ropeway.runtime.errors import RopewayError
+from ropeway.runtime.git import ask_git
 from ropeway.runtime.manifest import Json
 from ropeway.runtime.progress import read_last_record
 

@@ -13,8 +13,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ropeway.config.suggestion import unknown_name
-from ropeway.orchestration.revision import Revision, ask_git
+from ropeway.orchestration.revision import Revision
 from ropeway.runtime.errors import ConfigError
+from ropeway.runtime.git import ask_git
 from ropeway.runtime.manifest import digest_of
 
 PREFIX = "ROPEWAY_POOL_"
