@@ -11,8 +11,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from ropeway.orchestration.serving_check import check_server
 from ropeway.runtime.launcher import free_port
-from ropeway.stages.package.serving import check_server, expected_answers
+from ropeway.stages.package.expected_answers import expected_answers
 from tests.support.tiny_run import make_package, make_run
 
 pytestmark = pytest.mark.serve

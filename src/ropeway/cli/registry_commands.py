@@ -32,8 +32,8 @@ from ropeway.runtime.errors import ConfigError, DataError, NotFoundError, Regist
 from ropeway.runtime.login import identity_of
 
 if TYPE_CHECKING:
+    from ropeway.orchestration.serving_check import ServingCheck
     from ropeway.registry import AnyDigest, LogPage, Promotion, PullResult, Registry, Version
-    from ropeway.stages.package.serving import ServingCheck
     from ropeway.storage import Store
 
 registry_app = typer.Typer(no_args_is_help=True, help="List, verify, pull, promote and withdraw published versions.")
@@ -225,7 +225,8 @@ def verify(
 
 def _check_serving(version: "Version", folder: Path | None, url: str, model: str | None) -> "list[ServingCheck]":
     """Return the comparisons with a server; raise DataError with those that failed."""
-    from ropeway.stages.package.serving import check_server, expected_answers
+    from ropeway.orchestration.serving_check import check_server
+    from ropeway.stages.package.expected_answers import expected_answers
 
     checks = check_server(url, expected_answers(folder or pull_cached(version).folder), model=model)
     if failed := [f"  {one.name}: {one.detail}" for one in checks if one.outcome == "failed"]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ropeway.runtime.errors import ConfigError
 
-SECONDS = 10  # of processor time; the templates of 40 models take 0.01 s at most
+SECONDS = 10  # of processor time
 MEMORY_BYTES = 1 << 30  # beyond what the process has
 _OUT_OF_MEMORY = 3
 _passed: set[str] = set()

@@ -1,8 +1,8 @@
 """Compare what a serving engine answers with the package that it serves: `ropeway registry verify NAME@v3 --serve URL`.
 
-Expected are the answers of transformers to the questions of the probe, generated greedily here. The engine is asked
-over OpenAI's HTTP interface, which vLLM, `transformers serve` and others have. What an engine does not report is listed
-as not offered, never as passed.
+Expected are the greedy answers of transformers to the questions of the probe (`stages/package/expected_answers.py`).
+The engine is asked over OpenAI's HTTP interface, which vLLM, `transformers serve` and others have. What an engine does
+not report is listed as not offered, never as passed.
 
 Greedy answers of two engines may part where two tokens are nearly equally likely. Such a place ends the comparison of
 an answer, and is stated; a difference at any other place is a fault.
@@ -11,50 +11,20 @@ an answer, and is stated; a difference at any other place is a fault.
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import httpx
-import torch
-from transformers import AutoTokenizer
 
-from ropeway.models.open_model import load_with_info
+from ropeway.data.expected_answer import MAX_TOKENS, TOP, ExpectedAnswer
 from ropeway.runtime.errors import ConfigError, DataError, TemporaryError
-from ropeway.stages.package.check import read_probe
 
-MAX_TOKENS = 32
-TOP = 5
-NEAR_TIE = 0.1  # difference of log-probabilities; bf16 kernels of two engines differ by less than half of it
+NEAR_TIE = 0.1  # difference of log-probabilities; not measured on a GPU
 LOGPROB_TOLERANCE = 0.1
 _SECONDS = 300  # of one answer; a server may load the model first
-_TRANSLATED = (400, 404, 405, 415, 422, 501)  # an engine without this endpoint or field
+_NOT_OFFERED = (400, 404, 405, 415, 422, 501)  # status codes of an engine without this endpoint or field
 Outcome = Literal["passed", "failed", "not offered"]
-
-
-@dataclass(frozen=True, slots=True)
-class ExpectedAnswer:
-    """The answer of transformers to one conversation.
-
-    Attributes:
-        messages: The conversation, as a client sends it.
-        prompt_ids: Token ids of the generation prompt.
-        ids: Token ids of the answer, without an end token.
-        text: The answer.
-        stops: Whether it ends with an end token, else by its length.
-        margins: For each token how much likelier it was than the second one, in log-probability; also for the end.
-        first: The likeliest first tokens as text, and their log-probabilities.
-    """
-
-    messages: list[dict[str, str]]
-    prompt_ids: list[int]
-    ids: list[int]
-    text: str
-    stops: bool
-    margins: list[float]
-    first: Mapping[str, float]
-    pieces: tuple[str, ...] = field(default=())  # the text after each token
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,52 +34,6 @@ class ServingCheck:
     name: str
     outcome: Outcome
     detail: str = ""
-
-
-@torch.inference_mode()
-def expected_answers(folder: Path) -> list[ExpectedAnswer]:
-    """Return the answers of a package's model to the questions of its probe."""
-    probe = read_probe(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model, _ = load_with_info(folder)
-    model.eval()
-    stated = probe["stops"]["eos_token_id"]
-    ends = set(stated if isinstance(stated, list) else [stated])
-    answers = []
-    for case in probe["conversations"]:
-        if not case["prompt_ids"]:
-            continue
-        prompt = torch.tensor([case["prompt_ids"]])
-        out = model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=MAX_TOKENS,
-            do_sample=False,
-            output_scores=True,
-            return_dict_in_generate=True,
-        )
-        found = out.sequences[0, prompt.shape[1] :].tolist()
-        scores = torch.stack(out.scores)[:, 0].float().log_softmax(-1)
-        best = scores.topk(2).values
-        stops = bool(found) and found[-1] in ends
-        ids = found[:-1] if stops else found
-        top = scores[0].topk(TOP)
-        answers.append(
-            ExpectedAnswer(
-                case["messages"],
-                case["prompt_ids"],
-                ids,
-                tokenizer.decode(ids, skip_special_tokens=True),
-                stops,
-                (best[:, 0] - best[:, 1]).tolist(),
-                {
-                    tokenizer.decode([token]): float(value)
-                    for token, value in zip(top.indices.tolist(), top.values.tolist(), strict=True)
-                },
-                tuple(tokenizer.decode(ids[: count + 1], skip_special_tokens=True) for count in range(len(ids))),
-            )
-        )
-    return answers
 
 
 def check_server(url: str, expected: Sequence[ExpectedAnswer], *, model: str | None = None) -> list[ServingCheck]:
@@ -155,7 +79,7 @@ def _check_answer(client: httpx.Client, model: str, one: ExpectedAnswer, number:
     yield _check_ids(client, model, one, f"question {number}: token ids of the prompt")
     request = {"model": model, "messages": one.messages, "max_tokens": MAX_TOKENS, "temperature": 0, "stream": False}
     answer = client.post("/v1/chat/completions", json={**request, "logprobs": True, "top_logprobs": TOP})
-    if answer.status_code in _TRANSLATED:  # an engine that refuses fields that it does not know
+    if answer.status_code in _NOT_OFFERED:  # an engine that refuses fields that it does not know
         answer = client.post("/v1/chat/completions", json=request)
     if not answer.is_success:
         raise DataError(f"{answer.url}: answered {answer.status_code}: {answer.text[:200]!r}")

@@ -7,9 +7,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from ropeway.data.expected_answer import ExpectedAnswer
+from ropeway.orchestration.serving_check import check_server
 from ropeway.runtime.errors import ConfigError, DataError, TemporaryError
 from ropeway.runtime.launcher import free_port
-from ropeway.stages.package.serving import ExpectedAnswer, check_server
 
 ANSWER = ExpectedAnswer(
     [{"role": "user", "content": "Hi"}],
