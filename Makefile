@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # uv installs no bytecode files. The first import of a module writes them, so later processes do not compile it again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup lock run test test-unit test-slow test-loaders test-lm-eval test-families test-slurm test-pools test-serve test-floors test-browser test-docs test-fresh test-image check docs ui chaos bench bench-packing bench-plan bench-start bench-prepare bench-evaluate bench-registry bench-engine bench-train bench-checkpoint bench-opening bench-templates bench-gpu bench-gpu-dry test-gpu chaos-registry soak fuzz bench-registry-scale bench-contains clean
+.PHONY: help setup lock run test test-unit test-slow test-loaders test-lm-eval test-families test-slurm test-pools test-serve test-floors test-browser test-docs test-fresh test-image check docs ui chaos bench bench-packing bench-plan bench-start bench-prepare bench-evaluate bench-registry bench-engine bench-train bench-checkpoint bench-opening bench-templates bench-gpu bench-gpu-dry test-gpu chaos-registry chaos-power soak fuzz bench-registry-scale bench-contains clean
 .DEFAULT_GOAL := help
 
 help:
@@ -32,6 +32,7 @@ help:
 	@echo "make check   run ruff, mypy and the import contracts"
 	@echo "make bench   run the benchmarks, one JSON line each (bench-train and bench-prepare take minutes)"
 	@echo "make chaos KILLS=100 [ASYNC_SAVE=1]   kill a training at random times and compare the final bytes"
+	@echo "make chaos-power POINTS=200  cut the power at any change of the disk (installs mfusepy; Debian's fuse3, libfuse3-3)"
 	@echo "make bench-gpu   the first half hour with a GPU: one JSON and one page (make bench-gpu-dry runs it on a CPU)"
 	@echo "make test-gpu    the tests that need a GPU"
 	@echo "make fuzz RUNS=100000   feed arbitrary bytes to every parser of files from outside (installs Atheris)"
@@ -71,6 +72,10 @@ $(VENV)/.ready-serving: $(VENV)/.ready-test
 
 $(VENV)/.ready-fuzz: $(VENV)/.ready-test
 	$(INSTALL) dev fuzz
+	@touch $@
+
+$(VENV)/.ready-chaos: $(VENV)/.ready-test
+	$(INSTALL) dev chaos
 	@touch $@
 
 $(VENV)/.ready-bench: $(VENV)/.ready-run
@@ -241,6 +246,11 @@ fuzz: $(VENV)/.ready-fuzz
 # 200 rounds take about three hours on two cores; MINUTES=60 ends it earlier.
 soak: $(VENV)/.ready-test
 	$(BIN)/python -m tests.support.soak $(or $(RUNS),200) $(if $(MINUTES),--minutes $(MINUTES))
+
+# A disk in user space records every change of three programs; then it is made again as a power loss at each of POINTS
+# moments can leave it. 200 take about half an hour on two cores. ARGUMENTS="--ends 12" runs more of them to the end.
+chaos-power: $(VENV)/.ready-chaos
+	$(BIN)/python -m tests.support.power_chaos $(or $(POINTS),200) $(ARGUMENTS)
 
 chaos-registry: $(VENV)/.ready-test
 	$(BIN)/python -m tests.support.registry_chaos $(or $(KILLS),30)

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from ropeway.orchestration import dvc_graph as graph
-from ropeway.orchestration.dvc_graph import repair_after_kill
+from ropeway.orchestration.dvc_recovery import repair_after_kill
 from ropeway.orchestration.sequence import run_retrain
 from ropeway.runtime.errors import TemporaryError
 from tests.support.flow_processes import FLOW, TRAINING, await_deaths, check_it_saved

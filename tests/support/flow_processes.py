@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from ropeway.orchestration import dvc_graph as graph
-from ropeway.orchestration.dvc_graph import repair_after_kill
+from ropeway.orchestration.dvc_recovery import repair_after_kill
 from ropeway.orchestration.sequence import run_retrain
 from ropeway.runtime.errors import RopewayError
 try:

@@ -6,7 +6,6 @@ which have a rule of their own (ROPEWAY_KEEP_RUNS); W&B runs that were not synce
 others may share, is not touched, nor is a DVC remote.
 """
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -108,7 +107,7 @@ def plan_cache(root: Path, registry: Registry, *, keep: int) -> Iterator[Removal
         if seen[place] <= keep or {str(out.get("md5")) for out in result.outs} <= needed:
             kept.append(result)
     needed |= {str(out["md5"]) for result in kept for out in result.outs if out.get("md5")}
-    needed |= {member for name in needed if name.endswith(".dir") for member in _members(objects, name)}
+    needed |= {member for name in needed if name.endswith(".dir") for member in graph.folder_members(objects, name)}
     for result in results:
         if result not in kept:
             yield Removal("DVC run-cache", result.path, count_bytes(result.path), "a result that is not kept")
@@ -162,12 +161,6 @@ def _data_of_versions(registry: Registry) -> Iterator[str]:
         for lock in locks:
             if lock is not None:
                 yield from _outs(graph.parse_lock(lock), of=_FETCH)
-
-
-def _members(objects: Path, name: str) -> Iterator[str]:
-    """Yield the files of a folder that DVC keeps; none where its listing is not in this cache."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        yield from (str(one["md5"]) for one in json.loads((objects / name[:2] / name[2:]).read_bytes()))
 
 
 def plan_wandb(folder: Path, *, unsynced: bool) -> Iterator[Removal]:

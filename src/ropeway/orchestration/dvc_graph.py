@@ -10,14 +10,11 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
-
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from ropeway.config.frozen import read_version
 from ropeway.config.load_params import load_profile
@@ -255,6 +252,17 @@ def cache_folder(root: Path) -> Path:
         return Path(repo.cache.local_cache_dir).resolve()
 
 
+def object_path(objects: Path, name: str) -> Path:
+    """Return the path of an object in the folder `files/md5` of a DVC cache."""
+    return objects / name[:2] / name[2:]
+
+
+def folder_members(objects: Path, name: str) -> Iterator[str]:
+    """Yield the names of the objects of a folder (`….dir`); none where its listing is not in this cache."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        yield from (str(one["md5"]) for one in json.loads(object_path(objects, name).read_bytes()))
+
+
 @contextmanager
 def exclusive(root: Path, *, guard: str = "lock") -> Iterator[None]:
     """Hold one of DVC's locks, so that no other dvc process uses the cache; raise BusyError if one holds it."""
@@ -442,46 +450,3 @@ def _word(change: str) -> str:
         "new": "is new",
         "not in cache": "is not in DVC's cache",
     }.get(change, change)
-
-
-def repair_after_kill(root: Path) -> list[str]:
-    """Remove files that a killed dvc truncated, unless a dvc is writing them; return a line for each.
-
-    DVC rewrites both in place (dvc 3.67.1, `_edit_rwlock` and `_dump_data`) and fails every command after a truncation.
-    They hold the locks of dead processes, and entries of dvc.lock that the run-cache holds as well.
-
-    Raises:
-        BusyError: Another dvc process is writing one of them.
-    """
-    locks, lock = root / ".dvc" / "tmp" / "rwlock", root / "dvc.lock"
-    said = []
-    if not _is_whole(locks, json.loads) and _remove(root, locks, json.loads, guard="rwlock.lock"):
-        said.append(f"removed {locks}: a killed dvc truncated it, and a dead process holds no lock")
-    if not _is_whole(lock, _parse_yaml) and _remove(root, lock, _parse_yaml, guard="lock"):
-        said.append(f"removed {lock}: a killed dvc truncated it; the run-cache restores its entries")
-    return said
-
-
-def _parse_yaml(data: bytes) -> object:
-    """Parse YAML with libyaml: 35 ms for 11 kB, where DVC's own reader takes 124 ms."""
-    return YAML(typ="safe").load(data)
-
-
-def _is_whole(path: Path, parse: Callable[[bytes], object]) -> bool:
-    """Return whether a file holds a mapping or does not exist."""
-    with suppress(FileNotFoundError):
-        data = path.read_bytes()
-        try:
-            return bool(data) and isinstance(parse(data), dict)
-        except (ValueError, YAMLError):
-            return False
-    return True
-
-
-def _remove(root: Path, path: Path, parse: Callable[[bytes], object], *, guard: str) -> bool:
-    """Remove a file while holding the lock under which DVC writes it, unless it is complete by then."""
-    with exclusive(root, guard=guard):
-        if _is_whole(path, parse):
-            return False
-        path.unlink()
-        return True

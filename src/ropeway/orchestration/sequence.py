@@ -24,6 +24,7 @@ from ropeway.orchestration import dvc_exchange as exchange
 from ropeway.orchestration import dvc_graph as graph
 from ropeway.orchestration import run_summary as summary
 from ropeway.orchestration.display import RunDisplay, StepResult
+from ropeway.orchestration.dvc_recovery import repair, sync_results
 from ropeway.orchestration.dvc_stage import LineWriter, Site, quote_lines, retry_while_busy, run_command, update_stage
 from ropeway.orchestration.publish import Publication, check_publishing, measure_champion, publish_package
 from ropeway.orchestration.remote.placement import Placement
@@ -348,7 +349,7 @@ def _step(
 
 
 def _repair(root: Path) -> None:
-    for line in retry_while_busy(partial(graph.repair_after_kill, root), print):
+    for line in retry_while_busy(partial(repair, root), print):
         print(line, flush=True)
 
 
@@ -382,6 +383,8 @@ def _update(
     else:
         with placement.inputs_here(plan.name, write_line) if placement else nullcontext():
             outcome = update_stage(site, plan.name, write_line)
+            if outcome != "unchanged":
+                sync_results(site.root, plan.name, outcome)
     words = {
         "ran": f"ran because {why or 'DVC found its inputs changed'}",
         "restored": "its outputs were in DVC's cache",

@@ -24,6 +24,7 @@ from ropeway.config.sections import (
 )
 from ropeway.config.stages import READS
 from ropeway.config.suggestion import unknown_name
+from ropeway.orchestration.dvc_recovery import repair_for_dvc
 from ropeway.runtime.code_digests import CODE, Digests, name_changed_code
 from ropeway.runtime.devices import count_ranks, list_gpus, spans_machines
 from ropeway.runtime.errors import ConfigError, DataError, TemporaryError, full_disk_explained
@@ -60,6 +61,9 @@ def run_stage(root: Path, name: str, profile: str | None = None) -> int:
         raise ConfigError(f"stage '{name}' {unknown_name(name, ['identity', *STAGE_NAMES])}")
     with workspace_lock(root, command=f"ropeway stage {name}", profile=profile or "") as held:
         if name == "identity":
+            if held.handle is not None:  # no run has done it
+                for line in repair_for_dvc(root):
+                    print(line, flush=True)
             write_identity(root, profile)
             return 0
         from ropeway.config.zero import read_zero

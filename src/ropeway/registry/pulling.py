@@ -14,7 +14,7 @@ from ropeway.registry.layout import blob_key
 from ropeway.registry.rules import PackageFile, check_content, scan_folder
 from ropeway.registry.version_manifest import VersionManifest
 from ropeway.runtime.errors import ConfigError, DataError, NotFoundError, RegistryError, TemporaryError
-from ropeway.runtime.manifest import FileFacts, check_file, sync_folder
+from ropeway.runtime.manifest import FileFacts, check_file, make_folder, sync_folder, sync_folders
 from ropeway.storage import BLOCK_BYTES, TRANSFER_BYTES, Store
 
 StatementTrust = Literal["trusted", "not trusted", "not checked", "none"]
@@ -93,7 +93,7 @@ def _partial_folder(target: Path, manifest: VersionManifest) -> Iterator[Path]:
     """
     partial = target.with_name(f".{target.name}.{manifest.digest[:16]}.partial")
     try:
-        partial.mkdir(parents=True, exist_ok=True)
+        make_folder(partial)
         lock = _lock_folder(partial)
         try:
             present_bytes = sum((partial / path).stat().st_size for path in scan_folder(partial))
@@ -172,8 +172,7 @@ def _fetch_rest(store: Store, file: PackageFile, local: BinaryIO, digest: "hashl
 
 def _rename_when_complete(partial: Path, target: Path) -> None:
     """Rename a complete folder to its final name; the rename is atomic and durable."""
-    for place, _, _ in os.walk(partial):
-        sync_folder(Path(place))
+    sync_folders(partial)
     try:
         partial.rename(target)  # replaces an empty folder; fails if it got files since
     except OSError as error:

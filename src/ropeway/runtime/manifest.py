@@ -67,7 +67,7 @@ def file_sha256(path: Path) -> str:
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file atomically: a reader sees the old or the new bytes, even after a power failure."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:
@@ -107,6 +107,29 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
+def sync_folders(folder: Path) -> None:
+    """Make the names in a folder, and in every folder below it, durable."""
+    for place, _, _ in os.walk(folder):
+        sync_folder(Path(place))
+
+
+def sync_tree(folder: Path) -> None:
+    """Flush every file in a folder to disk, then make every name durable."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        list(pool.map(sync_file, iterate_files(folder)))
+    sync_folders(folder)
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder with its parents; make the name of each new one durable."""
+    if folder.is_dir():
+        return
+    if folder.parent != folder:
+        make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync_folder(folder.parent)
+
+
 def iterate_files(folder: Path) -> Iterator[Path]:
     """Yield every file below `folder` except the manifest, sorted by relative path."""
     for path in sorted(folder.rglob("*"), key=lambda path: path.relative_to(folder).as_posix()):
@@ -117,8 +140,12 @@ def iterate_files(folder: Path) -> Iterator[Path]:
 def write_manifest(
     folder: Path, facts: Mapping[str, object], *, rows: Mapping[str, int] | None = None
 ) -> dict[str, Any]:
-    """Write and return `folder/manifest.json`: `{"files": {name: {sha256, bytes, rows?}}, **facts}`; call it last."""
-    files = describe_files(folder, [path.relative_to(folder).as_posix() for path in iterate_files(folder)])
+    """Write and return `folder/manifest.json`: `{"files": {name: {sha256, bytes, rows?}}, **facts}`; call it last.
+
+    Every file is flushed to disk first, so that after a power loss a manifest never describes bytes that are not there.
+    """
+    files = describe_files(folder, [path.relative_to(folder).as_posix() for path in iterate_files(folder)], sync=True)
+    sync_folders(folder)
     for name, count in (rows or {}).items():
         if name in files:
             files[name]["rows"] = count
@@ -216,7 +243,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
     """
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    make_folder(partial)
     try:
         yield partial
         if target.exists():

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ropeway.runtime.errors import ConfigError, DataError, NotFoundError, TemporaryError, is_disk_full
-from ropeway.runtime.manifest import sync_folder
+from ropeway.runtime.manifest import make_folder, sync_folder
 from ropeway.storage.interface import (
     BLOCK_BYTES,
     MAX_DOCUMENT_BYTES,
@@ -43,7 +43,7 @@ class FileStore(Store):
                 sync_folder(target.parent)  # its writer can have died before this sync; our later objects depend on it
                 return False
             partial = self.root / _PARTIAL / uuid.uuid4().hex
-            self._make_folder(partial.parent)
+            make_folder(partial.parent)
             try:
                 found = _write_new(partial, data, self.on_bytes)
                 if sha256 is not None and found != sha256:
@@ -133,7 +133,7 @@ class FileStore(Store):
         return self.root / prefix
 
     def _link(self, partial: Path, target: Path) -> bool:
-        self._make_folder(target.parent)
+        make_folder(target.parent)
         try:
             os.link(partial, target)
         except FileExistsError:
@@ -141,15 +141,6 @@ class FileStore(Store):
         finally:
             sync_folder(target.parent)
         return True
-
-    def _make_folder(self, folder: Path) -> None:
-        """Create a folder and sync each new level to disk, so that a power failure cannot lose a whole log."""
-        if folder.is_dir():
-            return
-        if folder != self.root:
-            self._make_folder(folder.parent)
-        folder.mkdir(parents=folder == self.root, exist_ok=True)
-        sync_folder(folder.parent)
 
     @contextmanager
     def _translate_errors(self, key: str) -> Iterator[None]:

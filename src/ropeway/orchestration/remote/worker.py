@@ -18,7 +18,7 @@ from ropeway.config.edit import choose_profile
 from ropeway.config.frozen import FrozenInputs
 from ropeway.config.load_params import load_profile
 from ropeway.orchestration import dvc_exchange as exchange
-from ropeway.orchestration import dvc_graph as graph
+from ropeway.orchestration.dvc_recovery import repair, sync_results
 from ropeway.orchestration.dvc_stage import Site, quote_lines, retry_while_busy, run_command, update_stage
 from ropeway.orchestration.publish import Publication, measure_champion, publish_package
 from ropeway.orchestration.remote.handover import Handover, inputs_of
@@ -42,7 +42,7 @@ def execute(root: Path, request: StageRequest) -> Json:
     """
     with workspace_lock(root, command=f"a worker's {request.step}", profile=request.profile) as held:
         choose_profile(root, request.profile)
-        for line in retry_while_busy(partial(graph.repair_after_kill, root), _say):
+        for line in retry_while_busy(partial(repair, root), _say):
             _say(line)
         given = Handover.receive(root, request.handover)
         given.write(root)
@@ -56,6 +56,7 @@ def execute(root: Path, request: StageRequest) -> Json:
         if request.step == _WITH_CHECKPOINTS:
             _say(describe_store(os.environ))
         outcome = update_stage(site, request.step, _say)
+        sync_results(root, request.step, outcome)
         _push(site, request.step)
         return {"outcome": outcome, "lock": exchange.read_lock_entry(root, request.step)}
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
+from ropeway.runtime.boot import read_boot
 from ropeway.runtime.errors import TemporaryError, full_disk_explained
 from ropeway.runtime.manifest import digest_of
 from ropeway.runtime.progress import StageProgress
@@ -45,8 +46,13 @@ def download(remote: Remote, work: Path) -> Path:
     target = folder / PurePosixPath(remote.name.partition("?")[0]).name
     if target.is_file():
         return target
-    partial = target.with_name(f"{target.name}.partial")
+    # A machine that went down can leave the length of a file without its data, so only the same start of it resumes.
+    partial = target.with_name(f"{target.name}.{digest_of(read_boot())[:8]}.partial")
     folder.mkdir(parents=True, exist_ok=True)
+    for other in folder.glob("*.partial"):
+        if other != partial:
+            print(f"sources: {remote.name}: the machine restarted, so the download starts again", flush=True)
+            other.unlink()
     present = partial.stat().st_size if partial.is_file() else 0
     size = remote.size_bytes
     if size is None or present != size or not size:

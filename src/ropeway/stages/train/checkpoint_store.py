@@ -30,6 +30,7 @@ from ropeway.runtime.manifest import (
     load_manifest,
     sync_file,
     sync_folder,
+    sync_folders,
     write_json,
 )
 from ropeway.runtime.workspace import format_bytes
@@ -122,6 +123,7 @@ class StoredRun:
                 shutil.copyfileobj(source, file, TRANSFER_BYTES)
             sync_file(target)
             check_file(target, facts, remedy="It is skipped")
+        sync_folders(partial)
         write_json(partial / NAME, manifest)
         place = checkpoints.step_folder(root, step)
         shutil.rmtree(place, ignore_errors=True)  # a damaged one; the caller asks for steps above the newest valid one

@@ -25,8 +25,11 @@ from ropeway.runtime.manifest import (
     FileFacts,
     iterate_files,
     load_manifest,
+    make_folder,
     sync_file,
     sync_folder,
+    sync_folders,
+    sync_tree,
     write_json,
 )
 from ropeway.stages.train.stop import Line
@@ -72,7 +75,7 @@ def list_steps(root: Path) -> list[tuple[int, Path]]:
 
 def clear_unfinished(root: Path) -> None:
     """Create the folder of a run, or remove from it what an interrupted attempt has not finished."""
-    root.mkdir(parents=True, exist_ok=True)
+    make_folder(root)
     clear_partial(root)
     if (step_0 := step_folder(root, 0)).exists():
         remove(step_0)  # left by an attempt that was interrupted in its warm-up step
@@ -205,7 +208,9 @@ def convert_for_ranks(checkpoint: Checkpoint | None, *, ranks: int) -> None:
             f"{checkpoint.folder}: DeepSpeed could not convert it for {ranks} ranks ({why}); set "
             f"ROPEWAY_RANKS={checkpoint.facts['ranks']} to resume with the original number of ranks"
         )
+    sync_tree(partial)
     partial.rename(target)
+    sync_folder(target.parent)
 
 
 def describe_last_good(folder: Path) -> str:
@@ -263,8 +268,7 @@ def publish(root: Path, step: int, facts: Mapping[str, object], files: Mapping[s
             f"{partial}: {one} was {'not hashed by any rank' if one in present else 'hashed and then removed'}; run "
             "the same command again, it resumes from the last checkpoint"
         )
-    for folder in {(partial / name).parent for name in files}:
-        sync_folder(folder)
+    sync_folders(partial)
     write_json(partial / NAME, {"fingerprint": root.name, **facts, "step": step, "files": dict(files)})
     target = step_folder(root, step)
     if target.exists():
@@ -313,6 +317,7 @@ def link_checkpoint(checkpoint: Checkpoint, root: Path) -> None:
     partial = partial_folder(root, checkpoint.step)
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(checkpoint.folder, partial, copy_function=_link, ignore=lambda *_: (NAME,))
+    sync_folders(partial)
     write_json(partial / NAME, {**checkpoint.facts, "fingerprint": root.name, CONTINUED: True})
     partial.rename(step_folder(root, checkpoint.step))
     sync_folder(root)

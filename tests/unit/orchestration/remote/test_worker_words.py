@@ -12,7 +12,8 @@ def said(tmp_path, monkeypatch):
     lines = []
     for name in ("choose_profile", "read_revision", "_pull", "_push", "inputs_of"):
         monkeypatch.setattr(worker, name, lambda *_: ())
-    monkeypatch.setattr(worker.graph, "repair_after_kill", lambda _root: [])
+    monkeypatch.setattr(worker, "repair", lambda _root: [])
+    monkeypatch.setattr(worker, "sync_results", lambda *_: None)
     monkeypatch.setattr(worker.exchange, "read_lock_entry", lambda *_: {})
     monkeypatch.setattr(worker.Handover, "receive", lambda *_: Empty())
     monkeypatch.setattr(worker, "update_stage", lambda *_: "ran")
