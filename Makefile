@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # uv installs no bytecode files. The first import of a module writes them, so later processes do not compile it again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup lock run test test-unit test-slow test-loaders test-lm-eval test-families test-slurm test-pools test-serve test-floors test-browser test-docs test-fresh test-image check docs ui chaos bench bench-packing bench-plan bench-start bench-prepare bench-evaluate bench-registry bench-engine bench-train bench-checkpoint bench-opening bench-templates bench-gpu bench-gpu-dry test-gpu chaos-registry chaos-power soak fuzz bench-registry-scale bench-contains clean
+.PHONY: help setup lock run test test-unit test-slow test-loaders test-lm-eval test-families test-slurm test-pools test-serve test-floors test-browser test-docs test-fresh test-image check docs ui chaos bench bench-packing bench-plan bench-start bench-prepare bench-evaluate bench-registry bench-engine bench-train bench-checkpoint bench-opening bench-templates bench-gpu bench-gpu-dry test-gpu chaos-registry chaos-power chaos-disk soak fuzz bench-registry-scale bench-contains clean
 .DEFAULT_GOAL := help
 
 help:
@@ -33,6 +33,7 @@ help:
 	@echo "make bench   run the benchmarks, one JSON line each (bench-train and bench-prepare take minutes)"
 	@echo "make chaos KILLS=100 [ASYNC_SAVE=1]   kill a training at random times and compare the final bytes"
 	@echo "make chaos-power POINTS=200  cut the power at any change of the disk (installs mfusepy; Debian's fuse3, libfuse3-3)"
+	@echo "make chaos-disk ENDS=30  a disk that is full, read-only or does not read ends the registry's work and a run"
 	@echo "make bench-gpu   the first half hour with a GPU: one JSON and one page (make bench-gpu-dry runs it on a CPU)"
 	@echo "make test-gpu    the tests that need a GPU"
 	@echo "make fuzz RUNS=100000   feed arbitrary bytes to every parser of files from outside (installs Atheris)"
@@ -251,6 +252,10 @@ soak: $(VENV)/.ready-test
 # moments can leave it. 200 take about half an hour on two cores. ARGUMENTS="--ends 12" runs more of them to the end.
 chaos-power: $(VENV)/.ready-chaos
 	$(BIN)/python -m tests.support.power_chaos $(or $(POINTS),200) $(ARGUMENTS)
+
+# Each operation of a publish and a pull fails once; ENDS runs fail, each at another moment. 30 take about 40 minutes.
+chaos-disk: $(VENV)/.ready-chaos
+	$(BIN)/python -m tests.support.disk_chaos $(or $(ENDS),30) $(ARGUMENTS)
 
 chaos-registry: $(VENV)/.ready-test
 	$(BIN)/python -m tests.support.registry_chaos $(or $(KILLS),30)

@@ -17,7 +17,7 @@ from ropeway.cli.registry_commands import registry_app
 from ropeway.cli.run_commands import run_app
 from ropeway.cli.version_commands import version_app
 from ropeway.runtime.environment import check_renamed
-from ropeway.runtime.errors import ConfigError, RopewayError, TemporaryError
+from ropeway.runtime.errors import ConfigError, RopewayError, TemporaryError, disk_error
 from ropeway.runtime.workspace import Workspace, find_root
 
 app = typer.Typer(
@@ -406,6 +406,11 @@ def main() -> None:
     except RopewayError as error:
         print(f"ropeway: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if (told := disk_error(error)) is None:
+            raise
+        print(f"ropeway: {told}", file=sys.stderr, flush=True)
+        sys.exit(told.exit_code)
 
 
 if __name__ == "__main__":

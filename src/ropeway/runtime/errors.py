@@ -87,6 +87,24 @@ def full_disk_explained(where: object, *, kept: str = "nothing was written under
         ) from error
 
 
+def disk_error(error: OSError) -> RopewayError | None:
+    """Return the error that tells a user that a disk failed, and what to do; None if it is another kind of failure."""
+    what = f"{error.filename or 'a file'}: {error.strerror or error}"
+    if is_disk_full(error):
+        return TemporaryError(f"{what}: the disk is full. Free space and run the same command again")
+    if error.errno == errno.EROFS:
+        return ConfigError(
+            f"{what}. Linux mounts a disk read-only when it fails: look at `dmesg`, make the folder writable, then run "
+            "the same command"
+        )
+    if error.errno in (errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO):
+        return ConfigError(
+            f"{what}: the disk does not read or write. Look at `dmesg`. Nothing incomplete is used; when the disk works, "
+            "run the same command"
+        )
+    return None
+
+
 def is_disk_full(error: Exception) -> bool:
     """Return whether an error means that the disk or the user's quota is full."""
     if _error_number(error) in (errno.ENOSPC, errno.EDQUOT):

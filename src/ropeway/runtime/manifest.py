@@ -59,10 +59,20 @@ def digest_of(value: object) -> str:
 def file_sha256(path: Path) -> str:
     """Return a file's sha256 in hex."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with _named(path), path.open("rb") as file:
         while block := file.read(_BLOCK_BYTES):
             digest.update(block)
     return digest.hexdigest()
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Name a file in an error of the disk that reading it, or flushing it, raises."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -93,7 +103,7 @@ def write_json(path: Path, value: object) -> None:
 
 def sync_file(path: Path) -> None:
     """Flush a file to disk (fsync)."""
-    with path.open("rb") as file:
+    with _named(path), path.open("rb") as file:
         os.fsync(file.fileno())
 
 

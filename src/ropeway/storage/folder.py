@@ -1,13 +1,14 @@
 """The store for `file:///…`: a folder, where each object is a file created atomically by a hard link."""
 
 import hashlib
+import io
 import os
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from ropeway.runtime.errors import ConfigError, DataError, NotFoundError, TemporaryError, is_disk_full
 from ropeway.runtime.manifest import make_folder, sync_folder
@@ -64,7 +65,7 @@ class FileStore(Store):
         """Open the file."""
         path = self._path(key)
         with self._translate_errors(key):
-            stream = path.open("rb")
+            stream = io.BufferedReader(_File(path, lambda: self._translate_errors(key)))
             stream.seek(start_byte)
             return stream
 
@@ -158,6 +159,25 @@ class FileStore(Store):
                 f"{self.url}: {error.strerror} at {key}. The registry folder must be readable, writable and on a file "
                 "system with hard links. Fix it, or set ROPEWAY_REGISTRY to another folder"
             ) from None
+
+
+class _File(io.FileIO):
+    """A file whose errors while reading are those of the store."""
+
+    def __init__(self, path: Path, translate: Callable[[], AbstractContextManager[None]]) -> None:
+        """Open a file; `translate` gives the context in which it is read."""
+        super().__init__(path)
+        self._translate = translate
+
+    def readinto(self, buffer: Any) -> int | None:  # noqa: ANN401 - as the base class has it
+        """Read into a buffer; return the number of bytes."""
+        with self._translate():
+            return super().readinto(buffer)
+
+    def readall(self) -> bytes:
+        """Return the rest of the file."""
+        with self._translate():
+            return super().readall()
 
 
 def _entry(path: Path, root: Path) -> StoredObject:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from safetensors import SafetensorError
 
-from ropeway.runtime.errors import ConfigError, TemporaryError, full_disk_explained, is_disk_full
+from ropeway.runtime.errors import ConfigError, TemporaryError, disk_error, full_disk_explained, is_disk_full
 
 
 def test_a_short_write_of_numpy_without_errno_is_a_full_disk():
@@ -35,3 +35,21 @@ def test_an_error_of_the_system_that_only_stands_in_a_text_is_recognized(tmp_pat
         raise SafetensorError(f"Error while serializing: I/O error: x (os error {number})")
     with pytest.raises(SafetensorError), full_disk_explained(tmp_path):
         raise SafetensorError("header too large")
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [
+        (errno.ENOSPC, TemporaryError),
+        (errno.EDQUOT, TemporaryError),
+        (errno.EROFS, ConfigError),
+        (errno.EIO, ConfigError),
+        (errno.ESTALE, ConfigError),
+        (errno.EPERM, None),
+    ],
+)
+def test_a_disk_that_fails_is_told_from_other_failures_and_its_file_is_named(number, kind):
+    told = disk_error(OSError(number, "why", "/data/a"))
+    assert type(told) is (kind or type(None))
+    if told:
+        assert "/data/a: why" in str(told)

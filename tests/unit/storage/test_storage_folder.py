@@ -1,6 +1,7 @@
 """Behavior of the folder store: read-only files, no leftover partial files, translated file system errors."""
 
 import errno
+import io
 import os
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 from ropeway.runtime.errors import ConfigError, TemporaryError
 from ropeway.storage import FileStore, open_store
+from ropeway.storage.folder import _File
 
 
 @pytest.fixture
@@ -75,3 +77,17 @@ def test_an_incomplete_upload_is_listed_and_removed(folder):
     folder.remove_incomplete_upload(upload)
     assert folder.list_incomplete_uploads() == []
     assert folder.get("key") == b""
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="Linux")
+def test_a_read_error_in_the_middle_of_an_object_names_the_object(folder):
+    """Reading the memory at address 0 is a real input/output error."""
+    file = _File(Path("/proc/self/mem"), lambda: folder._translate_errors("a/b"))
+    with io.BufferedReader(file) as stream, pytest.raises(ConfigError, match="Input/output error at a/b"):
+        stream.read(10)
+
+
+def test_an_object_is_read_from_its_middle_on(folder):
+    folder.put_if_absent("a/b", bytes(300_000) + b"end")
+    with folder.open_stream("a/b", start_byte=299_999) as stream:
+        assert (stream.read(2), stream.read()) == (b"\0e", b"nd")
