@@ -1,7 +1,7 @@
 """Makes what DVC wrote for a stage survive a power loss, and removes what a kill or a power loss left incomplete.
 
 DVC flushes nothing to disk (dvc 3.67.1): after a power loss a file of its cache can be empty or hold zeros, and be
-protected as if it were complete. DVC then trusts it for ever.
+protected as if it were complete. DVC then always trusts it.
 """
 
 import hashlib

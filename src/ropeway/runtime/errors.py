@@ -99,8 +99,8 @@ def disk_error(error: OSError) -> RopewayError | None:
         )
     if error.errno in (errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO):
         return ConfigError(
-            f"{what}: the disk does not read or write. Look at `dmesg`. Nothing incomplete is used; when the disk works, "
-            "run the same command"
+            f"{what}: the disk does not read or write. Look at `dmesg`. Nothing incomplete is used: when the disk "
+            "works, run the same command"
         )
     return None
 
