@@ -15,7 +15,7 @@ from ropeway.config.presets import KEY, SECTION
 from ropeway.config.sections import RUN
 from ropeway.runtime.errors import ConfigError
 from ropeway.runtime.lock import workspace_lock
-from ropeway.runtime.manifest import json_mapping, write_atomic, write_json
+from ropeway.runtime.manifest import json_mapping, sync_file, sync_folder, write_atomic, write_json
 from ropeway.runtime.workspace import Workspace
 
 _MERGE = "<<"
@@ -142,7 +142,9 @@ def resume_from(root: Path, profile: str | None, run: str) -> None:
                     f"{path}: setting resume_from in '{name}' would change other profiles, which inherit it; add "
                     "`resume_from: null` to each of them"
                 )
+            sync_file(draft)
             draft.replace(path)
+            sync_folder(root)
         finally:
             draft.unlink(missing_ok=True)
     print(
@@ -197,7 +199,9 @@ def add_forgotten(root: Path, profile: str | None, digests: Sequence[str], reaso
             kept = {one: block.model_copy(update={"forget": edited[one].forget}) for one, block in old.items()}
             if edited != kept or edited[name].forget != [*chosen.forget, *new]:
                 raise ConfigError(f"{path}: `forget` of '{name}' cannot be edited there; write it as a list of its own")
+            sync_file(draft)
             draft.replace(path)
+            sync_folder(root)
         finally:
             draft.unlink(missing_ok=True)
     return name, new
