@@ -13,6 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
 import pytest
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
 
 from ropeway.orchestration.alert_sender import AlertSender
 from ropeway.orchestration.alerts import AlertLimits, report_drift
@@ -71,6 +73,27 @@ def test_the_server_shows_earlier_runs_and_later_runs_use_it(own_prefect, capsys
         server.terminate()
         assert server.wait(120) in (0, -signal.SIGTERM)
     assert find_server(own_prefect.root) is None
+
+
+def test_web_pages_of_other_sites_cannot_use_a_server_without_a_password(prefect_api):
+    page, deployments = prefect_api.url.removesuffix("/api"), f"{prefect_api.url}/deployments/filter"
+    foreign, asked = {"Origin": "https://evil.example"}, {"Access-Control-Request-Method": "PATCH"}
+    with httpx.Client(trust_env=False) as client:
+        refused = client.options(deployments, headers=foreign | asked)
+        assert (refused.status_code, "access-control-allow-origin" in refused.headers) == (403, False)
+        # A browser sends this one without asking; Prefect would read it as JSON.
+        assert client.post(deployments, content=b"{}", headers=foreign).status_code == 403
+        rebound = {"Host": "evil.example"}
+        assert client.get(f"{page}/ui-settings", headers=rebound).status_code == 421
+        assert client.post(deployments, json={}, headers=rebound).status_code == 421
+        for name in ("127.0.0.1", "localhost"):  # its own page, which asks 127.0.0.1 under either name
+            own = page.replace("127.0.0.1", name)
+            allowed = client.options(deployments, headers={"Origin": own} | asked)
+            assert (allowed.status_code, allowed.headers["access-control-allow-origin"]) == (200, own)
+            assert client.post(deployments, json={}, headers={"Origin": own}).json() == []
+    with pytest.raises(InvalidStatus) as error:
+        connect(prefect_api.url.replace("http", "ws") + "/events/out", origin="https://evil.example", proxy=None)
+    assert error.value.response.status_code == 403
 
 
 def test_a_port_in_use_is_refused_with_its_number(tmp_path):

@@ -189,7 +189,7 @@ def _note(root: Path) -> Path:
 
 def server_arguments(host: str, port: int) -> list[str]:
     """Return the arguments of `python` that start a server."""
-    return ["-m", "prefect", "server", "start", "--host", host, "--port", str(port), "--analytics-off"]
+    return ["-m", "ropeway.orchestration.server_entry", "--host", host, "--port", str(port)]
 
 
 def is_free(host: str, port: int) -> bool:
@@ -270,7 +270,7 @@ def open_server(root: Path) -> Iterator[str]:
     url = f"http://{LOOPBACK}:{port}/api"
     home.mkdir(parents=True, exist_ok=True)
     # Runs are started by a command here: no scheduler, no late-run detection.
-    arguments = [*server_arguments(LOOPBACK, port), "--no-scheduler", "--no-late-runs"]
+    arguments = [*server_arguments(LOOPBACK, port), "--no-schedules"]
     with (home / "server.log").open("wb") as log:
         server = _RestartingServer(url, partial(start_process, root, arguments, url, record=_EXIT, output=log))
         try:

@@ -87,6 +87,11 @@ VARIABLES: dict[str, tuple[EnvironmentVariable, ...]] = {
         _V("PREFECT_API_URL", "Prefect server of the run.", "the workspace's own, else a temporary one"),
         _V("PREFECT_API_AUTH_STRING", "`user:password` for that server."),
         _V("PREFECT_SERVER_API_AUTH_STRING", "`user:password` of `ropeway server`; needed with `--host`."),
+        _V(
+            "ROPEWAY_SERVER_HOSTS",
+            "More names of `ropeway server`, e.g. of a proxy; without a password it answers only its own.",
+            "127.0.0.1, localhost, ::1",
+        ),
         _V("PREFECT_HOME", "Folder of Prefect's database.", "`.prefect` in the workspace"),
         _V(
             "ROPEWAY_POOL_<STAGE>",

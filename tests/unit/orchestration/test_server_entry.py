@@ -1,0 +1,78 @@
+"""Which requests the server of a workspace refuses while it has no password."""
+
+import asyncio
+
+import pytest
+
+from ropeway.orchestration.server_entry import NAMES, OriginGuard, find_names, list_origins
+
+PORT = 4200
+
+
+def ask(*headers, kind="http"):
+    """Return the HTTP status that a guard of 127.0.0.1:4200 sends, or 200 if the request reaches the server."""
+    sent = []
+
+    async def answer(_scope, _receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def keep(message):
+        sent.append(message)
+
+    names = find_names("127.0.0.1")
+    guard = OriginGuard(answer, names, list_origins(names, PORT))
+    scope = {"type": kind, "headers": [(name.encode(), value.encode()) for name, value in headers]}
+    asyncio.run(guard(scope, None, keep))
+    return sent[0].get("status", sent[0]["type"])
+
+
+OWN = ("host", f"127.0.0.1:{PORT}")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1:4200", "localhost:4200", "LOCALHOST", "[::1]:4200", "127.0.0.1:14200"])
+def test_the_servers_own_names_are_answered(host):
+    assert ask(("host", host)) == 200
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example:4200", "evil.example", "127.0.0.1.evil.example:4200", "", "[::1", "localhost@evil.example"]
+)
+def test_another_host_is_refused(host):
+    assert ask(("host", host)) == 421
+
+
+def test_a_missing_or_second_host_is_refused():
+    assert ask() == ask(OWN, ("host", "evil.example")) == 421
+
+
+@pytest.mark.parametrize("origin", ["http://127.0.0.1:4200", "http://localhost:4200"])
+def test_pages_of_the_server_may_ask_it_under_either_name(origin):
+    assert ask(OWN, ("origin", origin)) == 200
+    assert ask(OWN, ("origin", origin), kind="websocket") == 200
+
+
+def test_pages_through_a_forwarded_port_may_ask_the_same_port():
+    assert ask(("host", "localhost:14200"), ("origin", "http://localhost:14200")) == 200
+
+
+@pytest.mark.parametrize(
+    "origin", ["https://evil.example", "null", "", "http://localhost:8888", "http://127.0.0.1", "http://[", "://"]
+)
+def test_pages_of_another_origin_are_refused(origin):
+    assert ask(OWN, ("origin", origin)) == 403
+    assert ask(OWN, ("origin", origin), kind="websocket") == "websocket.close"
+
+
+def test_a_rebound_name_is_refused_although_page_and_request_have_it():
+    assert ask(("host", "evil.example:4200"), ("origin", "http://evil.example:4200")) == 421
+
+
+def test_start_and_end_of_the_server_pass():
+    assert ask(kind="lifespan") == 200
+
+
+def test_names_of_a_proxy_are_added(monkeypatch):
+    monkeypatch.setenv(NAMES, " Runs.example.org,")
+    assert ask(("host", "runs.example.org"), ("origin", "https://runs.example.org")) == 200
+    assert ask(OWN, ("origin", "https://runs.example.org")) == 200  # a proxy that writes the Host header anew
+    assert ask(("host", "evil.example")) == 421
