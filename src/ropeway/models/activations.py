@@ -43,7 +43,9 @@ def count_activations(model: PreTrainedModel) -> dict[str, dict[str, int]]:
 
 def _count_layers(config: PreTrainedConfig, dtype: torch.dtype) -> LayerBytes:
     with FakeTensorMode(), torch.random.fork_rng(devices=[]):  # new models draw their weights from the global generator
-        model = AutoModelForCausalLM.from_config(shorten(config), attn_implementation=_COUNTED, dtype=dtype).train()
+        model = AutoModelForCausalLM.from_config(
+            shorten(config), trust_remote_code=False, attn_implementation=_COUNTED, dtype=dtype
+        ).train()
         disable_dropout(model)  # as training does
         for weight in model.parameters():
             weight.register_post_accumulate_grad_hook(_drop_gradient)

@@ -72,7 +72,9 @@ def check_fused(
         small.layer_types = small.layer_types[:_PROBE_LAYERS]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        exact = AutoModelForCausalLM.from_config(small, dtype=torch.float32).to(dtype)  # weights that dtype can hold
+        exact = AutoModelForCausalLM.from_config(small, trust_remote_code=False, dtype=torch.float32).to(
+            dtype
+        )  # weights that dtype can hold
         tokens = torch.randint(0, _PROBE_VOCABULARY, (2, _PROBE_TOKENS)).to(device)
     exact.to(device)
     plain, fused = copy.deepcopy(exact), copy.deepcopy(exact)

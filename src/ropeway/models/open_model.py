@@ -32,17 +32,24 @@ LoadingInfo = Mapping[str, Collection[str]]  # transformers' missing_keys, unexp
 def read_config(folder: Path, options: Mapping[str, object]) -> PreTrainedConfig:
     """Return the config of a folder; `options` are passed to transformers, e.g. `gguf_file`.
 
+    The code that an `auto_map` names is never run, and the config that is returned has none: a package holds no code.
+
     Raises:
-        ConfigError: This version of transformers cannot read it.
+        ConfigError: This version of transformers cannot read it, or only with code of the model's author.
     """
     try:
-        return AutoConfig.from_pretrained(folder, **options)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
     except (KeyError, ValueError, TypeError, StrictDataclassError) as error:
         reason = str(error).strip().partition(". ")[0]
         raise ConfigError(
             f"{folder}: transformers {transformers.__version__} cannot read its config.json: {reason}. Models that "
             "bring code of their own are not supported; for a newer architecture upgrade transformers"
         ) from error
+    if named := vars(config).pop("auto_map", None):  # e.g. Phi-3, whose architecture transformers has by now
+        print(
+            f"{folder}: the code that auto_map names is not run ({', '.join(sorted(named))}): transformers has its own"
+        )
+    return config
 
 
 def open_folder(folder: Path, dtype: torch.dtype, *, device: str = "cpu", **options: str) -> PreTrainedModel:
@@ -60,14 +67,16 @@ def open_folder(folder: Path, dtype: torch.dtype, *, device: str = "cpu", **opti
     """
     where = {} if device == "cpu" else {"device_map": {"": device}}
     return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, local_files_only=True, use_safetensors=True, **where, **options
+        folder, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False, **where, **options
     )
 
 
 def load_with_info(folder: Path) -> tuple[PreTrainedModel, LoadingInfo]:
     """Return (model, loading info of transformers) of a folder, loaded according to its config."""
     options = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
-    opened: tuple[PreTrainedModel, LoadingInfo] = AutoModelForCausalLM.from_pretrained(folder, **options)
+    opened: tuple[PreTrainedModel, LoadingInfo] = AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=False, **options
+    )
     return opened
 
 
@@ -82,7 +91,13 @@ def load_base_model(
         options: `gguf_file`, or empty.
     """
     opened: tuple[PreTrainedModel, LoadingInfo] = model_class(config).from_pretrained(
-        folder, config=config, dtype="auto", output_loading_info=True, use_safetensors=True, **options
+        folder,
+        config=config,
+        dtype="auto",
+        output_loading_info=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+        **options,
     )
     return opened
 

@@ -84,7 +84,11 @@ def first_layers(model: PreTrainedModel, implementation: str) -> PreTrainedModel
     if implementation == VARLEN:
         register_attention(attend_each)
     with torch.random.fork_rng(devices=[]):  # new models draw their weights from the global generator
-        small = AutoModelForCausalLM.from_config(config, attn_implementation=implementation).float().eval()
+        small = (
+            AutoModelForCausalLM.from_config(config, trust_remote_code=False, attn_implementation=implementation)
+            .float()
+            .eval()
+        )
     found = small.config._attn_implementation  # noqa: SLF001 - transformers 5.24 has no other name for it
     if found != implementation:
         raise ConfigError(f"the model's code uses attention {found!r} where {implementation!r} was asked for")

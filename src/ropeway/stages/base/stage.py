@@ -167,7 +167,7 @@ def check_reload(folder: Path, tokenizer: Tokenizer, *, where: str) -> None:
     transformers 5 builds the tokenizers of some model types again from their vocabulary (`qwen2`: byte level, its own
     rules), whatever tokenizer.json says. A package with such a tokenizer would read other tokens than training did.
     """
-    loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     for text in _TEXTS:
         mine = tokenizer.encode(text, add_special_tokens=False).ids
         found = loaded(text, add_special_tokens=False)["input_ids"]
@@ -401,7 +401,7 @@ def open_base_tokenizer(origin: Path, options: Mapping[str, str]) -> BaseTokeniz
         other = read_other_names(origin)
         stated = read_response_template(origin)
         return BaseTokenizer(open_tokenizer(origin), names, additional, find_own_templates(origin), other, stated)
-    opened = AutoTokenizer.from_pretrained(origin, **options)
+    opened = AutoTokenizer.from_pretrained(origin, trust_remote_code=False, **options)
     named = {"unk": opened.unk_token, "bos": opened.bos_token, "eos": opened.eos_token, "pad": opened.pad_token}
     found = {short: text for short, text in named.items() if text}
     tokenizer = Tokenizer.from_str(opened.backend_tokenizer.to_str())

@@ -39,7 +39,7 @@ def open_model(folder: Path, *, like: Path) -> tuple[PreTrainedModel, PreTrained
 
 def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Return a folder's tokenizer as transformers loads it."""
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 @contextmanager

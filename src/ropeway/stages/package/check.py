@@ -51,7 +51,7 @@ def check_package(folder: Path, logits: Path | None = None) -> None:
         load_manifest(folder, remedy="Pull or package it again")
     probe = read_probe(folder)
     config = json.loads((folder / "config.json").read_bytes())
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     faults = [
         *config_faults(config, probe),
         *token_faults(tokenizer, probe),

@@ -14,7 +14,7 @@ from ropeway.stages.package.check import read_probe
 def expected_answers(folder: Path) -> list[ExpectedAnswer]:
     """Return the answers of a package's model to the questions of its probe."""
     probe = read_probe(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     model, _ = load_with_info(folder)
     model.eval()
     stated = probe["stops"]["eos_token_id"]
