@@ -22,6 +22,7 @@ from ropeway.models.template_probes import mark_tools
 from ropeway.runtime.errors import ConfigError, DataError
 from ropeway.runtime.manifest import NAME as MANIFEST
 from ropeway.runtime.manifest import digest_of, load_manifest
+from ropeway.runtime.terminal import escape_controls
 
 if TYPE_CHECKING:  # slow imports
     import torch
@@ -346,7 +347,7 @@ def _give_result(session: ChatSession, words: str, out: TextIO, *, as_json: bool
     else:
         _print_answer(session, partial(session.give_result, name, result), out)
     if session.pending_calls:
-        print(f"(calls without a result: {', '.join(session.pending_calls)})", file=sys.stderr)
+        print(f"(calls without a result: {escape_controls(', '.join(session.pending_calls))})", file=sys.stderr)
 
 
 def _converse(session: ChatSession, lines: Iterator[str], out: TextIO) -> None:
@@ -365,7 +366,7 @@ def _converse(session: ChatSession, lines: Iterator[str], out: TextIO) -> None:
                 else:
                     _print_answer(session, partial(session.ask, line), out)
             except ConfigError as error:
-                print(error, file=sys.stderr)
+                print(escape_controls(error), file=sys.stderr)
             except KeyboardInterrupt:
                 print("\n(stopped; the question is not part of the conversation)", file=sys.stderr)
 
@@ -394,7 +395,7 @@ def _print_answer(session: ChatSession, ask: Callable[[Write], ChatAnswer | None
     if answer.forgotten:
         print(f"(the oldest {answer.forgotten} turns exceeded the context and were dropped)", file=sys.stderr)
     if session.pending_calls:
-        print(f"(/tool {session.pending_calls[0]} RESULT gives the model a result)", file=sys.stderr)
+        print(f"(/tool {escape_controls(session.pending_calls[0])} RESULT gives the model a result)", file=sys.stderr)
 
 
 def _stream(tokenizer: "PreTrainedTokenizerBase", write: Write, ends: Sequence[int]) -> "TextStreamer":

@@ -254,9 +254,10 @@ def reproduce(
     """Rerun a version from its recorded commit, params and data, and compare the weights byte by byte."""
     from ropeway.cli.registry_options import open_registry, print_json, print_words
     from ropeway.orchestration.reproduce import reproduce as make_again
+    from ropeway.runtime.terminal import escape_controls
 
     def say(line: str) -> None:
-        typer.echo(line, err=as_json)
+        typer.echo(escape_controls(line), err=as_json)
 
     done = make_again(find_root(), open_registry(registry).version(version), target=to, write_line=say)
     if as_json:
@@ -404,7 +405,10 @@ def main() -> None:
         check_renamed(os.environ)
         app()
     except RopewayError as error:
-        print(f"ropeway: {error}", file=sys.stderr, flush=True)
+        from ropeway.runtime.terminal import escape_controls  # rich takes 0.05 s; most commands end without an error
+
+        # Names of files, keys of records and texts of the registry are in messages.
+        print(f"ropeway: {escape_controls(error)}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
     except OSError as error:
         if (told := disk_error(error)) is None:

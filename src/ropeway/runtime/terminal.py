@@ -97,9 +97,18 @@ def _longest_word(cell: Text) -> int:
     return max((min(cell_len(word), _MAX_WORD) for word in cell.plain.split()), default=0)
 
 
+def escape_controls(words: object) -> str:
+    r"""Return text whose control characters, but for line ends, are written as escapes: a terminal obeys none.
+
+    >>> escape_controls("a\x1b[31mred\u202e\nb")
+    'a\\x1b[31mred\\u202e\nb'
+    """
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in str(words))
+
+
 def printable(words: object, style: str = "") -> Text:
     """Return text without its power over a terminal: markup and escape sequences in it have no effect."""
-    return Text("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in str(words)), style)
+    return Text(escape_controls(words), style)
 
 
 @dataclass(frozen=True, slots=True)
