@@ -153,6 +153,8 @@ class ChatSession:
 
         try:
             self._model, self._tokenizer = open_model(folder, like=folder)
+        except ConfigError:  # says what is wrong, e.g. with the chat template
+            raise
         except Exception as error:
             raise DataError(f"{folder}: transformers cannot load it ({type(error).__name__}: {error})") from error
         if not self._tokenizer.chat_template:

@@ -15,11 +15,19 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError  # of configs of transformers; not a ValueError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ropeway.models.architectures import DEFAULT, check_architecture
 from ropeway.models.rope import FULL, OwnFrequencies, RopeScaling, frequency_faults, has_layer_types, main_parameters
+from ropeway.models.template_limits import check_limits
 from ropeway.runtime.errors import ConfigError, RopewayError
 
 _DROPOUT = re.compile(r"dropout|pdrop|drop_prob")  # names of probabilities
@@ -50,6 +58,40 @@ def read_config(folder: Path, options: Mapping[str, object]) -> PreTrainedConfig
             f"{folder}: the code that auto_map names is not run ({', '.join(sorted(named))}): transformers has its own"
         )
     return config
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Return a folder's tokenizer as transformers loads it, after each of its chat templates was rendered in limits.
+
+    Raises:
+        ConfigError: A chat template needs too much time or memory.
+    """
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
+    stated = tokenizer.chat_template or {}
+    for name, jinja in (stated if isinstance(stated, dict) else {"default": stated}).items():
+        check_rendering(tokenizer, jinja, f"{folder}: {name}")
+    return tokenizer
+
+
+def check_rendering(tokenizer: PreTrainedTokenizerBase, jinja: str, name: str) -> None:
+    """Raise ConfigError if a template of somebody else needs too much time or memory for a short conversation."""
+
+    def render() -> None:
+        talk = [{"role": role, "content": "Hi."} for role in ("user", "assistant", "user")]
+        for messages in ([{"role": "system", "content": "Be kind."}, *talk], talk):  # some refuse a system message
+            for asks in (True, False):
+                try:
+                    tokenizer.apply_chat_template(
+                        messages, chat_template=jinja, add_generation_prompt=asks, tokenize=False
+                    )
+                except MemoryError:
+                    raise
+                except Exception:  # noqa: BLE001, S112 - a template may raise anything; a later use says what
+                    continue
+
+    check_limits(jinja, name, render)
 
 
 def open_folder(folder: Path, dtype: torch.dtype, *, device: str = "cpu", **options: str) -> PreTrainedModel:

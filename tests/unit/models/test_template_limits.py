@@ -3,8 +3,11 @@
 import pytest
 
 from ropeway.models import template_limits
+from ropeway.models.chat_template import OPEN_ASSISTANT
 from ropeway.models.conversation import Conversation
 from ropeway.models.jinja_template import JinjaTemplate
+from ropeway.models.open_model import load_tokenizer
+from ropeway.models.tokenizer import LLAMA_SPECIAL, train_tokenizer, write_tokenizer
 from ropeway.runtime.errors import ConfigError
 
 LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% set x = a * b %}{% endfor %}{% endfor %}"
@@ -32,3 +35,29 @@ def test_a_template_is_rendered_in_a_child_process_once(monkeypatch):
     assert template.render(TALK, end="</s>") == "<system>be kind</s><user>hello</s><assistant>yes</s>"
     monkeypatch.setattr(template_limits.os, "fork", None)
     template.render(TALK, end="</s>")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Return the function that writes the tokenizer of a package with this template."""
+
+    def write(template):
+        tokenizer = train_tokenizer(["hello hello"], vocab_size=269)
+        write_tokenizer(tmp_path, tokenizer, LLAMA_SPECIAL, OPEN_ASSISTANT, max_length=64)
+        (tmp_path / "chat_template.jinja").write_text(template)
+        return tmp_path
+
+    return write
+
+
+@pytest.mark.parametrize(("text", "what"), [(LOOPS, "1 s"), (DOUBLES, "memory")], ids=["loops", "doubles"])
+def test_a_packages_template_without_bounds_is_refused_when_its_tokenizer_is_loaded(folder, text, what):
+    refuses_system = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    for template in (text + GOOD, refuses_system + text):
+        with pytest.raises(ConfigError, match=f"default.*{what}"):
+            load_tokenizer(folder(template))
+
+
+def test_a_packages_template_within_limits_is_loaded(folder):
+    messages = TALK.to_messages()
+    assert "<user>hello</s>" in load_tokenizer(folder(GOOD)).apply_chat_template(messages, tokenize=False)

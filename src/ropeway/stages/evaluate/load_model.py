@@ -6,12 +6,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from ropeway.data.shards import Shards
 from ropeway.models.chat_template import open_template
-from ropeway.models.open_model import open_folder, read_config
+from ropeway.models.open_model import load_tokenizer, open_folder, read_config
 from ropeway.runtime.errors import DataError
 from ropeway.runtime.manifest import file_sha256
 
@@ -33,13 +33,9 @@ def open_model(folder: Path, *, like: Path) -> tuple[PreTrainedModel, PreTrained
     logging.getLogger("transformers.generation.stopping_criteria").setLevel(logging.ERROR)
     cuda = torch.cuda.is_available()
     dtype = read_config(like, {}).dtype if cuda else torch.float32
+    tokenizer = load_tokenizer(folder)  # before the weights: its check of the template forks
     model = open_folder(folder, dtype)
-    return model.to("cuda" if cuda else "cpu").eval(), open_tokenizer(folder)
-
-
-def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Return a folder's tokenizer as transformers loads it."""
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return model.to("cuda" if cuda else "cpu").eval(), tokenizer
 
 
 @contextmanager

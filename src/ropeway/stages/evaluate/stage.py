@@ -24,11 +24,12 @@ from ropeway.data.batches import collate
 from ropeway.data.shards import Shards, open_shards
 from ropeway.models.answer_parts import ParsedAnswer
 from ropeway.models.chat_template import open_prompt_template, open_template
+from ropeway.models.open_model import load_tokenizer
 from ropeway.runtime.manifest import digest_of, load_manifest, whole_folder, write_json, write_manifest
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.evaluate import long_context, passkey, positions
 from ropeway.stages.evaluate.evaluation_workers import SINGLE_PROCESS, plan_workers
-from ropeway.stages.evaluate.load_model import check_data, open_tokenizer
+from ropeway.stages.evaluate.load_model import check_data
 from ropeway.stages.evaluate.measuring import EvalRequest, ModelResult, measure_folder
 from ropeway.stages.evaluate.passkey import PasskeyAnswer
 from ropeway.stages.evaluate.samples import (
@@ -119,7 +120,7 @@ def check_request(workspace: Workspace, profile: EvaluateParams) -> None:
     """Check params, prompts, tasks, tokenizer and data before training, with the errors that `run` would raise."""
     prompts, request = plan_request(workspace, profile)
     check_supervised(request.shards, profile)
-    tokenizer = open_tokenizer(workspace.base)
+    tokenizer = load_tokenizer(workspace.base)
     for template in (open_template(workspace.base), open_prompt_template(workspace.base)):  # of tuned model and base
         for prompt in prompts:
             encode_prompt(tokenizer, template, prompt)

@@ -14,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from transformers import (
-    AutoTokenizer,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -26,7 +25,15 @@ from ropeway.models.base_rope import scaling_from_json
 from ropeway.models.chat_template import open_template
 from ropeway.models.jinja_template import FILE as TEMPLATE_FILE
 from ropeway.models.jinja_template import pin_date
-from ropeway.models.open_model import live_frequencies, load_with_info, output_head, rotary, rotary_dim
+from ropeway.models.open_model import (
+    check_rendering,
+    live_frequencies,
+    load_tokenizer,
+    load_with_info,
+    output_head,
+    rotary,
+    rotary_dim,
+)
 from ropeway.models.rope import frequency_faults
 from ropeway.runtime.errors import DataError, RopewayError
 from ropeway.runtime.manifest import NAME as MANIFEST
@@ -51,7 +58,7 @@ def check_package(folder: Path, logits: Path | None = None) -> None:
         load_manifest(folder, remedy="Pull or package it again")
     probe = read_probe(folder)
     config = json.loads((folder / "config.json").read_bytes())
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    tokenizer = load_tokenizer(folder)
     faults = [
         *config_faults(config, probe),
         *token_faults(tokenizer, probe),
@@ -128,6 +135,7 @@ def template_faults(folder: Path, tokenizer: PreTrainedTokenizerBase, probe: Pro
         if not template:
             yield f"  {place}: the chat template is missing"
         if template:
+            check_rendering(tokenizer, template, f"{folder}: {place}")
             pin_date(template)
         for case in probe["conversations"] if template else []:
             options = {"chat_template": template, "add_generation_prompt": bool(case["prompt"])}

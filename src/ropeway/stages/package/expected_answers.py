@@ -3,10 +3,9 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
 
 from ropeway.data.expected_answer import MAX_TOKENS, TOP, ExpectedAnswer
-from ropeway.models.open_model import load_with_info
+from ropeway.models.open_model import load_tokenizer, load_with_info
 from ropeway.stages.package.check import read_probe
 
 
@@ -14,7 +13,7 @@ from ropeway.stages.package.check import read_probe
 def expected_answers(folder: Path) -> list[ExpectedAnswer]:
     """Return the answers of a package's model to the questions of its probe."""
     probe = read_probe(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    tokenizer = load_tokenizer(folder)
     model, _ = load_with_info(folder)
     model.eval()
     stated = probe["stops"]["eos_token_id"]
