@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ropeway.config.edit import without_comments
 from ropeway.config.stages import READS
 from ropeway.registry import Registry
 from ropeway.registry.layout import blob_key
@@ -191,7 +192,7 @@ def test_the_run_says_params_digests_ledger_and_metrics(made):
     assert run["metrics"]["train"] == json.loads(workspace.train_metrics.read_bytes())
     tokenizer = (workspace.base / "tokenizer.json").read_bytes()
     assert run["digests"]["tokenizer"] == hashlib.sha256(tokenizer).hexdigest()
-    assert (workspace.package / "run.yaml").read_text().endswith(BLOCK)
+    assert (workspace.package / "run.yaml").read_text().endswith(without_comments(BLOCK))
     assert profile.package.dtype == "bf16"
 
 

@@ -152,6 +152,7 @@ def push_hub(
     """Verify a published version and upload it to the Hugging Face Hub."""
     from ropeway.cli.registry_commands import upload_version
     from ropeway.cli.registry_options import open_registry, print_json, print_words
+    from ropeway.runtime.terminal import format_count
 
     done = upload_version(open_registry(registry).version(version), repo, private=private, dry_run=dry_run)
     if as_json:
@@ -159,6 +160,11 @@ def push_hub(
         return
     for path, size in done.files.items():
         typer.echo(f"{size:>16,}  {path}")
+    if done.forgotten:
+        print_words(
+            f"{format_count(done.forgotten, 'digest')} of `forget` are zeros on the Hub, so the text files that have "
+            "them differ from the registry's, and signatures of the version do not verify there"
+        )
     total = f"{len(done.files)} files, {sum(done.files.values()):,} bytes of {done.version} ({done.digest[:12]}…)"
     where = f"are https://huggingface.co/{repo}/tree/{done.commit}" if done.commit else f"would go to {repo}"
     print_words(f"{total} {where}")

@@ -6,6 +6,7 @@ Importing this loads typer and nothing heavier.
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -30,6 +31,8 @@ from ropeway.cli.registry_options import (
 from ropeway.cli.upkeep_commands import upkeep_app
 from ropeway.runtime.errors import ConfigError, DataError, NotFoundError, RegistryError
 from ropeway.runtime.login import identity_of
+from ropeway.runtime.manifest import NAME as MANIFEST
+from ropeway.runtime.manifest import describe_files, iterate_files, json_mapping, link_file, write_json
 
 if TYPE_CHECKING:
     from ropeway.orchestration.serving_check import ServingCheck
@@ -386,19 +389,54 @@ def pull_cached(version: "Version") -> "PullResult":
 
 @dataclass(frozen=True, slots=True)
 class Uploaded:
-    """What goes to the Hub: path -> bytes of the files; the Hub's commit, None after a dry run."""
+    """What goes to the Hub: path -> bytes of the files; the Hub's commit, None after a dry run.
+
+    `forgotten` is the number of digests of `forget` that were replaced by zeros.
+    """
 
     repo: str
     version: str
     digest: str
     files: Mapping[str, int]
     commit: str | None
+    forgotten: int
+
+
+@contextmanager
+def shared_folder(folder: Path) -> Iterator[tuple[Path, int]]:
+    """Yield the folder that is uploaded for a package, and how many digests of `forget` were replaced by zeros in it.
+
+    A digest of a short text can be guessed, so those of records that somebody asked to forget stay in the registry.
+    Without any, the folder is the package itself; else it has other text files and its own manifest.
+    """
+    run = folder / "run.json"
+    params = json_mapping(run.read_bytes()).get("params") if run.is_file() else None
+    digests = [str(one).encode() for one in params.get("forget", ())] if isinstance(params, dict) else []
+    if not digests:
+        yield folder, 0
+        return
+    with tempfile.TemporaryDirectory(prefix=".share-", dir=folder.parent) as name:
+        copy = Path(name)
+        for path in iterate_files(folder):
+            target = copy / path.relative_to(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            data = b"" if path.suffix == ".safetensors" else path.read_bytes()
+            shared = data
+            for digest in digests:
+                shared = shared.replace(digest, b"0" * len(digest))
+            link_file(path, target) if shared == data else target.write_bytes(shared)
+        if (folder / MANIFEST).is_file():
+            stated = json.loads((folder / MANIFEST).read_bytes())
+            changed = [one for one in stated["files"] if not (copy / one).samefile(folder / one)]
+            write_json(copy / MANIFEST, {**stated, "files": stated["files"] | describe_files(copy, changed)})
+        yield copy, len(digests)
 
 
 def upload_version(version: "Version", repo: str, *, private: bool, dry_run: bool) -> Uploaded:
     """Upload a version to a model repository of the Hub, which is created if it is not there.
 
     Weights of an earlier version are taken away in the same commit: transformers would load stale ones beside new.
+    Digests of `forget` are not uploaded: see `shared_folder`.
 
     Raises:
         RegistryError: It is withdrawn.
@@ -413,9 +451,10 @@ def upload_version(version: "Version", repo: str, *, private: bool, dry_run: boo
     paths = sorted(path for path in pulled.folder.rglob("*") if path.is_file())
     files = {path.relative_to(pulled.folder).as_posix(): path.stat().st_size for path in paths}
     commit = None
-    if not dry_run:
-        commit = hub.upload_model(repo, pulled.folder, message=f"{label} ({pulled.digest})", private=private)
-    return Uploaded(repo, label, pulled.digest, files, commit)
+    with shared_folder(pulled.folder) as (folder, forgotten):
+        if not dry_run:
+            commit = hub.upload_model(repo, folder, message=f"{label} ({pulled.digest})", private=private)
+    return Uploaded(repo, label, pulled.digest, files, commit, forgotten)
 
 
 @registry_app.command()

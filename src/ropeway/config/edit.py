@@ -264,6 +264,37 @@ def _replace(text: str, node: Node, value: str) -> str:
     return text[: node.start_mark.index] + value + text[node.end_mark.index :]
 
 
+def without_comments(text: str) -> str:
+    r"""Return YAML without its comments, which are for people of the workspace and may name others.
+
+    >>> print(without_comments("# Why.\na: 'x # y'  # it\nb: >- # so\n  # text\n\n# Next.\nc: [1, # 1\n  2]"))
+    a: 'x # y'
+    b: >-
+      # text
+    <BLANKLINE>
+    c: [1,
+      2]
+    """
+    kept, end = [], 0
+    for token in YAML(typ="safe", pure=True).scan(text):
+        start, stop = token.start_mark.index, token.end_mark.index
+        if stop <= end:
+            continue
+        body = text[start:stop]
+        if getattr(token, "style", None) in ("|", ">"):  # a comment may follow the indicator of a block scalar
+            head, newline, rest = body.partition("\n")
+            body = head.partition(" #")[0].rstrip() + newline + rest
+        kept += [_drop_comments(text[end:start], is_line_start=text[end - 1 : end] in ("", "\n")), body]
+        end = stop
+    return "".join([*kept, _drop_comments(text[end:], is_line_start=text[end - 1 : end] in ("", "\n"))])
+
+
+def _drop_comments(between: str, *, is_line_start: bool) -> str:
+    """Return what stands between two tokens of YAML, comments and the lines that hold nothing else left out."""
+    head, newline, lines = ("", "", between) if is_line_start else between.partition("\n")
+    return re.sub("[ \t]*#.*", "", head) + newline + re.sub(r"(?m)^[ \t]*#[^\n]*\n?", "", lines)
+
+
 def cut_block(text: str, name: str) -> str:
     r"""Return the lines of a top-level key and of the comment directly above it.
 

@@ -29,6 +29,7 @@ from typing import Any, Literal, overload
 from pydantic import create_model
 
 from ropeway.config.addresses import find_secrets, map_addresses, without_secrets, without_signatures
+from ropeway.config.edit import without_comments
 from ropeway.config.load_params import read_block
 from ropeway.config.params import (
     BaseParams,
@@ -170,7 +171,7 @@ def freeze(workspace: Workspace, profile: Profile, params_text: str, facts: Mapp
 def build_values(
     workspace: Workspace, profile: Profile, params_text: str, facts: Mapping[str, object]
 ) -> tuple[str, dict[str, object]]:
-    """Return the text of params.yaml without signatures, and the content of each JSON file by name; write nothing.
+    """Return the text of params.yaml as it is published, and the content of each JSON file by name; write nothing.
 
     Args:
         workspace: The workspace and profile name.
@@ -247,7 +248,7 @@ def _dump_params(profile_name: str, profile: Profile, names: Iterable[str]) -> d
 
 
 def _redact_params(text: str, profile_name: str, secrets: Mapping[str, str]) -> str:
-    """Return the text of params.yaml without signatures; packages and model cards contain it."""
+    """Return the text of params.yaml without signatures and comments; packages and model cards contain it."""
     for address, redacted in secrets.items():
         if address not in text:
             raise ConfigError(
@@ -255,7 +256,7 @@ def _redact_params(text: str, profile_name: str, secrets: Mapping[str, str]) -> 
                 "so its signature cannot be removed from packages; write the URL on one line without YAML escapes"
             )
         text = text.replace(address, redacted)
-    return without_signatures(text)  # in other profiles and comments
+    return without_signatures(without_comments(text))  # signatures: in other profiles
 
 
 @cache

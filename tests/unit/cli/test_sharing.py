@@ -14,6 +14,7 @@ from ropeway.cli.registry_commands import upload_version
 from ropeway.registry import Registry
 from ropeway.registry.layout import blob_key
 from ropeway.runtime.errors import ConfigError, DataError, RegistryError, TemporaryError
+from ropeway.runtime.manifest import load_manifest, write_manifest
 from ropeway.storage import open_store
 from tests.support.registry_world import flip, make_package, put, tiny
 
@@ -70,6 +71,28 @@ def test_exactly_the_published_bytes_go_in_one_commit_and_old_weights_leave(publ
     assert sent == {path.name: path.read_bytes() for path in package.rglob("*") if path.is_file()}
     assert options["commit_message"] == f"tiny@v1 ({done.digest})"
     assert {"*.safetensors", "*.bin"} <= set(options["delete_patterns"])
+
+
+def test_digests_of_forgotten_records_stay_in_the_registry(published, asked, tmp_path):
+    store, _, package = published
+    digest, other = "9da556d119ccb056be8f05da22d9c00b", "5f3c" * 8
+    (package / "run.json").write_text(json.dumps({"params": {"forget": [digest]}, "fingerprint": other}))
+    (package / "run.yaml").write_text(f'tiny:\n  forget:\n  - "{digest}"\n')
+    (package / "manifest.json").unlink()
+    write_manifest(package, {"kind": "package"})
+    put(store, package)
+    shared = upload_version(Registry(store).version("tiny@v2"), REPO, private=True, dry_run=False)
+    sent = asked[-1][1]
+    assert (shared.forgotten, digest.encode() in b"".join(sent.values())) == (1, False)
+    assert json.loads(sent["run.json"]) == {"params": {"forget": ["0" * 32]}, "fingerprint": other}
+    assert sent["model.safetensors"] == (package / "model.safetensors").read_bytes()
+    for name, data in sent.items():
+        (tmp_path / "there").mkdir(exist_ok=True)
+        place = tmp_path / "there" / ("plots/loss.svg" if name == "loss.svg" else name)
+        place.parent.mkdir(exist_ok=True)
+        place.write_bytes(data)
+    load_manifest(tmp_path / "there", remedy="")
+    assert [path.name for path in (tmp_path / "cache").rglob(".share-*")] == []
 
 
 def test_withdrawn_damaged_and_misnamed_versions_are_refused_before_the_hub_is_asked(published, asked):

@@ -5,7 +5,7 @@ package/config.json, generation_config.json           readable by transformers 4
 package/tokenizer.json, tokenizer_config.json,
         special_tokens_map.json, chat_template.jinja  tokenizer with role tokens; template as file and as key
 package/card.json                                     facts of the model card (NOTICE.txt: required by Llama 2)
-package/run.json, run.yaml                            what determines the model; its block of params.yaml, verbatim
+package/run.json, run.yaml                            what determines the model; its block of params.yaml
 package/eval.json, samples.json, steps.csv,
         ledger.json                                   as the earlier stages wrote them
 package/probe.json                                    expected values for `python -m ropeway.stages.package.check`
