@@ -4,6 +4,7 @@ import json
 import re
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -94,6 +95,7 @@ def test_web_pages_of_other_sites_cannot_use_a_server_without_a_password(prefect
     with pytest.raises(InvalidStatus) as error:
         connect(prefect_api.url.replace("http", "ws") + "/events/out", origin="https://evil.example", proxy=None)
     assert error.value.response.status_code == 403
+    assert stat.S_IMODE((prefect_api.migrated / "prefect.db").stat().st_mode) == 0o600
 
 
 def test_a_port_in_use_is_refused_with_its_number(tmp_path):

@@ -207,7 +207,11 @@ def write_values(workspace: Workspace, params_text: str, values: Mapping[str, ob
     (folder / NAME).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     for name, value in values.items():  # no fsync per file: the manifest detects incomplete files
-        (folder / f"{name}.json").write_bytes(encode_value(value))
+        path = folder / f"{name}.json"
+        if name == ADDRESSES:
+            path.unlink(missing_ok=True)  # that of an older Ropeway was readable by all users of the machine
+            path.touch(mode=0o600)
+        path.write_bytes(encode_value(value))
     (folder / PARAMS_FILE).write_text(params_text, encoding="utf-8")
     paths = [folder / PARAMS_FILE, *(folder / f"{name}.json" for name in sorted(values))]
     files = {path.name: {"sha256": file_sha256(path), "bytes": path.stat().st_size} for path in paths}

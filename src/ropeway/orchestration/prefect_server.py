@@ -145,6 +145,7 @@ def start_process(
     home = prefect_home(root)
     home.mkdir(parents=True, exist_ok=True)
     (home / record).unlink(missing_ok=True)
+    protect_database(home)
     try:
         await_heartbeats(home)
     except OSError as error:
@@ -160,6 +161,15 @@ def start_process(
         stderr=output,
         start_new_session=True,
     )
+
+
+def protect_database(home: Path) -> None:
+    """Let only this user read the database that an older Ropeway made; that of a new home is made so."""
+    for path in home.glob("prefect.db*"):
+        with suppress(OSError):  # another user's, or a journal that was removed just now
+            if path.stat().st_mode & 0o077:
+                path.chmod(0o600)
+                print(f"{path}: other users of this machine could read it; now only you can", flush=True)
 
 
 def await_answer(url: str, seconds: float, has_ended: Callable[[], bool], *, pause_seconds: float = 0.05) -> bool:

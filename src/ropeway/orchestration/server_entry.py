@@ -102,6 +102,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--no-schedules", action="store_true", help="no scheduler, no detection of late runs")
     options = parser.parse_args()
+    os.umask(0o077)  # the database and the logs have params, paths and addresses of the workspace
     names = find_names(options.host)
     os.environ.setdefault(_ORIGINS, ",".join(list_origins(names, options.port)))
     if options.no_schedules:

@@ -71,8 +71,12 @@ def load_private(path: Path) -> "EllipticCurvePrivateKey":
 def load_trusted() -> Trust | None:
     """Return what ROPEWAY_TRUSTED_KEYS trusts, None without a policy; raise ConfigError if it trusts nothing."""
     name = os.environ.get("ROPEWAY_TRUSTED_KEYS")
-    if not name:
+    if name is None:
         return None
+    if not name.strip():
+        raise ConfigError(
+            "ROPEWAY_TRUSTED_KEYS is empty, which states no policy. Name a folder of keys, or unset the variable"
+        )
     revoked = _load_revoked(Path(name) / REVOKED)
     keys = {keyid_of(public): public for path in sorted(Path(name).glob("*.pub")) if (public := _load_public(path))}
     roots = tuple(sorted(Path(name).glob("*.crt")))

@@ -75,12 +75,18 @@ def _named(path: Path) -> Iterator[None]:
         raise
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file atomically: a reader sees the old or the new bytes, even after a power failure."""
+def write_atomic(path: Path, data: bytes, *, mode: int = 0o666) -> None:
+    """Write a file atomically: a reader sees the old or the new bytes, even after a power failure.
+
+    Args:
+        path: The file.
+        data: Its bytes.
+        mode: Its permissions, before the process's umask; 0o600 for secrets.
+    """
     make_folder(path.parent)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("wb") as file:
+        with open(partial, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

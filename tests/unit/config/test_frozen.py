@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import shutil
+import stat
 from pathlib import Path
 
 import pytest
@@ -232,6 +233,14 @@ def test_no_signature_of_any_profile_and_no_comment_is_kept_with_the_run(root):
     kept = "".join(path.read_text(encoding="utf-8") for path in (root / ".identity").iterdir())
     assert "SECRET" not in kept
     assert load_profiles(root / ".identity" / "params.yaml")[1].keys() == load_profiles(root / "params.yaml")[1].keys()
+
+
+def test_signed_urls_are_for_this_user_only(root):
+    kept = root / ".identity" / "addresses.json"
+    kept.parent.mkdir(exist_ok=True)
+    kept.touch(mode=0o644)  # that of an older Ropeway
+    write_identity(root)
+    assert stat.S_IMODE(kept.stat().st_mode) == 0o600
 
 
 def test_a_stage_whose_input_changes_while_it_runs_fails_at_its_end(root, monkeypatch):

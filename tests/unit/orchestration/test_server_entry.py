@@ -1,9 +1,11 @@
 """Which requests the server of a workspace refuses while it has no password."""
 
 import asyncio
+import stat
 
 import pytest
 
+from ropeway.orchestration.prefect_server import protect_database
 from ropeway.orchestration.server_entry import NAMES, OriginGuard, find_names, list_origins
 
 PORT = 4200
@@ -74,5 +76,13 @@ def test_start_and_end_of_the_server_pass():
 def test_names_of_a_proxy_are_added(monkeypatch):
     monkeypatch.setenv(NAMES, " Runs.example.org,")
     assert ask(("host", "runs.example.org"), ("origin", "https://runs.example.org")) == 200
-    assert ask(OWN, ("origin", "https://runs.example.org")) == 200  # a proxy that writes the Host header anew
+    assert ask(OWN, ("origin", "https://runs.example.org")) == 200  # a proxy that replaces the Host header
     assert ask(("host", "evil.example")) == 421
+
+
+def test_a_database_that_others_could_read_is_for_this_user_only(tmp_path, capsys):
+    (tmp_path / "prefect.db").touch(mode=0o644)
+    (tmp_path / "prefect.db-wal").touch(mode=0o600)
+    protect_database(tmp_path)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o600}
+    assert capsys.readouterr().out.count("prefect.db") == 1

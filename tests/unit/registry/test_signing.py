@@ -193,6 +193,13 @@ def test_a_certificate_that_may_not_sign_is_refused(store, key, policy, tmp_path
         verify(store)
 
 
+@pytest.mark.parametrize("empty", ["", " "])
+def test_an_empty_policy_is_refused_and_not_taken_for_none(monkeypatch, empty):
+    monkeypatch.setenv("ROPEWAY_TRUSTED_KEYS", empty)
+    with pytest.raises(ConfigError, match="ROPEWAY_TRUSTED_KEYS is empty"):
+        load_trusted()
+
+
 def test_a_revoked_key_counts_no_longer(store, policy, tmp_path):
     put(store, make_package(tmp_path / "package"))
     (policy / "revoked.txt").write_text(load_signer().keyid)

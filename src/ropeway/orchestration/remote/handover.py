@@ -105,7 +105,8 @@ class Handover:
         for name in {path.name for path in folder.iterdir()} - {*self.identity}:
             (folder / name).unlink()
         for name in sorted(self.identity, key=lambda each: each == NAME):  # the manifest last
-            write_atomic(folder / name, self.identity[name].encode())
+            mode = 0o600 if name == f"{ADDRESSES}.json" else 0o666
+            write_atomic(folder / name, self.identity[name].encode(), mode=mode)
         write_atomic(root / _LOCK, self.lock.encode()) if self.lock else (root / _LOCK).unlink(missing_ok=True)
 
     def other_versions(self) -> list[str]:

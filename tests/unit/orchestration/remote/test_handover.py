@@ -1,6 +1,7 @@
 """The hand-over: what a worker gets, byte for byte, without signed URLs; and what it refuses."""
 
 import json
+import stat
 
 import pytest
 
@@ -51,6 +52,7 @@ def test_a_worker_gets_lock_and_frozen_inputs_without_signed_urls_unless_it_fetc
     loaded = FrozenInputs.load(there)  # verifies every file against the manifest
     assert loaded.profile_name == "tiny"
     assert loaded.value("addresses") == {}
+    assert stat.S_IMODE((there / ".identity" / "addresses.json").stat().st_mode) == 0o600
     assert not (there / ".identity" / "code-old.json").exists()
     assert b"canary" in store[Handover.collect(calling, "fetch").send(calling)]
 
