@@ -100,6 +100,11 @@ VARIABLES: dict[str, tuple[EnvironmentVariable, ...]] = {
         ),
         _V("ROPEWAY_GIT_URL", "Repository that workers of these pools clone.", "the git remote `origin`"),
         _V("ROPEWAY_WORKER_HOME", "Folder of a worker's clones and DVC cache.", "`$XDG_CACHE_HOME/ropeway/worker`"),
+        _V(
+            "ROPEWAY_WORKER_REPOSITORIES",
+            "Repositories that a worker clones: addresses or their beginnings, with commas between them.",
+            "all",
+        ),
         _V("ROPEWAY_WORKER_SILENCE_SECONDS", "Seconds after which a worker without a sign of life is given up.", "90"),
         _V(
             "ROPEWAY_ALERT_URL",

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
-from ropeway.orchestration.remote.request import StageRequest, run_git
+from ropeway.orchestration.remote.request import StageRequest, check_repository, run_git
 from ropeway.runtime.errors import ConfigError
 from ropeway.runtime.git import ask_git
 
@@ -27,8 +27,10 @@ def open_clone(request: StageRequest) -> Iterator[Path]:
     """Hold a clone of the request's repository at its commit; yield the workspace in it.
 
     Raises:
-        ConfigError: The repository cannot be cloned, it does not have the commit, or the folder is no workspace.
+        ConfigError: This worker may not clone the repository or cannot, it does not have the commit, or the folder is
+            no workspace.
     """
+    check_repository(request.repository, os.environ)
     digest = hashlib.sha256(request.repository.encode()).hexdigest()
     home = _home() / digest[:16]
     home.mkdir(parents=True, exist_ok=True)

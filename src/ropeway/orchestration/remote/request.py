@@ -21,6 +21,7 @@ from ropeway.runtime.manifest import digest_of
 PREFIX = "ROPEWAY_POOL_"
 PUBLISH = "publish"
 GIT_URL = "ROPEWAY_GIT_URL"
+REPOSITORIES = "ROPEWAY_WORKER_REPOSITORIES"
 _FORMAT = 1
 _SHOWN = 5  # files in a message
 # Prefect passes a request on as text; a git option or a path that leaves the clone must not come in with it.
@@ -162,6 +163,30 @@ def find_repository(root: Path, revision: Revision, data: Collection[str], envir
         )
     local = root / url
     return str(local.resolve()) if "://" not in url and local.exists() else url
+
+
+def check_repository(repository: str, environment: Mapping[str, str]) -> None:
+    """Raise ConfigError unless `ROPEWAY_WORKER_REPOSITORIES` of this worker allows a repository, or is not set.
+
+    A prefix ends where a part of the address does: `https://git.example.org/team` allows no repository of
+    `https://git.example.org/team2`.
+    """
+    stated = environment.get(REPOSITORIES)
+    if stated is None:
+        return
+    prefixes = [prefix.strip() for prefix in stated.split(",") if prefix.strip()]
+    if not prefixes:
+        raise ConfigError(f"{REPOSITORIES} is empty. State the repositories that this worker may clone, or unset it")
+    leaves = re.search(r"\\|%|(?:^|[/:])\.\.?(?:/|$)", repository)  # parts that a server may resolve to another path
+    if leaves or not any(_is_below(repository, prefix) for prefix in prefixes):
+        raise ConfigError(
+            f"the calling run asks for the repository {repository!r}, which {REPOSITORIES} of this worker does not "
+            f"allow. Allowed are {', '.join(prefixes)}"
+        )
+
+
+def _is_below(repository: str, prefix: str) -> bool:
+    return repository == prefix or repository.startswith(prefix if prefix[-1] in "/:" else f"{prefix}/")
 
 
 def check_committed_remote(root: Path, name: str | None) -> None:

@@ -5,7 +5,15 @@ import subprocess
 
 import pytest
 
-from ropeway.orchestration.remote.request import StageRequest, check_committed_remote, find_repository, read_pools
+from ropeway.orchestration.remote.clones import open_clone
+from ropeway.orchestration.remote.request import (
+    REPOSITORIES,
+    StageRequest,
+    check_committed_remote,
+    check_repository,
+    find_repository,
+    read_pools,
+)
 from ropeway.orchestration.revision import Revision, read_revision
 from ropeway.runtime.errors import ConfigError
 
@@ -135,3 +143,42 @@ def test_the_dvc_remote_must_be_in_the_commit(root):
     git(root, "add", ".dvc/config")
     git(root, "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "-q", "-m", "a remote")
     check_committed_remote(root, "store")
+
+
+TEAM = "https://git.example.org/team,git@git.example.org:own/, /srv/git/project.git"
+
+
+@pytest.mark.parametrize(
+    "repository",
+    ["https://git.example.org/team/project.git", "git@git.example.org:own/project.git", "/srv/git/project.git"],
+)
+def test_a_worker_clones_the_repositories_that_it_allows(repository):
+    check_repository(repository, {REPOSITORIES: TEAM})
+    check_repository(repository, {})
+
+
+@pytest.mark.parametrize(
+    "repository",
+    [
+        "https://git.example.org/team2/project.git",
+        "https://git.example.org.evil.example/team/project.git",
+        "https://git.example.org/team/../other/project.git",
+        "https://git.example.org/team/%2e%2e/other/project.git",
+        "git@git.example.org:other/project.git",
+        "git@git.example.org:own/..",
+        "/srv/git/project.git2",
+        "",
+    ],
+)
+def test_a_worker_refuses_other_repositories_before_it_clones(repository, tmp_path, monkeypatch):
+    monkeypatch.setenv(REPOSITORIES, TEAM)
+    monkeypatch.setenv("ROPEWAY_WORKER_HOME", str(tmp_path / "home"))
+    asked = StageRequest("train", "laptop", repository, "a" * 40, "", "b" * 32)
+    with pytest.raises(ConfigError, match=REPOSITORIES), open_clone(asked):
+        pass
+    assert not (tmp_path / "home").exists()
+
+
+def test_an_empty_list_of_a_worker_is_refused():
+    with pytest.raises(ConfigError, match=f"{REPOSITORIES} is empty"):
+        check_repository("/srv/git/project.git", {REPOSITORIES: " , "})
