@@ -7,6 +7,7 @@ from typing import Final
 
 from ropeway.registry.layout import Log, alias_log, aliases_folder, check_alias
 from ropeway.registry.log import Event, Events, read_events
+from ropeway.registry.names import all_alias_names
 from ropeway.runtime.errors import ConfigError, NotFoundError, RegistryError
 from ropeway.storage import Store
 
@@ -74,9 +75,12 @@ class Alias:
         return str(events[-1]["digest"]) if events else None
 
 
-def list_aliases(store: Store, artifact: str) -> dict[str, str]:
-    """Return every alias of an artifact and the digest it points to."""
-    names = store.list_folders(aliases_folder(artifact))
+def list_aliases(store: Store, artifact: str, *, complete: bool = False) -> dict[str, str]:
+    """Return every alias of an artifact and the digest it points to.
+
+    `complete` costs two requests and one per alias more, and also finds an alias that an outdated listing leaves out.
+    """
+    names = all_alias_names(store, artifact) if complete else store.list_folders(aliases_folder(artifact))
     return {name: digest for name in names if (digest := Alias(store, artifact, name).digest)}
 
 

@@ -145,7 +145,7 @@ class Artifact:
         """
         withdrawn = self._withdrawn()
         versions = [version for version in self.versions() if version.digest not in withdrawn]
-        kept = {*self.aliases().values(), *self.alias(PRODUCTION).events.digests}
+        kept = {*list_aliases(self.store, self.name, complete=True).values(), *self.alias(PRODUCTION).events.digests}
         return [version for version in versions[: max(0, len(versions) - keep)] if version.digest not in kept]
 
     def alias(self, name: str) -> Alias:

@@ -2,29 +2,38 @@
 
 A publisher writes its intent and then checks for a running collection; a collector writes its collection marker and
 then reads the intents. So at least one of them sees the other: the publisher aborts, or the collector keeps the objects
-that the intent lists.
+that the intent lists. Both read keys that are known in advance, since a listing can be out of date. For the same reason
+models and versions are found by reading their numbered logs. A listing that leaves out objects only keeps garbage.
+
+No object that is needed is deleted because a clock is wrong. Ages are differences of times of the store's clock. An
+intent that looks expired is only deleted, and its objects are kept until a later collection: a publisher that is alive
+after all finds its intent gone and stops before its version has a number. A collection that finds its marker gone, or
+its time used up by one of two clocks, stops.
 """
 
 import json
 import re
+import time
 import uuid
-from collections.abc import Collection, Iterable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
 from ropeway.registry.layout import (
+    COLLECTION_MARKER,
     COLLECTIONS,
+    INTENT_SLOTS,
     INTENTS,
     blob_key,
     check_registry,
-    collection_key,
-    list_models,
+    intent_key,
     manifest_key,
-    model_logs,
     tombstones_folder,
 )
 from ropeway.registry.log import find_head, read_events, verify_log
+from ropeway.registry.names import all_models, model_logs, register_listed
 from ropeway.registry.publishing import COLLECTION_TTL, attached_files
 from ropeway.registry.version_manifest import load_version_manifests
 from ropeway.runtime.errors import NotFoundError, TemporaryError
@@ -34,6 +43,7 @@ from ropeway.storage import IncompleteUpload, Store, StoredObject
 # Keys that may be deleted. Events and tombstones are never deleted.
 _COLLECTABLE = re.compile(rf"blobs/sha256/|{INTENTS}|{COLLECTIONS}|models/[^/]+/(heads/|manifests/[^/]+$)")
 COLLECTION_TIMEOUT = COLLECTION_TTL / 2
+_RECHECK_SECONDS = 1.0  # how often a collection looks whether its marker is in place
 INTENT_TTL = timedelta(hours=24)  # even with a shorter grace period: a publish this old is dead
 
 
@@ -82,44 +92,104 @@ def find_garbage(store: Store, *, grace: timedelta, withdrawn: bool) -> Garbage:
         DataError: A manifest or an event is damaged, so the references are unknown.
     """
     check_registry(store)
-    now = datetime.now(UTC)
+    now = store.now()
     before = now - grace
     entries = store.list_entries("")  # listed before the references are read: newer objects are in the grace period
     # The markers of this collection and of others that are running.
     markers = (entry for entry in entries if entry.key.startswith(COLLECTIONS))
-    referenced = {entry.key for entry in markers if entry.modified_at > now - COLLECTION_TTL}
+    referenced = {entry.key for entry in markers if entry.modified_at > now - COLLECTION_TTL} | {COLLECTION_MARKER}
     # Read intents before versions: an intent is deleted after its version has a number.
-    referenced |= _referenced_by_intents(store, entries, min(before, now - INTENT_TTL))
+    referenced |= _referenced_by_intents(store, min(before, now - INTENT_TTL))
     referenced |= _referenced_by_versions(store, withdrawn=withdrawn)
     return plan_collection(entries, store.list_incomplete_uploads(), referenced, before=before)
 
 
 def collect(store: Store, *, grace: timedelta, withdrawn: bool) -> Garbage:
-    """Delete what `find_garbage` returns while a collection marker blocks publishes; return what was deleted."""
-    marker = collection_key(uuid.uuid4().hex)
-    started = datetime.now(UTC)
-    store.put_if_absent(marker, canonical_json({"at": started.isoformat(timespec="seconds")}))
-    try:
+    """Delete what `find_garbage` returns while a collection marker blocks publishes; return what was deleted.
+
+    Raises:
+        TemporaryError: Another collection is running, this one took too long, or its marker was removed.
+    """
+    check_registry(store)
+    with _running_collection(store) as collection:
+        register_listed(store)
         found = find_garbage(store, grace=grace, withdrawn=withdrawn)
         # Manifests first: an interrupted collection must not leave a manifest without its blobs.
         for entry in sorted(found.entries, key=lambda entry: (not entry.key.startswith("models/"), entry.key)):
-            if datetime.now(UTC) - started > COLLECTION_TIMEOUT:
-                minutes = COLLECTION_TIMEOUT.total_seconds() / 60
-                raise TemporaryError(
-                    f"{store.url}: garbage collection stopped at its limit of {minutes:g} minutes. Run it "
-                    "again to delete the rest"
-                )
+            collection.check()
             store.delete(entry.key)
         for upload in found.incomplete_uploads:
+            collection.check()
             store.remove_incomplete_upload(upload)
-    finally:
-        store.delete(marker)
     return found
+
+
+@dataclass(slots=True)
+class _Collection:
+    """A running collection: its marker, and how long it has run by two clocks.
+
+    A monotonic clock does not count the time for which a machine sleeps, and a wall clock can be set.
+    """
+
+    store: Store
+    document: bytes
+    _began: tuple[float, float] = field(default_factory=lambda: (time.monotonic(), time.time()))
+    _seen: tuple[float, float] = (0.0, 0.0)
+
+    def check(self) -> None:
+        """Raise TemporaryError unless this collection may delete: within its time, and its marker is in place."""
+        now = (time.monotonic(), time.time())
+        if (
+            max(abs(at - begin) for at, begin in zip(now, self._began, strict=True))
+            > COLLECTION_TIMEOUT.total_seconds()
+        ):
+            minutes = COLLECTION_TIMEOUT.total_seconds() / 60
+            raise TemporaryError(
+                f"{self.store.url}: garbage collection stopped at its limit of {minutes:g} minutes, or a clock was set "
+                "meanwhile. Run it again to delete the rest"
+            )
+        if max(abs(at - seen) for at, seen in zip(now, self._seen, strict=True)) > _RECHECK_SECONDS:
+            if not self.is_ours():
+                raise TemporaryError(
+                    f"{self.store.url}: garbage collection stopped: {COLLECTION_MARKER} was removed, because a publish "
+                    "or another collection took it for dead. Compare the clocks of the machines, then run it again"
+                )
+            self._seen = now
+
+    def is_ours(self) -> bool:
+        """Return whether the marker is the one of this collection."""
+        try:
+            return self.store.get(COLLECTION_MARKER) == self.document
+        except NotFoundError:
+            return False
+
+
+@contextmanager
+def _running_collection(store: Store) -> Iterator[_Collection]:
+    """Hold the marker; a marker that is older than `COLLECTION_TTL` is of a dead collection and is replaced."""
+    facts = {"id": uuid.uuid4().hex, "at": datetime.now(UTC).isoformat(timespec="seconds")}
+    collection = _Collection(store, canonical_json(facts))
+    if not store.put_if_absent(COLLECTION_MARKER, collection.document):
+        with suppress(NotFoundError):
+            started = store.modified_at(COLLECTION_MARKER)
+            if started > store.now() - COLLECTION_TTL:
+                raise TemporaryError(
+                    f"{store.url}: another garbage collection has been running since {started:%H:%M:%S} UTC; nothing "
+                    "was deleted. Run the command again later"
+                )
+        store.delete(COLLECTION_MARKER)
+        if not store.put_if_absent(COLLECTION_MARKER, collection.document):
+            raise TemporaryError(f"{store.url}: another garbage collection has just begun. Run the command again later")
+    try:
+        yield collection
+    finally:
+        if collection.is_ours():
+            store.delete(COLLECTION_MARKER)
 
 
 def _referenced_by_versions(store: Store, *, withdrawn: bool) -> set[str]:
     referenced: set[str] = set()
-    for name in list_models(store):
+    for name in all_models(store):
         first, *others = model_logs(store, name)
         versions = verify_log(store, first)
         # Only versions reference objects. Of the other logs a valid head is kept, and their events are not read.
@@ -134,17 +204,27 @@ def _referenced_by_versions(store: Store, *, withdrawn: bool) -> set[str]:
     return referenced
 
 
-def _referenced_by_intents(store: Store, entries: Sequence[StoredObject], before: datetime) -> set[str]:
-    """Return the keys that running publishes reference, and their intents; intents older than `before` are expired."""
+def _referenced_by_intents(store: Store, before: datetime) -> set[str]:
+    """Return the keys that publishes reference, and their intents, except those older than `before`.
+
+    The objects of an expired intent are kept: this collection deletes the intent alone.
+    """
     referenced: set[str] = set()
-    listed = {entry.key: entry for entry in entries if entry.key.startswith(INTENTS)}
-    for key in store.list_keys(INTENTS):  # listed again: a publish may have started since
-        if key in listed and listed[key].modified_at < before:
-            continue
-        with suppress(NotFoundError, ValueError, KeyError, TypeError):
-            intent = json.loads(store.get(key))
-            referenced |= {key, manifest_key(intent["name"], intent["digest"]), *intent["blobs"]}
+    slots = [intent_key(slot) for slot in range(INTENT_SLOTS)]
+    others = [key for key in store.list_keys(INTENTS) if key not in slots]  # of an older Ropeway
+    for key, document, at in store.run_each(partial(_read_intent, store), [*slots, *others]):
+        referenced |= {key} if at >= before else set()
+        with suppress(ValueError, KeyError, TypeError):
+            intent = json.loads(document)
+            referenced |= {manifest_key(intent["name"], intent["digest"]), *intent["blobs"]}
     return referenced
+
+
+def _read_intent(store: Store, key: str) -> tuple[str, bytes, datetime]:
+    """Return the key, document and time of an intent; an empty document if there is none."""
+    with suppress(NotFoundError):
+        return key, store.get(key), store.modified_at(key)
+    return key, b"", datetime.max.replace(tzinfo=UTC)
 
 
 def _referenced_key(key: str) -> str:

@@ -11,12 +11,16 @@ models/<name>/tombstones/<64 hex>.json            the version is withdrawn; pull
 models/<name>/reviews/00000003.json               {digest, decision, by, comment, ...}: all reviews, append-only
 models/<name>/heads/<log>/99999987.txt            digests of the first 12 events of a log (a hint); name: 99999999 - 12
 models/<name>/clean/<64 hex>.json                 the clean git commit that reproduced the version byte for byte
-intents/<32 hex>.json                             a running publish; garbage collection keeps the objects it lists
-collections/<32 hex>.json                         a running garbage collection; publishes abort while it exists
+names/models/00000001.json                        {name}: every model, append-only (`names.py`)
+names/aliases/<name>/00000001.json                {name}: every alias of a model, append-only
+intents/slot-<000 to 127>.json                    a running publish; garbage collection keeps the objects it lists
+collections/running.json                          the running garbage collection; publishes abort while it exists
+
+An older Ropeway wrote intents/<32 hex>.json and collections/<32 hex>.json, which count where a listing shows them.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ropeway.config.sections import PROFILE_NAME
@@ -26,7 +30,9 @@ from ropeway.storage import Store
 
 FORMAT = "ropeway-registry/1"
 INTENTS = "intents/"
+INTENT_SLOTS = 128  # publishes at one time; a collection reads each slot, since a listing can leave out an intent
 COLLECTIONS = "collections/"
+COLLECTION_MARKER = f"{COLLECTIONS}running.json"
 _FORMAT_KEY = "registry.json"
 _LAST_NUMBER = 99_999_999
 _HEAD_KEY = re.compile(r"([0-9]{8})\.txt")
@@ -185,12 +191,6 @@ def reviews_log(name: str) -> Log:
     return _log(name, "reviews/", _REVIEW)
 
 
-def model_logs(store: Store, name: str) -> list[Log]:
-    """Return every log of a model, the versions log first."""
-    aliases = store.list_folders(aliases_folder(name))
-    return [versions_log(name), reviews_log(name), *(alias_log(name, alias) for alias in aliases)]
-
-
 def _log(name: str, path: str, fields: _Fields) -> Log:
     return Log(f"models/{name}/{path}", f"models/{name}/heads/{path}", fields)
 
@@ -210,14 +210,9 @@ def tombstone_key(name: str, digest: str) -> str:
     return f"{tombstones_folder(name)}{digest}.json"
 
 
-def intent_key(identifier: str) -> str:
-    """Return the key of the intent of a running publish, which lists its blobs."""
-    return f"{INTENTS}{identifier}.json"
-
-
-def collection_key(identifier: str) -> str:
-    """Return the key of the marker of a running garbage collection."""
-    return f"{COLLECTIONS}{identifier}.json"
+def intent_key(slot: int) -> str:
+    """Return the key of the intent of a running publish, which lists its blobs; slots are 0 to `INTENT_SLOTS` - 1."""
+    return f"{INTENTS}slot-{slot:03d}.json"
 
 
 def init_registry(store: Store) -> None:
@@ -247,9 +242,13 @@ def list_models(store: Store) -> list[str]:
     return store.list_folders("models/")
 
 
-def check_name_case(store: Store, name: str) -> None:
-    """Raise RegistryError if a model name differs only in case: some file systems ignore it; ConfigError if invalid."""
+def check_name_case(store: Store, name: str, names: Sequence[str] = ()) -> None:
+    """Raise RegistryError if a model name differs only in case: some file systems ignore it; ConfigError if invalid.
+
+    `names` are compared in addition to the listed models.
+    """
     check_name(name)
-    clash = [other for other in list_models(store) if other != name and other.casefold() == name.casefold()]
+    known = sorted({*list_models(store), *names})
+    clash = [other for other in known if other != name and other.casefold() == name.casefold()]
     if clash:
         raise RegistryError(f"model name {name}: model {clash[0]} exists and differs only in case. Choose another name")

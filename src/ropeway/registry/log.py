@@ -191,7 +191,7 @@ def read_events(store: Store, log: Log) -> Events:
             events[-1]  # cached: every reader needs the last event
             if not store.exists(log.key(number + 1)):
                 return events
-    return events.extended_to(_count_events(store, log))
+    return events.extended_to(count_numbered(store, log.folder))
 
 
 def verify_log(store: Store, log: Log) -> Events:
@@ -200,7 +200,7 @@ def verify_log(store: Store, log: Log) -> Events:
     Raises:
         DataError: An event is missing, malformed, or was changed after a later event was written.
     """
-    events = Events(store, log, _count_events(store, log))
+    events = Events(store, log, count_numbered(store, log.folder))
     events.check_heads()
     return events
 
@@ -243,19 +243,23 @@ def _head_document(digests: Sequence[str]) -> bytes:
     return "".join(f"{digest}\n" for digest in digests).encode()
 
 
-def _count_events(store: Store, log: Log) -> int:
-    """Return the number of events, by listing the log."""
-    names = (key.removeprefix(log.folder) for key in store.list_keys(log.folder))
+def count_numbered(store: Store, folder: str) -> int:
+    """Return how many objects `00000001.json`, `00000002.json`, … a folder has; the listing is a hint.
+
+    Raises:
+        DataError: One of them is missing, but a later one exists.
+    """
+    names = (key.removeprefix(folder) for key in store.list_keys(folder))
     listed = [int(match[1]) for name in names if (match := _EVENT_NAME.fullmatch(name))]
     count = 0
     while count < len(listed) and listed[count] == count + 1:
         count += 1
     # A listing during concurrent writes can show a later event and miss an earlier one, so check the next key itself.
-    while store.exists(log.key(count + 1)):
+    while store.exists(f"{folder}{count + 1:08d}.json"):
         count += 1
     if listed and listed[-1] > count:
         raise DataError(
-            f"{store.url}: {log.key(count + 1)} is missing but later events exist; restore it from a backup of the "
-            "registry"
+            f"{store.url}: {folder}{count + 1:08d}.json is missing but later ones exist; restore it from a backup of "
+            "the registry"
         )
     return count

@@ -1,15 +1,19 @@
 """Publish a package: blobs, check, manifest, signature, number. In this order a crash leaves only garbage."""
 
+import secrets
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from ropeway.registry.blobs import put_blobs
 from ropeway.registry.layout import (
+    COLLECTION_MARKER,
     COLLECTIONS,
+    INTENT_SLOTS,
+    INTENTS,
     blob_key,
     check_name_case,
     init_registry,
@@ -20,15 +24,16 @@ from ropeway.registry.layout import (
     versions_log,
 )
 from ropeway.registry.log import Event, Events, append_event, event_document, read_events
+from ropeway.registry.names import register_model
 from ropeway.registry.rules import PackageFile, check_content, check_files
-from ropeway.registry.signing import load_signer, sign
+from ropeway.registry.signing import Signer, load_signer, sign
 from ropeway.registry.version_manifest import (
     VersionManifest,
     build_version_manifest,
     load_version_manifest,
     package_digest,
 )
-from ropeway.runtime.errors import DataError, TemporaryError
+from ropeway.runtime.errors import DataError, NotFoundError, RopewayError, TemporaryError
 from ropeway.runtime.manifest import canonical_json, file_sha256
 from ropeway.storage import Store
 
@@ -79,14 +84,13 @@ def publish_package(
     init_registry(store)
     files = [(paths[file.path], file) for file in manifest.files]
     versions = read_events(store, versions_log(name))
+    if not versions:
+        register_model(store, name)
     if find_number(versions, manifest.digest) is None:
         files += attached
-    with _publish_intent(store, manifest, [file for _, file in files]):
-        blobs = put_blobs(store, files)
-        store.put_if_absent(manifest_key(name, manifest.digest), manifest.document, sha256=manifest.digest)
-        load_version_manifest(store, name, manifest.digest)  # an existing manifest can be corrupt
-        if signer:
-            sign(store, manifest, signer)
+    with _publish_intent(store, manifest, [file for _, file in files]) as intent:
+        blobs = _put_version(store, manifest, files, signer)
+        intent.check()
         # An existing digest keeps its number; a new one gets the next number.
         log = versions_log(name)
         numbered = append_event(
@@ -95,7 +99,21 @@ def publish_package(
         if pages:  # last: without it the version is still found by its own digest
             package = package_digest(package_folder, name)
             store.put_if_absent(package_key(name, package), canonical_json({"digest": manifest.digest}))
+        if not intent.release():  # a collection removed it after the check, so it can have deleted our objects
+            blobs += _put_version(store, manifest, files, signer)
     return PublishResult(name, manifest.digest, numbered.number, created=numbered.created, blobs=blobs)
+
+
+def _put_version(
+    store: Store, manifest: VersionManifest, files: Sequence[tuple[Path, PackageFile]], signer: Signer | None
+) -> int:
+    """Store what a version consists of, and check it; return how many blobs the store did not have."""
+    blobs = put_blobs(store, files)
+    store.put_if_absent(manifest_key(manifest.name, manifest.digest), manifest.document, sha256=manifest.digest)
+    load_version_manifest(store, manifest.name, manifest.digest)  # an existing manifest can be corrupt
+    if signer:
+        sign(store, manifest, signer)
+    return blobs
 
 
 def find_number(versions: Events, digest: str) -> int | None:
@@ -126,31 +144,96 @@ def _plan_attachments(attachments: Mapping[str, Path]) -> list[tuple[Path, Packa
     return files
 
 
-@contextmanager
-def _publish_intent(store: Store, manifest: VersionManifest, files: Iterable[PackageFile]) -> Iterator[None]:
-    """Hold `intents/<id>.json` during a publish, so that garbage collection keeps its blobs.
+@dataclass(frozen=True, slots=True)
+class _Intent:
+    """The entry of a running publish in a slot of `intents/`, by which garbage collection keeps its objects."""
 
-    The intent of a crashed publish expires after the grace period, 24 hours at least.
+    store: Store
+    key: str
+    document: bytes
+
+    def is_ours(self) -> bool:
+        """Return whether the slot has this intent; a collection that takes the publish for dead deletes it."""
+        try:
+            return self.store.get(self.key) == self.document
+        except NotFoundError:
+            return False
+
+    def release(self) -> bool:
+        """Delete the intent; return False if it was gone."""
+        ours = self.is_ours()
+        if ours:
+            self.store.delete(self.key)
+        return ours
+
+    def check(self) -> None:
+        """Raise TemporaryError unless the slot has this intent."""
+        if not self.is_ours():
+            raise self.lost_error()
+
+    def lost_error(self) -> TemporaryError:
+        """Return the error for a publish whose intent is gone."""
+        return TemporaryError(
+            f"{self.store.url}: a garbage collection took this publish for dead and removed its intent {self.key}; "
+            "nothing was published. Compare the clocks of this machine, of the store and of the machine that "
+            "collects, then run the command again"
+        )
+
+
+@contextmanager
+def _publish_intent(store: Store, manifest: VersionManifest, files: Iterable[PackageFile]) -> Iterator[_Intent]:
+    """Hold an intent until the caller releases it, so that garbage collection keeps its blobs.
+
+    The intent of a killed publish expires after the grace period, 24 hours at least.
     """
-    key = intent_key(uuid.uuid4().hex)
-    intent = {
+    facts = {
+        "id": uuid.uuid4().hex,
         "name": manifest.name,
         "digest": manifest.digest,
         "blobs": sorted({blob_key(file.sha256) for file in files}),
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    store.put_if_absent(key, canonical_json(intent))
-    _check_no_collection(store, key)
-    yield
-    store.delete(key)
+    intent = _take_slot(store, canonical_json(facts))
+    try:
+        _check_no_collection(store)
+        yield intent
+    except Exception as error:
+        ours = True
+        with suppress(RopewayError):  # the fault is raised; without this the slot stays taken until it expires
+            ours = intent.release()
+        if not ours:  # then the fault can be that a collection deleted our objects
+            raise intent.lost_error() from error
+        raise
 
 
-def _check_no_collection(store: Store, intent: str) -> None:
-    """Raise TemporaryError while garbage collection runs: the collector may have read the intents before ours."""
-    since = datetime.now(UTC) - COLLECTION_TTL
-    if running := [entry for entry in store.list_entries(COLLECTIONS) if entry.modified_at > since]:
-        store.delete(intent)
+def _take_slot(store: Store, document: bytes) -> _Intent:
+    first = secrets.randbelow(INTENT_SLOTS)
+    for slot in range(first, first + INTENT_SLOTS):
+        key = intent_key(slot % INTENT_SLOTS)
+        if store.put_if_absent(key, document):
+            return _Intent(store, key, document)
+    raise TemporaryError(
+        f"{store.url}: all {INTENT_SLOTS} slots of {INTENTS} are taken by publishes that run, or that were killed in "
+        "the last 24 hours. Run the command again later; `ropeway registry gc --apply` frees the slots of dead ones"
+    )
+
+
+def _check_no_collection(store: Store) -> None:
+    """Raise TemporaryError while garbage collection runs: the collector may have read the intents before ours.
+
+    The marker is read, not listed. The marker of a dead collection is deleted; if that collection is alive after all,
+    it finds its marker gone and stops.
+    """
+    times = [entry.modified_at for entry in store.list_entries(COLLECTIONS) if entry.key != COLLECTION_MARKER]
+    started = None
+    with suppress(NotFoundError):
+        started = store.modified_at(COLLECTION_MARKER)
+        times.append(started)
+    since = store.now() - COLLECTION_TTL if times else datetime.max.replace(tzinfo=UTC)
+    if started and started <= since:
+        store.delete(COLLECTION_MARKER)
+    if running := [at for at in times if at > since]:
         raise TemporaryError(
-            f"{store.url}: garbage collection has been running since {running[0].modified_at:%H:%M:%S} UTC; nothing "
+            f"{store.url}: garbage collection has been running since {max(running):%H:%M:%S} UTC; nothing "
             "was published. Run the command again in a few minutes"
         )

@@ -9,8 +9,9 @@ from typing import Literal, TypedDict
 
 from ropeway.registry.aliases import Alias, AnyDigest, Promotion, check_text, list_aliases, plan_promotion
 from ropeway.registry.blobs import blob_fault, read_blob
-from ropeway.registry.layout import clean_key, model_logs, reviews_log, tombstone_key, versions_log
+from ropeway.registry.layout import clean_key, reviews_log, tombstone_key, versions_log
 from ropeway.registry.log import Event, Events, append_event, event_document, read_events, verify_log
+from ropeway.registry.names import model_logs, register_alias
 from ropeway.registry.publishing import attached_files, find_number
 from ropeway.registry.pulling import PullResult, StatementTrust, VerifyResult, check_folder, fetch_package
 from ropeway.registry.rules import PackageFile
@@ -262,7 +263,11 @@ class Version:
                 )
             return plan_promotion(events, promotion, expect, where=str(pointer))
 
-        done = append_event(self.store, pointer.log, plan)
+        known = pointer.events
+        if not known:
+            plan(known)  # a refusal comes before the first write
+            register_alias(self.store, self.name, alias)
+        done = append_event(self.store, pointer.log, plan, known=known)
         return Promotion(self.name, alias, self.digest, done.event["prev"], done.number, moved=done.created)
 
     def review(self, decision: Decision, answer: Mapping[str, object]) -> Event:
@@ -331,7 +336,8 @@ class Version:
         return read_events(self.store, versions_log(self.name))
 
     def _alias_names(self) -> str:
-        return ", ".join(f"{self.name}@{alias}" for alias in self.aliases)
+        pointing = list_aliases(self.store, self.name, complete=True).items()
+        return ", ".join(f"{self.name}@{alias}" for alias, digest in pointing if digest == self.digest)
 
     def _check_usable(self) -> None:
         """Raise unless the version is usable: manifest digest, package rules, tombstone, signature policy."""

@@ -81,6 +81,16 @@ class FileStore(Store):
         with self._translate_errors(key):
             return path.stat().st_size
 
+    def modified_at(self, key: str) -> datetime:
+        """Ask the file system."""
+        path = self._path(key)
+        with self._translate_errors(key):
+            return datetime.fromtimestamp(path.stat().st_mtime, UTC)
+
+    def now(self) -> datetime:
+        """Return the time of this machine; a file server's clock can differ, so no decision depends on it alone."""
+        return datetime.now(UTC)
+
     def list_entries(self, prefix: str) -> list[StoredObject]:
         """Walk the folder. Names that start with a dot (`.partial/`) are not keys."""
         entries: list[StoredObject] = []

@@ -94,6 +94,14 @@ class Store(ABC):
         """Return the size of an object in bytes; raise NotFoundError if it does not exist."""
 
     @abstractmethod
+    def modified_at(self, key: str) -> datetime:
+        """Return when an object was created, by the clock of the store; raise NotFoundError if it does not exist."""
+
+    @abstractmethod
+    def now(self) -> datetime:
+        """Return the time by the clock of the store, to compare with the times of its objects."""
+
+    @abstractmethod
     def list_entries(self, prefix: str) -> list[StoredObject]:
         """Return all objects under `prefix` (a folder ending in `/`, or empty for all), sorted by key."""
 

@@ -9,13 +9,14 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from botocore.client import BaseClient
 
-from ropeway.runtime.errors import DataError, NotFoundError
+from ropeway.runtime.errors import ConfigError, DataError, NotFoundError
 from ropeway.storage.conditional_requests import (
     PreconditionFailedError,
     check_conditional_complete,
@@ -34,7 +35,7 @@ from ropeway.storage.interface import (
     hash_mismatch_error,
 )
 from ropeway.storage.multipart import WRITE_ID_KEY, Destination, find_write_id, put_file
-from ropeway.storage.s3_client import MAX_CONNECTIONS, make_client, split_url, translate_errors
+from ropeway.storage.s3_client import MAX_CONNECTIONS, make_client, parse_time, split_url, translate_errors
 from ropeway.storage.s3_documents import DocumentReader
 from ropeway.storage.s3_stream import open_object, read_span, read_whole
 
@@ -125,6 +126,24 @@ class S3Store(Store):
         """Send HeadObject."""
         with self._translate_errors(key):
             return int(self.client.head_object(Bucket=self._bucket, Key=self._path(key))["ContentLength"])
+
+    def modified_at(self, key: str) -> datetime:
+        """Send HeadObject."""
+        with self._translate_errors(key):
+            found: datetime = self.client.head_object(Bucket=self._bucket, Key=self._path(key))["LastModified"]
+            return found
+
+    def now(self) -> datetime:
+        """Return the `Date` of a response; the clock of this machine is not read."""
+        with self._translate_errors("its clock"):
+            answer = self.client.list_objects_v2(Bucket=self._bucket, Prefix=self._root, MaxKeys=1)
+        date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
+        if date is None:
+            raise ConfigError(
+                f"{self.url}: the server's responses have no Date, so the age of objects is unknown. Use an S3 server "
+                "that sends it"
+            )
+        return parse_time(date)
 
     def list_entries(self, prefix: str) -> list[StoredObject]:
         """Read every page of the listing. Names that start with a dot (`.probe`) are not keys."""

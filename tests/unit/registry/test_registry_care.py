@@ -141,11 +141,11 @@ def test_an_intent_keeps_its_objects_until_it_expires(store, monkeypatch):
     orphan = "blobs/sha256/aa/" + "a" * 64
     store.put_if_absent(orphan, b"orphan")
     intent = {"name": "tiny", "digest": "d" * 64, "blobs": [orphan], "at": "now"}
-    store.put_if_absent(intent_key("1" * 32), canonical_json(intent))
+    store.put_if_absent(intent_key(7), canonical_json(intent))
     assert Registry(store).collect(grace=NOW, withdrawn=False).entries == ()
     monkeypatch.setattr(garbage_collection, "INTENT_TTL", NOW)
-    dead = Registry(store).collect(grace=NOW, withdrawn=False)
-    assert {entry.key for entry in dead.entries} == {orphan, intent_key("1" * 32)}
+    for key in (intent_key(7), orphan):  # the publish is stopped first; a later collection takes its objects
+        assert [entry.key for entry in Registry(store).collect(grace=NOW, withdrawn=False).entries] == [key]
 
 
 def test_a_publish_during_a_collection_fails_and_a_retry_succeeds(store, two, tmp_path, monkeypatch):

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from ropeway.registry import Registry
-from ropeway.registry.layout import alias_log, model_logs, versions_log
+from ropeway.registry.layout import alias_log, versions_log
 from ropeway.registry.log import find_head, read_events, verify_log
+from ropeway.registry.names import model_logs
 from ropeway.runtime.errors import DataError, NotFoundError
 from ropeway.runtime.manifest import canonical_json
 from ropeway.storage import Store, open_store

@@ -5,6 +5,11 @@ Files are stored under their sha256, the manifest last, so a checkpoint whose up
 
 checkpoints/<profile>/<fingerprint>/blobs/<sha256>
 checkpoints/<profile>/<fingerprint>/steps/000200-<digest of the manifest>.json
+checkpoints/<profile>/<fingerprint>/uploads/00000007.json          {key}: the manifest of the seventh upload
+
+A listing can show an older state of the store. So the newest uploads are found by reading their numbers, and nothing
+is removed because a listing leaves out the manifest that needs it. They also order checkpoints of one step: after a
+rewind the later upload is the valid one.
 
 Two projects with a profile of one name need a prefix each: the retention counts runs by profile.
 """
@@ -17,6 +22,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +48,8 @@ _FOLDER = "checkpoints/"  # nothing else of a store, such as a registry, is read
 _KEPT_STEPS = 2  # of each run: the newest, and the one before it in case that is damaged
 _LOOK_SECONDS = 1.0
 _RETRY_SECONDS = 30.0
+_RECENT_UPLOADS = 8  # more than are kept, since those of one step can be several after rewinds
+_UPLOAD = re.compile(r".*/uploads/(\d{8})\.json")
 _STEP = re.compile(r".*/steps/(\d{6,})-[0-9a-f]{12}\.json")
 
 
@@ -63,9 +71,28 @@ class StoredRun:
         return cls(open_store(url), f"{_FOLDER}{profile}/{fingerprint}/")
 
     def steps(self) -> list[tuple[int, str]]:
-        """Return (step, key of the manifest) of every complete checkpoint, by step."""
-        found = ((_STEP.fullmatch(key), key) for key in self.store.list_keys(f"{self.prefix}steps/"))
-        return sorted((int(match.group(1)), key) for match, key in found if match)
+        """Return (step, key of the manifest) of every complete checkpoint, by step, then in the order of uploads."""
+        order = {key: number for number, key in self._recent_uploads()}
+        keys = {*self.store.list_keys(f"{self.prefix}steps/"), *order}
+        found = [(_STEP.fullmatch(key), key) for key in keys]
+        steps = sorted((int(match.group(1)), order.get(key, 0), key) for match, key in found if match)
+        return [(step, key) for step, _, key in steps if self.store.exists(key)]
+
+    def last_upload(self) -> int:
+        """Return the number of the last upload; 0 if there is none. The listing is a hint."""
+        keys = self.store.list_keys(f"{self.prefix}uploads/")
+        number = max((int(match.group(1)) for key in keys if (match := _UPLOAD.fullmatch(key))), default=0)
+        while self.store.exists(self._upload_key(number + 1)):
+            number += 1
+        return number
+
+    def written_at(self) -> datetime | None:
+        """Return when something of this run was stored last, by the store's clock; None for a run without objects."""
+        times = [entry.modified_at for entry in self.store.list_entries(self.prefix)]
+        if number := self.last_upload():
+            with suppress(NotFoundError):
+                times.append(self.store.modified_at(self._upload_key(number)))
+        return max(times, default=None)
 
     def upload(self, folder: Path, step: int) -> int:
         """Upload a checkpoint and remove older ones; return the bytes that its files have.
@@ -78,6 +105,9 @@ class StoredRun:
         for name, facts in manifest["files"].items():
             self.store.put_if_absent(f"{self.prefix}blobs/{facts['sha256']}", folder / name, sha256=facts["sha256"])
         key = f"{self.prefix}steps/{step:06d}-{digest_of(manifest)[:12]}.json"
+        entry, number = json.dumps({"key": key}).encode(), self.last_upload() + 1
+        while not self.store.put_if_absent(self._upload_key(number), entry):
+            number += 1
         self.store.put_if_absent(key, json.dumps(manifest).encode())
         self._rotate(step)
         return sum(int(facts["bytes"]) for facts in manifest["files"].values())
@@ -97,6 +127,19 @@ class StoredRun:
                 continue
             return step
         return None
+
+    def _upload_key(self, number: int) -> str:
+        return f"{self.prefix}uploads/{number:08d}.json"
+
+    def _recent_uploads(self) -> list[tuple[int, str]]:
+        """Return (number, key of the manifest) of the newest uploads, oldest first, with those removed since."""
+        last, found = self.last_upload(), []
+        for number in range(max(1, last - _RECENT_UPLOADS + 1), last + 1):
+            with suppress(NotFoundError, ValueError, KeyError, TypeError):
+                key = json.loads(self.store.get(self._upload_key(number)))["key"]
+                if isinstance(key, str) and key.startswith(f"{self.prefix}steps/") and _STEP.fullmatch(key):
+                    found.append((number, key))
+        return found
 
     def _read(self, key: str) -> dict[str, Any]:
         """Return a manifest; raise DataError if it is none of a checkpoint."""
@@ -144,6 +187,8 @@ class StoredRun:
         for step, key in steps[-_KEPT_STEPS:]:
             try:
                 kept.append(self._read(key))
+            except NotFoundError:  # removed meanwhile
+                continue
             except DataError as error:
                 print(f"checkpoint of step {step} in {self.store.url} was removed: {error}", flush=True)
                 self.store.delete(key)
@@ -158,8 +203,8 @@ class StoredRun:
 def remove_old_runs(store: Store, profile: str, *, current: str, keep: int) -> list[str]:
     """Remove a profile's runs from a store except the `keep` written last; return the fingerprints removed."""
     root = f"{_FOLDER}{profile}/"
-    entries = {run: store.list_entries(f"{root}{run}/") for run in store.list_folders(root)}
-    written = {run: max(each.modified_at for each in found) for run, found in entries.items() if found}
+    times = {run: StoredRun(store, f"{root}{run}/").written_at() for run in store.list_folders(root)}
+    written = {run: at for run, at in times.items() if at}
     order = sorted(written, key=lambda run: (run == current, written[run]))
     old = order[: max(0, len(order) - keep)]
     for run in old:

@@ -9,6 +9,7 @@ from ropeway.runtime.manifest import NAME, describe_files, load_manifest
 from ropeway.stages.train import checkpoints
 from ropeway.stages.train.checkpoint_store import StoredRun, Uploader, remove_old_runs
 from ropeway.storage import FileStore
+from tests.support.memory_store import MemoryStore
 
 RUN = "0" * 64
 
@@ -37,6 +38,11 @@ def there(tmp_path):
 @pytest.fixture
 def stored(tmp_path):
     return StoredRun(FileStore(tmp_path / "store"), f"tiny/{RUN}/")
+
+
+@pytest.fixture
+def memory():
+    return StoredRun(MemoryStore(), f"checkpoints/tiny/{RUN}/")
 
 
 def files(folder):
@@ -170,3 +176,49 @@ def test_older_runs_of_a_profile_leave_the_store(here, stored):
     assert {key.split("/")[2] for key in stored.store.list_keys("checkpoints/")} == {"a", "c", "d"}
     assert stored.store.exists("tiny/registry.json")
     assert remove_old_runs(stored.store, "tiny", current="a", keep=2) == []  # a folder store keeps empty folders
+
+
+def test_a_checkpoint_that_is_not_listed_is_kept_and_found(here, there, memory):
+    memory.upload(save(here, 4), 4)
+    memory.store.freeze_listing()
+    for step in (8, 12):
+        memory.upload(save(here, step), step)
+        assert memory.steps()[-1][0] == step
+    assert memory.download_newest(there, above=0) == 12
+    for blobs_listed in (True, False):  # the listing of blobs can be newer than that of manifests
+        shown = memory.store._current()
+        memory.store.listed = {key: one for key, one in shown.items() if ("blobs/" in key) == blobs_listed}
+        memory.upload(save(here, 16 + blobs_listed), 16 + blobs_listed)
+        for _, key in memory.steps()[-2:]:
+            files_of = memory._read(key)["files"].values()
+            assert all(memory.store.exists(f"{memory.prefix}blobs/{facts['sha256']}") for facts in files_of)
+
+
+def test_removed_checkpoints_that_are_still_listed_are_no_error(here, there, memory):
+    for step in (4, 8, 12):
+        memory.upload(save(here, step), step)
+    memory.store.freeze_listing()
+    for step in (16, 20):
+        memory.upload(save(here, step), step)
+    memory.upload(save(here, 24), 24)
+    assert [step for step, _ in memory.steps()] == [20, 24]
+    assert memory.download_newest(there, above=0) == 24
+
+
+@pytest.mark.parametrize("weights", [b"a", b"b", b"c", b"d"])
+def test_of_one_step_the_checkpoint_uploaded_last_is_the_newest(here, there, memory, weights):
+    for step in (4, 8):
+        memory.upload(save(here, step), step)
+    checkpoints.remove(checkpoints.step_folder(here, 8))
+    memory.upload(save(here, 8, weights), 8)  # after a rewind, by whichever digest
+    assert memory.download_newest(there, above=0) == 8
+    assert (checkpoints.step_folder(there, 8) / checkpoints.STATE / "weights.pt").read_bytes() == weights
+
+
+def test_the_run_that_was_written_last_is_kept_although_its_upload_is_not_listed(here, memory):
+    folder, store = save(here, 4), memory.store
+    for run in ("a", "b", "c"):
+        StoredRun(store, f"checkpoints/tiny/{run}/").upload(folder, 4)
+    store.freeze_listing()
+    StoredRun(store, "checkpoints/tiny/a/").upload(save(here, 8), 8)
+    assert remove_old_runs(store, "tiny", current="c", keep=2) == ["b"]
