@@ -34,6 +34,7 @@ from ropeway.orchestration.prefect_requests import ask, read_events
 from ropeway.orchestration.prefect_server import prefect_home
 from ropeway.runtime.errors import ConfigError, TemporaryError
 from ropeway.runtime.manifest import json_mapping, write_json
+from ropeway.runtime.tls import find_tls_fault
 
 _FILE = "ropeway-alerts.json"
 _POLL_SECONDS = 10.0
@@ -219,7 +220,8 @@ class AlertSender:
             with httpx.Client(timeout=_TIMEOUT_SECONDS, verify=ssl.create_default_context()) as client:
                 answer = client.post(self._hook, json=alert_body(alert))
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:  # whose text has the address
-            return _Fault(f"cannot be reached ({type(error).__name__})")
+            fault = find_tls_fault(error, "SSL_CERT_FILE")
+            return _Fault(f"cannot be reached: {fault}" if fault else f"cannot be reached ({type(error).__name__})")
         code = answer.status_code
         refused = HTTPStatus.BAD_REQUEST <= code < HTTPStatus.INTERNAL_SERVER_ERROR and code not in _TEMPORARY
         return _Fault("" if answer.is_success else f"answered {code} {_phrase(code)}", is_final=refused)

@@ -19,6 +19,7 @@ import httpx
 
 from ropeway.data.expected_answer import MAX_TOKENS, TOP, ExpectedAnswer
 from ropeway.runtime.errors import ConfigError, DataError, TemporaryError
+from ropeway.runtime.tls import find_tls_fault
 
 NEAR_TIE = 0.1  # difference of log-probabilities; not measured on a GPU
 LOGPROB_TOLERANCE = 0.1
@@ -58,6 +59,8 @@ def check_server(url: str, expected: Sequence[ExpectedAnswer], *, model: str | N
                 check for number, one in enumerate(expected, 1) for check in _check_answer(client, name, one, number)
             ]
         except httpx.HTTPError as error:
+            if fault := find_tls_fault(error, "SSL_CERT_FILE"):
+                raise ConfigError(f"{url}: {fault}") from None
             raise TemporaryError(
                 f"{url}: does not answer ({type(error).__name__}). Start the server, or wait"
             ) from None

@@ -4,7 +4,7 @@ Endpoint and credentials come from the environment, by the standard AWS variable
 
 AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL    endpoint of a server other than Amazon S3; https, or http on loopback
 AWS_REGION, AWS_DEFAULT_REGION           region; default: the region of the profile, else us-east-1
-AWS_PROFILE, AWS_ACCESS_KEY_ID, …        credentials, as boto3 finds them
+AWS_PROFILE, AWS_ACCESS_KEY_ID, …        credentials, as boto3 finds them; found again when they expire
 AWS_REQUEST_CHECKSUM_CALCULATION,        `when_required` for servers without support for boto3's default checksums
 AWS_RESPONSE_CHECKSUM_VALIDATION         (boto/boto3#4398)
 AWS_MAX_ATTEMPTS                         attempts per request on 5xx, throttling and timeouts, with backoff; default: 6
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
 from ropeway.runtime.errors import ConfigError, NotFoundError, RopewayError, TemporaryError
+from ropeway.runtime.tls import find_tls_fault
 
 if TYPE_CHECKING:  # botocore is a slow import
     from botocore.client import BaseClient
@@ -42,10 +43,9 @@ _CLOCK_SKEW_CODES = {"RequestTimeTooSkewed", "RequestExpired"}
 _CREDENTIAL_CODES = {
     "InvalidAccessKeyId",
     "SignatureDoesNotMatch",
-    "ExpiredToken",
     "InvalidToken",
-    "TokenRefreshRequired",
 }
+EXPIRED_CODES = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"}
 
 
 class S3Location(NamedTuple):
@@ -81,6 +81,8 @@ def make_client() -> "BaseClient":
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError
 
+    from ropeway.storage import credentials
+
     timeout_seconds = _read_number("ROPEWAY_S3_TIMEOUT_SECONDS", 60)
     config = Config(
         connect_timeout=min(10, timeout_seconds),
@@ -97,14 +99,24 @@ def make_client() -> "BaseClient":
     try:
         library = botocore.session.get_session()
         library.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=parse_time)
+        provider = credentials.use_renewed(library)
         session = boto3.Session(botocore_session=library)
         region = os.environ.get("AWS_REGION") or session.region_name or "us-east-1"
-        return session.client("s3", endpoint_url=endpoint or None, region_name=region, config=config)
+        client = session.client("s3", endpoint_url=endpoint or None, region_name=region, config=config)
+        credentials.attach(client, provider)
+        client.meta.events.register_first("needs-retry.s3", _raise_tls_fault)
     except (BotoCoreError, ValueError) as error:
         raise ConfigError(
             f"S3: cannot create a client ({type(error).__name__}). Correct AWS_PROFILE, AWS_REGION and the AWS "
             "configuration files"
         ) from None
+    return client
+
+
+def _raise_tls_fault(caught_exception: Exception | None, **_: object) -> None:
+    """End a request whose server has no valid certificate; botocore would repeat it for half a minute."""
+    if caught_exception is not None and find_tls_fault(caught_exception, "AWS_CA_BUNDLE"):
+        raise caught_exception
 
 
 def parse_time(text: str) -> datetime:
@@ -140,7 +152,7 @@ def translate_errors(what: str) -> Iterator[None]:
     except ClientError as error:
         raise translate(error, what) from None
     except (BotoCoreError, HTTPError, OSError) as error:
-        raise _translate_transport(error, what) from None
+        raise translate_transport(error, what) from None
 
 
 def error_code(error: Exception) -> tuple[str, int]:
@@ -165,6 +177,11 @@ def translate(error: Exception, what: str) -> RopewayError:  # noqa: PLR0911 - o
         return ConfigError(f"{response}. Create the bucket, or correct the URL or AWS_ENDPOINT_URL_S3")
     if status == HTTPStatus.NOT_FOUND:
         return NotFoundError(f"{what}: no such object (404)")
+    if code in EXPIRED_CODES:
+        return ConfigError(
+            f"{response}: the credentials have expired, and AWS_PROFILE or the AWS_… variables give no newer ones. "
+            "Renew them (e.g. `aws sso login`), then run the command again; it resumes"
+        )
     if code in _CREDENTIAL_CODES or status == HTTPStatus.UNAUTHORIZED:
         return ConfigError(
             f"{response}: the credentials are not valid. Correct AWS_PROFILE, or AWS_ACCESS_KEY_ID and its secret"
@@ -176,18 +193,27 @@ def translate(error: Exception, what: str) -> RopewayError:  # noqa: PLR0911 - o
     return ConfigError(f"{response}. Check that the URL and AWS_ENDPOINT_URL_S3 name an S3 server")
 
 
-def _translate_transport(error: Exception, what: str) -> RopewayError:
+def translate_transport(error: Exception, what: str) -> RopewayError:
+    """Return the Ropeway error for a request without a response: ConfigError unless a retry can help."""
     from botocore import exceptions as boto
 
     kind = type(error).__name__
-    if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError | boto.CredentialRetrievalError):
+    if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError):
         return ConfigError(
             f"{what}: no AWS credentials found. Set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         )
-    if isinstance(error, boto.SSLError):
+    failed_sources = (
+        boto.CredentialRetrievalError, boto.MetadataRetrievalError, boto.TokenRetrievalError, boto.SSOError,
+        boto.InvalidConfigError, boto.ProfileNotFound,
+    )  # fmt: skip
+    if isinstance(error, failed_sources):
+        source = str(error.kwargs.get("provider") or "the source of the credentials")
         return ConfigError(
-            f"{what}: the server's TLS certificate is not trusted. Set AWS_CA_BUNDLE to the certificate of its CA"
+            f"{what}: no valid AWS credentials ({kind}): {source} gave none, or expired ones. Renew them (e.g. `aws "
+            "sso login`), or correct their source, then run the command again; it resumes"
         )
+    if fault := find_tls_fault(error, "AWS_CA_BUNDLE"):
+        return ConfigError(f"{what}: {fault}")
     if isinstance(error, boto.ParamValidationError | boto.InvalidRegionError | boto.UnsupportedSignatureVersionError):
         return ConfigError(f"{what}: boto3 rejects the request ({kind}). Correct the URL and the AWS_… variables")
     return TemporaryError(

@@ -25,6 +25,7 @@ from botocore.session import get_session
 from botocore.utils import get_environ_proxies
 from urllib3.exceptions import HTTPError
 
+from ropeway.storage.credentials import credentials_of
 from ropeway.storage.s3_client import MAX_CONNECTIONS
 
 _ANY_NAME = "name"
@@ -62,7 +63,7 @@ class DocumentReader:
             headers["x-amz-checksum-mode"] = "ENABLED"
         request = AWSRequest("GET", self._folder_url + quote(path, safe="/~"), headers=headers, stream_output=True)
         request.context["client_config"] = self._client.meta.config
-        credentials = self._credentials.get_frozen_credentials()
+        credentials = credentials_of(self._client).get_frozen_credentials()
         S3SigV4Auth(credentials, "s3", self._client.meta.region_name).add_auth(request)
         return self._session.send(request.prepare())
 
@@ -72,13 +73,6 @@ class DocumentReader:
         place = {"Bucket": self._bucket, "Key": _ANY_NAME}
         url = str(self._client.generate_presigned_url("get_object", Params=place)).partition("?")[0]
         return url.removesuffix(_ANY_NAME)
-
-    @cached_property
-    def _credentials(self) -> Any:  # noqa: ANN401 - botocore has no types
-        credentials = get_session().get_credentials()
-        if credentials is None:
-            raise ValueError("no credentials")
-        return credentials
 
     @cached_property
     def _session(self) -> URLLib3Session:

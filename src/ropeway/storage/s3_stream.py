@@ -12,7 +12,7 @@ from urllib3.exceptions import HTTPError
 
 from ropeway.runtime.errors import TemporaryError
 from ropeway.storage.conditional_requests import sleep_with_backoff
-from ropeway.storage.s3_client import error_code, translate_errors
+from ropeway.storage.s3_client import error_code, translate_errors, translate_transport
 
 RANGE_BYTES = 16 << 20
 WORKERS = 4  # with one range queued: at most 80 MiB of read-ahead
@@ -120,7 +120,7 @@ def _read_range(
             if not past_end or failures == MAX_FAILED_READS:
                 raise
         except (BotoCoreError, HTTPError, OSError) as error:
-            kind = type(error).__name__
+            kind = _retryable_kind(error)
         response, size, failures = None, _SMALL_PIECE_BYTES, 0 if filled > before else failures + 1
         if failures >= MAX_FAILED_READS:
             raise TemporaryError(
@@ -130,3 +130,10 @@ def _read_range(
         if filled < len(span):
             sleep_with_backoff(failures)
     return pieces
+
+
+def _retryable_kind(error: Exception) -> str:
+    """Return the kind of an error that a retry can help; raise one of credentials or of a certificate."""
+    if not isinstance(translate_transport(error, ""), TemporaryError):
+        raise error
+    return type(error).__name__

@@ -1,4 +1,5 @@
 from datetime import UTC, datetime
+from ssl import SSLCertVerificationError, SSLEOFError
 
 import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError, SSLError
@@ -135,7 +136,8 @@ def test_an_error_response_is_translated_without_its_text(status, code, error, w
     ("raised", "error", "words"),
     [
         (NoCredentialsError(), ConfigError, "no AWS credentials"),
-        (SSLError(endpoint_url="https://x", error="bad"), ConfigError, "AWS_CA_BUNDLE"),
+        (SSLError(endpoint_url="https://x", error=SSLCertVerificationError(1, "bad")), ConfigError, "AWS_CA_BUNDLE"),
+        (SSLError(endpoint_url="https://x", error=SSLEOFError(8, "end")), TemporaryError, "resumes"),
         (EndpointConnectionError(endpoint_url=f"https://{SECRET}"), TemporaryError, "resumes"),
         (ConnectionResetError(), TemporaryError, "ConnectionResetError"),
     ],

@@ -102,7 +102,7 @@ def test_a_missing_document_does_not_end_the_plain_reads(fake, documents):
 
 
 def test_without_credentials_boto_explains(documents, monkeypatch):
-    monkeypatch.setattr(
-        "ropeway.storage.s3_documents.get_session", lambda: types.SimpleNamespace(get_credentials=lambda: None)
-    )
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     assert documents._documents.read("registry/" + NAMES[0], max_bytes=MAX_DOCUMENT_BYTES) is None

@@ -11,6 +11,7 @@ from urllib.parse import SplitResult, urlsplit
 
 from ropeway.config.addresses import strip_signature
 from ropeway.runtime.errors import ConfigError, TemporaryError
+from ropeway.runtime.tls import find_tls_fault
 from ropeway.stages.fetch.remote import Readable, Remote
 from ropeway.storage.s3_client import is_loopback
 
@@ -177,9 +178,8 @@ def _open_response(address: str, method: str, headers: dict[str, str]) -> Iterat
             "download the file yourself and name it"
         ) from None
     except urllib.error.URLError as error:
-        if isinstance(error.reason, ssl.SSLCertVerificationError):
-            text = f"its certificate is not trusted ({error.reason.verify_message}); set SSL_CERT_FILE to its CA file"
-            raise ConfigError(f"sources: {name}: {text}") from None
+        if fault := find_tls_fault(error, "SSL_CERT_FILE"):
+            raise ConfigError(f"sources: {name}: {fault}") from None
         raise TemporaryError(
             f"sources: {name}: cannot be reached ({type(error.reason).__name__}); check the network and try again"
         ) from None
