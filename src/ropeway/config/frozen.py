@@ -277,13 +277,16 @@ def _versions_folder(root: Path) -> Path:
 
 def _keep_versions(paths: Iterable[Path], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    current = set[Path]()
     for path in paths:
         data = path.read_bytes()
         kept = folder / f"{hashlib.md5(data, usedforsecurity=False).hexdigest()}.json"
+        current.add(kept)
         if kept.is_file():
             kept.touch()
         else:
             write_atomic(kept, data)
     oldest = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime_ns)[:-_KEPT_VERSIONS]
     for path in oldest:
-        path.unlink(missing_ok=True)
+        if path not in current:  # after the clock was set back, these look oldest
+            path.unlink(missing_ok=True)

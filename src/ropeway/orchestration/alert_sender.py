@@ -123,10 +123,16 @@ class AlertRecord:
         return bool(new)
 
     def end(self, entry: dict[str, Any], now: datetime) -> None:
-        """Record that an alert was sent or given up; forget what is too old to be found again."""
+        """Record that an alert was sent or given up; forget what is too old to be found again.
+
+        Too old by two clock readings, the one of the last alert and this one: after one wrong reading, alerts that were
+        sent would be sent again.
+        """
         self.waiting.remove(entry)
-        self.sent[Alert(**entry["alert"]).key] = now.isoformat()
-        self.sent = {key: at for key, at in self.sent.items() if now - read_time(at) < _KEPT}
+        last = max((read_time(at) for at in self.sent.values()), default=now)
+        before = min(now, last + _WINDOW) - _KEPT
+        self.sent[Alert(**entry["alert"]).key] = max(now, last).isoformat()
+        self.sent = {key: at for key, at in self.sent.items() if read_time(at) > before}
 
 
 class AlertSender:
@@ -172,6 +178,11 @@ class AlertSender:
         Raises:
             TemporaryError: The Prefect server does not answer.
         """
+        if (
+            read_time(self._record.since) > now
+        ):  # the clock was ahead at the first start; else nothing is alerted until then
+            self._record.since = now.isoformat()
+            write_json(self._path, asdict(self._record))
         since = max(read_time(self._record.since), now - _WINDOW)
         ended = {"state": {"name": {"any_": list(ENDED)}}, "end_time": {"after_": since.isoformat()}}
         waiting = {"state": {"name": {"any_": list(WAITING)}}, "expected_start_time": {"after_": since.isoformat()}}

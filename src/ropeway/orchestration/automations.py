@@ -91,7 +91,8 @@ def await_heartbeats(home: Path) -> int:
         return 0
     until = (datetime.now(UTC) + PATIENCE).strftime("%Y-%m-%d %H:%M:%S.%f")  # as SQLAlchemy writes it
     change = (
-        'UPDATE automation_bucket SET "end" = :until WHERE "end" < :until '
+        # A later end is of a clock that was ahead: with it no dead host would be noticed until then.
+        'UPDATE automation_bucket SET "end" = :until WHERE "end" <> :until '
         "AND automation_id IN (SELECT id FROM automation WHERE name = :name)"
     )
     try:

@@ -82,6 +82,8 @@ class WatchState:
     Attributes:
         handled: The identities for which a run was asked, or that a run was found to use; None: unknown.
         handled_at: When, ISO.
+        package: What `identify_package` returned then; if it differs now, a run has completed since, whatever the
+            clock says. Empty in a state of an older Ropeway, where times decide.
         seen: Digest of changed identities at the previous look; they count as settled once two looks agree.
         run: Id of the flow run that was asked for last.
         words: What that run was told to be started by.
@@ -90,6 +92,7 @@ class WatchState:
 
     handled: dict[str, Any] | None = None
     handled_at: str = ""
+    package: str = ""
     seen: str | None = None
     run: str | None = None
     words: str = ""
@@ -118,6 +121,7 @@ class WatchState:
         """Record that a run uses these identities; sources that are not among them keep theirs."""
         self.handled = {**(self.handled or {}), **identities}
         self.handled_at = datetime.now(UTC).isoformat()
+        self.package = ""
         self.seen = None
         self.run, self.words, self.crashes = run, words, 0
 
@@ -232,14 +236,29 @@ def find_baseline(root: Path, profile: str, state: WatchState) -> Identities | N
         recorded, at = json_mapping(path.read_bytes()).get("sources"), path.stat().st_mtime
     except OSError:
         recorded, at = None, 0.0
-    if state.handled is not None and (not recorded or datetime.fromisoformat(state.handled_at).timestamp() >= at):
+    if state.package:
+        is_later = state.package == identify_package(root, profile)
+    else:
+        is_later = bool(state.handled_at) and datetime.fromisoformat(state.handled_at).timestamp() >= at
+    if state.handled is not None and (not recorded or is_later):
         return state.handled
     return recorded or _last_published(workspace)
+
+
+def identify_package(root: Path, profile: str) -> str:
+    """Return what changes when a run writes the package's record again: file number, time and size."""
+    try:
+        facts = (Workspace(root, profile).package / _RUN).stat()
+    except OSError:
+        return "none"
+    return f"{facts.st_ino} {facts.st_mtime_ns} {facts.st_size}"
 
 
 def has_recorded_since(root: Path, profile: str, state: WatchState) -> bool:
     """Return whether a run has completed since the watch asked for one."""
     path = Workspace(root, profile).package / _RUN
+    if state.package:
+        return identify_package(root, profile) not in (state.package, "none")
     try:
         return path.stat().st_mtime > datetime.fromisoformat(state.handled_at).timestamp()
     except (OSError, ValueError):

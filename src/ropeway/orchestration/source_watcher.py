@@ -19,6 +19,7 @@ from ropeway.orchestration.source_watch import (
     WatchState,
     find_baseline,
     has_recorded_since,
+    identify_package,
     judge_look,
     look_at_sources,
     used_by_active_run,
@@ -101,6 +102,7 @@ class SourceWatcher:
             RopewayError: params.yaml, the registry or the Prefect server cannot be read.
         """
         state = WatchState.load(self.root, profile)
+        handled_at, package = state.handled_at, identify_package(self.root, profile)
         look = look_at_sources(self.root, profile)
         used = used_by_active_run(self.root, profile)
         result = judge_look(state, look, find_baseline(self.root, profile, state), used)
@@ -120,6 +122,8 @@ class SourceWatcher:
                 run = self._ask_for_run(profile, state, look.identities, told, changed=result.changed)
                 state.handle(look.identities, run=run["id"], words=told)
                 result = LookResult("run", result.changed, (*result.words, f"asked for run {run['id']}"))
+        if state.handled_at != handled_at:
+            state.package = package
         state.save(self.root, profile)
         return result
 

@@ -262,14 +262,14 @@ def read_running(root: Path) -> RunningWork | None:
         return None
     now, seconds = time.time(), 0.0
     with suppress(ValueError):
-        seconds = now - datetime.fromisoformat(holder.since).timestamp()
+        seconds = max(0.0, now - datetime.fromisoformat(holder.since).timestamp())  # the clock can have been set
     facts: dict[str, Any] = {}
     name = next(
         iter(stages), holder.command.removeprefix("ropeway stage ") if "ropeway stage" in holder.command else None
     )
     if name:
         began = stages.get(name, now - seconds)
-        facts = {"stage": name, "stage_seconds": now - began, **_read_progress(root, name, began, now)}
+        facts = {"stage": name, "stage_seconds": max(0.0, now - began), **_read_progress(root, name, began, now)}
         facts |= _read_call(root, name, now)
     return RunningWork(holder.pid, holder.command, holder.profile, seconds, holder.holds, **facts)
 

@@ -149,6 +149,11 @@ class FileStore(Store):
             os.link(partial, target)
         except FileExistsError:
             return False
+        except FileNotFoundError:
+            raise TemporaryError(
+                f"{self.url}: a garbage collection removed an unfinished write, which looked old. Compare the clocks "
+                "of the machines, then run the command again"
+            ) from None
         finally:
             sync_folder(target.parent)
         return True

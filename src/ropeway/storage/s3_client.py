@@ -18,7 +18,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from typing import TYPE_CHECKING, NamedTuple
@@ -39,6 +39,7 @@ _RETRYABLE_CODES = {
     "ServiceUnavailable", "RequestLimitExceeded", "BandwidthLimitExceeded", "ConditionalRequestConflict",
     "OperationAborted", "BadDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch", "IncompleteBody",
 }  # fmt: skip
+_MAX_CLOCK_SKEW = timedelta(minutes=15)  # of Amazon S3
 _CLOCK_SKEW_CODES = {"RequestTimeTooSkewed", "RequestExpired"}
 _CREDENTIAL_CODES = {
     "InvalidAccessKeyId",
@@ -167,7 +168,7 @@ def translate(error: Exception, what: str) -> RopewayError:  # noqa: PLR0911 - o
     """Return the Ropeway error for an error response of the server."""
     code, status = error_code(error)
     response = f"{what}: the server returned {status} {code}"
-    if code in _CLOCK_SKEW_CODES:
+    if code in _CLOCK_SKEW_CODES or (status == HTTPStatus.FORBIDDEN and _is_clock_wrong(error)):
         return ConfigError(
             f"{response}: the clocks of this machine and the server differ too much. Correct this machine's clock"
         )
@@ -191,6 +192,15 @@ def translate(error: Exception, what: str) -> RopewayError:  # noqa: PLR0911 - o
     if code == "AuthorizationHeaderMalformed" or status in range(300, 400):
         return ConfigError(f"{response}: the bucket is in another region. Set AWS_REGION to the region of the bucket")
     return ConfigError(f"{response}. Check that the URL and AWS_ENDPOINT_URL_S3 name an S3 server")
+
+
+def _is_clock_wrong(error: Exception) -> bool:
+    """Return whether this machine's clock differs too much from the response's Date; HEAD is refused without a code."""
+    headers = getattr(error, "response", {}).get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    try:
+        return abs(datetime.now(UTC) - parse_time(headers["date"])) > _MAX_CLOCK_SKEW
+    except (KeyError, ValueError):
+        return False
 
 
 def translate_transport(error: Exception, what: str) -> RopewayError:

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import os
 import shutil
 import stat
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import ropeway
+from ropeway.config import frozen
 from ropeway.config.edit import without_comments
 from ropeway.config.frozen import FrozenInputs, read_version
 from ropeway.config.load_params import load_profiles
@@ -386,3 +388,16 @@ def test_a_full_disk_while_digests_are_taken_is_said_and_leaves_nothing_whole(ro
         FrozenInputs.load(root)
     write_identity(root)
     assert FrozenInputs.load(root).profile_name == "own"
+
+
+def test_versions_of_this_run_are_kept_although_the_clock_was_set_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(frozen, "_KEPT_VERSIONS", 2)
+    folder = tmp_path / "inputs"
+    folder.mkdir()
+    for number in range(3):  # from before the clock was set back a year
+        (folder / f"{number}.json").write_text("{}")
+        os.utime(folder / f"{number}.json", (2e9 + number, 2e9 + number))
+    (tmp_path / "now").write_text("now")
+    frozen._keep_versions([tmp_path / "now"], folder)
+    assert (folder / f"{hashlib.md5(b'now', usedforsecurity=False).hexdigest()}.json").is_file()
+    assert not (folder / "0.json").exists()

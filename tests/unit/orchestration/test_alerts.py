@@ -238,6 +238,23 @@ def test_what_happened_before_the_first_start_is_not_looked_for(world, tmp_path)
     assert [one.get("end_time", one.get("expected_start_time"))["after_"] for one in chosen] == [since, since]
 
 
+@pytest.mark.parametrize("days", [365, -365])
+def test_alerts_that_were_sent_are_remembered_over_a_wrong_clock(days):
+    record, now = AlertRecord(NOW.isoformat()), NOW
+    jumps = [timedelta(), timedelta(days=days), timedelta(hours=1)]
+    for number, jump in enumerate(jumps):
+        record.add([Alert(str(number), "failed", "", "", "")])
+        record.end(record.waiting[0], now + jump)
+    assert list(record.sent) == ["0 failed", "1 failed", "2 failed"]
+
+
+def test_a_first_start_by_a_clock_that_was_ahead_does_not_end_alerts(world):
+    sender = world.start()
+    sender._record.since = (datetime.now(UTC) + timedelta(days=365)).isoformat()
+    sender.find(datetime.now(UTC))
+    assert datetime.fromisoformat(sender._record.since) <= datetime.now(UTC)
+
+
 ALERT = {"subject": "a", "reason": "failed", "text": "", "page": "", "at": ""}
 
 

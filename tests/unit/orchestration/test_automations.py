@@ -117,6 +117,14 @@ def test_a_server_that_starts_waits_for_the_heartbeats_that_runs_kept(database, 
     assert abs(after[CRASHED] - datetime.now(UTC) - PATIENCE) < timedelta(minutes=1)
 
 
+def test_a_window_of_a_clock_that_was_ahead_is_brought_back(database, tmp_path):
+    window = orm_models.AutomationBucket.__table__
+    with database.begin() as connection:
+        connection.execute(window.update().values(end=datetime.now(UTC) + timedelta(days=365)))
+    assert await_heartbeats(tmp_path) == 1
+    assert abs(read_ends(database)[CRASHED] - datetime.now(UTC) - PATIENCE) < timedelta(minutes=1)
+
+
 def test_a_home_without_a_database_of_prefect_is_left_alone(tmp_path):
     assert await_heartbeats(tmp_path) == 0
     assert not (tmp_path / "prefect.db").exists()

@@ -1,6 +1,7 @@
 """The slots of served runs: kept over a restart of the server, given time after it, and revoked as ever otherwise."""
 
 import asyncio
+import time
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -25,7 +26,7 @@ def make_lease(storage, *, renewed):
 
 def list_expired(storage, monkeypatch, *, up):
     """Return the expired leases of a server that has been up so long."""
-    monkeypatch.setattr(lease_storage, "_STARTED", datetime.now(UTC) - up)
+    monkeypatch.setattr(lease_storage._CLOCK, "since", datetime.now(UTC) - up)
     return asyncio.run(storage.read_expired_lease_ids())
 
 
@@ -50,6 +51,18 @@ def test_a_lease_whose_file_is_gone_is_still_cleared_from_the_index(storage, mon
     lease = make_lease(storage, renewed=timedelta(minutes=20))
     (storage.storage_path / f"{lease}.json").unlink()
     assert list_expired(storage, monkeypatch, up=timedelta(minutes=1)) == [lease]
+
+
+@pytest.mark.parametrize("jump", [timedelta(days=365), timedelta(days=-365)])
+def test_no_lease_expires_because_the_clock_was_set(storage, monkeypatch, jump):
+    clock = lease_storage._CLOCK
+    lease = make_lease(storage, renewed=timedelta(days=365) if jump > timedelta() else timedelta(minutes=1))
+    monkeypatch.setattr(clock, "since", datetime.now(UTC) - timedelta(days=400))
+    monkeypatch.setattr(clock, "_now", datetime.now(UTC) - jump)
+    monkeypatch.setattr(clock, "_ticks", time.monotonic())
+    assert asyncio.run(storage.read_expired_lease_ids()) == []
+    assert asyncio.run(storage.renew_lease(lease, LEASE))
+    assert list_expired(storage, monkeypatch, up=RENEWAL + timedelta(minutes=1)) == []
 
 
 def test_a_server_of_a_workspace_uses_this_storage(tmp_path):

@@ -4,6 +4,7 @@ import json
 import os
 import threading
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -16,6 +17,8 @@ from ropeway.orchestration.source_watch import (
     WatchState,
     describe_changes,
     find_baseline,
+    has_recorded_since,
+    identify_package,
     judge_look,
     look_at_sources,
     parse_interval,
@@ -123,6 +126,24 @@ def test_the_later_of_a_run_and_the_watch_is_the_baseline(tmp_path, monkeypatch)
     assert find_baseline(tmp_path, "p", WatchState()) == NEW
     os.utime(record, (2e9, 2e9))
     assert find_baseline(tmp_path, "p", state) == NEW
+
+
+@pytest.mark.parametrize("jump", [365, -365])
+def test_a_clock_that_was_set_does_not_change_which_is_later(tmp_path, monkeypatch, jump):
+    monkeypatch.setenv("ROPEWAY_REGISTRY", (tmp_path / "registry").as_uri())
+    record = tmp_path / "runs" / "p" / "package" / "run.json"
+    record.parent.mkdir(parents=True)
+    record.write_text(json.dumps({"sources": NEW}))
+    state = WatchState()
+    state.handle(OLD)
+    state.handled_at = (datetime.now(UTC) + timedelta(days=jump)).isoformat()
+    state.package = identify_package(tmp_path, "p")
+    assert find_baseline(tmp_path, "p", state) == OLD  # what the watch asked for, and no run has completed since
+    assert not has_recorded_since(tmp_path, "p", state)
+    record.unlink()
+    record.write_text(json.dumps({"sources": {**NEW, "more": {}}}))
+    assert find_baseline(tmp_path, "p", state) == {**NEW, "more": {}}
+    assert has_recorded_since(tmp_path, "p", state)
 
 
 @pytest.mark.parametrize(
@@ -311,7 +332,9 @@ def test_a_run_that_crashed_is_asked_for_again_three_times_and_one_that_failed_i
         os.utime(record, (2e9, 2e9))  # a person's run completed meanwhile
         assert watcher.look_once("p").action == "nothing"
         assert len(made) == 1
-        os.utime(record, (1, 1))
+        state = WatchState.load(workspace, "p")
+        state.package = identify_package(workspace, "p")  # as if that run had completed before the watch asked
+        state.save(workspace, "p")
         for _ in range(6):
             SourceWatcher(workspace, url, ["p"], 600.0).look_once("p")
         assert len(made) == asked

@@ -1,4 +1,5 @@
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from ssl import SSLCertVerificationError, SSLEOFError
 
 import pytest
@@ -163,3 +164,12 @@ def test_a_wrong_secret_is_reported_without_showing_it(s3_url, monkeypatch):
     with pytest.raises(ConfigError, match="AWS_PROFILE") as caught, translate_errors(s3_url):
         client.put_object(Bucket=place.bucket, Key="a", Body=b"abc")
     assert "another-secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("years", [1, -1])
+def test_a_request_that_is_refused_without_a_reason_by_a_server_of_another_time_names_the_clock(years):
+    date = format_datetime(datetime.now(UTC) + timedelta(days=365 * years), usegmt=True)
+    for date_then, words in ((date, "clock"), (format_datetime(datetime.now(UTC), usegmt=True), "permission")):
+        facts = {"HTTPStatusCode": 403, "HTTPHeaders": {"date": date_then}}
+        with pytest.raises(ConfigError, match=words), translate_errors("s3://bucket/x: key"):
+            raise ClientError({"Error": {"Code": "403"}, "ResponseMetadata": facts}, "HeadObject")

@@ -91,3 +91,18 @@ def test_an_object_is_read_from_its_middle_on(folder):
     folder.put_if_absent("a/b", bytes(300_000) + b"end")
     with folder.open_stream("a/b", start_byte=299_999) as stream:
         assert (stream.read(2), stream.read()) == (b"\0e", b"nd")
+
+
+def test_a_write_whose_unfinished_file_was_collected_can_be_repeated(folder, monkeypatch):
+    link = os.link
+
+    def collect_first(source, target):
+        monkeypatch.undo()
+        for upload in folder.list_incomplete_uploads():  # by a clock that is a year ahead
+            folder.remove_incomplete_upload(upload)
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", collect_first)
+    with pytest.raises(TemporaryError, match="clocks"):
+        folder.put_if_absent("key", b"x")
+    assert folder.put_if_absent("key", b"x")

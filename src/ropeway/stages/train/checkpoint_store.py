@@ -225,6 +225,8 @@ class Uploader:
     uploaded: set[int] = field(default_factory=set)
     _done: threading.Event = field(default_factory=threading.Event)
     _failed: str = ""
+    _seen: set[tuple[int, int, int]] = field(default_factory=set)
+    _newest: tuple[int, Path] | None = None
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -242,12 +244,29 @@ class Uploader:
     def _upload_all(self) -> None:
         while True:
             ends = self._done.is_set()  # read first: what was saved before it is uploaded
-            newest = max(checkpoints.list_steps(self.folder), key=_written_at, default=None)
+            newest = self._find_newest()
             if newest is not None and newest[0] not in self.uploaded and newest[0] > 0:
                 self._upload(*newest)
             if ends:
                 return
             self._done.wait(_RETRY_SECONDS if self._failed else _LOOK_SECONDS)
+
+    def _find_newest(self) -> tuple[int, Path] | None:
+        """Return (step, folder) of the checkpoint completed last.
+
+        After a rewind that is not the one of the highest step, so it is the one that was not there at the last look. At
+        the first look the run resumes from the highest step. Times decide only between several that are new at once,
+        since the clock can have been set back meanwhile.
+        """
+        found = {identity: one for one in checkpoints.list_steps(self.folder) if (identity := _identify(*one))}
+        new = found.keys() - self._seen
+        if new:
+            first = not self._seen
+            chosen = max(new, key=lambda one: (one[0],) if first else (one[2], one[0]))
+            self._newest = found[chosen]
+            self.uploaded.discard(chosen[0])  # one of this step is older
+        self._seen = self._seen | found.keys()
+        return self._newest
 
     def _upload(self, step: int, folder: Path) -> None:
         began = time.monotonic()
@@ -271,8 +290,9 @@ class Uploader:
         print(f"checkpoint of step {step}: {how}", flush=True)
 
 
-def _written_at(saved: tuple[int, Path]) -> int:
-    """Return when a checkpoint was completed: after a rewind the newest one is not that of the highest step."""
-    with suppress(OSError):  # removed meanwhile
-        return (saved[1] / NAME).stat().st_mtime_ns
-    return 0
+def _identify(step: int, folder: Path) -> tuple[int, int, int] | None:
+    """Return step, file number and time of a checkpoint's manifest; None if it was removed meanwhile."""
+    with suppress(OSError):
+        facts = (folder / NAME).stat()
+        return step, facts.st_ino, facts.st_mtime_ns
+    return None

@@ -38,6 +38,7 @@ _STEP_FOLDER = re.compile(r"step-(\d{6,})")
 STATE = "state"
 LOG = "steps.jsonl"
 RUN_INFO = "run.json"
+_ONE_SECOND_NS = 10**9  # file systems with the coarsest times count in seconds
 OTHER_VERSIONS = "ROPEWAY_OTHER_VERSIONS"
 CONTINUED = "taken_over"  # key in the manifest of a checkpoint that was linked from another run
 
@@ -332,12 +333,21 @@ def _link(source: str, target: str) -> None:
 
 
 def write_run_info(root: Path, info: Mapping[str, object]) -> None:
-    """Write run.json: profile, digests and params of the run; its modification time is the run's latest start."""
+    """Write run.json: profile, digests and params of the run; its modification time is the run's latest start.
+
+    That time is after those of all other runs, also if the clock was set back since: the order decides what is removed.
+    """
+    path = root / RUN_INFO
+    same = False
     with contextlib.suppress(OSError, ValueError):  # missing or damaged
-        if json.loads((root / RUN_INFO).read_bytes()) == info:
-            (root / RUN_INFO).touch()  # possible on a full disk too; the disk check then reports it
-            return
-    write_json(root / RUN_INFO, info)
+        same = json.loads(path.read_bytes()) == info
+    if same:
+        path.touch()  # possible on a full disk too; the disk check then reports it
+    else:
+        write_json(path, info)
+    others = [other.stat().st_mtime_ns for other in root.parent.glob(f"*/{RUN_INFO}") if other != path]
+    if (latest := max(others, default=0)) >= path.stat().st_mtime_ns:
+        os.utime(path, ns=(latest + _ONE_SECOND_NS, latest + _ONE_SECOND_NS))
 
 
 def prune_runs(root: Path, *, profile: str, current: str, keep: int) -> list[str]:

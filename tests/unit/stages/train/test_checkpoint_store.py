@@ -1,5 +1,6 @@
 """Checkpoints in a store: uploaded while training goes on, fetched verified, the newest valid one first."""
 
+import os
 import threading
 
 import pytest
@@ -222,3 +223,29 @@ def test_the_run_that_was_written_last_is_kept_although_its_upload_is_not_listed
     store.freeze_listing()
     StoredRun(store, "checkpoints/tiny/a/").upload(save(here, 8), 8)
     assert remove_old_runs(store, "tiny", current="c", keep=2) == ["b"]
+
+
+def set_clock(folder, days):
+    at = (folder / NAME).stat().st_mtime_ns + days * 86400 * 10**9
+    os.utime(folder / NAME, ns=(at, at))
+
+
+@pytest.mark.parametrize("days", [365, -365])
+def test_the_newest_checkpoint_is_uploaded_whatever_the_clock_says(here, stored, days):
+    uploader = Uploader(stored, here)
+    for number, step in enumerate((4, 8, 12, 8)):  # the last one is after a rewind
+        if number == 3:
+            for old in (8, 12):
+                checkpoints.remove(checkpoints.step_folder(here, old))
+        set_clock(save(here, step, b"%d" % number), days * number)
+        newest = uploader._find_newest()
+        assert newest == (step, checkpoints.step_folder(here, step))
+        assert step not in uploader.uploaded
+        uploader._upload(*newest)
+    assert uploader._find_newest()[0] in uploader.uploaded
+
+
+def test_after_a_restart_the_highest_step_is_the_newest_as_in_the_resume(here, stored):
+    for step, days in ((4, 365), (8, 0)):
+        set_clock(save(here, step), days)
+    assert Uploader(stored, here)._find_newest()[0] == checkpoints.newest_valid(here).step == 8

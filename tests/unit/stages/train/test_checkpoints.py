@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import time
 
 import pytest
 
@@ -228,3 +229,22 @@ def test_pruning_removes_only_older_runs_of_the_same_profile(tmp_path, capsys):
     assert all(f"{tmp_path / name / checkpoints.RUN_INFO}: cannot be read" in said for name in ("damaged", "foreign"))
     assert checkpoints.prune_runs(tmp_path, profile="tiny", current="current", keep=1) == ["newest"]
     assert checkpoints.newest_valid(tmp_path / "current").step == 5
+
+
+@pytest.mark.parametrize("jump", [365, -365])
+def test_the_order_of_starts_does_not_depend_on_the_clock(tmp_path, jump):
+    for number, name in enumerate("abc"):
+        checkpoints.write_run_info(tmp_path / name, {"profile": "tiny"})
+        if number == 1:  # started while the clock was wrong
+            wrong = time.time_ns() + jump * 86400 * 10**9
+            if jump > 0:
+                os.utime(tmp_path / name / checkpoints.RUN_INFO, ns=(wrong, wrong))
+    if jump < 0:  # b and c started before the clock was set back
+        for name in "bc":
+            later = (tmp_path / name / checkpoints.RUN_INFO).stat().st_mtime_ns - jump * 86400 * 10**9
+            os.utime(tmp_path / name / checkpoints.RUN_INFO, ns=(later, later))
+    checkpoints.write_run_info(tmp_path / "d", {"profile": "tiny"})
+    checkpoints.write_run_info(tmp_path / "e", {"profile": "tiny"})
+    assert checkpoints.prune_runs(tmp_path, profile="tiny", current="e", keep=2) == ["a", "b", "c"]
+    checkpoints.write_run_info(tmp_path / "d", {"profile": "tiny"})  # started again
+    assert checkpoints.prune_runs(tmp_path, profile="tiny", current="", keep=1) == ["e"]
