@@ -31,7 +31,8 @@ class FakeS3(ThreadingHTTPServer):
         on_request: Called with (method, path) before each answer.
         listed: What listings show instead of `objects`, if it is not None.
         connections: How many were accepted, or failed in their handshake.
-        drip: Called before each byte of an answer to GET, which is then sent byte by byte; None: at once.
+        drip: Called before each byte of an answer, which is then sent byte by byte; None: at once.
+        drips_headers: Whether its headers are sent so, too.
     """
 
     daemon_threads = True
@@ -48,6 +49,7 @@ class FakeS3(ThreadingHTTPServer):
         self.on_request: Callable[[str, str], None] = lambda _method, _path: None
         self.listed: dict[str, bytes] | None = None
         self.drip: Callable[[], None] | None = None
+        self.drips_headers = False
         self.scheme = "http"
         self.connections = 0
         self.lock = threading.Lock()
@@ -62,6 +64,24 @@ class FakeS3(ThreadingHTTPServer):
 
     def handle_error(self, *_: object) -> None:
         """A client that hung up is part of the test."""
+
+
+class _Dripping:
+    """Writes to a client byte by byte while the server drips."""
+
+    def __init__(self, file, server: FakeS3) -> None:
+        self.file, self.server = file, server
+
+    def write(self, data: bytes) -> None:
+        if self.server.drip is None:
+            self.file.write(data)
+            return
+        for byte in data:
+            self.server.drip()
+            self.file.write(bytes([byte]))
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -83,19 +103,16 @@ class _Handler(BaseHTTPRequestHandler):
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if asked and status == HTTPStatus.OK:
             status, content = 206, content[int(asked[1]) : int(asked[2] or len(content)) + 1]
+        plain, dripping = self.wfile, _Dripping(self.wfile, self.server)
+        self.wfile = dripping if self.server.drips_headers else plain
         self.send_response(status)
         self.send_header("Content-Length", str(len(content)))
         self.send_header("ETag", f'"{hashlib.md5(body, usedforsecurity=False).hexdigest()}"')
         self.send_header("Last-Modified", format_datetime(self.server.times.get(url.path, EPOCH), usegmt=True))
         self.end_headers()
-        if self.command == "HEAD":
-            return
-        if self.server.drip is None or self.command != "GET":
-            self.wfile.write(content)
-            return
-        for byte in content:
-            self.server.drip()
-            self.wfile.write(bytes([byte]))
+        if self.command != "HEAD":
+            dripping.write(content)
+        self.wfile = plain
 
     def decide(self, path: str, query: dict, body: bytes) -> tuple[int, bytes]:  # noqa: C901, PLR0911 - one line per answer
         objects, times = self.server.objects, self.server.times

@@ -33,12 +33,14 @@ from ropeway.orchestration.alerts import (
 from ropeway.orchestration.prefect_requests import ask, read_events
 from ropeway.orchestration.prefect_server import prefect_home
 from ropeway.runtime.errors import ConfigError, TemporaryError
+from ropeway.runtime.least_rate import finish_within
 from ropeway.runtime.manifest import json_mapping, write_json
 from ropeway.runtime.tls import find_tls_fault
 
 _FILE = "ropeway-alerts.json"
 _POLL_SECONDS = 10.0
 _TIMEOUT_SECONDS = 10.0
+_ANSWER_SECONDS = 3 * _TIMEOUT_SECONDS  # the timeout is without a byte, this is for the whole answer
 _ATTEMPTS, _PAUSE_SECONDS, _MAX_PAUSE_SECONDS = 10, 10.0, 600.0  # an outage of about 40 minutes is bridged
 _WINDOW, _KEPT = timedelta(days=7), timedelta(days=60)
 _MAX_WAITING = 1000
@@ -229,7 +231,11 @@ class AlertSender:
         """Post one alert; return what is wrong, without words if it was received."""
         try:
             with httpx.Client(timeout=_TIMEOUT_SECONDS, verify=ssl.create_default_context()) as client:
-                answer = client.post(self._hook, json=alert_body(alert))
+                answer = finish_within(
+                    _ANSWER_SECONDS, lambda: client.post(self._hook, json=alert_body(alert)), what="its answer"
+                )
+        except TemporaryError:
+            return _Fault(f"did not end its answer within {_ANSWER_SECONDS:g} s")
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:  # whose text has the address
             fault = find_tls_fault(error, "SSL_CERT_FILE")
             return _Fault(f"cannot be reached: {fault}" if fault else f"cannot be reached ({type(error).__name__})")

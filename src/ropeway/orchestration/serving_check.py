@@ -19,11 +19,12 @@ import httpx
 
 from ropeway.data.expected_answer import MAX_TOKENS, TOP, ExpectedAnswer
 from ropeway.runtime.errors import ConfigError, DataError, TemporaryError
+from ropeway.runtime.least_rate import finish_within
 from ropeway.runtime.tls import find_tls_fault
 
 NEAR_TIE = 0.1  # difference of log-probabilities; not measured on a GPU
 LOGPROB_TOLERANCE = 0.1
-_SECONDS = 300  # of one answer; a server may load the model first
+_SECONDS = 300.0  # of one whole answer; a server may load the model first
 _NOT_OFFERED = (400, 404, 405, 415, 422, 501)  # status codes of an engine without this endpoint or field
 Outcome = Literal["passed", "failed", "not offered"]
 
@@ -70,8 +71,13 @@ def check_server(url: str, expected: Sequence[ExpectedAnswer], *, model: str | N
             ) from None
 
 
+def _request(client: httpx.Client, method: str, path: str, json: object = None) -> httpx.Response:
+    """Return the whole answer; httpx's own timeout is the time without a byte."""
+    return finish_within(_SECONDS, lambda: client.request(method, path, json=json), what=f"{client.base_url}{path}")
+
+
 def _only_model(client: httpx.Client, url: str) -> str:
-    answer = client.get("/v1/models")
+    answer = _request(client, "GET", "/v1/models")
     names = [str(one["id"]) for one in answer.json()["data"]] if answer.is_success else []
     if len(names) != 1:
         raise ConfigError(f"{url}: lists {len(names)} models ({', '.join(names[:5])}). Name one with --model")
@@ -81,9 +87,9 @@ def _only_model(client: httpx.Client, url: str) -> str:
 def _check_answer(client: httpx.Client, model: str, one: ExpectedAnswer, number: int) -> Iterator[ServingCheck]:
     yield _check_ids(client, model, one, f"question {number}: token ids of the prompt")
     request = {"model": model, "messages": one.messages, "max_tokens": MAX_TOKENS, "temperature": 0, "stream": False}
-    answer = client.post("/v1/chat/completions", json={**request, "logprobs": True, "top_logprobs": TOP})
+    answer = _request(client, "POST", "/v1/chat/completions", json={**request, "logprobs": True, "top_logprobs": TOP})
     if answer.status_code in _NOT_OFFERED:  # an engine that refuses fields that it does not know
-        answer = client.post("/v1/chat/completions", json=request)
+        answer = _request(client, "POST", "/v1/chat/completions", json=request)
     if not answer.is_success:
         raise DataError(f"{answer.url}: answered {answer.status_code}: {answer.text[:200]!r}")
     found = answer.json()
@@ -108,7 +114,9 @@ def _compare(name: str, expected: object, found: object) -> ServingCheck:
 
 def _check_ids(client: httpx.Client, model: str, one: ExpectedAnswer, name: str) -> ServingCheck:
     """Compare token ids, which vLLM's `/tokenize` returns."""
-    answer = client.post("/tokenize", json={"model": model, "messages": one.messages, "add_generation_prompt": True})
+    answer = _request(
+        client, "POST", "/tokenize", json={"model": model, "messages": one.messages, "add_generation_prompt": True}
+    )
     if not answer.is_success:
         return ServingCheck(name, "not offered")
     return _compare(name, one.prompt_ids, answer.json().get("tokens"))

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
 from ropeway.runtime.errors import ConfigError, NotFoundError, RopewayError, TemporaryError
+from ropeway.runtime.least_rate import LEAST_BYTES_PER_SECOND, WINDOW_SECONDS
 from ropeway.runtime.tls import find_tls_fault
 
 if TYPE_CHECKING:  # botocore is a slow import
@@ -82,7 +83,7 @@ def make_client() -> "BaseClient":
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError
 
-    from ropeway.storage import credentials
+    from ropeway.storage import bounded_session, credentials
 
     timeout_seconds = _read_number("ROPEWAY_S3_TIMEOUT_SECONDS", 60)
     config = Config(
@@ -106,6 +107,8 @@ def make_client() -> "BaseClient":
         client = session.client("s3", endpoint_url=endpoint or None, region_name=region, config=config)
         credentials.attach(client, provider)
         client.meta.events.register_first("needs-retry.s3", _raise_tls_fault)
+        session_of_client = bounded_session.BoundedSession(client)
+        client.meta.events.register("before-send.s3", lambda request, **_: session_of_client.send(request))
     except (BotoCoreError, ValueError) as error:
         raise ConfigError(
             f"S3: cannot create a client ({type(error).__name__}). Correct AWS_PROFILE, AWS_REGION and the AWS "
@@ -206,6 +209,7 @@ def _is_clock_wrong(error: Exception) -> bool:
 def translate_transport(error: Exception, what: str) -> RopewayError:
     """Return the Ropeway error for a request without a response: ConfigError unless a retry can help."""
     from botocore import exceptions as boto
+    from urllib3.exceptions import ReadTimeoutError
 
     kind = type(error).__name__
     if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError):
@@ -224,6 +228,12 @@ def translate_transport(error: Exception, what: str) -> RopewayError:
         )
     if fault := find_tls_fault(error, "AWS_CA_BUNDLE"):
         return ConfigError(f"{what}: {fault}")
+    if isinstance(error, boto.ReadTimeoutError | ReadTimeoutError):
+        return TemporaryError(
+            f"{what}: the server sent nothing for the time in ROPEWAY_S3_TIMEOUT_SECONDS, or less than "
+            f"{LEAST_BYTES_PER_SECOND:,} bytes/s for {WINDOW_SECONDS:g} s, also after retries. Run the command again; "
+            "it resumes"
+        )
     if isinstance(error, boto.ParamValidationError | boto.InvalidRegionError | boto.UnsupportedSignatureVersionError):
         return ConfigError(f"{what}: boto3 rejects the request ({kind}). Correct the URL and the AWS_… variables")
     return TemporaryError(

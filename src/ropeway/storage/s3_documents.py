@@ -10,7 +10,6 @@ that one object if it does not exist, else all further ones too.
 
 import base64
 import hashlib
-import os
 from functools import cached_property
 from http import HTTPStatus
 from typing import Any
@@ -20,13 +19,10 @@ from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.client import BaseClient
 from botocore.exceptions import BotoCoreError, HTTPClientError
-from botocore.httpsession import URLLib3Session
-from botocore.session import get_session
-from botocore.utils import get_environ_proxies
 from urllib3.exceptions import HTTPError
 
+from ropeway.storage.bounded_session import BoundedSession
 from ropeway.storage.credentials import credentials_of
-from ropeway.storage.s3_client import MAX_CONNECTIONS
 
 _ANY_NAME = "name"
 
@@ -75,12 +71,5 @@ class DocumentReader:
         return url.removesuffix(_ANY_NAME)
 
     @cached_property
-    def _session(self) -> URLLib3Session:
-        """Connections as botocore's own endpoint opens them."""
-        config = self._client.meta.config
-        return URLLib3Session(
-            verify=get_session().get_config_variable("ca_bundle") or os.environ.get("REQUESTS_CA_BUNDLE") or True,
-            proxies=get_environ_proxies(self._folder_url),
-            timeout=(config.connect_timeout, config.read_timeout),
-            max_pool_connections=MAX_CONNECTIONS,
-        )
+    def _session(self) -> BoundedSession:
+        return BoundedSession(self._client)

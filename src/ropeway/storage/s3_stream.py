@@ -7,7 +7,7 @@ from http import HTTPStatus
 from typing import Any
 
 from botocore.client import BaseClient
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import BotoCoreError, ClientError, ReadTimeoutError
 from urllib3.exceptions import HTTPError
 
 from ropeway.runtime.errors import TemporaryError
@@ -121,7 +121,9 @@ def _read_range(
                 raise
         except (BotoCoreError, HTTPError, OSError) as error:
             kind = _retryable_kind(error)
-        response, size, failures = None, _SMALL_PIECE_BYTES, 0 if filled > before else failures + 1
+        # A server that stalls counts although it sent something, else one byte per minute would go on for days.
+        progressed = filled > before and kind != ReadTimeoutError.__name__
+        response, size, failures = None, _SMALL_PIECE_BYTES, 0 if progressed else failures + 1
         if failures >= MAX_FAILED_READS:
             raise TemporaryError(
                 f"s3://{bucket}/{path}: the connection broke {failures} times at byte {span.start + filled:,} "

@@ -1,16 +1,18 @@
 """Look up https:// files (http:// on loopback only) with HEAD and read them with Range; redirects must stay https."""
 
 import http.client
+import socket
 import ssl
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO
+from typing import IO, cast
 from urllib.parse import SplitResult, urlsplit
 
 from ropeway.config.addresses import strip_signature
 from ropeway.runtime.errors import ConfigError, TemporaryError
+from ropeway.runtime.least_rate import LeastRateSocket, SlowTransferError
 from ropeway.runtime.tls import find_tls_fault
 from ropeway.stages.fetch.remote import Readable, Remote
 from ropeway.storage.s3_client import is_loopback
@@ -148,11 +150,37 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         return request
 
 
+class _Connection(http.client.HTTPConnection):
+    """A connection with a least rate."""
+
+    def connect(self) -> None:
+        super().connect()
+        self.sock = cast("socket.socket", LeastRateSocket(self.sock))
+
+
+class _TlsConnection(http.client.HTTPSConnection):
+    """A TLS connection with a least rate."""
+
+    def connect(self) -> None:
+        super().connect()
+        self.sock = cast("socket.socket", LeastRateSocket(self.sock))
+
+
+class _Http(urllib.request.HTTPHandler):
+    def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_Connection, req)
+
+
+class _Https(urllib.request.HTTPSHandler):
+    def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_TlsConnection, req)
+
+
 @contextmanager
 def _open_response(address: str, method: str, headers: dict[str, str]) -> Iterator[http.client.HTTPResponse]:
     """Yield the response; translate errors, also those while it is read, into ConfigError or TemporaryError."""
     name = strip_signature(address)
-    handlers: list[urllib.request.BaseHandler] = [_Redirects()]
+    handlers: list[urllib.request.BaseHandler] = [_Redirects(), _Http(), _Https()]
     if is_loopback(urlsplit(address).hostname or ""):
         handlers.append(urllib.request.ProxyHandler({}))
     wanted = {"Accept-Encoding": "identity", "User-Agent": "ropeway", **headers}
@@ -178,16 +206,27 @@ def _open_response(address: str, method: str, headers: dict[str, str]) -> Iterat
             "download the file yourself and name it"
         ) from None
     except urllib.error.URLError as error:
-        if fault := find_tls_fault(error, "SSL_CERT_FILE"):
-            raise ConfigError(f"sources: {name}: {fault}") from None
+        raise _unreachable_error(name, error) from None
+    except SlowTransferError as error:
         raise TemporaryError(
-            f"sources: {name}: cannot be reached ({type(error.reason).__name__}); check the network and try again"
+            f"sources: {name}: the server is too slow: {error}. Run the same command again; the download resumes"
         ) from None
     except (http.client.HTTPException, TimeoutError, ConnectionError, ssl.SSLError) as error:
         raise TemporaryError(
             f"sources: {name}: the connection ended early ({type(error).__name__}). Run the same command again; the "
             "download resumes there"
         ) from None
+
+
+def _unreachable_error(name: str, error: urllib.error.URLError) -> ConfigError | TemporaryError:
+    """Return the error for a request that could not be sent."""
+    if isinstance(error.reason, SlowTransferError):
+        return TemporaryError(f"sources: {name}: the server is too slow: {error.reason}. Try again later")
+    if fault := find_tls_fault(error, "SSL_CERT_FILE"):
+        return ConfigError(f"sources: {name}: {fault}")
+    return TemporaryError(
+        f"sources: {name}: cannot be reached ({type(error.reason).__name__}); check the network and try again"
+    )
 
 
 def _version(headers: http.client.HTTPMessage) -> dict[str, str]:
