@@ -20,6 +20,8 @@ from ropeway.registry.log import read_events
 from ropeway.registry.names import all_models
 from ropeway.runtime.errors import RegistryError, TemporaryError
 from ropeway.runtime.manifest import canonical_json
+from ropeway.storage import open_store
+from tests.support.fake_s3 import fake_s3
 from tests.support.memory_store import MemoryStore
 from tests.support.registry_world import check_whole, make_package, move, put, tiny
 
@@ -157,6 +159,28 @@ def test_logs_go_on_and_references_are_right_while_the_listing_is_old(memory, pu
     assert Registry(memory).version("tiny@candidate").pull(tmp_path / "pulled").created
     memory.thaw_listing()
     check_whole(memory)
+
+
+def test_a_registry_on_s3_works_on_while_its_listings_are_old(package, tmp_path, monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "x")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with fake_s3() as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", server.endpoint)
+        store = open_store("s3://bucket/registry")
+        put(store, package)
+        server.listed = dict(server.objects)
+        done = put(store, make_package(tmp_path / "new", b"new"))
+        move(store, done.digest)
+        other = put(store, package, "other")
+        found = Registry(store).collect(grace=PAST, withdrawn=False)
+        assert [entry.key for entry in found.entries] == [versions_log("tiny").head_key(1)]  # deleted before
+        assert Registry(store).version("tiny@candidate").pull(tmp_path / "pulled").created
+        assert Registry(store).version("other@v1").verify().digest == other.digest
+        with pytest.raises(RegistryError, match="tiny@candidate"):
+            tiny(store).version(done.digest).withdraw(by="ana", reason="old")
+        server.listed = None
+        check_whole(store)
 
 
 @pytest.mark.usefixtures("published")
