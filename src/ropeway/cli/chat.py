@@ -20,6 +20,7 @@ from ropeway.models.answer_parts import MARKERS, STATED, AnswerPart, parse_answe
 from ropeway.models.conversation import Message
 from ropeway.models.template_probes import mark_tools
 from ropeway.runtime.errors import ConfigError, DataError
+from ropeway.runtime.json_text import parse_json, read_json
 from ropeway.runtime.manifest import NAME as MANIFEST
 from ropeway.runtime.manifest import digest_of, load_manifest
 from ropeway.runtime.terminal import escape_controls
@@ -97,7 +98,8 @@ def check_folder(folder: Path) -> None:
     if not any(path.suffix == ".safetensors" for path in paths):
         raise DataError(f"{folder}: no *.safetensors file; expected a folder as `dvc repro package` writes it")
     for path in paths:
-        if path.name in ("config.json", "tokenizer_config.json") and "auto_map" in json.loads(path.read_bytes()):
+        is_config = path.name in ("config.json", "tokenizer_config.json")
+        if is_config and "auto_map" in read_json(path, remedy="Pull the package again"):
             raise DataError(
                 f"{path}: auto_map names custom code, which is not run. Remove auto_map if the model needs none"
             )
@@ -131,7 +133,7 @@ def load_tools(path: Path) -> list[Message]:
     from ropeway.stages.fetch.values import UnreadableError
 
     try:
-        tools = read_tools(json.loads(path.read_text(encoding="utf-8")))
+        tools = read_tools(parse_json(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError, UnreadableError) as error:
         raise ConfigError(f"{path}: expected a JSON list of tools: {error}") from None
     if not tools:

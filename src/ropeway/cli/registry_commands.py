@@ -3,7 +3,6 @@
 Importing this loads typer and nothing heavier.
 """
 
-import json
 import os
 import sys
 import tempfile
@@ -30,6 +29,7 @@ from ropeway.cli.registry_options import (
 )
 from ropeway.cli.upkeep_commands import upkeep_app
 from ropeway.runtime.errors import ConfigError, DataError, NotFoundError, RegistryError
+from ropeway.runtime.json_text import parse_json
 from ropeway.runtime.login import identity_of
 from ropeway.runtime.manifest import NAME as MANIFEST
 from ropeway.runtime.manifest import describe_files, iterate_files, json_mapping, link_file, write_json
@@ -351,7 +351,7 @@ def _read_expect(registry: "Registry", name: str, expect: str) -> "str | AnyDige
 
 def _read_facts(path: Path) -> dict[str, object]:
     try:
-        facts = json.loads(path.read_bytes())
+        facts = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: expected a JSON file ({error})") from None
     if not isinstance(facts, dict):
@@ -426,7 +426,7 @@ def shared_folder(folder: Path) -> Iterator[tuple[Path, int]]:
                 shared = shared.replace(digest, b"0" * len(digest))
             link_file(path, target) if shared == data else target.write_bytes(shared)
         if (folder / MANIFEST).is_file():
-            stated = json.loads((folder / MANIFEST).read_bytes())
+            stated = parse_json((folder / MANIFEST).read_bytes())
             changed = [one for one in stated["files"] if not (copy / one).samefile(folder / one)]
             write_json(copy / MANIFEST, {**stated, "files": stated["files"] | describe_files(copy, changed)})
         yield copy, len(digests)

@@ -13,6 +13,7 @@ from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 from ropeway.config.load_params import load_profile, load_profiles, read_block
 from ropeway.config.presets import KEY, SECTION
 from ropeway.config.sections import RUN
+from ropeway.config.yaml_limits import BoundedComposer
 from ropeway.runtime.errors import ConfigError
 from ropeway.runtime.lock import workspace_lock
 from ropeway.runtime.manifest import json_mapping, sync_file, sync_folder, write_atomic, write_json
@@ -27,7 +28,9 @@ def read_pairs(text: str) -> tuple[tuple[Node, Node], ...]:
 
     An alias is the same object as the node of its anchor.
     """
-    tree: MappingNode = YAML(typ="rt", pure=True).compose(text)
+    yaml = YAML(typ="rt", pure=True)
+    yaml.Composer = BoundedComposer
+    tree: MappingNode = yaml.compose(text)
     return tuple(tree.value)
 
 

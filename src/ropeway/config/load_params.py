@@ -8,7 +8,6 @@ from pydantic import TypeAdapter, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.constructor import SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode
 from ruamel.yaml.reader import ReaderError
 
@@ -17,9 +16,8 @@ from ropeway.config.params import Profile
 from ropeway.config.presets import KEY, PresetError, find_origins, resolve_block, split_presets
 from ropeway.config.sections import PROFILE_NAME
 from ropeway.config.suggestion import unknown_name
+from ropeway.config.yaml_limits import MAX_BYTES, BoundedComposer
 from ropeway.runtime.errors import ConfigError
-
-_MAX_DEPTH = 100  # of nested lists and mappings; a profile needs 5
 
 
 def load_profiles(path: Path, *, text: str | None = None) -> tuple[str, dict[str, Profile]]:
@@ -136,6 +134,8 @@ def read_text(path: Path) -> str:
         ConfigError: The file is missing or is not UTF-8.
     """
     try:
+        if (size := path.stat().st_size) > MAX_BYTES:
+            raise ConfigError(f"{path}: {size:,} bytes, expected {MAX_BYTES:,} at most; a params file has some 10,000")
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{path}: not found; run this inside a Ropeway workspace (a clone of the project)") from None
@@ -162,21 +162,6 @@ def _read_yaml(path: Path, text: str | None = None) -> object:
         raise ConfigError(f"{where}: not valid YAML 1.2: {problem}. Correct that line") from None
     except YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML 1.2: {error}") from None
-    except RecursionError:
-        raise ConfigError(
-            f"{path}:{_find_deep_line(text)}: expected at most {_MAX_DEPTH} nested lists or mappings, found more; "
-            "remove the extra levels"
-        ) from None
-
-
-def _find_deep_line(text: str) -> int:
-    """Return the first line where lists and mappings are nested deeper than the limit."""
-    depth = 0
-    for event in YAML(typ="safe", pure=True).parse(text):
-        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
-        if depth > _MAX_DEPTH:
-            return int(event.start_mark.line) + 1
-    return 1
 
 
 class _MarkingConstructor(SafeConstructor):
@@ -205,5 +190,5 @@ class _MarkingConstructor(SafeConstructor):
 @lru_cache(maxsize=4)  # a command reads the file more than once, and pure Python takes 0.1 s for it
 def _parse(text: str) -> object:
     yaml = YAML(typ="safe", pure=True)
-    yaml.Constructor = _MarkingConstructor
+    yaml.Constructor, yaml.Composer = _MarkingConstructor, BoundedComposer
     return yaml.load(text)

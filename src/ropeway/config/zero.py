@@ -1,10 +1,10 @@
 """Memory settings of a DeepSpeed JSON: ZeRO stage, offload, buckets. Training validates the whole file."""
 
-import json
 from dataclasses import dataclass
 from typing import TypedDict
 
 from ropeway.runtime.errors import ConfigError
+from ropeway.runtime.json_text import parse_json
 
 PARTITIONED_STAGE = 3  # from this stage on, weights are partitioned; checkpoints hold only the fp32 copies
 
@@ -45,7 +45,7 @@ class Zero:
 def read_zero(text: str, path: str) -> Zero:
     """Return the memory settings of a DeepSpeed JSON; raise ConfigError unless it is a JSON object."""
     try:
-        named = json.loads(text)
+        named = parse_json(text)
     except ValueError as error:
         raise ConfigError(f"{path}: not valid JSON: {error}. Correct the file") from None
     if not isinstance(named, dict):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NotRequired, TypedDict
 
 from ropeway.models.conversation import Message
+from ropeway.runtime.json_text import parse_json
 
 if TYPE_CHECKING:  # a slow import
     from transformers import PreTrainedTokenizerBase
@@ -271,8 +272,8 @@ def _read_calls(text: str, marker: str) -> list[AnswerPart]:
 
 
 def _load(text: str) -> Any:  # noqa: ANN401 - JSON
-    with suppress(ValueError, RecursionError):
-        return json.loads(text)
+    with suppress(ValueError):
+        return parse_json(text)
     return None
 
 

@@ -22,6 +22,7 @@ from ropeway.models.conversation import Conversation, Message
 from ropeway.models.template_limits import check_limits
 from ropeway.models.template_probes import WatchedText, mark_parts, mark_tools
 from ropeway.runtime.errors import ConfigError
+from ropeway.runtime.json_text import parse_json
 
 FILE = "chat_template.jinja"
 OWN_FILE = "own_chat_template.jinja"  # of a base whose template the run replaces: evaluation asks the base in it
@@ -420,10 +421,10 @@ def find_own_templates(folder: Path) -> dict[str, str]:
             return {"default": path.read_text("utf-8"), **more}
         for name in ("tokenizer_config.json", "chat_template.json"):
             if (path := folder / name).is_file() and (
-                found := json.loads(path.read_text("utf-8")).get("chat_template")
+                found := parse_json(path.read_text("utf-8")).get("chat_template")
             ):
                 named = found if isinstance(found, list) else [{"name": "default", "template": found}]
                 return {str(one["name"]): str(one["template"]) for one in named} | more
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{folder}: its chat template cannot be read: {error}") from None
     return more

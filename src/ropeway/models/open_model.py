@@ -47,7 +47,7 @@ def read_config(folder: Path, options: Mapping[str, object]) -> PreTrainedConfig
     """
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
-    except (KeyError, ValueError, TypeError, StrictDataclassError) as error:
+    except (KeyError, ValueError, TypeError, RecursionError, StrictDataclassError) as error:
         reason = str(error).strip().partition(". ")[0]
         raise ConfigError(
             f"{folder}: transformers {transformers.__version__} cannot read its config.json: {reason}. Models that "
@@ -379,7 +379,7 @@ def set_rope(config: PreTrainedConfig, rope: RopeScaling) -> PreTrainedConfig:
     try:
         exported = type(config).from_dict(stated | deepcopy(rope.to_config_keys()))
         faults = list(frequency_faults(measure_frequencies(exported), rope.expected(rotary_dim(config))))
-    except (KeyError, ValueError, TypeError, StrictDataclassError) as error:
+    except (KeyError, ValueError, TypeError, RecursionError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{where} is refused by transformers {transformers.__version__}: {reason}") from error
     if _without_type(exported.rope_parameters) != _without_type(rope.to_config()):

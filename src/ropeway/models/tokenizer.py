@@ -4,7 +4,6 @@ Transformers' classes are not used: its `LlamaTokenizer` (5.24) rebuilds the pip
 test texts. `PreTrainedTokenizerFast` gives the same ids as here. Loading takes milliseconds instead of seconds.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from ropeway.models.jinja_template import FILE as TEMPLATE_FILE
 from ropeway.models.jinja_template import JinjaTemplate
 from ropeway.runtime.errors import ConfigError
+from ropeway.runtime.json_text import parse_json
 from ropeway.runtime.manifest import write_json
 
 if TYPE_CHECKING:
@@ -63,8 +63,8 @@ def read_special_names(folder: Path) -> dict[str, str]:
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "tokenizer_config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError, RecursionError) as error:
+        config = parse_json(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError) as error:
         raise ConfigError(f"{path}: expected the tokenizer's JSON config, found: {error}") from None
     if not isinstance(config, dict):
         raise ConfigError(f"{path}: expected a JSON mapping, found {type(config).__name__}")
@@ -99,9 +99,9 @@ def read_special_texts(folder: Path) -> list[str]:
     """Return the texts of all special tokens of the folder's tokenizer.json, which is not opened as a tokenizer."""
     path = folder / "tokenizer.json"
     try:
-        stated = json.loads(path.read_bytes())
+        stated = parse_json(path.read_bytes())
         return [str(token["content"]) for token in stated["added_tokens"] if token["special"]]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path}: expected the JSON of a fast tokenizer with its added tokens ({type(error).__name__})"
         ) from None
@@ -165,7 +165,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
     # Split into words for training only: merges do not cross words, and each distinct word is processed once.
     trained.pre_tokenizer = pre_tokenizers.Split(Regex(f"{BLANK}*[^{BLANK}\n]+|{BLANK}+|\n+"), behavior="isolated")
     trained.train_from_iterator(texts, trainer)
-    model = json.loads(trained.to_str())["model"]
+    model = parse_json(trained.to_str())["model"]
     if (found := len(model["vocab"])) != vocab_size:
         raise ConfigError(
             f"expected_model.vocab_size: expected {vocab_size:,} tokens, but {sum(map(len, texts)):,} characters of "
@@ -202,7 +202,7 @@ def read_response_template(folder: Path) -> dict[str, Any] | None:
 def state_response_template(folder: Path, stated: Mapping[str, Any]) -> None:
     """Say in the folder's tokenizer_config.json how answers are parsed."""
     path = folder / "tokenizer_config.json"
-    write_json(path, {**json.loads(path.read_bytes()), "response_template": stated})
+    write_json(path, {**parse_json(path.read_bytes()), "response_template": stated})
 
 
 def write_tokenizer(

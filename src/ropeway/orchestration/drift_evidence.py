@@ -4,7 +4,6 @@ Three versions at most: the one before, the champion, and the oldest of a window
 of which is small. The number of requests does not depend on the number of versions.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from ropeway.data.data_profile import FILE, FORMAT, check_lists
 from ropeway.data.drift import DriftEvidence, DriftReference, compare_profiles
 from ropeway.registry import Artifact, Version
 from ropeway.runtime.errors import DataError, NotFoundError, RegistryError
+from ropeway.runtime.json_text import parse_json
 from ropeway.runtime.manifest import Json
 
 WINDOW = 5  # where gate.drift is null
@@ -38,7 +38,7 @@ def compare_with_earlier(
     """
     chosen = _choose_references(artifact, champion, limits.window if limits else WINDOW, own)
     try:
-        new = json.loads(profile.read_bytes())
+        new = parse_json(profile.read_bytes())
     except (OSError, ValueError) as error:
         return DriftEvidence(limits, note=f"{profile}: no data profile ({error})")
     if not chosen:
@@ -68,7 +68,7 @@ def read_data_profile(version: Version) -> Json:
     if data is None:
         raise NotFoundError(f"{version} has no {FILE}: it was published before versions recorded one")
     try:
-        found = json.loads(data)
+        found = parse_json(data)
     except ValueError as error:
         raise DataError(f"{version}: {FILE} is not JSON ({error})") from None
     if not isinstance(found, dict):

@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from ropeway.config.yaml_limits import load_yaml
 from ropeway.orchestration import dvc_graph as graph
 from ropeway.runtime.boot import read_boot
 from ropeway.runtime.errors import TemporaryError
@@ -48,14 +48,9 @@ def repair_after_kill(root: Path) -> list[str]:
     said = []
     if not _is_whole(locks, json.loads) and _remove(root, locks, json.loads, guard="rwlock.lock"):
         said.append(f"removed {locks}: a killed dvc or a power loss truncated it, and a dead process holds no lock")
-    if not _is_whole(lock, _parse_yaml) and _remove(root, lock, _parse_yaml, guard="lock"):
+    if not _is_whole(lock, load_yaml) and _remove(root, lock, load_yaml, guard="lock"):
         said.append(f"removed {lock}: a killed dvc or a power loss truncated it; the run-cache restores its entries")
     return said
-
-
-def _parse_yaml(data: bytes) -> object:
-    """Parse YAML with libyaml: 35 ms for 11 kB, where DVC's own reader takes 124 ms."""
-    return YAML(typ="safe").load(data)
 
 
 def _is_whole(path: Path, parse: Callable[[bytes], object]) -> bool:
@@ -113,7 +108,7 @@ def sync_results(root: Path, stage: str, outcome: str) -> None:
 
 
 def _outs(root: Path, stage: str) -> list[graph.LockOut]:
-    lock = _parse_yaml((root / "dvc.lock").read_bytes())
+    lock = load_yaml((root / "dvc.lock").read_bytes())
     return list(lock["stages"].get(stage, {}).get("outs", [])) if isinstance(lock, dict) else []
 
 

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from ropeway.config.frozen import build_values, encode_value, read_version
 from ropeway.config.params import Profile
 from ropeway.config.sections import FilesSource, HubBase, HuggingfaceSource, Source
+from ropeway.config.yaml_limits import load_yaml
 from ropeway.orchestration.dvc_graph import changed_leaves, describe_change
 from ropeway.orchestration.stage_process import STAGE_NAMES, base_identity, collect_inputs
 from ropeway.runtime.errors import ConfigError
@@ -270,10 +270,10 @@ class _OfflineIdentity:
 def _load_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping in a YAML 1.2 file that DVC wrote or reads."""
     try:
-        found = YAML(typ="safe").load(path.read_bytes())
+        found = load_yaml(path.read_bytes())
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}. Run this inside a clone of the project") from None
-    except YAMLError as error:
+    except (YAMLError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read: {str(error).splitlines()[0]}. `ropeway run` reports more") from None
     if not isinstance(found, dict):
         raise ConfigError(f"{path}: expected a mapping, found a {type(found).__name__}. `git checkout {path.name}`")

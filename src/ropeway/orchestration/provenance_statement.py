@@ -7,7 +7,6 @@ Source: https://in-toto.io/Statement/v1, https://slsa.dev/spec/v1.0/provenance.
 
 import hashlib
 import importlib.metadata
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from ropeway.registry.versions import ML_BOM, STATEMENT
 from ropeway.reporting.ml_bom import build_ml_bom
 from ropeway.runtime.errors import DataError
 from ropeway.runtime.git import ask_git
+from ropeway.runtime.json_text import parse_json
 from ropeway.runtime.manifest import NAME as MANIFEST
 from ropeway.runtime.manifest import Json, canonical_json, file_sha256, json_mapping, write_atomic
 from ropeway.runtime.workspace import Workspace
@@ -148,7 +148,7 @@ def _git_uri(remote: str) -> str | None:
 
 def _read(path: Path) -> Json:
     try:
-        found = json.loads(path.read_bytes())
+        found = parse_json(path.read_bytes())
         if isinstance(found, dict):
             return found
     except (OSError, ValueError):

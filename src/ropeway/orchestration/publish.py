@@ -4,7 +4,6 @@ The registry decides what is published, not whether a stage ran: a package made 
 """
 
 import getpass
-import json
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,6 +24,7 @@ from ropeway.orchestration.provenance_statement import write_statements
 from ropeway.orchestration.revision import Revision
 from ropeway.registry import PRODUCTION, Artifact, Registry, Version
 from ropeway.runtime.errors import DataError, TemporaryError
+from ropeway.runtime.json_text import parse_json
 from ropeway.runtime.manifest import Json, digest_of, json_mapping
 from ropeway.runtime.progress import StageProgress
 from ropeway.runtime.workspace import Workspace, count_bytes
@@ -266,7 +266,7 @@ def _describe_run(timings: Path, run_seconds: float | None) -> dict[str, object]
 
 def _read_metrics(path: Path) -> dict[str, object]:
     try:
-        metrics = json.loads(path.read_bytes())
+        metrics = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: expected the metrics of evaluate ({error}). Run `dvc repro evaluate`") from None
     if not isinstance(metrics, dict):
@@ -303,7 +303,7 @@ def measure_champion(
         if code:
             write_line(f"{champion} cannot be evaluated on these ({what}), so the two models cannot be compared")
             return None
-    metrics: Mapping[str, object] = json.loads(out.read_bytes())
+    metrics: Mapping[str, object] = parse_json(out.read_bytes())
     return metrics
 
 

@@ -4,7 +4,6 @@ Code and params come from git at its revision, data from DVC by digest. Every ot
 DVC's cache and run-cache, since their content is what has to be verified.
 """
 
-import json
 import os
 import subprocess
 import time
@@ -22,6 +21,7 @@ from ropeway.registry import Provenance, Version
 from ropeway.registry.version_manifest import build_version_manifest
 from ropeway.runtime.errors import ConfigError, DataError, RegistryError
 from ropeway.runtime.git import ask_git
+from ropeway.runtime.json_text import parse_json
 from ropeway.runtime.lock import HeldLock, workspace_lock
 from ropeway.runtime.manifest import Json, digest_of, load_manifest
 from ropeway.runtime.workspace import Workspace
@@ -173,7 +173,7 @@ def read_published(version: Version, site_root: Path) -> RunRecord:
         facts=dict(version.manifest.facts),
         block=block,
         lock=graph.parse_lock(version.read_file("dvc.lock") or b""),
-        timings=json.loads(version.read_file("provenance.json") or b"{}"),
+        timings=parse_json(version.read_file("provenance.json") or b"{}"),
     )
 
 
@@ -187,7 +187,7 @@ def read_reproduced(workspace: Workspace) -> RunRecord:
         facts=manifest.facts,
         block=without_secrets(read_block(workspace.root / "params.yaml", workspace.profile)),
         lock=graph.parse_lock((workspace.root / "dvc.lock").read_bytes()),
-        timings=json.loads(workspace.timings.read_bytes()),
+        timings=parse_json(workspace.timings.read_bytes()),
     )
 
 

@@ -1,6 +1,5 @@
 """The public API of the registry: artifacts (models), their versions and aliases, and the events of both."""
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -31,6 +30,7 @@ from ropeway.registry.signing import load_signer
 from ropeway.registry.version_manifest import Facts, build_package_manifest
 from ropeway.registry.versions import PRODUCTION, Version
 from ropeway.runtime.errors import DataError, NotFoundError, RegistryError
+from ropeway.runtime.json_text import parse_json
 from ropeway.runtime.login import Identity
 from ropeway.storage import Store, open_store
 
@@ -105,7 +105,7 @@ class Artifact:
         package = build_package_manifest(folder, self.name, verify=False)
         key = package_key(self.name, package.digest)
         try:
-            entry = json.loads(self.store.get(key))
+            entry = parse_json(self.store.get(key))
             digest = entry["digest"] if isinstance(entry, dict) else None
         except NotFoundError:
             return self.find(package.digest)

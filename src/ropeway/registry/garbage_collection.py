@@ -11,7 +11,6 @@ after all finds its intent gone and stops before its version has a number. A col
 its time used up by one of two clocks, stops.
 """
 
-import json
 import re
 import time
 import uuid
@@ -37,6 +36,7 @@ from ropeway.registry.names import all_models, model_logs, register_listed
 from ropeway.registry.publishing import COLLECTION_TTL, attached_files
 from ropeway.registry.version_manifest import load_version_manifests
 from ropeway.runtime.errors import NotFoundError, TemporaryError
+from ropeway.runtime.json_text import parse_json
 from ropeway.runtime.manifest import canonical_json
 from ropeway.storage import IncompleteUpload, Store, StoredObject
 
@@ -215,7 +215,7 @@ def _referenced_by_intents(store: Store, before: datetime) -> set[str]:
     for key, document, at in store.run_each(partial(_read_intent, store), [*slots, *others]):
         referenced |= {key} if at >= before else set()
         with suppress(ValueError, KeyError, TypeError):
-            intent = json.loads(document)
+            intent = parse_json(document)
             referenced |= {manifest_key(intent["name"], intent["digest"]), *intent["blobs"]}
     return referenced
 

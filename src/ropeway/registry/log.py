@@ -10,7 +10,6 @@ sha256 is the one in that event. Otherwise the log is listed and read. See docs/
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -19,6 +18,7 @@ from typing import Any, overload
 
 from ropeway.registry.layout import Log, is_digest
 from ropeway.runtime.errors import DataError, NotFoundError
+from ropeway.runtime.json_text import parse_json
 from ropeway.runtime.manifest import canonical_json
 from ropeway.storage import MAX_DOCUMENT_BYTES, Store
 
@@ -221,10 +221,10 @@ def read_event(store: Store, log: Log, number: int) -> Event:
 
 def _parse_event(document: bytes, store: Store, log: Log, number: int) -> Event:
     try:
-        event = json.loads(document)
+        event = parse_json(document)
         valid = isinstance(event, dict) and is_digest(event.get("digest"))
         valid = valid and all(isinstance(event.get(key, ...), kinds) for key, kinds in log.fields.items())
-    except (ValueError, RecursionError):
+    except ValueError:
         valid = False
     if not valid:
         raise DataError(

@@ -4,13 +4,12 @@ The data profile is part of the version, so its digest and signatures cover the 
 lookup among 10 million records reads 0.2 MB.
 """
 
-import json
-
 from ropeway.data.data_profile import FILE
 from ropeway.data.record_index import RecordIndex
 from ropeway.registry.layout import blob_key
 from ropeway.registry.versions import Version
 from ropeway.runtime.errors import DataError, NotFoundError
+from ropeway.runtime.json_text import parse_json
 
 NAME = "records.index"
 
@@ -39,7 +38,7 @@ def open_record_index(version: Version) -> RecordIndex:
 
 def _read_stated(version: Version) -> object:
     try:
-        profile = json.loads(version.read_file(FILE) or b"{}")
+        profile = parse_json(version.read_file(FILE) or b"{}")
         return profile["record_index"]["sha256"]
     except (ValueError, KeyError, TypeError):
         return None

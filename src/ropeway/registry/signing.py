@@ -27,6 +27,7 @@ from ropeway.registry.layout import signature_key, signatures_prefix
 from ropeway.registry.signing_keys import Trust, keyid_of, load_private, load_trusted, public_pem
 from ropeway.registry.version_manifest import VersionManifest
 from ropeway.runtime.errors import ConfigError, DataError, NotFoundError
+from ropeway.runtime.json_text import parse_json
 from ropeway.storage import Store
 
 if TYPE_CHECKING:  # only a registry with keys needs the libraries, which take seconds to import
@@ -203,7 +204,7 @@ def _is_valid_bundle(
 
 
 def _signed_statement(bundle: bytes) -> Any:  # noqa: ANN401 - JSON
-    return json.loads(b64decode(json.loads(bundle)["dsseEnvelope"]["payload"]))
+    return parse_json(b64decode(parse_json(bundle)["dsseEnvelope"]["payload"]))
 
 
 def _certified_keyid(bundle: bytes) -> str | None:
@@ -211,7 +212,7 @@ def _certified_keyid(bundle: bytes) -> str | None:
     from cryptography.x509 import load_der_x509_certificate
 
     try:
-        chain = json.loads(bundle)["verificationMaterial"]["x509CertificateChain"]["certificates"]
+        chain = parse_json(bundle)["verificationMaterial"]["x509CertificateChain"]["certificates"]
         return keyid_of(load_der_x509_certificate(b64decode(chain[0]["rawBytes"])).public_key())
     except Exception:  # noqa: BLE001 - as above
         return None
@@ -231,9 +232,9 @@ def check_statement(envelope: bytes, manifest: VersionManifest, trust: Trust) ->
 
     keys: list[Key] = [SSlibKey.from_crypto(public, keyid) for keyid, public in trust.keys.items()]
     try:
-        opened = Envelope.from_dict(json.loads(envelope))
+        opened = Envelope.from_dict(parse_json(envelope))
         opened.verify(keys, 1)
-        subjects = json.loads(opened.payload)["subject"]
+        subjects = parse_json(opened.payload)["subject"]
         stated = {subject["name"]: subject["digest"]["sha256"] for subject in subjects}
     except Exception:  # noqa: BLE001 - as above
         return False

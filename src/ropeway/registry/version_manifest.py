@@ -5,7 +5,6 @@ version's event (`publishing.py`).
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from ropeway.registry.layout import check_digest, check_name, is_digest, manifest_key
 from ropeway.registry.rules import PackageFile, check_content, check_files, scan_folder
 from ropeway.runtime.errors import DataError, NotFoundError, RegistryError
+from ropeway.runtime.json_text import parse_json
 from ropeway.runtime.manifest import NAME as MANIFEST
 from ropeway.runtime.manifest import canonical_json, check_file, file_sha256, load_manifest
 from ropeway.storage import MAX_DOCUMENT_BYTES, Store
@@ -106,7 +106,7 @@ def build_version_manifest(package: Path, pages: Path | None, name: str) -> tupl
 
 def _read_pages(pages: Path) -> Facts:
     try:
-        manifest: Facts = json.loads((pages / MANIFEST).read_bytes())
+        manifest: Facts = parse_json((pages / MANIFEST).read_bytes())
         if isinstance(manifest["files"], dict):
             return manifest
     except (OSError, ValueError, KeyError, TypeError):
@@ -198,11 +198,11 @@ def _check_manifest(document: bytes, store: Store, name: str, digest: str) -> Ve
 def _parse_manifest(document: bytes, where: str) -> VersionManifest:
     """Return the manifest in a document; raise DataError unless it is canonical JSON of this exact form."""
     try:
-        tree = json.loads(document)
+        tree = parse_json(document)
         # canonical_json(tree) == document rejects duplicate keys and other spellings of numbers.
         if canonical_json(tree) == document and _is_version_manifest(tree):
             return VersionManifest(tree["name"], tuple(PackageFile(**file) for file in tree["files"]), tree["facts"])
-    except (ValueError, RecursionError):
+    except ValueError:
         pass
     raise DataError(
         f"{where}: not a version manifest; expected canonical JSON of format {FORMAT}. If a newer Ropeway wrote it, "

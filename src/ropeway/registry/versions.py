@@ -1,6 +1,5 @@
 """A version of a model: its manifest, its events, and the operations pull, verify, promote, sign and withdraw."""
 
-import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import cached_property
@@ -19,6 +18,7 @@ from ropeway.registry.signing import Signer, check_policy, check_statement, list
 from ropeway.registry.signing_keys import load_trusted
 from ropeway.registry.version_manifest import Facts, VersionManifest, load_version_manifest
 from ropeway.runtime.errors import DataError, NotFoundError, RegistryError
+from ropeway.runtime.json_text import parse_json
 from ropeway.runtime.login import Identity
 from ropeway.runtime.manifest import canonical_json
 from ropeway.storage import Store
@@ -114,7 +114,7 @@ class Version:
         """
         key = clean_key(self.name, self.digest)
         try:
-            return str(json.loads(self.store.get(key))["git"])
+            return str(parse_json(self.store.get(key))["git"])
         except NotFoundError:
             return None
         except (ValueError, KeyError, TypeError) as error:
@@ -417,7 +417,7 @@ def _facts(store: Store, manifest: VersionManifest) -> Facts:
 
 def _read_json(store: Store, file: PackageFile) -> object:
     try:
-        tree: object = json.loads(read_blob(store, file))
+        tree: object = parse_json(read_blob(store, file))
     except ValueError as error:
         raise DataError(f"{store.url}: {file.path} is not valid JSON ({error})") from None
     return tree

@@ -3,7 +3,6 @@
 Nothing of the real workspace is written. Of the real registry one object is written and deleted, as by `doctor`.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from ropeway.registry.signing import load_signer
 from ropeway.rehearse.shrink import OFFLOADS
 from ropeway.runtime.devices import count_ranks, detect_gpus, list_gpus
 from ropeway.runtime.errors import ConfigError
+from ropeway.runtime.json_text import parse_json
 from ropeway.runtime.terminal import format_count, format_large
 from ropeway.runtime.workspace import Workspace, format_bytes
 from ropeway.stages.evaluate.samples import parse_generation_configs, parse_prompts
@@ -154,7 +154,7 @@ def _check_offload(root: Path, profile: Profile) -> None:
         ConfigError: DeepSpeed refuses it.
     """
     path = profile.deepspeed_config
-    zero = json.loads((root / path).read_bytes()).get("zero_optimization", {})
+    zero = parse_json((root / path).read_bytes()).get("zero_optimization", {})
     if list_gpus() or not any(zero.get(name) for name in OFFLOADS):
         return
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig

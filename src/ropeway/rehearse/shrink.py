@@ -11,6 +11,8 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from ropeway.runtime.json_text import parse_json
+
 STEPS = 3  # optimizer steps; with a warm-up of one step the learning rate of the first two is 0
 FEW_RECORDS = 16  # below this number a split by hash may leave a side empty
 _VALIDATION_ROWS = 4
@@ -183,7 +185,7 @@ def shrink_deepspeed(text: str, path: str, machine: RehearsalMachine) -> tuple[s
     ['zero.json zero_optimization.reduce_bucket_size: 1000000000 -> 5000000']
     """
     try:
-        named = json.loads(text)
+        named = parse_json(text)
         zero = named.get("zero_optimization", {})
         optimizer = named.get("optimizer", {})
         buckets = {key: zero[key] for key in _BUCKETS if isinstance(zero.get(key), int | float)}

@@ -16,6 +16,7 @@ from typing import Any, NotRequired
 from typing_extensions import TypedDict  # pydantic checks typing.TypedDict only from Python 3.12 on
 
 from ropeway.runtime.errors import DataError
+from ropeway.runtime.json_text import parse_json
 
 NAME = "manifest.json"
 _BLOCK_BYTES = 1 << 20
@@ -45,7 +46,7 @@ def canonical_json(value: object) -> bytes:
 def json_mapping(data: bytes) -> Json:
     """Return the mapping in JSON bytes; empty if they are not a JSON mapping."""
     try:
-        found = json.loads(data)
+        found = parse_json(data)
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
@@ -198,7 +199,7 @@ def load_manifest(folder: Path, *, remedy: str, verify: bool = True) -> dict[str
         DataError: No manifest (unfinished work), or a file is missing, unlisted or has another size or sha256.
     """
     try:
-        manifest: dict[str, Any] = json.loads((folder / NAME).read_bytes())
+        manifest: dict[str, Any] = parse_json((folder / NAME).read_bytes())
         files = manifest["files"]
         check_file_facts(files)
     except FileNotFoundError:

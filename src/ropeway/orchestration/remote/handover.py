@@ -6,7 +6,6 @@ them as given; the stage itself compares its code with the recorded digests. Sig
 
 import hashlib
 import importlib.metadata
-import json
 import re
 import sys
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from ropeway.config.frozen import ADDRESSES, FrozenInputs, encode_value
 from ropeway.orchestration import dvc_exchange as exchange
 from ropeway.orchestration.stage_process import CHECKED_BEFORE_TRAINING
 from ropeway.runtime.errors import ConfigError, DataError
+from ropeway.runtime.json_text import parse_json
 from ropeway.runtime.manifest import NAME, FileFacts, Json, json_bytes, write_atomic
 from ropeway.runtime.workspace import Workspace
 
@@ -82,7 +82,7 @@ class Handover:
             TemporaryError: The remote does not have it.
         """
         try:
-            facts: dict[str, Any] = json.loads(exchange.pull_document(root, digest))
+            facts: dict[str, Any] = parse_json(exchange.pull_document(root, digest))
             version = facts.pop("format", None)
             found = TypeAdapter(cls).validate_python(facts)
         except (ValueError, AttributeError) as error:

@@ -35,6 +35,7 @@ from ropeway.orchestration.remote.pool_flow import ENTRYPOINT, FLOW, RESULT, SIG
 from ropeway.orchestration.remote.request import StageRequest
 from ropeway.runtime.errors import ConfigError, TemporaryError, error_class
 from ropeway.runtime.grace import LEAST_SECONDS
+from ropeway.runtime.json_text import parse_json
 from ropeway.runtime.manifest import Json, write_json
 from ropeway.runtime.progress import LiveLine
 from ropeway.runtime.stage_log import file_name, log_path, open_log
@@ -237,7 +238,7 @@ class _Follower:
             return
         self._sign, self._sign_at = sign, time.monotonic()
         with suppress(ValueError, AttributeError):
-            facts = json.loads((sign or "").strip("`"))
+            facts = parse_json((sign or "").strip("`"))
             self.record_call(facts.get("host"), facts.get("at"))
             if record := facts.get("progress"):
                 with progress_path(self.root, self.step).open("a", encoding="utf-8") as file:
@@ -332,7 +333,7 @@ def _read_result(
     """Return the result that the worker left; raise the error that it reports."""
     result: Json | None = None
     with suppress(httpx.HTTPError, PrefectException, ValueError):
-        result = json.loads(client.read_flow_run_input(flow_run, RESULT))
+        result = parse_json(client.read_flow_run_input(flow_run, RESULT))
     if final.type == StateType.CANCELLED:
         raise StageStoppedError(
             f"stage {request.step}: its flow run {flow_run} was cancelled. Run the same command again; it resumes"

@@ -16,6 +16,7 @@ from ropeway.config.suggestion import unknown_name
 from ropeway.orchestration.revision import Revision
 from ropeway.runtime.errors import ConfigError
 from ropeway.runtime.git import ask_git
+from ropeway.runtime.json_text import parse_json
 from ropeway.runtime.manifest import digest_of
 
 PREFIX = "ROPEWAY_POOL_"
@@ -73,7 +74,7 @@ class StageRequest:
     def from_json(cls, text: str) -> "StageRequest":
         """Return a request that `to_json` wrote; raise ConfigError for another format."""
         try:
-            facts = dict[str, Any](json.loads(text))
+            facts = dict[str, Any](parse_json(text))
         except (ValueError, TypeError):
             raise ConfigError("a request that is no JSON object; it was not written by Ropeway") from None
         if (found := facts.pop("format", None)) != _FORMAT:

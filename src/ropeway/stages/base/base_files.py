@@ -1,15 +1,15 @@
 """Check a base model's files before it is loaded; reads file names, config.json and safetensors headers only."""
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
 from ropeway.models.architectures import check_architecture
 from ropeway.runtime.errors import ConfigError
+from ropeway.runtime.json_text import parse_json
 
 CONFIG, INDEX, _ADAPTER = "config.json", "model.safetensors.index.json", "adapter_config.json"
 _FLOATS = ("F32", "BF16", "F16", "F64")
-_HEADER_BYTES = 100 << 20  # the limit of the safetensors library
+_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -96,7 +96,12 @@ def _read_header(path: Path) -> dict[str, str]:
     """Return the tensors of a safetensors file, name -> dtype, from its header."""
     try:
         with path.open("rb") as file:
-            header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), _HEADER_BYTES)))
+            size = int.from_bytes(file.read(8), "little")
+            header = parse_json(file.read(size)) if size <= _HEADER_BYTES else None
+        if header is None:
+            raise ConfigError(
+                f"{path}: its header has {size:,} bytes, expected {_HEADER_BYTES:,} at most; download the model again"
+            )
         return {name: str(facts["dtype"]) for name, facts in header.items() if name != "__metadata__"}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}: not a safetensors file ({error}); download the model again") from None
@@ -104,7 +109,7 @@ def _read_header(path: Path) -> dict[str, str]:
 
 def _read_object(path: Path) -> dict[str, object]:
     try:
-        value = json.loads(path.read_bytes())
+        value = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: expected a JSON object, found {error}; download the model again") from None
     if not isinstance(value, dict):

@@ -74,6 +74,7 @@ from ropeway.stages.base.base_template import (
     find_replaced_template,
     prove_template,
 )
+from ropeway.stages.base.gguf_header import check_gguf_header
 from ropeway.storage import hub
 
 _NO_SETTINGS = (  # of a generation config: nothing that a base states about its answers
@@ -357,13 +358,17 @@ def _find_in_package(base: GgufBase) -> Path:
 
 
 def check_gguf_rope(path: Path) -> None:
-    """Raise ConfigError if a GGUF file has a RoPE scaling, which transformers 5.24 ignores for a Llama."""
+    """Raise ConfigError if a GGUF file is invalid or has a RoPE scaling, which transformers 5.24 ignores."""
+    check_gguf_header(path)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         if all(content.find(name) < 0 for name in _GGUF_ROPE):  # parsing the file takes seconds
             return
     from gguf import GGUFReader
 
-    reader = GGUFReader(path)
+    try:
+        reader = GGUFReader(path)
+    except (ValueError, KeyError, OverflowError) as error:
+        raise ConfigError(f"base.file: {path} is not a valid GGUF file ({error}); download it again") from None
     stated = {key: field.contents() for key, field in reader.fields.items() if ".rope.scaling." in key}
     kind = next((str(value) for key, value in stated.items() if key.endswith(".type")), "none")
     factors = next((tensor.data for tensor in reader.tensors if tensor.name == "rope_freqs.weight"), None)

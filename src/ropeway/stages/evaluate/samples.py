@@ -23,6 +23,7 @@ from ropeway.models.conversation import Conversation
 from ropeway.models.jinja_template import JinjaTemplate, UnusableConversationError
 from ropeway.models.open_model import rope_of
 from ropeway.runtime.errors import ConfigError, DataError
+from ropeway.runtime.json_text import parse_json
 from ropeway.runtime.progress import track
 
 _RESERVED = ("max_new_tokens", "max_length", "bos_token_id", "eos_token_id", "pad_token_id", "num_return_sequences")
@@ -50,7 +51,7 @@ def parse_prompts(text: str, path: str) -> list[Prompt]:
         if not line.strip():
             continue
         try:
-            prompts.append(_read_prompt(json.loads(line)))
+            prompts.append(_read_prompt(parse_json(line)))
         except ValueError as error:  # JSON's own is one, too
             reason = _EXPECTED if isinstance(error, json.JSONDecodeError) else error
             raise ConfigError(f"{path}:{number}: {reason}, found {line[:60]}") from None
@@ -125,7 +126,7 @@ def parse_generation_configs(text: str, path: str) -> GenerationConfigs:
             or that params or tokenizer set.
     """
     try:
-        stated = json.loads(text)
+        stated = parse_json(text)
         default = dict(stated["default"]["generate_args"])
         named = [(str(one["name"]), {**default, **one["generate_args"]}) for one in stated["configurations"]]
     except (ValueError, KeyError, TypeError) as error:

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ropeway.runtime.errors import DataError
-from ropeway.stages.fetch.decompress import InputFile, open_decompressed
-from ropeway.stages.fetch.values import UnreadableError
+from ropeway.stages.fetch.decompress import Allowance, InputFile, open_decompressed
+from ropeway.stages.fetch.values import MAX_RECORD_SIZE, UnreadableError
 
-_BATCH_ROWS = 256
-_BATCH_BYTES = 32 << 20  # uncompressed
+_BATCH_ROWS = 32  # also how often a value that a dictionary repeats is in memory
+_BATCH_BYTES = 32 << 20  # as Python's objects
+_ROW_BYTES = 4 * MAX_RECORD_SIZE  # as Python's objects, which take more than text in a file
 _BUFFER_BYTES = 1 << 20
 # Source: the Arrow columnar format, "IPC streaming format" and "IPC file format". Before version 0.15, a message began
 # with its length, and a stream ended with a length of 0.
@@ -27,6 +28,8 @@ def read_parquet(file: InputFile, required: list[str]) -> Iterator[tuple[str, ob
     """
     from pyarrow import parquet
 
+    from ropeway.stages.fetch.row_sizes import OBJECT_BYTES
+
     # With a buffer, the pages of a row group are read one by one. Without it, a row group of 200 MB is held in memory
     # (measured: 207 MB resident instead of 115, pyarrow 26), and pre_buffer would hold it twice.
     with (
@@ -38,7 +41,9 @@ def read_parquet(file: InputFile, required: list[str]) -> Iterator[tuple[str, ob
         groups = (opened.metadata.row_group(group) for group in range(opened.metadata.num_row_groups))
         widths = (group.total_byte_size // max(group.num_rows, 1) for group in groups)
         batches = opened.iter_batches(batch_size=_choose_batch_rows(widths))
-        yield from _locate(file, (row for batch in batches for row in _iterate_rows(batch)))
+        allowance = file.find_allowance()
+        allowance.spend(opened.metadata.num_rows * OBJECT_BYTES)  # before they are counted one by one
+        yield from _locate(file, (row for batch in batches for row in _iterate_rows(batch, allowance)))
 
 
 def read_arrow(file: InputFile, required: list[str]) -> Iterator[tuple[str, object]]:
@@ -61,7 +66,8 @@ def read_arrow(file: InputFile, required: list[str]) -> Iterator[tuple[str, obje
             _check_stream_end(file, head, file.source)
             batches = opened = pa.ipc.open_stream(mapped)
         _check_columns(file, opened.schema.names, required)
-        yield from _locate(file, (row for batch in batches for row in _iterate_mapped_rows(batch)))
+        allowance = file.find_allowance()
+        yield from _locate(file, (row for batch in batches for row in _iterate_mapped_rows(batch, allowance)))
 
 
 def _check_stream_end(file: InputFile, head: bytes, path: Path) -> None:
@@ -73,7 +79,7 @@ def _check_stream_end(file: InputFile, head: bytes, path: Path) -> None:
             raise DataError(f"{file}: no arrow data, or truncated: the end marker of an arrow stream is missing")
 
 
-def _iterate_mapped_rows(batch: Any) -> Iterator[object]:  # noqa: ANN401 - pyarrow has no types
+def _iterate_mapped_rows(batch: Any, allowance: Allowance) -> Iterator[object]:  # noqa: ANN401 - pyarrow has no types
     """Yield the rows of a memory-mapped batch, checked first: pyarrow follows damaged offsets out of it and crashes.
 
     Raises:
@@ -81,9 +87,12 @@ def _iterate_mapped_rows(batch: Any) -> Iterator[object]:  # noqa: ANN401 - pyar
     """
     from pyarrow import ArrowInvalid
 
+    from ropeway.stages.fetch.row_sizes import OBJECT_BYTES
+
+    allowance.spend(batch.num_rows * OBJECT_BYTES)  # before they are counted one by one: nulls take no bytes
     try:
         batch.validate(full=True)
-        step = _choose_batch_rows([batch.nbytes // max(batch.num_rows, 1)])
+        step = _BATCH_ROWS
     except ArrowInvalid:
         step = 1
     for begin in range(0, batch.num_rows, step):
@@ -95,7 +104,7 @@ def _iterate_mapped_rows(batch: Any) -> Iterator[object]:  # noqa: ANN401 - pyar
                 raise
             yield UnreadableError("bad UTF-8")
         else:
-            yield from part.to_pylist()
+            yield from _iterate_rows(part, allowance)
 
 
 def _check_columns(file: InputFile, found: list[str], required: list[str]) -> None:
@@ -124,7 +133,28 @@ def _locate(file: InputFile, rows: Iterable[object]) -> Iterator[tuple[str, obje
     return ((f"{file}: row {number}", row) for number, row in enumerate(rows, start=1))
 
 
-def _iterate_rows(batch: _Batch) -> Iterator[object]:
+def _iterate_rows(batch: _Batch, allowance: Allowance) -> Iterator[object]:
+    """Yield the rows of a batch as Python objects, as many at a time as fit in `_BATCH_BYTES`.
+
+    Raises:
+        DataError: The file expands to more than its allowance.
+    """
+    from ropeway.stages.fetch.row_sizes import measure_rows  # numpy, which asking for an identity does without
+
+    sizes = measure_rows(batch)
+    allowance.spend(int(sizes.sum()))
+    begin = 0
+    while begin < batch.num_rows:
+        fitting = int(sizes[begin:].cumsum().searchsorted(_BATCH_BYTES, side="right"))
+        count = max(1, fitting)
+        if count == 1 and sizes[begin] > _ROW_BYTES:
+            yield UnreadableError("record too long")
+        else:
+            yield from _to_objects(batch.slice(begin, count))
+        begin += count
+
+
+def _to_objects(batch: _Batch) -> Iterator[object]:
     try:
         yield from batch.to_pylist()
     except UnicodeDecodeError:  # pyarrow does not validate UTF-8 on reading; find the row

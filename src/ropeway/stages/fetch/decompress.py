@@ -20,6 +20,10 @@ from ropeway.runtime.errors import ConfigError, DataError
 # (a block of RFC 8878, RLE), so 4 KiB of any file yield at most 128 MiB.
 _INPUT_BYTES = range(16, 1 << 12)
 _OUTPUT_BYTES = 1 << 18
+# A file may expand to this many times its size, and to `FREE_BYTES` in any case. Text compresses 3 to 30 times. gzip
+# reaches 1,030 times, for zeros; zstd, xz and bzip2 reach more.
+MAX_EXPANSION = 1000
+FREE_BYTES = 1 << 30
 # First bytes of other formats. Source: RFC 1952, RFC 8878, the Parquet format, the Unicode standard.
 _OTHER_FORMATS = {
     b"\xff\xfe": "UTF-16; convert it (iconv -f UTF-16 -t UTF-8)",
@@ -51,6 +55,55 @@ UNREADABLE = (
 )
 
 
+class Allowance:
+    """How many decompressed bytes may be read of a file, and of all members of an archive together."""
+
+    def __init__(self, path: Path) -> None:
+        """Derive the limit from the size of the file at `path`."""
+        self._path, self._stored = path, path.stat().st_size
+        self._left = max(FREE_BYTES, MAX_EXPANSION * self._stored)
+
+    def spend(self, count: int) -> None:
+        """Count bytes.
+
+        Raises:
+            DataError: They are more than the file may expand to.
+        """
+        self._left -= count
+        if self._left < 0:
+            raise DataError(
+                f"{self._path}: its {self._stored:,} bytes expand to more than {MAX_EXPANSION:,} times that and more "
+                f"than {FREE_BYTES >> 30} GiB, as archives do that were made to fill a disk. If its data is right, "
+                "unpack it and name the files in `paths`"
+            )
+
+
+class _CountedReader(io.RawIOBase):
+    """A stream of decompressed bytes that are counted."""
+
+    def __init__(self, stream: IO[bytes], allowance: Allowance) -> None:
+        self._stream, self._allowance = stream, allowance
+
+    def readable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
+
+    def readinto(self, buffer: Buffer) -> int:
+        with memoryview(buffer) as view:
+            data = cast("Any", self._stream).read1(len(view))  # as far as it can be read, where the rest is damaged
+            view[: len(data)] = data
+        self._allowance.spend(len(data))
+        return len(data)
+
+
+def count_bytes(stream: object, allowance: Allowance) -> IO[bytes]:
+    """Return a stream whose bytes are counted."""
+    return io.BufferedReader(_CountedReader(cast("IO[bytes]", stream), allowance), 1 << 18)
+
+
 @dataclass(frozen=True, slots=True)
 class InputFile:
     """A file, or a member of an archive.
@@ -58,15 +111,25 @@ class InputFile:
     Attributes:
         label: Where it is, for messages; its suffixes are its format.
         source: Its path, or what returns a new stream of a member's stored bytes; a member of a tar is read only once.
+        allowance: That of the archive which it is a member of; None for a file.
     """
 
     label: str
     source: Path | Callable[[], IO[bytes]]
+    allowance: Allowance | None = None
 
     @classmethod
     def of(cls, path: Path) -> Self:
         """Return the file at a path."""
         return cls(str(path), path)
+
+    def find_allowance(self) -> Allowance:
+        """Return what this file or its archive may expand to."""
+        if self.allowance is None and isinstance(self.source, Path):
+            return Allowance(self.source)
+        if self.allowance is None:
+            raise TypeError(f"{self}: expected the allowance of its archive")
+        return self.allowance
 
     def __str__(self) -> str:
         """Return the label."""
@@ -76,7 +139,8 @@ class InputFile:
 def open_decompressed(file: InputFile) -> IO[bytes]:
     """Return an open stream of the file's decompressed bytes.
 
-    Reading it raises one of `UNREADABLE` where the file is truncated or damaged.
+    Reading it raises one of `UNREADABLE` where the file is truncated or damaged, and DataError where it expands to
+    more than `MAX_EXPANSION` times its size.
 
     Raises:
         ConfigError: This user has no permission to read the file.
@@ -85,11 +149,15 @@ def open_decompressed(file: InputFile) -> IO[bytes]:
     try:
         source = file.source if isinstance(file.source, Path) else file.source()
         if opener := _OPENERS.get(suffix):
-            return cast("IO[bytes]", opener(source, "rb"))  # closes a file that it opened by its path
-        stored = source.open("rb") if isinstance(source, Path) else source
+            stream = opener(source, "rb")  # closes a file that it opened by its path
+        else:
+            stored = source.open("rb") if isinstance(source, Path) else source
+            stream = io.BufferedReader(_ZstdReader(stored), 1 << 18) if suffix == ".zst" else stored
     except PermissionError as error:
         raise ConfigError(f"{file}: cannot be read ({error.strerror}); grant read permission") from None
-    return io.BufferedReader(_ZstdReader(stored), 1 << 18) if suffix == ".zst" else stored
+    if suffix in _OPENERS or suffix == ".zst":
+        return count_bytes(stream, file.find_allowance())
+    return cast("IO[bytes]", stream)
 
 
 def strip_byte_order_mark(head: bytes, file: InputFile) -> bytes:

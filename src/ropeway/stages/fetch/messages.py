@@ -8,6 +8,7 @@ from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from ropeway.models.conversation import Message
+from ropeway.runtime.json_text import is_too_deep
 from ropeway.stages.fetch.texts import SHOWN_NAME, read_text
 from ropeway.stages.fetch.values import UnreadableError, unique_keys
 
@@ -228,11 +229,14 @@ def check_order(messages: Sequence[Message]) -> None:
 def _load(text: str, fault: str) -> object:
     """Return the value of a JSON text; raise UnreadableError with `fault` if it has none."""
     try:
-        return json.loads(text, object_pairs_hook=unique_keys)
+        found = json.loads(text, object_pairs_hook=unique_keys)
     except UnreadableError:
         raise
     except (ValueError, RecursionError):
         raise UnreadableError(fault) from None
+    if is_too_deep(found):
+        raise UnreadableError("nested too deep")
+    return found
 
 
 def _parse(value: object, what: str) -> dict[str, Any]:

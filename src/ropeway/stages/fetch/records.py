@@ -9,6 +9,7 @@ from itertools import chain
 from ropeway.data.raw_records import Record, RecordKind
 from ropeway.models.conversation import Conversation, Message
 from ropeway.runtime.errors import ConfigError
+from ropeway.runtime.json_text import is_too_deep
 from ropeway.stages.fetch.messages import OPTIONAL_FIELDS, check_order, read_message, read_tools
 from ropeway.stages.fetch.texts import SHOWN_NAME, read_text
 from ropeway.stages.fetch.values import UnreadableError, make_printable
@@ -83,6 +84,8 @@ def to_record(value: object, rows: str, columns: dict[str, str], ignored: Contai
     Raises:
         UnreadableError: The object does not fit the schema; the message is the reason.
     """
+    if is_too_deep(value):
+        raise UnreadableError("nested too deep")
     kind = ROW_KINDS[rows]
     return kind.read(_Row(value, kind, columns, ignored))
 

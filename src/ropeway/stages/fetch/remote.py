@@ -8,11 +8,12 @@ from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from ropeway.runtime.boot import read_boot
-from ropeway.runtime.errors import TemporaryError, full_disk_explained
+from ropeway.runtime.errors import ConfigError, TemporaryError, full_disk_explained
 from ropeway.runtime.manifest import digest_of
 from ropeway.runtime.progress import StageProgress
 
 _BLOCK_BYTES = 1 << 20
+MAX_UNSTATED_BYTES = 64 << 30  # of a file whose server states no size: it may never end
 
 
 class Readable(Protocol):
@@ -41,6 +42,7 @@ def download(remote: Remote, work: Path) -> Path:
 
     Raises:
         TemporaryError: The connection ended early or the disk is full; the next run resumes the download.
+        ConfigError: The server states no size and sends more than `MAX_UNSTATED_BYTES`.
     """
     folder = work / digest_of([remote.name, remote.facts])[:16]
     target = folder / PurePosixPath(remote.name.partition("?")[0]).name
@@ -79,6 +81,12 @@ def _download_from(remote: Remote, partial: Path, start: int) -> None:
         file.seek(begin)
         progress.skip(begin)
         for block in _read_blocks(stream, None if remote.size_bytes is None else remote.size_bytes - begin):
+            if remote.size_bytes is None and file.tell() + len(block) > MAX_UNSTATED_BYTES:
+                file.truncate(0)
+                raise ConfigError(
+                    f"sources: {remote.name}: the server states no size and sent more than "
+                    f"{MAX_UNSTATED_BYTES >> 30} GiB; download the file yourself and name it in `paths`"
+                )
             file.write(block)
             progress.advance(len(block))
         file.flush()

@@ -4,12 +4,12 @@ Source: folders written by datasets 5.2. Versions before 2.0 could also write an
 orders the rows of the arrow files; such a folder is refused.
 """
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
 from ropeway.runtime.errors import ConfigError
+from ropeway.runtime.json_text import parse_json
 from ropeway.stages.fetch.decompress import InputFile, open_decompressed
 
 STATE, INFO, SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
@@ -108,6 +108,6 @@ def _read_names(folder: Path) -> list[str] | None:
 
 def _parse(data: bytes) -> object:
     try:
-        return json.loads(data)
+        return parse_json(data)
     except ValueError:
         return None

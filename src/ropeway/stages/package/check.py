@@ -36,12 +36,14 @@ from ropeway.models.open_model import (
 )
 from ropeway.models.rope import frequency_faults
 from ropeway.runtime.errors import DataError, RopewayError
+from ropeway.runtime.json_text import read_json
 from ropeway.runtime.manifest import NAME as MANIFEST
 from ropeway.runtime.manifest import load_manifest
 from ropeway.stages.package.model_config import TORCH_NAMES
 from ropeway.stages.package.probe import Probe, probe_logits
 from ropeway.stages.package.weights import STORED, locate_tensors, read_dtypes
 
+_REMEDY = "Pull or package it again"
 # Largest allowed difference of logits, relative to the largest logit. On one machine they are equal; other kernels
 # differ.
 _TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 2e-3}
@@ -55,9 +57,9 @@ def check_package(folder: Path, logits: Path | None = None) -> None:
         logits: `(T, V)` logits of the probe row from the exported model; None: logits are not compared.
     """
     if (folder / MANIFEST).exists():
-        load_manifest(folder, remedy="Pull or package it again")
+        load_manifest(folder, remedy=_REMEDY)
     probe = read_probe(folder)
-    config = json.loads((folder / "config.json").read_bytes())
+    config = read_json(folder / "config.json", remedy=_REMEDY)
     tokenizer = load_tokenizer(folder)
     faults = [
         *config_faults(config, probe),
@@ -82,7 +84,7 @@ def check_package(folder: Path, logits: Path | None = None) -> None:
 
 def read_probe(folder: Path) -> Probe:
     """Return a package's probe; that of an earlier version has one end token and no prompts."""
-    probe: Probe = json.loads((folder / "probe.json").read_bytes())
+    probe: Probe = read_json(folder / "probe.json", remedy=_REMEDY)
     if "stops" not in probe:
         probe["stops"] = {f"{short}_token_id": probe["special"][short] for short in ("bos", "eos", "pad")}
         for case in probe["conversations"]:
@@ -129,7 +131,7 @@ def token_faults(tokenizer: PreTrainedTokenizerBase, probe: Probe) -> Iterator[s
 
 def template_faults(folder: Path, tokenizer: PreTrainedTokenizerBase, probe: Probe) -> Iterator[str]:
     """Yield conversations that the template, in its file or in the config, renders differently from training."""
-    key = json.loads((folder / "tokenizer_config.json").read_bytes()).get("chat_template")
+    key = read_json(folder / "tokenizer_config.json", remedy=_REMEDY).get("chat_template")
     places = {TEMPLATE_FILE: (folder / TEMPLATE_FILE).read_text(encoding="utf-8"), "tokenizer_config": key}
     for place, template in places.items():
         if not template:

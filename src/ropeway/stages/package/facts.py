@@ -1,6 +1,5 @@
 """The facts of a run for its package, loaded once and checked for consistency."""
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from ropeway.models.conversation import Conversation
 from ropeway.models.rope import RopeScaling
 from ropeway.models.tokenizer import read_special_names
 from ropeway.runtime.errors import DataError
+from ropeway.runtime.json_text import parse_json
 from ropeway.runtime.manifest import file_sha256, load_manifest
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.package.model_config import TokenizerJson, lowest_loader, plan_tokenizer
@@ -80,7 +80,7 @@ def load_facts(workspace: Workspace, profile: PackageParams) -> Facts:
     """
     early = load_early_facts(workspace, profile, verify=True)
     model = load_manifest(workspace.model, remedy="Run `dvc repro train`")
-    config = json.loads((workspace.model / "config.json").read_bytes())
+    config = _load_json(workspace.model / "config.json", "train")
     check_one_run(workspace, early.data, early.rope, config)
     check_params(model.get("params"), profile, workspace.model)
     return replace(
@@ -104,7 +104,7 @@ def load_early_facts(workspace: Workspace, profile: PackageParams, *, verify: bo
         load_manifest(folder, remedy=f"Run `dvc repro {stage}`", verify=verify)
         for folder, stage in ((workspace.raw, "fetch"), (workspace.base, "base"), (workspace.data, "prepare"))
     )
-    config = json.loads((workspace.base / "config.json").read_bytes())
+    config = _load_json(workspace.base / "config.json", "base")
     return Facts(
         name=workspace.profile,
         profile=profile,
@@ -121,7 +121,7 @@ def load_early_facts(workspace: Workspace, profile: PackageParams, *, verify: bo
         systems=Counter(),
         max_positions=int(config["max_position_embeddings"]),
         base_rope=config["rope_parameters"],
-        tokenizer=plan_tokenizer(json.loads((workspace.base / "tokenizer.json").read_bytes())),
+        tokenizer=plan_tokenizer(_load_json(workspace.base / "tokenizer.json", "base")),
         template=open_template(workspace.base),
     )
 
@@ -170,11 +170,10 @@ def count_systems(workspace: Workspace, raw: Json) -> Counter[str]:
     return systems
 
 
-def _load_json(path: Path, stage: str) -> dict[str, Any]:
+def _load_json(path: Path, stage: str) -> Any:  # noqa: ANN401 - JSON
     try:
-        loaded: dict[str, Any] = json.loads(path.read_bytes())
+        return parse_json(path.read_bytes())
     except (FileNotFoundError, ValueError) as error:
         raise DataError(
             f"{path}: expected the JSON that stage {stage} writes, found: {error}. Run `dvc repro {stage}`"
         ) from None
-    return loaded

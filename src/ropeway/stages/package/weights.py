@@ -1,6 +1,5 @@
 """Casts and shards the exported weights, with one shard in memory at a time."""
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from safetensors.torch import save_file
 from ropeway.models.architectures import EMBEDDING, HEAD
 from ropeway.models.open_model import DTYPES, is_finite
 from ropeway.runtime.errors import DataError
+from ropeway.runtime.json_text import parse_json
 from ropeway.runtime.manifest import write_json
 from ropeway.runtime.progress import track
 
@@ -97,12 +97,12 @@ def locate_tensors(folder: Path) -> dict[str, Path]:
 
 def _read_weight_map(index: Path) -> dict[str, str]:
     try:
-        found = json.loads(index.read_bytes())["weight_map"]
+        found = parse_json(index.read_bytes())["weight_map"]
         if isinstance(found, dict) and all(
             isinstance(file, str) and file.endswith(".safetensors") and "/" not in file for file in found.values()
         ):
             return found
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         pass
     raise DataError(
         f"{index}: expected JSON with a weight_map of tensor names to .safetensors files in the same folder; pull or "

@@ -8,7 +8,6 @@ Memory: 8 bytes per distinct n-gram of the validation text and at most 16 more f
 n-grams of one shard per core.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from ropeway.config.sections import Contamination
 from ropeway.data.tokenized import TokenizedSource
 from ropeway.data.words import hash_grams, is_short
 from ropeway.runtime.errors import ConfigError
+from ropeway.runtime.json_text import parse_json
 from ropeway.runtime.worker_processes import count_cores
 from ropeway.stages.prepare.split import Split
 
@@ -133,7 +133,7 @@ def parse_prompts(text: str, name: str) -> list[str]:
     if not name.endswith(".jsonl"):
         return [line for line in lines if line.strip()]
     try:
-        return [one for line in lines if line.strip() for one in _strings(json.loads(line))]
+        return [one for line in lines if line.strip() for one in _strings(parse_json(line))]
     except ValueError as error:
         raise ConfigError(f"{name}: expected one JSON value per line in a .jsonl file: {error}") from None
 

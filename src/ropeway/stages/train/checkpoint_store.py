@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from ropeway.runtime.errors import DataError, NotFoundError
+from ropeway.runtime.json_text import parse_json
 from ropeway.runtime.manifest import (
     NAME,
     Json,
@@ -144,11 +145,11 @@ class StoredRun:
     def _read(self, key: str) -> dict[str, Any]:
         """Return a manifest; raise DataError if it is none of a checkpoint."""
         try:
-            manifest = json.loads(self.store.get(key))
+            manifest = parse_json(self.store.get(key))
             check_file_facts(manifest["files"])
             complete = bool(manifest["files"]) and isinstance(manifest["ranks"], int)
             same = manifest["step"] == int(key.rpartition("/")[2].partition("-")[0])
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"its manifest is damaged ({type(error).__name__})") from None
         if not (complete and same):
             raise DataError("its manifest is incomplete or of another step")

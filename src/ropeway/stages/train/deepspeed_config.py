@@ -9,6 +9,7 @@ from typing import TypedDict
 
 from ropeway.config.params import TrainParams
 from ropeway.runtime.errors import ConfigError
+from ropeway.runtime.json_text import parse_json
 
 # Set by params.yaml; the DeepSpeed JSON must not have them, since the two could disagree.
 _OWNED = (
@@ -46,7 +47,7 @@ def parse_deepspeed_json(text: str, path: str) -> DeepSpeedJson:
         ConfigError: It is not JSON, contains "auto", or has a key that is unknown or set by params.yaml.
     """
     try:
-        named: DeepSpeedJson = json.loads(text)
+        named: DeepSpeedJson = parse_json(text)
     except ValueError as error:
         raise ConfigError(f"{path}: not JSON: {error}") from None
     allowed = tuple(DeepSpeedJson.__annotations__)
