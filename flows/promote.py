@@ -1,13 +1,12 @@
 """The flows `promote` and `rollback`: move an alias from the Prefect UI, like `ropeway registry promote|rollback`."""
 
-from pathlib import Path
-
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
 from ropeway.orchestration.decision import read_expect
+from ropeway.orchestration.flow_parameters import read_root, read_text
 from ropeway.orchestration.prefect_adapter import artifact_prefix
 from ropeway.registry import Artifact, Promotion, Registry
 from ropeway.registry.aliases import name_author
@@ -32,9 +31,10 @@ def promote(
         root: The workspace whose registry holds the version.
     """
     registry = _open(root)
-    version = registry.find(digest)
-    expected = read_expect(registry, digest, expect)
-    done = version.promote(alias, expect=expected, by=by.strip(), reason=reason.strip())
+    wanted = read_text("digest", digest)
+    version = registry.find(wanted)
+    expected = read_expect(registry, wanted, read_text("expect", expect))
+    done = version.promote(read_text("alias", alias), expect=expected, by=by.strip(), reason=reason.strip())
     return _show(registry.artifact(version.name), done)
 
 
@@ -51,12 +51,15 @@ def rollback(name: str, expect: str, by: str, reason: str, alias: str = "product
         root: The workspace whose registry holds the versions.
     """
     registry = _open(root)
-    artifact, expected = registry.artifact(name), registry.version(f"{name}@{expect}").digest
-    return _show(artifact, artifact.rollback(alias, by=by.strip(), reason=reason.strip(), expect=expected))
+    artifact = registry.artifact(read_text("name", name))
+    expected = registry.version(f"{name}@{read_text('expect', expect)}").digest
+    return _show(
+        artifact, artifact.rollback(read_text("alias", alias), by=by.strip(), reason=reason.strip(), expect=expected)
+    )
 
 
 def _open(root: str) -> Registry:
-    return Registry.open(Workspace(Path(root).resolve(), "").registry_url)
+    return Registry.open(Workspace(read_root(root), "").registry_url)
 
 
 def _show(artifact: Artifact, done: Promotion) -> State[object]:

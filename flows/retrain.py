@@ -7,6 +7,7 @@ lines, before `run.publish()`: once the last step has a result, the process exit
 from prefect import flow
 from prefect.client.schemas.objects import State
 
+from ropeway.orchestration.flow_parameters import read_switch
 from ropeway.orchestration.prefect_adapter import end_state, name_run, open_run
 
 
@@ -29,7 +30,7 @@ def retrain(
         run.pull()
         run.freeze_inputs()
         run.make_plan()
-        if rehearse:
+        if read_switch("rehearse", rehearse):
             run.rehearse()
         run.run_stages()
         run.publish()

@@ -4,7 +4,6 @@ A suspended run ends its process and starts again from its first line when resum
 its report compares are therefore stored as labels of the run, and before the answer the flow only reads.
 """
 
-from pathlib import Path
 from typing import Annotated, Literal
 from uuid import UUID
 
@@ -17,6 +16,7 @@ from prefect.states import Completed
 from pydantic import Field, ValidationError
 
 from ropeway.orchestration.decision import ReviewAnswer, decide
+from ropeway.orchestration.flow_parameters import read_hours, read_root, read_text
 from ropeway.orchestration.prefect_adapter import artifact_prefix
 from ropeway.registry import PRODUCTION, Registry
 from ropeway.reporting.evidence import ReviewCase, open_case
@@ -42,7 +42,7 @@ class Form(RunInput):
 
 
 def _name_run() -> str:
-    return f"review-{str(runtime.flow_run.parameters['digest'])[:20]}"
+    return f"review-{read_text('digest', runtime.flow_run.parameters['digest'])[:20]}"
 
 
 @flow(name="review", flow_run_name=_name_run, validate_parameters=False)
@@ -54,11 +54,12 @@ def review(digest: str, root: str = ".", expires_hours: float = EXPIRES_HOURS) -
         root: The workspace whose registry holds the version.
         expires_hours: Hours after which the review expires and no alias moves.
     """
-    registry = Registry.open(Workspace(Path(root).resolve(), "").registry_url)
-    case = _pin(registry, digest)
+    hours, wanted = read_hours("expires_hours", expires_hours), read_text("digest", digest)
+    registry = Registry.open(Workspace(read_root(root), "").registry_url)
+    case = _pin(registry, wanted)
     form = Form.with_initial_data(description=render_summary(case, heading="###"))
     try:
-        said = suspend_flow_run(wait_for_input=form, timeout=int(expires_hours * 3600), key="answer")
+        said = suspend_flow_run(wait_for_input=form, timeout=max(1, int(hours * 3600)), key="answer")
     except ValidationError:
         raise RegistryError(
             f"{case.new.label}: this review was resumed without an answer; nothing was decided and no alias moved. "

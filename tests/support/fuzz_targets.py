@@ -7,20 +7,24 @@ is a finding, and so is a target that needs more than a second or a gigabyte.
 import gzip
 import io
 import json
+import os
 import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import get_args
 
+from pydantic import ValidationError
+from ruamel.yaml.error import YAMLError
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from ropeway.config.load_params import load_profiles
 from ropeway.config.sections import PersonalKind
+from ropeway.config.yaml_limits import load_yaml
 from ropeway.data.data_profile import DataProfile
 from ropeway.data.drift import compare_profiles
 from ropeway.data.record_identity import exact_keys
@@ -35,15 +39,27 @@ from ropeway.models.tokenizer import (
     read_special_names,
     read_special_texts,
 )
+from ropeway.orchestration.alert_sender import read_hook, read_limits
+from ropeway.orchestration.decision import read_expect
+from ropeway.orchestration.display import retry_seconds
+from ropeway.orchestration.flow_parameters import read_hours, read_profile, read_root, read_switch, read_text
+from ropeway.orchestration.remote.pool_caller import _silent_seconds
 from ropeway.orchestration.remote.request import StageRequest
+from ropeway.registry import Registry
+from ropeway.registry.aliases import check_text
 from ropeway.registry.layout import read_reference, reviews_log, versions_log
 from ropeway.registry.log import read_event
 from ropeway.registry.rules import PackageFile, check_content, check_files
 from ropeway.registry.signing import _certified_keyid, check_statement
 from ropeway.registry.signing_keys import Trust
 from ropeway.registry.version_manifest import VersionManifest, load_version_manifest
+from ropeway.reporting.history import read_price
 from ropeway.reporting.markdown import escape
+from ropeway.runtime.devices import count_ranks, read_hostfile
 from ropeway.runtime.errors import RopewayError
+from ropeway.runtime.grace import read_seconds
+from ropeway.runtime.worker_processes import read_process_count
+from ropeway.stages.base.stage import check_gguf_rope
 from ropeway.stages.fetch.archives import Archive, SkippedMember, iterate_members
 from ropeway.stages.fetch.decompress import InputFile
 from ropeway.stages.fetch.files import iterate_objects
@@ -51,6 +67,10 @@ from ropeway.stages.fetch.records import find_unused, required_columns, to_recor
 from ropeway.stages.fetch.values import UnreadableError
 from ropeway.stages.package.weights import locate_tensors, read_dtypes
 from ropeway.stages.tokenize.personal_data import find_personal_data
+from ropeway.stages.train.stage import _read_keep_runs
+from ropeway.storage import open_store
+from ropeway.storage.folder import FileStore
+from ropeway.storage.s3_client import _read_number
 
 ROWS = ("messages", "sharegpt", "alpaca", "text")
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow", ".jsonl.gz", ".jsonl.zst", ".json.bz2")
@@ -240,11 +260,113 @@ def markdown(data):
     assert "<" not in text.replace("\\<", "").replace("&lt;", ""), text
 
 
+FLOW_PARAMETERS = {
+    "digest": partial(read_text, "digest"), "expect": partial(read_text, "expect"), "root": read_root,
+    "profile": read_profile, "rehearse": partial(read_switch, "rehearse"),
+    "expires_hours": partial(read_hours, "expires_hours"),
+    "trigger": partial(read_text, "trigger", is_empty_allowed=True),
+}  # fmt: skip
+
+
+def flow_parameters(data):
+    """Parameters of a flow run as an API client sends them: JSON values, by name, and the same value for each name."""
+    try:
+        sent = json.loads(data)
+    except (ValueError, RecursionError):
+        sent = data.decode(errors="surrogateescape")
+    values = sent if isinstance(sent, dict) else dict.fromkeys(FLOW_PARAMETERS, sent)
+    for name, read in FLOW_PARAMETERS.items():
+        try:
+            found = read(values.get(name))
+        except ALLOWED:
+            continue
+        assert name in ("rehearse", "expires_hours", "profile") or str(found).isprintable()
+        if name in ("digest", "expect"):
+            for parse in (read_reference, _registry().find, lambda text: read_expect(_registry(), "tiny@v1", text)):
+                with suppress(ALLOWED):
+                    parse(found)
+
+
+@cache
+def _registry():
+    return Registry(FileStore(_folder() / "registry"))
+
+
+def review_form(data):
+    """The answer to a review as a person types it or an API client posts it: what is recorded is a printable text."""
+    try:
+        sent = json.loads(data)
+    except (ValueError, RecursionError):
+        sent = {"decision": "approve", "reviewer": data.decode(errors="surrogateescape"), "comment": "ok"}
+    try:
+        said = _form()(**sent) if isinstance(sent, dict) and all(isinstance(key, str) for key in sent) else None
+    except ValidationError:
+        return
+    if said is None:
+        return
+    for text in (said.reviewer.strip(), said.comment.strip()):
+        check_text("answer", text)
+        json.dumps(text).encode()
+        assert "<" not in escape(text).replace("\\<", "").replace("&lt;", "")
+    assert said.decision in ("approve", "reject")
+
+
+@cache
+def _form():
+    from flows.review import Form
+
+    return Form
+
+
+# Readers of variables that state numbers and addresses.
+NUMBERS = {
+    "ROPEWAY_RANKS": lambda env: count_ranks(env, devices=_folder()), "ROPEWAY_KEEP_RUNS": _read_keep_runs,
+    "ROPEWAY_TOKENIZE_WORKERS": partial(read_process_count, "ROPEWAY_TOKENIZE_WORKERS"),
+    "ROPEWAY_GRACE_SECONDS": lambda env: read_seconds(env, "ROPEWAY_GRACE_SECONDS"),
+    "ROPEWAY_GPU_HOUR_PRICE": read_price,
+}  # fmt: skip
+PROCESS_VARIABLES = {
+    "ROPEWAY_RETRY_SECONDS": retry_seconds, "ROPEWAY_ALERT_URL": read_hook, "ROPEWAY_ALERT_REVIEW_HOURS": read_limits,
+    "ROPEWAY_WORKER_SILENCE_SECONDS": _silent_seconds,
+    "ROPEWAY_S3_TIMEOUT_SECONDS": lambda: _read_number("ROPEWAY_S3_TIMEOUT_SECONDS", 60),
+}  # fmt: skip
+
+
+def environment(data):
+    """A value for each variable that states a number or an address."""
+    text = data.replace(b"\0", b"").decode(errors="surrogateescape")
+    with suppress(ALLOWED):
+        open_store(text)
+    for name, read in NUMBERS.items():
+        with suppress(ALLOWED):
+            read({name: text})
+    for name, read in PROCESS_VARIABLES.items():
+        os.environ[name] = text
+        try:
+            with suppress(ALLOWED):
+                read()
+        finally:
+            del os.environ[name]
+    with suppress(ALLOWED):
+        read_hostfile(_file("hostfile", data))
+
+
+def yaml(data):
+    """A lock or stage graph of DVC."""
+    with suppress(YAMLError, ValueError):  # its readers make these a ConfigError
+        load_yaml(data)
+
+
+def gguf(data):
+    check_gguf_rope(_file("a.gguf", data + b".rope.scaling."))
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
     one.__name__: one
     for one in (
         manifest, event, reference, package_path, package_content, signature, params, rows, archive, record, template,
-        request, data_profile, record_index, personal_data, tokenizer, weights, markdown,
+        request, data_profile, record_index, personal_data, tokenizer, weights, markdown, flow_parameters,
+        review_form, environment, yaml, gguf,
     )
 }  # fmt: skip
 ALLOWED = RopewayError
@@ -301,5 +423,14 @@ def seeds() -> dict[str, list[bytes]]:
         "personal_data": [b"ana@example.org +49 30 123456 4111 1111 1111 1111 DE89370400440532013000 8.8.8.8"],
         "tokenizer": [TOKENIZER, b'#{"eos_token": "</s>", "chat_template": [{"name": "a", "template": "x"}]}'],
         "weights": [tensors, json.dumps({"weight_map": {"w": "model-00001.safetensors"}}).encode()],
+        "flow_parameters": [json.dumps(one).encode() for one in (
+            {"digest": "tiny@v1", "expect": "none", "root": "/tmp", "profile": None, "rehearse": False,  # noqa: S108
+             "expires_hours": 168.0, "trigger": "docs changed"}, 1e308, [1], "v3", True)] + [b"0123abcd", b"NaN"],
+        "review_form": [json.dumps({"decision": "approve", "reviewer": "Ana", "comment": "<b>good</b>"}).encode()],
+        "environment": [b"2", b"60.5", b"1e9", b"https://example.org:8080/a", b"s3://bucket/prefix", b"file:///srv/r",
+                        b"host slots=8\n", b"inf", b"9" * 5000, b"http://[::1"],
+        "yaml": [b"stages:\n  a: {cmd: x, deps: [a]}\n", b"a: &a [1]\nb: {<<: {c: *a}}\n"],
+        "gguf": [b"GGUF\3\0\0\0" + bytes(16),
+                 b"GGUF\3\0\0\0" + bytes(8) + b"\1" + bytes(7) + b"\1" + bytes(7) + b"a\4\0\0\0" + bytes(4)],
         "markdown": [b"<script>alert(1)</script>", b"[a](javascript:x) `<b>`", b"&lt;&#60;"],
     }  # fmt: skip

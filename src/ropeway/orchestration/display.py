@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # it imports Prefect
     from ropeway.orchestration.remote.pool_caller import PoolCaller
 
 RETRIES = 2
+_MAX_RETRY_SECONDS = 86400.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,5 +84,14 @@ def may_retry(error: BaseException) -> bool:
 
 
 def retry_seconds() -> float:
-    """Return the pause before a retry, in seconds."""
-    return float(os.environ.get("ROPEWAY_RETRY_SECONDS", "5"))
+    """Return the pause before a retry, in seconds; ConfigError if `ROPEWAY_RETRY_SECONDS` is no number of them."""
+    stated = os.environ.get("ROPEWAY_RETRY_SECONDS", "5")
+    try:
+        seconds = float(stated)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= _MAX_RETRY_SECONDS:
+        raise ConfigError(
+            f"ROPEWAY_RETRY_SECONDS: expected seconds from 0 to {_MAX_RETRY_SECONDS:g}, found {stated[:40]!r}"
+        )
+    return seconds

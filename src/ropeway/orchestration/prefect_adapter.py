@@ -31,6 +31,7 @@ from ropeway.config.load_params import load_profile
 from ropeway.orchestration.alerts import report_drift
 from ropeway.orchestration.display import RETRIES, RunDisplay, StepResult, may_retry, retry_seconds
 from ropeway.orchestration.dvc_stage import LineWriter, progress_path
+from ropeway.orchestration.flow_parameters import MAX_TRIGGER, read_profile, read_root, read_switch, read_text
 from ropeway.orchestration.prefect_server import await_recovery, page_address, persistent_server_url, prefect_home
 from ropeway.orchestration.remote.pool_caller import PoolCaller
 from ropeway.orchestration.run_page import PageLog, ProgressArtifact, stop_on_suspend
@@ -111,8 +112,8 @@ def artifact_prefix(name: str) -> str:
 def name_run() -> str:
     """Return the flow run's name: profile, digest of its params, git revision, and which sources started it."""
     given = runtime.flow_run.parameters
-    root = Path(given["root"]).resolve()
-    name = describe_run(root, load_profile(root / "params.yaml", given["profile"])[0])[0]
+    root = read_root(given["root"])
+    name = describe_run(root, load_profile(root / "params.yaml", read_profile(given["profile"]))[0])[0]
     changed = [tag.removeprefix(CHANGED) for tag in runtime.flow_run.tags or () if tag.startswith(CHANGED)]
     return f"{name} ({', '.join(changed)} changed)" if changed else name
 
@@ -124,12 +125,15 @@ def open_run(root: str, profile: str | None) -> Iterator[PipelineRun]:
     A served run prints its result at its end; `ropeway run` prints it itself.
     """
     print(f"Prefect UI of this run: {_run_address(runtime.flow_run.id)}", flush=True)
-    folder = Path(root).resolve()
-    name, _ = load_profile(folder / "params.yaml", profile)
+    folder = read_root(root)
+    name, _ = load_profile(folder / "params.yaml", read_profile(profile))
+    given = runtime.flow_run.parameters
+    trigger = read_text("trigger", given.get("trigger", ""), is_empty_allowed=True, most=MAX_TRIGGER)
+    read_switch("rehearse", given.get("rehearse", False))  # before anything is started
     log = PageLog(_api())
     try:
         display = PrefectDisplay(artifact_prefix(name), folder, log)
-        _show_trigger(display, str(runtime.flow_run.parameters.get("trigger") or ""))
+        _show_trigger(display, trigger)
         served = bool(runtime.deployment.id)
         run = PipelineRun(folder, name, display, served=served)
         with stop_on_suspend(), _lock_when_free(run, log) if served else run.lock():

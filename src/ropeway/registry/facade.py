@@ -35,6 +35,7 @@ from ropeway.runtime.login import Identity
 from ropeway.storage import Store, open_store
 
 _MIN_DIGITS = 8  # of a digest prefix
+_MAX_SHOWN = 120  # characters of what was asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,7 +332,7 @@ class Registry:
         if "@" in wanted:
             return self.version(wanted)
         prefix = wanted.lower()
-        names = list_models(self.store) if len(prefix) >= _MIN_DIGITS else ()
+        names = list_models(self.store) if _MIN_DIGITS <= len(prefix) <= _MAX_SHOWN else ()
         found = [version for name in names for version in self._with_prefix(name, prefix)]
         if len(found) == 1:
             return found[0]
@@ -339,7 +340,7 @@ class Registry:
         none = (
             f"no such version in {self.url}; expected a digest (8 digits or more) or NAME@v3. `ropeway registry list`"
         )
-        raise RegistryError(f"{wanted}: {many if found else none}")
+        raise RegistryError(f"{wanted[:_MAX_SHOWN]}: {many if found else none}")
 
     def find_garbage(self, *, grace: timedelta, withdrawn: bool) -> garbage_collection.Garbage:
         """Return what a collection would delete now; see `garbage_collection.find_garbage`."""

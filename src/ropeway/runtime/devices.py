@@ -8,11 +8,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ropeway.runtime.environment import read_count
 from ropeway.runtime.errors import ConfigError
 from ropeway.runtime.slurm import count_job_tasks, submits_jobs
 
 CPU_RANKS = 2
-_SLOTS = re.compile(r"(\S+)\s+slots=(\d+)\s*(?:#.*)?")
+_SLOTS = re.compile(r"(\S+)\s+slots=([0-9]{1,6})\s*(?:#.*)?")
 _BRACKETS = re.compile(r"([^\[\]]*)\[([^\[\]]+)\](.*)")
 _NUMBERS = re.compile(r"(\d+)(?:-(\d+))?")
 _NVIDIA_SMI_SECONDS = 5  # nvidia-smi may have to load the driver
@@ -37,11 +38,8 @@ def count_ranks(environment: dict[str, str] | None = None, *, devices: Path = Pa
             `ROPEWAY_SLURM_ARGS` states no number of tasks.
     """
     environment = dict(os.environ) if environment is None else environment
-    stated = environment.get("ROPEWAY_RANKS")
-    if stated is not None:
-        if not stated.isdecimal() or int(stated) < 1:
-            raise ConfigError(f"ROPEWAY_RANKS: expected a positive whole number, found {stated!r}")
-        return int(stated)
+    if (stated := read_count(environment, "ROPEWAY_RANKS")) is not None:
+        return stated
     if in_slurm(environment):
         return int(environment["SLURM_NTASKS"])
     if submits_jobs(environment):
@@ -178,8 +176,9 @@ def read_hostfile(path: Path) -> dict[str, int]:
     """Return host -> slots of a hostfile in DeepSpeed's and OpenMPI's format; raise ConfigError if it is invalid."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise ConfigError(f"ROPEWAY_HOSTFILE: {path} cannot be read ({error.strerror}). Correct the path") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigError(f"ROPEWAY_HOSTFILE: {path} cannot be read ({reason}). Correct the path") from None
     hosts: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip() or line.lstrip().startswith("#"):

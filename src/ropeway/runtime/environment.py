@@ -3,6 +3,7 @@
 Environment is where, with which limits and as whom a run runs. What can change its result is in params.yaml.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ class EnvironmentVariable:
     default: str = ""
 
 
+_COUNT = re.compile("[0-9]{1,6}")
+_SHOWN = 40  # characters of a value that is refused
 _V = EnvironmentVariable
 VARIABLES: dict[str, tuple[EnvironmentVariable, ...]] = {
     "Ranks and processes": (
@@ -128,6 +131,20 @@ VARIABLES: dict[str, tuple[EnvironmentVariable, ...]] = {
 # Set by Ropeway for its own child processes.
 INTERNAL = ("ROPEWAY_CODE_CHECK", "ROPEWAY_LOCK_HELD", "ROPEWAY_PROGRESS_FILE", "ROPEWAY_SUPERVISED_BY")
 RENAMED = {"ROPEWAY_PREPARE_WORKERS": "ROPEWAY_TOKENIZE_WORKERS", "ROPEWAY_UNTRIED": "ROPEWAY_SKIP_WARM_UP"}
+
+
+def read_count(environment: Mapping[str, str], name: str) -> int | None:
+    """Return the whole number that a variable states; None if it is not set or empty.
+
+    Raises:
+        ConfigError: It is not a whole number from 1 to 999,999.
+    """
+    stated = environment.get(name, "")
+    if not stated:
+        return None
+    if not _COUNT.fullmatch(stated) or int(stated) < 1:
+        raise ConfigError(f"{name}: expected a whole number from 1 to 999999, found {stated[:_SHOWN]!r}")
+    return int(stated)
 
 
 def check_renamed(environment: Mapping[str, str]) -> None:

@@ -9,19 +9,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ropeway.runtime.code_digests import check_code_digest
-from ropeway.runtime.errors import ConfigError, TemporaryError
+from ropeway.runtime.environment import read_count
+from ropeway.runtime.errors import TemporaryError
 
 CODE_CHECK = "ROPEWAY_CODE_CHECK"  # set by a stage for its workers: JSON of stage, digest of its code, cache file
 
 
 def read_process_count(variable: str, environment: Mapping[str, str]) -> int | None:
     """Return the number of processes set by a variable, None if it is empty; ConfigError if it is not a count."""
-    stated = environment.get(variable, "")
-    if not stated:
-        return None
-    if not stated.isdecimal() or int(stated) < 1:
-        raise ConfigError(f"{variable} is {stated!r}; expected a number of processes, 1 or more")
-    return int(stated)
+    return read_count(environment, variable)
 
 
 def count_cores() -> int:

@@ -39,7 +39,10 @@ def open_store(url: str) -> Store:
     >>> open_store("s3://models/registry").url
     's3://models/registry'
     """
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # of the host, e.g. an unclosed bracket
+        parts = urlsplit("")
     if parts.scheme == "s3":
         from ropeway.storage.s3 import S3Store
 
@@ -49,9 +52,13 @@ def open_store(url: str) -> Store:
     if not local or not path.startswith("/") or "\0" in path:
         shown = url.rpartition("@")[2]  # the part before an @ can be a secret
         raise ConfigError(
-            f"registry {shown!r}: expected file:///absolute/path or s3://bucket/prefix. Correct --registry or "
+            f"registry {shown[:200]!r}: expected file:///absolute/path or s3://bucket/prefix. Correct --registry or "
             "ROPEWAY_REGISTRY"
         )
-    if Path(path).exists() and not Path(path).is_dir():
+    try:
+        is_other = Path(path).exists() and not Path(path).is_dir()
+    except OSError as error:  # a name that is too long
+        raise ConfigError(f"registry {url[:200]!r}: {error.strerror}. Correct --registry or ROPEWAY_REGISTRY") from None
+    if is_other:
         raise ConfigError(f"registry {url!r}: expected a folder, found a file. Correct --registry or ROPEWAY_REGISTRY")
     return FileStore(Path(path))

@@ -14,7 +14,8 @@ from ropeway.config.params import TrainParams
 from ropeway.data.accumulation import accumulation_steps
 from ropeway.models.architectures import PACKED, check_proof
 from ropeway.runtime.devices import count_ranks
-from ropeway.runtime.errors import ConfigError, DataError, RopewayError, TemporaryError
+from ropeway.runtime.environment import read_count
+from ropeway.runtime.errors import DataError, RopewayError, TemporaryError
 from ropeway.runtime.grace import StopFiles
 from ropeway.runtime.launcher import build_launch_command, free_port, rank_environment
 from ropeway.runtime.manifest import NAME, load_manifest, write_atomic, write_json
@@ -142,10 +143,7 @@ def _read_keep_runs(environment: Mapping[str, str]) -> int:
     Raises:
         ConfigError: `ROPEWAY_KEEP_RUNS` is not a positive whole number.
     """
-    stated = environment.get("ROPEWAY_KEEP_RUNS", str(DEFAULT_KEEP_RUNS))
-    if not stated.isdecimal() or int(stated) < 1:
-        raise ConfigError(f"ROPEWAY_KEEP_RUNS: expected a positive whole number, found {stated!r}")
-    return int(stated)
+    return read_count(environment, "ROPEWAY_KEEP_RUNS") or DEFAULT_KEEP_RUNS
 
 
 def _write_files(workspace: Workspace, profile: TrainParams, fingerprint: Fingerprint) -> None:

@@ -371,5 +371,5 @@ def test_as_many_processes_as_asked_for_else_as_are_worth_their_start(monkeypatc
 @pytest.mark.parametrize("asked", ["0", "two", "-1", "1.5"])
 def test_a_number_of_processes_that_is_none_is_refused(monkeypatch, asked):
     monkeypatch.setenv("ROPEWAY_TOKENIZE_WORKERS", asked)
-    with pytest.raises(ConfigError, match=f"ROPEWAY_TOKENIZE_WORKERS is '{asked}'"):
+    with pytest.raises(ConfigError, match=f"ROPEWAY_TOKENIZE_WORKERS: .* found '{asked}'"):
         workers.count_workers(0)
