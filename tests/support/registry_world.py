@@ -189,13 +189,16 @@ def check_whole(store: Store) -> None:
 
 
 def die_at(moment: int, root: Path) -> None:
-    """From now on, kill -9 this process just before its `moment`-th change of anything below `root`."""
+    """From now on, kill -9 this process just before its `moment`-th change of anything below `root`.
+
+    A name alone is of a folder that is open, as those of a registry are.
+    """
     left = moment
 
     def watch(event: str, arguments: tuple) -> None:
         nonlocal left
         writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-        if (event in CHANGES or writes) and str(root) in str(arguments[0]):
+        if (event in CHANGES or writes) and (str(root) in (place := str(arguments[0])) or "/" not in place):
             left -= 1
             if left < 0:
                 os.kill(os.getpid(), signal.SIGKILL)

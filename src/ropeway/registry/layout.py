@@ -94,6 +94,10 @@ class Log:
         """Return the key of the head of the first `number` events; the newest head has the first name."""
         return f"{self.heads}{_LAST_NUMBER - number:08d}.txt"
 
+    def is_head(self, key: str) -> bool:
+        """Return whether a key has the form of a head of this log, so that a writer may delete it."""
+        return key.startswith(self.heads) and _HEAD_KEY.fullmatch(key.removeprefix(self.heads)) is not None
+
     def head_number(self, key: str | None) -> int:
         """Return the number of events that a head covers; 0 if `key` is not a head."""
         match = _HEAD_KEY.fullmatch((key or "").removeprefix(self.heads))

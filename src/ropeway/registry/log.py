@@ -160,7 +160,7 @@ def append_event(
             log.key(number), event_document({**planned, _HEAD_FIELD: hashlib.sha256(head).hexdigest()})
         ):
             store.put_if_absent(log.head_key(number), head)
-            if events.hint:
+            if events.hint and log.is_head(events.hint):
                 store.delete(events.hint)  # the previous head, or an invalid one
             return AppendResult(number, planned, created=True)
         events = events.extended_to(number)

@@ -159,6 +159,15 @@ def test_an_unknown_object_among_the_heads_is_ignored(store, three):
     check_answers(store, three)
 
 
+def test_an_append_deletes_nothing_that_is_not_a_head(store, three):
+    unknown = f"{CANDIDATE.heads}00000000.md"
+    store.put_if_absent(unknown, b"x")
+    move(store, three[0])
+    assert store.get(unknown) == b"x"
+    assert heads(store) == [unknown, *(CANDIDATE.head_key(number) for number in (4, 3)), VERSIONS.head_key(3)]
+    check_answers(store, three)
+
+
 def test_a_crash_between_event_and_head_loses_nothing(store, three, tmp_path, monkeypatch):
     package = make_package(tmp_path / "fourth", b"fourth")
     real = store.put_if_absent
