@@ -23,11 +23,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ropeway.registry.blobs import read_blob
 from ropeway.registry.layout import signature_key, signatures_prefix
 from ropeway.registry.signing_keys import Trust, keyid_of, load_private, load_trusted, public_pem
 from ropeway.registry.version_manifest import VersionManifest
 from ropeway.runtime.errors import ConfigError, DataError, NotFoundError
 from ropeway.runtime.json_text import parse_json
+from ropeway.runtime.manifest import NAME as MANIFEST
+from ropeway.runtime.manifest import canonical_json, json_mapping
 from ropeway.storage import Store
 
 if TYPE_CHECKING:  # only a registry with keys needs the libraries, which take seconds to import
@@ -132,7 +135,8 @@ def read_bundles(store: Store, name: str, digest: str) -> dict[str, bytes]:
 def check_policy(store: Store, manifest: VersionManifest) -> None:
     """Raise DataError unless there is no signature policy or a trusted key signed this version.
 
-    An invalid signature of a trusted key is an error even if another trusted key signed the version: it was changed.
+    An invalid signature of a trusted key is an error even if another trusted key signed the version: it was changed. So
+    are facts that are not those of the package's manifest.json, which the signature covers: a bundle signs files alone.
     """
     trust = load_trusted()
     if trust is None:
@@ -144,6 +148,20 @@ def check_policy(store: Store, manifest: VersionManifest) -> None:
             f"{store.url}: {manifest.name} {manifest.digest[:12]}… has no signature of a trusted key "
             f"({', '.join([*trust.keys, *authorities])}). Do not use it, or sign it with a trusted key: `ropeway "
             "registry sign`"
+        )
+    _check_facts(store, manifest)
+
+
+def _check_facts(store: Store, manifest: VersionManifest) -> None:
+    """Raise DataError unless the facts of a version are all keys but `files` of its manifest.json."""
+    own = next((file for file in manifest.files if file.path == MANIFEST), None)
+    signed = json_mapping(read_blob(store, own)) if own else {}
+    if canonical_json({key: value for key, value in signed.items() if key != "files"}) != canonical_json(
+        manifest.facts
+    ):
+        raise DataError(
+            f"{store.url}: the facts of {manifest.name} {manifest.digest[:12]}… are not those of its {MANIFEST}, which "
+            "is signed. Do not use the version: its facts were changed and its signature was copied"
         )
 
 

@@ -11,13 +11,14 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from model_signing import hashing, signing, verifying
 
 from ropeway.registry import Registry
-from ropeway.registry.layout import signature_key
+from ropeway.registry.layout import manifest_key, signature_key, versions_log
 from ropeway.registry.signing import check_statement, load_signer, read_bundles
 from ropeway.registry.signing_keys import keyid_of, load_trusted, make_keys
 from ropeway.registry.version_manifest import VersionManifest, load_version_manifest
 from ropeway.runtime.errors import ConfigError, DataError
+from ropeway.runtime.manifest import canonical_json
 from ropeway.storage import FileStore
-from tests.support.registry_world import make_package, put
+from tests.support.registry_world import make_package, make_pages, put
 
 BIRTH = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -135,6 +136,37 @@ def test_a_signature_of_something_else_by_the_same_key_is_refused(store, policy,
     store.put_if_absent(signature_key("tiny", done.digest, signer.keyid), bundle)
     with pytest.raises(DataError, match="not a valid signature"):
         verify(store)
+
+
+@pytest.mark.parametrize("facts", [{"kind": "package", "params": "forged"}, {}, {"kind": "package", "pages": True}])
+@pytest.mark.usefixtures("policy")
+def test_facts_that_the_signed_manifest_does_not_have_are_refused(store, tmp_path, facts):
+    done = put(store, make_package(tmp_path / "package"))
+    manifest = load_version_manifest(store, "tiny", done.digest)
+    forged = VersionManifest("tiny", manifest.files, facts)
+    (keyid,) = load_trusted().keys
+    store.put_if_absent(manifest_key("tiny", forged.digest), forged.document)
+    bundle = store.get(signature_key("tiny", done.digest, keyid))
+    store.put_if_absent(signature_key("tiny", forged.digest, keyid), bundle)
+    event = {"digest": forged.digest, "published_at": "2026", "provenance": {}, "attachments": {}}
+    store.put_if_absent(versions_log("tiny").key(2), canonical_json(event))
+    version = Registry(store).version("tiny@v2")
+    for act in (
+        version.verify,
+        lambda: version.pull(tmp_path / "pulled"),
+        lambda: version.promote("candidate", expect=None, by="a", reason="b"),
+    ):
+        with pytest.raises(DataError, match=r"facts .* manifest\.json"):
+            act()
+    assert verify(store).files == 4
+
+
+@pytest.mark.usefixtures("policy")
+def test_the_facts_of_a_version_with_pages_are_those_of_its_own_manifest(store, tmp_path):
+    package = make_package(tmp_path / "package", digests={"raw": "a"}, rate=1e-05)
+    make_pages(package, tmp_path / "pages", "a card")
+    Registry(store).artifact("tiny").publish(package, provenance={}, attachments={}, pages=tmp_path / "pages")
+    assert verify(store).files == 5
 
 
 def test_an_ed25519_signature_of_an_earlier_release_counts(store, policy, tmp_path, monkeypatch):
