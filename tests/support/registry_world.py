@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ropeway.registry import ANY, Artifact, Registry
 from ropeway.registry.layout import alias_log, blob_key, list_models, versions_log
-from ropeway.registry.log import read_events
+from ropeway.registry.log import read_events, seal_event
 from ropeway.registry.version_manifest import load_version_manifest
 from ropeway.runtime.errors import RegistryError
 from ropeway.runtime.manifest import canonical_json, file_sha256, write_json, write_manifest
@@ -72,21 +72,21 @@ def grow(store: Store, count: int) -> None:
 
     v1's event becomes the last, so that the newest version is whole. Heads are those that the last writer leaves.
     """
-    record = json.loads(read(store, versions_log("tiny").key(1)))
+    record = own_fields(store, versions_log("tiny").key(1))
     digests = [*(hashlib.sha256(b"%d" % number).hexdigest() for number in range(1, count)), record["digest"]]
     promotion = {"prev": None, "by": "a test", "reason": "it was time", "review": None, "at": record["published_at"]}
     for key in store.list_keys("models/tiny/heads/"):
         store.delete(key)
     store.delete(versions_log("tiny").key(1))
     for log, facts in ((versions_log("tiny"), record), (alias_log("tiny", "candidate"), promotion)):
-        lines = [f"{digest}\n".encode() for digest in digests]
-        heads = [hashlib.sha256(b"".join(lines[: number + 1])).hexdigest() for number in range(count)]
-        events = [
-            (log.key(number), canonical_json({**facts, "digest": digest, "head": head}))
-            for number, (digest, head) in enumerate(zip(digests, heads, strict=True), 1)
-        ]
+        events, head, previous = [], b"", None
+        for number, digest in enumerate(digests, 1):
+            head += f"{digest}\n".encode()
+            document = canonical_json(seal_event({**facts, "digest": digest}, head, previous))
+            events.append((log.key(number), document))
+            previous = hashlib.sha256(document).hexdigest()
         with ThreadPoolExecutor(8) as pool:
-            list(pool.map(store.put_if_absent, *zip(*events, (log.head_key(count), b"".join(lines)), strict=True)))
+            list(pool.map(store.put_if_absent, *zip(*events, (log.head_key(count), head), strict=True)))
 
 
 @contextmanager
@@ -150,6 +150,11 @@ def replace(store: Store, key: str, data: bytes) -> None:
     """Overwrite an object, as only a user with the store's keys can."""
     store.delete(key)
     store.put_if_absent(key, data)
+
+
+def own_fields(store: Store, key: str) -> dict[str, object]:
+    """Return a stored event without what an append adds: as a Ropeway without heads wrote it."""
+    return {name: value for name, value in json.loads(read(store, key)).items() if name not in ("head", "seal")}
 
 
 def copy_store(source: Store, target: Store) -> None:

@@ -17,6 +17,9 @@ intents/slot-<000 to 127>.json                    a running publish; garbage col
 collections/running.json                          the running garbage collection; publishes abort while it exists
 
 An older Ropeway wrote intents/<32 hex>.json and collections/<32 hex>.json, which count where a listing shows them.
+
+An event (of versions, aliases and reviews) also has `head`, the sha256 of the digests so far, and `seal`, the sha256 of
+the event before it and of its own fields. Events of a Ropeway before 2026-12 have no seal, earlier ones no head.
 """
 
 import re

@@ -7,6 +7,10 @@ number, the alias points to the expected version) is still true when its event i
 A reader finds the end of a log by its head: an object, written after each event, with the digests of all events so far.
 A head is a hint. It is used only if its last event exists and the next one does not; its digests are used only if their
 sha256 is the one in that event. Otherwise the log is listed and read. See docs/decisions/0011-registry-heads.md.
+
+An event also contains a seal: the sha256 of the event before it, as stored, and of all its own fields, so a change of
+any field is found: of the event itself when it is read, of an earlier one by `verify_log`. It has no key: a writer of
+the store can compute it again for an event and all later ones. Events of an older Ropeway have none and stay valid.
 """
 
 import hashlib
@@ -26,6 +30,9 @@ Event = Mapping[str, Any]
 _EVENT_NAME = re.compile(r"([0-9]{8})\.json")
 # Field of an event: the sha256 of the head up to and including it; absent in events of an older Ropeway.
 _HEAD_FIELD = "head"
+_SEAL_FIELD = "seal"  # {format, previous, sha256}; absent in events of an older Ropeway
+_SEAL_FORMAT = "ropeway-seal/1"
+_INTERNAL = (_HEAD_FIELD, _SEAL_FIELD)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +66,7 @@ class Events(Sequence[Event]):
         """Represent the first `count` events; `hint` is the key of the head that was found, not yet verified."""
         self._store, self.log, self._count, self.hint = store, log, count, hint
         self._read: dict[int, Event] = {}
+        self._hashes: dict[int, str] = {}  # sha256 of the stored bytes of each event that was read
         self._digests: list[str] = []
 
     def __len__(self) -> int:
@@ -77,18 +85,18 @@ class Events(Sequence[Event]):
             return [self[number] for number in numbers]
         number = range(1, self._count + 1)[index]
         self._fetch([number])
-        return _without_head(self._read[number])
+        return _public_fields(self._read[number])
 
     def __iter__(self) -> Iterator[Event]:
         """Iterate over all events, oldest first."""
         self._fetch(range(1, self._count + 1))
-        return (_without_head(self._read[number]) for number in range(1, self._count + 1))
+        return (_public_fields(self._read[number]) for number in range(1, self._count + 1))
 
     def about(self, digests: Collection[str]) -> list[Event]:
         """Return the events of these digests, oldest first; with a head no other event is read."""
         numbers = [number for number, digest in enumerate(self.digests, 1) if digest in digests]
         self._fetch(numbers)
-        return [_without_head(self._read[number]) for number in numbers]
+        return [_public_fields(self._read[number]) for number in numbers]
 
     @property
     def digests(self) -> list[str]:
@@ -103,19 +111,29 @@ class Events(Sequence[Event]):
     def extended_to(self, count: int) -> "Events":
         """Return the first `count` events of the log, reusing those already read."""
         longer = Events(self._store, self.log, count, self.hint)
-        longer._read, longer._digests = self._read, self._digests
+        longer._read, longer._hashes, longer._digests = self._read, self._hashes, self._digests
         return longer
 
-    def check_heads(self) -> None:
-        """Read every event; raise DataError unless the head hash of each matches the events up to it."""
+    def check_chain(self) -> None:
+        """Read every event; raise DataError unless the head hash and the seal of each match the events before it."""
         running = hashlib.sha256()
         for number, event in enumerate(self, 1):
             running.update(_head_document([event["digest"]]))
-            if self._read[number].get(_HEAD_FIELD, running.hexdigest()) != running.hexdigest():
+            stored, link = self._read[number], self.link(number)
+            head = stored.get(_HEAD_FIELD, running.hexdigest())
+            previous = stored[_SEAL_FIELD]["previous"] if _SEAL_FIELD in stored else link
+            if (head, previous) != (running.hexdigest(), link):
                 raise DataError(
                     f"{self._store.url}: {self.log.key(number)} does not match the events before it: an event was "
                     "changed. Restore the log from a backup of the registry"
                 )
+
+    def link(self, number: int) -> str | None:
+        """Return the sha256 of the event before event `number`, as stored; None for the first event."""
+        if number == 1:
+            return None
+        self._fetch([number - 1])
+        return self._hashes[number - 1]
 
     def _read_head(self) -> list[str]:
         """Return the digests in the head; an empty list unless they match the hash in the head's last event."""
@@ -135,6 +153,7 @@ class Events(Sequence[Event]):
         documents = self._store.get_many([self.log.key(number) for number in missing])
         for number, document in zip(missing, documents, strict=True):
             self._read[number] = _parse_event(document, self._store, self.log, number)
+            self._hashes[number] = hashlib.sha256(document).hexdigest()
 
 
 def append_event(
@@ -156,14 +175,26 @@ def append_event(
             return AppendResult(planned, events[planned - 1], created=False)
         number = len(events) + 1
         head = _head_document([*events.digests, planned["digest"]])
-        if store.put_if_absent(
-            log.key(number), event_document({**planned, _HEAD_FIELD: hashlib.sha256(head).hexdigest()})
-        ):
+        if store.put_if_absent(log.key(number), event_document(seal_event(planned, head, events.link(number)))):
             store.put_if_absent(log.head_key(number), head)
             if events.hint and log.is_head(events.hint):
                 store.delete(events.hint)  # the previous head, or an invalid one
             return AppendResult(number, planned, created=True)
         events = events.extended_to(number)
+
+
+def seal_event(event: Event, head: bytes, previous: str | None) -> dict[str, Any]:
+    """Return an event with the hash of its head and with its seal.
+
+    Args:
+        event: Its own fields.
+        head: The head up to and including it.
+        previous: The sha256 of the event before it, as stored; None for the first event of a log.
+    """
+    seal = {"format": _SEAL_FORMAT, "previous": previous}
+    own = json.loads(event_document(event))  # as a reader gets them: JSON has no numbers as keys and no tuples
+    unsealed = {**own, _HEAD_FIELD: hashlib.sha256(head).hexdigest(), _SEAL_FIELD: seal}
+    return {**unsealed, _SEAL_FIELD: {**seal, "sha256": hashlib.sha256(event_document(unsealed)).hexdigest()}}
 
 
 def event_document(event: Event) -> bytes:
@@ -201,7 +232,7 @@ def verify_log(store: Store, log: Log) -> Events:
         DataError: An event is missing, malformed, or was changed after a later event was written.
     """
     events = Events(store, log, count_numbered(store, log.folder))
-    events.check_heads()
+    events.check_chain()
     return events
 
 
@@ -216,7 +247,21 @@ def find_head(store: Store, events: Events) -> str | None:
 
 def read_event(store: Store, log: Log, number: int) -> Event:
     """Return one event; raise NotFoundError if it does not exist, DataError if it is damaged."""
-    return _without_head(_parse_event(store.get(log.key(number)), store, log, number))
+    return _public_fields(_parse_event(store.get(log.key(number)), store, log, number))
+
+
+def _is_sealed(event: Event, document: bytes) -> bool:
+    """Return whether a stored event has a seal of its own fields and is canonical JSON, or is older than seals.
+
+    Other JSON of the same values, such as a key that occurs twice, has another sha256 in the seal of the next event.
+    """
+    if _SEAL_FIELD not in event:
+        return True
+    seal = event[_SEAL_FIELD]
+    if not isinstance(seal, dict) or set(seal) != {"format", "previous", "sha256"} or seal["format"] != _SEAL_FORMAT:
+        return False
+    unsealed = {**event, _SEAL_FIELD: {key: seal[key] for key in ("format", "previous")}}
+    return canonical_json(event) == document and hashlib.sha256(canonical_json(unsealed)).hexdigest() == seal["sha256"]
 
 
 def _parse_event(document: bytes, store: Store, log: Log, number: int) -> Event:
@@ -224,18 +269,20 @@ def _parse_event(document: bytes, store: Store, log: Log, number: int) -> Event:
         event = parse_json(document)
         valid = isinstance(event, dict) and is_digest(event.get("digest"))
         valid = valid and all(isinstance(event.get(key, ...), kinds) for key, kinds in log.fields.items())
+        valid = valid and _is_sealed(event, document)
     except ValueError:
         valid = False
     if not valid:
         raise DataError(
-            f"{store.url}: {log.key(number)} is not a valid event; restore it from a backup of the registry"
+            f"{store.url}: {log.key(number)} is not a valid event, or was changed after it was written; restore it "
+            "from a backup of the registry. If a newer Ropeway wrote it, upgrade Ropeway"
         )
     return dict(event)
 
 
-def _without_head(event: Event) -> Event:
-    """Return the fields of an event without the hash of its head."""
-    return {key: value for key, value in event.items() if key != _HEAD_FIELD}
+def _public_fields(event: Event) -> Event:
+    """Return the fields of an event without the hash of its head and its seal."""
+    return {key: value for key, value in event.items() if key not in _INTERNAL}
 
 
 def _head_document(digests: Sequence[str]) -> bytes:

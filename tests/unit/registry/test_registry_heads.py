@@ -1,5 +1,6 @@
 """The head of a log is a hint: it saves requests, and no content of a head changes a result."""
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -9,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from ropeway.registry import Registry
-from ropeway.registry.layout import alias_log, versions_log
-from ropeway.registry.log import find_head, read_events, verify_log
+from ropeway.registry.layout import Log, alias_log, versions_log
+from ropeway.registry.log import find_head, read_events, seal_event, verify_log
 from ropeway.registry.names import model_logs
 from ropeway.runtime.errors import DataError, NotFoundError
 from ropeway.runtime.manifest import canonical_json
 from ropeway.storage import Store, open_store
-from tests.support.registry_world import count_requests, grow, make_package, move, put, replace, tiny
+from tests.support.registry_world import count_requests, grow, make_package, move, own_fields, put, replace, tiny
 
 NOW = timedelta(seconds=-60)  # a grace period that every object is past, for any clock of the store
 MAX_REQUESTS = 40
@@ -40,9 +41,7 @@ def remove_heads(store: Store) -> None:
     """Change a registry into one written by a Ropeway without heads."""
     for log in model_logs(store, "tiny"):
         for key in [key for key in store.list_keys(log.folder) if key.endswith(".json")]:
-            event = json.loads(store.get(key))
-            event.pop("head", None)
-            replace(store, key, canonical_json(event))
+            replace(store, key, canonical_json(own_fields(store, key)))
     for key in heads(store):
         store.delete(key)
 
@@ -111,9 +110,7 @@ def test_a_stale_head_is_completed_from_the_log(store, three, tmp_path):
     head = store.get(VERSIONS.head_key(3))
     digests = [*three, *(put(store, make_package(tmp_path / name, name.encode())).digest for name in ("d", "e"))]
     for number in (4, 5):  # as written by a Ropeway without heads
-        event = json.loads(store.get(VERSIONS.key(number)))
-        del event["head"]
-        replace(store, VERSIONS.key(number), canonical_json(event))
+        replace(store, VERSIONS.key(number), canonical_json(own_fields(store, VERSIONS.key(number))))
     store.delete(VERSIONS.head_key(5))
     store.put_if_absent(VERSIONS.head_key(3), head)
     check_answers(store, digests)
@@ -253,3 +250,96 @@ def test_verify_detects_a_missing_or_changed_event_and_collect_one_of_a_version(
         assert store.list_keys("") == before
     replace(store, log.key(2), canonical_json(event))
     assert Registry(store).version(f"tiny@{three[0]}").verify().files == 4
+
+
+def reseal(store: Store, log: Log, number: int, changes: dict[str, object]) -> None:
+    """Change an event and its seal, as a writer of the store can who knows the format."""
+    key, previous = log.key(number), json.loads(store.get(log.key(number)))["seal"]["previous"]
+    head = "".join(f"{digest}\n" for digest in read_events(store, log).digests[:number]).encode()
+    replace(store, key, canonical_json(seal_event(own_fields(store, key) | changes, head, previous)))
+
+
+CHANGES = {
+    VERSIONS.folder: {
+        "published_at": "2020",
+        "provenance": {"evaluation": {"loss": 0.0}},
+        "attachments": {"a.json": 1},
+        "new": 1,
+    },
+    CANDIDATE.folder: {
+        "by": "ceo",
+        "reason": "audited",
+        "at": "2020",
+        "identity": "authenticated",
+        "review": {"by": "ceo"},
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("log", "field", "value"), [(log, *one) for log in (VERSIONS, CANDIDATE) for one in CHANGES[log.folder].items()]
+)
+def test_a_change_of_any_field_of_an_event_is_found_when_it_is_read(store, three, log, field, value):
+    for number in (1, 3):
+        original = store.get(log.key(number))
+        replace(store, log.key(number), canonical_json({**json.loads(original), field: value}))
+        with pytest.raises(DataError, match="changed after it was written"):
+            read_events(store, log)[number - 1]
+        with pytest.raises(DataError, match="changed after it was written"):
+            Registry(store).version(f"tiny@{three[1]}").verify()
+        replace(store, log.key(number), original)
+    assert Registry(store).version(f"tiny@{three[1]}").verify().files == 4
+
+
+@pytest.mark.parametrize("log", [VERSIONS, CANDIDATE])
+@pytest.mark.parametrize("as_old", [True, False])
+def test_an_earlier_event_that_was_changed_with_its_seal_is_found(store, three, log, as_old):
+    original = store.get(log.key(1))
+    if as_old:  # without a seal, as of an older Ropeway
+        changed = own_fields(store, log.key(1)) | CHANGES[log.folder]
+        replace(store, log.key(1), canonical_json(changed | {"head": json.loads(original)["head"]}))
+    else:
+        reseal(store, log, 1, CHANGES[log.folder])
+    with pytest.raises(DataError, match=f"{log.key(2)} does not match"):
+        Registry(store).version(f"tiny@{three[1]}").verify()
+
+
+@pytest.mark.parametrize("damage", ["format", "missing", "not a mapping", "spelling"])
+def test_a_seal_that_is_not_one_is_refused(store, three, damage):
+    event = json.loads(store.get(VERSIONS.key(2)))
+    seal = event["seal"]
+    documents = {
+        "format": canonical_json({**event, "seal": {**seal, "format": "ropeway-seal/2"}}),
+        "missing": canonical_json({**event, "seal": {"sha256": seal["sha256"]}}),
+        "not a mapping": canonical_json({**event, "seal": seal["sha256"]}),
+        "spelling": b'{"published_at":"2020",' + store.get(VERSIONS.key(2))[1:],
+    }
+    replace(store, VERSIONS.key(2), documents[damage])
+    with pytest.raises(DataError, match="not a valid event"):
+        read_events(store, VERSIONS)[1]
+    with pytest.raises(DataError, match="not a valid event"):
+        Registry(store).version("tiny@v2")
+    assert three[1] == event["digest"]
+
+
+@pytest.mark.usefixtures("three")
+def test_events_of_older_and_newer_ropeways_follow_each_other(store, tmp_path):
+    fields = own_fields(store, VERSIONS.key(1))
+    remove_heads(store)
+    put(store, make_package(tmp_path / "fourth", b"fourth"))
+    digests = [*read_events(store, VERSIONS).digests, "5" * 64]
+    head = hashlib.sha256("".join(f"{digest}\n" for digest in digests).encode()).hexdigest()
+    store.put_if_absent(VERSIONS.key(5), canonical_json({**fields, "digest": "5" * 64, "head": head}))
+    put(store, make_package(tmp_path / "sixth", b"sixth"))
+    assert ["seal" in json.loads(store.get(VERSIONS.key(number))) for number in (3, 4, 5, 6)] == [False, True] * 2
+    assert len(verify_log(store, VERSIONS)) == 6
+    assert "seal" not in read_events(store, VERSIONS)[3]
+    replace(store, VERSIONS.key(3), canonical_json({**own_fields(store, VERSIONS.key(3)), "published_at": "2020"}))
+    with pytest.raises(DataError, match=f"{VERSIONS.key(4)} does not match"):
+        verify_log(store, VERSIONS)
+
+
+def test_a_field_that_json_stores_in_another_form_is_sealed_as_it_is_read(store, package):
+    provenance = {"by_length": {16: 1.0, 2: 1e-05, 100: None}, "spans": (1, 2), "word": "\u00e9\u2028"}
+    tiny(store).publish(package, provenance=provenance, attachments={})
+    assert read_events(store, VERSIONS)[0]["provenance"]["by_length"] == {"16": 1.0, "2": 1e-05, "100": None}

@@ -15,7 +15,7 @@ from ropeway.registry.version_manifest import VersionManifest, load_version_mani
 from ropeway.runtime.errors import DataError, RopewayError
 from ropeway.runtime.manifest import canonical_json, write_manifest
 from ropeway.storage import Store, open_store
-from tests.support.registry_world import is_untouched, nothing_left, put, safetensors, tiny
+from tests.support.registry_world import is_untouched, nothing_left, own_fields, put, safetensors, tiny
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ def test_a_manifest_of_another_model_is_rejected(store, digest, target):
 )
 @pytest.mark.usefixtures("digest")
 def test_malformed_attachments_in_a_version_event_are_rejected(store, attachments):
-    event = json.loads(store.get(versions_log("tiny").key(1)))
+    event = own_fields(store, versions_log("tiny").key(1))
     store.delete(versions_log("tiny").key(1))
     store.put_if_absent(versions_log("tiny").key(1), canonical_json(event | {"attachments": attachments}))
     with pytest.raises(DataError, match=r"attachment 'a\.json'"):
@@ -250,7 +250,7 @@ def plant(store: Store, files: list[PackageFile]) -> str:
 def plant_document(store: Store, document: bytes) -> str:
     digest = hashlib.sha256(document).hexdigest()
     store.put_if_absent(manifest_key("tiny", digest), document)
-    record = json.loads(store.get(versions_log("tiny").key(1))) | {"digest": digest}
+    record = own_fields(store, versions_log("tiny").key(1)) | {"digest": digest}
     number = len(store.list_keys("models/tiny/versions/")) + 1
     store.put_if_absent(versions_log("tiny").key(number), canonical_json(record))
     return f"tiny@v{number}"
