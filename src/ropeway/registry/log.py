@@ -14,6 +14,7 @@ the store can compute it again for an event and all later ones. Events of an old
 """
 
 import hashlib
+import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
