@@ -1,6 +1,6 @@
 """The public API of the registry: artifacts (models), their versions and aliases, and the events of both."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -232,6 +232,7 @@ class Artifact:
         moves = self.alias(PRODUCTION).events.about(shown)
         reviews = read_events(self.store, reviews_log(self.name)).about(shown)
         aliases, withdrawn = self.aliases(), self._withdrawn()
+        moves_of, reviews_of = _by_digest(moves), _by_digest(reviews)
         return len(versions), [
             {
                 "number": number,
@@ -240,8 +241,8 @@ class Artifact:
                 "provenance": event["provenance"],
                 "aliases": sorted(alias for alias, digest in aliases.items() if digest == event["digest"]),
                 "withdrawn": event["digest"] in withdrawn,
-                "promotions": [move for move in moves if move["digest"] == event["digest"]],
-                "reviews": [review for review in reviews if review["digest"] == event["digest"]],
+                "promotions": moves_of.get(event["digest"], []),
+                "reviews": reviews_of.get(event["digest"], []),
             }
             for number, event in enumerate(recent, first + 1)
         ]
@@ -272,6 +273,13 @@ def _read_page(log: Events, limit: int | None, before: int | None) -> tuple[int,
     end = len(log) if before is None else max(0, min(len(log), before - 1))
     start = 0 if limit is None else max(0, end - limit)
     return start + 1, log[start:end]
+
+
+def _by_digest(events: Iterable[Event]) -> dict[str, list[Event]]:
+    found: dict[str, list[Event]] = {}
+    for event in events:
+        found.setdefault(event["digest"], []).append(event)
+    return found
 
 
 class Registry:

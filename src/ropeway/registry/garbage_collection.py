@@ -33,7 +33,7 @@ from ropeway.registry.layout import (
 )
 from ropeway.registry.log import find_head, read_events, verify_log
 from ropeway.registry.names import all_models, model_logs, register_listed
-from ropeway.registry.publishing import COLLECTION_TTL, attached_files
+from ropeway.registry.publishing import COLLECTION_TTL, attached_files, listed_blobs
 from ropeway.registry.version_manifest import load_version_manifests
 from ropeway.runtime.errors import NotFoundError, TemporaryError
 from ropeway.runtime.json_text import parse_json
@@ -82,14 +82,16 @@ def plan_collection(
     )
 
 
-def find_garbage(store: Store, *, grace: timedelta, withdrawn: bool) -> Garbage:
+def find_garbage(store: Store, *, grace: timedelta, withdrawn: bool, is_verified: bool = False) -> Garbage:
     """Return what a collection would delete now; delete nothing.
 
-    Objects younger than `grace` are kept. `withdrawn` includes blobs that only withdrawn versions reference.
+    Objects younger than `grace` are kept. `withdrawn` includes blobs that only withdrawn versions reference. What a
+    version references is taken from its event, which is half the reads; with `is_verified`, as a collection needs it,
+    from its manifest, whose sha256 is checked.
 
     Raises:
-        RegistryError: There is no registry, or the manifest of a version is missing, so its references are unknown.
-        DataError: A manifest or an event is damaged, so the references are unknown.
+        RegistryError: There is no registry, or a manifest that must be read is missing, so its references are unknown.
+        DataError: An event, or a manifest that was read, is damaged, so the references are unknown.
     """
     check_registry(store)
     now = store.now()
@@ -100,7 +102,7 @@ def find_garbage(store: Store, *, grace: timedelta, withdrawn: bool) -> Garbage:
     referenced = {entry.key for entry in markers if entry.modified_at > now - COLLECTION_TTL} | {COLLECTION_MARKER}
     # Read intents before versions: an intent is deleted after its version has a number.
     referenced |= _referenced_by_intents(store, min(before, now - INTENT_TTL))
-    referenced |= _referenced_by_versions(store, withdrawn=withdrawn)
+    referenced |= _referenced_by_versions(store, withdrawn=withdrawn, is_verified=is_verified)
     return plan_collection(entries, store.list_incomplete_uploads(), referenced, before=before)
 
 
@@ -113,7 +115,7 @@ def collect(store: Store, *, grace: timedelta, withdrawn: bool) -> Garbage:
     check_registry(store)
     with _running_collection(store) as collection:
         register_listed(store)
-        found = find_garbage(store, grace=grace, withdrawn=withdrawn)
+        found = find_garbage(store, grace=grace, withdrawn=withdrawn, is_verified=True)
         # Manifests first: an interrupted collection must not leave a manifest without its blobs.
         for entry in sorted(found.entries, key=lambda entry: (not entry.key.startswith("models/"), entry.key)):
             collection.check()
@@ -187,7 +189,7 @@ def _running_collection(store: Store) -> Iterator[_Collection]:
             store.delete(COLLECTION_MARKER)
 
 
-def _referenced_by_versions(store: Store, *, withdrawn: bool) -> set[str]:
+def _referenced_by_versions(store: Store, *, withdrawn: bool, is_verified: bool) -> set[str]:
     referenced: set[str] = set()
     for name in all_models(store):
         first, *others = model_logs(store, name)
@@ -198,9 +200,15 @@ def _referenced_by_versions(store: Store, *, withdrawn: bool) -> set[str]:
         referenced |= {manifest_key(name, digest) for digest in versions.digests}
         tombstones = set(store.list_names(tombstones_folder(name), "")) if withdrawn else set[str]()
         kept = [event for event in versions if f"{event['digest']}.json" not in tombstones]
-        manifests = load_version_manifests(store, name, [event["digest"] for event in kept])
-        for event, manifest in zip(kept, manifests, strict=True):
-            referenced |= {blob_key(file.sha256) for file in (*manifest.files, *attached_files(event))}
+        unlisted: list[str] = []
+        for event in kept:
+            referenced |= {blob_key(file.sha256) for file in attached_files(event)}
+            if is_verified or (listed := listed_blobs(event)) is None:
+                unlisted.append(event["digest"])
+            else:
+                referenced |= {blob_key(digest) for digest in listed}
+        for manifest in load_version_manifests(store, name, unlisted):
+            referenced |= {blob_key(file.sha256) for file in manifest.files}
     return referenced
 
 

@@ -37,6 +37,7 @@ from ropeway.runtime.errors import DataError, NotFoundError, RopewayError, Tempo
 from ropeway.runtime.manifest import canonical_json, file_sha256
 from ropeway.storage import Store
 
+BLOBS = "blobs"  # field of a version's event: the sha256 of each file; absent in events of an older Ropeway
 COLLECTION_TTL = timedelta(hours=1)  # a collection stops after half of this: an older marker is of a dead one
 
 
@@ -78,6 +79,7 @@ def publish_package(
         "published_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "provenance": dict(provenance),
         "attachments": {file.path: {"sha256": file.sha256, "bytes": file.bytes} for _, file in attached},
+        BLOBS: sorted({file.sha256 for file in manifest.files}),
     }
     event_document(record)  # fail before the weights are uploaded
     check_name_case(store, name)
@@ -129,6 +131,12 @@ def attached_files(record: Event) -> list[PackageFile]:
             raise DataError(f"version {record['digest'][:12]}…: attachment {name!r} has no valid sha256 and size")
         files.append(PackageFile(name, facts["sha256"], facts["bytes"]))
     return files
+
+
+def listed_blobs(record: Event) -> list[str] | None:
+    """Return the sha256 of a version's files as its event lists them; None if it does not. The manifest decides."""
+    listed = record.get(BLOBS)
+    return listed if isinstance(listed, list) and all(is_digest(one) for one in listed) else None
 
 
 def _plan_attachments(attachments: Mapping[str, Path]) -> list[tuple[Path, PackageFile]]:

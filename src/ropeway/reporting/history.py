@@ -10,6 +10,7 @@ import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from typing import Any, Literal
 
 from ropeway.config.suggestion import did_you_mean
@@ -225,17 +226,23 @@ def build_history(
 
 
 def _is_comparable(metric: HistoryMetric, one: HistoryVersion, before: Sequence[HistoryVersion]) -> bool:
-    values = [getattr(other, metric.key) for other in (one, *before)]
-    return values[0] is not None and sum(value is not None for value in values[1:]) >= LEAST
+    return getattr(one, metric.key) is not None and len(_newest_values(before, metric.key, LEAST)) >= LEAST
+
+
+def _newest_values(
+    before: Sequence[HistoryVersion], key: str, most: int, *, like: HistoryVersion | None = None
+) -> list[float]:
+    """Return the newest values of a metric, at most `most`; with `like`, of versions with its validation rows."""
+    alike = (other for other in reversed(before) if like is None or other.rows == like.rows)
+    return list(islice((value for other in alike if (value := getattr(other, key)) is not None), most))
 
 
 def _find_regression(metric: HistoryMetric, one: HistoryVersion, before: Sequence[HistoryVersion]) -> Regression | None:
     """Return how a comparable value is worse than those before; None if it is not."""
     value = getattr(one, metric.key)
-    earlier = [other for other in before if getattr(other, metric.key) is not None]
-    alike = [other for other in earlier if other.rows == one.rows]
+    alike = _newest_values(before, metric.key, WINDOW, like=one) if metric.by_rows else []
     same_rows = not metric.by_rows or len(alike) >= LEAST
-    chosen = [getattr(other, metric.key) for other in (alike if metric.by_rows and same_rows else earlier)][-WINDOW:]
+    chosen = alike if metric.by_rows and same_rows else _newest_values(before, metric.key, WINDOW)
     median = statistics.median(chosen)
     spread = _MAD_TO_DEVIATION * statistics.median(abs(other - median) for other in chosen)
     worse = value - median if metric.better == "lower" else median - value
@@ -261,7 +268,7 @@ def _read_version(name: str, facts: Json, price: float | None) -> HistoryVersion
 
 def _without_infinities(value: object) -> Any:  # noqa: ANN401 - JSON
     """Return JSON without numbers that cannot be drawn: NaN, infinities and those above 1e15 in magnitude are None."""
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):  # of JSON; an abstract class costs five times as much
         return {key: _without_infinities(one) for key, one in value.items()}
     if isinstance(value, list):
         return [_without_infinities(one) for one in value]

@@ -345,3 +345,43 @@ def test_two_versions_are_compared_by_facts_and_files(store, tmp_path):
 def test_events_are_never_collected(store, two):
     Registry(store).collect(grace=NOW, withdrawn=True)
     assert len(store.list_keys(versions_log("tiny").folder)) == len(two)
+
+
+def _set_listed(store, number, listed):
+    """Write a version's event again as an older Ropeway, or a person, would have it."""
+    key = versions_log("tiny").key(number)
+    event = json.loads(store.get(key))
+    assert sorted({file.sha256 for file in tiny(store).version(event["digest"]).manifest.files}) == event.pop("blobs")
+    replace(store, key, canonical_json(event if listed is None else {**event, "blobs": listed}))
+
+
+def test_a_plan_reads_the_manifests_of_versions_whose_events_list_no_blobs_only(store, two, monkeypatch):
+    loaded = []
+    real = garbage_collection.load_version_manifests
+
+    def load(store, name, digests):
+        loaded.extend(digests)
+        return real(store, name, digests)
+
+    monkeypatch.setattr(garbage_collection, "load_version_manifests", load)
+    orphan = "blobs/sha256/aa/" + "a" * 64
+    store.put_if_absent(orphan, b"orphan")
+    for listed, read_digests in (("as published", []), (None, two[:1]), (["no digest"], two[:1])):
+        if listed != "as published":
+            put_back = store.get(versions_log("tiny").key(1))
+            _set_listed(store, 1, listed)
+        loaded.clear()
+        found = Registry(store).find_garbage(grace=NOW, withdrawn=True)
+        assert ({entry.key for entry in found.entries}, loaded) == ({orphan}, read_digests)
+        if listed != "as published":
+            replace(store, versions_log("tiny").key(1), put_back)
+
+
+def test_a_collection_deletes_no_blob_of_a_manifest_whatever_an_event_lists(store, two):
+    for number in (1, 2):
+        _set_listed(store, number, [])
+    assert Registry(store).find_garbage(grace=NOW, withdrawn=False).entries
+    assert Registry(store).collect(grace=NOW, withdrawn=False).entries == ()
+    for digest in two:
+        assert store.exists(weights_of(store, digest))
+    assert Registry(store).version("tiny@v1").verify().files == 4

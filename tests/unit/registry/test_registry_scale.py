@@ -9,6 +9,7 @@ import pytest
 
 from ropeway.orchestration.status import ALIASES
 from ropeway.registry import Registry, version_manifest
+from ropeway.registry.garbage_collection import find_garbage
 from ropeway.registry.layout import manifest_key, tombstone_key
 from ropeway.registry.version_manifest import load_version_manifests
 from ropeway.runtime.errors import NotFoundError, RegistryError
@@ -106,8 +107,8 @@ def test_pages_follow_each_other_without_gap_or_repetition(grown):
     assert tiny(store).describe_versions(2, 9_999).first == FEW - 1
 
 
-def test_gc_asks_for_two_documents_per_version_and_for_nothing_else(tmp_path):
-    counted = {}
+def test_a_plan_of_gc_asks_for_one_document_per_version_and_a_collection_for_two(tmp_path):
+    counted, verified = {}, {}
     for number in (2, 12):
         store = MemoryStore()
         for each in range(number):
@@ -117,8 +118,12 @@ def test_gc_asks_for_two_documents_per_version_and_for_nothing_else(tmp_path):
         with count_requests(store) as requests:
             gone = Registry(store).find_garbage(grace=PAST, withdrawn=True).entries
         assert len(gone) == number // 2 * 2, "weights and manifest.json of each withdrawn version"
-        assert requests["get"] == counted[number]["get"] - number // 2
-    assert counted[12] - counted[2] == {"get": 2 * 10}
+        assert requests["get"] == counted[number]["get"]
+        with count_requests(store) as requests:
+            find_garbage(store, grace=PAST, withdrawn=False, is_verified=True)
+        verified[number] = +requests
+    assert counted[12] - counted[2] == {"get": 10}
+    assert verified[12] - verified[2] == {"get": 2 * 10}
 
 
 def test_manifests_are_read_in_batches_and_a_missing_one_is_named(store, fill, monkeypatch):
