@@ -37,8 +37,12 @@ def plain(words: object) -> str:
 
 
 def code(words: object) -> str:
-    """Return text as inline code, also valid in a table cell."""
-    text = "".join(c if c.isprintable() else "?" for c in str(words)).replace("`", "'")
+    r"""Return text as inline code, also valid in a table cell, which a bare `|` would end in the middle of the code.
+
+    >>> code("a|b")
+    '`a\\|b`'
+    """
+    text = "".join(c if c.isprintable() else "?" for c in str(words)).replace("`", "'").replace("|", "\\|")
     return f"`{text}`" if text else ""
 
 
