@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ropeway.registry import ANY, Artifact, Registry
-from ropeway.registry.layout import alias_log, blob_key, list_models, versions_log
+from ropeway.registry.layout import Log, alias_log, blob_key, list_models, versions_log
 from ropeway.registry.log import read_events, seal_event
 from ropeway.registry.version_manifest import load_version_manifest
 from ropeway.runtime.errors import RegistryError
@@ -155,6 +155,11 @@ def replace(store: Store, key: str, data: bytes) -> None:
 def own_fields(store: Store, key: str) -> dict[str, object]:
     """Return a stored event without what an append adds: as a Ropeway without heads wrote it."""
     return {name: value for name, value in json.loads(read(store, key)).items() if name not in ("head", "seal")}
+
+
+def change_event(store: Store, log: Log, number: int, **changes: object) -> None:
+    """Change fields of a stored event, as only a user with the store's keys can: it becomes one without a seal."""
+    replace(store, log.key(number), canonical_json(own_fields(store, log.key(number)) | changes))
 
 
 def copy_store(source: Store, target: Store) -> None:

@@ -28,14 +28,19 @@ class Profile:
 
 
 def make_version(  # noqa: PLR0913 - what versions differ by
-    workspace, loss, *, revision=COMMIT, rate=0.002, rows="rows", records=8, also=None
+    workspace, loss, *, revision=COMMIT, rate=0.002, rows="rows", records=8, also=None, with_metrics=False
 ):
-    """Make a package whose figures follow from `loss`, and publish it; return its digest."""
+    """Make a package whose figures follow from `loss`, and publish it; return its digest.
+
+    `with_metrics` puts eval.json into the package, as the stage does.
+    """
     package = workspace.package
     package.mkdir(parents=True, exist_ok=True)
     metrics = _metrics(loss, rows) | (also or {}).get("metrics", {})
     ledger = _ledger(records)
     write_json(package / "weights.json", {"loss": loss, "rate": rate})
+    if with_metrics:
+        write_json(package / "eval.json", metrics)
     write_json(package / "ledger.json", ledger)
     write_json(package / "samples.json", _samples(loss))
     write_json(package / "run.json", {"params": {"learning_rate": rate, "seed": 1}, "ledger": ledger, "digests": {}})

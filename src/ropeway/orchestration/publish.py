@@ -208,7 +208,7 @@ def _describe_known(artifact: Artifact, version: Version) -> str:
     facts = version.record["provenance"]
     against = (facts.get("verdict") or {}).get("against")
     opponent = facts.get("opponent") or None if against else None
-    return describe_change(facts.get("evaluation") or {}, opponent, against or f"earlier version of {artifact.name}")
+    return describe_change(version.metrics, opponent, against or f"earlier version of {artifact.name}")
 
 
 def _find_metrics(
@@ -218,7 +218,7 @@ def _find_metrics(
 
     Only the first two can pass the gate, which compares what was measured.
     """
-    kept: Mapping[str, object] = champion.record["provenance"].get("evaluation", {})
+    kept: Mapping[str, object] = champion.metrics
     needed = sections_to_measure(ours, kept, limits)
     found = measure(champion, needed) if needed else None
     if found is None:

@@ -26,6 +26,7 @@ from ropeway.storage import Store
 PRODUCTION = "production"
 STATEMENT = "provenance.intoto.json"  # attachments that other tools read
 ML_BOM = "mlbom.cdx.json"
+EVALUATION = "eval.json"
 Decision = Literal["approve", "reject"]
 _SHOWN_FILES = 3
 # run.json has parameters, metrics and ledger. Tokenizer files are excluded: they would add 100,000 lines.
@@ -133,6 +134,22 @@ class Version:
         more = f" and {len(files) - _SHOWN_FILES} more" if len(files) > _SHOWN_FILES else ""
         shown = ", ".join(files[:_SHOWN_FILES]) + more or "files not recorded"
         return f"uncommitted changes ({shown})" if facts.get("dirty") else "no git commit"
+
+    @cached_property
+    def metrics(self) -> Facts:
+        """The metrics in the eval.json of the package, which the digest covers; without one, those of the event.
+
+        Raises:
+            DataError: eval.json is damaged.
+        """
+        file = next((file for file in self.manifest.files if file.path == EVALUATION), None)
+        if file is None:
+            recorded = self.record["provenance"].get("evaluation")
+            return dict(recorded) if isinstance(recorded, Mapping) else {}
+        metrics = _read_json(self.store, file)
+        if not isinstance(metrics, dict):
+            raise DataError(f"{self.store.url}: {EVALUATION} of {self.reference} is not a JSON object")
+        return metrics
 
     def describe(self) -> Facts:
         """Return all facts about the version."""

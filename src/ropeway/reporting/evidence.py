@@ -8,7 +8,7 @@ from typing import Any
 
 from ropeway.data.data_profile import FILE
 from ropeway.registry import ANY, PRODUCTION, AnyDigest, Registry, Version
-from ropeway.runtime.errors import RegistryError
+from ropeway.runtime.errors import DataError, RegistryError
 from ropeway.runtime.manifest import Json, json_mapping
 from ropeway.storage import MAX_DOCUMENT_BYTES
 
@@ -21,6 +21,7 @@ class VersionEvidence:
 
     Attributes:
         facts: The result of `Version.describe`.
+        metrics: Its eval.json.
         steps: Its steps.csv, one mapping per optimizer step.
         history: Its provenance.json: one record per start of its training.
         data_profile: Counts and sketches of its data.
@@ -93,8 +94,18 @@ def open_case(registry: Registry, wanted: str, *, expect: str | AnyDigest | None
 
 
 def gather_evidence(version: Version) -> VersionEvidence:
-    """Return a version with its small files."""
+    """Return a version with its small files.
+
+    Raises:
+        DataError: A file is damaged, or the event of the version records other metrics than its eval.json.
+    """
     facts = version.describe()
+    recorded = facts["provenance"].get("evaluation")
+    if recorded and recorded != version.metrics:
+        raise DataError(
+            f"{version.store.url}: the event of {version} records other metrics than its eval.json, which its digest "
+            "covers. The event was changed; do not rely on its verdict. Restore it from a backup of the registry"
+        )
 
     def read_bytes(path: str, place: str = "files") -> bytes:
         entry = facts[place].get(path)
@@ -107,7 +118,7 @@ def gather_evidence(version: Version) -> VersionEvidence:
     rows = csv.DictReader(io.StringIO(read_bytes("steps.csv").decode()))
     return VersionEvidence(
         facts=facts,
-        metrics=facts["provenance"].get("evaluation") or read("eval.json"),
+        metrics=version.metrics,
         samples=read("samples.json"),
         ledger=read("ledger.json"),
         steps=tuple(rows),

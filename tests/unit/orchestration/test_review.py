@@ -13,10 +13,13 @@ from ropeway.orchestration.decision import ReviewAnswer, decide, read_answer
 from ropeway.orchestration.reproduce import check_revision
 from ropeway.registry import Registry
 from ropeway.registry.aliases import name_author
+from ropeway.registry.layout import versions_log
 from ropeway.reporting.evidence import open_case
 from ropeway.reporting.review_report import render_review, render_summary
-from ropeway.runtime.errors import ConfigError, RegistryError
+from ropeway.runtime.errors import ConfigError, DataError, RegistryError
+from ropeway.runtime.manifest import write_json, write_manifest
 from ropeway.runtime.workspace import Workspace
+from tests.support.registry_world import change_event, own_fields
 from tests.support.review_world import COMMIT, DIRTY, make_version
 
 YES = ReviewAnswer("approve", "anna", "reads well", "terminal")
@@ -293,3 +296,30 @@ def test_digits_that_mean_no_version_or_several_are_refused(workspace, registry)
         open_case(registry, "0" * 12)
     with pytest.raises(RegistryError, match="8 digits or more"):
         open_case(registry, "12")
+
+
+def test_metrics_of_a_changed_event_are_neither_shown_nor_used_by_the_gate(workspace, registry):
+    digest = make_version(workspace, 5.0, with_metrics=True)
+    decide(registry, open_case(registry, digest), YES)
+    signed = open_case(registry, digest).new.metrics
+    log = versions_log("laptop")
+    provenance = own_fields(registry.store, log.key(1))["provenance"]
+    better = {**provenance["evaluation"], "mean": {"base": 8.0, "tuned": 0.01}}
+    change_event(registry.store, log, 1, provenance={**provenance, "evaluation": better})
+    with pytest.raises(DataError, match=r"other metrics than its eval\.json"):
+        open_case(registry, digest)
+    assert registry.version("laptop@v1").metrics == signed
+    # The champion's loss is 5.0, not 0.01: the next version is better.
+    make_version(workspace, 4.0, with_metrics=True)
+    assert registry.version("laptop@v2").record["provenance"]["opponent"] == signed
+    with pytest.raises(DataError, match=r"laptop@v1 records other metrics"):
+        open_case(registry, "laptop@v2")
+
+
+def test_an_eval_json_that_is_no_mapping_is_named(workspace, registry):
+    make_version(workspace, 5.0)
+    write_json(workspace.package / "eval.json", [5.0])
+    write_manifest(workspace.package, {"digests": {}})
+    registry.artifact("laptop").publish(workspace.package, provenance={}, attachments={})
+    with pytest.raises(DataError, match=r"eval\.json of laptop@v2"):
+        open_case(registry, "laptop@v2")
