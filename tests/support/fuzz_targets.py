@@ -50,7 +50,7 @@ from ropeway.registry.aliases import check_text
 from ropeway.registry.layout import read_reference, reviews_log, versions_log
 from ropeway.registry.log import read_event
 from ropeway.registry.rules import PackageFile, check_content, check_files
-from ropeway.registry.signing import _certified_keyid, check_statement
+from ropeway.registry.signing import _read_chain, check_statement
 from ropeway.registry.signing_keys import Trust
 from ropeway.registry.version_manifest import VersionManifest, load_version_manifest
 from ropeway.reporting.history import read_price
@@ -130,7 +130,7 @@ def package_content(data):
 
 
 def signature(data):
-    _certified_keyid(data)
+    _read_chain(data)
     assert not check_statement(data, VersionManifest("tiny", (FILE,), {}), Trust({}))
 
 

@@ -18,7 +18,7 @@ import json
 import os
 import tempfile
 from base64 import b64decode
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -143,10 +143,9 @@ def check_policy(store: Store, manifest: VersionManifest) -> None:
         return
     good = [keyid for keyid, public in trust.keys.items() if _has_signed(store, manifest, keyid, public)]
     if not good and not (trust.roots and _has_certified(store, manifest, trust)):
-        authorities = [path.name for path in trust.roots]
         raise DataError(
             f"{store.url}: {manifest.name} {manifest.digest[:12]}… has no signature of a trusted key "
-            f"({', '.join([*trust.keys, *authorities])}). Do not use it, or sign it with a trusted key: `ropeway "
+            f"({', '.join([*trust.keys, *trust.roots])}). Do not use it, or sign it with a trusted key: `ropeway "
             "registry sign`"
         )
     _check_facts(store, manifest)
@@ -190,16 +189,25 @@ def _is_valid(signature: bytes, manifest: VersionManifest, public: "PublicKey") 
 
 
 def _has_certified(store: Store, manifest: VersionManifest, trust: Trust) -> bool:
-    """Return whether a key with a certificate of a trusted root signed a version and is not revoked."""
+    """Return whether a key with a certificate of a trusted root signed a version.
+
+    No certificate of the bundle may be of a revoked key or limited to other purposes, such as TLS servers. The roots
+    are those of keys that are not revoked, so this covers the whole chain.
+    """
     for keyid, bundle in read_bundles(store, manifest.name, manifest.digest).items():
-        own = _certified_keyid(bundle)
-        if own == keyid and own not in trust.revoked and _is_valid_bundle(bundle, manifest, roots=trust.roots):
+        chain = _read_chain(bundle)
+        if (
+            chain
+            and chain[0].keyid == keyid
+            and all(one.may_sign_code and one.keyid not in trust.revoked for one in chain)
+            and _is_valid_bundle(bundle, manifest, roots=[one for roots in trust.roots.values() for one in roots])
+        ):
             return True
     return False
 
 
 def _is_valid_bundle(
-    bundle: bytes, manifest: VersionManifest, *, public: "PublicKey | None" = None, roots: tuple[Path, ...] = ()
+    bundle: bytes, manifest: VersionManifest, *, public: "PublicKey | None" = None, roots: "Sequence[Certificate]" = ()
 ) -> bool:
     """Return whether a bundle is a signature of exactly the files and the name of a version."""
     from model_signing import verifying
@@ -213,7 +221,9 @@ def _is_valid_bundle(
             own.write_bytes(public_pem(public))
             config.use_elliptic_key_verifier(public_key=own)
         else:
-            config.use_certificate_verifier(certificate_chain=list(roots))
+            config.use_certificate_verifier(
+                certificate_chain=[_write_certificate(Path(folder), root) for root in roots]
+            )
         try:
             config.verify(manifest.name, path)
             return bool(_signed_statement(bundle)["subject"][0]["name"] == manifest.name)
@@ -225,15 +235,36 @@ def _signed_statement(bundle: bytes) -> Any:  # noqa: ANN401 - JSON
     return parse_json(b64decode(parse_json(bundle)["dsseEnvelope"]["payload"]))
 
 
-def _certified_keyid(bundle: bytes) -> str | None:
-    """Return the key id of the leaf certificate in a bundle; None if it has none."""
+@dataclass(frozen=True, slots=True)
+class _ChainLink:
+    """A certificate of a bundle: the id of its key, and whether its extended key usage, if it has one, allows code."""
+
+    keyid: str
+    may_sign_code: bool
+
+
+def _read_chain(bundle: bytes) -> list[_ChainLink]:
+    """Return the certificates in a bundle, leaf first; an empty list if it has none or one cannot be read."""
     from cryptography.x509 import load_der_x509_certificate
 
     try:
-        chain = parse_json(bundle)["verificationMaterial"]["x509CertificateChain"]["certificates"]
-        return keyid_of(load_der_x509_certificate(b64decode(chain[0]["rawBytes"])).public_key())
+        listed = parse_json(bundle)["verificationMaterial"]["x509CertificateChain"]["certificates"]
+        chain = [load_der_x509_certificate(b64decode(one["rawBytes"])) for one in listed]
+        return [_ChainLink(keyid_of(one.public_key()), _may_sign_code(one)) for one in chain]
     except Exception:  # noqa: BLE001 - as above
-        return None
+        return []
+
+
+def _may_sign_code(certificate: "Certificate") -> bool:
+    """Return whether a certificate has no extended key usage, or one with code signing or any usage (RFC 5280)."""
+    from cryptography.x509 import ExtendedKeyUsage, ExtensionNotFound
+    from cryptography.x509.oid import ExtendedKeyUsageOID
+
+    try:
+        usage = certificate.extensions.get_extension_for_class(ExtendedKeyUsage).value
+    except ExtensionNotFound:
+        return True
+    return not {ExtendedKeyUsageOID.CODE_SIGNING, ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE}.isdisjoint(usage)
 
 
 def check_statement(envelope: bytes, manifest: VersionManifest, trust: Trust) -> bool:

@@ -16,6 +16,7 @@ from ropeway.runtime.errors import ConfigError
 if TYPE_CHECKING:  # only a registry with keys needs the library
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    from cryptography.x509 import Certificate
 
     PublicKey = EllipticCurvePublicKey | Ed25519PublicKey
 
@@ -26,10 +27,15 @@ _KEYID = re.compile(r"[0-9a-f]{16}")
 
 @dataclass(frozen=True, slots=True)
 class Trust:
-    """The content of ROPEWAY_TRUSTED_KEYS: public keys by key id, root certificates, and revoked key ids."""
+    """The content of ROPEWAY_TRUSTED_KEYS without what is revoked, and the revoked key ids.
+
+    Attributes:
+        keys: Public keys by key id.
+        roots: Root certificates by file name.
+    """
 
     keys: "Mapping[str, PublicKey]"
-    roots: tuple[Path, ...] = ()
+    roots: "Mapping[str, tuple[Certificate, ...]]" = field(default_factory=dict)
     revoked: frozenset[str] = field(default_factory=frozenset)
 
 
@@ -79,13 +85,15 @@ def load_trusted() -> Trust | None:
         )
     revoked = _load_revoked(Path(name) / REVOKED)
     keys = {keyid_of(public): public for path in sorted(Path(name).glob("*.pub")) if (public := _load_public(path))}
-    roots = tuple(sorted(Path(name).glob("*.crt")))
-    for path in roots:
-        _check_root(path)
+    files = {path.name: _load_roots(path) for path in sorted(Path(name).glob("*.crt"))}
+    valid = {
+        file: tuple(one for one in roots if keyid_of(one.public_key()) not in revoked) for file, roots in files.items()
+    }
+    roots = {file: certificates for file, certificates in valid.items() if certificates}
     if not (keys.keys() - revoked or roots):
         raise ConfigError(
-            f"ROPEWAY_TRUSTED_KEYS: {name} has no *.pub file of a key that is not revoked, and no *.crt file. Add a "
-            "public key or a root certificate, or unset the variable"
+            f"ROPEWAY_TRUSTED_KEYS: {name} has no *.pub or *.crt file of a key that is not revoked. Add a public key "
+            "or a root certificate, or unset the variable"
         )
     return Trust({keyid: public for keyid, public in keys.items() if keyid not in revoked}, roots, revoked)
 
@@ -111,11 +119,11 @@ def _load_public(path: Path) -> "PublicKey":
     )
 
 
-def _check_root(path: Path) -> None:
+def _load_roots(path: Path) -> "tuple[Certificate, ...]":
     from cryptography.x509 import load_pem_x509_certificates
 
     try:
-        load_pem_x509_certificates(path.read_bytes())
+        return tuple(load_pem_x509_certificates(path.read_bytes()))
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"ROPEWAY_TRUSTED_KEYS: {path} is not a certificate in PEM ({type(error).__name__}). Replace or remove it"

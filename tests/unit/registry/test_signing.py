@@ -49,13 +49,15 @@ def verify(store):
     return Registry(store).version("tiny@v1").verify()
 
 
-def make_certificate(name, key, issuer=None, issuer_key=None, *, authority=False, signs=True):
+def make_certificate(  # noqa: PLR0913 - what certificates differ by
+    name, key, issuer=None, issuer_key=None, *, authority=False, signs=True, purposes=()
+):
     subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
     usage = dict.fromkeys(
         ("content_commitment", "key_encipherment", "data_encipherment", "key_agreement", "encipher_only",
          "decipher_only"), False,
     )  # fmt: skip
-    return (
+    builder = (
         x509.CertificateBuilder()
         .subject_name(subject)
         .issuer_name(issuer.subject if issuer else subject)
@@ -67,8 +69,10 @@ def make_certificate(name, key, issuer=None, issuer_key=None, *, authority=False
         .add_extension(
             x509.KeyUsage(digital_signature=signs, key_cert_sign=authority, crl_sign=authority, **usage), critical=True
         )
-        .sign(issuer_key or key, hashes.SHA256())
     )
+    if purposes:
+        builder = builder.add_extension(x509.ExtendedKeyUsage(purposes), critical=False)
+    return builder.sign(issuer_key or key, hashes.SHA256())
 
 
 def pem(certificate):
@@ -208,6 +212,66 @@ def test_a_certified_signature_is_refused(store, policy, tmp_path, fault):
         (policy / "revoked.txt").write_text(keyid)
         bundle = store.get(signature_key("tiny", done.digest, keyid))
         store.put_if_absent(signature_key("tiny", done.digest, "0" * 16), bundle)
+    with pytest.raises(DataError, match="no signature of a trusted key"):
+        verify(store)
+
+
+@pytest.mark.parametrize("number", [1, 2], ids=["intermediate", "root"])
+@pytest.mark.usefixtures("key")
+def test_a_chain_with_a_revoked_authority_is_refused(store, authority, policy, tmp_path, number):
+    put(store, make_package(tmp_path / "package"))
+    assert verify(store).files == 4
+    chain = [*x509.load_pem_x509_certificates(authority.read_bytes())]
+    chain += x509.load_pem_x509_certificates((policy / "root.crt").read_bytes())
+    other = make_certificate("other", ec.generate_private_key(ec.SECP256R1()), authority=True)
+    (policy / "other.crt").write_bytes(pem(other))  # without a trusted root, the policy itself is refused
+    assert verify(store).files == 4
+    (policy / "revoked.txt").write_text(keyid_of(chain[number].public_key()))
+    with pytest.raises(DataError, match="no signature of a trusted key"):
+        verify(store)
+    (policy / "revoked.txt").write_text(keyid_of(other.public_key()))
+    assert verify(store).files == 4
+    assert list(load_trusted().roots) == ["root.crt"]
+
+
+def test_a_policy_whose_only_root_is_revoked_is_refused(authority, policy):
+    assert authority.is_file()
+    (root,) = x509.load_pem_x509_certificates((policy / "root.crt").read_bytes())
+    (policy / "revoked.txt").write_text(keyid_of(root.public_key()))
+    with pytest.raises(ConfigError, match="not revoked"):
+        load_trusted()
+
+
+TLS, CODE, ANY = (
+    getattr(x509.ExtendedKeyUsageOID, name) for name in ("SERVER_AUTH", "CODE_SIGNING", "ANY_EXTENDED_KEY_USAGE")
+)
+
+
+@pytest.mark.parametrize(
+    ("purposes", "accepted"),  # of the leaf and the intermediate
+    [
+        (([TLS], []), False),
+        (([CODE], [TLS]), False),
+        (([TLS, CODE], []), True),
+        (([CODE], [CODE]), True),
+        (([ANY], []), True),
+    ],
+)
+def test_a_certificate_counts_only_if_it_may_sign_code(store, key, policy, monkeypatch, purposes, accepted):
+    tmp_path, (leaf, middle) = policy.parent, purposes
+    private = serialization.load_pem_private_key(key.read_bytes(), None)
+    root_key, middle_key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
+    root = make_certificate("root", root_key, authority=True)
+    between = make_certificate("middle", middle_key, root, root_key, authority=True, purposes=middle)
+    own = make_certificate("printer.example", private, between, middle_key, purposes=leaf)
+    (policy / "key.pub").unlink()
+    (policy / "root.crt").write_bytes(pem(root))
+    (tmp_path / "chain.pem").write_bytes(pem(own) + pem(between))
+    monkeypatch.setenv("ROPEWAY_SIGNING_CERTIFICATE", str(tmp_path / "chain.pem"))
+    put(store, make_package(tmp_path / "package"))
+    if accepted:
+        assert verify(store).files == 4
+        return
     with pytest.raises(DataError, match="no signature of a trusted key"):
         verify(store)
 
