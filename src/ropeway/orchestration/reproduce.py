@@ -89,9 +89,11 @@ def reproduce(root: Path, version: Version, *, target: Path | None, write_line: 
         RegistryError: The version was published from an uncommitted tree or without git.
         ConfigError: git does not have the revision, the target folder is not empty, or params at the revision are not
             the version's.
-        DataError: The data can neither be restored nor fetched with the same digest.
+        DataError: The data can neither be restored nor fetched with the same digest, or the signature policy refuses
+            the version.
     """
     began = time.monotonic()
+    version.check_policy()  # before its params and code run
     label = str(version)
     commit = check_revision(version.record["provenance"], version.clean_commit, label)
     clone = target or root / ".work" / "reproduce" / f"{version.name}-{version.digest[:12]}"

@@ -6,8 +6,9 @@ Ropeway. Versions signed before 2026-12 have an Ed25519 signature of the version
 ROPEWAY_SIGNING_KEY           path of an elliptic curve private key (PEM); `publish` and `sign` sign with it
 ROPEWAY_SIGNING_CERTIFICATE   its certificate and the intermediate ones (PEM), if users trust an authority, not the key
 ROPEWAY_TRUSTED_KEYS          folder of public keys (*.pub), root certificates (*.crt) and `revoked.txt` (key ids). If
-                              it is set, promote, pull and verify refuse every version without a signature by one of
-                              these keys or by a certificate of one of these roots. This is the signature policy
+                              it is set, promote, pull, verify, review and reproduce refuse every version without a
+                              signature by one of these keys or by a certificate of one of these roots. This is the
+                              signature policy
 
 Source: model-signing 1.1 (predicate https://model_signing/signature/v1.0), in-toto Statement v1, DSSE 1.0, RFC 8032.
 See docs/decisions/0027.

@@ -151,6 +151,10 @@ class Version:
             raise DataError(f"{self.store.url}: {EVALUATION} of {self.reference} is not a JSON object")
         return metrics
 
+    def check_policy(self) -> None:
+        """Raise DataError unless there is no signature policy or a trusted key signed the version."""
+        check_policy(self.store, self.manifest)
+
     def describe(self) -> Facts:
         """Return all facts about the version."""
         return {
@@ -358,13 +362,13 @@ class Version:
 
     def _check_usable(self) -> None:
         """Raise unless the version is usable: manifest digest, package rules, tombstone, signature policy."""
-        manifest = self.manifest
+        _ = self.manifest  # first: a damaged manifest is named before anything else
         if self.is_withdrawn:
             raise RegistryError(
                 f"{self.reference} ({self._short_digest}) is withdrawn: {self.store.url} has "
                 f"{tombstone_key(self.name, self.digest)}. Choose another version"
             )
-        check_policy(self.store, manifest)
+        self.check_policy()
 
     def _check_statement(self, attached: list[PackageFile]) -> StatementTrust:
         file = next((file for file in attached if file.path == STATEMENT), None)
@@ -376,7 +380,7 @@ class Version:
 
     def _check_promotable(self) -> None:
         """Raise RegistryError unless the version is published and the blob of every file exists with its size."""
-        check_policy(self.store, self.manifest)
+        self.check_policy()
         label = str(self)
         if faults := [fault for file in self.manifest.files if (fault := blob_fault(self.store, file, rehash=False))]:
             raise RegistryError(

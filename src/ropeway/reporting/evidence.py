@@ -71,12 +71,15 @@ def open_case(registry: Registry, wanted: str, *, expect: str | AnyDigest | None
 
     Raises:
         RegistryError: The version does not exist or is withdrawn.
-        DataError: The registry's copy is damaged.
+        DataError: The registry's copy of the version or of production is damaged, or the signature policy refuses it.
     """
     version = registry.find(wanted)
+    version.check_policy()
     production = registry.artifact(version.name).alias(PRODUCTION)
     known = production.digest if isinstance(expect, AnyDigest) else expect
     champion = registry.version(f"{version.name}@{known}") if known and known != version.digest else None
+    if champion:
+        champion.check_policy()
     new = gather_evidence(version)
     if new.facts["withdrawn"]:
         raise RegistryError(f"{new.label} ({version.digest[:_SHORT]}…) is withdrawn; there is nothing to review")

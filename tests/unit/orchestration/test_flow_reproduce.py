@@ -11,9 +11,11 @@ from ropeway.orchestration.reproduce import (
     describe_differences,
     other_weights,
     plan_environment,
+    reproduce,
 )
 from ropeway.registry import Registry
 from ropeway.registry.layout import blob_key
+from ropeway.registry.signing_keys import make_keys
 from ropeway.runtime.devices import cpu_model_name
 from ropeway.runtime.errors import ConfigError, DataError, RegistryError
 from ropeway.storage import open_store
@@ -179,3 +181,15 @@ def test_the_cpu_is_named_by_its_model(tmp_path):
     (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: AMD EPYC 7763\nprocessor\t: 1\n")
     assert cpu_model_name(tmp_path / "cpuinfo") == "AMD EPYC 7763"
     assert cpu_model_name(tmp_path / "none")
+
+
+def test_an_unsigned_version_is_not_reproduced_under_a_policy(tmp_path, monkeypatch):
+    store = open_store((tmp_path / "registry").as_uri())
+    put(store, make_package(tmp_path / "package"))
+    make_keys(tmp_path / "key")
+    monkeypatch.setenv("ROPEWAY_TRUSTED_KEYS", str(tmp_path))
+    version, lines = Registry(store).version("tiny@v1"), []
+    with pytest.raises(DataError, match="no signature of a trusted key"):
+        reproduce(tmp_path, version, target=tmp_path / "clone", write_line=lines.append)
+    assert lines == []
+    assert not (tmp_path / "clone").exists()

@@ -14,6 +14,8 @@ from ropeway.orchestration.reproduce import check_revision
 from ropeway.registry import Registry
 from ropeway.registry.aliases import name_author
 from ropeway.registry.layout import versions_log
+from ropeway.registry.signing import load_signer
+from ropeway.registry.signing_keys import make_keys
 from ropeway.reporting.evidence import open_case
 from ropeway.reporting.review_report import render_review, render_summary
 from ropeway.runtime.errors import ConfigError, DataError, RegistryError
@@ -323,3 +325,16 @@ def test_an_eval_json_that_is_no_mapping_is_named(workspace, registry):
     registry.artifact("laptop").publish(workspace.package, provenance={}, attachments={})
     with pytest.raises(DataError, match=r"eval\.json of laptop@v2"):
         open_case(registry, "laptop@v2")
+
+
+def test_an_unsigned_version_is_not_reviewed_under_a_policy(workspace, registry, tmp_path, monkeypatch):
+    old, new = (make_version(workspace, loss) for loss in (5.0, 4.0))
+    decide(registry, open_case(registry, old), YES)
+    make_keys(tmp_path / "key")
+    monkeypatch.setenv("ROPEWAY_TRUSTED_KEYS", str(tmp_path))
+    monkeypatch.setenv("ROPEWAY_SIGNING_KEY", str(tmp_path / "key"))
+    for digest in (new, old):  # production is shown beside it
+        with pytest.raises(DataError, match=f"{digest[:12]}… has no signature of a trusted key"):
+            open_case(registry, new)
+        registry.artifact("laptop").version(digest).sign(load_signer())
+    assert open_case(registry, new).old.label == "laptop@v1"
