@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from ropeway.runtime.errors import ConfigError, DataError, NotFoundError, Regist
 from ropeway.runtime.manifest import FileFacts, check_file, make_folder, sync_folder, sync_folders
 from ropeway.storage import BLOCK_BYTES, TRANSFER_BYTES, Store
 
+_FOLDER_MODE = 0o775  # of the new folder, less the umask
 StatementTrust = Literal["trusted", "not trusted", "not checked", "none"]
 
 
@@ -93,9 +95,11 @@ def _partial_folder(target: Path, manifest: VersionManifest) -> Iterator[Path]:
     """
     partial = target.with_name(f".{target.name}.{manifest.digest[:16]}.partial")
     try:
-        make_folder(partial)
+        created = _create_folder(partial)
         lock = _lock_folder(partial)
         try:
+            if not created:
+                _check_owner(partial, os.fstat(lock))
             present_bytes = sum((partial / path).stat().st_size for path in scan_folder(partial))
             free = shutil.disk_usage(partial).free
             if (missing_bytes := manifest.total_bytes - present_bytes) > free:
@@ -113,6 +117,28 @@ def _partial_folder(target: Path, manifest: VersionManifest) -> Iterator[Path]:
             os.close(lock)
     except OSError as error:
         raise ConfigError(f"{error.filename or target}: {error.strerror}. Correct the cause and pull again") from None
+
+
+def _create_folder(folder: Path) -> bool:
+    """Create a folder that only its owner and group can write; return False if it exists."""
+    make_folder(folder.parent)
+    try:
+        folder.mkdir(mode=_FOLDER_MODE)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _check_owner(folder: Path, facts: os.stat_result) -> None:
+    """Raise RegistryError unless this user owns a folder and others cannot write to it.
+
+    Its name can be predicted: in a folder such as /tmp another user could create it, and change the pulled files later.
+    """
+    if facts.st_uid != os.geteuid() or facts.st_mode & stat.S_IWOTH:
+        raise RegistryError(
+            f"{folder}: owned by user {facts.st_uid} with mode {stat.S_IMODE(facts.st_mode):o}, expected user "
+            f"{os.geteuid()} and no write permission for others. Delete it, or pull to a path in a folder of your own"
+        )
 
 
 def _lock_folder(folder: Path) -> int:

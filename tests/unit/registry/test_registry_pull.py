@@ -171,6 +171,31 @@ def test_a_partial_file_with_other_content_is_discarded(store, package, digest, 
     assert files_of(target) == files_of(package)
 
 
+@pytest.mark.parametrize("fault", ["another user", "mode"])
+def test_a_partial_folder_that_another_user_can_change_is_refused(store, digest, target, monkeypatch, fault):
+    partial = partial_of(target, digest)
+    partial.mkdir(parents=True)
+    (partial / "config.json").write_text("{}")
+    if fault == "mode":
+        partial.chmod(0o777)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    with pytest.raises(RegistryError, match=rf"{partial.name}: owned by user {os.getuid()}"):
+        Registry(store).version("tiny@v1").pull(target)
+    assert [path.name for path in partial.iterdir()] == ["config.json"]
+    assert not target.exists()
+
+
+@pytest.mark.usefixtures("digest")
+def test_a_pulled_folder_cannot_be_written_by_others_with_any_umask(store, target):
+    before = os.umask(0)
+    try:
+        Registry(store).version("tiny@v1").pull(target)
+    finally:
+        os.umask(before)
+    assert target.stat().st_mode & 0o777 == 0o775
+
+
 def test_links_and_unexpected_files_in_a_partial_folder_are_rejected(store, digest, target, tmp_path):
     outside = tmp_path / "outside.json"
     outside.write_text("precious")
