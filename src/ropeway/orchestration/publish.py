@@ -23,6 +23,7 @@ from ropeway.orchestration.gate import GateVerdict, describe_change, gate, secti
 from ropeway.orchestration.provenance_statement import write_statements
 from ropeway.orchestration.revision import Revision
 from ropeway.registry import PRODUCTION, Artifact, Registry, Version
+from ropeway.reporting.evidence import named_damage
 from ropeway.runtime.errors import DataError, TemporaryError
 from ropeway.runtime.json_text import parse_json
 from ropeway.runtime.manifest import Json, digest_of, json_mapping
@@ -175,8 +176,10 @@ def _settled(artifact: Artifact, version: Version) -> str | None:
         # It was candidate before. If it is not now, a person or a later version moved the alias: keep that.
         moved = version.digest != candidates[-1]
         return f"{label}; '{CANDIDATE}' was moved to another version since and is kept there" if moved else label
-    verdict = version.record["provenance"].get("verdict")
-    if verdict is None or not verdict["passed"]:
+    with named_damage(f"{artifact.store.url}: {version}"):
+        verdict = version.record["provenance"].get("verdict")
+        passed = verdict is not None and verdict["passed"]
+    if not passed:
         return f"{label}; the gate did not pass then, so '{CANDIDATE}' was not moved"
     return None
 

@@ -2,7 +2,8 @@
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from ropeway.runtime.manifest import Json, json_mapping
 from ropeway.storage import MAX_DOCUMENT_BYTES
 
 _SHORT = 12
+_MOST_CHARACTERS = 80  # of an error in a message
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,18 @@ class ReviewCase:
     reviews: tuple[Json, ...]
 
 
+@contextmanager
+def named_damage(where: str) -> Iterator[None]:
+    """Raise DataError for a record of a version that Ropeway did not write, instead of what reading it leads to."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        raise DataError(
+            f"{where}: its record in the registry, or one of its small files, is damaged ({type(error).__name__}: "
+            f"{str(error)[:_MOST_CHARACTERS]!r}). Do not rely on it; restore it from a backup of the registry"
+        ) from error
+
+
 def open_case(registry: Registry, wanted: str, *, expect: str | AnyDigest | None = ANY) -> ReviewCase:
     """Return a version with everything that the decision needs.
 
@@ -80,16 +94,21 @@ def open_case(registry: Registry, wanted: str, *, expect: str | AnyDigest | None
     champion = registry.version(f"{version.name}@{known}") if known and known != version.digest else None
     if champion:
         champion.check_policy()
-    new = gather_evidence(version)
+    with named_damage(f"{registry.url}: {version}"):
+        new = gather_evidence(version)
     if new.facts["withdrawn"]:
         raise RegistryError(f"{new.label} ({version.digest[:_SHORT]}…) is withdrawn; there is nothing to review")
+    old = None
+    if champion:
+        with named_damage(f"{registry.url}: {champion}"):
+            old = gather_evidence(champion)
     return ReviewCase(
         version.name,
         version.digest,
         known,
         registry.url,
         new,
-        gather_evidence(champion) if champion else None,
+        old,
         champion.compare(version)["facts"] if champion else {},
         version.dirty_reason,
         tuple(version.reviews),

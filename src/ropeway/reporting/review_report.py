@@ -11,7 +11,7 @@ from ropeway.data.task_scores import name_metrics, show_score
 from ropeway.registry.aliases import name_author
 from ropeway.reporting import colors
 from ropeway.reporting.drift_tables import as_json, describe_limits, drift_matrix, list_uncompared, summarize
-from ropeway.reporting.evidence import ReviewCase, VersionEvidence
+from ropeway.reporting.evidence import ReviewCase, VersionEvidence, named_damage
 from ropeway.reporting.ledger_steps import ledger_rows
 from ropeway.reporting.loss_curves import Curve, loss_curves
 from ropeway.reporting.markdown import code, plain
@@ -37,7 +37,16 @@ _METRICS = (
 
 
 def render_review(case: ReviewCase, *, with_pictures: bool = True) -> str:
-    """Return the report; `with_pictures` is False for a terminal."""
+    """Return the report; `with_pictures` is False for a terminal.
+
+    Raises:
+        DataError: The record of the version or of production is damaged, e.g. its verdict.
+    """
+    with named_damage(f"{case.url}: {case.new.label} or what it is compared with"):
+        return _render_review(case, with_pictures=with_pictures)
+
+
+def _render_review(case: ReviewCase, *, with_pictures: bool) -> str:
     curves = _plan_curves(case) if with_pictures else []
     made = [step for step in case.new.steps if not step.get("left_out")]
     params, data = (_changes(case, prefixes) for prefixes in ((_PARAMS,), _DATA))
@@ -78,8 +87,13 @@ def render_review(case: ReviewCase, *, with_pictures: bool = True) -> str:
 
 
 def render_summary(case: ReviewCase, *, heading: str = "#") -> str:
-    """Return the summary that a reviewer must read: question, warnings, main figures and how to pull the version."""
-    return _render(case, only_summary=True, heading=heading)
+    """Return the summary that a reviewer must read: question, warnings, main figures and how to pull the version.
+
+    Raises:
+        DataError: The record of the version or of production is damaged, e.g. its verdict.
+    """
+    with named_damage(f"{case.url}: {case.new.label} or what it is compared with"):
+        return _render(case, only_summary=True, heading=heading)
 
 
 def _render(case: ReviewCase, **values: object) -> str:
@@ -99,7 +113,7 @@ def _render(case: ReviewCase, **values: object) -> str:
         case=case,
         new=new,
         passed=passed,
-        needs_person=(verdict or {}).get("needs_person", ()),
+        needs_person=list((verdict or {}).get("needs_person", ())),
         same_rows=not case.old or _production_metrics(case).get("validation") == new.metrics.get("validation"),
         facts=[{"field": name, "value": words} for name, words in facts],
         pull=f"ropeway registry pull {case.name}@{case.digest} --registry {case.url}",

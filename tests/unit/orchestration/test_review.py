@@ -338,3 +338,40 @@ def test_an_unsigned_version_is_not_reviewed_under_a_policy(workspace, registry,
             open_case(registry, new)
         registry.artifact("laptop").version(digest).sign(load_signer())
     assert open_case(registry, new).old.label == "laptop@v1"
+
+
+HOSTILE = [
+    {"verdict": {"lines": ["x"]}},
+    {"verdict": "passed"},
+    {"verdict": {"passed": True, "checks": [{"words": "x"}]}},
+    {"verdict": {"passed": True, "lines": 7}},
+    {"verdict": {"passed": True, "lines": [], "needs_person": 7}},
+    {"drift": {"references": [7]}},
+    {"opponent": 7},
+]
+
+
+@pytest.mark.parametrize("hostile", HOSTILE, ids=range(len(HOSTILE)))
+def test_a_review_of_a_record_that_ropeway_did_not_write_ends_by_name(workspace, registry, hostile):
+    old, new = (make_version(workspace, loss) for loss in (5.0, 4.0))
+    decide(registry, open_case(registry, old), YES)
+    log = versions_log("laptop")
+    provenance = own_fields(registry.store, log.key(2))["provenance"]
+    change_event(registry.store, log, 2, provenance={**provenance, **hostile})
+    case = open_case(registry, new)
+    with pytest.raises(DataError, match=r"laptop@v2 .* damaged"):
+        render_review(case)
+    ran = CliRunner().invoke(app, ["review", new[:12]])
+    assert not isinstance(ran.exception, KeyError | TypeError | AttributeError | ValueError)
+    assert ran.exit_code
+
+
+def test_a_known_version_with_a_hostile_verdict_is_named_by_a_publication(workspace, registry):
+    digest = make_version(workspace, 5.0)
+    make_version(workspace, 9.0)
+    log = versions_log("laptop")
+    provenance = own_fields(registry.store, log.key(2))["provenance"]
+    change_event(registry.store, log, 2, provenance={**provenance, "verdict": {"lines": []}})
+    with pytest.raises(DataError, match=r"laptop@v2.* damaged"):
+        make_version(workspace, 9.0)
+    assert registry.artifact("laptop").alias("candidate").digest == digest
