@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import dvc.repo  # noqa: F401 - here: its log handlers keep the stderr that they find, and a test's is closed
+import hypothesis
 import pytest
 
 from ropeway.storage import Store, open_store
@@ -17,6 +18,8 @@ from ropeway.storage.s3_client import make_client
 from tests.support.s3_server import S3Server, find_binary, start_server
 
 collect_ignore = ["support/browser_walk.py"]  # no test in it, and it needs what `make test-browser` installs
+hypothesis.settings.register_profile("untimed", deadline=None)  # a test does not depend on how busy a machine is
+hypothesis.settings.load_profile("untimed")
 os.environ["WANDB_MODE"] = "disabled"  # the tests of tracking say otherwise
 # Tests start hundreds of Python processes. Without bytecode files each compiles torch and transformers again (6 s).
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)

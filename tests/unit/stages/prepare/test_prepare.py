@@ -267,7 +267,7 @@ def test_a_chunk_has_one_end_at_most(length, is_last):
     assert (kinds == Kind.DOCUMENT_END).sum() == int(is_last and length > 0)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(records=st.lists(st.text(max_size=80), max_size=30), size=st.integers(1, 50))
 def test_batching_the_tokenizer_changes_no_sequence(tokenizer, records, size):
     together = encode_each(encoder(tokenizer, size), records)
@@ -326,7 +326,7 @@ def test_a_new_record_takes_one_place_at_most_in_a_limited_validation_set():
         assert len(after.train) + len(after.validation) + len(after.unused) == 501
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(texts=st.lists(st.text(max_size=40), max_size=40), share=st.floats(0, 0.9), limit=st.integers(0, 9) | st.none())
 @pytest.mark.parametrize("split", ["permutation", "by_hash"])
 @pytest.mark.parametrize("split_by", ["chunk", "document"])

@@ -166,7 +166,7 @@ def test_no_records_at_all():
     assert near([]).tolist() == exact([]) == []
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(st.integers(1, 7), st.integers(1, 64))
 def test_signing_in_batches_changes_nothing(size, permutations):
     records = [(" ".join(made_up(n, 20 * (n % 3))), "Yes.") for n in range(8)]

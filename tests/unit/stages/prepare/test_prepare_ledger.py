@@ -93,7 +93,7 @@ def shards_of(sequences):
     return st.lists(st.lists(sequences, max_size=6), min_size=1, max_size=3)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     talks=shards_of(talk),
     texts=shards_of(chunk),

@@ -43,7 +43,7 @@ def encode(tokenizer, special, records, way, size=None):
     return encoder, encode_each(encoder, records)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(records=st.lists(talks(PLAIN) | PLAIN, max_size=4), size=st.integers(1, 30))
 def test_texts_without_special_tokens_escape_to_what_they_parse_to(tokenizer, special, records, size):
     _, parsed = encode(tokenizer, special, records, "parse", size)
@@ -54,7 +54,7 @@ def test_texts_without_special_tokens_escape_to_what_they_parse_to(tokenizer, sp
     assert not encoder.with_special_tokens
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(talk=talks(HOSTILE))
 def test_there_are_as_many_markers_as_turns_whatever_the_texts_hold(tokenizer, special, talk):
     _, (sequence,) = encode(tokenizer, special, [talk], "escape")
@@ -68,7 +68,7 @@ def test_there_are_as_many_markers_as_turns_whatever_the_texts_hold(tokenizer, s
     assert (sequence.kinds == Kind.ASSISTANT).any() == (turns > 1)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(text=HOSTILE.filter(bool))
 def test_a_document_escapes_to_ordinary_tokens_that_read_as_its_text(tokenizer, special, text):
     encoder, (sequence,) = encode(tokenizer, special, [text], "escape")
@@ -79,7 +79,7 @@ def test_a_document_escapes_to_ordinary_tokens_that_read_as_its_text(tokenizer, 
     assert encoder.with_special_tokens == any(token in text for token in SPECIAL)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(records=st.lists(talks(HOSTILE) | HOSTILE, max_size=4))
 def test_all_three_ways_count_the_same_hits(tokenizer, special, records):
     counts = []
