@@ -50,6 +50,7 @@ def fuzz(name, runs, seed, seconds, findings):
             finally:  # not back into the parent's code
                 os._exit(70)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        shutil.rmtree(targets.scratch_folder(child), ignore_errors=True)  # libFuzzer ends the child without cleaning up
         lines = Path(said.name).read_text(errors="replace").splitlines()
     counted = re.findall(r"^(?:Done |#)(\d+)\b", "\n".join(lines), re.MULTILINE)
     runs = max(map(int, counted), default=0)

@@ -9,7 +9,6 @@ import io
 import json
 import os
 import tarfile
-import tempfile
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -93,9 +92,16 @@ class OneObject:
         return self.data
 
 
+def scratch_folder(pid: int) -> Path:
+    """Return the folder in which the targets of a process write, in memory."""
+    return Path("/dev/shm", f"ropeway-fuzz-{pid}")  # noqa: S108 - made with mkdir, which fails if it exists
+
+
 @cache
 def _folder() -> Path:
-    return Path(tempfile.mkdtemp(prefix="ropeway-fuzz-", dir="/dev/shm"))
+    folder = scratch_folder(os.getpid())
+    folder.mkdir()
+    return folder
 
 
 def _file(name: str, data: bytes) -> Path:
