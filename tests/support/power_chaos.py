@@ -141,8 +141,9 @@ def run_marked(mount, job, *command):
 
 def look_at_checkpoints(outcome):
     def look(root, marks):
-        outcome.claims += len(marks)
-        saved = max([int(step) for step in marks], default=0)
+        steps = [int(claim) for claim in marks if claim.isdigit()]
+        outcome.claims += len(steps)
+        saved = max(steps, default=0)
         for folder in (root / "workspace" / ".checkpoints").glob("*"):
             with contextlib.redirect_stdout(io.StringIO()):
                 found = newest_valid(folder)
@@ -163,6 +164,8 @@ def restart_machine(root):
 
 
 def look_at_run(outcome):
+    check_checkpoints = look_at_checkpoints(outcome)
+
     def look(root, marks):
         workspace = root / "workspace"
         restart_machine(workspace)
@@ -174,7 +177,8 @@ def look_at_run(outcome):
         lock = workspace / "dvc.lock"
         stages = (graph.parse_lock(lock.read_bytes()).get("stages") or {}) if lock.is_file() else {}
         results = [stage["outs"] for stage in stages.values()] + list(_run_cache(workspace))
-        for claim in marks:
+        check_checkpoints(root, marks)
+        for claim in (claim for claim in marks if not claim.isdigit()):
             outcome.claims += 1
             if claim.startswith("tiny@"):
                 Registry(FileStore(workspace / "registry")).version(claim).verify()
