@@ -278,6 +278,7 @@ def without_comments(text: str) -> str:
     c: [1,
       2]
     """
+    text = text.removeprefix("\ufeff")  # a byte order mark, after which the scanner counts from 1
     kept, end = [], 0
     for token in YAML(typ="safe", pure=True).scan(text):
         start, stop = token.start_mark.index, token.end_mark.index

@@ -4,17 +4,27 @@ Whatever walks over the parsed file (validation, a copy, a message) would visit 
 values of its anchor, so the count is that of the file without aliases.
 """
 
+import re
 from collections.abc import Iterable
 
 from ruamel.yaml import YAML
 from ruamel.yaml.composer import Composer
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, Event, ScalarEvent
+from ruamel.yaml.events import (
+    AliasEvent,
+    CollectionEndEvent,
+    CollectionStartEvent,
+    DocumentStartEvent,
+    Event,
+    ScalarEvent,
+)
 from ruamel.yaml.nodes import Node
 
 MAX_DEPTH = 100  # nested lists and mappings; a profile needs 5
 MAX_VALUES = 1_000_000  # keys, lists and mappings included; `forget` of 100,000 records has 100,000
 MAX_BYTES = 16 << 20
+MAX_DIGITS = 1000  # characters of a number; Python refuses to print an integer of more than 4,300 digits
+_NUMBER = re.compile(r"[-+0-9a-fA-FoxX_.:]+")  # what some YAML reads as a number
 
 
 def load_yaml(data: bytes) -> object:
@@ -24,10 +34,15 @@ def load_yaml(data: bytes) -> object:
         YAMLError: It is not YAML, or beyond the limits.
         ValueError: A number has too many digits.
     """
+    check_limits(data)
+    return YAML(typ="safe").load(data)
+
+
+def check_limits(data: bytes) -> None:
+    """Raise YAMLError unless bytes are YAML 1.2 within the limits; no value is built."""
     if len(data) > MAX_BYTES:
         raise YAMLError(f"{len(data):,} bytes, expected {MAX_BYTES:,} at most")
     check_events(YAML(typ="safe").parse(data))
-    return YAML(typ="safe").load(data)
 
 
 class BoundedComposer(Composer):
@@ -37,6 +52,13 @@ class BoundedComposer(Composer):
         """Count from 0."""
         super().__init__(loader=loader)
         self._counter = _Counter()
+
+    def compose_document(self) -> Node | None:
+        """Compose a document, unless it is of another version of YAML."""
+        if isinstance(event := self.parser.peek_event(), DocumentStartEvent):
+            check_version(event)
+        node: Node | None = super().compose_document()
+        return node
 
     def compose_node(self, parent: Node | None, index: object) -> Node | None:
         """Compose a node, unless it is beyond a limit."""
@@ -54,8 +76,16 @@ def check_events(events: Iterable[Event]) -> None:
     for event in events:
         if isinstance(event, CollectionEndEvent):
             counter.end()
+        elif isinstance(event, DocumentStartEvent):
+            check_version(event)
         elif isinstance(event, AliasEvent | ScalarEvent | CollectionStartEvent):
             counter.begin(event)
+
+
+def check_version(event: DocumentStartEvent) -> None:
+    """Raise MarkedYAMLError for a document of YAML 1.1, whose numbers to base 60 take quadratic time."""
+    if event.version not in (None, (1, 2)):
+        raise _error(event, f"expected YAML 1.2, found {'.'.join(map(str, event.version))}")
 
 
 class _Counter:
@@ -69,6 +99,8 @@ class _Counter:
     def begin(self, event: Event) -> None:
         """Count a scalar, an alias, or the start of a list or mapping."""
         anchor: str | None = getattr(event, "anchor", None)
+        if isinstance(event, ScalarEvent) and len(event.value) > MAX_DIGITS and _NUMBER.fullmatch(event.value):
+            raise _error(event, f"expected a number of at most {MAX_DIGITS} characters, found {len(event.value):,}")
         if isinstance(event, AliasEvent):
             size = self._sizes.get(anchor or "", 1)  # an unknown anchor is the composer's error
             if not size:

@@ -29,6 +29,7 @@ from ropeway.models.architectures import DEFAULT, check_architecture
 from ropeway.models.rope import FULL, OwnFrequencies, RopeScaling, frequency_faults, has_layer_types, main_parameters
 from ropeway.models.template_limits import check_limits
 from ropeway.runtime.errors import ConfigError, RopewayError
+from ropeway.runtime.terminal import escape_controls
 
 _DROPOUT = re.compile(r"dropout|pdrop|drop_prob")  # names of probabilities
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -54,9 +55,8 @@ def read_config(folder: Path, options: Mapping[str, object]) -> PreTrainedConfig
             "bring code of their own are not supported; for a newer architecture upgrade transformers"
         ) from error
     if named := vars(config).pop("auto_map", None):  # e.g. Phi-3, whose architecture transformers has by now
-        print(
-            f"{folder}: the code that auto_map names is not run ({', '.join(sorted(named))}): transformers has its own"
-        )
+        names = escape_controls(", ".join(sorted(named)))
+        print(f"{folder}: the code that auto_map names is not run ({names}): transformers has its own")
     return config
 
 

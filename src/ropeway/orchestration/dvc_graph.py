@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from ropeway.config.frozen import read_version
 from ropeway.config.load_params import load_profile
+from ropeway.config.yaml_limits import check_limits
 from ropeway.runtime.errors import ConfigError, TemporaryError
 from ropeway.runtime.manifest import Json, file_sha256
 
@@ -232,10 +233,14 @@ def reproduce_command(name: str, *, force: bool = False, pull: bool = False) -> 
 
 
 def parse_lock(data: bytes) -> Lock:
-    """Return the content of a dvc.lock, which may be empty; raise ConfigError if it cannot be parsed."""
+    """Return the content of a dvc.lock, which may be empty; raise ConfigError if it cannot be parsed.
+
+    That of a version is named by its event, which nothing signs: the limits on YAML are checked before DVC reads it.
+    """
     from dvc.utils.serialize import parse_yaml
 
     try:
+        check_limits(data)
         lock: Lock = parse_yaml(data.decode(), "dvc.lock")
     except Exception as error:  # noqa: BLE001 - DVC and ruamel raise many classes
         raise ConfigError(f"dvc.lock: cannot be read ({type(error).__name__}). {_LOCK_REMEDY}") from None

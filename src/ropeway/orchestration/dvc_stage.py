@@ -22,6 +22,7 @@ from ropeway.runtime.lock import HeldLock
 from ropeway.runtime.progress import LiveLine
 from ropeway.runtime.stage_log import file_name, log_path, open_log
 from ropeway.runtime.supervise import ExitRecord, stop_files
+from ropeway.runtime.terminal import escape_controls
 from ropeway.runtime.workspace import Workspace
 
 LineWriter = Callable[[str], None]
@@ -295,7 +296,7 @@ class LineCollapser:
 
     @staticmethod
     def _show(line: str) -> Iterator[str]:
-        line = _ESCAPES.sub("", line).rstrip()
+        line = escape_controls(_ESCAPES.sub("", line).expandtabs().rstrip())
         if len(line) > _MAX_CHARACTERS:
             line = f"{line[:_MAX_CHARACTERS]}… (and {len(line) - _MAX_CHARACTERS:,} characters; the log file has them)"
         if line:

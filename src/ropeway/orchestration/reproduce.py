@@ -5,6 +5,7 @@ DVC's cache and run-cache, since their content is what has to be verified.
 """
 
 import os
+import re
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
@@ -113,9 +114,13 @@ def reproduce(root: Path, version: Version, *, target: Path | None, write_line: 
 
 def check_revision(provenance: Provenance, clean_commit: str | None, label: str) -> str:
     """Return the commit a version was made from; raise RegistryError if git does not have all of its code."""
+    commit, changed = clean_commit or provenance.get("git"), provenance.get("dirty_files", [])
+    if commit and not re.fullmatch(r"[0-9a-f]{40}([0-9a-f]{24})?", str(commit)):
+        raise RegistryError(
+            f"{label} names {str(commit)[:80]!r} as its revision, expected a git commit of 40 hex digits"
+        )
     if clean_commit:
         return clean_commit
-    commit, changed = provenance.get("git"), provenance.get("dirty_files", [])
     if not commit:
         raise RegistryError(f"{label} was published without git, so its code is unknown. Choose another version")
     if provenance.get("dirty"):

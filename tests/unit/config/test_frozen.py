@@ -401,3 +401,7 @@ def test_versions_of_this_run_are_kept_although_the_clock_was_set_back(tmp_path,
     frozen._keep_versions([tmp_path / "now"], folder)
     assert (folder / f"{hashlib.md5(b'now', usedforsecurity=False).hexdigest()}.json").is_file()
     assert not (folder / "0.json").exists()
+
+
+def test_a_comment_after_a_byte_order_mark_is_dropped():
+    assert without_comments("\ufeff# of a person\na: 1  # of another\nb: 2\n").strip() == "a: 1\nb: 2"

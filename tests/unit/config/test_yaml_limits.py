@@ -5,6 +5,7 @@ from ruamel.yaml.error import MarkedYAMLError
 
 from ropeway.config.load_params import load_profiles, read_stated
 from ropeway.config.yaml_limits import MAX_BYTES, load_yaml
+from ropeway.orchestration.dvc_graph import parse_lock
 from ropeway.orchestration.forecast import _load_yaml
 from ropeway.runtime.errors import ConfigError
 from tests.support.bounded import run_bounded
@@ -26,6 +27,7 @@ BOMBS = {
     "a value that contains itself": "a: &a {sources: *a}\n",
     "deep lists in one line": "a: " + "[" * 1_000_000 + "\n",
     "deep lists line by line": "a:\n" + "".join(" " * depth + "-\n" for depth in range(1, 1000)),
+    "hexadecimal digits": "a: {rng_seed: 0x" + "f" * 3600 + "}\n",
     "an integer of a million digits": "a: {rng_seed: " + "1" * 1_000_000 + "}\n",
 }
 
@@ -44,6 +46,29 @@ def test_a_bomb_in_dvc_lock_is_refused_by_name_in_little_memory(tmp_path, text):
     found = run_bounded(lambda: _load_yaml(tmp_path / "dvc.lock"))
     assert (found.error, found.message.startswith(f"{tmp_path}/dvc.lock: ")) == ("ConfigError", True)
     assert found.megabytes < 100
+
+
+@pytest.mark.parametrize("text", BOMBS.values(), ids=BOMBS)
+def test_a_bomb_in_the_lock_of_a_version_is_refused_by_name_in_little_memory(text):
+    found = run_bounded(lambda: parse_lock(text.encode()))
+    assert (found.error, found.message.startswith("dvc.lock: ")) == ("ConfigError", True)
+    assert found.megabytes < 100
+
+
+def test_another_version_of_yaml_is_refused(tmp_path):
+    """In YAML 1.1, numbers to base 60 take quadratic time."""
+    bomb = "a: {rng_seed: 1" + ":59" * 100_000 + "}\n"
+    path = tmp_path / "params.yaml"
+    for version, kind in (("1.1", ConfigError), ("1.2", ConfigError)):
+        text = f"%YAML {version}\n---\n{bomb}"
+        path.write_text(text)
+        with pytest.raises(kind):
+            parse_lock(text.encode())
+        with pytest.raises(kind):
+            load_profiles(path)
+    assert load_yaml(b"%YAML 1.2\n---\na: 1\n") == {"a": 1}
+    with pytest.raises(MarkedYAMLError, match=r"1\.1"):
+        load_yaml(b"%YAML 1.1\n---\na: 1\n")
 
 
 def test_a_params_file_larger_than_the_limit_is_not_read(tmp_path):

@@ -102,6 +102,7 @@ def test_weights_are_compared_shard_by_shard():
             {"git": "c" * 40, "dirty": True, "dirty_files": ["src/x.py"]},
             r"revision cccccccccccc in src/x.py",
         ),
+        ({"git": "refs/pull/666/head"}, "refs/pull/666/head"),
     ],
 )
 def test_a_version_whose_code_git_does_not_hold_is_refused(provenance, words):

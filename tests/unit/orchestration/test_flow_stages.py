@@ -117,3 +117,9 @@ def test_a_lock_file_that_is_cut_off_has_no_entry(site, text):
 def test_a_file_that_is_no_exit_record_counts_as_none(site, text):
     site.record("train", "exit").write_text(text)
     assert find_outcome(site, "train", {}, changed=False) == "unchanged"
+
+
+def test_control_characters_of_a_stage_are_shown_as_escapes():
+    """A name in a base or a record can hold them."""
+    lines = list(LineCollapser().feed("a\tb \u009b31m \x07\u202e\n".encode(), last=True))
+    assert lines == [r"a       b \x9b31m \x07\u202e"]
