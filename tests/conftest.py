@@ -17,7 +17,8 @@ from ropeway.storage import Store, open_store
 from ropeway.storage.s3_client import make_client
 from tests.support.s3_server import S3Server, find_binary, start_server
 
-collect_ignore = ["support/browser_walk.py"]  # no test in it, and it needs what `make test-browser` installs
+# No tests in them, and they need what make test-browser and make chaos-power install.
+collect_ignore = ["support/browser_walk.py", "support/recorded_disk_server.py"]
 hypothesis.settings.register_profile("untimed", deadline=None)  # a test does not depend on how busy a machine is
 hypothesis.settings.load_profile("untimed")
 os.environ["WANDB_MODE"] = "disabled"  # the tests of tracking say otherwise

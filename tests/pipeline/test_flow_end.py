@@ -11,7 +11,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.support.processes import command_of, kill_all, read_until
+from tests.support.processes import is_server, kill_all, read_until
 
 pytestmark = pytest.mark.filterwarnings(
     # dvc 3.67.1 (repo/trie.py, repo/graph.py) on pygtrie 2.6
@@ -59,7 +59,7 @@ def test_a_frozen_server_does_not_delay_the_result(own_prefect, when):
     with run_command(own_prefect) as process:
         said = read_until(process, "line 10 of a" if when == "while lines come" else "publish: Published")
         below = psutil.Process(process.pid).children(recursive=True)
-        servers = [one for one in below if command_of(one)[1:4] == ["-m", "prefect", "server"]]
+        servers = [one for one in below if is_server(one)]
         assert len(servers) == 1
         for one in servers:
             one.send_signal(signal.SIGSTOP)

@@ -15,7 +15,7 @@ from ropeway.orchestration.dvc_recovery import repair_after_kill
 from ropeway.orchestration.sequence import run_retrain
 from ropeway.runtime.errors import TemporaryError
 from tests.support.flow_processes import FLOW, TRAINING, await_deaths, check_it_saved
-from tests.support.processes import command_of
+from tests.support.processes import command_of, is_server
 
 pytestmark = pytest.mark.filterwarnings(
     # dvc 3.67.1 (repo/trie.py, repo/graph.py) on pygtrie 2.6
@@ -151,7 +151,7 @@ def test_files_a_running_dvc_writes_are_not_touched(made_workspace):
 
 def test_a_killed_flow_on_prefect_leaves_no_temporary_server(start, own_prefect):
     running = start(own_prefect, "prefect")
-    assert any("server" in command_of(process) for process in running.members)
+    assert any(map(is_server, running.members))
     running.flow.kill()
     running.await_end()
     check_it_saved(own_prefect)

@@ -21,7 +21,7 @@ from tests.support.flow_processes import (
     free_port,
     wait_for,
 )
-from tests.support.processes import command_of, kill_all
+from tests.support.processes import is_server, kill_all
 
 pytestmark = pytest.mark.filterwarnings(
     # dvc 3.67.1 (repo/trie.py, repo/graph.py) on pygtrie 2.6
@@ -157,7 +157,7 @@ def test_a_temporary_server_that_is_killed_is_started_again_and_the_run_is_publi
     os.mkfifo(own_prefect.root / "may-end")
     flow = start(FLOW, str(own_prefect.root), "prefect")
     await_training(own_prefect, lambda: end_of_process(flow))
-    killed = [one for one in psutil.Process(flow.pid).children(recursive=True) if "server" in command_of(one)]
+    killed = [one for one in psutil.Process(flow.pid).children(recursive=True) if is_server(one)]
     assert killed
     kill_all(killed)
     (own_prefect.root / "may-end").open("w").close()

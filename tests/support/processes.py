@@ -45,3 +45,8 @@ def raise_config_error(message, _share):
     from ropeway.runtime.errors import ConfigError
 
     raise ConfigError(message)
+
+
+def is_server(process):
+    """Return whether a process is a Prefect server that Ropeway started."""
+    return command_of(process)[1:3] == ["-m", "ropeway.orchestration.server_entry"]

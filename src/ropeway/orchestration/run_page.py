@@ -6,6 +6,7 @@ Prefect's own worker (3.9.1) drains its queue at exit without a time limit, and 
 request for minutes: after a stage that printed 20,000 lines `ropeway run` did not end for more than 480 s.
 """
 
+import contextvars
 import os
 import queue
 import signal
@@ -159,7 +160,8 @@ def stop_on_suspend() -> Iterator[None]:
         return
     found: list[State[object]] = []
     done = threading.Event()
-    watcher = threading.Thread(target=_watch, args=(runtime.flow_run.id, found, done), daemon=True)
+    here = contextvars.copy_context()  # with the settings that name this run's server
+    watcher = threading.Thread(target=here.run, args=(_watch, runtime.flow_run.id, found, done), daemon=True)
     watcher.start()
     try:
         yield

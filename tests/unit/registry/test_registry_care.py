@@ -14,7 +14,7 @@ from ropeway.registry.version_manifest import load_version_manifest
 from ropeway.runtime.errors import ConfigError, DataError, RegistryError, TemporaryError
 from ropeway.runtime.manifest import canonical_json, write_manifest
 from ropeway.storage import FileStore, Store
-from tests.support.registry_world import flip, make_package, move, put, replace, tiny
+from tests.support.registry_world import change_event, flip, make_package, move, own_fields, put, replace, tiny
 
 NOW = timedelta(seconds=-60)  # a grace period that every object is past, for any clock of the store
 LATER = timedelta(hours=24)
@@ -348,11 +348,19 @@ def test_events_are_never_collected(store, two):
 
 
 def _set_listed(store, number, listed):
-    """Write a version's event again as an older Ropeway, or a person, would have it."""
+    """Write a version's event again as an older Ropeway, or a person, would have it: without seals."""
+    for each in (1, 2):
+        change_event(store, versions_log("tiny"), each)
     key = versions_log("tiny").key(number)
-    event = json.loads(store.get(key))
-    assert sorted({file.sha256 for file in tiny(store).version(event["digest"]).manifest.files}) == event.pop("blobs")
+    event = own_fields(store, key)
+    event.pop("blobs")
     replace(store, key, canonical_json(event if listed is None else {**event, "blobs": listed}))
+
+
+def test_an_event_lists_the_blobs_of_its_version(store, two):
+    for number, digest in enumerate(two, 1):
+        listed = json.loads(store.get(versions_log("tiny").key(number)))["blobs"]
+        assert sorted({file.sha256 for file in tiny(store).version(digest).manifest.files}) == listed
 
 
 def test_a_plan_reads_the_manifests_of_versions_whose_events_list_no_blobs_only(store, two, monkeypatch):
@@ -368,13 +376,13 @@ def test_a_plan_reads_the_manifests_of_versions_whose_events_list_no_blobs_only(
     store.put_if_absent(orphan, b"orphan")
     for listed, read_digests in (("as published", []), (None, two[:1]), (["no digest"], two[:1])):
         if listed != "as published":
-            put_back = store.get(versions_log("tiny").key(1))
+            put_back = own_fields(store, versions_log("tiny").key(1))
             _set_listed(store, 1, listed)
         loaded.clear()
         found = Registry(store).find_garbage(grace=NOW, withdrawn=True)
         assert ({entry.key for entry in found.entries}, loaded) == ({orphan}, read_digests)
         if listed != "as published":
-            replace(store, versions_log("tiny").key(1), put_back)
+            replace(store, versions_log("tiny").key(1), canonical_json(put_back))
 
 
 def test_a_collection_deletes_no_blob_of_a_manifest_whatever_an_event_lists(store, two):
