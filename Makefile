@@ -249,11 +249,11 @@ soak: $(VENV)/.ready-test
 	$(BIN)/python -m tests.support.soak $(or $(RUNS),200) $(if $(MINUTES),--minutes $(MINUTES))
 
 # A disk in user space records every change of three programs; then it is made again as a power loss at each of POINTS
-# moments can leave it. 200 take about half an hour on two cores. ARGUMENTS="--ends 12" runs more of them to the end.
+# moments can leave it. 60 take 11 minutes beside a test run on two cores. ARGUMENTS="--ends 12" runs more of them to the end.
 chaos-power: $(VENV)/.ready-chaos
 	$(BIN)/python -m tests.support.power_chaos $(or $(POINTS),200) $(ARGUMENTS)
 
-# Each operation of a publish and a pull fails once; ENDS runs fail, each at another moment. 30 take about 40 minutes.
+# Each operation of a publish and a pull fails once; ENDS runs fail, each at another moment.
 chaos-disk: $(VENV)/.ready-chaos
 	$(BIN)/python -m tests.support.disk_chaos $(or $(ENDS),30) $(ARGUMENTS)
 

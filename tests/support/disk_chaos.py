@@ -5,22 +5,18 @@ a message of its own, and the same command must reach its end afterwards, to the
 """
 
 import argparse
-import json
 import random
 import re
 import shutil
 import sys
-import tempfile
-import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from ropeway.registry import Registry
 from ropeway.runtime.errors import RopewayError, disk_error
 from ropeway.storage import FileStore
 from tests.support.main_job import make_main_job
-from tests.support.recorded_disk import DISK_FULL, NO_INODES, READ_ERROR, READ_ONLY, missing, mounted, set_fault
+from tests.support.recorded_disk import DISK_FULL, NO_INODES, READ_ERROR, READ_ONLY, mounted, run_chaos, set_fault
 from tests.support.registry_world import make_package, tiny
 
 FAULTS = {"full": DISK_FULL, "no inodes": NO_INODES, "read-only": READ_ONLY, "read error": READ_ERROR}
@@ -138,16 +134,13 @@ def main():
     parser.add_argument("ends", type=int, nargs="?", default=30, help="runs that a fault ends")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    if reason := missing():
-        print(f"make chaos-disk: {reason}", file=sys.stderr)
-        return 1
-    began, draw = time.monotonic(), random.Random(options.seed)
-    with tempfile.TemporaryDirectory(prefix="ropeway-disk-") as folder:
-        outcomes = [fail_registry(Path(folder) / "registry"), fail_run(Path(folder), options.ends, draw)]
-    good = not any(outcome.faults for outcome in outcomes)
-    programs = [{**vars(outcome), "failed": dict(outcome.failed), "codes": dict(outcome.codes)} for outcome in outcomes]
-    print(json.dumps({"chaos": "disk", "ok": good, "seconds": round(time.monotonic() - began), "programs": programs}))
-    return 0 if good else 1
+    draw = random.Random(options.seed)
+
+    def cut(folder):
+        yield fail_registry(folder / "registry")
+        yield fail_run(folder, options.ends, draw)
+
+    return run_chaos("disk", cut)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,8 @@ import random
 import re
 import shutil
 import sys
-import tempfile
-import time
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from ruamel.yaml import YAML
 
@@ -28,7 +25,7 @@ from ropeway.stages.train.checkpoints import newest_valid
 from ropeway.storage import FileStore
 from tests.support.main_job import ROOT, MainJob, make_main_job
 from tests.support.power_loss import STATES, Disk
-from tests.support.recorded_disk import mark, missing, mounted, read_record
+from tests.support.recorded_disk import mark, mounted, read_record, run_chaos
 from tests.support.registry_world import check_whole, make_package, tiny
 
 BEGIN = "begin"
@@ -211,27 +208,15 @@ def main():
     parser.add_argument("--ends", type=int, default=3, help="of the runs and trainings that go on to their end")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    if reason := missing():
-        print(f"make chaos-power: {reason}", file=sys.stderr)
-        return 1
-    began, draw = time.monotonic(), random.Random(options.seed)
-    outcomes = []
-    for program in (cut_registry, cut_training, cut_run):
-        with tempfile.TemporaryDirectory(prefix="ropeway-power-") as folder:
-            outcomes.append(program(Path(folder), options, draw))
-            print(outcomes[-1], file=sys.stderr, flush=True)
-    good = not any(outcome.faults for outcome in outcomes)
-    print(
-        json.dumps(
-            {
-                "chaos": "power",
-                "ok": good,
-                "seconds": round(time.monotonic() - began),
-                "programs": [{**vars(outcome), "states": dict(outcome.states)} for outcome in outcomes],
-            }
-        )
-    )
-    return 0 if good else 1
+    draw = random.Random(options.seed)
+
+    def cut(folder):
+        for program in (cut_registry, cut_training, cut_run):
+            outcome = program(folder / program.__name__, options, draw)
+            print(outcome, file=sys.stderr, flush=True)
+            yield outcome
+
+    return run_chaos("power", cut)
 
 
 def cut_registry(folder, options, draw):

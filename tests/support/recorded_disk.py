@@ -10,6 +10,8 @@ import pickle
 import shutil
 import subprocess
 import sys
+import tempfile
+import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -68,6 +70,20 @@ def mounted(folder):
         finally:
             subprocess.run(["fusermount3", "-u", "-z", str(mount)], check=True)
             server.wait(60)
+
+
+def run_chaos(name, cut):
+    """Print what `cut(folder)` found as JSON: `make chaos-NAME`. Return the exit code, 1 if an outcome has faults."""
+    if reason := missing():
+        print(f"make chaos-{name}: {reason}", file=sys.stderr)
+        return 1
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix=f"ropeway-{name}-") as folder:
+        outcomes = list(cut(Path(folder)))
+    good = not any(outcome.faults for outcome in outcomes)
+    programs = [vars(outcome) for outcome in outcomes]
+    print(json.dumps({"chaos": name, "ok": good, "seconds": round(time.monotonic() - began), "programs": programs}))
+    return 0 if good else 1
 
 
 def read_record(path):

@@ -5,7 +5,7 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -411,16 +411,20 @@ def main() -> None:
         check_renamed(os.environ)
         app()
     except RopewayError as error:
-        from ropeway.runtime.terminal import escape_controls  # rich takes 0.05 s; most commands end without an error
-
-        # Names of files, keys of records and texts of the registry are in messages.
-        print(f"ropeway: {escape_controls(error)}", file=sys.stderr, flush=True)
-        sys.exit(error.exit_code)
+        _end(error)
     except OSError as error:
         if (told := disk_error(error)) is None:
             raise
-        print(f"ropeway: {told}", file=sys.stderr, flush=True)
-        sys.exit(told.exit_code)
+        _end(told)
+
+
+def _end(error: RopewayError) -> NoReturn:
+    """Print an error and end with its code."""
+    from ropeway.runtime.terminal import escape_controls  # rich takes 0.05 s; most commands end without an error
+
+    # Names of files, keys of records and texts of the registry are in messages.
+    print(f"ropeway: {escape_controls(error)}", file=sys.stderr, flush=True)
+    sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

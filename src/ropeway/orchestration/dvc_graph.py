@@ -20,6 +20,7 @@ from ropeway.config.frozen import read_version
 from ropeway.config.load_params import load_profile
 from ropeway.config.yaml_limits import check_limits
 from ropeway.runtime.errors import ConfigError, TemporaryError
+from ropeway.runtime.json_text import parse_json
 from ropeway.runtime.manifest import Json, file_sha256
 
 if TYPE_CHECKING:  # DVC takes a second to import
@@ -265,7 +266,7 @@ def object_path(objects: Path, name: str) -> Path:
 def folder_members(objects: Path, name: str) -> Iterator[str]:
     """Yield the names of the objects of a folder (`….dir`); none where its listing is not in this cache."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        yield from (str(one["md5"]) for one in json.loads(object_path(objects, name).read_bytes()))
+        yield from (str(one["md5"]) for one in parse_json(object_path(objects, name).read_bytes()))
 
 
 @contextmanager

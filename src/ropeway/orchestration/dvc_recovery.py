@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ruamel.yaml.error import YAMLError
 
-from ropeway.config.yaml_limits import load_yaml
+from ropeway.config.yaml_limits import LimitError, load_yaml
 from ropeway.orchestration import dvc_graph as graph
 from ropeway.runtime.boot import read_boot
 from ropeway.runtime.errors import TemporaryError
@@ -59,6 +59,8 @@ def _is_whole(path: Path, parse: Callable[[bytes], object]) -> bool:
         data = path.read_bytes()
         try:
             return bool(data) and isinstance(parse(data), dict)
+        except LimitError:  # not truncated: its reader refuses it, and the user keeps the file
+            return True
         except (ValueError, YAMLError):
             return False
     return True

@@ -11,8 +11,6 @@ names/aliases/laptop/00000001.json      {"name": "candidate"}
 Names that an older Ropeway created have no entry until `register_listed`, which garbage collection calls.
 """
 
-import json
-
 from ropeway.registry.layout import (
     Log,
     alias_log,
@@ -24,6 +22,7 @@ from ropeway.registry.layout import (
 )
 from ropeway.registry.log import count_numbered
 from ropeway.runtime.errors import DataError
+from ropeway.runtime.json_text import parse_json
 from ropeway.runtime.manifest import canonical_json
 from ropeway.storage import Store
 
@@ -96,8 +95,8 @@ def _register(store: Store, folder: str, name: str, registered: list[str]) -> No
 
 def _parse(store: Store, key: str, document: bytes) -> str:
     try:
-        name = json.loads(document)["name"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        name = parse_json(document)["name"]
+    except (ValueError, KeyError, TypeError):
         name = None
     if not isinstance(name, str):
         raise DataError(

@@ -140,3 +140,15 @@ def test_a_dvc_repro_asks_dvc_for_its_cache_only_at_the_first_stage_after_a_rest
     restart(monkeypatch, "second")
     assert len(list(recovery.repair_for_dvc(workspace))) == 1
     assert not path.exists()
+
+
+def test_a_dvc_lock_beyond_the_limits_is_not_taken_for_a_truncated_one(workspace):
+    lock = workspace / "dvc.lock"
+    lock.write_text("a: " + "[" * 200 + "]" * 200)
+    assert recovery.repair(workspace) == []
+    assert lock.exists()
+
+
+def test_a_listing_that_is_nested_too_deep_has_no_members(workspace):
+    path = put(workspace, b"[" * 100_000, ".dir")
+    assert list(recovery.graph.folder_members(path.parents[1], path.parent.name + path.name)) == []

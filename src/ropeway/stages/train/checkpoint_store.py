@@ -137,7 +137,7 @@ class StoredRun:
         last, found = self.last_upload(), []
         for number in range(max(1, last - _RECENT_UPLOADS + 1), last + 1):
             with suppress(NotFoundError, ValueError, KeyError, TypeError):
-                key = json.loads(self.store.get(self._upload_key(number)))["key"]
+                key = parse_json(self.store.get(self._upload_key(number)))["key"]
                 if isinstance(key, str) and key.startswith(f"{self.prefix}steps/") and _STEP.fullmatch(key):
                     found.append((number, key))
         return found
