@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from ropeway.orchestration import dvc_graph as graph
+from ropeway.runtime.disk_check import find_disk_error
 from ropeway.runtime.errors import ConfigError, RopewayError, TemporaryError, error_class
 from ropeway.runtime.grace import grace_seconds
 from ropeway.runtime.lock import HeldLock
 from ropeway.runtime.progress import LiveLine
 from ropeway.runtime.stage_log import file_name, log_path, open_log
-from ropeway.runtime.supervise import ExitRecord, stop_files
+from ropeway.runtime.supervise import ExitRecord, signal_of, stop_files
 from ropeway.runtime.terminal import escape_controls
 from ropeway.runtime.workspace import Workspace
 
@@ -238,8 +239,8 @@ def _explain_failure(
     """Return the error that describes a failed stage; its class decides whether a retry makes sense."""
     own, outer = _read_record(site.record(name, "exit")), _read_record(site.record(name, "dvc"))
     end = f"; full log: {site.log(name)}"
-    if code < 0 or (outer and (outer["signal"] or outer["why"])):
-        how = "its supervisor was killed" if code < 0 or outer is None else outer["why"] or outer["signal"]
+    if code < 0 or (outer["signal"] or outer["why"] if outer else signal_of(code)):
+        how = "its supervisor was killed" if code < 0 else outer["why"] or outer["signal"] if outer else signal_of(code)
         return StageStoppedError(
             f"stage {name}: dvc was ended from outside ({how}). Run the same command again; it resumes{end}"
         )
@@ -247,8 +248,10 @@ def _explain_failure(
     ended_by = own["signal"] if own else f"signal {-stage_code}" if stage_code < 0 else None
     what = f"was ended by {ended_by}" if ended_by else f"failed with exit code {stage_code}"
     quote = quote_lines(lines)
-    kind = TemporaryError if ended_by else error_class(stage_code)
-    return kind(f"stage {name} {what}; last lines:\n{quote}\n  full log: {site.log(name)}")
+    kind, remedy = TemporaryError if ended_by else error_class(stage_code), ""
+    if kind is RopewayError and (told := find_disk_error(site.root, lines)):
+        kind, remedy = type(told), f"\n  {told}"
+    return kind(f"stage {name} {what}; last lines:\n{quote}\n  full log: {site.log(name)}{remedy}")
 
 
 def _read_record(path: Path) -> ExitRecord | None:

@@ -9,13 +9,13 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NotRequired
 
 from typing_extensions import TypedDict  # pydantic checks typing.TypedDict only from Python 3.12 on
 
-from ropeway.runtime.errors import DataError
+from ropeway.runtime.errors import DataError, disk_error
 from ropeway.runtime.json_text import parse_json
 
 NAME = "manifest.json"
@@ -116,12 +116,15 @@ def sync_file(path: Path) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Make renames in a folder durable (fsync); do nothing if the platform does not support it."""
-    with suppress(OSError):
+    try:
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:
             os.close(handle)
+    except OSError as error:
+        if disk_error(error):  # nothing may be called durable
+            raise
 
 
 def sync_folders(folder: Path) -> None:

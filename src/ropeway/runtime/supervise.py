@@ -23,11 +23,11 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Self, TypedDict
+from typing import NoReturn, Self, TypedDict
 
 import psutil
 
-from ropeway.runtime.errors import ConfigError
+from ropeway.runtime.errors import ConfigError, RopewayError, disk_error
 from ropeway.runtime.grace import StopFiles, grace_seconds, stated_seconds
 from ropeway.runtime.manifest import write_json
 from ropeway.runtime.stage_log import LogMirror
@@ -85,7 +85,8 @@ def run(  # noqa: PLR0913 - what a process is started with
 
     Args:
         command: The command and its arguments; runs in a new session.
-        record: File for `{stage, code, signal, why, at}`, because DVC hides the exit codes of its stages.
+        record: File for `{stage, code, signal, why, at}`, because DVC hides the exit codes of its stages. It is missing
+            if the disk does not take it.
         stop: How long a stop may take; default: `ROPEWAY_GRACE_SECONDS`, else what the ranks need to save, else 60 s.
         env: The command's environment; default: this process's.
         cwd: The command's working directory; default: this process's.
@@ -137,7 +138,10 @@ def run(  # noqa: PLR0913 - what a process is started with
                     ) from None
                 code, why = _wait_for_exit(child, watched, signals, files, stop or StopOptions())
     stage, at = record.name.split(".")[0], datetime.now(UTC).isoformat(timespec="seconds")
-    write_json(record, ExitRecord(stage=stage, code=code, signal=signal_of(code), why=why, at=at))
+    try:
+        write_json(record, ExitRecord(stage=stage, code=code, signal=signal_of(code), why=why, at=at))
+    except OSError as error:  # the command's own end counts; who needs the record looks at the disk instead
+        _print_message(f"the exit record was not written: {disk_error(error) or error}")
     return code
 
 
@@ -370,9 +374,17 @@ def main() -> None:
     try:
         stop = StopOptions(options.grace, options.margin)
         sys.exit(run(options.command, record=options.record, stop=stop, leader=options.leader))
+    except OSError as error:
+        if (told := disk_error(error)) is None:
+            raise
+        _end(told)
     except ConfigError as error:
-        _print_message(str(error))
-        sys.exit(error.exit_code)
+        _end(error)
+
+
+def _end(error: RopewayError) -> NoReturn:
+    _print_message(str(error))
+    sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 from collections import deque
 
 import pytest
@@ -59,6 +61,39 @@ def test_without_a_record_of_its_own_dvc_s_word_for_the_code_counts(site):
     assert type(_explain_failure(site, "train", 255, {"ran": None, "failed": 65}, deque())) is DataError
     assert type(_explain_failure(site, "train", 255, {"ran": None, "failed": -9}, deque())) is TemporaryError
     assert type(_explain_failure(site, "train", 255, {}, deque())) is RopewayError
+
+
+def test_without_any_record_the_exit_code_of_a_stop_counts(site):
+    assert type(_explain_failure(site, "train", 143, {"ran": None}, deque())) is StageStoppedError
+
+
+@pytest.mark.parametrize(
+    ("line", "kind"),
+    [
+        ("ERROR: unexpected error - [Errno 28] No space left on device", TemporaryError),
+        ("sqlite3.OperationalError: database or disk is full", TemporaryError),
+        ("safetensors_rust.SafetensorError: I/O error: No space left on device (os error 28)", TemporaryError),
+        ("OSError: [Errno 30] Read-only file system: '/data'", ConfigError),
+        ("OSError: [Errno 5] Input/output error", ConfigError),
+        ("OSError: [Errno 2] No such file or directory", RopewayError),
+    ],
+)
+def test_what_a_process_printed_of_the_disk_decides_where_its_code_says_nothing(site, line, kind):
+    for events in ({}, {"ran": None, "failed": 1}):
+        assert type(_explain_failure(site, "train", 255, events, deque([line, "failed"]))) is kind
+    assert type(_explain_failure(site, "train", 255, {"failed": 65}, deque([line]))) is DataError
+
+
+@pytest.mark.parametrize(("number", "kind"), [(errno.ENOSPC, TemporaryError), (errno.EIO, ConfigError)])
+def test_a_disk_that_fails_now_is_the_reason_if_it_took_no_record_and_no_line(site, monkeypatch, number, kind):
+    def fail(_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    error = _explain_failure(site, "train", 255, {}, deque())
+    assert type(error) is kind
+    assert os.strerror(number) in str(error)
+    assert [path.name for path in site.root.iterdir()] == [".work"]
 
 
 def test_a_stage_of_another_folder_has_a_file_name(site):

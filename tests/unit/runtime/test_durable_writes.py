@@ -1,5 +1,8 @@
 """What is flushed to disk, and in which order: a name never becomes durable before what it stands for."""
 
+import errno
+import os
+
 import pytest
 
 from ropeway.runtime import manifest
@@ -30,6 +33,24 @@ def test_a_whole_folder_and_each_new_folder_above_it_are_made_durable(tmp_path, 
         assert flushed == [tmp_path, tmp_path / "one", tmp_path / "one" / "two"]
         (folder / "a").write_bytes(b"1")
     assert flushed[-1] == target.parent
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EROFS])
+def test_a_folder_that_the_disk_does_not_flush_is_not_called_durable(tmp_path, monkeypatch, number):
+    def fail(_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match=os.strerror(number)):
+        manifest.sync_folder(tmp_path)
+
+
+def test_a_file_system_that_flushes_no_folders_is_no_error(tmp_path, monkeypatch):
+    def refuse(_):
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    manifest.sync_folder(tmp_path)
 
 
 def test_a_tree_is_flushed_files_first(tmp_path, flushed):

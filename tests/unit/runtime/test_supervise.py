@@ -62,8 +62,8 @@ def script(tmp_path):
 def supervise(tmp_path):
     trees = []
 
-    def start(*command, grace=30, leader=None, by=(), **options):
-        arguments = ["--record", str(tmp_path / "stage.exit.json")]
+    def start(*command, grace=30, leader=None, by=(), record="stage.exit.json", **options):
+        arguments = ["--record", str(tmp_path / record)]
         arguments += [] if grace is None else ["--grace", str(grace)]
         arguments += ["--leader", str(leader)] if leader else []
         env = {**os.environ, "PYTHONUNBUFFERED": "1", **options.pop("env", {})}
@@ -405,6 +405,17 @@ def test_an_earlier_exit_record_is_removed_before_the_command_starts(supervise, 
     path.write_text("{}")
     look = f"import pathlib, sys; sys.exit(pathlib.Path({str(path)!r}).exists())"
     assert supervise(PYTHON, "-c", look).finish() == 0
+
+
+@pytest.mark.parametrize("code", [0, 3, 75])
+def test_a_record_that_cannot_be_written_does_not_change_how_the_command_ended(supervise, script, tmp_path, code):
+    folder = tmp_path / "work"
+    folder.mkdir()
+    path = script("command.py", f"os.rmdir({str(folder)!r})\nopen({str(folder)!r}, 'w').close()\nsys.exit({code})\n")
+    tree = supervise(PYTHON, path, record="work/train.exit.json")
+    assert tree.finish() == code
+    assert not any("Traceback" in line for line in tree.lines)
+    assert any("record was not written" in line for line in tree.lines)
 
 
 def test_the_supervisor_imports_no_heavy_package():
