@@ -28,10 +28,12 @@ DEFAULT_URL = f"http://{LOOPBACK}:{DEFAULT_PORT}/api"
 START_SECONDS = 600.0  # 3.5 s on two idle cores, 9 s with a new database, 100 s at load 12
 _OUTAGE_SECONDS = 1800.0  # after that, Prefect's own retries apply
 _NOTE, _UI_EXIT = "ropeway-server.json", "ui.exit.json"
-_NO_PROXY = "127.0.0.1,localhost"
+_NO_PROXY = "127.0.0.1,localhost,::1"
+_OWN_ADDRESS = {"0.0.0.0": LOOPBACK, "::": "[::1]"}  # noqa: S104 - of a server that listens on every address
 _GIVEN_SECONDS = 10.0  # for a running server; after that a temporary one is reported as slow
 _OWN_SECONDS = 60.0  # for a `ropeway server` that does not answer; then a run starts a temporary one
 _EXIT = "server.exit.json"
+_LOGIN = "PREFECT_SERVER_API_AUTH_STRING"
 _RESTARTS = 5  # of a server that had answered and then ended, e.g. killed for lack of memory
 
 
@@ -47,7 +49,7 @@ def serve_ui(root: Path, *, port: int = DEFAULT_PORT, host: str = LOOPBACK) -> N
     from ropeway.orchestration.automations import apply_automations
 
     root = root.resolve()
-    if host not in (LOOPBACK, "localhost") and not os.environ.get("PREFECT_SERVER_API_AUTH_STRING"):
+    if host not in (LOOPBACK, "localhost", "::1") and not os.environ.get(_LOGIN):
         raise ConfigError(
             f"--host {host} makes the server reachable from the network; its users can run code on this machine. Set "
             "PREFECT_SERVER_API_AUTH_STRING=user:password, or use --host 127.0.0.1"
@@ -55,7 +57,7 @@ def serve_ui(root: Path, *, port: int = DEFAULT_PORT, host: str = LOOPBACK) -> N
     hook, limits = alerts.read_hook(), alerts.read_limits()
     _check_free(root, host, port)
     apply_settings(root)
-    url = f"http://{LOOPBACK if host == '0.0.0.0' else host}:{port}/api"  # noqa: S104 - compared, not bound
+    url = f"http://{_OWN_ADDRESS.get(host, f'[{host}]' if ':' in host else host)}:{port}/api"
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit(0))
     server = start_process(root, server_arguments(host, port), url, record=_UI_EXIT, output=None)
@@ -154,8 +156,7 @@ def start_process(
     supervisor += ["--leader", str(os.getpid()), "--grace", "5", "--", sys.executable]
     return subprocess.Popen(
         [*supervisor, *arguments],
-        # Without these its pages call port 4200, whatever port they are served from.
-        env={**os.environ, "PREFECT_API_URL": url, "PREFECT_SERVER_UI_API_URL": url},
+        env={**os.environ, "PREFECT_API_URL": url},
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=output,
@@ -212,7 +213,7 @@ def is_free(host: str, port: int) -> bool:
 
 
 def _bind(host: str, port: int) -> None:
-    with socket.socket() as probe:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind((host, port))
 
@@ -233,8 +234,10 @@ def apply_settings(root: Path) -> None:
     """Set the settings in this process's environment, which its children inherit."""
     for name, value in prefect_settings(root).items():
         os.environ.setdefault(name, value)
-    if password := os.environ.get("PREFECT_SERVER_API_AUTH_STRING"):  # the server's password is the client's too
+    if password := os.environ.get(_LOGIN):  # the server's password is the client's too
         os.environ.setdefault("PREFECT_API_AUTH_STRING", password)
+    else:
+        os.environ.pop(_LOGIN, None)  # with an empty one, Prefect refuses every request
     # A proxy must not be used for the loopback server (httpx and websockets read these).
     for name in ("NO_PROXY", "no_proxy"):
         os.environ[name] = ",".join(filter(None, dict.fromkeys([*os.environ.get(name, "").split(","), _NO_PROXY])))

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from starlette.types import ASGIApp, Receive, Scope, Send
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 NAMES = "ROPEWAY_SERVER_HOSTS"
 _ORIGINS = "PREFECT_SERVER_CORS_ALLOWED_ORIGINS"
+_PAGES = ("PREFECT_SERVER_UI_API_URL", "PREFECT_UI_API_URL")
 _LOCAL = ("127.0.0.1", "localhost", "[::1]")
-_MISDIRECTED, _FORBIDDEN = 421, 403  # RFC 9110, 15.5.20 and 15.5.4
+_OK, _MISDIRECTED, _FORBIDDEN = 200, 421, 403  # RFC 9110, 15.3.1, 15.5.20 and 15.5.4
 
 
 def find_names(host: str) -> tuple[str, ...]:
@@ -81,6 +82,43 @@ class OriginGuard:
         return None
 
 
+@dataclass(frozen=True, slots=True)
+class PageAddress:
+    """An ASGI application that tells Prefect's pages to ask the address under which they were opened.
+
+    Prefect (3.9.1) knows one address for all: a page on another machine, or through a forwarded port, would ask the
+    wrong one. A proxy must pass the Host header on, and `X-Forwarded-Proto` if it adds TLS.
+    """
+
+    app: "ASGIApp"
+
+    async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
+        """Answer one request; only the settings of the pages are changed."""
+        hosts = _read_headers(scope, b"host") if scope["type"] == "http" else []
+        if not scope.get("path", "").endswith("/ui-settings") or len(hosts) != 1:
+            await self.app(scope, receive, send)
+            return
+        body = b""
+        start: Message = {}
+
+        async def change(message: "Message") -> None:
+            nonlocal body, start
+            if message["type"] == "http.response.start":
+                start = message
+                return
+            body += message.get("body", b"")
+            if message.get("more_body"):
+                return
+            if start["status"] == _OK:
+                body = json.dumps({**json.loads(body), "api_url": f"{scope['scheme']}://{hosts[0]}/api"}).encode()
+            headers = [pair for pair in start["headers"] if pair[0].lower() != b"content-length"]
+            await send({**start, "headers": [*headers, (b"content-length", str(len(body)).encode())]})
+            await send({"type": "http.response.body", "body": body})
+
+        plain = {**scope, "headers": [pair for pair in scope["headers"] if pair[0] != b"accept-encoding"]}
+        await self.app(plain, receive, change)
+
+
 def _read_headers(scope: "Scope", name: bytes) -> list[str]:
     return [value.decode("latin-1") for key, value in scope["headers"] if key == name]
 
@@ -115,6 +153,8 @@ def main() -> None:
 
     server = get_current_settings().server
     app: ASGIApp = create_app(final=True)
+    if not any(os.environ.get(name) for name in _PAGES):
+        app = PageAddress(app)
     password = server.api.auth_string
     if not (password and password.get_secret_value()):  # a foreign page cannot send it: it is in no cookie
         given = os.environ[_ORIGINS].split(",")

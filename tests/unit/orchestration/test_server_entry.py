@@ -1,12 +1,14 @@
 """Which requests the server of a workspace refuses while it has no password."""
 
 import asyncio
+import json
+import os
 import stat
 
 import pytest
 
-from ropeway.orchestration.prefect_server import protect_database
-from ropeway.orchestration.server_entry import NAMES, OriginGuard, find_names, list_origins
+from ropeway.orchestration.prefect_server import apply_settings, prefect_settings, protect_database
+from ropeway.orchestration.server_entry import NAMES, OriginGuard, PageAddress, find_names, list_origins
 
 PORT = 4200
 
@@ -67,6 +69,46 @@ def test_pages_of_another_origin_are_refused(origin):
 
 def test_a_rebound_name_is_refused_although_page_and_request_have_it():
     assert ask(("host", "evil.example:4200"), ("origin", "http://evil.example:4200")) == 421
+
+
+def ask_settings(path, *, status=200, scheme="http", host="runs.example.org"):
+    """Return (headers, body) that a page gets from a server that believes to be at 127.0.0.1:4200."""
+    sent = []
+
+    async def answer(_scope, _receive, send):
+        await send(
+            {"type": "http.response.start", "status": status, "headers": [(b"content-length", b"57"), (b"a", b"b")]}
+        )
+        for part, more in ((b'{"api_url": "http://127.0.0.1', True), (b':4200/api", "flags": []}', False)):
+            await send({"type": "http.response.body", "body": part, "more_body": more})
+
+    async def keep(message):
+        sent.append(message)
+
+    scope = {"type": "http", "path": path, "scheme": scheme, "headers": [(b"host", host.encode())]}
+    asyncio.run(PageAddress(answer)(scope, None, keep))
+    return dict(sent[0]["headers"]), b"".join(one["body"] for one in sent[1:])
+
+
+@pytest.mark.parametrize("path", ["/ui-settings", "/v2/ui-settings"])
+@pytest.mark.parametrize(("scheme", "host"), [("https", "runs.example.org"), ("http", "localhost:14200")])
+def test_pages_ask_the_address_under_which_they_were_opened(path, scheme, host):
+    headers, body = ask_settings(path, scheme=scheme, host=host)
+    assert json.loads(body) == {"api_url": f"{scheme}://{host}/api", "flags": []}
+    assert headers == {b"a": b"b", b"content-length": str(len(body)).encode()}
+
+
+@pytest.mark.parametrize(("path", "status"), [("/api/flows", 200), ("/ui-settings", 304)])
+def test_nothing_else_is_changed(path, status):
+    assert b"127.0.0.1:4200" in ask_settings(path, status=status)[1]
+
+
+def test_an_empty_password_is_none(monkeypatch, tmp_path):
+    monkeypatch.setenv("PREFECT_SERVER_API_AUTH_STRING", "")
+    for name in (*prefect_settings(tmp_path), "NO_PROXY", "no_proxy", "PREFECT_API_AUTH_STRING"):
+        monkeypatch.setenv(name, "")  # restored at the end
+    apply_settings(tmp_path)
+    assert "PREFECT_SERVER_API_AUTH_STRING" not in os.environ
 
 
 def test_start_and_end_of_the_server_pass():
