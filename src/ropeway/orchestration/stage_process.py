@@ -66,8 +66,6 @@ def run_stage(root: Path, name: str, profile: str | None = None) -> int:
                     print(line, flush=True)
             write_identity(root, profile)
             return 0
-        from ropeway.config.zero import read_zero
-        from ropeway.planning.plan import check_memory
         from ropeway.runtime import supervise
 
         frozen = FrozenInputs.load(root)
@@ -83,6 +81,9 @@ def run_stage(root: Path, name: str, profile: str | None = None) -> int:
                 flush=True,
             )
         if name == "train":  # here, not in the stage: a changed estimate must not invalidate a trained model
+            from ropeway.config.zero import read_zero
+            from ropeway.planning.plan import check_memory  # numpy; 0.08 s that no other stage needs
+
             _, params = load_profile(frozen.params_file, frozen.profile_name)  # memory also depends on keys of base
             zero = read_zero(frozen.text("deepspeed", params.deepspeed_config), params.deepspeed_config)
             check_memory(Workspace(root, frozen.profile_name), params, zero, ranks=count_ranks())
