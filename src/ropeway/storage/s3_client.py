@@ -114,6 +114,7 @@ def make_client() -> "BaseClient":
             f"S3: cannot create a client ({type(error).__name__}). Correct AWS_PROFILE, AWS_REGION and the AWS "
             "configuration files"
         ) from None
+    _check_endpoint(client.meta.endpoint_url)  # without a variable, the AWS configuration can name one
     return client
 
 
@@ -250,12 +251,13 @@ def _check_endpoint(endpoint: str) -> None:
         host, plain, parts = "", False, urlsplit("")
     if parts.scheme not in ("http", "https") or not host or not plain:
         raise ConfigError(
-            "AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL: expected https://host:port, without credentials or a query"
+            "AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, or endpoint_url of the AWS configuration: expected "
+            "https://host:port, without credentials or a query"
         )
     if parts.scheme == "http" and not is_loopback(host) and os.environ.get("ROPEWAY_S3_ALLOW_HTTP") != "1":
         raise ConfigError(
-            f"AWS_ENDPOINT_URL_S3: http://{host} is not encrypted. Use https, or set ROPEWAY_S3_ALLOW_HTTP=1 on a "
-            "trusted network"
+            f"AWS_ENDPOINT_URL_S3, or endpoint_url of the AWS configuration: http://{host} is not encrypted. Use "
+            "https, or set ROPEWAY_S3_ALLOW_HTTP=1 on a trusted network"
         )
 
 
