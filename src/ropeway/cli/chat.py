@@ -86,7 +86,10 @@ def locate_model(source: str, registry: str | None) -> Path:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise DataError unless a folder has safetensors, no pickle, no custom code, and the files of its manifest."""
+    """Raise DataError unless a folder has safetensors, no pickle, no custom code, and the files of its manifest.
+
+    An adapter, or an index with a path, is refused, too: transformers would read the weights that it names elsewhere.
+    """
     if (folder / MANIFEST).is_file():
         load_manifest(folder, remedy="Pull or package it again")
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -98,11 +101,22 @@ def check_folder(folder: Path) -> None:
     if not any(path.suffix == ".safetensors" for path in paths):
         raise DataError(f"{folder}: no *.safetensors file; expected a folder as `dvc repro package` writes it")
     for path in paths:
+        if path.name == "adapter_config.json":
+            raise DataError(f"{path}: the model is an adapter, expected a complete model. Merge it into its base model")
+        if path.name.endswith(".safetensors.index.json"):
+            _check_index(path)
         is_config = path.name in ("config.json", "tokenizer_config.json")
         if is_config and "auto_map" in read_json(path, remedy="Pull the package again"):
             raise DataError(
                 f"{path}: auto_map names custom code, which is not run. Remove auto_map if the model needs none"
             )
+
+
+def _check_index(path: Path) -> None:
+    placed = read_json(path, remedy="Pull the package again").get("weight_map")
+    names = placed.values() if isinstance(placed, dict) else [None]
+    if any(not isinstance(name, str) or Path(name).name != name for name in names):
+        raise DataError(f"{path}: names weights outside of its folder. Pull the package again, or move them into it")
 
 
 def fit_messages(messages: Sequence[Message], count: Callable[[Sequence[Message]], int], limit: int) -> list[Message]:

@@ -83,6 +83,11 @@ def check_names(names: Iterable[str], *, where: str) -> None:
 def check_config(config: Mapping[str, object], *, where: str) -> None:
     """Raise ConfigError unless a model's config is that of a dense decoder with unquantized weights."""
     check_architecture(config, where=where)
+    if "transformers_weights" in config:  # transformers reads the file that it names, which may be a pickle
+        raise ConfigError(
+            f"{where}: transformers_weights names the file of the weights, expected model.safetensors or the files of "
+            f"{INDEX}. Remove it, and rename the file"
+        )
     quantization = config.get("quantization_config")
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization

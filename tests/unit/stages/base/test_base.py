@@ -425,6 +425,12 @@ def index_outside(folder):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
 
 
+def pickle_beside(folder):
+    """A pickle that transformers would read, beside safetensors."""
+    torch.save(load_file(folder / "model.safetensors"), folder / "adapter_model.bin")
+    reconfigured(transformers_weights="adapter_model.bin")(folder)
+
+
 def not_json(folder):
     (folder / "config.json").write_text("{")
 
@@ -434,6 +440,7 @@ FAULTY = {
     "adapter": (adapter, "an adapter"),
     "adapter alone": (lambda folder: (adapter(folder), (folder / "config.json").unlink()), "an adapter"),
     "pickles": (pickled, r"pytorch_model\.bin"),
+    "a pickle that the config names": (pickle_beside, "transformers_weights names the file"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "found none"),
     "bitsandbytes": (
         reconfigured(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
