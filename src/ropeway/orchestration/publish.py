@@ -84,7 +84,9 @@ def _upload_progress(artifact: Artifact, workspace: Workspace) -> Iterator[None]
 def check_publishing(workspace: Workspace) -> None:
     """Raise, before anything is computed, what would refuse the finished package; an outage is only printed."""
     try:
-        _artifact(workspace).check_publishing()
+        artifact = _artifact(workspace)
+        artifact.check_publishing()
+        _find_champion(artifact)
     except TemporaryError as error:
         print(f"the registry cannot be reached now; the run continues and needs it at the end: {error}", flush=True)
 
@@ -100,7 +102,7 @@ def publish_package(
     was evaluated on other rows or questions; None if that fails.
 
     Raises:
-        DataError: The package or eval.json is invalid.
+        DataError: The package or eval.json is invalid, or the signature policy refuses the champion.
         RegistryError: The registry refused, or another writer moved the alias.
         TemporaryError: The store does not answer.
     """
@@ -190,10 +192,17 @@ def _is_open(artifact: Artifact, digest: str) -> bool:
 
 
 def _find_champion(artifact: Artifact) -> tuple[str | None, Version | None]:
-    """Return the digest of `candidate` and the champion to compare with: production, or else candidate."""
+    """Return the digest of `candidate` and the champion to compare with: production, or else candidate.
+
+    Raises:
+        DataError: The signature policy refuses the champion: its metrics would decide about the new version.
+    """
     candidate = artifact.alias(CANDIDATE).digest
-    champion = artifact.alias(PRODUCTION).digest or candidate
-    return candidate, artifact.find(champion) if champion else None
+    digest = artifact.alias(PRODUCTION).digest or candidate
+    champion = artifact.find(digest) if digest else None
+    if champion:
+        champion.check_policy()
+    return candidate, champion
 
 
 def _name_champion(artifact: Artifact, champion: Version | None) -> str:

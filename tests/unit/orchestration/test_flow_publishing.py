@@ -5,9 +5,11 @@ import pytest
 
 from ropeway.orchestration import publish as champion
 from ropeway.orchestration.dvc_stage import Site
-from ropeway.orchestration.publish import publish_package
+from ropeway.orchestration.publish import check_publishing, publish_package
 from ropeway.orchestration.revision import Revision
 from ropeway.registry import ANY, Registry, Version
+from ropeway.registry.signing import load_signer
+from ropeway.registry.signing_keys import make_keys
 from ropeway.runtime.errors import DataError, RegistryError
 from ropeway.runtime.lock import workspace_lock
 from ropeway.runtime.manifest import write_json, write_manifest
@@ -209,6 +211,20 @@ def test_production_is_the_one_to_beat_where_there_is_one(workspace, registry):
     third = make(workspace, 4.9)
     assert third.state == "Published"
     assert "docs: 4.900, laptop@v1 5.000: -0.100 nats/token, allowed +0.010" in third.verdict.lines
+
+
+def test_under_a_policy_an_unsigned_version_is_not_the_one_to_beat(workspace, registry, tmp_path, monkeypatch):
+    first = make(workspace, 5.0)
+    make_keys(tmp_path / "key")
+    monkeypatch.setenv("ROPEWAY_TRUSTED_KEYS", str(tmp_path))
+    monkeypatch.setenv("ROPEWAY_SIGNING_KEY", str(tmp_path / "key"))
+    for act in (lambda: check_publishing(workspace), lambda: make(workspace, 4.0)):
+        with pytest.raises(DataError, match="has no signature of a trusted key"):
+            act()
+    assert candidate(registry) == first.digest
+    registry.artifact("laptop").version(first.digest).sign(load_signer())
+    check_publishing(workspace)
+    assert make(workspace, 4.0).state == "Published"
 
 
 def test_another_writer_who_moves_candidate_meanwhile_is_not_overwritten(workspace, registry):
