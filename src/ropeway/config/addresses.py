@@ -22,7 +22,7 @@ _AZURE = frozenset((
 ))  # fmt: skip
 
 _PARAMETER = re.compile(r"(?<=[?&;#])([\w.-]+)=[^\s&\"'\\<>,\[\]{}#]+")
-_USER = re.compile(r"://[^\s/@\"'<>]+@")
+_USER = re.compile(r"://[^\s/?#\"'<>]+@")  # a password may have an @
 
 
 def strip_signature(address: str) -> str:
@@ -68,7 +68,7 @@ def _addresses(block: Mapping[str, object]) -> Iterator[str]:
     sources = block.get("sources")
     for source in sources.values() if isinstance(sources, Mapping) else ():
         paths = source.get("paths") if isinstance(source, Mapping) else None
-        yield from (path for path in paths or [] if isinstance(path, str))
+        yield from (path for path in (paths if isinstance(paths, list) else []) if isinstance(path, str))
 
 
 def without_secrets(block: Mapping[str, object]) -> dict[str, object]:

@@ -30,7 +30,7 @@ from pydantic import create_model
 
 from ropeway.config.addresses import find_secrets, map_addresses, without_secrets, without_signatures
 from ropeway.config.edit import without_comments
-from ropeway.config.load_params import read_block
+from ropeway.config.load_params import list_blocks, read_block
 from ropeway.config.params import (
     BaseParams,
     EvaluateParams,
@@ -253,14 +253,16 @@ def _dump_params(profile_name: str, profile: Profile, names: Iterable[str]) -> d
 
 def _redact_params(text: str, profile_name: str, secrets: Mapping[str, str]) -> str:
     """Return the text of params.yaml without signatures and comments; packages and model cards contain it."""
-    for address, redacted in secrets.items():
+    for block in list_blocks(Path(PARAMS_FILE), text):  # a package has those that the profile's block uses, too
+        secrets = {**find_secrets(block), **secrets}
+    for address, redacted in sorted(secrets.items(), reverse=True):  # the longer first of two that begin alike
         if address not in text:
             raise ConfigError(
                 f"params.yaml, profile '{profile_name}': the signed URL {redacted} was not found in the file's text, "
                 "so its signature cannot be removed from packages; write the URL on one line without YAML escapes"
             )
         text = text.replace(address, redacted)
-    return without_signatures(without_comments(text))  # signatures: in other profiles
+    return without_signatures(without_comments(text))  # user names and passwords
 
 
 @cache

@@ -120,6 +120,13 @@ def read_stated(path: Path, name: str) -> tuple[dict[str, object], dict[str, str
     return (dict(found) if isinstance(found, dict) else {}), origins
 
 
+def list_blocks(path: Path, text: str) -> list[dict[str, object]]:
+    """Return the blocks of all profiles and presets as written in the text of a params file, in its order."""
+    tree = _read_yaml(path, text)
+    blocks, presets = _split(path, tree if isinstance(tree, dict) else {})
+    return [block for block in (*blocks.values(), *presets.values()) if isinstance(block, dict)]
+
+
 def _split(path: Path, tree: dict[str, object]) -> tuple[dict[str, object], dict[str, object]]:
     try:
         return split_presets(tree)

@@ -226,7 +226,8 @@ def test_no_signature_of_any_profile_and_no_comment_is_kept_with_the_run(root):
         "# https://host/a,b.jsonl?sig=SECRET3 //host/c?files=[1]&sig=SECRET4 https://host/d#access_token=SECRET5\n"
         "# https://anna:SECRET6@host/e https://host/f?api_key=SECRET7\n"
         "other:\n  <<: *published\n  datasets: [{talks: {size: 9}}]\n  sources: {talks: {kind: files, "
-        'paths: ["https://host/b?sig=SECRET2&n=1"], rows: messages, columns: {}, expected_rows: null}}\n'
+        'paths: ["https://host/b?sig=SECRET2&n=1", "https://host/c?key=SECRET11", "https://host/c?key=SECRET11x", '
+        '"https://a:b@SECRET12@host/e"], rows: messages, columns: {}, expected_rows: null}}\n'
         "   # SECRET10\n"
     )
     with (root / "params.yaml").open("a", encoding="utf-8") as file:
