@@ -15,11 +15,11 @@ from prefect.input import RunInput
 from prefect.states import Completed
 from pydantic import Field, ValidationError
 
-from ropeway.orchestration.decision import ReviewAnswer, decide
+from ropeway.orchestration.decision import ReviewAnswer, decide, open_review
 from ropeway.orchestration.flow_parameters import read_hours, read_root, read_text
 from ropeway.orchestration.prefect_adapter import artifact_prefix
 from ropeway.registry import PRODUCTION, Registry
-from ropeway.reporting.evidence import ReviewCase, open_case
+from ropeway.reporting.evidence import ReviewCase
 from ropeway.reporting.markdown import code
 from ropeway.reporting.review_report import render_review, render_summary
 from ropeway.runtime.errors import RegistryError
@@ -77,10 +77,10 @@ def _pin(registry: Registry, wanted: str) -> ReviewCase:
     with get_client(sync_client=True) as client:
         labels = client.read_flow_run(run).labels
         if _PRODUCTION in labels:
-            return open_case(
+            return open_review(
                 registry, str(labels[_DIGEST]), expect=None if (was := str(labels[_PRODUCTION])) == _NONE else was
             )
-        case = open_case(registry, wanted)
+        case = open_review(registry, wanted)
         create_markdown_artifact(
             key=f"{artifact_prefix(case.name)}-review",
             markdown=render_review(case),

@@ -1,13 +1,14 @@
 """Records a reviewer's answer and moves `production`: used by the Prefect form and by `ropeway review`."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from uuid import uuid4
 
+from ropeway.orchestration.gate_check import check_verdict
 from ropeway.registry import ANY, PRODUCTION, AnyDigest, Decision, Registry
 from ropeway.registry.aliases import check_text
-from ropeway.reporting.evidence import ReviewCase, open_case
+from ropeway.reporting.evidence import ReviewCase, named_damage, open_case
 from ropeway.reporting.review_report import render_review
 from ropeway.runtime.errors import ConfigError, RegistryError
 from ropeway.runtime.login import Identity, identity_of
@@ -93,6 +94,13 @@ def decide(registry: Registry, case: ReviewCase, answer: ReviewAnswer) -> Outcom
     return Outcome("Promoted", words if done.moved else f"{words} (unchanged)")
 
 
+def open_review(registry: Registry, wanted: str, *, expect: str | AnyDigest | None = ANY) -> ReviewCase:
+    """Return a version with everything that the decision needs; `expect` and errors as in `open_case`."""
+    case = open_case(registry, wanted, expect=expect)
+    with named_damage(f"{registry.url}: {case.new.label} or what it is compared with"):
+        return replace(case, gate_warning=check_verdict(registry, registry.version(f"{case.name}@{case.digest}")))
+
+
 def review_here(
     root: Path, wanted: str, *, answer: ReviewAnswer | None, expect: str | None, as_json: bool = False
 ) -> None:
@@ -103,7 +111,7 @@ def review_here(
     from ropeway.runtime.terminal import Command, TerminalMarkdown, shorten_digests, show
 
     registry = Registry.open(Workspace(root, "").registry_url)
-    case = open_case(registry, wanted, expect=read_expect(registry, wanted, expect))
+    case = open_review(registry, wanted, expect=read_expect(registry, wanted, expect))
     outcome = decide(registry, case, answer) if answer else None
     if as_json:
         facts = {"state": outcome.state, "words": outcome.words} if outcome else describe_case(case)
@@ -128,6 +136,7 @@ def describe_case(case: ReviewCase) -> Json:
         "is_production": case.expect == case.digest,
         "refused_because": case.dirty_reason,
         "gate": provenance.get("verdict"),
+        "gate_warning": case.gate_warning or None,
         "drift": provenance.get("drift"),
         "metrics": case.new.metrics,
         "production_metrics": case.old.metrics if case.old else None,

@@ -53,6 +53,7 @@ class ReviewCase:
         old: Production; None if there was none or if it is this version.
         changes: Differences between them: `run.json: params.seed` -> [old, new].
         dirty_reason: Why no commit makes this version; None when one does.
+        gate_warning: Why the recorded verdict of the gate is not certain; empty if it follows from the versions' files.
     """
 
     name: str
@@ -64,6 +65,7 @@ class ReviewCase:
     changes: Mapping[str, list[Any]]
     dirty_reason: str | None
     reviews: tuple[Json, ...]
+    gate_warning: str = ""
 
 
 @contextmanager

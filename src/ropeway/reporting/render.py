@@ -58,6 +58,7 @@ def _environment(*, is_markdown: bool) -> Environment:
         stretches=split_visible,
         visibly=name_visibly,
         cell=lambda value: trusted(markdown.plain(value)),
+        text=lambda value: trusted(markdown.escape(value)),
         code=lambda value: trusted(markdown.code(value)),
         fence=lambda value, language="": trusted(markdown.fence(str(value), language)),
         table=lambda rows, *, numbers=False: trusted(markdown.table(rows, numbers=numbers)),  # of Markdown cells
