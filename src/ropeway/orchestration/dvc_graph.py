@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from ropeway.config.frozen import read_version
 from ropeway.config.load_params import load_profile
 from ropeway.config.yaml_limits import check_limits
+from ropeway.orchestration.guarded_dvc import COMMAND as DVC
+from ropeway.orchestration.guarded_dvc import refuse_outside_names
 from ropeway.runtime.errors import ConfigError, TemporaryError
 from ropeway.runtime.json_text import parse_json
 from ropeway.runtime.manifest import Json, file_sha256
@@ -230,7 +232,7 @@ def reproduce_command(name: str, *, force: bool = False, pull: bool = False) -> 
     (dvc 3.67.1).
     """
     options = [*(["--force", "--no-commit"] if force else []), *(["--pull"] if pull and not force else [])]
-    return ["dvc", "--wait-for-lock", "repro", *options, "--single-item", name]
+    return [*DVC, "--wait-for-lock", "repro", *options, "--single-item", name]
 
 
 def parse_lock(data: bytes) -> Lock:
@@ -316,6 +318,7 @@ def open_repo(root: Path) -> "Iterator[Repo]":
     from dvc.lock import LockError
     from dvc.repo import Repo
 
+    refuse_outside_names()
     try:
         with Repo(str(root)) as repo:
             yield repo

@@ -1,6 +1,6 @@
 """Whether the gate's verdict in an event follows from files of the versions, which their digests and signatures cover.
 
-Nothing signs an event: whoever can write the store can state another verdict there.
+Nothing signs an event: a writer of the store can state another verdict there.
 """
 
 import re

@@ -17,6 +17,7 @@ from ropeway.config.edit import choose_profile
 from ropeway.config.load_params import read_block
 from ropeway.orchestration import dvc_graph as graph
 from ropeway.orchestration.dvc_stage import LineWriter, Site, run_command, update_stage
+from ropeway.orchestration.guarded_dvc import COMMAND as DVC
 from ropeway.orchestration.revision import code_environment
 from ropeway.registry import Provenance, Version
 from ropeway.registry.version_manifest import build_version_manifest
@@ -238,7 +239,7 @@ def restore_data(site: Site, root: Path, workspace: Workspace, raw: str, write_l
     graph.share_cache(root, site.root)
     place = workspace.raw.relative_to(site.root).as_posix()
     for verb in ("checkout", *(["pull"] if graph.has_remote(site.root) else [])):
-        code, _ = run_command(site, verb, ["dvc", verb, place], write_line)
+        code, _ = run_command(site, verb, [*DVC, verb, place], write_line)
         if not code and workspace.raw.is_dir() and _digest(workspace.raw) == raw:
             return True
     write_line("the data is not in DVC's cache or remote; fetching it from its sources")

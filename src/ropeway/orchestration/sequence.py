@@ -26,6 +26,7 @@ from ropeway.orchestration import run_summary as summary
 from ropeway.orchestration.display import RunDisplay, StepResult
 from ropeway.orchestration.dvc_recovery import repair, sync_results
 from ropeway.orchestration.dvc_stage import LineWriter, Site, quote_lines, retry_while_busy, run_command, update_stage
+from ropeway.orchestration.guarded_dvc import COMMAND as DVC
 from ropeway.orchestration.publish import Publication, check_publishing, measure_champion, publish_package
 from ropeway.orchestration.remote.placement import Placement
 from ropeway.orchestration.remote.request import PUBLISH, read_pools
@@ -246,7 +247,7 @@ class PipelineRun:
         if self._placement and not only:
             self._site = replace(self._site, pulls=True)
             return StepResult("Completed", "dvc.lock names nothing to pull")
-        code, _ = run_command(self._site, "pull", ["dvc", "pull", "--run-cache", "--allow-missing", *only], write_line)
+        code, _ = run_command(self._site, "pull", [*DVC, "pull", "--run-cache", "--allow-missing", *only], write_line)
         self._site = replace(self._site, pulls=not code)
         return StepResult(
             "Completed",
@@ -295,7 +296,7 @@ class PipelineRun:
         return measure_champion(self._site, self.workspace, champion, sections, write_line)
 
     def _push(self, write_line: LineWriter) -> StepResult:
-        code, _ = run_command(self._site, "push", ["dvc", "push", "--run-cache"], write_line)
+        code, _ = run_command(self._site, "push", [*DVC, "push", "--run-cache"], write_line)
         self.display.finish(self._result())
         failed, words = "the push is INCOMPLETE; run `dvc push` again", "outputs and run-cache are on the remote"
         return StepResult("Completed", failed if code else words)

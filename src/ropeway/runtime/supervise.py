@@ -37,6 +37,7 @@ _POLL_SECONDS = 0.5  # fallback: signals and, on Linux, the death of an ancestor
 _SUPERVISOR_MARK = "ROPEWAY_SUPERVISED_BY"  # inherited, so it identifies the supervisor even after the parent died
 _RANK = "ropeway.stages.train.rank"
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # Source: prctl(2)
+_DVC_NAMES = ("dvc", "ropeway.orchestration.guarded_dvc")
 _DVC_FAILED = 255  # dvc's exit code for any failure; not 256 - SIGHUP
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -342,7 +343,7 @@ def _find_watched(leader: int | None) -> list[psutil.Process] | None:
 
 def _is_dvc(process: psutil.Process) -> bool:
     try:
-        return any(Path(word).name == "dvc" for word in process.cmdline()[:3])
+        return any(Path(word).name in _DVC_NAMES for word in process.cmdline()[:3])
     except psutil.Error:
         return False
 

@@ -10,6 +10,7 @@ from ropeway.orchestration import dvc_exchange as exchange
 from ropeway.orchestration import dvc_graph as graph
 from ropeway.orchestration import sequence
 from ropeway.orchestration.forecast import forecast_run
+from ropeway.orchestration.guarded_dvc import COMMAND as DVC
 from ropeway.runtime.errors import ConfigError, TemporaryError
 
 pytestmark = pytest.mark.filterwarnings(
@@ -189,10 +190,10 @@ def test_a_remote_is_seen(fresh):
 
 
 def test_a_stage_is_rebuilt_past_every_cache_and_pulled_only_where_asked():
-    assert graph.reproduce_command("train", force=True, pull=True)[3:] == [
+    assert graph.reproduce_command("train", force=True, pull=True)[len(DVC) + 2 :] == [
         "--force", "--no-commit", "--single-item", "train",
     ]  # fmt: skip
-    assert graph.reproduce_command("train", pull=True)[3:] == ["--pull", "--single-item", "train"]
+    assert graph.reproduce_command("train", pull=True)[len(DVC) + 2 :] == ["--pull", "--single-item", "train"]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from ropeway.config.load_params import load_profile
 from ropeway.orchestration import dvc_exchange as exchange
 from ropeway.orchestration import dvc_graph as graph
 from ropeway.orchestration.dvc_stage import LineWriter, Site, quote_lines, retry_while_busy, run_command
+from ropeway.orchestration.guarded_dvc import COMMAND as DVC
 from ropeway.orchestration.publish import Publication
 from ropeway.orchestration.remote.handover import Handover, inputs_of
 from ropeway.orchestration.remote.request import (
@@ -120,7 +121,7 @@ class Placement:
         if not (missing := [path for path in paths if not (root / path).exists()]):
             return
         write_line(f"pulling {', '.join(missing)}, made in a work pool")
-        code, lines = run_command(self.site, "pull", ["dvc", "pull", *missing], write_line)
+        code, lines = run_command(self.site, "pull", [*DVC, "pull", *missing], write_line)
         if code:
             quote = quote_lines(lines)
             raise DataError(f"the DVC remote does not return {', '.join(missing)}; last lines:\n{quote}")
@@ -152,7 +153,7 @@ class Placement:
     def _push(self, paths: tuple[str, ...], write_line: LineWriter) -> None:
         """Push those of a stage's inputs that are here; the others are in the remote already."""
         if here := [path for path in paths if (self.site.root / path).exists()]:
-            code, lines = run_command(self.site, "push", ["dvc", "push", *here], write_line)
+            code, lines = run_command(self.site, "push", [*DVC, "push", *here], write_line)
             if code:
                 quote = quote_lines(lines)
                 raise TemporaryError(f"the inputs {', '.join(here)} did not reach the DVC remote; last lines:\n{quote}")

@@ -20,6 +20,7 @@ from ropeway.config.load_params import load_profile
 from ropeway.orchestration import dvc_exchange as exchange
 from ropeway.orchestration.dvc_recovery import repair, sync_results
 from ropeway.orchestration.dvc_stage import Site, quote_lines, retry_while_busy, run_command, update_stage
+from ropeway.orchestration.guarded_dvc import COMMAND as DVC
 from ropeway.orchestration.publish import Publication, measure_champion, publish_package
 from ropeway.orchestration.remote.handover import Handover, inputs_of
 from ropeway.orchestration.remote.request import PREFIX, PUBLISH, StageRequest
@@ -93,7 +94,7 @@ def _pull(site: Site, paths: "tuple[str, ...] | list[str]") -> None:
     """Pull outputs of other stages. `--force`: what lies there in a worker's clone is of an earlier request."""
     if not paths:
         return
-    code, lines = run_command(site, "pull", ["dvc", "pull", "--force", "--run-cache", *paths], _say)
+    code, lines = run_command(site, "pull", [*DVC, "pull", "--force", "--run-cache", *paths], _say)
     if code:
         quote = quote_lines(lines)
         raise DataError(
@@ -103,7 +104,7 @@ def _pull(site: Site, paths: "tuple[str, ...] | list[str]") -> None:
 
 
 def _push(site: Site, stage: str) -> None:
-    code, lines = run_command(site, "push", ["dvc", "push", "--run-cache", stage], _say)
+    code, lines = run_command(site, "push", [*DVC, "push", "--run-cache", stage], _say)
     if code:
         quote = quote_lines(lines)
         raise TemporaryError(

@@ -1,0 +1,108 @@
+"""A listing in a DVC remote that names files outside of its folder: nothing is written there."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from dvc.exceptions import DvcException
+from dvc_data.hashfile.tree import Tree
+
+from ropeway.orchestration import guarded_dvc
+from ropeway.orchestration.dvc_graph import reproduce_command
+
+
+@pytest.fixture
+def workspace(tmp_path):
+    """A repository whose remote has the folder `out` and its run-cache entry."""
+    root = tmp_path / "workspace"
+    root.mkdir()
+    run(root, "git", "init", "-q")
+    dvc(root, "init", "-q")
+    dvc(root, "config", "core.analytics", "false")
+    dvc(root, "remote", "add", "-q", "-d", "r", str(tmp_path / "remote"))
+    dvc(root, "remote", "modify", "r", "verify", "true")
+    stage = {"cmd": "mkdir -p out && echo fine > out/a", "outs": ["out"]}
+    (root / "dvc.yaml").write_text(json.dumps({"stages": {"s": stage}}))
+    dvc(root, "repro", "-q")
+    dvc(root, "push", "-q", "--run-cache")
+    return root
+
+
+def run(root, *command):
+    environment = {**os.environ, "DVC_NO_ANALYTICS": "1"}
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+
+
+def dvc(root, *words):
+    return run(root, *guarded_dvc.COMMAND, *words)
+
+
+def replace_listing(root, names):
+    """Let the remote's entry name another listing, under its right MD5; forget what this machine has."""
+    remote = root.parent / "remote"
+    (listing,) = (remote / "files" / "md5").rglob("*.dir")
+    (entry,) = json.loads(listing.read_bytes())
+    data = json.dumps([{**entry, "relpath": name} for name in names]).encode()
+    digest = hashlib.md5(data, usedforsecurity=False).hexdigest()
+    place = remote / "files" / "md5" / digest[:2] / f"{digest[2:]}.dir"
+    place.parent.mkdir(exist_ok=True)
+    place.write_bytes(data)
+    old = f"{listing.parent.name}{listing.name}"
+    for path in (*(path for path in (remote / "runs").rglob("*") if path.is_file()), root / "dvc.lock"):
+        path.write_text(path.read_text().replace(old, f"{digest}.dir"))
+    shutil.rmtree(root / ".dvc" / "cache")
+    shutil.rmtree(root / "out")
+
+
+@pytest.mark.parametrize(("how", "names"), [("pull", ["a", "../escaped"]), ("run-cache", ["b/../../../escaped"])])
+def test_a_file_outside_of_its_folder_is_refused_by_name(workspace, how, names):
+    replace_listing(workspace, names)
+    if how == "pull":
+        done = dvc(workspace, "pull", "--run-cache")
+    else:
+        dvc(workspace, "fetch", "--run-cache", "-q")
+        (workspace / "dvc.lock").unlink()
+        command = reproduce_command("s", pull=True)
+        assert command[: len(guarded_dvc.COMMAND)] == list(guarded_dvc.COMMAND)
+        done = run(workspace, *command)
+    assert list(workspace.parent.rglob("escaped")) == []
+    if how == "pull":
+        assert done.returncode
+        assert "outside of the folder" in done.stderr
+
+
+def test_a_listing_of_names_inside_is_restored(workspace):
+    replace_listing(workspace, ["a", "b/c"])
+    done = dvc(workspace, "pull", "--run-cache")
+    assert done.returncode == 0, done.stderr
+    assert (workspace / "out" / "b" / "c").read_text() == "fine\n"
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "/a", "a//b", "a/.", "../a", "a/../b", "a/\0"])
+def test_no_part_of_a_name_leads_elsewhere(name):
+    # In a process of its own: the check stays for as long as the process lives.
+    code = f"""
+from ropeway.orchestration.guarded_dvc import refuse_outside_names
+from dvc.exceptions import DvcException
+from dvc_data.hashfile.tree import Tree
+refuse_outside_names(); refuse_outside_names()
+try:
+    Tree.from_list([{{"relpath": {name!r}, "md5": "d41d8cd98f00b204e9800998ecf8427e"}}])
+except DvcException:
+    raise SystemExit(3)
+"""
+    assert run(".", sys.executable, "-c", code).returncode == 3
+
+
+def test_dvc_itself_does_not_check():
+    """If this fails, DVC has a check of its own, and `guarded_dvc` can go."""
+    if not hasattr(Tree.add, "__wrapped__"):
+        entry = {"relpath": "../a", "md5": "d41d8cd98f00b204e9800998ecf8427e"}
+        try:
+            Tree.from_list([entry])
+        except DvcException:
+            pytest.fail("DVC refuses it")
