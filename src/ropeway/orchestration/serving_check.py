@@ -12,6 +12,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -51,14 +52,24 @@ def check_server(url: str, expected: Sequence[ExpectedAnswer], *, model: str | N
         TemporaryError: It does not answer.
         DataError: It answers in another form than OpenAI's interface has.
     """
+    with _open_client(url) as client:
+        name = model or _only_model(client, url)
+        return [check for number, one in enumerate(expected, 1) for check in _check_answer(client, name, one, number)]
+
+
+def await_server(url: str) -> None:
+    """Return once the server answers anything at all; raise ConfigError or TemporaryError as `check_server` does."""
+    with _open_client(url) as client:
+        _request(client, "GET", "/v1/models")
+
+
+@contextmanager
+def _open_client(url: str) -> Iterator[httpx.Client]:
     key = os.environ.get("OPENAI_API_KEY")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     with httpx.Client(base_url=url.rstrip("/").removesuffix("/v1"), headers=headers, timeout=_SECONDS) as client:
         try:
-            name = model or _only_model(client, url)
-            return [
-                check for number, one in enumerate(expected, 1) for check in _check_answer(client, name, one, number)
-            ]
+            yield client
         except httpx.HTTPError as error:
             if fault := find_tls_fault(error, "SSL_CERT_FILE"):
                 raise ConfigError(f"{url}: {fault}") from None

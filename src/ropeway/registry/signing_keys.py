@@ -83,6 +83,8 @@ def load_trusted() -> Trust | None:
         raise ConfigError(
             "ROPEWAY_TRUSTED_KEYS is empty, which states no policy. Name a folder of keys, or unset the variable"
         )
+    if not Path(name).is_dir():
+        raise ConfigError(f"ROPEWAY_TRUSTED_KEYS: {name} is not a folder. Name one with public keys (*.pub)")
     revoked = _load_revoked(Path(name) / REVOKED)
     keys = {keyid_of(public): public for path in sorted(Path(name).glob("*.pub")) if (public := _load_public(path))}
     files = {path.name: _load_roots(path) for path in sorted(Path(name).glob("*.crt"))}
@@ -92,8 +94,8 @@ def load_trusted() -> Trust | None:
     roots = {file: certificates for file, certificates in valid.items() if certificates}
     if not (keys.keys() - revoked or roots):
         raise ConfigError(
-            f"ROPEWAY_TRUSTED_KEYS: {name} has no *.pub or *.crt file of a key that is not revoked. Add a public key "
-            "or a root certificate, or unset the variable"
+            f"ROPEWAY_TRUSTED_KEYS: {name} has no *.pub or *.crt file of a key that is not revoked, so no version is "
+            "trusted. Add the public key of a new key (`ropeway registry keygen`), or a root certificate"
         )
     return Trust({keyid: public for keyid, public in keys.items() if keyid not in revoked}, roots, revoked)
 
@@ -145,7 +147,11 @@ def _load_revoked(path: Path) -> frozenset[str]:
 
 
 def make_keys(path: Path) -> str:
-    """Write a new private key and its public key (`.pub`); return the key id. Raise ConfigError if a file exists."""
+    """Write a new private key and its public key (`.pub`), and their folder (mode 700); return the key id.
+
+    Raises:
+        ConfigError: A file exists, or cannot be written.
+    """
     from cryptography.hazmat.primitives import serialization as forms
     from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -153,6 +159,7 @@ def make_keys(path: Path) -> str:
     secret = private.private_bytes(forms.Encoding.PEM, forms.PrivateFormat.PKCS8, forms.NoEncryption())
     public = public_pem(private.public_key())
     try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         for place, data, mode in ((path, secret, 0o600), (path.with_name(f"{path.name}.pub"), public, 0o644)):
             with os.fdopen(os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
                 file.write(data)

@@ -111,7 +111,7 @@ def ledger_rows(ledger: Json) -> list[dict[str, str]]:
         {
             "source": account["name"],
             "step": step.name if step.epoch is None else f"epoch {step.epoch}: {step.name}",
-            "sign": step.sign,
+            "sign": "" if step.count is None and step.tokens is None else step.sign,
             "count": "" if step.count is None else f"{step.count:,} {step.unit}",
             "tokens": "" if step.tokens is None else f"{step.tokens:,}",
         }

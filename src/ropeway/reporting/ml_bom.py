@@ -109,7 +109,7 @@ def _describe_base(card: Json, digest: str) -> dict[str, object]:
         "type": "machine-learning-model",
         "bom-ref": "base",
         "name": origin.name,
-        "version": origin.pin or _UNKNOWN,
+        "version": origin.pin.removeprefix("version ") or _UNKNOWN,
         "properties": [_property("ropeway:sha256", digest), _property("ropeway:license", _UNKNOWN)],
         **({"externalReferences": [{"type": "distribution", "url": origin.link}]} if origin.link else {}),
     }

@@ -1,6 +1,8 @@
 """Answers of a serving engine against the expected ones: each known fault of an engine is named; silence is no pass."""
 
 import json
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -145,3 +147,17 @@ def test_an_answer_in_another_form_is_an_error_that_names_the_server(raw):
 def test_a_server_that_is_away_is_a_temporary_error():
     with pytest.raises(TemporaryError, match="does not answer"):
         check_server(f"http://127.0.0.1:{free_port()}", [ANSWER], model="x")
+
+
+def test_it_is_missed_before_any_model_is_loaded():
+    code = f"""
+import sys
+from ropeway.cli.registry_commands import _check_serving
+from ropeway.runtime.errors import TemporaryError
+try:
+    _check_serving(None, None, "http://127.0.0.1:{free_port()}", None)
+except TemporaryError:
+    raise SystemExit("torch" in sys.modules)
+raise SystemExit(2)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

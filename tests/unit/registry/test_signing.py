@@ -361,3 +361,14 @@ def test_a_statement_is_trusted_for_exactly_the_files_that_it_names(store, tmp_p
     changed["payload"] = base64.b64encode(json.dumps({"subject": subject[::-1]}).encode()).decode()
     for bad in (json.dumps(changed).encode(), b"", b"{}", b"[]", b"7", b"{" * 100_000):
         assert not check_statement(bad, manifest, load_trusted())
+
+
+def test_keygen_makes_a_folder_that_only_its_owner_can_enter(tmp_path):
+    make_keys(tmp_path / "new" / "inner" / "key")
+    assert (tmp_path / "new" / "inner").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_policy_whose_folder_is_missing_names_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("ROPEWAY_TRUSTED_KEYS", str(tmp_path / "none"))
+    with pytest.raises(ConfigError, match="none is not a folder"):
+        load_trusted()
