@@ -89,7 +89,11 @@ def describe_forgotten(
         parts += ["", Paragraph("No alias may point to a version that is withdrawn: promote another one first.")]
         parts += [Command(f"ropeway registry withdraw {one.version} --reason 'TEXT'") for one in found]
     else:
-        parts.append(Paragraph("no version in the registry is known to hold them, or all that do are withdrawn"))
+        gone = [one.version for one in holders if one.holds_any]
+        words = f"every version that holds them is withdrawn: {', '.join(gone)}" if gone else "no version holds them"
+        parts.append(Paragraph(words))
+    if dropped := [one.version for one in holders if one.dropped]:
+        parts.append(Paragraph(f"dropped, so no step read them: {', '.join(dropped)}"))
     unknown = [one.version for one in holders if one.unknown]
     if unknown:
         parts.append(Paragraph(f"not known, since these versions have no index of records: {', '.join(unknown)}"))

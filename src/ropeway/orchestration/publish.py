@@ -199,8 +199,9 @@ def _find_champion(artifact: Artifact) -> tuple[str | None, Version | None]:
     """
     candidate = artifact.alias(CANDIDATE).digest
     digest = artifact.alias(PRODUCTION).digest or candidate
-    champion = artifact.find(digest) if digest else None
+    champion = artifact.version(digest) if digest else None
     if champion:
+        _ = champion.manifest  # that it is lost must not look like a first version, which has no champion
         champion.check_policy()
     return candidate, champion
 

@@ -8,7 +8,7 @@ from typing import Literal, TypedDict
 
 from ropeway.registry.aliases import Alias, AnyDigest, Promotion, check_text, list_aliases, plan_promotion
 from ropeway.registry.blobs import blob_fault, read_blob
-from ropeway.registry.layout import clean_key, reviews_log, tombstone_key, versions_log
+from ropeway.registry.layout import clean_key, manifest_key, reviews_log, tombstone_key, versions_log
 from ropeway.registry.log import Event, Events, append_event, event_document, read_events, verify_log
 from ropeway.registry.names import model_logs, register_alias
 from ropeway.registry.publishing import attached_files, find_number
@@ -65,8 +65,22 @@ class Version:
 
     @cached_property
     def manifest(self) -> VersionManifest:
-        """The manifest of the version; raises DataError if it does not match the digest or breaks a rule."""
-        return load_version_manifest(self.store, self.name, self.digest)
+        """The manifest of the version.
+
+        Raises:
+            RegistryError: There is no such version.
+            DataError: The manifest of a published version is missing, does not match the digest, or breaks a rule.
+        """
+        try:
+            return load_version_manifest(self.store, self.name, self.digest)
+        except RegistryError:
+            if find_number(self._versions, self.digest) is None:
+                raise
+            raise DataError(
+                f"{self.store.url}: {manifest_key(self.name, self.digest)} is missing, which lists the files of a "
+                "published version. Restore it from a backup of the registry, or publish the same "
+                "package again (`ropeway registry publish`)"
+            ) from None
 
     @cached_property
     def number(self) -> int:

@@ -168,7 +168,9 @@ def test_forget_prints_the_command_that_withdraws_until_it_is_done(params):
     Registry.open(Workspace(params.parent, "laptop").registry_url).version("laptop@v2").withdraw(
         by="a test", reason="asked"
     )
-    assert "registry withdraw" not in ask("forget", "--list")
+    left = ask("forget", "--list")
+    assert "registry withdraw" not in left
+    assert "every version that holds them is withdrawn" in left
 
 
 def test_forget_of_a_preset_reaches_the_profiles_that_take_it(params):

@@ -302,3 +302,20 @@ def test_metrics_that_are_no_mapping_are_refused(workspace):
     write_manifest(workspace.package, {})
     with pytest.raises(Exception, match=r"eval\.json: .*object, found list"):
         publish_package(workspace, Profile(), COMMIT, no_measurement)
+
+
+def test_a_champion_whose_manifest_is_lost_is_damage_and_no_first_version(workspace, registry):
+    first = make(workspace, 5.0)
+    (manifest,) = (workspace.root / "registry" / "models" / "laptop" / "manifests").glob("*")
+    manifest.unlink()
+    for act in (lambda: make(workspace, 7.0), lambda: check_publishing(workspace)):
+        with pytest.raises(DataError, match="missing"):
+            act()
+    with pytest.raises(DataError, match=manifest.name):
+        registry.version("laptop@v1").verify()
+    assert candidate(registry) == first.digest
+    write_json(workspace.package / "weights.json", {"loss": 5.0})
+    write_manifest(workspace.package, {})
+    again = registry.artifact("laptop").publish(workspace.package, provenance={}, attachments={})  # as the message says
+    assert again.digest == first.digest
+    assert registry.version("laptop@v1").verify().files
