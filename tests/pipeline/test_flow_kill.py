@@ -12,6 +12,7 @@ import pytest
 
 from ropeway.orchestration import dvc_graph as graph
 from ropeway.orchestration.dvc_recovery import repair_after_kill
+from ropeway.orchestration.guarded_dvc import COMMAND as DVC
 from ropeway.orchestration.sequence import run_retrain
 from ropeway.runtime.errors import TemporaryError
 from tests.support.flow_processes import FLOW, TRAINING, await_deaths, check_it_saved
@@ -41,11 +42,9 @@ class Running:
         self.members = psutil.Process(self.flow.pid).children(recursive=True)
         assert {int(word) for word in line.split()[1:]} <= {process.pid for process in self.members}
 
-    def find(self, program):
-        """Return the member that runs a Python program of this name; a supervisor names it too, but later."""
-        return next(
-            process for process in self.members if [Path(word).name for word in command_of(process)[1:2]] == [program]
-        )
+    def find_dvc(self):
+        """Return the member that runs dvc; a supervisor names it too, but later."""
+        return next(process for process in self.members if command_of(process)[1:3] == list(DVC[1:]))
 
     def await_end(self):
         """Wait for the death of each member; return what the flow printed after training began."""
@@ -89,7 +88,7 @@ def test_a_terminated_flow_leaves_no_process(start, made_workspace, number):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_terminated_dvc_ends_its_stage_and_the_flow_does_not_retry_it(start, made_workspace, number):
     running = start(made_workspace, "plain")
-    running.find("dvc").send_signal(number)
+    running.find_dvc().send_signal(number)
     words = running.await_end()
     assert running.flow.wait(120) == TemporaryError.exit_code
     assert f"StoppedError: stage train: dvc was ended from outside ({number.name})" in words
