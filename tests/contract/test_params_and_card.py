@@ -68,7 +68,7 @@ def list_differences(definition):
     }
     frozen = [*(f"code-{name}" for name in READS), *(f"params-{name}" for name in READS), *FROZEN]
     declared["identity"] = {
-        "cmd": "ropeway stage identity ${profile}",
+        "cmd": "ropeway stage identity",  # a name like `x; rm -r .` would be a shell command
         "outs": [{frozen_path(name): {"cache": False}} for name in frozen],
     }
     for stage in written.values():

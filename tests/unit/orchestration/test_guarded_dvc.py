@@ -13,6 +13,7 @@ from dvc_data.hashfile.tree import Tree
 
 from ropeway.orchestration import guarded_dvc
 from ropeway.orchestration.dvc_graph import reproduce_command
+from tests.support.main_job import make_main_job
 
 
 @pytest.fixture
@@ -106,3 +107,17 @@ def test_dvc_itself_does_not_check():
             Tree.from_list([entry])
         except DvcException:
             pytest.fail("DVC refuses it")
+
+
+def test_the_name_of_a_profile_is_no_shell_command(tmp_path):
+    job = make_main_job(tmp_path / "job")
+    params = job.root / "params.yaml"
+    text = params.read_text()
+    assert text.count("profile: tiny") == 1
+    for name in ("x; touch taken #", "$(touch taken)", "`touch taken`"):
+        params.write_text(text.replace("profile: tiny", f"profile: {json.dumps(name)}"))
+        with job.start("dvc", "repro") as process:
+            said = process.stdout.read()
+        assert process.returncode
+        assert "ERROR" in said
+        assert not list(job.root.rglob("taken"))
