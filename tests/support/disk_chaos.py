@@ -27,6 +27,7 @@ WORDS = {
     "read error": "Input/output error",
 }
 NAMED = (64, 65, 75)
+CODES = {"full": 75, "no inodes": 75, "read-only": 64, "read error": 64}  # of the registry
 
 
 @dataclass
@@ -77,8 +78,8 @@ def _meet(outcome, name, at, work):
     except RopewayError as error:
         outcome.failed[name] += 1
         outcome.codes[str(error.exit_code)] += 1
-        if not re.search(WORDS[name], str(error)):
-            outcome.faults.append(f"{name} at operation {at}: the message does not name it: {error}")
+        if not re.search(WORDS[name], str(error)) or error.exit_code != CODES[name]:
+            outcome.faults.append(f"{name} at operation {at}: exit code {error.exit_code}: {error}")
         return True
     except Exception as error:  # noqa: BLE001 - a traceback is the finding
         outcome.failed[name] += 1

@@ -14,7 +14,7 @@ from typing import BinaryIO, Literal
 from ropeway.registry.layout import blob_key
 from ropeway.registry.rules import PackageFile, check_content, scan_folder
 from ropeway.registry.version_manifest import VersionManifest
-from ropeway.runtime.errors import ConfigError, DataError, NotFoundError, RegistryError, TemporaryError
+from ropeway.runtime.errors import ConfigError, DataError, NotFoundError, RegistryError, TemporaryError, disk_error
 from ropeway.runtime.manifest import FileFacts, check_file, make_folder, sync_folder, sync_folders
 from ropeway.storage import BLOCK_BYTES, TRANSFER_BYTES, Store
 
@@ -116,7 +116,9 @@ def _partial_folder(target: Path, manifest: VersionManifest) -> Iterator[Path]:
                 partial.rmdir()  # succeeds only if nothing was fetched
             os.close(lock)
     except OSError as error:
-        raise ConfigError(f"{error.filename or target}: {error.strerror}. Correct the cause and pull again") from None
+        raise disk_error(error) or ConfigError(
+            f"{error.filename or target}: {error.strerror}. Correct the cause and pull again"
+        ) from None
 
 
 def _create_folder(folder: Path) -> bool:
@@ -202,6 +204,8 @@ def _rename_when_complete(partial: Path, target: Path) -> None:
     try:
         partial.rename(target)  # replaces an empty folder; fails if it got files since
     except OSError as error:
+        if told := disk_error(error):
+            raise told from None
         raise RegistryError(
             f"{target}: {error.strerror}; another process created files there during the pull. Choose another folder"
         ) from None

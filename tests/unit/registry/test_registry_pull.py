@@ -1,3 +1,4 @@
+import errno
 import fcntl
 import hashlib
 import os
@@ -7,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from ropeway.registry import Registry
+from ropeway.registry import Registry, pulling
 from ropeway.registry.layout import blob_key, manifest_key, tombstone_key
 from ropeway.registry.version_manifest import load_version_manifest
 from ropeway.runtime.errors import ConfigError, DataError, RegistryError, TemporaryError
@@ -233,3 +234,17 @@ def test_a_pull_checks_the_free_disk_space_first(store, target, monkeypatch):
     with pytest.raises(ConfigError, match="10 bytes free"):
         Registry(store).version("tiny@v1").pull(target)
     assert nothing_left(target)
+
+
+@pytest.mark.usefixtures("digest")
+@pytest.mark.parametrize("where", ["sync_folders", "rename"])
+@pytest.mark.parametrize(("number", "kind"), [(errno.ENOSPC, TemporaryError), (errno.EROFS, ConfigError)])
+def test_a_disk_that_fails_in_a_pull_is_named_as_what_it_is(store, target, monkeypatch, where, number, kind):
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(*((pulling, where) if where == "sync_folders" else (Path, where)), fail)
+    with pytest.raises(kind, match=os.strerror(number)) as caught:
+        Registry(store).version("tiny@v1").pull(target)
+    assert type(caught.value) is kind
+    assert "another process" not in str(caught.value)
