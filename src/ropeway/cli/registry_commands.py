@@ -207,6 +207,8 @@ def verify(
     """Hash every file of a version and compare with its manifest; with --serve also what a serving engine answers."""
     from ropeway.registry.versions import STATEMENT
 
+    if serve is not None and not serve.strip():
+        raise ConfigError("--serve is empty; expected the URL of a server")
     if model and not serve:
         raise ConfigError("--model names the model of a server; give its URL with --serve")
     version = open_registry(registry).version(reference)

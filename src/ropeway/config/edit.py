@@ -186,15 +186,17 @@ def add_forgotten(root: Path, profile: str | None, digests: Sequence[str], reaso
         The profile's name, and the digests that were not listed before.
 
     Raises:
-        ConfigError: The value of `forget` is an alias, or the edit would change another key.
+        ConfigError: The value of `forget` is an alias or has comments between brackets, or the edit would change
+            another key.
         TemporaryError: A run holds the workspace lock.
     """
-    path = root / "params.yaml"
-    name, chosen = load_profile(path, profile)
-    new = [digest for digest in dict.fromkeys(digests) if digest not in chosen.forget]
-    if not new:
-        return name, new
+    path = (root / "params.yaml").resolve()  # a link stays a link
+    name = load_profile(path, profile)[0]
     with workspace_lock(root, command="ropeway forget", profile=name):
+        chosen = load_profile(path, name)[1]  # under the lock: another `forget` may have ended just before
+        new = [digest for digest in dict.fromkeys(digests) if digest not in chosen.forget]
+        if not new:
+            return name, new
         draft = path.with_name(f".params.{os.getpid()}.partial")
         try:
             draft.write_bytes(set_forgotten(read_exact(path), name, [*chosen.forget, *new], new, reason).encode())
@@ -202,9 +204,10 @@ def add_forgotten(root: Path, profile: str | None, digests: Sequence[str], reaso
             kept = {one: block.model_copy(update={"forget": edited[one].forget}) for one, block in old.items()}
             if edited != kept or edited[name].forget != [*chosen.forget, *new]:
                 raise ConfigError(f"{path}: `forget` of '{name}' cannot be edited there; write it as a list of its own")
+            draft.chmod(path.stat().st_mode & 0o7777)
             sync_file(draft)
             draft.replace(path)
-            sync_folder(root)
+            sync_folder(path.parent)
         finally:
             draft.unlink(missing_ok=True)
     return name, new
@@ -233,6 +236,8 @@ def set_forgotten(text: str, profile: str, every: Sequence[str], new: Sequence[s
     block = {key.value: value for key, value in read_pairs(text)}[profile]
     stated = next(((key, value) for key, value in block.value if key.value == "forget"), None)
     first = block.value[0][0].start_mark
+    if not reason.isprintable() and not all(one.isprintable() or one.isspace() for one in reason):
+        raise ConfigError(f"--reason {reason!r}: expected printable characters")
     comment = f"  # {' '.join(reason.split())}" if reason.strip() else ""
     if isinstance(block, MappingNode) and block.flow_style:  # all on few lines, without room for comments
         listed = "[" + ", ".join(f'"{one}"' for one in every) + "]"
@@ -245,6 +250,11 @@ def set_forgotten(text: str, profile: str, every: Sequence[str], new: Sequence[s
     if value.start_mark.index < key.end_mark.index or not isinstance(value, SequenceNode):
         raise ConfigError("params.yaml: `forget`: expected a list of digests, found a YAML alias; write the list there")
     if value.flow_style:
+        if "#" in text[value.start_mark.index : value.end_mark.index]:  # a digest has none
+            raise ConfigError(
+                "params.yaml: `forget`: has comments between [ and ], which this edit would delete; write it as a list "
+                "with one `- ` line for each digest"
+            )
         colon = text.index(":", key.end_mark.index) + 1
         end = _line_end(text, value.end_mark.index)
         rest = text[value.end_mark.index : end].rstrip()

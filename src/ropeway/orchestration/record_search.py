@@ -240,8 +240,8 @@ def read_sought(given: str, layouts: Iterable[RecordLayout] = (), *, prefer: boo
     if _DIGEST.fullmatch(given):
         return SoughtRecords((SoughtRecord(given, (_read_digest(given),)),))
     if given.lstrip()[:1] in ("{", "[", '"'):
-        items: Iterable[tuple[str, object]] = [("the record", parse(given.encode()))]
-    elif Path(given).is_file():
+        items: Iterable[tuple[str, object]] = [("the record", parse(given.encode(errors="surrogateescape")))]
+    elif _is_file(given):
         items = _read_file(Path(given))
     else:
         raise ConfigError(
@@ -262,6 +262,13 @@ def read_sought(given: str, layouts: Iterable[RecordLayout] = (), *, prefer: boo
         reasons = "; ".join(f"{reason}: {count:,}" for reason, count in unreadable.most_common(3))
         raise ConfigError(f"{given[:200]}: no record can be read ({reasons}); docs/sources.md has the forms")
     return SoughtRecords(tuple(records), dict(unreadable))
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).is_file()
+    except OSError:  # a pasted text is longer than any name
+        return False
 
 
 def _read_file(path: Path) -> Iterable[tuple[str, object]]:

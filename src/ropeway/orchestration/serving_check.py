@@ -26,6 +26,7 @@ from ropeway.runtime.tls import find_tls_fault
 NEAR_TIE = 0.1  # difference of log-probabilities; not measured on a GPU
 LOGPROB_TOLERANCE = 0.1
 _SECONDS = 300.0  # of one whole answer; a server may load the model first
+_MAX_BYTES = 16 << 20  # of an answer: a question has a few dozen tokens
 _NOT_OFFERED = (400, 404, 405, 415, 422, 501)  # status codes of an engine without this endpoint or field
 Outcome = Literal["passed", "failed", "not offered"]
 
@@ -65,9 +66,17 @@ def await_server(url: str) -> None:
 
 @contextmanager
 def _open_client(url: str) -> Iterator[httpx.Client]:
-    key = os.environ.get("OPENAI_API_KEY")
+    key = os.environ.get("OPENAI_API_KEY", "")
+    if not key.isascii():
+        raise ConfigError("OPENAI_API_KEY has characters that no key has. Set it again")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    with httpx.Client(base_url=url.rstrip("/").removesuffix("/v1"), headers=headers, timeout=_SECONDS) as client:
+    try:
+        base = httpx.URL(url.rstrip("/").removesuffix("/v1"))
+    except (httpx.InvalidURL, ValueError):
+        base = httpx.URL("")
+    if base.scheme not in ("http", "https") or not base.host:
+        raise ConfigError(f"--serve {url[:200]!r}: expected the URL of a server, e.g. http://127.0.0.1:8000")
+    with httpx.Client(base_url=base, headers=headers, timeout=_SECONDS) as client:
         try:
             yield client
         except httpx.HTTPError as error:
@@ -76,15 +85,25 @@ def _open_client(url: str) -> Iterator[httpx.Client]:
             raise TemporaryError(
                 f"{url}: does not answer ({type(error).__name__}). Start the server, or wait"
             ) from None
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
             raise DataError(
-                f"{url}: its answer is not in the form of OpenAI's interface ({type(error).__name__}: {error})"
+                f"{url}: its answer is not in the form of OpenAI's interface ({type(error).__name__}: {error!s:.200})"
             ) from None
 
 
 def _request(client: httpx.Client, method: str, path: str, json: object = None) -> httpx.Response:
     """Return the whole answer; httpx's own timeout is the time without a byte."""
-    return finish_within(_SECONDS, lambda: client.request(method, path, json=json), what=f"{client.base_url}{path}")
+    return finish_within(_SECONDS, lambda: _receive(client, method, path, json), what=f"{client.base_url}{path}")
+
+
+def _receive(client: httpx.Client, method: str, path: str, json: object) -> httpx.Response:
+    with client.stream(method, path, json=json) as answer:
+        body = bytearray()
+        for part in answer.iter_bytes():  # decompressed
+            body += part
+            if len(body) > _MAX_BYTES:
+                raise DataError(f"{answer.url}: its answer has more than {_MAX_BYTES >> 20} MiB")
+        return httpx.Response(answer.status_code, content=bytes(body), request=answer.request)
 
 
 def _only_model(client: httpx.Client, url: str) -> str:
@@ -120,7 +139,9 @@ def _compare(name: str, expected: object, found: object) -> ServingCheck:
     if found is None:
         return ServingCheck(name, "not offered")
     same = expected == found
-    return ServingCheck(name, "passed" if same else "failed", "" if same else f"expected {expected}, found {found}")
+    return ServingCheck(
+        name, "passed" if same else "failed", "" if same else f"expected {expected}, found {found!s:.200}"
+    )
 
 
 def _check_ids(client: httpx.Client, model: str, one: ExpectedAnswer, name: str) -> ServingCheck:

@@ -101,13 +101,14 @@ def load_trusted() -> Trust | None:
 
 
 def _load_public(path: Path) -> "PublicKey":
+    from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
     try:
         public = load_pem_public_key(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, UnsupportedAlgorithm) as error:
         raise ConfigError(
             f"ROPEWAY_TRUSTED_KEYS: {path} is not a public key ({type(error).__name__}). Replace or remove it"
         ) from None
@@ -134,9 +135,13 @@ def _load_roots(path: Path) -> "tuple[Certificate, ...]":
 
 def _load_revoked(path: Path) -> frozenset[str]:
     """Return the key ids in revoked.txt, one per line; text after `#` is a comment. Raise ConfigError for others."""
+    if odd := [one.name for one in path.parent.iterdir() if _is_misnamed(one.name)]:
+        raise ConfigError(f"ROPEWAY_TRUSTED_KEYS: {path.parent / odd[0]} would be ignored. Rename it to {REVOKED}")
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
+        if path.is_symlink():
+            raise ConfigError(f"ROPEWAY_TRUSTED_KEYS: {path} is a link to no file. Restore or remove it") from None
         return frozenset()
     except (OSError, ValueError) as error:
         raise ConfigError(f"ROPEWAY_TRUSTED_KEYS: {path} cannot be read ({type(error).__name__})") from None
@@ -144,6 +149,17 @@ def _load_revoked(path: Path) -> frozenset[str]:
     if wrong := [text for text in ids if not _KEYID.fullmatch(text)]:
         raise ConfigError(f"ROPEWAY_TRUSTED_KEYS: {path} has {wrong[0]!r}, expected key ids of 16 hex digits")
     return frozenset(ids)
+
+
+def _is_misnamed(name: str) -> bool:
+    """Return whether a file looks like the list of revoked keys, which is read under one name only."""
+    return name != REVOKED and name.casefold() in (
+        "revoked",
+        REVOKED,
+        f"{REVOKED}.txt",
+        "revoke.txt",
+        "revocations.txt",
+    )
 
 
 def make_keys(path: Path) -> str:

@@ -6,11 +6,12 @@ import pytest
 from typer.testing import CliRunner
 
 from ropeway.cli.main import app
+from ropeway.config.edit import set_forgotten
 from ropeway.config.load_params import load_profile, load_profiles
 from ropeway.data.record_identity import record_digest
 from ropeway.models.conversation import Conversation
 from ropeway.registry import Registry
-from ropeway.runtime.errors import ConfigError, NotFoundError
+from ropeway.runtime.errors import ConfigError, DataError, NotFoundError
 from ropeway.runtime.workspace import Workspace
 from tests.support.record_world import publish_records
 from tests.support.shipped_params import read_shipped_params
@@ -186,3 +187,31 @@ def test_forget_refuses_a_shortened_digest_and_half_a_command(params):
         with pytest.raises(ConfigError):
             ask("forget", *arguments)
     assert params.read_text() == before
+
+
+def test_forget_keeps_a_link_and_the_mode_of_params(params):
+    own = params.with_name("shared.yaml")
+    params.rename(own)
+    own.chmod(0o600)
+    params.symlink_to(own.name)
+    ask("forget", "ab" * 16)
+    assert params.is_symlink()
+    assert "ab" * 16 in own.read_text()
+    assert own.stat().st_mode & 0o777 == 0o600
+
+
+def test_forget_refuses_to_delete_comments_between_brackets():
+    text = 'a:\n  forget: [ # ticket 1\n    "00", # ticket 2\n  ]\n'
+    with pytest.raises(ConfigError, match="comments"):
+        set_forgotten(text, "a", ["00", "11"], ["11"])
+
+
+def test_a_pasted_text_and_bytes_that_are_no_text_are_named_errors(params):
+    for given in ("a pasted text " * 400, '{"text": "\udcff"}'):
+        with pytest.raises((ConfigError, DataError)):
+            ask("contains", given)
+    before = params.read_bytes()
+    for reason in ("a\udcffb", "a\x07b"):
+        with pytest.raises(ConfigError, match="--reason"):
+            ask("forget", "ab" * 16, "--reason", reason)
+    assert params.read_bytes() == before

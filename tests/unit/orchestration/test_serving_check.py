@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from ropeway.data.expected_answer import ExpectedAnswer
+from ropeway.orchestration import serving_check
 from ropeway.orchestration.serving_check import check_server
 from ropeway.runtime.errors import ConfigError, DataError, TemporaryError
 from ropeway.runtime.launcher import free_port
@@ -161,3 +162,35 @@ except TemporaryError:
 raise SystemExit(2)
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"[" * 100_000,
+        b'{"choices":[{"message":{"content":"two words"},"logprobs":{"content":[{"top_logprobs":'
+        b'[{"token":"two","logprob":' + b"9" * 4000 + b"}]}]}}]}",
+    ],
+    ids=["deep", "a number beyond floats"],
+)
+def test_an_answer_beyond_the_parsers_limits_is_no_crash(raw):
+    with pytest.raises(DataError, match="not in the form"):
+        outcomes(Engine(raw=(200, raw)))
+
+
+def test_an_answer_without_end_is_cut(monkeypatch):
+    monkeypatch.setattr(serving_check, "_MAX_BYTES", 1000)
+    with pytest.raises(DataError, match="MiB"):
+        outcomes(Engine(raw=(200, b" " * 1001)))
+
+
+@pytest.mark.parametrize("url", ["nonsense", "ftp://x", "http://[::1", "http://127.0.0.1:x", "\0", "http://", ""])
+def test_what_is_no_address_is_a_config_error(url):
+    with pytest.raises(ConfigError, match="--serve"):
+        serving_check.await_server(url)
+
+
+def test_a_key_that_no_header_can_have_is_a_config_error(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "é")
+    with pytest.raises(ConfigError, match="OPENAI_API_KEY"):
+        serving_check.await_server("http://127.0.0.1:1")

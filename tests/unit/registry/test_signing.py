@@ -372,3 +372,31 @@ def test_a_policy_whose_folder_is_missing_names_it(tmp_path, monkeypatch):
     monkeypatch.setenv("ROPEWAY_TRUSTED_KEYS", str(tmp_path / "none"))
     with pytest.raises(ConfigError, match="none is not a folder"):
         load_trusted()
+
+
+@pytest.mark.usefixtures("key")
+@pytest.mark.parametrize("name", ["Revoked.txt", "revoked", "revoked.txt.txt"])
+def test_a_list_of_revoked_keys_under_another_name_is_not_ignored(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("ROPEWAY_TRUSTED_KEYS", str(tmp_path / "trusted"))
+    (tmp_path / "trusted" / name).write_text("a" * 16)
+    with pytest.raises(ConfigError, match="Rename"):
+        load_trusted()
+
+
+@pytest.mark.usefixtures("key")
+def test_a_list_of_revoked_keys_that_leads_nowhere_is_not_empty(tmp_path, monkeypatch):
+    monkeypatch.setenv("ROPEWAY_TRUSTED_KEYS", str(tmp_path / "trusted"))
+    (tmp_path / "trusted" / "revoked.txt").symlink_to("none")
+    with pytest.raises(ConfigError, match="link"):
+        load_trusted()
+
+
+@pytest.mark.usefixtures("key")
+def test_a_public_key_of_an_unknown_kind_is_a_config_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("ROPEWAY_TRUSTED_KEYS", str(tmp_path / "trusted"))
+    body = base64.b64encode(bytes.fromhex("300f300706032b65010500030400aabbcc"))
+    (tmp_path / "trusted" / "odd.pub").write_bytes(
+        b"-----BEGIN PUBLIC KEY-----\n" + body + b"\n-----END PUBLIC KEY-----\n"
+    )
+    with pytest.raises(ConfigError, match=r"odd\.pub"):
+        load_trusted()
