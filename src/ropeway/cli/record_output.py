@@ -90,8 +90,8 @@ def describe_forgotten(
         parts += [Command(f"ropeway registry withdraw {one.version} --reason 'TEXT'") for one in found]
     else:
         gone = [one.version for one in holders if one.holds_any]
-        words = f"every version that holds them is withdrawn: {', '.join(gone)}" if gone else "no version holds them"
-        parts.append(Paragraph(words))
+        nothing = "no version is known to hold them" if any(one.unknown for one in holders) else "no version holds them"
+        parts.append(Paragraph(f"every version that holds them is withdrawn: {', '.join(gone)}" if gone else nothing))
     if dropped := [one.version for one in holders if one.dropped]:
         parts.append(Paragraph(f"dropped, so no step read them: {', '.join(dropped)}"))
     unknown = [one.version for one in holders if one.unknown]

@@ -236,7 +236,7 @@ def set_forgotten(text: str, profile: str, every: Sequence[str], new: Sequence[s
     block = {key.value: value for key, value in read_pairs(text)}[profile]
     stated = next(((key, value) for key, value in block.value if key.value == "forget"), None)
     first = block.value[0][0].start_mark
-    if not reason.isprintable() and not all(one.isprintable() or one.isspace() for one in reason):
+    if not all(one.isprintable() or one.isspace() for one in reason):
         raise ConfigError(f"--reason {reason!r}: expected printable characters")
     comment = f"  # {' '.join(reason.split())}" if reason.strip() else ""
     if isinstance(block, MappingNode) and block.flow_style:  # all on few lines, without room for comments
