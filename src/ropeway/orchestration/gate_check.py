@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ropeway.config.load_params import load_profile
 from ropeway.orchestration.gate import GateVerdict, gate, sections_to_measure
+from ropeway.orchestration.publish import CANDIDATE
 from ropeway.registry import Registry, Version
 from ropeway.registry.signing_keys import load_trusted
 from ropeway.runtime.errors import RopewayError
@@ -52,6 +53,8 @@ def _compute(registry: Registry, version: Version, against: object) -> GateVerdi
         raise RopewayError("the package has no eval.json")
     _, profile = load_profile(Path("run.yaml"), text=text.decode(errors="replace"))
     champion = None
+    if against is None and (earlier := _find_earlier_candidate(registry, version)):
+        raise RopewayError(f"it names no version that it compared with, although {earlier} was candidate")
     if against is not None:
         rival = registry.version(str(against))
         rival.check_policy()
@@ -65,3 +68,10 @@ def _compute(registry: Registry, version: Version, against: object) -> GateVerdi
         max_length=profile.max_length,
         champion_name=str(against or "no champion"),
     )
+
+
+def _find_earlier_candidate(registry: Registry, version: Version) -> str | None:
+    """Return an older version that was `candidate` once; None if there is none, so the gate had no champion."""
+    artifact = registry.artifact(version.name)
+    older = (artifact.version(digest) for digest in dict.fromkeys(artifact.alias(CANDIDATE).events.digests))
+    return next((str(one) for one in older if one.number < version.number), None)

@@ -83,3 +83,14 @@ def test_a_version_without_a_verdict_has_no_warning(workspace):
     provenance = own_fields(registry.store, LOG.key(1))["provenance"]
     change_event(registry.store, LOG, 1, provenance={**provenance, "verdict": None})
     assert warning(workspace, 1) == ""
+
+
+def test_a_verdict_that_names_no_champion_is_said_under_a_policy(workspace, tmp_path, monkeypatch):
+    make_keys(tmp_path / "key")
+    monkeypatch.setenv("ROPEWAY_TRUSTED_KEYS", str(tmp_path))
+    monkeypatch.setenv("ROPEWAY_SIGNING_KEY", str(tmp_path / "key"))
+    for loss in (5.0, 6.0):
+        make_version(workspace, loss, with_metrics=True)
+    assert warning(workspace, 1) == warning(workspace, 2) == ""
+    forge(Registry.open(workspace.registry_url), 2, passed=True, against=None, checks=[], lines=[])
+    assert "laptop@v1 was candidate" in warning(workspace, 2)

@@ -42,12 +42,12 @@ def dvc(root, *words):
     return run(root, *guarded_dvc.COMMAND, *words)
 
 
-def replace_listing(root, names):
+def replace_listing(root, names, **other):
     """Let the remote's entry name another listing, under its right MD5; forget what this machine has."""
     remote = root.parent / "remote"
     (listing,) = (remote / "files" / "md5").rglob("*.dir")
     (entry,) = json.loads(listing.read_bytes())
-    data = json.dumps([{**entry, "relpath": name} for name in names]).encode()
+    data = json.dumps([{**entry, "relpath": name, **other} for name in names]).encode()
     digest = hashlib.md5(data, usedforsecurity=False).hexdigest()
     place = remote / "files" / "md5" / digest[:2] / f"{digest[2:]}.dir"
     place.parent.mkdir(exist_ok=True)
@@ -121,3 +121,21 @@ def test_the_name_of_a_profile_is_no_shell_command(tmp_path):
         assert process.returncode
         assert "ERROR" in said
         assert not list(job.root.rglob("taken"))
+
+
+@pytest.mark.parametrize("how", ["lock", "listing"])
+def test_a_digest_that_is_a_path_removes_no_file(workspace, how):
+    victim = workspace.parent / "victim.txt"
+    victim.write_text("kept")
+    path = "./../../../../../victim.txt"  # from .dvc/cache/files/md5/./
+    if how == "lock":
+        lock = workspace / "dvc.lock"
+        (listing,) = (workspace.parent / "remote" / "files" / "md5").rglob("*.dir")
+        lock.write_text(lock.read_text().replace(f"{listing.parent.name}{listing.name}", path))
+        shutil.rmtree(workspace / ".dvc" / "cache")
+        shutil.rmtree(workspace / "out")
+    else:
+        replace_listing(workspace, ["a"], md5=path)
+    done = dvc(workspace, "pull", "--run-cache")
+    assert victim.read_text() == "kept"
+    assert "is not the digest of an object" in done.stderr
