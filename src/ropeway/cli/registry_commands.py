@@ -230,9 +230,9 @@ def verify(
 
 def _check_serving(version: "Version", folder: Path | None, url: str, model: str | None) -> "list[ServingCheck]":
     """Return the comparisons with a server; raise DataError with those that failed."""
-    from ropeway.orchestration.serving_check import await_server, check_server
+    from ropeway.orchestration.serving_check import check_server, reach_server
 
-    await_server(url)  # before the model is pulled and loaded
+    reach_server(url)  # before the model is pulled and loaded
     from ropeway.stages.package.expected_answers import expected_answers  # torch
 
     print(f"{url} answers; loading {version} to compute what it must answer", file=sys.stderr, flush=True)

@@ -239,8 +239,10 @@ def _explain_failure(
     """Return the error that describes a failed stage; its class decides whether a retry makes sense."""
     own, outer = _read_record(site.record(name, "exit")), _read_record(site.record(name, "dvc"))
     end = f"; full log: {site.log(name)}"
-    if code < 0 or (outer["signal"] or outer["why"] if outer else signal_of(code)):
-        how = "its supervisor was killed" if code < 0 else outer["why"] or outer["signal"] if outer else signal_of(code)
+    how = "its supervisor was killed" if code < 0 else signal_of(code)
+    if outer and code >= 0:
+        how = outer["why"] or outer["signal"]
+    if how:
         return StageStoppedError(
             f"stage {name}: dvc was ended from outside ({how}). Run the same command again; it resumes{end}"
         )

@@ -58,7 +58,7 @@ def check_server(url: str, expected: Sequence[ExpectedAnswer], *, model: str | N
         return [check for number, one in enumerate(expected, 1) for check in _check_answer(client, name, one, number)]
 
 
-def await_server(url: str) -> None:
+def reach_server(url: str) -> None:
     """Return once the server answers anything at all; raise ConfigError or TemporaryError as `check_server` does."""
     with _open_client(url) as client:
         _request(client, "GET", "/v1/models")

@@ -187,10 +187,10 @@ def test_an_answer_without_end_is_cut(monkeypatch):
 @pytest.mark.parametrize("url", ["nonsense", "ftp://x", "http://[::1", "http://127.0.0.1:x", "\0", "http://", ""])
 def test_what_is_no_address_is_a_config_error(url):
     with pytest.raises(ConfigError, match="--serve"):
-        serving_check.await_server(url)
+        serving_check.reach_server(url)
 
 
 def test_a_key_that_no_header_can_have_is_a_config_error(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "é")
     with pytest.raises(ConfigError, match="OPENAI_API_KEY"):
-        serving_check.await_server("http://127.0.0.1:1")
+        serving_check.reach_server("http://127.0.0.1:1")
