@@ -1,8 +1,10 @@
 """Transfer and verify at 1 GiB, beside boto3's own calls on the same server: one JSON line, 1 when a promise fails.
 
-The server is SeaweedFS on loopback, so it shares the processor with the client. Ours hashes every byte on the way (each
-part and the whole file up, the whole file down); boto3's `upload_file` and `download_file` do not. Rounds are
-interleaved and their medians compared; both write a download to disk with fsync.
+The server is SeaweedFS on loopback, so it shares the processor with the client. Ours computes the SHA-256 of the file
+on the way, up and down; boto3's `upload_file` and `download_file` do not. A ratio is the median of those of interleaved
+rounds; both write a download to disk with fsync. Both clients exist before the clock starts; our test of whether the
+store supports conditional requests is counted. The first download after uploads takes up to twice as long as
+the next, so one is made that does not count.
 """
 
 import argparse
@@ -28,13 +30,13 @@ from tests.support.s3_server import start_server
 
 SIZE_BYTES = 1 << 30
 BUCKET = "bench"
-PROMISED_RATIO, PROMISED_VERIFY_GB_PER_S = 0.9, 1.0
+PROMISED_RATIO, PROMISED_VERIFY_GB_PER_S = 1.0, 1.0
 HEADER = b'{"__metadata__":{}}'
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--mebibytes", type=int, default=SIZE_BYTES >> 20)
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))  # through the `finally` below: no server, no file stays
@@ -55,10 +57,16 @@ def report(place: Path, size: int, rounds: int) -> int:
     seconds: dict[str, list[float]] = {name: [] for name in ("up", "boto_up", "down", "boto_down")}
     for number in range(rounds):
         for name, lap in lap_of(place, source, file, number).items():
-            seconds[name].append(timed(lap))
+            taken = timed(lap)
+            if name == "settle":
+                continue
+            seconds[name].append(taken)
             print(f"round {number}: {name} {seconds[name][-1]:.2f} s", file=sys.stderr, flush=True)
     median = {name: statistics.median(laps) for name, laps in seconds.items()}
-    ratios = {way: median[f"boto_{way}"] / median[way] for way in ("up", "down")}
+    ratios = {
+        way: statistics.median(theirs / ours for ours, theirs in zip(seconds[way], seconds[f"boto_{way}"], strict=True))
+        for way in ("up", "down")
+    }
     verify_seconds = min(timed(lambda: verify_in_folder(place, source, file)) for _ in range(rounds))
     verified = size / verify_seconds / 1e9
     instructions = has_sha_instructions()
@@ -84,6 +92,7 @@ def lap_of(place: Path, source: Path, file: PackageFile, number: int) -> dict[st
     """Return one round's laps; who goes first changes from round to round."""
     store, client = open_store(f"s3://{BUCKET}/r{number}"), boto3.client("s3")  # theirs as it comes
     config = TransferConfig(preferred_transfer_client="classic")
+    store.exists("nothing")  # creates the client
     key, theirs = f"blobs/sha256/{file.sha256[:2]}/{file.sha256}", f"boto/r{number}"
     down, boto_down = place / f"down-{number}", place / f"boto-{number}"
 
@@ -100,10 +109,15 @@ def lap_of(place: Path, source: Path, file: PackageFile, number: int) -> dict[st
     laps: dict[str, Callable[[], object]] = {
         "up": lambda: store.put_if_absent(key, source, sha256=file.sha256),
         "boto_up": lambda: client.upload_file(str(source), BUCKET, theirs, Config=config),
+        "settle": download_theirs,
         "down": download_ours,
         "boto_down": download_theirs,
     }
-    order = ("up", "boto_up", "down", "boto_down") if number % 2 else ("boto_up", "up", "boto_down", "down")
+    ours_first, theirs_first = (
+        ("up", "boto_up", "settle", "down", "boto_down"),
+        ("boto_up", "up", "settle", "boto_down", "down"),
+    )
+    order = ours_first if number % 2 else theirs_first
     return {name: laps[name] for name in order}
 
 

@@ -19,6 +19,7 @@ from ropeway.cli.answer_display import AnswerDisplay, is_colorful
 from ropeway.models.answer_parts import MARKERS, STATED, AnswerPart, parse_answer, to_message, to_records
 from ropeway.models.conversation import Message
 from ropeway.models.template_probes import mark_tools
+from ropeway.models.weight_files import check_weight_files
 from ropeway.runtime.errors import ConfigError, DataError
 from ropeway.runtime.json_text import parse_json, read_json
 from ropeway.runtime.manifest import NAME as MANIFEST
@@ -88,7 +89,7 @@ def locate_model(source: str, registry: str | None) -> Path:
 def check_folder(folder: Path) -> None:
     """Raise DataError unless a folder has safetensors, no pickle, no custom code, and the files of its manifest.
 
-    An adapter, or an index with a path, is refused, too: transformers would read the weights that it names elsewhere.
+    What else transformers would read weights from is refused, too.
     """
     if (folder / MANIFEST).is_file():
         load_manifest(folder, remedy="Pull or package it again")
@@ -100,23 +101,13 @@ def check_folder(folder: Path) -> None:
         )
     if not any(path.suffix == ".safetensors" for path in paths):
         raise DataError(f"{folder}: no *.safetensors file; expected a folder as `dvc repro package` writes it")
+    check_weight_files(folder)
     for path in paths:
-        if path.name == "adapter_config.json":
-            raise DataError(f"{path}: the model is an adapter, expected a complete model. Merge it into its base model")
-        if path.name.endswith(".safetensors.index.json"):
-            _check_index(path)
         is_config = path.name in ("config.json", "tokenizer_config.json")
         if is_config and "auto_map" in read_json(path, remedy="Pull the package again"):
             raise DataError(
                 f"{path}: auto_map names custom code, which is not run. Remove auto_map if the model needs none"
             )
-
-
-def _check_index(path: Path) -> None:
-    placed = read_json(path, remedy="Pull the package again").get("weight_map")
-    names = placed.values() if isinstance(placed, dict) else [None]
-    if any(not isinstance(name, str) or Path(name).name != name for name in names):
-        raise DataError(f"{path}: names weights outside of its folder. Pull the package again, or move them into it")
 
 
 def fit_messages(messages: Sequence[Message], count: Callable[[Sequence[Message]], int], limit: int) -> list[Message]:

@@ -28,6 +28,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from ropeway.models.architectures import DEFAULT, check_architecture
 from ropeway.models.rope import FULL, OwnFrequencies, RopeScaling, frequency_faults, has_layer_types, main_parameters
 from ropeway.models.template_limits import check_limits
+from ropeway.models.weight_files import NAMED_ELSEWHERE, check_weight_files, check_weights_name
 from ropeway.runtime.errors import ConfigError, RopewayError
 from ropeway.runtime.terminal import escape_controls
 
@@ -57,6 +58,8 @@ def read_config(folder: Path, options: Mapping[str, object]) -> PreTrainedConfig
     if named := vars(config).pop("auto_map", None):  # e.g. Phi-3, whose architecture transformers has by now
         names = escape_controls(", ".join(sorted(named)))
         print(f"{folder}: the code that auto_map names is not run ({names}): transformers has its own")
+    for part in (config, config.get_text_config()):  # the live ones: `attribute_map` in the file can rename any setting
+        check_weights_name(getattr(part, NAMED_ELSEWHERE, None), where=f"{folder / 'config.json'}")
     return config
 
 
@@ -95,7 +98,7 @@ def check_rendering(tokenizer: PreTrainedTokenizerBase, jinja: str, name: str) -
 
 
 def open_folder(folder: Path, dtype: torch.dtype, *, device: str = "cpu", **options: str) -> PreTrainedModel:
-    """Return the model of a folder that a stage wrote.
+    """Return the model of a folder that a stage wrote, or of a package.
 
     On a CPU, weights stored in `dtype` stay mapped from their files, whose pages all processes share, until they are
     written to; others are converted into memory of this process. On another device they are read, converted and copied
@@ -106,20 +109,30 @@ def open_folder(folder: Path, dtype: torch.dtype, *, device: str = "cpu", **opti
         dtype: Data type of the weights.
         device: Device of the weights.
         options: Passed to `from_pretrained`.
+
+    Raises:
+        DataError, ConfigError: transformers would read weights from other files than the safetensors of the folder.
     """
     where = {} if device == "cpu" else {"device_map": {"": device}}
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False, **where, **options
-    )
+    return _open(folder, dtype=dtype, **where, **options)
 
 
 def load_with_info(folder: Path) -> tuple[PreTrainedModel, LoadingInfo]:
     """Return (model, loading info of transformers) of a folder, loaded according to its config."""
-    options = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
-    opened: tuple[PreTrainedModel, LoadingInfo] = AutoModelForCausalLM.from_pretrained(
-        folder, trust_remote_code=False, **options
-    )
+    opened: tuple[PreTrainedModel, LoadingInfo] = _open(folder, output_loading_info=True)
     return opened
+
+
+def _open(folder: Path, **options: object) -> Any:  # noqa: ANN401 - a model, with its loading info if that is asked
+    check_weight_files(folder)
+    return AutoModelForCausalLM.from_pretrained(
+        folder,
+        config=read_config(folder, {}),
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+        **options,
+    )
 
 
 def load_base_model(

@@ -98,7 +98,9 @@ def open_review(registry: Registry, wanted: str, *, expect: str | AnyDigest | No
     """Return a version with everything that the decision needs; `expect` and errors as in `open_case`."""
     case = open_case(registry, wanted, expect=expect)
     with named_damage(f"{registry.url}: {case.new.label} or what it is compared with"):
-        return replace(case, gate_warning=check_verdict(registry, registry.version(f"{case.name}@{case.digest}")))
+        version = registry.version(f"{case.name}@{case.digest}")
+        production = case.old.label if case.old else None
+        return replace(case, gate_warning=check_verdict(registry, version, production))
 
 
 def review_here(

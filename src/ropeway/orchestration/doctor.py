@@ -220,6 +220,7 @@ def _remote(root: Path) -> Iterator[Finding]:
         yield Finding("DVC remote", "note", "none: outputs exist only on this machine", fix)
         return
     url = str(remotes[name].get("url"))
+    graph.check_remote_is_encrypted(name, remotes)
     if fault := _overlap(url, Workspace(root, "").registry_url):
         yield Finding("DVC remote", "wrong", f"'{name}' {fault}", "give one of them a prefix of its own")
     if remotes[name].get("verify"):

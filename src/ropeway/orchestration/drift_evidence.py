@@ -1,7 +1,8 @@
 """Compares the data of a new version with that of earlier versions, for the gate and the evidence of its publication.
 
 Three versions at most: the one before, the champion, and the oldest of a window. The last shows a slow shift, each step
-of which is small. The number of requests does not depend on the number of versions.
+of which is small. The number of requests does not depend on the number of versions. Under a signature policy, versions
+of the window that it does not accept are named and not compared with.
 """
 
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from ropeway.runtime.manifest import Json
 
 WINDOW = 5  # where gate.drift is null
 _PREVIOUS = "the version before"
+_REFUSED = "in the window"
 
 
 def compare_with_earlier(
@@ -50,6 +52,7 @@ def compare_with(version: Version, why: tuple[str, ...], new: Json, limits: Drif
     """Return the comparison with one earlier version; without a usable profile of it a note says so."""
     label = str(version)
     try:
+        version.check_policy()
         return DriftReference(
             label, version.digest, why, tuple(compare_profiles(read_data_profile(version), new, limits))
         )
@@ -89,11 +92,21 @@ def _choose_references(
     if own in {version.digest for version in earlier}:
         earlier = earlier[[version.digest for version in earlier].index(own) + 1 :]
     earlier = earlier[:window]
-    reasons = [(earlier[0], _PREVIOUS)] if earlier else []
+    accepted = [version for version in earlier if _is_accepted(version)]
+    reasons = [(accepted[0], _PREVIOUS)] if accepted else []
     reasons += [(version, alias) for alias, version in champion.items()]
-    reasons += [(earlier[-1], f"oldest of the last {len(earlier)}")] if len(earlier) > 1 else []
+    reasons += [(accepted[-1], f"oldest of the last {len(earlier)}")] if len(accepted) > 1 else []
+    reasons += [(version, _REFUSED) for version in earlier if version not in accepted]
     found: dict[str, tuple[Version, tuple[str, ...]]] = {}
     for version, why in reasons:
         if version.digest != own:
             found[version.digest] = (version, (*found.get(version.digest, (version, ()))[1], why))
     return list(found.values())
+
+
+def _is_accepted(version: Version) -> bool:
+    try:
+        version.check_policy()
+    except DataError:
+        return False
+    return True

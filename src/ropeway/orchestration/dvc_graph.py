@@ -24,6 +24,8 @@ from ropeway.orchestration.guarded_dvc import refuse_outside_names
 from ropeway.runtime.errors import ConfigError, TemporaryError
 from ropeway.runtime.json_text import parse_json
 from ropeway.runtime.manifest import Json, file_sha256
+from ropeway.runtime.plain_http import check_encrypted
+from ropeway.storage.s3_client import make_client
 
 if TYPE_CHECKING:  # DVC takes a second to import
     from dvc.repo import Repo
@@ -178,15 +180,37 @@ def has_remote(root: Path) -> bool:
     """Return whether a DVC remote is configured, to pull from before a run and push to after it.
 
     Raises:
-        ConfigError: The remote has no `verify`: DVC would accept any bytes it returns under a digest's name.
+        ConfigError: The remote has no `verify`: DVC would accept any bytes it returns under a digest's name. Or its
+            connection is not encrypted.
     """
     name, remotes = read_remotes(root)
+    if name:
+        check_remote_is_encrypted(name, remotes)
     if name and not remotes.get(name, {}).get("verify"):
         raise ConfigError(
             f"{root}: the DVC remote '{name}' is not verified, so a damaged object would be pulled as valid. Run "
             f"`dvc remote modify {name} verify true` (or `ropeway doctor --fix`) and commit .dvc/config"
         )
     return bool(name)
+
+
+def check_remote_is_encrypted(name: str, remotes: Mapping[str, Mapping[str, object]]) -> None:
+    """Raise ConfigError if a remote is reached on another machine without TLS, and the environment does not allow it.
+
+    Where the remote of an S3 bucket names no server, the one of the environment or of the AWS configuration counts.
+    """
+    facts = remotes.get(name, {})
+    url, what = str(facts.get("url", "")), f"the DVC remote '{name}'"
+    scheme, _, rest = url.partition("://")
+    if scheme == "remote":  # remote://NAME/path is below another remote
+        check_remote_is_encrypted(rest.partition("/")[0], {one: remotes[one] for one in remotes if one != name})
+    elif scheme == "webhdfs" and facts.get("use_https"):
+        return
+    elif scheme == "s3" and "endpointurl" not in facts:
+        make_client()
+    else:
+        check_encrypted(url, what=what)
+    check_encrypted(str(facts.get("endpointurl", "")), what=f"endpointurl of {what}")
 
 
 def read_remotes(root: Path) -> tuple[str | None, dict[str, dict[str, object]]]:

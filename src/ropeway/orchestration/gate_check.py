@@ -17,8 +17,11 @@ from ropeway.runtime.errors import RopewayError
 _MOST_CHARACTERS = 300  # of an error
 
 
-def check_verdict(registry: Registry, version: Version) -> str:
+def check_verdict(registry: Registry, version: Version, production: str | None) -> str:
     """Return a warning if the recorded verdict does not follow from the files; empty if it does, or if there is none.
+
+    So is a verdict against another version than `production` (its label; None if there is none): it says nothing about
+    the version that an approval would replace, and which version it was is the event's statement alone.
 
     The gate is computed again from the eval.json of both versions and the limits in run.yaml, with the rules of this
     Ropeway. Where that is impossible, there is a warning under a signature policy alone.
@@ -35,7 +38,10 @@ def check_verdict(registry: Registry, version: Version) -> str:
         words = re.sub(r"\s+", " ", str(error))[:_MOST_CHARACTERS]
         return f"The gate's verdict ({recorded}) is the event's statement, which no signature covers: {words}"
     if again.passed is (verdict.get("passed") is True):
-        return ""
+        against = verdict.get("against")
+        if production in (None, str(version), against):
+            return ""
+        return f"The gate compared this version with {against or 'no other'}, not with {production}, production now"
     why = f" ({again.failed[0]})" if again.failed else ""
     return (
         f"The gate's verdict does not follow from the version's files: its event says {recorded}; computed again from "

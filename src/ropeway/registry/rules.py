@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ropeway.models.weight_files import ADAPTER
 from ropeway.runtime.errors import DataError
 
 MAX_FILES = 4096
@@ -28,8 +29,6 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 _PART = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_-])?")
 # Windows opens a device for these names, with any suffix.
 _DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
-# With it, transformers reads the weights of the folder that it names, which no digest of the package covers.
-_ADAPTER = "adapter_config.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +73,7 @@ def check_path(path: str, suffixes: Mapping[str, _HeadCheck] | None = None) -> N
                 f"package path {path!r}: the part {part!r} is not allowed; expected a relative path of "
                 "A-Z a-z 0-9 . _ -, no part starting or ending with a dot"
             )
-    if parts[-1].casefold() == _ADAPTER:
+    if parts[-1].casefold() == ADAPTER:
         raise DataError(f"package path {path!r}: an adapter, expected a complete model. Merge it into its base model")
     if _suffix(path) not in allowed:
         raise DataError(f"package path {path!r}: suffix {_suffix(path)!r}, expected one of {' '.join(sorted(allowed))}")

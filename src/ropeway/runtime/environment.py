@@ -64,7 +64,6 @@ VARIABLES: dict[str, tuple[EnvironmentVariable, ...]] = {
             "all",
         ),
         _V("ROPEWAY_S3_TIMEOUT_SECONDS", "Timeout of a silent S3 connection, in seconds.", "60"),
-        _V("ROPEWAY_S3_ALLOW_HTTP", "`1` allows plain HTTP to an S3 server on another machine.", "refused"),
         _V("AWS_PROFILE", "Section of the AWS configuration files."),
         _V("AWS_ACCESS_KEY_ID", "Key of the S3 account, with `AWS_SECRET_ACCESS_KEY`."),
         _V("AWS_SECRET_ACCESS_KEY", "Secret of that key."),
@@ -87,6 +86,11 @@ VARIABLES: dict[str, tuple[EnvironmentVariable, ...]] = {
         _V("HF_ENDPOINT", "Another server than huggingface.co."),
     ),
     "Prefect": (
+        _V(
+            "ROPEWAY_ALLOW_HTTP",
+            "`1` allows plain HTTP to an S3 server, a DVC remote and a git remote on another machine.",
+            "refused",
+        ),
         _V("PREFECT_API_URL", "Prefect server of the run.", "the workspace's own, else a temporary one"),
         _V("PREFECT_API_AUTH_STRING", "`user:password` for that server."),
         _V("PREFECT_SERVER_API_AUTH_STRING", "`user:password` of `ropeway server`; needed with `--host`."),
@@ -130,7 +134,11 @@ VARIABLES: dict[str, tuple[EnvironmentVariable, ...]] = {
 }
 # Set by Ropeway for its own child processes.
 INTERNAL = ("ROPEWAY_CODE_CHECK", "ROPEWAY_LOCK_HELD", "ROPEWAY_PROGRESS_FILE", "ROPEWAY_SUPERVISED_BY")
-RENAMED = {"ROPEWAY_PREPARE_WORKERS": "ROPEWAY_TOKENIZE_WORKERS", "ROPEWAY_UNTRIED": "ROPEWAY_SKIP_WARM_UP"}
+RENAMED = {
+    "ROPEWAY_PREPARE_WORKERS": "ROPEWAY_TOKENIZE_WORKERS",
+    "ROPEWAY_S3_ALLOW_HTTP": "ROPEWAY_ALLOW_HTTP",
+    "ROPEWAY_UNTRIED": "ROPEWAY_SKIP_WARM_UP",
+}
 
 
 def read_count(environment: Mapping[str, str], name: str) -> int | None:

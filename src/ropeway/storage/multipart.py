@@ -1,14 +1,15 @@
-"""Multipart uploads to S3: parallel parts with SHA-256, resumable after a crash, completed conditionally.
+"""Multipart uploads to S3: parallel parts with a CRC32, resumable after a crash, completed conditionally.
 
-boto3's `upload_file` supports neither a conditional Complete nor a resume (boto/boto3#4366).
+boto3's `upload_file` supports neither a conditional Complete nor a resume (boto/boto3#4366). The server checks the
+CRC32 of each part; the SHA-256 of the file is compared before Complete, and by every read (docs/decisions/0031).
 """
 
 import base64
 import hashlib
 import uuid
-from collections import deque
+import zlib
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +30,7 @@ WORKERS = 4
 WRITE_ID_KEY = (
     "ropeway-write"  # object metadata: the id of the write, to recognize our own object after a lost response
 )
+_CHECKSUM = "CRC32"
 _MAX_ATTEMPTS = 4
 _UPLOAD_GONE_CODES = {"NoSuchUpload"}
 _RESTART_UPLOAD_CODES = {"ConditionalRequestConflict", "InvalidPart", "InvalidPartOrder", "OperationAborted"}
@@ -89,12 +91,17 @@ def put_file(to: Destination, file: Path, sha256: str | None, on_bytes: Callable
 def find_or_create_upload(to: Destination) -> tuple[str, str | None]:
     """Return the id of the newest incomplete upload of the key and None, or of a new upload and its write id."""
     pages = to.client.get_paginator("list_multipart_uploads").paginate(Bucket=to.bucket, Prefix=to.path)
-    incomplete = [item for page in pages for item in page.get("Uploads", []) if item["Key"] == to.path]
+    incomplete = [
+        item
+        for page in pages
+        for item in page.get("Uploads", [])
+        if item["Key"] == to.path and item.get("ChecksumAlgorithm", _CHECKSUM) == _CHECKSUM  # an older Ropeway: SHA256
+    ]
     if incomplete:
         return str(max(incomplete, key=lambda item: item["Initiated"])["UploadId"]), None
     write_id = uuid.uuid4().hex
     created = to.client.create_multipart_upload(
-        **to.where, ChecksumAlgorithm="SHA256", Metadata={WRITE_ID_KEY: write_id}
+        **to.where, ChecksumAlgorithm=_CHECKSUM, Metadata={WRITE_ID_KEY: write_id}
     )
     return str(created["UploadId"]), write_id
 
@@ -103,45 +110,48 @@ def _send_parts(to: Destination, upload: str, file: Path, on_bytes: Callable[[in
     """Upload the missing parts; return all parts for Complete, and the sha256 of the file."""
     pages = to.client.get_paginator("list_parts").paginate(**to.where, UploadId=upload)
     uploaded = {int(part["PartNumber"]): part for page in pages for part in page.get("Parts", [])}
-    whole, parts = hashlib.sha256(), list[Part]()
-    pending: deque[Future[Part]] = deque()
+    whole, sent = hashlib.sha256(), list[Future[Part]]()
+    pending: set[Future[Part]] = set()
     pool = ThreadPoolExecutor(WORKERS)
     try:
         with file.open("rb") as source:
             number = 0
             while body := source.read(PART_BYTES):
                 number += 1
-                pending.append(pool.submit(_send_part, to, upload, number, body, uploaded.get(number)))
+                sent.append(pool.submit(_send_part, to, upload, number, body, uploaded.get(number)))
+                pending.add(sent[-1])
                 whole.update(body)  # parallel to the uploads: hashing releases the GIL
                 on_bytes(len(body))
-                if len(pending) > WORKERS:  # limits memory to six parts
-                    parts.append(pending.popleft().result())
-        parts += [future.result() for future in pending]
+                if len(pending) > WORKERS:  # limits memory; any part may be the next to end, so a slow one stops none
+                    ended, pending = wait(pending, return_when=FIRST_COMPLETED)
+                    for future in ended:
+                        future.result()  # raises its error
+        parts = [future.result() for future in sent]
     finally:
         pool.shutdown(cancel_futures=True)
     return parts, whole.hexdigest()
 
 
 def _send_part(to: Destination, upload: str, number: int, body: bytes, uploaded: Part | None) -> Part:
-    sha256 = base64.b64encode(hashlib.sha256(body).digest()).decode()
-    if uploaded is not None and is_same_part(uploaded, body, sha256):
+    crc32 = base64.b64encode(zlib.crc32(body).to_bytes(4, "big")).decode()
+    if uploaded is not None and is_same_part(uploaded, body, crc32):
         etag = uploaded["ETag"]
     else:
-        sent = to.client.upload_part(**to.where, UploadId=upload, PartNumber=number, Body=body, ChecksumSHA256=sha256)
+        sent = to.client.upload_part(**to.where, UploadId=upload, PartNumber=number, Body=body, ChecksumCRC32=crc32)
         etag = sent["ETag"]
-    return {"PartNumber": number, "ETag": etag, "ChecksumSHA256": sha256}
+    return {"PartNumber": number, "ETag": etag, "ChecksumCRC32": crc32}
 
 
-def is_same_part(uploaded: Part, body: bytes, sha256: str) -> bool:
-    """Return whether an uploaded part has these bytes: by its SHA-256, or by its ETag (MD5) if none is listed.
+def is_same_part(uploaded: Part, body: bytes, crc32: str) -> bool:
+    """Return whether an uploaded part has these bytes: by its CRC32, or by its ETag (MD5) if none is listed.
 
     Source: SeaweedFS 4.48 lists no checksum per part. The ETag of a part is its MD5 except with KMS keys, where it does
     not match and the part is uploaded again.
     """
     if uploaded.get("Size") != len(body):
         return False
-    if "ChecksumSHA256" in uploaded:
-        return bool(uploaded["ChecksumSHA256"] == sha256)
+    if "ChecksumCRC32" in uploaded:
+        return bool(uploaded["ChecksumCRC32"] == crc32)
     return bool(uploaded.get("ETag", "").strip('"') == hashlib.md5(body, usedforsecurity=False).hexdigest())
 
 

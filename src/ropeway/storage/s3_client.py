@@ -10,10 +10,9 @@ AWS_RESPONSE_CHECKSUM_VALIDATION         (boto/boto3#4398)
 AWS_MAX_ATTEMPTS                         attempts per request on 5xx, throttling and timeouts, with backoff; default: 6
 AWS_CA_BUNDLE                            CA certificates of a private server
 ROPEWAY_S3_TIMEOUT_SECONDS               read timeout of a connection in seconds; default: 60
-ROPEWAY_S3_ALLOW_HTTP=1                  allow unencrypted http to another machine
+ROPEWAY_ALLOW_HTTP=1                     allow unencrypted http to another machine
 """
 
-import ipaddress
 import os
 import re
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from urllib.parse import urlsplit
 
 from ropeway.runtime.errors import ConfigError, NotFoundError, RopewayError, TemporaryError
 from ropeway.runtime.least_rate import LEAST_BYTES_PER_SECOND, WINDOW_SECONDS
+from ropeway.runtime.plain_http import check_encrypted
 from ropeway.runtime.tls import find_tls_fault
 
 if TYPE_CHECKING:  # botocore is a slow import
@@ -254,19 +254,7 @@ def _check_endpoint(endpoint: str) -> None:
             "AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, or endpoint_url of the AWS configuration: expected "
             "https://host:port, without credentials or a query"
         )
-    if parts.scheme == "http" and not is_loopback(host) and os.environ.get("ROPEWAY_S3_ALLOW_HTTP") != "1":
-        raise ConfigError(
-            f"AWS_ENDPOINT_URL_S3, or endpoint_url of the AWS configuration: http://{host} is not encrypted. Use "
-            "https, or set ROPEWAY_S3_ALLOW_HTTP=1 on a trusted network"
-        )
-
-
-def is_loopback(host: str) -> bool:
-    """Return whether a host is a loopback address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    check_encrypted(endpoint, what="AWS_ENDPOINT_URL_S3, or endpoint_url of the AWS configuration")
 
 
 def _read_number(name: str, default: int) -> int:

@@ -180,14 +180,14 @@ def test_code_that_comes_with_a_model_is_refused(copied):
 
 def test_an_adapter_which_can_name_the_weights_of_another_folder_is_refused(copied):
     (copied / "adapter_config.json").write_text('{"base_model_name_or_path": "/elsewhere"}')
-    with pytest.raises(DataError, match=r"adapter_config\.json: .* adapter"):
+    with pytest.raises(DataError, match=r"adapter_config\.json.* adapter"):
         locate_model(str(copied), None)
 
 
 @pytest.mark.parametrize("elsewhere", ["../model.safetensors", "/model.safetensors", 7])
 def test_an_index_that_names_weights_outside_of_the_folder_is_refused(copied, elsewhere):
     (copied / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": elsewhere}}))
-    with pytest.raises(DataError, match=r"index\.json: .* outside of its folder"):
+    with pytest.raises(DataError, match=r"index\.json: .* outside of this folder"):
         check_folder(copied)
 
 

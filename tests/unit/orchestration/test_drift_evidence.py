@@ -11,8 +11,9 @@ from ropeway.orchestration.drift_evidence import compare_with_earlier
 from ropeway.orchestration.publish import Publication, publish_package
 from ropeway.orchestration.run_summary import Result, draw_report, result_json
 from ropeway.orchestration.sequence import PipelineRun
-from ropeway.registry import Registry
+from ropeway.registry import ANY, Registry
 from ropeway.registry.layout import blob_key
+from ropeway.registry.signing_keys import make_keys
 from ropeway.reporting.evidence import open_case
 from ropeway.reporting.review_report import render_review, render_summary
 from ropeway.runtime.manifest import write_json, write_manifest
@@ -131,6 +132,27 @@ def test_a_review_compares_with_the_production_of_now_if_the_publication_did_not
     report = render_review(open_case(registry, last))
     assert "laptop@v1 (production now)" in report
     assert "cyrillic: " in report
+
+
+def test_under_a_policy_the_data_of_a_version_that_nobody_trusted_signed_is_not_compared(
+    workspace, registry, tmp_path, monkeypatch
+):
+    make_keys(tmp_path / "keys" / "key")
+    monkeypatch.setenv("ROPEWAY_SIGNING_KEY", str(tmp_path / "keys" / "key"))
+    monkeypatch.setenv("ROPEWAY_TRUSTED_KEYS", str(tmp_path / "keys"))
+    make_drifting(workspace, 1, ENGLISH)
+    signed = make_drifting(workspace, 2, ENGLISH)
+    with monkeypatch.context() as another:
+        another.delenv("ROPEWAY_SIGNING_KEY")
+        another.delenv("ROPEWAY_TRUSTED_KEYS")
+        make_drifting(workspace, 3, RUSSIAN)
+    registry.artifact("laptop").version(signed.digest).promote("candidate", expect=ANY, by="b", reason="again")
+    done = make_drifting(workspace, 4, RUSSIAN)
+    found = {one.version: one for one in done.drift.references}
+    assert found["laptop@v3"].measures == ()
+    assert "no signature of a trusted key" in found["laptop@v3"].note
+    assert found["laptop@v2"].why == ("the version before", "candidate")
+    assert [one.version for one in done.drift.references if one.flagged] == ["laptop@v2", "laptop@v1"]
 
 
 @pytest.mark.parametrize("fault", ["absent", "damaged", "format"])

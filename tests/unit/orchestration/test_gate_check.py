@@ -77,6 +77,19 @@ def test_what_cannot_be_computed_again_is_said_under_a_policy(workspace, tmp_pat
     assert ("no signature covers" in warning(workspace, 2)) is policy
 
 
+def test_a_verdict_against_another_version_than_production_is_said(workspace):
+    for loss in (5.0, 4.0, 3.0):
+        make_version(workspace, loss, with_metrics=True)
+    assert warning(workspace, 3) == ""
+    Registry.open(workspace.registry_url).version("laptop@v1").promote(
+        "production", expect=None, by="anna", reason="reviewed"
+    )
+    assert "compared this version with laptop@v2, not with laptop@v1" in warning(workspace, 3)
+    assert [warning(workspace, number) for number in (1, 2)] == ["", ""]
+    make_version(workspace, 2.0, with_metrics=True)
+    assert warning(workspace, 4) == "", "since then the gate compares with production"
+
+
 def test_a_version_without_a_verdict_has_no_warning(workspace):
     make_version(workspace, 5.0, with_metrics=True)
     registry = Registry.open(workspace.registry_url)

@@ -189,6 +189,38 @@ def test_a_remote_is_seen(fresh):
     assert graph.has_remote(fresh)
 
 
+REMOTES = {
+    "http": [("a", {"url": "http://data.example/dvc"})],
+    "webdav": [("a", {"url": "webdav://data.example/dvc"})],
+    "an S3 server": [("a", {"url": "s3://bucket/dvc", "endpointurl": "http://data.example:9000"})],
+    "below another remote": [("a", {"url": "remote://b/dvc"}), ("b", {"url": "http://data.example"})],
+}
+
+
+@pytest.mark.parametrize("remotes", REMOTES.values(), ids=REMOTES)
+def test_a_remote_on_another_machine_without_encryption_is_refused(fresh, remotes, monkeypatch):
+    monkeypatch.delenv("ROPEWAY_ALLOW_HTTP", raising=False)
+    with (fresh / ".dvc" / "config").open("a") as config:
+        config.write("    remote = a\n")
+        for name, facts in remotes:
+            lines = "".join(f"    {key} = {value}\n" for key, value in (facts | {"verify": "true"}).items())
+            config.write(f"['remote \"{name}\"']\n{lines}")
+    with pytest.raises(ConfigError, match="ROPEWAY_ALLOW_HTTP=1"):
+        graph.has_remote(fresh)
+    monkeypatch.setenv("ROPEWAY_ALLOW_HTTP", "1")
+    assert graph.has_remote(fresh)
+
+
+def test_the_s3_server_of_the_environment_counts_where_the_remote_names_none(monkeypatch):
+    remotes = {"a": {"url": "s3://bucket/dvc"}}
+    monkeypatch.delenv("ROPEWAY_ALLOW_HTTP", raising=False)
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://data.example:9000")
+    with pytest.raises(ConfigError, match="ROPEWAY_ALLOW_HTTP=1"):
+        graph.check_remote_is_encrypted("a", remotes)
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "https://data.example:9000")
+    graph.check_remote_is_encrypted("a", remotes)
+
+
 def test_a_stage_is_rebuilt_past_every_cache_and_pulled_only_where_asked():
     assert graph.reproduce_command("train", force=True, pull=True)[len(DVC) + 2 :] == [
         "--force", "--no-commit", "--single-item", "train",

@@ -90,18 +90,18 @@ def test_an_invalid_endpoint_is_rejected_without_showing_it(environment, endpoin
 
 def test_http_to_another_machine_needs_an_explicit_setting(environment):
     environment.setenv("AWS_ENDPOINT_URL_S3", "http://store.example:9000")
-    with pytest.raises(ConfigError, match="ROPEWAY_S3_ALLOW_HTTP=1"):
+    with pytest.raises(ConfigError, match="ROPEWAY_ALLOW_HTTP=1"):
         make_client()
-    environment.setenv("ROPEWAY_S3_ALLOW_HTTP", "1")
+    environment.setenv("ROPEWAY_ALLOW_HTTP", "1")
     assert make_client().meta.endpoint_url == "http://store.example:9000"
 
 
 def test_http_to_another_machine_is_also_refused_if_the_aws_configuration_names_it(environment, tmp_path):
     (tmp_path / "config").write_text("[default]\nendpoint_url = http://store.example:9000\n")
     environment.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
-    with pytest.raises(ConfigError, match="ROPEWAY_S3_ALLOW_HTTP=1"):
+    with pytest.raises(ConfigError, match="ROPEWAY_ALLOW_HTTP=1"):
         make_client()
-    environment.setenv("ROPEWAY_S3_ALLOW_HTTP", "1")
+    environment.setenv("ROPEWAY_ALLOW_HTTP", "1")
     assert make_client().meta.endpoint_url == "http://store.example:9000"
 
 

@@ -6,9 +6,11 @@ import os
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from botocore import auth
+from botocore.exceptions import ClientError
 
 from ropeway.registry import Registry
 from ropeway.runtime.errors import ConfigError, DataError, RopewayError, TemporaryError
@@ -63,7 +65,7 @@ def test_a_large_file_is_uploaded_in_parts_and_read_back(s3_url, large, monkeypa
     store.on_bytes = told.append
     assert store.put_if_absent("blob", large, sha256=sha256_of(large))
     assert len(sent) == 1 + 5  # the part of the probe, then ours
-    assert all("ChecksumSHA256" in part for part in sent[1:])
+    assert all("ChecksumCRC32" in part for part in sent[1:])
     assert sum(told) == large.stat().st_size
     with store.open_stream("blob") as stream:
         assert hashlib.sha256(stream.read()).hexdigest() == sha256_of(large)
@@ -81,9 +83,9 @@ def test_only_missing_parts_are_uploaded_after_a_crash(s3_url, large, monkeypatc
     data = large.read_bytes()
     for number in (1, 3):
         body = data[(number - 1) * PART : number * PART]
-        store.client.upload_part(**to.where, UploadId=upload, PartNumber=number, Body=body, ChecksumAlgorithm="SHA256")
+        store.client.upload_part(**to.where, UploadId=upload, PartNumber=number, Body=body, ChecksumAlgorithm="CRC32")
     other = b"x" * PART  # of another file
-    store.client.upload_part(**to.where, UploadId=upload, PartNumber=2, Body=other, ChecksumAlgorithm="SHA256")
+    store.client.upload_part(**to.where, UploadId=upload, PartNumber=2, Body=other, ChecksumAlgorithm="CRC32")
     assert [upload.name for upload in store.list_incomplete_uploads()] == ["blob"]
     store.put_if_absent("small", b"")  # the probe has run
     sent = count_calls(store, monkeypatch, "upload_part")
@@ -132,14 +134,37 @@ def test_an_upload_aborted_by_another_writer_is_restarted(s3_url, large, monkeyp
     assert store.size("blob") == large.stat().st_size
 
 
-def test_a_part_is_compared_by_sha256_or_etag():
-    body, sha256 = b"abc", "right"
+def test_a_part_is_compared_by_crc32_or_etag():
+    body, crc32 = b"abc", "right"
     md5 = '"900150983cd24fb0d6963f7d28e17f72"'
-    assert is_same_part({"Size": 3, "ChecksumSHA256": "right", "ETag": "x"}, body, sha256)
-    assert not is_same_part({"Size": 3, "ChecksumSHA256": "wrong", "ETag": md5}, body, sha256)
-    assert is_same_part({"Size": 3, "ETag": md5}, body, sha256)
-    assert not is_same_part({"Size": 3, "ETag": '"x"'}, body, sha256)
-    assert not is_same_part({"Size": 4, "ETag": md5}, body, sha256)
+    assert is_same_part({"Size": 3, "ChecksumCRC32": "right", "ETag": "x"}, body, crc32)
+    assert not is_same_part({"Size": 3, "ChecksumCRC32": "wrong", "ETag": md5}, body, crc32)
+    assert is_same_part({"Size": 3, "ETag": md5}, body, crc32)
+    assert not is_same_part({"Size": 3, "ETag": '"x"'}, body, crc32)
+    assert not is_same_part({"Size": 4, "ETag": md5}, body, crc32)
+
+
+def test_the_server_refuses_a_part_whose_bytes_are_not_those_of_its_crc32(s3_url):
+    store = open_store(s3_url)
+    to = multipart.Destination(store.client, *store._place("blob"))
+    upload, _ = multipart.find_or_create_upload(to)
+    with pytest.raises(ClientError):
+        store.client.upload_part(
+            **to.where, UploadId=upload, PartNumber=1, Body=b"damaged on the way", ChecksumCRC32="AAAAAA=="
+        )
+
+
+def test_an_upload_with_checksums_of_another_kind_is_not_resumed(s3_url, monkeypatch):
+    store = open_store(s3_url)
+    to = multipart.Destination(store.client, *store._place("blob"))
+    first, _ = multipart.find_or_create_upload(to)
+    assert multipart.find_or_create_upload(to) == (first, None)
+    upload = {"Key": to.path, "UploadId": first, "Initiated": 1, "ChecksumAlgorithm": "SHA256"}  # as AWS lists it
+    pages = [{"Uploads": [upload]}]
+    monkeypatch.setattr(store.client, "get_paginator", lambda _: SimpleNamespace(paginate=lambda **_: pages))
+    second, write_id = multipart.find_or_create_upload(to)
+    assert second != first
+    assert write_id
 
 
 # Stores that ignore preconditions

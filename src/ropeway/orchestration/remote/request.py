@@ -18,6 +18,7 @@ from ropeway.runtime.errors import ConfigError
 from ropeway.runtime.git import ask_git
 from ropeway.runtime.json_text import parse_json
 from ropeway.runtime.manifest import digest_of
+from ropeway.runtime.plain_http import check_encrypted
 
 PREFIX = "ROPEWAY_POOL_"
 PUBLISH = "publish"
@@ -25,6 +26,7 @@ GIT_URL = "ROPEWAY_GIT_URL"
 REPOSITORIES = "ROPEWAY_WORKER_REPOSITORIES"
 _FORMAT = 1
 _SHOWN = 5  # files in a message
+_ENCRYPTED = "Use https or ssh"
 # Prefect passes a request on as text; a git option or a path that leaves the clone must not come in with it.
 _VALID = {
     "step": re.compile(r"[\w./:@-]+"),
@@ -156,6 +158,7 @@ def find_repository(root: Path, revision: Revision, data: Collection[str], envir
             "the address of the git remote contains a password or token, which everyone who can open the Prefect UI "
             f"could read. Use a credential helper on the workers, or set {GIT_URL} to an address without it"
         )
+    check_encrypted(url, what=f"{GIT_URL}, or the git remote `origin`", remedy=_ENCRYPTED)
     branches = ask_git(root, "branch", "--remotes", "--contains", revision.commit)
     if not environment.get(GIT_URL) and not branches:
         raise ConfigError(
@@ -169,9 +172,12 @@ def find_repository(root: Path, revision: Revision, data: Collection[str], envir
 def check_repository(repository: str, environment: Mapping[str, str]) -> None:
     """Raise ConfigError unless `ROPEWAY_WORKER_REPOSITORIES` of this worker allows a repository, or is not set.
 
+    A repository on another machine without encryption is refused, too.
+
     A prefix ends where a part of the address does: `https://git.example.org/team` allows no repository of
     `https://git.example.org/team2`.
     """
+    check_encrypted(repository, what="the repository that the calling run names", remedy=_ENCRYPTED)
     stated = environment.get(REPOSITORIES)
     if stated is None:
         return

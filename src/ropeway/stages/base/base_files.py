@@ -4,10 +4,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
 from ropeway.models.architectures import check_architecture
-from ropeway.runtime.errors import ConfigError
+from ropeway.models.weight_files import INDEX, NAMED_ELSEWHERE, check_weights_name, find_adapter, read_weight_map
+from ropeway.runtime.errors import ConfigError, DataError
 from ropeway.runtime.json_text import parse_json
 
-CONFIG, INDEX, _ADAPTER = "config.json", "model.safetensors.index.json", "adapter_config.json"
+CONFIG = "config.json"
 _FLOATS = ("F32", "BF16", "F16", "F64")
 _HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -31,14 +32,11 @@ def check_folder(folder: Path) -> None:
 
 def _check_index(folder: Path, held: Mapping[str, Mapping[str, str]]) -> None:
     """Raise ConfigError unless an index and the files (file -> tensor -> dtype) agree on every tensor."""
-    placed = _read_object(folder / INDEX).get("weight_map")
-    if not isinstance(placed, dict):
-        raise ConfigError(f"{folder / INDEX}: expected a weight_map, found none; download the model again")
-    named = {str(name) for name in placed.values()}
-    if outside := sorted(name for name in named if Path(name).name != name):
-        raise ConfigError(
-            f"{folder / INDEX}: names {', '.join(outside)}, outside of this folder; move all files into it"
-        )
+    try:
+        placed = read_weight_map(folder / INDEX)
+    except DataError as error:
+        raise ConfigError(str(error)) from None
+    named = set(placed.values())
     if absent := sorted(named - held.keys()):
         raise ConfigError(f"{folder}: {INDEX} names {', '.join(absent)}, which do not exist; download the model again")
     if unexpected := sorted(held.keys() - named):
@@ -60,11 +58,8 @@ def check_names(names: Iterable[str], *, where: str) -> None:
         where: The folder or repository, for the message.
     """
     there = {name for name in names if "/" not in name}
-    if _ADAPTER in there:
-        raise ConfigError(
-            f"{where}: has {_ADAPTER}, so it is an adapter (LoRA), not a complete model. Merge it into its base "
-            "model (peft's merge_and_unload, then save_pretrained to a new folder) and use that folder"
-        )
+    if fault := find_adapter(there):
+        raise ConfigError(f"{where}: {fault}")
     if CONFIG not in there:
         raise ConfigError(
             f"{where}: has no {CONFIG}, so it contains no model. Put one there ({CONFIG}, *.safetensors, "
@@ -83,11 +78,7 @@ def check_names(names: Iterable[str], *, where: str) -> None:
 def check_config(config: Mapping[str, object], *, where: str) -> None:
     """Raise ConfigError unless a model's config is that of a dense decoder with unquantized weights."""
     check_architecture(config, where=where)
-    if "transformers_weights" in config:  # transformers reads the file that it names, which may be a pickle
-        raise ConfigError(
-            f"{where}: transformers_weights names the file of the weights, expected model.safetensors or the files of "
-            f"{INDEX}. Remove it, and rename the file"
-        )
+    check_weights_name(config.get(NAMED_ELSEWHERE), where=where)
     quantization = config.get("quantization_config")
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization

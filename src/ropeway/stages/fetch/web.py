@@ -13,9 +13,9 @@ from urllib.parse import SplitResult, urlsplit
 from ropeway.config.addresses import strip_signature
 from ropeway.runtime.errors import ConfigError, TemporaryError
 from ropeway.runtime.least_rate import LeastRateSocket, SlowTransferError
+from ropeway.runtime.plain_http import is_loopback
 from ropeway.runtime.tls import find_tls_fault
 from ropeway.stages.fetch.remote import Readable, Remote
-from ropeway.storage.s3_client import is_loopback
 
 _TIMEOUT_SECONDS = 20  # without a byte from the server
 _HEAD_REFUSED = {*range(400, 500), 501} - {408, 425, 429}

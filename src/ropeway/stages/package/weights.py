@@ -10,14 +10,13 @@ from safetensors.torch import save_file
 
 from ropeway.models.architectures import EMBEDDING, HEAD
 from ropeway.models.open_model import DTYPES, is_finite
+from ropeway.models.weight_files import INDEX, SINGLE, read_weight_map
 from ropeway.runtime.errors import DataError
-from ropeway.runtime.json_text import parse_json
 from ropeway.runtime.manifest import write_json
 from ropeway.runtime.progress import track
 
 # dtype -> its name in safetensors. Source: its format's README, v0.5.
 STORED = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +84,7 @@ def locate_tensors(folder: Path) -> dict[str, Path]:
     """
     index = folder / INDEX
     if index.is_file():
-        return {name: folder / file for name, file in _read_weight_map(index).items()}
+        return {name: folder / file for name, file in read_weight_map(index).items()}
     if not (folder / SINGLE).is_file():
         raise DataError(f"{folder}: expected {SINGLE} or {INDEX}, found neither. Run `dvc repro train`")
     try:
@@ -93,21 +92,6 @@ def locate_tensors(folder: Path) -> dict[str, Path]:
             return dict.fromkeys(tensors.keys(), folder / SINGLE)
     except SafetensorError as error:
         raise _unreadable(folder / SINGLE, error) from None
-
-
-def _read_weight_map(index: Path) -> dict[str, str]:
-    try:
-        found = parse_json(index.read_bytes())["weight_map"]
-        if isinstance(found, dict) and all(
-            isinstance(file, str) and file.endswith(".safetensors") and "/" not in file for file in found.values()
-        ):
-            return found
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise DataError(
-        f"{index}: expected JSON with a weight_map of tensor names to .safetensors files in the same folder; pull or "
-        "package it again"
-    )
 
 
 def _unreadable(path: Path, error: Exception) -> DataError:

@@ -121,6 +121,15 @@ def test_other_addresses_that_workers_must_not_get_are_refused(root, url):
         find_repository(root, CLEAN, (), {"ROPEWAY_GIT_URL": url})
 
 
+def test_a_repository_without_encryption_is_refused_by_the_run_and_by_the_worker(root, monkeypatch):
+    monkeypatch.delenv("ROPEWAY_ALLOW_HTTP", raising=False)
+    for url in ("http://git.example/team/x", "git://git.example/team/x"):
+        with pytest.raises(ConfigError, match="ROPEWAY_ALLOW_HTTP=1"):
+            find_repository(root, CLEAN, (), {"ROPEWAY_GIT_URL": url})
+        with pytest.raises(ConfigError, match="ROPEWAY_ALLOW_HTTP=1"):
+            check_repository(url, {REPOSITORIES: url})
+
+
 def test_uncommitted_code_is_refused_and_local_data_is_not(root):
     git(root, "remote", "add", "origin", "git@example.org:team/project.git")
     head = commit(root)

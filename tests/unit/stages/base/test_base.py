@@ -461,7 +461,7 @@ FAULTY = {
     "int8": (with_weights(**{UP: lambda held: held[UP.replace("__", ".")].to(torch.int8)}), "is stored as I8"),
     "two sets of weights": (two_sets, r"has model\.safetensors besides the files that .* names"),
     "a tensor twice": (a_tensor_twice, r"which model\.safetensors\.index\.json places in"),
-    "an index that leads outside": (index_outside, r"names \.\./outside\.safetensors, outside of this folder"),
+    "an index that leads outside": (index_outside, r"in '\.\./outside\.safetensors', which is outside of this folder"),
     "no safetensors": (lambda folder: (folder / "model.safetensors").write_bytes(b""), "not a safetensors file"),
     "a file of the index lacks": (half_an_index, r"model-00002-of-00002\.safetensors"),
 }
