@@ -214,22 +214,26 @@ def _curve_rows(curves: Sequence[Curve]) -> list[dict[str, str]]:
 
 
 def _drift(case: ReviewCase) -> Json | None:
-    """Return the recorded comparisons of the data, and one with production if the publication did not make it."""
+    """Return the recorded comparisons of the data; that with production is made here, from the files of both versions.
+
+    Nothing signs what an event records.
+    """
     recorded: Json | None = case.new.facts["provenance"].get("drift")
     if not (case.old and case.old.data_profile and case.new.data_profile):
         return recorded
     references = list((recorded or {}).get("references", ()))
-    if any(one["digest"] == case.expect for one in references):
-        return recorded
+    at = next((at for at, one in enumerate(references) if one["digest"] == case.expect), None)
+    why = ("production now",) if at is None else tuple(references.pop(at)["why"])
     limits = (recorded or {}).get("limits")
     stated = DriftLimits.model_validate(limits) if limits else None
-    reference = DriftReference(case.old.label, str(case.expect), ("production now",))
+    reference = DriftReference(case.old.label, str(case.expect), why)
     try:
         measures = compare_profiles(case.old.data_profile, case.new.data_profile, stated)
         reference = replace(reference, measures=tuple(measures))
     except ValueError as error:
         reference = replace(reference, note=str(error))
-    return {"limits": limits, "note": "", "references": [as_json(reference), *references]}
+    references.insert(at or 0, as_json(reference))
+    return {"limits": limits, "note": "", "references": references}
 
 
 def _attempts(new: VersionEvidence) -> list[dict[str, str]]:

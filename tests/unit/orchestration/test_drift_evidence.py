@@ -134,6 +134,19 @@ def test_a_review_compares_with_the_production_of_now_if_the_publication_did_not
     assert "cyrillic: " in report
 
 
+def test_a_review_does_not_believe_an_event_about_the_drift_from_production(workspace, registry):
+    first, second = make_drifting(workspace, 1, ENGLISH).digest, make_drifting(workspace, 2, RUSSIAN).digest
+    answer = ReviewAnswer("approve", "anna", "reads well", "terminal")
+    decide(registry, open_case(registry, first), answer)
+    case = open_case(registry, second)
+    expected = render_review(case)
+    (reference,) = case.new.facts["provenance"]["drift"]["references"]
+    for measure in reference["measures"]:
+        measure.update(exceeds=[], psi=0.0, js=0.0, largest=[])
+    assert render_review(case) == expected
+    assert "cyrillic: 0.0% → " in expected
+
+
 def test_under_a_policy_the_data_of_a_version_that_nobody_trusted_signed_is_not_compared(
     workspace, registry, tmp_path, monkeypatch
 ):
