@@ -18,7 +18,8 @@ from ropeway.runtime.terminal import (
 
 _MAX_VALUE_CHARACTERS = 100  # longer values are omitted
 _SCORES = ("loss", "nats_per_byte", "accuracy")
-_IN_SCORES = ("evaluation", "verdict", "opponent")  # parts of the provenance with separate lines
+# Parts of the provenance with lines of their own.
+_DESCRIBED = ("evaluation", "verdict", "opponent", "drift", "git", "dirty", "dirty_files")
 
 
 def draw_models(models: list[Facts]) -> RenderableType:
@@ -53,15 +54,18 @@ def draw_versions(name: str, versions: list[Facts]) -> RenderableType:
 def draw_version(version: Facts) -> RenderableType:
     """Return the output of `ropeway registry show`: facts, scores, files and the pull command."""
     provenance = version["provenance"]
-    others = {key: value for key, value in provenance.items() if key not in _IN_SCORES}
+    others = {key: value for key, value in provenance.items() if key not in _DESCRIBED}
     lines = {
         "version": f"{version['name']}@v{version['number']}" + (", WITHDRAWN" if version["withdrawn"] else ""),
         "digest": _short(version["digest"]),
         "aliases": ", ".join(version["aliases"]) or "none",
         "signed by": ", ".join(version["signed_by"]) or "no key",
         "published": format_moment(version["published_at"]),
-        "size": f"{version['bytes']:,} bytes in {format_count(len(version['files']), 'file')}",
+        "size": f"{version['bytes']:,} bytes in {format_count(len(version['files']), 'file')}, and "
+        f"{format_count(len(version['attachments']), 'attachment')}",
+        "made by": _describe_revision(provenance),
         **_describe_verdict(provenance.get("verdict")),
+        **_describe_drift(provenance.get("drift")),
         **{
             f"review {number}": f"{review['decision']} by {name_author(review)}, {format_moment(review['at'])}"
             for number, review in enumerate(version.get("reviews", ()), 1)
@@ -95,6 +99,30 @@ def _describe_verdict(verdict: object) -> dict[str, str]:
         "gate": f"{'passed' if verdict.get('passed') else 'not passed'}, compared with {against}",
         **{f"gate, failed {number}": words for number, words in enumerate(failed, 1)},
     }
+
+
+def _describe_revision(provenance: Facts) -> str:
+    """Return the commit, and whether files were changed since; e.g. of a version that no run published, "no commit"."""
+    commit, changed = provenance.get("git"), provenance.get("dirty_files")
+    if not commit:
+        return "no commit"
+    named = f" in {', '.join(map(str, changed))}" if isinstance(changed, list) and changed else ""
+    return f"{_short(str(commit))}, {f'uncommitted changes{named}' if provenance.get('dirty') else 'clean'}"
+
+
+def _describe_drift(drift: object) -> dict[str, str]:
+    """Return in one fact what the data was compared with; an empty mapping if nothing was recorded."""
+    if not isinstance(drift, Mapping):
+        return {}
+    listed = drift.get("references")
+    references = [one for one in listed if isinstance(one, Mapping)] if isinstance(listed, list) else []
+    found = []
+    for one in references:
+        measures = [each for each in one.get("measures") or () if isinstance(each, Mapping)]
+        above = [str(each.get("name")) for each in measures if each.get("exceeds")]
+        result = f"above a limit: {', '.join(above)}" if above else "within the limits" if drift.get("limits") else ""
+        found.append(f"{one.get('version')}: {one.get('note') or result or 'measured, without limits'}")
+    return {"data drift": "; ".join(found) or f"not compared: {drift.get('note') or 'no earlier version'}"}
 
 
 def _score_rows(evaluation: object) -> Iterator[tuple[str, ...]]:

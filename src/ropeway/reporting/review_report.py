@@ -9,6 +9,7 @@ from ropeway.data.drift import DriftReference, compare_profiles
 from ropeway.data.lineage import describe_base, describe_source
 from ropeway.data.task_scores import name_metrics, show_score
 from ropeway.registry.aliases import name_author
+from ropeway.registry.signing_keys import load_trusted
 from ropeway.reporting import colors
 from ropeway.reporting.drift_tables import as_json, describe_limits, drift_matrix, list_uncompared, summarize
 from ropeway.reporting.evidence import ReviewCase, VersionEvidence, named_damage
@@ -19,7 +20,7 @@ from ropeway.reporting.render import collapse, render
 from ropeway.reporting.shown_parts import greedy_answers
 from ropeway.reporting.verdict import split_verdict
 from ropeway.runtime.manifest import Json
-from ropeway.runtime.terminal import format_moment
+from ropeway.runtime.terminal import format_count, format_moment
 
 _PARAMS, _DATA = (
     "run.json: params.",
@@ -106,7 +107,8 @@ def _render(case: ReviewCase, **values: object) -> str:
         ("data drift", plain(summarize(_drift(case)))),
         ("made by", plain(_revision(case, digits=_SHORT))),  # in full under Lineage
         ("published", plain(format_moment(new.facts["published_at"]))),
-        ("size", f"{new.facts['bytes'] / 1e6:,.1f} MB in {len(new.facts['files'])} files"),
+        ("signed by", _signers(new)),
+        ("size", _size(new)),
     ]
     text = render(
         "review.md.jinja",
@@ -120,6 +122,29 @@ def _render(case: ReviewCase, **values: object) -> str:
         **values,
     )
     return collapse(text)
+
+
+def _signers(new: VersionEvidence) -> str:
+    """Return the ids of the keys whose signatures are stored, and which of them the policy trusts.
+
+    A case is only opened if the policy accepts the version, and an invalid signature of a trusted key is an error.
+    """
+    keys = new.facts["signed_by"]
+    if not keys:
+        return "no key"
+    trust = load_trusted()
+    if trust is None:
+        return f"{', '.join(map(code, keys))} (not checked: `ROPEWAY_TRUSTED_KEYS` is not set)"
+    trusted = [f"{code(key)} (trusted)" for key in keys if key in trust.keys]
+    others = [f"{code(key)} (not checked)" for key in keys if key not in trust.keys]
+    return ", ".join([*(trusted or ["a trusted certificate"]), *others])
+
+
+def _size(new: VersionEvidence) -> str:
+    files = format_count(len(new.facts["files"]), "file")
+    more = new.facts["attachments"]
+    attached = f", and {format_count(len(more), 'attachment')}" if more else ""
+    return f"{new.facts['bytes'] / 1e6:,.1f} MB in {files}{attached}"
 
 
 def _losses(case: ReviewCase) -> list[dict[str, str]]:
@@ -244,7 +269,8 @@ def _attempts(new: VersionEvidence) -> list[dict[str, str]]:
             "started (UTC)": _format_time(attempt.get("began")),
             "from step": plain(attempt.get("resumed_from_step", "?")),
             "ranks": plain(attempt.get("ranks", "?")),
-            "seconds": _format_number(attempt.get("seconds"), 0),
+            "seconds": _format_number(attempt.get("wall_seconds", attempt.get("seconds")), 0),
+            "of them steps": _format_number(attempt.get("seconds"), 0),
             "tokens/s": _format_number(attempt.get("tokens_per_second"), 0),
             "ended": plain(attempt.get("ended", "?")),
         }

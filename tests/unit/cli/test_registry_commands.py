@@ -1,3 +1,4 @@
+import io
 import json
 import re
 import subprocess
@@ -5,12 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from ropeway.cli import registry_commands as options
 from ropeway.cli.registry_commands import registry_app
 from ropeway.registry import Registry
 from ropeway.registry.layout import blob_key, tombstone_key
+from ropeway.registry.tables import draw_version
 from ropeway.runtime.errors import ConfigError, DataError, RegistryError
 from ropeway.storage import open_store
 from tests.support.registry_world import make_package, make_pages, move, put
@@ -135,6 +138,47 @@ def test_no_line_is_longer_than_the_terminal_and_no_key_or_digest_is_broken(worl
     shown = ask("show", "tiny@v1", width=width)
     assert re.search(rf"^{re.escape(LONG_KEY)}\s+8\.325$", shown, re.MULTILINE)
     assert re.search(r"config\.json +2 +[0-9a-f]{12}$", shown, re.MULTILINE)
+
+
+DRIFT = {
+    "limits": {"max_psi": 0.25},
+    "note": "",
+    "references": [
+        {
+            "version": "tiny@v1",
+            "note": "",
+            "measures": [{"name": "languages", "exceeds": ["PSI 0.9"]}, {"name": "length", "exceeds": []}],
+        },
+        {"version": "tiny@v0", "note": "it has no profile", "measures": []},
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("provenance", "row"),
+    [
+        ({"git": "a" * 40, "dirty": False}, "made by aaaaaaaaaaaa, clean"),
+        (
+            {"git": "a" * 40, "dirty": True, "dirty_files": ["x.py"]},
+            "made by aaaaaaaaaaaa, uncommitted changes in x.py",
+        ),
+        ({}, "made by no commit"),
+        ({"drift": DRIFT}, "data drift tiny@v1: above a limit: languages; tiny@v0: it has no profile"),
+        (
+            {"drift": {"note": "there is no earlier version", "references": []}},
+            "data drift not compared: there is no earlier version",
+        ),
+        ({"drift": {"references": 7}}, "data drift not compared: no earlier version"),
+    ],
+)
+def test_show_says_in_a_line_each_who_made_a_version_and_how_its_data_differs(provenance, row):
+    facts = {
+        "name": "tiny", "number": 3, "digest": "d" * 64, "withdrawn": False, "aliases": [], "signed_by": [],
+        "published_at": "2026-12-01T00:00:00Z", "bytes": 1, "files": {}, "attachments": {}, "facts": {},
+    }  # fmt: skip
+    console = Console(width=200, file=io.StringIO())
+    console.print(draw_version({**facts, "provenance": provenance}))
+    assert row in [" ".join(line.split()) for line in console.file.getvalue().splitlines()]
 
 
 def test_show_has_lineage_files_and_how_to_fetch_it(world):

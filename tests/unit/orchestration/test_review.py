@@ -327,6 +327,22 @@ def test_an_eval_json_that_is_no_mapping_is_named(workspace, registry):
         open_case(registry, "laptop@v2")
 
 
+def test_a_review_says_who_signed(workspace, registry, tmp_path, monkeypatch):
+    keyid = make_keys(tmp_path / "key")
+    assert "| signed by | no key |" in render_summary(open_case(registry, make_version(workspace, 5.0)))
+    monkeypatch.setenv("ROPEWAY_SIGNING_KEY", str(tmp_path / "key"))
+    digest = make_version(workspace, 4.0)
+    assert f"| signed by | `{keyid}` (not checked" in render_summary(open_case(registry, digest))
+    monkeypatch.setenv("ROPEWAY_TRUSTED_KEYS", str(tmp_path))
+    assert f"| signed by | `{keyid}` (trusted) |" in render_summary(open_case(registry, digest))
+    other = make_keys(tmp_path / "elsewhere" / "key")
+    monkeypatch.setenv("ROPEWAY_SIGNING_KEY", str(tmp_path / "elsewhere" / "key"))
+    registry.artifact("laptop").version(digest).sign(load_signer())
+    shown = render_summary(open_case(registry, digest))
+    assert f"`{keyid}` (trusted)" in shown
+    assert f"`{other}` (not checked)" in shown
+
+
 def test_an_unsigned_version_is_not_reviewed_under_a_policy(workspace, registry, tmp_path, monkeypatch):
     old, new = (make_version(workspace, loss) for loss in (5.0, 4.0))
     decide(registry, open_case(registry, old), YES)
