@@ -24,6 +24,23 @@ def calls_without_refusal(text):
                 yield call.lineno
 
 
+def calls_that_may_read_pickles(text):
+    """Return the lines of calls that open the weights of a model without asking for safetensors."""
+    for call in ast.walk(ast.parse(text)):
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == "from_pretrained":
+            given = {one.arg: one.value for one in call.keywords}.get("use_safetensors")
+            asks = isinstance(given, ast.Constant) and given.value is True
+            if not asks and ast.unparse(call.func.value) not in (*NO_CODE, "AutoConfig", "AutoTokenizer"):
+                yield call.lineno
+
+
+def test_every_call_that_opens_weights_asks_for_safetensors():
+    sources = sorted(SOURCE.rglob("*.py"))
+    texts = {path: path.read_text(encoding="utf-8") for path in sources}
+    assert [f"{path}:{line}" for path, text in texts.items() for line in calls_that_may_read_pickles(text)] == []
+    assert list(calls_that_may_read_pickles("AutoModelForCausalLM.from_pretrained(folder)")) == [1]
+
+
 def test_every_call_that_opens_a_model_refuses_its_code():
     sources = sorted(SOURCE.rglob("*.py"))
     found = [f"{path}:{line}" for path in sources for line in calls_without_refusal(path.read_text(encoding="utf-8"))]

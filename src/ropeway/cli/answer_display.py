@@ -9,6 +9,10 @@ from ropeway.models.answer_parts import CALLS, CHANNEL, REASONING, AnswerPart, M
 from ropeway.reporting.shown_parts import show_parts
 
 _DIM, _RESET = "\x1b[2m", "\x1b[0m"
+# Control characters of C0 but for tab and line end, of C1, and those that turn the direction of a line: a model may
+# have learned to write them, and a terminal obeys them.
+_CONTROLS = (*range(9), *range(11, 32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+_ESCAPES = {code: repr(chr(code))[1:-1] for code in _CONTROLS}
 
 
 class _State(StrEnum):
@@ -121,7 +125,8 @@ class AnswerDisplay:
     def _write(self, text: str, *, is_dim: bool = False) -> None:
         if text:
             self._is_begun = True
-            self._out.write(f"{_DIM}{text}{_RESET}" if is_dim and self._is_colorful else text)
+            shown = text.translate(_ESCAPES) if self._out.isatty() else text
+            self._out.write(f"{_DIM}{shown}{_RESET}" if is_dim and self._is_colorful else shown)
 
 
 def is_colorful(out: TextIO) -> bool:

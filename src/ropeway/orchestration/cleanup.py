@@ -147,7 +147,7 @@ def _outs(lock: graph.Lock, *, of: str | None = None) -> Iterator[str]:
 def _read_version_lock(version: Version) -> bytes | None:
     """Return a version's dvc.lock; None if it has none, or is withdrawn and its files were collected."""
     try:
-        return version.read_file("dvc.lock")
+        return version.read_file("dvc.lock", attached=True)
     except DataError:
         if version.is_withdrawn:
             return None

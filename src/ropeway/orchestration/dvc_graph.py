@@ -22,10 +22,11 @@ from ropeway.config.yaml_limits import check_limits
 from ropeway.orchestration.guarded_dvc import COMMAND as DVC
 from ropeway.orchestration.guarded_dvc import refuse_outside_names
 from ropeway.runtime.errors import ConfigError, TemporaryError
+from ropeway.runtime.git import ask_git
 from ropeway.runtime.json_text import parse_json
 from ropeway.runtime.manifest import Json, file_sha256
 from ropeway.runtime.plain_http import check_encrypted
-from ropeway.storage.s3_client import make_client
+from ropeway.storage.s3_client import find_endpoint
 
 if TYPE_CHECKING:  # DVC takes a second to import
     from dvc.repo import Repo
@@ -197,7 +198,8 @@ def has_remote(root: Path) -> bool:
 def check_remote_is_encrypted(name: str, remotes: Mapping[str, Mapping[str, object]]) -> None:
     """Raise ConfigError if a remote is reached on another machine without TLS, and the environment does not allow it.
 
-    Where the remote of an S3 bucket names no server, the one of the environment or of the AWS configuration counts.
+    Where the remote of an S3 bucket names no server, the one of the environment or of the AWS configuration counts. Of
+    other remotes the scheme of `url` is looked at.
     """
     facts = remotes.get(name, {})
     url, what = str(facts.get("url", "")), f"the DVC remote '{name}'"
@@ -206,11 +208,14 @@ def check_remote_is_encrypted(name: str, remotes: Mapping[str, Mapping[str, obje
         check_remote_is_encrypted(rest.partition("/")[0], {one: remotes[one] for one in remotes if one != name})
     elif scheme == "webhdfs" and facts.get("use_https"):
         return
-    elif scheme == "s3" and "endpointurl" not in facts:
-        make_client()
+    elif scheme == "s3":
+        stated, profile, config_file = (
+            None if facts.get(name) is None else str(facts[name]) for name in ("endpointurl", "profile", "configpath")
+        )
+        endpoint = find_endpoint(stated, profile, config_file, use_ssl=facts.get("use_ssl") is not False)
+        check_encrypted(endpoint, what=f"the S3 server of {what}")
     else:
         check_encrypted(url, what=what)
-    check_encrypted(str(facts.get("endpointurl", "")), what=f"endpointurl of {what}")
 
 
 def read_remotes(root: Path) -> tuple[str | None, dict[str, dict[str, object]]]:
@@ -356,9 +361,14 @@ def open_repo(root: Path) -> "Iterator[Repo]":
 
 
 def ordered(repo: "Repo") -> "Iterator[tuple[Stage, PipelineStage]]":
-    """Yield each stage with DVC's own object, in the graph's order."""
+    """Yield each stage with DVC's own object, in the graph's order.
+
+    Raises:
+        ConfigError: A file that git does not have contains stages, i.e. commands.
+    """
     import networkx as nx
 
+    _check_origin(repo)
     graph = repo.index.graph  # an edge goes from a consumer to its producer
     place = {own: number for number, own in enumerate(repo.index.stages)}
     order = list(nx.lexicographical_topological_sort(graph.reverse(), key=place.__getitem__))
@@ -370,6 +380,22 @@ def ordered(repo: "Repo") -> "Iterator[tuple[Stage, PipelineStage]]":
         parents = [other for other in above if not any(other in nx.descendants(graph, one) for one in above)]
         deps, direct = (tuple(_address(other) for other in some) for some in (above, parents))
         yield Stage(_address(own), deps, direct, refreshes), own
+
+
+def _check_origin(repo: "Repo") -> None:
+    """Raise ConfigError for commands or imports in a file other than dvc.yaml that git does not have.
+
+    DVC reads every `dvc.yaml` and `.dvc` file below the root that git does not ignore, those of a pulled package and of
+    unpacked data, too; a stage that is always changed would be run at the start of every run.
+    """
+    root = Path(repo.root_dir)
+    for name in sorted({str(own.path_in_repo) for own in repo.index.stages if own.cmd or own.is_import}):
+        if name != "dvc.yaml" and not ask_git(root, "--literal-pathspecs", "ls-files", "--", name):
+            raise ConfigError(
+                f"{root / name}: has commands or imports of DVC and is not in git, so somebody else may have written "
+                "it, e.g. with a package or with data. If it is yours, `git add` it; if not, move its folder out of "
+                "this workspace"
+            )
 
 
 def _address(stage: "PipelineStage") -> str:

@@ -180,8 +180,8 @@ def read_published(version: Version, site_root: Path) -> RunRecord:
         files={file.path: file.sha256 for file in version.manifest.files},
         facts=dict(version.manifest.facts),
         block=block,
-        lock=graph.parse_lock(version.read_file("dvc.lock") or b""),
-        timings=parse_json(version.read_file("provenance.json") or b"{}"),
+        lock=graph.parse_lock(version.read_file("dvc.lock", attached=True) or b""),
+        timings=parse_json(version.read_file("provenance.json", attached=True) or b"{}"),
     )
 
 
@@ -201,7 +201,7 @@ def read_reproduced(workspace: Workspace) -> RunRecord:
 
 def write_lock(version: Version, site_root: Path) -> None:
     """Put the version's dvc.lock into the clone; raise RegistryError if none was recorded."""
-    lock = version.read_file("dvc.lock")
+    lock = version.read_file("dvc.lock", attached=True)
     if lock is None:
         raise RegistryError(
             f"{version}: no dvc.lock was recorded with it, so its data cannot be restored. Choose another version"

@@ -21,6 +21,7 @@ import httpx
 from ropeway.data.expected_answer import MAX_TOKENS, TOP, ExpectedAnswer
 from ropeway.runtime.errors import ConfigError, DataError, TemporaryError
 from ropeway.runtime.least_rate import finish_within
+from ropeway.runtime.plain_http import check_encrypted
 from ropeway.runtime.tls import find_tls_fault
 
 NEAR_TIE = 0.1  # difference of log-probabilities; not measured on a GPU
@@ -76,6 +77,8 @@ def _open_client(url: str) -> Iterator[httpx.Client]:
         base = httpx.URL("")
     if base.scheme not in ("http", "https") or not base.host:
         raise ConfigError(f"--serve {url[:200]!r}: expected the URL of a server, e.g. http://127.0.0.1:8000")
+    if key:
+        check_encrypted(str(base), what="--serve, to which OPENAI_API_KEY is sent")
     with httpx.Client(base_url=base, headers=headers, timeout=_SECONDS) as client:
         try:
             yield client

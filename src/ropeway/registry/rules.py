@@ -27,6 +27,7 @@ _HeadCheck = Callable[[bytes, int], bool]
 _PNG = b"\x89PNG\r\n\x1a\n"
 # One path component: ASCII, no dot at either end. Excludes `..`, drive letters, streams, hidden files, NUL, homoglyphs.
 _PART = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_-])?")
+_COMMANDS = "dvc.yaml"  # DVC runs the stages of every such file in a workspace
 # Windows opens a device for these names, with any suffix.
 _DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
 
@@ -75,6 +76,8 @@ def check_path(path: str, suffixes: Mapping[str, _HeadCheck] | None = None) -> N
             )
     if parts[-1].casefold() == ADAPTER:
         raise DataError(f"package path {path!r}: an adapter, expected a complete model. Merge it into its base model")
+    if parts[-1].casefold() == _COMMANDS:
+        raise DataError(f"package path {path!r}: can have commands, which DVC runs in a workspace. Remove it")
     if _suffix(path) not in allowed:
         raise DataError(f"package path {path!r}: suffix {_suffix(path)!r}, expected one of {' '.join(sorted(allowed))}")
 

@@ -188,9 +188,12 @@ class Version:
             "attachments": {file.path: {"sha256": file.sha256, "bytes": file.bytes} for file in self.attachments},
         }
 
-    def read_file(self, path: str) -> bytes | None:
-        """Return the verified bytes of a small file of the package or the attachments, or None if it does not exist."""
-        for file in (*self.manifest.files, *self.attachments):
+    def read_file(self, path: str, *, attached: bool = False) -> bytes | None:
+        """Return the verified bytes of a small file of the package, or None if it does not exist.
+
+        `attached`: of an attachment, which the event of the version names and no signature covers.
+        """
+        for file in self.attachments if attached else self.manifest.files:
             if file.path == path:
                 return read_blob(self.store, file)
         return None

@@ -134,7 +134,7 @@ def gather_evidence(version: Version) -> VersionEvidence:
     def read_bytes(path: str, place: str = "files") -> bytes:
         entry = facts[place].get(path)
         small = entry is not None and entry["bytes"] <= MAX_DOCUMENT_BYTES
-        return (version.read_file(path) if small else None) or b""
+        return (version.read_file(path, attached=place == "attachments") if small else None) or b""
 
     def read(path: str, place: str = "files") -> Json:
         return json_mapping(read_bytes(path, place))

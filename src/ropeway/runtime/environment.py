@@ -88,7 +88,7 @@ VARIABLES: dict[str, tuple[EnvironmentVariable, ...]] = {
     "Prefect": (
         _V(
             "ROPEWAY_ALLOW_HTTP",
-            "`1` allows plain HTTP to an S3 server, a DVC remote and a git remote on another machine.",
+            "`1` allows plain HTTP to S3, the Hub, a DVC remote or a git remote on another machine.",
             "refused",
         ),
         _V("PREFECT_API_URL", "Prefect server of the run.", "the workspace's own, else a temporary one"),

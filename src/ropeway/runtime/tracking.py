@@ -218,7 +218,9 @@ def _start_wandb(run: TrackedRun, mode: str) -> TrackingClient:
         disable_code=True,
         disable_git=True,
         init_timeout=_INIT_SECONDS,
-        x_disable_meta=True,  # do not upload the command line, user and host
+        x_disable_meta=True,  # do not upload the command line and user
+        host="",
+        x_save_requirements=False,
         x_disable_stats=True,  # its sampling thread costs CPU time on a two-core machine
     )
     init: Any = wandb.init  # its type accepts only literals

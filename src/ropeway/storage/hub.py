@@ -5,6 +5,7 @@ HF_ENDPOINT. Messages never include text of a request or response, which can hav
 """
 
 import glob
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ropeway.runtime.errors import ConfigError, TemporaryError, is_disk_full
 from ropeway.runtime.manifest import write_atomic
+from ropeway.runtime.plain_http import check_encrypted
 
 if TYPE_CHECKING:  # a slow import
     from huggingface_hub import DatasetInfo, ModelInfo
@@ -108,6 +110,7 @@ def upload_model(repo: str, folder: Path, *, message: str, private: bool) -> str
 
     if is_offline():
         raise ConfigError(f"{repo}: HF_HUB_OFFLINE is set. Unset it to upload")
+    check_endpoint()
     if not get_token():
         raise ConfigError(f"{repo}: no Hub token found. Set HF_TOKEN to a token with write access")
     stale = ["*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json"]
@@ -147,6 +150,11 @@ def _request_repo_info(repo: str, revision: str, kind: Kind) -> "DatasetInfo | M
         return request(repo, revision=revision, timeout=_TIMEOUT_SECONDS)
 
 
+def check_endpoint() -> None:
+    """Raise ConfigError if HF_ENDPOINT is a server on another machine without encryption."""
+    check_encrypted(os.environ.get("HF_ENDPOINT", ""), what="HF_ENDPOINT")
+
+
 def _cache_folder(repo: str, kind: Kind) -> Path:
     from huggingface_hub import constants
 
@@ -176,7 +184,8 @@ def _not_cached(repo: str, revision: str, kind: Kind, what: str) -> ConfigError:
 
 @contextmanager
 def _translate_errors(repo: str, revision: str, kind: Kind) -> Iterator[None]:
-    """Translate Hub errors into Ropeway errors."""
+    """Translate Hub errors into Ropeway errors, after `check_endpoint`."""
+    check_endpoint()
     import huggingface_hub.errors as hub
 
     where = f"{_KEYS[kind]}: {repo} at '{revision}'"

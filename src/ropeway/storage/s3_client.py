@@ -118,6 +118,28 @@ def make_client() -> "BaseClient":
     return client
 
 
+def find_endpoint(stated: str | None, profile: str | None, config_file: str | None, *, use_ssl: bool) -> str:
+    """Return the address of the S3 server that boto3 would use with these settings of a DVC remote.
+
+    Raises:
+        ConfigError: The configuration cannot be read.
+    """
+    import botocore.session
+    from botocore.exceptions import BotoCoreError
+
+    try:
+        library = botocore.session.Session(profile=profile)
+        if config_file:
+            library.set_config_variable("config_file", config_file)
+        client = library.create_client("s3", region_name="us-east-1", endpoint_url=stated, use_ssl=use_ssl)
+        return str(client.meta.endpoint_url)
+    except (BotoCoreError, ValueError) as error:
+        raise ConfigError(
+            f"S3: cannot read the AWS configuration ({type(error).__name__}). Correct the DVC remote (`dvc config "
+            "--list`), AWS_PROFILE and the AWS configuration files"
+        ) from None
+
+
 def _raise_tls_fault(caught_exception: Exception | None, **_: object) -> None:
     """End a request whose server has no valid certificate; botocore would repeat it for half a minute."""
     if caught_exception is not None and find_tls_fault(caught_exception, "AWS_CA_BUNDLE"):

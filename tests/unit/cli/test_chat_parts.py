@@ -97,6 +97,14 @@ def test_parts_are_shown_apart_in_pieces_of_any_size(size, is_held):
     assert opened.replace("reasoning (<think>)", "reasoning") == PLAIN
 
 
+def test_a_terminal_obeys_no_control_character_of_an_answer():
+    hostile = "a\x1b]52;c;eA==\x07\x9b31m\u202eb\r\x00\U0001f468\u200d\U0001f469\tc\nd"
+    shown = display(f"<think>{hostile}</think>{hostile}", out=Terminal())
+    safe = r"a\x1b]52;c;eA==\x07\x9b31m\u202eb\r\x00" + "\U0001f468\u200d\U0001f469\tc\nd"
+    assert shown == f"[reasoning] {safe}\n[answer] {safe}\n"
+    assert hostile in display(hostile), "a pipe gets what the model said"
+
+
 def test_only_reasoning_is_dimmed():
     text = display("<think>Hm.</think>Yes.", size=100, is_colorful=True)
     assert text == "\x1b[2m[reasoning] \x1b[0m\x1b[2mHm.\x1b[0m\n[answer] Yes.\n"

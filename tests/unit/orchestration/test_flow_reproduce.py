@@ -165,7 +165,7 @@ def test_files_of_a_version_are_read_by_name_and_hashed(tmp_path):
     put(store, make_package(tmp_path / "package"))
     version = Registry(store).version("tiny@v1")
     assert version.read_file("plots/loss.svg") == b"<svg/>"
-    assert version.read_file("dvc.lock") is None
+    assert version.read_file("dvc.lock", attached=True) is None
     flip(store, blob_key(hashlib.sha256(b"<svg/>").hexdigest()))
     with pytest.raises(DataError, match=r"the blob of plots/loss\.svg"):
         version.read_file("plots/loss.svg")

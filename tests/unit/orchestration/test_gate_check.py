@@ -1,11 +1,13 @@
 """A verdict of the gate that a writer of the registry changed: the review compares it with the versions' files."""
 
+import hashlib
+
 import pytest
 from ruamel.yaml import YAML
 
 from ropeway.orchestration.decision import open_review
 from ropeway.registry import Registry
-from ropeway.registry.layout import versions_log
+from ropeway.registry.layout import blob_key, versions_log
 from ropeway.registry.signing_keys import make_keys
 from ropeway.reporting.review_report import render_review, render_summary
 from ropeway.runtime.workspace import Workspace
@@ -88,6 +90,24 @@ def test_a_verdict_against_another_version_than_production_is_said(workspace):
     assert [warning(workspace, number) for number in (1, 2)] == ["", ""]
     make_version(workspace, 2.0, with_metrics=True)
     assert warning(workspace, 4) == "", "since then the gate compares with production"
+
+
+def test_limits_that_no_signature_covers_do_not_confirm_a_verdict(workspace, tmp_path, monkeypatch):
+    make_keys(tmp_path / "key")
+    monkeypatch.setenv("ROPEWAY_TRUSTED_KEYS", str(tmp_path))
+    monkeypatch.setenv("ROPEWAY_SIGNING_KEY", str(tmp_path / "key"))
+    limits = (workspace.package / "run.yaml").read_bytes()
+    make_version(workspace, 5.0, with_metrics=True)
+    (workspace.package / "run.yaml").unlink()
+    make_version(workspace, 4.0, with_metrics=True)
+    registry = Registry.open(workspace.registry_url)
+    sha256 = hashlib.sha256(limits).hexdigest()
+    registry.store.put_if_absent(blob_key(sha256), limits)
+    attached = own_fields(registry.store, LOG.key(2))["attachments"]
+    more = {"run.yaml": {"sha256": sha256, "bytes": len(limits)}}
+    change_event(registry.store, LOG, 2, attachments={**attached, **more})
+    assert Registry.open(workspace.registry_url).version("laptop@v2").read_file("run.yaml", attached=True) == limits
+    assert "no signature covers" in warning(workspace, 2)
 
 
 def test_a_version_without_a_verdict_has_no_warning(workspace):

@@ -1,5 +1,6 @@
 """What DVC says of a workspace, in its own process and without running a stage."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -73,6 +74,11 @@ def ran(_templates, tmp_path):
 
 def reasons(root):
     return {plan.name: plan.reasons for plan in graph.plan(root) if plan.will_run}
+
+
+def commit(root):
+    for words in (["init", "-q"], ["add", "-A"], ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "x"]):
+        subprocess.run(["git", "-C", root, *words], check=True)
 
 
 def edit(root, name, old, new):
@@ -192,6 +198,7 @@ def test_a_remote_is_seen(fresh):
 REMOTES = {
     "http": [("a", {"url": "http://data.example/dvc"})],
     "webdav": [("a", {"url": "webdav://data.example/dvc"})],
+    "S3 without TLS": [("a", {"url": "s3://bucket/dvc", "use_ssl": "false"})],
     "an S3 server": [("a", {"url": "s3://bucket/dvc", "endpointurl": "http://data.example:9000"})],
     "below another remote": [("a", {"url": "remote://b/dvc"}), ("b", {"url": "http://data.example"})],
 }
@@ -219,6 +226,49 @@ def test_the_s3_server_of_the_environment_counts_where_the_remote_names_none(mon
         graph.check_remote_is_encrypted("a", remotes)
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "https://data.example:9000")
     graph.check_remote_is_encrypted("a", remotes)
+
+
+def test_the_s3_server_of_the_remotes_own_aws_profile_counts(tmp_path, monkeypatch):
+    for name in ("ROPEWAY_ALLOW_HTTP", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "aws").write_text(
+        "[default]\n[profile plain]\nendpoint_url = http://data.example:9000\n[profile safe]\nregion = eu-west-1\n"
+    )
+    own = {"url": "s3://bucket/dvc", "configpath": str(tmp_path / "aws")}
+    graph.check_remote_is_encrypted("a", {"a": {**own, "profile": "safe"}})
+    graph.check_remote_is_encrypted("a", {"a": own})
+    with pytest.raises(ConfigError, match="ROPEWAY_ALLOW_HTTP=1"):
+        graph.check_remote_is_encrypted("a", {"a": {**own, "profile": "plain"}})
+    with pytest.raises(ConfigError, match="ProfileNotFound"):
+        graph.check_remote_is_encrypted("a", {"a": {**own, "profile": "nobody"}})
+
+
+STAGES_OF_OTHERS = "stages:\n  readme:\n    cmd: id\n    always_changed: true\n"
+
+
+@pytest.mark.parametrize("folder", ["model", "*", "data/deep"])
+def test_commands_that_came_with_a_package_or_with_data_are_refused_until_git_has_them(fresh, folder):
+    (fresh / "x").mkdir()
+    (fresh / "x" / "dvc.yaml").write_text("stages: {}\n")
+    commit(fresh)
+    graph.load_graph(fresh)
+    (fresh / folder).mkdir(parents=True)
+    (fresh / folder / "dvc.yaml").write_text(STAGES_OF_OTHERS)
+    with pytest.raises(ConfigError, match=rf"{re.escape(folder)}/dvc\.yaml: has commands"):
+        graph.load_graph(fresh)
+    commit(fresh)
+    assert f"{folder}/dvc.yaml:readme" in {stage.name for stage in graph.load_graph(fresh)}
+
+
+def test_an_import_that_came_with_data_is_refused_before_its_repository_is_asked(fresh):
+    (fresh / "data").mkdir()
+    (fresh / "data" / "x.dvc").write_text(
+        "frozen: true\ndeps:\n- path: x\n  repo:\n    url: ext::false\n    rev_lock: "
+        + "a" * 40
+        + "\nouts:\n- path: x\n"
+    )
+    with pytest.raises(ConfigError, match=r"data/x\.dvc: has commands or imports"):
+        graph.load_graph(fresh)
 
 
 def test_a_stage_is_rebuilt_past_every_cache_and_pulled_only_where_asked():

@@ -191,6 +191,10 @@ def test_what_is_no_address_is_a_config_error(url):
 
 
 def test_a_key_that_no_header_can_have_is_a_config_error(monkeypatch):
+    monkeypatch.delenv("ROPEWAY_ALLOW_HTTP", raising=False)
+    monkeypatch.setenv("OPENAI_API_KEY", "canary")
+    with pytest.raises(ConfigError, match=r"http://engine\.example is not encrypted"):
+        serving_check.reach_server("http://engine.example:8000/v1")
     monkeypatch.setenv("OPENAI_API_KEY", "é")
     with pytest.raises(ConfigError, match="OPENAI_API_KEY"):
         serving_check.reach_server("http://127.0.0.1:1")

@@ -29,7 +29,7 @@ HOSTILE_PATHS = [
     "C:/x.json", "x.json:stream.json", "~/x.json", ".hidden.json", "a/.git/x.json", "x.json/", "", "x.json ", "x.json.",
     "model.bin", "model.pkl", "model.pt", "model.safetensors.index", "setup.py", "run.sh", "x", "x.JSON", "con.json",
     "a/NUL.txt", "x\u202e.json", "caf\u00e9.json", "x\n.json", "a/" * 8 + "x.json", "x" * 196 + ".json", "-rf.json",
-    "adapter_config.json", "a/Adapter_Config.json",
+    "adapter_config.json", "a/Adapter_Config.json", "dvc.yaml", "a/DVC.yaml", "x.dvc",
 ]  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from ropeway.models.open_model import rope_of
 from ropeway.models.rope import longest_independent
 from ropeway.runtime.errors import ConfigError, DataError, TemporaryError
 from ropeway.stages.evaluate.samples import stop_ids
+from ropeway.storage.hub import check_endpoint
 
 _KEY = "params.yaml: evaluation.tasks"
 
@@ -84,6 +85,7 @@ def open_tasks(names: Sequence[str], root: Path, folder: Path) -> Tasks | None:
     harness_version(names)
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
+    check_endpoint()
     tasks = Tasks(tuple(names), index_tasks(names, folder), root)
     for name in names:
         if name not in tasks.manager.task_index:

@@ -17,6 +17,7 @@ from ropeway.runtime.manifest import load_manifest
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.fetch.patterns import match_names
 from ropeway.stages.fetch.sources import source_identity
+from ropeway.storage.hub import resolve_commit
 from tests.support.freezing import run_fetch
 from tests.support.hub_world import COMMIT, REPO, TOKEN, Hub, lay_cache, point_at, serve_hub
 from tests.support.tiny_run import ROOT
@@ -105,6 +106,17 @@ def test_a_private_repository_opens_with_the_token_and_the_token_is_nowhere(hub,
     assert all(TOKEN not in text for text in capsys.readouterr())
     left = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert not [path for path in left if TOKEN.encode() in path.read_bytes()]
+
+
+def test_a_hub_on_another_machine_without_tls_is_refused_before_it_sees_the_token(monkeypatch):
+    for name in ("ROPEWAY_ALLOW_HTTP", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", "http://hub.example")
+    asked = []
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *words, **_: asked.append(words))
+    with pytest.raises(ConfigError, match=r"HF_ENDPOINT: http://hub\.example is not encrypted"):
+        resolve_commit("a/b", "main", kind="model")
+    assert asked == []
 
 
 @pytest.mark.parametrize(
