@@ -1,6 +1,5 @@
 """Edit single lines of params.yaml for commands, and copy a profile's block out of it."""
 
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -16,7 +15,7 @@ from ropeway.config.sections import RUN
 from ropeway.config.yaml_limits import BoundedComposer
 from ropeway.runtime.errors import ConfigError
 from ropeway.runtime.lock import workspace_lock
-from ropeway.runtime.manifest import json_mapping, sync_file, sync_folder, write_atomic, write_json
+from ropeway.runtime.manifest import json_mapping, write_atomic, write_json
 from ropeway.runtime.workspace import Workspace
 
 _MERGE = "<<"
@@ -115,8 +114,11 @@ def read_exact(path: Path) -> str:
 
 
 def write_exact(path: Path, text: str) -> None:
-    """Replace a file by this text; a link stays a link."""
-    write_atomic(path.resolve(), text.encode())
+    """Replace a file by this text; a link stays a link, and the permissions stay."""
+    path = path.resolve()
+    mode = path.stat().st_mode & 0o7777
+    write_atomic(path, text.encode(), mode=mode)
+    path.chmod(mode)  # also the bits that the umask took
 
 
 def resume_from(root: Path, profile: str | None, run: str) -> None:
@@ -136,20 +138,15 @@ def resume_from(root: Path, profile: str | None, run: str) -> None:
     if chosen.resume_from == run:
         return
     with workspace_lock(root, command="ropeway run --resume-from", profile=name):
-        draft = path.with_name(f".params.{os.getpid()}.partial")
-        try:
-            draft.write_bytes(set_resume_from(read_exact(path), name, run).encode())
-            old, new = (load_profiles(one)[1] for one in (path, draft))
-            if new != old | {name: old[name].model_copy(update={"resume_from": run})}:
-                raise ConfigError(
-                    f"{path}: setting resume_from in '{name}' would change other profiles, which inherit it; add "
-                    "`resume_from: null` to each of them"
-                )
-            sync_file(draft)
-            draft.replace(path)
-            sync_folder(root)
-        finally:
-            draft.unlink(missing_ok=True)
+        text = read_exact(path)
+        changed = set_resume_from(text, name, run)
+        old, new = (load_profiles(path, text=one)[1] for one in (text, changed))
+        if new != old | {name: old[name].model_copy(update={"resume_from": run})}:
+            raise ConfigError(
+                f"{path}: setting resume_from in '{name}' would change other profiles, which inherit it; add "
+                "`resume_from: null` to each of them"
+            )
+        write_exact(path, changed)
     print(
         f"params.yaml: set resume_from of profile {name} to {run}; set it to null to train from the base again",
         flush=True,
@@ -190,26 +187,20 @@ def add_forgotten(root: Path, profile: str | None, digests: Sequence[str], reaso
             another key.
         TemporaryError: A run holds the workspace lock.
     """
-    path = (root / "params.yaml").resolve()  # a link stays a link
+    path = root / "params.yaml"
     name = load_profile(path, profile)[0]
     with workspace_lock(root, command="ropeway forget", profile=name):
         chosen = load_profile(path, name)[1]  # under the lock: another `forget` may have ended just before
         new = [digest for digest in dict.fromkeys(digests) if digest not in chosen.forget]
         if not new:
             return name, new
-        draft = path.with_name(f".params.{os.getpid()}.partial")
-        try:
-            draft.write_bytes(set_forgotten(read_exact(path), name, [*chosen.forget, *new], new, reason).encode())
-            old, edited = (load_profiles(one)[1] for one in (path, draft))
-            kept = {one: block.model_copy(update={"forget": edited[one].forget}) for one, block in old.items()}
-            if edited != kept or edited[name].forget != [*chosen.forget, *new]:
-                raise ConfigError(f"{path}: `forget` of '{name}' cannot be edited there; write it as a list of its own")
-            draft.chmod(path.stat().st_mode & 0o7777)
-            sync_file(draft)
-            draft.replace(path)
-            sync_folder(path.parent)
-        finally:
-            draft.unlink(missing_ok=True)
+        text = read_exact(path)
+        changed = set_forgotten(text, name, [*chosen.forget, *new], new, reason)
+        old, edited = (load_profiles(path, text=one)[1] for one in (text, changed))
+        kept = {one: block.model_copy(update={"forget": edited[one].forget}) for one, block in old.items()}
+        if edited != kept or edited[name].forget != [*chosen.forget, *new]:
+            raise ConfigError(f"{path}: `forget` of '{name}' cannot be edited there; write it as a list of its own")
+        write_exact(path, changed)
     return name, new
 
 

@@ -45,6 +45,20 @@ def test_the_chosen_profile_is_the_default_and_writing_it_twice_changes_nothing(
     assert (root / "params.yaml").read_text() == text
 
 
+@pytest.mark.parametrize(
+    "edit", [lambda root: edits.resume_from(root, None, RUN), lambda root: edits.write_exact(root / "params.yaml", "x")]
+)
+def test_a_link_stays_a_link_and_the_permissions_stay(root, edit):
+    (root / "params.yaml").rename(root / "own.yaml")
+    (root / "own.yaml").chmod(0o666)  # more than the usual umask leaves
+    (root / "params.yaml").symlink_to("own.yaml")
+    before = (root / "own.yaml").read_bytes()
+    edit(root)
+    assert (root / "params.yaml").is_symlink()
+    assert (root / "own.yaml").read_bytes() != before
+    assert (root / "own.yaml").stat().st_mode & 0o777 == 0o666
+
+
 def test_a_block_that_others_inherit_from_is_left_alone(root):
     path = root / "params.yaml"
     path.write_text(path.read_text() + "mine:\n  <<: *published\n  rng_seed: 7\n")
