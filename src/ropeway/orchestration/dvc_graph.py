@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from ropeway.config.frozen import read_version
 from ropeway.config.load_params import load_profile
 from ropeway.config.yaml_limits import check_limits
 from ropeway.orchestration.guarded_dvc import COMMAND as DVC
-from ropeway.orchestration.guarded_dvc import refuse_outside_names
+from ropeway.orchestration.guarded_dvc import keep_state_private, refuse_outside_names
 from ropeway.runtime.errors import ConfigError, TemporaryError
 from ropeway.runtime.git import ask_git
 from ropeway.runtime.json_text import parse_json
@@ -226,7 +225,8 @@ def read_remotes(root: Path) -> tuple[str | None, dict[str, dict[str, object]]]:
 
 def configure_remote(root: Path, *arguments: str) -> None:
     """Run `dvc remote` with these arguments; raise ConfigError if it fails."""
-    command = [sys.executable, "-m", "dvc", "remote", *arguments]
+    keep_state_private()
+    command = [*DVC, "remote", *arguments]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ConfigError(f"`dvc remote {' '.join(arguments)}` failed: {done.stderr.strip()}")
@@ -343,6 +343,7 @@ def is_hint(line: str) -> bool:
 @contextmanager
 def open_repo(root: Path) -> "Iterator[Repo]":
     """Open a workspace's DVC repository; raise BusyError or ConfigError if that is not possible."""
+    keep_state_private()
     from dvc.exceptions import DvcException
     from dvc.lock import LockError
     from dvc.repo import Repo
@@ -383,18 +384,24 @@ def ordered(repo: "Repo") -> "Iterator[tuple[Stage, PipelineStage]]":
 
 
 def _check_origin(repo: "Repo") -> None:
-    """Raise ConfigError for commands or imports in a file other than dvc.yaml that git does not have.
+    """Raise ConfigError for what is not of `dvc add` in a file other than dvc.yaml that git does not have.
 
     DVC reads every `dvc.yaml` and `.dvc` file below the root that git does not ignore, those of a pulled package and of
-    unpacked data, too; a stage that is always changed would be run at the start of every run.
+    unpacked data, too. A stage that is always changed would be run at the start of every run, and an output that is not
+    beside its `.dvc` file could be new code of the workspace.
     """
     root = Path(repo.root_dir)
-    for name in sorted({str(own.path_in_repo) for own in repo.index.stages if own.cmd or own.is_import}):
+    unusual = [
+        own
+        for own in repo.index.stages
+        if own.cmd or own.is_import or any(Path(out.fs_path).parent != Path(own.path).parent for out in own.outs)
+    ]
+    for name in sorted({str(own.path_in_repo) for own in unusual}):
         if name != "dvc.yaml" and not ask_git(root, "--literal-pathspecs", "ls-files", "--", name):
             raise ConfigError(
-                f"{root / name}: has commands or imports of DVC and is not in git, so somebody else may have written "
-                "it, e.g. with a package or with data. If it is yours, `git add` it; if not, move its folder out of "
-                "this workspace"
+                f"{root / name}: has commands, imports or outputs elsewhere for DVC and is not in git, so somebody "
+                "else may have written it, e.g. with a package or with data. If it is yours, `git add` it; if not, "
+                "move its folder out of this workspace"
             )
 
 

@@ -267,7 +267,21 @@ def test_an_import_that_came_with_data_is_refused_before_its_repository_is_asked
         + "a" * 40
         + "\nouts:\n- path: x\n"
     )
-    with pytest.raises(ConfigError, match=r"data/x\.dvc: has commands or imports"):
+    with pytest.raises(ConfigError, match=r"data/x\.dvc: has commands, imports"):
+        graph.load_graph(fresh)
+
+
+def test_an_output_beside_its_dvc_file_is_data_and_another_one_is_refused(fresh):
+    (fresh / "data").mkdir()
+    add = "outs:\n- md5: d41d8cd98f00b204e9800998ecf8427e\n  path: "
+    (fresh / "data" / "x.dvc").write_text(f"{add}x\n")
+    graph.load_graph(fresh)
+    for path in ("../src/sitecustomize.py", "../dvc.py", "deep/x"):
+        (fresh / "data" / "x.dvc").write_text(f"{add}{path}\n")
+        with pytest.raises(ConfigError, match=r"data/x\.dvc: has .* outputs elsewhere"):
+            graph.load_graph(fresh)
+    (fresh / "data" / "x.dvc").write_text(f"wdir: ..\n{add}x\n")
+    with pytest.raises(ConfigError, match=r"data/x\.dvc: has .* outputs elsewhere"):
         graph.load_graph(fresh)
 
 

@@ -13,6 +13,7 @@ from dvc_data.hashfile.tree import Tree
 
 from ropeway.orchestration import guarded_dvc
 from ropeway.orchestration.dvc_graph import reproduce_command
+from ropeway.runtime.errors import ConfigError
 from tests.support.main_job import make_main_job
 
 
@@ -26,7 +27,8 @@ def workspace(tmp_path):
     dvc(root, "config", "core.analytics", "false")
     dvc(root, "remote", "add", "-q", "-d", "r", str(tmp_path / "remote"))
     dvc(root, "remote", "modify", "r", "verify", "true")
-    stage = {"cmd": "mkdir -p out && echo fine > out/a", "outs": ["out"]}
+    (root / "in.txt").write_text("read")  # without a dependency DVC keeps no run-cache entry
+    stage = {"cmd": "mkdir -p out && echo fine > out/a", "deps": ["in.txt"], "outs": ["out"]}
     (root / "dvc.yaml").write_text(json.dumps({"stages": {"s": stage}}))
     dvc(root, "repro", "-q")
     dvc(root, "push", "-q", "--run-cache")
@@ -74,6 +76,101 @@ def test_a_file_outside_of_its_folder_is_refused_by_name(workspace, how, names):
     if how == "pull":
         assert done.returncode
         assert "outside of the folder" in done.stderr
+
+
+def forget_results(root):
+    """Leave of the stage what the remote and the run-cache have."""
+    dvc(root, "fetch", "--run-cache", "-q")
+    shutil.rmtree(root / "out")
+    (root / "dvc.lock").unlink()
+
+
+def test_an_entry_of_the_run_cache_restores_no_output_of_another_stage(workspace):
+    remote = workspace.parent / "remote"
+    code = b"print('not of the workspace')\n"
+    digest = hashlib.md5(code, usedforsecurity=False).hexdigest()
+    (remote / "files" / "md5" / digest[:2]).mkdir(exist_ok=True)
+    (remote / "files" / "md5" / digest[:2] / digest[2:]).write_bytes(code)
+    (entry,) = (path for path in (remote / "runs").rglob("*") if path.is_file())
+    good = entry.read_text()
+    entry.write_text(f"{good}- path: sitecustomize.py\n  hash: md5\n  md5: {digest}\n  size: {len(code)}\n")
+    shutil.rmtree(workspace / ".dvc" / "cache")
+    forget_results(workspace)
+    done = run(workspace, *reproduce_command("s", pull=True))
+    assert not (workspace / "sitecustomize.py").exists()
+    assert done.returncode
+    assert "outputs that this stage does not have" in done.stderr
+    entry.write_text(good)
+    shutil.rmtree(workspace / ".dvc" / "cache")
+    dvc(workspace, "fetch", "--run-cache", "-q")
+    done = run(workspace, *reproduce_command("s", pull=True))
+    assert "skipping run" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(("key", "written"), [
+    ("runs/x/y/../../../../code.py", "code.py"), ("runs/x/../../code.py", "cache/code.py"),
+])  # fmt: skip
+def test_a_key_of_the_run_cache_that_leaves_it_is_refused(workspace, key, written):
+    remote = workspace.parent / "remote"
+    (remote / "runs" / "x" / "y").mkdir(parents=True)
+    (remote.parent / "code.py").write_text("print()")
+    (remote / "code.py").write_text("print()")
+    code = f"""
+from dvc.exceptions import DvcException
+from dvc.repo import Repo
+from ropeway.orchestration.guarded_dvc import refuse_outside_names
+refuse_outside_names()
+repo = Repo("{workspace}")
+odb = repo.cloud.get_remote_odb(None, "test", hash_name="md5-dos2unix")
+odb.fs.find = lambda path: iter(["{remote}/{key}"])
+try:
+    repo.stage_cache.pull(None, odb)
+except DvcException:
+    raise SystemExit(3)
+"""
+    assert run(workspace, sys.executable, "-c", code).returncode == 3
+    assert not (workspace / ".dvc" / written).exists()
+
+
+def test_what_a_killed_dvc_left_in_the_run_cache_is_not_copied(workspace):
+    (workspace / ".dvc" / "cache" / "runs" / "left.tmp").write_text("half")
+    assert dvc(workspace, "push", "--run-cache").returncode == 0
+    assert not (workspace.parent / "remote" / "runs" / "left.tmp").exists()
+
+
+def test_the_state_of_dvc_is_in_a_folder_of_this_user_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(guarded_dvc, "STATES", tmp_path)
+    monkeypatch.setenv(guarded_dvc.STATE, "/own")
+    guarded_dvc.keep_state_private()
+    assert os.environ[guarded_dvc.STATE] == "/own", "what the user states counts"
+    folder = tmp_path / f"ropeway-{os.getuid()}"
+    for _ in range(2):
+        monkeypatch.delenv(guarded_dvc.STATE)
+        guarded_dvc.keep_state_private()
+        assert os.environ[guarded_dvc.STATE] == str(folder)
+        assert folder.stat().st_mode & 0o777 == 0o700
+    monkeypatch.delenv(guarded_dvc.STATE)
+    folder.chmod(0o770)
+    with pytest.raises(ConfigError, match="that nobody else may read or write"):
+        guarded_dvc.keep_state_private()
+    folder.rename(tmp_path / "moved")
+    (tmp_path / "moved").chmod(0o700)
+    folder.symlink_to("moved")
+    with pytest.raises(ConfigError, match="that nobody else may read or write"):
+        guarded_dvc.keep_state_private()
+
+
+def test_no_call_of_dvc_uses_the_state_that_every_user_can_write(workspace):
+    code = """
+import os
+os.environ.pop("DVC_SITE_CACHE_DIR", None)
+from pathlib import Path
+from ropeway.orchestration.dvc_graph import open_repo
+with open_repo(Path(".")) as repo:
+    print(repo.site_cache_dir)
+"""
+    done = run(workspace, sys.executable, "-c", code)
+    assert done.stdout.startswith(f"{guarded_dvc.STATES}/ropeway-{os.getuid()}/"), done.stderr
 
 
 def test_a_listing_of_names_inside_is_restored(workspace):

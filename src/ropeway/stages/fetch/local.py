@@ -15,6 +15,7 @@ from ropeway.stages.fetch.patterns import check_splits, is_glob
 from ropeway.stages.fetch.saved_folders import add_states, find_saved, without_splits_file
 
 _ENTRY_ITEMS = 2  # of the digest cache: size, times and inode; sha256
+_CACHE = (".dvc", "cache")  # DVC can link a workspace's files to it
 _TICK_NS = 2_000_000_000  # coarsest timestamp resolution of a file system in use: FAT
 
 
@@ -25,7 +26,8 @@ def find_files(patterns: list[str], root: Path, splits: Sequence[str] = ()) -> d
 
     A pattern may name a folder outside the workspace (an absolute path, or `..`). A symbolic link is followed if its
     target is in the workspace or in the outside folder that the pattern names. Any other link is refused, because the
-    file that is read would not be the one in `paths`.
+    file that is read would not be the one in `paths`. So is one to a hidden file, or into a hidden folder but DVC's
+    cache: a folder of somebody else's data could have links to `.env` or `.dvc/config.local`.
 
     Raises:
         ConfigError: A pattern matches no file, files of several splits that `splits` does not name, or something that
@@ -81,11 +83,11 @@ def _list_files(name: str, root: Path, pattern: str, allowed: tuple[Path, ...]) 
         ConfigError: It is another folder that the pattern names, or no regular file.
     """
     path = root / name
-    if _is_regular_file(path, allowed):
+    if _is_regular_file(path, root, allowed):
         return {os.path.normpath(name): path}
     if saved := find_saved(path):
         for file in saved:
-            _is_regular_file(file, allowed)
+            _is_regular_file(file, root, allowed)
         return {os.path.normpath(name / file.relative_to(path)): file for file in saved}
     if path.suffix in (*FORMATS, *COMPRESSED) or not is_glob(pattern):
         raise ConfigError(
@@ -137,11 +139,11 @@ def _digest_file(path: Path) -> str:
         ) from None
 
 
-def _is_regular_file(path: Path, allowed: tuple[Path, ...]) -> bool:
+def _is_regular_file(path: Path, root: Path, allowed: tuple[Path, ...]) -> bool:
     """Return whether a path is a regular file; False for a folder.
 
     Raises:
-        ConfigError: It is anything else, or a link to a file outside the allowed folders.
+        ConfigError: It is anything else, or a link to a file outside the allowed folders or to a hidden one.
     """
     try:
         real = path.resolve(strict=True)
@@ -158,7 +160,20 @@ def _is_regular_file(path: Path, allowed: tuple[Path, ...]) -> bool:
         raise ConfigError(
             f"sources: {path} is a link to {real}, outside the workspace; name {real} itself in `paths`, or copy it"
         )
+    stated, top = Path(os.path.normpath(path)), root.resolve()
+    if stated.is_relative_to(root):
+        stated = top / stated.relative_to(root)
+    if real != stated and _is_hidden(real, top):
+        raise ConfigError(
+            f"sources: {path} is a link to {real}, which is hidden and may hold secrets; remove the link, or copy the "
+            "file if it is data"
+        )
     return True
+
+
+def _is_hidden(file: Path, root: Path) -> bool:
+    inner = file.relative_to(root).parts if file.is_relative_to(root) else ()
+    return any(part.startswith(".") for part in inner) and inner[: len(_CACHE)] != _CACHE
 
 
 def _allowed_folders(pattern: str, root: Path) -> tuple[Path, ...]:

@@ -22,6 +22,7 @@ from ropeway.runtime.manifest import load_manifest
 from ropeway.runtime.workspace import Workspace
 from ropeway.stages.fetch.decompress import InputFile
 from ropeway.stages.fetch.files import iterate_objects
+from ropeway.stages.fetch.local import find_files
 from tests.support.archives import gz
 from tests.support.freezing import run_fetch
 from tests.support.tiny_run import ROOT
@@ -343,6 +344,27 @@ def test_more_refusals_than_allowed_stop_the_stage_with_the_counts(tmp_path):
         limit=0.29,
     )
     assert run(tmp_path, "a.jsonl", limit=0.3)[0]["read"] == 10
+
+
+@pytest.mark.parametrize("target", [".env", ".dvc/config.local", "deep/.keys/a"])
+def test_a_link_to_a_hidden_file_is_refused_and_one_to_dvcs_cache_is_data(tmp_path, target):
+    (tmp_path / target).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / target).write_text("secret")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.txt").symlink_to(tmp_path / target)
+    with pytest.raises(ConfigError, match="which is hidden"):
+        find_files(["data/*.txt"], tmp_path)
+    (tmp_path / "data" / "a.txt").unlink()
+    cached = tmp_path / ".dvc" / "cache" / "files" / "b"
+    cached.parent.mkdir(parents=True)
+    cached.write_text("data")
+    (tmp_path / "data" / "b.txt").symlink_to(cached)
+    (tmp_path / ".own").mkdir()
+    (tmp_path / ".own" / "c.txt").write_text("data")
+    assert list(find_files(["data/*.txt", ".own/c.txt"], tmp_path)) == [".own/c.txt", "data/b.txt"]
+    (tmp_path.parent / f"{tmp_path.name}-link").symlink_to(tmp_path)
+    linked = find_files([".own/c.txt"], tmp_path.parent / f"{tmp_path.name}-link")
+    assert list(linked) == [".own/c.txt"]
 
 
 def test_a_link_is_followed_inside_the_workspace_and_refused_outside(tmp_path):
