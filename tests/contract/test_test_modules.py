@@ -1,6 +1,8 @@
 """Test modules stand alone: what two of them need is in tests/support."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,3 +46,12 @@ def test_modules_below_tests_import_nothing_of_tests_but_support():
 def test_builders_stand_in_support_alone():
     kinds = {module for module in MODULES if not Path(module).name.startswith(("test_", "conftest"))}
     assert {module for module in kinds if not module.startswith("support/")} == {"loaders/old_loader.py"}
+
+
+def test_programs_that_tests_start_build_the_grammar_of_addresses_when_one_is_validated():
+    program = (
+        "import sys, jsonschema; print('lark' in sys.modules); checker = jsonschema.FormatChecker(); "
+        "print([checker.conforms(text, 'iri-reference') for text in ('a b', 'b/\u00fc')], 'lark' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["False", "[False, True] True"]
