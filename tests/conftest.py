@@ -64,7 +64,7 @@ def s3_server() -> Iterator[S3Server]:
     loader = botocore.session.create_loader()
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr("botocore.session.create_loader", lambda *_: loader)
-        server = start_server()
+        server = start_server(processors=1)
         yield server
         server.stop()
 
