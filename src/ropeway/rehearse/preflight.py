@@ -19,8 +19,6 @@ from ropeway.runtime.errors import ConfigError
 from ropeway.runtime.json_text import parse_json
 from ropeway.runtime.terminal import format_count, format_large
 from ropeway.runtime.workspace import Workspace, format_bytes
-from ropeway.stages.evaluate.samples import parse_generation_configs, parse_prompts
-from ropeway.stages.evaluate.tasks import open_tasks
 from ropeway.stages.train.deepspeed_config import parse_deepspeed_json
 
 
@@ -79,6 +77,8 @@ def plan_ranks(profile: Profile) -> int:
 
 def _check_files(root: Path, profile: Profile) -> tuple[str, tuple[str, ...]]:
     """Read every file that params name, as `identity` does, and parse what later stages parse."""
+    from ropeway.stages.evaluate.samples import parse_generation_configs, parse_prompts  # torch and transformers, 3 s
+
     evaluation = profile.evaluation
     texts = {
         **read_texts(root, profile.contamination.prompts, key="contamination.prompts"),
@@ -167,6 +167,8 @@ def _check_offload(root: Path, profile: Profile) -> None:
 
 def _check_tasks(root: Path, profile: Profile) -> tuple[str, tuple[str, ...]]:
     """Load the tasks' questions."""
+    from ropeway.stages.evaluate.tasks import open_tasks  # torch and transformers
+
     names = profile.evaluation.tasks
     open_tasks(names, root, Workspace(root, "").tasks)
     return f"{format_count(len(names), 'task')} installed and loaded", ()

@@ -1,6 +1,8 @@
 """What a real run would fail with is found, with its stage and class, before a stage that takes long."""
 
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -146,3 +148,9 @@ def test_nothing_is_written_in_the_real_workspace(tmp_path):
     before = {path: path.stat().st_mtime_ns for path in workspace.root.rglob("*")}
     assert failure(workspace, tmp_path)[0] == "fetch"
     assert {path: path.stat().st_mtime_ns for path in workspace.root.rglob("*")} == before
+
+
+def test_what_starts_a_rehearsal_does_not_load_torch():
+    code = "import sys, ropeway.cli.rehearse_output, ropeway.rehearse.rehearsal; "
+    code += "assert not {'torch', 'transformers', 'deepspeed'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
