@@ -76,6 +76,7 @@ VARIABLES: dict[str, tuple[EnvironmentVariable, ...]] = {
         _V("AWS_REQUEST_CHECKSUM_CALCULATION", "`when_required` for servers without boto3's default checksums."),
         _V("AWS_RESPONSE_CHECKSUM_VALIDATION", "`when_required` for servers without boto3's default checksums."),
     ),
+    "DVC": (_V("DVC_SITE_CACHE_DIR", "Folder of DVC's state; for bare `dvc`, too.", "`/var/tmp/ropeway-UID`"),),
     "History": (_V("ROPEWAY_GPU_HOUR_PRICE", "Price of a GPU-hour, in a currency of your own.", "no cost is shown"),),
     "Hugging Face Hub": (
         _V("HF_TOKEN", "Token for gated models and datasets, and for `push-hub`."),
