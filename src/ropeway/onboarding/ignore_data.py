@@ -9,8 +9,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from ropeway.config.edit import read_exact, write_exact
+from ropeway.config.edit import read_exact
+from ropeway.runtime.errors import ConfigError
 from ropeway.runtime.git import ask_git
+from ropeway.runtime.manifest import write_atomic
 
 _MAGIC = re.compile(r"[*?[]")
 
@@ -63,14 +65,29 @@ def _is_ignored(root: Path, path: str) -> bool:
 
 
 def _add_line(root: Path, place: PurePosixPath) -> tuple[str, str]:
-    """Add a line to the .gitignore beside a path; of a pattern, beside its first part that is one."""
+    """Add a line to the .gitignore beside a path; of a pattern, beside its first part that is one.
+
+    Raises:
+        ConfigError: The .gitignore of the workspace is a link.
+    """
     parts = place.parts
     at = next((number for number, part in enumerate(parts) if _MAGIC.search(part)), len(parts) - 1)
+    if _is_linked(root, root.joinpath(*parts[:at], ".gitignore")):
+        at = 0  # the folder is perhaps of somebody else: a link in it names no file that may be changed
     name = "/".join(parts[at:])
     line = "/" + (name if _MAGIC.search(name) else re.sub(r"([\\ ])", r"\\\1", name))
     file = PurePosixPath(*parts[:at], ".gitignore")
     path = root / file
+    if _is_linked(root, path):
+        raise ConfigError(
+            f"{path}: is a link, which git does not follow and Ropeway does not write to. The profile was added; have "
+            f"git ignore its data by the line {line} in .git/info/exclude"
+        )
     text = read_exact(path) if path.is_file() else ""
     end = "" if not text or text.endswith("\n") else "\n"
-    write_exact(path, f"{text}{end}{line}\n")
+    write_atomic(path, f"{text}{end}{line}\n".encode())
     return file.as_posix(), line
+
+
+def _is_linked(root: Path, path: Path) -> bool:
+    return path.is_symlink() or not path.parent.resolve().is_relative_to(root.resolve())

@@ -177,7 +177,9 @@ def plan_wandb(folder: Path, *, unsynced: bool) -> Iterator[Removal]:
 def plan_work(workspace: Workspace, profiles: set[str]) -> Iterator[Removal]:
     """Yield what earlier commands left in `.work`: clones of `ropeway reproduce`, units of profiles that are gone."""
     for path in sorted((workspace.work / "reproduce").glob("*")):
-        yield Removal("reproduced run", path, count_bytes(path), "`ropeway reproduce` makes it again")
+        # A workspace can be a folder of the clone.
+        if not any(is_held(lock.parent.parent) for lock in path.rglob(".work/lock")):
+            yield Removal("reproduced run", path, count_bytes(path), "`ropeway reproduce` makes it again")
     for path in sorted((workspace.work / "rehearse").glob("*/workspace")):
         if not is_held(path.parent):
             yield Removal("rehearsal", path, count_bytes(path), "kept by a rehearsal that failed, or by --keep")

@@ -5,12 +5,12 @@ Source of DVC's shapes: dvc 3.67.1.
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from ropeway.orchestration.dvc_graph import exclusive, open_repo, ordered, parse_lock
-from ropeway.runtime.errors import TemporaryError
+from ropeway.runtime.errors import DataError, TemporaryError
 from ropeway.runtime.manifest import NAME as MANIFEST
 from ropeway.runtime.manifest import Json, write_atomic
 
@@ -127,6 +127,20 @@ def read_lock_entry(root: Path, name: str) -> Json | None:
     stages = parse_lock(path.read_bytes()).get("stages", {}) if path.is_file() else {}
     entry = stages.get(name)
     return None if entry is None else json.loads(json.dumps(entry))
+
+
+def check_entry(root: Path, name: str, entry: object) -> None:
+    """Raise DataError unless an entry of dvc.lock, which a worker recorded, has the outputs of its stage."""
+    outs = entry.get("outs") if isinstance(entry, Mapping) else None
+    listed = [out for out in outs if isinstance(out, Mapping)] if isinstance(outs, list) else []
+    expected = outputs(root)[name]
+    if sorted(str(out.get("path")) for out in listed) != sorted(expected) or not all(
+        isinstance(out.get("md5"), str) for out in listed
+    ):
+        raise DataError(
+            f"{name}: the worker recorded other outputs than this stage has ({', '.join(expected)}). Find out what it "
+            "runs; nothing was taken over"
+        )
 
 
 def write_lock_entry(root: Path, name: str, entry: Json) -> None:

@@ -42,6 +42,8 @@ from ropeway.storage import IncompleteUpload, Store, StoredObject
 
 # Keys that may be deleted. Events and tombstones are never deleted.
 _COLLECTABLE = re.compile(rf"blobs/sha256/|{INTENTS}|{COLLECTIONS}|models/[^/]+/(heads/|manifests/[^/]+$)")
+# Unfinished uploads of a registry: of blobs, of the probe of a store in S3, and all of a store in a folder.
+_OWN_UPLOADS = re.compile(r"blobs/sha256/|\.probe$|\.partial/")
 COLLECTION_TIMEOUT = COLLECTION_TTL / 2
 _RECHECK_SECONDS = 1.0  # how often a collection looks whether its marker is in place
 INTENT_TTL = timedelta(hours=24)  # even with a shorter grace period: a publish this old is dead
@@ -77,9 +79,10 @@ def plan_collection(
         entry for entry in entries if _COLLECTABLE.match(entry.key) and _referenced_key(entry.key) not in referenced
     ]
     old = tuple(entry for entry in unreferenced if entry.modified_at < before)
-    return Garbage(
-        old, tuple(upload for upload in incomplete_uploads if upload.started_at < before), len(unreferenced) - len(old)
+    uploads = tuple(
+        upload for upload in incomplete_uploads if _OWN_UPLOADS.match(upload.name) and upload.started_at < before
     )
+    return Garbage(old, uploads, len(unreferenced) - len(old))
 
 
 def find_garbage(store: Store, *, grace: timedelta, withdrawn: bool, is_verified: bool = False) -> Garbage:

@@ -129,6 +129,7 @@ VARIABLES: dict[str, tuple[EnvironmentVariable, ...]] = {
         _V("WANDB_PROJECT", "Project.", "`supervised-finetuning`"),
         _V("WANDB_ENTITY", "User or team."),
         _V("WANDB_BASE_URL", "Server of your own.", "`https://api.wandb.ai`"),
+        _V("WANDB_ERROR_REPORTING", "`true` lets W&B send reports of its own errors.", "`false`"),
         _V("WANDB_DIR", "Folder of offline runs.", "`.work/wandb`"),
     ),
     "Tests": (_V("ROPEWAY_CHROMIUM", "Browser of `make test-browser`.", "`chromium` on PATH"),),

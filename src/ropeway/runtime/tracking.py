@@ -208,6 +208,7 @@ def open_tracker(run: TrackedRun) -> Tracker:
 
 
 def _start_wandb(run: TrackedRun, mode: str) -> TrackingClient:
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # else it sends tracebacks of its own errors
     import wandb
 
     folder = Path(os.environ.get("WANDB_DIR") or run.folder)

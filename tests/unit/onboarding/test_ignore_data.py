@@ -6,6 +6,7 @@ import subprocess
 import pytest
 
 from ropeway.onboarding.ignore_data import IgnoredData, ignore_data
+from ropeway.runtime.errors import ConfigError
 
 
 def git(root, *arguments):
@@ -54,6 +55,23 @@ def test_a_line_is_added_after_a_last_line_without_an_end(root):
     (root / "data" / ".gitignore").write_text("*.tmp")
     ignore_data(root, ["data/mine.jsonl"])
     assert (root / "data" / ".gitignore").read_text() == "*.tmp\n/mine.jsonl\n"
+
+
+def test_a_link_that_came_with_the_data_names_no_file_that_is_changed(root, tmp_path_factory):
+    victim = tmp_path_factory.mktemp("home") / ".bashrc"
+    victim.write_text("mine\n")
+    (root / "data" / ".gitignore").symlink_to(victim)
+    assert ignore_data(root, ["data/mine.jsonl"]) == IgnoredData(((".gitignore", "/data/mine.jsonl"),))
+    assert "data/mine.jsonl" not in list_loose(root)
+    (root / "linked").symlink_to(victim.parent)
+    (victim.parent / "x.jsonl").write_text("x")
+    ignore_data(root, ["linked/x.jsonl"])
+    assert sorted(path.name for path in victim.parent.iterdir()) == [".bashrc", "x.jsonl"]
+    (root / ".gitignore").unlink()
+    (root / ".gitignore").symlink_to(victim)
+    with pytest.raises(ConfigError, match="is a link"):
+        ignore_data(root, ["data/my notes.txt"])
+    assert victim.read_text() == "mine\n"
 
 
 def test_data_that_git_has_is_named_and_stays(root):

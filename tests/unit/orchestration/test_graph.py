@@ -12,7 +12,7 @@ from ropeway.orchestration import dvc_graph as graph
 from ropeway.orchestration import sequence
 from ropeway.orchestration.forecast import forecast_run
 from ropeway.orchestration.guarded_dvc import COMMAND as DVC
-from ropeway.runtime.errors import ConfigError, TemporaryError
+from ropeway.runtime.errors import ConfigError, DataError, TemporaryError
 
 pytestmark = pytest.mark.filterwarnings(
     # dvc 3.67.1 (repo/trie.py, repo/graph.py) on pygtrie 2.6
@@ -269,6 +269,18 @@ def test_an_import_that_came_with_data_is_refused_before_its_repository_is_asked
     )
     with pytest.raises(ConfigError, match=r"data/x\.dvc: has commands, imports"):
         graph.load_graph(fresh)
+
+
+@pytest.mark.parametrize("entry", [
+    {"outs": [{"path": "early.txt", "md5": "a" * 32}, {"path": "--cprofile-dump=x", "md5": "a" * 32}]},
+    {"outs": [{"path": "src/code.py", "md5": "a" * 32}]},
+    {"outs": [{"path": "early.txt", "md5": 7}]},
+    {"outs": []}, {"outs": 7}, {}, [], None,
+])  # fmt: skip
+def test_a_workers_entry_with_other_outputs_than_its_stage_is_refused(fresh, entry):
+    exchange.check_entry(fresh, "early", {"outs": [{"path": "early.txt", "md5": "a" * 32}]})
+    with pytest.raises(DataError, match="other outputs"):
+        exchange.check_entry(fresh, "early", entry)
 
 
 def test_an_output_beside_its_dvc_file_is_data_and_another_one_is_refused(fresh):

@@ -121,7 +121,7 @@ class Placement:
         if not (missing := [path for path in paths if not (root / path).exists()]):
             return
         write_line(f"pulling {', '.join(missing)}, made in a work pool")
-        code, lines = run_command(self.site, "pull", [*DVC, "pull", *missing], write_line)
+        code, lines = run_command(self.site, "pull", [*DVC, "pull", "--", *missing], write_line)
         if code:
             quote = quote_lines(lines)
             raise DataError(f"the DVC remote does not return {', '.join(missing)}; last lines:\n{quote}")
@@ -153,14 +153,19 @@ class Placement:
     def _push(self, paths: tuple[str, ...], write_line: LineWriter) -> None:
         """Push those of a stage's inputs that are here; the others are in the remote already."""
         if here := [path for path in paths if (self.site.root / path).exists()]:
-            code, lines = run_command(self.site, "push", [*DVC, "push", *here], write_line)
+            code, lines = run_command(self.site, "push", [*DVC, "push", "--", *here], write_line)
             if code:
                 quote = quote_lines(lines)
                 raise TemporaryError(f"the inputs {', '.join(here)} did not reach the DVC remote; last lines:\n{quote}")
 
     def _take_over(self, name: str, entry: Json, write_line: LineWriter) -> None:
-        """Record a worker's result in dvc.lock; pull its single files, remove what is here of an earlier result."""
+        """Record a worker's result in dvc.lock; pull its single files, remove what is here of an earlier result.
+
+        Raises:
+            DataError: The result has other outputs than the stage.
+        """
         root = self.site.root
+        exchange.check_entry(root, name, entry)
         before = exchange.read_lock_entry(root, name)
         retry_while_busy(partial(exchange.write_lock_entry, root, name, entry), write_line)
         paths = exchange.outputs(root)[name]

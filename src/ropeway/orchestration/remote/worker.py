@@ -94,7 +94,7 @@ def _pull(site: Site, paths: "tuple[str, ...] | list[str]") -> None:
     """Pull outputs of other stages. `--force`: what lies there in a worker's clone is of an earlier request."""
     if not paths:
         return
-    code, lines = run_command(site, "pull", [*DVC, "pull", "--force", "--run-cache", *paths], _say)
+    code, lines = run_command(site, "pull", [*DVC, "pull", "--force", "--run-cache", "--", *paths], _say)
     if code:
         quote = quote_lines(lines)
         raise DataError(

@@ -163,7 +163,7 @@ def _is_regular_file(path: Path, root: Path, allowed: tuple[Path, ...]) -> bool:
     stated, top = Path(os.path.normpath(path)), root.resolve()
     if stated.is_relative_to(root):
         stated = top / stated.relative_to(root)
-    if real != stated and _is_hidden(real, top):
+    if real != stated and any(_is_hidden(real, folder) for folder in allowed):
         raise ConfigError(
             f"sources: {path} is a link to {real}, which is hidden and may hold secrets; remove the link, or copy the "
             "file if it is data"
@@ -171,8 +171,9 @@ def _is_regular_file(path: Path, root: Path, allowed: tuple[Path, ...]) -> bool:
     return True
 
 
-def _is_hidden(file: Path, root: Path) -> bool:
-    inner = file.relative_to(root).parts if file.is_relative_to(root) else ()
+def _is_hidden(file: Path, folder: Path) -> bool:
+    """Return whether a file in a folder has a hidden part below it, other than DVC's cache."""
+    inner = file.relative_to(folder).parts if file.is_relative_to(folder) else ()
     return any(part.startswith(".") for part in inner) and inner[: len(_CACHE)] != _CACHE
 
 

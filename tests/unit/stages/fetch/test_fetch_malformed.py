@@ -355,6 +355,11 @@ def test_a_link_to_a_hidden_file_is_refused_and_one_to_dvcs_cache_is_data(tmp_pa
     with pytest.raises(ConfigError, match="which is hidden"):
         find_files(["data/*.txt"], tmp_path)
     (tmp_path / "data" / "a.txt").unlink()
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "d.txt").symlink_to(tmp_path / target)
+    with pytest.raises(ConfigError, match="which is hidden"):
+        find_files(["../*.txt"], tmp_path / "inner")
+    (tmp_path / "d.txt").unlink()
     cached = tmp_path / ".dvc" / "cache" / "files" / "b"
     cached.parent.mkdir(parents=True)
     cached.write_text("data")
