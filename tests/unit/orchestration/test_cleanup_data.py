@@ -2,10 +2,12 @@
 
 import pytest
 
-from ropeway.orchestration.cleanup import _data_of_versions
+from ropeway.orchestration.cleanup import _data_of_versions, plan_work
 from ropeway.registry import Registry
 from ropeway.registry.layout import blob_key
 from ropeway.runtime.errors import DataError
+from ropeway.runtime.lock import workspace_lock
+from ropeway.runtime.workspace import Workspace
 from tests.support.registry_world import make_package
 
 LOCK = "schema: '2.0'\nstages:\n  fetch:\n    cmd: x\n    outs:\n    - {{path: runs/tiny/raw, md5: {md5}}}\n"
@@ -33,3 +35,10 @@ def test_a_withdrawn_version_whose_files_were_collected_keeps_no_data_and_stops_
 def test_a_version_that_lost_its_lock_otherwise_is_an_error(published):
     with pytest.raises(DataError, match=r"dvc\.lock"):
         list(_data_of_versions(published))
+
+
+def test_a_clone_in_which_a_reproduction_runs_is_kept(tmp_path):
+    clone = tmp_path / ".work" / "reproduce" / "laptop-v1"
+    with workspace_lock(clone / "folder", command="ropeway reproduce"):
+        assert list(plan_work(Workspace(tmp_path, ""), set())) == []
+    assert [one.path for one in plan_work(Workspace(tmp_path, ""), set())] == [clone]

@@ -17,22 +17,29 @@ from ropeway.runtime.errors import ConfigError
 from tests.support.main_job import make_main_job
 
 
-@pytest.fixture
-def workspace(tmp_path):
-    """A repository whose remote has the folder `out` and its run-cache entry."""
-    root = tmp_path / "workspace"
+@pytest.fixture(scope="module")
+def pushed(tmp_path_factory):
+    """A folder with `workspace` and `remote`, made by seven commands of DVC, to copy."""
+    root = tmp_path_factory.mktemp("pushed") / "workspace"
     root.mkdir()
     run(root, "git", "init", "-q")
     dvc(root, "init", "-q")
     dvc(root, "config", "core.analytics", "false")
-    dvc(root, "remote", "add", "-q", "-d", "r", str(tmp_path / "remote"))
+    dvc(root, "remote", "add", "-q", "-d", "r", "../remote")
     dvc(root, "remote", "modify", "r", "verify", "true")
     (root / "in.txt").write_text("read")  # without a dependency DVC keeps no run-cache entry
     stage = {"cmd": "mkdir -p out && echo fine > out/a", "deps": ["in.txt"], "outs": ["out"]}
     (root / "dvc.yaml").write_text(json.dumps({"stages": {"s": stage}}))
     dvc(root, "repro", "-q")
     dvc(root, "push", "-q", "--run-cache")
-    return root
+    return root.parent
+
+
+@pytest.fixture
+def workspace(pushed, tmp_path):
+    """A repository whose remote has the folder `out` and its run-cache entry."""
+    shutil.copytree(pushed, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "workspace"
 
 
 def run(root, *command):
