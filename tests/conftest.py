@@ -64,7 +64,7 @@ def s3_server() -> Iterator[S3Server]:
     loader = botocore.session.create_loader()
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr("botocore.session.create_loader", lambda *_: loader)
-        server = start_server(processors=1)
+        server = start_server()
         yield server
         server.stop()
 

@@ -69,12 +69,8 @@ def client_environment(endpoint: str, folder: Path) -> dict[str, str]:
     }
 
 
-def start_server(*, processors: int | None = None) -> S3Server:
+def start_server() -> S3Server:
     """Start a server and return it once it has stored something.
-
-    Args:
-        processors: On how many of them its code runs at a time; None: on all. On one, the small objects of tests take
-            a quarter to a third less CPU, and less time.
 
     Raises:
         RuntimeError: It ended, or did not answer in time; its log's end is in the message.
@@ -87,7 +83,7 @@ def start_server(*, processors: int | None = None) -> S3Server:
     server = S3Server(
         f"http://127.0.0.1:{port}",
         client_environment(f"http://127.0.0.1:{port}", folder),
-        _spawn(binary, folder, port, others, processors),
+        _spawn(binary, folder, port, others),
         folder,
     )
     try:
@@ -98,7 +94,7 @@ def start_server(*, processors: int | None = None) -> S3Server:
     return server
 
 
-def _spawn(binary: str, folder: Path, port: int, others: list[int], processors: int | None) -> subprocess.Popen[bytes]:
+def _spawn(binary: str, folder: Path, port: int, others: list[int]) -> subprocess.Popen[bytes]:
     identity = {"name": "test", "credentials": [{"accessKey": KEY, "secretKey": SECRET}], "actions": ["Admin"]}
     (folder / "identities.json").write_text(json.dumps({"identities": [identity]}))
     (folder / "data").mkdir()
@@ -124,7 +120,6 @@ def _spawn(binary: str, folder: Path, port: int, others: list[int], processors: 
         return subprocess.Popen(
             command,
             cwd=folder,
-            env={**os.environ, **({"GOMAXPROCS": str(processors)} if processors else {})},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
