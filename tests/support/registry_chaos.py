@@ -93,7 +93,10 @@ def _parts_there(store: Store) -> set[int]:
             store.remove_incomplete_upload(stray)
             continue
         bucket, path = store._place(stray.name)
-        answer = store.client.list_parts(Bucket=bucket, Key=path, UploadId=stray.token)
+        try:
+            answer = store.client.list_parts(Bucket=bucket, Key=path, UploadId=stray.token)
+        except store.client.exceptions.NoSuchUpload:  # the server still completed it for the killed publish
+            continue
         there |= {part["PartNumber"] for part in answer.get("Parts", [])}
     return there
 
