@@ -30,8 +30,6 @@ STARTUP = str(Path(__file__).parent / "support" / "startup")
 if STARTUP not in sys.path:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (STARTUP, os.environ.get("PYTHONPATH"))))
     runpy.run_path(f"{STARTUP}/sitecustomize.py")
-if sys.modules.get("scipy", ...) is None:  # datasketch needs it
-    del sys.modules["scipy"]
 # torch's threads spin while they wait for each other; beside other work that takes three times the processor time.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models of two layers: a second thread only costs

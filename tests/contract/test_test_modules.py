@@ -1,7 +1,6 @@
 """Test modules stand alone: what two of them need is in tests/support."""
 
 import ast
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -56,11 +55,3 @@ def test_programs_that_tests_start_build_the_grammar_of_addresses_when_one_is_va
     )
     done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
     assert done.stdout.splitlines() == ["False", "[False, True] True"]
-
-
-def test_programs_that_tests_start_have_no_scipy_as_a_user_has_none():
-    program = "from importlib.util import find_spec; print(*(find_spec(name) is None for name in ('scipy', 'lm_eval')))"
-    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
-    scipy, harness = done.stdout.split()
-    assert scipy == harness, "lm-evaluation-harness needs it"
-    assert importlib.util.find_spec("scipy"), "datasketch needs it in this process"
