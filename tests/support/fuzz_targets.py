@@ -26,6 +26,7 @@ from ropeway.config.sections import PersonalKind
 from ropeway.config.yaml_limits import load_yaml
 from ropeway.data.data_profile import DataProfile
 from ropeway.data.drift import compare_profiles
+from ropeway.data.personal_data import find_personal_data
 from ropeway.data.record_identity import exact_keys
 from ropeway.data.record_index import RecordGroup, RecordIndex, RecordOutcome, build_record_index
 from ropeway.models.conversation import Conversation
@@ -65,7 +66,6 @@ from ropeway.stages.fetch.files import iterate_objects
 from ropeway.stages.fetch.records import find_unused, required_columns, to_record
 from ropeway.stages.fetch.values import UnreadableError
 from ropeway.stages.package.weights import locate_tensors, read_dtypes
-from ropeway.stages.tokenize.personal_data import find_personal_data
 from ropeway.stages.train.stage import _read_keep_runs
 from ropeway.storage import open_store
 from ropeway.storage.folder import FileStore

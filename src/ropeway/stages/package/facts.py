@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ropeway.config.params import PackageParams
+from ropeway.config.sections import PersonalData
+from ropeway.data.personal_data import mask_text
 from ropeway.data.raw_records import iterate_records
 from ropeway.models.architectures import DEFAULT
 from ropeway.models.base_rope import scaling_from_json
@@ -89,7 +91,7 @@ def load_facts(workspace: Workspace, profile: PackageParams) -> Facts:
         train=_load_json(workspace.train_metrics, "train"),
         evaluation=_load_json(workspace.evaluation, "evaluate"),
         samples=_load_json(workspace.samples, "evaluate"),
-        systems=count_systems(workspace, early.raw),
+        systems=count_systems(workspace, early.raw, profile.personal_data),
         max_positions=int(config["max_position_embeddings"]),
     )
 
@@ -160,14 +162,24 @@ def check_params(trained: Json | None, profile: PackageParams, folder: Path) -> 
         )
 
 
-def count_systems(workspace: Workspace, raw: Json) -> Counter[str]:
-    """Return the number of conversations per system message, over all sources."""
+def count_systems(workspace: Workspace, raw: Json, personal: PersonalData) -> Counter[str]:
+    """Return the number of conversations per system message, over all sources as they were fetched.
+
+    Where personal data is masked or refused in training texts, it is masked here: the card and readers of the registry
+    have these messages.
+    """
+    kinds = personal.kinds if personal.action in ("mask", "refuse") else ()
     systems: Counter[str] = Counter()
     for name, facts in raw["sources"].items():
         if facts["kind"] == "conversation":
             records = iterate_records(workspace.raw / name)
             systems.update(record.system for record in records if isinstance(record, Conversation))
-    return systems
+    if not kinds:
+        return systems
+    masked: Counter[str] = Counter()
+    for text, count in systems.items():
+        masked[mask_text(text, kinds)] += count
+    return masked
 
 
 def _load_json(path: Path, stage: str) -> Any:  # noqa: ANN401 - JSON

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from ropeway.config.sections import PersonalKind
 from ropeway.data.mixture import plan_chunks
+from ropeway.data.personal_data import find_personal_data
 from ropeway.data.raw_records import Record, iterate_texts
 from ropeway.data.shards import Kind
 from ropeway.data.text_batches import BATCH_CHARACTERS, count_characters, iterate_batches
@@ -25,7 +26,6 @@ from ropeway.models.jinja_template import JinjaTemplate, Rendered, UnusableConve
 from ropeway.models.tokenizer import token_text
 from ropeway.stages.tokenize.escape import ESCAPE_MARKER, Escape
 from ropeway.stages.tokenize.jinja_chats import JinjaChats
-from ropeway.stages.tokenize.personal_data import find_personal_data
 
 _MAX_REASONS = 30  # counted by name; a template's own message may quote the record
 Tokens = tuple[list[int], NDArray[np.uint8] | None]  # token ids and kinds; no kinds: made for the whole batch

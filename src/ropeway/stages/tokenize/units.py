@@ -29,6 +29,7 @@ import ropeway
 from ropeway.config.faults import check_json
 from ropeway.config.sections import PersonalKind
 from ropeway.config.tokenize_params import TokenizeParams
+from ropeway.data.personal_data import count_personal_data, mask_record
 from ropeway.data.raw_records import Record, RowGroup, iterate_groups, iterate_texts
 from ropeway.data.record_identity import compared_texts, exact_keys, identity_texts
 from ropeway.data.shards import sequence_digest, token_dtype
@@ -55,7 +56,6 @@ from ropeway.stages.tokenize.fingerprints import (
     minhash_signatures,
     sequence_texts,
 )
-from ropeway.stages.tokenize.personal_data import count_personal_data, mask_record
 from ropeway.stages.tokenize.profile_unit import profile_unit
 
 # About 4 s on one core: an interrupted run loses little work, and 100 GB of text are about 6,000 shards.

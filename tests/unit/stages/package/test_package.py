@@ -8,9 +8,14 @@ from safetensors.torch import load_file, save_file
 
 from ropeway.config.edit import cut_block, inherited_names, write_blocks
 from ropeway.config.load_params import read_block
+from ropeway.config.sections import PersonalData
+from ropeway.data.raw_records import RawWriter
 from ropeway.models.chat_template import OPEN_ASSISTANT
+from ropeway.models.conversation import Conversation
 from ropeway.models.rope import build_scaling
 from ropeway.runtime.errors import ConfigError, DataError
+from ropeway.runtime.workspace import Workspace
+from ropeway.stages.package.facts import count_systems
 from ropeway.stages.package.model_config import (
     TESTED_LOADER,
     lowest_loader,
@@ -228,3 +233,21 @@ def test_an_index_of_weights_names_files_of_its_own_folder(tmp_path, index):
     (tmp_path / INDEX).write_bytes(index)
     with pytest.raises(DataError, match="weight_map"):
         locate_tensors(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("action", "expected"),
+    [
+        ("off", {"Mail anna@example.org": 1, "Mail bert@example.org": 1, "": 1}),
+        ("count", {"Mail anna@example.org": 1, "Mail bert@example.org": 1, "": 1}),
+        ("mask", {"Mail [EMAIL]": 2, "": 1}),
+        ("refuse", {"Mail [EMAIL]": 2, "": 1}),
+    ],
+)
+def test_personal_data_that_no_model_reads_is_not_in_the_card_either(tmp_path, action, expected):
+    workspace = Workspace(tmp_path, "tiny")
+    with RawWriter(workspace.raw / "chats", "conversation") as raw:
+        for system in ("Mail anna@example.org", "Mail bert@example.org", ""):
+            raw.add(Conversation(("Hi", "Hello"), system))
+    personal = PersonalData(action=action, kinds=["email"])
+    assert count_systems(workspace, {"sources": {"chats": {"kind": "conversation"}}}, personal) == expected

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from ropeway.config.sections import PersonalData
+from ropeway.data.personal_data import count_personal_data, find_personal_data, mask_record
 from ropeway.data.raw_records import iterate_records
 from ropeway.data.record_identity import record_digest
 from ropeway.data.record_index import RecordIndex
@@ -12,7 +13,6 @@ from ropeway.data.shards import open_shards
 from ropeway.models.conversation import Conversation
 from ropeway.models.tokenizer import open_tokenizer
 from ropeway.reporting.ledger_steps import list_steps
-from ropeway.stages.tokenize.personal_data import count_personal_data, find_personal_data, mask_record
 from tests.support.raw_records import TALKS, TEXTS, profile, write_raw
 from tests.support.tokenizing import tokenize_and_prepare
 

@@ -122,9 +122,7 @@ def mask_record(record: Record, kinds: Sequence[PersonalKind]) -> Record:
     """Return the record with each span replaced by a placeholder such as `[EMAIL]`."""
 
     def mask(text: str) -> str:
-        for one in reversed(find_personal_data(text, kinds)):
-            text = f"{text[: one.begin]}[{one.kind.upper()}]{text[one.end :]}"
-        return text
+        return mask_text(text, kinds)
 
     if not isinstance(record, Conversation):
         return mask(record)
@@ -132,6 +130,17 @@ def mask_record(record: Record, kinds: Sequence[PersonalKind]) -> Record:
     if form and any(find_personal_data(text, kinds) for text in record.further_texts()):
         form = json.dumps(_map_strings(json.loads(form), mask), ensure_ascii=False, separators=(",", ":"))
     return replace(record, turns=tuple(map(mask, record.turns)), system=mask(record.system), form=form)
+
+
+def mask_text(text: str, kinds: Sequence[PersonalKind]) -> str:
+    """Return a text with each span replaced by a placeholder.
+
+    >>> mask_text("Write to anna@example.org.", ["email"])
+    'Write to [EMAIL].'
+    """
+    for one in reversed(find_personal_data(text, kinds)):
+        text = f"{text[: one.begin]}[{one.kind.upper()}]{text[one.end :]}"
+    return text
 
 
 def _map_strings(value: object, change: Callable[[str], str]) -> object:
