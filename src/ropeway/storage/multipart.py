@@ -26,7 +26,7 @@ from ropeway.storage.interface import hash_mismatch_error
 from ropeway.storage.s3_client import error_code
 
 PART_BYTES = 16 << 20  # times 10,000 parts, the S3 limit, is 156 GiB; registry/rules.py allows 64 GiB per file
-WORKERS = 4
+WORKERS = 8  # at most ten parts in memory, 160 MiB
 WRITE_ID_KEY = (
     "ropeway-write"  # object metadata: the id of the write, to recognize our own object after a lost response
 )
